@@ -1,0 +1,69 @@
+-- Darkroom: the backend of an app whose users generate images, living in PostgreSQL.
+--
+-- Read these files in order. A user asks for a picture with enqueue_generation (50), which gates
+-- (30), charges (40) and queues in one transaction. A worker claims the job, makes the picture and
+-- completes or fails it (70). What a dead worker left is picked up by recover_stale_jobs (80). The
+-- user reads the state with get_job_status (60).
+--
+-- Schema `public` is what PostgREST exposes: tables with row level security and thin security
+-- invoker wrappers. Schema `private` holds the queue and the security definer bodies. NEVER add
+-- `private` to the exposed schemas.
+--
+-- Errors for clients. The stable token is the `message`; `detail` is for people, `hint` says what
+-- to do. Those marked * carry a Retry-After header through PostgREST's PGRST form.
+--   PT400 invalid_input           an argument is missing, too long, of the wrong type or not
+--                                 allowed
+--   PT401 not_authenticated       no user in the token, or the user is gone
+--   PT402 insufficient_credits    the price is more than the balance
+--   PT403 requires_paid_plan      the model is for paid users
+--   PT404 not_found               no such job or model, or not yours
+--   PT409 idempotency_conflict    the key was used before with another payload
+--   PT429 too_many_active *       as many jobs are queued or running as the plan allows
+--   PT429 rate_limited *          as many requests in this minute as the plan allows
+-- Errors for the worker.
+--   DR001 lease_lost              the token no longer holds the job: drop everything
+--   DR002 canceled                the user canceled: stop and clean up
+-- SQLSTATE 40001 is never raised: PostgREST before 16 retries it for ever.
+
+do $$
+begin
+  if to_regclass('auth.users') is null or to_regprocedure('auth.uid()') is null then
+    raise exception 'Darkroom needs Supabase Auth: auth.users and auth.uid() are missing'
+      using errcode = 'undefined_object',
+        hint = 'Install on a Supabase database, or start Supabase Lite on this one first.';
+  end if;
+  if to_regrole('anon') is null then
+    create role anon nologin noinherit;
+  end if;
+  if to_regrole('authenticated') is null then
+    create role authenticated nologin noinherit;
+  end if;
+  if to_regrole('service_role') is null then
+    create role service_role nologin noinherit bypassrls;
+  end if;
+  if to_regrole('darkroom_worker') is null then
+    -- No password: it cannot log in until the DBA gives it one.
+    create role darkroom_worker login noinherit;
+  end if;
+end;
+$$;
+
+-- A worker's call takes milliseconds; one that hangs must not hold locks for ever.
+alter role darkroom_worker set statement_timeout = '30s';
+alter role darkroom_worker set idle_in_transaction_session_timeout = '15s';
+
+create schema private;
+
+comment on schema private is
+  'Darkroom''s queue and function bodies. Never expose it through PostgREST.';
+
+revoke all on schema private from public;
+grant usage on schema private to anon, authenticated, service_role, darkroom_worker;
+
+-- Supabase projects from before 2026-10-30 grant every new object in public to the API roles.
+alter default privileges in schema public revoke all on tables
+from anon, authenticated, service_role;
+alter default privileges in schema public revoke all on sequences
+from anon, authenticated, service_role;
+alter default privileges in schema public revoke all on functions
+from anon, authenticated, service_role;

@@ -1,0 +1,242 @@
+-- The tables of schema public: what users own and may read.
+--
+-- An entitlement says what a user may do; the credit ledger says how the balance came to be; a
+-- model is a row of the catalogue; a generation is one request of a user and its permanent record;
+-- an image is one stored output. The queue is elsewhere (12): a generation is written when it is
+-- enqueued and when its state changes, never by heartbeats or progress.
+--
+-- Always true: entitlements.credits is the sum of the user's ledger amounts and never negative;
+-- entitlements.active_jobs counts the user's rows in ready_jobs and running_jobs.
+
+-- Time-ordered ids: 48 bits of milliseconds, 12 bits of the fraction, 62 random bits (RFC 9562).
+create or replace function private.uuid_v7()
+returns uuid
+language sql
+volatile
+set search_path = ''
+as $$
+  select encode(
+    substring(int8send(t.us / 1000) from 3)
+    || int2send((28672 + (t.us % 1000) * 4096 / 1000)::smallint)
+    || substring(uuid_send(gen_random_uuid()) from 9),
+    'hex'
+  )::uuid
+  from (select (extract(epoch from clock_timestamp()) * 1000000)::bigint as us) as t
+$$;
+
+revoke all on function private.uuid_v7() from public, anon, authenticated, service_role;
+
+create table public.entitlements (
+  user_id uuid primary key references auth.users (id) on delete cascade,
+  is_paid boolean not null default false,
+  paid_until timestamptz,
+  credits integer not null default 0,
+  active_jobs integer not null default 0,
+  last_fair_key bigint not null default 0,
+  minute_started_at timestamptz not null default '-infinity',
+  minute_jobs integer not null default 0,
+  created_at timestamptz not null default now(),
+  constraint entitlements_credits_are_not_negative check (credits >= 0),
+  constraint entitlements_active_jobs_are_not_negative check (active_jobs >= 0),
+  constraint entitlements_paid_users_have_an_end check (not is_paid or paid_until is not null)
+) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
+
+comment on table public.entitlements is
+  'A user''s plan and balance: the row every money step locks.';
+comment on column public.entitlements.paid_until is
+  'End of the paid plan; infinity for one without end.';
+comment on column public.entitlements.credits is
+  'Balance in credits: the sum of the user''s ledger amounts.';
+comment on column public.entitlements.active_jobs is 'Jobs of the user that are queued or running.';
+comment on column public.entitlements.last_fair_key is
+  'Virtual finish time of the user''s last job; see ready_jobs.fair_key.';
+comment on column public.entitlements.minute_started_at is
+  'Start of the minute that minute_jobs counts.';
+comment on column public.entitlements.minute_jobs is 'Jobs enqueued since minute_started_at.';
+
+-- No foreign keys: the books outlive the user and the generation they speak of.
+create table public.credit_ledger (
+  id bigint generated always as identity primary key,
+  user_id uuid not null,
+  generation_id uuid,
+  kind text not null,
+  amount integer not null,
+  balance_after integer not null,
+  external_id text,
+  created_at timestamptz not null default now(),
+  constraint credit_ledger_kind_is_known check (kind in ('grant', 'charge', 'refund', 'adjust')),
+  constraint credit_ledger_sign_matches_kind check (
+    case kind when 'charge' then amount <= 0 when 'adjust' then amount <> 0 else amount >= 0 end
+  ),
+  constraint credit_ledger_balance_is_not_negative check (balance_after >= 0),
+  constraint credit_ledger_generation_matches_kind check (
+    (generation_id is not null) = (kind in ('charge', 'refund'))
+  )
+);
+
+comment on table public.credit_ledger is
+  'Append-only entries that explain every balance. Rows are never updated or deleted.';
+comment on column public.credit_ledger.amount is
+  'Credits: negative for a charge, positive for a grant or refund.';
+comment on column public.credit_ledger.balance_after is 'The user''s balance after this entry.';
+comment on column public.credit_ledger.external_id is
+  'The caller''s id of a grant (a payment''s, say): the same id is applied once.';
+
+create index credit_ledger_user_id_id_idx on public.credit_ledger (user_id, id);
+-- A generation is given back at most once. Its charge needs no index: enqueue writes it together
+-- with the generation's new id.
+create unique index credit_ledger_refund_once_idx
+on public.credit_ledger (generation_id) where kind = 'refund';
+create unique index credit_ledger_external_id_idx
+on public.credit_ledger (external_id) where external_id is not null;
+
+create or replace function private.refuse_change()
+returns trigger
+language plpgsql
+set search_path = ''
+as $$
+begin
+  raise exception '% is append-only', tg_table_name
+    using errcode = 'object_not_in_prerequisite_state';
+end;
+$$;
+
+revoke all on function private.refuse_change() from public, anon, authenticated, service_role;
+
+create trigger credit_ledger_is_append_only
+before update or delete or truncate on public.credit_ledger
+for each statement execute function private.refuse_change();
+
+create table public.models (
+  id text primary key,
+  provider text not null,
+  provider_ref text not null,
+  title text not null,
+  price_credits integer not null,
+  paid_price_credits integer not null,
+  requires_paid boolean not null default false,
+  is_active boolean not null default true,
+  input_schema jsonb not null,
+  client_inputs text[] not null,
+  image_count_input text,
+  max_images smallint not null default 1,
+  deadline interval not null default '5 minutes',
+  constraint models_id_is_owner_slash_name check (id ~ '^[a-z0-9_.-]+/[a-z0-9_.-]+$'),
+  constraint models_provider_is_known check (provider in ('preview', 'replicate')),
+  constraint models_prices_are_not_negative check (price_credits >= 0 and paid_price_credits >= 0),
+  constraint models_input_schema_has_properties check (
+    coalesce(jsonb_typeof(input_schema -> 'properties'), '') = 'object'
+  ),
+  constraint models_client_inputs_leave_out_the_prompt check (not client_inputs @> '{prompt}'),
+  constraint models_image_count_input_is_a_client_input check (
+    image_count_input = any(client_inputs)
+  ),
+  constraint models_max_images_is_sane check (max_images between 1 and 16),
+  constraint models_deadline_is_positive check (deadline > interval '0')
+);
+
+comment on table public.models is
+  'The catalogue: what can be asked for, at what price, run by whom.';
+comment on column public.models.provider_ref is
+  'What the provider calls the model: owner/name, or owner/name:version.';
+comment on column public.models.price_credits is 'Credits per image for a free user.';
+comment on column public.models.paid_price_credits is
+  'Credits per image for a paid user; 0 means included in the plan.';
+comment on column public.models.is_active is 'Whether it is listed and may be asked for.';
+comment on column public.models.input_schema is
+  'JSON schema of the provider''s input: {"properties": {name: {type, minimum, maximum, enum, '
+  'default}}}.';
+comment on column public.models.client_inputs is 'The properties a client may set in params.';
+comment on column public.models.image_count_input is
+  'The client input that says how many images; null: always one.';
+comment on column public.models.max_images is 'Most images of one generation.';
+comment on column public.models.deadline is
+  'How long one attempt may take before it fails with timeout.';
+
+create table public.generations (
+  id uuid primary key default private.uuid_v7(),
+  -- To entitlements, not auth.users: enqueue has locked that row already, so the check is free.
+  user_id uuid not null references public.entitlements (user_id) on delete cascade,
+  batch_id uuid,
+  -- No foreign key: it would lock the model's row in every enqueue. Models are deactivated, not
+  -- deleted.
+  model_id text not null,
+  prompt text not null,
+  input jsonb not null,
+  provider_input jsonb not null,
+  status text not null default 'queued',
+  error_code text,
+  error_message text,
+  price_credits integer not null,
+  image_count smallint not null,
+  idempotency_key text,
+  created_at timestamptz not null default now(),
+  started_at timestamptz,
+  finished_at timestamptz,
+  updated_at timestamptz not null default now(),
+  constraint generations_status_is_known check (
+    status in ('queued', 'processing', 'completed', 'failed', 'canceled')
+  ),
+  constraint generations_finished_at_matches_status check (
+    (finished_at is not null) = (status in ('completed', 'failed', 'canceled'))
+  ),
+  constraint generations_error_code_matches_status check (
+    (error_code is not null) = (status = 'failed')
+  ),
+  constraint generations_prompt_is_not_blank check (btrim(prompt) <> ''),
+  constraint generations_input_is_an_object check (jsonb_typeof(input) = 'object'),
+  constraint generations_price_is_not_negative check (price_credits >= 0),
+  constraint generations_image_count_is_positive check (image_count > 0)
+) with (fillfactor = 80);
+
+comment on table public.generations is
+  'What a user asked for and what became of it: the job''s permanent record.';
+comment on column public.generations.id is 'The job id: the same thing seen by the queue.';
+comment on column public.generations.input is 'The params as the user gave them.';
+comment on column public.generations.provider_input is
+  'What is sent to the provider: prompt, params, defaults and the chosen seed.';
+comment on column public.generations.status is
+  'queued -> processing (claim) -> completed | failed | canceled; processing -> queued (retry, '
+  'release).';
+comment on column public.generations.error_code is 'Why it failed: a code of private.error_codes.';
+comment on column public.generations.price_credits is
+  'Credits charged for the whole generation at enqueue.';
+comment on column public.generations.image_count is 'Images asked and charged for.';
+comment on column public.generations.idempotency_key is
+  'The client''s own name for the request: the same key answers with this row.';
+
+create index generations_user_id_id_idx on public.generations (user_id, id desc);
+create unique index generations_idempotency_key_idx
+on public.generations (user_id, idempotency_key) where idempotency_key is not null;
+
+create table public.images (
+  generation_id uuid not null references public.generations (id) on delete cascade,
+  position smallint not null,
+  user_id uuid not null,
+  storage_path text not null,
+  content_type text not null,
+  width integer,
+  height integer,
+  bytes integer not null,
+  blurhash text,
+  created_at timestamptz not null default now(),
+  primary key (generation_id, position),
+  constraint images_position_is_not_negative check (position >= 0),
+  constraint images_path_is_the_owners check (
+    starts_with(storage_path, concat(user_id, '/', generation_id, '/', position, '.'))
+  ),
+  constraint images_content_type_is_an_image check (content_type like 'image/%'),
+  constraint images_size_is_positive check (bytes > 0 and width > 0 and height > 0)
+);
+
+comment on table public.images is 'One stored output of a generation.';
+comment on column public.images.position is 'Place among the generation''s images, from 0.';
+comment on column public.images.storage_path is
+  'Path in bucket generations: <user_id>/<generation_id>/<position>.<ext>. Never changes: a good '
+  'cache key.';
+comment on column public.images.width is 'Pixels; null where the format has none.';
+comment on column public.images.bytes is 'Size of the file in bytes.';
+comment on column public.images.blurhash is 'BlurHash placeholder; null where none was made.';
+
+-- Read by the policy on images.
+create index images_user_id_idx on public.images (user_id);

@@ -1,0 +1,188 @@
+-- The tables of schema private: the queue, its workers, and what operators set.
+--
+-- A live job is in exactly one of two small tables: ready_jobs while it may be claimed,
+-- running_jobs while a worker has its lease. History is elsewhere (generations, attempts), so both
+-- stay as small as the work in hand and no scan of them meets finished jobs.
+--
+-- A lease is proven by its token. Every call of a worker names (job, token): where that row is
+-- gone, the lease is lost and the call changes nothing.
+
+create sequence private.lease_tokens;
+
+comment on sequence private.lease_tokens is
+  'Lease tokens: one global order, so an old token never matches again.';
+
+-- A sequence is a variable that can be read and set without locks and leaves no dead rows behind,
+-- however long another session holds back vacuum.
+create sequence private.virtual_clock minvalue 0 start 0;
+
+comment on sequence private.virtual_clock is
+  'Virtual time of the queue: the fair_key of the job last claimed. A hint; nothing breaks if it '
+  'is off.';
+
+create table private.ready_jobs (
+  seq bigint generated always as identity primary key,
+  job_id uuid not null unique references public.generations (id) on delete cascade,
+  user_id uuid not null,
+  model_id text not null,
+  fair_key bigint not null,
+  attempt smallint not null default 0,
+  run_at timestamptz,
+  provider_job_id text
+) with (
+  fillfactor = 70, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500,
+  autovacuum_vacuum_insert_threshold = -1, autovacuum_analyze_scale_factor = 0.1,
+  autovacuum_vacuum_cost_delay = 0
+);
+
+comment on table private.ready_jobs is 'Jobs that wait to be claimed.';
+comment on column private.ready_jobs.fair_key is
+  'Virtual finish time: greatest(virtual clock, the user''s last) + price / weight. Smallest is '
+  'claimed first.';
+comment on column private.ready_jobs.attempt is 'Attempts used so far.';
+comment on column private.ready_jobs.run_at is 'Not before this time (backoff); null: now.';
+comment on column private.ready_jobs.provider_job_id is
+  'The provider''s job an earlier attempt began: resume it.';
+
+-- Delayed jobs are out of the claim's index, so a pile of them costs the claim nothing.
+create index ready_jobs_claim_idx on private.ready_jobs (fair_key, seq) where run_at is null;
+create index ready_jobs_run_at_idx on private.ready_jobs (run_at) where run_at is not null;
+
+-- No index on what heartbeats change, and half-empty pages: beats are HOT updates.
+create table private.running_jobs (
+  job_id uuid primary key references public.generations (id) on delete cascade,
+  user_id uuid not null,
+  model_id text not null,
+  token bigint not null,
+  worker_id bigint not null,
+  attempt smallint not null,
+  claimed_at timestamptz not null default now(),
+  lease_until timestamptz not null,
+  deadline_at timestamptz not null,
+  stage text not null default 'generating',
+  progress smallint,
+  provider_job_id text,
+  cancel_requested boolean not null default false,
+  constraint running_jobs_stage_is_known check (stage in ('generating', 'storing')),
+  constraint running_jobs_progress_is_a_percentage check (progress between 0 and 100)
+) with (
+  fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200,
+  autovacuum_vacuum_insert_threshold = -1, autovacuum_vacuum_cost_delay = 0
+);
+
+comment on table private.running_jobs is
+  'Jobs a worker holds a lease on: as many rows as slots in the fleet.';
+comment on column private.running_jobs.token is 'Proof of the lease, from lease_tokens.';
+comment on column private.running_jobs.attempt is 'Number of this attempt, from 1.';
+comment on column private.running_jobs.lease_until is
+  'When the worker counts as dead unless it beats.';
+comment on column private.running_jobs.deadline_at is
+  'When the attempt fails with timeout, beats or not.';
+comment on column private.running_jobs.stage is
+  'generating (at the provider) -> storing (download, upload).';
+comment on column private.running_jobs.progress is 'Percent, where the provider tells.';
+comment on column private.running_jobs.provider_job_id is
+  'Checkpoint: the provider''s id, saved as soon as it is known.';
+
+create table private.workers (
+  id bigint generated always as identity primary key,
+  host text not null,
+  version text not null,
+  slots smallint not null,
+  asleep boolean not null default false,
+  started_at timestamptz not null default now(),
+  seen_at timestamptz not null default now(),
+  constraint workers_slots_are_positive check (slots > 0)
+) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200);
+
+comment on table private.workers is 'Worker processes: liveness and wake-up.';
+comment on column private.workers.slots is 'Jobs it runs at once.';
+comment on column private.workers.asleep is
+  'Found no work and waits for NOTIFY on darkroom_worker_<id>.';
+
+create table private.attempts (
+  generation_id uuid not null references public.generations (id) on delete cascade,
+  token bigint not null,
+  attempt smallint not null,
+  worker_id bigint not null,
+  started_at timestamptz not null,
+  ended_at timestamptz not null default now(),
+  outcome text not null,
+  error_code text,
+  error_detail text,
+  provider_job_id text,
+  provider_seconds real,
+  cost_usd numeric(12, 6),
+  primary key (generation_id, token),
+  constraint attempts_outcome_is_known check (
+    outcome in ('completed', 'retried', 'failed', 'released')
+  )
+);
+
+comment on table private.attempts is
+  'One row for each ended claim of a job. For operators only: provider text stays here.';
+comment on column private.attempts.attempt is
+  'Attempt number; a released or throttled claim shares it with the next, so (generation, token) '
+  'is the key.';
+comment on column private.attempts.outcome is
+  'completed | retried (failed, queued again) | failed | released (graceful stop).';
+comment on column private.attempts.provider_seconds is 'Compute seconds the provider reported.';
+comment on column private.attempts.cost_usd is 'US dollars the attempt cost at the provider.';
+
+create table private.error_codes (
+  code text primary key,
+  message text not null,
+  is_retryable boolean not null,
+  uses_attempt boolean not null default true,
+  resumes boolean not null default false
+);
+
+comment on table private.error_codes is
+  'What a job can fail with, and what fail_job does about it.';
+comment on column private.error_codes.message is 'What users are told.';
+comment on column private.error_codes.uses_attempt is
+  'False: the retry does not count (the provider was busy).';
+comment on column private.error_codes.resumes is
+  'True: the next attempt resumes the provider''s job, which may be alive and paid for. False: it'
+  ' starts anew.';
+
+create table private.plans (
+  name text primary key,
+  max_active integer not null,
+  max_per_minute integer not null,
+  weight integer not null,
+  constraint plans_name_is_known check (name in ('free', 'paid')),
+  constraint plans_limits_are_positive check (max_active > 0 and max_per_minute > 0 and weight > 0)
+);
+
+comment on table private.plans is 'Limits of free and paid users.';
+comment on column private.plans.max_active is 'Jobs queued or running at once.';
+comment on column private.plans.max_per_minute is 'Jobs enqueued in a minute.';
+comment on column private.plans.weight is 'Share of the queue against other users'' weights.';
+
+create table private.settings (
+  id boolean primary key default true,
+  welcome_credits integer not null default 10,
+  max_prompt_chars integer not null default 4000,
+  max_params_bytes integer not null default 8192,
+  lease interval not null default '60 seconds',
+  heartbeat interval not null default '15 seconds',
+  max_attempts smallint not null default 3,
+  retry_base interval not null default '2 seconds',
+  retry_cap interval not null default '60 seconds',
+  give_up_after interval not null default '1 hour',
+  constraint settings_is_one_row check (id),
+  constraint settings_welcome_credits_are_not_negative check (welcome_credits >= 0),
+  constraint settings_lease_outlives_three_heartbeats check (lease >= 3 * heartbeat),
+  constraint settings_max_attempts_is_positive check (max_attempts > 0)
+);
+
+comment on table private.settings is 'The one row of operator settings.';
+comment on column private.settings.welcome_credits is 'Credits of a new user; 0 for none.';
+comment on column private.settings.lease is
+  'How long a worker may be silent before its jobs are given to others.';
+comment on column private.settings.heartbeat is 'How often workers beat.';
+comment on column private.settings.max_attempts is 'Attempts of a job before it fails for good.';
+comment on column private.settings.retry_base is
+  'Retry n waits up to retry_base * 2^(n-1), at most retry_cap.';
+comment on column private.settings.give_up_after is 'A job this old is not retried any more.';

@@ -1,0 +1,317 @@
+-- Gating: may this user ask for this? Checks only; nothing here writes.
+--
+-- enqueue_generation (50) calls these in order: who asks (require_user_id), is the request well
+-- formed (read_params, check_request), is the model there and allowed (require_model), do the
+-- params fit its schema (check_params), does the plan allow one more now (check_limits).
+-- The credits are checked where they are taken (40).
+
+-- The user of the request's JWT. Raises: PT401 not_authenticated.
+create or replace function private.require_user_id()
+returns uuid
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_user_id uuid := auth.uid();
+begin
+  if v_user_id is null then
+    raise sqlstate 'PT401' using
+      message = 'not_authenticated',
+      detail = 'The request carries no user.',
+      hint = 'Sign in and send the access token as Authorization: Bearer.';
+  end if;
+  return v_user_id;
+end;
+$$;
+
+revoke all on function private.require_user_id() from public, anon, authenticated, service_role;
+
+-- Raises PT400 invalid_input.
+create or replace function private.refuse_input(p_detail text, p_hint text default null)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+begin
+  raise sqlstate 'PT400' using
+    message = 'invalid_input',
+    detail = p_detail,
+    hint = coalesce(p_hint, 'Correct the argument and call again.');
+end;
+$$;
+
+revoke all on function private.refuse_input(text, text)
+from public, anon, authenticated, service_role;
+
+-- Raises a refusal that passes with time, carrying Retry-After. PostgREST reads status and headers
+-- from the detail of SQLSTATE PGRST (docs.postgrest.org, "Raise errors with HTTP status codes").
+create or replace function private.refuse_for_now(
+  p_status integer,
+  p_token text,
+  p_detail text,
+  p_retry_after_seconds integer
+)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+begin
+  raise sqlstate 'PGRST' using
+    message = json_build_object(
+      'code', 'PT' || p_status,
+      'message', p_token,
+      'details', p_detail,
+      'hint', format('Try again in %s seconds.', p_retry_after_seconds)
+    )::text,
+    detail = json_build_object(
+      'status', p_status,
+      'headers', json_build_object('Retry-After', p_retry_after_seconds::text)
+    )::text;
+end;
+$$;
+
+revoke all on function private.refuse_for_now(integer, text, text, integer)
+from public, anon, authenticated, service_role;
+
+-- The params as an object. Some gateways hand a jsonb argument as a JSON string holding the text,
+-- so it is unwrapped once, here. Raises: PT400 invalid_input.
+create or replace function private.read_params(p_params jsonb)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_params jsonb := coalesce(p_params, '{}');
+  v_max_bytes integer := (select max_params_bytes from private.settings);
+begin
+  if octet_length(v_params::text) > v_max_bytes then
+    perform private.refuse_input(format('params: longer than %s bytes', v_max_bytes));
+  end if;
+  if jsonb_typeof(v_params) = 'string' then
+    begin
+      v_params := (v_params #>> '{}')::jsonb;
+    exception when invalid_text_representation or untranslatable_character then
+      perform private.refuse_input('params: not a JSON object');
+    end;
+  end if;
+  if jsonb_typeof(v_params) <> 'object' then
+    perform private.refuse_input(
+      'params: not a JSON object', 'Send an object such as {"seed": 7}, or leave it out.'
+    );
+  end if;
+  return v_params;
+end;
+$$;
+
+revoke all on function private.read_params(jsonb) from public, anon, authenticated, service_role;
+
+-- The arguments that need no catalogue. Raises: PT400 invalid_input.
+create or replace function private.check_request(p_prompt text, p_idempotency_key text)
+returns void
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_max_chars integer := (select max_prompt_chars from private.settings);
+begin
+  -- Bytes first: counting the characters of a hundred megabytes is work for nothing.
+  if octet_length(p_prompt) > 4 * v_max_chars or length(p_prompt) > v_max_chars then
+    perform private.refuse_input(format('prompt: longer than %s characters', v_max_chars));
+  end if;
+  if coalesce(btrim(p_prompt, E' \t\r\n'), '') = '' then
+    perform private.refuse_input('prompt: missing or blank');
+  end if;
+  if octet_length(p_idempotency_key) not between 1 and 200 then
+    perform private.refuse_input(
+      'idempotency_key: not 1 to 200 bytes', 'Use a UUID made on the device.'
+    );
+  end if;
+end;
+$$;
+
+revoke all on function private.check_request(text, text)
+from public, anon, authenticated, service_role;
+
+-- The model, if it is there and this user may use it.
+-- Raises: PT404 not_found, PT403 requires_paid_plan.
+create or replace function private.require_model(p_model_id text, p_plan text)
+returns public.models
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_model public.models;
+begin
+  select * into v_model from public.models where id = p_model_id and is_active;
+  if not found then
+    raise sqlstate 'PT404' using
+      message = 'not_found', detail = 'model: no such model', hint = 'list_models() names them.';
+  end if;
+  if v_model.requires_paid and p_plan <> 'paid' then
+    raise sqlstate 'PT403' using
+      message = 'requires_paid_plan',
+      detail = format('%s is for paid users', v_model.id),
+      hint = 'Choose another model or a paid plan.';
+  end if;
+  return v_model;
+end;
+$$;
+
+revoke all on function private.require_model(text, text)
+from public, anon, authenticated, service_role;
+
+-- Why a value does not fit a property of a JSON schema (type, enum, minimum, maximum); null if it
+-- does.
+create or replace function private.input_problem(p_value jsonb, p_property jsonb)
+returns text
+language sql
+immutable
+set search_path = ''
+as $$
+  select case
+    when case p_property ->> 'type'
+      when 'integer' then
+        case
+          when jsonb_typeof(p_value) = 'number' then (p_value #>> '{}')::numeric % 1 <> 0
+          else true
+        end
+      else jsonb_typeof(p_value) is distinct from (p_property ->> 'type')
+    end
+      then 'not of type ' || coalesce(p_property ->> 'type', 'allowed here')
+    when p_property ? 'enum' and not (p_property -> 'enum') @> jsonb_build_array(p_value)
+      then 'not one of ' || (p_property ->> 'enum')
+    when jsonb_typeof(p_value) = 'number' and (
+      (p_value #>> '{}')::numeric < coalesce((p_property ->> 'minimum')::numeric, '-infinity')
+      or (p_value #>> '{}')::numeric > coalesce((p_property ->> 'maximum')::numeric, 'infinity')
+    )
+      then format(
+        'not between %s and %s',
+        coalesce(p_property ->> 'minimum', 'any'),
+        coalesce(p_property ->> 'maximum', 'any')
+      )
+  end
+$$;
+
+revoke all on function private.input_problem(jsonb, jsonb)
+from public, anon, authenticated, service_role;
+
+-- Each param is one the model takes from clients, and fits its schema. Raises: PT400 invalid_input.
+create or replace function private.check_params(p_model public.models, p_params jsonb)
+returns void
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_name text;
+  v_problem text;
+begin
+  select p.key into v_name
+  from jsonb_object_keys(p_params) as p (key)
+  where not p.key = any (p_model.client_inputs)
+  order by p.key limit 1;
+  if found then
+    perform private.refuse_input(
+      format('params.%s: not an input of %s', left(v_name, 60), p_model.id),
+      'Allowed: ' || array_to_string(p_model.client_inputs, ', ')
+    );
+  end if;
+  select p.key, private.input_problem(p.value, p_model.input_schema -> 'properties' -> p.key)
+  into v_name, v_problem
+  from jsonb_each(p_params) as p
+  where private.input_problem(p.value, p_model.input_schema -> 'properties' -> p.key) is not null
+  order by p.key limit 1;
+  if found then
+    perform private.refuse_input(format('params.%s: %s', v_name, v_problem));
+  end if;
+end;
+$$;
+
+revoke all on function private.check_params(public.models, jsonb)
+from public, anon, authenticated, service_role;
+
+-- What the provider is sent: the schema's defaults, then the user's params, the prompt, and a seed
+-- where the model has one and none was given, so that every picture can be made again.
+create or replace function private.complete_input(
+  p_model public.models,
+  p_prompt text,
+  p_params jsonb
+)
+returns jsonb
+language sql
+volatile
+set search_path = ''
+as $$
+  select
+    coalesce(
+      jsonb_object_agg(p.key, p.value -> 'default') filter (where p.value ? 'default'), '{}'
+    )
+    || case
+      when p_model.input_schema -> 'properties' ? 'seed'
+        then jsonb_build_object('seed', floor(random() * 2147483647)::integer)
+      else '{}'
+    end
+    || p_params
+    || jsonb_build_object('prompt', p_prompt)
+  from jsonb_each(p_model.input_schema -> 'properties') as p
+$$;
+
+revoke all on function private.complete_input(public.models, text, jsonb)
+from public, anon, authenticated, service_role;
+
+-- The plan of a user now: 'paid' or 'free'.
+create or replace function private.plan_of(p_entitlement public.entitlements)
+returns text
+language sql
+stable
+set search_path = ''
+as $$
+  select case
+    when p_entitlement.is_paid and p_entitlement.paid_until > now() then 'paid'
+    else 'free'
+  end
+$$;
+
+revoke all on function private.plan_of(public.entitlements)
+from public, anon, authenticated, service_role;
+
+-- One more job fits the plan's limits. The caller has locked the entitlement row, so the counters
+-- cannot be passed by concurrent requests. Raises: PT429 too_many_active, PT429 rate_limited.
+create or replace function private.check_limits(
+  p_entitlement public.entitlements,
+  p_plan private.plans
+)
+returns void
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  if p_entitlement.active_jobs >= p_plan.max_active then
+    perform private.refuse_for_now(
+      429,
+      'too_many_active',
+      format('%s jobs are queued or running, the plan''s limit', p_plan.max_active),
+      5
+    );
+  end if;
+  if p_entitlement.minute_jobs >= p_plan.max_per_minute
+    and p_entitlement.minute_started_at > now() - interval '1 minute' then
+    perform private.refuse_for_now(
+      429,
+      'rate_limited',
+      format('%s jobs in this minute, the plan''s limit', p_plan.max_per_minute),
+      ceil(extract(
+        epoch from p_entitlement.minute_started_at + interval '1 minute' - now()
+      ))::integer
+    );
+  end if;
+end;
+$$;
+
+revoke all on function private.check_limits(public.entitlements, private.plans)
+from public, anon, authenticated, service_role;

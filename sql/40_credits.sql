@@ -1,0 +1,330 @@
+-- Credits: grant, charge, refund. The only code that moves a balance.
+--
+-- Every step locks the user's entitlement row, writes one ledger entry that holds the new balance,
+-- and moves the balance by the same amount, in one transaction. Give-backs are keyed by generation:
+-- the unique ledger entry goes in first, and the balance moves only if it did.
+
+-- Locks and returns the user's entitlement. Raises: PT401 not_authenticated if there is none (the
+-- token outlived the user).
+create or replace function private.lock_entitlement(p_user_id uuid)
+returns public.entitlements
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_entitlement public.entitlements;
+begin
+  select * into v_entitlement from public.entitlements where user_id = p_user_id for update;
+  if not found then
+    raise sqlstate 'PT401' using
+      message = 'not_authenticated',
+      detail = 'There is no such user any more.',
+      hint = 'Sign in again.';
+  end if;
+  return v_entitlement;
+end;
+$$;
+
+revoke all on function private.lock_entitlement(uuid)
+from public, anon, authenticated, service_role;
+
+-- Charges one generation and takes one active slot, or refuses. The entitlement row is locked.
+--
+-- Raises: PT402 insufficient_credits.
+create or replace function private.charge_credits(
+  p_entitlement public.entitlements,
+  p_generation_id uuid,
+  p_credits integer,
+  p_fair_key bigint
+)
+returns integer
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_balance integer := p_entitlement.credits - p_credits;
+  v_new_minute boolean := p_entitlement.minute_started_at <= now() - interval '1 minute';
+begin
+  if v_balance < 0 then
+    raise sqlstate 'PT402' using
+      message = 'insufficient_credits',
+      detail = format('need %s, have %s', p_credits, p_entitlement.credits),
+      hint = 'Buy credits or choose a cheaper model.';
+  end if;
+  update public.entitlements set
+    credits = v_balance,
+    active_jobs = active_jobs + 1,
+    last_fair_key = p_fair_key,
+    minute_started_at = case when v_new_minute then now() else minute_started_at end,
+    minute_jobs = case when v_new_minute then 1 else minute_jobs + 1 end
+  where user_id = p_entitlement.user_id;
+  insert into public.credit_ledger (user_id, generation_id, kind, amount, balance_after)
+  values (p_entitlement.user_id, p_generation_id, 'charge', -p_credits, v_balance);
+  return v_balance;
+end;
+$$;
+
+revoke all on function private.charge_credits(public.entitlements, uuid, integer, bigint)
+from public, anon, authenticated, service_role;
+
+-- Gives credits of a generation back; the second time does nothing.
+--
+-- Locks: the entitlement row.
+create or replace function private.refund_generation(
+  p_user_id uuid,
+  p_generation_id uuid,
+  p_credits integer
+)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_balance integer;
+begin
+  select credits + p_credits into v_balance
+  from public.entitlements where user_id = p_user_id for update;
+  if not found then
+    return;
+  end if;
+  insert into public.credit_ledger (user_id, generation_id, kind, amount, balance_after)
+  values (p_user_id, p_generation_id, 'refund', p_credits, v_balance)
+  on conflict (generation_id) where kind = 'refund' do nothing;
+  if found then
+    update public.entitlements set credits = v_balance where user_id = p_user_id;
+  end if;
+end;
+$$;
+
+revoke all on function private.refund_generation(uuid, uuid, integer)
+from public, anon, authenticated, service_role;
+
+-- Gives an active slot back. Only whoever deleted the job's ready or running row calls it.
+--
+-- Locks: the entitlement row.
+create or replace function private.release_slot(p_user_id uuid)
+returns void
+language sql
+set search_path = ''
+as $$
+  update public.entitlements set active_jobs = active_jobs - 1 where user_id = p_user_id
+$$;
+
+revoke all on function private.release_slot(uuid) from public, anon, authenticated, service_role;
+
+-- A user's plan, balance and limits as the API shows them; null if there is no such user.
+create or replace function private.entitlement_json(p_user_id uuid)
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select json_build_object(
+    'user_id', e.user_id,
+    'plan', p.name,
+    'paid_until', e.paid_until,
+    'credits', e.credits,
+    'active_jobs', e.active_jobs,
+    'max_active', p.max_active,
+    'minute_jobs', case
+      when e.minute_started_at > now() - interval '1 minute' then e.minute_jobs
+      else 0
+    end,
+    'max_per_minute', p.max_per_minute
+  )
+  from public.entitlements as e
+  inner join private.plans as p on p.name = private.plan_of(e)
+  where e.user_id = p_user_id
+$$;
+
+revoke all on function private.entitlement_json(uuid)
+from public, anon, authenticated, service_role;
+
+-- The ledger entry of an external id, if it is this very grant; null if the id is new.
+--
+-- Raises: PT409 idempotency_conflict if the id was used for something else.
+create or replace function private.find_grant(
+  p_user_id uuid,
+  p_amount integer,
+  p_kind text,
+  p_external_id text
+)
+returns public.credit_ledger
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_entry public.credit_ledger;
+begin
+  select * into v_entry from public.credit_ledger where external_id = p_external_id;
+  if found and (v_entry.user_id, v_entry.amount, v_entry.kind)
+    is distinct from (p_user_id, p_amount, p_kind) then
+    raise sqlstate 'PT409' using
+      message = 'idempotency_conflict',
+      detail = 'external_id was used for another grant',
+      hint = 'Use the payment''s own id, once for each payment.';
+  end if;
+  return v_entry;
+end;
+$$;
+
+revoke all on function private.find_grant(uuid, integer, text, text)
+from public, anon, authenticated, service_role;
+
+-- Adds credits once per external id. Answers {credits, applied}.
+--
+-- Locks: the entitlement row.
+-- Raises: PT400 invalid_input, PT404 not_found, PT409 idempotency_conflict.
+create or replace function private.grant_credits(
+  p_user_id uuid,
+  p_amount integer,
+  p_kind text,
+  p_external_id text
+)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_credits integer;
+  v_entry public.credit_ledger;
+begin
+  if ((p_kind = 'grant' and p_amount > 0) or (p_kind = 'adjust' and p_amount <> 0)) is not true then
+    perform private.refuse_input(
+      'kind: grant with a positive amount, or adjust with one that is not 0'
+    );
+  end if;
+  if coalesce(octet_length(p_external_id) not between 1 and 200, true) then
+    perform private.refuse_input(
+      'external_id: not 1 to 200 bytes', 'Use the payment''s id: repeats are applied once.'
+    );
+  end if;
+  select credits into v_credits from public.entitlements where user_id = p_user_id for update;
+  if not found then
+    raise sqlstate 'PT404' using message = 'not_found', detail = 'user_id: no such user';
+  end if;
+  v_entry := private.find_grant(p_user_id, p_amount, p_kind, p_external_id);
+  if v_entry.id is not null then
+    return json_build_object('credits', v_credits, 'applied', false);
+  end if;
+  if v_credits::bigint + p_amount not between 0 and 2147483647 then
+    perform private.refuse_input(format('amount: the balance is %s', v_credits));
+  end if;
+  update public.entitlements set credits = credits + p_amount where user_id = p_user_id;
+  insert into public.credit_ledger (user_id, kind, amount, balance_after, external_id)
+  values (p_user_id, p_kind, p_amount, v_credits + p_amount, p_external_id);
+  return json_build_object('credits', v_credits + p_amount, 'applied', true);
+end;
+$$;
+
+revoke all on function private.grant_credits(uuid, integer, text, text)
+from public, anon, authenticated, service_role;
+grant execute on function private.grant_credits(uuid, integer, text, text) to service_role;
+
+create or replace function public.grant_credits(
+  user_id uuid,
+  amount integer,
+  kind text,
+  external_id text
+)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.grant_credits(
+    grant_credits.user_id, grant_credits.amount, grant_credits.kind, grant_credits.external_id
+  )
+$$;
+
+comment on function public.grant_credits is
+  'Adds credits to a user: kind grant (amount > 0) or adjust (either sign). The same external_id '
+  'is applied once. Answers {credits, applied}. Errors: PT400 invalid_input, PT404 not_found, '
+  'PT409 idempotency_conflict.';
+
+revoke all on function public.grant_credits(uuid, integer, text, text)
+from public, anon, authenticated, service_role;
+grant execute on function public.grant_credits(uuid, integer, text, text) to service_role;
+
+-- Sets until when the user is paid; null ends the plan now.
+--
+-- Locks: the entitlement row.
+-- Raises: PT404 not_found.
+create or replace function private.set_paid(p_user_id uuid, p_paid_until timestamptz)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  update public.entitlements
+  set is_paid = p_paid_until is not null, paid_until = p_paid_until
+  where user_id = p_user_id;
+  if not found then
+    raise sqlstate 'PT404' using message = 'not_found', detail = 'user_id: no such user';
+  end if;
+  return private.entitlement_json(p_user_id);
+end;
+$$;
+
+revoke all on function private.set_paid(uuid, timestamptz)
+from public, anon, authenticated, service_role;
+grant execute on function private.set_paid(uuid, timestamptz) to service_role;
+
+create or replace function public.set_paid(user_id uuid, paid_until timestamptz)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.set_paid(set_paid.user_id, set_paid.paid_until)
+$$;
+
+comment on function public.set_paid is
+  'Makes a user paid until a time (infinity: without end; null: not paid). Repeating it changes '
+  'nothing. Answers the entitlement. Errors: PT404 not_found.';
+
+revoke all on function public.set_paid(uuid, timestamptz)
+from public, anon, authenticated, service_role;
+grant execute on function public.set_paid(uuid, timestamptz) to service_role;
+
+-- Gives a new user an entitlement with the welcome credits.
+create or replace function private.create_entitlement(p_user_id uuid)
+returns void
+language sql
+set search_path = ''
+as $$
+  with created as (
+    insert into public.entitlements (user_id, credits)
+    select p_user_id, s.welcome_credits from private.settings as s
+    on conflict (user_id) do nothing
+    returning user_id, credits
+  )
+  insert into public.credit_ledger (user_id, kind, amount, balance_after, external_id)
+  select c.user_id, 'grant', c.credits, c.credits, 'welcome:' || c.user_id
+  from created as c
+  where c.credits > 0
+$$;
+
+revoke all on function private.create_entitlement(uuid)
+from public, anon, authenticated, service_role;
+
+-- Definer: sign-up runs as the auth server's role, which has no rights here.
+create or replace function private.create_entitlement_of_new_user()
+returns trigger
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  perform private.create_entitlement(new.id);
+  return null;
+end;
+$$;
+
+revoke all on function private.create_entitlement_of_new_user()
+from public, anon, authenticated, service_role;
+
+create trigger darkroom_create_entitlement
+after insert on auth.users
+for each row execute function private.create_entitlement_of_new_user();

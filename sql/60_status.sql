@@ -1,0 +1,231 @@
+-- What users may read through the API: ping, one job, all active jobs, the plan, the catalogue.
+--
+-- All of it is STABLE, so GET works and repeats are harmless. Polling get_job_status is the
+-- contract; Realtime (65) is only a hint to poll sooner.
+
+create or replace function public.ping()
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select json_build_object('ok', true, 'server_time', now())
+  from set_config('response.headers', '[{"Cache-Control": "no-store"}]', true)
+$$;
+
+comment on function public.ping is
+  'Warms the path from the app to the database: touches no table. Answers {ok, server_time}, '
+  'never cached.';
+
+revoke all on function public.ping() from public, anon, authenticated, service_role;
+grant execute on function public.ping() to anon, authenticated, service_role;
+
+-- One job as the API shows it. Progress is read from the running row: it is not history.
+create or replace function private.job_json(p_generation public.generations)
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select json_build_object(
+    'job_id', p_generation.id,
+    'status', p_generation.status,
+    'stage', running.stage,
+    'progress', running.progress,
+    'queue_position', (
+      select private.queue_position(r.fair_key, r.seq)
+      from private.ready_jobs as r where r.job_id = p_generation.id
+    ),
+    'poll_after_ms', private.poll_after_ms(p_generation),
+    'model', p_generation.model_id,
+    'prompt', p_generation.prompt,
+    'params', p_generation.input,
+    'price_credits', p_generation.price_credits,
+    'refunded_credits', coalesce((
+      select l.amount from public.credit_ledger as l
+      where l.generation_id = p_generation.id and l.kind = 'refund'
+    ), 0),
+    'error', case when p_generation.error_code is not null
+      then json_build_object('code', p_generation.error_code, 'message', p_generation.error_message)
+    end,
+    'images', (
+      select coalesce(json_agg(json_build_object(
+        'position', i.position, 'path', i.storage_path, 'content_type', i.content_type,
+        'width', i.width, 'height', i.height, 'bytes', i.bytes, 'blurhash', i.blurhash
+      ) order by i.position), '[]')
+      from public.images as i where i.generation_id = p_generation.id
+    ),
+    'created_at', p_generation.created_at,
+    'started_at', p_generation.started_at,
+    'finished_at', p_generation.finished_at
+  )
+  from (values (p_generation.id)) as job (id)
+  left join private.running_jobs as running on running.job_id = job.id
+$$;
+
+revoke all on function private.job_json(public.generations)
+from public, anon, authenticated, service_role;
+
+-- Body of public.get_job_status. Somebody else's job is not found, like one that never was.
+--
+-- Raises: PT401 not_authenticated, PT404 not_found.
+create or replace function private.get_job_status(p_job_id uuid)
+returns json
+language plpgsql
+stable
+security definer
+set search_path = ''
+as $$
+declare
+  v_user_id uuid := private.require_user_id();
+  v_generation public.generations;
+begin
+  select * into v_generation from public.generations where id = p_job_id and user_id = v_user_id;
+  if not found then
+    raise sqlstate 'PT404' using message = 'not_found', detail = 'job_id: no such job of yours';
+  end if;
+  return private.job_json(v_generation);
+end;
+$$;
+
+revoke all on function private.get_job_status(uuid) from public, anon, authenticated, service_role;
+grant execute on function private.get_job_status(uuid) to authenticated;
+
+create or replace function public.get_job_status(job_id uuid)
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select private.get_job_status(get_job_status.job_id)
+$$;
+
+comment on function public.get_job_status is
+  'State of one of your jobs: {job_id, status, stage, progress (percent), queue_position, '
+  'poll_after_ms, model, prompt, params, price_credits, refunded_credits, error {code, message}, '
+  'images [{position, path in bucket generations, content_type, width, height, bytes, blurhash}],'
+  ' created_at, started_at, finished_at}. Poll again after poll_after_ms, stop when it is null. '
+  'Errors: PT401 not_authenticated, PT404 not_found.';
+
+revoke all on function public.get_job_status(uuid) from public, anon, authenticated, service_role;
+grant execute on function public.get_job_status(uuid) to authenticated;
+
+-- Body of public.list_active_jobs. The count on the entitlement says when the scan may stop, so it
+-- ends at the user's oldest active job and never reads the whole history.
+--
+-- Raises: PT401 not_authenticated.
+create or replace function private.list_active_jobs()
+returns json
+language sql
+stable
+security definer
+set search_path = ''
+as $$
+  select coalesce(json_agg(private.job_json(active) order by active.id desc), '[]')
+  from (
+    select g.*
+    from public.generations as g
+    where g.user_id = (select private.require_user_id()) and g.status in ('queued', 'processing')
+    order by g.id desc
+    limit (
+      select e.active_jobs from public.entitlements as e
+      where e.user_id = (select private.require_user_id())
+    )
+  ) as active
+$$;
+
+revoke all on function private.list_active_jobs() from public, anon, authenticated, service_role;
+grant execute on function private.list_active_jobs() to authenticated;
+
+create or replace function public.list_active_jobs()
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select private.list_active_jobs()
+$$;
+
+comment on function public.list_active_jobs is
+  'Your queued and running jobs, newest first, each as get_job_status shows it: what an app asks '
+  'on start and on returning to the foreground. Errors: PT401 not_authenticated.';
+
+revoke all on function public.list_active_jobs() from public, anon, authenticated, service_role;
+grant execute on function public.list_active_jobs() to authenticated;
+
+-- Body of public.get_entitlement.
+--
+-- Raises: PT401 not_authenticated.
+create or replace function private.get_entitlement()
+returns json
+language sql
+stable
+security definer
+set search_path = ''
+as $$
+  select private.entitlement_json(private.require_user_id())
+$$;
+
+revoke all on function private.get_entitlement() from public, anon, authenticated, service_role;
+grant execute on function private.get_entitlement() to authenticated;
+
+create or replace function public.get_entitlement()
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select private.get_entitlement()
+$$;
+
+comment on function public.get_entitlement is
+  'Your plan, balance, limits and what is used of them: {user_id, plan (free | paid), paid_until,'
+  ' credits, active_jobs, max_active, minute_jobs, max_per_minute}. Errors: PT401 '
+  'not_authenticated.';
+
+revoke all on function public.get_entitlement() from public, anon, authenticated, service_role;
+grant execute on function public.get_entitlement() to authenticated;
+
+-- Body of public.list_models.
+create or replace function private.list_models()
+returns json
+language sql
+stable
+security definer
+set search_path = ''
+as $$
+  select coalesce(json_agg(json_build_object(
+    'id', m.id,
+    'title', m.title,
+    'price_credits', m.price_credits,
+    'paid_price_credits', m.paid_price_credits,
+    'requires_paid', m.requires_paid,
+    'max_images', m.max_images,
+    'inputs', (
+      select coalesce(json_object_agg(p.key, p.value order by p.key), '{}')
+      from jsonb_each(m.input_schema -> 'properties') as p
+      where p.key = any (m.client_inputs)
+    )
+  ) order by m.id), '[]')
+  from public.models as m
+  where m.is_active
+$$;
+
+revoke all on function private.list_models() from public, anon, authenticated, service_role;
+grant execute on function private.list_models() to anon, authenticated, service_role;
+
+create or replace function public.list_models()
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select private.list_models()
+$$;
+
+comment on function public.list_models is
+  'The catalogue: [{id, title, price_credits and paid_price_credits (per image), requires_paid, '
+  'max_images, inputs {name: JSON schema of a param}}].';
+
+revoke all on function public.list_models() from public, anon, authenticated, service_role;
+grant execute on function public.list_models() to anon, authenticated, service_role;
