@@ -42,7 +42,7 @@ language sql
 security definer
 set search_path = ''
 as $$
-  update private.workers set asleep = true, seen_at = now() where id = p_worker_id
+  update private.workers set asleep = true where id = p_worker_id and not asleep
 $$;
 
 comment on function private.sleep is
@@ -112,6 +112,7 @@ returns table (
   provider_ref text,
   provider_input jsonb,
   provider_job_id text,
+  image_count smallint,
   deadline_seconds real
 )
 language plpgsql
@@ -152,11 +153,11 @@ begin
     update public.generations as g set
       status = 'processing', started_at = coalesce(g.started_at, now()), updated_at = now()
     where g.id = any (array(select r.job_id from running as r))
-    returning g.id, g.provider_input
+    returning g.id, g.provider_input, g.image_count
   )
   select
     r.job_id, r.user_id, r.token, r.attempt, m.provider, m.provider_ref,
-    s.provider_input, r.provider_job_id, extract(epoch from m.deadline)::real
+    s.provider_input, r.provider_job_id, s.image_count, extract(epoch from m.deadline)::real
   from running as r
   inner join started as s on s.id = r.job_id
   inner join public.models as m on m.id = r.model_id

@@ -116,7 +116,10 @@ from public, anon, authenticated, service_role;
 
 -- How long to wait before the next attempt: what the provider asked for, else exponential backoff
 -- with full jitter, so that jobs that failed together do not come back together.
-create or replace function private.retry_delay(p_attempts_used integer, p_retry_after_seconds real)
+create or replace function private.retry_delay(
+  p_attempts_used integer,
+  p_retry_after_seconds double precision
+)
 returns interval
 language sql
 volatile
@@ -130,7 +133,7 @@ as $$
   from private.settings as s
 $$;
 
-revoke all on function private.retry_delay(integer, real)
+revoke all on function private.retry_delay(integer, double precision)
 from public, anon, authenticated, service_role;
 
 -- Retries a failed attempt while it may, or fails the job for good. Answers 'retried' or 'failed'.
@@ -138,7 +141,7 @@ create or replace function private.end_failed_attempt(
   p_job private.running_jobs,
   p_code text,
   p_detail text,
-  p_retry_after_seconds real default null
+  p_retry_after_seconds double precision default null
 )
 returns text
 language plpgsql
@@ -174,7 +177,9 @@ begin
 end;
 $$;
 
-revoke all on function private.end_failed_attempt(private.running_jobs, text, text, real)
+revoke all on function private.end_failed_attempt(
+  private.running_jobs, text, text, double precision
+)
 from public, anon, authenticated, service_role;
 
 create or replace function private.fail_job(
@@ -182,7 +187,7 @@ create or replace function private.fail_job(
   p_token bigint,
   p_code text,
   p_detail text,
-  p_retry_after_seconds real default null
+  p_retry_after_seconds double precision default null
 )
 returns text
 language plpgsql
@@ -204,9 +209,10 @@ comment on function private.fail_job is
   'refunded. p_detail is for operators only; p_retry_after_seconds is the provider''s own wish. '
   'Answers retried, failed, or repeated (the call was made before). Errors: DR001 lease_lost.';
 
-revoke all on function private.fail_job(uuid, bigint, text, text, real)
+revoke all on function private.fail_job(uuid, bigint, text, text, double precision)
 from public, anon, authenticated, service_role;
-grant execute on function private.fail_job(uuid, bigint, text, text, real) to darkroom_worker;
+grant execute on function private.fail_job(uuid, bigint, text, text, double precision)
+to darkroom_worker;
 
 create or replace function private.release_job(p_job_id uuid, p_token bigint)
 returns void

@@ -43,14 +43,14 @@ revoke all on function private.recover_stale_jobs(integer)
 from public, anon, authenticated, service_role;
 grant execute on function private.recover_stale_jobs(integer) to darkroom_worker;
 
--- Forgets worker processes that have been silent for a day and entries of past cron runs.
+-- Forgets worker processes and cron runs of more than a week ago.
 create or replace function private.trim_history()
 returns void
 language plpgsql
 set search_path = ''
 as $$
 begin
-  delete from private.workers where seen_at < now() - interval '1 day';
+  delete from private.workers where seen_at < now() - interval '7 days';
   if to_regclass('cron.job_run_details') is not null then
     delete from cron.job_run_details where end_time < now() - interval '7 days';
   end if;

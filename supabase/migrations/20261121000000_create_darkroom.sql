@@ -1,0 +1,2507 @@
+-- Built from sql/ by `make migration`: edit there, not here.
+-- Darkroom: the backend of an app whose users generate images, living in PostgreSQL.
+--
+-- Read these files in order. A user asks for a picture with enqueue_generation (50), which gates
+-- (30), charges (40) and queues in one transaction. A worker claims the job, makes the picture and
+-- completes or fails it (70). What a dead worker left is picked up by recover_stale_jobs (80). The
+-- user reads the state with get_job_status (60).
+--
+-- Schema `public` is what PostgREST exposes: tables with row level security and thin security
+-- invoker wrappers. Schema `private` holds the queue and the security definer bodies. NEVER add
+-- `private` to the exposed schemas.
+--
+-- Errors for clients. The stable token is the `message`; `detail` is for people, `hint` says what
+-- to do. Those marked * carry a Retry-After header through PostgREST's PGRST form.
+--   PT400 invalid_input           an argument is missing, too long, of the wrong type or not
+--                                 allowed
+--   PT401 not_authenticated       no user in the token, or the user is gone
+--   PT402 insufficient_credits    the price is more than the balance
+--   PT403 requires_paid_plan      the model is for paid users
+--   PT404 not_found               no such job or model, or not yours
+--   PT409 idempotency_conflict    the key was used before with another payload
+--   PT429 too_many_active *       as many jobs are queued or running as the plan allows
+--   PT429 rate_limited *          as many requests in this minute as the plan allows
+-- Errors for the worker.
+--   DR001 lease_lost              the token no longer holds the job: drop everything
+--   DR002 canceled                the user canceled: stop and clean up
+-- SQLSTATE 40001 is never raised: PostgREST before 16 retries it for ever.
+
+do $$
+begin
+  if to_regclass('auth.users') is null or to_regprocedure('auth.uid()') is null then
+    raise exception 'Darkroom needs Supabase Auth: auth.users and auth.uid() are missing'
+      using errcode = 'undefined_object',
+        hint = 'Install on a Supabase database, or start Supabase Lite on this one first.';
+  end if;
+  if to_regrole('anon') is null then
+    create role anon nologin noinherit;
+  end if;
+  if to_regrole('authenticated') is null then
+    create role authenticated nologin noinherit;
+  end if;
+  if to_regrole('service_role') is null then
+    create role service_role nologin noinherit bypassrls;
+  end if;
+  if to_regrole('darkroom_worker') is null then
+    -- No password: it cannot log in until the DBA gives it one.
+    create role darkroom_worker login noinherit;
+  end if;
+end;
+$$;
+
+-- A worker's call takes milliseconds; one that hangs must not hold locks for ever.
+alter role darkroom_worker set statement_timeout = '30s';
+alter role darkroom_worker set idle_in_transaction_session_timeout = '15s';
+
+create schema private;
+
+comment on schema private is
+  'Darkroom''s queue and function bodies. Never expose it through PostgREST.';
+
+revoke all on schema private from public;
+grant usage on schema private to anon, authenticated, service_role, darkroom_worker;
+
+-- Supabase projects from before 2026-10-30 grant every new object in public to the API roles.
+alter default privileges in schema public revoke all on tables
+from anon, authenticated, service_role;
+alter default privileges in schema public revoke all on sequences
+from anon, authenticated, service_role;
+alter default privileges in schema public revoke all on functions
+from anon, authenticated, service_role;
+-- The tables of schema public: what users own and may read.
+--
+-- An entitlement says what a user may do; the credit ledger says how the balance came to be; a
+-- model is a row of the catalogue; a generation is one request of a user and its permanent record;
+-- an image is one stored output. The queue is elsewhere (12): a generation is written when it is
+-- enqueued and when its state changes, never by heartbeats or progress.
+--
+-- Always true: entitlements.credits is the sum of the user's ledger amounts and never negative;
+-- entitlements.active_jobs counts the user's rows in ready_jobs and running_jobs.
+
+-- Time-ordered ids: 48 bits of milliseconds, 12 bits of the fraction, 62 random bits (RFC 9562).
+create or replace function private.uuid_v7()
+returns uuid
+language sql
+volatile
+set search_path = ''
+as $$
+  select encode(
+    substring(int8send(t.us / 1000) from 3)
+    || int2send((28672 + (t.us % 1000) * 4096 / 1000)::smallint)
+    || substring(uuid_send(gen_random_uuid()) from 9),
+    'hex'
+  )::uuid
+  from (select (extract(epoch from clock_timestamp()) * 1000000)::bigint as us) as t
+$$;
+
+revoke all on function private.uuid_v7() from public, anon, authenticated, service_role;
+
+create table public.entitlements (
+  user_id uuid primary key references auth.users (id) on delete cascade,
+  is_paid boolean not null default false,
+  paid_until timestamptz,
+  credits integer not null default 0,
+  active_jobs integer not null default 0,
+  last_fair_key bigint not null default 0,
+  minute_started_at timestamptz not null default '-infinity',
+  minute_jobs integer not null default 0,
+  created_at timestamptz not null default now(),
+  constraint entitlements_credits_are_not_negative check (credits >= 0),
+  constraint entitlements_active_jobs_are_not_negative check (active_jobs >= 0),
+  constraint entitlements_paid_users_have_an_end check (not is_paid or paid_until is not null)
+) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
+
+comment on table public.entitlements is
+  'A user''s plan and balance: the row every money step locks.';
+comment on column public.entitlements.paid_until is
+  'End of the paid plan; infinity for one without end.';
+comment on column public.entitlements.credits is
+  'Balance in credits: the sum of the user''s ledger amounts.';
+comment on column public.entitlements.active_jobs is 'Jobs of the user that are queued or running.';
+comment on column public.entitlements.last_fair_key is
+  'Virtual finish time of the user''s last job; see ready_jobs.fair_key.';
+comment on column public.entitlements.minute_started_at is
+  'Start of the minute that minute_jobs counts.';
+comment on column public.entitlements.minute_jobs is 'Jobs enqueued since minute_started_at.';
+
+-- No foreign keys: the books outlive the user and the generation they speak of.
+create table public.credit_ledger (
+  id bigint generated always as identity primary key,
+  user_id uuid not null,
+  generation_id uuid,
+  kind text not null,
+  amount integer not null,
+  balance_after integer not null,
+  external_id text,
+  created_at timestamptz not null default now(),
+  constraint credit_ledger_kind_is_known check (kind in ('grant', 'charge', 'refund', 'adjust')),
+  constraint credit_ledger_sign_matches_kind check (
+    case kind when 'charge' then amount <= 0 when 'adjust' then amount <> 0 else amount >= 0 end
+  ),
+  constraint credit_ledger_balance_is_not_negative check (balance_after >= 0),
+  constraint credit_ledger_generation_matches_kind check (
+    (generation_id is not null) = (kind in ('charge', 'refund'))
+  )
+);
+
+comment on table public.credit_ledger is
+  'Append-only entries that explain every balance. Rows are never updated or deleted.';
+comment on column public.credit_ledger.amount is
+  'Credits: negative for a charge, positive for a grant or refund.';
+comment on column public.credit_ledger.balance_after is 'The user''s balance after this entry.';
+comment on column public.credit_ledger.external_id is
+  'The caller''s id of a grant (a payment''s, say): the same id is applied once.';
+
+create index credit_ledger_user_id_id_idx on public.credit_ledger (user_id, id);
+-- A generation is given back at most once. Its charge needs no index: enqueue writes it together
+-- with the generation's new id.
+create unique index credit_ledger_refund_once_idx
+on public.credit_ledger (generation_id) where kind = 'refund';
+create unique index credit_ledger_external_id_idx
+on public.credit_ledger (external_id) where external_id is not null;
+
+create or replace function private.refuse_change()
+returns trigger
+language plpgsql
+set search_path = ''
+as $$
+begin
+  raise exception '% is append-only', tg_table_name
+    using errcode = 'object_not_in_prerequisite_state';
+end;
+$$;
+
+revoke all on function private.refuse_change() from public, anon, authenticated, service_role;
+
+create trigger credit_ledger_is_append_only
+before update or delete or truncate on public.credit_ledger
+for each statement execute function private.refuse_change();
+
+create table public.models (
+  id text primary key,
+  provider text not null,
+  provider_ref text not null,
+  title text not null,
+  price_credits integer not null,
+  paid_price_credits integer not null,
+  requires_paid boolean not null default false,
+  is_active boolean not null default true,
+  input_schema jsonb not null,
+  client_inputs text[] not null,
+  image_count_input text,
+  max_images smallint not null default 1,
+  deadline interval not null default '5 minutes',
+  constraint models_id_is_owner_slash_name check (id ~ '^[a-z0-9_.-]+/[a-z0-9_.-]+$'),
+  constraint models_provider_is_known check (provider in ('preview', 'replicate')),
+  constraint models_prices_are_not_negative check (price_credits >= 0 and paid_price_credits >= 0),
+  constraint models_input_schema_has_properties check (
+    coalesce(jsonb_typeof(input_schema -> 'properties'), '') = 'object'
+  ),
+  constraint models_client_inputs_leave_out_the_prompt check (not client_inputs @> '{prompt}'),
+  constraint models_image_count_input_is_a_client_input check (
+    image_count_input = any(client_inputs)
+  ),
+  constraint models_max_images_is_sane check (max_images between 1 and 16),
+  constraint models_deadline_is_positive check (deadline > interval '0')
+);
+
+comment on table public.models is
+  'The catalogue: what can be asked for, at what price, run by whom.';
+comment on column public.models.provider_ref is
+  'What the provider calls the model: owner/name, or owner/name:version.';
+comment on column public.models.price_credits is 'Credits per image for a free user.';
+comment on column public.models.paid_price_credits is
+  'Credits per image for a paid user; 0 means included in the plan.';
+comment on column public.models.is_active is 'Whether it is listed and may be asked for.';
+comment on column public.models.input_schema is
+  'JSON schema of the provider''s input: {"properties": {name: {type, minimum, maximum, enum, '
+  'default}}}.';
+comment on column public.models.client_inputs is 'The properties a client may set in params.';
+comment on column public.models.image_count_input is
+  'The client input that says how many images; null: always one.';
+comment on column public.models.max_images is 'Most images of one generation.';
+comment on column public.models.deadline is
+  'How long one attempt may take before it fails with timeout.';
+
+create table public.generations (
+  id uuid primary key default private.uuid_v7(),
+  -- To entitlements, not auth.users: enqueue has locked that row already, so the check is free.
+  user_id uuid not null references public.entitlements (user_id) on delete cascade,
+  batch_id uuid,
+  -- No foreign key: it would lock the model's row in every enqueue. Models are deactivated, not
+  -- deleted.
+  model_id text not null,
+  prompt text not null,
+  input jsonb not null,
+  provider_input jsonb not null,
+  status text not null default 'queued',
+  error_code text,
+  error_message text,
+  price_credits integer not null,
+  image_count smallint not null,
+  idempotency_key text,
+  created_at timestamptz not null default now(),
+  started_at timestamptz,
+  finished_at timestamptz,
+  updated_at timestamptz not null default now(),
+  constraint generations_status_is_known check (
+    status in ('queued', 'processing', 'completed', 'failed', 'canceled')
+  ),
+  constraint generations_finished_at_matches_status check (
+    (finished_at is not null) = (status in ('completed', 'failed', 'canceled'))
+  ),
+  constraint generations_error_code_matches_status check (
+    (error_code is not null) = (status = 'failed')
+  ),
+  constraint generations_prompt_is_not_blank check (btrim(prompt) <> ''),
+  constraint generations_input_is_an_object check (jsonb_typeof(input) = 'object'),
+  constraint generations_price_is_not_negative check (price_credits >= 0),
+  constraint generations_image_count_is_positive check (image_count > 0)
+) with (fillfactor = 80);
+
+comment on table public.generations is
+  'What a user asked for and what became of it: the job''s permanent record.';
+comment on column public.generations.id is 'The job id: the same thing seen by the queue.';
+comment on column public.generations.input is 'The params as the user gave them.';
+comment on column public.generations.provider_input is
+  'What is sent to the provider: prompt, params, defaults and the chosen seed.';
+comment on column public.generations.status is
+  'queued -> processing (claim) -> completed | failed | canceled; processing -> queued (retry, '
+  'release).';
+comment on column public.generations.error_code is 'Why it failed: a code of private.error_codes.';
+comment on column public.generations.price_credits is
+  'Credits charged for the whole generation at enqueue.';
+comment on column public.generations.image_count is 'Images asked and charged for.';
+comment on column public.generations.idempotency_key is
+  'The client''s own name for the request: the same key answers with this row.';
+
+create index generations_user_id_id_idx on public.generations (user_id, id desc);
+create unique index generations_idempotency_key_idx
+on public.generations (user_id, idempotency_key) where idempotency_key is not null;
+
+create table public.images (
+  generation_id uuid not null references public.generations (id) on delete cascade,
+  position smallint not null,
+  user_id uuid not null,
+  storage_path text not null,
+  content_type text not null,
+  width integer,
+  height integer,
+  bytes integer not null,
+  blurhash text,
+  created_at timestamptz not null default now(),
+  primary key (generation_id, position),
+  constraint images_position_is_not_negative check (position >= 0),
+  constraint images_path_is_the_owners check (
+    starts_with(storage_path, concat(user_id, '/', generation_id, '/', position, '.'))
+  ),
+  constraint images_content_type_is_an_image check (content_type like 'image/%'),
+  constraint images_size_is_positive check (bytes > 0 and width > 0 and height > 0)
+);
+
+comment on table public.images is 'One stored output of a generation.';
+comment on column public.images.position is 'Place among the generation''s images, from 0.';
+comment on column public.images.storage_path is
+  'Path in bucket generations: <user_id>/<generation_id>/<position>.<ext>. Never changes: a good '
+  'cache key.';
+comment on column public.images.width is 'Pixels; null where the format has none.';
+comment on column public.images.bytes is 'Size of the file in bytes.';
+comment on column public.images.blurhash is 'BlurHash placeholder; null where none was made.';
+
+-- Read by the policy on images.
+create index images_user_id_idx on public.images (user_id);
+-- The tables of schema private: the queue, its workers, and what operators set.
+--
+-- A live job is in exactly one of two small tables: ready_jobs while it may be claimed,
+-- running_jobs while a worker has its lease. History is elsewhere (generations, attempts), so both
+-- stay as small as the work in hand and no scan of them meets finished jobs.
+--
+-- A lease is proven by its token. Every call of a worker names (job, token): where that row is
+-- gone, the lease is lost and the call changes nothing.
+
+create sequence private.lease_tokens;
+
+comment on sequence private.lease_tokens is
+  'Lease tokens: one global order, so an old token never matches again.';
+
+-- A sequence is a variable that can be read and set without locks and leaves no dead rows behind,
+-- however long another session holds back vacuum.
+create sequence private.virtual_clock minvalue 0 start 0;
+
+comment on sequence private.virtual_clock is
+  'Virtual time of the queue: the fair_key of the job last claimed. A hint; nothing breaks if it '
+  'is off.';
+
+create table private.ready_jobs (
+  seq bigint generated always as identity primary key,
+  job_id uuid not null unique references public.generations (id) on delete cascade,
+  user_id uuid not null,
+  model_id text not null,
+  fair_key bigint not null,
+  attempt smallint not null default 0,
+  run_at timestamptz,
+  provider_job_id text
+) with (
+  fillfactor = 70, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500,
+  autovacuum_vacuum_insert_threshold = -1, autovacuum_analyze_scale_factor = 0.1,
+  autovacuum_vacuum_cost_delay = 0
+);
+
+comment on table private.ready_jobs is 'Jobs that wait to be claimed.';
+comment on column private.ready_jobs.fair_key is
+  'Virtual finish time: greatest(virtual clock, the user''s last) + price / weight. Smallest is '
+  'claimed first.';
+comment on column private.ready_jobs.attempt is 'Attempts used so far.';
+comment on column private.ready_jobs.run_at is 'Not before this time (backoff); null: now.';
+comment on column private.ready_jobs.provider_job_id is
+  'The provider''s job an earlier attempt began: resume it.';
+
+-- Delayed jobs are out of the claim's index, so a pile of them costs the claim nothing.
+create index ready_jobs_claim_idx on private.ready_jobs (fair_key, seq) where run_at is null;
+create index ready_jobs_run_at_idx on private.ready_jobs (run_at) where run_at is not null;
+
+-- No index on what heartbeats change, and half-empty pages: beats are HOT updates.
+create table private.running_jobs (
+  job_id uuid primary key references public.generations (id) on delete cascade,
+  user_id uuid not null,
+  model_id text not null,
+  token bigint not null,
+  worker_id bigint not null,
+  attempt smallint not null,
+  claimed_at timestamptz not null default now(),
+  lease_until timestamptz not null,
+  deadline_at timestamptz not null,
+  stage text not null default 'generating',
+  progress smallint,
+  provider_job_id text,
+  cancel_requested boolean not null default false,
+  constraint running_jobs_stage_is_known check (stage in ('generating', 'storing')),
+  constraint running_jobs_progress_is_a_percentage check (progress between 0 and 100)
+) with (
+  fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200,
+  autovacuum_vacuum_insert_threshold = -1, autovacuum_vacuum_cost_delay = 0
+);
+
+comment on table private.running_jobs is
+  'Jobs a worker holds a lease on: as many rows as slots in the fleet.';
+comment on column private.running_jobs.token is 'Proof of the lease, from lease_tokens.';
+comment on column private.running_jobs.attempt is 'Number of this attempt, from 1.';
+comment on column private.running_jobs.lease_until is
+  'When the worker counts as dead unless it beats.';
+comment on column private.running_jobs.deadline_at is
+  'When the attempt fails with timeout, beats or not.';
+comment on column private.running_jobs.stage is
+  'generating (at the provider) -> storing (download, upload).';
+comment on column private.running_jobs.progress is 'Percent, where the provider tells.';
+comment on column private.running_jobs.provider_job_id is
+  'Checkpoint: the provider''s id, saved as soon as it is known.';
+
+create table private.workers (
+  id bigint generated always as identity primary key,
+  host text not null,
+  version text not null,
+  slots smallint not null,
+  asleep boolean not null default false,
+  started_at timestamptz not null default now(),
+  seen_at timestamptz not null default now(),
+  constraint workers_slots_are_positive check (slots > 0)
+) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200);
+
+comment on table private.workers is 'Worker processes: liveness and wake-up.';
+comment on column private.workers.slots is 'Jobs it runs at once.';
+comment on column private.workers.asleep is
+  'Found no work and waits for NOTIFY on darkroom_worker_<id>.';
+
+create table private.attempts (
+  generation_id uuid not null references public.generations (id) on delete cascade,
+  token bigint not null,
+  attempt smallint not null,
+  worker_id bigint not null,
+  started_at timestamptz not null,
+  ended_at timestamptz not null default now(),
+  outcome text not null,
+  error_code text,
+  error_detail text,
+  provider_job_id text,
+  provider_seconds real,
+  cost_usd numeric(12, 6),
+  primary key (generation_id, token),
+  constraint attempts_outcome_is_known check (
+    outcome in ('completed', 'retried', 'failed', 'released')
+  )
+);
+
+comment on table private.attempts is
+  'One row for each ended claim of a job. For operators only: provider text stays here.';
+comment on column private.attempts.attempt is
+  'Attempt number; a released or throttled claim shares it with the next, so (generation, token) '
+  'is the key.';
+comment on column private.attempts.outcome is
+  'completed | retried (failed, queued again) | failed | released (graceful stop).';
+comment on column private.attempts.provider_seconds is 'Compute seconds the provider reported.';
+comment on column private.attempts.cost_usd is 'US dollars the attempt cost at the provider.';
+
+create table private.error_codes (
+  code text primary key,
+  message text not null,
+  is_retryable boolean not null,
+  uses_attempt boolean not null default true,
+  resumes boolean not null default false
+);
+
+comment on table private.error_codes is
+  'What a job can fail with, and what fail_job does about it.';
+comment on column private.error_codes.message is 'What users are told.';
+comment on column private.error_codes.uses_attempt is
+  'False: the retry does not count (the provider was busy).';
+comment on column private.error_codes.resumes is
+  'True: the next attempt resumes the provider''s job, which may be alive and paid for. False: it'
+  ' starts anew.';
+
+create table private.plans (
+  name text primary key,
+  max_active integer not null,
+  max_per_minute integer not null,
+  weight integer not null,
+  constraint plans_name_is_known check (name in ('free', 'paid')),
+  constraint plans_limits_are_positive check (max_active > 0 and max_per_minute > 0 and weight > 0)
+);
+
+comment on table private.plans is 'Limits of free and paid users.';
+comment on column private.plans.max_active is 'Jobs queued or running at once.';
+comment on column private.plans.max_per_minute is 'Jobs enqueued in a minute.';
+comment on column private.plans.weight is 'Share of the queue against other users'' weights.';
+
+create table private.settings (
+  id boolean primary key default true,
+  welcome_credits integer not null default 10,
+  max_prompt_chars integer not null default 4000,
+  max_params_bytes integer not null default 8192,
+  lease interval not null default '60 seconds',
+  heartbeat interval not null default '15 seconds',
+  max_attempts smallint not null default 3,
+  retry_base interval not null default '2 seconds',
+  retry_cap interval not null default '60 seconds',
+  give_up_after interval not null default '1 hour',
+  constraint settings_is_one_row check (id),
+  constraint settings_welcome_credits_are_not_negative check (welcome_credits >= 0),
+  constraint settings_lease_outlives_three_heartbeats check (lease >= 3 * heartbeat),
+  constraint settings_max_attempts_is_positive check (max_attempts > 0)
+);
+
+comment on table private.settings is 'The one row of operator settings.';
+comment on column private.settings.welcome_credits is 'Credits of a new user; 0 for none.';
+comment on column private.settings.lease is
+  'How long a worker may be silent before its jobs are given to others.';
+comment on column private.settings.heartbeat is 'How often workers beat.';
+comment on column private.settings.max_attempts is 'Attempts of a job before it fails for good.';
+comment on column private.settings.retry_base is
+  'Retry n waits up to retry_base * 2^(n-1), at most retry_cap.';
+comment on column private.settings.give_up_after is 'A job this old is not retried any more.';
+-- Row level security: who may read what. Nobody writes a table: the functions do.
+--
+-- Users read their own rows in public; the catalogue is read through list_models(). Private tables
+-- have RLS and no policy, which denies everybody but their owner even where a gateway grants too
+-- much. Functions run as that owner.
+
+alter table public.entitlements enable row level security;
+alter table public.credit_ledger enable row level security;
+alter table public.models enable row level security;
+alter table public.generations enable row level security;
+alter table public.images enable row level security;
+alter table private.ready_jobs enable row level security;
+alter table private.running_jobs enable row level security;
+alter table private.workers enable row level security;
+alter table private.attempts enable row level security;
+alter table private.error_codes enable row level security;
+alter table private.plans enable row level security;
+alter table private.settings enable row level security;
+
+revoke all on all tables in schema private from public, anon, authenticated, service_role;
+revoke all on all sequences in schema private from public, anon, authenticated, service_role;
+revoke all on table public.entitlements, public.credit_ledger, public.models, public.generations,
+public.images from public, anon, authenticated, service_role;
+revoke all on sequence public.credit_ledger_id_seq from public, anon, authenticated, service_role;
+
+grant select on table public.entitlements, public.credit_ledger, public.generations, public.images
+to authenticated, service_role;
+grant select, insert, update on table public.models to service_role;
+
+create policy "Users read their own entitlement" on public.entitlements
+for select to authenticated using (user_id = (select auth.uid()));
+
+create policy "Users read their own ledger" on public.credit_ledger
+for select to authenticated using (user_id = (select auth.uid()));
+
+create policy "Users read their own generations" on public.generations
+for select to authenticated using (user_id = (select auth.uid()));
+
+create policy "Users read their own images" on public.images
+for select to authenticated using (user_id = (select auth.uid()));
+
+-- Storage: outputs are read by their owner and written by the worker alone; inputs for
+-- image-to-image are put into the user's own folder.
+do $$
+begin
+  if to_regclass('storage.objects') is null then
+    raise notice 'Darkroom: no storage.objects here; buckets and their policies are skipped';
+    return;
+  end if;
+  create policy "Users read their own generated images" on storage.objects
+  for select to authenticated using (
+    bucket_id = 'generations' and split_part(name, '/', 1) = (select auth.uid())::text
+  );
+  create policy "Users read their own input images" on storage.objects
+  for select to authenticated using (
+    bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text
+  );
+  create policy "Users add their own input images" on storage.objects
+  for insert to authenticated with check (
+    bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text
+  );
+  create policy "Users replace their own input images" on storage.objects
+  for update to authenticated using (
+    bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text
+  ) with check (
+    bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text
+  );
+  create policy "Users delete their own input images" on storage.objects
+  for delete to authenticated using (
+    bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text
+  );
+end;
+$$;
+-- Gating: may this user ask for this? Checks only; nothing here writes.
+--
+-- enqueue_generation (50) calls these in order: who asks (require_user_id), is the request well
+-- formed (read_params, check_request), is the model there and allowed (require_model), do the
+-- params fit its schema (check_params), does the plan allow one more now (check_limits).
+-- The credits are checked where they are taken (40).
+
+-- The user of the request's JWT. Raises: PT401 not_authenticated.
+create or replace function private.require_user_id()
+returns uuid
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_user_id uuid := auth.uid();
+begin
+  if v_user_id is null then
+    raise sqlstate 'PT401' using
+      message = 'not_authenticated',
+      detail = 'The request carries no user.',
+      hint = 'Sign in and send the access token as Authorization: Bearer.';
+  end if;
+  return v_user_id;
+end;
+$$;
+
+revoke all on function private.require_user_id() from public, anon, authenticated, service_role;
+
+-- Raises PT400 invalid_input.
+create or replace function private.refuse_input(p_detail text, p_hint text default null)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+begin
+  raise sqlstate 'PT400' using
+    message = 'invalid_input',
+    detail = p_detail,
+    hint = coalesce(p_hint, 'Correct the argument and call again.');
+end;
+$$;
+
+revoke all on function private.refuse_input(text, text)
+from public, anon, authenticated, service_role;
+
+-- Raises a refusal that passes with time, carrying Retry-After. PostgREST reads status and headers
+-- from the detail of SQLSTATE PGRST (docs.postgrest.org, "Raise errors with HTTP status codes").
+create or replace function private.refuse_for_now(
+  p_status integer,
+  p_token text,
+  p_detail text,
+  p_retry_after_seconds integer
+)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+begin
+  raise sqlstate 'PGRST' using
+    message = json_build_object(
+      'code', 'PT' || p_status,
+      'message', p_token,
+      'details', p_detail,
+      'hint', format('Try again in %s seconds.', p_retry_after_seconds)
+    )::text,
+    detail = json_build_object(
+      'status', p_status,
+      'headers', json_build_object('Retry-After', p_retry_after_seconds::text)
+    )::text;
+end;
+$$;
+
+revoke all on function private.refuse_for_now(integer, text, text, integer)
+from public, anon, authenticated, service_role;
+
+-- The params as an object. Some gateways hand a jsonb argument as a JSON string holding the text,
+-- so it is unwrapped once, here. Raises: PT400 invalid_input.
+create or replace function private.read_params(p_params jsonb)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_params jsonb := coalesce(p_params, '{}');
+  v_max_bytes integer := (select max_params_bytes from private.settings);
+begin
+  if octet_length(v_params::text) > v_max_bytes then
+    perform private.refuse_input(format('params: longer than %s bytes', v_max_bytes));
+  end if;
+  if jsonb_typeof(v_params) = 'string' then
+    begin
+      v_params := (v_params #>> '{}')::jsonb;
+    exception when invalid_text_representation or untranslatable_character then
+      perform private.refuse_input('params: not a JSON object');
+    end;
+  end if;
+  if jsonb_typeof(v_params) <> 'object' then
+    perform private.refuse_input(
+      'params: not a JSON object', 'Send an object such as {"seed": 7}, or leave it out.'
+    );
+  end if;
+  return v_params;
+end;
+$$;
+
+revoke all on function private.read_params(jsonb) from public, anon, authenticated, service_role;
+
+-- The arguments that need no catalogue. Raises: PT400 invalid_input.
+create or replace function private.check_request(p_prompt text, p_idempotency_key text)
+returns void
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_max_chars integer := (select max_prompt_chars from private.settings);
+begin
+  -- Bytes first: counting the characters of a hundred megabytes is work for nothing.
+  if octet_length(p_prompt) > 4 * v_max_chars or length(p_prompt) > v_max_chars then
+    perform private.refuse_input(format('prompt: longer than %s characters', v_max_chars));
+  end if;
+  if coalesce(btrim(p_prompt, E' \t\r\n'), '') = '' then
+    perform private.refuse_input('prompt: missing or blank');
+  end if;
+  if octet_length(p_idempotency_key) not between 1 and 200 then
+    perform private.refuse_input(
+      'idempotency_key: not 1 to 200 bytes', 'Use a UUID made on the device.'
+    );
+  end if;
+end;
+$$;
+
+revoke all on function private.check_request(text, text)
+from public, anon, authenticated, service_role;
+
+-- The model, if it is there and this user may use it.
+-- Raises: PT404 not_found, PT403 requires_paid_plan.
+create or replace function private.require_model(p_model_id text, p_plan text)
+returns public.models
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_model public.models;
+begin
+  select * into v_model from public.models where id = p_model_id and is_active;
+  if not found then
+    raise sqlstate 'PT404' using
+      message = 'not_found', detail = 'model: no such model', hint = 'list_models() names them.';
+  end if;
+  if v_model.requires_paid and p_plan <> 'paid' then
+    raise sqlstate 'PT403' using
+      message = 'requires_paid_plan',
+      detail = format('%s is for paid users', v_model.id),
+      hint = 'Choose another model or a paid plan.';
+  end if;
+  return v_model;
+end;
+$$;
+
+revoke all on function private.require_model(text, text)
+from public, anon, authenticated, service_role;
+
+-- Why a value does not fit a property of a JSON schema (type, enum, minimum, maximum); null if it
+-- does.
+create or replace function private.input_problem(p_value jsonb, p_property jsonb)
+returns text
+language sql
+immutable
+set search_path = ''
+as $$
+  select case
+    when case p_property ->> 'type'
+      when 'integer' then
+        case
+          when jsonb_typeof(p_value) = 'number' then (p_value #>> '{}')::numeric % 1 <> 0
+          else true
+        end
+      else jsonb_typeof(p_value) is distinct from (p_property ->> 'type')
+    end
+      then 'not of type ' || coalesce(p_property ->> 'type', 'allowed here')
+    when p_property ? 'enum' and not (p_property -> 'enum') @> jsonb_build_array(p_value)
+      then 'not one of ' || (p_property ->> 'enum')
+    when jsonb_typeof(p_value) = 'number' and (
+      (p_value #>> '{}')::numeric < coalesce((p_property ->> 'minimum')::numeric, '-infinity')
+      or (p_value #>> '{}')::numeric > coalesce((p_property ->> 'maximum')::numeric, 'infinity')
+    )
+      then format(
+        'not between %s and %s',
+        coalesce(p_property ->> 'minimum', 'any'),
+        coalesce(p_property ->> 'maximum', 'any')
+      )
+  end
+$$;
+
+revoke all on function private.input_problem(jsonb, jsonb)
+from public, anon, authenticated, service_role;
+
+-- Each param is one the model takes from clients, and fits its schema. Raises: PT400 invalid_input.
+create or replace function private.check_params(p_model public.models, p_params jsonb)
+returns void
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_name text;
+  v_problem text;
+begin
+  select p.key into v_name
+  from jsonb_object_keys(p_params) as p (key)
+  where not p.key = any (p_model.client_inputs)
+  order by p.key limit 1;
+  if found then
+    perform private.refuse_input(
+      format('params.%s: not an input of %s', left(v_name, 60), p_model.id),
+      'Allowed: ' || array_to_string(p_model.client_inputs, ', ')
+    );
+  end if;
+  select p.key, private.input_problem(p.value, p_model.input_schema -> 'properties' -> p.key)
+  into v_name, v_problem
+  from jsonb_each(p_params) as p
+  where private.input_problem(p.value, p_model.input_schema -> 'properties' -> p.key) is not null
+  order by p.key limit 1;
+  if found then
+    perform private.refuse_input(format('params.%s: %s', v_name, v_problem));
+  end if;
+end;
+$$;
+
+revoke all on function private.check_params(public.models, jsonb)
+from public, anon, authenticated, service_role;
+
+-- What the provider is sent: the schema's defaults, then the user's params, the prompt, and a seed
+-- where the model has one and none was given, so that every picture can be made again.
+create or replace function private.complete_input(
+  p_model public.models,
+  p_prompt text,
+  p_params jsonb
+)
+returns jsonb
+language sql
+volatile
+set search_path = ''
+as $$
+  select
+    coalesce(
+      jsonb_object_agg(p.key, p.value -> 'default') filter (where p.value ? 'default'), '{}'
+    )
+    || case
+      when p_model.input_schema -> 'properties' ? 'seed'
+        then jsonb_build_object('seed', floor(random() * 2147483647)::integer)
+      else '{}'
+    end
+    || p_params
+    || jsonb_build_object('prompt', p_prompt)
+  from jsonb_each(p_model.input_schema -> 'properties') as p
+$$;
+
+revoke all on function private.complete_input(public.models, text, jsonb)
+from public, anon, authenticated, service_role;
+
+-- The plan of a user now: 'paid' or 'free'.
+create or replace function private.plan_of(p_entitlement public.entitlements)
+returns text
+language sql
+stable
+set search_path = ''
+as $$
+  select case
+    when p_entitlement.is_paid and p_entitlement.paid_until > now() then 'paid'
+    else 'free'
+  end
+$$;
+
+revoke all on function private.plan_of(public.entitlements)
+from public, anon, authenticated, service_role;
+
+-- One more job fits the plan's limits. The caller has locked the entitlement row, so the counters
+-- cannot be passed by concurrent requests. Raises: PT429 too_many_active, PT429 rate_limited.
+create or replace function private.check_limits(
+  p_entitlement public.entitlements,
+  p_plan private.plans
+)
+returns void
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  if p_entitlement.active_jobs >= p_plan.max_active then
+    perform private.refuse_for_now(
+      429,
+      'too_many_active',
+      format('%s jobs are queued or running, the plan''s limit', p_plan.max_active),
+      5
+    );
+  end if;
+  if p_entitlement.minute_jobs >= p_plan.max_per_minute
+    and p_entitlement.minute_started_at > now() - interval '1 minute' then
+    perform private.refuse_for_now(
+      429,
+      'rate_limited',
+      format('%s jobs in this minute, the plan''s limit', p_plan.max_per_minute),
+      ceil(extract(
+        epoch from p_entitlement.minute_started_at + interval '1 minute' - now()
+      ))::integer
+    );
+  end if;
+end;
+$$;
+
+revoke all on function private.check_limits(public.entitlements, private.plans)
+from public, anon, authenticated, service_role;
+-- Credits: grant, charge, refund. The only code that moves a balance.
+--
+-- Every step locks the user's entitlement row, writes one ledger entry that holds the new balance,
+-- and moves the balance by the same amount, in one transaction. Give-backs are keyed by generation:
+-- the unique ledger entry goes in first, and the balance moves only if it did.
+
+-- Locks and returns the user's entitlement. Raises: PT401 not_authenticated if there is none (the
+-- token outlived the user).
+create or replace function private.lock_entitlement(p_user_id uuid)
+returns public.entitlements
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_entitlement public.entitlements;
+begin
+  select * into v_entitlement from public.entitlements where user_id = p_user_id for update;
+  if not found then
+    raise sqlstate 'PT401' using
+      message = 'not_authenticated',
+      detail = 'There is no such user any more.',
+      hint = 'Sign in again.';
+  end if;
+  return v_entitlement;
+end;
+$$;
+
+revoke all on function private.lock_entitlement(uuid)
+from public, anon, authenticated, service_role;
+
+-- Charges one generation and takes one active slot, or refuses. The entitlement row is locked.
+--
+-- Raises: PT402 insufficient_credits.
+create or replace function private.charge_credits(
+  p_entitlement public.entitlements,
+  p_generation_id uuid,
+  p_credits integer,
+  p_fair_key bigint
+)
+returns integer
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_balance integer := p_entitlement.credits - p_credits;
+  v_new_minute boolean := p_entitlement.minute_started_at <= now() - interval '1 minute';
+begin
+  if v_balance < 0 then
+    raise sqlstate 'PT402' using
+      message = 'insufficient_credits',
+      detail = format('need %s, have %s', p_credits, p_entitlement.credits),
+      hint = 'Buy credits or choose a cheaper model.';
+  end if;
+  update public.entitlements set
+    credits = v_balance,
+    active_jobs = active_jobs + 1,
+    last_fair_key = p_fair_key,
+    minute_started_at = case when v_new_minute then now() else minute_started_at end,
+    minute_jobs = case when v_new_minute then 1 else minute_jobs + 1 end
+  where user_id = p_entitlement.user_id;
+  insert into public.credit_ledger (user_id, generation_id, kind, amount, balance_after)
+  values (p_entitlement.user_id, p_generation_id, 'charge', -p_credits, v_balance);
+  return v_balance;
+end;
+$$;
+
+revoke all on function private.charge_credits(public.entitlements, uuid, integer, bigint)
+from public, anon, authenticated, service_role;
+
+-- Gives credits of a generation back; the second time does nothing.
+--
+-- Locks: the entitlement row.
+create or replace function private.refund_generation(
+  p_user_id uuid,
+  p_generation_id uuid,
+  p_credits integer
+)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_balance integer;
+begin
+  select credits + p_credits into v_balance
+  from public.entitlements where user_id = p_user_id for update;
+  if not found then
+    return;
+  end if;
+  insert into public.credit_ledger (user_id, generation_id, kind, amount, balance_after)
+  values (p_user_id, p_generation_id, 'refund', p_credits, v_balance)
+  on conflict (generation_id) where kind = 'refund' do nothing;
+  if found then
+    update public.entitlements set credits = v_balance where user_id = p_user_id;
+  end if;
+end;
+$$;
+
+revoke all on function private.refund_generation(uuid, uuid, integer)
+from public, anon, authenticated, service_role;
+
+-- Gives an active slot back. Only whoever deleted the job's ready or running row calls it.
+--
+-- Locks: the entitlement row.
+create or replace function private.release_slot(p_user_id uuid)
+returns void
+language sql
+set search_path = ''
+as $$
+  update public.entitlements set active_jobs = active_jobs - 1 where user_id = p_user_id
+$$;
+
+revoke all on function private.release_slot(uuid) from public, anon, authenticated, service_role;
+
+-- A user's plan, balance and limits as the API shows them; null if there is no such user.
+create or replace function private.entitlement_json(p_user_id uuid)
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select json_build_object(
+    'user_id', e.user_id,
+    'plan', p.name,
+    'paid_until', e.paid_until,
+    'credits', e.credits,
+    'active_jobs', e.active_jobs,
+    'max_active', p.max_active,
+    'minute_jobs', case
+      when e.minute_started_at > now() - interval '1 minute' then e.minute_jobs
+      else 0
+    end,
+    'max_per_minute', p.max_per_minute
+  )
+  from public.entitlements as e
+  inner join private.plans as p on p.name = private.plan_of(e)
+  where e.user_id = p_user_id
+$$;
+
+revoke all on function private.entitlement_json(uuid)
+from public, anon, authenticated, service_role;
+
+-- The ledger entry of an external id, if it is this very grant; null if the id is new.
+--
+-- Raises: PT409 idempotency_conflict if the id was used for something else.
+create or replace function private.find_grant(
+  p_user_id uuid,
+  p_amount integer,
+  p_kind text,
+  p_external_id text
+)
+returns public.credit_ledger
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_entry public.credit_ledger;
+begin
+  select * into v_entry from public.credit_ledger where external_id = p_external_id;
+  if found and (v_entry.user_id, v_entry.amount, v_entry.kind)
+    is distinct from (p_user_id, p_amount, p_kind) then
+    raise sqlstate 'PT409' using
+      message = 'idempotency_conflict',
+      detail = 'external_id was used for another grant',
+      hint = 'Use the payment''s own id, once for each payment.';
+  end if;
+  return v_entry;
+end;
+$$;
+
+revoke all on function private.find_grant(uuid, integer, text, text)
+from public, anon, authenticated, service_role;
+
+-- Adds credits once per external id. Answers {credits, applied}.
+--
+-- Locks: the entitlement row.
+-- Raises: PT400 invalid_input, PT404 not_found, PT409 idempotency_conflict.
+create or replace function private.grant_credits(
+  p_user_id uuid,
+  p_amount integer,
+  p_kind text,
+  p_external_id text
+)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_credits integer;
+  v_entry public.credit_ledger;
+begin
+  if ((p_kind = 'grant' and p_amount > 0) or (p_kind = 'adjust' and p_amount <> 0)) is not true then
+    perform private.refuse_input(
+      'kind: grant with a positive amount, or adjust with one that is not 0'
+    );
+  end if;
+  if coalesce(octet_length(p_external_id) not between 1 and 200, true) then
+    perform private.refuse_input(
+      'external_id: not 1 to 200 bytes', 'Use the payment''s id: repeats are applied once.'
+    );
+  end if;
+  select credits into v_credits from public.entitlements where user_id = p_user_id for update;
+  if not found then
+    raise sqlstate 'PT404' using message = 'not_found', detail = 'user_id: no such user';
+  end if;
+  v_entry := private.find_grant(p_user_id, p_amount, p_kind, p_external_id);
+  if v_entry.id is not null then
+    return json_build_object('credits', v_credits, 'applied', false);
+  end if;
+  if v_credits::bigint + p_amount not between 0 and 2147483647 then
+    perform private.refuse_input(format('amount: the balance is %s', v_credits));
+  end if;
+  update public.entitlements set credits = credits + p_amount where user_id = p_user_id;
+  insert into public.credit_ledger (user_id, kind, amount, balance_after, external_id)
+  values (p_user_id, p_kind, p_amount, v_credits + p_amount, p_external_id);
+  return json_build_object('credits', v_credits + p_amount, 'applied', true);
+end;
+$$;
+
+revoke all on function private.grant_credits(uuid, integer, text, text)
+from public, anon, authenticated, service_role;
+grant execute on function private.grant_credits(uuid, integer, text, text) to service_role;
+
+create or replace function public.grant_credits(
+  user_id uuid,
+  amount integer,
+  kind text,
+  external_id text
+)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.grant_credits(
+    grant_credits.user_id, grant_credits.amount, grant_credits.kind, grant_credits.external_id
+  )
+$$;
+
+comment on function public.grant_credits is
+  'Adds credits to a user: kind grant (amount > 0) or adjust (either sign). The same external_id '
+  'is applied once. Answers {credits, applied}. Errors: PT400 invalid_input, PT404 not_found, '
+  'PT409 idempotency_conflict.';
+
+revoke all on function public.grant_credits(uuid, integer, text, text)
+from public, anon, authenticated, service_role;
+grant execute on function public.grant_credits(uuid, integer, text, text) to service_role;
+
+-- Sets until when the user is paid; null ends the plan now.
+--
+-- Locks: the entitlement row.
+-- Raises: PT404 not_found.
+create or replace function private.set_paid(p_user_id uuid, p_paid_until timestamptz)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  update public.entitlements
+  set is_paid = p_paid_until is not null, paid_until = p_paid_until
+  where user_id = p_user_id;
+  if not found then
+    raise sqlstate 'PT404' using message = 'not_found', detail = 'user_id: no such user';
+  end if;
+  return private.entitlement_json(p_user_id);
+end;
+$$;
+
+revoke all on function private.set_paid(uuid, timestamptz)
+from public, anon, authenticated, service_role;
+grant execute on function private.set_paid(uuid, timestamptz) to service_role;
+
+create or replace function public.set_paid(user_id uuid, paid_until timestamptz)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.set_paid(set_paid.user_id, set_paid.paid_until)
+$$;
+
+comment on function public.set_paid is
+  'Makes a user paid until a time (infinity: without end; null: not paid). Repeating it changes '
+  'nothing. Answers the entitlement. Errors: PT404 not_found.';
+
+revoke all on function public.set_paid(uuid, timestamptz)
+from public, anon, authenticated, service_role;
+grant execute on function public.set_paid(uuid, timestamptz) to service_role;
+
+-- Gives a new user an entitlement with the welcome credits.
+create or replace function private.create_entitlement(p_user_id uuid)
+returns void
+language sql
+set search_path = ''
+as $$
+  with created as (
+    insert into public.entitlements (user_id, credits)
+    select p_user_id, s.welcome_credits from private.settings as s
+    on conflict (user_id) do nothing
+    returning user_id, credits
+  )
+  insert into public.credit_ledger (user_id, kind, amount, balance_after, external_id)
+  select c.user_id, 'grant', c.credits, c.credits, 'welcome:' || c.user_id
+  from created as c
+  where c.credits > 0
+$$;
+
+revoke all on function private.create_entitlement(uuid)
+from public, anon, authenticated, service_role;
+
+-- Definer: sign-up runs as the auth server's role, which has no rights here.
+create or replace function private.create_entitlement_of_new_user()
+returns trigger
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  perform private.create_entitlement(new.id);
+  return null;
+end;
+$$;
+
+revoke all on function private.create_entitlement_of_new_user()
+from public, anon, authenticated, service_role;
+
+create trigger darkroom_create_entitlement
+after insert on auth.users
+for each row execute function private.create_entitlement_of_new_user();
+-- The one way in: gate, charge, and enqueue in one transaction, or nothing at all.
+--
+-- Lock order: enqueue locks the entitlement row first, and everything else it writes is a new row.
+-- All other functions lock running or ready row -> generation -> entitlement, so no cycle is
+-- possible. The lock also serialises one user's requests: limits, balance and idempotency key are
+-- read and written without a race.
+
+-- Jobs that would be claimed before this place in the queue, counted up to p_at_most.
+create or replace function private.queue_position(
+  p_fair_key bigint,
+  p_seq bigint,
+  p_at_most integer default 1000
+)
+returns integer
+language sql
+stable
+set search_path = ''
+as $$
+  select count(*)::integer
+  from (
+    select 1
+    from private.ready_jobs as r
+    where r.run_at is null and (r.fair_key, r.seq) < (p_fair_key, p_seq)
+    limit p_at_most
+  ) as ahead
+$$;
+
+revoke all on function private.queue_position(bigint, bigint, integer)
+from public, anon, authenticated, service_role;
+
+-- Wakes one sleeping worker, if there is one.
+--
+-- NOTIFY serialises commits over the whole instance, so it is sent only when somebody sleeps. A
+-- worker another transaction is waking is skipped. A wake-up that falls between is made good by the
+-- worker, which claims again after it went to sleep.
+create or replace function private.wake_worker()
+returns void
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_worker_id bigint;
+begin
+  update private.workers set asleep = false
+  where id = (
+    select w.id from private.workers as w
+    where w.asleep and w.seen_at > now() - (select s.lease from private.settings as s)
+    limit 1 for update skip locked
+  )
+  returning id into v_worker_id;
+  if found then
+    perform pg_notify('darkroom_worker_' || v_worker_id, '');
+  end if;
+end;
+$$;
+
+revoke all on function private.wake_worker() from public, anon, authenticated, service_role;
+
+-- How many images the params ask for.
+create or replace function private.count_images(p_model public.models, p_params jsonb)
+returns smallint
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_images numeric := coalesce((p_params ->> p_model.image_count_input)::numeric, 1);
+begin
+  if v_images not between 1 and p_model.max_images then
+    perform private.refuse_input(
+      format('params.%s: not between 1 and %s', p_model.image_count_input, p_model.max_images)
+    );
+  end if;
+  return v_images;
+end;
+$$;
+
+revoke all on function private.count_images(public.models, jsonb)
+from public, anon, authenticated, service_role;
+
+-- Virtual finish time of a job of this cost: what the user queued before counts, but never less
+-- than the queue's present. A price of 0 counts as 1, or included models would pass everybody.
+create or replace function private.next_fair_key(
+  p_entitlement public.entitlements,
+  p_list_price integer,
+  p_weight integer
+)
+returns bigint
+language sql
+volatile
+set search_path = ''
+as $$
+  select
+    greatest(
+      c.last_value,
+      case when p_entitlement.active_jobs > 0 then p_entitlement.last_fair_key end
+    )
+    + greatest(p_list_price, 1)::bigint * 1000 / p_weight
+  from private.virtual_clock as c
+$$;
+
+revoke all on function private.next_fair_key(public.entitlements, integer, integer)
+from public, anon, authenticated, service_role;
+
+-- The generation this user's key named before; all null if the key is new.
+--
+-- Raises: PT409 idempotency_conflict if the payload differs.
+create or replace function private.find_generation_by_key(
+  p_user_id uuid,
+  p_key text,
+  p_model_id text,
+  p_prompt text,
+  p_params jsonb
+)
+returns public.generations
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_generation public.generations;
+begin
+  if p_key is null then
+    return null;
+  end if;
+  select * into v_generation
+  from public.generations where user_id = p_user_id and idempotency_key = p_key;
+  if found and (v_generation.model_id, v_generation.prompt, v_generation.input)
+    is distinct from (p_model_id, p_prompt, p_params) then
+    raise sqlstate 'PT409' using
+      message = 'idempotency_conflict',
+      detail = 'idempotency_key was used with another payload',
+      hint = 'Use a new key for a new request.';
+  end if;
+  return v_generation;
+end;
+$$;
+
+revoke all on function private.find_generation_by_key(uuid, text, text, text, jsonb)
+from public, anon, authenticated, service_role;
+
+-- Writes the accepted request: charge, generation, ready row; then wakes a worker.
+create or replace function private.insert_generation(
+  p_entitlement public.entitlements,
+  p_plan private.plans,
+  p_model public.models,
+  p_prompt text,
+  p_params jsonb,
+  p_idempotency_key text
+)
+returns public.generations
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_id uuid := private.uuid_v7();
+  v_images smallint := private.count_images(p_model, p_params);
+  v_price integer := v_images * case p_plan.name
+    when 'paid' then p_model.paid_price_credits
+    else p_model.price_credits
+  end;
+  v_fair_key bigint := private.next_fair_key(
+    p_entitlement, p_model.price_credits * v_images, p_plan.weight
+  );
+  v_generation public.generations;
+begin
+  perform private.charge_credits(p_entitlement, v_id, v_price, v_fair_key);
+  insert into public.generations (
+    id, user_id, model_id, prompt, input,
+    provider_input,
+    price_credits, image_count, idempotency_key
+  )
+  values (
+    v_id, p_entitlement.user_id, p_model.id, p_prompt, p_params,
+    private.complete_input(p_model, p_prompt, p_params),
+    v_price, v_images, p_idempotency_key
+  )
+  returning * into v_generation;
+  insert into private.ready_jobs (job_id, user_id, model_id, fair_key)
+  values (v_id, p_entitlement.user_id, p_model.id, v_fair_key);
+  perform private.wake_worker();
+  return v_generation;
+end;
+$$;
+
+revoke all on function private.insert_generation(
+  public.entitlements, private.plans, public.models, text, jsonb, text
+) from public, anon, authenticated, service_role;
+
+-- How long a client should wait before it reads the state again: a tenth of the job's age so far,
+-- between one and ten seconds; null when there is nothing to wait for.
+create or replace function private.poll_after_ms(p_generation public.generations)
+returns integer
+language sql
+stable
+set search_path = ''
+as $$
+  select case
+    when p_generation.finished_at is null then least(10000, greatest(
+      1000, extract(epoch from now() - p_generation.created_at) * 100
+    ))::integer
+  end
+$$;
+
+revoke all on function private.poll_after_ms(public.generations)
+from public, anon, authenticated, service_role;
+
+-- What enqueue_generation answers, the first time and for every repeat of the key.
+create or replace function private.enqueue_answer(p_generation public.generations)
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select json_build_object(
+    'job_id', p_generation.id,
+    'status', p_generation.status,
+    'credits_left', (
+      select e.credits from public.entitlements as e where e.user_id = p_generation.user_id
+    ),
+    'queue_position', (
+      select private.queue_position(r.fair_key, r.seq)
+      from private.ready_jobs as r where r.job_id = p_generation.id
+    ),
+    'poll_after_ms', private.poll_after_ms(p_generation)
+  )
+$$;
+
+revoke all on function private.enqueue_answer(public.generations)
+from public, anon, authenticated, service_role;
+
+-- Body of public.enqueue_generation.
+--
+-- Locks: the entitlement row.
+-- Raises: see the comment on public.enqueue_generation.
+create or replace function private.enqueue_generation(
+  p_model text,
+  p_prompt text,
+  p_params jsonb,
+  p_idempotency_key text
+)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_user_id uuid := private.require_user_id();
+  v_params jsonb := private.read_params(p_params);
+  v_entitlement public.entitlements;
+  v_plan private.plans;
+  v_model public.models;
+  v_generation public.generations;
+begin
+  perform private.check_request(p_prompt, p_idempotency_key);
+  v_entitlement := private.lock_entitlement(v_user_id);
+  v_generation := private.find_generation_by_key(
+    v_user_id, p_idempotency_key, p_model, p_prompt, v_params
+  );
+  if v_generation.id is null then
+    select * into strict v_plan from private.plans where name = private.plan_of(v_entitlement);
+    v_model := private.require_model(p_model, v_plan.name);
+    perform private.check_params(v_model, v_params);
+    perform private.check_limits(v_entitlement, v_plan);
+    v_generation := private.insert_generation(
+      v_entitlement, v_plan, v_model, p_prompt, v_params, p_idempotency_key
+    );
+  end if;
+  return private.enqueue_answer(v_generation);
+end;
+$$;
+
+revoke all on function private.enqueue_generation(text, text, jsonb, text)
+from public, anon, authenticated, service_role;
+grant execute on function private.enqueue_generation(text, text, jsonb, text) to authenticated;
+
+create or replace function public.enqueue_generation(
+  model text,
+  prompt text,
+  params jsonb default '{}',
+  idempotency_key text default null
+)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.enqueue_generation(
+    enqueue_generation.model,
+    enqueue_generation.prompt,
+    enqueue_generation.params,
+    enqueue_generation.idempotency_key
+  )
+$$;
+
+comment on function public.enqueue_generation is
+  'Asks for a picture: checks, charges and queues in one transaction. Answers {job_id, status, '
+  'credits_left, queue_position (jobs ahead, null unless queued), poll_after_ms}. The same '
+  'idempotency_key and payload answer with the same job and charge nothing. Errors: PT400 '
+  'invalid_input, PT401 not_authenticated, PT402 insufficient_credits, PT403 requires_paid_plan, '
+  'PT404 not_found, PT409 idempotency_conflict, PT429 too_many_active | rate_limited.';
+
+revoke all on function public.enqueue_generation(text, text, jsonb, text)
+from public, anon, authenticated, service_role;
+grant execute on function public.enqueue_generation(text, text, jsonb, text) to authenticated;
+-- What users may read through the API: ping, one job, all active jobs, the plan, the catalogue.
+--
+-- All of it is STABLE, so GET works and repeats are harmless. Polling get_job_status is the
+-- contract; Realtime (65) is only a hint to poll sooner.
+
+create or replace function public.ping()
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select json_build_object('ok', true, 'server_time', now())
+  from set_config('response.headers', '[{"Cache-Control": "no-store"}]', true)
+$$;
+
+comment on function public.ping is
+  'Warms the path from the app to the database: touches no table. Answers {ok, server_time}, '
+  'never cached.';
+
+revoke all on function public.ping() from public, anon, authenticated, service_role;
+grant execute on function public.ping() to anon, authenticated, service_role;
+
+-- One job as the API shows it. Progress is read from the running row: it is not history.
+create or replace function private.job_json(p_generation public.generations)
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select json_build_object(
+    'job_id', p_generation.id,
+    'status', p_generation.status,
+    'stage', running.stage,
+    'progress', running.progress,
+    'queue_position', (
+      select private.queue_position(r.fair_key, r.seq)
+      from private.ready_jobs as r where r.job_id = p_generation.id
+    ),
+    'poll_after_ms', private.poll_after_ms(p_generation),
+    'model', p_generation.model_id,
+    'prompt', p_generation.prompt,
+    'params', p_generation.input,
+    'price_credits', p_generation.price_credits,
+    'refunded_credits', coalesce((
+      select l.amount from public.credit_ledger as l
+      where l.generation_id = p_generation.id and l.kind = 'refund'
+    ), 0),
+    'error', case when p_generation.error_code is not null
+      then json_build_object('code', p_generation.error_code, 'message', p_generation.error_message)
+    end,
+    'images', (
+      select coalesce(json_agg(json_build_object(
+        'position', i.position, 'path', i.storage_path, 'content_type', i.content_type,
+        'width', i.width, 'height', i.height, 'bytes', i.bytes, 'blurhash', i.blurhash
+      ) order by i.position), '[]')
+      from public.images as i where i.generation_id = p_generation.id
+    ),
+    'created_at', p_generation.created_at,
+    'started_at', p_generation.started_at,
+    'finished_at', p_generation.finished_at
+  )
+  from (values (p_generation.id)) as job (id)
+  left join private.running_jobs as running on running.job_id = job.id
+$$;
+
+revoke all on function private.job_json(public.generations)
+from public, anon, authenticated, service_role;
+
+-- Body of public.get_job_status. Somebody else's job is not found, like one that never was.
+--
+-- Raises: PT401 not_authenticated, PT404 not_found.
+create or replace function private.get_job_status(p_job_id uuid)
+returns json
+language plpgsql
+stable
+security definer
+set search_path = ''
+as $$
+declare
+  v_user_id uuid := private.require_user_id();
+  v_generation public.generations;
+begin
+  select * into v_generation from public.generations where id = p_job_id and user_id = v_user_id;
+  if not found then
+    raise sqlstate 'PT404' using message = 'not_found', detail = 'job_id: no such job of yours';
+  end if;
+  return private.job_json(v_generation);
+end;
+$$;
+
+revoke all on function private.get_job_status(uuid) from public, anon, authenticated, service_role;
+grant execute on function private.get_job_status(uuid) to authenticated;
+
+create or replace function public.get_job_status(job_id uuid)
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select private.get_job_status(get_job_status.job_id)
+$$;
+
+comment on function public.get_job_status is
+  'State of one of your jobs: {job_id, status, stage, progress (percent), queue_position, '
+  'poll_after_ms, model, prompt, params, price_credits, refunded_credits, error {code, message}, '
+  'images [{position, path in bucket generations, content_type, width, height, bytes, blurhash}],'
+  ' created_at, started_at, finished_at}. Poll again after poll_after_ms, stop when it is null. '
+  'Errors: PT401 not_authenticated, PT404 not_found.';
+
+revoke all on function public.get_job_status(uuid) from public, anon, authenticated, service_role;
+grant execute on function public.get_job_status(uuid) to authenticated;
+
+-- Body of public.list_active_jobs. The count on the entitlement says when the scan may stop, so it
+-- ends at the user's oldest active job and never reads the whole history.
+--
+-- Raises: PT401 not_authenticated.
+create or replace function private.list_active_jobs()
+returns json
+language sql
+stable
+security definer
+set search_path = ''
+as $$
+  select coalesce(json_agg(private.job_json(active) order by active.id desc), '[]')
+  from (
+    select g.*
+    from public.generations as g
+    where g.user_id = (select private.require_user_id()) and g.status in ('queued', 'processing')
+    order by g.id desc
+    limit (
+      select e.active_jobs from public.entitlements as e
+      where e.user_id = (select private.require_user_id())
+    )
+  ) as active
+$$;
+
+revoke all on function private.list_active_jobs() from public, anon, authenticated, service_role;
+grant execute on function private.list_active_jobs() to authenticated;
+
+create or replace function public.list_active_jobs()
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select private.list_active_jobs()
+$$;
+
+comment on function public.list_active_jobs is
+  'Your queued and running jobs, newest first, each as get_job_status shows it: what an app asks '
+  'on start and on returning to the foreground. Errors: PT401 not_authenticated.';
+
+revoke all on function public.list_active_jobs() from public, anon, authenticated, service_role;
+grant execute on function public.list_active_jobs() to authenticated;
+
+-- Body of public.get_entitlement.
+--
+-- Raises: PT401 not_authenticated.
+create or replace function private.get_entitlement()
+returns json
+language sql
+stable
+security definer
+set search_path = ''
+as $$
+  select private.entitlement_json(private.require_user_id())
+$$;
+
+revoke all on function private.get_entitlement() from public, anon, authenticated, service_role;
+grant execute on function private.get_entitlement() to authenticated;
+
+create or replace function public.get_entitlement()
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select private.get_entitlement()
+$$;
+
+comment on function public.get_entitlement is
+  'Your plan, balance, limits and what is used of them: {user_id, plan (free | paid), paid_until,'
+  ' credits, active_jobs, max_active, minute_jobs, max_per_minute}. Errors: PT401 '
+  'not_authenticated.';
+
+revoke all on function public.get_entitlement() from public, anon, authenticated, service_role;
+grant execute on function public.get_entitlement() to authenticated;
+
+-- Body of public.list_models.
+create or replace function private.list_models()
+returns json
+language sql
+stable
+security definer
+set search_path = ''
+as $$
+  select coalesce(json_agg(json_build_object(
+    'id', m.id,
+    'title', m.title,
+    'price_credits', m.price_credits,
+    'paid_price_credits', m.paid_price_credits,
+    'requires_paid', m.requires_paid,
+    'max_images', m.max_images,
+    'inputs', (
+      select coalesce(json_object_agg(p.key, p.value order by p.key), '{}')
+      from jsonb_each(m.input_schema -> 'properties') as p
+      where p.key = any (m.client_inputs)
+    )
+  ) order by m.id), '[]')
+  from public.models as m
+  where m.is_active
+$$;
+
+revoke all on function private.list_models() from public, anon, authenticated, service_role;
+grant execute on function private.list_models() to anon, authenticated, service_role;
+
+create or replace function public.list_models()
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select private.list_models()
+$$;
+
+comment on function public.list_models is
+  'The catalogue: [{id, title, price_credits and paid_price_credits (per image), requires_paid, '
+  'max_images, inputs {name: JSON schema of a param}}].';
+
+revoke all on function public.list_models() from public, anon, authenticated, service_role;
+grant execute on function public.list_models() to anon, authenticated, service_role;
+-- Realtime: a hint that something changed, never the contract. Skipped where schema realtime is
+-- not.
+--
+-- Each new state of a generation is broadcast on the private topic user:<user id>, and generations
+-- is in the publication for clients that use postgres_changes. Clients then read, as they would
+-- polling. realtime.send swallows its own errors, so it can lose a hint but never fail a job.
+
+-- Definer: the functions that change a state run for users and workers who have no rights in
+-- realtime.
+create or replace function private.broadcast_generation()
+returns trigger
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  perform realtime.send(
+    jsonb_build_object('job_id', new.id, 'status', new.status),
+    'generation',
+    'user:' || new.user_id,
+    true
+  );
+  return null;
+end;
+$$;
+
+revoke all on function private.broadcast_generation()
+from public, anon, authenticated, service_role;
+
+do $$
+begin
+  if to_regprocedure('realtime.send(jsonb, text, text, boolean)') is null
+    or to_regprocedure('realtime.topic()') is null then
+    raise notice 'Darkroom: no schema realtime here; broadcasts are skipped, clients poll';
+    return;
+  end if;
+  create trigger generations_broadcast_insert after insert on public.generations
+  for each row execute function private.broadcast_generation();
+  create trigger generations_broadcast_status after update of status on public.generations
+  for each row when (old.status is distinct from new.status)
+  execute function private.broadcast_generation();
+  create policy "Users receive hints about their own jobs" on realtime.messages
+  for select to authenticated using (
+    extension = 'broadcast' and (select realtime.topic()) = 'user:' || (select auth.uid())::text
+  );
+  if exists (select from pg_catalog.pg_publication where pubname = 'supabase_realtime') then
+    alter publication supabase_realtime add table public.generations;
+  end if;
+end;
+$$;
+-- What a worker calls: register, claim, heartbeat, checkpoint, and one of complete, fail, release.
+--
+-- darkroom_worker may execute these functions and nothing else. A claim moves jobs from ready_jobs
+-- to running_jobs and hands out a token; every later call matches (job, token). Whoever deletes the
+-- running row has ended the attempt: it alone settles the money and gives the slot back, so a
+-- worker that comes late changes nothing. complete, fail and release may be repeated: an attempt
+-- this token has already ended that way is left as it is.
+--
+-- Lock order: running or ready row, then generation, then entitlement.
+
+create or replace function private.register_worker(p_host text, p_slots integer, p_version text)
+returns table (worker_id bigint, channel text, heartbeat_seconds real, lease_seconds real)
+language sql
+security definer
+set search_path = ''
+as $$
+  with registered as (
+    insert into private.workers (host, slots, version)
+    values (left(p_host, 200), p_slots, left(p_version, 50))
+    returning id
+  )
+  select
+    r.id,
+    'darkroom_worker_' || r.id,
+    extract(epoch from s.heartbeat)::real,
+    extract(epoch from s.lease)::real
+  from registered as r
+  cross join private.settings as s
+$$;
+
+comment on function private.register_worker is
+  'Enters a worker process. Answers its id, the channel to LISTEN on, and the intervals in '
+  'seconds.';
+
+revoke all on function private.register_worker(text, integer, text)
+from public, anon, authenticated, service_role;
+grant execute on function private.register_worker(text, integer, text) to darkroom_worker;
+
+create or replace function private.sleep(p_worker_id bigint)
+returns void
+language sql
+security definer
+set search_path = ''
+as $$
+  update private.workers set asleep = true where id = p_worker_id and not asleep
+$$;
+
+comment on function private.sleep is
+  'Says that the worker found nothing and waits for NOTIFY. It must claim once more after this '
+  'commits, and again a moment later: an enqueue in flight may have seen it awake.';
+
+revoke all on function private.sleep(bigint) from public, anon, authenticated, service_role;
+grant execute on function private.sleep(bigint) to darkroom_worker;
+
+-- Delayed jobs whose time has come become claimable.
+create or replace function private.promote_due_jobs(p_at_most integer)
+returns void
+language sql
+set search_path = ''
+as $$
+  update private.ready_jobs set run_at = null
+  where seq = any (array(
+    select r.seq from private.ready_jobs as r
+    where r.run_at <= now() order by r.run_at limit p_at_most for update skip locked
+  ))
+$$;
+
+revoke all on function private.promote_due_jobs(integer)
+from public, anon, authenticated, service_role;
+
+-- Locks the next jobs in fair order and answers their seq.
+--
+-- While a long transaction holds back vacuum, the index begins with every job ever claimed since,
+-- and a scan from its start walks them all. So the scan starts a little below the virtual clock.
+-- What was queued below that is found by a scan from the start, at least once a second in each
+-- session.
+create or replace function private.lock_next_jobs(p_at_most integer)
+returns bigint[]
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_slack constant bigint := 100000;  -- 100 credits of weight 1
+  v_last_full bigint := coalesce(nullif(current_setting('darkroom.full_scan_ms', true), ''), '0');
+  v_now bigint := extract(epoch from clock_timestamp()) * 1000;
+  v_from bigint := 0;
+begin
+  if v_now - v_last_full < 1000 then
+    v_from := (select c.last_value - v_slack from private.virtual_clock as c);
+  else
+    perform set_config('darkroom.full_scan_ms', v_now::text, false);
+  end if;
+  return array(
+    select r.seq from private.ready_jobs as r
+    where r.run_at is null and r.fair_key >= v_from
+    order by r.fair_key, r.seq limit p_at_most for update skip locked
+  );
+end;
+$$;
+
+revoke all on function private.lock_next_jobs(integer)
+from public, anon, authenticated, service_role;
+
+-- Every row is reached by its key, whatever the planner thinks of the tables' sizes.
+create or replace function private.claim_jobs(p_worker_id bigint, p_slots integer)
+returns table (
+  job_id uuid,
+  user_id uuid,
+  token bigint,
+  attempt smallint,
+  provider text,
+  provider_ref text,
+  provider_input jsonb,
+  provider_job_id text,
+  image_count smallint,
+  deadline_seconds real
+)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+#variable_conflict use_column
+declare
+  v_seqs bigint[];
+begin
+  perform private.promote_due_jobs(p_slots);
+  v_seqs := private.lock_next_jobs(p_slots);
+  if v_seqs = '{}' then
+    return;
+  end if;
+  update private.workers set asleep = false where id = p_worker_id and asleep;
+  perform setval('private.virtual_clock', greatest(c.last_value, r.fair_key))
+  from private.virtual_clock as c
+  cross join private.ready_jobs as r
+  where r.seq = v_seqs[cardinality(v_seqs)];
+  return query
+  with claimed as (
+    delete from private.ready_jobs as r where r.seq = any (v_seqs) returning r.*
+  ),
+  running as (
+    insert into private.running_jobs as r (
+      job_id, user_id, model_id, token, worker_id, attempt,
+      lease_until, deadline_at, provider_job_id
+    )
+    select
+      c.job_id, c.user_id, c.model_id, nextval('private.lease_tokens'), p_worker_id, c.attempt + 1,
+      now() + (select s.lease from private.settings as s), now() + m.deadline, c.provider_job_id
+    from (select * from claimed order by fair_key, seq) as c
+    inner join public.models as m on m.id = c.model_id
+    returning r.*
+  ),
+  started as (
+    update public.generations as g set
+      status = 'processing', started_at = coalesce(g.started_at, now()), updated_at = now()
+    where g.id = any (array(select r.job_id from running as r))
+    returning g.id, g.provider_input, g.image_count
+  )
+  select
+    r.job_id, r.user_id, r.token, r.attempt, m.provider, m.provider_ref,
+    s.provider_input, r.provider_job_id, s.image_count, extract(epoch from m.deadline)::real
+  from running as r
+  inner join started as s on s.id = r.job_id
+  inner join public.models as m on m.id = r.model_id
+  order by r.token;
+end;
+$$;
+
+comment on function private.claim_jobs is
+  'Moves up to p_slots jobs in fair order from ready to running and answers them. provider_job_id'
+  ' is set where an earlier attempt already bought something at the provider: resume it. Seconds '
+  'are durations.';
+
+revoke all on function private.claim_jobs(bigint, integer)
+from public, anon, authenticated, service_role;
+grant execute on function private.claim_jobs(bigint, integer) to darkroom_worker;
+
+create or replace function private.heartbeat(
+  p_worker_id bigint,
+  p_job_ids uuid[],
+  p_tokens bigint[],
+  p_progress smallint[]
+)
+returns table (job_id uuid, verdict text)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+#variable_conflict use_column
+declare
+  v_lease interval := (select s.lease from private.settings as s);
+  v_at integer;
+begin
+  update private.workers set seen_at = now() where id = p_worker_id;
+  -- A loop, not a join: each row is reached by its key also when the table is full of dead rows.
+  for v_at in 1 .. coalesce(cardinality(p_job_ids), 0) loop
+    job_id := p_job_ids[v_at];
+    update private.running_jobs as r
+    set lease_until = now() + v_lease, progress = coalesce(p_progress[v_at], r.progress)
+    where r.job_id = p_job_ids[v_at] and r.token = p_tokens[v_at]
+    returning case when r.cancel_requested then 'canceled' else 'ok' end into verdict;
+    verdict := coalesce(verdict, 'lost');
+    return next;
+    verdict := null;
+  end loop;
+end;
+$$;
+
+comment on function private.heartbeat is
+  'One beat for all jobs of a worker: extends their leases and takes in progress (percent or '
+  'null). Answers for each job ok, lost (drop it) or canceled (stop it).';
+
+revoke all on function private.heartbeat(bigint, uuid[], bigint[], smallint[])
+from public, anon, authenticated, service_role;
+grant execute on function private.heartbeat(bigint, uuid[], bigint[], smallint[])
+to darkroom_worker;
+
+-- Raises DR001 lease_lost.
+create or replace function private.refuse_lost_lease(p_job_id uuid)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+begin
+  raise sqlstate 'DR001' using message = 'lease_lost', detail = format('job %s', p_job_id);
+end;
+$$;
+
+revoke all on function private.refuse_lost_lease(uuid)
+from public, anon, authenticated, service_role;
+
+create or replace function private.checkpoint(p_job_id uuid, p_token bigint, p_provider_job_id text)
+returns void
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  update private.running_jobs set provider_job_id = p_provider_job_id
+  where job_id = p_job_id and token = p_token;
+  if not found then
+    perform private.refuse_lost_lease(p_job_id);
+  end if;
+end;
+$$;
+
+comment on function private.checkpoint is
+  'Saves the provider''s id of the job the moment it is known, so that no attempt buys it twice. '
+  'Errors: DR001 lease_lost.';
+
+revoke all on function private.checkpoint(uuid, bigint, text)
+from public, anon, authenticated, service_role;
+grant execute on function private.checkpoint(uuid, bigint, text) to darkroom_worker;
+
+create or replace function private.report_progress(
+  p_job_id uuid,
+  p_token bigint,
+  p_stage text,
+  p_progress smallint
+)
+returns void
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_canceled boolean;
+begin
+  update private.running_jobs set stage = p_stage, progress = coalesce(p_progress, progress)
+  where job_id = p_job_id and token = p_token
+  returning cancel_requested into v_canceled;
+  if not found then
+    perform private.refuse_lost_lease(p_job_id);
+  elsif v_canceled then
+    raise sqlstate 'DR002' using message = 'canceled', detail = format('job %s', p_job_id);
+  end if;
+end;
+$$;
+
+comment on function private.report_progress is
+  'Says at once what the next heartbeat would: stage (generating | storing) and percent. Errors: '
+  'DR001 lease_lost, DR002 canceled.';
+
+revoke all on function private.report_progress(uuid, bigint, text, smallint)
+from public, anon, authenticated, service_role;
+grant execute on function private.report_progress(uuid, bigint, text, smallint) to darkroom_worker;
+-- How an attempt ends: complete_job, fail_job, release_job, and the pieces recovery (80) shares.
+--
+-- end_lease takes the running row, and with it the right to settle. What follows is one of three:
+-- the generation is completed (and settled on the images stored), finally failed (and refunded), or
+-- its job goes back to ready_jobs. Each ended claim leaves one row in attempts.
+
+-- Deletes the running row if the token holds it and answers it. All null if this token already
+-- ended the attempt in one of these ways: the call is a repeat whose first answer was lost.
+--
+-- Raises: DR001 lease_lost.
+create or replace function private.end_lease(p_job_id uuid, p_token bigint, p_outcomes text[])
+returns private.running_jobs
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_job private.running_jobs;
+begin
+  delete from private.running_jobs
+  where job_id = p_job_id and token = p_token
+  returning * into v_job;
+  if not found and not exists (
+    select from private.attempts
+    where generation_id = p_job_id and token = p_token and outcome = any (p_outcomes)
+  ) then
+    perform private.refuse_lost_lease(p_job_id);
+  end if;
+  return v_job;
+end;
+$$;
+
+revoke all on function private.end_lease(uuid, bigint, text[])
+from public, anon, authenticated, service_role;
+
+-- Writes the ended claim into the operators' history.
+create or replace function private.record_attempt(
+  p_job private.running_jobs,
+  p_outcome text,
+  p_error_code text default null,
+  p_error_detail text default null,
+  p_metrics jsonb default '{}'
+)
+returns void
+language sql
+set search_path = ''
+as $$
+  insert into private.attempts (
+    generation_id, token, attempt, worker_id, started_at, outcome, error_code, error_detail,
+    provider_job_id, provider_seconds, cost_usd
+  )
+  values (
+    p_job.job_id, p_job.token, p_job.attempt, p_job.worker_id, p_job.claimed_at, p_outcome,
+    p_error_code, left(p_error_detail, 2000), p_job.provider_job_id,
+    (p_metrics ->> 'provider_seconds')::real, (p_metrics ->> 'cost_usd')::numeric
+  )
+$$;
+
+revoke all on function private.record_attempt(private.running_jobs, text, text, text, jsonb)
+from public, anon, authenticated, service_role;
+
+-- Puts a job whose lease has ended back into the queue, next in line, at once or after a delay.
+create or replace function private.requeue_job(
+  p_job private.running_jobs,
+  p_attempts_used integer,
+  p_delay interval,
+  p_provider_job_id text
+)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+begin
+  insert into private.ready_jobs (
+    job_id, user_id, model_id, fair_key, attempt, run_at, provider_job_id
+  )
+  select
+    p_job.job_id, p_job.user_id, p_job.model_id, c.last_value, p_attempts_used,
+    case when p_delay > interval '0' then now() + p_delay end, p_provider_job_id
+  from private.virtual_clock as c;
+  update public.generations set status = 'queued', updated_at = now() where id = p_job.job_id;
+  if p_delay <= interval '0' then
+    perform private.wake_worker();
+  end if;
+end;
+$$;
+
+revoke all on function private.requeue_job(private.running_jobs, integer, interval, text)
+from public, anon, authenticated, service_role;
+
+-- Ends a job for good: the generation keeps its input and tells why, the whole price goes back.
+--
+-- Locks: the entitlement row.
+create or replace function private.finish_failed(
+  p_job private.running_jobs,
+  p_error private.error_codes
+)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_price integer;
+begin
+  update public.generations set
+    status = 'failed', error_code = p_error.code, error_message = p_error.message,
+    finished_at = now(), updated_at = now()
+  where id = p_job.job_id
+  returning price_credits into v_price;
+  perform private.refund_generation(p_job.user_id, p_job.job_id, v_price);
+  perform private.release_slot(p_job.user_id);
+end;
+$$;
+
+revoke all on function private.finish_failed(private.running_jobs, private.error_codes)
+from public, anon, authenticated, service_role;
+
+-- How long to wait before the next attempt: what the provider asked for, else exponential backoff
+-- with full jitter, so that jobs that failed together do not come back together.
+create or replace function private.retry_delay(
+  p_attempts_used integer,
+  p_retry_after_seconds double precision
+)
+returns interval
+language sql
+volatile
+set search_path = ''
+as $$
+  select case
+    when p_retry_after_seconds is not null
+      then greatest(0, least(p_retry_after_seconds, 3600)) * interval '1 second'
+    else random() * least(s.retry_cap, s.retry_base * power(2, greatest(p_attempts_used - 1, 0)))
+  end
+  from private.settings as s
+$$;
+
+revoke all on function private.retry_delay(integer, double precision)
+from public, anon, authenticated, service_role;
+
+-- Retries a failed attempt while it may, or fails the job for good. Answers 'retried' or 'failed'.
+create or replace function private.end_failed_attempt(
+  p_job private.running_jobs,
+  p_code text,
+  p_detail text,
+  p_retry_after_seconds double precision default null
+)
+returns text
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_error private.error_codes;
+  v_settings private.settings;
+  v_attempts_used integer;
+  v_outcome text := 'failed';
+begin
+  select * into strict v_settings from private.settings;
+  -- A code that is not ours becomes internal; what came is kept in the detail.
+  select * into strict v_error from private.error_codes
+  where code in (p_code, 'internal') order by code = p_code desc limit 1;
+  v_attempts_used := p_job.attempt - case when v_error.uses_attempt then 0 else 1 end;
+  if v_error.is_retryable and v_attempts_used < v_settings.max_attempts and exists (
+    select from public.generations
+    where id = p_job.job_id and created_at > now() - v_settings.give_up_after
+  ) then
+    v_outcome := 'retried';
+    perform private.requeue_job(
+      p_job, v_attempts_used, private.retry_delay(v_attempts_used, p_retry_after_seconds),
+      case when v_error.resumes then p_job.provider_job_id end
+    );
+  else
+    perform private.finish_failed(p_job, v_error);
+  end if;
+  perform private.record_attempt(
+    p_job, v_outcome, v_error.code, concat_ws(': ', nullif(p_code, v_error.code), p_detail)
+  );
+  return v_outcome;
+end;
+$$;
+
+revoke all on function private.end_failed_attempt(
+  private.running_jobs, text, text, double precision
+)
+from public, anon, authenticated, service_role;
+
+create or replace function private.fail_job(
+  p_job_id uuid,
+  p_token bigint,
+  p_code text,
+  p_detail text,
+  p_retry_after_seconds double precision default null
+)
+returns text
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_job private.running_jobs := private.end_lease(p_job_id, p_token, '{retried,failed}');
+begin
+  if v_job.job_id is null then
+    return 'repeated';
+  end if;
+  return private.end_failed_attempt(v_job, p_code, p_detail, p_retry_after_seconds);
+end;
+$$;
+
+comment on function private.fail_job is
+  'Ends an attempt with a code of error_codes: retried while attempts remain, else failed and '
+  'refunded. p_detail is for operators only; p_retry_after_seconds is the provider''s own wish. '
+  'Answers retried, failed, or repeated (the call was made before). Errors: DR001 lease_lost.';
+
+revoke all on function private.fail_job(uuid, bigint, text, text, double precision)
+from public, anon, authenticated, service_role;
+grant execute on function private.fail_job(uuid, bigint, text, text, double precision)
+to darkroom_worker;
+
+create or replace function private.release_job(p_job_id uuid, p_token bigint)
+returns void
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_job private.running_jobs := private.end_lease(p_job_id, p_token, '{released}');
+begin
+  if v_job.job_id is null then
+    return;
+  end if;
+  perform private.requeue_job(v_job, v_job.attempt - 1, interval '0', v_job.provider_job_id);
+  perform private.record_attempt(v_job, 'released');
+end;
+$$;
+
+comment on function private.release_job is
+  'Gives a job back unfinished (graceful stop): next in line, the attempt does not count, the '
+  'checkpoint is kept. Errors: DR001 lease_lost.';
+
+revoke all on function private.release_job(uuid, bigint)
+from public, anon, authenticated, service_role;
+grant execute on function private.release_job(uuid, bigint) to darkroom_worker;
+
+-- Stores what was made and settles on it: images that were charged but not made are given back.
+--
+-- Locks: the entitlement row.
+-- Raises: DR001 lease_lost, 22023 if there is no image or more than were charged.
+create or replace function private.complete_job(
+  p_job_id uuid,
+  p_token bigint,
+  p_images jsonb,
+  p_metrics jsonb
+)
+returns void
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_stored integer := jsonb_array_length(p_images);
+  v_job private.running_jobs := private.end_lease(p_job_id, p_token, '{completed}');
+  v_generation public.generations;
+begin
+  if v_job.job_id is null then
+    return;
+  end if;
+  update public.generations set status = 'completed', finished_at = now(), updated_at = now()
+  where id = p_job_id
+  returning * into v_generation;
+  if v_stored not between 1 and v_generation.image_count then
+    raise exception '% images stored, % charged', v_stored, v_generation.image_count
+      using errcode = 'invalid_parameter_value';
+  end if;
+  insert into public.images (
+    generation_id, position, user_id, storage_path, content_type, width, height, bytes, blurhash
+  )
+  select
+    p_job_id, i.position, v_job.user_id, i.storage_path, i.content_type,
+    i.width, i.height, i.bytes, i.blurhash
+  from jsonb_populate_recordset(null::public.images, p_images) as i;
+  if v_stored < v_generation.image_count then
+    perform private.refund_generation(
+      v_job.user_id, p_job_id,
+      v_generation.price_credits * (v_generation.image_count - v_stored) / v_generation.image_count
+    );
+  end if;
+  perform private.release_slot(v_job.user_id);
+  perform private.record_attempt(v_job, 'completed', p_metrics => coalesce(p_metrics, '{}'));
+end;
+$$;
+
+comment on function private.complete_job is
+  'Ends a job well. p_images: [{position, storage_path, content_type, width, height, bytes, '
+  'blurhash}]; p_metrics: {provider_seconds, cost_usd}. Repeating it changes nothing. Errors: '
+  'DR001 lease_lost, 22023 bad images.';
+
+revoke all on function private.complete_job(uuid, bigint, jsonb, jsonb)
+from public, anon, authenticated, service_role;
+grant execute on function private.complete_job(uuid, bigint, jsonb, jsonb) to darkroom_worker;
+-- Recovery: what a dead worker left.
+--
+-- Two clocks end an attempt from outside. The lease runs out when the worker is silent: the job
+-- goes to another worker, which resumes the checkpointed provider job. The deadline runs out when
+-- the job is stuck, beats or not: it fails with timeout. pg_cron calls recover_stale_jobs every
+-- minute and every worker calls it too; both may run at once.
+
+-- Users in order of id, so that two runs lock entitlements in the same order.
+create or replace function private.recover_stale_jobs(p_at_most integer default 100)
+returns integer
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_job private.running_jobs;
+  v_count integer := 0;
+begin
+  for v_job in
+    select * from private.running_jobs
+    where lease_until < now() or deadline_at < now()
+    order by user_id limit p_at_most for update skip locked
+  loop
+    delete from private.running_jobs where job_id = v_job.job_id;
+    if v_job.deadline_at < now() then
+      perform private.end_failed_attempt(v_job, 'timeout', 'deadline passed');
+    else
+      perform private.end_failed_attempt(
+        v_job, 'internal', format('lease of worker %s ran out', v_job.worker_id)
+      );
+    end if;
+    v_count := v_count + 1;
+  end loop;
+  return v_count;
+end;
+$$;
+
+comment on function private.recover_stale_jobs is
+  'Requeues or finally fails up to p_at_most jobs whose lease or deadline has passed. Answers how'
+  ' many.';
+
+revoke all on function private.recover_stale_jobs(integer)
+from public, anon, authenticated, service_role;
+grant execute on function private.recover_stale_jobs(integer) to darkroom_worker;
+
+-- Forgets worker processes and cron runs of more than a week ago.
+create or replace function private.trim_history()
+returns void
+language plpgsql
+set search_path = ''
+as $$
+begin
+  delete from private.workers where seen_at < now() - interval '7 days';
+  if to_regclass('cron.job_run_details') is not null then
+    delete from cron.job_run_details where end_time < now() - interval '7 days';
+  end if;
+end;
+$$;
+
+comment on function private.trim_history is
+  'Housekeeping, nightly by pg_cron, which never trims its own run history.';
+
+revoke all on function private.trim_history() from public, anon, authenticated, service_role;
+-- Rows and schedules: the only file that writes any. Running it again changes nothing that an
+-- operator has set. What is not installed here is skipped with a notice.
+
+insert into private.settings default values on conflict do nothing;
+
+insert into private.plans (name, max_active, max_per_minute, weight) values
+('free', 3, 10, 1),
+('paid', 20, 60, 4)
+on conflict do nothing;
+
+insert into private.error_codes (code, message, is_retryable, uses_attempt, resumes) values
+('moderated', 'The safety filter refused this picture. Try another prompt.', false, true, false),
+('invalid_input', 'The model did not accept this request.', false, true, false),
+('provider_busy', 'The image service is busy. Try again later.', true, false, true),
+('provider_timeout', 'The image service did not answer in time.', true, true, true),
+('provider_error', 'The image service failed to make this picture.', true, true, false),
+('result_lost', 'The finished picture could not be fetched in time.', true, true, false),
+('timeout', 'The picture took too long.', false, true, false),
+('internal', 'Something went wrong on our side.', true, true, true)
+on conflict do nothing;
+
+-- Users from before the installation.
+do $$
+begin
+  perform private.create_entitlement(u.id) from auth.users as u
+  where not exists (select from public.entitlements as e where e.user_id = u.id);
+end;
+$$;
+
+do $$
+begin
+  if to_regclass('storage.buckets') is null then
+    raise notice 'Darkroom: no storage.buckets here; create the private buckets yourself';
+    return;
+  end if;
+  insert into storage.buckets (id, name, public, file_size_limit, allowed_mime_types) values
+  ('generations', 'generations', false, 33554432, '{image/png,image/jpeg,image/webp}'),
+  ('inputs', 'inputs', false, 10485760, '{image/png,image/jpeg,image/webp}')
+  on conflict do nothing;
+end;
+$$;
+
+do $$
+begin
+  if current_database() is distinct from current_setting('cron.database_name', true) then
+    raise notice 'Darkroom: no pg_cron for this database; workers recover stale jobs on their own';
+    return;
+  end if;
+  create extension if not exists pg_cron;
+  perform cron.schedule(
+    'darkroom_recover_stale_jobs', '* * * * *', 'select private.recover_stale_jobs()'
+  );
+  perform cron.schedule('darkroom_trim_history', '17 3 * * *', 'select private.trim_history()');
+end;
+$$;
+
+notify pgrst, 'reload schema';

@@ -1,0 +1,916 @@
+"""Darkroom's worker: claims jobs from PostgreSQL, has a provider make the images, stores them.
+
+    register, listen
+    claim a job for every free slot, and run each:
+        create at the provider -> checkpoint its id -> wait -> download -> upload -> complete
+    nothing to claim: sleep in the database, look twice more, wait for NOTIFY or the backstop
+    beside it: one heartbeat for all jobs, and recovery of what dead workers left
+    SIGTERM: claim no more, finish within the grace time, release the rest
+
+It may die at any instruction: the lease runs out, another worker resumes the checkpointed id.
+
+Environment (* required):
+    DATABASE_URL *          PostgreSQL, as role darkroom_worker; direct or session mode, for LISTEN
+    SUPABASE_URL *          where /storage/v1 is
+    SUPABASE_SERVICE_KEY *  service_role or secret key, for uploads
+    REPLICATE_API_TOKEN     without it, jobs for Replicate fail
+    REPLICATE_API_URL       https://api.replicate.com/v1
+    WORKER_SLOTS            4         jobs at once
+    WORKER_GRACE_SECONDS    30        to finish jobs after SIGTERM
+    WORKER_POLL_SECONDS     5         backstop: longest wait without a look at the queue
+    MAX_IMAGE_BYTES         33554432  larger outputs are refused
+    PREVIEW_SECONDS         1         how long the preview provider takes
+    PREVIEW_FAILURE_RATE    0         share of preview jobs that fail, 0 to 1
+    LOG_LEVEL               INFO
+
+Exit codes: 0 stopped as asked, 1 the database or something unexpected, 2 bad configuration,
+3 ended by a second signal or the hard deadline, with jobs left to their leases.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import os
+import random
+import re
+import signal
+import socket
+import sys
+import tempfile
+import textwrap
+import time
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import IO, Any, Protocol, TypeVar
+from urllib.parse import urljoin, urlsplit
+from uuid import UUID
+
+import httpx
+import psycopg
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from psycopg import sql
+from psycopg.rows import dict_row
+from psycopg.types.json import Jsonb
+from psycopg_pool import AsyncConnectionPool
+
+BUCKET = "generations"
+RECOVERY_SECONDS = 30.0  # between two looks for stale jobs
+SECOND_LOOK_SECONDS = 0.2  # at most, between going to sleep and the last claim before waiting
+LISTEN_CHECK_SECONDS = 10.0  # silence after which the LISTEN connection is tested
+RELEASE_SECONDS = 10.0  # hard deadline for releasing jobs once the grace time is over
+RETRY_BASE_SECONDS, RETRY_CAP_SECONDS = 0.25, 10.0  # backoff between repeated calls
+PROVIDER_POLL_SECONDS, PROVIDER_POLL_CAP_SECONDS = 0.5, 3.0
+HTTP_TIMEOUT = httpx.Timeout(30.0, connect=10.0)
+HTTP_TRIES = 4  # for requests that may be repeated
+CHUNK_BYTES = 256 * 1024
+MAX_IMAGE_PIXELS = 50_000_000
+MAX_REDIRECTS = 3
+DELIVERY_HOSTS = ("replicate.delivery", ".replicate.delivery")  # its OpenAPI file, "output"
+FORMATS = {
+    "PNG": ("png", "image/png"),
+    "JPEG": ("jpg", "image/jpeg"),
+    "WEBP": ("webp", "image/webp"),
+}
+KEEPALIVES: dict[str, Any] = {
+    "keepalives": 1,
+    "keepalives_idle": 15,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,  # milliseconds
+}
+EXIT_OK, EXIT_ERROR, EXIT_CONFIG, EXIT_FORCED = 0, 1, 2, 3
+
+log = logging.getLogger("darkroom")
+T = TypeVar("T")
+
+
+# --- settings -----------------------------------------------------------------------------------
+
+
+class ConfigError(Exception):
+    """A variable of the environment is missing or wrong; the message begins with its name."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment says, checked."""
+
+    database_url: str
+    supabase_url: str
+    supabase_service_key: str
+    replicate_api_token: str | None
+    replicate_api_url: str
+    slots: int
+    grace_seconds: float
+    poll_seconds: float
+    max_image_bytes: int
+    preview_seconds: float
+    preview_failure_rate: float
+    log_level: str
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> Settings:
+        """Read and check every variable. Raises ConfigError."""
+        return cls(
+            database_url=_url(env, "DATABASE_URL", "postgres", "postgresql"),
+            supabase_url=_url(env, "SUPABASE_URL", "http", "https").rstrip("/"),
+            supabase_service_key=_required(env, "SUPABASE_SERVICE_KEY"),
+            replicate_api_token=env.get("REPLICATE_API_TOKEN") or None,
+            replicate_api_url=_url(
+                {"REPLICATE_API_URL": "https://api.replicate.com/v1", **env},
+                "REPLICATE_API_URL",
+                "http",
+                "https",
+            ).rstrip("/"),
+            slots=int(_number(env, "WORKER_SLOTS", 4, 1, 1000)),
+            grace_seconds=_number(env, "WORKER_GRACE_SECONDS", 30, 0, 3600),
+            poll_seconds=_number(env, "WORKER_POLL_SECONDS", 5, 0.1, 60),
+            max_image_bytes=int(_number(env, "MAX_IMAGE_BYTES", 32 << 20, 1, 1 << 30)),
+            preview_seconds=_number(env, "PREVIEW_SECONDS", 1, 0, 3600),
+            preview_failure_rate=_number(env, "PREVIEW_FAILURE_RATE", 0, 0, 1),
+            log_level=_choice(env, "LOG_LEVEL", "INFO", ("DEBUG", "INFO", "WARNING", "ERROR")),
+        )
+
+
+def _required(env: Mapping[str, str], name: str) -> str:
+    if not env.get(name):
+        raise ConfigError(f"{name}: missing")
+    return env[name]
+
+
+def _url(env: Mapping[str, str], name: str, *schemes: str) -> str:
+    value = _required(env, name)
+    if urlsplit(value).scheme not in schemes:
+        raise ConfigError(f"{name}: not a {schemes[0]}:// address")
+    return value
+
+
+def _number(env: Mapping[str, str], name: str, default: float, low: float, high: float) -> float:
+    try:
+        value = float(env.get(name) or default)
+    except ValueError:
+        raise ConfigError(f"{name}: not a number") from None
+    if not low <= value <= high:
+        raise ConfigError(f"{name}: not between {low:g} and {high:g}")
+    return value
+
+
+def _choice(env: Mapping[str, str], name: str, default: str, allowed: Iterable[str]) -> str:
+    value = env.get(name) or default
+    if value not in allowed:
+        raise ConfigError(f"{name}: not one of {', '.join(allowed)}")
+    return value
+
+
+# --- errors and small helpers -------------------------------------------------------------------
+
+
+class LeaseLost(Exception):
+    """DR001: another worker has the job, or it is gone. Drop everything."""
+
+
+class JobError(Exception):
+    """The attempt failed, with a code of private.error_codes. The detail is for operators."""
+
+    def __init__(self, code: str, detail: str, retry_after: float | None = None) -> None:
+        super().__init__(f"{code}: {detail}")
+        self.code, self.detail, self.retry_after = code, detail, retry_after
+
+
+@dataclass(frozen=True)
+class Job:
+    """One claimed job, as private.claim_jobs answers it."""
+
+    job_id: UUID
+    user_id: UUID
+    token: int
+    attempt: int
+    provider: str
+    provider_ref: str
+    provider_input: dict[str, Any]
+    provider_job_id: str | None
+    image_count: int
+    deadline_seconds: float
+
+
+def backoff(attempt: int) -> float:
+    """Seconds to wait before try number attempt + 1: exponential, with jitter."""
+    return random.uniform(0.5, 1.0) * min(RETRY_CAP_SECONDS, RETRY_BASE_SECONDS * 2.0**attempt)
+
+
+async def finish_first(work: Awaitable[T]) -> T:
+    """Await work to its end even if the caller is cancelled meanwhile; then be cancelled."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
+
+
+# --- database -----------------------------------------------------------------------------------
+
+
+class Database:
+    """The worker's functions of schema private, one method each. There is no other SQL here."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        options = {"autocommit": True, "row_factory": dict_row, **KEEPALIVES}
+        self.pool = AsyncConnectionPool(url, min_size=1, max_size=4, open=False, kwargs=options)
+
+    async def _call(self, function: str, *args: Any) -> list[Any]:
+        """Call private.<function> once; answer its rows as dicts."""
+        marks = ", ".join(["%s"] * len(args))
+        query = f"select * from private.{function}({marks})".encode()
+        try:
+            async with self.pool.connection(timeout=10) as connection:
+                return await (await connection.execute(query, args)).fetchall()
+        except psycopg.Error as error:
+            if error.sqlstate == "DR001":
+                raise LeaseLost from None
+            raise
+
+    async def _insist(self, function: str, *args: Any) -> list[Any]:
+        """Call again while the database cannot be reached: these functions may be repeated."""
+        attempt = 0
+        while True:
+            try:
+                return await self._call(function, *args)
+            except psycopg.OperationalError as error:
+                if self.pool.closed:
+                    raise
+                log.warning("database.retry call=%s error=%s", function, type(error).__name__)
+                await asyncio.sleep(backoff(attempt))
+                attempt += 1
+
+    async def register_worker(self, slots: int) -> dict[str, Any]:
+        rows = await self._call("register_worker", socket.gethostname(), slots, version())
+        return dict(rows[0])
+
+    async def sleep(self, worker_id: int) -> None:
+        await self._call("sleep", worker_id)
+
+    async def claim_jobs(self, worker_id: int, slots: int) -> list[Job]:
+        return [Job(**row) for row in await self._call("claim_jobs", worker_id, slots)]
+
+    async def heartbeat(self, worker_id: int, running: list[Running]) -> dict[UUID, str]:
+        ids = [each.job.job_id for each in running]
+        tokens = [each.job.token for each in running]
+        rows = await self._call(
+            "heartbeat", worker_id, ids, tokens, [each.progress for each in running]
+        )
+        return {row["job_id"]: row["verdict"] for row in rows}
+
+    async def checkpoint(self, job: Job, provider_job_id: str) -> None:
+        await self._insist("checkpoint", job.job_id, job.token, provider_job_id)
+
+    async def report_progress(self, job: Job, stage: str, progress: int | None) -> None:
+        await self._insist("report_progress", job.job_id, job.token, stage, progress)
+
+    async def complete_job(
+        self, job: Job, images: list[dict[str, Any]], metrics: dict[str, Any]
+    ) -> None:
+        await self._insist("complete_job", job.job_id, job.token, Jsonb(images), Jsonb(metrics))
+
+    async def fail_job(self, job: Job, error: JobError) -> str:
+        rows = await self._insist(
+            "fail_job", job.job_id, job.token, error.code, error.detail, error.retry_after
+        )
+        return str(rows[0]["fail_job"])
+
+    async def release_job(self, job: Job) -> None:
+        await self._insist("release_job", job.job_id, job.token)
+
+    async def recover_stale_jobs(self) -> int:
+        return int((await self._call("recover_stale_jobs"))[0]["recover_stale_jobs"])
+
+    async def listen(self, channel: str, wake: asyncio.Event) -> None:
+        """Set wake on every NOTIFY, for ever, on a connection of its own; reconnect when it dies.
+
+        Whatever was sent while there was no connection is lost, so wake is set on each reconnect.
+        """
+        attempt = 0
+        while True:
+            try:
+                async with await psycopg.AsyncConnection.connect(
+                    self.url, autocommit=True, connect_timeout=10, **KEEPALIVES
+                ) as connection:
+                    await connection.execute(sql.SQL("listen {}").format(sql.Identifier(channel)))
+                    log.info("listen.started channel=%s", channel)
+                    attempt = 0
+                    wake.set()
+                    await self._forward(connection, channel, wake)
+            except psycopg.OperationalError as error:
+                log.warning("listen.lost error=%s", type(error).__name__)
+                await asyncio.sleep(backoff(attempt))
+                attempt += 1
+
+    @staticmethod
+    async def _forward(
+        connection: psycopg.AsyncConnection[Any], channel: str, wake: asyncio.Event
+    ) -> None:
+        while True:
+            async for _ in connection.notifies(timeout=LISTEN_CHECK_SECONDS, stop_after=1):
+                wake.set()
+            cursor = await connection.execute("select pg_listening_channels()")
+            if (channel,) not in await cursor.fetchall():
+                raise psycopg.OperationalError("the connection does not listen: a pooler?")
+
+
+# --- providers ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a provider made. Each output is something its own read() can stream."""
+
+    outputs: list[Any]
+    provider_seconds: float | None = None
+
+
+class Provider(Protocol):
+    """Runs a model. Every method raises JobError with one of our codes."""
+
+    async def create(self, job: Job) -> str:
+        """Start the job and answer the provider's id of it. Costs money: never repeated here."""
+
+    async def result(self, job: Job, provider_job_id: str, report: Callable[[int], None]) -> Result:
+        """Wait for the end, reporting percent on the way. May be called again after a crash."""
+
+    def read(self, output: Any) -> AsyncIterator[bytes]:
+        """Stream one output."""
+
+    async def cancel(self, provider_job_id: str) -> None:
+        """Stop the job if it still runs. Best effort."""
+
+
+class Preview:
+    """Draws placeholder pictures, so that everything runs without a key.
+
+    A prompt with [fail:CODE] in it fails with that code, as a real provider might.
+    """
+
+    def __init__(self, seconds: float, failure_rate: float) -> None:
+        self.seconds, self.failure_rate = seconds, failure_rate
+
+    async def create(self, job: Job) -> str:
+        return f"preview-{job.token}"
+
+    async def result(self, job: Job, provider_job_id: str, report: Callable[[int], None]) -> Result:
+        for percent in range(0, 100, 10):
+            report(percent)
+            await asyncio.sleep(self.seconds / 10)
+        prompt, seed = job.provider_input["prompt"], int(job.provider_input["seed"])
+        if wanted := re.search(r"\[fail:(\w+)\]", prompt):
+            raise JobError(wanted[1], "asked for by the prompt")
+        if random.random() < self.failure_rate:
+            raise JobError("provider_error", "PREVIEW_FAILURE_RATE")
+        size = (int(job.provider_input["width"]), int(job.provider_input["height"]))
+        outputs = [
+            await asyncio.to_thread(draw_preview, prompt, seed + n, size)
+            for n in range(job.image_count)
+        ]
+        return Result(outputs, self.seconds)
+
+    async def read(self, output: bytes) -> AsyncIterator[bytes]:
+        yield output
+
+    async def cancel(self, provider_job_id: str) -> None:
+        pass
+
+
+def draw_preview(prompt: str, seed: int, size: tuple[int, int]) -> bytes:
+    """A PNG that is the same for the same arguments, with the prompt written into it."""
+    chance = random.Random(hashlib.sha256(f"{prompt}\0{seed}".encode()).digest())
+    width, height = size
+    hue = chance.randrange(360)
+    sky, ground = f"hsl({hue}, 55%, 24%)", f"hsl({(hue + 50) % 360}, 55%, 62%)"
+    image = ImageOps.colorize(Image.linear_gradient("L").resize(size), sky, ground)
+    draw = ImageDraw.Draw(image, "RGBA")
+    for _ in range(14):
+        radius = chance.uniform(0.03, 0.28) * min(size)
+        x, y = chance.uniform(0, width), chance.uniform(0, height)
+        tint = chance.choice([(255, 255, 255), (255, 190, 120), (10, 10, 30)])
+        box = (x - radius, y - radius, x + radius, y + radius)
+        draw.ellipse(box, fill=(*tint, chance.randrange(14, 46)))
+    _write_caption(draw, size, prompt, f"placeholder, seed {seed}, {width} x {height}")
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def _write_caption(draw: ImageDraw.ImageDraw, size: tuple[int, int], text: str, note: str) -> None:
+    width, height = size
+    margin = max(4, min(size) // 20)
+    font = ImageFont.load_default(max(9, min(size) // 18))
+    small = ImageFont.load_default(max(8, min(size) // 36))
+    per_line = max(4, int((width - 2 * margin) / font.getlength("n")))
+    words = "".join(c if c.isprintable() else " " for c in text)
+    lines = textwrap.wrap(words, per_line, max_lines=6, placeholder=" …")
+    draw.multiline_text(
+        (width / 2, height / 2), "\n".join(lines), font=font, anchor="mm", align="center",
+        fill="white", stroke_width=max(1, min(size) // 300), stroke_fill=(0, 0, 0, 160),
+    )  # fmt: skip
+    draw.text((margin, height - margin), note, font=small, anchor="ls", fill=(255, 255, 255, 200))
+
+
+class Replicate:
+    """Replicate's HTTP API: create without waiting, then poll (its OpenAPI file, /predictions)."""
+
+    MODERATION = re.compile(r"nsfw|sensitive|moderat|safety|E005", re.IGNORECASE)
+
+    def __init__(self, http: httpx.AsyncClient, base_url: str, token: str) -> None:
+        self.http, self.base_url = http, base_url
+        self.headers = {"Authorization": f"Bearer {token}"}
+
+    async def create(self, job: Job) -> str:
+        """Create a prediction. There is no idempotency key: an unknown outcome is not retried."""
+        try:
+            response = await self.http.post(
+                f"{self.base_url}/predictions",
+                json={"version": job.provider_ref, "input": job.provider_input},
+                headers={**self.headers, "Cancel-After": f"{max(5, int(job.deadline_seconds))}s"},
+            )
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise JobError("provider_timeout", f"create: {type(error).__name__}") from None
+        except httpx.HTTPError as error:
+            raise JobError("timeout", f"create: outcome unknown: {type(error).__name__}") from None
+        if response.status_code >= 500:
+            raise JobError("timeout", f"create: outcome unknown: HTTP {response.status_code}")
+        self._raise_for_refusal(response)
+        return str(response.json()["id"])
+
+    @staticmethod
+    def _raise_for_refusal(response: httpx.Response) -> None:
+        if response.is_success:
+            return
+        detail = f"create: HTTP {response.status_code}: {response.text[:500]}"
+        if response.status_code in (400, 422):
+            raise JobError("invalid_input", detail)
+        if response.status_code in (402, 429):
+            raise JobError("provider_busy", detail, retry_after_seconds(response))
+        log.error("replicate.refused status=%s", response.status_code)
+        raise JobError("internal", detail)
+
+    async def result(self, job: Job, provider_job_id: str, report: Callable[[int], None]) -> Result:
+        attempt = 0
+        while True:
+            prediction = await self._get(provider_job_id)
+            status = prediction.get("status")
+            if percents := re.findall(r"(\d{1,3})%", str(prediction.get("logs") or "")[-2000:]):
+                report(min(100, int(percents[-1])))
+            if status == "succeeded":
+                return self._result(prediction)
+            if status == "failed":
+                detail = str(prediction.get("error"))[:500]
+                moderated = self.MODERATION.search(detail)
+                raise JobError("moderated" if moderated else "provider_error", detail)
+            if status in ("canceled", "aborted"):
+                raise JobError("provider_timeout", f"prediction {status}")
+            pause = min(PROVIDER_POLL_CAP_SECONDS, PROVIDER_POLL_SECONDS * 1.2**attempt)
+            await asyncio.sleep(pause)
+            attempt += 1
+
+    @staticmethod
+    def _result(prediction: dict[str, Any]) -> Result:
+        output = prediction.get("output")
+        outputs = [output] if isinstance(output, str) else output
+        if prediction.get("data_removed") or outputs is None:
+            raise JobError("result_lost", "the output was removed")
+        if not isinstance(outputs, list) or not all(isinstance(url, str) for url in outputs):
+            raise JobError("provider_error", f"output of an unknown shape: {type(output).__name__}")
+        return Result(outputs, (prediction.get("metrics") or {}).get("predict_time"))
+
+    async def _get(self, provider_job_id: str) -> dict[str, Any]:
+        """Read a prediction, however long it takes: the job's deadline ends it."""
+        attempt = 0
+        while True:
+            with contextlib.suppress(httpx.TransportError, json.JSONDecodeError):
+                response = await self.http.get(
+                    f"{self.base_url}/predictions/{provider_job_id}", headers=self.headers
+                )
+                if response.is_success:
+                    return dict(response.json())
+                if response.status_code == 404:
+                    raise JobError("result_lost", "no such prediction")
+            await asyncio.sleep(backoff(attempt))
+            attempt += 1
+
+    async def read(self, output: str) -> AsyncIterator[bytes]:
+        """Download from Replicate's own hosts only: outputs come from third-party code."""
+        url = output
+        for _ in range(MAX_REDIRECTS + 1):
+            self._check_host(url)
+            async with self.http.stream("GET", url) as response:
+                if response.is_redirect:
+                    url = urljoin(url, response.headers["location"])
+                    continue
+                if response.status_code in (404, 410):
+                    raise JobError("result_lost", f"output: HTTP {response.status_code}")
+                if not response.is_success:
+                    raise JobError("internal", f"output: HTTP {response.status_code}")
+                async for chunk in response.aiter_bytes(CHUNK_BYTES):
+                    yield chunk
+                return
+        raise JobError("provider_error", "output: too many redirects")
+
+    def _check_host(self, url: str) -> None:
+        parts, api = urlsplit(url), urlsplit(self.base_url)
+        host = parts.hostname or ""
+        delivered = parts.scheme == "https" and (
+            host == DELIVERY_HOSTS[0] or host.endswith(DELIVERY_HOSTS[1])
+        )
+        if not delivered and (parts.scheme, parts.netloc) != (api.scheme, api.netloc):
+            raise JobError("provider_error", f"output: host {host[:100]} is not allowed")
+
+    async def cancel(self, provider_job_id: str) -> None:
+        with contextlib.suppress(httpx.HTTPError):
+            await self.http.post(
+                f"{self.base_url}/predictions/{provider_job_id}/cancel", headers=self.headers
+            )
+
+
+def retry_after_seconds(response: httpx.Response) -> float:
+    """How long a 402 or 429 asks to wait: header, body field, the text's "~30s", else a minute."""
+    with contextlib.suppress(ValueError, TypeError):
+        return float(response.headers.get("retry-after", "-"))
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        return float(response.json()["retry_after"])
+    found = re.search(r"~(\d+)s", response.text)
+    return float(found[1]) if found else 60.0
+
+
+# --- storage ------------------------------------------------------------------------------------
+
+
+class Storage:
+    """Stores images in the private bucket, through Supabase's Storage API."""
+
+    def __init__(self, http: httpx.AsyncClient, url: str, key: str, max_bytes: int) -> None:
+        self.http, self.max_bytes = http, max_bytes
+        self.base_url = f"{url}/storage/v1/object/{BUCKET}"
+        self.headers = {"Authorization": f"Bearer {key}", "apikey": key, "x-upsert": "true"}
+
+    async def store(self, job: Job, position: int, body: AsyncIterator[bytes]) -> dict[str, Any]:
+        """Check and upload one output; answer its row for complete_job. Raises JobError."""
+        with tempfile.SpooledTemporaryFile(max_size=1 << 20) as file:
+            size = await self._receive(file, body)
+            image_format, width, height = await asyncio.to_thread(inspect_image, file)
+            extension, content_type = FORMATS[image_format]
+            path = f"{job.user_id}/{job.job_id}/{position}.{extension}"
+            await self._upload(path, file, size, content_type)
+        return {
+            "position": position,
+            "storage_path": path,
+            "content_type": content_type,
+            "width": width,
+            "height": height,
+            "bytes": size,
+        }
+
+    async def _receive(self, file: IO[bytes], body: AsyncIterator[bytes]) -> int:
+        size = 0
+        try:
+            async for chunk in body:
+                size += len(chunk)
+                if size > self.max_bytes:
+                    raise JobError("provider_error", f"output: more than {self.max_bytes} bytes")
+                file.write(chunk)
+        except httpx.HTTPError as error:
+            raise JobError("internal", f"output: {type(error).__name__}") from None
+        return size
+
+    async def _upload(self, path: str, file: IO[bytes], size: int, content_type: str) -> None:
+        """Upload with upsert, so that repeating it after a lost answer is harmless."""
+        headers = {**self.headers, "content-type": content_type, "content-length": str(size)}
+        problem = ""
+        for attempt in range(HTTP_TRIES):
+            try:
+                response = await self.http.post(
+                    f"{self.base_url}/{path}", content=_chunks(file), headers=headers
+                )
+                if response.is_success:
+                    return
+                problem = f"HTTP {response.status_code}: {response.text[:200]}"
+            except httpx.TransportError as error:
+                problem = type(error).__name__
+            log.warning("storage.retry job_path=%s attempt=%s", path, attempt + 1)
+            await asyncio.sleep(backoff(attempt))
+        raise JobError("internal", f"upload: {problem}")
+
+
+async def _chunks(file: IO[bytes]) -> AsyncIterator[bytes]:
+    file.seek(0)
+    while chunk := file.read(CHUNK_BYTES):
+        yield chunk
+
+
+def inspect_image(file: IO[bytes]) -> tuple[str, int, int]:
+    """Format, width and height from the bytes themselves, decoded once. Raises JobError."""
+    file.seek(0)
+    try:
+        with Image.open(file, formats=list(FORMATS)) as image:
+            if image.width * image.height > MAX_IMAGE_PIXELS:
+                raise JobError("provider_error", "output: too many pixels")
+            image.load()
+            return str(image.format), image.width, image.height
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        raise JobError("provider_error", f"output: no image: {type(error).__name__}") from None
+
+
+# --- the worker ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Running:
+    """A job in a slot."""
+
+    job: Job
+    task: asyncio.Task[None] = field(init=False)
+    progress: int | None = None
+    is_lost: bool = False  # a heartbeat said so: drop it, do not release it
+    is_ending: bool = False  # its last call is under way; a beat may find the row gone
+
+    def report(self, percent: int) -> None:
+        self.progress = percent
+
+
+class Worker:
+    """Keeps the slots full until told to stop."""
+
+    def __init__(
+        self, settings: Settings, db: Database, providers: Mapping[str, Provider], storage: Storage
+    ) -> None:
+        self.settings, self.db, self.providers, self.storage = settings, db, providers, storage
+        self.running: dict[UUID, Running] = {}
+        self.wake = asyncio.Event()
+        self.stopping = asyncio.Event()
+        self.worker_id = 0
+        self.lease_seconds = 0.0
+        self.last_beat = 0.0
+
+    async def run(self) -> None:
+        """Register, then work until stopping is set and the jobs have ended or are released."""
+        registered = await self.db.register_worker(self.settings.slots)
+        self.worker_id = registered["worker_id"]
+        self.lease_seconds = registered["lease_seconds"]
+        self.last_beat = time.monotonic()
+        log.info("worker.started worker=%s slots=%s", self.worker_id, self.settings.slots)
+        async with asyncio.TaskGroup() as background:
+            tasks = [
+                background.create_task(self.db.listen(registered["channel"], self.wake)),
+                background.create_task(self._every(registered["heartbeat_seconds"], self.beat)),
+                background.create_task(self._every(RECOVERY_SECONDS, self.recover)),
+            ]
+            await self._claim_until_stopped()
+            await self._drain()
+            for task in tasks:
+                task.cancel()
+        log.info("worker.stopped worker=%s", self.worker_id)
+
+    @staticmethod
+    async def _every(seconds: float, action: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            try:
+                await action()
+            except psycopg.OperationalError as error:
+                log.warning("%s.failed error=%s", action.__name__, type(error).__name__)
+            await asyncio.sleep(seconds * random.uniform(0.9, 1.0))
+
+    async def _claim_until_stopped(self) -> None:
+        attempt = 0
+        while not self.stopping.is_set():
+            try:
+                if len(self.running) >= self.settings.slots or not self._may_claim():
+                    await self._pause(self.settings.poll_seconds, for_slot=True)
+                elif not await self._claim():
+                    await self._sleep()
+                attempt = 0
+            except psycopg.OperationalError as error:
+                log.warning("claim.failed error=%s", type(error).__name__)
+                await self._pause(backoff(attempt))
+                attempt += 1
+
+    def _may_claim(self) -> bool:
+        """A worker that cannot beat would lose what it claims."""
+        return time.monotonic() - self.last_beat < self.lease_seconds
+
+    async def _claim(self) -> bool:
+        self.wake.clear()
+        jobs = await self.db.claim_jobs(self.worker_id, self.settings.slots - len(self.running))
+        for job in jobs:
+            running = Running(job)
+            self.running[job.job_id] = running
+            running.task = asyncio.create_task(self.process(running))
+        return bool(jobs)
+
+    async def _sleep(self) -> None:
+        """Go to sleep, and look twice more: an enqueue in flight may have seen us awake."""
+        await self.db.sleep(self.worker_id)
+        if await self._claim():
+            return
+        await self._pause(random.uniform(0.25, 1.0) * SECOND_LOOK_SECONDS)
+        if not self.stopping.is_set() and not await self._claim():
+            await self._pause(self.settings.poll_seconds * random.uniform(0.8, 1.0))
+
+    async def _pause(self, seconds: float, *, for_slot: bool = False) -> None:
+        """Wait for NOTIFY, stop, or the time; or, for_slot, for a job's end instead of NOTIFY."""
+        waits = [asyncio.create_task(self.stopping.wait())]
+        if not for_slot:
+            waits.append(asyncio.create_task(self.wake.wait()))
+        jobs = [each.task for each in self.running.values()] if for_slot else []
+        await asyncio.wait([*waits, *jobs], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+
+    async def beat(self) -> None:
+        """One heartbeat for all jobs: progress in, lost leases out."""
+        verdicts = await self.db.heartbeat(self.worker_id, list(self.running.values()))
+        self.last_beat = time.monotonic()
+        for job_id, verdict in verdicts.items():
+            running = self.running.get(job_id)
+            if running and verdict == "lost" and not running.is_ending:
+                running.is_lost = True
+                running.task.cancel()
+
+    async def recover(self) -> None:
+        if recovered := await self.db.recover_stale_jobs():
+            log.warning("jobs.recovered count=%s", recovered)
+
+    async def _drain(self) -> None:
+        """Let the jobs finish within the grace time; the rest are cancelled and so released."""
+        log.info("worker.stopping running=%s", len(self.running))
+        tasks = [each.task for each in self.running.values()]
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=self.settings.grace_seconds)
+            for task in late:
+                task.cancel()
+            if late and (await asyncio.wait(late, timeout=RELEASE_SECONDS))[1]:
+                force_exit()
+
+    async def process(self, running: Running) -> None:
+        """One job from claim to end: every way out completes, fails, releases or drops it."""
+        job, started = running.job, time.monotonic()
+        log.info("job.claimed job=%s attempt=%s provider=%s", job.job_id, job.attempt, job.provider)
+        try:
+            async with asyncio.timeout(job.deadline_seconds):
+                images, metrics = await self._make(running)
+            running.is_ending = True
+            await self.db.complete_job(job, images, metrics)
+            log.info(
+                "job.completed job=%s images=%s seconds=%.2f",
+                job.job_id,
+                len(images),
+                time.monotonic() - started,
+            )
+        except LeaseLost:
+            log.warning("job.lost job=%s", job.job_id)
+        except asyncio.CancelledError:
+            await self._give_up(running)
+        except Exception as error:
+            await self._fail(running, as_job_error(error))
+        finally:
+            del self.running[job.job_id]
+
+    async def _make(self, running: Running) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Have the provider make the images, and store them."""
+        job = running.job
+        provider = self.providers.get(job.provider)
+        if provider is None:
+            raise JobError("internal", f"provider {job.provider} is not configured on this worker")
+        provider_job_id = job.provider_job_id
+        if provider_job_id is None:
+            provider_job_id = await finish_first(self._buy(provider, job))
+        try:
+            result = await provider.result(job, provider_job_id, running.report)
+        except asyncio.CancelledError:
+            if not running.is_lost and not self.stopping.is_set():  # the deadline passed
+                await provider.cancel(provider_job_id)
+            raise
+        outputs = result.outputs[: job.image_count]
+        if not outputs:
+            raise JobError("provider_error", "no output")
+        await self.db.report_progress(job, "storing", None)
+        images = [
+            await self.storage.store(job, position, provider.read(output))
+            for position, output in enumerate(outputs)
+        ]
+        return images, {"provider_seconds": result.provider_seconds}
+
+    async def _buy(self, provider: Provider, job: Job) -> str:
+        """Create at the provider and save its id at once: together, or it may be bought twice."""
+        provider_job_id = await provider.create(job)
+        await self.db.checkpoint(job, provider_job_id)
+        return provider_job_id
+
+    async def _fail(self, running: Running, error: JobError) -> None:
+        running.is_ending = True
+        job = running.job
+        try:
+            outcome = await self.db.fail_job(job, error)
+            log.warning("job.%s job=%s code=%s", outcome, job.job_id, error.code)
+        except LeaseLost:
+            log.warning("job.lost job=%s", job.job_id)
+
+    async def _give_up(self, running: Running) -> None:
+        """The job was cancelled here: by a lost lease, or because the worker stops."""
+        job = running.job
+        if running.is_lost:
+            log.warning("job.lost job=%s", job.job_id)
+            return
+        running.is_ending = True
+        with contextlib.suppress(LeaseLost):
+            await self.db.release_job(job)
+        log.info("job.released job=%s", job.job_id)
+
+
+def as_job_error(error: Exception) -> JobError:
+    """What fail_job is told. A library's message may hold addresses or input: only its type."""
+    if isinstance(error, JobError):
+        return error
+    if isinstance(error, TimeoutError):
+        return JobError("timeout", "deadline passed")
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    detail = f"{type(error).__name__} at {frame.name}:{frame.lineno}"
+    log.error("job.unexpected error=%s", detail)
+    return JobError("internal", detail)
+
+
+# --- start and stop -----------------------------------------------------------------------------
+
+
+def version() -> str:
+    """Version of the installed project; 0 when worker.py was copied by itself."""
+    try:
+        return metadata.version("darkroom")
+    except metadata.PackageNotFoundError:
+        return "0"
+
+
+def force_exit() -> None:
+    """End now. Jobs in flight are left to their leases."""
+    log.error("worker.forced")
+    logging.shutdown()
+    os._exit(EXIT_FORCED)
+
+
+def on_signal(stopping: asyncio.Event) -> None:
+    """The first signal asks to stop, the second does not ask."""
+    if stopping.is_set():
+        force_exit()
+    stopping.set()
+
+
+async def serve(settings: Settings) -> int:
+    """Wire everything together and run one worker."""
+    db = Database(settings.database_url)
+    async with httpx.AsyncClient(timeout=HTTP_TIMEOUT) as http:
+        providers: dict[str, Provider] = {
+            "preview": Preview(settings.preview_seconds, settings.preview_failure_rate)
+        }
+        if settings.replicate_api_token:
+            providers["replicate"] = Replicate(
+                http, settings.replicate_api_url, settings.replicate_api_token
+            )
+        storage = Storage(
+            http, settings.supabase_url, settings.supabase_service_key, settings.max_image_bytes
+        )
+        worker = Worker(settings, db, providers, storage)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, on_signal, worker.stopping)
+        try:
+            await db.pool.open(wait=True, timeout=15)
+            await worker.run()
+        except psycopg.errors.InsufficientPrivilege as error:
+            log.error("worker.refused DATABASE_URL: its role is not darkroom_worker: %s", error)
+            return EXIT_CONFIG
+        except psycopg.OperationalError as error:
+            log.error("worker.failed DATABASE_URL: %s", error)
+            return EXIT_ERROR
+        finally:
+            await db.pool.close()
+    return EXIT_OK
+
+
+def main() -> int:
+    """Run until told to stop; answer the exit code."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        settings = Settings.from_env(os.environ)
+    except ConfigError as error:
+        log.error("worker.misconfigured %s", error)
+        return EXIT_CONFIG
+    log.setLevel(settings.log_level)
+    return asyncio.run(serve(settings))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
