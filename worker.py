@@ -446,7 +446,10 @@ class Replicate:
         if response.status_code >= 500:
             raise JobError("timeout", f"create: outcome unknown: HTTP {response.status_code}")
         self._raise_for_refusal(response)
-        return str(response.json()["id"])
+        try:
+            return str(response.json()["id"])
+        except (ValueError, KeyError, TypeError):
+            raise JobError("timeout", "create: outcome unknown: no id in the answer") from None
 
     @staticmethod
     def _raise_for_refusal(response: httpx.Response) -> None:
@@ -501,6 +504,8 @@ class Replicate:
                     return dict(response.json())
                 if response.status_code == 404:
                     raise JobError("result_lost", "no such prediction")
+                if response.status_code in (401, 403):
+                    raise JobError("internal", f"read: HTTP {response.status_code}")
             await asyncio.sleep(backoff(attempt))
             attempt += 1
 

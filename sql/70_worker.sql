@@ -81,7 +81,9 @@ set search_path = ''
 as $$
 declare
   v_slack constant bigint := 100000;  -- 100 credits of weight 1
-  v_last_full bigint := coalesce(nullif(current_setting('darkroom.full_scan_ms', true), ''), '0');
+  v_last_full bigint := coalesce(
+    nullif(current_setting('darkroom.full_scan_ms', true), '')::bigint, 0
+  );
   v_now bigint := extract(epoch from clock_timestamp()) * 1000;
   v_from bigint := 0;
 begin
@@ -102,6 +104,7 @@ revoke all on function private.lock_next_jobs(integer)
 from public, anon, authenticated, service_role;
 
 -- Every row is reached by its key, whatever the planner thinks of the tables' sizes.
+-- Outer joins: a job whose model somebody deleted must fail at the worker, not vanish here.
 create or replace function private.claim_jobs(p_worker_id bigint, p_slots integer)
 returns table (
   job_id uuid,
@@ -144,9 +147,10 @@ begin
     )
     select
       c.job_id, c.user_id, c.model_id, nextval('private.lease_tokens'), p_worker_id, c.attempt + 1,
-      now() + (select s.lease from private.settings as s), now() + m.deadline, c.provider_job_id
+      now() + st.lease, now() + coalesce(m.deadline, st.lease), c.provider_job_id
     from (select * from claimed order by fair_key, seq) as c
-    inner join public.models as m on m.id = c.model_id
+    cross join private.settings as st
+    left join public.models as m on m.id = c.model_id
     returning r.*
   ),
   started as (
@@ -160,7 +164,7 @@ begin
     s.provider_input, r.provider_job_id, s.image_count, extract(epoch from m.deadline)::real
   from running as r
   inner join started as s on s.id = r.job_id
-  inner join public.models as m on m.id = r.model_id
+  left join public.models as m on m.id = r.model_id
   order by r.token;
 end;
 $$;
@@ -188,7 +192,6 @@ as $$
 #variable_conflict use_column
 declare
   v_lease interval := (select s.lease from private.settings as s);
-  v_at integer;
 begin
   update private.workers set seen_at = now() where id = p_worker_id;
   -- A loop, not a join: each row is reached by its key also when the table is full of dead rows.

@@ -46,7 +46,7 @@ begin
     raise notice 'Darkroom: no pg_cron for this database; workers recover stale jobs on their own';
     return;
   end if;
-  create extension if not exists pg_cron;
+  create extension if not exists pg_cron with schema pg_catalog;
   perform cron.schedule(
     'darkroom_recover_stale_jobs', '* * * * *', 'select private.recover_stale_jobs()'
   );

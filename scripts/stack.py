@@ -1,0 +1,478 @@
+"""The local stack: PostgreSQL with pg_cron, Supabase Lite in front of it, and the worker.
+
+No Docker and no account. Everything lives in one state folder (`.local`, or `$DARKROOM_STATE`):
+the cluster, the stored files, the secrets, the logs. Several stacks run next to each other, each
+with its own folder and ports; tests and the demo use that through the class `Stack`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import fcntl
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+import httpx
+import psycopg
+from psycopg import sql
+
+from processes import Process, ProcessTable, StackError, as_user, free_port, spawn
+
+PROJECT = Path(__file__).resolve().parents[1]
+SUPABASE = PROJECT / "supabase"
+NODE_MODULES = PROJECT / "node_modules"
+POSTGRES_PROGRAMS = Path("/usr/lib/postgresql")
+POSTGRES_HOME = Path("/var/lib/postgresql")
+
+START_SECONDS = 30
+KEYS_EXPIRE_AT = 4102444800  # 2100-01-01: a fixed date, so that the keys of a stack never change
+
+
+def sign_jwt(secret: str, claims: Mapping[str, Any]) -> str:
+    """Sign claims with HS256, as Supabase Auth and its legacy API keys do."""
+
+    def encode(data: bytes) -> bytes:
+        return base64.urlsafe_b64encode(data).rstrip(b"=")
+
+    header = encode(b'{"alg":"HS256","typ":"JWT"}')
+    body = header + b"." + encode(json.dumps(dict(claims), separators=(",", ":")).encode())
+    return (body + b"." + encode(hmac.digest(secret.encode(), body, "sha256"))).decode()
+
+
+class Settings:
+    """Secrets and ports of one stack: made up once, then kept in a file only its owner reads."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        lines = file.read_text().splitlines() if file.exists() else []
+        self._values = dict(line.split("=", 1) for line in lines)
+
+    def secret(self, name: str) -> str:
+        """Return a secret; the first call invents it."""
+        return self._values.get(name) or self._keep(name, secrets.token_urlsafe(32))
+
+    def port(self, name: str) -> int:
+        """Return the port a server listens on, or did when it last ran."""
+        return int(self._values.get(name) or self.new_port(name))
+
+    def new_port(self, name: str) -> int:
+        """Return the port for a server about to start: the last one, if nobody has taken it."""
+        return int(self._keep(name, str(free_port(int(self._values.get(name, 0))))))
+
+    def _keep(self, name: str, value: str) -> str:
+        self._values[name] = value
+        self.file.touch(mode=0o600)
+        self.file.write_text("".join(f"{key}={text}\n" for key, text in self._values.items()))
+        return value
+
+
+class Service:
+    """One process of the stack."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    stop_signal: ClassVar[signal.Signals] = signal.SIGTERM
+    stop_seconds: ClassVar[float] = 20
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self.folder = folder
+        self.settings = settings
+        self.log = folder / "logs" / f"{self.name}.log"
+        self._processes = ProcessTable(folder / "processes.json")
+
+    def address(self) -> str:
+        """Return where it listens, for people; empty if it does not."""
+        return ""
+
+    def is_running(self) -> bool:
+        """Say whether its process is alive."""
+        return self._processes.get(self.name) is not None
+
+    def stop(self) -> None:
+        """Stop it, if it runs."""
+        if process := self._processes.get(self.name):
+            process.stop(self.stop_signal, self.stop_seconds)
+
+    def _run(self, command: Sequence[str | Path], **arguments: Any) -> Process:
+        process = spawn(command, log=self.log, **arguments)
+        self._processes.put(self.name, process)
+        return process
+
+
+class Cluster(Service):
+    """A PostgreSQL cluster of our own, made from the distribution's packages."""
+
+    name = "postgres"
+    title = "PostgreSQL"
+    stop_signal = signal.SIGINT  # "fast": close connections, keep what was committed
+
+    def __init__(self, folder: Path, settings: Settings, *, fsync: bool = True) -> None:
+        super().__init__(folder, settings)
+        self.data = folder / "data"
+        self.fsync = fsync
+        self._user = "postgres" if os.geteuid() == 0 else None  # it refuses to run as root
+
+    def address(self) -> str:
+        """Return host and port."""
+        return f"127.0.0.1:{self.settings.port('DATABASE_PORT')}"
+
+    def url(self, role: str = "postgres") -> str:
+        """Return the connection string of a role whose password this stack has set."""
+        password = self.settings.secret(f"{role}_password".upper())
+        return f"postgresql://{role}:{password}@{self.address()}/postgres"
+
+    def start(self) -> None:
+        """Create the cluster if there is none, start the server, wait for the first connection."""
+        if not self.data.exists():
+            self._create()
+        settings = {
+            "port": self.settings.new_port("DATABASE_PORT"),
+            "listen_addresses": "127.0.0.1",
+            "unix_socket_directories": "",  # a socket's path is limited to 107 bytes, ours is not
+            "max_connections": 200,
+            "shared_preload_libraries": "pg_cron",
+            "cron.database_name": "postgres",
+            "cron.use_background_workers": "on",  # no connection, so no password either
+            "fsync": self.fsync,
+            "full_page_writes": self.fsync,
+        }
+        options = [word for key, value in settings.items() for word in ("-c", f"{key}={value}")]
+        program = postgres_program("postgres", (self.data / "PG_VERSION").read_text().strip())
+        process = self._run(
+            [program, "-D", self.data.resolve(), *options], cwd=Path("/"), user=self._user
+        )
+        process.wait_until(self._answers, START_SECONDS, self.log)
+
+    def delete(self) -> None:
+        """Remove the data, wherever it lies."""
+        shutil.rmtree(self.data.resolve(), ignore_errors=True)
+        self.data.unlink(missing_ok=True)
+
+    def _create(self) -> None:
+        """Run initdb beside the final place, so that only a complete cluster ever gets there."""
+        data = self._place()
+        draft = data.with_name(f"{data.name}.new")
+        for leftover in (draft, data):
+            shutil.rmtree(leftover, ignore_errors=True)
+        draft.mkdir(mode=0o700)
+        with tempfile.NamedTemporaryFile("w") as password:
+            password.write(self.settings.secret("POSTGRES_PASSWORD"))
+            password.flush()
+            if self._user:
+                shutil.chown(draft, self._user)
+                shutil.chown(password.name, self._user)
+            options = "--username=postgres --auth=scram-sha-256 --encoding=UTF8 --locale=C.UTF-8"
+            run(
+                [postgres_program("initdb"), *options.split(), "--pwfile", password.name, draft],
+                cwd=Path("/"),
+                **as_user(self._user),
+            )
+        draft.rename(data)
+        if data != self.data:
+            self.data.unlink(missing_ok=True)
+            self.data.symlink_to(data)
+
+    def _place(self) -> Path:
+        """Return the state folder, unless the user that PostgreSQL runs as cannot get there."""
+        if not self._user:
+            return self.data
+        probe = subprocess.run(
+            ["test", "-x", self.folder], check=False, cwd="/", **as_user(self._user)
+        )
+        digest = hashlib.sha256(bytes(self.data)).hexdigest()[:12]
+        return self.data if probe.returncode == 0 else POSTGRES_HOME / f"darkroom-{digest}"
+
+    def _answers(self) -> bool:
+        try:
+            psycopg.connect(self.url(), connect_timeout=5).close()
+        except psycopg.OperationalError:
+            return False
+        return True
+
+
+class Gateway(Service):
+    """Supabase Lite: sign-up, RPC and Storage over HTTP, in front of a database."""
+
+    name = "gateway"
+    title = "Supabase Lite"
+
+    def address(self) -> str:
+        """Return the URL clients use."""
+        return f"http://127.0.0.1:{self.settings.port('API_PORT')}"
+
+    def start(self, database_url: str) -> None:
+        """Start it and wait until it answers; an empty database gets roles, `auth`, `storage`."""
+        home = self.folder / "gateway"  # stored files and all else it writes go below
+        home.mkdir(mode=0o700, exist_ok=True)
+        self._configure(home / "supabase" / "config.json", database_url)
+        process = self._run(
+            [node(), NODE_MODULES / "@supabase/lite/dist/cli/index.js", "start", "--no-admin"],
+            cwd=home,
+            env=os.environ | {"EXPERIMENTAL_STORAGE": "1", "LITE_TELEMETRY": "0"},
+        )
+        process.wait_until(self._answers, START_SECONDS, self.log)
+
+    def _configure(self, file: Path, database_url: str) -> None:
+        """Write the project's configuration with this stack's values, to where Lite looks."""
+        config = tomllib.loads((SUPABASE / "config.toml").read_text())
+        config["api"]["port"] = self.settings.new_port("API_PORT")
+        config["db"] = {"driver": "postgres", "url": database_url}
+        config["auth"]["jwt_secret"] = self.settings.secret("JWT_SECRET")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch(mode=0o600)
+        file.write_text(json.dumps(config, indent=2))
+
+    def _answers(self) -> bool:
+        # No data request: with the first of them Lite hands out grants on all tables it finds.
+        try:
+            return httpx.get(f"{self.address()}/auth/v1/health", timeout=5).is_success
+        except httpx.TransportError:
+            return False
+
+
+class Worker(Service):
+    """The worker, as `worker.py` runs in production."""
+
+    name = "worker"
+    title = "Worker"
+    stop_seconds = 60  # it finishes or hands back the jobs it holds
+
+    def start(self, environment: Mapping[str, str]) -> None:
+        """Start it; a worker has nothing to answer, so its log tells how it fares."""
+        self._run(
+            [sys.executable, PROJECT / "worker.py"], cwd=PROJECT, env=os.environ | environment
+        )
+
+
+class Migrations:
+    """`supabase/migrations` and the seed, applied the way production does: by the Supabase CLI."""
+
+    def __init__(self, folder: Path) -> None:
+        self.applied = folder / "applied.json"
+
+    def push(self, database_url: str) -> bool:
+        """Apply what is new; say whether anything was."""
+        files = [*sorted((SUPABASE / "migrations").glob("*.sql")), SUPABASE / "seed.sql"]
+        digests = {
+            file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in files
+            if file.exists()
+        }
+        known = json.loads(self.applied.read_text()) if self.applied.exists() else {}
+        if digests == known:
+            return False
+        for name in known.keys() & digests.keys() - {"seed.sql"}:
+            if known[name] != digests[name]:
+                raise StackError(f"{name} changed after it was applied here: make clean, make up")
+        cli = [node(), NODE_MODULES / "supabase/dist/supabase.js"]
+        options = ["--include-seed", "--yes", f"--remote={database_url}"]
+        run([*cli, "db", "push", *options], cwd=PROJECT, env=os.environ | {"DO_NOT_TRACK": "1"})
+        self.applied.write_text(json.dumps(digests, indent=2))
+        return True
+
+
+class Stack:
+    """A complete stack: `up` starts what is not running, `down` stops it and keeps its state."""
+
+    def __init__(
+        self, folder: Path | str, *, fsync: bool = True, with_worker: bool = False
+    ) -> None:
+        self.folder = Path(folder).resolve()
+        self.settings = Settings(self.folder / "env")
+        self.cluster = Cluster(self.folder, self.settings, fsync=fsync)
+        self.gateway = Gateway(self.folder, self.settings)
+        self.worker = Worker(self.folder, self.settings)
+        self.services: list[Service] = [self.cluster, self.gateway, self.worker]
+        self.with_worker = with_worker
+
+    @property
+    def api_url(self) -> str:
+        """Where clients send their requests."""
+        return self.gateway.address()
+
+    @property
+    def database_url(self) -> str:
+        """The database, as its superuser."""
+        return self.cluster.url()
+
+    @property
+    def worker_database_url(self) -> str:
+        """The database, as the worker."""
+        return self.cluster.url("darkroom_worker")
+
+    @property
+    def jwt_secret(self) -> str:
+        """What signs and proves every token."""
+        return self.settings.secret("JWT_SECRET")
+
+    @property
+    def anon_key(self) -> str:
+        """The token of a client that has not signed in."""
+        return self._api_key("anon")
+
+    @property
+    def service_role_key(self) -> str:
+        """The token of the operator's own services, which no policy holds back."""
+        return self._api_key("service_role")
+
+    def up(self) -> Stack:
+        """Start what is not running; if that fails, stop what this call has started."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.chmod(0o711)  # PostgreSQL's user passes through; what is inside stays private
+        with self._locked():
+            running = [service for service in self.services if service.is_running()]
+            try:
+                self._start()
+            except BaseException:
+                self._stop([service for service in self.services if service not in running])
+                raise
+        return self
+
+    def down(self) -> None:
+        """Stop everything; the worker first, so that it can hand back its jobs."""
+        if self.folder.exists():
+            with self._locked():
+                self._stop(self.services)
+
+    def clean(self) -> None:
+        """Stop everything and delete the state."""
+        self.down()
+        self.cluster.delete()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def environment(self) -> dict[str, str]:
+        """Return what a client, an operator or a test needs to know, by its usual name."""
+        return {
+            "API_URL": self.api_url,
+            "ANON_KEY": self.anon_key,
+            "SERVICE_ROLE_KEY": self.service_role_key,
+            "JWT_SECRET": self.jwt_secret,
+            "DATABASE_URL": self.database_url,
+            "WORKER_DATABASE_URL": self.worker_database_url,
+        }
+
+    def _start(self) -> None:
+        if not self.cluster.is_running():
+            self._stop(self.services)  # what is left may know an old port
+            self.cluster.start()
+        if not self.gateway.is_running():
+            self.gateway.start(self.database_url)
+        if Migrations(self.folder).push(self.database_url):
+            self.gateway.stop()  # it reads the list of functions once, at its start
+            self.gateway.start(self.database_url)
+        self._set_worker_password()  # the migration makes the role without one
+        if self.with_worker and not self.worker.is_running():
+            self.worker.start(
+                {
+                    "DATABASE_URL": self.worker_database_url,
+                    "SUPABASE_URL": self.api_url,
+                    "SUPABASE_SERVICE_KEY": self.service_role_key,
+                }
+            )
+
+    def _stop(self, services: list[Service]) -> None:
+        for service in reversed(services):
+            service.stop()
+
+    def _set_worker_password(self) -> None:
+        password = sql.Literal(self.settings.secret("DARKROOM_WORKER_PASSWORD"))
+        with psycopg.connect(self.database_url) as connection:
+            connection.execute(sql.SQL("alter role darkroom_worker password {}").format(password))
+
+    def _api_key(self, role: str) -> str:
+        return sign_jwt(self.jwt_secret, {"iss": "darkroom", "role": role, "exp": KEYS_EXPIRE_AT})
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Let only one command at a time change this stack."""
+        with (self.folder / "lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def run(command: Sequence[str | Path], **arguments: Any) -> None:
+    """Run a command to its end; silent, unless it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **arguments)
+    if done.returncode != 0:
+        raise StackError(f"{Path(command[0]).name} failed:\n{done.stdout}{done.stderr}")
+
+
+def node() -> Path:
+    """Return the Node 22 that came with the packages: on an older one, Lite serves empty files."""
+    for program in NODE_MODULES.glob("node-linux-*/bin/node"):
+        return program
+    raise StackError("Node is not installed: run make setup")
+
+
+def postgres_program(name: str, version: str | None = None) -> Path:
+    """Return a program of the given PostgreSQL version, else of $PG_VERSION or the newest."""
+    installed = [folder.name for folder in POSTGRES_PROGRAMS.glob("*") if folder.name.isdigit()]
+    wanted = version or os.environ.get("PG_VERSION") or max(installed, key=int, default="")
+    if wanted not in installed:
+        raise StackError(f"PostgreSQL {wanted} is not installed: run make setup")
+    return POSTGRES_PROGRAMS / wanted / "bin" / name
+
+
+def show_status(stack: Stack) -> None:
+    """Print what runs, where, and which log tells more."""
+    for service in stack.services:
+        state = service.address() or "running" if service.is_running() else "stopped"
+        print(f"{service.title:15} {state:25} {service.log}")
+
+
+def show_environment(stack: Stack) -> None:
+    """Print what `eval "$(make -s env)"` takes into a shell."""
+    if not stack.settings.file.exists():
+        raise StackError("there is no stack yet: run make up")
+    for name, value in stack.environment().items():
+        print(f"export {name}={shlex.quote(value)}")
+
+
+def interrupt(*_: object) -> NoReturn:
+    """Turn a request to end into an exception, so that `up` can clean up after itself."""
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Run one command from the command line."""
+    parser = argparse.ArgumentParser(description="Run the local stack.")
+    parser.add_argument("command", choices=["up", "down", "status", "env", "clean"])
+    command = parser.parse_args().command
+    signal.signal(signal.SIGTERM, interrupt)
+    has_worker = (PROJECT / "worker.py").exists()
+    stack = Stack(os.environ.get("DARKROOM_STATE", PROJECT / ".local"), with_worker=has_worker)
+    try:
+        match command:
+            case "up":
+                show_status(stack.up())
+            case "down":
+                stack.down()
+            case "status":
+                show_status(stack)
+            case "env":
+                show_environment(stack)
+            case "clean":
+                stack.clean()
+    except StackError as error:
+        sys.exit(f"stack: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stack: interrupted")
+
+
+if __name__ == "__main__":
+    main()
