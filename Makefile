@@ -44,9 +44,9 @@ test: setup lint
 
 # Check style and types of SQL and Python.
 lint:
-	@.venv/bin/sqlfluff lint sql
-	@.venv/bin/ruff check .
-	@.venv/bin/ruff format --check .
+	@$(PYTHON) -m sqlfluff lint sql
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
 	@$(PYTHON) -m mypy worker.py scripts
 
 # Build the one migration of the first release from sql/.

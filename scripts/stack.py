@@ -332,8 +332,11 @@ class Stack:
 
     def up(self) -> Stack:
         """Start what is not running; if that fails, stop what this call has started."""
+        if not self._is_ours() and self.folder.exists() and any(self.folder.iterdir()):
+            raise StackError(f"{self.folder} holds other things: choose an empty folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o711)  # PostgreSQL's user passes through; what is inside stays private
+        self.settings.secret("JWT_SECRET")  # from here on the folder is ours
         with self._locked():
             running = [service for service in self.services if service.is_running()]
             try:
@@ -345,15 +348,16 @@ class Stack:
 
     def down(self) -> None:
         """Stop everything; the worker first, so that it can hand back its jobs."""
-        if self.folder.exists():
+        if self._is_ours():
             with self._locked():
                 self._stop(self.services)
 
     def clean(self) -> None:
         """Stop everything and delete the state."""
-        self.down()
-        self.cluster.delete()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._is_ours():
+            self.down()
+            self.cluster.delete()
+            shutil.rmtree(self.folder)
 
     def environment(self) -> dict[str, str]:
         """Return what a client, an operator or a test needs to know, by its usual name."""
@@ -365,6 +369,10 @@ class Stack:
             "DATABASE_URL": self.database_url,
             "WORKER_DATABASE_URL": self.worker_database_url,
         }
+
+    def _is_ours(self) -> bool:
+        """Say whether the folder is a stack's: `clean` deletes no folder named by mistake."""
+        return self.settings.file.exists()
 
     def _start(self) -> None:
         if not self.cluster.is_running():
@@ -454,8 +462,7 @@ def main() -> None:
     parser.add_argument("command", choices=["up", "down", "status", "env", "clean"])
     command = parser.parse_args().command
     signal.signal(signal.SIGTERM, interrupt)
-    has_worker = (PROJECT / "worker.py").exists()
-    stack = Stack(os.environ.get("DARKROOM_STATE", PROJECT / ".local"), with_worker=has_worker)
+    stack = Stack(os.environ.get("DARKROOM_STATE", PROJECT / ".local"), with_worker=True)
     try:
         match command:
             case "up":
