@@ -97,7 +97,7 @@ set search_path = ''
 as $$
 begin
   raise exception '% is append-only', tg_table_name
-    using errcode = 'object_not_in_prerequisite_state';
+    using errcode = 'insufficient_privilege';
 end;
 $$;
 

@@ -27,6 +27,23 @@ $$;
 
 revoke all on function private.require_user_id() from public, anon, authenticated, service_role;
 
+-- Raises PT401 not_authenticated: the token outlived the user.
+create or replace function private.refuse_unknown_user()
+returns void
+language plpgsql
+set search_path = ''
+as $$
+begin
+  raise sqlstate 'PT401' using
+    message = 'not_authenticated',
+    detail = 'There is no such user any more.',
+    hint = 'Sign in again.';
+end;
+$$;
+
+revoke all on function private.refuse_unknown_user()
+from public, anon, authenticated, service_role;
+
 -- Raises PT400 invalid_input.
 create or replace function private.refuse_input(p_detail text, p_hint text default null)
 returns void
@@ -92,8 +109,10 @@ begin
   if jsonb_typeof(v_params) = 'string' then
     begin
       v_params := (v_params #>> '{}')::jsonb;
-    exception when invalid_text_representation or untranslatable_character then
-      perform private.refuse_input('params: not a JSON object');
+    exception
+      when invalid_text_representation or untranslatable_character
+        or numeric_value_out_of_range then
+        perform private.refuse_input('params: not a JSON object');
     end;
   end if;
   if jsonb_typeof(v_params) <> 'object' then
@@ -121,7 +140,7 @@ begin
   if octet_length(p_prompt) > 4 * v_max_chars or length(p_prompt) > v_max_chars then
     perform private.refuse_input(format('prompt: longer than %s characters', v_max_chars));
   end if;
-  if coalesce(btrim(p_prompt, E' \t\r\n'), '') = '' then
+  if p_prompt !~ '[^[:space:]\u00a0\u200b\u2060\ufeff]' is not false then
     perform private.refuse_input('prompt: missing or blank');
   end if;
   if octet_length(p_idempotency_key) not between 1 and 200 then

@@ -4,8 +4,7 @@
 -- and moves the balance by the same amount, in one transaction. Give-backs are keyed by generation:
 -- the unique ledger entry goes in first, and the balance moves only if it did.
 
--- Locks and returns the user's entitlement. Raises: PT401 not_authenticated if there is none (the
--- token outlived the user).
+-- Locks and returns the user's entitlement. Raises: PT401 not_authenticated if there is none.
 create or replace function private.lock_entitlement(p_user_id uuid)
 returns public.entitlements
 language plpgsql
@@ -16,10 +15,7 @@ declare
 begin
   select * into v_entitlement from public.entitlements where user_id = p_user_id for update;
   if not found then
-    raise sqlstate 'PT401' using
-      message = 'not_authenticated',
-      detail = 'There is no such user any more.',
-      hint = 'Sign in again.';
+    perform private.refuse_unknown_user();
   end if;
   return v_entitlement;
 end;
@@ -203,7 +199,10 @@ begin
   end if;
   select credits into v_credits from public.entitlements where user_id = p_user_id for update;
   if not found then
-    raise sqlstate 'PT404' using message = 'not_found', detail = 'user_id: no such user';
+    raise sqlstate 'PT404' using
+      message = 'not_found',
+      detail = 'user_id: no such user',
+      hint = 'Use the id of auth.users.';
   end if;
   v_entry := private.find_grant(p_user_id, p_amount, p_kind, p_external_id);
   if v_entry.id is not null then
@@ -262,7 +261,10 @@ begin
   set is_paid = p_paid_until is not null, paid_until = p_paid_until
   where user_id = p_user_id;
   if not found then
-    raise sqlstate 'PT404' using message = 'not_found', detail = 'user_id: no such user';
+    raise sqlstate 'PT404' using
+      message = 'not_found',
+      detail = 'user_id: no such user',
+      hint = 'Use the id of auth.users.';
   end if;
   return private.entitlement_json(p_user_id);
 end;

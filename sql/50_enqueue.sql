@@ -28,7 +28,7 @@ $$;
 revoke all on function private.queue_position(bigint, bigint, integer)
 from public, anon, authenticated, service_role;
 
--- Wakes one sleeping worker, if there is one.
+-- Wakes one sleeping worker, if there is one: the one heard of last, which is least likely dead.
 --
 -- NOTIFY serialises commits over the whole instance, so it is sent only when somebody sleeps. A
 -- worker another transaction is waking is skipped. A wake-up that falls between is made good by the
@@ -45,7 +45,7 @@ begin
   where id = (
     select w.id from private.workers as w
     where w.asleep and w.seen_at > now() - (select s.lease from private.settings as s)
-    limit 1 for update skip locked
+    order by w.seen_at desc limit 1 for update skip locked
   )
   returning id into v_worker_id;
   if found then

@@ -82,7 +82,10 @@ declare
 begin
   select * into v_generation from public.generations where id = p_job_id and user_id = v_user_id;
   if not found then
-    raise sqlstate 'PT404' using message = 'not_found', detail = 'job_id: no such job of yours';
+    raise sqlstate 'PT404' using
+      message = 'not_found',
+      detail = 'job_id: no such job of yours',
+      hint = 'Use the job_id that enqueue_generation answered.';
   end if;
   return private.job_json(v_generation);
 end;
@@ -158,12 +161,19 @@ grant execute on function public.list_active_jobs() to authenticated;
 -- Raises: PT401 not_authenticated.
 create or replace function private.get_entitlement()
 returns json
-language sql
+language plpgsql
 stable
 security definer
 set search_path = ''
 as $$
-  select private.entitlement_json(private.require_user_id())
+declare
+  v_entitlement json := private.entitlement_json(private.require_user_id());
+begin
+  if v_entitlement is null then
+    perform private.refuse_unknown_user();
+  end if;
+  return v_entitlement;
+end;
 $$;
 
 revoke all on function private.get_entitlement() from public, anon, authenticated, service_role;

@@ -36,6 +36,22 @@ revoke all on function private.register_worker(text, integer, text)
 from public, anon, authenticated, service_role;
 grant execute on function private.register_worker(text, integer, text) to darkroom_worker;
 
+create or replace function private.unregister_worker(p_worker_id bigint)
+returns void
+language sql
+security definer
+set search_path = ''
+as $$
+  delete from private.workers where id = p_worker_id
+$$;
+
+comment on function private.unregister_worker is
+  'Takes a worker that stops off the list, so that nobody tries to wake it.';
+
+revoke all on function private.unregister_worker(bigint)
+from public, anon, authenticated, service_role;
+grant execute on function private.unregister_worker(bigint) to darkroom_worker;
+
 create or replace function private.sleep(p_worker_id bigint)
 returns void
 language sql

@@ -167,7 +167,7 @@ set search_path = ''
 as $$
 begin
   raise exception '% is append-only', tg_table_name
-    using errcode = 'object_not_in_prerequisite_state';
+    using errcode = 'insufficient_privilege';
 end;
 $$;
 
@@ -600,6 +600,23 @@ $$;
 
 revoke all on function private.require_user_id() from public, anon, authenticated, service_role;
 
+-- Raises PT401 not_authenticated: the token outlived the user.
+create or replace function private.refuse_unknown_user()
+returns void
+language plpgsql
+set search_path = ''
+as $$
+begin
+  raise sqlstate 'PT401' using
+    message = 'not_authenticated',
+    detail = 'There is no such user any more.',
+    hint = 'Sign in again.';
+end;
+$$;
+
+revoke all on function private.refuse_unknown_user()
+from public, anon, authenticated, service_role;
+
 -- Raises PT400 invalid_input.
 create or replace function private.refuse_input(p_detail text, p_hint text default null)
 returns void
@@ -665,8 +682,10 @@ begin
   if jsonb_typeof(v_params) = 'string' then
     begin
       v_params := (v_params #>> '{}')::jsonb;
-    exception when invalid_text_representation or untranslatable_character then
-      perform private.refuse_input('params: not a JSON object');
+    exception
+      when invalid_text_representation or untranslatable_character
+        or numeric_value_out_of_range then
+        perform private.refuse_input('params: not a JSON object');
     end;
   end if;
   if jsonb_typeof(v_params) <> 'object' then
@@ -694,7 +713,7 @@ begin
   if octet_length(p_prompt) > 4 * v_max_chars or length(p_prompt) > v_max_chars then
     perform private.refuse_input(format('prompt: longer than %s characters', v_max_chars));
   end if;
-  if coalesce(btrim(p_prompt, E' \t\r\n'), '') = '' then
+  if p_prompt !~ '[^[:space:]\u00a0\u200b\u2060\ufeff]' is not false then
     perform private.refuse_input('prompt: missing or blank');
   end if;
   if octet_length(p_idempotency_key) not between 1 and 200 then
@@ -894,8 +913,7 @@ from public, anon, authenticated, service_role;
 -- and moves the balance by the same amount, in one transaction. Give-backs are keyed by generation:
 -- the unique ledger entry goes in first, and the balance moves only if it did.
 
--- Locks and returns the user's entitlement. Raises: PT401 not_authenticated if there is none (the
--- token outlived the user).
+-- Locks and returns the user's entitlement. Raises: PT401 not_authenticated if there is none.
 create or replace function private.lock_entitlement(p_user_id uuid)
 returns public.entitlements
 language plpgsql
@@ -906,10 +924,7 @@ declare
 begin
   select * into v_entitlement from public.entitlements where user_id = p_user_id for update;
   if not found then
-    raise sqlstate 'PT401' using
-      message = 'not_authenticated',
-      detail = 'There is no such user any more.',
-      hint = 'Sign in again.';
+    perform private.refuse_unknown_user();
   end if;
   return v_entitlement;
 end;
@@ -1093,7 +1108,10 @@ begin
   end if;
   select credits into v_credits from public.entitlements where user_id = p_user_id for update;
   if not found then
-    raise sqlstate 'PT404' using message = 'not_found', detail = 'user_id: no such user';
+    raise sqlstate 'PT404' using
+      message = 'not_found',
+      detail = 'user_id: no such user',
+      hint = 'Use the id of auth.users.';
   end if;
   v_entry := private.find_grant(p_user_id, p_amount, p_kind, p_external_id);
   if v_entry.id is not null then
@@ -1152,7 +1170,10 @@ begin
   set is_paid = p_paid_until is not null, paid_until = p_paid_until
   where user_id = p_user_id;
   if not found then
-    raise sqlstate 'PT404' using message = 'not_found', detail = 'user_id: no such user';
+    raise sqlstate 'PT404' using
+      message = 'not_found',
+      detail = 'user_id: no such user',
+      hint = 'Use the id of auth.users.';
   end if;
   return private.entitlement_json(p_user_id);
 end;
@@ -1248,7 +1269,7 @@ $$;
 revoke all on function private.queue_position(bigint, bigint, integer)
 from public, anon, authenticated, service_role;
 
--- Wakes one sleeping worker, if there is one.
+-- Wakes one sleeping worker, if there is one: the one heard of last, which is least likely dead.
 --
 -- NOTIFY serialises commits over the whole instance, so it is sent only when somebody sleeps. A
 -- worker another transaction is waking is skipped. A wake-up that falls between is made good by the
@@ -1265,7 +1286,7 @@ begin
   where id = (
     select w.id from private.workers as w
     where w.asleep and w.seen_at > now() - (select s.lease from private.settings as s)
-    limit 1 for update skip locked
+    order by w.seen_at desc limit 1 for update skip locked
   )
   returning id into v_worker_id;
   if found then
@@ -1606,7 +1627,10 @@ declare
 begin
   select * into v_generation from public.generations where id = p_job_id and user_id = v_user_id;
   if not found then
-    raise sqlstate 'PT404' using message = 'not_found', detail = 'job_id: no such job of yours';
+    raise sqlstate 'PT404' using
+      message = 'not_found',
+      detail = 'job_id: no such job of yours',
+      hint = 'Use the job_id that enqueue_generation answered.';
   end if;
   return private.job_json(v_generation);
 end;
@@ -1682,12 +1706,19 @@ grant execute on function public.list_active_jobs() to authenticated;
 -- Raises: PT401 not_authenticated.
 create or replace function private.get_entitlement()
 returns json
-language sql
+language plpgsql
 stable
 security definer
 set search_path = ''
 as $$
-  select private.entitlement_json(private.require_user_id())
+declare
+  v_entitlement json := private.entitlement_json(private.require_user_id());
+begin
+  if v_entitlement is null then
+    perform private.refuse_unknown_user();
+  end if;
+  return v_entitlement;
+end;
 $$;
 
 revoke all on function private.get_entitlement() from public, anon, authenticated, service_role;
@@ -1840,6 +1871,22 @@ comment on function private.register_worker is
 revoke all on function private.register_worker(text, integer, text)
 from public, anon, authenticated, service_role;
 grant execute on function private.register_worker(text, integer, text) to darkroom_worker;
+
+create or replace function private.unregister_worker(p_worker_id bigint)
+returns void
+language sql
+security definer
+set search_path = ''
+as $$
+  delete from private.workers where id = p_worker_id
+$$;
+
+comment on function private.unregister_worker is
+  'Takes a worker that stops off the list, so that nobody tries to wake it.';
+
+revoke all on function private.unregister_worker(bigint)
+from public, anon, authenticated, service_role;
+grant execute on function private.unregister_worker(bigint) to darkroom_worker;
 
 create or replace function private.sleep(p_worker_id bigint)
 returns void
