@@ -184,5 +184,5 @@ comment on column private.settings.lease is
 comment on column private.settings.heartbeat is 'How often workers beat.';
 comment on column private.settings.max_attempts is 'Attempts of a job before it fails for good.';
 comment on column private.settings.retry_base is
-  'Retry n waits up to retry_base * 2^(n-1), at most retry_cap.';
+  'Retry n of a job waits up to retry_base * 2^(n-1), at most retry_cap.';
 comment on column private.settings.give_up_after is 'A job this old is not retried any more.';

@@ -56,15 +56,17 @@ $$;
 
 revoke all on function private.wake_worker() from public, anon, authenticated, service_role;
 
--- How many images the params ask for.
-create or replace function private.count_images(p_model public.models, p_params jsonb)
+-- How many images this input makes; a schema's default counts where the params are silent.
+create or replace function private.count_images(p_model public.models, p_provider_input jsonb)
 returns smallint
 language plpgsql
 stable
 set search_path = ''
 as $$
 declare
-  v_images numeric := coalesce((p_params ->> p_model.image_count_input)::numeric, 1);
+  v_images numeric := coalesce(
+    (p_provider_input ->> p_model.image_count_input)::numeric, 1
+  );
 begin
   if v_images not between 1 and p_model.max_images then
     perform private.refuse_input(
@@ -154,7 +156,8 @@ set search_path = ''
 as $$
 declare
   v_id uuid := private.uuid_v7();
-  v_images smallint := private.count_images(p_model, p_params);
+  v_provider_input jsonb := private.complete_input(p_model, p_prompt, p_params);
+  v_images smallint := private.count_images(p_model, v_provider_input);
   v_price integer := v_images * case p_plan.name
     when 'paid' then p_model.paid_price_credits
     else p_model.price_credits
@@ -172,7 +175,7 @@ begin
   )
   values (
     v_id, p_entitlement.user_id, p_model.id, p_prompt, p_params,
-    private.complete_input(p_model, p_prompt, p_params),
+    v_provider_input,
     v_price, v_images, p_idempotency_key
   )
   returning * into v_generation;

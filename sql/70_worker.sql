@@ -214,7 +214,9 @@ begin
   for v_at in 1 .. coalesce(cardinality(p_job_ids), 0) loop
     job_id := p_job_ids[v_at];
     update private.running_jobs as r
-    set lease_until = now() + v_lease, progress = coalesce(p_progress[v_at], r.progress)
+    set
+      lease_until = now() + v_lease,
+      progress = coalesce(least(100, greatest(0, p_progress[v_at])), r.progress)
     where r.job_id = p_job_ids[v_at] and r.token = p_tokens[v_at]
     returning case when r.cancel_requested then 'canceled' else 'ok' end into verdict;
     verdict := coalesce(verdict, 'lost');
@@ -284,7 +286,8 @@ as $$
 declare
   v_canceled boolean;
 begin
-  update private.running_jobs set stage = p_stage, progress = coalesce(p_progress, progress)
+  update private.running_jobs set
+    stage = p_stage, progress = coalesce(least(100, greatest(0, p_progress)), progress)
   where job_id = p_job_id and token = p_token
   returning cancel_requested into v_canceled;
   if not found then

@@ -114,10 +114,23 @@ $$;
 revoke all on function private.finish_failed(private.running_jobs, private.error_codes)
 from public, anon, authenticated, service_role;
 
+-- Claims of a job that have ended so far.
+create or replace function private.count_claims(p_job_id uuid)
+returns integer
+language sql
+stable
+set search_path = ''
+as $$
+  select count(*)::integer from private.attempts where generation_id = p_job_id
+$$;
+
+revoke all on function private.count_claims(uuid)
+from public, anon, authenticated, service_role;
+
 -- How long to wait before the next attempt: what the provider asked for, else exponential backoff
 -- with full jitter, so that jobs that failed together do not come back together.
 create or replace function private.retry_delay(
-  p_attempts_used integer,
+  p_failures_before integer,
   p_retry_after_seconds double precision
 )
 returns interval
@@ -128,7 +141,7 @@ as $$
   select case
     when p_retry_after_seconds is not null
       then greatest(0, least(p_retry_after_seconds, 3600)) * interval '1 second'
-    else random() * least(s.retry_cap, s.retry_base * power(2, greatest(p_attempts_used - 1, 0)))
+    else random() * least(s.retry_cap, s.retry_base * power(2, least(p_failures_before, 20)))
   end
   from private.settings as s
 $$;
@@ -164,7 +177,8 @@ begin
   ) then
     v_outcome := 'retried';
     perform private.requeue_job(
-      p_job, v_attempts_used, private.retry_delay(v_attempts_used, p_retry_after_seconds),
+      p_job, v_attempts_used,
+      private.retry_delay(private.count_claims(p_job.job_id), p_retry_after_seconds),
       case when v_error.resumes then p_job.provider_job_id end
     );
   else
@@ -255,7 +269,7 @@ security definer
 set search_path = ''
 as $$
 declare
-  v_stored integer := jsonb_array_length(p_images);
+  v_stored integer := coalesce(jsonb_array_length(p_images), 0);
   v_job private.running_jobs := private.end_lease(p_job_id, p_token, '{completed}');
   v_generation public.generations;
 begin

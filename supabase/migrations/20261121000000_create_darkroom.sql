@@ -496,7 +496,7 @@ comment on column private.settings.lease is
 comment on column private.settings.heartbeat is 'How often workers beat.';
 comment on column private.settings.max_attempts is 'Attempts of a job before it fails for good.';
 comment on column private.settings.retry_base is
-  'Retry n waits up to retry_base * 2^(n-1), at most retry_cap.';
+  'Retry n of a job waits up to retry_base * 2^(n-1), at most retry_cap.';
 comment on column private.settings.give_up_after is 'A job this old is not retried any more.';
 -- Row level security: who may read what. Nobody writes a table: the functions do.
 --
@@ -676,10 +676,7 @@ declare
   v_params jsonb := coalesce(p_params, '{}');
   v_max_bytes integer := (select max_params_bytes from private.settings);
 begin
-  if octet_length(v_params::text) > v_max_bytes then
-    perform private.refuse_input(format('params: longer than %s bytes', v_max_bytes));
-  end if;
-  if jsonb_typeof(v_params) = 'string' then
+  if jsonb_typeof(v_params) = 'string' and octet_length(v_params::text) <= 2 * v_max_bytes then
     begin
       v_params := (v_params #>> '{}')::jsonb;
     exception
@@ -687,6 +684,10 @@ begin
         or numeric_value_out_of_range then
         perform private.refuse_input('params: not a JSON object');
     end;
+  end if;
+  -- After unwrapping: 1e9000 is six bytes on the way in and nine thousand in the table.
+  if octet_length(v_params::text) > v_max_bytes then
+    perform private.refuse_input(format('params: longer than %s bytes', v_max_bytes));
   end if;
   if jsonb_typeof(v_params) <> 'object' then
     perform private.refuse_input(
@@ -1297,15 +1298,17 @@ $$;
 
 revoke all on function private.wake_worker() from public, anon, authenticated, service_role;
 
--- How many images the params ask for.
-create or replace function private.count_images(p_model public.models, p_params jsonb)
+-- How many images this input makes; a schema's default counts where the params are silent.
+create or replace function private.count_images(p_model public.models, p_provider_input jsonb)
 returns smallint
 language plpgsql
 stable
 set search_path = ''
 as $$
 declare
-  v_images numeric := coalesce((p_params ->> p_model.image_count_input)::numeric, 1);
+  v_images numeric := coalesce(
+    (p_provider_input ->> p_model.image_count_input)::numeric, 1
+  );
 begin
   if v_images not between 1 and p_model.max_images then
     perform private.refuse_input(
@@ -1395,7 +1398,8 @@ set search_path = ''
 as $$
 declare
   v_id uuid := private.uuid_v7();
-  v_images smallint := private.count_images(p_model, p_params);
+  v_provider_input jsonb := private.complete_input(p_model, p_prompt, p_params);
+  v_images smallint := private.count_images(p_model, v_provider_input);
   v_price integer := v_images * case p_plan.name
     when 'paid' then p_model.paid_price_credits
     else p_model.price_credits
@@ -1413,7 +1417,7 @@ begin
   )
   values (
     v_id, p_entitlement.user_id, p_model.id, p_prompt, p_params,
-    private.complete_input(p_model, p_prompt, p_params),
+    v_provider_input,
     v_price, v_images, p_idempotency_key
   )
   returning * into v_generation;
@@ -2050,7 +2054,9 @@ begin
   for v_at in 1 .. coalesce(cardinality(p_job_ids), 0) loop
     job_id := p_job_ids[v_at];
     update private.running_jobs as r
-    set lease_until = now() + v_lease, progress = coalesce(p_progress[v_at], r.progress)
+    set
+      lease_until = now() + v_lease,
+      progress = coalesce(least(100, greatest(0, p_progress[v_at])), r.progress)
     where r.job_id = p_job_ids[v_at] and r.token = p_tokens[v_at]
     returning case when r.cancel_requested then 'canceled' else 'ok' end into verdict;
     verdict := coalesce(verdict, 'lost');
@@ -2120,7 +2126,8 @@ as $$
 declare
   v_canceled boolean;
 begin
-  update private.running_jobs set stage = p_stage, progress = coalesce(p_progress, progress)
+  update private.running_jobs set
+    stage = p_stage, progress = coalesce(least(100, greatest(0, p_progress)), progress)
   where job_id = p_job_id and token = p_token
   returning cancel_requested into v_canceled;
   if not found then
@@ -2254,10 +2261,23 @@ $$;
 revoke all on function private.finish_failed(private.running_jobs, private.error_codes)
 from public, anon, authenticated, service_role;
 
+-- Claims of a job that have ended so far.
+create or replace function private.count_claims(p_job_id uuid)
+returns integer
+language sql
+stable
+set search_path = ''
+as $$
+  select count(*)::integer from private.attempts where generation_id = p_job_id
+$$;
+
+revoke all on function private.count_claims(uuid)
+from public, anon, authenticated, service_role;
+
 -- How long to wait before the next attempt: what the provider asked for, else exponential backoff
 -- with full jitter, so that jobs that failed together do not come back together.
 create or replace function private.retry_delay(
-  p_attempts_used integer,
+  p_failures_before integer,
   p_retry_after_seconds double precision
 )
 returns interval
@@ -2268,7 +2288,7 @@ as $$
   select case
     when p_retry_after_seconds is not null
       then greatest(0, least(p_retry_after_seconds, 3600)) * interval '1 second'
-    else random() * least(s.retry_cap, s.retry_base * power(2, greatest(p_attempts_used - 1, 0)))
+    else random() * least(s.retry_cap, s.retry_base * power(2, least(p_failures_before, 20)))
   end
   from private.settings as s
 $$;
@@ -2304,7 +2324,8 @@ begin
   ) then
     v_outcome := 'retried';
     perform private.requeue_job(
-      p_job, v_attempts_used, private.retry_delay(v_attempts_used, p_retry_after_seconds),
+      p_job, v_attempts_used,
+      private.retry_delay(private.count_claims(p_job.job_id), p_retry_after_seconds),
       case when v_error.resumes then p_job.provider_job_id end
     );
   else
@@ -2395,7 +2416,7 @@ security definer
 set search_path = ''
 as $$
 declare
-  v_stored integer := jsonb_array_length(p_images);
+  v_stored integer := coalesce(jsonb_array_length(p_images), 0);
   v_job private.running_jobs := private.end_lease(p_job_id, p_token, '{completed}');
   v_generation public.generations;
 begin
