@@ -152,7 +152,8 @@ create table private.plans (
   max_per_minute integer not null,
   weight integer not null,
   constraint plans_name_is_known check (name in ('free', 'paid')),
-  constraint plans_limits_are_positive check (max_active > 0 and max_per_minute > 0 and weight > 0)
+  constraint plans_limits_are_positive check (max_active > 0 and max_per_minute > 0),
+  constraint plans_weight_is_a_step_of_the_queue check (weight between 1 and 1000)
 );
 
 comment on table private.plans is 'Limits of free and paid users.';

@@ -208,12 +208,18 @@ begin
   if v_entry.id is not null then
     return json_build_object('credits', v_credits, 'applied', false);
   end if;
-  if v_credits::bigint + p_amount not between 0 and 2147483647 then
+  -- Far below what an integer holds, so that no refund can ever overflow.
+  if v_credits::bigint + p_amount not between 0 and 1000000000 then
     perform private.refuse_input(format('amount: the balance is %s', v_credits));
   end if;
-  update public.entitlements set credits = credits + p_amount where user_id = p_user_id;
   insert into public.credit_ledger (user_id, kind, amount, balance_after, external_id)
-  values (p_user_id, p_kind, p_amount, v_credits + p_amount, p_external_id);
+  values (p_user_id, p_kind, p_amount, v_credits + p_amount, p_external_id)
+  on conflict (external_id) where external_id is not null do nothing;
+  if not found then
+    -- Another user's grant took the id just now.
+    perform private.find_grant(p_user_id, p_amount, p_kind, p_external_id);
+  end if;
+  update public.entitlements set credits = credits + p_amount where user_id = p_user_id;
   return json_build_object('credits', v_credits + p_amount, 'applied', true);
 end;
 $$;

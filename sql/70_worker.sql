@@ -164,9 +164,9 @@ begin
     select
       c.job_id, c.user_id, c.model_id, nextval('private.lease_tokens'), p_worker_id, c.attempt + 1,
       now() + st.lease, now() + coalesce(m.deadline, st.lease), c.provider_job_id
-    from (select * from claimed order by fair_key, seq) as c
-    cross join private.settings as st
+    from claimed as c cross join private.settings as st
     left join public.models as m on m.id = c.model_id
+    order by c.fair_key, c.seq
     returning r.*
   ),
   started as (
@@ -216,7 +216,10 @@ begin
     update private.running_jobs as r
     set
       lease_until = now() + v_lease,
-      progress = coalesce(least(100, greatest(0, p_progress[v_at])), r.progress)
+      progress = case
+        when p_progress[v_at] is null then r.progress
+        else least(100, greatest(0, p_progress[v_at]))
+      end
     where r.job_id = p_job_ids[v_at] and r.token = p_tokens[v_at]
     returning case when r.cancel_requested then 'canceled' else 'ok' end into verdict;
     verdict := coalesce(verdict, 'lost');
@@ -287,7 +290,11 @@ declare
   v_canceled boolean;
 begin
   update private.running_jobs set
-    stage = p_stage, progress = coalesce(least(100, greatest(0, p_progress)), progress)
+    stage = p_stage,
+    progress = case
+      when p_progress is null then progress
+      else least(100, greatest(0, p_progress))
+    end
   where job_id = p_job_id and token = p_token
   returning cancel_requested into v_canceled;
   if not found then

@@ -22,12 +22,13 @@ begin
     order by user_id limit p_at_most for update skip locked
   loop
     delete from private.running_jobs where job_id = v_job.job_id;
-    if v_job.deadline_at < now() then
-      perform private.end_failed_attempt(v_job, 'timeout', 'deadline passed');
-    else
+    -- The lease first: after an outage both have passed, and the result may be there to fetch.
+    if v_job.lease_until < now() then
       perform private.end_failed_attempt(
         v_job, 'internal', format('lease of worker %s ran out', v_job.worker_id)
       );
+    else
+      perform private.end_failed_attempt(v_job, 'timeout', 'deadline passed');
     end if;
     v_count := v_count + 1;
   end loop;

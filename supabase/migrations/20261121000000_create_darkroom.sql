@@ -464,7 +464,8 @@ create table private.plans (
   max_per_minute integer not null,
   weight integer not null,
   constraint plans_name_is_known check (name in ('free', 'paid')),
-  constraint plans_limits_are_positive check (max_active > 0 and max_per_minute > 0 and weight > 0)
+  constraint plans_limits_are_positive check (max_active > 0 and max_per_minute > 0),
+  constraint plans_weight_is_a_step_of_the_queue check (weight between 1 and 1000)
 );
 
 comment on table private.plans is 'Limits of free and paid users.';
@@ -1118,12 +1119,18 @@ begin
   if v_entry.id is not null then
     return json_build_object('credits', v_credits, 'applied', false);
   end if;
-  if v_credits::bigint + p_amount not between 0 and 2147483647 then
+  -- Far below what an integer holds, so that no refund can ever overflow.
+  if v_credits::bigint + p_amount not between 0 and 1000000000 then
     perform private.refuse_input(format('amount: the balance is %s', v_credits));
   end if;
-  update public.entitlements set credits = credits + p_amount where user_id = p_user_id;
   insert into public.credit_ledger (user_id, kind, amount, balance_after, external_id)
-  values (p_user_id, p_kind, p_amount, v_credits + p_amount, p_external_id);
+  values (p_user_id, p_kind, p_amount, v_credits + p_amount, p_external_id)
+  on conflict (external_id) where external_id is not null do nothing;
+  if not found then
+    -- Another user's grant took the id just now.
+    perform private.find_grant(p_user_id, p_amount, p_kind, p_external_id);
+  end if;
+  update public.entitlements set credits = credits + p_amount where user_id = p_user_id;
   return json_build_object('credits', v_credits + p_amount, 'applied', true);
 end;
 $$;
@@ -1243,9 +1250,10 @@ for each row execute function private.create_entitlement_of_new_user();
 -- The one way in: gate, charge, and enqueue in one transaction, or nothing at all.
 --
 -- Lock order: enqueue locks the entitlement row first, and everything else it writes is a new row.
--- All other functions lock running or ready row -> generation -> entitlement, so no cycle is
--- possible. The lock also serialises one user's requests: limits, balance and idempotency key are
--- read and written without a race.
+-- All other functions lock running or ready row -> generation -> entitlement, so none of them can
+-- wait for another in a circle. Only deleting a user goes the other way round; PostgreSQL then ends
+-- one of the two, and workers repeat their calls. The lock also serialises one user's requests:
+-- limits, balance and idempotency key are read and written without a race.
 
 -- Jobs that would be claimed before this place in the queue, counted up to p_at_most.
 create or replace function private.queue_position(
@@ -2004,9 +2012,9 @@ begin
     select
       c.job_id, c.user_id, c.model_id, nextval('private.lease_tokens'), p_worker_id, c.attempt + 1,
       now() + st.lease, now() + coalesce(m.deadline, st.lease), c.provider_job_id
-    from (select * from claimed order by fair_key, seq) as c
-    cross join private.settings as st
+    from claimed as c cross join private.settings as st
     left join public.models as m on m.id = c.model_id
+    order by c.fair_key, c.seq
     returning r.*
   ),
   started as (
@@ -2056,7 +2064,10 @@ begin
     update private.running_jobs as r
     set
       lease_until = now() + v_lease,
-      progress = coalesce(least(100, greatest(0, p_progress[v_at])), r.progress)
+      progress = case
+        when p_progress[v_at] is null then r.progress
+        else least(100, greatest(0, p_progress[v_at]))
+      end
     where r.job_id = p_job_ids[v_at] and r.token = p_tokens[v_at]
     returning case when r.cancel_requested then 'canceled' else 'ok' end into verdict;
     verdict := coalesce(verdict, 'lost');
@@ -2127,7 +2138,11 @@ declare
   v_canceled boolean;
 begin
   update private.running_jobs set
-    stage = p_stage, progress = coalesce(least(100, greatest(0, p_progress)), progress)
+    stage = p_stage,
+    progress = case
+      when p_progress is null then progress
+      else least(100, greatest(0, p_progress))
+    end
   where job_id = p_job_id and token = p_token
   returning cancel_requested into v_canceled;
   if not found then
@@ -2480,12 +2495,13 @@ begin
     order by user_id limit p_at_most for update skip locked
   loop
     delete from private.running_jobs where job_id = v_job.job_id;
-    if v_job.deadline_at < now() then
-      perform private.end_failed_attempt(v_job, 'timeout', 'deadline passed');
-    else
+    -- The lease first: after an outage both have passed, and the result may be there to fetch.
+    if v_job.lease_until < now() then
       perform private.end_failed_attempt(
         v_job, 'internal', format('lease of worker %s ran out', v_job.worker_id)
       );
+    else
+      perform private.end_failed_attempt(v_job, 'timeout', 'deadline passed');
     end if;
     v_count := v_count + 1;
   end loop;

@@ -1,0 +1,381 @@
+"""Who calls the functions: a user, nobody, the operator's backend, a worker.
+
+Each acts with its own role and claims over a connection of its own, never as the superuser. Methods
+are named like the functions. Those in the past tense (`enqueued`) bring about what a test is given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import psycopg
+from database import Database
+from psycopg import sql
+from psycopg.rows import class_row, dict_row
+from psycopg.types.json import Jsonb
+
+PREVIEW = "darkroom/preview"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An error of ours as a client sees it."""
+
+    code: str
+    token: str
+    detail: str | None
+    hint: str | None
+    retry_after: int | None = None
+
+    @classmethod
+    def of(cls, error: psycopg.Error) -> Refusal:
+        """Read an error, also one in PostgREST's form: SQLSTATE PGRST with JSON in the message."""
+        diagnosis = error.diag
+        if diagnosis.sqlstate != "PGRST":
+            return cls(
+                diagnosis.sqlstate or type(error).__name__,
+                diagnosis.message_primary or str(error),
+                diagnosis.message_detail,
+                diagnosis.message_hint,
+            )
+        body = json.loads(diagnosis.message_primary or "")
+        answer = json.loads(diagnosis.message_detail or "")
+        assert body["code"] == f"PT{answer['status']}"
+        retry_after = int(answer["headers"]["Retry-After"])
+        return cls(body["code"], body["message"], body["details"], body["hint"], retry_after)
+
+
+class Expected:
+    """Holds the refusal once the block has ended."""
+
+    refusal: Refusal
+
+    @property
+    def detail(self) -> str:
+        """What is said to people."""
+        return self.refusal.detail or ""
+
+
+@contextlib.contextmanager
+def refused(code: str, token: str | None = None) -> Iterator[Expected]:
+    """Expect the block to end in this refusal."""
+    expected = Expected()
+    try:
+        yield expected
+    except psycopg.Error as error:
+        expected.refusal = Refusal.of(error)
+    else:
+        raise AssertionError(f"not refused with {code} {token or ''}")
+    assert expected.refusal.code == code, expected.refusal
+    assert token in (None, expected.refusal.token), expected.refusal
+
+
+def outcome(call: Callable[[], T]) -> T | Refusal:
+    """Return what a call answers, or how it is refused."""
+    try:
+        return call()
+    except psycopg.Error as error:
+        return Refusal.of(error)
+
+
+def together(calls: Sequence[Callable[[], T]]) -> list[T]:
+    """Make all calls at the same moment, each in a thread of its own; return their results."""
+    start = threading.Barrier(len(calls))
+
+    def run(call: Callable[[], T]) -> T:
+        start.wait()
+        return call()
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [future.result() for future in [pool.submit(run, call) for call in calls]]
+
+
+class Caller:
+    """Calls functions as PostgREST does: in a transaction that has the role and the claims."""
+
+    role: str
+
+    def __init__(self, db: Database) -> None:
+        self.db = db
+        self.connection = db.connect()
+
+    def claims(self) -> dict[str, str]:
+        """Return what the token says."""
+        return {"role": self.role}
+
+    @contextlib.contextmanager
+    def acting(self) -> Iterator[psycopg.Connection[Any]]:
+        """Give the connection for one transaction as this caller."""
+        claims = self.claims()
+        settings = {"role": self.role, "request.jwt.claims": json.dumps(claims)}
+        settings |= {f"request.jwt.claim.{name}": claim for name, claim in claims.items()}
+        with self.connection.transaction():
+            for name, value in settings.items():
+                self.connection.execute("select set_config(%s, %s, true)", [name, value])
+            yield self.connection
+
+    def call(self, function: str, **arguments: Any) -> Any:
+        """Call a function with named arguments and return its answer."""
+        names = [
+            sql.SQL("{} => {}").format(sql.Identifier(name), sql.Placeholder(name))
+            for name in arguments
+        ]
+        query = sql.SQL("select {}({})").format(
+            sql.Identifier(*function.split(".")), sql.SQL(", ").join(names)
+        )
+        with self.acting() as connection:
+            row = connection.execute(query, arguments).fetchone()
+            return row and row[0]
+
+    def query(self, query: str, *arguments: Any) -> list[dict[str, Any]]:
+        """Run a statement of the caller's own making."""
+        with self.acting() as connection:
+            cursor = connection.cursor(row_factory=dict_row)
+            cursor.execute(query, arguments or None)
+            return cursor.fetchall() if cursor.description else []
+
+    def ping(self) -> dict[str, Any]:
+        return self.call("public.ping")
+
+    def list_models(self) -> list[dict[str, Any]]:
+        return self.call("public.list_models")
+
+
+class Anon(Caller):
+    """Somebody who has not signed in."""
+
+    role = "anon"
+
+    def claims(self) -> dict[str, str]:
+        """Return no claims: some gateways set none for anon."""
+        return {}
+
+
+class Service(Caller):
+    """The operator's backend."""
+
+    role = "service_role"
+
+    def grant_credits(
+        self, user: User | str, amount: int, external_id: str | None, kind: str = "grant"
+    ) -> dict[str, Any]:
+        return self.call(
+            "public.grant_credits",
+            user_id=getattr(user, "id", user),
+            amount=amount,
+            kind=kind,
+            external_id=external_id,
+        )
+
+    def set_paid(self, user: User | str, paid_until: str | None) -> dict[str, Any]:
+        return self.call(
+            "public.set_paid", user_id=getattr(user, "id", user), paid_until=paid_until
+        )
+
+
+class User(Caller):
+    """Somebody who has signed up."""
+
+    role = "authenticated"
+
+    def __init__(self, db: Database, user_id: str | None = None) -> None:
+        super().__init__(db)
+        self.id = user_id or str(uuid.uuid4())
+        if not user_id:
+            db.execute("insert into auth.users (id) values (%s)", self.id)
+
+    def claims(self) -> dict[str, str]:
+        """Return what the token says."""
+        return {"role": self.role, "sub": self.id}
+
+    def on_another_device(self) -> User:
+        """Return the same user with a connection of its own."""
+        return User(self.db, self.id)
+
+    def has(self, credits: int) -> User:
+        """Bring the balance to this, through the ledger."""
+        if amount := credits - self.credits():
+            Service(self.db).grant_credits(self, amount, str(uuid.uuid4()), "adjust")
+        return self
+
+    def has_paid(self, until: str = "infinity") -> User:
+        """Be on the paid plan."""
+        Service(self.db).set_paid(self, until)
+        return self
+
+    def enqueue(
+        self, prompt: str | None = "a lighthouse at dusk", model: str | None = PREVIEW, **rest: Any
+    ) -> dict[str, Any]:
+        """Call enqueue_generation; `params` is sent as JSON."""
+        if "params" in rest:
+            rest["params"] = Jsonb(rest["params"])
+        return self.call("public.enqueue_generation", model=model, prompt=prompt, **rest)
+
+    def enqueued(self, *arguments: Any, **rest: Any) -> str:
+        """Have a job queued; return its id."""
+        return str(self.enqueue(*arguments, **rest)["job_id"])
+
+    def get_job_status(self, job_id: str) -> dict[str, Any]:
+        return self.call("public.get_job_status", job_id=job_id)
+
+    def list_active_jobs(self) -> list[dict[str, Any]]:
+        return self.call("public.list_active_jobs")
+
+    def get_entitlement(self) -> dict[str, Any]:
+        return self.call("public.get_entitlement")
+
+    def credits(self) -> int:
+        """Return the balance."""
+        return int(
+            self.db.value("select credits from public.entitlements where user_id = %s", self.id)
+        )
+
+    def ledger(self) -> list[tuple[str, int]]:
+        """Return kind and amount of each entry, oldest first."""
+        query = "select kind, amount from public.credit_ledger where user_id = %s order by id"
+        return [(entry["kind"], entry["amount"]) for entry in self.db.execute(query, self.id)]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as claim_jobs hands it out."""
+
+    job_id: uuid.UUID
+    user_id: uuid.UUID
+    token: int
+    attempt: int
+    provider: str
+    provider_ref: str
+    provider_input: dict[str, Any]
+    provider_job_id: str | None
+    image_count: int
+    deadline_seconds: float
+
+    @property
+    def id(self) -> str:
+        """The job's id as clients write it."""
+        return str(self.job_id)
+
+    def image(self, position: int = 0, **changes: Any) -> dict[str, Any]:
+        """Return one stored image as complete_job takes it."""
+        return {
+            "position": position,
+            "storage_path": f"{self.user_id}/{self.job_id}/{position}.png",
+            "content_type": "image/png",
+            "width": 64,
+            "height": 64,
+            "bytes": 1000,
+        } | changes
+
+
+class Worker:
+    """A worker process: registered, and calling the worker functions as darkroom_worker."""
+
+    def __init__(self, db: Database, slots: int = 4) -> None:
+        self.db = db
+        self.connection = db.connect()
+        self.connection.execute("set role darkroom_worker")
+        registered = self._rows("select * from private.register_worker('test', %s, '1')", slots)[0]
+        self.id = int(registered["worker_id"])
+        self.channel = str(registered["channel"])
+        self.heartbeat_seconds = float(registered["heartbeat_seconds"])
+        self.lease_seconds = float(registered["lease_seconds"])
+
+    def claim_jobs(self, slots: int = 1) -> list[Job]:
+        cursor = self.connection.cursor(row_factory=class_row(Job))
+        query = "select * from private.claim_jobs(%s, %s)"
+        return cursor.execute(query, [self.id, slots]).fetchall()
+
+    def claimed(self) -> Job:
+        """Hold the lease of the next job."""
+        (job,) = self.claim_jobs(1)
+        return job
+
+    def heartbeat(self, *jobs: Job, progress: Sequence[int | None] = ()) -> list[str]:
+        """Return the verdict on each job."""
+        rows = self._rows(
+            "select * from private.heartbeat(%s, %s::uuid[], %s::bigint[], %s::smallint[])",
+            self.id,
+            [job.job_id for job in jobs],
+            [job.token for job in jobs],
+            list(progress) or [None] * len(jobs),
+        )
+        assert [row["job_id"] for row in rows] == [job.job_id for job in jobs]
+        return [row["verdict"] for row in rows]
+
+    def sleep(self) -> None:
+        self._rows("select private.sleep(%s)", self.id)
+
+    def unregister_worker(self) -> None:
+        self._rows("select private.unregister_worker(%s)", self.id)
+
+    def checkpoint(self, job: Job, provider_job_id: str) -> None:
+        self._rows("select private.checkpoint(%s, %s, %s)", job.job_id, job.token, provider_job_id)
+
+    def report_progress(self, job: Job, stage: str, progress: int | None = None) -> None:
+        self._rows(
+            "select private.report_progress(%s, %s, %s, %s::smallint)",
+            job.job_id,
+            job.token,
+            stage,
+            progress,
+        )
+
+    def complete_job(
+        self, job: Job, images: int | list[dict[str, Any]] = 1, **metrics: float
+    ) -> None:
+        """Complete with this many images, or with these."""
+        if isinstance(images, int):
+            images = [job.image(position) for position in range(images)]
+        self._rows(
+            "select private.complete_job(%s, %s, %s, %s)",
+            job.job_id,
+            job.token,
+            Jsonb(images),
+            Jsonb(metrics),
+        )
+
+    def fail_job(
+        self, job: Job, code: str, detail: str | None = None, retry_after: float | None = None
+    ) -> str:
+        query = "select private.fail_job(%s, %s, %s, %s, %s::real) as answer"
+        return str(self._rows(query, job.job_id, job.token, code, detail, retry_after)[0]["answer"])
+
+    def release_job(self, job: Job) -> None:
+        self._rows("select private.release_job(%s, %s)", job.job_id, job.token)
+
+    def recover_stale_jobs(self, at_most: int = 100) -> int:
+        query = "select private.recover_stale_jobs(%s) as count"
+        return int(self._rows(query, at_most)[0]["count"])
+
+    def listening(self) -> Worker:
+        """Listen on the own channel."""
+        self.connection.execute(sql.SQL("listen {}").format(sql.Identifier(self.channel)))
+        return self
+
+    def wake_ups(self) -> list[str]:
+        """Return the payloads that arrived on the channel until now."""
+        self.db.execute("select pg_notify(%s, 'until now')", self.channel)
+        payloads: list[str] = []
+        for notice in self.connection.notifies(timeout=10):
+            if notice.payload == "until now":
+                return payloads
+            payloads.append(notice.payload)
+        raise AssertionError("not listening")
+
+    def let_the_next_claim_scan_all(self) -> None:
+        """Make the last scan from the queue's start a second old."""
+        self.connection.execute("set darkroom.full_scan_ms = '0'")
+
+    def _rows(self, query: str, *arguments: Any) -> list[dict[str, Any]]:
+        cursor = self.connection.cursor(row_factory=dict_row)
+        return cursor.execute(query, arguments).fetchall()

@@ -1,0 +1,246 @@
+"""A database of a test's own, seen from behind the functions: given-steps, time, and the books."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import psycopg
+from psycopg import sql
+from psycopg.rows import dict_row
+
+from stack import Cluster, postgres_program
+
+PROJECT = Path(__file__).resolve().parents[1]
+SQL_FILES = sorted((PROJECT / "sql").glob("*.sql"))
+HANG_ENDS = "-c statement_timeout=60s"
+SEED = PROJECT / "supabase" / "seed.sql"
+
+
+class Server:
+    """The session's cluster: makes databases from templates and drops them."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.url = cluster.url()
+        self._admin = psycopg.connect(self.url, autocommit=True)
+        self._numbers = itertools.count(1)
+        self._closing: list[str] = []
+
+    def create(self, template: str = "template0") -> Database:
+        """Make a database like the template; about 20 ms."""
+        name = f"test_{next(self._numbers)}"
+        query = sql.SQL("create database {} template {}")
+        self._admin.execute(query.format(sql.Identifier(name), sql.Identifier(template)))
+        return Database(urlsplit(self.url)._replace(path=f"/{name}").geturl(), name)
+
+    def drop(self, database: Database) -> None:
+        """Close what a test left open and drop its database: at the next call, when all are gone.
+
+        A connection takes a moment to end, and the server would look for that once in 100 ms.
+        """
+        database.close()
+        for name in self._closing:
+            query = sql.SQL("drop database {} with (force)")
+            self._admin.execute(query.format(sql.Identifier(name)))
+        self._closing = [database.name]
+
+    def close(self) -> None:
+        """Close the connection that makes databases."""
+        self._admin.close()
+
+
+class Database:
+    """One database as its superuser."""
+
+    def __init__(self, url: str, name: str) -> None:
+        self.url = url
+        self.name = name
+        self._connections: list[psycopg.Connection[Any]] = []
+        self._own: psycopg.Connection[Any] | None = None
+
+    def connect(self) -> psycopg.Connection[Any]:
+        """Open one more connection, closed when the test ends."""
+        connection = psycopg.connect(self.url, autocommit=True, options=HANG_ENDS)
+        self._connections.append(connection)
+        return connection
+
+    def close(self) -> None:
+        """Close all connections."""
+        for connection in self._connections:
+            connection.close()
+
+    def execute(self, query: str, *arguments: Any) -> list[dict[str, Any]]:
+        """Run one statement and return its rows."""
+        self._own = self._own or self.connect()
+        cursor = self._own.cursor(row_factory=dict_row)
+        cursor.execute(query, arguments or None)
+        return cursor.fetchall() if cursor.description else []
+
+    def row(self, query: str, *arguments: Any) -> dict[str, Any]:
+        """Return the one row of a query."""
+        (row,) = self.execute(query, *arguments)
+        return row
+
+    def value(self, query: str, *arguments: Any) -> Any:
+        """Return the one value of a query."""
+        (value,) = self.row(query, *arguments).values()
+        return value
+
+    def psql(self, *files: Path, script: str = "") -> subprocess.CompletedProcess[str]:
+        """Run files, then a script, with plain psql in one transaction; stop at the first error."""
+        text = "\n".join([file.read_text() for file in files] + [script])
+        return subprocess.run(
+            [str(postgres_program("psql")), self.url, "-qX1", "-v", "ON_ERROR_STOP=1"],
+            input=text,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def install(self, *files: Path) -> str:
+        """Build Darkroom from `sql/`, then run more files; return the notices."""
+        done = self.psql(*SQL_FILES, *files)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    def dump(self, *options: str) -> str:
+        """Return the schema as pg_dump writes it, comments and privileges included."""
+        command = [str(postgres_program("pg_dump")), self.url, "--schema-only", *options]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return "\n".join(
+            line
+            for line in text.splitlines()
+            if not line.startswith(("\\restrict", "\\unrestrict"))
+        )
+
+    def lift_limits(self) -> None:
+        """Give both plans limits that no test reaches."""
+        self.execute("update private.plans set max_active = 1000000, max_per_minute = 1000000")
+
+    def pass_time(self, interval: str) -> None:
+        """Let time pass without waiting: everything on record moves into the past by as much."""
+        columns = self.execute(
+            "select c.table_schema, c.table_name, array_agg(c.column_name::text) as names"
+            " from information_schema.columns as c"
+            " where c.table_schema in ('public', 'private')"
+            " and c.data_type = 'timestamp with time zone' group by 1, 2"
+        )
+        assert self._own
+        with self._own.transaction():
+            self.execute("set local session_replication_role = replica")  # no triggers: no change
+            for table in columns:
+                self._own.execute(
+                    _shift(table["table_schema"], table["table_name"], table["names"]),
+                    [interval] * len(table["names"]),
+                )
+
+    def snapshot(self) -> dict[str, list[str]]:
+        """Return every row of every table of ours."""
+        tables = self.execute(
+            "select format('%I.%I', schemaname, tablename) as name from pg_tables"
+            " where schemaname in ('public', 'private') order by 1"
+        )
+        return {
+            table["name"]: [
+                row["text"]
+                for row in self.execute(
+                    f"select t::text as text from {table['name']} as t order by 1"
+                )
+            ]
+            for table in tables
+        }
+
+    def wait_for_lock(self, waiting: psycopg.Connection[Any], seconds: float = 10) -> None:
+        """Return as soon as another connection waits for a lock."""
+        deadline = time.monotonic() + seconds
+        query = "select wait_event_type = 'Lock' from pg_stat_activity where pid = %s"
+        while not self.value(query, waiting.info.backend_pid):
+            assert time.monotonic() < deadline, "it never waited for a lock"
+            time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def unchanged(db: Database) -> Iterator[None]:
+    """Assert that no row of any table is another one afterwards."""
+    before = db.snapshot()
+    yield
+    assert db.snapshot() == before
+
+
+def assert_books_balance(db: Database) -> None:
+    """Assert what must hold for money, slots and places at every moment between transactions."""
+    assert db.execute(BOOKS) == []
+
+
+# Each part finds what breaks one rule.
+BOOKS = """
+select 'balance = sum of the ledger >= 0' as rule, e.user_id as id
+from public.entitlements as e
+where e.credits < 0 or e.credits <> (
+  select coalesce(sum(l.amount), 0) from public.credit_ledger as l where l.user_id = e.user_id
+)
+union all
+select 'balance_after = running sum', l.user_id
+from (
+  select *, sum(amount) over (partition by user_id order by id) as balance
+  from public.credit_ledger
+) as l
+where l.balance <> l.balance_after
+union all
+select 'active_jobs = ready + running', e.user_id
+from public.entitlements as e
+where e.active_jobs <> (
+  select count(*) from (
+    select r.user_id from private.ready_jobs as r
+    union all
+    select r.user_id from private.running_jobs as r
+  ) as live
+  where live.user_id = e.user_id
+)
+union all
+select 'charged exactly once', g.id
+from public.generations as g
+where (
+  select array_agg(l.amount) from public.credit_ledger as l
+  where l.generation_id = g.id and l.kind = 'charge'
+) is distinct from array[-g.price_credits]
+union all
+select 'refunded once, what was charged but not made', g.id
+from public.generations as g
+where (
+  select array_agg(l.amount) from public.credit_ledger as l
+  where l.generation_id = g.id and l.kind = 'refund'
+) is distinct from (
+  select case
+    when g.status in ('failed', 'canceled') then array[g.price_credits]
+    when g.status = 'completed' and count(*) < g.image_count
+      then array[g.price_credits * (g.image_count - count(*)::integer) / g.image_count]
+  end
+  from public.images as i where i.generation_id = g.id
+)
+union all
+select 'queued is ready, processing is running, the rest is neither', g.id
+from public.generations as g
+left join private.ready_jobs as ready on ready.job_id = g.id
+left join private.running_jobs as running on running.job_id = g.id
+where (g.status = 'queued', g.status = 'processing')
+  <> (ready.job_id is not null, running.job_id is not null)
+union all
+select 'images exactly where completed', g.id
+from public.generations as g
+where (g.status = 'completed')
+  <> exists (select from public.images as i where i.generation_id = g.id)
+"""
+
+
+def _shift(schema: str, table: str, names: list[str]) -> sql.Composed:
+    changes = [sql.SQL("{0} = {0} - %s::interval").format(sql.Identifier(name)) for name in names]
+    return sql.SQL("update {} set {}").format(
+        sql.Identifier(schema, table), sql.SQL(", ").join(changes)
+    )

@@ -1,0 +1,156 @@
+"""Fixtures of the HTTP tests: `pytest_plugins = ["http_fixtures"]`.
+
+The gateway is Supabase Lite. With POSTGREST_BIN in the environment, functions and tables are
+reached through that PostgREST instead; sign-up and Storage stay with Lite, and so does the secret.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from database import Database
+from http_client import Client, Endpoints, SignedUp
+
+from processes import Process, free_port, spawn
+from stack import Stack
+
+START_SECONDS = 30
+MEASURED = pytest.StashKey[dict[str, list[float]]]()
+
+# Supabase's own definition. Lite's reads only the older setting, which PostgREST no longer makes.
+SUPABASE_UID = """
+create or replace function auth.uid() returns uuid language sql stable as $$
+  select coalesce(
+    nullif(current_setting('request.jwt.claim.sub', true), ''),
+    nullif(current_setting('request.jwt.claims', true), '')::jsonb ->> 'sub'
+  )::uuid
+$$
+"""
+
+
+@pytest.fixture(scope="session")
+def stack_db(stack: Stack) -> Iterator[Database]:
+    """The database behind the gateway, as its superuser."""
+    database = Database(stack.database_url, "postgres")
+    yield database
+    database.close()
+
+
+@pytest.fixture(scope="session")
+def rpc_url(stack: Stack, stack_db: Database) -> Iterator[str]:
+    """Where functions and tables are: below it, `/rpc/<function>` and `/<table>`."""
+    binary = os.environ.get("POSTGREST_BIN")
+    if not binary:
+        yield f"{stack.api_url}/rest/v1"
+        return
+    process, url = start_postgrest(binary, stack, stack_db)
+    yield url
+    process.stop(signal.SIGTERM, 10)
+
+
+def start_postgrest(binary: str, stack: Stack, stack_db: Database) -> tuple[Process, str]:
+    """Start PostgREST in front of the stack's database; return it and its address."""
+    password = secrets.token_hex(16)
+    stack_db.execute(SUPABASE_UID)
+    stack_db.execute(f"create role test_authenticator noinherit login password '{password}'")
+    stack_db.execute("grant anon, authenticated, service_role to test_authenticator")
+    port, admin_port = free_port(), free_port()
+    log = stack.folder / "logs" / "postgrest.log"
+    environment = {
+        "PGRST_DB_URI": f"postgresql://test_authenticator:{password}@{stack.cluster.address()}/postgres",
+        "PGRST_DB_SCHEMAS": "public",
+        "PGRST_DB_ANON_ROLE": "anon",
+        "PGRST_JWT_SECRET": stack.jwt_secret,
+        "PGRST_SERVER_HOST": "127.0.0.1",
+        "PGRST_SERVER_PORT": str(port),
+        "PGRST_ADMIN_SERVER_PORT": str(admin_port),
+    }
+
+    def is_ready() -> bool:
+        try:
+            return httpx.get(f"http://127.0.0.1:{admin_port}/ready").is_success
+        except httpx.TransportError:
+            return False
+
+    process = spawn([Path(binary).resolve()], log=log, cwd=Path("/"), env=environment)
+    process.wait_until(is_ready, START_SECONDS, log)
+    return process, f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="session")
+def endpoints(stack: Stack, rpc_url: str) -> Iterator[Endpoints]:
+    """Where the parts of the API are."""
+    # Lite closes a connection after 5 idle seconds; ours goes first, so none is found closed.
+    limits = httpx.Limits(keepalive_expiry=2)
+    with httpx.Client(timeout=30, limits=limits) as http:
+        yield Endpoints(http, f"{stack.api_url}/auth/v1", rpc_url, f"{stack.api_url}/storage/v1")
+
+
+@contextlib.contextmanager
+def signed_up(endpoints: Endpoints, stack_db: Database) -> Iterator[SignedUp]:
+    """Sign up a user, who is deleted afterwards together with all jobs still queued."""
+    user = SignedUp(endpoints)
+    yield user
+    stack_db.execute("delete from auth.users where id = %s", user.id)
+
+
+@pytest.fixture
+def user(endpoints: Endpoints, stack_db: Database) -> Iterator[SignedUp]:
+    """Somebody who has just signed up, on the free plan with the welcome credits."""
+    with signed_up(endpoints, stack_db) as user:
+        yield user
+
+
+@pytest.fixture
+def stranger(endpoints: Endpoints, stack_db: Database) -> Iterator[SignedUp]:
+    """Somebody else who has."""
+    with signed_up(endpoints, stack_db) as user:
+        yield user
+
+
+@pytest.fixture
+def nobody(endpoints: Endpoints) -> Client:
+    """Somebody without a token."""
+    return Client(endpoints)
+
+
+@pytest.fixture(params=["without token", "with anon key"])
+def visitor(endpoints: Endpoints, stack: Stack, request: pytest.FixtureRequest) -> Client:
+    """Somebody who has not signed in: the app may send its anon key, or nothing."""
+    return Client(endpoints, stack.anon_key if request.param == "with anon key" else None)
+
+
+@pytest.fixture
+def operator(endpoints: Endpoints, stack: Stack) -> Client:
+    """The operator's backend."""
+    return Client(endpoints, stack.service_role_key)
+
+
+@pytest.fixture
+def report_time(request: pytest.FixtureRequest) -> Callable[[str, float], None]:
+    """Collect times in milliseconds under a title; their median is printed at the end."""
+
+    def report(title: str, milliseconds: float) -> None:
+        times = request.config.stash.setdefault(MEASURED, {})
+        times.setdefault(title, []).append(milliseconds)
+
+    return report
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Print what was measured."""
+    for title, times in config.stash.get(MEASURED, {}).items():
+        p50, worst = statistics.median(times), max(times)
+        terminalreporter.write_line(
+            f"{title}: p50 {p50:.1f} ms, slowest {worst:.1f} ms of {len(times)}"
+        )

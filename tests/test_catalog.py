@@ -1,0 +1,296 @@
+"""The house linter: what must hold for every table, function and file, now and later."""
+
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+from database import SQL_FILES
+
+OURS = "('public'::regnamespace, 'private'::regnamespace)"
+ROLES = ("anon", "authenticated", "service_role", "darkroom_worker", "public")
+
+MAY_EXECUTE = {
+    "anon": {
+        "public.list_models()",
+        "public.ping()",
+        "private.list_models()",
+    },
+    "authenticated": {
+        "public.enqueue_generation(text,text,jsonb,text)",
+        "public.get_entitlement()",
+        "public.get_job_status(uuid)",
+        "public.list_active_jobs()",
+        "public.list_models()",
+        "public.ping()",
+        "private.enqueue_generation(text,text,jsonb,text)",
+        "private.get_entitlement()",
+        "private.get_job_status(uuid)",
+        "private.list_active_jobs()",
+        "private.list_models()",
+    },
+    "service_role": {
+        "public.grant_credits(uuid,integer,text,text)",
+        "public.list_models()",
+        "public.ping()",
+        "public.set_paid(uuid,timestamp with time zone)",
+        "private.grant_credits(uuid,integer,text,text)",
+        "private.list_models()",
+        "private.set_paid(uuid,timestamp with time zone)",
+    },
+    "darkroom_worker": {
+        "private.checkpoint(uuid,bigint,text)",
+        "private.claim_jobs(bigint,integer)",
+        "private.complete_job(uuid,bigint,jsonb,jsonb)",
+        "private.fail_job(uuid,bigint,text,text,double precision)",
+        "private.heartbeat(bigint,uuid[],bigint[],smallint[])",
+        "private.recover_stale_jobs(integer)",
+        "private.register_worker(text,integer,text)",
+        "private.release_job(uuid,bigint)",
+        "private.report_progress(uuid,bigint,text,smallint)",
+        "private.sleep(bigint)",
+        "private.unregister_worker(bigint)",
+    },
+    "public": set(),
+}
+
+MAY_TOUCH = {
+    "anon": set(),
+    "authenticated": {
+        "public.credit_ledger SELECT",
+        "public.entitlements SELECT",
+        "public.generations SELECT",
+        "public.images SELECT",
+    },
+    "service_role": {
+        "public.credit_ledger SELECT",
+        "public.entitlements SELECT",
+        "public.generations SELECT",
+        "public.images SELECT",
+        "public.models INSERT",
+        "public.models SELECT",
+        "public.models UPDATE",
+    },
+    "darkroom_worker": set(),
+    "public": set(),
+}
+
+
+@pytest.fixture(scope="module")
+def catalog(server, template):
+    """One database for all tests here: they only read."""
+    database = server.create(template)
+    yield database
+    server.drop(database)
+
+
+def names(rows: list[dict[str, str]]) -> set[str]:
+    """Return the first column."""
+    return {next(iter(row.values())) for row in rows}
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_each_role_executes_exactly_these_functions(catalog, role):
+    functions = catalog.execute(
+        "select format('%%s.%%s', pronamespace::regnamespace,"
+        " regexp_replace(oid::regprocedure::text, '^[a-z]+\\.', '')) as name from pg_proc"
+        f" where pronamespace in {OURS} and has_function_privilege(%s, oid, 'execute')",
+        role,
+    )
+
+    assert names(functions) == MAY_EXECUTE[role]
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_each_role_has_exactly_these_rights_on_tables_and_columns(catalog, role):
+    rights = catalog.execute(
+        "select format('%%s.%%s %%s', relnamespace::regnamespace, relname, right_name) as name"
+        " from pg_class cross join unnest("
+        "  '{SELECT,INSERT,UPDATE,REFERENCES,DELETE,TRUNCATE,TRIGGER}'::text[]) as right_name"
+        f" where relnamespace in {OURS} and relkind in ('r', 'p', 'v', 'm', 'f') and ("
+        "  has_table_privilege(%s, oid, right_name) or case"
+        "    when right_name in ('SELECT', 'INSERT', 'UPDATE', 'REFERENCES')"
+        "    then has_any_column_privilege(%s, oid, right_name) end)",
+        role,
+        role,
+    )
+
+    assert names(rights) == MAY_TOUCH[role]
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_no_role_has_rights_on_sequences(catalog, role):
+    sequences = catalog.execute(
+        "select format('%%I.%%I', schemaname, sequencename) as name from pg_sequences"
+        " where schemaname in ('public', 'private') and has_sequence_privilege("
+        "  %s, format('%%I.%%I', schemaname, sequencename), 'usage, select, update')",
+        role,
+    )
+
+    assert sequences == []
+
+
+def test_every_function_fixes_its_search_path(catalog):
+    assert not catalog.execute(
+        f"select oid::regprocedure::text from pg_proc where pronamespace in {OURS}"
+        " and not coalesce(proconfig, '{}') @> array['search_path=\"\"']"
+    )
+
+
+def test_definers_are_private_and_what_is_public_only_calls_them(catalog):
+    public = catalog.execute(
+        "select proname from pg_proc"
+        " where pronamespace = 'public'::regnamespace and (prosecdef or prolang <> 14)"
+    )
+
+    assert names(public) == set()
+
+
+def test_no_function_has_two_forms(catalog):
+    assert not catalog.execute(
+        f"select proname from pg_proc where pronamespace in {OURS}"
+        " group by pronamespace, proname having count(*) > 1"
+    )
+
+
+def test_every_table_has_row_level_security(catalog):
+    assert not catalog.execute(
+        f"select oid::regclass::text from pg_class where relnamespace in {OURS}"
+        " and relkind in ('r', 'p') and not relrowsecurity"
+    )
+
+
+def test_there_are_no_views_they_would_pass_row_level_security_by(catalog):
+    assert not catalog.execute(
+        f"select relname from pg_class where relnamespace in {OURS} and relkind in ('v', 'm')"
+    )
+
+
+def test_every_foreign_key_starts_an_index(catalog):
+    assert not catalog.execute(
+        "select c.conname from pg_constraint as c where c.contype = 'f'"
+        f" and c.connamespace in {OURS} and not exists ("
+        "  select from pg_index as i where i.indrelid = c.conrelid and i.indpred is null"
+        "  and (i.indkey::smallint[])[0:cardinality(c.conkey) - 1] @> c.conkey)"
+    )
+
+
+def test_every_table_and_every_function_somebody_may_call_has_a_comment(catalog):
+    tables = catalog.execute(
+        f"select oid::regclass::text from pg_class where relnamespace in {OURS}"
+        " and relkind = 'r' and obj_description(oid) is null"
+    )
+    functions = catalog.execute(
+        f"select oid::regprocedure::text from pg_proc where pronamespace in {OURS}"
+        " and (pronamespace = 'public'::regnamespace"
+        "   or has_function_privilege('darkroom_worker', oid, 'execute'))"
+        " and obj_description(oid) is null"
+    )
+
+    assert names(tables) == names(functions) == set()
+
+
+def test_every_column_with_a_state_or_a_unit_has_a_comment(catalog):
+    columns = catalog.execute(
+        "select format('%s.%s', a.attrelid::regclass, a.attname) as name from pg_attribute as a"
+        " inner join pg_class as t on t.oid = a.attrelid"
+        f" where t.relnamespace in {OURS} and t.relkind = 'r'"
+        " and a.attname ~ '(^status|^stage|^outcome|credits|_seconds|_usd|_until)$'"
+        " and col_description(a.attrelid, a.attnum) is null"
+    )
+
+    assert names(columns) == set()
+
+
+def test_constraints_and_indexes_are_named_after_their_table(catalog):
+    constraints = catalog.execute(
+        "select conname from pg_constraint inner join pg_class as t on t.oid = conrelid"
+        f" where connamespace in {OURS} and (not starts_with(conname, t.relname || '_')"
+        "  or contype = 'c' and conname !~ '_(is|are|has|have|match|matches|leave|outlives)_')"
+    )
+    indexes = catalog.execute(
+        "select c.relname from pg_index as i inner join pg_class as c on c.oid = i.indexrelid"
+        f" inner join pg_class as t on t.oid = i.indrelid where t.relnamespace in {OURS}"
+        " and c.relname !~ ('^' || t.relname || '_.*(idx|key|pkey)$')"
+    )
+
+    assert names(constraints) == names(indexes) == set()
+
+
+def test_policies_are_sentences_about_the_signed_in(catalog):
+    policies = catalog.execute("select policyname, roles::text from pg_policies")
+
+    assert len(policies) == 9
+    assert all(re.match(r"Users [a-z]+ their own ", policy["policyname"]) for policy in policies)
+    assert {policy["roles"] for policy in policies} == {"{authenticated}"}
+
+
+# The files.
+
+FUNCTION = re.compile(
+    r"^create or replace function ([a-z0-9_.]+)\(.*?\bas \$\$\n(.*?)^\$\$;",
+    re.DOTALL | re.MULTILINE,
+)
+COMMENT_OR_TEXT = re.compile(r"--[^\n]*|[Ee]?'(?:[^']|'')*'|\"[^\"]*\"", re.DOTALL)
+
+
+def functions() -> dict[str, str]:
+    """Return the body of each function in sql/."""
+    return dict(
+        match.groups() for file in SQL_FILES for match in FUNCTION.finditer(file.read_text())
+    )
+
+
+def code(text: str) -> str:
+    """Return the text without comments, string literals and quoted names."""
+    return COMMENT_OR_TEXT.sub("''", text)
+
+
+@pytest.mark.parametrize("file", SQL_FILES, ids=lambda file: file.name)
+class TestFile:
+    def test_it_opens_with_prose(self, file: Path):
+        first, *_ = re.split(r"\n(?!--)", file.read_text(), maxsplit=1)
+
+        assert 2 <= len(first.splitlines()) <= 35
+
+    def test_lines_are_short_and_end_cleanly(self, file: Path):
+        lines = file.read_text().split("\n")
+
+        assert [line for line in lines if len(line) > 100 or line != line.rstrip()] == []
+        assert "\t" not in file.read_text()
+
+    def test_code_is_lowercase(self, file: Path):
+        assert re.findall(r".*[A-Z].*", code(file.read_text())) == []
+
+    def test_every_raise_has_a_code_of_its_own(self, file: Path):
+        raises = re.findall(r"\braise (?!notice)[^;]*;", file.read_text())
+
+        bare = [each for each in raises if not re.search(r"^raise sqlstate '|errcode = '", each)]
+        assert bare == []
+        assert "40001" not in code(file.read_text()) and "sqlstate '40001" not in file.read_text()
+
+    def test_nothing_is_caught_blindly(self, file: Path):
+        assert "when others" not in code(file.read_text())
+
+    def test_every_function_is_revoked_from_everybody(self, file: Path):
+        text = file.read_text()
+
+        for name, _ in FUNCTION.findall(text):
+            revoke = rf"revoke all on function {re.escape(name)}\([^;]*\)\s+from public, anon,"
+            assert re.search(revoke + " authenticated, service_role;", text), name
+
+
+def test_function_bodies_are_short():
+    lengths = {name: body.count("\n") for name, body in functions().items()}
+
+    assert {name: length for name, length in lengths.items() if length > 45} == {}
+    assert statistics.median(lengths.values()) <= 20
+
+
+def test_the_linter_sees_every_function(catalog):
+    rows = catalog.execute(
+        "select format('%s.%s', pronamespace::regnamespace, proname) as name from pg_proc"
+        f" where pronamespace in {OURS}"
+    )
+
+    assert names(rows) == set(functions())

@@ -1,0 +1,242 @@
+"""sql/30_gating.sql: may this user ask for this? Nothing is written where the answer is no."""
+
+import json
+
+import pytest
+from actors import PREVIEW, User, refused
+from database import unchanged
+from psycopg.types.json import Jsonb
+
+NESTED = "[" * 4000 + "]" * 4000
+
+
+@pytest.mark.parametrize(
+    ("prompt", "detail"),
+    [
+        (None, "prompt: missing or blank"),
+        ("", "prompt: missing or blank"),
+        (" \t\r\n\f ", "prompt: missing or blank"),
+        ("\u00a0\u200b\u2060\ufeff\u3000", "prompt: missing or blank"),
+        ("x" * 4001, "prompt: longer than 4000 characters"),
+        ("🖼" * 4001, "prompt: longer than 4000 characters"),
+        ("x" * 5_000_000, "prompt: longer than 4000 characters"),
+    ],
+)
+def test_a_prompt_is_there_and_not_too_long(db, alice, prompt, detail):
+    with unchanged(db), refused("PT400", "invalid_input") as refusal:
+        alice.enqueue(prompt)
+
+    assert refusal.detail == detail
+
+
+def test_a_prompt_of_the_full_length_in_any_script_is_accepted(alice):
+    job_id = alice.enqueued("🖼" * 4000)
+
+    assert alice.get_job_status(job_id)["prompt"] == "🖼" * 4000
+
+
+def test_a_prompt_with_a_nul_byte_never_arrives(db, alice):
+    query = b"select public.enqueue_generation('darkroom/preview', E'a\\000b')"
+
+    with unchanged(db), refused("22021"), alice.acting() as connection:
+        connection.execute(query)
+
+
+@pytest.mark.parametrize(
+    ("params", "detail"),
+    [
+        ([], "params: not a JSON object"),
+        ([{"seed": 1}], "params: not a JSON object"),
+        (7, "params: not a JSON object"),
+        (True, "params: not a JSON object"),
+        (None, "params: not a JSON object"),
+        ("", "params: not a JSON object"),
+        ("a text", "params: not a JSON object"),
+        ("[]", "params: not a JSON object"),
+        ('{"seed": 1', "params: not a JSON object"),
+        (json.dumps(json.dumps({"seed": 1})), "params: not a JSON object"),
+        ('{"seed": "\\u0000"}', "params: not a JSON object"),
+        ('{"seed": 1e999999}', "params: not a JSON object"),
+        (NESTED, "params: not a JSON object"),
+        ({"seed": "x" * 9000}, "params: longer than 8192 bytes"),
+        ("x" * 9000, "params: not a JSON object"),
+        ("x" * 20000, "params: longer than 8192 bytes"),
+        ('{"seed": 1e9000}', "params: longer than 8192 bytes"),
+        ({"nonsense": 1}, "params.nonsense: not an input of darkroom/preview"),
+        ({"prompt": "another"}, "params.prompt: not an input of darkroom/preview"),
+        ({"seed": "7"}, "params.seed: not of type integer"),
+        ({"seed": 7.5}, "params.seed: not of type integer"),
+        ({"seed": True}, "params.seed: not of type integer"),
+        ({"seed": None}, "params.seed: not of type integer"),
+        ({"seed": [7]}, "params.seed: not of type integer"),
+        ({"seed": {}}, "params.seed: not of type integer"),
+        ({"seed": -1}, "params.seed: not between 0 and 2147483647"),
+        ({"seed": 2**31}, "params.seed: not between 0 and 2147483647"),
+        ({"width": 63}, "params.width: not between 64 and 2048"),
+        ({"width": 10**30}, "params.width: not between 64 and 2048"),
+        ({"num_outputs": 0}, "params.num_outputs: not between 1 and 4"),
+        ({"num_outputs": 5}, "params.num_outputs: not between 1 and 4"),
+    ],
+)
+def test_params_that_do_not_fit_are_refused(db, alice, params, detail):
+    with unchanged(db), refused("PT400", "invalid_input") as refusal:
+        alice.enqueue(params=params)
+
+    assert refusal.detail == detail
+
+
+@pytest.mark.parametrize(
+    ("params", "fits"),
+    [
+        ({"aspect_ratio": "16:9"}, True),
+        ({"aspect_ratio": "2:1"}, False),
+        ({"aspect_ratio": ["16:9"]}, False),
+        ({"guidance": 3.5}, True),
+        ({"guidance": 10.5}, False),
+        ({"output_format": 7}, False),
+    ],
+)
+def test_params_fit_type_range_and_enum_of_the_models_schema(db, alice, params, fits):
+    db.execute("update public.models set is_active = true")
+
+    if fits:
+        assert alice.enqueue(model="black-forest-labs/flux-dev", params=params)
+    else:
+        with unchanged(db), refused("PT400", "invalid_input"):
+            alice.enqueue(model="black-forest-labs/flux-dev", params=params)
+
+
+@pytest.mark.parametrize(
+    "params", [{"width": 128, "seed": 7}, json.dumps({"width": 128, "seed": 7})]
+)
+def test_params_may_arrive_as_an_object_or_as_its_text(alice, params):
+    job_id = alice.enqueued(params=params)
+
+    assert alice.get_job_status(job_id)["params"] == {"width": 128, "seed": 7}
+
+
+def test_no_params_mean_none(alice):
+    job_id = alice.call(
+        "public.enqueue_generation", model=PREVIEW, prompt="a lighthouse", params=None
+    )["job_id"]
+
+    assert alice.get_job_status(job_id)["params"] == {}
+
+
+def test_the_provider_gets_defaults_params_prompt_and_a_seed(alice, worker):
+    alice.enqueue("a lighthouse", params={"width": 128})
+
+    sent = worker.claimed().provider_input
+
+    assert sent.pop("seed") in range(2**31)
+    assert sent == {"prompt": "a lighthouse", "width": 128, "height": 1024, "num_outputs": 1}
+
+
+@pytest.mark.parametrize("model", [None, "", "no/such-model", "black-forest-labs/flux-dev"])
+def test_a_model_that_is_unknown_or_not_active_is_not_found(db, alice, model):
+    with unchanged(db), refused("PT404", "not_found") as refusal:
+        alice.enqueue(model=model)
+
+    assert refusal.detail == "model: no such model"
+
+
+def test_a_model_for_paid_users_is_refused_to_free_ones(db, alice, bob):
+    db.execute("update public.models set requires_paid = true")
+    bob.has_paid()
+
+    with unchanged(db), refused("PT403", "requires_paid_plan") as refusal:
+        alice.enqueue()
+
+    assert refusal.detail == "darkroom/preview is for paid users"
+    assert bob.enqueue()["status"] == "queued"
+
+
+@pytest.mark.parametrize("key", ["", "k" * 201])
+def test_an_idempotency_key_has_a_sane_length(db, alice, key):
+    with unchanged(db), refused("PT400", "invalid_input") as refusal:
+        alice.enqueue(idempotency_key=key)
+
+    assert refusal.detail == "idempotency_key: not 1 to 200 bytes"
+
+
+def test_one_job_more_than_the_plan_allows_at_once_waits(db, alice):
+    for _ in range(3):
+        alice.enqueue()
+
+    with unchanged(db), refused("PT429", "too_many_active") as refusal:
+        alice.enqueue()
+
+    assert refusal.detail == "3 jobs are queued or running, the plan's limit"
+    assert refusal.refusal.retry_after == 5
+
+
+def test_a_finished_job_makes_room_for_another(alice, worker):
+    for _ in range(3):
+        alice.enqueue()
+
+    worker.complete_job(worker.claimed())
+
+    assert alice.enqueue()["status"] == "queued"
+
+
+def test_one_job_more_than_the_plan_allows_in_a_minute_waits(db, alice):
+    db.execute("update private.plans set max_active = 100, max_per_minute = 2")
+    alice.enqueue()
+    alice.enqueue()
+    db.pass_time("20 seconds")
+
+    with unchanged(db), refused("PT429", "rate_limited") as refusal:
+        alice.enqueue()
+
+    assert refusal.detail == "2 jobs in this minute, the plan's limit"
+    assert 35 <= refusal.refusal.retry_after <= 40
+
+
+def test_the_next_minute_counts_anew(db, alice):
+    db.execute("update private.plans set max_per_minute = 1")
+    alice.enqueue()
+    db.pass_time("61 seconds")
+
+    alice.enqueue()
+
+    with refused("PT429", "rate_limited"):
+        alice.enqueue()
+
+
+def test_a_refused_request_does_not_count_against_the_limits(db, alice):
+    alice.has(credits=0)
+    for _ in range(3):
+        with refused("PT402"):
+            alice.enqueue()
+
+    assert alice.get_entitlement()["minute_jobs"] == 0
+    assert alice.get_entitlement()["active_jobs"] == 0
+
+
+def test_a_token_without_a_user_is_not_authenticated(db):
+    stranger = User(db)
+    stranger.claims = lambda: {"role": "authenticated", "sub": ""}
+
+    for call in (stranger.enqueue, stranger.list_active_jobs, stranger.get_entitlement):
+        with unchanged(db), refused("PT401", "not_authenticated"):
+            call()
+
+
+def test_a_token_that_outlived_its_user_is_not_authenticated(db, alice):
+    db.execute("delete from auth.users where id = %s", alice.id)
+
+    for call in (alice.enqueue, alice.get_entitlement):
+        with unchanged(db), refused("PT401", "not_authenticated") as refusal:
+            call()
+
+        assert refusal.detail == "There is no such user any more."
+
+
+def test_a_schema_property_without_a_type_is_refused_not_passed_through(db, alice):
+    db.execute(
+        "update public.models set input_schema = jsonb_set(input_schema, '{properties,seed}', %s)",
+        Jsonb({"title": "Seed"}),
+    )
+
+    with refused("PT400", "invalid_input"):
+        alice.enqueue(params={"seed": 7})

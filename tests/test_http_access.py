@@ -1,0 +1,266 @@
+"""Who may do what over HTTP: tokens, tables, schemas, functions of the operator."""
+
+from __future__ import annotations
+
+import base64
+import json
+import uuid
+
+import pytest
+from database import unchanged
+from http_client import PREVIEW, answer, refusal
+
+from stack import sign_jwt
+
+pytest_plugins = ["http_fixtures"]
+
+LONG_AGO = 1_000_000_000
+FAR_AWAY = 4_102_444_800
+OWN_ROWS = ["entitlements", "credit_ledger", "generations", "images"]
+CHANGES = {
+    "entitlements": {"credits": 1000},
+    "credit_ledger": {"amount": 1000},
+    "models": {"price_credits": 0},
+    "generations": {"status": "completed"},
+    "images": {"bytes": 1},
+}
+FOR_USERS = {
+    "enqueue_generation": {"model": PREVIEW, "prompt": "x"},
+    "get_job_status": {"job_id": str(uuid.uuid4())},
+    "list_active_jobs": {},
+    "get_entitlement": {},
+}
+USER_ID = str(uuid.uuid4())
+FOR_OPERATORS = {
+    "grant_credits": {"user_id": USER_ID, "amount": 5, "kind": "grant", "external_id": "x"},
+    "set_paid": {"user_id": USER_ID, "paid_until": "infinity"},
+}
+
+
+def encode(part):
+    """Return a part of a token."""
+    return base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=").decode()
+
+
+@pytest.fixture(
+    params=[
+        "garbage",
+        "three garbage parts",
+        "unsigned",
+        "unsigned with signature",
+        "somebody else's body",
+        "another secret",
+        "expired",
+    ]
+)
+def bad_token(request, stack, user, stranger):
+    """A token that must not act for `user`, though it names them where it names anybody."""
+    claims = {"sub": user.id, "role": "authenticated", "exp": FAR_AWAY}
+    good = sign_jwt(stack.jwt_secret, claims)
+    body, signature = good.split(".")[1:]
+    unsigned = f"{encode({'alg': 'none', 'typ': 'JWT'})}.{body}."
+    head, _, others_signature = stranger.token.split(".")
+    return {
+        "garbage": "garbage",
+        "three garbage parts": "a.b.c",
+        "unsigned": unsigned,
+        "unsigned with signature": unsigned + signature,
+        "somebody else's body": f"{head}.{body}.{others_signature}",
+        "another secret": sign_jwt("x" * 40, claims),
+        "expired": sign_jwt(stack.jwt_secret, claims | {"exp": LONG_AGO}),
+    }[request.param]
+
+
+@pytest.fixture
+def user_with_image(user, stack_db):
+    """A user with rows in every table, an image included."""
+    job_id = user.enqueued()
+    stack_db.execute(
+        "insert into public.images values (%s, 0, %s, %s, 'image/png', 64, 64, 1000)",
+        job_id,
+        user.id,
+        f"{user.id}/{job_id}/0.png",
+    )
+    return user
+
+
+# Tokens.
+
+
+def test_a_token_made_like_ours_with_the_right_secret_is_good(user, stack):
+    claims = {"sub": user.id, "role": "authenticated", "exp": FAR_AWAY}
+    token = sign_jwt(stack.jwt_secret, claims)
+
+    assert answer(user.with_token(token).rpc("get_entitlement"))["user_id"] == user.id
+
+
+@pytest.mark.parametrize("function", FOR_USERS)
+def test_a_bad_token_never_acts_as_a_user(user, stack_db, bad_token, function):
+    with unchanged(stack_db):
+        refused = refusal(user.with_token(bad_token).rpc(function, **FOR_USERS[function]))
+
+    assert refused.status == 401
+    assert refused.code in {"PGRST301", "PGRST303", "42501"}  # 42501: Lite takes it for anon
+
+
+def test_a_bad_token_reads_no_rows(user_with_image, bad_token):
+    response = user_with_image.with_token(bad_token).rest("GET", "generations")
+
+    assert response.status_code == 401 or response.json() == []
+
+
+def test_a_token_without_user_is_401(user, stack, stack_db):
+    nobody = user.with_token(sign_jwt(stack.jwt_secret, {"role": "authenticated"}))
+    for function, arguments in FOR_USERS.items():
+        with unchanged(stack_db):
+            refused = refusal(nobody.rpc(function, **arguments))
+
+        assert (refused.status, refused.code, refused.message) == (
+            401,
+            "PT401",
+            "not_authenticated",
+        )
+
+
+# Functions.
+
+
+@pytest.mark.parametrize("function", [*FOR_USERS, *FOR_OPERATORS])
+def test_visitors_may_ping_and_list_models_only(visitor, stack_db, function):
+    with unchanged(stack_db):
+        refused = refusal(visitor.rpc(function, **(FOR_USERS | FOR_OPERATORS)[function]))
+
+    assert (refused.status, refused.code) == (401, "42501")
+
+
+def test_users_cannot_call_functions_of_the_operator(user, stack_db):
+    for function, arguments in FOR_OPERATORS.items():
+        with unchanged(stack_db):
+            refused = refusal(user.rpc(function, **arguments | {"user_id": user.id}))
+
+        assert (refused.status, refused.code) == (403, "42501")
+
+
+def test_the_operator_cannot_act_as_a_user(operator, stack_db):
+    for function, arguments in FOR_USERS.items():
+        with unchanged(stack_db):
+            refused = refusal(operator.rpc(function, **arguments))
+
+        assert (refused.status, refused.code) == (403, "42501")
+
+
+@pytest.mark.parametrize("schema", ["private", "auth", "storage", "cron"])
+@pytest.mark.parametrize("caller", ["user", "operator"])
+def test_no_other_schema_is_reachable(request, stack_db, caller, schema):
+    headers = {"Accept-Profile": schema, "Content-Profile": schema}
+    client = request.getfixturevalue(caller)
+    with unchanged(stack_db):
+        for method, path in [
+            ("POST", "rpc/recover_stale_jobs"),
+            ("POST", "rpc/create_entitlement"),
+            ("GET", "settings"),
+            ("GET", "users"),
+        ]:
+            body = {"json": {}} if method == "POST" else {}
+            refused = refusal(client.rest(method, path, headers=headers, **body))
+            assert (refused.status, refused.code) == (406, "PGRST106")
+
+
+@pytest.mark.parametrize(
+    "function",
+    ["claim_jobs", "complete_job", "refund_generation", "create_entitlement", "private.claim_jobs"],
+)
+def test_private_functions_are_not_in_the_api(user, operator, function):
+    for client in (user, operator):
+        assert refusal(client.rpc(function)).status == 404
+
+
+# Tables.
+
+
+@pytest.mark.parametrize("table", OWN_ROWS)
+def test_users_read_their_own_rows_only(user_with_image, stranger, table):
+    stranger.enqueue()
+    rows = answer(user_with_image.rest("GET", table))
+    theirs = answer(stranger.rest("GET", f"{table}?user_id=eq.{user_with_image.id}"))
+
+    assert {row["user_id"] for row in rows} == {user_with_image.id}
+    assert theirs == []
+
+
+@pytest.mark.parametrize("table", CHANGES)
+def test_visitors_read_no_table(visitor, user_with_image, table):
+    response = visitor.rest("GET", table)
+
+    assert response.status_code == 401 or response.json() == []
+
+
+@pytest.mark.parametrize("table", ["ready_jobs", "running_jobs", "workers", "settings", "users"])
+def test_private_tables_are_not_in_the_api(user, operator, table):
+    for client in (user, operator):
+        assert refusal(client.rest("GET", table)).status == 404
+
+
+@pytest.mark.parametrize("caller", ["user_with_image", "stranger", "nobody"])
+@pytest.mark.parametrize("table", CHANGES)
+def test_nobody_changes_a_row(request, user_with_image, stack_db, caller, table):
+    client = request.getfixturevalue(caller)
+    key = f"id=eq.{PREVIEW}" if table == "models" else f"user_id=eq.{user_with_image.id}"
+    headers = {"Prefer": "return=representation"}
+    with unchanged(stack_db):
+        for method, body in [("PATCH", {"json": CHANGES[table]}), ("DELETE", {})]:
+            response = client.rest(method, f"{table}?{key}", headers=headers, **body)
+            assert response.status_code >= 400 or response.json() == []
+
+
+@pytest.mark.parametrize("prefer", ["return=minimal", "resolution=merge-duplicates"])
+@pytest.mark.parametrize("table", CHANGES)
+def test_users_insert_no_row(user_with_image, stack_db, table, prefer):
+    where = "id = %s" if table == "models" else "user_id = %s limit 1"
+    key = PREVIEW if table == "models" else user_with_image.id
+    row = stack_db.value(f"select to_json(t) from public.{table} as t where {where}", key)
+    if table == "credit_ledger":
+        del row["id"]  # a valid new entry
+    headers = {"Prefer": prefer}
+    with unchanged(stack_db):
+        refused = refusal(user_with_image.rest("POST", table, json=row, headers=headers))
+
+    # 55000: Lite grants everybody everything, so the ledger's trigger comes before its policies.
+    assert (refused.status, refused.code) in {(403, "42501"), (500, "55000")}
+
+
+# The operator's backend.
+
+
+def test_the_same_payment_is_granted_once(user, operator):
+    payment = {"user_id": user.id, "amount": 50, "kind": "grant", "external_id": f"pay:{user.id}"}
+
+    first = answer(operator.rpc("grant_credits", **payment))
+    second = answer(operator.rpc("grant_credits", **payment))
+    other = refusal(operator.rpc("grant_credits", **payment | {"amount": 51}))
+
+    assert (first, second) == ({"credits": 60, "applied": True}, {"credits": 60, "applied": False})
+    assert (other.status, other.code, other.message) == (409, "PT409", "idempotency_conflict")
+    assert user.ledger() == [("grant", 10), ("grant", 50)]
+
+
+def test_a_plan_begins_and_ends(user, operator):
+    paid = answer(operator.rpc("set_paid", user_id=user.id, paid_until="infinity"))
+    assert (paid["plan"], paid["max_active"]) == ("paid", 20)
+    assert answer(user.enqueue())["credits_left"] == 10, "included in the plan"
+
+    free = answer(operator.rpc("set_paid", user_id=user.id, paid_until=None))
+    assert (free["plan"], free["paid_until"]) == ("free", None)
+    assert answer(user.enqueue())["credits_left"] == 9
+
+
+def test_the_operator_hears_of_unknown_users(operator, stack_db):
+    for function, arguments in FOR_OPERATORS.items():
+        with unchanged(stack_db):
+            refused = refusal(operator.rpc(function, **arguments))
+
+        assert (refused.status, refused.code, refused.details) == (
+            404,
+            "PT404",
+            "user_id: no such user",
+        )

@@ -1,0 +1,72 @@
+"""sql/90_schedule.sql: settings, plans, buckets and cron jobs; may be run again."""
+
+import psycopg
+from database import PROJECT, unchanged
+
+SCHEDULE = PROJECT / "sql" / "90_schedule.sql"
+
+
+def test_running_it_again_changes_nothing_an_operator_has_set(db, alice):
+    db.execute("update private.settings set welcome_credits = 3")
+    db.execute("update private.plans set max_active = 7")
+    db.execute("update private.error_codes set message = 'Oh.', is_retryable = false")
+    db.execute("update storage.buckets set file_size_limit = 1")
+    buckets = db.execute("select * from storage.buckets")
+
+    with unchanged(db):
+        assert db.psql(SCHEDULE).returncode == 0
+
+    assert db.execute("select * from storage.buckets") == buckets
+
+
+def test_there_is_a_plan_for_everybody(db):
+    plans = db.execute("select * from private.plans order by name")
+
+    assert plans == [
+        {"name": "free", "max_active": 3, "max_per_minute": 10, "weight": 1},
+        {"name": "paid", "max_active": 20, "max_per_minute": 60, "weight": 4},
+    ]
+
+
+def test_the_buckets_are_private_and_take_images_only(db):
+    buckets = db.execute("select id, public, allowed_mime_types from storage.buckets order by 1")
+
+    types = ["image/png", "image/jpeg", "image/webp"]
+    assert buckets == [
+        {"id": "generations", "public": False, "allowed_mime_types": types},
+        {"id": "inputs", "public": False, "allowed_mime_types": types},
+    ]
+
+
+def test_users_from_before_the_installation_get_their_entitlement(supabase_db):
+    supabase_db.execute("insert into auth.users (id) values (gen_random_uuid())")
+
+    supabase_db.install()
+
+    assert supabase_db.value("select credits from public.entitlements") == 10
+
+
+def test_pg_cron_recovers_every_minute_and_trims_every_night(stack):
+    with psycopg.connect(stack.database_url) as connection:
+        connection.execute(SCHEDULE.read_bytes())
+        jobs = connection.execute(
+            "select jobname, schedule, command, active from cron.job order by 1"
+        ).fetchall()
+
+    assert jobs == [
+        ("darkroom_recover_stale_jobs", "* * * * *", "select private.recover_stale_jobs()", True),
+        ("darkroom_trim_history", "17 3 * * *", "select private.trim_history()", True),
+    ]
+
+
+def test_what_the_nightly_job_does_works(stack):
+    with psycopg.connect(stack.database_url) as connection:
+        connection.execute(
+            "insert into cron.job_run_details (runid, end_time) values"
+            " (-1, now() - interval '8 days'), (-2, now() - interval '6 days')"
+        )
+        connection.execute("select private.trim_history()")
+        runs = connection.execute("select runid from cron.job_run_details where runid < 0")
+
+        assert runs.fetchall() == [(-2,)]
+        connection.rollback()

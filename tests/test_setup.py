@@ -1,0 +1,84 @@
+"""sql/00_setup.sql: schemas, roles, default privileges."""
+
+from database import PROJECT, SEED
+
+SETUP = PROJECT / "sql" / "00_setup.sql"
+API_ROLES = ("anon", "authenticated", "service_role")
+
+
+def test_it_refuses_to_install_without_supabase_auth(server):
+    empty = server.create()
+
+    done = empty.psql(script=SETUP.read_text())
+    server.drop(empty)
+
+    assert done.returncode == 3
+    assert "Darkroom needs Supabase Auth: auth.users and auth.uid() are missing" in done.stderr
+
+
+def test_the_worker_role_logs_in_and_inherits_nothing(db):
+    role = db.row(
+        "select rolcanlogin, rolinherit, rolsuper, rolcreaterole, rolcreatedb, rolbypassrls"
+        " from pg_roles where rolname = 'darkroom_worker'"
+    )
+
+    assert role.pop("rolcanlogin")
+    assert not any(role.values())
+
+
+def test_a_call_of_the_worker_that_hangs_is_ended(db):
+    settings = db.value(
+        "select setconfig from pg_db_role_setting where setrole = 'darkroom_worker'::regrole"
+    )
+
+    assert sorted(settings) == [
+        "idle_in_transaction_session_timeout=15s",
+        "statement_timeout=30s",
+    ]
+
+
+def test_schema_private_is_closed_to_everybody_else(db):
+    db.execute("create role darkroom_stranger")
+    try:
+        usage = db.value("select has_schema_privilege('darkroom_stranger', 'private', 'usage')")
+    finally:
+        db.execute("drop role darkroom_stranger")
+
+    assert usage is False
+
+
+def test_nobody_but_the_owner_creates_in_private(db):
+    assert not db.execute(
+        "select r.rolname from pg_roles as r"
+        " where has_schema_privilege(r.oid, 'private', 'create') and not r.rolsuper"
+        " and r.rolname !~ '^pg_'"
+    )
+
+
+def test_the_default_grants_of_older_supabase_projects_leave_no_trace(supabase_db, db):
+    for kind in ("tables", "sequences", "functions"):
+        supabase_db.execute(
+            f"alter default privileges in schema public grant all on {kind}"
+            f" to {', '.join(API_ROLES)}"
+        )
+
+    supabase_db.install(SEED)
+
+    assert supabase_db.execute(ALL_GRANTS) == db.execute(ALL_GRANTS)
+
+
+ALL_GRANTS = """
+select format('%s.%s', n.nspname, o.name) as object, r.rolname as role, a.privilege_type
+from (
+  select
+    relname as name, relnamespace as schema, relacl as acl, 'r'::"char" as kind,
+    relowner as owner
+  from pg_class where relkind in ('r', 'S', 'v')
+  union all
+  select oid::regprocedure::text, pronamespace, proacl, 'f', proowner from pg_proc
+) as o
+inner join pg_namespace as n on n.oid = o.schema and n.nspname in ('public', 'private')
+cross join aclexplode(coalesce(o.acl, acldefault(o.kind, o.owner))) as a
+left join pg_roles as r on r.oid = a.grantee
+order by 1, 2, 3
+"""

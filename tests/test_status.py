@@ -1,0 +1,186 @@
+"""sql/60_status.sql: what users read."""
+
+import json
+import uuid
+
+import pytest
+from actors import refused
+
+
+def test_ping_answers_anybody_and_is_never_cached(anon, alice, service):
+    for caller in (anon, alice, service):
+        with caller.acting() as connection:
+            answer, headers = connection.execute(
+                "select public.ping(), current_setting('response.headers')"
+            ).fetchone()
+
+        assert answer["ok"] is True
+        assert answer["server_time"]
+        assert json.loads(headers) == [{"Cache-Control": "no-store"}]
+
+
+def test_a_queued_job_tells_its_place(alice, bob):
+    bob.enqueue()
+    bob.enqueue()
+
+    job = alice.get_job_status(alice.enqueued("a lighthouse", params={"seed": 7}))
+
+    assert job["status"] == "queued"
+    assert job["queue_position"] == 1  # behind bob's first: the users take turns
+    assert (job["prompt"], job["params"]) == ("a lighthouse", {"seed": 7})
+    assert (job["model"], job["price_credits"]) == ("darkroom/preview", 1)
+    assert (job["images"], job["error"], job["started_at"]) == ([], None, None)
+
+
+def test_a_running_job_tells_stage_and_progress(alice, worker):
+    job_id = alice.enqueued()
+    worker.report_progress(worker.claimed(), "storing", 80)
+
+    job = alice.get_job_status(job_id)
+
+    assert (job["status"], job["stage"], job["progress"]) == ("processing", "storing", 80)
+    assert job["queue_position"] is None
+    assert job["started_at"] is not None
+
+
+def test_a_completed_job_shows_its_images_in_order(alice, worker):
+    job_id = alice.enqueued(params={"num_outputs": 2})
+    job = worker.claimed()
+    worker.complete_job(job, [job.image(1), job.image(0, blurhash="L6Pj0^", width=65)])
+
+    status = alice.get_job_status(job_id)
+
+    assert (status["status"], status["stage"], status["poll_after_ms"]) == ("completed", None, None)
+    assert [image["position"] for image in status["images"]] == [0, 1]
+    assert status["images"][0] == {
+        "position": 0,
+        "path": f"{alice.id}/{job_id}/0.png",
+        "content_type": "image/png",
+        "width": 65,
+        "height": 64,
+        "bytes": 1000,
+        "blurhash": "L6Pj0^",
+    }
+    assert status["finished_at"] is not None
+
+
+def test_a_failed_job_shows_what_was_asked_what_went_wrong_and_the_refund(alice, worker):
+    job_id = alice.enqueued("a lighthouse", params={"seed": 7})
+    worker.fail_job(worker.claimed(), "moderated", "NSFW: score 0.99")
+
+    job = alice.get_job_status(job_id)
+
+    assert (job["status"], job["prompt"], job["params"]) == ("failed", "a lighthouse", {"seed": 7})
+    assert job["error"] == {
+        "code": "moderated",
+        "message": "The safety filter refused this picture. Try another prompt.",
+    }
+    assert (job["price_credits"], job["refunded_credits"]) == (1, 1)
+    assert "NSFW" not in json.dumps(job)
+
+
+def test_somebody_elses_job_is_as_unknown_as_one_that_never_was(alice, bob):
+    somebodys = bob.enqueued()
+
+    with refused("PT404", "not_found") as theirs:
+        alice.get_job_status(somebodys)
+    with refused("PT404", "not_found") as nobodys:
+        alice.get_job_status(str(uuid.uuid4()))
+    with refused("PT404", "not_found") as none:
+        alice.get_job_status(None)
+
+    assert theirs.refusal == nobodys.refusal == none.refusal
+
+
+@pytest.mark.parametrize(
+    ("age", "milliseconds"), [("1 second", 1000), ("50 seconds", 5000), ("1 hour", 10000)]
+)
+def test_the_older_a_job_the_less_often_it_is_polled(db, alice, age, milliseconds):
+    job_id = alice.enqueued()
+    db.pass_time(age)
+
+    wait = alice.get_job_status(job_id)["poll_after_ms"]
+
+    assert milliseconds <= wait <= milliseconds + 300
+
+
+def test_active_jobs_are_the_users_queued_and_running_ones_newest_first(alice, bob, worker):
+    finished, running, queued = (alice.enqueued(f"number {n}") for n in range(3))
+    bob.enqueue()
+    worker.complete_job(worker.claimed())
+    while str(worker.claimed().job_id) != running:
+        pass
+
+    jobs = alice.list_active_jobs()
+
+    assert [(job["job_id"], job["status"]) for job in jobs] == [
+        (queued, "queued"),
+        (running, "processing"),
+    ]
+    assert jobs[0] == alice.get_job_status(queued)
+    assert finished not in str(jobs)
+
+
+def test_without_jobs_the_list_is_empty(alice):
+    assert alice.list_active_jobs() == []
+
+
+def test_the_entitlement_shows_plan_balance_limits_and_use(alice):
+    alice.enqueue()
+
+    assert alice.get_entitlement() == {
+        "user_id": alice.id,
+        "plan": "free",
+        "paid_until": None,
+        "credits": 9,
+        "active_jobs": 1,
+        "max_active": 3,
+        "minute_jobs": 1,
+        "max_per_minute": 10,
+    }
+
+
+def test_a_paid_entitlement_shows_the_limits_of_its_plan(alice):
+    alice.has_paid()
+
+    entitlement = alice.get_entitlement()
+
+    assert (entitlement["plan"], entitlement["paid_until"]) == ("paid", "infinity")
+    assert (entitlement["max_active"], entitlement["max_per_minute"]) == (20, 60)
+
+
+def test_the_use_of_a_minute_is_forgotten_after_it(db, alice):
+    alice.enqueue()
+
+    db.pass_time("61 seconds")
+
+    assert alice.get_entitlement()["minute_jobs"] == 0
+
+
+def test_the_catalogue_lists_active_models_with_the_inputs_of_clients(anon):
+    (model,) = anon.list_models()
+
+    inputs = model.pop("inputs")
+    assert model == {
+        "id": "darkroom/preview",
+        "title": "Preview (placeholder pictures)",
+        "price_credits": 1,
+        "paid_price_credits": 0,
+        "requires_paid": False,
+        "max_images": 4,
+    }
+    assert set(inputs) == {"width", "height", "seed", "num_outputs"}
+    assert inputs["width"] == {"type": "integer", "minimum": 64, "maximum": 2048, "default": 1024}
+
+
+def test_what_only_reads_may_be_called_with_get(db):
+    volatile = db.execute(
+        "select proname from pg_proc"
+        " where pronamespace = 'public'::regnamespace and provolatile = 'v' order by 1"
+    )
+
+    assert [function["proname"] for function in volatile] == [
+        "enqueue_generation",
+        "grant_credits",
+        "set_paid",
+    ]

@@ -1,0 +1,139 @@
+"""sql/10_tables.sql and sql/12_queue_tables.sql: the rules that live in constraints."""
+
+import psycopg
+import pytest
+
+
+def test_ids_are_uuids_of_version_7_in_order_of_time(db):
+    ids = [str(db.value("select private.uuid_v7()")) for _ in range(50)]
+
+    assert ids == sorted(ids)
+    assert {(each[14], each[19] in "89ab") for each in ids} == {("7", True)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "update public.credit_ledger set amount = 1000",
+        "delete from public.credit_ledger",
+        "truncate public.credit_ledger",
+    ],
+)
+def test_the_ledger_is_append_only_even_for_its_owner(db, alice, change):
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        db.execute(change)
+
+    assert alice.ledger() == [("grant", 10)]
+
+
+BROKEN_RULES = {
+    "entitlements_credits_are_not_negative": "update public.entitlements set credits = -1",
+    "entitlements_active_jobs_are_not_negative": "update public.entitlements set active_jobs = -1",
+    "entitlements_paid_users_have_an_end": "update public.entitlements set is_paid = true",
+    "credit_ledger_kind_is_known": (
+        "update private.a_ledger_entry set kind = 'gift', generation_id = null, amount = 1"
+    ),
+    "credit_ledger_sign_matches_kind": "update private.a_ledger_entry set amount = 1",
+    "credit_ledger_balance_is_not_negative": "update private.a_ledger_entry set balance_after = -1",
+    "credit_ledger_generation_matches_kind": (
+        "update private.a_ledger_entry set generation_id = null"
+    ),
+    "models_id_is_owner_slash_name": "update public.models set id = 'Just A Name'",
+    "models_provider_is_known": "update public.models set provider = 'somebody'",
+    "models_prices_are_not_negative": "update public.models set paid_price_credits = -1",
+    "models_input_schema_has_properties": "update public.models set input_schema = '{}'",
+    "models_client_inputs_leave_out_the_prompt": (
+        "update public.models set client_inputs = '{num_outputs,prompt}'"
+    ),
+    "models_image_count_input_is_a_client_input": (
+        "update public.models set image_count_input = 'batch'"
+    ),
+    "models_max_images_is_sane": "update public.models set max_images = 0",
+    "models_deadline_is_positive": "update public.models set deadline = '0'",
+    "generations_status_is_known": (
+        "update public.generations set status = 'lost' where finished_at is null"
+    ),
+    "generations_finished_at_matches_status": "update public.generations set finished_at = null",
+    "generations_error_code_matches_status": (
+        "update public.generations set error_code = 'internal'"
+    ),
+    "generations_prompt_is_not_blank": "update public.generations set prompt = '  '",
+    "generations_input_is_an_object": "update public.generations set input = '[]'",
+    "generations_price_is_not_negative": "update public.generations set price_credits = -1",
+    "generations_image_count_is_positive": "update public.generations set image_count = 0",
+    "images_position_is_not_negative": (
+        "update public.images"
+        " set position = -1, storage_path = replace(storage_path, '/0.', '/-1.')"
+    ),
+    "images_path_is_the_owners": "update public.images set storage_path = 'someone/else/0.png'",
+    "images_content_type_is_an_image": "update public.images set content_type = 'text/html'",
+    "images_size_is_positive": "update public.images set bytes = 0",
+    "running_jobs_stage_is_known": "update private.running_jobs set stage = 'waiting'",
+    "running_jobs_progress_is_a_percentage": "update private.running_jobs set progress = 101",
+    "workers_slots_are_positive": "update private.workers set slots = 0",
+    "attempts_outcome_is_known": "update private.attempts set outcome = 'lost'",
+    "plans_name_is_known": "update private.plans set name = 'gold' where name = 'free'",
+    "plans_limits_are_positive": "update private.plans set max_active = 0",
+    "plans_weight_is_a_step_of_the_queue": "update private.plans set weight = 1001",
+    "settings_is_one_row": "insert into private.settings (id) values (false)",
+    "settings_welcome_credits_are_not_negative": "update private.settings set welcome_credits = -1",
+    "settings_lease_outlives_three_heartbeats": "update private.settings set lease = '44 seconds'",
+    "settings_max_attempts_is_positive": "update private.settings set max_attempts = 0",
+}
+
+
+def test_each_rule_of_the_tables_holds(db, alice, worker):
+    alice.enqueue()
+    alice.enqueue()
+    worker.complete_job(worker.claimed())
+    worker.claimed()
+    db.execute("alter table public.credit_ledger disable trigger all")
+    db.execute(
+        "create view private.a_ledger_entry as"
+        " select * from public.credit_ledger where kind = 'charge'"
+    )
+
+    broken = {}
+    for rule, statement in BROKEN_RULES.items():
+        with pytest.raises(psycopg.errors.CheckViolation) as refusal:
+            db.execute(statement)
+        broken[rule] = refusal.value.diag.constraint_name
+
+    assert broken == {rule: rule for rule in BROKEN_RULES}
+
+
+def test_every_check_is_tried_above(db):
+    checks = db.execute(
+        "select conname from pg_constraint"
+        " where contype = 'c' and connamespace in ('public'::regnamespace, 'private'::regnamespace)"
+    )
+
+    assert {check["conname"] for check in checks} == set(BROKEN_RULES)
+
+
+def test_a_generation_is_refunded_at_most_once(db, alice):
+    job_id = alice.enqueued()
+    refund = (
+        "insert into public.credit_ledger (user_id, generation_id, kind, amount, balance_after)"
+        " values (%s, %s, 'refund', 1, 1)"
+    )
+    db.execute(refund, alice.id, job_id)
+
+    with pytest.raises(psycopg.errors.UniqueViolation):
+        db.execute(refund, alice.id, job_id)
+
+
+def test_the_books_outlive_the_user(db, alice):
+    alice.enqueue()
+
+    db.execute("delete from auth.users where id = %s", alice.id)
+
+    assert alice.ledger() == [("grant", 10), ("charge", -1)]
+    assert db.value("select count(*) from public.entitlements") == 0
+    assert db.value("select count(*) from public.generations") == 0
+    assert db.value("select count(*) from private.ready_jobs") == 0
+
+
+def test_there_is_one_row_of_settings(db):
+    with pytest.raises(psycopg.errors.UniqueViolation):
+        db.execute("insert into private.settings default values")

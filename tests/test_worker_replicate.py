@@ -1,0 +1,425 @@
+"""Real worker processes against the fake of Replicate's API: what is bought, resumed and refused.
+
+What a test counts is purchases: `fake.creates` are requests to buy, `fake.predictions` what was
+bought.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fake_replicate
+import pytest
+from actors import User
+from database import Database
+from fake_replicate import MODERATED, FakeReplicate
+from PIL import Image
+from worker_process import WorkerProcess, Workers, eventually
+
+from stack import Stack
+
+SCHNELL = "black-forest-labs/flux-schnell"
+ONE_OUTPUT = "black-forest-labs/flux-1.1-pro"
+
+fake = fake_replicate.fake_replicate
+
+
+class Bench(Workers):
+    """Workers that know the fake, and a user who asks for its pictures."""
+
+    def __init__(self, db: Database, stack: Stack, folder: Path, fake: FakeReplicate) -> None:
+        super().__init__(db, stack, folder)
+        self.fake = fake
+        self.user = User(db).has(credits=20)
+        self.environment |= {
+            "REPLICATE_API_URL": fake.url,
+            "REPLICATE_API_TOKEN": fake.token,
+            "WORKER_POLL_SECONDS": "0.1",
+        }
+        self.extra_secrets = {fake.token, f"{fake.origin}/files"}
+
+    def ask(self, model: str = SCHNELL, **params: Any) -> str:
+        return self.user.enqueued("a lighthouse at dusk", model, params=params)
+
+    def bought(self, job: str) -> str:
+        """Wait until the job's prediction is checkpointed; return its id."""
+        return str(eventually(lambda: self.checkpointed(job))["provider_job_id"])
+
+    def error(self, job: str) -> tuple[str, str]:
+        """Wait until the job has failed; return its code and the last attempt's detail."""
+        self.until(job, "failed")
+        query = "select error_code, error_detail from private.attempts order by token desc limit 1"
+        attempt = self.db.row(query)
+        code = self.db.value("select error_code from public.generations where id = %s", job)
+        assert code == attempt["error_code"]
+        return code, attempt["error_detail"]
+
+    def attempts_allowed(self, count: int) -> None:
+        self.db.execute("update private.settings set max_attempts = %s", count)
+
+
+@pytest.fixture
+def bench(db: Database, stack: Stack, fake: FakeReplicate, tmp_path: Path) -> Iterator[Bench]:
+    db.lift_limits()
+    db.execute("update public.models set is_active = true")
+    db.execute("update private.settings set retry_base = '0'")
+    fake.default = fake_replicate.Behaviour(polls=1)
+    with Bench(db, stack, tmp_path, fake) as bench:
+        yield bench
+
+
+# --- the plain path ---
+
+
+def test_a_prediction_is_created_once_with_version_input_and_an_end(bench, fake, db):
+    bench.start()
+
+    job = bench.ask(num_outputs=2, seed=7)
+    bench.until(job, "completed")
+
+    (create,) = fake.creates
+    assert create.body == {
+        "version": SCHNELL,
+        "input": db.value("select provider_input from public.generations"),
+    }
+    assert create.headers["cancel-after"] == "300s"
+    assert "prefer" not in create.headers  # waiting would delay the checkpoint
+
+
+def test_the_files_of_a_prediction_are_stored_with_the_type_their_bytes_have(bench, fake, db):
+    fake.next(format="png", size=(96, 64))  # served as image/webp
+    bench.start()
+
+    job = bench.ask(num_outputs=2)
+    bench.until(job, "completed")
+
+    images = db.execute("select * from public.images order by position")
+    files = [bench.stored_file(image["storage_path"]) for image in images]
+    assert [Image.open(io.BytesIO(file)).size for file in files] == [(96, 64)] * 2
+    assert [image["bytes"] for image in images] == [len(file) for file in files]
+    assert {image["content_type"] for image in images} == {"image/png"}
+    assert [image["storage_path"][-5:] for image in images] == ["0.png", "1.png"]
+
+
+def test_a_model_with_one_output_is_stored_like_a_list_of_one(bench, db):
+    bench.start()
+
+    bench.until(bench.ask(ONE_OUTPUT), "completed")
+
+    assert db.value("select content_type from public.images") == "image/webp"
+
+
+def test_the_id_is_checkpointed_long_before_the_prediction_ends(bench, fake):
+    fake.next(seconds=2)
+    bench.start()
+    job = bench.ask()
+
+    key = bench.bought(job)
+
+    assert fake.predictions[key]["status"] in ("starting", "processing")
+    bench.until(job, "completed")
+
+
+def test_compute_seconds_and_the_providers_id_are_kept_with_the_attempt(bench, fake, db):
+    fake.next(metrics={"predict_time": 1.25})
+    bench.start()
+
+    bench.until(bench.ask(), "completed")
+
+    attempt = db.row("select provider_seconds, provider_job_id from private.attempts")
+    assert attempt == {"provider_seconds": 1.25, "provider_job_id": next(iter(fake.predictions))}
+
+
+def test_progress_is_read_from_the_logs(bench, fake, db):
+    db.execute("update private.settings set heartbeat = '0.2 seconds'")
+    fake.next(seconds=4)
+    bench.start()
+    job = bench.ask()
+
+    eventually(lambda: bench.user.get_job_status(job)["progress"] in (25, 50, 75))
+
+
+def test_polling_goes_on_when_the_api_fails_in_between(bench, fake):
+    fake.next(failing_gets=2)
+    bench.start()
+
+    job = bench.ask()
+    bench.until(job, "completed")
+
+    assert bench.outcomes(job) == ["completed"]
+    assert len(fake.creates) == 1
+
+
+# --- how many images ---
+
+
+def test_more_outputs_than_asked_for_are_not_stored(bench, fake, db):
+    fake.next(images=4)
+    bench.start()
+
+    bench.until(bench.ask(num_outputs=2), "completed")
+
+    assert db.value("select count(*) from public.images") == 2
+    assert bench.user.credits() == 18
+
+
+def test_outputs_that_are_missing_are_given_back(bench, fake, db):
+    fake.next(images=1)
+    bench.start()
+
+    bench.until(bench.ask(num_outputs=4), "completed")
+
+    assert db.value("select count(*) from public.images") == 1
+    assert bench.user.ledger()[-2:] == [("charge", -4), ("refund", 3)]
+
+
+# --- what fails ---
+
+
+def test_a_moderated_prediction_fails_at_once_and_is_given_back(bench, fake):
+    fake.next(ends="failed", error=MODERATED)
+    bench.start()
+
+    job = bench.ask()
+
+    assert bench.error(job) == ("moderated", MODERATED)
+    assert bench.user.get_job_status(job)["error"]["message"] != MODERATED
+    assert bench.user.ledger()[-2:] == [("charge", -1), ("refund", 1)]
+    assert len(fake.creates) == 1
+
+
+def test_a_failed_prediction_is_bought_again_until_attempts_run_out(bench, fake):
+    fake.default = fake_replicate.Behaviour(polls=1, ends="failed", error="CUDA out of memory")
+    bench.start()
+
+    job = bench.ask()
+
+    assert bench.error(job) == ("provider_error", "CUDA out of memory")
+    assert bench.outcomes(job) == ["retried", "retried", "failed"]
+    assert len(fake.predictions) == 3
+    assert bench.user.credits() == 20
+
+
+def test_a_text_that_postgres_cannot_store_does_not_keep_the_job_from_failing(bench, fake):
+    fake.next(ends="failed", error="NSFW \0 \ud800 content")
+    bench.start()
+
+    job = bench.ask()
+
+    assert bench.error(job)[0] == "moderated"
+
+
+def test_a_refused_input_is_not_tried_again(bench, fake):
+    fake.next(answer=422, error="- input.seed: must be an integer")
+    bench.start()
+
+    job = bench.ask()
+
+    code, detail = bench.error(job)
+    assert (code, "input.seed" in detail) == ("invalid_input", True)
+    assert (len(fake.creates), len(fake.predictions)) == (1, 0)
+    assert bench.user.credits() == 20
+
+
+def test_a_throttled_create_waits_as_asked_and_uses_no_attempt(bench, fake, db):
+    fake.next(answer=429, retry_after=1800)
+    bench.start()
+    job = bench.ask()
+
+    waiting = "select attempt, run_at - now() as wait from private.ready_jobs where run_at > now()"
+    (ready,) = eventually(lambda: db.execute(waiting))
+
+    assert ready["attempt"] == 0
+    assert 1700 < ready["wait"].total_seconds() <= 1800
+    db.execute("update private.ready_jobs set run_at = now()")
+    bench.until(job, "completed")
+    assert db.value("select max(attempt) from private.attempts") == 1
+    assert (len(fake.creates), len(fake.predictions)) == (2, 1)
+
+
+def test_a_result_that_is_gone_is_bought_anew_while_attempts_remain(bench, fake):
+    fake.next(removed=True)
+    bench.start()
+
+    job = bench.ask()
+    bench.until(job, "completed")
+
+    assert bench.outcomes(job) == ["retried", "completed"]
+    assert len(fake.predictions) == 2
+
+
+@pytest.mark.parametrize("behaviour", [{"removed": True}, {"file": "gone"}], ids=str)
+def test_a_result_that_is_gone_on_the_last_attempt_is_lost_and_given_back(bench, fake, behaviour):
+    bench.attempts_allowed(1)
+    fake.next(**behaviour)
+    bench.start()
+
+    assert bench.error(bench.ask())[0] == "result_lost"
+    assert len(fake.creates) == 1
+    assert bench.user.credits() == 20
+
+
+@pytest.mark.parametrize("answer", [None, 500])
+def test_a_create_whose_outcome_is_unknown_is_not_bought_again(bench, fake, answer):
+    fake.next(answer=answer, stored=True)
+    bench.start()
+
+    code, detail = bench.error(bench.ask())
+
+    assert (code, "outcome unknown" in detail) == ("timeout", True)
+    assert (len(fake.creates), len(fake.predictions)) == (1, 1)
+    assert bench.user.credits() == 20
+
+
+def test_a_prediction_past_the_models_deadline_is_canceled(bench, fake, db):
+    db.execute("update public.models set deadline = '1 second'")
+    fake.next(polls=float("inf"))
+    bench.start()
+    job = bench.ask()
+    key = bench.bought(job)
+
+    assert bench.error(job)[0] == "timeout"
+
+    assert fake.predictions[key]["status"] == "canceled"
+    assert fake.creates[0].headers["cancel-after"] == "5s"  # the least they take
+
+
+def test_without_a_token_jobs_for_replicate_fail_and_others_do_not(bench, fake):
+    bench.attempts_allowed(1)
+    bench.start(REPLICATE_API_TOKEN="")
+
+    job, other = bench.ask(), bench.user.enqueued(params={"width": 64, "height": 64})
+
+    assert bench.error(job)[0] == "internal"
+    bench.until(other, "completed")
+    assert fake.requests == []
+
+
+# --- what is downloaded ---
+
+
+@pytest.mark.parametrize(
+    ("file", "detail"),
+    [
+        ("junk", "no image"),
+        ("large", "more than 100000 bytes"),
+        ("unsized", "more than 100000 bytes"),
+        ("redirect", "host localhost is not allowed"),
+    ],
+)
+def test_a_bad_file_is_the_providers_error(bench, fake, file, detail):
+    bench.attempts_allowed(1)
+    fake.large_bytes = 2**20
+    fake.next(file=file)
+    bench.start(MAX_IMAGE_BYTES=100_000)
+
+    job = bench.ask()
+
+    code, found = bench.error(job)
+    assert (code, detail in found) == ("provider_error", True), found
+    assert not [request for request in fake.requests if request.path.startswith("/elsewhere")]
+
+
+@pytest.mark.parametrize(
+    "output", ["http://127.0.0.1:1/x.png", "https://replicate.delivery.evil.com/x.png", {"a": 1}]
+)
+def test_an_output_elsewhere_or_of_another_shape_is_refused(bench, fake, output):
+    bench.attempts_allowed(1)
+    fake.next(output=output)
+    bench.start()
+
+    assert bench.error(bench.ask())[0] == "provider_error"
+
+
+def test_a_broken_download_is_repeated_but_not_bought_again(bench, fake):
+    fake.next(file="broken")
+    bench.start()
+
+    job = bench.ask()
+
+    assert bench.error(job)[0] == "internal"
+    assert len([request for request in fake.requests if request.path.startswith("/files")]) == 3
+    assert len(fake.creates) == 1
+
+
+def test_the_token_goes_to_the_api_and_never_to_a_file(bench, fake):
+    bench.start()
+
+    bench.until(bench.ask(num_outputs=2), "completed")
+
+    with_token = {r.path.split("/")[1] for r in fake.requests if "authorization" in r.headers}
+    without = {r.path.split("/")[1] for r in fake.requests if "authorization" not in r.headers}
+    assert (with_token, without) == ({"v1"}, {"files"})
+
+
+# --- what a dead or stopped worker bought ---
+
+
+def finished_by_another(bench: Bench, job: str) -> WorkerProcess:
+    """Let the lease of a dead worker's job run out, and another worker finish it."""
+    bench.backdate_leases()
+    process = bench.start()
+    bench.until(job, "completed")
+    return process
+
+
+def test_a_prediction_of_a_killed_worker_is_resumed_not_bought_again(bench, fake, db):
+    fake.next(seconds=1)
+    process = bench.start()
+    job = bench.ask()
+    key = bench.bought(job)
+
+    process.kill()
+    finished_by_another(bench, job)
+
+    assert len(fake.creates) == 1
+    assert bench.outcomes(job) == ["retried", "completed"]
+    assert db.value("select count(*) from public.images") == 1
+    history = db.execute("select distinct provider_job_id from private.attempts")
+    assert history == [{"provider_job_id": key}]
+    assert bench.user.credits() == 19
+
+
+def test_a_worker_killed_while_it_stores_leaves_one_set_of_images(bench, fake, db):
+    fake.next(slow={"file": 0.7})
+    process = bench.start()
+    job = bench.ask(num_outputs=2)
+    fake.until(lambda: any(r.path.startswith("/files") for r in fake.requests))
+
+    process.kill()
+    finished_by_another(bench, job)
+
+    assert len(fake.creates) == 1
+    assert db.value("select count(*) from public.images") == 2
+    assert bench.user.credits() == 18
+
+
+def test_a_stopped_worker_leaves_its_prediction_running_for_the_next(bench, fake, db):
+    fake.next(seconds=1.5)
+    process = bench.start(WORKER_GRACE_SECONDS=0)
+    job = bench.ask()
+    key = bench.bought(job)
+
+    assert process.stop() == 0
+
+    ready = db.row("select attempt, provider_job_id from private.ready_jobs")
+    assert ready == {"attempt": 0, "provider_job_id": key}
+    finished_by_another(bench, job)
+    assert bench.outcomes(job) == ["released", "completed"]
+    assert len(fake.creates) == 1
+
+
+def test_a_worker_stopped_during_a_create_keeps_what_it_buys(bench, fake):
+    fake.next(slow={"create": 1})
+    process = bench.start(WORKER_GRACE_SECONDS=0)
+    job = bench.ask()
+    fake.until(lambda: fake.creates)
+
+    assert process.stop() == 0
+
+    finished_by_another(bench, job)
+    assert bench.outcomes(job) == ["released", "completed"]
+    assert len(fake.creates) == 1
