@@ -47,7 +47,7 @@ lint:
 	@$(PYTHON) -m sqlfluff lint sql
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
-	@$(PYTHON) -m mypy worker.py scripts
+	@$(PYTHON) -m mypy worker.py scripts examples
 
 # Build the one migration of the first release from sql/.
 migration:

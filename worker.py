@@ -45,22 +45,23 @@ import tempfile
 import textwrap
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import IO, Any, Protocol, TypeVar
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit
 from uuid import UUID
 
 import httpx
 import psycopg
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from psycopg import sql
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 from psycopg_pool import AsyncConnectionPool
 
 BUCKET = "generations"
+REPLICATE_API_URL = "https://api.replicate.com/v1"
 RECOVERY_SECONDS = 30.0  # between two looks for stale jobs
 SECOND_LOOK_SECONDS = 0.2  # at most, between going to sleep and the last claim before waiting
 LISTEN_CHECK_SECONDS = 10.0  # silence after which the LISTEN connection is tested
@@ -72,7 +73,7 @@ HTTP_TRIES = 4  # for requests that may be repeated
 CHUNK_BYTES = 256 * 1024
 MAX_IMAGE_PIXELS = 50_000_000
 MAX_REDIRECTS = 3
-DELIVERY_HOSTS = ("replicate.delivery", ".replicate.delivery")  # its OpenAPI file, "output"
+DELIVERY_HOST = re.compile(r"([a-z0-9-]+\.)*replicate\.delivery")  # its OpenAPI file, "output"
 FORMATS = {
     "PNG": ("png", "image/png"),
     "JPEG": ("jpg", "image/jpeg"),
@@ -124,7 +125,7 @@ class Settings:
             supabase_service_key=_required(env, "SUPABASE_SERVICE_KEY"),
             replicate_api_token=env.get("REPLICATE_API_TOKEN") or None,
             replicate_api_url=_url(
-                {"REPLICATE_API_URL": "https://api.replicate.com/v1", **env},
+                {"REPLICATE_API_URL": env.get("REPLICATE_API_URL") or REPLICATE_API_URL},
                 "REPLICATE_API_URL",
                 "http",
                 "https",
@@ -147,8 +148,14 @@ def _required(env: Mapping[str, str], name: str) -> str:
 
 def _url(env: Mapping[str, str], name: str, *schemes: str) -> str:
     value = _required(env, name)
-    if urlsplit(value).scheme not in schemes:
+    try:
+        parts = urlsplit(value)
+    except ValueError:
+        raise ConfigError(f"{name}: not an address") from None
+    if parts.scheme not in schemes:
         raise ConfigError(f"{name}: not a {schemes[0]}:// address")
+    if value.count("@") > 1 or ("@" in value and "@" not in parts.netloc):
+        raise ConfigError(f"{name}: / ? # @ in a password must be percent-encoded")  # else logged
     return value
 
 
@@ -181,7 +188,9 @@ class JobError(Exception):
 
     def __init__(self, code: str, detail: str, retry_after: float | None = None) -> None:
         super().__init__(f"{code}: {detail}")
-        self.code, self.detail, self.retry_after = code, detail, retry_after
+        self.code, self.retry_after = code, retry_after
+        # As PostgreSQL can store it: providers' texts may hold NUL or broken surrogates.
+        self.detail = detail.encode(errors="replace").decode().replace("\0", "�")
 
 
 @dataclass(frozen=True)
@@ -202,7 +211,8 @@ class Job:
 
 def backoff(attempt: int) -> float:
     """Seconds to wait before try number attempt + 1: exponential, with jitter."""
-    return random.uniform(0.5, 1.0) * min(RETRY_CAP_SECONDS, RETRY_BASE_SECONDS * 2.0**attempt)
+    longest = RETRY_BASE_SECONDS * 2.0 ** min(attempt, 16)  # 2.0**1024 raises
+    return random.uniform(0.5, 1.0) * min(RETRY_CAP_SECONDS, longest)
 
 
 async def finish_first(work: Awaitable[T]) -> T:
@@ -224,7 +234,10 @@ class Database:
     def __init__(self, url: str) -> None:
         self.url = url
         options = {"autocommit": True, "row_factory": dict_row, **KEEPALIVES}
-        self.pool = AsyncConnectionPool(url, min_size=1, max_size=4, open=False, kwargs=options)
+        # Left alone, the pool doubles its pause between tries: long after the database is back.
+        self.pool = AsyncConnectionPool(
+            url, min_size=1, max_size=4, open=False, reconnect_timeout=5, kwargs=options
+        )
 
     async def _call(self, function: str, *args: Any) -> list[Any]:
         """Call private.<function> once; answer its rows as dicts."""
@@ -255,19 +268,23 @@ class Database:
         rows = await self._call("register_worker", socket.gethostname(), slots, version())
         return dict(rows[0])
 
+    async def unregister_worker(self, worker_id: int) -> None:
+        await self._call("unregister_worker", worker_id)
+
     async def sleep(self, worker_id: int) -> None:
         await self._call("sleep", worker_id)
 
     async def claim_jobs(self, worker_id: int, slots: int) -> list[Job]:
         return [Job(**row) for row in await self._call("claim_jobs", worker_id, slots)]
 
-    async def heartbeat(self, worker_id: int, running: list[Running]) -> dict[UUID, str]:
+    async def heartbeat(self, worker_id: int, running: list[Running]) -> list[str]:
+        """Beat for these jobs; answer the verdict on each, in their order."""
         ids = [each.job.job_id for each in running]
         tokens = [each.job.token for each in running]
         rows = await self._call(
             "heartbeat", worker_id, ids, tokens, [each.progress for each in running]
         )
-        return {row["job_id"]: row["verdict"] for row in rows}
+        return [row["verdict"] for row in rows]
 
     async def checkpoint(self, job: Job, provider_job_id: str) -> None:
         await self._insist("checkpoint", job.job_id, job.token, provider_job_id)
@@ -345,7 +362,7 @@ class Provider(Protocol):
     async def result(self, job: Job, provider_job_id: str, report: Callable[[int], None]) -> Result:
         """Wait for the end, reporting percent on the way. May be called again after a crash."""
 
-    def read(self, output: Any) -> AsyncIterator[bytes]:
+    def read(self, output: Any) -> AsyncGenerator[bytes, None]:
         """Stream one output."""
 
     async def cancel(self, provider_job_id: str) -> None:
@@ -380,7 +397,7 @@ class Preview:
         ]
         return Result(outputs, self.seconds)
 
-    async def read(self, output: bytes) -> AsyncIterator[bytes]:
+    async def read(self, output: bytes) -> AsyncGenerator[bytes, None]:
         yield output
 
     async def cancel(self, provider_job_id: str) -> None:
@@ -425,7 +442,7 @@ def _write_caption(draw: ImageDraw.ImageDraw, size: tuple[int, int], text: str, 
 class Replicate:
     """Replicate's HTTP API: create without waiting, then poll (its OpenAPI file, /predictions)."""
 
-    MODERATION = re.compile(r"nsfw|sensitive|moderat|safety|E005", re.IGNORECASE)
+    MODERATION = re.compile(r"nsfw|sensitive|moderat|safety|\bE005\b", re.IGNORECASE)
 
     def __init__(self, http: httpx.AsyncClient, base_url: str, token: str) -> None:
         self.http, self.base_url = http, base_url
@@ -477,7 +494,7 @@ class Replicate:
                 moderated = self.MODERATION.search(detail)
                 raise JobError("moderated" if moderated else "provider_error", detail)
             if status in ("canceled", "aborted"):
-                raise JobError("provider_timeout", f"prediction {status}")
+                raise JobError("provider_error", f"prediction {status}")  # nothing to resume
             pause = min(PROVIDER_POLL_CAP_SECONDS, PROVIDER_POLL_SECONDS * 1.2**attempt)
             await asyncio.sleep(pause)
             attempt += 1
@@ -509,14 +526,13 @@ class Replicate:
             await asyncio.sleep(backoff(attempt))
             attempt += 1
 
-    async def read(self, output: str) -> AsyncIterator[bytes]:
+    async def read(self, output: str) -> AsyncGenerator[bytes, None]:
         """Download from Replicate's own hosts only: outputs come from third-party code."""
-        url = output
+        url = self._allowed(output)
         for _ in range(MAX_REDIRECTS + 1):
-            self._check_host(url)
             async with self.http.stream("GET", url) as response:
-                if response.is_redirect:
-                    url = urljoin(url, response.headers["location"])
+                if response.has_redirect_location:
+                    url = self._allowed(response.headers["location"], url)
                     continue
                 if response.status_code in (404, 410):
                     raise JobError("result_lost", f"output: HTTP {response.status_code}")
@@ -527,14 +543,17 @@ class Replicate:
                 return
         raise JobError("provider_error", "output: too many redirects")
 
-    def _check_host(self, url: str) -> None:
-        parts, api = urlsplit(url), urlsplit(self.base_url)
-        host = parts.hostname or ""
-        delivered = parts.scheme == "https" and (
-            host == DELIVERY_HOSTS[0] or host.endswith(DELIVERY_HOSTS[1])
-        )
-        if not delivered and (parts.scheme, parts.netloc) != (api.scheme, api.netloc):
-            raise JobError("provider_error", f"output: host {host[:100]} is not allowed")
+    def _allowed(self, address: str, base: httpx.URL | None = None) -> httpx.URL:
+        """The address if it may be fetched, read by the parser that fetches it."""
+        try:
+            url = base.join(address) if base else httpx.URL(address)
+        except (httpx.InvalidURL, ValueError):
+            raise JobError("provider_error", "output: not an address") from None
+        api = httpx.URL(self.base_url)
+        delivered = url.scheme == "https" and DELIVERY_HOST.fullmatch(url.host)
+        if not delivered and (url.scheme, url.netloc) != (api.scheme, api.netloc):
+            raise JobError("provider_error", f"output: host {url.host[:100]} is not allowed")
+        return url
 
     async def cancel(self, provider_job_id: str) -> None:
         with contextlib.suppress(httpx.HTTPError):
@@ -564,7 +583,9 @@ class Storage:
         self.base_url = f"{url}/storage/v1/object/{BUCKET}"
         self.headers = {"Authorization": f"Bearer {key}", "apikey": key, "x-upsert": "true"}
 
-    async def store(self, job: Job, position: int, body: AsyncIterator[bytes]) -> dict[str, Any]:
+    async def store(
+        self, job: Job, position: int, body: AsyncGenerator[bytes, None]
+    ) -> dict[str, Any]:
         """Check and upload one output; answer its row for complete_job. Raises JobError."""
         with tempfile.SpooledTemporaryFile(max_size=1 << 20) as file:
             size = await self._receive(file, body)
@@ -581,14 +602,15 @@ class Storage:
             "bytes": size,
         }
 
-    async def _receive(self, file: IO[bytes], body: AsyncIterator[bytes]) -> int:
+    async def _receive(self, file: IO[bytes], body: AsyncGenerator[bytes, None]) -> int:
         size = 0
         try:
-            async for chunk in body:
-                size += len(chunk)
-                if size > self.max_bytes:
-                    raise JobError("provider_error", f"output: more than {self.max_bytes} bytes")
-                file.write(chunk)
+            async with contextlib.aclosing(body):
+                async for chunk in body:
+                    size += len(chunk)
+                    if size > self.max_bytes:
+                        raise JobError("provider_error", f"output: over {self.max_bytes} bytes")
+                    file.write(chunk)
         except httpx.HTTPError as error:
             raise JobError("internal", f"output: {type(error).__name__}") from None
         return size
@@ -596,7 +618,7 @@ class Storage:
     async def _upload(self, path: str, file: IO[bytes], size: int, content_type: str) -> None:
         """Upload with upsert, so that repeating it after a lost answer is harmless."""
         headers = {**self.headers, "content-type": content_type, "content-length": str(size)}
-        problem = ""
+        reason = text = ""
         for attempt in range(HTTP_TRIES):
             try:
                 response = await self.http.post(
@@ -604,12 +626,12 @@ class Storage:
                 )
                 if response.is_success:
                     return
-                problem = f"HTTP {response.status_code}: {response.text[:200]}"
+                reason, text = f"HTTP {response.status_code}", response.text[:200]
             except httpx.TransportError as error:
-                problem = type(error).__name__
-            log.warning("storage.retry job_path=%s attempt=%s", path, attempt + 1)
+                reason, text = type(error).__name__, ""
+            log.warning("storage.retry job=%s reason=%r", path.split("/")[1], reason)
             await asyncio.sleep(backoff(attempt))
-        raise JobError("internal", f"upload: {problem}")
+        raise JobError("internal", f"upload: {reason}: {text}")
 
 
 async def _chunks(file: IO[bytes]) -> AsyncIterator[bytes]:
@@ -626,8 +648,9 @@ def inspect_image(file: IO[bytes]) -> tuple[str, int, int]:
             if image.width * image.height > MAX_IMAGE_PIXELS:
                 raise JobError("provider_error", "output: too many pixels")
             image.load()
-            return str(image.format), image.width, image.height
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+            kind = "JPEG" if image.format == "MPO" else str(image.format)  # MPO: several JPEGs
+            return kind, image.width, image.height
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's
         raise JobError("provider_error", f"output: no image: {type(error).__name__}") from None
 
 
@@ -655,7 +678,7 @@ class Worker:
         self, settings: Settings, db: Database, providers: Mapping[str, Provider], storage: Storage
     ) -> None:
         self.settings, self.db, self.providers, self.storage = settings, db, providers, storage
-        self.running: dict[UUID, Running] = {}
+        self.running: dict[int, Running] = {}  # by token: a lost job may be claimed again here
         self.wake = asyncio.Event()
         self.stopping = asyncio.Event()
         self.worker_id = 0
@@ -683,12 +706,17 @@ class Worker:
 
     @staticmethod
     async def _every(seconds: float, action: Callable[[], Awaitable[None]]) -> None:
+        failures = 0
         while True:
+            pause = seconds * random.uniform(0.9, 1.0)
             try:
                 await action()
+                failures = 0
             except psycopg.OperationalError as error:
                 log.warning("%s.failed error=%s", action.__name__, type(error).__name__)
-            await asyncio.sleep(seconds * random.uniform(0.9, 1.0))
+                pause = min(pause, backoff(failures))  # the pool may hold more dead connections
+                failures += 1
+            await asyncio.sleep(pause)
 
     async def _claim_until_stopped(self) -> None:
         attempt = 0
@@ -701,6 +729,7 @@ class Worker:
                 attempt = 0
             except psycopg.OperationalError as error:
                 log.warning("claim.failed error=%s", type(error).__name__)
+                self.wake.clear()
                 await self._pause(backoff(attempt))
                 attempt += 1
 
@@ -709,21 +738,26 @@ class Worker:
         return time.monotonic() - self.last_beat < self.lease_seconds
 
     async def _claim(self) -> bool:
-        self.wake.clear()
         jobs = await self.db.claim_jobs(self.worker_id, self.settings.slots - len(self.running))
         for job in jobs:
             running = Running(job)
-            self.running[job.job_id] = running
+            self.running[job.token] = running
             running.task = asyncio.create_task(self.process(running))
         return bool(jobs)
 
     async def _sleep(self) -> None:
-        """Go to sleep, and look twice more: an enqueue in flight may have seen us awake."""
+        """Go to sleep, and look twice more: an enqueue in flight may have seen us awake.
+
+        Whoever wakes us marks us awake, whether or not the job is left for us: then from the top.
+        """
+        self.wake.clear()
         await self.db.sleep(self.worker_id)
         if await self._claim():
             return
         await self._pause(random.uniform(0.25, 1.0) * SECOND_LOOK_SECONDS)
-        if not self.stopping.is_set() and not await self._claim():
+        if self.stopping.is_set() or self.wake.is_set():
+            return
+        if not await self._claim():
             await self._pause(self.settings.poll_seconds * random.uniform(0.8, 1.0))
 
     async def _pause(self, seconds: float, *, for_slot: bool = False) -> None:
@@ -738,11 +772,12 @@ class Worker:
 
     async def beat(self) -> None:
         """One heartbeat for all jobs: progress in, lost leases out."""
-        verdicts = await self.db.heartbeat(self.worker_id, list(self.running.values()))
+        beating = list(self.running.values())
+        verdicts = await self.db.heartbeat(self.worker_id, beating)
         self.last_beat = time.monotonic()
-        for job_id, verdict in verdicts.items():
-            running = self.running.get(job_id)
-            if running and verdict == "lost" and not running.is_ending:
+        self.wake.set()  # an enqueue that met our row locked by this beat has not woken us
+        for running, verdict in zip(beating, verdicts, strict=True):
+            if verdict == "lost" and not running.is_ending:
                 running.is_lost = True
                 running.task.cancel()
 
@@ -753,6 +788,8 @@ class Worker:
     async def _drain(self) -> None:
         """Let the jobs finish within the grace time; the rest are cancelled and so released."""
         log.info("worker.stopping running=%s", len(self.running))
+        with contextlib.suppress(psycopg.OperationalError):
+            await self.db.unregister_worker(self.worker_id)  # or a wake-up would be lost on it
         tasks = [each.task for each in self.running.values()]
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=self.settings.grace_seconds)
@@ -783,7 +820,7 @@ class Worker:
         except Exception as error:
             await self._fail(running, as_job_error(error))
         finally:
-            del self.running[job.job_id]
+            del self.running[job.token]
 
     async def _make(self, running: Running) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Have the provider make the images, and store them."""
