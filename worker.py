@@ -603,13 +603,13 @@ class Storage:
         }
 
     async def _receive(self, file: IO[bytes], body: AsyncGenerator[bytes, None]) -> int:
-        size = 0
+        size, too_large = 0, f"output: more than {self.max_bytes} bytes"
         try:
             async with contextlib.aclosing(body):
                 async for chunk in body:
                     size += len(chunk)
                     if size > self.max_bytes:
-                        raise JobError("provider_error", f"output: over {self.max_bytes} bytes")
+                        raise JobError("provider_error", too_large)
                     file.write(chunk)
         except httpx.HTTPError as error:
             raise JobError("internal", f"output: {type(error).__name__}") from None

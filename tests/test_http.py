@@ -16,7 +16,13 @@ from supabase import ClientOptions, PostgrestAPIError, create_client
 pytest_plugins = ["http_fixtures"]
 
 by_supabase_client = pytest.mark.filterwarnings("ignore:The '(timeout|verify)' parameter")
-UNKNOWN_JOB = Refusal(404, "PT404", "not_found", "job_id: no such job of yours", None)
+UNKNOWN_JOB = Refusal(
+    404,
+    "PT404",
+    "not_found",
+    "job_id: no such job of yours",
+    "Use the job_id that enqueue_generation answered.",
+)
 
 
 @pytest.fixture
