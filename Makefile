@@ -8,7 +8,7 @@ MIGRATION := supabase/migrations/20261121000000_create_darkroom.sql
 
 # Show this list.
 help:
-	@awk '/^# /{text=substr($$0, 3)} /^[a-z]+:/{sub(":.*", ""); printf "%-10s %s\n", $$0, text}' Makefile
+	@awk '/^# /{text=substr($$0, 3)} /^[a-z-]+:/{sub(":.*", ""); printf "%-13s %s\n", $$0, text}' Makefile
 
 # Install what is missing: system, Python and Node packages.
 setup:
@@ -38,6 +38,12 @@ clean:
 demo: setup
 	@$(PYTHON) examples/demo.py $(if $(PROMPT),"$$PROMPT")
 
+# Enter or renew a model: MODEL=owner/name FILE=model.json CREDITS=1 PAID_CREDITS=0 ALLOW=a,b DRY_RUN=1
+import-model: setup
+	@$(PYTHON) scripts/import_model.py $(if $(MODEL),"$$MODEL") $(if $(FILE),--file "$$FILE") \
+		$(if $(CREDITS),--credits "$$CREDITS") $(if $(PAID_CREDITS),--paid-credits "$$PAID_CREDITS") \
+		$(if $(ALLOW),--allow "$$ALLOW") $(if $(SET),--set "$$SET") $(if $(DRY_RUN),--dry-run)
+
 # Run all checks and tests.
 test: setup lint
 	@$(PYTHON) -m pytest
@@ -54,4 +60,4 @@ migration:
 	@mkdir -p supabase/migrations
 	@{ echo '-- Built from sql/ by `make migration`: edit there, not here.'; cat sql/*.sql; } > $(MIGRATION)
 
-.PHONY: help setup up down status env clean demo test lint migration
+.PHONY: help setup up down status env clean demo import-model test lint migration

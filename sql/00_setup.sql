@@ -1,9 +1,9 @@
 -- Darkroom: the backend of an app whose users generate images, living in PostgreSQL.
 --
 -- Read these files in order. A user asks for a picture with enqueue_generation (50), which gates
--- (30), charges (40) and queues in one transaction. A worker claims the job, makes the picture and
--- completes or fails it (70). What a dead worker left is picked up by recover_stale_jobs (80). The
--- user reads the state with get_job_status (60).
+-- (30, 32), charges (40) and queues in one transaction. A worker claims the job (72), makes the
+-- picture and completes or fails it (75). What a dead worker left is picked up by
+-- recover_stale_jobs (80). The user reads the state with get_job_status (60).
 --
 -- Schema `public` is what PostgREST exposes: tables with row level security and thin security
 -- invoker wrappers. Schema `private` holds the queue and the security definer bodies. NEVER add

@@ -118,18 +118,29 @@ create table public.models (
   is_active boolean not null default true,
   input_schema jsonb not null,
   client_inputs text[] not null,
+  prompt_input text default 'prompt',
+  image_inputs text[] not null default '{}',
   image_count_input text,
+  operator_input jsonb not null default '{}',
   max_images smallint not null default 1,
   deadline interval not null default '5 minutes',
+  cost_usd numeric(12, 6),
+  cost_unit text,
+  is_schema_confirmed boolean not null default true,
   constraint models_id_is_owner_slash_name check (id ~ '^[a-z0-9_.-]+/[a-z0-9_.-]+$'),
   constraint models_provider_is_known check (provider in ('preview', 'replicate')),
   constraint models_prices_are_not_negative check (price_credits >= 0 and paid_price_credits >= 0),
   constraint models_input_schema_has_properties check (
     coalesce(jsonb_typeof(input_schema -> 'properties'), '') = 'object'
   ),
-  constraint models_client_inputs_leave_out_the_prompt check (not client_inputs @> '{prompt}'),
+  constraint models_prompt_input_is_no_client_input check (not prompt_input = any(client_inputs)),
+  constraint models_image_inputs_are_client_inputs check (client_inputs @> image_inputs),
+  constraint models_operator_input_is_an_object check (jsonb_typeof(operator_input) = 'object'),
+  constraint models_cost_has_a_unit check (
+    (cost_usd is null) = (cost_unit is null) and cost_usd >= 0 and cost_unit in ('image', 'second')
+  ),
   constraint models_image_count_input_is_a_client_input check (
-    image_count_input = any(client_inputs)
+    image_count_input is null or image_count_input = any(client_inputs)
   ),
   constraint models_max_images_is_sane check (max_images between 1 and 16),
   constraint models_deadline_is_positive check (deadline > interval '0')
@@ -147,11 +158,24 @@ comment on column public.models.input_schema is
   'JSON schema of the provider''s input: {"properties": {name: {type, minimum, maximum, enum, '
   'default}}}.';
 comment on column public.models.client_inputs is 'The properties a client may set in params.';
+comment on column public.models.prompt_input is
+  'The property the prompt goes into; null: the model takes none.';
+comment on column public.models.image_inputs is
+  'The client inputs that take source images: paths in bucket inputs, which the worker signs.';
 comment on column public.models.image_count_input is
   'The client input that says how many images; null: always one.';
+comment on column public.models.operator_input is
+  'Sent with every job, over defaults and params; clients cannot change it.';
 comment on column public.models.max_images is 'Most images of one generation.';
 comment on column public.models.deadline is
   'How long one attempt may take before it fails with timeout.';
+
+comment on column public.models.cost_usd is
+  'US dollars the provider takes per cost_unit; null: not known.';
+comment on column public.models.cost_unit is
+  'image (each output) or second (of the provider''s compute).';
+comment on column public.models.is_schema_confirmed is
+  'False: input_schema was written from documentation, not imported from the provider.';
 
 create table public.generations (
   id uuid primary key default private.uuid_v7(),
@@ -183,7 +207,6 @@ create table public.generations (
   constraint generations_error_code_matches_status check (
     (error_code is not null) = (status = 'failed')
   ),
-  constraint generations_prompt_is_not_blank check (btrim(prompt) <> ''),
   constraint generations_input_is_an_object check (jsonb_typeof(input) = 'object'),
   constraint generations_price_is_not_negative check (price_credits >= 0),
   constraint generations_image_count_is_positive check (image_count > 0)
@@ -214,6 +237,7 @@ create table public.images (
   position smallint not null,
   user_id uuid not null,
   storage_path text not null,
+  preview_path text,
   content_type text not null,
   width integer,
   height integer,
@@ -225,6 +249,9 @@ create table public.images (
   constraint images_path_is_the_owners check (
     starts_with(storage_path, concat(user_id, '/', generation_id, '/', position, '.'))
   ),
+  constraint images_preview_path_is_the_owners check (
+    starts_with(preview_path, concat(user_id, '/', generation_id, '/', position, '.'))
+  ),
   constraint images_content_type_is_an_image check (content_type like 'image/%'),
   constraint images_size_is_positive check (bytes > 0 and width > 0 and height > 0)
 );
@@ -234,6 +261,8 @@ comment on column public.images.position is 'Place among the generation''s image
 comment on column public.images.storage_path is
   'Path in bucket generations: <user_id>/<generation_id>/<position>.<ext>. Never changes: a good '
   'cache key.';
+comment on column public.images.preview_path is
+  'Path of a smaller WebP for galleries; null where none was made.';
 comment on column public.images.width is 'Pixels; null where the format has none.';
 comment on column public.images.bytes is 'Size of the file in bytes.';
 comment on column public.images.blurhash is 'BlurHash placeholder; null where none was made.';

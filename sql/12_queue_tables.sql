@@ -28,7 +28,8 @@ create table private.ready_jobs (
   fair_key bigint not null,
   attempt smallint not null default 0,
   run_at timestamptz,
-  provider_job_id text
+  provider_job_id text,
+  create_started_at timestamptz
 ) with (
   fillfactor = 70, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500,
   autovacuum_vacuum_insert_threshold = -1, autovacuum_analyze_scale_factor = 0.1,
@@ -43,6 +44,9 @@ comment on column private.ready_jobs.attempt is 'Attempts used so far.';
 comment on column private.ready_jobs.run_at is 'Not before this time (backoff); null: now.';
 comment on column private.ready_jobs.provider_job_id is
   'The provider''s job an earlier attempt began: resume it.';
+
+comment on column private.ready_jobs.create_started_at is
+  'An earlier attempt asked the provider to create then and never learned the outcome: look first.';
 
 -- Delayed jobs are out of the claim's index, so a pile of them costs the claim nothing.
 create index ready_jobs_claim_idx on private.ready_jobs (fair_key, seq) where run_at is null;
@@ -62,6 +66,7 @@ create table private.running_jobs (
   stage text not null default 'generating',
   progress smallint,
   provider_job_id text,
+  create_started_at timestamptz,
   cancel_requested boolean not null default false,
   constraint running_jobs_stage_is_known check (stage in ('generating', 'storing')),
   constraint running_jobs_progress_is_a_percentage check (progress between 0 and 100)
@@ -83,6 +88,9 @@ comment on column private.running_jobs.stage is
 comment on column private.running_jobs.progress is 'Percent, where the provider tells.';
 comment on column private.running_jobs.provider_job_id is
   'Checkpoint: the provider''s id, saved as soon as it is known.';
+
+comment on column private.running_jobs.create_started_at is
+  'When the provider was first asked to create, set before asking.';
 
 create table private.workers (
   id bigint generated always as identity primary key,
@@ -129,6 +137,10 @@ comment on column private.attempts.outcome is
 comment on column private.attempts.provider_seconds is 'Compute seconds the provider reported.';
 comment on column private.attempts.cost_usd is 'US dollars the attempt cost at the provider.';
 
+-- Read when a lost create is looked for at the provider.
+create index attempts_provider_job_id_idx
+on private.attempts (provider_job_id) where provider_job_id is not null;
+
 create table private.error_codes (
   code text primary key,
   message text not null,
@@ -145,6 +157,16 @@ comment on column private.error_codes.uses_attempt is
 comment on column private.error_codes.resumes is
   'True: the next attempt resumes the provider''s job, which may be alive and paid for. False: it'
   ' starts anew.';
+
+create table private.providers (
+  name text primary key,
+  paused_until timestamptz,
+  pause_reason text
+);
+
+comment on table private.providers is 'Who runs models, and whether their jobs wait.';
+comment on column private.providers.paused_until is
+  'Its jobs are not claimed before then; set by workers (account refused) or operators.';
 
 create table private.plans (
   name text primary key,

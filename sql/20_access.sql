@@ -14,6 +14,7 @@ alter table private.running_jobs enable row level security;
 alter table private.workers enable row level security;
 alter table private.attempts enable row level security;
 alter table private.error_codes enable row level security;
+alter table private.providers enable row level security;
 alter table private.plans enable row level security;
 alter table private.settings enable row level security;
 

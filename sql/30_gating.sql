@@ -1,9 +1,9 @@
 -- Gating: may this user ask for this? Checks only; nothing here writes.
 --
 -- enqueue_generation (50) calls these in order: who asks (require_user_id), is the request well
--- formed (read_params, check_request), is the model there and allowed (require_model), do the
--- params fit its schema (check_params), does the plan allow one more now (check_limits).
--- The credits are checked where they are taken (40).
+-- formed (read_params, check_request), is the model there and allowed (require_model), does the
+-- plan allow one more now (check_limits). Whether the input fits the model is checked in 32, and
+-- the credits where they are taken (40).
 
 -- The user of the request's JWT. Raises: PT401 not_authenticated.
 create or replace function private.require_user_id()
@@ -141,9 +141,6 @@ begin
   if octet_length(p_prompt) > 4 * v_max_chars or length(p_prompt) > v_max_chars then
     perform private.refuse_input(format('prompt: longer than %s characters', v_max_chars));
   end if;
-  if p_prompt !~ '[^[:space:]\u00a0\u200b\u2060\ufeff]' is not false then
-    perform private.refuse_input('prompt: missing or blank');
-  end if;
   if octet_length(p_idempotency_key) not between 1 and 200 then
     perform private.refuse_input(
       'idempotency_key: not 1 to 200 bytes', 'Use a UUID made on the device.'
@@ -182,105 +179,6 @@ end;
 $$;
 
 revoke all on function private.require_model(text, text)
-from public, anon, authenticated, service_role;
-
--- Why a value does not fit a property of a JSON schema (type, enum, minimum, maximum); null if it
--- does.
-create or replace function private.input_problem(p_value jsonb, p_property jsonb)
-returns text
-language sql
-immutable
-set search_path = ''
-as $$
-  select case
-    when case p_property ->> 'type'
-      when 'integer' then
-        case
-          when jsonb_typeof(p_value) = 'number' then (p_value #>> '{}')::numeric % 1 <> 0
-          else true
-        end
-      else jsonb_typeof(p_value) is distinct from (p_property ->> 'type')
-    end
-      then 'not of type ' || coalesce(p_property ->> 'type', 'allowed here')
-    when p_property ? 'enum' and not (p_property -> 'enum') @> jsonb_build_array(p_value)
-      then 'not one of ' || (p_property ->> 'enum')
-    when jsonb_typeof(p_value) = 'number' and (
-      (p_value #>> '{}')::numeric < coalesce((p_property ->> 'minimum')::numeric, '-infinity')
-      or (p_value #>> '{}')::numeric > coalesce((p_property ->> 'maximum')::numeric, 'infinity')
-    )
-      then format(
-        'not between %s and %s',
-        coalesce(p_property ->> 'minimum', 'any'),
-        coalesce(p_property ->> 'maximum', 'any')
-      )
-  end
-$$;
-
-revoke all on function private.input_problem(jsonb, jsonb)
-from public, anon, authenticated, service_role;
-
--- Each param is one the model takes from clients, and fits its schema. Raises: PT400 invalid_input.
-create or replace function private.check_params(p_model public.models, p_params jsonb)
-returns void
-language plpgsql
-stable
-set search_path = ''
-as $$
-declare
-  v_name text;
-  v_problem text;
-begin
-  select p.key into v_name
-  from jsonb_object_keys(p_params) as p (key)
-  where not p.key = any (p_model.client_inputs)
-  order by p.key limit 1;
-  if found then
-    perform private.refuse_input(
-      format('params.%s: not an input of %s', left(v_name, 60), p_model.id),
-      'Allowed: ' || array_to_string(p_model.client_inputs, ', ')
-    );
-  end if;
-  select p.key, private.input_problem(p.value, p_model.input_schema -> 'properties' -> p.key)
-  into v_name, v_problem
-  from jsonb_each(p_params) as p
-  where private.input_problem(p.value, p_model.input_schema -> 'properties' -> p.key) is not null
-  order by p.key limit 1;
-  if found then
-    perform private.refuse_input(format('params.%s: %s', v_name, v_problem));
-  end if;
-end;
-$$;
-
-revoke all on function private.check_params(public.models, jsonb)
-from public, anon, authenticated, service_role;
-
--- What the provider is sent: the schema's defaults, then the user's params, the prompt, and a seed
--- where the model has one and none was given, so that every picture can be made again.
-create or replace function private.complete_input(
-  p_model public.models,
-  p_prompt text,
-  p_params jsonb
-)
-returns jsonb
-language sql
-volatile
-set search_path = ''
-as $$
-  select
-    coalesce(
-      jsonb_object_agg(p.key, p.value -> 'default') filter (where p.value ? 'default'), '{}'
-    )
-    || case
-      when p_model.input_schema -> 'properties' ? 'seed'
-        then jsonb_build_object('seed', floor(random() * 2147483647)::integer)
-      else '{}'
-    end
-    || p_params
-    || jsonb_build_object('prompt', p_prompt)
-  from jsonb_each(p_model.input_schema -> 'properties') as p
-$$;
-
-revoke all on function private.complete_input(public.models, text, jsonb)
 from public, anon, authenticated, service_role;
 
 -- The plan of a user now: 'paid' or 'free'.

@@ -149,6 +149,7 @@ create or replace function private.insert_generation(
   p_model public.models,
   p_prompt text,
   p_params jsonb,
+  p_provider_input jsonb,
   p_idempotency_key text
 )
 returns public.generations
@@ -157,8 +158,7 @@ set search_path = ''
 as $$
 declare
   v_id uuid := private.uuid_v7();
-  v_provider_input jsonb := private.complete_input(p_model, p_prompt, p_params);
-  v_images smallint := private.count_images(p_model, v_provider_input);
+  v_images smallint := private.count_images(p_model, p_provider_input);
   v_price integer := v_images * case p_plan.name
     when 'paid' then p_model.paid_price_credits
     else p_model.price_credits
@@ -176,7 +176,7 @@ begin
   )
   values (
     v_id, p_entitlement.user_id, p_model.id, p_prompt, p_params,
-    v_provider_input,
+    p_provider_input,
     v_price, v_images, p_idempotency_key
   )
   returning * into v_generation;
@@ -188,7 +188,7 @@ end;
 $$;
 
 revoke all on function private.insert_generation(
-  public.entitlements, private.plans, public.models, text, jsonb, text
+  public.entitlements, private.plans, public.models, text, jsonb, jsonb, text
 ) from public, anon, authenticated, service_role;
 
 -- How long a client should wait before it reads the state again: a tenth of the job's age so far,
@@ -251,6 +251,8 @@ as $$
 declare
   v_user_id uuid := private.require_user_id();
   v_params jsonb := private.read_params(p_params);
+  v_prompt text := coalesce(p_prompt, '');
+  v_provider_input jsonb;
   v_entitlement public.entitlements;
   v_plan private.plans;
   v_model public.models;
@@ -259,15 +261,15 @@ begin
   perform private.check_request(p_prompt, p_idempotency_key);
   v_entitlement := private.lock_entitlement(v_user_id);
   v_generation := private.find_generation_by_key(
-    v_user_id, p_idempotency_key, p_model, p_prompt, v_params
+    v_user_id, p_idempotency_key, p_model, v_prompt, v_params
   );
   if v_generation.id is null then
     select * into strict v_plan from private.plans where name = private.plan_of(v_entitlement);
     v_model := private.require_model(p_model, v_plan.name);
-    perform private.check_params(v_model, v_params);
+    v_provider_input := private.prepare_input(v_model, v_user_id, v_prompt, v_params);
     perform private.check_limits(v_entitlement, v_plan);
     v_generation := private.insert_generation(
-      v_entitlement, v_plan, v_model, p_prompt, v_params, p_idempotency_key
+      v_entitlement, v_plan, v_model, v_prompt, v_params, v_provider_input, p_idempotency_key
     );
   end if;
   return private.enqueue_answer(v_generation);

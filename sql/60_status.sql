@@ -50,7 +50,8 @@ as $$
     end,
     'images', (
       select coalesce(json_agg(json_build_object(
-        'position', i.position, 'path', i.storage_path, 'content_type', i.content_type,
+        'position', i.position, 'path', i.storage_path, 'preview_path', i.preview_path,
+        'content_type', i.content_type,
         'width', i.width, 'height', i.height, 'bytes', i.bytes, 'blurhash', i.blurhash
       ) order by i.position), '[]')
       from public.images as i where i.generation_id = p_generation.id
@@ -106,9 +107,9 @@ $$;
 comment on function public.get_job_status is
   'State of one of your jobs: {job_id, status, stage, progress (percent), queue_position, '
   'poll_after_ms, model, prompt, params, price_credits, refunded_credits, error {code, message}, '
-  'images [{position, path in bucket generations, content_type, width, height, bytes, blurhash}],'
-  ' created_at, started_at, finished_at}. Poll again after poll_after_ms, stop when it is null. '
-  'Errors: PT401 not_authenticated, PT404 not_found.';
+  'images [{position, path and preview_path in bucket generations, content_type, width, height, '
+  'bytes, blurhash}], created_at, started_at, finished_at}. Poll again after poll_after_ms, stop '
+  'when it is null. Errors: PT401 not_authenticated, PT404 not_found.';
 
 revoke all on function public.get_job_status(uuid) from public, anon, authenticated, service_role;
 grant execute on function public.get_job_status(uuid) to authenticated;

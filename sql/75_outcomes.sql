@@ -32,6 +32,24 @@ $$;
 revoke all on function private.end_lease(uuid, bigint, text[])
 from public, anon, authenticated, service_role;
 
+-- What a completed attempt cost at the provider, in US dollars; null where it is not known.
+create or replace function private.provider_cost(p_model_id text, p_metrics jsonb)
+returns numeric
+language sql
+stable
+set search_path = ''
+as $$
+  select m.cost_usd * case m.cost_unit
+    when 'image' then (p_metrics ->> 'images')::numeric
+    when 'second' then (p_metrics ->> 'provider_seconds')::numeric
+  end
+  from public.models as m
+  where m.id = p_model_id
+$$;
+
+revoke all on function private.provider_cost(text, jsonb)
+from public, anon, authenticated, service_role;
+
 -- Writes the ended claim into the operators' history.
 create or replace function private.record_attempt(
   p_job private.running_jobs,
@@ -51,7 +69,8 @@ as $$
   values (
     p_job.job_id, p_job.token, p_job.attempt, p_job.worker_id, p_job.claimed_at, p_outcome,
     p_error_code, left(p_error_detail, 2000), p_job.provider_job_id,
-    (p_metrics ->> 'provider_seconds')::real, (p_metrics ->> 'cost_usd')::numeric
+    (p_metrics ->> 'provider_seconds')::real,
+    private.provider_cost(p_job.model_id, p_metrics)
   )
 $$;
 
@@ -63,7 +82,7 @@ create or replace function private.requeue_job(
   p_job private.running_jobs,
   p_attempts_used integer,
   p_delay interval,
-  p_provider_job_id text
+  p_resumes boolean
 )
 returns void
 language plpgsql
@@ -71,11 +90,13 @@ set search_path = ''
 as $$
 begin
   insert into private.ready_jobs (
-    job_id, user_id, model_id, fair_key, attempt, run_at, provider_job_id
+    job_id, user_id, model_id, fair_key, attempt, run_at, provider_job_id, create_started_at
   )
   select
     p_job.job_id, p_job.user_id, p_job.model_id, c.last_value, p_attempts_used,
-    case when p_delay > interval '0' then now() + p_delay end, p_provider_job_id
+    case when p_delay > interval '0' then now() + p_delay end,
+    case when p_resumes then p_job.provider_job_id end,
+    case when p_resumes then p_job.create_started_at end
   from private.virtual_clock as c;
   update public.generations set status = 'queued', updated_at = now() where id = p_job.job_id;
   if p_delay <= interval '0' then
@@ -84,7 +105,7 @@ begin
 end;
 $$;
 
-revoke all on function private.requeue_job(private.running_jobs, integer, interval, text)
+revoke all on function private.requeue_job(private.running_jobs, integer, interval, boolean)
 from public, anon, authenticated, service_role;
 
 -- Ends a job for good: the generation keeps its input and tells why, the whole price goes back.
@@ -179,7 +200,7 @@ begin
     perform private.requeue_job(
       p_job, v_attempts_used,
       private.retry_delay(private.count_claims(p_job.job_id), p_retry_after_seconds),
-      case when v_error.resumes then p_job.provider_job_id end
+      v_error.resumes
     );
   else
     perform private.finish_failed(p_job, v_error);
@@ -228,7 +249,11 @@ from public, anon, authenticated, service_role;
 grant execute on function private.fail_job(uuid, bigint, text, text, double precision)
 to darkroom_worker;
 
-create or replace function private.release_job(p_job_id uuid, p_token bigint)
+create or replace function private.release_job(
+  p_job_id uuid,
+  p_token bigint,
+  p_resumes boolean default true
+)
 returns void
 language plpgsql
 security definer
@@ -240,18 +265,19 @@ begin
   if v_job.job_id is null then
     return;
   end if;
-  perform private.requeue_job(v_job, v_job.attempt - 1, interval '0', v_job.provider_job_id);
+  perform private.requeue_job(v_job, v_job.attempt - 1, interval '0', p_resumes);
   perform private.record_attempt(v_job, 'released');
 end;
 $$;
 
 comment on function private.release_job is
   'Gives a job back unfinished (graceful stop): next in line, the attempt does not count, the '
-  'checkpoint is kept. Errors: DR001 lease_lost.';
+  'checkpoint is kept. p_resumes false: nothing was begun at the provider. Errors: DR001 '
+  'lease_lost.';
 
-revoke all on function private.release_job(uuid, bigint)
+revoke all on function private.release_job(uuid, bigint, boolean)
 from public, anon, authenticated, service_role;
-grant execute on function private.release_job(uuid, bigint) to darkroom_worker;
+grant execute on function private.release_job(uuid, bigint, boolean) to darkroom_worker;
 
 -- Stores what was made and settles on it: images that were charged but not made are given back.
 --
@@ -284,10 +310,11 @@ begin
       using errcode = 'invalid_parameter_value';
   end if;
   insert into public.images (
-    generation_id, position, user_id, storage_path, content_type, width, height, bytes, blurhash
+    generation_id, position, user_id, storage_path, preview_path, content_type,
+    width, height, bytes, blurhash
   )
   select
-    p_job_id, i.position, v_job.user_id, i.storage_path, i.content_type,
+    p_job_id, i.position, v_job.user_id, i.storage_path, i.preview_path, i.content_type,
     i.width, i.height, i.bytes, i.blurhash
   from jsonb_populate_recordset(null::public.images, p_images) as i;
   if v_stored < v_generation.image_count then
@@ -302,9 +329,9 @@ end;
 $$;
 
 comment on function private.complete_job is
-  'Ends a job well. p_images: [{position, storage_path, content_type, width, height, bytes, '
-  'blurhash}]; p_metrics: {provider_seconds, cost_usd}. Repeating it changes nothing. Errors: '
-  'DR001 lease_lost, 22023 bad images.';
+  'Ends a job well. p_images: [{position, storage_path, preview_path, content_type, width, '
+  'height, bytes, blurhash}]; p_metrics: {provider_seconds, images (as many as the provider '
+  'made)}. Repeating it changes nothing. Errors: DR001 lease_lost, 22023 bad images.';
 
 revoke all on function private.complete_job(uuid, bigint, jsonb, jsonb)
 from public, anon, authenticated, service_role;

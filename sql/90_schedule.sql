@@ -8,10 +8,12 @@ insert into private.plans (name, max_active, max_per_minute, weight) values
 ('paid', 20, 60, 4)
 on conflict do nothing;
 
+insert into private.providers (name) values ('preview'), ('replicate') on conflict do nothing;
+
 insert into private.error_codes (code, message, is_retryable, uses_attempt, resumes) values
 ('moderated', 'The safety filter refused this picture. Try another prompt.', false, true, false),
 ('invalid_input', 'The model did not accept this request.', false, true, false),
-('provider_busy', 'The image service is busy. Try again later.', true, false, true),
+('provider_busy', 'The image service is busy. Try again later.', true, false, false),
 ('provider_timeout', 'The image service did not answer in time.', true, true, true),
 ('provider_error', 'The image service failed to make this picture.', true, true, false),
 ('result_lost', 'The finished picture could not be fetched in time.', true, true, false),
@@ -34,7 +36,11 @@ begin
     return;
   end if;
   insert into storage.buckets (id, name, public, file_size_limit, allowed_mime_types) values
-  ('generations', 'generations', false, 33554432, '{image/png,image/jpeg,image/webp}'),
+  -- octet-stream: what SVGs are stored as, so that no browser runs one.
+  (
+    'generations', 'generations', false, 33554432,
+    '{image/png,image/jpeg,image/webp,image/avif,image/gif,application/octet-stream}'
+  ),
   ('inputs', 'inputs', false, 10485760, '{image/png,image/jpeg,image/webp}')
   on conflict do nothing;
 end;

@@ -13,7 +13,8 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from datetime import datetime
+from typing import Any, TypeVar, cast
 
 import psycopg
 from database import Database
@@ -257,6 +258,7 @@ class Job:
     provider_ref: str
     provider_input: dict[str, Any]
     provider_job_id: str | None
+    image_inputs: list[str]
     image_count: int
     deadline_seconds: float
 
@@ -318,8 +320,20 @@ class Worker:
     def unregister_worker(self) -> None:
         self._rows("select private.unregister_worker(%s)", self.id)
 
+    def begin_create(self, job: Job) -> datetime | None:
+        query = "select private.begin_create(%s, %s) as before"
+        return cast("datetime | None", self._rows(query, job.job_id, job.token)[0]["before"])
+
     def checkpoint(self, job: Job, provider_job_id: str) -> None:
         self._rows("select private.checkpoint(%s, %s, %s)", job.job_id, job.token, provider_job_id)
+
+    def adopt_provider_job(self, job: Job, *candidates: str) -> str | None:
+        query = "select private.adopt_provider_job(%s, %s, %s::text[]) as id"
+        row = self._rows(query, job.job_id, job.token, list(candidates))[0]
+        return cast("str | None", row["id"])
+
+    def pause_provider(self, provider: str, seconds: int, reason: str = "402") -> None:
+        self._rows("select private.pause_provider(%s, %s, %s)", provider, seconds, reason)
 
     def report_progress(self, job: Job, stage: str, progress: int | None = None) -> None:
         self._rows(
@@ -331,7 +345,10 @@ class Worker:
         )
 
     def complete_job(
-        self, job: Job, images: int | list[dict[str, Any]] = 1, **metrics: float
+        self,
+        job: Job,
+        images: int | list[dict[str, Any]] = 1,
+        metrics: dict[str, float] | None = None,
     ) -> None:
         """Complete with this many images, or with these."""
         if isinstance(images, int):
@@ -341,7 +358,7 @@ class Worker:
             job.job_id,
             job.token,
             Jsonb(images),
-            Jsonb(metrics),
+            metrics and Jsonb(metrics),
         )
 
     def fail_job(
@@ -350,8 +367,8 @@ class Worker:
         query = "select private.fail_job(%s, %s, %s, %s, %s::real) as answer"
         return str(self._rows(query, job.job_id, job.token, code, detail, retry_after)[0]["answer"])
 
-    def release_job(self, job: Job) -> None:
-        self._rows("select private.release_job(%s, %s)", job.job_id, job.token)
+    def release_job(self, job: Job, resumes: bool = True) -> None:
+        self._rows("select private.release_job(%s, %s, %s)", job.job_id, job.token, resumes)
 
     def recover_stale_jobs(self, at_most: int = 100) -> int:
         query = "select private.recover_stale_jobs(%s) as count"

@@ -19,6 +19,7 @@ PRIVATE_TABLES = (
     "private.workers",
     "private.attempts",
     "private.error_codes",
+    "private.providers",
     "private.plans",
     "private.settings",
 )

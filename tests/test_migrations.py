@@ -46,7 +46,7 @@ def test_it_installs_where_there_is_nothing_but_auth_and_says_what_it_skips(serv
         "no storage.buckets here; create the private buckets yourself",
         "no pg_cron for this database; workers recover stale jobs on their own",
     ]
-    assert tables == 12
+    assert tables == 13
 
 
 def test_a_failed_installation_leaves_nothing(supabase_db):

@@ -1,6 +1,7 @@
 """sql/75_outcomes.sql: complete, fail, release, and what each does to money and attempts."""
 
 from dataclasses import replace
+from decimal import Decimal
 
 import psycopg
 import pytest
@@ -31,17 +32,33 @@ def claim_again(db, worker):
 
 
 def test_a_completed_job_keeps_its_price(db, alice, worker, job):
-    worker.complete_job(job, images=2, provider_seconds=3.5, cost_usd=0.003)
+    worker.complete_job(job, 2, {"provider_seconds": 3.5})
 
     assert alice.get_job_status(job.id)["status"] == "completed"
     assert alice.ledger() == [("grant", 10), ("charge", -2)]
-    row = db.row("select outcome, provider_seconds, cost_usd from private.attempts")
-    assert (row["outcome"], row["provider_seconds"], float(row["cost_usd"])) == (
-        "completed",
-        3.5,
-        0.003,
-    )
+    assert attempts(db) == [(1, "completed", None)]
+    assert db.value("select provider_seconds from private.attempts") == 3.5
     assert_books_balance(db)
+
+
+@pytest.mark.parametrize(
+    ("price", "metrics", "cost"),
+    [
+        ("0.003 image", {"images": 2, "provider_seconds": 3.5}, "0.006"),
+        ("0.000975 second", {"images": 2, "provider_seconds": 4}, "0.0039"),
+        ("0.003 image", {"provider_seconds": 3.5}, None),
+        ("0.000975 second", {"images": 2}, None),
+        (None, {"images": 2, "provider_seconds": 3.5}, None),
+        ("0.003 image", None, None),
+    ],
+)
+def test_an_attempt_costs_the_models_price_times_what_it_took(db, job, price, metrics, cost):
+    cost_usd, cost_unit = price.split() if price else (None, None)
+    db.execute("update public.models set cost_usd = %s, cost_unit = %s", cost_usd, cost_unit)
+
+    Worker(db).complete_job(job, 2, metrics)
+
+    assert db.value("select cost_usd from private.attempts") == (cost and Decimal(cost))
 
 
 def test_images_that_were_charged_but_not_made_are_given_back(db, alice, worker, job):
@@ -74,6 +91,7 @@ def test_images_that_are_not_said_do_not_complete_a_job(db, worker, job):
     "change",
     [
         {"storage_path": "somebody/else/0.png"},
+        {"preview_path": "somebody/else/0.webp"},
         {"content_type": "text/html"},
         {"bytes": 0},
         {"position": None},
@@ -159,9 +177,9 @@ def test_a_job_too_old_is_not_retried(db, alice, worker, job):
 @pytest.mark.parametrize(
     ("code", "resumes"),
     [
-        ("provider_busy", True),
         ("provider_timeout", True),
         ("internal", True),
+        ("provider_busy", False),
         ("provider_error", False),
         ("result_lost", False),
     ],

@@ -32,8 +32,9 @@ def test_the_buckets_are_private_and_take_images_only(db):
     buckets = db.execute("select id, public, allowed_mime_types from storage.buckets order by 1")
 
     types = ["image/png", "image/jpeg", "image/webp"]
+    outputs = ["image/avif", "image/gif", "application/octet-stream"]  # the last for SVGs
     assert buckets == [
-        {"id": "generations", "public": False, "allowed_mime_types": types},
+        {"id": "generations", "public": False, "allowed_mime_types": types + outputs},
         {"id": "inputs", "public": False, "allowed_mime_types": types},
     ]
 

@@ -46,7 +46,9 @@ def test_a_running_job_tells_stage_and_progress(alice, worker):
 def test_a_completed_job_shows_its_images_in_order(alice, worker):
     job_id = alice.enqueued(params={"num_outputs": 2})
     job = worker.claimed()
-    worker.complete_job(job, [job.image(1), job.image(0, blurhash="L6Pj0^", width=65)])
+    preview = f"{alice.id}/{job_id}/0.preview.webp"
+    first = job.image(0, preview_path=preview, blurhash="L6Pj0^", width=65)
+    worker.complete_job(job, [job.image(1), first])
 
     status = alice.get_job_status(job_id)
 
@@ -55,6 +57,7 @@ def test_a_completed_job_shows_its_images_in_order(alice, worker):
     assert status["images"][0] == {
         "position": 0,
         "path": f"{alice.id}/{job_id}/0.png",
+        "preview_path": f"{alice.id}/{job_id}/0.preview.webp",
         "content_type": "image/png",
         "width": 65,
         "height": 64,

@@ -42,9 +42,12 @@ BROKEN_RULES = {
     "models_provider_is_known": "update public.models set provider = 'somebody'",
     "models_prices_are_not_negative": "update public.models set paid_price_credits = -1",
     "models_input_schema_has_properties": "update public.models set input_schema = '{}'",
-    "models_client_inputs_leave_out_the_prompt": (
-        "update public.models set client_inputs = '{num_outputs,prompt}'"
+    "models_prompt_input_is_no_client_input": (
+        "update public.models set client_inputs = client_inputs || prompt_input"
     ),
+    "models_image_inputs_are_client_inputs": "update public.models set image_inputs = '{photo}'",
+    "models_operator_input_is_an_object": "update public.models set operator_input = '[]'",
+    "models_cost_has_a_unit": "update public.models set cost_usd = 0.1, cost_unit = null",
     "models_image_count_input_is_a_client_input": (
         "update public.models set image_count_input = 'batch'"
     ),
@@ -57,7 +60,6 @@ BROKEN_RULES = {
     "generations_error_code_matches_status": (
         "update public.generations set error_code = 'internal'"
     ),
-    "generations_prompt_is_not_blank": "update public.generations set prompt = '  '",
     "generations_input_is_an_object": "update public.generations set input = '[]'",
     "generations_price_is_not_negative": "update public.generations set price_credits = -1",
     "generations_image_count_is_positive": "update public.generations set image_count = 0",
@@ -66,6 +68,9 @@ BROKEN_RULES = {
         " set position = -1, storage_path = replace(storage_path, '/0.', '/-1.')"
     ),
     "images_path_is_the_owners": "update public.images set storage_path = 'someone/else/0.png'",
+    "images_preview_path_is_the_owners": (
+        "update public.images set preview_path = 'someone/else/0.webp'"
+    ),
     "images_content_type_is_an_image": "update public.images set content_type = 'text/html'",
     "images_size_is_positive": "update public.images set bytes = 0",
     "running_jobs_stage_is_known": "update private.running_jobs set stage = 'waiting'",

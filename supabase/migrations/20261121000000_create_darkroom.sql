@@ -2,9 +2,9 @@
 -- Darkroom: the backend of an app whose users generate images, living in PostgreSQL.
 --
 -- Read these files in order. A user asks for a picture with enqueue_generation (50), which gates
--- (30), charges (40) and queues in one transaction. A worker claims the job, makes the picture and
--- completes or fails it (70). What a dead worker left is picked up by recover_stale_jobs (80). The
--- user reads the state with get_job_status (60).
+-- (30, 32), charges (40) and queues in one transaction. A worker claims the job (72), makes the
+-- picture and completes or fails it (75). What a dead worker left is picked up by
+-- recover_stale_jobs (80). The user reads the state with get_job_status (60).
 --
 -- Schema `public` is what PostgREST exposes: tables with row level security and thin security
 -- invoker wrappers. Schema `private` holds the queue and the security definer bodies. NEVER add
@@ -188,18 +188,29 @@ create table public.models (
   is_active boolean not null default true,
   input_schema jsonb not null,
   client_inputs text[] not null,
+  prompt_input text default 'prompt',
+  image_inputs text[] not null default '{}',
   image_count_input text,
+  operator_input jsonb not null default '{}',
   max_images smallint not null default 1,
   deadline interval not null default '5 minutes',
+  cost_usd numeric(12, 6),
+  cost_unit text,
+  is_schema_confirmed boolean not null default true,
   constraint models_id_is_owner_slash_name check (id ~ '^[a-z0-9_.-]+/[a-z0-9_.-]+$'),
   constraint models_provider_is_known check (provider in ('preview', 'replicate')),
   constraint models_prices_are_not_negative check (price_credits >= 0 and paid_price_credits >= 0),
   constraint models_input_schema_has_properties check (
     coalesce(jsonb_typeof(input_schema -> 'properties'), '') = 'object'
   ),
-  constraint models_client_inputs_leave_out_the_prompt check (not client_inputs @> '{prompt}'),
+  constraint models_prompt_input_is_no_client_input check (not prompt_input = any(client_inputs)),
+  constraint models_image_inputs_are_client_inputs check (client_inputs @> image_inputs),
+  constraint models_operator_input_is_an_object check (jsonb_typeof(operator_input) = 'object'),
+  constraint models_cost_has_a_unit check (
+    (cost_usd is null) = (cost_unit is null) and cost_usd >= 0 and cost_unit in ('image', 'second')
+  ),
   constraint models_image_count_input_is_a_client_input check (
-    image_count_input = any(client_inputs)
+    image_count_input is null or image_count_input = any(client_inputs)
   ),
   constraint models_max_images_is_sane check (max_images between 1 and 16),
   constraint models_deadline_is_positive check (deadline > interval '0')
@@ -217,11 +228,24 @@ comment on column public.models.input_schema is
   'JSON schema of the provider''s input: {"properties": {name: {type, minimum, maximum, enum, '
   'default}}}.';
 comment on column public.models.client_inputs is 'The properties a client may set in params.';
+comment on column public.models.prompt_input is
+  'The property the prompt goes into; null: the model takes none.';
+comment on column public.models.image_inputs is
+  'The client inputs that take source images: paths in bucket inputs, which the worker signs.';
 comment on column public.models.image_count_input is
   'The client input that says how many images; null: always one.';
+comment on column public.models.operator_input is
+  'Sent with every job, over defaults and params; clients cannot change it.';
 comment on column public.models.max_images is 'Most images of one generation.';
 comment on column public.models.deadline is
   'How long one attempt may take before it fails with timeout.';
+
+comment on column public.models.cost_usd is
+  'US dollars the provider takes per cost_unit; null: not known.';
+comment on column public.models.cost_unit is
+  'image (each output) or second (of the provider''s compute).';
+comment on column public.models.is_schema_confirmed is
+  'False: input_schema was written from documentation, not imported from the provider.';
 
 create table public.generations (
   id uuid primary key default private.uuid_v7(),
@@ -253,7 +277,6 @@ create table public.generations (
   constraint generations_error_code_matches_status check (
     (error_code is not null) = (status = 'failed')
   ),
-  constraint generations_prompt_is_not_blank check (btrim(prompt) <> ''),
   constraint generations_input_is_an_object check (jsonb_typeof(input) = 'object'),
   constraint generations_price_is_not_negative check (price_credits >= 0),
   constraint generations_image_count_is_positive check (image_count > 0)
@@ -284,6 +307,7 @@ create table public.images (
   position smallint not null,
   user_id uuid not null,
   storage_path text not null,
+  preview_path text,
   content_type text not null,
   width integer,
   height integer,
@@ -295,6 +319,9 @@ create table public.images (
   constraint images_path_is_the_owners check (
     starts_with(storage_path, concat(user_id, '/', generation_id, '/', position, '.'))
   ),
+  constraint images_preview_path_is_the_owners check (
+    starts_with(preview_path, concat(user_id, '/', generation_id, '/', position, '.'))
+  ),
   constraint images_content_type_is_an_image check (content_type like 'image/%'),
   constraint images_size_is_positive check (bytes > 0 and width > 0 and height > 0)
 );
@@ -304,6 +331,8 @@ comment on column public.images.position is 'Place among the generation''s image
 comment on column public.images.storage_path is
   'Path in bucket generations: <user_id>/<generation_id>/<position>.<ext>. Never changes: a good '
   'cache key.';
+comment on column public.images.preview_path is
+  'Path of a smaller WebP for galleries; null where none was made.';
 comment on column public.images.width is 'Pixels; null where the format has none.';
 comment on column public.images.bytes is 'Size of the file in bytes.';
 comment on column public.images.blurhash is 'BlurHash placeholder; null where none was made.';
@@ -340,7 +369,8 @@ create table private.ready_jobs (
   fair_key bigint not null,
   attempt smallint not null default 0,
   run_at timestamptz,
-  provider_job_id text
+  provider_job_id text,
+  create_started_at timestamptz
 ) with (
   fillfactor = 70, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500,
   autovacuum_vacuum_insert_threshold = -1, autovacuum_analyze_scale_factor = 0.1,
@@ -355,6 +385,9 @@ comment on column private.ready_jobs.attempt is 'Attempts used so far.';
 comment on column private.ready_jobs.run_at is 'Not before this time (backoff); null: now.';
 comment on column private.ready_jobs.provider_job_id is
   'The provider''s job an earlier attempt began: resume it.';
+
+comment on column private.ready_jobs.create_started_at is
+  'An earlier attempt asked the provider to create then and never learned the outcome: look first.';
 
 -- Delayed jobs are out of the claim's index, so a pile of them costs the claim nothing.
 create index ready_jobs_claim_idx on private.ready_jobs (fair_key, seq) where run_at is null;
@@ -374,6 +407,7 @@ create table private.running_jobs (
   stage text not null default 'generating',
   progress smallint,
   provider_job_id text,
+  create_started_at timestamptz,
   cancel_requested boolean not null default false,
   constraint running_jobs_stage_is_known check (stage in ('generating', 'storing')),
   constraint running_jobs_progress_is_a_percentage check (progress between 0 and 100)
@@ -395,6 +429,9 @@ comment on column private.running_jobs.stage is
 comment on column private.running_jobs.progress is 'Percent, where the provider tells.';
 comment on column private.running_jobs.provider_job_id is
   'Checkpoint: the provider''s id, saved as soon as it is known.';
+
+comment on column private.running_jobs.create_started_at is
+  'When the provider was first asked to create, set before asking.';
 
 create table private.workers (
   id bigint generated always as identity primary key,
@@ -441,6 +478,10 @@ comment on column private.attempts.outcome is
 comment on column private.attempts.provider_seconds is 'Compute seconds the provider reported.';
 comment on column private.attempts.cost_usd is 'US dollars the attempt cost at the provider.';
 
+-- Read when a lost create is looked for at the provider.
+create index attempts_provider_job_id_idx
+on private.attempts (provider_job_id) where provider_job_id is not null;
+
 create table private.error_codes (
   code text primary key,
   message text not null,
@@ -457,6 +498,16 @@ comment on column private.error_codes.uses_attempt is
 comment on column private.error_codes.resumes is
   'True: the next attempt resumes the provider''s job, which may be alive and paid for. False: it'
   ' starts anew.';
+
+create table private.providers (
+  name text primary key,
+  paused_until timestamptz,
+  pause_reason text
+);
+
+comment on table private.providers is 'Who runs models, and whether their jobs wait.';
+comment on column private.providers.paused_until is
+  'Its jobs are not claimed before then; set by workers (account refused) or operators.';
 
 create table private.plans (
   name text primary key,
@@ -515,6 +566,7 @@ alter table private.running_jobs enable row level security;
 alter table private.workers enable row level security;
 alter table private.attempts enable row level security;
 alter table private.error_codes enable row level security;
+alter table private.providers enable row level security;
 alter table private.plans enable row level security;
 alter table private.settings enable row level security;
 
@@ -575,9 +627,9 @@ $$;
 -- Gating: may this user ask for this? Checks only; nothing here writes.
 --
 -- enqueue_generation (50) calls these in order: who asks (require_user_id), is the request well
--- formed (read_params, check_request), is the model there and allowed (require_model), do the
--- params fit its schema (check_params), does the plan allow one more now (check_limits).
--- The credits are checked where they are taken (40).
+-- formed (read_params, check_request), is the model there and allowed (require_model), does the
+-- plan allow one more now (check_limits). Whether the input fits the model is checked in 32, and
+-- the credits where they are taken (40).
 
 -- The user of the request's JWT. Raises: PT401 not_authenticated.
 create or replace function private.require_user_id()
@@ -715,9 +767,6 @@ begin
   if octet_length(p_prompt) > 4 * v_max_chars or length(p_prompt) > v_max_chars then
     perform private.refuse_input(format('prompt: longer than %s characters', v_max_chars));
   end if;
-  if p_prompt !~ '[^[:space:]\u00a0\u200b\u2060\ufeff]' is not false then
-    perform private.refuse_input('prompt: missing or blank');
-  end if;
   if octet_length(p_idempotency_key) not between 1 and 200 then
     perform private.refuse_input(
       'idempotency_key: not 1 to 200 bytes', 'Use a UUID made on the device.'
@@ -756,105 +805,6 @@ end;
 $$;
 
 revoke all on function private.require_model(text, text)
-from public, anon, authenticated, service_role;
-
--- Why a value does not fit a property of a JSON schema (type, enum, minimum, maximum); null if it
--- does.
-create or replace function private.input_problem(p_value jsonb, p_property jsonb)
-returns text
-language sql
-immutable
-set search_path = ''
-as $$
-  select case
-    when case p_property ->> 'type'
-      when 'integer' then
-        case
-          when jsonb_typeof(p_value) = 'number' then (p_value #>> '{}')::numeric % 1 <> 0
-          else true
-        end
-      else jsonb_typeof(p_value) is distinct from (p_property ->> 'type')
-    end
-      then 'not of type ' || coalesce(p_property ->> 'type', 'allowed here')
-    when p_property ? 'enum' and not (p_property -> 'enum') @> jsonb_build_array(p_value)
-      then 'not one of ' || (p_property ->> 'enum')
-    when jsonb_typeof(p_value) = 'number' and (
-      (p_value #>> '{}')::numeric < coalesce((p_property ->> 'minimum')::numeric, '-infinity')
-      or (p_value #>> '{}')::numeric > coalesce((p_property ->> 'maximum')::numeric, 'infinity')
-    )
-      then format(
-        'not between %s and %s',
-        coalesce(p_property ->> 'minimum', 'any'),
-        coalesce(p_property ->> 'maximum', 'any')
-      )
-  end
-$$;
-
-revoke all on function private.input_problem(jsonb, jsonb)
-from public, anon, authenticated, service_role;
-
--- Each param is one the model takes from clients, and fits its schema. Raises: PT400 invalid_input.
-create or replace function private.check_params(p_model public.models, p_params jsonb)
-returns void
-language plpgsql
-stable
-set search_path = ''
-as $$
-declare
-  v_name text;
-  v_problem text;
-begin
-  select p.key into v_name
-  from jsonb_object_keys(p_params) as p (key)
-  where not p.key = any (p_model.client_inputs)
-  order by p.key limit 1;
-  if found then
-    perform private.refuse_input(
-      format('params.%s: not an input of %s', left(v_name, 60), p_model.id),
-      'Allowed: ' || array_to_string(p_model.client_inputs, ', ')
-    );
-  end if;
-  select p.key, private.input_problem(p.value, p_model.input_schema -> 'properties' -> p.key)
-  into v_name, v_problem
-  from jsonb_each(p_params) as p
-  where private.input_problem(p.value, p_model.input_schema -> 'properties' -> p.key) is not null
-  order by p.key limit 1;
-  if found then
-    perform private.refuse_input(format('params.%s: %s', v_name, v_problem));
-  end if;
-end;
-$$;
-
-revoke all on function private.check_params(public.models, jsonb)
-from public, anon, authenticated, service_role;
-
--- What the provider is sent: the schema's defaults, then the user's params, the prompt, and a seed
--- where the model has one and none was given, so that every picture can be made again.
-create or replace function private.complete_input(
-  p_model public.models,
-  p_prompt text,
-  p_params jsonb
-)
-returns jsonb
-language sql
-volatile
-set search_path = ''
-as $$
-  select
-    coalesce(
-      jsonb_object_agg(p.key, p.value -> 'default') filter (where p.value ? 'default'), '{}'
-    )
-    || case
-      when p_model.input_schema -> 'properties' ? 'seed'
-        then jsonb_build_object('seed', floor(random() * 2147483647)::integer)
-      else '{}'
-    end
-    || p_params
-    || jsonb_build_object('prompt', p_prompt)
-  from jsonb_each(p_model.input_schema -> 'properties') as p
-$$;
-
-revoke all on function private.complete_input(public.models, text, jsonb)
 from public, anon, authenticated, service_role;
 
 -- The plan of a user now: 'paid' or 'free'.
@@ -908,6 +858,1302 @@ end;
 $$;
 
 revoke all on function private.check_limits(public.entitlements, private.plans)
+from public, anon, authenticated, service_role;
+-- Size: a width and height, or a shape, in the words the model knows.
+--
+-- Some models take pixels, some a ratio such as 16:9, some a size such as 1365x1024. map_size puts
+-- the nearest the model knows in place of what it does not; what cannot be mapped stays as it is,
+-- for check_params (32) to refuse. Nothing here refuses.
+
+-- The option of the model's own sizes nearest to width and height: {property: option}; null if it
+-- has none. Options are ratios such as 16:9, or sizes such as 1024x768; shape counts before area.
+create or replace function private.nearest_size(
+  p_model public.models,
+  p_width numeric,
+  p_height numeric
+)
+returns jsonb
+language sql
+immutable
+set search_path = ''
+as $$
+  select jsonb_build_object(p.name, o.option)
+  from unnest('{aspect_ratio,size,image_size,resolution}'::text[])
+    with ordinality as p (name, place)
+  cross join jsonb_array_elements_text(
+    coalesce(p_model.input_schema #> array['properties', p.name, 'enum'], '[]')
+  ) as o (option)
+  cross join regexp_match(o.option, '^(\d{1,5}) ?[:x*×] ?(\d{1,5})$') as m
+  where p.name = any (p_model.client_inputs) and m[1]::numeric > 0 and m[2]::numeric > 0
+  order by
+    p.place,
+    abs(ln(m[1]::numeric / m[2]::numeric) - ln(p_width / p_height)),
+    abs(ln(m[1]::numeric * m[2]::numeric) - ln(p_width * p_height))
+  limit 1
+$$;
+
+revoke all on function private.nearest_size(public.models, numeric, numeric)
+from public, anon, authenticated, service_role;
+
+-- The side nearest to this many pixels that a property allows: one of its enum, else a multiple of
+-- 64, as diffusion models like it, within its limits.
+create or replace function private.fit_side(p_rules jsonb, p_pixels numeric)
+returns numeric
+language sql
+immutable
+set search_path = ''
+as $$
+  select coalesce(
+    (
+      select e.value::numeric from jsonb_array_elements(p_rules -> 'enum') as e
+      order by abs(e.value::numeric - p_pixels) limit 1
+    ),
+    least(
+      floor(coalesce((p_rules ->> 'maximum')::numeric, 2048) / s.step) * s.step,
+      greatest(
+        ceil(coalesce((p_rules ->> 'minimum')::numeric, 64) / s.step) * s.step,
+        round(p_pixels / s.step) * s.step
+      )
+    )
+  )
+  from (
+    select case
+      when 64 % coalesce((p_rules ->> 'multipleOf')::numeric, 1) = 0 then 64
+      else (p_rules ->> 'multipleOf')::numeric
+    end as step
+  ) as s
+$$;
+
+revoke all on function private.fit_side(jsonb, numeric)
+from public, anon, authenticated, service_role;
+
+-- Width and height of a shape for a model that wants pixels, with the area of its defaults.
+create or replace function private.pixels_of_shape(p_model public.models, p_shape numeric)
+returns jsonb
+language sql
+immutable
+set search_path = ''
+as $$
+  select jsonb_build_object(
+    'width', private.fit_side(p.w, sqrt(a.pixels * p_shape)),
+    'height', private.fit_side(p.h, sqrt(a.pixels / p_shape))
+  )
+  from (values (
+    p_model.input_schema #> '{properties,width}', p_model.input_schema #> '{properties,height}'
+  )) as p (w, h)
+  cross join lateral (
+    select coalesce((p.w ->> 'default')::numeric, 1024)
+      * coalesce((p.h ->> 'default')::numeric, 1024) as pixels
+  ) as a
+$$;
+
+revoke all on function private.pixels_of_shape(public.models, numeric)
+from public, anon, authenticated, service_role;
+
+-- A number of the params if it can be a side of a picture, else null.
+create or replace function private.read_side(p_params jsonb, p_name text)
+returns numeric
+language sql
+immutable
+set search_path = ''
+as $$
+  select case jsonb_typeof(p_params -> p_name) when 'number' then (
+    select n.side from (select (p_params ->> p_name)::numeric as side) as n
+    where n.side % 1 = 0 and n.side between 1 and 16384
+  ) end
+$$;
+
+revoke all on function private.read_side(jsonb, text)
+from public, anon, authenticated, service_role;
+
+-- The params with a size the model knows in place of one it does not. What cannot be mapped stays
+-- as it is, for check_params to refuse.
+create or replace function private.map_size(p_model public.models, p_params jsonb)
+returns jsonb
+language plpgsql
+immutable
+set search_path = ''
+as $$
+declare
+  v_takes_pixels boolean := p_model.client_inputs @> '{width,height}';
+  v_width numeric := private.read_side(p_params, 'width');
+  v_height numeric := private.read_side(p_params, 'height');
+  v_ratio text[] := regexp_match(
+    p_params ->> 'aspect_ratio', '^0*([1-9]\d{0,3}):0*([1-9]\d{0,3})$'
+  );
+  v_size jsonb;
+begin
+  if v_width is not null and v_height is not null and not v_takes_pixels then
+    v_size := private.nearest_size(p_model, v_width, v_height);
+    return case
+      when v_size is null then p_params
+      else v_size || (p_params - '{width,height}'::text[])
+    end;
+  elsif v_ratio is not null and not 'aspect_ratio' = any (p_model.client_inputs) then
+    v_size := case
+      when v_takes_pixels
+        then private.pixels_of_shape(p_model, v_ratio[1]::numeric / v_ratio[2]::numeric)
+      else private.nearest_size(p_model, v_ratio[1]::numeric, v_ratio[2]::numeric)
+    end;
+    return case when v_size is null then p_params else v_size || (p_params - 'aspect_ratio') end;
+  elsif v_width is not null and v_height is not null then
+    -- Some models look at pixels only when asked for a custom shape.
+    select coalesce(jsonb_object_agg(c.name, 'custom'), '{}') into v_size
+    from unnest('{aspect_ratio,size}'::text[]) as c (name)
+    where p_model.input_schema #> array['properties', c.name, 'enum'] @> '["custom"]';
+    return v_size || p_params;
+  end if;
+  return p_params;
+end;
+$$;
+
+revoke all on function private.map_size(public.models, jsonb)
+from public, anon, authenticated, service_role;
+-- Input: do the params fit the model's schema, and what is the provider sent?
+--
+-- prepare_input does it all before any credit moves. map_size (31) puts a size in the model's own
+-- words. check_params holds every param against the schema. complete_input adds defaults, the
+-- operator's own values, the prompt and a seed. The generation keeps both what was asked (input)
+-- and what is sent (provider_input).
+
+-- Why a value does not fit a property of a schema, with what is allowed; null if it does.
+create or replace function private.input_problem(p_value jsonb, p_property jsonb)
+returns text
+language plpgsql
+immutable
+set search_path = ''
+as $$
+declare
+  v_type text := p_property ->> 'type';
+begin
+  if p_value = 'null' and p_property @> '{"nullable": true}' then
+    return null;
+  elsif p_property ? 'anyOf' then
+    return case when (
+      select bool_and(private.input_problem(p_value, o.value) is not null)
+      from jsonb_array_elements(p_property -> 'anyOf') as o
+    ) then 'none of its types: ' || left(p_property ->> 'anyOf', 1000) end;
+  elsif jsonb_typeof(p_value) is distinct from replace(v_type, 'integer', 'number')
+    or (v_type = 'integer' and p_value::numeric % 1 <> 0) then
+    return 'not of type ' || coalesce(v_type, 'allowed here');
+  elsif p_property ? 'enum' and not (p_property -> 'enum') @> jsonb_build_array(p_value) then
+    return 'not one of ' || left(p_property ->> 'enum', 1000);
+  end if;
+  return case jsonb_typeof(p_value)
+    when 'number' then private.number_problem(p_value::numeric, p_property)
+    when 'string' then private.length_problem(length(p_value #>> '{}'), p_property, 'Length', null)
+    when 'array' then coalesce(
+      private.length_problem(jsonb_array_length(p_value), p_property, 'Items', 16),
+      private.items_problem(p_value, p_property -> 'items')
+    )
+  end;
+end;
+$$;
+
+revoke all on function private.input_problem(jsonb, jsonb)
+from public, anon, authenticated, service_role;
+
+-- The same for the range of a number; beyond 2^53 JSON numbers are not exact.
+create or replace function private.number_problem(p_number numeric, p_property jsonb)
+returns text
+language sql
+immutable
+set search_path = ''
+as $$
+  select case
+    when p_number < l.lowest or p_number > l.highest
+      then format('not between %s and %s', l.lowest, l.highest)
+    when p_number <= (p_property ->> 'exclusiveMinimum')::numeric
+      then 'not above ' || (p_property ->> 'exclusiveMinimum')
+    when p_number >= (p_property ->> 'exclusiveMaximum')::numeric
+      then 'not below ' || (p_property ->> 'exclusiveMaximum')
+    when p_number % (p_property ->> 'multipleOf')::numeric <> 0
+      then 'not a multiple of ' || (p_property ->> 'multipleOf')
+  end
+  from (
+    select
+      coalesce((p_property ->> 'minimum')::numeric, -9007199254740991) as lowest,
+      coalesce((p_property ->> 'maximum')::numeric, 9007199254740991) as highest
+  ) as l
+$$;
+
+revoke all on function private.number_problem(numeric, jsonb)
+from public, anon, authenticated, service_role;
+
+-- The same for the length of a text (minLength, maxLength) or an array (minItems, maxItems).
+create or replace function private.length_problem(
+  p_length integer,
+  p_property jsonb,
+  p_unit text,
+  p_default_max integer
+)
+returns text
+language sql
+immutable
+set search_path = ''
+as $$
+  select case
+    when p_length > l.most then format('longer than %s %s', l.most, l.unit)
+    when p_length < l.least then format('shorter than %s %s', l.least, l.unit)
+  end
+  from (
+    select
+      coalesce((p_property ->> ('max' || p_unit))::numeric, p_default_max) as most,
+      (p_property ->> ('min' || p_unit))::numeric as least,
+      case p_unit when 'Items' then 'items' else 'characters' end as unit
+  ) as l
+$$;
+
+revoke all on function private.length_problem(integer, jsonb, text, integer)
+from public, anon, authenticated, service_role;
+
+-- The same for the items of an array.
+create or replace function private.items_problem(p_value jsonb, p_items jsonb)
+returns text
+language sql
+immutable
+set search_path = ''
+as $$
+  select 'an item is ' || q.problem
+  from jsonb_array_elements(p_value) with ordinality as i (value, place)
+  cross join private.input_problem(i.value, p_items) as q (problem)
+  where q.problem is not null
+  order by i.place limit 1
+$$;
+
+revoke all on function private.items_problem(jsonb, jsonb)
+from public, anon, authenticated, service_role;
+
+-- Every param is one the model takes from clients and fits its schema; none it needs is missing.
+--
+-- Raises: PT400 invalid_input, naming the field and what is allowed.
+create or replace function private.check_params(p_model public.models, p_params jsonb)
+returns void
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_properties jsonb := p_model.input_schema -> 'properties';
+  v_name text;
+  v_problem text;
+begin
+  select p.name into v_name
+  from jsonb_object_keys(p_params) as p (name)
+  where not p.name = any (p_model.client_inputs)
+  order by p.name limit 1;
+  if found then
+    perform private.refuse_input(
+      format('params.%s: not an input of %s', left(v_name, 60), p_model.id),
+      'Allowed: ' || array_to_string(p_model.client_inputs, ', ')
+    );
+  end if;
+  select p.key, q.problem into v_name, v_problem
+  from jsonb_each(p_params) as p
+  cross join private.input_problem(p.value, v_properties -> p.key) as q (problem)
+  where q.problem is not null
+  order by p.key limit 1;
+  if found then
+    perform private.refuse_input(format('params.%s: %s', v_name, v_problem));
+  end if;
+  select r.name into v_name
+  from jsonb_array_elements_text(coalesce(p_model.input_schema -> 'required', '[]')) as r (name)
+  where r.name = any (p_model.client_inputs) and not v_properties -> r.name ? 'default'
+    and not p_params ? r.name and not p_model.operator_input ? r.name and r.name <> 'seed'
+  order by r.name limit 1;
+  if found then
+    perform private.refuse_input(format('params.%s: missing', v_name));
+  end if;
+end;
+$$;
+
+revoke all on function private.check_params(public.models, jsonb)
+from public, anon, authenticated, service_role;
+
+-- Source images are files in bucket inputs, in the user's own folder. An address is none.
+--
+-- Raises: PT400 invalid_input.
+create or replace function private.check_source_images(
+  p_model public.models,
+  p_user_id uuid,
+  p_params jsonb
+)
+returns void
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_name text;
+  v_path text;
+begin
+  for v_name, v_path in
+    select i.name, p.path
+    from unnest(p_model.image_inputs) as i (name)
+    cross join jsonb_path_query(p_params -> i.name, 'lax $[*]') as v (path)
+    cross join lateral (select v.path #>> '{}' as path) as p
+    where v.path <> 'null'
+  loop
+    if v_path !~ ('^' || p_user_id || '(/[A-Za-z0-9_-][A-Za-z0-9_. -]{0,100}){1,4}$') then
+      perform private.refuse_input(
+        format('params.%s: not a path in your folder of bucket inputs', v_name),
+        format('Upload the picture to inputs as %s/<name> and give that path.', p_user_id)
+      );
+    elsif to_regclass('storage.objects') is not null and not exists (
+      select from storage.objects where bucket_id = 'inputs' and name = v_path
+    ) then
+      perform private.refuse_input(format('params.%s: no such file in bucket inputs', v_name));
+    end if;
+  end loop;
+end;
+$$;
+
+revoke all on function private.check_source_images(public.models, uuid, jsonb)
+from public, anon, authenticated, service_role;
+
+-- A seed where the model has one, so that every picture can be made again. It also marks the job: a
+-- lost create is found at the provider by its input.
+create or replace function private.choose_seed(p_model public.models)
+returns jsonb
+language sql
+volatile
+set search_path = ''
+as $$
+  select coalesce((
+    select jsonb_build_object(
+      'seed', floor(s.lowest + random() * (s.highest - s.lowest + 1))::bigint
+    )
+    from (
+      select
+        greatest(0, (p.rules ->> 'minimum')::double precision) as lowest,
+        least(2147483647, (p.rules ->> 'maximum')::double precision) as highest
+      from (select p_model.input_schema #> '{properties,seed}' as rules) as p
+      where p.rules ->> 'type' = 'integer' and not p_model.operator_input ? 'seed'
+    ) as s
+  ), '{}')
+$$;
+
+revoke all on function private.choose_seed(public.models)
+from public, anon, authenticated, service_role;
+
+-- There is nothing to read in a text, or no text.
+create or replace function private.is_blank(p_text text)
+returns boolean
+language sql
+immutable
+set search_path = ''
+as $$
+  select p_text !~ '[^[:space:]\u00a0\u200b\u2060\ufeff]' is not false
+$$;
+
+revoke all on function private.is_blank(text) from public, anon, authenticated, service_role;
+
+-- The model makes nothing without a prompt. One that needs a picture and has a prompt of its own,
+-- an upscaler say, does.
+create or replace function private.needs_prompt(p_model public.models)
+returns boolean
+language sql
+immutable
+set search_path = ''
+as $$
+  select p_model.prompt_input is not null and not (
+    coalesce(p_model.input_schema -> 'required' ?| p_model.image_inputs, false)
+    and not p_model.input_schema -> 'required' ? p_model.prompt_input
+    and p_model.input_schema #> array['properties', p_model.prompt_input] ? 'default'
+  )
+$$;
+
+revoke all on function private.needs_prompt(public.models)
+from public, anon, authenticated, service_role;
+
+-- What the provider is sent: defaults, seed, the user's params, the operator's own values, prompt.
+create or replace function private.complete_input(
+  p_model public.models,
+  p_prompt text,
+  p_params jsonb
+)
+returns jsonb
+language sql
+volatile
+set search_path = ''
+as $$
+  select
+    coalesce(
+      jsonb_object_agg(p.key, p.value -> 'default') filter (where p.value ? 'default'), '{}'
+    )
+    || private.choose_seed(p_model)
+    || p_params
+    || p_model.operator_input
+    || case
+      when p_model.prompt_input is null
+        or (private.is_blank(p_prompt) and not private.needs_prompt(p_model)) then '{}'
+      else jsonb_build_object(p_model.prompt_input, p_prompt)
+    end
+  from jsonb_each(p_model.input_schema -> 'properties') as p
+$$;
+
+revoke all on function private.complete_input(public.models, text, jsonb)
+from public, anon, authenticated, service_role;
+
+-- The whole way from what a user gave to what the provider is sent.
+--
+-- Raises: PT400 invalid_input.
+create or replace function private.prepare_input(
+  p_model public.models,
+  p_user_id uuid,
+  p_prompt text,
+  p_params jsonb
+)
+returns jsonb
+language plpgsql
+volatile
+set search_path = ''
+as $$
+declare
+  v_params jsonb := private.map_size(p_model, p_params);
+  v_problem text;
+begin
+  if private.is_blank(p_prompt) and private.needs_prompt(p_model) then
+    perform private.refuse_input('prompt: missing or blank');
+  end if;
+  v_problem := private.input_problem(
+    to_jsonb(p_prompt), p_model.input_schema #> array['properties', p_model.prompt_input]
+  );
+  if v_problem is not null and p_model.prompt_input is not null then
+    perform private.refuse_input('prompt: ' || v_problem);
+  end if;
+  perform private.check_params(p_model, v_params);
+  perform private.check_source_images(p_model, p_user_id, v_params);
+  return private.complete_input(p_model, p_prompt, v_params);
+end;
+$$;
+
+revoke all on function private.prepare_input(public.models, uuid, text, jsonb)
+from public, anon, authenticated, service_role;
+-- A provider's schema in our words: references resolved, prose left out, nothing but rules.
+--
+-- A model's input_schema is
+--   {"required": [name], "properties": {name: {type, enum, minimum, maximum, exclusiveMinimum,
+--    exclusiveMaximum, multipleOf, minLength, maxLength, minItems, maxItems, items, default,
+--    format, nullable, anyOf}}}
+-- resolve_schema turns one part of an OpenAPI document into such rules. Then limit_rules adds what
+-- a provider left open and we do not: sizes, steps, a default that fits.
+
+-- Raises PT400 invalid_input: the model cannot be mapped, and why.
+create or replace function private.refuse_model(p_reason text)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+begin
+  perform private.refuse_input('model: ' || p_reason, 'Nothing was imported.');
+end;
+$$;
+
+revoke all on function private.refuse_model(text) from public, anon, authenticated, service_role;
+
+-- What of a resolved node is a rule and well formed. Null is no value: an enum that holds it is
+-- nullable, a default of null is none.
+create or replace function private.rules_of(p_node jsonb)
+returns jsonb
+language sql
+immutable
+set search_path = ''
+as $$
+  select jsonb_strip_nulls(
+    coalesce(jsonb_object_agg(k.key, k.value) filter (
+      where case k.key
+        when 'items' then jsonb_typeof(k.value) = 'object'
+        when 'properties' then jsonb_typeof(k.value) = 'object'
+        when 'anyOf' then jsonb_typeof(k.value) = 'array'
+        when 'default' then true
+        when 'multipleOf' then jsonb_typeof(k.value) = 'number' and k.value > '0'
+        else k.key in (
+          'minimum', 'maximum', 'exclusiveMinimum', 'exclusiveMaximum', 'minLength', 'maxLength',
+          'minItems', 'maxItems'
+        ) and jsonb_typeof(k.value) = 'number'
+      end
+    ), '{}')
+    || jsonb_build_object(
+      'type', coalesce(
+        case jsonb_typeof(p_node -> 'type') when 'string' then p_node -> 'type' end,
+        case when p_node @? '$.enum[*] ? (@.type() == "number")' and not
+          p_node @? '$.enum[*] ? (@ % 1 != 0)' then '"integer"'::jsonb end,
+        to_jsonb(jsonb_typeof(jsonb_path_query_first(p_node, '$.enum[*] ? (@ != null)'))),
+        to_jsonb(jsonb_typeof(p_node -> 'const'))
+      ),
+      'nullable', case
+        when p_node @> '{"nullable": true}' or p_node @> '{"enum": [null]}' then true
+      end,
+      'enum', coalesce(
+        nullif(jsonb_path_query_array(p_node, 'strict $.enum[*] ? (@ != null)', '{}', true), '[]'),
+        case when p_node ? 'const' then jsonb_build_array(p_node -> 'const') end
+      ),
+      'format', case
+        when p_node @> '{"writeOnly": true}' or p_node @> '{"x-cog-secret": true}' then 'password'
+        else p_node ->> 'format'
+      end
+    )
+    -- OpenAPI 3.0 says with a boolean that the limit itself is out.
+    || case when p_node @> '{"exclusiveMinimum": true}'
+      then jsonb_build_object('exclusiveMinimum', p_node -> 'minimum') else '{}' end
+    || case when p_node @> '{"exclusiveMaximum": true}'
+      then jsonb_build_object('exclusiveMaximum', p_node -> 'maximum') else '{}' end
+  )
+  from jsonb_each(p_node) as k
+$$;
+
+revoke all on function private.rules_of(jsonb) from public, anon, authenticated, service_role;
+
+-- One part of a schema as rules: $ref, allOf and unions resolved.
+--
+-- Raises: PT400 invalid_input for a reference that leads nowhere or round in circles.
+create or replace function private.resolve_schema(
+  p_node jsonb,
+  p_schemas jsonb,
+  p_path text[] default '{}'
+)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_node jsonb := case jsonb_typeof(p_node) when 'object' then p_node else '{}' end;
+  v_ref text := v_node ->> '$ref';
+  v_name text := substring(v_ref from '^#/(?:components/schemas|\$defs|definitions)/(.+)$');
+  v_path text[] := p_path || coalesce(v_name, '');
+  v_part jsonb;
+begin
+  if v_ref is not null and p_schemas ? v_name is not true then
+    perform private.refuse_model(format('%s leads nowhere', v_ref));
+  elsif v_name = any (p_path) or cardinality(p_path) > 20 then
+    perform private.refuse_model(format('%s leads round in circles', coalesce(v_ref, 'it')));
+  end if;
+  for v_part in
+    select p_schemas -> v_name where v_name is not null
+    union all
+    select a.value from jsonb_path_query(v_node, 'strict $.allOf[*]', silent => true) as a (value)
+  loop
+    v_node := private.resolve_schema(v_part, p_schemas, v_path) || v_node;
+  end loop;
+  v_node := private.resolve_union(v_node, p_schemas, v_path) || (
+    v_node - '{anyOf,oneOf}'::text[]
+    - case jsonb_typeof(v_node -> 'type') when 'array' then 'type' else '' end
+  );
+  if jsonb_typeof(v_node -> 'items') = 'object' then
+    v_node := v_node || jsonb_build_object(
+      'items', private.resolve_schema(v_node -> 'items', p_schemas, v_path)
+    );
+  end if;
+  if jsonb_typeof(v_node -> 'properties') = 'object' then
+    v_node := v_node || jsonb_build_object('properties', (
+      select jsonb_object_agg(p.key, private.resolve_schema(p.value, p_schemas, v_path))
+      from jsonb_each(v_node -> 'properties') as p
+    ));
+  end if;
+  return private.rules_of(v_node);
+end;
+$$;
+
+revoke all on function private.resolve_schema(jsonb, jsonb, text[])
+from public, anon, authenticated, service_role;
+
+-- What a union (anyOf, oneOf, an array of types) says: of one type and null, that type, nullable;
+-- of enums, one enum; of several types, anyOf. Nothing if there is none.
+create or replace function private.resolve_union(p_node jsonb, p_schemas jsonb, p_path text[])
+returns jsonb
+language sql
+stable
+set search_path = ''
+as $$
+  select
+    case count(*) filter (where not o.is_null)
+      when 0 then '{}'
+      when 1 then jsonb_agg(o.rules) filter (where not o.is_null) -> 0
+      else case
+        when bool_and(o.rules ? 'enum') and count(distinct o.rules -> 'type') = 1
+          then jsonb_build_object(
+            'enum', jsonb_path_query_array(jsonb_agg(o.rules), '$[*].enum[*]')
+          )
+        else jsonb_build_object('anyOf', jsonb_agg(o.rules) filter (where not o.is_null))
+      end
+    end
+    || case when bool_or(o.is_null) then '{"nullable": true}' else '{}'::jsonb end
+  from (
+    select
+      private.resolve_schema(e.value, p_schemas, p_path) as rules,
+      e.value ->> 'type' is not distinct from 'null' as is_null
+    from jsonb_path_query(p_node, 'strict $.anyOf[*]', silent => true) as e (value)
+    union all
+    select
+      private.resolve_schema(e.value, p_schemas, p_path),
+      e.value ->> 'type' is not distinct from 'null'
+    from jsonb_path_query(p_node, 'strict $.oneOf[*]', silent => true) as e (value)
+    union all
+    select private.rules_of(p_node || jsonb_build_object('type', e.value)), e.value = '"null"'
+    from jsonb_path_query(p_node, 'strict $.type[*]', silent => true) as e (value)
+    where jsonb_typeof(p_node -> 'type') = 'array'
+  ) as o
+$$;
+
+revoke all on function private.resolve_union(jsonb, jsonb, text[])
+from public, anon, authenticated, service_role;
+
+-- A name as its words: imageURL, Image-URL and image_url are the same.
+create or replace function private.snake_case(p_name text)
+returns text
+language sql
+immutable
+set search_path = ''
+as $$
+  select trim(both '_' from lower(regexp_replace(
+    regexp_replace(p_name, '([a-z0-9])([A-Z])', '\1_\2', 'g'), '[^[:alnum:]]+', '_', 'g'
+  )))
+$$;
+
+revoke all on function private.snake_case(text) from public, anon, authenticated, service_role;
+
+-- The rules with limits where the provider left a size or a length of work open, and without a
+-- default that does not fit or that an image input has: there, clients give paths.
+create or replace function private.limit_rules(p_snake text, p_rules jsonb, p_takes_image boolean)
+returns jsonb
+language sql
+stable
+set search_path = ''
+as $$
+  select l.rules - 'default' || case
+    when p_takes_image or private.input_problem(l.rules -> 'default', l.rules) is not null then '{}'
+    when l.rules ->> 'type' = 'integer'
+      then jsonb_build_object('default', trunc((l.rules ->> 'default')::numeric))
+    when l.rules ? 'default' then jsonb_build_object('default', l.rules -> 'default')
+    else '{}'
+  end
+  from (
+    select jsonb_strip_nulls(jsonb_build_object(
+      'minimum', case when o.lowest is not null then least(o.lowest, d.number, b.highest) end,
+      'maximum', case when o.highest is not null then greatest(o.highest, d.number, b.lowest) end
+    )) || p_rules as rules
+    from (
+      select case jsonb_typeof(p_rules -> 'default')
+        when 'number' then (p_rules ->> 'default')::numeric
+      end as number
+    ) as d
+    cross join (
+      select (p_rules ->> 'minimum')::numeric as lowest, (p_rules ->> 'maximum')::numeric as highest
+    ) as b
+    left join (
+      values
+      ('^((image|img|output|out|target|canvas|new|max)_)?(width|height)$', 64, 2048),
+      ('(^|_)(width|height|resolution|dimensions?|side|pixels|(image|img|max|output)_size)$|^size$',
+        null, 2048),
+      ('^(up|out|re)?scal(e|ing)(_(factor|by|ratio))?$', 0, 10),
+      ('(^|_)(megapixels?|mp)$', null, 4),
+      ('(^|_)steps$', 0, 500)
+    ) as o (pattern, lowest, highest)
+      on p_snake ~ o.pattern and not p_rules ? 'enum'
+      and p_rules ->> 'type' in ('integer', 'number')
+    limit 1
+  ) as l
+$$;
+
+revoke all on function private.limit_rules(text, jsonb, boolean)
+from public, anon, authenticated, service_role;
+-- What a model's inputs are for, told by name, rules and prose: prompt, image, count, operator's.
+--
+-- Inputs that only an operator may set (safety switches, weights, secrets, anything that takes an
+-- address) never become client inputs unless import_model is told so by name. Inputs that take an
+-- image do: a client gives a path in bucket inputs, never an address. Where in doubt an input is
+-- the operator's.
+
+-- Takes text of any kind: names, paths and addresses too.
+create or replace function private.is_free_text(p_rules jsonb)
+returns boolean
+language sql
+immutable
+set search_path = ''
+as $$
+  select p_rules @? '$.** ? (@.type == "string" && !exists(@.enum))'
+$$;
+
+revoke all on function private.is_free_text(jsonb) from public, anon, authenticated, service_role;
+
+-- Takes a file, as one or as a list.
+create or replace function private.takes_file(p_rules jsonb)
+returns boolean
+language sql
+immutable
+set search_path = ''
+as $$
+  select p_rules @? '$.**.format ? (@ like_regex "^(uri|url|uri-reference|iri|binary|byte|path)$")'
+$$;
+
+revoke all on function private.takes_file(jsonb) from public, anon, authenticated, service_role;
+
+-- Takes source images: a file, or plain text where the name leaves no doubt.
+create or replace function private.takes_image(p_snake text, p_rules jsonb, p_prose text)
+returns boolean
+language sql
+immutable
+set search_path = ''
+as $$
+  select private.is_free_text(p_rules)
+    and p_snake !~ '(^|_)(loras?|weights?|checkpoint|ckpt|zip|archive|dataset|prompt_file)(_|$)'
+    and p_prose !~ '\m(zip|tar|tarball|safetensors|videos?|audio)\M'
+    and (
+      private.takes_file(p_rules) and (
+        p_snake ~ '(image|img|mask|photo|picture|pic|face|pose|sketch|portrait|selfie|drawing)'
+        or p_prose ~ '\m(images?|pictures?|photos?|photographs?|png|jpe?g|drawing|sketch|selfie)\M'
+        or p_snake ~ '^(input|source|target|init|control|reference|subject|character|person|style)$'
+      )
+      or p_snake ~ concat(
+        '^((input|source|src|init|start|init|reference|ref|base|style|control|target|mask|face)_)?',
+        '(images?|imgs?|photos?|pictures?|mask)(_(\d+|path|file|input|urls?|uris?))?$'
+      )
+    )
+$$;
+
+revoke all on function private.takes_image(text, jsonb, text)
+from public, anon, authenticated, service_role;
+
+-- Is the operator's: by its name, by its type, or text that its prose calls an address.
+create or replace function private.is_operators(p_snake text, p_rules jsonb, p_prose text)
+returns boolean
+language sql
+immutable
+set search_path = ''
+as $$
+  select
+    p_snake ~ concat(
+      '(safe|nsfw|sfw|moderat|censor|watermark|content_(filter|check|policy)|filter_(level|words)',
+      '|disable_filter|profan|explicit|adult|mature|nud(e|ity)|person_generation|guardrail)'
+    )
+    or p_snake ~ concat(
+      '(^|_)(webhooks?|callbacks?|secrets?|password|passwd|credentials?|token',
+      '|api|apikey|key|auth|authorization|bearer|urls?|uris?|hrefs?|links?|endpoint|proxy|host|hf',
+      '|huggingface|civitai|replicate|openai|debug|workflow|kwargs|command|extra_args)(_|$)'
+    )
+    or private.takes_file(p_rules)
+    or p_rules @? '$.**.format ? (@ == "password")'
+    or p_rules @? '$.** ? (@.type == "object")'
+    or p_rules @? '$.items ? (@.type == "array" || !exists(@.type))'
+    or p_rules @? '$.anyOf[*] ? (!exists(@.type))'
+    or p_rules ->> 'type' = 'array' and not p_rules ? 'items'
+    or not p_rules ?| '{type,anyOf}'
+    or p_snake ~ '^(image_|output_)?(size|resolution|dimensions?)$'
+    and (p_rules ->> 'type' = 'array' or private.is_free_text(p_rules))
+    or private.is_free_text(p_rules) and p_snake !~ 'prompt' and (
+      p_prose ~ '\m(urls?|uris?|hyperlink|hugging ?face|civitai|safetensors|api key)\M'
+      or p_snake ~ concat(
+        '(^|_)(model|repo|path|file|filename|dir|directory|folder|zip|tar|adapter|embeddings?',
+        '|loras?|qlora|weights?|checkpoints?|ckpt|json|yaml|config|script|bucket)(_|$)'
+      )
+    )
+$$;
+
+revoke all on function private.is_operators(text, jsonb, text)
+from public, anon, authenticated, service_role;
+
+-- The properties of a model's input, in the order of their names.
+--
+-- Raises: PT400 invalid_input for a reference that cannot be resolved.
+create or replace function private.model_properties(p_schemas jsonb)
+returns table (
+  name text,
+  snake text,
+  rules jsonb,
+  is_required boolean,
+  takes_image boolean,
+  is_operators boolean
+)
+language sql
+stable
+set search_path = ''
+as $$
+  select
+    p.key,
+    s.snake,
+    private.limit_rules(s.snake, s.rules, i.takes_image),
+    coalesce((p_schemas #> '{Input,required}') ? p.key, false),
+    i.takes_image,
+    private.is_operators(s.snake, s.rules, s.prose)
+  from jsonb_each(p_schemas #> '{Input,properties}') as p
+  cross join lateral (
+    select
+      private.snake_case(p.key) as snake,
+      private.resolve_schema(p.value, p_schemas) - 'properties' as rules,
+      -- What a link points to is not what the input takes.
+      regexp_replace(
+        lower(coalesce(p.value ->> 'description', '')), 'https?://\S+', '', 'g'
+      ) as prose
+  ) as s
+  cross join lateral (
+    select private.takes_image(s.snake, s.rules, s.prose) as takes_image
+  ) as i
+  order by p.key
+$$;
+
+revoke all on function private.model_properties(jsonb)
+from public, anon, authenticated, service_role;
+
+-- The property the prompt goes into: by its name, or the one required text that is called so.
+-- Names that say little count where the model cannot do without, or is given nothing else.
+create or replace function private.find_prompt(p_schemas jsonb)
+returns text
+language sql
+stable
+set search_path = ''
+as $$
+  select p.name
+  from private.model_properties(p_schemas) as p
+  left join unnest(
+    '{prompt,text_prompt,prompt_text,input_prompt,positive_prompt,user_prompt,main_prompt,prompts,'
+    'edit_prompt,prompt_1,prompt1,instruction,instructions,edit_instruction,positive,text,'
+    'input_text,text_input,caption,description,query,message,input,content}'::text[]
+  ) with ordinality as c (snake, place) on c.snake = p.snake
+  where p.rules ->> 'type' = 'string' and not p.rules ?| '{enum,format}' and not p.takes_image
+    and (
+      p.snake ~ 'prompt'
+      and p.snake !~ '(negative|neg|^n_|system|style|lora|suffix|prefix|2|strength)'
+      or c.place is not null and (p.is_required or not exists (
+        select from private.model_properties(p_schemas) as i where i.takes_image
+      ))
+    )
+  order by c.place, p.is_required desc, p.name limit 1
+$$;
+
+revoke all on function private.find_prompt(jsonb) from public, anon, authenticated, service_role;
+
+-- Whether an input says how many images are made. Only one of a model's may be a client's: what
+-- the others multiply is not charged.
+create or replace function private.counts_images(p_snake text, p_rules jsonb)
+returns boolean
+language sql
+immutable
+set search_path = ''
+as $$
+  select not private.is_free_text(p_rules) and p_snake ~ concat(
+    '^(n|amount|quantity|outputs|samples|variations|batch|n_iter|max_images',
+    '|(num|number|n|no|count|amount|total|nb)_(of_)?(output|generated|result)?_?',
+    '(image|output|sample|picture|result|generation|variation|variant|prediction|batche?)s?',
+    '(_per_[a-z]+)?',
+    '|(image|output|sample|batch|picture|result|variation|generation)s?_(count|num|number|size|n)',
+    '|(images|samples)_per_prompt)$'
+  )
+$$;
+
+revoke all on function private.counts_images(text, jsonb)
+from public, anon, authenticated, service_role;
+
+-- The input that says how many images, and its rules with limits we can charge by; else nothing.
+create or replace function private.find_count(p_schemas jsonb)
+returns table (name text, rules jsonb)
+language sql
+stable
+set search_path = ''
+as $$
+  select p.name, case
+    when p.rules ? 'enum' then p.rules - 'nullable' || jsonb_build_object(
+      'default', coalesce(p.rules -> 'default', p.rules -> 'enum' -> 0)
+    )
+    else p.rules - '{nullable,exclusiveMinimum,exclusiveMaximum}'::text[] || jsonb_build_object(
+      'minimum', l.lowest,
+      'maximum', greatest(l.lowest, least(16, coalesce(
+        (p.rules ->> 'maximum')::numeric, greatest(4, (p.rules ->> 'default')::numeric)
+      ))),
+      'default', least(16, greatest(l.lowest, (p.rules ->> 'default')::numeric))
+    )
+  end
+  from private.model_properties(p_schemas) as p
+  cross join lateral (
+    select least(16, greatest(1, (p.rules ->> 'minimum')::numeric)) as lowest
+  ) as l
+  left join unnest(
+    '{num_outputs,number_of_outputs,number_of_images,num_images,num_images_per_prompt,n_images,'
+    'images_per_prompt,num_samples,n_samples,samples,n,max_images,batch_size}'::text[]
+  ) with ordinality as c (snake, place) on c.snake = p.snake
+  where p.rules ->> 'type' = 'integer' and private.counts_images(p.snake, p.rules)
+    and not p.is_operators
+  order by c.place, p.name limit 1
+$$;
+
+revoke all on function private.find_count(jsonb) from public, anon, authenticated, service_role;
+-- Importing models: a provider's own description of a model becomes a row of the catalogue.
+--
+-- import_model takes what Replicate's GET /models/{owner}/{name} answers and an object of options,
+-- maps schema (35) and inputs (36) to a row, and inserts or updates it. What it cannot map it
+-- refuses with the reason. What an operator has decided (prices, title, deadline, whether it is
+-- active, which known inputs are the clients') outlives every later import.
+
+-- Why the output is nothing we can store as images; null if it may be.
+create or replace function private.output_problem(p_output jsonb, p_prose text)
+returns text
+language sql
+immutable
+set search_path = ''
+as $$
+  select case
+    when coalesce(p_output #>> '{items,type}', p_output ->> 'type')
+      in ('number', 'integer', 'boolean', 'null')
+      then format(
+        'its output is a %s, not an image',
+        coalesce(p_output #>> '{items,type}', p_output ->> 'type')
+      )
+    when p_output @? '$.** ? (@.type == "string")' and not private.takes_file(p_output)
+      then 'its output is text, not an image'
+    when p_output ? 'properties' and not p_output @? '$.properties.* ? (!exists(@.type))'
+      and not private.takes_file(p_output)
+      then 'its output holds no file'
+    when p_output ? 'properties' and not exists (
+      select from jsonb_each(p_output -> 'properties') as p
+      where p.key !~* '(video|audio|mp4|mp3|wav|weights|model|mesh|glb|zip|npz|text|json|log)'
+    ) then 'its output holds no image'
+    when o.medium is not null then format('its output is %s, not an image', o.medium)
+  end
+  from (
+    select substring(
+      p_prose from '\m(videos?|mp4|webm|audio|wav|mp3|music|songs?|speech|voice|sound|3d|mesh)\M'
+    ) as medium
+  ) as o
+$$;
+
+revoke all on function private.output_problem(jsonb, text)
+from public, anon, authenticated, service_role;
+
+-- What tells of videos and sounds where the output's type is a mere address: the name, a sentence
+-- such as text-to-video, frames per second among the inputs.
+create or replace function private.output_prose(p_model jsonb, p_schemas jsonb)
+returns text
+language sql
+immutable
+set search_path = ''
+as $$
+  select lower(concat_ws(
+    ' ',
+    translate(p_model ->> 'name', '-_.', '   '),
+    p_schemas #>> '{Output,title}',
+    p_schemas #>> '{Output,description}',
+    substring(
+      lower(p_model ->> 'description') from '\m(?:to|2)[- ]?(video|audio|speech|music|3d)\M'
+    ),
+    substring(
+      lower(p_model ->> 'description')
+      from '\m((?:video|audio|music|speech) generation|generative (?:video|audio|music)'
+      '|sound effects)\M'
+    ),
+    substring(
+      lower(p_model ->> 'description')
+      from '\m(?:generat|creat|mak)(?:es?|ing) (?:[a-z-]+ ){0,3}(videos?|music|songs?|audio)\M'
+    ),
+    case
+      when (p_schemas #> '{Input,properties}') ?| '{fps,num_frames,frames_per_second,video_length}'
+        and p_schemas::text !~* '\mgif\M' then 'video'
+      when (p_schemas #>> '{Input,properties}') ~ '"(mp4|webm|mov|mp3|wav|flac|ogg)"'
+        and (p_schemas #>> '{Input,properties}') !~ '"(png|jpe?g|webp|gif)"'
+        then substring(p_schemas #>> '{Input,properties}' from '"(mp4|webm|mp3|wav)"')
+    end
+  ))
+$$;
+
+revoke all on function private.output_prose(jsonb, jsonb)
+from public, anon, authenticated, service_role;
+
+-- The schemas of a model's description: Input, Output, and what they refer to.
+--
+-- Raises: PT400 invalid_input if there is no input, or if the output is no image.
+create or replace function private.model_schemas(p_model jsonb)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_schemas jsonb := p_model #> '{latest_version,openapi_schema,components,schemas}';
+  v_problem text;
+begin
+  if coalesce(jsonb_typeof(v_schemas -> 'Input'), '') <> 'object' then
+    perform private.refuse_model('it has no latest_version.openapi_schema with an Input');
+  end if;
+  v_schemas := case jsonb_typeof(v_schemas #> '{Input,$defs}')
+    when 'object' then v_schemas #> '{Input,$defs}' else '{}'
+  end || v_schemas;
+  if coalesce(jsonb_typeof(v_schemas #> '{Input,properties}'), '') <> 'object' then
+    v_schemas := jsonb_set(v_schemas, '{Input,properties}', '{}');
+  end if;
+  v_problem := private.output_problem(
+    private.resolve_schema(v_schemas -> 'Output', v_schemas),
+    private.output_prose(p_model, v_schemas)
+  );
+  if v_problem is not null then
+    perform private.refuse_model(v_problem);
+  end if;
+  return v_schemas;
+end;
+$$;
+
+revoke all on function private.model_schemas(jsonb)
+from public, anon, authenticated, service_role;
+
+-- The columns that a model's schemas determine.
+create or replace function private.map_inputs(p_schemas jsonb)
+returns jsonb
+language sql
+stable
+set search_path = ''
+as $$
+  select jsonb_build_object(
+    'prompt_input', f.prompt,
+    'image_count_input', f.count_input,
+    'max_images', least(16, coalesce(
+      (select max(e.value::numeric) from jsonb_array_elements(f.count_rules -> 'enum') as e),
+      (f.count_rules ->> 'maximum')::numeric,
+      1
+    )),
+    'image_inputs', coalesce(jsonb_agg(p.name) filter (where p.takes_image), '[]'),
+    'client_inputs', coalesce(jsonb_agg(p.name) filter (
+      where p.name is distinct from f.prompt and (p.takes_image or not p.is_operators)
+        and (p.name = f.count_input or not private.counts_images(p.snake, p.rules))
+    ), '[]'),
+    'input_schema', jsonb_build_object(
+      'required', coalesce(jsonb_agg(p.name) filter (where p.is_required), '[]'),
+      'properties', coalesce(jsonb_object_agg(
+        p.name, case p.name when f.count_input then f.count_rules else p.rules end
+      ) filter (where p.name is not null), '{}')
+    )
+  )
+  from (
+    select private.find_prompt(p_schemas) as prompt, c.name as count_input, c.rules as count_rules
+    from (select) as one left join private.find_count(p_schemas) as c on true
+  ) as f
+  left join private.model_properties(p_schemas) as p on true
+  group by f.prompt, f.count_input, f.count_rules
+$$;
+
+revoke all on function private.map_inputs(jsonb) from public, anon, authenticated, service_role;
+
+-- The columns of a catalogue row that the provider's description determines. An official model is
+-- called by its name, any other by its version; where the description does not say, an official
+-- one shows by the images it bills.
+--
+-- Raises: PT400 invalid_input, with the reason.
+create or replace function private.map_model(p_model jsonb)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_id text := concat(p_model ->> 'owner', '/', p_model ->> 'name');
+  v_version text := p_model #>> '{latest_version,id}';
+begin
+  if v_id !~ '^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$' then
+    perform private.refuse_model('it has no owner and name as Replicate writes them');
+  end if;
+  return private.map_inputs(private.model_schemas(p_model)) || jsonb_build_object(
+    'id', lower(v_id),
+    'provider', 'replicate',
+    'provider_ref', v_id || case
+      when v_version is null or coalesce(
+        (p_model ->> 'is_official')::boolean,
+        (p_model #> '{default_example,metrics}') ?| '{image_count,image_output_count}'
+      ) then ''
+      else ':' || v_version
+    end
+  );
+end;
+$$;
+
+revoke all on function private.map_model(jsonb) from public, anon, authenticated, service_role;
+
+-- The inputs clients may set: of those an operator knew before, what was decided then; of new ones,
+-- what is safe; and what is allowed by name.
+create or replace function private.merge_client_inputs(
+  p_old public.models,
+  p_mapped jsonb,
+  p_options jsonb
+)
+returns jsonb
+language sql
+stable
+set search_path = ''
+as $$
+  select coalesce(jsonb_agg(distinct n.name), '[]')
+  from (
+    select m.name
+    from jsonb_object_keys(p_mapped #> '{input_schema,properties}') as m (name)
+    where case
+      when coalesce((p_old.input_schema -> 'properties') ? m.name, false)
+        then m.name = any (p_old.client_inputs)
+      else (p_mapped -> 'client_inputs') ? m.name
+        and not coalesce((p_options -> 'operator_input') ? m.name, false)
+    end
+    union all
+    select a.name from jsonb_array_elements_text(p_options -> 'allow_inputs') as a (name)
+  ) as n
+  where n.name is distinct from p_mapped ->> 'prompt_input'
+$$;
+
+revoke all on function private.merge_client_inputs(public.models, jsonb, jsonb)
+from public, anon, authenticated, service_role;
+
+-- The whole row: what was there, under what the provider says, under what the operator says.
+create or replace function private.merge_model(p_old public.models, p_mapped jsonb, p_options jsonb)
+returns public.models
+language sql
+stable
+set search_path = ''
+as $$
+  select jsonb_populate_record(
+    null::public.models,
+    jsonb_build_object(
+      'title', initcap(translate(split_part(p_mapped ->> 'id', '/', 2), '-_', '  ')),
+      'price_credits', 1,
+      'paid_price_credits', coalesce(p_options -> 'price_credits', '1'),
+      -- Without a price nobody has decided to sell it.
+      'is_active', p_options ? 'price_credits',
+      'requires_paid', false,
+      'deadline', '5 minutes',
+      'operator_input', '{}'::jsonb
+    )
+    || case when p_old.id is null then '{}' else to_jsonb(p_old) end
+    || p_mapped
+    || jsonb_build_object(
+      'is_schema_confirmed', true,
+      'client_inputs', i.client_inputs,
+      'image_inputs', jsonb_path_query_array(
+        p_mapped -> 'image_inputs', '$[*] ? (@ == $names[*])',
+        jsonb_build_object('names', i.client_inputs)
+      ),
+      'image_count_input', case
+        when i.client_inputs ? (p_mapped ->> 'image_count_input')
+          then p_mapped -> 'image_count_input'
+      end,
+      -- Fewer than the provider makes is what an operator wanted.
+      'max_images', case
+        when p_old.max_images < (
+          p_old.input_schema #>> array['properties', p_old.image_count_input, 'maximum']
+        )::numeric then least(p_old.max_images, (p_mapped ->> 'max_images')::integer)
+        else (p_mapped ->> 'max_images')::integer
+      end
+    )
+    || (p_options - 'allow_inputs')
+  )
+  from (
+    select private.merge_client_inputs(p_old, p_mapped, p_options) as client_inputs
+  ) as i
+$$;
+
+revoke all on function private.merge_model(public.models, jsonb, jsonb)
+from public, anon, authenticated, service_role;
+
+-- The row can work: what is required can come from somewhere, and what is named is there.
+--
+-- Raises: PT400 invalid_input, with the reason.
+create or replace function private.check_model(p_model public.models)
+returns void
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_properties jsonb := p_model.input_schema -> 'properties';
+  v_name text;
+begin
+  select r.name into v_name
+  from jsonb_array_elements_text(p_model.input_schema -> 'required') as r (name)
+  where r.name is distinct from p_model.prompt_input
+    and not r.name = any (p_model.client_inputs)
+    and not v_properties -> r.name ? 'default'
+    and not p_model.operator_input ? r.name
+  order by r.name limit 1;
+  if found then
+    perform private.refuse_model(format(
+      'input %s is required, but not for clients: give it in operator_input or allow it', v_name
+    ));
+  end if;
+  select i.name into v_name
+  from unnest(p_model.client_inputs) as i (name)
+  where not v_properties ? i.name
+  order by i.name limit 1;
+  if found then
+    perform private.refuse_model(format('it has no input %s', v_name));
+  end if;
+end;
+$$;
+
+revoke all on function private.check_model(public.models)
+from public, anon, authenticated, service_role;
+
+-- Raises PT400 invalid_input for options that are not known.
+create or replace function private.check_import_options(p_options jsonb)
+returns void
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_known constant text[] := cast('{price_credits,paid_price_credits,requires_paid,is_active,title,'
+    'provider_ref,deadline,cost_usd,cost_unit,max_images,client_inputs,image_inputs,prompt_input,'
+    'image_count_input,operator_input,allow_inputs}' as text[]);
+  v_unknown text := (
+    select min(o.name) from jsonb_object_keys(p_options) as o (name)
+    where not o.name = any (v_known)
+  );
+begin
+  if v_unknown is not null then
+    perform private.refuse_input(
+      format('options.%s: not an option', v_unknown), 'Known: ' || array_to_string(v_known, ', ')
+    );
+  end if;
+end;
+$$;
+
+revoke all on function private.check_import_options(jsonb)
+from public, anon, authenticated, service_role;
+
+-- Enters or renews a model. Answers each column that changes, before and after.
+--
+-- Raises: PT400 invalid_input, with the reason; nothing is written then.
+create or replace function private.import_model(
+  p_model jsonb,
+  p_options jsonb default '{}',
+  p_dry_run boolean default false
+)
+returns table (field text, old_value jsonb, new_value jsonb)
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_mapped jsonb := private.map_model(p_model);
+  v_old public.models;
+  v_new public.models;
+begin
+  perform private.check_import_options(p_options);
+  select * into v_old from public.models where id = v_mapped ->> 'id' for update;
+  v_new := private.merge_model(v_old, v_mapped, p_options);
+  perform private.check_model(v_new);
+  if v_new is distinct from v_old and not p_dry_run then
+    delete from public.models where id = v_new.id;
+    insert into public.models select v_new.*;
+  end if;
+  return query
+  select n.key, o.value, n.value
+  from jsonb_each(to_jsonb(v_new)) as n
+  left join jsonb_each(to_jsonb(v_old)) as o on o.key = n.key
+  where o.value is distinct from n.value and (v_old.id is not null or n.value <> 'null')
+  order by n.key;
+end;
+$$;
+
+comment on function private.import_model is
+  'Maps what Replicate''s GET /models/{owner}/{name} answers to a row of models. p_options: '
+  'columns to set (price_credits, paid_price_credits, requires_paid, is_active, title, '
+  'provider_ref, deadline, cost_usd, cost_unit, max_images, client_inputs, image_inputs, '
+  'prompt_input, image_count_input, operator_input) and allow_inputs, an array of operator '
+  'inputs to open to clients. p_dry_run changes nothing. Answers the columns that change. '
+  'Errors: PT400 invalid_input, the reason.';
+
+revoke all on function private.import_model(jsonb, jsonb, boolean)
 from public, anon, authenticated, service_role;
 -- Credits: grant, charge, refund. The only code that moves a balance.
 --
@@ -1398,6 +2644,7 @@ create or replace function private.insert_generation(
   p_model public.models,
   p_prompt text,
   p_params jsonb,
+  p_provider_input jsonb,
   p_idempotency_key text
 )
 returns public.generations
@@ -1406,8 +2653,7 @@ set search_path = ''
 as $$
 declare
   v_id uuid := private.uuid_v7();
-  v_provider_input jsonb := private.complete_input(p_model, p_prompt, p_params);
-  v_images smallint := private.count_images(p_model, v_provider_input);
+  v_images smallint := private.count_images(p_model, p_provider_input);
   v_price integer := v_images * case p_plan.name
     when 'paid' then p_model.paid_price_credits
     else p_model.price_credits
@@ -1425,7 +2671,7 @@ begin
   )
   values (
     v_id, p_entitlement.user_id, p_model.id, p_prompt, p_params,
-    v_provider_input,
+    p_provider_input,
     v_price, v_images, p_idempotency_key
   )
   returning * into v_generation;
@@ -1437,7 +2683,7 @@ end;
 $$;
 
 revoke all on function private.insert_generation(
-  public.entitlements, private.plans, public.models, text, jsonb, text
+  public.entitlements, private.plans, public.models, text, jsonb, jsonb, text
 ) from public, anon, authenticated, service_role;
 
 -- How long a client should wait before it reads the state again: a tenth of the job's age so far,
@@ -1500,6 +2746,8 @@ as $$
 declare
   v_user_id uuid := private.require_user_id();
   v_params jsonb := private.read_params(p_params);
+  v_prompt text := coalesce(p_prompt, '');
+  v_provider_input jsonb;
   v_entitlement public.entitlements;
   v_plan private.plans;
   v_model public.models;
@@ -1508,15 +2756,15 @@ begin
   perform private.check_request(p_prompt, p_idempotency_key);
   v_entitlement := private.lock_entitlement(v_user_id);
   v_generation := private.find_generation_by_key(
-    v_user_id, p_idempotency_key, p_model, p_prompt, v_params
+    v_user_id, p_idempotency_key, p_model, v_prompt, v_params
   );
   if v_generation.id is null then
     select * into strict v_plan from private.plans where name = private.plan_of(v_entitlement);
     v_model := private.require_model(p_model, v_plan.name);
-    perform private.check_params(v_model, v_params);
+    v_provider_input := private.prepare_input(v_model, v_user_id, v_prompt, v_params);
     perform private.check_limits(v_entitlement, v_plan);
     v_generation := private.insert_generation(
-      v_entitlement, v_plan, v_model, p_prompt, v_params, p_idempotency_key
+      v_entitlement, v_plan, v_model, v_prompt, v_params, v_provider_input, p_idempotency_key
     );
   end if;
   return private.enqueue_answer(v_generation);
@@ -1607,7 +2855,8 @@ as $$
     end,
     'images', (
       select coalesce(json_agg(json_build_object(
-        'position', i.position, 'path', i.storage_path, 'content_type', i.content_type,
+        'position', i.position, 'path', i.storage_path, 'preview_path', i.preview_path,
+        'content_type', i.content_type,
         'width', i.width, 'height', i.height, 'bytes', i.bytes, 'blurhash', i.blurhash
       ) order by i.position), '[]')
       from public.images as i where i.generation_id = p_generation.id
@@ -1663,9 +2912,9 @@ $$;
 comment on function public.get_job_status is
   'State of one of your jobs: {job_id, status, stage, progress (percent), queue_position, '
   'poll_after_ms, model, prompt, params, price_credits, refunded_credits, error {code, message}, '
-  'images [{position, path in bucket generations, content_type, width, height, bytes, blurhash}],'
-  ' created_at, started_at, finished_at}. Poll again after poll_after_ms, stop when it is null. '
-  'Errors: PT401 not_authenticated, PT404 not_found.';
+  'images [{position, path and preview_path in bucket generations, content_type, width, height, '
+  'bytes, blurhash}], created_at, started_at, finished_at}. Poll again after poll_after_ms, stop '
+  'when it is null. Errors: PT401 not_authenticated, PT404 not_found.';
 
 revoke all on function public.get_job_status(uuid) from public, anon, authenticated, service_role;
 grant execute on function public.get_job_status(uuid) to authenticated;
@@ -1846,15 +3095,27 @@ begin
   end if;
 end;
 $$;
--- What a worker calls: register, claim, heartbeat, checkpoint, and one of complete, fail, release.
+-- A worker's own life: register, sleep, heartbeat, progress, unregister.
 --
--- darkroom_worker may execute these functions and nothing else. A claim moves jobs from ready_jobs
--- to running_jobs and hands out a token; every later call matches (job, token). Whoever deletes the
--- running row has ended the attempt: it alone settles the money and gives the slot back, so a
--- worker that comes late changes nothing. complete, fail and release may be repeated: an attempt
--- this token has already ended that way is left as it is.
+-- darkroom_worker may execute the functions of files 70 to 80 marked so and nothing else. A claim
+-- (72) hands out a token; every later call matches (job, token), and where that row is gone the
+-- call changes nothing and raises DR001. An attempt ends in 75.
 --
 -- Lock order: running or ready row, then generation, then entitlement.
+
+-- Raises DR001 lease_lost.
+create or replace function private.refuse_lost_lease(p_job_id uuid)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+begin
+  raise sqlstate 'DR001' using message = 'lease_lost', detail = format('job %s', p_job_id);
+end;
+$$;
+
+revoke all on function private.refuse_lost_lease(uuid)
+from public, anon, authenticated, service_role;
 
 create or replace function private.register_worker(p_host text, p_slots integer, p_version text)
 returns table (worker_id bigint, channel text, heartbeat_seconds real, lease_seconds real)
@@ -1916,6 +3177,93 @@ comment on function private.sleep is
 revoke all on function private.sleep(bigint) from public, anon, authenticated, service_role;
 grant execute on function private.sleep(bigint) to darkroom_worker;
 
+create or replace function private.heartbeat(
+  p_worker_id bigint,
+  p_job_ids uuid[],
+  p_tokens bigint[],
+  p_progress smallint[]
+)
+returns table (job_id uuid, verdict text)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+#variable_conflict use_column
+declare
+  v_lease interval := (select s.lease from private.settings as s);
+begin
+  update private.workers set seen_at = now() where id = p_worker_id;
+  -- A loop, not a join: each row is reached by its key also when the table is full of dead rows.
+  for v_at in 1 .. coalesce(cardinality(p_job_ids), 0) loop
+    job_id := p_job_ids[v_at];
+    update private.running_jobs as r
+    set
+      lease_until = now() + v_lease,
+      progress = case
+        when p_progress[v_at] is null then r.progress
+        else least(100, greatest(0, p_progress[v_at]))
+      end
+    where r.job_id = p_job_ids[v_at] and r.token = p_tokens[v_at]
+    returning case when r.cancel_requested then 'canceled' else 'ok' end into verdict;
+    verdict := coalesce(verdict, 'lost');
+    return next;
+    verdict := null;
+  end loop;
+end;
+$$;
+
+comment on function private.heartbeat is
+  'One beat for all jobs of a worker: extends their leases and takes in progress (percent or '
+  'null). Answers for each job ok, lost (drop it) or canceled (stop it).';
+
+revoke all on function private.heartbeat(bigint, uuid[], bigint[], smallint[])
+from public, anon, authenticated, service_role;
+grant execute on function private.heartbeat(bigint, uuid[], bigint[], smallint[])
+to darkroom_worker;
+
+create or replace function private.report_progress(
+  p_job_id uuid,
+  p_token bigint,
+  p_stage text,
+  p_progress smallint
+)
+returns void
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_canceled boolean;
+begin
+  update private.running_jobs set
+    stage = p_stage,
+    progress = case
+      when p_progress is null then progress
+      else least(100, greatest(0, p_progress))
+    end
+  where job_id = p_job_id and token = p_token
+  returning cancel_requested into v_canceled;
+  if not found then
+    perform private.refuse_lost_lease(p_job_id);
+  elsif v_canceled then
+    raise sqlstate 'DR002' using message = 'canceled', detail = format('job %s', p_job_id);
+  end if;
+end;
+$$;
+
+comment on function private.report_progress is
+  'Says at once what the next heartbeat would: stage (generating | storing) and percent. Errors: '
+  'DR001 lease_lost, DR002 canceled.';
+
+revoke all on function private.report_progress(uuid, bigint, text, smallint)
+from public, anon, authenticated, service_role;
+grant execute on function private.report_progress(uuid, bigint, text, smallint) to darkroom_worker;
+-- Claim: the next jobs in fair order move from ready_jobs to running_jobs.
+--
+-- claim_jobs makes delayed jobs claimable that have come due, locks the jobs with the smallest
+-- fair_key that nobody else is claiming (skip locked), puts off those of a paused provider, and
+-- moves the rest in one statement.
+
 -- Delayed jobs whose time has come become claimable.
 create or replace function private.promote_due_jobs(p_at_most integer)
 returns void
@@ -1967,6 +3315,51 @@ $$;
 revoke all on function private.lock_next_jobs(integer)
 from public, anon, authenticated, service_role;
 
+-- Of these locked jobs, those whose provider is paused are put off until it is not; the rest are
+-- answered. They keep their place: when due they are claimed by their old fair_key.
+create or replace function private.put_off_paused_jobs(p_seqs bigint[])
+returns bigint[]
+language sql
+set search_path = ''
+as $$
+  with put_off as (
+    update private.ready_jobs as r set run_at = p.paused_until
+    from public.models as m
+    inner join private.providers as p on p.name = m.provider
+    where r.seq = any (p_seqs) and m.id = r.model_id and p.paused_until > now()
+    returning r.seq
+  )
+  select coalesce(array_agg(s.seq order by s.place), '{}')
+  from unnest(p_seqs) with ordinality as s (seq, place)
+  where s.seq not in (select o.seq from put_off as o)
+$$;
+
+revoke all on function private.put_off_paused_jobs(bigint[])
+from public, anon, authenticated, service_role;
+
+-- The next jobs that may run now. A pile of jobs of a paused provider is passed once, not at every
+-- claim.
+create or replace function private.pick_jobs(p_at_most integer)
+returns bigint[]
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_seqs bigint[] := private.lock_next_jobs(p_at_most);
+begin
+  while v_seqs <> '{}' and exists (
+    select from private.providers where paused_until > now()
+  ) loop
+    v_seqs := private.put_off_paused_jobs(v_seqs);
+    exit when v_seqs <> '{}';
+    v_seqs := private.lock_next_jobs(p_at_most);
+  end loop;
+  return v_seqs;
+end;
+$$;
+
+revoke all on function private.pick_jobs(integer) from public, anon, authenticated, service_role;
+
 -- Every row is reached by its key, whatever the planner thinks of the tables' sizes.
 -- Outer joins: a job whose model somebody deleted must fail at the worker, not vanish here.
 create or replace function private.claim_jobs(p_worker_id bigint, p_slots integer)
@@ -1979,6 +3372,7 @@ returns table (
   provider_ref text,
   provider_input jsonb,
   provider_job_id text,
+  image_inputs text[],
   image_count smallint,
   deadline_seconds real
 )
@@ -1991,14 +3385,13 @@ declare
   v_seqs bigint[];
 begin
   perform private.promote_due_jobs(p_slots);
-  v_seqs := private.lock_next_jobs(p_slots);
+  v_seqs := private.pick_jobs(p_slots);
   if v_seqs = '{}' then
     return;
   end if;
   update private.workers set asleep = false where id = p_worker_id and asleep;
   perform setval('private.virtual_clock', greatest(c.last_value, r.fair_key))
-  from private.virtual_clock as c
-  cross join private.ready_jobs as r
+  from private.virtual_clock as c cross join private.ready_jobs as r
   where r.seq = v_seqs[cardinality(v_seqs)];
   return query
   with claimed as (
@@ -2007,11 +3400,12 @@ begin
   running as (
     insert into private.running_jobs as r (
       job_id, user_id, model_id, token, worker_id, attempt,
-      lease_until, deadline_at, provider_job_id
+      lease_until, deadline_at, provider_job_id, create_started_at
     )
     select
       c.job_id, c.user_id, c.model_id, nextval('private.lease_tokens'), p_worker_id, c.attempt + 1,
-      now() + st.lease, now() + coalesce(m.deadline, st.lease), c.provider_job_id
+      now() + st.lease, now() + coalesce(m.deadline, st.lease), c.provider_job_id,
+      c.create_started_at
     from claimed as c cross join private.settings as st
     left join public.models as m on m.id = c.model_id
     order by c.fair_key, c.seq
@@ -2024,8 +3418,8 @@ begin
     returning g.id, g.provider_input, g.image_count
   )
   select
-    r.job_id, r.user_id, r.token, r.attempt, m.provider, m.provider_ref,
-    s.provider_input, r.provider_job_id, s.image_count, extract(epoch from m.deadline)::real
+    r.job_id, r.user_id, r.token, r.attempt, m.provider, m.provider_ref, s.provider_input,
+    r.provider_job_id, m.image_inputs, s.image_count, extract(epoch from m.deadline)::real
   from running as r
   inner join started as s on s.id = r.job_id
   left join public.models as m on m.id = r.model_id
@@ -2041,64 +3435,42 @@ comment on function private.claim_jobs is
 revoke all on function private.claim_jobs(bigint, integer)
 from public, anon, authenticated, service_role;
 grant execute on function private.claim_jobs(bigint, integer) to darkroom_worker;
+-- Purchase: what a worker says about its dealings with the provider, so that nothing is bought
+-- twice.
+--
+-- Creating a job at the provider costs money and cannot be repeated safely. So begin_create is
+-- called before, and checkpoint the moment the provider's id is known. A worker that dies between
+-- the two leaves create_started_at behind: the next attempt looks at the provider for what may have
+-- been bought and takes it over with adopt_provider_job. A refused account pauses the provider.
 
-create or replace function private.heartbeat(
-  p_worker_id bigint,
-  p_job_ids uuid[],
-  p_tokens bigint[],
-  p_progress smallint[]
-)
-returns table (job_id uuid, verdict text)
+create or replace function private.begin_create(p_job_id uuid, p_token bigint)
+returns timestamptz
 language plpgsql
 security definer
 set search_path = ''
 as $$
-#variable_conflict use_column
 declare
-  v_lease interval := (select s.lease from private.settings as s);
+  v_before timestamptz;
 begin
-  update private.workers set seen_at = now() where id = p_worker_id;
-  -- A loop, not a join: each row is reached by its key also when the table is full of dead rows.
-  for v_at in 1 .. coalesce(cardinality(p_job_ids), 0) loop
-    job_id := p_job_ids[v_at];
-    update private.running_jobs as r
-    set
-      lease_until = now() + v_lease,
-      progress = case
-        when p_progress[v_at] is null then r.progress
-        else least(100, greatest(0, p_progress[v_at]))
-      end
-    where r.job_id = p_job_ids[v_at] and r.token = p_tokens[v_at]
-    returning case when r.cancel_requested then 'canceled' else 'ok' end into verdict;
-    verdict := coalesce(verdict, 'lost');
-    return next;
-    verdict := null;
-  end loop;
+  select create_started_at into v_before
+  from private.running_jobs where job_id = p_job_id and token = p_token for update;
+  if not found then
+    perform private.refuse_lost_lease(p_job_id);
+  end if;
+  update private.running_jobs set create_started_at = coalesce(v_before, clock_timestamp())
+  where job_id = p_job_id and token = p_token;
+  return v_before;
 end;
 $$;
 
-comment on function private.heartbeat is
-  'One beat for all jobs of a worker: extends their leases and takes in progress (percent or '
-  'null). Answers for each job ok, lost (drop it) or canceled (stop it).';
+comment on function private.begin_create is
+  'Says that the provider is about to be asked to create, before it is asked. Answers when an '
+  'earlier attempt was first about to, if its outcome was never learned: then look for what it '
+  'may have bought before creating again. Errors: DR001 lease_lost.';
 
-revoke all on function private.heartbeat(bigint, uuid[], bigint[], smallint[])
+revoke all on function private.begin_create(uuid, bigint)
 from public, anon, authenticated, service_role;
-grant execute on function private.heartbeat(bigint, uuid[], bigint[], smallint[])
-to darkroom_worker;
-
--- Raises DR001 lease_lost.
-create or replace function private.refuse_lost_lease(p_job_id uuid)
-returns void
-language plpgsql
-set search_path = ''
-as $$
-begin
-  raise sqlstate 'DR001' using message = 'lease_lost', detail = format('job %s', p_job_id);
-end;
-$$;
-
-revoke all on function private.refuse_lost_lease(uuid)
-from public, anon, authenticated, service_role;
+grant execute on function private.begin_create(uuid, bigint) to darkroom_worker;
 
 create or replace function private.checkpoint(p_job_id uuid, p_token bigint, p_provider_job_id text)
 returns void
@@ -2123,43 +3495,72 @@ revoke all on function private.checkpoint(uuid, bigint, text)
 from public, anon, authenticated, service_role;
 grant execute on function private.checkpoint(uuid, bigint, text) to darkroom_worker;
 
-create or replace function private.report_progress(
+-- One at a time: two jobs with the same input must not take the same provider job.
+create or replace function private.adopt_provider_job(
   p_job_id uuid,
   p_token bigint,
-  p_stage text,
-  p_progress smallint
+  p_candidates text[]
 )
-returns void
+returns text
 language plpgsql
 security definer
 set search_path = ''
 as $$
 declare
-  v_canceled boolean;
+  v_adopted text;
 begin
-  update private.running_jobs set
-    stage = p_stage,
-    progress = case
-      when p_progress is null then progress
-      else least(100, greatest(0, p_progress))
-    end
-  where job_id = p_job_id and token = p_token
-  returning cancel_requested into v_canceled;
+  perform pg_advisory_xact_lock(hashtextextended('darkroom.adopt_provider_job', 0));
+  select r.provider_job_id into v_adopted from private.running_jobs as r
+  where r.job_id = p_job_id and r.token = p_token;
   if not found then
     perform private.refuse_lost_lease(p_job_id);
-  elsif v_canceled then
-    raise sqlstate 'DR002' using message = 'canceled', detail = format('job %s', p_job_id);
+  elsif v_adopted is not null then
+    return v_adopted;  -- the answer to the first call was lost
   end if;
+  select c.id into v_adopted
+  from unnest(p_candidates) with ordinality as c (id, place)
+  where not exists (select from private.attempts as a where a.provider_job_id = c.id)
+    and not exists (select from private.running_jobs as r where r.provider_job_id = c.id)
+    and not exists (select from private.ready_jobs as r where r.provider_job_id = c.id)
+  order by c.place limit 1;
+  if found then
+    perform private.checkpoint(p_job_id, p_token, v_adopted);
+  end if;
+  return v_adopted;
 end;
 $$;
 
-comment on function private.report_progress is
-  'Says at once what the next heartbeat would: stage (generating | storing) and percent. Errors: '
-  'DR001 lease_lost, DR002 canceled.';
+comment on function private.adopt_provider_job is
+  'Checkpoints the first of these provider ids, oldest first, that no other job has, and answers '
+  'it; null if all are taken. For creates whose answer was lost. Errors: DR001 lease_lost.';
 
-revoke all on function private.report_progress(uuid, bigint, text, smallint)
+revoke all on function private.adopt_provider_job(uuid, bigint, text[])
 from public, anon, authenticated, service_role;
-grant execute on function private.report_progress(uuid, bigint, text, smallint) to darkroom_worker;
+grant execute on function private.adopt_provider_job(uuid, bigint, text[]) to darkroom_worker;
+
+create or replace function private.pause_provider(
+  p_provider text,
+  p_seconds integer,
+  p_reason text
+)
+returns void
+language sql
+security definer
+set search_path = ''
+as $$
+  update private.providers set
+    paused_until = greatest(paused_until, now() + least(p_seconds, 3600) * interval '1 second'),
+    pause_reason = left(p_reason, 500)
+  where name = p_provider
+$$;
+
+comment on function private.pause_provider is
+  'Keeps the jobs of a provider from being claimed for a while: the account was refused, and no '
+  'job is to blame. Nothing fails and nobody is charged for it.';
+
+revoke all on function private.pause_provider(text, integer, text)
+from public, anon, authenticated, service_role;
+grant execute on function private.pause_provider(text, integer, text) to darkroom_worker;
 -- How an attempt ends: complete_job, fail_job, release_job, and the pieces recovery (80) shares.
 --
 -- end_lease takes the running row, and with it the right to settle. What follows is one of three:
@@ -2194,6 +3595,24 @@ $$;
 revoke all on function private.end_lease(uuid, bigint, text[])
 from public, anon, authenticated, service_role;
 
+-- What a completed attempt cost at the provider, in US dollars; null where it is not known.
+create or replace function private.provider_cost(p_model_id text, p_metrics jsonb)
+returns numeric
+language sql
+stable
+set search_path = ''
+as $$
+  select m.cost_usd * case m.cost_unit
+    when 'image' then (p_metrics ->> 'images')::numeric
+    when 'second' then (p_metrics ->> 'provider_seconds')::numeric
+  end
+  from public.models as m
+  where m.id = p_model_id
+$$;
+
+revoke all on function private.provider_cost(text, jsonb)
+from public, anon, authenticated, service_role;
+
 -- Writes the ended claim into the operators' history.
 create or replace function private.record_attempt(
   p_job private.running_jobs,
@@ -2213,7 +3632,8 @@ as $$
   values (
     p_job.job_id, p_job.token, p_job.attempt, p_job.worker_id, p_job.claimed_at, p_outcome,
     p_error_code, left(p_error_detail, 2000), p_job.provider_job_id,
-    (p_metrics ->> 'provider_seconds')::real, (p_metrics ->> 'cost_usd')::numeric
+    (p_metrics ->> 'provider_seconds')::real,
+    private.provider_cost(p_job.model_id, p_metrics)
   )
 $$;
 
@@ -2225,7 +3645,7 @@ create or replace function private.requeue_job(
   p_job private.running_jobs,
   p_attempts_used integer,
   p_delay interval,
-  p_provider_job_id text
+  p_resumes boolean
 )
 returns void
 language plpgsql
@@ -2233,11 +3653,13 @@ set search_path = ''
 as $$
 begin
   insert into private.ready_jobs (
-    job_id, user_id, model_id, fair_key, attempt, run_at, provider_job_id
+    job_id, user_id, model_id, fair_key, attempt, run_at, provider_job_id, create_started_at
   )
   select
     p_job.job_id, p_job.user_id, p_job.model_id, c.last_value, p_attempts_used,
-    case when p_delay > interval '0' then now() + p_delay end, p_provider_job_id
+    case when p_delay > interval '0' then now() + p_delay end,
+    case when p_resumes then p_job.provider_job_id end,
+    case when p_resumes then p_job.create_started_at end
   from private.virtual_clock as c;
   update public.generations set status = 'queued', updated_at = now() where id = p_job.job_id;
   if p_delay <= interval '0' then
@@ -2246,7 +3668,7 @@ begin
 end;
 $$;
 
-revoke all on function private.requeue_job(private.running_jobs, integer, interval, text)
+revoke all on function private.requeue_job(private.running_jobs, integer, interval, boolean)
 from public, anon, authenticated, service_role;
 
 -- Ends a job for good: the generation keeps its input and tells why, the whole price goes back.
@@ -2341,7 +3763,7 @@ begin
     perform private.requeue_job(
       p_job, v_attempts_used,
       private.retry_delay(private.count_claims(p_job.job_id), p_retry_after_seconds),
-      case when v_error.resumes then p_job.provider_job_id end
+      v_error.resumes
     );
   else
     perform private.finish_failed(p_job, v_error);
@@ -2390,7 +3812,11 @@ from public, anon, authenticated, service_role;
 grant execute on function private.fail_job(uuid, bigint, text, text, double precision)
 to darkroom_worker;
 
-create or replace function private.release_job(p_job_id uuid, p_token bigint)
+create or replace function private.release_job(
+  p_job_id uuid,
+  p_token bigint,
+  p_resumes boolean default true
+)
 returns void
 language plpgsql
 security definer
@@ -2402,18 +3828,19 @@ begin
   if v_job.job_id is null then
     return;
   end if;
-  perform private.requeue_job(v_job, v_job.attempt - 1, interval '0', v_job.provider_job_id);
+  perform private.requeue_job(v_job, v_job.attempt - 1, interval '0', p_resumes);
   perform private.record_attempt(v_job, 'released');
 end;
 $$;
 
 comment on function private.release_job is
   'Gives a job back unfinished (graceful stop): next in line, the attempt does not count, the '
-  'checkpoint is kept. Errors: DR001 lease_lost.';
+  'checkpoint is kept. p_resumes false: nothing was begun at the provider. Errors: DR001 '
+  'lease_lost.';
 
-revoke all on function private.release_job(uuid, bigint)
+revoke all on function private.release_job(uuid, bigint, boolean)
 from public, anon, authenticated, service_role;
-grant execute on function private.release_job(uuid, bigint) to darkroom_worker;
+grant execute on function private.release_job(uuid, bigint, boolean) to darkroom_worker;
 
 -- Stores what was made and settles on it: images that were charged but not made are given back.
 --
@@ -2446,10 +3873,11 @@ begin
       using errcode = 'invalid_parameter_value';
   end if;
   insert into public.images (
-    generation_id, position, user_id, storage_path, content_type, width, height, bytes, blurhash
+    generation_id, position, user_id, storage_path, preview_path, content_type,
+    width, height, bytes, blurhash
   )
   select
-    p_job_id, i.position, v_job.user_id, i.storage_path, i.content_type,
+    p_job_id, i.position, v_job.user_id, i.storage_path, i.preview_path, i.content_type,
     i.width, i.height, i.bytes, i.blurhash
   from jsonb_populate_recordset(null::public.images, p_images) as i;
   if v_stored < v_generation.image_count then
@@ -2464,9 +3892,9 @@ end;
 $$;
 
 comment on function private.complete_job is
-  'Ends a job well. p_images: [{position, storage_path, content_type, width, height, bytes, '
-  'blurhash}]; p_metrics: {provider_seconds, cost_usd}. Repeating it changes nothing. Errors: '
-  'DR001 lease_lost, 22023 bad images.';
+  'Ends a job well. p_images: [{position, storage_path, preview_path, content_type, width, '
+  'height, bytes, blurhash}]; p_metrics: {provider_seconds, images (as many as the provider '
+  'made)}. Repeating it changes nothing. Errors: DR001 lease_lost, 22023 bad images.';
 
 revoke all on function private.complete_job(uuid, bigint, jsonb, jsonb)
 from public, anon, authenticated, service_role;
@@ -2545,10 +3973,12 @@ insert into private.plans (name, max_active, max_per_minute, weight) values
 ('paid', 20, 60, 4)
 on conflict do nothing;
 
+insert into private.providers (name) values ('preview'), ('replicate') on conflict do nothing;
+
 insert into private.error_codes (code, message, is_retryable, uses_attempt, resumes) values
 ('moderated', 'The safety filter refused this picture. Try another prompt.', false, true, false),
 ('invalid_input', 'The model did not accept this request.', false, true, false),
-('provider_busy', 'The image service is busy. Try again later.', true, false, true),
+('provider_busy', 'The image service is busy. Try again later.', true, false, false),
 ('provider_timeout', 'The image service did not answer in time.', true, true, true),
 ('provider_error', 'The image service failed to make this picture.', true, true, false),
 ('result_lost', 'The finished picture could not be fetched in time.', true, true, false),
@@ -2571,7 +4001,11 @@ begin
     return;
   end if;
   insert into storage.buckets (id, name, public, file_size_limit, allowed_mime_types) values
-  ('generations', 'generations', false, 33554432, '{image/png,image/jpeg,image/webp}'),
+  -- octet-stream: what SVGs are stored as, so that no browser runs one.
+  (
+    'generations', 'generations', false, 33554432,
+    '{image/png,image/jpeg,image/webp,image/avif,image/gif,application/octet-stream}'
+  ),
   ('inputs', 'inputs', false, 10485760, '{image/png,image/jpeg,image/webp}')
   on conflict do nothing;
 end;

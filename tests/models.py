@@ -1,0 +1,53 @@
+"""Descriptions of models as Replicate gives them: made up, and the recorded ones if they are there.
+
+`REPLICATE_SPECS` names a folder of recorded ones (or one with a folder `models`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from psycopg.types.json import Jsonb
+
+URI = {"type": "string", "format": "uri"}
+TEXT = {"type": "string"}
+REF = "#/components/schemas/"
+
+
+def replicate_model(
+    inputs: dict[str, Any],
+    output: Any = URI,
+    required: Any = (),
+    schemas: dict[str, Any] | None = None,
+    **rest: Any,
+) -> dict[str, Any]:
+    """Return a model with these inputs."""
+    parts = {
+        "Input": {"type": "object", "properties": inputs, "required": list(required)},
+        "Output": output,
+    }
+    document = {"components": {"schemas": parts | (schemas or {})}}
+    version = {"id": "0" * 64, "openapi_schema": document}
+    return {"owner": "somebody", "name": "a-model", "latest_version": version} | rest
+
+
+def recorded_models() -> list[dict[str, Any]]:
+    """Return the recorded models; none if REPLICATE_SPECS is not set."""
+    folder = os.environ.get("REPLICATE_SPECS")
+    files = sorted(Path(folder).glob("**/models/*.json")) if folder else []
+    return [json.loads(file.read_text()) for file in files]
+
+
+def model_id(model: dict[str, Any]) -> str:
+    """Return the id that a model has in the catalogue."""
+    return f"{model['owner']}/{model['name']}".lower()
+
+
+def import_model(db, model, dry_run=False, **options) -> dict[str, tuple[Any, Any]]:
+    """Call import_model; return before and after of each column that changes."""
+    query = "select * from private.import_model(%s, %s, %s)"
+    rows = db.execute(query, Jsonb(model), Jsonb(options), dry_run)
+    return {row["field"]: (row["old_value"], row["new_value"]) for row in rows}

@@ -1,0 +1,185 @@
+"""sql/74_purchase.sql: what keeps a picture from being bought twice, and pauses of a provider."""
+
+from dataclasses import replace
+
+import pytest
+from actors import Worker, refused, together
+from database import assert_books_balance, unchanged
+
+
+@pytest.fixture
+def job(alice, worker):
+    """A running job of alice's."""
+    alice.enqueue()
+    return worker.claimed()
+
+
+def claim_again(db, worker):
+    """Claim the job after any backoff or lease."""
+    db.pass_time("61 seconds")
+    worker.recover_stale_jobs()
+    db.pass_time("61 seconds")
+    return worker.claimed()
+
+
+def running_jobs(db, alice, worker, count):
+    """Return that many running jobs."""
+    db.lift_limits()
+    alice.has(credits=count)
+    for _ in range(count):
+        alice.enqueue()
+    return worker.claim_jobs(count)
+
+
+def test_the_first_create_has_nothing_before_it(worker, job):
+    assert worker.begin_create(job) is None
+
+
+def test_a_repeated_begin_answers_the_first(db, worker, job):
+    worker.begin_create(job)
+    first = db.value("select create_started_at from private.running_jobs")
+
+    assert worker.begin_create(job) == first
+    assert worker.begin_create(job) == first
+
+
+LOSSES = {
+    "release": lambda worker, job: worker.release_job(job),
+    "internal": lambda worker, job: worker.fail_job(job, "internal"),
+    "provider_timeout": lambda worker, job: worker.fail_job(job, "provider_timeout"),
+    "lease lost": lambda worker, job: None,
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_create_of_unknown_outcome_is_remembered(db, worker, job, loss):
+    worker.begin_create(job)
+    LOSSES[loss](worker, job)
+
+    again = claim_again(db, worker)
+
+    assert again.id == job.id
+    begun = db.value("select create_started_at from private.running_jobs")
+    assert begun is not None
+    assert worker.begin_create(again) == begun
+
+
+@pytest.mark.parametrize("code", ["provider_busy", "provider_error", "result_lost"])
+def test_a_create_of_known_outcome_is_forgotten(db, worker, job, code):
+    worker.begin_create(job)
+    worker.checkpoint(job, "prediction-1")
+    worker.fail_job(job, code)
+
+    again = claim_again(db, worker)
+
+    assert again.provider_job_id is None
+    assert worker.begin_create(again) is None
+
+
+def test_a_job_released_before_anything_was_bought_starts_anew(db, worker, job):
+    worker.begin_create(job)
+
+    worker.release_job(job, resumes=False)
+
+    again = worker.claimed()
+    assert (again.attempt, again.provider_job_id) == (1, None)
+    assert worker.begin_create(again) is None
+
+
+def test_the_oldest_candidate_nobody_has_is_adopted(db, alice, worker):
+    mine, running, done, waiting = running_jobs(db, alice, worker, 4)
+    worker.checkpoint(running, "running")
+    worker.checkpoint(done, "done")
+    worker.complete_job(done)
+    worker.checkpoint(waiting, "waiting")
+    worker.release_job(waiting)
+
+    adopted = worker.adopt_provider_job(mine, "done", "running", "waiting", "lost-1", "lost-2")
+
+    assert adopted == "lost-1"
+    query = "select provider_job_id from private.running_jobs where job_id = %s"
+    assert db.value(query, mine.job_id) == "lost-1"
+    assert_books_balance(db)
+
+
+@pytest.mark.parametrize("candidates", [[], ["running"]])
+def test_where_all_candidates_are_taken_nothing_is_adopted(db, alice, worker, candidates):
+    mine, running = running_jobs(db, alice, worker, 2)
+    worker.checkpoint(running, "running")
+
+    with unchanged(db):
+        assert worker.adopt_provider_job(mine, *candidates) is None
+
+
+def test_jobs_that_look_alike_never_adopt_the_same_provider_job(db, alice, worker):
+    jobs = running_jobs(db, alice, worker, 12)
+    workers = [Worker(db) for _ in jobs]
+    found = [f"lost-{number}" for number in range(8)]
+
+    adopted = together(
+        [
+            lambda w=w, job=job: w.adopt_provider_job(job, *found)
+            for w, job in zip(workers, jobs, strict=True)
+        ]
+    )
+
+    assert sorted(each for each in adopted if each) == found
+    assert adopted.count(None) == 4
+
+
+def test_an_adoption_whose_answer_was_lost_is_answered_again(worker, job):
+    worker.begin_create(job)
+    worker.adopt_provider_job(job, "p1", "p2")
+
+    assert worker.adopt_provider_job(job, "p1", "p2") == "p1"
+    assert worker.adopt_provider_job(job) == "p1"
+
+
+def test_an_adopted_job_is_resumed_by_the_next_attempt(db, worker, job):
+    worker.adopt_provider_job(job, "lost-1")
+
+    assert claim_again(db, worker).provider_job_id == "lost-1"
+
+
+CALLS = {
+    "begin_create": lambda worker, job: worker.begin_create(job),
+    "adopt_provider_job": lambda worker, job: worker.adopt_provider_job(job, "lost-1"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_lost_lease_begins_and_adopts_nothing(db, worker, job, call):
+    with unchanged(db), refused("DR001", "lease_lost"):
+        CALLS[call](worker, replace(job, token=job.token + 1))
+
+
+def test_a_pause_keeps_its_reason_and_never_gets_shorter(db, worker):
+    worker.pause_provider("replicate", 600, "402: insufficient credit")
+    until = db.value("select paused_until from private.providers where name = 'replicate'")
+
+    worker.pause_provider("replicate", 5, "402: again")
+
+    row = db.row("select * from private.providers where name = 'replicate'")
+    assert (row["paused_until"], row["pause_reason"]) == (until, "402: again")
+
+
+def test_a_pause_is_an_hour_at_most_and_its_reason_is_cut(db, worker):
+    worker.pause_provider("replicate", 10**9, "x" * 5000)
+
+    seconds, reason = db.row(
+        "select extract(epoch from paused_until - now())::integer as seconds,"
+        " length(pause_reason) as reason from private.providers where name = 'replicate'"
+    ).values()
+    assert (3590 < seconds <= 3600, reason) == (True, 500)
+
+
+def test_a_provider_nobody_knows_is_not_paused(db, worker):
+    with unchanged(db):
+        worker.pause_provider("somebody", 60)
+
+
+def test_adopting_again_answers_the_same_whatever_is_found_now(worker, job):
+    worker.adopt_provider_job(job, "lost-1")
+
+    assert worker.adopt_provider_job(job, "lost-1", "lost-2") == "lost-1"
+    assert worker.adopt_provider_job(job, "lost-2") == "lost-1"
