@@ -15,10 +15,12 @@ Environment (* required):
     SUPABASE_SERVICE_KEY *  service_role or secret key, for uploads
     REPLICATE_API_TOKEN     without it, jobs for Replicate fail
     REPLICATE_API_URL       https://api.replicate.com/v1
+    REPLICATE_SETTLE_SECONDS  20      how long a create whose answer was lost is looked for
     WORKER_SLOTS            4         jobs at once
     WORKER_GRACE_SECONDS    30        to finish jobs after SIGTERM
     WORKER_POLL_SECONDS     5         backstop: longest wait without a look at the queue
     MAX_IMAGE_BYTES         33554432  larger outputs are refused
+    IMAGE_PREVIEW_PIXELS    512       longest side of the previews for galleries; 0: none
     PREVIEW_SECONDS         1         how long the preview provider takes
     PREVIEW_FAILURE_RATE    0         share of preview jobs that fail, 0 to 1
     LOG_LEVEL               INFO
@@ -33,6 +35,7 @@ import asyncio
 import contextlib
 import hashlib
 import io
+import ipaddress
 import json
 import logging
 import os
@@ -45,22 +48,35 @@ import tempfile
 import textwrap
 import time
 import traceback
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+)
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from importlib import metadata
 from typing import IO, Any, Protocol, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlencode, urljoin, urlsplit
 from uuid import UUID
+from xml.parsers import expat
 
+import blurhash  # type: ignore[import-untyped]
 import httpx
 import psycopg
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from psycopg import sql
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 from psycopg_pool import AsyncConnectionPool
+from py_svg_hush import filter_svg
 
-BUCKET = "generations"
+BUCKET, SOURCE_BUCKET = "generations", "inputs"
 REPLICATE_API_URL = "https://api.replicate.com/v1"
 RECOVERY_SECONDS = 30.0  # between two looks for stale jobs
 SECOND_LOOK_SECONDS = 0.2  # at most, between going to sleep and the last claim before waiting
@@ -70,15 +86,37 @@ RETRY_BASE_SECONDS, RETRY_CAP_SECONDS = 0.25, 10.0  # backoff between repeated c
 PROVIDER_POLL_SECONDS, PROVIDER_POLL_CAP_SECONDS = 0.5, 3.0
 HTTP_TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 HTTP_TRIES = 4  # for requests that may be repeated
-CHUNK_BYTES = 256 * 1024
+CHUNK_BYTES = 64 * 1024  # times several for each job in flight
+DOWNLOAD_SECONDS = 120.0  # at most, for one output
+DECODE_BYTES = {"AVIF": 10, "WEBP": 17}  # a pixel, at the peak of Pillow's decoding; else 4
+MAX_DECODE_BYTES = 160_000_000  # larger ones are stored without blurhash and preview
 MAX_IMAGE_PIXELS = 50_000_000
+BLUR_PIXELS = 32  # longest side of what a blurhash is made of
+MAX_SVG_BYTES, MAX_SVG_DEPTH, MAX_SVG_WEIGHT = 10 << 20, 200, 2_000_000  # weight: sum of depths
 MAX_REDIRECTS = 3
+MAX_PAGES = 50  # of 100 predictions each, when a lost create is looked for
+CREATE_WITHIN_SECONDS = 5.0  # of saying so; later, another worker may have taken over
+PROVIDER_PAUSE_SECONDS = 60  # before an account that was refused is tried again
 DELIVERY_HOST = re.compile(r"([a-z0-9-]+\.)*replicate\.delivery")  # its OpenAPI file, "output"
 FORMATS = {
     "PNG": ("png", "image/png"),
     "JPEG": ("jpg", "image/jpeg"),
     "WEBP": ("webp", "image/webp"),
+    "AVIF": ("avif", "image/avif"),
+    "GIF": ("gif", "image/gif"),
+    "SVG": ("svg.bin", "image/svg+xml"),  # some servers go by the name, whatever type was stored
 }
+SVG = "http://www.w3.org/2000/svg "  # before the name of an element, as expat tells it
+FOREIGN = re.compile(rb"@import|(?:image-set|\bsrc)\s*\(|url\(\W*(?:\w+:)?//", re.IGNORECASE)
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    RuntimeError,
+    Image.DecompressionBombError,
+)  # Pillow
+EXIF_TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))
+INERT_TYPE = "application/octet-stream"  # of SVGs in Storage: browsers save it and do not run it
 KEEPALIVES: dict[str, Any] = {
     "keepalives": 1,
     "keepalives_idle": 15,
@@ -108,10 +146,12 @@ class Settings:
     supabase_service_key: str
     replicate_api_token: str | None
     replicate_api_url: str
+    replicate_settle_seconds: float
     slots: int
     grace_seconds: float
     poll_seconds: float
     max_image_bytes: int
+    image_preview_pixels: int
     preview_seconds: float
     preview_failure_rate: float
     log_level: str
@@ -130,10 +170,12 @@ class Settings:
                 "http",
                 "https",
             ).rstrip("/"),
+            replicate_settle_seconds=_number(env, "REPLICATE_SETTLE_SECONDS", 20, 0, 600),
             slots=int(_number(env, "WORKER_SLOTS", 4, 1, 1000)),
             grace_seconds=_number(env, "WORKER_GRACE_SECONDS", 30, 0, 3600),
             poll_seconds=_number(env, "WORKER_POLL_SECONDS", 5, 0.1, 60),
             max_image_bytes=int(_number(env, "MAX_IMAGE_BYTES", 32 << 20, 1, 1 << 30)),
+            image_preview_pixels=int(_number(env, "IMAGE_PREVIEW_PIXELS", 512, 0, 4096)),
             preview_seconds=_number(env, "PREVIEW_SECONDS", 1, 0, 3600),
             preview_failure_rate=_number(env, "PREVIEW_FAILURE_RATE", 0, 0, 1),
             log_level=_choice(env, "LOG_LEVEL", "INFO", ("DEBUG", "INFO", "WARNING", "ERROR")),
@@ -193,6 +235,18 @@ class JobError(Exception):
         self.detail = detail.encode(errors="replace").decode().replace("\0", "�")
 
 
+class ProviderDown(Exception):
+    """The provider refuses our account (401, 402, 403): its jobs wait, and none is to blame."""
+
+    def __init__(self, detail: str, *, may_have_bought: bool) -> None:
+        super().__init__(detail)
+        self.may_have_bought = may_have_bought
+
+
+class UnknownOutcome(Exception):
+    """A create was sent and its answer lost: it may have been bought."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One claimed job, as private.claim_jobs answers it."""
@@ -205,6 +259,7 @@ class Job:
     provider_ref: str
     provider_input: dict[str, Any]
     provider_job_id: str | None
+    image_inputs: list[str]
     image_count: int
     deadline_seconds: float
 
@@ -222,6 +277,8 @@ async def finish_first(work: Awaitable[T]) -> T:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # looked at, or asyncio would log it with all its text
         raise
 
 
@@ -286,6 +343,20 @@ class Database:
         )
         return [row["verdict"] for row in rows]
 
+    async def begin_create(self, job: Job) -> datetime | None:
+        """Answer when a create whose outcome nobody learned was begun before, if one was."""
+        rows = await self._insist("begin_create", job.job_id, job.token)
+        began: datetime | None = rows[0]["begin_create"]
+        return began
+
+    async def adopt_provider_job(self, job: Job, candidates: list[str]) -> str | None:
+        rows = await self._insist("adopt_provider_job", job.job_id, job.token, candidates)
+        adopted: str | None = rows[0]["adopt_provider_job"]
+        return adopted
+
+    async def pause_provider(self, provider: str, seconds: int, reason: str) -> None:
+        await self._insist("pause_provider", provider, seconds, reason)
+
     async def checkpoint(self, job: Job, provider_job_id: str) -> None:
         await self._insist("checkpoint", job.job_id, job.token, provider_job_id)
 
@@ -303,8 +374,8 @@ class Database:
         )
         return str(rows[0]["fail_job"])
 
-    async def release_job(self, job: Job) -> None:
-        await self._insist("release_job", job.job_id, job.token)
+    async def release_job(self, job: Job, resumes: bool = True) -> None:
+        await self._insist("release_job", job.job_id, job.token, resumes)
 
     async def recover_stale_jobs(self) -> int:
         return int((await self._call("recover_stale_jobs"))[0]["recover_stale_jobs"])
@@ -351,13 +422,20 @@ class Result:
 
     outputs: list[Any]
     provider_seconds: float | None = None
+    images: int | None = None  # as the provider bills them
 
 
 class Provider(Protocol):
-    """Runs a model. Every method raises JobError with one of our codes."""
+    """Runs a model. Every method may raise JobError with one of our codes, or ProviderDown."""
 
-    async def create(self, job: Job) -> str:
-        """Start the job and answer the provider's id of it. Costs money: never repeated here."""
+    async def create(self, job: Job, provider_input: dict[str, Any]) -> str:
+        """Start the job, answer the provider's id of it. Raises UnknownOutcome: never repeat it."""
+
+    async def find(self, job: Job, since: datetime) -> list[str]:
+        """Ids of what was created since then and may be this job, oldest first."""
+
+    async def upload(self, name: str, file: IO[bytes]) -> str:
+        """Hand over a source image the provider could not fetch; answer its address."""
 
     async def result(self, job: Job, provider_job_id: str, report: Callable[[int], None]) -> Result:
         """Wait for the end, reporting percent on the way. May be called again after a crash."""
@@ -378,8 +456,14 @@ class Preview:
     def __init__(self, seconds: float, failure_rate: float) -> None:
         self.seconds, self.failure_rate = seconds, failure_rate
 
-    async def create(self, job: Job) -> str:
+    async def create(self, job: Job, provider_input: dict[str, Any]) -> str:
         return f"preview-{job.token}"
+
+    async def find(self, job: Job, since: datetime) -> list[str]:
+        return []  # nothing is bought, so nothing can be lost
+
+    async def upload(self, name: str, file: IO[bytes]) -> str:
+        return "preview:source"
 
     async def result(self, job: Job, provider_job_id: str, report: Callable[[int], None]) -> Result:
         for percent in range(0, 100, 10):
@@ -395,7 +479,7 @@ class Preview:
             await asyncio.to_thread(draw_preview, prompt, seed + n, size)
             for n in range(job.image_count)
         ]
-        return Result(outputs, self.seconds)
+        return Result(outputs, self.seconds, len(outputs))
 
     async def read(self, output: bytes) -> AsyncGenerator[bytes, None]:
         yield output
@@ -448,43 +532,82 @@ class Replicate:
         self.http, self.base_url = http, base_url
         self.headers = {"Authorization": f"Bearer {token}"}
 
-    async def create(self, job: Job) -> str:
-        """Create a prediction. There is no idempotency key: an unknown outcome is not retried."""
+    async def create(self, job: Job, provider_input: dict[str, Any]) -> str:
+        """Create a prediction without waiting for it. Replicate knows no idempotency key."""
+        body = {"version": job.provider_ref, "input": provider_input}
+        headers = {**self.headers, "Cancel-After": f"{max(5, int(job.deadline_seconds))}s"}
         try:
             response = await self.http.post(
-                f"{self.base_url}/predictions",
-                json={"version": job.provider_ref, "input": job.provider_input},
-                headers={**self.headers, "Cancel-After": f"{max(5, int(job.deadline_seconds))}s"},
+                f"{self.base_url}/predictions", json=body, headers=headers
             )
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise JobError("provider_timeout", f"create: {type(error).__name__}") from None
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
+            raise JobError("provider_busy", f"create: {type(error).__name__}") from None
         except httpx.HTTPError as error:
-            raise JobError("timeout", f"create: outcome unknown: {type(error).__name__}") from None
-        if response.status_code >= 500:
-            raise JobError("timeout", f"create: outcome unknown: HTTP {response.status_code}")
+            raise UnknownOutcome(type(error).__name__) from None
         self._raise_for_refusal(response)
-        try:
-            return str(response.json()["id"])
-        except (ValueError, KeyError, TypeError):
-            raise JobError("timeout", "create: outcome unknown: no id in the answer") from None
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if provider_job_id := response.json()["id"]:
+                return str(provider_job_id)
+        raise UnknownOutcome(f"HTTP {response.status_code} without an id")
 
     @staticmethod
     def _raise_for_refusal(response: httpx.Response) -> None:
-        if response.is_success:
-            return
-        detail = f"create: HTTP {response.status_code}: {response.text[:500]}"
-        if response.status_code in (400, 422):
-            raise JobError("invalid_input", detail)
-        if response.status_code in (402, 429):
+        status = response.status_code
+        detail = f"create: HTTP {status}: {response.text[:500]}"
+        if status in (401, 402, 403):
+            raise ProviderDown(detail, may_have_bought=False)
+        if status == 429:
             raise JobError("provider_busy", detail, retry_after_seconds(response))
-        log.error("replicate.refused status=%s", response.status_code)
-        raise JobError("internal", detail)
+        if status in (400, 422):
+            raise JobError("invalid_input", detail)
+        if status == 408 or status >= 500:
+            raise UnknownOutcome(f"HTTP {status}")
+        if not response.is_success:
+            raise JobError("internal", detail)
+
+    async def find(self, job: Job, since: datetime) -> list[str]:
+        """Read the list of predictions back to a minute before, and compare model and input."""
+        after = (since - timedelta(minutes=1)).astimezone(UTC).isoformat()
+        url = f"{self.base_url}/predictions?{urlencode({'created_after': after})}"
+        found: list[str] = []
+        for _ in range(MAX_PAGES):
+            page = await self._get(url)
+            found += [each["id"] for each in page["results"] if self._is_of(each, job)]
+            if not page.get("next"):
+                return found[::-1]
+            url = f"{self.base_url}/predictions?{urlsplit(page['next']).query}"
+        raise JobError("timeout", "create: outcome unknown: too many predictions to look through")
+
+    @staticmethod
+    def _is_of(prediction: dict[str, Any], job: Job) -> bool:
+        """Same model, same input; addresses of source images differ each time they are signed."""
+        model, _, model_version = job.provider_ref.partition(":")
+        given, known = prediction.get("input") or {}, job.provider_input.items()
+        return bool(
+            (prediction.get("model") == model or (prediction.get("version") == model_version != ""))
+            and given
+            and all(given.get(k) == v for k, v in known if k not in job.image_inputs)
+        )
+
+    async def upload(self, name: str, file: IO[bytes]) -> str:
+        """Upload through the files API, where Storage cannot be reached from outside."""
+        file.seek(0)
+        response = await self.http.post(
+            f"{self.base_url}/files", files={"content": (name, file)}, headers=self.headers
+        )
+        status = response.status_code
+        if status in (401, 402, 403):  # an earlier attempt may have bought
+            raise ProviderDown(f"files: HTTP {status}", may_have_bought=True)
+        if not response.is_success:
+            raise JobError("internal", f"files: HTTP {status}")
+        return str(response.json()["urls"]["get"])
 
     async def result(self, job: Job, provider_job_id: str, report: Callable[[int], None]) -> Result:
         attempt = 0
         while True:
-            prediction = await self._get(provider_job_id)
-            status = prediction.get("status")
+            url = f"{self.base_url}/predictions/{provider_job_id}"
+            prediction = await self._get(url, may_be_gone=True)
+            status = prediction.get("status")  # one we do not know is one more to wait for
             if percents := re.findall(r"(\d{1,3})%", str(prediction.get("logs") or "")[-2000:]):
                 report(min(100, int(percents[-1])))
             if status == "succeeded":
@@ -496,33 +619,34 @@ class Replicate:
             if status in ("canceled", "aborted"):
                 raise JobError("provider_error", f"prediction {status}")  # nothing to resume
             pause = min(PROVIDER_POLL_CAP_SECONDS, PROVIDER_POLL_SECONDS * 1.2**attempt)
-            await asyncio.sleep(pause)
+            await asyncio.sleep(pause * random.uniform(0.8, 1.0))
             attempt += 1
 
     @staticmethod
     def _result(prediction: dict[str, Any]) -> Result:
-        output = prediction.get("output")
-        outputs = [output] if isinstance(output, str) else output
-        if prediction.get("data_removed") or outputs is None:
+        if prediction.get("data_removed") or prediction.get("output") is None:
             raise JobError("result_lost", "the output was removed")
-        if not isinstance(outputs, list) or not all(isinstance(url, str) for url in outputs):
-            raise JobError("provider_error", f"output of an unknown shape: {type(output).__name__}")
-        return Result(outputs, (prediction.get("metrics") or {}).get("predict_time"))
+        outputs = list(addresses(prediction["output"]))
+        metrics = prediction.get("metrics") or {}
+        images = metrics.get("image_count") or metrics.get("image_output_count") or len(outputs)
+        return Result(outputs, metrics.get("predict_time"), images)
 
-    async def _get(self, provider_job_id: str) -> dict[str, Any]:
-        """Read a prediction, however long it takes: the job's deadline ends it."""
+    async def _get(self, url: str, *, may_be_gone: bool = False) -> dict[str, Any]:
+        """Read, however long it takes: the job's deadline ends it.
+
+        A single 404 proves nothing, and what it would prove is that we may buy again.
+        """
         attempt = 0
         while True:
             with contextlib.suppress(httpx.TransportError, json.JSONDecodeError):
-                response = await self.http.get(
-                    f"{self.base_url}/predictions/{provider_job_id}", headers=self.headers
-                )
+                response = await self.http.get(url, headers=self.headers)
                 if response.is_success:
                     return dict(response.json())
-                if response.status_code == 404:
+                if response.status_code == 404 and may_be_gone and attempt >= HTTP_TRIES:
                     raise JobError("result_lost", "no such prediction")
-                if response.status_code in (401, 403):
-                    raise JobError("internal", f"read: HTTP {response.status_code}")
+                if response.status_code in (401, 402, 403):
+                    raise ProviderDown(f"HTTP {response.status_code}", may_have_bought=True)
+                log.warning("replicate.retry status=%s", response.status_code)
             await asyncio.sleep(backoff(attempt))
             attempt += 1
 
@@ -562,6 +686,15 @@ class Replicate:
             )
 
 
+def addresses(output: Any) -> Iterator[str]:
+    """Every address in an output, in order: some models answer one, some lists or objects."""
+    if isinstance(output, str) and "://" in output:
+        yield output
+    elif isinstance(output, list | dict):
+        for each in output.values() if isinstance(output, dict) else output:
+            yield from addresses(each)
+
+
 def retry_after_seconds(response: httpx.Response) -> float:
     """How long a 402 or 429 asks to wait: header, body field, the text's "~30s", else a minute."""
     with contextlib.suppress(ValueError, TypeError):
@@ -578,45 +711,84 @@ def retry_after_seconds(response: httpx.Response) -> float:
 class Storage:
     """Stores images in the private bucket, through Supabase's Storage API."""
 
-    def __init__(self, http: httpx.AsyncClient, url: str, key: str, max_bytes: int) -> None:
-        self.http, self.max_bytes = http, max_bytes
-        self.base_url = f"{url}/storage/v1/object/{BUCKET}"
+    def __init__(
+        self, http: httpx.AsyncClient, url: str, key: str, max_bytes: int, preview_pixels: int
+    ) -> None:
+        self.http, self.max_bytes, self.preview_pixels = http, max_bytes, preview_pixels
+        self.decoder = ThreadPoolExecutor(1, "decoder")  # a decoded image is large: one at a time
+        self.root = f"{url}/storage/v1"
+        self.base_url = f"{self.root}/object/{BUCKET}"
+        self.is_reachable_from_outside = is_public_host(urlsplit(url).hostname or "")
         self.headers = {"Authorization": f"Bearer {key}", "apikey": key, "x-upsert": "true"}
+
+    async def sign(self, path: str) -> str:
+        """An address of a source image that works for ten minutes. Raises JobError."""
+        url = f"{self.root}/object/sign/{SOURCE_BUCKET}/{quote(path)}"
+        response = await self.http.post(url, json={"expiresIn": 600}, headers=self.headers)
+        if not response.is_success:
+            raise JobError("internal", f"sign: HTTP {response.status_code}")
+        answer = response.json()  # an address below /storage/v1, or below / with other servers
+        signed = str(answer.get("signedURL") or answer["signedUrl"])
+        return urljoin(self.root, signed) if signed.startswith("/storage/") else self.root + signed
+
+    async def fetch(self, path: str, file: IO[bytes]) -> None:
+        """Download a source image into a file. Raises JobError."""
+        url = f"{self.root}/object/{SOURCE_BUCKET}/{quote(path)}"
+        async with self.http.stream("GET", url, headers=self.headers) as response:
+            if not response.is_success:
+                raise JobError("internal", f"source: HTTP {response.status_code}")
+            async for chunk in response.aiter_bytes(CHUNK_BYTES):
+                file.write(chunk)
 
     async def store(
         self, job: Job, position: int, body: AsyncGenerator[bytes, None]
     ) -> dict[str, Any]:
         """Check and upload one output; answer its row for complete_job. Raises JobError."""
-        with tempfile.SpooledTemporaryFile(max_size=1 << 20) as file:
-            size = await self._receive(file, body)
-            image_format, width, height = await asyncio.to_thread(inspect_image, file)
-            extension, content_type = FORMATS[image_format]
-            path = f"{job.user_id}/{job.job_id}/{position}.{extension}"
-            await self._upload(path, file, size, content_type)
+        base = f"{job.user_id}/{job.job_id}/{position}"
+        with tempfile.TemporaryFile() as file:
+            await self._receive(file, body)
+            image = await asyncio.get_running_loop().run_in_executor(
+                self.decoder, inspect_image, file, self.preview_pixels
+            )
+            extension, content_type = FORMATS[image.format]
+            served_as = INERT_TYPE if image.format == "SVG" else content_type
+            size = await self._upload(f"{base}.{extension}", file, served_as)
+        preview_path = f"{base}.preview.webp" if image.preview else None
+        if preview_path and image.preview:
+            await self._upload(preview_path, io.BytesIO(image.preview), "image/webp")
         return {
             "position": position,
-            "storage_path": path,
+            "storage_path": f"{base}.{extension}",
+            "preview_path": preview_path,
             "content_type": content_type,
-            "width": width,
-            "height": height,
+            "width": image.width,
+            "height": image.height,
             "bytes": size,
+            "blurhash": image.blurhash,
         }
 
-    async def _receive(self, file: IO[bytes], body: AsyncGenerator[bytes, None]) -> int:
+    async def _receive(self, file: IO[bytes], body: AsyncGenerator[bytes, None]) -> None:
+        """Write an output to disk, within the caps. Raises JobError."""
         size, too_large = 0, f"output: more than {self.max_bytes} bytes"
         try:
-            async with contextlib.aclosing(body):
+            async with asyncio.timeout(DOWNLOAD_SECONDS), contextlib.aclosing(body):
                 async for chunk in body:
                     size += len(chunk)
                     if size > self.max_bytes:
                         raise JobError("provider_error", too_large)
                     file.write(chunk)
+        except TimeoutError:
+            late = f"output: not received within {DOWNLOAD_SECONDS:g} s"
+            raise JobError("provider_timeout", late) from None
         except httpx.HTTPError as error:
             raise JobError("internal", f"output: {type(error).__name__}") from None
-        return size
 
-    async def _upload(self, path: str, file: IO[bytes], size: int, content_type: str) -> None:
-        """Upload with upsert, so that repeating it after a lost answer is harmless."""
+    async def _upload(self, path: str, file: IO[bytes], content_type: str) -> int:
+        """Upload with upsert, so that repeating it after a lost answer is harmless.
+
+        Answers how many bytes. Raises JobError.
+        """
+        size = file.seek(0, io.SEEK_END)
         headers = {**self.headers, "content-type": content_type, "content-length": str(size)}
         reason = text = ""
         for attempt in range(HTTP_TRIES):
@@ -625,13 +797,23 @@ class Storage:
                     f"{self.base_url}/{path}", content=_chunks(file), headers=headers
                 )
                 if response.is_success:
-                    return
+                    return size
                 reason, text = f"HTTP {response.status_code}", response.text[:200]
+                if is_final(response):
+                    break
             except httpx.TransportError as error:
                 reason, text = type(error).__name__, ""
             log.warning("storage.retry job=%s reason=%r", path.split("/")[1], reason)
             await asyncio.sleep(backoff(attempt))
         raise JobError("internal", f"upload: {reason}: {text}")
+
+
+def is_public_host(host: str) -> bool:
+    """Whether others can reach it: a public IP address, or a name that is not of this machine."""
+    try:
+        return ipaddress.ip_address(host).is_global
+    except ValueError:
+        return "." in host and not host.endswith((".localhost", ".local", ".internal"))
 
 
 async def _chunks(file: IO[bytes]) -> AsyncIterator[bytes]:
@@ -640,18 +822,150 @@ async def _chunks(file: IO[bytes]) -> AsyncIterator[bytes]:
         yield chunk
 
 
-def inspect_image(file: IO[bytes]) -> tuple[str, int, int]:
-    """Format, width and height from the bytes themselves, decoded once. Raises JobError."""
+def is_final(response: httpx.Response) -> bool:
+    """Whether repeating a refused upload is pointless.
+
+    Supabase answers 400 to nearly everything and tells the real status in the body. 423: another
+    upload of this path is under way. 403: Supabase Lite answers so to most of the uploads that come
+    at once after its start.
+    """
+    status = response.status_code
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        status = int(response.json()["statusCode"])
+    return 400 <= status < 500 and status not in (403, 408, 423, 429)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What the bytes of an output show. SVGs have neither blurhash nor preview, some no size."""
+
+    format: str
+    width: int | None
+    height: int | None
+    blurhash: str | None = None
+    preview: bytes | None = None  # WebP; None too if the picture itself is not larger
+
+
+def inspect_image(file: IO[bytes], preview_pixels: int) -> Picture:
+    """Look at the bytes themselves, whatever the provider calls them. Raises JobError.
+
+    An image is decoded once, of an animation the first frame. An SVG is replaced in the file by one
+    that does nothing.
+    """
     file.seek(0)
     try:
-        with Image.open(file, formats=list(FORMATS)) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise JobError("provider_error", "output: too many pixels")
-            image.load()
-            kind = "JPEG" if image.format == "MPO" else str(image.format)  # MPO: several JPEGs
-            return kind, image.width, image.height
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's
+        with Image.open(file, formats=[name for name in FORMATS if name != "SVG"]) as image:
+            return decode_image(image, preview_pixels)
+    except UnidentifiedImageError:
+        return sanitize_svg(file)
+    except UNREADABLE as error:
         raise JobError("provider_error", f"output: no image: {type(error).__name__}") from None
+
+
+def decode_image(image: Image.Image, preview_pixels: int) -> Picture:
+    """Decode an opened image, a JPEG no larger than needed. Raises JobError, or what Pillow does.
+
+    Width and height are as displayed: turned as EXIF says.
+    """
+    width, height = image.size
+    if width * height > MAX_IMAGE_PIXELS:
+        raise JobError("provider_error", "output: too many pixels")
+    kind = "JPEG" if image.format == "MPO" else str(image.format)  # MPO: several JPEGs
+    if width * height * DECODE_BYTES.get(kind, 4) > MAX_DECODE_BYTES:
+        return Picture(kind, width, height)
+    side = preview_pixels or BLUR_PIXELS
+    image.draft(None, (2 * side, 2 * side))
+    image.load()
+    orientation = image.getexif().get(0x0112)
+    if orientation in (5, 6, 7, 8):
+        width, height = height, width
+    if image.mode.startswith("I;16"):
+        image = image.point(lambda value: value / 256).convert("L")
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    small = image if image.mode == mode else image.convert(mode)
+    small.thumbnail((side, side))
+    if orientation in EXIF_TURNS:  # ImageOps.exif_transpose does not bear damaged EXIF
+        small = small.transpose(EXIF_TURNS[orientation])
+    file = io.BytesIO()
+    if 0 < preview_pixels < max(width, height):
+        small.save(file, "WEBP", quality=75)
+    return Picture(kind, width, height, blur(small), file.getvalue() or None)
+
+
+def blur(image: Image.Image) -> str:
+    """The blurhash of an RGB or RGBA image, on white."""
+    image.thumbnail((BLUR_PIXELS, BLUR_PIXELS))
+    flat = Image.new("RGB", image.size, "white")
+    flat.paste(image, mask=image if image.mode == "RGBA" else None)
+    pixels = flat.get_flattened_data()
+    rows = [pixels[start : start + flat.width] for start in range(0, len(pixels), flat.width)]
+    return str(blurhash.encode(rows, 4, 3))
+
+
+def sanitize_svg(file: IO[bytes]) -> Picture:
+    """Replace an SVG by what svg-hush lets through: no script, handler, link or foreign host.
+
+    Raises JobError if it is no SVG, or one that is made to get past or to exhaust a reader.
+    """
+    file.seek(0)
+    try:
+        source = file.read(MAX_SVG_BYTES + 1)
+        if len(source) > MAX_SVG_BYTES:
+            raise ValueError("too large")
+        read_svg(source)  # first: svg-hush indents, so deep nesting would fill the memory
+        clean = filter_svg(source, {"image": ["png", "jpeg", "gif", "webp"]})
+        root = read_svg(clean, is_clean=True)
+    except (ValueError, expat.ExpatError) as error:
+        raise JobError("provider_error", f"output: no image: {error}") from None
+    file.seek(0)
+    file.truncate()
+    file.write(clean)
+    return Picture("SVG", *svg_size(root))
+
+
+def read_svg(source: bytes, *, is_clean: bool = False) -> dict[str, str]:
+    """Answer the root's attributes. Raises ValueError or ExpatError for what is no decent SVG.
+
+    If it is said to be clean, for what svg-hush is known to let through, too.
+    """
+    names: list[str] = []  # of the open elements
+    root: dict[str, str] = {}
+    weight = 0
+
+    def start(name: str, attributes: dict[str, str]) -> None:
+        nonlocal weight
+        if not names:
+            root.update(attributes)
+        if (not names and name != f"{SVG}svg") or (is_clean and not name.startswith(SVG)):
+            raise ValueError("not an SVG")
+        if names[-1:] == [f"{SVG}style"]:
+            raise ValueError("an element in a style sheet")  # svg-hush forgets to filter after it
+        names.append(name)
+        weight += len(names)
+        if len(names) > MAX_SVG_DEPTH or weight > MAX_SVG_WEIGHT:
+            raise ValueError("too many elements, or too deep")
+
+    def entity(*_: object) -> None:
+        raise ValueError("an entity")
+
+    parser = expat.ParserCreate(namespace_separator=" ")
+    parser.StartElementHandler, parser.EndElementHandler = start, lambda _: names.pop()
+    parser.EntityDeclHandler = entity
+    parser.Parse(source, True)
+    if is_clean and FOREIGN.search(source):
+        raise ValueError("a reference to elsewhere")
+    return root
+
+
+def svg_size(root: Mapping[str, str]) -> tuple[int, int] | tuple[None, None]:
+    """Width and height where they are plain numbers, else those of the viewBox, else none."""
+    box = root.get("viewBox", "").replace(",", " ").split()[2:]
+    for pair in ([root.get("width", ""), root.get("height", "")], box):
+        found = [re.fullmatch(r"(\d{1,6}(?:\.\d{1,9})?)(?:px)?", length) for length in pair]
+        sizes = [round(float(each[1])) for each in found if each]
+        if len(sizes) == len(pair) == 2 and min(sizes) > 0:
+            return sizes[0], sizes[1]
+    return None, None
 
 
 # --- the worker ---------------------------------------------------------------------------------
@@ -817,8 +1131,10 @@ class Worker:
             log.warning("job.lost job=%s", job.job_id)
         except asyncio.CancelledError:
             await self._give_up(running)
+        except ProviderDown as error:
+            await finish_first(self._pause_provider(running, error))
         except Exception as error:
-            await self._fail(running, as_job_error(error))
+            await finish_first(self._fail(running, as_job_error(error)))
         finally:
             del self.running[job.token]
 
@@ -828,9 +1144,7 @@ class Worker:
         provider = self.providers.get(job.provider)
         if provider is None:
             raise JobError("internal", f"provider {job.provider} is not configured on this worker")
-        provider_job_id = job.provider_job_id
-        if provider_job_id is None:
-            provider_job_id = await finish_first(self._buy(provider, job))
+        provider_job_id = job.provider_job_id or await self._buy(provider, job)
         try:
             result = await provider.result(job, provider_job_id, running.report)
         except asyncio.CancelledError:
@@ -845,13 +1159,69 @@ class Worker:
             await self.storage.store(job, position, provider.read(output))
             for position, output in enumerate(outputs)
         ]
-        return images, {"provider_seconds": result.provider_seconds}
+        return images, {"provider_seconds": result.provider_seconds, "images": result.images}
 
     async def _buy(self, provider: Provider, job: Job) -> str:
-        """Create at the provider and save its id at once: together, or it may be bought twice."""
-        provider_job_id = await provider.create(job)
+        """Have the provider create the job, once: look first for what an earlier try has bought."""
+        provider_input = await self._with_sources(provider, job)
+        began, lost_at = time.monotonic(), await self.db.begin_create(job)
+        if lost_at and (bought := await self._look(provider, job, lost_at)):
+            return bought
+        if lost_at:
+            began = time.monotonic()
+            await self.db.begin_create(job)
+        try:
+            return await finish_first(self._create(provider, job, provider_input, began))
+        except UnknownOutcome as error:
+            lost_at = await self.db.begin_create(job) or datetime.now(UTC)
+            if bought := await self._look(provider, job, lost_at):
+                return bought
+            raise JobError("provider_timeout", f"create: {error}; nothing was bought") from None
+
+    async def _create(
+        self, provider: Provider, job: Job, provider_input: dict[str, Any], began: float
+    ) -> str:
+        """Create and save the id at once: together, also when the worker stops meanwhile."""
+        if time.monotonic() - began > CREATE_WITHIN_SECONDS:
+            raise LeaseLost
+        provider_job_id = await provider.create(job, provider_input)
         await self.db.checkpoint(job, provider_job_id)
         return provider_job_id
+
+    async def _look(self, provider: Provider, job: Job, since: datetime) -> str | None:
+        """Take over what a lost create bought; None once it had time to show and did not."""
+        give_up_at, attempt = time.monotonic() + self.settings.replicate_settle_seconds, 0
+        while True:
+            is_last = time.monotonic() >= give_up_at
+            candidates = await provider.find(job, since)
+            if bought := await self.db.adopt_provider_job(job, candidates):
+                log.warning("job.found job=%s candidates=%s", job.job_id, len(candidates))
+                return bought
+            if is_last:
+                return None
+            await asyncio.sleep(min(backoff(attempt), max(0.0, give_up_at - time.monotonic())))
+            attempt += 1
+
+    async def _with_sources(self, provider: Provider, job: Job) -> dict[str, Any]:
+        """The provider's input with an address in place of each source image's path."""
+        provider_input = dict(job.provider_input)
+        for name in job.image_inputs:
+            given = provider_input.get(name)
+            if isinstance(given, str):
+                provider_input[name] = await self._source(provider, given)
+            elif isinstance(given, list):
+                provider_input[name] = [await self._source(provider, path) for path in given]
+        return provider_input
+
+    async def _source(self, provider: Provider, path: str) -> str:
+        try:
+            if self.storage.is_reachable_from_outside:
+                return await self.storage.sign(path)
+            with tempfile.SpooledTemporaryFile(max_size=1 << 20) as file:
+                await self.storage.fetch(path, file)
+                return await provider.upload(path.rpartition("/")[2], file)
+        except httpx.HTTPError as error:
+            raise JobError("internal", f"source: {type(error).__name__}") from None
 
     async def _fail(self, running: Running, error: JobError) -> None:
         running.is_ending = True
@@ -861,6 +1231,15 @@ class Worker:
             log.warning("job.%s job=%s code=%s", outcome, job.job_id, error.code)
         except LeaseLost:
             log.warning("job.lost job=%s", job.job_id)
+
+    async def _pause_provider(self, running: Running, error: ProviderDown) -> None:
+        """The provider refused the account: put the job back and let its like wait."""
+        running.is_ending = True
+        job = running.job
+        log.error("provider.refused provider=%s job=%s", job.provider, job.job_id)
+        with contextlib.suppress(LeaseLost):
+            await self.db.pause_provider(job.provider, PROVIDER_PAUSE_SECONDS, str(error))
+            await self.db.release_job(job, resumes=error.may_have_bought)
 
     async def _give_up(self, running: Running) -> None:
         """The job was cancelled here: by a lost lease, or because the worker stops."""
@@ -923,7 +1302,11 @@ async def serve(settings: Settings) -> int:
                 http, settings.replicate_api_url, settings.replicate_api_token
             )
         storage = Storage(
-            http, settings.supabase_url, settings.supabase_service_key, settings.max_image_bytes
+            http,
+            settings.supabase_url,
+            settings.supabase_service_key,
+            settings.max_image_bytes,
+            settings.image_preview_pixels,
         )
         worker = Worker(settings, db, providers, storage)
         for number in (signal.SIGTERM, signal.SIGINT):

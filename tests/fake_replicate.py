@@ -12,21 +12,26 @@ answers is held to the provider's own specification by test_fake_replicate.py.
 """
 
 import base64
+import email
+import hashlib
 import io
 import json
 import re
 import secrets
+import struct
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlencode, urlsplit
+from zlib import compress, crc32
 
 import pytest
 from PIL import Image
@@ -46,6 +51,7 @@ COMMUNITY = {"stability-ai/sdxl", "bytedance/sdxl-lightning-4step"}
 REQUIRED = {"version": str, "input": dict}
 BODY = REQUIRED | {"webhook": str, "webhook_events_filter": list, "stream": bool}
 REFUSALS = {  # status -> title, detail
+    401: ("Unauthenticated", "You did not pass a valid authentication token"),
     402: ("Insufficient credit", "You have insufficient credit. Go to billing to purchase credit."),
     422: ("Input validation failed", "- input.aspect_ratio: must be one of 1:1, 16:9\n"),
     429: ("Too many requests", "Request was throttled."),
@@ -65,16 +71,19 @@ class Behaviour:
     queued: int = 0  # polls during which it stays `starting`
     polls: float = 2  # polls from then until it ends; inf: never
     seconds: float | None = None  # it ends after this time instead, however often it is polled
+    running: str = "processing"  # what its status is called meanwhile
     ends: str = "succeeded"  # failed, canceled, aborted
     error: str | None = None  # text of a failed prediction, or of a refused create
     metrics: Mapping[str, Any] = field(default_factory=dict)  # on top of the usual ones
     failing_gets: int = 0  # so many polls are answered with get_status first
     get_status: int = 500
+    hidden: int = 0  # so many lists do not show it yet
     # The output.
     images: int | None = None  # None: as many as asked for
     output: Any = None  # given out as it is, instead of URLs of images
     removed: bool = False  # it ends with its data gone already
-    file: str = "image"  # gone, junk, large, unsized (large, no length told), broken, redirect
+    # gone, junk, bomb, large, unsized (large, no length told), broken, redirect
+    file: str = "image"
     format: str | None = None  # of the bytes, whatever name and type say
     size: tuple[int, int] = (64, 48)  # width, height
     # Seconds each answer takes, by kind: create, get, file. The effect comes first.
@@ -92,6 +101,7 @@ class Request:
     body: Any
     status: int | None = None
     prediction_id: str | None = None  # of a create: what it bought
+    raw: bytes = b""
 
 
 class Answer(NamedTuple):
@@ -108,6 +118,7 @@ class Run:
     behaviour: Behaviour
     begun: float = field(default_factory=time.monotonic)
     gets: int = 0
+    lists: int = 0
 
     def progress(self) -> float:
         if self.behaviour.seconds is not None:
@@ -126,6 +137,9 @@ class FakeReplicate:
         self.creates: list[Request] = []  # authorized ones, refused and lost ones included
         self.requests: list[Request] = []
         self.versions: dict[str, str] = {}  # bare version hash -> model
+        self.uploads: dict[str, tuple[str, bytes]] = {}  # id -> name and bytes of a file
+        self.list_answers: deque[int | None] = deque()  # the next lists are refused with these
+        self.file_answers: deque[int | None] = deque()  # and the next uploads
         self.page_size = 100
         self.large_bytes = 100 * 2**20
         self._next: deque[Behaviour] = deque()
@@ -161,6 +175,15 @@ class FakeReplicate:
     def next(self, **changes: Any) -> None:
         """Queue what the next create meets: the default behaviour with these changes."""
         self._next.append(replace(self.default, **changes))
+
+    def bought(self, model: str, inputs: dict[str, Any], **changes: Any) -> str:
+        """Have a prediction that nobody asked for over HTTP."""
+        with self._changed:
+            return self._store(model, "hidden", inputs, replace(self.default, **changes))
+
+    def behaviour(self, prediction_id: str) -> Behaviour:
+        """What a prediction was told to do."""
+        return self._runs[prediction_id].behaviour
 
     def expire(self, prediction_id: str) -> None:
         """Remove input, output and logs, as the provider does after an hour."""
@@ -199,6 +222,8 @@ class FakeReplicate:
                 answer = self._create(request)
             case "GET", ["v1", "predictions"]:
                 answer = self._list(request.query)
+            case "POST", ["v1", "files"]:
+                answer = self._upload(request)
             case "GET", ["v1", "predictions", key] if key in self.predictions:
                 answer = self._get(key)
             case "POST", ["v1", "predictions", key, "cancel"] if key in self.predictions:
@@ -279,7 +304,7 @@ class FakeReplicate:
             return
         if run.behaviour.ends != "aborted":  # which means: before it started
             prediction.setdefault("started_at", stamp())
-            prediction["status"] = "processing"
+            prediction["status"] = run.behaviour.running
             prediction["logs"] = logs(prediction["input"].get("num_inference_steps", 4), done)
         if done >= 1:
             self._end(key, run.behaviour.ends)
@@ -316,9 +341,19 @@ class FakeReplicate:
 
     def _list(self, query: dict[str, str]) -> Answer:
         """A page of predictions, newest first; its cursor is the id of the last one before it."""
+        if self.list_answers:
+            return refusal(Behaviour(answer=self.list_answers.popleft()))
         for key in self.predictions:
             self._advance(key)
-        rows = sorted(self.predictions.values(), key=lambda row: row["created_at"])[::-1]
+        runs = list(self._runs.values())
+        for run in runs:
+            run.lists += 1
+        shown = [
+            p
+            for p, r in zip(self.predictions.values(), runs, strict=True)
+            if r.lists > r.behaviour.hidden
+        ]
+        rows = sorted(shown, key=lambda row: row["created_at"])[::-1]
         try:
             after = moment(query.get("created_after", "0001-01-01T00:00:00Z"))
             before = moment(query.get("created_before", "9999-01-01T00:00:00Z"))
@@ -336,6 +371,33 @@ class FakeReplicate:
         }
         return as_json(200, body)
 
+    def _upload(self, request: Request) -> Answer:
+        if self.file_answers:
+            return refusal(Behaviour(answer=self.file_answers.popleft()))
+        head = f"Content-Type: {request.headers.get('content-type')}\r\n\r\n".encode()
+        form = email.message_from_bytes(head + request.raw)
+        parts = form.get_payload() if form.is_multipart() else []
+        (part,) = [p for p in parts if p.get_param("name", header="content-disposition")] or [None]
+        if part is None or not part.get_filename():
+            return problem(400, "Bad request", "content: a file with a name is required")
+        content = part.get_payload(decode=True)
+        key = secrets.token_hex(13)
+        self.uploads[key] = (part.get_filename(), content)
+        now = datetime.now(UTC)
+        return as_json(
+            201,
+            {
+                "id": key,
+                "content_type": part.get_content_type(),
+                "size": len(content),
+                "checksums": {"sha256": hashlib.sha256(content).hexdigest()},
+                "metadata": {},
+                "created_at": now.isoformat(),
+                "expires_at": (now + timedelta(days=1)).isoformat(),
+                "urls": {"get": f"{self.url}/files/{key}"},
+            },
+        )
+
     def _file(self, key: str, name: str) -> Answer:
         behaviour = self._runs[key].behaviour
         if behaviour.file == "gone" or self.predictions[key]["output"] is None:
@@ -349,6 +411,8 @@ class FakeReplicate:
         match behaviour.file:
             case "junk":
                 body = b"<!doctype html><script>alert(1)</script>"
+            case "bomb":
+                body = picture_bomb()
             case "large":
                 body += bytes(self.large_bytes)
             case "unsized":
@@ -367,6 +431,11 @@ class Server(ThreadingHTTPServer):
     fake: FakeReplicate
     request_queue_size = 128
 
+    def handle_error(self, *arguments: Any) -> None:
+        """Tell of errors, but not of clients that have left."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(*arguments)
+
 
 class Handler(BaseHTTPRequestHandler):
     """HTTP around `FakeReplicate.handle`."""
@@ -383,7 +452,8 @@ class Handler(BaseHTTPRequestHandler):
             body = json.loads(raw)
         headers = {key.lower(): value for key, value in self.headers.items()}
         query = dict(parse_qsl(url.query))
-        answer = self.server.fake.handle(Request(self.command, url.path, query, headers, body))
+        request = Request(self.command, url.path, query, headers, body, raw=raw)
+        answer = self.server.fake.handle(request)
         if answer.status is None:
             self.close_connection = True
             return
@@ -477,6 +547,17 @@ def image(extension: str, size: tuple[int, int], position: int) -> bytes:
     picture = Image.new("RGB", size, f"hsl({hue},80%,50%)")
     picture.save(out, {"jpg": "jpeg"}.get(extension, extension))
     return out.getvalue()
+
+
+def picture_bomb() -> bytes:
+    """A PNG of a few bytes that says it has 1.6 billion pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
+    data = compress(bytes(100_000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data)
 
 
 @pytest.fixture

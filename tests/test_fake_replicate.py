@@ -55,6 +55,9 @@ class Client:
             prediction = self.get(prediction)
         return prediction
 
+    def upload(self, content: Any) -> httpx.Response:
+        return self.http.post("/files", files={"content": content})
+
     def list(self, **query: str) -> dict[str, Any]:
         return self.http.get("/predictions", params=query).raise_for_status().json()
 
@@ -151,6 +154,14 @@ def test_list_answers_as_specified(fake, client):
 
     for page in (first, last):
         validator("paginated_prediction_response").validate(page)
+
+
+@needs_specs
+def test_an_uploaded_file_is_answered_as_specified(client):
+    answer = client.upload(("cat.png", b"a cat", "image/png"))
+
+    assert answer.status_code == 201
+    validator("file_response").validate(answer.json())
 
 
 @needs_specs
@@ -259,7 +270,7 @@ def test_the_api_wants_its_token(fake, client, token):
     assert answer.status_code == 401
 
 
-@pytest.mark.parametrize("status", [402, 422, 429, 500])
+@pytest.mark.parametrize("status", [401, 402, 408, 422, 429, 500])
 def test_a_refused_create_buys_nothing_and_the_next_one_works(fake, client, status):
     fake.next(answer=status, error="no")
 
@@ -447,6 +458,57 @@ def test_create_accepts_a_known_hash_alone(fake, client):
     fake.versions["a" * 64] = SCHNELL
 
     assert client.create("a" * 64)["model"] == SCHNELL
+
+
+@pytest.mark.parametrize("content", [b"a cat", bytes(range(256)) * 9000], ids=len)
+def test_a_file_is_kept_with_name_type_and_bytes(fake, client, content):
+    file = client.upload(("a cat.png", content, "image/png")).json()
+
+    assert fake.uploads == {file["id"]: ("a cat.png", content)}
+    assert (file["content_type"], file["size"]) == ("image/png", len(content))
+    assert file["urls"]["get"] == f"{fake.url}/files/{file['id']}"
+
+
+def test_an_upload_may_be_refused_and_needs_a_file(fake, client):
+    fake.file_answers.append(413)
+
+    assert client.upload(("cat.png", b"a cat")).status_code == 413
+    assert client.http.post("/files", data={"metadata": "{}"}).status_code == 400
+    assert fake.uploads == {}
+
+
+def test_lists_may_fail_and_show_a_prediction_late(fake, client):
+    fake.next(hidden=1)
+    fake.list_answers.append(500)
+    client.create()
+
+    assert client.http.get("/predictions").status_code == 500
+    assert client.list()["results"] == []
+    assert len(client.list()["results"]) == 1
+
+
+def test_a_running_prediction_may_have_an_unknown_status(fake, client):
+    fake.next(running="pondering")
+    prediction = client.create()
+
+    assert client.get(prediction)["status"] == "pondering"
+    assert client.get(prediction)["status"] == "succeeded"
+
+
+def test_a_prediction_may_have_been_bought_by_somebody_else(fake, client):
+    key = fake.bought(SCHNELL, {"prompt": "a lighthouse"})
+
+    assert [row["id"] for row in client.list()["results"]] == [key]
+    assert fake.creates == []
+
+
+def test_a_picture_bomb_is_a_small_file_of_many_pixels(fake, client):
+    fake.next(file="bomb")
+    file = client.file(client.finish(client.create()))
+
+    assert len(file.content) < 1000
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(io.BytesIO(file.content))
 
 
 def test_requests_are_recorded_with_their_headers(fake, client):

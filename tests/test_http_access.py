@@ -76,7 +76,9 @@ def user_with_image(user, stack_db):
     """A user with rows in every table, an image included."""
     job_id = user.enqueued()
     stack_db.execute(
-        "insert into public.images values (%s, 0, %s, %s, 'image/png', 64, 64, 1000)",
+        "insert into public.images"
+        " (generation_id, position, user_id, storage_path, content_type, width, height, bytes)"
+        " values (%s, 0, %s, %s, 'image/png', 64, 64, 1000)",
         job_id,
         user.id,
         f"{user.id}/{job_id}/0.png",

@@ -7,22 +7,35 @@ bought.
 from __future__ import annotations
 
 import io
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fake_replicate
+import httpx
 import pytest
 from actors import User
 from database import Database
 from fake_replicate import MODERATED, FakeReplicate
 from PIL import Image
+from psycopg.types.json import Jsonb
 from worker_process import WorkerProcess, Workers, eventually
 
+import worker
 from stack import Stack
 
 SCHNELL = "black-forest-labs/flux-schnell"
 ONE_OUTPUT = "black-forest-labs/flux-1.1-pro"
+EDIT = "acme/edit"
+EDIT_SCHEMA = {
+    "properties": {
+        "prompt": {"type": "string"},
+        "image": {"type": "string"},
+        "images": {"type": "array", "items": {"type": "string"}},
+    }
+}
 
 fake = fake_replicate.fake_replicate
 
@@ -37,6 +50,7 @@ class Bench(Workers):
         self.environment |= {
             "REPLICATE_API_URL": fake.url,
             "REPLICATE_API_TOKEN": fake.token,
+            "REPLICATE_SETTLE_SECONDS": "0.2",
             "WORKER_POLL_SECONDS": "0.1",
         }
         self.extra_secrets = {fake.token, f"{fake.origin}/files"}
@@ -56,6 +70,33 @@ class Bench(Workers):
         code = self.db.value("select error_code from public.generations where id = %s", job)
         assert code == attempt["error_code"]
         return code, attempt["error_detail"]
+
+    def waiting(self) -> dict[str, Any]:
+        """Wait until a job is queued for later; return its row."""
+        query = "select *, run_at - now() as wait from private.ready_jobs where run_at > now()"
+        (row,) = eventually(lambda: self.db.execute(query))
+        return row
+
+    def released(self, job: str) -> dict[str, Any]:
+        """Wait until a worker has put the job back; return its row."""
+        eventually(lambda: self.outcomes(job) == ["released"])
+        return self.db.row("select * from private.ready_jobs where job_id = %s", job)
+
+    def end_pause(self) -> None:
+        """Let the provider's pause be over."""
+        self.db.execute("update private.providers set paused_until = now()")
+        self.db.execute("update private.ready_jobs set run_at = now()")
+
+    def put_source(self, path: str, body: bytes) -> None:
+        """Have a file in bucket inputs, in Storage and in this database's list of files."""
+        headers = {"Authorization": f"Bearer {self.stack.service_role_key}"}
+        httpx.post(
+            f"{self.stack.api_url}/storage/v1/object/inputs/{path}",
+            content=body,
+            headers=headers | {"content-type": "image/png"},
+        ).raise_for_status()
+        query = "insert into storage.objects (bucket_id, name) values ('inputs', %s)"
+        self.db.execute(query, path)
 
     def attempts_allowed(self, count: int) -> None:
         self.db.execute("update private.settings set max_attempts = %s", count)
@@ -85,7 +126,8 @@ def test_a_prediction_is_created_once_with_version_input_and_an_end(bench, fake,
         "version": SCHNELL,
         "input": db.value("select provider_input from public.generations"),
     }
-    assert create.headers["cancel-after"] == "300s"
+    deadline = db.value("select deadline from public.models where id = %s", SCHNELL)
+    assert create.headers["cancel-after"] == f"{deadline.seconds}s"
     assert "prefer" not in create.headers  # waiting would delay the checkpoint
 
 
@@ -229,10 +271,9 @@ def test_a_throttled_create_waits_as_asked_and_uses_no_attempt(bench, fake, db):
     bench.start()
     job = bench.ask()
 
-    waiting = "select attempt, run_at - now() as wait from private.ready_jobs where run_at > now()"
-    (ready,) = eventually(lambda: db.execute(waiting))
+    ready = bench.waiting()
 
-    assert ready["attempt"] == 0
+    assert (ready["attempt"], ready["create_started_at"]) == (0, None)
     assert 1700 < ready["wait"].total_seconds() <= 1800
     db.execute("update private.ready_jobs set run_at = now()")
     bench.until(job, "completed")
@@ -262,18 +303,6 @@ def test_a_result_that_is_gone_on_the_last_attempt_is_lost_and_given_back(bench,
     assert bench.user.credits() == 20
 
 
-@pytest.mark.parametrize("answer", [None, 500])
-def test_a_create_whose_outcome_is_unknown_is_not_bought_again(bench, fake, answer):
-    fake.next(answer=answer, stored=True)
-    bench.start()
-
-    code, detail = bench.error(bench.ask())
-
-    assert (code, "outcome unknown" in detail) == ("timeout", True)
-    assert (len(fake.creates), len(fake.predictions)) == (1, 1)
-    assert bench.user.credits() == 20
-
-
 def test_a_prediction_past_the_models_deadline_is_canceled(bench, fake, db):
     db.execute("update public.models set deadline = '1 second'")
     fake.next(polls=float("inf"))
@@ -298,6 +327,224 @@ def test_without_a_token_jobs_for_replicate_fail_and_others_do_not(bench, fake):
     assert fake.requests == []
 
 
+# --- creates whose answer is lost ---
+
+
+@pytest.mark.parametrize("answer", [None, 408, 500, 200])
+def test_what_a_create_without_an_answer_bought_is_found_and_taken_over(bench, fake, db, answer):
+    fake.next(answer=answer, stored=True, polls=3)
+    process = bench.start()
+
+    job = bench.ask()
+    bench.until(job, "completed")
+
+    assert (len(fake.creates), len(fake.predictions)) == (1, 1)
+    assert bench.outcomes(job) == ["completed"]
+    assert db.value("select provider_job_id from private.attempts") in fake.predictions
+    assert process.logged(r"job\.found .* candidates=1")
+    assert bench.user.credits() == 19
+
+
+def test_it_is_looked_for_until_it_shows(bench, fake):
+    fake.next(answer=None, stored=True, hidden=2)
+    bench.start(REPLICATE_SETTLE_SECONDS=20)
+
+    bench.until(bench.ask(), "completed")
+
+    assert (len(fake.creates), len(fake.predictions)) == (1, 1)
+
+
+def test_of_two_candidates_the_older_is_taken(bench, fake, db):
+    job = bench.ask()
+    sent = db.value("select provider_input from public.generations")
+    older, _ = fake.bought(SCHNELL, sent), fake.bought(SCHNELL, sent)
+    fake.next(answer=None, stored=False)
+
+    bench.start()
+    bench.until(job, "completed")
+
+    assert len(fake.creates) == 1
+    assert db.value("select provider_job_id from private.attempts") == older
+
+
+def test_two_jobs_alike_do_not_share_what_one_of_them_has_bought(bench, fake, db):
+    bench.start()
+    bench.until(bench.ask(seed=7), "completed")
+    fake.next(answer=None, stored=True)
+
+    bench.until(bench.ask(seed=7), "completed")
+
+    assert (len(fake.creates), len(fake.predictions)) == (2, 2)
+    bought = db.execute("select provider_job_id from private.attempts order by token")
+    assert [row["provider_job_id"] for row in bought] == list(fake.predictions)
+
+
+def test_a_create_is_repeated_by_the_next_attempt_once_it_has_proven_to_be_lost(bench, fake):
+    fake.next(answer=None, stored=False)
+    bench.start()
+
+    job = bench.ask()
+    bench.until(job, "completed")
+
+    assert bench.outcomes(job) == ["retried", "completed"]
+    assert (len(fake.creates), len(fake.predictions)) == (2, 1)
+    listed = [r.path for r in fake.requests if r.path == "/v1/predictions" and r.method == "GET"]
+    assert len(listed) >= 3  # by the first attempt twice, and again by the second
+
+
+def test_while_the_list_cannot_be_read_nothing_is_created_again(bench, fake, db):
+    db.execute("update public.models set deadline = '2 seconds'")
+    fake.next(answer=None, stored=True)
+    fake.list_answers.extend([500] * 100)
+    bench.start()
+
+    assert bench.error(bench.ask())[0] == "timeout"
+
+    assert (len(fake.creates), len(fake.predictions)) == (1, 1)
+    assert bench.user.credits() == 20
+
+
+# --- an account that is refused ---
+
+
+@pytest.mark.parametrize("answer", [401, 402, 403])
+def test_a_refused_account_pauses_the_provider_and_no_job_is_to_blame(bench, fake, db, answer):
+    fake.next(answer=answer)
+    process = bench.start()
+    job = bench.ask()
+    charged = bench.user.ledger()
+
+    ready = bench.released(job)
+    until = "select paused_until - now() from private.providers where name = 'replicate'"
+    assert 50 < db.value(until).total_seconds() <= 60
+    assert (ready["attempt"], ready["create_started_at"]) == (0, None)
+    assert bench.user.ledger() == charged
+    assert process.logged(r"provider\.refused provider=replicate")
+    bench.end_pause()
+    bench.until(job, "completed")
+    assert (len(fake.creates), len(fake.predictions)) == (2, 1)
+
+
+def test_while_one_provider_is_paused_the_others_jobs_run(bench, fake):
+    fake.default = fake_replicate.Behaviour(answer=402)
+    bench.start()
+    waiting = [bench.ask() for _ in range(5)]
+    eventually(lambda: fake.creates)
+
+    preview = bench.user.enqueued(params={"width": 64, "height": 64})
+    bench.until(preview, "completed")
+
+    assert {bench.status(job) for job in waiting} <= {"queued", "processing"}
+    fake.default = fake_replicate.Behaviour(polls=1)
+    eventually(lambda: [bench.status(job) for job in waiting] == ["queued"] * 5)
+    bench.end_pause()
+    for job in waiting:
+        bench.until(job, "completed")
+    assert len(fake.predictions) == 5
+
+
+def test_an_account_refused_while_polling_keeps_what_was_bought(bench, fake):
+    fake.next(failing_gets=1, get_status=402)
+    bench.start()
+    job = bench.ask()
+
+    assert bench.released(job)["provider_job_id"] in fake.predictions
+
+    bench.end_pause()
+    bench.until(job, "completed")
+    assert (len(fake.creates), len(fake.predictions)) == (1, 1)
+
+
+# --- odd predictions ---
+
+
+def test_a_status_nobody_knows_is_waited_for(bench, fake):
+    fake.next(running="pondering", polls=3)
+    bench.start()
+
+    bench.until(bench.ask(), "completed")
+
+
+def test_an_object_with_addresses_is_an_output_like_a_list(bench, fake, db):
+    fake.next(polls=float("inf"))
+    bench.start()
+    job = bench.ask(num_outputs=2)
+    key = bench.bought(job)
+
+    files = [f"{fake.origin}/files/{key}/out-{position}.webp" for position in range(2)]
+    output = {"revised_prompt": "a lighthouse", "images": files}
+    fake.predictions[key] |= {"output": output, "status": "succeeded"}
+
+    bench.until(job, "completed")
+    assert db.value("select count(*) from public.images") == 2
+
+
+def test_what_an_attempt_costs_is_counted_as_the_provider_does(bench, fake, db):
+    db.execute("update public.models set cost_usd = 0.003, cost_unit = 'image'")
+    fake.next(metrics={"image_count": 4})
+    bench.start()
+
+    bench.until(bench.ask(num_outputs=2), "completed")
+
+    assert float(db.value("select cost_usd from private.attempts")) == pytest.approx(0.012)
+
+
+# --- image to image ---
+
+
+def with_a_source(bench: Bench) -> str:
+    """Upload a source image as its user does, and add a model that takes one."""
+    bench.db.execute(
+        "insert into public.models (id, provider, provider_ref, title, price_credits,"
+        " paid_price_credits, client_inputs, image_inputs, input_schema) values"
+        " (%s, 'replicate', %s, 'Edit', 1, 0, '{image,images}', '{image,images}', %s)",
+        EDIT,
+        EDIT,
+        Jsonb(EDIT_SCHEMA),
+    )
+    path = f"{bench.user.id}/a cat.png"
+    bench.put_source(path, b"a cat")
+    return path
+
+
+def test_a_source_image_is_uploaded_where_storage_cannot_be_reached_from_outside(bench, fake, db):
+    path = with_a_source(bench)
+    bench.start()
+
+    bench.until(bench.ask(EDIT, image=path), "completed")
+
+    (key,) = fake.uploads
+    assert fake.uploads[key] == ("a cat.png", b"a cat")
+    assert fake.creates[0].body["input"]["image"] == f"{fake.url}/files/{key}"
+    assert db.value("select provider_input ->> 'image' from public.generations") == path
+
+
+def test_a_lost_create_is_found_though_its_source_has_another_address_now(bench, fake):
+    path = with_a_source(bench)
+    fake.next(slow={"create": 30})
+    process = bench.start()
+    job = bench.ask(EDIT, image=path)
+    fake.until(lambda: fake.creates)
+
+    process.kill()
+    finished_by_another(bench, job)
+
+    assert (len(fake.uploads), len(fake.creates)) == (2, 1)
+
+
+def test_an_account_that_may_not_upload_is_paused_too(bench, fake):
+    path = with_a_source(bench)
+    fake.file_answers.append(402)
+    bench.start()
+    job = bench.ask(EDIT, images=[path])
+
+    assert bench.released(job)["attempt"] == 0
+
+    assert fake.creates == []
+    bench.end_pause()
+    bench.until(job, "completed")
+
+
 # --- what is downloaded ---
 
 
@@ -305,6 +552,7 @@ def test_without_a_token_jobs_for_replicate_fail_and_others_do_not(bench, fake):
     ("file", "detail"),
     [
         ("junk", "no image"),
+        ("bomb", "no image: DecompressionBomb"),
         ("large", "more than 100000 bytes"),
         ("unsized", "more than 100000 bytes"),
         ("redirect", "host localhost is not allowed"),
@@ -423,3 +671,76 @@ def test_a_worker_stopped_during_a_create_keeps_what_it_buys(bench, fake):
     finished_by_another(bench, job)
     assert bench.outcomes(job) == ["released", "completed"]
     assert len(fake.creates) == 1
+
+
+def test_a_worker_killed_during_a_create_leaves_the_next_to_find_what_it_bought(bench, fake):
+    fake.next(slow={"create": 30})
+    process = bench.start()
+    job = bench.ask()
+    fake.until(lambda: fake.creates)
+
+    process.kill()
+    finished_by_another(bench, job)
+
+    assert (len(fake.creates), len(fake.predictions)) == (1, 1)
+    assert bench.outcomes(job) == ["retried", "completed"]
+    assert bench.user.credits() == 19
+
+
+def test_a_worker_killed_before_its_create_arrived_is_not_the_last_to_try(bench, fake):
+    fake.next(slow={"create": 30}, stored=False, answer=500)
+    process = bench.start()
+    job = bench.ask()
+    fake.until(lambda: fake.creates)
+
+    process.kill()
+    finished_by_another(bench, job)
+
+    assert (len(fake.creates), len(fake.predictions)) == (2, 1)
+
+
+def test_a_worker_stopped_while_it_looks_leaves_the_next_to_look_on(bench, fake):
+    fake.next(answer=None, stored=True, hidden=4)
+    process = bench.start(WORKER_GRACE_SECONDS=0, REPLICATE_SETTLE_SECONDS=60)
+    job = bench.ask()
+    fake.until(lambda: any(r.method == "GET" for r in fake.requests))
+
+    assert process.stop() == 0
+
+    assert bench.released(job)["create_started_at"] is not None
+    bench.environment["REPLICATE_SETTLE_SECONDS"] = "20"
+    finished_by_another(bench, job)
+    assert (len(fake.creates), len(fake.predictions)) == (1, 1)
+
+
+GATE = """
+create function public.wait_at_the_gate() returns trigger language plpgsql as $$
+begin
+  perform pg_advisory_xact_lock(1);
+  return new;
+end;
+$$;
+create trigger gate before update of create_started_at on private.running_jobs
+for each row execute function public.wait_at_the_gate();
+"""
+
+
+def test_a_worker_that_was_frozen_before_its_create_does_not_create(bench, fake, db):
+    """Meanwhile its lease may have run out and another worker have bought."""
+    db.execute(GATE)
+    gate = db.connect()
+    gate.execute("select pg_advisory_lock(1)")
+    process = bench.start()
+    job = bench.ask()
+    waiting = "select count(*) from pg_locks where locktype = 'advisory' and not granted"
+    eventually(lambda: db.value(waiting))
+
+    process.signal(signal.SIGSTOP)
+    gate.execute("select pg_advisory_unlock(1)")
+    time.sleep(worker.CREATE_WITHIN_SECONDS + 0.1)  # its clock is the one thing not to be moved
+    process.signal(signal.SIGCONT)
+    process.logged(r"job\.lost")
+
+    assert fake.creates == []
+    finished_by_another(bench, job)
+    assert (len(fake.creates), len(fake.predictions)) == (1, 1)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import json
 import os
 import re
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
 from typing import Any
 from unittest import mock
 
@@ -18,24 +19,16 @@ import httpx
 import psycopg
 import pytest
 from database import PROJECT
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 import worker
-from worker import ConfigError, Job, JobError, Replicate, Settings, Storage, inspect_image
+from worker import ConfigError, Job, JobError, Replicate, Settings, Storage
 
 ENVIRONMENT = {
     "DATABASE_URL": "postgresql://darkroom_worker:secret@127.0.0.1/postgres",
     "SUPABASE_URL": "http://127.0.0.1:54321/",
     "SUPABASE_SERVICE_KEY": "key",
 }
-
-
-def picture(kind: str = "PNG", size: tuple[int, int] = (40, 30), **options: Any) -> bytes:
-    file = io.BytesIO()
-    Image.effect_noise(size, 50).convert("RGB").save(file, kind, **options)
-    return file.getvalue()
 
 
 # --- settings ---
@@ -73,6 +66,8 @@ def test_an_empty_optional_variable_counts_as_unset():
         ("WORKER_POLL_SECONDS", "nan"),
         ("WORKER_POLL_SECONDS", "inf"),
         ("MAX_IMAGE_BYTES", "32MB"),
+        ("IMAGE_PREVIEW_PIXELS", "4097"),
+        ("REPLICATE_SETTLE_SECONDS", "-1"),
         ("PREVIEW_FAILURE_RATE", "1.1"),
         ("LOG_LEVEL", "verbose"),
     ],
@@ -130,74 +125,10 @@ def test_after_a_failed_beat_the_next_comes_soon():
     assert 13.5 <= pauses[3] <= 15
 
 
-# --- images ---
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_format_and_size_are_read_from_the_bytes(kind):
-    assert inspect_image(io.BytesIO(picture(kind))) == (kind, 40, 30)
-
-
-def test_a_jpeg_of_several_pictures_is_stored_as_a_jpeg():
-    several = picture("MPO", save_all=True, append_images=[Image.new("RGB", (40, 30))])
-
-    assert inspect_image(io.BytesIO(several)) == ("JPEG", 40, 30)
-
-
-PIXELS = 50_000_001
-HOSTILE = {
-    "empty": b"",
-    "a page": b"<!doctype html><script>alert(1)</script>",
-    "svg": b'<svg xmlns="http://www.w3.org/2000/svg"/>',
-    "another format": picture("GIF"),
-    "a program": b"\x7fELF" + bytes(200),
-    "truncated png": picture("PNG")[:-40],
-    "truncated jpeg": picture("JPEG")[:-40],
-    "truncated webp": picture("WEBP")[:-40],
-    "only a header": picture("PNG")[:33],
-    "a broken chunk": picture("PNG")[:33] + b"\0\0\0\x64" + picture("PNG")[37:],
-    "a bomb": picture("PNG").replace(b"\0\0\0\x28\0\0\0\x1e", b"\x7f\xff\xff\xff" * 2),
-}
-
-
-@pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE.keys())
-def test_bytes_that_are_no_image_are_the_providers_error(data):
-    with pytest.raises(JobError) as refusal:
-        inspect_image(io.BytesIO(data))
-
-    assert refusal.value.code == "provider_error"
-
-
-def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded():
-    header = io.BytesIO()
-    Image.new("1", (1, PIXELS)).save(header, "PNG")
-
-    with (
-        mock.patch("PIL.PngImagePlugin.PngImageFile.load", side_effect=AssertionError("decoded")),
-        pytest.raises(JobError, match="provider_error: output: too many pixels"),
-    ):
-        inspect_image(header)
-
-
-@settings(max_examples=300, deadline=None)
-@given(
-    kind=st.sampled_from(["PNG", "JPEG", "WEBP"]),
-    changes=st.dictionaries(st.integers(0, 300), st.integers(0, 255), max_size=4),
-    end=st.integers(0, 3000),
-)
-def test_damaged_images_are_read_or_refused_but_never_crash(kind, changes, end):
-    data = bytearray(picture(kind))
-    for at, value in changes.items():
-        data[at] = value
-    try:
-        assert inspect_image(io.BytesIO(bytes(data[:end])))[1:] != (0, 0)
-    except JobError as error:
-        assert error.code == "provider_error"
-
-
 # --- downloads ---
 
 TOKEN = "r8_a_secret"
+API = "https://api.replicate.com/v1"
 DELIVERED = "https://replicate.delivery/xezq/out-0.png"
 
 
@@ -215,7 +146,7 @@ class Web:
     def hosts(self) -> list[str]:
         return [request.url.host for request in self.requests]
 
-    def read(self, url: str, api: str = "https://api.replicate.com/v1") -> bytes:
+    def read(self, url: str, api: str = API) -> bytes:
         async def download() -> bytes:
             async with httpx.AsyncClient(transport=httpx.MockTransport(self.handle)) as http:
                 return b"".join([chunk async for chunk in Replicate(http, api, TOKEN).read(url)])
@@ -320,29 +251,7 @@ def test_a_download_that_fails_says_whether_the_result_is_gone(status, code):
     assert refusal.value.code == code
 
 
-# --- storage ---
-
-
-def stored(
-    body: Iterable[bytes], answer: Callable[[httpx.Request], httpx.Response], max_bytes: int = 10**7
-) -> dict[str, Any]:
-    """Store one output where every upload is answered like this."""
-
-    async def chunks() -> Any:
-        for chunk in body:
-            yield chunk
-
-    async def handle(request: httpx.Request) -> httpx.Response:
-        await request.aread()
-        return answer(request)
-
-    async def store() -> dict[str, Any]:
-        async with httpx.AsyncClient(transport=httpx.MockTransport(handle)) as http:
-            storage = Storage(http, "http://storage", "key", max_bytes)
-            return await storage.store(a_job(), 0, chunks())
-
-    with mock.patch("worker.backoff", return_value=0.0):
-        return asyncio.run(store())
+# --- source images ---
 
 
 def a_job(**changes: Any) -> Job:
@@ -355,46 +264,93 @@ def a_job(**changes: Any) -> Job:
         "provider_ref": "black-forest-labs/flux-schnell",
         "provider_input": {"prompt": "a lighthouse"},
         "provider_job_id": None,
+        "image_inputs": [],
         "image_count": 1,
         "deadline_seconds": 300.0,
     }
     return Job(**values | changes)
 
 
-def test_an_upload_is_repeated_with_all_its_bytes():
-    uploads: list[httpx.Request] = []
+class Sources(Web):
+    """A storage server with source images, and the provider's files API."""
 
-    def answer(request: httpx.Request) -> httpx.Response:
-        uploads.append(request)
-        return httpx.Response(503 if len(uploads) < 3 else 200)
+    def __init__(self, url: str, signed: dict[str, str]) -> None:
+        super().__init__()
+        self.url, self.signed = url, signed
 
-    data = picture(size=(900, 700))
-    image = stored([data], answer)
+    def handle(self, request: httpx.Request) -> httpx.Response:
+        self.requests.append(request)
+        request.read()
+        if request.url.path.startswith("/storage/v1/object/sign/"):
+            return httpx.Response(200, json=self.signed)
+        if request.url.path == "/v1/files":
+            return httpx.Response(201, json={"urls": {"get": "https://api/v1/files/f1"}})
+        return httpx.Response(200, content=b"a cat")
 
-    assert [upload.content for upload in uploads] == [data] * 3
-    assert {upload.headers["x-upsert"] for upload in uploads} == {"true"}
-    assert (image["bytes"], image["width"], image["height"]) == (len(data), 900, 700)
-    assert image["storage_path"] == f"{uuid.UUID(int=1)}/{uuid.UUID(int=2)}/0.png"
+    def sent(self, **provider_input: Any) -> dict[str, Any]:
+        """What a worker that has these sources would send to the provider."""
+        job = a_job(provider_input=provider_input, image_inputs=["image", "more"])
+
+        async def call() -> dict[str, Any]:
+            async with httpx.AsyncClient(transport=httpx.MockTransport(self.handle)) as http:
+                storage = Storage(http, self.url, "key", 10**6, 0)
+                provider = Replicate(http, "https://api/v1", TOKEN)
+                one = worker.Worker(mock.Mock(), mock.Mock(), {}, storage)
+                return await one._with_sources(provider, job)
+
+        return asyncio.run(call())
 
 
-def test_an_upload_that_never_succeeds_is_our_error():
-    with pytest.raises(JobError, match="internal: upload: HTTP 500"):
-        stored([picture()], lambda _: httpx.Response(500))
+SIGNED = "/object/sign/inputs/u/cat.png?token=t"
 
 
-def test_an_output_over_the_cap_is_given_up_at_the_cap():
-    sent = 0
+@pytest.mark.parametrize(
+    "signed",
+    [{"signedURL": SIGNED}, {"signedUrl": SIGNED}, {"signedUrl": f"/storage/v1{SIGNED}"}],
+    ids=str,
+)
+def test_a_source_image_is_given_as_a_signed_address_where_storage_is_public(signed):
+    web = Sources("https://project.supabase.co", signed)
 
-    def endless() -> Iterable[bytes]:
-        nonlocal sent
-        while True:
-            sent += 1000
-            yield bytes(1000)
+    sent = web.sent(prompt="p", image="u/a cat.png")
 
-    with pytest.raises(JobError, match="provider_error: output: more than 5000 bytes"):
-        stored(endless(), lambda _: httpx.Response(200), max_bytes=5000)
+    address = f"https://project.supabase.co/storage/v1{SIGNED}"
+    assert sent == {"prompt": "p", "image": address}
+    (request,) = web.requests
+    assert request.url.raw_path == b"/storage/v1/object/sign/inputs/u/a%20cat.png"
+    assert json.loads(request.content)["expiresIn"] >= 300
 
-    assert sent == 6000
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:54321", "http://kong.internal", "http://[::1]"])
+def test_a_source_image_is_uploaded_where_storage_is_not_public(url):
+    web = Sources(url, {})
+
+    sent = web.sent(more=["u/cat.png", "u/dog.png"])
+
+    assert sent == {"more": ["https://api/v1/files/f1"] * 2}
+    uploads = [request for request in web.requests if request.url.path == "/v1/files"]
+    assert [b'filename="cat.png"' in upload.content for upload in uploads] == [True, False]
+    assert all(b"\r\n\r\na cat\r\n" in upload.content for upload in uploads)
+
+
+def test_a_source_image_that_was_not_given_is_left_out():
+    assert Sources("http://127.0.0.1", {}).sent(prompt="p", image=None) == {
+        "prompt": "p",
+        "image": None,
+    }
+
+
+@pytest.mark.parametrize("status", [401, 402, 403])
+def test_an_account_that_may_not_upload_is_paused_and_what_was_bought_is_kept(status):
+    async def call() -> str:
+        transport = httpx.MockTransport(lambda _: httpx.Response(status))
+        async with httpx.AsyncClient(transport=transport) as http:
+            return await Replicate(http, "https://api/v1", TOKEN).upload("a", io.BytesIO(b"a"))
+
+    with pytest.raises(worker.ProviderDown) as refusal:
+        asyncio.run(call())
+
+    assert refusal.value.may_have_bought
 
 
 # --- Replicate's answers ---
@@ -415,7 +371,7 @@ def test_how_long_to_wait_is_found_wherever_the_provider_says_it(response, secon
     assert worker.retry_after_seconds(response) == seconds
 
 
-def create(answer: httpx.Response | Exception) -> str:
+def create(answer: httpx.Response | Exception, **changes: Any) -> str:
     """Create one prediction that is answered like this."""
 
     async def handle(_: httpx.Request) -> httpx.Response:
@@ -425,7 +381,7 @@ def create(answer: httpx.Response | Exception) -> str:
 
     async def call() -> str:
         async with httpx.AsyncClient(transport=httpx.MockTransport(handle)) as http:
-            return await Replicate(http, "https://api.replicate.com/v1", TOKEN).create(a_job())
+            return await Replicate(http, API, TOKEN).create(a_job(**changes), {"prompt": "p"})
 
     return asyncio.run(call())
 
@@ -435,11 +391,12 @@ def create(answer: httpx.Response | Exception) -> str:
     [
         (httpx.Response(400), "invalid_input"),
         (httpx.Response(422), "invalid_input"),
-        (httpx.Response(402), "provider_busy"),
         (httpx.Response(429), "provider_busy"),
-        (httpx.Response(401), "internal"),
         (httpx.Response(302), "internal"),
-        (httpx.ConnectError("refused"), "provider_timeout"),
+        (httpx.Response(404), "internal"),
+        (httpx.ConnectError("refused"), "provider_busy"),
+        (httpx.ConnectTimeout("late"), "provider_busy"),
+        (httpx.PoolTimeout("none free"), "provider_busy"),
     ],
 )
 def test_a_refused_create_may_be_repeated_unless_the_input_is_wrong(answer, code):
@@ -449,38 +406,169 @@ def test_a_refused_create_may_be_repeated_unless_the_input_is_wrong(answer, code
     assert refusal.value.code == code
 
 
+def test_a_throttled_create_tells_how_long_to_wait():
+    with pytest.raises(JobError) as refusal:
+        create(httpx.Response(429, headers={"retry-after": "7"}))
+
+    assert refusal.value.retry_after == 7
+
+
+@pytest.mark.parametrize("status", [401, 402, 403])
+def test_a_refused_account_is_no_jobs_fault_and_has_bought_nothing(status):
+    with pytest.raises(worker.ProviderDown) as refusal:
+        create(httpx.Response(status, text="go to billing"))
+
+    assert not refusal.value.may_have_bought
+    assert f"HTTP {status}: go to billing" in str(refusal.value)
+
+
 @pytest.mark.parametrize(
     "answer",
     [
+        httpx.Response(408),
         httpx.Response(500),
         httpx.Response(504),
         httpx.ReadTimeout("late"),
+        httpx.WriteTimeout("late"),
         httpx.WriteError("reset"),
+        httpx.ReadError("reset"),
         httpx.RemoteProtocolError("hung up"),
         httpx.Response(201, text="<html>proxy</html>"),
         httpx.Response(201, json={"status": "starting"}),
+        httpx.Response(201, json={"id": None}),
+        httpx.Response(201, json={"id": ""}),
         httpx.Response(200, json=["odd"]),
     ],
 )
-def test_a_create_of_unknown_outcome_is_never_repeated(answer):
-    with pytest.raises(JobError) as refusal:
+def test_a_create_of_unknown_outcome_says_so(answer):
+    with pytest.raises(worker.UnknownOutcome):
         create(answer)
 
-    assert refusal.value.code == "timeout"  # the one code of an outage that is not retried
+
+# --- looking for a lost create ---
+
+SINCE = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 
 
-def end_of(**prediction: Any) -> worker.Result:
-    """Poll a prediction that reads like this."""
+def found(*pages: Any, **changes: Any) -> tuple[list[str], list[httpx.Request]]:
+    """Look for a job where the list has these pages, or answers of another kind."""
+    requests: list[httpx.Request] = []
+    answers = [page if isinstance(page, httpx.Response) else as_page(*page) for page in pages]
+
+    async def handle(request: httpx.Request) -> httpx.Response:
+        requests.append(request)
+        return answers[len(requests) - 1]
+
+    async def call() -> list[str]:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(handle)) as http:
+            return await Replicate(http, API, TOKEN).find(a_job(**changes), SINCE)
+
+    with mock.patch("worker.backoff", return_value=0.0):
+        return asyncio.run(call()), requests
+
+
+def as_page(results: list[Any], following: str | None = None) -> httpx.Response:
+    return httpx.Response(200, json={"results": results, "next": following, "previous": None})
+
+
+def listed(key: str = "p1", **changes: Any) -> dict[str, Any]:
+    prediction = {
+        "id": key,
+        "model": "black-forest-labs/flux-schnell",
+        "version": "hidden",
+        "input": {"prompt": "a lighthouse"},
+    }
+    return prediction | changes
+
+
+def test_the_list_is_read_from_a_minute_before_and_to_its_end_oldest_first():
+    ids, requests = found(
+        ([listed("p3"), listed("p2")], "https://evil.example.com/v1/predictions?cursor=c"),
+        ([listed("p1")],),
+    )
+
+    assert ids == ["p1", "p2", "p3"]
+    first, second = [request.url for request in requests]
+    assert first.params["created_after"] == "2026-11-22T11:59:00+00:00"
+    assert str(second) == f"{API}/predictions?cursor=c"  # the token goes nowhere else
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "black-forest-labs/flux-dev"},
+        {"input": {"prompt": "a house"}},
+        {"input": {}},
+        {"input": None},
+    ],
+    ids=str,
+)
+def test_a_prediction_of_another_model_or_input_is_not_ours(changes):
+    assert found(([listed(**changes)],))[0] == []
+
+
+def test_an_input_may_have_more_than_was_sent_and_other_addresses_of_sources():
+    given = {"prompt": "a lighthouse", "image": "https://signed.example.com/2", "go_fast": True}
+    sent = {"prompt": "a lighthouse", "image": "u/cat.png"}
+
+    ids, _ = found(([listed(input=given)],), provider_input=sent, image_inputs=["image"])
+
+    assert ids == ["p1"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_ours"),
+    [
+        ({"model": "o/sdxl", "version": "a" * 64}, True),
+        ({"model": "o/renamed", "version": "a" * 64}, True),
+        ({"model": "o/other", "version": "b" * 64}, False),
+    ],
+)
+def test_a_model_that_runs_by_version_is_known_by_either(changes, is_ours):
+    ids, _ = found(([listed(**changes)],), provider_ref=f"o/sdxl:{'a' * 64}")
+
+    assert bool(ids) == is_ours
+
+
+@pytest.mark.parametrize("status", [404, 429, 500])
+def test_a_list_that_fails_proves_nothing_and_is_read_again(status):
+    ids, requests = found(*[httpx.Response(status)] * 6, ([listed()],))
+
+    assert (ids, len(requests)) == (["p1"], 7)
+
+
+def test_a_list_without_end_is_given_up_for_good():
+    with (
+        mock.patch("worker.MAX_PAGES", 2),
+        pytest.raises(JobError, match=r"^timeout: create: outcome unknown"),
+    ):
+        found(([], "https://x?cursor=a"), ([], "https://x?cursor=b"))
+
+
+@pytest.mark.parametrize("status", [401, 402, 403])
+def test_an_account_refused_while_looking_may_have_bought(status):
+    with pytest.raises(worker.ProviderDown) as refusal:
+        found(httpx.Response(status))
+
+    assert refusal.value.may_have_bought
+
+
+# --- how a prediction ends ---
+
+
+def end_of(*before: httpx.Response, **prediction: Any) -> worker.Result:
+    """Poll a prediction that reads like this, in the end."""
+    answers = [*before, httpx.Response(200, json=prediction)]
 
     async def handle(_: httpx.Request) -> httpx.Response:
-        return httpx.Response(200, json=prediction)
+        return answers.pop(0) if len(answers) > 1 else answers[0]
 
     async def call() -> worker.Result:
         async with httpx.AsyncClient(transport=httpx.MockTransport(handle)) as http:
-            replicate = Replicate(http, "https://api.replicate.com/v1", TOKEN)
-            return await replicate.result(a_job(), "p1", lambda _: None)
+            return await Replicate(http, API, TOKEN).result(a_job(), "p1", lambda _: None)
 
-    return asyncio.run(call())
+    with mock.patch("worker.backoff", return_value=0.0):
+        return asyncio.run(call())
 
 
 @pytest.mark.parametrize(
@@ -504,27 +592,55 @@ def test_a_failed_prediction_is_moderated_or_the_providers_error(error, code):
     assert refusal.value.code == code
 
 
+def test_an_output_that_was_removed_is_lost():
+    with pytest.raises(JobError, match="result_lost: the output was removed"):
+        end_of(status="succeeded", output=None, data_removed=True)
+
+
 @pytest.mark.parametrize(
-    ("output", "code"),
+    "output",
     [
-        (None, "result_lost"),
-        ({"image": DELIVERED}, "provider_error"),
-        ([[DELIVERED]], "provider_error"),
-        (7, "provider_error"),
+        DELIVERED,
+        [DELIVERED],
+        [[DELIVERED]],
+        {"image": DELIVERED},
+        {"seed": 7, "revised_prompt": "a lighthouse", "images": [{"url": DELIVERED}]},
     ],
+    ids=str,
 )
-def test_an_output_of_another_shape_is_an_error(output, code):
-    with pytest.raises(JobError) as refusal:
-        end_of(status="succeeded", output=output)
-
-    assert refusal.value.code == code
-
-
-@pytest.mark.parametrize("output", [DELIVERED, [DELIVERED]])
-def test_one_url_and_a_list_of_urls_mean_the_same(output):
+def test_addresses_are_found_in_texts_lists_and_objects(output):
     result = end_of(status="succeeded", output=output, metrics={"predict_time": 1.5})
 
-    assert result == worker.Result([DELIVERED], 1.5)
+    assert result == worker.Result([DELIVERED], 1.5, 1)
+
+
+@pytest.mark.parametrize("output", [7, [], {"a": 1}, "done"], ids=str)
+def test_an_output_without_an_address_has_no_outputs(output):
+    assert end_of(status="succeeded", output=output).outputs == []
+
+
+@pytest.mark.parametrize("name", ["image_count", "image_output_count"])
+def test_images_are_counted_as_the_provider_bills_them(name):
+    result = end_of(status="succeeded", output=[DELIVERED], metrics={name: 3})
+
+    assert result.images == 3
+
+
+def test_a_missing_prediction_is_lost_only_if_it_stays_missing():
+    gone = httpx.Response(404)
+
+    assert end_of(*[gone] * worker.HTTP_TRIES, status="succeeded", output=DELIVERED).outputs
+    with pytest.raises(JobError, match="result_lost: no such prediction"):
+        end_of(*[gone] * (worker.HTTP_TRIES + 1), status="succeeded", output=DELIVERED)
+
+
+@pytest.mark.parametrize("status", ["starting", "processing", "pondering", None])
+def test_a_status_we_do_not_know_is_one_more_to_wait_for(status):
+    with mock.patch("worker.PROVIDER_POLL_SECONDS", 0.0):
+        running = httpx.Response(200, json={"status": status})
+        result = end_of(running, running, status="succeeded", output=DELIVERED)
+
+    assert result.outputs == [DELIVERED]
 
 
 @pytest.mark.parametrize("status", ["canceled", "aborted"])
@@ -544,6 +660,28 @@ def test_an_unexpected_error_tells_its_type_and_place_but_not_its_text():
     assert told.code == "internal"
     assert told.detail.startswith("ValueError at test_an_unexpected_error")
     assert "replicate.delivery" not in told.detail
+
+
+def test_a_stop_does_not_cut_short_the_call_that_ends_a_job():
+    ended: list[str] = []
+
+    async def fail_job(job: Job, error: JobError) -> str:
+        await asyncio.sleep(0.01)
+        ended.append(error.code)
+        return "failed"
+
+    async def stop_meanwhile() -> None:
+        one = worker.Worker(mock.Mock(), mock.Mock(fail_job=fail_job), {}, mock.Mock())
+        running = worker.Running(a_job())
+        one.running[running.job.token] = running
+        task = asyncio.create_task(one.process(running))
+        await asyncio.sleep(0.005)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(stop_meanwhile())
+
+    assert ended == ["internal"]
 
 
 # --- the preview provider ---
@@ -566,7 +704,7 @@ PROMPTS = {
 def test_a_preview_has_the_size_asked_for_whatever_the_prompt(prompt, size):
     data = worker.draw_preview(prompt, 7, size)
 
-    assert inspect_image(io.BytesIO(data)) == ("PNG", *size)
+    assert Image.open(io.BytesIO(data)).size == size
 
 
 def test_a_preview_depends_on_prompt_seed_and_size_only():

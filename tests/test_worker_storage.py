@@ -1,0 +1,668 @@
+"""What worker.py makes of an output: what it takes, what it refuses, what it stores."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import struct
+import uuid
+import zlib
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import blurhash
+import fake_replicate
+import httpx
+import pytest
+from bench import memory
+from database import Database
+from fake_replicate import FakeReplicate
+from http_client import SignedUp, answer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageStat
+from worker_process import Workers
+
+import worker
+from stack import Stack
+from worker import JobError, Storage, inspect_image
+
+pytest_plugins = ["http_fixtures"]
+fake = fake_replicate.fake_replicate
+
+FOLDER = f"{uuid.UUID(int=1)}/{uuid.UUID(int=2)}"
+RASTER = ["PNG", "JPEG", "WEBP", "AVIF", "GIF"]
+
+
+def noise(size: tuple[int, int] = (40, 30)) -> Image.Image:
+    return Image.effect_noise(size, 50).convert("RGB")
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def picture(kind: str = "PNG", size: tuple[int, int] = (40, 30), **options: Any) -> bytes:
+    return encoded(noise(size), kind, **options)
+
+
+def inspected(data: bytes, preview_pixels: int = 0) -> worker.Picture:
+    return inspect_image(io.BytesIO(data), preview_pixels)
+
+
+def seen(data: bytes) -> tuple[str, int | None, int | None]:
+    found = inspected(data)
+    return found.format, found.width, found.height
+
+
+def refusal(data: bytes) -> JobError:
+    with pytest.raises(JobError) as refused:
+        inspected(data)
+    return refused.value
+
+
+def stored(
+    body: Iterable[bytes],
+    answer: Callable[[httpx.Request], httpx.Response] = lambda _: httpx.Response(200),
+    max_bytes: int = 10**7,
+    preview_pixels: int = 0,
+) -> dict[str, Any]:
+    """Store one output where every upload is answered like this."""
+
+    async def chunks() -> AsyncGenerator[bytes, None]:
+        for chunk in body:
+            await asyncio.sleep(0)
+            yield chunk
+
+    async def handle(request: httpx.Request) -> httpx.Response:
+        await request.aread()
+        return answer(request)
+
+    async def store() -> dict[str, Any]:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(handle)) as http:
+            storage = Storage(http, "http://storage", "key", max_bytes, preview_pixels)
+            job = SimpleNamespace(user_id=uuid.UUID(int=1), job_id=uuid.UUID(int=2))
+            return await storage.store(job, 0, chunks())
+
+    with mock.patch("worker.backoff", return_value=0.0):
+        return asyncio.run(store())
+
+
+class Bucket:
+    """Takes every upload, or answers the first ones as told."""
+
+    def __init__(self, *answers: httpx.Response) -> None:
+        self.answers = list(answers)
+        self.uploads: list[httpx.Request] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.uploads.append(request)
+        return self.answers.pop(0) if self.answers else httpx.Response(200)
+
+    def files(self) -> dict[str, tuple[str, bytes]]:
+        """Type and bytes by path."""
+        return {
+            each.url.path.partition("/generations/")[2]: (
+                each.headers["content-type"],
+                each.content,
+            )
+            for each in self.uploads
+        }
+
+
+# --- what is an image ---
+
+
+@pytest.mark.parametrize("kind", RASTER)
+def test_format_and_size_are_read_from_the_bytes(kind):
+    assert seen(picture(kind)) == (kind, 40, 30)
+
+
+def test_a_jpeg_of_several_pictures_is_stored_as_a_jpeg():
+    several = picture("MPO", save_all=True, append_images=[noise()])
+
+    assert seen(several) == ("JPEG", 40, 30)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "AVIF", "PNG"])
+def test_of_an_animation_the_first_frame_is_shown(kind):
+    red, blue = (Image.new("RGB", (600, 300), colour) for colour in ("red", "blue"))
+    animation = encoded(red, kind, save_all=True, append_images=[blue], duration=100)
+
+    found = inspected(animation, 100)
+
+    assert (found.format, found.width, found.height) == (kind, 600, 300)
+    assert_colour(found, (255, 0, 0))
+
+
+ONE_PIXEL_OFF = {
+    "a jpeg after a page": b"<!doctype html>" + picture("JPEG"),
+    "bmp": picture("BMP"),
+    "tiff": picture("TIFF"),
+    "ico": picture("ICO"),
+    "jpeg 2000": picture("JPEG2000"),
+    "pdf": picture("PDF"),
+}
+HOSTILE = {
+    "empty": b"",
+    "a page": b"<!doctype html><script>alert(1)</script>",
+    "a well-formed page": b'<html xmlns="http://www.w3.org/1999/xhtml"><body/></html>',
+    "json": b'{"error": "no"}',
+    "a program": b"\x7fELF" + bytes(200),
+    "a script called gif": b"GIF89a=1;alert(1)",
+    "large and nothing": bytes(11 << 20),
+    "only a header": picture()[:33],
+    "a broken chunk": picture()[:33] + b"\0\0\0\x64" + picture()[37:],
+    **{f"truncated {kind}": picture(kind, (90, 80))[:-40] for kind in RASTER},
+    **ONE_PIXEL_OFF,
+}
+
+
+@pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE.keys())
+def test_bytes_that_are_no_image_are_the_providers_error(data):
+    error = refusal(data)
+
+    assert (error.code, "no image" in error.detail) == ("provider_error", True), error
+
+
+@pytest.mark.parametrize("kind", RASTER)
+def test_a_file_that_is_something_else_too_is_stored_as_the_image_it_is(kind):
+    bucket = Bucket()
+    data = picture(kind) + b"<script>alert(1)</script>PK\x05\x06" + bytes(18)
+
+    image = stored([data], bucket)
+
+    extension, content_type = worker.FORMATS[kind]
+    assert image["content_type"] == content_type
+    assert bucket.files() == {f"{FOLDER}/0.{extension}": (content_type, data)}
+
+
+def png_of(width: int, height: int, rows: bytes = b"") -> bytes:
+    """A grey PNG that claims this size."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+BOMBS = {
+    "claims 60000 x 60000": png_of(60_000, 60_000),
+    "claims more than fits": png_of(2**31 - 1, 2**31 - 1),
+    "has 100 megapixels": png_of(10_000, 10_000, bytes(10_001 * 10_000)),
+    "one line": png_of(worker.MAX_IMAGE_PIXELS + 1, 1),
+    "gif": b"GIF89a" + struct.pack("<HH", 60_000, 60_000) + picture("GIF")[10:],
+    "jpeg": picture("JPEG").replace(struct.pack(">HH", 30, 40), struct.pack(">HH", 60000, 60000)),
+}
+
+
+@pytest.mark.parametrize("data", BOMBS.values(), ids=BOMBS.keys())
+def test_a_bomb_is_refused_before_it_is_decoded(data):
+    with mock.patch("PIL.ImageFile.ImageFile.load", side_effect=AssertionError("decoded")):
+        error = refusal(data)
+
+    assert error.code == "provider_error"
+    assert "too many pixels" in error.detail or "no image: Decompression" in error.detail
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    kind=st.sampled_from(RASTER),
+    changes=st.dictionaries(st.integers(0, 300), st.integers(0, 255), max_size=4),
+    end=st.integers(0, 3000),
+)
+def test_damaged_images_are_read_or_refused_but_never_crash(kind, changes, end):
+    data = bytearray(picture(kind))
+    for at, value in changes.items():
+        data[at % len(data)] = value
+    try:
+        found = inspected(bytes(data[:end]), 16)
+        assert found.width and found.height
+    except JobError as error:
+        assert error.code == "provider_error"
+
+
+# --- preview and blurhash ---
+
+
+def colours(found: worker.Picture) -> list[list[float]]:
+    """Mean colours of the blurhash and of the preview."""
+    assert found.blurhash and found.preview
+    rows = blurhash.decode(found.blurhash, 8, 8)
+    preview = Image.open(io.BytesIO(found.preview)).convert("RGBA")
+    flat = Image.alpha_composite(Image.new("RGBA", preview.size, "white"), preview).convert("RGB")
+    hashed = [sum(pixel[band] for row in rows for pixel in row) / 64 for band in range(3)]
+    return [hashed, ImageStat.Stat(flat).mean]
+
+
+def assert_colour(found: worker.Picture, wanted: tuple[int, int, int], within: int = 12) -> None:
+    for colour in colours(found):
+        assert all(abs(a - b) <= within for a, b in zip(colour, wanted, strict=True)), colour
+
+
+ORANGE, WHITE = (230, 120, 40), (255, 255, 255)
+plain = Image.new("RGB", (300, 200), ORANGE)
+half = Image.new("RGBA", (300, 200), (*ORANGE, 128))
+KINDS = {
+    **{f"rgb {kind}": (encoded(plain, kind), ORANGE) for kind in RASTER},
+    "progressive jpeg": (encoded(plain, "JPEG", progressive=True), ORANGE),
+    "cmyk jpeg": (encoded(plain.convert("CMYK"), "JPEG"), ORANGE),
+    "grey jpeg": (encoded(plain.convert("L"), "JPEG"), (144, 144, 144)),
+    "palette png": (encoded(plain.quantize(8)), ORANGE),
+    "palette png with a clear colour": (encoded(plain.quantize(8), transparency=0), WHITE),
+    "16-bit png": (encoded(Image.new("I;16", (300, 200), 40000)), (156, 156, 156)),
+    "1-bit png": (encoded(Image.new("1", (300, 200), 1)), WHITE),
+    "grey and alpha png": (encoded(Image.new("LA", (300, 200), (0, 128))), (127, 127, 127)),
+    "clear png": (encoded(Image.new("RGBA", (300, 200), (0, 0, 0, 0))), WHITE),
+    "rgb png with a clear colour": (encoded(plain, transparency=ORANGE), WHITE),
+    "half clear png": (encoded(half), (242, 187, 147)),
+    "half clear webp": (encoded(half, "WEBP"), (242, 187, 147)),
+    "half clear avif": (encoded(half, "AVIF"), (242, 187, 147)),
+}
+
+
+@pytest.mark.parametrize(("data", "colour"), KINDS.values(), ids=KINDS.keys())
+def test_preview_and_blurhash_show_the_colours_of_every_kind_of_image(data, colour):
+    assert_colour(inspected(data, 100), colour)
+
+
+def test_the_blurhash_has_four_by_three_components_in_their_places():
+    picture = Image.new("RGB", (300, 200), "black")
+    picture.paste((255, 255, 255), (0, 0, 150, 200))
+
+    found = inspected(encoded(picture)).blurhash
+
+    assert blurhash.components(found) == (4, 3)
+    rows = blurhash.decode(found, 8, 8)
+    assert min(row[0][0] for row in rows) > 200
+    assert max(row[7][0] for row in rows) < 130
+
+
+@pytest.mark.parametrize(
+    ("size", "pixels", "preview"),
+    [
+        ((2000, 1000), 512, (512, 256)),
+        ((700, 1400), 512, (256, 512)),
+        ((513, 512), 512, (512, 511)),
+        ((512, 512), 512, None),
+        ((40, 30), 512, None),
+        ((3000, 2), 512, (512, 1)),
+        ((2000, 1000), 16, (16, 8)),
+        ((2000, 1000), 0, None),
+    ],
+)
+def test_a_preview_is_made_of_what_is_larger_than_it(size, pixels, preview):
+    found = inspected(picture("JPEG", size), pixels)
+
+    assert (found.width, found.height) == size
+    assert len(found.blurhash or "") == 28
+    if preview is None:
+        assert found.preview is None
+    else:
+        image = Image.open(io.BytesIO(found.preview or b""))
+        assert (image.format, image.size) == ("WEBP", preview)
+        assert not image.getexif()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_size_preview_and_blurhash_are_turned_as_displayed(kind, orientation):
+    upright = Image.new("RGB", (600, 400), "white")
+    upright.paste("black", (0, 0, 300, 400))
+    turns = [0, None, 0, 3, 1, 5, 2, 6, 4]  # Transpose that undoes the display's
+    lying = upright if orientation == 1 else upright.transpose(Image.Transpose(turns[orientation]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+
+    found = inspected(encoded(lying, kind, exif=exif), 60)
+
+    assert (found.width, found.height) == (600, 400)
+    shown = Image.open(io.BytesIO(found.preview or b"")).convert("L")
+    assert shown.size == (60, 40)
+    assert (shown.getpixel((5, 20)), shown.getpixel((55, 20))) == (
+        pytest.approx(0, abs=9),
+        pytest.approx(255, abs=9),
+    )
+
+
+def test_image_preview_and_facts_are_stored_side_by_side():
+    bucket = Bucket()
+    data = picture("AVIF", (1200, 900))
+
+    image = stored([data[:5000], data[5000:]], bucket, preview_pixels=512)
+
+    files = bucket.files()
+    assert files[f"{FOLDER}/0.avif"] == ("image/avif", data)
+    content_type, preview = files[f"{FOLDER}/0.preview.webp"]
+    assert (content_type, Image.open(io.BytesIO(preview)).size) == ("image/webp", (512, 384))
+    assert image == {
+        "position": 0,
+        "storage_path": f"{FOLDER}/0.avif",
+        "preview_path": f"{FOLDER}/0.preview.webp",
+        "content_type": "image/avif",
+        "width": 1200,
+        "height": 900,
+        "bytes": len(data),
+        "blurhash": inspected(data, 512).blurhash,
+    }
+
+
+# --- SVG ---
+
+SVG = (
+    '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"{}>{}</svg>'
+)
+
+
+def svg(inside: str = "", attributes: str = "") -> bytes:
+    return SVG.format(attributes, inside).encode()
+
+
+def sanitized(data: bytes) -> str:
+    file = io.BytesIO(data)
+    assert inspect_image(file, 512).format == "SVG"
+    return file.getvalue().decode()
+
+
+DRAWING = (
+    '<title>t</title><defs><linearGradient id="g"><stop offset="0" stop-color="#f00"/>'
+    '</linearGradient><filter id="f"><feGaussianBlur stdDeviation="2"/></filter></defs>'
+    '<g transform="scale(2)"><path d="M0 0L9 9Z" fill="url(#g)" filter="url(#f)"/></g>'
+    '<text x="1" font-family="serif">&lt;ä&gt;</text><use href="#g"/>'
+)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        svg(DRAWING),
+        b"\xef\xbb\xbf" + svg(DRAWING),
+        b"\n <!-- by a model -->\n" + svg(DRAWING),
+        b'<?xml version="1.0" encoding="UTF-8" standalone="no"?>\n' + svg(DRAWING),
+        b'<!DOCTYPE svg PUBLIC "-//W3C//DTD SVG 1.1//EN" "http://www.w3.org/svg11.dtd">'
+        + svg(DRAWING),
+        svg(DRAWING).decode().encode("utf-16"),
+    ],
+    ids=["plain", "bom", "comment", "declaration", "doctype", "utf-16"],
+)
+def test_a_harmless_svg_keeps_what_it_draws(data):
+    clean = sanitized(data)
+
+    for kept in ("linearGradient", "feGaussianBlur", "M0 0L9 9Z", "url(#g)", "&lt;ä", 'href="#g"'):
+        assert kept in clean
+
+
+@pytest.mark.parametrize(
+    ("attributes", "size"),
+    [
+        (' width="300" height="200"', (300, 200)),
+        (' width="300px" height="199.6"', (300, 200)),
+        (' width="100%" height="100%" viewBox="0 0 640 480"', (640, 480)),
+        (' viewBox="-5,-5,640.2,480"', (640, 480)),
+        (' width="10cm" height="5cm"', (None, None)),
+        (' width="0" height="0"', (None, None)),
+        (' width="300"', (None, None)),
+        (' width="9999999999" height="1"', (None, None)),
+        (' viewBox="0 0 nan inf"', (None, None)),
+        ("", (None, None)),
+    ],
+)
+def test_an_svg_has_a_size_if_it_says_one_in_plain_numbers(attributes, size):
+    assert seen(svg(DRAWING, attributes)) == ("SVG", *size)
+
+
+ATTACKS = {
+    "script": svg("<script>alert(1)</script>"),
+    "script from elsewhere": svg('<script xlink:href="https://evil.example/x.js"/>'),
+    "handler": svg('<rect onclick="alert(1)"/>', ' onload="alert(1)"'),
+    "foreignObject": svg(
+        '<foreignObject><iframe xmlns="http://www.w3.org/1999/xhtml"/></foreignObject>'
+    ),
+    "html": svg('<script xmlns="http://www.w3.org/1999/xhtml">alert(1)</script>'),
+    "script link": svg('<a href="javascript:alert(1)"><text>x</text></a>'),
+    "script link in entities": svg(
+        '<a xlink:href="java&#10;script&#58;alert(1)"><text>x</text></a>'
+    ),
+    "animated link": svg('<a><animate attributeName="href" values="#x"/></a>'),
+    "set handler": svg('<set attributeName="onclick" to="x"/>'),
+    "image": svg(
+        '<image href="https://evil.example/x.png"/><image xlink:href="//evil.example/y"/>'
+    ),
+    "use": svg('<use xlink:href="https://evil.example/x.svg#a"/>'),
+    "base": svg('<use href="#a"/>', ' xml:base="https://evil.example/"'),
+    "css import": svg('<style>@import "https://evil.example/x.css"; a{}</style>'),
+    "css import in disguise": svg(r'<style>@\69mport "//evil.example/x.css"; a{}</style>'),
+    "css url": svg("<style>rect{fill:url( 'https://evil.example/x' )}</style>"),
+    "css url in cdata": svg("<style><![CDATA[rect{fill:UrL(//evil.example/x)}]]></style>"),
+    "font": svg("<style>@font-face{src:url(https://evil.example/f.woff)}</style>"),
+    "style attribute": svg('<rect style="fill:url(https://evil.example/x)"/>'),
+    "paint": svg('<rect fill="url(https://evil.example/x#g)" mask="url(//evil.example/m)"/>'),
+    "css image-set": svg('<rect style="mask-image:image-set(&quot;//evil.example/x&quot; 1x)"/>'),
+    "css after an element": svg('<style><g/>@import "//evil.example/x.css";</style>'),
+    "stylesheet": b'<?xml-stylesheet href="//evil.example/x.css"?>' + svg(),
+    "data page": svg('<image href="data:text/html,&lt;script&gt;alert(1)&lt;/script&gt;"/>'),
+    "data svg": svg('<use href="data:image/svg+xml;base64,PHN2Zz4="/>'),
+    "another namespace": b'<s:svg xmlns:s="http://www.w3.org/2000/svg" '
+    b'xmlns="http://www.w3.org/1999/xhtml"><s:a>x</s:a><s:style>a{}</s:style></s:svg>',
+    "default attribute": b'<!DOCTYPE svg [<!ATTLIST rect onclick CDATA "alert(1)">]>'
+    + svg("<rect/>"),
+    "file entity": b'<!DOCTYPE svg [<!ENTITY a SYSTEM "file:///etc/passwd">]>'
+    + svg("<text>&a;</text>"),
+    "parameter entity": b'<!DOCTYPE svg [<!ENTITY % a SYSTEM "//evil.example">%a;]>' + svg(),
+    "undeclared entity": svg("<text>&a;</text>"),
+    "page around it": b"<html>" + svg("<script>alert(1)</script>") + b"</html>",
+    "page after it": svg() + b"<script>alert(1)</script>",
+    "no namespace": b"<svg onload='alert(1)'/>",
+    "cut off": svg("<g><script>alert(1)</script>")[:-12],
+}
+DANGERS = ("script", "alert", "evil", "onload", "onclick", "foreign", "iframe", "xhtml", "@import",
+           "data:", "passwd", "attributename", "<!", "<?xml-", "xml:base")  # fmt: skip
+
+
+@pytest.mark.parametrize("data", ATTACKS.values(), ids=ATTACKS.keys())
+def test_nothing_dangerous_is_left_of_an_svg(data):
+    file = io.BytesIO(data)
+    try:
+        inspect_image(file, 512)
+    except JobError as error:
+        assert error.code == "provider_error"
+        return
+    clean = file.getvalue().decode()
+    assert [danger for danger in DANGERS if danger in clean.lower()] == []
+
+
+def test_a_picture_inside_an_svg_stays():
+    assert "data:image/png;base64,iVBO" in sanitized(
+        svg('<image href="data:image/png;base64,iVBO"/>')
+    )
+
+
+LAUGHS = "".join(f'<!ENTITY a{n} "{f"&a{n - 1};" * 10}">' for n in range(1, 10))
+EXHAUSTING = {
+    "entities": f'<!DOCTYPE svg [<!ENTITY a0 "ha">{LAUGHS}]>'.encode() + svg("<text>&a9;</text>"),
+    "nesting": svg("<g>" * 200_000 + "</g>" * 200_000),
+    "broad nesting": svg("<g>" * 150 + "<g/>" * 100_000 + "</g>" * 150),
+    "elements": svg("<g/>" * 2_000_000),
+    "attributes": svg("<g " + " ".join(f'data-a{n}="1"' for n in range(100_000)) + "/>"),
+    "size": svg(" " * worker.MAX_SVG_BYTES),
+}
+
+
+@pytest.mark.parametrize("data", EXHAUSTING.values(), ids=EXHAUSTING.keys())
+def test_an_svg_made_to_exhaust_its_reader_is_refused(data):
+    assert refusal(data).code == "provider_error"
+
+
+def test_a_path_of_ten_megabytes_is_only_a_large_picture():
+    data = svg(f'<path d="{"M0 0L9 9" * 1_250_000}"/>')
+
+    assert len(data) > 10_000_000
+    assert len(sanitized(data)) > 10_000_000
+
+
+def test_an_svg_is_stored_clean_and_under_a_type_no_browser_runs():
+    bucket = Bucket()
+
+    data = svg("<script>alert(1)</script><rect/>", ' width="30" height="20"')
+    image = stored([data], bucket, preview_pixels=8)
+
+    ((path, (content_type, file)),) = bucket.files().items()
+    assert (path, content_type) == (f"{FOLDER}/0.svg.bin", "application/octet-stream")
+    assert b"<rect" in file and b"script" not in file
+    assert image["content_type"] == "image/svg+xml"
+    assert (image["width"], image["height"], image["bytes"]) == (30, 20, len(file))
+    assert (image["preview_path"], image["blurhash"]) == (None, None)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    changes=st.dictionaries(st.integers(0, 400), st.integers(0, 255), max_size=4),
+    end=st.integers(0, 1000),
+)
+def test_a_damaged_svg_is_read_or_refused_but_never_crashes(changes, end):
+    data = bytearray(svg(DRAWING))
+    for at, value in changes.items():
+        data[at % len(data)] = value
+    try:
+        assert inspected(bytes(data[:end])).format == "SVG"
+    except JobError as error:
+        assert error.code == "provider_error"
+
+
+# --- download ---
+
+
+def test_an_output_over_the_cap_is_given_up_at_the_cap():
+    sent = 0
+
+    def two_gigabytes() -> Iterable[bytes]:
+        nonlocal sent
+        while sent < 2 << 30:
+            sent += 1000
+            yield bytes(1000)
+
+    with pytest.raises(JobError, match="provider_error: output: more than 5000 bytes"):
+        stored(two_gigabytes(), max_bytes=5000)
+
+    assert sent == 6000
+
+
+def test_an_output_that_trickles_in_is_given_up_in_time_and_not_bought_again():
+    def endless() -> Iterable[bytes]:
+        while True:
+            yield b"x"
+
+    with (
+        mock.patch("worker.DOWNLOAD_SECONDS", 0.1),
+        pytest.raises(JobError, match=r"provider_timeout: output: not received within 0\.1 s"),
+    ):
+        stored(endless())
+
+
+def test_images_in_flight_are_on_disk_and_decoded_one_at_a_time():
+    """tests/bench/memory.py shows the same for 64 jobs. Held in memory, these would be 320 MB."""
+    megabytes, _ = memory.measure(jobs=16, kinds=("png",))
+
+    assert megabytes < 180
+
+
+# --- upload ---
+
+
+def test_an_upload_is_repeated_with_all_its_bytes():
+    bucket = Bucket(httpx.Response(503), httpx.Response(429))
+    data = picture(size=(900, 700))
+
+    image = stored([data], bucket)
+
+    assert [upload.content for upload in bucket.uploads] == [data] * 3
+    assert {upload.headers["x-upsert"] for upload in bucket.uploads} == {"true"}
+    assert (image["bytes"], image["width"], image["height"]) == (len(data), 900, 700)
+    assert image["storage_path"] == f"{FOLDER}/0.png"
+
+
+REFUSED = {"error": "Unauthorized", "message": "new row violates row-level security policy"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "tries"),
+    [
+        (httpx.Response(500), 4),
+        (httpx.Response(408), 4),
+        (httpx.Response(400, json={"statusCode": "429"}), 4),
+        (httpx.Response(400, json={"statusCode": "423"}), 4),
+        (httpx.Response(400, json={"statusCode": "403"} | REFUSED), 4),
+        (httpx.Response(400, json={"statusCode": "404"}), 1),
+        (httpx.Response(400, json={"statusCode": "413"}), 1),
+        (httpx.Response(400, json=["odd"]), 1),
+        (httpx.Response(401), 1),
+        (httpx.Response(413, text="<html>too large</html>"), 1),
+        (httpx.Response(415), 1),
+    ],
+)
+def test_an_upload_that_never_succeeds_is_our_error_and_repeated_if_that_may_help(answer, tries):
+    bucket = Bucket(*[answer] * 9)
+
+    with pytest.raises(JobError, match=f"internal: upload: HTTP {answer.status_code}"):
+        stored([picture()], bucket)
+
+    assert len(bucket.uploads) == tries
+
+
+# --- all the way to the owner ---
+
+
+@pytest.fixture
+def workers(
+    stack: Stack, stack_db: Database, fake: FakeReplicate, tmp_path: Path
+) -> Iterator[Workers]:
+    """One worker on the stack's own database, with Replicate faked and its models switched on."""
+    active = stack_db.execute("select id from public.models where is_active")
+    stack_db.execute("update public.models set is_active = true")
+    with Workers(stack_db, stack, tmp_path) as workers:
+        workers.start(REPLICATE_API_URL=fake.url, REPLICATE_API_TOKEN=fake.token)
+        yield workers
+    ids = [row["id"] for row in active]
+    stack_db.execute("update public.models set is_active = (id = any(%s))", ids)
+
+
+def made(user: SignedUp, workers: Workers, model: str) -> dict[str, Any]:
+    """Have an image made, and answer what its owner is told of it."""
+    workers.db.execute("select public.grant_credits(%s, 20, 'grant', %s)", user.id, user.id)
+    job = user.enqueued(model=model)
+    workers.until(job, "completed")
+    (image,) = answer(user.get_job_status(job))["images"]
+    return dict(image)
+
+
+def test_the_owner_gets_an_avif_and_its_preview(user, nobody, workers, fake):
+    fake.next(format="avif", size=(900, 600))
+
+    image = made(user, workers, "black-forest-labs/flux-schnell")
+
+    file = user.download(f"generations/{image['path']}")
+    preview = user.download(f"generations/{image['preview_path']}")
+    assert (file.headers["content-type"], len(file.content)) == ("image/avif", image["bytes"])
+    assert (image["content_type"], image["width"], image["height"]) == ("image/avif", 900, 600)
+    assert image["blurhash"] == inspected(file.content, 512).blurhash
+    assert preview.headers["content-type"] == "image/webp"
+    assert Image.open(io.BytesIO(preview.content)).size == (512, 341)
+    assert not nobody.download(f"generations/{image['preview_path']}").is_success
+
+
+def test_the_owner_gets_an_svg_that_browsers_only_save(user, workers, fake):
+    image = made(user, workers, "recraft-ai/recraft-v3-svg")
+
+    file = user.download(f"generations/{image['path']}")
+    assert file.headers["content-type"] == "application/octet-stream"
+    assert b"<rect" in file.content
+    assert (image["content_type"], image["width"], image["height"]) == ("image/svg+xml", 64, 48)
+    assert (image["preview_path"], image["blurhash"]) == (None, None)
