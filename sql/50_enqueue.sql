@@ -6,10 +6,9 @@
 -- one of the two, and workers repeat their calls. The lock also serialises one user's requests:
 -- limits, balance and idempotency key are read and written without a race.
 
--- Jobs that would be claimed before this place in the queue, counted up to p_at_most.
+-- Jobs that would be claimed before this one, counted up to p_at_most; null unless it is queued.
 create or replace function private.queue_position(
-  p_fair_key bigint,
-  p_seq bigint,
+  p_job_id uuid,
   p_at_most integer default 1000
 )
 returns integer
@@ -17,16 +16,20 @@ language sql
 stable
 set search_path = ''
 as $$
-  select count(*)::integer
-  from (
-    select 1
-    from private.ready_jobs as r
-    where r.run_at is null and (r.fair_key, r.seq) < (p_fair_key, p_seq)
-    limit p_at_most
-  ) as ahead
+  select (
+    select count(*)::integer
+    from (
+      select 1
+      from private.ready_jobs as r
+      where r.run_at is null and (r.fair_key, r.seq) < (job.fair_key, job.seq)
+      limit p_at_most
+    ) as ahead
+  )
+  from private.ready_jobs as job
+  where job.job_id = p_job_id
 $$;
 
-revoke all on function private.queue_position(bigint, bigint, integer)
+revoke all on function private.queue_position(uuid, integer)
 from public, anon, authenticated, service_role;
 
 -- Wakes one sleeping worker, if there is one: the one heard of last, which is least likely dead.
@@ -222,10 +225,7 @@ as $$
     'credits_left', (
       select e.credits from public.entitlements as e where e.user_id = p_generation.user_id
     ),
-    'queue_position', (
-      select private.queue_position(r.fair_key, r.seq)
-      from private.ready_jobs as r where r.job_id = p_generation.id
-    ),
+    'queue_position', private.queue_position(p_generation.id),
     'poll_after_ms', private.poll_after_ms(p_generation)
   )
 $$;

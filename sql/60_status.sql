@@ -32,10 +32,7 @@ as $$
     'status', p_generation.status,
     'stage', running.stage,
     'progress', running.progress,
-    'queue_position', (
-      select private.queue_position(r.fair_key, r.seq)
-      from private.ready_jobs as r where r.job_id = p_generation.id
-    ),
+    'queue_position', private.queue_position(p_generation.id),
     'poll_after_ms', private.poll_after_ms(p_generation),
     'model', p_generation.model_id,
     'prompt', p_generation.prompt,
