@@ -177,14 +177,53 @@ comment on column public.models.cost_unit is
 comment on column public.models.is_schema_confirmed is
   'False: input_schema was written from documentation, not imported from the provider.';
 
+create table public.model_aliases (
+  id text,
+  model_id text references public.models (id) on delete cascade,
+  weight integer not null default 1,
+  primary key (id, model_id),
+  constraint model_aliases_id_is_owner_slash_name check (id ~ '^[a-z0-9_.-]+/[a-z0-9_.-]+$'),
+  constraint model_aliases_weight_is_not_negative check (weight >= 0)
+);
+
+comment on table public.model_aliases is
+  'Names that stand for one of several models, to try them against each other: one row for each '
+  'arm. Each user keeps the arm once met.';
+comment on column public.model_aliases.id is
+  'What clients ask for, auto/fast say. A model of that name goes first.';
+comment on column public.model_aliases.weight is
+  'Share of the users against the weights of the other arms; 0: nobody new.';
+
+create index model_aliases_model_id_idx on public.model_aliases (model_id);
+
+create table public.batches (
+  id uuid primary key default private.uuid_v7(),
+  user_id uuid not null references public.entitlements (user_id) on delete cascade,
+  request_hash text not null,
+  job_count smallint not null,
+  idempotency_key text,
+  created_at timestamptz not null default now(),
+  constraint batches_job_count_is_positive check (job_count > 0)
+);
+
+comment on table public.batches is 'Generations that were asked for together.';
+comment on column public.batches.request_hash is
+  'Hash of model, prompts and params: what a repeated idempotency_key must match.';
+
+create index batches_user_id_idx on public.batches (user_id);
+create unique index batches_idempotency_key_idx
+on public.batches (user_id, idempotency_key) where idempotency_key is not null;
+
 create table public.generations (
   id uuid primary key default private.uuid_v7(),
   -- To entitlements, not auth.users: enqueue has locked that row already, so the check is free.
   user_id uuid not null references public.entitlements (user_id) on delete cascade,
-  batch_id uuid,
-  -- No foreign key: it would lock the model's row in every enqueue. Models are deactivated, not
-  -- deleted.
+  -- No foreign keys but this: they would lock a row each in every enqueue. Models are deactivated,
+  -- not deleted.
   model_id text not null,
+  alias_id text,
+  batch_id uuid,
+  retry_of uuid,
   prompt text not null,
   input jsonb not null,
   provider_input jsonb not null,
@@ -194,10 +233,12 @@ create table public.generations (
   price_credits integer not null,
   image_count smallint not null,
   idempotency_key text,
+  is_favorite boolean not null default false,
   created_at timestamptz not null default now(),
   started_at timestamptz,
   finished_at timestamptz,
   updated_at timestamptz not null default now(),
+  deleted_at timestamptz,
   constraint generations_status_is_known check (
     status in ('queued', 'processing', 'completed', 'failed', 'canceled')
   ),
@@ -215,6 +256,11 @@ create table public.generations (
 comment on table public.generations is
   'What a user asked for and what became of it: the job''s permanent record.';
 comment on column public.generations.id is 'The job id: the same thing seen by the queue.';
+comment on column public.generations.alias_id is
+  'The alias that was asked for and stood for model_id; null: the model itself was.';
+comment on column public.generations.batch_id is 'The batch it was asked for in, if any.';
+comment on column public.generations.retry_of is
+  'The failed or canceled generation that this one repeats.';
 comment on column public.generations.input is 'The params as the user gave them.';
 comment on column public.generations.provider_input is
   'What is sent to the provider: prompt, params, defaults and the chosen seed.';
@@ -227,10 +273,17 @@ comment on column public.generations.price_credits is
 comment on column public.generations.image_count is 'Images asked and charged for.';
 comment on column public.generations.idempotency_key is
   'The client''s own name for the request: the same key answers with this row.';
+comment on column public.generations.deleted_at is
+  'When the user deleted it: hidden from then on, erased after settings.keep_deleted.';
 
 create index generations_user_id_id_idx on public.generations (user_id, id desc);
 create unique index generations_idempotency_key_idx
 on public.generations (user_id, idempotency_key) where idempotency_key is not null;
+create index generations_batch_id_idx on public.generations (batch_id) where batch_id is not null;
+create index generations_retry_of_idx on public.generations (retry_of) where retry_of is not null;
+-- Read by params.reuse: only what was asked for with a seed can be asked for again.
+create index generations_reuse_idx
+on public.generations (user_id, md5(provider_input::text)) where input ? 'seed';
 
 create table public.images (
   generation_id uuid not null references public.generations (id) on delete cascade,

@@ -123,7 +123,7 @@ create table private.attempts (
   cost_usd numeric(12, 6),
   primary key (generation_id, token),
   constraint attempts_outcome_is_known check (
-    outcome in ('completed', 'retried', 'failed', 'released')
+    outcome in ('completed', 'retried', 'failed', 'released', 'canceled')
   )
 );
 
@@ -133,10 +133,13 @@ comment on column private.attempts.attempt is
   'Attempt number; a released or throttled claim shares it with the next, so (generation, token) '
   'is the key.';
 comment on column private.attempts.outcome is
-  'completed | retried (failed, queued again) | failed | released (graceful stop).';
+  'completed | retried (failed, queued again) | failed | released (graceful stop) | canceled.';
 comment on column private.attempts.provider_seconds is 'Compute seconds the provider reported.';
 comment on column private.attempts.cost_usd is 'US dollars the attempt cost at the provider.';
 
+-- Written in the order of time, so a BRIN index finds the last minutes, and costs next to nothing.
+create index attempts_ended_at_idx
+on private.attempts using brin (ended_at) with (pages_per_range = 16, autosummarize = true);
 -- Read when a lost create is looked for at the provider.
 create index attempts_provider_job_id_idx
 on private.attempts (provider_job_id) where provider_job_id is not null;
@@ -172,15 +175,21 @@ create table private.plans (
   name text primary key,
   max_active integer not null,
   max_per_minute integer not null,
+  max_batch integer not null,
   weight integer not null,
   constraint plans_name_is_known check (name in ('free', 'paid')),
-  constraint plans_limits_are_positive check (max_active > 0 and max_per_minute > 0),
+  constraint plans_limits_are_positive check (
+    max_active > 0 and max_per_minute > 0 and max_batch between 1 and 100
+  ),
   constraint plans_weight_is_a_step_of_the_queue check (weight between 1 and 1000)
 );
 
 comment on table private.plans is 'Limits of free and paid users.';
 comment on column private.plans.max_active is 'Jobs queued or running at once.';
 comment on column private.plans.max_per_minute is 'Jobs enqueued in a minute.';
+comment on column private.plans.max_batch is
+  'Prompts of one batch. A batch is let in whole while there is room for one job more, and then '
+  'counts in full.';
 comment on column private.plans.weight is 'Share of the queue against other users'' weights.';
 
 create table private.settings (
@@ -194,10 +203,14 @@ create table private.settings (
   retry_base interval not null default '2 seconds',
   retry_cap interval not null default '60 seconds',
   give_up_after interval not null default '1 hour',
+  running_cancel_refund_percent smallint not null default 100,
   constraint settings_is_one_row check (id),
   constraint settings_welcome_credits_are_not_negative check (welcome_credits >= 0),
   constraint settings_lease_outlives_three_heartbeats check (lease >= 3 * heartbeat),
-  constraint settings_max_attempts_is_positive check (max_attempts > 0)
+  constraint settings_max_attempts_is_positive check (max_attempts > 0),
+  constraint settings_running_cancel_refund_is_a_percentage check (
+    running_cancel_refund_percent between 0 and 100
+  )
 );
 
 comment on table private.settings is 'The one row of operator settings.';
@@ -209,3 +222,5 @@ comment on column private.settings.max_attempts is 'Attempts of a job before it 
 comment on column private.settings.retry_base is
   'Retry n of a job waits up to retry_base * 2^(n-1), at most retry_cap.';
 comment on column private.settings.give_up_after is 'A job this old is not retried any more.';
+comment on column private.settings.running_cancel_refund_percent is
+  'Share of the price given back when a job is canceled after the provider was asked for it.';

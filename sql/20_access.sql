@@ -7,6 +7,8 @@
 alter table public.entitlements enable row level security;
 alter table public.credit_ledger enable row level security;
 alter table public.models enable row level security;
+alter table public.model_aliases enable row level security;
+alter table public.batches enable row level security;
 alter table public.generations enable row level security;
 alter table public.images enable row level security;
 alter table private.ready_jobs enable row level security;
@@ -20,18 +22,24 @@ alter table private.settings enable row level security;
 
 revoke all on all tables in schema private from public, anon, authenticated, service_role;
 revoke all on all sequences in schema private from public, anon, authenticated, service_role;
-revoke all on table public.entitlements, public.credit_ledger, public.models, public.generations,
-public.images from public, anon, authenticated, service_role;
+revoke all on table public.entitlements, public.credit_ledger, public.models,
+public.model_aliases, public.batches, public.generations, public.images
+from public, anon, authenticated, service_role;
 revoke all on sequence public.credit_ledger_id_seq from public, anon, authenticated, service_role;
 
-grant select on table public.entitlements, public.credit_ledger, public.generations, public.images
+grant select on table public.entitlements, public.credit_ledger, public.batches,
+public.generations, public.images
 to authenticated, service_role;
 grant select, insert, update on table public.models to service_role;
+grant select, insert, update, delete on table public.model_aliases to service_role;
 
 create policy "Users read their own entitlement" on public.entitlements
 for select to authenticated using (user_id = (select auth.uid()));
 
 create policy "Users read their own ledger" on public.credit_ledger
+for select to authenticated using (user_id = (select auth.uid()));
+
+create policy "Users read their own batches" on public.batches
 for select to authenticated using (user_id = (select auth.uid()));
 
 create policy "Users read their own generations" on public.generations

@@ -1,8 +1,9 @@
--- How an attempt ends: complete_job, fail_job, release_job, and the pieces recovery (80) shares.
+-- How an attempt ends: complete_job, fail_job, release_job, cancel_job, and the pieces that recovery
+-- (80) and cancel (77) share.
 --
--- end_lease takes the running row, and with it the right to settle. What follows is one of three:
--- the generation is completed (and settled on the images stored), finally failed (and refunded), or
--- its job goes back to ready_jobs. Each ended claim leaves one row in attempts.
+-- end_lease takes the running row, and with it the right to settle. What follows is one of four:
+-- the generation is completed (and settled on the images stored), finally failed (and refunded),
+-- canceled (and refunded by the rule of finish_canceled), or its job goes back to ready_jobs. Each ended claim leaves one row in attempts.
 
 -- Deletes the running row if the token holds it and answers it. All null if this token already
 -- ended the attempt in one of these ways: the call is a repeat whose first answer was lost.
@@ -108,7 +109,32 @@ $$;
 revoke all on function private.requeue_job(private.running_jobs, integer, interval, boolean)
 from public, anon, authenticated, service_role;
 
--- Ends a job for good: the generation keeps its input and tells why, the whole price goes back.
+-- Ends a generation: the one place where a job becomes completed, failed or canceled.
+create or replace function private.finish_generation(
+  p_job_id uuid,
+  p_status text,
+  p_error private.error_codes default null
+)
+returns public.generations
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_generation public.generations;
+begin
+  update public.generations set
+    status = p_status, error_code = p_error.code, error_message = p_error.message,
+    finished_at = now(), updated_at = now()
+  where id = p_job_id
+  returning * into strict v_generation;
+  return v_generation;
+end;
+$$;
+
+revoke all on function private.finish_generation(uuid, text, private.error_codes)
+from public, anon, authenticated, service_role;
+
+-- Fails a job for good: the generation keeps its input and tells why, the whole price goes back.
 --
 -- Locks: the entitlement row.
 create or replace function private.finish_failed(
@@ -120,19 +146,63 @@ language plpgsql
 set search_path = ''
 as $$
 declare
-  v_price integer;
+  v_generation public.generations := private.finish_generation(p_job.job_id, 'failed', p_error);
 begin
-  update public.generations set
-    status = 'failed', error_code = p_error.code, error_message = p_error.message,
-    finished_at = now(), updated_at = now()
-  where id = p_job.job_id
-  returning price_credits into v_price;
-  perform private.refund_generation(p_job.user_id, p_job.job_id, v_price);
+  perform private.refund_generation(p_job.user_id, p_job.job_id, v_generation.price_credits);
   perform private.release_slot(p_job.user_id);
 end;
 $$;
 
 revoke all on function private.finish_failed(private.running_jobs, private.error_codes)
+from public, anon, authenticated, service_role;
+
+-- Cancels a job for good. The refund rule: the whole price, but only the share of
+-- settings.running_cancel_refund_percent once the provider was asked and may bill us.
+--
+-- Locks: the entitlement row.
+create or replace function private.finish_canceled(
+  p_user_id uuid,
+  p_job_id uuid,
+  p_was_begun boolean
+)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_percent integer := case
+    when p_was_begun then (select s.running_cancel_refund_percent from private.settings as s)
+    else 100
+  end;
+  v_generation public.generations := private.finish_generation(p_job_id, 'canceled');
+begin
+  perform private.refund_generation(
+    p_user_id, p_job_id, (v_generation.price_credits::bigint * v_percent / 100)::integer
+  );
+  perform private.release_slot(p_user_id);
+end;
+$$;
+
+revoke all on function private.finish_canceled(uuid, uuid, boolean)
+from public, anon, authenticated, service_role;
+
+-- The same for a job whose lease has just ended.
+create or replace function private.finish_canceled_job(
+  p_job private.running_jobs,
+  p_code text default null,
+  p_detail text default null
+)
+returns void
+language sql
+set search_path = ''
+as $$
+  select private.finish_canceled(
+    p_job.user_id, p_job.job_id, p_job.create_started_at is not null
+  );
+  select private.record_attempt(p_job, 'canceled', p_code, p_detail);
+$$;
+
+revoke all on function private.finish_canceled_job(private.running_jobs, text, text)
 from public, anon, authenticated, service_role;
 
 -- Claims of a job that have ended so far.
@@ -170,7 +240,8 @@ $$;
 revoke all on function private.retry_delay(integer, double precision)
 from public, anon, authenticated, service_role;
 
--- Retries a failed attempt while it may, or fails the job for good. Answers 'retried' or 'failed'.
+-- Retries a failed attempt while it may, or fails the job for good, or cancels it if the user wants
+-- that. Answers 'retried', 'failed' or 'canceled'.
 create or replace function private.end_failed_attempt(
   p_job private.running_jobs,
   p_code text,
@@ -187,6 +258,10 @@ declare
   v_attempts_used integer;
   v_outcome text := 'failed';
 begin
+  if p_job.cancel_requested then
+    perform private.finish_canceled_job(p_job, p_code, p_detail);
+    return 'canceled';
+  end if;
   select * into strict v_settings from private.settings;
   -- A code that is not ours becomes internal; what came is kept in the detail.
   select * into strict v_error from private.error_codes
@@ -230,7 +305,7 @@ security definer
 set search_path = ''
 as $$
 declare
-  v_job private.running_jobs := private.end_lease(p_job_id, p_token, '{retried,failed}');
+  v_job private.running_jobs := private.end_lease(p_job_id, p_token, '{retried,failed,canceled}');
 begin
   if v_job.job_id is null then
     return 'repeated';
@@ -242,7 +317,8 @@ $$;
 comment on function private.fail_job is
   'Ends an attempt with a code of error_codes: retried while attempts remain, else failed and '
   'refunded. p_detail is for operators only; p_retry_after_seconds is the provider''s own wish. '
-  'Answers retried, failed, or repeated (the call was made before). Errors: DR001 lease_lost.';
+  'Answers retried, failed, canceled (the user had asked for it), or repeated (the call was made '
+  'before). Errors: DR001 lease_lost.';
 
 revoke all on function private.fail_job(uuid, bigint, text, text, double precision)
 from public, anon, authenticated, service_role;
@@ -260,9 +336,14 @@ security definer
 set search_path = ''
 as $$
 declare
-  v_job private.running_jobs := private.end_lease(p_job_id, p_token, '{released}');
+  v_job private.running_jobs := private.end_lease(
+    p_job_id, p_token, '{released,canceled}'
+  );
 begin
   if v_job.job_id is null then
+    return;
+  elsif v_job.cancel_requested then
+    perform private.finish_canceled_job(v_job);
     return;
   end if;
   perform private.requeue_job(v_job, v_job.attempt - 1, interval '0', p_resumes);
@@ -272,12 +353,38 @@ $$;
 
 comment on function private.release_job is
   'Gives a job back unfinished (graceful stop): next in line, the attempt does not count, the '
-  'checkpoint is kept. p_resumes false: nothing was begun at the provider. Errors: DR001 '
+  'checkpoint is kept; or canceled, if the user asked for that. p_resumes false: nothing was begun at the provider. Errors: DR001 '
   'lease_lost.';
 
 revoke all on function private.release_job(uuid, bigint, boolean)
 from public, anon, authenticated, service_role;
 grant execute on function private.release_job(uuid, bigint, boolean) to darkroom_worker;
+
+create or replace function private.cancel_job(p_job_id uuid, p_token bigint)
+returns void
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_job private.running_jobs := private.end_lease(p_job_id, p_token, '{canceled}');
+begin
+  if v_job.cancel_requested then
+    perform private.finish_canceled_job(v_job);
+  elsif v_job.job_id is not null then
+    raise exception 'nobody asked to cancel job %', p_job_id
+      using errcode = 'invalid_parameter_value';
+  end if;
+end;
+$$;
+
+comment on function private.cancel_job is
+  'Ends a job whose cancel the heartbeat told of. Repeating it changes nothing. Errors: DR001 '
+  'lease_lost, 22023 nobody asked for it.';
+
+revoke all on function private.cancel_job(uuid, bigint)
+from public, anon, authenticated, service_role;
+grant execute on function private.cancel_job(uuid, bigint) to darkroom_worker;
 
 -- Stores what was made and settles on it: images that were charged but not made are given back.
 --
@@ -302,9 +409,7 @@ begin
   if v_job.job_id is null then
     return;
   end if;
-  update public.generations set status = 'completed', finished_at = now(), updated_at = now()
-  where id = p_job_id
-  returning * into v_generation;
+  v_generation := private.finish_generation(p_job_id, 'completed');
   if v_stored not between 1 and v_generation.image_count then
     raise exception '% images stored, % charged', v_stored, v_generation.image_count
       using errcode = 'invalid_parameter_value';

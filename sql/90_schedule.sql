@@ -3,9 +3,9 @@
 
 insert into private.settings default values on conflict do nothing;
 
-insert into private.plans (name, max_active, max_per_minute, weight) values
-('free', 3, 10, 1),
-('paid', 20, 60, 4)
+insert into private.plans (name, max_active, max_per_minute, max_batch, weight) values
+('free', 3, 10, 3, 1),
+('paid', 20, 60, 100, 4)
 on conflict do nothing;
 
 insert into private.providers (name) values ('preview'), ('replicate') on conflict do nothing;

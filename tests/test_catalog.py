@@ -41,6 +41,7 @@ MAY_EXECUTE = {
     "darkroom_worker": {
         "private.adopt_provider_job(uuid,bigint,text[])",
         "private.begin_create(uuid,bigint)",
+        "private.cancel_job(uuid,bigint)",
         "private.checkpoint(uuid,bigint,text)",
         "private.claim_jobs(bigint,integer)",
         "private.complete_job(uuid,bigint,jsonb,jsonb)",
@@ -60,16 +61,22 @@ MAY_EXECUTE = {
 MAY_TOUCH = {
     "anon": set(),
     "authenticated": {
+        "public.batches SELECT",
         "public.credit_ledger SELECT",
         "public.entitlements SELECT",
         "public.generations SELECT",
         "public.images SELECT",
     },
     "service_role": {
+        "public.batches SELECT",
         "public.credit_ledger SELECT",
         "public.entitlements SELECT",
         "public.generations SELECT",
         "public.images SELECT",
+        "public.model_aliases DELETE",
+        "public.model_aliases INSERT",
+        "public.model_aliases SELECT",
+        "public.model_aliases UPDATE",
         "public.models INSERT",
         "public.models SELECT",
         "public.models UPDATE",
@@ -223,7 +230,7 @@ def test_constraints_and_indexes_are_named_after_their_table(catalog):
 def test_policies_are_sentences_about_the_signed_in(catalog):
     policies = catalog.execute("select policyname, roles::text from pg_policies")
 
-    assert len(policies) == 9
+    assert len(policies) == 10
     assert all(re.match(r"Users [a-z]+ their own ", policy["policyname"]) for policy in policies)
     assert {policy["roles"] for policy in policies} == {"{authenticated}"}
 

@@ -84,6 +84,19 @@ BROKEN_RULES = {
     "settings_welcome_credits_are_not_negative": "update private.settings set welcome_credits = -1",
     "settings_lease_outlives_three_heartbeats": "update private.settings set lease = '44 seconds'",
     "settings_max_attempts_is_positive": "update private.settings set max_attempts = 0",
+    "settings_running_cancel_refund_is_a_percentage": (
+        "update private.settings set running_cancel_refund_percent = 101"
+    ),
+    "model_aliases_id_is_owner_slash_name": (
+        "insert into public.model_aliases select 'fast', id from public.models limit 1"
+    ),
+    "model_aliases_weight_is_not_negative": (
+        "insert into public.model_aliases select 'auto/fast', id, -1 from public.models limit 1"
+    ),
+    "batches_job_count_is_positive": (
+        "insert into public.batches (user_id, request_hash, job_count)"
+        " select user_id, '', 0 from public.entitlements limit 1"
+    ),
 }
 
 

@@ -247,14 +247,53 @@ comment on column public.models.cost_unit is
 comment on column public.models.is_schema_confirmed is
   'False: input_schema was written from documentation, not imported from the provider.';
 
+create table public.model_aliases (
+  id text,
+  model_id text references public.models (id) on delete cascade,
+  weight integer not null default 1,
+  primary key (id, model_id),
+  constraint model_aliases_id_is_owner_slash_name check (id ~ '^[a-z0-9_.-]+/[a-z0-9_.-]+$'),
+  constraint model_aliases_weight_is_not_negative check (weight >= 0)
+);
+
+comment on table public.model_aliases is
+  'Names that stand for one of several models, to try them against each other: one row for each '
+  'arm. Each user keeps the arm once met.';
+comment on column public.model_aliases.id is
+  'What clients ask for, auto/fast say. A model of that name goes first.';
+comment on column public.model_aliases.weight is
+  'Share of the users against the weights of the other arms; 0: nobody new.';
+
+create index model_aliases_model_id_idx on public.model_aliases (model_id);
+
+create table public.batches (
+  id uuid primary key default private.uuid_v7(),
+  user_id uuid not null references public.entitlements (user_id) on delete cascade,
+  request_hash text not null,
+  job_count smallint not null,
+  idempotency_key text,
+  created_at timestamptz not null default now(),
+  constraint batches_job_count_is_positive check (job_count > 0)
+);
+
+comment on table public.batches is 'Generations that were asked for together.';
+comment on column public.batches.request_hash is
+  'Hash of model, prompts and params: what a repeated idempotency_key must match.';
+
+create index batches_user_id_idx on public.batches (user_id);
+create unique index batches_idempotency_key_idx
+on public.batches (user_id, idempotency_key) where idempotency_key is not null;
+
 create table public.generations (
   id uuid primary key default private.uuid_v7(),
   -- To entitlements, not auth.users: enqueue has locked that row already, so the check is free.
   user_id uuid not null references public.entitlements (user_id) on delete cascade,
-  batch_id uuid,
-  -- No foreign key: it would lock the model's row in every enqueue. Models are deactivated, not
-  -- deleted.
+  -- No foreign keys but this: they would lock a row each in every enqueue. Models are deactivated,
+  -- not deleted.
   model_id text not null,
+  alias_id text,
+  batch_id uuid,
+  retry_of uuid,
   prompt text not null,
   input jsonb not null,
   provider_input jsonb not null,
@@ -264,10 +303,12 @@ create table public.generations (
   price_credits integer not null,
   image_count smallint not null,
   idempotency_key text,
+  is_favorite boolean not null default false,
   created_at timestamptz not null default now(),
   started_at timestamptz,
   finished_at timestamptz,
   updated_at timestamptz not null default now(),
+  deleted_at timestamptz,
   constraint generations_status_is_known check (
     status in ('queued', 'processing', 'completed', 'failed', 'canceled')
   ),
@@ -285,6 +326,11 @@ create table public.generations (
 comment on table public.generations is
   'What a user asked for and what became of it: the job''s permanent record.';
 comment on column public.generations.id is 'The job id: the same thing seen by the queue.';
+comment on column public.generations.alias_id is
+  'The alias that was asked for and stood for model_id; null: the model itself was.';
+comment on column public.generations.batch_id is 'The batch it was asked for in, if any.';
+comment on column public.generations.retry_of is
+  'The failed or canceled generation that this one repeats.';
 comment on column public.generations.input is 'The params as the user gave them.';
 comment on column public.generations.provider_input is
   'What is sent to the provider: prompt, params, defaults and the chosen seed.';
@@ -297,10 +343,17 @@ comment on column public.generations.price_credits is
 comment on column public.generations.image_count is 'Images asked and charged for.';
 comment on column public.generations.idempotency_key is
   'The client''s own name for the request: the same key answers with this row.';
+comment on column public.generations.deleted_at is
+  'When the user deleted it: hidden from then on, erased after settings.keep_deleted.';
 
 create index generations_user_id_id_idx on public.generations (user_id, id desc);
 create unique index generations_idempotency_key_idx
 on public.generations (user_id, idempotency_key) where idempotency_key is not null;
+create index generations_batch_id_idx on public.generations (batch_id) where batch_id is not null;
+create index generations_retry_of_idx on public.generations (retry_of) where retry_of is not null;
+-- Read by params.reuse: only what was asked for with a seed can be asked for again.
+create index generations_reuse_idx
+on public.generations (user_id, md5(provider_input::text)) where input ? 'seed';
 
 create table public.images (
   generation_id uuid not null references public.generations (id) on delete cascade,
@@ -464,7 +517,7 @@ create table private.attempts (
   cost_usd numeric(12, 6),
   primary key (generation_id, token),
   constraint attempts_outcome_is_known check (
-    outcome in ('completed', 'retried', 'failed', 'released')
+    outcome in ('completed', 'retried', 'failed', 'released', 'canceled')
   )
 );
 
@@ -474,10 +527,13 @@ comment on column private.attempts.attempt is
   'Attempt number; a released or throttled claim shares it with the next, so (generation, token) '
   'is the key.';
 comment on column private.attempts.outcome is
-  'completed | retried (failed, queued again) | failed | released (graceful stop).';
+  'completed | retried (failed, queued again) | failed | released (graceful stop) | canceled.';
 comment on column private.attempts.provider_seconds is 'Compute seconds the provider reported.';
 comment on column private.attempts.cost_usd is 'US dollars the attempt cost at the provider.';
 
+-- Written in the order of time, so a BRIN index finds the last minutes, and costs next to nothing.
+create index attempts_ended_at_idx
+on private.attempts using brin (ended_at) with (pages_per_range = 16, autosummarize = true);
 -- Read when a lost create is looked for at the provider.
 create index attempts_provider_job_id_idx
 on private.attempts (provider_job_id) where provider_job_id is not null;
@@ -513,15 +569,21 @@ create table private.plans (
   name text primary key,
   max_active integer not null,
   max_per_minute integer not null,
+  max_batch integer not null,
   weight integer not null,
   constraint plans_name_is_known check (name in ('free', 'paid')),
-  constraint plans_limits_are_positive check (max_active > 0 and max_per_minute > 0),
+  constraint plans_limits_are_positive check (
+    max_active > 0 and max_per_minute > 0 and max_batch between 1 and 100
+  ),
   constraint plans_weight_is_a_step_of_the_queue check (weight between 1 and 1000)
 );
 
 comment on table private.plans is 'Limits of free and paid users.';
 comment on column private.plans.max_active is 'Jobs queued or running at once.';
 comment on column private.plans.max_per_minute is 'Jobs enqueued in a minute.';
+comment on column private.plans.max_batch is
+  'Prompts of one batch. A batch is let in whole while there is room for one job more, and then '
+  'counts in full.';
 comment on column private.plans.weight is 'Share of the queue against other users'' weights.';
 
 create table private.settings (
@@ -535,10 +597,14 @@ create table private.settings (
   retry_base interval not null default '2 seconds',
   retry_cap interval not null default '60 seconds',
   give_up_after interval not null default '1 hour',
+  running_cancel_refund_percent smallint not null default 100,
   constraint settings_is_one_row check (id),
   constraint settings_welcome_credits_are_not_negative check (welcome_credits >= 0),
   constraint settings_lease_outlives_three_heartbeats check (lease >= 3 * heartbeat),
-  constraint settings_max_attempts_is_positive check (max_attempts > 0)
+  constraint settings_max_attempts_is_positive check (max_attempts > 0),
+  constraint settings_running_cancel_refund_is_a_percentage check (
+    running_cancel_refund_percent between 0 and 100
+  )
 );
 
 comment on table private.settings is 'The one row of operator settings.';
@@ -550,6 +616,8 @@ comment on column private.settings.max_attempts is 'Attempts of a job before it 
 comment on column private.settings.retry_base is
   'Retry n of a job waits up to retry_base * 2^(n-1), at most retry_cap.';
 comment on column private.settings.give_up_after is 'A job this old is not retried any more.';
+comment on column private.settings.running_cancel_refund_percent is
+  'Share of the price given back when a job is canceled after the provider was asked for it.';
 -- Row level security: who may read what. Nobody writes a table: the functions do.
 --
 -- Users read their own rows in public; the catalogue is read through list_models(). Private tables
@@ -559,6 +627,8 @@ comment on column private.settings.give_up_after is 'A job this old is not retri
 alter table public.entitlements enable row level security;
 alter table public.credit_ledger enable row level security;
 alter table public.models enable row level security;
+alter table public.model_aliases enable row level security;
+alter table public.batches enable row level security;
 alter table public.generations enable row level security;
 alter table public.images enable row level security;
 alter table private.ready_jobs enable row level security;
@@ -572,18 +642,24 @@ alter table private.settings enable row level security;
 
 revoke all on all tables in schema private from public, anon, authenticated, service_role;
 revoke all on all sequences in schema private from public, anon, authenticated, service_role;
-revoke all on table public.entitlements, public.credit_ledger, public.models, public.generations,
-public.images from public, anon, authenticated, service_role;
+revoke all on table public.entitlements, public.credit_ledger, public.models,
+public.model_aliases, public.batches, public.generations, public.images
+from public, anon, authenticated, service_role;
 revoke all on sequence public.credit_ledger_id_seq from public, anon, authenticated, service_role;
 
-grant select on table public.entitlements, public.credit_ledger, public.generations, public.images
+grant select on table public.entitlements, public.credit_ledger, public.batches,
+public.generations, public.images
 to authenticated, service_role;
 grant select, insert, update on table public.models to service_role;
+grant select, insert, update, delete on table public.model_aliases to service_role;
 
 create policy "Users read their own entitlement" on public.entitlements
 for select to authenticated using (user_id = (select auth.uid()));
 
 create policy "Users read their own ledger" on public.credit_ledger
+for select to authenticated using (user_id = (select auth.uid()));
+
+create policy "Users read their own batches" on public.batches
 for select to authenticated using (user_id = (select auth.uid()));
 
 create policy "Users read their own generations" on public.generations
@@ -3558,11 +3634,12 @@ comment on function private.pause_provider is
 revoke all on function private.pause_provider(text, integer, text)
 from public, anon, authenticated, service_role;
 grant execute on function private.pause_provider(text, integer, text) to darkroom_worker;
--- How an attempt ends: complete_job, fail_job, release_job, and the pieces recovery (80) shares.
+-- How an attempt ends: complete_job, fail_job, release_job, cancel_job, and the pieces that recovery
+-- (80) and cancel (77) share.
 --
--- end_lease takes the running row, and with it the right to settle. What follows is one of three:
--- the generation is completed (and settled on the images stored), finally failed (and refunded), or
--- its job goes back to ready_jobs. Each ended claim leaves one row in attempts.
+-- end_lease takes the running row, and with it the right to settle. What follows is one of four:
+-- the generation is completed (and settled on the images stored), finally failed (and refunded),
+-- canceled (and refunded by the rule of finish_canceled), or its job goes back to ready_jobs. Each ended claim leaves one row in attempts.
 
 -- Deletes the running row if the token holds it and answers it. All null if this token already
 -- ended the attempt in one of these ways: the call is a repeat whose first answer was lost.
@@ -3668,7 +3745,32 @@ $$;
 revoke all on function private.requeue_job(private.running_jobs, integer, interval, boolean)
 from public, anon, authenticated, service_role;
 
--- Ends a job for good: the generation keeps its input and tells why, the whole price goes back.
+-- Ends a generation: the one place where a job becomes completed, failed or canceled.
+create or replace function private.finish_generation(
+  p_job_id uuid,
+  p_status text,
+  p_error private.error_codes default null
+)
+returns public.generations
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_generation public.generations;
+begin
+  update public.generations set
+    status = p_status, error_code = p_error.code, error_message = p_error.message,
+    finished_at = now(), updated_at = now()
+  where id = p_job_id
+  returning * into strict v_generation;
+  return v_generation;
+end;
+$$;
+
+revoke all on function private.finish_generation(uuid, text, private.error_codes)
+from public, anon, authenticated, service_role;
+
+-- Fails a job for good: the generation keeps its input and tells why, the whole price goes back.
 --
 -- Locks: the entitlement row.
 create or replace function private.finish_failed(
@@ -3680,19 +3782,63 @@ language plpgsql
 set search_path = ''
 as $$
 declare
-  v_price integer;
+  v_generation public.generations := private.finish_generation(p_job.job_id, 'failed', p_error);
 begin
-  update public.generations set
-    status = 'failed', error_code = p_error.code, error_message = p_error.message,
-    finished_at = now(), updated_at = now()
-  where id = p_job.job_id
-  returning price_credits into v_price;
-  perform private.refund_generation(p_job.user_id, p_job.job_id, v_price);
+  perform private.refund_generation(p_job.user_id, p_job.job_id, v_generation.price_credits);
   perform private.release_slot(p_job.user_id);
 end;
 $$;
 
 revoke all on function private.finish_failed(private.running_jobs, private.error_codes)
+from public, anon, authenticated, service_role;
+
+-- Cancels a job for good. The refund rule: the whole price, but only the share of
+-- settings.running_cancel_refund_percent once the provider was asked and may bill us.
+--
+-- Locks: the entitlement row.
+create or replace function private.finish_canceled(
+  p_user_id uuid,
+  p_job_id uuid,
+  p_was_begun boolean
+)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_percent integer := case
+    when p_was_begun then (select s.running_cancel_refund_percent from private.settings as s)
+    else 100
+  end;
+  v_generation public.generations := private.finish_generation(p_job_id, 'canceled');
+begin
+  perform private.refund_generation(
+    p_user_id, p_job_id, (v_generation.price_credits::bigint * v_percent / 100)::integer
+  );
+  perform private.release_slot(p_user_id);
+end;
+$$;
+
+revoke all on function private.finish_canceled(uuid, uuid, boolean)
+from public, anon, authenticated, service_role;
+
+-- The same for a job whose lease has just ended.
+create or replace function private.finish_canceled_job(
+  p_job private.running_jobs,
+  p_code text default null,
+  p_detail text default null
+)
+returns void
+language sql
+set search_path = ''
+as $$
+  select private.finish_canceled(
+    p_job.user_id, p_job.job_id, p_job.create_started_at is not null
+  );
+  select private.record_attempt(p_job, 'canceled', p_code, p_detail);
+$$;
+
+revoke all on function private.finish_canceled_job(private.running_jobs, text, text)
 from public, anon, authenticated, service_role;
 
 -- Claims of a job that have ended so far.
@@ -3730,7 +3876,8 @@ $$;
 revoke all on function private.retry_delay(integer, double precision)
 from public, anon, authenticated, service_role;
 
--- Retries a failed attempt while it may, or fails the job for good. Answers 'retried' or 'failed'.
+-- Retries a failed attempt while it may, or fails the job for good, or cancels it if the user wants
+-- that. Answers 'retried', 'failed' or 'canceled'.
 create or replace function private.end_failed_attempt(
   p_job private.running_jobs,
   p_code text,
@@ -3747,6 +3894,10 @@ declare
   v_attempts_used integer;
   v_outcome text := 'failed';
 begin
+  if p_job.cancel_requested then
+    perform private.finish_canceled_job(p_job, p_code, p_detail);
+    return 'canceled';
+  end if;
   select * into strict v_settings from private.settings;
   -- A code that is not ours becomes internal; what came is kept in the detail.
   select * into strict v_error from private.error_codes
@@ -3790,7 +3941,7 @@ security definer
 set search_path = ''
 as $$
 declare
-  v_job private.running_jobs := private.end_lease(p_job_id, p_token, '{retried,failed}');
+  v_job private.running_jobs := private.end_lease(p_job_id, p_token, '{retried,failed,canceled}');
 begin
   if v_job.job_id is null then
     return 'repeated';
@@ -3802,7 +3953,8 @@ $$;
 comment on function private.fail_job is
   'Ends an attempt with a code of error_codes: retried while attempts remain, else failed and '
   'refunded. p_detail is for operators only; p_retry_after_seconds is the provider''s own wish. '
-  'Answers retried, failed, or repeated (the call was made before). Errors: DR001 lease_lost.';
+  'Answers retried, failed, canceled (the user had asked for it), or repeated (the call was made '
+  'before). Errors: DR001 lease_lost.';
 
 revoke all on function private.fail_job(uuid, bigint, text, text, double precision)
 from public, anon, authenticated, service_role;
@@ -3820,9 +3972,14 @@ security definer
 set search_path = ''
 as $$
 declare
-  v_job private.running_jobs := private.end_lease(p_job_id, p_token, '{released}');
+  v_job private.running_jobs := private.end_lease(
+    p_job_id, p_token, '{released,canceled}'
+  );
 begin
   if v_job.job_id is null then
+    return;
+  elsif v_job.cancel_requested then
+    perform private.finish_canceled_job(v_job);
     return;
   end if;
   perform private.requeue_job(v_job, v_job.attempt - 1, interval '0', p_resumes);
@@ -3832,12 +3989,38 @@ $$;
 
 comment on function private.release_job is
   'Gives a job back unfinished (graceful stop): next in line, the attempt does not count, the '
-  'checkpoint is kept. p_resumes false: nothing was begun at the provider. Errors: DR001 '
+  'checkpoint is kept; or canceled, if the user asked for that. p_resumes false: nothing was begun at the provider. Errors: DR001 '
   'lease_lost.';
 
 revoke all on function private.release_job(uuid, bigint, boolean)
 from public, anon, authenticated, service_role;
 grant execute on function private.release_job(uuid, bigint, boolean) to darkroom_worker;
+
+create or replace function private.cancel_job(p_job_id uuid, p_token bigint)
+returns void
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_job private.running_jobs := private.end_lease(p_job_id, p_token, '{canceled}');
+begin
+  if v_job.cancel_requested then
+    perform private.finish_canceled_job(v_job);
+  elsif v_job.job_id is not null then
+    raise exception 'nobody asked to cancel job %', p_job_id
+      using errcode = 'invalid_parameter_value';
+  end if;
+end;
+$$;
+
+comment on function private.cancel_job is
+  'Ends a job whose cancel the heartbeat told of. Repeating it changes nothing. Errors: DR001 '
+  'lease_lost, 22023 nobody asked for it.';
+
+revoke all on function private.cancel_job(uuid, bigint)
+from public, anon, authenticated, service_role;
+grant execute on function private.cancel_job(uuid, bigint) to darkroom_worker;
 
 -- Stores what was made and settles on it: images that were charged but not made are given back.
 --
@@ -3862,9 +4045,7 @@ begin
   if v_job.job_id is null then
     return;
   end if;
-  update public.generations set status = 'completed', finished_at = now(), updated_at = now()
-  where id = p_job_id
-  returning * into v_generation;
+  v_generation := private.finish_generation(p_job_id, 'completed');
   if v_stored not between 1 and v_generation.image_count then
     raise exception '% images stored, % charged', v_stored, v_generation.image_count
       using errcode = 'invalid_parameter_value';
@@ -3965,9 +4146,9 @@ revoke all on function private.trim_history() from public, anon, authenticated, 
 
 insert into private.settings default values on conflict do nothing;
 
-insert into private.plans (name, max_active, max_per_minute, weight) values
-('free', 3, 10, 1),
-('paid', 20, 60, 4)
+insert into private.plans (name, max_active, max_per_minute, max_batch, weight) values
+('free', 3, 10, 3, 1),
+('paid', 20, 60, 100, 4)
 on conflict do nothing;
 
 insert into private.providers (name) values ('preview'), ('replicate') on conflict do nothing;
