@@ -1,9 +1,10 @@
--- How an attempt ends: complete_job, fail_job, release_job, cancel_job, and the pieces that recovery
--- (80) and cancel (77) share.
+-- How an attempt ends: complete_job, fail_job, release_job, cancel_job, and the pieces that
+-- recovery (80) and cancel (77) share.
 --
 -- end_lease takes the running row, and with it the right to settle. What follows is one of four:
 -- the generation is completed (and settled on the images stored), finally failed (and refunded),
--- canceled (and refunded by the rule of finish_canceled), or its job goes back to ready_jobs. Each ended claim leaves one row in attempts.
+-- canceled (and refunded by the rule of finish_canceled), or its job goes back to ready_jobs. Each
+-- ended claim leaves one row in attempts.
 
 -- Deletes the running row if the token holds it and answers it. All null if this token already
 -- ended the attempt in one of these ways: the call is a repeat whose first answer was lost.
@@ -353,8 +354,8 @@ $$;
 
 comment on function private.release_job is
   'Gives a job back unfinished (graceful stop): next in line, the attempt does not count, the '
-  'checkpoint is kept; or canceled, if the user asked for that. p_resumes false: nothing was begun at the provider. Errors: DR001 '
-  'lease_lost.';
+  'checkpoint is kept; or canceled, if the user asked for that. p_resumes false: nothing was begun'
+  ' at the provider. Errors: DR001 lease_lost.';
 
 revoke all on function private.release_job(uuid, bigint, boolean)
 from public, anon, authenticated, service_role;
