@@ -1,8 +1,8 @@
 -- Darkroom: the backend of an app whose users generate images, living in PostgreSQL.
 --
 -- Read these files in order. A user asks for a picture with enqueue_generation (50), which gates
--- (30, 32), charges (40) and queues in one transaction. A worker claims the job (72), makes the
--- picture and completes or fails it (75). What a dead worker left is picked up by
+-- (30, 32), charges (40) and queues (45) in one transaction. A worker claims the job (72), makes
+-- the picture and completes or fails it (75). What a dead worker left is picked up by
 -- recover_stale_jobs (80). The user reads the state with get_job_status (60).
 --
 -- Schema `public` is what PostgREST exposes: tables with row level security and thin security
@@ -18,6 +18,8 @@
 --   PT403 requires_paid_plan      the model is for paid users
 --   PT404 not_found               no such job or model, or not yours
 --   PT409 idempotency_conflict    the key was used before with another payload
+--   PT409 not_finished            the job is queued or running: wait for it or cancel it
+--   PT409 already_finished        the job has ended: there is nothing to cancel or to retry
 --   PT429 too_many_active *       as many jobs are queued or running as the plan allows
 --   PT429 rate_limited *          as many requests in this minute as the plan allows
 -- Errors for the worker.

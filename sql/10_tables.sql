@@ -188,11 +188,11 @@ create table public.model_aliases (
 
 comment on table public.model_aliases is
   'Names that stand for one of several models, to try them against each other: one row for each '
-  'arm. Each user keeps the arm once met.';
+  'arm. A user stays with one arm while the weights stay.';
 comment on column public.model_aliases.id is
   'What clients ask for, auto/fast say. A model of that name goes first.';
 comment on column public.model_aliases.weight is
-  'Share of the users against the weights of the other arms; 0: nobody new.';
+  'Share of the users against the weights of the other arms; 0: none.';
 
 create index model_aliases_model_id_idx on public.model_aliases (model_id);
 

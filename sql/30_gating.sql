@@ -152,9 +152,63 @@ $$;
 revoke all on function private.check_request(text, text)
 from public, anon, authenticated, service_role;
 
--- The model, if it is there and this user may use it.
+-- The user's generation. Somebody else's is not found, like one that never was.
+--
+-- Raises: PT404 not_found.
+create or replace function private.require_generation(p_job_id uuid, p_user_id uuid)
+returns public.generations
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_generation public.generations;
+begin
+  select * into v_generation from public.generations
+  where id = p_job_id and user_id = p_user_id and deleted_at is null;
+  if not found then
+    raise sqlstate 'PT404' using
+      message = 'not_found',
+      detail = 'job_id: no such job of yours',
+      hint = 'Use the job_id that enqueue_generation answered.';
+  end if;
+  return v_generation;
+end;
+$$;
+
+revoke all on function private.require_generation(uuid, uuid)
+from public, anon, authenticated, service_role;
+
+-- The model that an alias stands for with this user; null if there is no such alias.
+--
+-- Weighted rendezvous hashing: each arm draws a number that depends on nothing but user and arm,
+-- and the smallest wins. So a user stays with an arm, and a change of weights moves as few as
+-- possible.
+create or replace function private.resolve_alias(p_alias_id text, p_user_id uuid, p_plan text)
+returns text
+language sql
+stable
+set search_path = ''
+as $$
+  select a.model_id
+  from public.model_aliases as a
+  inner join public.models as m on m.id = a.model_id
+  cross join lateral (
+    select ('x' || left(md5(concat_ws(' ', p_user_id, a.id, a.model_id)), 12))::bit(48)::bigint as n
+  ) as drawn
+  where a.id = p_alias_id and a.weight > 0 and m.is_active
+    and (p_plan = 'paid' or not m.requires_paid)
+  order by -ln((drawn.n + 1) / 281474976710657.0) / a.weight limit 1
+$$;
+
+revoke all on function private.resolve_alias(text, uuid, text)
+from public, anon, authenticated, service_role;
+
+-- The model of this name, or the one that an alias of this name stands for, if this user may use
+-- it.
+--
 -- Raises: PT404 not_found, PT403 requires_paid_plan.
-create or replace function private.require_model(p_model_id text, p_plan text)
+create or replace function private.require_model(p_name text, p_user_id uuid, p_plan text)
 returns public.models
 language plpgsql
 stable
@@ -163,8 +217,12 @@ as $$
 declare
   v_model public.models;
 begin
-  select * into v_model from public.models where id = p_model_id and is_active;
+  select * into v_model from public.models where id = p_name and is_active;
   if not found then
+    select * into v_model from public.models
+    where id = private.resolve_alias(p_name, p_user_id, p_plan);
+  end if;
+  if v_model.id is null then
     raise sqlstate 'PT404' using
       message = 'not_found', detail = 'model: no such model', hint = 'list_models() names them.';
   end if;
@@ -178,17 +236,18 @@ begin
 end;
 $$;
 
-revoke all on function private.require_model(text, text)
+revoke all on function private.require_model(text, uuid, text)
 from public, anon, authenticated, service_role;
 
--- The plan of a user now: 'paid' or 'free'.
+-- The plan of a user now: paid or free.
 create or replace function private.plan_of(p_entitlement public.entitlements)
-returns text
+returns private.plans
 language sql
 stable
 set search_path = ''
 as $$
-  select case
+  select p.* from private.plans as p
+  where p.name = case
     when p_entitlement.is_paid and p_entitlement.paid_until > now() then 'paid'
     else 'free'
   end

@@ -284,6 +284,25 @@ $$;
 revoke all on function private.complete_input(public.models, text, jsonb)
 from public, anon, authenticated, service_role;
 
+-- params.reuse is ours, not the model's: see find_reusable (50). Raises: PT400 invalid_input.
+create or replace function private.check_reuse(p_params jsonb)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+begin
+  if p_params ? 'reuse' and jsonb_typeof(p_params -> 'reuse') <> 'boolean' then
+    perform private.refuse_input('params.reuse: not of type boolean');
+  elsif p_params @> '{"reuse": true}' and not p_params ? 'seed' then
+    perform private.refuse_input(
+      'params.reuse: needs params.seed', 'Without a seed every picture is another one.'
+    );
+  end if;
+end;
+$$;
+
+revoke all on function private.check_reuse(jsonb) from public, anon, authenticated, service_role;
+
 -- The whole way from what a user gave to what the provider is sent.
 --
 -- Raises: PT400 invalid_input.
@@ -299,9 +318,10 @@ volatile
 set search_path = ''
 as $$
 declare
-  v_params jsonb := private.map_size(p_model, p_params);
+  v_params jsonb := private.map_size(p_model, p_params - 'reuse');
   v_problem text;
 begin
+  perform private.check_reuse(p_params);
   if private.is_blank(p_prompt) and private.needs_prompt(p_model) then
     perform private.refuse_input('prompt: missing or blank');
   end if;

@@ -24,6 +24,28 @@ $$;
 revoke all on function private.lock_entitlement(uuid)
 from public, anon, authenticated, service_role;
 
+-- Raises PT402 insufficient_credits unless the balance covers a price.
+create or replace function private.require_credits(
+  p_entitlement public.entitlements,
+  p_credits bigint
+)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+begin
+  if p_credits > p_entitlement.credits then
+    raise sqlstate 'PT402' using
+      message = 'insufficient_credits',
+      detail = format('need %s, have %s', p_credits, p_entitlement.credits),
+      hint = 'Buy credits or choose a cheaper model.';
+  end if;
+end;
+$$;
+
+revoke all on function private.require_credits(public.entitlements, bigint)
+from public, anon, authenticated, service_role;
+
 -- Charges one generation and takes one active slot, or refuses. The entitlement row is locked.
 --
 -- Raises: PT402 insufficient_credits.
@@ -41,12 +63,7 @@ declare
   v_balance integer := p_entitlement.credits - p_credits;
   v_new_minute boolean := p_entitlement.minute_started_at <= now() - interval '1 minute';
 begin
-  if v_balance < 0 then
-    raise sqlstate 'PT402' using
-      message = 'insufficient_credits',
-      detail = format('need %s, have %s', p_credits, p_entitlement.credits),
-      hint = 'Buy credits or choose a cheaper model.';
-  end if;
+  perform private.require_credits(p_entitlement, p_credits);
   update public.entitlements set
     credits = v_balance,
     active_jobs = active_jobs + 1,
@@ -129,7 +146,7 @@ as $$
     'max_per_minute', p.max_per_minute
   )
   from public.entitlements as e
-  inner join private.plans as p on p.name = private.plan_of(e)
+  cross join lateral private.plan_of(e) as p
   where e.user_id = p_user_id
 $$;
 

@@ -64,29 +64,17 @@ $$;
 revoke all on function private.job_json(public.generations)
 from public, anon, authenticated, service_role;
 
--- Body of public.get_job_status. Somebody else's job is not found, like one that never was.
+-- Body of public.get_job_status.
 --
 -- Raises: PT401 not_authenticated, PT404 not_found.
 create or replace function private.get_job_status(p_job_id uuid)
 returns json
-language plpgsql
+language sql
 stable
 security definer
 set search_path = ''
 as $$
-declare
-  v_user_id uuid := private.require_user_id();
-  v_generation public.generations;
-begin
-  select * into v_generation from public.generations where id = p_job_id and user_id = v_user_id;
-  if not found then
-    raise sqlstate 'PT404' using
-      message = 'not_found',
-      detail = 'job_id: no such job of yours',
-      hint = 'Use the job_id that enqueue_generation answered.';
-  end if;
-  return private.job_json(v_generation);
-end;
+  select private.job_json(private.require_generation(p_job_id, private.require_user_id()))
 $$;
 
 revoke all on function private.get_job_status(uuid) from public, anon, authenticated, service_role;

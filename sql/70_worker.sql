@@ -4,7 +4,7 @@
 -- (72) hands out a token; every later call matches (job, token), and where that row is gone the
 -- call changes nothing and raises DR001. An attempt ends in 75.
 --
--- Lock order: running or ready row, then generation, then entitlement.
+-- Lock order: running or ready rows in order of id, then generation, then entitlement.
 
 -- Raises DR001 lease_lost.
 create or replace function private.refuse_lost_lease(p_job_id uuid)
@@ -94,10 +94,14 @@ as $$
 #variable_conflict use_column
 declare
   v_lease interval := (select s.lease from private.settings as s);
+  v_at integer;
 begin
   update private.workers set seen_at = now() where id = p_worker_id;
-  -- A loop, not a join: each row is reached by its key also when the table is full of dead rows.
-  for v_at in 1 .. coalesce(cardinality(p_job_ids), 0) loop
+  -- A loop, not a join: each row is reached by its key also when the table is full of dead rows. In
+  -- order of id, as cancel_jobs (77) takes several.
+  for v_at in
+    select j.place from unnest(p_job_ids) with ordinality as j (id, place) order by j.id
+  loop
     job_id := p_job_ids[v_at];
     update private.running_jobs as r
     set
@@ -117,7 +121,7 @@ $$;
 
 comment on function private.heartbeat is
   'One beat for all jobs of a worker: extends their leases and takes in progress (percent or '
-  'null). Answers for each job ok, lost (drop it) or canceled (stop it).';
+  'null). Answers for each job, in order of id: ok, lost (drop it) or canceled (stop it).';
 
 revoke all on function private.heartbeat(bigint, uuid[], bigint[], smallint[])
 from public, anon, authenticated, service_role;

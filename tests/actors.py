@@ -183,6 +183,12 @@ class Service(Caller):
         )
 
 
+    def redrive_failed(self, code: str, since: str, **rest: Any) -> int:
+        """Return how many were queued again."""
+        answer = self.call("public.redrive_failed", code=code, since=since, **rest)
+        return int(answer["redriven"])
+
+
 class User(Caller):
     """Somebody who has signed up."""
 
@@ -224,6 +230,26 @@ class User(Caller):
     def enqueued(self, *arguments: Any, **rest: Any) -> str:
         """Have a job queued; return its id."""
         return str(self.enqueue(*arguments, **rest)["job_id"])
+
+    def enqueue_batch(
+        self, prompts: list[str | None] | None, model: str | None = PREVIEW, **rest: Any
+    ) -> dict[str, Any]:
+        """Call enqueue_batch; `params` is sent as JSON."""
+        if "params" in rest:
+            rest["params"] = Jsonb(rest["params"])
+        return self.call("public.enqueue_batch", model=model, prompts=prompts, **rest)
+
+    def get_batch_status(self, batch_id: str) -> dict[str, Any]:
+        return self.call("public.get_batch_status", batch_id=batch_id)
+
+    def cancel_generation(self, job_id: str) -> dict[str, Any]:
+        return self.call("public.cancel_generation", job_id=job_id)
+
+    def cancel_batch(self, batch_id: str) -> dict[str, Any]:
+        return self.call("public.cancel_batch", batch_id=batch_id)
+
+    def retry_generation(self, job_id: str) -> dict[str, Any]:
+        return self.call("public.retry_generation", job_id=job_id)
 
     def get_job_status(self, job_id: str) -> dict[str, Any]:
         return self.call("public.get_job_status", job_id=job_id)
@@ -311,8 +337,9 @@ class Worker:
             [job.token for job in jobs],
             list(progress) or [None] * len(jobs),
         )
-        assert [row["job_id"] for row in rows] == [job.job_id for job in jobs]
-        return [row["verdict"] for row in rows]
+        verdicts = {row["job_id"]: row["verdict"] for row in rows}
+        assert list(verdicts) == sorted(job.job_id for job in jobs)
+        return [verdicts[job.job_id] for job in jobs]
 
     def sleep(self) -> None:
         self._rows("select private.sleep(%s)", self.id)
@@ -366,6 +393,9 @@ class Worker:
     ) -> str:
         query = "select private.fail_job(%s, %s, %s, %s, %s::real) as answer"
         return str(self._rows(query, job.job_id, job.token, code, detail, retry_after)[0]["answer"])
+
+    def cancel_job(self, job: Job) -> None:
+        self._rows("select private.cancel_job(%s, %s)", job.job_id, job.token)
 
     def release_job(self, job: Job, resumes: bool = True) -> None:
         self._rows("select private.release_job(%s, %s, %s)", job.job_id, job.token, resumes)

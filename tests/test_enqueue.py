@@ -19,6 +19,7 @@ def test_an_accepted_request_is_charged_recorded_and_ready(db, alice):
     assert answer | {"job_id": None} == {
         "job_id": None,
         "status": "queued",
+        "reused": False,
         "credits_left": 9,
         "queue_position": 0,
         "poll_after_ms": 1000,

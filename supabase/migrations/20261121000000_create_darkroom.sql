@@ -2,8 +2,8 @@
 -- Darkroom: the backend of an app whose users generate images, living in PostgreSQL.
 --
 -- Read these files in order. A user asks for a picture with enqueue_generation (50), which gates
--- (30, 32), charges (40) and queues in one transaction. A worker claims the job (72), makes the
--- picture and completes or fails it (75). What a dead worker left is picked up by
+-- (30, 32), charges (40) and queues (45) in one transaction. A worker claims the job (72), makes
+-- the picture and completes or fails it (75). What a dead worker left is picked up by
 -- recover_stale_jobs (80). The user reads the state with get_job_status (60).
 --
 -- Schema `public` is what PostgREST exposes: tables with row level security and thin security
@@ -19,6 +19,8 @@
 --   PT403 requires_paid_plan      the model is for paid users
 --   PT404 not_found               no such job or model, or not yours
 --   PT409 idempotency_conflict    the key was used before with another payload
+--   PT409 not_finished            the job is queued or running: wait for it or cancel it
+--   PT409 already_finished        the job has ended: there is nothing to cancel or to retry
 --   PT429 too_many_active *       as many jobs are queued or running as the plan allows
 --   PT429 rate_limited *          as many requests in this minute as the plan allows
 -- Errors for the worker.
@@ -258,11 +260,11 @@ create table public.model_aliases (
 
 comment on table public.model_aliases is
   'Names that stand for one of several models, to try them against each other: one row for each '
-  'arm. Each user keeps the arm once met.';
+  'arm. A user stays with one arm while the weights stay.';
 comment on column public.model_aliases.id is
   'What clients ask for, auto/fast say. A model of that name goes first.';
 comment on column public.model_aliases.weight is
-  'Share of the users against the weights of the other arms; 0: nobody new.';
+  'Share of the users against the weights of the other arms; 0: none.';
 
 create index model_aliases_model_id_idx on public.model_aliases (model_id);
 
@@ -854,9 +856,63 @@ $$;
 revoke all on function private.check_request(text, text)
 from public, anon, authenticated, service_role;
 
--- The model, if it is there and this user may use it.
+-- The user's generation. Somebody else's is not found, like one that never was.
+--
+-- Raises: PT404 not_found.
+create or replace function private.require_generation(p_job_id uuid, p_user_id uuid)
+returns public.generations
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_generation public.generations;
+begin
+  select * into v_generation from public.generations
+  where id = p_job_id and user_id = p_user_id and deleted_at is null;
+  if not found then
+    raise sqlstate 'PT404' using
+      message = 'not_found',
+      detail = 'job_id: no such job of yours',
+      hint = 'Use the job_id that enqueue_generation answered.';
+  end if;
+  return v_generation;
+end;
+$$;
+
+revoke all on function private.require_generation(uuid, uuid)
+from public, anon, authenticated, service_role;
+
+-- The model that an alias stands for with this user; null if there is no such alias.
+--
+-- Weighted rendezvous hashing: each arm draws a number that depends on nothing but user and arm,
+-- and the smallest wins. So a user stays with an arm, and a change of weights moves as few as
+-- possible.
+create or replace function private.resolve_alias(p_alias_id text, p_user_id uuid, p_plan text)
+returns text
+language sql
+stable
+set search_path = ''
+as $$
+  select a.model_id
+  from public.model_aliases as a
+  inner join public.models as m on m.id = a.model_id
+  cross join lateral (
+    select ('x' || left(md5(concat_ws(' ', p_user_id, a.id, a.model_id)), 12))::bit(48)::bigint as n
+  ) as drawn
+  where a.id = p_alias_id and a.weight > 0 and m.is_active
+    and (p_plan = 'paid' or not m.requires_paid)
+  order by -ln((drawn.n + 1) / 281474976710657.0) / a.weight limit 1
+$$;
+
+revoke all on function private.resolve_alias(text, uuid, text)
+from public, anon, authenticated, service_role;
+
+-- The model of this name, or the one that an alias of this name stands for, if this user may use
+-- it.
+--
 -- Raises: PT404 not_found, PT403 requires_paid_plan.
-create or replace function private.require_model(p_model_id text, p_plan text)
+create or replace function private.require_model(p_name text, p_user_id uuid, p_plan text)
 returns public.models
 language plpgsql
 stable
@@ -865,8 +921,12 @@ as $$
 declare
   v_model public.models;
 begin
-  select * into v_model from public.models where id = p_model_id and is_active;
+  select * into v_model from public.models where id = p_name and is_active;
   if not found then
+    select * into v_model from public.models
+    where id = private.resolve_alias(p_name, p_user_id, p_plan);
+  end if;
+  if v_model.id is null then
     raise sqlstate 'PT404' using
       message = 'not_found', detail = 'model: no such model', hint = 'list_models() names them.';
   end if;
@@ -880,17 +940,18 @@ begin
 end;
 $$;
 
-revoke all on function private.require_model(text, text)
+revoke all on function private.require_model(text, uuid, text)
 from public, anon, authenticated, service_role;
 
--- The plan of a user now: 'paid' or 'free'.
+-- The plan of a user now: paid or free.
 create or replace function private.plan_of(p_entitlement public.entitlements)
-returns text
+returns private.plans
 language sql
 stable
 set search_path = ''
 as $$
-  select case
+  select p.* from private.plans as p
+  where p.name = case
     when p_entitlement.is_paid and p_entitlement.paid_until > now() then 'paid'
     else 'free'
   end
@@ -1371,6 +1432,25 @@ $$;
 revoke all on function private.complete_input(public.models, text, jsonb)
 from public, anon, authenticated, service_role;
 
+-- params.reuse is ours, not the model's: see find_reusable (50). Raises: PT400 invalid_input.
+create or replace function private.check_reuse(p_params jsonb)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+begin
+  if p_params ? 'reuse' and jsonb_typeof(p_params -> 'reuse') <> 'boolean' then
+    perform private.refuse_input('params.reuse: not of type boolean');
+  elsif p_params @> '{"reuse": true}' and not p_params ? 'seed' then
+    perform private.refuse_input(
+      'params.reuse: needs params.seed', 'Without a seed every picture is another one.'
+    );
+  end if;
+end;
+$$;
+
+revoke all on function private.check_reuse(jsonb) from public, anon, authenticated, service_role;
+
 -- The whole way from what a user gave to what the provider is sent.
 --
 -- Raises: PT400 invalid_input.
@@ -1386,9 +1466,10 @@ volatile
 set search_path = ''
 as $$
 declare
-  v_params jsonb := private.map_size(p_model, p_params);
+  v_params jsonb := private.map_size(p_model, p_params - 'reuse');
   v_problem text;
 begin
+  perform private.check_reuse(p_params);
   if private.is_blank(p_prompt) and private.needs_prompt(p_model) then
     perform private.refuse_input('prompt: missing or blank');
   end if;
@@ -2257,6 +2338,28 @@ $$;
 revoke all on function private.lock_entitlement(uuid)
 from public, anon, authenticated, service_role;
 
+-- Raises PT402 insufficient_credits unless the balance covers a price.
+create or replace function private.require_credits(
+  p_entitlement public.entitlements,
+  p_credits bigint
+)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+begin
+  if p_credits > p_entitlement.credits then
+    raise sqlstate 'PT402' using
+      message = 'insufficient_credits',
+      detail = format('need %s, have %s', p_credits, p_entitlement.credits),
+      hint = 'Buy credits or choose a cheaper model.';
+  end if;
+end;
+$$;
+
+revoke all on function private.require_credits(public.entitlements, bigint)
+from public, anon, authenticated, service_role;
+
 -- Charges one generation and takes one active slot, or refuses. The entitlement row is locked.
 --
 -- Raises: PT402 insufficient_credits.
@@ -2274,12 +2377,7 @@ declare
   v_balance integer := p_entitlement.credits - p_credits;
   v_new_minute boolean := p_entitlement.minute_started_at <= now() - interval '1 minute';
 begin
-  if v_balance < 0 then
-    raise sqlstate 'PT402' using
-      message = 'insufficient_credits',
-      detail = format('need %s, have %s', p_credits, p_entitlement.credits),
-      hint = 'Buy credits or choose a cheaper model.';
-  end if;
+  perform private.require_credits(p_entitlement, p_credits);
   update public.entitlements set
     credits = v_balance,
     active_jobs = active_jobs + 1,
@@ -2362,7 +2460,7 @@ as $$
     'max_per_minute', p.max_per_minute
   )
   from public.entitlements as e
-  inner join private.plans as p on p.name = private.plan_of(e)
+  cross join lateral private.plan_of(e) as p
   where e.user_id = p_user_id
 $$;
 
@@ -2569,39 +2667,10 @@ from public, anon, authenticated, service_role;
 create trigger darkroom_create_entitlement
 after insert on auth.users
 for each row execute function private.create_entitlement_of_new_user();
--- The one way in: gate, charge, and enqueue in one transaction, or nothing at all.
+-- Accept: what is written when a request has passed every check.
 --
--- Lock order: enqueue locks the entitlement row first, and everything else it writes is a new row.
--- All other functions lock running or ready row -> generation -> entitlement, so none of them can
--- wait for another in a circle. Only deleting a user goes the other way round; PostgreSQL then ends
--- one of the two, and workers repeat their calls. The lock also serialises one user's requests:
--- limits, balance and idempotency key are read and written without a race.
-
--- Jobs that would be claimed before this one, counted up to p_at_most; null unless it is queued.
-create or replace function private.queue_position(
-  p_job_id uuid,
-  p_at_most integer default 1000
-)
-returns integer
-language sql
-stable
-set search_path = ''
-as $$
-  select (
-    select count(*)::integer
-    from (
-      select 1
-      from private.ready_jobs as r
-      where r.run_at is null and (r.fair_key, r.seq) < (job.fair_key, job.seq)
-      limit p_at_most
-    ) as ahead
-  )
-  from private.ready_jobs as job
-  where job.job_id = p_job_id
-$$;
-
-revoke all on function private.queue_position(uuid, integer)
-from public, anon, authenticated, service_role;
+-- insert_generation is shared by the ways in: enqueue (50), batch (52), retry and redrive (54). The
+-- caller has locked the entitlement row; all that is written here but that row is new.
 
 -- Wakes one sleeping worker, if there is one: the one heard of last, which is least likely dead.
 --
@@ -2679,13 +2748,153 @@ $$;
 revoke all on function private.next_fair_key(public.entitlements, integer, integer)
 from public, anon, authenticated, service_role;
 
+-- The credits one image costs this plan.
+create or replace function private.image_price(p_model public.models, p_plan private.plans)
+returns integer
+language sql
+immutable
+set search_path = ''
+as $$
+  select case p_plan.name when 'paid' then p_model.paid_price_credits else p_model.price_credits end
+$$;
+
+revoke all on function private.image_price(public.models, private.plans)
+from public, anon, authenticated, service_role;
+
+-- A request that fits the model, as insert_generation takes it.
+--
+-- Raises: PT400 invalid_input.
+create or replace function private.draft_generation(
+  p_model public.models,
+  p_name text,
+  p_user_id uuid,
+  p_prompt text,
+  p_params jsonb
+)
+returns public.generations
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_draft public.generations;
+begin
+  v_draft.alias_id := nullif(p_name, p_model.id);
+  v_draft.prompt := p_prompt;
+  v_draft.input := p_params;
+  v_draft.provider_input := private.prepare_input(p_model, p_user_id, p_prompt, p_params);
+  return v_draft;
+end;
+$$;
+
+revoke all on function private.draft_generation(public.models, text, uuid, text, jsonb)
+from public, anon, authenticated, service_role;
+
+-- Writes an accepted request: charge, generation, ready row; then wakes a worker. The draft holds
+-- what the user asked for and what is sent; its id, price and times are made here.
+--
+-- Raises: PT402 insufficient_credits.
+create or replace function private.insert_generation(
+  p_entitlement public.entitlements,
+  p_plan private.plans,
+  p_model public.models,
+  p_draft public.generations,
+  p_is_free boolean default false
+)
+returns public.generations
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_id uuid := private.uuid_v7();
+  v_images smallint := private.count_images(p_model, p_draft.provider_input);
+  v_price integer := case
+    when p_is_free then 0
+    else v_images * private.image_price(p_model, p_plan)
+  end;
+  v_fair_key bigint := private.next_fair_key(
+    p_entitlement, p_model.price_credits * v_images, p_plan.weight
+  );
+  v_generation public.generations;
+begin
+  perform private.charge_credits(p_entitlement, v_id, v_price, v_fair_key);
+  insert into public.generations (
+    id, user_id, model_id, alias_id, batch_id, retry_of, prompt, input, provider_input,
+    price_credits, image_count, idempotency_key
+  )
+  values (
+    v_id, p_entitlement.user_id, p_model.id, p_draft.alias_id, p_draft.batch_id, p_draft.retry_of,
+    p_draft.prompt, p_draft.input, p_draft.provider_input,
+    v_price, v_images, p_draft.idempotency_key
+  )
+  returning * into v_generation;
+  insert into private.ready_jobs (job_id, user_id, model_id, fair_key)
+  values (v_id, p_entitlement.user_id, p_model.id, v_fair_key);
+  perform private.wake_worker();
+  return v_generation;
+end;
+$$;
+
+revoke all on function private.insert_generation(
+  public.entitlements, private.plans, public.models, public.generations, boolean
+) from public, anon, authenticated, service_role;
+-- The one way in: gate, charge, and enqueue in one transaction, or nothing at all.
+--
+-- Lock order: enqueue locks the entitlement row first, and everything else it writes is a new row.
+-- All other functions lock running or ready row -> generation -> entitlement, so none of them can
+-- wait for another in a circle. Only deleting a user goes the other way round; PostgreSQL then ends
+-- one of the two, and workers repeat their calls. The lock also serialises one user's requests:
+-- limits, balance and idempotency key are read and written without a race.
+
+-- Jobs that would be claimed before this one, counted up to p_at_most; null unless it is queued.
+create or replace function private.queue_position(
+  p_job_id uuid,
+  p_at_most integer default 1000
+)
+returns integer
+language sql
+stable
+set search_path = ''
+as $$
+  select (
+    select count(*)::integer
+    from (
+      select 1
+      from private.ready_jobs as r
+      where r.run_at is null and (r.fair_key, r.seq) < (job.fair_key, job.seq)
+      limit p_at_most
+    ) as ahead
+  )
+  from private.ready_jobs as job
+  where job.job_id = p_job_id
+$$;
+
+revoke all on function private.queue_position(uuid, integer)
+from public, anon, authenticated, service_role;
+
+-- Raises PT409 idempotency_conflict.
+create or replace function private.refuse_used_key()
+returns void
+language plpgsql
+set search_path = ''
+as $$
+begin
+  raise sqlstate 'PT409' using
+    message = 'idempotency_conflict',
+    detail = 'idempotency_key was used with another payload',
+    hint = 'Use a new key for a new request.';
+end;
+$$;
+
+revoke all on function private.refuse_used_key()
+from public, anon, authenticated, service_role;
+
 -- The generation this user's key named before; all null if the key is new.
 --
 -- Raises: PT409 idempotency_conflict if the payload differs.
 create or replace function private.find_generation_by_key(
   p_user_id uuid,
   p_key text,
-  p_model_id text,
+  p_model text,
   p_prompt text,
   p_params jsonb
 )
@@ -2702,12 +2911,10 @@ begin
   end if;
   select * into v_generation
   from public.generations where user_id = p_user_id and idempotency_key = p_key;
-  if found and (v_generation.model_id, v_generation.prompt, v_generation.input)
-    is distinct from (p_model_id, p_prompt, p_params) then
-    raise sqlstate 'PT409' using
-      message = 'idempotency_conflict',
-      detail = 'idempotency_key was used with another payload',
-      hint = 'Use a new key for a new request.';
+  if found and (
+    coalesce(v_generation.alias_id, v_generation.model_id), v_generation.prompt, v_generation.input
+  ) is distinct from (p_model, p_prompt, p_params) then
+    perform private.refuse_used_key();
   end if;
   return v_generation;
 end;
@@ -2715,55 +2922,6 @@ $$;
 
 revoke all on function private.find_generation_by_key(uuid, text, text, text, jsonb)
 from public, anon, authenticated, service_role;
-
--- Writes the accepted request: charge, generation, ready row; then wakes a worker.
-create or replace function private.insert_generation(
-  p_entitlement public.entitlements,
-  p_plan private.plans,
-  p_model public.models,
-  p_prompt text,
-  p_params jsonb,
-  p_provider_input jsonb,
-  p_idempotency_key text
-)
-returns public.generations
-language plpgsql
-set search_path = ''
-as $$
-declare
-  v_id uuid := private.uuid_v7();
-  v_images smallint := private.count_images(p_model, p_provider_input);
-  v_price integer := v_images * case p_plan.name
-    when 'paid' then p_model.paid_price_credits
-    else p_model.price_credits
-  end;
-  v_fair_key bigint := private.next_fair_key(
-    p_entitlement, p_model.price_credits * v_images, p_plan.weight
-  );
-  v_generation public.generations;
-begin
-  perform private.charge_credits(p_entitlement, v_id, v_price, v_fair_key);
-  insert into public.generations (
-    id, user_id, model_id, prompt, input,
-    provider_input,
-    price_credits, image_count, idempotency_key
-  )
-  values (
-    v_id, p_entitlement.user_id, p_model.id, p_prompt, p_params,
-    p_provider_input,
-    v_price, v_images, p_idempotency_key
-  )
-  returning * into v_generation;
-  insert into private.ready_jobs (job_id, user_id, model_id, fair_key)
-  values (v_id, p_entitlement.user_id, p_model.id, v_fair_key);
-  perform private.wake_worker();
-  return v_generation;
-end;
-$$;
-
-revoke all on function private.insert_generation(
-  public.entitlements, private.plans, public.models, text, jsonb, jsonb, text
-) from public, anon, authenticated, service_role;
 
 -- How long a client should wait before it reads the state again: a tenth of the job's age so far,
 -- between one and ten seconds; null when there is nothing to wait for.
@@ -2783,8 +2941,37 @@ $$;
 revoke all on function private.poll_after_ms(public.generations)
 from public, anon, authenticated, service_role;
 
--- What enqueue_generation answers, the first time and for every repeat of the key.
-create or replace function private.enqueue_answer(p_generation public.generations)
+-- The user's finished generation of just this input, all images there; all null if there is none.
+--
+-- What was made from a source image is not reused: the file of that path may be another one now.
+create or replace function private.find_reusable(
+  p_user_id uuid,
+  p_model public.models,
+  p_provider_input jsonb
+)
+returns public.generations
+language sql
+stable
+set search_path = ''
+as $$
+  select g.*
+  from public.generations as g
+  where g.user_id = p_user_id
+    and md5(g.provider_input::text) = md5(p_provider_input::text) and g.input ? 'seed'
+    and (g.model_id, g.provider_input, g.status) = (p_model.id, p_provider_input, 'completed')
+    and g.deleted_at is null and not g.input ?| p_model.image_inputs
+    and g.image_count = (select count(*) from public.images as i where i.generation_id = g.id)
+  order by g.id desc limit 1
+$$;
+
+revoke all on function private.find_reusable(uuid, public.models, jsonb)
+from public, anon, authenticated, service_role;
+
+-- What the ways in answer, the first time and for every repeat.
+create or replace function private.enqueue_answer(
+  p_generation public.generations,
+  p_is_reused boolean default false
+)
 returns json
 language sql
 stable
@@ -2793,6 +2980,7 @@ as $$
   select json_build_object(
     'job_id', p_generation.id,
     'status', p_generation.status,
+    'reused', p_is_reused,
     'credits_left', (
       select e.credits from public.entitlements as e where e.user_id = p_generation.user_id
     ),
@@ -2801,7 +2989,7 @@ as $$
   )
 $$;
 
-revoke all on function private.enqueue_answer(public.generations)
+revoke all on function private.enqueue_answer(public.generations, boolean)
 from public, anon, authenticated, service_role;
 
 -- Body of public.enqueue_generation.
@@ -2823,27 +3011,33 @@ declare
   v_user_id uuid := private.require_user_id();
   v_params jsonb := private.read_params(p_params);
   v_prompt text := coalesce(p_prompt, '');
-  v_provider_input jsonb;
   v_entitlement public.entitlements;
   v_plan private.plans;
   v_model public.models;
-  v_generation public.generations;
+  v_draft public.generations;
+  v_known public.generations;
 begin
   perform private.check_request(p_prompt, p_idempotency_key);
   v_entitlement := private.lock_entitlement(v_user_id);
-  v_generation := private.find_generation_by_key(
+  v_known := private.find_generation_by_key(
     v_user_id, p_idempotency_key, p_model, v_prompt, v_params
   );
-  if v_generation.id is null then
-    select * into strict v_plan from private.plans where name = private.plan_of(v_entitlement);
-    v_model := private.require_model(p_model, v_plan.name);
-    v_provider_input := private.prepare_input(v_model, v_user_id, v_prompt, v_params);
-    perform private.check_limits(v_entitlement, v_plan);
-    v_generation := private.insert_generation(
-      v_entitlement, v_plan, v_model, v_prompt, v_params, v_provider_input, p_idempotency_key
-    );
+  if v_known.id is not null then
+    return private.enqueue_answer(v_known);
   end if;
-  return private.enqueue_answer(v_generation);
+  v_plan := private.plan_of(v_entitlement);
+  v_model := private.require_model(p_model, v_user_id, v_plan.name);
+  v_draft := private.draft_generation(v_model, p_model, v_user_id, v_prompt, v_params);
+  if v_params @> '{"reuse": true}' then
+    v_known := private.find_reusable(v_user_id, v_model, v_draft.provider_input);
+    if v_known.id is not null then
+      return private.enqueue_answer(v_known, true);
+    end if;
+  end if;
+  perform private.check_limits(v_entitlement, v_plan);
+  v_draft.idempotency_key := p_idempotency_key;
+  v_known := private.insert_generation(v_entitlement, v_plan, v_model, v_draft);
+  return private.enqueue_answer(v_known);
 end;
 $$;
 
@@ -2871,14 +3065,501 @@ $$;
 
 comment on function public.enqueue_generation is
   'Asks for a picture: checks, charges and queues in one transaction. Answers {job_id, status, '
-  'credits_left, queue_position (jobs ahead, null unless queued), poll_after_ms}. The same '
-  'idempotency_key and payload answer with the same job and charge nothing. Errors: PT400 '
+  'reused, credits_left, queue_position (jobs ahead, null unless queued), poll_after_ms}. The same '
+  'idempotency_key and payload answer with the same job and charge nothing. With params.reuse = '
+  'true and a seed, your finished generation of the same input is answered, free. Errors: PT400 '
   'invalid_input, PT401 not_authenticated, PT402 insufficient_credits, PT403 requires_paid_plan, '
   'PT404 not_found, PT409 idempotency_conflict, PT429 too_many_active | rate_limited.';
 
 revoke all on function public.enqueue_generation(text, text, jsonb, text)
 from public, anon, authenticated, service_role;
 grant execute on function public.enqueue_generation(text, text, jsonb, text) to authenticated;
+-- Batch: many prompts in one call, all or nothing.
+--
+-- enqueue_batch writes one generation for each prompt, each charged by an entry of its own, under
+-- one lock of the entitlement. It is let in whole while there is room for one job more, up to the
+-- plan's max_batch. Fairness needs no rule of its own: the jobs of a batch have fair keys behind
+-- one another, so others' jobs go between them.
+
+-- The batch this user's key named before; all null if the key is new.
+--
+-- Raises: PT409 idempotency_conflict if the request differs.
+create or replace function private.find_batch_by_key(
+  p_user_id uuid,
+  p_key text,
+  p_request_hash text
+)
+returns public.batches
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_batch public.batches;
+begin
+  select * into v_batch from public.batches where user_id = p_user_id and idempotency_key = p_key;
+  if found and v_batch.request_hash <> p_request_hash then
+    perform private.refuse_used_key();
+  end if;
+  return v_batch;
+end;
+$$;
+
+revoke all on function private.find_batch_by_key(uuid, text, text)
+from public, anon, authenticated, service_role;
+
+-- The arguments that need no catalogue. Raises: PT400 invalid_input.
+create or replace function private.check_batch(
+  p_prompts text[],
+  p_params jsonb,
+  p_idempotency_key text,
+  p_max_batch integer
+)
+returns void
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  if coalesce(cardinality(p_prompts) not between 1 and p_max_batch, true) then
+    perform private.refuse_input(format('prompts: not 1 to %s texts', p_max_batch));
+  elsif p_params ? 'reuse' then
+    perform private.refuse_input('params.reuse: not in a batch');
+  end if;
+  perform private.check_request(p.prompt, p_idempotency_key) from unnest(p_prompts) as p (prompt);
+end;
+$$;
+
+revoke all on function private.check_batch(text[], jsonb, text, integer)
+from public, anon, authenticated, service_role;
+
+-- One draft for each prompt. Raises: PT400 invalid_input.
+create or replace function private.draft_batch(
+  p_model public.models,
+  p_name text,
+  p_user_id uuid,
+  p_prompts text[],
+  p_params jsonb
+)
+returns public.generations[]
+language sql
+volatile
+set search_path = ''
+as $$
+  select array_agg(
+    private.draft_generation(p_model, p_name, p_user_id, coalesce(p.prompt, ''), p_params)
+    order by p.place
+  )
+  from unnest(p_prompts) with ordinality as p (prompt, place)
+$$;
+
+revoke all on function private.draft_batch(public.models, text, uuid, text[], jsonb)
+from public, anon, authenticated, service_role;
+
+-- Writes an accepted batch. The entitlement row is locked.
+--
+-- Raises: PT402 insufficient_credits for the sum of the prices.
+create or replace function private.insert_batch(
+  p_entitlement public.entitlements,
+  p_model public.models,
+  p_drafts public.generations[],
+  p_request_hash text,
+  p_idempotency_key text
+)
+returns public.batches
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_plan private.plans := private.plan_of(p_entitlement);
+  v_batch public.batches;
+  v_draft public.generations;
+begin
+  perform private.require_credits(
+    p_entitlement, private.image_price(p_model, v_plan)::bigint * (
+      select sum(private.count_images(p_model, d.provider_input)) from unnest(p_drafts) as d
+    )
+  );
+  insert into public.batches (user_id, request_hash, job_count, idempotency_key)
+  values (p_entitlement.user_id, p_request_hash, cardinality(p_drafts), p_idempotency_key)
+  returning * into v_batch;
+  foreach v_draft in array p_drafts loop
+    v_draft.batch_id := v_batch.id;
+    perform private.insert_generation(
+      private.lock_entitlement(p_entitlement.user_id), v_plan, p_model, v_draft
+    );
+  end loop;
+  return v_batch;
+end;
+$$;
+
+revoke all on function private.insert_batch(
+  public.entitlements, public.models, public.generations[], text, text
+) from public, anon, authenticated, service_role;
+
+-- A batch as the API shows it.
+create or replace function private.batch_json(p_batch public.batches)
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select json_build_object(
+    'batch_id', p_batch.id,
+    'job_ids', coalesce(json_agg(g.id order by g.id), '[]'),
+    'status', case when bool_and(g.finished_at is not null) then 'finished' else 'active' end,
+    'queued', count(*) filter (where g.status = 'queued'),
+    'processing', count(*) filter (where g.status = 'processing'),
+    'completed', count(*) filter (where g.status = 'completed'),
+    'failed', count(*) filter (where g.status = 'failed'),
+    'canceled', count(*) filter (where g.status = 'canceled'),
+    'progress', coalesce(
+      round(sum(case when g.finished_at is null then r.progress else 100 end) / count(*)), 0
+    ),
+    'credits_left', (
+      select e.credits from public.entitlements as e where e.user_id = p_batch.user_id
+    ),
+    'poll_after_ms', min(private.poll_after_ms(g)),
+    'created_at', p_batch.created_at
+  )
+  from public.generations as g
+  left join private.running_jobs as r on r.job_id = g.id
+  where g.batch_id = p_batch.id
+$$;
+
+revoke all on function private.batch_json(public.batches)
+from public, anon, authenticated, service_role;
+
+-- Body of public.enqueue_batch.
+--
+-- Locks: the entitlement row.
+-- Raises: see the comment on public.enqueue_batch.
+create or replace function private.enqueue_batch(
+  p_model text,
+  p_prompts text[],
+  p_params jsonb,
+  p_idempotency_key text
+)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_user_id uuid := private.require_user_id();
+  v_params jsonb := private.read_params(p_params);
+  v_hash text;
+  v_entitlement public.entitlements;
+  v_plan private.plans;
+  v_model public.models;
+  v_batch public.batches;
+begin
+  perform private.check_batch(p_prompts, v_params, p_idempotency_key, 100);
+  v_hash := md5(jsonb_build_array(p_model, p_prompts, v_params)::text);
+  v_entitlement := private.lock_entitlement(v_user_id);
+  v_batch := private.find_batch_by_key(v_user_id, p_idempotency_key, v_hash);
+  if v_batch.id is null then
+    v_plan := private.plan_of(v_entitlement);
+    perform private.check_batch(p_prompts, v_params, p_idempotency_key, v_plan.max_batch);
+    v_model := private.require_model(p_model, v_user_id, v_plan.name);
+    perform private.check_limits(v_entitlement, v_plan);
+    v_batch := private.insert_batch(
+      v_entitlement, v_model,
+      private.draft_batch(v_model, p_model, v_user_id, p_prompts, v_params),
+      v_hash, p_idempotency_key
+    );
+  end if;
+  return private.batch_json(v_batch);
+end;
+$$;
+
+revoke all on function private.enqueue_batch(text, text[], jsonb, text)
+from public, anon, authenticated, service_role;
+grant execute on function private.enqueue_batch(text, text[], jsonb, text) to authenticated;
+
+create or replace function public.enqueue_batch(
+  model text,
+  prompts text[],
+  params jsonb default '{}',
+  idempotency_key text default null
+)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.enqueue_batch(
+    enqueue_batch.model,
+    enqueue_batch.prompts,
+    enqueue_batch.params,
+    enqueue_batch.idempotency_key
+  )
+$$;
+
+comment on function public.enqueue_batch is
+  'Asks for one generation of each prompt (as many as your plan''s max_batch), all or nothing. '
+  'Answers as get_batch_status does. The same idempotency_key and request answer with the same '
+  'batch and charge nothing. Errors: those of enqueue_generation.';
+
+revoke all on function public.enqueue_batch(text, text[], jsonb, text)
+from public, anon, authenticated, service_role;
+grant execute on function public.enqueue_batch(text, text[], jsonb, text) to authenticated;
+
+-- The user's batch. Raises: PT404 not_found.
+create or replace function private.require_batch(p_batch_id uuid, p_user_id uuid)
+returns public.batches
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_batch public.batches;
+begin
+  select * into v_batch from public.batches where id = p_batch_id and user_id = p_user_id;
+  if not found then
+    raise sqlstate 'PT404' using
+      message = 'not_found',
+      detail = 'batch_id: no such batch of yours',
+      hint = 'Use the batch_id that enqueue_batch answered.';
+  end if;
+  return v_batch;
+end;
+$$;
+
+revoke all on function private.require_batch(uuid, uuid)
+from public, anon, authenticated, service_role;
+
+-- Body of public.get_batch_status.
+--
+-- Raises: PT401 not_authenticated, PT404 not_found.
+create or replace function private.get_batch_status(p_batch_id uuid)
+returns json
+language sql
+stable
+security definer
+set search_path = ''
+as $$
+  select private.batch_json(private.require_batch(p_batch_id, private.require_user_id()))
+$$;
+
+revoke all on function private.get_batch_status(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function private.get_batch_status(uuid) to authenticated;
+
+create or replace function public.get_batch_status(batch_id uuid)
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select private.get_batch_status(get_batch_status.batch_id)
+$$;
+
+comment on function public.get_batch_status is
+  'One of your batches: {batch_id, job_ids in the order of the prompts, status (active | finished),'
+  ' queued, processing, completed, failed, canceled (counts), progress (percent of the whole), '
+  'credits_left, poll_after_ms (null when finished), created_at}. get_job_status tells of each. '
+  'Errors: PT401 not_authenticated, PT404 not_found.';
+
+revoke all on function public.get_batch_status(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function public.get_batch_status(uuid) to authenticated;
+-- Again: a failed or canceled generation as a new one.
+--
+-- retry_generation is the user's and is charged as any request; redrive_failed is the operator's,
+-- after an outage, and is free. Either way the old generation stays what it was, so each is
+-- charged once or refunded once, and retry_of says where the new one comes from. While that one is
+-- under way or done, a further retry answers with it: a double tap buys once.
+
+-- The generation that repeats this one and is under way or done; all null if there is none.
+create or replace function private.find_retry(p_generation_id uuid)
+returns public.generations
+language sql
+stable
+set search_path = ''
+as $$
+  select g.* from public.generations as g
+  where g.retry_of = p_generation_id and g.status not in ('failed', 'canceled')
+  order by g.id limit 1
+$$;
+
+revoke all on function private.find_retry(uuid)
+from public, anon, authenticated, service_role;
+
+-- The user's generation, if it failed or was canceled.
+--
+-- Raises: PT404 not_found, PT409 not_finished, PT409 already_finished.
+create or replace function private.require_retryable(p_job_id uuid, p_user_id uuid)
+returns public.generations
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_generation public.generations := private.require_generation(p_job_id, p_user_id);
+begin
+  if v_generation.finished_at is null then
+    raise sqlstate 'PT409' using
+      message = 'not_finished',
+      detail = format('the job is %s', v_generation.status),
+      hint = 'Wait for its end, or cancel it first.';
+  elsif v_generation.status = 'completed' then
+    raise sqlstate 'PT409' using
+      message = 'already_finished',
+      detail = 'the job is completed',
+      hint = 'Enqueue a new one.';
+  end if;
+  return v_generation;
+end;
+$$;
+
+revoke all on function private.require_retryable(uuid, uuid)
+from public, anon, authenticated, service_role;
+
+-- Body of public.retry_generation.
+--
+-- Locks: the entitlement row.
+-- Raises: see the comment on public.retry_generation.
+create or replace function private.retry_generation(p_job_id uuid)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_user_id uuid := private.require_user_id();
+  v_entitlement public.entitlements := private.lock_entitlement(v_user_id);
+  v_plan private.plans := private.plan_of(v_entitlement);
+  v_old public.generations := private.require_retryable(p_job_id, v_user_id);
+  v_known public.generations := private.find_retry(p_job_id);
+  v_model public.models;
+  v_draft public.generations;
+begin
+  if v_known.id is not null then
+    return private.enqueue_answer(v_known);
+  end if;
+  v_model := private.require_model(v_old.model_id, v_user_id, v_plan.name);
+  v_draft := private.draft_generation(
+    v_model, coalesce(v_old.alias_id, v_model.id), v_user_id, v_old.prompt, v_old.input
+  );
+  v_draft.retry_of := p_job_id;
+  perform private.check_limits(v_entitlement, v_plan);
+  v_known := private.insert_generation(v_entitlement, v_plan, v_model, v_draft);
+  return private.enqueue_answer(v_known);
+end;
+$$;
+
+revoke all on function private.retry_generation(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function private.retry_generation(uuid) to authenticated;
+
+create or replace function public.retry_generation(job_id uuid)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.retry_generation(retry_generation.job_id)
+$$;
+
+comment on function public.retry_generation is
+  'Asks again for what failed or was canceled: a new job, charged as any, with a new seed unless '
+  'you gave one. While a retry of it is under way or done, answers with that one. Answers as '
+  'enqueue_generation does. Errors: those of enqueue_generation, PT409 not_finished | '
+  'already_finished.';
+
+revoke all on function public.retry_generation(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function public.retry_generation(uuid) to authenticated;
+
+-- Queues one failed generation again, with just what was sent before, free. Answers whether it did.
+--
+-- Locks: the entitlement row.
+create or replace function private.redrive_generation(p_old public.generations)
+returns boolean
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_entitlement public.entitlements := private.lock_entitlement(p_old.user_id);
+  v_known public.generations := private.find_retry(p_old.id);
+  v_draft public.generations := p_old;
+  v_model public.models;
+begin
+  select * into v_model from public.models where id = p_old.model_id;
+  if not found or v_known.id is not null then
+    return false;
+  end if;
+  v_draft.retry_of := p_old.id;
+  v_draft.batch_id := null;
+  v_draft.idempotency_key := null;
+  perform private.insert_generation(
+    v_entitlement, private.plan_of(v_entitlement), v_model, v_draft, p_is_free => true
+  );
+  return true;
+end;
+$$;
+
+revoke all on function private.redrive_generation(public.generations)
+from public, anon, authenticated, service_role;
+
+-- Body of public.redrive_failed. Users in order, so that two runs lock in the same order.
+--
+-- Locks: the users' entitlement rows.
+-- Raises: PT400 invalid_input.
+create or replace function private.redrive_failed(
+  p_code text,
+  p_since timestamptz,
+  p_at_most integer
+)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_generation public.generations;
+  v_count integer := 0;
+begin
+  if not exists (select from private.error_codes where code = p_code) then
+    perform private.refuse_input('code: not a code of private.error_codes');
+  elsif p_since is null or coalesce(p_at_most not between 1 and 10000, true) then
+    perform private.refuse_input('since: missing, or at_most: not between 1 and 10000');
+  end if;
+  for v_generation in
+    select g.* from public.generations as g
+    where g.status = 'failed' and g.error_code = p_code and g.finished_at >= p_since
+      and g.deleted_at is null and (private.find_retry(g.id)).id is null
+    order by g.user_id, g.id limit p_at_most
+  loop
+    v_count := v_count + private.redrive_generation(v_generation)::integer;
+  end loop;
+  return json_build_object('redriven', v_count);
+end;
+$$;
+
+revoke all on function private.redrive_failed(text, timestamptz, integer)
+from public, anon, authenticated, service_role;
+grant execute on function private.redrive_failed(text, timestamptz, integer) to service_role;
+
+create or replace function public.redrive_failed(
+  code text,
+  since timestamptz,
+  at_most integer default 1000
+)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.redrive_failed(redrive_failed.code, redrive_failed.since, redrive_failed.at_most)
+$$;
+
+comment on function public.redrive_failed is
+  'Queues all generations again that failed with a code since a time, free for their users: new '
+  'jobs with the same input, once each. Answers {redriven}; call again while it is at_most. It '
+  'reads the whole history: an operator''s tool. Errors: PT400 invalid_input.';
+
+revoke all on function public.redrive_failed(text, timestamptz, integer)
+from public, anon, authenticated, service_role;
+grant execute on function public.redrive_failed(text, timestamptz, integer) to service_role;
 -- What users may read through the API: ping, one job, all active jobs, the plan, the catalogue.
 --
 -- All of it is STABLE, so GET works and repeats are harmless. Polling get_job_status is the
@@ -2945,29 +3626,17 @@ $$;
 revoke all on function private.job_json(public.generations)
 from public, anon, authenticated, service_role;
 
--- Body of public.get_job_status. Somebody else's job is not found, like one that never was.
+-- Body of public.get_job_status.
 --
 -- Raises: PT401 not_authenticated, PT404 not_found.
 create or replace function private.get_job_status(p_job_id uuid)
 returns json
-language plpgsql
+language sql
 stable
 security definer
 set search_path = ''
 as $$
-declare
-  v_user_id uuid := private.require_user_id();
-  v_generation public.generations;
-begin
-  select * into v_generation from public.generations where id = p_job_id and user_id = v_user_id;
-  if not found then
-    raise sqlstate 'PT404' using
-      message = 'not_found',
-      detail = 'job_id: no such job of yours',
-      hint = 'Use the job_id that enqueue_generation answered.';
-  end if;
-  return private.job_json(v_generation);
-end;
+  select private.job_json(private.require_generation(p_job_id, private.require_user_id()))
 $$;
 
 revoke all on function private.get_job_status(uuid) from public, anon, authenticated, service_role;
@@ -3174,7 +3843,7 @@ $$;
 -- (72) hands out a token; every later call matches (job, token), and where that row is gone the
 -- call changes nothing and raises DR001. An attempt ends in 75.
 --
--- Lock order: running or ready row, then generation, then entitlement.
+-- Lock order: running or ready rows in order of id, then generation, then entitlement.
 
 -- Raises DR001 lease_lost.
 create or replace function private.refuse_lost_lease(p_job_id uuid)
@@ -3264,10 +3933,14 @@ as $$
 #variable_conflict use_column
 declare
   v_lease interval := (select s.lease from private.settings as s);
+  v_at integer;
 begin
   update private.workers set seen_at = now() where id = p_worker_id;
-  -- A loop, not a join: each row is reached by its key also when the table is full of dead rows.
-  for v_at in 1 .. coalesce(cardinality(p_job_ids), 0) loop
+  -- A loop, not a join: each row is reached by its key also when the table is full of dead rows. In
+  -- order of id, as cancel_jobs (77) takes several.
+  for v_at in
+    select j.place from unnest(p_job_ids) with ordinality as j (id, place) order by j.id
+  loop
     job_id := p_job_ids[v_at];
     update private.running_jobs as r
     set
@@ -3287,7 +3960,7 @@ $$;
 
 comment on function private.heartbeat is
   'One beat for all jobs of a worker: extends their leases and takes in progress (percent or '
-  'null). Answers for each job ok, lost (drop it) or canceled (stop it).';
+  'null). Answers for each job, in order of id: ok, lost (drop it) or canceled (stop it).';
 
 revoke all on function private.heartbeat(bigint, uuid[], bigint[], smallint[])
 from public, anon, authenticated, service_role;
@@ -4078,6 +4751,147 @@ comment on function private.complete_job is
 revoke all on function private.complete_job(uuid, bigint, jsonb, jsonb)
 from public, anon, authenticated, service_role;
 grant execute on function private.complete_job(uuid, bigint, jsonb, jsonb) to darkroom_worker;
+-- Cancel: a queued job at once, a running one through its worker.
+--
+-- A queued job's ready row is deleted, and whoever deleted it settles. A running job is only
+-- marked: its worker is told by NOTIFY and asks the heartbeat, stops the provider, and ends the
+-- job with cancel_job (75). Whatever ends the attempt otherwise honours the mark too; only a
+-- result that is already stored wins over it. The refund rule is in finish_canceled (75).
+--
+-- All rows of the queue are taken before the first entitlement is, or two calls could wait for one
+-- another.
+
+-- Takes these jobs of a user out of the queue or marks them, and settles those taken out.
+--
+-- Locks: ready and running rows in order of id, the generations, the entitlement row.
+create or replace function private.cancel_jobs(p_user_id uuid, p_job_ids uuid[])
+returns void
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_job_id uuid;
+  v_worker_id bigint;
+  v_taken private.ready_jobs;
+  v_all_taken private.ready_jobs[] := '{}';
+begin
+  foreach v_job_id in array array(select j.id from unnest(p_job_ids) as j (id) order by j.id) loop
+    -- A job may go from ready to running, or back, between two looks.
+    for v_look in 1 .. 5 loop
+      delete from private.ready_jobs where job_id = v_job_id and user_id = p_user_id
+      returning * into v_taken;
+      if found then
+        v_all_taken := v_all_taken || v_taken;
+        exit;
+      end if;
+      update private.running_jobs set cancel_requested = true
+      where job_id = v_job_id and user_id = p_user_id
+      returning worker_id into v_worker_id;
+      if found then
+        perform pg_notify('darkroom_worker_' || v_worker_id, 'cancel');
+        exit;
+      end if;
+    end loop;
+  end loop;
+  foreach v_taken in array v_all_taken loop
+    perform private.finish_canceled(
+      p_user_id, v_taken.job_id, v_taken.create_started_at is not null
+    );
+  end loop;
+end;
+$$;
+
+revoke all on function private.cancel_jobs(uuid, uuid[])
+from public, anon, authenticated, service_role;
+
+-- Body of public.cancel_generation.
+--
+-- Raises: see the comment on public.cancel_generation.
+create or replace function private.cancel_generation(p_job_id uuid)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_user_id uuid := private.require_user_id();
+  v_generation public.generations;
+begin
+  perform private.cancel_jobs(v_user_id, array[p_job_id]);
+  v_generation := private.require_generation(p_job_id, v_user_id);
+  if v_generation.status in ('completed', 'failed') then
+    raise sqlstate 'PT409' using
+      message = 'already_finished',
+      detail = format('the job is %s', v_generation.status),
+      hint = 'Read it with get_job_status.';
+  end if;
+  return private.job_json(v_generation);
+end;
+$$;
+
+revoke all on function private.cancel_generation(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function private.cancel_generation(uuid) to authenticated;
+
+create or replace function public.cancel_generation(job_id uuid)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.cancel_generation(cancel_generation.job_id)
+$$;
+
+comment on function public.cancel_generation is
+  'Cancels one of your jobs. A queued one is canceled and refunded at once. A running one shows '
+  'cancel_requested, and its worker stops it within a second or so: canceled, refunded by the '
+  'operator''s rule, or completed if the picture was there first. Repeating it changes nothing. '
+  'Answers as get_job_status does. Errors: PT401 not_authenticated, PT404 not_found, PT409 '
+  'already_finished.';
+
+revoke all on function public.cancel_generation(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function public.cancel_generation(uuid) to authenticated;
+
+-- Body of public.cancel_batch.
+--
+-- Raises: PT401 not_authenticated, PT404 not_found.
+create or replace function private.cancel_batch(p_batch_id uuid)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_user_id uuid := private.require_user_id();
+  v_batch public.batches := private.require_batch(p_batch_id, v_user_id);
+begin
+  perform private.cancel_jobs(v_user_id, array(
+    select g.id from public.generations as g
+    where g.batch_id = p_batch_id and g.finished_at is null
+  ));
+  return private.batch_json(v_batch);
+end;
+$$;
+
+revoke all on function private.cancel_batch(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function private.cancel_batch(uuid) to authenticated;
+
+create or replace function public.cancel_batch(batch_id uuid)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.cancel_batch(cancel_batch.batch_id)
+$$;
+
+comment on function public.cancel_batch is
+  'Cancels every job of one of your batches that has not ended, each as cancel_generation does. '
+  'Answers as get_batch_status does. Errors: PT401 not_authenticated, PT404 not_found.';
+
+revoke all on function public.cancel_batch(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function public.cancel_batch(uuid) to authenticated;
 -- Recovery: what a dead worker left.
 --
 -- Two clocks end an attempt from outside. The lease runs out when the worker is silent: the job

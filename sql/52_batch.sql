@@ -1,0 +1,289 @@
+-- Batch: many prompts in one call, all or nothing.
+--
+-- enqueue_batch writes one generation for each prompt, each charged by an entry of its own, under
+-- one lock of the entitlement. It is let in whole while there is room for one job more, up to the
+-- plan's max_batch. Fairness needs no rule of its own: the jobs of a batch have fair keys behind
+-- one another, so others' jobs go between them.
+
+-- The batch this user's key named before; all null if the key is new.
+--
+-- Raises: PT409 idempotency_conflict if the request differs.
+create or replace function private.find_batch_by_key(
+  p_user_id uuid,
+  p_key text,
+  p_request_hash text
+)
+returns public.batches
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_batch public.batches;
+begin
+  select * into v_batch from public.batches where user_id = p_user_id and idempotency_key = p_key;
+  if found and v_batch.request_hash <> p_request_hash then
+    perform private.refuse_used_key();
+  end if;
+  return v_batch;
+end;
+$$;
+
+revoke all on function private.find_batch_by_key(uuid, text, text)
+from public, anon, authenticated, service_role;
+
+-- The arguments that need no catalogue. Raises: PT400 invalid_input.
+create or replace function private.check_batch(
+  p_prompts text[],
+  p_params jsonb,
+  p_idempotency_key text,
+  p_max_batch integer
+)
+returns void
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  if coalesce(cardinality(p_prompts) not between 1 and p_max_batch, true) then
+    perform private.refuse_input(format('prompts: not 1 to %s texts', p_max_batch));
+  elsif p_params ? 'reuse' then
+    perform private.refuse_input('params.reuse: not in a batch');
+  end if;
+  perform private.check_request(p.prompt, p_idempotency_key) from unnest(p_prompts) as p (prompt);
+end;
+$$;
+
+revoke all on function private.check_batch(text[], jsonb, text, integer)
+from public, anon, authenticated, service_role;
+
+-- One draft for each prompt. Raises: PT400 invalid_input.
+create or replace function private.draft_batch(
+  p_model public.models,
+  p_name text,
+  p_user_id uuid,
+  p_prompts text[],
+  p_params jsonb
+)
+returns public.generations[]
+language sql
+volatile
+set search_path = ''
+as $$
+  select array_agg(
+    private.draft_generation(p_model, p_name, p_user_id, coalesce(p.prompt, ''), p_params)
+    order by p.place
+  )
+  from unnest(p_prompts) with ordinality as p (prompt, place)
+$$;
+
+revoke all on function private.draft_batch(public.models, text, uuid, text[], jsonb)
+from public, anon, authenticated, service_role;
+
+-- Writes an accepted batch. The entitlement row is locked.
+--
+-- Raises: PT402 insufficient_credits for the sum of the prices.
+create or replace function private.insert_batch(
+  p_entitlement public.entitlements,
+  p_model public.models,
+  p_drafts public.generations[],
+  p_request_hash text,
+  p_idempotency_key text
+)
+returns public.batches
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_plan private.plans := private.plan_of(p_entitlement);
+  v_batch public.batches;
+  v_draft public.generations;
+begin
+  perform private.require_credits(
+    p_entitlement, private.image_price(p_model, v_plan)::bigint * (
+      select sum(private.count_images(p_model, d.provider_input)) from unnest(p_drafts) as d
+    )
+  );
+  insert into public.batches (user_id, request_hash, job_count, idempotency_key)
+  values (p_entitlement.user_id, p_request_hash, cardinality(p_drafts), p_idempotency_key)
+  returning * into v_batch;
+  foreach v_draft in array p_drafts loop
+    v_draft.batch_id := v_batch.id;
+    perform private.insert_generation(
+      private.lock_entitlement(p_entitlement.user_id), v_plan, p_model, v_draft
+    );
+  end loop;
+  return v_batch;
+end;
+$$;
+
+revoke all on function private.insert_batch(
+  public.entitlements, public.models, public.generations[], text, text
+) from public, anon, authenticated, service_role;
+
+-- A batch as the API shows it.
+create or replace function private.batch_json(p_batch public.batches)
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select json_build_object(
+    'batch_id', p_batch.id,
+    'job_ids', coalesce(json_agg(g.id order by g.id), '[]'),
+    'status', case when bool_and(g.finished_at is not null) then 'finished' else 'active' end,
+    'queued', count(*) filter (where g.status = 'queued'),
+    'processing', count(*) filter (where g.status = 'processing'),
+    'completed', count(*) filter (where g.status = 'completed'),
+    'failed', count(*) filter (where g.status = 'failed'),
+    'canceled', count(*) filter (where g.status = 'canceled'),
+    'progress', coalesce(
+      round(sum(case when g.finished_at is null then r.progress else 100 end) / count(*)), 0
+    ),
+    'credits_left', (
+      select e.credits from public.entitlements as e where e.user_id = p_batch.user_id
+    ),
+    'poll_after_ms', min(private.poll_after_ms(g)),
+    'created_at', p_batch.created_at
+  )
+  from public.generations as g
+  left join private.running_jobs as r on r.job_id = g.id
+  where g.batch_id = p_batch.id
+$$;
+
+revoke all on function private.batch_json(public.batches)
+from public, anon, authenticated, service_role;
+
+-- Body of public.enqueue_batch.
+--
+-- Locks: the entitlement row.
+-- Raises: see the comment on public.enqueue_batch.
+create or replace function private.enqueue_batch(
+  p_model text,
+  p_prompts text[],
+  p_params jsonb,
+  p_idempotency_key text
+)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_user_id uuid := private.require_user_id();
+  v_params jsonb := private.read_params(p_params);
+  v_hash text;
+  v_entitlement public.entitlements;
+  v_plan private.plans;
+  v_model public.models;
+  v_batch public.batches;
+begin
+  perform private.check_batch(p_prompts, v_params, p_idempotency_key, 100);
+  v_hash := md5(jsonb_build_array(p_model, p_prompts, v_params)::text);
+  v_entitlement := private.lock_entitlement(v_user_id);
+  v_batch := private.find_batch_by_key(v_user_id, p_idempotency_key, v_hash);
+  if v_batch.id is null then
+    v_plan := private.plan_of(v_entitlement);
+    perform private.check_batch(p_prompts, v_params, p_idempotency_key, v_plan.max_batch);
+    v_model := private.require_model(p_model, v_user_id, v_plan.name);
+    perform private.check_limits(v_entitlement, v_plan);
+    v_batch := private.insert_batch(
+      v_entitlement, v_model,
+      private.draft_batch(v_model, p_model, v_user_id, p_prompts, v_params),
+      v_hash, p_idempotency_key
+    );
+  end if;
+  return private.batch_json(v_batch);
+end;
+$$;
+
+revoke all on function private.enqueue_batch(text, text[], jsonb, text)
+from public, anon, authenticated, service_role;
+grant execute on function private.enqueue_batch(text, text[], jsonb, text) to authenticated;
+
+create or replace function public.enqueue_batch(
+  model text,
+  prompts text[],
+  params jsonb default '{}',
+  idempotency_key text default null
+)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.enqueue_batch(
+    enqueue_batch.model,
+    enqueue_batch.prompts,
+    enqueue_batch.params,
+    enqueue_batch.idempotency_key
+  )
+$$;
+
+comment on function public.enqueue_batch is
+  'Asks for one generation of each prompt (as many as your plan''s max_batch), all or nothing. '
+  'Answers as get_batch_status does. The same idempotency_key and request answer with the same '
+  'batch and charge nothing. Errors: those of enqueue_generation.';
+
+revoke all on function public.enqueue_batch(text, text[], jsonb, text)
+from public, anon, authenticated, service_role;
+grant execute on function public.enqueue_batch(text, text[], jsonb, text) to authenticated;
+
+-- The user's batch. Raises: PT404 not_found.
+create or replace function private.require_batch(p_batch_id uuid, p_user_id uuid)
+returns public.batches
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_batch public.batches;
+begin
+  select * into v_batch from public.batches where id = p_batch_id and user_id = p_user_id;
+  if not found then
+    raise sqlstate 'PT404' using
+      message = 'not_found',
+      detail = 'batch_id: no such batch of yours',
+      hint = 'Use the batch_id that enqueue_batch answered.';
+  end if;
+  return v_batch;
+end;
+$$;
+
+revoke all on function private.require_batch(uuid, uuid)
+from public, anon, authenticated, service_role;
+
+-- Body of public.get_batch_status.
+--
+-- Raises: PT401 not_authenticated, PT404 not_found.
+create or replace function private.get_batch_status(p_batch_id uuid)
+returns json
+language sql
+stable
+security definer
+set search_path = ''
+as $$
+  select private.batch_json(private.require_batch(p_batch_id, private.require_user_id()))
+$$;
+
+revoke all on function private.get_batch_status(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function private.get_batch_status(uuid) to authenticated;
+
+create or replace function public.get_batch_status(batch_id uuid)
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select private.get_batch_status(get_batch_status.batch_id)
+$$;
+
+comment on function public.get_batch_status is
+  'One of your batches: {batch_id, job_ids in the order of the prompts, status (active | finished),'
+  ' queued, processing, completed, failed, canceled (counts), progress (percent of the whole), '
+  'credits_left, poll_after_ms (null when finished), created_at}. get_job_status tells of each. '
+  'Errors: PT401 not_authenticated, PT404 not_found.';
+
+revoke all on function public.get_batch_status(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function public.get_batch_status(uuid) to authenticated;

@@ -1,0 +1,141 @@
+-- Cancel: a queued job at once, a running one through its worker.
+--
+-- A queued job's ready row is deleted, and whoever deleted it settles. A running job is only
+-- marked: its worker is told by NOTIFY and asks the heartbeat, stops the provider, and ends the
+-- job with cancel_job (75). Whatever ends the attempt otherwise honours the mark too; only a
+-- result that is already stored wins over it. The refund rule is in finish_canceled (75).
+--
+-- All rows of the queue are taken before the first entitlement is, or two calls could wait for one
+-- another.
+
+-- Takes these jobs of a user out of the queue or marks them, and settles those taken out.
+--
+-- Locks: ready and running rows in order of id, the generations, the entitlement row.
+create or replace function private.cancel_jobs(p_user_id uuid, p_job_ids uuid[])
+returns void
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_job_id uuid;
+  v_worker_id bigint;
+  v_taken private.ready_jobs;
+  v_all_taken private.ready_jobs[] := '{}';
+begin
+  foreach v_job_id in array array(select j.id from unnest(p_job_ids) as j (id) order by j.id) loop
+    -- A job may go from ready to running, or back, between two looks.
+    for v_look in 1 .. 5 loop
+      delete from private.ready_jobs where job_id = v_job_id and user_id = p_user_id
+      returning * into v_taken;
+      if found then
+        v_all_taken := v_all_taken || v_taken;
+        exit;
+      end if;
+      update private.running_jobs set cancel_requested = true
+      where job_id = v_job_id and user_id = p_user_id
+      returning worker_id into v_worker_id;
+      if found then
+        perform pg_notify('darkroom_worker_' || v_worker_id, 'cancel');
+        exit;
+      end if;
+    end loop;
+  end loop;
+  foreach v_taken in array v_all_taken loop
+    perform private.finish_canceled(
+      p_user_id, v_taken.job_id, v_taken.create_started_at is not null
+    );
+  end loop;
+end;
+$$;
+
+revoke all on function private.cancel_jobs(uuid, uuid[])
+from public, anon, authenticated, service_role;
+
+-- Body of public.cancel_generation.
+--
+-- Raises: see the comment on public.cancel_generation.
+create or replace function private.cancel_generation(p_job_id uuid)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_user_id uuid := private.require_user_id();
+  v_generation public.generations;
+begin
+  perform private.cancel_jobs(v_user_id, array[p_job_id]);
+  v_generation := private.require_generation(p_job_id, v_user_id);
+  if v_generation.status in ('completed', 'failed') then
+    raise sqlstate 'PT409' using
+      message = 'already_finished',
+      detail = format('the job is %s', v_generation.status),
+      hint = 'Read it with get_job_status.';
+  end if;
+  return private.job_json(v_generation);
+end;
+$$;
+
+revoke all on function private.cancel_generation(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function private.cancel_generation(uuid) to authenticated;
+
+create or replace function public.cancel_generation(job_id uuid)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.cancel_generation(cancel_generation.job_id)
+$$;
+
+comment on function public.cancel_generation is
+  'Cancels one of your jobs. A queued one is canceled and refunded at once. A running one shows '
+  'cancel_requested, and its worker stops it within a second or so: canceled, refunded by the '
+  'operator''s rule, or completed if the picture was there first. Repeating it changes nothing. '
+  'Answers as get_job_status does. Errors: PT401 not_authenticated, PT404 not_found, PT409 '
+  'already_finished.';
+
+revoke all on function public.cancel_generation(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function public.cancel_generation(uuid) to authenticated;
+
+-- Body of public.cancel_batch.
+--
+-- Raises: PT401 not_authenticated, PT404 not_found.
+create or replace function private.cancel_batch(p_batch_id uuid)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_user_id uuid := private.require_user_id();
+  v_batch public.batches := private.require_batch(p_batch_id, v_user_id);
+begin
+  perform private.cancel_jobs(v_user_id, array(
+    select g.id from public.generations as g
+    where g.batch_id = p_batch_id and g.finished_at is null
+  ));
+  return private.batch_json(v_batch);
+end;
+$$;
+
+revoke all on function private.cancel_batch(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function private.cancel_batch(uuid) to authenticated;
+
+create or replace function public.cancel_batch(batch_id uuid)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.cancel_batch(cancel_batch.batch_id)
+$$;
+
+comment on function public.cancel_batch is
+  'Cancels every job of one of your batches that has not ended, each as cancel_generation does. '
+  'Answers as get_batch_status does. Errors: PT401 not_authenticated, PT404 not_found.';
+
+revoke all on function public.cancel_batch(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function public.cancel_batch(uuid) to authenticated;
