@@ -4,7 +4,7 @@
     claim a job for every free slot, and run each:
         create at the provider -> checkpoint its id -> wait -> download -> upload -> complete
     nothing to claim: sleep in the database, look twice more, wait for NOTIFY or the backstop
-    beside it: one heartbeat for all jobs, and recovery of what dead workers left
+    beside it: one heartbeat for all jobs, recovery of what dead workers left, and erasure of files
     SIGTERM: claim no more, finish within the grace time, release the rest
 
 It may die at any instruction: the lease runs out, another worker resumes the checkpointed id.
@@ -79,6 +79,8 @@ from py_svg_hush import filter_svg
 BUCKET, SOURCE_BUCKET = "generations", "inputs"
 REPLICATE_API_URL = "https://api.replicate.com/v1"
 RECOVERY_SECONDS = 30.0  # between two looks for stale jobs
+ERASE_SECONDS = 60.0  # between two looks for what has been kept long enough
+ERASE_FILES = 100  # deleted in one request
 SECOND_LOOK_SECONDS = 0.2  # at most, between going to sleep and the last claim before waiting
 LISTEN_CHECK_SECONDS = 10.0  # silence after which the LISTEN connection is tested
 RELEASE_SECONDS = 10.0  # hard deadline for releasing jobs once the grace time is over
@@ -243,6 +245,10 @@ class ProviderDown(Exception):
         self.may_have_bought = may_have_bought
 
 
+class StorageRefused(Exception):
+    """Storage did not delete what it was asked to."""
+
+
 class UnknownOutcome(Exception):
     """A create was sent and its answer lost: it may have been bought."""
 
@@ -379,6 +385,19 @@ class Database:
 
     async def recover_stale_jobs(self) -> int:
         return int((await self._call("recover_stale_jobs"))[0]["recover_stale_jobs"])
+
+    async def apply_retention(self) -> int:
+        return int((await self._call("apply_retention"))[0]["apply_retention"])
+
+    async def list_expired_files(self) -> dict[str, list[str]]:
+        """Paths to delete, by bucket."""
+        files: dict[str, list[str]] = {}
+        for row in await self._call("list_expired_files", ERASE_FILES):
+            files.setdefault(row["bucket"], []).append(row["path"])
+        return files
+
+    async def forget_files(self, bucket: str, paths: list[str]) -> None:
+        await self._call("forget_files", [bucket] * len(paths), paths)
 
     async def listen(self, channel: str, wake: asyncio.Event) -> None:
         """Set wake on every NOTIFY, for ever, on a connection of its own; reconnect when it dies.
@@ -740,6 +759,18 @@ class Storage:
             async for chunk in response.aiter_bytes(CHUNK_BYTES):
                 file.write(chunk)
 
+    async def remove(self, bucket: str, paths: list[str]) -> None:
+        """Delete files; one that is gone already counts as deleted. Raises StorageRefused."""
+        url = f"{self.root}/object/{bucket}"
+        try:
+            response = await self.http.request(
+                "DELETE", url, json={"prefixes": paths}, headers=self.headers
+            )
+        except httpx.HTTPError as error:
+            raise StorageRefused(type(error).__name__) from None
+        if not response.is_success:
+            raise StorageRefused(f"HTTP {response.status_code}")
+
     async def store(
         self, job: Job, position: int, body: AsyncGenerator[bytes, None]
     ) -> dict[str, Any]:
@@ -1011,6 +1042,7 @@ class Worker:
                 background.create_task(self.db.listen(registered["channel"], self.wake)),
                 background.create_task(self._every(registered["heartbeat_seconds"], self.beat)),
                 background.create_task(self._every(RECOVERY_SECONDS, self.recover)),
+                background.create_task(self._every(ERASE_SECONDS, self.erase)),
             ]
             await self._claim_until_stopped()
             await self._drain()
@@ -1098,6 +1130,29 @@ class Worker:
     async def recover(self) -> None:
         if recovered := await self.db.recover_stale_jobs():
             log.warning("jobs.recovered count=%s", recovered)
+
+    async def erase(self) -> None:
+        """Erase what has been kept long enough, one request at a time, until nothing is left.
+
+        What Storage does not delete now stays on the list for another time.
+        """
+        try:
+            while await self.db.apply_retention() + await self._erase_files():
+                pass
+        except StorageRefused as error:
+            log.warning("files.kept error=%s", error)
+        except psycopg.Error as error:  # whatever is wrong here, jobs go on
+            log.error("files.kept error=%s", type(error).__name__)
+
+    async def _erase_files(self) -> int:
+        erased = 0
+        while files := await self.db.list_expired_files():
+            for bucket, paths in files.items():
+                await self.storage.remove(bucket, paths)
+                await self.db.forget_files(bucket, paths)
+                erased += len(paths)
+                log.info("files.erased bucket=%s count=%s", bucket, len(paths))
+        return erased
 
     async def _drain(self) -> None:
         """Let the jobs finish within the grace time; the rest are cancelled and so released."""

@@ -54,7 +54,7 @@ comment on column public.entitlements.minute_started_at is
   'Start of the minute that minute_jobs counts.';
 comment on column public.entitlements.minute_jobs is 'Jobs enqueued since minute_started_at.';
 
--- No foreign keys: the books outlive the user and the generation they speak of.
+-- No foreign keys: the books may outlive the user and do outlive the generation they speak of.
 create table public.credit_ledger (
   id bigint generated always as identity primary key,
   user_id uuid not null,
@@ -64,7 +64,9 @@ create table public.credit_ledger (
   balance_after integer not null,
   external_id text,
   created_at timestamptz not null default now(),
-  constraint credit_ledger_kind_is_known check (kind in ('grant', 'charge', 'refund', 'adjust')),
+  constraint credit_ledger_kind_is_known check (
+    kind in ('grant', 'charge', 'refund', 'adjust', 'carry')
+  ),
   constraint credit_ledger_sign_matches_kind check (
     case kind when 'charge' then amount <= 0 when 'adjust' then amount <> 0 else amount >= 0 end
   ),
@@ -75,7 +77,10 @@ create table public.credit_ledger (
 );
 
 comment on table public.credit_ledger is
-  'Append-only entries that explain every balance. Rows are never updated or deleted.';
+  'Append-only entries that explain every balance. No row is ever updated, and none of a user who '
+  'is here is deleted, but for entries older than settings.keep_ledger, which are summed up.';
+comment on column public.credit_ledger.kind is
+  'grant, charge (of a generation), refund (of one), adjust, or carry: the sum of older entries.';
 comment on column public.credit_ledger.amount is
   'Credits: negative for a charge, positive for a grant or refund.';
 comment on column public.credit_ledger.balance_after is 'The user''s balance after this entry.';
@@ -104,8 +109,33 @@ $$;
 revoke all on function private.refuse_change() from public, anon, authenticated, service_role;
 
 create trigger credit_ledger_is_append_only
-before update or delete or truncate on public.credit_ledger
+before update or truncate on public.credit_ledger
 for each statement execute function private.refuse_change();
+
+-- The books of a user are erased only when the user is gone.
+create or replace function private.refuse_change_while_user_exists()
+returns trigger
+language plpgsql
+set search_path = ''
+as $$
+begin
+  if exists (select from public.entitlements as e where e.user_id = old.user_id) then
+    raise exception '% is append-only', tg_table_name
+      using errcode = 'insufficient_privilege';
+  end if;
+  return old;
+end;
+$$;
+
+revoke all on function private.refuse_change_while_user_exists()
+from public, anon, authenticated, service_role;
+
+-- But for compact_ledger (85), which says so for the time of one statement.
+create trigger credit_ledger_is_kept_while_user_exists
+before delete on public.credit_ledger
+for each row
+when (current_setting('darkroom.compacts_ledger_of', true) is distinct from old.user_id::text)
+execute function private.refuse_change_while_user_exists();
 
 create table public.models (
   id text primary key,

@@ -3,6 +3,10 @@
 
 insert into private.settings default values on conflict do nothing;
 
+insert into private.retention_walks (name) values
+('generations'), ('attempts'), ('ledger'), ('files')
+on conflict do nothing;
+
 insert into private.plans (name, max_active, max_per_minute, max_batch, weight) values
 ('free', 3, 10, 3, 1),
 ('paid', 20, 60, 100, 4)
@@ -49,12 +53,15 @@ $$;
 do $$
 begin
   if current_database() is distinct from current_setting('cron.database_name', true) then
-    raise notice 'Darkroom: no pg_cron for this database; workers recover stale jobs on their own';
+    raise notice 'Darkroom: no pg_cron for this database; workers do its work on their own';
     return;
   end if;
   create extension if not exists pg_cron with schema pg_catalog;
   perform cron.schedule(
     'darkroom_recover_stale_jobs', '* * * * *', 'select private.recover_stale_jobs()'
+  );
+  perform cron.schedule(
+    'darkroom_apply_retention', '* * * * *', 'select private.apply_retention()'
   );
   perform cron.schedule('darkroom_trim_history', '17 3 * * *', 'select private.trim_history()');
 end;

@@ -182,7 +182,6 @@ class Service(Caller):
             "public.set_paid", user_id=getattr(user, "id", user), paid_until=paid_until
         )
 
-
     def redrive_failed(self, code: str, since: str, **rest: Any) -> int:
         """Return how many were queued again."""
         answer = self.call("public.redrive_failed", code=code, since=since, **rest)
@@ -403,6 +402,19 @@ class Worker:
     def recover_stale_jobs(self, at_most: int = 100) -> int:
         query = "select private.recover_stale_jobs(%s) as count"
         return int(self._rows(query, at_most)[0]["count"])
+
+    def apply_retention(self, at_most: int = 500) -> int:
+        query = "select private.apply_retention(%s) as count"
+        return int(self._rows(query, at_most)[0]["count"])
+
+    def list_expired_files(self, at_most: int = 100) -> list[tuple[str, str]]:
+        """Return bucket and path of each file."""
+        query = "select * from private.list_expired_files(%s)"
+        return [(row["bucket"], row["path"]) for row in self._rows(query, at_most)]
+
+    def forget_files(self, *files: tuple[str, str]) -> None:
+        buckets, paths = [file[0] for file in files], [file[1] for file in files]
+        self._rows("select private.forget_files(%s, %s)", buckets, paths)
 
     def listening(self) -> Worker:
         """Listen on the own channel."""

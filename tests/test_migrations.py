@@ -47,7 +47,7 @@ def test_it_installs_where_there_is_nothing_but_auth_and_says_what_it_skips(
         "no storage.objects here; buckets and their policies are skipped",
         "no schema realtime here; broadcasts are skipped, clients poll",
         "no storage.buckets here; create the private buckets yourself",
-        "no pg_cron for this database; workers recover stale jobs on their own",
+        "no pg_cron for this database; workers do its work on their own",
     ]
     assert tables == db.value(count)
 

@@ -47,7 +47,7 @@ def test_users_from_before_the_installation_get_their_entitlement(supabase_db):
     assert supabase_db.value("select credits from public.entitlements") == 10
 
 
-def test_pg_cron_recovers_every_minute_and_trims_every_night(stack):
+def test_pg_cron_recovers_and_erases_every_minute_and_trims_every_night(stack):
     with psycopg.connect(stack.database_url) as connection:
         connection.execute(SCHEDULE.read_bytes())
         jobs = connection.execute(
@@ -55,6 +55,7 @@ def test_pg_cron_recovers_every_minute_and_trims_every_night(stack):
         ).fetchall()
 
     assert jobs == [
+        ("darkroom_apply_retention", "* * * * *", "select private.apply_retention()", True),
         ("darkroom_recover_stale_jobs", "* * * * *", "select private.recover_stale_jobs()", True),
         ("darkroom_trim_history", "17 3 * * *", "select private.trim_history()", True),
     ]

@@ -126,7 +126,7 @@ comment on column public.entitlements.minute_started_at is
   'Start of the minute that minute_jobs counts.';
 comment on column public.entitlements.minute_jobs is 'Jobs enqueued since minute_started_at.';
 
--- No foreign keys: the books outlive the user and the generation they speak of.
+-- No foreign keys: the books may outlive the user and do outlive the generation they speak of.
 create table public.credit_ledger (
   id bigint generated always as identity primary key,
   user_id uuid not null,
@@ -136,7 +136,9 @@ create table public.credit_ledger (
   balance_after integer not null,
   external_id text,
   created_at timestamptz not null default now(),
-  constraint credit_ledger_kind_is_known check (kind in ('grant', 'charge', 'refund', 'adjust')),
+  constraint credit_ledger_kind_is_known check (
+    kind in ('grant', 'charge', 'refund', 'adjust', 'carry')
+  ),
   constraint credit_ledger_sign_matches_kind check (
     case kind when 'charge' then amount <= 0 when 'adjust' then amount <> 0 else amount >= 0 end
   ),
@@ -147,7 +149,10 @@ create table public.credit_ledger (
 );
 
 comment on table public.credit_ledger is
-  'Append-only entries that explain every balance. Rows are never updated or deleted.';
+  'Append-only entries that explain every balance. No row is ever updated, and none of a user who '
+  'is here is deleted, but for entries older than settings.keep_ledger, which are summed up.';
+comment on column public.credit_ledger.kind is
+  'grant, charge (of a generation), refund (of one), adjust, or carry: the sum of older entries.';
 comment on column public.credit_ledger.amount is
   'Credits: negative for a charge, positive for a grant or refund.';
 comment on column public.credit_ledger.balance_after is 'The user''s balance after this entry.';
@@ -176,8 +181,33 @@ $$;
 revoke all on function private.refuse_change() from public, anon, authenticated, service_role;
 
 create trigger credit_ledger_is_append_only
-before update or delete or truncate on public.credit_ledger
+before update or truncate on public.credit_ledger
 for each statement execute function private.refuse_change();
+
+-- The books of a user are erased only when the user is gone.
+create or replace function private.refuse_change_while_user_exists()
+returns trigger
+language plpgsql
+set search_path = ''
+as $$
+begin
+  if exists (select from public.entitlements as e where e.user_id = old.user_id) then
+    raise exception '% is append-only', tg_table_name
+      using errcode = 'insufficient_privilege';
+  end if;
+  return old;
+end;
+$$;
+
+revoke all on function private.refuse_change_while_user_exists()
+from public, anon, authenticated, service_role;
+
+-- But for compact_ledger (85), which says so for the time of one statement.
+create trigger credit_ledger_is_kept_while_user_exists
+before delete on public.credit_ledger
+for each row
+when (current_setting('darkroom.compacts_ledger_of', true) is distinct from old.user_id::text)
+execute function private.refuse_change_while_user_exists();
 
 create table public.models (
   id text primary key,
@@ -620,6 +650,94 @@ comment on column private.settings.retry_base is
 comment on column private.settings.give_up_after is 'A job this old is not retried any more.';
 comment on column private.settings.running_cancel_refund_percent is
   'Share of the price given back when a job is canceled after the provider was asked for it.';
+-- The tables of retention: how long things are kept, and which files wait to be deleted.
+--
+-- Rows go by SQL, files only through the Storage API, which the worker calls. So what is due is
+-- marked first: each of its files becomes a row of expired_files. The worker deletes the file, then
+-- forgets the row, and with the last file of a generation goes the generation. Whoever is killed
+-- half-way has lost nothing: the rows say what is left to do.
+--
+-- Nothing here scans history. Each walk goes a few rows further through an index at every call and
+-- starts anew at the end; its row is its place, and the lock that lets one session walk at a time.
+
+alter table private.settings
+add column keep_generations interval,
+add column keep_deleted interval not null default '30 days',
+add column keep_inputs interval,
+add column keep_attempts interval not null default '90 days',
+add column keep_ledger interval,
+add column keep_ledger_of_deleted_users interval not null default '0',
+add constraint settings_keep_generations_outlives_a_day check (keep_generations >= '1 day'),
+add constraint settings_keep_deleted_is_not_negative check (keep_deleted >= '0'),
+add constraint settings_keep_inputs_outlives_a_day check (keep_inputs >= '1 day'),
+add constraint settings_keep_attempts_outlives_a_day check (keep_attempts >= '1 day'),
+add constraint settings_keep_ledger_outlives_ninety_days check (keep_ledger >= '90 days'),
+add constraint settings_keep_ledger_of_deleted_users_is_not_negative check (
+  keep_ledger_of_deleted_users >= '0'
+);
+
+comment on column private.settings.keep_generations is
+  'How long after its end a generation is kept, unless it is a favorite; null: for ever.';
+comment on column private.settings.keep_deleted is
+  'How long a generation that its user deleted is kept, hidden, before it is erased.';
+comment on column private.settings.keep_inputs is
+  'How long source images are kept after their last change; null: for ever.';
+comment on column private.settings.keep_attempts is
+  'How long the attempts of finished generations are kept, with provider''s words, times and cost.';
+comment on column private.settings.keep_ledger is
+  'Older entries of a user are summed up in one of kind carry, as far as the generations they '
+  'speak of are erased; their external_ids are forgotten. null: never.';
+comment on column private.settings.keep_ledger_of_deleted_users is
+  'How long after it was written an entry outlives its user; 0: all go with the user.';
+
+create table private.expired_files (
+  bucket text,
+  path text,
+  user_id uuid not null,
+  generation_id uuid,
+  marked_at timestamptz not null default now(),
+  try_at timestamptz not null default now(),
+  primary key (bucket, path),
+  constraint expired_files_bucket_is_ours check (bucket in ('generations', 'inputs')),
+  constraint expired_files_path_is_the_users check (starts_with(path, concat(user_id, '/')))
+) with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.05);
+
+comment on table private.expired_files is
+  'Files the worker has to delete from Storage. Empty most of the time.';
+comment on column private.expired_files.user_id is
+  'Whose folder it is in; the user may be gone already.';
+comment on column private.expired_files.generation_id is
+  'Erased together with its last file; null: nothing waits for this file.';
+comment on column private.expired_files.try_at is
+  'Not before this time: a worker is at it, or was and failed.';
+
+create index expired_files_try_at_idx on private.expired_files (try_at);
+create index expired_files_generation_id_idx
+on private.expired_files (generation_id) where generation_id is not null;
+
+create table private.retention_walks (
+  name text primary key,
+  place text not null default '00000000-0000-0000-0000-000000000000',
+  constraint retention_walks_name_is_known check (
+    name in ('generations', 'attempts', 'ledger', 'files')
+  )
+);
+
+comment on table private.retention_walks is
+  'How far each walk through history has come. The row''s lock lets one session walk at a time.';
+comment on column private.retention_walks.place is
+  'Key last looked at. The least of all ids is the beginning, of paths in our buckets too.';
+
+-- Read by expire_deleted. The one index on a column that changes: it changes once, by the user's
+-- hand, and all other updates of generations stay HOT.
+create index generations_deleted_at_idx
+on public.generations (deleted_at) where deleted_at is not null;
+
+alter table private.expired_files enable row level security;
+alter table private.retention_walks enable row level security;
+
+revoke all on table private.expired_files, private.retention_walks
+from public, anon, authenticated, service_role;
 -- Row level security: who may read what. Nobody writes a table: the functions do.
 --
 -- Users read their own rows in public; the catalogue is read through list_models(). Private tables
@@ -4956,10 +5074,616 @@ comment on function private.trim_history is
   'Housekeeping, nightly by pg_cron, which never trims its own run history.';
 
 revoke all on function private.trim_history() from public, anon, authenticated, service_role;
+-- Erasure: files that wait to be deleted, and what goes with a deleted user.
+--
+-- The worker lists expired files, deletes them in Storage and forgets them; a generation goes with
+-- its last file. All three may be repeated, so a worker that dies in between costs nothing.
+--
+-- Deleting a row of auth.users erases the user: rows go by cascade, files are marked here, the
+-- ledger goes as settings.keep_ledger_of_deleted_users says. Every path that is marked lies in the
+-- user's own folder, a rule of the table. What a worker still uploads for a user who is gone has no
+-- row, and is found as an orphan (85).
+
+-- The id that is the n-th part of a path; null if that part is none.
+create or replace function private.path_id(p_path text, p_part integer)
+returns uuid
+language sql
+immutable
+set search_path = ''
+as $$
+  select case
+    when split_part(p_path, '/', p_part) ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$'
+      then split_part(p_path, '/', p_part)::uuid
+  end
+$$;
+
+revoke all on function private.path_id(text, integer)
+from public, anon, authenticated, service_role;
+
+-- Whether the job may still write its files.
+create or replace function private.is_live(p_job_id uuid)
+returns boolean
+language sql
+stable
+set search_path = ''
+as $$
+  select exists (select from private.ready_jobs as r where r.job_id = p_job_id)
+    or exists (select from private.running_jobs as r where r.job_id = p_job_id)
+$$;
+
+revoke all on function private.is_live(uuid) from public, anon, authenticated, service_role;
+
+-- Whether an image is stored at this path of bucket generations.
+create or replace function private.has_image(p_path text)
+returns boolean
+language sql
+stable
+set search_path = ''
+as $$
+  select exists (
+    select from public.images as i
+    where i.generation_id = private.path_id(p_path, 2)
+      and p_path in (i.storage_path, i.preview_path)
+  )
+$$;
+
+revoke all on function private.has_image(text) from public, anon, authenticated, service_role;
+
+-- Whether a file has come to be needed again since it was marked: the generation was restored, or
+-- an operator had the job done again.
+create or replace function private.is_needed_again(p_file private.expired_files)
+returns boolean
+language sql
+stable
+set search_path = ''
+as $$
+  select p_file.bucket = 'generations' and (
+    private.is_live(private.path_id(p_file.path, 2))
+    or case
+      when p_file.generation_id is null then private.has_image(p_file.path)
+      else exists (
+        select from public.generations as g
+        where g.id = p_file.generation_id and g.deleted_at is null
+      )
+    end
+  )
+$$;
+
+revoke all on function private.is_needed_again(private.expired_files)
+from public, anon, authenticated, service_role;
+
+create or replace function private.list_expired_files(p_at_most integer default 100)
+returns table (bucket text, path text)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+#variable_conflict use_column
+declare
+  v_lease interval := (select s.lease from private.settings as s);
+  v_file private.expired_files;
+begin
+  for v_file in
+    select * from private.expired_files as f
+    where f.try_at <= now() order by f.try_at limit p_at_most for update skip locked
+  loop
+    if private.is_needed_again(v_file) then
+      delete from private.expired_files as f
+      where f.bucket = v_file.bucket and f.path = v_file.path;
+    else
+      update private.expired_files as f set try_at = now() + v_lease
+      where f.bucket = v_file.bucket and f.path = v_file.path;
+      bucket := v_file.bucket;
+      path := v_file.path;
+      return next;
+    end if;
+  end loop;
+end;
+$$;
+
+comment on function private.list_expired_files is
+  'Up to p_at_most files to delete from Storage. They are the caller''s for the time of a lease '
+  '(settings.lease); what is not forgotten by then is listed again.';
+
+revoke all on function private.list_expired_files(integer)
+from public, anon, authenticated, service_role;
+grant execute on function private.list_expired_files(integer) to darkroom_worker;
+
+-- Erases generations none of whose files are left, and batches none of whose generations are.
+create or replace function private.erase_generations(p_ids uuid[])
+returns integer
+language sql
+set search_path = ''
+as $$
+  with erased as (
+    delete from public.generations as g
+    where g.id = any (p_ids) and g.finished_at is not null and g.deleted_at is not null
+      and not exists (select from private.expired_files as f where f.generation_id = g.id)
+    returning g.id, g.batch_id
+  ),
+  emptied as (
+    delete from public.batches as b
+    where b.id = any (array(select e.batch_id from erased as e)) and not exists (
+      select from public.generations as g
+      where g.batch_id = b.id and g.id <> all (array(select e.id from erased as e))
+    )
+  )
+  select count(*)::integer from erased
+$$;
+
+revoke all on function private.erase_generations(uuid[])
+from public, anon, authenticated, service_role;
+
+create or replace function private.forget_files(p_buckets text[], p_paths text[])
+returns void
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_generation_ids uuid[];
+begin
+  with forgotten as (
+    delete from private.expired_files as f
+    using unnest(p_buckets, p_paths) as gone (bucket, path)
+    where f.bucket = gone.bucket and f.path = gone.path
+    returning f.generation_id
+  )
+  select coalesce(array_agg(distinct f.generation_id), '{}') into v_generation_ids
+  from forgotten as f where f.generation_id is not null;
+  perform private.erase_generations(v_generation_ids);
+end;
+$$;
+
+comment on function private.forget_files is
+  'Says that these files are gone from Storage. A generation whose last one it was is erased with '
+  'all its rows. Repeating it changes nothing.';
+
+revoke all on function private.forget_files(text[], text[])
+from public, anon, authenticated, service_role;
+grant execute on function private.forget_files(text[], text[]) to darkroom_worker;
+
+-- Locks the user's live jobs before the cascade takes the entitlement, in the order that claims and
+-- endings do: else those two could wait for each other. Changes nothing: whether the user really
+-- goes is for other triggers to say.
+--
+-- A job moves between the two tables while we wait for its row, so we look until we hold them all.
+create or replace function private.lock_jobs_of_deleted_user()
+returns trigger
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_ids uuid[];
+  v_locked integer;
+begin
+  loop
+    v_ids := array(
+      select g.id from public.generations as g
+      where g.user_id = old.id and g.status in ('queued', 'processing')
+      order by g.id desc
+      limit (select e.active_jobs from public.entitlements as e where e.user_id = old.id)
+    );
+    v_locked := cardinality(array(
+      select r.job_id from private.ready_jobs as r
+      where r.job_id = any (v_ids) order by r.job_id for update
+    )) + cardinality(array(
+      select r.job_id from private.running_jobs as r
+      where r.job_id = any (v_ids) order by r.job_id for update
+    ));
+    exit when v_locked = (
+      select count(*) from unnest(v_ids) as job (id) where private.is_live(job.id)
+    );
+  end loop;
+  return old;
+end;
+$$;
+
+revoke all on function private.lock_jobs_of_deleted_user()
+from public, anon, authenticated, service_role;
+
+create trigger darkroom_lock_jobs
+before delete on auth.users
+for each row execute function private.lock_jobs_of_deleted_user();
+
+-- Marks all files in the folders of a user who is being deleted, those without a row too.
+create or replace function private.expire_files_of_deleted_user()
+returns trigger
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  insert into private.expired_files (bucket, path, user_id)
+  select 'generations', f.path, i.user_id
+  from public.images as i
+  cross join lateral (values (i.storage_path), (i.preview_path)) as f (path)
+  where i.user_id = old.user_id and f.path is not null
+  on conflict (bucket, path) do nothing;
+  if to_regclass('storage.objects') is not null then
+    -- From <id>/ up to <id>0, the next character: operators that the index of names serves.
+    insert into private.expired_files (bucket, path, user_id)
+    select o.bucket_id, o.name, old.user_id
+    from storage.objects as o
+    where o.name ~>=~ concat(old.user_id, '/') and o.name ~<~ concat(old.user_id, '0')
+      and o.bucket_id in ('generations', 'inputs')
+    on conflict (bucket, path) do nothing;
+  end if;
+  return old;
+end;
+$$;
+
+revoke all on function private.expire_files_of_deleted_user()
+from public, anon, authenticated, service_role;
+
+create trigger entitlements_expire_files
+before delete on public.entitlements
+for each row execute function private.expire_files_of_deleted_user();
+
+-- Erases the entries of a user who is gone, but for those that are to be kept longer.
+create or replace function private.erase_ledger(p_user_id uuid)
+returns integer
+language sql
+set search_path = ''
+as $$
+  with erased as (
+    delete from public.credit_ledger as l
+    using private.settings as s
+    where l.user_id = p_user_id and l.created_at <= now() - s.keep_ledger_of_deleted_users
+    returning l.id
+  )
+  select count(*)::integer from erased
+$$;
+
+revoke all on function private.erase_ledger(uuid) from public, anon, authenticated, service_role;
+
+create or replace function private.erase_ledger_of_deleted_user()
+returns trigger
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  perform private.erase_ledger(old.user_id);
+  return null;
+end;
+$$;
+
+revoke all on function private.erase_ledger_of_deleted_user()
+from public, anon, authenticated, service_role;
+
+create trigger entitlements_erase_ledger
+after delete on public.entitlements
+for each row execute function private.erase_ledger_of_deleted_user();
+-- Retention: what has been kept long enough, found a few rows at a time.
+--
+-- apply_retention is called every minute by pg_cron and by each worker. It marks the files of
+-- generations that are due (84 erases them), trims attempts, sums up or erases ledger entries, and
+-- looks through Storage for files that nothing speaks of. Each walk locks its row of
+-- retention_walks, looks at p_at_most rows in the order of an index, and says where it has come.
+-- Where it meets what is too young it starts anew: what was passed over may be due by then.
+
+-- Locks the walk and answers its place; null while another session walks it.
+create or replace function private.begin_walk(p_name text)
+returns text
+language sql
+set search_path = ''
+as $$
+  select w.place from private.retention_walks as w where w.name = p_name for update skip locked
+$$;
+
+revoke all on function private.begin_walk(text) from public, anon, authenticated, service_role;
+
+-- Saves the place of a walk, or starts it anew.
+create or replace function private.end_walk(p_name text, p_place text, p_is_at_end boolean)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+begin
+  if p_is_at_end then
+    update private.retention_walks set place = default where name = p_name;
+  else
+    update private.retention_walks set place = p_place where name = p_name;
+  end if;
+end;
+$$;
+
+revoke all on function private.end_walk(text, text, boolean)
+from public, anon, authenticated, service_role;
+
+-- Hides these finished generations and marks their files; those without files go at once. Answers
+-- how many files and generations.
+create or replace function private.expire_generations(p_ids uuid[])
+returns integer
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_ids uuid[];
+  v_files integer;
+begin
+  v_ids := array(
+    select g.id from public.generations as g
+    where g.id = any (p_ids) and g.finished_at is not null order by g.id for update
+  );
+  update public.generations set deleted_at = now()
+  where id = any (v_ids) and deleted_at is null;
+  insert into private.expired_files (bucket, path, user_id, generation_id)
+  select 'generations', f.path, i.user_id, i.generation_id
+  from public.images as i
+  cross join lateral (values (i.storage_path), (i.preview_path)) as f (path)
+  where i.generation_id = any (v_ids) and f.path is not null
+  on conflict (bucket, path) do nothing;
+  get diagnostics v_files = row_count;
+  return v_files + private.erase_generations(v_ids);
+end;
+$$;
+
+revoke all on function private.expire_generations(uuid[])
+from public, anon, authenticated, service_role;
+
+-- Generations their users deleted, longest ago first.
+create or replace function private.expire_deleted(p_at_most integer)
+returns integer
+language sql
+set search_path = ''
+as $$
+  select private.expire_generations(array(
+    select g.id from public.generations as g
+    where g.deleted_at <= now() - (select s.keep_deleted from private.settings as s)
+      and g.finished_at is not null
+    order by g.deleted_at limit p_at_most
+  ))
+$$;
+
+revoke all on function private.expire_deleted(integer)
+from public, anon, authenticated, service_role;
+
+-- Generations that ended longer ago than keep_generations, but for favorites.
+create or replace function private.expire_old(p_at_most integer)
+returns integer
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_before timestamptz := (select now() - s.keep_generations from private.settings as s);
+  v_place text := private.begin_walk('generations');
+  v_met public.generations;
+  v_seen integer := 0;
+  v_ids uuid[] := '{}';
+begin
+  if v_before is null or v_place is null then
+    return 0;
+  end if;
+  for v_met in
+    select * from public.generations where id > v_place::uuid order by id limit p_at_most
+  loop
+    exit when v_met.created_at > v_before;
+    if v_met.finished_at <= v_before and not v_met.is_favorite then
+      v_ids := v_ids || v_met.id;
+    end if;
+    v_seen := v_seen + 1;
+    v_place := v_met.id;
+  end loop;
+  perform private.end_walk('generations', v_place, v_seen < p_at_most);
+  return private.expire_generations(v_ids);
+end;
+$$;
+
+revoke all on function private.expire_old(integer) from public, anon, authenticated, service_role;
+
+-- Attempts that ended longer ago than keep_attempts, of generations that are finished.
+create or replace function private.trim_attempts(p_at_most integer)
+returns integer
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_before timestamptz := (select now() - s.keep_attempts from private.settings as s);
+  v_place text := private.begin_walk('attempts');
+  v_met record;
+  v_seen integer := 0;
+  v_trimmed integer := 0;
+begin
+  if v_place is null then
+    return 0;
+  end if;
+  for v_met in
+    select a.generation_id, a.token, a.ended_at, g.created_at, g.finished_at
+    from private.attempts as a
+    inner join public.generations as g on g.id = a.generation_id
+    where a.generation_id > v_place::uuid order by a.generation_id, a.token limit p_at_most
+  loop
+    exit when v_met.created_at > v_before;
+    if v_met.ended_at <= v_before and v_met.finished_at is not null then
+      delete from private.attempts
+      where generation_id = v_met.generation_id and token = v_met.token;
+      v_trimmed := v_trimmed + 1;
+    end if;
+    v_seen := v_seen + 1;
+    v_place := v_met.generation_id;
+  end loop;
+  perform private.end_walk('attempts', v_place, v_seen < p_at_most);
+  return v_trimmed;
+end;
+$$;
+
+revoke all on function private.trim_attempts(integer)
+from public, anon, authenticated, service_role;
+
+-- Sums up a user's oldest entries in one of kind carry, so that the balance is still the sum of all
+-- and each balance_after the sum up to it. An entry stays while the generation it speaks of does,
+-- and so does everything after it.
+--
+-- Locks: the entitlement row.
+create or replace function private.compact_ledger(p_user_id uuid, p_at_most integer)
+returns integer
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_before timestamptz := (select now() - s.keep_ledger from private.settings as s);
+  v_met public.credit_ledger;
+  v_last public.credit_ledger;
+  v_count integer := 0;
+begin
+  perform from public.entitlements where user_id = p_user_id for update skip locked;
+  if not found or v_before is null then
+    return 0;
+  end if;
+  for v_met in
+    select * from public.credit_ledger where user_id = p_user_id order by id limit p_at_most
+  loop
+    exit when v_met.created_at > v_before
+      or exists (select from public.generations as g where g.id = v_met.generation_id);
+    v_last := v_met;
+    v_count := v_count + 1;
+  end loop;
+  if v_count < 2 then
+    return 0;
+  end if;
+  perform set_config('darkroom.compacts_ledger_of', p_user_id::text, true);
+  delete from public.credit_ledger where user_id = p_user_id and id <= v_last.id;
+  insert into public.credit_ledger (id, user_id, kind, amount, balance_after, created_at)
+  overriding system value
+  values (
+    v_last.id, p_user_id, 'carry', v_last.balance_after, v_last.balance_after, v_last.created_at
+  );
+  perform set_config('darkroom.compacts_ledger_of', '', true);
+  return v_count - 1;
+end;
+$$;
+
+revoke all on function private.compact_ledger(uuid, integer)
+from public, anon, authenticated, service_role;
+
+-- The ledgers of the next users, living or gone. Answers how many entries fewer there are.
+create or replace function private.trim_ledger(p_at_most integer)
+returns integer
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_place text := private.begin_walk('ledger');
+  v_user_id uuid;
+  v_trimmed integer := 0;
+begin
+  if v_place is null then
+    return 0;
+  end if;
+  for v_step in 1 .. p_at_most loop
+    select user_id into v_user_id from public.credit_ledger
+    where user_id > v_place::uuid order by user_id limit 1;
+    exit when not found;
+    v_place := v_user_id;
+    if exists (select from public.entitlements as e where e.user_id = v_user_id) then
+      v_trimmed := v_trimmed + private.compact_ledger(v_user_id, p_at_most);
+    else
+      v_trimmed := v_trimmed + private.erase_ledger(v_user_id);
+    end if;
+  end loop;
+  perform private.end_walk('ledger', v_place, v_user_id is null);
+  return v_trimmed;
+end;
+$$;
+
+revoke all on function private.trim_ledger(integer)
+from public, anon, authenticated, service_role;
+
+-- Whether nothing speaks of a stored file any more: an output without a row whose job has ended, a
+-- source image not touched for keep_inputs by a user without active jobs. What does not look like
+-- a file of ours is left alone. Everything is given a day: an upload precedes its row.
+create or replace function private.is_orphan(p_bucket text, p_path text, p_changed_at timestamptz)
+returns boolean
+language sql
+stable
+set search_path = ''
+as $$
+  select case p_bucket
+    when 'generations' then
+      p_changed_at < now() - interval '1 day'
+      and private.path_id(p_path, 1) is not null and split_part(p_path, '/', 3) <> ''
+      and private.path_id(p_path, 2) is not null
+      and not private.has_image(p_path) and not private.is_live(private.path_id(p_path, 2))
+    when 'inputs' then
+      p_changed_at < now() - (select s.keep_inputs from private.settings as s)
+      and private.path_id(p_path, 1) is not null and not exists (
+        select from public.entitlements as e
+        where e.user_id = private.path_id(p_path, 1) and e.active_jobs > 0
+      )
+    else false
+  end
+$$;
+
+revoke all on function private.is_orphan(text, text, timestamptz)
+from public, anon, authenticated, service_role;
+
+-- Marks orphans among the next files of Storage, in the order of the index that serves prefixes.
+create or replace function private.expire_orphans(p_at_most integer)
+returns integer
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_place text := private.begin_walk('files');
+  v_met record;
+  v_seen integer := 0;
+  v_marked integer := 0;
+begin
+  if v_place is null or to_regclass('storage.objects') is null then
+    return 0;
+  end if;
+  for v_met in
+    select o.bucket_id, o.name, coalesce(o.updated_at, o.created_at) as changed_at
+    from storage.objects as o
+    where o.name ~>~ v_place order by o.name using ~<~ fetch first p_at_most rows with ties
+  loop
+    if private.is_orphan(v_met.bucket_id, v_met.name, v_met.changed_at) then
+      insert into private.expired_files (bucket, path, user_id)
+      values (v_met.bucket_id, v_met.name, private.path_id(v_met.name, 1))
+      on conflict (bucket, path) do nothing;
+      v_marked := v_marked + case when found then 1 else 0 end;
+    end if;
+    v_seen := v_seen + 1;
+    v_place := v_met.name;
+  end loop;
+  perform private.end_walk('files', v_place, v_seen < p_at_most);
+  return v_marked;
+end;
+$$;
+
+revoke all on function private.expire_orphans(integer)
+from public, anon, authenticated, service_role;
+
+create or replace function private.apply_retention(p_at_most integer default 500)
+returns integer
+language sql
+security definer
+set search_path = ''
+as $$
+  select private.expire_deleted(p_at_most) + private.expire_old(p_at_most)
+    + private.trim_attempts(p_at_most) + private.trim_ledger(p_at_most)
+    + private.expire_orphans(p_at_most)
+$$;
+
+comment on function private.apply_retention is
+  'Looks at up to p_at_most rows of each kind: marks the files of what has been kept long enough '
+  'and erases what has none. Answers how many rows it marked or erased; safe from several places '
+  'at once.';
+
+revoke all on function private.apply_retention(integer)
+from public, anon, authenticated, service_role;
+grant execute on function private.apply_retention(integer) to darkroom_worker;
 -- Rows and schedules: the only file that writes any. Running it again changes nothing that an
 -- operator has set. What is not installed here is skipped with a notice.
 
 insert into private.settings default values on conflict do nothing;
+
+insert into private.retention_walks (name) values
+('generations'), ('attempts'), ('ledger'), ('files')
+on conflict do nothing;
 
 insert into private.plans (name, max_active, max_per_minute, max_batch, weight) values
 ('free', 3, 10, 3, 1),
@@ -5007,12 +5731,15 @@ $$;
 do $$
 begin
   if current_database() is distinct from current_setting('cron.database_name', true) then
-    raise notice 'Darkroom: no pg_cron for this database; workers recover stale jobs on their own';
+    raise notice 'Darkroom: no pg_cron for this database; workers do its work on their own';
     return;
   end if;
   create extension if not exists pg_cron with schema pg_catalog;
   perform cron.schedule(
     'darkroom_recover_stale_jobs', '* * * * *', 'select private.recover_stale_jobs()'
+  );
+  perform cron.schedule(
+    'darkroom_apply_retention', '* * * * *', 'select private.apply_retention()'
   );
   perform cron.schedule('darkroom_trim_history', '17 3 * * *', 'select private.trim_history()');
 end;

@@ -1,0 +1,282 @@
+-- Erasure: files that wait to be deleted, and what goes with a deleted user.
+--
+-- The worker lists expired files, deletes them in Storage and forgets them; a generation goes with
+-- its last file. All three may be repeated, so a worker that dies in between costs nothing.
+--
+-- Deleting a row of auth.users erases the user: rows go by cascade, files are marked here, the
+-- ledger goes as settings.keep_ledger_of_deleted_users says. Every path that is marked lies in the
+-- user's own folder, a rule of the table. What a worker still uploads for a user who is gone has no
+-- row, and is found as an orphan (85).
+
+-- The id that is the n-th part of a path; null if that part is none.
+create or replace function private.path_id(p_path text, p_part integer)
+returns uuid
+language sql
+immutable
+set search_path = ''
+as $$
+  select case
+    when split_part(p_path, '/', p_part) ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$'
+      then split_part(p_path, '/', p_part)::uuid
+  end
+$$;
+
+revoke all on function private.path_id(text, integer)
+from public, anon, authenticated, service_role;
+
+-- Whether the job may still write its files.
+create or replace function private.is_live(p_job_id uuid)
+returns boolean
+language sql
+stable
+set search_path = ''
+as $$
+  select exists (select from private.ready_jobs as r where r.job_id = p_job_id)
+    or exists (select from private.running_jobs as r where r.job_id = p_job_id)
+$$;
+
+revoke all on function private.is_live(uuid) from public, anon, authenticated, service_role;
+
+-- Whether an image is stored at this path of bucket generations.
+create or replace function private.has_image(p_path text)
+returns boolean
+language sql
+stable
+set search_path = ''
+as $$
+  select exists (
+    select from public.images as i
+    where i.generation_id = private.path_id(p_path, 2)
+      and p_path in (i.storage_path, i.preview_path)
+  )
+$$;
+
+revoke all on function private.has_image(text) from public, anon, authenticated, service_role;
+
+-- Whether a file has come to be needed again since it was marked: the generation was restored, or
+-- an operator had the job done again.
+create or replace function private.is_needed_again(p_file private.expired_files)
+returns boolean
+language sql
+stable
+set search_path = ''
+as $$
+  select p_file.bucket = 'generations' and (
+    private.is_live(private.path_id(p_file.path, 2))
+    or case
+      when p_file.generation_id is null then private.has_image(p_file.path)
+      else exists (
+        select from public.generations as g
+        where g.id = p_file.generation_id and g.deleted_at is null
+      )
+    end
+  )
+$$;
+
+revoke all on function private.is_needed_again(private.expired_files)
+from public, anon, authenticated, service_role;
+
+create or replace function private.list_expired_files(p_at_most integer default 100)
+returns table (bucket text, path text)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+#variable_conflict use_column
+declare
+  v_lease interval := (select s.lease from private.settings as s);
+  v_file private.expired_files;
+begin
+  for v_file in
+    select * from private.expired_files as f
+    where f.try_at <= now() order by f.try_at limit p_at_most for update skip locked
+  loop
+    if private.is_needed_again(v_file) then
+      delete from private.expired_files as f
+      where f.bucket = v_file.bucket and f.path = v_file.path;
+    else
+      update private.expired_files as f set try_at = now() + v_lease
+      where f.bucket = v_file.bucket and f.path = v_file.path;
+      bucket := v_file.bucket;
+      path := v_file.path;
+      return next;
+    end if;
+  end loop;
+end;
+$$;
+
+comment on function private.list_expired_files is
+  'Up to p_at_most files to delete from Storage. They are the caller''s for the time of a lease '
+  '(settings.lease); what is not forgotten by then is listed again.';
+
+revoke all on function private.list_expired_files(integer)
+from public, anon, authenticated, service_role;
+grant execute on function private.list_expired_files(integer) to darkroom_worker;
+
+-- Erases generations none of whose files are left, and batches none of whose generations are.
+create or replace function private.erase_generations(p_ids uuid[])
+returns integer
+language sql
+set search_path = ''
+as $$
+  with erased as (
+    delete from public.generations as g
+    where g.id = any (p_ids) and g.finished_at is not null and g.deleted_at is not null
+      and not exists (select from private.expired_files as f where f.generation_id = g.id)
+    returning g.id, g.batch_id
+  ),
+  emptied as (
+    delete from public.batches as b
+    where b.id = any (array(select e.batch_id from erased as e)) and not exists (
+      select from public.generations as g
+      where g.batch_id = b.id and g.id <> all (array(select e.id from erased as e))
+    )
+  )
+  select count(*)::integer from erased
+$$;
+
+revoke all on function private.erase_generations(uuid[])
+from public, anon, authenticated, service_role;
+
+create or replace function private.forget_files(p_buckets text[], p_paths text[])
+returns void
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_generation_ids uuid[];
+begin
+  with forgotten as (
+    delete from private.expired_files as f
+    using unnest(p_buckets, p_paths) as gone (bucket, path)
+    where f.bucket = gone.bucket and f.path = gone.path
+    returning f.generation_id
+  )
+  select coalesce(array_agg(distinct f.generation_id), '{}') into v_generation_ids
+  from forgotten as f where f.generation_id is not null;
+  perform private.erase_generations(v_generation_ids);
+end;
+$$;
+
+comment on function private.forget_files is
+  'Says that these files are gone from Storage. A generation whose last one it was is erased with '
+  'all its rows. Repeating it changes nothing.';
+
+revoke all on function private.forget_files(text[], text[])
+from public, anon, authenticated, service_role;
+grant execute on function private.forget_files(text[], text[]) to darkroom_worker;
+
+-- Locks the user's live jobs before the cascade takes the entitlement, in the order that claims and
+-- endings do: else those two could wait for each other. Changes nothing: whether the user really
+-- goes is for other triggers to say.
+--
+-- A job moves between the two tables while we wait for its row, so we look until we hold them all.
+create or replace function private.lock_jobs_of_deleted_user()
+returns trigger
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_ids uuid[];
+  v_locked integer;
+begin
+  loop
+    v_ids := array(
+      select g.id from public.generations as g
+      where g.user_id = old.id and g.status in ('queued', 'processing')
+      order by g.id desc
+      limit (select e.active_jobs from public.entitlements as e where e.user_id = old.id)
+    );
+    v_locked := cardinality(array(
+      select r.job_id from private.ready_jobs as r
+      where r.job_id = any (v_ids) order by r.job_id for update
+    )) + cardinality(array(
+      select r.job_id from private.running_jobs as r
+      where r.job_id = any (v_ids) order by r.job_id for update
+    ));
+    exit when v_locked = (
+      select count(*) from unnest(v_ids) as job (id) where private.is_live(job.id)
+    );
+  end loop;
+  return old;
+end;
+$$;
+
+revoke all on function private.lock_jobs_of_deleted_user()
+from public, anon, authenticated, service_role;
+
+create trigger darkroom_lock_jobs
+before delete on auth.users
+for each row execute function private.lock_jobs_of_deleted_user();
+
+-- Marks all files in the folders of a user who is being deleted, those without a row too.
+create or replace function private.expire_files_of_deleted_user()
+returns trigger
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  insert into private.expired_files (bucket, path, user_id)
+  select 'generations', f.path, i.user_id
+  from public.images as i
+  cross join lateral (values (i.storage_path), (i.preview_path)) as f (path)
+  where i.user_id = old.user_id and f.path is not null
+  on conflict (bucket, path) do nothing;
+  if to_regclass('storage.objects') is not null then
+    -- From <id>/ up to <id>0, the next character: operators that the index of names serves.
+    insert into private.expired_files (bucket, path, user_id)
+    select o.bucket_id, o.name, old.user_id
+    from storage.objects as o
+    where o.name ~>=~ concat(old.user_id, '/') and o.name ~<~ concat(old.user_id, '0')
+      and o.bucket_id in ('generations', 'inputs')
+    on conflict (bucket, path) do nothing;
+  end if;
+  return old;
+end;
+$$;
+
+revoke all on function private.expire_files_of_deleted_user()
+from public, anon, authenticated, service_role;
+
+create trigger entitlements_expire_files
+before delete on public.entitlements
+for each row execute function private.expire_files_of_deleted_user();
+
+-- Erases the entries of a user who is gone, but for those that are to be kept longer.
+create or replace function private.erase_ledger(p_user_id uuid)
+returns integer
+language sql
+set search_path = ''
+as $$
+  with erased as (
+    delete from public.credit_ledger as l
+    using private.settings as s
+    where l.user_id = p_user_id and l.created_at <= now() - s.keep_ledger_of_deleted_users
+    returning l.id
+  )
+  select count(*)::integer from erased
+$$;
+
+revoke all on function private.erase_ledger(uuid) from public, anon, authenticated, service_role;
+
+create or replace function private.erase_ledger_of_deleted_user()
+returns trigger
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  perform private.erase_ledger(old.user_id);
+  return null;
+end;
+$$;
+
+revoke all on function private.erase_ledger_of_deleted_user()
+from public, anon, authenticated, service_role;
+
+create trigger entitlements_erase_ledger
+after delete on public.entitlements
+for each row execute function private.erase_ledger_of_deleted_user();

@@ -1,0 +1,654 @@
+"""sql/84_erasure.sql and sql/85_retention.sql: what is kept, what is erased, and what never is."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+
+import psycopg
+import pytest
+from actors import Job, User, Worker, outcome, refused, together
+from database import Database, assert_books_balance, unchanged
+
+
+def keep(db: Database, **settings: str | None) -> None:
+    """Set how long things are kept, without the floors that protect operators."""
+    for name, interval in settings.items():
+        db.execute(f"update private.settings set {name} = %s", interval)
+
+
+def completed(user: User, worker: Worker, *, preview: bool = False) -> Job:
+    """Have a generation finished, with one image and perhaps its preview."""
+    user.enqueue()
+    job = worker.claimed()
+    path = f"{user.id}/{job.id}/0.preview.webp" if preview else None
+    worker.complete_job(job, images=[job.image(preview_path=path)])
+    return job
+
+
+def files_of(job: Job, *, preview: bool = False) -> list[tuple[str, str]]:
+    """Return the files of a generation as the list names them."""
+    names = ["0.png", "0.preview.webp"] if preview else ["0.png"]
+    return [("generations", f"{job.user_id}/{job.id}/{name}") for name in names]
+
+
+def deleted_by_user(db: Database, job: Job) -> None:
+    db.execute("update public.generations set deleted_at = now() where id = %s", job.job_id)
+
+
+def deleted(db: Database, user: User) -> None:
+    """Delete a user as the auth server does."""
+    db.execute("delete from auth.users where id = %s", user.id)
+
+
+def stored(db: Database, path: str, bucket: str = "generations") -> tuple[str, str]:
+    """Have a file in Storage."""
+    db.execute("insert into storage.objects (bucket_id, name) values (%s, %s)", bucket, path)
+    return bucket, path
+
+
+def age_files(db: Database, interval: str) -> None:
+    """Let files be older by this."""
+    db.execute("update storage.objects set updated_at = updated_at - %s::interval", interval)
+
+
+def generations(db: Database) -> set[str]:
+    return {str(row["id"]) for row in db.execute("select id from public.generations")}
+
+
+def expired(db: Database) -> set[tuple[str, str]]:
+    rows = db.execute("select bucket, path from private.expired_files")
+    return {(row["bucket"], row["path"]) for row in rows}
+
+
+def rows_that_mention(db: Database, text: str) -> list[str]:
+    return [name for name, rows in db.snapshot().items() for row in rows if text in row]
+
+
+# --- generations ---
+
+
+def test_generations_are_kept_for_ever_by_default(db, alice, worker):
+    completed(alice, worker)
+    db.pass_time("89 days")
+
+    with unchanged(db):
+        assert worker.apply_retention() == 0
+
+
+def test_an_old_generation_is_hidden_at_once_and_erased_with_its_last_file(db, alice, worker):
+    old, keep_days = completed(alice, worker, preview=True), "30 days"
+    keep(db, keep_generations=keep_days)
+    db.pass_time("31 days")
+    young = completed(alice, worker)
+
+    assert worker.apply_retention() == 2
+    hidden = "select id from public.generations where deleted_at is not null"
+    assert db.value(hidden) == old.job_id
+
+    image, preview = files_of(old, preview=True)
+    assert set(worker.list_expired_files()) == {image, preview}
+    worker.forget_files(image)
+    assert generations(db) == {old.id, young.id}
+    worker.forget_files(preview)
+    assert generations(db) == {young.id}
+    assert rows_that_mention(db, old.id) == ["public.credit_ledger"]  # the books stay
+
+
+@pytest.mark.parametrize("code", ["moderated", "internal"])
+def test_what_has_no_file_is_erased_at_once(db, alice, worker, code):
+    db.execute("update private.settings set max_attempts = 1")
+    job_id = alice.enqueued()
+    worker.fail_job(worker.claimed(), code)
+    keep(db, keep_generations="1 day")
+    db.pass_time("2 days")
+
+    assert worker.apply_retention() == 1
+
+    assert job_id not in generations(db)
+    assert_books_balance(db)
+
+
+def test_favorites_and_live_jobs_are_never_too_old(db, alice, worker):
+    favorite = completed(alice, worker)
+    db.execute("update public.generations set is_favorite = true")
+    alice.enqueue()
+    running = worker.claimed()
+    queued = alice.enqueued()
+    keep(db, keep_generations="1 day")
+    db.pass_time("100 days")
+
+    worker.apply_retention()
+
+    assert generations(db) == {favorite.id, running.id, queued}
+    assert expired(db) == set()
+    assert_books_balance(db)
+
+
+def test_what_its_user_deleted_is_erased_after_a_while(db, alice, worker):
+    job, other = completed(alice, worker), completed(alice, worker)
+    deleted_by_user(db, job)
+
+    db.pass_time("29 days")
+    assert worker.apply_retention() == 0
+    db.pass_time("2 days")
+    worker.apply_retention()
+
+    assert expired(db) == set(files_of(job))
+    assert generations(db) == {job.id, other.id}
+
+
+def test_a_live_job_that_its_user_deleted_is_erased_once_it_has_ended(db, alice, worker):
+    keep(db, keep_deleted="0")
+    alice.enqueue()
+    job = worker.claimed()
+    deleted_by_user(db, job)
+
+    assert worker.apply_retention() == 0
+    worker.complete_job(job)
+    worker.apply_retention()
+
+    assert expired(db) == set(files_of(job))
+
+
+def test_a_generation_restored_after_it_was_marked_keeps_its_files(db, alice, worker):
+    keep(db, keep_deleted="0")
+    job = completed(alice, worker)
+    deleted_by_user(db, job)
+    worker.apply_retention()
+
+    db.execute("update public.generations set deleted_at = null")
+
+    assert worker.list_expired_files() == []
+    assert expired(db) == set()
+    assert generations(db) == {job.id}
+
+
+def test_a_batch_goes_with_its_last_generation(db, alice, worker):
+    keep(db, keep_deleted="0")
+    jobs = [completed(alice, worker), completed(alice, worker)]
+    db.execute(
+        "with batch as (insert into public.batches (user_id, request_hash, job_count)"
+        " values (%s, '', 2) returning id)"
+        " update public.generations set batch_id = (select id from batch), deleted_at = now()",
+        alice.id,
+    )
+    worker.apply_retention()
+
+    worker.forget_files(*files_of(jobs[0]))
+    assert db.value("select count(*) from public.batches") == 1
+    worker.forget_files(*files_of(jobs[1]))
+    assert db.value("select count(*) from public.batches") == 0
+
+
+def test_each_call_looks_at_a_few_rows_and_all_are_met(db, alice, worker):
+    db.lift_limits()
+    alice.has(credits=100)
+    jobs = [completed(alice, worker) for _ in range(10)]
+    db.execute(
+        "update public.generations set is_favorite = true where id = any(%s)",
+        [job.job_id for job in jobs[:5]],
+    )
+    keep(db, keep_generations="1 day")
+    db.pass_time("2 days")
+
+    marked = [worker.apply_retention(at_most=2) for _ in range(6)]
+
+    assert marked == [0, 0, 1, 2, 2, 0]
+    assert expired(db) == {file for job in jobs[5:] for file in files_of(job)}
+
+
+def test_two_sessions_at_once_do_the_work_once(db, alice, worker):
+    db.lift_limits()
+    alice.has(credits=100)
+    for _ in range(20):
+        completed(alice, worker)
+    keep(db, keep_generations="1 day")
+    db.pass_time("2 days")
+    others = [Worker(db) for _ in range(4)]
+
+    counts = together([other.apply_retention for other in others])
+
+    assert sum(counts) == 20
+    lists = together([lambda w=other: w.list_expired_files(10) for other in others])
+    files = [file for each in lists for file in each]
+    assert len(files) == len(set(files)) == 20
+
+
+# --- the list of files ---
+
+
+def test_a_listed_file_is_the_callers_for_a_lease_and_then_listed_again(db, alice, worker):
+    keep(db, keep_deleted="0")
+    job = completed(alice, worker)
+    deleted_by_user(db, job)
+    worker.apply_retention()
+
+    assert worker.list_expired_files() == files_of(job)
+    assert Worker(db).list_expired_files() == []
+    db.pass_time("61 seconds")
+    assert Worker(db).list_expired_files() == files_of(job)
+
+
+def test_forgetting_twice_or_what_was_never_listed_changes_nothing(db, alice, worker):
+    keep(db, keep_deleted="0")
+    job, other = completed(alice, worker), completed(alice, worker)
+    deleted_by_user(db, job)
+    worker.apply_retention()
+    worker.forget_files(*files_of(job))
+
+    with unchanged(db):
+        worker.forget_files(*files_of(job))
+        worker.forget_files(*files_of(other), ("inputs", "nobody"))
+
+
+# --- attempts ---
+
+
+def test_old_attempts_of_finished_generations_are_trimmed(db, alice, worker):
+    completed(alice, worker)
+    alice.enqueue()
+    worker.release_job(worker.claimed())  # not finished: it may be claimed again
+    db.pass_time("91 days")
+    completed(alice, worker)  # the released one comes first
+    alice.enqueue()
+    worker.release_job(worker.claimed())
+    before = db.value("select count(*) from private.attempts")
+
+    worker.apply_retention()
+
+    ages = db.execute("select now() - ended_at < '1 day' as is_young from private.attempts")
+    assert before == 4
+    assert [row["is_young"] for row in ages] == [True, True]
+
+
+def test_an_old_attempt_stays_while_its_job_is_live(db, alice, worker):
+    alice.enqueue()
+    worker.release_job(worker.claimed())
+    db.pass_time("91 days")
+
+    assert worker.apply_retention() == 0
+
+
+# --- the ledger ---
+
+
+def test_the_ledger_is_kept_for_ever_by_default(db, alice, worker):
+    completed(alice, worker)
+    db.pass_time("10 years")
+
+    worker.apply_retention()
+
+    assert alice.ledger() == [("grant", 10), ("charge", -1)]
+
+
+def test_old_entries_are_summed_up_and_the_books_still_balance(db, alice, worker):
+    keep(db, keep_ledger="90 days", keep_deleted="0")
+    for job in [completed(alice, worker) for _ in range(3)]:
+        deleted_by_user(db, job)
+        worker.apply_retention()
+        worker.forget_files(*files_of(job))
+    db.pass_time("91 days")
+    completed(alice, worker)
+
+    assert worker.apply_retention() == 3
+
+    assert alice.ledger() == [("carry", 7), ("charge", -1)]
+    assert alice.credits() == 6
+    assert_books_balance(db)
+    with unchanged(db):
+        assert worker.apply_retention() == 0
+
+
+def test_an_entry_stays_while_the_generation_it_speaks_of_does(db, alice, worker):
+    keep(db, keep_ledger="90 days")
+    alice.has(credits=20)
+    completed(alice, worker)
+    alice.has(credits=30)
+    db.pass_time("91 days")
+
+    worker.apply_retention()
+
+    assert alice.ledger() == [("carry", 20), ("charge", -1), ("adjust", 11)]
+    assert_books_balance(db)
+
+
+def test_summing_up_meets_all_users_whatever_they_do_meanwhile(db, worker):
+    keep(db, keep_ledger="90 days")
+    users = [User(db).has(credits=20) for _ in range(5)]
+    db.pass_time("91 days")
+
+    for _ in range(4):
+        worker.apply_retention(at_most=2)
+
+    assert [user.ledger() for user in users] == [[("carry", 20)]] * 5
+    together([worker.apply_retention, *(user.enqueue for user in users)])
+    assert_books_balance(db)
+
+
+@pytest.mark.parametrize("setting", ["", "on", "00000000-0000-0000-0000-000000000000"])
+def test_nobody_else_deletes_the_entries_of_a_user_who_is_here(db, alice, setting):
+    connection = db.connect()
+    connection.execute("select set_config('darkroom.compacts_ledger_of', %s, false)", [setting])
+
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        connection.execute("delete from public.credit_ledger")
+
+    assert alice.ledger() == [("grant", 10)]
+
+
+# --- deleting a user ---
+
+
+def test_deleting_a_user_leaves_nothing_but_the_list_of_files(db, alice, bob, worker):
+    db.lift_limits()
+    completed(bob, worker)
+    job = completed(alice, worker, preview=True)
+    alice.enqueue()
+    worker.fail_job(worker.claimed(), "moderated")
+    alice.enqueue()
+    worker.claimed()
+    alice.enqueue()
+    source = stored(db, f"{alice.id}/cat.jpg", "inputs")
+    lost = stored(db, f"{alice.id}/{uuid.uuid4()}/0.png")
+    before = rows_that_mention(db, bob.id)
+
+    deleted(db, alice)
+
+    assert set(rows_that_mention(db, alice.id)) == {"private.expired_files"}
+    assert expired(db) == {*files_of(job, preview=True), source, lost}
+    assert rows_that_mention(db, bob.id) == before
+    worker.forget_files(*expired(db))
+    assert rows_that_mention(db, alice.id) == []
+    assert_books_balance(db)
+
+
+def test_nobody_elses_file_is_ever_marked(db, alice, bob, worker):
+    job = completed(bob, worker)
+    near = str(uuid.UUID(int=uuid.UUID(alice.id).int ^ 1))
+    for path in (f"{near}/a.png", f"{alice.id}0/a.png", f"{alice.id}", f"x/{alice.id}/a.png"):
+        stored(db, path, "inputs")
+    stored(db, f"{bob.id}/{alice.id}/0.png")
+    stored(db, files_of(job)[0][1])
+    db.execute("insert into storage.buckets (id, name) values ('avatars', 'avatars')")
+    stored(db, f"{alice.id}/me.png", "avatars")  # another application's bucket
+
+    deleted(db, alice)
+
+    assert expired(db) == set()
+
+
+def test_a_path_of_another_user_cannot_get_onto_the_list(db, alice, bob):
+    mark = "insert into private.expired_files (bucket, path, user_id) values ('inputs', %s, %s)"
+    with pytest.raises(psycopg.errors.CheckViolation):
+        db.execute(mark, f"{bob.id}/a.png", alice.id)
+
+
+@pytest.mark.parametrize("keep_books", ["0", "10 years"])
+def test_the_books_of_deleted_users_are_kept_as_long_as_the_operator_says(
+    db, alice, bob, worker, keep_books
+):
+    keep(db, keep_ledger_of_deleted_users=keep_books)
+    alice.enqueue()
+
+    deleted(db, alice)
+    entries = [("grant", 10), ("charge", -1)] if keep_books != "0" else []
+    assert alice.ledger() == entries
+    db.pass_time("9 years")
+    worker.apply_retention()
+    assert alice.ledger() == entries
+    db.pass_time("2 years")
+    worker.apply_retention()
+    assert alice.ledger() == []
+    assert bob.ledger() == [("grant", 10)]
+
+
+def test_a_user_whose_deletion_is_refused_keeps_everything(db, alice, worker):
+    completed(alice, worker)
+    alice.enqueue()
+    db.execute(
+        "create function private.soft() returns trigger language plpgsql as"
+        " 'begin return null; end';"
+        "create trigger zz_soft before delete on auth.users"
+        " for each row execute function private.soft()"
+    )
+
+    with unchanged(db):
+        deleted(db, alice)
+
+
+def test_deleting_a_user_is_no_deadlock_with_a_job_that_ends(db, alice, worker):
+    finished = completed(alice, worker)
+    alice.enqueue()
+    job = worker.claimed()
+    bystander = db.connect()
+    bystander.autocommit = False
+    bystander.execute("select from public.generations where id = %s for update", [finished.job_id])
+    auth = db.connect()
+
+    with ThreadPoolExecutor(2) as pool:
+        deleting = pool.submit(auth.execute, "delete from auth.users where id = %s", [alice.id])
+        db.wait_for_lock(auth)
+        completing = pool.submit(outcome, lambda: worker.complete_job(job))
+        db.wait_for_lock(worker.connection)
+        bystander.rollback()
+        deleting.result()
+
+        assert completing.result().code == "DR001"
+    assert rows_that_mention(db, job.id) == []
+
+
+def test_deleting_a_user_waits_for_a_job_that_is_ending(db, alice, worker):
+    alice.enqueue()
+    job = worker.claimed()
+    worker.connection.autocommit = False
+    worker.complete_job(job)
+    auth = db.connect()
+
+    with ThreadPoolExecutor(1) as pool:
+        deleting = pool.submit(auth.execute, "delete from auth.users where id = %s", [alice.id])
+        db.wait_for_lock(auth)
+        worker.connection.commit()
+        deleting.result()
+
+    assert expired(db) == set(files_of(job))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_users_are_deleted_while_everything_goes_on(db, seed):
+    db.lift_limits()
+    users = [User(db).has(credits=50) for _ in range(6)]
+    for user in users:
+        for _ in range(10):
+            user.enqueue()
+    workers = [Worker(db) for _ in range(3)]
+
+    def work(worker: Worker) -> list[object]:
+        answers = []
+        for _ in range(20):
+            for job in worker.claim_jobs(2):
+                ways = [worker.complete_job, worker.release_job]
+                answers.append(outcome(lambda w=ways[(job.token + seed) % 2], j=job: w(j)))
+        return answers
+
+    connections = [db.connect() for _ in users[:4]]
+    results = together(
+        [
+            *(lambda w=worker: work(w) for worker in workers),
+            *(
+                lambda c=connection, u=user: [
+                    outcome(lambda: c.execute("delete from auth.users where id = %s", [u.id]))
+                ]
+                for connection, user in zip(connections, users, strict=False)
+            ),
+        ]
+    )
+
+    codes = {getattr(answer, "code", None) for each in results for answer in each}
+    assert codes <= {None, "DR001"}
+    for user in users[:4]:
+        assert set(rows_that_mention(db, user.id)) <= {"private.expired_files"}
+    assert_books_balance(db)
+
+
+@pytest.mark.parametrize("count", [1000, 10000])
+def test_how_long_deleting_a_user_takes(db, alice, bob, count):
+    have_history(db, alice, count)
+    have_history(db, bob, 1000)
+
+    started = time.perf_counter()
+    deleted(db, alice)
+    seconds = time.perf_counter() - started
+
+    print(f"deleting a user with {count} generations: {seconds:.2f} s")
+    assert len(expired(db)) == 2 * count
+    assert db.value("select count(*) from public.generations") == 1000
+    assert seconds < count / 100  # GoTrue and its proxies give up after some ten seconds
+
+
+def have_history(db: Database, user: User, count: int) -> None:
+    """Have this many completed generations, each with an image, a preview and an attempt."""
+    db.execute(
+        "with made as (insert into public.generations (user_id, model_id, prompt, input,"
+        "   provider_input, status, price_credits, image_count, finished_at)"
+        "  select %s, 'darkroom/preview', 'a lighthouse at dusk', '{}', '{}', 'completed', 0, 1,"
+        "   now() from generate_series(1, %s) returning id, user_id),"
+        " shown as (insert into public.images (generation_id, position, user_id, storage_path,"
+        "   preview_path, content_type, bytes) select id, 0, user_id,"
+        "   concat(user_id, '/', id, '/0.png'), concat(user_id, '/', id, '/0.preview.webp'),"
+        "   'image/png', 70 from made),"
+        " booked as (insert into public.credit_ledger (user_id, generation_id, kind, amount,"
+        "   balance_after) select user_id, id, 'charge', 0, 10 from made)"
+        " insert into private.attempts (generation_id, token, attempt, worker_id, started_at,"
+        "   outcome) select id, 1, 1, 1, now(), 'completed' from made",
+        user.id,
+        count,
+    )
+    db.execute("analyze")
+
+
+# --- orphans ---
+
+
+def test_an_output_without_a_row_is_found_after_a_day(db, alice, worker):
+    job = completed(alice, worker, preview=True)
+    for _, path in files_of(job, preview=True):
+        stored(db, path)
+    orphan = stored(db, f"{alice.id}/{job.id}/1.png")
+    ghost = stored(db, f"{uuid.uuid4()}/{uuid.uuid4()}/0.png")  # of a user who is gone
+    worker.apply_retention()
+    assert expired(db) == set()
+
+    age_files(db, "25 hours")
+    worker.apply_retention()
+
+    assert expired(db) == {orphan, ghost}
+    assert set(worker.list_expired_files()) == {orphan, ghost}
+    worker.forget_files(orphan, ghost)
+    assert generations(db) == {job.id}
+
+
+def test_files_of_live_jobs_are_no_orphans(db, alice, worker):
+    alice.enqueue()
+    running = stored(db, files_of(worker.claimed())[0][1])
+    queued = stored(db, f"{alice.id}/{alice.enqueued()}/0.png")
+    age_files(db, "10 days")
+
+    worker.apply_retention()
+
+    assert expired(db) == set(), (running, queued)
+
+
+def test_a_file_that_came_to_be_an_image_after_all_is_not_listed(db, alice, worker):
+    alice.enqueue()
+    job = worker.claimed()
+    (file,) = files_of(job)
+    db.execute(
+        "insert into private.expired_files (bucket, path, user_id) values (%s, %s, %s)",
+        *file,
+        alice.id,
+    )
+    worker.complete_job(job)
+
+    assert worker.list_expired_files() == []
+    assert expired(db) == set()
+
+
+@pytest.mark.parametrize("path", ["logo.png", "{id}/logo.png", "x/{id}/0.png", "{id}/{id}"])
+def test_what_does_not_look_like_an_output_is_left_alone(db, alice, worker, path):
+    stored(db, path.format(id=alice.id))
+    age_files(db, "10 years")
+
+    worker.apply_retention()
+
+    assert expired(db) == set()
+
+
+def test_sources_are_kept_for_ever_or_as_long_as_the_operator_says(db, alice, bob, worker):
+    old = stored(db, f"{alice.id}/cat.jpg", "inputs")
+    stored(db, f"{bob.id}/dog.jpg", "inputs")
+    bob.enqueue()  # it may need its source
+    age_files(db, "31 days")
+    stored(db, f"{alice.id}/new.jpg", "inputs")
+
+    worker.apply_retention()
+    assert expired(db) == set()
+    keep(db, keep_inputs="30 days")
+    worker.apply_retention()
+    assert expired(db) == {old}
+
+
+def test_the_walk_through_storage_passes_every_file(db, alice, worker):
+    folder = uuid.uuid4()
+    orphans = {stored(db, f"{alice.id}/{folder}/{n}.png") for n in range(9)}
+    for n in range(9):
+        stored(db, f"{alice.id}/{folder}/{n}.png", "inputs")  # the same name twice
+    age_files(db, "2 days")
+
+    for _ in range(9):
+        worker.apply_retention(at_most=2)
+
+    assert expired(db) == orphans
+
+
+# --- plans ---
+
+
+@pytest.mark.parametrize(
+    ("query", "index"),
+    [
+        (
+            "select name from storage.objects where name ~>~ 'a' order by name using ~<~"
+            " fetch first 500 rows with ties",
+            "storage_objects_name_pattern_search",
+        ),
+        (
+            "select name from storage.objects where name ~>=~ 'a/' and name ~<~ 'a0'",
+            "storage_objects_name_pattern_search",
+        ),
+        (
+            "select id from public.generations where deleted_at <= now()"
+            " and finished_at is not null order by deleted_at limit 500",
+            "generations_deleted_at_idx",
+        ),
+    ],
+)
+def test_what_runs_every_minute_goes_by_an_index(db, alice, query, index):
+    have_history(db, alice, 5000)
+    db.execute(
+        "insert into storage.objects (bucket_id, name)"
+        " select 'generations', storage_path from public.images"
+    )
+    db.execute("analyze")
+
+    plan = "\n".join(row["QUERY PLAN"] for row in db.execute(f"explain {query}"))
+
+    assert index in plan, plan
+
+
+def test_only_workers_call_these(db, alice, anon, service):
+    for caller in (alice, anon, service):
+        for call in ("apply_retention()", "list_expired_files()", "forget_files('{}', '{}')"):
+            with refused("42501"):
+                caller.query(f"select private.{call}")
