@@ -4,7 +4,8 @@
     claim a job for every free slot, and run each:
         create at the provider -> checkpoint its id -> wait -> download -> upload -> complete
     nothing to claim: sleep in the database, look twice more, wait for NOTIFY or the backstop
-    beside it: one heartbeat for all jobs, recovery of what dead workers left, and erasure of files
+    beside it: one heartbeat for all jobs, recovery of what dead workers left, erasure of files, and
+        the outbox: tell webhooks and devices that a job has ended, until they have taken it
     SIGTERM: claim no more, finish within the grace time, release the rest
 
 It may die at any instruction: the lease runs out, another worker resumes the checkpointed id.
@@ -21,6 +22,10 @@ Environment (* required):
     WORKER_POLL_SECONDS     5         backstop: longest wait without a look at the queue
     MAX_IMAGE_BYTES         33554432  larger outputs are refused
     IMAGE_PREVIEW_PIXELS    512       longest side of the previews for galleries; 0: none
+    WEBHOOK_ALLOWED_HOSTS             host:port, …: webhooks called although not public, for
+                                      development
+    EXPO_PUSH_URL           https://exp.host/--/api/v2/push/send
+    EXPO_ACCESS_TOKEN                 of an Expo account that wants one for push notifications
     PREVIEW_SECONDS         1         how long the preview provider takes
     PREVIEW_FAILURE_RATE    0         share of preview jobs that fail, 0 to 1
     LOG_LEVEL               INFO
@@ -32,8 +37,11 @@ Exit codes: 0 stopped as asked, 1 the database or something unexpected, 2 bad co
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import functools
 import hashlib
+import hmac
 import io
 import ipaddress
 import json
@@ -58,7 +66,7 @@ from collections.abc import (
     Mapping,
 )
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from importlib import metadata
 from typing import IO, Any, Protocol, TypeVar
@@ -67,6 +75,7 @@ from uuid import UUID
 from xml.parsers import expat
 
 import blurhash  # type: ignore[import-untyped]
+import httpcore
 import httpx
 import psycopg
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
@@ -78,6 +87,7 @@ from py_svg_hush import filter_svg
 
 BUCKET, SOURCE_BUCKET = "generations", "inputs"
 REPLICATE_API_URL = "https://api.replicate.com/v1"
+EXPO_PUSH_URL, EXPO_LANE = "https://exp.host/--/api/v2/push/send", "expo"
 RECOVERY_SECONDS = 30.0  # between two looks for stale jobs
 ERASE_SECONDS = 60.0  # between two looks for what has been kept long enough
 ERASE_FILES = 100  # deleted in one request
@@ -119,6 +129,15 @@ UNREADABLE = (
 )  # Pillow
 EXIF_TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))
 INERT_TYPE = "application/octet-stream"  # of SVGs in Storage: browsers save it and do not run it
+DELIVERY_SECONDS = 20.0  # for one try, from looking the name up to the status; far below the lease
+LANE_SLOTS = 4  # deliveries at once to one target; Expo wants at most 6 connections
+BUSY_LANE_SECONDS = 1.0  # before a lane is looked at again whose deliveries others hold
+NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv4 addresses as networks without IPv4 see them
+IPV6_UNICAST = ipaddress.ip_network("2000::/3")
+NOT_PUBLIC = [  # beside what ipaddress knows: protocol assignments, 6to4, Azure's agent
+    ipaddress.ip_network(each)
+    for each in ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16", "2002::/16", "3fff::/20")
+]
 KEEPALIVES: dict[str, Any] = {
     "keepalives": 1,
     "keepalives_idle": 15,
@@ -154,6 +173,9 @@ class Settings:
     poll_seconds: float
     max_image_bytes: int
     image_preview_pixels: int
+    webhook_allowed_hosts: frozenset[str]
+    expo_push_url: str
+    expo_access_token: str | None
     preview_seconds: float
     preview_failure_rate: float
     log_level: str
@@ -167,7 +189,7 @@ class Settings:
             supabase_service_key=_required(env, "SUPABASE_SERVICE_KEY"),
             replicate_api_token=env.get("REPLICATE_API_TOKEN") or None,
             replicate_api_url=_url(
-                {"REPLICATE_API_URL": env.get("REPLICATE_API_URL") or REPLICATE_API_URL},
+                {"REPLICATE_API_URL": REPLICATE_API_URL} | _given(env),
                 "REPLICATE_API_URL",
                 "http",
                 "https",
@@ -178,10 +200,27 @@ class Settings:
             poll_seconds=_number(env, "WORKER_POLL_SECONDS", 5, 0.1, 60),
             max_image_bytes=int(_number(env, "MAX_IMAGE_BYTES", 32 << 20, 1, 1 << 30)),
             image_preview_pixels=int(_number(env, "IMAGE_PREVIEW_PIXELS", 512, 0, 4096)),
+            webhook_allowed_hosts=_hosts(env, "WEBHOOK_ALLOWED_HOSTS"),
+            expo_push_url=_url(
+                {"EXPO_PUSH_URL": EXPO_PUSH_URL} | _given(env), "EXPO_PUSH_URL", "http", "https"
+            ),
+            expo_access_token=env.get("EXPO_ACCESS_TOKEN") or None,
             preview_seconds=_number(env, "PREVIEW_SECONDS", 1, 0, 3600),
             preview_failure_rate=_number(env, "PREVIEW_FAILURE_RATE", 0, 0, 1),
             log_level=_choice(env, "LOG_LEVEL", "INFO", ("DEBUG", "INFO", "WARNING", "ERROR")),
         )
+
+
+def _given(env: Mapping[str, str]) -> dict[str, str]:
+    """What is set to something."""
+    return {name: value for name, value in env.items() if value}
+
+
+def _hosts(env: Mapping[str, str], name: str) -> frozenset[str]:
+    hosts = frozenset(each.strip() for each in env.get(name, "").split(",") if each.strip())
+    if not all(re.fullmatch(r"[^\s/]+:\d+", each) for each in hosts):
+        raise ConfigError(f"{name}: not host:port, separated by commas")
+    return hosts
 
 
 def _required(env: Mapping[str, str], name: str) -> str:
@@ -268,6 +307,27 @@ class Job:
     image_inputs: list[str]
     image_count: int
     deadline_seconds: float
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """Something to send, as private.claim_deliveries answers it; without an url, to Expo."""
+
+    delivery_id: UUID
+    token: int
+    url: str | None
+    secrets: list[str] | None
+    body: str | None  # None: a push that nobody should get any more
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a try: delivered, failed, or gone for good. The error names no address."""
+
+    outcome: str
+    status: int | None = None
+    error: str | None = None
+    retry_after: float | None = None
 
 
 def backoff(attempt: int) -> float:
@@ -398,6 +458,25 @@ class Database:
 
     async def forget_files(self, bucket: str, paths: list[str]) -> None:
         await self._call("forget_files", [bucket] * len(paths), paths)
+
+    async def due_lanes(self) -> list[str]:
+        return [row["due_lanes"] for row in await self._call("due_lanes")]
+
+    async def claim_deliveries(self, lane: str, at_most: int) -> list[Delivery]:
+        return [Delivery(**row) for row in await self._call("claim_deliveries", lane, at_most)]
+
+    async def finish_delivery(self, delivery: Delivery, verdict: Verdict) -> str:
+        """Answer the state the delivery has now."""
+        rows = await self._insist(
+            "finish_delivery",
+            delivery.delivery_id,
+            delivery.token,
+            verdict.outcome,
+            verdict.status,
+            verdict.error,
+            verdict.retry_after,
+        )
+        return str(rows[0]["finish_delivery"])
 
     async def listen(self, channel: str, wake: asyncio.Event) -> None:
         """Set wake on every NOTIFY, for ever, on a connection of its own; reconnect when it dies.
@@ -999,6 +1078,178 @@ def svg_size(root: Mapping[str, str]) -> tuple[int, int] | tuple[None, None]:
     return None, None
 
 
+# --- the outbox ---------------------------------------------------------------------------------
+
+
+class NotPublic(Exception):
+    """A webhook's name leads to an address inside somebody's network."""
+
+
+class PublicNetwork(httpcore.AsyncNetworkBackend):
+    """Connects to public addresses only.
+
+    A name is looked up once, here, and what was checked is connected to: it cannot become another
+    address in between. TLS verifies the name as ever.
+    """
+
+    def __init__(self, allowed_hosts: frozenset[str]) -> None:
+        self.allowed_hosts = allowed_hosts
+        self.backend = httpcore.AnyIOBackend()
+        self.resolver = ThreadPoolExecutor(16, "resolver")  # a lookup that hangs holds up no other
+
+    async def connect_tcp(self, host: str, port: int, *rest: Any, **more: Any) -> Any:
+        addresses = await self.resolve(host, port)
+        if f"{host}:{port}" not in self.allowed_hosts and not all(map(is_public, addresses)):
+            raise NotPublic
+        for address in addresses[:-1]:
+            with contextlib.suppress(httpcore.ConnectError, httpcore.ConnectTimeout):
+                return await self.backend.connect_tcp(address, port, *rest, **more)
+        return await self.backend.connect_tcp(addresses[-1], port, *rest, **more)
+
+    async def resolve(self, host: str, port: int) -> list[str]:
+        """Every address of a name. Raises OSError."""
+        look_up = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        found = await asyncio.get_running_loop().run_in_executor(self.resolver, look_up)
+        return [str(address[0]) for *_, address in found]
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address can be reached by anybody, and is not another one in disguise."""
+    ip = ipaddress.ip_address(address)
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip in NAT64:
+            return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
+        if ip not in IPV6_UNICAST:
+            return False
+    known = any(ip in network for network in NOT_PUBLIC if network.version == ip.version)
+    return ip.is_global and not ip.is_multicast and not known
+
+
+def signatures(secrets: list[str], message_id: str, timestamp: str, body: bytes) -> str:
+    """The header webhook-signature: one signature for each secret (Standard Webhooks 1.0.0)."""
+    signed = f"{message_id}.{timestamp}.".encode() + body
+    keys = [base64.b64decode(secret.removeprefix("whsec_")) for secret in secrets]
+    digests = [hmac.digest(key, signed, "sha256") for key in keys]
+    return " ".join(f"v1,{base64.b64encode(digest).decode()}" for digest in digests)
+
+
+def judge(status: int, retry_after: str | None) -> Verdict:
+    """What an endpoint's status means. Redirects are failures: they are not followed."""
+    if 200 <= status < 300:
+        return Verdict("delivered", status)
+    if status == 410:
+        return Verdict("gone", status)
+    seconds = None
+    with contextlib.suppress(ValueError, TypeError):
+        seconds = float(retry_after or "-")
+    return Verdict("failed", status, retry_after=seconds)
+
+
+class Outbox:
+    """Sends what the database says is due, each lane for itself."""
+
+    def __init__(self, settings: Settings, db: Database, http: httpx.AsyncClient) -> None:
+        self.settings, self.db, self.http = settings, db, http
+        # Not httpx: this follows no redirect, heeds no proxy, and unpacks nothing.
+        self.webhooks = httpcore.AsyncConnectionPool(
+            ssl_context=httpx.create_ssl_context(),
+            max_connections=None,
+            max_keepalive_connections=0,
+            network_backend=PublicNetwork(settings.webhook_allowed_hosts),
+        )
+        self.due = asyncio.Event()
+        self.lanes: dict[str, asyncio.Task[None]] = {}
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        """Look when something may be due: a job or a lane has ended, or the time is up."""
+        attempt = 0
+        while not stopping.is_set():
+            self.due.clear()
+            try:
+                for lane in set(await self.db.due_lanes()) - self.lanes.keys():
+                    self.lanes[lane] = asyncio.create_task(self._serve(lane, stopping))
+                pause, attempt = self.settings.poll_seconds * random.uniform(0.8, 1.0), 0
+            except psycopg.OperationalError as error:
+                log.warning("outbox.failed error=%s", type(error).__name__)
+                pause, attempt = backoff(attempt), attempt + 1
+            waits = [asyncio.create_task(event.wait()) for event in (self.due, stopping)]
+            await asyncio.wait(
+                [*waits, *self.lanes.values()], timeout=pause, return_when=asyncio.FIRST_COMPLETED
+            )
+            for wait in waits:
+                wait.cancel()
+
+    async def _serve(self, lane: str, stopping: asyncio.Event) -> None:
+        """Send what is due in a lane until nothing is left."""
+        sent = 0
+        try:
+            while not stopping.is_set():
+                claimed = await self.db.claim_deliveries(lane, LANE_SLOTS)
+                if not claimed:
+                    break
+                await asyncio.gather(*(self._deliver(lane, each) for each in claimed))
+                sent += len(claimed)
+            if not sent:
+                await asyncio.sleep(BUSY_LANE_SECONDS)
+        except psycopg.Error as error:
+            log.warning("lane.failed lane=%s error=%s", lane, type(error).__name__)
+            await asyncio.sleep(BUSY_LANE_SECONDS)
+        finally:
+            del self.lanes[lane]
+
+    async def _deliver(self, lane: str, delivery: Delivery) -> None:
+        if delivery.body is None:
+            return
+        verdict = await self._send(delivery, delivery.body.encode())
+        state = await finish_first(self.db.finish_delivery(delivery, verdict))
+        log.log(
+            logging.INFO if state == "delivered" else logging.WARNING,
+            "delivery.%s delivery=%s lane=%s status=%s error=%r",
+            *(state, delivery.delivery_id, lane, verdict.status, verdict.error),
+        )
+
+    async def _send(self, delivery: Delivery, body: bytes) -> Verdict:
+        """Try once. A library's message may hold the address: only its type is kept."""
+        try:
+            async with asyncio.timeout(DELIVERY_SECONDS):
+                if delivery.url is None:
+                    return await self._push(body)
+                return await self._post(delivery, delivery.url, body)
+        except NotPublic:
+            return Verdict("failed", error="the address is not public")
+        except Exception as error:
+            return Verdict("failed", error=type(error).__name__)
+
+    async def _post(self, delivery: Delivery, url: str, body: bytes) -> Verdict:
+        message_id, timestamp = f"evt_{delivery.delivery_id.hex}", str(int(time.time()))
+        headers: dict[bytes | str, bytes | str] = {
+            "content-type": "application/json",
+            "user-agent": f"Darkroom/{version()}",
+            "webhook-id": message_id,
+            "webhook-timestamp": timestamp,
+            "webhook-signature": signatures(delivery.secrets or [], message_id, timestamp, body),
+        }
+        async with self.webhooks.stream("POST", url, headers=headers, content=body) as response:
+            fields = {name.lower(): value for name, value in response.headers}
+            return judge(response.status, fields.get(b"retry-after", b"").decode("latin-1"))
+
+    async def _push(self, body: bytes) -> Verdict:
+        """Hand one message to Expo. Its ticket says that Expo took it, not that it arrived."""
+        headers = {"content-type": "application/json", "accept": "application/json"}
+        if token := self.settings.expo_access_token:
+            headers["authorization"] = f"Bearer {token}"
+        response = await self.http.post(self.settings.expo_push_url, content=body, headers=headers)
+        if response.status_code != 200:
+            return replace(
+                judge(response.status_code, response.headers.get("retry-after")), outcome="failed"
+            )
+        ticket = response.json()["data"][0]
+        if ticket["status"] == "ok":
+            return Verdict("delivered", 200)
+        reason = re.sub(r"[^A-Za-z]", "", str((ticket.get("details") or {}).get("error")))[:50]
+        return Verdict("gone" if reason == "DeviceNotRegistered" else "failed", 200, reason)
+
+
 # --- the worker ---------------------------------------------------------------------------------
 
 
@@ -1020,9 +1271,15 @@ class Worker:
     """Keeps the slots full until told to stop."""
 
     def __init__(
-        self, settings: Settings, db: Database, providers: Mapping[str, Provider], storage: Storage
+        self,
+        settings: Settings,
+        db: Database,
+        providers: Mapping[str, Provider],
+        storage: Storage,
+        outbox: Outbox,
     ) -> None:
         self.settings, self.db, self.providers, self.storage = settings, db, providers, storage
+        self.outbox = outbox
         self.running: dict[int, Running] = {}  # by token: a lost job may be claimed again here
         self.wake = asyncio.Event()
         self.stopping = asyncio.Event()
@@ -1043,6 +1300,7 @@ class Worker:
                 background.create_task(self._every(registered["heartbeat_seconds"], self.beat)),
                 background.create_task(self._every(RECOVERY_SECONDS, self.recover)),
                 background.create_task(self._every(ERASE_SECONDS, self.erase)),
+                background.create_task(self.outbox.run(self.stopping)),
             ]
             await self._claim_until_stopped()
             await self._drain()
@@ -1155,11 +1413,13 @@ class Worker:
         return erased
 
     async def _drain(self) -> None:
-        """Let the jobs finish within the grace time; the rest are cancelled and so released."""
+        """Let jobs and deliveries finish within the grace time; the rest are cancelled: jobs are
+        released, deliveries sent again by others.
+        """
         log.info("worker.stopping running=%s", len(self.running))
         with contextlib.suppress(psycopg.OperationalError):
             await self.db.unregister_worker(self.worker_id)  # or a wake-up would be lost on it
-        tasks = [each.task for each in self.running.values()]
+        tasks = [*(each.task for each in self.running.values()), *self.outbox.lanes.values()]
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=self.settings.grace_seconds)
             for task in late:
@@ -1192,6 +1452,7 @@ class Worker:
             await finish_first(self._fail(running, as_job_error(error)))
         finally:
             del self.running[job.token]
+            self.outbox.due.set()
 
     async def _make(self, running: Running) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Have the provider make the images, and store them."""
@@ -1363,7 +1624,7 @@ async def serve(settings: Settings) -> int:
             settings.max_image_bytes,
             settings.image_preview_pixels,
         )
-        worker = Worker(settings, db, providers, storage)
+        worker = Worker(settings, db, providers, storage, Outbox(settings, db, http))
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, on_signal, worker.stopping)
         try:

@@ -204,12 +204,21 @@ create table private.settings (
   retry_cap interval not null default '60 seconds',
   give_up_after interval not null default '1 hour',
   running_cancel_refund_percent smallint not null default 100,
+  delivery_retries interval[] not null
+  default '{5 seconds,1 minute,5 minutes,15 minutes,30 minutes,1 hour,3 hours,6 hours,12 hours}',
+  push_expires interval not null default '1 hour',
+  keep_deliveries interval not null default '7 days',
+  webhook_allows_private boolean not null default false,
   constraint settings_is_one_row check (id),
   constraint settings_welcome_credits_are_not_negative check (welcome_credits >= 0),
   constraint settings_lease_outlives_three_heartbeats check (lease >= 3 * heartbeat),
   constraint settings_max_attempts_is_positive check (max_attempts > 0),
   constraint settings_running_cancel_refund_is_a_percentage check (
     running_cancel_refund_percent between 0 and 100
+  ),
+  constraint settings_delivery_times_are_not_negative check (
+    array_position(delivery_retries, null) is null and interval '0' <= all(delivery_retries)
+    and push_expires >= interval '0' and keep_deliveries >= interval '0'
   )
 );
 
@@ -224,3 +233,12 @@ comment on column private.settings.retry_base is
 comment on column private.settings.give_up_after is 'A job this old is not retried any more.';
 comment on column private.settings.running_cancel_refund_percent is
   'Share of the price given back when a job is canceled after the provider was asked for it.';
+comment on column private.settings.delivery_retries is
+  'How long to wait after each failed try of a webhook or push; after one more it is dead.';
+comment on column private.settings.push_expires is
+  'A push notification this late is not sent any more.';
+comment on column private.settings.keep_deliveries is
+  'How long deliveries are kept once delivered or dead.';
+comment on column private.settings.webhook_allows_private is
+  'For development only: webhooks may be http and on private addresses. The worker needs '
+  'WEBHOOK_ALLOWED_HOSTS too.';

@@ -19,6 +19,10 @@ alter table private.error_codes enable row level security;
 alter table private.providers enable row level security;
 alter table private.plans enable row level security;
 alter table private.settings enable row level security;
+alter table private.webhook_endpoints enable row level security;
+alter table private.push_tokens enable row level security;
+alter table private.push_texts enable row level security;
+alter table private.deliveries enable row level security;
 
 revoke all on all tables in schema private from public, anon, authenticated, service_role;
 revoke all on all sequences in schema private from public, anon, authenticated, service_role;

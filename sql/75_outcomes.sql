@@ -110,7 +110,8 @@ $$;
 revoke all on function private.requeue_job(private.running_jobs, integer, interval, boolean)
 from public, anon, authenticated, service_role;
 
--- Ends a generation: the one place where a job becomes completed, failed or canceled.
+-- Ends a generation: the one place where a job becomes completed, failed or canceled, and where it
+-- is written down who will be told.
 create or replace function private.finish_generation(
   p_job_id uuid,
   p_status text,
@@ -128,6 +129,7 @@ begin
     finished_at = now(), updated_at = now()
   where id = p_job_id
   returning * into strict v_generation;
+  perform private.record_event(v_generation);
   return v_generation;
 end;
 $$;

@@ -44,7 +44,7 @@ revoke all on function private.recover_stale_jobs(integer)
 from public, anon, authenticated, service_role;
 grant execute on function private.recover_stale_jobs(integer) to darkroom_worker;
 
--- Forgets worker processes and cron runs of more than a week ago.
+-- Forgets worker processes and cron runs of more than a week ago, and old deliveries.
 create or replace function private.trim_history()
 returns void
 language plpgsql
@@ -52,6 +52,7 @@ set search_path = ''
 as $$
 begin
   delete from private.workers where seen_at < now() - interval '7 days';
+  perform private.trim_deliveries();
   if to_regclass('cron.job_run_details') is not null then
     delete from cron.job_run_details where end_time < now() - interval '7 days';
   end if;

@@ -25,6 +25,11 @@ insert into private.error_codes (code, message, is_retryable, uses_attempt, resu
 ('internal', 'Something went wrong on our side.', true, true, true)
 on conflict do nothing;
 
+insert into private.push_texts (event_type, title, body) values
+('generation.completed', 'Your picture is ready', 'Tap to see it.'),
+('generation.failed', 'Your picture could not be made', 'Your credits are back.')
+on conflict do nothing;
+
 -- Users from before the installation.
 do $$
 begin

@@ -187,6 +187,32 @@ class Service(Caller):
         answer = self.call("public.redrive_failed", code=code, since=since, **rest)
         return int(answer["redriven"])
 
+    def register_webhook(
+        self, url: str = "https://api.example.com/hooks", **rest: Any
+    ) -> dict[str, str]:
+        return self.call("public.register_webhook", url=url, **rest)
+
+    def list_webhooks(self) -> list[dict[str, Any]]:
+        return self.call("public.list_webhooks")
+
+    def delete_webhook(self, webhook_id: str) -> dict[str, Any]:
+        return self.call("public.delete_webhook", webhook_id=webhook_id)
+
+    def enable_webhook(self, webhook_id: str) -> dict[str, Any]:
+        return self.call("public.enable_webhook", webhook_id=webhook_id)
+
+    def rotate_webhook_secret(self, webhook_id: str) -> dict[str, str]:
+        return self.call("public.rotate_webhook_secret", webhook_id=webhook_id)
+
+    def list_deliveries(self, **rest: Any) -> list[dict[str, Any]]:
+        return self.call("public.list_deliveries", **rest)
+
+    def redeliver(self, delivery_id: str) -> dict[str, Any]:
+        return self.call("public.redeliver", delivery_id=delivery_id)
+
+    def redeliver_dead(self, webhook_id: str) -> int:
+        return int(self.call("public.redeliver_dead", webhook_id=webhook_id)["redelivered"])
+
 
 class User(Caller):
     """Somebody who has signed up."""
@@ -259,6 +285,12 @@ class User(Caller):
     def get_entitlement(self) -> dict[str, Any]:
         return self.call("public.get_entitlement")
 
+    def register_push_token(self, token: str | None) -> dict[str, bool]:
+        return self.call("public.register_push_token", token=token)
+
+    def unregister_push_token(self, token: str) -> dict[str, bool]:
+        return self.call("public.unregister_push_token", token=token)
+
     def credits(self) -> int:
         """Return the balance."""
         return int(
@@ -302,6 +334,22 @@ class Job:
             "height": 64,
             "bytes": 1000,
         } | changes
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What claim_deliveries hands out."""
+
+    delivery_id: uuid.UUID
+    token: int
+    url: str | None
+    secrets: list[str] | None
+    body: str | None
+
+    @property
+    def message(self) -> Any:
+        """The body, read."""
+        return json.loads(self.body or "null")
 
 
 class Worker:
@@ -415,6 +463,26 @@ class Worker:
     def forget_files(self, *files: tuple[str, str]) -> None:
         buckets, paths = [file[0] for file in files], [file[1] for file in files]
         self._rows("select private.forget_files(%s, %s)", buckets, paths)
+
+    def due_lanes(self) -> list[str]:
+        return [row["lane"] for row in self._rows("select private.due_lanes() as lane")]
+
+    def claim_deliveries(self, lane: str, at_most: int = 100) -> list[Delivery]:
+        cursor = self.connection.cursor(row_factory=class_row(Delivery))
+        query = "select * from private.claim_deliveries(%s, %s)"
+        return cursor.execute(query, [lane, at_most]).fetchall()
+
+    def finish_delivery(
+        self,
+        delivery: Delivery,
+        outcome: str = "delivered",
+        status: int | None = 200,
+        error: str | None = None,
+        retry_after: float | None = None,
+    ) -> str:
+        query = "select private.finish_delivery(%s, %s, %s, %s, %s, %s::real) as state"
+        arguments = [delivery.delivery_id, delivery.token, outcome, status, error, retry_after]
+        return str(self._rows(query, *arguments)[0]["state"])
 
     def listening(self) -> Worker:
         """Listen on the own channel."""

@@ -328,7 +328,15 @@ class Run:
             )
             await db.pool.open()
             try:
-                await self._work(worker.Worker(settings, db, {"replicate": provider}, storage))
+                await self._work(
+                    worker.Worker(
+                        settings,
+                        db,
+                        {"replicate": provider},
+                        storage,
+                        worker.Outbox(settings, db, http),
+                    )
+                )
             except (Killed, psycopg.OperationalError):
                 pass  # the next worker goes on
             finally:

@@ -118,10 +118,22 @@ BROKEN_RULES = {
         "insert into public.batches (user_id, request_hash, job_count)"
         " select user_id, '', 0 from public.entitlements limit 1"
     ),
+    "webhook_endpoints_events_are_known": (
+        "insert into private.webhook_endpoints (url, events) values ('', '{generation.lost}')"
+    ),
+    "push_tokens_token_is_expos": "update private.push_tokens set token = 'apns:1'",
+    "deliveries_state_is_known": "update private.deliveries set state = 'lost'",
+    "deliveries_finished_at_matches_state": "update private.deliveries set finished_at = now()",
+    "deliveries_push_token_matches_lane": "update private.deliveries set lane = 'somebody'",
+    "deliveries_attempts_are_not_negative": "update private.deliveries set attempts = -1",
+    "settings_delivery_times_are_not_negative": (
+        "update private.settings set delivery_retries = '{1 minute,-1 minute}'"
+    ),
 }
 
 
 def test_each_rule_of_the_tables_holds(db, alice, worker):
+    alice.register_push_token("ExponentPushToken[alice]")
     alice.enqueue()
     alice.enqueue()
     worker.complete_job(worker.claimed())

@@ -295,7 +295,7 @@ class Sources(Web):
             async with httpx.AsyncClient(transport=httpx.MockTransport(self.handle)) as http:
                 storage = Storage(http, self.url, "key", 10**6, 0)
                 provider = Replicate(http, "https://api/v1", TOKEN)
-                one = worker.Worker(mock.Mock(), mock.Mock(), {}, storage)
+                one = worker.Worker(mock.Mock(), mock.Mock(), {}, storage, mock.Mock())
                 return await one._with_sources(provider, job)
 
         return asyncio.run(call())
@@ -671,7 +671,7 @@ def test_a_stop_does_not_cut_short_the_call_that_ends_a_job():
         return "failed"
 
     async def stop_meanwhile() -> None:
-        one = worker.Worker(mock.Mock(), mock.Mock(fail_job=fail_job), {}, mock.Mock())
+        one = worker.Worker(mock.Mock(), mock.Mock(fail_job=fail_job), {}, mock.Mock(), mock.Mock())
         running = worker.Running(a_job())
         one.running[running.job.token] = running
         task = asyncio.create_task(one.process(running))

@@ -630,12 +630,21 @@ create table private.settings (
   retry_cap interval not null default '60 seconds',
   give_up_after interval not null default '1 hour',
   running_cancel_refund_percent smallint not null default 100,
+  delivery_retries interval[] not null
+  default '{5 seconds,1 minute,5 minutes,15 minutes,30 minutes,1 hour,3 hours,6 hours,12 hours}',
+  push_expires interval not null default '1 hour',
+  keep_deliveries interval not null default '7 days',
+  webhook_allows_private boolean not null default false,
   constraint settings_is_one_row check (id),
   constraint settings_welcome_credits_are_not_negative check (welcome_credits >= 0),
   constraint settings_lease_outlives_three_heartbeats check (lease >= 3 * heartbeat),
   constraint settings_max_attempts_is_positive check (max_attempts > 0),
   constraint settings_running_cancel_refund_is_a_percentage check (
     running_cancel_refund_percent between 0 and 100
+  ),
+  constraint settings_delivery_times_are_not_negative check (
+    array_position(delivery_retries, null) is null and interval '0' <= all(delivery_retries)
+    and push_expires >= interval '0' and keep_deliveries >= interval '0'
   )
 );
 
@@ -650,6 +659,135 @@ comment on column private.settings.retry_base is
 comment on column private.settings.give_up_after is 'A job this old is not retried any more.';
 comment on column private.settings.running_cancel_refund_percent is
   'Share of the price given back when a job is canceled after the provider was asked for it.';
+comment on column private.settings.delivery_retries is
+  'How long to wait after each failed try of a webhook or push; after one more it is dead.';
+comment on column private.settings.push_expires is
+  'A push notification this late is not sent any more.';
+comment on column private.settings.keep_deliveries is
+  'How long deliveries are kept once delivered or dead.';
+comment on column private.settings.webhook_allows_private is
+  'For development only: webhooks may be http and on private addresses. The worker needs '
+  'WEBHOOK_ALLOWED_HOSTS too.';
+-- The tables of the outbox: who is told when a job ends, and what is still to be told.
+--
+-- A delivery is one event for one target: a webhook endpoint of the operator's, or the push token
+-- of a user's device. It is written in the transaction that ends the job (66), so it exists exactly
+-- if the job ended; workers send it (79) until the target has taken it. Its id is what the target
+-- sees, the same with every try. There is one delivery for each generation and target, which is all
+-- that order within a generation needs.
+--
+-- Deliveries are kept apart by lane: an endpoint's id, or expo for all pushes. Workers serve each
+-- lane for itself, so a target that hangs holds up nobody else.
+
+-- 32 bytes as the Standard Webhooks specification writes them. Two random uuids hold 244 bits.
+create or replace function private.new_webhook_secret()
+returns text
+language sql
+volatile
+set search_path = ''
+as $$
+  select 'whsec_' || encode(
+    sha256(uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid())), 'base64'
+  )
+$$;
+
+revoke all on function private.new_webhook_secret()
+from public, anon, authenticated, service_role;
+
+create table private.webhook_endpoints (
+  id uuid primary key default private.uuid_v7(),
+  url text not null,
+  events text[] not null,
+  description text not null default '',
+  secret text not null default private.new_webhook_secret(),
+  previous_secret text,
+  previous_secret_until timestamptz,
+  created_at timestamptz not null default now(),
+  disabled_at timestamptz,
+  constraint webhook_endpoints_events_are_known check (
+    cardinality(events) > 0
+    and events <@ '{generation.completed,generation.failed,generation.canceled}'
+  )
+);
+
+comment on table private.webhook_endpoints is
+  'Addresses that are told when a job ends: see register_webhook.';
+comment on column private.webhook_endpoints.secret is
+  'Signs what is sent: whsec_ and base64. Shown once, when it is made.';
+comment on column private.webhook_endpoints.previous_secret_until is
+  'Until then previous_secret signs too (rotate_webhook_secret).';
+comment on column private.webhook_endpoints.disabled_at is
+  'When it answered 410 Gone: it is told nothing until enable_webhook.';
+
+create table private.push_tokens (
+  token text primary key,
+  user_id uuid not null references public.entitlements (user_id) on delete cascade,
+  registered_at timestamptz not null default clock_timestamp(),
+  constraint push_tokens_token_is_expos check (
+    token ~ '^Expo(nent)?PushToken\[[A-Za-z0-9_-]{1,100}\]$'
+  )
+);
+
+comment on table private.push_tokens is
+  'Devices that are told when a job of their user ends, by the token Expo gave them.';
+comment on column private.push_tokens.registered_at is 'When the app last registered it.';
+
+create index push_tokens_user_id_idx on private.push_tokens (user_id);
+
+create table private.push_texts (
+  event_type text primary key,
+  title text not null,
+  body text not null
+);
+
+comment on table private.push_texts is
+  'What a push notification says. An event without a row here is not pushed.';
+
+create table private.deliveries (
+  id uuid primary key default private.uuid_v7(),
+  generation_id uuid not null references public.generations (id) on delete cascade,
+  event_type text not null,
+  -- No foreign keys to the targets: they would lock an endpoint's row at the end of every job.
+  lane text not null,
+  push_token text,
+  state text not null default 'pending',
+  attempts smallint not null default 0,
+  run_at timestamptz not null default now(),
+  token bigint,
+  last_status smallint,
+  last_error text,
+  created_at timestamptz not null default now(),
+  finished_at timestamptz,
+  unique nulls not distinct (generation_id, lane, push_token),
+  constraint deliveries_state_is_known check (state in ('pending', 'delivered', 'dead')),
+  constraint deliveries_finished_at_matches_state check (
+    (finished_at is not null) = (state in ('delivered', 'dead'))
+  ),
+  constraint deliveries_push_token_matches_lane check (
+    (push_token is not null) = (lane = 'expo')
+  ),
+  constraint deliveries_attempts_are_not_negative check (attempts >= 0)
+) with (autovacuum_vacuum_scale_factor = 0.02);
+
+comment on table private.deliveries is
+  'The outbox: one event for one target, sent until the target has taken it.';
+comment on column private.deliveries.id is 'The webhook-id, after evt_: the same with every try.';
+comment on column private.deliveries.lane is 'An endpoint''s id, or expo.';
+comment on column private.deliveries.state is
+  'pending -> delivered (the target took it) | dead (retries used up, or the target is gone); dead '
+  '-> pending (redeliver).';
+comment on column private.deliveries.attempts is 'Tries that the target answered or did not.';
+comment on column private.deliveries.run_at is
+  'Not before this time: backoff, or the lease of the worker that sends it.';
+comment on column private.deliveries.token is 'Proof of that lease, from lease_tokens.';
+comment on column private.deliveries.last_status is
+  'HTTP status of the last try; null: no answer.';
+
+-- Read by due_lanes and claim_deliveries.
+create index deliveries_pending_idx on private.deliveries (lane, run_at) where state = 'pending';
+-- Read by trim_deliveries.
+create index deliveries_finished_at_idx
+on private.deliveries (finished_at) where finished_at is not null;
 -- The tables of retention: how long things are kept, and which files wait to be deleted.
 --
 -- Rows go by SQL, files only through the Storage API, which the worker calls. So what is due is
@@ -759,6 +897,10 @@ alter table private.error_codes enable row level security;
 alter table private.providers enable row level security;
 alter table private.plans enable row level security;
 alter table private.settings enable row level security;
+alter table private.webhook_endpoints enable row level security;
+alter table private.push_tokens enable row level security;
+alter table private.push_texts enable row level security;
+alter table private.deliveries enable row level security;
 
 revoke all on all tables in schema private from public, anon, authenticated, service_role;
 revoke all on all sequences in schema private from public, anon, authenticated, service_role;
@@ -3955,6 +4097,113 @@ begin
   end if;
 end;
 $$;
+-- The outbox's way in: what is told when a job ends, to whom, and in what words.
+--
+-- finish_generation (75) calls record_event in the transaction that ends the job. The words are
+-- made when they are sent (79), for only then are the images and the refund in place.
+
+-- Writes one delivery for each target that wants to know how this generation ended.
+--
+-- Should a generation end a second time, the new event takes the old one's place, sent or not.
+create or replace function private.record_event(p_generation public.generations)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_event_type text := 'generation.' || p_generation.status;
+begin
+  insert into private.deliveries as d (generation_id, event_type, lane, push_token)
+  select p_generation.id, v_event_type, w.id::text, null
+  from private.webhook_endpoints as w
+  where w.disabled_at is null and v_event_type = any (w.events)
+  union all
+  select p_generation.id, v_event_type, 'expo', t.token
+  from private.push_tokens as t
+  where
+    t.user_id = p_generation.user_id
+    and exists (select from private.push_texts as x where x.event_type = v_event_type)
+  on conflict (generation_id, lane, push_token) do update set
+    id = excluded.id, event_type = excluded.event_type, state = 'pending', attempts = 0,
+    run_at = now(), token = null, last_status = null, last_error = null,
+    created_at = now(), finished_at = null;
+end;
+$$;
+
+revoke all on function private.record_event(public.generations)
+from public, anon, authenticated, service_role;
+
+-- What a webhook endpoint is sent: the job as get_job_status shows it, and whose it is.
+create or replace function private.webhook_body(p_delivery private.deliveries)
+returns jsonb
+language sql
+stable
+set search_path = ''
+as $$
+  select jsonb_build_object(
+    'type', p_delivery.event_type,
+    'timestamp', p_delivery.created_at,
+    'data',
+    to_jsonb(private.job_json(g))
+    - '{stage,progress,queue_position,eta_seconds,poll_after_ms}'::text[]
+    || jsonb_build_object('user_id', g.user_id, 'batch_id', g.batch_id)
+  )
+  from public.generations as g
+  where g.id = p_delivery.generation_id
+$$;
+
+revoke all on function private.webhook_body(private.deliveries)
+from public, anon, authenticated, service_role;
+
+-- Whether another push of the same batch to the same device is to come: one is enough. The last one
+-- has neither an unfinished sibling nor a later push, so it is always sent.
+create or replace function private.has_later_push(
+  p_delivery private.deliveries,
+  p_batch_id uuid
+)
+returns boolean
+language sql
+stable
+set search_path = ''
+as $$
+  select exists (
+    select from public.generations as g
+    left join private.deliveries as d
+      on d.generation_id = g.id and d.lane = 'expo' and d.push_token = p_delivery.push_token
+    where g.batch_id = p_batch_id and (
+      g.finished_at is null or (d.state = 'pending' and d.id > p_delivery.id)
+    )
+  )
+$$;
+
+revoke all on function private.has_later_push(private.deliveries, uuid)
+from public, anon, authenticated, service_role;
+
+-- What Expo is sent: nothing of the prompt, for it is shown on locked screens. Null if nobody
+-- should get it any more: the token is gone or somebody else's, it is late, or one of its batch
+-- says the same.
+create or replace function private.push_body(p_delivery private.deliveries)
+returns jsonb
+language sql
+stable
+set search_path = ''
+as $$
+  select jsonb_build_array(jsonb_build_object(
+    'to', t.token, 'title', x.title, 'body', x.body,
+    'data', jsonb_build_object('job_id', g.id, 'status', g.status, 'batch_id', g.batch_id)
+  ))
+  from public.generations as g
+  cross join private.settings as s
+  inner join private.push_tokens as t on t.token = p_delivery.push_token and t.user_id = g.user_id
+  inner join private.push_texts as x on x.event_type = p_delivery.event_type
+  where
+    g.id = p_delivery.generation_id
+    and p_delivery.created_at > now() - s.push_expires
+    and not private.has_later_push(p_delivery, g.batch_id)
+$$;
+
+revoke all on function private.push_body(private.deliveries)
+from public, anon, authenticated, service_role;
 -- A worker's own life: register, sleep, heartbeat, progress, unregister.
 --
 -- darkroom_worker may execute the functions of files 70 to 80 marked so and nothing else. A claim
@@ -4537,7 +4786,8 @@ $$;
 revoke all on function private.requeue_job(private.running_jobs, integer, interval, boolean)
 from public, anon, authenticated, service_role;
 
--- Ends a generation: the one place where a job becomes completed, failed or canceled.
+-- Ends a generation: the one place where a job becomes completed, failed or canceled, and where it
+-- is written down who will be told.
 create or replace function private.finish_generation(
   p_job_id uuid,
   p_status text,
@@ -4555,6 +4805,7 @@ begin
     finished_at = now(), updated_at = now()
   where id = p_job_id
   returning * into strict v_generation;
+  perform private.record_event(v_generation);
   return v_generation;
 end;
 $$;
@@ -4869,6 +5120,94 @@ comment on function private.complete_job is
 revoke all on function private.complete_job(uuid, bigint, jsonb, jsonb)
 from public, anon, authenticated, service_role;
 grant execute on function private.complete_job(uuid, bigint, jsonb, jsonb) to darkroom_worker;
+-- Push tokens: an app registers its device for its user, and takes it back at sign-out.
+--
+-- A token is a device's, so it belongs to the user who registered it last: who signs in on a
+-- borrowed phone does not leave the news of his jobs there for its owner.
+
+-- Locks: the entitlement row, so that concurrent calls cannot pass the cap.
+-- Raises: PT400 invalid_input, PT401 not_authenticated.
+create or replace function private.register_push_token(p_token text)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_user_id uuid := private.require_user_id();
+begin
+  if p_token is null or p_token !~ '^Expo(nent)?PushToken\[[A-Za-z0-9_-]{1,100}\]$' then
+    perform private.refuse_input(
+      'token: not an Expo push token', 'Send what getExpoPushTokenAsync() answers.'
+    );
+  end if;
+  perform private.lock_entitlement(v_user_id);
+  insert into private.push_tokens as t (token, user_id) values (p_token, v_user_id)
+  on conflict (token) do update set user_id = excluded.user_id, registered_at = clock_timestamp();
+  -- More devices than anybody has: those not heard of longest are forgotten.
+  delete from private.push_tokens where token = any (array(
+    select t.token from private.push_tokens as t
+    where t.user_id = v_user_id order by t.registered_at desc offset 20 for update skip locked
+  ));
+  return json_build_object('registered', true);
+end;
+$$;
+
+revoke all on function private.register_push_token(text)
+from public, anon, authenticated, service_role;
+grant execute on function private.register_push_token(text) to authenticated;
+
+create or replace function public.register_push_token(token text)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.register_push_token(register_push_token.token)
+$$;
+
+comment on function public.register_push_token is
+  'Has this device told by an Expo push notification when your jobs end. Call it at each start of '
+  'the app: a token is its last caller''s, and the 20 last registered of a user are kept. Answers '
+  '{registered}. Errors: PT400 invalid_input, PT401 not_authenticated.';
+
+revoke all on function public.register_push_token(text)
+from public, anon, authenticated, service_role;
+grant execute on function public.register_push_token(text) to authenticated;
+
+-- Raises: PT401 not_authenticated.
+create or replace function private.unregister_push_token(p_token text)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_user_id uuid := private.require_user_id();
+begin
+  delete from private.push_tokens where token = p_token and user_id = v_user_id;
+  return json_build_object('registered', false);
+end;
+$$;
+
+revoke all on function private.unregister_push_token(text)
+from public, anon, authenticated, service_role;
+grant execute on function private.unregister_push_token(text) to authenticated;
+
+create or replace function public.unregister_push_token(token text)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.unregister_push_token(unregister_push_token.token)
+$$;
+
+comment on function public.unregister_push_token is
+  'Takes a push token of yours back; call it before signing out. Repeating it changes nothing. '
+  'Answers {registered}. Errors: PT401 not_authenticated.';
+
+revoke all on function public.unregister_push_token(text)
+from public, anon, authenticated, service_role;
+grant execute on function public.unregister_push_token(text) to authenticated;
 -- Cancel: a queued job at once, a running one through its worker.
 --
 -- A queued job's ready row is deleted, and whoever deleted it settles. A running job is only
@@ -5010,6 +5349,727 @@ comment on function public.cancel_batch is
 revoke all on function public.cancel_batch(uuid)
 from public, anon, authenticated, service_role;
 grant execute on function public.cancel_batch(uuid) to authenticated;
+-- Who is told: webhook endpoints, which the operator's backend keeps, and push tokens, which apps
+-- register for their user; and what the operator sees of the outbox.
+--
+-- An endpoint's address is called from inside the operator's network, so what could mean something
+-- in there is refused: here by its words, and by the worker again by the addresses the name has at
+-- the moment of connecting. settings.webhook_allows_private lets all of it in, for development.
+
+-- Whether a host is an IP address, in its one proper form, that anybody on the internet can reach.
+create or replace function private.is_public_address(p_host text)
+returns boolean
+language plpgsql
+immutable
+set search_path = ''
+as $$
+declare
+  v_address inet;
+begin
+  v_address := btrim(p_host, '[]')::inet;
+  if family(v_address) = 4 then
+    -- Also relays of 6to4, and the address of Azure's agent, which is public by its number only.
+    return host(v_address) = p_host and not v_address <<= any (
+      '{0.0.0.0/8,10.0.0.0/8,100.64.0.0/10,127.0.0.0/8,168.63.129.16,169.254.0.0/16,172.16.0.0/12,'
+      '192.0.0.0/24,192.0.2.0/24,192.88.99.0/24,192.168.0.0/16,198.18.0.0/15,198.51.100.0/24,'
+      '203.0.113.0/24,224.0.0.0/3}'::inet[]
+    );
+  end if;
+  -- Teredo, documentation, 6to4: all of it either goes nowhere or wraps another address.
+  return v_address <<= '2000::/3' and not v_address <<= any (
+    '{2001::/23,2001:db8::/32,2002::/16,3fff::/20}'::inet[]
+  );
+exception
+  when invalid_text_representation then
+    return false;
+end;
+$$;
+
+revoke all on function private.is_public_address(text)
+from public, anon, authenticated, service_role;
+
+-- Why a host of an address must not be called; null if it may. What ends in a number is an IP
+-- address to those who connect, however it is written: 127.1, 0x7f000001, 2130706433.
+create or replace function private.host_problem(p_host text)
+returns text
+language sql
+immutable
+set search_path = ''
+as $$
+  select case
+    when p_host ~ '^\[' or p_host ~ '(^|\.)([0-9]+|0x[0-9a-f]*)\.?$' then case
+      when not private.is_public_address(p_host) then 'not a public address'
+    end
+    when p_host !~ '^([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?\.)+[a-z][a-z0-9-]{0,61}[a-z0-9]$'
+      or length(p_host) > 253 then 'not a full host name'
+    when p_host ~ '\.(localhost|localdomain|local|internal|intranet|lan|home|corp|arpa|test|onion)$'
+      then 'a name of a private network'
+  end
+$$;
+
+revoke all on function private.host_problem(text)
+from public, anon, authenticated, service_role;
+
+-- Raises: PT400 invalid_input.
+create or replace function private.check_webhook_url(p_url text)
+returns void
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_allows_private boolean := (select webhook_allows_private from private.settings);
+  -- Scheme, host, port, and the rest: no user, no password, no fragment.
+  v_parts text[] := regexp_match(
+    p_url,
+    '^(https?)://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::([0-9]{1,5}))?(?:[/?][!"$-\[\]-~]*)?$',
+    'i'
+  );
+  v_problem text;
+begin
+  if v_parts is null or length(p_url) > 2000 or v_parts[3]::integer not between 1 and 65535 then
+    perform private.refuse_input(
+      'url: not an address', 'Send one such as https://api.example.com/hooks/darkroom.'
+    );
+  elsif v_allows_private then
+    return;
+  elsif lower(v_parts[1]) <> 'https' then
+    perform private.refuse_input('url: not https');
+  elsif v_parts[3]::integer < 1024 and v_parts[3]::integer <> 443 then
+    perform private.refuse_input('url: neither port 443 nor one from 1024 on');
+  end if;
+  v_problem := private.host_problem(lower(v_parts[2]));
+  if v_problem is not null then
+    perform private.refuse_input(
+      'url: ' || v_problem, 'For development see private.settings.webhook_allows_private.'
+    );
+  end if;
+end;
+$$;
+
+revoke all on function private.check_webhook_url(text)
+from public, anon, authenticated, service_role;
+
+-- An endpoint as the API shows it: never with its secret.
+create or replace function private.webhook_json(p_endpoint private.webhook_endpoints)
+returns json
+language sql
+immutable
+set search_path = ''
+as $$
+  select json_build_object(
+    'webhook_id', p_endpoint.id,
+    'url', p_endpoint.url,
+    'events', p_endpoint.events,
+    'description', p_endpoint.description,
+    'created_at', p_endpoint.created_at,
+    'disabled_at', p_endpoint.disabled_at
+  )
+$$;
+
+revoke all on function private.webhook_json(private.webhook_endpoints)
+from public, anon, authenticated, service_role;
+
+-- Raises: PT400 invalid_input.
+create or replace function private.register_webhook(
+  p_url text,
+  p_events text[],
+  p_description text
+)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_all text[] := '{generation.completed,generation.failed,generation.canceled}';
+  v_events text[] := coalesce(p_events, v_all);
+  v_endpoint private.webhook_endpoints;
+begin
+  perform private.check_webhook_url(coalesce(p_url, ''));
+  if cardinality(v_events) not between 1 and 3 or not v_events <@ v_all then
+    perform private.refuse_input('events: not some of ' || array_to_string(v_all, ', '));
+  elsif length(p_description) > 200 then
+    perform private.refuse_input('description: longer than 200 characters');
+  elsif (select count(*) from private.webhook_endpoints) >= 20 then
+    perform private.refuse_input('url: there are 20 webhooks', 'Delete one first.');
+  end if;
+  insert into private.webhook_endpoints (url, events, description)
+  values (p_url, v_events, coalesce(p_description, ''))
+  returning * into v_endpoint;
+  return json_build_object('webhook_id', v_endpoint.id, 'secret', v_endpoint.secret);
+end;
+$$;
+
+revoke all on function private.register_webhook(text, text[], text)
+from public, anon, authenticated, service_role;
+grant execute on function private.register_webhook(text, text[], text) to service_role;
+
+create or replace function public.register_webhook(
+  url text,
+  events text[] default null,
+  description text default ''
+)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.register_webhook(
+    register_webhook.url, register_webhook.events, register_webhook.description
+  )
+$$;
+
+comment on function public.register_webhook is
+  'Has an address told when jobs end, signed as the Standard Webhooks specification says. events: '
+  'generation.completed | failed | canceled; all if left out. Answers {webhook_id, secret}; the '
+  'secret is shown this once. Errors: PT400 invalid_input.';
+
+revoke all on function public.register_webhook(text, text[], text)
+from public, anon, authenticated, service_role;
+grant execute on function public.register_webhook(text, text[], text) to service_role;
+
+create or replace function private.list_webhooks()
+returns json
+language sql
+stable
+security definer
+set search_path = ''
+as $$
+  select coalesce(json_agg(private.webhook_json(w) order by w.id), '[]')
+  from private.webhook_endpoints as w
+$$;
+
+revoke all on function private.list_webhooks() from public, anon, authenticated, service_role;
+grant execute on function private.list_webhooks() to service_role;
+
+create or replace function public.list_webhooks()
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select private.list_webhooks()
+$$;
+
+comment on function public.list_webhooks is
+  'The webhooks: [{webhook_id, url, events, description, created_at, disabled_at (when it answered '
+  '410 Gone, else null)}].';
+
+revoke all on function public.list_webhooks() from public, anon, authenticated, service_role;
+grant execute on function public.list_webhooks() to service_role;
+
+-- The endpoint that an update or delete met. Raises: PT404 not_found.
+create or replace function private.found_webhook(p_endpoint private.webhook_endpoints)
+returns private.webhook_endpoints
+language plpgsql
+set search_path = ''
+as $$
+begin
+  if p_endpoint.id is null then
+    raise sqlstate 'PT404' using
+      message = 'not_found',
+      detail = 'webhook_id: no such webhook',
+      hint = 'list_webhooks() shows them.';
+  end if;
+  return p_endpoint;
+end;
+$$;
+
+revoke all on function private.found_webhook(private.webhook_endpoints)
+from public, anon, authenticated, service_role;
+
+-- Raises: PT404 not_found.
+create or replace function private.delete_webhook(p_webhook_id uuid)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_endpoint private.webhook_endpoints;
+begin
+  -- Deliveries first, as when one ends with 410. What a job that is just ending adds is buried when
+  -- it is due.
+  delete from private.deliveries where lane = p_webhook_id::text and state = 'pending';
+  delete from private.webhook_endpoints where id = p_webhook_id returning * into v_endpoint;
+  return private.webhook_json(private.found_webhook(v_endpoint));
+end;
+$$;
+
+revoke all on function private.delete_webhook(uuid) from public, anon, authenticated, service_role;
+grant execute on function private.delete_webhook(uuid) to service_role;
+
+create or replace function public.delete_webhook(webhook_id uuid)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.delete_webhook(delete_webhook.webhook_id)
+$$;
+
+comment on function public.delete_webhook is
+  'Deletes a webhook and what it was still to be told. Answers it. Errors: PT404 not_found.';
+
+revoke all on function public.delete_webhook(uuid) from public, anon, authenticated, service_role;
+grant execute on function public.delete_webhook(uuid) to service_role;
+
+-- Raises: PT404 not_found.
+create or replace function private.enable_webhook(p_webhook_id uuid)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_endpoint private.webhook_endpoints;
+begin
+  update private.webhook_endpoints set disabled_at = null
+  where id = p_webhook_id returning * into v_endpoint;
+  return private.webhook_json(private.found_webhook(v_endpoint));
+end;
+$$;
+
+revoke all on function private.enable_webhook(uuid) from public, anon, authenticated, service_role;
+grant execute on function private.enable_webhook(uuid) to service_role;
+
+create or replace function public.enable_webhook(webhook_id uuid)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.enable_webhook(enable_webhook.webhook_id)
+$$;
+
+comment on function public.enable_webhook is
+  'Has a webhook told again that was disabled by a 410 Gone. Answers it. Errors: PT404 not_found.';
+
+revoke all on function public.enable_webhook(uuid) from public, anon, authenticated, service_role;
+grant execute on function public.enable_webhook(uuid) to service_role;
+
+-- Raises: PT404 not_found.
+create or replace function private.rotate_webhook_secret(p_webhook_id uuid)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_endpoint private.webhook_endpoints;
+begin
+  update private.webhook_endpoints set
+    secret = private.new_webhook_secret(),
+    previous_secret = secret, previous_secret_until = now() + interval '1 day'
+  where id = p_webhook_id returning * into v_endpoint;
+  v_endpoint := private.found_webhook(v_endpoint);
+  return json_build_object(
+    'webhook_id', v_endpoint.id, 'secret', v_endpoint.secret,
+    'previous_secret_until', v_endpoint.previous_secret_until
+  );
+end;
+$$;
+
+revoke all on function private.rotate_webhook_secret(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function private.rotate_webhook_secret(uuid) to service_role;
+
+create or replace function public.rotate_webhook_secret(webhook_id uuid)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.rotate_webhook_secret(rotate_webhook_secret.webhook_id)
+$$;
+
+comment on function public.rotate_webhook_secret is
+  'Gives a webhook a new secret; for a day the old one signs too. Answers {webhook_id, secret, '
+  'previous_secret_until}. Errors: PT404 not_found.';
+
+revoke all on function public.rotate_webhook_secret(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function public.rotate_webhook_secret(uuid) to service_role;
+-- The outbox's way out: workers ask which lanes have something due, claim from one, send, and say
+-- what became of it.
+--
+-- A claim moves run_at behind the lease and hands out a token. A worker that dies has changed
+-- nothing else, so once the lease has run out another sends the delivery again, under the same id:
+-- at least once, and twice only if a worker died between sending and saying so.
+
+create or replace function private.due_lanes()
+returns setof text
+language sql
+stable
+security definer
+set search_path = ''
+as $$
+  -- From lane to lane through the index, however many deliveries wait in each.
+  with recursive lanes as (
+    (
+      select d.lane from private.deliveries as d
+      where d.state = 'pending' order by d.lane limit 1
+    )
+    union all
+    select (
+      select d.lane from private.deliveries as d
+      where d.state = 'pending' and d.lane > l.lane order by d.lane limit 1
+    )
+    from lanes as l
+    where l.lane is not null
+  )
+  select l.lane
+  from lanes as l
+  where l.lane is not null and (
+    select d.run_at from private.deliveries as d
+    where d.state = 'pending' and d.lane = l.lane order by d.run_at limit 1
+  ) <= now()
+$$;
+
+comment on function private.due_lanes is
+  'Lanes of the outbox that have something to send now.';
+
+revoke all on function private.due_lanes() from public, anon, authenticated, service_role;
+grant execute on function private.due_lanes() to darkroom_worker;
+
+-- Gives up what waits in a lane whose endpoint is gone or disabled.
+create or replace function private.bury_deliveries(p_lane text)
+returns void
+language sql
+set search_path = ''
+as $$
+  update private.deliveries
+  set state = 'dead', finished_at = now(), last_error = 'the endpoint is gone or disabled'
+  where id = any (array(
+    select d.id from private.deliveries as d
+    where d.state = 'pending' and d.lane = p_lane
+    order by d.run_at limit 1000 for update skip locked
+  ))
+$$;
+
+revoke all on function private.bury_deliveries(text)
+from public, anon, authenticated, service_role;
+
+-- Takes the lease of up to p_at_most due deliveries of a lane.
+create or replace function private.lease_deliveries(p_lane text, p_at_most integer)
+returns setof private.deliveries
+language sql
+set search_path = ''
+as $$
+  update private.deliveries
+  set
+    token = nextval('private.lease_tokens'),
+    run_at = now() + (select s.lease from private.settings as s)
+  where id = any (array(
+    select d.id from private.deliveries as d
+    where d.state = 'pending' and d.lane = p_lane and d.run_at <= now()
+    order by d.run_at limit p_at_most for update skip locked
+  ))
+  returning *
+$$;
+
+revoke all on function private.lease_deliveries(text, integer)
+from public, anon, authenticated, service_role;
+
+create or replace function private.claim_deliveries(p_lane text, p_at_most integer)
+returns table (delivery_id uuid, token bigint, url text, secrets text[], body text)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_endpoint private.webhook_endpoints;
+  v_delivery private.deliveries;
+begin
+  if p_lane <> 'expo' then
+    select * into v_endpoint from private.webhook_endpoints as w
+    where w.id = p_lane::uuid and w.disabled_at is null;
+    if not found then
+      perform private.bury_deliveries(p_lane);
+      return;
+    end if;
+    url := v_endpoint.url;
+    secrets := array_remove(array[v_endpoint.secret, case
+      when v_endpoint.previous_secret_until > now() then v_endpoint.previous_secret
+    end], null);
+  end if;
+  for v_delivery in select * from private.lease_deliveries(p_lane, p_at_most) loop
+    delivery_id := v_delivery.id;
+    token := v_delivery.token;
+    body := case p_lane
+      when 'expo' then private.push_body(v_delivery)
+      else private.webhook_body(v_delivery)
+    end;
+    if body is null then
+      delete from private.deliveries as d where d.id = v_delivery.id;
+    end if;
+    return next;
+  end loop;
+end;
+$$;
+
+comment on function private.claim_deliveries is
+  'Leases up to p_at_most due deliveries of a lane and answers what to send: url and secrets are '
+  'null for expo; body is null for a push that nobody should get any more, which is then gone.';
+
+revoke all on function private.claim_deliveries(text, integer)
+from public, anon, authenticated, service_role;
+grant execute on function private.claim_deliveries(text, integer) to darkroom_worker;
+
+-- How long to wait after this many failed tries: as settings.delivery_retries says, up to a fifth
+-- more or less, but not less than the target asked for; null if it was the last.
+create or replace function private.redelivery_delay(
+  p_delivery private.deliveries,
+  p_retry_after_seconds double precision
+)
+returns interval
+language sql
+volatile
+set search_path = ''
+as $$
+  select w.delay
+  from private.settings as s
+  cross join lateral (
+    select greatest(
+      s.delivery_retries[p_delivery.attempts + 1] * (0.8 + 0.4 * random()),
+      case
+        when p_retry_after_seconds is not null
+          then least(p_retry_after_seconds, 86400) * interval '1 second'
+      end
+    ) as delay
+  ) as w
+  where
+    p_delivery.attempts < cardinality(s.delivery_retries)
+    and (p_delivery.lane <> 'expo' or now() + w.delay < p_delivery.created_at + s.push_expires)
+$$;
+
+revoke all on function private.redelivery_delay(private.deliveries, double precision)
+from public, anon, authenticated, service_role;
+
+create or replace function private.finish_delivery(
+  p_delivery_id uuid,
+  p_token bigint,
+  p_outcome text,
+  p_status integer,
+  p_error text,
+  p_retry_after_seconds double precision default null
+)
+returns text
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_delivery private.deliveries;
+  v_delay interval;
+  v_state text;
+begin
+  select * into v_delivery from private.deliveries as d
+  where d.id = p_delivery_id and d.token = p_token and d.state = 'pending' for update;
+  if not found then
+    return 'lost';
+  end if;
+  v_delay := private.redelivery_delay(v_delivery, p_retry_after_seconds);
+  v_state := case
+    when p_outcome = 'delivered' then 'delivered'
+    when p_outcome = 'gone' or v_delay is null then 'dead'
+    else 'pending'
+  end;
+  update private.deliveries set
+    state = v_state, attempts = attempts + 1, token = null,
+    last_status = p_status, last_error = left(p_error, 200),
+    run_at = case when v_state = 'pending' then now() + v_delay else run_at end,
+    finished_at = case when v_state <> 'pending' then now() end
+  where id = p_delivery_id;
+  if p_outcome = 'gone' then
+    delete from private.push_tokens where token = v_delivery.push_token;
+    update private.webhook_endpoints set disabled_at = now()
+    where id::text = v_delivery.lane and disabled_at is null;
+  end if;
+  return v_state;
+end;
+$$;
+
+comment on function private.finish_delivery is
+  'Says what became of a try: delivered, failed (tried again while settings.delivery_retries says '
+  'so), or gone (the endpoint is disabled, the push token forgotten). Answers delivered, pending, '
+  'dead, or lost: the lease is not held any more, nothing was changed.';
+
+revoke all on function private.finish_delivery(
+  uuid, bigint, text, integer, text, double precision
+)
+from public, anon, authenticated, service_role;
+grant execute on function private.finish_delivery(
+  uuid, bigint, text, integer, text, double precision
+) to darkroom_worker;
+
+-- Forgets deliveries that ended longer than settings.keep_deliveries ago.
+create or replace function private.trim_deliveries(p_at_most integer default 100000)
+returns void
+language sql
+set search_path = ''
+as $$
+  delete from private.deliveries
+  where id = any (array(
+    select d.id from private.deliveries as d
+    where d.finished_at < now() - (select s.keep_deliveries from private.settings as s)
+    order by d.finished_at limit p_at_most
+  ))
+$$;
+
+revoke all on function private.trim_deliveries(integer)
+from public, anon, authenticated, service_role;
+
+-- One delivery as operators see it. A push token is as good as a password, so it is not shown.
+create or replace function private.delivery_json(p_delivery private.deliveries)
+returns json
+language sql
+immutable
+set search_path = ''
+as $$
+  select json_build_object(
+    'delivery_id', p_delivery.id,
+    'lane', p_delivery.lane,
+    'event', p_delivery.event_type,
+    'job_id', p_delivery.generation_id,
+    'state', p_delivery.state,
+    'attempts', p_delivery.attempts,
+    'run_at', case when p_delivery.state = 'pending' then p_delivery.run_at end,
+    'last_status', p_delivery.last_status,
+    'last_error', p_delivery.last_error,
+    'created_at', p_delivery.created_at,
+    'finished_at', p_delivery.finished_at
+  )
+$$;
+
+revoke all on function private.delivery_json(private.deliveries)
+from public, anon, authenticated, service_role;
+
+-- Raises: PT400 invalid_input.
+create or replace function private.list_deliveries(p_state text, p_at_most integer)
+returns json
+language plpgsql
+stable
+security definer
+set search_path = ''
+as $$
+begin
+  if p_state not in ('pending', 'delivered', 'dead') then
+    perform private.refuse_input('state: not one of pending, delivered, dead');
+  elsif p_at_most is null or p_at_most not between 1 and 1000 then
+    perform private.refuse_input('at_most: not between 1 and 1000');
+  end if;
+  return (
+    select coalesce(json_agg(private.delivery_json(last) order by last.id desc), '[]')
+    from (
+      select * from private.deliveries
+      where p_state is null or state = p_state
+      order by id desc limit p_at_most
+    ) as last
+  );
+end;
+$$;
+
+revoke all on function private.list_deliveries(text, integer)
+from public, anon, authenticated, service_role;
+grant execute on function private.list_deliveries(text, integer) to service_role;
+
+create or replace function public.list_deliveries(
+  state text default null,
+  at_most integer default 100
+)
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select private.list_deliveries(list_deliveries.state, list_deliveries.at_most)
+$$;
+
+comment on function public.list_deliveries is
+  'The outbox, newest first; state: pending | delivered | dead, all if left out. Answers '
+  '[{delivery_id, lane (webhook_id, or expo), event, job_id, state, attempts, run_at (of the next '
+  'try), last_status, last_error, created_at, finished_at}]. Errors: PT400 invalid_input.';
+
+revoke all on function public.list_deliveries(text, integer)
+from public, anon, authenticated, service_role;
+grant execute on function public.list_deliveries(text, integer) to service_role;
+
+-- Raises: PT404 not_found.
+create or replace function private.redeliver(p_delivery_id uuid)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_delivery private.deliveries;
+begin
+  update private.deliveries set
+    state = 'pending', attempts = 0, run_at = now(), token = null, finished_at = null
+  where id = p_delivery_id
+  returning * into v_delivery;
+  if not found then
+    raise sqlstate 'PT404' using
+      message = 'not_found',
+      detail = 'delivery_id: no such delivery',
+      hint = 'list_deliveries() shows them.';
+  end if;
+  return private.delivery_json(v_delivery);
+end;
+$$;
+
+revoke all on function private.redeliver(uuid) from public, anon, authenticated, service_role;
+grant execute on function private.redeliver(uuid) to service_role;
+
+create or replace function public.redeliver(delivery_id uuid)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.redeliver(redeliver.delivery_id)
+$$;
+
+comment on function public.redeliver is
+  'Sends a delivery again, dead or delivered, under the same id and with all its retries. Answers '
+  'it. Errors: PT404 not_found.';
+
+revoke all on function public.redeliver(uuid) from public, anon, authenticated, service_role;
+grant execute on function public.redeliver(uuid) to service_role;
+
+create or replace function private.redeliver_dead(p_webhook_id uuid)
+returns json
+language sql
+security definer
+set search_path = ''
+as $$
+  with revived as (
+    update private.deliveries
+    set state = 'pending', attempts = 0, run_at = now(), finished_at = null
+    where id = any (array(
+      select d.id from private.deliveries as d
+      where d.state = 'dead' and d.lane = p_webhook_id::text
+      order by d.id limit 10000 for update skip locked
+    ))
+    returning id
+  )
+  select json_build_object('redelivered', count(*)) from revived
+$$;
+
+revoke all on function private.redeliver_dead(uuid) from public, anon, authenticated, service_role;
+grant execute on function private.redeliver_dead(uuid) to service_role;
+
+create or replace function public.redeliver_dead(webhook_id uuid)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.redeliver_dead(redeliver_dead.webhook_id)
+$$;
+
+comment on function public.redeliver_dead is
+  'Sends everything again that a webhook did not take, at most 10,000 in one call, the oldest '
+  'first. Answers {redelivered}: call again while it is not 0.';
+
+revoke all on function public.redeliver_dead(uuid) from public, anon, authenticated, service_role;
+grant execute on function public.redeliver_dead(uuid) to service_role;
 -- Recovery: what a dead worker left.
 --
 -- Two clocks end an attempt from outside. The lease runs out when the worker is silent: the job
@@ -5056,7 +6116,7 @@ revoke all on function private.recover_stale_jobs(integer)
 from public, anon, authenticated, service_role;
 grant execute on function private.recover_stale_jobs(integer) to darkroom_worker;
 
--- Forgets worker processes and cron runs of more than a week ago.
+-- Forgets worker processes and cron runs of more than a week ago, and old deliveries.
 create or replace function private.trim_history()
 returns void
 language plpgsql
@@ -5064,6 +6124,7 @@ set search_path = ''
 as $$
 begin
   delete from private.workers where seen_at < now() - interval '7 days';
+  perform private.trim_deliveries();
   if to_regclass('cron.job_run_details') is not null then
     delete from cron.job_run_details where end_time < now() - interval '7 days';
   end if;
@@ -5701,6 +6762,11 @@ insert into private.error_codes (code, message, is_retryable, uses_attempt, resu
 ('result_lost', 'The finished picture could not be fetched in time.', true, true, false),
 ('timeout', 'The picture took too long.', false, true, false),
 ('internal', 'Something went wrong on our side.', true, true, true)
+on conflict do nothing;
+
+insert into private.push_texts (event_type, title, body) values
+('generation.completed', 'Your picture is ready', 'Tap to see it.'),
+('generation.failed', 'Your picture could not be made', 'Your credits are back.')
 on conflict do nothing;
 
 -- Users from before the installation.

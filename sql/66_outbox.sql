@@ -1,0 +1,107 @@
+-- The outbox's way in: what is told when a job ends, to whom, and in what words.
+--
+-- finish_generation (75) calls record_event in the transaction that ends the job. The words are
+-- made when they are sent (79), for only then are the images and the refund in place.
+
+-- Writes one delivery for each target that wants to know how this generation ended.
+--
+-- Should a generation end a second time, the new event takes the old one's place, sent or not.
+create or replace function private.record_event(p_generation public.generations)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_event_type text := 'generation.' || p_generation.status;
+begin
+  insert into private.deliveries as d (generation_id, event_type, lane, push_token)
+  select p_generation.id, v_event_type, w.id::text, null
+  from private.webhook_endpoints as w
+  where w.disabled_at is null and v_event_type = any (w.events)
+  union all
+  select p_generation.id, v_event_type, 'expo', t.token
+  from private.push_tokens as t
+  where
+    t.user_id = p_generation.user_id
+    and exists (select from private.push_texts as x where x.event_type = v_event_type)
+  on conflict (generation_id, lane, push_token) do update set
+    id = excluded.id, event_type = excluded.event_type, state = 'pending', attempts = 0,
+    run_at = now(), token = null, last_status = null, last_error = null,
+    created_at = now(), finished_at = null;
+end;
+$$;
+
+revoke all on function private.record_event(public.generations)
+from public, anon, authenticated, service_role;
+
+-- What a webhook endpoint is sent: the job as get_job_status shows it, and whose it is.
+create or replace function private.webhook_body(p_delivery private.deliveries)
+returns jsonb
+language sql
+stable
+set search_path = ''
+as $$
+  select jsonb_build_object(
+    'type', p_delivery.event_type,
+    'timestamp', p_delivery.created_at,
+    'data',
+    to_jsonb(private.job_json(g))
+    - '{stage,progress,queue_position,eta_seconds,poll_after_ms}'::text[]
+    || jsonb_build_object('user_id', g.user_id, 'batch_id', g.batch_id)
+  )
+  from public.generations as g
+  where g.id = p_delivery.generation_id
+$$;
+
+revoke all on function private.webhook_body(private.deliveries)
+from public, anon, authenticated, service_role;
+
+-- Whether another push of the same batch to the same device is to come: one is enough. The last one
+-- has neither an unfinished sibling nor a later push, so it is always sent.
+create or replace function private.has_later_push(
+  p_delivery private.deliveries,
+  p_batch_id uuid
+)
+returns boolean
+language sql
+stable
+set search_path = ''
+as $$
+  select exists (
+    select from public.generations as g
+    left join private.deliveries as d
+      on d.generation_id = g.id and d.lane = 'expo' and d.push_token = p_delivery.push_token
+    where g.batch_id = p_batch_id and (
+      g.finished_at is null or (d.state = 'pending' and d.id > p_delivery.id)
+    )
+  )
+$$;
+
+revoke all on function private.has_later_push(private.deliveries, uuid)
+from public, anon, authenticated, service_role;
+
+-- What Expo is sent: nothing of the prompt, for it is shown on locked screens. Null if nobody
+-- should get it any more: the token is gone or somebody else's, it is late, or one of its batch
+-- says the same.
+create or replace function private.push_body(p_delivery private.deliveries)
+returns jsonb
+language sql
+stable
+set search_path = ''
+as $$
+  select jsonb_build_array(jsonb_build_object(
+    'to', t.token, 'title', x.title, 'body', x.body,
+    'data', jsonb_build_object('job_id', g.id, 'status', g.status, 'batch_id', g.batch_id)
+  ))
+  from public.generations as g
+  cross join private.settings as s
+  inner join private.push_tokens as t on t.token = p_delivery.push_token and t.user_id = g.user_id
+  inner join private.push_texts as x on x.event_type = p_delivery.event_type
+  where
+    g.id = p_delivery.generation_id
+    and p_delivery.created_at > now() - s.push_expires
+    and not private.has_later_push(p_delivery, g.batch_id)
+$$;
+
+revoke all on function private.push_body(private.deliveries)
+from public, anon, authenticated, service_role;

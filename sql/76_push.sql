@@ -1,0 +1,88 @@
+-- Push tokens: an app registers its device for its user, and takes it back at sign-out.
+--
+-- A token is a device's, so it belongs to the user who registered it last: who signs in on a
+-- borrowed phone does not leave the news of his jobs there for its owner.
+
+-- Locks: the entitlement row, so that concurrent calls cannot pass the cap.
+-- Raises: PT400 invalid_input, PT401 not_authenticated.
+create or replace function private.register_push_token(p_token text)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_user_id uuid := private.require_user_id();
+begin
+  if p_token is null or p_token !~ '^Expo(nent)?PushToken\[[A-Za-z0-9_-]{1,100}\]$' then
+    perform private.refuse_input(
+      'token: not an Expo push token', 'Send what getExpoPushTokenAsync() answers.'
+    );
+  end if;
+  perform private.lock_entitlement(v_user_id);
+  insert into private.push_tokens as t (token, user_id) values (p_token, v_user_id)
+  on conflict (token) do update set user_id = excluded.user_id, registered_at = clock_timestamp();
+  -- More devices than anybody has: those not heard of longest are forgotten.
+  delete from private.push_tokens where token = any (array(
+    select t.token from private.push_tokens as t
+    where t.user_id = v_user_id order by t.registered_at desc offset 20 for update skip locked
+  ));
+  return json_build_object('registered', true);
+end;
+$$;
+
+revoke all on function private.register_push_token(text)
+from public, anon, authenticated, service_role;
+grant execute on function private.register_push_token(text) to authenticated;
+
+create or replace function public.register_push_token(token text)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.register_push_token(register_push_token.token)
+$$;
+
+comment on function public.register_push_token is
+  'Has this device told by an Expo push notification when your jobs end. Call it at each start of '
+  'the app: a token is its last caller''s, and the 20 last registered of a user are kept. Answers '
+  '{registered}. Errors: PT400 invalid_input, PT401 not_authenticated.';
+
+revoke all on function public.register_push_token(text)
+from public, anon, authenticated, service_role;
+grant execute on function public.register_push_token(text) to authenticated;
+
+-- Raises: PT401 not_authenticated.
+create or replace function private.unregister_push_token(p_token text)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_user_id uuid := private.require_user_id();
+begin
+  delete from private.push_tokens where token = p_token and user_id = v_user_id;
+  return json_build_object('registered', false);
+end;
+$$;
+
+revoke all on function private.unregister_push_token(text)
+from public, anon, authenticated, service_role;
+grant execute on function private.unregister_push_token(text) to authenticated;
+
+create or replace function public.unregister_push_token(token text)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.unregister_push_token(unregister_push_token.token)
+$$;
+
+comment on function public.unregister_push_token is
+  'Takes a push token of yours back; call it before signing out. Repeating it changes nothing. '
+  'Answers {registered}. Errors: PT401 not_authenticated.';
+
+revoke all on function public.unregister_push_token(text)
+from public, anon, authenticated, service_role;
+grant execute on function public.unregister_push_token(text) to authenticated;

@@ -1,0 +1,383 @@
+-- The outbox's way out: workers ask which lanes have something due, claim from one, send, and say
+-- what became of it.
+--
+-- A claim moves run_at behind the lease and hands out a token. A worker that dies has changed
+-- nothing else, so once the lease has run out another sends the delivery again, under the same id:
+-- at least once, and twice only if a worker died between sending and saying so.
+
+create or replace function private.due_lanes()
+returns setof text
+language sql
+stable
+security definer
+set search_path = ''
+as $$
+  -- From lane to lane through the index, however many deliveries wait in each.
+  with recursive lanes as (
+    (
+      select d.lane from private.deliveries as d
+      where d.state = 'pending' order by d.lane limit 1
+    )
+    union all
+    select (
+      select d.lane from private.deliveries as d
+      where d.state = 'pending' and d.lane > l.lane order by d.lane limit 1
+    )
+    from lanes as l
+    where l.lane is not null
+  )
+  select l.lane
+  from lanes as l
+  where l.lane is not null and (
+    select d.run_at from private.deliveries as d
+    where d.state = 'pending' and d.lane = l.lane order by d.run_at limit 1
+  ) <= now()
+$$;
+
+comment on function private.due_lanes is
+  'Lanes of the outbox that have something to send now.';
+
+revoke all on function private.due_lanes() from public, anon, authenticated, service_role;
+grant execute on function private.due_lanes() to darkroom_worker;
+
+-- Gives up what waits in a lane whose endpoint is gone or disabled.
+create or replace function private.bury_deliveries(p_lane text)
+returns void
+language sql
+set search_path = ''
+as $$
+  update private.deliveries
+  set state = 'dead', finished_at = now(), last_error = 'the endpoint is gone or disabled'
+  where id = any (array(
+    select d.id from private.deliveries as d
+    where d.state = 'pending' and d.lane = p_lane
+    order by d.run_at limit 1000 for update skip locked
+  ))
+$$;
+
+revoke all on function private.bury_deliveries(text)
+from public, anon, authenticated, service_role;
+
+-- Takes the lease of up to p_at_most due deliveries of a lane.
+create or replace function private.lease_deliveries(p_lane text, p_at_most integer)
+returns setof private.deliveries
+language sql
+set search_path = ''
+as $$
+  update private.deliveries
+  set
+    token = nextval('private.lease_tokens'),
+    run_at = now() + (select s.lease from private.settings as s)
+  where id = any (array(
+    select d.id from private.deliveries as d
+    where d.state = 'pending' and d.lane = p_lane and d.run_at <= now()
+    order by d.run_at limit p_at_most for update skip locked
+  ))
+  returning *
+$$;
+
+revoke all on function private.lease_deliveries(text, integer)
+from public, anon, authenticated, service_role;
+
+create or replace function private.claim_deliveries(p_lane text, p_at_most integer)
+returns table (delivery_id uuid, token bigint, url text, secrets text[], body text)
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_endpoint private.webhook_endpoints;
+  v_delivery private.deliveries;
+begin
+  if p_lane <> 'expo' then
+    select * into v_endpoint from private.webhook_endpoints as w
+    where w.id = p_lane::uuid and w.disabled_at is null;
+    if not found then
+      perform private.bury_deliveries(p_lane);
+      return;
+    end if;
+    url := v_endpoint.url;
+    secrets := array_remove(array[v_endpoint.secret, case
+      when v_endpoint.previous_secret_until > now() then v_endpoint.previous_secret
+    end], null);
+  end if;
+  for v_delivery in select * from private.lease_deliveries(p_lane, p_at_most) loop
+    delivery_id := v_delivery.id;
+    token := v_delivery.token;
+    body := case p_lane
+      when 'expo' then private.push_body(v_delivery)
+      else private.webhook_body(v_delivery)
+    end;
+    if body is null then
+      delete from private.deliveries as d where d.id = v_delivery.id;
+    end if;
+    return next;
+  end loop;
+end;
+$$;
+
+comment on function private.claim_deliveries is
+  'Leases up to p_at_most due deliveries of a lane and answers what to send: url and secrets are '
+  'null for expo; body is null for a push that nobody should get any more, which is then gone.';
+
+revoke all on function private.claim_deliveries(text, integer)
+from public, anon, authenticated, service_role;
+grant execute on function private.claim_deliveries(text, integer) to darkroom_worker;
+
+-- How long to wait after this many failed tries: as settings.delivery_retries says, up to a fifth
+-- more or less, but not less than the target asked for; null if it was the last.
+create or replace function private.redelivery_delay(
+  p_delivery private.deliveries,
+  p_retry_after_seconds double precision
+)
+returns interval
+language sql
+volatile
+set search_path = ''
+as $$
+  select w.delay
+  from private.settings as s
+  cross join lateral (
+    select greatest(
+      s.delivery_retries[p_delivery.attempts + 1] * (0.8 + 0.4 * random()),
+      case
+        when p_retry_after_seconds is not null
+          then least(p_retry_after_seconds, 86400) * interval '1 second'
+      end
+    ) as delay
+  ) as w
+  where
+    p_delivery.attempts < cardinality(s.delivery_retries)
+    and (p_delivery.lane <> 'expo' or now() + w.delay < p_delivery.created_at + s.push_expires)
+$$;
+
+revoke all on function private.redelivery_delay(private.deliveries, double precision)
+from public, anon, authenticated, service_role;
+
+create or replace function private.finish_delivery(
+  p_delivery_id uuid,
+  p_token bigint,
+  p_outcome text,
+  p_status integer,
+  p_error text,
+  p_retry_after_seconds double precision default null
+)
+returns text
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_delivery private.deliveries;
+  v_delay interval;
+  v_state text;
+begin
+  select * into v_delivery from private.deliveries as d
+  where d.id = p_delivery_id and d.token = p_token and d.state = 'pending' for update;
+  if not found then
+    return 'lost';
+  end if;
+  v_delay := private.redelivery_delay(v_delivery, p_retry_after_seconds);
+  v_state := case
+    when p_outcome = 'delivered' then 'delivered'
+    when p_outcome = 'gone' or v_delay is null then 'dead'
+    else 'pending'
+  end;
+  update private.deliveries set
+    state = v_state, attempts = attempts + 1, token = null,
+    last_status = p_status, last_error = left(p_error, 200),
+    run_at = case when v_state = 'pending' then now() + v_delay else run_at end,
+    finished_at = case when v_state <> 'pending' then now() end
+  where id = p_delivery_id;
+  if p_outcome = 'gone' then
+    delete from private.push_tokens where token = v_delivery.push_token;
+    update private.webhook_endpoints set disabled_at = now()
+    where id::text = v_delivery.lane and disabled_at is null;
+  end if;
+  return v_state;
+end;
+$$;
+
+comment on function private.finish_delivery is
+  'Says what became of a try: delivered, failed (tried again while settings.delivery_retries says '
+  'so), or gone (the endpoint is disabled, the push token forgotten). Answers delivered, pending, '
+  'dead, or lost: the lease is not held any more, nothing was changed.';
+
+revoke all on function private.finish_delivery(
+  uuid, bigint, text, integer, text, double precision
+)
+from public, anon, authenticated, service_role;
+grant execute on function private.finish_delivery(
+  uuid, bigint, text, integer, text, double precision
+) to darkroom_worker;
+
+-- Forgets deliveries that ended longer than settings.keep_deliveries ago.
+create or replace function private.trim_deliveries(p_at_most integer default 100000)
+returns void
+language sql
+set search_path = ''
+as $$
+  delete from private.deliveries
+  where id = any (array(
+    select d.id from private.deliveries as d
+    where d.finished_at < now() - (select s.keep_deliveries from private.settings as s)
+    order by d.finished_at limit p_at_most
+  ))
+$$;
+
+revoke all on function private.trim_deliveries(integer)
+from public, anon, authenticated, service_role;
+
+-- One delivery as operators see it. A push token is as good as a password, so it is not shown.
+create or replace function private.delivery_json(p_delivery private.deliveries)
+returns json
+language sql
+immutable
+set search_path = ''
+as $$
+  select json_build_object(
+    'delivery_id', p_delivery.id,
+    'lane', p_delivery.lane,
+    'event', p_delivery.event_type,
+    'job_id', p_delivery.generation_id,
+    'state', p_delivery.state,
+    'attempts', p_delivery.attempts,
+    'run_at', case when p_delivery.state = 'pending' then p_delivery.run_at end,
+    'last_status', p_delivery.last_status,
+    'last_error', p_delivery.last_error,
+    'created_at', p_delivery.created_at,
+    'finished_at', p_delivery.finished_at
+  )
+$$;
+
+revoke all on function private.delivery_json(private.deliveries)
+from public, anon, authenticated, service_role;
+
+-- Raises: PT400 invalid_input.
+create or replace function private.list_deliveries(p_state text, p_at_most integer)
+returns json
+language plpgsql
+stable
+security definer
+set search_path = ''
+as $$
+begin
+  if p_state not in ('pending', 'delivered', 'dead') then
+    perform private.refuse_input('state: not one of pending, delivered, dead');
+  elsif p_at_most is null or p_at_most not between 1 and 1000 then
+    perform private.refuse_input('at_most: not between 1 and 1000');
+  end if;
+  return (
+    select coalesce(json_agg(private.delivery_json(last) order by last.id desc), '[]')
+    from (
+      select * from private.deliveries
+      where p_state is null or state = p_state
+      order by id desc limit p_at_most
+    ) as last
+  );
+end;
+$$;
+
+revoke all on function private.list_deliveries(text, integer)
+from public, anon, authenticated, service_role;
+grant execute on function private.list_deliveries(text, integer) to service_role;
+
+create or replace function public.list_deliveries(
+  state text default null,
+  at_most integer default 100
+)
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select private.list_deliveries(list_deliveries.state, list_deliveries.at_most)
+$$;
+
+comment on function public.list_deliveries is
+  'The outbox, newest first; state: pending | delivered | dead, all if left out. Answers '
+  '[{delivery_id, lane (webhook_id, or expo), event, job_id, state, attempts, run_at (of the next '
+  'try), last_status, last_error, created_at, finished_at}]. Errors: PT400 invalid_input.';
+
+revoke all on function public.list_deliveries(text, integer)
+from public, anon, authenticated, service_role;
+grant execute on function public.list_deliveries(text, integer) to service_role;
+
+-- Raises: PT404 not_found.
+create or replace function private.redeliver(p_delivery_id uuid)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_delivery private.deliveries;
+begin
+  update private.deliveries set
+    state = 'pending', attempts = 0, run_at = now(), token = null, finished_at = null
+  where id = p_delivery_id
+  returning * into v_delivery;
+  if not found then
+    raise sqlstate 'PT404' using
+      message = 'not_found',
+      detail = 'delivery_id: no such delivery',
+      hint = 'list_deliveries() shows them.';
+  end if;
+  return private.delivery_json(v_delivery);
+end;
+$$;
+
+revoke all on function private.redeliver(uuid) from public, anon, authenticated, service_role;
+grant execute on function private.redeliver(uuid) to service_role;
+
+create or replace function public.redeliver(delivery_id uuid)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.redeliver(redeliver.delivery_id)
+$$;
+
+comment on function public.redeliver is
+  'Sends a delivery again, dead or delivered, under the same id and with all its retries. Answers '
+  'it. Errors: PT404 not_found.';
+
+revoke all on function public.redeliver(uuid) from public, anon, authenticated, service_role;
+grant execute on function public.redeliver(uuid) to service_role;
+
+create or replace function private.redeliver_dead(p_webhook_id uuid)
+returns json
+language sql
+security definer
+set search_path = ''
+as $$
+  with revived as (
+    update private.deliveries
+    set state = 'pending', attempts = 0, run_at = now(), finished_at = null
+    where id = any (array(
+      select d.id from private.deliveries as d
+      where d.state = 'dead' and d.lane = p_webhook_id::text
+      order by d.id limit 10000 for update skip locked
+    ))
+    returning id
+  )
+  select json_build_object('redelivered', count(*)) from revived
+$$;
+
+revoke all on function private.redeliver_dead(uuid) from public, anon, authenticated, service_role;
+grant execute on function private.redeliver_dead(uuid) to service_role;
+
+create or replace function public.redeliver_dead(webhook_id uuid)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.redeliver_dead(redeliver_dead.webhook_id)
+$$;
+
+comment on function public.redeliver_dead is
+  'Sends everything again that a webhook did not take, at most 10,000 in one call, the oldest '
+  'first. Answers {redelivered}: call again while it is not 0.';
+
+revoke all on function public.redeliver_dead(uuid) from public, anon, authenticated, service_role;
+grant execute on function public.redeliver_dead(uuid) to service_role;
