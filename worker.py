@@ -4,8 +4,8 @@
     claim a job for every free slot, and run each:
         create at the provider -> checkpoint its id -> wait -> download -> upload -> complete
     nothing to claim: sleep in the database, look twice more, wait for NOTIFY or the backstop
-    beside it: one heartbeat for all jobs, recovery of what dead workers left, erasure of files, and
-        the outbox: tell webhooks and devices that a job has ended, until they have taken it
+    beside it: one heartbeat for all jobs (progress in, cancels out), recovery of what dead workers left,
+        erasure of files, and the outbox: tell webhooks and devices that a job has ended, until they have taken it
     SIGTERM: claim no more, finish within the grace time, release the rest
 
 It may die at any instruction: the lease runs out, another worker resumes the checkpointed id.
@@ -93,6 +93,8 @@ ERASE_SECONDS = 60.0  # between two looks for what has been kept long enough
 ERASE_FILES = 100  # deleted in one request
 SECOND_LOOK_SECONDS = 0.2  # at most, between going to sleep and the last claim before waiting
 LISTEN_CHECK_SECONDS = 10.0  # silence after which the LISTEN connection is tested
+PROGRESS_SECONDS = 1.0  # between two heartbeats that only bring news of progress
+CANCEL_SECONDS = 5.0  # at most, for telling the provider to stop
 RELEASE_SECONDS = 10.0  # hard deadline for releasing jobs once the grace time is over
 RETRY_BASE_SECONDS, RETRY_CAP_SECONDS = 0.25, 10.0  # backoff between repeated calls
 PROVIDER_POLL_SECONDS, PROVIDER_POLL_CAP_SECONDS = 0.5, 3.0
@@ -145,6 +147,7 @@ KEEPALIVES: dict[str, Any] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,  # milliseconds
 }
+CANCEL = "cancel"  # payload of the NOTIFY that says so
 EXIT_OK, EXIT_ERROR, EXIT_CONFIG, EXIT_FORCED = 0, 1, 2, 3
 
 log = logging.getLogger("darkroom")
@@ -266,6 +269,10 @@ class LeaseLost(Exception):
     """DR001: another worker has the job, or it is gone. Drop everything."""
 
 
+class Canceled(Exception):
+    """DR002: the user canceled the job. Stop it."""
+
+
 class JobError(Exception):
     """The attempt failed, with a code of private.error_codes. The detail is for operators."""
 
@@ -372,6 +379,8 @@ class Database:
         except psycopg.Error as error:
             if error.sqlstate == "DR001":
                 raise LeaseLost from None
+            if error.sqlstate == "DR002":
+                raise Canceled from None
             raise
 
     async def _insist(self, function: str, *args: Any) -> list[Any]:
@@ -401,7 +410,7 @@ class Database:
         return [Job(**row) for row in await self._call("claim_jobs", worker_id, slots)]
 
     async def heartbeat(self, worker_id: int, running: list[Running]) -> list[str]:
-        """Beat for these jobs; answer the verdict on each, in their order."""
+        """Beat for these jobs, sorted by job_id; answer the verdict on each, in their order."""
         ids = [each.job.job_id for each in running]
         tokens = [each.job.token for each in running]
         rows = await self._call(
@@ -443,6 +452,9 @@ class Database:
     async def release_job(self, job: Job, resumes: bool = True) -> None:
         await self._insist("release_job", job.job_id, job.token, resumes)
 
+    async def cancel_job(self, job: Job) -> None:
+        await self._insist("cancel_job", job.job_id, job.token)
+
     async def recover_stale_jobs(self) -> int:
         return int((await self._call("recover_stale_jobs"))[0]["recover_stale_jobs"])
 
@@ -478,10 +490,10 @@ class Database:
         )
         return str(rows[0]["finish_delivery"])
 
-    async def listen(self, channel: str, wake: asyncio.Event) -> None:
-        """Set wake on every NOTIFY, for ever, on a connection of its own; reconnect when it dies.
+    async def listen(self, channel: str, on_notify: Callable[[str], None]) -> None:
+        """Hand on every NOTIFY, for ever, from a connection of its own; reconnect when it dies.
 
-        Whatever was sent while there was no connection is lost, so wake is set on each reconnect.
+        Whatever was sent while there was no connection is lost, so each reconnect counts as one.
         """
         attempt = 0
         while True:
@@ -492,8 +504,8 @@ class Database:
                     await connection.execute(sql.SQL("listen {}").format(sql.Identifier(channel)))
                     log.info("listen.started channel=%s", channel)
                     attempt = 0
-                    wake.set()
-                    await self._forward(connection, channel, wake)
+                    on_notify(CANCEL)
+                    await self._forward(connection, channel, on_notify)
             except psycopg.OperationalError as error:
                 log.warning("listen.lost error=%s", type(error).__name__)
                 await asyncio.sleep(backoff(attempt))
@@ -501,11 +513,11 @@ class Database:
 
     @staticmethod
     async def _forward(
-        connection: psycopg.AsyncConnection[Any], channel: str, wake: asyncio.Event
+        connection: psycopg.AsyncConnection[Any], channel: str, on_notify: Callable[[str], None]
     ) -> None:
         while True:
-            async for _ in connection.notifies(timeout=LISTEN_CHECK_SECONDS, stop_after=1):
-                wake.set()
+            async for notice in connection.notifies(timeout=LISTEN_CHECK_SECONDS, stop_after=1):
+                on_notify(notice.payload)
             cursor = await connection.execute("select pg_listening_channels()")
             if (channel,) not in await cursor.fetchall():
                 raise psycopg.OperationalError("the connection does not listen: a pooler?")
@@ -780,7 +792,9 @@ class Replicate:
     async def cancel(self, provider_job_id: str) -> None:
         with contextlib.suppress(httpx.HTTPError):
             await self.http.post(
-                f"{self.base_url}/predictions/{provider_job_id}/cancel", headers=self.headers
+                f"{self.base_url}/predictions/{provider_job_id}/cancel",
+                headers=self.headers,
+                timeout=CANCEL_SECONDS,
             )
 
 
@@ -1258,13 +1272,21 @@ class Running:
     """A job in a slot."""
 
     job: Job
+    on_progress: Callable[[], None]
     task: asyncio.Task[None] = field(init=False)
+    provider_job_id: str | None = None  # once it is known
     progress: int | None = None
     is_lost: bool = False  # a heartbeat said so: drop it, do not release it
+    is_canceled: bool = False  # so it said: stop it at the provider, then end it as canceled
     is_ending: bool = False  # its last call is under way; a beat may find the row gone
 
+    def __post_init__(self) -> None:
+        self.provider_job_id = self.job.provider_job_id
+
     def report(self, percent: int) -> None:
-        self.progress = percent
+        if percent != self.progress:
+            self.progress = percent
+            self.on_progress()
 
 
 class Worker:
@@ -1282,6 +1304,8 @@ class Worker:
         self.outbox = outbox
         self.running: dict[int, Running] = {}  # by token: a lost job may be claimed again here
         self.wake = asyncio.Event()
+        self.news = asyncio.Event()  # for the next heartbeat, which does not wait for its time then
+        self.news_due: asyncio.TimerHandle | None = None
         self.stopping = asyncio.Event()
         self.worker_id = 0
         self.lease_seconds = 0.0
@@ -1296,8 +1320,10 @@ class Worker:
         log.info("worker.started worker=%s slots=%s", self.worker_id, self.settings.slots)
         async with asyncio.TaskGroup() as background:
             tasks = [
-                background.create_task(self.db.listen(registered["channel"], self.wake)),
-                background.create_task(self._every(registered["heartbeat_seconds"], self.beat)),
+                background.create_task(self.db.listen(registered["channel"], self.on_notify)),
+                background.create_task(
+                    self._every(registered["heartbeat_seconds"], self.beat, self.news)
+                ),
                 background.create_task(self._every(RECOVERY_SECONDS, self.recover)),
                 background.create_task(self._every(ERASE_SECONDS, self.erase)),
                 background.create_task(self.outbox.run(self.stopping)),
@@ -1308,11 +1334,26 @@ class Worker:
                 task.cancel()
         log.info("worker.stopped worker=%s", self.worker_id)
 
+    def on_notify(self, payload: str) -> None:
+        """Look for work, or hear from the next heartbeat, made now, which jobs to stop."""
+        self.wake.set()
+        if payload == CANCEL:
+            self.news.set()
+
+    def on_progress(self) -> None:
+        """Have a heartbeat carry it before long, but not each step of each job by itself."""
+        if self.news_due is None:
+            self.news_due = asyncio.get_running_loop().call_later(PROGRESS_SECONDS, self.news.set)
+
     @staticmethod
-    async def _every(seconds: float, action: Callable[[], Awaitable[None]]) -> None:
-        failures = 0
+    async def _every(
+        seconds: float, action: Callable[[], Awaitable[None]], early: asyncio.Event | None = None
+    ) -> None:
+        """Do it again and again; before the time is over if there is cause."""
+        failures, early = 0, early or asyncio.Event()
         while True:
             pause = seconds * random.uniform(0.9, 1.0)
+            early.clear()
             try:
                 await action()
                 failures = 0
@@ -1320,7 +1361,9 @@ class Worker:
                 log.warning("%s.failed error=%s", action.__name__, type(error).__name__)
                 pause = min(pause, backoff(failures))  # the pool may hold more dead connections
                 failures += 1
-            await asyncio.sleep(pause)
+                early.clear()  # or each failure would cause the next
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(early.wait(), pause)
 
     async def _claim_until_stopped(self) -> None:
         attempt = 0
@@ -1344,7 +1387,7 @@ class Worker:
     async def _claim(self) -> bool:
         jobs = await self.db.claim_jobs(self.worker_id, self.settings.slots - len(self.running))
         for job in jobs:
-            running = Running(job)
+            running = Running(job, self.on_progress)
             self.running[job.token] = running
             running.task = asyncio.create_task(self.process(running))
         return bool(jobs)
@@ -1375,14 +1418,18 @@ class Worker:
             wait.cancel()
 
     async def beat(self) -> None:
-        """One heartbeat for all jobs: progress in, lost leases out."""
-        beating = list(self.running.values())
+        """One heartbeat for all jobs: progress in, lost leases and cancels out."""
+        if self.news_due:
+            self.news_due.cancel()
+            self.news_due = None
+        beating = sorted(self.running.values(), key=lambda running: running.job.job_id)
         verdicts = await self.db.heartbeat(self.worker_id, beating)
         self.last_beat = time.monotonic()
         self.wake.set()  # an enqueue that met our row locked by this beat has not woken us
         for running, verdict in zip(beating, verdicts, strict=True):
-            if verdict == "lost" and not running.is_ending:
-                running.is_lost = True
+            known = running.is_canceled and verdict == "canceled"
+            if verdict != "ok" and not running.is_ending and not known:
+                running.is_lost, running.is_canceled = verdict == "lost", verdict == "canceled"
                 running.task.cancel()
 
     async def recover(self) -> None:
@@ -1445,7 +1492,10 @@ class Worker:
         except LeaseLost:
             log.warning("job.lost job=%s", job.job_id)
         except asyncio.CancelledError:
-            await self._give_up(running)
+            await finish_first(self._give_up(running))
+        except Canceled:
+            running.is_canceled = True
+            await finish_first(self._give_up(running))
         except ProviderDown as error:
             await finish_first(self._pause_provider(running, error))
         except Exception as error:
@@ -1460,12 +1510,13 @@ class Worker:
         provider = self.providers.get(job.provider)
         if provider is None:
             raise JobError("internal", f"provider {job.provider} is not configured on this worker")
-        provider_job_id = job.provider_job_id or await self._buy(provider, job)
         try:
+            provider_job_id = job.provider_job_id or await self._buy(provider, running)
             result = await provider.result(job, provider_job_id, running.report)
-        except asyncio.CancelledError:
-            if not running.is_lost and not self.stopping.is_set():  # the deadline passed
-                await provider.cancel(provider_job_id)
+        except asyncio.CancelledError:  # by the user, the deadline, a lost lease, or a stop
+            is_over = running.is_canceled or not (running.is_lost or self.stopping.is_set())
+            if running.provider_job_id and is_over:
+                await provider.cancel(running.provider_job_id)
             raise
         outputs = result.outputs[: job.image_count]
         if not outputs:
@@ -1477,8 +1528,9 @@ class Worker:
         ]
         return images, {"provider_seconds": result.provider_seconds, "images": result.images}
 
-    async def _buy(self, provider: Provider, job: Job) -> str:
+    async def _buy(self, provider: Provider, running: Running) -> str:
         """Have the provider create the job, once: look first for what an earlier try has bought."""
+        job = running.job
         provider_input = await self._with_sources(provider, job)
         began, lost_at = time.monotonic(), await self.db.begin_create(job)
         if lost_at and (bought := await self._look(provider, job, lost_at)):
@@ -1487,7 +1539,7 @@ class Worker:
             began = time.monotonic()
             await self.db.begin_create(job)
         try:
-            return await finish_first(self._create(provider, job, provider_input, began))
+            return await finish_first(self._create(provider, running, provider_input, began))
         except UnknownOutcome as error:
             lost_at = await self.db.begin_create(job) or datetime.now(UTC)
             if bought := await self._look(provider, job, lost_at):
@@ -1495,14 +1547,14 @@ class Worker:
             raise JobError("provider_timeout", f"create: {error}; nothing was bought") from None
 
     async def _create(
-        self, provider: Provider, job: Job, provider_input: dict[str, Any], began: float
+        self, provider: Provider, running: Running, provider_input: dict[str, Any], began: float
     ) -> str:
         """Create and save the id at once: together, also when the worker stops meanwhile."""
         if time.monotonic() - began > CREATE_WITHIN_SECONDS:
             raise LeaseLost
-        provider_job_id = await provider.create(job, provider_input)
-        await self.db.checkpoint(job, provider_job_id)
-        return provider_job_id
+        running.provider_job_id = await provider.create(running.job, provider_input)
+        await self.db.checkpoint(running.job, running.provider_job_id)
+        return running.provider_job_id
 
     async def _look(self, provider: Provider, job: Job, since: datetime) -> str | None:
         """Take over what a lost create bought; None once it had time to show and did not."""
@@ -1558,15 +1610,18 @@ class Worker:
             await self.db.release_job(job, resumes=error.may_have_bought)
 
     async def _give_up(self, running: Running) -> None:
-        """The job was cancelled here: by a lost lease, or because the worker stops."""
+        """The job was stopped here: by a lost lease, by its user, or because the worker stops."""
         job = running.job
         if running.is_lost:
             log.warning("job.lost job=%s", job.job_id)
             return
         running.is_ending = True
         with contextlib.suppress(LeaseLost):
-            await self.db.release_job(job)
-        log.info("job.released job=%s", job.job_id)
+            if running.is_canceled:
+                await self.db.cancel_job(job)
+            else:
+                await self.db.release_job(job)
+        log.info("job.%s job=%s", "canceled" if running.is_canceled else "released", job.job_id)
 
 
 def as_job_error(error: Exception) -> JobError:

@@ -100,7 +100,8 @@ begin
   -- A loop, not a join: each row is reached by its key also when the table is full of dead rows. In
   -- order of id, as cancel_jobs (77) takes several.
   for v_at in
-    select j.place from unnest(p_job_ids) with ordinality as j (id, place) order by j.id
+    select j.place from unnest(p_job_ids) with ordinality as j (id, place)
+    order by j.id, j.place
   loop
     job_id := p_job_ids[v_at];
     update private.running_jobs as r

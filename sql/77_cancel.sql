@@ -32,7 +32,7 @@ begin
         exit;
       end if;
       update private.running_jobs set cancel_requested = true
-      where job_id = v_job_id and user_id = p_user_id
+      where job_id = v_job_id and user_id = p_user_id and not cancel_requested
       returning worker_id into v_worker_id;
       if found then
         perform pg_notify('darkroom_worker_' || v_worker_id, 'cancel');

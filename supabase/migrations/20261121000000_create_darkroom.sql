@@ -4306,7 +4306,8 @@ begin
   -- A loop, not a join: each row is reached by its key also when the table is full of dead rows. In
   -- order of id, as cancel_jobs (77) takes several.
   for v_at in
-    select j.place from unnest(p_job_ids) with ordinality as j (id, place) order by j.id
+    select j.place from unnest(p_job_ids) with ordinality as j (id, place)
+    order by j.id, j.place
   loop
     job_id := p_job_ids[v_at];
     update private.running_jobs as r
@@ -5242,7 +5243,7 @@ begin
         exit;
       end if;
       update private.running_jobs set cancel_requested = true
-      where job_id = v_job_id and user_id = p_user_id
+      where job_id = v_job_id and user_id = p_user_id and not cancel_requested
       returning worker_id into v_worker_id;
       if found then
         perform pg_notify('darkroom_worker_' || v_worker_id, 'cancel');
