@@ -538,6 +538,8 @@ class Result:
 class Provider(Protocol):
     """Runs a model. Every method may raise JobError with one of our codes, or ProviderDown."""
 
+    settle_seconds: float  # until what a lost create bought must have shown
+
     async def create(self, job: Job, provider_input: dict[str, Any]) -> str:
         """Start the job, answer the provider's id of it. Raises UnknownOutcome: never repeat it."""
 
@@ -563,6 +565,8 @@ class Preview:
     A prompt with [fail:CODE] in it fails with that code, as a real provider might.
     """
 
+    settle_seconds = 0.0  # nothing is bought
+
     def __init__(self, seconds: float, failure_rate: float) -> None:
         self.seconds, self.failure_rate = seconds, failure_rate
 
@@ -570,7 +574,7 @@ class Preview:
         return f"preview-{job.token}"
 
     async def find(self, job: Job, since: datetime) -> list[str]:
-        return []  # nothing is bought, so nothing can be lost
+        return []
 
     async def upload(self, name: str, file: IO[bytes]) -> str:
         return "preview:source"
@@ -638,8 +642,10 @@ class Replicate:
 
     MODERATION = re.compile(r"nsfw|sensitive|moderat|safety|\bE005\b", re.IGNORECASE)
 
-    def __init__(self, http: httpx.AsyncClient, base_url: str, token: str) -> None:
-        self.http, self.base_url = http, base_url
+    def __init__(
+        self, http: httpx.AsyncClient, base_url: str, token: str, settle_seconds: float = 20.0
+    ) -> None:
+        self.http, self.base_url, self.settle_seconds = http, base_url, settle_seconds
         self.headers = {"Authorization": f"Bearer {token}"}
 
     async def create(self, job: Job, provider_input: dict[str, Any]) -> str:
@@ -1558,7 +1564,7 @@ class Worker:
 
     async def _look(self, provider: Provider, job: Job, since: datetime) -> str | None:
         """Take over what a lost create bought; None once it had time to show and did not."""
-        give_up_at, attempt = time.monotonic() + self.settings.replicate_settle_seconds, 0
+        give_up_at, attempt = time.monotonic() + provider.settle_seconds, 0
         while True:
             is_last = time.monotonic() >= give_up_at
             candidates = await provider.find(job, since)
@@ -1670,7 +1676,10 @@ async def serve(settings: Settings) -> int:
         }
         if settings.replicate_api_token:
             providers["replicate"] = Replicate(
-                http, settings.replicate_api_url, settings.replicate_api_token
+                http,
+                settings.replicate_api_url,
+                settings.replicate_api_token,
+                settings.replicate_settle_seconds,
             )
         storage = Storage(
             http,
