@@ -4,8 +4,8 @@
     claim a job for every free slot, and run each:
         create at the provider -> checkpoint its id -> wait -> download -> upload -> complete
     nothing to claim: sleep in the database, look twice more, wait for NOTIFY or the backstop
-    beside it: one heartbeat for all jobs (progress in, cancels out), recovery of what dead workers left,
-        erasure of files, and the outbox: tell webhooks and devices that a job has ended, until they have taken it
+    beside it: one heartbeat for all jobs (progress in, cancels out), recovery of what dead workers
+        left, erasure of files, and the outbox: webhooks and push messages that tell of ended jobs
     SIGTERM: claim no more, finish within the grace time, release the rest
 
 It may die at any instruction: the lease runs out, another worker resumes the checkpointed id.
