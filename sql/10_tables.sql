@@ -278,6 +278,10 @@ create table public.generations (
   constraint generations_error_code_matches_status check (
     (error_code is not null) = (status = 'failed')
   ),
+  -- A deleted one is hidden: no job may run unseen, nor be counted as active.
+  constraint generations_deleted_ones_are_finished check (
+    deleted_at is null or finished_at is not null
+  ),
   constraint generations_input_is_an_object check (jsonb_typeof(input) = 'object'),
   constraint generations_price_is_not_negative check (price_credits >= 0),
   constraint generations_image_count_is_positive check (image_count > 0)
@@ -307,6 +311,9 @@ comment on column public.generations.deleted_at is
   'When the user deleted it: hidden from then on, erased after settings.keep_deleted.';
 
 create index generations_user_id_id_idx on public.generations (user_id, id desc);
+-- Read by list_generations. Only the update that sets or clears a favorite pays for it.
+create index generations_favorites_idx
+on public.generations (user_id, id desc) where is_favorite;
 create unique index generations_idempotency_key_idx
 on public.generations (user_id, idempotency_key) where idempotency_key is not null;
 create index generations_batch_id_idx on public.generations (batch_id) where batch_id is not null;
@@ -326,6 +333,8 @@ create table public.images (
   height integer,
   bytes integer not null,
   blurhash text,
+  share_id uuid,
+  shows_prompt boolean not null default false,
   created_at timestamptz not null default now(),
   primary key (generation_id, position),
   constraint images_position_is_not_negative check (position >= 0),
@@ -335,6 +344,7 @@ create table public.images (
   constraint images_preview_path_is_the_owners check (
     starts_with(preview_path, concat(user_id, '/', generation_id, '/', position, '.'))
   ),
+  constraint images_prompt_has_a_share check (not shows_prompt or share_id is not null),
   constraint images_content_type_is_an_image check (content_type like 'image/%'),
   constraint images_size_is_positive check (bytes > 0 and width > 0 and height > 0)
 );
@@ -349,6 +359,14 @@ comment on column public.images.preview_path is
 comment on column public.images.width is 'Pixels; null where the format has none.';
 comment on column public.images.bytes is 'Size of the file in bytes.';
 comment on column public.images.blurhash is 'BlurHash placeholder; null where none was made.';
+comment on column public.images.share_id is
+  'Given when the owner shares it, in the order of time; null: private.';
+comment on column public.images.shows_prompt is
+  'Whether the prompt is shown with the shared image.';
 
 -- Read by the policy on images.
 create index images_user_id_idx on public.images (user_id);
+-- The shared ones: for the public feed, and for the policy on their files.
+create index images_share_id_idx on public.images (share_id) where share_id is not null;
+create index images_shared_path_idx on public.images (storage_path) where share_id is not null;
+create index images_shared_preview_idx on public.images (preview_path) where share_id is not null;

@@ -1,6 +1,7 @@
 -- Row level security: who may read what. Nobody writes a table: the functions do.
 --
--- Users read their own rows in public; the catalogue is read through list_models(). Private tables
+-- Users read their own rows in public, but not what they deleted; the catalogue is read through
+-- list_models(), shared images through list_public_images(). Private tables
 -- have RLS and no policy, which denies everybody but their owner even where a gateway grants too
 -- much. Functions run as that owner.
 
@@ -11,6 +12,9 @@ alter table public.model_aliases enable row level security;
 alter table public.batches enable row level security;
 alter table public.generations enable row level security;
 alter table public.images enable row level security;
+alter table public.generation_tags enable row level security;
+alter table public.image_likes enable row level security;
+alter table public.prompt_templates enable row level security;
 alter table private.ready_jobs enable row level security;
 alter table private.running_jobs enable row level security;
 alter table private.workers enable row level security;
@@ -27,13 +31,16 @@ alter table private.deliveries enable row level security;
 revoke all on all tables in schema private from public, anon, authenticated, service_role;
 revoke all on all sequences in schema private from public, anon, authenticated, service_role;
 revoke all on table public.entitlements, public.credit_ledger, public.models,
-public.model_aliases, public.batches, public.generations, public.images
+public.model_aliases, public.batches, public.generations, public.images,
+public.generation_tags, public.image_likes, public.prompt_templates
 from public, anon, authenticated, service_role;
 revoke all on sequence public.credit_ledger_id_seq from public, anon, authenticated, service_role;
 
 grant select on table public.entitlements, public.credit_ledger, public.batches,
-public.generations, public.images
+public.generations, public.images, public.generation_tags, public.image_likes
 to authenticated, service_role;
+grant select on table public.prompt_templates to authenticated;
+grant select, insert, update, delete on table public.prompt_templates to service_role;
 grant select, insert, update on table public.models to service_role;
 grant select, insert, update, delete on table public.model_aliases to service_role;
 
@@ -47,13 +54,60 @@ create policy "Users read their own batches" on public.batches
 for select to authenticated using (user_id = (select auth.uid()));
 
 create policy "Users read their own generations" on public.generations
-for select to authenticated using (user_id = (select auth.uid()));
+for select to authenticated using (user_id = (select auth.uid()) and deleted_at is null);
 
+-- The policy above applies inside, too: the images of a deleted generation are hidden with it.
 create policy "Users read their own images" on public.images
+for select to authenticated using (
+  user_id = (select auth.uid())
+  and exists (
+    select from public.generations as g
+    where g.id = images.generation_id
+  )
+);
+
+create policy "Users read their own tags" on public.generation_tags
+for select to authenticated using (
+  user_id = (select auth.uid())
+  and exists (
+    select from public.generations as g
+    where g.id = generation_tags.generation_id
+  )
+);
+
+create policy "Users read their own likes" on public.image_likes
 for select to authenticated using (user_id = (select auth.uid()));
 
--- Storage: outputs are read by their owner and written by the worker alone; inputs for
--- image-to-image are put into the user's own folder.
+create policy "Users read their own prompt templates" on public.prompt_templates
+for select to authenticated using (user_id = (select auth.uid()));
+
+-- Whether a path in bucket generations is the file or the preview of a shared image. Asked by a
+-- policy for every file a visitor reaches for: a look into an index of the shared ones, whatever
+-- the path is.
+create or replace function private.is_shared_path(p_path text)
+returns boolean
+language sql
+stable
+security definer
+set search_path = ''
+as $$
+  select
+    exists (
+      select from public.images as i
+      where i.storage_path = p_path and i.share_id is not null
+    )
+    or exists (
+      select from public.images as i
+      where i.preview_path = p_path and i.share_id is not null
+    )
+$$;
+
+revoke all on function private.is_shared_path(text)
+from public, anon, authenticated, service_role;
+grant execute on function private.is_shared_path(text) to anon, authenticated;
+
+-- Storage: outputs are read by their owner, shared ones by everybody, and written by the worker
+-- alone; inputs for image-to-image are put into the user's own folder.
 do $$
 begin
   if to_regclass('storage.objects') is null then
@@ -63,6 +117,10 @@ begin
   create policy "Users read their own generated images" on storage.objects
   for select to authenticated using (
     bucket_id = 'generations' and split_part(name, '/', 1) = (select auth.uid())::text
+  );
+  create policy "Everybody reads shared images" on storage.objects
+  for select to anon, authenticated using (
+    bucket_id = 'generations' and private.is_shared_path(name)
   );
   create policy "Users read their own input images" on storage.objects
   for select to authenticated using (

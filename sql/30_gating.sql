@@ -44,6 +44,45 @@ $$;
 revoke all on function private.refuse_unknown_user()
 from public, anon, authenticated, service_role;
 
+-- The caller, who must still be there: for functions that write a row of the user's.
+--
+-- Raises: PT401 not_authenticated.
+create or replace function private.require_known_user_id()
+returns uuid
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_user_id uuid := private.require_user_id();
+begin
+  if not exists (select from public.entitlements where user_id = v_user_id) then
+    perform private.refuse_unknown_user();
+  end if;
+  return v_user_id;
+end;
+$$;
+
+revoke all on function private.require_known_user_id()
+from public, anon, authenticated, service_role;
+
+-- Raises PT404 not_found, the same for a job that never was, is somebody else's, or is deleted.
+create or replace function private.refuse_unknown_job()
+returns void
+language plpgsql
+set search_path = ''
+as $$
+begin
+  raise sqlstate 'PT404' using
+    message = 'not_found',
+    detail = 'job_id: no such job of yours',
+    hint = 'Use the job_id that enqueue_generation answered.';
+end;
+$$;
+
+revoke all on function private.refuse_unknown_job()
+from public, anon, authenticated, service_role;
+
 -- Raises PT400 invalid_input.
 create or replace function private.refuse_input(p_detail text, p_hint text default null)
 returns void
@@ -167,10 +206,7 @@ begin
   select * into v_generation from public.generations
   where id = p_job_id and user_id = p_user_id and deleted_at is null;
   if not found then
-    raise sqlstate 'PT404' using
-      message = 'not_found',
-      detail = 'job_id: no such job of yours',
-      hint = 'Use the job_id that enqueue_generation answered.';
+    perform private.refuse_unknown_job();
   end if;
   return v_generation;
 end;

@@ -49,9 +49,15 @@ as $$
       select coalesce(json_agg(json_build_object(
         'position', i.position, 'path', i.storage_path, 'preview_path', i.preview_path,
         'content_type', i.content_type,
-        'width', i.width, 'height', i.height, 'bytes', i.bytes, 'blurhash', i.blurhash
+        'width', i.width, 'height', i.height, 'bytes', i.bytes, 'blurhash', i.blurhash,
+        'is_public', i.share_id is not null
       ) order by i.position), '[]')
       from public.images as i where i.generation_id = p_generation.id
+    ),
+    'is_favorite', p_generation.is_favorite,
+    'tags', (
+      select coalesce(json_agg(t.tag order by t.tag), '[]')
+      from public.generation_tags as t where t.generation_id = p_generation.id
     ),
     'created_at', p_generation.created_at,
     'started_at', p_generation.started_at,
@@ -93,8 +99,9 @@ comment on function public.get_job_status is
   'State of one of your jobs: {job_id, status, stage, progress (percent), queue_position, '
   'poll_after_ms, model, prompt, params, price_credits, refunded_credits, error {code, message}, '
   'images [{position, path and preview_path in bucket generations, content_type, width, height, '
-  'bytes, blurhash}], created_at, started_at, finished_at}. Poll again after poll_after_ms, stop '
-  'when it is null. Errors: PT401 not_authenticated, PT404 not_found.';
+  'bytes, blurhash, is_public}], is_favorite, tags, created_at, started_at, finished_at}. Poll '
+  'again after poll_after_ms, stop when it is null. Errors: PT401 not_authenticated, PT404 '
+  'not_found.';
 
 revoke all on function public.get_job_status(uuid) from public, anon, authenticated, service_role;
 grant execute on function public.get_job_status(uuid) to authenticated;

@@ -150,6 +150,9 @@ class Caller:
     def list_models(self) -> list[dict[str, Any]]:
         return self.call("public.list_models")
 
+    def list_public_images(self, **page: Any) -> dict[str, Any]:
+        return self.call("public.list_public_images", **page)
+
 
 class Anon(Caller):
     """Somebody who has not signed in."""
@@ -290,6 +293,40 @@ class User(Caller):
 
     def unregister_push_token(self, token: str) -> dict[str, bool]:
         return self.call("public.unregister_push_token", token=token)
+
+    def list_generations(self, **page: Any) -> dict[str, Any]:
+        return self.call("public.list_generations", **page)
+
+    def set_favorite(self, job_id: str, **is_favorite: bool | None) -> dict[str, Any]:
+        return self.call("public.set_favorite", job_id=job_id, **is_favorite)
+
+    def set_tags(self, job_id: str, *tags: str | None) -> list[str]:
+        """Return the tags as they were kept."""
+        return list(self.call("public.set_tags", job_id=job_id, tags=list(tags))["tags"])
+
+    def delete_generation(self, job_id: str) -> dict[str, Any]:
+        return self.call("public.delete_generation", job_id=job_id)
+
+    def restore_generation(self, job_id: str) -> dict[str, Any]:
+        return self.call("public.restore_generation", job_id=job_id)
+
+    def share_image(self, job_id: str, **choices: Any) -> dict[str, Any]:
+        return self.call("public.share_image", job_id=job_id, **choices)
+
+    def like_image(self, job_id: str, **choices: Any) -> dict[str, Any]:
+        return self.call("public.like_image", job_id=job_id, **choices)
+
+    def save_prompt_template(self, title: str, prompt: str | None, **rest: Any) -> dict[str, Any]:
+        """Call save_prompt_template; `params` is sent as JSON."""
+        if "params" in rest:
+            rest["params"] = Jsonb(rest["params"])
+        return self.call("public.save_prompt_template", title=title, prompt=prompt, **rest)
+
+    def delete_prompt_template(self, template_id: str) -> dict[str, Any]:
+        return self.call("public.delete_prompt_template", id=template_id)
+
+    def list_prompt_templates(self) -> list[dict[str, Any]]:
+        return self.call("public.list_prompt_templates")
 
     def credits(self) -> int:
         """Return the balance."""

@@ -12,6 +12,9 @@ OWN_TABLES = {
     "public.credit_ledger": "user_id",
     "public.generations": "user_id",
     "public.images": "user_id",
+    "public.generation_tags": "user_id",
+    "public.image_likes": "user_id",
+    "public.prompt_templates": "user_id",
 }
 PRIVATE_TABLES = (
     "private.ready_jobs",
@@ -29,10 +32,14 @@ GRANT_ALL = "grant all on all tables in schema public, private to anon, authenti
 
 @pytest.fixture
 def history(alice, bob, worker):
-    """Each user has a completed generation, and one that is queued again."""
+    """Each user has a completed generation with all that belongs to it, and one queued again."""
     for user in (alice, bob):
-        user.enqueue()
+        job_id = user.enqueued()
         worker.complete_job(worker.claimed())
+        user.set_tags(job_id, "sea")
+        user.share_image(job_id)
+        user.like_image(job_id)
+        user.save_prompt_template("Sea", "the sea")
         user.enqueue()
         worker.fail_job(worker.claimed(), "internal")
 
@@ -118,9 +125,10 @@ def test_users_cannot_call_what_is_for_workers_and_the_service(alice, anon, quer
             caller.query(query)
 
 
-def test_anon_calls_ping_and_list_models_only(anon):
+def test_anon_calls_ping_and_what_lists_models_and_shared_images_only(anon):
     assert anon.ping()["ok"]
     assert [model["id"] for model in anon.list_models()] == ["darkroom/preview"]
+    assert anon.list_public_images()["images"] == []
 
     for call in ("enqueue_generation('m', 'p')", "list_active_jobs()", "get_entitlement()"):
         with refused("42501"):

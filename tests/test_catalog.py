@@ -13,34 +13,60 @@ ROLES = ("anon", "authenticated", "service_role", "darkroom_worker", "public")
 MAY_EXECUTE = {
     "anon": {
         "public.list_models()",
+        "public.list_public_images(uuid,integer)",
         "public.ping()",
+        "private.is_shared_path(text)",
         "private.list_models()",
+        "private.list_public_images(uuid,integer)",
     },
     "authenticated": {
         "public.cancel_batch(uuid)",
         "public.cancel_generation(uuid)",
+        "public.delete_generation(uuid)",
+        "public.delete_prompt_template(uuid)",
         "public.enqueue_batch(text,text[],jsonb,text)",
         "public.enqueue_generation(text,text,jsonb,text)",
         "public.get_batch_status(uuid)",
         "public.get_entitlement()",
         "public.get_job_status(uuid)",
+        "public.like_image(uuid,integer,boolean)",
         "public.list_active_jobs()",
+        "public.list_generations(uuid,integer,boolean,text,text)",
         "public.list_models()",
+        "public.list_prompt_templates()",
+        "public.list_public_images(uuid,integer)",
         "public.ping()",
+        "public.register_push_token(text)",
+        "public.restore_generation(uuid)",
         "public.retry_generation(uuid)",
+        "public.save_prompt_template(text,text,text,jsonb,uuid)",
+        "public.set_favorite(uuid,boolean)",
+        "public.set_tags(uuid,text[])",
+        "public.share_image(uuid,integer,boolean,boolean)",
+        "public.unregister_push_token(text)",
         "private.cancel_batch(uuid)",
         "private.cancel_generation(uuid)",
+        "private.delete_generation(uuid)",
+        "private.delete_prompt_template(uuid)",
         "private.enqueue_batch(text,text[],jsonb,text)",
-        "public.register_push_token(text)",
-        "public.unregister_push_token(text)",
         "private.enqueue_generation(text,text,jsonb,text)",
         "private.get_batch_status(uuid)",
         "private.get_entitlement()",
         "private.get_job_status(uuid)",
+        "private.is_shared_path(text)",
+        "private.like_image(uuid,integer,boolean)",
         "private.list_active_jobs()",
+        "private.list_generations(uuid,integer,boolean,text,text)",
         "private.list_models()",
-        "private.retry_generation(uuid)",
+        "private.list_prompt_templates()",
+        "private.list_public_images(uuid,integer)",
         "private.register_push_token(text)",
+        "private.restore_generation(uuid)",
+        "private.retry_generation(uuid)",
+        "private.save_prompt_template(text,text,text,jsonb,uuid)",
+        "private.set_favorite(uuid,boolean)",
+        "private.set_tags(uuid,text[])",
+        "private.share_image(uuid,integer,boolean,boolean)",
         "private.unregister_push_token(text)",
     },
     "service_role": {
@@ -51,9 +77,9 @@ MAY_EXECUTE = {
         "public.list_models()",
         "public.list_webhooks()",
         "public.ping()",
-        "public.redrive_failed(text,timestamp with time zone,integer)",
         "public.redeliver(uuid)",
         "public.redeliver_dead(uuid)",
+        "public.redrive_failed(text,timestamp with time zone,integer)",
         "public.register_webhook(text,text[],text)",
         "public.rotate_webhook_secret(uuid)",
         "public.set_paid(uuid,timestamp with time zone)",
@@ -62,10 +88,10 @@ MAY_EXECUTE = {
         "private.grant_credits(uuid,integer,text,text)",
         "private.list_deliveries(text,integer)",
         "private.list_models()",
-        "private.redrive_failed(text,timestamp with time zone,integer)",
         "private.list_webhooks()",
         "private.redeliver(uuid)",
         "private.redeliver_dead(uuid)",
+        "private.redrive_failed(text,timestamp with time zone,integer)",
         "private.register_webhook(text,text[],text)",
         "private.rotate_webhook_secret(uuid)",
         "private.set_paid(uuid,timestamp with time zone)",
@@ -81,8 +107,8 @@ MAY_EXECUTE = {
         "private.complete_job(uuid,bigint,jsonb,jsonb)",
         "private.due_lanes()",
         "private.fail_job(uuid,bigint,text,text,double precision)",
-        "private.forget_files(text[],text[])",
         "private.finish_delivery(uuid,bigint,text,integer,text,double precision)",
+        "private.forget_files(text[],text[])",
         "private.heartbeat(bigint,uuid[],bigint[],smallint[])",
         "private.list_expired_files(integer)",
         "private.pause_provider(text,integer,text)",
@@ -102,14 +128,19 @@ MAY_TOUCH = {
         "public.batches SELECT",
         "public.credit_ledger SELECT",
         "public.entitlements SELECT",
+        "public.generation_tags SELECT",
         "public.generations SELECT",
+        "public.image_likes SELECT",
         "public.images SELECT",
+        "public.prompt_templates SELECT",
     },
     "service_role": {
         "public.batches SELECT",
         "public.credit_ledger SELECT",
         "public.entitlements SELECT",
+        "public.generation_tags SELECT",
         "public.generations SELECT",
+        "public.image_likes SELECT",
         "public.images SELECT",
         "public.model_aliases DELETE",
         "public.model_aliases INSERT",
@@ -118,6 +149,10 @@ MAY_TOUCH = {
         "public.models INSERT",
         "public.models SELECT",
         "public.models UPDATE",
+        "public.prompt_templates DELETE",
+        "public.prompt_templates INSERT",
+        "public.prompt_templates SELECT",
+        "public.prompt_templates UPDATE",
     },
     "darkroom_worker": set(),
     "public": set(),
@@ -266,11 +301,24 @@ def test_constraints_and_indexes_are_named_after_their_table(catalog):
 
 
 def test_policies_are_sentences_about_the_signed_in(catalog):
-    policies = catalog.execute("select policyname, roles::text from pg_policies")
+    policies = catalog.execute(
+        "select policyname, roles::text from pg_policies"
+        " where policyname <> 'Everybody reads shared images'"
+    )
 
-    assert len(policies) == 10
+    assert len(policies) == 13
     assert all(re.match(r"Users [a-z]+ their own ", policy["policyname"]) for policy in policies)
     assert {policy["roles"] for policy in policies} == {"{authenticated}"}
+
+
+def test_visitors_have_one_policy(catalog):
+    policies = catalog.execute(
+        "select policyname, tablename, cmd from pg_policies where 'anon' = any(roles)"
+    )
+
+    assert policies == [
+        {"policyname": "Everybody reads shared images", "tablename": "objects", "cmd": "SELECT"}
+    ]
 
 
 # The files.

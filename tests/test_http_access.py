@@ -16,19 +16,40 @@ pytest_plugins = ["http_fixtures"]
 
 LONG_AGO = 1_000_000_000
 FAR_AWAY = 4_102_444_800
-OWN_ROWS = ["entitlements", "credit_ledger", "generations", "images"]
+OWN_ROWS = [
+    "entitlements",
+    "credit_ledger",
+    "generations",
+    "images",
+    "generation_tags",
+    "image_likes",
+    "prompt_templates",
+]
 CHANGES = {
     "entitlements": {"credits": 1000},
     "credit_ledger": {"amount": 1000},
     "models": {"price_credits": 0},
     "generations": {"status": "completed"},
     "images": {"bytes": 1},
+    "generation_tags": {"tag": "mine"},
+    "image_likes": {"position": 1},
+    "prompt_templates": {"title": "Mine"},
 }
 FOR_USERS = {
     "enqueue_generation": {"model": PREVIEW, "prompt": "x"},
     "get_job_status": {"job_id": str(uuid.uuid4())},
     "list_active_jobs": {},
     "get_entitlement": {},
+    "list_generations": {},
+    "set_favorite": {"job_id": str(uuid.uuid4())},
+    "set_tags": {"job_id": str(uuid.uuid4()), "tags": ["sea"]},
+    "delete_generation": {"job_id": str(uuid.uuid4())},
+    "restore_generation": {"job_id": str(uuid.uuid4())},
+    "share_image": {"job_id": str(uuid.uuid4())},
+    "like_image": {"job_id": str(uuid.uuid4())},
+    "save_prompt_template": {"title": "Sea", "prompt": "the sea"},
+    "delete_prompt_template": {"id": str(uuid.uuid4())},
+    "list_prompt_templates": {},
 }
 USER_ID = str(uuid.uuid4())
 FOR_OPERATORS = {
@@ -73,7 +94,7 @@ def bad_token(request, stack, user, stranger):
 
 @pytest.fixture
 def user_with_image(user, stack_db):
-    """A user with rows in every table, an image included."""
+    """A user with rows in every table, a shared image included."""
     job_id = user.enqueued()
     stack_db.execute(
         "insert into public.images"
@@ -83,6 +104,10 @@ def user_with_image(user, stack_db):
         user.id,
         f"{user.id}/{job_id}/0.png",
     )
+    answer(user.rpc("set_tags", job_id=job_id, tags=["sea"]))
+    answer(user.rpc("share_image", job_id=job_id))
+    answer(user.rpc("like_image", job_id=job_id))
+    answer(user.rpc("save_prompt_template", title="Sea", prompt="the sea"))
     return user
 
 
@@ -128,7 +153,7 @@ def test_a_token_without_user_is_401(user, stack, stack_db):
 
 
 @pytest.mark.parametrize("function", [*FOR_USERS, *FOR_OPERATORS])
-def test_visitors_may_ping_and_list_models_only(visitor, stack_db, function):
+def test_visitors_call_no_function_of_users_or_operators(visitor, stack_db, function):
     with unchanged(stack_db):
         refused = refusal(visitor.rpc(function, **(FOR_USERS | FOR_OPERATORS)[function]))
 

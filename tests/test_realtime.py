@@ -67,6 +67,21 @@ def test_what_is_not_a_new_state_is_not_broadcast(realtime_db):
     assert sent(realtime_db) == before
 
 
+def test_what_a_user_does_with_a_finished_generation_is_not_broadcast(realtime_db):
+    alice, worker = User(realtime_db), Worker(realtime_db)
+    job_id = alice.enqueued()
+    worker.complete_job(worker.claimed())
+    before = sent(realtime_db)
+
+    alice.set_favorite(job_id)
+    alice.set_tags(job_id, "sea")
+    alice.share_image(job_id)
+    alice.delete_generation(job_id)
+    alice.restore_generation(job_id)
+
+    assert sent(realtime_db) == before
+
+
 def test_users_receive_their_own_topic_only(realtime_db):
     alice, bob = User(realtime_db), User(realtime_db)
     alice.enqueue()

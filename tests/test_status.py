@@ -63,6 +63,7 @@ def test_a_completed_job_shows_its_images_in_order(alice, worker):
         "height": 64,
         "bytes": 1000,
         "blurhash": "L6Pj0^",
+        "is_public": False,
     }
     assert status["finished_at"] is not None
 

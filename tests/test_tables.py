@@ -60,6 +60,9 @@ BROKEN_RULES = {
     "generations_error_code_matches_status": (
         "update public.generations set error_code = 'internal'"
     ),
+    "generations_deleted_ones_are_finished": (
+        "update public.generations set deleted_at = now() where finished_at is null"
+    ),
     "generations_input_is_an_object": "update public.generations set input = '[]'",
     "generations_price_is_not_negative": "update public.generations set price_credits = -1",
     "generations_image_count_is_positive": "update public.generations set image_count = 0",
@@ -71,6 +74,7 @@ BROKEN_RULES = {
     "images_preview_path_is_the_owners": (
         "update public.images set preview_path = 'someone/else/0.webp'"
     ),
+    "images_prompt_has_a_share": "update public.images set shows_prompt = true",
     "images_content_type_is_an_image": "update public.images set content_type = 'text/html'",
     "images_size_is_positive": "update public.images set bytes = 0",
     "running_jobs_stage_is_known": "update private.running_jobs set stage = 'waiting'",
@@ -113,6 +117,18 @@ BROKEN_RULES = {
     ),
     "model_aliases_weight_is_not_negative": (
         "insert into public.model_aliases select 'auto/fast', id, -1 from public.models limit 1"
+    ),
+    "generation_tags_tag_is_short": (
+        "insert into public.generation_tags select user_id, '', id from public.generations limit 1"
+    ),
+    "prompt_templates_title_is_short": (
+        "insert into public.prompt_templates (title, prompt) values ('', 'a cat')"
+    ),
+    "prompt_templates_model_is_short": (
+        "insert into public.prompt_templates (title, prompt, model_id) values ('Cat', 'a cat', '')"
+    ),
+    "prompt_templates_params_are_an_object": (
+        "insert into public.prompt_templates (title, prompt, params) values ('Cat', 'a cat', '[]')"
     ),
     "batches_job_count_is_positive": (
         "insert into public.batches (user_id, request_hash, job_count)"

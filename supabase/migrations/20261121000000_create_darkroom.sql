@@ -350,6 +350,10 @@ create table public.generations (
   constraint generations_error_code_matches_status check (
     (error_code is not null) = (status = 'failed')
   ),
+  -- A deleted one is hidden: no job may run unseen, nor be counted as active.
+  constraint generations_deleted_ones_are_finished check (
+    deleted_at is null or finished_at is not null
+  ),
   constraint generations_input_is_an_object check (jsonb_typeof(input) = 'object'),
   constraint generations_price_is_not_negative check (price_credits >= 0),
   constraint generations_image_count_is_positive check (image_count > 0)
@@ -379,6 +383,9 @@ comment on column public.generations.deleted_at is
   'When the user deleted it: hidden from then on, erased after settings.keep_deleted.';
 
 create index generations_user_id_id_idx on public.generations (user_id, id desc);
+-- Read by list_generations. Only the update that sets or clears a favorite pays for it.
+create index generations_favorites_idx
+on public.generations (user_id, id desc) where is_favorite;
 create unique index generations_idempotency_key_idx
 on public.generations (user_id, idempotency_key) where idempotency_key is not null;
 create index generations_batch_id_idx on public.generations (batch_id) where batch_id is not null;
@@ -398,6 +405,8 @@ create table public.images (
   height integer,
   bytes integer not null,
   blurhash text,
+  share_id uuid,
+  shows_prompt boolean not null default false,
   created_at timestamptz not null default now(),
   primary key (generation_id, position),
   constraint images_position_is_not_negative check (position >= 0),
@@ -407,6 +416,7 @@ create table public.images (
   constraint images_preview_path_is_the_owners check (
     starts_with(preview_path, concat(user_id, '/', generation_id, '/', position, '.'))
   ),
+  constraint images_prompt_has_a_share check (not shows_prompt or share_id is not null),
   constraint images_content_type_is_an_image check (content_type like 'image/%'),
   constraint images_size_is_positive check (bytes > 0 and width > 0 and height > 0)
 );
@@ -421,9 +431,17 @@ comment on column public.images.preview_path is
 comment on column public.images.width is 'Pixels; null where the format has none.';
 comment on column public.images.bytes is 'Size of the file in bytes.';
 comment on column public.images.blurhash is 'BlurHash placeholder; null where none was made.';
+comment on column public.images.share_id is
+  'Given when the owner shares it, in the order of time; null: private.';
+comment on column public.images.shows_prompt is
+  'Whether the prompt is shown with the shared image.';
 
 -- Read by the policy on images.
 create index images_user_id_idx on public.images (user_id);
+-- The shared ones: for the public feed, and for the policy on their files.
+create index images_share_id_idx on public.images (share_id) where share_id is not null;
+create index images_shared_path_idx on public.images (storage_path) where share_id is not null;
+create index images_shared_preview_idx on public.images (preview_path) where share_id is not null;
 -- The tables of schema private: the queue, its workers, and what operators set.
 --
 -- A live job is in exactly one of two small tables: ready_jobs while it may be claimed,
@@ -668,6 +686,68 @@ comment on column private.settings.keep_deliveries is
 comment on column private.settings.webhook_allows_private is
   'For development only: webhooks may be http and on private addresses. The worker needs '
   'WEBHOOK_ALLOWED_HOSTS too.';
+-- The tables of the gallery: what users add to generations and images once they are finished.
+--
+-- A tag is a user's word on one of their generations; a like is one user's on one shared image; a
+-- prompt template is a prompt to start from, made by a user for themselves or by the app for
+-- everybody. Whether a generation is a favorite or deleted, and an image shared, are columns of
+-- theirs (10).
+--
+-- Tags and likes go with the generation. Nothing counts them: they are counted when read, so that a
+-- popular image is no row that everybody waits for.
+
+create table public.generation_tags (
+  user_id uuid not null,
+  tag text not null,
+  generation_id uuid not null references public.generations (id) on delete cascade,
+  primary key (user_id, tag, generation_id),
+  constraint generation_tags_tag_is_short check (length(tag) between 1 and 50)
+);
+
+comment on table public.generation_tags is
+  'A user''s own words on their generations. The key is the order list_generations walks.';
+comment on column public.generation_tags.tag is 'In lower case, with single spaces.';
+
+create index generation_tags_generation_id_idx on public.generation_tags (generation_id);
+
+create table public.image_likes (
+  generation_id uuid not null,
+  position smallint not null,
+  user_id uuid not null references public.entitlements (user_id) on delete cascade,
+  created_at timestamptz not null default now(),
+  primary key (generation_id, position, user_id),
+  constraint image_likes_image_fkey foreign key (generation_id, position)
+  references public.images (generation_id, position) on delete cascade
+);
+
+comment on table public.image_likes is
+  'Who likes which shared image. Likes outlast the end of a share, unseen, and end with the image.';
+
+create index image_likes_user_id_idx on public.image_likes (user_id);
+
+create table public.prompt_templates (
+  -- Not uuid_v7: the operator's backend inserts here, and has no rights in schema private.
+  id uuid primary key default gen_random_uuid(),
+  user_id uuid references public.entitlements (user_id) on delete cascade,
+  title text not null,
+  prompt text not null,
+  model_id text,
+  params jsonb not null default '{}',
+  created_at timestamptz not null default now(),
+  constraint prompt_templates_title_is_short check (length(title) between 1 and 100),
+  constraint prompt_templates_model_is_short check (length(model_id) between 1 and 100),
+  constraint prompt_templates_params_are_an_object check (jsonb_typeof(params) = 'object')
+);
+
+comment on table public.prompt_templates is 'Prompts to start from.';
+comment on column public.prompt_templates.user_id is
+  'Whose it is; null: the app''s, for everybody.';
+comment on column public.prompt_templates.prompt is
+  'May hold {placeholders}, which the app fills in before it enqueues.';
+comment on column public.prompt_templates.model_id is
+  'A model or an alias; null: the app''s choice. Checked when it is asked for, as are the params.';
+
+create index prompt_templates_user_id_idx on public.prompt_templates (user_id);
 -- The tables of the outbox: who is told when a job ends, and what is still to be told.
 --
 -- A delivery is one event for one target: a webhook endpoint of the operator's, or the push token
@@ -878,7 +958,8 @@ revoke all on table private.expired_files, private.retention_walks
 from public, anon, authenticated, service_role;
 -- Row level security: who may read what. Nobody writes a table: the functions do.
 --
--- Users read their own rows in public; the catalogue is read through list_models(). Private tables
+-- Users read their own rows in public, but not what they deleted; the catalogue is read through
+-- list_models(), shared images through list_public_images(). Private tables
 -- have RLS and no policy, which denies everybody but their owner even where a gateway grants too
 -- much. Functions run as that owner.
 
@@ -889,6 +970,9 @@ alter table public.model_aliases enable row level security;
 alter table public.batches enable row level security;
 alter table public.generations enable row level security;
 alter table public.images enable row level security;
+alter table public.generation_tags enable row level security;
+alter table public.image_likes enable row level security;
+alter table public.prompt_templates enable row level security;
 alter table private.ready_jobs enable row level security;
 alter table private.running_jobs enable row level security;
 alter table private.workers enable row level security;
@@ -905,13 +989,16 @@ alter table private.deliveries enable row level security;
 revoke all on all tables in schema private from public, anon, authenticated, service_role;
 revoke all on all sequences in schema private from public, anon, authenticated, service_role;
 revoke all on table public.entitlements, public.credit_ledger, public.models,
-public.model_aliases, public.batches, public.generations, public.images
+public.model_aliases, public.batches, public.generations, public.images,
+public.generation_tags, public.image_likes, public.prompt_templates
 from public, anon, authenticated, service_role;
 revoke all on sequence public.credit_ledger_id_seq from public, anon, authenticated, service_role;
 
 grant select on table public.entitlements, public.credit_ledger, public.batches,
-public.generations, public.images
+public.generations, public.images, public.generation_tags, public.image_likes
 to authenticated, service_role;
+grant select on table public.prompt_templates to authenticated;
+grant select, insert, update, delete on table public.prompt_templates to service_role;
 grant select, insert, update on table public.models to service_role;
 grant select, insert, update, delete on table public.model_aliases to service_role;
 
@@ -925,13 +1012,60 @@ create policy "Users read their own batches" on public.batches
 for select to authenticated using (user_id = (select auth.uid()));
 
 create policy "Users read their own generations" on public.generations
-for select to authenticated using (user_id = (select auth.uid()));
+for select to authenticated using (user_id = (select auth.uid()) and deleted_at is null);
 
+-- The policy above applies inside, too: the images of a deleted generation are hidden with it.
 create policy "Users read their own images" on public.images
+for select to authenticated using (
+  user_id = (select auth.uid())
+  and exists (
+    select from public.generations as g
+    where g.id = images.generation_id
+  )
+);
+
+create policy "Users read their own tags" on public.generation_tags
+for select to authenticated using (
+  user_id = (select auth.uid())
+  and exists (
+    select from public.generations as g
+    where g.id = generation_tags.generation_id
+  )
+);
+
+create policy "Users read their own likes" on public.image_likes
 for select to authenticated using (user_id = (select auth.uid()));
 
--- Storage: outputs are read by their owner and written by the worker alone; inputs for
--- image-to-image are put into the user's own folder.
+create policy "Users read their own prompt templates" on public.prompt_templates
+for select to authenticated using (user_id = (select auth.uid()));
+
+-- Whether a path in bucket generations is the file or the preview of a shared image. Asked by a
+-- policy for every file a visitor reaches for: a look into an index of the shared ones, whatever
+-- the path is.
+create or replace function private.is_shared_path(p_path text)
+returns boolean
+language sql
+stable
+security definer
+set search_path = ''
+as $$
+  select
+    exists (
+      select from public.images as i
+      where i.storage_path = p_path and i.share_id is not null
+    )
+    or exists (
+      select from public.images as i
+      where i.preview_path = p_path and i.share_id is not null
+    )
+$$;
+
+revoke all on function private.is_shared_path(text)
+from public, anon, authenticated, service_role;
+grant execute on function private.is_shared_path(text) to anon, authenticated;
+
+-- Storage: outputs are read by their owner, shared ones by everybody, and written by the worker
+-- alone; inputs for image-to-image are put into the user's own folder.
 do $$
 begin
   if to_regclass('storage.objects') is null then
@@ -941,6 +1075,10 @@ begin
   create policy "Users read their own generated images" on storage.objects
   for select to authenticated using (
     bucket_id = 'generations' and split_part(name, '/', 1) = (select auth.uid())::text
+  );
+  create policy "Everybody reads shared images" on storage.objects
+  for select to anon, authenticated using (
+    bucket_id = 'generations' and private.is_shared_path(name)
   );
   create policy "Users read their own input images" on storage.objects
   for select to authenticated using (
@@ -1006,6 +1144,45 @@ end;
 $$;
 
 revoke all on function private.refuse_unknown_user()
+from public, anon, authenticated, service_role;
+
+-- The caller, who must still be there: for functions that write a row of the user's.
+--
+-- Raises: PT401 not_authenticated.
+create or replace function private.require_known_user_id()
+returns uuid
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_user_id uuid := private.require_user_id();
+begin
+  if not exists (select from public.entitlements where user_id = v_user_id) then
+    perform private.refuse_unknown_user();
+  end if;
+  return v_user_id;
+end;
+$$;
+
+revoke all on function private.require_known_user_id()
+from public, anon, authenticated, service_role;
+
+-- Raises PT404 not_found, the same for a job that never was, is somebody else's, or is deleted.
+create or replace function private.refuse_unknown_job()
+returns void
+language plpgsql
+set search_path = ''
+as $$
+begin
+  raise sqlstate 'PT404' using
+    message = 'not_found',
+    detail = 'job_id: no such job of yours',
+    hint = 'Use the job_id that enqueue_generation answered.';
+end;
+$$;
+
+revoke all on function private.refuse_unknown_job()
 from public, anon, authenticated, service_role;
 
 -- Raises PT400 invalid_input.
@@ -1131,10 +1308,7 @@ begin
   select * into v_generation from public.generations
   where id = p_job_id and user_id = p_user_id and deleted_at is null;
   if not found then
-    raise sqlstate 'PT404' using
-      message = 'not_found',
-      detail = 'job_id: no such job of yours',
-      hint = 'Use the job_id that enqueue_generation answered.';
+    perform private.refuse_unknown_job();
   end if;
   return v_generation;
 end;
@@ -3871,9 +4045,15 @@ as $$
       select coalesce(json_agg(json_build_object(
         'position', i.position, 'path', i.storage_path, 'preview_path', i.preview_path,
         'content_type', i.content_type,
-        'width', i.width, 'height', i.height, 'bytes', i.bytes, 'blurhash', i.blurhash
+        'width', i.width, 'height', i.height, 'bytes', i.bytes, 'blurhash', i.blurhash,
+        'is_public', i.share_id is not null
       ) order by i.position), '[]')
       from public.images as i where i.generation_id = p_generation.id
+    ),
+    'is_favorite', p_generation.is_favorite,
+    'tags', (
+      select coalesce(json_agg(t.tag order by t.tag), '[]')
+      from public.generation_tags as t where t.generation_id = p_generation.id
     ),
     'created_at', p_generation.created_at,
     'started_at', p_generation.started_at,
@@ -3915,8 +4095,9 @@ comment on function public.get_job_status is
   'State of one of your jobs: {job_id, status, stage, progress (percent), queue_position, '
   'poll_after_ms, model, prompt, params, price_credits, refunded_credits, error {code, message}, '
   'images [{position, path and preview_path in bucket generations, content_type, width, height, '
-  'bytes, blurhash}], created_at, started_at, finished_at}. Poll again after poll_after_ms, stop '
-  'when it is null. Errors: PT401 not_authenticated, PT404 not_found.';
+  'bytes, blurhash, is_public}], is_favorite, tags, created_at, started_at, finished_at}. Poll '
+  'again after poll_after_ms, stop when it is null. Errors: PT401 not_authenticated, PT404 '
+  'not_found.';
 
 revoke all on function public.get_job_status(uuid) from public, anon, authenticated, service_role;
 grant execute on function public.get_job_status(uuid) to authenticated;
@@ -4047,6 +4228,685 @@ comment on function public.list_models is
 
 revoke all on function public.list_models() from public, anon, authenticated, service_role;
 grant execute on function public.list_models() to anon, authenticated, service_role;
+-- The history of a user, page by page.
+--
+-- No page costs more than a walk over 200 ids and a look at each, however long the history and rare
+-- what is asked for: walk_generations names the ids, in the order of an index, and list_generations
+-- looks at them by their key until the page is full. Ids are in the order of time, so the last one
+-- of a page is where the next begins, whatever was added or deleted meanwhile.
+
+-- Ids of a user's generations before this one, newest first, at most so many: those with a tag, or
+-- the favorites, or all.
+create or replace function private.walk_generations(
+  p_user_id uuid,
+  p_before uuid,
+  p_only_favorites boolean,
+  p_tag text,
+  p_at_most integer
+)
+returns uuid[]
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  if p_tag is not null then
+    return array(
+      select t.generation_id from public.generation_tags as t
+      where t.user_id = p_user_id and t.tag = p_tag and t.generation_id < p_before
+      order by t.generation_id desc limit p_at_most
+    );
+  elsif p_only_favorites then
+    return array(
+      select g.id from public.generations as g
+      where g.user_id = p_user_id and g.is_favorite and g.id < p_before
+      order by g.id desc limit p_at_most
+    );
+  end if;
+  return array(
+    select g.id from public.generations as g
+    where g.user_id = p_user_id and g.id < p_before
+    order by g.id desc limit p_at_most
+  );
+end;
+$$;
+
+revoke all on function private.walk_generations(uuid, uuid, boolean, text, integer)
+from public, anon, authenticated, service_role;
+
+-- A tag as it is kept: lower case, single spaces, one way to write an accent.
+--
+-- Raises: PT400 invalid_input.
+create or replace function private.read_tag(p_field text, p_tag text)
+returns text
+language plpgsql
+immutable
+set search_path = ''
+as $$
+declare
+  v_tag text;
+begin
+  if octet_length(p_tag) <= 800 then
+    v_tag := normalize(lower(btrim(regexp_replace(p_tag, '\s+', ' ', 'g'))), nfc);
+  end if;
+  if private.is_blank(v_tag) or length(v_tag) > 50 then
+    perform private.refuse_input(p_field || ': not 1 to 50 characters');
+  end if;
+  return v_tag;
+end;
+$$;
+
+revoke all on function private.read_tag(text, text) from public, anon, authenticated, service_role;
+
+-- Raises PT400 invalid_input unless a page may have so many entries.
+create or replace function private.check_page_size(p_page_size integer)
+returns void
+language plpgsql
+immutable
+set search_path = ''
+as $$
+begin
+  if (p_page_size between 1 and 100) is not true then
+    perform private.refuse_input('page_size: not between 1 and 100');
+  end if;
+end;
+$$;
+
+revoke all on function private.check_page_size(integer)
+from public, anon, authenticated, service_role;
+
+-- Body of public.list_generations. What the walk names and the page leaves out (deleted, of another
+-- status) is passed over; the next page begins where the walk or the page ended.
+--
+-- Raises: PT400 invalid_input, PT401 not_authenticated.
+create or replace function private.list_generations(
+  p_before uuid,
+  p_page_size integer,
+  p_only_favorites boolean,
+  p_tag text,
+  p_status text
+)
+returns json
+language plpgsql
+stable
+security definer
+set search_path = ''
+as $$
+declare
+  c_walk constant integer := 200;
+  v_user_id uuid := private.require_user_id();
+  v_before uuid := coalesce(p_before, 'ffffffff-ffff-ffff-ffff-ffffffffffff');
+  v_tag text := case when p_tag is not null then private.read_tag('tag', p_tag) end;
+  v_ids uuid[];
+  v_page json;
+  v_last_id uuid;
+begin
+  perform private.check_page_size(p_page_size);
+  if p_status not in ('queued', 'processing', 'completed', 'failed', 'canceled') then
+    perform private.refuse_input(
+      'status: not one of queued, processing, completed, failed, canceled'
+    );
+  end if;
+  v_ids := private.walk_generations(v_user_id, v_before, p_only_favorites, v_tag, c_walk);
+  select
+    json_agg(private.job_json(page.generation) order by page.place),
+    case count(*) when p_page_size then v_ids[max(page.place)] else v_ids[cardinality(v_ids)] end
+  into v_page, v_last_id
+  from (
+    select walk.place, found.generation
+    from (
+      select w.* from unnest(v_ids) with ordinality as w (id, place) order by w.place
+    ) as walk
+    cross join lateral (
+      select g as generation from public.generations as g
+      where g.id = walk.id and g.deleted_at is null
+        and (p_only_favorites is not true or g.is_favorite)
+        and (p_status is null or g.status = p_status)
+      limit 1
+    ) as found
+    order by walk.place limit p_page_size
+  ) as page;
+  return json_build_object(
+    'generations', coalesce(v_page, '[]'),
+    'next_before', case
+      when v_last_id <> v_ids[cardinality(v_ids)] or cardinality(v_ids) = c_walk then v_last_id
+    end
+  );
+end;
+$$;
+
+revoke all on function private.list_generations(uuid, integer, boolean, text, text)
+from public, anon, authenticated, service_role;
+grant execute on function private.list_generations(uuid, integer, boolean, text, text)
+to authenticated;
+
+create or replace function public.list_generations(
+  before uuid default null,
+  page_size integer default 20,
+  only_favorites boolean default false,
+  tag text default null,
+  status text default null
+)
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select private.list_generations(
+    list_generations.before,
+    list_generations.page_size,
+    list_generations.only_favorites,
+    list_generations.tag,
+    list_generations.status
+  )
+$$;
+
+comment on function public.list_generations is
+  'Your generations, newest first, without deleted ones: {generations [each as get_job_status '
+  'shows it], next_before}. The next page is what comes before next_before; null: there is none. A '
+  'page may have fewer than page_size (1 to 100) and still a next one. Errors: PT400 '
+  'invalid_input, PT401 not_authenticated.';
+
+revoke all on function public.list_generations(uuid, integer, boolean, text, text)
+from public, anon, authenticated, service_role;
+grant execute on function public.list_generations(uuid, integer, boolean, text, text)
+to authenticated;
+-- What users do with their own generations: favorites, tags, delete and restore.
+--
+-- Each function locks the generation first, so that two devices of one user cannot mix their
+-- changes, and writes only what differs. None of it touches the queue or money, and none of it is
+-- a change of state that would be broadcast. Deleting hides: row and files stay until they are
+-- erased, and until then it may be restored.
+
+-- A generation of the caller's, locked against every other change.
+--
+-- Locks: the generation.
+-- Raises: PT401 not_authenticated, PT404 not_found.
+create or replace function private.lock_own_generation(
+  p_job_id uuid,
+  p_may_be_deleted boolean default false
+)
+returns public.generations
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_user_id uuid := private.require_user_id();
+  v_generation public.generations;
+begin
+  select * into v_generation from public.generations
+  where id = p_job_id and user_id = v_user_id and (deleted_at is null or p_may_be_deleted)
+  for no key update;
+  if not found then
+    perform private.refuse_unknown_job();
+  end if;
+  return v_generation;
+end;
+$$;
+
+revoke all on function private.lock_own_generation(uuid, boolean)
+from public, anon, authenticated, service_role;
+
+-- Body of public.set_favorite.
+--
+-- Locks: the generation.
+-- Raises: PT400 invalid_input, PT401 not_authenticated, PT404 not_found.
+create or replace function private.set_favorite(p_job_id uuid, p_is_favorite boolean)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  if p_is_favorite is null then
+    perform private.refuse_input('is_favorite: neither true nor false');
+  end if;
+  perform private.lock_own_generation(p_job_id);
+  update public.generations set is_favorite = p_is_favorite
+  where id = p_job_id and is_favorite <> p_is_favorite;
+  return json_build_object('job_id', p_job_id, 'is_favorite', p_is_favorite);
+end;
+$$;
+
+revoke all on function private.set_favorite(uuid, boolean)
+from public, anon, authenticated, service_role;
+grant execute on function private.set_favorite(uuid, boolean) to authenticated;
+
+create or replace function public.set_favorite(job_id uuid, is_favorite boolean default true)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.set_favorite(set_favorite.job_id, set_favorite.is_favorite)
+$$;
+
+comment on function public.set_favorite is
+  'Makes one of your generations a favorite, or no longer one: {job_id, is_favorite}. Errors: '
+  'PT400 invalid_input, PT401 not_authenticated, PT404 not_found.';
+
+revoke all on function public.set_favorite(uuid, boolean)
+from public, anon, authenticated, service_role;
+grant execute on function public.set_favorite(uuid, boolean) to authenticated;
+
+-- Body of public.set_tags.
+--
+-- Locks: the generation.
+-- Raises: PT400 invalid_input, PT401 not_authenticated, PT404 not_found.
+create or replace function private.set_tags(p_job_id uuid, p_tags text[])
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_generation public.generations := private.lock_own_generation(p_job_id);
+  v_tags text[];
+begin
+  if (cardinality(p_tags) <= 20) is not true then
+    perform private.refuse_input('tags: not a list of at most 20');
+  end if;
+  v_tags := array(
+    select distinct private.read_tag('tags', t.tag) from unnest(p_tags) as t (tag) order by 1
+  );
+  delete from public.generation_tags where generation_id = p_job_id and tag <> all (v_tags);
+  insert into public.generation_tags (user_id, tag, generation_id)
+  select v_generation.user_id, t.tag, p_job_id from unnest(v_tags) as t (tag)
+  on conflict do nothing;
+  return json_build_object('job_id', p_job_id, 'tags', v_tags);
+end;
+$$;
+
+revoke all on function private.set_tags(uuid, text[])
+from public, anon, authenticated, service_role;
+grant execute on function private.set_tags(uuid, text[]) to authenticated;
+
+create or replace function public.set_tags(job_id uuid, tags text[])
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.set_tags(set_tags.job_id, set_tags.tags)
+$$;
+
+comment on function public.set_tags is
+  'Gives one of your generations these tags in place of those it had: at most 20, of 1 to 50 '
+  'characters, kept in lower case. Answers {job_id, tags}. Errors: PT400 invalid_input, PT401 '
+  'not_authenticated, PT404 not_found.';
+
+revoke all on function public.set_tags(uuid, text[])
+from public, anon, authenticated, service_role;
+grant execute on function public.set_tags(uuid, text[]) to authenticated;
+
+-- Body of public.delete_generation. What it shared is private again, in the same moment.
+--
+-- Locks: the generation, its images.
+-- Raises: PT401 not_authenticated, PT404 not_found, PT409 not_finished.
+create or replace function private.delete_generation(p_job_id uuid)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_generation public.generations := private.lock_own_generation(p_job_id, true);
+  v_deleted_at timestamptz := coalesce(v_generation.deleted_at, now());
+begin
+  if v_generation.finished_at is null then
+    raise sqlstate 'PT409' using
+      message = 'not_finished',
+      detail = 'job_id: the job is ' || v_generation.status,
+      hint = 'Cancel it first, with cancel_generation.';
+  end if;
+  update public.generations set deleted_at = v_deleted_at
+  where id = p_job_id and deleted_at is null;
+  update public.images set share_id = null, shows_prompt = false
+  where generation_id = p_job_id and share_id is not null;
+  return json_build_object('job_id', p_job_id, 'deleted_at', v_deleted_at);
+end;
+$$;
+
+revoke all on function private.delete_generation(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function private.delete_generation(uuid) to authenticated;
+
+create or replace function public.delete_generation(job_id uuid)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.delete_generation(delete_generation.job_id)
+$$;
+
+comment on function public.delete_generation is
+  'Hides one of your finished generations, ends the sharing of its images, and leaves it to be '
+  'erased later: {job_id, deleted_at}. A repeat answers the same. Errors: PT401 not_authenticated, '
+  'PT404 not_found, PT409 not_finished.';
+
+revoke all on function public.delete_generation(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function public.delete_generation(uuid) to authenticated;
+
+-- Body of public.restore_generation.
+--
+-- Locks: the generation.
+-- Raises: PT401 not_authenticated, PT404 not_found.
+create or replace function private.restore_generation(p_job_id uuid)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  perform private.lock_own_generation(p_job_id, true);
+  update public.generations set deleted_at = null
+  where id = p_job_id and deleted_at is not null;
+  return private.get_job_status(p_job_id);
+end;
+$$;
+
+revoke all on function private.restore_generation(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function private.restore_generation(uuid) to authenticated;
+
+create or replace function public.restore_generation(job_id uuid)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.restore_generation(restore_generation.job_id)
+$$;
+
+comment on function public.restore_generation is
+  'Takes back delete_generation as long as nothing is erased, and answers as get_job_status does. '
+  'Favorite, tags and likes are as they were; its images stay private until shared again. Errors: '
+  'PT401 not_authenticated, PT404 not_found.';
+
+revoke all on function public.restore_generation(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function public.restore_generation(uuid) to authenticated;
+-- Sharing: single images that everybody may see, and who likes them.
+--
+-- A shared image has a share_id. It is then in list_public_images for everybody, signed in or not,
+-- and its file and preview can be read in Storage (policy in 20). Of the generation nothing else is
+-- shown but the model, and the prompt only if the owner says so. The path names the owner and the
+-- generation by their ids: they open nothing, but tell which images are of the same owner.
+--
+-- What has been public may have been copied. Ending a share ends new downloads; an address that
+-- was signed meanwhile works until it expires or the file is erased.
+--
+-- image_position, not position, which some gateways would have to quote and do not.
+
+-- Body of public.share_image. An image that is shared already keeps its place in the feed.
+--
+-- Locks: the generation, the image.
+-- Raises: PT400 invalid_input, PT401 not_authenticated, PT404 not_found.
+create or replace function private.share_image(
+  p_job_id uuid,
+  p_position integer,
+  p_is_public boolean,
+  p_shows_prompt boolean
+)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_image public.images;
+begin
+  if p_is_public is null or p_shows_prompt is null then
+    perform private.refuse_input('is_public, shows_prompt: neither true nor false');
+  end if;
+  perform private.lock_own_generation(p_job_id);
+  update public.images set
+    share_id = case when p_is_public then coalesce(share_id, private.uuid_v7()) end,
+    shows_prompt = p_is_public and p_shows_prompt
+  where generation_id = p_job_id and position = p_position
+  returning * into v_image;
+  if not found then
+    perform private.refuse_unknown_image();
+  end if;
+  return json_build_object(
+    'job_id', p_job_id, 'position', p_position, 'share_id', v_image.share_id,
+    'is_public', v_image.share_id is not null, 'shows_prompt', v_image.shows_prompt
+  );
+end;
+$$;
+
+revoke all on function private.share_image(uuid, integer, boolean, boolean)
+from public, anon, authenticated, service_role;
+grant execute on function private.share_image(uuid, integer, boolean, boolean) to authenticated;
+
+create or replace function public.share_image(
+  job_id uuid,
+  image_position integer default 0,
+  is_public boolean default true,
+  shows_prompt boolean default false
+)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.share_image(
+    share_image.job_id,
+    share_image.image_position,
+    share_image.is_public,
+    share_image.shows_prompt
+  )
+$$;
+
+comment on function public.share_image is
+  'Shows one of your images to everybody, with its prompt if shows_prompt, or no longer: {job_id, '
+  'position, share_id, is_public, shows_prompt}. Errors: PT400 invalid_input, PT401 '
+  'not_authenticated, PT404 not_found.';
+
+revoke all on function public.share_image(uuid, integer, boolean, boolean)
+from public, anon, authenticated, service_role;
+grant execute on function public.share_image(uuid, integer, boolean, boolean) to authenticated;
+
+-- Raises PT404 not_found, the same for an image that never was and one that is not shared.
+create or replace function private.refuse_unknown_image()
+returns void
+language plpgsql
+set search_path = ''
+as $$
+begin
+  raise sqlstate 'PT404' using
+    message = 'not_found',
+    detail = 'image_position: no such image of this job',
+    hint = 'Use job_id and position as the list of images shows them.';
+end;
+$$;
+
+revoke all on function private.refuse_unknown_image()
+from public, anon, authenticated, service_role;
+
+-- Likes of an image, counted up to p_at_most: a page with popular images must not read them all.
+create or replace function private.count_likes(
+  p_job_id uuid,
+  p_position integer,
+  p_at_most integer default 1000
+)
+returns integer
+language sql
+stable
+set search_path = ''
+as $$
+  select count(*)::integer
+  from (
+    select 1 from public.image_likes as l
+    where l.generation_id = p_job_id and l.position = p_position
+    limit p_at_most
+  ) as likes
+$$;
+
+revoke all on function private.count_likes(uuid, integer, integer)
+from public, anon, authenticated, service_role;
+
+-- Body of public.like_image.
+--
+-- Raises: PT400 invalid_input, PT401 not_authenticated, PT404 not_found.
+create or replace function private.like_image(
+  p_job_id uuid,
+  p_position integer,
+  p_is_liked boolean
+)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_user_id uuid := private.require_known_user_id();
+  v_image public.images;
+begin
+  if p_is_liked is null then
+    perform private.refuse_input('is_liked: neither true nor false');
+  end if;
+  select * into v_image from public.images
+  where generation_id = p_job_id and position = p_position and share_id is not null;
+  if not found then
+    perform private.refuse_unknown_image();
+  end if;
+  if p_is_liked then
+    insert into public.image_likes (generation_id, position, user_id)
+    values (p_job_id, v_image.position, v_user_id)
+    on conflict do nothing;
+  else
+    delete from public.image_likes
+    where generation_id = p_job_id and position = p_position and user_id = v_user_id;
+  end if;
+  return json_build_object(
+    'job_id', p_job_id, 'position', p_position,
+    'is_liked', p_is_liked, 'like_count', private.count_likes(p_job_id, p_position)
+  );
+end;
+$$;
+
+revoke all on function private.like_image(uuid, integer, boolean)
+from public, anon, authenticated, service_role;
+grant execute on function private.like_image(uuid, integer, boolean) to authenticated;
+
+create or replace function public.like_image(
+  job_id uuid,
+  image_position integer default 0,
+  is_liked boolean default true
+)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.like_image(like_image.job_id, like_image.image_position, like_image.is_liked)
+$$;
+
+comment on function public.like_image is
+  'Likes a shared image, once however often it is called, or no longer: {job_id, position, '
+  'is_liked, like_count (up to 1000)}. Errors: PT400 invalid_input, PT401 not_authenticated, PT404 '
+  'not_found.';
+
+revoke all on function public.like_image(uuid, integer, boolean)
+from public, anon, authenticated, service_role;
+grant execute on function public.like_image(uuid, integer, boolean) to authenticated;
+
+-- One shared image as everybody sees it.
+create or replace function private.shared_image_json(p_image public.images, p_user_id uuid)
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select json_build_object(
+    'share_id', p_image.share_id,
+    'job_id', p_image.generation_id,
+    'position', p_image.position,
+    'path', p_image.storage_path,
+    'preview_path', p_image.preview_path,
+    'content_type', p_image.content_type,
+    'width', p_image.width,
+    'height', p_image.height,
+    'bytes', p_image.bytes,
+    'blurhash', p_image.blurhash,
+    'model', g.model_id,
+    'prompt', case when p_image.shows_prompt then g.prompt end,
+    'created_at', p_image.created_at,
+    'like_count', private.count_likes(p_image.generation_id, p_image.position),
+    'is_liked', exists (
+      select from public.image_likes as l
+      where l.generation_id = p_image.generation_id
+        and l.position = p_image.position and l.user_id = p_user_id
+    ),
+    'is_own', coalesce(p_image.user_id = p_user_id, false)
+  )
+  from public.generations as g
+  where g.id = p_image.generation_id
+$$;
+
+revoke all on function private.shared_image_json(public.images, uuid)
+from public, anon, authenticated, service_role;
+
+-- Body of public.list_public_images.
+--
+-- Raises: PT400 invalid_input.
+create or replace function private.list_public_images(p_before uuid, p_page_size integer)
+returns json
+language plpgsql
+stable
+security definer
+set search_path = ''
+as $$
+declare
+  v_user_id uuid := auth.uid();
+  v_before uuid := coalesce(p_before, 'ffffffff-ffff-ffff-ffff-ffffffffffff');
+  v_answer json;
+begin
+  perform private.check_page_size(p_page_size);
+  select json_build_object(
+    'images', coalesce(
+      json_agg(
+        private.shared_image_json(page.image, v_user_id) order by (page.image).share_id desc
+      ),
+      '[]'
+    ),
+    'next_before', case count(*) when p_page_size
+      then (array_agg((page.image).share_id order by (page.image).share_id))[1]
+    end
+  ) into v_answer
+  from (
+    select i as image
+    from public.images as i
+    where i.share_id is not null and i.share_id < v_before
+    order by i.share_id desc limit p_page_size
+  ) as page;
+  return v_answer;
+end;
+$$;
+
+revoke all on function private.list_public_images(uuid, integer)
+from public, anon, authenticated, service_role;
+grant execute on function private.list_public_images(uuid, integer) to anon, authenticated;
+
+create or replace function public.list_public_images(
+  before uuid default null,
+  page_size integer default 20
+)
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select private.list_public_images(list_public_images.before, list_public_images.page_size)
+$$;
+
+comment on function public.list_public_images is
+  'Shared images of all users, last shared first: {images [{share_id, job_id, position, path and '
+  'preview_path in bucket generations, content_type, width, height, bytes, blurhash, model, prompt '
+  '(null unless shared with it), created_at, like_count (up to 1000), is_liked and is_own (by you)'
+  '}], next_before}. The next page is what comes before next_before; null: there is none. '
+  'page_size: 1 to 100. Errors: PT400 invalid_input.';
+
+revoke all on function public.list_public_images(uuid, integer)
+from public, anon, authenticated, service_role;
+grant execute on function public.list_public_images(uuid, integer) to anon, authenticated;
 -- Realtime: a hint that something changed, never the contract. Skipped where schema realtime is
 -- not.
 --
@@ -4204,6 +5064,251 @@ $$;
 
 revoke all on function private.push_body(private.deliveries)
 from public, anon, authenticated, service_role;
+-- Prompt templates: prompts to start from, a user's own and the app's.
+--
+-- Users write theirs with save_prompt_template. The app's are rows without user_id, which the
+-- operator's backend writes into the table. Placeholders like {animal} are for the app to fill in:
+-- what it enqueues is a finished prompt, and only then are model and params checked.
+
+-- One template as the API shows it, with the placeholders in the order of their names.
+create or replace function private.template_json(p_template public.prompt_templates)
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select json_build_object(
+    'id', p_template.id,
+    'is_own', p_template.user_id is not null,
+    'title', p_template.title,
+    'prompt', p_template.prompt,
+    'placeholders', array(
+      select distinct m.names[1]
+      from regexp_matches(p_template.prompt, '\{(\w+)\}', 'g') as m (names) order by 1
+    ),
+    'model', p_template.model_id,
+    'params', p_template.params,
+    'created_at', p_template.created_at
+  )
+$$;
+
+revoke all on function private.template_json(public.prompt_templates)
+from public, anon, authenticated, service_role;
+
+-- Body of public.save_prompt_template.
+--
+-- Raises: PT400 invalid_input, PT401 not_authenticated, PT404 not_found.
+create or replace function private.save_prompt_template(
+  p_title text,
+  p_prompt text,
+  p_model text,
+  p_params jsonb,
+  p_id uuid
+)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_user_id uuid := private.require_known_user_id();
+  v_params jsonb := private.read_params(p_params);
+  v_template public.prompt_templates;
+begin
+  perform private.check_template(p_title, p_prompt, p_model);
+  if p_id is not null then
+    update public.prompt_templates
+    set title = p_title, prompt = p_prompt, model_id = p_model, params = v_params
+    where id = p_id and user_id = v_user_id
+    returning * into v_template;
+    if not found then
+      perform private.refuse_unknown_template();
+    end if;
+  else
+    perform private.check_template_count(v_user_id);
+    insert into public.prompt_templates (user_id, title, prompt, model_id, params)
+    values (v_user_id, p_title, p_prompt, p_model, v_params)
+    returning * into v_template;
+  end if;
+  return private.template_json(v_template);
+end;
+$$;
+
+revoke all on function private.save_prompt_template(text, text, text, jsonb, uuid)
+from public, anon, authenticated, service_role;
+grant execute on function private.save_prompt_template(text, text, text, jsonb, uuid)
+to authenticated;
+
+create or replace function public.save_prompt_template(
+  title text,
+  prompt text,
+  model text default null,
+  params jsonb default '{}',
+  id uuid default null
+)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.save_prompt_template(
+    save_prompt_template.title,
+    save_prompt_template.prompt,
+    save_prompt_template.model,
+    save_prompt_template.params,
+    save_prompt_template.id
+  )
+$$;
+
+comment on function public.save_prompt_template is
+  'Keeps a prompt to start from, or changes the one with this id; at most 100. Answers as '
+  'list_prompt_templates shows it. Errors: PT400 invalid_input, PT401 not_authenticated, PT404 '
+  'not_found.';
+
+revoke all on function public.save_prompt_template(text, text, text, jsonb, uuid)
+from public, anon, authenticated, service_role;
+grant execute on function public.save_prompt_template(text, text, text, jsonb, uuid)
+to authenticated;
+
+-- Raises PT400 invalid_input.
+create or replace function private.check_template(p_title text, p_prompt text, p_model text)
+returns void
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  perform private.check_request(p_prompt, null);
+  if private.is_blank(p_prompt) then
+    perform private.refuse_input('prompt: empty');
+  elsif octet_length(p_title) > 400 or length(p_title) > 100 or private.is_blank(p_title) then
+    perform private.refuse_input('title: not 1 to 100 characters');
+  elsif octet_length(p_model) not between 1 and 100 then
+    perform private.refuse_input('model: not 1 to 100 bytes');
+  end if;
+end;
+$$;
+
+revoke all on function private.check_template(text, text, text)
+from public, anon, authenticated, service_role;
+
+-- Raises PT400 invalid_input. Not exact for one who saves many in the same moment; all that matters
+-- is that there is an end.
+create or replace function private.check_template_count(p_user_id uuid)
+returns void
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  if (select count(*) >= 100 from public.prompt_templates where user_id = p_user_id) then
+    perform private.refuse_input('title: you have 100 templates', 'Delete one first.');
+  end if;
+end;
+$$;
+
+revoke all on function private.check_template_count(uuid)
+from public, anon, authenticated, service_role;
+
+-- Raises PT404 not_found, also for templates of others and of the app.
+create or replace function private.refuse_unknown_template()
+returns void
+language plpgsql
+set search_path = ''
+as $$
+begin
+  raise sqlstate 'PT404' using
+    message = 'not_found',
+    detail = 'id: no such template of yours',
+    hint = 'list_prompt_templates() names them.';
+end;
+$$;
+
+revoke all on function private.refuse_unknown_template()
+from public, anon, authenticated, service_role;
+
+-- Body of public.delete_prompt_template.
+--
+-- Raises: PT401 not_authenticated, PT404 not_found.
+create or replace function private.delete_prompt_template(p_id uuid)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_user_id uuid := private.require_user_id();
+begin
+  delete from public.prompt_templates where id = p_id and user_id = v_user_id;
+  if not found then
+    perform private.refuse_unknown_template();
+  end if;
+  return json_build_object('id', p_id);
+end;
+$$;
+
+revoke all on function private.delete_prompt_template(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function private.delete_prompt_template(uuid) to authenticated;
+
+create or replace function public.delete_prompt_template(id uuid)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.delete_prompt_template(delete_prompt_template.id)
+$$;
+
+comment on function public.delete_prompt_template is
+  'Deletes one of your prompt templates: {id}. Errors: PT401 not_authenticated, PT404 not_found.';
+
+revoke all on function public.delete_prompt_template(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function public.delete_prompt_template(uuid) to authenticated;
+
+-- Body of public.list_prompt_templates.
+--
+-- Raises: PT401 not_authenticated.
+create or replace function private.list_prompt_templates()
+returns json
+language plpgsql
+stable
+security definer
+set search_path = ''
+as $$
+declare
+  v_user_id uuid := private.require_user_id();
+begin
+  return (
+    select coalesce(
+      json_agg(private.template_json(t) order by t.user_id is null, t.created_at desc, t.id), '[]'
+    )
+    from public.prompt_templates as t
+    where t.user_id = v_user_id or t.user_id is null
+  );
+end;
+$$;
+
+revoke all on function private.list_prompt_templates()
+from public, anon, authenticated, service_role;
+grant execute on function private.list_prompt_templates() to authenticated;
+
+create or replace function public.list_prompt_templates()
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select private.list_prompt_templates()
+$$;
+
+comment on function public.list_prompt_templates is
+  'Prompts to start from, your own and then the app''s, newest first: [{id, is_own, title, prompt, '
+  'placeholders [names in braces], model (null: any), params, created_at}]. Errors: PT401 '
+  'not_authenticated.';
+
+revoke all on function public.list_prompt_templates()
+from public, anon, authenticated, service_role;
+grant execute on function public.list_prompt_templates() to authenticated;
 -- A worker's own life: register, sleep, heartbeat, progress, unregister.
 --
 -- darkroom_worker may execute the functions of files 70 to 80 marked so and nothing else. A claim

@@ -1,0 +1,183 @@
+-- The history of a user, page by page.
+--
+-- No page costs more than a walk over 200 ids and a look at each, however long the history and rare
+-- what is asked for: walk_generations names the ids, in the order of an index, and list_generations
+-- looks at them by their key until the page is full. Ids are in the order of time, so the last one
+-- of a page is where the next begins, whatever was added or deleted meanwhile.
+
+-- Ids of a user's generations before this one, newest first, at most so many: those with a tag, or
+-- the favorites, or all.
+create or replace function private.walk_generations(
+  p_user_id uuid,
+  p_before uuid,
+  p_only_favorites boolean,
+  p_tag text,
+  p_at_most integer
+)
+returns uuid[]
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  if p_tag is not null then
+    return array(
+      select t.generation_id from public.generation_tags as t
+      where t.user_id = p_user_id and t.tag = p_tag and t.generation_id < p_before
+      order by t.generation_id desc limit p_at_most
+    );
+  elsif p_only_favorites then
+    return array(
+      select g.id from public.generations as g
+      where g.user_id = p_user_id and g.is_favorite and g.id < p_before
+      order by g.id desc limit p_at_most
+    );
+  end if;
+  return array(
+    select g.id from public.generations as g
+    where g.user_id = p_user_id and g.id < p_before
+    order by g.id desc limit p_at_most
+  );
+end;
+$$;
+
+revoke all on function private.walk_generations(uuid, uuid, boolean, text, integer)
+from public, anon, authenticated, service_role;
+
+-- A tag as it is kept: lower case, single spaces, one way to write an accent.
+--
+-- Raises: PT400 invalid_input.
+create or replace function private.read_tag(p_field text, p_tag text)
+returns text
+language plpgsql
+immutable
+set search_path = ''
+as $$
+declare
+  v_tag text;
+begin
+  if octet_length(p_tag) <= 800 then
+    v_tag := normalize(lower(btrim(regexp_replace(p_tag, '\s+', ' ', 'g'))), nfc);
+  end if;
+  if private.is_blank(v_tag) or length(v_tag) > 50 then
+    perform private.refuse_input(p_field || ': not 1 to 50 characters');
+  end if;
+  return v_tag;
+end;
+$$;
+
+revoke all on function private.read_tag(text, text) from public, anon, authenticated, service_role;
+
+-- Raises PT400 invalid_input unless a page may have so many entries.
+create or replace function private.check_page_size(p_page_size integer)
+returns void
+language plpgsql
+immutable
+set search_path = ''
+as $$
+begin
+  if (p_page_size between 1 and 100) is not true then
+    perform private.refuse_input('page_size: not between 1 and 100');
+  end if;
+end;
+$$;
+
+revoke all on function private.check_page_size(integer)
+from public, anon, authenticated, service_role;
+
+-- Body of public.list_generations. What the walk names and the page leaves out (deleted, of another
+-- status) is passed over; the next page begins where the walk or the page ended.
+--
+-- Raises: PT400 invalid_input, PT401 not_authenticated.
+create or replace function private.list_generations(
+  p_before uuid,
+  p_page_size integer,
+  p_only_favorites boolean,
+  p_tag text,
+  p_status text
+)
+returns json
+language plpgsql
+stable
+security definer
+set search_path = ''
+as $$
+declare
+  c_walk constant integer := 200;
+  v_user_id uuid := private.require_user_id();
+  v_before uuid := coalesce(p_before, 'ffffffff-ffff-ffff-ffff-ffffffffffff');
+  v_tag text := case when p_tag is not null then private.read_tag('tag', p_tag) end;
+  v_ids uuid[];
+  v_page json;
+  v_last_id uuid;
+begin
+  perform private.check_page_size(p_page_size);
+  if p_status not in ('queued', 'processing', 'completed', 'failed', 'canceled') then
+    perform private.refuse_input(
+      'status: not one of queued, processing, completed, failed, canceled'
+    );
+  end if;
+  v_ids := private.walk_generations(v_user_id, v_before, p_only_favorites, v_tag, c_walk);
+  select
+    json_agg(private.job_json(page.generation) order by page.place),
+    case count(*) when p_page_size then v_ids[max(page.place)] else v_ids[cardinality(v_ids)] end
+  into v_page, v_last_id
+  from (
+    select walk.place, found.generation
+    from (
+      select w.* from unnest(v_ids) with ordinality as w (id, place) order by w.place
+    ) as walk
+    cross join lateral (
+      select g as generation from public.generations as g
+      where g.id = walk.id and g.deleted_at is null
+        and (p_only_favorites is not true or g.is_favorite)
+        and (p_status is null or g.status = p_status)
+      limit 1
+    ) as found
+    order by walk.place limit p_page_size
+  ) as page;
+  return json_build_object(
+    'generations', coalesce(v_page, '[]'),
+    'next_before', case
+      when v_last_id <> v_ids[cardinality(v_ids)] or cardinality(v_ids) = c_walk then v_last_id
+    end
+  );
+end;
+$$;
+
+revoke all on function private.list_generations(uuid, integer, boolean, text, text)
+from public, anon, authenticated, service_role;
+grant execute on function private.list_generations(uuid, integer, boolean, text, text)
+to authenticated;
+
+create or replace function public.list_generations(
+  before uuid default null,
+  page_size integer default 20,
+  only_favorites boolean default false,
+  tag text default null,
+  status text default null
+)
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select private.list_generations(
+    list_generations.before,
+    list_generations.page_size,
+    list_generations.only_favorites,
+    list_generations.tag,
+    list_generations.status
+  )
+$$;
+
+comment on function public.list_generations is
+  'Your generations, newest first, without deleted ones: {generations [each as get_job_status '
+  'shows it], next_before}. The next page is what comes before next_before; null: there is none. A '
+  'page may have fewer than page_size (1 to 100) and still a next one. Errors: PT400 '
+  'invalid_input, PT401 not_authenticated.';
+
+revoke all on function public.list_generations(uuid, integer, boolean, text, text)
+from public, anon, authenticated, service_role;
+grant execute on function public.list_generations(uuid, integer, boolean, text, text)
+to authenticated;

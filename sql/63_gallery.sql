@@ -1,0 +1,213 @@
+-- What users do with their own generations: favorites, tags, delete and restore.
+--
+-- Each function locks the generation first, so that two devices of one user cannot mix their
+-- changes, and writes only what differs. None of it touches the queue or money, and none of it is
+-- a change of state that would be broadcast. Deleting hides: row and files stay until they are
+-- erased, and until then it may be restored.
+
+-- A generation of the caller's, locked against every other change.
+--
+-- Locks: the generation.
+-- Raises: PT401 not_authenticated, PT404 not_found.
+create or replace function private.lock_own_generation(
+  p_job_id uuid,
+  p_may_be_deleted boolean default false
+)
+returns public.generations
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_user_id uuid := private.require_user_id();
+  v_generation public.generations;
+begin
+  select * into v_generation from public.generations
+  where id = p_job_id and user_id = v_user_id and (deleted_at is null or p_may_be_deleted)
+  for no key update;
+  if not found then
+    perform private.refuse_unknown_job();
+  end if;
+  return v_generation;
+end;
+$$;
+
+revoke all on function private.lock_own_generation(uuid, boolean)
+from public, anon, authenticated, service_role;
+
+-- Body of public.set_favorite.
+--
+-- Locks: the generation.
+-- Raises: PT400 invalid_input, PT401 not_authenticated, PT404 not_found.
+create or replace function private.set_favorite(p_job_id uuid, p_is_favorite boolean)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  if p_is_favorite is null then
+    perform private.refuse_input('is_favorite: neither true nor false');
+  end if;
+  perform private.lock_own_generation(p_job_id);
+  update public.generations set is_favorite = p_is_favorite
+  where id = p_job_id and is_favorite <> p_is_favorite;
+  return json_build_object('job_id', p_job_id, 'is_favorite', p_is_favorite);
+end;
+$$;
+
+revoke all on function private.set_favorite(uuid, boolean)
+from public, anon, authenticated, service_role;
+grant execute on function private.set_favorite(uuid, boolean) to authenticated;
+
+create or replace function public.set_favorite(job_id uuid, is_favorite boolean default true)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.set_favorite(set_favorite.job_id, set_favorite.is_favorite)
+$$;
+
+comment on function public.set_favorite is
+  'Makes one of your generations a favorite, or no longer one: {job_id, is_favorite}. Errors: '
+  'PT400 invalid_input, PT401 not_authenticated, PT404 not_found.';
+
+revoke all on function public.set_favorite(uuid, boolean)
+from public, anon, authenticated, service_role;
+grant execute on function public.set_favorite(uuid, boolean) to authenticated;
+
+-- Body of public.set_tags.
+--
+-- Locks: the generation.
+-- Raises: PT400 invalid_input, PT401 not_authenticated, PT404 not_found.
+create or replace function private.set_tags(p_job_id uuid, p_tags text[])
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_generation public.generations := private.lock_own_generation(p_job_id);
+  v_tags text[];
+begin
+  if (cardinality(p_tags) <= 20) is not true then
+    perform private.refuse_input('tags: not a list of at most 20');
+  end if;
+  v_tags := array(
+    select distinct private.read_tag('tags', t.tag) from unnest(p_tags) as t (tag) order by 1
+  );
+  delete from public.generation_tags where generation_id = p_job_id and tag <> all (v_tags);
+  insert into public.generation_tags (user_id, tag, generation_id)
+  select v_generation.user_id, t.tag, p_job_id from unnest(v_tags) as t (tag)
+  on conflict do nothing;
+  return json_build_object('job_id', p_job_id, 'tags', v_tags);
+end;
+$$;
+
+revoke all on function private.set_tags(uuid, text[])
+from public, anon, authenticated, service_role;
+grant execute on function private.set_tags(uuid, text[]) to authenticated;
+
+create or replace function public.set_tags(job_id uuid, tags text[])
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.set_tags(set_tags.job_id, set_tags.tags)
+$$;
+
+comment on function public.set_tags is
+  'Gives one of your generations these tags in place of those it had: at most 20, of 1 to 50 '
+  'characters, kept in lower case. Answers {job_id, tags}. Errors: PT400 invalid_input, PT401 '
+  'not_authenticated, PT404 not_found.';
+
+revoke all on function public.set_tags(uuid, text[])
+from public, anon, authenticated, service_role;
+grant execute on function public.set_tags(uuid, text[]) to authenticated;
+
+-- Body of public.delete_generation. What it shared is private again, in the same moment.
+--
+-- Locks: the generation, its images.
+-- Raises: PT401 not_authenticated, PT404 not_found, PT409 not_finished.
+create or replace function private.delete_generation(p_job_id uuid)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_generation public.generations := private.lock_own_generation(p_job_id, true);
+  v_deleted_at timestamptz := coalesce(v_generation.deleted_at, now());
+begin
+  if v_generation.finished_at is null then
+    raise sqlstate 'PT409' using
+      message = 'not_finished',
+      detail = 'job_id: the job is ' || v_generation.status,
+      hint = 'Cancel it first, with cancel_generation.';
+  end if;
+  update public.generations set deleted_at = v_deleted_at
+  where id = p_job_id and deleted_at is null;
+  update public.images set share_id = null, shows_prompt = false
+  where generation_id = p_job_id and share_id is not null;
+  return json_build_object('job_id', p_job_id, 'deleted_at', v_deleted_at);
+end;
+$$;
+
+revoke all on function private.delete_generation(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function private.delete_generation(uuid) to authenticated;
+
+create or replace function public.delete_generation(job_id uuid)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.delete_generation(delete_generation.job_id)
+$$;
+
+comment on function public.delete_generation is
+  'Hides one of your finished generations, ends the sharing of its images, and leaves it to be '
+  'erased later: {job_id, deleted_at}. A repeat answers the same. Errors: PT401 not_authenticated, '
+  'PT404 not_found, PT409 not_finished.';
+
+revoke all on function public.delete_generation(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function public.delete_generation(uuid) to authenticated;
+
+-- Body of public.restore_generation.
+--
+-- Locks: the generation.
+-- Raises: PT401 not_authenticated, PT404 not_found.
+create or replace function private.restore_generation(p_job_id uuid)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  perform private.lock_own_generation(p_job_id, true);
+  update public.generations set deleted_at = null
+  where id = p_job_id and deleted_at is not null;
+  return private.get_job_status(p_job_id);
+end;
+$$;
+
+revoke all on function private.restore_generation(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function private.restore_generation(uuid) to authenticated;
+
+create or replace function public.restore_generation(job_id uuid)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.restore_generation(restore_generation.job_id)
+$$;
+
+comment on function public.restore_generation is
+  'Takes back delete_generation as long as nothing is erased, and answers as get_job_status does. '
+  'Favorite, tags and likes are as they were; its images stay private until shared again. Errors: '
+  'PT401 not_authenticated, PT404 not_found.';
+
+revoke all on function public.restore_generation(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function public.restore_generation(uuid) to authenticated;

@@ -1,0 +1,245 @@
+-- Prompt templates: prompts to start from, a user's own and the app's.
+--
+-- Users write theirs with save_prompt_template. The app's are rows without user_id, which the
+-- operator's backend writes into the table. Placeholders like {animal} are for the app to fill in:
+-- what it enqueues is a finished prompt, and only then are model and params checked.
+
+-- One template as the API shows it, with the placeholders in the order of their names.
+create or replace function private.template_json(p_template public.prompt_templates)
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select json_build_object(
+    'id', p_template.id,
+    'is_own', p_template.user_id is not null,
+    'title', p_template.title,
+    'prompt', p_template.prompt,
+    'placeholders', array(
+      select distinct m.names[1]
+      from regexp_matches(p_template.prompt, '\{(\w+)\}', 'g') as m (names) order by 1
+    ),
+    'model', p_template.model_id,
+    'params', p_template.params,
+    'created_at', p_template.created_at
+  )
+$$;
+
+revoke all on function private.template_json(public.prompt_templates)
+from public, anon, authenticated, service_role;
+
+-- Body of public.save_prompt_template.
+--
+-- Raises: PT400 invalid_input, PT401 not_authenticated, PT404 not_found.
+create or replace function private.save_prompt_template(
+  p_title text,
+  p_prompt text,
+  p_model text,
+  p_params jsonb,
+  p_id uuid
+)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_user_id uuid := private.require_known_user_id();
+  v_params jsonb := private.read_params(p_params);
+  v_template public.prompt_templates;
+begin
+  perform private.check_template(p_title, p_prompt, p_model);
+  if p_id is not null then
+    update public.prompt_templates
+    set title = p_title, prompt = p_prompt, model_id = p_model, params = v_params
+    where id = p_id and user_id = v_user_id
+    returning * into v_template;
+    if not found then
+      perform private.refuse_unknown_template();
+    end if;
+  else
+    perform private.check_template_count(v_user_id);
+    insert into public.prompt_templates (user_id, title, prompt, model_id, params)
+    values (v_user_id, p_title, p_prompt, p_model, v_params)
+    returning * into v_template;
+  end if;
+  return private.template_json(v_template);
+end;
+$$;
+
+revoke all on function private.save_prompt_template(text, text, text, jsonb, uuid)
+from public, anon, authenticated, service_role;
+grant execute on function private.save_prompt_template(text, text, text, jsonb, uuid)
+to authenticated;
+
+create or replace function public.save_prompt_template(
+  title text,
+  prompt text,
+  model text default null,
+  params jsonb default '{}',
+  id uuid default null
+)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.save_prompt_template(
+    save_prompt_template.title,
+    save_prompt_template.prompt,
+    save_prompt_template.model,
+    save_prompt_template.params,
+    save_prompt_template.id
+  )
+$$;
+
+comment on function public.save_prompt_template is
+  'Keeps a prompt to start from, or changes the one with this id; at most 100. Answers as '
+  'list_prompt_templates shows it. Errors: PT400 invalid_input, PT401 not_authenticated, PT404 '
+  'not_found.';
+
+revoke all on function public.save_prompt_template(text, text, text, jsonb, uuid)
+from public, anon, authenticated, service_role;
+grant execute on function public.save_prompt_template(text, text, text, jsonb, uuid)
+to authenticated;
+
+-- Raises PT400 invalid_input.
+create or replace function private.check_template(p_title text, p_prompt text, p_model text)
+returns void
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  perform private.check_request(p_prompt, null);
+  if private.is_blank(p_prompt) then
+    perform private.refuse_input('prompt: empty');
+  elsif octet_length(p_title) > 400 or length(p_title) > 100 or private.is_blank(p_title) then
+    perform private.refuse_input('title: not 1 to 100 characters');
+  elsif octet_length(p_model) not between 1 and 100 then
+    perform private.refuse_input('model: not 1 to 100 bytes');
+  end if;
+end;
+$$;
+
+revoke all on function private.check_template(text, text, text)
+from public, anon, authenticated, service_role;
+
+-- Raises PT400 invalid_input. Not exact for one who saves many in the same moment; all that matters
+-- is that there is an end.
+create or replace function private.check_template_count(p_user_id uuid)
+returns void
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  if (select count(*) >= 100 from public.prompt_templates where user_id = p_user_id) then
+    perform private.refuse_input('title: you have 100 templates', 'Delete one first.');
+  end if;
+end;
+$$;
+
+revoke all on function private.check_template_count(uuid)
+from public, anon, authenticated, service_role;
+
+-- Raises PT404 not_found, also for templates of others and of the app.
+create or replace function private.refuse_unknown_template()
+returns void
+language plpgsql
+set search_path = ''
+as $$
+begin
+  raise sqlstate 'PT404' using
+    message = 'not_found',
+    detail = 'id: no such template of yours',
+    hint = 'list_prompt_templates() names them.';
+end;
+$$;
+
+revoke all on function private.refuse_unknown_template()
+from public, anon, authenticated, service_role;
+
+-- Body of public.delete_prompt_template.
+--
+-- Raises: PT401 not_authenticated, PT404 not_found.
+create or replace function private.delete_prompt_template(p_id uuid)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_user_id uuid := private.require_user_id();
+begin
+  delete from public.prompt_templates where id = p_id and user_id = v_user_id;
+  if not found then
+    perform private.refuse_unknown_template();
+  end if;
+  return json_build_object('id', p_id);
+end;
+$$;
+
+revoke all on function private.delete_prompt_template(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function private.delete_prompt_template(uuid) to authenticated;
+
+create or replace function public.delete_prompt_template(id uuid)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.delete_prompt_template(delete_prompt_template.id)
+$$;
+
+comment on function public.delete_prompt_template is
+  'Deletes one of your prompt templates: {id}. Errors: PT401 not_authenticated, PT404 not_found.';
+
+revoke all on function public.delete_prompt_template(uuid)
+from public, anon, authenticated, service_role;
+grant execute on function public.delete_prompt_template(uuid) to authenticated;
+
+-- Body of public.list_prompt_templates.
+--
+-- Raises: PT401 not_authenticated.
+create or replace function private.list_prompt_templates()
+returns json
+language plpgsql
+stable
+security definer
+set search_path = ''
+as $$
+declare
+  v_user_id uuid := private.require_user_id();
+begin
+  return (
+    select coalesce(
+      json_agg(private.template_json(t) order by t.user_id is null, t.created_at desc, t.id), '[]'
+    )
+    from public.prompt_templates as t
+    where t.user_id = v_user_id or t.user_id is null
+  );
+end;
+$$;
+
+revoke all on function private.list_prompt_templates()
+from public, anon, authenticated, service_role;
+grant execute on function private.list_prompt_templates() to authenticated;
+
+create or replace function public.list_prompt_templates()
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select private.list_prompt_templates()
+$$;
+
+comment on function public.list_prompt_templates is
+  'Prompts to start from, your own and then the app''s, newest first: [{id, is_own, title, prompt, '
+  'placeholders [names in braces], model (null: any), params, created_at}]. Errors: PT401 '
+  'not_authenticated.';
+
+revoke all on function public.list_prompt_templates()
+from public, anon, authenticated, service_role;
+grant execute on function public.list_prompt_templates() to authenticated;
