@@ -52,6 +52,7 @@ begin
   );
   update public.generations set deleted_at = now()
   where id = any (v_ids) and deleted_at is null;
+  perform private.end_shares(v_ids);
   insert into private.expired_files (bucket, path, user_id, generation_id)
   select 'generations', f.path, i.user_id, i.generation_id
   from public.images as i

@@ -139,19 +139,6 @@ def test_what_its_user_deleted_is_erased_after_a_while(db, alice, worker):
     assert generations(db) == {job.id, other.id}
 
 
-def test_a_live_job_that_its_user_deleted_is_erased_once_it_has_ended(db, alice, worker):
-    keep(db, keep_deleted="0")
-    alice.enqueue()
-    job = worker.claimed()
-    deleted_by_user(db, job)
-
-    assert worker.apply_retention() == 0
-    worker.complete_job(job)
-    worker.apply_retention()
-
-    assert expired(db) == set(files_of(job))
-
-
 def test_a_generation_restored_after_it_was_marked_keeps_its_files(db, alice, worker):
     keep(db, keep_deleted="0")
     job = completed(alice, worker)

@@ -4537,6 +4537,21 @@ revoke all on function public.set_tags(uuid, text[])
 from public, anon, authenticated, service_role;
 grant execute on function public.set_tags(uuid, text[]) to authenticated;
 
+-- Makes the images of these generations private again.
+--
+-- Locks: the images. The generations are locked already, or an image could be shared meanwhile.
+create or replace function private.end_shares(p_generation_ids uuid[])
+returns void
+language sql
+set search_path = ''
+as $$
+  update public.images set share_id = null, shows_prompt = false
+  where generation_id = any (p_generation_ids) and share_id is not null
+$$;
+
+revoke all on function private.end_shares(uuid[])
+from public, anon, authenticated, service_role;
+
 -- Body of public.delete_generation. What it shared is private again, in the same moment.
 --
 -- Locks: the generation, its images.
@@ -4559,8 +4574,7 @@ begin
   end if;
   update public.generations set deleted_at = v_deleted_at
   where id = p_job_id and deleted_at is null;
-  update public.images set share_id = null, shows_prompt = false
-  where generation_id = p_job_id and share_id is not null;
+  perform private.end_shares(array[p_job_id]);
   return json_build_object('job_id', p_job_id, 'deleted_at', v_deleted_at);
 end;
 $$;
@@ -4586,7 +4600,8 @@ revoke all on function public.delete_generation(uuid)
 from public, anon, authenticated, service_role;
 grant execute on function public.delete_generation(uuid) to authenticated;
 
--- Body of public.restore_generation.
+-- Body of public.restore_generation. What is being erased cannot come back: some of its files may
+-- be gone.
 --
 -- Locks: the generation.
 -- Raises: PT401 not_authenticated, PT404 not_found.
@@ -4596,8 +4611,13 @@ language plpgsql
 security definer
 set search_path = ''
 as $$
+declare
+  v_generation public.generations := private.lock_own_generation(p_job_id, true);
 begin
-  perform private.lock_own_generation(p_job_id, true);
+  if v_generation.deleted_at is not null
+    and exists (select from private.expired_files where generation_id = p_job_id) then
+    perform private.refuse_unknown_job();
+  end if;
   update public.generations set deleted_at = null
   where id = p_job_id and deleted_at is not null;
   return private.get_job_status(p_job_id);
@@ -7577,6 +7597,7 @@ begin
   );
   update public.generations set deleted_at = now()
   where id = any (v_ids) and deleted_at is null;
+  perform private.end_shares(v_ids);
   insert into private.expired_files (bucket, path, user_id, generation_id)
   select 'generations', f.path, i.user_id, i.generation_id
   from public.images as i
