@@ -40,8 +40,10 @@ def history(alice, bob, worker):
         user.share_image(job_id)
         user.like_image(job_id)
         user.save_prompt_template("Sea", "the sea")
+    for user in (alice, bob):
         user.enqueue()
-        worker.fail_job(worker.claimed(), "internal")
+    for job in worker.claim_jobs(2):
+        worker.fail_job(job, "internal")
 
 
 @pytest.mark.parametrize("table", OWN_TABLES)
