@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import uuid
+from collections.abc import Coroutine
 from datetime import UTC, datetime
 from typing import Any
 from unittest import mock
@@ -113,12 +114,14 @@ def test_after_a_failed_beat_the_next_comes_soon():
         if len(pauses) < 3:
             raise psycopg.OperationalError
 
-    async def sleep(seconds: float) -> None:
+    async def wait_for(news: Coroutine[None, None, bool], seconds: float) -> None:
+        news.close()
         pauses.append(seconds)
         if len(pauses) == 4:
             raise asyncio.CancelledError
+        raise TimeoutError
 
-    with mock.patch("asyncio.sleep", sleep), contextlib.suppress(asyncio.CancelledError):
+    with mock.patch("asyncio.wait_for", wait_for), contextlib.suppress(asyncio.CancelledError):
         asyncio.run(worker.Worker._every(15, action))
 
     assert sum(pauses[:3]) < 3
@@ -672,7 +675,7 @@ def test_a_stop_does_not_cut_short_the_call_that_ends_a_job():
 
     async def stop_meanwhile() -> None:
         one = worker.Worker(mock.Mock(), mock.Mock(fail_job=fail_job), {}, mock.Mock(), mock.Mock())
-        running = worker.Running(a_job())
+        running = worker.Running(a_job(), one.on_progress)
         one.running[running.job.token] = running
         task = asyncio.create_task(one.process(running))
         await asyncio.sleep(0.005)
