@@ -363,6 +363,7 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self.url = url
+        self.is_listening = True  # until the contrary is known
         options = {"autocommit": True, "row_factory": dict_row, **KEEPALIVES}
         # Left alone, the pool doubles its pause between tries: long after the database is back.
         self.pool = AsyncConnectionPool(
@@ -414,7 +415,12 @@ class Database:
         ids = [each.job.job_id for each in running]
         tokens = [each.job.token for each in running]
         rows = await self._call(
-            "heartbeat", worker_id, ids, tokens, [each.progress for each in running]
+            "heartbeat",
+            worker_id,
+            ids,
+            tokens,
+            [each.progress for each in running],
+            self.is_listening,
         )
         return [row["verdict"] for row in rows]
 
@@ -507,13 +513,16 @@ class Database:
                     on_notify(CANCEL)
                     await self._forward(connection, channel, on_notify)
             except psycopg.OperationalError as error:
+                self.is_listening = False
                 log.warning("listen.lost error=%s", type(error).__name__)
                 await asyncio.sleep(backoff(attempt))
                 attempt += 1
 
-    @staticmethod
     async def _forward(
-        connection: psycopg.AsyncConnection[Any], channel: str, on_notify: Callable[[str], None]
+        self,
+        connection: psycopg.AsyncConnection[Any],
+        channel: str,
+        on_notify: Callable[[str], None],
     ) -> None:
         while True:
             async for notice in connection.notifies(timeout=LISTEN_CHECK_SECONDS, stop_after=1):
@@ -521,6 +530,7 @@ class Database:
             cursor = await connection.execute("select pg_listening_channels()")
             if (channel,) not in await cursor.fetchall():
                 raise psycopg.OperationalError("the connection does not listen: a pooler?")
+            self.is_listening = True
 
 
 # --- providers ----------------------------------------------------------------------------------

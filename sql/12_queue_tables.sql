@@ -98,6 +98,7 @@ create table private.workers (
   version text not null,
   slots smallint not null,
   asleep boolean not null default false,
+  is_listening boolean not null default true,
   started_at timestamptz not null default now(),
   seen_at timestamptz not null default now(),
   constraint workers_slots_are_positive check (slots > 0)
@@ -107,6 +108,8 @@ comment on table private.workers is 'Worker processes: liveness and wake-up.';
 comment on column private.workers.slots is 'Jobs it runs at once.';
 comment on column private.workers.asleep is
   'Found no work and waits for NOTIFY on darkroom_worker_<id>.';
+comment on column private.workers.is_listening is
+  'Whether NOTIFY reaches it, as it says with each beat; false: it finds jobs by polling only.';
 
 create table private.attempts (
   generation_id uuid not null references public.generations (id) on delete cascade,

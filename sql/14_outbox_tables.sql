@@ -115,6 +115,8 @@ comment on column private.deliveries.last_status is
 
 -- Read by due_lanes and claim_deliveries.
 create index deliveries_pending_idx on private.deliveries (lane, run_at) where state = 'pending';
+-- Read by redeliver_dead and by health.
+create index deliveries_dead_idx on private.deliveries (lane) where state = 'dead';
 -- Read by trim_deliveries.
 create index deliveries_finished_at_idx
 on private.deliveries (finished_at) where finished_at is not null;

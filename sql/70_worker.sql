@@ -84,7 +84,8 @@ create or replace function private.heartbeat(
   p_worker_id bigint,
   p_job_ids uuid[],
   p_tokens bigint[],
-  p_progress smallint[]
+  p_progress smallint[],
+  p_is_listening boolean default true
 )
 returns table (job_id uuid, verdict text)
 language plpgsql
@@ -96,7 +97,8 @@ declare
   v_lease interval := (select s.lease from private.settings as s);
   v_at integer;
 begin
-  update private.workers set seen_at = now() where id = p_worker_id;
+  update private.workers set seen_at = now(), is_listening = p_is_listening
+  where id = p_worker_id;
   -- A loop, not a join: each row is reached by its key also when the table is full of dead rows. In
   -- order of id, as cancel_jobs (77) takes several.
   for v_at in
@@ -122,11 +124,12 @@ $$;
 
 comment on function private.heartbeat is
   'One beat for all jobs of a worker: extends their leases and takes in progress (percent or '
-  'null). Answers for each job, in order of id: ok, lost (drop it) or canceled (stop it).';
+  'null), and whether its LISTEN works. Answers for each job, in order of id: ok, lost (drop it) '
+  'or canceled (stop it).';
 
-revoke all on function private.heartbeat(bigint, uuid[], bigint[], smallint[])
+revoke all on function private.heartbeat(bigint, uuid[], bigint[], smallint[], boolean)
 from public, anon, authenticated, service_role;
-grant execute on function private.heartbeat(bigint, uuid[], bigint[], smallint[])
+grant execute on function private.heartbeat(bigint, uuid[], bigint[], smallint[], boolean)
 to darkroom_worker;
 
 create or replace function private.report_progress(

@@ -180,6 +180,13 @@ class Service(Caller):
             external_id=external_id,
         )
 
+    def queue_health(self) -> dict[str, Any]:
+        return cast("dict[str, Any]", self.call("public.queue_health"))
+
+    def alerts(self) -> dict[str, str]:
+        """Return what queue_health says of each alert."""
+        return {alert["alert"]: alert["detail"] for alert in self.queue_health()["alerts"]}
+
     def set_paid(self, user: User | str, paid_until: str | None) -> dict[str, Any]:
         return self.call(
             "public.set_paid", user_id=getattr(user, "id", user), paid_until=paid_until
@@ -412,14 +419,17 @@ class Worker:
         (job,) = self.claim_jobs(1)
         return job
 
-    def heartbeat(self, *jobs: Job, progress: Sequence[int | None] = ()) -> list[str]:
+    def heartbeat(
+        self, *jobs: Job, progress: Sequence[int | None] = (), is_listening: bool = True
+    ) -> list[str]:
         """Return the verdict on each job."""
         rows = self._rows(
-            "select * from private.heartbeat(%s, %s::uuid[], %s::bigint[], %s::smallint[])",
+            "select * from private.heartbeat(%s, %s::uuid[], %s::bigint[], %s::smallint[], %s)",
             self.id,
             [job.job_id for job in jobs],
             [job.token for job in jobs],
             list(progress) or [None] * len(jobs),
+            is_listening,
         )
         verdicts = {row["job_id"]: row["verdict"] for row in rows}
         assert list(verdicts) == sorted(job.job_id for job in jobs)

@@ -23,8 +23,8 @@ def test_there_is_a_plan_for_everybody(db):
     plans = db.execute("select * from private.plans order by name")
 
     assert plans == [
-        {"name": "free", "max_active": 3, "max_per_minute": 10, "weight": 1},
-        {"name": "paid", "max_active": 20, "max_per_minute": 60, "weight": 4},
+        {"name": "free", "max_active": 3, "max_per_minute": 10, "max_batch": 3, "weight": 1},
+        {"name": "paid", "max_active": 20, "max_per_minute": 60, "max_batch": 100, "weight": 4},
     ]
 
 
@@ -54,10 +54,14 @@ def test_pg_cron_recovers_and_erases_every_minute_and_trims_every_night(stack):
             "select jobname, schedule, command, active from cron.job order by 1"
         ).fetchall()
 
+    def command(name: str) -> str:
+        return f"select private.{name}(), private.note_run('{name}')"
+
     assert jobs == [
-        ("darkroom_apply_retention", "* * * * *", "select private.apply_retention()", True),
-        ("darkroom_recover_stale_jobs", "* * * * *", "select private.recover_stale_jobs()", True),
-        ("darkroom_trim_history", "17 3 * * *", "select private.trim_history()", True),
+        ("darkroom_apply_retention", "* * * * *", command("apply_retention"), True),
+        ("darkroom_check_books", "47 3 * * *", command("check_books"), True),
+        ("darkroom_recover_stale_jobs", "* * * * *", command("recover_stale_jobs"), True),
+        ("darkroom_trim_history", "17 3 * * *", command("trim_history"), True),
     ]
 
 

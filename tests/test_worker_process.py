@@ -201,12 +201,14 @@ def test_pg_cron_recovers_a_killed_workers_job_with_no_worker_alive(stack, live_
     runs = "select count(*) from cron.job_run_details join cron.job using (jobid)"
     runs += " where jobname = 'darkroom_recover_stale_jobs' and status = 'succeeded'"
     before = db.value(runs)
+    silence = "select now() - last_run_at from private.routines where name = 'recover_stale_jobs'"
 
     killed.kill()
     live_workers.backdate_leases()
     live_workers.until(job["job_id"], "queued", within=75)
 
     eventually(lambda: db.value(runs) > before)
+    assert db.value(silence).total_seconds() < 61
     assert live_workers.outcomes(job["job_id"]) == ["retried"]
     live_workers.start(WORKER_POLL_SECONDS=0.1)
     live_workers.until(job["job_id"], "completed")
@@ -404,6 +406,18 @@ def test_a_worker_whose_listen_connection_died_listens_again(alice, db, workers)
     workers.until_silent()
 
     workers.until(alice.enqueued(params=SMALL), "processing", "completed", within=2)
+
+
+def test_health_hears_of_a_worker_whose_listen_connection_died(db, service, workers):
+    db.execute("update private.settings set heartbeat = '1 second'")
+    workers.start().logged("listen.started")
+    workers.until_silent()
+    assert service.alerts() == {}
+
+    assert workers.terminate_backends("query ilike '%listen%'") == 1
+
+    eventually(lambda: service.alerts() == {"not_listening": "1 of 1 workers"})
+    eventually(lambda: service.alerts() == {}, within=20)  # once it is sure that it listens again
 
 
 def test_a_sleeping_worker_is_woken_although_another_one_stopped_asleep(alice, workers):

@@ -542,6 +542,7 @@ create table private.workers (
   version text not null,
   slots smallint not null,
   asleep boolean not null default false,
+  is_listening boolean not null default true,
   started_at timestamptz not null default now(),
   seen_at timestamptz not null default now(),
   constraint workers_slots_are_positive check (slots > 0)
@@ -551,6 +552,8 @@ comment on table private.workers is 'Worker processes: liveness and wake-up.';
 comment on column private.workers.slots is 'Jobs it runs at once.';
 comment on column private.workers.asleep is
   'Found no work and waits for NOTIFY on darkroom_worker_<id>.';
+comment on column private.workers.is_listening is
+  'Whether NOTIFY reaches it, as it says with each beat; false: it finds jobs by polling only.';
 
 create table private.attempts (
   generation_id uuid not null references public.generations (id) on delete cascade,
@@ -865,6 +868,8 @@ comment on column private.deliveries.last_status is
 
 -- Read by due_lanes and claim_deliveries.
 create index deliveries_pending_idx on private.deliveries (lane, run_at) where state = 'pending';
+-- Read by redeliver_dead and by health.
+create index deliveries_dead_idx on private.deliveries (lane) where state = 'dead';
 -- Read by trim_deliveries.
 create index deliveries_finished_at_idx
 on private.deliveries (finished_at) where finished_at is not null;
@@ -955,6 +960,60 @@ alter table private.expired_files enable row level security;
 alter table private.retention_walks enable row level security;
 
 revoke all on table private.expired_files, private.retention_walks
+from public, anon, authenticated, service_role;
+-- The tables of health: when an alert is raised, and what runs by itself.
+--
+-- queue_health() (88) holds what it counts against alert_rules: a threshold is a row, not code.
+-- Each routine that pg_cron starts leaves its time in routines, so that its silence is seen without
+-- reading pg_cron's own history, which may be huge or not readable.
+
+alter table private.settings
+add column watch_window interval not null default '1 day',
+add constraint settings_watch_window_is_positive check (watch_window > '0');
+
+comment on column private.settings.watch_window is
+  'How far back the views look that speak of what happened lately.';
+
+create table private.alert_rules (
+  alert text primary key,
+  threshold numeric,
+  unit text not null,
+  min_cases integer not null default 0,
+  severity text not null,
+  hint text not null,
+  constraint alert_rules_threshold_is_not_negative check (threshold >= 0),
+  constraint alert_rules_severity_is_known check (severity in ('warning', 'critical'))
+);
+
+comment on table private.alert_rules is
+  'When queue_health() raises an alert, how bad that is, and what to do about it.';
+comment on column private.alert_rules.threshold is
+  'Raised above this value; null: never.';
+comment on column private.alert_rules.unit is 'What the threshold counts.';
+comment on column private.alert_rules.min_cases is
+  'Silent where the value rests on fewer cases than this.';
+comment on column private.alert_rules.severity is
+  'warning (look today) or critical (users notice now).';
+comment on column private.alert_rules.hint is 'What to do, for whoever reads the alert.';
+
+create table private.routines (
+  name text primary key,
+  every interval,
+  last_run_at timestamptz not null default now(),
+  result jsonb
+);
+
+comment on table private.routines is
+  'What runs by itself, when it last ran to its end, and what it found.';
+comment on column private.routines.every is
+  'How often pg_cron is to run it; null: nobody waits for it.';
+comment on column private.routines.result is
+  'What the run found, where that is worth keeping (check_books).';
+
+alter table private.alert_rules enable row level security;
+alter table private.routines enable row level security;
+
+revoke all on table private.alert_rules, private.routines
 from public, anon, authenticated, service_role;
 -- Row level security: who may read what. Nobody writes a table: the functions do.
 --
@@ -5415,7 +5474,8 @@ create or replace function private.heartbeat(
   p_worker_id bigint,
   p_job_ids uuid[],
   p_tokens bigint[],
-  p_progress smallint[]
+  p_progress smallint[],
+  p_is_listening boolean default true
 )
 returns table (job_id uuid, verdict text)
 language plpgsql
@@ -5427,7 +5487,8 @@ declare
   v_lease interval := (select s.lease from private.settings as s);
   v_at integer;
 begin
-  update private.workers set seen_at = now() where id = p_worker_id;
+  update private.workers set seen_at = now(), is_listening = p_is_listening
+  where id = p_worker_id;
   -- A loop, not a join: each row is reached by its key also when the table is full of dead rows. In
   -- order of id, as cancel_jobs (77) takes several.
   for v_at in
@@ -5453,11 +5514,12 @@ $$;
 
 comment on function private.heartbeat is
   'One beat for all jobs of a worker: extends their leases and takes in progress (percent or '
-  'null). Answers for each job, in order of id: ok, lost (drop it) or canceled (stop it).';
+  'null), and whether its LISTEN works. Answers for each job, in order of id: ok, lost (drop it) '
+  'or canceled (stop it).';
 
-revoke all on function private.heartbeat(bigint, uuid[], bigint[], smallint[])
+revoke all on function private.heartbeat(bigint, uuid[], bigint[], smallint[], boolean)
 from public, anon, authenticated, service_role;
-grant execute on function private.heartbeat(bigint, uuid[], bigint[], smallint[])
+grant execute on function private.heartbeat(bigint, uuid[], bigint[], smallint[], boolean)
 to darkroom_worker;
 
 create or replace function private.report_progress(
@@ -7261,6 +7323,485 @@ comment on function private.trim_history is
   'Housekeeping, nightly by pg_cron, which never trims its own run history.';
 
 revoke all on function private.trim_history() from public, anon, authenticated, service_role;
+-- What operators ask while it runs: one view for each question, which is the view's comment.
+--
+-- Read them as the owner (psql, the SQL editor): nobody is granted anything, and security_invoker
+-- keeps row level security in force should somebody ever be. Those that speak of what happened
+-- lately look back over settings.watch_window, through the index on attempts.ended_at.
+--
+-- Costs are in 87, the books in 86, what holds back vacuum in 88.
+
+-- The first id that uuid_v7 could have made at this time.
+create or replace function private.first_id_of(p_time timestamptz)
+returns uuid
+language sql
+immutable
+set search_path = ''
+as $$
+  select (
+    lpad(to_hex((extract(epoch from p_time) * 1000)::bigint), 12, '0') || repeat('0', 20)
+  )::uuid
+$$;
+
+revoke all on function private.first_id_of(timestamptz)
+from public, anon, authenticated, service_role;
+
+create view private.paused_now with (security_invoker = true) as
+select
+  'provider' as kind,
+  p.name,
+  p.paused_until,
+  p.pause_reason
+from private.providers as p
+where p.paused_until > now();
+
+comment on view private.paused_now is 'What is paused, until when, and why?';
+
+create view private.queue_by_model with (security_invoker = true) as
+with waiting as (
+  select
+    r.model_id,
+    count(*) as jobs,
+    count(*) filter (where r.run_at > now()) as delayed,
+    min(r.seq) filter (where r.run_at is null or r.run_at <= now()) as first_seq
+  from private.ready_jobs as r
+  group by r.model_id
+),
+
+running as (
+  select
+    r.model_id,
+    count(*) as jobs
+  from private.running_jobs as r
+  group by r.model_id
+)
+
+select
+  q.model_id,
+  m.provider,
+  case when p.name is null then coalesce(waiting.jobs - waiting.delayed, 0) else 0 end as ready,
+  case when p.name is null then coalesce(waiting.delayed, 0) else 0 end as delayed,
+  case when p.name is null then 0 else coalesce(waiting.jobs, 0) end as paused,
+  coalesce(running.jobs, 0) as running,
+  case when p.name is null then extract(epoch from now() - first.created_at) end
+    as oldest_ready_seconds
+from (
+  select w.model_id from waiting as w
+  union
+  select r.model_id from running as r
+) as q
+left join waiting on q.model_id = waiting.model_id
+left join running on q.model_id = running.model_id
+left join public.models as m on q.model_id = m.id
+left join private.paused_now as p on m.provider = p.name and p.kind = 'provider'
+left join lateral (
+  select g.created_at
+  from private.ready_jobs as r
+  inner join public.generations as g on r.job_id = g.id
+  where r.seq = waiting.first_seq
+) as first on true
+order by q.model_id;
+
+comment on view private.queue_by_model is
+  'How many jobs of each model wait or run? ready (may be claimed now), delayed (a retry that is '
+  'put off), paused, running; oldest_ready_seconds: since the first of the ready was asked for.';
+
+create view private.queue_by_plan with (security_invoker = true) as
+select
+  (private.plan_of(e)).name as plan,
+  count(*) filter (where job.state = 'ready') as ready,
+  count(*) filter (where job.state = 'delayed') as delayed,
+  count(*) filter (where job.state = 'running') as running,
+  count(distinct e.user_id) as users
+from (
+  select
+    r.user_id,
+    case when r.run_at > now() then 'delayed' else 'ready' end as state
+  from private.ready_jobs as r
+  union all
+  select
+    r.user_id,
+    'running' as state
+  from private.running_jobs as r
+) as job
+inner join public.entitlements as e on job.user_id = e.user_id
+group by (private.plan_of(e)).name
+order by plan;
+
+comment on view private.queue_by_plan is
+  'How many jobs of free and of paid users wait or run, and of how many users?';
+
+create view private.waiting_now with (security_invoker = true) as
+select
+  r.job_id,
+  r.user_id,
+  (private.plan_of(e)).name as plan,
+  r.model_id,
+  case
+    when p.name is not null then 'paused'
+    when r.run_at > now() then 'delayed'
+    else 'ready'
+  end as state,
+  g.created_at,
+  now() - g.created_at as waiting,
+  r.attempt as attempts_used,
+  r.run_at,
+  r.fair_key
+from private.ready_jobs as r
+inner join public.generations as g on r.job_id = g.id
+inner join public.entitlements as e on r.user_id = e.user_id
+left join public.models as m on r.model_id = m.id
+left join private.paused_now as p on m.provider = p.name and p.kind = 'provider'
+order by r.fair_key, r.seq;
+
+comment on view private.waiting_now is
+  'What waits, since when, and whose turn is next? In the order of the queue.';
+
+create view private.running_now with (security_invoker = true) as
+select
+  r.job_id,
+  r.user_id,
+  r.model_id,
+  r.worker_id,
+  w.host,
+  now() - r.claimed_at as running,
+  r.stage,
+  r.progress,
+  r.attempt,
+  r.provider_job_id,
+  r.cancel_requested,
+  r.lease_until - now() as lease_left,
+  r.deadline_at - now() as deadline_left
+from private.running_jobs as r
+left join private.workers as w on r.worker_id = w.id
+order by r.claimed_at;
+
+comment on view private.running_now is 'What runs now, where, for how long, and how far is it?';
+
+create view private.stuck_jobs with (security_invoker = true) as
+select
+  r.job_id,
+  r.user_id,
+  r.model_id,
+  case when r.lease_until < now() then 'lease ran out' else 'deadline passed' end as problem,
+  now() - least(r.lease_until, r.deadline_at) as since,
+  r.worker_id
+from private.running_jobs as r
+where r.lease_until < now() or r.deadline_at < now()
+union all
+select
+  r.job_id,
+  r.user_id,
+  r.model_id,
+  'not claimed' as problem,
+  now() - g.created_at as since,
+  null as worker_id
+from private.ready_jobs as r
+inner join public.generations as g on r.job_id = g.id
+where (r.run_at is null or r.run_at <= now()) and g.created_at < now() - (
+  select rule.threshold * interval '1 second'
+  from private.alert_rules as rule
+  where rule.alert = 'oldest_age'
+)
+order by since desc;
+
+comment on view private.stuck_jobs is
+  'Is anything stuck? Running jobs whose lease or deadline has passed, and jobs that may be claimed'
+  ' and are older than the rule oldest_age allows.';
+
+create view private.recent_attempts with (security_invoker = true) as
+select
+  a.generation_id,
+  g.user_id,
+  g.model_id,
+  a.attempt,
+  a.worker_id,
+  a.outcome,
+  a.error_code,
+  a.error_detail,
+  a.provider_job_id,
+  a.provider_seconds,
+  a.cost_usd,
+  g.created_at,
+  a.started_at,
+  a.ended_at,
+  extract(epoch from a.started_at - g.created_at) as wait_seconds,
+  extract(epoch from a.ended_at - a.started_at) as run_seconds
+from private.attempts as a
+inner join public.generations as g on a.generation_id = g.id
+where a.ended_at > now() - (select s.watch_window from private.settings as s);
+
+comment on view private.recent_attempts is
+  'What was tried lately, and how did it end? wait_seconds: from being asked for to this claim.';
+
+create view private.recent_failures with (security_invoker = true) as
+select
+  a.ended_at,
+  a.error_code,
+  a.error_detail,
+  a.outcome,
+  a.model_id,
+  a.generation_id,
+  a.user_id,
+  a.attempt,
+  a.worker_id,
+  a.provider_job_id
+from private.recent_attempts as a
+where a.error_code is not null
+order by a.ended_at desc;
+
+comment on view private.recent_failures is
+  'What failed lately, and why? In the provider''s own words; outcome retried: it was tried again.';
+
+create view private.errors_by_model with (security_invoker = true) as
+select
+  e.model_id,
+  e.error_code,
+  e.errors,
+  e.failed,
+  e.retried,
+  round(e.errors / e.attempts, 4) as share_of_attempts,
+  e.last_at,
+  e.last_detail
+from (
+  select
+    a.model_id,
+    a.error_code,
+    count(*) as errors,
+    count(*) filter (where a.outcome = 'failed') as failed,
+    count(*) filter (where a.outcome = 'retried') as retried,
+    sum(count(*)) over (partition by a.model_id) as attempts,
+    max(a.ended_at) as last_at,
+    (array_agg(a.error_detail order by a.ended_at desc))[1] as last_detail
+  from private.recent_attempts as a
+  where a.outcome <> 'released'
+  group by a.model_id, a.error_code
+) as e
+where e.error_code is not null
+order by e.errors desc, e.model_id asc;
+
+comment on view private.errors_by_model is
+  'Which errors does each model make, how often, and what did the provider say last?';
+
+create view private.model_performance with (security_invoker = true) as
+select
+  a.model_id,
+  count(*) filter (where a.outcome = 'completed') as completed,
+  count(*) filter (where a.outcome = 'failed') as failed,
+  count(*) filter (where a.outcome = 'retried') as retried,
+  round(avg((a.outcome = 'completed')::integer), 4) as success_rate,
+  percentile_cont(0.5) within group (order by a.run_seconds)
+  filter (where a.outcome = 'completed') as p50_seconds,
+  percentile_cont(0.95) within group (order by a.run_seconds)
+  filter (where a.outcome = 'completed') as p95_seconds,
+  percentile_cont(0.5) within group (order by a.provider_seconds)
+  filter (where a.outcome = 'completed') as p50_provider_seconds,
+  percentile_cont(0.95) within group (order by a.provider_seconds)
+  filter (where a.outcome = 'completed') as p95_provider_seconds
+from private.recent_attempts as a
+where a.outcome in ('completed', 'failed', 'retried')
+group by a.model_id
+order by p50_seconds desc nulls last;
+
+comment on view private.model_performance is
+  'Which model is slow or fails? success_rate is that of attempts; seconds are those of completed'
+  ' ones, from claim to stored, and the provider''s own.';
+
+create view private.waiting_times with (security_invoker = true) as
+select
+  g.model_id,
+  (private.plan_of(e)).name as plan,
+  count(*) as completed,
+  percentile_cont(0.5) within group (order by t.wait_seconds) as p50_wait_seconds,
+  percentile_cont(0.95) within group (order by t.wait_seconds) as p95_wait_seconds,
+  percentile_cont(0.5) within group (order by t.run_seconds) as p50_run_seconds,
+  percentile_cont(0.95) within group (order by t.run_seconds) as p95_run_seconds
+from private.recent_attempts as a
+inner join public.generations as g on a.generation_id = g.id
+inner join public.entitlements as e on g.user_id = e.user_id
+cross join lateral (
+  select
+    extract(epoch from g.started_at - g.created_at) as wait_seconds,
+    extract(epoch from g.finished_at - g.started_at) as run_seconds
+) as t
+where a.outcome = 'completed'
+group by g.model_id, (private.plan_of(e)).name
+order by g.model_id, plan;
+
+comment on view private.waiting_times is
+  'How long do users wait? Of completed generations: wait until the first claim, run from there to'
+  ' the end, retries included.';
+
+create view private.throughput_per_hour with (security_invoker = true) as
+select
+  date_trunc('hour', a.ended_at) as hour,
+  count(*) filter (where a.outcome = 'completed') as completed,
+  count(*) filter (where a.outcome = 'failed') as failed,
+  count(*) filter (where a.outcome = 'retried') as retried,
+  count(*) filter (where a.outcome = 'canceled') as canceled
+from private.recent_attempts as a
+group by date_trunc('hour', a.ended_at)
+order by hour desc;
+
+comment on view private.throughput_per_hour is 'How many succeed in an hour, lately?';
+
+create view private.throughput_per_day with (security_invoker = true) as
+select
+  date_trunc('day', a.ended_at) as day,
+  count(*) filter (where a.outcome = 'completed') as completed,
+  count(*) filter (where a.outcome = 'failed') as failed,
+  count(*) filter (where a.outcome = 'retried') as retried,
+  count(*) filter (where a.outcome = 'canceled') as canceled
+from private.attempts as a
+group by date_trunc('day', a.ended_at)
+order by day desc;
+
+comment on view private.throughput_per_day is
+  'How many succeed in a day? As far back as attempts are kept.';
+
+create view private.worker_activity with (security_invoker = true) as
+select
+  w.id as worker_id,
+  w.host,
+  w.version,
+  w.seen_at > now() - (select s.lease from private.settings as s) as is_alive,
+  w.asleep,
+  w.is_listening,
+  w.slots,
+  coalesce(running.jobs, 0) as slots_used,
+  coalesce(done.completed, 0) as completed,
+  coalesce(done.errors, 0) as errors,
+  done.last_ended_at,
+  w.started_at,
+  w.seen_at
+from private.workers as w
+left join (
+  select
+    r.worker_id,
+    count(*) as jobs
+  from private.running_jobs as r
+  group by r.worker_id
+) as running on w.id = running.worker_id
+left join (
+  select
+    a.worker_id,
+    count(*) filter (where a.outcome = 'completed') as completed,
+    count(*) filter (where a.outcome in ('failed', 'retried')) as errors,
+    max(a.ended_at) as last_ended_at
+  from private.recent_attempts as a
+  group by a.worker_id
+) as done on w.id = done.worker_id
+order by is_alive desc, w.id asc;
+
+comment on view private.worker_activity is
+  'Which worker lives, and what does it do? completed and errors: of its attempts, lately.';
+
+create view private.busiest_users with (security_invoker = true) as
+select
+  g.user_id,
+  (private.plan_of(e)).name as plan,
+  count(*) as generations,
+  count(*) filter (where g.status = 'completed') as completed,
+  count(*) filter (where g.status = 'failed') as failed,
+  count(*) filter (where g.status = 'canceled') as canceled,
+  sum(g.price_credits) as price_credits,
+  e.active_jobs,
+  e.credits
+from public.generations as g
+inner join public.entitlements as e on g.user_id = e.user_id
+where g.id >= (
+  select private.first_id_of(now() - s.watch_window) from private.settings as s
+)
+group by e.user_id, g.user_id
+order by generations desc, g.user_id asc;
+
+comment on view private.busiest_users is
+  'Who asks for most, and whose jobs fail most? price_credits are those charged, refunds included.';
+
+create view private.alias_arms with (security_invoker = true) as
+select
+  coalesce(tried.alias_id, arm.id) as alias_id,
+  coalesce(tried.model_id, arm.model_id) as model_id,
+  arm.weight,
+  coalesce(tried.generations, 0) as generations,
+  tried.success_rate,
+  tried.p50_seconds,
+  tried.p95_seconds,
+  round(tried.cost_usd / nullif(tried.images, 0), 6) as cost_usd_per_image,
+  coalesce(tried.favorites, 0) as favorites,
+  coalesce(tried.likes, 0) as likes
+from (
+  select
+    g.alias_id,
+    g.model_id,
+    count(*) as generations,
+    round(avg((g.status = 'completed')::integer)
+    filter (where g.status in ('completed', 'failed')), 4) as success_rate,
+    percentile_cont(0.5) within group (order by extract(epoch from g.finished_at - g.started_at))
+    filter (where g.status = 'completed') as p50_seconds,
+    percentile_cont(0.95) within group (order by extract(epoch from g.finished_at - g.started_at))
+    filter (where g.status = 'completed') as p95_seconds,
+    sum(of_each.cost_usd) as cost_usd,
+    sum(of_each.images) as images,
+    count(*) filter (where g.is_favorite) as favorites,
+    sum(of_each.likes) as likes
+  from public.generations as g
+  cross join lateral (
+    select
+      (
+        select sum(a.cost_usd)
+        from private.attempts as a
+        where a.generation_id = g.id
+      ) as cost_usd,
+      (
+        select count(*)
+        from public.images as i
+        where i.generation_id = g.id
+      ) as images,
+      (
+        select count(*)
+        from public.image_likes as l
+        where l.generation_id = g.id
+      ) as likes
+  ) as of_each
+  where g.alias_id is not null
+  group by g.alias_id, g.model_id
+) as tried
+full join public.model_aliases as arm
+  on tried.alias_id = arm.id and tried.model_id = arm.model_id
+order by alias_id, model_id;
+
+comment on view private.alias_arms is
+  'Which model behind an alias does better? Of all generations kept that asked for the alias. '
+  'success_rate leaves out canceled and live ones; cost_usd_per_image holds what failed attempts '
+  'cost; favorites are the users'' own, likes those of shared images. weight null: an arm no more.';
+
+create view private.undelivered with (security_invoker = true) as
+select
+  d.id,
+  d.state,
+  coalesce(w.url, d.lane) as target,
+  d.event_type,
+  d.generation_id,
+  d.attempts,
+  d.last_status,
+  d.last_error,
+  d.created_at,
+  d.run_at
+from private.deliveries as d
+left join private.webhook_endpoints as w on d.lane = w.id::text
+where d.state = 'pending' or d.state = 'dead'
+order by d.created_at;
+
+comment on view private.undelivered is
+  'Which webhooks and pushes are late or given up, and why?';
+
+revoke all on table private.paused_now, private.queue_by_model, private.queue_by_plan,
+private.waiting_now, private.running_now, private.stuck_jobs, private.recent_attempts,
+private.recent_failures, private.errors_by_model, private.model_performance,
+private.waiting_times, private.throughput_per_hour, private.throughput_per_day,
+private.worker_activity, private.busiest_users, private.alias_arms, private.undelivered
+from public, anon, authenticated, service_role;
 -- Erasure: files that wait to be deleted, and what goes with a deleted user.
 --
 -- The worker lists expired files, deletes them in Storage and forgets them; a generation goes with
@@ -7864,6 +8405,626 @@ comment on function private.apply_retention is
 revoke all on function private.apply_retention(integer)
 from public, anon, authenticated, service_role;
 grant execute on function private.apply_retention(integer) to darkroom_worker;
+-- The books: do money, slots and places add up?
+--
+-- broken_books names whatever breaks one of six rules; it is empty at every moment between
+-- transactions. Read in full it reads all history. So check_books does that nightly and keeps what
+-- it found, and queue_health() (88) shows that and reads the view only for what moved lately.
+
+create view private.broken_books with (security_invoker = true) as
+select
+  'balance' as rule,
+  e.user_id,
+  null::uuid as generation_id,
+  format('credits are %s, the ledger ends at %s', e.credits, coalesce(l.balance_after, 0)) as detail
+from public.entitlements as e
+left join lateral (
+  select c.balance_after
+  from public.credit_ledger as c
+  where c.user_id = e.user_id
+  order by c.id desc limit 1
+) as l on true
+where e.credits <> coalesce(l.balance_after, 0)
+union all
+select
+  'ledger' as rule,
+  l.user_id,
+  l.generation_id,
+  format('entry %s: %s and %s are not %s', l.id, l.balance_before, l.amount, l.balance_after)
+    as detail
+from (
+  select
+    c.*,
+    lag(c.balance_after, 1, 0) over (partition by c.user_id order by c.id) as balance_before
+  from public.credit_ledger as c
+  -- Of a user who is gone the oldest entries may be, too.
+  inner join public.entitlements as e on c.user_id = e.user_id
+) as l
+where l.balance_before + l.amount <> l.balance_after
+union all
+select
+  'active_jobs' as rule,
+  e.user_id,
+  null as generation_id,
+  format('active_jobs is %s, live jobs are %s', e.active_jobs, coalesce(live.jobs, 0)) as detail
+from public.entitlements as e
+left join (
+  select
+    job.user_id,
+    count(*) as jobs
+  from (
+    select r.user_id from private.ready_jobs as r
+    union all
+    select r.user_id from private.running_jobs as r
+  ) as job
+  group by job.user_id
+) as live on e.user_id = live.user_id
+where e.active_jobs <> coalesce(live.jobs, 0)
+union all
+select
+  'place' as rule,
+  g.user_id,
+  g.id as generation_id,
+  format('%s, and %s', g.status, case
+    when ready.job_id is not null then 'ready'
+    when running.job_id is not null then 'running'
+    else 'neither ready nor running'
+  end) as detail
+from public.generations as g
+left join private.ready_jobs as ready on g.id = ready.job_id
+left join private.running_jobs as running on g.id = running.job_id
+where (g.status = 'queued', g.status = 'processing')
+  <> (ready.job_id is not null, running.job_id is not null)
+union all
+select
+  'charge' as rule,
+  g.user_id,
+  g.id as generation_id,
+  format('the price is %s, charged were %s', g.price_credits, coalesce(-l.amount, 0)) as detail
+from public.generations as g
+left join (
+  select
+    c.generation_id,
+    sum(c.amount) as amount
+  from public.credit_ledger as c
+  where c.kind = 'charge'
+  group by c.generation_id
+) as l on g.id = l.generation_id
+where coalesce(-l.amount, 0) <> g.price_credits
+union all
+-- A canceled job gives back what the setting of that day said; see finish_canceled.
+select
+  'refund' as rule,
+  g.user_id,
+  g.id as generation_id,
+  format('%s at the price of %s, refunded were %s', g.status, g.price_credits, l.amount) as detail
+from public.generations as g
+left join public.credit_ledger as l on g.id = l.generation_id and l.kind = 'refund'
+where case g.status
+  when 'failed' then coalesce(l.amount, 0) <> g.price_credits
+  when 'canceled' then coalesce(l.amount > g.price_credits, g.price_credits > 0)
+  when 'completed' then coalesce(l.amount, 0) <> (
+    select g.price_credits * (g.image_count - count(*)) / g.image_count
+    from public.images as i
+    where i.generation_id = g.id
+  )
+  else l.amount is not null
+end;
+
+comment on view private.broken_books is
+  'Are the books right? One row for each broken rule: balance and ledger (each entry follows from '
+  'the one before, the balance is the last), active_jobs (the live jobs), place (queued is ready, '
+  'processing is running), charge (the price, once), refund (what was charged but not made).';
+
+revoke all on table private.broken_books from public, anon, authenticated, service_role;
+
+-- What is broken among the users and generations that moved last.
+create or replace function private.recent_broken_books(p_at_most integer default 200)
+returns setof private.broken_books
+language plpgsql
+stable
+set search_path = ''
+-- Whatever the planner thinks: a few hundred rows, each reached by its key.
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+as $$
+declare
+  v_ids uuid[] := array(select g.id from public.generations as g order by g.id desc limit p_at_most)
+    || array(
+      select a.generation_id
+      from private.attempts as a
+      where a.ended_at > now() - interval '15 minutes'
+      order by a.ended_at desc limit p_at_most
+    );
+  v_user_ids uuid[] := array(
+    select distinct g.user_id from public.generations as g where g.id = any (v_ids)
+  );
+begin
+  return query
+  select b.* from private.broken_books as b
+  where b.rule = 'balance' and b.user_id = any (v_user_ids)
+  union all
+  select b.* from private.broken_books as b
+  where b.rule in ('place', 'refund') and b.generation_id = any (v_ids);
+end;
+$$;
+
+revoke all on function private.recent_broken_books(integer)
+from public, anon, authenticated, service_role;
+
+-- Holds all books against the rules and keeps what is broken. Answers how much that is.
+create or replace function private.check_books()
+returns integer
+language sql
+set search_path = ''
+as $$
+  insert into private.routines as r (name, result)
+  select 'check_books', jsonb_build_object(
+    'problems', count(*),
+    'examples', coalesce(jsonb_agg(b.problem) filter (where b.place <= 20), '[]')
+  )
+  from (
+    select to_jsonb(broken) as problem, row_number() over () as place
+    from private.broken_books as broken
+  ) as b
+  on conflict (name) do update set last_run_at = excluded.last_run_at, result = excluded.result
+  returning (r.result ->> 'problems')::integer
+$$;
+
+comment on function private.check_books is
+  'Reads all history, nightly by pg_cron, and keeps what broken_books finds in routines.';
+
+revoke all on function private.check_books() from public, anon, authenticated, service_role;
+-- Health: queue_health() counts what moves, and holds it against alert_rules (17).
+--
+-- Everything it reads is as small as the work in hand or the last fifteen minutes, never as long as
+-- history: a monitor may call it every few seconds. What needs more is a view (89) or runs nightly
+-- (86). It names sessions by pid and application, and never shows a query, a prompt or an input.
+
+create view private.vacuum_holders with (security_invoker = true) as
+select
+  'session' as kind,
+  a.pid,
+  coalesce(nullif(a.application_name, ''), a.backend_type) as name,
+  a.state,
+  greatest(age(a.backend_xid), age(a.backend_xmin)) as age_transactions,
+  now() - a.xact_start as since
+from pg_stat_activity as a
+where (a.backend_xmin is not null or a.backend_xid is not null)
+  and (a.datname = current_database() or a.datname is null)
+  and a.pid <> pg_backend_pid()
+  -- Its own snapshot holds back nothing.
+  and a.backend_type <> 'autovacuum worker'
+union all
+select
+  'prepared transaction' as kind,
+  null as pid,
+  p.gid as name,
+  'prepared' as state,
+  age(p.transaction) as age_transactions,
+  now() - p.prepared as since
+from pg_prepared_xacts as p
+where p.database = current_database()
+union all
+select
+  'replication slot' as kind,
+  s.active_pid as pid,
+  s.slot_name::text as name,
+  case when s.active then 'active' else 'inactive' end as state,
+  age(s.xmin) as age_transactions,
+  null as since
+from pg_replication_slots as s
+where s.xmin is not null
+order by age_transactions desc;
+
+comment on view private.vacuum_holders is
+  'Who holds back vacuum? While one of these is old, no dead row can be cleaned up, and the tables '
+  'of the queue grow. Sessions of other roles show only to members of pg_read_all_stats.';
+
+revoke all on table private.vacuum_holders from public, anon, authenticated, service_role;
+
+-- Notes that a routine ran to its end; pg_cron calls it after the routine.
+create or replace function private.note_run(p_name text)
+returns void
+language sql
+set search_path = ''
+as $$
+  update private.routines set last_run_at = now() where name = p_name
+$$;
+
+revoke all on function private.note_run(text) from public, anon, authenticated, service_role;
+
+-- Jobs that wait, and how long the one has that came first of those that may be claimed.
+create or replace function private.depth_health()
+returns jsonb
+language sql
+stable
+set search_path = ''
+as $$
+  select jsonb_build_object(
+    'ready', coalesce(sum(q.ready), 0),
+    'delayed', coalesce(sum(q.delayed), 0),
+    'paused', coalesce(sum(q.paused), 0),
+    'oldest_ready_seconds', max(q.oldest_ready_seconds)
+  )
+  from private.queue_by_model as q
+$$;
+
+revoke all on function private.depth_health() from public, anon, authenticated, service_role;
+
+create or replace function private.running_health()
+returns jsonb
+language sql
+stable
+set search_path = ''
+as $$
+  select jsonb_build_object(
+    'jobs', count(*),
+    'stale', count(*) filter (where s.ended_at < now()),
+    'stale_seconds', extract(epoch from max(now() - s.ended_at) filter (where s.ended_at < now()))
+  )
+  from private.running_jobs as r
+  cross join lateral (select least(r.lease_until, r.deadline_at) as ended_at) as s
+$$;
+
+revoke all on function private.running_health() from public, anon, authenticated, service_role;
+
+-- Counts by minute. The error rate is that of attempts: while jobs are retried for an hour, none
+-- has failed, and still nothing works.
+create or replace function private.rates_health()
+returns jsonb
+language sql
+stable
+set search_path = ''
+-- Read by time alone: the planner may think a scan of all history as good.
+set enable_seqscan = off
+as $$
+  select jsonb_build_object(
+    'last_minute', jsonb_build_object(
+      'enqueued', asked.new, 'completed', ended.new_completed, 'failed', ended.new_failed,
+      'retried', ended.new_retried
+    ),
+    'per_minute_of_15', jsonb_build_object(
+      'enqueued', round(asked.jobs / 15.0, 2), 'completed', round(ended.completed / 15.0, 2),
+      'failed', round(ended.failed / 15.0, 2), 'retried', round(ended.retried / 15.0, 2)
+    ),
+    'attempts_of_15_minutes', ended.completed + ended.failed + ended.retried,
+    'error_rate', round(
+      (ended.failed + ended.retried)::numeric
+      / nullif(ended.completed + ended.failed + ended.retried, 0), 4
+    )
+  )
+  from (
+    select
+      count(*) as jobs,
+      count(*) filter (where g.created_at > now() - interval '1 minute') as new
+    from public.generations as g
+    where g.id >= private.first_id_of(now() - interval '15 minutes')
+      and g.created_at > now() - interval '15 minutes'
+  ) as asked
+  cross join (
+    select
+      count(*) filter (where a.outcome = 'completed') as completed,
+      count(*) filter (where a.outcome = 'failed') as failed,
+      count(*) filter (where a.outcome = 'retried') as retried,
+      count(*) filter (where a.outcome = 'completed' and a.is_new) as new_completed,
+      count(*) filter (where a.outcome = 'failed' and a.is_new) as new_failed,
+      count(*) filter (where a.outcome = 'retried' and a.is_new) as new_retried
+    from (
+      select e.outcome, e.ended_at > now() - interval '1 minute' as is_new
+      from private.attempts as e
+      where e.ended_at > now() - interval '15 minutes'
+    ) as a
+  ) as ended
+$$;
+
+revoke all on function private.rates_health() from public, anon, authenticated, service_role;
+
+-- A worker that stopped without unregistering counts until its lease would have run out.
+create or replace function private.worker_health()
+returns jsonb
+language sql
+stable
+set search_path = ''
+as $$
+  select jsonb_build_object(
+    'alive', count(*),
+    'asleep', count(*) filter (where w.asleep),
+    'listening', count(*) filter (where w.is_listening),
+    'slots', coalesce(sum(w.slots), 0),
+    'slots_used', (
+      select count(*) from private.running_jobs as r where r.worker_id = any (array_agg(w.id))
+    )
+  )
+  from private.workers as w
+  where w.seen_at > now() - (select s.lease from private.settings as s)
+$$;
+
+revoke all on function private.worker_health() from public, anon, authenticated, service_role;
+
+create or replace function private.routine_health()
+returns jsonb
+language sql
+stable
+set search_path = ''
+as $$
+  select coalesce(jsonb_object_agg(r.name, jsonb_build_object(
+    'last_run_at', r.last_run_at,
+    'every_seconds', extract(epoch from r.every),
+    'runs_missed', trunc(extract(epoch from now() - r.last_run_at) / extract(epoch from r.every))
+  )), '{}')
+  from private.routines as r
+  where r.every is not null
+$$;
+
+revoke all on function private.routine_health() from public, anon, authenticated, service_role;
+
+create or replace function private.books_health()
+returns jsonb
+language sql
+stable
+set search_path = ''
+as $$
+  select jsonb_build_object(
+    'recent_problems', (select count(*) from private.recent_broken_books()),
+    'checked_at', max(r.last_run_at),
+    'problems', (max(r.result ->> 'problems'))::integer,
+    'examples', coalesce(jsonb_agg(r.result -> 'examples') -> 0, '[]')
+  )
+  from private.routines as r
+  where r.name = 'check_books' and r.result is not null
+$$;
+
+revoke all on function private.books_health() from public, anon, authenticated, service_role;
+
+-- Dead deliveries count while their webhook is there: deleting it says that nobody misses them. A
+-- push that found no device any more is nothing to mend.
+create or replace function private.outbox_health()
+returns jsonb
+language sql
+stable
+set search_path = ''
+as $$
+  select jsonb_build_object(
+    'pending', count(*),
+    'oldest_pending_seconds', extract(epoch from now() - min(d.created_at)),
+    'dead', (
+      select count(*)
+      from private.webhook_endpoints as e
+      inner join private.deliveries as dead on dead.lane = e.id::text and dead.state = 'dead'
+    )
+  )
+  from private.deliveries as d
+  where d.state = 'pending'
+$$;
+
+revoke all on function private.outbox_health() from public, anon, authenticated, service_role;
+-- Alerts: what health counts (88) against alert_rules, and queue_health(), which answers both.
+--
+-- Each measure names its rule, a value, how many cases that rests on, and what to tell people. The
+-- alert is raised while the value is above the rule's threshold, and is gone with the next call
+-- after that: nothing is remembered here.
+
+-- Who has held back vacuum for longest, beyond the rule's threshold.
+create or replace function private.name_vacuum_holders()
+returns text
+language sql
+stable
+set search_path = ''
+as $$
+  select string_agg(
+    concat_ws(
+      ' ', v.kind, v.pid, quote_ident(v.name), v.state, 'since ' || date_trunc('second', v.since),
+      format('(%s transactions)', v.age_transactions)
+    ), '; ' order by v.age_transactions desc
+  )
+  from (
+    select h.* from private.vacuum_holders as h
+    where h.age_transactions > (
+      select rule.threshold from private.alert_rules as rule
+      where rule.alert = 'vacuum_held_back'
+    )
+    order by h.age_transactions desc limit 5
+  ) as v
+$$;
+
+revoke all on function private.name_vacuum_holders() from public, anon, authenticated, service_role;
+
+create or replace function private.measure_queue(p_health jsonb)
+returns table (alert text, value numeric, cases bigint, detail text)
+language sql
+stable
+set search_path = ''
+as $$
+  select m.alert, m.value, m.cases, m.detail
+  from (
+    select p_health -> 'depth' as d, p_health -> 'running' as r, p_health -> 'rates' as t
+  ) as h
+  cross join lateral (values
+    (
+      'depth', (h.d ->> 'ready')::numeric, null::bigint, concat(h.d ->> 'ready', ' jobs are ready')
+    ),
+    (
+      'oldest_age', (h.d ->> 'oldest_ready_seconds')::numeric, null,
+      format('a job has waited for %s s', round((h.d ->> 'oldest_ready_seconds')::numeric))
+    ),
+    (
+      'error_rate', (h.t ->> 'error_rate')::numeric, (h.t ->> 'attempts_of_15_minutes')::bigint,
+      format('of %s attempts in 15 minutes, %s %% ended in an error',
+        h.t ->> 'attempts_of_15_minutes', round(100 * (h.t ->> 'error_rate')::numeric))
+    ),
+    (
+      'stuck', (h.r ->> 'stale_seconds')::numeric, null,
+      format('%s running jobs are past lease or deadline, one for %s s',
+        h.r ->> 'stale', round((h.r ->> 'stale_seconds')::numeric))
+    )
+  ) as m (alert, value, cases, detail)
+$$;
+
+revoke all on function private.measure_queue(jsonb) from public, anon, authenticated, service_role;
+
+create or replace function private.measure_workers(p_health jsonb)
+returns table (alert text, value numeric, cases bigint, detail text)
+language sql
+stable
+set search_path = ''
+as $$
+  select m.alert, m.value, null::bigint, m.detail
+  from (
+    select
+      (p_health #>> '{workers,alive}')::numeric as alive,
+      (p_health #>> '{workers,listening}')::numeric as listening,
+      (p_health #>> '{depth,ready}')::numeric as ready
+  ) as h
+  cross join lateral (values
+    (
+      'no_worker', case when h.alive = 0 then h.ready end,
+      format('%s jobs are ready and no worker is alive', h.ready)
+    ),
+    (
+      'not_listening', h.alive - h.listening,
+      format('%s of %s workers', h.alive - h.listening, h.alive)
+    )
+  ) as m (alert, value, detail)
+$$;
+
+revoke all on function private.measure_workers(jsonb)
+from public, anon, authenticated, service_role;
+
+create or replace function private.measure_surroundings(p_health jsonb)
+returns table (alert text, value numeric, cases bigint, detail text)
+language sql
+stable
+set search_path = ''
+as $$
+  select m.alert, m.value, null::bigint, m.detail
+  from (select p_health -> 'books' as b, p_health #>> '{outbox,dead}' as dead) as h
+  cross join (
+    select
+      max((r.value ->> 'runs_missed')::numeric) as missed,
+      string_agg(
+        concat(r.key, ' last ran at ', r.value ->> 'last_run_at'), '; '
+        order by (r.value ->> 'runs_missed')::numeric desc
+      ) filter (where r.value ->> 'runs_missed' > '0') as detail
+    from jsonb_each(p_health -> 'routines') as r
+  ) as cron
+  cross join lateral (values
+    ('cron_silent', cron.missed, cron.detail),
+    ('paused', jsonb_array_length(p_health -> 'paused')::numeric, p_health ->> 'paused'),
+    (
+      'vacuum_held_back', (p_health #>> '{vacuum,oldest_transactions}')::numeric,
+      private.name_vacuum_holders()
+    ),
+    (
+      'dead_deliveries', h.dead::numeric, concat(h.dead, ' deliveries to webhooks were given up')
+    ),
+    (
+      'books',
+      (h.b ->> 'recent_problems')::numeric + coalesce((h.b ->> 'problems')::numeric, 0),
+      format('%s problems among what moved last, %s at the check of %s',
+        h.b ->> 'recent_problems', coalesce(h.b ->> 'problems', 'none'),
+        coalesce(h.b ->> 'checked_at', 'never'))
+    )
+  ) as m (alert, value, detail)
+$$;
+
+revoke all on function private.measure_surroundings(jsonb)
+from public, anon, authenticated, service_role;
+
+-- The worst first.
+create or replace function private.health_alerts(p_health jsonb)
+returns jsonb
+language sql
+stable
+set search_path = ''
+as $$
+  select coalesce(jsonb_agg(jsonb_build_object(
+    'alert', rule.alert, 'severity', rule.severity, 'detail', m.detail, 'hint', rule.hint
+  ) order by rule.severity, rule.alert), '[]')
+  from (
+    select * from private.measure_queue(p_health)
+    union all
+    select * from private.measure_workers(p_health)
+    union all
+    select * from private.measure_surroundings(p_health)
+  ) as m
+  inner join private.alert_rules as rule on rule.alert = m.alert
+  where m.value > rule.threshold and coalesce(m.cases >= rule.min_cases, true)
+$$;
+
+revoke all on function private.health_alerts(jsonb) from public, anon, authenticated, service_role;
+
+-- Body of public.queue_health.
+create or replace function private.queue_health()
+returns json
+language plpgsql
+stable
+security definer
+set search_path = ''
+-- Compiling would take longer than running.
+set jit = off
+as $$
+declare
+  v_alerts jsonb;
+  v_health jsonb := jsonb_build_object(
+    'depth', private.depth_health(),
+    'running', private.running_health(),
+    'rates', private.rates_health(),
+    'workers', private.worker_health(),
+    'routines', private.routine_health(),
+    'paused', (select coalesce(jsonb_agg(to_jsonb(p)), '[]') from private.paused_now as p),
+    'vacuum', (
+      select jsonb_build_object(
+        'oldest_transactions', coalesce(max(h.age_transactions), 0),
+        'sees_all_sessions', pg_has_role(current_user, 'pg_read_all_stats', 'usage')
+      )
+      from private.vacuum_holders as h
+    ),
+    'outbox', private.outbox_health(),
+    'books', private.books_health()
+  );
+begin
+  v_alerts := private.health_alerts(v_health);
+  return json_build_object(
+    'status', coalesce(v_alerts #>> '{0,severity}', 'ok'),
+    'alerts', v_alerts,
+    'depth', v_health -> 'depth',
+    'running', v_health -> 'running',
+    'rates', v_health -> 'rates',
+    'workers', v_health -> 'workers',
+    'routines', v_health -> 'routines',
+    'paused', v_health -> 'paused',
+    'vacuum', v_health -> 'vacuum',
+    'outbox', v_health -> 'outbox',
+    'books', v_health -> 'books'
+  );
+end;
+$$;
+
+revoke all on function private.queue_health() from public, anon, authenticated, service_role;
+grant execute on function private.queue_health() to service_role;
+
+create or replace function public.queue_health()
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select private.queue_health()
+$$;
+
+comment on function public.queue_health is
+  'How the queue is, for monitors: {status (ok | warning | critical), alerts [{alert, severity, '
+  'detail, hint}], depth {ready, delayed, paused, oldest_ready_seconds}, running {jobs, stale, '
+  'stale_seconds}, rates {last_minute, per_minute_of_15, attempts_of_15_minutes, error_rate}, '
+  'workers {alive, asleep, listening, slots, slots_used}, routines {name: {last_run_at, '
+  'every_seconds, runs_missed}}, paused, vacuum {oldest_transactions, sees_all_sessions}, outbox '
+  '{pending, oldest_pending_seconds, dead}, books {recent_problems, checked_at, problems, '
+  'examples}}. Thresholds are rows of private.alert_rules.';
+
+revoke all on function public.queue_health() from public, anon, authenticated, service_role;
+grant execute on function public.queue_health() to service_role;
 -- Rows and schedules: the only file that writes any. Running it again changes nothing that an
 -- operator has set. What is not installed here is skipped with a notice.
 
@@ -7896,6 +9057,60 @@ insert into private.push_texts (event_type, title, body) values
 ('generation.failed', 'Your picture could not be made', 'Your credits are back.')
 on conflict do nothing;
 
+insert into private.alert_rules (alert, threshold, unit, min_cases, severity, hint) values
+(
+  'depth', 10000, 'ready jobs', 0, 'warning',
+  'Start more workers, or give them more slots. Which model: private.queue_by_model.'
+),
+(
+  'oldest_age', 300, 'seconds', 0, 'warning',
+  'Start more workers, or give them more slots. Whose: private.waiting_now.'
+),
+(
+  'error_rate', 0.25, 'share of attempts', 20, 'critical',
+  'private.errors_by_model says which model and in which words. A model that only fails is taken '
+  'off the list with is_active = false.'
+),
+(
+  'stuck', 120, 'seconds', 0, 'critical',
+  'Nobody recovers them: start a worker or pg_cron, or select private.recover_stale_jobs(). '
+  'Which: private.stuck_jobs.'
+),
+(
+  'no_worker', 0, 'ready jobs', 0, 'critical',
+  'Start a worker, or look into the log of the one that stopped.'
+),
+(
+  'not_listening', 0, 'workers', 0, 'warning',
+  'They find jobs by polling only. Give them a direct or session-mode connection: LISTEN does not '
+  'work through a transaction pooler. Which: private.worker_activity.'
+),
+(
+  'cron_silent', 3, 'runs missed', 0, 'warning',
+  'See cron.job_run_details and that pg_cron runs. Set routines.every to null if a routine is no '
+  'longer to run.'
+),
+(
+  'paused', 0, 'pauses', 0, 'warning',
+  'Jobs of what is paused wait. If the provider refused the account, see its billing and key.'
+),
+(
+  'vacuum_held_back', 1000000, 'transactions', 0, 'warning',
+  'Dead rows pile up in the queue. End the transaction (pg_terminate_backend(pid)), the prepared '
+  'transaction or the replication slot. All of them: private.vacuum_holders.'
+),
+(
+  'dead_deliveries', 0, 'deliveries', 0, 'warning',
+  'private.undelivered says why. Once the receiver works: enable_webhook, redeliver_dead; or '
+  'delete_webhook.'
+),
+(
+  'books', 0, 'problems', 0, 'critical',
+  'See private.broken_books: the ledger is right, and entitlements have to follow it. Once mended, '
+  'select private.check_books() to check anew.'
+)
+on conflict do nothing;
+
 -- Users from before the installation.
 do $$
 begin
@@ -7921,20 +9136,31 @@ begin
 end;
 $$;
 
+-- Each leaves its time in routines when it has run to its end.
 do $$
+declare
+  v_job record;
 begin
   if current_database() is distinct from current_setting('cron.database_name', true) then
     raise notice 'Darkroom: no pg_cron for this database; workers do its work on their own';
     return;
   end if;
   create extension if not exists pg_cron with schema pg_catalog;
-  perform cron.schedule(
-    'darkroom_recover_stale_jobs', '* * * * *', 'select private.recover_stale_jobs()'
-  );
-  perform cron.schedule(
-    'darkroom_apply_retention', '* * * * *', 'select private.apply_retention()'
-  );
-  perform cron.schedule('darkroom_trim_history', '17 3 * * *', 'select private.trim_history()');
+  for v_job in
+    select * from (values
+      ('recover_stale_jobs', '* * * * *', interval '1 minute'),
+      ('apply_retention', '* * * * *', interval '1 minute'),
+      ('trim_history', '17 3 * * *', interval '1 day'),
+      ('check_books', '47 3 * * *', interval '1 day')
+    ) as job (name, schedule, every)
+  loop
+    perform cron.schedule(
+      'darkroom_' || v_job.name, v_job.schedule,
+      format('select private.%1$s(), private.note_run(%1$L)', v_job.name)
+    );
+    insert into private.routines (name, every) values (v_job.name, v_job.every)
+    on conflict (name) do update set every = coalesce(routines.every, excluded.every);
+  end loop;
 end;
 $$;
 

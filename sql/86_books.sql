@@ -1,0 +1,171 @@
+-- The books: do money, slots and places add up?
+--
+-- broken_books names whatever breaks one of six rules; it is empty at every moment between
+-- transactions. Read in full it reads all history. So check_books does that nightly and keeps what
+-- it found, and queue_health() (88) shows that and reads the view only for what moved lately.
+
+create view private.broken_books with (security_invoker = true) as
+select
+  'balance' as rule,
+  e.user_id,
+  null::uuid as generation_id,
+  format('credits are %s, the ledger ends at %s', e.credits, coalesce(l.balance_after, 0)) as detail
+from public.entitlements as e
+left join lateral (
+  select c.balance_after
+  from public.credit_ledger as c
+  where c.user_id = e.user_id
+  order by c.id desc limit 1
+) as l on true
+where e.credits <> coalesce(l.balance_after, 0)
+union all
+select
+  'ledger' as rule,
+  l.user_id,
+  l.generation_id,
+  format('entry %s: %s and %s are not %s', l.id, l.balance_before, l.amount, l.balance_after)
+    as detail
+from (
+  select
+    c.*,
+    lag(c.balance_after, 1, 0) over (partition by c.user_id order by c.id) as balance_before
+  from public.credit_ledger as c
+  -- Of a user who is gone the oldest entries may be, too.
+  inner join public.entitlements as e on c.user_id = e.user_id
+) as l
+where l.balance_before + l.amount <> l.balance_after
+union all
+select
+  'active_jobs' as rule,
+  e.user_id,
+  null as generation_id,
+  format('active_jobs is %s, live jobs are %s', e.active_jobs, coalesce(live.jobs, 0)) as detail
+from public.entitlements as e
+left join (
+  select
+    job.user_id,
+    count(*) as jobs
+  from (
+    select r.user_id from private.ready_jobs as r
+    union all
+    select r.user_id from private.running_jobs as r
+  ) as job
+  group by job.user_id
+) as live on e.user_id = live.user_id
+where e.active_jobs <> coalesce(live.jobs, 0)
+union all
+select
+  'place' as rule,
+  g.user_id,
+  g.id as generation_id,
+  format('%s, and %s', g.status, case
+    when ready.job_id is not null then 'ready'
+    when running.job_id is not null then 'running'
+    else 'neither ready nor running'
+  end) as detail
+from public.generations as g
+left join private.ready_jobs as ready on g.id = ready.job_id
+left join private.running_jobs as running on g.id = running.job_id
+where (g.status = 'queued', g.status = 'processing')
+  <> (ready.job_id is not null, running.job_id is not null)
+union all
+select
+  'charge' as rule,
+  g.user_id,
+  g.id as generation_id,
+  format('the price is %s, charged were %s', g.price_credits, coalesce(-l.amount, 0)) as detail
+from public.generations as g
+left join (
+  select
+    c.generation_id,
+    sum(c.amount) as amount
+  from public.credit_ledger as c
+  where c.kind = 'charge'
+  group by c.generation_id
+) as l on g.id = l.generation_id
+where coalesce(-l.amount, 0) <> g.price_credits
+union all
+-- A canceled job gives back what the setting of that day said; see finish_canceled.
+select
+  'refund' as rule,
+  g.user_id,
+  g.id as generation_id,
+  format('%s at the price of %s, refunded were %s', g.status, g.price_credits, l.amount) as detail
+from public.generations as g
+left join public.credit_ledger as l on g.id = l.generation_id and l.kind = 'refund'
+where case g.status
+  when 'failed' then coalesce(l.amount, 0) <> g.price_credits
+  when 'canceled' then coalesce(l.amount > g.price_credits, g.price_credits > 0)
+  when 'completed' then coalesce(l.amount, 0) <> (
+    select g.price_credits * (g.image_count - count(*)) / g.image_count
+    from public.images as i
+    where i.generation_id = g.id
+  )
+  else l.amount is not null
+end;
+
+comment on view private.broken_books is
+  'Are the books right? One row for each broken rule: balance and ledger (each entry follows from '
+  'the one before, the balance is the last), active_jobs (the live jobs), place (queued is ready, '
+  'processing is running), charge (the price, once), refund (what was charged but not made).';
+
+revoke all on table private.broken_books from public, anon, authenticated, service_role;
+
+-- What is broken among the users and generations that moved last.
+create or replace function private.recent_broken_books(p_at_most integer default 200)
+returns setof private.broken_books
+language plpgsql
+stable
+set search_path = ''
+-- Whatever the planner thinks: a few hundred rows, each reached by its key.
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+as $$
+declare
+  v_ids uuid[] := array(select g.id from public.generations as g order by g.id desc limit p_at_most)
+    || array(
+      select a.generation_id
+      from private.attempts as a
+      where a.ended_at > now() - interval '15 minutes'
+      order by a.ended_at desc limit p_at_most
+    );
+  v_user_ids uuid[] := array(
+    select distinct g.user_id from public.generations as g where g.id = any (v_ids)
+  );
+begin
+  return query
+  select b.* from private.broken_books as b
+  where b.rule = 'balance' and b.user_id = any (v_user_ids)
+  union all
+  select b.* from private.broken_books as b
+  where b.rule in ('place', 'refund') and b.generation_id = any (v_ids);
+end;
+$$;
+
+revoke all on function private.recent_broken_books(integer)
+from public, anon, authenticated, service_role;
+
+-- Holds all books against the rules and keeps what is broken. Answers how much that is.
+create or replace function private.check_books()
+returns integer
+language sql
+set search_path = ''
+as $$
+  insert into private.routines as r (name, result)
+  select 'check_books', jsonb_build_object(
+    'problems', count(*),
+    'examples', coalesce(jsonb_agg(b.problem) filter (where b.place <= 20), '[]')
+  )
+  from (
+    select to_jsonb(broken) as problem, row_number() over () as place
+    from private.broken_books as broken
+  ) as b
+  on conflict (name) do update set last_run_at = excluded.last_run_at, result = excluded.result
+  returning (r.result ->> 'problems')::integer
+$$;
+
+comment on function private.check_books is
+  'Reads all history, nightly by pg_cron, and keeps what broken_books finds in routines.';
+
+revoke all on function private.check_books() from public, anon, authenticated, service_role;

@@ -1,0 +1,224 @@
+-- Health: queue_health() counts what moves, and holds it against alert_rules (17).
+--
+-- Everything it reads is as small as the work in hand or the last fifteen minutes, never as long as
+-- history: a monitor may call it every few seconds. What needs more is a view (89) or runs nightly
+-- (86). It names sessions by pid and application, and never shows a query, a prompt or an input.
+
+create view private.vacuum_holders with (security_invoker = true) as
+select
+  'session' as kind,
+  a.pid,
+  coalesce(nullif(a.application_name, ''), a.backend_type) as name,
+  a.state,
+  greatest(age(a.backend_xid), age(a.backend_xmin)) as age_transactions,
+  now() - a.xact_start as since
+from pg_stat_activity as a
+where (a.backend_xmin is not null or a.backend_xid is not null)
+  and (a.datname = current_database() or a.datname is null)
+  and a.pid <> pg_backend_pid()
+  -- Its own snapshot holds back nothing.
+  and a.backend_type <> 'autovacuum worker'
+union all
+select
+  'prepared transaction' as kind,
+  null as pid,
+  p.gid as name,
+  'prepared' as state,
+  age(p.transaction) as age_transactions,
+  now() - p.prepared as since
+from pg_prepared_xacts as p
+where p.database = current_database()
+union all
+select
+  'replication slot' as kind,
+  s.active_pid as pid,
+  s.slot_name::text as name,
+  case when s.active then 'active' else 'inactive' end as state,
+  age(s.xmin) as age_transactions,
+  null as since
+from pg_replication_slots as s
+where s.xmin is not null
+order by age_transactions desc;
+
+comment on view private.vacuum_holders is
+  'Who holds back vacuum? While one of these is old, no dead row can be cleaned up, and the tables '
+  'of the queue grow. Sessions of other roles show only to members of pg_read_all_stats.';
+
+revoke all on table private.vacuum_holders from public, anon, authenticated, service_role;
+
+-- Notes that a routine ran to its end; pg_cron calls it after the routine.
+create or replace function private.note_run(p_name text)
+returns void
+language sql
+set search_path = ''
+as $$
+  update private.routines set last_run_at = now() where name = p_name
+$$;
+
+revoke all on function private.note_run(text) from public, anon, authenticated, service_role;
+
+-- Jobs that wait, and how long the one has that came first of those that may be claimed.
+create or replace function private.depth_health()
+returns jsonb
+language sql
+stable
+set search_path = ''
+as $$
+  select jsonb_build_object(
+    'ready', coalesce(sum(q.ready), 0),
+    'delayed', coalesce(sum(q.delayed), 0),
+    'paused', coalesce(sum(q.paused), 0),
+    'oldest_ready_seconds', max(q.oldest_ready_seconds)
+  )
+  from private.queue_by_model as q
+$$;
+
+revoke all on function private.depth_health() from public, anon, authenticated, service_role;
+
+create or replace function private.running_health()
+returns jsonb
+language sql
+stable
+set search_path = ''
+as $$
+  select jsonb_build_object(
+    'jobs', count(*),
+    'stale', count(*) filter (where s.ended_at < now()),
+    'stale_seconds', extract(epoch from max(now() - s.ended_at) filter (where s.ended_at < now()))
+  )
+  from private.running_jobs as r
+  cross join lateral (select least(r.lease_until, r.deadline_at) as ended_at) as s
+$$;
+
+revoke all on function private.running_health() from public, anon, authenticated, service_role;
+
+-- Counts by minute. The error rate is that of attempts: while jobs are retried for an hour, none
+-- has failed, and still nothing works.
+create or replace function private.rates_health()
+returns jsonb
+language sql
+stable
+set search_path = ''
+-- Read by time alone: the planner may think a scan of all history as good.
+set enable_seqscan = off
+as $$
+  select jsonb_build_object(
+    'last_minute', jsonb_build_object(
+      'enqueued', asked.new, 'completed', ended.new_completed, 'failed', ended.new_failed,
+      'retried', ended.new_retried
+    ),
+    'per_minute_of_15', jsonb_build_object(
+      'enqueued', round(asked.jobs / 15.0, 2), 'completed', round(ended.completed / 15.0, 2),
+      'failed', round(ended.failed / 15.0, 2), 'retried', round(ended.retried / 15.0, 2)
+    ),
+    'attempts_of_15_minutes', ended.completed + ended.failed + ended.retried,
+    'error_rate', round(
+      (ended.failed + ended.retried)::numeric
+      / nullif(ended.completed + ended.failed + ended.retried, 0), 4
+    )
+  )
+  from (
+    select
+      count(*) as jobs,
+      count(*) filter (where g.created_at > now() - interval '1 minute') as new
+    from public.generations as g
+    where g.id >= private.first_id_of(now() - interval '15 minutes')
+      and g.created_at > now() - interval '15 minutes'
+  ) as asked
+  cross join (
+    select
+      count(*) filter (where a.outcome = 'completed') as completed,
+      count(*) filter (where a.outcome = 'failed') as failed,
+      count(*) filter (where a.outcome = 'retried') as retried,
+      count(*) filter (where a.outcome = 'completed' and a.is_new) as new_completed,
+      count(*) filter (where a.outcome = 'failed' and a.is_new) as new_failed,
+      count(*) filter (where a.outcome = 'retried' and a.is_new) as new_retried
+    from (
+      select e.outcome, e.ended_at > now() - interval '1 minute' as is_new
+      from private.attempts as e
+      where e.ended_at > now() - interval '15 minutes'
+    ) as a
+  ) as ended
+$$;
+
+revoke all on function private.rates_health() from public, anon, authenticated, service_role;
+
+-- A worker that stopped without unregistering counts until its lease would have run out.
+create or replace function private.worker_health()
+returns jsonb
+language sql
+stable
+set search_path = ''
+as $$
+  select jsonb_build_object(
+    'alive', count(*),
+    'asleep', count(*) filter (where w.asleep),
+    'listening', count(*) filter (where w.is_listening),
+    'slots', coalesce(sum(w.slots), 0),
+    'slots_used', (
+      select count(*) from private.running_jobs as r where r.worker_id = any (array_agg(w.id))
+    )
+  )
+  from private.workers as w
+  where w.seen_at > now() - (select s.lease from private.settings as s)
+$$;
+
+revoke all on function private.worker_health() from public, anon, authenticated, service_role;
+
+create or replace function private.routine_health()
+returns jsonb
+language sql
+stable
+set search_path = ''
+as $$
+  select coalesce(jsonb_object_agg(r.name, jsonb_build_object(
+    'last_run_at', r.last_run_at,
+    'every_seconds', extract(epoch from r.every),
+    'runs_missed', trunc(extract(epoch from now() - r.last_run_at) / extract(epoch from r.every))
+  )), '{}')
+  from private.routines as r
+  where r.every is not null
+$$;
+
+revoke all on function private.routine_health() from public, anon, authenticated, service_role;
+
+create or replace function private.books_health()
+returns jsonb
+language sql
+stable
+set search_path = ''
+as $$
+  select jsonb_build_object(
+    'recent_problems', (select count(*) from private.recent_broken_books()),
+    'checked_at', max(r.last_run_at),
+    'problems', (max(r.result ->> 'problems'))::integer,
+    'examples', coalesce(jsonb_agg(r.result -> 'examples') -> 0, '[]')
+  )
+  from private.routines as r
+  where r.name = 'check_books' and r.result is not null
+$$;
+
+revoke all on function private.books_health() from public, anon, authenticated, service_role;
+
+-- Dead deliveries count while their webhook is there: deleting it says that nobody misses them. A
+-- push that found no device any more is nothing to mend.
+create or replace function private.outbox_health()
+returns jsonb
+language sql
+stable
+set search_path = ''
+as $$
+  select jsonb_build_object(
+    'pending', count(*),
+    'oldest_pending_seconds', extract(epoch from now() - min(d.created_at)),
+    'dead', (
+      select count(*)
+      from private.webhook_endpoints as e
+      inner join private.deliveries as dead on dead.lane = e.id::text and dead.state = 'dead'
+    )
+  )
+  from private.deliveries as d
+  where d.state = 'pending'
+$$;
+
+revoke all on function private.outbox_health() from public, anon, authenticated, service_role;

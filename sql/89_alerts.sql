@@ -1,0 +1,225 @@
+-- Alerts: what health counts (88) against alert_rules, and queue_health(), which answers both.
+--
+-- Each measure names its rule, a value, how many cases that rests on, and what to tell people. The
+-- alert is raised while the value is above the rule's threshold, and is gone with the next call
+-- after that: nothing is remembered here.
+
+-- Who has held back vacuum for longest, beyond the rule's threshold.
+create or replace function private.name_vacuum_holders()
+returns text
+language sql
+stable
+set search_path = ''
+as $$
+  select string_agg(
+    concat_ws(
+      ' ', v.kind, v.pid, quote_ident(v.name), v.state, 'since ' || date_trunc('second', v.since),
+      format('(%s transactions)', v.age_transactions)
+    ), '; ' order by v.age_transactions desc
+  )
+  from (
+    select h.* from private.vacuum_holders as h
+    where h.age_transactions > (
+      select rule.threshold from private.alert_rules as rule
+      where rule.alert = 'vacuum_held_back'
+    )
+    order by h.age_transactions desc limit 5
+  ) as v
+$$;
+
+revoke all on function private.name_vacuum_holders() from public, anon, authenticated, service_role;
+
+create or replace function private.measure_queue(p_health jsonb)
+returns table (alert text, value numeric, cases bigint, detail text)
+language sql
+stable
+set search_path = ''
+as $$
+  select m.alert, m.value, m.cases, m.detail
+  from (
+    select p_health -> 'depth' as d, p_health -> 'running' as r, p_health -> 'rates' as t
+  ) as h
+  cross join lateral (values
+    (
+      'depth', (h.d ->> 'ready')::numeric, null::bigint, concat(h.d ->> 'ready', ' jobs are ready')
+    ),
+    (
+      'oldest_age', (h.d ->> 'oldest_ready_seconds')::numeric, null,
+      format('a job has waited for %s s', round((h.d ->> 'oldest_ready_seconds')::numeric))
+    ),
+    (
+      'error_rate', (h.t ->> 'error_rate')::numeric, (h.t ->> 'attempts_of_15_minutes')::bigint,
+      format('of %s attempts in 15 minutes, %s %% ended in an error',
+        h.t ->> 'attempts_of_15_minutes', round(100 * (h.t ->> 'error_rate')::numeric))
+    ),
+    (
+      'stuck', (h.r ->> 'stale_seconds')::numeric, null,
+      format('%s running jobs are past lease or deadline, one for %s s',
+        h.r ->> 'stale', round((h.r ->> 'stale_seconds')::numeric))
+    )
+  ) as m (alert, value, cases, detail)
+$$;
+
+revoke all on function private.measure_queue(jsonb) from public, anon, authenticated, service_role;
+
+create or replace function private.measure_workers(p_health jsonb)
+returns table (alert text, value numeric, cases bigint, detail text)
+language sql
+stable
+set search_path = ''
+as $$
+  select m.alert, m.value, null::bigint, m.detail
+  from (
+    select
+      (p_health #>> '{workers,alive}')::numeric as alive,
+      (p_health #>> '{workers,listening}')::numeric as listening,
+      (p_health #>> '{depth,ready}')::numeric as ready
+  ) as h
+  cross join lateral (values
+    (
+      'no_worker', case when h.alive = 0 then h.ready end,
+      format('%s jobs are ready and no worker is alive', h.ready)
+    ),
+    (
+      'not_listening', h.alive - h.listening,
+      format('%s of %s workers', h.alive - h.listening, h.alive)
+    )
+  ) as m (alert, value, detail)
+$$;
+
+revoke all on function private.measure_workers(jsonb)
+from public, anon, authenticated, service_role;
+
+create or replace function private.measure_surroundings(p_health jsonb)
+returns table (alert text, value numeric, cases bigint, detail text)
+language sql
+stable
+set search_path = ''
+as $$
+  select m.alert, m.value, null::bigint, m.detail
+  from (select p_health -> 'books' as b, p_health #>> '{outbox,dead}' as dead) as h
+  cross join (
+    select
+      max((r.value ->> 'runs_missed')::numeric) as missed,
+      string_agg(
+        concat(r.key, ' last ran at ', r.value ->> 'last_run_at'), '; '
+        order by (r.value ->> 'runs_missed')::numeric desc
+      ) filter (where r.value ->> 'runs_missed' > '0') as detail
+    from jsonb_each(p_health -> 'routines') as r
+  ) as cron
+  cross join lateral (values
+    ('cron_silent', cron.missed, cron.detail),
+    ('paused', jsonb_array_length(p_health -> 'paused')::numeric, p_health ->> 'paused'),
+    (
+      'vacuum_held_back', (p_health #>> '{vacuum,oldest_transactions}')::numeric,
+      private.name_vacuum_holders()
+    ),
+    (
+      'dead_deliveries', h.dead::numeric, concat(h.dead, ' deliveries to webhooks were given up')
+    ),
+    (
+      'books',
+      (h.b ->> 'recent_problems')::numeric + coalesce((h.b ->> 'problems')::numeric, 0),
+      format('%s problems among what moved last, %s at the check of %s',
+        h.b ->> 'recent_problems', coalesce(h.b ->> 'problems', 'none'),
+        coalesce(h.b ->> 'checked_at', 'never'))
+    )
+  ) as m (alert, value, detail)
+$$;
+
+revoke all on function private.measure_surroundings(jsonb)
+from public, anon, authenticated, service_role;
+
+-- The worst first.
+create or replace function private.health_alerts(p_health jsonb)
+returns jsonb
+language sql
+stable
+set search_path = ''
+as $$
+  select coalesce(jsonb_agg(jsonb_build_object(
+    'alert', rule.alert, 'severity', rule.severity, 'detail', m.detail, 'hint', rule.hint
+  ) order by rule.severity, rule.alert), '[]')
+  from (
+    select * from private.measure_queue(p_health)
+    union all
+    select * from private.measure_workers(p_health)
+    union all
+    select * from private.measure_surroundings(p_health)
+  ) as m
+  inner join private.alert_rules as rule on rule.alert = m.alert
+  where m.value > rule.threshold and coalesce(m.cases >= rule.min_cases, true)
+$$;
+
+revoke all on function private.health_alerts(jsonb) from public, anon, authenticated, service_role;
+
+-- Body of public.queue_health.
+create or replace function private.queue_health()
+returns json
+language plpgsql
+stable
+security definer
+set search_path = ''
+-- Compiling would take longer than running.
+set jit = off
+as $$
+declare
+  v_alerts jsonb;
+  v_health jsonb := jsonb_build_object(
+    'depth', private.depth_health(),
+    'running', private.running_health(),
+    'rates', private.rates_health(),
+    'workers', private.worker_health(),
+    'routines', private.routine_health(),
+    'paused', (select coalesce(jsonb_agg(to_jsonb(p)), '[]') from private.paused_now as p),
+    'vacuum', (
+      select jsonb_build_object(
+        'oldest_transactions', coalesce(max(h.age_transactions), 0),
+        'sees_all_sessions', pg_has_role(current_user, 'pg_read_all_stats', 'usage')
+      )
+      from private.vacuum_holders as h
+    ),
+    'outbox', private.outbox_health(),
+    'books', private.books_health()
+  );
+begin
+  v_alerts := private.health_alerts(v_health);
+  return json_build_object(
+    'status', coalesce(v_alerts #>> '{0,severity}', 'ok'),
+    'alerts', v_alerts,
+    'depth', v_health -> 'depth',
+    'running', v_health -> 'running',
+    'rates', v_health -> 'rates',
+    'workers', v_health -> 'workers',
+    'routines', v_health -> 'routines',
+    'paused', v_health -> 'paused',
+    'vacuum', v_health -> 'vacuum',
+    'outbox', v_health -> 'outbox',
+    'books', v_health -> 'books'
+  );
+end;
+$$;
+
+revoke all on function private.queue_health() from public, anon, authenticated, service_role;
+grant execute on function private.queue_health() to service_role;
+
+create or replace function public.queue_health()
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select private.queue_health()
+$$;
+
+comment on function public.queue_health is
+  'How the queue is, for monitors: {status (ok | warning | critical), alerts [{alert, severity, '
+  'detail, hint}], depth {ready, delayed, paused, oldest_ready_seconds}, running {jobs, stale, '
+  'stale_seconds}, rates {last_minute, per_minute_of_15, attempts_of_15_minutes, error_rate}, '
+  'workers {alive, asleep, listening, slots, slots_used}, routines {name: {last_run_at, '
+  'every_seconds, runs_missed}}, paused, vacuum {oldest_transactions, sees_all_sessions}, outbox '
+  '{pending, oldest_pending_seconds, dead}, books {recent_problems, checked_at, problems, '
+  'examples}}. Thresholds are rows of private.alert_rules.';
+
+revoke all on function public.queue_health() from public, anon, authenticated, service_role;
+grant execute on function public.queue_health() to service_role;
