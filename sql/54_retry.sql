@@ -14,7 +14,7 @@ set search_path = ''
 as $$
   select g.* from public.generations as g
   where g.retry_of = p_generation_id and g.status not in ('failed', 'canceled')
-  order by g.id limit 1
+  order by g.deleted_at nulls first, g.id limit 1
 $$;
 
 revoke all on function private.find_retry(uuid)
@@ -69,7 +69,7 @@ declare
   v_model public.models;
   v_draft public.generations;
 begin
-  if v_known.id is not null then
+  if v_known.id is not null and v_known.deleted_at is null then
     return private.enqueue_answer(v_known);
   end if;
   v_model := private.require_model(v_old.model_id, v_user_id, v_plan.name);

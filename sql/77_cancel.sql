@@ -20,7 +20,7 @@ declare
   v_job_id uuid;
   v_worker_id bigint;
   v_taken private.ready_jobs;
-  v_all_taken private.ready_jobs[] := '{}';
+  v_all_taken private.ready_jobs[] := '{}'::private.ready_jobs[];
 begin
   foreach v_job_id in array array(select j.id from unnest(p_job_ids) as j (id) order by j.id) loop
     -- A job may go from ready to running, or back, between two looks.

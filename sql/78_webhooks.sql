@@ -131,7 +131,7 @@ security definer
 set search_path = ''
 as $$
 declare
-  v_all text[] := '{generation.completed,generation.failed,generation.canceled}';
+  v_all text[] := '{generation.completed,generation.failed,generation.canceled}'::text[];
   v_events text[] := coalesce(p_events, v_all);
   v_endpoint private.webhook_endpoints;
 begin

@@ -37,7 +37,10 @@ from public, anon, authenticated, service_role;
 
 -- Hides these finished generations and marks their files; those without files go at once. Answers
 -- how many files and generations.
-create or replace function private.expire_generations(p_ids uuid[])
+create or replace function private.expire_generations(
+  p_ids uuid[],
+  p_only_deleted boolean default false
+)
 returns integer
 language plpgsql
 set search_path = ''
@@ -48,7 +51,9 @@ declare
 begin
   v_ids := array(
     select g.id from public.generations as g
-    where g.id = any (p_ids) and g.finished_at is not null order by g.id for update
+    where g.id = any (p_ids) and g.finished_at is not null
+      and (g.deleted_at is not null or not p_only_deleted)
+    order by g.id for update
   );
   update public.generations set deleted_at = now()
   where id = any (v_ids) and deleted_at is null;
@@ -64,7 +69,7 @@ begin
 end;
 $$;
 
-revoke all on function private.expire_generations(uuid[])
+revoke all on function private.expire_generations(uuid[], boolean)
 from public, anon, authenticated, service_role;
 
 -- Generations their users deleted, longest ago first.
@@ -78,7 +83,7 @@ as $$
     where g.deleted_at <= now() - (select s.keep_deleted from private.settings as s)
       and g.finished_at is not null
     order by g.deleted_at limit p_at_most
-  ))
+  ), true)
 $$;
 
 revoke all on function private.expire_deleted(integer)
@@ -95,7 +100,7 @@ declare
   v_place text := private.begin_walk('generations');
   v_met public.generations;
   v_seen integer := 0;
-  v_ids uuid[] := '{}';
+  v_ids uuid[] := '{}'::uuid[];
 begin
   if v_before is null or v_place is null then
     return 0;

@@ -173,3 +173,14 @@ def test_redrive_refuses_what_it_does_not_know(db, service, arguments):
     code, since, *rest = arguments
     with unchanged(db), refused("PT400", "invalid_input"):
         service.redrive_failed(code, since, **({"at_most": rest[0]} if rest else {}))
+
+
+def test_a_retry_that_its_user_deleted_is_made_again(alice, failed, worker):
+    old = failed()
+    first = alice.retry_generation(old)["job_id"]
+    worker.complete_job(worker.claimed())
+    alice.delete_generation(first)
+
+    again = alice.retry_generation(old)
+
+    assert (again["job_id"] != first, again["status"]) == (True, "queued")

@@ -3872,7 +3872,7 @@ set search_path = ''
 as $$
   select g.* from public.generations as g
   where g.retry_of = p_generation_id and g.status not in ('failed', 'canceled')
-  order by g.id limit 1
+  order by g.deleted_at nulls first, g.id limit 1
 $$;
 
 revoke all on function private.find_retry(uuid)
@@ -3927,7 +3927,7 @@ declare
   v_model public.models;
   v_draft public.generations;
 begin
-  if v_known.id is not null then
+  if v_known.id is not null and v_known.deleted_at is null then
     return private.enqueue_answer(v_known);
   end if;
   v_model := private.require_model(v_old.model_id, v_user_id, v_plan.name);
@@ -6418,7 +6418,7 @@ declare
   v_job_id uuid;
   v_worker_id bigint;
   v_taken private.ready_jobs;
-  v_all_taken private.ready_jobs[] := '{}';
+  v_all_taken private.ready_jobs[] := '{}'::private.ready_jobs[];
 begin
   foreach v_job_id in array array(select j.id from unnest(p_job_ids) as j (id) order by j.id) loop
     -- A job may go from ready to running, or back, between two looks.
@@ -6670,7 +6670,7 @@ security definer
 set search_path = ''
 as $$
 declare
-  v_all text[] := '{generation.completed,generation.failed,generation.canceled}';
+  v_all text[] := '{generation.completed,generation.failed,generation.canceled}'::text[];
   v_events text[] := coalesce(p_events, v_all);
   v_endpoint private.webhook_endpoints;
 begin
@@ -8123,7 +8123,10 @@ from public, anon, authenticated, service_role;
 
 -- Hides these finished generations and marks their files; those without files go at once. Answers
 -- how many files and generations.
-create or replace function private.expire_generations(p_ids uuid[])
+create or replace function private.expire_generations(
+  p_ids uuid[],
+  p_only_deleted boolean default false
+)
 returns integer
 language plpgsql
 set search_path = ''
@@ -8134,7 +8137,9 @@ declare
 begin
   v_ids := array(
     select g.id from public.generations as g
-    where g.id = any (p_ids) and g.finished_at is not null order by g.id for update
+    where g.id = any (p_ids) and g.finished_at is not null
+      and (g.deleted_at is not null or not p_only_deleted)
+    order by g.id for update
   );
   update public.generations set deleted_at = now()
   where id = any (v_ids) and deleted_at is null;
@@ -8150,7 +8155,7 @@ begin
 end;
 $$;
 
-revoke all on function private.expire_generations(uuid[])
+revoke all on function private.expire_generations(uuid[], boolean)
 from public, anon, authenticated, service_role;
 
 -- Generations their users deleted, longest ago first.
@@ -8164,7 +8169,7 @@ as $$
     where g.deleted_at <= now() - (select s.keep_deleted from private.settings as s)
       and g.finished_at is not null
     order by g.deleted_at limit p_at_most
-  ))
+  ), true)
 $$;
 
 revoke all on function private.expire_deleted(integer)
@@ -8181,7 +8186,7 @@ declare
   v_place text := private.begin_walk('generations');
   v_met public.generations;
   v_seen integer := 0;
-  v_ids uuid[] := '{}';
+  v_ids uuid[] := '{}'::uuid[];
 begin
   if v_before is null or v_place is null then
     return 0;
