@@ -116,7 +116,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         receiver = self.receiver
-        body = self.rfile.read(int(self.headers["content-length"]))
+        length = int(self.headers["content-length"])
+        body = self.rfile.read(length)
+        if len(body) < length:  # the sender died on the way
+            self.close_connection = True
+            return
         headers = {name.lower(): value for name, value in self.headers.items()}
         request = Request(self.path, headers, body)
         receiver.requests.append(request)
@@ -126,8 +130,8 @@ class Handler(BaseHTTPRequestHandler):
             receiver.released.wait()
             return
         self.send_response(answer.status)
-        length = 10**12 if answer.floods else len(answer.body)
-        for name, value in (answer.headers | {"content-length": str(length)}).items():
+        size = str(10**12 if answer.floods else len(answer.body))
+        for name, value in (answer.headers | {"content-length": size}).items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(answer.body)
