@@ -37,8 +37,9 @@ $$;
 revoke all on function private.is_public_address(text)
 from public, anon, authenticated, service_role;
 
--- Why a host of an address must not be called; null if it may. What ends in a number is an IP
--- address to those who connect, however it is written: 127.1, 0x7f000001, 2130706433.
+-- Why a host of an address must not be called; null if it may. A name's last label begins with a
+-- letter: whatever else ends in a number is an IP address to those who connect, in one of its many
+-- spellings (0x7f000001, 127.0.0.0x1).
 create or replace function private.host_problem(p_host text)
 returns text
 language sql
@@ -46,7 +47,7 @@ immutable
 set search_path = ''
 as $$
   select case
-    when p_host ~ '^\[' or p_host ~ '(^|\.)([0-9]+|0x[0-9a-f]*)\.?$' then case
+    when p_host ~ '^(\[|[0-9.]+$)' then case
       when not private.is_public_address(p_host) then 'not a public address'
     end
     when p_host !~ '^([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?\.)+[a-z][a-z0-9-]{0,61}[a-z0-9]$'
