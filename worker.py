@@ -474,8 +474,10 @@ class Database:
             files.setdefault(row["bucket"], []).append(row["path"])
         return files
 
-    async def forget_files(self, bucket: str, paths: list[str]) -> None:
-        await self._call("forget_files", [bucket] * len(paths), paths)
+    async def forget_files(self, bucket: str, paths: list[str]) -> int:
+        """Answer how many of them are still there."""
+        rows = await self._call("forget_files", [bucket] * len(paths), paths)
+        return int(rows[0]["forget_files"])
 
     async def due_lanes(self) -> list[str]:
         return [row["due_lanes"] for row in await self._call("due_lanes")]
@@ -1470,7 +1472,8 @@ class Worker:
         while files := await self.db.list_expired_files():
             for bucket, paths in files.items():
                 await self.storage.remove(bucket, paths)
-                await self.db.forget_files(bucket, paths)
+                if kept := await self.db.forget_files(bucket, paths):
+                    raise StorageRefused(f"{kept} of {len(paths)} are still there")
                 erased += len(paths)
                 log.info("files.erased bucket=%s count=%s", bucket, len(paths))
         return erased

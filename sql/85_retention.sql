@@ -240,29 +240,28 @@ $$;
 revoke all on function private.trim_ledger(integer)
 from public, anon, authenticated, service_role;
 
--- Whether nothing speaks of a stored file any more: an output without a row whose job has ended, a
--- source image not touched for keep_inputs by a user without active jobs. What does not look like
--- a file of ours is left alone. Everything is given a day: an upload precedes its row.
+-- Whether nothing speaks of a stored file any more: an output without a row whose job has ended; a
+-- source image whose user is gone, or has no active job and has not touched it for keep_inputs.
+-- What does not look like a file of ours is left alone. Everything is given a day: an upload
+-- precedes its row, and tokens outlive their user.
 create or replace function private.is_orphan(p_bucket text, p_path text, p_changed_at timestamptz)
 returns boolean
 language sql
 stable
 set search_path = ''
 as $$
-  select case p_bucket
-    when 'generations' then
-      p_changed_at < now() - interval '1 day'
-      and private.path_id(p_path, 1) is not null and split_part(p_path, '/', 3) <> ''
-      and private.path_id(p_path, 2) is not null
-      and not private.has_image(p_path) and not private.is_live(private.path_id(p_path, 2))
-    when 'inputs' then
-      p_changed_at < now() - (select s.keep_inputs from private.settings as s)
-      and private.path_id(p_path, 1) is not null and not exists (
-        select from public.entitlements as e
-        where e.user_id = private.path_id(p_path, 1) and e.active_jobs > 0
+  select p_changed_at < now() - interval '1 day' and private.path_id(p_path, 1) is not null and
+    case p_bucket
+      when 'generations' then
+        private.path_id(p_path, 2) is not null and split_part(p_path, '/', 3) <> ''
+        and not private.has_image(p_path) and not private.is_live(private.path_id(p_path, 2))
+      when 'inputs' then not exists (
+        select from public.entitlements as e cross join private.settings as s
+        where e.user_id = private.path_id(p_path, 1)
+          and (e.active_jobs > 0 or coalesce(p_changed_at >= now() - s.keep_inputs, true))
       )
-    else false
-  end
+      else false
+    end
 $$;
 
 revoke all on function private.is_orphan(text, text, timestamptz)

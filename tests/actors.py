@@ -249,6 +249,29 @@ class User(Caller):
             Service(self.db).grant_credits(self, amount, str(uuid.uuid4()), "adjust")
         return self
 
+    def has_history(self, count: int) -> list[str]:
+        """Have this many free generations, each with image, preview and attempt; return paths."""
+        rows = self.db.execute(
+            "with made as (insert into public.generations (user_id, model_id, prompt, input,"
+            "   provider_input, status, price_credits, image_count, finished_at)"
+            "  select %s, 'darkroom/preview', 'a lighthouse at dusk', '{}', '{}', 'completed', 0,"
+            "   1, now() from generate_series(1, %s) returning id, user_id),"
+            " booked as (insert into public.credit_ledger (user_id, generation_id, kind, amount,"
+            "   balance_after) select user_id, id, 'charge', 0, e.credits"
+            "   from made inner join public.entitlements as e using (user_id)),"
+            " tried as (insert into private.attempts (generation_id, token, attempt, worker_id,"
+            "   started_at, outcome) select id, 1, 1, 1, now(), 'completed' from made),"
+            " shown as (insert into public.images (generation_id, position, user_id, storage_path,"
+            "   preview_path, content_type, bytes) select id, 0, user_id,"
+            "   concat(user_id, '/', id, '/0.png'), concat(user_id, '/', id, '/0.preview.webp'),"
+            "   'image/png', 70 from made returning storage_path, preview_path)"
+            " select unnest(array[storage_path, preview_path]) as path from shown",
+            self.id,
+            count,
+        )
+        self.db.execute("analyze public.generations, public.images, private.attempts")
+        return [row["path"] for row in rows]
+
     def has_paid(self, until: str = "infinity") -> User:
         """Be on the paid plan."""
         Service(self.db).set_paid(self, until)
@@ -507,9 +530,11 @@ class Worker:
         query = "select * from private.list_expired_files(%s)"
         return [(row["bucket"], row["path"]) for row in self._rows(query, at_most)]
 
-    def forget_files(self, *files: tuple[str, str]) -> None:
+    def forget_files(self, *files: tuple[str, str]) -> int:
+        """Return how many are still there."""
         buckets, paths = [file[0] for file in files], [file[1] for file in files]
-        self._rows("select private.forget_files(%s, %s)", buckets, paths)
+        query = "select private.forget_files(%s, %s) as count"
+        return int(self._rows(query, buckets, paths)[0]["count"])
 
     def due_lanes(self) -> list[str]:
         return [row["lane"] for row in self._rows("select private.due_lanes() as lane")]

@@ -48,6 +48,12 @@ def stored(db: Database, path: str, bucket: str = "generations") -> tuple[str, s
     return bucket, path
 
 
+def removed(db: Database, *files: tuple[str, str]) -> None:
+    """Have files deleted by Storage."""
+    for bucket, path in files:
+        db.execute("delete from storage.objects where (bucket_id, name) = (%s, %s)", bucket, path)
+
+
 def age_files(db: Database, interval: str) -> None:
     """Let files be older by this."""
     db.execute("update storage.objects set updated_at = updated_at - %s::interval", interval)
@@ -230,6 +236,35 @@ def test_forgetting_twice_or_what_was_never_listed_changes_nothing(db, alice, wo
         worker.forget_files(*files_of(other), ("inputs", "nobody"))
 
 
+def test_what_storage_still_has_is_not_forgotten(db, alice, worker):
+    keep(db, keep_deleted="0")
+    job = completed(alice, worker, preview=True)
+    image, preview = files_of(job, preview=True)
+    stored(db, image[1])
+    deleted_by_user(db, job)
+    worker.apply_retention()
+
+    assert worker.forget_files(image, preview) == 1  # Storage said yes and did nothing
+    assert expired(db) == {image}
+    assert generations(db) == {job.id}
+    removed(db, image)
+    assert worker.forget_files(image, preview) == 0
+    assert generations(db) == set()
+
+
+def test_a_source_uploaded_again_after_it_was_marked_is_not_listed(db, alice, worker):
+    keep(db, keep_inputs="30 days")
+    again, once = (stored(db, f"{alice.id}/{name}.jpg", "inputs") for name in ("cat", "dog"))
+    age_files(db, "31 days")
+    worker.apply_retention()
+    assert expired(db) == {again, once}
+
+    db.execute("update storage.objects set updated_at = now() where name = %s", again[1])
+
+    assert worker.list_expired_files() == [once]
+    assert expired(db) == {once}
+
+
 # --- attempts ---
 
 
@@ -346,6 +381,7 @@ def test_deleting_a_user_leaves_nothing_but_the_list_of_files(db, alice, bob, wo
     assert set(rows_that_mention(db, alice.id)) == {"private.expired_files"}
     assert expired(db) == {*files_of(job, preview=True), source, lost}
     assert rows_that_mention(db, bob.id) == before
+    removed(db, source, lost)
     worker.forget_files(*expired(db))
     assert rows_that_mention(db, alice.id) == []
     assert_books_balance(db)
@@ -481,8 +517,8 @@ def test_users_are_deleted_while_everything_goes_on(db, seed):
 
 @pytest.mark.parametrize("count", [1000, 10000])
 def test_how_long_deleting_a_user_takes(db, alice, bob, count):
-    have_history(db, alice, count)
-    have_history(db, bob, 1000)
+    alice.has_history(count)
+    bob.has_history(1000)
 
     started = time.perf_counter()
     deleted(db, alice)
@@ -492,27 +528,6 @@ def test_how_long_deleting_a_user_takes(db, alice, bob, count):
     assert len(expired(db)) == 2 * count
     assert db.value("select count(*) from public.generations") == 1000
     assert seconds < count / 100  # GoTrue and its proxies give up after some ten seconds
-
-
-def have_history(db: Database, user: User, count: int) -> None:
-    """Have this many completed generations, each with an image, a preview and an attempt."""
-    db.execute(
-        "with made as (insert into public.generations (user_id, model_id, prompt, input,"
-        "   provider_input, status, price_credits, image_count, finished_at)"
-        "  select %s, 'darkroom/preview', 'a lighthouse at dusk', '{}', '{}', 'completed', 0, 1,"
-        "   now() from generate_series(1, %s) returning id, user_id),"
-        " shown as (insert into public.images (generation_id, position, user_id, storage_path,"
-        "   preview_path, content_type, bytes) select id, 0, user_id,"
-        "   concat(user_id, '/', id, '/0.png'), concat(user_id, '/', id, '/0.preview.webp'),"
-        "   'image/png', 70 from made),"
-        " booked as (insert into public.credit_ledger (user_id, generation_id, kind, amount,"
-        "   balance_after) select user_id, id, 'charge', 0, 10 from made)"
-        " insert into private.attempts (generation_id, token, attempt, worker_id, started_at,"
-        "   outcome) select id, 1, 1, 1, now(), 'completed' from made",
-        user.id,
-        count,
-    )
-    db.execute("analyze")
 
 
 # --- orphans ---
@@ -532,7 +547,9 @@ def test_an_output_without_a_row_is_found_after_a_day(db, alice, worker):
 
     assert expired(db) == {orphan, ghost}
     assert set(worker.list_expired_files()) == {orphan, ghost}
-    worker.forget_files(orphan, ghost)
+    removed(db, orphan, ghost)
+    assert worker.forget_files(orphan, ghost) == 0
+    assert expired(db) == set()
     assert generations(db) == {job.id}
 
 
@@ -586,6 +603,19 @@ def test_sources_are_kept_for_ever_or_as_long_as_the_operator_says(db, alice, bo
     assert expired(db) == {old}
 
 
+def test_what_a_user_uploaded_after_being_deleted_is_swept_too(db, alice, worker):
+    deleted(db, alice)
+    late = stored(db, f"{alice.id}/late.jpg", "inputs")  # the token is good for another hour
+    worker.apply_retention()
+    assert expired(db) == set()
+    age_files(db, "25 hours")
+
+    worker.apply_retention()
+
+    assert expired(db) == {late}
+    assert worker.list_expired_files() == [late]
+
+
 def test_the_walk_through_storage_passes_every_file(db, alice, worker):
     folder = uuid.uuid4()
     orphans = {stored(db, f"{alice.id}/{folder}/{n}.png") for n in range(9)}
@@ -622,7 +652,7 @@ def test_the_walk_through_storage_passes_every_file(db, alice, worker):
     ],
 )
 def test_what_runs_every_minute_goes_by_an_index(db, alice, query, index):
-    have_history(db, alice, 5000)
+    alice.has_history(5000)
     db.execute(
         "insert into storage.objects (bucket_id, name)"
         " select 'generations', storage_path from public.images"

@@ -7858,24 +7858,47 @@ $$;
 
 revoke all on function private.has_image(text) from public, anon, authenticated, service_role;
 
--- Whether a file has come to be needed again since it was marked: the generation was restored, or
--- an operator had the job done again.
+-- When a file was last written, as Storage has on record; null if it is not there, or there is no
+-- such record here.
+create or replace function private.file_changed_at(p_bucket text, p_path text)
+returns timestamptz
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  if to_regclass('storage.objects') is null then
+    return null;
+  end if;
+  return (
+    select coalesce(o.updated_at, o.created_at, '-infinity') from storage.objects as o
+    where o.bucket_id = p_bucket and o.name = p_path
+  );
+end;
+$$;
+
+revoke all on function private.file_changed_at(text, text)
+from public, anon, authenticated, service_role;
+
+-- Whether a file has come to be needed again since it was marked: its generation was restored or
+-- its job is live, or a user who is here has uploaded it anew.
 create or replace function private.is_needed_again(p_file private.expired_files)
 returns boolean
 language sql
 stable
 set search_path = ''
 as $$
-  select p_file.bucket = 'generations' and (
-    private.is_live(private.path_id(p_file.path, 2))
-    or case
-      when p_file.generation_id is null then private.has_image(p_file.path)
-      else exists (
-        select from public.generations as g
-        where g.id = p_file.generation_id and g.deleted_at is null
-      )
-    end
-  )
+  select case
+    when p_file.bucket = 'inputs' then
+      exists (select from public.entitlements as e where e.user_id = p_file.user_id)
+      and private.file_changed_at(p_file.bucket, p_file.path) > p_file.marked_at
+    when private.is_live(private.path_id(p_file.path, 2)) then true
+    when p_file.generation_id is null then private.has_image(p_file.path)
+    else exists (
+      select from public.generations as g
+      where g.id = p_file.generation_id and g.deleted_at is null
+    )
+  end
 $$;
 
 revoke all on function private.is_needed_again(private.expired_files)
@@ -7944,7 +7967,7 @@ revoke all on function private.erase_generations(uuid[])
 from public, anon, authenticated, service_role;
 
 create or replace function private.forget_files(p_buckets text[], p_paths text[])
-returns void
+returns integer
 language plpgsql
 security definer
 set search_path = ''
@@ -7956,17 +7979,23 @@ begin
     delete from private.expired_files as f
     using unnest(p_buckets, p_paths) as gone (bucket, path)
     where f.bucket = gone.bucket and f.path = gone.path
+      and private.file_changed_at(f.bucket, f.path) is null
     returning f.generation_id
   )
   select coalesce(array_agg(distinct f.generation_id), '{}') into v_generation_ids
   from forgotten as f where f.generation_id is not null;
   perform private.erase_generations(v_generation_ids);
+  return (
+    select count(*) from unnest(p_buckets, p_paths) as kept (bucket, path)
+    where private.file_changed_at(kept.bucket, kept.path) is not null
+  );
 end;
 $$;
 
 comment on function private.forget_files is
   'Says that these files are gone from Storage. A generation whose last one it was is erased with '
-  'all its rows. Repeating it changes nothing.';
+  'all its rows. What Storage still has on record is not forgotten: answers how many. Repeating it '
+  'changes nothing.';
 
 revoke all on function private.forget_files(text[], text[])
 from public, anon, authenticated, service_role;
@@ -8327,29 +8356,28 @@ $$;
 revoke all on function private.trim_ledger(integer)
 from public, anon, authenticated, service_role;
 
--- Whether nothing speaks of a stored file any more: an output without a row whose job has ended, a
--- source image not touched for keep_inputs by a user without active jobs. What does not look like
--- a file of ours is left alone. Everything is given a day: an upload precedes its row.
+-- Whether nothing speaks of a stored file any more: an output without a row whose job has ended; a
+-- source image whose user is gone, or has no active job and has not touched it for keep_inputs.
+-- What does not look like a file of ours is left alone. Everything is given a day: an upload
+-- precedes its row, and tokens outlive their user.
 create or replace function private.is_orphan(p_bucket text, p_path text, p_changed_at timestamptz)
 returns boolean
 language sql
 stable
 set search_path = ''
 as $$
-  select case p_bucket
-    when 'generations' then
-      p_changed_at < now() - interval '1 day'
-      and private.path_id(p_path, 1) is not null and split_part(p_path, '/', 3) <> ''
-      and private.path_id(p_path, 2) is not null
-      and not private.has_image(p_path) and not private.is_live(private.path_id(p_path, 2))
-    when 'inputs' then
-      p_changed_at < now() - (select s.keep_inputs from private.settings as s)
-      and private.path_id(p_path, 1) is not null and not exists (
-        select from public.entitlements as e
-        where e.user_id = private.path_id(p_path, 1) and e.active_jobs > 0
+  select p_changed_at < now() - interval '1 day' and private.path_id(p_path, 1) is not null and
+    case p_bucket
+      when 'generations' then
+        private.path_id(p_path, 2) is not null and split_part(p_path, '/', 3) <> ''
+        and not private.has_image(p_path) and not private.is_live(private.path_id(p_path, 2))
+      when 'inputs' then not exists (
+        select from public.entitlements as e cross join private.settings as s
+        where e.user_id = private.path_id(p_path, 1)
+          and (e.active_jobs > 0 or coalesce(p_changed_at >= now() - s.keep_inputs, true))
       )
-    else false
-  end
+      else false
+    end
 $$;
 
 revoke all on function private.is_orphan(text, text, timestamptz)
