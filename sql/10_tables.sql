@@ -26,8 +26,10 @@ $$;
 
 revoke all on function private.uuid_v7() from public, anon, authenticated, service_role;
 
+-- A trigger (84) cascades from auth.users, not a foreign key: whoever moves a balance twice in one
+-- transaction would have its check lock the user, whom a deletion holds while it waits for jobs.
 create table public.entitlements (
-  user_id uuid primary key references auth.users (id) on delete cascade,
+  user_id uuid primary key,
   is_paid boolean not null default false,
   paid_until timestamptz,
   credits integer not null default 0,

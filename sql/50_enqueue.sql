@@ -2,9 +2,8 @@
 --
 -- Lock order: enqueue locks the entitlement row first, and everything else it writes is a new row.
 -- All other functions lock running or ready row -> generation -> entitlement, so none of them can
--- wait for another in a circle. Only deleting a user goes the other way round; PostgreSQL then ends
--- one of the two, and workers repeat their calls. The lock also serialises one user's requests:
--- limits, balance and idempotency key are read and written without a race.
+-- wait for another in a circle. The lock also serialises one user's requests: limits, balance and
+-- idempotency key are read and written without a race.
 
 -- Jobs that would be claimed before this one, counted up to p_at_most; null unless it is queued.
 create or replace function private.queue_position(

@@ -3,10 +3,10 @@
 -- The worker lists expired files, deletes them in Storage and forgets them; a generation goes with
 -- its last file. All three may be repeated, so a worker that dies in between costs nothing.
 --
--- Deleting a row of auth.users erases the user: rows go by cascade, files are marked here, the
--- ledger goes as settings.keep_ledger_of_deleted_users says. Every path that is marked lies in the
--- user's own folder, a rule of the table. What a worker still uploads for a user who is gone has no
--- row, and is found as an orphan (85).
+-- Deleting a row of auth.users erases the user: a trigger takes the entitlement, and all rows go with
+-- it by cascade; files are marked; the ledger goes as settings.keep_ledger_of_deleted_users says.
+-- Every path that is marked lies in the user's own folder, a rule of the table. What is uploaded for
+-- a user who is gone is found as an orphan (85).
 
 -- The id that is the n-th part of a path; null if that part is none.
 create or replace function private.path_id(p_path text, p_part integer)
@@ -196,11 +196,38 @@ revoke all on function private.forget_files(text[], text[])
 from public, anon, authenticated, service_role;
 grant execute on function private.forget_files(text[], text[]) to darkroom_worker;
 
--- Locks the user's live jobs before the cascade takes the entitlement, in the order that claims and
--- endings do: else those two could wait for each other. Changes nothing: whether the user really
--- goes is for other triggers to say.
+-- Locks the user's live jobs, ready ones first, and answers how many.
+create or replace function private.lock_jobs(p_user_id uuid)
+returns integer
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_ids uuid[] := array(
+    select g.id from public.generations as g
+    where g.user_id = p_user_id and g.status in ('queued', 'processing')
+    order by g.id desc
+    limit (select e.active_jobs from public.entitlements as e where e.user_id = p_user_id)
+  );
+begin
+  return cardinality(array(
+    select r.job_id from private.ready_jobs as r
+    where r.job_id = any (v_ids) order by r.job_id for update
+  )) + cardinality(array(
+    select r.job_id from private.running_jobs as r
+    where r.job_id = any (v_ids) order by r.job_id for update
+  ));
+end;
+$$;
+
+revoke all on function private.lock_jobs(uuid) from public, anon, authenticated, service_role;
+
+-- Locks the live jobs of a user who is being deleted and then the entitlement, in the order that
+-- all endings of jobs do: else those two could wait for each other. Changes nothing: whether the
+-- user really goes is for other triggers to say.
 --
--- A job moves between the two tables while we wait for its row, so we look until we hold them all.
+-- A job moves between the tables, or is enqueued, until we hold them all. Then we let go of the
+-- entitlement and look again.
 create or replace function private.lock_jobs_of_deleted_user()
 returns trigger
 language plpgsql
@@ -208,26 +235,18 @@ security definer
 set search_path = ''
 as $$
 declare
-  v_ids uuid[];
   v_locked integer;
+  v_entitlement public.entitlements;
 begin
-  loop
-    v_ids := array(
-      select g.id from public.generations as g
-      where g.user_id = old.id and g.status in ('queued', 'processing')
-      order by g.id desc
-      limit (select e.active_jobs from public.entitlements as e where e.user_id = old.id)
-    );
-    v_locked := cardinality(array(
-      select r.job_id from private.ready_jobs as r
-      where r.job_id = any (v_ids) order by r.job_id for update
-    )) + cardinality(array(
-      select r.job_id from private.running_jobs as r
-      where r.job_id = any (v_ids) order by r.job_id for update
-    ));
-    exit when v_locked = (
-      select count(*) from unnest(v_ids) as job (id) where private.is_live(job.id)
-    );
+  for v_look in 1 .. 20 loop
+    v_locked := private.lock_jobs(old.id);
+    begin
+      select * into v_entitlement from public.entitlements where user_id = old.id for update;
+      exit when v_entitlement.active_jobs is null or v_entitlement.active_jobs = v_locked;
+      raise sqlstate 'DR003' using message = 'jobs_moved';
+    exception when sqlstate 'DR003' then
+      null;
+    end;
   end loop;
   return old;
 end;
@@ -239,6 +258,25 @@ from public, anon, authenticated, service_role;
 create trigger darkroom_lock_jobs
 before delete on auth.users
 for each row execute function private.lock_jobs_of_deleted_user();
+
+create or replace function private.delete_entitlement_of_deleted_user()
+returns trigger
+language plpgsql
+security definer
+set search_path = ''
+as $$
+begin
+  delete from public.entitlements where user_id = old.id;
+  return null;
+end;
+$$;
+
+revoke all on function private.delete_entitlement_of_deleted_user()
+from public, anon, authenticated, service_role;
+
+create trigger darkroom_delete_entitlement
+after delete on auth.users
+for each row execute function private.delete_entitlement_of_deleted_user();
 
 -- Marks all files in the folders of a user who is being deleted, those without a row too.
 create or replace function private.expire_files_of_deleted_user()
@@ -274,7 +312,8 @@ create trigger entitlements_expire_files
 before delete on public.entitlements
 for each row execute function private.expire_files_of_deleted_user();
 
--- Erases the entries of a user who is gone, but for those that are to be kept longer.
+-- Erases the entries of a user who is gone, but for those that are to be kept longer. By the clock:
+-- some may be of transactions that began after this one.
 create or replace function private.erase_ledger(p_user_id uuid)
 returns integer
 language sql
@@ -283,7 +322,7 @@ as $$
   with erased as (
     delete from public.credit_ledger as l
     using private.settings as s
-    where l.user_id = p_user_id and l.created_at <= now() - s.keep_ledger_of_deleted_users
+    where l.user_id = p_user_id and l.created_at <= clock_timestamp() - s.keep_ledger_of_deleted_users
     returning l.id
   )
   select count(*)::integer from erased

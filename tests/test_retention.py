@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import psycopg
 import pytest
@@ -38,8 +39,8 @@ def deleted_by_user(db: Database, job: Job) -> None:
 
 
 def deleted(db: Database, user: User) -> None:
-    """Delete a user as the auth server does."""
-    db.execute("delete from auth.users where id = %s", user.id)
+    """Delete a user as the auth server does, on a connection of its own."""
+    db.connect().execute("delete from auth.users where id = %s", [user.id])
 
 
 def stored(db: Database, path: str, bucket: str = "generations") -> tuple[str, str]:
@@ -204,7 +205,7 @@ def test_two_sessions_at_once_do_the_work_once(db, alice, worker):
     counts = together([other.apply_retention for other in others])
 
     assert sum(counts) == 20
-    lists = together([lambda w=other: w.list_expired_files(10) for other in others])
+    lists = together([partial(other.list_expired_files, 10) for other in others])
     files = [file for each in lists for file in each]
     assert len(files) == len(set(files)) == 20
 
@@ -482,34 +483,38 @@ def test_deleting_a_user_waits_for_a_job_that_is_ending(db, alice, worker):
 def test_users_are_deleted_while_everything_goes_on(db, seed):
     db.lift_limits()
     users = [User(db).has(credits=50) for _ in range(6)]
-    for user in users:
-        for _ in range(10):
-            user.enqueue()
-    workers = [Worker(db) for _ in range(3)]
+    jobs = {user: [user.enqueued() for _ in range(10)] for user in users}
+    answers: list[object] = []
 
-    def work(worker: Worker) -> list[object]:
-        answers = []
+    def work(worker: Worker) -> None:
         for _ in range(20):
             for job in worker.claim_jobs(2):
-                ways = [worker.complete_job, worker.release_job]
-                answers.append(outcome(lambda w=ways[(job.token + seed) % 2], j=job: w(j)))
-        return answers
+                ending = [worker.complete_job, worker.release_job][(job.token + seed) % 2]
+                answers.append(outcome(partial(ending, job)))
 
-    connections = [db.connect() for _ in users[:4]]
-    results = together(
+    def cancel(user: User) -> None:
+        for job_id in jobs[user]:
+            answers.append(outcome(partial(user.call, "public.cancel_generation", job_id=job_id)))
+
+    def enqueue(user: User) -> None:
+        device = user.on_another_device()
+        for _ in range(10):
+            answers.append(outcome(device.enqueue))
+
+    def delete(user: User) -> None:
+        answers.append(outcome(partial(deleted, db, user)))
+
+    together(
         [
-            *(lambda w=worker: work(w) for worker in workers),
-            *(
-                lambda c=connection, u=user: [
-                    outcome(lambda: c.execute("delete from auth.users where id = %s", [u.id]))
-                ]
-                for connection, user in zip(connections, users, strict=False)
-            ),
+            *(partial(work, Worker(db)) for _ in range(3)),
+            *(partial(cancel, user) for user in users),
+            *(partial(enqueue, user) for user in users),
+            *(partial(delete, user) for user in users[:4]),
         ]
     )
 
-    codes = {getattr(answer, "code", None) for each in results for answer in each}
-    assert codes <= {None, "DR001"}
+    codes = {getattr(answer, "code", None) for answer in answers}
+    assert codes <= {None, "DR001", "PT401", "PT404", "PT409"}
     for user in users[:4]:
         assert set(rows_that_mention(db, user.id)) <= {"private.expired_files"}
     assert_books_balance(db)
