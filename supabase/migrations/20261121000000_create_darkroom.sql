@@ -7809,10 +7809,10 @@ from public, anon, authenticated, service_role;
 -- The worker lists expired files, deletes them in Storage and forgets them; a generation goes with
 -- its last file. All three may be repeated, so a worker that dies in between costs nothing.
 --
--- Deleting a row of auth.users erases the user: a trigger takes the entitlement, and all rows go with
--- it by cascade; files are marked; the ledger goes as settings.keep_ledger_of_deleted_users says.
--- Every path that is marked lies in the user's own folder, a rule of the table. What is uploaded for
--- a user who is gone is found as an orphan (85).
+-- Deleting a row of auth.users erases the user: a trigger takes the entitlement, and all rows go
+-- with it by cascade; files are marked; the ledger goes as keep_ledger_of_deleted_users says. Every
+-- path that is marked lies in the user's own folder, a rule of the table. What is uploaded for a
+-- user who is gone is found as an orphan (85).
 
 -- The id that is the n-th part of a path; null if that part is none.
 create or replace function private.path_id(p_path text, p_part integer)
@@ -8128,7 +8128,8 @@ as $$
   with erased as (
     delete from public.credit_ledger as l
     using private.settings as s
-    where l.user_id = p_user_id and l.created_at <= clock_timestamp() - s.keep_ledger_of_deleted_users
+    where l.user_id = p_user_id
+      and l.created_at <= clock_timestamp() - s.keep_ledger_of_deleted_users
     returning l.id
   )
   select count(*)::integer from erased
