@@ -131,7 +131,7 @@ as $$
   select json_build_object(
     'batch_id', p_batch.id,
     'job_ids', coalesce(json_agg(g.id order by g.id), '[]'),
-    'status', case when bool_and(g.finished_at is not null) then 'finished' else 'active' end,
+    'status', case when bool_or(g.finished_at is null) then 'active' else 'finished' end,
     'queued', count(*) filter (where g.status = 'queued'),
     'processing', count(*) filter (where g.status = 'processing'),
     'completed', count(*) filter (where g.status = 'completed'),

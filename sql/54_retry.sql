@@ -105,7 +105,8 @@ revoke all on function public.retry_generation(uuid)
 from public, anon, authenticated, service_role;
 grant execute on function public.retry_generation(uuid) to authenticated;
 
--- Queues one failed generation again, with just what was sent before, free. Answers whether it did.
+-- Queues one failed generation again, with just what was sent before, free. Answers whether it did:
+-- not if its user, its model, or the need for it is gone.
 --
 -- Locks: the entitlement row.
 create or replace function private.redrive_generation(p_old public.generations)
@@ -114,13 +115,15 @@ language plpgsql
 set search_path = ''
 as $$
 declare
-  v_entitlement public.entitlements := private.lock_entitlement(p_old.user_id);
-  v_known public.generations := private.find_retry(p_old.id);
+  v_entitlement public.entitlements;
+  v_known public.generations;
   v_draft public.generations := p_old;
   v_model public.models;
 begin
+  select * into v_entitlement from public.entitlements where user_id = p_old.user_id for update;
+  v_known := private.find_retry(p_old.id);
   select * into v_model from public.models where id = p_old.model_id;
-  if not found or v_known.id is not null then
+  if v_entitlement.user_id is null or v_model.id is null or v_known.id is not null then
     return false;
   end if;
   v_draft.retry_of := p_old.id;

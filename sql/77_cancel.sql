@@ -110,13 +110,12 @@ set search_path = ''
 as $$
 declare
   v_user_id uuid := private.require_user_id();
-  v_batch public.batches := private.require_batch(p_batch_id, v_user_id);
 begin
   perform private.cancel_jobs(v_user_id, array(
     select g.id from public.generations as g
-    where g.batch_id = p_batch_id and g.finished_at is null
+    where g.batch_id = p_batch_id and g.user_id = v_user_id and g.finished_at is null
   ));
-  return private.batch_json(v_batch);
+  return private.batch_json(private.require_batch(p_batch_id, v_user_id));
 end;
 $$;
 

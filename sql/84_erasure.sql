@@ -196,27 +196,36 @@ revoke all on function private.forget_files(text[], text[])
 from public, anon, authenticated, service_role;
 grant execute on function private.forget_files(text[], text[]) to darkroom_worker;
 
--- Locks the user's live jobs, ready ones first, and answers how many.
+-- Locks the user's live jobs and answers how many: one after the other in order of id, ready or
+-- running, as cancel_jobs (77) does. A job may go from one to the other while we wait for it.
 create or replace function private.lock_jobs(p_user_id uuid)
 returns integer
 language plpgsql
 set search_path = ''
 as $$
 declare
+  v_id uuid;
   v_ids uuid[] := array(
     select g.id from public.generations as g
     where g.user_id = p_user_id and g.status in ('queued', 'processing')
     order by g.id desc
     limit (select e.active_jobs from public.entitlements as e where e.user_id = p_user_id)
   );
+  v_locked integer := 0;
 begin
-  return cardinality(array(
-    select r.job_id from private.ready_jobs as r
-    where r.job_id = any (v_ids) order by r.job_id for update
-  )) + cardinality(array(
-    select r.job_id from private.running_jobs as r
-    where r.job_id = any (v_ids) order by r.job_id for update
-  ));
+  foreach v_id in array array(select job.id from unnest(v_ids) as job (id) order by job.id) loop
+    while private.is_live(v_id) loop
+      perform from private.ready_jobs where job_id = v_id for update;
+      if not found then
+        perform from private.running_jobs where job_id = v_id for update;
+      end if;
+      if found then
+        v_locked := v_locked + 1;
+        exit;
+      end if;
+    end loop;
+  end loop;
+  return v_locked;
 end;
 $$;
 

@@ -226,6 +226,13 @@ where (
   end
   from public.images as i where i.generation_id = g.id
 )
+and not (
+  g.status = 'canceled' and exists (
+    select from public.credit_ledger as l cross join private.settings as s
+    where l.generation_id = g.id and l.kind = 'refund'
+      and l.amount = g.price_credits * s.running_cancel_refund_percent / 100
+  ) and exists (select from private.attempts as a where a.generation_id = g.id)
+)
 union all
 select 'queued is ready, processing is running, the rest is neither', g.id
 from public.generations as g

@@ -3701,7 +3701,7 @@ as $$
   select json_build_object(
     'batch_id', p_batch.id,
     'job_ids', coalesce(json_agg(g.id order by g.id), '[]'),
-    'status', case when bool_and(g.finished_at is not null) then 'finished' else 'active' end,
+    'status', case when bool_or(g.finished_at is null) then 'active' else 'finished' end,
     'queued', count(*) filter (where g.status = 'queued'),
     'processing', count(*) filter (where g.status = 'processing'),
     'completed', count(*) filter (where g.status = 'completed'),
@@ -3964,7 +3964,8 @@ revoke all on function public.retry_generation(uuid)
 from public, anon, authenticated, service_role;
 grant execute on function public.retry_generation(uuid) to authenticated;
 
--- Queues one failed generation again, with just what was sent before, free. Answers whether it did.
+-- Queues one failed generation again, with just what was sent before, free. Answers whether it did:
+-- not if its user, its model, or the need for it is gone.
 --
 -- Locks: the entitlement row.
 create or replace function private.redrive_generation(p_old public.generations)
@@ -3973,13 +3974,15 @@ language plpgsql
 set search_path = ''
 as $$
 declare
-  v_entitlement public.entitlements := private.lock_entitlement(p_old.user_id);
-  v_known public.generations := private.find_retry(p_old.id);
+  v_entitlement public.entitlements;
+  v_known public.generations;
   v_draft public.generations := p_old;
   v_model public.models;
 begin
+  select * into v_entitlement from public.entitlements where user_id = p_old.user_id for update;
+  v_known := private.find_retry(p_old.id);
   select * into v_model from public.models where id = p_old.model_id;
-  if not found or v_known.id is not null then
+  if v_entitlement.user_id is null or v_model.id is null or v_known.id is not null then
     return false;
   end if;
   v_draft.retry_of := p_old.id;
@@ -6509,13 +6512,12 @@ set search_path = ''
 as $$
 declare
   v_user_id uuid := private.require_user_id();
-  v_batch public.batches := private.require_batch(p_batch_id, v_user_id);
 begin
   perform private.cancel_jobs(v_user_id, array(
     select g.id from public.generations as g
-    where g.batch_id = p_batch_id and g.finished_at is null
+    where g.batch_id = p_batch_id and g.user_id = v_user_id and g.finished_at is null
   ));
-  return private.batch_json(v_batch);
+  return private.batch_json(private.require_batch(p_batch_id, v_user_id));
 end;
 $$;
 
@@ -8002,27 +8004,36 @@ revoke all on function private.forget_files(text[], text[])
 from public, anon, authenticated, service_role;
 grant execute on function private.forget_files(text[], text[]) to darkroom_worker;
 
--- Locks the user's live jobs, ready ones first, and answers how many.
+-- Locks the user's live jobs and answers how many: one after the other in order of id, ready or
+-- running, as cancel_jobs (77) does. A job may go from one to the other while we wait for it.
 create or replace function private.lock_jobs(p_user_id uuid)
 returns integer
 language plpgsql
 set search_path = ''
 as $$
 declare
+  v_id uuid;
   v_ids uuid[] := array(
     select g.id from public.generations as g
     where g.user_id = p_user_id and g.status in ('queued', 'processing')
     order by g.id desc
     limit (select e.active_jobs from public.entitlements as e where e.user_id = p_user_id)
   );
+  v_locked integer := 0;
 begin
-  return cardinality(array(
-    select r.job_id from private.ready_jobs as r
-    where r.job_id = any (v_ids) order by r.job_id for update
-  )) + cardinality(array(
-    select r.job_id from private.running_jobs as r
-    where r.job_id = any (v_ids) order by r.job_id for update
-  ));
+  foreach v_id in array array(select job.id from unnest(v_ids) as job (id) order by job.id) loop
+    while private.is_live(v_id) loop
+      perform from private.ready_jobs where job_id = v_id for update;
+      if not found then
+        perform from private.running_jobs where job_id = v_id for update;
+      end if;
+      if found then
+        v_locked := v_locked + 1;
+        exit;
+      end if;
+    end loop;
+  end loop;
+  return v_locked;
 end;
 $$;
 
