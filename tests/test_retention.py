@@ -622,14 +622,14 @@ def test_what_a_user_uploaded_after_being_deleted_is_swept_too(db, alice, worker
 
 
 def test_the_walk_through_storage_passes_every_file(db, alice, worker):
-    folder = uuid.uuid4()
-    orphans = {stored(db, f"{alice.id}/{folder}/{n}.png") for n in range(9)}
-    for n in range(9):
-        stored(db, f"{alice.id}/{folder}/{n}.png", "inputs")  # the same name twice
+    paths = [f"{alice.id}/{uuid.UUID(int=1)}/{n}.png" for n in range(9)]
+    for path in paths:
+        stored(db, path, "inputs")  # the same name twice, and pages that end between the two
+    orphans = {stored(db, path) for path in paths}
     age_files(db, "2 days")
 
     for _ in range(9):
-        worker.apply_retention(at_most=2)
+        worker.apply_retention(at_most=3)
 
     assert expired(db) == orphans
 
