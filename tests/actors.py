@@ -454,9 +454,10 @@ class Worker:
             list(progress) or [None] * len(jobs),
             is_listening,
         )
-        verdicts = {row["job_id"]: row["verdict"] for row in rows}
-        assert list(verdicts) == sorted(job.job_id for job in jobs)
-        return [verdicts[job.job_id] for job in jobs]
+        in_order = sorted(jobs, key=lambda job: job.job_id)
+        assert [row["job_id"] for row in rows] == [job.job_id for job in in_order]
+        verdicts = {job.token: row["verdict"] for job, row in zip(in_order, rows, strict=True)}
+        return [verdicts[job.token] for job in jobs]
 
     def sleep(self) -> None:
         self._rows("select private.sleep(%s)", self.id)
