@@ -195,10 +195,12 @@ comment on column public.models.prompt_input is
 comment on column public.models.image_inputs is
   'The client inputs that take source images: paths in bucket inputs, which the worker signs.';
 comment on column public.models.image_count_input is
-  'The client input that says how many images; null: always one.';
+  'The client input that says how many images; null: none does, and max_images are charged until '
+  'they are counted.';
 comment on column public.models.operator_input is
   'Sent with every job, over defaults and params; clients cannot change it.';
-comment on column public.models.max_images is 'Most images of one generation.';
+comment on column public.models.max_images is
+  'Most images of one generation; what it charges where no input says how many.';
 comment on column public.models.deadline is
   'How long one attempt may take before it fails with timeout.';
 
@@ -264,6 +266,7 @@ create table public.generations (
   error_message text,
   price_credits integer not null,
   image_count smallint not null,
+  queue_distance bigint,
   idempotency_key text,
   is_favorite boolean not null default false,
   created_at timestamptz not null default now(),
@@ -307,6 +310,8 @@ comment on column public.generations.error_code is 'Why it failed: a code of pri
 comment on column public.generations.price_credits is
   'Credits charged for the whole generation at enqueue.';
 comment on column public.generations.image_count is 'Images asked and charged for.';
+comment on column public.generations.queue_distance is
+  'How far behind the queue''s present it was put: ready_jobs.fair_key less the virtual clock.';
 comment on column public.generations.idempotency_key is
   'The client''s own name for the request: the same key answers with this row.';
 comment on column public.generations.deleted_at is

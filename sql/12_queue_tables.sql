@@ -114,6 +114,7 @@ comment on column private.workers.is_listening is
 create table private.attempts (
   generation_id uuid not null references public.generations (id) on delete cascade,
   token bigint not null,
+  model_id text not null,
   attempt smallint not null,
   worker_id bigint not null,
   started_at timestamptz not null,
@@ -123,6 +124,7 @@ create table private.attempts (
   error_detail text,
   provider_job_id text,
   provider_seconds real,
+  provider_images smallint,
   cost_usd numeric(12, 6),
   primary key (generation_id, token),
   constraint attempts_outcome_is_known check (
@@ -138,6 +140,7 @@ comment on column private.attempts.attempt is
 comment on column private.attempts.outcome is
   'completed | retried (failed, queued again) | failed | released (graceful stop) | canceled.';
 comment on column private.attempts.provider_seconds is 'Compute seconds the provider reported.';
+comment on column private.attempts.provider_images is 'Images the provider made, as it bills them.';
 comment on column private.attempts.cost_usd is 'US dollars the attempt cost at the provider.';
 
 -- Written in the order of time, so a BRIN index finds the last minutes, and costs next to nothing.
@@ -146,6 +149,26 @@ on private.attempts using brin (ended_at) with (pages_per_range = 16, autosummar
 -- Read when a lost create is looked for at the provider.
 create index attempts_provider_job_id_idx
 on private.attempts (provider_job_id) where provider_job_id is not null;
+
+create table private.model_stats (
+  model_id text primary key,
+  mean_seconds double precision not null,
+  sample_count integer not null,
+  requests_per_second double precision not null default 0,
+  queue_distance double precision,
+  refreshed_at timestamptz not null,
+  constraint model_stats_samples_are_positive check (sample_count > 0)
+) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200);
+
+comment on table private.model_stats is
+  'What jobs of each model took and how often they came lately: what eta_seconds goes by.';
+comment on column private.model_stats.mean_seconds is
+  'Seconds from claim to end of completed attempts, a mean that forgets old ones.';
+comment on column private.model_stats.sample_count is
+  'Attempts the mean goes back to, up to a limit.';
+comment on column private.model_stats.requests_per_second is 'Of the last five minutes.';
+comment on column private.model_stats.queue_distance is
+  'Mean of generations.queue_distance in these minutes.';
 
 create table private.error_codes (
   code text primary key,

@@ -31,7 +31,9 @@ $$;
 
 revoke all on function private.wake_worker() from public, anon, authenticated, service_role;
 
--- How many images this input makes; a schema's default counts where the params are silent.
+-- How many images this input makes, at most; a schema's default counts where the params are silent.
+-- Where nobody can know before (no input says it, or one says "auto"), the most the model makes:
+-- that is charged, and complete_job gives back what was not made.
 create or replace function private.count_images(p_model public.models, p_provider_input jsonb)
 returns smallint
 language plpgsql
@@ -39,9 +41,11 @@ stable
 set search_path = ''
 as $$
 declare
-  v_images numeric := coalesce(
-    (p_provider_input ->> p_model.image_count_input)::numeric, 1
-  );
+  v_said jsonb := p_provider_input -> p_model.image_count_input;
+  v_images numeric := case jsonb_typeof(v_said)
+    when 'number' then v_said::numeric
+    else p_model.max_images
+  end;
 begin
   if v_images not between 1 and p_model.max_images then
     perform private.refuse_input(
@@ -150,12 +154,13 @@ begin
   perform private.charge_credits(p_entitlement, v_id, v_price, v_fair_key);
   insert into public.generations (
     id, user_id, model_id, alias_id, batch_id, retry_of, prompt, input, provider_input,
-    price_credits, image_count, idempotency_key
+    price_credits, image_count, queue_distance, idempotency_key
   )
   values (
     v_id, p_entitlement.user_id, p_model.id, p_draft.alias_id, p_draft.batch_id, p_draft.retry_of,
     p_draft.prompt, p_draft.input, p_draft.provider_input,
-    v_price, v_images, p_draft.idempotency_key
+    v_price, v_images, v_fair_key - (select c.last_value from private.virtual_clock as c),
+    p_draft.idempotency_key
   )
   returning * into v_generation;
   insert into private.ready_jobs (job_id, user_id, model_id, fair_key)

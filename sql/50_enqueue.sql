@@ -5,32 +5,6 @@
 -- wait for another in a circle. The lock also serialises one user's requests: limits, balance and
 -- idempotency key are read and written without a race.
 
--- Jobs that would be claimed before this one, counted up to p_at_most; null unless it is queued.
-create or replace function private.queue_position(
-  p_job_id uuid,
-  p_at_most integer default 1000
-)
-returns integer
-language sql
-stable
-set search_path = ''
-as $$
-  select (
-    select count(*)::integer
-    from (
-      select 1
-      from private.ready_jobs as r
-      where r.run_at is null and (r.fair_key, r.seq) < (job.fair_key, job.seq)
-      limit p_at_most
-    ) as ahead
-  )
-  from private.ready_jobs as job
-  where job.job_id = p_job_id
-$$;
-
-revoke all on function private.queue_position(uuid, integer)
-from public, anon, authenticated, service_role;
-
 -- Raises PT409 idempotency_conflict.
 create or replace function private.refuse_used_key()
 returns void
@@ -83,24 +57,6 @@ $$;
 revoke all on function private.find_generation_by_key(uuid, text, text, text, jsonb)
 from public, anon, authenticated, service_role;
 
--- How long a client should wait before it reads the state again: a tenth of the job's age so far,
--- between one and ten seconds; null when there is nothing to wait for.
-create or replace function private.poll_after_ms(p_generation public.generations)
-returns integer
-language sql
-stable
-set search_path = ''
-as $$
-  select case
-    when p_generation.finished_at is null then least(10000, greatest(
-      1000, extract(epoch from now() - p_generation.created_at) * 100
-    ))::integer
-  end
-$$;
-
-revoke all on function private.poll_after_ms(public.generations)
-from public, anon, authenticated, service_role;
-
 -- The user's finished generation of just this input, all images there; all null if there is none.
 --
 -- What was made from a source image is not reused: the file of that path may be another one now.
@@ -144,9 +100,12 @@ as $$
     'credits_left', (
       select e.credits from public.entitlements as e where e.user_id = p_generation.user_id
     ),
-    'queue_position', private.queue_position(p_generation.id),
-    'poll_after_ms', private.poll_after_ms(p_generation)
+    'queue_position', f.queue_position,
+    'eta_seconds', f.eta_seconds,
+    'poll_after_ms', private.poll_after_ms(p_generation, f.eta_seconds)
   )
+  from (select) as one
+  left join private.forecast(p_generation) as f on true
 $$;
 
 revoke all on function private.enqueue_answer(public.generations, boolean)
@@ -225,11 +184,12 @@ $$;
 
 comment on function public.enqueue_generation is
   'Asks for a picture: checks, charges and queues in one transaction. Answers {job_id, status, '
-  'reused, credits_left, queue_position (jobs ahead, null unless queued), poll_after_ms}. The same '
-  'idempotency_key and payload answer with the same job and charge nothing. With params.reuse = '
-  'true and a seed, your finished generation of the same input is answered, free. Errors: PT400 '
-  'invalid_input, PT401 not_authenticated, PT402 insufficient_credits, PT403 requires_paid_plan, '
-  'PT404 not_found, PT409 idempotency_conflict, PT429 too_many_active | rate_limited.';
+  'reused, credits_left, queue_position (jobs ahead, null unless queued), eta_seconds (until it is '
+  'likely to be finished, null if not known), poll_after_ms}. The same idempotency_key and payload '
+  'answer with the same job and charge nothing. With params.reuse = true and a seed, your finished '
+  'generation of the same input is answered, free. Errors: PT400 invalid_input, PT401 '
+  'not_authenticated, PT402 insufficient_credits, PT403 requires_paid_plan, PT404 not_found, PT409 '
+  'idempotency_conflict, PT429 too_many_active | rate_limited.';
 
 revoke all on function public.enqueue_generation(text, text, jsonb, text)
 from public, anon, authenticated, service_role;

@@ -20,6 +20,24 @@ comment on function public.ping is
 revoke all on function public.ping() from public, anon, authenticated, service_role;
 grant execute on function public.ping() to anon, authenticated, service_role;
 
+-- The images of a generation as the API shows them, in order.
+create or replace function private.images_json(p_generation_id uuid)
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select coalesce(json_agg(json_build_object(
+    'position', i.position, 'path', i.storage_path, 'preview_path', i.preview_path,
+    'content_type', i.content_type,
+    'width', i.width, 'height', i.height, 'bytes', i.bytes, 'blurhash', i.blurhash,
+    'is_public', i.share_id is not null
+  ) order by i.position), '[]')
+  from public.images as i where i.generation_id = p_generation_id
+$$;
+
+revoke all on function private.images_json(uuid) from public, anon, authenticated, service_role;
+
 -- One job as the API shows it. Progress is read from the running row: it is not history.
 create or replace function private.job_json(p_generation public.generations)
 returns json
@@ -32,9 +50,17 @@ as $$
     'status', p_generation.status,
     'stage', running.stage,
     'progress', running.progress,
-    'queue_position', private.queue_position(p_generation.id),
-    'poll_after_ms', private.poll_after_ms(p_generation),
+    'attempt', coalesce(running.attempt, (
+      select r.attempt from private.ready_jobs as r where r.job_id = p_generation.id
+    )),
+    'cancel_requested', coalesce(running.cancel_requested, false),
+    'queue_position', f.queue_position,
+    'eta_seconds', f.eta_seconds,
+    'poll_after_ms', private.poll_after_ms(p_generation, f.eta_seconds),
     'model', p_generation.model_id,
+    'alias', p_generation.alias_id,
+    'batch_id', p_generation.batch_id,
+    'retry_of', p_generation.retry_of,
     'prompt', p_generation.prompt,
     'params', p_generation.input,
     'price_credits', p_generation.price_credits,
@@ -45,15 +71,7 @@ as $$
     'error', case when p_generation.error_code is not null
       then json_build_object('code', p_generation.error_code, 'message', p_generation.error_message)
     end,
-    'images', (
-      select coalesce(json_agg(json_build_object(
-        'position', i.position, 'path', i.storage_path, 'preview_path', i.preview_path,
-        'content_type', i.content_type,
-        'width', i.width, 'height', i.height, 'bytes', i.bytes, 'blurhash', i.blurhash,
-        'is_public', i.share_id is not null
-      ) order by i.position), '[]')
-      from public.images as i where i.generation_id = p_generation.id
-    ),
+    'images', private.images_json(p_generation.id),
     'is_favorite', p_generation.is_favorite,
     'tags', (
       select coalesce(json_agg(t.tag order by t.tag), '[]')
@@ -65,6 +83,7 @@ as $$
   )
   from (values (p_generation.id)) as job (id)
   left join private.running_jobs as running on running.job_id = job.id
+  left join private.forecast(p_generation) as f on true
 $$;
 
 revoke all on function private.job_json(public.generations)
@@ -96,12 +115,14 @@ as $$
 $$;
 
 comment on function public.get_job_status is
-  'State of one of your jobs: {job_id, status, stage, progress (percent), queue_position, '
-  'poll_after_ms, model, prompt, params, price_credits, refunded_credits, error {code, message}, '
-  'images [{position, path and preview_path in bucket generations, content_type, width, height, '
-  'bytes, blurhash, is_public}], is_favorite, tags, created_at, started_at, finished_at}. Poll '
-  'again after poll_after_ms, stop when it is null. Errors: PT401 not_authenticated, PT404 '
-  'not_found.';
+  'State of one of your jobs: {job_id, status, stage, progress (percent), attempt, '
+  'cancel_requested, queue_position, eta_seconds (until it is likely to be finished, null if not '
+  'known), poll_after_ms, model, alias, batch_id, retry_of, prompt, params, price_credits, '
+  'refunded_credits, error {code, message}, images [{position, path and preview_path in bucket '
+  'generations, content_type, width, height, bytes, blurhash, is_public}], is_favorite, tags, '
+  'created_at, started_at, finished_at}. attempt is the number of the one that runs, or while '
+  'queued of those used up. Poll again after poll_after_ms, stop when it is null. Errors: PT401 '
+  'not_authenticated, PT404 not_found.';
 
 revoke all on function public.get_job_status(uuid) from public, anon, authenticated, service_role;
 grant execute on function public.get_job_status(uuid) to authenticated;

@@ -34,16 +34,18 @@ $$;
 revoke all on function private.end_lease(uuid, bigint, text[])
 from public, anon, authenticated, service_role;
 
--- What a completed attempt cost at the provider, in US dollars; null where it is not known.
+-- What an attempt cost at the provider, in US dollars; null where it is not known. Whether it bills
+-- what failed or was stopped is said by is_billed.
 create or replace function private.provider_cost(p_model_id text, p_metrics jsonb)
 returns numeric
 language sql
 stable
 set search_path = ''
 as $$
-  select m.cost_usd * case m.cost_unit
-    when 'image' then (p_metrics ->> 'images')::numeric
-    when 'second' then (p_metrics ->> 'provider_seconds')::numeric
+  select case
+    when p_metrics @> '{"is_billed": false}' then 0
+    when m.cost_unit = 'image' then m.cost_usd * (p_metrics ->> 'images')::numeric
+    when m.cost_unit = 'second' then m.cost_usd * (p_metrics ->> 'provider_seconds')::numeric
   end
   from public.models as m
   where m.id = p_model_id
@@ -65,13 +67,13 @@ language sql
 set search_path = ''
 as $$
   insert into private.attempts (
-    generation_id, token, attempt, worker_id, started_at, outcome, error_code, error_detail,
-    provider_job_id, provider_seconds, cost_usd
+    generation_id, token, model_id, attempt, worker_id, started_at, outcome,
+    error_code, error_detail, provider_job_id, provider_seconds, provider_images, cost_usd
   )
   values (
-    p_job.job_id, p_job.token, p_job.attempt, p_job.worker_id, p_job.claimed_at, p_outcome,
-    p_error_code, left(p_error_detail, 2000), p_job.provider_job_id,
-    (p_metrics ->> 'provider_seconds')::real,
+    p_job.job_id, p_job.token, p_job.model_id, p_job.attempt, p_job.worker_id, p_job.claimed_at,
+    p_outcome, p_error_code, left(p_error_detail, 2000), p_job.provider_job_id,
+    (p_metrics ->> 'provider_seconds')::real, (p_metrics ->> 'images')::smallint,
     private.provider_cost(p_job.model_id, p_metrics)
   )
 $$;
@@ -160,7 +162,7 @@ revoke all on function private.finish_failed(private.running_jobs, private.error
 from public, anon, authenticated, service_role;
 
 -- Cancels a job for good. The refund rule: the whole price, but only the share of
--- settings.running_cancel_refund_percent once the provider was asked and may bill us.
+-- settings.running_cancel_refund_percent, rounded up, once the provider was asked and may bill us.
 --
 -- Locks: the entitlement row.
 create or replace function private.finish_canceled(
@@ -180,7 +182,7 @@ declare
   v_generation public.generations := private.finish_generation(p_job_id, 'canceled');
 begin
   perform private.refund_generation(
-    p_user_id, p_job_id, (v_generation.price_credits::bigint * v_percent / 100)::integer
+    p_user_id, p_job_id, ceil(v_generation.price_credits::numeric * v_percent / 100)::integer
   );
   perform private.release_slot(p_user_id);
 end;
@@ -193,7 +195,8 @@ from public, anon, authenticated, service_role;
 create or replace function private.finish_canceled_job(
   p_job private.running_jobs,
   p_code text default null,
-  p_detail text default null
+  p_detail text default null,
+  p_metrics jsonb default '{}'
 )
 returns void
 language sql
@@ -202,10 +205,10 @@ as $$
   select private.finish_canceled(
     p_job.user_id, p_job.job_id, p_job.create_started_at is not null
   );
-  select private.record_attempt(p_job, 'canceled', p_code, p_detail);
+  select private.record_attempt(p_job, 'canceled', p_code, p_detail, p_metrics);
 $$;
 
-revoke all on function private.finish_canceled_job(private.running_jobs, text, text)
+revoke all on function private.finish_canceled_job(private.running_jobs, text, text, jsonb)
 from public, anon, authenticated, service_role;
 
 -- Claims of a job that have ended so far.
@@ -249,7 +252,8 @@ create or replace function private.end_failed_attempt(
   p_job private.running_jobs,
   p_code text,
   p_detail text,
-  p_retry_after_seconds double precision default null
+  p_retry_after_seconds double precision default null,
+  p_metrics jsonb default '{}'
 )
 returns text
 language plpgsql
@@ -262,7 +266,7 @@ declare
   v_outcome text := 'failed';
 begin
   if p_job.cancel_requested then
-    perform private.finish_canceled_job(p_job, p_code, p_detail);
+    perform private.finish_canceled_job(p_job, p_code, p_detail, p_metrics);
     return 'canceled';
   end if;
   select * into strict v_settings from private.settings;
@@ -284,14 +288,15 @@ begin
     perform private.finish_failed(p_job, v_error);
   end if;
   perform private.record_attempt(
-    p_job, v_outcome, v_error.code, concat_ws(': ', nullif(p_code, v_error.code), p_detail)
+    p_job, v_outcome, v_error.code, concat_ws(': ', nullif(p_code, v_error.code), p_detail),
+    p_metrics
   );
   return v_outcome;
 end;
 $$;
 
 revoke all on function private.end_failed_attempt(
-  private.running_jobs, text, text, double precision
+  private.running_jobs, text, text, double precision, jsonb
 )
 from public, anon, authenticated, service_role;
 
@@ -300,7 +305,8 @@ create or replace function private.fail_job(
   p_token bigint,
   p_code text,
   p_detail text,
-  p_retry_after_seconds double precision default null
+  p_retry_after_seconds double precision default null,
+  p_metrics jsonb default null
 )
 returns text
 language plpgsql
@@ -313,19 +319,22 @@ begin
   if v_job.job_id is null then
     return 'repeated';
   end if;
-  return private.end_failed_attempt(v_job, p_code, p_detail, p_retry_after_seconds);
+  return private.end_failed_attempt(
+    v_job, p_code, p_detail, p_retry_after_seconds, coalesce(p_metrics, '{}')
+  );
 end;
 $$;
 
 comment on function private.fail_job is
   'Ends an attempt with a code of error_codes: retried while attempts remain, else failed and '
-  'refunded. p_detail is for operators only; p_retry_after_seconds is the provider''s own wish. '
+  'refunded. p_detail is for operators only; p_retry_after_seconds is the provider''s own wish; '
+  'p_metrics as complete_job takes them. '
   'Answers retried, failed, canceled (the user had asked for it), or repeated (the call was made '
   'before). Errors: DR001 lease_lost.';
 
-revoke all on function private.fail_job(uuid, bigint, text, text, double precision)
+revoke all on function private.fail_job(uuid, bigint, text, text, double precision, jsonb)
 from public, anon, authenticated, service_role;
-grant execute on function private.fail_job(uuid, bigint, text, text, double precision)
+grant execute on function private.fail_job(uuid, bigint, text, text, double precision, jsonb)
 to darkroom_worker;
 
 create or replace function private.release_job(
@@ -363,7 +372,11 @@ revoke all on function private.release_job(uuid, bigint, boolean)
 from public, anon, authenticated, service_role;
 grant execute on function private.release_job(uuid, bigint, boolean) to darkroom_worker;
 
-create or replace function private.cancel_job(p_job_id uuid, p_token bigint)
+create or replace function private.cancel_job(
+  p_job_id uuid,
+  p_token bigint,
+  p_metrics jsonb default null
+)
 returns void
 language plpgsql
 security definer
@@ -373,7 +386,7 @@ declare
   v_job private.running_jobs := private.end_lease(p_job_id, p_token, '{canceled}');
 begin
   if v_job.cancel_requested then
-    perform private.finish_canceled_job(v_job);
+    perform private.finish_canceled_job(v_job, p_metrics => coalesce(p_metrics, '{}'));
   elsif v_job.job_id is not null then
     raise exception 'nobody asked to cancel job %', p_job_id
       using errcode = 'invalid_parameter_value';
@@ -382,12 +395,12 @@ end;
 $$;
 
 comment on function private.cancel_job is
-  'Ends a job whose cancel the heartbeat told of. Repeating it changes nothing. Errors: DR001 '
-  'lease_lost, 22023 nobody asked for it.';
+  'Ends a job whose cancel the heartbeat told of; p_metrics as complete_job takes them. Repeating '
+  'it changes nothing. Errors: DR001 lease_lost, 22023 nobody asked for it.';
 
-revoke all on function private.cancel_job(uuid, bigint)
+revoke all on function private.cancel_job(uuid, bigint, jsonb)
 from public, anon, authenticated, service_role;
-grant execute on function private.cancel_job(uuid, bigint) to darkroom_worker;
+grant execute on function private.cancel_job(uuid, bigint, jsonb) to darkroom_worker;
 
 -- Stores what was made and settles on it: images that were charged but not made are given back.
 --
@@ -428,6 +441,7 @@ begin
   if v_stored < v_generation.image_count then
     perform private.refund_generation(
       v_job.user_id, p_job_id,
+      -- Without a rest: the price is a whole number for each image.
       v_generation.price_credits * (v_generation.image_count - v_stored) / v_generation.image_count
     );
   end if;
@@ -439,7 +453,8 @@ $$;
 comment on function private.complete_job is
   'Ends a job well. p_images: [{position, storage_path, preview_path, content_type, width, '
   'height, bytes, blurhash}]; p_metrics: {provider_seconds, images (as many as the provider '
-  'made)}. Repeating it changes nothing. Errors: DR001 lease_lost, 22023 bad images.';
+  'made), is_billed (false: the provider asks nothing for it)}. Repeating it changes nothing. '
+  'Errors: DR001 lease_lost, 22023 bad images.';
 
 revoke all on function private.complete_job(uuid, bigint, jsonb, jsonb)
 from public, anon, authenticated, service_role;

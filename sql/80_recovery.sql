@@ -32,13 +32,14 @@ begin
     end if;
     v_count := v_count + 1;
   end loop;
+  perform private.refresh_model_stats();
   return v_count;
 end;
 $$;
 
 comment on function private.recover_stale_jobs is
-  'Requeues or finally fails up to p_at_most jobs whose lease or deadline has passed. Answers how'
-  ' many.';
+  'Requeues or finally fails up to p_at_most jobs whose lease or deadline has passed, and renews '
+  'model_stats. Answers how many.';
 
 revoke all on function private.recover_stale_jobs(integer)
 from public, anon, authenticated, service_role;

@@ -100,7 +100,7 @@ def test_recovery_cancels_what_a_dead_worker_was_told_to(db, alice, worker, cloc
     assert_books_balance(db)
 
 
-@pytest.mark.parametrize(("percent", "refunded"), [(100, 3), (50, 1), (0, 0)])
+@pytest.mark.parametrize(("percent", "refunded"), [(100, 3), (50, 2), (0, 0)])
 def test_once_the_provider_was_asked_the_operators_share_goes_back(
     db, alice, worker, percent, refunded
 ):

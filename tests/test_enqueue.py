@@ -22,6 +22,7 @@ def test_an_accepted_request_is_charged_recorded_and_ready(db, alice):
         "reused": False,
         "credits_left": 9,
         "queue_position": 0,
+        "eta_seconds": None,
         "poll_after_ms": 1000,
     }
     generation = db.row("select * from public.generations where id = %s", answer["job_id"])

@@ -421,8 +421,8 @@ def have_history(db, count):
     )
     db.execute(
         "insert into private.attempts"
-        "  (generation_id, token, attempt, worker_id, started_at, ended_at, outcome)"
-        " select id, 0, 1, 1, started_at, finished_at, status from public.generations"
+        "  (generation_id, token, model_id, attempt, worker_id, started_at, ended_at, outcome)"
+        " select id, 0, model_id, 1, 1, started_at, finished_at, status from public.generations"
     )
     db.execute("analyze")
 

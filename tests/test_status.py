@@ -96,6 +96,53 @@ def test_somebody_elses_job_is_as_unknown_as_one_that_never_was(alice, bob):
     assert theirs.refusal == nobodys.refusal == none.refusal
 
 
+def test_a_job_tells_how_often_it_was_tried_and_whether_it_is_to_stop(db, alice, worker):
+    job_id = alice.enqueued()
+    assert alice.get_job_status(job_id)["attempt"] == 0
+
+    worker.fail_job(worker.claimed(), "provider_error")
+    assert alice.get_job_status(job_id)["attempt"] == 1
+    db.pass_time("61 seconds")
+    worker.heartbeat()
+    worker.claimed()
+    assert alice.get_job_status(job_id)["attempt"] == 2
+    assert alice.get_job_status(job_id)["cancel_requested"] is False
+
+    alice.cancel_generation(job_id)
+
+    assert alice.get_job_status(job_id)["cancel_requested"] is True
+
+
+def test_a_job_tells_what_it_belongs_to(alice, worker):
+    worker_failed = alice.enqueued()
+    worker.fail_job(worker.claimed(), "moderated")
+
+    again = alice.get_job_status(alice.retry_generation(worker_failed)["job_id"])
+
+    assert again["retry_of"] == worker_failed
+    assert (again["alias"], again["batch_id"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("age", "eta", "milliseconds"),
+    [
+        ("0", 600, 10000),
+        ("0", 30, 6000),
+        ("0", 2, 1000),
+        ("100 seconds", 2, 2000),  # the end is near, though it took long
+        ("1 hour", 2, 10000),  # overdue, who knows for how long
+        ("100 seconds", None, 10000),
+    ],
+)
+def test_a_job_is_polled_as_its_end_comes_near(db, alice, age, eta, milliseconds):
+    alice.enqueue()
+    db.pass_time(age)
+
+    wait = db.value("select private.poll_after_ms(g, %s) from public.generations as g", eta)
+
+    assert milliseconds <= wait <= milliseconds + 300
+
+
 @pytest.mark.parametrize(
     ("age", "milliseconds"), [("1 second", 1000), ("50 seconds", 5000), ("1 hour", 10000)]
 )

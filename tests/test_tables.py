@@ -81,6 +81,9 @@ BROKEN_RULES = {
     "running_jobs_progress_is_a_percentage": "update private.running_jobs set progress = 101",
     "workers_slots_are_positive": "update private.workers set slots = 0",
     "attempts_outcome_is_known": "update private.attempts set outcome = 'lost'",
+    "model_stats_samples_are_positive": (
+        "insert into private.model_stats values ('a/b', 1, 0, 0, null, now())"
+    ),
     "plans_name_is_known": "update private.plans set name = 'gold' where name = 'free'",
     "plans_limits_are_positive": "update private.plans set max_active = 0",
     "plans_weight_is_a_step_of_the_queue": "update private.plans set weight = 1001",

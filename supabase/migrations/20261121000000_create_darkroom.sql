@@ -267,10 +267,12 @@ comment on column public.models.prompt_input is
 comment on column public.models.image_inputs is
   'The client inputs that take source images: paths in bucket inputs, which the worker signs.';
 comment on column public.models.image_count_input is
-  'The client input that says how many images; null: always one.';
+  'The client input that says how many images; null: none does, and max_images are charged until '
+  'they are counted.';
 comment on column public.models.operator_input is
   'Sent with every job, over defaults and params; clients cannot change it.';
-comment on column public.models.max_images is 'Most images of one generation.';
+comment on column public.models.max_images is
+  'Most images of one generation; what it charges where no input says how many.';
 comment on column public.models.deadline is
   'How long one attempt may take before it fails with timeout.';
 
@@ -336,6 +338,7 @@ create table public.generations (
   error_message text,
   price_credits integer not null,
   image_count smallint not null,
+  queue_distance bigint,
   idempotency_key text,
   is_favorite boolean not null default false,
   created_at timestamptz not null default now(),
@@ -379,6 +382,8 @@ comment on column public.generations.error_code is 'Why it failed: a code of pri
 comment on column public.generations.price_credits is
   'Credits charged for the whole generation at enqueue.';
 comment on column public.generations.image_count is 'Images asked and charged for.';
+comment on column public.generations.queue_distance is
+  'How far behind the queue''s present it was put: ready_jobs.fair_key less the virtual clock.';
 comment on column public.generations.idempotency_key is
   'The client''s own name for the request: the same key answers with this row.';
 comment on column public.generations.deleted_at is
@@ -560,6 +565,7 @@ comment on column private.workers.is_listening is
 create table private.attempts (
   generation_id uuid not null references public.generations (id) on delete cascade,
   token bigint not null,
+  model_id text not null,
   attempt smallint not null,
   worker_id bigint not null,
   started_at timestamptz not null,
@@ -569,6 +575,7 @@ create table private.attempts (
   error_detail text,
   provider_job_id text,
   provider_seconds real,
+  provider_images smallint,
   cost_usd numeric(12, 6),
   primary key (generation_id, token),
   constraint attempts_outcome_is_known check (
@@ -584,6 +591,7 @@ comment on column private.attempts.attempt is
 comment on column private.attempts.outcome is
   'completed | retried (failed, queued again) | failed | released (graceful stop) | canceled.';
 comment on column private.attempts.provider_seconds is 'Compute seconds the provider reported.';
+comment on column private.attempts.provider_images is 'Images the provider made, as it bills them.';
 comment on column private.attempts.cost_usd is 'US dollars the attempt cost at the provider.';
 
 -- Written in the order of time, so a BRIN index finds the last minutes, and costs next to nothing.
@@ -592,6 +600,26 @@ on private.attempts using brin (ended_at) with (pages_per_range = 16, autosummar
 -- Read when a lost create is looked for at the provider.
 create index attempts_provider_job_id_idx
 on private.attempts (provider_job_id) where provider_job_id is not null;
+
+create table private.model_stats (
+  model_id text primary key,
+  mean_seconds double precision not null,
+  sample_count integer not null,
+  requests_per_second double precision not null default 0,
+  queue_distance double precision,
+  refreshed_at timestamptz not null,
+  constraint model_stats_samples_are_positive check (sample_count > 0)
+) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200);
+
+comment on table private.model_stats is
+  'What jobs of each model took and how often they came lately: what eta_seconds goes by.';
+comment on column private.model_stats.mean_seconds is
+  'Seconds from claim to end of completed attempts, a mean that forgets old ones.';
+comment on column private.model_stats.sample_count is
+  'Attempts the mean goes back to, up to a limit.';
+comment on column private.model_stats.requests_per_second is 'Of the last five minutes.';
+comment on column private.model_stats.queue_distance is
+  'Mean of generations.queue_distance in these minutes.';
 
 create table private.error_codes (
   code text primary key,
@@ -1038,6 +1066,7 @@ alter table private.ready_jobs enable row level security;
 alter table private.running_jobs enable row level security;
 alter table private.workers enable row level security;
 alter table private.attempts enable row level security;
+alter table private.model_stats enable row level security;
 alter table private.error_codes enable row level security;
 alter table private.providers enable row level security;
 alter table private.plans enable row level security;
@@ -3195,7 +3224,9 @@ $$;
 
 revoke all on function private.wake_worker() from public, anon, authenticated, service_role;
 
--- How many images this input makes; a schema's default counts where the params are silent.
+-- How many images this input makes, at most; a schema's default counts where the params are silent.
+-- Where nobody can know before (no input says it, or one says "auto"), the most the model makes:
+-- that is charged, and complete_job gives back what was not made.
 create or replace function private.count_images(p_model public.models, p_provider_input jsonb)
 returns smallint
 language plpgsql
@@ -3203,9 +3234,11 @@ stable
 set search_path = ''
 as $$
 declare
-  v_images numeric := coalesce(
-    (p_provider_input ->> p_model.image_count_input)::numeric, 1
-  );
+  v_said jsonb := p_provider_input -> p_model.image_count_input;
+  v_images numeric := case jsonb_typeof(v_said)
+    when 'number' then v_said::numeric
+    else p_model.max_images
+  end;
 begin
   if v_images not between 1 and p_model.max_images then
     perform private.refuse_input(
@@ -3314,12 +3347,13 @@ begin
   perform private.charge_credits(p_entitlement, v_id, v_price, v_fair_key);
   insert into public.generations (
     id, user_id, model_id, alias_id, batch_id, retry_of, prompt, input, provider_input,
-    price_credits, image_count, idempotency_key
+    price_credits, image_count, queue_distance, idempotency_key
   )
   values (
     v_id, p_entitlement.user_id, p_model.id, p_draft.alias_id, p_draft.batch_id, p_draft.retry_of,
     p_draft.prompt, p_draft.input, p_draft.provider_input,
-    v_price, v_images, p_draft.idempotency_key
+    v_price, v_images, v_fair_key - (select c.last_value from private.virtual_clock as c),
+    p_draft.idempotency_key
   )
   returning * into v_generation;
   insert into private.ready_jobs (job_id, user_id, model_id, fair_key)
@@ -3332,38 +3366,294 @@ $$;
 revoke all on function private.insert_generation(
   public.entitlements, private.plans, public.models, public.generations, boolean
 ) from public, anon, authenticated, service_role;
--- The one way in: gate, charge, and enqueue in one transaction, or nothing at all.
+-- ETA: how many jobs are before this one, and in how many seconds it is likely to be finished.
 --
--- Lock order: enqueue locks the entitlement row first, and everything else it writes is a new row.
--- All other functions lock running or ready row -> generation -> entitlement, so none of them can
--- wait for another in a circle. The lock also serialises one user's requests: limits, balance and
--- idempotency key are read and written without a race.
+-- forecast answers both from one look at the queue. It goes by what jobs of a model have taken
+-- lately, from claim to end (model_stats), by the slots of the workers that live, and by how many
+-- jobs have lately been put before others, as fairness does with the jobs of users who ask for
+-- little. Where something of that is not known it says null, never a guess.
+--
+-- model_stats is written by refresh_model_stats alone, which recovery (80) calls: finishing a job
+-- writes no row that others write too. What ends while a refresh runs may go uncounted.
 
--- Jobs that would be claimed before this one, counted up to p_at_most; null unless it is queued.
-create or replace function private.queue_position(
-  p_job_id uuid,
+-- Takes in the attempts completed since the last time and the requests of the last five minutes.
+-- A mean remembers about as many attempts as p_memory. Does nothing within 15 seconds of the last.
+create or replace function private.refresh_model_stats(
+  p_memory integer default 200,
+  p_requests integer default 2000
+)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_since timestamptz := coalesce(
+    (select max(s.refreshed_at) from private.model_stats as s), now() - interval '1 day'
+  );
+begin
+  if v_since > now() - interval '15 seconds'
+    or not pg_try_advisory_xact_lock(hashtextextended('darkroom.refresh_model_stats', 0)) then
+    return;
+  end if;
+  insert into private.model_stats as s (model_id, mean_seconds, sample_count, refreshed_at)
+  select
+    a.model_id, avg(extract(epoch from a.ended_at - a.started_at)), least(count(*), p_memory), now()
+  from private.attempts as a
+  where a.ended_at > v_since and a.outcome = 'completed'
+  group by a.model_id
+  on conflict (model_id) do update set
+    mean_seconds = s.mean_seconds + (excluded.mean_seconds - s.mean_seconds)
+      * excluded.sample_count / least(p_memory, s.sample_count + excluded.sample_count),
+    sample_count = least(p_memory, s.sample_count + excluded.sample_count);
+  with latest as (
+    select g.model_id, g.queue_distance, g.created_at
+    from public.generations as g order by g.id desc limit p_requests
+  ),
+  recent as (
+    select
+      l.model_id, count(*) as jobs, avg(l.queue_distance) as distance,
+      case sum(count(*)) over ()
+        when p_requests then extract(epoch from now() - min(min(l.created_at)) over ())
+        else 300
+      end as seconds
+    from latest as l where l.created_at > now() - interval '5 minutes' group by l.model_id
+  )
+  update private.model_stats as s set
+    requests_per_second = coalesce(
+      (select r.jobs / r.seconds from recent as r where r.model_id = s.model_id), 0
+    ),
+    queue_distance = (select r.distance from recent as r where r.model_id = s.model_id),
+    refreshed_at = now();
+end;
+$$;
+
+revoke all on function private.refresh_model_stats(integer, integer)
+from public, anon, authenticated, service_role;
+
+-- What is left of a running job that takes p_mean_seconds as a rule: never less than a quarter of
+-- it, for late jobs are not done any moment. The provider's progress counts as much as the clock.
+create or replace function private.remaining_seconds(
+  p_job private.running_jobs,
+  p_mean_seconds double precision
+)
+returns double precision
+language sql
+stable
+set search_path = ''
+as $$
+  select greatest(0.25 * p_mean_seconds, case
+    when p_job.stage = 'storing' then 0
+    when p_job.progress between 5 and 100
+      then (p_mean_seconds - e.seconds + e.seconds * (100.0 / p_job.progress - 1)) / 2
+    else p_mean_seconds - e.seconds
+  end)
+  from (select extract(epoch from now() - p_job.claimed_at) as seconds) as e
+$$;
+
+revoke all on function private.remaining_seconds(private.running_jobs, double precision)
+from public, anon, authenticated, service_role;
+
+-- In how many seconds each live slot is free, soonest first; null if no worker lives. Of a model
+-- that was never measured, p_else stands for the mean.
+create or replace function private.free_slots(p_else double precision)
+returns double precision[]
+language sql
+stable
+set search_path = ''
+as $$
+  select array_fill(0::double precision, array[greatest(l.slots - b.busy, 0)]) || b.seconds
+  from (
+    select sum(w.slots)::integer as slots
+    from private.workers as w
+    where w.seen_at > now() - (select s.lease from private.settings as s)
+  ) as l
+  cross join (
+    select
+      count(*)::integer as busy,
+      coalesce(array_agg(t.seconds order by t.seconds), '{}') as seconds
+    from (
+      select private.remaining_seconds(r, coalesce(s.mean_seconds, p_else)) as seconds
+      from private.running_jobs as r
+      left join private.model_stats as s on s.model_id = r.model_id
+    ) as t
+  ) as b
+  where l.slots > 0
+$$;
+
+revoke all on function private.free_slots(double precision)
+from public, anon, authenticated, service_role;
+
+-- When a job begins that has jobs of these lengths before it, in order, each taking the slot that
+-- is free first. After a hundred the slots are taken to fill up evenly.
+create or replace function private.play_queue(
+  p_slots double precision[],
+  p_ahead double precision[],
+  p_exactly integer default 100
+)
+returns double precision
+language plpgsql
+immutable
+set search_path = ''
+as $$
+declare
+  -- A heap: each entry is no later than the two at twice its place, so the first is the soonest.
+  v_slots double precision[] := p_slots;
+  v_count integer := cardinality(p_slots);
+  v_at integer;
+  v_next integer;
+  v_free double precision;
+begin
+  for v_place in 1 .. least(p_exactly, cardinality(p_ahead)) loop
+    v_free := v_slots[1] + p_ahead[v_place];
+    v_at := 1;
+    loop
+      v_next := 2 * v_at;
+      exit when v_next > v_count;
+      if v_next < v_count and v_slots[v_next + 1] < v_slots[v_next] then
+        v_next := v_next + 1;
+      end if;
+      exit when v_free <= v_slots[v_next];
+      v_slots[v_at] := v_slots[v_next];
+      v_at := v_next;
+    end loop;
+    v_slots[v_at] := v_free;
+  end loop;
+  return v_slots[1] + coalesce(
+    (select sum(a.seconds) from unnest(p_ahead[p_exactly + 1:]) as a (seconds)), 0
+  ) / v_count;
+end;
+$$;
+
+revoke all on function private.play_queue(double precision[], double precision[], integer)
+from public, anon, authenticated, service_role;
+
+-- The share of this many slots that goes to jobs which come later and are put before a job this far
+-- behind the queue's present: at first all that are put nearer, ever fewer as it moves up.
+create or replace function private.overtaking_share(p_distance bigint, p_slot_count integer)
+returns double precision
+language sql
+stable
+set search_path = ''
+as $$
+  select least(0.6, coalesce(sum(
+    s.requests_per_second * s.mean_seconds
+    * greatest(0, 1 - s.queue_distance / greatest(p_distance, 1))
+  ), 0) / p_slot_count)
+  from private.model_stats as s
+$$;
+
+revoke all on function private.overtaking_share(bigint, integer)
+from public, anon, authenticated, service_role;
+
+-- Seconds until a queued job begins, from the lengths of those before it; null if not known.
+create or replace function private.waiting_seconds(
+  p_job private.ready_jobs,
+  p_ahead double precision[],
+  p_else double precision
+)
+returns double precision
+language sql
+stable
+set search_path = ''
+as $$
+  select greatest(
+    private.play_queue(f.slots, p_ahead) / (1 - case p_ahead when '{}' then 0
+      else private.overtaking_share(p_job.fair_key - c.last_value, cardinality(f.slots)) end),
+    extract(epoch from p_job.run_at - now()),
+    extract(epoch from p.paused_until - now())
+  )
+  from private.free_slots(p_else) as f (slots)
+  cross join private.virtual_clock as c
+  left join public.models as m on m.id = p_job.model_id
+  left join private.providers as p on p.name = m.provider
+  where f.slots is not null
+$$;
+
+revoke all on function private.waiting_seconds(private.ready_jobs, double precision[],
+  double precision) from public, anon, authenticated, service_role;
+
+-- Jobs that would be claimed before this one, counted up to p_at_most, null unless it is queued;
+-- and seconds until it is likely to be finished. These are null for a finished job, while no worker
+-- lives, for a model of which nothing was completed yet, and behind more jobs than are counted.
+create or replace function private.forecast(
+  p_generation public.generations,
   p_at_most integer default 1000
+)
+returns table (queue_position integer, eta_seconds numeric)
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_job private.ready_jobs;
+  v_mean double precision;
+  v_ahead double precision[];
+  v_seconds double precision;
+begin
+  if p_generation.finished_at is not null then
+    return;
+  end if;
+  v_mean := (
+    select s.mean_seconds from private.model_stats as s where s.model_id = p_generation.model_id
+  );
+  select * into v_job from private.ready_jobs as r where r.job_id = p_generation.id;
+  if found then
+    v_ahead := array(
+      select coalesce(s.mean_seconds, v_mean, 0)
+      from private.ready_jobs as r
+      left join private.model_stats as s on s.model_id = r.model_id
+      where r.run_at is null and (r.fair_key, r.seq) < (v_job.fair_key, v_job.seq)
+      order by r.fair_key, r.seq limit p_at_most
+    );
+    queue_position := cardinality(v_ahead);
+    if v_mean is not null and queue_position < p_at_most then
+      v_seconds := v_mean + private.waiting_seconds(v_job, v_ahead, v_mean);
+    end if;
+  else
+    v_seconds := (
+      select private.remaining_seconds(r, v_mean)
+      from private.running_jobs as r where r.job_id = p_generation.id and v_mean is not null
+    );
+  end if;
+  eta_seconds := round(v_seconds::numeric, 1);
+  return next;
+end;
+$$;
+
+revoke all on function private.forecast(public.generations, integer)
+from public, anon, authenticated, service_role;
+
+-- How long a client should wait before it reads the state again, between one and ten seconds; null
+-- when there is nothing to wait for. A fifth of the ETA, so that it asks more often as the end
+-- comes near, but a fiftieth of the job's age at least: one that is overdue may be so for long.
+-- Where there is no ETA, a tenth of the age.
+create or replace function private.poll_after_ms(
+  p_generation public.generations,
+  p_eta_seconds numeric default null
 )
 returns integer
 language sql
 stable
 set search_path = ''
 as $$
-  select (
-    select count(*)::integer
-    from (
-      select 1
-      from private.ready_jobs as r
-      where r.run_at is null and (r.fair_key, r.seq) < (job.fair_key, job.seq)
-      limit p_at_most
-    ) as ahead
-  )
-  from private.ready_jobs as job
-  where job.job_id = p_job_id
+  select case
+    when p_generation.finished_at is null then least(10000, greatest(
+      1000,
+      p_eta_seconds * 200,
+      a.seconds * case when p_eta_seconds is null then 100 else 20 end
+    ))::integer
+  end
+  from (select extract(epoch from now() - p_generation.created_at) as seconds) as a
 $$;
 
-revoke all on function private.queue_position(uuid, integer)
+revoke all on function private.poll_after_ms(public.generations, numeric)
 from public, anon, authenticated, service_role;
+-- The one way in: gate, charge, and enqueue in one transaction, or nothing at all.
+--
+-- Lock order: enqueue locks the entitlement row first, and everything else it writes is a new row.
+-- All other functions lock running or ready row -> generation -> entitlement, so none of them can
+-- wait for another in a circle. The lock also serialises one user's requests: limits, balance and
+-- idempotency key are read and written without a race.
 
 -- Raises PT409 idempotency_conflict.
 create or replace function private.refuse_used_key()
@@ -3417,24 +3707,6 @@ $$;
 revoke all on function private.find_generation_by_key(uuid, text, text, text, jsonb)
 from public, anon, authenticated, service_role;
 
--- How long a client should wait before it reads the state again: a tenth of the job's age so far,
--- between one and ten seconds; null when there is nothing to wait for.
-create or replace function private.poll_after_ms(p_generation public.generations)
-returns integer
-language sql
-stable
-set search_path = ''
-as $$
-  select case
-    when p_generation.finished_at is null then least(10000, greatest(
-      1000, extract(epoch from now() - p_generation.created_at) * 100
-    ))::integer
-  end
-$$;
-
-revoke all on function private.poll_after_ms(public.generations)
-from public, anon, authenticated, service_role;
-
 -- The user's finished generation of just this input, all images there; all null if there is none.
 --
 -- What was made from a source image is not reused: the file of that path may be another one now.
@@ -3478,9 +3750,12 @@ as $$
     'credits_left', (
       select e.credits from public.entitlements as e where e.user_id = p_generation.user_id
     ),
-    'queue_position', private.queue_position(p_generation.id),
-    'poll_after_ms', private.poll_after_ms(p_generation)
+    'queue_position', f.queue_position,
+    'eta_seconds', f.eta_seconds,
+    'poll_after_ms', private.poll_after_ms(p_generation, f.eta_seconds)
   )
+  from (select) as one
+  left join private.forecast(p_generation) as f on true
 $$;
 
 revoke all on function private.enqueue_answer(public.generations, boolean)
@@ -3559,11 +3834,12 @@ $$;
 
 comment on function public.enqueue_generation is
   'Asks for a picture: checks, charges and queues in one transaction. Answers {job_id, status, '
-  'reused, credits_left, queue_position (jobs ahead, null unless queued), poll_after_ms}. The same '
-  'idempotency_key and payload answer with the same job and charge nothing. With params.reuse = '
-  'true and a seed, your finished generation of the same input is answered, free. Errors: PT400 '
-  'invalid_input, PT401 not_authenticated, PT402 insufficient_credits, PT403 requires_paid_plan, '
-  'PT404 not_found, PT409 idempotency_conflict, PT429 too_many_active | rate_limited.';
+  'reused, credits_left, queue_position (jobs ahead, null unless queued), eta_seconds (until it is '
+  'likely to be finished, null if not known), poll_after_ms}. The same idempotency_key and payload '
+  'answer with the same job and charge nothing. With params.reuse = true and a seed, your finished '
+  'generation of the same input is answered, free. Errors: PT400 invalid_input, PT401 '
+  'not_authenticated, PT402 insufficient_credits, PT403 requires_paid_plan, PT404 not_found, PT409 '
+  'idempotency_conflict, PT429 too_many_active | rate_limited.';
 
 revoke all on function public.enqueue_generation(text, text, jsonb, text)
 from public, anon, authenticated, service_role;
@@ -4079,6 +4355,24 @@ comment on function public.ping is
 revoke all on function public.ping() from public, anon, authenticated, service_role;
 grant execute on function public.ping() to anon, authenticated, service_role;
 
+-- The images of a generation as the API shows them, in order.
+create or replace function private.images_json(p_generation_id uuid)
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select coalesce(json_agg(json_build_object(
+    'position', i.position, 'path', i.storage_path, 'preview_path', i.preview_path,
+    'content_type', i.content_type,
+    'width', i.width, 'height', i.height, 'bytes', i.bytes, 'blurhash', i.blurhash,
+    'is_public', i.share_id is not null
+  ) order by i.position), '[]')
+  from public.images as i where i.generation_id = p_generation_id
+$$;
+
+revoke all on function private.images_json(uuid) from public, anon, authenticated, service_role;
+
 -- One job as the API shows it. Progress is read from the running row: it is not history.
 create or replace function private.job_json(p_generation public.generations)
 returns json
@@ -4091,9 +4385,17 @@ as $$
     'status', p_generation.status,
     'stage', running.stage,
     'progress', running.progress,
-    'queue_position', private.queue_position(p_generation.id),
-    'poll_after_ms', private.poll_after_ms(p_generation),
+    'attempt', coalesce(running.attempt, (
+      select r.attempt from private.ready_jobs as r where r.job_id = p_generation.id
+    )),
+    'cancel_requested', coalesce(running.cancel_requested, false),
+    'queue_position', f.queue_position,
+    'eta_seconds', f.eta_seconds,
+    'poll_after_ms', private.poll_after_ms(p_generation, f.eta_seconds),
     'model', p_generation.model_id,
+    'alias', p_generation.alias_id,
+    'batch_id', p_generation.batch_id,
+    'retry_of', p_generation.retry_of,
     'prompt', p_generation.prompt,
     'params', p_generation.input,
     'price_credits', p_generation.price_credits,
@@ -4104,15 +4406,7 @@ as $$
     'error', case when p_generation.error_code is not null
       then json_build_object('code', p_generation.error_code, 'message', p_generation.error_message)
     end,
-    'images', (
-      select coalesce(json_agg(json_build_object(
-        'position', i.position, 'path', i.storage_path, 'preview_path', i.preview_path,
-        'content_type', i.content_type,
-        'width', i.width, 'height', i.height, 'bytes', i.bytes, 'blurhash', i.blurhash,
-        'is_public', i.share_id is not null
-      ) order by i.position), '[]')
-      from public.images as i where i.generation_id = p_generation.id
-    ),
+    'images', private.images_json(p_generation.id),
     'is_favorite', p_generation.is_favorite,
     'tags', (
       select coalesce(json_agg(t.tag order by t.tag), '[]')
@@ -4124,6 +4418,7 @@ as $$
   )
   from (values (p_generation.id)) as job (id)
   left join private.running_jobs as running on running.job_id = job.id
+  left join private.forecast(p_generation) as f on true
 $$;
 
 revoke all on function private.job_json(public.generations)
@@ -4155,12 +4450,14 @@ as $$
 $$;
 
 comment on function public.get_job_status is
-  'State of one of your jobs: {job_id, status, stage, progress (percent), queue_position, '
-  'poll_after_ms, model, prompt, params, price_credits, refunded_credits, error {code, message}, '
-  'images [{position, path and preview_path in bucket generations, content_type, width, height, '
-  'bytes, blurhash, is_public}], is_favorite, tags, created_at, started_at, finished_at}. Poll '
-  'again after poll_after_ms, stop when it is null. Errors: PT401 not_authenticated, PT404 '
-  'not_found.';
+  'State of one of your jobs: {job_id, status, stage, progress (percent), attempt, '
+  'cancel_requested, queue_position, eta_seconds (until it is likely to be finished, null if not '
+  'known), poll_after_ms, model, alias, batch_id, retry_of, prompt, params, price_credits, '
+  'refunded_credits, error {code, message}, images [{position, path and preview_path in bucket '
+  'generations, content_type, width, height, bytes, blurhash, is_public}], is_favorite, tags, '
+  'created_at, started_at, finished_at}. attempt is the number of the one that runs, or while '
+  'queued of those used up. Poll again after poll_after_ms, stop when it is null. Errors: PT401 '
+  'not_authenticated, PT404 not_found.';
 
 revoke all on function public.get_job_status(uuid) from public, anon, authenticated, service_role;
 grant execute on function public.get_job_status(uuid) to authenticated;
@@ -5902,16 +6199,18 @@ $$;
 revoke all on function private.end_lease(uuid, bigint, text[])
 from public, anon, authenticated, service_role;
 
--- What a completed attempt cost at the provider, in US dollars; null where it is not known.
+-- What an attempt cost at the provider, in US dollars; null where it is not known. Whether it bills
+-- what failed or was stopped is said by is_billed.
 create or replace function private.provider_cost(p_model_id text, p_metrics jsonb)
 returns numeric
 language sql
 stable
 set search_path = ''
 as $$
-  select m.cost_usd * case m.cost_unit
-    when 'image' then (p_metrics ->> 'images')::numeric
-    when 'second' then (p_metrics ->> 'provider_seconds')::numeric
+  select case
+    when p_metrics @> '{"is_billed": false}' then 0
+    when m.cost_unit = 'image' then m.cost_usd * (p_metrics ->> 'images')::numeric
+    when m.cost_unit = 'second' then m.cost_usd * (p_metrics ->> 'provider_seconds')::numeric
   end
   from public.models as m
   where m.id = p_model_id
@@ -5933,13 +6232,13 @@ language sql
 set search_path = ''
 as $$
   insert into private.attempts (
-    generation_id, token, attempt, worker_id, started_at, outcome, error_code, error_detail,
-    provider_job_id, provider_seconds, cost_usd
+    generation_id, token, model_id, attempt, worker_id, started_at, outcome,
+    error_code, error_detail, provider_job_id, provider_seconds, provider_images, cost_usd
   )
   values (
-    p_job.job_id, p_job.token, p_job.attempt, p_job.worker_id, p_job.claimed_at, p_outcome,
-    p_error_code, left(p_error_detail, 2000), p_job.provider_job_id,
-    (p_metrics ->> 'provider_seconds')::real,
+    p_job.job_id, p_job.token, p_job.model_id, p_job.attempt, p_job.worker_id, p_job.claimed_at,
+    p_outcome, p_error_code, left(p_error_detail, 2000), p_job.provider_job_id,
+    (p_metrics ->> 'provider_seconds')::real, (p_metrics ->> 'images')::smallint,
     private.provider_cost(p_job.model_id, p_metrics)
   )
 $$;
@@ -6028,7 +6327,7 @@ revoke all on function private.finish_failed(private.running_jobs, private.error
 from public, anon, authenticated, service_role;
 
 -- Cancels a job for good. The refund rule: the whole price, but only the share of
--- settings.running_cancel_refund_percent once the provider was asked and may bill us.
+-- settings.running_cancel_refund_percent, rounded up, once the provider was asked and may bill us.
 --
 -- Locks: the entitlement row.
 create or replace function private.finish_canceled(
@@ -6048,7 +6347,7 @@ declare
   v_generation public.generations := private.finish_generation(p_job_id, 'canceled');
 begin
   perform private.refund_generation(
-    p_user_id, p_job_id, (v_generation.price_credits::bigint * v_percent / 100)::integer
+    p_user_id, p_job_id, ceil(v_generation.price_credits::numeric * v_percent / 100)::integer
   );
   perform private.release_slot(p_user_id);
 end;
@@ -6061,7 +6360,8 @@ from public, anon, authenticated, service_role;
 create or replace function private.finish_canceled_job(
   p_job private.running_jobs,
   p_code text default null,
-  p_detail text default null
+  p_detail text default null,
+  p_metrics jsonb default '{}'
 )
 returns void
 language sql
@@ -6070,10 +6370,10 @@ as $$
   select private.finish_canceled(
     p_job.user_id, p_job.job_id, p_job.create_started_at is not null
   );
-  select private.record_attempt(p_job, 'canceled', p_code, p_detail);
+  select private.record_attempt(p_job, 'canceled', p_code, p_detail, p_metrics);
 $$;
 
-revoke all on function private.finish_canceled_job(private.running_jobs, text, text)
+revoke all on function private.finish_canceled_job(private.running_jobs, text, text, jsonb)
 from public, anon, authenticated, service_role;
 
 -- Claims of a job that have ended so far.
@@ -6117,7 +6417,8 @@ create or replace function private.end_failed_attempt(
   p_job private.running_jobs,
   p_code text,
   p_detail text,
-  p_retry_after_seconds double precision default null
+  p_retry_after_seconds double precision default null,
+  p_metrics jsonb default '{}'
 )
 returns text
 language plpgsql
@@ -6130,7 +6431,7 @@ declare
   v_outcome text := 'failed';
 begin
   if p_job.cancel_requested then
-    perform private.finish_canceled_job(p_job, p_code, p_detail);
+    perform private.finish_canceled_job(p_job, p_code, p_detail, p_metrics);
     return 'canceled';
   end if;
   select * into strict v_settings from private.settings;
@@ -6152,14 +6453,15 @@ begin
     perform private.finish_failed(p_job, v_error);
   end if;
   perform private.record_attempt(
-    p_job, v_outcome, v_error.code, concat_ws(': ', nullif(p_code, v_error.code), p_detail)
+    p_job, v_outcome, v_error.code, concat_ws(': ', nullif(p_code, v_error.code), p_detail),
+    p_metrics
   );
   return v_outcome;
 end;
 $$;
 
 revoke all on function private.end_failed_attempt(
-  private.running_jobs, text, text, double precision
+  private.running_jobs, text, text, double precision, jsonb
 )
 from public, anon, authenticated, service_role;
 
@@ -6168,7 +6470,8 @@ create or replace function private.fail_job(
   p_token bigint,
   p_code text,
   p_detail text,
-  p_retry_after_seconds double precision default null
+  p_retry_after_seconds double precision default null,
+  p_metrics jsonb default null
 )
 returns text
 language plpgsql
@@ -6181,19 +6484,22 @@ begin
   if v_job.job_id is null then
     return 'repeated';
   end if;
-  return private.end_failed_attempt(v_job, p_code, p_detail, p_retry_after_seconds);
+  return private.end_failed_attempt(
+    v_job, p_code, p_detail, p_retry_after_seconds, coalesce(p_metrics, '{}')
+  );
 end;
 $$;
 
 comment on function private.fail_job is
   'Ends an attempt with a code of error_codes: retried while attempts remain, else failed and '
-  'refunded. p_detail is for operators only; p_retry_after_seconds is the provider''s own wish. '
+  'refunded. p_detail is for operators only; p_retry_after_seconds is the provider''s own wish; '
+  'p_metrics as complete_job takes them. '
   'Answers retried, failed, canceled (the user had asked for it), or repeated (the call was made '
   'before). Errors: DR001 lease_lost.';
 
-revoke all on function private.fail_job(uuid, bigint, text, text, double precision)
+revoke all on function private.fail_job(uuid, bigint, text, text, double precision, jsonb)
 from public, anon, authenticated, service_role;
-grant execute on function private.fail_job(uuid, bigint, text, text, double precision)
+grant execute on function private.fail_job(uuid, bigint, text, text, double precision, jsonb)
 to darkroom_worker;
 
 create or replace function private.release_job(
@@ -6231,7 +6537,11 @@ revoke all on function private.release_job(uuid, bigint, boolean)
 from public, anon, authenticated, service_role;
 grant execute on function private.release_job(uuid, bigint, boolean) to darkroom_worker;
 
-create or replace function private.cancel_job(p_job_id uuid, p_token bigint)
+create or replace function private.cancel_job(
+  p_job_id uuid,
+  p_token bigint,
+  p_metrics jsonb default null
+)
 returns void
 language plpgsql
 security definer
@@ -6241,7 +6551,7 @@ declare
   v_job private.running_jobs := private.end_lease(p_job_id, p_token, '{canceled}');
 begin
   if v_job.cancel_requested then
-    perform private.finish_canceled_job(v_job);
+    perform private.finish_canceled_job(v_job, p_metrics => coalesce(p_metrics, '{}'));
   elsif v_job.job_id is not null then
     raise exception 'nobody asked to cancel job %', p_job_id
       using errcode = 'invalid_parameter_value';
@@ -6250,12 +6560,12 @@ end;
 $$;
 
 comment on function private.cancel_job is
-  'Ends a job whose cancel the heartbeat told of. Repeating it changes nothing. Errors: DR001 '
-  'lease_lost, 22023 nobody asked for it.';
+  'Ends a job whose cancel the heartbeat told of; p_metrics as complete_job takes them. Repeating '
+  'it changes nothing. Errors: DR001 lease_lost, 22023 nobody asked for it.';
 
-revoke all on function private.cancel_job(uuid, bigint)
+revoke all on function private.cancel_job(uuid, bigint, jsonb)
 from public, anon, authenticated, service_role;
-grant execute on function private.cancel_job(uuid, bigint) to darkroom_worker;
+grant execute on function private.cancel_job(uuid, bigint, jsonb) to darkroom_worker;
 
 -- Stores what was made and settles on it: images that were charged but not made are given back.
 --
@@ -6296,6 +6606,7 @@ begin
   if v_stored < v_generation.image_count then
     perform private.refund_generation(
       v_job.user_id, p_job_id,
+      -- Without a rest: the price is a whole number for each image.
       v_generation.price_credits * (v_generation.image_count - v_stored) / v_generation.image_count
     );
   end if;
@@ -6307,7 +6618,8 @@ $$;
 comment on function private.complete_job is
   'Ends a job well. p_images: [{position, storage_path, preview_path, content_type, width, '
   'height, bytes, blurhash}]; p_metrics: {provider_seconds, images (as many as the provider '
-  'made)}. Repeating it changes nothing. Errors: DR001 lease_lost, 22023 bad images.';
+  'made), is_billed (false: the provider asks nothing for it)}. Repeating it changes nothing. '
+  'Errors: DR001 lease_lost, 22023 bad images.';
 
 revoke all on function private.complete_job(uuid, bigint, jsonb, jsonb)
 from public, anon, authenticated, service_role;
@@ -7296,13 +7608,14 @@ begin
     end if;
     v_count := v_count + 1;
   end loop;
+  perform private.refresh_model_stats();
   return v_count;
 end;
 $$;
 
 comment on function private.recover_stale_jobs is
-  'Requeues or finally fails up to p_at_most jobs whose lease or deadline has passed. Answers how'
-  ' many.';
+  'Requeues or finally fails up to p_at_most jobs whose lease or deadline has passed, and renews '
+  'model_stats. Answers how many.';
 
 revoke all on function private.recover_stale_jobs(integer)
 from public, anon, authenticated, service_role;

@@ -1,0 +1,282 @@
+-- ETA: how many jobs are before this one, and in how many seconds it is likely to be finished.
+--
+-- forecast answers both from one look at the queue. It goes by what jobs of a model have taken
+-- lately, from claim to end (model_stats), by the slots of the workers that live, and by how many
+-- jobs have lately been put before others, as fairness does with the jobs of users who ask for
+-- little. Where something of that is not known it says null, never a guess.
+--
+-- model_stats is written by refresh_model_stats alone, which recovery (80) calls: finishing a job
+-- writes no row that others write too. What ends while a refresh runs may go uncounted.
+
+-- Takes in the attempts completed since the last time and the requests of the last five minutes.
+-- A mean remembers about as many attempts as p_memory. Does nothing within 15 seconds of the last.
+create or replace function private.refresh_model_stats(
+  p_memory integer default 200,
+  p_requests integer default 2000
+)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_since timestamptz := coalesce(
+    (select max(s.refreshed_at) from private.model_stats as s), now() - interval '1 day'
+  );
+begin
+  if v_since > now() - interval '15 seconds'
+    or not pg_try_advisory_xact_lock(hashtextextended('darkroom.refresh_model_stats', 0)) then
+    return;
+  end if;
+  insert into private.model_stats as s (model_id, mean_seconds, sample_count, refreshed_at)
+  select
+    a.model_id, avg(extract(epoch from a.ended_at - a.started_at)), least(count(*), p_memory), now()
+  from private.attempts as a
+  where a.ended_at > v_since and a.outcome = 'completed'
+  group by a.model_id
+  on conflict (model_id) do update set
+    mean_seconds = s.mean_seconds + (excluded.mean_seconds - s.mean_seconds)
+      * excluded.sample_count / least(p_memory, s.sample_count + excluded.sample_count),
+    sample_count = least(p_memory, s.sample_count + excluded.sample_count);
+  with latest as (
+    select g.model_id, g.queue_distance, g.created_at
+    from public.generations as g order by g.id desc limit p_requests
+  ),
+  recent as (
+    select
+      l.model_id, count(*) as jobs, avg(l.queue_distance) as distance,
+      case sum(count(*)) over ()
+        when p_requests then extract(epoch from now() - min(min(l.created_at)) over ())
+        else 300
+      end as seconds
+    from latest as l where l.created_at > now() - interval '5 minutes' group by l.model_id
+  )
+  update private.model_stats as s set
+    requests_per_second = coalesce(
+      (select r.jobs / r.seconds from recent as r where r.model_id = s.model_id), 0
+    ),
+    queue_distance = (select r.distance from recent as r where r.model_id = s.model_id),
+    refreshed_at = now();
+end;
+$$;
+
+revoke all on function private.refresh_model_stats(integer, integer)
+from public, anon, authenticated, service_role;
+
+-- What is left of a running job that takes p_mean_seconds as a rule: never less than a quarter of
+-- it, for late jobs are not done any moment. The provider's progress counts as much as the clock.
+create or replace function private.remaining_seconds(
+  p_job private.running_jobs,
+  p_mean_seconds double precision
+)
+returns double precision
+language sql
+stable
+set search_path = ''
+as $$
+  select greatest(0.25 * p_mean_seconds, case
+    when p_job.stage = 'storing' then 0
+    when p_job.progress between 5 and 100
+      then (p_mean_seconds - e.seconds + e.seconds * (100.0 / p_job.progress - 1)) / 2
+    else p_mean_seconds - e.seconds
+  end)
+  from (select extract(epoch from now() - p_job.claimed_at) as seconds) as e
+$$;
+
+revoke all on function private.remaining_seconds(private.running_jobs, double precision)
+from public, anon, authenticated, service_role;
+
+-- In how many seconds each live slot is free, soonest first; null if no worker lives. Of a model
+-- that was never measured, p_else stands for the mean.
+create or replace function private.free_slots(p_else double precision)
+returns double precision[]
+language sql
+stable
+set search_path = ''
+as $$
+  select array_fill(0::double precision, array[greatest(l.slots - b.busy, 0)]) || b.seconds
+  from (
+    select sum(w.slots)::integer as slots
+    from private.workers as w
+    where w.seen_at > now() - (select s.lease from private.settings as s)
+  ) as l
+  cross join (
+    select
+      count(*)::integer as busy,
+      coalesce(array_agg(t.seconds order by t.seconds), '{}') as seconds
+    from (
+      select private.remaining_seconds(r, coalesce(s.mean_seconds, p_else)) as seconds
+      from private.running_jobs as r
+      left join private.model_stats as s on s.model_id = r.model_id
+    ) as t
+  ) as b
+  where l.slots > 0
+$$;
+
+revoke all on function private.free_slots(double precision)
+from public, anon, authenticated, service_role;
+
+-- When a job begins that has jobs of these lengths before it, in order, each taking the slot that
+-- is free first. After a hundred the slots are taken to fill up evenly.
+create or replace function private.play_queue(
+  p_slots double precision[],
+  p_ahead double precision[],
+  p_exactly integer default 100
+)
+returns double precision
+language plpgsql
+immutable
+set search_path = ''
+as $$
+declare
+  -- A heap: each entry is no later than the two at twice its place, so the first is the soonest.
+  v_slots double precision[] := p_slots;
+  v_count integer := cardinality(p_slots);
+  v_at integer;
+  v_next integer;
+  v_free double precision;
+begin
+  for v_place in 1 .. least(p_exactly, cardinality(p_ahead)) loop
+    v_free := v_slots[1] + p_ahead[v_place];
+    v_at := 1;
+    loop
+      v_next := 2 * v_at;
+      exit when v_next > v_count;
+      if v_next < v_count and v_slots[v_next + 1] < v_slots[v_next] then
+        v_next := v_next + 1;
+      end if;
+      exit when v_free <= v_slots[v_next];
+      v_slots[v_at] := v_slots[v_next];
+      v_at := v_next;
+    end loop;
+    v_slots[v_at] := v_free;
+  end loop;
+  return v_slots[1] + coalesce(
+    (select sum(a.seconds) from unnest(p_ahead[p_exactly + 1:]) as a (seconds)), 0
+  ) / v_count;
+end;
+$$;
+
+revoke all on function private.play_queue(double precision[], double precision[], integer)
+from public, anon, authenticated, service_role;
+
+-- The share of this many slots that goes to jobs which come later and are put before a job this far
+-- behind the queue's present: at first all that are put nearer, ever fewer as it moves up.
+create or replace function private.overtaking_share(p_distance bigint, p_slot_count integer)
+returns double precision
+language sql
+stable
+set search_path = ''
+as $$
+  select least(0.6, coalesce(sum(
+    s.requests_per_second * s.mean_seconds
+    * greatest(0, 1 - s.queue_distance / greatest(p_distance, 1))
+  ), 0) / p_slot_count)
+  from private.model_stats as s
+$$;
+
+revoke all on function private.overtaking_share(bigint, integer)
+from public, anon, authenticated, service_role;
+
+-- Seconds until a queued job begins, from the lengths of those before it; null if not known.
+create or replace function private.waiting_seconds(
+  p_job private.ready_jobs,
+  p_ahead double precision[],
+  p_else double precision
+)
+returns double precision
+language sql
+stable
+set search_path = ''
+as $$
+  select greatest(
+    private.play_queue(f.slots, p_ahead) / (1 - case p_ahead when '{}' then 0
+      else private.overtaking_share(p_job.fair_key - c.last_value, cardinality(f.slots)) end),
+    extract(epoch from p_job.run_at - now()),
+    extract(epoch from p.paused_until - now())
+  )
+  from private.free_slots(p_else) as f (slots)
+  cross join private.virtual_clock as c
+  left join public.models as m on m.id = p_job.model_id
+  left join private.providers as p on p.name = m.provider
+  where f.slots is not null
+$$;
+
+revoke all on function private.waiting_seconds(private.ready_jobs, double precision[],
+  double precision) from public, anon, authenticated, service_role;
+
+-- Jobs that would be claimed before this one, counted up to p_at_most, null unless it is queued;
+-- and seconds until it is likely to be finished. These are null for a finished job, while no worker
+-- lives, for a model of which nothing was completed yet, and behind more jobs than are counted.
+create or replace function private.forecast(
+  p_generation public.generations,
+  p_at_most integer default 1000
+)
+returns table (queue_position integer, eta_seconds numeric)
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_job private.ready_jobs;
+  v_mean double precision;
+  v_ahead double precision[];
+  v_seconds double precision;
+begin
+  if p_generation.finished_at is not null then
+    return;
+  end if;
+  v_mean := (
+    select s.mean_seconds from private.model_stats as s where s.model_id = p_generation.model_id
+  );
+  select * into v_job from private.ready_jobs as r where r.job_id = p_generation.id;
+  if found then
+    v_ahead := array(
+      select coalesce(s.mean_seconds, v_mean, 0)
+      from private.ready_jobs as r
+      left join private.model_stats as s on s.model_id = r.model_id
+      where r.run_at is null and (r.fair_key, r.seq) < (v_job.fair_key, v_job.seq)
+      order by r.fair_key, r.seq limit p_at_most
+    );
+    queue_position := cardinality(v_ahead);
+    if v_mean is not null and queue_position < p_at_most then
+      v_seconds := v_mean + private.waiting_seconds(v_job, v_ahead, v_mean);
+    end if;
+  else
+    v_seconds := (
+      select private.remaining_seconds(r, v_mean)
+      from private.running_jobs as r where r.job_id = p_generation.id and v_mean is not null
+    );
+  end if;
+  eta_seconds := round(v_seconds::numeric, 1);
+  return next;
+end;
+$$;
+
+revoke all on function private.forecast(public.generations, integer)
+from public, anon, authenticated, service_role;
+
+-- How long a client should wait before it reads the state again, between one and ten seconds; null
+-- when there is nothing to wait for. A fifth of the ETA, so that it asks more often as the end
+-- comes near, but a fiftieth of the job's age at least: one that is overdue may be so for long.
+-- Where there is no ETA, a tenth of the age.
+create or replace function private.poll_after_ms(
+  p_generation public.generations,
+  p_eta_seconds numeric default null
+)
+returns integer
+language sql
+stable
+set search_path = ''
+as $$
+  select case
+    when p_generation.finished_at is null then least(10000, greatest(
+      1000,
+      p_eta_seconds * 200,
+      a.seconds * case when p_eta_seconds is null then 100 else 20 end
+    ))::integer
+  end
+  from (select extract(epoch from now() - p_generation.created_at) as seconds) as a
+$$;
+
+revoke all on function private.poll_after_ms(public.generations, numeric)
+from public, anon, authenticated, service_role;
