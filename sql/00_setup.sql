@@ -22,6 +22,8 @@
 --   PT409 already_finished        the job has ended: there is nothing to cancel or to retry
 --   PT429 too_many_active *       as many jobs are queued or running as the plan allows
 --   PT429 rate_limited *          as many requests in this minute as the plan allows
+--   PT503 busy *                  jobs wait longer than the plan's busy_after
+--   PT503 model_paused *          the model or its provider is paused
 -- Errors for the worker.
 --   DR001 lease_lost              the token no longer holds the job: drop everything
 --   DR002 canceled                the user canceled: stop and clean up

@@ -28,8 +28,13 @@ create table private.ready_jobs (
   fair_key bigint not null,
   attempt smallint not null default 0,
   run_at timestamptz,
+  queued_at timestamptz not null default now(),
+  is_held boolean not null default false,
   provider_job_id text,
-  create_started_at timestamptz
+  create_started_at timestamptz,
+  constraint ready_jobs_held_ones_are_never_due check (
+    not is_held or run_at is not distinct from 'infinity'
+  )
 ) with (
   fillfactor = 70, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500,
   autovacuum_vacuum_insert_threshold = -1, autovacuum_analyze_scale_factor = 0.1,
@@ -42,6 +47,9 @@ comment on column private.ready_jobs.fair_key is
   'claimed first.';
 comment on column private.ready_jobs.attempt is 'Attempts used so far.';
 comment on column private.ready_jobs.run_at is 'Not before this time (backoff); null: now.';
+comment on column private.ready_jobs.queued_at is 'Since when it may be claimed.';
+comment on column private.ready_jobs.is_held is
+  'Waits for its model or provider, which is paused; keeps its fair_key.';
 comment on column private.ready_jobs.provider_job_id is
   'The provider''s job an earlier attempt began: resume it.';
 
@@ -51,6 +59,21 @@ comment on column private.ready_jobs.create_started_at is
 -- Delayed jobs are out of the claim's index, so a pile of them costs the claim nothing.
 create index ready_jobs_claim_idx on private.ready_jobs (fair_key, seq) where run_at is null;
 create index ready_jobs_run_at_idx on private.ready_jobs (run_at) where run_at is not null;
+-- Held jobs come back in their old order, model by model.
+create index ready_jobs_held_idx on private.ready_jobs (model_id, fair_key, seq) where is_held;
+
+create table private.queue_state (
+  id boolean primary key default true,
+  oldest_ready_at timestamptz,
+  refreshed_at timestamptz not null default now(),
+  constraint queue_state_is_one_row check (id)
+) with (fillfactor = 50);
+
+comment on table private.queue_state is
+  'The one row of what every enqueue wants to know of the queue and is too dear to look up each '
+  'time.';
+comment on column private.queue_state.oldest_ready_at is
+  'queued_at of the job that could be claimed longest at refreshed_at; null: there was none.';
 
 -- No index on what heartbeats change, and half-empty pages: beats are HOT updates.
 create table private.running_jobs (
@@ -175,7 +198,8 @@ create table private.error_codes (
   message text not null,
   is_retryable boolean not null,
   uses_attempt boolean not null default true,
-  resumes boolean not null default false
+  resumes boolean not null default false,
+  trips_breaker boolean not null default false
 );
 
 comment on table private.error_codes is
@@ -187,15 +211,36 @@ comment on column private.error_codes.resumes is
   'True: the next attempt resumes the provider''s job, which may be alive and paid for. False: it'
   ' starts anew.';
 
-create table private.providers (
-  name text primary key,
-  paused_until timestamptz,
-  pause_reason text
-);
+comment on column private.error_codes.trips_breaker is
+  'True: the provider''s fault; enough in a row pause the model or the provider.';
 
-comment on table private.providers is 'Who runs models, and whether their jobs wait.';
-comment on column private.providers.paused_until is
-  'Its jobs are not claimed before then; set by workers (account refused) or operators.';
+create table private.breakers (
+  name text primary key,
+  failures smallint not null default 0,
+  failing_since timestamptz,
+  failed_users uuid[] not null default '{}',
+  times_opened smallint not null default 0,
+  paused_until timestamptz,
+  pause_reason text,
+  probe_job_id uuid,
+  has_held boolean not null default false
+) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 50);
+
+comment on table private.breakers is
+  'Models and providers that failed or were paused: whether their jobs wait.';
+comment on column private.breakers.name is 'Id of a model or name of a provider.';
+comment on column private.breakers.failures is 'Failures in a row since failing_since.';
+comment on column private.breakers.failed_users is
+  'Different users among the failures, as many as settings.breaker_users asks for.';
+comment on column private.breakers.times_opened is
+  'Pauses in a row by failures or a refused account: the next is longer. 0: none, or an operator''s'
+  ' pause, which ends without a probe.';
+comment on column private.breakers.paused_until is
+  'null: closed. In the future: open, no job is claimed. Past: half-open, one job is tried.';
+comment on column private.breakers.probe_job_id is
+  'The job that is tried, as long as it is in running_jobs.';
+comment on column private.breakers.has_held is
+  'Some ready jobs of the model may be held: claims bring them back once they may run.';
 
 create table private.plans (
   name text primary key,
@@ -203,11 +248,13 @@ create table private.plans (
   max_per_minute integer not null,
   max_batch integer not null,
   weight integer not null,
+  busy_after interval,
   constraint plans_name_is_known check (name in ('free', 'paid')),
   constraint plans_limits_are_positive check (
     max_active > 0 and max_per_minute > 0 and max_batch between 1 and 100
   ),
-  constraint plans_weight_is_a_step_of_the_queue check (weight between 1 and 1000)
+  constraint plans_weight_is_a_step_of_the_queue check (weight between 1 and 1000),
+  constraint plans_busy_after_is_positive check (busy_after > interval '0')
 );
 
 comment on table private.plans is 'Limits of free and paid users.';
@@ -217,6 +264,9 @@ comment on column private.plans.max_batch is
   'Prompts of one batch. A batch is let in whole while there is room for one job more, and then '
   'counts in full.';
 comment on column private.plans.weight is 'Share of the queue against other users'' weights.';
+comment on column private.plans.busy_after is
+  'Requests are refused as busy while a job has waited this long whose user has nothing running; '
+  'null: never.';
 
 create table private.settings (
   id boolean primary key default true,
@@ -235,6 +285,12 @@ create table private.settings (
   push_expires interval not null default '1 hour',
   keep_deliveries interval not null default '7 days',
   webhook_allows_private boolean not null default false,
+  breaker_failures smallint not null default 5,
+  breaker_provider_failures smallint not null default 15,
+  breaker_users smallint not null default 2,
+  breaker_window interval not null default '5 minutes',
+  breaker_pause interval not null default '30 seconds',
+  breaker_pause_cap interval not null default '15 minutes',
   constraint settings_is_one_row check (id),
   constraint settings_welcome_credits_are_not_negative check (welcome_credits >= 0),
   constraint settings_lease_outlives_three_heartbeats check (lease >= 3 * heartbeat),
@@ -245,6 +301,10 @@ create table private.settings (
   constraint settings_delivery_times_are_not_negative check (
     array_position(delivery_retries, null) is null and interval '0' <= all(delivery_retries)
     and push_expires >= interval '0' and keep_deliveries >= interval '0'
+  ),
+  constraint settings_breaker_limits_are_positive check (
+    least(breaker_failures, breaker_provider_failures, breaker_users) > 0
+    and least(breaker_window, breaker_pause, breaker_pause_cap) > interval '0'
   )
 );
 
@@ -268,3 +328,13 @@ comment on column private.settings.keep_deliveries is
 comment on column private.settings.webhook_allows_private is
   'For development only: webhooks may be http and on private addresses. The worker needs '
   'WEBHOOK_ALLOWED_HOSTS too.';
+comment on column private.settings.breaker_failures is
+  'Failures in a row, with no success between, that pause a model.';
+comment on column private.settings.breaker_provider_failures is
+  'The same for a provider. A model that is paused adds none, so several must fail.';
+comment on column private.settings.breaker_users is
+  'From how many users the failures must come: with 2 no single user''s input pauses a model for '
+  'all.';
+comment on column private.settings.breaker_window is 'Failures in a row count for this long.';
+comment on column private.settings.breaker_pause is
+  'Pause n in a row lasts breaker_pause * 2^(n-1), at most breaker_pause_cap.';

@@ -240,10 +240,29 @@ $$;
 revoke all on function private.resolve_alias(text, uuid, text)
 from public, anon, authenticated, service_role;
 
+-- Raises PT503 model_paused.
+create or replace function private.refuse_paused(p_model_id text, p_until timestamptz)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+begin
+  perform private.refuse_for_now(
+    503,
+    'model_paused',
+    format('%s is paused', p_model_id),
+    ceil(extract(epoch from least(p_until, now() + interval '1 hour') - now()))::integer
+  );
+end;
+$$;
+
+revoke all on function private.refuse_paused(text, timestamptz)
+from public, anon, authenticated, service_role;
+
 -- The model of this name, or the one that an alias of this name stands for, if this user may use
 -- it.
 --
--- Raises: PT404 not_found, PT403 requires_paid_plan.
+-- Raises: PT404 not_found, PT403 requires_paid_plan, PT503 model_paused.
 create or replace function private.require_model(p_name text, p_user_id uuid, p_plan text)
 returns public.models
 language plpgsql
@@ -252,6 +271,7 @@ set search_path = ''
 as $$
 declare
   v_model public.models;
+  v_paused_until timestamptz;
 begin
   select * into v_model from public.models where id = p_name and is_active;
   if not found then
@@ -267,6 +287,11 @@ begin
       message = 'requires_paid_plan',
       detail = format('%s is for paid users', v_model.id),
       hint = 'Choose another model or a paid plan.';
+  end if;
+  select max(b.paused_until) into v_paused_until from private.breakers as b
+  where b.name in (v_model.id, v_model.provider) and b.paused_until > now();
+  if v_paused_until is not null then
+    perform private.refuse_paused(v_model.id, v_paused_until);
   end if;
   return v_model;
 end;
@@ -292,8 +317,68 @@ $$;
 revoke all on function private.plan_of(public.entitlements)
 from public, anon, authenticated, service_role;
 
+-- Where a claim's scan may start: what is queued below is rare and found by a full scan (72).
+create or replace function private.queue_floor()
+returns bigint
+language sql
+volatile
+set search_path = ''
+as $$
+  select c.last_value - 100000 from private.virtual_clock as c  -- 100 credits of weight 1
+$$;
+
+revoke all on function private.queue_floor() from public, anon, authenticated, service_role;
+
+-- Whether a job has waited this long though its user has nothing running. Who has, waits for his
+-- own: one user's long queue is old, but no reason to refuse others, who go before it. Looked for
+-- among the next jobs in fair order: whoever has waited for a first job is there.
+create or replace function private.has_waited(p_interval interval)
+returns boolean
+language sql
+volatile
+set search_path = ''
+as $$
+  select exists (
+    select from (
+      select r.user_id, r.queued_at from private.ready_jobs as r
+      where r.run_at is null and r.fair_key >= (select private.queue_floor())
+      order by r.fair_key, r.seq limit 1000
+    ) as next
+    where next.queued_at < now() - p_interval
+      and next.user_id not in (select r.user_id from private.running_jobs as r)
+  )
+$$;
+
+revoke all on function private.has_waited(interval)
+from public, anon, authenticated, service_role;
+
+-- Whether the queue is too far behind for a request of this plan.
+--
+-- queue_state is refreshed twice a minute, or not at all while nothing runs. Nothing that is ready
+-- now can have been so before the oldest that was ready then, nor, if there was none, before then.
+-- So it never hides that the queue is busy; where it says so, the queue itself is looked at.
+create or replace function private.is_busy(p_plan private.plans)
+returns boolean
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  if (select least(q.oldest_ready_at, q.refreshed_at) from private.queue_state as q)
+    < now() - p_plan.busy_after then
+    return private.has_waited(p_plan.busy_after);
+  end if;
+  return false;
+end;
+$$;
+
+revoke all on function private.is_busy(private.plans)
+from public, anon, authenticated, service_role;
+
 -- One more job fits the plan's limits. The caller has locked the entitlement row, so the counters
--- cannot be passed by concurrent requests. Raises: PT429 too_many_active, PT429 rate_limited.
+-- cannot be passed by concurrent requests.
+--
+-- Raises: PT429 too_many_active, PT429 rate_limited, PT503 busy.
 create or replace function private.check_limits(
   p_entitlement public.entitlements,
   p_plan private.plans
@@ -322,6 +407,9 @@ begin
         epoch from p_entitlement.minute_started_at + interval '1 minute' - now()
       ))::integer
     );
+  end if;
+  if private.is_busy(p_plan) then
+    perform private.refuse_for_now(503, 'busy', 'Jobs wait too long to take in more.', 60);
   end if;
 end;
 $$;

@@ -143,7 +143,9 @@ as $$
       when e.minute_started_at > now() - interval '1 minute' then e.minute_jobs
       else 0
     end,
-    'max_per_minute', p.max_per_minute
+    'max_per_minute', p.max_per_minute,
+    'max_batch', p.max_batch,
+    'is_busy', private.is_busy(p)
   )
   from public.entitlements as e
   cross join lateral private.plan_of(e) as p

@@ -177,7 +177,8 @@ $$;
 revoke all on function private.overtaking_share(bigint, integer)
 from public, anon, authenticated, service_role;
 
--- Seconds until a queued job begins, from the lengths of those before it; null if not known.
+-- Seconds until a queued job begins, from the lengths of those before it; null if not known, also
+-- while its model is paused without end or tried with a probe.
 create or replace function private.waiting_seconds(
   p_job private.ready_jobs,
   p_ahead double precision[],
@@ -191,14 +192,19 @@ as $$
   select greatest(
     private.play_queue(f.slots, p_ahead) / (1 - case p_ahead when '{}' then 0
       else private.overtaking_share(p_job.fair_key - c.last_value, cardinality(f.slots)) end),
-    extract(epoch from p_job.run_at - now()),
+    case when not p_job.is_held then extract(epoch from p_job.run_at - now()) end,
     extract(epoch from p.paused_until - now())
   )
   from private.free_slots(p_else) as f (slots)
   cross join private.virtual_clock as c
   left join public.models as m on m.id = p_job.model_id
-  left join private.providers as p on p.name = m.provider
+  cross join lateral (
+    select max(b.paused_until) as paused_until from private.breakers as b
+    where b.name in (p_job.model_id, m.provider)
+      and (b.paused_until > now() or (b.paused_until is not null and b.times_opened > 0))
+  ) as p
   where f.slots is not null
+    and (p.paused_until is null or (p.paused_until > now() and p.paused_until < 'infinity'))
 $$;
 
 revoke all on function private.waiting_seconds(private.ready_jobs, double precision[],

@@ -204,8 +204,8 @@ $$;
 
 comment on function public.get_entitlement is
   'Your plan, balance, limits and what is used of them: {user_id, plan (free | paid), paid_until,'
-  ' credits, active_jobs, max_active, minute_jobs, max_per_minute}. Errors: PT401 '
-  'not_authenticated.';
+  ' credits, active_jobs, max_active, minute_jobs, max_per_minute, max_batch, is_busy (requests are'
+  ' refused as busy now)}. Errors: PT401 not_authenticated.';
 
 revoke all on function public.get_entitlement() from public, anon, authenticated, service_role;
 grant execute on function public.get_entitlement() to authenticated;
@@ -224,6 +224,10 @@ as $$
     'price_credits', m.price_credits,
     'paid_price_credits', m.paid_price_credits,
     'requires_paid', m.requires_paid,
+    'paused_until', (
+      select max(b.paused_until) from private.breakers as b
+      where b.name in (m.id, m.provider) and b.paused_until > now()
+    ),
     'max_images', m.max_images,
     'inputs', (
       select coalesce(json_object_agg(p.key, p.value order by p.key), '{}')
@@ -249,7 +253,8 @@ $$;
 
 comment on function public.list_models is
   'The catalogue: [{id, title, price_credits and paid_price_credits (per image), requires_paid, '
-  'max_images, inputs {name: JSON schema of a param}}].';
+  'paused_until (null unless it is; may be infinity), max_images, inputs {name: JSON schema of a '
+  'param}}].';
 
 revoke all on function public.list_models() from public, anon, authenticated, service_role;
 grant execute on function public.list_models() to anon, authenticated, service_role;

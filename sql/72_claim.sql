@@ -1,8 +1,13 @@
 -- Claim: the next jobs in fair order move from ready_jobs to running_jobs.
 --
 -- claim_jobs makes delayed jobs claimable that have come due, locks the jobs with the smallest
--- fair_key that nobody else is claiming (skip locked), puts off those of a paused provider, and
--- moves the rest in one statement.
+-- fair_key that nobody else is claiming (skip locked), and moves them in one statement.
+--
+-- While a breaker (71) is open, its jobs are passed over. What was passed over is held: taken out
+-- of the claim's index, a chunk at each claim, so that a pile of such jobs is passed once and not
+-- at every claim. Held jobs keep their fair_key. Once they may run, each claim first lets as many
+-- come back of each model as it may take itself, smallest key first: so what it takes is what it
+-- would have taken from the whole pile. No claim waits for a lock.
 
 -- Delayed jobs whose time has come become claimable.
 create or replace function private.promote_due_jobs(p_at_most integer)
@@ -10,7 +15,7 @@ returns void
 language sql
 set search_path = ''
 as $$
-  update private.ready_jobs set run_at = null
+  update private.ready_jobs set run_at = null, queued_at = now()
   where seq = any (array(
     select r.seq from private.ready_jobs as r
     where r.run_at <= now() order by r.run_at limit p_at_most for update skip locked
@@ -20,81 +25,234 @@ $$;
 revoke all on function private.promote_due_jobs(integer)
 from public, anon, authenticated, service_role;
 
--- Locks the next jobs in fair order and answers their seq.
+-- The fair_key to begin the next scan at.
 --
 -- While a long transaction holds back vacuum, the index begins with every job ever claimed since,
 -- and a scan from its start walks them all. So the scan starts a little below the virtual clock.
 -- What was queued below that is found by a scan from the start, at least once a second in each
 -- session.
-create or replace function private.lock_next_jobs(p_at_most integer)
-returns bigint[]
+create or replace function private.scan_start()
+returns bigint
 language plpgsql
 set search_path = ''
 as $$
 declare
-  v_slack constant bigint := 100000;  -- 100 credits of weight 1
   v_last_full bigint := coalesce(
     nullif(current_setting('darkroom.full_scan_ms', true), '')::bigint, 0
   );
   v_now bigint := extract(epoch from clock_timestamp()) * 1000;
-  v_from bigint := 0;
 begin
   if v_now - v_last_full < 1000 then
-    v_from := (select c.last_value - v_slack from private.virtual_clock as c);
-  else
-    perform set_config('darkroom.full_scan_ms', v_now::text, false);
+    return private.queue_floor();
   end if;
+  perform set_config('darkroom.full_scan_ms', v_now::text, false);
+  return 0;
+end;
+$$;
+
+revoke all on function private.scan_start() from public, anon, authenticated, service_role;
+
+-- Locks the next jobs in fair order, but none of a blocked model, and answers their seq.
+create or replace function private.lock_next_jobs(
+  p_at_most integer,
+  p_from bigint,
+  p_blocked jsonb default '{}'
+)
+returns bigint[]
+language plpgsql
+set search_path = ''
+as $$
+begin
   return array(
     select r.seq from private.ready_jobs as r
-    where r.run_at is null and r.fair_key >= v_from
+    where r.run_at is null and r.fair_key >= p_from and not p_blocked ? r.model_id
     order by r.fair_key, r.seq limit p_at_most for update skip locked
   );
 end;
 $$;
 
-revoke all on function private.lock_next_jobs(integer)
+revoke all on function private.lock_next_jobs(integer, bigint, jsonb)
 from public, anon, authenticated, service_role;
 
--- Of these locked jobs, those whose provider is paused are put off until it is not; the rest are
--- answered. They keep their place: when due they are claimed by their old fair_key.
-create or replace function private.put_off_paused_jobs(p_seqs bigint[])
-returns bigint[]
-language sql
+-- Of these blocked models, those whose jobs may be held now. Until this commits, neither can the
+-- breaker that blocks them close, nor can they be found free of held jobs: no job is held for ever.
+create or replace function private.lock_models_to_hold(p_blocked jsonb, p_model_ids text[])
+returns text[]
+language plpgsql
 set search_path = ''
 as $$
-  with put_off as (
-    update private.ready_jobs as r set run_at = p.paused_until
-    from public.models as m
-    inner join private.providers as p on p.name = m.provider
-    where r.seq = any (p_seqs) and m.id = r.model_id and p.paused_until > now()
-    returning r.seq
-  )
-  select coalesce(array_agg(s.seq order by s.place), '{}')
-  from unnest(p_seqs) with ordinality as s (seq, place)
-  where s.seq not in (select o.seq from put_off as o)
+declare
+  v_models text[];
+  v_blockers text[];
+begin
+  insert into private.breakers (name) select distinct m.id from unnest(p_model_ids) as m (id)
+  order by m.id on conflict do nothing;
+  v_models := array(
+    select b.name from private.breakers as b
+    where b.name = any (p_model_ids) for update skip locked
+  );
+  v_blockers := array(
+    select b.name from private.breakers as b
+    where b.name = any (array(select p_blocked ->> m.id from unnest(v_models) as m (id)))
+      and b.paused_until is not null
+    for share skip locked
+  );
+  update private.breakers set has_held = true
+  where name = any (v_models) and not has_held and p_blocked ->> name = any (v_blockers);
+  return array(
+    select m.id from unnest(v_models) as m (id) where p_blocked ->> m.id = any (v_blockers)
+  );
+end;
 $$;
 
-revoke all on function private.put_off_paused_jobs(bigint[])
+revoke all on function private.lock_models_to_hold(jsonb, text[])
 from public, anon, authenticated, service_role;
 
--- The next jobs that may run now. A pile of jobs of a paused provider is passed once, not at every
--- claim.
+-- Holds jobs of blocked models that a scan passed over before it found its last; null: to the end.
+create or replace function private.hold_passed_jobs(p_blocked jsonb, p_from bigint, p_last bigint)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_chunk constant integer := 2000;
+  v_last private.ready_jobs;
+  v_key bigint := 9223372036854775807;
+  v_seqs bigint[];
+  v_models text[];
+begin
+  select * into v_last from private.ready_jobs where seq = p_last;
+  v_key := coalesce(v_last.fair_key, v_key);
+  v_seqs := array(
+    select r.seq from private.ready_jobs as r
+    where r.run_at is null and r.fair_key between p_from and v_key and p_blocked ? r.model_id
+    order by r.fair_key, r.seq limit v_chunk for update skip locked
+  );
+  if v_seqs <> '{}' then
+    v_models := private.lock_models_to_hold(p_blocked, array(
+      select distinct r.model_id from private.ready_jobs as r where r.seq = any (v_seqs)
+    ));
+    update private.ready_jobs set is_held = true, run_at = 'infinity'
+    where seq = any (v_seqs) and model_id = any (v_models);
+  end if;
+end;
+$$;
+
+revoke all on function private.hold_passed_jobs(jsonb, bigint, bigint)
+from public, anon, authenticated, service_role;
+
+-- Notes that no job of the model is held, if that is so.
+create or replace function private.forget_held(p_model_id text)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+begin
+  perform from private.breakers where name = p_model_id for update skip locked;
+  -- A new look, now that nobody else can hold one.
+  if found and not exists (
+    select from private.ready_jobs where is_held and model_id = p_model_id
+  ) then
+    update private.breakers set has_held = false where name = p_model_id;
+  end if;
+end;
+$$;
+
+revoke all on function private.forget_held(text) from public, anon, authenticated, service_role;
+
+-- Held jobs of models that are not blocked any more come back: the first p_at_most of each.
+create or replace function private.release_held_jobs(p_at_most integer, p_blocked jsonb)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_model_id text;
+begin
+  for v_model_id in
+    select b.name from private.breakers as b where b.has_held and not p_blocked ? b.name
+  loop
+    update private.ready_jobs set is_held = false, run_at = null, queued_at = now()
+    where seq = any (array(
+      select r.seq from private.ready_jobs as r
+      where r.is_held and r.model_id = v_model_id
+      order by r.fair_key, r.seq limit p_at_most for update skip locked
+    ));
+    if found then
+      -- Their keys may be far below the clock.
+      perform set_config('darkroom.full_scan_ms', '0', false);
+    else
+      perform private.forget_held(v_model_id);
+    end if;
+  end loop;
+end;
+$$;
+
+revoke all on function private.release_held_jobs(integer, jsonb)
+from public, anon, authenticated, service_role;
+
+-- Of these locked jobs, those that may run though breakers are half-open: one of each of those.
+-- Providers first: their one job may be that of a model, too.
+create or replace function private.admit_probes(p_seqs bigint[])
+returns bigint[]
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_name text;
+  v_own bigint[];
+  v_seqs bigint[] := p_seqs;
+begin
+  for v_name in
+    select b.name from private.breakers as b where b.paused_until <= now() and b.times_opened > 0
+    order by position('/' in b.name) > 0, b.name
+  loop
+    v_own := array(
+      select r.seq from private.ready_jobs as r
+      left join public.models as m on m.id = r.model_id
+      where r.seq = any (v_seqs) and v_name in (r.model_id, m.provider)
+      order by array_position(v_seqs, r.seq)
+    );
+    if private.begin_probe(v_name, v_own[1]) then
+      v_own := v_own[2:];
+    end if;
+    v_seqs := array(
+      select s.seq from unnest(v_seqs) with ordinality as s (seq, place)
+      where not s.seq = any (v_own) order by s.place
+    );
+  end loop;
+  return v_seqs;
+end;
+$$;
+
+revoke all on function private.admit_probes(bigint[])
+from public, anon, authenticated, service_role;
+
+-- Locks the next jobs that may run now and answers their seq.
 create or replace function private.pick_jobs(p_at_most integer)
 returns bigint[]
 language plpgsql
 set search_path = ''
 as $$
 declare
-  v_seqs bigint[] := private.lock_next_jobs(p_at_most);
+  v_from bigint;
+  v_blocked jsonb;
+  v_seqs bigint[];
 begin
-  while v_seqs <> '{}' and exists (
-    select from private.providers where paused_until > now()
-  ) loop
-    v_seqs := private.put_off_paused_jobs(v_seqs);
-    exit when v_seqs <> '{}';
-    v_seqs := private.lock_next_jobs(p_at_most);
-  end loop;
-  return v_seqs;
+  if not exists (
+    select from private.breakers where paused_until is not null or has_held
+  ) then
+    return private.lock_next_jobs(p_at_most, private.scan_start());
+  end if;
+  perform private.end_pauses();
+  v_blocked := private.blocked_models();
+  perform private.release_held_jobs(p_at_most, v_blocked);
+  v_from := private.scan_start();
+  v_seqs := private.lock_next_jobs(p_at_most, v_from, v_blocked);
+  if v_blocked <> '{}' then
+    perform private.hold_passed_jobs(v_blocked, v_from, v_seqs[p_at_most]);
+  end if;
+  return private.admit_probes(v_seqs);
 end;
 $$;
 

@@ -4,7 +4,8 @@
 -- Creating a job at the provider costs money and cannot be repeated safely. So begin_create is
 -- called before, and checkpoint the moment the provider's id is known. A worker that dies between
 -- the two leaves create_started_at behind: the next attempt looks at the provider for what may have
--- been bought and takes it over with adopt_provider_job. A refused account pauses the provider.
+-- been bought and takes it over with adopt_provider_job. A refused account pauses the provider
+-- (71).
 
 create or replace function private.begin_create(p_job_id uuid, p_token bigint)
 returns timestamptz
@@ -100,27 +101,3 @@ comment on function private.adopt_provider_job is
 revoke all on function private.adopt_provider_job(uuid, bigint, text[])
 from public, anon, authenticated, service_role;
 grant execute on function private.adopt_provider_job(uuid, bigint, text[]) to darkroom_worker;
-
-create or replace function private.pause_provider(
-  p_provider text,
-  p_seconds integer,
-  p_reason text
-)
-returns void
-language sql
-security definer
-set search_path = ''
-as $$
-  update private.providers set
-    paused_until = greatest(paused_until, now() + least(p_seconds, 3600) * interval '1 second'),
-    pause_reason = left(p_reason, 500)
-  where name = p_provider
-$$;
-
-comment on function private.pause_provider is
-  'Keeps the jobs of a provider from being claimed for a while: the account was refused, and no '
-  'job is to blame. Nothing fails and nobody is charged for it.';
-
-revoke all on function private.pause_provider(text, integer, text)
-from public, anon, authenticated, service_role;
-grant execute on function private.pause_provider(text, integer, text) to darkroom_worker;

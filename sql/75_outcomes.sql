@@ -300,6 +300,23 @@ revoke all on function private.end_failed_attempt(
 )
 from public, anon, authenticated, service_role;
 
+-- Counts a failure against the model and its provider, if its code is their fault. Comes after all
+-- other locks are taken.
+create or replace function private.blame_provider(p_job private.running_jobs, p_code text)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+begin
+  if exists (select from private.error_codes where code = p_code and trips_breaker) then
+    perform private.note_failure(p_job, p_code);
+  end if;
+end;
+$$;
+
+revoke all on function private.blame_provider(private.running_jobs, text)
+from public, anon, authenticated, service_role;
+
 create or replace function private.fail_job(
   p_job_id uuid,
   p_token bigint,
@@ -315,13 +332,16 @@ set search_path = ''
 as $$
 declare
   v_job private.running_jobs := private.end_lease(p_job_id, p_token, '{retried,failed,canceled}');
+  v_outcome text;
 begin
   if v_job.job_id is null then
     return 'repeated';
   end if;
-  return private.end_failed_attempt(
+  v_outcome := private.end_failed_attempt(
     v_job, p_code, p_detail, p_retry_after_seconds, coalesce(p_metrics, '{}')
   );
+  perform private.blame_provider(v_job, p_code);
+  return v_outcome;
 end;
 $$;
 
@@ -447,6 +467,7 @@ begin
   end if;
   perform private.release_slot(v_job.user_id);
   perform private.record_attempt(v_job, 'completed', p_metrics => coalesce(p_metrics, '{}'));
+  perform private.note_success(v_job);
 end;
 $$;
 

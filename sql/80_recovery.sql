@@ -5,7 +5,28 @@
 -- the job is stuck, beats or not: it fails with timeout. pg_cron calls recover_stale_jobs every
 -- minute and every worker calls it too; both may run at once.
 
--- Users in order of id, so that two runs lock entitlements in the same order.
+-- Renews queue_state, at most once in ten seconds, whoever asks.
+create or replace function private.refresh_queue_state()
+returns void
+language sql
+set search_path = ''
+as $$
+  update private.queue_state set
+    oldest_ready_at = (
+      select min(r.queued_at) from private.ready_jobs as r where r.run_at is null
+    ),
+    refreshed_at = now()
+  where id = (
+    select q.id from private.queue_state as q
+    where q.refreshed_at < now() - interval '10 seconds' for update skip locked
+  )
+$$;
+
+revoke all on function private.refresh_queue_state()
+from public, anon, authenticated, service_role;
+
+-- Users in order of id, so that two runs lock entitlements in the same order; and all of them
+-- before any breaker, those in order too.
 create or replace function private.recover_stale_jobs(p_at_most integer default 100)
 returns integer
 language plpgsql
@@ -14,6 +35,7 @@ set search_path = ''
 as $$
 declare
   v_job private.running_jobs;
+  v_stuck private.running_jobs[] := '{}';
   v_count integer := 0;
 begin
   for v_job in
@@ -29,17 +51,25 @@ begin
       );
     else
       perform private.end_failed_attempt(v_job, 'timeout', 'deadline passed');
+      v_stuck := v_stuck || v_job;
     end if;
     v_count := v_count + 1;
   end loop;
   perform private.refresh_model_stats();
+  for v_job in
+    select s.* from unnest(v_stuck) as s left join public.models as m on m.id = s.model_id
+    order by m.provider, s.model_id
+  loop
+    perform private.blame_provider(v_job, 'timeout');
+  end loop;
+  perform private.refresh_queue_state();
   return v_count;
 end;
 $$;
 
 comment on function private.recover_stale_jobs is
   'Requeues or finally fails up to p_at_most jobs whose lease or deadline has passed, and renews '
-  'model_stats. Answers how many.';
+  'model_stats and queue_state. Answers how many.';
 
 revoke all on function private.recover_stale_jobs(integer)
 from public, anon, authenticated, service_role;

@@ -23,21 +23,25 @@ from public, anon, authenticated, service_role;
 
 create view private.paused_now with (security_invoker = true) as
 select
-  'provider' as kind,
-  p.name,
-  p.paused_until,
-  p.pause_reason
-from private.providers as p
-where p.paused_until > now();
+  case when b.name like '%/%' then 'model' else 'provider' end as kind,
+  b.name,
+  b.paused_until,
+  b.pause_reason,
+  b.times_opened
+from private.breakers as b
+where b.paused_until > now();
 
-comment on view private.paused_now is 'What is paused, until when, and why?';
+comment on view private.paused_now is
+  'Which models and providers are paused, until when, and why? times_opened 0: by an operator.';
 
 create view private.queue_by_model with (security_invoker = true) as
 with waiting as (
   select
     r.model_id,
     count(*) as jobs,
-    count(*) filter (where r.run_at > now()) as delayed,
+    count(*) filter (where r.run_at is null or r.run_at <= now()) as ready,
+    count(*) filter (where r.is_held) as held,
+    count(*) filter (where r.run_at > now() and not r.is_held) as delayed,
     min(r.seq) filter (where r.run_at is null or r.run_at <= now()) as first_seq
   from private.ready_jobs as r
   group by r.model_id
@@ -54,9 +58,9 @@ running as (
 select
   q.model_id,
   m.provider,
-  case when p.name is null then coalesce(waiting.jobs - waiting.delayed, 0) else 0 end as ready,
+  case when p.name is null then coalesce(waiting.ready, 0) else 0 end as ready,
   case when p.name is null then coalesce(waiting.delayed, 0) else 0 end as delayed,
-  case when p.name is null then 0 else coalesce(waiting.jobs, 0) end as paused,
+  coalesce(case when p.name is null then waiting.held else waiting.jobs end, 0) as paused,
   coalesce(running.jobs, 0) as running,
   case when p.name is null then extract(epoch from now() - first.created_at) end
     as oldest_ready_seconds
@@ -68,7 +72,12 @@ from (
 left join waiting on q.model_id = waiting.model_id
 left join running on q.model_id = running.model_id
 left join public.models as m on q.model_id = m.id
-left join private.paused_now as p on m.provider = p.name and p.kind = 'provider'
+left join lateral (
+  select x.name
+  from private.paused_now as x
+  where x.name in (q.model_id, m.provider)
+  order by x.name limit 1
+) as p on true
 left join lateral (
   select g.created_at
   from private.ready_jobs as r
@@ -113,20 +122,25 @@ select
   (private.plan_of(e)).name as plan,
   r.model_id,
   case
-    when p.name is not null then 'paused'
+    when r.is_held or p.name is not null then 'paused'
     when r.run_at > now() then 'delayed'
     else 'ready'
   end as state,
   g.created_at,
   now() - g.created_at as waiting,
   r.attempt as attempts_used,
-  r.run_at,
+  case when not r.is_held then r.run_at end as run_at,
   r.fair_key
 from private.ready_jobs as r
 inner join public.generations as g on r.job_id = g.id
 inner join public.entitlements as e on r.user_id = e.user_id
 left join public.models as m on r.model_id = m.id
-left join private.paused_now as p on m.provider = p.name and p.kind = 'provider'
+left join lateral (
+  select x.name
+  from private.paused_now as x
+  where x.name in (r.model_id, m.provider)
+  order by x.name limit 1
+) as p on true
 order by r.fair_key, r.seq;
 
 comment on view private.waiting_now is

@@ -2,27 +2,33 @@
 -- operator has set. What is not installed here is skipped with a notice.
 
 insert into private.settings default values on conflict do nothing;
+insert into private.queue_state default values on conflict do nothing;
 
 insert into private.retention_walks (name) values
 ('generations'), ('attempts'), ('ledger'), ('files')
 on conflict do nothing;
 
-insert into private.plans (name, max_active, max_per_minute, max_batch, weight) values
-('free', 3, 10, 3, 1),
-('paid', 20, 60, 100, 4)
+insert into private.plans (
+  name, max_active, max_per_minute, max_batch, weight, busy_after
+) values
+('free', 3, 10, 3, 1, '10 minutes'),
+('paid', 20, 60, 100, 4, '30 minutes')
 on conflict do nothing;
 
-insert into private.providers (name) values ('preview'), ('replicate') on conflict do nothing;
-
-insert into private.error_codes (code, message, is_retryable, uses_attempt, resumes) values
-('moderated', 'The safety filter refused this picture. Try another prompt.', false, true, false),
-('invalid_input', 'The model did not accept this request.', false, true, false),
-('provider_busy', 'The image service is busy. Try again later.', true, false, false),
-('provider_timeout', 'The image service did not answer in time.', true, true, true),
-('provider_error', 'The image service failed to make this picture.', true, true, false),
-('result_lost', 'The finished picture could not be fetched in time.', true, true, false),
-('timeout', 'The picture took too long.', false, true, false),
-('internal', 'Something went wrong on our side.', true, true, true)
+insert into private.error_codes (
+  code, message, is_retryable, uses_attempt, resumes, trips_breaker
+) values
+(
+  'moderated', 'The safety filter refused this picture. Try another prompt.', false, true, false,
+  false
+),
+('invalid_input', 'The model did not accept this request.', false, true, false, false),
+('provider_busy', 'The image service is busy. Try again later.', true, false, false, false),
+('provider_timeout', 'The image service did not answer in time.', true, true, true, true),
+('provider_error', 'The image service failed to make this picture.', true, true, false, true),
+('result_lost', 'The finished picture could not be fetched in time.', true, true, false, true),
+('timeout', 'The picture took too long.', false, true, false, true),
+('internal', 'Something went wrong on our side.', true, true, true, false)
 on conflict do nothing;
 
 insert into private.push_texts (event_type, title, body) values

@@ -223,6 +223,12 @@ class Service(Caller):
     def redeliver_dead(self, webhook_id: str) -> int:
         return int(self.call("public.redeliver_dead", webhook_id=webhook_id)["redelivered"])
 
+    def pause_model(self, model: str | None, **rest: Any) -> dict[str, Any]:
+        return self.call("public.pause_model", model=model, **rest)
+
+    def resume_model(self, model: str | None) -> dict[str, Any]:
+        return self.call("public.resume_model", model=model)
+
 
 class User(Caller):
     """Somebody who has signed up."""

@@ -384,8 +384,10 @@ class Run:
             for key in self.fake.predictions:
                 self.fake.expire(key)
         self.db.execute("select private.recover_stale_jobs()")
-        self.db.execute(f"update private.ready_jobs set run_at = {past} where run_at is not null")
-        self.db.execute(f"update private.providers set paused_until = {past}")
+        self.db.execute(f"update private.ready_jobs set run_at = {past} where run_at < 'infinity'")
+        self.db.execute(
+            f"update private.breakers set paused_until = {past} where paused_until > now()"
+        )
 
     # What must hold in the end.
 

@@ -22,7 +22,8 @@ PRIVATE_TABLES = (
     "private.workers",
     "private.attempts",
     "private.error_codes",
-    "private.providers",
+    "private.breakers",
+    "private.queue_state",
     "private.plans",
     "private.settings",
 )

@@ -1,8 +1,11 @@
-"""sql/72_claim.sql: jobs of a paused provider wait and lose neither place nor attempt."""
+"""sql/72_claim.sql: jobs of a paused model or provider wait and lose neither place nor attempt."""
+
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from actors import PREVIEW
+from actors import PREVIEW, Worker
 from database import assert_books_balance, unchanged
+from psycopg.types.json import Jsonb
 
 DEV = "black-forest-labs/flux-dev"
 
@@ -13,6 +16,31 @@ def rich(db, alice):
     db.execute("update public.models set is_active = true")
     db.lift_limits()
     return alice.has(credits=1000)
+
+
+def held(db) -> int:
+    """Return how many jobs are held."""
+    return int(db.value("select count(*) from private.ready_jobs where is_held"))
+
+
+def in_(db, interval: str) -> str:
+    """Return the time after an interval."""
+    return str(db.value("select now() + %s::interval", interval))
+
+
+def multiply_ready_job(db, copies: int) -> None:
+    """Give the one ready job copies of later keys, each with a generation of its own."""
+    db.execute("alter table public.generations disable trigger all")
+    db.execute(
+        "with copied as ("
+        " insert into public.generations (user_id, model_id, prompt, input, provider_input,"
+        "  price_credits, image_count)"
+        " select user_id, model_id, prompt, input, provider_input, price_credits, image_count"
+        " from public.generations cross join generate_series(1, %s) returning id, user_id, model_id"
+        ") insert into private.ready_jobs (job_id, user_id, model_id, fair_key)"
+        " select id, user_id, model_id, 1000000 from copied",
+        copies,
+    )
 
 
 def test_jobs_of_a_paused_provider_wait_while_others_are_claimed(db, rich, worker):
@@ -28,9 +56,9 @@ def test_jobs_of_a_paused_provider_wait_while_others_are_claimed(db, rich, worke
     assert_books_balance(db)
 
 
-def test_after_the_pause_they_come_back_in_their_old_order(db, rich, worker):
+def test_after_the_pause_they_come_back_in_their_old_order(db, rich, worker, service):
     waiting = [rich.enqueued(model=DEV) for _ in range(3)]
-    worker.pause_provider("replicate", 60)
+    service.pause_model("replicate", until=in_(db, "60 seconds"))
     worker.claim_jobs(4)
     later = [rich.enqueued(model=PREVIEW) for _ in range(2)]
 
@@ -42,29 +70,122 @@ def test_after_the_pause_they_come_back_in_their_old_order(db, rich, worker):
     assert_books_balance(db)
 
 
-def test_a_pile_of_paused_jobs_is_passed_in_one_claim_and_not_touched_again(db, rich, worker):
+def test_what_two_claims_let_come_back_is_still_in_order(db, rich, worker, service):
+    models = [DEV, "black-forest-labs/flux-schnell"]
+    waiting = [rich.enqueued(model=models[n % 2]) for n in range(12)]
+    service.pause_model("replicate")
+    assert worker.claim_jobs(4) == []
+
+    service.resume_model("replicate")
+    first, second = worker, Worker(db)
+    ids = [job.id for _ in range(3) for w in (first, second) for job in w.claim_jobs(2)]
+
+    assert ids == waiting
+
+
+def test_a_pile_of_paused_jobs_is_passed_once_and_not_touched_again(db, rich, worker, service):
     for _ in range(25):
         rich.enqueue(model=DEV)
     preview = rich.enqueued(model=PREVIEW)
-    worker.pause_provider("replicate", 60)
+    service.pause_model(DEV)
 
     assert [job.id for job in worker.claim_jobs(2)] == [preview]
 
+    assert held(db) == 25
     worker.let_the_next_claim_scan_all()
     with unchanged(db):
         assert worker.claim_jobs(2) == []
 
 
-def test_a_pause_that_is_lifted_early_ends_when_the_jobs_are_due(db, rich, worker):
-    job_id = rich.enqueued(model=DEV)
-    worker.pause_provider("replicate", 60)
+def test_only_what_a_claim_passed_over_is_held(db, rich, worker, service):
+    first = rich.enqueued(model=DEV)
+    preview = rich.enqueued(model=PREVIEW)
+    rich.enqueue(model=DEV)
+    service.pause_model(DEV)
+
+    assert [job.id for job in worker.claim_jobs(1)] == [preview]
+
+    query = "select job_id::text as id from private.ready_jobs where is_held"
+    assert db.execute(query) == [{"id": first}]
+
+
+def test_jobs_that_are_held_in_one_claim_are_bounded(db, rich, worker, service):
+    copies = 2500
+    rich.enqueue(model=DEV)
+    multiply_ready_job(db, copies)
+    service.pause_model(DEV)
+
+    counts = []
+    for _ in range(3):
+        worker.let_the_next_claim_scan_all()
+        assert worker.claim_jobs(1) == []
+        counts.append(held(db))
+
+    assert counts == [2000, 2501, 2501]
+
+
+def test_when_all_have_come_back_claims_look_no_more(db, rich, worker, service):
+    ids = [rich.enqueued(model=DEV) for _ in range(3)]
+    service.pause_model(DEV)
     worker.claim_jobs(1)
-    db.execute("update private.providers set paused_until = null")
+    service.resume_model(DEV)
+
+    assert [worker.claimed().id for _ in ids] == ids
+    assert worker.claim_jobs(1) == []
+
+    assert db.value("select has_held from private.breakers") is False
+
+
+def test_held_jobs_far_below_the_clock_come_back_at_once(db, rich, worker, service):
+    held_job = rich.enqueued(model=DEV)
+    service.pause_model(DEV)
+    worker.claim_jobs(1)
+    db.execute("select setval('private.virtual_clock', 1000000000)")
+    later = rich.enqueued(model=PREVIEW)
+
+    service.resume_model(DEV)
+
+    assert [worker.claimed().id, worker.claimed().id] == [held_job, later]
+
+
+def test_a_job_that_a_claim_is_holding_comes_back_though_the_pause_ends_meanwhile(
+    db, rich, worker, service
+):
+    job_id = rich.enqueued(model=DEV)
+    service.pause_model(DEV)
+
+    with ThreadPoolExecutor(1) as pool:
+        with worker.connection.transaction():
+            assert worker.claim_jobs(1) == []
+            resumed = pool.submit(service.resume_model, DEV)
+            db.wait_for_lock(service.connection)
+        resumed.result()
+
+    assert Worker(db).claimed().id == job_id
+
+
+def test_a_claim_that_began_before_the_resume_holds_nothing_after_it(db, rich, worker, service):
+    job_id = rich.enqueued(model=DEV)
+    service.pause_model(DEV)
+    blocked = db.value("select private.blocked_models()")
+    service.resume_model(DEV)
+
+    db.execute("select private.hold_passed_jobs(%s, 0, null)", Jsonb(blocked))
+
+    assert held(db) == 0
+    assert worker.claimed().id == job_id
+
+
+def test_a_canceled_job_does_not_come_back(db, rich, worker, service):
+    job_id = rich.enqueued(model=DEV)
+    service.pause_model(DEV)
+    worker.claim_jobs(1)
+
+    rich.call("public.cancel_generation", job_id=job_id)
+    service.resume_model(DEV)
 
     assert worker.claim_jobs(1) == []
-    db.pass_time("60 seconds")
-
-    assert worker.claimed().id == job_id
+    assert_books_balance(db)
 
 
 def test_a_retry_of_a_paused_provider_keeps_count_and_checkpoint(db, rich, worker):

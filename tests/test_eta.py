@@ -320,9 +320,23 @@ def test_a_job_put_off_counts_from_its_time(db, alice, worker):
 
 def test_a_paused_provider_is_waited_for(db, alice, worker):
     measured(db, PREVIEW, 8)
+    alice.enqueue()
     worker.pause_provider("preview", 60)
 
-    assert alice.enqueue()["eta_seconds"] == pytest.approx(68, abs=1)
+    assert etas(alice) == pytest.approx([68], abs=1)
+
+
+def test_the_end_of_a_pause_without_end_or_of_a_probe_is_not_known(db, alice, worker, service):
+    measured(db, PREVIEW, 8)
+    alice.enqueue()
+    service.pause_model(PREVIEW)
+    worker.claim_jobs(1)
+    assert etas(alice) == [None]
+
+    service.resume_model(PREVIEW)
+    assert etas(alice) == [8]
+    worker.pause_provider("preview", 0)
+    assert etas(alice) == [None]
 
 
 def test_what_is_likely_to_be_put_before_a_job_is_counted(db, alice):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from actors import PREVIEW, User, refused
+from actors import PREVIEW, User, Worker, refused
 from database import unchanged
 from psycopg.types.json import Jsonb
 
@@ -240,3 +240,144 @@ def test_a_schema_property_without_a_type_is_refused_not_passed_through(db, alic
 
     with refused("PT400", "invalid_input"):
         alice.enqueue(params={"seed": 7})
+
+
+# Back-pressure.
+
+
+@pytest.fixture
+def crowd(db):
+    """Three users who have each waited long with a job, and a worker that runs two at once."""
+    worker = Worker(db, slots=2)
+    users = [User(db) for _ in range(3)]
+    for user in users:
+        user.enqueue()
+    return worker
+
+
+def wait(db, worker: Worker, interval: str) -> None:
+    """Let jobs wait while the worker lives but gets nothing done."""
+    db.pass_time(interval)
+    worker.heartbeat()
+    worker.recover_stale_jobs()
+
+
+def test_while_jobs_wait_too_long_free_users_are_refused_and_paid_ones_later(db, alice, bob, crowd):
+    bob.has_paid()
+    wait(db, crowd, "9 minutes")
+    alice.enqueue()
+    wait(db, crowd, "2 minutes")
+
+    with unchanged(db), refused("PT503", "busy") as refusal:
+        alice.enqueue()
+
+    assert refusal.detail == "Jobs wait too long to take in more."
+    assert refusal.refusal.retry_after == 60
+    assert bob.enqueue()["status"] == "queued"
+    wait(db, crowd, "30 minutes")
+    with unchanged(db), refused("PT503", "busy"):
+        bob.enqueue()
+
+
+def test_a_plan_without_a_limit_is_never_busy(db, alice, crowd):
+    db.execute("update private.plans set busy_after = null")
+    wait(db, crowd, "10 days")
+
+    assert alice.enqueue()["status"] == "queued"
+
+
+def test_as_soon_as_the_queue_is_drained_nobody_is_refused(db, alice, crowd):
+    wait(db, crowd, "11 minutes")
+    with refused("PT503", "busy"):
+        alice.enqueue()
+
+    crowd.claim_jobs(3)
+
+    assert alice.enqueue()["status"] == "queued"  # queue_state still tells of the old job
+
+
+def test_it_is_busy_also_where_nobody_renews_the_state(db, alice, crowd):
+    crowd.unregister_worker()
+    db.pass_time("11 minutes")
+
+    with refused("PT503", "busy"):
+        alice.enqueue()
+
+
+def test_a_few_users_with_long_queues_do_not_hide_who_waits(db, alice, bob, worker):
+    db.lift_limits()
+    for _ in range(10):
+        bob.enqueue()
+    alice.enqueue()
+    db.pass_time("11 minutes")
+    worker.claimed()
+
+    with refused("PT503", "busy"):
+        User(db).enqueue()
+
+
+def test_an_empty_queue_is_not_busy_whoever_looked_last_and_when(db, alice):
+    db.pass_time("10 days")
+
+    assert alice.enqueue()["status"] == "queued"
+
+
+def test_one_users_long_queue_makes_nobody_else_wait_or_be_refused(db, alice, bob):
+    db.lift_limits()
+    worker = Worker(db, slots=2)
+    for _ in range(10):
+        bob.enqueue()
+    wait(db, worker, "20 minutes")
+    worker.claim_jobs(2)
+
+    job_id = alice.enqueued()
+
+    assert alice.get_job_status(job_id)["queue_position"] <= 1
+
+
+def test_jobs_of_a_paused_model_make_the_queue_neither_old_nor_busy(db, alice, crowd, service):
+    db.execute("update public.models set is_active = true")
+    service.pause_model(PREVIEW)
+    crowd.claim_jobs(2)
+    wait(db, crowd, "1 hour")
+
+    assert db.value("select oldest_ready_at from private.queue_state") is None
+    assert alice.has(credits=100).enqueue(model="black-forest-labs/flux-dev")["status"] == "queued"
+
+
+def test_jobs_that_come_back_after_a_pause_wait_from_then_on(db, alice, crowd, service):
+    service.pause_model(PREVIEW)
+    crowd.claim_jobs(2)
+    wait(db, crowd, "1 hour")
+    service.resume_model(PREVIEW)
+    crowd.claim_jobs(2)
+
+    assert alice.enqueue()["status"] == "queued"
+
+
+def test_the_state_is_renewed_at_most_every_ten_seconds(db, alice, worker):
+    db.pass_time("11 seconds")
+    worker.recover_stale_jobs()
+    alice.enqueue()
+
+    with unchanged(db):
+        worker.recover_stale_jobs()
+
+    db.pass_time("11 seconds")
+    worker.recover_stale_jobs()
+    assert db.value(
+        "select oldest_ready_at = (select queued_at from private.ready_jobs)"
+        " from private.queue_state"
+    )
+
+
+def test_what_a_user_may_and_has_used_is_shown(db, alice, crowd):
+    alice.enqueue()
+    shown = alice.get_entitlement()
+
+    assert (shown["active_jobs"], shown["max_active"]) == (1, 3)
+    assert (shown["minute_jobs"], shown["max_per_minute"]) == (1, 10)
+    assert (shown["max_batch"], shown["is_busy"]) == (3, False)
+
+    wait(db, crowd, "11 minutes")
+    assert alice.get_entitlement()["is_busy"] is True

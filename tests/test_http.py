@@ -90,6 +90,8 @@ def test_a_new_user_has_the_welcome_credits_and_they_are_in_the_ledger(user):
         "max_active": 3,
         "minute_jobs": 0,
         "max_per_minute": 10,
+        "max_batch": 3,
+        "is_busy": False,
     }
     assert user.ledger() == [("grant", 10)]
 

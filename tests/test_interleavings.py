@@ -10,7 +10,7 @@ from actors import Refusal, User, Worker, outcome, together
 from database import Database, assert_books_balance
 
 CODES = ["moderated", "provider_busy", "provider_error", "internal", "E1234"]
-EXPECTED = {"DR001", "PT402", "PT409", "PT429"}
+EXPECTED = {"DR001", "PT402", "PT409", "PT429", "PT503"}
 STEPS = 60
 
 

@@ -1,4 +1,4 @@
-"""sql/74_purchase.sql: what keeps a picture from being bought twice, and pauses of a provider."""
+"""sql/74_purchase.sql: what keeps a picture from being bought twice."""
 
 from dataclasses import replace
 
@@ -151,31 +151,6 @@ CALLS = {
 def test_a_lost_lease_begins_and_adopts_nothing(db, worker, job, call):
     with unchanged(db), refused("DR001", "lease_lost"):
         CALLS[call](worker, replace(job, token=job.token + 1))
-
-
-def test_a_pause_keeps_its_reason_and_never_gets_shorter(db, worker):
-    worker.pause_provider("replicate", 600, "402: insufficient credit")
-    until = db.value("select paused_until from private.providers where name = 'replicate'")
-
-    worker.pause_provider("replicate", 5, "402: again")
-
-    row = db.row("select * from private.providers where name = 'replicate'")
-    assert (row["paused_until"], row["pause_reason"]) == (until, "402: again")
-
-
-def test_a_pause_is_an_hour_at_most_and_its_reason_is_cut(db, worker):
-    worker.pause_provider("replicate", 10**9, "x" * 5000)
-
-    seconds, reason = db.row(
-        "select extract(epoch from paused_until - now())::integer as seconds,"
-        " length(pause_reason) as reason from private.providers where name = 'replicate'"
-    ).values()
-    assert (3590 < seconds <= 3600, reason) == (True, 500)
-
-
-def test_a_provider_nobody_knows_is_not_paused(db, worker):
-    with unchanged(db):
-        worker.pause_provider("somebody", 60)
 
 
 def test_adopting_again_answers_the_same_whatever_is_found_now(worker, job):

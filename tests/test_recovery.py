@@ -80,6 +80,7 @@ def test_a_job_in_good_hands_is_left_alone(db, alice, worker):
     alice.enqueue()
     job = worker.claimed()
     db.pass_time("59 seconds")
+    db.execute("select private.refresh_queue_state()")
 
     with unchanged(db):
         assert worker.recover_stale_jobs() == 0

@@ -188,6 +188,8 @@ def test_the_entitlement_shows_plan_balance_limits_and_use(alice):
         "max_active": 3,
         "minute_jobs": 1,
         "max_per_minute": 10,
+        "max_batch": 3,
+        "is_busy": False,
     }
 
 
@@ -217,6 +219,7 @@ def test_the_catalogue_lists_active_models_with_the_inputs_of_clients(anon):
         "title": "Preview (placeholder pictures)",
         "price_credits": 1,
         "paid_price_credits": 0,
+        "paused_until": None,
         "requires_paid": False,
         "max_images": 4,
     }

@@ -80,12 +80,13 @@ class Bench(Workers):
     def released(self, job: str) -> dict[str, Any]:
         """Wait until a worker has put the job back; return its row."""
         eventually(lambda: self.outcomes(job) == ["released"])
-        return self.db.row("select * from private.ready_jobs where job_id = %s", job)
+        query = "select attempt, provider_job_id, create_started_at from private.ready_jobs"
+        return self.db.row(f"{query} where job_id = %s", job)
 
     def end_pause(self) -> None:
         """Let the provider's pause be over."""
-        self.db.execute("update private.providers set paused_until = now()")
-        self.db.execute("update private.ready_jobs set run_at = now()")
+        self.db.execute("update private.breakers set paused_until = now()")
+        self.db.execute("update private.ready_jobs set run_at = now() where not is_held")
 
     def put_source(self, path: str, body: bytes) -> None:
         """Have a file in bucket inputs, in Storage and in this database's list of files."""
@@ -415,7 +416,7 @@ def test_a_refused_account_pauses_the_provider_and_no_job_is_to_blame(bench, fak
     charged = bench.user.ledger()
 
     ready = bench.released(job)
-    until = "select paused_until - now() from private.providers where name = 'replicate'"
+    until = "select paused_until - now() from private.breakers where name = 'replicate'"
     assert 50 < db.value(until).total_seconds() <= 60
     assert (ready["attempt"], ready["create_started_at"]) == (0, None)
     assert bench.user.ledger() == charged

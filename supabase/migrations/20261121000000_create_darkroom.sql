@@ -23,6 +23,8 @@
 --   PT409 already_finished        the job has ended: there is nothing to cancel or to retry
 --   PT429 too_many_active *       as many jobs are queued or running as the plan allows
 --   PT429 rate_limited *          as many requests in this minute as the plan allows
+--   PT503 busy *                  jobs wait longer than the plan's busy_after
+--   PT503 model_paused *          the model or its provider is paused
 -- Errors for the worker.
 --   DR001 lease_lost              the token no longer holds the job: drop everything
 --   DR002 canceled                the user canceled: stop and clean up
@@ -479,8 +481,13 @@ create table private.ready_jobs (
   fair_key bigint not null,
   attempt smallint not null default 0,
   run_at timestamptz,
+  queued_at timestamptz not null default now(),
+  is_held boolean not null default false,
   provider_job_id text,
-  create_started_at timestamptz
+  create_started_at timestamptz,
+  constraint ready_jobs_held_ones_are_never_due check (
+    not is_held or run_at is not distinct from 'infinity'
+  )
 ) with (
   fillfactor = 70, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500,
   autovacuum_vacuum_insert_threshold = -1, autovacuum_analyze_scale_factor = 0.1,
@@ -493,6 +500,9 @@ comment on column private.ready_jobs.fair_key is
   'claimed first.';
 comment on column private.ready_jobs.attempt is 'Attempts used so far.';
 comment on column private.ready_jobs.run_at is 'Not before this time (backoff); null: now.';
+comment on column private.ready_jobs.queued_at is 'Since when it may be claimed.';
+comment on column private.ready_jobs.is_held is
+  'Waits for its model or provider, which is paused; keeps its fair_key.';
 comment on column private.ready_jobs.provider_job_id is
   'The provider''s job an earlier attempt began: resume it.';
 
@@ -502,6 +512,21 @@ comment on column private.ready_jobs.create_started_at is
 -- Delayed jobs are out of the claim's index, so a pile of them costs the claim nothing.
 create index ready_jobs_claim_idx on private.ready_jobs (fair_key, seq) where run_at is null;
 create index ready_jobs_run_at_idx on private.ready_jobs (run_at) where run_at is not null;
+-- Held jobs come back in their old order, model by model.
+create index ready_jobs_held_idx on private.ready_jobs (model_id, fair_key, seq) where is_held;
+
+create table private.queue_state (
+  id boolean primary key default true,
+  oldest_ready_at timestamptz,
+  refreshed_at timestamptz not null default now(),
+  constraint queue_state_is_one_row check (id)
+) with (fillfactor = 50);
+
+comment on table private.queue_state is
+  'The one row of what every enqueue wants to know of the queue and is too dear to look up each '
+  'time.';
+comment on column private.queue_state.oldest_ready_at is
+  'queued_at of the job that could be claimed longest at refreshed_at; null: there was none.';
 
 -- No index on what heartbeats change, and half-empty pages: beats are HOT updates.
 create table private.running_jobs (
@@ -626,7 +651,8 @@ create table private.error_codes (
   message text not null,
   is_retryable boolean not null,
   uses_attempt boolean not null default true,
-  resumes boolean not null default false
+  resumes boolean not null default false,
+  trips_breaker boolean not null default false
 );
 
 comment on table private.error_codes is
@@ -638,15 +664,36 @@ comment on column private.error_codes.resumes is
   'True: the next attempt resumes the provider''s job, which may be alive and paid for. False: it'
   ' starts anew.';
 
-create table private.providers (
-  name text primary key,
-  paused_until timestamptz,
-  pause_reason text
-);
+comment on column private.error_codes.trips_breaker is
+  'True: the provider''s fault; enough in a row pause the model or the provider.';
 
-comment on table private.providers is 'Who runs models, and whether their jobs wait.';
-comment on column private.providers.paused_until is
-  'Its jobs are not claimed before then; set by workers (account refused) or operators.';
+create table private.breakers (
+  name text primary key,
+  failures smallint not null default 0,
+  failing_since timestamptz,
+  failed_users uuid[] not null default '{}',
+  times_opened smallint not null default 0,
+  paused_until timestamptz,
+  pause_reason text,
+  probe_job_id uuid,
+  has_held boolean not null default false
+) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 50);
+
+comment on table private.breakers is
+  'Models and providers that failed or were paused: whether their jobs wait.';
+comment on column private.breakers.name is 'Id of a model or name of a provider.';
+comment on column private.breakers.failures is 'Failures in a row since failing_since.';
+comment on column private.breakers.failed_users is
+  'Different users among the failures, as many as settings.breaker_users asks for.';
+comment on column private.breakers.times_opened is
+  'Pauses in a row by failures or a refused account: the next is longer. 0: none, or an operator''s'
+  ' pause, which ends without a probe.';
+comment on column private.breakers.paused_until is
+  'null: closed. In the future: open, no job is claimed. Past: half-open, one job is tried.';
+comment on column private.breakers.probe_job_id is
+  'The job that is tried, as long as it is in running_jobs.';
+comment on column private.breakers.has_held is
+  'Some ready jobs of the model may be held: claims bring them back once they may run.';
 
 create table private.plans (
   name text primary key,
@@ -654,11 +701,13 @@ create table private.plans (
   max_per_minute integer not null,
   max_batch integer not null,
   weight integer not null,
+  busy_after interval,
   constraint plans_name_is_known check (name in ('free', 'paid')),
   constraint plans_limits_are_positive check (
     max_active > 0 and max_per_minute > 0 and max_batch between 1 and 100
   ),
-  constraint plans_weight_is_a_step_of_the_queue check (weight between 1 and 1000)
+  constraint plans_weight_is_a_step_of_the_queue check (weight between 1 and 1000),
+  constraint plans_busy_after_is_positive check (busy_after > interval '0')
 );
 
 comment on table private.plans is 'Limits of free and paid users.';
@@ -668,6 +717,9 @@ comment on column private.plans.max_batch is
   'Prompts of one batch. A batch is let in whole while there is room for one job more, and then '
   'counts in full.';
 comment on column private.plans.weight is 'Share of the queue against other users'' weights.';
+comment on column private.plans.busy_after is
+  'Requests are refused as busy while a job has waited this long whose user has nothing running; '
+  'null: never.';
 
 create table private.settings (
   id boolean primary key default true,
@@ -686,6 +738,12 @@ create table private.settings (
   push_expires interval not null default '1 hour',
   keep_deliveries interval not null default '7 days',
   webhook_allows_private boolean not null default false,
+  breaker_failures smallint not null default 5,
+  breaker_provider_failures smallint not null default 15,
+  breaker_users smallint not null default 2,
+  breaker_window interval not null default '5 minutes',
+  breaker_pause interval not null default '30 seconds',
+  breaker_pause_cap interval not null default '15 minutes',
   constraint settings_is_one_row check (id),
   constraint settings_welcome_credits_are_not_negative check (welcome_credits >= 0),
   constraint settings_lease_outlives_three_heartbeats check (lease >= 3 * heartbeat),
@@ -696,6 +754,10 @@ create table private.settings (
   constraint settings_delivery_times_are_not_negative check (
     array_position(delivery_retries, null) is null and interval '0' <= all(delivery_retries)
     and push_expires >= interval '0' and keep_deliveries >= interval '0'
+  ),
+  constraint settings_breaker_limits_are_positive check (
+    least(breaker_failures, breaker_provider_failures, breaker_users) > 0
+    and least(breaker_window, breaker_pause, breaker_pause_cap) > interval '0'
   )
 );
 
@@ -719,6 +781,16 @@ comment on column private.settings.keep_deliveries is
 comment on column private.settings.webhook_allows_private is
   'For development only: webhooks may be http and on private addresses. The worker needs '
   'WEBHOOK_ALLOWED_HOSTS too.';
+comment on column private.settings.breaker_failures is
+  'Failures in a row, with no success between, that pause a model.';
+comment on column private.settings.breaker_provider_failures is
+  'The same for a provider. A model that is paused adds none, so several must fail.';
+comment on column private.settings.breaker_users is
+  'From how many users the failures must come: with 2 no single user''s input pauses a model for '
+  'all.';
+comment on column private.settings.breaker_window is 'Failures in a row count for this long.';
+comment on column private.settings.breaker_pause is
+  'Pause n in a row lasts breaker_pause * 2^(n-1), at most breaker_pause_cap.';
 -- The tables of the gallery: what users add to generations and images once they are finished.
 --
 -- A tag is a user's word on one of their generations; a like is one user's on one shared image; a
@@ -1068,7 +1140,8 @@ alter table private.workers enable row level security;
 alter table private.attempts enable row level security;
 alter table private.model_stats enable row level security;
 alter table private.error_codes enable row level security;
-alter table private.providers enable row level security;
+alter table private.breakers enable row level security;
+alter table private.queue_state enable row level security;
 alter table private.plans enable row level security;
 alter table private.settings enable row level security;
 alter table private.webhook_endpoints enable row level security;
@@ -1432,10 +1505,29 @@ $$;
 revoke all on function private.resolve_alias(text, uuid, text)
 from public, anon, authenticated, service_role;
 
+-- Raises PT503 model_paused.
+create or replace function private.refuse_paused(p_model_id text, p_until timestamptz)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+begin
+  perform private.refuse_for_now(
+    503,
+    'model_paused',
+    format('%s is paused', p_model_id),
+    ceil(extract(epoch from least(p_until, now() + interval '1 hour') - now()))::integer
+  );
+end;
+$$;
+
+revoke all on function private.refuse_paused(text, timestamptz)
+from public, anon, authenticated, service_role;
+
 -- The model of this name, or the one that an alias of this name stands for, if this user may use
 -- it.
 --
--- Raises: PT404 not_found, PT403 requires_paid_plan.
+-- Raises: PT404 not_found, PT403 requires_paid_plan, PT503 model_paused.
 create or replace function private.require_model(p_name text, p_user_id uuid, p_plan text)
 returns public.models
 language plpgsql
@@ -1444,6 +1536,7 @@ set search_path = ''
 as $$
 declare
   v_model public.models;
+  v_paused_until timestamptz;
 begin
   select * into v_model from public.models where id = p_name and is_active;
   if not found then
@@ -1459,6 +1552,11 @@ begin
       message = 'requires_paid_plan',
       detail = format('%s is for paid users', v_model.id),
       hint = 'Choose another model or a paid plan.';
+  end if;
+  select max(b.paused_until) into v_paused_until from private.breakers as b
+  where b.name in (v_model.id, v_model.provider) and b.paused_until > now();
+  if v_paused_until is not null then
+    perform private.refuse_paused(v_model.id, v_paused_until);
   end if;
   return v_model;
 end;
@@ -1484,8 +1582,68 @@ $$;
 revoke all on function private.plan_of(public.entitlements)
 from public, anon, authenticated, service_role;
 
+-- Where a claim's scan may start: what is queued below is rare and found by a full scan (72).
+create or replace function private.queue_floor()
+returns bigint
+language sql
+volatile
+set search_path = ''
+as $$
+  select c.last_value - 100000 from private.virtual_clock as c  -- 100 credits of weight 1
+$$;
+
+revoke all on function private.queue_floor() from public, anon, authenticated, service_role;
+
+-- Whether a job has waited this long though its user has nothing running. Who has, waits for his
+-- own: one user's long queue is old, but no reason to refuse others, who go before it. Looked for
+-- among the next jobs in fair order: whoever has waited for a first job is there.
+create or replace function private.has_waited(p_interval interval)
+returns boolean
+language sql
+volatile
+set search_path = ''
+as $$
+  select exists (
+    select from (
+      select r.user_id, r.queued_at from private.ready_jobs as r
+      where r.run_at is null and r.fair_key >= (select private.queue_floor())
+      order by r.fair_key, r.seq limit 1000
+    ) as next
+    where next.queued_at < now() - p_interval
+      and next.user_id not in (select r.user_id from private.running_jobs as r)
+  )
+$$;
+
+revoke all on function private.has_waited(interval)
+from public, anon, authenticated, service_role;
+
+-- Whether the queue is too far behind for a request of this plan.
+--
+-- queue_state is refreshed twice a minute, or not at all while nothing runs. Nothing that is ready
+-- now can have been so before the oldest that was ready then, nor, if there was none, before then.
+-- So it never hides that the queue is busy; where it says so, the queue itself is looked at.
+create or replace function private.is_busy(p_plan private.plans)
+returns boolean
+language plpgsql
+volatile
+set search_path = ''
+as $$
+begin
+  if (select least(q.oldest_ready_at, q.refreshed_at) from private.queue_state as q)
+    < now() - p_plan.busy_after then
+    return private.has_waited(p_plan.busy_after);
+  end if;
+  return false;
+end;
+$$;
+
+revoke all on function private.is_busy(private.plans)
+from public, anon, authenticated, service_role;
+
 -- One more job fits the plan's limits. The caller has locked the entitlement row, so the counters
--- cannot be passed by concurrent requests. Raises: PT429 too_many_active, PT429 rate_limited.
+-- cannot be passed by concurrent requests.
+--
+-- Raises: PT429 too_many_active, PT429 rate_limited, PT503 busy.
 create or replace function private.check_limits(
   p_entitlement public.entitlements,
   p_plan private.plans
@@ -1514,6 +1672,9 @@ begin
         epoch from p_entitlement.minute_started_at + interval '1 minute' - now()
       ))::integer
     );
+  end if;
+  if private.is_busy(p_plan) then
+    perform private.refuse_for_now(503, 'busy', 'Jobs wait too long to take in more.', 60);
   end if;
 end;
 $$;
@@ -2981,7 +3142,9 @@ as $$
       when e.minute_started_at > now() - interval '1 minute' then e.minute_jobs
       else 0
     end,
-    'max_per_minute', p.max_per_minute
+    'max_per_minute', p.max_per_minute,
+    'max_batch', p.max_batch,
+    'is_busy', private.is_busy(p)
   )
   from public.entitlements as e
   cross join lateral private.plan_of(e) as p
@@ -3545,7 +3708,8 @@ $$;
 revoke all on function private.overtaking_share(bigint, integer)
 from public, anon, authenticated, service_role;
 
--- Seconds until a queued job begins, from the lengths of those before it; null if not known.
+-- Seconds until a queued job begins, from the lengths of those before it; null if not known, also
+-- while its model is paused without end or tried with a probe.
 create or replace function private.waiting_seconds(
   p_job private.ready_jobs,
   p_ahead double precision[],
@@ -3559,14 +3723,19 @@ as $$
   select greatest(
     private.play_queue(f.slots, p_ahead) / (1 - case p_ahead when '{}' then 0
       else private.overtaking_share(p_job.fair_key - c.last_value, cardinality(f.slots)) end),
-    extract(epoch from p_job.run_at - now()),
+    case when not p_job.is_held then extract(epoch from p_job.run_at - now()) end,
     extract(epoch from p.paused_until - now())
   )
   from private.free_slots(p_else) as f (slots)
   cross join private.virtual_clock as c
   left join public.models as m on m.id = p_job.model_id
-  left join private.providers as p on p.name = m.provider
+  cross join lateral (
+    select max(b.paused_until) as paused_until from private.breakers as b
+    where b.name in (p_job.model_id, m.provider)
+      and (b.paused_until > now() or (b.paused_until is not null and b.times_opened > 0))
+  ) as p
   where f.slots is not null
+    and (p.paused_until is null or (p.paused_until > now() and p.paused_until < 'infinity'))
 $$;
 
 revoke all on function private.waiting_seconds(private.ready_jobs, double precision[],
@@ -4539,8 +4708,8 @@ $$;
 
 comment on function public.get_entitlement is
   'Your plan, balance, limits and what is used of them: {user_id, plan (free | paid), paid_until,'
-  ' credits, active_jobs, max_active, minute_jobs, max_per_minute}. Errors: PT401 '
-  'not_authenticated.';
+  ' credits, active_jobs, max_active, minute_jobs, max_per_minute, max_batch, is_busy (requests are'
+  ' refused as busy now)}. Errors: PT401 not_authenticated.';
 
 revoke all on function public.get_entitlement() from public, anon, authenticated, service_role;
 grant execute on function public.get_entitlement() to authenticated;
@@ -4559,6 +4728,10 @@ as $$
     'price_credits', m.price_credits,
     'paid_price_credits', m.paid_price_credits,
     'requires_paid', m.requires_paid,
+    'paused_until', (
+      select max(b.paused_until) from private.breakers as b
+      where b.name in (m.id, m.provider) and b.paused_until > now()
+    ),
     'max_images', m.max_images,
     'inputs', (
       select coalesce(json_object_agg(p.key, p.value order by p.key), '{}')
@@ -4584,7 +4757,8 @@ $$;
 
 comment on function public.list_models is
   'The catalogue: [{id, title, price_credits and paid_price_credits (per image), requires_paid, '
-  'max_images, inputs {name: JSON schema of a param}}].';
+  'paused_until (null unless it is; may be infinity), max_images, inputs {name: JSON schema of a '
+  'param}}].';
 
 revoke all on function public.list_models() from public, anon, authenticated, service_role;
 grant execute on function public.list_models() to anon, authenticated, service_role;
@@ -5860,11 +6034,405 @@ comment on function private.report_progress is
 revoke all on function private.report_progress(uuid, bigint, text, smallint)
 from public, anon, authenticated, service_role;
 grant execute on function private.report_progress(uuid, bigint, text, smallint) to darkroom_worker;
+-- Breakers: a model or a provider that keeps failing is left alone for a while.
+--
+-- A breaker is a row named like a model or a provider; where there is none, all is well. Closed:
+-- failures in a row are counted, and a success between starts anew. Enough of them open it: its
+-- jobs are not claimed (72) and new ones are refused (30), for longer each time. When that is over
+-- it is half-open: one job is let through as a probe. Its success closes the breaker, its failure
+-- opens it again. A probe that ends in any other way, or dies, leaves its place to the next, since
+-- it counts only as long as it is in running_jobs. Jobs that wait lose neither attempts nor place.
+--
+-- An operator opens and closes a breaker with pause_model and resume_model. A pause of theirs just
+-- ends when it is over.
+--
+-- Lock order: a breaker comes after all other rows, and a provider's before its models'. A job that
+-- ends without anything to count or to reset takes no lock here.
+
+create or replace function private.breaker_state(p_breaker private.breakers)
+returns text
+language sql
+stable
+set search_path = ''
+as $$
+  select case
+    when p_breaker.paused_until > now() then 'open'
+    when p_breaker.paused_until is null or p_breaker.times_opened = 0 then 'closed'
+    when exists (
+      select from private.running_jobs as r where r.job_id = p_breaker.probe_job_id
+    ) then 'probing'
+    else 'half-open'
+  end
+$$;
+
+revoke all on function private.breaker_state(private.breakers)
+from public, anon, authenticated, service_role;
+
+create or replace function private.breaker_json(p_breaker private.breakers)
+returns json
+language sql
+stable
+set search_path = ''
+as $$
+  select json_build_object(
+    'name', p_breaker.name,
+    'state', b.state,
+    'paused_until', case when b.state = 'open' then p_breaker.paused_until end,
+    'reason', case when b.state <> 'closed' then p_breaker.pause_reason end,
+    'failures', p_breaker.failures,
+    'times_opened', p_breaker.times_opened
+  )
+  from (select private.breaker_state(p_breaker) as state) as b
+$$;
+
+revoke all on function private.breaker_json(private.breakers)
+from public, anon, authenticated, service_role;
+
+-- The models no job of which may be claimed now, each with a breaker that blocks it.
+create or replace function private.blocked_models()
+returns jsonb
+language sql
+stable
+set search_path = ''
+as $$
+  select coalesce(jsonb_object_agg(m.id, b.name), '{}')
+  from private.breakers as b
+  inner join public.models as m on b.name in (m.id, m.provider)
+  where b.paused_until is not null and private.breaker_state(b) in ('open', 'probing')
+$$;
+
+revoke all on function private.blocked_models() from public, anon, authenticated, service_role;
+
+-- Closes breakers whose operator's pause is over.
+create or replace function private.end_pauses()
+returns void
+language sql
+set search_path = ''
+as $$
+  update private.breakers set paused_until = null, pause_reason = null
+  where name = any (array(
+    select b.name from private.breakers as b
+    where b.paused_until <= now() and b.times_opened = 0 for update skip locked
+  ))
+$$;
+
+revoke all on function private.end_pauses() from public, anon, authenticated, service_role;
+
+-- Lets this job be the probe of a half-open breaker, unless there is one. Answers whether it is.
+create or replace function private.begin_probe(p_name text, p_seq bigint)
+returns boolean
+language plpgsql
+set search_path = ''
+as $$
+begin
+  perform from private.breakers
+  where name = p_name and paused_until <= now() and times_opened > 0 for update skip locked;
+  if not found then
+    return false;
+  end if;
+  -- A new look, now that nobody else can begin one.
+  update private.breakers as b set probe_job_id = r.job_id
+  from private.ready_jobs as r
+  where b.name = p_name and r.seq = p_seq and private.breaker_state(b) = 'half-open';
+  return found;
+end;
+$$;
+
+revoke all on function private.begin_probe(text, bigint)
+from public, anon, authenticated, service_role;
+
+-- Opens a breaker, for twice as long as the last time in a row.
+create or replace function private.open_breaker(p_name text, p_reason text)
+returns void
+language sql
+set search_path = ''
+as $$
+  update private.breakers as b set
+    failures = 0,
+    failing_since = null,
+    failed_users = '{}',
+    times_opened = least(b.times_opened + 1, 1000),
+    paused_until = now()
+      + least(s.breaker_pause_cap, s.breaker_pause * power(2, least(b.times_opened, 20))),
+    pause_reason = p_reason,
+    probe_job_id = null
+  from private.settings as s
+  where b.name = p_name
+$$;
+
+revoke all on function private.open_breaker(text, text)
+from public, anon, authenticated, service_role;
+
+-- Counts one failure against a breaker, which the caller has locked, and opens it if that was
+-- enough. While it is open only its probe counts: what else fails then began before.
+create or replace function private.count_failure(
+  p_name text,
+  p_job private.running_jobs,
+  p_code text,
+  p_threshold integer
+)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_breaker private.breakers := (select b from private.breakers as b where b.name = p_name);
+  v_settings private.settings := (select s from private.settings as s);
+begin
+  if v_breaker.probe_job_id = p_job.job_id then
+    perform private.open_breaker(p_name, format('the probe failed: %s', p_code));
+  elsif private.breaker_state(v_breaker) = 'closed' then
+    if v_breaker.failing_since > now() - v_settings.breaker_window then
+      v_breaker.failures := v_breaker.failures + 1;
+    else
+      v_breaker.failures := 1;
+      v_breaker.failing_since := now();
+      v_breaker.failed_users := '{}';
+    end if;
+    if cardinality(v_breaker.failed_users) < v_settings.breaker_users
+      and not p_job.user_id = any (v_breaker.failed_users) then
+      v_breaker.failed_users := v_breaker.failed_users || p_job.user_id;
+    end if;
+    update private.breakers set
+      failures = v_breaker.failures, failing_since = v_breaker.failing_since,
+      failed_users = v_breaker.failed_users
+    where name = p_name;
+    if v_breaker.failures >= p_threshold
+      and cardinality(v_breaker.failed_users) >= v_settings.breaker_users then
+      perform private.open_breaker(
+        p_name, format('%s failures in a row, the last: %s', v_breaker.failures, p_code)
+      );
+    end if;
+  end if;
+end;
+$$;
+
+revoke all on function private.count_failure(text, private.running_jobs, text, integer)
+from public, anon, authenticated, service_role;
+
+-- Counts a failed attempt against its model, and against the provider unless the model is paused:
+-- one model alone does not pause a provider.
+--
+-- Locks: the breakers of the provider and the model.
+create or replace function private.note_failure(p_job private.running_jobs, p_code text)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_provider text := (select m.provider from public.models as m where m.id = p_job.model_id);
+  v_settings private.settings := (select s from private.settings as s);
+  v_breaker private.breakers;
+  v_counts boolean;
+begin
+  if v_provider is null then
+    return;
+  end if;
+  insert into private.breakers (name) values (v_provider), (p_job.model_id) on conflict do nothing;
+  select * into v_breaker from private.breakers where name = v_provider for update;
+  v_counts := v_breaker.probe_job_id = p_job.job_id;
+  select * into v_breaker from private.breakers where name = p_job.model_id for update;
+  if v_counts or private.breaker_state(v_breaker) = 'closed' then
+    perform private.count_failure(
+      v_provider, p_job, p_code, v_settings.breaker_provider_failures
+    );
+  end if;
+  perform private.count_failure(p_job.model_id, p_job, p_code, v_settings.breaker_failures);
+end;
+$$;
+
+revoke all on function private.note_failure(private.running_jobs, text)
+from public, anon, authenticated, service_role;
+
+-- A job of the model ended well: failures are forgotten, and what it was the probe of is closed.
+--
+-- Locks: the breakers of the provider and the model, if there is something to forget.
+create or replace function private.note_success(p_job private.running_jobs)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_name text;
+begin
+  if not exists (
+    select from private.breakers as b where b.failures > 0 or b.probe_job_id = p_job.job_id
+  ) then
+    return;
+  end if;
+  foreach v_name in array array[
+    (select m.provider from public.models as m where m.id = p_job.model_id), p_job.model_id
+  ] loop
+    update private.breakers set failures = 0, failing_since = null, failed_users = '{}'
+    where name = v_name and failures > 0;
+    update private.breakers set
+      times_opened = 0, paused_until = null, pause_reason = null, probe_job_id = null
+    where name = v_name and probe_job_id = p_job.job_id;
+    if found then
+      perform private.wake_worker();
+    end if;
+  end loop;
+end;
+$$;
+
+revoke all on function private.note_success(private.running_jobs)
+from public, anon, authenticated, service_role;
+
+create or replace function private.pause_provider(
+  p_provider text,
+  p_seconds integer,
+  p_reason text
+)
+returns void
+language sql
+security definer
+set search_path = ''
+as $$
+  insert into private.breakers as b (name, paused_until, pause_reason, times_opened)
+  select
+    p_provider, now() + least(p_seconds, 3600) * interval '1 second', left(p_reason, 500), 1
+  where exists (select from public.models as m where m.provider = p_provider)
+  on conflict (name) do update set
+    paused_until = greatest(b.paused_until, excluded.paused_until),
+    pause_reason = excluded.pause_reason,
+    times_opened = greatest(b.times_opened, 1),
+    probe_job_id = null
+$$;
+
+comment on function private.pause_provider is
+  'Keeps the jobs of a provider from being claimed for a while: the account was refused, and no '
+  'job is to blame. Nothing fails and nobody is charged for it.';
+
+revoke all on function private.pause_provider(text, integer, text)
+from public, anon, authenticated, service_role;
+grant execute on function private.pause_provider(text, integer, text) to darkroom_worker;
+
+-- Raises PT404 not_found unless it is a model or a provider of one.
+create or replace function private.require_breaker_name(p_name text)
+returns void
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  if not exists (select from public.models as m where p_name in (m.id, m.provider)) then
+    raise sqlstate 'PT404' using
+      message = 'not_found',
+      detail = 'model: no such model or provider',
+      hint = 'Use the id of a model or the name of a provider in public.models.';
+  end if;
+end;
+$$;
+
+revoke all on function private.require_breaker_name(text)
+from public, anon, authenticated, service_role;
+
+-- Body of public.pause_model. Ends what the breaker counted: the pause is the operator's now.
+--
+-- Raises: PT400 invalid_input, PT404 not_found.
+create or replace function private.pause_model(p_model text, p_until timestamptz, p_reason text)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_breaker private.breakers;
+begin
+  perform private.require_breaker_name(p_model);
+  if coalesce(p_until <= now(), true) then
+    perform private.refuse_input(
+      'until: not in the future', 'Leave it out to pause until resumed.'
+    );
+  elsif length(p_reason) > 500 then
+    perform private.refuse_input('reason: longer than 500 characters');
+  end if;
+  insert into private.breakers (name, paused_until, pause_reason)
+  values (p_model, p_until, p_reason)
+  on conflict (name) do update set
+    failures = 0, failing_since = null, failed_users = '{}', times_opened = 0, probe_job_id = null,
+    paused_until = excluded.paused_until, pause_reason = excluded.pause_reason
+  returning * into v_breaker;
+  return private.breaker_json(v_breaker);
+end;
+$$;
+
+revoke all on function private.pause_model(text, timestamptz, text)
+from public, anon, authenticated, service_role;
+grant execute on function private.pause_model(text, timestamptz, text) to service_role;
+
+create or replace function public.pause_model(
+  model text,
+  until timestamptz default 'infinity',
+  reason text default null
+)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.pause_model(pause_model.model, pause_model.until, pause_model.reason)
+$$;
+
+comment on function public.pause_model is
+  'Pauses a model, or all models of a provider, until a time or resume_model: new requests are '
+  'refused with model_paused, queued jobs wait and keep their place, running ones go on. Answers '
+  '{name, state (open | closed | half-open | probing), paused_until, reason, failures, '
+  'times_opened}. Errors: PT400 invalid_input, PT404 not_found.';
+
+revoke all on function public.pause_model(text, timestamptz, text)
+from public, anon, authenticated, service_role;
+grant execute on function public.pause_model(text, timestamptz, text) to service_role;
+
+-- Body of public.resume_model.
+--
+-- Raises: PT404 not_found.
+create or replace function private.resume_model(p_model text)
+returns json
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_breaker private.breakers;
+begin
+  perform private.require_breaker_name(p_model);
+  insert into private.breakers (name) values (p_model)
+  on conflict (name) do update set
+    failures = 0, failing_since = null, failed_users = '{}', times_opened = 0, probe_job_id = null,
+    paused_until = null, pause_reason = null
+  returning * into v_breaker;
+  perform private.wake_worker();
+  return private.breaker_json(v_breaker);
+end;
+$$;
+
+revoke all on function private.resume_model(text) from public, anon, authenticated, service_role;
+grant execute on function private.resume_model(text) to service_role;
+
+create or replace function public.resume_model(model text)
+returns json
+language sql
+set search_path = ''
+as $$
+  select private.resume_model(resume_model.model)
+$$;
+
+comment on function public.resume_model is
+  'Ends a pause of a model or a provider, whoever began it: its jobs are claimed at once, in their '
+  'old order. Repeating it changes nothing. Answers as pause_model does. Errors: PT404 not_found.';
+
+revoke all on function public.resume_model(text) from public, anon, authenticated, service_role;
+grant execute on function public.resume_model(text) to service_role;
 -- Claim: the next jobs in fair order move from ready_jobs to running_jobs.
 --
 -- claim_jobs makes delayed jobs claimable that have come due, locks the jobs with the smallest
--- fair_key that nobody else is claiming (skip locked), puts off those of a paused provider, and
--- moves the rest in one statement.
+-- fair_key that nobody else is claiming (skip locked), and moves them in one statement.
+--
+-- While a breaker (71) is open, its jobs are passed over. What was passed over is held: taken out
+-- of the claim's index, a chunk at each claim, so that a pile of such jobs is passed once and not
+-- at every claim. Held jobs keep their fair_key. Once they may run, each claim first lets as many
+-- come back of each model as it may take itself, smallest key first: so what it takes is what it
+-- would have taken from the whole pile. No claim waits for a lock.
 
 -- Delayed jobs whose time has come become claimable.
 create or replace function private.promote_due_jobs(p_at_most integer)
@@ -5872,7 +6440,7 @@ returns void
 language sql
 set search_path = ''
 as $$
-  update private.ready_jobs set run_at = null
+  update private.ready_jobs set run_at = null, queued_at = now()
   where seq = any (array(
     select r.seq from private.ready_jobs as r
     where r.run_at <= now() order by r.run_at limit p_at_most for update skip locked
@@ -5882,81 +6450,234 @@ $$;
 revoke all on function private.promote_due_jobs(integer)
 from public, anon, authenticated, service_role;
 
--- Locks the next jobs in fair order and answers their seq.
+-- The fair_key to begin the next scan at.
 --
 -- While a long transaction holds back vacuum, the index begins with every job ever claimed since,
 -- and a scan from its start walks them all. So the scan starts a little below the virtual clock.
 -- What was queued below that is found by a scan from the start, at least once a second in each
 -- session.
-create or replace function private.lock_next_jobs(p_at_most integer)
-returns bigint[]
+create or replace function private.scan_start()
+returns bigint
 language plpgsql
 set search_path = ''
 as $$
 declare
-  v_slack constant bigint := 100000;  -- 100 credits of weight 1
   v_last_full bigint := coalesce(
     nullif(current_setting('darkroom.full_scan_ms', true), '')::bigint, 0
   );
   v_now bigint := extract(epoch from clock_timestamp()) * 1000;
-  v_from bigint := 0;
 begin
   if v_now - v_last_full < 1000 then
-    v_from := (select c.last_value - v_slack from private.virtual_clock as c);
-  else
-    perform set_config('darkroom.full_scan_ms', v_now::text, false);
+    return private.queue_floor();
   end if;
+  perform set_config('darkroom.full_scan_ms', v_now::text, false);
+  return 0;
+end;
+$$;
+
+revoke all on function private.scan_start() from public, anon, authenticated, service_role;
+
+-- Locks the next jobs in fair order, but none of a blocked model, and answers their seq.
+create or replace function private.lock_next_jobs(
+  p_at_most integer,
+  p_from bigint,
+  p_blocked jsonb default '{}'
+)
+returns bigint[]
+language plpgsql
+set search_path = ''
+as $$
+begin
   return array(
     select r.seq from private.ready_jobs as r
-    where r.run_at is null and r.fair_key >= v_from
+    where r.run_at is null and r.fair_key >= p_from and not p_blocked ? r.model_id
     order by r.fair_key, r.seq limit p_at_most for update skip locked
   );
 end;
 $$;
 
-revoke all on function private.lock_next_jobs(integer)
+revoke all on function private.lock_next_jobs(integer, bigint, jsonb)
 from public, anon, authenticated, service_role;
 
--- Of these locked jobs, those whose provider is paused are put off until it is not; the rest are
--- answered. They keep their place: when due they are claimed by their old fair_key.
-create or replace function private.put_off_paused_jobs(p_seqs bigint[])
-returns bigint[]
-language sql
+-- Of these blocked models, those whose jobs may be held now. Until this commits, neither can the
+-- breaker that blocks them close, nor can they be found free of held jobs: no job is held for ever.
+create or replace function private.lock_models_to_hold(p_blocked jsonb, p_model_ids text[])
+returns text[]
+language plpgsql
 set search_path = ''
 as $$
-  with put_off as (
-    update private.ready_jobs as r set run_at = p.paused_until
-    from public.models as m
-    inner join private.providers as p on p.name = m.provider
-    where r.seq = any (p_seqs) and m.id = r.model_id and p.paused_until > now()
-    returning r.seq
-  )
-  select coalesce(array_agg(s.seq order by s.place), '{}')
-  from unnest(p_seqs) with ordinality as s (seq, place)
-  where s.seq not in (select o.seq from put_off as o)
+declare
+  v_models text[];
+  v_blockers text[];
+begin
+  insert into private.breakers (name) select distinct m.id from unnest(p_model_ids) as m (id)
+  order by m.id on conflict do nothing;
+  v_models := array(
+    select b.name from private.breakers as b
+    where b.name = any (p_model_ids) for update skip locked
+  );
+  v_blockers := array(
+    select b.name from private.breakers as b
+    where b.name = any (array(select p_blocked ->> m.id from unnest(v_models) as m (id)))
+      and b.paused_until is not null
+    for share skip locked
+  );
+  update private.breakers set has_held = true
+  where name = any (v_models) and not has_held and p_blocked ->> name = any (v_blockers);
+  return array(
+    select m.id from unnest(v_models) as m (id) where p_blocked ->> m.id = any (v_blockers)
+  );
+end;
 $$;
 
-revoke all on function private.put_off_paused_jobs(bigint[])
+revoke all on function private.lock_models_to_hold(jsonb, text[])
 from public, anon, authenticated, service_role;
 
--- The next jobs that may run now. A pile of jobs of a paused provider is passed once, not at every
--- claim.
+-- Holds jobs of blocked models that a scan passed over before it found its last; null: to the end.
+create or replace function private.hold_passed_jobs(p_blocked jsonb, p_from bigint, p_last bigint)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_chunk constant integer := 2000;
+  v_last private.ready_jobs;
+  v_key bigint := 9223372036854775807;
+  v_seqs bigint[];
+  v_models text[];
+begin
+  select * into v_last from private.ready_jobs where seq = p_last;
+  v_key := coalesce(v_last.fair_key, v_key);
+  v_seqs := array(
+    select r.seq from private.ready_jobs as r
+    where r.run_at is null and r.fair_key between p_from and v_key and p_blocked ? r.model_id
+    order by r.fair_key, r.seq limit v_chunk for update skip locked
+  );
+  if v_seqs <> '{}' then
+    v_models := private.lock_models_to_hold(p_blocked, array(
+      select distinct r.model_id from private.ready_jobs as r where r.seq = any (v_seqs)
+    ));
+    update private.ready_jobs set is_held = true, run_at = 'infinity'
+    where seq = any (v_seqs) and model_id = any (v_models);
+  end if;
+end;
+$$;
+
+revoke all on function private.hold_passed_jobs(jsonb, bigint, bigint)
+from public, anon, authenticated, service_role;
+
+-- Notes that no job of the model is held, if that is so.
+create or replace function private.forget_held(p_model_id text)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+begin
+  perform from private.breakers where name = p_model_id for update skip locked;
+  -- A new look, now that nobody else can hold one.
+  if found and not exists (
+    select from private.ready_jobs where is_held and model_id = p_model_id
+  ) then
+    update private.breakers set has_held = false where name = p_model_id;
+  end if;
+end;
+$$;
+
+revoke all on function private.forget_held(text) from public, anon, authenticated, service_role;
+
+-- Held jobs of models that are not blocked any more come back: the first p_at_most of each.
+create or replace function private.release_held_jobs(p_at_most integer, p_blocked jsonb)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_model_id text;
+begin
+  for v_model_id in
+    select b.name from private.breakers as b where b.has_held and not p_blocked ? b.name
+  loop
+    update private.ready_jobs set is_held = false, run_at = null, queued_at = now()
+    where seq = any (array(
+      select r.seq from private.ready_jobs as r
+      where r.is_held and r.model_id = v_model_id
+      order by r.fair_key, r.seq limit p_at_most for update skip locked
+    ));
+    if found then
+      -- Their keys may be far below the clock.
+      perform set_config('darkroom.full_scan_ms', '0', false);
+    else
+      perform private.forget_held(v_model_id);
+    end if;
+  end loop;
+end;
+$$;
+
+revoke all on function private.release_held_jobs(integer, jsonb)
+from public, anon, authenticated, service_role;
+
+-- Of these locked jobs, those that may run though breakers are half-open: one of each of those.
+-- Providers first: their one job may be that of a model, too.
+create or replace function private.admit_probes(p_seqs bigint[])
+returns bigint[]
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_name text;
+  v_own bigint[];
+  v_seqs bigint[] := p_seqs;
+begin
+  for v_name in
+    select b.name from private.breakers as b where b.paused_until <= now() and b.times_opened > 0
+    order by position('/' in b.name) > 0, b.name
+  loop
+    v_own := array(
+      select r.seq from private.ready_jobs as r
+      left join public.models as m on m.id = r.model_id
+      where r.seq = any (v_seqs) and v_name in (r.model_id, m.provider)
+      order by array_position(v_seqs, r.seq)
+    );
+    if private.begin_probe(v_name, v_own[1]) then
+      v_own := v_own[2:];
+    end if;
+    v_seqs := array(
+      select s.seq from unnest(v_seqs) with ordinality as s (seq, place)
+      where not s.seq = any (v_own) order by s.place
+    );
+  end loop;
+  return v_seqs;
+end;
+$$;
+
+revoke all on function private.admit_probes(bigint[])
+from public, anon, authenticated, service_role;
+
+-- Locks the next jobs that may run now and answers their seq.
 create or replace function private.pick_jobs(p_at_most integer)
 returns bigint[]
 language plpgsql
 set search_path = ''
 as $$
 declare
-  v_seqs bigint[] := private.lock_next_jobs(p_at_most);
+  v_from bigint;
+  v_blocked jsonb;
+  v_seqs bigint[];
 begin
-  while v_seqs <> '{}' and exists (
-    select from private.providers where paused_until > now()
-  ) loop
-    v_seqs := private.put_off_paused_jobs(v_seqs);
-    exit when v_seqs <> '{}';
-    v_seqs := private.lock_next_jobs(p_at_most);
-  end loop;
-  return v_seqs;
+  if not exists (
+    select from private.breakers where paused_until is not null or has_held
+  ) then
+    return private.lock_next_jobs(p_at_most, private.scan_start());
+  end if;
+  perform private.end_pauses();
+  v_blocked := private.blocked_models();
+  perform private.release_held_jobs(p_at_most, v_blocked);
+  v_from := private.scan_start();
+  v_seqs := private.lock_next_jobs(p_at_most, v_from, v_blocked);
+  if v_blocked <> '{}' then
+    perform private.hold_passed_jobs(v_blocked, v_from, v_seqs[p_at_most]);
+  end if;
+  return private.admit_probes(v_seqs);
 end;
 $$;
 
@@ -6043,7 +6764,8 @@ grant execute on function private.claim_jobs(bigint, integer) to darkroom_worker
 -- Creating a job at the provider costs money and cannot be repeated safely. So begin_create is
 -- called before, and checkpoint the moment the provider's id is known. A worker that dies between
 -- the two leaves create_started_at behind: the next attempt looks at the provider for what may have
--- been bought and takes it over with adopt_provider_job. A refused account pauses the provider.
+-- been bought and takes it over with adopt_provider_job. A refused account pauses the provider
+-- (71).
 
 create or replace function private.begin_create(p_job_id uuid, p_token bigint)
 returns timestamptz
@@ -6139,30 +6861,6 @@ comment on function private.adopt_provider_job is
 revoke all on function private.adopt_provider_job(uuid, bigint, text[])
 from public, anon, authenticated, service_role;
 grant execute on function private.adopt_provider_job(uuid, bigint, text[]) to darkroom_worker;
-
-create or replace function private.pause_provider(
-  p_provider text,
-  p_seconds integer,
-  p_reason text
-)
-returns void
-language sql
-security definer
-set search_path = ''
-as $$
-  update private.providers set
-    paused_until = greatest(paused_until, now() + least(p_seconds, 3600) * interval '1 second'),
-    pause_reason = left(p_reason, 500)
-  where name = p_provider
-$$;
-
-comment on function private.pause_provider is
-  'Keeps the jobs of a provider from being claimed for a while: the account was refused, and no '
-  'job is to blame. Nothing fails and nobody is charged for it.';
-
-revoke all on function private.pause_provider(text, integer, text)
-from public, anon, authenticated, service_role;
-grant execute on function private.pause_provider(text, integer, text) to darkroom_worker;
 -- How an attempt ends: complete_job, fail_job, release_job, cancel_job, and the pieces that
 -- recovery (80) and cancel (77) share.
 --
@@ -6465,6 +7163,23 @@ revoke all on function private.end_failed_attempt(
 )
 from public, anon, authenticated, service_role;
 
+-- Counts a failure against the model and its provider, if its code is their fault. Comes after all
+-- other locks are taken.
+create or replace function private.blame_provider(p_job private.running_jobs, p_code text)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+begin
+  if exists (select from private.error_codes where code = p_code and trips_breaker) then
+    perform private.note_failure(p_job, p_code);
+  end if;
+end;
+$$;
+
+revoke all on function private.blame_provider(private.running_jobs, text)
+from public, anon, authenticated, service_role;
+
 create or replace function private.fail_job(
   p_job_id uuid,
   p_token bigint,
@@ -6480,13 +7195,16 @@ set search_path = ''
 as $$
 declare
   v_job private.running_jobs := private.end_lease(p_job_id, p_token, '{retried,failed,canceled}');
+  v_outcome text;
 begin
   if v_job.job_id is null then
     return 'repeated';
   end if;
-  return private.end_failed_attempt(
+  v_outcome := private.end_failed_attempt(
     v_job, p_code, p_detail, p_retry_after_seconds, coalesce(p_metrics, '{}')
   );
+  perform private.blame_provider(v_job, p_code);
+  return v_outcome;
 end;
 $$;
 
@@ -6612,6 +7330,7 @@ begin
   end if;
   perform private.release_slot(v_job.user_id);
   perform private.record_attempt(v_job, 'completed', p_metrics => coalesce(p_metrics, '{}'));
+  perform private.note_success(v_job);
 end;
 $$;
 
@@ -7581,7 +8300,28 @@ grant execute on function public.redeliver_dead(uuid) to service_role;
 -- the job is stuck, beats or not: it fails with timeout. pg_cron calls recover_stale_jobs every
 -- minute and every worker calls it too; both may run at once.
 
--- Users in order of id, so that two runs lock entitlements in the same order.
+-- Renews queue_state, at most once in ten seconds, whoever asks.
+create or replace function private.refresh_queue_state()
+returns void
+language sql
+set search_path = ''
+as $$
+  update private.queue_state set
+    oldest_ready_at = (
+      select min(r.queued_at) from private.ready_jobs as r where r.run_at is null
+    ),
+    refreshed_at = now()
+  where id = (
+    select q.id from private.queue_state as q
+    where q.refreshed_at < now() - interval '10 seconds' for update skip locked
+  )
+$$;
+
+revoke all on function private.refresh_queue_state()
+from public, anon, authenticated, service_role;
+
+-- Users in order of id, so that two runs lock entitlements in the same order; and all of them
+-- before any breaker, those in order too.
 create or replace function private.recover_stale_jobs(p_at_most integer default 100)
 returns integer
 language plpgsql
@@ -7590,6 +8330,7 @@ set search_path = ''
 as $$
 declare
   v_job private.running_jobs;
+  v_stuck private.running_jobs[] := '{}';
   v_count integer := 0;
 begin
   for v_job in
@@ -7605,17 +8346,25 @@ begin
       );
     else
       perform private.end_failed_attempt(v_job, 'timeout', 'deadline passed');
+      v_stuck := v_stuck || v_job;
     end if;
     v_count := v_count + 1;
   end loop;
   perform private.refresh_model_stats();
+  for v_job in
+    select s.* from unnest(v_stuck) as s left join public.models as m on m.id = s.model_id
+    order by m.provider, s.model_id
+  loop
+    perform private.blame_provider(v_job, 'timeout');
+  end loop;
+  perform private.refresh_queue_state();
   return v_count;
 end;
 $$;
 
 comment on function private.recover_stale_jobs is
   'Requeues or finally fails up to p_at_most jobs whose lease or deadline has passed, and renews '
-  'model_stats. Answers how many.';
+  'model_stats and queue_state. Answers how many.';
 
 revoke all on function private.recover_stale_jobs(integer)
 from public, anon, authenticated, service_role;
@@ -7665,21 +8414,25 @@ from public, anon, authenticated, service_role;
 
 create view private.paused_now with (security_invoker = true) as
 select
-  'provider' as kind,
-  p.name,
-  p.paused_until,
-  p.pause_reason
-from private.providers as p
-where p.paused_until > now();
+  case when b.name like '%/%' then 'model' else 'provider' end as kind,
+  b.name,
+  b.paused_until,
+  b.pause_reason,
+  b.times_opened
+from private.breakers as b
+where b.paused_until > now();
 
-comment on view private.paused_now is 'What is paused, until when, and why?';
+comment on view private.paused_now is
+  'Which models and providers are paused, until when, and why? times_opened 0: by an operator.';
 
 create view private.queue_by_model with (security_invoker = true) as
 with waiting as (
   select
     r.model_id,
     count(*) as jobs,
-    count(*) filter (where r.run_at > now()) as delayed,
+    count(*) filter (where r.run_at is null or r.run_at <= now()) as ready,
+    count(*) filter (where r.is_held) as held,
+    count(*) filter (where r.run_at > now() and not r.is_held) as delayed,
     min(r.seq) filter (where r.run_at is null or r.run_at <= now()) as first_seq
   from private.ready_jobs as r
   group by r.model_id
@@ -7696,9 +8449,9 @@ running as (
 select
   q.model_id,
   m.provider,
-  case when p.name is null then coalesce(waiting.jobs - waiting.delayed, 0) else 0 end as ready,
+  case when p.name is null then coalesce(waiting.ready, 0) else 0 end as ready,
   case when p.name is null then coalesce(waiting.delayed, 0) else 0 end as delayed,
-  case when p.name is null then 0 else coalesce(waiting.jobs, 0) end as paused,
+  coalesce(case when p.name is null then waiting.held else waiting.jobs end, 0) as paused,
   coalesce(running.jobs, 0) as running,
   case when p.name is null then extract(epoch from now() - first.created_at) end
     as oldest_ready_seconds
@@ -7710,7 +8463,12 @@ from (
 left join waiting on q.model_id = waiting.model_id
 left join running on q.model_id = running.model_id
 left join public.models as m on q.model_id = m.id
-left join private.paused_now as p on m.provider = p.name and p.kind = 'provider'
+left join lateral (
+  select x.name
+  from private.paused_now as x
+  where x.name in (q.model_id, m.provider)
+  order by x.name limit 1
+) as p on true
 left join lateral (
   select g.created_at
   from private.ready_jobs as r
@@ -7755,20 +8513,25 @@ select
   (private.plan_of(e)).name as plan,
   r.model_id,
   case
-    when p.name is not null then 'paused'
+    when r.is_held or p.name is not null then 'paused'
     when r.run_at > now() then 'delayed'
     else 'ready'
   end as state,
   g.created_at,
   now() - g.created_at as waiting,
   r.attempt as attempts_used,
-  r.run_at,
+  case when not r.is_held then r.run_at end as run_at,
   r.fair_key
 from private.ready_jobs as r
 inner join public.generations as g on r.job_id = g.id
 inner join public.entitlements as e on r.user_id = e.user_id
 left join public.models as m on r.model_id = m.id
-left join private.paused_now as p on m.provider = p.name and p.kind = 'provider'
+left join lateral (
+  select x.name
+  from private.paused_now as x
+  where x.name in (r.model_id, m.provider)
+  order by x.name limit 1
+) as p on true
 order by r.fair_key, r.seq;
 
 comment on view private.waiting_now is
@@ -9428,27 +10191,33 @@ grant execute on function public.queue_health() to service_role;
 -- operator has set. What is not installed here is skipped with a notice.
 
 insert into private.settings default values on conflict do nothing;
+insert into private.queue_state default values on conflict do nothing;
 
 insert into private.retention_walks (name) values
 ('generations'), ('attempts'), ('ledger'), ('files')
 on conflict do nothing;
 
-insert into private.plans (name, max_active, max_per_minute, max_batch, weight) values
-('free', 3, 10, 3, 1),
-('paid', 20, 60, 100, 4)
+insert into private.plans (
+  name, max_active, max_per_minute, max_batch, weight, busy_after
+) values
+('free', 3, 10, 3, 1, '10 minutes'),
+('paid', 20, 60, 100, 4, '30 minutes')
 on conflict do nothing;
 
-insert into private.providers (name) values ('preview'), ('replicate') on conflict do nothing;
-
-insert into private.error_codes (code, message, is_retryable, uses_attempt, resumes) values
-('moderated', 'The safety filter refused this picture. Try another prompt.', false, true, false),
-('invalid_input', 'The model did not accept this request.', false, true, false),
-('provider_busy', 'The image service is busy. Try again later.', true, false, false),
-('provider_timeout', 'The image service did not answer in time.', true, true, true),
-('provider_error', 'The image service failed to make this picture.', true, true, false),
-('result_lost', 'The finished picture could not be fetched in time.', true, true, false),
-('timeout', 'The picture took too long.', false, true, false),
-('internal', 'Something went wrong on our side.', true, true, true)
+insert into private.error_codes (
+  code, message, is_retryable, uses_attempt, resumes, trips_breaker
+) values
+(
+  'moderated', 'The safety filter refused this picture. Try another prompt.', false, true, false,
+  false
+),
+('invalid_input', 'The model did not accept this request.', false, true, false, false),
+('provider_busy', 'The image service is busy. Try again later.', true, false, false, false),
+('provider_timeout', 'The image service did not answer in time.', true, true, true, true),
+('provider_error', 'The image service failed to make this picture.', true, true, false, true),
+('result_lost', 'The finished picture could not be fetched in time.', true, true, false, true),
+('timeout', 'The picture took too long.', false, true, false, true),
+('internal', 'Something went wrong on our side.', true, true, true, false)
 on conflict do nothing;
 
 insert into private.push_texts (event_type, title, body) values
