@@ -222,7 +222,7 @@ create table public.model_aliases (
 
 comment on table public.model_aliases is
   'Names that stand for one of several models, to try them against each other: one row for each '
-  'arm. A user stays with one arm while the weights stay.';
+  'arm. A user stays with one arm while the weights stay and it is not paused.';
 comment on column public.model_aliases.id is
   'What clients ask for, auto/fast say. A model of that name goes first.';
 comment on column public.model_aliases.weight is

@@ -183,6 +183,22 @@ def test_arms_that_a_user_may_not_use_are_passed_over(db, alice, arms):
         alice.enqueue(model="auto/fast")
 
 
+def test_a_paused_arm_is_passed_over_until_all_are_paused(db, arms, service):
+    arms(1, 1)
+    users = [User(db) for _ in range(20)]
+    before = [arm_of(db, user.id) for user in users]
+
+    service.pause_model("acme/b")
+
+    assert {arm_of(db, user.id) for user in users} == {PREVIEW}
+    service.pause_model(PREVIEW)
+    with unchanged(db), refused("PT503", "model_paused"):
+        users[0].enqueue(model="auto/fast")
+    for model in (PREVIEW, "acme/b"):
+        service.resume_model(model)
+    assert [arm_of(db, user.id) for user in users] == before
+
+
 def test_a_model_goes_before_an_alias_of_its_name(db, alice, arms):
     db.execute("insert into public.model_aliases values (%s, 'acme/b', 1)", PREVIEW)
 

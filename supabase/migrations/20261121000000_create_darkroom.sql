@@ -296,7 +296,7 @@ create table public.model_aliases (
 
 comment on table public.model_aliases is
   'Names that stand for one of several models, to try them against each other: one row for each '
-  'arm. A user stays with one arm while the weights stay.';
+  'arm. A user stays with one arm while the weights stay and it is not paused.';
 comment on column public.model_aliases.id is
   'What clients ask for, auto/fast say. A model of that name goes first.';
 comment on column public.model_aliases.weight is
@@ -1484,7 +1484,7 @@ from public, anon, authenticated, service_role;
 --
 -- Weighted rendezvous hashing: each arm draws a number that depends on nothing but user and arm,
 -- and the smallest wins. So a user stays with an arm, and a change of weights moves as few as
--- possible.
+-- possible. A paused arm is passed over while another is not.
 create or replace function private.resolve_alias(p_alias_id text, p_user_id uuid, p_plan text)
 returns text
 language sql
@@ -1499,7 +1499,13 @@ as $$
   ) as drawn
   where a.id = p_alias_id and a.weight > 0 and m.is_active
     and (p_plan = 'paid' or not m.requires_paid)
-  order by -ln((drawn.n + 1) / 281474976710657.0) / a.weight limit 1
+  order by
+    exists (
+      select from private.breakers as b
+      where b.name in (m.id, m.provider) and b.paused_until > now()
+    ),
+    -ln((drawn.n + 1) / 281474976710657.0) / a.weight
+  limit 1
 $$;
 
 revoke all on function private.resolve_alias(text, uuid, text)
