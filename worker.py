@@ -1552,7 +1552,7 @@ class Worker:
         job = running.job
         provider_input = await self._with_sources(provider, job)
         began, lost_at = time.monotonic(), await self.db.begin_create(job)
-        if lost_at and (bought := await self._look(provider, job, lost_at)):
+        if lost_at and (bought := await self._look(provider, running, lost_at)):
             return bought
         if lost_at:
             began = time.monotonic()
@@ -1561,7 +1561,7 @@ class Worker:
             return await finish_first(self._create(provider, running, provider_input, began))
         except UnknownOutcome as error:
             lost_at = await self.db.begin_create(job) or datetime.now(UTC)
-            if bought := await self._look(provider, job, lost_at):
+            if bought := await self._look(provider, running, lost_at):
                 return bought
             raise JobError("provider_timeout", f"create: {error}; nothing was bought") from None
 
@@ -1575,19 +1575,26 @@ class Worker:
         await self.db.checkpoint(running.job, running.provider_job_id)
         return running.provider_job_id
 
-    async def _look(self, provider: Provider, job: Job, since: datetime) -> str | None:
+    async def _look(self, provider: Provider, running: Running, since: datetime) -> str | None:
         """Take over what a lost create bought; None once it had time to show and did not."""
         give_up_at, attempt = time.monotonic() + provider.settle_seconds, 0
         while True:
             is_last = time.monotonic() >= give_up_at
-            candidates = await provider.find(job, since)
-            if bought := await self.db.adopt_provider_job(job, candidates):
-                log.warning("job.found job=%s candidates=%s", job.job_id, len(candidates))
+            candidates = await provider.find(running.job, since)
+            if bought := await finish_first(self._adopt(running, candidates)):
                 return bought
             if is_last:
                 return None
             await asyncio.sleep(min(backoff(attempt), max(0.0, give_up_at - time.monotonic())))
             attempt += 1
+
+    async def _adopt(self, running: Running, candidates: list[str]) -> str | None:
+        """Take over a purchase and know it at once, also when the job is stopped meanwhile."""
+        job = running.job
+        running.provider_job_id = await self.db.adopt_provider_job(job, candidates)
+        if running.provider_job_id:
+            log.warning("job.found job=%s candidates=%s", job.job_id, len(candidates))
+        return running.provider_job_id
 
     async def _with_sources(self, provider: Provider, job: Job) -> dict[str, Any]:
         """The provider's input with an address in place of each source image's path."""

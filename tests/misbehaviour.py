@@ -1,5 +1,7 @@
 """One random run of misbehaviour: all around the worker goes wrong, and its own process dies.
 
+Meanwhile the user cancels jobs, and the worker hears of it at once, late or never.
+
 The worker's classes are the real ones, on a real database, with a real HTTP server as provider.
 Between them and the world stands Fate: at each call it may refuse it, lose its answer, kill the
 worker, stop it, or let it freeze for a while. All that is drawn from the run's seed.
@@ -11,6 +13,7 @@ has to pass between two looks at the queue (leases, delays, pauses) is backdated
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import ssl
@@ -23,9 +26,9 @@ from urllib.parse import unquote
 
 import httpx
 import psycopg
-from actors import User
+from actors import User, outcome
 from database import Database, assert_books_balance
-from fake_replicate import MODERATED, Behaviour, FakeReplicate
+from fake_replicate import MODERATED, TERMINAL, Behaviour, FakeReplicate
 
 import worker
 
@@ -105,8 +108,11 @@ class Fate:
     def __init__(self, chance: random.Random, loop: Loop) -> None:
         self.chance, self.loop = chance, loop
         self.faults_left = chance.choice([0, 0, 1, 3, 6])
+        self.cancels_left = chance.choice([0, 0, 0, 1, 2])
         self.is_dead = False
         self.on_stop: Callable[[], None] = lambda: None
+        self.on_cancel: Callable[[], None] = lambda: None
+        self.beat: Callable[[], Awaitable[None]]
         self.ends: list[str] = []  # of this run's workers so far
         self.calls = 0
         self.end_at, self.end = 0, ""
@@ -128,7 +134,12 @@ class Fate:
             self._die()
         if fault == "refused":
             raise errors[0]
+        told = self._cancel(name)
+        if told == "before":
+            await self.beat()
         answer = await call()
+        if told == "after":
+            await self.beat()
         if fault == "killed after":
             self._die()
         if fault == "stopped":
@@ -139,6 +150,17 @@ class Fate:
         if fault == "frozen":
             self.loop.ahead += self.chance.choice([1, 4, 6, 30])
         return answer
+
+    def _cancel(self, name: str) -> str:
+        """Have the user cancel, perhaps; answer when the worker is told."""
+        risk = 0.2 if name in CRITICAL else 0.06
+        if name == "heartbeat" or not self.cancels_left or self.chance.random() > risk:
+            return ""
+        told = self.chance.choice(["before", "after", "never"])
+        self.history.append(f"canceled, told {told}")
+        self.cancels_left -= 1
+        self.on_cancel()
+        return told
 
     def _die(self) -> None:
         self.is_dead = True
@@ -160,11 +182,13 @@ class Fate:
 class FatefulDatabase(worker.Database):
     """The worker's own, with Fate at each call."""
 
-    def __init__(self, url: str, fate: Fate) -> None:
+    def __init__(self, url: str, fate: Fate, canceled: set[str]) -> None:
         super().__init__(url)
-        self.fate = fate
+        self.fate, self.canceled = fate, canceled
 
     async def _call(self, function: str, *args: Any) -> list[Any]:
+        if function == "cancel_job":
+            self.canceled.add(str(args[0]))
         call = super()._call
         errors = [psycopg.OperationalError("not sent"), psycopg.OperationalError("answer lost")]
         return await self.fate.meet(function, lambda: call(function, *args), *errors)
@@ -241,6 +265,9 @@ class Run:
             self.ends_left.append("stopped")
         self.chance.shuffle(self.ends_left)
         self.jobs: list[str] = []
+        self.canceled: set[str] = set()  # jobs that a worker ended so
+        self.user = User(db)
+        self.fate.on_cancel = self._cancel
 
     def prepare(self) -> None:
         """Enqueue the jobs, and decide how the provider behaves."""
@@ -249,7 +276,9 @@ class Run:
         self.db.execute("update public.models set is_active = true, deadline = '2 minutes'")
         # No delay may end by itself: see _pass_time.
         self.db.execute("update private.settings set retry_base = '1 day', retry_cap = '1 day'")
-        user = User(self.db).has(credits=100)
+        percent = self.chance.choice([100, 50])
+        self.db.execute("update private.settings set running_cancel_refund_percent = %s", percent)
+        user = self.user.has(credits=100)
         for number in range(self.chance.choice([1, 1, 1, 2, 3])):
             model = self.chance.choice([*MODELS, "black-forest-labs/flux-schnell"])
             params: dict[str, Any] = dict(MODELS[model])
@@ -263,6 +292,10 @@ class Run:
         self.fake.list_answers += [failure] * self.chance.choice([0, 0, 1, 3, 25])
         failure = self.chance.choice([402, 413, 429, 500])
         self.fake.file_answers += [failure] * self.chance.choice([0, 0, 1])
+
+    def _cancel(self) -> None:
+        job_id = self.chance.choice(self.jobs)
+        outcome(lambda: self.user.cancel_generation(job_id))  # refused if it has ended
 
     def _source(self, user: User) -> str:
         path = f"{user.id}/cat.png"
@@ -316,7 +349,7 @@ class Run:
                 "IMAGE_PREVIEW_PIXELS": "32",
             }
         )
-        db = FatefulDatabase(self.database_url, self.fate)
+        db = FatefulDatabase(self.database_url, self.fate, self.canceled)
         async with httpx.AsyncClient(transport=Wire(self), timeout=worker.HTTP_TIMEOUT) as http:
             provider = worker.Replicate(http, self.fake.url, self.fake.token)
             storage = worker.Storage(
@@ -350,7 +383,11 @@ class Run:
             for running in list(one.running.values()):
                 running.task.cancel()
 
-        self.fate.on_stop = stop
+        async def beat() -> None:
+            with contextlib.suppress(psycopg.OperationalError):
+                await one.beat()
+
+        self.fate.on_stop, self.fate.beat = stop, beat
         try:
             registered = await one.db.register_worker(one.settings.slots)
             one.worker_id = registered["worker_id"]
@@ -388,11 +425,15 @@ class Run:
         self.db.execute(
             f"update private.breakers set paused_until = {past} where paused_until > now()"
         )
+        if self.fate.cancels_left and self.chance.random() < 0.15:
+            self.fate.cancels_left -= 1
+            self.fate.history.append("canceled between two workers")
+            self._cancel()
 
     # What must hold in the end.
 
     def judge(self) -> Counter[str]:
-        """Assert all that must hold whatever happened; answer how the jobs ended."""
+        """Assert all that must hold whatever happened; answer what jobs and attempts ended in."""
         assert_books_balance(self.db)
         assert self.origins <= {self.fake.origin, self.storage_url}
         assert not [r for r in self.fake.requests if r.path.startswith("/elsewhere")]
@@ -406,11 +447,14 @@ class Run:
         assert self.db.execute(blamed) == [], "a refused account is no job's fault"
         jobs = self.db.execute("select * from public.generations")
         for job in jobs:
-            assert job["status"] in ("completed", "failed")
-            self._judge_purchases(job, prompts)
+            assert job["status"] in ("completed", "failed", "canceled")
+            used = self._judge_purchases(job, prompts)
             self._judge_images(job)
-        ends = Counter(job["error_code"] or job["status"] for job in jobs)
-        return ends + Counter(self.fate.ends)
+            if job["status"] == "canceled" and str(job["id"]) in self.canceled:
+                assert all(self._is_told_to_stop(key) for key in used), "left running"
+        attempts = self.db.execute("select error_code from private.attempts")
+        met = [job["status"] for job in jobs] + [each["error_code"] for each in attempts]
+        return Counter(filter(None, met)) + Counter(self.fate.ends)
 
     def _prompts_bought(self) -> dict[str, str]:
         """Prompt by prediction; the provider forgets inputs after an hour."""
@@ -420,8 +464,11 @@ class Run:
             if create.prediction_id
         }
 
-    def _judge_purchases(self, job: dict[str, Any], prompts: dict[str, str]) -> None:
-        """One create per claim; bought again only if what was bought before is of no use."""
+    def _judge_purchases(self, job: dict[str, Any], prompts: dict[str, str]) -> set[str]:
+        """One create per claim; bought again only if what was bought before is of no use.
+
+        Answers the predictions that the job is known to have bought.
+        """
         attempts = self.db.execute(
             "select * from private.attempts where generation_id = %s order by token", job["id"]
         )
@@ -433,6 +480,13 @@ class Run:
         assert used <= set(bought)
         if job["status"] == "completed":
             assert attempts[-1]["provider_job_id"] == bought[-1]
+        return used
+
+    def _is_told_to_stop(self, key: str) -> bool:
+        """Whether a prediction has ended, or was at least tried to be canceled."""
+        prediction, call = self.fake.predictions[key], f"POST /v1/predictions/{key}/cancel"
+        is_over = prediction["status"] in TERMINAL or prediction["data_removed"]
+        return is_over or any(line.startswith(call) for line in self.fate.history)
 
     def _is_spent(self, key: str) -> bool:
         """Whether nothing can come of a prediction any more."""

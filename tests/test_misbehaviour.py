@@ -45,6 +45,7 @@ def test_whatever_happens_a_job_ends_and_is_bought_and_charged_once(seed, db, st
     tally.update(ends)
     tally["runs"] += 1
     tally["killed runs"] += "killed" in run.fate.ends
+    tally["canceled by a worker"] += len(run.canceled)
 
 
 def test_the_runs_meet_every_end(tally):
@@ -52,6 +53,7 @@ def test_the_runs_meet_every_end(tally):
         pytest.skip("too few runs")
     print(*sorted(tally.items()), sep="\n")
 
-    ends = {"completed", "moderated", "invalid_input", "provider_error", "result_lost", "timeout"}
+    ends = {"completed", "canceled", "moderated", "invalid_input"}
+    ends |= {"provider_error", "result_lost", "timeout"}
     assert ends <= set(tally)
     assert tally["killed runs"] >= tally["runs"] * 0.4

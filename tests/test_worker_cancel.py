@@ -65,6 +65,18 @@ def test_a_cancel_during_the_create_stops_what_it_buys(db, alice, workers, fake)
     assert [each["status"] for each in fake.predictions.values()] == ["canceled"]
 
 
+def test_a_purchase_whose_answer_was_lost_is_stopped_too(db, alice, workers, fake):
+    fake.next(answer=None, stored=True, seconds=60)
+    workers.start()
+    job_id = alice.enqueued(model=SCHNELL)
+    eventually(lambda: workers.checkpointed(job_id))
+
+    alice.cancel_generation(job_id)
+    workers.until(job_id, "canceled")
+
+    assert [each["status"] for each in fake.predictions.values()] == ["canceled"]
+
+
 def test_without_listen_the_next_heartbeat_tells(db, alice, workers):
     db.execute("update private.settings set heartbeat = '1 second'")
     process = workers.start(**SLOW)
