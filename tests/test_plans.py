@@ -1,0 +1,169 @@
+"""A long history costs the hot calls nothing: no statement in them, at any depth, reads much of it.
+
+auto_explain tells the plan of every statement that a call runs, with the rows that each node met.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+import pytest
+from actors import User, Worker
+from database import Database, Server
+
+HISTORY = 20_000
+TABLES = {"generations", "images", "attempts", "credit_ledger", "batches", "deliveries"}
+EXPLAIN = """
+load 'auto_explain';
+set auto_explain.log_min_duration = 0;
+set auto_explain.log_analyze = on;
+set auto_explain.log_timing = off;
+set auto_explain.log_nested_statements = on;
+set auto_explain.log_format = json;
+set client_min_messages = log;
+"""
+
+
+@dataclass
+class Scene:
+    """A user with a long history, like two hundred others; a batch is queued, a job is running."""
+
+    db: Database
+    user: User
+    worker: Worker
+    finished: str
+    failed: str
+    running: str
+    queued: str
+    batch: str
+
+    def claimed(self) -> Any:
+        """What the worker holds next."""
+        self.user.enqueue()
+        self.worker.let_the_next_claim_scan_all()
+        return self.worker.claimed()
+
+
+@pytest.fixture(scope="module")
+def scene(server: Server, template: str) -> Iterator[Scene]:
+    db = server.create(template)
+    db.lift_limits()
+    db.execute("update private.plans set max_batch = 100")
+    users = [User(db) for _ in range(4)]
+    for user in users:
+        user.has_history(HISTORY // len(users))
+    # Each with a seed and an input of its own, and a key.
+    db.execute(
+        "update public.generations as g set input = jsonb_build_object('seed', n),"
+        " provider_input = jsonb_build_object('seed', n), idempotency_key = n"
+        " from (select id, row_number() over () as n from public.generations) as numbered"
+        " where numbered.id = g.id"
+    )
+    yield begun(db, users[0].has(credits=1000), Worker(db))
+    server.drop(db)
+
+
+def begun(db: Database, user: User, worker: Worker) -> Scene:
+    """Bring the jobs to where they are."""
+    finished = db.value(
+        "select id::text from public.generations where user_id = %s limit 1", user.id
+    )
+    failed = user.enqueued(idempotency_key="a key", params={"seed": 7})
+    worker.fail_job(worker.claimed(), "moderated")
+    user.enqueue("done", params={"seed": 7})
+    worker.complete_job(worker.claimed())
+    running = user.enqueued()
+    worker.claimed()
+    batch = user.enqueue_batch(["a lighthouse"] * 20)
+    db.execute("vacuum analyze")
+    return Scene(
+        db, user, worker, finished, failed, running, batch["job_ids"][-1], batch["batch_id"]
+    )
+
+
+@contextlib.contextmanager
+def explained(connection: psycopg.Connection[Any]) -> Iterator[list[dict[str, Any]]]:
+    """Collect the plans of all that runs on a connection."""
+    plans: list[dict[str, Any]] = []
+
+    def note(diagnosis: psycopg.errors.Diagnostic) -> None:
+        _, is_plan, text = (diagnosis.message_primary or "").partition("plan:\n")
+        if is_plan:
+            plans.append(json.loads(text)["Plan"])
+
+    (role,) = connection.execute("select current_user").fetchone() or ()
+    connection.execute("reset role")
+    for statement in filter(str.strip, EXPLAIN.split(";")):
+        connection.execute(statement)
+    connection.execute(f"set role {role}")
+    connection.add_notice_handler(note)
+    yield plans
+    connection.remove_notice_handler(note)
+    connection.execute("set client_min_messages = notice")
+
+
+def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Each node of a plan, the top one first."""
+    yield plan
+    for child in plan.get("Plans", []):
+        yield from nodes(child)
+
+
+def rows_met(node: dict[str, Any]) -> int:
+    """How many rows a node has looked at, taken or not."""
+    removed = sum(node.get(f"Rows Removed by {by}", 0) for by in ("Filter", "Index Recheck"))
+    return int((node.get("Actual Rows", 0) + removed) * node.get("Actual Loops", 1))
+
+
+CALLS: dict[str, Callable[[Scene], object]] = {
+    "status of a finished job": lambda s: s.user.get_job_status(s.finished),
+    "status of a failed job": lambda s: s.user.get_job_status(s.failed),
+    "status of a queued job": lambda s: s.user.get_job_status(s.queued),
+    "status of a running job": lambda s: s.user.get_job_status(s.running),
+    "status of a batch": lambda s: s.user.get_batch_status(s.batch),
+    "active jobs": lambda s: s.user.list_active_jobs(),
+    "first page of the history": lambda s: s.user.call("public.list_generations"),
+    "enqueue": lambda s: s.user.enqueue(idempotency_key=str(uuid.uuid4())),
+    "enqueue again": lambda s: s.user.enqueue(idempotency_key="a key", params={"seed": 7}),
+    "enqueue a batch": lambda s: s.user.enqueue_batch(["a lighthouse"] * 20),
+    "reuse what is there": lambda s: s.user.enqueue("done", params={"seed": 7, "reuse": True}),
+    "reuse what is not": lambda s: s.user.enqueue("new", params={"seed": 8, "reuse": True}),
+    "retry": lambda s: s.user.retry_generation(s.failed),
+    "cancel": lambda s: s.user.cancel_generation(s.user.enqueued()),
+    "cancel a batch": lambda s: s.user.cancel_batch(
+        s.user.enqueue_batch(["a lighthouse"] * 20)["batch_id"]
+    ),
+    "claim one": lambda s: s.worker.claim_jobs(1),
+    "claim ten": lambda s: s.worker.claim_jobs(10),
+    "complete": lambda s: s.worker.complete_job(s.claimed()),
+    "fail": lambda s: s.worker.fail_job(s.claimed(), "moderated"),
+    "try again": lambda s: s.worker.fail_job(s.claimed(), "provider_error"),
+    "heartbeat": lambda s: s.worker.heartbeat(s.claimed()),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_hot_call_reads_little_however_long_the_history(scene, name):
+    with explained(scene.user.connection) as plans, explained(scene.worker.connection) as more:
+        CALLS[name](scene)
+
+    met: Counter[str] = Counter()
+    for node in (node for plan in plans + more for node in nodes(plan)):
+        if (table := node.get("Relation Name")) in TABLES and "Scan" in node["Node Type"]:
+            met[table] += rows_met(node)
+    assert plans + more
+    assert all(count <= 300 for count in met.values()), met
+
+
+def test_the_measure_sees_what_reads_all(scene):
+    with explained(scene.user.connection) as plans:
+        scene.user.query("select count(*) from public.generations where prompt = 'none'")
+
+    assert max(rows_met(node) for plan in plans for node in nodes(plan)) > HISTORY / 8
