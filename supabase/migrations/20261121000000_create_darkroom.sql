@@ -4638,7 +4638,8 @@ revoke all on function public.get_job_status(uuid) from public, anon, authentica
 grant execute on function public.get_job_status(uuid) to authenticated;
 
 -- Body of public.list_active_jobs. The count on the entitlement says when the scan may stop, so it
--- ends at the user's oldest active job and never reads the whole history.
+-- ends at the user's oldest active job and never reads the whole history. Unless it sorts: the
+-- planner does not know that the count is ever reached, and would rather read all and then sort.
 --
 -- Raises: PT401 not_authenticated.
 create or replace function private.list_active_jobs()
@@ -4647,6 +4648,7 @@ language sql
 stable
 security definer
 set search_path = ''
+set enable_sort = off
 as $$
   select coalesce(json_agg(private.job_json(active) order by active.id desc), '[]')
   from (
