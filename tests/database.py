@@ -230,7 +230,7 @@ and not (
   g.status = 'canceled' and exists (
     select from public.credit_ledger as l cross join private.settings as s
     where l.generation_id = g.id and l.kind = 'refund'
-      and l.amount = g.price_credits * s.running_cancel_refund_percent / 100
+      and l.amount = ceil(g.price_credits * s.running_cancel_refund_percent / 100.0)
   ) and exists (select from private.attempts as a where a.generation_id = g.id)
 )
 union all
