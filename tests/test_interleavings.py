@@ -168,7 +168,8 @@ def test_the_books_balance_whatever_happens_in_whatever_order(db, seed, refund_p
     db.lift_limits()
     db.execute(
         "update private.settings set retry_base = '0', welcome_credits = 150,"
-        " running_cancel_refund_percent = %s",
+        " running_cancel_refund_percent = %s, breaker_pause = '10 milliseconds',"
+        " breaker_pause_cap = '10 milliseconds'",
         refund_percent,
     )
     users = [User(db) for _ in range(3)]

@@ -167,7 +167,8 @@ class Arena:
         db.lift_limits()
         db.execute(
             "update private.settings"
-            " set welcome_credits = 60, running_cancel_refund_percent = 50, retry_base = '0'"
+            " set welcome_credits = 60, running_cancel_refund_percent = 50, retry_base = '0',"
+            " breaker_failures = 32767, breaker_provider_failures = 32767"
         )
         self.one, self.other, self.third = Session(db), Session(db), db.connect()
         self.one.service.register_webhook()
@@ -341,7 +342,7 @@ class Crowd:
         self.db = db
         db.lift_limits()
         db.execute("update private.plans set max_batch = 100")
-        db.execute("update private.settings set retry_base = '0'")
+        db.execute("update private.settings set retry_base = '0', breaker_failures = 32767")
         self.users = [User(db).has(credits=500) for _ in range(3)]
         self.batches = [user.enqueue_batch(["a lighthouse"] * 20) for user in self.users]
         self.workers = [Worker(db), Worker(db)]
