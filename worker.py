@@ -97,6 +97,7 @@ PROGRESS_SECONDS = 1.0  # between two heartbeats that only bring news of progres
 CANCEL_SECONDS = 5.0  # at most, for telling the provider to stop
 RELEASE_SECONDS = 10.0  # hard deadline for releasing jobs once the grace time is over
 RETRY_BASE_SECONDS, RETRY_CAP_SECONDS = 0.25, 10.0  # backoff between repeated calls
+LOG_CHARS = 200_000  # of a provider's log that are read for progress
 PROVIDER_POLL_SECONDS, PROVIDER_POLL_CAP_SECONDS = 0.5, 3.0
 HTTP_TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 HTTP_TRIES = 4  # for requests that may be repeated
@@ -276,9 +277,15 @@ class Canceled(Exception):
 class JobError(Exception):
     """The attempt failed, with a code of private.error_codes. The detail is for operators."""
 
-    def __init__(self, code: str, detail: str, retry_after: float | None = None) -> None:
+    def __init__(
+        self,
+        code: str,
+        detail: str,
+        retry_after: float | None = None,
+        metrics: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__(f"{code}: {detail}")
-        self.code, self.retry_after = code, retry_after
+        self.code, self.retry_after, self.metrics = code, retry_after, metrics or {}
         # As PostgreSQL can store it: providers' texts may hold NUL or broken surrogates.
         self.detail = detail.encode(errors="replace").decode().replace("\0", "�")
 
@@ -449,17 +456,16 @@ class Database:
     ) -> None:
         await self._insist("complete_job", job.job_id, job.token, Jsonb(images), Jsonb(metrics))
 
-    async def fail_job(self, job: Job, error: JobError) -> str:
-        rows = await self._insist(
-            "fail_job", job.job_id, job.token, error.code, error.detail, error.retry_after
-        )
+    async def fail_job(self, job: Job, error: JobError, metrics: dict[str, Any]) -> str:
+        what = (error.code, error.detail, error.retry_after, Jsonb(metrics))
+        rows = await self._insist("fail_job", job.job_id, job.token, *what)
         return str(rows[0]["fail_job"])
 
     async def release_job(self, job: Job, resumes: bool = True) -> None:
         await self._insist("release_job", job.job_id, job.token, resumes)
 
-    async def cancel_job(self, job: Job) -> None:
-        await self._insist("cancel_job", job.job_id, job.token)
+    async def cancel_job(self, job: Job, metrics: dict[str, Any]) -> None:
+        await self._insist("cancel_job", job.job_id, job.token, Jsonb(metrics))
 
     async def recover_stale_jobs(self) -> int:
         return int((await self._call("recover_stale_jobs"))[0]["recover_stale_jobs"])
@@ -543,8 +549,7 @@ class Result:
     """What a provider made. Each output is something its own read() can stream."""
 
     outputs: list[Any]
-    provider_seconds: float | None = None
-    images: int | None = None  # as the provider bills them
+    metrics: dict[str, Any]  # as complete_job takes them
 
 
 class Provider(Protocol):
@@ -567,8 +572,8 @@ class Provider(Protocol):
     def read(self, output: Any) -> AsyncGenerator[bytes, None]:
         """Stream one output."""
 
-    async def cancel(self, provider_job_id: str) -> None:
-        """Stop the job if it still runs. Best effort."""
+    async def cancel(self, provider_job_id: str) -> dict[str, Any]:
+        """Stop the job if it still runs. Best effort. Answers its metrics, if they are known."""
 
 
 class Preview:
@@ -605,13 +610,13 @@ class Preview:
             await asyncio.to_thread(draw_preview, prompt, seed + n, size)
             for n in range(job.image_count)
         ]
-        return Result(outputs, self.seconds, len(outputs))
+        return Result(outputs, {"provider_seconds": self.seconds, "images": len(outputs)})
 
     async def read(self, output: bytes) -> AsyncGenerator[bytes, None]:
         yield output
 
-    async def cancel(self, provider_job_id: str) -> None:
-        pass
+    async def cancel(self, provider_job_id: str) -> dict[str, Any]:
+        return {"is_billed": False}
 
 
 def draw_preview(prompt: str, seed: int, size: tuple[int, int]) -> bytes:
@@ -653,12 +658,16 @@ class Replicate:
     """Replicate's HTTP API: create without waiting, then poll (its OpenAPI file, /predictions)."""
 
     MODERATION = re.compile(r"nsfw|sensitive|moderat|safety|\bE005\b", re.IGNORECASE)
+    # A line of a progress bar as tqdm draws it: " 50%|█████     | 2/4 [00:01<00:01, ...". Those
+    # with words before are of downloads and the like.
+    BAR = re.compile(r"(?:^|[\r\n]) *\d{1,3}%\|[^|\r\n]*\| *(\d{1,9})/(\d{1,9}) \[")
 
     def __init__(
         self, http: httpx.AsyncClient, base_url: str, token: str, settle_seconds: float = 20.0
     ) -> None:
         self.http, self.base_url, self.settle_seconds = http, base_url, settle_seconds
         self.headers = {"Authorization": f"Bearer {token}"}
+        self.bars: dict[tuple[str, int], int] = {}  # of a model's last job of so many images
 
     async def create(self, job: Job, provider_input: dict[str, Any]) -> str:
         """Create a prediction without waiting for it. Replicate knows no idempotency key."""
@@ -736,28 +745,61 @@ class Replicate:
             url = f"{self.base_url}/predictions/{provider_job_id}"
             prediction = await self._get(url, may_be_gone=True)
             status = prediction.get("status")  # one we do not know is one more to wait for
-            if percents := re.findall(r"(\d{1,3})%", str(prediction.get("logs") or "")[-2000:]):
-                report(min(100, int(percents[-1])))
+            self._follow(job, str(prediction.get("logs") or ""), status == "succeeded", report)
             if status == "succeeded":
                 return self._result(prediction)
-            if status == "failed":
-                detail = str(prediction.get("error"))[:500]
-                moderated = self.MODERATION.search(detail)
-                raise JobError("moderated" if moderated else "provider_error", detail)
-            if status in ("canceled", "aborted"):
-                raise JobError("provider_error", f"prediction {status}")  # nothing to resume
+            if status in ("failed", "canceled", "aborted"):  # nothing to resume
+                detail = str(prediction.get("error") or f"prediction {status}")[:500]
+                moderated = status == "failed" and self.MODERATION.search(detail)
+                code = "moderated" if moderated else "provider_error"
+                raise JobError(code, detail, metrics=self._metrics(prediction))
             pause = min(PROVIDER_POLL_CAP_SECONDS, PROVIDER_POLL_SECONDS * 1.2**attempt)
             await asyncio.sleep(pause * random.uniform(0.8, 1.0))
             attempt += 1
 
-    @staticmethod
-    def _result(prediction: dict[str, Any]) -> Result:
+    def _follow(self, job: Job, logs: str, is_over: bool, report: Callable[[int], None]) -> None:
+        """Report the percentage of the whole from the progress bars in the logs.
+
+        Some models draw one bar for each image, some one for all, some two: as many as the last
+        time are expected; at first, one for each image.
+        """
+        bars, done, total = 0, 0, 0
+        for found in self.BAR.finditer(logs[-LOG_CHARS:]):
+            before = (done, total)
+            done, total = int(found[1]), int(found[2])
+            bars += not bars or done < before[0] or total != before[1]
+        key = (job.provider_ref, job.image_count)
+        if bars and total:
+            expected = max(bars, self.bars.get(key, job.image_count))
+            report(min(100, int(100 * (bars - 1 + done / total) / expected)))
+        if bars and is_over:
+            self.bars[key] = bars
+
+    @classmethod
+    def _result(cls, prediction: dict[str, Any]) -> Result:
+        metrics = cls._metrics(prediction)
         if prediction.get("data_removed") or prediction.get("output") is None:
-            raise JobError("result_lost", "the output was removed")
+            raise JobError("result_lost", "the output was removed", metrics=metrics)
         outputs = list(addresses(prediction["output"]))
-        metrics = prediction.get("metrics") or {}
-        images = metrics.get("image_count") or metrics.get("image_output_count") or len(outputs)
-        return Result(outputs, metrics.get("predict_time"), images)
+        return Result(outputs, {"images": len(outputs)} | metrics)
+
+    @staticmethod
+    def _metrics(prediction: dict[str, Any]) -> dict[str, Any]:
+        """What a prediction that has ended is billed by; what failed by itself costs nothing."""
+        said = prediction.get("metrics")
+        said = said if isinstance(said, dict) else {}
+        known: dict[str, Any] = {}
+        for name in (
+            "provider_seconds predict_time",
+            "images image_output_count",
+            "images image_count",
+        ):
+            ours, theirs = name.split()
+            if isinstance(number := said.get(theirs), int | float) and 0 < number < 30_000:
+                known[ours] = number + 0
+        if prediction.get("status") in ("failed", "aborted"):
+            known["is_billed"] = False
+        return known
 
     async def _get(self, url: str, *, may_be_gone: bool = False) -> dict[str, Any]:
         """Read, however long it takes: the job's deadline ends it.
@@ -807,13 +849,15 @@ class Replicate:
             raise JobError("provider_error", f"output: host {url.host[:100]} is not allowed")
         return url
 
-    async def cancel(self, provider_job_id: str) -> None:
-        with contextlib.suppress(httpx.HTTPError):
-            await self.http.post(
+    async def cancel(self, provider_job_id: str) -> dict[str, Any]:
+        with contextlib.suppress(httpx.HTTPError, ValueError, AttributeError):
+            response = await self.http.post(
                 f"{self.base_url}/predictions/{provider_job_id}/cancel",
                 headers=self.headers,
                 timeout=CANCEL_SECONDS,
             )
+            return self._metrics(response.json())
+        return {}
 
 
 def addresses(output: Any) -> Iterator[str]:
@@ -1294,6 +1338,7 @@ class Running:
     task: asyncio.Task[None] = field(init=False)
     provider_job_id: str | None = None  # once it is known
     progress: int | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)  # of what was bought, once they are known
     is_lost: bool = False  # a heartbeat said so: drop it, do not release it
     is_canceled: bool = False  # so it said: stop it at the provider, then end it as canceled
     is_ending: bool = False  # its last call is under way; a beat may find the row gone
@@ -1302,7 +1347,8 @@ class Running:
         self.provider_job_id = self.job.provider_job_id
 
     def report(self, percent: int) -> None:
-        if percent != self.progress:
+        """Take in progress. It never goes back, whatever a provider says."""
+        if self.progress is None or percent > self.progress:
             self.progress = percent
             self.on_progress()
 
@@ -1499,9 +1545,9 @@ class Worker:
         log.info("job.claimed job=%s attempt=%s provider=%s", job.job_id, job.attempt, job.provider)
         try:
             async with asyncio.timeout(job.deadline_seconds):
-                images, metrics = await self._make(running)
+                images = await self._make(running)
             running.is_ending = True
-            await self.db.complete_job(job, images, metrics)
+            await self.db.complete_job(job, images, running.metrics)
             log.info(
                 "job.completed job=%s images=%s seconds=%.2f",
                 job.job_id,
@@ -1523,7 +1569,7 @@ class Worker:
             del self.running[job.token]
             self.outbox.due.set()
 
-    async def _make(self, running: Running) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    async def _make(self, running: Running) -> list[dict[str, Any]]:
         """Have the provider make the images, and store them."""
         job = running.job
         provider = self.providers.get(job.provider)
@@ -1535,17 +1581,17 @@ class Worker:
         except asyncio.CancelledError:  # by the user, the deadline, a lost lease, or a stop
             is_over = running.is_canceled or not (running.is_lost or self.stopping.is_set())
             if running.provider_job_id and is_over:
-                await provider.cancel(running.provider_job_id)
+                running.metrics = await provider.cancel(running.provider_job_id)
             raise
+        running.metrics = result.metrics
         outputs = result.outputs[: job.image_count]
         if not outputs:
             raise JobError("provider_error", "no output")
         await self.db.report_progress(job, "storing", None)
-        images = [
+        return [
             await self.storage.store(job, position, provider.read(output))
             for position, output in enumerate(outputs)
         ]
-        return images, {"provider_seconds": result.provider_seconds, "images": result.images}
 
     async def _buy(self, provider: Provider, running: Running) -> str:
         """Have the provider create the job, once: look first for what an earlier try has bought."""
@@ -1621,7 +1667,7 @@ class Worker:
         running.is_ending = True
         job = running.job
         try:
-            outcome = await self.db.fail_job(job, error)
+            outcome = await self.db.fail_job(job, error, running.metrics | error.metrics)
             log.warning("job.%s job=%s code=%s", outcome, job.job_id, error.code)
         except LeaseLost:
             log.warning("job.lost job=%s", job.job_id)
@@ -1644,7 +1690,7 @@ class Worker:
         running.is_ending = True
         with contextlib.suppress(LeaseLost):
             if running.is_canceled:
-                await self.db.cancel_job(job)
+                await self.db.cancel_job(job, running.metrics)
             else:
                 await self.db.release_job(job)
         log.info("job.%s job=%s", "canceled" if running.is_canceled else "released", job.job_id)

@@ -280,6 +280,7 @@ create table private.settings (
   retry_cap interval not null default '60 seconds',
   give_up_after interval not null default '1 hour',
   running_cancel_refund_percent smallint not null default 100,
+  credit_usd numeric(12, 6),
   delivery_retries interval[] not null
   default '{5 seconds,1 minute,5 minutes,15 minutes,30 minutes,1 hour,3 hours,6 hours,12 hours}',
   push_expires interval not null default '1 hour',
@@ -292,6 +293,7 @@ create table private.settings (
   breaker_pause interval not null default '30 seconds',
   breaker_pause_cap interval not null default '15 minutes',
   constraint settings_is_one_row check (id),
+  constraint settings_credit_is_not_negative check (credit_usd >= 0),
   constraint settings_welcome_credits_are_not_negative check (welcome_credits >= 0),
   constraint settings_lease_outlives_three_heartbeats check (lease >= 3 * heartbeat),
   constraint settings_max_attempts_is_positive check (max_attempts > 0),
@@ -317,6 +319,8 @@ comment on column private.settings.max_attempts is 'Attempts of a job before it 
 comment on column private.settings.retry_base is
   'Retry n of a job waits up to retry_base * 2^(n-1), at most retry_cap.';
 comment on column private.settings.give_up_after is 'A job this old is not retried any more.';
+comment on column private.settings.credit_usd is
+  'What a credit earns, in US dollars, for margin_usd of the cost views; null: not said.';
 comment on column private.settings.running_cancel_refund_percent is
   'Share of the price given back when a job is canceled after the provider was asked for it.';
 comment on column private.settings.delivery_retries is

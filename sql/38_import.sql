@@ -248,8 +248,12 @@ as $$
         when i.client_inputs ? (p_mapped ->> 'image_count_input')
           then p_mapped -> 'image_count_input'
       end,
-      -- Fewer than the provider makes is what an operator wanted.
+      -- Fewer than the provider makes is what an operator wanted; where clients cannot say how
+      -- many, so is more than one.
       'max_images', case
+        when i.client_inputs ? (p_mapped ->> 'image_count_input') is not true then case
+          when p_old.image_count_input is null then coalesce(p_old.max_images, 1) else 1
+        end
         when p_old.max_images < (
           p_old.input_schema #>> array['properties', p_old.image_count_input, 'maximum']
         )::numeric then least(p_old.max_images, (p_mapped ->> 'max_images')::integer)

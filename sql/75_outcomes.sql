@@ -73,7 +73,7 @@ as $$
   values (
     p_job.job_id, p_job.token, p_job.model_id, p_job.attempt, p_job.worker_id, p_job.claimed_at,
     p_outcome, p_error_code, left(p_error_detail, 2000), p_job.provider_job_id,
-    (p_metrics ->> 'provider_seconds')::real, (p_metrics ->> 'images')::smallint,
+    (p_metrics ->> 'provider_seconds')::real, (p_metrics ->> 'images')::numeric::smallint,
     private.provider_cost(p_job.model_id, p_metrics)
   )
 $$;
@@ -289,7 +289,8 @@ begin
   end if;
   perform private.record_attempt(
     p_job, v_outcome, v_error.code, concat_ws(': ', nullif(p_code, v_error.code), p_detail),
-    p_metrics
+    -- What the next attempt resumes is paid once: it will be booked there.
+    case when v_outcome = 'retried' and v_error.resumes then '{}' else p_metrics end
   );
   return v_outcome;
 end;

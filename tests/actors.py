@@ -514,13 +514,20 @@ class Worker:
         )
 
     def fail_job(
-        self, job: Job, code: str, detail: str | None = None, retry_after: float | None = None
+        self,
+        job: Job,
+        code: str,
+        detail: str | None = None,
+        retry_after: float | None = None,
+        metrics: dict[str, Any] | None = None,
     ) -> str:
-        query = "select private.fail_job(%s, %s, %s, %s, %s::real) as answer"
-        return str(self._rows(query, job.job_id, job.token, code, detail, retry_after)[0]["answer"])
+        query = "select private.fail_job(%s, %s, %s, %s, %s::real, %s) as answer"
+        said = (code, detail, retry_after, None if metrics is None else Jsonb(metrics))
+        return str(self._rows(query, job.job_id, job.token, *said)[0]["answer"])
 
-    def cancel_job(self, job: Job) -> None:
-        self._rows("select private.cancel_job(%s, %s)", job.job_id, job.token)
+    def cancel_job(self, job: Job, metrics: dict[str, Any] | None = None) -> None:
+        said = None if metrics is None else Jsonb(metrics)
+        self._rows("select private.cancel_job(%s, %s, %s)", job.job_id, job.token, said)
 
     def release_job(self, job: Job, resumes: bool = True) -> None:
         self._rows("select private.release_job(%s, %s, %s)", job.job_id, job.token, resumes)

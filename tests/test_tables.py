@@ -87,6 +87,7 @@ BROKEN_RULES = {
     "plans_name_is_known": "update private.plans set name = 'gold' where name = 'free'",
     "plans_limits_are_positive": "update private.plans set max_active = 0",
     "plans_weight_is_a_step_of_the_queue": "update private.plans set weight = 1001",
+    "settings_credit_is_not_negative": "update private.settings set credit_usd = -1",
     "settings_is_one_row": "insert into private.settings (id) values (false)",
     "settings_welcome_credits_are_not_negative": "update private.settings set welcome_credits = -1",
     "settings_lease_outlives_three_heartbeats": "update private.settings set lease = '44 seconds'",

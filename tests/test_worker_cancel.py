@@ -49,6 +49,8 @@ def test_the_provider_is_told_to_stop_and_the_slot_is_free(db, alice, workers, f
 
     (prediction,) = fake.predictions.values()
     assert prediction["status"] == "canceled"
+    seconds = db.value("select provider_seconds from private.attempts")
+    assert seconds == pytest.approx(prediction["metrics"]["predict_time"])  # it bills them
     workers.until(alice.enqueued(), "completed")
     assert process.is_running()
 

@@ -176,6 +176,16 @@ def test_compute_seconds_and_the_providers_id_are_kept_with_the_attempt(bench, f
     assert attempt == {"provider_seconds": 1.25, "provider_job_id": next(iter(fake.predictions))}
 
 
+def test_what_a_failed_prediction_took_is_on_record_and_free(bench, fake, db):
+    fake.next(ends="failed", error=MODERATED, metrics={"predict_time": 1.25})
+    bench.start()
+
+    bench.until(bench.ask(), "failed")
+
+    attempt = db.row("select provider_seconds, cost_usd from private.attempts")
+    assert attempt == {"provider_seconds": 1.25, "cost_usd": 0}
+
+
 def test_progress_is_read_from_the_logs(bench, fake, db):
     db.execute("update private.settings set heartbeat = '0.2 seconds'")
     fake.next(seconds=4)

@@ -618,7 +618,7 @@ def test_an_output_that_was_removed_is_lost():
 def test_addresses_are_found_in_texts_lists_and_objects(output):
     result = end_of(status="succeeded", output=output, metrics={"predict_time": 1.5})
 
-    assert result == worker.Result([DELIVERED], 1.5, 1)
+    assert result == worker.Result([DELIVERED], {"provider_seconds": 1.5, "images": 1})
 
 
 @pytest.mark.parametrize("output", [7, [], {"a": 1}, "done"], ids=str)
@@ -630,7 +630,85 @@ def test_an_output_without_an_address_has_no_outputs(output):
 def test_images_are_counted_as_the_provider_bills_them(name):
     result = end_of(status="succeeded", output=[DELIVERED], metrics={name: 3})
 
-    assert result.images == 3
+    assert result.metrics == {"images": 3}
+
+
+@pytest.mark.parametrize("said", [None, "1.5", -1, 1e9, [1]], ids=str)
+def test_metrics_that_are_no_decent_numbers_are_not_passed_on(said):
+    result = end_of(
+        status="succeeded",
+        output=[DELIVERED],
+        metrics={"predict_time": said, "image_count": said},
+    )
+
+    assert result.metrics == {"images": 1}
+
+
+@pytest.mark.parametrize(
+    ("status", "is_billed"),
+    [("failed", {"is_billed": False}), ("aborted", {"is_billed": False}), ("canceled", {})],
+)
+def test_what_failed_is_free_and_what_was_canceled_costs_the_seconds_it_ran(status, is_billed):
+    with pytest.raises(JobError) as failure:
+        end_of(status=status, error="out of memory", metrics={"predict_time": 1.5})
+
+    assert failure.value.metrics == {"provider_seconds": 1.5} | is_billed
+
+
+def bar(done: int, total: int = 4) -> str:
+    """Return a line of a progress bar as tqdm draws it."""
+    percent = 100 * done // total
+    return f"{percent:3}%|{'█' * (percent // 10):10}| {done}/{total} [00:01<00:01,  9.84it/s]\n"
+
+
+def told(*logs: str, image_count: int = 1, before: str = "") -> list[int]:
+    """Return what a job's logs, as they grow, are reported as; `before` is an earlier job's log."""
+    percents: list[int] = []
+    replicate = worker.Replicate(httpx.AsyncClient(), "https://api.invalid/v1", "key")
+    job = a_job(image_count=image_count)
+    replicate._follow(job, before, is_over=True, report=lambda _: None)
+    for log in logs:
+        replicate._follow(job, log, is_over=False, report=percents.append)
+    return percents
+
+
+@pytest.mark.parametrize(
+    ("logs", "percents"),
+    [
+        (["Using seed: 7\n" + bar(0), bar(0) + bar(2), bar(2) + bar(4) + bar(4)], [0, 50, 100]),
+        ([bar(1).replace("\n", "\r") + bar(3)], [75]),
+        (["Prompt: 90% cocoa, 50%|x| 1/2 [of it\n"], []),
+        (["Weights:  80%|████████  | 8/10 [00:01<00:01]\nGPU at 93%\n"], []),
+        (["downloading 12%\n", " 12%|█         | 1.2G/10G [00:01<00:01]\n"], []),
+        (["0%|   | 0/0 [00:00<?, ?it/s]\n", ""], []),
+    ],
+    ids=["a bar", "carriage returns", "a prompt", "other bars", "bytes", "nothing"],
+)
+def test_only_progress_bars_tell_progress(logs, percents):
+    assert told(*logs) == percents
+
+
+def test_a_bar_for_each_image_is_a_part_of_the_whole():
+    one, two = bar(0) + bar(4) + bar(4), bar(0) + bar(2)
+
+    assert told(bar(2), one, one + two, one + one, image_count=2) == [25, 50, 75, 100]
+
+
+def test_as_many_bars_are_expected_as_the_models_last_job_had():
+    one = bar(0) + bar(4)
+
+    assert told(bar(2), one, image_count=4, before=one) == [50, 100]  # one bar for all images
+    assert told(bar(2), one, one + bar(2, 8), before=one + bar(8, 8)) == [25, 50, 62]  # a refiner
+
+
+def test_progress_never_goes_back():
+    news: list[int] = []
+    running = worker.Running(a_job(), lambda: news.append(1))
+
+    for percent in (0, 50, 20, 50, 100, 3):
+        running.report(percent)
+
+    assert (running.progress, len(news)) == (100, 3)
 
 
 def test_a_missing_prediction_is_lost_only_if_it_stays_missing():
@@ -672,7 +750,7 @@ def test_an_unexpected_error_tells_its_type_and_place_but_not_its_text():
 def test_a_stop_does_not_cut_short_the_call_that_ends_a_job():
     ended: list[str] = []
 
-    async def fail_job(job: Job, error: JobError) -> str:
+    async def fail_job(job: Job, error: JobError, metrics: dict[str, Any]) -> str:
         await asyncio.sleep(0.01)
         ended.append(error.code)
         return "failed"

@@ -733,6 +733,7 @@ create table private.settings (
   retry_cap interval not null default '60 seconds',
   give_up_after interval not null default '1 hour',
   running_cancel_refund_percent smallint not null default 100,
+  credit_usd numeric(12, 6),
   delivery_retries interval[] not null
   default '{5 seconds,1 minute,5 minutes,15 minutes,30 minutes,1 hour,3 hours,6 hours,12 hours}',
   push_expires interval not null default '1 hour',
@@ -745,6 +746,7 @@ create table private.settings (
   breaker_pause interval not null default '30 seconds',
   breaker_pause_cap interval not null default '15 minutes',
   constraint settings_is_one_row check (id),
+  constraint settings_credit_is_not_negative check (credit_usd >= 0),
   constraint settings_welcome_credits_are_not_negative check (welcome_credits >= 0),
   constraint settings_lease_outlives_three_heartbeats check (lease >= 3 * heartbeat),
   constraint settings_max_attempts_is_positive check (max_attempts > 0),
@@ -770,6 +772,8 @@ comment on column private.settings.max_attempts is 'Attempts of a job before it 
 comment on column private.settings.retry_base is
   'Retry n of a job waits up to retry_base * 2^(n-1), at most retry_cap.';
 comment on column private.settings.give_up_after is 'A job this old is not retried any more.';
+comment on column private.settings.credit_usd is
+  'What a credit earns, in US dollars, for margin_usd of the cost views; null: not said.';
 comment on column private.settings.running_cancel_refund_percent is
   'Share of the price given back when a job is canceled after the provider was asked for it.';
 comment on column private.settings.delivery_retries is
@@ -2876,8 +2880,12 @@ as $$
         when i.client_inputs ? (p_mapped ->> 'image_count_input')
           then p_mapped -> 'image_count_input'
       end,
-      -- Fewer than the provider makes is what an operator wanted.
+      -- Fewer than the provider makes is what an operator wanted; where clients cannot say how
+      -- many, so is more than one.
       'max_images', case
+        when i.client_inputs ? (p_mapped ->> 'image_count_input') is not true then case
+          when p_old.image_count_input is null then coalesce(p_old.max_images, 1) else 1
+        end
         when p_old.max_images < (
           p_old.input_schema #>> array['properties', p_old.image_count_input, 'maximum']
         )::numeric then least(p_old.max_images, (p_mapped ->> 'max_images')::integer)
@@ -6944,7 +6952,7 @@ as $$
   values (
     p_job.job_id, p_job.token, p_job.model_id, p_job.attempt, p_job.worker_id, p_job.claimed_at,
     p_outcome, p_error_code, left(p_error_detail, 2000), p_job.provider_job_id,
-    (p_metrics ->> 'provider_seconds')::real, (p_metrics ->> 'images')::smallint,
+    (p_metrics ->> 'provider_seconds')::real, (p_metrics ->> 'images')::numeric::smallint,
     private.provider_cost(p_job.model_id, p_metrics)
   )
 $$;
@@ -7160,7 +7168,8 @@ begin
   end if;
   perform private.record_attempt(
     p_job, v_outcome, v_error.code, concat_ws(': ', nullif(p_code, v_error.code), p_detail),
-    p_metrics
+    -- What the next attempt resumes is paid once: it will be booked there.
+    case when v_outcome = 'retried' and v_error.resumes then '{}' else p_metrics end
   );
   return v_outcome;
 end;
@@ -9746,6 +9755,128 @@ comment on function private.check_books is
   'Reads all history, nightly by pg_cron, and keeps what broken_books finds in routines.';
 
 revoke all on function private.check_books() from public, anon, authenticated, service_role;
+-- What making pictures costs, and what it earns: by day, by model, by user.
+--
+-- The provider's side is from attempts (every one, whatever came of it), the users' side from the
+-- ledger. Both are summed in costs; the other views sum that up. Days are UTC's: of an attempt the
+-- day it ended, of a credit the day it was booked. What retention has removed is not counted.
+--
+-- Read them as the owner; see 83. margin_usd is there once settings.credit_usd says what a credit
+-- is worth. What subscriptions bring is not in it.
+
+create view private.costs with (security_invoker = true) as
+select
+  entry.day,
+  entry.user_id,
+  entry.model_id,
+  sum(entry.attempts)::integer as attempts,
+  sum(entry.completed)::integer as completed,
+  sum(entry.images)::integer as images,
+  sum(entry.provider_seconds) as provider_seconds,
+  sum(entry.cost_usd) as cost_usd,
+  sum(entry.unknown_costs)::integer as unknown_costs,
+  sum(entry.credits_charged)::integer as credits_charged,
+  sum(entry.credits_refunded)::integer as credits_refunded
+from (
+  select
+    (a.ended_at at time zone 'utc')::date as day,
+    g.user_id,
+    a.model_id,
+    1 as attempts,
+    (a.outcome = 'completed')::integer as completed,
+    coalesce(a.provider_images, 0) as images,
+    coalesce(a.provider_seconds, 0)::numeric as provider_seconds,
+    coalesce(a.cost_usd, 0) as cost_usd,
+    (a.provider_job_id is not null and a.cost_usd is null)::integer as unknown_costs,
+    0 as credits_charged,
+    0 as credits_refunded
+  from private.attempts as a
+  inner join public.generations as g on a.generation_id = g.id
+  union all
+  select
+    (l.created_at at time zone 'utc')::date as day,
+    l.user_id,
+    g.model_id,
+    0 as attempts,
+    0 as completed,
+    0 as images,
+    0 as provider_seconds,
+    0 as cost_usd,
+    0 as unknown_costs,
+    case l.kind when 'charge' then -l.amount else 0 end as credits_charged,
+    case l.kind when 'refund' then l.amount else 0 end as credits_refunded
+  from public.credit_ledger as l
+  inner join public.generations as g on l.generation_id = g.id
+) as entry
+group by entry.day, entry.user_id, entry.model_id;
+
+comment on view private.costs is
+  'What did each user cost and pay, by model and day? images are those the provider billed; '
+  'unknown_costs counts attempts that asked the provider and whose price is not known, so that '
+  'cost_usd is too low by them (a retry that goes on from the same provider job is one of them).';
+
+create view private.cost_by_day with (security_invoker = true) as
+select
+  c.day,
+  c.model_id,
+  count(distinct c.user_id) as users,
+  sum(c.attempts) as attempts,
+  sum(c.completed) as completed,
+  sum(c.images) as images,
+  sum(c.provider_seconds) as provider_seconds,
+  sum(c.cost_usd) as cost_usd,
+  sum(c.unknown_costs) as unknown_costs,
+  sum(c.credits_charged) as credits_charged,
+  sum(c.credits_refunded) as credits_refunded,
+  sum(c.credits_charged - c.credits_refunded) * s.credit_usd - sum(c.cost_usd) as margin_usd
+from private.costs as c
+cross join private.settings as s
+group by c.day, c.model_id, s.credit_usd
+order by c.day desc, cost_usd desc, c.model_id asc;
+
+comment on view private.cost_by_day is 'What did each model cost and earn on each day?';
+
+create view private.cost_by_model with (security_invoker = true) as
+select
+  c.model_id,
+  sum(c.completed) as completed,
+  sum(c.images) as images,
+  sum(c.provider_seconds) as provider_seconds,
+  sum(c.cost_usd) as cost_usd,
+  sum(c.unknown_costs) as unknown_costs,
+  round(sum(c.cost_usd) / nullif(sum(c.images), 0), 6) as cost_usd_per_image,
+  sum(c.credits_charged) as credits_charged,
+  sum(c.credits_refunded) as credits_refunded,
+  sum(c.credits_charged - c.credits_refunded) * s.credit_usd - sum(c.cost_usd) as margin_usd
+from private.costs as c
+cross join private.settings as s
+group by c.model_id, s.credit_usd
+order by cost_usd desc, c.model_id asc;
+
+comment on view private.cost_by_model is
+  'What does an image of each model really cost, failed and canceled attempts included?';
+
+create view private.cost_by_user with (security_invoker = true) as
+select
+  c.user_id,
+  sum(c.attempts) as attempts,
+  sum(c.images) as images,
+  sum(c.provider_seconds) as provider_seconds,
+  sum(c.cost_usd) as cost_usd,
+  sum(c.unknown_costs) as unknown_costs,
+  sum(c.credits_charged) as credits_charged,
+  sum(c.credits_refunded) as credits_refunded,
+  sum(c.credits_charged - c.credits_refunded) * s.credit_usd - sum(c.cost_usd) as margin_usd
+from private.costs as c
+cross join private.settings as s
+group by c.user_id, s.credit_usd
+order by cost_usd desc, c.user_id asc;
+
+comment on view private.cost_by_user is 'Which users cost most, and do they pay for it?';
+
+revoke all on table private.costs, private.cost_by_day, private.cost_by_model,
+private.cost_by_user
+from public, anon, authenticated, service_role;
 -- Health: queue_health() counts what moves, and holds it against alert_rules (17).
 --
 -- Everything it reads is as small as the work in hand or the last fifteen minutes, never as long as
