@@ -35,7 +35,7 @@ set search_path = ''
 as $$
 declare
   v_job private.running_jobs;
-  v_stuck private.running_jobs[] := '{}';
+  v_stuck private.running_jobs[] := array[]::private.running_jobs[];
   v_count integer := 0;
 begin
   for v_job in
