@@ -270,6 +270,7 @@ def test_a_source_uploaded_again_after_it_was_marked_is_not_listed(db, alice, wo
 
 
 def test_old_attempts_of_finished_generations_are_trimmed(db, alice, worker):
+    db.execute("update private.plans set busy_after = null")
     completed(alice, worker)
     alice.enqueue()
     worker.release_job(worker.claimed())  # not finished: it may be claimed again
