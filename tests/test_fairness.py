@@ -88,7 +88,7 @@ def test_so_it_is_in_the_middle_of_the_pile_and_for_each_of_several_users(pile):
     assert set(jobs) < set(claimed)
 
 
-def test_two_jobs_of_a_newcomer_alternate_with_the_pile(pile):
+def test_the_jobs_of_a_newcomer_alternate_with_the_pile(pile):
     db, heavy = pile
     worker = Worker(db)
     newcomer = User(db)

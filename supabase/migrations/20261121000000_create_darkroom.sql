@@ -6494,6 +6494,9 @@ $$;
 revoke all on function private.scan_start() from public, anon, authenticated, service_role;
 
 -- Locks the next jobs in fair order, but none of a blocked model, and answers their seq.
+--
+-- A generic plan walks the index. One made for these models would sort the whole table where
+-- statistics say that most of it is theirs.
 create or replace function private.lock_next_jobs(
   p_at_most integer,
   p_from bigint,
@@ -6502,6 +6505,7 @@ create or replace function private.lock_next_jobs(
 returns bigint[]
 language plpgsql
 set search_path = ''
+set plan_cache_mode = force_generic_plan
 as $$
 begin
   return array(
@@ -6554,6 +6558,7 @@ create or replace function private.hold_passed_jobs(p_blocked jsonb, p_from bigi
 returns void
 language plpgsql
 set search_path = ''
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_chunk constant integer := 2000;
