@@ -281,6 +281,18 @@ def test_each_model_counts_with_its_own_length(db, alice):
     assert alice.enqueue()["eta_seconds"] == pytest.approx(52, abs=1)
 
 
+def test_the_order_of_those_before_counts(db, alice):
+    db.lift_limits()
+    given_model(db, "test/slow")
+    measured(db, PREVIEW, 2)
+    measured(db, "test/slow", 30)
+    Worker(db, slots=2)
+    for model in ("test/slow", PREVIEW, PREVIEW):
+        alice.enqueue(model=model)
+
+    assert alice.enqueue()["eta_seconds"] == 6  # the slow one keeps one slot, the quick the other
+
+
 def test_a_late_job_has_still_a_quarter_to_go(db, alice, worker):
     measured(db, PREVIEW, 8)
     alice.enqueue()
