@@ -1,5 +1,7 @@
 """sql/71_breaker.sql: what keeps failing is left alone for a while, and tried with one job."""
 
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
 import pytest
@@ -515,6 +517,23 @@ def test_a_refused_account_is_tried_with_one_job_first(db, rich, worker):
 
     assert worker.claim_jobs(4) == []
     assert seconds_paused(db, "replicate") == 60
+
+
+@pytest.mark.parametrize("end", ["complete_job", "fail_job"])
+def test_the_providers_breaker_is_locked_before_the_models(db, rich, worker, end):
+    lock = "select from private.breakers where name = %s for update nowait"
+    fail(rich, worker, 1)
+    rich.enqueue(model=DEV)
+    job = worker.claimed()
+    calls = {"complete_job": [job], "fail_job": [job, "provider_error"]}
+
+    with ThreadPoolExecutor(1) as pool, contextlib.closing(db.connect()) as other:
+        with other.transaction():
+            other.execute(lock, ["replicate"])
+            ending = pool.submit(getattr(worker, end), *calls[end])
+            db.wait_for_lock(worker.connection)
+            other.execute(lock, [DEV])
+        ending.result()
 
 
 def test_failures_of_many_models_at_once_do_not_deadlock(db, rich):

@@ -136,6 +136,20 @@ def test_when_all_have_come_back_claims_look_no_more(db, rich, worker, service):
     assert db.value("select has_held from private.breakers") is False
 
 
+def test_jobs_that_another_claim_has_just_let_come_back_are_not_forgotten(db, rich, service):
+    job_id = rich.enqueued(model=DEV)
+    service.pause_model(DEV)
+    first, second = Worker(db), Worker(db)
+    first.claim_jobs(1)
+    service.resume_model(DEV)
+
+    with first.connection.transaction(force_rollback=True):
+        assert first.claimed().id == job_id
+        assert second.claim_jobs(1) == []
+
+    assert second.claimed().id == job_id
+
+
 def test_held_jobs_far_below_the_clock_come_back_at_once(db, rich, worker, service):
     held_job = rich.enqueued(model=DEV)
     service.pause_model(DEV)
@@ -148,16 +162,17 @@ def test_held_jobs_far_below_the_clock_come_back_at_once(db, rich, worker, servi
     assert [worker.claimed().id, worker.claimed().id] == [held_job, later]
 
 
+@pytest.mark.parametrize("name", [DEV, "replicate"])
 def test_a_job_that_a_claim_is_holding_comes_back_though_the_pause_ends_meanwhile(
-    db, rich, worker, service
+    rich, worker, service, name
 ):
-    job_id = rich.enqueued(model=DEV)
-    service.pause_model(DEV)
+    db, job_id = rich.db, rich.enqueued(model=DEV)
+    service.pause_model(name)
 
     with ThreadPoolExecutor(1) as pool:
         with worker.connection.transaction():
             assert worker.claim_jobs(1) == []
-            resumed = pool.submit(service.resume_model, DEV)
+            resumed = pool.submit(service.resume_model, name)
             db.wait_for_lock(service.connection)
         resumed.result()
 
