@@ -461,10 +461,10 @@ class Worker:
             list(progress) or [None] * len(jobs),
             is_listening,
         )
-        in_order = sorted(jobs, key=lambda job: job.job_id)
-        assert [row["job_id"] for row in rows] == [job.job_id for job in in_order]
-        verdicts = {job.token: row["verdict"] for job, row in zip(in_order, rows, strict=True)}
-        return [verdicts[job.token] for job in jobs]
+        places = sorted(range(len(jobs)), key=lambda place: jobs[place].job_id)
+        assert [row["job_id"] for row in rows] == [jobs[place].job_id for place in places]
+        verdicts = {place: row["verdict"] for place, row in zip(places, rows, strict=True)}
+        return [verdicts[place] for place in range(len(jobs))]
 
     def sleep(self) -> None:
         self._rows("select private.sleep(%s)", self.id)
