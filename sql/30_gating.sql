@@ -66,6 +66,20 @@ $$;
 revoke all on function private.require_known_user_id()
 from public, anon, authenticated, service_role;
 
+-- Raises PT404 not_found.
+create or replace function private.refuse_missing(p_detail text, p_hint text)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+begin
+  raise sqlstate 'PT404' using message = 'not_found', detail = p_detail, hint = p_hint;
+end;
+$$;
+
+revoke all on function private.refuse_missing(text, text)
+from public, anon, authenticated, service_role;
+
 -- Raises PT404 not_found, the same for a job that never was, is somebody else's, or is deleted.
 create or replace function private.refuse_unknown_job()
 returns void
@@ -73,10 +87,10 @@ language plpgsql
 set search_path = ''
 as $$
 begin
-  raise sqlstate 'PT404' using
-    message = 'not_found',
-    detail = 'job_id: no such job of yours',
-    hint = 'Use the job_id that enqueue_generation answered.';
+  perform private.refuse_missing(
+    'job_id: no such job of yours',
+    'Use the job_id that enqueue_generation answered.'
+  );
 end;
 $$;
 
@@ -215,6 +229,20 @@ $$;
 revoke all on function private.require_generation(uuid, uuid)
 from public, anon, authenticated, service_role;
 
+-- Until when the model is paused, itself or with its provider; null unless it is.
+create or replace function private.paused_until(p_model public.models)
+returns timestamptz
+language sql
+stable
+set search_path = ''
+as $$
+  select max(b.paused_until) from private.breakers as b
+  where b.name in (p_model.id, p_model.provider) and b.paused_until > now()
+$$;
+
+revoke all on function private.paused_until(public.models)
+from public, anon, authenticated, service_role;
+
 -- The model that an alias stands for with this user; null if there is no such alias.
 --
 -- Weighted rendezvous hashing: each arm draws a number that depends on nothing but user and arm,
@@ -235,10 +263,7 @@ as $$
   where a.id = p_alias_id and a.weight > 0 and m.is_active
     and (p_plan = 'paid' or not m.requires_paid)
   order by
-    exists (
-      select from private.breakers as b
-      where b.name in (m.id, m.provider) and b.paused_until > now()
-    ),
+    private.paused_until(m) is not null,
     -ln((drawn.n + 1) / 281474976710657.0) / a.weight
   limit 1
 $$;
@@ -285,8 +310,7 @@ begin
     where id = private.resolve_alias(p_name, p_user_id, p_plan);
   end if;
   if v_model.id is null then
-    raise sqlstate 'PT404' using
-      message = 'not_found', detail = 'model: no such model', hint = 'list_models() names them.';
+    perform private.refuse_missing('model: no such model', 'list_models() names them.');
   end if;
   if v_model.requires_paid and p_plan <> 'paid' then
     raise sqlstate 'PT403' using
@@ -294,8 +318,7 @@ begin
       detail = format('%s is for paid users', v_model.id),
       hint = 'Choose another model or a paid plan.';
   end if;
-  select max(b.paused_until) into v_paused_until from private.breakers as b
-  where b.name in (v_model.id, v_model.provider) and b.paused_until > now();
+  v_paused_until := private.paused_until(v_model);
   if v_paused_until is not null then
     perform private.refuse_paused(v_model.id, v_paused_until);
   end if;

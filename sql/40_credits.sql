@@ -218,10 +218,7 @@ begin
   end if;
   select credits into v_credits from public.entitlements where user_id = p_user_id for update;
   if not found then
-    raise sqlstate 'PT404' using
-      message = 'not_found',
-      detail = 'user_id: no such user',
-      hint = 'Use the id of auth.users.';
+    perform private.refuse_missing('user_id: no such user', 'Use the id of auth.users.');
   end if;
   v_entry := private.find_grant(p_user_id, p_amount, p_kind, p_external_id);
   if v_entry.id is not null then
@@ -286,10 +283,7 @@ begin
   set is_paid = p_paid_until is not null, paid_until = p_paid_until
   where user_id = p_user_id;
   if not found then
-    raise sqlstate 'PT404' using
-      message = 'not_found',
-      detail = 'user_id: no such user',
-      hint = 'Use the id of auth.users.';
+    perform private.refuse_missing('user_id: no such user', 'Use the id of auth.users.');
   end if;
   return private.entitlement_json(p_user_id);
 end;

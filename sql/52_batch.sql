@@ -240,10 +240,10 @@ declare
 begin
   select * into v_batch from public.batches where id = p_batch_id and user_id = p_user_id;
   if not found then
-    raise sqlstate 'PT404' using
-      message = 'not_found',
-      detail = 'batch_id: no such batch of yours',
-      hint = 'Use the batch_id that enqueue_batch answered.';
+    perform private.refuse_missing(
+      'batch_id: no such batch of yours',
+      'Use the batch_id that enqueue_batch answered.'
+    );
   end if;
   return v_batch;
 end;

@@ -226,10 +226,7 @@ as $$
     'price_credits', m.price_credits,
     'paid_price_credits', m.paid_price_credits,
     'requires_paid', m.requires_paid,
-    'paused_until', (
-      select max(b.paused_until) from private.breakers as b
-      where b.name in (m.id, m.provider) and b.paused_until > now()
-    ),
+    'paused_until', private.paused_until(m),
     'max_images', m.max_images,
     'inputs', (
       select coalesce(json_object_agg(p.key, p.value order by p.key), '{}')

@@ -85,10 +85,10 @@ language plpgsql
 set search_path = ''
 as $$
 begin
-  raise sqlstate 'PT404' using
-    message = 'not_found',
-    detail = 'image_position: no such image of this job',
-    hint = 'Use job_id and position as the list of images shows them.';
+  perform private.refuse_missing(
+    'image_position: no such image of this job',
+    'Use job_id and position as the list of images shows them.'
+  );
 end;
 $$;
 

@@ -47,7 +47,7 @@ as $$
     'data',
     to_jsonb(private.job_json(g))
     - '{stage,progress,queue_position,eta_seconds,poll_after_ms}'::text[]
-    || jsonb_build_object('user_id', g.user_id, 'batch_id', g.batch_id)
+    || jsonb_build_object('user_id', g.user_id)
   )
   from public.generations as g
   where g.id = p_delivery.generation_id

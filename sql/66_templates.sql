@@ -150,10 +150,10 @@ language plpgsql
 set search_path = ''
 as $$
 begin
-  raise sqlstate 'PT404' using
-    message = 'not_found',
-    detail = 'id: no such template of yours',
-    hint = 'list_prompt_templates() names them.';
+  perform private.refuse_missing(
+    'id: no such template of yours',
+    'list_prompt_templates() names them.'
+  );
 end;
 $$;
 

@@ -280,10 +280,10 @@ set search_path = ''
 as $$
 begin
   if not exists (select from public.models as m where p_name in (m.id, m.provider)) then
-    raise sqlstate 'PT404' using
-      message = 'not_found',
-      detail = 'model: no such model or provider',
-      hint = 'Use the id of a model or the name of a provider in public.models.';
+    perform private.refuse_missing(
+      'model: no such model or provider',
+      'Use the id of a model or the name of a provider in public.models.'
+    );
   end if;
 end;
 $$;

@@ -216,10 +216,7 @@ set search_path = ''
 as $$
 begin
   if p_endpoint.id is null then
-    raise sqlstate 'PT404' using
-      message = 'not_found',
-      detail = 'webhook_id: no such webhook',
-      hint = 'list_webhooks() shows them.';
+    perform private.refuse_missing('webhook_id: no such webhook', 'list_webhooks() shows them.');
   end if;
   return p_endpoint;
 end;

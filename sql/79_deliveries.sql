@@ -318,10 +318,10 @@ begin
   where id = p_delivery_id
   returning * into v_delivery;
   if not found then
-    raise sqlstate 'PT404' using
-      message = 'not_found',
-      detail = 'delivery_id: no such delivery',
-      hint = 'list_deliveries() shows them.';
+    perform private.refuse_missing(
+      'delivery_id: no such delivery',
+      'list_deliveries() shows them.'
+    );
   end if;
   return private.delivery_json(v_delivery);
 end;

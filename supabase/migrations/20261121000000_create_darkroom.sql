@@ -1335,6 +1335,20 @@ $$;
 revoke all on function private.require_known_user_id()
 from public, anon, authenticated, service_role;
 
+-- Raises PT404 not_found.
+create or replace function private.refuse_missing(p_detail text, p_hint text)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+begin
+  raise sqlstate 'PT404' using message = 'not_found', detail = p_detail, hint = p_hint;
+end;
+$$;
+
+revoke all on function private.refuse_missing(text, text)
+from public, anon, authenticated, service_role;
+
 -- Raises PT404 not_found, the same for a job that never was, is somebody else's, or is deleted.
 create or replace function private.refuse_unknown_job()
 returns void
@@ -1342,10 +1356,10 @@ language plpgsql
 set search_path = ''
 as $$
 begin
-  raise sqlstate 'PT404' using
-    message = 'not_found',
-    detail = 'job_id: no such job of yours',
-    hint = 'Use the job_id that enqueue_generation answered.';
+  perform private.refuse_missing(
+    'job_id: no such job of yours',
+    'Use the job_id that enqueue_generation answered.'
+  );
 end;
 $$;
 
@@ -1484,6 +1498,20 @@ $$;
 revoke all on function private.require_generation(uuid, uuid)
 from public, anon, authenticated, service_role;
 
+-- Until when the model is paused, itself or with its provider; null unless it is.
+create or replace function private.paused_until(p_model public.models)
+returns timestamptz
+language sql
+stable
+set search_path = ''
+as $$
+  select max(b.paused_until) from private.breakers as b
+  where b.name in (p_model.id, p_model.provider) and b.paused_until > now()
+$$;
+
+revoke all on function private.paused_until(public.models)
+from public, anon, authenticated, service_role;
+
 -- The model that an alias stands for with this user; null if there is no such alias.
 --
 -- Weighted rendezvous hashing: each arm draws a number that depends on nothing but user and arm,
@@ -1504,10 +1532,7 @@ as $$
   where a.id = p_alias_id and a.weight > 0 and m.is_active
     and (p_plan = 'paid' or not m.requires_paid)
   order by
-    exists (
-      select from private.breakers as b
-      where b.name in (m.id, m.provider) and b.paused_until > now()
-    ),
+    private.paused_until(m) is not null,
     -ln((drawn.n + 1) / 281474976710657.0) / a.weight
   limit 1
 $$;
@@ -1554,8 +1579,7 @@ begin
     where id = private.resolve_alias(p_name, p_user_id, p_plan);
   end if;
   if v_model.id is null then
-    raise sqlstate 'PT404' using
-      message = 'not_found', detail = 'model: no such model', hint = 'list_models() names them.';
+    perform private.refuse_missing('model: no such model', 'list_models() names them.');
   end if;
   if v_model.requires_paid and p_plan <> 'paid' then
     raise sqlstate 'PT403' using
@@ -1563,8 +1587,7 @@ begin
       detail = format('%s is for paid users', v_model.id),
       hint = 'Choose another model or a paid plan.';
   end if;
-  select max(b.paused_until) into v_paused_until from private.breakers as b
-  where b.name in (v_model.id, v_model.provider) and b.paused_until > now();
+  v_paused_until := private.paused_until(v_model);
   if v_paused_until is not null then
     perform private.refuse_paused(v_model.id, v_paused_until);
   end if;
@@ -3231,10 +3254,7 @@ begin
   end if;
   select credits into v_credits from public.entitlements where user_id = p_user_id for update;
   if not found then
-    raise sqlstate 'PT404' using
-      message = 'not_found',
-      detail = 'user_id: no such user',
-      hint = 'Use the id of auth.users.';
+    perform private.refuse_missing('user_id: no such user', 'Use the id of auth.users.');
   end if;
   v_entry := private.find_grant(p_user_id, p_amount, p_kind, p_external_id);
   if v_entry.id is not null then
@@ -3299,10 +3319,7 @@ begin
   set is_paid = p_paid_until is not null, paid_until = p_paid_until
   where user_id = p_user_id;
   if not found then
-    raise sqlstate 'PT404' using
-      message = 'not_found',
-      detail = 'user_id: no such user',
-      hint = 'Use the id of auth.users.';
+    perform private.refuse_missing('user_id: no such user', 'Use the id of auth.users.');
   end if;
   return private.entitlement_json(p_user_id);
 end;
@@ -4269,10 +4286,10 @@ declare
 begin
   select * into v_batch from public.batches where id = p_batch_id and user_id = p_user_id;
   if not found then
-    raise sqlstate 'PT404' using
-      message = 'not_found',
-      detail = 'batch_id: no such batch of yours',
-      hint = 'Use the batch_id that enqueue_batch answered.';
+    perform private.refuse_missing(
+      'batch_id: no such batch of yours',
+      'Use the batch_id that enqueue_batch answered.'
+    );
   end if;
   return v_batch;
 end;
@@ -4744,10 +4761,7 @@ as $$
     'price_credits', m.price_credits,
     'paid_price_credits', m.paid_price_credits,
     'requires_paid', m.requires_paid,
-    'paused_until', (
-      select max(b.paused_until) from private.breakers as b
-      where b.name in (m.id, m.provider) and b.paused_until > now()
-    ),
+    'paused_until', private.paused_until(m),
     'max_images', m.max_images,
     'inputs', (
       select coalesce(json_object_agg(p.key, p.value order by p.key), '{}')
@@ -5281,10 +5295,10 @@ language plpgsql
 set search_path = ''
 as $$
 begin
-  raise sqlstate 'PT404' using
-    message = 'not_found',
-    detail = 'image_position: no such image of this job',
-    hint = 'Use job_id and position as the list of images shows them.';
+  perform private.refuse_missing(
+    'image_position: no such image of this job',
+    'Use job_id and position as the list of images shows them.'
+  );
 end;
 $$;
 
@@ -5576,7 +5590,7 @@ as $$
     'data',
     to_jsonb(private.job_json(g))
     - '{stage,progress,queue_position,eta_seconds,poll_after_ms}'::text[]
-    || jsonb_build_object('user_id', g.user_id, 'batch_id', g.batch_id)
+    || jsonb_build_object('user_id', g.user_id)
   )
   from public.generations as g
   where g.id = p_delivery.generation_id
@@ -5786,10 +5800,10 @@ language plpgsql
 set search_path = ''
 as $$
 begin
-  raise sqlstate 'PT404' using
-    message = 'not_found',
-    detail = 'id: no such template of yours',
-    hint = 'list_prompt_templates() names them.';
+  perform private.refuse_missing(
+    'id: no such template of yours',
+    'list_prompt_templates() names them.'
+  );
 end;
 $$;
 
@@ -6332,10 +6346,10 @@ set search_path = ''
 as $$
 begin
   if not exists (select from public.models as m where p_name in (m.id, m.provider)) then
-    raise sqlstate 'PT404' using
-      message = 'not_found',
-      detail = 'model: no such model or provider',
-      hint = 'Use the id of a model or the name of a provider in public.models.';
+    perform private.refuse_missing(
+      'model: no such model or provider',
+      'Use the id of a model or the name of a provider in public.models.'
+    );
   end if;
 end;
 $$;
@@ -7811,10 +7825,7 @@ set search_path = ''
 as $$
 begin
   if p_endpoint.id is null then
-    raise sqlstate 'PT404' using
-      message = 'not_found',
-      detail = 'webhook_id: no such webhook',
-      hint = 'list_webhooks() shows them.';
+    perform private.refuse_missing('webhook_id: no such webhook', 'list_webhooks() shows them.');
   end if;
   return p_endpoint;
 end;
@@ -8252,10 +8263,10 @@ begin
   where id = p_delivery_id
   returning * into v_delivery;
   if not found then
-    raise sqlstate 'PT404' using
-      message = 'not_found',
-      detail = 'delivery_id: no such delivery',
-      hint = 'list_deliveries() shows them.';
+    perform private.refuse_missing(
+      'delivery_id: no such delivery',
+      'list_deliveries() shows them.'
+    );
   end if;
   return private.delivery_json(v_delivery);
 end;
