@@ -4078,12 +4078,27 @@ $$;
 revoke all on function private.find_batch_by_key(uuid, text, text)
 from public, anon, authenticated, service_role;
 
--- The arguments that need no catalogue. Raises: PT400 invalid_input.
+-- Raises PT400 invalid_input unless there are 1 to p_max_batch prompts.
+create or replace function private.check_batch_size(p_prompts text[], p_max_batch integer)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+begin
+  if coalesce(cardinality(p_prompts) not between 1 and p_max_batch, true) then
+    perform private.refuse_input(format('prompts: not 1 to %s texts', p_max_batch));
+  end if;
+end;
+$$;
+
+revoke all on function private.check_batch_size(text[], integer)
+from public, anon, authenticated, service_role;
+
+-- The arguments that need neither plan nor catalogue. Raises: PT400 invalid_input.
 create or replace function private.check_batch(
   p_prompts text[],
   p_params jsonb,
-  p_idempotency_key text,
-  p_max_batch integer
+  p_idempotency_key text
 )
 returns void
 language plpgsql
@@ -4091,16 +4106,15 @@ stable
 set search_path = ''
 as $$
 begin
-  if coalesce(cardinality(p_prompts) not between 1 and p_max_batch, true) then
-    perform private.refuse_input(format('prompts: not 1 to %s texts', p_max_batch));
-  elsif p_params ? 'reuse' then
+  perform private.check_batch_size(p_prompts, 100);  -- the most that any plan may allow
+  if p_params ? 'reuse' then
     perform private.refuse_input('params.reuse: not in a batch');
   end if;
   perform private.check_request(p.prompt, p_idempotency_key) from unnest(p_prompts) as p (prompt);
 end;
 $$;
 
-revoke all on function private.check_batch(text[], jsonb, text, integer)
+revoke all on function private.check_batch(text[], jsonb, text)
 from public, anon, authenticated, service_role;
 
 -- One draft for each prompt. Raises: PT400 invalid_input.
@@ -4224,13 +4238,13 @@ declare
   v_model public.models;
   v_batch public.batches;
 begin
-  perform private.check_batch(p_prompts, v_params, p_idempotency_key, 100);
+  perform private.check_batch(p_prompts, v_params, p_idempotency_key);
   v_hash := md5(jsonb_build_array(p_model, p_prompts, v_params)::text);
   v_entitlement := private.lock_entitlement(v_user_id);
   v_batch := private.find_batch_by_key(v_user_id, p_idempotency_key, v_hash);
   if v_batch.id is null then
     v_plan := private.plan_of(v_entitlement);
-    perform private.check_batch(p_prompts, v_params, p_idempotency_key, v_plan.max_batch);
+    perform private.check_batch_size(p_prompts, v_plan.max_batch);
     v_model := private.require_model(p_model, v_user_id, v_plan.name);
     perform private.check_limits(v_entitlement, v_plan);
     v_batch := private.insert_batch(
