@@ -62,8 +62,31 @@ $$;
 revoke all on function private.refresh_model_stats(integer, integer)
 from public, anon, authenticated, service_role;
 
+-- In how many seconds a running job ends if it takes p_mean_seconds; below zero if it is overdue.
+-- The provider's progress counts as much as the clock.
+create or replace function private.due_seconds(
+  p_job private.running_jobs,
+  p_mean_seconds double precision
+)
+returns double precision
+language sql
+stable
+set search_path = ''
+as $$
+  select case
+    when p_job.stage = 'storing' then 0
+    when p_job.progress between 5 and 100
+      then (p_mean_seconds - e.seconds + e.seconds * (100.0 / p_job.progress - 1)) / 2
+    else p_mean_seconds - e.seconds
+  end
+  from (select extract(epoch from now() - p_job.claimed_at) as seconds) as e
+$$;
+
+revoke all on function private.due_seconds(private.running_jobs, double precision)
+from public, anon, authenticated, service_role;
+
 -- What is left of a running job that takes p_mean_seconds as a rule: never less than a quarter of
--- it, for late jobs are not done any moment. The provider's progress counts as much as the clock.
+-- it, for late jobs are not done any moment.
 create or replace function private.remaining_seconds(
   p_job private.running_jobs,
   p_mean_seconds double precision
@@ -73,13 +96,7 @@ language sql
 stable
 set search_path = ''
 as $$
-  select greatest(0.25 * p_mean_seconds, case
-    when p_job.stage = 'storing' then 0
-    when p_job.progress between 5 and 100
-      then (p_mean_seconds - e.seconds + e.seconds * (100.0 / p_job.progress - 1)) / 2
-    else p_mean_seconds - e.seconds
-  end)
-  from (select extract(epoch from now() - p_job.claimed_at) as seconds) as e
+  select greatest(0.25 * p_mean_seconds, private.due_seconds(p_job, p_mean_seconds))
 $$;
 
 revoke all on function private.remaining_seconds(private.running_jobs, double precision)
@@ -211,13 +228,18 @@ revoke all on function private.waiting_seconds(private.ready_jobs, double precis
   double precision) from public, anon, authenticated, service_role;
 
 -- Jobs that would be claimed before this one, counted up to p_at_most, null unless it is queued;
--- and seconds until it is likely to be finished. These are null for a finished job, while no worker
+-- seconds until it is likely to be finished; and seconds until it would be if all goes as a rule,
+-- from which clients are told when to look. These are null for a finished job, while no worker
 -- lives, for a model of which nothing was completed yet, and behind more jobs than are counted.
 create or replace function private.forecast(
   p_generation public.generations,
   p_at_most integer default 1000
 )
-returns table (queue_position integer, eta_seconds numeric)
+returns table (
+  queue_position integer,
+  eta_seconds numeric,
+  due_seconds double precision
+)
 language plpgsql
 stable
 set search_path = ''
@@ -246,12 +268,12 @@ begin
     queue_position := cardinality(v_ahead);
     if v_mean is not null and queue_position < p_at_most then
       v_seconds := v_mean + private.waiting_seconds(v_job, v_ahead, v_mean);
+      due_seconds := v_seconds;
     end if;
   else
-    v_seconds := (
-      select private.remaining_seconds(r, v_mean)
-      from private.running_jobs as r where r.job_id = p_generation.id and v_mean is not null
-    );
+    select private.remaining_seconds(r, v_mean), private.due_seconds(r, v_mean)
+    into v_seconds, due_seconds
+    from private.running_jobs as r where r.job_id = p_generation.id and v_mean is not null;
   end if;
   eta_seconds := round(v_seconds::numeric, 1);
   return next;
@@ -262,12 +284,13 @@ revoke all on function private.forecast(public.generations, integer)
 from public, anon, authenticated, service_role;
 
 -- How long a client should wait before it reads the state again, between one and ten seconds; null
--- when there is nothing to wait for. A fifth of the ETA, so that it asks more often as the end
--- comes near, but a fiftieth of the job's age at least: one that is overdue may be so for long.
--- Where there is no ETA, a tenth of the age.
+-- when there is nothing to wait for. Two fifths of what is left until the job is due, so that it
+-- asks more often as the end comes near; a thirtieth of its age at least, for one that is overdue
+-- may be so for long. Where nobody knows when it is due, half of its age. So a job of a minute is
+-- read some ten times, and seen within two seconds of its end if it takes what its model takes.
 create or replace function private.poll_after_ms(
   p_generation public.generations,
-  p_eta_seconds numeric default null
+  p_due_seconds double precision default null
 )
 returns integer
 language sql
@@ -277,12 +300,12 @@ as $$
   select case
     when p_generation.finished_at is null then least(10000, greatest(
       1000,
-      p_eta_seconds * 200,
-      a.seconds * case when p_eta_seconds is null then 100 else 20 end
+      p_due_seconds * 400,
+      a.seconds * case when p_due_seconds is null then 500 else 1000 / 30.0 end
     ))::integer
   end
   from (select extract(epoch from now() - p_generation.created_at) as seconds) as a
 $$;
 
-revoke all on function private.poll_after_ms(public.generations, numeric)
+revoke all on function private.poll_after_ms(public.generations, double precision)
 from public, anon, authenticated, service_role;

@@ -102,7 +102,7 @@ as $$
     ),
     'queue_position', f.queue_position,
     'eta_seconds', f.eta_seconds,
-    'poll_after_ms', private.poll_after_ms(p_generation, f.eta_seconds)
+    'poll_after_ms', private.poll_after_ms(p_generation, f.due_seconds)
   )
   from (select) as one
   left join private.forecast(p_generation) as f on true

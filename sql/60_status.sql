@@ -56,11 +56,12 @@ as $$
     'cancel_requested', coalesce(running.cancel_requested, false),
     'queue_position', f.queue_position,
     'eta_seconds', f.eta_seconds,
-    'poll_after_ms', private.poll_after_ms(p_generation, f.eta_seconds),
+    'poll_after_ms', private.poll_after_ms(p_generation, f.due_seconds),
     'model', p_generation.model_id,
     'alias', p_generation.alias_id,
     'batch_id', p_generation.batch_id,
     'retry_of', p_generation.retry_of,
+    'idempotency_key', p_generation.idempotency_key,
     'prompt', p_generation.prompt,
     'params', p_generation.input,
     'price_credits', p_generation.price_credits,
@@ -117,12 +118,12 @@ $$;
 comment on function public.get_job_status is
   'State of one of your jobs: {job_id, status, stage, progress (percent), attempt, '
   'cancel_requested, queue_position, eta_seconds (until it is likely to be finished, null if not '
-  'known), poll_after_ms, model, alias, batch_id, retry_of, prompt, params, price_credits, '
-  'refunded_credits, error {code, message}, images [{position, path and preview_path in bucket '
-  'generations, content_type, width, height, bytes, blurhash, is_public}], is_favorite, tags, '
-  'created_at, started_at, finished_at}. attempt is the number of the one that runs, or while '
-  'queued of those used up. Poll again after poll_after_ms, stop when it is null. Errors: PT401 '
-  'not_authenticated, PT404 not_found.';
+  'known), poll_after_ms, model, alias, batch_id, retry_of, idempotency_key, prompt, params, '
+  'price_credits, refunded_credits, error {code, message}, images [{position, path and '
+  'preview_path in bucket generations, content_type, width, height, bytes, blurhash, '
+  'is_public}], is_favorite, tags, created_at, started_at, finished_at}. attempt is the number of '
+  'the one that runs, or while queued of those used up. Poll again after poll_after_ms, stop when '
+  'it is null. Errors: PT401 not_authenticated, PT404 not_found.';
 
 revoke all on function public.get_job_status(uuid) from public, anon, authenticated, service_role;
 grant execute on function public.get_job_status(uuid) to authenticated;
@@ -131,46 +132,58 @@ grant execute on function public.get_job_status(uuid) to authenticated;
 -- ends at the user's oldest active job and never reads the whole history. Unless it sorts: the
 -- planner does not know that the count is ever reached, and would rather read all and then sort.
 --
--- Raises: PT401 not_authenticated.
-create or replace function private.list_active_jobs()
+-- Raises: PT400 invalid_input, PT401 not_authenticated.
+create or replace function private.list_active_jobs(p_job_ids uuid[])
 returns json
-language sql
+language plpgsql
 stable
 security definer
 set search_path = ''
 set enable_sort = off
 as $$
-  select coalesce(json_agg(private.job_json(active) order by active.id desc), '[]')
-  from (
-    select g.*
-    from public.generations as g
-    where g.user_id = (select private.require_user_id()) and g.status in ('queued', 'processing')
+declare
+  v_user_id uuid := private.require_user_id();
+  v_ids uuid[];
+begin
+  if cardinality(p_job_ids) > 100 then
+    perform private.refuse_input('job_ids: more than 100');
+  end if;
+  v_ids := array(
+    select g.id from public.generations as g
+    where g.user_id = v_user_id and g.status in ('queued', 'processing')
     order by g.id desc
-    limit (
-      select e.active_jobs from public.entitlements as e
-      where e.user_id = (select private.require_user_id())
-    )
-  ) as active
+    limit (select e.active_jobs from public.entitlements as e where e.user_id = v_user_id)
+  );
+  return (
+    select coalesce(json_agg(private.job_json(g) order by g.id desc), '[]')
+    from public.generations as g
+    where g.id = any (v_ids || p_job_ids) and g.user_id = v_user_id and g.deleted_at is null
+  );
+end;
 $$;
 
-revoke all on function private.list_active_jobs() from public, anon, authenticated, service_role;
-grant execute on function private.list_active_jobs() to authenticated;
+revoke all on function private.list_active_jobs(uuid[])
+from public, anon, authenticated, service_role;
+grant execute on function private.list_active_jobs(uuid[]) to authenticated;
 
-create or replace function public.list_active_jobs()
+create or replace function public.list_active_jobs(job_ids uuid[] default '{}')
 returns json
 language sql
 stable
 set search_path = ''
 as $$
-  select private.list_active_jobs()
+  select private.list_active_jobs(list_active_jobs.job_ids)
 $$;
 
 comment on function public.list_active_jobs is
-  'Your queued and running jobs, newest first, each as get_job_status shows it: what an app asks '
-  'on start and on returning to the foreground. Errors: PT401 not_authenticated.';
+  'Your queued and running jobs, and those of job_ids (at most 100) whatever their state, newest '
+  'first, each as get_job_status shows it. An app asks for it on start and on returning to the '
+  'foreground; one that waits for several jobs polls it alone, with their ids, and so is told how '
+  'each ended. Errors: PT400 invalid_input, PT401 not_authenticated.';
 
-revoke all on function public.list_active_jobs() from public, anon, authenticated, service_role;
-grant execute on function public.list_active_jobs() to authenticated;
+revoke all on function public.list_active_jobs(uuid[])
+from public, anon, authenticated, service_role;
+grant execute on function public.list_active_jobs(uuid[]) to authenticated;
 
 -- Body of public.get_entitlement.
 --
@@ -232,6 +245,9 @@ as $$
       select coalesce(json_object_agg(p.key, p.value order by p.key), '{}')
       from jsonb_each(m.input_schema -> 'properties') as p
       where p.key = any (m.client_inputs)
+    ),
+    'image_inputs', array(
+      select i.name from unnest(m.image_inputs) as i (name) where i.name = any (m.client_inputs)
     )
   ) order by m.id), '[]')
   from public.models as m
@@ -253,7 +269,7 @@ $$;
 comment on function public.list_models is
   'The catalogue: [{id, title, price_credits and paid_price_credits (per image), requires_paid, '
   'paused_until (null unless it is; may be infinity), max_images, inputs {name: JSON schema of a '
-  'param}}].';
+  'param}, image_inputs [those that take a path in bucket inputs]}].';
 
 revoke all on function public.list_models() from public, anon, authenticated, service_role;
 grant execute on function public.list_models() to anon, authenticated, service_role;

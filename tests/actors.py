@@ -319,8 +319,8 @@ class User(Caller):
     def get_job_status(self, job_id: str) -> dict[str, Any]:
         return self.call("public.get_job_status", job_id=job_id)
 
-    def list_active_jobs(self) -> list[dict[str, Any]]:
-        return self.call("public.list_active_jobs")
+    def list_active_jobs(self, *job_ids: str) -> list[dict[str, Any]]:
+        return self.call("public.list_active_jobs", job_ids=[uuid.UUID(id) for id in job_ids])
 
     def get_entitlement(self) -> dict[str, Any]:
         return self.call("public.get_entitlement")

@@ -120,39 +120,55 @@ def test_a_job_tells_what_it_belongs_to(alice, worker):
     again = alice.get_job_status(alice.retry_generation(worker_failed)["job_id"])
 
     assert again["retry_of"] == worker_failed
-    assert (again["alias"], again["batch_id"]) == (None, None)
+    assert (again["alias"], again["batch_id"], again["idempotency_key"]) == (None, None, None)
+
+
+def test_a_job_tells_the_key_it_was_asked_for_with(alice):
+    job_id = alice.enqueued(idempotency_key="made on the device")
+
+    assert alice.get_job_status(job_id)["idempotency_key"] == "made on the device"
 
 
 @pytest.mark.parametrize(
-    ("age", "eta", "milliseconds"),
+    ("age", "due", "milliseconds"),
     [
         ("0", 600, 10000),
-        ("0", 30, 6000),
+        ("0", 20, 8000),
         ("0", 2, 1000),
-        ("100 seconds", 2, 2000),  # the end is near, though it took long
-        ("1 hour", 2, 10000),  # overdue, who knows for how long
-        ("100 seconds", None, 10000),
+        ("90 seconds", 2, 3000),  # the end is near, though it took long
+        ("1 hour", -2, 10000),  # overdue, who knows for how long
+        ("1 second", None, 1000),
+        ("10 seconds", None, 5000),
+        ("1 hour", None, 10000),
     ],
 )
-def test_a_job_is_polled_as_its_end_comes_near(db, alice, age, eta, milliseconds):
+def test_a_job_is_polled_more_often_as_its_end_comes_near(db, alice, age, due, milliseconds):
     alice.enqueue()
     db.pass_time(age)
 
-    wait = db.value("select private.poll_after_ms(g, %s) from public.generations as g", eta)
+    wait = db.value("select private.poll_after_ms(g, %s) from public.generations as g", due)
 
     assert milliseconds <= wait <= milliseconds + 300
 
 
-@pytest.mark.parametrize(
-    ("age", "milliseconds"), [("1 second", 1000), ("50 seconds", 5000), ("1 hour", 10000)]
-)
-def test_the_older_a_job_the_less_often_it_is_polled(db, alice, age, milliseconds):
-    job_id = alice.enqueued()
-    db.pass_time(age)
+@pytest.mark.parametrize(("is_known", "most_late"), [(True, 2), (False, 10)])
+def test_a_job_of_a_minute_is_read_at_most_twelve_times(db, alice, worker, is_known, most_late):
+    if is_known:
+        db.execute(
+            "insert into private.model_stats (model_id, mean_seconds, sample_count, refreshed_at)"
+            " values ('darkroom/preview', 60, 10, now())"
+        )
+    wait = alice.enqueue()["poll_after_ms"] / 1000
+    job = worker.claimed()
+    reads = seconds = 0
+    while seconds < 60:
+        seconds += wait
+        reads += 1
+        db.pass_time(f"{wait} seconds")
+        wait = alice.get_job_status(str(job.job_id))["poll_after_ms"] / 1000
 
-    wait = alice.get_job_status(job_id)["poll_after_ms"]
-
-    assert milliseconds <= wait <= milliseconds + 300
+    assert reads <= 12
+    assert seconds - 60 <= most_late
 
 
 def test_active_jobs_are_the_users_queued_and_running_ones_newest_first(alice, bob, worker):
@@ -170,6 +186,28 @@ def test_active_jobs_are_the_users_queued_and_running_ones_newest_first(alice, b
     ]
     assert jobs[0] == alice.get_job_status(queued)
     assert finished not in str(jobs)
+
+
+def test_the_list_also_tells_how_the_jobs_asked_for_have_ended(alice, bob, worker):
+    ended = alice.enqueued()
+    worker.complete_job(worker.claimed())
+    deleted, queued, others = alice.enqueued(), alice.enqueued(), bob.enqueued()
+    alice.cancel_generation(deleted)
+    alice.delete_generation(deleted)
+
+    jobs = alice.list_active_jobs(ended, deleted, queued, others)
+
+    assert [(job["job_id"], job["status"]) for job in jobs] == [
+        (queued, "queued"),
+        (ended, "completed"),
+    ]
+
+
+def test_the_list_takes_a_hundred_ids_and_no_more(alice):
+    assert alice.list_active_jobs(*[str(uuid.uuid4())] * 100) == []
+
+    with refused("PT400", "invalid_input"):
+        alice.list_active_jobs(*[str(uuid.uuid4())] * 101)
 
 
 def test_without_jobs_the_list_is_empty(alice):
@@ -222,6 +260,7 @@ def test_the_catalogue_lists_active_models_with_the_inputs_of_clients(anon):
         "paused_until": None,
         "requires_paid": False,
         "max_images": 4,
+        "image_inputs": [],
     }
     assert set(inputs) == {"width", "height", "seed", "num_outputs"}
     assert inputs["width"] == {"type": "integer", "minimum": 64, "maximum": 2048, "default": 1024}

@@ -3624,8 +3624,31 @@ $$;
 revoke all on function private.refresh_model_stats(integer, integer)
 from public, anon, authenticated, service_role;
 
+-- In how many seconds a running job ends if it takes p_mean_seconds; below zero if it is overdue.
+-- The provider's progress counts as much as the clock.
+create or replace function private.due_seconds(
+  p_job private.running_jobs,
+  p_mean_seconds double precision
+)
+returns double precision
+language sql
+stable
+set search_path = ''
+as $$
+  select case
+    when p_job.stage = 'storing' then 0
+    when p_job.progress between 5 and 100
+      then (p_mean_seconds - e.seconds + e.seconds * (100.0 / p_job.progress - 1)) / 2
+    else p_mean_seconds - e.seconds
+  end
+  from (select extract(epoch from now() - p_job.claimed_at) as seconds) as e
+$$;
+
+revoke all on function private.due_seconds(private.running_jobs, double precision)
+from public, anon, authenticated, service_role;
+
 -- What is left of a running job that takes p_mean_seconds as a rule: never less than a quarter of
--- it, for late jobs are not done any moment. The provider's progress counts as much as the clock.
+-- it, for late jobs are not done any moment.
 create or replace function private.remaining_seconds(
   p_job private.running_jobs,
   p_mean_seconds double precision
@@ -3635,13 +3658,7 @@ language sql
 stable
 set search_path = ''
 as $$
-  select greatest(0.25 * p_mean_seconds, case
-    when p_job.stage = 'storing' then 0
-    when p_job.progress between 5 and 100
-      then (p_mean_seconds - e.seconds + e.seconds * (100.0 / p_job.progress - 1)) / 2
-    else p_mean_seconds - e.seconds
-  end)
-  from (select extract(epoch from now() - p_job.claimed_at) as seconds) as e
+  select greatest(0.25 * p_mean_seconds, private.due_seconds(p_job, p_mean_seconds))
 $$;
 
 revoke all on function private.remaining_seconds(private.running_jobs, double precision)
@@ -3773,13 +3790,18 @@ revoke all on function private.waiting_seconds(private.ready_jobs, double precis
   double precision) from public, anon, authenticated, service_role;
 
 -- Jobs that would be claimed before this one, counted up to p_at_most, null unless it is queued;
--- and seconds until it is likely to be finished. These are null for a finished job, while no worker
+-- seconds until it is likely to be finished; and seconds until it would be if all goes as a rule,
+-- from which clients are told when to look. These are null for a finished job, while no worker
 -- lives, for a model of which nothing was completed yet, and behind more jobs than are counted.
 create or replace function private.forecast(
   p_generation public.generations,
   p_at_most integer default 1000
 )
-returns table (queue_position integer, eta_seconds numeric)
+returns table (
+  queue_position integer,
+  eta_seconds numeric,
+  due_seconds double precision
+)
 language plpgsql
 stable
 set search_path = ''
@@ -3808,12 +3830,12 @@ begin
     queue_position := cardinality(v_ahead);
     if v_mean is not null and queue_position < p_at_most then
       v_seconds := v_mean + private.waiting_seconds(v_job, v_ahead, v_mean);
+      due_seconds := v_seconds;
     end if;
   else
-    v_seconds := (
-      select private.remaining_seconds(r, v_mean)
-      from private.running_jobs as r where r.job_id = p_generation.id and v_mean is not null
-    );
+    select private.remaining_seconds(r, v_mean), private.due_seconds(r, v_mean)
+    into v_seconds, due_seconds
+    from private.running_jobs as r where r.job_id = p_generation.id and v_mean is not null;
   end if;
   eta_seconds := round(v_seconds::numeric, 1);
   return next;
@@ -3824,12 +3846,13 @@ revoke all on function private.forecast(public.generations, integer)
 from public, anon, authenticated, service_role;
 
 -- How long a client should wait before it reads the state again, between one and ten seconds; null
--- when there is nothing to wait for. A fifth of the ETA, so that it asks more often as the end
--- comes near, but a fiftieth of the job's age at least: one that is overdue may be so for long.
--- Where there is no ETA, a tenth of the age.
+-- when there is nothing to wait for. Two fifths of what is left until the job is due, so that it
+-- asks more often as the end comes near; a thirtieth of its age at least, for one that is overdue
+-- may be so for long. Where nobody knows when it is due, half of its age. So a job of a minute is
+-- read some ten times, and seen within two seconds of its end if it takes what its model takes.
 create or replace function private.poll_after_ms(
   p_generation public.generations,
-  p_eta_seconds numeric default null
+  p_due_seconds double precision default null
 )
 returns integer
 language sql
@@ -3839,14 +3862,14 @@ as $$
   select case
     when p_generation.finished_at is null then least(10000, greatest(
       1000,
-      p_eta_seconds * 200,
-      a.seconds * case when p_eta_seconds is null then 100 else 20 end
+      p_due_seconds * 400,
+      a.seconds * case when p_due_seconds is null then 500 else 1000 / 30.0 end
     ))::integer
   end
   from (select extract(epoch from now() - p_generation.created_at) as seconds) as a
 $$;
 
-revoke all on function private.poll_after_ms(public.generations, numeric)
+revoke all on function private.poll_after_ms(public.generations, double precision)
 from public, anon, authenticated, service_role;
 -- The one way in: gate, charge, and enqueue in one transaction, or nothing at all.
 --
@@ -3952,7 +3975,7 @@ as $$
     ),
     'queue_position', f.queue_position,
     'eta_seconds', f.eta_seconds,
-    'poll_after_ms', private.poll_after_ms(p_generation, f.eta_seconds)
+    'poll_after_ms', private.poll_after_ms(p_generation, f.due_seconds)
   )
   from (select) as one
   left join private.forecast(p_generation) as f on true
@@ -4605,11 +4628,12 @@ as $$
     'cancel_requested', coalesce(running.cancel_requested, false),
     'queue_position', f.queue_position,
     'eta_seconds', f.eta_seconds,
-    'poll_after_ms', private.poll_after_ms(p_generation, f.eta_seconds),
+    'poll_after_ms', private.poll_after_ms(p_generation, f.due_seconds),
     'model', p_generation.model_id,
     'alias', p_generation.alias_id,
     'batch_id', p_generation.batch_id,
     'retry_of', p_generation.retry_of,
+    'idempotency_key', p_generation.idempotency_key,
     'prompt', p_generation.prompt,
     'params', p_generation.input,
     'price_credits', p_generation.price_credits,
@@ -4666,12 +4690,12 @@ $$;
 comment on function public.get_job_status is
   'State of one of your jobs: {job_id, status, stage, progress (percent), attempt, '
   'cancel_requested, queue_position, eta_seconds (until it is likely to be finished, null if not '
-  'known), poll_after_ms, model, alias, batch_id, retry_of, prompt, params, price_credits, '
-  'refunded_credits, error {code, message}, images [{position, path and preview_path in bucket '
-  'generations, content_type, width, height, bytes, blurhash, is_public}], is_favorite, tags, '
-  'created_at, started_at, finished_at}. attempt is the number of the one that runs, or while '
-  'queued of those used up. Poll again after poll_after_ms, stop when it is null. Errors: PT401 '
-  'not_authenticated, PT404 not_found.';
+  'known), poll_after_ms, model, alias, batch_id, retry_of, idempotency_key, prompt, params, '
+  'price_credits, refunded_credits, error {code, message}, images [{position, path and '
+  'preview_path in bucket generations, content_type, width, height, bytes, blurhash, '
+  'is_public}], is_favorite, tags, created_at, started_at, finished_at}. attempt is the number of '
+  'the one that runs, or while queued of those used up. Poll again after poll_after_ms, stop when '
+  'it is null. Errors: PT401 not_authenticated, PT404 not_found.';
 
 revoke all on function public.get_job_status(uuid) from public, anon, authenticated, service_role;
 grant execute on function public.get_job_status(uuid) to authenticated;
@@ -4680,46 +4704,58 @@ grant execute on function public.get_job_status(uuid) to authenticated;
 -- ends at the user's oldest active job and never reads the whole history. Unless it sorts: the
 -- planner does not know that the count is ever reached, and would rather read all and then sort.
 --
--- Raises: PT401 not_authenticated.
-create or replace function private.list_active_jobs()
+-- Raises: PT400 invalid_input, PT401 not_authenticated.
+create or replace function private.list_active_jobs(p_job_ids uuid[])
 returns json
-language sql
+language plpgsql
 stable
 security definer
 set search_path = ''
 set enable_sort = off
 as $$
-  select coalesce(json_agg(private.job_json(active) order by active.id desc), '[]')
-  from (
-    select g.*
-    from public.generations as g
-    where g.user_id = (select private.require_user_id()) and g.status in ('queued', 'processing')
+declare
+  v_user_id uuid := private.require_user_id();
+  v_ids uuid[];
+begin
+  if cardinality(p_job_ids) > 100 then
+    perform private.refuse_input('job_ids: more than 100');
+  end if;
+  v_ids := array(
+    select g.id from public.generations as g
+    where g.user_id = v_user_id and g.status in ('queued', 'processing')
     order by g.id desc
-    limit (
-      select e.active_jobs from public.entitlements as e
-      where e.user_id = (select private.require_user_id())
-    )
-  ) as active
+    limit (select e.active_jobs from public.entitlements as e where e.user_id = v_user_id)
+  );
+  return (
+    select coalesce(json_agg(private.job_json(g) order by g.id desc), '[]')
+    from public.generations as g
+    where g.id = any (v_ids || p_job_ids) and g.user_id = v_user_id and g.deleted_at is null
+  );
+end;
 $$;
 
-revoke all on function private.list_active_jobs() from public, anon, authenticated, service_role;
-grant execute on function private.list_active_jobs() to authenticated;
+revoke all on function private.list_active_jobs(uuid[])
+from public, anon, authenticated, service_role;
+grant execute on function private.list_active_jobs(uuid[]) to authenticated;
 
-create or replace function public.list_active_jobs()
+create or replace function public.list_active_jobs(job_ids uuid[] default '{}')
 returns json
 language sql
 stable
 set search_path = ''
 as $$
-  select private.list_active_jobs()
+  select private.list_active_jobs(list_active_jobs.job_ids)
 $$;
 
 comment on function public.list_active_jobs is
-  'Your queued and running jobs, newest first, each as get_job_status shows it: what an app asks '
-  'on start and on returning to the foreground. Errors: PT401 not_authenticated.';
+  'Your queued and running jobs, and those of job_ids (at most 100) whatever their state, newest '
+  'first, each as get_job_status shows it. An app asks for it on start and on returning to the '
+  'foreground; one that waits for several jobs polls it alone, with their ids, and so is told how '
+  'each ended. Errors: PT400 invalid_input, PT401 not_authenticated.';
 
-revoke all on function public.list_active_jobs() from public, anon, authenticated, service_role;
-grant execute on function public.list_active_jobs() to authenticated;
+revoke all on function public.list_active_jobs(uuid[])
+from public, anon, authenticated, service_role;
+grant execute on function public.list_active_jobs(uuid[]) to authenticated;
 
 -- Body of public.get_entitlement.
 --
@@ -4781,6 +4817,9 @@ as $$
       select coalesce(json_object_agg(p.key, p.value order by p.key), '{}')
       from jsonb_each(m.input_schema -> 'properties') as p
       where p.key = any (m.client_inputs)
+    ),
+    'image_inputs', array(
+      select i.name from unnest(m.image_inputs) as i (name) where i.name = any (m.client_inputs)
     )
   ) order by m.id), '[]')
   from public.models as m
@@ -4802,7 +4841,7 @@ $$;
 comment on function public.list_models is
   'The catalogue: [{id, title, price_credits and paid_price_credits (per image), requires_paid, '
   'paused_until (null unless it is; may be infinity), max_images, inputs {name: JSON schema of a '
-  'param}}].';
+  'param}, image_inputs [those that take a path in bucket inputs]}].';
 
 revoke all on function public.list_models() from public, anon, authenticated, service_role;
 grant execute on function public.list_models() to anon, authenticated, service_role;
