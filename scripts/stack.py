@@ -427,6 +427,13 @@ def node() -> Path:
     raise StackError("Node is not installed: run make setup")
 
 
+def deno() -> Path:
+    """Return the Deno that came with the packages: edge functions run in it."""
+    for program in NODE_MODULES.glob("@deno/linux-*/deno"):
+        return program
+    raise StackError("Deno is not installed: run make setup")
+
+
 def postgres_program(name: str, version: str | None = None) -> Path:
     """Return a program of the given PostgreSQL version, else of $PG_VERSION or the newest."""
     installed = [folder.name for folder in POSTGRES_PROGRAMS.glob("*") if folder.name.isdigit()]
