@@ -4,15 +4,22 @@ MAKEFLAGS += --no-print-directory
 
 PYTHON := .venv/bin/python
 STACK := $(PYTHON) scripts/stack.py
+APP_NODE = cd examples/expo && PATH="$$(echo $(CURDIR)/node_modules/node-linux-*/bin):$$PATH"
 MIGRATION := supabase/migrations/20261121000000_create_darkroom.sql
 
 # Show this list.
 help:
-	@awk '/^# /{text=substr($$0, 3)} /^[a-z-]+:/{sub(":.*", ""); printf "%-13s %s\n", $$0, text}' Makefile
+	@awk '/^# /{text=substr($$0, 3)} /^[a-z-]+:/{sub(":.*", ""); if (text) printf "%-13s %s\n", $$0, text; text=""}' Makefile
 
 # Install what is missing: system, Python and Node packages.
 setup:
 	@scripts/setup
+
+setup-app:
+	@scripts/setup app
+
+setup-browser:
+	@scripts/setup app browser
 
 # Start database, HTTP gateway and worker; leaves alone what already runs.
 up: setup
@@ -44,9 +51,19 @@ import-model: setup
 		$(if $(CREDITS),--credits "$$CREDITS") $(if $(PAID_CREDITS),--paid-credits "$$PAID_CREDITS") \
 		$(if $(ALLOW),--allow "$$ALLOW") $(if $(SET),--set "$$SET") $(if $(DRY_RUN),--dry-run)
 
-# Run all checks and tests.
-test: setup lint
-	@$(PYTHON) -m pytest
+# Build the example app for the web and serve it, with the stack behind it.
+app: setup-app
+	@$(PYTHON) scripts/app.py show
+
+# Run all checks and tests but those in a browser.
+test: setup-app lint lint-app
+	@$(PYTHON) -m pytest --ignore=tests/app
+	@$(APP_NODE) node node_modules/jest/bin/jest.js
+	@echo 'The app in a browser: make test-app'
+
+# Run the app in a browser against stack and worker. SCREENSHOTS=folder keeps what it looks like.
+test-app: setup-browser
+	@$(PYTHON) -m pytest tests/app
 
 # Check style and types of SQL and Python.
 lint:
@@ -55,9 +72,18 @@ lint:
 	@$(PYTHON) -m ruff format --check .
 	@$(PYTHON) -m mypy worker.py scripts examples
 
+# Check the types of the app.
+lint-app:
+	@$(APP_NODE) node node_modules/typescript/bin/tsc --noEmit
+
+# Build the app's types of the database from the migrations, in a stack of its own.
+types: setup
+	@$(PYTHON) scripts/app.py types
+
 # Build the one migration of the first release from sql/.
 migration:
 	@mkdir -p supabase/migrations
 	@{ echo '-- Built from sql/ by `make migration`: edit there, not here.'; cat sql/*.sql; } > $(MIGRATION)
 
-.PHONY: help setup up down status env clean demo import-model test lint migration
+.PHONY: help setup setup-app setup-browser up down status env clean demo import-model app test test-app \
+	lint lint-app types migration

@@ -170,28 +170,17 @@ def step(name: str) -> Iterator[Note]:
     print(f"{start_of_line}{name:20} {last:50} {time.monotonic() - started:6.2f} s", flush=True)
 
 
-@contextlib.contextmanager
-def local_stack() -> Iterator[Stack]:
-    """Have the local stack running; stop it at the end if it was not running before."""
-    stack = Stack(os.environ.get("DARKROOM_STATE", PROJECT / ".local"), with_worker=True)
-    was_running = any(service.is_running() for service in stack.services)
-    try:
-        with step("local stack") as note:
-            note("running" if was_running else "starting")
-            stack.up()
-            note(stack.api_url)
-        yield stack
-    finally:
-        if not was_running:
-            stack.down()
-
-
 def main() -> None:
     """Run the demo with the prompt of the command line."""
     prompt = " ".join(sys.argv[1:]).strip() or DEFAULT_PROMPT
     signal.signal(signal.SIGTERM, interrupt)
+    stack = Stack(os.environ.get("DARKROOM_STATE", PROJECT / ".local"), with_worker=True)
     try:
-        with local_stack() as stack:
+        with contextlib.ExitStack() as at_the_end:
+            with step("local stack") as note:
+                note("starting, if it does not run")
+                at_the_end.enter_context(stack.running())
+                note(stack.api_url)
             app = App(stack.api_url)
             with step("sign up") as note:
                 email = f"demo-{uuid.uuid4().hex[:8]}@example.com"

@@ -352,6 +352,16 @@ class Stack:
             with self._locked():
                 self._stop(self.services)
 
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Stack]:
+        """Have everything running; stop it at the end if nothing ran before."""
+        was_running = any(service.is_running() for service in self.services)
+        try:
+            yield self.up()
+        finally:
+            if not was_running:
+                self.down()
+
     def clean(self) -> None:
         """Stop everything and delete the state."""
         if self._is_ours():

@@ -1,0 +1,24 @@
+import { StatusBar } from 'react-native';
+import { SafeAreaProvider, SafeAreaView } from 'react-native-safe-area-context';
+
+import { api } from './src/supabase';
+import { SignIn } from './src/ui/SignIn';
+import { Studio } from './src/ui/Studio';
+import { color } from './src/ui/theme';
+import { useUser } from './src/useUser';
+
+// Warms the path to the database while the app draws itself. Nobody waits for it.
+api.ping().catch(() => undefined);
+
+export function App() {
+  const user = useUser();
+  return (
+    <SafeAreaProvider>
+      <SafeAreaView style={{ flex: 1, backgroundColor: color.ground }}>
+        <StatusBar barStyle="light-content" />
+        {user === null && <SignIn />}
+        {user && <Studio key={user.id} user={user} />}
+      </SafeAreaView>
+    </SafeAreaProvider>
+  );
+}

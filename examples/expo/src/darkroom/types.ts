@@ -1,0 +1,80 @@
+/**
+ * What Darkroom's functions answer. To PostgreSQL all of it is `json`, so the generated types cannot
+ * know it: what is a column is taken from them, the rest is written down, and the tests hold real
+ * answers against it. Times are ISO 8601.
+ */
+import type { Database, Json } from './database.types';
+
+type Tables = Database['public']['Tables'];
+type Columns<T extends keyof Tables, C extends keyof Tables[T]['Row']> = Pick<Tables[T]['Row'], C>;
+
+export type Status = 'queued' | 'processing' | 'completed' | 'failed' | 'canceled';
+export type Params = { [name: string]: Json };
+
+/** One stored output. The paths are in the bucket `generations`. */
+export type JobImage = Columns<
+  'images',
+  'position' | 'preview_path' | 'content_type' | 'width' | 'height' | 'bytes' | 'blurhash'
+> & { path: string; is_public: boolean };
+
+type JobColumns = Columns<
+  'generations',
+  | ('batch_id' | 'retry_of' | 'idempotency_key' | 'prompt' | 'price_credits' | 'is_favorite')
+  | ('created_at' | 'started_at' | 'finished_at')
+>;
+
+/** One generation, as every function shows it. */
+export interface Job extends JobColumns {
+  job_id: string;
+  status: Status;
+  stage: 'generating' | 'storing' | null;
+  /** Percent. */
+  progress: number | null;
+  attempt: number | null;
+  cancel_requested: boolean;
+  /** Jobs ahead of it; null unless it is queued. */
+  queue_position: number | null;
+  /** Until it is likely to be finished; null if that is not known. */
+  eta_seconds: number | null;
+  /** When to read it again; null when it is finished. */
+  poll_after_ms: number | null;
+  model: string;
+  alias: string | null;
+  params: Params;
+  refunded_credits: number;
+  error: { code: string; message: string } | null;
+  images: JobImage[];
+  tags: string[];
+}
+
+export interface EnqueueAnswer
+  extends Pick<Job, 'job_id' | 'status' | 'queue_position' | 'eta_seconds' | 'poll_after_ms'> {
+  reused: boolean;
+  credits_left: number;
+}
+
+/** The next page is what comes before `next_before`; null: there is none. */
+export interface Page {
+  generations: Job[];
+  next_before: string | null;
+}
+
+type Limits = 'max_active' | 'minute_jobs' | 'max_per_minute' | 'max_batch';
+
+export type Entitlement = Columns<
+  'entitlements',
+  'user_id' | 'paid_until' | 'credits' | 'active_jobs'
+> & { plan: string; is_busy: boolean } & Record<Limits, number>;
+
+/** Prices are per image. */
+export type Model = Columns<
+  'models',
+  'id' | 'title' | 'price_credits' | 'paid_price_credits' | 'requires_paid' | 'max_images'
+> & {
+  /** Null unless it is paused; may be `infinity`. */
+  paused_until: string | null;
+  /** The JSON schema of each param. */
+  inputs: { [name: string]: Json };
+  /** Those params that take the path of a picture in the bucket `inputs`. */
+  image_inputs: string[];
+};

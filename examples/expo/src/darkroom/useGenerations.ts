@@ -1,0 +1,14 @@
+/** The one hook: everything the user has asked for, and what can be done about it. */
+import { useEffect, useSyncExternalStore } from 'react';
+
+import type { GenerationStore } from './store';
+
+export function useGenerations(store: GenerationStore) {
+  useEffect(() => {
+    store.start();
+    return store.stop;
+  }, [store]);
+  const snapshot = useSyncExternalStore(store.subscribe, store.getSnapshot, store.getSnapshot);
+  const { generate, retry, cancel, loadMore } = store;
+  return { ...snapshot, generate, retry, cancel, loadMore };
+}

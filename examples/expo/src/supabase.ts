@@ -1,0 +1,17 @@
+/** The one client of this app. Session and cache live in AsyncStorage: on the web, localStorage. */
+import AsyncStorage from '@react-native-async-storage/async-storage';
+import { createClient } from '@supabase/supabase-js';
+
+import { createApi, type Database } from './darkroom';
+
+// Expo puts these values into the bundle, and only when they are written out like this.
+const url = process.env.EXPO_PUBLIC_SUPABASE_URL;
+const key = process.env.EXPO_PUBLIC_SUPABASE_ANON_KEY;
+if (!url) throw new Error('EXPO_PUBLIC_SUPABASE_URL is not set');
+if (!key) throw new Error('EXPO_PUBLIC_SUPABASE_ANON_KEY is not set');
+
+export const supabase = createClient<Database>(url, key, {
+  auth: { storage: AsyncStorage, detectSessionInUrl: false },
+});
+
+export const api = createApi(supabase);

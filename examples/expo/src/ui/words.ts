@@ -1,0 +1,46 @@
+/** What the app says of a generation. */
+import type { Generation, Job } from '../darkroom';
+
+/** Refusals by their token; of a job that failed the server says itself what to show. */
+const REFUSALS: Record<string, string> = {
+  insufficient_credits: 'Not enough credits for this model.',
+  requires_paid_plan: 'This model is part of the paid plan.',
+  too_many_active: 'You have as many pictures under way as your plan allows.',
+  rate_limited: 'That was a lot at once. Give it a moment.',
+  busy: 'There is a long line right now. Try again in a while.',
+  model_paused: 'This model is paused. Try another one, or later.',
+  source_lost: 'The picture to start from is no longer on this device.',
+  source_refused: 'The picture to start from was not accepted.',
+};
+
+const seconds = (count: number) =>
+  count < 90 ? `about ${Math.max(1, Math.round(count))} s` : `about ${Math.round(count / 60)} min`;
+
+export const credits = (count: number) => `${count} credit${count === 1 ? '' : 's'}`;
+
+function givenBack({ refunded_credits: count }: Job): string {
+  return count > 0 ? ` ${credits(count)} given back.` : '';
+}
+
+/** Where it is, in one line. */
+export function progress({ local, job }: Generation): string {
+  if (job.cancel_requested) return 'Canceling';
+  if (local === 'sending') return 'Sending';
+  if (local === 'waiting') return 'Kept here, sent when the network is back';
+  const eta = job.eta_seconds === null ? '' : `, ${seconds(job.eta_seconds)}`;
+  if (job.status === 'queued') {
+    const ahead = job.queue_position;
+    return (ahead === null ? 'In line' : ahead ? `${ahead} ahead` : 'Next in line') + eta;
+  }
+  return (job.stage === 'storing' ? 'Fixing' : `Developing ${job.progress ?? 0} %`) + eta;
+}
+
+/** Why there is no picture; null while there may be one. */
+export function reason({ local, job }: Generation): string | null {
+  if (local === 'refused') {
+    return REFUSALS[job.error?.code ?? ''] ?? (job.error?.message || 'It was not accepted.');
+  }
+  if (job.status === 'canceled') return `Canceled.${givenBack(job)}`;
+  if (job.status !== 'failed') return null;
+  return `${job.error?.message ?? 'It failed.'}${givenBack(job)}`;
+}

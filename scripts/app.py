@@ -1,0 +1,146 @@
+"""The example app: built for the web and served, and its types of the database.
+
+make app      the app in a browser, against the local stack
+make types    examples/expo/src/darkroom/database.types.ts, from the migrations
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import http.server
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from processes import StackError
+from stack import NODE_MODULES, PROJECT, Stack, interrupt, node
+
+APP = PROJECT / "examples/expo"
+TYPES = APP / "src/darkroom/database.types.ts"
+
+
+def export(stack: Stack, folder: Path) -> None:
+    """Build the app into a folder, with this stack's address and key in it."""
+    with tempfile.TemporaryDirectory(prefix="darkroom-metro-") as cache:
+        # Metro keeps what it has built in the temporary folder, whatever the variables then were.
+        environment = os.environ | {
+            "CI": "1",
+            "EXPO_NO_TELEMETRY": "1",
+            "EXPO_OFFLINE": "1",
+            "EXPO_PUBLIC_SUPABASE_ANON_KEY": stack.anon_key,
+            "EXPO_PUBLIC_SUPABASE_URL": stack.api_url,
+            "PATH": f"{node().parent}:{os.environ['PATH']}",
+            "TMPDIR": cache,
+        }
+        cli: list[str | Path] = [node(), APP / "node_modules/expo/bin/cli"]
+        done = subprocess.run(
+            [*cli, "export", "--platform", "web", "--clear", "--output-dir", folder],
+            cwd=APP,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode != 0:
+        raise StackError(f"expo export failed:\n{done.stdout}{done.stderr}")
+    bundles = [file.read_text() for file in folder.rglob("*.js")]
+    if not any(stack.api_url in bundle for bundle in bundles):
+        raise StackError(f"{stack.api_url} is not in what was exported")
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Files of one folder, never cached, without a line on the terminal for each."""
+
+    def end_headers(self) -> None:
+        self.send_header("Cache-Control", "no-store")
+        super().end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+@contextlib.contextmanager
+def serve(folder: Path, port: int = 0) -> Iterator[str]:
+    """Serve a folder on the loopback address; the value is its URL."""
+    handler = functools.partial(Handler, directory=str(folder))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def types_of(database_url: str) -> str:
+    """Return the TypeScript types of schema public, as the Supabase CLI makes them."""
+    cli = [node(), NODE_MODULES / "supabase/dist/supabase.js"]
+    command: list[str | Path] = [*cli, "gen", "types", "typescript", "--schema", "public"]
+    done = subprocess.run(
+        [*command, f"--remote={database_url}"],
+        cwd=PROJECT,
+        env=os.environ | {"DO_NOT_TRACK": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    _, start, types = done.stdout.partition("export type Json =")  # what is before is for people
+    if done.returncode != 0 or not start:
+        raise StackError(f"supabase gen types failed:\n{done.stdout}{done.stderr}")
+    return start + types
+
+
+def write_types() -> None:
+    """Build the types from the migrations, in a stack made for that."""
+    with tempfile.TemporaryDirectory(prefix="darkroom-types-") as folder:
+        Path(folder).chmod(0o711)  # PostgreSQL's user passes through
+        stack = Stack(Path(folder) / "stack", fsync=False)
+        try:
+            TYPES.write_text(types_of(stack.up().database_url))
+        finally:
+            stack.clean()
+
+
+def show_app() -> None:
+    """Build the app and serve it until Ctrl-C."""
+    stack = Stack(os.environ.get("DARKROOM_STATE", PROJECT / ".local"), with_worker=True)
+    folder = Path(tempfile.mkdtemp(prefix="darkroom-app-"))
+    try:
+        with stack.running():
+            print("app: the stack is up, building ...", flush=True)
+            export(stack, folder)
+            with serve(folder, stack.settings.new_port("APP_PORT")) as url:
+                print(f"app: {url}   (Ctrl-C ends it)", flush=True)
+                signal.pause()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def main() -> None:
+    """Run one command from the command line."""
+    parser = argparse.ArgumentParser(description="Show the example app, or write its types.")
+    parser.add_argument("command", choices=["show", "types"])
+    command = parser.parse_args().command
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        if command == "show":
+            show_app()
+        else:
+            write_types()
+    except StackError as error:
+        sys.exit(f"app: {error}")
+    except KeyboardInterrupt:
+        sys.exit("app: interrupted")
+
+
+if __name__ == "__main__":
+    main()
