@@ -205,15 +205,23 @@ def test_nobody_joins_without_a_user_in_the_token(db):
     assert readable(nameless, "user:") == set()
 
 
-def test_a_topic_that_was_joined_shows_its_own_messages_only(alice, bob):
+def test_only_a_topic_that_was_joined_shows_its_own_messages(alice, bob):
     alice.enqueue()
     bob.enqueue()
+    query = "select topic from realtime.messages"
 
     with alice.acting() as connection:
+        before = connection.execute(query).fetchall()
         connection.execute("select set_config('realtime.topic', %s, true)", [f"user:{alice.id}"])
-        rows = connection.execute("select topic from realtime.messages").fetchall()
+        joined = connection.execute(query).fetchall()
 
-    assert rows == [(f"user:{alice.id}",)]
+    assert (before, joined) == ([], [(f"user:{alice.id}",)])
+
+
+def test_one_policy_lets_the_signed_in_read_and_none_lets_anybody_write(db):
+    policies = db.execute("select cmd, roles::text from pg_policies where schemaname = 'realtime'")
+
+    assert policies == [{"cmd": "SELECT", "roles": "{authenticated}"}]
 
 
 @pytest.mark.parametrize("extension", ["broadcast", "presence"])

@@ -5547,10 +5547,10 @@ grant execute on function public.list_public_images(uuid, integer) to anon, auth
 -- Realtime: a hint that something changed, never the contract. Skipped where Supabase Realtime is
 -- not.
 --
--- Each new state of a generation is broadcast on its user's private topic user:<user id>; whoever
--- may not join it hears nothing, and nobody but the database sends there. Clients then read, as
--- they would polling. A hint may be lost, but fails no job and holds none up: realtime.send turns
--- its errors (no partition for today, say) into warnings.
+-- Each new state of a generation is broadcast on its user's private topic user:<user id>, where
+-- nobody else can listen and no client can send. Clients then read, as they would polling. A hint
+-- may be lost, but fails no job and holds none up: realtime.send turns its errors (no partition for
+-- today, say) into warnings.
 --
 -- For clients that use postgres_changes, generations is in the publication, with all its columns.
 -- A list of columns would protect nothing: Realtime decodes with wal2json, which asks publications
@@ -5559,12 +5559,11 @@ grant execute on function public.list_public_images(uuid, integer) to anon, auth
 -- identity to full, for old_record. What RLS cannot hide is a deleted row: that it is gone, and its
 -- id, reach all who subscribe without a filter.
 
--- Definer: the functions that change a state run for users and workers who have no rights in
--- realtime. The table of messages is locked for as long as Realtime adds and drops partitions.
+-- Sends with the rights of Darkroom's owner: whatever changes a state is security definer. Realtime
+-- locks its table while it adds or drops a partition; a hint does not wait for that.
 create or replace function private.broadcast_generation()
 returns trigger
 language plpgsql
-security definer
 set search_path = ''
 set lock_timeout = '50ms'
 as $$
