@@ -75,12 +75,15 @@ def run_deno(folder: Path, *arguments: Any, **variables: str) -> tuple[int, str]
 
 
 @contextlib.contextmanager
-def served(folder: Path, name: str, gateway: str, anon_key: str = ANON_KEY) -> Iterator[str]:
-    """Serve a function in front of a gateway; give its address."""
+def served(
+    folder: Path, name: str, gateway: str, anon_key: str = ANON_KEY, also: str = ""
+) -> Iterator[str]:
+    """Serve a function in front of a gateway; give its address. It may reach `also` as well."""
     port, log = free_port(), folder / "logs" / f"{name}-{uuid.uuid4()}.log"
     listens = f"127.0.0.1:{port}"
+    hosts = [listens, *(urlsplit(url).netloc for url in (gateway, also) if url)]
     rights = [
-        f"--allow-net={listens},{urlsplit(gateway).netloc}",
+        f"--allow-net={','.join(hosts)}",
         "--allow-env=SUPABASE_URL,SUPABASE_ANON_KEY",
         "--no-prompt",
     ]
@@ -364,7 +367,11 @@ def test_a_job_asked_for_in_no_json_is_refused_as_the_gateway_does(edge, user, s
 
 @pytest.mark.parametrize(
     "body",
-    [b"no json", b"null", b"7", b"[]", b"{}", b'{"job_id":null}', b'{"job_id":7}', b"\xff", b""],
+    [
+        *(b"no json", b"null", b"7", b"[]", b"{}", b'{"job_id":null}', b'{"job_id":7}'),
+        *(b"\xff", b""),
+        pytest.param(b" " * 70_000 + b'{"job_id":"x"}', id="too long a body"),
+    ],
 )
 def test_a_job_id_that_is_missing_is_invalid_input(edge, user, body):
     refused = edge.invoke("get_job_status", user, content=body)
@@ -404,18 +411,18 @@ def test_the_longest_prompt_fits(edge, user):
 def test_nothing_but_credentials_and_arguments_reaches_the_gateway(folder, name):
     headers = {"authorization": "Bearer mine", "apikey": "theirs", "cookie": "a=1", "prefer": "x=1"}
     with listening() as (gateway, url), served(folder, name, url) as address:
-        body = {"job_id": "7"}
-        httpx.post(f"{address}/{name}?select=x&job_id=8", headers=headers, json=body)
+        body = b'{"job_id":"7&a=b"}'
+        httpx.post(f"{address}/{name}?select=x&job_id=8", headers=headers, content=body)
 
     [(method, path, sent, content)] = gateway.requests
     assert (method, path) == {
         "enqueue_generation": ("POST", "/rest/v1/rpc/enqueue_generation"),
-        "get_job_status": ("GET", "/rest/v1/rpc/get_job_status?job_id=7"),
+        "get_job_status": ("GET", "/rest/v1/rpc/get_job_status?job_id=7%26a%3Db"),
         "ping": ("GET", "/rest/v1/rpc/ping"),
     }[name]
-    assert content == (b'{"job_id":"7"}' if method == "POST" else b"")
+    assert content == (body if method == "POST" else b"")
     own = {"accept", "accept-encoding", "accept-language", "host", "user-agent"}
-    arguments = {"content-length": "14", "content-type": "application/json"}
+    arguments = {"content-length": str(len(body)), "content-type": "application/json"}
     token = {} if name == "ping" else {"authorization": "Bearer mine"}
     assert {key: value for key, value in sent.items() if key not in own} == (
         {"apikey": "theirs"} | token | (arguments if method == "POST" else {})
@@ -445,7 +452,7 @@ def test_credentials_do_not_follow_a_redirect(folder, name):
     with (
         listening() as (elsewhere, other),
         listening() as (gateway, url),
-        served(folder, name, url) as address,
+        served(folder, name, url, also=other) as address,
     ):
         gateway.moved_to = other
         response = httpx.post(address, json={"job_id": "7"})
