@@ -19,24 +19,37 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import httpx
 
 from processes import StackError
 from stack import NODE_MODULES, PROJECT, Stack, interrupt, node
 
 APP = PROJECT / "examples/expo"
+API_PATHS = ("/auth/", "/rest/", "/storage/")
+# What belongs to one connection, or is changed by taking the body out of it.
+HOPS = {
+    "connection",
+    "content-encoding",
+    "content-length",
+    "host",
+    "keep-alive",
+    "transfer-encoding",
+}
 TYPES = APP / "src/darkroom/database.types.ts"
 
 
-def export(stack: Stack, folder: Path) -> None:
-    """Build the app into a folder, with this stack's address and key in it."""
+def export(folder: Path, api_url: str, anon_key: str) -> None:
+    """Build the app into a folder, with this address and key in it."""
     with tempfile.TemporaryDirectory(prefix="darkroom-metro-") as cache:
         # Metro keeps what it has built in the temporary folder, whatever the variables then were.
         environment = os.environ | {
             "CI": "1",
             "EXPO_NO_TELEMETRY": "1",
             "EXPO_OFFLINE": "1",
-            "EXPO_PUBLIC_SUPABASE_ANON_KEY": stack.anon_key,
-            "EXPO_PUBLIC_SUPABASE_URL": stack.api_url,
+            "EXPO_PUBLIC_SUPABASE_ANON_KEY": anon_key,
+            "EXPO_PUBLIC_SUPABASE_URL": api_url,
             "PATH": f"{node().parent}:{os.environ['PATH']}",
             "TMPDIR": cache,
         }
@@ -51,34 +64,71 @@ def export(stack: Stack, folder: Path) -> None:
         )
     if done.returncode != 0:
         raise StackError(f"expo export failed:\n{done.stdout}{done.stderr}")
-    bundles = [file.read_text() for file in folder.rglob("*.js")]
-    if not any(stack.api_url in bundle for bundle in bundles):
-        raise StackError(f"{stack.api_url} is not in what was exported")
+    if not any(api_url in bundle.read_text() for bundle in folder.rglob("*.js")):
+        raise StackError(f"{api_url} is not in what was exported")
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Files of one folder, never cached, without a line on the terminal for each."""
+    """The files of one folder, and the API under the same origin.
 
-    def end_headers(self) -> None:
-        self.send_header("Cache-Control", "no-store")
-        super().end_headers()
+    Supabase answers browsers from any origin; the local gateway does not let them sign up.
+    """
+
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, *args: Any, api: httpx.Client, **kwargs: Any) -> None:
+        self.api = api
+        super().__init__(*args, **kwargs)
+
+    def do_GET(self) -> None:
+        if self.path.startswith(API_PATHS):
+            self.forward()
+        else:
+            super().do_GET()
+
+    def do_HEAD(self) -> None:
+        if self.path.startswith(API_PATHS):
+            self.forward()
+        else:
+            super().do_HEAD()
+
+    def forward(self) -> None:
+        """Hand a request to the gateway and its answer back."""
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in HOPS}
+        try:
+            answer = self.api.request(self.command, self.path, headers=headers, content=body)
+        except httpx.TransportError:
+            return self.send_error(502)
+        self.send_response(answer.status_code)
+        for name, value in answer.headers.items():
+            if name not in HOPS:
+                self.send_header(name, value)
+        self.send_header("Content-Length", str(len(answer.content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(answer.content)
+
+    do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = forward
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
+        """Say nothing: a line for each request is of no use to anybody."""
 
 
 @contextlib.contextmanager
-def serve(folder: Path, port: int = 0) -> Iterator[str]:
-    """Serve a folder on the loopback address; the value is its URL."""
-    handler = functools.partial(Handler, directory=str(folder))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
+def serve(folder: Path, api_url: str, port: int = 0) -> Iterator[str]:
+    """Serve a folder, and the API, on the loopback address; the value is the URL of both."""
+    # Lite closes a connection after 5 idle seconds; ours goes first, so none is found closed.
+    limits = httpx.Limits(keepalive_expiry=2)
+    with httpx.Client(base_url=api_url, timeout=30, limits=limits) as api:
+        handler = functools.partial(Handler, directory=str(folder), api=api)
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            server.server_close()
 
 
 def types_of(database_url: str) -> str:
@@ -117,8 +167,8 @@ def show_app() -> None:
     try:
         with stack.running():
             print("app: the stack is up, building ...", flush=True)
-            export(stack, folder)
-            with serve(folder, stack.settings.new_port("APP_PORT")) as url:
+            with serve(folder, stack.api_url, stack.settings.new_port("APP_PORT")) as url:
+                export(folder, url, stack.anon_key)
                 print(f"app: {url}   (Ctrl-C ends it)", flush=True)
                 signal.pause()
     finally:

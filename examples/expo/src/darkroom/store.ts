@@ -414,7 +414,7 @@ export class GenerationStore {
     const { storage } = this.environment;
     const all = await storage.getAllKeys();
     const names = all.filter((name) => name.startsWith(this.name('outbox', ''))).sort().reverse();
-    const texts = await Promise.all([this.name('cache'), ...names].map(storage.getItem));
+    const texts = await Promise.all([this.name('cache'), ...names].map((name) => storage.getItem(name)));
     const [cache, ...unsent] = texts.map((text) => JSON.parse(text ?? 'null'));
     const known = new Set(this.generations.map((g) => g.key));
     const found: Generation[] = [...unsent, ...(cache?.generations ?? [])];
