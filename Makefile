@@ -57,13 +57,13 @@ app: setup-app
 
 # Run all checks and tests but those in a browser.
 test: setup-app lint lint-app
-	@$(PYTHON) -m pytest --ignore=tests/app
+	@$(PYTHON) -m pytest --ignore=tests/browser
 	@$(APP_NODE) node node_modules/jest/bin/jest.js
 	@echo 'The app in a browser: make test-app'
 
 # Run the app in a browser against stack and worker. SCREENSHOTS=folder keeps what it looks like.
 test-app: setup-browser
-	@$(PYTHON) -m pytest tests/app
+	@$(PYTHON) -m pytest tests/browser
 
 # Check style and types of SQL and Python.
 lint:

@@ -9,7 +9,7 @@ import pytest
 from actors import refused
 from database import Server
 from decoding import Slot
-from realtime import add_realtime, install
+from realtime_stand_in import add_realtime, install
 
 from stack import Cluster, Settings
 

@@ -3,7 +3,7 @@
 import pytest
 from actors import Anon, User, refused
 from database import SEED
-from realtime import add_realtime, as_postgres, hints, install, readable, sent
+from realtime_stand_in import add_realtime, as_postgres, hints, install, readable, sent
 
 SKIPPED = "Darkroom: no %s here; broadcasts are skipped, clients poll"
 PARTS = "realtime.send, realtime.topic or realtime.messages"

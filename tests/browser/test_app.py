@@ -1,0 +1,363 @@
+"""The example app in a real browser, against the real stack and real workers."""
+
+import json
+import re
+import statistics
+
+import pytest
+from app_page import App, sleep
+from playwright.sync_api import expect
+from worker_process import eventually
+
+from stack import sign_jwt
+
+pytest_plugins = ["http_fixtures"]
+
+LIGHTHOUSE = "a lighthouse at dusk, oil painting"
+REFUSED = "a fox in the snow [fail:moderated]"
+
+
+def test_the_picture_takes_the_place_of_its_placeholder(alice, workers):
+    workers.start(PREVIEW_SECONDS=1)
+    alice.shot("empty")
+    alice.ask(LIGHTHOUSE)
+    alice.until(LIGHTHOUSE, "queued")
+    before = alice.place(LIGHTHOUSE)
+    alice.shot("queued")
+
+    alice.until_drawn(LIGHTHOUSE)
+
+    assert alice.place(LIGHTHOUSE) == before
+    assert alice.credits() == alice.balance() == 9
+    alice.shot("completed")
+
+
+def test_without_realtime_the_picture_is_there_two_seconds_after_the_job(
+    alice, workers, report_time
+):
+    workers.start(PREVIEW_SECONDS=1)
+    late = []
+    for number in range(3):
+        alice.ask(f"number {number}")
+        drawn_at = alice.until_drawn(f"number {number}")
+        late.append(drawn_at - alice.finished_at(f"number {number}"))
+        report_time("from the end of a job to its picture", late[-1] * 1000)
+
+    assert max(late) < 2
+
+
+@pytest.mark.parametrize("network", ["good", "slow 3G", "cut", "gateway down"])
+def test_the_placeholder_is_there_at_once(alice, backend, report_time, network):
+    match network:
+        case "slow 3G":
+            alice.slow_3g()
+        case "cut":
+            alice.cut()
+        case "gateway down":
+            backend.gateway.stop()
+
+    times = [alice.milliseconds_to_card(f"number {number}") for number in range(5)]
+
+    for milliseconds in times:
+        report_time(f"from the press to the placeholder, {network}", milliseconds)
+    assert statistics.median(times) < 50
+    alice.heal()
+
+
+def test_credits_drop_before_the_answer_and_come_back_with_a_refusal(alice, operator):
+    spent = {"amount": -10, "kind": "adjust", "external_id": alice.email}
+    assert operator.rpc("grant_credits", user_id=alice.user_id, **spent).is_success
+    alice.slow_3g()
+
+    alice.ask(LIGHTHOUSE)
+
+    assert alice.credits() == 9
+    card = alice.until(LIGHTHOUSE, "refused")
+    expect(card).to_contain_text("Not enough credits")
+    alice.show()  # reads all anew
+    alice.until_credits(0)
+    alice.shot("refused")
+    assert alice.jobs() == []
+
+
+def test_a_failed_one_tells_why_and_gives_the_credit_back(alice, workers):
+    workers.start(PREVIEW_SECONDS=0.5)
+    alice.ask(REFUSED)
+
+    card = alice.until(REFUSED, "failed")
+
+    expect(card).to_contain_text("The safety filter refused this picture")
+    expect(card).to_contain_text("1 credit given back")
+    alice.until_credits(10)
+    alice.shot("failed")
+    alice.press("Try again", card)
+    eventually(lambda: [job["status"] for job in alice.jobs()] == ["failed"] * 2)
+    assert alice.jobs()[1]["retry_of"] == alice.jobs()[0]["id"]
+
+
+def test_a_running_one_shows_its_progress_and_can_be_canceled(alice, workers):
+    workers.start(PREVIEW_SECONDS=20)
+    alice.ask(LIGHTHOUSE)
+    card = alice.until(LIGHTHOUSE, "processing")
+    expect(card).to_contain_text(re.compile(r"Developing [1-9]0 %"), timeout=15_000)
+    alice.shot("developing")
+
+    alice.press("Cancel", card)
+
+    expect(alice.until(LIGHTHOUSE, "canceled")).to_contain_text("1 credit given back")
+    alice.until_credits(10)
+    alice.shot("canceled")
+
+
+@pytest.mark.parametrize("backend_is", ["down", "refusing", "silent"])
+def test_a_first_launch_does_not_wait_for_the_backend(app, backend, backend_is, report_time):
+    match backend_is:
+        case "down":
+            backend.gateway.stop()
+        case "refusing":
+            app.cut()
+        case "silent":
+            app.page.route(re.compile("/(auth|rest|storage)/v1/"), lambda route: None)
+
+    app.open()
+
+    expect(app.page.get_by_role("button", name="Sign in")).to_be_visible()
+    painted = app.first_paint()
+    report_time(f"first paint, backend {backend_is}", painted)
+    assert painted < 1000
+    app.shot("sign-in")
+    app.heal()
+
+
+def test_without_a_backend_the_gallery_is_there_and_wishes_are_kept(alice, backend, workers):
+    worker = workers.start()
+    alice.ask(LIGHTHOUSE)
+    alice.until_drawn(LIGHTHOUSE)
+    sleep(0.5)  # what is shown is on the device a moment later
+    worker.stop()
+    backend.gateway.stop()
+
+    alice.open()
+    alice.until_drawn(LIGHTHOUSE)
+    expect(alice.is_offline()).to_be_visible()
+    alice.ask("a fox in the snow")
+    alice.until("a fox in the snow", "waiting")
+    alice.shot("offline")
+    alice.open()  # and killed, too
+    alice.until("a fox in the snow", "waiting")
+
+    backend.up()
+    workers.start()
+    alice.until_drawn("a fox in the snow")
+    expect(alice.is_offline()).not_to_be_visible()
+    assert len(alice.jobs()) == 2
+
+
+def test_twenty_double_clicks_without_an_answer_are_one_job_and_one_charge(alice, workers):
+    alice.write(LIGHTHOUSE)
+    alice.lose_answers()
+    for _ in range(20):
+        alice.page.get_by_role("button", name="Generate").dblclick()
+    eventually(alice.jobs)
+    alice.heal()
+    workers.start()
+
+    alice.until_drawn(LIGHTHOUSE)
+
+    assert len(alice.jobs()) == 1
+    assert alice.ledger() == [("grant", 10), ("charge", -1)]
+    assert alice.card(LIGHTHOUSE).count() == 1
+    assert alice.credits() == 9
+
+
+def test_the_card_outlives_a_killed_worker(alice, workers):
+    worker = workers.start(PREVIEW_SECONDS=60)
+    alice.ask(LIGHTHOUSE)
+    alice.until(LIGHTHOUSE, "processing")
+    before = alice.place(LIGHTHOUSE)
+
+    worker.kill()
+    workers.backdate_leases()
+    workers.start()
+
+    alice.until_drawn(LIGHTHOUSE)
+    assert alice.place(LIGHTHOUSE) == before
+    assert alice.ledger() == [("grant", 10), ("charge", -1)]
+
+
+def test_slow_3g_is_slow_and_nothing_else(alice, workers):
+    alice.slow_3g()
+    workers.start()
+
+    alice.ask(LIGHTHOUSE)
+
+    alice.until_drawn(LIGHTHOUSE)
+    assert len(alice.jobs()) == 1
+
+
+def test_a_wish_kept_in_one_tab_is_sent_by_another_and_done_once(alice, workers):
+    alice.cut()
+    alice.ask(LIGHTHOUSE)
+    alice.until(LIGHTHOUSE, "waiting")
+    other = App(alice.page.context.new_page(), alice.db)
+    other.open()
+    other.until(LIGHTHOUSE, "queued")
+    alice.heal()
+    workers.start()
+
+    alice.until_drawn(LIGHTHOUSE)
+    other.until_drawn(LIGHTHOUSE)
+
+    assert len(alice.jobs()) == 1
+    assert alice.card(LIGHTHOUSE).count() == other.card(LIGHTHOUSE).count() == 1
+
+
+def test_a_tab_that_comes_to_the_front_shows_what_another_has_done(alice, workers):
+    other = App(alice.page.context.new_page(), alice.db)
+    other.open()
+    expect(other.page.get_by_text("Nothing here yet")).to_be_visible()
+    other.hide()
+    workers.start()
+    alice.ask(LIGHTHOUSE)
+    alice.until_drawn(LIGHTHOUSE)
+    assert other.card(LIGHTHOUSE).count() == 0
+
+    other.show()
+
+    other.until_drawn(LIGHTHOUSE)
+
+
+def test_a_hidden_app_asks_for_nothing(alice, workers):
+    alice.ask(LIGHTHOUSE)
+    alice.until(LIGHTHOUSE, "queued")
+    alice.hide()
+    sleep(0.5)  # what is under way ends
+    before = len(alice.requests)
+    workers.start()
+    workers.until(str(alice.jobs()[0]["id"]), "completed")
+    sleep(4)
+
+    assert alice.requests[before:] == []
+    alice.show()
+    alice.until_drawn(LIGHTHOUSE)
+
+
+def test_an_expired_session_is_renewed_and_the_call_repeated(alice, stack, workers):
+    workers.start()
+    claims = {"sub": alice.user_id, "role": "authenticated", "exp": 1_000_000_000}
+    expired = sign_jwt(stack.jwt_secret, claims)
+    alice.page.evaluate(
+        """token => {
+          const name = Object.keys(localStorage).find(key => key.endsWith('-auth-token'));
+          const session = JSON.parse(localStorage[name]);
+          localStorage[name] = JSON.stringify({...session, access_token: token});
+        }""",
+        expired,
+    )
+
+    alice.ask(LIGHTHOUSE)
+
+    alice.until_drawn(LIGHTHOUSE)
+    assert len(alice.jobs()) == 1
+
+
+def test_the_history_is_read_page_by_page(alice):
+    alice.db.execute(
+        "insert into public.generations (user_id, model_id, prompt, input, provider_input, status,"
+        " price_credits, image_count, finished_at, error_code, error_message)"
+        " select %s, 'darkroom/preview', 'number ' || n, '{}', '{}', 'failed', 0, 1, now(),"
+        " 'internal', 'Something went wrong on our side.' from generate_series(1, 50) as n",
+        alice.user_id,
+    )
+    alice.open()
+    alice.until("number 50", "failed")
+    assert alice.card("number 1").filter(has_text=re.compile("number 1$")).count() == 0
+
+    for _ in range(20):
+        alice.page.mouse.wheel(0, 1500)
+        sleep(0.1)
+
+    last = alice.card("number 1").filter(has_text=re.compile("number 1$"))
+    expect(last).to_be_visible(timeout=15_000)
+
+
+def test_a_picture_opens_at_its_full_size(alice, workers):
+    workers.start()
+    alice.ask(LIGHTHOUSE)
+    alice.until_drawn(LIGHTHOUSE)
+
+    alice.press("Open: ")
+
+    full = alice.page.locator('[aria-modal="true"] img[src^="blob:"]')
+    eventually(lambda: full.first.evaluate("image => image.naturalWidth") == 1024)
+    alice.shot("viewer")
+
+
+def test_signing_out_leaves_nothing_on_the_device(alice, workers):
+    workers.start()
+    alice.ask(LIGHTHOUSE)
+    alice.until_drawn(LIGHTHOUSE)
+
+    alice.press("Sign out")
+
+    expect(alice.page.get_by_role("button", name="Sign in")).to_be_visible()
+    eventually(lambda: alice.page.evaluate("JSON.stringify(localStorage)") == "{}")
+    assert alice.page.evaluate("caches.keys()") == []
+
+
+def test_a_phone_shows_the_same(alice, workers):
+    alice.page.set_viewport_size({"width": 390, "height": 844})
+    workers.start()
+    for prompt in (LIGHTHOUSE, REFUSED):
+        alice.ask(prompt)
+    alice.until_drawn(LIGHTHOUSE)
+    alice.until(REFUSED, "failed")
+
+    assert alice.page.evaluate("document.documentElement.scrollWidth") == 390
+    alice.shot("phone")
+
+
+def phoenix(hints):
+    """Answer a Realtime client as Supabase does; put what sends a hint into the list."""
+
+    def serve(socket):
+        def on_message(text):
+            join, ref, topic, event, _ = json.loads(text)
+            answer = [join, ref, topic, "phx_reply", {"status": "ok", "response": {}}]
+            socket.send(json.dumps(answer))
+            if event == "phx_join" and topic.startswith("realtime:user:"):
+                hints.append(lambda payload: socket.send(broadcast(join, topic, payload)))
+
+        socket.on_message(on_message)
+
+    return serve
+
+
+def broadcast(join, topic, payload):
+    """A broadcast as Supabase sends it."""
+    what = {"type": "broadcast", "event": "generation", "payload": payload}
+    return json.dumps([join, None, topic, "broadcast", what])
+
+
+def test_a_hint_is_followed_by_a_read_long_before_the_poll(app):
+    hints = []
+    app.page.route_web_socket(re.compile("/realtime/v1/websocket"), phoenix(hints))
+    app.open()
+    app.sign_up()
+    app.ask(LIGHTHOUSE)
+    app.until(LIGHTHOUSE, "queued")
+    eventually(lambda: app.page.wait_for_timeout(50) or hints)
+    app.db.execute(
+        "update public.generations set created_at = now() - interval '1 hour' where user_id = %s",
+        app.user_id,
+    )  # so it is polled every ten seconds
+    sleep(0)
+    app.page.wait_for_timeout(3000)
+    before = len(app.requests)
+    app.page.wait_for_timeout(2000)
+    assert app.requests[before:] == []
+
+    hints[-1]({"job_id": str(app.jobs()[0]["id"]), "status": "processing"})
+
+    eventually(lambda: app.page.wait_for_timeout(20) or app.requests[before:], within=2)
+    assert "rpc/list_active_jobs" in app.requests[before]
