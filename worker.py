@@ -71,7 +71,7 @@ from datetime import UTC, datetime, timedelta
 from importlib import metadata
 from typing import IO, Any, Protocol, TypeVar
 from urllib.parse import quote, urlencode, urljoin, urlsplit
-from uuid import UUID
+from uuid import UUID, uuid4
 from xml.parsers import expat
 
 import blurhash  # type: ignore[import-untyped]
@@ -106,6 +106,8 @@ DOWNLOAD_SECONDS = 120.0  # at most, for one output
 DECODE_BYTES = {"AVIF": 10, "WEBP": 17}  # a pixel, at the peak of Pillow's decoding; else 4
 MAX_DECODE_BYTES = 160_000_000  # larger ones are stored without blurhash and preview
 MAX_IMAGE_PIXELS = 50_000_000
+MAX_PREVIEW_SOURCES = 64
+PREVIEW_SOURCE_SIZE = (256, 256)
 BLUR_PIXELS = 32  # longest side of what a blurhash is made of
 MAX_SVG_BYTES, MAX_SVG_DEPTH, MAX_SVG_WEIGHT = 10 << 20, 200, 2_000_000  # weight: sum of depths
 MAX_REDIRECTS = 3
@@ -556,6 +558,7 @@ class Provider(Protocol):
     """Runs a model. Every method may raise JobError with one of our codes, or ProviderDown."""
 
     settle_seconds: float  # until what a lost create bought must have shown
+    fetches_sources: bool  # itself, by a signed address, where Storage can be reached from outside
 
     async def create(self, job: Job, provider_input: dict[str, Any]) -> str:
         """Start the job, answer the provider's id of it. Raises UnknownOutcome: never repeat it."""
@@ -583,18 +586,27 @@ class Preview:
     """
 
     settle_seconds = 0.0  # nothing is bought
+    fetches_sources = False
 
     def __init__(self, seconds: float, failure_rate: float) -> None:
         self.seconds, self.failure_rate = seconds, failure_rate
+        self.sources: dict[str, Image.Image] = {}  # small, by address, later by provider_job_id
 
     async def create(self, job: Job, provider_input: dict[str, Any]) -> str:
-        return f"preview-{job.token}"
+        provider_job_id = f"preview-{job.token}"
+        if address := provider_input.get("image"):
+            self.sources[provider_job_id] = self.sources.pop(address)
+        return provider_job_id
 
     async def find(self, job: Job, since: datetime) -> list[str]:
         return []
 
     async def upload(self, name: str, file: IO[bytes]) -> str:
-        return "preview:source"
+        address = f"preview:{uuid4()}"
+        self.sources[address] = await asyncio.to_thread(shrink_source, file)
+        while len(self.sources) > MAX_PREVIEW_SOURCES:
+            del self.sources[next(iter(self.sources))]
+        return address
 
     async def result(self, job: Job, provider_job_id: str, report: Callable[[int], None]) -> Result:
         for percent in range(0, 100, 10):
@@ -605,9 +617,12 @@ class Preview:
             raise JobError(wanted[1], "asked for by the prompt")
         if random.random() < self.failure_rate:
             raise JobError("provider_error", "PREVIEW_FAILURE_RATE")
+        source = self.sources.get(provider_job_id)
+        if job.provider_input.get("image") and not source:
+            raise JobError("result_lost", "the source went with the worker that had it")
         size = (int(job.provider_input["width"]), int(job.provider_input["height"]))
         outputs = [
-            await asyncio.to_thread(draw_preview, prompt, seed + n, size)
+            await asyncio.to_thread(draw_preview, prompt, seed + n, size, source)
             for n in range(job.image_count)
         ]
         return Result(outputs, {"provider_seconds": self.seconds, "images": len(outputs)})
@@ -619,7 +634,23 @@ class Preview:
         return {"is_billed": False}
 
 
-def draw_preview(prompt: str, seed: int, size: tuple[int, int]) -> bytes:
+def shrink_source(file: IO[bytes]) -> Image.Image:
+    """A source image, small. Raises JobError."""
+    file.seek(0)
+    try:
+        with Image.open(file, formats=["JPEG", "PNG", "WEBP"]) as image:
+            if image.width * image.height > MAX_IMAGE_PIXELS:
+                raise JobError("invalid_input", "source: too many pixels")
+            image.draft("RGB", PREVIEW_SOURCE_SIZE)
+            image.thumbnail(PREVIEW_SOURCE_SIZE)
+            return image.convert("RGB")
+    except UNREADABLE as error:
+        raise JobError("invalid_input", f"source: no image: {type(error).__name__}") from None
+
+
+def draw_preview(
+    prompt: str, seed: int, size: tuple[int, int], source: Image.Image | None = None
+) -> bytes:
     """A PNG that is the same for the same arguments, with the prompt written into it."""
     chance = random.Random(hashlib.sha256(f"{prompt}\0{seed}".encode()).digest())
     width, height = size
@@ -633,6 +664,8 @@ def draw_preview(prompt: str, seed: int, size: tuple[int, int]) -> bytes:
         tint = chance.choice([(255, 255, 255), (255, 190, 120), (10, 10, 30)])
         box = (x - radius, y - radius, x + radius, y + radius)
         draw.ellipse(box, fill=(*tint, chance.randrange(14, 46)))
+    if source:
+        image.paste(Image.blend(image, ImageOps.fit(source, size), 0.7))
     _write_caption(draw, size, prompt, f"placeholder, seed {seed}, {width} x {height}")
     file = io.BytesIO()
     image.save(file, "PNG")
@@ -661,6 +694,8 @@ class Replicate:
     # A line of a progress bar as tqdm draws it: " 50%|█████     | 2/4 [00:01<00:01, ...". Those
     # with words before are of downloads and the like.
     BAR = re.compile(r"(?:^|[\r\n]) *\d{1,3}%\|[^|\r\n]*\| *(\d{1,9})/(\d{1,9}) \[")
+
+    fetches_sources = True
 
     def __init__(
         self, http: httpx.AsyncClient, base_url: str, token: str, settle_seconds: float = 20.0
@@ -1655,7 +1690,7 @@ class Worker:
 
     async def _source(self, provider: Provider, path: str) -> str:
         try:
-            if self.storage.is_reachable_from_outside:
+            if provider.fetches_sources and self.storage.is_reachable_from_outside:
                 return await self.storage.sign(path)
             with tempfile.SpooledTemporaryFile(max_size=1 << 20) as file:
                 await self.storage.fetch(path, file)

@@ -21,12 +21,13 @@ insert into public.models (
   'darkroom/preview', 'preview',
   'darkroom/preview',
   'Preview (placeholder pictures)', 1, 0, true, 0, 'image', '5 minutes', true,
-  '{height,num_outputs,seed,width}',
-  '{}', 'num_outputs', 4, '{}',
+  '{height,image,num_outputs,seed,width}',
+  '{image}', 'num_outputs', 4, '{}',
   '{
     "required": ["prompt"],
     "properties": {
       "prompt": {"type": "string"},
+      "image": {"type": "string", "format": "uri"},
       "width": {"type": "integer", "minimum": 64, "maximum": 2048, "default": 1024},
       "height": {"type": "integer", "minimum": 64, "maximum": 2048, "default": 1024},
       "num_outputs": {"type": "integer", "minimum": 1, "maximum": 4, "default": 1},

@@ -260,9 +260,9 @@ def test_the_catalogue_lists_active_models_with_the_inputs_of_clients(anon):
         "paused_until": None,
         "requires_paid": False,
         "max_images": 4,
-        "image_inputs": [],
+        "image_inputs": ["image"],
     }
-    assert set(inputs) == {"width", "height", "seed", "num_outputs"}
+    assert set(inputs) == {"image", "width", "height", "seed", "num_outputs"}
     assert inputs["width"] == {"type": "integer", "minimum": 64, "maximum": 2048, "default": 1024}
 
 

@@ -84,6 +84,28 @@ def test_a_prompt_becomes_an_image_that_its_owner_downloads(stack, live_workers)
     assert not Client(stack).download(image["path"]).is_success
 
 
+def test_a_picture_may_start_from_one_of_the_users_own(stack, live_workers):
+    live_workers.start()
+    client = Client(stack)
+    source = io.BytesIO()
+    Image.new("RGB", (300, 200), (0, 255, 0)).save(source, "PNG")
+    path = f"{client.call('get_entitlement')['user_id']}/source.png"
+    client.http.post(
+        f"/storage/v1/object/inputs/{path}",
+        content=source.getvalue(),
+        headers={"content-type": "image/png"},
+    ).raise_for_status()
+    job = {"model": "darkroom/preview", "prompt": "a lawn", "params": SMALL | {"image": path}}
+
+    job_id = client.call("enqueue_generation", **job)["job_id"]
+    live_workers.until(job_id, "completed")
+
+    (image,) = client.call("get_job_status", job_id=job_id)["images"]
+    picture = Image.open(io.BytesIO(client.download(image["path"]).content))
+    red, green, blue = picture.convert("RGB").getpixel((0, 0))
+    assert green > 150 > max(red, blue)
+
+
 def test_every_image_asked_for_is_made_and_stored(alice, db, workers):
     workers.start()
 

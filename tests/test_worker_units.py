@@ -283,7 +283,7 @@ class Sources(Web):
 
     def __init__(self, url: str, signed: dict[str, str]) -> None:
         super().__init__()
-        self.url, self.signed = url, signed
+        self.url, self.signed, self.file = url, signed, b"a cat"
 
     def handle(self, request: httpx.Request) -> httpx.Response:
         self.requests.append(request)
@@ -292,18 +292,18 @@ class Sources(Web):
             return httpx.Response(200, json=self.signed)
         if request.url.path == "/v1/files":
             return httpx.Response(201, json={"urls": {"get": "https://api/v1/files/f1"}})
-        return httpx.Response(200, content=b"a cat")
+        return httpx.Response(200, content=self.file)
 
-    def sent(self, **provider_input: Any) -> dict[str, Any]:
+    def sent(self, provider: Any = None, **provider_input: Any) -> dict[str, Any]:
         """What a worker that has these sources would send to the provider."""
         job = a_job(provider_input=provider_input, image_inputs=["image", "more"])
 
         async def call() -> dict[str, Any]:
             async with httpx.AsyncClient(transport=httpx.MockTransport(self.handle)) as http:
                 storage = Storage(http, self.url, "key", 10**6, 0)
-                provider = Replicate(http, "https://api/v1", TOKEN)
+                given = provider or Replicate(http, "https://api/v1", TOKEN)
                 one = worker.Worker(mock.Mock(), mock.Mock(), {}, storage, mock.Mock())
-                return await one._with_sources(provider, job)
+                return await one._with_sources(given, job)
 
         return asyncio.run(call())
 
@@ -338,6 +338,15 @@ def test_a_source_image_is_uploaded_where_storage_is_not_public(url):
     uploads = [request for request in web.requests if request.url.path == "/v1/files"]
     assert [b'filename="cat.png"' in upload.content for upload in uploads] == [True, False]
     assert all(b"\r\n\r\na cat\r\n" in upload.content for upload in uploads)
+
+
+def test_a_provider_that_fetches_nothing_is_given_the_file_also_where_storage_is_public():
+    web = Sources("https://project.supabase.co", {"signedURL": SIGNED})
+    web.file = png().getvalue()
+
+    sent = web.sent(provider=worker.Preview(0, 0), image="u/cat.png")
+
+    assert sent["image"].startswith("preview:")
 
 
 def test_a_source_image_that_was_not_given_is_left_out():
@@ -802,3 +811,57 @@ def test_a_preview_depends_on_prompt_seed_and_size_only():
 
     assert same[0] == same[1]
     assert len({*same, *others}) == 4
+
+
+def png(size: tuple[int, int] = (40, 30)) -> io.BytesIO:
+    file = io.BytesIO()
+    Image.new("RGB", size, (0, 255, 0)).save(file, "PNG")
+    return file
+
+
+def preview(*steps: str, image: str | None = None) -> bytes:
+    """What the preview provider draws in a new worker that does these steps."""
+
+    async def run() -> bytes:
+        provider = worker.Preview(0, 0)
+        given = {"prompt": "p", "seed": 1, "width": 64, "height": 64}
+        job = a_job(provider_input=given | ({"image": image} if image else {}))
+        address = await provider.upload("cat.png", png()) if "upload" in steps else None
+        sent = job.provider_input | ({"image": address} if address else {})
+        job_id = await provider.create(job, sent) if "create" in steps else "preview-7"
+        (output,) = (await provider.result(job, job_id, lambda percent: None)).outputs
+        return bytes(output)
+
+    return asyncio.run(run())
+
+
+def test_a_preview_starts_from_its_source():
+    plain, from_source = preview("create"), preview("upload", "create", image="u/cat.png")
+
+    assert from_source != plain
+    assert from_source == preview("upload", "create", image="u/cat.png")
+
+
+def test_a_preview_whose_source_went_with_another_worker_is_lost():
+    with pytest.raises(JobError) as refusal:
+        preview(image="u/cat.png")
+
+    assert refusal.value.code == "result_lost"
+
+
+@pytest.mark.parametrize("content", [b"", b"a cat", png((8000, 8000)).getvalue()], ids=len)
+def test_a_source_that_is_no_sane_picture_is_the_users_fault(content):
+    with pytest.raises(JobError) as refusal:
+        worker.shrink_source(io.BytesIO(content))
+
+    assert refusal.value.code == "invalid_input"
+
+
+def test_previews_keep_a_bounded_number_of_sources():
+    async def upload_many() -> worker.Preview:
+        provider = worker.Preview(0, 0)
+        for _ in range(worker.MAX_PREVIEW_SOURCES + 3):
+            await provider.upload("cat.png", png())
+        return provider
+
+    assert len(asyncio.run(upload_many()).sources) == worker.MAX_PREVIEW_SOURCES
