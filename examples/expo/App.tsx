@@ -13,7 +13,7 @@ api.ping().catch(() => undefined);
 export function App() {
   const user = useUser();
   return (
-    <SafeAreaProvider>
+    <SafeAreaProvider style={{ backgroundColor: color.ground }}>
       <SafeAreaView style={{ flex: 1, backgroundColor: color.ground }}>
         <StatusBar barStyle="light-content" />
         {user === null && <SignIn />}

@@ -61,7 +61,7 @@ class App:
 
     def __init__(self, page: Page, db: Database) -> None:
         self.page, self.db = page, db
-        self.email = f"{uuid.uuid4()}@example.com"
+        self.email = f"ada-{uuid.uuid4().hex[:12]}@example.com"
         self.user_id = ""
         self.problems: list[str] = []
         self.requests: list[str] = []

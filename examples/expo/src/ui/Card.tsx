@@ -116,9 +116,9 @@ const styles = StyleSheet.create({
     overflow: 'hidden',
     paddingTop: space.s,
   },
-  reason: { color: color.text, fontSize: 15, lineHeight: 21, paddingHorizontal: space.l },
-  progress: { color: color.text, fontSize: 14, paddingHorizontal: space.l },
-  actions: { flexDirection: 'row', gap: space.l, paddingHorizontal: space.l, paddingTop: space.m },
+  reason: { color: color.text, fontSize: 14, lineHeight: 19, paddingHorizontal: space.m },
+  progress: { color: color.text, fontSize: 14, lineHeight: 19, paddingHorizontal: space.m },
+  actions: { flexDirection: 'row', gap: space.l, paddingHorizontal: space.m, paddingTop: space.s },
   track: { backgroundColor: color.edge, height: 3, left: 0, position: 'absolute', right: 0, top: 0 },
   done: { backgroundColor: color.light, height: 3 },
 });
