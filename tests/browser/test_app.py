@@ -1,11 +1,13 @@
 """The example app in a real browser, against the real stack and real workers."""
 
+import io
 import json
 import re
 import statistics
 
 import pytest
 from app_page import App, sleep
+from PIL import Image
 from playwright.sync_api import expect
 from worker_process import eventually
 
@@ -291,6 +293,28 @@ def test_a_picture_opens_at_its_full_size(alice, workers):
     full = alice.page.locator('[aria-modal="true"] img[src^="blob:"]')
     eventually(lambda: full.first.evaluate("image => image.naturalWidth") == 1024)
     alice.shot("viewer")
+
+
+def test_a_picture_may_start_from_one_that_was_picked(alice, workers, tmp_path):
+    picked = tmp_path / "lawn.png"
+    Image.new("RGB", (300, 200), (0, 255, 0)).save(picked)
+    workers.start()
+    with alice.page.expect_file_chooser() as chooser:
+        alice.press("Start from a picture")
+    chooser.value.set_files(picked)
+    expect(alice.page.get_by_text("Starts from your picture")).to_be_visible()
+
+    alice.ask(LIGHTHOUSE)
+
+    alice.until_drawn(LIGHTHOUSE)
+    (job,) = alice.jobs()
+    path = alice.db.value(
+        "select storage_path from public.images where generation_id = %s", job["id"]
+    )
+    picture = Image.open(io.BytesIO(workers.stored_file(path))).convert("RGB")
+    red, green, blue = picture.getpixel((0, 0))
+    assert job["input"]["image"] == f"{alice.user_id}/{job['idempotency_key']}"
+    assert green > 150 > max(red, blue)
 
 
 def test_signing_out_leaves_nothing_on_the_device(alice, workers):
