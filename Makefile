@@ -5,6 +5,9 @@ MAKEFLAGS += --no-print-directory
 PYTHON := .venv/bin/python
 STACK := $(PYTHON) scripts/stack.py
 APP_NODE = cd examples/expo && PATH="$$(echo $(CURDIR)/node_modules/node-linux-*/bin):$$PATH"
+APP_FORMAT := node_modules/.bin/deno fmt --no-config --line-width=100 --single-quote \
+	--ignore=examples/expo/src/darkroom/database.types.ts
+APP_SOURCES := examples/expo/*.ts examples/expo/*.tsx examples/expo/src examples/expo/__tests__
 MIGRATION := supabase/migrations/20261121000000_create_darkroom.sql
 
 # Show this list.
@@ -72,8 +75,9 @@ lint:
 	@$(PYTHON) -m ruff format --check .
 	@$(PYTHON) -m mypy worker.py scripts examples
 
-# Check the types of the app.
+# Check style and types of the app.
 lint-app:
+	@$(APP_FORMAT) --check --quiet $(APP_SOURCES)
 	@$(APP_NODE) node node_modules/typescript/bin/tsc --noEmit
 
 # Build the app's types of the database from the migrations, in a stack of its own.

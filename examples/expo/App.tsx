@@ -15,7 +15,7 @@ export function App() {
   return (
     <SafeAreaProvider style={{ backgroundColor: color.ground }}>
       <SafeAreaView style={{ flex: 1, backgroundColor: color.ground }}>
-        <StatusBar barStyle="light-content" />
+        <StatusBar barStyle='light-content' />
         {user === null && <SignIn />}
         {user && <Studio key={user.id} user={user} />}
       </SafeAreaView>

@@ -1,6 +1,6 @@
 /**
- * An image of a private bucket, for expo-image: it sends the header and caches under the path, which
- * stays the same, where a signed address would be a new file every time.
+ * An image of a private bucket, for expo-image: it sends the header and caches under the path,
+ * which stays the same, where a signed address would be a new file every time.
  */
 import { Image, type ImageSource } from 'expo-image';
 import { useEffect, useState } from 'react';

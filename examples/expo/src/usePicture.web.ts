@@ -1,6 +1,6 @@
 /**
- * An image of a private bucket, for a browser, which sends no header for an <img>: it is fetched once
- * and kept under its path, so it also shows without a network.
+ * An image of a private bucket, for a browser, which sends no header for an <img>: it is fetched
+ * once and kept under its path, so it also shows without a network.
  */
 import type { ImageSource } from 'expo-image';
 import { useEffect, useState } from 'react';

@@ -1,6 +1,6 @@
 /**
- * Who is signed in. The app remembers that by itself: with an expired token and no network supabase-js
- * knows of no session, but the gallery is on the device all the same.
+ * Who is signed in. The app remembers that by itself: with an expired token and no network
+ * supabase-js knows of no session, but the gallery is on the device all the same.
  */
 import AsyncStorage from '@react-native-async-storage/async-storage';
 import { useEffect, useState } from 'react';
@@ -19,9 +19,10 @@ const REMEMBERED = 'darkroom.user';
 export function useUser(): User | null | undefined {
   const [user, setUser] = useState<User | null>();
   useEffect(() => {
-    void AsyncStorage.getItem(REMEMBERED).then((text) => {
-      setUser((known) => known ?? (JSON.parse(text ?? 'null') as User | null));
-    });
+    void AsyncStorage.getItem(REMEMBERED).then(
+      (text) => setUser((known) => known ?? (JSON.parse(text ?? 'null') as User | null)),
+      () => setUser((known) => known ?? null),
+    );
     const { data } = supabase.auth.onAuthStateChange((event, session) => {
       if (session) {
         const { id, email = '' } = session.user;

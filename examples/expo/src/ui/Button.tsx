@@ -1,4 +1,4 @@
-import { Pressable, StyleSheet, Text, type StyleProp, type ViewStyle } from 'react-native';
+import { Pressable, type StyleProp, StyleSheet, Text, type ViewStyle } from 'react-native';
 
 import { color, space } from './theme';
 
@@ -16,7 +16,7 @@ export function Button({ title, onPress, kind = 'quiet', isChosen, isDisabled, s
   const isLit = kind === 'main' || isChosen;
   return (
     <Pressable
-      accessibilityRole="button"
+      accessibilityRole='button'
       accessibilityState={{ disabled: !!isDisabled, selected: !!isChosen }}
       disabled={!!isDisabled}
       hitSlop={6}
@@ -28,7 +28,9 @@ export function Button({ title, onPress, kind = 'quiet', isChosen, isDisabled, s
         style,
       ]}
     >
-      <Text style={[styles.text, isLit && styles.lit, kind === 'main' && styles.large]}>{title}</Text>
+      <Text style={[styles.text, isLit && styles.lit, kind === 'main' && styles.large]}>
+        {title}
+      </Text>
     </Pressable>
   );
 }

@@ -26,18 +26,18 @@ export function Card({ generation, width, isOnline, hasRetry, onOpen, onCancel, 
   const state = local ?? job.status;
   return (
     <View testID={`card-${state}`} id={key} style={{ width }}>
-      {job.status === 'completed' ? (
-        <Developed generation={generation} size={width} isOnline={isOnline} onOpen={onOpen} />
-      ) : (
-        <View style={[styles.tray, { height: width }]}>
-          <Undeveloped
-            generation={generation}
-            hasRetry={hasRetry}
-            onCancel={onCancel}
-            onRetry={onRetry}
-          />
-        </View>
-      )}
+      {job.status === 'completed'
+        ? <Developed generation={generation} size={width} isOnline={isOnline} onOpen={onOpen} />
+        : (
+          <View style={[styles.tray, { height: width }]}>
+            <Undeveloped
+              generation={generation}
+              hasRetry={hasRetry}
+              onCancel={onCancel}
+              onRetry={onRetry}
+            />
+          </View>
+        )}
       <Text numberOfLines={2} style={styles.caption}>
         {job.prompt}
       </Text>
@@ -54,10 +54,14 @@ function Developed({
   const image = job.images[0];
   const source = usePicture(image ? (image.preview_path ?? image.path) : null, isOnline);
   return (
-    <Pressable accessibilityRole="button" accessibilityLabel={`Open: ${job.prompt}`} onPress={onOpen}>
+    <Pressable
+      accessibilityRole='button'
+      accessibilityLabel={`Open: ${job.prompt}`}
+      onPress={onOpen}
+    >
       <Image
         accessibilityLabel={job.prompt}
-        contentFit="cover"
+        contentFit='cover'
         placeholder={image?.blurhash ? { blurhash: image.blurhash } : null}
         source={source}
         style={[styles.tray, { height: size, width: size }]}
@@ -80,8 +84,8 @@ function Undeveloped({
       <>
         <Text style={styles.reason}>{why}</Text>
         <View style={styles.actions}>
-          {!hasRetry && <Button title="Try again" onPress={onRetry} />}
-          {local === 'refused' && <Button title="Dismiss" onPress={onCancel} />}
+          {!hasRetry && <Button title='Try again' onPress={onRetry} />}
+          {local === 'refused' && <Button title='Dismiss' onPress={onCancel} />}
         </View>
       </>
     );
@@ -93,7 +97,7 @@ function Undeveloped({
       </View>
       <Text style={styles.progress}>{progress(generation)}</Text>
       <View style={styles.actions}>
-        <Button title="Cancel" isDisabled={job.cancel_requested} onPress={onCancel} />
+        <Button title='Cancel' isDisabled={job.cancel_requested} onPress={onCancel} />
       </View>
     </>
   );
@@ -119,6 +123,13 @@ const styles = StyleSheet.create({
   reason: { color: color.text, fontSize: 14, lineHeight: 19, paddingHorizontal: space.m },
   progress: { color: color.text, fontSize: 14, lineHeight: 19, paddingHorizontal: space.m },
   actions: { flexDirection: 'row', gap: space.l, paddingHorizontal: space.m, paddingTop: space.s },
-  track: { backgroundColor: color.edge, height: 3, left: 0, position: 'absolute', right: 0, top: 0 },
+  track: {
+    backgroundColor: color.edge,
+    height: 3,
+    left: 0,
+    position: 'absolute',
+    right: 0,
+    top: 0,
+  },
   done: { backgroundColor: color.light, height: 3 },
 });

@@ -59,10 +59,10 @@ export function Composer({ models, isPaid, generate }: Props) {
   return (
     <View style={styles.form}>
       <TextInput
-        accessibilityLabel="Prompt"
+        accessibilityLabel='Prompt'
         multiline
         onChangeText={setPrompt}
-        placeholder="A lighthouse at dusk, oil painting"
+        placeholder='A lighthouse at dusk, oil painting'
         placeholderTextColor={color.quiet}
         style={styles.prompt}
         value={prompt}
@@ -71,7 +71,7 @@ export function Composer({ models, isPaid, generate }: Props) {
         {models.map((each) => (
           <Button
             key={each.id}
-            kind="choice"
+            kind='choice'
             isChosen={each === model}
             isDisabled={each.paused_until !== null || (each.requires_paid && !isPaid)}
             title={`${each.title}, ${price(each) ? credits(price(each)) : 'included'}`}
@@ -83,7 +83,7 @@ export function Composer({ models, isPaid, generate }: Props) {
         {SIZES.map(([name]) => (
           <Button
             key={name}
-            kind="choice"
+            kind='choice'
             isChosen={name === sizeName}
             title={name}
             onPress={() => setSizeName(name)}
@@ -97,7 +97,7 @@ export function Composer({ models, isPaid, generate }: Props) {
         />
       )}
       {problem !== '' && <Text style={styles.problem}>{problem}</Text>}
-      <Button kind="main" title="Generate" isDisabled={!isReady} onPress={press} />
+      <Button kind='main' title='Generate' isDisabled={!isReady} onPress={press} />
     </View>
   );
 }

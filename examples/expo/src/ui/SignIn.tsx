@@ -27,40 +27,40 @@ export function SignIn() {
         <Text style={styles.title}>Darkroom</Text>
         <Text style={styles.text}>Ask for a picture. Come back for it.</Text>
         <TextInput
-          accessibilityLabel="Email"
-          autoCapitalize="none"
-          autoComplete="email"
-          inputMode="email"
+          accessibilityLabel='Email'
+          autoCapitalize='none'
+          autoComplete='email'
+          inputMode='email'
           onChangeText={setEmail}
-          placeholder="Email"
+          placeholder='Email'
           placeholderTextColor={color.quiet}
           style={styles.field}
           value={email}
         />
         <TextInput
-          accessibilityLabel="Password"
-          autoComplete="password"
+          accessibilityLabel='Password'
+          autoComplete='password'
           onChangeText={setPassword}
           onSubmitEditing={() => isReady && void enter('signInWithPassword')}
-          placeholder="Password, six characters or more"
+          placeholder='Password, six characters or more'
           placeholderTextColor={color.quiet}
           secureTextEntry
           style={styles.field}
           value={password}
         />
         <Button
-          kind="main"
-          title="Sign in"
+          kind='main'
+          title='Sign in'
           isDisabled={!isReady}
           onPress={() => void enter('signInWithPassword')}
         />
         <Button
-          title="Create an account"
+          title='Create an account'
           style={styles.second}
           isDisabled={!isReady}
           onPress={() => void enter('signUp')}
         />
-        <Text accessibilityRole="alert" style={styles.problem}>
+        <Text accessibilityRole='alert' style={styles.problem}>
           {problem}
         </Text>
       </View>

@@ -2,7 +2,7 @@
 import { useMemo, useState } from 'react';
 import { FlatList, StyleSheet, Text, useWindowDimensions, View } from 'react-native';
 
-import { GenerationStore, listen, useGenerations, type Generation } from '../darkroom';
+import { type Generation, GenerationStore, listen, useGenerations } from '../darkroom';
 import { environment } from '../environment';
 import { api, supabase } from '../supabase';
 import { signOut, type User } from '../useUser';
@@ -29,6 +29,7 @@ export function Studio({ user }: { user: User }) {
   const listWidth = (isWide ? width - SIDE_WIDTH : width) - 2 * space.l;
   const columns = Math.max(2, Math.floor((listWidth + space.m) / (TILE_WIDTH + space.m)));
   const tileWidth = Math.floor((listWidth - (columns - 1) * space.m) / columns);
+  const retried = new Set(darkroom.generations.map(({ job }) => job.retry_of));
   const shown = darkroom.generations.find(({ key }) => key === shownKey);
 
   const head = (
@@ -36,17 +37,21 @@ export function Studio({ user }: { user: User }) {
       <View style={styles.bar}>
         <Text style={styles.name}>Darkroom</Text>
         {darkroom.credits !== null && (
-          <Text testID="credits" style={styles.credits}>
+          <Text testID='credits' style={styles.credits}>
             {credits(darkroom.credits)}
           </Text>
         )}
       </View>
-      <Composer models={darkroom.models} generate={darkroom.generate} isPaid={darkroom.entitlement?.plan === 'paid'} />
+      <Composer
+        models={darkroom.models}
+        isPaid={darkroom.entitlement?.plan === 'paid'}
+        generate={darkroom.generate}
+      />
       <View style={styles.bar}>
         <Text numberOfLines={1} style={styles.email}>
           {user.email}
         </Text>
-        <Button title="Sign out" onPress={() => void signOut()} />
+        <Button title='Sign out' onPress={() => void signOut()} />
       </View>
     </View>
   );
@@ -55,7 +60,7 @@ export function Studio({ user }: { user: User }) {
       generation={item}
       width={tileWidth}
       isOnline={darkroom.isOnline}
-      hasRetry={darkroom.generations.some(({ job }) => job.retry_of && job.retry_of === item.job.job_id)}
+      hasRetry={retried.has(item.job.job_id)}
       onOpen={() => setShownKey(item.key)}
       onCancel={() => void darkroom.cancel(item.key)}
       onRetry={() => darkroom.retry(item.key)}
@@ -64,7 +69,7 @@ export function Studio({ user }: { user: User }) {
   return (
     <View style={styles.page}>
       {!darkroom.isOnline && (
-        <Text accessibilityRole="alert" testID="offline" style={styles.offline}>
+        <Text accessibilityRole='alert' testID='offline' style={styles.offline}>
           No connection. What you ask for is kept and sent later.
         </Text>
       )}
@@ -79,13 +84,21 @@ export function Studio({ user }: { user: User }) {
           columnWrapperStyle={styles.row}
           contentContainerStyle={styles.list}
           ListHeaderComponent={isWide ? null : head}
-          ListEmptyComponent={<Text style={styles.empty}>Nothing here yet. Ask for a picture.</Text>}
+          ListEmptyComponent={
+            <Text style={styles.empty}>Nothing here yet. Ask for a picture.</Text>
+          }
           onEndReached={() => void darkroom.loadMore()}
           onEndReachedThreshold={1}
           style={styles.fill}
         />
       </View>
-      {shown && <Viewer job={shown.job} isOnline={darkroom.isOnline} onClose={() => setShownKey(null)} />}
+      {shown && (
+        <Viewer
+          job={shown.job}
+          isOnline={darkroom.isOnline}
+          onClose={() => setShownKey(null)}
+        />
+      )}
     </View>
   );
 }
@@ -102,7 +115,12 @@ const styles = StyleSheet.create({
     width: SIDE_WIDTH,
   },
   top: { gap: space.l, paddingBottom: space.l },
-  bar: { alignItems: 'baseline', flexDirection: 'row', gap: space.m, justifyContent: 'space-between' },
+  bar: {
+    alignItems: 'baseline',
+    flexDirection: 'row',
+    gap: space.m,
+    justifyContent: 'space-between',
+  },
   name: { color: color.light, fontSize: 24, fontWeight: '700', letterSpacing: -0.5 },
   credits: { color: color.text, fontSize: 15, fontVariant: ['tabular-nums'] },
   email: { color: color.quiet, flexShrink: 1, fontSize: 14 },

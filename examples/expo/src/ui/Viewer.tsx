@@ -15,23 +15,25 @@ interface Props {
 
 export function Viewer({ job, isOnline, onClose }: Props) {
   return (
-    <Modal animationType="fade" onRequestClose={onClose} transparent visible>
-      <Pressable accessibilityLabel="Close" onPress={onClose} style={styles.shade} />
-      <View pointerEvents="box-none" style={styles.page}>
-        <View pointerEvents="box-none" style={styles.pictures}>
+    <Modal animationType='fade' onRequestClose={onClose} transparent visible>
+      <Pressable accessibilityLabel='Close' onPress={onClose} style={styles.shade} />
+      <View pointerEvents='box-none' style={styles.page}>
+        <View pointerEvents='box-none' style={styles.pictures}>
           {job.images.map((image) => (
             <Picture key={image.path} image={image} label={job.prompt} isOnline={isOnline} />
           ))}
         </View>
         <Text style={styles.prompt}>{job.prompt}</Text>
-        <Button title="Close" onPress={onClose} />
+        <Button title='Close' onPress={onClose} />
       </View>
     </Modal>
   );
 }
 
 /** The preview, which the gallery has shown already, until the full picture is here. */
-function Picture({ image, label, isOnline }: { image: JobImage; label: string; isOnline: boolean }) {
+function Picture(
+  { image, label, isOnline }: { image: JobImage; label: string; isOnline: boolean },
+) {
   // Browsers do not draw an SVG that is served as a download, which they all are.
   const isDrawn = image.content_type !== 'image/svg+xml';
   const full = usePicture(isDrawn ? image.path : null, isOnline);
@@ -39,9 +41,9 @@ function Picture({ image, label, isOnline }: { image: JobImage; label: string; i
   return (
     <Image
       accessibilityLabel={label}
-      contentFit="contain"
+      contentFit='contain'
       placeholder={preview}
-      placeholderContentFit="contain"
+      placeholderContentFit='contain'
       source={full ?? preview}
       style={styles.picture}
     />
