@@ -9,19 +9,10 @@ export type Api = ReturnType<typeof createApi>;
 
 /** A request without an answer for so long counts as lost. */
 const TIMEOUT_MS = 15_000;
+const UPLOAD_TIMEOUT_MS = 120_000;
 
 type Functions = Database['public']['Functions'];
-
-interface Answers {
-  ping: { ok: true; server_time: string };
-  list_models: Model[];
-  get_entitlement: Entitlement;
-  list_generations: Page;
-  list_active_jobs: Job[];
-  enqueue_generation: EnqueueAnswer;
-  retry_generation: EnqueueAnswer;
-  cancel_generation: Job;
-}
+type Args = Functions[keyof Functions]['Args'];
 
 /** Why a call did not succeed. */
 export class DarkroomError extends Error {
@@ -32,74 +23,80 @@ export class DarkroomError extends Error {
     readonly status: number,
     /** What is wrong and what to do, for people. */
     readonly detail = '',
-    /** Nobody knows whether it was done: repeat it, with the same key. */
+    /** Nobody knows whether it was done, or it lacks a session: repeat it, with the same key. */
     readonly isUnanswered = false,
   ) {
     super(token);
   }
 }
 
+const unreachable = (status: number, detail: string) =>
+  new DarkroomError('unreachable', status, detail, true);
+
+/** Whether a status says nothing of the request: somebody on the way answered, or nobody. */
+const isOnTheWay = (status: number) => status < 400 || status >= 500 || [408, 429].includes(status);
+
+function inTime<T>(ms: number, request: (signal: AbortSignal) => PromiseLike<T>): Promise<T> {
+  const abort = new AbortController();
+  return new Promise((resolve, reject) => {
+    const timer = setTimeout(() => {
+      abort.abort();
+      reject(unreachable(0, 'There was no answer in time.'));
+    }, ms);
+    void request(abort.signal).then(resolve, reject).then(() => clearTimeout(timer));
+  });
+}
+
 export function createApi(supabase: Client) {
   /** Calls a function; with an expired session once more, after refreshing it. */
-  async function call<F extends keyof Answers>(
-    name: F,
-    args: Functions[F]['Args'],
-    { get = false, isRepeated = false } = {},
-  ): Promise<Answers[F]> {
-    const abort = new AbortController();
-    const timer = setTimeout(() => abort.abort(), TIMEOUT_MS);
-    const { data, error, status } = await supabase
-      .rpc(name as never, args as never, { get })
-      .retry(false) // supabase-js would repeat reads by itself: here whoever asked decides that
-      .abortSignal(abort.signal);
-    clearTimeout(timer);
-    if (!error) return data as Answers[F];
-    if (status === 401 && !isRepeated && (await supabase.auth.refreshSession()).data.session) {
-      return call(name, args, { get, isRepeated: true });
-    }
-    // Codes PT... are the database's own. Other errors from 500 on are somebody's on the way.
-    if (status === 0 || ((status >= 500 || status === 429) && !error.code?.startsWith('PT'))) {
-      throw new DarkroomError('unreachable', status, error.message, true);
-    }
-    throw new DarkroomError(
-      error.message,
-      status,
-      [error.details, error.hint].filter(Boolean).join('. '),
+  async function call<T>(name: keyof Functions, args: Args, get = false, again = true): Promise<T> {
+    const { data, error, status } = await inTime(TIMEOUT_MS, (signal) =>
+      supabase
+        .rpc(name as never, args as never, { get })
+        .retry(false) // supabase-js would repeat reads by itself: here whoever asked decides that
+        .abortSignal(signal),
     );
+    if (!error && data !== null) return data as T;
+    if (status === 401 && again && (await supabase.auth.refreshSession()).data.session) {
+      return call(name, args, get, false);
+    }
+    // Codes PT... are the database's own, whatever the status.
+    const isTold = error && (error.code?.startsWith('PT') || !isOnTheWay(status));
+    if (!isTold) throw unreachable(status, error?.message ?? '');
+    const detail = [error.details, error.hint].filter(Boolean).join('. ');
+    throw new DarkroomError(error.message, status, detail, status === 401);
   }
 
-  const read = { get: true };
+  const read = <T>(name: keyof Functions, args: Args = {}) => call<T>(name, args, true);
 
   return {
     /** Warms the path to the database. Nobody should wait for it. */
-    ping: () => call('ping', {}, read),
-    models: () => call('list_models', {}, read),
-    entitlement: () => call('get_entitlement', {}, read),
+    ping: () => read<{ ok: true; server_time: string }>('ping'),
+    models: () => read<Model[]>('list_models'),
+    entitlement: () => read<Entitlement>('get_entitlement'),
     /** A page of the history, newest first: what comes before `before`. */
     page: (before: string | null) =>
-      call('list_generations', { page_size: 20, ...(before && { before }) }, read),
+      read<Page>('list_generations', { page_size: 20, ...(before && { before }) }),
     /** All active jobs, and these whatever their state. */
-    activeJobs: (job_ids: string[]) => call('list_active_jobs', { job_ids }, read),
+    activeJobs: (job_ids: string[]) => read<Job[]>('list_active_jobs', { job_ids }),
     /** Asks for a picture. Safe to repeat with the same key: charged once. */
     enqueue: (model: string, prompt: string, params: Params, idempotency_key: string) =>
-      call('enqueue_generation', { model, prompt, params, idempotency_key }),
+      call<EnqueueAnswer>('enqueue_generation', { model, prompt, params, idempotency_key }),
     /** Asks again for what failed or was canceled. Safe to repeat. */
-    retry: (job_id: string) => call('retry_generation', { job_id }),
-    cancel: (job_id: string) => call('cancel_generation', { job_id }),
+    retry: (job_id: string) => call<EnqueueAnswer>('retry_generation', { job_id }),
+    cancel: (job_id: string) => call<Job>('cancel_generation', { job_id }),
 
     /** Puts a source picture where only its user can read it. Safe to repeat. */
     async uploadSource(path: string, uri: string, contentType: string): Promise<void> {
-      const content = await fetch(uri).then(
-        (file) => file.arrayBuffer(),
-        () => null,
-      );
+      const content = await fetch(uri).then((file) => file.arrayBuffer()).catch(() => null);
       if (!content) throw new DarkroomError('source_lost', 0, 'It is no longer on this device.');
-      const options = { contentType, upsert: true };
-      const { error } = await supabase.storage.from('inputs').upload(path, content, options);
+      const { error } = await inTime(UPLOAD_TIMEOUT_MS, () =>
+        supabase.storage.from('inputs').upload(path, content, { contentType, upsert: true }),
+      );
       if (!error) return;
-      const status = Number('status' in error && error.status) || 0;
-      const isUnanswered = status === 0 || status === 401 || status >= 500;
-      throw new DarkroomError('source_refused', status, error.message, isUnanswered);
+      const status = error.status ?? 0;
+      if (isOnTheWay(status)) throw unreachable(status, error.message);
+      throw new DarkroomError('source_refused', status, error.message, status === 401);
     },
   };
 }

@@ -1,6 +1,6 @@
-export { createApi, DarkroomError, type Api, type Client } from './api';
+export * from './api';
 export type { Database, Json } from './database.types';
-export { listen } from './realtime';
-export { GenerationStore, type Environment, type Generation, type Snapshot, type Source } from './store';
+export * from './realtime';
+export * from './store';
 export type { Entitlement, Job, JobImage, Model, Params } from './types';
-export { useGenerations } from './useGenerations';
+export * from './useGenerations';

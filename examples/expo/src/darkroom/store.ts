@@ -1,21 +1,20 @@
 /**
  * The user's generations as an app shows them, without a framework.
  *
- * State comes from reads only; answers and hints are reasons to read. A request is on the list before
- * it is sent, and on the device until it is answered: it is repeated with its key however often its
- * answer is lost, so it is done and charged once.
+ * State comes from reads only; answers and hints are reasons to read. A request is on the list
+ * before it is sent, and on the device until it is answered: it is repeated with its key however
+ * often its answer is lost, so it is done and charged once.
  */
-import { DarkroomError, type Api } from './api';
-import type { EnqueueAnswer, Entitlement, Job, Model, Page, Params } from './types';
+import type { SupportedStorage } from '@supabase/supabase-js';
 
-/** What the device gives; `storage` is AsyncStorage, or made like it. */
+import { DarkroomError, type Api } from './api';
+import { Loop } from './loop';
+import type { EnqueueAnswer, Entitlement, Job, Model, Params } from './types';
+
+/** What the device gives. */
 export interface Environment {
-  storage: {
-    getItem(key: string): Promise<string | null>;
-    setItem(key: string, value: string): Promise<void>;
-    removeItem(key: string): Promise<void>;
-    getAllKeys(): Promise<readonly string[]>;
-  };
+  /** AsyncStorage, or made like it. */
+  storage: SupportedStorage & { getAllKeys(): Promise<readonly string[]> };
   /** A new unique id, at most 255 characters. */
   newKey(): string;
   isVisible(): boolean;
@@ -34,7 +33,7 @@ export interface Source {
 export interface Generation {
   /** Stays when the placeholder becomes the job: the key of its card. */
   key: string;
-  /** Sending, waiting for the network, or refused; null once the server has it. */
+  /** Sending (it, or that it is canceled), waiting for the network, refused; null: it is there. */
   local: 'sending' | 'waiting' | 'refused' | null;
   /** As read last; of a placeholder what is known of it, with an empty `job_id`. */
   job: Job;
@@ -42,66 +41,65 @@ export interface Generation {
 }
 
 export type Snapshot = ReturnType<GenerationStore['getSnapshot']>;
-type Timer = ReturnType<typeof setTimeout>;
 
 /** The same wish again within this time, or before it was answered, is a double press. */
 const SAME_PRESS_MS = 1_000;
-const SAVE_AFTER_MS = 300;
 const KEPT_GENERATIONS = 40;
+const LEAST_PAUSE_MS = 1_000;
 
-const backoff = (failures: number) => Math.min(30_000, 1_000 * 2 ** (failures - 1));
-const isFinished = (job: Job) => job.job_id !== '' && job.poll_after_ms === null;
-const isUnsent = ({ local }: Generation) => local === 'sending' || local === 'waiting';
+/** Ids are in the order of time; what has none yet is newer than all. */
+const idOf = ({ job }: Generation) => job.job_id || '~';
+const isUnsent = ({ local }: Generation) => local === 'sending';
+const isFinished = (job: Job) => job.poll_after_ms === null;
 const isActive = ({ local, job }: Generation) => !local && !isFinished(job);
-/** Is a retry of that job, under way or done. */
-const isRetry = ({ local, job }: Generation, of: string | null) =>
-  !!of && job.retry_of === of && local !== 'refused' && !['failed', 'canceled'].includes(job.status);
+const hasFailed = ({ status }: Job) => status === 'failed' || status === 'canceled';
+/** Of a job there is one retry that is under way or done, however often it is asked for. */
+const isRetry = (job: Job, of: string | null) => !!of && job.retry_of === of && !hasFailed(job);
+/** Whether the job is this generation, or came of it. */
+const isOf = (found: Job, { key, local, job }: Generation) =>
+  found.job_id === job.job_id ||
+  (!!local && (found.idempotency_key === key || isRetry(found, job.retry_of)));
+const byPress = (a: Generation, b: Generation) => (a.job.created_at < b.job.created_at ? 1 : -1);
+const isGeneration = (found: Generation | null): found is Generation => !!found?.key && !!found.job;
 
 /** A job of which the server has not told yet. */
 const draft = (known: Partial<Job>): Job => ({
   job_id: '', status: 'queued', stage: null, progress: null, attempt: null, queue_position: null,
-  eta_seconds: null, poll_after_ms: null, cancel_requested: false, model: '', alias: null,
+  eta_seconds: null, poll_after_ms: 0, cancel_requested: false, model: '', alias: null,
   batch_id: null, retry_of: null, idempotency_key: null, prompt: '', params: {}, price_credits: 0,
   refunded_credits: 0, error: null, images: [], is_favorite: false, tags: [], started_at: null,
   finished_at: null, created_at: new Date().toISOString(), ...known,
 });
 
-function throwUnlessDarkroom(error: unknown): asserts error is DarkroomError {
-  if (!(error instanceof DarkroomError)) throw error;
-}
-
 export class GenerationStore {
   private generations: readonly Generation[] = [];
   private models: readonly Model[] = [];
   private entitlement: Entitlement | null = null;
-  private nextBefore: string | null | undefined; // undefined before the first page
-  private failures = 0; // requests without an answer, in a row
-  private snapshot = this.look();
-  private readonly subscribers = new Set<() => void>();
+  private nextBefore = ''; // the history is on the list from here ...
+  private newest = ''; // ... up to here; what is newer came one by one
+  private press = { wish: '', key: '', at: 0 };
 
-  private isRunning = false;
+  private isStarted = false;
+  private isStale = true;
+  private isEntitlementStale = true;
+  private written: Promise<void>;
   private stopWatching = () => {};
   private stopListening = () => {};
-  private saveTimer: Timer | undefined;
-
-  private isReading = false;
-  private isReadAgain = false;
-  private isPageStale = true;
-  private isEntitlementStale = true;
-  private readTimer: Timer | undefined;
-
-  private isSending = false;
-  private sendTimer: Timer | undefined;
-  private charges = 0;
-  private press = { wish: '', key: '', at: 0 };
+  private readonly subscribers = new Set<() => void>();
+  private readonly isAwake = () => this.isStarted && this.environment.isVisible();
+  private readonly sends = new Loop(this.isAwake, () => this.send(), (done) => this.ended(done));
+  private readonly reads = new Loop(this.isAwake, () => this.read(), (done) => this.ended(done));
+  private snapshot = this.look();
 
   /** `listen` takes what to call with hints, and answers how to stop: see realtime.ts. */
   constructor(
     private readonly api: Api,
     private readonly environment: Environment,
     private readonly userId: string,
-    private readonly listen: (hint: (jobId?: string) => void) => () => void = () => () => {},
-  ) {}
+    private readonly listen: (hint: () => void) => () => void = () => () => {},
+  ) {
+    this.written = this.load().catch(() => undefined).then(this.changed);
+  }
 
   subscribe = (subscriber: () => void) => {
     this.subscribers.add(subscriber);
@@ -110,15 +108,16 @@ export class GenerationStore {
 
   getSnapshot = () => this.snapshot;
 
-  /** Shows what is on the device, then what the server tells. */
+  /** Shows what the server tells. */
   start = (): void => {
-    this.isRunning = true;
+    this.isStarted = true;
     this.stopWatching = this.environment.onChange(this.wake);
-    void this.load().then(this.wake);
+    this.wake();
   };
 
+  /** Asks nothing and keeps nothing any more: the user may have signed out. */
   stop = (): void => {
-    this.isRunning = false;
+    this.isStarted = false;
     this.stopWatching();
     this.wake();
   };
@@ -127,7 +126,8 @@ export class GenerationStore {
   generate = (model: Model, prompt: string, params: Params, source: Source | null = null) => {
     const wish = JSON.stringify([model.id, prompt, params, source?.uri]);
     const last = this.press.wish === wish && this.find(this.press.key);
-    if (last && (isUnsent(last) || Date.now() - this.press.at < SAME_PRESS_MS)) return last.key;
+    const isRecent = last && (isUnsent(last) || Date.now() - this.press.at < SAME_PRESS_MS);
+    if (isRecent && !last.job.cancel_requested) return last.key;
     const key = this.environment.newKey();
     this.press = { wish, key, at: Date.now() };
     const path = this.sourcePath(key);
@@ -135,292 +135,239 @@ export class GenerationStore {
     const isPaid = this.entitlement?.plan === 'paid';
     const price_credits = isPaid ? model.paid_price_credits : model.price_credits;
     const job = { model: model.id, prompt, params: { ...params, ...paths }, price_credits };
-    this.add({ key, local: 'sending', job: draft(job), source });
+    this.put({ key, local: 'sending', job: draft(job), source });
     return key;
   };
 
   /** Sends what was refused again; asks anew for what failed or was canceled. */
   retry = (key: string): void => {
     const known = this.find(key);
-    if (known?.local === 'refused') {
-      this.change(key, { error: null }, 'sending');
-      void this.send();
-    } else if (known && !this.generations.some((g) => isRetry(g, known.job.job_id))) {
-      const { job_id: retry_of, model, prompt, params, price_credits } = known.job;
-      const job = draft({ retry_of, model, prompt, params, price_credits });
-      this.add({ key: this.environment.newKey(), local: 'sending', job, source: null });
-    }
+    if (known?.local === 'refused') this.change(key, { error: null }, { local: 'sending' });
+    if (!known || !hasFailed(known.job)) return;
+    const { job_id: retry_of, model, prompt, params, price_credits } = known.job;
+    if (this.generations.some((g) => g.local !== 'refused' && isRetry(g.job, retry_of))) return;
+    const job = draft({ retry_of, model, prompt, params, price_credits });
+    this.put({ key: this.environment.newKey(), local: 'sending', job, source: null });
   };
 
   /** Cancels; what is not known to be sent is sent first, for it may have been. */
   cancel = async (key: string): Promise<void> => {
-    const known = this.find(key);
-    if (!known) return;
-    if (known.local === 'refused') return this.drop(key);
-    this.change(key, { cancel_requested: true });
-    if (known.local) return;
-    try {
-      this.merge(await this.api.cancel(known.job.job_id));
-    } catch (error) {
-      throwUnlessDarkroom(error);
-      this.change(key, { cancel_requested: false });
-    }
-    await this.sync();
+    if (this.find(key)?.local === 'refused') this.drop(key);
+    else this.change(key, { cancel_requested: true }, { local: 'sending' });
   };
 
   /** Shows the next page of the history. */
   loadMore = async (): Promise<void> => {
     const before = this.nextBefore;
     if (!before) return;
-    this.nextBefore = null; // one at a time
-    try {
-      const page = await this.api.page(before);
-      page.generations.forEach(this.merge);
-      this.nextBefore = page.next_before;
-    } catch (error) {
-      throwUnlessDarkroom(error);
-      this.nextBefore = before;
-    }
-    this.changed();
+    this.nextBefore = ''; // one at a time
+    const page = await this.ask((api) => api.page(before)).catch(() => null);
+    if (this.nextBefore) return; // meanwhile the list began anew, above a gap
+    this.nextBefore = page ? (page.next_before ?? '') : before;
+    this.merge(page?.generations ?? []);
   };
 
   // --- sending ---
 
+  /** Sends in the order of the presses. */
   private async send(): Promise<void> {
-    if (this.isSending || !this.isAwake()) return;
-    this.isSending = true;
-    clearTimeout(this.sendTimer);
-    try {
-      for (let next; (next = this.generations.filter(isUnsent).pop()); this.failures = 0) {
-        await this.sendOne(next);
-      }
-    } catch (error) {
-      throwUnlessDarkroom(error);
-      this.failures += 1;
-      this.generations.filter(isUnsent).forEach(({ key }) => this.change(key, {}, 'waiting'));
-      const wait = backoff(this.failures);
-      if (this.isAwake()) this.sendTimer = setTimeout(() => void this.send(), wait);
-    } finally {
-      this.isSending = false;
-      this.changed();
-    }
+    for (let next; (next = this.generations.findLast(isUnsent)); ) await this.sendOne(next);
   }
 
-  private async sendOne({ key, job, source }: Generation): Promise<void> {
-    const { storage } = this.environment;
+  private async sendOne(next: Generation): Promise<void> {
+    const { key, job } = next;
+    await this.written; // from here on it may be sent any number of times, and is done once
     try {
-      // On the device first: from here on it may be sent any number of times, and is done once.
-      await storage.setItem(this.name('outbox', key), JSON.stringify(this.find(key)));
-      if (source) await this.api.uploadSource(this.sourcePath(key), source.uri, source.contentType);
-      const answer = job.retry_of
-        ? await this.api.retry(job.retry_of)
-        : await this.api.enqueue(job.model, job.prompt, job.params, key);
-      this.take(key, answer);
+      if (!job.job_id) return this.take(key, await this.request(next));
+      await this.ask((api) => api.cancel(job.job_id));
     } catch (error) {
-      throwUnlessDarkroom(error);
-      if (error.isUnanswered || error.status === 401) throw error;
-      this.change(key, { error: { code: error.token, message: error.detail } }, 'refused');
+      if (!(error instanceof DarkroomError) || error.isUnanswered) throw error;
+      const { token: code, detail: message } = error;
+      const news = { error: { code, message }, cancel_requested: false };
+      if (!job.job_id) return this.change(key, news, { local: 'refused' });
     }
-    const isUnwanted = this.find(key)?.job.cancel_requested;
-    await storage.removeItem(this.name('outbox', key));
-    if (isUnwanted) await this.cancel(key);
+    this.change(key, {}, { local: null }); // canceled, or ended before: a read tells
+    this.reads.within(0);
+  }
+
+  private async request({ key, job, source }: Generation): Promise<EnqueueAnswer> {
+    const { model, prompt, params, retry_of } = job;
+    const path = this.sourcePath(key);
+    if (source) await this.ask((api) => api.uploadSource(path, source.uri, source.contentType));
+    return this.ask((api) =>
+      retry_of ? api.retry(retry_of) : api.enqueue(model, prompt, params, key),
+    );
   }
 
   /** Turns a placeholder into the job that was made of it. */
-  private take(key: string, answer: EnqueueAnswer): void {
-    const { job_id, status, credits_left, queue_position, eta_seconds } = answer;
-    const poll_after_ms = answer.poll_after_ms ?? 0; // has it ended, its pictures are to be read
-    this.charges += 1;
-    if (this.entitlement) this.entitlement = { ...this.entitlement, credits: credits_left };
-    if (this.generations.some((g) => g.key !== key && g.job.job_id === job_id)) {
+  private take(key: string, { credits_left, reused, ...news }: EnqueueAnswer): void {
+    const known = this.find(key);
+    const poll_after_ms = news.poll_after_ms ?? 0; // has it ended, its pictures are to be read
+    if (this.generations.some((g) => g !== known && idOf(g) === news.job_id)) {
       this.drop(key); // an older job answers this wish
-    } else if (this.find(key)?.local) {
-      this.change(key, { job_id, status, queue_position, eta_seconds, poll_after_ms }, null);
+    } else if (known?.local) {
+      const local = known.job.cancel_requested ? 'sending' : null;
+      this.change(key, { ...news, poll_after_ms }, { local });
     }
-    this.planRead();
+    if (this.entitlement) this.entitlement = { ...this.entitlement, credits: credits_left };
+    // A balance read meanwhile may be newer than this one, or about to be taken and older.
+    this.isEntitlementStale ||= !known?.local || this.reads.isBusy;
+    this.reads.within(poll_after_ms);
   }
 
   // --- reading ---
 
-  private sync = async (): Promise<void> => {
-    this.isReadAgain = this.isReading;
-    if (this.isReading || !this.isAwake()) return;
-    this.isReading = true;
-    try {
-      do {
-        this.isReadAgain = false;
-        await this.read();
-        this.failures = 0;
-      } while (this.isReadAgain && this.isAwake());
-      this.planRead();
-    } catch (error) {
-      throwUnlessDarkroom(error);
-      this.failures += 1;
-      this.planRead(backoff(this.failures));
-    } finally {
-      this.isReading = false;
-      this.changed();
-    }
-  };
-
   private async read(): Promise<void> {
-    let asked = this.generations.filter(isActive).map(({ job }) => job.job_id);
-    const isPageRead = this.isPageStale;
-    if (isPageRead) {
-      const [page, models] = await Promise.all([this.api.page(null), this.api.models()]);
-      this.models = models;
-      this.takeFirstPage(page);
-      this.isPageStale = false;
-      asked = asked.filter((id) => !page.generations.some((job) => job.job_id === id));
+    await this.written; // what is on the device comes first
+    if (this.isStale) {
+      this.isStale = false;
+      this.isEntitlementStale = true;
+      await this.readFirstPage();
+    } else {
+      const asked = this.generations.filter(isActive).map(idOf).slice(-100); // the server's limit
+      this.merge(await this.ask((api) => api.activeJobs(asked)), asked);
     }
-    if (!isPageRead || asked.length) {
-      asked = asked.slice(0, 100);
-      const jobs = await this.api.activeJobs(asked);
-      const gone = asked.filter((id) => !jobs.some((job) => job.job_id === id));
-      this.generations = this.generations.filter(({ job }) => !gone.includes(job.job_id));
-      jobs.forEach(this.merge);
+    if (this.isEntitlementStale) {
+      this.isEntitlementStale = false;
+      this.entitlement = await this.ask((api) => api.entitlement());
+    }
+    const waits = this.generations.filter(isActive).map(({ job }) => job.poll_after_ms!);
+    this.reads.within(Math.max(LEAST_PAUSE_MS, Math.min(...waits)));
+  }
+
+  private async readFirstPage(): Promise<void> {
+    const known = this.generations;
+    const [{ generations: jobs, next_before }, models] = await Promise.all([
+      this.ask((api) => api.page(null)),
+      this.ask((api) => api.models()),
+    ]);
+    const end = next_before ?? '';
+    const reaches = end <= this.newest; // else there is a gap between it and what is older
+    const covered = known.filter((g) => idOf(g) >= end || !(reaches || isActive(g))).map(idOf);
+    if (!reaches || end < this.nextBefore) this.nextBefore = end;
+    this.newest = jobs[0]?.job_id ?? end;
+    this.models = models;
+    this.merge(jobs, covered);
+  }
+
+  /** Takes what a read tells of jobs, in the place of what was known; `asked` in vain is gone. */
+  private merge(jobs: readonly Job[], asked: readonly string[] = []): void {
+    const gone = asked.filter((id) => !jobs.some((job) => job.job_id === id));
+    this.generations = this.generations.filter((g) => g.local || !gone.includes(idOf(g)));
+    for (const job of jobs) {
+      const known = this.generations.find((g) => isOf(job, g));
+      if (known && isUnsent(known) && known.job.cancel_requested) continue; // to be canceled first
+      if (known && isFinished(known.job) && !isFinished(job)) continue; // overtaken by its end
+      // Charged, elsewhere or here without an answer, or given back.
+      this.isEntitlementStale ||= known?.local !== null || job.refunded_credits > 0;
+      const key = known?.key ?? job.idempotency_key ?? job.job_id;
+      this.put({ key, local: null, job, source: null });
     }
     this.changed();
-    if (!this.isEntitlementStale) return;
-    const charges = this.charges;
-    const entitlement = await this.api.entitlement();
-    if (charges !== this.charges) return; // it may be from before the last charge
-    this.entitlement = entitlement;
-    this.isEntitlementStale = false;
-  }
-
-  /** Takes the newest page. What is older stays if the page reaches it and there is more. */
-  private takeFirstPage({ generations: jobs, next_before }: Page): void {
-    const ids = jobs.map((job) => job.job_id);
-    const [newest = '', oldest = ''] = [ids[0], ids.at(-1)];
-    const isKnown = this.generations.some(({ job }) => ids.includes(job.job_id));
-    const reaches = this.nextBefore !== undefined && next_before !== null && isKnown;
-    this.generations = this.generations.filter(
-      ({ local, job: { job_id: id } }) =>
-        local || ids.includes(id) || id > newest || (reaches && id < oldest),
-    );
-    if (!reaches) this.nextBefore = next_before;
-    jobs.forEach(this.merge);
-  }
-
-  /** Takes what a read tells of a job, in the place of what was known. */
-  private merge = (job: Job): void => {
-    const isHere = (g: Generation) =>
-      g.job.job_id === job.job_id ||
-      (g.local && (g.key === job.idempotency_key || isRetry({ ...g, job }, g.job.retry_of)));
-    const known = this.generations.find(isHere);
-    if (!known) {
-      const before = (g: Generation) => g.local !== null || g.job.job_id > job.job_id;
-      const at = this.generations.filter(before).length;
-      const found: Generation = { key: job.job_id, local: null, job, source: null };
-      this.generations = this.generations.toSpliced(at, 0, found);
-    } else if (isFinished(job) || !isFinished(known.job)) {
-      // else it was overtaken: what has ended stays so
-      const isRefunded = !isFinished(known.job) && job.refunded_credits > 0;
-      this.isEntitlementStale ||= known.local !== null || isRefunded;
-      this.change(known.key, job, null);
-    }
-  };
-
-  /** Reads again after a while, or when the first of the active jobs asks for it. */
-  private planRead(wait?: number): void {
-    const waits = this.generations.filter(isActive).map(({ job }) => job.poll_after_ms!);
-    clearTimeout(this.readTimer);
-    wait ??= Math.min(...waits);
-    if (this.isAwake() && wait < Infinity) this.readTimer = setTimeout(this.sync, wait);
   }
 
   // --- the app comes and goes ---
 
-  private isAwake = () => this.isRunning && this.environment.isVisible();
-
   /** Shown: reads, listens anew, reads again once it listens. Hidden: asks nothing at all. */
   private wake = (): void => {
+    this.isStale = true;
     this.stopListening();
-    this.stopListening = () => {};
-    clearTimeout(this.readTimer);
-    clearTimeout(this.sendTimer);
-    if (!this.isAwake()) return;
-    this.isPageStale = true;
-    this.isEntitlementStale = true;
-    void this.sync();
-    void this.send();
-    this.stopListening = this.listen((jobId) => {
-      this.isPageStale ||= !!jobId && !this.generations.some((g) => g.job.job_id === jobId);
-      void this.sync();
-    });
+    this.stopListening = this.isAwake() ? this.listen(this.reads.now) : () => {};
+    void this.reads.now();
+    void this.sends.now();
   };
+
+  private async ask<T>(request: (api: Api) => Promise<T>): Promise<T> {
+    if (!this.isAwake()) throw new DarkroomError('hidden', 0, 'The app is hidden.', true);
+    return request(this.api);
+  }
 
   // --- the list ---
 
   private find = (key: string) => this.generations.find((g) => g.key === key);
 
-  private add(placeholder: Generation): void {
-    this.generations = [placeholder, ...this.generations];
-    this.changed();
-    void this.send();
+  private change(key: string, news: Partial<Job>, more: Partial<Generation> = {}): void {
+    const known = this.find(key);
+    if (known) this.put({ ...known, ...more, job: { ...known.job, ...news } });
   }
 
-  private change(key: string, news: Partial<Job>, local?: Generation['local']): void {
-    this.generations = this.generations.map((g) =>
-      g.key === key
-        ? { ...g, local: local === undefined ? g.local : local, job: { ...g.job, ...news } }
-        : g,
-    );
+  /** After requests: what was told is kept; what was missed if they failed is read later. */
+  private ended(isDone: boolean): void {
+    this.isStale ||= !isDone;
     this.changed();
+    const { models, entitlement } = this;
+    const generations = this.generations.filter((g) => !g.local).slice(0, KEPT_GENERATIONS);
+    this.write('cache', { generations, models, entitlement });
+  }
+
+  /** Puts it where it was, or where its time is; keeps and sends what the server does not have. */
+  private put(next: Generation): void {
+    const known = this.find(next.key);
+    if (known?.local || next.local) this.write(`outbox.${next.key}`, next.local ? next : null);
+    const at = this.generations.findIndex((g) => (known ? g === known : idOf(g) <= idOf(next)));
+    this.generations = this.generations.toSpliced(at < 0 ? Infinity : at, known ? 1 : 0, next);
+    this.changed();
+    if (isUnsent(next)) void this.sends.now();
   }
 
   private drop(key: string): void {
     this.generations = this.generations.filter((g) => g.key !== key);
+    this.write(`outbox.${key}`, null);
     this.changed();
   }
 
+  private changed = (): void => {
+    this.snapshot = this.look();
+    this.subscribers.forEach((tell) => tell());
+  };
+
   private look() {
     const { generations, models, entitlement } = this;
-    const pending = generations.filter(isUnsent).reduce((sum, g) => sum + g.job.price_credits, 0);
+    const isOnline = this.reads.failures + this.sends.failures === 0;
+    const shown = (g: Generation): Generation =>
+      isUnsent(g) && !isOnline ? { ...g, local: 'waiting' } : g;
+    const price = (g: Generation) => (isUnsent(g) && !g.job.job_id ? g.job.price_credits : 0);
+    const pending = generations.reduce((sum, g) => sum + price(g), 0);
     return {
-      generations,
+      generations: generations.map(shown),
       models,
       entitlement,
       /** The balance when all that is on its way has been charged; null if not known. */
       credits: entitlement && Math.max(0, entitlement.credits - pending),
-      hasMore: !!this.nextBefore,
-      /** Whether the last request was answered, as far as is known. */
-      isOnline: this.failures === 0,
+      hasMore: this.nextBefore !== '',
+      /** Whether requests get through, as far as is known. */
+      isOnline,
     };
-  }
-
-  private changed(): void {
-    this.snapshot = this.look();
-    this.subscribers.forEach((tell) => tell());
-    this.saveTimer ??= setTimeout(() => void this.save(), SAVE_AFTER_MS);
   }
 
   // --- the device ---
 
-  private name = (...parts: string[]) => ['darkroom', this.userId, ...parts].join('.');
-
   private sourcePath = (key: string) => `${this.userId}/${key}`;
+  private name = (name: string) => `darkroom.${this.userId}.${name}`;
 
-  private async save(): Promise<void> {
-    this.saveTimer = undefined;
-    const generations = this.generations.filter((g) => !g.local).slice(0, KEPT_GENERATIONS);
-    const { models, entitlement } = this;
-    const cache = JSON.stringify({ generations, models, entitlement });
-    await this.environment.storage.setItem(this.name('cache'), cache);
+  /** One after the other. What the device does not take is shown and sent all the same. */
+  private write(name: string, value: object | null): void {
+    const { storage } = this.environment;
+    const text = JSON.stringify(value);
+    const write = async () => {
+      if (!value) await storage.removeItem(this.name(name));
+      else if (this.isStarted) await storage.setItem(this.name(name), text);
+    };
+    this.written = this.written.then(write).catch(() => undefined);
   }
 
+  /** Shows what is on the device. What cannot be read there is as good as not there. */
   private async load(): Promise<void> {
     const { storage } = this.environment;
+    const read = async (name: string) => JSON.parse((await storage.getItem(name)) ?? 'null');
     const all = await storage.getAllKeys();
-    const names = all.filter((name) => name.startsWith(this.name('outbox', ''))).sort().reverse();
-    const texts = await Promise.all([this.name('cache'), ...names].map((name) => storage.getItem(name)));
-    const [cache, ...unsent] = texts.map((text) => JSON.parse(text ?? 'null'));
-    const known = new Set(this.generations.map((g) => g.key));
-    const found: Generation[] = [...unsent, ...(cache?.generations ?? [])];
-    this.generations = [...this.generations, ...found.filter((g) => g && !known.has(g.key))];
-    this.models = cache?.models ?? [];
-    this.entitlement = cache?.entitlement ?? null;
-    this.changed();
+    const names = all.filter((name) => name.startsWith(this.name('outbox.')));
+    const unsent = await Promise.all(names.map((name) => read(name).catch(() => null)));
+    this.generations = [...this.generations, ...unsent.filter(isGeneration).sort(byPress)];
+    const { generations, models, entitlement } = await read(this.name('cache'));
+    const isNew = (g: Generation) => isGeneration(g) && !this.find(g.key);
+    this.generations = [...this.generations, ...generations.filter(isNew)];
+    this.models = [...models];
+    this.entitlement = entitlement;
   }
 }

@@ -1,7 +1,7 @@
 /**
- * What Darkroom's functions answer. To PostgreSQL all of it is `json`, so the generated types cannot
- * know it: what is a column is taken from them, the rest is written down, and the tests hold real
- * answers against it. Times are ISO 8601.
+ * What Darkroom's functions answer. To PostgreSQL all of it is `json`, so the generated types
+ * cannot know it: what is a column is taken from them, the rest is written down, and the tests hold
+ * real answers against it. Times are ISO 8601.
  */
 import type { Database, Json } from './database.types';
 
@@ -17,14 +17,13 @@ export type JobImage = Columns<
   'position' | 'preview_path' | 'content_type' | 'width' | 'height' | 'bytes' | 'blurhash'
 > & { path: string; is_public: boolean };
 
-type JobColumns = Columns<
-  'generations',
-  | ('batch_id' | 'retry_of' | 'idempotency_key' | 'prompt' | 'price_credits' | 'is_favorite')
-  | ('created_at' | 'started_at' | 'finished_at')
->;
-
 /** One generation, as every function shows it. */
-export interface Job extends JobColumns {
+export interface Job
+  extends Columns<
+    'generations',
+    | ('batch_id' | 'retry_of' | 'idempotency_key' | 'prompt' | 'price_credits' | 'is_favorite')
+    | ('created_at' | 'started_at' | 'finished_at')
+  > {
   job_id: string;
   status: Status;
   stage: 'generating' | 'storing' | null;
