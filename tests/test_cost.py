@@ -38,7 +38,8 @@ def costs(db) -> list[tuple[str, float | None, Decimal | None]]:
 )
 def test_where_nobody_knows_how_many_images_come_the_most_is_charged(db, alice, worker, rule):
     db.execute(
-        "update public.models set image_count_input = %s, client_inputs = %s, input_schema = %s"
+        "update public.models set"
+        " image_inputs = '{}', image_count_input = %s, client_inputs = %s, input_schema = %s"
         " where id = %s",
         "n" if rule else None,
         ["n"] if rule else [],

@@ -70,7 +70,7 @@ def test_anybody_can_list_the_models_on_offer(visitor, method):
 
     preview = models[PREVIEW]
     assert (preview["price_credits"], preview["requires_paid"]) == (1, False)
-    assert preview["inputs"].keys() == {"width", "height", "seed", "num_outputs"}
+    assert preview["inputs"].keys() == {"image", "width", "height", "seed", "num_outputs"}
     assert preview["inputs"]["width"]["maximum"] == 2048
     assert "black-forest-labs/flux-dev" not in models, "it is not active"
 

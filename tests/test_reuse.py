@@ -63,12 +63,6 @@ def test_what_is_not_whole_is_not_reused(db, alice, bob, worker):
 def test_what_was_made_from_a_picture_is_not_reused(db, alice, worker):
     path = f"{alice.id}/cat.png"
     db.execute("insert into storage.objects (bucket_id, name) values ('inputs', %s)", path)
-    db.execute(
-        "update public.models set image_inputs = '{image}', client_inputs = client_inputs ||"
-        " '{image}', input_schema = jsonb_set(input_schema, '{properties,image}',"
-        ' \'{"type": "string"}\') where id = %s',
-        PREVIEW,
-    )
     completed(alice, worker, params={"seed": 7, "image": path})
 
     assert alice.enqueue(params=AGAIN | {"image": path})["reused"] is False
