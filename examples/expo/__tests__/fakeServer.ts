@@ -32,6 +32,8 @@ export class FakeServer {
   /** What jobs take; null if no job was ever completed. */
   meanSeconds: number | null = null;
   ledger: { job_id: string; kind: 'charge' | 'refund'; amount: number }[] = [];
+  /** What the next requests for a picture fail with. */
+  refusal: Error | null = null;
   private lastId = 0;
 
   charges = () => this.ledger.filter(({ kind }) => kind === 'charge').length;
@@ -40,6 +42,7 @@ export class FakeServer {
   // --- what users call ---
 
   enqueue(model: string, prompt: string, params: Params, key: string | null): EnqueueAnswer {
+    if (this.refusal) throw this.refusal;
     const known = key && this.jobs.find((job) => job.idempotency_key === key);
     if (known) {
       const isSame = JSON.stringify([model, prompt, params]) ===
@@ -188,7 +191,7 @@ export class FakeServer {
   }
 
   /** As private.poll_after_ms in sql/48_eta.sql. */
-  private pollAfter(job: Job): number | null {
+  pollAfter(job: Job): number | null {
     if (job.finished_at !== null) return null;
     const age = (Date.now() - Date.parse(job.created_at)) / 1000;
     const due = this.meanSeconds === null ? null : this.meanSeconds - age;
@@ -214,6 +217,8 @@ export class FakePhone {
   /** What was asked, by function. */
   readonly requests: Partial<Record<Call, number>> = {};
   requestsWhileHidden = 0;
+  /** What was stored on the device when it was asked last, by function. */
+  readonly heldAtRequest: Partial<Record<Call, string[]>> = {};
   /** `lossy`: what is asked is done, but no answer arrives. */
   network: 'on' | 'off' | 'lossy' = 'on';
   /** How long a request travels, and its answer. */
@@ -330,6 +335,7 @@ export class FakePhone {
     if (app.isDead) return new Promise(() => {});
     this.requests[name] = (this.requests[name] ?? 0) + 1;
     if (!app.isVisible) this.requestsWhileHidden += 1;
+    this.heldAtRequest[name] = [...this.stored.keys()].filter((key) => key.includes('outbox'));
     const { cut, held } = this;
     await this.travel();
     if (this.network === 'off') throw unreachable();

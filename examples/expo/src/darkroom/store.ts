@@ -45,7 +45,6 @@ export type Snapshot = ReturnType<GenerationStore['getSnapshot']>;
 /** The same wish again within this time, or before it was answered, is a double press. */
 const SAME_PRESS_MS = 1_000;
 const KEPT_GENERATIONS = 40;
-const LEAST_PAUSE_MS = 1_000;
 
 /** Ids are in the order of time; what has none yet is newer than all. */
 const idOf = ({ job }: Generation) => job.job_id || '~';
@@ -171,6 +170,7 @@ export class GenerationStore {
 
   /** Sends in the order of the presses. */
   private async send(): Promise<void> {
+    await this.written; // what is on the device comes first
     for (let next; (next = this.generations.findLast(isUnsent)); ) await this.sendOne(next);
   }
 
@@ -232,7 +232,7 @@ export class GenerationStore {
       this.entitlement = await this.ask((api) => api.entitlement());
     }
     const waits = this.generations.filter(isActive).map(({ job }) => job.poll_after_ms!);
-    this.reads.within(Math.max(LEAST_PAUSE_MS, Math.min(...waits)));
+    this.reads.within(Math.max(1_000, Math.min(...waits))); // no less, whatever was said
   }
 
   private async readFirstPage(): Promise<void> {
