@@ -1,7 +1,7 @@
 /** The API over a real supabase-js client; only the network is not real. */
 import { createClient } from '@supabase/supabase-js';
 
-import { createApi, DarkroomError, type Api, type Database } from '../src/darkroom';
+import { type Api, createApi, DarkroomError, type Database } from '../src/darkroom';
 
 interface Request {
   method: string;
@@ -129,7 +129,12 @@ describe('a request', () => {
       'enqueue',
       () => api.enqueue('darkroom/preview', 'a cat', { width: 768 }, 'key'),
       'enqueue_generation',
-      { model: 'darkroom/preview', prompt: 'a cat', params: { width: 768 }, idempotency_key: 'key' },
+      {
+        model: 'darkroom/preview',
+        prompt: 'a cat',
+        params: { width: 768 },
+        idempotency_key: 'key',
+      },
     ],
     ['retry', () => api.retry(JOB), 'retry_generation', { job_id: JOB }],
     ['cancel', () => api.cancel(JOB), 'cancel_generation', { job_id: JOB }],
@@ -142,15 +147,23 @@ describe('a request', () => {
 
 describe('a refusal', () => {
   test('has the token, the status, and details and hint in one', async () => {
-    const body = { code: 'PT402', message: 'insufficient_credits', details: 'need 2, have 1',
-      hint: 'Buy credits.' };
+    const body = {
+      code: 'PT402',
+      message: 'insufficient_credits',
+      details: 'need 2, have 1',
+      hint: 'Buy credits.',
+    };
     gateway.answers = [() => json(402, body)];
 
     const error = await failure(api.enqueue('a', 'b', {}, 'c'));
 
     expect(error).toBeInstanceOf(DarkroomError);
-    expect(error).toMatchObject({ token: 'insufficient_credits', status: 402,
-      detail: 'need 2, have 1. Buy credits.', isUnanswered: false });
+    expect(error).toMatchObject({
+      token: 'insufficient_credits',
+      status: 402,
+      detail: 'need 2, have 1. Buy credits.',
+      isUnanswered: false,
+    });
   });
 
   test.each([
@@ -321,8 +334,12 @@ describe('a source picture', () => {
 
     const error = await failure(upload());
 
-    expect(error).toMatchObject({ token: 'source_refused', status, detail: body.message,
-      isUnanswered: false });
+    expect(error).toMatchObject({
+      token: 'source_refused',
+      status,
+      detail: body.message,
+      isUnanswered: false,
+    });
   });
 
   test.each<[string, Answer]>([

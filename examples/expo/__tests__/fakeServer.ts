@@ -3,16 +3,28 @@
  * keys, charges and refunds, one retry at a time, pages, when to ask again. The phone's network
  * fails in every way a network can, and its storage outlives the app.
  */
-import { DarkroomError, GenerationStore, type Api, type Environment } from '../src/darkroom';
+import { type Api, DarkroomError, type Environment, GenerationStore } from '../src/darkroom';
 import type { EnqueueAnswer, Job, Model, Params, Status } from '../src/darkroom/types';
 
 export const USER_ID = '01a20068-0000-7000-8000-000000000001';
 
 export const MODEL: Model = {
-  id: 'darkroom/preview', title: 'Preview', price_credits: 1, paid_price_credits: 1,
-  requires_paid: false, paused_until: null, max_images: 1, inputs: {}, image_inputs: ['image'],
+  id: 'darkroom/preview',
+  title: 'Preview',
+  price_credits: 1,
+  paid_price_credits: 1,
+  requires_paid: false,
+  paused_until: null,
+  max_images: 1,
+  inputs: {},
+  image_inputs: ['image'],
 };
-export const DEAR_MODEL: Model = { ...MODEL, id: 'dear', price_credits: 100, paid_price_credits: 2 };
+export const DEAR_MODEL: Model = {
+  ...MODEL,
+  id: 'dear',
+  price_credits: 100,
+  paid_price_credits: 2,
+};
 export const PAID_MODEL: Model = { ...MODEL, id: 'paid', requires_paid: true };
 
 const refusal = (status: number, token: string, detail = '') =>
@@ -95,9 +107,16 @@ export class FakeServer {
 
   entitlement() {
     return {
-      user_id: USER_ID, plan: this.plan, paid_until: null, credits: this.balance, is_busy: false,
-      active_jobs: this.active().length, max_active: this.maxActive, minute_jobs: 0,
-      max_per_minute: 100, max_batch: 3,
+      user_id: USER_ID,
+      plan: this.plan,
+      paid_until: null,
+      credits: this.balance,
+      is_busy: false,
+      active_jobs: this.active().length,
+      max_active: this.maxActive,
+      minute_jobs: 0,
+      max_per_minute: 100,
+      max_batch: 3,
     };
   }
 
@@ -109,8 +128,17 @@ export class FakeServer {
 
   complete(job = this.newest()): void {
     const path = `${USER_ID}/${job.job_id}/0.png`;
-    const image = { position: 0, path, preview_path: null, content_type: 'image/png', width: 1024,
-      height: 1024, bytes: 1, blurhash: 'LEHV6nWB2yk8pyo0adR*.7kCMdnj', is_public: false };
+    const image = {
+      position: 0,
+      path,
+      preview_path: null,
+      content_type: 'image/png',
+      width: 1024,
+      height: 1024,
+      bytes: 1,
+      blurhash: 'LEHV6nWB2yk8pyo0adR*.7kCMdnj',
+      is_public: false,
+    };
     this.end(job, 'completed', 0, { images: [image] });
   }
 
@@ -153,11 +181,32 @@ export class FakeServer {
       throw refusal(402, 'insufficient_credits', `need ${price}, have ${this.balance}`);
     }
     const job: StoredJob = {
-      job_id: this.newId(), status: 'queued', stage: null, progress: null, attempt: 0,
-      cancel_requested: false, queue_position: null, eta_seconds: null, poll_after_ms: null,
-      alias: null, batch_id: null, retry_of: null, idempotency_key: null, prompt: '', params: {},
-      price_credits: price, refunded_credits: 0, error: null, images: [], is_favorite: false,
-      tags: [], created_at: now(), started_at: null, finished_at: null, isDeleted: false, ...asked,
+      job_id: this.newId(),
+      status: 'queued',
+      stage: null,
+      progress: null,
+      attempt: 0,
+      cancel_requested: false,
+      queue_position: null,
+      eta_seconds: null,
+      poll_after_ms: null,
+      alias: null,
+      batch_id: null,
+      retry_of: null,
+      idempotency_key: null,
+      prompt: '',
+      params: {},
+      price_credits: price,
+      refunded_credits: 0,
+      error: null,
+      images: [],
+      is_favorite: false,
+      tags: [],
+      created_at: now(),
+      started_at: null,
+      finished_at: null,
+      isDeleted: false,
+      ...asked,
     };
     this.jobs.push(job);
     this.move(job, 'charge', -price);

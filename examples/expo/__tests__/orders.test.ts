@@ -26,7 +26,8 @@ const EVENTS: Record<string, Event> = {
   'it begins': ({ server }) => server.jobs.forEach((job) => server.begin(job)),
   'it is completed': ({ server }) => server.jobs.forEach((job) => server.complete(job)),
   'it fails': ({ server }) => server.jobs.forEach((job) => server.fail(job)),
-  'it is canceled elsewhere': ({ server }) => server.jobs.forEach((job) => server.stopCanceled(job)),
+  'it is canceled elsewhere': ({ server }) =>
+    server.jobs.forEach((job) => server.stopCanceled(job)),
   'time passes': () => undefined,
 };
 /** These last until the next thing has happened. */

@@ -1,7 +1,7 @@
 /** Hints over a real supabase-js client, from a server that speaks Phoenix's protocol in memory. */
 import { createClient } from '@supabase/supabase-js';
 
-import { listen, type Client } from '../src/darkroom';
+import { type Client, listen } from '../src/darkroom';
 
 const BROADCASTS = 'realtime:user:ada';
 const CHANGES = 'realtime:generations:ada';
@@ -49,8 +49,15 @@ class FakeRealtime {
   }
 
   update(): void {
-    const data = { type: 'UPDATE', schema: 'public', table: 'generations', errors: null,
-      commit_timestamp: '2026-11-24T00:00:00Z', columns: [], record: { id: 'job' } };
+    const data = {
+      type: 'UPDATE',
+      schema: 'public',
+      table: 'generations',
+      errors: null,
+      commit_timestamp: '2026-11-24T00:00:00Z',
+      columns: [],
+      record: { id: 'job' },
+    };
     this.send(CHANGES, 'postgres_changes', { ids: [1], data });
   }
 
@@ -116,7 +123,10 @@ test('begins with the private channel of the user, as the user', async () => {
   await listening();
 
   expect(server.topics()).toEqual([BROADCASTS]);
-  expect(server.joins[0]).toMatchObject({ access_token: 'token of ada', config: { private: true } });
+  expect(server.joins[0]).toMatchObject({
+    access_token: 'token of ada',
+    config: { private: true },
+  });
 });
 
 test('hints when it has begun: what happened before was missed', async () => {

@@ -1,13 +1,6 @@
 /** The rules of the store, one by one. That they hold in every order of events: orders.test.ts. */
 import { DarkroomError } from '../src/darkroom';
-import {
-  DEAR_MODEL,
-  FakePhone,
-  FakeServer,
-  MODEL,
-  PAID_MODEL,
-  USER_ID,
-} from './fakeServer';
+import { DEAR_MODEL, FakePhone, FakeServer, MODEL, PAID_MODEL, USER_ID } from './fakeServer';
 
 let server: FakeServer;
 let phone: FakePhone;
@@ -189,7 +182,12 @@ describe('a double press', () => {
 
   test('of another prompt, model, size or picture is none', async () => {
     await open();
-    const source = { uri: 'file:///cat.jpg', contentType: 'image/jpeg', input: 'image', isList: false };
+    const source = {
+      uri: 'file:///cat.jpg',
+      contentType: 'image/jpeg',
+      input: 'image',
+      isList: false,
+    };
 
     const keys = [
       press(),
@@ -481,7 +479,13 @@ describe('without a network', () => {
     phone.goOn();
     await after(40_000);
 
-    expect(server.jobs.map(({ prompt }) => prompt)).toEqual(['one', 'two', 'three', 'four', 'five']);
+    expect(server.jobs.map(({ prompt }) => prompt)).toEqual([
+      'one',
+      'two',
+      'three',
+      'four',
+      'five',
+    ]);
     expect(prompts()).toEqual(['five', 'four', 'three', 'two', 'one']);
   });
 
@@ -998,7 +1002,10 @@ describe('cancel', () => {
     void phone.store.cancel(key);
     await after(10);
 
-    expect(top()).toMatchObject({ local: null, job: { status: 'completed', cancel_requested: false } });
+    expect(top()).toMatchObject({
+      local: null,
+      job: { status: 'completed', cancel_requested: false },
+    });
     expect(outbox()).toEqual([]);
   });
 
@@ -1196,7 +1203,12 @@ describe('retry', () => {
 });
 
 describe('a picture to start from', () => {
-  const source = { uri: 'file:///cat.jpg', contentType: 'image/jpeg', input: 'image', isList: false };
+  const source = {
+    uri: 'file:///cat.jpg',
+    contentType: 'image/jpeg',
+    input: 'image',
+    isList: false,
+  };
 
   test('is uploaded before the request is sent, to a path of its own', async () => {
     await open();

@@ -2,7 +2,7 @@
 import { act, renderHook } from '@testing-library/react-native';
 import { StrictMode } from 'react';
 
-import { useGenerations, type GenerationStore } from '../src/darkroom';
+import { type GenerationStore, useGenerations } from '../src/darkroom';
 import { FakePhone, FakeServer, MODEL } from './fakeServer';
 
 let server: FakeServer;

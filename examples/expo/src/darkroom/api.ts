@@ -54,8 +54,7 @@ export function createApi(supabase: Client) {
       supabase
         .rpc(name as never, args as never, { get })
         .retry(false) // supabase-js would repeat reads by itself: here whoever asked decides that
-        .abortSignal(signal),
-    );
+        .abortSignal(signal));
     if (!error && data !== null) return data as T;
     if (status === 401 && again && (await supabase.auth.refreshSession()).data.session) {
       return call(name, args, get, false);
@@ -90,8 +89,9 @@ export function createApi(supabase: Client) {
     async uploadSource(path: string, uri: string, contentType: string): Promise<void> {
       const content = await fetch(uri).then((file) => file.arrayBuffer()).catch(() => null);
       if (!content) throw new DarkroomError('source_lost', 0, 'It is no longer on this device.');
-      const { error } = await inTime(UPLOAD_TIMEOUT_MS, () =>
-        supabase.storage.from('inputs').upload(path, content, { contentType, upsert: true }),
+      const { error } = await inTime(
+        UPLOAD_TIMEOUT_MS,
+        () => supabase.storage.from('inputs').upload(path, content, { contentType, upsert: true }),
       );
       if (!error) return;
       const status = error.status ?? 0;

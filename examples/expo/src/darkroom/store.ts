@@ -7,7 +7,7 @@
  */
 import type { SupportedStorage } from '@supabase/supabase-js';
 
-import { DarkroomError, type Api } from './api';
+import { type Api, DarkroomError } from './api';
 import { Loop } from './loop';
 import type { EnqueueAnswer, Entitlement, Job, Model, Params } from './types';
 
@@ -62,6 +62,7 @@ const byPress = (a: Generation, b: Generation) => (a.job.created_at < b.job.crea
 const isGeneration = (found: Generation | null): found is Generation => !!found?.key && !!found.job;
 
 /** A job of which the server has not told yet. */
+// deno-fmt-ignore
 const draft = (known: Partial<Job>): Job => ({
   job_id: '', status: 'queued', stage: null, progress: null, attempt: null, queue_position: null,
   eta_seconds: null, poll_after_ms: 0, cancel_requested: false, model: '', alias: null,
@@ -171,7 +172,7 @@ export class GenerationStore {
   /** Sends in the order of the presses. */
   private async send(): Promise<void> {
     await this.written; // what is on the device comes first
-    for (let next; (next = this.generations.findLast(isUnsent)); ) await this.sendOne(next);
+    for (let next; (next = this.generations.findLast(isUnsent));) await this.sendOne(next);
   }
 
   private async sendOne(next: Generation): Promise<void> {
@@ -195,7 +196,7 @@ export class GenerationStore {
     const path = this.sourcePath(key);
     if (source) await this.ask((api) => api.uploadSource(path, source.uri, source.contentType));
     return this.ask((api) =>
-      retry_of ? api.retry(retry_of) : api.enqueue(model, prompt, params, key),
+      retry_of ? api.retry(retry_of) : api.enqueue(model, prompt, params, key)
     );
   }
 

@@ -11,19 +11,19 @@ type Columns<T extends keyof Tables, C extends keyof Tables[T]['Row']> = Pick<Ta
 export type Status = 'queued' | 'processing' | 'completed' | 'failed' | 'canceled';
 export type Params = { [name: string]: Json };
 
+type File = Columns<'images', 'preview_path' | 'content_type' | 'bytes' | 'blurhash'>;
+
 /** One stored output. The paths are in the bucket `generations`. */
-export type JobImage = Columns<
-  'images',
-  'position' | 'preview_path' | 'content_type' | 'width' | 'height' | 'bytes' | 'blurhash'
-> & { path: string; is_public: boolean };
+export interface JobImage extends File, Columns<'images', 'position' | 'width' | 'height'> {
+  path: string;
+  is_public: boolean;
+}
+
+type Times = Columns<'generations', 'created_at' | 'started_at' | 'finished_at'>;
+type Wish = Columns<'generations', 'batch_id' | 'retry_of' | 'idempotency_key' | 'prompt'>;
 
 /** One generation, as every function shows it. */
-export interface Job
-  extends Columns<
-    'generations',
-    | ('batch_id' | 'retry_of' | 'idempotency_key' | 'prompt' | 'price_credits' | 'is_favorite')
-    | ('created_at' | 'started_at' | 'finished_at')
-  > {
+export interface Job extends Wish, Times, Columns<'generations', 'price_credits' | 'is_favorite'> {
   job_id: string;
   status: Status;
   stage: 'generating' | 'storing' | null;
@@ -58,22 +58,22 @@ export interface Page {
   next_before: string | null;
 }
 
-type Limits = 'max_active' | 'minute_jobs' | 'max_per_minute' | 'max_batch';
+type Limits = Record<'max_active' | 'minute_jobs' | 'max_per_minute' | 'max_batch', number>;
+type Balance = Columns<'entitlements', 'user_id' | 'paid_until' | 'credits' | 'active_jobs'>;
 
-export type Entitlement = Columns<
-  'entitlements',
-  'user_id' | 'paid_until' | 'credits' | 'active_jobs'
-> & { plan: string; is_busy: boolean } & Record<Limits, number>;
+export interface Entitlement extends Balance, Limits {
+  plan: string;
+  is_busy: boolean;
+}
+
+type Price = Columns<'models', 'price_credits' | 'paid_price_credits' | 'requires_paid'>;
 
 /** Prices are per image. */
-export type Model = Columns<
-  'models',
-  'id' | 'title' | 'price_credits' | 'paid_price_credits' | 'requires_paid' | 'max_images'
-> & {
+export interface Model extends Price, Columns<'models', 'id' | 'title' | 'max_images'> {
   /** Null unless it is paused; may be `infinity`. */
   paused_until: string | null;
   /** The JSON schema of each param. */
   inputs: { [name: string]: Json };
   /** Those params that take the path of a picture in the bucket `inputs`. */
   image_inputs: string[];
-};
+}
