@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -39,15 +38,18 @@ WATCH_FOR_CARD = """prompt => {
     }).observe(document.body, {childList: true, subtree: true, characterData: true});
   });
 }"""
-# The time at which the picture of a card is drawn, as time.time() tells it.
+# The time at which the picture of a card is drawn, as time.time() tells it. What is smaller than
+# any preview is the blurhash.
 WAIT_FOR_PICTURE = """async prompt => {
-  for (;;) {
+  const giveUpAt = performance.now() + 20000;
+  while (performance.now() < giveUpAt) {
     const cards = [...document.querySelectorAll('[data-testid="card-completed"]')];
     const card = cards.find(each => each.textContent.includes(prompt));
     const pictures = card ? [...card.querySelectorAll('img[src^="blob:"]')] : [];
-    if (pictures.some(each => each.complete && each.naturalWidth > 64)) return Date.now() / 1000;
+    if (pictures.some(each => each.complete && each.naturalWidth >= 256)) return Date.now() / 1000;
     await new Promise(requestAnimationFrame);
   }
+  throw new Error('no picture within 20 s');
 }"""
 SET_VISIBILITY = """state => {
   Object.defineProperty(document, 'visibilityState', {value: state, configurable: true});
@@ -95,6 +97,10 @@ class App:
         self.write(prompt)
         self.press("Generate")
 
+    def wait(self, seconds: float) -> None:
+        """Let time pass in which nothing should happen, so that there is nothing to wait for."""
+        self.page.wait_for_timeout(seconds * 1000)  # requests are noted meanwhile
+
     def hide(self) -> None:
         self.page.evaluate(SET_VISIBILITY, "hidden")
 
@@ -104,8 +110,13 @@ class App:
     # What the network does.
 
     def slow_3g(self) -> None:
-        session = self.page.context.new_cdp_session(self.page)
-        session.send("Network.emulateNetworkConditions", SLOW_3G)
+        self.page.context.new_cdp_session(self.page).send(
+            "Network.emulateNetworkConditions", SLOW_3G
+        )
+
+    def forget_http_cache(self) -> None:
+        """Let the browser not answer for a server: one of another origin is asked first."""
+        self.page.context.new_cdp_session(self.page).send("Network.clearBrowserCache")
 
     def cut(self) -> None:
         """Let no request reach the server."""
@@ -195,8 +206,3 @@ class App:
 
     def forget_user(self) -> None:
         self.db.execute("delete from auth.users where email = %s", self.email)
-
-
-def sleep(seconds: float) -> None:
-    """Let time pass in which nothing should happen: there is nothing to wait for."""
-    time.sleep(seconds)

@@ -6,7 +6,7 @@ import re
 import statistics
 
 import pytest
-from app_page import App, sleep
+from app_page import App
 from PIL import Image
 from playwright.sync_api import expect
 from worker_process import eventually
@@ -135,9 +135,10 @@ def test_without_a_backend_the_gallery_is_there_and_wishes_are_kept(alice, backe
     worker = workers.start()
     alice.ask(LIGHTHOUSE)
     alice.until_drawn(LIGHTHOUSE)
-    sleep(0.5)  # what is shown is on the device a moment later
+    alice.wait(0.5)  # what is shown is on the device a moment later
     worker.stop()
     backend.gateway.stop()
+    alice.forget_http_cache()
 
     alice.open()
     alice.until_drawn(LIGHTHOUSE)
@@ -233,11 +234,11 @@ def test_a_hidden_app_asks_for_nothing(alice, workers):
     alice.ask(LIGHTHOUSE)
     alice.until(LIGHTHOUSE, "queued")
     alice.hide()
-    sleep(0.5)  # what is under way ends
+    alice.wait(0.5)  # what is under way ends
     before = len(alice.requests)
     workers.start()
     workers.until(str(alice.jobs()[0]["id"]), "completed")
-    sleep(4)
+    alice.wait(4)
 
     assert alice.requests[before:] == []
     alice.show()
@@ -277,7 +278,7 @@ def test_the_history_is_read_page_by_page(alice):
 
     for _ in range(20):
         alice.page.mouse.wheel(0, 1500)
-        sleep(0.1)
+        alice.wait(0.1)
 
     last = alice.card("number 1").filter(has_text=re.compile("number 1$"))
     expect(last).to_be_visible(timeout=15_000)
@@ -370,18 +371,17 @@ def test_a_hint_is_followed_by_a_read_long_before_the_poll(app):
     app.sign_up()
     app.ask(LIGHTHOUSE)
     app.until(LIGHTHOUSE, "queued")
-    eventually(lambda: app.page.wait_for_timeout(50) or hints)
+    eventually(lambda: app.wait(0.05) or hints)
     app.db.execute(
         "update public.generations set created_at = now() - interval '1 hour' where user_id = %s",
         app.user_id,
     )  # so it is polled every ten seconds
-    sleep(0)
-    app.page.wait_for_timeout(3000)
+    app.wait(3)
     before = len(app.requests)
-    app.page.wait_for_timeout(2000)
+    app.wait(2)
     assert app.requests[before:] == []
 
     hints[-1]({"job_id": str(app.jobs()[0]["id"]), "status": "processing"})
 
-    eventually(lambda: app.page.wait_for_timeout(20) or app.requests[before:], within=2)
+    eventually(lambda: app.wait(0.02) or app.requests[before:], within=2)
     assert "rpc/list_active_jobs" in app.requests[before]
