@@ -115,6 +115,14 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         """Say nothing: a line for each request is of no use to anybody."""
 
 
+class Server(http.server.ThreadingHTTPServer):
+    """One that takes it calmly when a browser does not wait for its answer."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 @contextlib.contextmanager
 def serve(folder: Path, api_url: str, port: int = 0) -> Iterator[str]:
     """Serve a folder, and the API, on the loopback address; the value is the URL of both."""
@@ -122,7 +130,7 @@ def serve(folder: Path, api_url: str, port: int = 0) -> Iterator[str]:
     limits = httpx.Limits(keepalive_expiry=2)
     with httpx.Client(base_url=api_url, timeout=30, limits=limits) as api:
         handler = functools.partial(Handler, directory=str(folder), api=api)
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
+        server = Server(("127.0.0.1", port), handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield f"http://127.0.0.1:{server.server_port}"

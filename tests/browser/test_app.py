@@ -31,6 +31,19 @@ def test_the_picture_takes_the_place_of_its_placeholder(alice, workers):
 
     assert alice.place(LIGHTHOUSE) == before
     assert alice.credits() == alice.balance() == 9
+
+
+def test_a_gallery_fills_from_the_top(alice, workers):
+    workers.start()
+    prompts = ["a fox in the snow", "a city in the rain, neon", "a bowl of plums", LIGHTHOUSE]
+    for prompt in prompts:
+        alice.ask(prompt)
+        alice.until_drawn(prompt)
+
+    tops = [alice.place(prompt) for prompt in reversed(prompts)]
+
+    assert tops == sorted(tops, key=lambda place: (place["y"], place["x"]))
+    alice.until_credits(6)
     alice.shot("completed")
 
 
