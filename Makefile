@@ -5,8 +5,7 @@ MAKEFLAGS += --no-print-directory
 PYTHON := .venv/bin/python
 STACK := $(PYTHON) scripts/stack.py
 APP_NODE = cd examples/expo && PATH="$$(echo $(CURDIR)/node_modules/node-linux-*/bin):$$PATH"
-APP_FORMAT := node_modules/.bin/deno fmt --no-config --line-width=100 --single-quote \
-	--ignore=examples/expo/src/darkroom/database.types.ts
+APP_FORMAT := node_modules/.bin/deno fmt --no-config --line-width=100 --single-quote
 APP_SOURCES := examples/expo/*.ts examples/expo/*.tsx examples/expo/src examples/expo/__tests__
 MIGRATION := supabase/migrations/20261121000000_create_darkroom.sql
 

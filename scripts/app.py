@@ -38,6 +38,7 @@ HOPS = {
     "transfer-encoding",
 }
 TYPES = APP / "src/darkroom/database.types.ts"
+HEAD = "// Built from the migrations by `make types`: do not edit.\n// deno-fmt-ignore-file\n"
 
 
 def export(folder: Path, api_url: str, anon_key: str) -> None:
@@ -154,7 +155,7 @@ def types_of(database_url: str) -> str:
     _, start, types = done.stdout.partition("export type Json =")  # what is before is for people
     if done.returncode != 0 or not start:
         raise StackError(f"supabase gen types failed:\n{done.stdout}{done.stderr}")
-    return start + types
+    return HEAD + start + types
 
 
 def write_types() -> None:

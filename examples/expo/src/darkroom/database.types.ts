@@ -1,3 +1,5 @@
+// Built from the migrations by `make types`: do not edit.
+// deno-fmt-ignore-file
 export type Json = string | number | boolean | null | { [key: string]: Json | undefined } | Json[]
 
 export type Database = {
