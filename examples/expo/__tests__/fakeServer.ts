@@ -278,6 +278,7 @@ export class FakePhone {
   store!: GenerationStore;
 
   private readonly held = new Map<Call, ReturnType<typeof gate>>();
+  private readonly heldOnce = new Map<Call, Promise<void>>();
   private cut = gate();
   private lastKey = 0;
   private app = { isVisible: true, isDead: true, wakes: new Set<() => void>() };
@@ -325,6 +326,7 @@ export class FakePhone {
   }
 
   listening = () => this.listeners.size;
+  watching = () => this.app.wakes.size;
 
   // --- the network ---
 
@@ -342,6 +344,13 @@ export class FakePhone {
   /** Answers of this function are held back from now on. */
   hold(call: Call): void {
     this.held.set(call, gate());
+  }
+
+  /** Only the next answer of this function is held back; answers how to release it. */
+  holdNext(call: Call): () => void {
+    const { passed, open } = gate();
+    this.heldOnce.set(call, passed);
+    return open;
   }
 
   release(call: Call): void {
@@ -385,12 +394,14 @@ export class FakePhone {
     this.requests[name] = (this.requests[name] ?? 0) + 1;
     if (!app.isVisible) this.requestsWhileHidden += 1;
     this.heldAtRequest[name] = [...this.stored.keys()].filter((key) => key.includes('outbox'));
-    const { cut, held } = this;
+    const { cut, held, heldOnce } = this;
+    const once = heldOnce.get(name);
+    heldOnce.delete(name);
     await this.travel();
     if (this.network === 'off') throw unreachable();
     const outcome = attempt(run);
     if (this.network === 'lossy') throw unreachable();
-    const answer = Promise.resolve(held.get(name)?.passed).then(() => this.travel());
+    const answer = Promise.resolve(once ?? held.get(name)?.passed).then(() => this.travel());
     const isCut = await Promise.race([answer.then(() => false), cut.passed.then(() => true)]);
     if (app.isDead) return new Promise(() => {});
     if (isCut) throw unreachable();

@@ -15,7 +15,7 @@ interface Join {
 
 class FakeRealtime {
   /** What it does when somebody joins. */
-  rules: Record<string, 'ok' | 'error' | 'silence'> = {};
+  rules: Record<string, 'ok' | 'error' | 'close' | 'silence'> = {};
   joins: Join[] = [];
   sockets: FakeSocket[] = [];
   private readonly joined = new Map<string, string | null>();
@@ -32,6 +32,7 @@ class FakeRealtime {
     this.joins.push({ topic, config, access_token });
     const rule = this.rules[topic] ?? 'ok';
     if (rule === 'error') reply('error', { reason: 'Unauthorized' });
+    if (rule === 'close') socket.deliver([joinRef, ref, topic, 'phx_close', {}]);
     if (rule !== 'ok') return;
     this.joined.set(topic, joinRef);
     const bindings = config.postgres_changes.map((binding) => ({ id: 1, ...binding }));
@@ -145,7 +146,7 @@ test('hints when a generation was broadcast, and for nothing else', async () => 
   expect(hint.mock.calls).toEqual([[]]);
 });
 
-test.each(['error', 'silence'] as const)(
+test.each(['error', 'close', 'silence'] as const)(
   'goes over to changes of the table if broadcasts answer with %s',
   async (rule) => {
     server.rules = { [BROADCASTS]: rule };
@@ -172,7 +173,7 @@ test('hints when the table has changed', async () => {
   expect(hint.mock.calls).toEqual([[]]);
 });
 
-test.each(['error', 'silence'] as const)(
+test.each(['error', 'close', 'silence'] as const)(
   'gives up if neither works (%s), and leaves no channel behind',
   async (rule) => {
     server.rules = { [BROADCASTS]: rule, [CHANGES]: rule };

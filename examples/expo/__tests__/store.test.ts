@@ -71,6 +71,19 @@ describe('a press', () => {
     expect(phone.heldAtRequest.enqueue).toEqual([name(`outbox.${top().key}`)]);
   });
 
+  test('is on the device before it is sent, also while another is being sent', async () => {
+    await open();
+    phone.latency = 100;
+    press('one');
+    await after(50);
+    phone.storageLatency = 1_000;
+
+    press('two');
+    await after(500);
+
+    expect(phone.count('enqueue')).toBe(1);
+  });
+
   test('is sent though the device keeps nothing', async () => {
     phone.isStorageBroken = true;
     await open();
@@ -112,20 +125,15 @@ describe('a press', () => {
     expect(outbox()).toEqual([]);
   });
 
-  test('of a job that has ended shows its pictures at once', async () => {
+  test('answered with an older job that was not on the list shows its pictures', async () => {
+    server.addHistory(30);
     await open();
-    phone.hold('enqueue');
-    press();
-    await after(1);
-    phone.network = 'lossy';
-    phone.goOff();
-    server.complete();
-    phone.goOn();
 
-    phone.release('enqueue');
-    await after(1_010);
+    const key = phone.store.generate(MODEL, 'older 0', { seed: 7, reuse: true });
+    await after(10);
 
-    expect(top().job.images).toHaveLength(1);
+    const card = shown().generations.find((g) => g.key === key);
+    expect(card!.job).toMatchObject({ status: 'completed', images: [{ position: 0 }] });
   });
 
   test('is remembered with the key of its card on every device', async () => {
@@ -302,6 +310,17 @@ describe('shown credits', () => {
     await after(1_010);
 
     expect(shown().credits).toBe(10);
+  });
+
+  test('are read anew when the app is shown', async () => {
+    await open();
+    server.balance = 50;
+
+    phone.hide();
+    phone.show();
+    await after(10);
+
+    expect(shown().credits).toBe(50);
   });
 
   test('are unknown before they were read', () => {
@@ -643,17 +662,19 @@ describe('reading', () => {
     expect(phone.requests).toEqual({ activeJobs: 1 });
   });
 
-  test('of many active jobs asks for the oldest hundred', async () => {
+  test('of many active jobs asks for the oldest hundred, which end first', async () => {
     server.balance = 200;
     server.maxActive = 200;
     await open();
-    for (let i = 0; i < 120; i += 1) press(`picture ${i}`);
+    for (let i = 0; i < 150; i += 1) press(`picture ${i}`);
     await after(10);
 
-    server.jobs.forEach((job) => server.complete(job));
-    await after(30_000);
+    server.jobs.slice(0, 5).forEach((job) => server.complete(job));
+    await after(2_000);
 
-    expect(shown().generations.every(({ job }) => job.status === 'completed')).toBe(true);
+    const statuses = shown().generations.map(({ job }) => job.status);
+    expect(statuses.filter((status) => status === 'completed')).toHaveLength(5);
+    expect(shown().isOnline).toBe(true);
   });
 
   test('of one job is not put off by others that are pressed', async () => {
@@ -707,18 +728,24 @@ describe('reading', () => {
     await open();
     const key = press();
     await after(10);
-    phone.hold('activeJobs');
+    server.addHistory(30);
+    phone.hide();
+    phone.show();
+    await after(10);
+    const statuses = new Set<string>();
+    const release = phone.holdNext('activeJobs');
     phone.hint();
     await after(10);
-    await phone.store.cancel(key);
-    phone.hold('page');
-    phone.release('page');
+    server.complete(server.jobs[0]);
 
-    phone.release('activeJobs');
+    await phone.store.loadMore();
+    phone.store.subscribe(() => {
+      statuses.add(shown().generations.find((g) => g.key === key)!.job.status);
+    });
+    release();
     await after(10);
 
-    expect(top().job.status).toBe('canceled');
-    expect(jest.getTimerCount()).toBe(0);
+    expect([...statuses]).toEqual(['completed']);
   });
 });
 
@@ -892,7 +919,7 @@ describe('the history', () => {
     phone.hide();
     phone.show();
     await after(10);
-    while (shown().hasMore) await phone.store.loadMore();
+    for (let page = 0; page < 4; page += 1) await phone.store.loadMore();
 
     expect(shown().generations).toHaveLength(56);
   });
@@ -916,17 +943,16 @@ describe('the history', () => {
   test('is not mixed up if it begins anew while a page is on its way', async () => {
     server.addHistory(45);
     await open();
-    phone.hold('page');
+    const release = phone.holdNext('page');
     const loaded = phone.store.loadMore();
-    await after(10);
     server.addHistory(30);
     phone.hide();
     phone.show();
-    phone.release('page');
-
-    await loaded;
     await after(10);
-    while (shown().hasMore) await phone.store.loadMore();
+
+    release();
+    await loaded;
+    for (let page = 0; page < 4; page += 1) await phone.store.loadMore();
 
     expect(shown().generations).toHaveLength(75);
   });
@@ -1116,12 +1142,13 @@ describe('retry', () => {
 
     phone.store.retry(key);
     phone.store.retry(key);
+    expect(shown().generations).toHaveLength(2);
     await after(10);
     phone.store.retry(key);
+    expect(shown().generations).toHaveLength(2);
     await after(10);
 
     expect(server.jobs).toHaveLength(2);
-    expect(shown().generations).toHaveLength(2);
   });
 
   test('with its answer lost is one job and one card', async () => {
@@ -1141,17 +1168,16 @@ describe('retry', () => {
 
   test('that another device was faster with takes that one', async () => {
     const key = await openFailed();
-    phone.goOff();
+    phone.hold('retry');
     phone.store.retry(key);
-    await after(10);
+    const retryKey = top().key;
     server.retry(server.jobs[0]!.job_id);
-    server.complete();
 
-    phone.goOn();
-    await after(10_000);
+    phone.hint();
+    await after(10);
 
-    expect(server.jobs).toHaveLength(2);
-    expect(shown().generations.map(({ job }) => job.status)).toEqual(['completed', 'failed']);
+    expect(shown().generations.map((g) => g.key)).toEqual([retryKey, key]);
+    expect(top()).toMatchObject({ local: null, job: { job_id: server.newest().job_id } });
   });
 
   test('that failed may be pressed again', async () => {
@@ -1165,6 +1191,19 @@ describe('retry', () => {
     await after(10);
 
     expect(server.jobs).toHaveLength(3);
+  });
+
+  test('that was refused does not hinder another one', async () => {
+    const key = await openFailed();
+    server.maxActive = 0;
+    phone.store.retry(key);
+    await after(10);
+    server.maxActive = 1;
+
+    phone.store.retry(key);
+    await after(10);
+
+    expect(server.jobs).toHaveLength(2);
   });
 
   test('that was refused may be pressed again', async () => {
@@ -1294,6 +1333,7 @@ describe('the device', () => {
     ['a number', '5'],
     ['a list', '[]'],
     ['other fields', '{"generations": 5, "models": {}}'],
+    ['entries of another kind', '{"generations": [5, "text", {"key": 1}], "models": []}'],
     ['a field of another kind', '{"generations": [null, 5, {"key": 1}], "models": 7}'],
   ])('that holds %s does not hinder the start', async (_, text) => {
     phone.stored.set(name('cache'), text);
@@ -1320,6 +1360,54 @@ describe('the device', () => {
     await after(10_000);
 
     expect(server.jobs).toHaveLength(1);
+  });
+
+  test('that holds one broken request still sends the others', async () => {
+    await open();
+    phone.goOff();
+    press();
+    await after(10);
+    phone.stored.set(name('outbox.broken'), '{');
+
+    await reopenOffline();
+    expect(prompts()).toEqual(['a lighthouse']);
+    phone.goOn();
+    await after(10_000);
+
+    expect(server.jobs).toHaveLength(1);
+  });
+
+  test('that holds a request and its job shows one card', async () => {
+    await open();
+    phone.goOff();
+    press();
+    await after(10);
+    const request = phone.stored.get(outbox()[0]!)!;
+    phone.goOn();
+    await after(10_000);
+    phone.stored.set(name(`outbox.${top().key}`), request);
+
+    await reopenOffline();
+    expect(shown().generations).toHaveLength(1);
+    phone.goOn();
+    await after(10_000);
+
+    expect(shown().generations).toHaveLength(1);
+    expect(server.jobs).toHaveLength(1);
+  });
+
+  test('keeps apart what the server has and what it has not', async () => {
+    await open();
+    press('sent');
+    await after(10);
+    phone.goOff();
+    press('unsent');
+    await after(10);
+
+    const cache = phone.stored.get(name('cache'))!;
+
+    expect(cache).not.toContain('unsent');
+    expect(outbox()).toHaveLength(1);
   });
 
   test('does not show what belongs to others', async () => {
@@ -1396,7 +1484,7 @@ describe('start and stop', () => {
     await after(60_000);
 
     expect(phone.count()).toBe(0);
-    expect(phone.listening()).toBe(0);
+    expect([phone.listening(), phone.watching()]).toEqual([0, 0]);
     expect(jest.getTimerCount()).toBe(0);
   });
 

@@ -29,7 +29,7 @@ export function listen(supabase: Client, userId: string, hint: () => void): () =
       if (state === 'SUBSCRIBED') {
         isLive = true;
         hint();
-      } else if (!isLive && tried === channel && state !== 'CLOSED') {
+      } else if (!isLive && tried === channel) {
         tryNext();
         void supabase.removeChannel(tried);
       }

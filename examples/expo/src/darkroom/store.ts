@@ -245,7 +245,7 @@ export class GenerationStore {
     const end = next_before ?? '';
     const reaches = end <= this.newest; // else there is a gap between it and what is older
     const covered = known.filter((g) => idOf(g) >= end || !(reaches || isActive(g))).map(idOf);
-    if (!reaches || end < this.nextBefore) this.nextBefore = end;
+    if (!reaches) this.nextBefore = end;
     this.newest = jobs[0]?.job_id ?? end;
     this.models = models;
     this.merge(jobs, covered);
