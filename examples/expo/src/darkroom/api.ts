@@ -12,7 +12,7 @@ const TIMEOUT_MS = 15_000;
 const UPLOAD_TIMEOUT_MS = 120_000;
 
 type Functions = Database['public']['Functions'];
-type Args = Functions[keyof Functions]['Args'];
+type Call = { [F in keyof Functions]: [name: F, args: Functions[F]['Args']] }[keyof Functions];
 
 /** Why a call did not succeed. */
 export class DarkroomError extends Error {
@@ -49,7 +49,7 @@ function inTime<T>(ms: number, request: (signal: AbortSignal) => PromiseLike<T>)
 
 export function createApi(supabase: Client) {
   /** Calls a function; with an expired session once more, after refreshing it. */
-  async function call<T>(name: keyof Functions, args: Args, get = false, again = true): Promise<T> {
+  async function send<T>([name, args]: Call, get: boolean, again = true): Promise<T> {
     const { data, error, status } = await inTime(TIMEOUT_MS, (signal) =>
       supabase
         .rpc(name as never, args as never, { get })
@@ -57,7 +57,7 @@ export function createApi(supabase: Client) {
         .abortSignal(signal));
     if (!error && data !== null) return data as T;
     if (status === 401 && again && (await supabase.auth.refreshSession()).data.session) {
-      return call(name, args, get, false);
+      return send([name, args] as Call, get, false);
     }
     // Codes PT... are the database's own, whatever the status.
     const isTold = error && (error.code?.startsWith('PT') || !isOnTheWay(status));
@@ -66,13 +66,14 @@ export function createApi(supabase: Client) {
     throw new DarkroomError(error.message, status, detail, status === 401);
   }
 
-  const read = <T>(name: keyof Functions, args: Args = {}) => call<T>(name, args, true);
+  const read = <T>(...call: Call) => send<T>(call, true);
+  const write = <T>(...call: Call) => send<T>(call, false);
 
   return {
     /** Warms the path to the database. Nobody should wait for it. */
-    ping: () => read<{ ok: true; server_time: string }>('ping'),
-    models: () => read<Model[]>('list_models'),
-    entitlement: () => read<Entitlement>('get_entitlement'),
+    ping: () => read<{ ok: true; server_time: string }>('ping', {}),
+    models: () => read<Model[]>('list_models', {}),
+    entitlement: () => read<Entitlement>('get_entitlement', {}),
     /** A page of the history, newest first: what comes before `before`. */
     page: (before: string | null) =>
       read<Page>('list_generations', { page_size: 20, ...(before && { before }) }),
@@ -80,10 +81,10 @@ export function createApi(supabase: Client) {
     activeJobs: (job_ids: string[]) => read<Job[]>('list_active_jobs', { job_ids }),
     /** Asks for a picture. Safe to repeat with the same key: charged once. */
     enqueue: (model: string, prompt: string, params: Params, idempotency_key: string) =>
-      call<EnqueueAnswer>('enqueue_generation', { model, prompt, params, idempotency_key }),
+      write<EnqueueAnswer>('enqueue_generation', { model, prompt, params, idempotency_key }),
     /** Asks again for what failed or was canceled. Safe to repeat. */
-    retry: (job_id: string) => call<EnqueueAnswer>('retry_generation', { job_id }),
-    cancel: (job_id: string) => call<Job>('cancel_generation', { job_id }),
+    retry: (job_id: string) => write<EnqueueAnswer>('retry_generation', { job_id }),
+    cancel: (job_id: string) => write<Job>('cancel_generation', { job_id }),
 
     /** Puts a source picture where only its user can read it. Safe to repeat. */
     async uploadSource(path: string, uri: string, contentType: string): Promise<void> {
