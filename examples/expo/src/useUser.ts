@@ -3,7 +3,7 @@
  * supabase-js knows of no session, but the gallery is on the device all the same.
  */
 import AsyncStorage from '@react-native-async-storage/async-storage';
-import { useEffect, useState } from 'react';
+import { useEffect, useRef, useState } from 'react';
 
 import { supabase } from './supabase';
 import { forgetPictures } from './usePicture';
@@ -18,6 +18,7 @@ const REMEMBERED = 'darkroom.user';
 /** Undefined for the moment it takes to look; null if nobody is. */
 export function useUser(): User | null | undefined {
   const [user, setUser] = useState<User | null>();
+  const isLeaving = useRef(false);
   useEffect(() => {
     void AsyncStorage.getItem(REMEMBERED).then(
       (text) => setUser((known) => known ?? (JSON.parse(text ?? 'null') as User | null)),
@@ -29,12 +30,17 @@ export function useUser(): User | null | undefined {
         setUser((known) => (known?.id === id ? known : { id, email }));
         void AsyncStorage.setItem(REMEMBERED, JSON.stringify({ id, email }));
       } else if (event === 'SIGNED_OUT') {
+        isLeaving.current = true;
         setUser(null);
-        void forget();
       }
     });
     return () => data.subscription.unsubscribe();
   }, []);
+  useEffect(() => {
+    if (user !== null || !isLeaving.current) return;
+    isLeaving.current = false;
+    void forget(); // the screen that wrote there has stopped before this runs
+  }, [user]);
   return user;
 }
 
