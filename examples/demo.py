@@ -12,7 +12,6 @@ import contextlib
 import io
 import itertools
 import json
-import os
 import re
 import signal
 import sys
@@ -174,7 +173,7 @@ def main() -> None:
     """Run the demo with the prompt of the command line."""
     prompt = " ".join(sys.argv[1:]).strip() or DEFAULT_PROMPT
     signal.signal(signal.SIGTERM, interrupt)
-    stack = Stack(os.environ.get("DARKROOM_STATE", PROJECT / ".local"), with_worker=True)
+    stack = Stack.local(with_worker=True)
     try:
         with contextlib.ExitStack() as at_the_end:
             with step("local stack") as note:

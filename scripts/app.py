@@ -13,7 +13,6 @@ import http.server
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -24,7 +23,7 @@ from typing import Any
 import httpx
 
 from processes import StackError
-from stack import NODE_MODULES, PROJECT, Stack, interrupt, node
+from stack import PROJECT, Stack, interrupt, node, run, supabase_cli
 
 APP = PROJECT / "examples/expo"
 API_PATHS = ("/auth/", "/rest/", "/storage/")
@@ -54,17 +53,9 @@ def export(folder: Path, api_url: str, anon_key: str) -> None:
             "PATH": f"{node().parent}:{os.environ['PATH']}",
             "TMPDIR": cache,
         }
-        cli: list[str | Path] = [node(), APP / "node_modules/expo/bin/cli"]
-        done = subprocess.run(
-            [*cli, "export", "--platform", "web", "--clear", "--output-dir", folder],
-            cwd=APP,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    if done.returncode != 0:
-        raise StackError(f"expo export failed:\n{done.stdout}{done.stderr}")
+        cli = [node(), APP / "node_modules/expo/bin/cli"]
+        options = ["--platform", "web", "--clear", "--output-dir", str(folder)]
+        run([*cli, "export", *options], cwd=APP, env=environment)
     if not any(api_url in bundle.read_text() for bundle in folder.rglob("*.js")):
         raise StackError(f"{api_url} is not in what was exported")
 
@@ -142,19 +133,11 @@ def serve(folder: Path, api_url: str, port: int = 0) -> Iterator[str]:
 
 def types_of(database_url: str) -> str:
     """Return the TypeScript types of schema public, as the Supabase CLI makes them."""
-    cli = [node(), NODE_MODULES / "supabase/dist/supabase.js"]
-    command: list[str | Path] = [*cli, "gen", "types", "typescript", "--schema", "public"]
-    done = subprocess.run(
-        [*command, f"--remote={database_url}"],
-        cwd=PROJECT,
-        env=os.environ | {"DO_NOT_TRACK": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    _, start, types = done.stdout.partition("export type Json =")  # what is before is for people
-    if done.returncode != 0 or not start:
-        raise StackError(f"supabase gen types failed:\n{done.stdout}{done.stderr}")
+    remote = f"--remote={database_url}"
+    output = supabase_cli("gen", "types", "typescript", "--schema", "public", remote)
+    _, start, types = output.partition("export type Json =")  # what is before is for people
+    if not start:
+        raise StackError(f"supabase gen types told of no types:\n{output}")
     return HEAD + start + types
 
 
@@ -171,7 +154,7 @@ def write_types() -> None:
 
 def show_app() -> None:
     """Build the app and serve it until Ctrl-C."""
-    stack = Stack(os.environ.get("DARKROOM_STATE", PROJECT / ".local"), with_worker=True)
+    stack = Stack.local(with_worker=True)
     folder = Path(tempfile.mkdtemp(prefix="darkroom-app-"))
     try:
         with stack.running():

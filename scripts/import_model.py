@@ -18,7 +18,7 @@ import httpx
 import psycopg
 from psycopg.types.json import Jsonb
 
-from stack import PROJECT, Stack
+from stack import Stack
 
 API_URL = "https://api.replicate.com/v1"
 IMPORT = "select * from private.import_model(%s, %s, p_dry_run => %s)"
@@ -87,7 +87,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         model, options = read_model(arguments.model, arguments.file), read_options(arguments)
-        stack = Stack(os.environ.get("DARKROOM_STATE", PROJECT / ".local"))
+        stack = Stack.local()
         with psycopg.connect(os.environ.get("DATABASE_URL") or stack.database_url) as database:
             rows = database.execute(IMPORT, [Jsonb(model), Jsonb(options), True]).fetchall()
             lines = [line for row in rows for line in changes(*row)]

@@ -279,9 +279,7 @@ class Migrations:
         for name in known.keys() & digests.keys() - {"seed.sql"}:
             if known[name] != digests[name]:
                 raise StackError(f"{name} changed after it was applied here: make clean, make up")
-        cli = [node(), NODE_MODULES / "supabase/dist/supabase.js"]
-        options = ["--include-seed", "--yes", f"--remote={database_url}"]
-        run([*cli, "db", "push", *options], cwd=PROJECT, env=os.environ | {"DO_NOT_TRACK": "1"})
+        supabase_cli("db", "push", "--include-seed", "--yes", f"--remote={database_url}")
         self.applied.write_text(json.dumps(digests, indent=2))
         return True
 
@@ -299,6 +297,11 @@ class Stack:
         self.worker = Worker(self.folder, self.settings)
         self.services: list[Service] = [self.cluster, self.gateway, self.worker]
         self.with_worker = with_worker
+
+    @classmethod
+    def local(cls, *, with_worker: bool = False) -> Stack:
+        """Return the stack of `make up`."""
+        return cls(os.environ.get("DARKROOM_STATE", PROJECT / ".local"), with_worker=with_worker)
 
     @property
     def api_url(self) -> str:
@@ -423,25 +426,37 @@ class Stack:
             yield
 
 
-def run(command: Sequence[str | Path], **arguments: Any) -> None:
-    """Run a command to its end; silent, unless it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, **arguments)
+def run(command: Sequence[str | Path], **arguments: Any) -> str:
+    """Run a command to its end and return its output; silent, unless it fails."""
+    done: subprocess.CompletedProcess[str] = subprocess.run(
+        command, capture_output=True, text=True, check=False, **arguments
+    )
     if done.returncode != 0:
         raise StackError(f"{Path(command[0]).name} failed:\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def supabase_cli(*arguments: str) -> str:
+    """Run the Supabase CLI on this project and return its output."""
+    cli = NODE_MODULES / "supabase/dist/supabase.js"
+    return run([node(), cli, *arguments], cwd=PROJECT, env=os.environ | {"DO_NOT_TRACK": "1"})
 
 
 def node() -> Path:
     """Return the Node 22 that came with the packages: on an older one, Lite serves empty files."""
-    for program in NODE_MODULES.glob("node-linux-*/bin/node"):
-        return program
-    raise StackError("Node is not installed: run make setup")
+    return packaged("Node", "node-linux-*/bin/node")
 
 
 def deno() -> Path:
     """Return the Deno that came with the packages: edge functions run in it."""
-    for program in NODE_MODULES.glob("@deno/linux-*/deno"):
+    return packaged("Deno", "@deno/linux-*/deno")
+
+
+def packaged(name: str, pattern: str) -> Path:
+    """Return a program that came with the packages, built for this machine."""
+    for program in NODE_MODULES.glob(pattern):
         return program
-    raise StackError("Deno is not installed: run make setup")
+    raise StackError(f"{name} is not installed: run make setup")
 
 
 def postgres_program(name: str, version: str | None = None) -> Path:
@@ -479,7 +494,7 @@ def main() -> None:
     parser.add_argument("command", choices=["up", "down", "status", "env", "clean"])
     command = parser.parse_args().command
     signal.signal(signal.SIGTERM, interrupt)
-    stack = Stack(os.environ.get("DARKROOM_STATE", PROJECT / ".local"), with_worker=True)
+    stack = Stack.local(with_worker=True)
     try:
         match command:
             case "up":
