@@ -61,6 +61,10 @@ const isOf = (found: Job, { key, local, job }: Generation) =>
 const byPress = (a: Generation, b: Generation) => (a.job.created_at < b.job.created_at ? 1 : -1);
 const isGeneration = (found: Generation | null): found is Generation => !!found?.key && !!found.job;
 
+/** What an image by this model costs this user, in credits. */
+export const priceOf = (model: Model, of: Entitlement | null) =>
+  of?.plan === 'paid' ? model.paid_price_credits : model.price_credits;
+
 /** A job of which the server has not told yet. */
 // deno-fmt-ignore
 const draft = (known: Partial<Job>): Job => ({
@@ -132,8 +136,7 @@ export class GenerationStore {
     this.press = { wish, key, at: Date.now() };
     const path = this.sourcePath(key);
     const paths = source && { [source.input]: source.isList ? [path] : path };
-    const isPaid = this.entitlement?.plan === 'paid';
-    const price_credits = isPaid ? model.paid_price_credits : model.price_credits;
+    const price_credits = priceOf(model, this.entitlement);
     const job = { model: model.id, prompt, params: { ...params, ...paths }, price_credits };
     this.put({ key, local: 'sending', job: draft(job), source });
     return key;
@@ -151,7 +154,7 @@ export class GenerationStore {
   };
 
   /** Cancels; what is not known to be sent is sent first, for it may have been. */
-  cancel = async (key: string): Promise<void> => {
+  cancel = (key: string): void => {
     if (this.find(key)?.local === 'refused') this.drop(key);
     else this.change(key, { cancel_requested: true }, { local: 'sending' });
   };

@@ -3,9 +3,9 @@ import { launchImageLibraryAsync } from 'expo-image-picker';
 import { useState } from 'react';
 import { StyleSheet, Text, TextInput, View } from 'react-native';
 
-import type { Model, Params, Source } from '../darkroom';
+import { type Entitlement, type Model, type Params, priceOf, type Source } from '../darkroom';
 import { Button } from './Button';
-import { color, space } from './theme';
+import { color, field, space } from './theme';
 import { credits } from './words';
 
 interface Size extends Params {
@@ -23,11 +23,11 @@ const SOURCE_TYPES = ['image/jpeg', 'image/png', 'image/webp'];
 
 interface Props {
   models: readonly Model[];
-  isPaid: boolean;
+  entitlement: Entitlement | null;
   generate: (model: Model, prompt: string, params: Params, source: Source | null) => void;
 }
 
-export function Composer({ models, isPaid, generate }: Props) {
+export function Composer({ models, entitlement, generate }: Props) {
   const [prompt, setPrompt] = useState('');
   const [modelId, setModelId] = useState('');
   const [sizeName, setSizeName] = useState('Square');
@@ -35,7 +35,8 @@ export function Composer({ models, isPaid, generate }: Props) {
   const [problem, setProblem] = useState('');
 
   const model = models.find(({ id }) => id === modelId) ?? models[0];
-  const price = (of: Model) => (isPaid ? of.paid_price_credits : of.price_credits);
+  const isPaid = entitlement?.plan === 'paid';
+  const price = (of: Model) => priceOf(of, entitlement);
   const input = model?.image_inputs[0];
   const isReady = !!model && prompt.trim() !== '';
 
@@ -104,17 +105,7 @@ export function Composer({ models, isPaid, generate }: Props) {
 
 const styles = StyleSheet.create({
   form: { gap: space.m },
-  prompt: {
-    backgroundColor: color.tray,
-    borderColor: color.edge,
-    borderRadius: 10,
-    borderWidth: 1,
-    color: color.text,
-    fontSize: 16,
-    height: 110,
-    padding: space.m,
-    textAlignVertical: 'top',
-  },
+  prompt: { ...field, height: 110, textAlignVertical: 'top' },
   choices: { flexDirection: 'row', flexWrap: 'wrap', gap: space.s },
   problem: { color: color.glow, fontSize: 14 },
 });

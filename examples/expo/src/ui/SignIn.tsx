@@ -3,7 +3,7 @@ import { StyleSheet, Text, TextInput, View } from 'react-native';
 
 import { supabase } from '../supabase';
 import { Button } from './Button';
-import { color, space } from './theme';
+import { color, field, space } from './theme';
 
 export function SignIn() {
   const [email, setEmail] = useState('');
@@ -73,15 +73,7 @@ const styles = StyleSheet.create({
   form: { gap: space.m, maxWidth: 360, width: '100%' },
   title: { color: color.light, fontSize: 40, fontWeight: '700', letterSpacing: -1 },
   text: { color: color.quiet, fontSize: 16, marginBottom: space.m },
-  field: {
-    backgroundColor: color.tray,
-    borderColor: color.edge,
-    borderRadius: 10,
-    borderWidth: 1,
-    color: color.text,
-    fontSize: 16,
-    padding: space.m,
-  },
+  field,
   second: { alignItems: 'center', padding: space.m },
   problem: { color: color.glow, fontSize: 14, minHeight: 40, textAlign: 'center' },
 });

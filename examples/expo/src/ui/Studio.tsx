@@ -44,7 +44,7 @@ export function Studio({ user }: { user: User }) {
       </View>
       <Composer
         models={darkroom.models}
-        isPaid={darkroom.entitlement?.plan === 'paid'}
+        entitlement={darkroom.entitlement}
         generate={darkroom.generate}
       />
       <View style={styles.bar}>
@@ -62,7 +62,7 @@ export function Studio({ user }: { user: User }) {
       isOnline={darkroom.isOnline}
       hasRetry={retried.has(item.job.job_id)}
       onOpen={() => setShownKey(item.key)}
-      onCancel={() => void darkroom.cancel(item.key)}
+      onCancel={() => darkroom.cancel(item.key)}
       onRetry={() => darkroom.retry(item.key)}
     />
   );

@@ -12,3 +12,14 @@ export const color = {
 
 export const space = { s: 6, m: 12, l: 20 };
 export const CAPTION_HEIGHT = 66;
+
+/** Where one writes. */
+export const field = {
+  backgroundColor: color.tray,
+  borderColor: color.edge,
+  borderRadius: 10,
+  borderWidth: 1,
+  color: color.text,
+  fontSize: 16,
+  padding: space.m,
+};
