@@ -1,8 +1,8 @@
 -- The tables of schema public: what users own and may read.
 --
 -- An entitlement says what a user may do; the credit ledger says how the balance came to be; a
--- model is a row of the catalogue; a generation is one request of a user and its permanent record;
--- an image is one stored output. The queue is elsewhere (12): a generation is written when it is
+-- generation is one request of a user and its permanent record; an image is one stored output. The
+-- catalogue of models is in 11. The queue is elsewhere (12): a generation is written when it is
 -- enqueued and when its state changes, never by heartbeats or progress.
 --
 -- Always true: entitlements.credits is the sum of the user's ledger amounts and never negative;
@@ -11,20 +11,56 @@
 -- Time-ordered ids: 48 bits of milliseconds, 12 bits of the fraction, 62 random bits (RFC 9562).
 create or replace function private.uuid_v7()
 returns uuid
-language sql
+language plpgsql
 volatile
 set search_path = ''
 as $$
-  select encode(
-    substring(int8send(t.us / 1000) from 3)
-    || int2send((28672 + (t.us % 1000) * 4096 / 1000)::smallint)
+declare
+  v_us bigint := date_part('epoch', clock_timestamp()) * 1000000;
+begin
+  return encode(
+    substring(int8send(v_us / 1000) from 3)
+    || int2send((28672 + (v_us % 1000) * 4096 / 1000)::smallint)
     || substring(uuid_send(gen_random_uuid()) from 9),
     'hex'
-  )::uuid
-  from (select (extract(epoch from clock_timestamp()) * 1000000)::bigint as us) as t
+  )::uuid;
+end;
 $$;
 
 revoke all on function private.uuid_v7() from public, anon, authenticated, service_role;
+
+-- Domains, where a table is written in every request: PostgreSQL reads a check of a table anew in
+-- each statement, which for a list of words takes longer than to write the row.
+create domain public.job_status as text constraint job_status_is_known check (
+  value in ('queued', 'processing', 'completed', 'failed', 'canceled')
+);
+
+comment on domain public.job_status is 'See generations.status.';
+
+create domain public.ledger_kind as text constraint ledger_kind_is_known check (
+  value in ('grant', 'charge', 'refund', 'adjust', 'carry')
+);
+
+comment on domain public.ledger_kind is 'See credit_ledger.kind.';
+
+create or replace function private.fits_kind(p_kind text, p_amount integer, p_generation_id uuid)
+returns boolean
+language plpgsql
+immutable
+set search_path = ''
+as $$
+begin
+  return (p_generation_id is not null) = (p_kind in ('charge', 'refund'))
+    and case p_kind
+      when 'charge' then p_amount <= 0
+      when 'adjust' then p_amount <> 0
+      else p_amount >= 0
+    end;
+end;
+$$;
+
+revoke all on function private.fits_kind(text, integer, uuid)
+from public, anon, authenticated, service_role;
 
 -- A trigger (84) cascades from auth.users, not a foreign key: whoever moves a balance twice in one
 -- transaction would have its check lock the user, whom a deletion holds while it waits for jobs.
@@ -61,21 +97,15 @@ create table public.credit_ledger (
   id bigint generated always as identity primary key,
   user_id uuid not null,
   generation_id uuid,
-  kind text not null,
+  kind public.ledger_kind not null,
   amount integer not null,
   balance_after integer not null,
   external_id text,
   created_at timestamptz not null default now(),
-  constraint credit_ledger_kind_is_known check (
-    kind in ('grant', 'charge', 'refund', 'adjust', 'carry')
+  constraint credit_ledger_amount_and_generation_match_kind check (
+    private.fits_kind(kind, amount, generation_id)
   ),
-  constraint credit_ledger_sign_matches_kind check (
-    case kind when 'charge' then amount <= 0 when 'adjust' then amount <> 0 else amount >= 0 end
-  ),
-  constraint credit_ledger_balance_is_not_negative check (balance_after >= 0),
-  constraint credit_ledger_generation_matches_kind check (
-    (generation_id is not null) = (kind in ('charge', 'refund'))
-  )
+  constraint credit_ledger_balance_is_not_negative check (balance_after >= 0)
 );
 
 comment on table public.credit_ledger is
@@ -139,97 +169,6 @@ for each row
 when (current_setting('darkroom.compacts_ledger_of', true) is distinct from old.user_id::text)
 execute function private.refuse_change_while_user_exists();
 
-create table public.models (
-  id text primary key,
-  provider text not null,
-  provider_ref text not null,
-  title text not null,
-  price_credits integer not null,
-  paid_price_credits integer not null,
-  requires_paid boolean not null default false,
-  is_active boolean not null default true,
-  input_schema jsonb not null,
-  client_inputs text[] not null,
-  prompt_input text default 'prompt',
-  image_inputs text[] not null default '{}',
-  image_count_input text,
-  operator_input jsonb not null default '{}',
-  max_images smallint not null default 1,
-  deadline interval not null default '5 minutes',
-  cost_usd numeric(12, 6),
-  cost_unit text,
-  is_schema_confirmed boolean not null default true,
-  constraint models_id_is_owner_slash_name check (id ~ '^[a-z0-9_.-]+/[a-z0-9_.-]+$'),
-  constraint models_provider_is_known check (provider in ('preview', 'replicate')),
-  constraint models_prices_are_not_negative check (price_credits >= 0 and paid_price_credits >= 0),
-  constraint models_input_schema_has_properties check (
-    coalesce(jsonb_typeof(input_schema -> 'properties'), '') = 'object'
-  ),
-  constraint models_prompt_input_is_no_client_input check (not prompt_input = any(client_inputs)),
-  constraint models_image_inputs_are_client_inputs check (client_inputs @> image_inputs),
-  constraint models_operator_input_is_an_object check (jsonb_typeof(operator_input) = 'object'),
-  constraint models_cost_has_a_unit check (
-    (cost_usd is null) = (cost_unit is null) and cost_usd >= 0 and cost_unit in ('image', 'second')
-  ),
-  constraint models_image_count_input_is_a_client_input check (
-    image_count_input is null or image_count_input = any(client_inputs)
-  ),
-  constraint models_max_images_is_sane check (max_images between 1 and 16),
-  constraint models_deadline_is_positive check (deadline > interval '0')
-);
-
-comment on table public.models is
-  'The catalogue: what can be asked for, at what price, run by whom.';
-comment on column public.models.provider_ref is
-  'What the provider calls the model: owner/name, or owner/name:version.';
-comment on column public.models.price_credits is 'Credits per image for a free user.';
-comment on column public.models.paid_price_credits is
-  'Credits per image for a paid user; 0 means included in the plan.';
-comment on column public.models.is_active is 'Whether it is listed and may be asked for.';
-comment on column public.models.input_schema is
-  'JSON schema of the provider''s input: {"properties": {name: {type, minimum, maximum, enum, '
-  'default}}}.';
-comment on column public.models.client_inputs is 'The properties a client may set in params.';
-comment on column public.models.prompt_input is
-  'The property the prompt goes into; null: the model takes none.';
-comment on column public.models.image_inputs is
-  'The client inputs that take source images: paths in bucket inputs, which the worker signs.';
-comment on column public.models.image_count_input is
-  'The client input that says how many images; null: none does, and max_images are charged until '
-  'they are counted.';
-comment on column public.models.operator_input is
-  'Sent with every job, over defaults and params; clients cannot change it.';
-comment on column public.models.max_images is
-  'Most images of one generation; what it charges where no input says how many.';
-comment on column public.models.deadline is
-  'How long one attempt may take before it fails with timeout.';
-
-comment on column public.models.cost_usd is
-  'US dollars the provider takes per cost_unit; null: not known.';
-comment on column public.models.cost_unit is
-  'image (each output) or second (of the provider''s compute).';
-comment on column public.models.is_schema_confirmed is
-  'False: input_schema was written from documentation, not imported from the provider.';
-
-create table public.model_aliases (
-  id text,
-  model_id text references public.models (id) on delete cascade,
-  weight integer not null default 1,
-  primary key (id, model_id),
-  constraint model_aliases_id_is_owner_slash_name check (id ~ '^[a-z0-9_.-]+/[a-z0-9_.-]+$'),
-  constraint model_aliases_weight_is_not_negative check (weight >= 0)
-);
-
-comment on table public.model_aliases is
-  'Names that stand for one of several models, to try them against each other: one row for each '
-  'arm. A user stays with one arm while the weights stay and it is not paused.';
-comment on column public.model_aliases.id is
-  'What clients ask for, auto/fast say. A model of that name goes first.';
-comment on column public.model_aliases.weight is
-  'Share of the users against the weights of the other arms; 0: none.';
-
-create index model_aliases_model_id_idx on public.model_aliases (model_id);
-
 create table public.batches (
   id uuid primary key default private.uuid_v7(),
   user_id uuid not null references public.entitlements (user_id) on delete cascade,
@@ -250,10 +189,9 @@ on public.batches (user_id, idempotency_key) where idempotency_key is not null;
 
 create table public.generations (
   id uuid primary key default private.uuid_v7(),
-  -- To entitlements, not auth.users: enqueue has locked that row already, so the check is free.
-  user_id uuid not null references public.entitlements (user_id) on delete cascade,
-  -- No foreign keys but this: they would lock a row each in every enqueue. Models are deactivated,
-  -- not deleted.
+  -- No foreign keys: they would look up and lock a row each in every enqueue, which has locked the
+  -- entitlement already. A trigger (84) deletes with the user; models are deactivated.
+  user_id uuid not null,
   model_id text not null,
   alias_id text,
   batch_id uuid,
@@ -261,7 +199,7 @@ create table public.generations (
   prompt text not null,
   input jsonb not null,
   provider_input jsonb not null,
-  status text not null default 'queued',
+  status public.job_status not null default 'queued',
   error_code text,
   error_message text,
   price_credits integer not null,
@@ -274,11 +212,8 @@ create table public.generations (
   finished_at timestamptz,
   updated_at timestamptz not null default now(),
   deleted_at timestamptz,
-  constraint generations_status_is_known check (
-    status in ('queued', 'processing', 'completed', 'failed', 'canceled')
-  ),
   constraint generations_finished_at_matches_status check (
-    (finished_at is not null) = (status in ('completed', 'failed', 'canceled'))
+    (finished_at is null) = (status in ('queued', 'processing'))
   ),
   constraint generations_error_code_matches_status check (
     (error_code is not null) = (status = 'failed')

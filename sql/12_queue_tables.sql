@@ -6,6 +6,9 @@
 --
 -- A lease is proven by its token. Every call of a worker names (job, token): where that row is
 -- gone, the lease is lost and the call changes nothing.
+--
+-- Their job ids have no foreign key to generations: it would look up and lock that row in every
+-- enqueue and claim. Only finished generations are deleted, but for a deleted user's (84).
 
 create sequence private.lease_tokens;
 
@@ -22,7 +25,7 @@ comment on sequence private.virtual_clock is
 
 create table private.ready_jobs (
   seq bigint generated always as identity primary key,
-  job_id uuid not null unique references public.generations (id) on delete cascade,
+  job_id uuid not null unique,
   user_id uuid not null,
   model_id text not null,
   fair_key bigint not null,
@@ -77,7 +80,7 @@ comment on column private.queue_state.oldest_ready_at is
 
 -- No index on what heartbeats change, and half-empty pages: beats are HOT updates.
 create table private.running_jobs (
-  job_id uuid primary key references public.generations (id) on delete cascade,
+  job_id uuid primary key,
   user_id uuid not null,
   model_id text not null,
   token bigint not null,

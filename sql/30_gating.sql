@@ -1,7 +1,7 @@
 -- Gating: may this user ask for this? Checks only; nothing here writes.
 --
 -- enqueue_generation (50) calls these in order: who asks (require_user_id), is the request well
--- formed (read_params, check_request), is the model there and allowed (require_model), does the
+-- formed (read_request), is the model there and allowed (require_model), does the
 -- plan allow one more now (check_limits). Whether the input fits the model is checked in 32, and
 -- the credits where they are taken (40).
 
@@ -144,9 +144,34 @@ $$;
 revoke all on function private.refuse_for_now(integer, text, text, integer)
 from public, anon, authenticated, service_role;
 
--- The params as an object. Some gateways hand a jsonb argument as a JSON string holding the text,
--- so it is unwrapped once, here. Raises: PT400 invalid_input.
-create or replace function private.read_params(p_params jsonb)
+-- JSON given as text. A function of its own: its block for exceptions costs a subtransaction.
+--
+-- Raises: PT400 invalid_input.
+create or replace function private.unwrap_params(p_text text)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return p_text::jsonb;
+exception
+  when invalid_text_representation or untranslatable_character or numeric_value_out_of_range then
+    perform private.refuse_input('params: not a JSON object');
+end;
+$$;
+
+revoke all on function private.unwrap_params(text) from public, anon, authenticated, service_role;
+
+-- The params as an object, if they, the prompts and the key are of a size and form we take. Some
+-- gateways hand a jsonb argument as a JSON string holding the text, so it is unwrapped once, here.
+--
+-- Raises: PT400 invalid_input.
+create or replace function private.read_request(
+  p_prompts text[],
+  p_params jsonb,
+  p_idempotency_key text
+)
 returns jsonb
 language plpgsql
 stable
@@ -154,55 +179,38 @@ set search_path = ''
 as $$
 declare
   v_params jsonb := coalesce(p_params, '{}');
-  v_max_bytes integer := (select max_params_bytes from private.settings);
+  v_max_bytes integer;
+  v_max_chars integer;
+  v_prompt text;
 begin
+  select s.max_params_bytes, s.max_prompt_chars into v_max_bytes, v_max_chars
+  from private.settings as s;
   if jsonb_typeof(v_params) = 'string' and octet_length(v_params::text) <= 2 * v_max_bytes then
-    begin
-      v_params := (v_params #>> '{}')::jsonb;
-    exception
-      when invalid_text_representation or untranslatable_character
-        or numeric_value_out_of_range then
-        perform private.refuse_input('params: not a JSON object');
-    end;
+    v_params := private.unwrap_params(v_params #>> '{}');
   end if;
   -- After unwrapping: 1e9000 is six bytes on the way in and nine thousand in the table.
   if octet_length(v_params::text) > v_max_bytes then
     perform private.refuse_input(format('params: longer than %s bytes', v_max_bytes));
-  end if;
-  if jsonb_typeof(v_params) <> 'object' then
+  elsif jsonb_typeof(v_params) <> 'object' then
     perform private.refuse_input(
       'params: not a JSON object', 'Send an object such as {"seed": 7}, or leave it out.'
     );
-  end if;
-  return v_params;
-end;
-$$;
-
-revoke all on function private.read_params(jsonb) from public, anon, authenticated, service_role;
-
--- The arguments that need no catalogue. Raises: PT400 invalid_input.
-create or replace function private.check_request(p_prompt text, p_idempotency_key text)
-returns void
-language plpgsql
-stable
-set search_path = ''
-as $$
-declare
-  v_max_chars integer := (select max_prompt_chars from private.settings);
-begin
-  -- Bytes first: counting the characters of a hundred megabytes is work for nothing.
-  if octet_length(p_prompt) > 4 * v_max_chars or length(p_prompt) > v_max_chars then
-    perform private.refuse_input(format('prompt: longer than %s characters', v_max_chars));
-  end if;
-  if octet_length(p_idempotency_key) not between 1 and 200 then
+  elsif octet_length(p_idempotency_key) not between 1 and 200 then
     perform private.refuse_input(
       'idempotency_key: not 1 to 200 bytes', 'Use a UUID made on the device.'
     );
   end if;
+  foreach v_prompt in array p_prompts loop
+    -- Bytes first: counting the characters of a hundred megabytes is work for nothing.
+    if octet_length(v_prompt) > 4 * v_max_chars or length(v_prompt) > v_max_chars then
+      perform private.refuse_input(format('prompt: longer than %s characters', v_max_chars));
+    end if;
+  end loop;
+  return v_params;
 end;
 $$;
 
-revoke all on function private.check_request(text, text)
+revoke all on function private.read_request(text[], jsonb, text)
 from public, anon, authenticated, service_role;
 
 -- The user's generation. Somebody else's is not found, like one that never was.
@@ -232,12 +240,17 @@ from public, anon, authenticated, service_role;
 -- Until when the model is paused, itself or with its provider; null unless it is.
 create or replace function private.paused_until(p_model public.models)
 returns timestamptz
-language sql
+language plpgsql
 stable
 set search_path = ''
 as $$
-  select max(b.paused_until) from private.breakers as b
-  where b.name in (p_model.id, p_model.provider) and b.paused_until > now()
+declare
+  v_until timestamptz;
+begin
+  select max(b.paused_until) into v_until from private.breakers as b
+  where b.name in (p_model.id, p_model.provider) and b.paused_until > now();
+  return v_until;
+end;
 $$;
 
 revoke all on function private.paused_until(public.models)
@@ -318,9 +331,11 @@ begin
       detail = format('%s is for paid users', v_model.id),
       hint = 'Choose another model or a paid plan.';
   end if;
-  v_paused_until := private.paused_until(v_model);
-  if v_paused_until is not null then
-    perform private.refuse_paused(v_model.id, v_paused_until);
+  if exists (select from private.breakers as b where b.paused_until > now()) then
+    v_paused_until := private.paused_until(v_model);
+    if v_paused_until is not null then
+      perform private.refuse_paused(v_model.id, v_paused_until);
+    end if;
   end if;
   return v_model;
 end;
@@ -332,31 +347,31 @@ from public, anon, authenticated, service_role;
 -- The plan of a user now: paid or free.
 create or replace function private.plan_of(p_entitlement public.entitlements)
 returns private.plans
-language sql
+language plpgsql
 stable
 set search_path = ''
 as $$
-  select p.* from private.plans as p
-  where p.name = case
-    when p_entitlement.is_paid and p_entitlement.paid_until > now() then 'paid'
-    else 'free'
-  end
+declare
+  v_plan private.plans;
+  v_is_paid boolean := p_entitlement.is_paid and p_entitlement.paid_until > now();
+begin
+  select * into v_plan from private.plans as p
+  where p.name = case when v_is_paid then 'paid' else 'free' end;
+  return v_plan;
+end;
 $$;
 
 revoke all on function private.plan_of(public.entitlements)
 from public, anon, authenticated, service_role;
 
--- Where a claim's scan may start: what is queued below is rare and found by a full scan (72).
-create or replace function private.queue_floor()
-returns bigint
-language sql
-volatile
-set search_path = ''
-as $$
-  select c.last_value - 100000 from private.virtual_clock as c  -- 100 credits of weight 1
-$$;
+create view private.queue_floor with (security_invoker = true) as
+select c.last_value - 100000 as fair_key from private.virtual_clock as c;  -- 100 credits, weight 1
 
-revoke all on function private.queue_floor() from public, anon, authenticated, service_role;
+comment on view private.queue_floor is
+  'The fair_key a scan of the queue may start at: what is queued below is rare, and found by a '
+  'full scan at least once a second.';
+
+revoke all on private.queue_floor from public, anon, authenticated, service_role;
 
 -- Whether a job has waited this long though its user has nothing running. Who has, waits for his
 -- own: one user's long queue is old, but no reason to refuse others, who go before it. Looked for
@@ -370,7 +385,7 @@ as $$
   select exists (
     select from (
       select r.user_id, r.queued_at from private.ready_jobs as r
-      where r.run_at is null and r.fair_key >= (select private.queue_floor())
+      where r.run_at is null and r.fair_key >= (select f.fair_key from private.queue_floor as f)
       order by r.fair_key, r.seq limit 1000
     ) as next
     where next.queued_at < now() - p_interval

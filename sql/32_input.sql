@@ -1,9 +1,10 @@
 -- Input: do the params fit the model's schema, and what is the provider sent?
 --
--- prepare_input does it all before any credit moves. map_size (31) puts a size in the model's own
--- words. check_params holds every param against the schema. complete_input adds defaults, the
--- operator's own values, the prompt and a seed. The generation keeps both what was asked (input)
--- and what is sent (provider_input).
+-- All of it is done before any credit moves. prepare_params takes what the jobs of a batch
+-- have in common: map_size (31) puts a size in the model's own words, check_params holds every
+-- param against the schema, and defaults and the operator's own values are added. complete_input
+-- adds a prompt and a seed. The generation keeps both what was asked (input) and what is sent
+-- (provider_input).
 
 -- Why a value does not fit a property of a schema, with what is allowed; null if it does.
 create or replace function private.input_problem(p_value jsonb, p_property jsonb)
@@ -15,22 +16,31 @@ as $$
 declare
   v_type text := p_property ->> 'type';
 begin
-  if p_value = 'null' and p_property @> '{"nullable": true}' then
-    return null;
-  elsif p_property ? 'anyOf' then
-    return case when (
-      select bool_and(private.input_problem(p_value, o.value) is not null)
-      from jsonb_array_elements(p_property -> 'anyOf') as o
-    ) then 'none of its types: ' || left(p_property ->> 'anyOf', 1000) end;
-  elsif jsonb_typeof(p_value) is distinct from replace(v_type, 'integer', 'number')
+  if p_property ?| '{anyOf,enum,nullable}' then
+    if p_value = 'null' and p_property @> '{"nullable": true}' then
+      return null;
+    elsif p_property ? 'anyOf' then
+      return case when (
+        select bool_and(private.input_problem(p_value, o.value) is not null)
+        from jsonb_array_elements(p_property -> 'anyOf') as o
+      ) then 'none of its types: ' || left(p_property ->> 'anyOf', 1000) end;
+    end if;
+  end if;
+  if jsonb_typeof(p_value) is distinct from replace(v_type, 'integer', 'number')
     or (v_type = 'integer' and p_value::numeric % 1 <> 0) then
     return 'not of type ' || coalesce(v_type, 'allowed here');
   elsif p_property ? 'enum' and not (p_property -> 'enum') @> jsonb_build_array(p_value) then
     return 'not one of ' || left(p_property ->> 'enum', 1000);
   end if;
   return case jsonb_typeof(p_value)
-    when 'number' then private.number_problem(p_value::numeric, p_property)
-    when 'string' then private.length_problem(length(p_value #>> '{}'), p_property, 'Length', null)
+    when 'number' then case
+      when p_value >= p_property -> 'minimum' and p_value <= p_property -> 'maximum'
+        and not p_property ?| '{exclusiveMinimum,exclusiveMaximum,multipleOf}' then null
+      else private.number_problem(p_value::numeric, p_property)
+    end
+    when 'string' then case when p_property ?| '{maxLength,minLength}' then
+      private.length_problem(length(p_value #>> '{}'), p_property, 'Length', null)
+    end
     when 'array' then coalesce(
       private.length_problem(jsonb_array_length(p_value), p_property, 'Items', 16),
       private.items_problem(p_value, p_property -> 'items')
@@ -45,25 +55,28 @@ from public, anon, authenticated, service_role;
 -- The same for the range of a number; beyond 2^53 JSON numbers are not exact.
 create or replace function private.number_problem(p_number numeric, p_property jsonb)
 returns text
-language sql
+language plpgsql
 immutable
 set search_path = ''
 as $$
-  select case
-    when p_number < l.lowest or p_number > l.highest
-      then format('not between %s and %s', l.lowest, l.highest)
-    when p_number <= (p_property ->> 'exclusiveMinimum')::numeric
-      then 'not above ' || (p_property ->> 'exclusiveMinimum')
-    when p_number >= (p_property ->> 'exclusiveMaximum')::numeric
-      then 'not below ' || (p_property ->> 'exclusiveMaximum')
-    when p_number % (p_property ->> 'multipleOf')::numeric <> 0
-      then 'not a multiple of ' || (p_property ->> 'multipleOf')
-  end
-  from (
-    select
-      coalesce((p_property ->> 'minimum')::numeric, -9007199254740991) as lowest,
-      coalesce((p_property ->> 'maximum')::numeric, 9007199254740991) as highest
-  ) as l
+declare
+  v_lowest numeric := coalesce((p_property ->> 'minimum')::numeric, -9007199254740991);
+  v_highest numeric := coalesce((p_property ->> 'maximum')::numeric, 9007199254740991);
+begin
+  if p_number not between v_lowest and v_highest then
+    return format('not between %s and %s', v_lowest, v_highest);
+  elsif p_property ?| '{exclusiveMinimum,exclusiveMaximum,multipleOf}' then
+    return case
+      when p_number <= (p_property ->> 'exclusiveMinimum')::numeric
+        then 'not above ' || (p_property ->> 'exclusiveMinimum')
+      when p_number >= (p_property ->> 'exclusiveMaximum')::numeric
+        then 'not below ' || (p_property ->> 'exclusiveMaximum')
+      when p_number % (p_property ->> 'multipleOf')::numeric <> 0
+        then 'not a multiple of ' || (p_property ->> 'multipleOf')
+    end;
+  end if;
+  return null;
+end;
 $$;
 
 revoke all on function private.number_problem(numeric, jsonb)
@@ -77,20 +90,20 @@ create or replace function private.length_problem(
   p_default_max integer
 )
 returns text
-language sql
+language plpgsql
 immutable
 set search_path = ''
 as $$
-  select case
-    when p_length > l.most then format('longer than %s %s', l.most, l.unit)
-    when p_length < l.least then format('shorter than %s %s', l.least, l.unit)
-  end
-  from (
-    select
-      coalesce((p_property ->> ('max' || p_unit))::numeric, p_default_max) as most,
-      (p_property ->> ('min' || p_unit))::numeric as least,
-      case p_unit when 'Items' then 'items' else 'characters' end as unit
-  ) as l
+declare
+  v_most numeric := coalesce((p_property ->> ('max' || p_unit))::numeric, p_default_max);
+  v_least numeric := (p_property ->> ('min' || p_unit))::numeric;
+  v_unit text := case p_unit when 'Items' then 'items' else 'characters' end;
+begin
+  return case
+    when p_length > v_most then format('longer than %s %s', v_most, v_unit)
+    when p_length < v_least then format('shorter than %s %s', v_least, v_unit)
+  end;
+end;
 $$;
 
 revoke all on function private.length_problem(integer, jsonb, text, integer)
@@ -113,46 +126,42 @@ $$;
 revoke all on function private.items_problem(jsonb, jsonb)
 from public, anon, authenticated, service_role;
 
--- Every param is one the model takes from clients and fits its schema; none it needs is missing.
+-- Answers the params if every one is one the model takes from clients and fits its schema, and none
+-- it needs is missing.
 --
 -- Raises: PT400 invalid_input, naming the field and what is allowed.
 create or replace function private.check_params(p_model public.models, p_params jsonb)
-returns void
+returns jsonb
 language plpgsql
 stable
 set search_path = ''
 as $$
 declare
   v_properties jsonb := p_model.input_schema -> 'properties';
+  v_required jsonb := p_model.input_schema -> 'required';
+  v_foreign jsonb := p_params - p_model.client_inputs;
   v_name text;
   v_problem text;
 begin
-  select p.name into v_name
-  from jsonb_object_keys(p_params) as p (name)
-  where not p.name = any (p_model.client_inputs)
-  order by p.name limit 1;
-  if found then
+  if v_foreign <> '{}' then
+    select min(f.name) into v_name from jsonb_object_keys(v_foreign) as f (name);
     perform private.refuse_input(
       format('params.%s: not an input of %s', left(v_name, 60), p_model.id),
       'Allowed: ' || array_to_string(p_model.client_inputs, ', ')
     );
   end if;
-  select p.key, q.problem into v_name, v_problem
-  from jsonb_each(p_params) as p
-  cross join private.input_problem(p.value, v_properties -> p.key) as q (problem)
-  where q.problem is not null
-  order by p.key limit 1;
-  if found then
-    perform private.refuse_input(format('params.%s: %s', v_name, v_problem));
-  end if;
-  select r.name into v_name
-  from jsonb_array_elements_text(coalesce(p_model.input_schema -> 'required', '[]')) as r (name)
-  where r.name = any (p_model.client_inputs) and not v_properties -> r.name ? 'default'
-    and not p_params ? r.name and not p_model.operator_input ? r.name and r.name <> 'seed'
-  order by r.name limit 1;
-  if found then
-    perform private.refuse_input(format('params.%s: missing', v_name));
-  end if;
+  foreach v_name in array p_model.client_inputs loop
+    if p_params ? v_name then
+      v_problem := private.input_problem(p_params -> v_name, v_properties -> v_name);
+      if v_problem is not null then
+        perform private.refuse_input(format('params.%s: %s', v_name, v_problem));
+      end if;
+    elsif v_required ? v_name and v_name <> 'seed' and not v_properties -> v_name ? 'default'
+      and not p_model.operator_input ? v_name then
+      perform private.refuse_input(format('params.%s: missing', v_name));
+    end if;
+  end loop;
+  return p_params;
 end;
 $$;
 
@@ -200,39 +209,16 @@ $$;
 revoke all on function private.check_source_images(public.models, uuid, jsonb)
 from public, anon, authenticated, service_role;
 
--- A seed where the model has one, so that every picture can be made again. It also marks the job: a
--- lost create is found at the provider by its input.
-create or replace function private.choose_seed(p_model public.models)
-returns jsonb
-language sql
-volatile
-set search_path = ''
-as $$
-  select coalesce((
-    select jsonb_build_object(
-      'seed', floor(s.lowest + random() * (s.highest - s.lowest + 1))::bigint
-    )
-    from (
-      select
-        greatest(0, (p.rules ->> 'minimum')::double precision) as lowest,
-        least(2147483647, (p.rules ->> 'maximum')::double precision) as highest
-      from (select p_model.input_schema #> '{properties,seed}' as rules) as p
-      where p.rules ->> 'type' = 'integer' and not p_model.operator_input ? 'seed'
-    ) as s
-  ), '{}')
-$$;
-
-revoke all on function private.choose_seed(public.models)
-from public, anon, authenticated, service_role;
-
 -- There is nothing to read in a text, or no text.
 create or replace function private.is_blank(p_text text)
 returns boolean
-language sql
+language plpgsql
 immutable
 set search_path = ''
 as $$
-  select p_text !~ '[^[:space:]\u00a0\u200b\u2060\ufeff]' is not false
+begin
+  return p_text !~ '[^[:space:]\u00a0\u200b\u2060\ufeff]' is not false;
+end;
 $$;
 
 revoke all on function private.is_blank(text) from public, anon, authenticated, service_role;
@@ -255,35 +241,6 @@ $$;
 revoke all on function private.needs_prompt(public.models)
 from public, anon, authenticated, service_role;
 
--- What the provider is sent: defaults, seed, the user's params, the operator's own values, prompt.
-create or replace function private.complete_input(
-  p_model public.models,
-  p_prompt text,
-  p_params jsonb
-)
-returns jsonb
-language sql
-volatile
-set search_path = ''
-as $$
-  select
-    coalesce(
-      jsonb_object_agg(p.key, p.value -> 'default') filter (where p.value ? 'default'), '{}'
-    )
-    || private.choose_seed(p_model)
-    || p_params
-    || p_model.operator_input
-    || case
-      when p_model.prompt_input is null
-        or (private.is_blank(p_prompt) and not private.needs_prompt(p_model)) then '{}'
-      else jsonb_build_object(p_model.prompt_input, p_prompt)
-    end
-  from jsonb_each(p_model.input_schema -> 'properties') as p
-$$;
-
-revoke all on function private.complete_input(public.models, text, jsonb)
-from public, anon, authenticated, service_role;
-
 -- params.reuse is ours, not the model's: see find_reusable (50). Raises: PT400 invalid_input.
 create or replace function private.check_reuse(p_params jsonb)
 returns void
@@ -303,14 +260,50 @@ $$;
 
 revoke all on function private.check_reuse(jsonb) from public, anon, authenticated, service_role;
 
--- The whole way from what a user gave to what the provider is sent.
+-- What all of a request's jobs are sent but for prompt and seed: defaults, the user's params, the
+-- operator's own values.
 --
 -- Raises: PT400 invalid_input.
-create or replace function private.prepare_input(
+create or replace function private.prepare_params(
   p_model public.models,
   p_user_id uuid,
-  p_prompt text,
   p_params jsonb
+)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_params jsonb := p_params;
+begin
+  if v_params ? 'reuse' then
+    perform private.check_reuse(v_params);
+    v_params := v_params - 'reuse';
+  end if;
+  if v_params ?& '{width,height}' or v_params ? 'aspect_ratio' then
+    v_params := private.map_size(p_model, v_params);
+  end if;
+  v_params := private.check_params(p_model, v_params);
+  if v_params ?| p_model.image_inputs then
+    perform private.check_source_images(p_model, p_user_id, v_params);
+  end if;
+  return p_model.default_input || v_params || p_model.operator_input;
+end;
+$$;
+
+revoke all on function private.prepare_params(public.models, uuid, jsonb)
+from public, anon, authenticated, service_role;
+
+-- What the provider is sent for one prompt: with a seed where the model has one, so that every
+-- picture can be made again. It also marks the job: a lost create is found at the provider by its
+-- input.
+--
+-- Raises: PT400 invalid_input.
+create or replace function private.complete_input(
+  p_model public.models,
+  p_prepared jsonb,
+  p_prompt text
 )
 returns jsonb
 language plpgsql
@@ -318,24 +311,38 @@ volatile
 set search_path = ''
 as $$
 declare
-  v_params jsonb := private.map_size(p_model, p_params - 'reuse');
+  v_input jsonb := p_prepared;
+  v_properties jsonb := p_model.input_schema -> 'properties';
+  v_seed jsonb := v_properties -> 'seed';
+  v_lowest bigint;
+  v_highest bigint;
   v_problem text;
 begin
-  perform private.check_reuse(p_params);
-  if private.is_blank(p_prompt) and private.needs_prompt(p_model) then
-    perform private.refuse_input('prompt: missing or blank');
+  if p_prompt !~ '[[:alnum:]]' and private.is_blank(p_prompt) then
+    if private.needs_prompt(p_model) then
+      perform private.refuse_input('prompt: missing or blank');
+    end if;
+  elsif p_model.prompt_input is not null then
+    if v_properties -> p_model.prompt_input ?| '{anyOf,enum,maxLength,minLength}' then
+      v_problem := private.input_problem(
+        to_jsonb(p_prompt), v_properties -> p_model.prompt_input
+      );
+      if v_problem is not null then
+        perform private.refuse_input('prompt: ' || v_problem);
+      end if;
+    end if;
+    v_input := v_input || jsonb_build_object(p_model.prompt_input, p_prompt);
   end if;
-  v_problem := private.input_problem(
-    to_jsonb(p_prompt), p_model.input_schema #> array['properties', p_model.prompt_input]
-  );
-  if v_problem is not null and p_model.prompt_input is not null then
-    perform private.refuse_input('prompt: ' || v_problem);
+  if v_seed ->> 'type' = 'integer' and not v_input ? 'seed' then
+    v_lowest := greatest(0, (v_seed ->> 'minimum')::numeric);
+    v_highest := least(2147483647, (v_seed ->> 'maximum')::numeric);
+    v_input := v_input || jsonb_build_object(
+      'seed', v_lowest + floor(random() * (v_highest - v_lowest + 1))::bigint
+    );
   end if;
-  perform private.check_params(p_model, v_params);
-  perform private.check_source_images(p_model, p_user_id, v_params);
-  return private.complete_input(p_model, p_prompt, v_params);
+  return v_input;
 end;
 $$;
 
-revoke all on function private.prepare_input(public.models, uuid, text, jsonb)
+revoke all on function private.complete_input(public.models, jsonb, text)
 from public, anon, authenticated, service_role;

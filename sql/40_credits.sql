@@ -24,8 +24,8 @@ $$;
 revoke all on function private.lock_entitlement(uuid)
 from public, anon, authenticated, service_role;
 
--- Raises PT402 insufficient_credits unless the balance covers a price.
-create or replace function private.require_credits(
+-- Raises PT402 insufficient_credits.
+create or replace function private.refuse_price(
   p_entitlement public.entitlements,
   p_credits bigint
 )
@@ -34,50 +34,53 @@ language plpgsql
 set search_path = ''
 as $$
 begin
-  if p_credits > p_entitlement.credits then
-    raise sqlstate 'PT402' using
-      message = 'insufficient_credits',
-      detail = format('need %s, have %s', p_credits, p_entitlement.credits),
-      hint = 'Buy credits or choose a cheaper model.';
-  end if;
+  raise sqlstate 'PT402' using
+    message = 'insufficient_credits',
+    detail = format('need %s, have %s', p_credits, p_entitlement.credits),
+    hint = 'Buy credits or choose a cheaper model.';
 end;
 $$;
 
-revoke all on function private.require_credits(public.entitlements, bigint)
+revoke all on function private.refuse_price(public.entitlements, bigint)
 from public, anon, authenticated, service_role;
 
--- Charges one generation and takes one active slot, or refuses. The entitlement row is locked.
+-- Charges generations, p_credits each, and takes an active slot for each, or refuses. Answers the
+-- new balance. The entitlement row is locked.
 --
 -- Raises: PT402 insufficient_credits.
 create or replace function private.charge_credits(
   p_entitlement public.entitlements,
-  p_generation_id uuid,
+  p_generation_ids uuid[],
   p_credits integer,
-  p_fair_key bigint
+  p_last_fair_key bigint
 )
 returns integer
 language plpgsql
 set search_path = ''
 as $$
 declare
-  v_balance integer := p_entitlement.credits - p_credits;
+  v_count integer := cardinality(p_generation_ids);
+  v_cost bigint := p_credits::bigint * v_count;
   v_new_minute boolean := p_entitlement.minute_started_at <= now() - interval '1 minute';
 begin
-  perform private.require_credits(p_entitlement, p_credits);
+  if v_cost > p_entitlement.credits then
+    perform private.refuse_price(p_entitlement, v_cost);
+  end if;
   update public.entitlements set
-    credits = v_balance,
-    active_jobs = active_jobs + 1,
-    last_fair_key = p_fair_key,
+    credits = credits - v_cost,
+    active_jobs = active_jobs + v_count,
+    last_fair_key = p_last_fair_key,
     minute_started_at = case when v_new_minute then now() else minute_started_at end,
-    minute_jobs = case when v_new_minute then 1 else minute_jobs + 1 end
+    minute_jobs = case when v_new_minute then v_count else minute_jobs + v_count end
   where user_id = p_entitlement.user_id;
   insert into public.credit_ledger (user_id, generation_id, kind, amount, balance_after)
-  values (p_entitlement.user_id, p_generation_id, 'charge', -p_credits, v_balance);
-  return v_balance;
+  select p_entitlement.user_id, g.id, 'charge', -p_credits, p_entitlement.credits - p_credits * g.n
+  from unnest(p_generation_ids) with ordinality as g (id, n);
+  return p_entitlement.credits - v_cost;
 end;
 $$;
 
-revoke all on function private.charge_credits(public.entitlements, uuid, integer, bigint)
+revoke all on function private.charge_credits(public.entitlements, uuid[], integer, bigint)
 from public, anon, authenticated, service_role;
 
 -- Gives credits of a generation back; the second time does nothing.

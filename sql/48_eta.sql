@@ -69,17 +69,20 @@ create or replace function private.due_seconds(
   p_mean_seconds double precision
 )
 returns double precision
-language sql
+language plpgsql
 stable
 set search_path = ''
 as $$
-  select case
+declare
+  v_seconds double precision := date_part('epoch', now() - p_job.claimed_at);
+begin
+  return case
     when p_job.stage = 'storing' then 0
     when p_job.progress between 5 and 100
-      then (p_mean_seconds - e.seconds + e.seconds * (100.0 / p_job.progress - 1)) / 2
-    else p_mean_seconds - e.seconds
-  end
-  from (select extract(epoch from now() - p_job.claimed_at) as seconds) as e
+      then (p_mean_seconds - v_seconds + v_seconds * (100.0 / p_job.progress - 1)) / 2
+    else p_mean_seconds - v_seconds
+  end;
+end;
 $$;
 
 revoke all on function private.due_seconds(private.running_jobs, double precision)
@@ -92,11 +95,13 @@ create or replace function private.remaining_seconds(
   p_mean_seconds double precision
 )
 returns double precision
-language sql
+language plpgsql
 stable
 set search_path = ''
 as $$
-  select greatest(0.25 * p_mean_seconds, private.due_seconds(p_job, p_mean_seconds))
+begin
+  return greatest(0.25 * p_mean_seconds, private.due_seconds(p_job, p_mean_seconds));
+end;
 $$;
 
 revoke all on function private.remaining_seconds(private.running_jobs, double precision)
@@ -106,27 +111,30 @@ from public, anon, authenticated, service_role;
 -- that was never measured, p_else stands for the mean.
 create or replace function private.free_slots(p_else double precision)
 returns double precision[]
-language sql
+language plpgsql
 stable
 set search_path = ''
 as $$
-  select array_fill(0::double precision, array[greatest(l.slots - b.busy, 0)]) || b.seconds
-  from (
-    select sum(w.slots)::integer as slots
-    from private.workers as w
-    where w.seen_at > now() - (select s.lease from private.settings as s)
-  ) as l
-  cross join (
-    select
-      count(*)::integer as busy,
-      coalesce(array_agg(t.seconds order by t.seconds), '{}') as seconds
-    from (
-      select private.remaining_seconds(r, coalesce(s.mean_seconds, p_else)) as seconds
-      from private.running_jobs as r
-      left join private.model_stats as s on s.model_id = r.model_id
-    ) as t
-  ) as b
-  where l.slots > 0
+declare
+  v_slots integer;
+  v_busy double precision[];
+begin
+  select sum(w.slots)::integer into v_slots
+  from private.workers as w
+  where w.seen_at > now() - (select s.lease from private.settings as s);
+  if v_slots is null then
+    return null;
+  end if;
+  v_busy := array(
+    select private.remaining_seconds(r, coalesce(s.mean_seconds, p_else))
+    from private.running_jobs as r
+    left join private.model_stats as s on s.model_id = r.model_id
+    order by 1
+  );
+  return array_fill(
+    0::double precision, array[greatest(v_slots - cardinality(v_busy), 0)]
+  ) || v_busy;
+end;
 $$;
 
 revoke all on function private.free_slots(double precision)
@@ -180,15 +188,20 @@ from public, anon, authenticated, service_role;
 -- behind the queue's present: at first all that are put nearer, ever fewer as it moves up.
 create or replace function private.overtaking_share(p_distance bigint, p_slot_count integer)
 returns double precision
-language sql
+language plpgsql
 stable
 set search_path = ''
 as $$
-  select least(0.6, coalesce(sum(
+declare
+  v_slots double precision;
+begin
+  select sum(
     s.requests_per_second * s.mean_seconds
     * greatest(0, 1 - s.queue_distance / greatest(p_distance, 1))
-  ), 0) / p_slot_count)
-  from private.model_stats as s
+  ) into v_slots
+  from private.model_stats as s;
+  return least(0.6, coalesce(v_slots, 0) / p_slot_count);
+end;
 $$;
 
 revoke all on function private.overtaking_share(bigint, integer)
@@ -202,81 +215,124 @@ create or replace function private.waiting_seconds(
   p_else double precision
 )
 returns double precision
-language sql
+language plpgsql
 stable
 set search_path = ''
 as $$
-  select greatest(
-    private.play_queue(f.slots, p_ahead) / (1 - case p_ahead when '{}' then 0
-      else private.overtaking_share(p_job.fair_key - c.last_value, cardinality(f.slots)) end),
-    case when not p_job.is_held then extract(epoch from p_job.run_at - now()) end,
-    extract(epoch from p.paused_until - now())
-  )
-  from private.free_slots(p_else) as f (slots)
-  cross join private.virtual_clock as c
-  left join public.models as m on m.id = p_job.model_id
-  cross join lateral (
-    select max(b.paused_until) as paused_until from private.breakers as b
-    where b.name in (p_job.model_id, m.provider)
-      and (b.paused_until > now() or (b.paused_until is not null and b.times_opened > 0))
-  ) as p
-  where f.slots is not null
-    and (p.paused_until is null or (p.paused_until > now() and p.paused_until < 'infinity'))
+declare
+  v_paused_until timestamptz;
+  v_slots double precision[] := private.free_slots(p_else);
+  v_share double precision := 0;
+  v_clock bigint;
+begin
+  select max(b.paused_until) into v_paused_until
+  from private.breakers as b
+  where b.name in (
+      p_job.model_id, (select m.provider from public.models as m where m.id = p_job.model_id)
+    )
+    and (b.paused_until > now() or (b.paused_until is not null and b.times_opened > 0));
+  if v_slots is null or v_paused_until <= now() or v_paused_until = 'infinity' then
+    return null;
+  end if;
+  if p_ahead <> '{}' then
+    select c.last_value into v_clock from private.virtual_clock as c;
+    v_share := private.overtaking_share(p_job.fair_key - v_clock, cardinality(v_slots));
+  end if;
+  return greatest(
+    private.play_queue(v_slots, p_ahead) / (1 - v_share),
+    case when not p_job.is_held then date_part('epoch', p_job.run_at - now()) end,
+    date_part('epoch', v_paused_until - now())
+  );
+end;
 $$;
 
 revoke all on function private.waiting_seconds(private.ready_jobs, double precision[],
   double precision) from public, anon, authenticated, service_role;
 
+-- In how many seconds a queued job with p_position others before it is likely to be finished; null
+-- if not known.
+create or replace function private.queued_seconds(
+  p_job private.ready_jobs,
+  p_position integer,
+  p_mean_seconds double precision
+)
+returns double precision
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_ahead double precision[] := '{}';
+begin
+  if p_position > 0 then
+    v_ahead := array(
+      select coalesce(s.mean_seconds, p_mean_seconds)
+      from private.ready_jobs as r
+      left join private.model_stats as s on s.model_id = r.model_id
+      where r.run_at is null and r.fair_key >= (select f.fair_key from private.queue_floor as f)
+        and (r.fair_key, r.seq) < (p_job.fair_key, p_job.seq)
+      order by r.fair_key, r.seq limit p_position
+    );
+  end if;
+  return p_mean_seconds + private.waiting_seconds(p_job, v_ahead, p_mean_seconds);
+end;
+$$;
+
+revoke all on function private.queued_seconds(private.ready_jobs, integer, double precision)
+from public, anon, authenticated, service_role;
+
 -- Jobs that would be claimed before this one, counted up to p_at_most, null unless it is queued;
 -- seconds until it is likely to be finished; and seconds until it would be if all goes as a rule,
 -- from which clients are told when to look. These are null for a finished job, while no worker
 -- lives, for a model of which nothing was completed yet, and behind more jobs than are counted.
+--
+-- Few are queued below the floor (30). They are not counted, so that nobody walks what was claimed
+-- while vacuum is held back.
 create or replace function private.forecast(
   p_generation public.generations,
-  p_at_most integer default 1000
-)
-returns table (
-  queue_position integer,
-  eta_seconds numeric,
-  due_seconds double precision
+  p_at_most integer default 1000,
+  out queue_position integer,
+  out eta_seconds numeric,
+  out due_seconds double precision
 )
 language plpgsql
 stable
 set search_path = ''
 as $$
 declare
-  v_job private.ready_jobs;
   v_mean double precision;
-  v_ahead double precision[];
+  v_job private.ready_jobs;
+  v_running private.running_jobs;
   v_seconds double precision;
 begin
   if p_generation.finished_at is not null then
     return;
   end if;
-  v_mean := (
-    select s.mean_seconds from private.model_stats as s where s.model_id = p_generation.model_id
-  );
   select * into v_job from private.ready_jobs as r where r.job_id = p_generation.id;
   if found then
-    v_ahead := array(
-      select coalesce(s.mean_seconds, v_mean, 0)
-      from private.ready_jobs as r
-      left join private.model_stats as s on s.model_id = r.model_id
-      where r.run_at is null and (r.fair_key, r.seq) < (v_job.fair_key, v_job.seq)
+    select count(*) into queue_position from (
+      select from private.ready_jobs as r
+      where r.run_at is null and r.fair_key >= (select f.fair_key from private.queue_floor as f)
+        and (r.fair_key, r.seq) < (v_job.fair_key, v_job.seq)
       order by r.fair_key, r.seq limit p_at_most
-    );
-    queue_position := cardinality(v_ahead);
-    if v_mean is not null and queue_position < p_at_most then
-      v_seconds := v_mean + private.waiting_seconds(v_job, v_ahead, v_mean);
-      due_seconds := v_seconds;
+    ) as ahead;
+    if queue_position = p_at_most then
+      return;
     end if;
+  end if;
+  select s.mean_seconds into v_mean
+  from private.model_stats as s where s.model_id = p_generation.model_id;
+  if v_mean is null then
+    return;
+  elsif v_job.job_id is not null then
+    v_seconds := private.queued_seconds(v_job, queue_position, v_mean);
+    due_seconds := v_seconds;
   else
-    select private.remaining_seconds(r, v_mean), private.due_seconds(r, v_mean)
-    into v_seconds, due_seconds
-    from private.running_jobs as r where r.job_id = p_generation.id and v_mean is not null;
+    select * into v_running from private.running_jobs as r where r.job_id = p_generation.id;
+    v_seconds := private.remaining_seconds(v_running, v_mean);
+    due_seconds := private.due_seconds(v_running, v_mean);
   end if;
   eta_seconds := round(v_seconds::numeric, 1);
-  return next;
 end;
 $$;
 
@@ -293,18 +349,22 @@ create or replace function private.poll_after_ms(
   p_due_seconds double precision default null
 )
 returns integer
-language sql
+language plpgsql
 stable
 set search_path = ''
 as $$
-  select case
-    when p_generation.finished_at is null then least(10000, greatest(
-      1000,
-      p_due_seconds * 400,
-      a.seconds * case when p_due_seconds is null then 500 else 1000 / 30.0 end
-    ))::integer
-  end
-  from (select extract(epoch from now() - p_generation.created_at) as seconds) as a
+declare
+  v_age double precision := date_part('epoch', now() - p_generation.created_at);
+begin
+  if p_generation.finished_at is not null then
+    return null;
+  end if;
+  return least(10000, greatest(
+    1000,
+    p_due_seconds * 400,
+    v_age * case when p_due_seconds is null then 500 else 1000 / 30.0 end
+  ))::integer;
+end;
 $$;
 
 revoke all on function private.poll_after_ms(public.generations, double precision)

@@ -40,9 +40,6 @@ as $$
 declare
   v_generation public.generations;
 begin
-  if p_key is null then
-    return null;
-  end if;
   select * into v_generation
   from public.generations where user_id = p_user_id and idempotency_key = p_key;
   if found and (
@@ -83,29 +80,33 @@ $$;
 revoke all on function private.find_reusable(uuid, public.models, jsonb)
 from public, anon, authenticated, service_role;
 
--- What the ways in answer, the first time and for every repeat.
+-- What the ways in answer, the first time and for every repeat. Looks at no more of the queue than
+-- a request should pay for: get_job_status counts on.
 create or replace function private.enqueue_answer(
   p_generation public.generations,
   p_is_reused boolean default false
 )
 returns json
-language sql
+language plpgsql
 stable
 set search_path = ''
 as $$
-  select json_build_object(
+declare
+  v_forecast record := private.forecast(p_generation, 20);
+  v_credits integer;
+begin
+  select e.credits into v_credits
+  from public.entitlements as e where e.user_id = p_generation.user_id;
+  return json_build_object(
     'job_id', p_generation.id,
     'status', p_generation.status,
     'reused', p_is_reused,
-    'credits_left', (
-      select e.credits from public.entitlements as e where e.user_id = p_generation.user_id
-    ),
-    'queue_position', f.queue_position,
-    'eta_seconds', f.eta_seconds,
-    'poll_after_ms', private.poll_after_ms(p_generation, f.due_seconds)
-  )
-  from (select) as one
-  left join private.forecast(p_generation) as f on true
+    'credits_left', v_credits,
+    'queue_position', v_forecast.queue_position,
+    'eta_seconds', v_forecast.eta_seconds,
+    'poll_after_ms', private.poll_after_ms(p_generation, v_forecast.due_seconds)
+  );
+end;
 $$;
 
 revoke all on function private.enqueue_answer(public.generations, boolean)
@@ -128,21 +129,25 @@ set search_path = ''
 as $$
 declare
   v_user_id uuid := private.require_user_id();
-  v_params jsonb := private.read_params(p_params);
   v_prompt text := coalesce(p_prompt, '');
+  v_params jsonb := private.read_request(array[v_prompt], p_params, p_idempotency_key);
   v_entitlement public.entitlements;
   v_plan private.plans;
   v_model public.models;
   v_draft public.generations;
   v_known public.generations;
 begin
-  perform private.check_request(p_prompt, p_idempotency_key);
-  v_entitlement := private.lock_entitlement(v_user_id);
-  v_known := private.find_generation_by_key(
-    v_user_id, p_idempotency_key, p_model, v_prompt, v_params
-  );
-  if v_known.id is not null then
-    return private.enqueue_answer(v_known);
+  select * into v_entitlement from public.entitlements where user_id = v_user_id for update;
+  if not found then
+    perform private.refuse_unknown_user();
+  end if;
+  if p_idempotency_key is not null then
+    v_known := private.find_generation_by_key(
+      v_user_id, p_idempotency_key, p_model, v_prompt, v_params
+    );
+    if v_known.id is not null then
+      return private.enqueue_answer(v_known);
+    end if;
   end if;
   v_plan := private.plan_of(v_entitlement);
   v_model := private.require_model(p_model, v_user_id, v_plan.name);
@@ -155,7 +160,9 @@ begin
   end if;
   perform private.check_limits(v_entitlement, v_plan);
   v_draft.idempotency_key := p_idempotency_key;
-  v_known := private.insert_generation(v_entitlement, v_plan, v_model, v_draft);
+  v_known := private.insert_generations(
+    v_entitlement, v_plan, v_model, v_draft, array[v_prompt], array[v_draft.provider_input]
+  );
   return private.enqueue_answer(v_known);
 end;
 $$;
@@ -171,25 +178,27 @@ create or replace function public.enqueue_generation(
   idempotency_key text default null
 )
 returns json
-language sql
+language plpgsql
 set search_path = ''
 as $$
-  select private.enqueue_generation(
+begin
+  return private.enqueue_generation(
     enqueue_generation.model,
     enqueue_generation.prompt,
     enqueue_generation.params,
     enqueue_generation.idempotency_key
-  )
+  );
+end;
 $$;
 
 comment on function public.enqueue_generation is
   'Asks for a picture: checks, charges and queues in one transaction. Answers {job_id, status, '
-  'reused, credits_left, queue_position (jobs ahead, null unless queued), eta_seconds (until it is '
-  'likely to be finished, null if not known), poll_after_ms}. The same idempotency_key and payload '
-  'answer with the same job and charge nothing. With params.reuse = true and a seed, your finished '
-  'generation of the same input is answered, free. Errors: PT400 invalid_input, PT401 '
-  'not_authenticated, PT402 insufficient_credits, PT403 requires_paid_plan, PT404 not_found, PT409 '
-  'idempotency_conflict, PT429 too_many_active | rate_limited.';
+  'reused, credits_left, queue_position (jobs ahead, counted to 20 here; null unless queued), '
+  'eta_seconds (until it is likely to be finished, null if not known), poll_after_ms}. The same '
+  'idempotency_key and payload answer with the same job and charge nothing. With params.reuse = '
+  'true and a seed, your finished generation of the same input is answered, free. Errors: PT400 '
+  'invalid_input, PT401 not_authenticated, PT402 insufficient_credits, PT403 requires_paid_plan, '
+  'PT404 not_found, PT409 idempotency_conflict, PT429 too_many_active | rate_limited.';
 
 revoke all on function public.enqueue_generation(text, text, jsonb, text)
 from public, anon, authenticated, service_role;

@@ -48,50 +48,29 @@ $$;
 revoke all on function private.check_batch_size(text[], integer)
 from public, anon, authenticated, service_role;
 
--- The arguments that need neither plan nor catalogue. Raises: PT400 invalid_input.
-create or replace function private.check_batch(
-  p_prompts text[],
-  p_params jsonb,
-  p_idempotency_key text
-)
-returns void
-language plpgsql
-stable
-set search_path = ''
-as $$
-begin
-  perform private.check_batch_size(p_prompts, 100);  -- the most that any plan may allow
-  if p_params ? 'reuse' then
-    perform private.refuse_input('params.reuse: not in a batch');
-  end if;
-  perform private.check_request(p.prompt, p_idempotency_key) from unnest(p_prompts) as p (prompt);
-end;
-$$;
-
-revoke all on function private.check_batch(text[], jsonb, text)
-from public, anon, authenticated, service_role;
-
--- One draft for each prompt. Raises: PT400 invalid_input.
-create or replace function private.draft_batch(
+-- What is sent for each prompt. Raises: PT400 invalid_input.
+create or replace function private.prepare_batch(
   p_model public.models,
-  p_name text,
   p_user_id uuid,
   p_prompts text[],
   p_params jsonb
 )
-returns public.generations[]
-language sql
-volatile
+returns jsonb[]
+language plpgsql
 set search_path = ''
 as $$
-  select array_agg(
-    private.draft_generation(p_model, p_name, p_user_id, coalesce(p.prompt, ''), p_params)
-    order by p.place
-  )
-  from unnest(p_prompts) with ordinality as p (prompt, place)
+declare
+  v_prepared jsonb := private.prepare_params(p_model, p_user_id, p_params);
+  v_inputs jsonb[];
+begin
+  for v_place in 1 .. cardinality(p_prompts) loop
+    v_inputs[v_place] := private.complete_input(p_model, v_prepared, p_prompts[v_place]);
+  end loop;
+  return v_inputs;
+end;
 $$;
 
-revoke all on function private.draft_batch(public.models, text, uuid, text[], jsonb)
+revoke all on function private.prepare_batch(public.models, uuid, text[], jsonb)
 from public, anon, authenticated, service_role;
 
 -- Writes an accepted batch. The entitlement row is locked.
@@ -99,40 +78,37 @@ from public, anon, authenticated, service_role;
 -- Raises: PT402 insufficient_credits for the sum of the prices.
 create or replace function private.insert_batch(
   p_entitlement public.entitlements,
+  p_plan private.plans,
   p_model public.models,
-  p_drafts public.generations[],
-  p_request_hash text,
-  p_idempotency_key text
+  p_draft public.generations,
+  p_batch public.batches,
+  p_prompts text[],
+  p_inputs jsonb[]
 )
 returns public.batches
 language plpgsql
 set search_path = ''
 as $$
 declare
-  v_plan private.plans := private.plan_of(p_entitlement);
+  v_draft public.generations := p_draft;
   v_batch public.batches;
-  v_draft public.generations;
 begin
-  perform private.require_credits(
-    p_entitlement, private.image_price(p_model, v_plan)::bigint * (
-      select sum(private.count_images(p_model, d.provider_input)) from unnest(p_drafts) as d
-    )
-  );
   insert into public.batches (user_id, request_hash, job_count, idempotency_key)
-  values (p_entitlement.user_id, p_request_hash, cardinality(p_drafts), p_idempotency_key)
+  values (
+    p_entitlement.user_id, p_batch.request_hash, cardinality(p_prompts), p_batch.idempotency_key
+  )
   returning * into v_batch;
-  foreach v_draft in array p_drafts loop
-    v_draft.batch_id := v_batch.id;
-    perform private.insert_generation(
-      private.lock_entitlement(p_entitlement.user_id), v_plan, p_model, v_draft
-    );
-  end loop;
+  v_draft.batch_id := v_batch.id;
+  perform private.insert_generations(
+    p_entitlement, p_plan, p_model, v_draft, p_prompts, p_inputs
+  );
   return v_batch;
 end;
 $$;
 
 revoke all on function private.insert_batch(
-  public.entitlements, public.models, public.generations[], text, text
+  public.entitlements, private.plans, public.models, public.generations, public.batches, text[],
+  jsonb[]
 ) from public, anon, authenticated, service_role;
 
 -- A batch as the API shows it.
@@ -185,29 +161,38 @@ set search_path = ''
 as $$
 declare
   v_user_id uuid := private.require_user_id();
-  v_params jsonb := private.read_params(p_params);
-  v_hash text;
+  v_prompts text[];
+  v_params jsonb;
   v_entitlement public.entitlements;
   v_plan private.plans;
   v_model public.models;
+  v_draft public.generations;
   v_batch public.batches;
+  v_known public.batches;
 begin
-  perform private.check_batch(p_prompts, v_params, p_idempotency_key);
-  v_hash := md5(jsonb_build_array(p_model, p_prompts, v_params)::text);
+  perform private.check_batch_size(p_prompts, 100);  -- the most that any plan may allow
+  v_prompts := array(select coalesce(p.prompt, '') from unnest(p_prompts) as p (prompt));
+  v_params := private.read_request(v_prompts, p_params, p_idempotency_key);
+  if v_params ? 'reuse' then
+    perform private.refuse_input('params.reuse: not in a batch');
+  end if;
+  v_batch.request_hash := md5(jsonb_build_array(p_model, p_prompts, v_params)::text);
+  v_batch.idempotency_key := p_idempotency_key;
   v_entitlement := private.lock_entitlement(v_user_id);
-  v_batch := private.find_batch_by_key(v_user_id, p_idempotency_key, v_hash);
-  if v_batch.id is null then
+  v_known := private.find_batch_by_key(v_user_id, p_idempotency_key, v_batch.request_hash);
+  if v_known.id is null then
     v_plan := private.plan_of(v_entitlement);
     perform private.check_batch_size(p_prompts, v_plan.max_batch);
     v_model := private.require_model(p_model, v_user_id, v_plan.name);
     perform private.check_limits(v_entitlement, v_plan);
-    v_batch := private.insert_batch(
-      v_entitlement, v_model,
-      private.draft_batch(v_model, p_model, v_user_id, p_prompts, v_params),
-      v_hash, p_idempotency_key
+    v_draft.alias_id := nullif(p_model, v_model.id);
+    v_draft.input := v_params;
+    v_known := private.insert_batch(
+      v_entitlement, v_plan, v_model, v_draft, v_batch, v_prompts,
+      private.prepare_batch(v_model, v_user_id, v_prompts, v_params)
     );
   end if;
-  return private.batch_json(v_batch);
+  return private.batch_json(v_known);
 end;
 $$;
 
@@ -222,15 +207,17 @@ create or replace function public.enqueue_batch(
   idempotency_key text default null
 )
 returns json
-language sql
+language plpgsql
 set search_path = ''
 as $$
-  select private.enqueue_batch(
+begin
+  return private.enqueue_batch(
     enqueue_batch.model,
     enqueue_batch.prompts,
     enqueue_batch.params,
     enqueue_batch.idempotency_key
-  )
+  );
+end;
 $$;
 
 comment on function public.enqueue_batch is

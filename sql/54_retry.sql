@@ -78,7 +78,9 @@ begin
   );
   v_draft.retry_of := p_job_id;
   perform private.check_limits(v_entitlement, v_plan);
-  v_known := private.insert_generation(v_entitlement, v_plan, v_model, v_draft);
+  v_known := private.insert_generations(
+    v_entitlement, v_plan, v_model, v_draft, array[v_draft.prompt], array[v_draft.provider_input]
+  );
   return private.enqueue_answer(v_known);
 end;
 $$;
@@ -129,8 +131,9 @@ begin
   v_draft.retry_of := p_old.id;
   v_draft.batch_id := null;
   v_draft.idempotency_key := null;
-  perform private.insert_generation(
-    v_entitlement, private.plan_of(v_entitlement), v_model, v_draft, p_is_free => true
+  perform private.insert_generations(
+    v_entitlement, private.plan_of(v_entitlement), v_model, v_draft,
+    array[v_draft.prompt], array[v_draft.provider_input], p_is_free => true
   );
   return true;
 end;

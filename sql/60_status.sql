@@ -23,40 +23,79 @@ grant execute on function public.ping() to anon, authenticated, service_role;
 -- The images of a generation as the API shows them, in order.
 create or replace function private.images_json(p_generation_id uuid)
 returns json
-language sql
+language plpgsql
 stable
 set search_path = ''
 as $$
-  select coalesce(json_agg(json_build_object(
+declare
+  v_images json;
+begin
+  select json_agg(json_build_object(
     'position', i.position, 'path', i.storage_path, 'preview_path', i.preview_path,
     'content_type', i.content_type,
     'width', i.width, 'height', i.height, 'bytes', i.bytes, 'blurhash', i.blurhash,
     'is_public', i.share_id is not null
-  ) order by i.position), '[]')
-  from public.images as i where i.generation_id = p_generation_id
+  ) order by i.position) into v_images
+  from public.images as i where i.generation_id = p_generation_id;
+  return coalesce(v_images, '[]');
+end;
 $$;
 
 revoke all on function private.images_json(uuid) from public, anon, authenticated, service_role;
 
--- One job as the API shows it. Progress is read from the running row: it is not history.
-create or replace function private.job_json(p_generation public.generations)
-returns json
-language sql
+-- The running row of a live job. While it waits, all null but the attempts used up.
+create or replace function private.running_job(p_job_id uuid)
+returns private.running_jobs
+language plpgsql
 stable
 set search_path = ''
 as $$
-  select json_build_object(
+declare
+  v_running private.running_jobs;
+begin
+  select * into v_running from private.running_jobs where job_id = p_job_id;
+  if not found then
+    select r.attempt into v_running.attempt from private.ready_jobs as r where r.job_id = p_job_id;
+  end if;
+  return v_running;
+end;
+$$;
+
+revoke all on function private.running_job(uuid) from public, anon, authenticated, service_role;
+
+-- One job as the API shows it. Progress is read from the running row: it is not history.
+create or replace function private.job_json(p_generation public.generations)
+returns json
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_running private.running_jobs;
+  v_forecast record := private.forecast(p_generation);
+  v_refunded integer;
+  v_tags text[];
+begin
+  if p_generation.finished_at is null then
+    v_running := private.running_job(p_generation.id);
+  else
+    select l.amount into v_refunded from public.credit_ledger as l
+    where l.generation_id = p_generation.id and l.kind = 'refund';
+  end if;
+  v_tags := array(
+    select t.tag from public.generation_tags as t
+    where t.generation_id = p_generation.id order by t.tag
+  );
+  return json_build_object(
     'job_id', p_generation.id,
     'status', p_generation.status,
-    'stage', running.stage,
-    'progress', running.progress,
-    'attempt', coalesce(running.attempt, (
-      select r.attempt from private.ready_jobs as r where r.job_id = p_generation.id
-    )),
-    'cancel_requested', coalesce(running.cancel_requested, false),
-    'queue_position', f.queue_position,
-    'eta_seconds', f.eta_seconds,
-    'poll_after_ms', private.poll_after_ms(p_generation, f.due_seconds),
+    'stage', v_running.stage,
+    'progress', v_running.progress,
+    'attempt', v_running.attempt,
+    'cancel_requested', coalesce(v_running.cancel_requested, false),
+    'queue_position', v_forecast.queue_position,
+    'eta_seconds', v_forecast.eta_seconds,
+    'poll_after_ms', private.poll_after_ms(p_generation, v_forecast.due_seconds),
     'model', p_generation.model_id,
     'alias', p_generation.alias_id,
     'batch_id', p_generation.batch_id,
@@ -65,26 +104,17 @@ as $$
     'prompt', p_generation.prompt,
     'params', p_generation.input,
     'price_credits', p_generation.price_credits,
-    'refunded_credits', coalesce((
-      select l.amount from public.credit_ledger as l
-      where l.generation_id = p_generation.id and l.kind = 'refund'
-    ), 0),
-    'error', case when p_generation.error_code is not null
-      then json_build_object('code', p_generation.error_code, 'message', p_generation.error_message)
-    end,
+    'refunded_credits', coalesce(v_refunded, 0),
+    'error', case when p_generation.error_code is not null then
+      json_build_object('code', p_generation.error_code, 'message', p_generation.error_message) end,
     'images', private.images_json(p_generation.id),
     'is_favorite', p_generation.is_favorite,
-    'tags', (
-      select coalesce(json_agg(t.tag order by t.tag), '[]')
-      from public.generation_tags as t where t.generation_id = p_generation.id
-    ),
+    'tags', to_json(v_tags),
     'created_at', p_generation.created_at,
     'started_at', p_generation.started_at,
     'finished_at', p_generation.finished_at
-  )
-  from (values (p_generation.id)) as job (id)
-  left join private.running_jobs as running on running.job_id = job.id
-  left join private.forecast(p_generation) as f on true
+  );
+end;
 $$;
 
 revoke all on function private.job_json(public.generations)
@@ -95,12 +125,14 @@ from public, anon, authenticated, service_role;
 -- Raises: PT401 not_authenticated, PT404 not_found.
 create or replace function private.get_job_status(p_job_id uuid)
 returns json
-language sql
+language plpgsql
 stable
 security definer
 set search_path = ''
 as $$
-  select private.job_json(private.require_generation(p_job_id, private.require_user_id()))
+begin
+  return private.job_json(private.require_generation(p_job_id, private.require_user_id()));
+end;
 $$;
 
 revoke all on function private.get_job_status(uuid) from public, anon, authenticated, service_role;
@@ -108,11 +140,13 @@ grant execute on function private.get_job_status(uuid) to authenticated;
 
 create or replace function public.get_job_status(job_id uuid)
 returns json
-language sql
+language plpgsql
 stable
 set search_path = ''
 as $$
-  select private.get_job_status(get_job_status.job_id)
+begin
+  return private.get_job_status(get_job_status.job_id);
+end;
 $$;
 
 comment on function public.get_job_status is
@@ -168,11 +202,13 @@ grant execute on function private.list_active_jobs(uuid[]) to authenticated;
 
 create or replace function public.list_active_jobs(job_ids uuid[] default '{}')
 returns json
-language sql
+language plpgsql
 stable
 set search_path = ''
 as $$
-  select private.list_active_jobs(list_active_jobs.job_ids)
+begin
+  return private.list_active_jobs(list_active_jobs.job_ids);
+end;
 $$;
 
 comment on function public.list_active_jobs is

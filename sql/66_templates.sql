@@ -46,7 +46,7 @@ set search_path = ''
 as $$
 declare
   v_user_id uuid := private.require_known_user_id();
-  v_params jsonb := private.read_params(p_params);
+  v_params jsonb := private.read_request(array[p_prompt], p_params, null);
   v_template public.prompt_templates;
 begin
   perform private.check_template(p_title, p_prompt, p_model);
@@ -111,7 +111,6 @@ stable
 set search_path = ''
 as $$
 begin
-  perform private.check_request(p_prompt, null);
   if private.is_blank(p_prompt) then
     perform private.refuse_input('prompt: empty');
   elsif octet_length(p_title) > 400 or length(p_title) > 100 or private.is_blank(p_title) then

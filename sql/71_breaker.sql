@@ -233,7 +233,7 @@ begin
       times_opened = 0, paused_until = null, pause_reason = null, probe_job_id = null
     where name = v_name and probe_job_id = p_job.job_id;
     if found then
-      perform private.wake_worker();
+      perform private.wake_workers();
     end if;
   end loop;
 end;
@@ -365,7 +365,7 @@ begin
     failures = 0, failing_since = null, failed_users = '{}', times_opened = 0, probe_job_id = null,
     paused_until = null, pause_reason = null
   returning * into v_breaker;
-  perform private.wake_worker();
+  perform private.wake_workers();
   return private.breaker_json(v_breaker);
 end;
 $$;

@@ -43,7 +43,7 @@ declare
   v_now bigint := extract(epoch from clock_timestamp()) * 1000;
 begin
   if v_now - v_last_full < 1000 then
-    return private.queue_floor();
+    return (select f.fair_key from private.queue_floor as f);
   end if;
   perform set_config('darkroom.full_scan_ms', v_now::text, false);
   return 0;

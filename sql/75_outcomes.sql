@@ -104,7 +104,7 @@ begin
   from private.virtual_clock as c;
   update public.generations set status = 'queued', updated_at = now() where id = p_job.job_id;
   if p_delay <= interval '0' then
-    perform private.wake_worker();
+    perform private.wake_workers();
   end if;
 end;
 $$;

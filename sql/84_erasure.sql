@@ -358,3 +358,31 @@ from public, anon, authenticated, service_role;
 create trigger entitlements_erase_ledger
 after delete on public.entitlements
 for each row execute function private.erase_ledger_of_deleted_user();
+
+-- Erases the generations of a user who is gone, and takes the live ones, whose rows are locked, out
+-- of the queue.
+create or replace function private.erase_generations_of_deleted_user()
+returns trigger
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_live uuid[] := array(
+    select g.id from public.generations as g
+    where g.user_id = old.user_id and g.status in ('queued', 'processing')
+  );
+begin
+  delete from private.ready_jobs where job_id = any (v_live);
+  delete from private.running_jobs where job_id = any (v_live);
+  delete from public.generations where user_id = old.user_id;
+  return null;
+end;
+$$;
+
+revoke all on function private.erase_generations_of_deleted_user()
+from public, anon, authenticated, service_role;
+
+create trigger entitlements_erase_generations
+after delete on public.entitlements
+for each row execute function private.erase_generations_of_deleted_user();

@@ -297,6 +297,16 @@ def test_each_job_wakes_one_of_many_sleepers(db, alice):
     assert sorted(worker.wake_ups() for worker in workers) == [[], [], [""], [""]]
 
 
+def test_a_batch_wakes_as_many_sleepers_as_it_has_jobs(db, alice):
+    workers = [Worker(db).listening() for _ in range(4)]
+    for worker in workers:
+        worker.sleep()
+
+    alice.enqueue_batch(["one", "two", "three"])
+
+    assert sorted(worker.wake_ups() for worker in workers) == [[], [""], [""], [""]]
+
+
 def test_what_is_rolled_back_or_refused_wakes_nobody(alice, worker):
     worker.listening().sleep()
 
@@ -336,6 +346,20 @@ def test_a_worker_somebody_is_waking_does_not_hold_up_others(db, alice, bob, wor
         bob.enqueue()
 
     assert len(worker.claim_jobs(2)) == 2
+
+
+def test_a_request_counts_the_queue_to_twenty_and_a_reader_on(db, alice, bob):
+    db.lift_limits()
+    alice.has(credits=21)
+    for _ in range(21):
+        alice.enqueue()
+    db.execute("update public.entitlements set last_fair_key = 100000 where user_id = %s", bob.id)
+    db.execute("update public.entitlements set active_jobs = active_jobs + 1")  # so that it counts
+
+    answer = bob.enqueue()
+
+    assert answer["queue_position"] == 20
+    assert bob.get_job_status(answer["job_id"])["queue_position"] == 21
 
 
 def test_how_long_a_warm_call_takes(db, alice, capsys):

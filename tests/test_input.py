@@ -7,7 +7,7 @@ import uuid
 from typing import Any
 
 import pytest
-from actors import refused
+from actors import PREVIEW, refused
 from database import unchanged
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -66,10 +66,11 @@ def model(db, model_id: str) -> dict[str, Any]:
 def prepare(db, model_id: str, params: dict[str, Any], prompt: str | None = PROMPT) -> Any:
     """Return what the provider would be sent."""
     return db.value(
-        "select private.prepare_input(m, %s, %s, %s) from public.models as m where m.id = %s",
+        "select private.complete_input(m, private.prepare_params(m, %s, %s), %s)"
+        " from public.models as m where m.id = %s",
         OWNER,
-        prompt,
         Jsonb(params),
+        prompt or "",
         model_id,
     )
 
@@ -585,3 +586,25 @@ def test_the_seed_of_the_catalogue_is_consistent(catalog):
         assert row["client_inputs"] == sorted(row["client_inputs"])
         assert row["paid_price_credits"] <= row["price_credits"]
         assert json.dumps(row["input_schema"]).count("description") == 0
+
+
+def test_what_the_schema_gives_is_kept_beside_it(db):
+    db.execute(
+        "update public.models"
+        " set input_schema = jsonb_set(input_schema, '{properties,steps}', %s) where id = %s",
+        Jsonb({"type": "integer", "default": 7}),
+        PREVIEW,
+    )
+
+    query = "select default_input from public.models where id = %s"
+    assert db.value(query, PREVIEW) == {"width": 1024, "height": 1024, "num_outputs": 1, "steps": 7}
+
+
+def test_a_seed_is_chosen_though_the_schema_gives_one(db):
+    db.execute(
+        "update public.models set"
+        " input_schema = jsonb_set(input_schema, '{properties,seed,default}', '0') where id = %s",
+        PREVIEW,
+    )
+
+    assert len({prepare(db, PREVIEW, {})["seed"] for _ in range(3)}) > 1

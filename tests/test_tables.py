@@ -1,5 +1,7 @@
 """sql/10_tables.sql and sql/12_queue_tables.sql: the rules that live in constraints."""
 
+import itertools
+
 import psycopg
 import pytest
 
@@ -30,14 +32,13 @@ BROKEN_RULES = {
     "entitlements_credits_are_not_negative": "update public.entitlements set credits = -1",
     "entitlements_active_jobs_are_not_negative": "update public.entitlements set active_jobs = -1",
     "entitlements_paid_users_have_an_end": "update public.entitlements set is_paid = true",
-    "credit_ledger_kind_is_known": (
+    "ledger_kind_is_known": (
         "update private.a_ledger_entry set kind = 'gift', generation_id = null, amount = 1"
     ),
-    "credit_ledger_sign_matches_kind": "update private.a_ledger_entry set amount = 1",
-    "credit_ledger_balance_is_not_negative": "update private.a_ledger_entry set balance_after = -1",
-    "credit_ledger_generation_matches_kind": (
-        "update private.a_ledger_entry set generation_id = null"
+    "credit_ledger_amount_and_generation_match_kind": (
+        "update private.a_ledger_entry set amount = 1"
     ),
+    "credit_ledger_balance_is_not_negative": "update private.a_ledger_entry set balance_after = -1",
     "models_id_is_owner_slash_name": "update public.models set id = 'Just A Name'",
     "models_provider_is_known": "update public.models set provider = 'somebody'",
     "models_prices_are_not_negative": "update public.models set paid_price_credits = -1",
@@ -53,7 +54,7 @@ BROKEN_RULES = {
     ),
     "models_max_images_is_sane": "update public.models set max_images = 0",
     "models_deadline_is_positive": "update public.models set deadline = '0'",
-    "generations_status_is_known": (
+    "job_status_is_known": (
         "update public.generations set status = 'lost' where finished_at is null"
     ),
     "generations_finished_at_matches_status": "update public.generations set finished_at = null",
@@ -181,6 +182,26 @@ def test_each_rule_of_the_tables_holds(db, alice, worker):
         broken[rule] = refusal.value.diag.constraint_name
 
     assert broken == {rule: rule for rule in BROKEN_RULES}
+
+
+@pytest.mark.parametrize(
+    ("kind", "amounts", "is_of_a_generation"),
+    [
+        ("charge", {-1, 0}, True),
+        ("refund", {0, 1}, True),
+        ("grant", {0, 1}, False),
+        ("carry", {0, 1}, False),
+        ("adjust", {-1, 1}, False),
+    ],
+)
+def test_an_entry_has_the_sign_and_the_generation_of_its_kind(
+    db, kind, amounts, is_of_a_generation
+):
+    query = "select private.fits_kind(%s, %s, case when %s then gen_random_uuid() end)"
+
+    for amount, has_generation in itertools.product((-1, 0, 1), (True, False)):
+        fits = db.value(query, kind, amount, has_generation)
+        assert fits == (amount in amounts and has_generation == is_of_a_generation)
 
 
 def test_every_check_is_tried_above(db):

@@ -346,7 +346,9 @@ def test_what_is_not_delivered_and_why(db, alice, worker):
 
 
 def test_every_view_answers_an_empty_database(db):
-    views = db.execute("select viewname from pg_views where schemaname = 'private'")
+    views = db.execute(
+        "select viewname from pg_views where schemaname = 'private' and viewname <> 'queue_floor'"
+    )
 
     assert len(views) >= 18
     assert [view["viewname"] for view in views if rows(db, view["viewname"])] == []

@@ -75,8 +75,8 @@ from anon, authenticated, service_role;
 -- The tables of schema public: what users own and may read.
 --
 -- An entitlement says what a user may do; the credit ledger says how the balance came to be; a
--- model is a row of the catalogue; a generation is one request of a user and its permanent record;
--- an image is one stored output. The queue is elsewhere (12): a generation is written when it is
+-- generation is one request of a user and its permanent record; an image is one stored output. The
+-- catalogue of models is in 11. The queue is elsewhere (12): a generation is written when it is
 -- enqueued and when its state changes, never by heartbeats or progress.
 --
 -- Always true: entitlements.credits is the sum of the user's ledger amounts and never negative;
@@ -85,20 +85,56 @@ from anon, authenticated, service_role;
 -- Time-ordered ids: 48 bits of milliseconds, 12 bits of the fraction, 62 random bits (RFC 9562).
 create or replace function private.uuid_v7()
 returns uuid
-language sql
+language plpgsql
 volatile
 set search_path = ''
 as $$
-  select encode(
-    substring(int8send(t.us / 1000) from 3)
-    || int2send((28672 + (t.us % 1000) * 4096 / 1000)::smallint)
+declare
+  v_us bigint := date_part('epoch', clock_timestamp()) * 1000000;
+begin
+  return encode(
+    substring(int8send(v_us / 1000) from 3)
+    || int2send((28672 + (v_us % 1000) * 4096 / 1000)::smallint)
     || substring(uuid_send(gen_random_uuid()) from 9),
     'hex'
-  )::uuid
-  from (select (extract(epoch from clock_timestamp()) * 1000000)::bigint as us) as t
+  )::uuid;
+end;
 $$;
 
 revoke all on function private.uuid_v7() from public, anon, authenticated, service_role;
+
+-- Domains, where a table is written in every request: PostgreSQL reads a check of a table anew in
+-- each statement, which for a list of words takes longer than to write the row.
+create domain public.job_status as text constraint job_status_is_known check (
+  value in ('queued', 'processing', 'completed', 'failed', 'canceled')
+);
+
+comment on domain public.job_status is 'See generations.status.';
+
+create domain public.ledger_kind as text constraint ledger_kind_is_known check (
+  value in ('grant', 'charge', 'refund', 'adjust', 'carry')
+);
+
+comment on domain public.ledger_kind is 'See credit_ledger.kind.';
+
+create or replace function private.fits_kind(p_kind text, p_amount integer, p_generation_id uuid)
+returns boolean
+language plpgsql
+immutable
+set search_path = ''
+as $$
+begin
+  return (p_generation_id is not null) = (p_kind in ('charge', 'refund'))
+    and case p_kind
+      when 'charge' then p_amount <= 0
+      when 'adjust' then p_amount <> 0
+      else p_amount >= 0
+    end;
+end;
+$$;
+
+revoke all on function private.fits_kind(text, integer, uuid)
+from public, anon, authenticated, service_role;
 
 -- A trigger (84) cascades from auth.users, not a foreign key: whoever moves a balance twice in one
 -- transaction would have its check lock the user, whom a deletion holds while it waits for jobs.
@@ -135,21 +171,15 @@ create table public.credit_ledger (
   id bigint generated always as identity primary key,
   user_id uuid not null,
   generation_id uuid,
-  kind text not null,
+  kind public.ledger_kind not null,
   amount integer not null,
   balance_after integer not null,
   external_id text,
   created_at timestamptz not null default now(),
-  constraint credit_ledger_kind_is_known check (
-    kind in ('grant', 'charge', 'refund', 'adjust', 'carry')
+  constraint credit_ledger_amount_and_generation_match_kind check (
+    private.fits_kind(kind, amount, generation_id)
   ),
-  constraint credit_ledger_sign_matches_kind check (
-    case kind when 'charge' then amount <= 0 when 'adjust' then amount <> 0 else amount >= 0 end
-  ),
-  constraint credit_ledger_balance_is_not_negative check (balance_after >= 0),
-  constraint credit_ledger_generation_matches_kind check (
-    (generation_id is not null) = (kind in ('charge', 'refund'))
-  )
+  constraint credit_ledger_balance_is_not_negative check (balance_after >= 0)
 );
 
 comment on table public.credit_ledger is
@@ -213,97 +243,6 @@ for each row
 when (current_setting('darkroom.compacts_ledger_of', true) is distinct from old.user_id::text)
 execute function private.refuse_change_while_user_exists();
 
-create table public.models (
-  id text primary key,
-  provider text not null,
-  provider_ref text not null,
-  title text not null,
-  price_credits integer not null,
-  paid_price_credits integer not null,
-  requires_paid boolean not null default false,
-  is_active boolean not null default true,
-  input_schema jsonb not null,
-  client_inputs text[] not null,
-  prompt_input text default 'prompt',
-  image_inputs text[] not null default '{}',
-  image_count_input text,
-  operator_input jsonb not null default '{}',
-  max_images smallint not null default 1,
-  deadline interval not null default '5 minutes',
-  cost_usd numeric(12, 6),
-  cost_unit text,
-  is_schema_confirmed boolean not null default true,
-  constraint models_id_is_owner_slash_name check (id ~ '^[a-z0-9_.-]+/[a-z0-9_.-]+$'),
-  constraint models_provider_is_known check (provider in ('preview', 'replicate')),
-  constraint models_prices_are_not_negative check (price_credits >= 0 and paid_price_credits >= 0),
-  constraint models_input_schema_has_properties check (
-    coalesce(jsonb_typeof(input_schema -> 'properties'), '') = 'object'
-  ),
-  constraint models_prompt_input_is_no_client_input check (not prompt_input = any(client_inputs)),
-  constraint models_image_inputs_are_client_inputs check (client_inputs @> image_inputs),
-  constraint models_operator_input_is_an_object check (jsonb_typeof(operator_input) = 'object'),
-  constraint models_cost_has_a_unit check (
-    (cost_usd is null) = (cost_unit is null) and cost_usd >= 0 and cost_unit in ('image', 'second')
-  ),
-  constraint models_image_count_input_is_a_client_input check (
-    image_count_input is null or image_count_input = any(client_inputs)
-  ),
-  constraint models_max_images_is_sane check (max_images between 1 and 16),
-  constraint models_deadline_is_positive check (deadline > interval '0')
-);
-
-comment on table public.models is
-  'The catalogue: what can be asked for, at what price, run by whom.';
-comment on column public.models.provider_ref is
-  'What the provider calls the model: owner/name, or owner/name:version.';
-comment on column public.models.price_credits is 'Credits per image for a free user.';
-comment on column public.models.paid_price_credits is
-  'Credits per image for a paid user; 0 means included in the plan.';
-comment on column public.models.is_active is 'Whether it is listed and may be asked for.';
-comment on column public.models.input_schema is
-  'JSON schema of the provider''s input: {"properties": {name: {type, minimum, maximum, enum, '
-  'default}}}.';
-comment on column public.models.client_inputs is 'The properties a client may set in params.';
-comment on column public.models.prompt_input is
-  'The property the prompt goes into; null: the model takes none.';
-comment on column public.models.image_inputs is
-  'The client inputs that take source images: paths in bucket inputs, which the worker signs.';
-comment on column public.models.image_count_input is
-  'The client input that says how many images; null: none does, and max_images are charged until '
-  'they are counted.';
-comment on column public.models.operator_input is
-  'Sent with every job, over defaults and params; clients cannot change it.';
-comment on column public.models.max_images is
-  'Most images of one generation; what it charges where no input says how many.';
-comment on column public.models.deadline is
-  'How long one attempt may take before it fails with timeout.';
-
-comment on column public.models.cost_usd is
-  'US dollars the provider takes per cost_unit; null: not known.';
-comment on column public.models.cost_unit is
-  'image (each output) or second (of the provider''s compute).';
-comment on column public.models.is_schema_confirmed is
-  'False: input_schema was written from documentation, not imported from the provider.';
-
-create table public.model_aliases (
-  id text,
-  model_id text references public.models (id) on delete cascade,
-  weight integer not null default 1,
-  primary key (id, model_id),
-  constraint model_aliases_id_is_owner_slash_name check (id ~ '^[a-z0-9_.-]+/[a-z0-9_.-]+$'),
-  constraint model_aliases_weight_is_not_negative check (weight >= 0)
-);
-
-comment on table public.model_aliases is
-  'Names that stand for one of several models, to try them against each other: one row for each '
-  'arm. A user stays with one arm while the weights stay and it is not paused.';
-comment on column public.model_aliases.id is
-  'What clients ask for, auto/fast say. A model of that name goes first.';
-comment on column public.model_aliases.weight is
-  'Share of the users against the weights of the other arms; 0: none.';
-
-create index model_aliases_model_id_idx on public.model_aliases (model_id);
-
 create table public.batches (
   id uuid primary key default private.uuid_v7(),
   user_id uuid not null references public.entitlements (user_id) on delete cascade,
@@ -324,10 +263,9 @@ on public.batches (user_id, idempotency_key) where idempotency_key is not null;
 
 create table public.generations (
   id uuid primary key default private.uuid_v7(),
-  -- To entitlements, not auth.users: enqueue has locked that row already, so the check is free.
-  user_id uuid not null references public.entitlements (user_id) on delete cascade,
-  -- No foreign keys but this: they would lock a row each in every enqueue. Models are deactivated,
-  -- not deleted.
+  -- No foreign keys: they would look up and lock a row each in every enqueue, which has locked the
+  -- entitlement already. A trigger (84) deletes with the user; models are deactivated.
+  user_id uuid not null,
   model_id text not null,
   alias_id text,
   batch_id uuid,
@@ -335,7 +273,7 @@ create table public.generations (
   prompt text not null,
   input jsonb not null,
   provider_input jsonb not null,
-  status text not null default 'queued',
+  status public.job_status not null default 'queued',
   error_code text,
   error_message text,
   price_credits integer not null,
@@ -348,11 +286,8 @@ create table public.generations (
   finished_at timestamptz,
   updated_at timestamptz not null default now(),
   deleted_at timestamptz,
-  constraint generations_status_is_known check (
-    status in ('queued', 'processing', 'completed', 'failed', 'canceled')
-  ),
   constraint generations_finished_at_matches_status check (
-    (finished_at is not null) = (status in ('completed', 'failed', 'canceled'))
+    (finished_at is null) = (status in ('queued', 'processing'))
   ),
   constraint generations_error_code_matches_status check (
     (error_code is not null) = (status = 'failed')
@@ -451,6 +386,126 @@ create index images_user_id_idx on public.images (user_id);
 create index images_share_id_idx on public.images (share_id) where share_id is not null;
 create index images_shared_path_idx on public.images (storage_path) where share_id is not null;
 create index images_shared_preview_idx on public.images (preview_path) where share_id is not null;
+-- The catalogue: what can be asked for.
+--
+-- A model is a row, imported from its provider's own schema (38) or written by hand; an alias is a
+-- name that stands for one of several models. Models are data: nothing else refers to them by key.
+
+create table public.models (
+  id text primary key,
+  provider text not null,
+  provider_ref text not null,
+  title text not null,
+  price_credits integer not null,
+  paid_price_credits integer not null,
+  requires_paid boolean not null default false,
+  is_active boolean not null default true,
+  input_schema jsonb not null,
+  default_input jsonb not null default '{}',
+  client_inputs text[] not null,
+  prompt_input text default 'prompt',
+  image_inputs text[] not null default '{}',
+  image_count_input text,
+  operator_input jsonb not null default '{}',
+  max_images smallint not null default 1,
+  deadline interval not null default '5 minutes',
+  cost_usd numeric(12, 6),
+  cost_unit text,
+  is_schema_confirmed boolean not null default true,
+  constraint models_id_is_owner_slash_name check (id ~ '^[a-z0-9_.-]+/[a-z0-9_.-]+$'),
+  constraint models_provider_is_known check (provider in ('preview', 'replicate')),
+  constraint models_prices_are_not_negative check (price_credits >= 0 and paid_price_credits >= 0),
+  constraint models_input_schema_has_properties check (
+    coalesce(jsonb_typeof(input_schema -> 'properties'), '') = 'object'
+  ),
+  constraint models_prompt_input_is_no_client_input check (not prompt_input = any(client_inputs)),
+  constraint models_image_inputs_are_client_inputs check (client_inputs @> image_inputs),
+  constraint models_operator_input_is_an_object check (jsonb_typeof(operator_input) = 'object'),
+  constraint models_cost_has_a_unit check (
+    (cost_usd is null) = (cost_unit is null) and cost_usd >= 0 and cost_unit in ('image', 'second')
+  ),
+  constraint models_image_count_input_is_a_client_input check (
+    image_count_input is null or image_count_input = any(client_inputs)
+  ),
+  constraint models_max_images_is_sane check (max_images between 1 and 16),
+  constraint models_deadline_is_positive check (deadline > interval '0')
+);
+
+comment on table public.models is
+  'The catalogue: what can be asked for, at what price, run by whom.';
+comment on column public.models.provider_ref is
+  'What the provider calls the model: owner/name, or owner/name:version.';
+comment on column public.models.price_credits is 'Credits per image for a free user.';
+comment on column public.models.paid_price_credits is
+  'Credits per image for a paid user; 0 means included in the plan.';
+comment on column public.models.is_active is 'Whether it is listed and may be asked for.';
+comment on column public.models.input_schema is
+  'JSON schema of the provider''s input: {"properties": {name: {type, minimum, maximum, enum, '
+  'default}}}.';
+comment on column public.models.default_input is
+  'What input_schema gives for what nobody says; kept by a trigger.';
+comment on column public.models.client_inputs is 'The properties a client may set in params.';
+comment on column public.models.prompt_input is
+  'The property the prompt goes into; null: the model takes none.';
+comment on column public.models.image_inputs is
+  'The client inputs that take source images: paths in bucket inputs, which the worker signs.';
+comment on column public.models.image_count_input is
+  'The client input that says how many images; null: none does, and max_images are charged until '
+  'they are counted.';
+comment on column public.models.operator_input is
+  'Sent with every job, over defaults and params; clients cannot change it.';
+comment on column public.models.max_images is
+  'Most images of one generation; what it charges where no input says how many.';
+comment on column public.models.deadline is
+  'How long one attempt may take before it fails with timeout.';
+
+comment on column public.models.cost_usd is
+  'US dollars the provider takes per cost_unit; null: not known.';
+comment on column public.models.cost_unit is
+  'image (each output) or second (of the provider''s compute).';
+comment on column public.models.is_schema_confirmed is
+  'False: input_schema was written from documentation, not imported from the provider.';
+
+-- Taken out once, not in every request. A seed is chosen (32), not taken from the schema.
+create or replace function private.set_default_input()
+returns trigger
+language plpgsql
+set search_path = ''
+as $$
+begin
+  new.default_input := (
+    select coalesce(jsonb_object_agg(p.key, p.value -> 'default'), '{}')
+    from jsonb_each(new.input_schema -> 'properties') as p
+    where p.value ? 'default' and not (p.key = 'seed' and p.value ->> 'type' = 'integer')
+  );
+  return new;
+end;
+$$;
+
+revoke all on function private.set_default_input() from public, anon, authenticated, service_role;
+
+create trigger models_set_default_input
+before insert or update on public.models
+for each row execute function private.set_default_input();
+
+create table public.model_aliases (
+  id text,
+  model_id text references public.models (id) on delete cascade,
+  weight integer not null default 1,
+  primary key (id, model_id),
+  constraint model_aliases_id_is_owner_slash_name check (id ~ '^[a-z0-9_.-]+/[a-z0-9_.-]+$'),
+  constraint model_aliases_weight_is_not_negative check (weight >= 0)
+);
+
+comment on table public.model_aliases is
+  'Names that stand for one of several models, to try them against each other: one row for each '
+  'arm. A user stays with one arm while the weights stay and it is not paused.';
+comment on column public.model_aliases.id is
+  'What clients ask for, auto/fast say. A model of that name goes first.';
+comment on column public.model_aliases.weight is
+  'Share of the users against the weights of the other arms; 0: none.';
+
+create index model_aliases_model_id_idx on public.model_aliases (model_id);
 -- The tables of schema private: the queue, its workers, and what operators set.
 --
 -- A live job is in exactly one of two small tables: ready_jobs while it may be claimed,
@@ -459,6 +514,9 @@ create index images_shared_preview_idx on public.images (preview_path) where sha
 --
 -- A lease is proven by its token. Every call of a worker names (job, token): where that row is
 -- gone, the lease is lost and the call changes nothing.
+--
+-- Their job ids have no foreign key to generations: it would look up and lock that row in every
+-- enqueue and claim. Only finished generations are deleted, but for a deleted user's (84).
 
 create sequence private.lease_tokens;
 
@@ -475,7 +533,7 @@ comment on sequence private.virtual_clock is
 
 create table private.ready_jobs (
   seq bigint generated always as identity primary key,
-  job_id uuid not null unique references public.generations (id) on delete cascade,
+  job_id uuid not null unique,
   user_id uuid not null,
   model_id text not null,
   fair_key bigint not null,
@@ -530,7 +588,7 @@ comment on column private.queue_state.oldest_ready_at is
 
 -- No index on what heartbeats change, and half-empty pages: beats are HOT updates.
 create table private.running_jobs (
-  job_id uuid primary key references public.generations (id) on delete cascade,
+  job_id uuid primary key,
   user_id uuid not null,
   model_id text not null,
   token bigint not null,
@@ -1270,7 +1328,7 @@ $$;
 -- Gating: may this user ask for this? Checks only; nothing here writes.
 --
 -- enqueue_generation (50) calls these in order: who asks (require_user_id), is the request well
--- formed (read_params, check_request), is the model there and allowed (require_model), does the
+-- formed (read_request), is the model there and allowed (require_model), does the
 -- plan allow one more now (check_limits). Whether the input fits the model is checked in 32, and
 -- the credits where they are taken (40).
 
@@ -1413,9 +1471,34 @@ $$;
 revoke all on function private.refuse_for_now(integer, text, text, integer)
 from public, anon, authenticated, service_role;
 
--- The params as an object. Some gateways hand a jsonb argument as a JSON string holding the text,
--- so it is unwrapped once, here. Raises: PT400 invalid_input.
-create or replace function private.read_params(p_params jsonb)
+-- JSON given as text. A function of its own: its block for exceptions costs a subtransaction.
+--
+-- Raises: PT400 invalid_input.
+create or replace function private.unwrap_params(p_text text)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+begin
+  return p_text::jsonb;
+exception
+  when invalid_text_representation or untranslatable_character or numeric_value_out_of_range then
+    perform private.refuse_input('params: not a JSON object');
+end;
+$$;
+
+revoke all on function private.unwrap_params(text) from public, anon, authenticated, service_role;
+
+-- The params as an object, if they, the prompts and the key are of a size and form we take. Some
+-- gateways hand a jsonb argument as a JSON string holding the text, so it is unwrapped once, here.
+--
+-- Raises: PT400 invalid_input.
+create or replace function private.read_request(
+  p_prompts text[],
+  p_params jsonb,
+  p_idempotency_key text
+)
 returns jsonb
 language plpgsql
 stable
@@ -1423,55 +1506,38 @@ set search_path = ''
 as $$
 declare
   v_params jsonb := coalesce(p_params, '{}');
-  v_max_bytes integer := (select max_params_bytes from private.settings);
+  v_max_bytes integer;
+  v_max_chars integer;
+  v_prompt text;
 begin
+  select s.max_params_bytes, s.max_prompt_chars into v_max_bytes, v_max_chars
+  from private.settings as s;
   if jsonb_typeof(v_params) = 'string' and octet_length(v_params::text) <= 2 * v_max_bytes then
-    begin
-      v_params := (v_params #>> '{}')::jsonb;
-    exception
-      when invalid_text_representation or untranslatable_character
-        or numeric_value_out_of_range then
-        perform private.refuse_input('params: not a JSON object');
-    end;
+    v_params := private.unwrap_params(v_params #>> '{}');
   end if;
   -- After unwrapping: 1e9000 is six bytes on the way in and nine thousand in the table.
   if octet_length(v_params::text) > v_max_bytes then
     perform private.refuse_input(format('params: longer than %s bytes', v_max_bytes));
-  end if;
-  if jsonb_typeof(v_params) <> 'object' then
+  elsif jsonb_typeof(v_params) <> 'object' then
     perform private.refuse_input(
       'params: not a JSON object', 'Send an object such as {"seed": 7}, or leave it out.'
     );
-  end if;
-  return v_params;
-end;
-$$;
-
-revoke all on function private.read_params(jsonb) from public, anon, authenticated, service_role;
-
--- The arguments that need no catalogue. Raises: PT400 invalid_input.
-create or replace function private.check_request(p_prompt text, p_idempotency_key text)
-returns void
-language plpgsql
-stable
-set search_path = ''
-as $$
-declare
-  v_max_chars integer := (select max_prompt_chars from private.settings);
-begin
-  -- Bytes first: counting the characters of a hundred megabytes is work for nothing.
-  if octet_length(p_prompt) > 4 * v_max_chars or length(p_prompt) > v_max_chars then
-    perform private.refuse_input(format('prompt: longer than %s characters', v_max_chars));
-  end if;
-  if octet_length(p_idempotency_key) not between 1 and 200 then
+  elsif octet_length(p_idempotency_key) not between 1 and 200 then
     perform private.refuse_input(
       'idempotency_key: not 1 to 200 bytes', 'Use a UUID made on the device.'
     );
   end if;
+  foreach v_prompt in array p_prompts loop
+    -- Bytes first: counting the characters of a hundred megabytes is work for nothing.
+    if octet_length(v_prompt) > 4 * v_max_chars or length(v_prompt) > v_max_chars then
+      perform private.refuse_input(format('prompt: longer than %s characters', v_max_chars));
+    end if;
+  end loop;
+  return v_params;
 end;
 $$;
 
-revoke all on function private.check_request(text, text)
+revoke all on function private.read_request(text[], jsonb, text)
 from public, anon, authenticated, service_role;
 
 -- The user's generation. Somebody else's is not found, like one that never was.
@@ -1501,12 +1567,17 @@ from public, anon, authenticated, service_role;
 -- Until when the model is paused, itself or with its provider; null unless it is.
 create or replace function private.paused_until(p_model public.models)
 returns timestamptz
-language sql
+language plpgsql
 stable
 set search_path = ''
 as $$
-  select max(b.paused_until) from private.breakers as b
-  where b.name in (p_model.id, p_model.provider) and b.paused_until > now()
+declare
+  v_until timestamptz;
+begin
+  select max(b.paused_until) into v_until from private.breakers as b
+  where b.name in (p_model.id, p_model.provider) and b.paused_until > now();
+  return v_until;
+end;
 $$;
 
 revoke all on function private.paused_until(public.models)
@@ -1587,9 +1658,11 @@ begin
       detail = format('%s is for paid users', v_model.id),
       hint = 'Choose another model or a paid plan.';
   end if;
-  v_paused_until := private.paused_until(v_model);
-  if v_paused_until is not null then
-    perform private.refuse_paused(v_model.id, v_paused_until);
+  if exists (select from private.breakers as b where b.paused_until > now()) then
+    v_paused_until := private.paused_until(v_model);
+    if v_paused_until is not null then
+      perform private.refuse_paused(v_model.id, v_paused_until);
+    end if;
   end if;
   return v_model;
 end;
@@ -1601,31 +1674,31 @@ from public, anon, authenticated, service_role;
 -- The plan of a user now: paid or free.
 create or replace function private.plan_of(p_entitlement public.entitlements)
 returns private.plans
-language sql
+language plpgsql
 stable
 set search_path = ''
 as $$
-  select p.* from private.plans as p
-  where p.name = case
-    when p_entitlement.is_paid and p_entitlement.paid_until > now() then 'paid'
-    else 'free'
-  end
+declare
+  v_plan private.plans;
+  v_is_paid boolean := p_entitlement.is_paid and p_entitlement.paid_until > now();
+begin
+  select * into v_plan from private.plans as p
+  where p.name = case when v_is_paid then 'paid' else 'free' end;
+  return v_plan;
+end;
 $$;
 
 revoke all on function private.plan_of(public.entitlements)
 from public, anon, authenticated, service_role;
 
--- Where a claim's scan may start: what is queued below is rare and found by a full scan (72).
-create or replace function private.queue_floor()
-returns bigint
-language sql
-volatile
-set search_path = ''
-as $$
-  select c.last_value - 100000 from private.virtual_clock as c  -- 100 credits of weight 1
-$$;
+create view private.queue_floor with (security_invoker = true) as
+select c.last_value - 100000 as fair_key from private.virtual_clock as c;  -- 100 credits, weight 1
 
-revoke all on function private.queue_floor() from public, anon, authenticated, service_role;
+comment on view private.queue_floor is
+  'The fair_key a scan of the queue may start at: what is queued below is rare, and found by a '
+  'full scan at least once a second.';
+
+revoke all on private.queue_floor from public, anon, authenticated, service_role;
 
 -- Whether a job has waited this long though its user has nothing running. Who has, waits for his
 -- own: one user's long queue is old, but no reason to refuse others, who go before it. Looked for
@@ -1639,7 +1712,7 @@ as $$
   select exists (
     select from (
       select r.user_id, r.queued_at from private.ready_jobs as r
-      where r.run_at is null and r.fair_key >= (select private.queue_floor())
+      where r.run_at is null and r.fair_key >= (select f.fair_key from private.queue_floor as f)
       order by r.fair_key, r.seq limit 1000
     ) as next
     where next.queued_at < now() - p_interval
@@ -1866,10 +1939,11 @@ revoke all on function private.map_size(public.models, jsonb)
 from public, anon, authenticated, service_role;
 -- Input: do the params fit the model's schema, and what is the provider sent?
 --
--- prepare_input does it all before any credit moves. map_size (31) puts a size in the model's own
--- words. check_params holds every param against the schema. complete_input adds defaults, the
--- operator's own values, the prompt and a seed. The generation keeps both what was asked (input)
--- and what is sent (provider_input).
+-- All of it is done before any credit moves. prepare_params takes what the jobs of a batch
+-- have in common: map_size (31) puts a size in the model's own words, check_params holds every
+-- param against the schema, and defaults and the operator's own values are added. complete_input
+-- adds a prompt and a seed. The generation keeps both what was asked (input) and what is sent
+-- (provider_input).
 
 -- Why a value does not fit a property of a schema, with what is allowed; null if it does.
 create or replace function private.input_problem(p_value jsonb, p_property jsonb)
@@ -1881,22 +1955,31 @@ as $$
 declare
   v_type text := p_property ->> 'type';
 begin
-  if p_value = 'null' and p_property @> '{"nullable": true}' then
-    return null;
-  elsif p_property ? 'anyOf' then
-    return case when (
-      select bool_and(private.input_problem(p_value, o.value) is not null)
-      from jsonb_array_elements(p_property -> 'anyOf') as o
-    ) then 'none of its types: ' || left(p_property ->> 'anyOf', 1000) end;
-  elsif jsonb_typeof(p_value) is distinct from replace(v_type, 'integer', 'number')
+  if p_property ?| '{anyOf,enum,nullable}' then
+    if p_value = 'null' and p_property @> '{"nullable": true}' then
+      return null;
+    elsif p_property ? 'anyOf' then
+      return case when (
+        select bool_and(private.input_problem(p_value, o.value) is not null)
+        from jsonb_array_elements(p_property -> 'anyOf') as o
+      ) then 'none of its types: ' || left(p_property ->> 'anyOf', 1000) end;
+    end if;
+  end if;
+  if jsonb_typeof(p_value) is distinct from replace(v_type, 'integer', 'number')
     or (v_type = 'integer' and p_value::numeric % 1 <> 0) then
     return 'not of type ' || coalesce(v_type, 'allowed here');
   elsif p_property ? 'enum' and not (p_property -> 'enum') @> jsonb_build_array(p_value) then
     return 'not one of ' || left(p_property ->> 'enum', 1000);
   end if;
   return case jsonb_typeof(p_value)
-    when 'number' then private.number_problem(p_value::numeric, p_property)
-    when 'string' then private.length_problem(length(p_value #>> '{}'), p_property, 'Length', null)
+    when 'number' then case
+      when p_value >= p_property -> 'minimum' and p_value <= p_property -> 'maximum'
+        and not p_property ?| '{exclusiveMinimum,exclusiveMaximum,multipleOf}' then null
+      else private.number_problem(p_value::numeric, p_property)
+    end
+    when 'string' then case when p_property ?| '{maxLength,minLength}' then
+      private.length_problem(length(p_value #>> '{}'), p_property, 'Length', null)
+    end
     when 'array' then coalesce(
       private.length_problem(jsonb_array_length(p_value), p_property, 'Items', 16),
       private.items_problem(p_value, p_property -> 'items')
@@ -1911,25 +1994,28 @@ from public, anon, authenticated, service_role;
 -- The same for the range of a number; beyond 2^53 JSON numbers are not exact.
 create or replace function private.number_problem(p_number numeric, p_property jsonb)
 returns text
-language sql
+language plpgsql
 immutable
 set search_path = ''
 as $$
-  select case
-    when p_number < l.lowest or p_number > l.highest
-      then format('not between %s and %s', l.lowest, l.highest)
-    when p_number <= (p_property ->> 'exclusiveMinimum')::numeric
-      then 'not above ' || (p_property ->> 'exclusiveMinimum')
-    when p_number >= (p_property ->> 'exclusiveMaximum')::numeric
-      then 'not below ' || (p_property ->> 'exclusiveMaximum')
-    when p_number % (p_property ->> 'multipleOf')::numeric <> 0
-      then 'not a multiple of ' || (p_property ->> 'multipleOf')
-  end
-  from (
-    select
-      coalesce((p_property ->> 'minimum')::numeric, -9007199254740991) as lowest,
-      coalesce((p_property ->> 'maximum')::numeric, 9007199254740991) as highest
-  ) as l
+declare
+  v_lowest numeric := coalesce((p_property ->> 'minimum')::numeric, -9007199254740991);
+  v_highest numeric := coalesce((p_property ->> 'maximum')::numeric, 9007199254740991);
+begin
+  if p_number not between v_lowest and v_highest then
+    return format('not between %s and %s', v_lowest, v_highest);
+  elsif p_property ?| '{exclusiveMinimum,exclusiveMaximum,multipleOf}' then
+    return case
+      when p_number <= (p_property ->> 'exclusiveMinimum')::numeric
+        then 'not above ' || (p_property ->> 'exclusiveMinimum')
+      when p_number >= (p_property ->> 'exclusiveMaximum')::numeric
+        then 'not below ' || (p_property ->> 'exclusiveMaximum')
+      when p_number % (p_property ->> 'multipleOf')::numeric <> 0
+        then 'not a multiple of ' || (p_property ->> 'multipleOf')
+    end;
+  end if;
+  return null;
+end;
 $$;
 
 revoke all on function private.number_problem(numeric, jsonb)
@@ -1943,20 +2029,20 @@ create or replace function private.length_problem(
   p_default_max integer
 )
 returns text
-language sql
+language plpgsql
 immutable
 set search_path = ''
 as $$
-  select case
-    when p_length > l.most then format('longer than %s %s', l.most, l.unit)
-    when p_length < l.least then format('shorter than %s %s', l.least, l.unit)
-  end
-  from (
-    select
-      coalesce((p_property ->> ('max' || p_unit))::numeric, p_default_max) as most,
-      (p_property ->> ('min' || p_unit))::numeric as least,
-      case p_unit when 'Items' then 'items' else 'characters' end as unit
-  ) as l
+declare
+  v_most numeric := coalesce((p_property ->> ('max' || p_unit))::numeric, p_default_max);
+  v_least numeric := (p_property ->> ('min' || p_unit))::numeric;
+  v_unit text := case p_unit when 'Items' then 'items' else 'characters' end;
+begin
+  return case
+    when p_length > v_most then format('longer than %s %s', v_most, v_unit)
+    when p_length < v_least then format('shorter than %s %s', v_least, v_unit)
+  end;
+end;
 $$;
 
 revoke all on function private.length_problem(integer, jsonb, text, integer)
@@ -1979,46 +2065,42 @@ $$;
 revoke all on function private.items_problem(jsonb, jsonb)
 from public, anon, authenticated, service_role;
 
--- Every param is one the model takes from clients and fits its schema; none it needs is missing.
+-- Answers the params if every one is one the model takes from clients and fits its schema, and none
+-- it needs is missing.
 --
 -- Raises: PT400 invalid_input, naming the field and what is allowed.
 create or replace function private.check_params(p_model public.models, p_params jsonb)
-returns void
+returns jsonb
 language plpgsql
 stable
 set search_path = ''
 as $$
 declare
   v_properties jsonb := p_model.input_schema -> 'properties';
+  v_required jsonb := p_model.input_schema -> 'required';
+  v_foreign jsonb := p_params - p_model.client_inputs;
   v_name text;
   v_problem text;
 begin
-  select p.name into v_name
-  from jsonb_object_keys(p_params) as p (name)
-  where not p.name = any (p_model.client_inputs)
-  order by p.name limit 1;
-  if found then
+  if v_foreign <> '{}' then
+    select min(f.name) into v_name from jsonb_object_keys(v_foreign) as f (name);
     perform private.refuse_input(
       format('params.%s: not an input of %s', left(v_name, 60), p_model.id),
       'Allowed: ' || array_to_string(p_model.client_inputs, ', ')
     );
   end if;
-  select p.key, q.problem into v_name, v_problem
-  from jsonb_each(p_params) as p
-  cross join private.input_problem(p.value, v_properties -> p.key) as q (problem)
-  where q.problem is not null
-  order by p.key limit 1;
-  if found then
-    perform private.refuse_input(format('params.%s: %s', v_name, v_problem));
-  end if;
-  select r.name into v_name
-  from jsonb_array_elements_text(coalesce(p_model.input_schema -> 'required', '[]')) as r (name)
-  where r.name = any (p_model.client_inputs) and not v_properties -> r.name ? 'default'
-    and not p_params ? r.name and not p_model.operator_input ? r.name and r.name <> 'seed'
-  order by r.name limit 1;
-  if found then
-    perform private.refuse_input(format('params.%s: missing', v_name));
-  end if;
+  foreach v_name in array p_model.client_inputs loop
+    if p_params ? v_name then
+      v_problem := private.input_problem(p_params -> v_name, v_properties -> v_name);
+      if v_problem is not null then
+        perform private.refuse_input(format('params.%s: %s', v_name, v_problem));
+      end if;
+    elsif v_required ? v_name and v_name <> 'seed' and not v_properties -> v_name ? 'default'
+      and not p_model.operator_input ? v_name then
+      perform private.refuse_input(format('params.%s: missing', v_name));
+    end if;
+  end loop;
+  return p_params;
 end;
 $$;
 
@@ -2066,39 +2148,16 @@ $$;
 revoke all on function private.check_source_images(public.models, uuid, jsonb)
 from public, anon, authenticated, service_role;
 
--- A seed where the model has one, so that every picture can be made again. It also marks the job: a
--- lost create is found at the provider by its input.
-create or replace function private.choose_seed(p_model public.models)
-returns jsonb
-language sql
-volatile
-set search_path = ''
-as $$
-  select coalesce((
-    select jsonb_build_object(
-      'seed', floor(s.lowest + random() * (s.highest - s.lowest + 1))::bigint
-    )
-    from (
-      select
-        greatest(0, (p.rules ->> 'minimum')::double precision) as lowest,
-        least(2147483647, (p.rules ->> 'maximum')::double precision) as highest
-      from (select p_model.input_schema #> '{properties,seed}' as rules) as p
-      where p.rules ->> 'type' = 'integer' and not p_model.operator_input ? 'seed'
-    ) as s
-  ), '{}')
-$$;
-
-revoke all on function private.choose_seed(public.models)
-from public, anon, authenticated, service_role;
-
 -- There is nothing to read in a text, or no text.
 create or replace function private.is_blank(p_text text)
 returns boolean
-language sql
+language plpgsql
 immutable
 set search_path = ''
 as $$
-  select p_text !~ '[^[:space:]\u00a0\u200b\u2060\ufeff]' is not false
+begin
+  return p_text !~ '[^[:space:]\u00a0\u200b\u2060\ufeff]' is not false;
+end;
 $$;
 
 revoke all on function private.is_blank(text) from public, anon, authenticated, service_role;
@@ -2121,35 +2180,6 @@ $$;
 revoke all on function private.needs_prompt(public.models)
 from public, anon, authenticated, service_role;
 
--- What the provider is sent: defaults, seed, the user's params, the operator's own values, prompt.
-create or replace function private.complete_input(
-  p_model public.models,
-  p_prompt text,
-  p_params jsonb
-)
-returns jsonb
-language sql
-volatile
-set search_path = ''
-as $$
-  select
-    coalesce(
-      jsonb_object_agg(p.key, p.value -> 'default') filter (where p.value ? 'default'), '{}'
-    )
-    || private.choose_seed(p_model)
-    || p_params
-    || p_model.operator_input
-    || case
-      when p_model.prompt_input is null
-        or (private.is_blank(p_prompt) and not private.needs_prompt(p_model)) then '{}'
-      else jsonb_build_object(p_model.prompt_input, p_prompt)
-    end
-  from jsonb_each(p_model.input_schema -> 'properties') as p
-$$;
-
-revoke all on function private.complete_input(public.models, text, jsonb)
-from public, anon, authenticated, service_role;
-
 -- params.reuse is ours, not the model's: see find_reusable (50). Raises: PT400 invalid_input.
 create or replace function private.check_reuse(p_params jsonb)
 returns void
@@ -2169,14 +2199,50 @@ $$;
 
 revoke all on function private.check_reuse(jsonb) from public, anon, authenticated, service_role;
 
--- The whole way from what a user gave to what the provider is sent.
+-- What all of a request's jobs are sent but for prompt and seed: defaults, the user's params, the
+-- operator's own values.
 --
 -- Raises: PT400 invalid_input.
-create or replace function private.prepare_input(
+create or replace function private.prepare_params(
   p_model public.models,
   p_user_id uuid,
-  p_prompt text,
   p_params jsonb
+)
+returns jsonb
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_params jsonb := p_params;
+begin
+  if v_params ? 'reuse' then
+    perform private.check_reuse(v_params);
+    v_params := v_params - 'reuse';
+  end if;
+  if v_params ?& '{width,height}' or v_params ? 'aspect_ratio' then
+    v_params := private.map_size(p_model, v_params);
+  end if;
+  v_params := private.check_params(p_model, v_params);
+  if v_params ?| p_model.image_inputs then
+    perform private.check_source_images(p_model, p_user_id, v_params);
+  end if;
+  return p_model.default_input || v_params || p_model.operator_input;
+end;
+$$;
+
+revoke all on function private.prepare_params(public.models, uuid, jsonb)
+from public, anon, authenticated, service_role;
+
+-- What the provider is sent for one prompt: with a seed where the model has one, so that every
+-- picture can be made again. It also marks the job: a lost create is found at the provider by its
+-- input.
+--
+-- Raises: PT400 invalid_input.
+create or replace function private.complete_input(
+  p_model public.models,
+  p_prepared jsonb,
+  p_prompt text
 )
 returns jsonb
 language plpgsql
@@ -2184,26 +2250,40 @@ volatile
 set search_path = ''
 as $$
 declare
-  v_params jsonb := private.map_size(p_model, p_params - 'reuse');
+  v_input jsonb := p_prepared;
+  v_properties jsonb := p_model.input_schema -> 'properties';
+  v_seed jsonb := v_properties -> 'seed';
+  v_lowest bigint;
+  v_highest bigint;
   v_problem text;
 begin
-  perform private.check_reuse(p_params);
-  if private.is_blank(p_prompt) and private.needs_prompt(p_model) then
-    perform private.refuse_input('prompt: missing or blank');
+  if p_prompt !~ '[[:alnum:]]' and private.is_blank(p_prompt) then
+    if private.needs_prompt(p_model) then
+      perform private.refuse_input('prompt: missing or blank');
+    end if;
+  elsif p_model.prompt_input is not null then
+    if v_properties -> p_model.prompt_input ?| '{anyOf,enum,maxLength,minLength}' then
+      v_problem := private.input_problem(
+        to_jsonb(p_prompt), v_properties -> p_model.prompt_input
+      );
+      if v_problem is not null then
+        perform private.refuse_input('prompt: ' || v_problem);
+      end if;
+    end if;
+    v_input := v_input || jsonb_build_object(p_model.prompt_input, p_prompt);
   end if;
-  v_problem := private.input_problem(
-    to_jsonb(p_prompt), p_model.input_schema #> array['properties', p_model.prompt_input]
-  );
-  if v_problem is not null and p_model.prompt_input is not null then
-    perform private.refuse_input('prompt: ' || v_problem);
+  if v_seed ->> 'type' = 'integer' and not v_input ? 'seed' then
+    v_lowest := greatest(0, (v_seed ->> 'minimum')::numeric);
+    v_highest := least(2147483647, (v_seed ->> 'maximum')::numeric);
+    v_input := v_input || jsonb_build_object(
+      'seed', v_lowest + floor(random() * (v_highest - v_lowest + 1))::bigint
+    );
   end if;
-  perform private.check_params(p_model, v_params);
-  perform private.check_source_images(p_model, p_user_id, v_params);
-  return private.complete_input(p_model, p_prompt, v_params);
+  return v_input;
 end;
 $$;
 
-revoke all on function private.prepare_input(public.models, uuid, text, jsonb)
+revoke all on function private.complete_input(public.models, jsonb, text)
 from public, anon, authenticated, service_role;
 -- A provider's schema in our words: references resolved, prose left out, nothing but rules.
 --
@@ -3060,8 +3140,8 @@ $$;
 revoke all on function private.lock_entitlement(uuid)
 from public, anon, authenticated, service_role;
 
--- Raises PT402 insufficient_credits unless the balance covers a price.
-create or replace function private.require_credits(
+-- Raises PT402 insufficient_credits.
+create or replace function private.refuse_price(
   p_entitlement public.entitlements,
   p_credits bigint
 )
@@ -3070,50 +3150,53 @@ language plpgsql
 set search_path = ''
 as $$
 begin
-  if p_credits > p_entitlement.credits then
-    raise sqlstate 'PT402' using
-      message = 'insufficient_credits',
-      detail = format('need %s, have %s', p_credits, p_entitlement.credits),
-      hint = 'Buy credits or choose a cheaper model.';
-  end if;
+  raise sqlstate 'PT402' using
+    message = 'insufficient_credits',
+    detail = format('need %s, have %s', p_credits, p_entitlement.credits),
+    hint = 'Buy credits or choose a cheaper model.';
 end;
 $$;
 
-revoke all on function private.require_credits(public.entitlements, bigint)
+revoke all on function private.refuse_price(public.entitlements, bigint)
 from public, anon, authenticated, service_role;
 
--- Charges one generation and takes one active slot, or refuses. The entitlement row is locked.
+-- Charges generations, p_credits each, and takes an active slot for each, or refuses. Answers the
+-- new balance. The entitlement row is locked.
 --
 -- Raises: PT402 insufficient_credits.
 create or replace function private.charge_credits(
   p_entitlement public.entitlements,
-  p_generation_id uuid,
+  p_generation_ids uuid[],
   p_credits integer,
-  p_fair_key bigint
+  p_last_fair_key bigint
 )
 returns integer
 language plpgsql
 set search_path = ''
 as $$
 declare
-  v_balance integer := p_entitlement.credits - p_credits;
+  v_count integer := cardinality(p_generation_ids);
+  v_cost bigint := p_credits::bigint * v_count;
   v_new_minute boolean := p_entitlement.minute_started_at <= now() - interval '1 minute';
 begin
-  perform private.require_credits(p_entitlement, p_credits);
+  if v_cost > p_entitlement.credits then
+    perform private.refuse_price(p_entitlement, v_cost);
+  end if;
   update public.entitlements set
-    credits = v_balance,
-    active_jobs = active_jobs + 1,
-    last_fair_key = p_fair_key,
+    credits = credits - v_cost,
+    active_jobs = active_jobs + v_count,
+    last_fair_key = p_last_fair_key,
     minute_started_at = case when v_new_minute then now() else minute_started_at end,
-    minute_jobs = case when v_new_minute then 1 else minute_jobs + 1 end
+    minute_jobs = case when v_new_minute then v_count else minute_jobs + v_count end
   where user_id = p_entitlement.user_id;
   insert into public.credit_ledger (user_id, generation_id, kind, amount, balance_after)
-  values (p_entitlement.user_id, p_generation_id, 'charge', -p_credits, v_balance);
-  return v_balance;
+  select p_entitlement.user_id, g.id, 'charge', -p_credits, p_entitlement.credits - p_credits * g.n
+  from unnest(p_generation_ids) with ordinality as g (id, n);
+  return p_entitlement.credits - v_cost;
 end;
 $$;
 
-revoke all on function private.charge_credits(public.entitlements, uuid, integer, bigint)
+revoke all on function private.charge_credits(public.entitlements, uuid[], integer, bigint)
 from public, anon, authenticated, service_role;
 
 -- Gives credits of a generation back; the second time does nothing.
@@ -3387,15 +3470,16 @@ after insert on auth.users
 for each row execute function private.create_entitlement_of_new_user();
 -- Accept: what is written when a request has passed every check.
 --
--- insert_generation is shared by the ways in: enqueue (50), batch (52), retry and redrive (54). The
--- caller has locked the entitlement row; all that is written here but that row is new.
+-- insert_generations is shared by the ways in: enqueue (50), batch (52), retry and redrive (54).
+-- The caller has locked the entitlement row; all that is written here but that row is new.
 
--- Wakes one sleeping worker, if there is one: the one heard of last, which is least likely dead.
+-- Wakes sleeping workers, as many as there is work for: those heard of last, which are least likely
+-- dead.
 --
 -- NOTIFY serialises commits over the whole instance, so it is sent only when somebody sleeps. A
 -- worker another transaction is waking is skipped. A wake-up that falls between is made good by the
 -- worker, which claims again after it went to sleep.
-create or replace function private.wake_worker()
+create or replace function private.wake_workers(p_at_most integer default 1)
 returns void
 language plpgsql
 set search_path = ''
@@ -3403,20 +3487,22 @@ as $$
 declare
   v_worker_id bigint;
 begin
-  update private.workers set asleep = false
-  where id = (
-    select w.id from private.workers as w
-    where w.asleep and w.seen_at > now() - (select s.lease from private.settings as s)
-    order by w.seen_at desc limit 1 for update skip locked
-  )
-  returning id into v_worker_id;
-  if found then
+  for v_worker_id in
+    update private.workers set asleep = false
+    where id = any (array(
+      select w.id from private.workers as w
+      where w.asleep and w.seen_at > now() - (select s.lease from private.settings as s)
+      order by w.seen_at desc limit p_at_most for update skip locked
+    ))
+    returning id
+  loop
     perform pg_notify('darkroom_worker_' || v_worker_id, '');
-  end if;
+  end loop;
 end;
 $$;
 
-revoke all on function private.wake_worker() from public, anon, authenticated, service_role;
+revoke all on function private.wake_workers(integer)
+from public, anon, authenticated, service_role;
 
 -- How many images this input makes, at most; a schema's default counts where the params are silent.
 -- Where nobody can know before (no input says it, or one says "auto"), the most the model makes:
@@ -3446,44 +3532,7 @@ $$;
 revoke all on function private.count_images(public.models, jsonb)
 from public, anon, authenticated, service_role;
 
--- Virtual finish time of a job of this cost: what the user queued before counts, but never less
--- than the queue's present. A price of 0 counts as 1, or included models would pass everybody.
-create or replace function private.next_fair_key(
-  p_entitlement public.entitlements,
-  p_list_price integer,
-  p_weight integer
-)
-returns bigint
-language sql
-volatile
-set search_path = ''
-as $$
-  select
-    greatest(
-      c.last_value,
-      case when p_entitlement.active_jobs > 0 then p_entitlement.last_fair_key end
-    )
-    + greatest(p_list_price, 1)::bigint * 1000 / p_weight
-  from private.virtual_clock as c
-$$;
-
-revoke all on function private.next_fair_key(public.entitlements, integer, integer)
-from public, anon, authenticated, service_role;
-
--- The credits one image costs this plan.
-create or replace function private.image_price(p_model public.models, p_plan private.plans)
-returns integer
-language sql
-immutable
-set search_path = ''
-as $$
-  select case p_plan.name when 'paid' then p_model.paid_price_credits else p_model.price_credits end
-$$;
-
-revoke all on function private.image_price(public.models, private.plans)
-from public, anon, authenticated, service_role;
-
--- A request that fits the model, as insert_generation takes it.
+-- A request that fits the model, as insert_generations takes it.
 --
 -- Raises: PT400 invalid_input.
 create or replace function private.draft_generation(
@@ -3503,7 +3552,9 @@ begin
   v_draft.alias_id := nullif(p_name, p_model.id);
   v_draft.prompt := p_prompt;
   v_draft.input := p_params;
-  v_draft.provider_input := private.prepare_input(p_model, p_user_id, p_prompt, p_params);
+  v_draft.provider_input := private.complete_input(
+    p_model, private.prepare_params(p_model, p_user_id, p_params), p_prompt
+  );
   return v_draft;
 end;
 $$;
@@ -3511,15 +3562,21 @@ $$;
 revoke all on function private.draft_generation(public.models, text, uuid, text, jsonb)
 from public, anon, authenticated, service_role;
 
--- Writes an accepted request: charge, generation, ready row; then wakes a worker. The draft holds
--- what the user asked for and what is sent; its id, price and times are made here.
+-- Writes an accepted request, one job for each prompt: charge, generations, ready rows; then wakes
+-- workers. The draft holds what the jobs have in common, p_inputs what is sent for each prompt;
+-- ids, price and times are made here. Answers the first generation, as far as the answer needs it.
+--
+-- fair_key is a virtual finish time: what the user queued before counts, but never less than the
+-- queue's present. A price of 0 counts as 1, or included models would pass everybody.
 --
 -- Raises: PT402 insufficient_credits.
-create or replace function private.insert_generation(
+create or replace function private.insert_generations(
   p_entitlement public.entitlements,
   p_plan private.plans,
   p_model public.models,
   p_draft public.generations,
+  p_prompts text[],
+  p_inputs jsonb[],
   p_is_free boolean default false
 )
 returns public.generations
@@ -3527,38 +3584,52 @@ language plpgsql
 set search_path = ''
 as $$
 declare
-  v_id uuid := private.uuid_v7();
-  v_images smallint := private.count_images(p_model, p_draft.provider_input);
-  v_price integer := case
-    when p_is_free then 0
-    else v_images * private.image_price(p_model, p_plan)
-  end;
-  v_fair_key bigint := private.next_fair_key(
-    p_entitlement, p_model.price_credits * v_images, p_plan.weight
+  v_generation public.generations := p_draft;
+  v_ids uuid[];
+  v_images smallint := private.count_images(p_model, p_inputs[1]);  -- prompts do not change it
+  v_step bigint := greatest(p_model.price_credits * v_images, 1)::bigint * 1000 / p_plan.weight;
+  v_clock bigint := (select c.last_value from private.virtual_clock as c);
+  v_base bigint := greatest(
+    v_clock, case when p_entitlement.active_jobs > 0 then p_entitlement.last_fair_key end
   );
-  v_generation public.generations;
+  v_price integer := v_images * case
+    when p_is_free then 0
+    when p_plan.name = 'paid' then p_model.paid_price_credits
+    else p_model.price_credits
+  end;
 begin
-  perform private.charge_credits(p_entitlement, v_id, v_price, v_fair_key);
+  for v_place in 1 .. cardinality(p_prompts) loop
+    v_ids[v_place] := private.uuid_v7();
+  end loop;
+  perform private.charge_credits(
+    p_entitlement, v_ids, v_price, v_base + v_step * cardinality(v_ids)
+  );
   insert into public.generations (
     id, user_id, model_id, alias_id, batch_id, retry_of, prompt, input, provider_input,
     price_credits, image_count, queue_distance, idempotency_key
   )
-  values (
-    v_id, p_entitlement.user_id, p_model.id, p_draft.alias_id, p_draft.batch_id, p_draft.retry_of,
-    p_draft.prompt, p_draft.input, p_draft.provider_input,
-    v_price, v_images, v_fair_key - (select c.last_value from private.virtual_clock as c),
-    p_draft.idempotency_key
-  )
-  returning * into v_generation;
+  select
+    j.id, p_entitlement.user_id, p_model.id, p_draft.alias_id, p_draft.batch_id, p_draft.retry_of,
+    j.prompt, p_draft.input, j.provider_input, v_price, v_images,
+    v_base + v_step * j.place - v_clock, p_draft.idempotency_key
+  from unnest(v_ids, p_prompts, p_inputs) with ordinality as j (id, prompt, provider_input, place);
   insert into private.ready_jobs (job_id, user_id, model_id, fair_key)
-  values (v_id, p_entitlement.user_id, p_model.id, v_fair_key);
-  perform private.wake_worker();
+  select j.id, p_entitlement.user_id, p_model.id, v_base + v_step * j.place
+  from unnest(v_ids) with ordinality as j (id, place);
+  if exists (select from private.workers as w where w.asleep) then
+    perform private.wake_workers(cardinality(v_ids));
+  end if;
+  v_generation.id := v_ids[1];
+  v_generation.user_id := p_entitlement.user_id;
+  v_generation.model_id := p_model.id;
+  v_generation.status := 'queued';
+  v_generation.created_at := now();
   return v_generation;
 end;
 $$;
 
-revoke all on function private.insert_generation(
-  public.entitlements, private.plans, public.models, public.generations, boolean
+revoke all on function private.insert_generations(
+  public.entitlements, private.plans, public.models, public.generations, text[], jsonb[], boolean
 ) from public, anon, authenticated, service_role;
 -- ETA: how many jobs are before this one, and in how many seconds it is likely to be finished.
 --
@@ -3631,17 +3702,20 @@ create or replace function private.due_seconds(
   p_mean_seconds double precision
 )
 returns double precision
-language sql
+language plpgsql
 stable
 set search_path = ''
 as $$
-  select case
+declare
+  v_seconds double precision := date_part('epoch', now() - p_job.claimed_at);
+begin
+  return case
     when p_job.stage = 'storing' then 0
     when p_job.progress between 5 and 100
-      then (p_mean_seconds - e.seconds + e.seconds * (100.0 / p_job.progress - 1)) / 2
-    else p_mean_seconds - e.seconds
-  end
-  from (select extract(epoch from now() - p_job.claimed_at) as seconds) as e
+      then (p_mean_seconds - v_seconds + v_seconds * (100.0 / p_job.progress - 1)) / 2
+    else p_mean_seconds - v_seconds
+  end;
+end;
 $$;
 
 revoke all on function private.due_seconds(private.running_jobs, double precision)
@@ -3654,11 +3728,13 @@ create or replace function private.remaining_seconds(
   p_mean_seconds double precision
 )
 returns double precision
-language sql
+language plpgsql
 stable
 set search_path = ''
 as $$
-  select greatest(0.25 * p_mean_seconds, private.due_seconds(p_job, p_mean_seconds))
+begin
+  return greatest(0.25 * p_mean_seconds, private.due_seconds(p_job, p_mean_seconds));
+end;
 $$;
 
 revoke all on function private.remaining_seconds(private.running_jobs, double precision)
@@ -3668,27 +3744,30 @@ from public, anon, authenticated, service_role;
 -- that was never measured, p_else stands for the mean.
 create or replace function private.free_slots(p_else double precision)
 returns double precision[]
-language sql
+language plpgsql
 stable
 set search_path = ''
 as $$
-  select array_fill(0::double precision, array[greatest(l.slots - b.busy, 0)]) || b.seconds
-  from (
-    select sum(w.slots)::integer as slots
-    from private.workers as w
-    where w.seen_at > now() - (select s.lease from private.settings as s)
-  ) as l
-  cross join (
-    select
-      count(*)::integer as busy,
-      coalesce(array_agg(t.seconds order by t.seconds), '{}') as seconds
-    from (
-      select private.remaining_seconds(r, coalesce(s.mean_seconds, p_else)) as seconds
-      from private.running_jobs as r
-      left join private.model_stats as s on s.model_id = r.model_id
-    ) as t
-  ) as b
-  where l.slots > 0
+declare
+  v_slots integer;
+  v_busy double precision[];
+begin
+  select sum(w.slots)::integer into v_slots
+  from private.workers as w
+  where w.seen_at > now() - (select s.lease from private.settings as s);
+  if v_slots is null then
+    return null;
+  end if;
+  v_busy := array(
+    select private.remaining_seconds(r, coalesce(s.mean_seconds, p_else))
+    from private.running_jobs as r
+    left join private.model_stats as s on s.model_id = r.model_id
+    order by 1
+  );
+  return array_fill(
+    0::double precision, array[greatest(v_slots - cardinality(v_busy), 0)]
+  ) || v_busy;
+end;
 $$;
 
 revoke all on function private.free_slots(double precision)
@@ -3742,15 +3821,20 @@ from public, anon, authenticated, service_role;
 -- behind the queue's present: at first all that are put nearer, ever fewer as it moves up.
 create or replace function private.overtaking_share(p_distance bigint, p_slot_count integer)
 returns double precision
-language sql
+language plpgsql
 stable
 set search_path = ''
 as $$
-  select least(0.6, coalesce(sum(
+declare
+  v_slots double precision;
+begin
+  select sum(
     s.requests_per_second * s.mean_seconds
     * greatest(0, 1 - s.queue_distance / greatest(p_distance, 1))
-  ), 0) / p_slot_count)
-  from private.model_stats as s
+  ) into v_slots
+  from private.model_stats as s;
+  return least(0.6, coalesce(v_slots, 0) / p_slot_count);
+end;
 $$;
 
 revoke all on function private.overtaking_share(bigint, integer)
@@ -3764,81 +3848,124 @@ create or replace function private.waiting_seconds(
   p_else double precision
 )
 returns double precision
-language sql
+language plpgsql
 stable
 set search_path = ''
 as $$
-  select greatest(
-    private.play_queue(f.slots, p_ahead) / (1 - case p_ahead when '{}' then 0
-      else private.overtaking_share(p_job.fair_key - c.last_value, cardinality(f.slots)) end),
-    case when not p_job.is_held then extract(epoch from p_job.run_at - now()) end,
-    extract(epoch from p.paused_until - now())
-  )
-  from private.free_slots(p_else) as f (slots)
-  cross join private.virtual_clock as c
-  left join public.models as m on m.id = p_job.model_id
-  cross join lateral (
-    select max(b.paused_until) as paused_until from private.breakers as b
-    where b.name in (p_job.model_id, m.provider)
-      and (b.paused_until > now() or (b.paused_until is not null and b.times_opened > 0))
-  ) as p
-  where f.slots is not null
-    and (p.paused_until is null or (p.paused_until > now() and p.paused_until < 'infinity'))
+declare
+  v_paused_until timestamptz;
+  v_slots double precision[] := private.free_slots(p_else);
+  v_share double precision := 0;
+  v_clock bigint;
+begin
+  select max(b.paused_until) into v_paused_until
+  from private.breakers as b
+  where b.name in (
+      p_job.model_id, (select m.provider from public.models as m where m.id = p_job.model_id)
+    )
+    and (b.paused_until > now() or (b.paused_until is not null and b.times_opened > 0));
+  if v_slots is null or v_paused_until <= now() or v_paused_until = 'infinity' then
+    return null;
+  end if;
+  if p_ahead <> '{}' then
+    select c.last_value into v_clock from private.virtual_clock as c;
+    v_share := private.overtaking_share(p_job.fair_key - v_clock, cardinality(v_slots));
+  end if;
+  return greatest(
+    private.play_queue(v_slots, p_ahead) / (1 - v_share),
+    case when not p_job.is_held then date_part('epoch', p_job.run_at - now()) end,
+    date_part('epoch', v_paused_until - now())
+  );
+end;
 $$;
 
 revoke all on function private.waiting_seconds(private.ready_jobs, double precision[],
   double precision) from public, anon, authenticated, service_role;
 
+-- In how many seconds a queued job with p_position others before it is likely to be finished; null
+-- if not known.
+create or replace function private.queued_seconds(
+  p_job private.ready_jobs,
+  p_position integer,
+  p_mean_seconds double precision
+)
+returns double precision
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_ahead double precision[] := '{}';
+begin
+  if p_position > 0 then
+    v_ahead := array(
+      select coalesce(s.mean_seconds, p_mean_seconds)
+      from private.ready_jobs as r
+      left join private.model_stats as s on s.model_id = r.model_id
+      where r.run_at is null and r.fair_key >= (select f.fair_key from private.queue_floor as f)
+        and (r.fair_key, r.seq) < (p_job.fair_key, p_job.seq)
+      order by r.fair_key, r.seq limit p_position
+    );
+  end if;
+  return p_mean_seconds + private.waiting_seconds(p_job, v_ahead, p_mean_seconds);
+end;
+$$;
+
+revoke all on function private.queued_seconds(private.ready_jobs, integer, double precision)
+from public, anon, authenticated, service_role;
+
 -- Jobs that would be claimed before this one, counted up to p_at_most, null unless it is queued;
 -- seconds until it is likely to be finished; and seconds until it would be if all goes as a rule,
 -- from which clients are told when to look. These are null for a finished job, while no worker
 -- lives, for a model of which nothing was completed yet, and behind more jobs than are counted.
+--
+-- Few are queued below the floor (30). They are not counted, so that nobody walks what was claimed
+-- while vacuum is held back.
 create or replace function private.forecast(
   p_generation public.generations,
-  p_at_most integer default 1000
-)
-returns table (
-  queue_position integer,
-  eta_seconds numeric,
-  due_seconds double precision
+  p_at_most integer default 1000,
+  out queue_position integer,
+  out eta_seconds numeric,
+  out due_seconds double precision
 )
 language plpgsql
 stable
 set search_path = ''
 as $$
 declare
-  v_job private.ready_jobs;
   v_mean double precision;
-  v_ahead double precision[];
+  v_job private.ready_jobs;
+  v_running private.running_jobs;
   v_seconds double precision;
 begin
   if p_generation.finished_at is not null then
     return;
   end if;
-  v_mean := (
-    select s.mean_seconds from private.model_stats as s where s.model_id = p_generation.model_id
-  );
   select * into v_job from private.ready_jobs as r where r.job_id = p_generation.id;
   if found then
-    v_ahead := array(
-      select coalesce(s.mean_seconds, v_mean, 0)
-      from private.ready_jobs as r
-      left join private.model_stats as s on s.model_id = r.model_id
-      where r.run_at is null and (r.fair_key, r.seq) < (v_job.fair_key, v_job.seq)
+    select count(*) into queue_position from (
+      select from private.ready_jobs as r
+      where r.run_at is null and r.fair_key >= (select f.fair_key from private.queue_floor as f)
+        and (r.fair_key, r.seq) < (v_job.fair_key, v_job.seq)
       order by r.fair_key, r.seq limit p_at_most
-    );
-    queue_position := cardinality(v_ahead);
-    if v_mean is not null and queue_position < p_at_most then
-      v_seconds := v_mean + private.waiting_seconds(v_job, v_ahead, v_mean);
-      due_seconds := v_seconds;
+    ) as ahead;
+    if queue_position = p_at_most then
+      return;
     end if;
+  end if;
+  select s.mean_seconds into v_mean
+  from private.model_stats as s where s.model_id = p_generation.model_id;
+  if v_mean is null then
+    return;
+  elsif v_job.job_id is not null then
+    v_seconds := private.queued_seconds(v_job, queue_position, v_mean);
+    due_seconds := v_seconds;
   else
-    select private.remaining_seconds(r, v_mean), private.due_seconds(r, v_mean)
-    into v_seconds, due_seconds
-    from private.running_jobs as r where r.job_id = p_generation.id and v_mean is not null;
+    select * into v_running from private.running_jobs as r where r.job_id = p_generation.id;
+    v_seconds := private.remaining_seconds(v_running, v_mean);
+    due_seconds := private.due_seconds(v_running, v_mean);
   end if;
   eta_seconds := round(v_seconds::numeric, 1);
-  return next;
 end;
 $$;
 
@@ -3855,18 +3982,22 @@ create or replace function private.poll_after_ms(
   p_due_seconds double precision default null
 )
 returns integer
-language sql
+language plpgsql
 stable
 set search_path = ''
 as $$
-  select case
-    when p_generation.finished_at is null then least(10000, greatest(
-      1000,
-      p_due_seconds * 400,
-      a.seconds * case when p_due_seconds is null then 500 else 1000 / 30.0 end
-    ))::integer
-  end
-  from (select extract(epoch from now() - p_generation.created_at) as seconds) as a
+declare
+  v_age double precision := date_part('epoch', now() - p_generation.created_at);
+begin
+  if p_generation.finished_at is not null then
+    return null;
+  end if;
+  return least(10000, greatest(
+    1000,
+    p_due_seconds * 400,
+    v_age * case when p_due_seconds is null then 500 else 1000 / 30.0 end
+  ))::integer;
+end;
 $$;
 
 revoke all on function private.poll_after_ms(public.generations, double precision)
@@ -3913,9 +4044,6 @@ as $$
 declare
   v_generation public.generations;
 begin
-  if p_key is null then
-    return null;
-  end if;
   select * into v_generation
   from public.generations where user_id = p_user_id and idempotency_key = p_key;
   if found and (
@@ -3956,29 +4084,33 @@ $$;
 revoke all on function private.find_reusable(uuid, public.models, jsonb)
 from public, anon, authenticated, service_role;
 
--- What the ways in answer, the first time and for every repeat.
+-- What the ways in answer, the first time and for every repeat. Looks at no more of the queue than
+-- a request should pay for: get_job_status counts on.
 create or replace function private.enqueue_answer(
   p_generation public.generations,
   p_is_reused boolean default false
 )
 returns json
-language sql
+language plpgsql
 stable
 set search_path = ''
 as $$
-  select json_build_object(
+declare
+  v_forecast record := private.forecast(p_generation, 20);
+  v_credits integer;
+begin
+  select e.credits into v_credits
+  from public.entitlements as e where e.user_id = p_generation.user_id;
+  return json_build_object(
     'job_id', p_generation.id,
     'status', p_generation.status,
     'reused', p_is_reused,
-    'credits_left', (
-      select e.credits from public.entitlements as e where e.user_id = p_generation.user_id
-    ),
-    'queue_position', f.queue_position,
-    'eta_seconds', f.eta_seconds,
-    'poll_after_ms', private.poll_after_ms(p_generation, f.due_seconds)
-  )
-  from (select) as one
-  left join private.forecast(p_generation) as f on true
+    'credits_left', v_credits,
+    'queue_position', v_forecast.queue_position,
+    'eta_seconds', v_forecast.eta_seconds,
+    'poll_after_ms', private.poll_after_ms(p_generation, v_forecast.due_seconds)
+  );
+end;
 $$;
 
 revoke all on function private.enqueue_answer(public.generations, boolean)
@@ -4001,21 +4133,25 @@ set search_path = ''
 as $$
 declare
   v_user_id uuid := private.require_user_id();
-  v_params jsonb := private.read_params(p_params);
   v_prompt text := coalesce(p_prompt, '');
+  v_params jsonb := private.read_request(array[v_prompt], p_params, p_idempotency_key);
   v_entitlement public.entitlements;
   v_plan private.plans;
   v_model public.models;
   v_draft public.generations;
   v_known public.generations;
 begin
-  perform private.check_request(p_prompt, p_idempotency_key);
-  v_entitlement := private.lock_entitlement(v_user_id);
-  v_known := private.find_generation_by_key(
-    v_user_id, p_idempotency_key, p_model, v_prompt, v_params
-  );
-  if v_known.id is not null then
-    return private.enqueue_answer(v_known);
+  select * into v_entitlement from public.entitlements where user_id = v_user_id for update;
+  if not found then
+    perform private.refuse_unknown_user();
+  end if;
+  if p_idempotency_key is not null then
+    v_known := private.find_generation_by_key(
+      v_user_id, p_idempotency_key, p_model, v_prompt, v_params
+    );
+    if v_known.id is not null then
+      return private.enqueue_answer(v_known);
+    end if;
   end if;
   v_plan := private.plan_of(v_entitlement);
   v_model := private.require_model(p_model, v_user_id, v_plan.name);
@@ -4028,7 +4164,9 @@ begin
   end if;
   perform private.check_limits(v_entitlement, v_plan);
   v_draft.idempotency_key := p_idempotency_key;
-  v_known := private.insert_generation(v_entitlement, v_plan, v_model, v_draft);
+  v_known := private.insert_generations(
+    v_entitlement, v_plan, v_model, v_draft, array[v_prompt], array[v_draft.provider_input]
+  );
   return private.enqueue_answer(v_known);
 end;
 $$;
@@ -4044,25 +4182,27 @@ create or replace function public.enqueue_generation(
   idempotency_key text default null
 )
 returns json
-language sql
+language plpgsql
 set search_path = ''
 as $$
-  select private.enqueue_generation(
+begin
+  return private.enqueue_generation(
     enqueue_generation.model,
     enqueue_generation.prompt,
     enqueue_generation.params,
     enqueue_generation.idempotency_key
-  )
+  );
+end;
 $$;
 
 comment on function public.enqueue_generation is
   'Asks for a picture: checks, charges and queues in one transaction. Answers {job_id, status, '
-  'reused, credits_left, queue_position (jobs ahead, null unless queued), eta_seconds (until it is '
-  'likely to be finished, null if not known), poll_after_ms}. The same idempotency_key and payload '
-  'answer with the same job and charge nothing. With params.reuse = true and a seed, your finished '
-  'generation of the same input is answered, free. Errors: PT400 invalid_input, PT401 '
-  'not_authenticated, PT402 insufficient_credits, PT403 requires_paid_plan, PT404 not_found, PT409 '
-  'idempotency_conflict, PT429 too_many_active | rate_limited.';
+  'reused, credits_left, queue_position (jobs ahead, counted to 20 here; null unless queued), '
+  'eta_seconds (until it is likely to be finished, null if not known), poll_after_ms}. The same '
+  'idempotency_key and payload answer with the same job and charge nothing. With params.reuse = '
+  'true and a seed, your finished generation of the same input is answered, free. Errors: PT400 '
+  'invalid_input, PT401 not_authenticated, PT402 insufficient_credits, PT403 requires_paid_plan, '
+  'PT404 not_found, PT409 idempotency_conflict, PT429 too_many_active | rate_limited.';
 
 revoke all on function public.enqueue_generation(text, text, jsonb, text)
 from public, anon, authenticated, service_role;
@@ -4117,50 +4257,29 @@ $$;
 revoke all on function private.check_batch_size(text[], integer)
 from public, anon, authenticated, service_role;
 
--- The arguments that need neither plan nor catalogue. Raises: PT400 invalid_input.
-create or replace function private.check_batch(
-  p_prompts text[],
-  p_params jsonb,
-  p_idempotency_key text
-)
-returns void
-language plpgsql
-stable
-set search_path = ''
-as $$
-begin
-  perform private.check_batch_size(p_prompts, 100);  -- the most that any plan may allow
-  if p_params ? 'reuse' then
-    perform private.refuse_input('params.reuse: not in a batch');
-  end if;
-  perform private.check_request(p.prompt, p_idempotency_key) from unnest(p_prompts) as p (prompt);
-end;
-$$;
-
-revoke all on function private.check_batch(text[], jsonb, text)
-from public, anon, authenticated, service_role;
-
--- One draft for each prompt. Raises: PT400 invalid_input.
-create or replace function private.draft_batch(
+-- What is sent for each prompt. Raises: PT400 invalid_input.
+create or replace function private.prepare_batch(
   p_model public.models,
-  p_name text,
   p_user_id uuid,
   p_prompts text[],
   p_params jsonb
 )
-returns public.generations[]
-language sql
-volatile
+returns jsonb[]
+language plpgsql
 set search_path = ''
 as $$
-  select array_agg(
-    private.draft_generation(p_model, p_name, p_user_id, coalesce(p.prompt, ''), p_params)
-    order by p.place
-  )
-  from unnest(p_prompts) with ordinality as p (prompt, place)
+declare
+  v_prepared jsonb := private.prepare_params(p_model, p_user_id, p_params);
+  v_inputs jsonb[];
+begin
+  for v_place in 1 .. cardinality(p_prompts) loop
+    v_inputs[v_place] := private.complete_input(p_model, v_prepared, p_prompts[v_place]);
+  end loop;
+  return v_inputs;
+end;
 $$;
 
-revoke all on function private.draft_batch(public.models, text, uuid, text[], jsonb)
+revoke all on function private.prepare_batch(public.models, uuid, text[], jsonb)
 from public, anon, authenticated, service_role;
 
 -- Writes an accepted batch. The entitlement row is locked.
@@ -4168,40 +4287,37 @@ from public, anon, authenticated, service_role;
 -- Raises: PT402 insufficient_credits for the sum of the prices.
 create or replace function private.insert_batch(
   p_entitlement public.entitlements,
+  p_plan private.plans,
   p_model public.models,
-  p_drafts public.generations[],
-  p_request_hash text,
-  p_idempotency_key text
+  p_draft public.generations,
+  p_batch public.batches,
+  p_prompts text[],
+  p_inputs jsonb[]
 )
 returns public.batches
 language plpgsql
 set search_path = ''
 as $$
 declare
-  v_plan private.plans := private.plan_of(p_entitlement);
+  v_draft public.generations := p_draft;
   v_batch public.batches;
-  v_draft public.generations;
 begin
-  perform private.require_credits(
-    p_entitlement, private.image_price(p_model, v_plan)::bigint * (
-      select sum(private.count_images(p_model, d.provider_input)) from unnest(p_drafts) as d
-    )
-  );
   insert into public.batches (user_id, request_hash, job_count, idempotency_key)
-  values (p_entitlement.user_id, p_request_hash, cardinality(p_drafts), p_idempotency_key)
+  values (
+    p_entitlement.user_id, p_batch.request_hash, cardinality(p_prompts), p_batch.idempotency_key
+  )
   returning * into v_batch;
-  foreach v_draft in array p_drafts loop
-    v_draft.batch_id := v_batch.id;
-    perform private.insert_generation(
-      private.lock_entitlement(p_entitlement.user_id), v_plan, p_model, v_draft
-    );
-  end loop;
+  v_draft.batch_id := v_batch.id;
+  perform private.insert_generations(
+    p_entitlement, p_plan, p_model, v_draft, p_prompts, p_inputs
+  );
   return v_batch;
 end;
 $$;
 
 revoke all on function private.insert_batch(
-  public.entitlements, public.models, public.generations[], text, text
+  public.entitlements, private.plans, public.models, public.generations, public.batches, text[],
+  jsonb[]
 ) from public, anon, authenticated, service_role;
 
 -- A batch as the API shows it.
@@ -4254,29 +4370,38 @@ set search_path = ''
 as $$
 declare
   v_user_id uuid := private.require_user_id();
-  v_params jsonb := private.read_params(p_params);
-  v_hash text;
+  v_prompts text[];
+  v_params jsonb;
   v_entitlement public.entitlements;
   v_plan private.plans;
   v_model public.models;
+  v_draft public.generations;
   v_batch public.batches;
+  v_known public.batches;
 begin
-  perform private.check_batch(p_prompts, v_params, p_idempotency_key);
-  v_hash := md5(jsonb_build_array(p_model, p_prompts, v_params)::text);
+  perform private.check_batch_size(p_prompts, 100);  -- the most that any plan may allow
+  v_prompts := array(select coalesce(p.prompt, '') from unnest(p_prompts) as p (prompt));
+  v_params := private.read_request(v_prompts, p_params, p_idempotency_key);
+  if v_params ? 'reuse' then
+    perform private.refuse_input('params.reuse: not in a batch');
+  end if;
+  v_batch.request_hash := md5(jsonb_build_array(p_model, p_prompts, v_params)::text);
+  v_batch.idempotency_key := p_idempotency_key;
   v_entitlement := private.lock_entitlement(v_user_id);
-  v_batch := private.find_batch_by_key(v_user_id, p_idempotency_key, v_hash);
-  if v_batch.id is null then
+  v_known := private.find_batch_by_key(v_user_id, p_idempotency_key, v_batch.request_hash);
+  if v_known.id is null then
     v_plan := private.plan_of(v_entitlement);
     perform private.check_batch_size(p_prompts, v_plan.max_batch);
     v_model := private.require_model(p_model, v_user_id, v_plan.name);
     perform private.check_limits(v_entitlement, v_plan);
-    v_batch := private.insert_batch(
-      v_entitlement, v_model,
-      private.draft_batch(v_model, p_model, v_user_id, p_prompts, v_params),
-      v_hash, p_idempotency_key
+    v_draft.alias_id := nullif(p_model, v_model.id);
+    v_draft.input := v_params;
+    v_known := private.insert_batch(
+      v_entitlement, v_plan, v_model, v_draft, v_batch, v_prompts,
+      private.prepare_batch(v_model, v_user_id, v_prompts, v_params)
     );
   end if;
-  return private.batch_json(v_batch);
+  return private.batch_json(v_known);
 end;
 $$;
 
@@ -4291,15 +4416,17 @@ create or replace function public.enqueue_batch(
   idempotency_key text default null
 )
 returns json
-language sql
+language plpgsql
 set search_path = ''
 as $$
-  select private.enqueue_batch(
+begin
+  return private.enqueue_batch(
     enqueue_batch.model,
     enqueue_batch.prompts,
     enqueue_batch.params,
     enqueue_batch.idempotency_key
-  )
+  );
+end;
 $$;
 
 comment on function public.enqueue_batch is
@@ -4450,7 +4577,9 @@ begin
   );
   v_draft.retry_of := p_job_id;
   perform private.check_limits(v_entitlement, v_plan);
-  v_known := private.insert_generation(v_entitlement, v_plan, v_model, v_draft);
+  v_known := private.insert_generations(
+    v_entitlement, v_plan, v_model, v_draft, array[v_draft.prompt], array[v_draft.provider_input]
+  );
   return private.enqueue_answer(v_known);
 end;
 $$;
@@ -4501,8 +4630,9 @@ begin
   v_draft.retry_of := p_old.id;
   v_draft.batch_id := null;
   v_draft.idempotency_key := null;
-  perform private.insert_generation(
-    v_entitlement, private.plan_of(v_entitlement), v_model, v_draft, p_is_free => true
+  perform private.insert_generations(
+    v_entitlement, private.plan_of(v_entitlement), v_model, v_draft,
+    array[v_draft.prompt], array[v_draft.provider_input], p_is_free => true
   );
   return true;
 end;
@@ -4595,40 +4725,79 @@ grant execute on function public.ping() to anon, authenticated, service_role;
 -- The images of a generation as the API shows them, in order.
 create or replace function private.images_json(p_generation_id uuid)
 returns json
-language sql
+language plpgsql
 stable
 set search_path = ''
 as $$
-  select coalesce(json_agg(json_build_object(
+declare
+  v_images json;
+begin
+  select json_agg(json_build_object(
     'position', i.position, 'path', i.storage_path, 'preview_path', i.preview_path,
     'content_type', i.content_type,
     'width', i.width, 'height', i.height, 'bytes', i.bytes, 'blurhash', i.blurhash,
     'is_public', i.share_id is not null
-  ) order by i.position), '[]')
-  from public.images as i where i.generation_id = p_generation_id
+  ) order by i.position) into v_images
+  from public.images as i where i.generation_id = p_generation_id;
+  return coalesce(v_images, '[]');
+end;
 $$;
 
 revoke all on function private.images_json(uuid) from public, anon, authenticated, service_role;
 
--- One job as the API shows it. Progress is read from the running row: it is not history.
-create or replace function private.job_json(p_generation public.generations)
-returns json
-language sql
+-- The running row of a live job. While it waits, all null but the attempts used up.
+create or replace function private.running_job(p_job_id uuid)
+returns private.running_jobs
+language plpgsql
 stable
 set search_path = ''
 as $$
-  select json_build_object(
+declare
+  v_running private.running_jobs;
+begin
+  select * into v_running from private.running_jobs where job_id = p_job_id;
+  if not found then
+    select r.attempt into v_running.attempt from private.ready_jobs as r where r.job_id = p_job_id;
+  end if;
+  return v_running;
+end;
+$$;
+
+revoke all on function private.running_job(uuid) from public, anon, authenticated, service_role;
+
+-- One job as the API shows it. Progress is read from the running row: it is not history.
+create or replace function private.job_json(p_generation public.generations)
+returns json
+language plpgsql
+stable
+set search_path = ''
+as $$
+declare
+  v_running private.running_jobs;
+  v_forecast record := private.forecast(p_generation);
+  v_refunded integer;
+  v_tags text[];
+begin
+  if p_generation.finished_at is null then
+    v_running := private.running_job(p_generation.id);
+  else
+    select l.amount into v_refunded from public.credit_ledger as l
+    where l.generation_id = p_generation.id and l.kind = 'refund';
+  end if;
+  v_tags := array(
+    select t.tag from public.generation_tags as t
+    where t.generation_id = p_generation.id order by t.tag
+  );
+  return json_build_object(
     'job_id', p_generation.id,
     'status', p_generation.status,
-    'stage', running.stage,
-    'progress', running.progress,
-    'attempt', coalesce(running.attempt, (
-      select r.attempt from private.ready_jobs as r where r.job_id = p_generation.id
-    )),
-    'cancel_requested', coalesce(running.cancel_requested, false),
-    'queue_position', f.queue_position,
-    'eta_seconds', f.eta_seconds,
-    'poll_after_ms', private.poll_after_ms(p_generation, f.due_seconds),
+    'stage', v_running.stage,
+    'progress', v_running.progress,
+    'attempt', v_running.attempt,
+    'cancel_requested', coalesce(v_running.cancel_requested, false),
+    'queue_position', v_forecast.queue_position,
+    'eta_seconds', v_forecast.eta_seconds,
+    'poll_after_ms', private.poll_after_ms(p_generation, v_forecast.due_seconds),
     'model', p_generation.model_id,
     'alias', p_generation.alias_id,
     'batch_id', p_generation.batch_id,
@@ -4637,26 +4806,17 @@ as $$
     'prompt', p_generation.prompt,
     'params', p_generation.input,
     'price_credits', p_generation.price_credits,
-    'refunded_credits', coalesce((
-      select l.amount from public.credit_ledger as l
-      where l.generation_id = p_generation.id and l.kind = 'refund'
-    ), 0),
-    'error', case when p_generation.error_code is not null
-      then json_build_object('code', p_generation.error_code, 'message', p_generation.error_message)
-    end,
+    'refunded_credits', coalesce(v_refunded, 0),
+    'error', case when p_generation.error_code is not null then
+      json_build_object('code', p_generation.error_code, 'message', p_generation.error_message) end,
     'images', private.images_json(p_generation.id),
     'is_favorite', p_generation.is_favorite,
-    'tags', (
-      select coalesce(json_agg(t.tag order by t.tag), '[]')
-      from public.generation_tags as t where t.generation_id = p_generation.id
-    ),
+    'tags', to_json(v_tags),
     'created_at', p_generation.created_at,
     'started_at', p_generation.started_at,
     'finished_at', p_generation.finished_at
-  )
-  from (values (p_generation.id)) as job (id)
-  left join private.running_jobs as running on running.job_id = job.id
-  left join private.forecast(p_generation) as f on true
+  );
+end;
 $$;
 
 revoke all on function private.job_json(public.generations)
@@ -4667,12 +4827,14 @@ from public, anon, authenticated, service_role;
 -- Raises: PT401 not_authenticated, PT404 not_found.
 create or replace function private.get_job_status(p_job_id uuid)
 returns json
-language sql
+language plpgsql
 stable
 security definer
 set search_path = ''
 as $$
-  select private.job_json(private.require_generation(p_job_id, private.require_user_id()))
+begin
+  return private.job_json(private.require_generation(p_job_id, private.require_user_id()));
+end;
 $$;
 
 revoke all on function private.get_job_status(uuid) from public, anon, authenticated, service_role;
@@ -4680,11 +4842,13 @@ grant execute on function private.get_job_status(uuid) to authenticated;
 
 create or replace function public.get_job_status(job_id uuid)
 returns json
-language sql
+language plpgsql
 stable
 set search_path = ''
 as $$
-  select private.get_job_status(get_job_status.job_id)
+begin
+  return private.get_job_status(get_job_status.job_id);
+end;
 $$;
 
 comment on function public.get_job_status is
@@ -4740,11 +4904,13 @@ grant execute on function private.list_active_jobs(uuid[]) to authenticated;
 
 create or replace function public.list_active_jobs(job_ids uuid[] default '{}')
 returns json
-language sql
+language plpgsql
 stable
 set search_path = ''
 as $$
-  select private.list_active_jobs(list_active_jobs.job_ids)
+begin
+  return private.list_active_jobs(list_active_jobs.job_ids);
+end;
 $$;
 
 comment on function public.list_active_jobs is
@@ -5785,7 +5951,7 @@ set search_path = ''
 as $$
 declare
   v_user_id uuid := private.require_known_user_id();
-  v_params jsonb := private.read_params(p_params);
+  v_params jsonb := private.read_request(array[p_prompt], p_params, null);
   v_template public.prompt_templates;
 begin
   perform private.check_template(p_title, p_prompt, p_model);
@@ -5850,7 +6016,6 @@ stable
 set search_path = ''
 as $$
 begin
-  perform private.check_request(p_prompt, null);
   if private.is_blank(p_prompt) then
     perform private.refuse_input('prompt: empty');
   elsif octet_length(p_title) > 400 or length(p_title) > 100 or private.is_blank(p_title) then
@@ -6388,7 +6553,7 @@ begin
       times_opened = 0, paused_until = null, pause_reason = null, probe_job_id = null
     where name = v_name and probe_job_id = p_job.job_id;
     if found then
-      perform private.wake_worker();
+      perform private.wake_workers();
     end if;
   end loop;
 end;
@@ -6520,7 +6685,7 @@ begin
     failures = 0, failing_since = null, failed_users = '{}', times_opened = 0, probe_job_id = null,
     paused_until = null, pause_reason = null
   returning * into v_breaker;
-  perform private.wake_worker();
+  perform private.wake_workers();
   return private.breaker_json(v_breaker);
 end;
 $$;
@@ -6587,7 +6752,7 @@ declare
   v_now bigint := extract(epoch from clock_timestamp()) * 1000;
 begin
   if v_now - v_last_full < 1000 then
-    return private.queue_floor();
+    return (select f.fair_key from private.queue_floor as f);
   end if;
   perform set_config('darkroom.full_scan_ms', v_now::text, false);
   return 0;
@@ -7091,7 +7256,7 @@ begin
   from private.virtual_clock as c;
   update public.generations set status = 'queued', updated_at = now() where id = p_job.job_id;
   if p_delay <= interval '0' then
-    perform private.wake_worker();
+    perform private.wake_workers();
   end if;
 end;
 $$;
@@ -9364,6 +9529,34 @@ from public, anon, authenticated, service_role;
 create trigger entitlements_erase_ledger
 after delete on public.entitlements
 for each row execute function private.erase_ledger_of_deleted_user();
+
+-- Erases the generations of a user who is gone, and takes the live ones, whose rows are locked, out
+-- of the queue.
+create or replace function private.erase_generations_of_deleted_user()
+returns trigger
+language plpgsql
+security definer
+set search_path = ''
+as $$
+declare
+  v_live uuid[] := array(
+    select g.id from public.generations as g
+    where g.user_id = old.user_id and g.status in ('queued', 'processing')
+  );
+begin
+  delete from private.ready_jobs where job_id = any (v_live);
+  delete from private.running_jobs where job_id = any (v_live);
+  delete from public.generations where user_id = old.user_id;
+  return null;
+end;
+$$;
+
+revoke all on function private.erase_generations_of_deleted_user()
+from public, anon, authenticated, service_role;
+
+create trigger entitlements_erase_generations
+after delete on public.entitlements
+for each row execute function private.erase_generations_of_deleted_user();
 -- Retention: what has been kept long enough, found a few rows at a time.
 --
 -- apply_retention is called every minute by pg_cron and by each worker. It marks the files of

@@ -86,13 +86,7 @@ isOneToOne: false
                     "alias_id"?: string | null,"batch_id"?: string | null,"created_at"?: string,"deleted_at"?: string | null,"error_code"?: string | null,"error_message"?: string | null,"finished_at"?: string | null,"id"?: string,"idempotency_key"?: string | null,"image_count"?: number,"input"?: NonNullable<Json>,"is_favorite"?: boolean,"model_id"?: string,"price_credits"?: number,"prompt"?: string,"provider_input"?: NonNullable<Json>,"queue_distance"?: number | null,"retry_of"?: string | null,"started_at"?: string | null,"status"?: string,"updated_at"?: string,"user_id"?: string
                   }
                   Relationships: [
-                    {
-      foreignKeyName: "generations_user_id_fkey"
-      columns: ["user_id"]
-isOneToOne: false
-      referencedRelation: "entitlements"
-      referencedColumns: ["user_id"]
-    }
+                    
                   ]
                 },"image_likes": {
                   Row: {
@@ -162,14 +156,14 @@ isOneToOne: false
                   ]
                 },"models": {
                   Row: {
-                    "client_inputs": (string)[],"cost_unit": string | null,"cost_usd": number | null,"deadline": string,"id": string,"image_count_input": string | null,"image_inputs": (string)[],"input_schema": NonNullable<Json>,"is_active": boolean,"is_schema_confirmed": boolean,"max_images": number,"operator_input": NonNullable<Json>,"paid_price_credits": number,"price_credits": number,"prompt_input": string | null,"provider": string,"provider_ref": string,"requires_paid": boolean,"title": string
+                    "client_inputs": (string)[],"cost_unit": string | null,"cost_usd": number | null,"deadline": string,"default_input": NonNullable<Json>,"id": string,"image_count_input": string | null,"image_inputs": (string)[],"input_schema": NonNullable<Json>,"is_active": boolean,"is_schema_confirmed": boolean,"max_images": number,"operator_input": NonNullable<Json>,"paid_price_credits": number,"price_credits": number,"prompt_input": string | null,"provider": string,"provider_ref": string,"requires_paid": boolean,"title": string
                   }
                   ComputedFields: never
                   Insert: {
-                    "client_inputs": (string)[],"cost_unit"?: string | null,"cost_usd"?: number | null,"deadline"?: string,"id": string,"image_count_input"?: string | null,"image_inputs"?: (string)[],"input_schema": NonNullable<Json>,"is_active"?: boolean,"is_schema_confirmed"?: boolean,"max_images"?: number,"operator_input"?: NonNullable<Json>,"paid_price_credits": number,"price_credits": number,"prompt_input"?: string | null,"provider": string,"provider_ref": string,"requires_paid"?: boolean,"title": string
+                    "client_inputs": (string)[],"cost_unit"?: string | null,"cost_usd"?: number | null,"deadline"?: string,"default_input"?: NonNullable<Json>,"id": string,"image_count_input"?: string | null,"image_inputs"?: (string)[],"input_schema": NonNullable<Json>,"is_active"?: boolean,"is_schema_confirmed"?: boolean,"max_images"?: number,"operator_input"?: NonNullable<Json>,"paid_price_credits": number,"price_credits": number,"prompt_input"?: string | null,"provider": string,"provider_ref": string,"requires_paid"?: boolean,"title": string
                   }
                   Update: {
-                    "client_inputs"?: (string)[],"cost_unit"?: string | null,"cost_usd"?: number | null,"deadline"?: string,"id"?: string,"image_count_input"?: string | null,"image_inputs"?: (string)[],"input_schema"?: NonNullable<Json>,"is_active"?: boolean,"is_schema_confirmed"?: boolean,"max_images"?: number,"operator_input"?: NonNullable<Json>,"paid_price_credits"?: number,"price_credits"?: number,"prompt_input"?: string | null,"provider"?: string,"provider_ref"?: string,"requires_paid"?: boolean,"title"?: string
+                    "client_inputs"?: (string)[],"cost_unit"?: string | null,"cost_usd"?: number | null,"deadline"?: string,"default_input"?: NonNullable<Json>,"id"?: string,"image_count_input"?: string | null,"image_inputs"?: (string)[],"input_schema"?: NonNullable<Json>,"is_active"?: boolean,"is_schema_confirmed"?: boolean,"max_images"?: number,"operator_input"?: NonNullable<Json>,"paid_price_credits"?: number,"price_credits"?: number,"prompt_input"?: string | null,"provider"?: string,"provider_ref"?: string,"requires_paid"?: boolean,"title"?: string
                   }
                   Relationships: [
                     
