@@ -1,0 +1,131 @@
+"""Darkroom beside other PostgreSQL queues: one command, a throw-away cluster, numbers and a chart.
+
+    python tests/bench/run.py [PART ...] [--rounds 3] [--only REGEX] [--hold 5] [--quick] [--out F]
+
+Parts take turns with nobody: run it on a machine that does nothing else. Results of a part replace
+its last ones in RESULTS.md, results.json and results.svg, here or in the folder named by --out.
+A quick run, which only shows that everything works, writes nothing unless told where.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+BENCH = Path(__file__).resolve().parent
+PROJECT = BENCH.parents[1]
+sys.path[:0] = [str(BENCH / "contenders"), str(PROJECT / "tests"), str(PROJECT / "scripts")]
+
+from core import Outcome, Sizes, run_part  # noqa: E402
+from lab import SERVER_SETTINGS, Lab, machine  # noqa: E402
+from parts import PARTS  # noqa: E402
+from psycopg import sql  # noqa: E402
+from report import Results, main_table  # noqa: E402
+
+from stack import node  # noqa: E402
+
+PYTHON_PACKAGES = ("procrastinate", "pgqueuer", "asyncpg", "uvloop", "psycopg")
+NODE_PACKAGES = ("graphile-worker", "pg-boss", "pg")
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", help="of 'situation, contender'")
+    parser.add_argument("--hold", type=float, default=5, help="seconds a snapshot is held at first")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, one round")
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.parts) - PARTS.keys():
+        parser.error(f"no part {', '.join(unknown)}: choose from {', '.join(PARTS)}")
+    return arguments
+
+
+def main() -> int:
+    """Run the parts; answer 1 if anything failed."""
+    arguments = parse()
+    sizes = Sizes(
+        rounds=1 if arguments.quick else arguments.rounds,
+        is_quick=arguments.quick,
+        hold_seconds=1 if arguments.quick else arguments.hold,
+    )
+    folder = arguments.out or (None if arguments.quick else BENCH)
+    failed = False
+    with Lab.open() as lab:
+        for name in arguments.parts or PARTS:
+            outcome, context = measure(lab, name, sizes, arguments.only)
+            print(f"\n{outcome.part.title}", *main_table(outcome), *outcome.failures, sep="\n")
+            failed |= bool(outcome.failures)
+            if folder:
+                results = Results(folder)
+                results.add(outcome, context)
+                results.write(PARTS)
+    return int(failed)
+
+
+def measure(lab: Lab, name: str, sizes: Sizes, only: str) -> tuple[Outcome, dict[str, Any]]:
+    """Run one part."""
+    part = PARTS[name]
+    context = describe(lab, sizes)
+    tasks = [
+        task
+        for task in part.make_tasks(lab, sizes)
+        if re.search(only, f"{task.situation}, {task.contender}")
+    ]
+    print(f"{part.title}: {len(tasks)} cells, {sizes.rounds} rounds", file=sys.stderr)
+    outcome = run_part(part, tasks, sizes.rounds)
+    lab.drop_templates()
+    return outcome, context
+
+
+def describe(lab: Lab, sizes: Sizes) -> dict[str, Any]:
+    """Say when, where and with what a part runs."""
+    revision = lab.run(["git", "-C", str(PROJECT), "rev-parse", "--short", "HEAD"]).strip()
+    return {
+        "run": {
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "rounds": sizes.rounds,
+            "revision": revision,
+            "snapshot held for": f"{sizes.hold_seconds:g} s",
+        },
+        "machine": machine(),
+        "versions": versions(lab),
+        "settings": {"fsync": "on", **SERVER_SETTINGS},
+    }
+
+
+def versions(lab: Lab) -> dict[str, str]:
+    """Return the versions of all that takes part."""
+    installed = {name: metadata.version(name) for name in PYTHON_PACKAGES}
+    for name in NODE_PACKAGES:
+        manifest = (BENCH / "node_modules" / name / "package.json").read_text()
+        installed[name] = re.search(r'"version": "([^"]+)"', manifest)[1]  # type: ignore[index]
+    return {
+        "PostgreSQL": str(lab.admin(sql.SQL("show server_version"))).split()[0],
+        "Python": sys.version.split()[0],
+        "Node": lab.run([str(node()), "--version"]).strip().lstrip("v"),
+        **installed,
+    }
+
+
+def stop(*_: object) -> NoReturn:
+    """End as with Ctrl-C, so that everything is cleaned up."""
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("bench: stopped")
