@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,7 @@ SERVER_SETTINGS = {
     "autovacuum": "on",
 }
 START_SECONDS = 60.0  # for a contender's program until it is ready
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 END_SECONDS = 20.0  # from a report to the end of the process
 
 
@@ -91,6 +93,8 @@ class Lab:
                 lab.cluster.start()
                 yield lab
             finally:
+                for number in STOPS:  # a second Ctrl-C would leave it all
+                    signal.signal(number, signal.SIG_IGN)
                 lab.cluster.stop()
                 lab.cluster.delete()
 
@@ -285,7 +289,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": cpu[1] if cpu else platform.machine(),
         "cores": os.cpu_count(),
-        "memory_gb": round(int(memory[1]) / 2**20) if memory else None,
+        "memory": f"{round(int(memory[1]) / 2**20)} GB" if memory else "unknown",
         "system": f"{platform.system()} {platform.release().split('-')[0]}",
-        "load_at_start": round(os.getloadavg()[0], 2),
+        "load at start": round(os.getloadavg()[0], 2),
     }

@@ -19,13 +19,8 @@ from protocol import Work, main
 
 import worker
 
-DEFAULTS = {
-    "WORKER_SLOTS": "64",
-    "WORKER_GRACE_SECONDS": "5",
-    "LOG_LEVEL": "WARNING",
-    "SUPABASE_URL": "http://127.0.0.1:9",  # nobody is called
-    "SUPABASE_SERVICE_KEY": "none",
-}
+DEFAULTS = {"WORKER_SLOTS": "64", "WORKER_GRACE_SECONDS": "5", "LOG_LEVEL": "WARNING"}
+NOBODY = {"SUPABASE_URL": "http://127.0.0.1:9", "SUPABASE_SERVICE_KEY": "none"}
 
 
 def work(url: str, options: dict[str, Any]) -> None:
@@ -78,8 +73,7 @@ def work(url: str, options: dict[str, Any]) -> None:
             if not run.wants_keys:
                 run.handled()
 
-    for name, value in {**DEFAULTS, "DATABASE_URL": url}.items():
-        os.environ.setdefault(name, value)
+    os.environ.update({**DEFAULTS, **os.environ, **NOBODY, "DATABASE_URL": url})
     for replacement in (Storage, Database, Worker):
         setattr(worker, replacement.__name__, replacement)
     worker.Preview = Provider  # type: ignore[misc]

@@ -1,8 +1,9 @@
-"""What a run leaves behind: results.json with every number, RESULTS.md, and a chart."""
+"""What a run leaves behind: results.json with every number, RESULTS.md, and charts."""
 
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -17,9 +18,8 @@ is the median of its rounds; every ratio ({TIMES}) is the median over the rounds
 reference **of the same round**, in which all take turns. Ratios carry over to other machines far
 better than absolute numbers do. Durable commits throughout: `fsync` and `synchronous_commit` are
 on. All raw numbers: [results.json](results.json).
-
-![Chart of all parts](results.svg)
 """
+COLUMNS = ["situation", "contender", "round", "metric", "value"]  # of a cell in results.json
 WIDTH, LABEL, BAR, GAP = 900, 290, 15, 4  # pixels of the chart
 STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #24292f }
@@ -41,39 +41,33 @@ class Results:
         """Put a part's results in the place of its last ones."""
         self.parts[outcome.part.name] = {
             **context,
+            "failures": outcome.failures,
+            "columns": COLUMNS,
             "cells": [
                 [c.situation, c.contender, c.round, c.metric, round(c.value, 4)]
                 for c in outcome.cells
             ],
-            "failures": outcome.failures,
         }
 
     def write(self, known: Mapping[str, Part]) -> None:
-        """Write all three files."""
-        found = {
-            name: (outcome_of(part, self.parts[name]), self.parts[name])
-            for name, part in known.items()
-            if name in self.parts
-        }
+        """Write all files."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file.write_text(dump(self.parts))
-        sections = [section(outcome, context) for outcome, context in found.values()]
-        (self.folder / "RESULTS.md").write_text("\n".join([HEAD, *sections]))
-        (self.folder / "results.svg").write_text(chart([each for each, _ in found.values()]))
+        text = [HEAD]
+        for name in filter(self.parts.__contains__, known):
+            outcome = outcome_of(known[name], self.parts[name])
+            picture = f"results-{name}.svg"
+            (self.folder / picture).write_text(chart(outcome))
+            text.append(section(outcome, self.parts[name], picture))
+        (self.folder / "RESULTS.md").write_text("\n".join(text))
 
 
 def dump(parts: Mapping[str, Any]) -> str:
     """Write JSON with one line for each cell."""
-    text = json.dumps(parts, indent=1, ensure_ascii=False)
-    cells = {
-        json.dumps(cell, indent=1, ensure_ascii=False).replace("\n", "\n   "): json.dumps(
-            cell, ensure_ascii=False
-        )
-        for part in parts.values()
-        for cell in part["cells"]
-    }
-    for spread, compact in cells.items():
-        text = text.replace(spread, compact)
+    text = json.dumps({name: {**part, "cells": name} for name, part in parts.items()}, indent=1)
+    for name, part in parts.items():
+        cells = ",\n   ".join(json.dumps(cell) for cell in part["cells"])
+        text = text.replace(f'"cells": "{name}"', f'"cells": [\n   {cells}\n  ]')
     return text + "\n"
 
 
@@ -86,10 +80,11 @@ def outcome_of(part: Part, stored: Mapping[str, Any]) -> Outcome:
     return Outcome(part, cells, list(stored["failures"]))
 
 
-def section(outcome: Outcome, context: Mapping[str, Any]) -> str:
+def section(outcome: Outcome, context: Mapping[str, Any], picture: str) -> str:
     """Write the section of a part."""
     part = outcome.part
-    lines = [f"## {part.title}", "", part.about, "", *main_table(outcome), ""]
+    lines = [f"## {part.title}", "", textwrap.fill(part.about, 100), "", *main_table(outcome), ""]
+    lines += [f"![{part.title}: {part.metric}]({picture})", ""]
     if outcome.other_metrics:
         lines += ["<details><summary>More numbers</summary>", "", *other_table(outcome), ""]
         lines += ["</details>", ""]
@@ -146,23 +141,18 @@ def provenance(context: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def chart(outcomes: list[Outcome]) -> str:
-    """Draw sorted bars for each part and situation, ours in colour."""
-    drawn, y = [], 10
-    for outcome in outcomes:
-        y += 24
-        unit = outcome.part.metric + (" (less is better)" if outcome.part.is_less_better else "")
-        drawn.append(
-            f'<text class="title" x="10" y="{y}">{escape(outcome.part.title)}, {unit}</text>'
-        )
-        y += 8
-        for situation in outcome.situations:
-            bars, y = chart_group(outcome, situation, y)
-            drawn += bars
+def chart(outcome: Outcome) -> str:
+    """Draw a part as sorted bars for each situation, ours in colour."""
+    part = outcome.part
+    title = f"{part.title}: {part.metric}, {'less' if part.is_less_better else 'more'} is better"
+    drawn, y = [f'<text class="title" x="10" y="26">{escape(title)}</text>'], 30
+    for situation in outcome.situations:
+        bars, y = chart_group(outcome, situation, y)
+        drawn += bars
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y + 14}" width="{WIDTH}"'
-        f' role="img" aria-label="Benchmark results">\n<style>{STYLE}</style>\n'
-        f'<rect width="{WIDTH}" height="{y + 14}" fill="#ffffff"/>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y + 10}" width="{WIDTH}"'
+        f' role="img" aria-label="{escape(title)}">\n<style>{STYLE}</style>\n'
+        f'<rect width="{WIDTH}" height="{y + 10}" fill="#ffffff"/>\n'
         + "\n".join(drawn)
         + "\n</svg>\n"
     )

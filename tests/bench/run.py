@@ -2,9 +2,9 @@
 
     python tests/bench/run.py [PART ...] [--rounds 3] [--only REGEX] [--hold 5] [--quick] [--out F]
 
-Parts take turns with nobody: run it on a machine that does nothing else. Results of a part replace
-its last ones in RESULTS.md, results.json and results.svg, here or in the folder named by --out.
-A quick run, which only shows that everything works, writes nothing unless told where.
+Run it on a machine that does nothing else. Results of a part replace its last ones in RESULTS.md
+and results.json, and its chart is drawn anew, here or in the folder named by --out. A quick run,
+which only shows that everything works, writes nothing unless told where.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PROJECT = BENCH.parents[1]
 sys.path[:0] = [str(BENCH / "contenders"), str(PROJECT / "tests"), str(PROJECT / "scripts")]
 
 from core import Outcome, Sizes, run_part  # noqa: E402
-from lab import SERVER_SETTINGS, Lab, machine  # noqa: E402
+from lab import SERVER_SETTINGS, STOPS, Lab, machine  # noqa: E402
 from parts import PARTS  # noqa: E402
 from psycopg import sql  # noqa: E402
 from report import Results, main_table  # noqa: E402
@@ -96,7 +96,6 @@ def describe(lab: Lab, sizes: Sizes) -> dict[str, Any]:
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
             "rounds": sizes.rounds,
             "revision": revision,
-            "snapshot held for": f"{sizes.hold_seconds:g} s",
         },
         "machine": machine(),
         "versions": versions(lab),
@@ -124,7 +123,8 @@ def stop(*_: object) -> NoReturn:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, stop)
+    for number in STOPS:
+        signal.signal(number, stop)
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -20,7 +20,7 @@ RATE = "jobs/s"
 CLAIM_P50, CLAIM_P99 = "claim p50 ms", "claim p99 ms"
 FIRST_QUARTER, LAST_QUARTER = "jobs/s, first quarter", "jobs/s, last quarter"
 MEMORY = "MB afterwards"
-EMPTY, BACKLOG, HISTORY, HELD = "nothing else", "backlog", "history", "snapshot held"
+EMPTY, BACKLOG, HISTORY, HELD = "nothing else", "backlog", "history", "snapshot held, {:g} s"
 PEERS = (
     peers.BASELINE,
     peers.PROCRASTINATE,
@@ -35,7 +35,7 @@ OURS = (
         Contender(f"Darkroom's functions, batch {batch}", "run_bare.py", {"batch": batch})
         for batch in (1, 10, 50, 200)
     ),
-    Contender("Darkroom's worker.py, 64 slots", "../noop_worker.py", {}),
+    Contender("Darkroom's worker.py", "../noop_worker.py", {}),
 )
 
 
@@ -59,7 +59,11 @@ def make_tasks(lab: Lab, sizes: Sizes) -> list[Task]:
         hold_seconds=sizes.hold_seconds,
     )
     return [
-        Task(situation, contender.name, functools.partial(measure, lab, contender, situation, load))
+        Task(
+            situation.format(load.hold_seconds),
+            contender.name,
+            functools.partial(measure, lab, contender, situation, load),
+        )
         for situation in (EMPTY, BACKLOG, HISTORY, HELD)
         for contender in ((*PEERS, *OURS) if situation in (EMPTY, HELD) else OURS)
     ]
@@ -90,8 +94,7 @@ def drain(
     url = darkroom.worker_url(db) if contender in OURS else db.url
     with lab.work(contender, url, jobs=jobs, seconds=seconds, keys=False) as worker:
         worker.go()
-        report = worker.report(within=seconds + 30)
-        return report
+        return worker.report(within=seconds + 30)
 
 
 def numbers(report: dict[str, Any], load: Load) -> dict[str, float]:
@@ -163,10 +166,11 @@ PART = Part(
         "One worker process, from its start signal until 20,000 jobs are handled or 8 s are over."
         " Peers' jobs count when their handler is called; Darkroom's when they are completed, with"
         " attempt, image and released slot. Darkroom's functions are called in a bare loop (claim,"
-        " complete); worker.py is the whole worker with a provider and a storage that do nothing."
-        " Backlog: 200,000 more jobs of one user. History: a million finished generations. Snapshot"
-        " held: another session holds a REPEATABLE READ snapshot from before, so that vacuum"
-        " removes nothing; jobs were drained and refilled for a while meanwhile."
+        " complete); worker.py is the whole worker, with 64 slots and a provider and a storage that"
+        " do nothing. Backlog: 200,000 more jobs of one user. History: a million finished"
+        " generations. Snapshot held: another session holds a REPEATABLE READ snapshot from before,"
+        " so that vacuum removes nothing since; for so many seconds jobs were drained and refilled"
+        " meanwhile."
     ),
     metric=RATE,
     reference=peers.BASELINE.name,

@@ -20,9 +20,9 @@ ENQUEUES, QUICK_ENQUEUES = 100, 10  # each round
 GAP_SECONDS = (0.03, 0.08)
 IDLE_SECONDS = 3.0  # before the first enqueue: the worker has gone to sleep
 LAST_SECONDS = 6.0  # after the last: longer than any backstop that is measured
-SITUATION = "idle worker"
+IDLE, CUT = "idle worker", "LISTEN cut"
 LISTENING = Contender("Darkroom's worker.py", "../noop_worker.py", {})
-DEAF = Contender("Darkroom's worker.py, LISTEN cut", "../noop_worker.py", {"listen": False})
+DEAF = Contender("Darkroom's worker.py", "../noop_worker.py", {"listen": False})
 ONE_AT_A_TIME = {"batch": 1, "concurrency": 1}
 PEERS = (
     Contender("LISTEN + claim, bare loop", "run_baseline.py", {"batch": 1, "notify": True}),
@@ -38,8 +38,9 @@ Enqueue = Callable[[int], str]  # the n-th job; answers the key its handler will
 def make_tasks(lab: Lab, sizes: Sizes) -> list[Task]:
     count = sizes.pick(ENQUEUES, QUICK_ENQUEUES)
     return [
-        Task(SITUATION, contender.name, functools.partial(measure, lab, contender, count))
-        for contender in (*PEERS, LISTENING, DEAF)
+        Task(situation, contender.name, functools.partial(measure, lab, contender, count))
+        for situation, contenders in ((IDLE, (*PEERS, LISTENING)), (CUT, (DEAF,)))
+        for contender in contenders
     ]
 
 
