@@ -67,7 +67,7 @@ class Part:
     reference: str  # the contender that the others are divided by
     make_tasks: Callable[[Lab, Sizes], Sequence[Task]]
     is_less_better: bool = False
-    compares_with_itself: bool = False  # each contender with its own first situation, too
+    own_situation: str = ""  # each contender is divided by itself in this one, too
 
 
 @dataclass
@@ -100,9 +100,9 @@ class Outcome:
         )
 
     def own_ratio(self, situation: str, contender: str) -> float | None:
-        """Return the median of the ratios to the same contender in the part's first situation."""
+        """Return the median of the ratios to the same contender in the part's own_situation."""
         return median_ratio(
-            self.values(situation, contender), self.values(self.situations[0], contender)
+            self.values(situation, contender), self.values(self.part.own_situation, contender)
         )
 
     @property
@@ -161,17 +161,22 @@ class Progress:
         """Tell of a cell that took so long."""
         self.done += 1
         self.spent += seconds
-        left = (self.total - self.done) * self.spent / self.done
+        left = int((self.total - self.done) * self.spent / self.done)
         print(
             f"  round {round_number}  {task.situation:22.22}  {task.contender:36.36}  {text:34}"
-            f"  {seconds:5.1f} s, left {left / 60:.0f}:{left % 60:02.0f}",
+            f"  {seconds:5.1f} s, left {left // 60}:{left % 60:02}",
             file=sys.stderr,
             flush=True,
         )
 
 
-def run_part(part: Part, tasks: Sequence[Task], rounds: int) -> Outcome:
-    """Measure all tasks in every round. One that fails is told of, and the others go on."""
+def run_part(
+    part: Part, tasks: Sequence[Task], rounds: int, keep: Callable[[Outcome], None]
+) -> Outcome:
+    """Measure all tasks in every round, and keep what there is after each.
+
+    One that fails is told of, and the others go on.
+    """
     outcome, progress = Outcome(part), Progress(len(tasks) * rounds)
     for number in range(1, rounds + 1):
         for task in tasks:
@@ -188,6 +193,7 @@ def run_part(part: Part, tasks: Sequence[Task], rounds: int) -> Outcome:
                 ]
                 text = describe(outcome, task, number)
             progress.tell(number, task, text, time.monotonic() - began)
+        keep(outcome)
     return outcome
 
 

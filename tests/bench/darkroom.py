@@ -112,10 +112,10 @@ def add_history(db: Database, count: int) -> None:
 
 def run_script(db: Database, script: str) -> None:
     """Run statements one by one, however long they take."""
-    connection = db.connect()
-    connection.execute("set statement_timeout = 0")
-    for statement in filter(str.strip, script.split(";\n")):
-        connection.execute(statement.encode())
+    with db.connect() as connection:
+        connection.execute("set statement_timeout = 0")
+        for statement in filter(str.strip, script.split(";\n")):
+            connection.execute(statement.encode())
 
 
 def worker_url(db: Database) -> str:

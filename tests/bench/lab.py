@@ -38,7 +38,7 @@ SERVER_SETTINGS = {
 }
 START_SECONDS = 60.0  # for a contender's program until it is ready
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-END_SECONDS = 20.0  # from a report to the end of the process
+END_SECONDS = 20.0  # at most, for a process to end
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Contender:
     name: str
     program: str
     options: Mapping[str, Any]
+    holds: int = 0  # at most so many jobs are claimed but not counted when it is stopped
 
     def command(self, command: str, url: str, **options: Any) -> list[str]:
         """Return the command line."""
@@ -228,8 +229,8 @@ class Program:
     def __enter__(self) -> Program:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, failure: object, *_: object) -> None:
+        self.close(ends_itself=failure is None)
 
     def go(self) -> None:
         """Let it begin."""
@@ -248,13 +249,15 @@ class Program:
         """Return how much memory it has in use."""
         return resident_megabytes(self._process.pid)
 
-    def close(self) -> None:
-        """Give it a moment to end by itself, then end it."""
-        for end in (lambda: None, self._process.terminate, self._process.kill):
-            end()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(END_SECONDS if end != self._process.kill else None)
-                break
+    def close(self, *, ends_itself: bool = False) -> None:
+        """End it, or wait for its end if it has reported."""
+        if not ends_itself:
+            self._process.terminate()
+        try:
+            self._process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()  # type: ignore[union-attr]

@@ -9,18 +9,20 @@ from lab import Contender, Lab, Statement, pgbench_script
 
 BASELINE = Contender("plain insert", "run_baseline.py", {"batch": 10})
 BASELINE_NOTIFY = Contender("insert + NOTIFY", "run_baseline.py", {"batch": 10, "notify": True})
-PROCRASTINATE = Contender("procrastinate", "run_procrastinate.py", {"concurrency": 10})
-PGQUEUER = Contender("pgqueuer", "run_pgqueuer.py", {"batch": 10})
+PROCRASTINATE = Contender("procrastinate", "run_procrastinate.py", {"concurrency": 10}, 10)
+PGQUEUER = Contender("pgqueuer", "run_pgqueuer.py", {"batch": 10}, 20)
 GRAPHILE = Contender(
-    "graphile-worker", "run_graphile.mjs", {"concurrency": 24, "isBatching": False}
+    "graphile-worker", "run_graphile.mjs", {"concurrency": 24, "isBatching": False}, 24
 )
 GRAPHILE_BATCHING = Contender(
-    "graphile-worker, batching", "run_graphile.mjs", {"concurrency": 24, "isBatching": True}
+    "graphile-worker, batching", "run_graphile.mjs", {"concurrency": 24, "isBatching": True}, 524
 )
-PGBOSS = Contender("pg-boss", "run_pgboss.mjs", {"batch": 50, "concurrency": 1})
-PGBOSS_500 = Contender("pg-boss, batch 500", "run_pgboss.mjs", {"batch": 500, "concurrency": 2})
+PGBOSS = Contender("pg-boss", "run_pgboss.mjs", {"batch": 50, "concurrency": 1}, 50)
+PGBOSS_500 = Contender(
+    "pg-boss, batch 500", "run_pgboss.mjs", {"batch": 500, "concurrency": 2}, 1000
+)
 PGBOSS_NOTIFY = Contender(
-    "pg-boss, notify", "run_pgboss.mjs", {"batch": 50, "concurrency": 1, "notify": True}
+    "pg-boss, notify", "run_pgboss.mjs", {"batch": 50, "concurrency": 1, "notify": True}, 50
 )
 PAYLOAD = {
     "key": Statement.KEY,

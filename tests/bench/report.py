@@ -39,8 +39,10 @@ class Results:
 
     def add(self, outcome: Outcome, context: Mapping[str, Any]) -> None:
         """Put a part's results in the place of its last ones."""
+        rounds = max((cell.round for cell in outcome.cells), default=0)
         self.parts[outcome.part.name] = {
             **context,
+            "run": {**context["run"], "rounds": rounds},
             "failures": outcome.failures,
             "columns": COLUMNS,
             "cells": [
@@ -83,7 +85,8 @@ def outcome_of(part: Part, stored: Mapping[str, Any]) -> Outcome:
 def section(outcome: Outcome, context: Mapping[str, Any], picture: str) -> str:
     """Write the section of a part."""
     part = outcome.part
-    lines = [f"## {part.title}", "", textwrap.fill(part.about, 100), "", *main_table(outcome), ""]
+    about = textwrap.wrap(part.about, 100, break_on_hyphens=False)
+    lines = [f"## {part.title}", "", *about, "", *main_table(outcome), ""]
     lines += [f"![{part.title}: {part.metric}]({picture})", ""]
     if outcome.other_metrics:
         lines += ["<details><summary>More numbers</summary>", "", *other_table(outcome), ""]
@@ -95,7 +98,6 @@ def section(outcome: Outcome, context: Mapping[str, Any], picture: str) -> str:
 def main_table(outcome: Outcome) -> list[str]:
     """Write the compared metric with its ratios."""
     part, situations = outcome.part, outcome.situations
-    own = len(situations) > 1 and part.compares_with_itself
     head = [f"{part.metric} ({TIMES} {part.reference})", *situations]
     rows = [head, ["---", *["---:"] * len(situations)]]
     for contender in outcome.contenders:
@@ -104,9 +106,9 @@ def main_table(outcome: Outcome) -> list[str]:
             value, ratio = outcome.median(situation, contender), outcome.ratio(situation, contender)
             text = "" if value is None else human(value)
             text += "" if ratio is None else f" ({ratio:.2f}{TIMES})"
-            if own and value is not None and situation != situations[0]:
-                itself = outcome.own_ratio(situation, contender)
-                text += f", {itself:.2f} of its own" if itself is not None else ""
+            itself = outcome.own_ratio(situation, contender)
+            if itself is not None and situation != part.own_situation:
+                text += f", {itself:.2f} of its own"
             row.append(text)
         rows.append(row)
     return [f"| {' | '.join(row)} |" for row in rows]
@@ -173,7 +175,7 @@ def chart_group(outcome: Outcome, situation: str, y: int) -> tuple[list[str], in
     for contender, value in sorted(medians.items(), key=lambda item: sign * item[1]):
         ratio, is_ours = outcome.ratio(situation, contender), contender.startswith(OURS)
         width = max(1.0, (WIDTH - LABEL - 170) * value / longest)
-        text = human(value) + (f"  {ratio:.2f}{TIMES}" if ratio is not None else "")
+        text = human(value) + (f" · {ratio:.2f}{TIMES}" if ratio is not None else "")
         drawn += [
             f'<text class="label{" ours-label" if is_ours else ""}" x="{LABEL - 8}" y="{y + 12}">'
             f"{escape(contender)}</text>",

@@ -3,8 +3,8 @@
     python tests/bench/run.py [PART ...] [--rounds 3] [--only REGEX] [--hold 5] [--quick] [--out F]
 
 Run it on a machine that does nothing else. Results of a part replace its last ones in RESULTS.md
-and results.json, and its chart is drawn anew, here or in the folder named by --out. A quick run,
-which only shows that everything works, writes nothing unless told where.
+and results.json, and its chart is drawn anew, here or in the folder named by --out. A quick run
+(it only shows that everything works) and one of some cells write nothing unless told where.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BENCH = Path(__file__).resolve().parent
 PROJECT = BENCH.parents[1]
 sys.path[:0] = [str(BENCH / "contenders"), str(PROJECT / "tests"), str(PROJECT / "scripts")]
 
-from core import Outcome, Sizes, run_part  # noqa: E402
+from core import Outcome, Part, Sizes, run_part  # noqa: E402
 from lab import SERVER_SETTINGS, STOPS, Lab, machine  # noqa: E402
 from parts import PARTS  # noqa: E402
 from psycopg import sql  # noqa: E402
@@ -59,44 +59,43 @@ def main() -> int:
         is_quick=arguments.quick,
         hold_seconds=1 if arguments.quick else arguments.hold,
     )
-    folder = arguments.out or (None if arguments.quick else BENCH)
+    is_partial = bool(arguments.quick or arguments.only)
+    folder = arguments.out or (None if is_partial else BENCH)
     failed = False
     with Lab.open() as lab:
         for name in arguments.parts or PARTS:
-            outcome, context = measure(lab, name, sizes, arguments.only)
+            outcome = measure(lab, PARTS[name], sizes, arguments.only, folder)
             print(f"\n{outcome.part.title}", *main_table(outcome), *outcome.failures, sep="\n")
             failed |= bool(outcome.failures)
-            if folder:
-                results = Results(folder)
-                results.add(outcome, context)
-                results.write(PARTS)
     return int(failed)
 
 
-def measure(lab: Lab, name: str, sizes: Sizes, only: str) -> tuple[Outcome, dict[str, Any]]:
+def measure(lab: Lab, part: Part, sizes: Sizes, only: str, folder: Path | None) -> Outcome:
     """Run one part."""
-    part = PARTS[name]
-    context = describe(lab, sizes)
+    context = describe(lab)
+
+    def keep(outcome: Outcome) -> None:
+        if folder:
+            results = Results(folder)
+            results.add(outcome, context)
+            results.write(PARTS)
+
     tasks = [
         task
         for task in part.make_tasks(lab, sizes)
         if re.search(only, f"{task.situation}, {task.contender}")
     ]
     print(f"{part.title}: {len(tasks)} cells, {sizes.rounds} rounds", file=sys.stderr)
-    outcome = run_part(part, tasks, sizes.rounds)
+    outcome = run_part(part, tasks, sizes.rounds, keep)
     lab.drop_templates()
-    return outcome, context
+    return outcome
 
 
-def describe(lab: Lab, sizes: Sizes) -> dict[str, Any]:
+def describe(lab: Lab) -> dict[str, Any]:
     """Say when, where and with what a part runs."""
     revision = lab.run(["git", "-C", str(PROJECT), "rev-parse", "--short", "HEAD"]).strip()
     return {
-        "run": {
-            "date": time.strftime("%Y-%m-%d", time.gmtime()),
-            "rounds": sizes.rounds,
-            "revision": revision,
-        },
+        "run": {"date": time.strftime("%Y-%m-%d", time.gmtime()), "revision": revision},
         "machine": machine(),
         "versions": versions(lab),
         "settings": {"fsync": "on", **SERVER_SETTINGS},

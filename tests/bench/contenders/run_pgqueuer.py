@@ -45,7 +45,7 @@ def work(url: str, options: dict[str, Any]) -> None:
 
         @queuer.entrypoint(ENTRYPOINT)
         async def handle(job: Job) -> None:
-            run.handled(json.loads(job.payload)["key"] if run.wants_keys else "")
+            run.handled(json.loads(job.payload or b"")["key"] if run.wants_keys else "")
 
         run.begin()
         await queuer.qm.run(dequeue_timeout=DEQUEUE_TIMEOUT, batch_size=options["batch"])

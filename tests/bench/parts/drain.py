@@ -32,10 +32,10 @@ PEERS = (
 )
 OURS = (
     *(
-        Contender(f"Darkroom's functions, batch {batch}", "run_bare.py", {"batch": batch})
+        Contender(f"Darkroom's functions, batch {batch}", "run_bare.py", {"batch": batch}, batch)
         for batch in (1, 10, 50, 200)
     ),
-    Contender("Darkroom's worker.py", "../noop_worker.py", {}),
+    Contender("Darkroom's worker.py", "../noop_worker.py", {}, 200),
 )
 
 
@@ -74,9 +74,10 @@ def measure(lab: Lab, contender: Contender, situation: str, load: Load) -> dict[
     is_ours = contender in OURS
     template = our_queue(lab, situation, load) if is_ours else their_queue(lab, contender, load)
     with lab.copy(template) as db, contextlib.ExitStack() as stack:
-        fill: Callable[[int], None] = functools.partial(
-            *((darkroom.fill, db) if is_ours else (peers.fill, lab, contender, db))
-        )
+        if is_ours:
+            fill = functools.partial(darkroom.fill, db)
+        else:
+            fill = functools.partial(peers.fill, lab, contender, db)
         if situation == HELD:
             stack.enter_context(held_snapshot(db))
             churn(lab, contender, db, fill, load)
@@ -102,7 +103,11 @@ def numbers(report: dict[str, Any], load: Load) -> dict[str, float]:
     began, moments, claims = report["began"], report["moments"], report["claims"]
     if not moments:
         return {RATE: 0.0}
-    seconds = moments[-1] - began if len(moments) >= load.jobs else load.seconds
+    seconds = moments[-1] - began
+    if len(moments) < load.jobs:
+        if seconds < load.seconds / 2:
+            raise RuntimeError(f"it stood still after {len(moments)} jobs")
+        seconds = load.seconds
     quarter = len(moments) // 4
     found = {
         RATE: len(moments) / seconds,
@@ -152,11 +157,11 @@ def held_snapshot(db: Database) -> Iterator[None]:
 def churn(
     lab: Lab, contender: Contender, db: Database, fill: Callable[[int], None], load: Load
 ) -> None:
-    """Drain and refill for a while; as many jobs are queued in the end."""
+    """Drain and refill for a while; no fewer jobs are queued in the end."""
     until = time.monotonic() + load.hold_seconds
     while (left := until - time.monotonic()) > 0:
         report = drain(lab, contender, db, load.jobs, min(left, load.seconds))
-        fill(len(report["moments"]) or 1)
+        fill(len(report["moments"]) + contender.holds + 1)
 
 
 PART = Part(
@@ -175,5 +180,5 @@ PART = Part(
     metric=RATE,
     reference=peers.BASELINE.name,
     make_tasks=make_tasks,
-    compares_with_itself=True,
+    own_situation=EMPTY,
 )
