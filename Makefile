@@ -23,6 +23,9 @@ setup-app:
 setup-browser:
 	@scripts/setup app browser
 
+setup-bench:
+	@scripts/setup bench
+
 # Start database, HTTP gateway and worker; leaves alone what already runs.
 up: setup
 	@$(STACK) up
@@ -83,10 +86,15 @@ lint-app:
 types: setup
 	@$(PYTHON) scripts/app.py types
 
+# Measure Darkroom beside other queues: make bench PART=enqueue ROUNDS=3 QUICK=1
+bench: setup-bench
+	@$(PYTHON) tests/bench/run.py $(PART) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(QUICK),--quick) \
+		$(if $(HOLD),--hold $(HOLD)) $(if $(ONLY),--only "$$ONLY")
+
 # Build the one migration of the first release from sql/.
 migration:
 	@mkdir -p supabase/migrations
 	@{ echo '-- Built from sql/ by `make migration`: edit there, not here.'; cat sql/*.sql; } > $(MIGRATION)
 
-.PHONY: help setup setup-app setup-browser up down status env clean demo import-model app test test-app \
-	lint lint-app types migration
+.PHONY: help setup setup-app setup-browser setup-bench up down status env clean demo import-model app \
+	test test-app lint lint-app types bench migration

@@ -121,10 +121,18 @@ class Cluster(Service):
     title = "PostgreSQL"
     stop_signal = signal.SIGINT  # "fast": close connections, keep what was committed
 
-    def __init__(self, folder: Path, settings: Settings, *, fsync: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        settings: Settings,
+        *,
+        fsync: bool = True,
+        tuning: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(folder, settings)
         self.data = folder / "data"
         self.fsync = fsync
+        self.tuning = tuning or {}  # settings of the server beside those of every stack
         self._user = "postgres" if os.geteuid() == 0 else None  # it refuses to run as root
 
     def address(self) -> str:
@@ -150,6 +158,7 @@ class Cluster(Service):
             "cron.use_background_workers": "on",  # no connection, so no password either
             "fsync": self.fsync,
             "full_page_writes": self.fsync,
+            **self.tuning,
         }
         options = [word for key, value in settings.items() for word in ("-c", f"{key}={value}")]
         program = postgres_program("postgres", (self.data / "PG_VERSION").read_text().strip())

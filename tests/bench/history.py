@@ -77,11 +77,12 @@ select
   'image/png', 1024, 1024, 1500000, 'LEHV6nWB2yk8pyo0adR*.7kCMdnj', at
 from made where status = 'completed';
 insert into private.attempts (
-  generation_id, token, attempt, worker_id, started_at, ended_at, outcome, error_code,
+  generation_id, token, model_id, attempt, worker_id, started_at, ended_at, outcome, error_code,
   provider_job_id, provider_seconds, cost_usd
 )
 select
-  id, nextval('private.lease_tokens'), 1, 1, at + interval '1 second', at + interval '9 seconds',
+  id, nextval('private.lease_tokens'), 'darkroom/preview', 1, 1,
+  at + interval '1 second', at + interval '9 seconds',
   status, case status when 'failed' then 'moderated' end, hash, 7, 0.003
 from made;
 insert into public.credit_ledger (user_id, generation_id, kind, amount, balance_after, created_at)

@@ -1,0 +1,298 @@
+"""The throw-away cluster in which the bench runs: template databases, copies of them, processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import psycopg
+from database import PROJECT, Database
+from protocol import resident_megabytes
+from psycopg import sql
+
+from processes import last_lines
+from stack import Cluster, Settings, node, postgres_program
+
+BENCH = Path(__file__).resolve().parent
+CONTENDERS = BENCH / "contenders"
+SERVER_SETTINGS = {
+    "shared_buffers": "512MB",
+    "max_wal_size": "4GB",
+    "max_connections": "200",
+    "synchronous_commit": "on",
+    "wal_level": "replica",
+    "autovacuum": "on",
+}
+START_SECONDS = 60.0  # for a contender's program until it is ready
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+END_SECONDS = 20.0  # at most, for a process to end
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One way to enqueue: SQL with $1, $2, … and its values in PostgreSQL's text form.
+
+    Where a value holds KEY, each enqueue may have a key of its own.
+    """
+
+    text: str
+    values: Sequence[str | None] = ()
+
+    KEY = "@key-0000@"
+
+    def with_key(self, key: str) -> list[str | None]:
+        """Return the values with this key."""
+        return [value and value.replace(self.KEY, key) for value in self.values]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A queue with its settings, behind a program of contenders/ (its commands: protocol.py)."""
+
+    name: str
+    program: str
+    options: Mapping[str, Any]
+    holds: int = 0  # at most so many jobs are claimed but not counted when it is stopped
+
+    def command(self, command: str, url: str, **options: Any) -> list[str]:
+        """Return the command line."""
+        file = CONTENDERS / self.program
+        runner = str(node()) if file.suffix == ".mjs" else sys.executable
+        return [runner, str(file), command, url, json.dumps({**self.options, **options})]
+
+
+class Lab:
+    """A cluster of its own. Everything it starts is stopped when it closes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.cluster = Cluster(folder, Settings(folder / "env"), tuning=SERVER_SETTINGS)
+        self.templates: set[str] = set()
+        self.statements: dict[str, Statement] = {}  # of the peers, by name
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls) -> Iterator[Lab]:
+        """Start it in a temporary folder; stop and delete it at the end, whatever happens."""
+        with tempfile.TemporaryDirectory(prefix="darkroom-bench-") as folder:
+            Path(folder).chmod(0o711)  # PostgreSQL's user passes through
+            lab = cls(Path(folder))
+            try:
+                lab.cluster.start()
+                yield lab
+            finally:
+                for number in STOPS:  # a second Ctrl-C would leave it all
+                    signal.signal(number, signal.SIG_IGN)
+                lab.cluster.stop()
+                lab.cluster.delete()
+
+    def url(self, name: str, role: str = "postgres") -> str:
+        """Return the connection string of a database."""
+        return urlsplit(self.cluster.url(role))._replace(path=f"/{name}").geturl()
+
+    def admin(self, query: sql.SQL | sql.Composed) -> Any:
+        """Run a statement beside all databases of the bench; return its first value, if any."""
+        with psycopg.connect(self.cluster.url(), autocommit=True) as connection:
+            cursor = connection.execute(query)
+            return cursor.fetchone()[0] if cursor.description else None  # type: ignore[index]
+
+    def template(self, name: str, fill: Callable[[Database], None], base: str = "template1") -> str:
+        """Make a template database, once: a copy of another, filled, vacuumed and analyzed."""
+        name = re.sub(r"\W+", "-", name)
+        if name not in self.templates:
+            self._create(name, base)
+            database = Database(self.url(name), name)
+            try:
+                fill(database)
+                database.execute("set statement_timeout = 0")
+                database.execute("vacuum analyze")
+            except BaseException:
+                database.close()
+                self.drop(name)
+                raise
+            database.close()
+            self.templates.add(name)
+        return name
+
+    @contextlib.contextmanager
+    def copy(self, template: str, name: str = "bench") -> Iterator[Database]:
+        """Have a fresh copy of a template, after a checkpoint; drop it in the end."""
+        self.drop(name)
+        self._create(name, template)
+        self.admin(sql.SQL("checkpoint"))
+        database = Database(self.url(name), name)
+        database.execute("set statement_timeout = 0")
+        try:
+            yield database
+        finally:
+            database.close()
+            self.drop(name)
+
+    def _create(self, name: str, template: str) -> None:
+        # Copying files keeps large templates out of the write-ahead log.
+        strategy = "strategy file_copy" if server_version(self) >= 150000 else ""
+        query = sql.SQL("create database {} template {} " + strategy)
+        self.admin(query.format(sql.Identifier(name), sql.Identifier(template)))
+
+    def drop(self, name: str) -> None:
+        """Drop a database and end who still uses it."""
+        self.templates.discard(name)
+        query = sql.SQL("drop database if exists {} with (force)")
+        self.admin(query.format(sql.Identifier(name)))
+
+    def drop_templates(self) -> None:
+        """Give back the disk that the templates of a part take."""
+        for name in list(self.templates):
+            self.drop(name)
+
+    def run(self, command: Sequence[str], **environment: str) -> str:
+        """Run a command to its end and return what it printed."""
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | PYTHON_PATH | environment,
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"{Path(command[0]).name}: {gist(done.stderr)}")
+        return done.stdout
+
+    def pgbench(
+        self, url: str, script: str, *options: str, variables: Sequence[str | None] = (), **env: str
+    ) -> float:
+        """Run a script of one statement again and again; return transactions per second.
+
+        The variables v1, v2, … hold the values of a prepared statement; null is one not set.
+        """
+        file = self.folder / "pgbench.sql"
+        file.write_text(script)
+        defined = [f"-Dv{n}={value}" for n, value in enumerate(variables, 1) if value is not None]
+        command = [str(postgres_program("pgbench")), "-n", "-M", "prepared", "-f", str(file)]
+        printed = self.run([*command, *options, *defined, url], **env)
+        return float(re.search(r"^tps = ([\d.]+)", printed, re.MULTILINE)[1])  # type: ignore[index]
+
+    def work(self, contender: Contender, url: str, **options: Any) -> Program:
+        """Start a contender's worker and wait until it is ready to begin."""
+        return Program(contender.command("work", url, **options), self.folder / "worker.log")
+
+
+PYTHON_PATH = {
+    "PYTHONPATH": os.pathsep.join(map(str, [PROJECT, CONTENDERS])),
+    "PGCONNECT_TIMEOUT": "10",
+}
+
+
+def server_version(lab: Lab) -> int:
+    """Return the server's version, 150018 for 15.18."""
+    return int(lab.admin(sql.SQL("show server_version_num")))
+
+
+def pgbench_script(statement: Statement) -> str:
+    """Write a statement for pgbench, its values as variables."""
+    return re.sub(r"\$(\d+)", r":v\1", statement.text)
+
+
+class Program:
+    """A contender's worker process: ready, then going, then over."""
+
+    def __init__(self, command: Sequence[str], log: Path) -> None:
+        self.name, self.log = Path(command[1]).name, log
+        with log.open("wb") as errors:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=os.environ | PYTHON_PATH,
+            )
+        try:
+            self._read(START_SECONDS)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(self, failure: object, *_: object) -> None:
+        self.close(ends_itself=failure is None)
+
+    def go(self) -> None:
+        """Let it begin."""
+        self._say()
+
+    def stop(self) -> None:
+        """Let it report now."""
+        with contextlib.suppress(BrokenPipeError):  # it may be over already
+            self._say()
+
+    def report(self, within: float) -> dict[str, Any]:
+        """Return its report, once it is over."""
+        return dict(json.loads(self._read(within)))
+
+    def resident_megabytes(self) -> float:
+        """Return how much memory it has in use."""
+        return resident_megabytes(self._process.pid)
+
+    def close(self, *, ends_itself: bool = False) -> None:
+        """End it, or wait for its end if it has reported."""
+        if not ends_itself:
+            self._process.terminate()
+        try:
+            self._process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()  # type: ignore[union-attr]
+
+    def _say(self) -> None:
+        self._process.stdin.write("\n")  # type: ignore[union-attr]
+        self._process.stdin.flush()  # type: ignore[union-attr]
+
+    def _read(self, within: float) -> str:
+        """Read a line; a process that writes none in time is ended."""
+        watch = threading.Timer(within, self._process.kill)
+        watch.start()
+        try:
+            line = self._process.stdout.readline()  # type: ignore[union-attr]
+        finally:
+            watch.cancel()
+        if not line:
+            raise RuntimeError(f"{self.name} said nothing: {gist(last_lines(self.log))}")
+        return str(line)
+
+
+def gist(text: str) -> str:
+    """Return the line of a program's output that most likely names its error."""
+    lines = text.strip().splitlines() or ["no output"]
+    return next((line for line in lines if "ERROR" in line), lines[-1])
+
+
+def machine() -> dict[str, Any]:
+    """Describe the computer, without its name."""
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    memory = re.search(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())
+    return {
+        "processor": cpu[1] if cpu else platform.machine(),
+        "cores": os.cpu_count(),
+        "memory": f"{round(int(memory[1]) / 2**20)} GB" if memory else "unknown",
+        "system": f"{platform.system()} {platform.release().split('-')[0]}",
+        "load at start": round(os.getloadavg()[0], 2),
+    }

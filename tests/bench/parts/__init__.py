@@ -1,0 +1,13 @@
+"""The parts of the bench, in the order in which they run.
+
+A part is a module with a PART (core.Part): its texts, the compared metric, the reference, and
+make_tasks, which answers what to measure in every round. To add one, write it and list it here.
+"""
+
+from core import Part
+
+from parts import batch, drain, enqueue, latency
+
+PARTS: dict[str, Part] = {
+    part.name: part for part in (enqueue.PART, batch.PART, drain.PART, latency.PART)
+}

@@ -1,0 +1,126 @@
+"""How many jobs a second can be enqueued, one transaction each."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import darkroom
+import peers
+import psycopg
+from core import Part, Sizes, Task
+from database import Database
+from lab import Contender, Lab, pgbench_script
+
+CLIENTS = (1, 8, 32)
+SECONDS, QUICK_SECONDS = 10, 1
+BUSY_WORKERS, BEAT_SECONDS = 4, 5.0
+RATE = "enqueues/s"
+WAKE_UPS = "wake-ups/s"
+SLEEPERS = Contender("sleeping workers", "run_sleepers.py", {})
+PEERS = (
+    peers.BASELINE,
+    peers.BASELINE_NOTIFY,
+    peers.PROCRASTINATE,
+    peers.PGQUEUER,
+    peers.GRAPHILE,
+    peers.PGBOSS,
+    peers.PGBOSS_NOTIFY,
+)
+
+
+def make_tasks(lab: Lab, sizes: Sizes) -> list[Task]:
+    seconds = sizes.pick(SECONDS, QUICK_SECONDS)
+    situations: dict[str, Callable[[Database], contextlib.AbstractContextManager[None]]] = {
+        "no worker": lambda db: contextlib.nullcontext(),
+        "busy workers": busy_workers,
+    }
+    tasks = []
+    for clients in CLIENTS:
+        situation = f"{clients} client{'s' if clients > 1 else ''}"
+        options = (f"-c{clients}", "-j2", f"-T{seconds}")
+        tasks += [
+            Task(situation, peer.name, functools.partial(enqueue_peer, lab, peer, options))
+            for peer in PEERS
+        ]
+        tasks += [
+            Task(
+                situation,
+                f"Darkroom, {name}",
+                functools.partial(enqueue_ours, lab, options, surroundings),
+            )
+            for name, surroundings in situations.items()
+        ]
+        sleeping = functools.partial(enqueue_with_sleepers, lab, options, seconds)
+        tasks.append(Task(situation, "Darkroom, sleeping workers", sleeping))
+    return tasks
+
+
+def enqueue_peer(lab: Lab, peer: Contender, options: Sequence[str]) -> dict[str, float]:
+    """Run a peer's own statement."""
+    with lab.copy(peers.tables(lab, peer)) as db:
+        statement = peers.statement(lab, peer)
+        script = pgbench_script(statement)
+        return {RATE: lab.pgbench(db.url, script, *options, variables=statement.values)}
+
+
+def enqueue_ours(
+    lab: Lab,
+    options: Sequence[str],
+    surroundings: Callable[[Database], contextlib.AbstractContextManager[None]],
+) -> dict[str, float]:
+    """Call enqueue_generation as PostgREST does."""
+    with lab.copy(darkroom.base(lab)) as db, surroundings(db):
+        return {RATE: lab.pgbench(db.url, darkroom.ENQUEUE, *options, **darkroom.AS_USER)}
+
+
+def enqueue_with_sleepers(lab: Lab, options: Sequence[str], seconds: float) -> dict[str, float]:
+    """Call it while workers go to sleep again and again; say how often they were woken."""
+    with lab.copy(darkroom.base(lab)) as db:
+        url = darkroom.worker_url(db)
+        with lab.work(SLEEPERS, url, jobs=None, seconds=seconds + 60, keys=False) as workers:
+            workers.go()
+            rate = lab.pgbench(db.url, darkroom.ENQUEUE, *options, **darkroom.AS_USER)
+            workers.stop()
+            woken = len(workers.report(within=10)["moments"])
+    return {RATE: rate, WAKE_UPS: woken / seconds}
+
+
+@contextlib.contextmanager
+def busy_workers(db: Database) -> Iterator[None]:
+    """Have workers that are awake and beat, but claim nothing meanwhile: all slots are full."""
+    over = threading.Event()
+    with psycopg.connect(darkroom.worker_url(db), autocommit=True) as connection:
+        query = "select worker_id from private.register_worker('bench', 4, '1')"
+        ids = [connection.execute(query).fetchone()[0] for _ in range(BUSY_WORKERS)]  # type: ignore[index]
+
+        def beat() -> None:
+            while not over.wait(BEAT_SECONDS):
+                for worker_id in ids:
+                    query = "select private.heartbeat(%s, '{}', '{}', '{}')"
+                    connection.execute(query, [worker_id])
+
+        thread = threading.Thread(target=beat)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+PART = Part(
+    name="enqueue",
+    title="Enqueue",
+    about=(
+        "One job for each transaction, by pgbench with prepared statements over 2 threads, in a"
+        " fresh database after a checkpoint. The peers' statement is what their library sends."
+        " Darkroom's is the public function, called as a user: it checks the request, the plan's"
+        " limits and the balance, and writes charge, ledger entry, generation and ready job."
+    ),
+    metric=RATE,
+    reference=peers.BASELINE.name,
+    make_tasks=make_tasks,
+)
