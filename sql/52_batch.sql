@@ -158,6 +158,7 @@ returns json
 language plpgsql
 security definer
 set search_path = ''
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_user_id uuid := private.require_user_id();

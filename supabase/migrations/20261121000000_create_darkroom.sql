@@ -4116,7 +4116,8 @@ $$;
 revoke all on function private.enqueue_answer(public.generations, boolean)
 from public, anon, authenticated, service_role;
 
--- Body of public.enqueue_generation.
+-- Body of public.enqueue_generation. With generic plans, here and in all it calls: every row is
+-- reached by its key, and a plan made for one request would cost more than the request.
 --
 -- Locks: the entitlement row.
 -- Raises: see the comment on public.enqueue_generation.
@@ -4130,6 +4131,7 @@ returns json
 language plpgsql
 security definer
 set search_path = ''
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_user_id uuid := private.require_user_id();
@@ -4367,6 +4369,7 @@ returns json
 language plpgsql
 security definer
 set search_path = ''
+set plan_cache_mode = force_generic_plan
 as $$
 declare
   v_user_id uuid := private.require_user_id();
