@@ -5,30 +5,19 @@ auto_explain tells the plan of every statement that a call runs, with the rows t
 
 from __future__ import annotations
 
-import contextlib
-import json
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import psycopg
 import pytest
 from actors import User, Worker
 from database import Database, Server
+from explain import explained, nodes, rows_met
 
 HISTORY, USERS = 20_000, 20
 TABLES = {"generations", "images", "attempts", "credit_ledger", "batches", "deliveries"}
-EXPLAIN = """
-load 'auto_explain';
-set auto_explain.log_min_duration = 0;
-set auto_explain.log_analyze = on;
-set auto_explain.log_timing = off;
-set auto_explain.log_nested_statements = on;
-set auto_explain.log_format = json;
-set client_min_messages = log;
-"""
 
 
 @dataclass
@@ -90,40 +79,6 @@ def begun(db: Database, user: User, worker: Worker) -> Scene:
     return Scene(
         db, user, worker, finished, failed, running, batch["job_ids"][-1], batch["batch_id"]
     )
-
-
-@contextlib.contextmanager
-def explained(connection: psycopg.Connection[Any]) -> Iterator[list[dict[str, Any]]]:
-    """Collect the plans of all that runs on a connection."""
-    plans: list[dict[str, Any]] = []
-
-    def note(diagnosis: psycopg.errors.Diagnostic) -> None:
-        _, is_plan, text = (diagnosis.message_primary or "").partition("plan:\n")
-        if is_plan:
-            plans.append(json.loads(text)["Plan"])
-
-    (role,) = connection.execute("select current_user").fetchone() or ()
-    connection.execute("reset role")
-    for statement in filter(str.strip, EXPLAIN.split(";")):
-        connection.execute(statement)
-    connection.execute(f"set role {role}")
-    connection.add_notice_handler(note)
-    yield plans
-    connection.remove_notice_handler(note)
-    connection.execute("set client_min_messages = notice")
-
-
-def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Each node of a plan, the top one first."""
-    yield plan
-    for child in plan.get("Plans", []):
-        yield from nodes(child)
-
-
-def rows_met(node: dict[str, Any]) -> int:
-    """How many rows a node has looked at, taken or not."""
-    removed = sum(node.get(f"Rows Removed by {by}", 0) for by in ("Filter", "Index Recheck"))
-    return int((node.get("Actual Rows", 0) + removed) * node.get("Actual Loops", 1))
 
 
 CALLS: dict[str, Callable[[Scene], object]] = {
