@@ -339,13 +339,13 @@ $$;
 revoke all on function private.forecast(public.generations, integer)
 from public, anon, authenticated, service_role;
 
--- How long a client should wait before it reads the state again, between one and ten seconds; null
--- when there is nothing to wait for. Two fifths of what is left until the job is due, so that it
--- asks more often as the end comes near; a thirtieth of its age at least, for one that is overdue
--- may be so for long. Where nobody knows when it is due, half of its age. So a job of a minute is
--- read some ten times, and seen within two seconds of its end if it takes what its model takes.
+-- How long a client should wait before it reads the state of an active job again, between one and
+-- ten seconds. Two fifths of what is left until the job is due, so that it asks more often as the
+-- end comes near; a thirtieth of its age at least, for one that is overdue may be so for long.
+-- Where nobody knows when it is due, half of its age. So a job of a minute is read some ten times,
+-- and seen within two seconds of its end if it takes what its model takes.
 create or replace function private.poll_after_ms(
-  p_generation public.generations,
+  p_created_at timestamptz,
   p_due_seconds double precision default null
 )
 returns integer
@@ -354,11 +354,8 @@ stable
 set search_path = ''
 as $$
 declare
-  v_age double precision := date_part('epoch', now() - p_generation.created_at);
+  v_age double precision := date_part('epoch', now() - p_created_at);
 begin
-  if p_generation.finished_at is not null then
-    return null;
-  end if;
   return least(10000, greatest(
     1000,
     p_due_seconds * 400,
@@ -367,5 +364,5 @@ begin
 end;
 $$;
 
-revoke all on function private.poll_after_ms(public.generations, double precision)
+revoke all on function private.poll_after_ms(timestamptz, double precision)
 from public, anon, authenticated, service_role;

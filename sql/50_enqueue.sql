@@ -104,7 +104,9 @@ begin
     'credits_left', v_credits,
     'queue_position', v_forecast.queue_position,
     'eta_seconds', v_forecast.eta_seconds,
-    'poll_after_ms', private.poll_after_ms(p_generation, v_forecast.due_seconds)
+    'poll_after_ms', case when p_generation.finished_at is null
+      then private.poll_after_ms(p_generation.created_at, v_forecast.due_seconds)
+    end
   );
 end;
 $$;

@@ -133,7 +133,9 @@ as $$
     'credits_left', (
       select e.credits from public.entitlements as e where e.user_id = p_batch.user_id
     ),
-    'poll_after_ms', min(private.poll_after_ms(g)),
+    'poll_after_ms', case when bool_or(g.finished_at is null)
+      then private.poll_after_ms(p_batch.created_at)
+    end,
     'created_at', p_batch.created_at
   )
   from public.generations as g

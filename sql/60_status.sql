@@ -74,7 +74,6 @@ declare
   v_running private.running_jobs;
   v_forecast record := private.forecast(p_generation);
   v_refunded integer;
-  v_tags text[];
 begin
   if p_generation.finished_at is null then
     v_running := private.running_job(p_generation.id);
@@ -82,10 +81,6 @@ begin
     select l.amount into v_refunded from public.credit_ledger as l
     where l.generation_id = p_generation.id and l.kind = 'refund';
   end if;
-  v_tags := array(
-    select t.tag from public.generation_tags as t
-    where t.generation_id = p_generation.id order by t.tag
-  );
   return json_build_object(
     'job_id', p_generation.id,
     'status', p_generation.status,
@@ -95,7 +90,8 @@ begin
     'cancel_requested', coalesce(v_running.cancel_requested, false),
     'queue_position', v_forecast.queue_position,
     'eta_seconds', v_forecast.eta_seconds,
-    'poll_after_ms', private.poll_after_ms(p_generation, v_forecast.due_seconds),
+    'poll_after_ms', case when p_generation.finished_at is null then
+      private.poll_after_ms(p_generation.created_at, v_forecast.due_seconds) end,
     'model', p_generation.model_id,
     'alias', p_generation.alias_id,
     'batch_id', p_generation.batch_id,
@@ -109,7 +105,10 @@ begin
       json_build_object('code', p_generation.error_code, 'message', p_generation.error_message) end,
     'images', private.images_json(p_generation.id),
     'is_favorite', p_generation.is_favorite,
-    'tags', to_json(v_tags),
+    'tags', array(
+      select t.tag from public.generation_tags as t
+      where t.generation_id = p_generation.id order by t.tag
+    ),
     'created_at', p_generation.created_at,
     'started_at', p_generation.started_at,
     'finished_at', p_generation.finished_at

@@ -146,7 +146,9 @@ def test_a_job_is_polled_more_often_as_its_end_comes_near(db, alice, age, due, m
     alice.enqueue()
     db.pass_time(age)
 
-    wait = db.value("select private.poll_after_ms(g, %s) from public.generations as g", due)
+    wait = db.value(
+        "select private.poll_after_ms(g.created_at, %s) from public.generations as g", due
+    )
 
     assert milliseconds <= wait <= milliseconds + 300
 

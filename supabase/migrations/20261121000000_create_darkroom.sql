@@ -3972,13 +3972,13 @@ $$;
 revoke all on function private.forecast(public.generations, integer)
 from public, anon, authenticated, service_role;
 
--- How long a client should wait before it reads the state again, between one and ten seconds; null
--- when there is nothing to wait for. Two fifths of what is left until the job is due, so that it
--- asks more often as the end comes near; a thirtieth of its age at least, for one that is overdue
--- may be so for long. Where nobody knows when it is due, half of its age. So a job of a minute is
--- read some ten times, and seen within two seconds of its end if it takes what its model takes.
+-- How long a client should wait before it reads the state of an active job again, between one and
+-- ten seconds. Two fifths of what is left until the job is due, so that it asks more often as the
+-- end comes near; a thirtieth of its age at least, for one that is overdue may be so for long.
+-- Where nobody knows when it is due, half of its age. So a job of a minute is read some ten times,
+-- and seen within two seconds of its end if it takes what its model takes.
 create or replace function private.poll_after_ms(
-  p_generation public.generations,
+  p_created_at timestamptz,
   p_due_seconds double precision default null
 )
 returns integer
@@ -3987,11 +3987,8 @@ stable
 set search_path = ''
 as $$
 declare
-  v_age double precision := date_part('epoch', now() - p_generation.created_at);
+  v_age double precision := date_part('epoch', now() - p_created_at);
 begin
-  if p_generation.finished_at is not null then
-    return null;
-  end if;
   return least(10000, greatest(
     1000,
     p_due_seconds * 400,
@@ -4000,7 +3997,7 @@ begin
 end;
 $$;
 
-revoke all on function private.poll_after_ms(public.generations, double precision)
+revoke all on function private.poll_after_ms(timestamptz, double precision)
 from public, anon, authenticated, service_role;
 -- The one way in: gate, charge, and enqueue in one transaction, or nothing at all.
 --
@@ -4108,7 +4105,9 @@ begin
     'credits_left', v_credits,
     'queue_position', v_forecast.queue_position,
     'eta_seconds', v_forecast.eta_seconds,
-    'poll_after_ms', private.poll_after_ms(p_generation, v_forecast.due_seconds)
+    'poll_after_ms', case when p_generation.finished_at is null
+      then private.poll_after_ms(p_generation.created_at, v_forecast.due_seconds)
+    end
   );
 end;
 $$;
@@ -4344,7 +4343,9 @@ as $$
     'credits_left', (
       select e.credits from public.entitlements as e where e.user_id = p_batch.user_id
     ),
-    'poll_after_ms', min(private.poll_after_ms(g)),
+    'poll_after_ms', case when bool_or(g.finished_at is null)
+      then private.poll_after_ms(p_batch.created_at)
+    end,
     'created_at', p_batch.created_at
   )
   from public.generations as g
@@ -4779,7 +4780,6 @@ declare
   v_running private.running_jobs;
   v_forecast record := private.forecast(p_generation);
   v_refunded integer;
-  v_tags text[];
 begin
   if p_generation.finished_at is null then
     v_running := private.running_job(p_generation.id);
@@ -4787,10 +4787,6 @@ begin
     select l.amount into v_refunded from public.credit_ledger as l
     where l.generation_id = p_generation.id and l.kind = 'refund';
   end if;
-  v_tags := array(
-    select t.tag from public.generation_tags as t
-    where t.generation_id = p_generation.id order by t.tag
-  );
   return json_build_object(
     'job_id', p_generation.id,
     'status', p_generation.status,
@@ -4800,7 +4796,8 @@ begin
     'cancel_requested', coalesce(v_running.cancel_requested, false),
     'queue_position', v_forecast.queue_position,
     'eta_seconds', v_forecast.eta_seconds,
-    'poll_after_ms', private.poll_after_ms(p_generation, v_forecast.due_seconds),
+    'poll_after_ms', case when p_generation.finished_at is null then
+      private.poll_after_ms(p_generation.created_at, v_forecast.due_seconds) end,
     'model', p_generation.model_id,
     'alias', p_generation.alias_id,
     'batch_id', p_generation.batch_id,
@@ -4814,7 +4811,10 @@ begin
       json_build_object('code', p_generation.error_code, 'message', p_generation.error_message) end,
     'images', private.images_json(p_generation.id),
     'is_favorite', p_generation.is_favorite,
-    'tags', to_json(v_tags),
+    'tags', array(
+      select t.tag from public.generation_tags as t
+      where t.generation_id = p_generation.id order by t.tag
+    ),
     'created_at', p_generation.created_at,
     'started_at', p_generation.started_at,
     'finished_at', p_generation.finished_at
