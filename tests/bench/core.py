@@ -110,6 +110,11 @@ class Outcome:
         return unique(cell.situation for cell in self.cells)
 
     @property
+    def compared_situations(self) -> list[str]:
+        """Those in which there is more to see than other metrics."""
+        return unique(cell.situation for cell in self.cells if cell.metric == self.part.metric)
+
+    @property
     def contenders(self) -> list[str]:
         return unique(cell.contender for cell in self.cells)
 

@@ -97,7 +97,7 @@ def section(outcome: Outcome, context: Mapping[str, Any], picture: str) -> str:
 
 def main_table(outcome: Outcome) -> list[str]:
     """Write the compared metric with its ratios."""
-    part, situations = outcome.part, outcome.situations
+    part, situations = outcome.part, outcome.compared_situations
     head = [f"{part.metric} ({TIMES} {part.reference})", *situations]
     rows = [head, ["---", *["---:"] * len(situations)]]
     for contender in outcome.contenders:
@@ -148,7 +148,7 @@ def chart(outcome: Outcome) -> str:
     part = outcome.part
     title = f"{part.title}: {part.metric}, {'less' if part.is_less_better else 'more'} is better"
     drawn, y = [f'<text class="title" x="10" y="26">{escape(title)}</text>'], 30
-    for situation in outcome.situations:
+    for situation in outcome.compared_situations:
         bars, y = chart_group(outcome, situation, y)
         drawn += bars
     return (

@@ -87,7 +87,7 @@ def measure(lab: Lab, part: Part, sizes: Sizes, only: str, folder: Path | None) 
     ]
     print(f"{part.title}: {len(tasks)} cells, {sizes.rounds} rounds", file=sys.stderr)
     outcome = run_part(part, tasks, sizes.rounds, keep)
-    lab.drop_templates()
+    lab.end_part()
     return outcome
 
 

@@ -6,8 +6,16 @@ make_tasks, which answers what to measure in every round. To add one, write it a
 
 from core import Part
 
-from parts import batch, drain, enqueue, latency
+from parts import batch, drain, enqueue, growth, latency, status
 
 PARTS: dict[str, Part] = {
-    part.name: part for part in (enqueue.PART, batch.PART, drain.PART, latency.PART)
+    part.name: part
+    for part in (
+        enqueue.PART,
+        batch.PART,
+        drain.PART,
+        latency.PART,
+        status.PART,
+        growth.PART,
+    )
 }
