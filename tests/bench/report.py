@@ -43,6 +43,7 @@ class Results:
         self.parts[outcome.part.name] = {
             **context,
             "run": {**context["run"], "rounds": rounds},
+            "notes": list(outcome.part.notes),
             "failures": outcome.failures,
             "columns": COLUMNS,
             "cells": [
@@ -92,6 +93,7 @@ def section(outcome: Outcome, context: Mapping[str, Any], picture: str) -> str:
         lines += ["<details><summary>More numbers</summary>", "", *other_table(outcome), ""]
         lines += ["</details>", ""]
     lines += [f"- failed: {text}" for text in outcome.failures]
+    lines += [f"- {text}" for text in context["notes"]]
     return "\n".join([*lines, *provenance(context), ""])
 
 

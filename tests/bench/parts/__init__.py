@@ -6,7 +6,7 @@ make_tasks, which answers what to measure in every round. To add one, write it a
 
 from core import Part
 
-from parts import batch, drain, enqueue, growth, latency, status
+from parts import batch, drain, enqueue, growth, http, latency, status
 
 PARTS: dict[str, Part] = {
     part.name: part
@@ -17,5 +17,6 @@ PARTS: dict[str, Part] = {
         latency.PART,
         status.PART,
         growth.PART,
+        http.PART,
     )
 }
