@@ -45,6 +45,7 @@ from auth.users as u inner join public.entitlements as e on e.user_id = u.id;
 """
 # Ready jobs as enqueue_generation leaves them, of users {first} to {last} in turn.
 FILL = """
+begin;
 set session_replication_role = replica;
 create temporary table made as
 select
@@ -78,7 +79,7 @@ update public.entitlements as e set
 from (select user_id, fair_key, count(*) as jobs from made group by user_id, fair_key) as m
 where e.user_id = m.user_id;
 drop table made;
-set session_replication_role = default;
+commit;
 """
 # A part of a year of it, the oldest first: one in ten failed or canceled; each claimed once.
 HISTORY = """

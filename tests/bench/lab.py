@@ -264,6 +264,11 @@ class Program:
         """Return how much memory it has in use."""
         return resident_megabytes(self._process.pid)
 
+    def cpu_seconds(self) -> float:
+        """Return the processor time it has taken, its own and the kernel's for it."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def close(self, *, ends_itself: bool = False) -> None:
         """End it, or wait for its end if it has reported."""
         if not ends_itself:

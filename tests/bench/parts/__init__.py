@@ -6,7 +6,7 @@ make_tasks, which answers what to measure in every round. To add one, write it a
 
 from core import Part
 
-from parts import batch, drain, enqueue, growth, http, latency, status
+from parts import batch, drain, enqueue, growth, http, latency, status, worker
 
 PARTS: dict[str, Part] = {
     part.name: part
@@ -18,5 +18,6 @@ PARTS: dict[str, Part] = {
         status.PART,
         growth.PART,
         http.PART,
+        worker.PART,
     )
 }
