@@ -68,6 +68,7 @@ class Part:
     make_tasks: Callable[[Lab, Sizes], Sequence[Task]]
     is_less_better: bool = False
     own_situation: str = ""  # each contender is divided by itself in this one, too
+    turns: int = 1  # in each round: short cells that take turns more often
     notes: Sequence[str] = ()  # what readers should know of this run
 
 

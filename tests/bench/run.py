@@ -85,8 +85,9 @@ def measure(lab: Lab, part: Part, sizes: Sizes, only: str, folder: Path | None) 
         for task in part.make_tasks(lab, sizes)
         if re.search(only, f"{task.situation}, {task.contender}")
     ]
-    print(f"{part.title}: {len(tasks)} cells, {sizes.rounds} rounds", file=sys.stderr)
-    outcome = run_part(part, tasks, sizes.rounds, keep)
+    rounds = sizes.rounds * (1 if sizes.is_quick else part.turns)
+    print(f"{part.title}: {len(tasks)} cells, {rounds} rounds", file=sys.stderr)
+    outcome = run_part(part, tasks, rounds, keep)
     lab.end_part()
     return outcome
 

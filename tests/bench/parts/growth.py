@@ -19,7 +19,7 @@ from psycopg.rows import namedtuple_row
 from psycopg.types.json import Jsonb
 from run_bare import complete, image_of
 
-CALLS, QUICK_CALLS = 300, 30  # each round
+CALLS, QUICK_CALLS = 100, 30  # each turn
 COUNTS, QUICK_COUNTS = (0, 1_000_000, 5_000_000), (0, 10_000, 50_000)
 BATCH = 10
 P50, P99 = "p50 ms", "p99 ms"
@@ -170,7 +170,7 @@ PART = Part(
     name="growth",
     title="Growth",
     about=(
-        f"How long single calls take over one connection, {CALLS} each round, in databases that"
+        f"How long single calls take over one connection, {CALLS} in a turn, in databases that"
         " differ in finished generations of a year (one in ten failed or canceled, one attempt and"
         f" one image each), with {darkroom.QUEUE} jobs queued. Without history means: but for the"
         " few thousand jobs that this measurement itself finishes. Sizes on disk are those of"
@@ -180,4 +180,5 @@ PART = Part(
     reference=NEW,
     make_tasks=make_tasks,
     is_less_better=True,
+    turns=3,
 )

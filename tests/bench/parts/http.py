@@ -23,7 +23,8 @@ from lab import CONTENDERS, Lab
 from stack import Stack
 
 CONNECTIONS = (1, 8)
-SECONDS, QUICK_SECONDS, WARM_SECONDS = 5, 1, 0.5
+SECONDS, QUICK_SECONDS, WARM_SECONDS = 2, 1, 0.5
+WARM_UP_SECONDS = 5  # of a gateway that has just started
 BATCH = 100
 RATE, P50, P99 = "requests/s", "p50 ms", "p99 ms"
 CLIENT = "client's CPU, % of a core"
@@ -110,38 +111,28 @@ def open_site(lab: Lab) -> Site:
     http = httpx.Client(timeout=30)
     lab.part_end.callback(http.close)
     endpoints = Endpoints(http, f"{stack.api_url}/auth/v1", gateways[LITE], "")
-    return populate(Site(lab, db, [SignedUp(endpoints) for _ in range(max(CONNECTIONS))], gateways))
+    site = Site(lab, db, [SignedUp(endpoints) for _ in range(max(CONNECTIONS))], gateways)
+    populate(site)
+    for gateway in gateways:
+        send(site, gateway, CALLS[EMPTY](site), max(CONNECTIONS), WARM_UP_SECONDS)
+    return site
 
 
-def populate(site: Site) -> Site:
+def populate(site: Site) -> None:
     """Give the users credits, and a finished job each."""
     for user in site.users:
         query = "select public.grant_credits(%s, %s, 'adjust', 'bench-' || %s)"
         site.db.execute(query, user.id, darkroom.CREDITS, user.id)
         site.finished[user.id] = user.enqueued()
     darkroom.work_off(site.db)
-    return site
 
 
 def measure(
     site: Callable[[], Site], gateway: str, call: str, connections: int, seconds: int
 ) -> dict[str, float]:
-    """Send requests over so many connections, each with a user of its own."""
+    """Make a call again and again over so many connections, then complete all jobs."""
     opened = site()
-    request = CALLS[call](opened)
-    url = urlsplit(opened.gateways[gateway])
-    options = {
-        "host": url.hostname,
-        "port": url.port,
-        "requests": [
-            text_of(url.path, url.netloc, str(user.token), *request(user))
-            for user in opened.users[:connections]
-        ],
-        "warm_seconds": WARM_SECONDS,
-        "seconds": seconds,
-    }
-    program = [sys.executable, str(CONTENDERS / "load_http.py"), json.dumps(options)]
-    report = json.loads(opened.lab.run(program))
+    report = send(opened, gateway, CALLS[call](opened), connections, seconds)
     darkroom.work_off(opened.db)
     p50, p99 = percentiles(report["milliseconds"], 50, 99)
     return {
@@ -150,6 +141,29 @@ def measure(
         P99: p99,
         CLIENT: 100 * report["cpu_seconds"] / report["seconds"],
     }
+
+
+def send(
+    site: Site,
+    gateway: str,
+    request: Callable[[SignedUp], Request],
+    connections: int,
+    seconds: int,
+) -> dict[str, Any]:
+    """Send requests over so many connections, each with a user of its own."""
+    url = urlsplit(site.gateways[gateway])
+    options = {
+        "host": url.hostname,
+        "port": url.port,
+        "requests": [
+            text_of(url.path, url.netloc, str(user.token), *request(user))
+            for user in site.users[:connections]
+        ],
+        "warm_seconds": WARM_SECONDS,
+        "seconds": seconds,
+    }
+    program = [sys.executable, str(CONTENDERS / "load_http.py"), json.dumps(options)]
+    return dict(json.loads(site.lab.run(program)))
 
 
 def text_of(path: str, host: str, token: str, function: str, arguments: dict[str, Any]) -> str:
@@ -175,5 +189,6 @@ PART = Part(
     metric=RATE,
     reference=EMPTY,
     make_tasks=make_tasks,
+    turns=4,
     notes=() if BINARY else ("PostgREST is not measured: POSTGREST_BIN does not name one",),
 )
