@@ -98,11 +98,12 @@ class Lab:
             finally:
                 for number in STOPS:  # a second Ctrl-C would leave it all
                     signal.signal(number, signal.SIG_IGN)
-                lab.part_end.close()
-                for database in lab.databases.values():
-                    database.close()
-                lab.cluster.stop()
-                lab.cluster.delete()
+                with contextlib.ExitStack() as end:  # each, whatever the others do; the last first
+                    end.callback(lab.cluster.delete)
+                    end.callback(lab.cluster.stop)
+                    for database in lab.databases.values():
+                        end.callback(database.close)
+                    end.push(lab.part_end)
 
     def url(self, name: str, role: str = "postgres") -> str:
         """Return the connection string of a database."""

@@ -58,10 +58,12 @@ class Side:
 @contextmanager
 def open_side(db: Database) -> Iterator[Side]:
     """Connect with a database."""
-    user_url, worker_url = (db.url, darkroom.worker_url(db))
+    as_user = darkroom.AS_USER["PGOPTIONS"]
     with (
-        psycopg.connect(user_url, autocommit=True, options=darkroom.AS_USER["PGOPTIONS"]) as user,
-        psycopg.connect(worker_url, autocommit=True, row_factory=namedtuple_row) as worker,
+        psycopg.connect(db.url, autocommit=True, options=as_user) as user,
+        psycopg.connect(
+            darkroom.worker_url(db), autocommit=True, row_factory=namedtuple_row
+        ) as worker,
     ):
         user.prepare_threshold = worker.prepare_threshold = 0
         query = "select worker_id from private.register_worker('bench', 1000, '1')"
@@ -152,9 +154,11 @@ def measure(
 ) -> dict[str, float]:
     """Make a call many times, and leave the queue as long as it was."""
     db = darkroom.aged(lab, history)
-    with open_side(db) as side:
-        times = list(way(side, count + count // 10))[count // 10 :]
-    darkroom.work_off(db, darkroom.QUEUE)
+    try:
+        with open_side(db) as side:
+            times = list(way(side, count + count // 10))[count // 10 :]
+    finally:
+        darkroom.work_off(db, darkroom.QUEUE)
     p50, p99 = percentiles(times, 50, 99)
     return {P50: p50, P99: p99}
 
@@ -162,7 +166,10 @@ def measure(
 def weigh(lab: Lab, history: int, table: str | None) -> dict[str, float]:
     """Return what a generation takes on disk, in a table or in all."""
     row = darkroom.aged(lab, history).row(SIZES, table)
-    return {TABLE: row["in_table"] / history, INDEXES: row["in_indexes"] / history}
+    return {
+        TABLE: float(row["in_table"] / history),
+        INDEXES: float(row["in_indexes"] / history),
+    }
 
 
 NEW = "Darkroom, no history"
@@ -170,11 +177,11 @@ PART = Part(
     name="growth",
     title="Growth",
     about=(
-        f"How long single calls take over one connection, {CALLS} in a turn, in databases that"
-        " differ in finished generations of a year (one in ten failed or canceled, one attempt and"
-        f" one image each), with {darkroom.QUEUE} jobs queued. Without history means: but for the"
-        " few thousand jobs that this measurement itself finishes. Sizes on disk are those of"
-        " tables, TOAST included, and of their indexes, divided by the finished generations."
+        f"How long single calls take over one connection, {CALLS} in each round, in databases that"
+        " differ in finished generations of a year (one in ten failed or canceled, one attempt"
+        f" each), with {darkroom.QUEUE} jobs queued. No history means some ten thousand in the end:"
+        " those that the measurement itself finishes. What they take on disk is the size of tables,"
+        " TOAST included, and of their indexes, divided by the finished generations."
     ),
     metric=P50,
     reference=NEW,
