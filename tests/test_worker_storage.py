@@ -568,7 +568,7 @@ def test_an_output_that_trickles_in_is_given_up_in_time_and_not_bought_again():
 
 
 def test_images_in_flight_are_on_disk_and_decoded_one_at_a_time():
-    """tests/bench/memory.py shows the same for 64 jobs. Held in memory, these would be 320 MB."""
+    """`make bench PART=worker` does it with 64 jobs. Held in memory, these would be 320 MB."""
     megabytes, _ = memory.measure(jobs=16, kinds=("png",))
 
     assert megabytes < 180

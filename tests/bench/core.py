@@ -68,6 +68,8 @@ class Part:
     make_tasks: Callable[[Lab, Sizes], Sequence[Task]]
     is_less_better: bool = False
     own_situation: str = ""  # each contender is divided by itself in this one, too
+    turns: int = 1  # in each round: short cells that take turns more often
+    notes: Sequence[str] = ()  # what readers should know of this run
 
 
 @dataclass
@@ -108,6 +110,11 @@ class Outcome:
     @property
     def situations(self) -> list[str]:
         return unique(cell.situation for cell in self.cells)
+
+    @property
+    def compared_situations(self) -> list[str]:
+        """Those in which there is more to see than other metrics."""
+        return unique(cell.situation for cell in self.cells if cell.metric == self.part.metric)
 
     @property
     def contenders(self) -> list[str]:

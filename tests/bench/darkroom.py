@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from urllib.parse import urlsplit
 
+import psycopg
 from database import SEED, Database
-from history import HISTORY
 from lab import Lab
 from psycopg import sql
+from psycopg.rows import namedtuple_row
+from run_bare import complete
 
 ROLE = "darkroom_worker"
 FIRST_USER, USERS, CREDITS = 1000, 1000, 1_000_000
+HISTORY_AT_ONCE = 250_000  # generations
+QUEUE, BEFORE = 600, 500  # jobs in an aged database; those before each of the last
 PROMPT = "a lighthouse at dusk, seen from a small boat in the rain"
 USER_ID = "00000000-0000-4000-8000-00000000"  # and four digits
 # What Darkroom needs of Supabase.
@@ -26,9 +32,11 @@ create function auth.uid() returns uuid language sql stable as $$
 $$;
 grant usage on schema auth to public;
 """
-SETUP = f"""
+NO_LIMITS = """
 update private.plans set
   max_active = 1000000000, max_per_minute = 1000000000, max_batch = 100, busy_after = null;
+"""
+SETUP = f"""{NO_LIMITS}
 insert into auth.users (id)
 select ('{USER_ID}' || n)::uuid
 from generate_series({FIRST_USER}, {FIRST_USER + USERS - 1}) as n;
@@ -37,6 +45,7 @@ from auth.users as u inner join public.entitlements as e on e.user_id = u.id;
 """
 # Ready jobs as enqueue_generation leaves them, of users {first} to {last} in turn.
 FILL = """
+begin;
 set session_replication_role = replica;
 create temporary table made as
 select
@@ -70,7 +79,58 @@ update public.entitlements as e set
 from (select user_id, fair_key, count(*) as jobs from made group by user_id, fair_key) as m
 where e.user_id = m.user_id;
 drop table made;
-set session_replication_role = default;
+commit;
+"""
+# A part of a year of it, the oldest first: one in ten failed or canceled; each claimed once.
+HISTORY = """
+set session_replication_role = replica;
+set synchronous_commit = off;
+create temporary table made as
+select
+  (lpad(to_hex((extract(epoch from at) * 1000)::bigint), 12, '0') || '7' || substr(hash, 1, 3)
+    || '8' || substr(hash, 4, 15))::uuid as id,
+  users.ids[1 + n % cardinality(users.ids)] as user_id, at, hash,
+  case n % 20 when 0 then 'failed' when 1 then 'canceled' else 'completed' end as status
+from generate_series({first}, {last}) as n
+cross join (select array_agg(id order by id) as ids from auth.users) as users
+cross join lateral (
+  select now() - interval '1 year' * (1 - n / {count}.0) as at, md5(n::text) as hash
+) as drawn;
+insert into public.generations (
+  id, user_id, model_id, prompt, input, provider_input, status, error_code, error_message,
+  price_credits, image_count, created_at, started_at, finished_at, updated_at
+)
+select
+  id, user_id, 'darkroom/preview', 'a lighthouse at dusk, ' || hash,
+  case when hash < '2' then jsonb_build_object('seed', hash) else '{{}}' end,
+  jsonb_build_object('prompt', hash, 'seed', hash, 'width', 1024, 'height', 1024), status,
+  case status when 'failed' then 'moderated' end, case status when 'failed' then 'No.' end,
+  1, 1, at, at + interval '1 second', at + interval '9 seconds', at + interval '9 seconds'
+from made;
+insert into public.images (
+  generation_id, position, user_id, storage_path, preview_path, content_type, width, height, bytes,
+  blurhash, created_at
+)
+select
+  id, 0, user_id, concat(user_id, '/', id, '/0.png'), concat(user_id, '/', id, '/0.preview.webp'),
+  'image/png', 1024, 1024, 1500000, 'LEHV6nWB2yk8pyo0adR*.7kCMdnj', at
+from made where status = 'completed';
+insert into private.attempts (
+  generation_id, token, model_id, attempt, worker_id, started_at, ended_at, outcome, error_code,
+  provider_job_id, provider_seconds, cost_usd
+)
+select
+  id, nextval('private.lease_tokens'), 'darkroom/preview', 1, 1,
+  at + interval '1 second', at + interval '9 seconds',
+  status, case status when 'failed' then 'moderated' end, hash, 7, 0.003
+from made;
+insert into public.credit_ledger (user_id, generation_id, kind, amount, balance_after, created_at)
+select made.user_id, made.id, entry.kind, entry.amount, 10 + entry.amount, made.at
+from made cross join lateral (
+  values ('charge', -1), (case when made.status <> 'completed' then 'refund' end, 1)
+) as entry (kind, amount)
+where entry.kind is not null;
+drop table made;
 """
 # One user of all, drawn anew each time, asks as through PostgREST.
 ENQUEUE = f"""\\set u random({FIRST_USER}, {FIRST_USER + USERS - 1})
@@ -79,6 +139,32 @@ select
     'request.jwt.claims', '{{"sub": "{USER_ID}' || :u || '", "role": "authenticated"}}', false
   ),
   public.enqueue_generation('darkroom/preview', '{PROMPT}', '{{"width": 512}}', null)
+"""
+# Jobs to look at, numbered, each with the claims of its user.
+SAMPLES = """
+create schema bench;
+grant usage on schema bench to authenticated;
+create table bench.queued (n bigint primary key, job_id uuid, claims text);
+create table bench.finished (n bigint primary key, job_id uuid, claims text);
+grant select on bench.queued, bench.finished to authenticated;
+insert into bench.finished
+select
+  row_number() over (), id, json_build_object('sub', user_id, 'role', 'authenticated')
+from (
+  select id, user_id from public.generations where finished_at is not null
+  order by md5(id::text) limit 10000
+) as drawn;
+"""
+# The last jobs of the queue.
+LAST_QUEUED = f"""
+truncate bench.queued;
+insert into bench.queued
+select
+  row_number() over (), job_id, json_build_object('sub', user_id, 'role', 'authenticated')
+from (
+  select job_id, user_id from private.ready_jobs order by fair_key, seq offset {BEFORE}
+) as last;
+vacuum analyze bench.queued;
 """
 AS_USER = {"PGOPTIONS": "-c role=authenticated"}
 
@@ -94,9 +180,29 @@ def install(db: Database) -> None:
     assert done.returncode == 0, done.stderr
     db.install(SEED)
     run_script(db, SETUP)
+    let_workers_in(db)
+
+
+def let_workers_in(db: Database) -> None:
+    """Let the worker's role log in with the password of the database's owner."""
     password = urlsplit(db.url).password
     query = sql.SQL("alter role {} password {}").format(sql.Identifier(ROLE), sql.Literal(password))
     db.connect().execute(query)
+
+
+def aged(lab: Lab, generations: int) -> Database:
+    """Return the database of this run with so many finished generations and QUEUE waiting jobs.
+
+    It is built once, and shared. Who adds jobs works them off.
+    """
+
+    def fill_it(db: Database) -> None:
+        add_history(db, generations)
+        fill(db, 2 * QUEUE)
+        work_off(db, QUEUE)
+        run_script(db, SAMPLES)
+
+    return lab.shared(f"darkroom {generations} finished", fill_it, base=base(lab))
 
 
 def fill(db: Database, count: int, first: int = FIRST_USER, users: int = USERS) -> None:
@@ -106,8 +212,25 @@ def fill(db: Database, count: int, first: int = FIRST_USER, users: int = USERS) 
 
 
 def add_history(db: Database, count: int) -> None:
-    """Add finished generations."""
-    run_script(db, HISTORY.format(count=count))
+    """Add finished generations of the last year, the oldest first, and tell how far it is."""
+    began = time.monotonic()
+    for done in range(0, count, HISTORY_AT_ONCE):
+        last = min(done + HISTORY_AT_ONCE, count)
+        run_script(db, HISTORY.format(first=done + 1, last=last, count=count))
+        seconds = time.monotonic() - began
+        print(f"  {last:,} of {count:,} generations, {seconds:.0f} s", file=sys.stderr, flush=True)
+
+
+def work_off(db: Database, leave: int = 0) -> None:
+    """Complete jobs, the first ones first, until no more than so many are queued."""
+    with psycopg.connect(worker_url(db), autocommit=True, row_factory=namedtuple_row) as connection:
+        query = "select worker_id from private.register_worker('bench', 200, '1')"
+        worker_id = connection.execute(query).fetchone().worker_id  # type: ignore[union-attr]
+        while (more := queued(db) - leave) > 0:
+            query = "select * from private.claim_jobs(%s, %s)"
+            jobs = connection.execute(query, [worker_id, min(more, 200)]).fetchall()
+            complete(connection, jobs)
+        connection.execute("select private.unregister_worker(%s)", [worker_id])
 
 
 def run_script(db: Database, script: str) -> None:
@@ -127,6 +250,11 @@ def worker_url(db: Database) -> str:
 def finished(db: Database) -> int:
     """Count the jobs that are completed, with their image."""
     return int(db.value("select count(*) from public.images"))
+
+
+def queued(db: Database) -> int:
+    """Count the jobs that wait."""
+    return int(db.value("select count(*) from private.ready_jobs"))
 
 
 def claims(number: int) -> str:

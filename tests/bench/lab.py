@@ -81,6 +81,8 @@ class Lab:
         self.folder = folder
         self.cluster = Cluster(folder, Settings(folder / "env"), tuning=SERVER_SETTINGS)
         self.templates: set[str] = set()
+        self.databases: dict[str, Database] = {}  # by name: those that parts share
+        self.part_end = contextlib.ExitStack()  # stops what a part has started
         self.statements: dict[str, Statement] = {}  # of the peers, by name
 
     @classmethod
@@ -96,8 +98,12 @@ class Lab:
             finally:
                 for number in STOPS:  # a second Ctrl-C would leave it all
                     signal.signal(number, signal.SIG_IGN)
-                lab.cluster.stop()
-                lab.cluster.delete()
+                with contextlib.ExitStack() as end:  # each, whatever the others do; the last first
+                    end.callback(lab.cluster.delete)
+                    end.callback(lab.cluster.stop)
+                    for database in lab.databases.values():
+                        end.callback(database.close)
+                    end.push(lab.part_end)
 
     def url(self, name: str, role: str = "postgres") -> str:
         """Return the connection string of a database."""
@@ -127,6 +133,15 @@ class Lab:
             self.templates.add(name)
         return name
 
+    def shared(self, name: str, fill: Callable[[Database], None], base: str) -> Database:
+        """Have a database that all parts of the run share: one that takes long to fill."""
+        if name not in self.databases:
+            database = self.template(name, fill, base)
+            self.templates.discard(database)  # it outlives the part
+            self.admin(sql.SQL("checkpoint"))
+            self.databases[name] = Database(self.url(database), database)
+        return self.databases[name]
+
     @contextlib.contextmanager
     def copy(self, template: str, name: str = "bench") -> Iterator[Database]:
         """Have a fresh copy of a template, after a checkpoint; drop it in the end."""
@@ -153,8 +168,9 @@ class Lab:
         query = sql.SQL("drop database if exists {} with (force)")
         self.admin(query.format(sql.Identifier(name)))
 
-    def drop_templates(self) -> None:
-        """Give back the disk that the templates of a part take."""
+    def end_part(self) -> None:
+        """Stop what a part has started, and give back the disk that its templates take."""
+        self.part_end.close()
         for name in list(self.templates):
             self.drop(name)
 
@@ -248,6 +264,11 @@ class Program:
     def resident_megabytes(self) -> float:
         """Return how much memory it has in use."""
         return resident_megabytes(self._process.pid)
+
+    def cpu_seconds(self) -> float:
+        """Return the processor time it has taken, its own and the kernel's for it."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def close(self, *, ends_itself: bool = False) -> None:
         """End it, or wait for its end if it has reported."""

@@ -2,29 +2,27 @@
 
 A contender's program with the one command `work` (contenders/protocol.py). All calls of the
 database are real. A job counts when its process ends, after its completion; with keys, when its
-provider is called, under its job id. Options: listen (false: NOTIFY never reaches it). Slots are
-WORKER_SLOTS, 64 unless set.
+provider is called, under its job id. Options: listen (false: NOTIFY never reaches it), slots (64
+unless given).
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from protocol import Work, main
+from protocol import main
+from run_worker import run_of, serve
 
 import worker
 
-DEFAULTS = {"WORKER_SLOTS": "64", "WORKER_GRACE_SECONDS": "5", "LOG_LEVEL": "WARNING"}
 NOBODY = {"SUPABASE_URL": "http://127.0.0.1:9", "SUPABASE_SERVICE_KEY": "none"}
 
 
 def work(url: str, options: dict[str, Any]) -> None:
-    run = Work(options, end=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    run = run_of(options)
 
     class Provider(worker.Preview):
         """Answers at once."""
@@ -65,20 +63,8 @@ def work(url: str, options: dict[str, Any]) -> None:
         async def listen(self, *arguments: Any) -> None:
             await (super().listen(*arguments) if options.get("listen", True) else asyncio.Future())
 
-    class Worker(worker.Worker):
-        """Counts jobs."""
-
-        async def process(self, *arguments: Any) -> None:
-            await super().process(*arguments)
-            if not run.wants_keys:
-                run.handled()
-
-    os.environ.update({**DEFAULTS, **os.environ, **NOBODY, "DATABASE_URL": url})
-    for replacement in (Storage, Database, Worker):
-        setattr(worker, replacement.__name__, replacement)
-    worker.Preview = Provider  # type: ignore[misc]
-    run.begin()
-    worker.main()
+    worker.Storage, worker.Database = Storage, Database  # type: ignore[misc]
+    serve(run, Provider, DATABASE_URL=url, WORKER_SLOTS=str(options.get("slots", 64)), **NOBODY)
 
 
 if __name__ == "__main__":

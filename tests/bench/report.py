@@ -43,6 +43,7 @@ class Results:
         self.parts[outcome.part.name] = {
             **context,
             "run": {**context["run"], "rounds": rounds},
+            "notes": list(outcome.part.notes),
             "failures": outcome.failures,
             "columns": COLUMNS,
             "cells": [
@@ -92,12 +93,13 @@ def section(outcome: Outcome, context: Mapping[str, Any], picture: str) -> str:
         lines += ["<details><summary>More numbers</summary>", "", *other_table(outcome), ""]
         lines += ["</details>", ""]
     lines += [f"- failed: {text}" for text in outcome.failures]
+    lines += [f"- {text}" for text in context["notes"]]
     return "\n".join([*lines, *provenance(context), ""])
 
 
 def main_table(outcome: Outcome) -> list[str]:
     """Write the compared metric with its ratios."""
-    part, situations = outcome.part, outcome.situations
+    part, situations = outcome.part, outcome.compared_situations
     head = [f"{part.metric} ({TIMES} {part.reference})", *situations]
     rows = [head, ["---", *["---:"] * len(situations)]]
     for contender in outcome.contenders:
@@ -148,7 +150,7 @@ def chart(outcome: Outcome) -> str:
     part = outcome.part
     title = f"{part.title}: {part.metric}, {'less' if part.is_less_better else 'more'} is better"
     drawn, y = [f'<text class="title" x="10" y="26">{escape(title)}</text>'], 30
-    for situation in outcome.situations:
+    for situation in outcome.compared_situations:
         bars, y = chart_group(outcome, situation, y)
         drawn += bars
     return (

@@ -28,7 +28,7 @@ from parts import PARTS  # noqa: E402
 from psycopg import sql  # noqa: E402
 from report import Results, main_table  # noqa: E402
 
-from stack import node  # noqa: E402
+from stack import NODE_MODULES, node  # noqa: E402
 
 PYTHON_PACKAGES = ("procrastinate", "pgqueuer", "asyncpg", "uvloop", "psycopg")
 NODE_PACKAGES = ("graphile-worker", "pg-boss", "pg")
@@ -85,9 +85,10 @@ def measure(lab: Lab, part: Part, sizes: Sizes, only: str, folder: Path | None) 
         for task in part.make_tasks(lab, sizes)
         if re.search(only, f"{task.situation}, {task.contender}")
     ]
-    print(f"{part.title}: {len(tasks)} cells, {sizes.rounds} rounds", file=sys.stderr)
-    outcome = run_part(part, tasks, sizes.rounds, keep)
-    lab.drop_templates()
+    rounds = sizes.rounds * (1 if sizes.is_quick else part.turns)
+    print(f"{part.title}: {len(tasks)} cells, {rounds} rounds", file=sys.stderr)
+    outcome = run_part(part, tasks, rounds, keep)
+    lab.end_part()
     return outcome
 
 
@@ -105,8 +106,10 @@ def describe(lab: Lab) -> dict[str, Any]:
 def versions(lab: Lab) -> dict[str, str]:
     """Return the versions of all that takes part."""
     installed = {name: metadata.version(name) for name in PYTHON_PACKAGES}
-    for name in NODE_PACKAGES:
-        manifest = (BENCH / "node_modules" / name / "package.json").read_text()
+    manifests = {name: BENCH / "node_modules" / name for name in NODE_PACKAGES}
+    manifests["Supabase Lite"] = NODE_MODULES / "@supabase/lite"
+    for name, folder in manifests.items():
+        manifest = (folder / "package.json").read_text()
         installed[name] = re.search(r'"version": "([^"]+)"', manifest)[1]  # type: ignore[index]
     return {
         "PostgreSQL": str(lab.admin(sql.SQL("show server_version"))).split()[0],

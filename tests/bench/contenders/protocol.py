@@ -8,7 +8,8 @@ OPTIONS is one JSON object: what the contender is set to, and for `work` also jo
 handle, null: no limit), seconds (at most) and keys (whether to note when which job was handled).
 Work ends at that many jobs, after that time, or at a second line on stdin. The report holds the
 moments at which jobs were handled, in seconds of CLOCK_MONOTONIC, which all processes share, and
-the memory in use, in MB.
+the memory in use, in MB. Programs in Python report too how much it was at most, and the processor
+time that the process took, in seconds.
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ class Work:
                 "keys": self.keys[:count],
                 "claims": self.claims[:],
                 "megabytes": resident_megabytes(os.getpid()),
+                "peak_megabytes": resident_megabytes(os.getpid(), "VmHWM"),
+                "cpu_seconds": time.process_time(),
             }
             print(json.dumps(report), flush=True)
             self.end()
@@ -74,10 +77,10 @@ class Work:
         self.finish()
 
 
-def resident_megabytes(pid: int) -> float:
-    """Return how much memory a process has in use."""
+def resident_megabytes(pid: int, which: str = "VmRSS") -> float:
+    """Return how much memory a process has in use, or (VmHWM) had at most."""
     status = Path(f"/proc/{pid}/status").read_text()
-    return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
+    return int(re.search(rf"{which}:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
 
 
 def show_statement(text: str, values: Sequence[Any], context: Any = None) -> None:

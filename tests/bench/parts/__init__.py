@@ -6,8 +6,18 @@ make_tasks, which answers what to measure in every round. To add one, write it a
 
 from core import Part
 
-from parts import batch, drain, enqueue, latency
+from parts import batch, drain, enqueue, growth, http, latency, status, worker
 
 PARTS: dict[str, Part] = {
-    part.name: part for part in (enqueue.PART, batch.PART, drain.PART, latency.PART)
+    part.name: part
+    for part in (
+        enqueue.PART,
+        batch.PART,
+        drain.PART,
+        latency.PART,
+        status.PART,
+        growth.PART,
+        http.PART,
+        worker.PART,
+    )
 }
