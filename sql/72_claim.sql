@@ -12,14 +12,16 @@
 -- Delayed jobs whose time has come become claimable.
 create or replace function private.promote_due_jobs(p_at_most integer)
 returns void
-language sql
+language plpgsql
 set search_path = ''
 as $$
+begin
   update private.ready_jobs set run_at = null, queued_at = now()
   where seq = any (array(
     select r.seq from private.ready_jobs as r
     where r.run_at <= now() order by r.run_at limit p_at_most for update skip locked
-  ))
+  ));
+end;
 $$;
 
 revoke all on function private.promote_due_jobs(integer)
@@ -29,28 +31,45 @@ from public, anon, authenticated, service_role;
 --
 -- While a long transaction holds back vacuum, the index begins with every job ever claimed since,
 -- and a scan from its start walks them all. So the scan starts a little below the virtual clock.
--- What was queued below that is found by a scan from the start, at least once a second in each
--- session.
+-- What was queued below that is found by a scan from the start, in each session once a second, or
+-- less often where it takes long.
 create or replace function private.scan_start()
 returns bigint
 language plpgsql
 set search_path = ''
 as $$
 declare
-  v_last_full bigint := coalesce(
-    nullif(current_setting('darkroom.full_scan_ms', true), '')::bigint, 0
-  );
-  v_now bigint := extract(epoch from clock_timestamp()) * 1000;
+  v_due text := current_setting('darkroom.full_scan_due', true);
 begin
-  if v_now - v_last_full < 1000 then
+  if v_due <> '' and extract(epoch from clock_timestamp()) < v_due::double precision then
     return private.queue_floor();
   end if;
-  perform set_config('darkroom.full_scan_ms', v_now::text, false);
   return 0;
 end;
 $$;
 
 revoke all on function private.scan_start() from public, anon, authenticated, service_role;
+
+-- Notes when this session should scan from the queue's start again, which it began at p_began: what
+-- that takes is a fiftieth of its time at most.
+create or replace function private.schedule_full_scan(p_began timestamptz)
+returns void
+language plpgsql
+set search_path = ''
+as $$
+declare
+  v_now double precision := extract(epoch from clock_timestamp());
+begin
+  perform set_config(
+    'darkroom.full_scan_due',
+    (v_now + greatest(1, 50 * (v_now - extract(epoch from p_began))))::text,
+    false
+  );
+end;
+$$;
+
+revoke all on function private.schedule_full_scan(timestamptz)
+from public, anon, authenticated, service_role;
 
 -- Locks the next jobs in fair order, but none of a blocked model, and answers their seq.
 --
@@ -66,12 +85,18 @@ language plpgsql
 set search_path = ''
 set plan_cache_mode = force_generic_plan
 as $$
-begin
-  return array(
+declare
+  v_began timestamptz := clock_timestamp();
+  v_seqs bigint[] := array(
     select r.seq from private.ready_jobs as r
     where r.run_at is null and r.fair_key >= p_from and not p_blocked ? r.model_id
     order by r.fair_key, r.seq limit p_at_most for update skip locked
   );
+begin
+  if p_from = 0 then
+    perform private.schedule_full_scan(v_began);
+  end if;
+  return v_seqs;
 end;
 $$;
 
@@ -185,7 +210,7 @@ begin
     ));
     if found then
       -- Their keys may be far below the clock.
-      perform set_config('darkroom.full_scan_ms', '0', false);
+      perform set_config('darkroom.full_scan_due', '0', false);
     else
       perform private.forget_held(v_model_id);
     end if;
@@ -233,8 +258,8 @@ $$;
 revoke all on function private.admit_probes(bigint[])
 from public, anon, authenticated, service_role;
 
--- Locks the next jobs that may run now and answers their seq.
-create or replace function private.pick_jobs(p_at_most integer)
+-- Locks the next jobs that may run now, while breakers block some, and answers their seq.
+create or replace function private.pick_unblocked_jobs(p_at_most integer)
 returns bigint[]
 language plpgsql
 set search_path = ''
@@ -244,11 +269,6 @@ declare
   v_blocked jsonb;
   v_seqs bigint[];
 begin
-  if not exists (
-    select from private.breakers where paused_until is not null or has_held
-  ) then
-    return private.lock_next_jobs(p_at_most, private.scan_start());
-  end if;
   perform private.end_pauses();
   v_blocked := private.blocked_models();
   perform private.release_held_jobs(p_at_most, v_blocked);
@@ -258,6 +278,27 @@ begin
     perform private.hold_passed_jobs(v_blocked, v_from, v_seqs[p_at_most]);
   end if;
   return private.admit_probes(v_seqs);
+end;
+$$;
+
+revoke all on function private.pick_unblocked_jobs(integer)
+from public, anon, authenticated, service_role;
+
+-- Locks the next jobs that may run now and answers their seq. Beside that, each statement here only
+-- looks whether there is something to do that is rare.
+create or replace function private.pick_jobs(p_at_most integer)
+returns bigint[]
+language plpgsql
+set search_path = ''
+as $$
+begin
+  if exists (select from private.ready_jobs as r where r.run_at <= now()) then
+    perform private.promote_due_jobs(p_at_most);
+  end if;
+  if exists (select from private.breakers as b where b.paused_until is not null or b.has_held) then
+    return private.pick_unblocked_jobs(p_at_most);
+  end if;
+  return private.lock_next_jobs(p_at_most, private.scan_start());
 end;
 $$;
 
@@ -282,13 +323,15 @@ returns table (
 language plpgsql
 security definer
 set search_path = ''
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
 as $$
 #variable_conflict use_column
 declare
-  v_seqs bigint[];
+  v_seqs bigint[] := private.pick_jobs(p_slots);
 begin
-  perform private.promote_due_jobs(p_slots);
-  v_seqs := private.pick_jobs(p_slots);
   if v_seqs = '{}' then
     return;
   end if;

@@ -81,10 +81,8 @@ def test_no_images_or_too_many_do_not_complete_a_job(db, worker, job, images):
 
 
 def test_images_that_are_not_said_do_not_complete_a_job(db, worker, job):
-    query = "select private.complete_job(%s, %s, null, null)"
-
     with unchanged(db), pytest.raises(psycopg.errors.InvalidParameterValue):
-        worker.connection.execute(query, [job.job_id, job.token])
+        worker.of_many("complete_jobs", [(job, None, None)])
 
 
 @pytest.mark.parametrize(
