@@ -10,7 +10,8 @@
 --
 -- Lock order: running or ready rows in order of id, then generation, then entitlement. A function
 -- that takes several rows in one statement forbids every plan but the walk of their index: that is
--- in the order of the index, and a table full of dead rows costs it nothing.
+-- in the order of the index, and a table full of dead rows costs it nothing. Plans are made once in
+-- a session, and without jit, which takes such a ban for an expensive plan.
 
 -- Raises DR001 lease_lost.
 create or replace function private.refuse_lost_lease(p_job_id uuid)

@@ -27,48 +27,57 @@ $$;
 revoke all on function private.promote_due_jobs(integer)
 from public, anon, authenticated, service_role;
 
--- The fair_key to begin the next scan at.
+-- The fair_key to begin the next scan at; null: at the virtual clock.
 --
 -- While a long transaction holds back vacuum, the index begins with every job ever claimed since,
--- and a scan from its start walks them all. So the scan starts a little below the virtual clock.
--- What was queued below that is found by a scan from the start, in each session once a second, or
--- less often where it takes long.
-create or replace function private.scan_start()
+-- and a scan from its start walks them all. So most scans start at the clock. What came to lie
+-- below it meanwhile is found by one that starts a little below, at the floor: in each session
+-- p_pause seconds after the last. What lies deeper is found by one from the start, once a second.
+-- Where such scans take long they come less often: see schedule_scan.
+create or replace function private.scan_start(p_pause double precision default 0.05)
 returns bigint
 language plpgsql
 set search_path = ''
 as $$
 declare
-  v_due text := current_setting('darkroom.full_scan_due', true);
+  v_full_due text := current_setting('darkroom.full_scan_due', true);
+  v_now double precision := extract(epoch from clock_timestamp());
 begin
-  if v_due <> '' and extract(epoch from clock_timestamp()) < v_due::double precision then
+  if v_full_due is null or v_full_due = '' or v_now >= v_full_due::double precision then
+    return 0;
+  elsif v_now >= current_setting('darkroom.low_scan_at')::double precision
+    + greatest(p_pause, current_setting('darkroom.low_scan_pause')::double precision) then
     return private.queue_floor();
   end if;
-  return 0;
+  return null;
 end;
 $$;
 
-revoke all on function private.scan_start() from public, anon, authenticated, service_role;
+revoke all on function private.scan_start(double precision)
+from public, anon, authenticated, service_role;
 
--- Notes when this session should scan from the queue's start again, which it began at p_began: what
--- that takes is a fiftieth of its time at most.
-create or replace function private.schedule_full_scan(p_began timestamptz)
+-- Notes that this session has scanned from below the clock, and when it may again: these scans are
+-- to take a fiftieth of its time at most.
+create or replace function private.schedule_scan(p_from bigint, p_began timestamptz)
 returns void
 language plpgsql
 set search_path = ''
 as $$
 declare
   v_now double precision := extract(epoch from clock_timestamp());
+  v_pause double precision := 50 * (v_now - extract(epoch from p_began));
 begin
-  perform set_config(
-    'darkroom.full_scan_due',
-    (v_now + greatest(1, 50 * (v_now - extract(epoch from p_began))))::text,
-    false
-  );
+  if p_from = 0 then
+    perform set_config(
+      'darkroom.full_scan_due', (v_now + greatest(1.0, v_pause))::text, false
+    );
+  end if;
+  perform set_config('darkroom.low_scan_at', v_now::text, false);
+  perform set_config('darkroom.low_scan_pause', v_pause::text, false);
 end;
 $$;
 
-revoke all on function private.schedule_full_scan(timestamptz)
+revoke all on function private.schedule_scan(bigint, timestamptz)
 from public, anon, authenticated, service_role;
 
 -- Locks the next jobs in fair order, but none of a blocked model, and answers their seq.
@@ -89,12 +98,13 @@ declare
   v_began timestamptz := clock_timestamp();
   v_seqs bigint[] := array(
     select r.seq from private.ready_jobs as r
-    where r.run_at is null and r.fair_key >= p_from and not p_blocked ? r.model_id
+    where r.run_at is null and not p_blocked ? r.model_id
+      and r.fair_key >= coalesce(p_from, (select c.last_value from private.virtual_clock as c))
     order by r.fair_key, r.seq limit p_at_most for update skip locked
   );
 begin
-  if p_from = 0 then
-    perform private.schedule_full_scan(v_began);
+  if p_from is not null then
+    perform private.schedule_scan(p_from, v_began);
   end if;
   return v_seqs;
 end;
@@ -272,7 +282,7 @@ begin
   perform private.end_pauses();
   v_blocked := private.blocked_models();
   perform private.release_held_jobs(p_at_most, v_blocked);
-  v_from := private.scan_start();
+  v_from := coalesce(private.scan_start(), private.queue_floor());
   v_seqs := private.lock_next_jobs(p_at_most, v_from, v_blocked);
   if v_blocked <> '{}' then
     perform private.hold_passed_jobs(v_blocked, v_from, v_seqs[p_at_most]);
@@ -291,6 +301,9 @@ returns bigint[]
 language plpgsql
 set search_path = ''
 as $$
+declare
+  v_from bigint;
+  v_seqs bigint[];
 begin
   if exists (select from private.ready_jobs as r where r.run_at <= now()) then
     perform private.promote_due_jobs(p_at_most);
@@ -298,7 +311,16 @@ begin
   if exists (select from private.breakers as b where b.paused_until is not null or b.has_held) then
     return private.pick_unblocked_jobs(p_at_most);
   end if;
-  return private.lock_next_jobs(p_at_most, private.scan_start());
+  v_from := private.scan_start();
+  v_seqs := private.lock_next_jobs(p_at_most, v_from);
+  -- Too few at the clock: look below it, too, unless that is dear.
+  if v_from is null and cardinality(v_seqs) < p_at_most then
+    v_from := private.scan_start(0);
+    if v_from is not null then
+      return private.lock_next_jobs(p_at_most, v_from);
+    end if;
+  end if;
+  return v_seqs;
 end;
 $$;
 
