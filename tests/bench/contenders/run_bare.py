@@ -10,16 +10,15 @@ from protocol import Work, main
 from psycopg.rows import namedtuple_row
 from psycopg.types.json import Jsonb
 
-COMPLETE = "select private.complete_job(%s, %s, %s, %s)"
+COMPLETE = "select * from private.complete_jobs(%s::uuid[], %s::bigint[], %s::jsonb[], %s::jsonb[])"
 IDLE_SECONDS = 0.05
 
 
 def complete(connection: psycopg.Connection[Any], jobs: list[Any]) -> None:
-    """Complete a batch of jobs in one round trip and one transaction."""
-    with connection.pipeline():
-        for job in jobs:
-            images = Jsonb([image_of(job)])
-            connection.execute(COMPLETE, [job.job_id, job.token, images, Jsonb({"images": 1})])
+    """Complete a batch of jobs in one call."""
+    ids, tokens = [job.job_id for job in jobs], [job.token for job in jobs]
+    images = [Jsonb([image_of(job)]) for job in jobs]
+    connection.execute(COMPLETE, [ids, tokens, images, [Jsonb({"images": 1})] * len(jobs)])
 
 
 def image_of(job: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from database import Database
 from lab import Lab
 from psycopg.rows import namedtuple_row
 from psycopg.types.json import Jsonb
-from run_bare import complete, image_of
+from run_bare import COMPLETE, complete, image_of
 
 CALLS, QUICK_CALLS = 100, 30  # each turn
 COUNTS, QUICK_COUNTS = (0, 1_000_000, 5_000_000), (0, 10_000, 50_000)
@@ -27,7 +27,6 @@ TABLE, INDEXES = "table bytes/generation", "index bytes/generation"
 STATUS = "select public.get_job_status(%s)"
 ENQUEUE = "select public.enqueue_generation('darkroom/preview', %s, '{\"width\": 512}', null)"
 CLAIM = "select * from private.claim_jobs(%s, %s)"
-COMPLETE = "select private.complete_job(%s, %s, %s, %s)"
 TABLES = ("public.generations", "public.images", "private.attempts", "public.credit_ledger")
 SIZES = """
 select sum(pg_table_size(c.oid)) as in_table, sum(pg_indexes_size(c.oid)) as in_indexes
@@ -97,8 +96,8 @@ def claim(side: Side, count: int) -> Iterator[float]:
 def complete_each(side: Side, count: int) -> Iterator[float]:
     darkroom.fill(side.db, count)
     for job in side.claim(count):
-        images, metrics = Jsonb([image_of(job)]), Jsonb({"images": 1})
-        yield timed(side.worker, COMPLETE, job.job_id, job.token, images, metrics)[0]
+        images, metrics = [Jsonb([image_of(job)])], [Jsonb({"images": 1})]
+        yield timed(side.worker, COMPLETE, [job.job_id], [job.token], images, metrics)[0]
 
 
 def look_at(sample: str, side: Side, count: int) -> Iterator[float]:
@@ -117,7 +116,7 @@ def list_active(side: Side, count: int) -> Iterator[float]:
 WAYS: dict[str, Callable[[Side, int], Iterator[float]]] = {
     "enqueue_generation": enqueue,
     f"claim_jobs({BATCH})": claim,
-    "complete_job": complete_each,
+    "complete_jobs(1)": complete_each,
     "get_job_status, finished": functools.partial(look_at, "finished"),
     "get_job_status, queued": functools.partial(look_at, "queued"),
     "list_active_jobs": list_active,
