@@ -11,7 +11,8 @@
 It may die at any instruction: the lease runs out, another worker resumes the checkpointed id.
 
 Environment (* required):
-    DATABASE_URL *          PostgreSQL, as role darkroom_worker; direct or session mode, for LISTEN
+    DATABASE_URL *          PostgreSQL, as role darkroom_worker; direct or session mode, for LISTEN.
+                            Behind a transaction pooler it polls, and prepares no statements
     SUPABASE_URL *          where /storage/v1 is
     SUPABASE_SERVICE_KEY *  service_role or secret key, for uploads
     REPLICATE_API_TOKEN     without it, jobs for Replicate fail
