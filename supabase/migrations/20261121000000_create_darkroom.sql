@@ -6316,8 +6316,6 @@ as $$
 declare
   v_reported integer;
 begin
-  -- What a crash of the server forgets of this, the next beat says again.
-  perform set_config('synchronous_commit', 'off', true);
   return query
   update private.running_jobs as r set
     stage = p_stages[array_position(p_tokens, r.token)],
