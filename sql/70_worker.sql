@@ -10,7 +10,7 @@
 create or replace function private.refuse_lost_lease(p_job_id uuid)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   raise sqlstate 'DR001' using message = 'lease_lost', detail = format('job %s', p_job_id);
@@ -24,7 +24,7 @@ create or replace function private.register_worker(p_host text, p_slots integer,
 returns table (worker_id bigint, channel text, heartbeat_seconds real, lease_seconds real)
 language sql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   with registered as (
     insert into private.workers (host, slots, version)
@@ -52,7 +52,7 @@ create or replace function private.unregister_worker(p_worker_id bigint)
 returns void
 language sql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   delete from private.workers where id = p_worker_id
 $$;
@@ -68,7 +68,7 @@ create or replace function private.sleep(p_worker_id bigint)
 returns void
 language sql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   update private.workers set asleep = true where id = p_worker_id and not asleep
 $$;
@@ -90,7 +90,7 @@ create or replace function private.heartbeat(
 returns table (job_id uuid, verdict text)
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
@@ -141,7 +141,7 @@ create or replace function private.report_progress(
 returns void
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_canceled boolean;

@@ -13,7 +13,7 @@
 create or replace function private.promote_due_jobs(p_at_most integer)
 returns void
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   update private.ready_jobs set run_at = null, queued_at = now()
   where seq = any (array(
@@ -34,7 +34,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.scan_start()
 returns bigint
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_last_full bigint := coalesce(
@@ -63,7 +63,7 @@ create or replace function private.lock_next_jobs(
 )
 returns bigint[]
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 as $$
 begin
@@ -83,7 +83,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.lock_models_to_hold(p_blocked jsonb, p_model_ids text[])
 returns text[]
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_models text[];
@@ -116,7 +116,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.hold_passed_jobs(p_blocked jsonb, p_from bigint, p_last bigint)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 as $$
 declare
@@ -150,7 +150,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.forget_held(p_model_id text)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform from private.breakers where name = p_model_id for update skip locked;
@@ -169,7 +169,7 @@ revoke all on function private.forget_held(text) from public, anon, authenticate
 create or replace function private.release_held_jobs(p_at_most integer, p_blocked jsonb)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_model_id text;
@@ -201,7 +201,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.admit_probes(p_seqs bigint[])
 returns bigint[]
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_name text;
@@ -237,7 +237,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.pick_jobs(p_at_most integer)
 returns bigint[]
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_from bigint;
@@ -281,7 +281,7 @@ returns table (
 )
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare

@@ -11,7 +11,7 @@ create or replace function private.begin_create(p_job_id uuid, p_token bigint)
 returns timestamptz
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_before timestamptz;
@@ -40,7 +40,7 @@ create or replace function private.checkpoint(p_job_id uuid, p_token bigint, p_p
 returns void
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   update private.running_jobs set provider_job_id = p_provider_job_id
@@ -68,7 +68,7 @@ create or replace function private.adopt_provider_job(
 returns text
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_adopted text;

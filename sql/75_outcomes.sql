@@ -13,7 +13,7 @@
 create or replace function private.end_lease(p_job_id uuid, p_token bigint, p_outcomes text[])
 returns private.running_jobs
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job private.running_jobs;
@@ -40,7 +40,7 @@ create or replace function private.provider_cost(p_model_id text, p_metrics json
 returns numeric
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select case
     when p_metrics @> '{"is_billed": false}' then 0
@@ -64,7 +64,7 @@ create or replace function private.record_attempt(
 )
 returns void
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   insert into private.attempts (
     generation_id, token, model_id, attempt, worker_id, started_at, outcome,
@@ -90,7 +90,7 @@ create or replace function private.requeue_job(
 )
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   insert into private.ready_jobs (
@@ -121,7 +121,7 @@ create or replace function private.finish_generation(
 )
 returns public.generations
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_generation public.generations;
@@ -148,7 +148,7 @@ create or replace function private.finish_failed(
 )
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_generation public.generations := private.finish_generation(p_job.job_id, 'failed', p_error);
@@ -172,7 +172,7 @@ create or replace function private.finish_canceled(
 )
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_percent integer := case
@@ -200,7 +200,7 @@ create or replace function private.finish_canceled_job(
 )
 returns void
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.finish_canceled(
     p_job.user_id, p_job.job_id, p_job.create_started_at is not null
@@ -216,7 +216,7 @@ create or replace function private.count_claims(p_job_id uuid)
 returns integer
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select count(*)::integer from private.attempts where generation_id = p_job_id
 $$;
@@ -233,7 +233,7 @@ create or replace function private.retry_delay(
 returns interval
 language sql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select case
     when p_retry_after_seconds is not null
@@ -257,7 +257,7 @@ create or replace function private.end_failed_attempt(
 )
 returns text
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_error private.error_codes;
@@ -306,7 +306,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.blame_provider(p_job private.running_jobs, p_code text)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if exists (select from private.error_codes where code = p_code and trips_breaker) then
@@ -329,7 +329,7 @@ create or replace function private.fail_job(
 returns text
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job private.running_jobs := private.end_lease(p_job_id, p_token, '{retried,failed,canceled}');
@@ -366,7 +366,7 @@ create or replace function private.release_job(
 returns void
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job private.running_jobs := private.end_lease(
@@ -401,7 +401,7 @@ create or replace function private.cancel_job(
 returns void
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job private.running_jobs := private.end_lease(p_job_id, p_token, '{canceled}');
@@ -436,7 +436,7 @@ create or replace function private.complete_job(
 returns void
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_stored integer := coalesce(jsonb_array_length(p_images), 0);
