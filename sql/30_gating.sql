@@ -158,6 +158,7 @@ begin
 exception
   when invalid_text_representation or untranslatable_character or numeric_value_out_of_range then
     perform private.refuse_input('params: not a JSON object');
+    return null;  -- never reached
 end;
 $$;
 

@@ -262,7 +262,7 @@ stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_ahead double precision[] := '{}';
+  v_ahead double precision[] := array[]::double precision[];
 begin
   if p_position > 0 then
     v_ahead := array(

@@ -178,8 +178,8 @@ declare
   v_user_id uuid := private.require_user_id();
   v_ids uuid[];
 begin
-  if cardinality(p_job_ids) > 100 then
-    perform private.refuse_input('job_ids: more than 100');
+  if cardinality(p_job_ids) > 100 or array_ndims(p_job_ids) > 1 then
+    perform private.refuse_input('job_ids: not a list of at most 100');
   end if;
   v_ids := array(
     select g.id from public.generations as g

@@ -1488,6 +1488,7 @@ begin
 exception
   when invalid_text_representation or untranslatable_character or numeric_value_out_of_range then
     perform private.refuse_input('params: not a JSON object');
+    return null;  -- never reached
 end;
 $$;
 
@@ -3898,7 +3899,7 @@ stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_ahead double precision[] := '{}';
+  v_ahead double precision[] := array[]::double precision[];
 begin
   if p_position > 0 then
     v_ahead := array(
@@ -4887,8 +4888,8 @@ declare
   v_user_id uuid := private.require_user_id();
   v_ids uuid[];
 begin
-  if cardinality(p_job_ids) > 100 then
-    perform private.refuse_input('job_ids: more than 100');
+  if cardinality(p_job_ids) > 100 or array_ndims(p_job_ids) > 1 then
+    perform private.refuse_input('job_ids: not a list of at most 100');
   end if;
   v_ids := array(
     select g.id from public.generations as g
