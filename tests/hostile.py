@@ -13,11 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from actors import PREVIEW, Service, User, Worker
+from actors import PREVIEW, Caller, Service, User, Worker, outcome
 from database import Database
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from psycopg import sql
 
 SECRET = "zebra-4711"  # in each text of the victim's
 DETAIL = "zebra-4712"  # what the provider said: for operators only
@@ -44,24 +43,15 @@ class Function:
     arguments: dict[str, str]  # name -> type
     required: int
 
-    def query(self) -> sql.Composed:
-        """Return the call, each argument by its name and of the type it is taken for."""
-        names = [
-            sql.SQL("{} => {}").format(sql.Identifier(name), sql.Placeholder(name))
-            for name in self.arguments
-        ]
-        return sql.SQL("select {}({})").format(
-            sql.Identifier(self.schema, self.name), sql.SQL(", ").join(names)
-        )
-
-    def literals(self, values: Mapping[str, Any]) -> dict[str, str | None]:
-        """Write values as PostgreSQL reads them."""
-        return {name: literal(type, values[name]) for name, type in self.arguments.items()}
+    def called_by(self, caller: Caller, values: Mapping[str, Any]) -> Any:
+        """Return the answer, or how the call is refused."""
+        literals = {name: literal(type, values[name]) for name, type in self.arguments.items()}
+        return outcome(lambda: caller.call(f"{self.schema}.{self.name}", **literals))
 
 
 def literal(type: str, value: Any) -> str | None:
     """Write a value as PostgreSQL reads it."""
-    if value is None or isinstance(value, str):
+    if value is None or (isinstance(value, str) and type != "jsonb"):
         return value
     if type.endswith("[]") and isinstance(value, list):
         texts = ["null" if each is None else json.dumps(str(each)) for each in value]
@@ -97,7 +87,7 @@ class Victim:
         self.done = user.enqueued(f"{SECRET} done", idempotency_key=SECRET)
         worker.complete_job(worker.claimed())
         user.share_image(self.done)
-        user.set_tags(self.done, SECRET)
+        user.set_tags(self.done, "sea", SECRET)
         self.failed = user.enqueued(f"{SECRET} failed")
         worker.fail_job(worker.claimed(), "moderated", DETAIL)
         self.running = user.enqueued(f"{SECRET} running")
@@ -152,7 +142,7 @@ class Victim:
             "since": ["2026-01-01"],
             "state": [None, "dead"],
             "status": [None, "completed"],
-            "tag": [None, SECRET],
+            "tag": [None, "sea"],
             "tags": [["sea"]],
             "title": ["Sea"],
             "token": ["ExponentPushToken[abcdefghijklmnopqrstuv]"],
@@ -222,11 +212,8 @@ JSON = [
     *({"width": value} for value in (-0.0, 1e-300, "64", "x" * 1_000_000, {"$gt": 0}, [64])),
     *({"reuse": 1}, {"num_outputs": 1e10}, {"prompt": "x"}, {"image": "../x"}, {"image": ["a"]}),
     *({"__proto__": 1}, {"constructor": {"prototype": {}}}, json.loads(DEEP), [[]] * 5000),
-    *(json.dumps(text) for text in (DEEP * 9, "[" * 100_000, '{"width": 1e999999}')),
-    *(
-        json.dumps(text)
-        for text in ('{"a": "\\u0000"}', '{"a": "\\ud800"}', '{"seed": 1, "seed": 2}')
-    ),
+    # Texts that some gateways hand in place of what they hold.
+    *(DEEP * 9, "[" * 100_000, '{"width": 1e999999}', '{"a": "\\u0000"}', '{"a": "\\ud800"}'),
 ]
 HOSTILE: dict[str, list[Any]] = {
     "boolean": [],

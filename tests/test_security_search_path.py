@@ -6,12 +6,14 @@ said to come later: with an empty search_path, `::uuid` in a definer would be th
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import psycopg
 import pytest
-from actors import Caller
+from actors import Caller, Refusal
 from database import SQL_FILES, Database
 from hostile import API_ROLES, Function, Victim, functions
 
@@ -63,7 +65,7 @@ class Intruder(Caller):
         tables = self.db.execute(
             "select distinct tablename from pg_tables where schemaname <> 'pg_catalog'"
         )
-        with self.acting() as connection:
+        with super().acting() as connection:
             for command in commands:
                 for text in command.values():
                     connection.execute(text)
@@ -82,20 +84,22 @@ class Intruder(Caller):
                 )
         return len(commands)
 
+    @contextlib.contextmanager
+    def acting(self) -> Iterator[psycopg.Connection[Any]]:
+        """Give the connection for one transaction in which what is planted comes first."""
+        with super().acting() as connection:
+            connection.execute("set local search_path = planted, pg_temp, public, pg_catalog")
+            yield connection
+
     def outcome(self, function: Function, values: dict[str, list[Any]]) -> str:
-        """Call a function with plausible arguments; return ok or the code of its error."""
+        """Call a function with plausible arguments; return ok or the code of its refusal."""
         names = {name: name.removeprefix("p_") for name in function.arguments}
         arguments = {
             name: values.get(f"{function.name}.{key}", values[key])[0]
             for name, key in names.items()
         }
-        try:
-            with self.acting() as connection:
-                connection.execute("set local search_path = planted, pg_temp, public, pg_catalog")
-                connection.execute(function.query(), function.literals(arguments))
-        except psycopg.Error as error:
-            return error.sqlstate or ""
-        return "ok"
+        answer = function.called_by(self, arguments)
+        return answer.code if isinstance(answer, Refusal) else "ok"
 
 
 @pytest.fixture
