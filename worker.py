@@ -96,6 +96,9 @@ LISTEN_CHECK_SECONDS = 10.0  # silence after which the LISTEN connection is test
 PROGRESS_SECONDS = 1.0  # between two heartbeats that only bring news of progress
 CANCEL_SECONDS = 5.0  # at most, for telling the provider to stop
 RELEASE_SECONDS = 10.0  # hard deadline for releasing jobs once the grace time is over
+MAX_BATCH = 100  # jobs in one call of a function that takes many
+POOL_SIZE = 6  # connections at most: each kind of call for many jobs has one under way
+OUTBOX_SECONDS = 0.05  # at least, between two looks at the outbox
 RETRY_BASE_SECONDS, RETRY_CAP_SECONDS = 0.25, 10.0  # backoff between repeated calls
 LOG_CHARS = 200_000  # of a provider's log that are read for progress
 PROVIDER_POLL_SECONDS, PROVIDER_POLL_CAP_SECONDS = 0.5, 3.0
@@ -273,7 +276,7 @@ class LeaseLost(Exception):
 
 
 class Canceled(Exception):
-    """DR002: the user canceled the job. Stop it."""
+    """The user canceled the job. Stop it."""
 
 
 class JobError(Exception):
@@ -367,6 +370,66 @@ async def finish_first(work: Awaitable[T]) -> T:
 # --- database -----------------------------------------------------------------------------------
 
 
+async def mind_pooler(connection: psycopg.AsyncConnection[Any]) -> None:
+    """Prepare no statements where a pooler is in between: the next may run in another session.
+
+    A pooler names a process of its own, if any, for the one to send a cancel to.
+    """
+    cursor = await connection.execute("select pg_backend_pid() as pid")
+    row = await cursor.fetchone()
+    if row is None or row["pid"] != connection.info.backend_pid:
+        connection.prepare_threshold = None
+
+
+class Batch:
+    """One function that takes many jobs. Calls made while one is under way go together in the next.
+
+    So a call waits for nothing while there is little to do, and for one trip where there is much.
+    Who is cancelled does not go, or is not answered; the others do and are.
+    """
+
+    def __init__(self, call: Callable[..., Awaitable[list[Any]]], function: str) -> None:
+        self.call, self.function = call, function
+        self.waiting: list[tuple[asyncio.Future[Any], tuple[Any, ...]]] = []
+        self.trips: asyncio.Task[None] | None = None
+
+    async def __call__(self, job: Job, *said: Any) -> Any:
+        """Answer what is said of this job. Raises LeaseLost if nothing is."""
+        answer = asyncio.get_running_loop().create_future()
+        self.waiting.append((answer, (job.job_id, job.token, *said)))
+        if self.trips is None:
+            self.trips = asyncio.create_task(self._travel())
+        return await answer
+
+    async def _travel(self) -> None:
+        while self.waiting:
+            trip, self.waiting = self.waiting[:MAX_BATCH], self.waiting[MAX_BATCH:]
+            await self._make([call for call in trip if not call[0].done()])
+        self.trips = None
+
+    async def _make(self, trip: list[tuple[asyncio.Future[Any], tuple[Any, ...]]]) -> None:
+        if not trip:
+            return
+        columns = map(list, zip(*(arguments for _, arguments in trip), strict=True))
+        try:
+            rows = await self.call(self.function, *columns)
+        except BaseException as error:
+            if len(trip) > 1 and not isinstance(error, psycopg.OperationalError):
+                for each in trip:  # one of them is at fault, not all
+                    await self._make([each])
+            elif not trip[0][0].done():
+                trip[0][0].set_exception(error)
+            return
+        said = dict(tuple(row.values()) for row in rows)
+        for answer, (_, token, *_) in trip:
+            if answer.done():
+                continue
+            if token in said:
+                answer.set_result(said[token])
+            else:
+                answer.set_exception(LeaseLost())
+
+
 class Database:
     """The worker's functions of schema private, one method each. There is no other SQL here."""
 
@@ -376,21 +439,30 @@ class Database:
         options = {"autocommit": True, "row_factory": dict_row, **KEEPALIVES}
         # Left alone, the pool doubles its pause between tries: long after the database is back.
         self.pool = AsyncConnectionPool(
-            url, min_size=1, max_size=4, open=False, reconnect_timeout=5, kwargs=options
+            url,
+            min_size=1,
+            max_size=POOL_SIZE,
+            open=False,
+            reconnect_timeout=5,
+            kwargs=options,
+            configure=mind_pooler,
         )
+        self._begin_creates = Batch(self._insist, "begin_creates")
+        self._checkpoint_jobs = Batch(self._insist, "checkpoint_jobs")
+        self._report_progress = Batch(self._insist, "report_progress")
+        self._complete_jobs = Batch(self._insist, "complete_jobs")
+        self._fail_jobs = Batch(self._insist, "fail_jobs")
 
     async def _call(self, function: str, *args: Any) -> list[Any]:
         """Call private.<function> once; answer its rows as dicts."""
-        marks = ", ".join(["%s"] * len(args))
+        marks = ", ".join(["%b"] * len(args))  # binary: nothing to escape, which takes long
         query = f"select * from private.{function}({marks})".encode()
         try:
             async with self.pool.connection(timeout=10) as connection:
-                return await (await connection.execute(query, args)).fetchall()
+                return await (await connection.execute(query, args, binary=True)).fetchall()
         except psycopg.Error as error:
             if error.sqlstate == "DR001":
                 raise LeaseLost from None
-            if error.sqlstate == "DR002":
-                raise Canceled from None
             raise
 
     async def _insist(self, function: str, *args: Any) -> list[Any]:
@@ -435,8 +507,7 @@ class Database:
 
     async def begin_create(self, job: Job) -> datetime | None:
         """Answer when a create whose outcome nobody learned was begun before, if one was."""
-        rows = await self._insist("begin_create", job.job_id, job.token)
-        began: datetime | None = rows[0]["begin_create"]
+        began: datetime | None = await self._begin_creates(job)
         return began
 
     async def adopt_provider_job(self, job: Job, candidates: list[str]) -> str | None:
@@ -448,20 +519,20 @@ class Database:
         await self._insist("pause_provider", provider, seconds, reason)
 
     async def checkpoint(self, job: Job, provider_job_id: str) -> None:
-        await self._insist("checkpoint", job.job_id, job.token, provider_job_id)
+        await self._checkpoint_jobs(job, provider_job_id)
 
     async def report_progress(self, job: Job, stage: str, progress: int | None) -> None:
-        await self._insist("report_progress", job.job_id, job.token, stage, progress)
+        if await self._report_progress(job, stage, progress) == "canceled":
+            raise Canceled
 
     async def complete_job(
         self, job: Job, images: list[dict[str, Any]], metrics: dict[str, Any]
     ) -> None:
-        await self._insist("complete_job", job.job_id, job.token, Jsonb(images), Jsonb(metrics))
+        await self._complete_jobs(job, Jsonb(images), Jsonb(metrics))
 
     async def fail_job(self, job: Job, error: JobError, metrics: dict[str, Any]) -> str:
         what = (error.code, error.detail, error.retry_after, Jsonb(metrics))
-        rows = await self._insist("fail_job", job.job_id, job.token, *what)
-        return str(rows[0]["fail_job"])
+        return str(await self._fail_jobs(job, *what))
 
     async def release_job(self, job: Job, resumes: bool = True) -> None:
         await self._insist("release_job", job.job_id, job.token, resumes)
@@ -1283,6 +1354,7 @@ class Outbox:
             except psycopg.OperationalError as error:
                 log.warning("outbox.failed error=%s", type(error).__name__)
                 pause, attempt = backoff(attempt), attempt + 1
+            await asyncio.sleep(OUTBOX_SECONDS)
             waits = [asyncio.create_task(event.wait()) for event in (self.due, stopping)]
             await asyncio.wait(
                 [*waits, *self.lanes.values()], timeout=pause, return_when=asyncio.FIRST_COMPLETED
@@ -1403,6 +1475,7 @@ class Worker:
         self.outbox = outbox
         self.running: dict[int, Running] = {}  # by token: a lost job may be claimed again here
         self.wake = asyncio.Event()
+        self.freed = asyncio.Event()  # a slot
         self.news = asyncio.Event()  # for the next heartbeat, which does not wait for its time then
         self.news_due: asyncio.TimerHandle | None = None
         self.stopping = asyncio.Event()
@@ -1426,6 +1499,7 @@ class Worker:
                 background.create_task(self._every(RECOVERY_SECONDS, self.recover)),
                 background.create_task(self._every(ERASE_SECONDS, self.erase)),
                 background.create_task(self.outbox.run(self.stopping)),
+                background.create_task(self._end_pauses()),
             ]
             await self._claim_until_stopped()
             await self._drain()
@@ -1468,15 +1542,16 @@ class Worker:
         attempt = 0
         while not self.stopping.is_set():
             try:
+                self.freed.clear()
                 if len(self.running) >= self.settings.slots or not self._may_claim():
-                    await self._pause(self.settings.poll_seconds, for_slot=True)
+                    await self._pause(self.freed, self.settings.poll_seconds)
                 elif not await self._claim():
                     await self._sleep()
                 attempt = 0
             except psycopg.OperationalError as error:
                 log.warning("claim.failed error=%s", type(error).__name__)
                 self.wake.clear()
-                await self._pause(backoff(attempt))
+                await self._pause(self.wake, backoff(attempt))
                 attempt += 1
 
     def _may_claim(self) -> bool:
@@ -1500,21 +1575,23 @@ class Worker:
         await self.db.sleep(self.worker_id)
         if await self._claim():
             return
-        await self._pause(random.uniform(0.25, 1.0) * SECOND_LOOK_SECONDS)
+        await self._pause(self.wake, random.uniform(0.25, 1.0) * SECOND_LOOK_SECONDS)
         if self.stopping.is_set() or self.wake.is_set():
             return
         if not await self._claim():
-            await self._pause(self.settings.poll_seconds * random.uniform(0.8, 1.0))
+            await self._pause(self.wake, self.settings.poll_seconds * random.uniform(0.8, 1.0))
 
-    async def _pause(self, seconds: float, *, for_slot: bool = False) -> None:
-        """Wait for NOTIFY, stop, or the time; or, for_slot, for a job's end instead of NOTIFY."""
-        waits = [asyncio.create_task(self.stopping.wait())]
-        if not for_slot:
-            waits.append(asyncio.create_task(self.wake.wait()))
-        jobs = [each.task for each in self.running.values()] if for_slot else []
-        await asyncio.wait([*waits, *jobs], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        for wait in waits:
-            wait.cancel()
+    async def _pause(self, event: asyncio.Event, seconds: float) -> None:
+        """Wait for the event, a stop, or the time."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0 if self.stopping.is_set() else seconds):
+                await event.wait()
+
+    async def _end_pauses(self) -> None:
+        """Have nothing wait longer once the worker is to stop."""
+        await self.stopping.wait()
+        self.wake.set()
+        self.freed.set()
 
     async def beat(self) -> None:
         """One heartbeat for all jobs: progress in, lost leases and cancels out."""
@@ -1602,6 +1679,7 @@ class Worker:
             await finish_first(self._fail(running, as_job_error(error)))
         finally:
             del self.running[job.token]
+            self.freed.set()
             self.outbox.due.set()
 
     async def _make(self, running: Running) -> list[dict[str, Any]]:

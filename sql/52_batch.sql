@@ -114,11 +114,12 @@ revoke all on function private.insert_batch(
 -- A batch as the API shows it.
 create or replace function private.batch_json(p_batch public.batches)
 returns json
-language sql
+language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
 as $$
-  select json_build_object(
+begin
+  return (select json_build_object(
     'batch_id', p_batch.id,
     'job_ids', coalesce(json_agg(g.id order by g.id), '[]'),
     'status', case when bool_or(g.finished_at is null) then 'active' else 'finished' end,
@@ -140,7 +141,8 @@ as $$
   )
   from public.generations as g
   left join private.running_jobs as r on r.job_id = g.id
-  where g.batch_id = p_batch.id
+  where g.batch_id = p_batch.id);
+end;
 $$;
 
 revoke all on function private.batch_json(public.batches)

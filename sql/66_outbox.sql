@@ -1,28 +1,31 @@
 -- The outbox's way in: what is told when a job ends, to whom, and in what words.
 --
--- finish_generation (75) calls record_event in the transaction that ends the job. The words are
--- made when they are sent (79), for only then are the images and the refund in place.
+-- What ends jobs (75, 76) calls record_events in the same transaction. The words are made when they
+-- are sent (79), for only then are the images and the refund in place.
 
--- Writes one delivery for each target that wants to know how this generation ended.
+-- Writes one delivery for each target that wants to know how these generations ended.
 --
 -- Should a generation end a second time, the new event takes the old one's place, sent or not.
-create or replace function private.record_event(p_generation public.generations)
+create or replace function private.record_events(p_job_ids uuid[], p_status text)
 returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_event_type text := 'generation.' || p_generation.status;
+  v_event_type text := 'generation.' || p_status;
 begin
   insert into private.deliveries as d (generation_id, event_type, lane, push_token)
-  select p_generation.id, v_event_type, w.id::text, null
-  from private.webhook_endpoints as w
+  select g.id, v_event_type, w.id::text, null
+  from private.webhook_endpoints as w cross join unnest(p_job_ids) as g (id)
   where w.disabled_at is null and v_event_type = any (w.events)
   union all
-  select p_generation.id, v_event_type, 'expo', t.token
-  from private.push_tokens as t
+  select g.id, v_event_type, 'expo', t.token
+  from public.generations as g
+  cross join lateral (
+    select p.token from private.push_tokens as p where p.user_id = g.user_id offset 0
+  ) as t
   where
-    t.user_id = p_generation.user_id
+    g.id = any (p_job_ids)
     and exists (select from private.push_texts as x where x.event_type = v_event_type)
   on conflict (generation_id, lane, push_token) do update set
     id = excluded.id, event_type = excluded.event_type, state = 'pending', attempts = 0,
@@ -31,7 +34,7 @@ begin
 end;
 $$;
 
-revoke all on function private.record_event(public.generations)
+revoke all on function private.record_events(uuid[], text)
 from public, anon, authenticated, service_role;
 
 -- What a webhook endpoint is sent: the job as get_job_status shows it, and whose it is.

@@ -4,7 +4,14 @@
 -- (72) hands out a token; every later call matches (job, token), and where that row is gone the
 -- call changes nothing and raises DR001. An attempt ends in 75.
 --
--- Lock order: running or ready rows in order of id, then generation, then entitlement.
+-- What every job needs is called for many at once, with arrays of the same length, and answers one
+-- row for each job whose lease holds: one without a row has lost it, which is no other's concern. A
+-- token belongs to one claim of one job, so whoever names it holds that lease.
+--
+-- Lock order: running or ready rows in order of id, then generation, then entitlement. A function
+-- that takes several rows in one statement forbids every plan but the walk of their index: that is
+-- in the order of the index, and a table full of dead rows costs it nothing. Plans are made once in
+-- a session, and without jit, which takes such a ban for an expensive plan.
 
 -- Raises DR001 lease_lost.
 create or replace function private.refuse_lost_lease(p_job_id uuid)
@@ -91,6 +98,7 @@ returns table (job_id uuid, verdict text)
 language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
 as $$
 #variable_conflict use_column
 declare
@@ -133,39 +141,47 @@ grant execute on function private.heartbeat(bigint, uuid[], bigint[], smallint[]
 to darkroom_worker;
 
 create or replace function private.report_progress(
-  p_job_id uuid,
-  p_token bigint,
-  p_stage text,
-  p_progress smallint
+  p_job_ids uuid[],
+  p_tokens bigint[],
+  p_stages text[],
+  p_progress smallint[]
 )
-returns void
+returns table (token bigint, verdict text)
 language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
 as $$
+#variable_conflict use_column
 declare
-  v_canceled boolean;
+  v_reported integer;
 begin
-  update private.running_jobs set
-    stage = p_stage,
+  return query
+  update private.running_jobs as r set
+    stage = p_stages[array_position(p_tokens, r.token)],
     progress = case
-      when p_progress is null then progress
-      else least(100, greatest(0, p_progress))
+      when p_progress[array_position(p_tokens, r.token)] is null then r.progress
+      else least(100, greatest(0, p_progress[array_position(p_tokens, r.token)]))
     end
-  where job_id = p_job_id and token = p_token
-  returning cancel_requested into v_canceled;
-  if not found then
-    perform private.refuse_lost_lease(p_job_id);
-  elsif v_canceled then
-    raise sqlstate 'DR002' using message = 'canceled', detail = format('job %s', p_job_id);
+  where r.job_id = any (p_job_ids) and r.token = any (p_tokens) and not r.cancel_requested
+  returning r.token, 'ok';
+  get diagnostics v_reported = row_count;
+  if v_reported < cardinality(p_tokens) then
+    return query
+    select r.token, 'canceled' from private.running_jobs as r
+    where r.job_id = any (p_job_ids) and r.token = any (p_tokens) and r.cancel_requested;
   end if;
 end;
 $$;
 
 comment on function private.report_progress is
-  'Says at once what the next heartbeat would: stage (generating | storing) and percent. Errors: '
-  'DR001 lease_lost, DR002 canceled.';
+  'Says at once what the next heartbeat would: stage (generating | storing) and percent or null. '
+  'Answers each job whose lease holds: ok, or canceled (stop it).';
 
-revoke all on function private.report_progress(uuid, bigint, text, smallint)
+revoke all on function private.report_progress(uuid[], bigint[], text[], smallint[])
 from public, anon, authenticated, service_role;
-grant execute on function private.report_progress(uuid, bigint, text, smallint) to darkroom_worker;
+grant execute on function private.report_progress(uuid[], bigint[], text[], smallint[])
+to darkroom_worker;

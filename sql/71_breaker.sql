@@ -208,30 +208,30 @@ $$;
 revoke all on function private.note_failure(private.running_jobs, text)
 from public, anon, authenticated, service_role;
 
--- A job of the model ended well: failures are forgotten, and what it was the probe of is closed.
+-- Jobs ended well: failures of their models are forgotten, and what one was the probe of is closed.
+-- The caller knows that there is something to forget.
 --
--- Locks: the breakers of the provider and the model, if there is something to forget.
-create or replace function private.note_success(p_job private.running_jobs)
+-- Locks: the breakers of the providers and the models.
+create or replace function private.note_successes(p_jobs private.running_jobs[])
 returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_name text;
+  v_job record;
 begin
-  if not exists (
-    select from private.breakers as b where b.failures > 0 or b.probe_job_id = p_job.job_id
-  ) then
-    return;
-  end if;
-  foreach v_name in array array[
-    (select m.provider from public.models as m where m.id = p_job.model_id), p_job.model_id
-  ] loop
+  for v_job in
+    select j.job_id, names.name
+    from unnest(p_jobs) as j
+    left join public.models as m on m.id = j.model_id
+    cross join lateral (values (1, m.provider), (2, j.model_id)) as names (place, name)
+    order by m.provider, names.place, j.model_id
+  loop
     update private.breakers set failures = 0, failing_since = null, failed_users = '{}'
-    where name = v_name and failures > 0;
+    where name = v_job.name and failures > 0;
     update private.breakers set
       times_opened = 0, paused_until = null, pause_reason = null, probe_job_id = null
-    where name = v_name and probe_job_id = p_job.job_id;
+    where name = v_job.name and probe_job_id = v_job.job_id;
     if found then
       perform private.wake_workers();
     end if;
@@ -239,7 +239,7 @@ begin
 end;
 $$;
 
-revoke all on function private.note_success(private.running_jobs)
+revoke all on function private.note_successes(private.running_jobs[])
 from public, anon, authenticated, service_role;
 
 create or replace function private.pause_provider(

@@ -12,45 +12,73 @@
 -- Delayed jobs whose time has come become claimable.
 create or replace function private.promote_due_jobs(p_at_most integer)
 returns void
-language sql
+language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
+begin
   update private.ready_jobs set run_at = null, queued_at = now()
   where seq = any (array(
     select r.seq from private.ready_jobs as r
     where r.run_at <= now() order by r.run_at limit p_at_most for update skip locked
-  ))
+  ));
+end;
 $$;
 
 revoke all on function private.promote_due_jobs(integer)
 from public, anon, authenticated, service_role;
 
--- The fair_key to begin the next scan at.
+-- The fair_key to begin the next scan at; null: at the virtual clock.
 --
 -- While a long transaction holds back vacuum, the index begins with every job ever claimed since,
--- and a scan from its start walks them all. So the scan starts a little below the virtual clock.
--- What was queued below that is found by a scan from the start, at least once a second in each
--- session.
-create or replace function private.scan_start()
+-- and a scan from its start walks them all. So most scans start at the clock. What came to lie
+-- below it meanwhile is found by one that starts a little below, at the floor: in each session
+-- p_pause seconds after the last. What lies deeper is found by one from the start, once a second.
+-- Where such scans take long they come less often: see schedule_scan.
+create or replace function private.scan_start(p_pause double precision default 0.05)
 returns bigint
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_last_full bigint := coalesce(
-    nullif(current_setting('darkroom.full_scan_ms', true), '')::bigint, 0
-  );
-  v_now bigint := extract(epoch from clock_timestamp()) * 1000;
+  v_full_due text := current_setting('darkroom.full_scan_due', true);
+  v_now double precision := extract(epoch from clock_timestamp());
 begin
-  if v_now - v_last_full < 1000 then
+  if v_full_due is null or v_full_due = '' or v_now >= v_full_due::double precision then
+    return 0;
+  elsif v_now >= current_setting('darkroom.low_scan_at')::double precision
+    + greatest(p_pause, current_setting('darkroom.low_scan_pause')::double precision) then
     return (select f.fair_key from private.queue_floor as f);
   end if;
-  perform set_config('darkroom.full_scan_ms', v_now::text, false);
-  return 0;
+  return null;
 end;
 $$;
 
-revoke all on function private.scan_start() from public, anon, authenticated, service_role;
+revoke all on function private.scan_start(double precision)
+from public, anon, authenticated, service_role;
+
+-- Notes that this session has scanned from below the clock, and when it may again: these scans are
+-- to take a fiftieth of its time at most.
+create or replace function private.schedule_scan(p_from bigint, p_began timestamptz)
+returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now double precision := extract(epoch from clock_timestamp());
+  v_pause double precision := 50 * (v_now - extract(epoch from p_began));
+begin
+  if p_from = 0 then
+    perform set_config(
+      'darkroom.full_scan_due', (v_now + greatest(1.0, v_pause))::text, false
+    );
+  end if;
+  perform set_config('darkroom.low_scan_at', v_now::text, false);
+  perform set_config('darkroom.low_scan_pause', v_pause::text, false);
+end;
+$$;
+
+revoke all on function private.schedule_scan(bigint, timestamptz)
+from public, anon, authenticated, service_role;
 
 -- Locks the next jobs in fair order, but none of a blocked model, and answers their seq.
 --
@@ -66,12 +94,19 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 as $$
-begin
-  return array(
+declare
+  v_began timestamptz := clock_timestamp();
+  v_seqs bigint[] := array(
     select r.seq from private.ready_jobs as r
-    where r.run_at is null and r.fair_key >= p_from and not p_blocked ? r.model_id
+    where r.run_at is null and not p_blocked ? r.model_id
+      and r.fair_key >= coalesce(p_from, (select c.last_value from private.virtual_clock as c))
     order by r.fair_key, r.seq limit p_at_most for update skip locked
   );
+begin
+  if p_from is not null then
+    perform private.schedule_scan(p_from, v_began);
+  end if;
+  return v_seqs;
 end;
 $$;
 
@@ -185,7 +220,7 @@ begin
     ));
     if found then
       -- Their keys may be far below the clock.
-      perform set_config('darkroom.full_scan_ms', '0', false);
+      perform set_config('darkroom.full_scan_due', '0', false);
     else
       perform private.forget_held(v_model_id);
     end if;
@@ -233,8 +268,8 @@ $$;
 revoke all on function private.admit_probes(bigint[])
 from public, anon, authenticated, service_role;
 
--- Locks the next jobs that may run now and answers their seq.
-create or replace function private.pick_jobs(p_at_most integer)
+-- Locks the next jobs that may run now, while breakers block some, and answers their seq.
+create or replace function private.pick_unblocked_jobs(p_at_most integer)
 returns bigint[]
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -244,20 +279,50 @@ declare
   v_blocked jsonb;
   v_seqs bigint[];
 begin
-  if not exists (
-    select from private.breakers where paused_until is not null or has_held
-  ) then
-    return private.lock_next_jobs(p_at_most, private.scan_start());
-  end if;
   perform private.end_pauses();
   v_blocked := private.blocked_models();
   perform private.release_held_jobs(p_at_most, v_blocked);
-  v_from := private.scan_start();
+  v_from := coalesce(
+    private.scan_start(), (select f.fair_key from private.queue_floor as f)
+  );
   v_seqs := private.lock_next_jobs(p_at_most, v_from, v_blocked);
   if v_blocked <> '{}' then
     perform private.hold_passed_jobs(v_blocked, v_from, v_seqs[p_at_most]);
   end if;
   return private.admit_probes(v_seqs);
+end;
+$$;
+
+revoke all on function private.pick_unblocked_jobs(integer)
+from public, anon, authenticated, service_role;
+
+-- Locks the next jobs that may run now and answers their seq. Beside that, each statement here only
+-- looks whether there is something to do that is rare.
+create or replace function private.pick_jobs(p_at_most integer)
+returns bigint[]
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_from bigint;
+  v_seqs bigint[];
+begin
+  if exists (select from private.ready_jobs as r where r.run_at <= now()) then
+    perform private.promote_due_jobs(p_at_most);
+  end if;
+  if exists (select from private.breakers as b where b.paused_until is not null or b.has_held) then
+    return private.pick_unblocked_jobs(p_at_most);
+  end if;
+  v_from := private.scan_start();
+  v_seqs := private.lock_next_jobs(p_at_most, v_from);
+  -- Too few at the clock: look below it, too, unless that is dear.
+  if v_from is null and cardinality(v_seqs) < p_at_most then
+    v_from := private.scan_start(0);
+    if v_from is not null then
+      return private.lock_next_jobs(p_at_most, v_from);
+    end if;
+  end if;
+  return v_seqs;
 end;
 $$;
 
@@ -282,13 +347,15 @@ returns table (
 language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
 as $$
 #variable_conflict use_column
 declare
-  v_seqs bigint[];
+  v_seqs bigint[] := private.pick_jobs(p_slots);
 begin
-  perform private.promote_due_jobs(p_slots);
-  v_seqs := private.pick_jobs(p_slots);
   if v_seqs = '{}' then
     return;
   end if;

@@ -1,63 +1,77 @@
 -- Purchase: what a worker says about its dealings with the provider, so that nothing is bought
 -- twice.
 --
--- Creating a job at the provider costs money and cannot be repeated safely. So begin_create is
--- called before, and checkpoint the moment the provider's id is known. A worker that dies between
--- the two leaves create_started_at behind: the next attempt looks at the provider for what may have
--- been bought and takes it over with adopt_provider_job. A refused account pauses the provider
--- (71).
+-- Creating a job at the provider costs money and cannot be repeated safely. So begin_creates is
+-- called before, and checkpoint_jobs the moment the provider's id is known. A worker that dies
+-- between the two leaves create_started_at behind: the next attempt looks at the provider for what
+-- may have been bought and takes it over with adopt_provider_job. A refused account pauses the
+-- provider (71).
 
-create or replace function private.begin_create(p_job_id uuid, p_token bigint)
-returns timestamptz
+create or replace function private.begin_creates(p_job_ids uuid[], p_tokens bigint[])
+returns table (token bigint, begun_before timestamptz)
 language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
 as $$
-declare
-  v_before timestamptz;
+#variable_conflict use_column
 begin
-  select create_started_at into v_before
-  from private.running_jobs where job_id = p_job_id and token = p_token for update;
-  if not found then
-    perform private.refuse_lost_lease(p_job_id);
-  end if;
-  update private.running_jobs set create_started_at = coalesce(v_before, clock_timestamp())
-  where job_id = p_job_id and token = p_token;
-  return v_before;
+  return query
+  with held as materialized (
+    select r.job_id, r.token, r.create_started_at from private.running_jobs as r
+    where r.job_id = any (p_job_ids) and r.token = any (p_tokens) for update
+  ),
+  begun as (
+    update private.running_jobs as r set create_started_at = clock_timestamp()
+    where r.job_id = any (array(select h.job_id from held as h where h.create_started_at is null))
+  )
+  select h.token, h.create_started_at from held as h;
 end;
 $$;
 
-comment on function private.begin_create is
-  'Says that the provider is about to be asked to create, before it is asked. Answers when an '
-  'earlier attempt was first about to, if its outcome was never learned: then look for what it '
-  'may have bought before creating again. Errors: DR001 lease_lost.';
+comment on function private.begin_creates is
+  'Says that the provider is about to be asked to create these jobs, before it is asked. Answers '
+  'for each whose lease holds when an earlier attempt was first about to, if its outcome was never '
+  'learned: then look for what it may have bought before creating again.';
 
-revoke all on function private.begin_create(uuid, bigint)
+revoke all on function private.begin_creates(uuid[], bigint[])
 from public, anon, authenticated, service_role;
-grant execute on function private.begin_create(uuid, bigint) to darkroom_worker;
+grant execute on function private.begin_creates(uuid[], bigint[]) to darkroom_worker;
 
-create or replace function private.checkpoint(p_job_id uuid, p_token bigint, p_provider_job_id text)
-returns void
+create or replace function private.checkpoint_jobs(
+  p_job_ids uuid[],
+  p_tokens bigint[],
+  p_provider_job_ids text[]
+)
+returns table (token bigint, verdict text)
 language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
 as $$
+#variable_conflict use_column
 begin
-  update private.running_jobs set provider_job_id = p_provider_job_id
-  where job_id = p_job_id and token = p_token;
-  if not found then
-    perform private.refuse_lost_lease(p_job_id);
-  end if;
+  return query
+  update private.running_jobs as r
+  set provider_job_id = p_provider_job_ids[array_position(p_tokens, r.token)]
+  where r.job_id = any (p_job_ids) and r.token = any (p_tokens)
+  returning r.token, 'ok';
 end;
 $$;
 
-comment on function private.checkpoint is
-  'Saves the provider''s id of the job the moment it is known, so that no attempt buys it twice. '
-  'Errors: DR001 lease_lost.';
+comment on function private.checkpoint_jobs is
+  'Saves the provider''s ids of jobs the moment they are known, so that no attempt buys one twice. '
+  'Answers each job whose lease holds: ok.';
 
-revoke all on function private.checkpoint(uuid, bigint, text)
+revoke all on function private.checkpoint_jobs(uuid[], bigint[], text[])
 from public, anon, authenticated, service_role;
-grant execute on function private.checkpoint(uuid, bigint, text) to darkroom_worker;
+grant execute on function private.checkpoint_jobs(uuid[], bigint[], text[]) to darkroom_worker;
 
 -- One at a time: two jobs with the same input must not take the same provider job.
 create or replace function private.adopt_provider_job(
@@ -88,7 +102,8 @@ begin
     and not exists (select from private.ready_jobs as r where r.provider_job_id = c.id)
   order by c.place limit 1;
   if found then
-    perform private.checkpoint(p_job_id, p_token, v_adopted);
+    update private.running_jobs set provider_job_id = v_adopted
+    where job_id = p_job_id and token = p_token;
   end if;
   return v_adopted;
 end;

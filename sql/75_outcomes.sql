@@ -1,13 +1,59 @@
--- How an attempt ends: complete_job, fail_job, release_job, cancel_job, and the pieces that
--- recovery (80) and cancel (77) share.
+-- How an attempt ends that made nothing: fail_jobs, release_job, cancel_job, and the pieces that
+-- completion (76), recovery (80) and cancel (77) share.
 --
--- end_lease takes the running row, and with it the right to settle. What follows is one of four:
--- the generation is completed (and settled on the images stored), finally failed (and refunded),
--- canceled (and refunded by the rule of finish_canceled), or its job goes back to ready_jobs. Each
--- ended claim leaves one row in attempts.
+-- Whoever deletes the running row has the right to settle. What follows is one of four: the
+-- generation is completed (76), finally failed (and refunded), canceled (and refunded by the rule
+-- of finish_canceled), or its job goes back to ready_jobs. Each ended claim leaves one row in
+-- attempts.
 
--- Deletes the running row if the token holds it and answers it. All null if this token already
--- ended the attempt in one of these ways: the call is a repeat whose first answer was lost.
+-- Deletes the running rows that these tokens hold and answers them in order of id.
+create or replace function private.end_leases(p_job_ids uuid[], p_tokens bigint[])
+returns private.running_jobs[]
+language plpgsql
+set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set enable_bitmapscan = off
+as $$
+declare
+  v_jobs private.running_jobs[];
+begin
+  with ended as (
+    delete from private.running_jobs as r
+    where r.job_id = any (p_job_ids) and r.token = any (p_tokens)
+    returning r as job
+  )
+  select array_agg(e.job order by (e.job).job_id) into v_jobs from ended as e;
+  return coalesce(v_jobs, '{}'::private.running_jobs[]);
+end;
+$$;
+
+revoke all on function private.end_leases(uuid[], bigint[])
+from public, anon, authenticated, service_role;
+
+-- Of these tokens, those that already ended an attempt in one of these ways: the call is a repeat
+-- whose first answer was lost.
+create or replace function private.ended_before(
+  p_job_ids uuid[],
+  p_tokens bigint[],
+  p_outcomes text[]
+)
+returns setof bigint
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return query
+  select a.token from private.attempts as a
+  where a.generation_id = any (p_job_ids) and a.token = any (p_tokens)
+    and a.outcome = any (p_outcomes);
+end;
+$$;
+
+revoke all on function private.ended_before(uuid[], bigint[], text[])
+from public, anon, authenticated, service_role;
+
+-- Ends the lease of one job and answers its running row. All null if that is a repeat.
 --
 -- Raises: DR001 lease_lost.
 create or replace function private.end_lease(p_job_id uuid, p_token bigint, p_outcomes text[])
@@ -16,14 +62,10 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_job private.running_jobs;
+  v_job private.running_jobs := (private.end_leases(array[p_job_id], array[p_token]))[1];
 begin
-  delete from private.running_jobs
-  where job_id = p_job_id and token = p_token
-  returning * into v_job;
-  if not found and not exists (
-    select from private.attempts
-    where generation_id = p_job_id and token = p_token and outcome = any (p_outcomes)
+  if v_job.job_id is null and not exists (
+    select from private.ended_before(array[p_job_id], array[p_token], p_outcomes)
   ) then
     perform private.refuse_lost_lease(p_job_id);
   end if;
@@ -34,52 +76,42 @@ $$;
 revoke all on function private.end_lease(uuid, bigint, text[])
 from public, anon, authenticated, service_role;
 
--- What an attempt cost at the provider, in US dollars; null where it is not known. Whether it bills
--- what failed or was stopped is said by is_billed.
-create or replace function private.provider_cost(p_model_id text, p_metrics jsonb)
-returns numeric
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select case
-    when p_metrics @> '{"is_billed": false}' then 0
-    when m.cost_unit = 'image' then m.cost_usd * (p_metrics ->> 'images')::numeric
-    when m.cost_unit = 'second' then m.cost_usd * (p_metrics ->> 'provider_seconds')::numeric
-  end
-  from public.models as m
-  where m.id = p_model_id
-$$;
-
-revoke all on function private.provider_cost(text, jsonb)
-from public, anon, authenticated, service_role;
-
--- Writes the ended claim into the operators' history.
-create or replace function private.record_attempt(
-  p_job private.running_jobs,
+-- Writes ended claims into the operators' history, with what each cost at the provider where that
+-- is known. Whether it bills what failed or was stopped is said by is_billed.
+create or replace function private.record_attempts(
+  p_jobs private.running_jobs[],
   p_outcome text,
+  p_metrics jsonb[],
   p_error_code text default null,
-  p_error_detail text default null,
-  p_metrics jsonb default '{}'
+  p_error_detail text default null
 )
 returns void
-language sql
+language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
+begin
   insert into private.attempts (
     generation_id, token, model_id, attempt, worker_id, started_at, outcome,
     error_code, error_detail, provider_job_id, provider_seconds, provider_images, cost_usd
   )
-  values (
-    p_job.job_id, p_job.token, p_job.model_id, p_job.attempt, p_job.worker_id, p_job.claimed_at,
-    p_outcome, p_error_code, left(p_error_detail, 2000), p_job.provider_job_id,
-    (p_metrics ->> 'provider_seconds')::real, (p_metrics ->> 'images')::numeric::smallint,
-    private.provider_cost(p_job.model_id, p_metrics)
-  )
+  select
+    j.job_id, j.token, j.model_id, j.attempt, j.worker_id, j.claimed_at, p_outcome,
+    p_error_code, left(p_error_detail, 2000), j.provider_job_id,
+    (t.metrics ->> 'provider_seconds')::real, (t.metrics ->> 'images')::numeric::smallint,
+    case
+      when t.metrics @> '{"is_billed": false}' then 0
+      when m.cost_unit = 'image' then m.cost_usd * (t.metrics ->> 'images')::numeric
+      when m.cost_unit = 'second' then m.cost_usd * (t.metrics ->> 'provider_seconds')::numeric
+    end
+  from unnest(p_jobs) with ordinality as j
+  cross join lateral (select p_metrics[j.ordinality] as metrics) as t
+  left join public.models as m on m.id = j.model_id;
+end;
 $$;
 
-revoke all on function private.record_attempt(private.running_jobs, text, text, text, jsonb)
-from public, anon, authenticated, service_role;
+revoke all on function private.record_attempts(
+  private.running_jobs[], text, jsonb[], text, text
+) from public, anon, authenticated, service_role;
 
 -- Puts a job whose lease has ended back into the queue, next in line, at once or after a delay.
 create or replace function private.requeue_job(
@@ -112,27 +144,26 @@ $$;
 revoke all on function private.requeue_job(private.running_jobs, integer, interval, boolean)
 from public, anon, authenticated, service_role;
 
--- Ends a generation: the one place where a job becomes completed, failed or canceled, and where it
--- is written down who will be told.
+-- Ends a generation that is not completed and answers what was charged.
 create or replace function private.finish_generation(
   p_job_id uuid,
   p_status text,
   p_error private.error_codes default null
 )
-returns public.generations
+returns integer
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_generation public.generations;
+  v_price integer;
 begin
   update public.generations set
     status = p_status, error_code = p_error.code, error_message = p_error.message,
     finished_at = now(), updated_at = now()
   where id = p_job_id
-  returning * into strict v_generation;
-  perform private.record_event(v_generation);
-  return v_generation;
+  returning price_credits into strict v_price;
+  perform private.record_events(array[p_job_id], p_status);
+  return v_price;
 end;
 $$;
 
@@ -151,9 +182,9 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_generation public.generations := private.finish_generation(p_job.job_id, 'failed', p_error);
+  v_price integer := private.finish_generation(p_job.job_id, 'failed', p_error);
 begin
-  perform private.refund_generation(p_job.user_id, p_job.job_id, v_generation.price_credits);
+  perform private.refund_generation(p_job.user_id, p_job.job_id, v_price);
   perform private.release_slot(p_job.user_id);
 end;
 $$;
@@ -179,10 +210,10 @@ declare
     when p_was_begun then (select s.running_cancel_refund_percent from private.settings as s)
     else 100
   end;
-  v_generation public.generations := private.finish_generation(p_job_id, 'canceled');
+  v_price integer := private.finish_generation(p_job_id, 'canceled');
 begin
   perform private.refund_generation(
-    p_user_id, p_job_id, ceil(v_generation.price_credits::numeric * v_percent / 100)::integer
+    p_user_id, p_job_id, ceil(v_price::numeric * v_percent / 100)::integer
   );
   perform private.release_slot(p_user_id);
 end;
@@ -199,13 +230,15 @@ create or replace function private.finish_canceled_job(
   p_metrics jsonb default '{}'
 )
 returns void
-language sql
+language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
-  select private.finish_canceled(
+begin
+  perform private.finish_canceled(
     p_job.user_id, p_job.job_id, p_job.create_started_at is not null
   );
-  select private.record_attempt(p_job, 'canceled', p_code, p_detail, p_metrics);
+  perform private.record_attempts(array[p_job], 'canceled', array[p_metrics], p_code, p_detail);
+end;
 $$;
 
 revoke all on function private.finish_canceled_job(private.running_jobs, text, text, jsonb)
@@ -287,10 +320,11 @@ begin
   else
     perform private.finish_failed(p_job, v_error);
   end if;
-  perform private.record_attempt(
-    p_job, v_outcome, v_error.code, concat_ws(': ', nullif(p_code, v_error.code), p_detail),
+  perform private.record_attempts(
+    array[p_job], v_outcome,
     -- What the next attempt resumes is paid once: it will be booked there.
-    case when v_outcome = 'retried' and v_error.resumes then '{}' else p_metrics end
+    array[case when v_outcome = 'retried' and v_error.resumes then '{}' else p_metrics end],
+    v_error.code, concat_ws(': ', nullif(p_code, v_error.code), p_detail)
   );
   return v_outcome;
 end;
@@ -301,62 +335,91 @@ revoke all on function private.end_failed_attempt(
 )
 from public, anon, authenticated, service_role;
 
--- Counts a failure against the model and its provider, if its code is their fault. Comes after all
--- other locks are taken.
-create or replace function private.blame_provider(p_job private.running_jobs, p_code text)
+-- Counts failures against the models and their providers, where the code is their fault. Comes
+-- after all other locks are taken; breakers in order.
+create or replace function private.blame_providers(
+  p_jobs private.running_jobs[],
+  p_codes text[]
+)
 returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_at bigint;
 begin
-  if exists (select from private.error_codes where code = p_code and trips_breaker) then
-    perform private.note_failure(p_job, p_code);
-  end if;
+  for v_at in
+    select j.ordinality
+    from unnest(p_jobs) with ordinality as j
+    inner join private.error_codes as e on e.code = p_codes[j.ordinality] and e.trips_breaker
+    left join public.models as m on m.id = j.model_id
+    order by m.provider, j.model_id, j.ordinality
+  loop
+    perform private.note_failure(p_jobs[v_at], p_codes[v_at]);
+  end loop;
 end;
 $$;
 
-revoke all on function private.blame_provider(private.running_jobs, text)
+revoke all on function private.blame_providers(private.running_jobs[], text[])
 from public, anon, authenticated, service_role;
 
-create or replace function private.fail_job(
-  p_job_id uuid,
-  p_token bigint,
-  p_code text,
-  p_detail text,
-  p_retry_after_seconds double precision default null,
-  p_metrics jsonb default null
+-- Users in order of id, so that two calls lock entitlements in the same order; and all of them
+-- before any breaker.
+create or replace function private.fail_jobs(
+  p_job_ids uuid[],
+  p_tokens bigint[],
+  p_codes text[],
+  p_details text[],
+  p_retry_after_seconds double precision[],
+  p_metrics jsonb[]
 )
-returns text
+returns table (token bigint, verdict text)
 language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
 as $$
+#variable_conflict use_column
 declare
-  v_job private.running_jobs := private.end_lease(p_job_id, p_token, '{retried,failed,canceled}');
-  v_outcome text;
+  v_jobs private.running_jobs[] := private.end_leases(p_job_ids, p_tokens);
+  v_job private.running_jobs;
+  v_at integer;
 begin
-  if v_job.job_id is null then
-    return 'repeated';
+  if cardinality(v_jobs) < cardinality(p_tokens) then
+    return query select e.token, 'repeated'
+    from private.ended_before(p_job_ids, p_tokens, '{retried,failed,canceled}') as e (token);
   end if;
-  v_outcome := private.end_failed_attempt(
-    v_job, p_code, p_detail, p_retry_after_seconds, coalesce(p_metrics, '{}')
-  );
-  perform private.blame_provider(v_job, p_code);
-  return v_outcome;
+  foreach v_job in array array(select j from unnest(v_jobs) as j order by j.user_id, j.job_id) loop
+    v_at := array_position(p_tokens, v_job.token);
+    token := v_job.token;
+    verdict := private.end_failed_attempt(
+      v_job, p_codes[v_at], p_details[v_at], p_retry_after_seconds[v_at],
+      coalesce(p_metrics[v_at], '{}')
+    );
+    return next;
+  end loop;
+  perform private.blame_providers(v_jobs, array(
+    select p_codes[array_position(p_tokens, j.token)]
+    from unnest(v_jobs) with ordinality as j order by j.ordinality
+  ));
 end;
 $$;
 
-comment on function private.fail_job is
-  'Ends an attempt with a code of error_codes: retried while attempts remain, else failed and '
-  'refunded. p_detail is for operators only; p_retry_after_seconds is the provider''s own wish; '
-  'p_metrics as complete_job takes them. '
-  'Answers retried, failed, canceled (the user had asked for it), or repeated (the call was made '
-  'before). Errors: DR001 lease_lost.';
+comment on function private.fail_jobs is
+  'Ends attempts, each with a code of error_codes: retried while attempts remain, else failed and '
+  'refunded. p_details are for operators only; p_retry_after_seconds is the provider''s own wish '
+  'or null; p_metrics as complete_jobs takes them. Answers each job whose lease held: retried, '
+  'failed, canceled (the user had asked for it), or repeated (the call was made before).';
 
-revoke all on function private.fail_job(uuid, bigint, text, text, double precision, jsonb)
-from public, anon, authenticated, service_role;
-grant execute on function private.fail_job(uuid, bigint, text, text, double precision, jsonb)
-to darkroom_worker;
+revoke all on function private.fail_jobs(
+  uuid[], bigint[], text[], text[], double precision[], jsonb[]
+) from public, anon, authenticated, service_role;
+grant execute on function private.fail_jobs(
+  uuid[], bigint[], text[], text[], double precision[], jsonb[]
+) to darkroom_worker;
 
 create or replace function private.release_job(
   p_job_id uuid,
@@ -380,7 +443,7 @@ begin
     return;
   end if;
   perform private.requeue_job(v_job, v_job.attempt - 1, interval '0', p_resumes);
-  perform private.record_attempt(v_job, 'released');
+  perform private.record_attempts(array[v_job], 'released', array['{}'::jsonb]);
 end;
 $$;
 
@@ -416,68 +479,9 @@ end;
 $$;
 
 comment on function private.cancel_job is
-  'Ends a job whose cancel the heartbeat told of; p_metrics as complete_job takes them. Repeating '
+  'Ends a job whose cancel the heartbeat told of; p_metrics as complete_jobs takes them. Repeating '
   'it changes nothing. Errors: DR001 lease_lost, 22023 nobody asked for it.';
 
 revoke all on function private.cancel_job(uuid, bigint, jsonb)
 from public, anon, authenticated, service_role;
 grant execute on function private.cancel_job(uuid, bigint, jsonb) to darkroom_worker;
-
--- Stores what was made and settles on it: images that were charged but not made are given back.
---
--- Locks: the entitlement row.
--- Raises: DR001 lease_lost, 22023 if there is no image or more than were charged.
-create or replace function private.complete_job(
-  p_job_id uuid,
-  p_token bigint,
-  p_images jsonb,
-  p_metrics jsonb
-)
-returns void
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_stored integer := coalesce(jsonb_array_length(p_images), 0);
-  v_job private.running_jobs := private.end_lease(p_job_id, p_token, '{completed}');
-  v_generation public.generations;
-begin
-  if v_job.job_id is null then
-    return;
-  end if;
-  v_generation := private.finish_generation(p_job_id, 'completed');
-  if v_stored not between 1 and v_generation.image_count then
-    raise exception '% images stored, % charged', v_stored, v_generation.image_count
-      using errcode = 'invalid_parameter_value';
-  end if;
-  insert into public.images (
-    generation_id, position, user_id, storage_path, preview_path, content_type,
-    width, height, bytes, blurhash
-  )
-  select
-    p_job_id, i.position, v_job.user_id, i.storage_path, i.preview_path, i.content_type,
-    i.width, i.height, i.bytes, i.blurhash
-  from jsonb_populate_recordset(null::public.images, p_images) as i;
-  if v_stored < v_generation.image_count then
-    perform private.refund_generation(
-      v_job.user_id, p_job_id,
-      -- Without a rest: the price is a whole number for each image.
-      v_generation.price_credits * (v_generation.image_count - v_stored) / v_generation.image_count
-    );
-  end if;
-  perform private.release_slot(v_job.user_id);
-  perform private.record_attempt(v_job, 'completed', p_metrics => coalesce(p_metrics, '{}'));
-  perform private.note_success(v_job);
-end;
-$$;
-
-comment on function private.complete_job is
-  'Ends a job well. p_images: [{position, storage_path, preview_path, content_type, width, '
-  'height, bytes, blurhash}]; p_metrics: {provider_seconds, images (as many as the provider '
-  'made), is_billed (false: the provider asks nothing for it)}. Repeating it changes nothing. '
-  'Errors: DR001 lease_lost, 22023 bad images.';
-
-revoke all on function private.complete_job(uuid, bigint, jsonb, jsonb)
-from public, anon, authenticated, service_role;
-grant execute on function private.complete_job(uuid, bigint, jsonb, jsonb) to darkroom_worker;

@@ -56,12 +56,9 @@ begin
     v_count := v_count + 1;
   end loop;
   perform private.refresh_model_stats();
-  for v_job in
-    select s.* from unnest(v_stuck) as s left join public.models as m on m.id = s.model_id
-    order by m.provider, s.model_id
-  loop
-    perform private.blame_provider(v_job, 'timeout');
-  end loop;
+  perform private.blame_providers(
+    v_stuck, array_fill('timeout'::text, array[cardinality(v_stuck)])
+  );
   perform private.refresh_queue_state();
   return v_count;
 end;

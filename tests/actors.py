@@ -24,6 +24,15 @@ from psycopg.types.json import Jsonb
 
 PREVIEW = "darkroom/preview"
 
+# What the functions for many jobs take beside their ids and tokens.
+COLUMNS = {
+    "begin_creates": [],
+    "checkpoint_jobs": ["text[]"],
+    "report_progress": ["text[]", "smallint[]"],
+    "complete_jobs": ["jsonb[]", "jsonb[]"],
+    "fail_jobs": ["text[]", "text[]", "real[]", "jsonb[]"],
+}
+
 T = TypeVar("T")
 
 
@@ -43,7 +52,7 @@ class Refusal:
         diagnosis = error.diag
         if diagnosis.sqlstate != "PGRST":
             return cls(
-                diagnosis.sqlstate or type(error).__name__,
+                error.sqlstate or type(error).__name__,
                 diagnosis.message_primary or str(error),
                 diagnosis.message_detail,
                 diagnosis.message_hint,
@@ -53,6 +62,18 @@ class Refusal:
         assert body["code"] == f"PT{answer['status']}"
         retry_after = int(answer["headers"]["Retry-After"])
         return cls(body["code"], body["message"], body["details"], body["hint"], retry_after)
+
+
+class LeaseLost(psycopg.Error):
+    """What a worker makes of it when a call for many jobs answers nothing about one."""
+
+    sqlstate = "DR001"
+
+
+class Canceled(psycopg.Error):
+    """What it makes of being told so."""
+
+    sqlstate = "DR002"
 
 
 class Expected:
@@ -473,11 +494,10 @@ class Worker:
         self._rows("select private.unregister_worker(%s)", self.id)
 
     def begin_create(self, job: Job) -> datetime | None:
-        query = "select private.begin_create(%s, %s) as before"
-        return cast("datetime | None", self._rows(query, job.job_id, job.token)[0]["before"])
+        return cast("datetime | None", self._of_one("begin_creates", job))
 
     def checkpoint(self, job: Job, provider_job_id: str) -> None:
-        self._rows("select private.checkpoint(%s, %s, %s)", job.job_id, job.token, provider_job_id)
+        self._of_one("checkpoint_jobs", job, provider_job_id)
 
     def adopt_provider_job(self, job: Job, *candidates: str) -> str | None:
         query = "select private.adopt_provider_job(%s, %s, %s::text[]) as id"
@@ -488,13 +508,8 @@ class Worker:
         self._rows("select private.pause_provider(%s, %s, %s)", provider, seconds, reason)
 
     def report_progress(self, job: Job, stage: str, progress: int | None = None) -> None:
-        self._rows(
-            "select private.report_progress(%s, %s, %s, %s::smallint)",
-            job.job_id,
-            job.token,
-            stage,
-            progress,
-        )
+        if self._of_one("report_progress", job, stage, progress) == "canceled":
+            raise Canceled("canceled")
 
     def complete_job(
         self,
@@ -503,15 +518,21 @@ class Worker:
         metrics: dict[str, float] | None = None,
     ) -> None:
         """Complete with this many images, or with these."""
+        self._of_one("complete_jobs", job, *self.done(job, images, metrics))
+
+    def complete_jobs(self, *done: tuple[Job, int]) -> dict[str, str]:
+        """Complete many at once, each with this many images; return the verdict on each."""
+        calls = [(job, *self.done(job, images, None)) for job, images in done]
+        return {str(job.job_id): verdict for job, verdict in self.of_many("complete_jobs", calls)}
+
+    @staticmethod
+    def done(
+        job: Job, images: int | list[dict[str, Any]], metrics: dict[str, float] | None
+    ) -> tuple[Jsonb, Jsonb | None]:
+        """What complete_jobs takes of one job."""
         if isinstance(images, int):
             images = [job.image(position) for position in range(images)]
-        self._rows(
-            "select private.complete_job(%s, %s, %s, %s)",
-            job.job_id,
-            job.token,
-            Jsonb(images),
-            metrics and Jsonb(metrics),
-        )
+        return Jsonb(images), metrics and Jsonb(metrics)
 
     def fail_job(
         self,
@@ -521,9 +542,8 @@ class Worker:
         retry_after: float | None = None,
         metrics: dict[str, Any] | None = None,
     ) -> str:
-        query = "select private.fail_job(%s, %s, %s, %s, %s::real, %s) as answer"
         said = (code, detail, retry_after, None if metrics is None else Jsonb(metrics))
-        return str(self._rows(query, job.job_id, job.token, *said)[0]["answer"])
+        return str(self._of_one("fail_jobs", job, *said))
 
     def cancel_job(self, job: Job, metrics: dict[str, Any] | None = None) -> None:
         said = None if metrics is None else Jsonb(metrics)
@@ -571,6 +591,22 @@ class Worker:
         arguments = [delivery.delivery_id, delivery.token, outcome, status, error, retry_after]
         return str(self._rows(query, *arguments)[0]["state"])
 
+    def of_many(self, function: str, calls: Sequence[tuple[Any, ...]]) -> list[tuple[Job, Any]]:
+        """Call a function for many jobs; return each whose lease holds and what is said of it."""
+        jobs, *columns = (list(column) for column in zip(*calls, strict=True))
+        types = ["uuid[]", "bigint[]", *COLUMNS[function]]
+        marks = ", ".join(f"%s::{each}" for each in types)
+        query = f"select * from private.{function}({marks})"
+        arrays = [[job.job_id for job in jobs], [job.token for job in jobs], *columns]
+        said = {row[0]: row[1] for row in self.connection.execute(query, arrays).fetchall()}
+        return [(job, said[job.token]) for job in jobs if job.token in said]
+
+    def _of_one(self, function: str, job: Job, *arguments: Any) -> Any:
+        """Call it for one job; raise LeaseLost if it says nothing of it."""
+        for _, answer in self.of_many(function, [(job, *arguments)]):
+            return answer
+        raise LeaseLost("lease_lost")
+
     def listening(self) -> Worker:
         """Listen on the own channel."""
         self.connection.execute(sql.SQL("listen {}").format(sql.Identifier(self.channel)))
@@ -588,7 +624,7 @@ class Worker:
 
     def let_the_next_claim_scan_all(self) -> None:
         """Make the last scan from the queue's start a second old."""
-        self.connection.execute("set darkroom.full_scan_ms = '0'")
+        self.connection.execute("set darkroom.full_scan_due = '0'")
 
     def _rows(self, query: str, *arguments: Any) -> list[dict[str, Any]]:
         cursor = self.connection.cursor(row_factory=dict_row)

@@ -54,7 +54,12 @@ def literal(type: str, value: Any) -> str | None:
     if value is None or (isinstance(value, str) and type != "jsonb"):
         return value
     if type.endswith("[]") and isinstance(value, list):
-        texts = ["null" if each is None else json.dumps(str(each)) for each in value]
+        texts = [
+            "null"
+            if each is None
+            else json.dumps(each if isinstance(each, str) else json.dumps(each))
+            for each in value
+        ]
         return "{" + ",".join(texts) + "}"
     return json.dumps(value)
 
@@ -160,29 +165,30 @@ class Victim:
             "at_most": 10,
             "buckets": ["generations"],
             "candidates": ["prediction"],
-            "code": "internal",
+            "codes": ["internal"],
             "delivery_id": str(uuid.UUID(int=7)),
-            "detail": "detail",
+            "details": ["detail"],
             "error": None,
             "host": "host",
-            "images": [image],
+            "images": [[image]],
             "is_listening": True,
             "job_id": self.running,
             "job_ids": [self.running],
             "lane": "expo",
-            "metrics": {"provider_seconds": 1},
+            "metrics": [{"provider_seconds": 1}],
+            "cancel_job.metrics": {"provider_seconds": 1},
             "outcome": "delivered",
             "paths": [path],
             "progress": [50],
             "provider": "replicate",
-            "provider_job_id": "prediction",
+            "provider_job_ids": ["prediction"],
             "reason": "402",
-            "report_progress.progress": 50,
             "resumes": True,
-            "retry_after_seconds": 1,
+            "retry_after_seconds": [1],
+            "finish_delivery.retry_after_seconds": 1,
             "seconds": 1,
             "slots": 1,
-            "stage": "storing",
+            "stages": ["storing"],
             "status": 200,
             "token": self.token,
             "tokens": [self.token],

@@ -51,7 +51,7 @@ insert into public.models (
  '{image}', '{"properties": {"prompt": {"type": "string"}, "image": {"type": "string"},
  "seed": {"type": "integer"}}}', 0.001, 'second')
 """
-CRITICAL = {"begin_create", "POST /v1/predictions", "checkpoint", "adopt_provider_job"}
+CRITICAL = {"begin_creates", "POST /v1/predictions", "checkpoint_jobs", "adopt_provider_job"}
 LARGE = 200_000
 CLIENT_TLS = ssl.create_default_context()  # costs more than a whole run
 # What a create may meet; the second group is about the prediction it buys.

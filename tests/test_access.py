@@ -114,7 +114,7 @@ def test_private_tables_are_empty_to_users_where_a_gateway_grants_everything(
     [
         "select private.claim_jobs(1, 1)",
         "select private.recover_stale_jobs()",
-        "select private.complete_job(gen_random_uuid(), 1, '[]', '{}')",
+        "select private.complete_jobs('{}', '{}', '{}', '{}')",
         "select private.refund_generation(gen_random_uuid(), gen_random_uuid(), 1)",
         "select private.create_entitlement(gen_random_uuid())",
         "select public.grant_credits(gen_random_uuid(), 1, 'grant', 'x')",

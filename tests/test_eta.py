@@ -152,8 +152,9 @@ class Simulation:
         self.free += 1
         self._do(
             passed,
-            "select private.complete_job(g.id, %s, jsonb_build_array(%s || jsonb_build_object("
-            " 'storage_path', concat(g.user_id, '/', g.id, '/0.png'))), null)"
+            "select private.complete_jobs(array[g.id], array[%s::bigint], array[jsonb_build_array("
+            " %s || jsonb_build_object('storage_path', concat(g.user_id, '/', g.id, '/0.png')))],"
+            " null)"
             " from public.generations as g where g.id = %s::uuid",
             token,
             Jsonb(image),

@@ -138,7 +138,7 @@ def test_a_job_that_ends_a_second_time_is_told_anew_in_place_of_the_first(db, wo
     job_id = ended("moderated")
     (first,) = worker.claim_deliveries(hook)
 
-    db.execute("select private.record_event(g) from public.generations as g where id = %s", job_id)
+    db.execute("select private.record_events(array[%s]::uuid[], 'completed')", job_id)
 
     assert worker.finish_delivery(first) == "lost"
     (second,) = worker.claim_deliveries(hook)

@@ -81,10 +81,8 @@ def test_no_images_or_too_many_do_not_complete_a_job(db, worker, job, images):
 
 
 def test_images_that_are_not_said_do_not_complete_a_job(db, worker, job):
-    query = "select private.complete_job(%s, %s, null, null)"
-
     with unchanged(db), pytest.raises(psycopg.errors.InvalidParameterValue):
-        worker.connection.execute(query, [job.job_id, job.token])
+        worker.of_many("complete_jobs", [(job, None, None)])
 
 
 @pytest.mark.parametrize(
@@ -342,4 +340,108 @@ def test_of_two_ways_to_end_a_job_at_the_same_moment_one_happens(db, alice):
         )
 
     assert db.value("select count(*) from private.attempts") == 10
+    assert_books_balance(db)
+
+
+# --- many at once ---
+
+
+@pytest.fixture
+def jobs(db, alice, bob, worker):
+    """Six running jobs, of alice and bob in turn, two images each."""
+    db.lift_limits()
+    for user in (alice, bob):
+        user.has(credits=10)
+    for n in range(6):
+        (alice, bob)[n % 2].enqueue(params={"num_outputs": 2})
+    return worker.claim_jobs(6)
+
+
+def test_many_jobs_end_well_in_one_call(db, alice, bob, worker, jobs):
+    verdicts = worker.complete_jobs(*[(job, 2) for job in reversed(jobs)])
+
+    assert verdicts == {job.id: "completed" for job in jobs}
+    assert [user.get_entitlement()["active_jobs"] for user in (alice, bob)] == [0, 0]
+    paths = db.execute("select storage_path as path from public.images")
+    assert {row["path"] for row in paths} == {
+        job.image(position)["storage_path"] for job in jobs for position in (0, 1)
+    }
+    assert_books_balance(db)
+
+
+def test_a_user_is_updated_once_however_many_of_the_jobs_are_hers(db, worker, jobs):
+    query = "select sum(n) from (select n_tup_upd as n from pg_stat_xact_user_tables"
+    query += " where relname = 'entitlements') as t"
+
+    with worker.connection.transaction():
+        worker.complete_jobs(*[(job, 2) for job in jobs])
+        assert worker.connection.execute(query).fetchone() == (2,)
+
+
+def test_of_many_jobs_each_is_settled_on_its_own_images(db, alice, bob, worker, jobs):
+    worker.complete_jobs(*[(job, 1 + n % 3 // 2) for n, job in enumerate(jobs)])
+
+    assert (alice.credits(), bob.credits()) == (4 + 2, 4 + 2)
+    assert_books_balance(db)
+
+
+def test_a_lost_lease_among_many_is_no_others_concern(db, worker, jobs):
+    stale = replace(jobs[2], token=jobs[2].token - 1_000)
+
+    verdicts = worker.complete_jobs((jobs[0], 2), (stale, 2), (jobs[1], 2))
+
+    assert verdicts == {jobs[0].id: "completed", jobs[1].id: "completed"}
+    assert db.value("select count(*) from private.running_jobs") == 4
+    assert_books_balance(db)
+
+
+def test_what_was_completed_before_is_repeated_among_others(db, worker, jobs):
+    worker.complete_jobs(*[(job, 2) for job in jobs[:2]])
+
+    verdicts = worker.complete_jobs(*[(job, 2) for job in jobs[:3]])
+
+    expected = dict.fromkeys([job.id for job in jobs[:2]], "repeated")
+    assert verdicts == expected | {jobs[2].id: "completed"}
+    assert_books_balance(db)
+
+
+def test_bad_images_of_one_change_nothing_for_all(db, worker, jobs):
+    with unchanged(db), pytest.raises(psycopg.errors.InvalidParameterValue):
+        worker.complete_jobs((jobs[0], 2), (jobs[1], 3))
+
+
+def test_many_jobs_fail_in_one_call_each_by_its_code(db, alice, bob, worker, jobs):
+    codes = ["moderated", "provider_error", "timeout"]
+    calls = [(job, codes[n % 3], None, None, None) for n, job in enumerate(jobs)]
+
+    said = worker.of_many("fail_jobs", calls)
+
+    assert [verdict for _, verdict in said] == ["failed", "retried", "failed"] * 2
+    assert (alice.credits(), bob.credits()) == (8, 8)
+    assert {verdict for _, verdict in worker.of_many("fail_jobs", calls)} == {"repeated"}
+    assert_books_balance(db)
+
+
+def test_calls_for_many_of_the_same_users_at_the_same_moment_do_not_wait_for_one_another_for_ever(
+    db, alice, bob
+):
+    db.lift_limits()
+    workers = [Worker(db) for _ in range(4)]
+    for user in (alice, bob):
+        user.has(credits=200)
+        for _ in range(40):
+            user.enqueue(params={"num_outputs": 2})
+    claimed = [worker.claim_jobs(20) for worker in workers]
+
+    together(
+        [
+            lambda w=worker, jobs=jobs: [
+                w.complete_jobs(*[(job, 1) for job in jobs[:10]]),
+                w.of_many("fail_jobs", [(job, "moderated", None, None, None) for job in jobs[10:]]),
+            ]
+            for worker, jobs in zip(workers, claimed, strict=True)
+        ]
+    )
+
+    assert db.value("select count(*) from private.running_jobs") == 0
     assert_books_balance(db)

@@ -126,3 +126,33 @@ def test_the_measure_sees_what_reads_all(scene):
         scene.user.query("select count(*) from public.generations where prompt = 'none'")
 
     assert max(rows_met(node) for plan in plans for node in nodes(plan)) >= HISTORY / USERS
+
+
+HOT = {"ready_jobs", "running_jobs", "generations", "entitlements"}
+
+
+def test_what_every_job_needs_walks_indexes_though_the_tables_were_empty_when_it_was_planned(
+    db, alice, worker
+):
+    db.lift_limits()
+    alice.has(credits=100)
+    db.execute("vacuum analyze")  # a table known to be empty is scanned
+    with explained(worker.connection) as plans:
+        for _ in range(3):
+            for _ in range(4):
+                alice.enqueue(params={"num_outputs": 2})
+            jobs = worker.claim_jobs(4)
+            worker.of_many("begin_creates", [(job,) for job in jobs])
+            worker.of_many("checkpoint_jobs", [(job, job.id) for job in jobs])
+            worker.of_many("report_progress", [(job, "storing", None) for job in jobs])
+            worker.of_many("fail_jobs", [(jobs[0], "moderated", None, None, None)])
+            worker.complete_jobs(*[(job, 2) for job in jobs[1:]])
+
+    scans = [
+        (node["Relation Name"], node["Node Type"])
+        for plan in plans
+        for node in nodes(plan)
+        if node.get("Relation Name") in HOT and node["Node Type"].endswith("Scan")
+    ]
+    assert {table for table, _ in scans} == HOT
+    assert {scan for scan in scans if not scan[1].startswith("Index")} == set()

@@ -865,3 +865,122 @@ def test_previews_keep_a_bounded_number_of_sources():
         return provider
 
     assert len(asyncio.run(upload_many()).sources) == worker.MAX_PREVIEW_SOURCES
+
+
+# --- calls for many jobs ---
+
+
+class Trips:
+    """Stands for a function that takes many jobs: notes who came together, and takes a while."""
+
+    def __init__(self, *lost: int) -> None:
+        self.lost = set(lost)
+        self.made: list[list[int]] = []
+        self.gate = asyncio.Event()
+
+    async def __call__(self, function: str, ids: list[Any], tokens: list[int], *said: Any) -> Any:
+        assert function == "complete_jobs" and len(ids) == len(tokens)
+        self.made.append(tokens)
+        await self.gate.wait()
+        if "bad" in said[0]:
+            raise psycopg.errors.InvalidParameterValue("bad")
+        return [
+            {"token": token, "verdict": token * 10} for token in tokens if token not in self.lost
+        ]
+
+
+def batch(trips: Trips, *said: str) -> tuple[worker.Batch, list[asyncio.Task[Any]]]:
+    """Call for jobs 0, 1, 2 …, each saying this."""
+    call = worker.Batch(trips, "complete_jobs")
+    return call, [asyncio.create_task(call(a_job(token=n), each)) for n, each in enumerate(said)]
+
+
+async def outcomes(trips: Trips, calls: list[asyncio.Task[Any]]) -> list[Any]:
+    trips.gate.set()
+    return await asyncio.gather(*calls, return_exceptions=True)
+
+
+def test_calls_made_while_one_is_under_way_go_together_in_the_next():
+    async def act() -> None:
+        trips = Trips(2)
+        call, calls = batch(trips, "a")
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        calls += [asyncio.create_task(call(a_job(token=n), "a")) for n in (1, 2, 3)]
+        await asyncio.sleep(0)
+
+        said = await outcomes(trips, calls)
+
+        assert trips.made == [[0], [1, 2, 3]]
+        assert [said[0], said[1], said[3]] == [0, 10, 30]
+        assert isinstance(said[2], worker.LeaseLost)
+        assert await call(a_job(token=4), "a") == 40
+
+    asyncio.run(act())
+
+
+def test_no_call_takes_more_jobs_than_fit():
+    async def act() -> None:
+        trips = Trips()
+        _, calls = batch(trips, *["a"] * 250)
+
+        await outcomes(trips, calls)
+
+        assert [len(trip) for trip in trips.made] == [100, 100, 50]
+
+    asyncio.run(act())
+
+
+def test_what_is_wrong_with_one_call_is_told_to_it_alone():
+    async def act() -> None:
+        trips = Trips()
+        _, calls = batch(trips, "a", "bad", "a")
+
+        said = await outcomes(trips, calls)
+
+        assert isinstance(said.pop(1), psycopg.errors.InvalidParameterValue)
+        assert said == [0, 20]
+
+    asyncio.run(act())
+
+
+def test_who_is_cancelled_does_not_go_and_stops_no_other():
+    async def act() -> None:
+        trips = Trips()
+        call, calls = batch(trips, "a", "a")
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        calls += [asyncio.create_task(call(a_job(token=n), "a")) for n in (2, 3)]
+        await asyncio.sleep(0)
+        calls[0].cancel()
+        calls[2].cancel()
+
+        said = await outcomes(trips, calls)
+
+        assert trips.made == [[0, 1], [3]]
+        assert [said[1], said[3]] == [10, 30]
+        assert all(isinstance(said[n], asyncio.CancelledError) for n in (0, 2))
+
+    asyncio.run(act())
+
+
+@pytest.mark.parametrize(("told", "threshold"), [(7, 5), (8, None)])
+def test_behind_a_pooler_no_statement_is_prepared(told, threshold):
+    """A pooler answers a new connection with a process number of its own."""
+    cursor = mock.AsyncMock(**{"fetchone.return_value": {"pid": 7}})
+    connection = mock.AsyncMock(prepare_threshold=5, **{"execute.return_value": cursor})
+    connection.info.backend_pid = told
+
+    asyncio.run(worker.mind_pooler(connection))
+
+    assert connection.prepare_threshold == threshold
+
+
+def test_after_a_beat_the_worker_looks_for_work():
+    """An enqueue that met its row locked by the beat has woken nobody."""
+    db = mock.Mock(heartbeat=mock.AsyncMock(return_value=[]))
+    one = worker.Worker(mock.Mock(), db, {}, mock.Mock(), mock.Mock())
+
+    asyncio.run(one.beat())
+
+    assert one.wake.is_set()

@@ -4328,11 +4328,12 @@ revoke all on function private.insert_batch(
 -- A batch as the API shows it.
 create or replace function private.batch_json(p_batch public.batches)
 returns json
-language sql
+language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
 as $$
-  select json_build_object(
+begin
+  return (select json_build_object(
     'batch_id', p_batch.id,
     'job_ids', coalesce(json_agg(g.id order by g.id), '[]'),
     'status', case when bool_or(g.finished_at is null) then 'active' else 'finished' end,
@@ -4354,7 +4355,8 @@ as $$
   )
   from public.generations as g
   left join private.running_jobs as r on r.job_id = g.id
-  where g.batch_id = p_batch.id
+  where g.batch_id = p_batch.id);
+end;
 $$;
 
 revoke all on function private.batch_json(public.batches)
@@ -5805,29 +5807,32 @@ end;
 $$;
 -- The outbox's way in: what is told when a job ends, to whom, and in what words.
 --
--- finish_generation (75) calls record_event in the transaction that ends the job. The words are
--- made when they are sent (79), for only then are the images and the refund in place.
+-- What ends jobs (75, 76) calls record_events in the same transaction. The words are made when they
+-- are sent (79), for only then are the images and the refund in place.
 
--- Writes one delivery for each target that wants to know how this generation ended.
+-- Writes one delivery for each target that wants to know how these generations ended.
 --
 -- Should a generation end a second time, the new event takes the old one's place, sent or not.
-create or replace function private.record_event(p_generation public.generations)
+create or replace function private.record_events(p_job_ids uuid[], p_status text)
 returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_event_type text := 'generation.' || p_generation.status;
+  v_event_type text := 'generation.' || p_status;
 begin
   insert into private.deliveries as d (generation_id, event_type, lane, push_token)
-  select p_generation.id, v_event_type, w.id::text, null
-  from private.webhook_endpoints as w
+  select g.id, v_event_type, w.id::text, null
+  from private.webhook_endpoints as w cross join unnest(p_job_ids) as g (id)
   where w.disabled_at is null and v_event_type = any (w.events)
   union all
-  select p_generation.id, v_event_type, 'expo', t.token
-  from private.push_tokens as t
+  select g.id, v_event_type, 'expo', t.token
+  from public.generations as g
+  cross join lateral (
+    select p.token from private.push_tokens as p where p.user_id = g.user_id offset 0
+  ) as t
   where
-    t.user_id = p_generation.user_id
+    g.id = any (p_job_ids)
     and exists (select from private.push_texts as x where x.event_type = v_event_type)
   on conflict (generation_id, lane, push_token) do update set
     id = excluded.id, event_type = excluded.event_type, state = 'pending', attempts = 0,
@@ -5836,7 +5841,7 @@ begin
 end;
 $$;
 
-revoke all on function private.record_event(public.generations)
+revoke all on function private.record_events(uuid[], text)
 from public, anon, authenticated, service_role;
 
 -- What a webhook endpoint is sent: the job as get_job_status shows it, and whose it is.
@@ -6160,7 +6165,14 @@ grant execute on function public.list_prompt_templates() to authenticated;
 -- (72) hands out a token; every later call matches (job, token), and where that row is gone the
 -- call changes nothing and raises DR001. An attempt ends in 75.
 --
--- Lock order: running or ready rows in order of id, then generation, then entitlement.
+-- What every job needs is called for many at once, with arrays of the same length, and answers one
+-- row for each job whose lease holds: one without a row has lost it, which is no other's concern. A
+-- token belongs to one claim of one job, so whoever names it holds that lease.
+--
+-- Lock order: running or ready rows in order of id, then generation, then entitlement. A function
+-- that takes several rows in one statement forbids every plan but the walk of their index: that is
+-- in the order of the index, and a table full of dead rows costs it nothing. Plans are made once in
+-- a session, and without jit, which takes such a ban for an expensive plan.
 
 -- Raises DR001 lease_lost.
 create or replace function private.refuse_lost_lease(p_job_id uuid)
@@ -6247,6 +6259,7 @@ returns table (job_id uuid, verdict text)
 language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
 as $$
 #variable_conflict use_column
 declare
@@ -6289,42 +6302,50 @@ grant execute on function private.heartbeat(bigint, uuid[], bigint[], smallint[]
 to darkroom_worker;
 
 create or replace function private.report_progress(
-  p_job_id uuid,
-  p_token bigint,
-  p_stage text,
-  p_progress smallint
+  p_job_ids uuid[],
+  p_tokens bigint[],
+  p_stages text[],
+  p_progress smallint[]
 )
-returns void
+returns table (token bigint, verdict text)
 language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
 as $$
+#variable_conflict use_column
 declare
-  v_canceled boolean;
+  v_reported integer;
 begin
-  update private.running_jobs set
-    stage = p_stage,
+  return query
+  update private.running_jobs as r set
+    stage = p_stages[array_position(p_tokens, r.token)],
     progress = case
-      when p_progress is null then progress
-      else least(100, greatest(0, p_progress))
+      when p_progress[array_position(p_tokens, r.token)] is null then r.progress
+      else least(100, greatest(0, p_progress[array_position(p_tokens, r.token)]))
     end
-  where job_id = p_job_id and token = p_token
-  returning cancel_requested into v_canceled;
-  if not found then
-    perform private.refuse_lost_lease(p_job_id);
-  elsif v_canceled then
-    raise sqlstate 'DR002' using message = 'canceled', detail = format('job %s', p_job_id);
+  where r.job_id = any (p_job_ids) and r.token = any (p_tokens) and not r.cancel_requested
+  returning r.token, 'ok';
+  get diagnostics v_reported = row_count;
+  if v_reported < cardinality(p_tokens) then
+    return query
+    select r.token, 'canceled' from private.running_jobs as r
+    where r.job_id = any (p_job_ids) and r.token = any (p_tokens) and r.cancel_requested;
   end if;
 end;
 $$;
 
 comment on function private.report_progress is
-  'Says at once what the next heartbeat would: stage (generating | storing) and percent. Errors: '
-  'DR001 lease_lost, DR002 canceled.';
+  'Says at once what the next heartbeat would: stage (generating | storing) and percent or null. '
+  'Answers each job whose lease holds: ok, or canceled (stop it).';
 
-revoke all on function private.report_progress(uuid, bigint, text, smallint)
+revoke all on function private.report_progress(uuid[], bigint[], text[], smallint[])
 from public, anon, authenticated, service_role;
-grant execute on function private.report_progress(uuid, bigint, text, smallint) to darkroom_worker;
+grant execute on function private.report_progress(uuid[], bigint[], text[], smallint[])
+to darkroom_worker;
 -- Breakers: a model or a provider that keeps failing is left alone for a while.
 --
 -- A breaker is a row named like a model or a provider; where there is none, all is well. Closed:
@@ -6535,30 +6556,30 @@ $$;
 revoke all on function private.note_failure(private.running_jobs, text)
 from public, anon, authenticated, service_role;
 
--- A job of the model ended well: failures are forgotten, and what it was the probe of is closed.
+-- Jobs ended well: failures of their models are forgotten, and what one was the probe of is closed.
+-- The caller knows that there is something to forget.
 --
--- Locks: the breakers of the provider and the model, if there is something to forget.
-create or replace function private.note_success(p_job private.running_jobs)
+-- Locks: the breakers of the providers and the models.
+create or replace function private.note_successes(p_jobs private.running_jobs[])
 returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_name text;
+  v_job record;
 begin
-  if not exists (
-    select from private.breakers as b where b.failures > 0 or b.probe_job_id = p_job.job_id
-  ) then
-    return;
-  end if;
-  foreach v_name in array array[
-    (select m.provider from public.models as m where m.id = p_job.model_id), p_job.model_id
-  ] loop
+  for v_job in
+    select j.job_id, names.name
+    from unnest(p_jobs) as j
+    left join public.models as m on m.id = j.model_id
+    cross join lateral (values (1, m.provider), (2, j.model_id)) as names (place, name)
+    order by m.provider, names.place, j.model_id
+  loop
     update private.breakers set failures = 0, failing_since = null, failed_users = '{}'
-    where name = v_name and failures > 0;
+    where name = v_job.name and failures > 0;
     update private.breakers set
       times_opened = 0, paused_until = null, pause_reason = null, probe_job_id = null
-    where name = v_name and probe_job_id = p_job.job_id;
+    where name = v_job.name and probe_job_id = v_job.job_id;
     if found then
       perform private.wake_workers();
     end if;
@@ -6566,7 +6587,7 @@ begin
 end;
 $$;
 
-revoke all on function private.note_success(private.running_jobs)
+revoke all on function private.note_successes(private.running_jobs[])
 from public, anon, authenticated, service_role;
 
 create or replace function private.pause_provider(
@@ -6728,45 +6749,73 @@ grant execute on function public.resume_model(text) to service_role;
 -- Delayed jobs whose time has come become claimable.
 create or replace function private.promote_due_jobs(p_at_most integer)
 returns void
-language sql
+language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
+begin
   update private.ready_jobs set run_at = null, queued_at = now()
   where seq = any (array(
     select r.seq from private.ready_jobs as r
     where r.run_at <= now() order by r.run_at limit p_at_most for update skip locked
-  ))
+  ));
+end;
 $$;
 
 revoke all on function private.promote_due_jobs(integer)
 from public, anon, authenticated, service_role;
 
--- The fair_key to begin the next scan at.
+-- The fair_key to begin the next scan at; null: at the virtual clock.
 --
 -- While a long transaction holds back vacuum, the index begins with every job ever claimed since,
--- and a scan from its start walks them all. So the scan starts a little below the virtual clock.
--- What was queued below that is found by a scan from the start, at least once a second in each
--- session.
-create or replace function private.scan_start()
+-- and a scan from its start walks them all. So most scans start at the clock. What came to lie
+-- below it meanwhile is found by one that starts a little below, at the floor: in each session
+-- p_pause seconds after the last. What lies deeper is found by one from the start, once a second.
+-- Where such scans take long they come less often: see schedule_scan.
+create or replace function private.scan_start(p_pause double precision default 0.05)
 returns bigint
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_last_full bigint := coalesce(
-    nullif(current_setting('darkroom.full_scan_ms', true), '')::bigint, 0
-  );
-  v_now bigint := extract(epoch from clock_timestamp()) * 1000;
+  v_full_due text := current_setting('darkroom.full_scan_due', true);
+  v_now double precision := extract(epoch from clock_timestamp());
 begin
-  if v_now - v_last_full < 1000 then
+  if v_full_due is null or v_full_due = '' or v_now >= v_full_due::double precision then
+    return 0;
+  elsif v_now >= current_setting('darkroom.low_scan_at')::double precision
+    + greatest(p_pause, current_setting('darkroom.low_scan_pause')::double precision) then
     return (select f.fair_key from private.queue_floor as f);
   end if;
-  perform set_config('darkroom.full_scan_ms', v_now::text, false);
-  return 0;
+  return null;
 end;
 $$;
 
-revoke all on function private.scan_start() from public, anon, authenticated, service_role;
+revoke all on function private.scan_start(double precision)
+from public, anon, authenticated, service_role;
+
+-- Notes that this session has scanned from below the clock, and when it may again: these scans are
+-- to take a fiftieth of its time at most.
+create or replace function private.schedule_scan(p_from bigint, p_began timestamptz)
+returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now double precision := extract(epoch from clock_timestamp());
+  v_pause double precision := 50 * (v_now - extract(epoch from p_began));
+begin
+  if p_from = 0 then
+    perform set_config(
+      'darkroom.full_scan_due', (v_now + greatest(1.0, v_pause))::text, false
+    );
+  end if;
+  perform set_config('darkroom.low_scan_at', v_now::text, false);
+  perform set_config('darkroom.low_scan_pause', v_pause::text, false);
+end;
+$$;
+
+revoke all on function private.schedule_scan(bigint, timestamptz)
+from public, anon, authenticated, service_role;
 
 -- Locks the next jobs in fair order, but none of a blocked model, and answers their seq.
 --
@@ -6782,12 +6831,19 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 as $$
-begin
-  return array(
+declare
+  v_began timestamptz := clock_timestamp();
+  v_seqs bigint[] := array(
     select r.seq from private.ready_jobs as r
-    where r.run_at is null and r.fair_key >= p_from and not p_blocked ? r.model_id
+    where r.run_at is null and not p_blocked ? r.model_id
+      and r.fair_key >= coalesce(p_from, (select c.last_value from private.virtual_clock as c))
     order by r.fair_key, r.seq limit p_at_most for update skip locked
   );
+begin
+  if p_from is not null then
+    perform private.schedule_scan(p_from, v_began);
+  end if;
+  return v_seqs;
 end;
 $$;
 
@@ -6901,7 +6957,7 @@ begin
     ));
     if found then
       -- Their keys may be far below the clock.
-      perform set_config('darkroom.full_scan_ms', '0', false);
+      perform set_config('darkroom.full_scan_due', '0', false);
     else
       perform private.forget_held(v_model_id);
     end if;
@@ -6949,8 +7005,8 @@ $$;
 revoke all on function private.admit_probes(bigint[])
 from public, anon, authenticated, service_role;
 
--- Locks the next jobs that may run now and answers their seq.
-create or replace function private.pick_jobs(p_at_most integer)
+-- Locks the next jobs that may run now, while breakers block some, and answers their seq.
+create or replace function private.pick_unblocked_jobs(p_at_most integer)
 returns bigint[]
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -6960,20 +7016,50 @@ declare
   v_blocked jsonb;
   v_seqs bigint[];
 begin
-  if not exists (
-    select from private.breakers where paused_until is not null or has_held
-  ) then
-    return private.lock_next_jobs(p_at_most, private.scan_start());
-  end if;
   perform private.end_pauses();
   v_blocked := private.blocked_models();
   perform private.release_held_jobs(p_at_most, v_blocked);
-  v_from := private.scan_start();
+  v_from := coalesce(
+    private.scan_start(), (select f.fair_key from private.queue_floor as f)
+  );
   v_seqs := private.lock_next_jobs(p_at_most, v_from, v_blocked);
   if v_blocked <> '{}' then
     perform private.hold_passed_jobs(v_blocked, v_from, v_seqs[p_at_most]);
   end if;
   return private.admit_probes(v_seqs);
+end;
+$$;
+
+revoke all on function private.pick_unblocked_jobs(integer)
+from public, anon, authenticated, service_role;
+
+-- Locks the next jobs that may run now and answers their seq. Beside that, each statement here only
+-- looks whether there is something to do that is rare.
+create or replace function private.pick_jobs(p_at_most integer)
+returns bigint[]
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_from bigint;
+  v_seqs bigint[];
+begin
+  if exists (select from private.ready_jobs as r where r.run_at <= now()) then
+    perform private.promote_due_jobs(p_at_most);
+  end if;
+  if exists (select from private.breakers as b where b.paused_until is not null or b.has_held) then
+    return private.pick_unblocked_jobs(p_at_most);
+  end if;
+  v_from := private.scan_start();
+  v_seqs := private.lock_next_jobs(p_at_most, v_from);
+  -- Too few at the clock: look below it, too, unless that is dear.
+  if v_from is null and cardinality(v_seqs) < p_at_most then
+    v_from := private.scan_start(0);
+    if v_from is not null then
+      return private.lock_next_jobs(p_at_most, v_from);
+    end if;
+  end if;
+  return v_seqs;
 end;
 $$;
 
@@ -6998,13 +7084,15 @@ returns table (
 language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
 as $$
 #variable_conflict use_column
 declare
-  v_seqs bigint[];
+  v_seqs bigint[] := private.pick_jobs(p_slots);
 begin
-  perform private.promote_due_jobs(p_slots);
-  v_seqs := private.pick_jobs(p_slots);
   if v_seqs = '{}' then
     return;
   end if;
@@ -7057,63 +7145,77 @@ grant execute on function private.claim_jobs(bigint, integer) to darkroom_worker
 -- Purchase: what a worker says about its dealings with the provider, so that nothing is bought
 -- twice.
 --
--- Creating a job at the provider costs money and cannot be repeated safely. So begin_create is
--- called before, and checkpoint the moment the provider's id is known. A worker that dies between
--- the two leaves create_started_at behind: the next attempt looks at the provider for what may have
--- been bought and takes it over with adopt_provider_job. A refused account pauses the provider
--- (71).
+-- Creating a job at the provider costs money and cannot be repeated safely. So begin_creates is
+-- called before, and checkpoint_jobs the moment the provider's id is known. A worker that dies
+-- between the two leaves create_started_at behind: the next attempt looks at the provider for what
+-- may have been bought and takes it over with adopt_provider_job. A refused account pauses the
+-- provider (71).
 
-create or replace function private.begin_create(p_job_id uuid, p_token bigint)
-returns timestamptz
+create or replace function private.begin_creates(p_job_ids uuid[], p_tokens bigint[])
+returns table (token bigint, begun_before timestamptz)
 language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
 as $$
-declare
-  v_before timestamptz;
+#variable_conflict use_column
 begin
-  select create_started_at into v_before
-  from private.running_jobs where job_id = p_job_id and token = p_token for update;
-  if not found then
-    perform private.refuse_lost_lease(p_job_id);
-  end if;
-  update private.running_jobs set create_started_at = coalesce(v_before, clock_timestamp())
-  where job_id = p_job_id and token = p_token;
-  return v_before;
+  return query
+  with held as materialized (
+    select r.job_id, r.token, r.create_started_at from private.running_jobs as r
+    where r.job_id = any (p_job_ids) and r.token = any (p_tokens) for update
+  ),
+  begun as (
+    update private.running_jobs as r set create_started_at = clock_timestamp()
+    where r.job_id = any (array(select h.job_id from held as h where h.create_started_at is null))
+  )
+  select h.token, h.create_started_at from held as h;
 end;
 $$;
 
-comment on function private.begin_create is
-  'Says that the provider is about to be asked to create, before it is asked. Answers when an '
-  'earlier attempt was first about to, if its outcome was never learned: then look for what it '
-  'may have bought before creating again. Errors: DR001 lease_lost.';
+comment on function private.begin_creates is
+  'Says that the provider is about to be asked to create these jobs, before it is asked. Answers '
+  'for each whose lease holds when an earlier attempt was first about to, if its outcome was never '
+  'learned: then look for what it may have bought before creating again.';
 
-revoke all on function private.begin_create(uuid, bigint)
+revoke all on function private.begin_creates(uuid[], bigint[])
 from public, anon, authenticated, service_role;
-grant execute on function private.begin_create(uuid, bigint) to darkroom_worker;
+grant execute on function private.begin_creates(uuid[], bigint[]) to darkroom_worker;
 
-create or replace function private.checkpoint(p_job_id uuid, p_token bigint, p_provider_job_id text)
-returns void
+create or replace function private.checkpoint_jobs(
+  p_job_ids uuid[],
+  p_tokens bigint[],
+  p_provider_job_ids text[]
+)
+returns table (token bigint, verdict text)
 language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
 as $$
+#variable_conflict use_column
 begin
-  update private.running_jobs set provider_job_id = p_provider_job_id
-  where job_id = p_job_id and token = p_token;
-  if not found then
-    perform private.refuse_lost_lease(p_job_id);
-  end if;
+  return query
+  update private.running_jobs as r
+  set provider_job_id = p_provider_job_ids[array_position(p_tokens, r.token)]
+  where r.job_id = any (p_job_ids) and r.token = any (p_tokens)
+  returning r.token, 'ok';
 end;
 $$;
 
-comment on function private.checkpoint is
-  'Saves the provider''s id of the job the moment it is known, so that no attempt buys it twice. '
-  'Errors: DR001 lease_lost.';
+comment on function private.checkpoint_jobs is
+  'Saves the provider''s ids of jobs the moment they are known, so that no attempt buys one twice. '
+  'Answers each job whose lease holds: ok.';
 
-revoke all on function private.checkpoint(uuid, bigint, text)
+revoke all on function private.checkpoint_jobs(uuid[], bigint[], text[])
 from public, anon, authenticated, service_role;
-grant execute on function private.checkpoint(uuid, bigint, text) to darkroom_worker;
+grant execute on function private.checkpoint_jobs(uuid[], bigint[], text[]) to darkroom_worker;
 
 -- One at a time: two jobs with the same input must not take the same provider job.
 create or replace function private.adopt_provider_job(
@@ -7144,7 +7246,8 @@ begin
     and not exists (select from private.ready_jobs as r where r.provider_job_id = c.id)
   order by c.place limit 1;
   if found then
-    perform private.checkpoint(p_job_id, p_token, v_adopted);
+    update private.running_jobs set provider_job_id = v_adopted
+    where job_id = p_job_id and token = p_token;
   end if;
   return v_adopted;
 end;
@@ -7157,16 +7260,62 @@ comment on function private.adopt_provider_job is
 revoke all on function private.adopt_provider_job(uuid, bigint, text[])
 from public, anon, authenticated, service_role;
 grant execute on function private.adopt_provider_job(uuid, bigint, text[]) to darkroom_worker;
--- How an attempt ends: complete_job, fail_job, release_job, cancel_job, and the pieces that
--- recovery (80) and cancel (77) share.
+-- How an attempt ends that made nothing: fail_jobs, release_job, cancel_job, and the pieces that
+-- completion (76), recovery (80) and cancel (77) share.
 --
--- end_lease takes the running row, and with it the right to settle. What follows is one of four:
--- the generation is completed (and settled on the images stored), finally failed (and refunded),
--- canceled (and refunded by the rule of finish_canceled), or its job goes back to ready_jobs. Each
--- ended claim leaves one row in attempts.
+-- Whoever deletes the running row has the right to settle. What follows is one of four: the
+-- generation is completed (76), finally failed (and refunded), canceled (and refunded by the rule
+-- of finish_canceled), or its job goes back to ready_jobs. Each ended claim leaves one row in
+-- attempts.
 
--- Deletes the running row if the token holds it and answers it. All null if this token already
--- ended the attempt in one of these ways: the call is a repeat whose first answer was lost.
+-- Deletes the running rows that these tokens hold and answers them in order of id.
+create or replace function private.end_leases(p_job_ids uuid[], p_tokens bigint[])
+returns private.running_jobs[]
+language plpgsql
+set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set enable_bitmapscan = off
+as $$
+declare
+  v_jobs private.running_jobs[];
+begin
+  with ended as (
+    delete from private.running_jobs as r
+    where r.job_id = any (p_job_ids) and r.token = any (p_tokens)
+    returning r as job
+  )
+  select array_agg(e.job order by (e.job).job_id) into v_jobs from ended as e;
+  return coalesce(v_jobs, '{}'::private.running_jobs[]);
+end;
+$$;
+
+revoke all on function private.end_leases(uuid[], bigint[])
+from public, anon, authenticated, service_role;
+
+-- Of these tokens, those that already ended an attempt in one of these ways: the call is a repeat
+-- whose first answer was lost.
+create or replace function private.ended_before(
+  p_job_ids uuid[],
+  p_tokens bigint[],
+  p_outcomes text[]
+)
+returns setof bigint
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return query
+  select a.token from private.attempts as a
+  where a.generation_id = any (p_job_ids) and a.token = any (p_tokens)
+    and a.outcome = any (p_outcomes);
+end;
+$$;
+
+revoke all on function private.ended_before(uuid[], bigint[], text[])
+from public, anon, authenticated, service_role;
+
+-- Ends the lease of one job and answers its running row. All null if that is a repeat.
 --
 -- Raises: DR001 lease_lost.
 create or replace function private.end_lease(p_job_id uuid, p_token bigint, p_outcomes text[])
@@ -7175,14 +7324,10 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_job private.running_jobs;
+  v_job private.running_jobs := (private.end_leases(array[p_job_id], array[p_token]))[1];
 begin
-  delete from private.running_jobs
-  where job_id = p_job_id and token = p_token
-  returning * into v_job;
-  if not found and not exists (
-    select from private.attempts
-    where generation_id = p_job_id and token = p_token and outcome = any (p_outcomes)
+  if v_job.job_id is null and not exists (
+    select from private.ended_before(array[p_job_id], array[p_token], p_outcomes)
   ) then
     perform private.refuse_lost_lease(p_job_id);
   end if;
@@ -7193,52 +7338,42 @@ $$;
 revoke all on function private.end_lease(uuid, bigint, text[])
 from public, anon, authenticated, service_role;
 
--- What an attempt cost at the provider, in US dollars; null where it is not known. Whether it bills
--- what failed or was stopped is said by is_billed.
-create or replace function private.provider_cost(p_model_id text, p_metrics jsonb)
-returns numeric
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select case
-    when p_metrics @> '{"is_billed": false}' then 0
-    when m.cost_unit = 'image' then m.cost_usd * (p_metrics ->> 'images')::numeric
-    when m.cost_unit = 'second' then m.cost_usd * (p_metrics ->> 'provider_seconds')::numeric
-  end
-  from public.models as m
-  where m.id = p_model_id
-$$;
-
-revoke all on function private.provider_cost(text, jsonb)
-from public, anon, authenticated, service_role;
-
--- Writes the ended claim into the operators' history.
-create or replace function private.record_attempt(
-  p_job private.running_jobs,
+-- Writes ended claims into the operators' history, with what each cost at the provider where that
+-- is known. Whether it bills what failed or was stopped is said by is_billed.
+create or replace function private.record_attempts(
+  p_jobs private.running_jobs[],
   p_outcome text,
+  p_metrics jsonb[],
   p_error_code text default null,
-  p_error_detail text default null,
-  p_metrics jsonb default '{}'
+  p_error_detail text default null
 )
 returns void
-language sql
+language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
+begin
   insert into private.attempts (
     generation_id, token, model_id, attempt, worker_id, started_at, outcome,
     error_code, error_detail, provider_job_id, provider_seconds, provider_images, cost_usd
   )
-  values (
-    p_job.job_id, p_job.token, p_job.model_id, p_job.attempt, p_job.worker_id, p_job.claimed_at,
-    p_outcome, p_error_code, left(p_error_detail, 2000), p_job.provider_job_id,
-    (p_metrics ->> 'provider_seconds')::real, (p_metrics ->> 'images')::numeric::smallint,
-    private.provider_cost(p_job.model_id, p_metrics)
-  )
+  select
+    j.job_id, j.token, j.model_id, j.attempt, j.worker_id, j.claimed_at, p_outcome,
+    p_error_code, left(p_error_detail, 2000), j.provider_job_id,
+    (t.metrics ->> 'provider_seconds')::real, (t.metrics ->> 'images')::numeric::smallint,
+    case
+      when t.metrics @> '{"is_billed": false}' then 0
+      when m.cost_unit = 'image' then m.cost_usd * (t.metrics ->> 'images')::numeric
+      when m.cost_unit = 'second' then m.cost_usd * (t.metrics ->> 'provider_seconds')::numeric
+    end
+  from unnest(p_jobs) with ordinality as j
+  cross join lateral (select p_metrics[j.ordinality] as metrics) as t
+  left join public.models as m on m.id = j.model_id;
+end;
 $$;
 
-revoke all on function private.record_attempt(private.running_jobs, text, text, text, jsonb)
-from public, anon, authenticated, service_role;
+revoke all on function private.record_attempts(
+  private.running_jobs[], text, jsonb[], text, text
+) from public, anon, authenticated, service_role;
 
 -- Puts a job whose lease has ended back into the queue, next in line, at once or after a delay.
 create or replace function private.requeue_job(
@@ -7271,27 +7406,26 @@ $$;
 revoke all on function private.requeue_job(private.running_jobs, integer, interval, boolean)
 from public, anon, authenticated, service_role;
 
--- Ends a generation: the one place where a job becomes completed, failed or canceled, and where it
--- is written down who will be told.
+-- Ends a generation that is not completed and answers what was charged.
 create or replace function private.finish_generation(
   p_job_id uuid,
   p_status text,
   p_error private.error_codes default null
 )
-returns public.generations
+returns integer
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_generation public.generations;
+  v_price integer;
 begin
   update public.generations set
     status = p_status, error_code = p_error.code, error_message = p_error.message,
     finished_at = now(), updated_at = now()
   where id = p_job_id
-  returning * into strict v_generation;
-  perform private.record_event(v_generation);
-  return v_generation;
+  returning price_credits into strict v_price;
+  perform private.record_events(array[p_job_id], p_status);
+  return v_price;
 end;
 $$;
 
@@ -7310,9 +7444,9 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_generation public.generations := private.finish_generation(p_job.job_id, 'failed', p_error);
+  v_price integer := private.finish_generation(p_job.job_id, 'failed', p_error);
 begin
-  perform private.refund_generation(p_job.user_id, p_job.job_id, v_generation.price_credits);
+  perform private.refund_generation(p_job.user_id, p_job.job_id, v_price);
   perform private.release_slot(p_job.user_id);
 end;
 $$;
@@ -7338,10 +7472,10 @@ declare
     when p_was_begun then (select s.running_cancel_refund_percent from private.settings as s)
     else 100
   end;
-  v_generation public.generations := private.finish_generation(p_job_id, 'canceled');
+  v_price integer := private.finish_generation(p_job_id, 'canceled');
 begin
   perform private.refund_generation(
-    p_user_id, p_job_id, ceil(v_generation.price_credits::numeric * v_percent / 100)::integer
+    p_user_id, p_job_id, ceil(v_price::numeric * v_percent / 100)::integer
   );
   perform private.release_slot(p_user_id);
 end;
@@ -7358,13 +7492,15 @@ create or replace function private.finish_canceled_job(
   p_metrics jsonb default '{}'
 )
 returns void
-language sql
+language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
-  select private.finish_canceled(
+begin
+  perform private.finish_canceled(
     p_job.user_id, p_job.job_id, p_job.create_started_at is not null
   );
-  select private.record_attempt(p_job, 'canceled', p_code, p_detail, p_metrics);
+  perform private.record_attempts(array[p_job], 'canceled', array[p_metrics], p_code, p_detail);
+end;
 $$;
 
 revoke all on function private.finish_canceled_job(private.running_jobs, text, text, jsonb)
@@ -7446,10 +7582,11 @@ begin
   else
     perform private.finish_failed(p_job, v_error);
   end if;
-  perform private.record_attempt(
-    p_job, v_outcome, v_error.code, concat_ws(': ', nullif(p_code, v_error.code), p_detail),
+  perform private.record_attempts(
+    array[p_job], v_outcome,
     -- What the next attempt resumes is paid once: it will be booked there.
-    case when v_outcome = 'retried' and v_error.resumes then '{}' else p_metrics end
+    array[case when v_outcome = 'retried' and v_error.resumes then '{}' else p_metrics end],
+    v_error.code, concat_ws(': ', nullif(p_code, v_error.code), p_detail)
   );
   return v_outcome;
 end;
@@ -7460,62 +7597,91 @@ revoke all on function private.end_failed_attempt(
 )
 from public, anon, authenticated, service_role;
 
--- Counts a failure against the model and its provider, if its code is their fault. Comes after all
--- other locks are taken.
-create or replace function private.blame_provider(p_job private.running_jobs, p_code text)
+-- Counts failures against the models and their providers, where the code is their fault. Comes
+-- after all other locks are taken; breakers in order.
+create or replace function private.blame_providers(
+  p_jobs private.running_jobs[],
+  p_codes text[]
+)
 returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_at bigint;
 begin
-  if exists (select from private.error_codes where code = p_code and trips_breaker) then
-    perform private.note_failure(p_job, p_code);
-  end if;
+  for v_at in
+    select j.ordinality
+    from unnest(p_jobs) with ordinality as j
+    inner join private.error_codes as e on e.code = p_codes[j.ordinality] and e.trips_breaker
+    left join public.models as m on m.id = j.model_id
+    order by m.provider, j.model_id, j.ordinality
+  loop
+    perform private.note_failure(p_jobs[v_at], p_codes[v_at]);
+  end loop;
 end;
 $$;
 
-revoke all on function private.blame_provider(private.running_jobs, text)
+revoke all on function private.blame_providers(private.running_jobs[], text[])
 from public, anon, authenticated, service_role;
 
-create or replace function private.fail_job(
-  p_job_id uuid,
-  p_token bigint,
-  p_code text,
-  p_detail text,
-  p_retry_after_seconds double precision default null,
-  p_metrics jsonb default null
+-- Users in order of id, so that two calls lock entitlements in the same order; and all of them
+-- before any breaker.
+create or replace function private.fail_jobs(
+  p_job_ids uuid[],
+  p_tokens bigint[],
+  p_codes text[],
+  p_details text[],
+  p_retry_after_seconds double precision[],
+  p_metrics jsonb[]
 )
-returns text
+returns table (token bigint, verdict text)
 language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
 as $$
+#variable_conflict use_column
 declare
-  v_job private.running_jobs := private.end_lease(p_job_id, p_token, '{retried,failed,canceled}');
-  v_outcome text;
+  v_jobs private.running_jobs[] := private.end_leases(p_job_ids, p_tokens);
+  v_job private.running_jobs;
+  v_at integer;
 begin
-  if v_job.job_id is null then
-    return 'repeated';
+  if cardinality(v_jobs) < cardinality(p_tokens) then
+    return query select e.token, 'repeated'
+    from private.ended_before(p_job_ids, p_tokens, '{retried,failed,canceled}') as e (token);
   end if;
-  v_outcome := private.end_failed_attempt(
-    v_job, p_code, p_detail, p_retry_after_seconds, coalesce(p_metrics, '{}')
-  );
-  perform private.blame_provider(v_job, p_code);
-  return v_outcome;
+  foreach v_job in array array(select j from unnest(v_jobs) as j order by j.user_id, j.job_id) loop
+    v_at := array_position(p_tokens, v_job.token);
+    token := v_job.token;
+    verdict := private.end_failed_attempt(
+      v_job, p_codes[v_at], p_details[v_at], p_retry_after_seconds[v_at],
+      coalesce(p_metrics[v_at], '{}')
+    );
+    return next;
+  end loop;
+  perform private.blame_providers(v_jobs, array(
+    select p_codes[array_position(p_tokens, j.token)]
+    from unnest(v_jobs) with ordinality as j order by j.ordinality
+  ));
 end;
 $$;
 
-comment on function private.fail_job is
-  'Ends an attempt with a code of error_codes: retried while attempts remain, else failed and '
-  'refunded. p_detail is for operators only; p_retry_after_seconds is the provider''s own wish; '
-  'p_metrics as complete_job takes them. '
-  'Answers retried, failed, canceled (the user had asked for it), or repeated (the call was made '
-  'before). Errors: DR001 lease_lost.';
+comment on function private.fail_jobs is
+  'Ends attempts, each with a code of error_codes: retried while attempts remain, else failed and '
+  'refunded. p_details are for operators only; p_retry_after_seconds is the provider''s own wish '
+  'or null; p_metrics as complete_jobs takes them. Answers each job whose lease held: retried, '
+  'failed, canceled (the user had asked for it), or repeated (the call was made before).';
 
-revoke all on function private.fail_job(uuid, bigint, text, text, double precision, jsonb)
-from public, anon, authenticated, service_role;
-grant execute on function private.fail_job(uuid, bigint, text, text, double precision, jsonb)
-to darkroom_worker;
+revoke all on function private.fail_jobs(
+  uuid[], bigint[], text[], text[], double precision[], jsonb[]
+) from public, anon, authenticated, service_role;
+grant execute on function private.fail_jobs(
+  uuid[], bigint[], text[], text[], double precision[], jsonb[]
+) to darkroom_worker;
 
 create or replace function private.release_job(
   p_job_id uuid,
@@ -7539,7 +7705,7 @@ begin
     return;
   end if;
   perform private.requeue_job(v_job, v_job.attempt - 1, interval '0', p_resumes);
-  perform private.record_attempt(v_job, 'released');
+  perform private.record_attempts(array[v_job], 'released', array['{}'::jsonb]);
 end;
 $$;
 
@@ -7575,71 +7741,168 @@ end;
 $$;
 
 comment on function private.cancel_job is
-  'Ends a job whose cancel the heartbeat told of; p_metrics as complete_job takes them. Repeating '
+  'Ends a job whose cancel the heartbeat told of; p_metrics as complete_jobs takes them. Repeating '
   'it changes nothing. Errors: DR001 lease_lost, 22023 nobody asked for it.';
 
 revoke all on function private.cancel_job(uuid, bigint, jsonb)
 from public, anon, authenticated, service_role;
 grant execute on function private.cancel_job(uuid, bigint, jsonb) to darkroom_worker;
-
--- Stores what was made and settles on it: images that were charged but not made are given back.
+-- How an attempt ends well: complete_jobs.
 --
--- Locks: the entitlement row.
--- Raises: DR001 lease_lost, 22023 if there is no image or more than were charged.
-create or replace function private.complete_job(
-  p_job_id uuid,
-  p_token bigint,
-  p_images jsonb,
-  p_metrics jsonb
+-- What was stored is written down and settled on: for images that were charged but not made are
+-- given back. Many jobs end in one call, which does the same for all of them in as few statements
+-- as can be, since each costs its start, and reaches every row by its key.
+
+-- Gives back what was charged for images that were not made. All arrays are in the order of the
+-- jobs.
+--
+-- Locks: nothing new, for the caller has locked the entitlement rows of all these jobs.
+-- Raises: 22023 if of one there is no image or more than were charged.
+create or replace function private.refund_missing_images(
+  p_jobs private.running_jobs[],
+  p_stored integer[],
+  p_charged integer[],
+  p_prices integer[]
 )
 returns void
 language plpgsql
-security definer
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_stored integer := coalesce(jsonb_array_length(p_images), 0);
-  v_job private.running_jobs := private.end_lease(p_job_id, p_token, '{completed}');
-  v_generation public.generations;
 begin
-  if v_job.job_id is null then
-    return;
-  end if;
-  v_generation := private.finish_generation(p_job_id, 'completed');
-  if v_stored not between 1 and v_generation.image_count then
-    raise exception '% images stored, % charged', v_stored, v_generation.image_count
-      using errcode = 'invalid_parameter_value';
-  end if;
-  insert into public.images (
-    generation_id, position, user_id, storage_path, preview_path, content_type,
-    width, height, bytes, blurhash
-  )
-  select
-    p_job_id, i.position, v_job.user_id, i.storage_path, i.preview_path, i.content_type,
-    i.width, i.height, i.bytes, i.blurhash
-  from jsonb_populate_recordset(null::public.images, p_images) as i;
-  if v_stored < v_generation.image_count then
-    perform private.refund_generation(
-      v_job.user_id, p_job_id,
+  for v_at in 1 .. cardinality(p_jobs) loop
+    if p_stored[v_at] not between 1 and p_charged[v_at] then
+      raise exception '% images stored, % charged', p_stored[v_at], p_charged[v_at] using
+        errcode = 'invalid_parameter_value', detail = format('job %s', (p_jobs[v_at]).job_id);
+    elsif p_stored[v_at] < p_charged[v_at] then
       -- Without a rest: the price is a whole number for each image.
-      v_generation.price_credits * (v_generation.image_count - v_stored) / v_generation.image_count
-    );
-  end if;
-  perform private.release_slot(v_job.user_id);
-  perform private.record_attempt(v_job, 'completed', p_metrics => coalesce(p_metrics, '{}'));
-  perform private.note_success(v_job);
+      perform private.refund_generation(
+        (p_jobs[v_at]).user_id, (p_jobs[v_at]).job_id,
+        p_prices[v_at] * (p_charged[v_at] - p_stored[v_at]) / p_charged[v_at]
+      );
+    end if;
+  end loop;
 end;
 $$;
 
-comment on function private.complete_job is
-  'Ends a job well. p_images: [{position, storage_path, preview_path, content_type, width, '
-  'height, bytes, blurhash}]; p_metrics: {provider_seconds, images (as many as the provider '
-  'made), is_billed (false: the provider asks nothing for it)}. Repeating it changes nothing. '
-  'Errors: DR001 lease_lost, 22023 bad images.';
+revoke all on function private.refund_missing_images(
+  private.running_jobs[], integer[], integer[], integer[]
+) from public, anon, authenticated, service_role;
 
-revoke all on function private.complete_job(uuid, bigint, jsonb, jsonb)
+-- Ends jobs whose leases hold and whose images are in Storage. One statement, for each costs its
+-- start; and one update of a user for all her jobs, for its dead rows add up. Answers arrays in one
+-- order, empty or null if no lease holds.
+--
+-- Locks: running rows, generations, entitlements, each in order of id.
+create or replace function private.finish_completed(
+  p_job_ids uuid[],
+  p_tokens bigint[],
+  p_images jsonb[],
+  p_metrics jsonb[],
+  out jobs private.running_jobs[],
+  out metrics jsonb[],
+  out stored integer[],
+  out charged integer[],
+  out prices integer[]
+)
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  with ended as (
+    delete from private.running_jobs as r
+    where r.job_id = any (p_job_ids) and r.token = any (p_tokens)
+    returning r as job, r.job_id, r.user_id, array_position(p_tokens, r.token) as place
+  ),
+  finished as (
+    update public.generations as g set
+      status = 'completed', finished_at = now(), updated_at = now()
+    where g.id = any (array(select e.job_id from ended as e))
+    returning g.id, g.image_count::integer, g.price_credits
+  ),
+  written as (
+    insert into public.images (
+      generation_id, position, user_id, storage_path, preview_path, content_type,
+      width, height, bytes, blurhash
+    )
+    select
+      e.job_id, i.position, e.user_id, i.storage_path, i.preview_path, i.content_type,
+      i.width, i.height, i.bytes, i.blurhash
+    from ended as e
+    cross join lateral jsonb_populate_recordset(null::public.images, p_images[e.place]) as i
+  ),
+  released as (
+    update public.entitlements as u set active_jobs = u.active_jobs - cardinality(
+      array_positions(array(select e.user_id from ended as e), u.user_id)
+    )
+    where u.user_id = any (array(select e.user_id from ended as e))
+  )
+  select
+    array_agg(e.job), array_agg(coalesce(p_metrics[e.place], '{}')),
+    array_agg(coalesce(jsonb_array_length(p_images[e.place]), 0)),
+    array_agg(f.image_count), array_agg(f.price_credits)
+  into jobs, metrics, stored, charged, prices
+  from ended as e inner join finished as f on f.id = e.job_id;
+end;
+$$;
+
+revoke all on function private.finish_completed(uuid[], bigint[], jsonb[], jsonb[])
 from public, anon, authenticated, service_role;
-grant execute on function private.complete_job(uuid, bigint, jsonb, jsonb) to darkroom_worker;
+
+create or replace function private.complete_jobs(
+  p_job_ids uuid[],
+  p_tokens bigint[],
+  p_images jsonb[],
+  p_metrics jsonb[]
+)
+returns table (token bigint, verdict text)
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
+as $$
+#variable_conflict use_column
+declare
+  v_done record := private.finish_completed(p_job_ids, p_tokens, p_images, p_metrics);
+  v_job_ids uuid[] := array(select j.job_id from unnest(v_done.jobs) as j);
+begin
+  if v_done.stored <> v_done.charged then
+    perform private.refund_missing_images(
+      v_done.jobs, v_done.stored, v_done.charged, v_done.prices
+    );
+  end if;
+  if cardinality(v_job_ids) < cardinality(p_tokens) then
+    return query select e.token, 'repeated'
+    from private.ended_before(p_job_ids, p_tokens, '{completed}') as e (token);
+  end if;
+  perform private.record_attempts(v_done.jobs, 'completed', v_done.metrics);
+  if exists (select from private.webhook_endpoints)
+    or exists (select from private.push_tokens) then
+    perform private.record_events(v_job_ids, 'completed');
+  end if;
+  if exists (
+    select from private.breakers as b where b.failures > 0 or b.probe_job_id = any (v_job_ids)
+  ) then
+    perform private.note_successes(v_done.jobs);
+  end if;
+  return query select j.token, 'completed' from unnest(v_done.jobs) as j;
+end;
+$$;
+
+comment on function private.complete_jobs is
+  'Ends jobs well: stores what was made and settles on it, for images that were charged but not '
+  'made are given back. p_images, of each job: [{position, storage_path, preview_path, '
+  'content_type, width, height, bytes, blurhash}]; p_metrics: {provider_seconds, images (as many '
+  'as the provider made), is_billed (false: the provider asks nothing for it)}. Answers each job '
+  'whose lease held: completed, or repeated (the call was made before). Errors, which change '
+  'nothing for any of the jobs: 22023 bad images, and what breaks a constraint.';
+
+revoke all on function private.complete_jobs(uuid[], bigint[], jsonb[], jsonb[])
+from public, anon, authenticated, service_role;
+grant execute on function private.complete_jobs(uuid[], bigint[], jsonb[], jsonb[])
+to darkroom_worker;
 -- Push tokens: an app registers its device for its user, and takes it back at sign-out.
 --
 -- A token is a device's, so it belongs to the user who registered it last: who signs in on a
@@ -8645,12 +8908,9 @@ begin
     v_count := v_count + 1;
   end loop;
   perform private.refresh_model_stats();
-  for v_job in
-    select s.* from unnest(v_stuck) as s left join public.models as m on m.id = s.model_id
-    order by m.provider, s.model_id
-  loop
-    perform private.blame_provider(v_job, 'timeout');
-  end loop;
+  perform private.blame_providers(
+    v_stuck, array_fill('timeout'::text, array[cardinality(v_stuck)])
+  );
   perform private.refresh_queue_state();
   return v_count;
 end;
