@@ -249,6 +249,11 @@ def _url(env: Mapping[str, str], name: str, *schemes: str) -> str:
         raise ConfigError(f"{name}: not a {schemes[0]}:// address")
     if value.count("@") > 1 or ("@" in value and "@" not in parts.netloc):
         raise ConfigError(f"{name}: / ? # @ in a password must be percent-encoded")  # else logged
+    if parts.scheme.startswith("postgres"):
+        try:
+            psycopg.conninfo.conninfo_to_dict(value)
+        except psycopg.ProgrammingError:  # it shows the password, and the pool would log it
+            raise ConfigError(f"{name}: % and spaces must be percent-encoded") from None
     return value
 
 

@@ -133,8 +133,7 @@ def serve(folder: Path, api_url: str, port: int = 0) -> Iterator[str]:
 
 def types_of(database_url: str) -> str:
     """Return the TypeScript types of schema public, as the Supabase CLI makes them."""
-    remote = f"--remote={database_url}"
-    output = supabase_cli("gen", "types", "typescript", "--schema", "public", remote)
+    output = supabase_cli(database_url, "gen", "types", "typescript", "--schema", "public")
     _, start, types = output.partition("export type Json =")  # what is before is for people
     if not start:
         raise StackError(f"supabase gen types told of no types:\n{output}")

@@ -26,6 +26,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
+from urllib.parse import urlsplit
 
 import httpx
 import psycopg
@@ -288,7 +289,7 @@ class Migrations:
         for name in known.keys() & digests.keys() - {"seed.sql"}:
             if known[name] != digests[name]:
                 raise StackError(f"{name} changed after it was applied here: make clean, make up")
-        supabase_cli("db", "push", "--include-seed", "--yes", f"--remote={database_url}")
+        supabase_cli(database_url, "db", "push", "--include-seed", "--yes")
         self.applied.write_text(json.dumps(digests, indent=2))
         return True
 
@@ -445,10 +446,16 @@ def run(command: Sequence[str | Path], **arguments: Any) -> str:
     return done.stdout
 
 
-def supabase_cli(*arguments: str) -> str:
-    """Run the Supabase CLI on this project and return its output."""
+def supabase_cli(database_url: str, *arguments: str) -> str:
+    """Run the Supabase CLI on this project and a database; return its output.
+
+    The password goes through the environment: everybody on the machine can read a command line.
+    """
     cli = NODE_MODULES / "supabase/dist/supabase.js"
-    return run([node(), cli, *arguments], cwd=PROJECT, env=os.environ | {"DO_NOT_TRACK": "1"})
+    parts = urlsplit(database_url)
+    remote = parts._replace(netloc=f"{parts.username}@{parts.hostname}:{parts.port}").geturl()
+    environment = os.environ | {"DO_NOT_TRACK": "1", "PGPASSWORD": parts.password or ""}
+    return run([node(), cli, *arguments, f"--remote={remote}"], cwd=PROJECT, env=environment)
 
 
 def node() -> Path:

@@ -9,6 +9,9 @@
 -- invoker wrappers. Schema `private` holds the queue and the security definer bodies. NEVER add
 -- `private` to the exposed schemas.
 --
+-- Every function has `search_path = pg_catalog, pg_temp`. With an empty path types are looked for
+-- among the caller's temporary objects first, and a `uuid` of theirs would run in a definer.
+--
 -- Errors for clients. The stable token is the `message`; `detail` is for people, `hint` says what
 -- to do. Those marked * carry a Retry-After header through PostgREST's PGRST form.
 --   PT400 invalid_input           an argument is missing, too long, of the wrong type or not

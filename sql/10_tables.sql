@@ -13,7 +13,7 @@ create or replace function private.uuid_v7()
 returns uuid
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_us bigint := date_part('epoch', clock_timestamp()) * 1000000;
@@ -47,7 +47,7 @@ create or replace function private.fits_kind(p_kind text, p_amount integer, p_ge
 returns boolean
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return (p_generation_id is not null) = (p_kind in ('charge', 'refund'))
@@ -130,7 +130,7 @@ on public.credit_ledger (external_id) where external_id is not null;
 create or replace function private.refuse_change()
 returns trigger
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   raise exception '% is append-only', tg_table_name
@@ -148,7 +148,7 @@ for each statement execute function private.refuse_change();
 create or replace function private.refuse_change_while_user_exists()
 returns trigger
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if exists (select from public.entitlements as e where e.user_id = old.user_id) then

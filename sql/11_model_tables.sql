@@ -82,7 +82,7 @@ comment on column public.models.is_schema_confirmed is
 create or replace function private.set_default_input()
 returns trigger
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   new.default_input := (

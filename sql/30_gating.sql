@@ -10,7 +10,7 @@ create or replace function private.require_user_id()
 returns uuid
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_user_id uuid := auth.uid();
@@ -31,7 +31,7 @@ revoke all on function private.require_user_id() from public, anon, authenticate
 create or replace function private.refuse_unknown_user()
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   raise sqlstate 'PT401' using
@@ -51,7 +51,7 @@ create or replace function private.require_known_user_id()
 returns uuid
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_user_id uuid := private.require_user_id();
@@ -70,7 +70,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.refuse_missing(p_detail text, p_hint text)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   raise sqlstate 'PT404' using message = 'not_found', detail = p_detail, hint = p_hint;
@@ -84,7 +84,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.refuse_unknown_job()
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform private.refuse_missing(
@@ -101,7 +101,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.refuse_input(p_detail text, p_hint text default null)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   raise sqlstate 'PT400' using
@@ -124,7 +124,7 @@ create or replace function private.refuse_for_now(
 )
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   raise sqlstate 'PGRST' using
@@ -151,13 +151,14 @@ create or replace function private.unwrap_params(p_text text)
 returns jsonb
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return p_text::jsonb;
 exception
   when invalid_text_representation or untranslatable_character or numeric_value_out_of_range then
     perform private.refuse_input('params: not a JSON object');
+    return null;  -- never reached
 end;
 $$;
 
@@ -175,7 +176,7 @@ create or replace function private.read_request(
 returns jsonb
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_params jsonb := coalesce(p_params, '{}');
@@ -220,7 +221,7 @@ create or replace function private.require_generation(p_job_id uuid, p_user_id u
 returns public.generations
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_generation public.generations;
@@ -242,7 +243,7 @@ create or replace function private.paused_until(p_model public.models)
 returns timestamptz
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_until timestamptz;
@@ -265,7 +266,7 @@ create or replace function private.resolve_alias(p_alias_id text, p_user_id uuid
 returns text
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select a.model_id
   from public.model_aliases as a
@@ -288,7 +289,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.refuse_paused(p_model_id text, p_until timestamptz)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform private.refuse_for_now(
@@ -311,7 +312,7 @@ create or replace function private.require_model(p_name text, p_user_id uuid, p_
 returns public.models
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_model public.models;
@@ -349,7 +350,7 @@ create or replace function private.plan_of(p_entitlement public.entitlements)
 returns private.plans
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_plan private.plans;
@@ -380,7 +381,7 @@ create or replace function private.has_waited(p_interval interval)
 returns boolean
 language sql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select exists (
     select from (
@@ -405,7 +406,7 @@ create or replace function private.is_busy(p_plan private.plans)
 returns boolean
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if (select least(q.oldest_ready_at, q.refreshed_at) from private.queue_state as q)
@@ -430,7 +431,7 @@ create or replace function private.check_limits(
 returns void
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_entitlement.active_jobs >= p_plan.max_active then

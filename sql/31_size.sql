@@ -14,7 +14,7 @@ create or replace function private.nearest_size(
 returns jsonb
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select jsonb_build_object(p.name, o.option)
   from unnest('{aspect_ratio,size,image_size,resolution}'::text[])
@@ -40,7 +40,7 @@ create or replace function private.fit_side(p_rules jsonb, p_pixels numeric)
 returns numeric
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select coalesce(
     (
@@ -71,7 +71,7 @@ create or replace function private.pixels_of_shape(p_model public.models, p_shap
 returns jsonb
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select jsonb_build_object(
     'width', private.fit_side(p.w, sqrt(a.pixels * p_shape)),
@@ -94,7 +94,7 @@ create or replace function private.read_side(p_params jsonb, p_name text)
 returns numeric
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select case jsonb_typeof(p_params -> p_name) when 'number' then (
     select n.side from (select (p_params ->> p_name)::numeric as side) as n
@@ -111,7 +111,7 @@ create or replace function private.map_size(p_model public.models, p_params json
 returns jsonb
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_takes_pixels boolean := p_model.client_inputs @> '{width,height}';

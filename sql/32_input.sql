@@ -11,7 +11,7 @@ create or replace function private.input_problem(p_value jsonb, p_property jsonb
 returns text
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_type text := p_property ->> 'type';
@@ -57,7 +57,7 @@ create or replace function private.number_problem(p_number numeric, p_property j
 returns text
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_lowest numeric := coalesce((p_property ->> 'minimum')::numeric, -9007199254740991);
@@ -92,7 +92,7 @@ create or replace function private.length_problem(
 returns text
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_most numeric := coalesce((p_property ->> ('max' || p_unit))::numeric, p_default_max);
@@ -114,7 +114,7 @@ create or replace function private.items_problem(p_value jsonb, p_items jsonb)
 returns text
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select 'an item is ' || q.problem
   from jsonb_array_elements(p_value) with ordinality as i (value, place)
@@ -134,7 +134,7 @@ create or replace function private.check_params(p_model public.models, p_params 
 returns jsonb
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_properties jsonb := p_model.input_schema -> 'properties';
@@ -179,7 +179,7 @@ create or replace function private.check_source_images(
 returns void
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_name text;
@@ -214,7 +214,7 @@ create or replace function private.is_blank(p_text text)
 returns boolean
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return p_text !~ '[^[:space:]\u00a0\u200b\u2060\ufeff]' is not false;
@@ -229,7 +229,7 @@ create or replace function private.needs_prompt(p_model public.models)
 returns boolean
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select p_model.prompt_input is not null and not (
     coalesce(p_model.input_schema -> 'required' ?| p_model.image_inputs, false)
@@ -245,7 +245,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.check_reuse(p_params jsonb)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_params ? 'reuse' and jsonb_typeof(p_params -> 'reuse') <> 'boolean' then
@@ -272,7 +272,7 @@ create or replace function private.prepare_params(
 returns jsonb
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_params jsonb := p_params;
@@ -308,7 +308,7 @@ create or replace function private.complete_input(
 returns jsonb
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_input jsonb := p_prepared;

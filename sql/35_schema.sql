@@ -11,7 +11,7 @@
 create or replace function private.refuse_model(p_reason text)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform private.refuse_input('model: ' || p_reason, 'Nothing was imported.');
@@ -26,7 +26,7 @@ create or replace function private.rules_of(p_node jsonb)
 returns jsonb
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select jsonb_strip_nulls(
     coalesce(jsonb_object_agg(k.key, k.value) filter (
@@ -84,7 +84,7 @@ create or replace function private.resolve_schema(
 returns jsonb
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_node jsonb := case jsonb_typeof(p_node) when 'object' then p_node else '{}' end;
@@ -133,7 +133,7 @@ create or replace function private.resolve_union(p_node jsonb, p_schemas jsonb, 
 returns jsonb
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select
     case count(*) filter (where not o.is_null)
@@ -173,7 +173,7 @@ create or replace function private.snake_case(p_name text)
 returns text
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select trim(both '_' from lower(regexp_replace(
     regexp_replace(p_name, '([a-z0-9])([A-Z])', '\1_\2', 'g'), '[^[:alnum:]]+', '_', 'g'
@@ -188,7 +188,7 @@ create or replace function private.limit_rules(p_snake text, p_rules jsonb, p_ta
 returns jsonb
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select l.rules - 'default' || case
     when p_takes_image or private.input_problem(l.rules -> 'default', l.rules) is not null then '{}'

@@ -10,7 +10,7 @@ create or replace function private.is_free_text(p_rules jsonb)
 returns boolean
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select p_rules @? '$.** ? (@.type == "string" && !exists(@.enum))'
 $$;
@@ -22,7 +22,7 @@ create or replace function private.takes_file(p_rules jsonb)
 returns boolean
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select p_rules @? '$.**.format ? (@ like_regex "^(uri|url|uri-reference|iri|binary|byte|path)$")'
 $$;
@@ -34,7 +34,7 @@ create or replace function private.takes_image(p_snake text, p_rules jsonb, p_pr
 returns boolean
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.is_free_text(p_rules)
     and p_snake !~ '(^|_)(loras?|weights?|checkpoint|ckpt|zip|archive|dataset|prompt_file)(_|$)'
@@ -60,7 +60,7 @@ create or replace function private.is_operators(p_snake text, p_rules jsonb, p_p
 returns boolean
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select
     p_snake ~ concat(
@@ -107,7 +107,7 @@ returns table (
 )
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select
     p.key,
@@ -141,7 +141,7 @@ create or replace function private.find_prompt(p_schemas jsonb)
 returns text
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select p.name
   from private.model_properties(p_schemas) as p
@@ -169,7 +169,7 @@ create or replace function private.counts_images(p_snake text, p_rules jsonb)
 returns boolean
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select not private.is_free_text(p_rules) and p_snake ~ concat(
     '^(n|amount|quantity|outputs|samples|variations|batch|n_iter|max_images',
@@ -189,7 +189,7 @@ create or replace function private.find_count(p_schemas jsonb)
 returns table (name text, rules jsonb)
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select p.name, case
     when p.rules ? 'enum' then p.rules - 'nullable' || jsonb_build_object(

@@ -10,7 +10,7 @@ create or replace function private.output_problem(p_output jsonb, p_prose text)
 returns text
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select case
     when coalesce(p_output #>> '{items,type}', p_output ->> 'type')
@@ -46,7 +46,7 @@ create or replace function private.output_prose(p_model jsonb, p_schemas jsonb)
 returns text
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select lower(concat_ws(
     ' ',
@@ -85,7 +85,7 @@ create or replace function private.model_schemas(p_model jsonb)
 returns jsonb
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_schemas jsonb := p_model #> '{latest_version,openapi_schema,components,schemas}';
@@ -119,7 +119,7 @@ create or replace function private.map_inputs(p_schemas jsonb)
 returns jsonb
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select jsonb_build_object(
     'prompt_input', f.prompt,
@@ -160,7 +160,7 @@ create or replace function private.map_model(p_model jsonb)
 returns jsonb
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_id text := concat(p_model ->> 'owner', '/', p_model ->> 'name');
@@ -195,7 +195,7 @@ create or replace function private.merge_client_inputs(
 returns jsonb
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select coalesce(jsonb_agg(distinct n.name), '[]')
   from (
@@ -221,7 +221,7 @@ create or replace function private.merge_model(p_old public.models, p_mapped jso
 returns public.models
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select jsonb_populate_record(
     null::public.models,
@@ -277,7 +277,7 @@ create or replace function private.check_model(p_model public.models)
 returns void
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_properties jsonb := p_model.input_schema -> 'properties';
@@ -313,7 +313,7 @@ create or replace function private.check_import_options(p_options jsonb)
 returns void
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_known constant text[] := cast('{price_credits,paid_price_credits,requires_paid,is_active,title,'
@@ -345,7 +345,7 @@ create or replace function private.import_model(
 )
 returns table (field text, old_value jsonb, new_value jsonb)
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_mapped jsonb := private.map_model(p_model);

@@ -8,7 +8,7 @@
 create or replace function private.lock_entitlement(p_user_id uuid)
 returns public.entitlements
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_entitlement public.entitlements;
@@ -31,7 +31,7 @@ create or replace function private.refuse_price(
 )
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   raise sqlstate 'PT402' using
@@ -56,7 +56,7 @@ create or replace function private.charge_credits(
 )
 returns integer
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_count integer := cardinality(p_generation_ids);
@@ -93,7 +93,7 @@ create or replace function private.refund_generation(
 )
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_balance integer;
@@ -121,7 +121,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.release_slot(p_user_id uuid)
 returns void
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   update public.entitlements set active_jobs = active_jobs - 1 where user_id = p_user_id
 $$;
@@ -133,7 +133,7 @@ create or replace function private.entitlement_json(p_user_id uuid)
 returns json
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select json_build_object(
     'user_id', e.user_id,
@@ -170,7 +170,7 @@ create or replace function private.find_grant(
 returns public.credit_ledger
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_entry public.credit_ledger;
@@ -203,7 +203,7 @@ create or replace function private.grant_credits(
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_credits integer;
@@ -255,7 +255,7 @@ create or replace function public.grant_credits(
 )
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.grant_credits(
     grant_credits.user_id, grant_credits.amount, grant_credits.kind, grant_credits.external_id
@@ -279,7 +279,7 @@ create or replace function private.set_paid(p_user_id uuid, p_paid_until timesta
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   update public.entitlements
@@ -299,7 +299,7 @@ grant execute on function private.set_paid(uuid, timestamptz) to service_role;
 create or replace function public.set_paid(user_id uuid, paid_until timestamptz)
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.set_paid(set_paid.user_id, set_paid.paid_until)
 $$;
@@ -316,7 +316,7 @@ grant execute on function public.set_paid(uuid, timestamptz) to service_role;
 create or replace function private.create_entitlement(p_user_id uuid)
 returns void
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   with created as (
     insert into public.entitlements (user_id, credits)
@@ -338,7 +338,7 @@ create or replace function private.create_entitlement_of_new_user()
 returns trigger
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform private.create_entitlement(new.id);

@@ -12,7 +12,7 @@
 create or replace function private.wake_workers(p_at_most integer default 1)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_worker_id bigint;
@@ -41,7 +41,7 @@ create or replace function private.count_images(p_model public.models, p_provide
 returns smallint
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_said jsonb := p_provider_input -> p_model.image_count_input;
@@ -74,7 +74,7 @@ create or replace function private.draft_generation(
 )
 returns public.generations
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_draft public.generations;
@@ -111,7 +111,7 @@ create or replace function private.insert_generations(
 )
 returns public.generations
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_generation public.generations := p_draft;

@@ -16,7 +16,7 @@ create or replace function private.refresh_model_stats(
 )
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_since timestamptz := coalesce(
@@ -71,7 +71,7 @@ create or replace function private.due_seconds(
 returns double precision
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_seconds double precision := date_part('epoch', now() - p_job.claimed_at);
@@ -97,7 +97,7 @@ create or replace function private.remaining_seconds(
 returns double precision
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return greatest(0.25 * p_mean_seconds, private.due_seconds(p_job, p_mean_seconds));
@@ -113,7 +113,7 @@ create or replace function private.free_slots(p_else double precision)
 returns double precision[]
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_slots integer;
@@ -150,7 +150,7 @@ create or replace function private.play_queue(
 returns double precision
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   -- A heap: each entry is no later than the two at twice its place, so the first is the soonest.
@@ -190,7 +190,7 @@ create or replace function private.overtaking_share(p_distance bigint, p_slot_co
 returns double precision
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_slots double precision;
@@ -217,7 +217,7 @@ create or replace function private.waiting_seconds(
 returns double precision
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_paused_until timestamptz;
@@ -259,10 +259,10 @@ create or replace function private.queued_seconds(
 returns double precision
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_ahead double precision[] := '{}';
+  v_ahead double precision[] := array[]::double precision[];
 begin
   if p_position > 0 then
     v_ahead := array(
@@ -297,7 +297,7 @@ create or replace function private.forecast(
 )
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_mean double precision;
@@ -351,7 +351,7 @@ create or replace function private.poll_after_ms(
 returns integer
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_age double precision := date_part('epoch', now() - p_created_at);

@@ -9,7 +9,7 @@
 create or replace function private.refuse_used_key()
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   raise sqlstate 'PT409' using
@@ -35,7 +35,7 @@ create or replace function private.find_generation_by_key(
 returns public.generations
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_generation public.generations;
@@ -65,7 +65,7 @@ create or replace function private.find_reusable(
 returns public.generations
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select g.*
   from public.generations as g
@@ -89,7 +89,7 @@ create or replace function private.enqueue_answer(
 returns json
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_forecast record := private.forecast(p_generation, 20);
@@ -128,7 +128,7 @@ create or replace function private.enqueue_generation(
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 as $$
 declare
@@ -183,7 +183,7 @@ create or replace function public.enqueue_generation(
 )
 returns json
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return private.enqueue_generation(

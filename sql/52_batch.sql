@@ -16,7 +16,7 @@ create or replace function private.find_batch_by_key(
 returns public.batches
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_batch public.batches;
@@ -36,7 +36,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.check_batch_size(p_prompts text[], p_max_batch integer)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if coalesce(cardinality(p_prompts) not between 1 and p_max_batch, true) then
@@ -57,7 +57,7 @@ create or replace function private.prepare_batch(
 )
 returns jsonb[]
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_prepared jsonb := private.prepare_params(p_model, p_user_id, p_params);
@@ -87,7 +87,7 @@ create or replace function private.insert_batch(
 )
 returns public.batches
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_draft public.generations := p_draft;
@@ -116,7 +116,7 @@ create or replace function private.batch_json(p_batch public.batches)
 returns json
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return (select json_build_object(
@@ -161,7 +161,7 @@ create or replace function private.enqueue_batch(
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 as $$
 declare
@@ -213,7 +213,7 @@ create or replace function public.enqueue_batch(
 )
 returns json
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return private.enqueue_batch(
@@ -239,7 +239,7 @@ create or replace function private.require_batch(p_batch_id uuid, p_user_id uuid
 returns public.batches
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_batch public.batches;
@@ -266,7 +266,7 @@ returns json
 language sql
 stable
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.batch_json(private.require_batch(p_batch_id, private.require_user_id()))
 $$;
@@ -279,7 +279,7 @@ create or replace function public.get_batch_status(batch_id uuid)
 returns json
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.get_batch_status(get_batch_status.batch_id)
 $$;

@@ -10,7 +10,7 @@ create or replace function private.find_retry(p_generation_id uuid)
 returns public.generations
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select g.* from public.generations as g
   where g.retry_of = p_generation_id and g.status not in ('failed', 'canceled')
@@ -27,7 +27,7 @@ create or replace function private.require_retryable(p_job_id uuid, p_user_id uu
 returns public.generations
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_generation public.generations := private.require_generation(p_job_id, p_user_id);
@@ -58,7 +58,7 @@ create or replace function private.retry_generation(p_job_id uuid)
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_user_id uuid := private.require_user_id();
@@ -92,7 +92,7 @@ grant execute on function private.retry_generation(uuid) to authenticated;
 create or replace function public.retry_generation(job_id uuid)
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.retry_generation(retry_generation.job_id)
 $$;
@@ -114,7 +114,7 @@ grant execute on function public.retry_generation(uuid) to authenticated;
 create or replace function private.redrive_generation(p_old public.generations)
 returns boolean
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_entitlement public.entitlements;
@@ -154,7 +154,7 @@ create or replace function private.redrive_failed(
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_generation public.generations;
@@ -188,7 +188,7 @@ create or replace function public.redrive_failed(
 )
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.redrive_failed(redrive_failed.code, redrive_failed.since, redrive_failed.at_most)
 $$;

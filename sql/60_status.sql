@@ -7,7 +7,7 @@ create or replace function public.ping()
 returns json
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select json_build_object('ok', true, 'server_time', now())
   from set_config('response.headers', '[{"Cache-Control": "no-store"}]', true)
@@ -25,7 +25,7 @@ create or replace function private.images_json(p_generation_id uuid)
 returns json
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_images json;
@@ -48,7 +48,7 @@ create or replace function private.running_job(p_job_id uuid)
 returns private.running_jobs
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_running private.running_jobs;
@@ -68,7 +68,7 @@ create or replace function private.job_json(p_generation public.generations)
 returns json
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_running private.running_jobs;
@@ -127,7 +127,7 @@ returns json
 language plpgsql
 stable
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return private.job_json(private.require_generation(p_job_id, private.require_user_id()));
@@ -141,7 +141,7 @@ create or replace function public.get_job_status(job_id uuid)
 returns json
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return private.get_job_status(get_job_status.job_id);
@@ -171,15 +171,15 @@ returns json
 language plpgsql
 stable
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_sort = off
 as $$
 declare
   v_user_id uuid := private.require_user_id();
   v_ids uuid[];
 begin
-  if cardinality(p_job_ids) > 100 then
-    perform private.refuse_input('job_ids: more than 100');
+  if cardinality(p_job_ids) > 100 or array_ndims(p_job_ids) > 1 then
+    perform private.refuse_input('job_ids: not a list of at most 100');
   end if;
   v_ids := array(
     select g.id from public.generations as g
@@ -203,7 +203,7 @@ create or replace function public.list_active_jobs(job_ids uuid[] default '{}')
 returns json
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return private.list_active_jobs(list_active_jobs.job_ids);
@@ -228,7 +228,7 @@ returns json
 language plpgsql
 stable
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_entitlement json := private.entitlement_json(private.require_user_id());
@@ -247,7 +247,7 @@ create or replace function public.get_entitlement()
 returns json
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.get_entitlement()
 $$;
@@ -266,7 +266,7 @@ returns json
 language sql
 stable
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select coalesce(json_agg(json_build_object(
     'id', m.id,
@@ -296,7 +296,7 @@ create or replace function public.list_models()
 returns json
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.list_models()
 $$;

@@ -17,7 +17,7 @@ create or replace function private.walk_generations(
 returns uuid[]
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_tag is not null then
@@ -51,7 +51,7 @@ create or replace function private.read_tag(p_field text, p_tag text)
 returns text
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_tag text;
@@ -73,7 +73,7 @@ create or replace function private.check_page_size(p_page_size integer)
 returns void
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if (p_page_size between 1 and 100) is not true then
@@ -100,7 +100,7 @@ returns json
 language plpgsql
 stable
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   c_walk constant integer := 200;
@@ -160,7 +160,7 @@ create or replace function public.list_generations(
 returns json
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.list_generations(
     list_generations.before,

@@ -15,7 +15,7 @@ create or replace function private.lock_own_generation(
 )
 returns public.generations
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_user_id uuid := private.require_user_id();
@@ -42,7 +42,7 @@ create or replace function private.set_favorite(p_job_id uuid, p_is_favorite boo
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_is_favorite is null then
@@ -62,7 +62,7 @@ grant execute on function private.set_favorite(uuid, boolean) to authenticated;
 create or replace function public.set_favorite(job_id uuid, is_favorite boolean default true)
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.set_favorite(set_favorite.job_id, set_favorite.is_favorite)
 $$;
@@ -83,7 +83,7 @@ create or replace function private.set_tags(p_job_id uuid, p_tags text[])
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_generation public.generations := private.lock_own_generation(p_job_id);
@@ -110,7 +110,7 @@ grant execute on function private.set_tags(uuid, text[]) to authenticated;
 create or replace function public.set_tags(job_id uuid, tags text[])
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.set_tags(set_tags.job_id, set_tags.tags)
 $$;
@@ -130,7 +130,7 @@ grant execute on function public.set_tags(uuid, text[]) to authenticated;
 create or replace function private.end_shares(p_generation_ids uuid[])
 returns void
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   update public.images set share_id = null, shows_prompt = false
   where generation_id = any (p_generation_ids) and share_id is not null
@@ -147,7 +147,7 @@ create or replace function private.delete_generation(p_job_id uuid)
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_generation public.generations := private.lock_own_generation(p_job_id, true);
@@ -173,7 +173,7 @@ grant execute on function private.delete_generation(uuid) to authenticated;
 create or replace function public.delete_generation(job_id uuid)
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.delete_generation(delete_generation.job_id)
 $$;
@@ -196,7 +196,7 @@ create or replace function private.restore_generation(p_job_id uuid)
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_generation public.generations := private.lock_own_generation(p_job_id, true);
@@ -218,7 +218,7 @@ grant execute on function private.restore_generation(uuid) to authenticated;
 create or replace function public.restore_generation(job_id uuid)
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.restore_generation(restore_generation.job_id)
 $$;

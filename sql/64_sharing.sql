@@ -23,7 +23,7 @@ create or replace function private.share_image(
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_image public.images;
@@ -59,7 +59,7 @@ create or replace function public.share_image(
 )
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.share_image(
     share_image.job_id,
@@ -82,7 +82,7 @@ grant execute on function public.share_image(uuid, integer, boolean, boolean) to
 create or replace function private.refuse_unknown_image()
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform private.refuse_missing(
@@ -104,7 +104,7 @@ create or replace function private.count_likes(
 returns integer
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select count(*)::integer
   from (
@@ -128,7 +128,7 @@ create or replace function private.like_image(
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_user_id uuid := private.require_known_user_id();
@@ -168,7 +168,7 @@ create or replace function public.like_image(
 )
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.like_image(like_image.job_id, like_image.image_position, like_image.is_liked)
 $$;
@@ -187,7 +187,7 @@ create or replace function private.shared_image_json(p_image public.images, p_us
 returns json
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select json_build_object(
     'share_id', p_image.share_id,
@@ -226,7 +226,7 @@ returns json
 language plpgsql
 stable
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_user_id uuid := auth.uid();
@@ -266,7 +266,7 @@ create or replace function public.list_public_images(
 returns json
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.list_public_images(list_public_images.before, list_public_images.page_size)
 $$;

@@ -18,7 +18,7 @@
 create or replace function private.broadcast_generation()
 returns trigger
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set lock_timeout = '50ms'
 as $$
 begin

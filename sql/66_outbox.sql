@@ -9,7 +9,7 @@
 create or replace function private.record_events(p_job_ids uuid[], p_status text)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_event_type text := 'generation.' || p_status;
@@ -42,7 +42,7 @@ create or replace function private.webhook_body(p_delivery private.deliveries)
 returns jsonb
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select jsonb_build_object(
     'type', p_delivery.event_type,
@@ -68,7 +68,7 @@ create or replace function private.has_later_push(
 returns boolean
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select exists (
     select from public.generations as g
@@ -90,7 +90,7 @@ create or replace function private.push_body(p_delivery private.deliveries)
 returns jsonb
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select jsonb_build_array(jsonb_build_object(
     'to', t.token, 'title', x.title, 'body', x.body,

@@ -9,7 +9,7 @@ create or replace function private.template_json(p_template public.prompt_templa
 returns json
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select json_build_object(
     'id', p_template.id,
@@ -42,7 +42,7 @@ create or replace function private.save_prompt_template(
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_user_id uuid := private.require_known_user_id();
@@ -82,7 +82,7 @@ create or replace function public.save_prompt_template(
 )
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.save_prompt_template(
     save_prompt_template.title,
@@ -108,7 +108,7 @@ create or replace function private.check_template(p_title text, p_prompt text, p
 returns void
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if private.is_blank(p_prompt) then
@@ -130,7 +130,7 @@ create or replace function private.check_template_count(p_user_id uuid)
 returns void
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if (select count(*) >= 100 from public.prompt_templates where user_id = p_user_id) then
@@ -146,7 +146,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.refuse_unknown_template()
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform private.refuse_missing(
@@ -166,7 +166,7 @@ create or replace function private.delete_prompt_template(p_id uuid)
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_user_id uuid := private.require_user_id();
@@ -186,7 +186,7 @@ grant execute on function private.delete_prompt_template(uuid) to authenticated;
 create or replace function public.delete_prompt_template(id uuid)
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.delete_prompt_template(delete_prompt_template.id)
 $$;
@@ -206,7 +206,7 @@ returns json
 language plpgsql
 stable
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_user_id uuid := private.require_user_id();
@@ -229,7 +229,7 @@ create or replace function public.list_prompt_templates()
 returns json
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.list_prompt_templates()
 $$;

@@ -17,7 +17,7 @@
 create or replace function private.refuse_lost_lease(p_job_id uuid)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   raise sqlstate 'DR001' using message = 'lease_lost', detail = format('job %s', p_job_id);
@@ -31,7 +31,7 @@ create or replace function private.register_worker(p_host text, p_slots integer,
 returns table (worker_id bigint, channel text, heartbeat_seconds real, lease_seconds real)
 language sql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   with registered as (
     insert into private.workers (host, slots, version)
@@ -59,7 +59,7 @@ create or replace function private.unregister_worker(p_worker_id bigint)
 returns void
 language sql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   delete from private.workers where id = p_worker_id
 $$;
@@ -75,7 +75,7 @@ create or replace function private.sleep(p_worker_id bigint)
 returns void
 language sql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   update private.workers set asleep = true where id = p_worker_id and not asleep
 $$;
@@ -97,7 +97,7 @@ create or replace function private.heartbeat(
 returns table (job_id uuid, verdict text)
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 as $$
 #variable_conflict use_column
@@ -149,7 +149,7 @@ create or replace function private.report_progress(
 returns table (token bigint, verdict text)
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 set enable_seqscan = off
 set enable_bitmapscan = off

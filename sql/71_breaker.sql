@@ -17,7 +17,7 @@ create or replace function private.breaker_state(p_breaker private.breakers)
 returns text
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select case
     when p_breaker.paused_until > now() then 'open'
@@ -36,7 +36,7 @@ create or replace function private.breaker_json(p_breaker private.breakers)
 returns json
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select json_build_object(
     'name', p_breaker.name,
@@ -57,7 +57,7 @@ create or replace function private.blocked_models()
 returns jsonb
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select coalesce(jsonb_object_agg(m.id, b.name), '{}')
   from private.breakers as b
@@ -71,7 +71,7 @@ revoke all on function private.blocked_models() from public, anon, authenticated
 create or replace function private.end_pauses()
 returns void
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   update private.breakers set paused_until = null, pause_reason = null
   where name = any (array(
@@ -86,7 +86,7 @@ revoke all on function private.end_pauses() from public, anon, authenticated, se
 create or replace function private.begin_probe(p_name text, p_seq bigint)
 returns boolean
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform from private.breakers
@@ -109,7 +109,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.open_breaker(p_name text, p_reason text)
 returns void
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   update private.breakers as b set
     failures = 0,
@@ -137,7 +137,7 @@ create or replace function private.count_failure(
 )
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_breaker private.breakers := (select b from private.breakers as b where b.name = p_name);
@@ -181,7 +181,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.note_failure(p_job private.running_jobs, p_code text)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider text := (select m.provider from public.models as m where m.id = p_job.model_id);
@@ -215,7 +215,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.note_successes(p_jobs private.running_jobs[])
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job record;
@@ -250,7 +250,7 @@ create or replace function private.pause_provider(
 returns void
 language sql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   insert into private.breakers as b (name, paused_until, pause_reason, times_opened)
   select
@@ -276,7 +276,7 @@ create or replace function private.require_breaker_name(p_name text)
 returns void
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if not exists (select from public.models as m where p_name in (m.id, m.provider)) then
@@ -298,7 +298,7 @@ create or replace function private.pause_model(p_model text, p_until timestamptz
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_breaker private.breakers;
@@ -332,7 +332,7 @@ create or replace function public.pause_model(
 )
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.pause_model(pause_model.model, pause_model.until, pause_model.reason)
 $$;
@@ -354,7 +354,7 @@ create or replace function private.resume_model(p_model text)
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_breaker private.breakers;
@@ -376,7 +376,7 @@ grant execute on function private.resume_model(text) to service_role;
 create or replace function public.resume_model(model text)
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.resume_model(resume_model.model)
 $$;

@@ -13,7 +13,7 @@
 create or replace function private.promote_due_jobs(p_at_most integer)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   update private.ready_jobs set run_at = null, queued_at = now()
@@ -37,7 +37,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.scan_start(p_pause double precision default 0.05)
 returns bigint
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_full_due text := current_setting('darkroom.full_scan_due', true);
@@ -61,7 +61,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.schedule_scan(p_from bigint, p_began timestamptz)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now double precision := extract(epoch from clock_timestamp());
@@ -91,7 +91,7 @@ create or replace function private.lock_next_jobs(
 )
 returns bigint[]
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 as $$
 declare
@@ -118,7 +118,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.lock_models_to_hold(p_blocked jsonb, p_model_ids text[])
 returns text[]
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_models text[];
@@ -151,7 +151,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.hold_passed_jobs(p_blocked jsonb, p_from bigint, p_last bigint)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 as $$
 declare
@@ -185,7 +185,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.forget_held(p_model_id text)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform from private.breakers where name = p_model_id for update skip locked;
@@ -204,7 +204,7 @@ revoke all on function private.forget_held(text) from public, anon, authenticate
 create or replace function private.release_held_jobs(p_at_most integer, p_blocked jsonb)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_model_id text;
@@ -236,7 +236,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.admit_probes(p_seqs bigint[])
 returns bigint[]
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_name text;
@@ -272,7 +272,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.pick_unblocked_jobs(p_at_most integer)
 returns bigint[]
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_from bigint;
@@ -301,7 +301,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.pick_jobs(p_at_most integer)
 returns bigint[]
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_from bigint;
@@ -346,7 +346,7 @@ returns table (
 )
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 set enable_seqscan = off
 set enable_bitmapscan = off

@@ -11,7 +11,7 @@ create or replace function private.begin_creates(p_job_ids uuid[], p_tokens bigi
 returns table (token bigint, begun_before timestamptz)
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 set enable_seqscan = off
 set enable_bitmapscan = off
@@ -49,7 +49,7 @@ create or replace function private.checkpoint_jobs(
 returns table (token bigint, verdict text)
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 set enable_seqscan = off
 set enable_bitmapscan = off
@@ -82,7 +82,7 @@ create or replace function private.adopt_provider_job(
 returns text
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_adopted text;

@@ -10,7 +10,7 @@
 create or replace function private.end_leases(p_job_ids uuid[], p_tokens bigint[])
 returns private.running_jobs[]
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 set enable_seqscan = off
 set enable_bitmapscan = off
@@ -40,7 +40,7 @@ create or replace function private.ended_before(
 )
 returns setof bigint
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return query
@@ -59,7 +59,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.end_lease(p_job_id uuid, p_token bigint, p_outcomes text[])
 returns private.running_jobs
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job private.running_jobs := (private.end_leases(array[p_job_id], array[p_token]))[1];
@@ -87,7 +87,7 @@ create or replace function private.record_attempts(
 )
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   insert into private.attempts (
@@ -122,7 +122,7 @@ create or replace function private.requeue_job(
 )
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   insert into private.ready_jobs (
@@ -152,7 +152,7 @@ create or replace function private.finish_generation(
 )
 returns integer
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_price integer;
@@ -179,7 +179,7 @@ create or replace function private.finish_failed(
 )
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_price integer := private.finish_generation(p_job.job_id, 'failed', p_error);
@@ -203,7 +203,7 @@ create or replace function private.finish_canceled(
 )
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_percent integer := case
@@ -231,7 +231,7 @@ create or replace function private.finish_canceled_job(
 )
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform private.finish_canceled(
@@ -249,7 +249,7 @@ create or replace function private.count_claims(p_job_id uuid)
 returns integer
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select count(*)::integer from private.attempts where generation_id = p_job_id
 $$;
@@ -266,7 +266,7 @@ create or replace function private.retry_delay(
 returns interval
 language sql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select case
     when p_retry_after_seconds is not null
@@ -290,7 +290,7 @@ create or replace function private.end_failed_attempt(
 )
 returns text
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_error private.error_codes;
@@ -343,7 +343,7 @@ create or replace function private.blame_providers(
 )
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_at bigint;
@@ -376,7 +376,7 @@ create or replace function private.fail_jobs(
 returns table (token bigint, verdict text)
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 set enable_seqscan = off
 set enable_bitmapscan = off
@@ -429,7 +429,7 @@ create or replace function private.release_job(
 returns void
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job private.running_jobs := private.end_lease(
@@ -464,7 +464,7 @@ create or replace function private.cancel_job(
 returns void
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job private.running_jobs := private.end_lease(p_job_id, p_token, '{canceled}');

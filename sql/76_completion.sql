@@ -17,7 +17,7 @@ create or replace function private.refund_missing_images(
 )
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   for v_at in 1 .. cardinality(p_jobs) loop
@@ -56,7 +56,7 @@ create or replace function private.finish_completed(
   out prices integer[]
 )
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   with ended as (
@@ -108,7 +108,7 @@ create or replace function private.complete_jobs(
 returns table (token bigint, verdict text)
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 set enable_seqscan = off
 set enable_bitmapscan = off

@@ -9,7 +9,7 @@ create or replace function private.register_push_token(p_token text)
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_user_id uuid := private.require_user_id();
@@ -38,7 +38,7 @@ grant execute on function private.register_push_token(text) to authenticated;
 create or replace function public.register_push_token(token text)
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.register_push_token(register_push_token.token)
 $$;
@@ -57,7 +57,7 @@ create or replace function private.unregister_push_token(p_token text)
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_user_id uuid := private.require_user_id();
@@ -74,7 +74,7 @@ grant execute on function private.unregister_push_token(text) to authenticated;
 create or replace function public.unregister_push_token(token text)
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.unregister_push_token(unregister_push_token.token)
 $$;

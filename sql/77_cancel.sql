@@ -14,7 +14,7 @@
 create or replace function private.cancel_jobs(p_user_id uuid, p_job_ids uuid[])
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job_id uuid;
@@ -58,7 +58,7 @@ create or replace function private.cancel_generation(p_job_id uuid)
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_user_id uuid := private.require_user_id();
@@ -83,7 +83,7 @@ grant execute on function private.cancel_generation(uuid) to authenticated;
 create or replace function public.cancel_generation(job_id uuid)
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.cancel_generation(cancel_generation.job_id)
 $$;
@@ -106,7 +106,7 @@ create or replace function private.cancel_batch(p_batch_id uuid)
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_user_id uuid := private.require_user_id();
@@ -126,7 +126,7 @@ grant execute on function private.cancel_batch(uuid) to authenticated;
 create or replace function public.cancel_batch(batch_id uuid)
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.cancel_batch(cancel_batch.batch_id)
 $$;

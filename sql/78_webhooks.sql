@@ -10,7 +10,7 @@ create or replace function private.is_public_address(p_host text)
 returns boolean
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_address inet;
@@ -44,7 +44,7 @@ create or replace function private.host_problem(p_host text)
 returns text
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select case
     when p_host ~ '^(\[|[0-9.]+$)' then case
@@ -65,7 +65,7 @@ create or replace function private.check_webhook_url(p_url text)
 returns void
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_allows_private boolean := (select webhook_allows_private from private.settings);
@@ -105,7 +105,7 @@ create or replace function private.webhook_json(p_endpoint private.webhook_endpo
 returns json
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select json_build_object(
     'webhook_id', p_endpoint.id,
@@ -129,7 +129,7 @@ create or replace function private.register_webhook(
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_all text[] := '{generation.completed,generation.failed,generation.canceled}'::text[];
@@ -162,7 +162,7 @@ create or replace function public.register_webhook(
 )
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.register_webhook(
     register_webhook.url, register_webhook.events, register_webhook.description
@@ -183,7 +183,7 @@ returns json
 language sql
 stable
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select coalesce(json_agg(private.webhook_json(w) order by w.id), '[]')
   from private.webhook_endpoints as w
@@ -196,7 +196,7 @@ create or replace function public.list_webhooks()
 returns json
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.list_webhooks()
 $$;
@@ -212,7 +212,7 @@ grant execute on function public.list_webhooks() to service_role;
 create or replace function private.found_webhook(p_endpoint private.webhook_endpoints)
 returns private.webhook_endpoints
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_endpoint.id is null then
@@ -230,7 +230,7 @@ create or replace function private.delete_webhook(p_webhook_id uuid)
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_endpoint private.webhook_endpoints;
@@ -249,7 +249,7 @@ grant execute on function private.delete_webhook(uuid) to service_role;
 create or replace function public.delete_webhook(webhook_id uuid)
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.delete_webhook(delete_webhook.webhook_id)
 $$;
@@ -265,7 +265,7 @@ create or replace function private.enable_webhook(p_webhook_id uuid)
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_endpoint private.webhook_endpoints;
@@ -282,7 +282,7 @@ grant execute on function private.enable_webhook(uuid) to service_role;
 create or replace function public.enable_webhook(webhook_id uuid)
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.enable_webhook(enable_webhook.webhook_id)
 $$;
@@ -298,7 +298,7 @@ create or replace function private.rotate_webhook_secret(p_webhook_id uuid)
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_endpoint private.webhook_endpoints;
@@ -322,7 +322,7 @@ grant execute on function private.rotate_webhook_secret(uuid) to service_role;
 create or replace function public.rotate_webhook_secret(webhook_id uuid)
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.rotate_webhook_secret(rotate_webhook_secret.webhook_id)
 $$;

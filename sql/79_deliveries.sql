@@ -10,7 +10,7 @@ returns setof text
 language sql
 stable
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   -- From lane to lane through the index, however many deliveries wait in each.
   with recursive lanes as (
@@ -44,7 +44,7 @@ grant execute on function private.due_lanes() to darkroom_worker;
 create or replace function private.bury_deliveries(p_lane text)
 returns void
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   update private.deliveries
   set state = 'dead', finished_at = now(), last_error = 'the endpoint is gone or disabled'
@@ -62,7 +62,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.lease_deliveries(p_lane text, p_at_most integer)
 returns setof private.deliveries
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   update private.deliveries
   set
@@ -83,7 +83,7 @@ create or replace function private.claim_deliveries(p_lane text, p_at_most integ
 returns table (delivery_id uuid, token bigint, url text, secrets text[], body text)
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_endpoint private.webhook_endpoints;
@@ -133,7 +133,7 @@ create or replace function private.redelivery_delay(
 returns interval
 language sql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select w.delay
   from private.settings as s
@@ -165,7 +165,7 @@ create or replace function private.finish_delivery(
 returns text
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_delivery private.deliveries;
@@ -215,7 +215,7 @@ grant execute on function private.finish_delivery(
 create or replace function private.trim_deliveries(p_at_most integer default 100000)
 returns void
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   delete from private.deliveries
   where id = any (array(
@@ -233,7 +233,7 @@ create or replace function private.delivery_json(p_delivery private.deliveries)
 returns json
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select json_build_object(
     'delivery_id', p_delivery.id,
@@ -259,7 +259,7 @@ returns json
 language plpgsql
 stable
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_state not in ('pending', 'delivered', 'dead') then
@@ -289,7 +289,7 @@ create or replace function public.list_deliveries(
 returns json
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.list_deliveries(list_deliveries.state, list_deliveries.at_most)
 $$;
@@ -308,7 +308,7 @@ create or replace function private.redeliver(p_delivery_id uuid)
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_delivery private.deliveries;
@@ -333,7 +333,7 @@ grant execute on function private.redeliver(uuid) to service_role;
 create or replace function public.redeliver(delivery_id uuid)
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.redeliver(redeliver.delivery_id)
 $$;
@@ -349,7 +349,7 @@ create or replace function private.redeliver_dead(p_webhook_id uuid)
 returns json
 language sql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   with revived as (
     update private.deliveries
@@ -370,7 +370,7 @@ grant execute on function private.redeliver_dead(uuid) to service_role;
 create or replace function public.redeliver_dead(webhook_id uuid)
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.redeliver_dead(redeliver_dead.webhook_id)
 $$;

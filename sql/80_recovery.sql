@@ -9,7 +9,7 @@
 create or replace function private.refresh_queue_state()
 returns void
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   update private.queue_state set
     oldest_ready_at = (
@@ -31,7 +31,7 @@ create or replace function private.recover_stale_jobs(p_at_most integer default 
 returns integer
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job private.running_jobs;
@@ -76,7 +76,7 @@ grant execute on function private.recover_stale_jobs(integer) to darkroom_worker
 create or replace function private.trim_history()
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   delete from private.workers where seen_at < now() - interval '7 days';

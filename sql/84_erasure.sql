@@ -13,7 +13,7 @@ create or replace function private.path_id(p_path text, p_part integer)
 returns uuid
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select case
     when split_part(p_path, '/', p_part) ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$'
@@ -29,7 +29,7 @@ create or replace function private.is_live(p_job_id uuid)
 returns boolean
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select exists (select from private.ready_jobs as r where r.job_id = p_job_id)
     or exists (select from private.running_jobs as r where r.job_id = p_job_id)
@@ -42,7 +42,7 @@ create or replace function private.has_image(p_path text)
 returns boolean
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select exists (
     select from public.images as i
@@ -59,7 +59,7 @@ create or replace function private.file_changed_at(p_bucket text, p_path text)
 returns timestamptz
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if to_regclass('storage.objects') is null then
@@ -81,7 +81,7 @@ create or replace function private.is_needed_again(p_file private.expired_files)
 returns boolean
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select case
     when p_file.bucket = 'inputs' then
@@ -103,7 +103,7 @@ create or replace function private.list_expired_files(p_at_most integer default 
 returns table (bucket text, path text)
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
@@ -140,7 +140,7 @@ grant execute on function private.list_expired_files(integer) to darkroom_worker
 create or replace function private.erase_generations(p_ids uuid[])
 returns integer
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   with erased as (
     delete from public.generations as g
@@ -165,7 +165,7 @@ create or replace function private.forget_files(p_buckets text[], p_paths text[]
 returns integer
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_generation_ids uuid[];
@@ -201,7 +201,7 @@ grant execute on function private.forget_files(text[], text[]) to darkroom_worke
 create or replace function private.lock_jobs(p_user_id uuid)
 returns integer
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_id uuid;
@@ -241,7 +241,7 @@ create or replace function private.lock_jobs_of_deleted_user()
 returns trigger
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_locked integer;
@@ -272,7 +272,7 @@ create or replace function private.delete_entitlement_of_deleted_user()
 returns trigger
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   delete from public.entitlements where user_id = old.id;
@@ -292,7 +292,7 @@ create or replace function private.expire_files_of_deleted_user()
 returns trigger
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   insert into private.expired_files (bucket, path, user_id)
@@ -326,7 +326,7 @@ for each row execute function private.expire_files_of_deleted_user();
 create or replace function private.erase_ledger(p_user_id uuid)
 returns integer
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   with erased as (
     delete from public.credit_ledger as l
@@ -344,7 +344,7 @@ create or replace function private.erase_ledger_of_deleted_user()
 returns trigger
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform private.erase_ledger(old.user_id);
@@ -365,7 +365,7 @@ create or replace function private.erase_generations_of_deleted_user()
 returns trigger
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_live uuid[] := array(

@@ -10,7 +10,7 @@
 create or replace function private.begin_walk(p_name text)
 returns text
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select w.place from private.retention_walks as w where w.name = p_name for update skip locked
 $$;
@@ -21,7 +21,7 @@ revoke all on function private.begin_walk(text) from public, anon, authenticated
 create or replace function private.end_walk(p_name text, p_place text, p_is_at_end boolean)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_is_at_end then
@@ -43,7 +43,7 @@ create or replace function private.expire_generations(
 )
 returns integer
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_ids uuid[];
@@ -76,7 +76,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.expire_deleted(p_at_most integer)
 returns integer
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.expire_generations(array(
     select g.id from public.generations as g
@@ -93,7 +93,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.expire_old(p_at_most integer)
 returns integer
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_before timestamptz := (select now() - s.keep_generations from private.settings as s);
@@ -126,7 +126,7 @@ revoke all on function private.expire_old(integer) from public, anon, authentica
 create or replace function private.trim_attempts(p_at_most integer)
 returns integer
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_before timestamptz := (select now() - s.keep_attempts from private.settings as s);
@@ -169,7 +169,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.compact_ledger(p_user_id uuid, p_at_most integer)
 returns integer
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_before timestamptz := (select now() - s.keep_ledger from private.settings as s);
@@ -211,7 +211,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.trim_ledger(p_at_most integer)
 returns integer
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_place text := private.begin_walk('ledger');
@@ -248,7 +248,7 @@ create or replace function private.is_orphan(p_bucket text, p_path text, p_chang
 returns boolean
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select p_changed_at < now() - interval '1 day' and private.path_id(p_path, 1) is not null and
     case p_bucket
@@ -271,7 +271,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.expire_orphans(p_at_most integer)
 returns integer
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_place text := private.begin_walk('files');
@@ -308,7 +308,7 @@ create or replace function private.apply_retention(p_at_most integer default 500
 returns integer
 language sql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.expire_deleted(p_at_most) + private.expire_old(p_at_most)
     + private.trim_attempts(p_at_most) + private.trim_ledger(p_at_most)

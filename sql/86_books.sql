@@ -116,7 +116,7 @@ create or replace function private.recent_broken_books(p_at_most integer default
 returns setof private.broken_books
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 -- Whatever the planner thinks: a few hundred rows, each reached by its key.
 set enable_seqscan = off
 set enable_hashjoin = off
@@ -150,7 +150,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.check_books()
 returns integer
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   insert into private.routines as r (name, result)
   select 'check_books', jsonb_build_object(

@@ -50,7 +50,7 @@ revoke all on table private.vacuum_holders from public, anon, authenticated, ser
 create or replace function private.note_run(p_name text)
 returns void
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   update private.routines set last_run_at = now() where name = p_name
 $$;
@@ -62,7 +62,7 @@ create or replace function private.depth_health()
 returns jsonb
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select jsonb_build_object(
     'ready', coalesce(sum(q.ready), 0),
@@ -79,7 +79,7 @@ create or replace function private.running_health()
 returns jsonb
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select jsonb_build_object(
     'jobs', count(*),
@@ -98,7 +98,7 @@ create or replace function private.rates_health()
 returns jsonb
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 -- Read by time alone: the planner may think a scan of all history as good.
 set enable_seqscan = off
 as $$
@@ -148,7 +148,7 @@ create or replace function private.worker_health()
 returns jsonb
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select jsonb_build_object(
     'alive', count(*),
@@ -169,7 +169,7 @@ create or replace function private.routine_health()
 returns jsonb
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select coalesce(jsonb_object_agg(r.name, jsonb_build_object(
     'last_run_at', r.last_run_at,
@@ -186,7 +186,7 @@ create or replace function private.books_health()
 returns jsonb
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select jsonb_build_object(
     'recent_problems', (select count(*) from private.recent_broken_books()),
@@ -206,7 +206,7 @@ create or replace function private.outbox_health()
 returns jsonb
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select jsonb_build_object(
     'pending', count(*),

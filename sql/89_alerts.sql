@@ -9,7 +9,7 @@ create or replace function private.name_vacuum_holders()
 returns text
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select string_agg(
     concat_ws(
@@ -33,7 +33,7 @@ create or replace function private.measure_queue(p_health jsonb)
 returns table (alert text, value numeric, cases bigint, detail text)
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select m.alert, m.value, m.cases, m.detail
   from (
@@ -66,7 +66,7 @@ create or replace function private.measure_workers(p_health jsonb)
 returns table (alert text, value numeric, cases bigint, detail text)
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select m.alert, m.value, null::bigint, m.detail
   from (
@@ -94,7 +94,7 @@ create or replace function private.measure_surroundings(p_health jsonb)
 returns table (alert text, value numeric, cases bigint, detail text)
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select m.alert, m.value, null::bigint, m.detail
   from (select p_health -> 'books' as b, p_health #>> '{outbox,dead}' as dead) as h
@@ -135,7 +135,7 @@ create or replace function private.health_alerts(p_health jsonb)
 returns jsonb
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select coalesce(jsonb_agg(jsonb_build_object(
     'alert', rule.alert, 'severity', rule.severity, 'detail', m.detail, 'hint', rule.hint
@@ -159,7 +159,7 @@ returns json
 language plpgsql
 stable
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 -- Compiling would take longer than running.
 set jit = off
 as $$
@@ -207,7 +207,7 @@ create or replace function public.queue_health()
 returns json
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.queue_health()
 $$;

@@ -56,16 +56,16 @@ def rpc_url(stack: Stack, stack_db: Database) -> Iterator[str]:
     process.stop(signal.SIGTERM, 10)
 
 
-def start_postgrest(binary: str, stack: Stack, stack_db: Database) -> tuple[Process, str]:
-    """Start PostgREST in front of the stack's database; return it and its address."""
-    password = secrets.token_hex(16)
-    stack_db.execute(SUPABASE_UID)
-    stack_db.execute(f"create role test_authenticator noinherit login password '{password}'")
-    stack_db.execute("grant anon, authenticated, service_role to test_authenticator")
+def start_postgrest(binary: str, stack: Stack, db: Database) -> tuple[Process, str]:
+    """Start PostgREST in front of a database of the stack's; return it and its address."""
+    role, password = f"authenticator_of_{db.name}", secrets.token_hex(16)
+    db.execute(SUPABASE_UID)
+    db.execute(f"create role {role} noinherit login password '{password}'")
+    db.execute(f"grant anon, authenticated, service_role to {role}")
     port, admin_port = free_port(), free_port()
-    log = stack.folder / "logs" / "postgrest.log"
+    log = stack.folder / "logs" / f"postgrest-{db.name}.log"
     environment = {
-        "PGRST_DB_URI": f"postgresql://test_authenticator:{password}@{stack.cluster.address()}/postgres",
+        "PGRST_DB_URI": f"postgresql://{role}:{password}@{stack.cluster.address()}/{db.name}",
         "PGRST_DB_SCHEMAS": "public",
         "PGRST_DB_ANON_ROLE": "anon",
         "PGRST_JWT_SECRET": stack.jwt_secret,

@@ -219,10 +219,10 @@ def test_no_role_has_rights_on_sequences(catalog, role):
     assert sequences == []
 
 
-def test_every_function_fixes_its_search_path(catalog):
+def test_every_function_fixes_its_search_path_with_temporary_objects_last(catalog):
     assert not catalog.execute(
         f"select oid::regprocedure::text from pg_proc where pronamespace in {OURS}"
-        " and not coalesce(proconfig, '{}') @> array['search_path=\"\"']"
+        " and not coalesce(proconfig, '{}') @> array['search_path=pg_catalog, pg_temp']"
     )
 
 

@@ -210,6 +210,8 @@ def test_the_list_takes_a_hundred_ids_and_no_more(alice):
 
     with refused("PT400", "invalid_input"):
         alice.list_active_jobs(*[str(uuid.uuid4())] * 101)
+    with refused("PT400", "invalid_input"):
+        alice.call("public.list_active_jobs", job_ids=[[uuid.uuid4()], [uuid.uuid4()]])
 
 
 def test_without_jobs_the_list_is_empty(alice):

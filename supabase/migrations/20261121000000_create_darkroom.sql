@@ -10,6 +10,9 @@
 -- invoker wrappers. Schema `private` holds the queue and the security definer bodies. NEVER add
 -- `private` to the exposed schemas.
 --
+-- Every function has `search_path = pg_catalog, pg_temp`. With an empty path types are looked for
+-- among the caller's temporary objects first, and a `uuid` of theirs would run in a definer.
+--
 -- Errors for clients. The stable token is the `message`; `detail` is for people, `hint` says what
 -- to do. Those marked * carry a Retry-After header through PostgREST's PGRST form.
 --   PT400 invalid_input           an argument is missing, too long, of the wrong type or not
@@ -87,7 +90,7 @@ create or replace function private.uuid_v7()
 returns uuid
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_us bigint := date_part('epoch', clock_timestamp()) * 1000000;
@@ -121,7 +124,7 @@ create or replace function private.fits_kind(p_kind text, p_amount integer, p_ge
 returns boolean
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return (p_generation_id is not null) = (p_kind in ('charge', 'refund'))
@@ -204,7 +207,7 @@ on public.credit_ledger (external_id) where external_id is not null;
 create or replace function private.refuse_change()
 returns trigger
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   raise exception '% is append-only', tg_table_name
@@ -222,7 +225,7 @@ for each statement execute function private.refuse_change();
 create or replace function private.refuse_change_while_user_exists()
 returns trigger
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if exists (select from public.entitlements as e where e.user_id = old.user_id) then
@@ -470,7 +473,7 @@ comment on column public.models.is_schema_confirmed is
 create or replace function private.set_default_input()
 returns trigger
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   new.default_input := (
@@ -931,7 +934,7 @@ create or replace function private.new_webhook_secret()
 returns text
 language sql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select 'whsec_' || encode(
     sha256(uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid())), 'base64'
@@ -1272,7 +1275,7 @@ returns boolean
 language sql
 stable
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select
     exists (
@@ -1337,7 +1340,7 @@ create or replace function private.require_user_id()
 returns uuid
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_user_id uuid := auth.uid();
@@ -1358,7 +1361,7 @@ revoke all on function private.require_user_id() from public, anon, authenticate
 create or replace function private.refuse_unknown_user()
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   raise sqlstate 'PT401' using
@@ -1378,7 +1381,7 @@ create or replace function private.require_known_user_id()
 returns uuid
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_user_id uuid := private.require_user_id();
@@ -1397,7 +1400,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.refuse_missing(p_detail text, p_hint text)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   raise sqlstate 'PT404' using message = 'not_found', detail = p_detail, hint = p_hint;
@@ -1411,7 +1414,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.refuse_unknown_job()
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform private.refuse_missing(
@@ -1428,7 +1431,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.refuse_input(p_detail text, p_hint text default null)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   raise sqlstate 'PT400' using
@@ -1451,7 +1454,7 @@ create or replace function private.refuse_for_now(
 )
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   raise sqlstate 'PGRST' using
@@ -1478,13 +1481,14 @@ create or replace function private.unwrap_params(p_text text)
 returns jsonb
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return p_text::jsonb;
 exception
   when invalid_text_representation or untranslatable_character or numeric_value_out_of_range then
     perform private.refuse_input('params: not a JSON object');
+    return null;  -- never reached
 end;
 $$;
 
@@ -1502,7 +1506,7 @@ create or replace function private.read_request(
 returns jsonb
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_params jsonb := coalesce(p_params, '{}');
@@ -1547,7 +1551,7 @@ create or replace function private.require_generation(p_job_id uuid, p_user_id u
 returns public.generations
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_generation public.generations;
@@ -1569,7 +1573,7 @@ create or replace function private.paused_until(p_model public.models)
 returns timestamptz
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_until timestamptz;
@@ -1592,7 +1596,7 @@ create or replace function private.resolve_alias(p_alias_id text, p_user_id uuid
 returns text
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select a.model_id
   from public.model_aliases as a
@@ -1615,7 +1619,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.refuse_paused(p_model_id text, p_until timestamptz)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform private.refuse_for_now(
@@ -1638,7 +1642,7 @@ create or replace function private.require_model(p_name text, p_user_id uuid, p_
 returns public.models
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_model public.models;
@@ -1676,7 +1680,7 @@ create or replace function private.plan_of(p_entitlement public.entitlements)
 returns private.plans
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_plan private.plans;
@@ -1707,7 +1711,7 @@ create or replace function private.has_waited(p_interval interval)
 returns boolean
 language sql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select exists (
     select from (
@@ -1732,7 +1736,7 @@ create or replace function private.is_busy(p_plan private.plans)
 returns boolean
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if (select least(q.oldest_ready_at, q.refreshed_at) from private.queue_state as q)
@@ -1757,7 +1761,7 @@ create or replace function private.check_limits(
 returns void
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_entitlement.active_jobs >= p_plan.max_active then
@@ -1803,7 +1807,7 @@ create or replace function private.nearest_size(
 returns jsonb
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select jsonb_build_object(p.name, o.option)
   from unnest('{aspect_ratio,size,image_size,resolution}'::text[])
@@ -1829,7 +1833,7 @@ create or replace function private.fit_side(p_rules jsonb, p_pixels numeric)
 returns numeric
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select coalesce(
     (
@@ -1860,7 +1864,7 @@ create or replace function private.pixels_of_shape(p_model public.models, p_shap
 returns jsonb
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select jsonb_build_object(
     'width', private.fit_side(p.w, sqrt(a.pixels * p_shape)),
@@ -1883,7 +1887,7 @@ create or replace function private.read_side(p_params jsonb, p_name text)
 returns numeric
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select case jsonb_typeof(p_params -> p_name) when 'number' then (
     select n.side from (select (p_params ->> p_name)::numeric as side) as n
@@ -1900,7 +1904,7 @@ create or replace function private.map_size(p_model public.models, p_params json
 returns jsonb
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_takes_pixels boolean := p_model.client_inputs @> '{width,height}';
@@ -1950,7 +1954,7 @@ create or replace function private.input_problem(p_value jsonb, p_property jsonb
 returns text
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_type text := p_property ->> 'type';
@@ -1996,7 +2000,7 @@ create or replace function private.number_problem(p_number numeric, p_property j
 returns text
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_lowest numeric := coalesce((p_property ->> 'minimum')::numeric, -9007199254740991);
@@ -2031,7 +2035,7 @@ create or replace function private.length_problem(
 returns text
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_most numeric := coalesce((p_property ->> ('max' || p_unit))::numeric, p_default_max);
@@ -2053,7 +2057,7 @@ create or replace function private.items_problem(p_value jsonb, p_items jsonb)
 returns text
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select 'an item is ' || q.problem
   from jsonb_array_elements(p_value) with ordinality as i (value, place)
@@ -2073,7 +2077,7 @@ create or replace function private.check_params(p_model public.models, p_params 
 returns jsonb
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_properties jsonb := p_model.input_schema -> 'properties';
@@ -2118,7 +2122,7 @@ create or replace function private.check_source_images(
 returns void
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_name text;
@@ -2153,7 +2157,7 @@ create or replace function private.is_blank(p_text text)
 returns boolean
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return p_text !~ '[^[:space:]\u00a0\u200b\u2060\ufeff]' is not false;
@@ -2168,7 +2172,7 @@ create or replace function private.needs_prompt(p_model public.models)
 returns boolean
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select p_model.prompt_input is not null and not (
     coalesce(p_model.input_schema -> 'required' ?| p_model.image_inputs, false)
@@ -2184,7 +2188,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.check_reuse(p_params jsonb)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_params ? 'reuse' and jsonb_typeof(p_params -> 'reuse') <> 'boolean' then
@@ -2211,7 +2215,7 @@ create or replace function private.prepare_params(
 returns jsonb
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_params jsonb := p_params;
@@ -2247,7 +2251,7 @@ create or replace function private.complete_input(
 returns jsonb
 language plpgsql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_input jsonb := p_prepared;
@@ -2298,7 +2302,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.refuse_model(p_reason text)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform private.refuse_input('model: ' || p_reason, 'Nothing was imported.');
@@ -2313,7 +2317,7 @@ create or replace function private.rules_of(p_node jsonb)
 returns jsonb
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select jsonb_strip_nulls(
     coalesce(jsonb_object_agg(k.key, k.value) filter (
@@ -2371,7 +2375,7 @@ create or replace function private.resolve_schema(
 returns jsonb
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_node jsonb := case jsonb_typeof(p_node) when 'object' then p_node else '{}' end;
@@ -2420,7 +2424,7 @@ create or replace function private.resolve_union(p_node jsonb, p_schemas jsonb, 
 returns jsonb
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select
     case count(*) filter (where not o.is_null)
@@ -2460,7 +2464,7 @@ create or replace function private.snake_case(p_name text)
 returns text
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select trim(both '_' from lower(regexp_replace(
     regexp_replace(p_name, '([a-z0-9])([A-Z])', '\1_\2', 'g'), '[^[:alnum:]]+', '_', 'g'
@@ -2475,7 +2479,7 @@ create or replace function private.limit_rules(p_snake text, p_rules jsonb, p_ta
 returns jsonb
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select l.rules - 'default' || case
     when p_takes_image or private.input_problem(l.rules -> 'default', l.rules) is not null then '{}'
@@ -2526,7 +2530,7 @@ create or replace function private.is_free_text(p_rules jsonb)
 returns boolean
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select p_rules @? '$.** ? (@.type == "string" && !exists(@.enum))'
 $$;
@@ -2538,7 +2542,7 @@ create or replace function private.takes_file(p_rules jsonb)
 returns boolean
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select p_rules @? '$.**.format ? (@ like_regex "^(uri|url|uri-reference|iri|binary|byte|path)$")'
 $$;
@@ -2550,7 +2554,7 @@ create or replace function private.takes_image(p_snake text, p_rules jsonb, p_pr
 returns boolean
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.is_free_text(p_rules)
     and p_snake !~ '(^|_)(loras?|weights?|checkpoint|ckpt|zip|archive|dataset|prompt_file)(_|$)'
@@ -2576,7 +2580,7 @@ create or replace function private.is_operators(p_snake text, p_rules jsonb, p_p
 returns boolean
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select
     p_snake ~ concat(
@@ -2623,7 +2627,7 @@ returns table (
 )
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select
     p.key,
@@ -2657,7 +2661,7 @@ create or replace function private.find_prompt(p_schemas jsonb)
 returns text
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select p.name
   from private.model_properties(p_schemas) as p
@@ -2685,7 +2689,7 @@ create or replace function private.counts_images(p_snake text, p_rules jsonb)
 returns boolean
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select not private.is_free_text(p_rules) and p_snake ~ concat(
     '^(n|amount|quantity|outputs|samples|variations|batch|n_iter|max_images',
@@ -2705,7 +2709,7 @@ create or replace function private.find_count(p_schemas jsonb)
 returns table (name text, rules jsonb)
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select p.name, case
     when p.rules ? 'enum' then p.rules - 'nullable' || jsonb_build_object(
@@ -2745,7 +2749,7 @@ create or replace function private.output_problem(p_output jsonb, p_prose text)
 returns text
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select case
     when coalesce(p_output #>> '{items,type}', p_output ->> 'type')
@@ -2781,7 +2785,7 @@ create or replace function private.output_prose(p_model jsonb, p_schemas jsonb)
 returns text
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select lower(concat_ws(
     ' ',
@@ -2820,7 +2824,7 @@ create or replace function private.model_schemas(p_model jsonb)
 returns jsonb
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_schemas jsonb := p_model #> '{latest_version,openapi_schema,components,schemas}';
@@ -2854,7 +2858,7 @@ create or replace function private.map_inputs(p_schemas jsonb)
 returns jsonb
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select jsonb_build_object(
     'prompt_input', f.prompt,
@@ -2895,7 +2899,7 @@ create or replace function private.map_model(p_model jsonb)
 returns jsonb
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_id text := concat(p_model ->> 'owner', '/', p_model ->> 'name');
@@ -2930,7 +2934,7 @@ create or replace function private.merge_client_inputs(
 returns jsonb
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select coalesce(jsonb_agg(distinct n.name), '[]')
   from (
@@ -2956,7 +2960,7 @@ create or replace function private.merge_model(p_old public.models, p_mapped jso
 returns public.models
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select jsonb_populate_record(
     null::public.models,
@@ -3012,7 +3016,7 @@ create or replace function private.check_model(p_model public.models)
 returns void
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_properties jsonb := p_model.input_schema -> 'properties';
@@ -3048,7 +3052,7 @@ create or replace function private.check_import_options(p_options jsonb)
 returns void
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_known constant text[] := cast('{price_credits,paid_price_credits,requires_paid,is_active,title,'
@@ -3080,7 +3084,7 @@ create or replace function private.import_model(
 )
 returns table (field text, old_value jsonb, new_value jsonb)
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_mapped jsonb := private.map_model(p_model);
@@ -3124,7 +3128,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.lock_entitlement(p_user_id uuid)
 returns public.entitlements
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_entitlement public.entitlements;
@@ -3147,7 +3151,7 @@ create or replace function private.refuse_price(
 )
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   raise sqlstate 'PT402' using
@@ -3172,7 +3176,7 @@ create or replace function private.charge_credits(
 )
 returns integer
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_count integer := cardinality(p_generation_ids);
@@ -3209,7 +3213,7 @@ create or replace function private.refund_generation(
 )
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_balance integer;
@@ -3237,7 +3241,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.release_slot(p_user_id uuid)
 returns void
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   update public.entitlements set active_jobs = active_jobs - 1 where user_id = p_user_id
 $$;
@@ -3249,7 +3253,7 @@ create or replace function private.entitlement_json(p_user_id uuid)
 returns json
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select json_build_object(
     'user_id', e.user_id,
@@ -3286,7 +3290,7 @@ create or replace function private.find_grant(
 returns public.credit_ledger
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_entry public.credit_ledger;
@@ -3319,7 +3323,7 @@ create or replace function private.grant_credits(
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_credits integer;
@@ -3371,7 +3375,7 @@ create or replace function public.grant_credits(
 )
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.grant_credits(
     grant_credits.user_id, grant_credits.amount, grant_credits.kind, grant_credits.external_id
@@ -3395,7 +3399,7 @@ create or replace function private.set_paid(p_user_id uuid, p_paid_until timesta
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   update public.entitlements
@@ -3415,7 +3419,7 @@ grant execute on function private.set_paid(uuid, timestamptz) to service_role;
 create or replace function public.set_paid(user_id uuid, paid_until timestamptz)
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.set_paid(set_paid.user_id, set_paid.paid_until)
 $$;
@@ -3432,7 +3436,7 @@ grant execute on function public.set_paid(uuid, timestamptz) to service_role;
 create or replace function private.create_entitlement(p_user_id uuid)
 returns void
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   with created as (
     insert into public.entitlements (user_id, credits)
@@ -3454,7 +3458,7 @@ create or replace function private.create_entitlement_of_new_user()
 returns trigger
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform private.create_entitlement(new.id);
@@ -3482,7 +3486,7 @@ for each row execute function private.create_entitlement_of_new_user();
 create or replace function private.wake_workers(p_at_most integer default 1)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_worker_id bigint;
@@ -3511,7 +3515,7 @@ create or replace function private.count_images(p_model public.models, p_provide
 returns smallint
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_said jsonb := p_provider_input -> p_model.image_count_input;
@@ -3544,7 +3548,7 @@ create or replace function private.draft_generation(
 )
 returns public.generations
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_draft public.generations;
@@ -3581,7 +3585,7 @@ create or replace function private.insert_generations(
 )
 returns public.generations
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_generation public.generations := p_draft;
@@ -3649,7 +3653,7 @@ create or replace function private.refresh_model_stats(
 )
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_since timestamptz := coalesce(
@@ -3704,7 +3708,7 @@ create or replace function private.due_seconds(
 returns double precision
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_seconds double precision := date_part('epoch', now() - p_job.claimed_at);
@@ -3730,7 +3734,7 @@ create or replace function private.remaining_seconds(
 returns double precision
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return greatest(0.25 * p_mean_seconds, private.due_seconds(p_job, p_mean_seconds));
@@ -3746,7 +3750,7 @@ create or replace function private.free_slots(p_else double precision)
 returns double precision[]
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_slots integer;
@@ -3783,7 +3787,7 @@ create or replace function private.play_queue(
 returns double precision
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   -- A heap: each entry is no later than the two at twice its place, so the first is the soonest.
@@ -3823,7 +3827,7 @@ create or replace function private.overtaking_share(p_distance bigint, p_slot_co
 returns double precision
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_slots double precision;
@@ -3850,7 +3854,7 @@ create or replace function private.waiting_seconds(
 returns double precision
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_paused_until timestamptz;
@@ -3892,10 +3896,10 @@ create or replace function private.queued_seconds(
 returns double precision
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_ahead double precision[] := '{}';
+  v_ahead double precision[] := array[]::double precision[];
 begin
   if p_position > 0 then
     v_ahead := array(
@@ -3930,7 +3934,7 @@ create or replace function private.forecast(
 )
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_mean double precision;
@@ -3984,7 +3988,7 @@ create or replace function private.poll_after_ms(
 returns integer
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_age double precision := date_part('epoch', now() - p_created_at);
@@ -4010,7 +4014,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.refuse_used_key()
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   raise sqlstate 'PT409' using
@@ -4036,7 +4040,7 @@ create or replace function private.find_generation_by_key(
 returns public.generations
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_generation public.generations;
@@ -4066,7 +4070,7 @@ create or replace function private.find_reusable(
 returns public.generations
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select g.*
   from public.generations as g
@@ -4090,7 +4094,7 @@ create or replace function private.enqueue_answer(
 returns json
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_forecast record := private.forecast(p_generation, 20);
@@ -4129,7 +4133,7 @@ create or replace function private.enqueue_generation(
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 as $$
 declare
@@ -4184,7 +4188,7 @@ create or replace function public.enqueue_generation(
 )
 returns json
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return private.enqueue_generation(
@@ -4226,7 +4230,7 @@ create or replace function private.find_batch_by_key(
 returns public.batches
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_batch public.batches;
@@ -4246,7 +4250,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.check_batch_size(p_prompts text[], p_max_batch integer)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if coalesce(cardinality(p_prompts) not between 1 and p_max_batch, true) then
@@ -4267,7 +4271,7 @@ create or replace function private.prepare_batch(
 )
 returns jsonb[]
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_prepared jsonb := private.prepare_params(p_model, p_user_id, p_params);
@@ -4297,7 +4301,7 @@ create or replace function private.insert_batch(
 )
 returns public.batches
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_draft public.generations := p_draft;
@@ -4326,7 +4330,7 @@ create or replace function private.batch_json(p_batch public.batches)
 returns json
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return (select json_build_object(
@@ -4371,7 +4375,7 @@ create or replace function private.enqueue_batch(
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 as $$
 declare
@@ -4423,7 +4427,7 @@ create or replace function public.enqueue_batch(
 )
 returns json
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return private.enqueue_batch(
@@ -4449,7 +4453,7 @@ create or replace function private.require_batch(p_batch_id uuid, p_user_id uuid
 returns public.batches
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_batch public.batches;
@@ -4476,7 +4480,7 @@ returns json
 language sql
 stable
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.batch_json(private.require_batch(p_batch_id, private.require_user_id()))
 $$;
@@ -4489,7 +4493,7 @@ create or replace function public.get_batch_status(batch_id uuid)
 returns json
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.get_batch_status(get_batch_status.batch_id)
 $$;
@@ -4515,7 +4519,7 @@ create or replace function private.find_retry(p_generation_id uuid)
 returns public.generations
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select g.* from public.generations as g
   where g.retry_of = p_generation_id and g.status not in ('failed', 'canceled')
@@ -4532,7 +4536,7 @@ create or replace function private.require_retryable(p_job_id uuid, p_user_id uu
 returns public.generations
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_generation public.generations := private.require_generation(p_job_id, p_user_id);
@@ -4563,7 +4567,7 @@ create or replace function private.retry_generation(p_job_id uuid)
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_user_id uuid := private.require_user_id();
@@ -4597,7 +4601,7 @@ grant execute on function private.retry_generation(uuid) to authenticated;
 create or replace function public.retry_generation(job_id uuid)
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.retry_generation(retry_generation.job_id)
 $$;
@@ -4619,7 +4623,7 @@ grant execute on function public.retry_generation(uuid) to authenticated;
 create or replace function private.redrive_generation(p_old public.generations)
 returns boolean
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_entitlement public.entitlements;
@@ -4659,7 +4663,7 @@ create or replace function private.redrive_failed(
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_generation public.generations;
@@ -4693,7 +4697,7 @@ create or replace function public.redrive_failed(
 )
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.redrive_failed(redrive_failed.code, redrive_failed.since, redrive_failed.at_most)
 $$;
@@ -4715,7 +4719,7 @@ create or replace function public.ping()
 returns json
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select json_build_object('ok', true, 'server_time', now())
   from set_config('response.headers', '[{"Cache-Control": "no-store"}]', true)
@@ -4733,7 +4737,7 @@ create or replace function private.images_json(p_generation_id uuid)
 returns json
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_images json;
@@ -4756,7 +4760,7 @@ create or replace function private.running_job(p_job_id uuid)
 returns private.running_jobs
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_running private.running_jobs;
@@ -4776,7 +4780,7 @@ create or replace function private.job_json(p_generation public.generations)
 returns json
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_running private.running_jobs;
@@ -4835,7 +4839,7 @@ returns json
 language plpgsql
 stable
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return private.job_json(private.require_generation(p_job_id, private.require_user_id()));
@@ -4849,7 +4853,7 @@ create or replace function public.get_job_status(job_id uuid)
 returns json
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return private.get_job_status(get_job_status.job_id);
@@ -4879,15 +4883,15 @@ returns json
 language plpgsql
 stable
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set enable_sort = off
 as $$
 declare
   v_user_id uuid := private.require_user_id();
   v_ids uuid[];
 begin
-  if cardinality(p_job_ids) > 100 then
-    perform private.refuse_input('job_ids: more than 100');
+  if cardinality(p_job_ids) > 100 or array_ndims(p_job_ids) > 1 then
+    perform private.refuse_input('job_ids: not a list of at most 100');
   end if;
   v_ids := array(
     select g.id from public.generations as g
@@ -4911,7 +4915,7 @@ create or replace function public.list_active_jobs(job_ids uuid[] default '{}')
 returns json
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return private.list_active_jobs(list_active_jobs.job_ids);
@@ -4936,7 +4940,7 @@ returns json
 language plpgsql
 stable
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_entitlement json := private.entitlement_json(private.require_user_id());
@@ -4955,7 +4959,7 @@ create or replace function public.get_entitlement()
 returns json
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.get_entitlement()
 $$;
@@ -4974,7 +4978,7 @@ returns json
 language sql
 stable
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select coalesce(json_agg(json_build_object(
     'id', m.id,
@@ -5004,7 +5008,7 @@ create or replace function public.list_models()
 returns json
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.list_models()
 $$;
@@ -5035,7 +5039,7 @@ create or replace function private.walk_generations(
 returns uuid[]
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_tag is not null then
@@ -5069,7 +5073,7 @@ create or replace function private.read_tag(p_field text, p_tag text)
 returns text
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_tag text;
@@ -5091,7 +5095,7 @@ create or replace function private.check_page_size(p_page_size integer)
 returns void
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if (p_page_size between 1 and 100) is not true then
@@ -5118,7 +5122,7 @@ returns json
 language plpgsql
 stable
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   c_walk constant integer := 200;
@@ -5178,7 +5182,7 @@ create or replace function public.list_generations(
 returns json
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.list_generations(
     list_generations.before,
@@ -5216,7 +5220,7 @@ create or replace function private.lock_own_generation(
 )
 returns public.generations
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_user_id uuid := private.require_user_id();
@@ -5243,7 +5247,7 @@ create or replace function private.set_favorite(p_job_id uuid, p_is_favorite boo
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_is_favorite is null then
@@ -5263,7 +5267,7 @@ grant execute on function private.set_favorite(uuid, boolean) to authenticated;
 create or replace function public.set_favorite(job_id uuid, is_favorite boolean default true)
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.set_favorite(set_favorite.job_id, set_favorite.is_favorite)
 $$;
@@ -5284,7 +5288,7 @@ create or replace function private.set_tags(p_job_id uuid, p_tags text[])
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_generation public.generations := private.lock_own_generation(p_job_id);
@@ -5311,7 +5315,7 @@ grant execute on function private.set_tags(uuid, text[]) to authenticated;
 create or replace function public.set_tags(job_id uuid, tags text[])
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.set_tags(set_tags.job_id, set_tags.tags)
 $$;
@@ -5331,7 +5335,7 @@ grant execute on function public.set_tags(uuid, text[]) to authenticated;
 create or replace function private.end_shares(p_generation_ids uuid[])
 returns void
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   update public.images set share_id = null, shows_prompt = false
   where generation_id = any (p_generation_ids) and share_id is not null
@@ -5348,7 +5352,7 @@ create or replace function private.delete_generation(p_job_id uuid)
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_generation public.generations := private.lock_own_generation(p_job_id, true);
@@ -5374,7 +5378,7 @@ grant execute on function private.delete_generation(uuid) to authenticated;
 create or replace function public.delete_generation(job_id uuid)
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.delete_generation(delete_generation.job_id)
 $$;
@@ -5397,7 +5401,7 @@ create or replace function private.restore_generation(p_job_id uuid)
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_generation public.generations := private.lock_own_generation(p_job_id, true);
@@ -5419,7 +5423,7 @@ grant execute on function private.restore_generation(uuid) to authenticated;
 create or replace function public.restore_generation(job_id uuid)
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.restore_generation(restore_generation.job_id)
 $$;
@@ -5457,7 +5461,7 @@ create or replace function private.share_image(
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_image public.images;
@@ -5493,7 +5497,7 @@ create or replace function public.share_image(
 )
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.share_image(
     share_image.job_id,
@@ -5516,7 +5520,7 @@ grant execute on function public.share_image(uuid, integer, boolean, boolean) to
 create or replace function private.refuse_unknown_image()
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform private.refuse_missing(
@@ -5538,7 +5542,7 @@ create or replace function private.count_likes(
 returns integer
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select count(*)::integer
   from (
@@ -5562,7 +5566,7 @@ create or replace function private.like_image(
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_user_id uuid := private.require_known_user_id();
@@ -5602,7 +5606,7 @@ create or replace function public.like_image(
 )
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.like_image(like_image.job_id, like_image.image_position, like_image.is_liked)
 $$;
@@ -5621,7 +5625,7 @@ create or replace function private.shared_image_json(p_image public.images, p_us
 returns json
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select json_build_object(
     'share_id', p_image.share_id,
@@ -5660,7 +5664,7 @@ returns json
 language plpgsql
 stable
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_user_id uuid := auth.uid();
@@ -5700,7 +5704,7 @@ create or replace function public.list_public_images(
 returns json
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.list_public_images(list_public_images.before, list_public_images.page_size)
 $$;
@@ -5735,7 +5739,7 @@ grant execute on function public.list_public_images(uuid, integer) to anon, auth
 create or replace function private.broadcast_generation()
 returns trigger
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set lock_timeout = '50ms'
 as $$
 begin
@@ -5812,7 +5816,7 @@ $$;
 create or replace function private.record_events(p_job_ids uuid[], p_status text)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_event_type text := 'generation.' || p_status;
@@ -5845,7 +5849,7 @@ create or replace function private.webhook_body(p_delivery private.deliveries)
 returns jsonb
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select jsonb_build_object(
     'type', p_delivery.event_type,
@@ -5871,7 +5875,7 @@ create or replace function private.has_later_push(
 returns boolean
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select exists (
     select from public.generations as g
@@ -5893,7 +5897,7 @@ create or replace function private.push_body(p_delivery private.deliveries)
 returns jsonb
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select jsonb_build_array(jsonb_build_object(
     'to', t.token, 'title', x.title, 'body', x.body,
@@ -5922,7 +5926,7 @@ create or replace function private.template_json(p_template public.prompt_templa
 returns json
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select json_build_object(
     'id', p_template.id,
@@ -5955,7 +5959,7 @@ create or replace function private.save_prompt_template(
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_user_id uuid := private.require_known_user_id();
@@ -5995,7 +5999,7 @@ create or replace function public.save_prompt_template(
 )
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.save_prompt_template(
     save_prompt_template.title,
@@ -6021,7 +6025,7 @@ create or replace function private.check_template(p_title text, p_prompt text, p
 returns void
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if private.is_blank(p_prompt) then
@@ -6043,7 +6047,7 @@ create or replace function private.check_template_count(p_user_id uuid)
 returns void
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if (select count(*) >= 100 from public.prompt_templates where user_id = p_user_id) then
@@ -6059,7 +6063,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.refuse_unknown_template()
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform private.refuse_missing(
@@ -6079,7 +6083,7 @@ create or replace function private.delete_prompt_template(p_id uuid)
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_user_id uuid := private.require_user_id();
@@ -6099,7 +6103,7 @@ grant execute on function private.delete_prompt_template(uuid) to authenticated;
 create or replace function public.delete_prompt_template(id uuid)
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.delete_prompt_template(delete_prompt_template.id)
 $$;
@@ -6119,7 +6123,7 @@ returns json
 language plpgsql
 stable
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_user_id uuid := private.require_user_id();
@@ -6142,7 +6146,7 @@ create or replace function public.list_prompt_templates()
 returns json
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.list_prompt_templates()
 $$;
@@ -6174,7 +6178,7 @@ grant execute on function public.list_prompt_templates() to authenticated;
 create or replace function private.refuse_lost_lease(p_job_id uuid)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   raise sqlstate 'DR001' using message = 'lease_lost', detail = format('job %s', p_job_id);
@@ -6188,7 +6192,7 @@ create or replace function private.register_worker(p_host text, p_slots integer,
 returns table (worker_id bigint, channel text, heartbeat_seconds real, lease_seconds real)
 language sql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   with registered as (
     insert into private.workers (host, slots, version)
@@ -6216,7 +6220,7 @@ create or replace function private.unregister_worker(p_worker_id bigint)
 returns void
 language sql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   delete from private.workers where id = p_worker_id
 $$;
@@ -6232,7 +6236,7 @@ create or replace function private.sleep(p_worker_id bigint)
 returns void
 language sql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   update private.workers set asleep = true where id = p_worker_id and not asleep
 $$;
@@ -6254,7 +6258,7 @@ create or replace function private.heartbeat(
 returns table (job_id uuid, verdict text)
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 as $$
 #variable_conflict use_column
@@ -6306,7 +6310,7 @@ create or replace function private.report_progress(
 returns table (token bigint, verdict text)
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 set enable_seqscan = off
 set enable_bitmapscan = off
@@ -6361,7 +6365,7 @@ create or replace function private.breaker_state(p_breaker private.breakers)
 returns text
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select case
     when p_breaker.paused_until > now() then 'open'
@@ -6380,7 +6384,7 @@ create or replace function private.breaker_json(p_breaker private.breakers)
 returns json
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select json_build_object(
     'name', p_breaker.name,
@@ -6401,7 +6405,7 @@ create or replace function private.blocked_models()
 returns jsonb
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select coalesce(jsonb_object_agg(m.id, b.name), '{}')
   from private.breakers as b
@@ -6415,7 +6419,7 @@ revoke all on function private.blocked_models() from public, anon, authenticated
 create or replace function private.end_pauses()
 returns void
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   update private.breakers set paused_until = null, pause_reason = null
   where name = any (array(
@@ -6430,7 +6434,7 @@ revoke all on function private.end_pauses() from public, anon, authenticated, se
 create or replace function private.begin_probe(p_name text, p_seq bigint)
 returns boolean
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform from private.breakers
@@ -6453,7 +6457,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.open_breaker(p_name text, p_reason text)
 returns void
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   update private.breakers as b set
     failures = 0,
@@ -6481,7 +6485,7 @@ create or replace function private.count_failure(
 )
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_breaker private.breakers := (select b from private.breakers as b where b.name = p_name);
@@ -6525,7 +6529,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.note_failure(p_job private.running_jobs, p_code text)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_provider text := (select m.provider from public.models as m where m.id = p_job.model_id);
@@ -6559,7 +6563,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.note_successes(p_jobs private.running_jobs[])
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job record;
@@ -6594,7 +6598,7 @@ create or replace function private.pause_provider(
 returns void
 language sql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   insert into private.breakers as b (name, paused_until, pause_reason, times_opened)
   select
@@ -6620,7 +6624,7 @@ create or replace function private.require_breaker_name(p_name text)
 returns void
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if not exists (select from public.models as m where p_name in (m.id, m.provider)) then
@@ -6642,7 +6646,7 @@ create or replace function private.pause_model(p_model text, p_until timestamptz
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_breaker private.breakers;
@@ -6676,7 +6680,7 @@ create or replace function public.pause_model(
 )
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.pause_model(pause_model.model, pause_model.until, pause_model.reason)
 $$;
@@ -6698,7 +6702,7 @@ create or replace function private.resume_model(p_model text)
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_breaker private.breakers;
@@ -6720,7 +6724,7 @@ grant execute on function private.resume_model(text) to service_role;
 create or replace function public.resume_model(model text)
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.resume_model(resume_model.model)
 $$;
@@ -6746,7 +6750,7 @@ grant execute on function public.resume_model(text) to service_role;
 create or replace function private.promote_due_jobs(p_at_most integer)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   update private.ready_jobs set run_at = null, queued_at = now()
@@ -6770,7 +6774,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.scan_start(p_pause double precision default 0.05)
 returns bigint
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_full_due text := current_setting('darkroom.full_scan_due', true);
@@ -6794,7 +6798,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.schedule_scan(p_from bigint, p_began timestamptz)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now double precision := extract(epoch from clock_timestamp());
@@ -6824,7 +6828,7 @@ create or replace function private.lock_next_jobs(
 )
 returns bigint[]
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 as $$
 declare
@@ -6851,7 +6855,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.lock_models_to_hold(p_blocked jsonb, p_model_ids text[])
 returns text[]
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_models text[];
@@ -6884,7 +6888,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.hold_passed_jobs(p_blocked jsonb, p_from bigint, p_last bigint)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 as $$
 declare
@@ -6918,7 +6922,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.forget_held(p_model_id text)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform from private.breakers where name = p_model_id for update skip locked;
@@ -6937,7 +6941,7 @@ revoke all on function private.forget_held(text) from public, anon, authenticate
 create or replace function private.release_held_jobs(p_at_most integer, p_blocked jsonb)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_model_id text;
@@ -6969,7 +6973,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.admit_probes(p_seqs bigint[])
 returns bigint[]
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_name text;
@@ -7005,7 +7009,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.pick_unblocked_jobs(p_at_most integer)
 returns bigint[]
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_from bigint;
@@ -7034,7 +7038,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.pick_jobs(p_at_most integer)
 returns bigint[]
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_from bigint;
@@ -7079,7 +7083,7 @@ returns table (
 )
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 set enable_seqscan = off
 set enable_bitmapscan = off
@@ -7151,7 +7155,7 @@ create or replace function private.begin_creates(p_job_ids uuid[], p_tokens bigi
 returns table (token bigint, begun_before timestamptz)
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 set enable_seqscan = off
 set enable_bitmapscan = off
@@ -7189,7 +7193,7 @@ create or replace function private.checkpoint_jobs(
 returns table (token bigint, verdict text)
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 set enable_seqscan = off
 set enable_bitmapscan = off
@@ -7222,7 +7226,7 @@ create or replace function private.adopt_provider_job(
 returns text
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_adopted text;
@@ -7268,7 +7272,7 @@ grant execute on function private.adopt_provider_job(uuid, bigint, text[]) to da
 create or replace function private.end_leases(p_job_ids uuid[], p_tokens bigint[])
 returns private.running_jobs[]
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 set enable_seqscan = off
 set enable_bitmapscan = off
@@ -7298,7 +7302,7 @@ create or replace function private.ended_before(
 )
 returns setof bigint
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   return query
@@ -7317,7 +7321,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.end_lease(p_job_id uuid, p_token bigint, p_outcomes text[])
 returns private.running_jobs
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job private.running_jobs := (private.end_leases(array[p_job_id], array[p_token]))[1];
@@ -7345,7 +7349,7 @@ create or replace function private.record_attempts(
 )
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   insert into private.attempts (
@@ -7380,7 +7384,7 @@ create or replace function private.requeue_job(
 )
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   insert into private.ready_jobs (
@@ -7410,7 +7414,7 @@ create or replace function private.finish_generation(
 )
 returns integer
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_price integer;
@@ -7437,7 +7441,7 @@ create or replace function private.finish_failed(
 )
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_price integer := private.finish_generation(p_job.job_id, 'failed', p_error);
@@ -7461,7 +7465,7 @@ create or replace function private.finish_canceled(
 )
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_percent integer := case
@@ -7489,7 +7493,7 @@ create or replace function private.finish_canceled_job(
 )
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform private.finish_canceled(
@@ -7507,7 +7511,7 @@ create or replace function private.count_claims(p_job_id uuid)
 returns integer
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select count(*)::integer from private.attempts where generation_id = p_job_id
 $$;
@@ -7524,7 +7528,7 @@ create or replace function private.retry_delay(
 returns interval
 language sql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select case
     when p_retry_after_seconds is not null
@@ -7548,7 +7552,7 @@ create or replace function private.end_failed_attempt(
 )
 returns text
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_error private.error_codes;
@@ -7601,7 +7605,7 @@ create or replace function private.blame_providers(
 )
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_at bigint;
@@ -7634,7 +7638,7 @@ create or replace function private.fail_jobs(
 returns table (token bigint, verdict text)
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 set enable_seqscan = off
 set enable_bitmapscan = off
@@ -7687,7 +7691,7 @@ create or replace function private.release_job(
 returns void
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job private.running_jobs := private.end_lease(
@@ -7722,7 +7726,7 @@ create or replace function private.cancel_job(
 returns void
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job private.running_jobs := private.end_lease(p_job_id, p_token, '{canceled}');
@@ -7762,7 +7766,7 @@ create or replace function private.refund_missing_images(
 )
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   for v_at in 1 .. cardinality(p_jobs) loop
@@ -7801,7 +7805,7 @@ create or replace function private.finish_completed(
   out prices integer[]
 )
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   with ended as (
@@ -7853,7 +7857,7 @@ create or replace function private.complete_jobs(
 returns table (token bigint, verdict text)
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 set enable_seqscan = off
 set enable_bitmapscan = off
@@ -7910,7 +7914,7 @@ create or replace function private.register_push_token(p_token text)
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_user_id uuid := private.require_user_id();
@@ -7939,7 +7943,7 @@ grant execute on function private.register_push_token(text) to authenticated;
 create or replace function public.register_push_token(token text)
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.register_push_token(register_push_token.token)
 $$;
@@ -7958,7 +7962,7 @@ create or replace function private.unregister_push_token(p_token text)
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_user_id uuid := private.require_user_id();
@@ -7975,7 +7979,7 @@ grant execute on function private.unregister_push_token(text) to authenticated;
 create or replace function public.unregister_push_token(token text)
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.unregister_push_token(unregister_push_token.token)
 $$;
@@ -8003,7 +8007,7 @@ grant execute on function public.unregister_push_token(text) to authenticated;
 create or replace function private.cancel_jobs(p_user_id uuid, p_job_ids uuid[])
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job_id uuid;
@@ -8047,7 +8051,7 @@ create or replace function private.cancel_generation(p_job_id uuid)
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_user_id uuid := private.require_user_id();
@@ -8072,7 +8076,7 @@ grant execute on function private.cancel_generation(uuid) to authenticated;
 create or replace function public.cancel_generation(job_id uuid)
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.cancel_generation(cancel_generation.job_id)
 $$;
@@ -8095,7 +8099,7 @@ create or replace function private.cancel_batch(p_batch_id uuid)
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_user_id uuid := private.require_user_id();
@@ -8115,7 +8119,7 @@ grant execute on function private.cancel_batch(uuid) to authenticated;
 create or replace function public.cancel_batch(batch_id uuid)
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.cancel_batch(cancel_batch.batch_id)
 $$;
@@ -8139,7 +8143,7 @@ create or replace function private.is_public_address(p_host text)
 returns boolean
 language plpgsql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_address inet;
@@ -8173,7 +8177,7 @@ create or replace function private.host_problem(p_host text)
 returns text
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select case
     when p_host ~ '^(\[|[0-9.]+$)' then case
@@ -8194,7 +8198,7 @@ create or replace function private.check_webhook_url(p_url text)
 returns void
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_allows_private boolean := (select webhook_allows_private from private.settings);
@@ -8234,7 +8238,7 @@ create or replace function private.webhook_json(p_endpoint private.webhook_endpo
 returns json
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select json_build_object(
     'webhook_id', p_endpoint.id,
@@ -8258,7 +8262,7 @@ create or replace function private.register_webhook(
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_all text[] := '{generation.completed,generation.failed,generation.canceled}'::text[];
@@ -8291,7 +8295,7 @@ create or replace function public.register_webhook(
 )
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.register_webhook(
     register_webhook.url, register_webhook.events, register_webhook.description
@@ -8312,7 +8316,7 @@ returns json
 language sql
 stable
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select coalesce(json_agg(private.webhook_json(w) order by w.id), '[]')
   from private.webhook_endpoints as w
@@ -8325,7 +8329,7 @@ create or replace function public.list_webhooks()
 returns json
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.list_webhooks()
 $$;
@@ -8341,7 +8345,7 @@ grant execute on function public.list_webhooks() to service_role;
 create or replace function private.found_webhook(p_endpoint private.webhook_endpoints)
 returns private.webhook_endpoints
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_endpoint.id is null then
@@ -8359,7 +8363,7 @@ create or replace function private.delete_webhook(p_webhook_id uuid)
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_endpoint private.webhook_endpoints;
@@ -8378,7 +8382,7 @@ grant execute on function private.delete_webhook(uuid) to service_role;
 create or replace function public.delete_webhook(webhook_id uuid)
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.delete_webhook(delete_webhook.webhook_id)
 $$;
@@ -8394,7 +8398,7 @@ create or replace function private.enable_webhook(p_webhook_id uuid)
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_endpoint private.webhook_endpoints;
@@ -8411,7 +8415,7 @@ grant execute on function private.enable_webhook(uuid) to service_role;
 create or replace function public.enable_webhook(webhook_id uuid)
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.enable_webhook(enable_webhook.webhook_id)
 $$;
@@ -8427,7 +8431,7 @@ create or replace function private.rotate_webhook_secret(p_webhook_id uuid)
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_endpoint private.webhook_endpoints;
@@ -8451,7 +8455,7 @@ grant execute on function private.rotate_webhook_secret(uuid) to service_role;
 create or replace function public.rotate_webhook_secret(webhook_id uuid)
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.rotate_webhook_secret(rotate_webhook_secret.webhook_id)
 $$;
@@ -8475,7 +8479,7 @@ returns setof text
 language sql
 stable
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   -- From lane to lane through the index, however many deliveries wait in each.
   with recursive lanes as (
@@ -8509,7 +8513,7 @@ grant execute on function private.due_lanes() to darkroom_worker;
 create or replace function private.bury_deliveries(p_lane text)
 returns void
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   update private.deliveries
   set state = 'dead', finished_at = now(), last_error = 'the endpoint is gone or disabled'
@@ -8527,7 +8531,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.lease_deliveries(p_lane text, p_at_most integer)
 returns setof private.deliveries
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   update private.deliveries
   set
@@ -8548,7 +8552,7 @@ create or replace function private.claim_deliveries(p_lane text, p_at_most integ
 returns table (delivery_id uuid, token bigint, url text, secrets text[], body text)
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_endpoint private.webhook_endpoints;
@@ -8598,7 +8602,7 @@ create or replace function private.redelivery_delay(
 returns interval
 language sql
 volatile
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select w.delay
   from private.settings as s
@@ -8630,7 +8634,7 @@ create or replace function private.finish_delivery(
 returns text
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_delivery private.deliveries;
@@ -8680,7 +8684,7 @@ grant execute on function private.finish_delivery(
 create or replace function private.trim_deliveries(p_at_most integer default 100000)
 returns void
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   delete from private.deliveries
   where id = any (array(
@@ -8698,7 +8702,7 @@ create or replace function private.delivery_json(p_delivery private.deliveries)
 returns json
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select json_build_object(
     'delivery_id', p_delivery.id,
@@ -8724,7 +8728,7 @@ returns json
 language plpgsql
 stable
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_state not in ('pending', 'delivered', 'dead') then
@@ -8754,7 +8758,7 @@ create or replace function public.list_deliveries(
 returns json
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.list_deliveries(list_deliveries.state, list_deliveries.at_most)
 $$;
@@ -8773,7 +8777,7 @@ create or replace function private.redeliver(p_delivery_id uuid)
 returns json
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_delivery private.deliveries;
@@ -8798,7 +8802,7 @@ grant execute on function private.redeliver(uuid) to service_role;
 create or replace function public.redeliver(delivery_id uuid)
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.redeliver(redeliver.delivery_id)
 $$;
@@ -8814,7 +8818,7 @@ create or replace function private.redeliver_dead(p_webhook_id uuid)
 returns json
 language sql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   with revived as (
     update private.deliveries
@@ -8835,7 +8839,7 @@ grant execute on function private.redeliver_dead(uuid) to service_role;
 create or replace function public.redeliver_dead(webhook_id uuid)
 returns json
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.redeliver_dead(redeliver_dead.webhook_id)
 $$;
@@ -8857,7 +8861,7 @@ grant execute on function public.redeliver_dead(uuid) to service_role;
 create or replace function private.refresh_queue_state()
 returns void
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   update private.queue_state set
     oldest_ready_at = (
@@ -8879,7 +8883,7 @@ create or replace function private.recover_stale_jobs(p_at_most integer default 
 returns integer
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job private.running_jobs;
@@ -8924,7 +8928,7 @@ grant execute on function private.recover_stale_jobs(integer) to darkroom_worker
 create or replace function private.trim_history()
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   delete from private.workers where seen_at < now() - interval '7 days';
@@ -8952,7 +8956,7 @@ create or replace function private.first_id_of(p_time timestamptz)
 returns uuid
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select (
     lpad(to_hex((extract(epoch from p_time) * 1000)::bigint), 12, '0') || repeat('0', 20)
@@ -9447,7 +9451,7 @@ create or replace function private.path_id(p_path text, p_part integer)
 returns uuid
 language sql
 immutable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select case
     when split_part(p_path, '/', p_part) ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$'
@@ -9463,7 +9467,7 @@ create or replace function private.is_live(p_job_id uuid)
 returns boolean
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select exists (select from private.ready_jobs as r where r.job_id = p_job_id)
     or exists (select from private.running_jobs as r where r.job_id = p_job_id)
@@ -9476,7 +9480,7 @@ create or replace function private.has_image(p_path text)
 returns boolean
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select exists (
     select from public.images as i
@@ -9493,7 +9497,7 @@ create or replace function private.file_changed_at(p_bucket text, p_path text)
 returns timestamptz
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if to_regclass('storage.objects') is null then
@@ -9515,7 +9519,7 @@ create or replace function private.is_needed_again(p_file private.expired_files)
 returns boolean
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select case
     when p_file.bucket = 'inputs' then
@@ -9537,7 +9541,7 @@ create or replace function private.list_expired_files(p_at_most integer default 
 returns table (bucket text, path text)
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
@@ -9574,7 +9578,7 @@ grant execute on function private.list_expired_files(integer) to darkroom_worker
 create or replace function private.erase_generations(p_ids uuid[])
 returns integer
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   with erased as (
     delete from public.generations as g
@@ -9599,7 +9603,7 @@ create or replace function private.forget_files(p_buckets text[], p_paths text[]
 returns integer
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_generation_ids uuid[];
@@ -9635,7 +9639,7 @@ grant execute on function private.forget_files(text[], text[]) to darkroom_worke
 create or replace function private.lock_jobs(p_user_id uuid)
 returns integer
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_id uuid;
@@ -9675,7 +9679,7 @@ create or replace function private.lock_jobs_of_deleted_user()
 returns trigger
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_locked integer;
@@ -9706,7 +9710,7 @@ create or replace function private.delete_entitlement_of_deleted_user()
 returns trigger
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   delete from public.entitlements where user_id = old.id;
@@ -9726,7 +9730,7 @@ create or replace function private.expire_files_of_deleted_user()
 returns trigger
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   insert into private.expired_files (bucket, path, user_id)
@@ -9760,7 +9764,7 @@ for each row execute function private.expire_files_of_deleted_user();
 create or replace function private.erase_ledger(p_user_id uuid)
 returns integer
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   with erased as (
     delete from public.credit_ledger as l
@@ -9778,7 +9782,7 @@ create or replace function private.erase_ledger_of_deleted_user()
 returns trigger
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform private.erase_ledger(old.user_id);
@@ -9799,7 +9803,7 @@ create or replace function private.erase_generations_of_deleted_user()
 returns trigger
 language plpgsql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_live uuid[] := array(
@@ -9832,7 +9836,7 @@ for each row execute function private.erase_generations_of_deleted_user();
 create or replace function private.begin_walk(p_name text)
 returns text
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select w.place from private.retention_walks as w where w.name = p_name for update skip locked
 $$;
@@ -9843,7 +9847,7 @@ revoke all on function private.begin_walk(text) from public, anon, authenticated
 create or replace function private.end_walk(p_name text, p_place text, p_is_at_end boolean)
 returns void
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 begin
   if p_is_at_end then
@@ -9865,7 +9869,7 @@ create or replace function private.expire_generations(
 )
 returns integer
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_ids uuid[];
@@ -9898,7 +9902,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.expire_deleted(p_at_most integer)
 returns integer
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.expire_generations(array(
     select g.id from public.generations as g
@@ -9915,7 +9919,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.expire_old(p_at_most integer)
 returns integer
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_before timestamptz := (select now() - s.keep_generations from private.settings as s);
@@ -9948,7 +9952,7 @@ revoke all on function private.expire_old(integer) from public, anon, authentica
 create or replace function private.trim_attempts(p_at_most integer)
 returns integer
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_before timestamptz := (select now() - s.keep_attempts from private.settings as s);
@@ -9991,7 +9995,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.compact_ledger(p_user_id uuid, p_at_most integer)
 returns integer
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_before timestamptz := (select now() - s.keep_ledger from private.settings as s);
@@ -10033,7 +10037,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.trim_ledger(p_at_most integer)
 returns integer
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_place text := private.begin_walk('ledger');
@@ -10070,7 +10074,7 @@ create or replace function private.is_orphan(p_bucket text, p_path text, p_chang
 returns boolean
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select p_changed_at < now() - interval '1 day' and private.path_id(p_path, 1) is not null and
     case p_bucket
@@ -10093,7 +10097,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.expire_orphans(p_at_most integer)
 returns integer
 language plpgsql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_place text := private.begin_walk('files');
@@ -10130,7 +10134,7 @@ create or replace function private.apply_retention(p_at_most integer default 500
 returns integer
 language sql
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.expire_deleted(p_at_most) + private.expire_old(p_at_most)
     + private.trim_attempts(p_at_most) + private.trim_ledger(p_at_most)
@@ -10263,7 +10267,7 @@ create or replace function private.recent_broken_books(p_at_most integer default
 returns setof private.broken_books
 language plpgsql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 -- Whatever the planner thinks: a few hundred rows, each reached by its key.
 set enable_seqscan = off
 set enable_hashjoin = off
@@ -10297,7 +10301,7 @@ from public, anon, authenticated, service_role;
 create or replace function private.check_books()
 returns integer
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   insert into private.routines as r (name, result)
   select 'check_books', jsonb_build_object(
@@ -10490,7 +10494,7 @@ revoke all on table private.vacuum_holders from public, anon, authenticated, ser
 create or replace function private.note_run(p_name text)
 returns void
 language sql
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   update private.routines set last_run_at = now() where name = p_name
 $$;
@@ -10502,7 +10506,7 @@ create or replace function private.depth_health()
 returns jsonb
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select jsonb_build_object(
     'ready', coalesce(sum(q.ready), 0),
@@ -10519,7 +10523,7 @@ create or replace function private.running_health()
 returns jsonb
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select jsonb_build_object(
     'jobs', count(*),
@@ -10538,7 +10542,7 @@ create or replace function private.rates_health()
 returns jsonb
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 -- Read by time alone: the planner may think a scan of all history as good.
 set enable_seqscan = off
 as $$
@@ -10588,7 +10592,7 @@ create or replace function private.worker_health()
 returns jsonb
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select jsonb_build_object(
     'alive', count(*),
@@ -10609,7 +10613,7 @@ create or replace function private.routine_health()
 returns jsonb
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select coalesce(jsonb_object_agg(r.name, jsonb_build_object(
     'last_run_at', r.last_run_at,
@@ -10626,7 +10630,7 @@ create or replace function private.books_health()
 returns jsonb
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select jsonb_build_object(
     'recent_problems', (select count(*) from private.recent_broken_books()),
@@ -10646,7 +10650,7 @@ create or replace function private.outbox_health()
 returns jsonb
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select jsonb_build_object(
     'pending', count(*),
@@ -10673,7 +10677,7 @@ create or replace function private.name_vacuum_holders()
 returns text
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select string_agg(
     concat_ws(
@@ -10697,7 +10701,7 @@ create or replace function private.measure_queue(p_health jsonb)
 returns table (alert text, value numeric, cases bigint, detail text)
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select m.alert, m.value, m.cases, m.detail
   from (
@@ -10730,7 +10734,7 @@ create or replace function private.measure_workers(p_health jsonb)
 returns table (alert text, value numeric, cases bigint, detail text)
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select m.alert, m.value, null::bigint, m.detail
   from (
@@ -10758,7 +10762,7 @@ create or replace function private.measure_surroundings(p_health jsonb)
 returns table (alert text, value numeric, cases bigint, detail text)
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select m.alert, m.value, null::bigint, m.detail
   from (select p_health -> 'books' as b, p_health #>> '{outbox,dead}' as dead) as h
@@ -10799,7 +10803,7 @@ create or replace function private.health_alerts(p_health jsonb)
 returns jsonb
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select coalesce(jsonb_agg(jsonb_build_object(
     'alert', rule.alert, 'severity', rule.severity, 'detail', m.detail, 'hint', rule.hint
@@ -10823,7 +10827,7 @@ returns json
 language plpgsql
 stable
 security definer
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 -- Compiling would take longer than running.
 set jit = off
 as $$
@@ -10871,7 +10875,7 @@ create or replace function public.queue_health()
 returns json
 language sql
 stable
-set search_path = ''
+set search_path = pg_catalog, pg_temp
 as $$
   select private.queue_health()
 $$;

@@ -1,0 +1,132 @@
+"""What only the worker and its operator may know is in no log, table, answer or process list."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import fake_replicate
+import pytest
+from actors import Service, User
+from database import Database
+from fake_replicate import MODERATED, FakeReplicate
+from receiver import Answer, Receiver
+from worker_process import Workers, eventually
+
+import stack as local_stack
+from stack import Stack
+
+MODEL = "black-forest-labs/flux-schnell"
+EXPO_TOKEN = "expo-access-token-4711"
+URL_KEY = "key-in-the-address-4711"
+
+fake = fake_replicate.fake_replicate
+
+
+@pytest.fixture
+def busy(db: Database, stack: Stack, fake: FakeReplicate, tmp_path: Path) -> Iterator[Workers]:
+    """A worker for all of these: provider, Storage, webhooks and Expo each succeed and fail."""
+    db.lift_limits()
+    db.execute("update public.models set is_active = true")
+    db.execute("update private.settings set webhook_allows_private = true, retry_base = '0'")
+    with Receiver() as receiver, Workers(db, stack, tmp_path) as workers:
+        receiver.answers += [Answer(500), Answer(403), Answer(410)]
+        hook = Service(db).register_webhook(receiver.url(f"/hook?key={URL_KEY}"))
+        workers.extra_secrets = {fake.token, EXPO_TOKEN, URL_KEY, hook["secret"]}
+        workers.environment |= {
+            "REPLICATE_API_URL": fake.url,
+            "REPLICATE_API_TOKEN": fake.token,
+            "REPLICATE_SETTLE_SECONDS": "0.2",
+            "EXPO_ACCESS_TOKEN": EXPO_TOKEN,
+            "EXPO_PUSH_URL": receiver.url("/expo"),
+            "WEBHOOK_ALLOWED_HOSTS": receiver.host,
+            "WORKER_POLL_SECONDS": "0.1",
+        }
+        yield workers
+
+
+def everything_happens(busy: Workers, fake: FakeReplicate, user: User) -> list[str]:
+    """Let jobs succeed and fail in many ways; return them."""
+    user.has(50).register_push_token("ExponentPushToken[device]")
+    busy.start()
+    jobs = [user.enqueued(), user.enqueued("[fail:moderated]")]
+    for behaviour in [
+        {"answer": 422},
+        {"answer": 500, "stored": False},
+        {"answer": None, "stored": True},
+        {"ends": "failed", "error": MODERATED},
+        {"output": "https://169.254.169.254/latest/meta-data"},
+        {"output": "https://[broken"},
+        {"output": "file:///proc/self/environ"},
+        {"removed": True},
+        {"images": 0},
+    ]:
+        fake.next(**behaviour)
+        jobs.append(user.enqueued(model=MODEL))
+        busy.until(jobs[-1], "completed", "failed")
+    fake.next(answer=402)
+    jobs.append(user.enqueued(model=MODEL))
+    eventually(lambda: busy.db.execute("select 1 from private.breakers where paused_until > now()"))
+    return jobs
+
+
+def secrets_of(busy: Workers) -> set[str]:
+    """Return keys, tokens and passwords, but not the prompts, which belong into the tables."""
+    prompts = busy.db.execute("select prompt from public.generations")
+    return busy.secrets() - {row["prompt"] for row in prompts}
+
+
+def command_lines() -> list[str]:
+    """Return what `ps` shows of every process."""
+    lines = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            lines.append(file.read_text(errors="replace"))
+        except OSError:  # it has ended
+            continue
+    return lines
+
+
+def found(secrets: set[str], texts: list[str]) -> list[str]:
+    return [text for text in texts if any(secret in text for secret in secrets)]
+
+
+def test_secrets_of_the_worker_are_nowhere_whatever_happens(db, busy, fake, alice, service):
+    jobs = everything_happens(busy, fake, alice)
+    secrets = secrets_of(busy)
+
+    rows = db.snapshot()
+    del rows["private.webhook_endpoints"]  # where the address belongs
+    answers = [alice.get_job_status(job) for job in jobs]
+    answers += [alice.list_generations(), service.queue_health(), service.list_deliveries()]
+
+    assert len(secrets) == 7
+    assert found(secrets, command_lines()) == []
+    assert found(secrets, [row for table in rows.values() for row in table]) == []
+    assert found(secrets, [json.dumps(answer) for answer in answers]) == []
+    assert busy.leaks() == []
+
+
+def test_storage_that_refuses_is_told_of_without_its_key(db, busy, alice):
+    busy.start(SUPABASE_URL=busy.stack.api_url, SUPABASE_SERVICE_KEY="wrong-key-4711")
+    busy.extra_secrets |= {"wrong-key-4711"}
+
+    job = alice.enqueued()
+    busy.until(job, "failed", within=40)
+
+    details = db.execute("select error_detail from private.attempts")
+    assert found(secrets_of(busy), [str(row) for row in details]) == []
+    assert "upload: HTTP" in str(details)
+
+
+def test_the_command_line_of_the_supabase_cli_shows_no_password(monkeypatch):
+    runs = []
+    monkeypatch.setattr(local_stack, "run", lambda *args, **rest: runs.append((args, rest)) or "")
+
+    local_stack.supabase_cli("postgresql://me:pass-4711@127.0.0.1:1/db", "migration", "list")
+
+    ((command,), rest) = runs[0]
+    assert "--remote=postgresql://me@127.0.0.1:1/db" in command
+    assert rest["env"] == os.environ | {"DO_NOT_TRACK": "1", "PGPASSWORD": "pass-4711"}
