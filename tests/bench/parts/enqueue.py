@@ -15,7 +15,7 @@ from database import Database
 from lab import Contender, Lab, pgbench_script
 
 CLIENTS = (1, 8, 32)
-SECONDS, QUICK_SECONDS = 10, 1
+SECONDS, QUICK_SECONDS = 5, 1
 BUSY_WORKERS, BEAT_SECONDS = 4, 5.0
 RATE = "enqueues/s"
 WAKE_UPS = "wake-ups/s"
