@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -267,6 +267,15 @@ MISFITS = [
     10**400,
     -(2**63),
 ]
+
+
+def one_by_one(function: Function, victim: Victim) -> Iterator[dict[str, Any]]:
+    """Return every hostile value of every argument, among others that are plausible."""
+    plausible = {name: victim.plausible()[name][0] for name in function.arguments}
+    yield plausible
+    for name, type in function.arguments.items():
+        for value in [*HOSTILE[type], None]:
+            yield plausible | {name: value}
 
 
 def arguments(

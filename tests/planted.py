@@ -1,0 +1,304 @@
+"""Bugs to plant, each with the test that must notice it.
+
+`python tests/planted.py` plants each in a copy of the project and runs its test there, which has to
+fail; with a part of a name, only those. The list is data: `PLANTED` and `is_caught` are all that
+another runner needs.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[1]
+INSTALLED = (".venv", "node_modules")
+
+
+@dataclass(frozen=True)
+class Bug:
+    """A change of one file: what stands there, what takes its place, and the test that fails."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+FUZZ = "tests/test_security_rpc.py::test_"
+RPC = f"{FUZZ}no_call_fails_tells_of_others_or_writes_although_refused"
+WORDS = f"{FUZZ}whatever_it_is_given_a_function_answers_or_refuses_in_our_words"
+SAFE_PATH = "tests/test_security_search_path.py::test_no_function_picks_up_what_its_caller_planted"
+
+SECURITY = [
+    # Rows.
+    Bug(
+        "a policy lets users read everybody's generations",
+        "sql/20_access.sql",
+        "for select to authenticated using (user_id = (select auth.uid()) and deleted_at is null);",
+        "for select to authenticated using (deleted_at is null);",
+        "tests/test_access.py::test_users_read_their_own_rows_only[public.generations]",
+    ),
+    Bug(
+        "row level security is off for the ledger",
+        "sql/20_access.sql",
+        "alter table public.credit_ledger enable row level security;\n",
+        "",
+        "tests/test_catalog.py::test_every_table_has_row_level_security",
+    ),
+    Bug(
+        "row level security is off for private settings, and a gateway grants all",
+        "sql/20_access.sql",
+        "alter table private.settings enable row level security;\n",
+        "",
+        "tests/test_access.py",
+    ),
+    Bug(
+        "users may insert into the ledger",
+        "sql/20_access.sql",
+        "grant select on table public.prompt_templates to authenticated;",
+        "grant select on table public.prompt_templates to authenticated;\n"
+        "grant insert on table public.credit_ledger to authenticated;",
+        "tests/test_catalog.py::test_each_role_has_exactly_these_rights_on_tables_and_columns"
+        "[authenticated]",
+    ),
+    Bug(
+        "users read each other's source images",
+        "sql/20_access.sql",
+        '"Users read their own input images" on storage.objects\n'
+        "  for select to authenticated using (\n"
+        "    bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text\n",
+        '"Users read their own input images" on storage.objects\n'
+        "  for select to authenticated using (\n    bucket_id = 'inputs'\n",
+        "tests/test_http_storage.py::test_an_input_is_its_users_alone",
+    ),
+    Bug(
+        "an input may be moved into another's folder",
+        "sql/20_access.sql",
+        "  ) with check (\n"
+        "    bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text\n  );\n"
+        '  create policy "Users delete',
+        '  ) with check (true);\n  create policy "Users delete',
+        "tests/test_access.py::test_an_input_cannot_be_moved_into_another_folder_or_bucket",
+    ),
+    # Functions.
+    Bug(
+        "a job is found whoever asks",
+        "sql/30_gating.sql",
+        "  where id = p_job_id and user_id = p_user_id and deleted_at is null;",
+        "  where id = p_job_id and deleted_at is null;",
+        f"{RPC}[get_job_status]",
+    ),
+    Bug(
+        "a list shows jobs of others if their ids are known",
+        "sql/60_status.sql",
+        "where g.id = any (v_ids || p_job_ids) and g.user_id = v_user_id and g.deleted_at is null",
+        "where g.id = any (v_ids || p_job_ids) and g.deleted_at is null",
+        f"{RPC}[list_active_jobs]",
+    ),
+    Bug(
+        "a template of another user is overwritten",
+        "sql/66_templates.sql",
+        "    where id = p_id and user_id = v_user_id\n",
+        "    where id = p_id\n",
+        "tests/test_templates.py",
+    ),
+    Bug(
+        "shared images tell their prompts",
+        "sql/64_sharing.sql",
+        "'prompt', case when p_image.shows_prompt then g.prompt end,",
+        "'prompt', g.prompt,",
+        f"{RPC}[list_public_images]",
+    ),
+    Bug(
+        "a cast error of PostgreSQL reaches clients",
+        "sql/60_status.sql",
+        "  if cardinality(p_job_ids) > 100 or array_ndims(p_job_ids) > 1 then",
+        "  if cardinality(p_job_ids) > 100 then",
+        f"{WORDS}[authenticated-list_active_jobs]",
+    ),
+    Bug(
+        "a grant overflows the balance",
+        "sql/40_credits.sql",
+        "if v_credits::bigint + p_amount not between 0 and 1000000000 then",
+        "if v_credits + p_amount < 0 then",
+        f"{WORDS}[service_role-grant_credits]",
+    ),
+    Bug(
+        "everybody may grant credits",
+        "sql/40_credits.sql",
+        "public.grant_credits(uuid, integer, text, text) to service_role;",
+        "public.grant_credits(uuid, integer, text, text) to service_role, authenticated;",
+        "tests/test_catalog.py::test_each_role_executes_exactly_these_functions[authenticated]",
+    ),
+    Bug(
+        "a definer looks for types among the caller's temporary ones",
+        "sql/50_enqueue.sql",
+        "security definer\nset search_path = pg_catalog, pg_temp",
+        "security definer\nset search_path = ''",
+        f"{SAFE_PATH}[authenticated]",
+    ),
+    Bug(
+        "a definer takes the caller's search_path",
+        "sql/72_claim.sql",
+        "security definer\nset search_path = pg_catalog, pg_temp",
+        "security definer",
+        f"{SAFE_PATH}[darkroom_worker]",
+    ),
+    Bug(
+        "a definer stands in the exposed schema",
+        "sql/60_status.sql",
+        "stable\nset search_path = pg_catalog, pg_temp\nas $$\n  select private.get_entitlement()",
+        "stable\nsecurity definer\nset search_path = pg_catalog, pg_temp\nas $$\n"
+        "  select private.get_entitlement()",
+        "tests/test_catalog.py::test_definers_are_private_and_what_is_public_only_calls_them",
+    ),
+    # Addresses.
+    Bug(
+        "a source image may be anybody's",
+        "sql/32_input.sql",
+        "if v_path !~ ('^' || p_user_id || '(/",
+        "if v_path !~ ('^[^/]+' || '(/",
+        "tests/test_input.py::test_a_source_image_is_a_path_in_the_own_folder",
+    ),
+    Bug(
+        "outputs are fetched from any host",
+        "worker.py",
+        "if not delivered and (url.scheme, url.netloc) != (api.scheme, api.netloc):",
+        "if url.scheme not in ('http', 'https'):",
+        "tests/test_worker_units.py::test_outputs_from_elsewhere_are_the_providers_error_and_not_fetched",
+    ),
+    Bug(
+        "redirects of outputs are followed anywhere",
+        "worker.py",
+        'url = self._allowed(response.headers["location"], url)',
+        'url = url.join(response.headers["location"])',
+        "tests/test_worker_units.py::test_a_redirect_is_held_to_the_same_hosts",
+    ),
+    Bug(
+        "webhooks may call private addresses",
+        "worker.py",
+        "not in self.allowed_hosts and not all(map(is_public, addresses)):",
+        "not in self.allowed_hosts and not any(map(is_public, addresses)):",
+        "tests/test_worker_webhooks.py::test_a_name_with_one_private_address_is_not_called_at_all",
+    ),
+    Bug(
+        "webhooks may be registered for private addresses",
+        "sql/78_webhooks.sql",
+        "      when not private.is_public_address(p_host) then 'not a public address'\n",
+        "      when false then 'not a public address'\n",
+        "tests/test_outbox.py::test_addresses_that_may_lead_inside_are_refused",
+    ),
+    # Files.
+    Bug(
+        "a bomb is decoded",
+        "worker.py",
+        "    if width * height > MAX_IMAGE_PIXELS:",
+        "    if width * height > 100 * MAX_IMAGE_PIXELS:",
+        "tests/test_worker_storage.py::test_a_bomb_is_refused_before_it_is_decoded",
+    ),
+    Bug(
+        "an SVG is stored as it came",
+        "worker.py",
+        'clean = filter_svg(source, {"image": ["png", "jpeg", "gif", "webp"]})',
+        "clean = source",
+        "tests/test_worker_storage.py::test_nothing_dangerous_is_left_of_an_svg",
+    ),
+    Bug(
+        "an SVG is served as one",
+        "worker.py",
+        'served_as = INERT_TYPE if image.format == "SVG" else content_type',
+        "served_as = content_type",
+        "tests/test_worker_storage.py::test_an_svg_is_stored_clean_and_under_a_type_no_browser_runs",
+    ),
+    # Secrets.
+    Bug(
+        "a password that is not encoded is logged",
+        "worker.py",
+        "        except psycopg.ProgrammingError:  # it shows the password, and the pool",
+        "        except ZeroDivisionError:  #",
+        "tests/test_worker_units.py::test_a_bad_variable_is_named_but_not_shown",
+    ),
+    Bug(
+        "what a library says of an error is kept",
+        "worker.py",
+        'detail = f"{type(error).__name__} at {frame.name}:{frame.lineno}"',
+        'detail = f"{type(error).__name__}: {error}"',
+        "tests/test_worker_units.py"
+        "::test_an_unexpected_error_tells_its_type_and_place_but_not_its_text",
+    ),
+    Bug(
+        "the address of a webhook is logged",
+        "worker.py",
+        '"delivery.%s delivery=%s lane=%s',
+        '"delivery.%s url=" + str(delivery.url).replace("%", "%%") + " delivery=%s lane=%s',
+        "tests/test_security_secrets.py",
+    ),
+    Bug(
+        "the database's password is on the command line of the Supabase CLI",
+        "scripts/stack.py",
+        'f"--remote={remote}"',
+        'f"--remote={database_url}"',
+        "tests/test_security_secrets.py"
+        "::test_the_command_line_of_the_supabase_cli_shows_no_password",
+    ),
+    Bug(
+        "the worker may gain privileges",
+        "worker.service",
+        "CapabilityBoundingSet=\n",
+        "",
+        "tests/test_worker_service.py::test_the_worker_is_hardly_exposed",
+    ),
+]
+PLANTED = [*SECURITY]
+
+
+def copy_project(target: Path) -> None:
+    """Copy what git knows of, and point to what is installed."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=PROJECT, capture_output=True, check=True, text=True
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        if (PROJECT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(PROJECT / name, target / name)
+    for name in INSTALLED:
+        (target / name).symlink_to((PROJECT / name).resolve())
+
+
+def is_caught(bug: Bug) -> bool:
+    """Plant a bug in a copy of the project; say whether its test fails there."""
+    with tempfile.TemporaryDirectory(prefix="darkroom-planted-") as folder:
+        project = Path(folder)
+        project.chmod(0o711)
+        copy_project(project)
+        file = project / bug.file
+        text = file.read_text()
+        assert bug.old in text, f"{bug.file} does not say so any more: {bug.old!r}"
+        file.write_text(text.replace(bug.old, bug.new))
+        subprocess.run(["make", "-s", "migration"], cwd=project, check=True)
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", bug.test]
+        done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 1), done.stdout + done.stderr  # neither: it did not run
+    failed = f"\nFAILED {bug.test}".split("[")[0]
+    return done.returncode == 1 and failed in done.stdout
+
+
+def main() -> None:
+    """Plant them all, or those whose name has the word given."""
+    word = "".join(sys.argv[1:2])
+    missed = 0
+    for bug in PLANTED:
+        if word in bug.name:
+            caught = is_caught(bug)
+            missed += not caught
+            print(f"{'caught' if caught else 'MISSED'}  {bug.name}", flush=True)
+    sys.exit(missed > 0)
+
+
+if __name__ == "__main__":
+    main()
