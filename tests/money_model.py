@@ -1,0 +1,228 @@
+"""What money, slots and places should be, told a second time: small, in memory, without SQL.
+
+The rules are those that users and workers are told, not those of the functions' bodies. Of a call
+that is refused, nothing is noted here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+LIVE = ("queued", "processing")
+MAX_ATTEMPTS = 3
+CANCEL_REFUND_PERCENT = 50
+MAX_ACTIVE = {"free": 4, "paid": 6}
+# For each model the price of an image, on either plan.
+PRICES = {"darkroom/preview": {"free": 1, "paid": 0}, "darkroom/dear": {"free": 3, "paid": 2}}
+
+
+@dataclass(frozen=True)
+class Retry:
+    """What follows a code that may be tried again."""
+
+    uses_attempt: bool = True
+    resumes: bool = False
+
+
+RETRIES = {
+    "provider_busy": Retry(uses_attempt=False),
+    "provider_timeout": Retry(resumes=True),
+    "provider_error": Retry(),
+    "result_lost": Retry(),
+    "internal": Retry(resumes=True),
+}
+FINAL = ("moderated", "invalid_input", "timeout")
+
+
+@dataclass
+class Account:
+    """A user's balance and plan."""
+
+    credits: int
+    plan: str = "free"
+
+
+@dataclass
+class Generation:
+    """One job, from the charge to its end."""
+
+    user_id: str
+    model: str
+    price: int
+    image_count: int
+    retry_of: str | None = None
+    status: str = "queued"
+    error_code: str | None = None
+    attempt: int = 0  # used while queued, under way while processing
+    token: int | None = None
+    cancel_requested: bool = False
+    was_begun: bool = False  # the provider may bill us
+    waits: bool = False  # for the end of a backoff
+    is_late: set[str] = field(default_factory=set)  # clocks that ran out
+    outcomes: dict[int, str] = field(default_factory=dict)  # of each ended claim, by token
+    refund: int | None = None
+    images: int = 0
+    is_deleted: bool = False
+
+
+class Books:
+    """All accounts and jobs."""
+
+    def __init__(self) -> None:
+        self.accounts: dict[str, Account] = {}
+        self.jobs: dict[str, Generation] = {}
+        self.batches: dict[str, list[str]] = {}
+        self.paused: set[str] = set()
+        self.given: dict[str, tuple[str, int, str]] = {}  # by external id
+
+    def active(self, user_id: str) -> int:
+        """How many slots the user has taken."""
+        return sum(j.user_id == user_id and j.status in LIVE for j in self.jobs.values())
+
+    def price(self, user_id: str, model: str, images: int) -> int:
+        """Of one generation."""
+        return PRICES[model][self.accounts[user_id].plan] * images
+
+    def refusal(self, user_id: str, model: str, images: int, count: int = 1) -> str | None:
+        """Why this many new jobs would not be let in."""
+        account = self.accounts[user_id]
+        if model in self.paused:
+            return "PT503"
+        if self.active(user_id) >= MAX_ACTIVE[account.plan]:
+            return "PT429"
+        if self.price(user_id, model, images) * count > account.credits:
+            return "PT402"
+        return None
+
+    def charge(
+        self, user_id: str, job_id: str, model: str, images: int, retry_of: str | None = None
+    ) -> None:
+        """Let one job in."""
+        price = self.price(user_id, model, images)
+        self.accounts[user_id].credits -= price
+        self.jobs[job_id] = Generation(user_id, model, price, images, retry_of)
+
+    def redrive(self, job_id: str, old_id: str) -> None:
+        """Let a failed job in again, for nothing."""
+        old = self.jobs[old_id]
+        self.jobs[job_id] = Generation(old.user_id, old.model, 0, old.image_count, old_id)
+
+    def give(self, user_id: str, amount: int, kind: str, external_id: str) -> None:
+        """Add to a balance, once for each external id."""
+        if external_id not in self.given:
+            self.given[external_id] = user_id, amount, kind
+            self.accounts[user_id].credits += amount
+
+    def grant_refusal(self, user_id: str, amount: int, kind: str, external_id: str) -> str | None:
+        """Why this may not be given."""
+        known = self.given.get(external_id)
+        if known:
+            return None if known == (user_id, amount, kind) else "PT409"
+        return "PT400" if self.accounts[user_id].credits + amount < 0 else None
+
+    def seen(self, user_id: str, job_id: str) -> Generation | None:
+        """The user's job, if it is not hidden."""
+        job = self.jobs.get(job_id)
+        return job if job and job.user_id == user_id and not job.is_deleted else None
+
+    def repeat_of(self, job_id: str) -> str | None:
+        """The job that repeats this one and is under way or done."""
+        repeats = [
+            (job.is_deleted, id)
+            for id, job in self.jobs.items()
+            if job.retry_of == job_id and job.status not in ("failed", "canceled")
+        ]
+        return min(repeats)[1] if repeats else None
+
+    def claimable(self) -> set[str]:
+        """Jobs that a claim may hand out now."""
+        return {
+            id
+            for id, job in self.jobs.items()
+            if job.status == "queued" and not job.waits and job.model not in self.paused
+        }
+
+    def claim(self, job_id: str, token: int) -> None:
+        """Give the lease of a queued job."""
+        job = self.jobs[job_id]
+        job.status, job.token, job.attempt = "processing", token, job.attempt + 1
+        job.is_late = set()
+
+    def holder(self, job_id: str, token: int) -> Generation | None:
+        """The job, if this token holds its lease."""
+        job = self.jobs.get(job_id)
+        return job if job and job.token == token else None
+
+    def ended_as(self, job_id: str, token: int) -> str | None:
+        """How the claim of this token ended."""
+        job = self.jobs.get(job_id)
+        return job.outcomes.get(token) if job else None
+
+    def complete(self, job: Generation, images: int) -> None:
+        """Settle on the images that were stored."""
+        self._end(job, "completed")
+        job.status, job.images = "completed", images
+        missing = job.image_count - images
+        if missing:
+            self._refund(job, job.price * missing // job.image_count)
+
+    def fail(self, job: Generation, code: str, waits: bool = False) -> str:
+        """End an attempt that failed; answer how."""
+        if job.cancel_requested:
+            self.cancel(job)
+            return "canceled"
+        retry = RETRIES.get(code)
+        used = job.attempt - (0 if retry is None or retry.uses_attempt else 1)
+        if retry and used < MAX_ATTEMPTS:
+            self._requeue(job, "retried", used, retry.resumes)
+            job.waits = waits
+            return "retried"
+        self._end(job, "failed")
+        job.status, job.error_code = "failed", code
+        self._refund(job, job.price)
+        return "failed"
+
+    def release(self, job: Generation, resumes: bool) -> None:
+        """Take a job back that was not ended."""
+        if job.cancel_requested:
+            self.cancel(job)
+        else:
+            self._requeue(job, "released", job.attempt - 1, resumes)
+
+    def cancel(self, job: Generation) -> None:
+        """End a job that its user does not want any more."""
+        if job.status == "processing":
+            self._end(job, "canceled")
+        job.status, job.waits = "canceled", False
+        percent = CANCEL_REFUND_PERCENT if job.was_begun else 100
+        self._refund(job, math.ceil(job.price * percent / 100))
+
+    def ask_to_cancel(self, job: Generation) -> None:
+        """Cancel a queued job, mark a running one."""
+        if job.status == "queued":
+            self.cancel(job)
+        elif job.status == "processing":
+            job.cancel_requested = True
+
+    def recover(self, job_ids: Iterable[str]) -> None:
+        """End the claims of workers that are silent or stuck."""
+        for job_id in job_ids:
+            job = self.jobs[job_id]
+            self.fail(job, "internal" if "lease_until" in job.is_late else "timeout")
+
+    def _end(self, job: Generation, outcome: str) -> None:
+        assert job.token is not None
+        job.outcomes[job.token] = outcome
+        job.token = None
+
+    def _requeue(self, job: Generation, outcome: str, used: int, resumes: bool) -> None:
+        self._end(job, outcome)
+        job.status, job.attempt, job.waits = "queued", used, False
+        job.was_begun = job.was_begun and resumes
+
+    def _refund(self, job: Generation, amount: int) -> None:
+        assert job.refund is None
+        job.refund = amount
+        self.accounts[job.user_id].credits += amount

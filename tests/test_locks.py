@@ -1,0 +1,327 @@
+"""Locks: whoever waits for whom, nobody waits in a circle, and nobody for longer than he must.
+
+There is one scene with jobs of two users in every state, and everything that changes any of it. All
+is tried in transactions that are rolled back, so the scene stays as it is.
+
+In which order a call locks rows is found out by watching: somebody else holds one row, the call
+runs up against it, and what it has locked by then is seen from outside. If the orders of all calls
+together have no circle, no number of sessions can deadlock on rows that are there. (What is
+answered and written when two calls overlap is in test_races.)
+"""
+
+from __future__ import annotations
+
+import functools
+import graphlib
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+import pytest
+from actors import Refusal, Service, User, Worker, outcome
+from database import Database, Server
+
+# Every table in which a row may be there before a call and be locked by it, and its key.
+TABLES = {
+    "public.entitlements": "user_id",
+    "public.generations": "id",
+    "public.batches": "id",
+    "public.images": "generation_id",
+    "public.credit_ledger": "id",
+    "public.models": "id",
+    "private.ready_jobs": "job_id",
+    "private.running_jobs": "job_id",
+    "private.attempts": "token",
+    "private.breakers": "name",
+    "private.workers": "id",
+    "private.queue_state": "id",
+    "private.model_stats": "model_id",
+    "private.retention_walks": "name",
+    "private.webhook_endpoints": "id",
+}
+SETTINGS = """
+update private.settings set retry_base = '0', welcome_credits = 100, keep_deleted = '0',
+  keep_ledger = '90 days', keep_generations = '101 days', breaker_failures = 3, breaker_users = 1
+"""
+TWO_IMAGES = {"num_outputs": 2}
+SECONDS = 10
+
+Row = tuple[str, str]
+
+
+def unlocked_rows(strength: str) -> str:
+    """A query of all rows that can be locked so without waiting."""
+    parts = [
+        f"t{n} as materialized"
+        f" (select '{table}' as t, {key}::text as k from {table} for {strength} skip locked)"
+        for n, (table, key) in enumerate(TABLES.items())
+    ]
+    return f"with {', '.join(parts)} " + " union all ".join(
+        f"select t, k from t{n}" for n in range(len(parts))
+    )
+
+
+FREE, NOT_TAKEN = unlocked_rows("update"), unlocked_rows("share")
+
+
+@dataclass(frozen=True)
+class Wait:
+    """A call that waits for a row, and what it has locked by then."""
+
+    call: str
+    wanted: Row
+    held: frozenset[Row]
+    taken: frozenset[Row]  # of those held, the ones nobody else can hold at the same time
+
+    def may_wait_for(self, other: Wait) -> bool:
+        """Whether the other can hold what this one wants, while each has what it holds."""
+        return self.wanted in other.held and not self.taken & other.taken
+
+
+class Scene:
+    """Of each user: two running jobs of a batch, three queued, the rest ended in every way."""
+
+    def __init__(self, db: Database) -> None:
+        self.jobs: dict[str, Any] = {}
+        self.batches: dict[str, str] = {}
+        self.ids: dict[str, str] = {}
+        worker, users = Worker(db), [User(db), User(db)]
+        for name, user in zip(("alice", "bob"), users, strict=True):
+            self.ids[name] = user.id
+            for end in ("failed", "completed", "deleted"):
+                self.jobs[f"{name} {end}"] = user.enqueued(params=TWO_IMAGES)
+                job = worker.claimed()
+                if end == "failed":
+                    worker.fail_job(job, "moderated")
+                else:
+                    worker.complete_job(job)
+            user.share_image(self.jobs[f"{name} completed"])
+            user.delete_generation(self.jobs[f"{name} deleted"])
+        for name, user in zip(("alice", "bob"), users, strict=True):
+            self.batches[name] = user.enqueue_batch(["a", "b", "c"], params=TWO_IMAGES)["batch_id"]
+            first, second = worker.claim_jobs(2)
+            worker.begin_create(first)
+            worker.fail_job(worker.claimed(), "provider_error", retry_after=3600)
+            user.cancel_generation(second.id)
+            self.jobs |= {f"{name} first": first, f"{name} second": second}
+        for name, user in zip(("alice", "bob"), users, strict=True):
+            self.jobs[f"{name} queued"] = user.enqueued()
+        # Silent and stuck for long, but for one that is only stuck.
+        db.pass_time("100 days")
+        db.execute(
+            "update private.running_jobs set lease_until = now() + interval '1 hour'"
+            " where token = (select max(token) from private.running_jobs)"
+        )
+        worker.heartbeat()
+        worker.sleep()
+
+
+class Cast:
+    """Everybody who acts, each with a connection."""
+
+    def __init__(self, db: Database, scene: Scene) -> None:
+        self.alice, self.bob = User(db, scene.ids["alice"]), User(db, scene.ids["bob"])
+        self.worker, self.service, self.operator = Worker(db), Service(db), db.connect()
+
+    def connection(self, action: Action) -> psycopg.Connection[Any]:
+        """What an action runs on."""
+        actor = getattr(self, action.actor)
+        return actor if action.actor == "operator" else actor.connection
+
+
+@dataclass(frozen=True)
+class Action:
+    """Something that changes rows."""
+
+    actor: str
+    call: Callable[[Any, Scene], object]
+
+
+def claims(worker: Worker, _: Scene) -> object:
+    worker.let_the_next_claim_scan_all()
+    return len(worker.claim_jobs(3))
+
+
+def deletes(name: str) -> Action:
+    """The operator deletes a user."""
+    query = "delete from auth.users where id = %s"
+    return Action("operator", lambda o, s: o.execute(query, [s.ids[name]]).rowcount)
+
+
+def of_user(name: str) -> dict[str, Action]:
+    """What a user does."""
+    own = {
+        "enqueue": lambda u, s: len(u.enqueue(params=TWO_IMAGES)),
+        "enqueue with a key": lambda u, s: len(u.enqueue(idempotency_key="key")),
+        "enqueue_batch": lambda u, s: len(u.enqueue_batch(["a", "b"])),
+        "cancel_generation, queued": lambda u, s: u.cancel_generation(s.jobs[f"{name} queued"])[
+            "status"
+        ],
+        "cancel_generation, running": lambda u, s: u.cancel_generation(s.jobs[f"{name} first"].id)[
+            "status"
+        ],
+        "cancel_batch": lambda u, s: u.cancel_batch(s.batches[name])["batch_id"],
+        "retry_generation": lambda u, s: len(u.retry_generation(s.jobs[f"{name} failed"])),
+        "set_favorite": lambda u, s: u.set_favorite(s.jobs[f"{name} completed"]),
+        "share_image": lambda u, s: len(u.share_image(s.jobs[f"{name} completed"])),
+        "delete_generation": lambda u, s: len(u.delete_generation(s.jobs[f"{name} completed"])),
+        "restore_generation": lambda u, s: len(u.restore_generation(s.jobs[f"{name} deleted"])),
+    }
+    return {f"{name}: {what}": Action(name, call) for what, call in own.items()}
+
+
+def of_worker(place: str) -> dict[str, Action]:
+    """What a worker does with one job."""
+    own = {
+        "begin_create": lambda w, s: w.begin_create(s.jobs[place]) and 0,
+        "checkpoint": lambda w, s: w.checkpoint(s.jobs[place], "prediction"),
+        "adopt_provider_job": lambda w, s: w.adopt_provider_job(s.jobs[place], "prediction"),
+        "report_progress": lambda w, s: w.report_progress(s.jobs[place], "storing"),
+        "complete_job": lambda w, s: w.complete_job(s.jobs[place]),
+        "fail_job: moderated": lambda w, s: w.fail_job(s.jobs[place], "moderated"),
+        "fail_job: provider_error": lambda w, s: w.fail_job(s.jobs[place], "provider_error"),
+        "release_job": lambda w, s: w.release_job(s.jobs[place]),
+        "cancel_job": lambda w, s: w.cancel_job(s.jobs[place]),
+    }
+    return {f"{what} {place}": Action("worker", call) for what, call in own.items()}
+
+
+PLACES = [f"{name} {which}" for name in ("alice", "bob") for which in ("first", "second")]
+HEARD = [PLACES[n] for n in (3, 0, 2, 1)]
+ACTIONS = {
+    **of_user("alice"),
+    "claim_jobs": Action("worker", claims),
+    "heartbeat": Action("worker", lambda w, s: w.heartbeat(*[s.jobs[p] for p in HEARD])),
+    **of_worker("alice first"),
+    "recover_stale_jobs": Action("worker", lambda w, s: w.recover_stale_jobs()),
+    "apply_retention": Action("worker", lambda w, s: w.apply_retention()),
+    "grant_credits": Action("service", lambda o, s: o.grant_credits(s.ids["alice"], 5, "gift")),
+    "set_paid": Action("service", lambda o, s: o.set_paid(s.ids["alice"], "infinity")["plan"]),
+    "redrive_failed": Action("service", lambda o, s: o.redrive_failed("moderated", "2020-01-01")),
+    "pause_model": Action("service", lambda o, s: o.pause_model("darkroom/preview")["state"]),
+    "resume_model": Action("service", lambda o, s: o.resume_model("darkroom/preview")["state"]),
+    "delete alice": deletes("alice"),
+}
+SKIP = {"claim_jobs", "recover_stale_jobs", "apply_retention", "redrive_failed"}
+# The same on other rows: what could close a circle.
+MORE = {
+    **of_user("bob"),
+    **{name: action for place in PLACES[1:] for name, action in of_worker(place).items()},
+    "grant_credits to bob": Action("service", lambda o, s: o.grant_credits(s.ids["bob"], 5, "b")),
+    "delete bob": deletes("bob"),
+}
+
+
+class Stage:
+    """The scene, two casts, one who holds rows and one who looks on."""
+
+    def __init__(self, db: Database) -> None:
+        self.db = db
+        name = psycopg.sql.Identifier(db.name).as_string()
+        db.execute(f"alter database {name} set deadlock_timeout = '50ms'")
+        db.execute(SETTINGS)
+        db.lift_limits()
+        self.scene = Scene(db)
+        self.one, self.other = Cast(db, self.scene), Cast(db, self.scene)
+        self.holder, self.pool = db.connect(), ThreadPoolExecutor(2)
+        self.rows = {(row["t"], row["k"]) for row in db.execute(FREE)}
+        self.alone = functools.cache(self._alone)
+
+    def start(self, cast: Cast, action: Action) -> Future[object]:
+        """Do something in a transaction that stays open; return once it has ended or waits."""
+        connection, actor = cast.connection(action), getattr(cast, action.actor)
+        connection.execute("begin")
+        future = self.pool.submit(lambda: told(outcome(lambda: action.call(actor, self.scene))))
+        waits = "select wait_event_type = 'Lock' from pg_stat_activity where pid = %s"
+        deadline = time.monotonic() + SECONDS
+        while not future.done() and not self.db.value(waits, connection.info.backend_pid):
+            assert time.monotonic() < deadline, "it neither ends nor waits"
+            time.sleep(0.0005)
+        return future
+
+    def end(self, cast: Cast, action: Action) -> None:
+        """Have it never been done."""
+        cast.connection(action).execute("rollback")
+
+    def locked(self, unlocked: str = FREE) -> frozenset[Row]:
+        """All rows that somebody has locked."""
+        free = {(row["t"], row["k"]) for row in self.db.execute(unlocked)}
+        return frozenset(self.rows - free)
+
+    def _alone(self, action: Action) -> object:
+        """What is answered when nobody else does anything."""
+        answer = self.start(self.one, action).result()
+        self.end(self.one, action)
+        return answer
+
+    def pair(self, first: Action, second: Action) -> object:
+        """Start one while the other is open, end that, and return what is answered then."""
+        assert self.start(self.one, first).done()
+        future = self.start(self.other, second)
+        self.end(self.one, first)
+        answer = future.result(SECONDS)
+        self.end(self.other, second)
+        return answer
+
+    def waits(self, name: str, action: Action) -> Iterator[Wait]:
+        """Every row that a call would have to wait for if it were locked."""
+        self.start(self.one, action)
+        wanted = self.locked()
+        self.end(self.one, action)
+        for table, key in wanted:
+            self.holder.execute("begin")
+            query = f"select from {table} where {TABLES[table]}::text = %s for update"
+            self.holder.execute(query, [key])
+            future = self.start(self.one, action)
+            if not future.done():
+                row = frozenset([(table, key)])
+                yield Wait(name, (table, key), self.locked() - row, self.locked(NOT_TAKEN) - row)
+            self.holder.execute("rollback")
+            future.result(SECONDS)
+            self.end(self.one, action)
+
+
+def told(answer: object) -> object:
+    """What must be the same each time."""
+    return (answer.code, answer.token) if isinstance(answer, Refusal) else answer
+
+
+def circle_in(graph: dict[Wait, set[Wait]]) -> list[tuple[str, Row]]:
+    """Calls that wait for one another, each with what it waits for."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return [(wait.call, wait.wanted) for wait in error.args[1]]
+    return []
+
+
+@pytest.fixture(scope="module")
+def stage(server: Server, template: str) -> Iterator[Stage]:
+    database = server.create(template)
+    stage = Stage(database)
+    yield stage
+    stage.pool.shutdown()
+    server.drop(database)
+
+
+@pytest.mark.parametrize("one", ACTIONS)
+def test_who_comes_second_goes_on_as_soon_as_the_first_ends(stage, one):
+    came = {other: stage.pair(ACTIONS[one], ACTIONS[other]) for other in ACTIONS}
+
+    expected = {other: stage.alone(ACTIONS[other]) for other in ACTIONS}
+    # What skips locked rows may have found less.
+    assert {o: came[o] for o in came if o not in SKIP} == {
+        o: expected[o] for o in expected if o not in SKIP
+    }
+    assert "40P01" not in str(came)
+
+
+def test_nobody_can_wait_in_a_circle(stage):
+    waits = [w for name, a in (ACTIONS | MORE).items() for w in stage.waits(name, a)]
+
+    graph = {wait: {other for other in waits if wait.may_wait_for(other)} for wait in waits}
+    assert circle_in(graph) == []
+    assert len({wait.call for wait in waits}) > len(ACTIONS)

@@ -1,0 +1,606 @@
+"""Money by model: whatever users, workers and operators do, the books say what money_model says.
+
+Hypothesis makes up what happens: calls, repeats of calls, calls with leases that are long lost,
+clocks that run out. Any call may be made in a transaction that stays open while others act, and is
+committed or rolled back later; what has to wait for it meanwhile gives up and has done nothing.
+After each step every balance, ledger entry, status, lease and attempt is compared.
+
+`MONEY_MODEL_MINUTES` makes it a long search with new examples each time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+import pytest
+from actors import Job, Refusal, Service, User, Worker, outcome
+from database import Database, assert_books_balance
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from money_model import FINAL, LIVE, MAX_ACTIVE, PRICES, RETRIES, Account, Books
+
+MINUTES = float(os.environ.get("MONEY_MODEL_MINUTES", "0"))
+WELCOME = 30
+BUSY = "55P03"  # lock_timeout
+SETUP = f"""
+insert into public.models
+select (jsonb_populate_record(m, '{{
+  "id": "darkroom/dear", "price_credits": 3, "paid_price_credits": 2
+}}')).* from public.models as m where m.id = 'darkroom/preview';
+update private.plans set max_per_minute = 1000000, max_batch = 3;
+update private.plans set max_active = {MAX_ACTIVE["free"]} where name = 'free';
+update private.plans set max_active = {MAX_ACTIVE["paid"]} where name = 'paid';
+update private.settings set welcome_credits = {WELCOME}, running_cancel_refund_percent = 50,
+  retry_base = '0', breaker_failures = 32767, breaker_provider_failures = 32767,
+  keep_ledger_of_deleted_users = '0';
+"""
+FACTS = """
+select jsonb_build_object(
+  'accounts', (
+    select jsonb_object_agg(e.user_id, jsonb_build_array(e.credits, e.active_jobs))
+    from public.entitlements as e
+  ),
+  'ledger', (
+    select jsonb_agg(jsonb_build_array(l.user_id, l.kind, l.generation_id, l.external_id, l.amount))
+    from public.credit_ledger as l inner join public.entitlements as e using (user_id)
+    where l.external_id is null or l.external_id not like 'welcome%'
+  ),
+  'jobs', (
+    select jsonb_object_agg(g.id, jsonb_build_array(
+      g.status, g.error_code, g.retry_of, coalesce(ready.attempt, running.attempt), running.token,
+      coalesce(running.cancel_requested, false), ready.run_at is not null and not ready.is_held,
+      (select count(*) from public.images as i where i.generation_id = g.id),
+      (select coalesce(jsonb_object_agg(a.token, a.outcome), '{}')
+       from private.attempts as a where a.generation_id = g.id),
+      g.deleted_at is not null
+    ))
+    from public.generations as g
+    left join private.ready_jobs as ready on ready.job_id = g.id
+    left join private.running_jobs as running on running.job_id = g.id
+  )
+)
+"""
+
+users = st.sampled_from(["alice", "bob"])
+models = st.sampled_from(list(PRICES))
+image_counts = st.integers(1, 3)
+payments = st.integers(1, 20).map(str)
+owners = st.sampled_from([True, True, True, False])
+keys = st.sampled_from([None, None, "first", "second"])
+# One of those known by now, the newest first.
+jobs = st.runner().flatmap(lambda self: st.sampled_from(self.jobs[::-1]))
+leases = st.runner().flatmap(lambda self: st.sampled_from(self.held() * 3 + self.leases[::-1]))
+batches = st.runner().flatmap(lambda self: st.sampled_from(list(self.books.batches)[::-1]))
+with_job = precondition(lambda self: self.jobs)
+with_lease = precondition(lambda self: self.leases)
+with_batch = precondition(lambda self: self.books.batches)
+while_open = precondition(lambda self: self.open is not None)
+while_closed = precondition(lambda self: self.open is None and not self.stays_open)
+
+
+def differences(here: dict[str, Any], there: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What is not the same in both."""
+    keys = here.keys() | there.keys()
+    return {key: (here.get(key), there.get(key)) for key in keys if here.get(key) != there.get(key)}
+
+
+class Actors:
+    """Everybody once, each with a connection that does not wait long."""
+
+    def __init__(self, db: Database) -> None:
+        self.users = {"alice": User(db), "bob": User(db)}
+        self.worker, self.service = Worker(db, slots=10), Service(db)
+        for actor in (*self.users.values(), self.worker, self.service):
+            actor.connection.execute("set lock_timeout = '15ms'")
+
+
+@dataclass
+class Open:
+    """A call whose transaction has not ended."""
+
+    connection: psycopg.Connection[Any]
+    note: Callable[[], Any]
+    touched: set[str]
+
+
+class Stage:
+    """A database for many examples, one after the other, each with users of its own."""
+
+    def __init__(self, db: Database) -> None:
+        self.db = db
+        db.execute(SETUP)
+        db.execute("set lock_timeout = '15ms'")
+        self.actors, self.slow = Actors(db), Actors(db)
+        db.execute("delete from auth.users")
+
+    def new_users(self) -> dict[str, str]:
+        """Sign two up; return their ids by name."""
+        ids = {name: str(uuid.uuid4()) for name in self.actors.users}
+        for name, user_id in ids.items():
+            self.db.execute("insert into auth.users (id) values (%s)", user_id)
+            self.actors.users[name].id = self.slow.users[name].id = user_id
+        return ids
+
+
+class Money(RuleBasedStateMachine):
+    """The database and the reference model beside it."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__()
+        self.db, self.actors, self.slow = stage.db, stage.actors, stage.slow
+        self.books = Books()
+        self.ids = stage.new_users()
+        for user_id in self.ids.values():
+            self.books.accounts[user_id] = Account(WELCOME)
+        self.jobs: list[str] = []  # all that anybody has heard of
+        self.leases: list[Job] = []
+        self.requests: dict[tuple[str, ...], Any] = {}  # by idempotency key: request and answer
+        self.open: Open | None = None
+        self.stays_open = False
+
+    def teardown(self) -> None:
+        if self.open:
+            self.open.connection.execute("rollback")
+        for model in self.books.paused:
+            self.actors.service.resume_model(model)
+        for user_id in self.ids.values():
+            self.db.execute("delete from auth.users where id = %s", user_id)
+
+    def do(
+        self,
+        call: Callable[[Actors], Any],
+        note: Callable[[Any], Any],
+        refusal: str | None = None,
+        touched: set[str] | None = None,
+        connection: Callable[[Actors], psycopg.Connection[Any]] = lambda a: a.worker.connection,
+    ) -> None:
+        """Make a call, see that it is refused as it should be, and note what it did.
+
+        In a transaction that stays open, if that was said: then it is noted when it commits.
+        """
+        if self.stays_open:
+            self.begin(call, note, refusal, touched or set(), connection(self.slow))
+            return
+        answer = outcome(lambda: call(self.actors))
+        if isinstance(answer, Refusal):
+            if self.open is None or answer.code != BUSY:
+                assert answer.code == refusal, answer
+            return
+        assert refusal is None, f"not refused with {refusal}"
+        note(answer)
+
+    def begin(self, call, note, refusal, touched, connection) -> None:
+        """Make a call and leave its transaction open."""
+        self.stays_open = False
+        connection.execute("begin")
+        answer = outcome(lambda: call(self.slow))
+        if isinstance(answer, Refusal):
+            connection.execute("rollback")
+            assert answer.code == refusal, answer
+        else:
+            assert refusal is None, f"not refused with {refusal}"
+            self.open = Open(connection, lambda: note(answer), touched)
+
+    def as_user(self, name: str, call: Callable[[User], Any], *rest: Any, **more: Any) -> None:
+        """Have a user make a call."""
+        own = {"connection": lambda a: a.users[name].connection}
+        self.do(lambda a: call(a.users[name]), *rest, **own, **more)
+
+    def as_service(self, call: Callable[[Service], Any], *rest: Any) -> None:
+        """Have the operator make a call."""
+        self.do(lambda a: call(a.service), *rest, connection=lambda a: a.service.connection)
+
+    def held(self) -> list[Job]:
+        """The leases that hold."""
+        return [job for job in self.leases if self.books.holder(job.id, job.token)]
+
+    def name_for(self, job_id: str, is_owner: bool) -> str:
+        """Who acts: the owner of the job or not."""
+        job = self.books.jobs.get(job_id)
+        is_bobs = job is not None and job.user_id == self.ids["bob"]
+        return "bob" if is_bobs == is_owner else "alice"
+
+    @while_closed
+    @rule()
+    def the_next_call_stays_open(self):
+        self.stays_open = True
+
+    @while_open
+    @rule()
+    def commits(self):
+        was, self.open = self.open, None
+        was.connection.execute("commit")
+        was.note()
+
+    @while_open
+    @rule()
+    def rolls_back(self):
+        was, self.open = self.open, None
+        was.connection.execute("rollback")
+
+    # What users do.
+
+    @rule(name=users, model=models, images=image_counts, key=keys)
+    def enqueue(self, name, model, images, key):
+        user_id, request = self.ids[name], (model, images)
+        known, answer = self.requests.get((name, "one", key), (None, None))
+        refusal = self.books.refusal(user_id, model, images)
+        if key and known:
+            refusal = None if known == request else "PT409"
+
+        def note(said):
+            if key and known:
+                assert said["job_id"] == answer
+                return
+            self.books.charge(user_id, said["job_id"], model, images)
+            assert said["credits_left"] == self.books.accounts[user_id].credits
+            self.requests[name, "one", key] = request, said["job_id"]
+            self.jobs.append(said["job_id"])
+
+        params = {"num_outputs": images}
+        call = lambda user: user.enqueue("a", model, params=params, idempotency_key=key)  # noqa: E731
+        self.as_user(name, call, note, refusal)
+
+    @rule(name=users, model=models, images=image_counts, n=st.integers(1, 3), key=keys)
+    def enqueue_batch(self, name, model, images, n, key):
+        user_id, request = self.ids[name], (model, images, n)
+        known, answer = self.requests.get((name, "batch", key), (None, None))
+        refusal = self.books.refusal(user_id, model, images, n)
+        if key and known:
+            refusal = None if known == request else "PT409"
+
+        def note(said):
+            if key and known:
+                assert said["batch_id"] == answer
+                return
+            for job_id in said["job_ids"]:
+                self.books.charge(user_id, job_id, model, images)
+            assert said["credits_left"] == self.books.accounts[user_id].credits
+            self.books.batches[said["batch_id"]] = said["job_ids"]
+            self.requests[name, "batch", key] = request, said["batch_id"]
+            self.jobs += said["job_ids"]
+
+        def call(user):
+            params = {"num_outputs": images}
+            return user.enqueue_batch(["a"] * n, model, params=params, idempotency_key=key)
+
+        self.as_user(name, call, note, refusal)
+
+    @with_job
+    @rule(job_id=jobs, is_owner=owners)
+    def cancel(self, job_id, is_owner):
+        name = self.name_for(job_id, is_owner)
+        job = self.books.seen(self.ids[name], job_id)
+        refusal = None if job else "PT404"
+        if job and job.status in ("completed", "failed"):
+            refusal = "PT409"
+        note = lambda _: self.books.ask_to_cancel(job)  # noqa: E731
+        self.as_user(name, lambda u: u.cancel_generation(job_id), note, refusal, {job_id})
+
+    @with_batch
+    @rule(batch_id=batches, is_owner=owners)
+    def cancel_batch(self, batch_id, is_owner):
+        job_ids = self.books.batches[batch_id]
+        name = self.name_for(job_ids[0], is_owner)
+
+        def note(_):
+            for job_id in job_ids:
+                self.books.ask_to_cancel(self.books.jobs[job_id])
+
+        refusal = None if is_owner else "PT404"
+        self.as_user(name, lambda u: u.cancel_batch(batch_id), note, refusal, set(job_ids))
+
+    @with_job
+    @rule(job_id=jobs, is_owner=owners)
+    def retry(self, job_id, is_owner):
+        name = self.name_for(job_id, is_owner)
+        user_id = self.ids[name]
+        job, known = self.books.seen(user_id, job_id), self.books.repeat_of(job_id)
+        is_known = known is not None and not self.books.jobs[known].is_deleted
+        if job is None:
+            refusal = "PT404"
+        elif job.status not in ("failed", "canceled"):
+            refusal = "PT409"
+        else:
+            refusal = self.books.refusal(user_id, job.model, job.image_count)
+            refusal = None if is_known else refusal
+
+        def note(said):
+            if is_known:
+                assert said["job_id"] == known
+                return
+            self.books.charge(user_id, said["job_id"], job.model, job.image_count, job_id)
+            self.jobs.append(said["job_id"])
+
+        self.as_user(name, lambda u: u.retry_generation(job_id), note, refusal)
+
+    @with_job
+    @rule(job_id=jobs, is_owner=owners)
+    def delete(self, job_id, is_owner):
+        name = self.name_for(job_id, is_owner)
+        job = self.books.jobs.get(job_id)
+        refusal = None
+        if job is None or job.user_id != self.ids[name]:
+            refusal = "PT404"
+        elif job.status in LIVE:
+            refusal = "PT409"
+        note = lambda _: setattr(job, "is_deleted", True)  # noqa: E731
+        self.as_user(name, lambda u: u.delete_generation(job_id), note, refusal)
+
+    @with_job
+    @rule(job_id=jobs, is_owner=owners)
+    def restore(self, job_id, is_owner):
+        name = self.name_for(job_id, is_owner)
+        job = self.books.jobs.get(job_id)
+        refusal = None if job and job.user_id == self.ids[name] else "PT404"
+        note = lambda _: setattr(job, "is_deleted", False)  # noqa: E731
+        self.as_user(name, lambda u: u.restore_generation(job_id), note, refusal)
+
+    # What operators do.
+
+    @rule(way=st.sampled_from(["grant", "set_paid", "pause_model"]), name=users, data=st.data())
+    def an_operator_acts(self, way, name, data):
+        getattr(self, way)(name, data.draw)
+
+    def grant(self, name, draw):
+        amount = draw(st.integers(-9, 9).filter(bool))
+        kind, external_id = ("grant" if amount > 0 else "adjust"), draw(payments)
+        given = self.ids[name], amount, kind, external_id
+        is_new = external_id not in self.books.given
+
+        def call(service):
+            return service.grant_credits(self.ids[name], amount, external_id, kind)
+
+        def note(said):
+            self.books.give(*given)
+            credits = self.books.accounts[self.ids[name]].credits
+            assert said == {"credits": credits, "applied": is_new}
+
+        self.as_service(call, note, self.books.grant_refusal(*given))
+
+    def set_paid(self, name, draw):
+        account, plan = self.books.accounts[self.ids[name]], draw(st.sampled_from(list(MAX_ACTIVE)))
+        until = "infinity" if plan == "paid" else None
+        note = lambda _: setattr(account, "plan", plan)  # noqa: E731
+        self.as_service(lambda s: s.set_paid(self.ids[name], until), note)
+
+    def pause_model(self, _, draw):
+        model = draw(models)
+        self.as_service(lambda s: s.pause_model(model), lambda _: self.books.paused.add(model))
+
+    @precondition(lambda self: self.books.paused)
+    @rule(model=models)
+    def resume_model(self, model):
+        note = lambda _: self.books.paused.discard(model)  # noqa: E731
+        self.as_service(lambda s: s.resume_model(model), note)
+
+    @precondition(lambda self: any(job.error_code for job in self.books.jobs.values()))
+    @rule(code=st.sampled_from(["moderated", "internal"]), at_most=st.integers(1, 3))
+    def redrive_failed(self, code, at_most):
+        due = sorted(
+            (job.user_id, id)
+            for id, job in self.books.jobs.items()
+            if job.error_code == code and not job.is_deleted and not self.books.repeat_of(id)
+        )
+        old_ids = [id for _, id in due[:at_most]]
+
+        def note(count):
+            assert count == len(old_ids)
+            query = "select id::text, retry_of::text as old from public.generations"
+            made = [row for row in self.db.execute(query) if row["id"] not in self.books.jobs]
+            assert sorted(row["old"] for row in made) == sorted(old_ids)
+            for row in made:
+                self.books.redrive(row["id"], row["old"])
+            self.jobs += [row["id"] for row in made]
+
+        self.as_service(lambda s: s.redrive_failed(code, "today", at_most=at_most), note)
+
+    # What workers do, with a lease they hold or one of long ago.
+
+    @precondition(lambda self: self.books.claimable())
+    @rule(slots=st.integers(1, 3))
+    def claim(self, slots):
+        claimable = self.books.claimable()
+        others = self.open
+
+        def call(actors):
+            actors.worker.let_the_next_claim_scan_all()
+            return actors.worker.claim_jobs(slots)
+
+        def note(claimed):
+            assert {job.id for job in claimed} <= claimable
+            # What another transaction has locked is passed over.
+            assert others or len(claimed) == min(slots, len(claimable))
+            for job in claimed:
+                self.books.claim(job.id, job.token)
+            self.leases += claimed
+
+        self.do(call, note)
+
+    def end(self, lease: Job, call: Callable[[Worker], Any], ways: str, note: Any, **rest: Any):
+        """Have a worker end an attempt. A repeat of a call that ended it so changes nothing."""
+        holds = self.books.holder(lease.id, lease.token)
+        if holds:
+            self.do(lambda a: call(a.worker), note, rest.get("refusal"), {lease.id})
+        else:
+            is_repeat = self.books.ended_as(lease.id, lease.token) in ways.split()
+            refusal = None if is_repeat else "DR001"
+            self.do(lambda a: call(a.worker), lambda _: None, refusal)
+
+    @with_lease
+    @rule(lease=leases, images=st.integers(0, 4))
+    def complete(self, lease, images):
+        refusal = None if 1 <= images <= lease.image_count else "22023"
+        note = lambda _: self.books.complete(self.books.jobs[lease.id], images)  # noqa: E731
+        call = lambda worker: worker.complete_job(lease, images)  # noqa: E731
+        self.end(lease, call, "completed", note, refusal=refusal)
+
+    @with_lease
+    @rule(
+        lease=leases,
+        code=st.sampled_from([*RETRIES, *FINAL]),
+        retry_after=st.sampled_from([None, None, 60]),
+    )
+    def fail(self, lease, code, retry_after):
+        def note(answer):
+            waits = retry_after is not None
+            assert answer == self.books.fail(self.books.jobs[lease.id], code, waits)
+
+        call = lambda worker: worker.fail_job(lease, code, retry_after=retry_after)  # noqa: E731
+        self.end(lease, call, "retried failed canceled", note)
+
+    @with_lease
+    @rule(lease=leases, resumes=st.booleans())
+    def release(self, lease, resumes):
+        note = lambda _: self.books.release(self.books.jobs[lease.id], resumes)  # noqa: E731
+        self.end(lease, lambda w: w.release_job(lease, resumes), "released canceled", note)
+
+    @with_lease
+    @rule(lease=leases)
+    def cancel_job(self, lease):
+        holds = self.books.holder(lease.id, lease.token)
+        refusal = None if holds and holds.cancel_requested else "22023"
+        note = lambda _: self.books.cancel(holds)  # noqa: E731
+        self.end(lease, lambda w: w.cancel_job(lease), "canceled", note, refusal=refusal)
+
+    @with_lease
+    @rule(lease=leases)
+    def begin_create(self, lease):
+        note = lambda _: setattr(self.books.jobs[lease.id], "was_begun", True)  # noqa: E731
+        self.end(lease, lambda w: w.begin_create(lease), "", note)
+
+    @with_lease
+    @rule(lease=leases)
+    def checkpoint(self, lease):
+        self.end(lease, lambda w: w.checkpoint(lease, "prediction"), "", lambda _: None)
+
+    @with_lease
+    @rule(lease=leases)
+    def report_progress(self, lease):
+        holds = self.books.holder(lease.id, lease.token)
+        refusal = "DR002" if holds and holds.cancel_requested else None
+        call = lambda worker: worker.report_progress(lease, "storing", 50)  # noqa: E731
+        self.end(lease, call, "", lambda _: None, refusal=refusal)
+
+    @with_lease
+    @rule(lease=leases)
+    def heartbeat(self, lease):
+        holds = self.books.holder(lease.id, lease.token)
+        verdict = "lost"
+        if holds:
+            verdict = "canceled" if holds.cancel_requested else "ok"
+
+        def note(verdicts):
+            assert verdicts == [verdict]
+            if holds:
+                holds.is_late.discard("lease_until")
+
+        self.do(lambda a: a.worker.heartbeat(lease), note, touched={lease.id})
+
+    @with_lease
+    @rule(lease=leases, clock=st.sampled_from(["lease_until", "lease_until", "deadline_at"]))
+    def a_clock_runs_out(self, lease, clock):
+        query = f"update private.running_jobs set {clock} = now() - interval '1 second'"
+        query += " where job_id = %s and token = %s returning token"
+        moved = outcome(lambda: self.db.execute(query, lease.job_id, lease.token))
+        if isinstance(moved, list) and moved:
+            self.books.jobs[lease.id].is_late.add(clock)
+
+    @precondition(lambda self: any(job.waits for job in self.books.jobs.values()))
+    @rule(job_id=jobs)
+    def a_backoff_ends(self, job_id):
+        query = "update private.ready_jobs set run_at = now() - interval '1 second'"
+        query += " where job_id = %s and run_at is not null and not is_held returning job_id"
+        moved = outcome(lambda: self.db.execute(query, job_id))
+        if isinstance(moved, list) and moved:
+            self.db.execute("update private.ready_jobs set run_at = null where job_id = %s", job_id)
+            self.books.jobs[job_id].waits = False
+
+    @precondition(lambda self: any(job.is_late for job in self.books.jobs.values()))
+    @rule()
+    def recover_stale_jobs(self):
+        skipped = self.open.touched if self.open else set()
+        late = {id for id, job in self.books.jobs.items() if job.token and job.is_late}
+
+        def note(count):
+            assert count == len(late - skipped)
+            self.books.recover(late - skipped)
+
+        self.do(lambda a: a.worker.recover_stale_jobs(), note, touched=late)
+
+    # What must then be the same here and there.
+
+    @invariant()
+    def the_books_say_what_the_model_says(self):
+        facts = self.db.value(FACTS)
+        ledger = [str(entry) for entry in facts["ledger"] or []]
+        assert Counter(ledger) == Counter(map(str, self.ledger()))
+        assert (wrong := differences(facts["accounts"], self.accounts())) == {}, str(wrong)
+        assert (wrong := differences(facts["jobs"] or {}, self.states())) == {}, str(wrong)
+        assert_books_balance(self.db)
+
+    def accounts(self) -> dict[str, list[int]]:
+        """Balance and slots of each user."""
+        accounts = self.books.accounts.items()
+        return {id: [account.credits, self.books.active(id)] for id, account in accounts}
+
+    def states(self) -> dict[str, list[Any]]:
+        """Each job as FACTS tells it."""
+        return {
+            id: [
+                *(job.status, job.error_code, job.retry_of),
+                *(job.attempt if job.status in LIVE else None, job.token),
+                *(job.token is not None and job.cancel_requested, job.waits),
+                *(job.images, {str(t): o for t, o in job.outcomes.items()}, job.is_deleted),
+            ]
+            for id, job in self.books.jobs.items()
+        }
+
+    def ledger(self) -> Iterator[list[Any]]:
+        """All entries but the welcome credits."""
+        for external_id, (user_id, amount, kind) in self.books.given.items():
+            yield [user_id, kind, None, external_id, amount]
+        for id, job in self.books.jobs.items():
+            yield [job.user_id, "charge", id, None, -job.price]
+            if job.refund is not None:
+                yield [job.user_id, "refund", id, None, job.refund]
+
+
+def profile() -> settings:
+    """The same examples each time, or in a long search new ones, made short if they fail."""
+    return settings(
+        max_examples=30,
+        stateful_step_count=80,
+        derandomize=not MINUTES,
+        database=None,
+        phases=[Phase.generate, Phase.shrink] if MINUTES else [Phase.generate],
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+@pytest.fixture
+def stage(db: Database) -> Stage:
+    return Stage(db)
+
+
+def test_money_is_what_the_model_says_whatever_happens(stage):
+    until = time.monotonic() + MINUTES * 60
+
+    for _ in itertools.takewhile(lambda n: n == 0 or time.monotonic() < until, itertools.count()):
+        run_state_machine_as_test(lambda: Money(stage), settings=profile())

@@ -1,0 +1,289 @@
+"""Claim, lease, end, recover: every state that one job can get into, and every step from it.
+
+An explorer makes each call that anybody could make in each state, on the real functions: every
+worker call with every token ever handed out, so each worker is also the one that was thought dead;
+the user's cancel; the clocks; recovery. What is new is explored further, what was seen is not,
+until nothing new turns up. So any schedule of any number of workers is a way through the states
+that were seen, up to the number of claims allowed. One connection does it all: a step is a
+savepoint, and rolling back to it is how the state before comes back. (What happens while two of
+these calls overlap is in test_races.)
+
+Proven in each state and for each step:
+
+- fencing: a call with a token that does not hold the lease changes nothing, and says so;
+- the price is charged once, and at most one refund is written, of the amount the end calls for;
+- a job is in one place, its user has one slot for as long as it lives, and none after;
+- there is one end: nothing changes a job that has ended, one attempt ended it, one event tells it;
+- no attempt is counted beyond the last that is allowed;
+- no job is lost: whatever became of its workers, recovery and one worker that lives end it.
+
+`PROTOCOL_CLAIMS` allows more claims.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from actors import Job, Refusal, Service, User, Worker, outcome
+from database import Database
+from psycopg.rows import scalar_row
+
+CLAIMS = int(os.environ.get("PROTOCOL_CLAIMS", "2"))
+MAX_ATTEMPTS = 2
+IMAGES = 3
+REFUND_PERCENT = 50
+WELCOME = 10
+ENDED = ("completed", "failed", "canceled")
+
+# All that decides what may happen next, and all that money is about. Tokens and times are told by
+# what they mean.
+STATE = """
+create function private.protocol_state() returns jsonb language plpgsql as $$
+begin
+  return (
+    select jsonb_build_object(
+      'status', g.status, 'slots', e.active_jobs, 'credits', e.credits,
+      'ready', (
+        select jsonb_agg(jsonb_build_array(
+          r.attempt, r.run_at is not null, r.create_started_at is not null, r.provider_job_id
+        )) from private.ready_jobs as r
+      ),
+      'running', (
+        select jsonb_agg(jsonb_build_array(
+          r.attempt, r.lease_until < now(), r.deadline_at < now(), r.cancel_requested,
+          r.create_started_at is not null, r.provider_job_id
+        )) from private.running_jobs as r
+      ),
+      'ledger', (
+        select jsonb_agg(jsonb_build_array(l.kind, l.amount) order by l.id)
+        from public.credit_ledger as l where l.generation_id = g.id
+      ),
+      'outcomes', (
+        select coalesce(jsonb_agg(a.outcome order by a.token), '[]') from private.attempts as a
+      ),
+      'images', (select count(*) from public.images),
+      'events', (select count(*) from private.deliveries)
+    )
+    from public.generations as g inner join public.entitlements as e using (user_id)
+  );
+end $$;
+"""
+SETTINGS = f"""
+update private.settings set retry_base = '0', max_attempts = {MAX_ATTEMPTS},
+  welcome_credits = {WELCOME}, running_cancel_refund_percent = {REFUND_PERCENT},
+  breaker_failures = 32767, breaker_provider_failures = 32767
+"""
+
+State = dict[str, Any]
+
+
+class Stage:
+    """Everybody, on one connection in one transaction, and one job."""
+
+    def __init__(self, db: Database) -> None:
+        db.execute(STATE)
+        db.execute(SETTINGS)
+        Service(db).register_webhook()
+        self.user, self.worker = User(db), Worker(db)
+        self.job_id = self.user.enqueued(params={"num_outputs": IMAGES})
+        self.connection = db.connect()
+        self.user.connection = self.worker.connection = self.connection
+        self.connection.execute("begin")
+
+    def state(self) -> State:
+        """What is the case now."""
+        cursor = self.connection.cursor(row_factory=scalar_row)
+        return cursor.execute("select private.protocol_state()").fetchone()
+
+    @contextlib.contextmanager
+    def undone(self) -> Iterator[None]:
+        """Have everything that is done in the block never have happened."""
+        self.connection.execute("savepoint before")
+        yield
+        self.connection.execute("rollback to savepoint before; release savepoint before")
+
+    def moves(self, table: str, column: str) -> None:
+        """Bring a time about."""
+        query = f"update private.{table} set {column} = now() - interval '1 second'"
+        self.connection.execute(query)
+
+    def step(self, step: Step, job: Job | None) -> Any:
+        """Make a call as the one who makes it."""
+        if step.is_workers:
+            self.connection.execute("set local role darkroom_worker")
+        answer = outcome(lambda: step.call(self, job))
+        if not isinstance(answer, Refusal):
+            self.connection.execute("reset role")
+        return answer
+
+    def claims(self) -> list[Job]:
+        """Claim what there is."""
+        self.worker.let_the_next_claim_scan_all()
+        return self.worker.claim_jobs(2)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something that may happen, to a lease if `of_lease`."""
+
+    call: Callable[[Stage, Any], Any]
+    of_lease: bool = True
+    is_workers: bool = True
+
+
+STEPS = {
+    "begin_create": Step(lambda s, job: s.worker.begin_create(job) and None),
+    "checkpoint": Step(lambda s, job: s.worker.checkpoint(job, "prediction")),
+    "report_progress": Step(lambda s, job: s.worker.report_progress(job, "storing")),
+    "heartbeat": Step(lambda s, job: s.worker.heartbeat(job)),
+    "complete_job": Step(lambda s, job: s.worker.complete_job(job, IMAGES)),
+    "complete_job with one image": Step(lambda s, job: s.worker.complete_job(job, 1)),
+    "fail_job: moderated": Step(lambda s, job: s.worker.fail_job(job, "moderated")),
+    "fail_job: provider_error": Step(lambda s, job: s.worker.fail_job(job, "provider_error")),
+    "fail_job: provider_timeout": Step(lambda s, job: s.worker.fail_job(job, "provider_timeout")),
+    "fail_job: provider_busy": Step(
+        lambda s, job: s.worker.fail_job(job, "provider_busy", retry_after=60)
+    ),
+    "release_job": Step(lambda s, job: s.worker.release_job(job)),
+    "release_job anew": Step(lambda s, job: s.worker.release_job(job, resumes=False)),
+    "cancel_job": Step(lambda s, job: s.worker.cancel_job(job)),
+    "claim_jobs": Step(lambda s, _: s.claims(), of_lease=False),
+    "recover_stale_jobs": Step(lambda s, _: s.worker.recover_stale_jobs(), of_lease=False),
+    "cancel_generation": Step(
+        lambda s, _: s.user.cancel_generation(s.job_id), of_lease=False, is_workers=False
+    ),
+    "the lease runs out": Step(
+        lambda s, _: s.moves("running_jobs", "lease_until"), of_lease=False, is_workers=False
+    ),
+    "the deadline passes": Step(
+        lambda s, _: s.moves("running_jobs", "deadline_at"), of_lease=False, is_workers=False
+    ),
+    "the backoff ends": Step(
+        lambda s, _: s.connection.execute("update private.ready_jobs set run_at = null"),
+        of_lease=False,
+        is_workers=False,
+    ),
+}
+REFUSALS = {"cancel_generation": {"PT409"}, "cancel_job": {"22023"}, "report_progress": {"DR002"}}
+
+
+@dataclass
+class Explorer:
+    """Goes everywhere once."""
+
+    stage: Stage
+    seen: set[str] = field(default_factory=set)
+    steps: int = 0
+    wrong: list[str] = field(default_factory=list)
+    path: list[str] = field(default_factory=list)
+
+    def visit(self, state: State, held: list[Job]) -> None:
+        """Look at a state that was not seen before, and at all that follows from it."""
+        self.seen.add(str(state))
+        self.complain(broken_rules(state))
+        self.complain(self.lost(state))
+        for name, step in STEPS.items():
+            for job in held if step.of_lease else [None]:
+                if name != "claim_jobs" or len(held) < CLAIMS:
+                    self.take(name, state, held, job)
+
+    def take(self, name: str, before: State, held: list[Job], job: Job | None) -> None:
+        """Take one step, go on from there, and come back."""
+        is_stale = job is not None and (job is not held[-1] or before["running"] is None)
+        self.path.append(f"{name} {held.index(job) + 1}" if job else name)
+        with self.stage.undone():
+            self.steps += 1
+            answer = self.stage.step(STEPS[name], job)
+            if isinstance(answer, Refusal):
+                self.complain(wrong_refusal(name, before, is_stale, answer))
+            else:
+                after = self.stage.state()
+                self.complain(wrong_step(before, is_stale, answer, after))
+                if str(after) not in self.seen:
+                    self.visit(after, held + answer if name == "claim_jobs" else held)
+        self.path.pop()
+
+    def lost(self, state: State) -> list[str]:
+        """Whether the job does not end though somebody works and its own workers are dead."""
+        if state["status"] in ENDED:
+            return []
+        with self.stage.undone():
+            for name in ("the lease runs out", "recover_stale_jobs", "the backoff ends"):
+                self.stage.step(STEPS[name], None)
+            for job in self.stage.step(STEPS["claim_jobs"], None):
+                self.stage.step(STEPS["complete_job"], job)
+            end = self.stage.state()
+        return broken_rules(end) + ([] if end["status"] in ENDED else ["the job is lost"])
+
+    def complain(self, rules: list[str]) -> None:
+        """Note what is wrong and how it came to be."""
+        self.wrong += [f"{rule}: {' > '.join(self.path)}" for rule in rules]
+
+
+def wrong_refusal(name: str, before: State, is_stale: bool, refusal: Refusal) -> list[str]:
+    """Whether this call should not be refused, or not so."""
+    if is_stale:
+        return [] if refusal.code == "DR001" else ["a stale token is refused otherwise"]
+    return [] if refusal.code in REFUSALS.get(name, ()) else [f"refused with {refusal.code}"]
+
+
+def wrong_step(before: State, is_stale: bool, answer: Any, after: State) -> list[str]:
+    """What a step did that it must not do."""
+    if is_stale and answer not in (None, "repeated", ["lost"]):
+        return [f"a stale token is answered {answer}"]
+    if after == before:
+        return []
+    if is_stale:
+        return ["a stale token changes something"]
+    return ["what has ended changes"] if before["status"] in ENDED else []
+
+
+def broken_rules(state: State) -> list[str]:
+    """What is not as it must be in every state."""
+    ends = [end for end in state["outcomes"] if end in ENDED]
+    places = (state["ready"] or []) + (state["running"] or [])
+    live = {"queued": state["ready"], "processing": state["running"]}
+    holds = {
+        "charged once": state["ledger"][0] == ["charge", -IMAGES],
+        "refunded as the end calls for": state["ledger"][1:] in refunds(state),
+        "the balance is the ledger": state["credits"]
+        == WELCOME + sum(amount for _, amount in state["ledger"]),
+        "one slot while it lives": state["slots"] == len(places) == (state["status"] in live),
+        "in the place its status says": state["status"] in ENDED or live[state["status"]],
+        "one end": len(ends) <= 1 and ends == state["outcomes"][-1:][: len(ends)],
+        "the end is that of the last attempt": ends in ([], [state["status"]]),
+        "images where completed": (state["images"] > 0) == (state["status"] == "completed"),
+        "told once": state["events"] == (state["status"] in ENDED),
+        "attempts are limited": all(place[0] <= MAX_ATTEMPTS for place in places),
+    }
+    return [rule for rule, is_so in holds.items() if not is_so]
+
+
+def refunds(state: State) -> list[list[Any]]:
+    """What may be given back."""
+    if state["status"] == "completed":
+        missing = IMAGES - state["images"]
+        return [[["refund", missing]] if missing else []]
+    part = math.ceil(IMAGES * REFUND_PERCENT / 100)
+    amounts = {"failed": [IMAGES], "canceled": [IMAGES, part]}.get(state["status"])
+    return [[["refund", amount]] for amount in amounts] if amounts else [[]]
+
+
+@pytest.fixture
+def explorer(db: Database) -> Explorer:
+    return Explorer(Stage(db))
+
+
+def test_no_schedule_of_claims_ends_clocks_and_recovery_breaks_a_rule(explorer):
+    explorer.visit(explorer.stage.state(), [])
+
+    assert explorer.wrong == []
+    statuses = {name for name in (*ENDED, "queued") if f"'status': '{name}'" in str(explorer.seen)}
+    assert statuses == {*ENDED, "queued"}
+    assert explorer.steps > len(explorer.seen) > 100
