@@ -628,7 +628,7 @@ class Result:
     """What a provider made. Each output is something its own read() can stream."""
 
     outputs: list[Any]
-    metrics: dict[str, Any]  # as complete_job takes them
+    metrics: dict[str, Any]  # as complete_jobs takes them
 
 
 class Provider(Protocol):
@@ -1041,7 +1041,7 @@ class Storage:
     async def store(
         self, job: Job, position: int, body: AsyncGenerator[bytes, None]
     ) -> dict[str, Any]:
-        """Check and upload one output; answer its row for complete_job. Raises JobError."""
+        """Check and upload one output; answer its row for complete_jobs. Raises JobError."""
         base = f"{job.user_id}/{job.job_id}/{position}"
         with tempfile.TemporaryFile() as file:
             await self._receive(file, body)
@@ -1816,7 +1816,7 @@ class Worker:
 
 
 def as_job_error(error: Exception) -> JobError:
-    """What fail_job is told. A library's message may hold addresses or input: only its type."""
+    """What fail_jobs is told. A library's message may hold addresses or input: only its type."""
     if isinstance(error, JobError):
         return error
     if isinstance(error, TimeoutError):
