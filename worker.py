@@ -419,12 +419,14 @@ class Batch:
         columns = map(list, zip(*(arguments for _, arguments in trip), strict=True))
         try:
             rows = await self.call(self.function, *columns)
-        except BaseException as error:
+        except Exception as error:
             if len(trip) > 1 and not isinstance(error, psycopg.OperationalError):
                 for each in trip:  # one of them is at fault, not all
                     await self._make([each])
-            elif not trip[0][0].done():
-                trip[0][0].set_exception(error)
+            else:
+                for answer, _ in trip:
+                    if not answer.done():
+                        answer.set_exception(error)
             return
         said = dict(tuple(row.values()) for row in rows)
         for answer, (_, token, *_) in trip:
