@@ -419,12 +419,14 @@ class Batch:
         columns = map(list, zip(*(arguments for _, arguments in trip), strict=True))
         try:
             rows = await self.call(self.function, *columns)
-        except BaseException as error:
+        except Exception as error:
             if len(trip) > 1 and not isinstance(error, psycopg.OperationalError):
                 for each in trip:  # one of them is at fault, not all
                     await self._make([each])
-            elif not trip[0][0].done():
-                trip[0][0].set_exception(error)
+            else:
+                for answer, _ in trip:
+                    if not answer.done():
+                        answer.set_exception(error)
             return
         said = dict(tuple(row.values()) for row in rows)
         for answer, (_, token, *_) in trip:
@@ -628,7 +630,7 @@ class Result:
     """What a provider made. Each output is something its own read() can stream."""
 
     outputs: list[Any]
-    metrics: dict[str, Any]  # as complete_job takes them
+    metrics: dict[str, Any]  # as complete_jobs takes them
 
 
 class Provider(Protocol):
@@ -1041,7 +1043,7 @@ class Storage:
     async def store(
         self, job: Job, position: int, body: AsyncGenerator[bytes, None]
     ) -> dict[str, Any]:
-        """Check and upload one output; answer its row for complete_job. Raises JobError."""
+        """Check and upload one output; answer its row for complete_jobs. Raises JobError."""
         base = f"{job.user_id}/{job.job_id}/{position}"
         with tempfile.TemporaryFile() as file:
             await self._receive(file, body)
@@ -1816,7 +1818,7 @@ class Worker:
 
 
 def as_job_error(error: Exception) -> JobError:
-    """What fail_job is told. A library's message may hold addresses or input: only its type."""
+    """What fail_jobs is told. A library's message may hold addresses or input: only its type."""
     if isinstance(error, JobError):
         return error
     if isinstance(error, TimeoutError):

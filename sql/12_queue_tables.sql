@@ -206,7 +206,7 @@ create table private.error_codes (
 );
 
 comment on table private.error_codes is
-  'What a job can fail with, and what fail_job does about it.';
+  'What a job can fail with, and what fail_jobs does about it.';
 comment on column private.error_codes.message is 'What users are told.';
 comment on column private.error_codes.uses_attempt is
   'False: the retry does not count (the provider was busy).';

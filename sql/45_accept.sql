@@ -36,7 +36,7 @@ from public, anon, authenticated, service_role;
 
 -- How many images this input makes, at most; a schema's default counts where the params are silent.
 -- Where nobody can know before (no input says it, or one says "auto"), the most the model makes:
--- that is charged, and complete_job gives back what was not made.
+-- that is charged, and complete_jobs gives back what was not made.
 create or replace function private.count_images(p_model public.models, p_provider_input jsonb)
 returns smallint
 language plpgsql

@@ -195,7 +195,13 @@ def test_no_other_schema_is_reachable(request, stack_db, caller, schema):
 
 @pytest.mark.parametrize(
     "function",
-    ["claim_jobs", "complete_job", "refund_generation", "create_entitlement", "private.claim_jobs"],
+    [
+        "claim_jobs",
+        "complete_jobs",
+        "refund_generation",
+        "create_entitlement",
+        "private.claim_jobs",
+    ],
 )
 def test_private_functions_are_not_in_the_api(user, operator, function):
     for client in (user, operator):

@@ -887,6 +887,8 @@ class Trips:
         await self.gate.wait()
         if "bad" in said[0]:
             raise psycopg.errors.InvalidParameterValue("bad")
+        if "gone" in said[0]:
+            raise psycopg.OperationalError("gone")
         return [
             {"token": token, "verdict": token * 10} for token in tokens if token not in self.lost
         ]
@@ -943,6 +945,18 @@ def test_what_is_wrong_with_one_call_is_told_to_it_alone():
 
         assert isinstance(said.pop(1), psycopg.errors.InvalidParameterValue)
         assert said == [0, 20]
+
+    asyncio.run(act())
+
+
+def test_where_the_database_is_gone_for_good_everybody_is_told():
+    async def act() -> None:
+        trips = Trips()
+        _, calls = batch(trips, "gone", "a", "a")
+
+        said = await asyncio.wait_for(outcomes(trips, calls), 5)
+
+        assert [type(each) for each in said] == [psycopg.OperationalError] * 3
 
     asyncio.run(act())
 
