@@ -96,5 +96,13 @@ migration:
 	@mkdir -p supabase/migrations
 	@{ echo '-- Built from sql/ by `make migration`: edit there, not here.'; cat sql/*.sql; } > $(MIGRATION)
 
+# Renew the Python lock files from pyproject.toml; versions stay, unless UPGRADE=1.
+lock: setup
+	@$(PYTHON) -m venv .venv/lock && .venv/lock/bin/python -m pip install --quiet uv
+	@renew() { file=requirements/$$1.lock && shift && echo 'setuptools>=77' | \
+		.venv/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+			--no-header --no-annotate $(if $(UPGRADE),--upgrade) "$$@" --output-file $$file pyproject.toml -; } \
+		&& renew worker && renew test --extra test && renew bench --extra test --extra bench
+
 .PHONY: help setup setup-app setup-browser setup-bench up down status env clean demo import-model app \
-	test test-app lint lint-app types bench migration
+	test test-app lint lint-app types bench migration lock

@@ -123,7 +123,7 @@ class Victim:
             "delivery_id": [str(uuid.UUID(int=7))],
             "description": ["mine"],
             "events": [None, ["generation.completed"]],
-            "external_id": ["payment"],
+            "external_id": [str(uuid.uuid4())],  # used once
             "id": [None, self.template],
             "idempotency_key": [None, "key"],
             "image_position": [0],
@@ -271,11 +271,10 @@ MISFITS = [
 
 def one_by_one(function: Function, victim: Victim) -> Iterator[dict[str, Any]]:
     """Return every hostile value of every argument, among others that are plausible."""
-    plausible = {name: victim.plausible()[name][0] for name in function.arguments}
-    yield plausible
     for name, type in function.arguments.items():
         for value in [*HOSTILE[type], None]:
-            yield plausible | {name: value}
+            plausible = victim.plausible()
+            yield {each: plausible[each][0] for each in function.arguments} | {name: value}
 
 
 def arguments(

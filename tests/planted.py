@@ -85,6 +85,13 @@ SECURITY = [
         '  ) with check (true);\n  create policy "Users delete',
         "tests/test_access.py::test_an_input_cannot_be_moved_into_another_folder_or_bucket",
     ),
+    Bug(
+        "everybody reads every generated image",
+        "sql/20_access.sql",
+        "    bucket_id = 'generations' and private.is_shared_path(name)\n",
+        "    bucket_id = 'generations'\n",
+        "tests/test_security_storage.py::test_no_spelling_opens_or_changes_anothers_file",
+    ),
     # Functions.
     Bug(
         "a job is found whoever asks",

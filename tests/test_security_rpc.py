@@ -162,7 +162,7 @@ def test_no_call_fails_tells_of_others_or_writes_although_refused(api, name):
     function = function_named(api.db, role, name)
     whose = set(api.callers) - ({"victim"} if name == "share_image" else set())
 
-    @attacks(25)
+    @attacks(15)
     @given(
         st.sampled_from(sorted(whose)),
         arguments(function, api.victim, MISFITS),
