@@ -261,7 +261,180 @@ SECURITY = [
         "tests/test_worker_service.py::test_the_worker_is_hardly_exposed",
     ),
 ]
-PLANTED = [*SECURITY]
+MODEL = "tests/test_money_model.py::test_money_is_what_the_model_says_whatever_happens"
+STATES = "tests/test_protocol.py::test_no_schedule_of_claims_ends_clocks_and_recovery_breaks_a_rule"
+CIRCLE = "tests/test_locks.py::test_nobody_can_wait_in_a_circle"
+
+MONEY = [
+    # Fencing.
+    Bug(
+        "an attempt is ended with any token",
+        "sql/75_outcomes.sql",
+        "and r.token = any (p_tokens)\n    returning r as job\n",
+        "\n    returning r as job\n",
+        STATES,
+    ),
+    Bug(
+        "a job is completed with any token",
+        "sql/76_completion.sql",
+        "and r.token = any (p_tokens)\n    returning r as job, r.job_id",
+        "\n    returning r as job, r.job_id",
+        STATES,
+    ),
+    Bug(
+        "a heartbeat keeps a lease that is another's",
+        "sql/70_worker.sql",
+        "where r.job_id = p_job_ids[v_at] and r.token = p_tokens[v_at]",
+        "where r.job_id = p_job_ids[v_at]",
+        STATES,
+    ),
+    Bug(
+        "a checkpoint is overwritten by who lost the lease",
+        "sql/74_purchase.sql",
+        "and r.token = any (p_tokens)\n  returning r.token, 'ok';",
+        "\n  returning r.token, 'ok';",
+        STATES,
+    ),
+    # Slots and places.
+    Bug(
+        "a failed job gives its slot back twice",
+        "sql/75_outcomes.sql",
+        "  perform private.release_slot(p_job.user_id);\n",
+        "  perform private.release_slot(p_job.user_id);\n" * 2,
+        STATES,
+    ),
+    Bug(
+        "a canceled job keeps its slot",
+        "sql/75_outcomes.sql",
+        "  perform private.release_slot(p_user_id);\n",
+        "",
+        STATES,
+    ),
+    Bug(
+        "a job that is given back is lost",
+        "sql/75_outcomes.sql",
+        "  perform private.requeue_job(v_job, v_job.attempt - 1, interval '0', p_resumes);\n",
+        "",
+        STATES,
+    ),
+    Bug(
+        "recovery forgets what it takes",
+        "sql/80_recovery.sql",
+        "where lease_until < now() or deadline_at < now()\n",
+        "where deadline_at < now()\n",
+        STATES,
+    ),
+    Bug(
+        "the limit of active jobs lets one more in",
+        "sql/30_gating.sql",
+        "if p_entitlement.active_jobs >= p_plan.max_active then",
+        "if p_entitlement.active_jobs > p_plan.max_active then",
+        MODEL,
+    ),
+    # Charges and refunds.
+    Bug(
+        "a generation may be refunded twice",
+        "sql/10_tables.sql",
+        "create unique index credit_ledger_refund_once_idx",
+        "create index credit_ledger_refund_once_idx",
+        STATES,
+    ),
+    Bug(
+        "the images that were made are given back",
+        "sql/76_completion.sql",
+        "(p_charged[v_at] - p_stored[v_at]) / p_charged[v_at]",
+        "p_stored[v_at] / p_charged[v_at]",
+        STATES,
+    ),
+    Bug(
+        "a cancel that came too late gives all back",
+        "sql/75_outcomes.sql",
+        "    when p_was_begun then (select",
+        "    when false then (select",
+        MODEL,
+    ),
+    Bug(
+        "a grant is applied at each repeat",
+        "sql/40_credits.sql",
+        "  if v_entry.id is not null then\n",
+        "  if false then\n",
+        MODEL,
+    ),
+    Bug(
+        "paid users pay what free ones do",
+        "sql/45_accept.sql",
+        "then p_model.paid_price_credits",
+        "then p_model.price_credits",
+        MODEL,
+    ),
+    Bug(
+        "what an operator has made again is charged",
+        "sql/54_retry.sql",
+        "p_is_free => true",
+        "p_is_free => false",
+        MODEL,
+    ),
+    Bug(
+        "a double tap on retry buys twice",
+        "sql/54_retry.sql",
+        "  if v_known.id is not null and v_known.deleted_at is null then",
+        "  if false then",
+        MODEL,
+    ),
+    Bug(
+        "the key of a batch is not looked at",
+        "sql/52_batch.sql",
+        "where user_id = p_user_id and idempotency_key = p_key;",
+        "where false;",
+        MODEL,
+    ),
+    # Attempts.
+    Bug(
+        "a failed attempt does not count",
+        "sql/75_outcomes.sql",
+        "p_job.attempt - case when v_error.uses_attempt then 0 else 1 end;",
+        "p_job.attempt - 1;",
+        MODEL,
+    ),
+    Bug(
+        "a job whose user wants it no more is tried again",
+        "sql/75_outcomes.sql",
+        "  if p_job.cancel_requested then\n",
+        "  if false then\n",
+        MODEL,
+    ),
+    Bug(
+        "a job fails for being stuck when its worker is dead",
+        "sql/80_recovery.sql",
+        "    if v_job.lease_until < now() then",
+        "    if v_job.deadline_at >= now() then",
+        MODEL,
+    ),
+    # Locks.
+    Bug(
+        "a cancel locks the balance before the job",
+        "sql/77_cancel.sql",
+        "  perform private.cancel_jobs(v_user_id, array[p_job_id]);",
+        "  perform private.lock_entitlement(v_user_id);\n"
+        "  perform private.cancel_jobs(v_user_id, array[p_job_id]);",
+        CIRCLE,
+    ),
+    Bug(
+        "a heartbeat locks jobs in any order",
+        "sql/70_worker.sql",
+        "    order by j.id, j.place\n",
+        "    order by j.place\n",
+        CIRCLE,
+    ),
+    Bug(
+        "recovery waits for jobs that are being ended",
+        "sql/80_recovery.sql",
+        "order by user_id limit p_at_most for update skip locked",
+        "order by user_id limit p_at_most for update",
+        CIRCLE,
+    ),
+]
+PLANTED = [*SECURITY, *MONEY]
 
 
 def copy_project(target: Path) -> None:

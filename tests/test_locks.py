@@ -189,12 +189,30 @@ def of_worker(place: str) -> dict[str, Action]:
     return {f"{what} {place}": Action("worker", call) for what, call in own.items()}
 
 
+def of_many(function: str, *rest: object) -> Action:
+    """What a worker does with all jobs in one call, in no order."""
+    return Action(
+        "worker",
+        lambda w, s: sorted(
+            str(verdict) for _, verdict in w.of_many(function, [(s.jobs[p], *rest) for p in HEARD])
+        ),
+    )
+
+
 PLACES = [f"{name} {which}" for name in ("alice", "bob") for which in ("first", "second")]
 HEARD = [PLACES[n] for n in (3, 0, 2, 1)]
 ACTIONS = {
     **of_user("alice"),
     "claim_jobs": Action("worker", claims),
     "heartbeat": Action("worker", lambda w, s: w.heartbeat(*[s.jobs[p] for p in HEARD])),
+    "checkpoint_jobs": of_many("checkpoint_jobs", "prediction"),
+    "begin_creates": of_many("begin_creates"),
+    "report_progress": of_many("report_progress", "storing", 50),
+    "complete_jobs": Action(
+        "worker", lambda w, s: w.complete_jobs(*[(s.jobs[p], 2) for p in HEARD])
+    ),
+    "fail_jobs: moderated": of_many("fail_jobs", "moderated", None, None, None),
+    "fail_jobs: provider_error": of_many("fail_jobs", "provider_error", None, None, None),
     **of_worker("alice first"),
     "recover_stale_jobs": Action("worker", lambda w, s: w.recover_stale_jobs()),
     "apply_retention": Action("worker", lambda w, s: w.apply_retention()),

@@ -330,7 +330,10 @@ class Money(RuleBasedStateMachine):
         self.as_user(name, lambda u: u.retry_generation(job_id), note, refusal)
 
     @with_job
-    @rule(job_id=jobs, is_owner=owners)
+    @rule(job_id=jobs, is_owner=owners, way=st.sampled_from(["delete", "restore"]))
+    def hide_or_show(self, job_id, is_owner, way):
+        getattr(self, way)(job_id, is_owner)
+
     def delete(self, job_id, is_owner):
         name = self.name_for(job_id, is_owner)
         job = self.books.jobs.get(job_id)
@@ -342,8 +345,6 @@ class Money(RuleBasedStateMachine):
         note = lambda _: setattr(job, "is_deleted", True)  # noqa: E731
         self.as_user(name, lambda u: u.delete_generation(job_id), note, refusal)
 
-    @with_job
-    @rule(job_id=jobs, is_owner=owners)
     def restore(self, job_id, is_owner):
         name = self.name_for(job_id, is_owner)
         job = self.books.jobs.get(job_id)
@@ -443,8 +444,9 @@ class Money(RuleBasedStateMachine):
             self.do(lambda a: call(a.worker), lambda _: None, refusal)
 
     @with_lease
-    @rule(lease=leases, images=st.integers(0, 4))
-    def complete(self, lease, images):
+    @rule(lease=leases, missing=st.sampled_from([0, 0, 1, 1, 2, -1]))
+    def complete(self, lease, missing):
+        images = lease.image_count - missing
         refusal = None if 1 <= images <= lease.image_count else "22023"
         note = lambda _: self.books.complete(self.books.jobs[lease.id], images)  # noqa: E731
         call = lambda worker: worker.complete_job(lease, images)  # noqa: E731
@@ -485,20 +487,19 @@ class Money(RuleBasedStateMachine):
         self.end(lease, lambda w: w.begin_create(lease), "", note)
 
     @with_lease
-    @rule(lease=leases)
+    @rule(lease=leases, way=st.sampled_from(["checkpoint", "report_progress", "heartbeat"]))
+    def a_worker_tells_how_it_goes(self, lease, way):
+        getattr(self, way)(lease)
+
     def checkpoint(self, lease):
         self.end(lease, lambda w: w.checkpoint(lease, "prediction"), "", lambda _: None)
 
-    @with_lease
-    @rule(lease=leases)
     def report_progress(self, lease):
         holds = self.books.holder(lease.id, lease.token)
         refusal = "DR002" if holds and holds.cancel_requested else None
         call = lambda worker: worker.report_progress(lease, "storing", 50)  # noqa: E731
         self.end(lease, call, "", lambda _: None, refusal=refusal)
 
-    @with_lease
-    @rule(lease=leases)
     def heartbeat(self, lease):
         holds = self.books.holder(lease.id, lease.token)
         verdict = "lost"
@@ -584,7 +585,7 @@ class Money(RuleBasedStateMachine):
 def profile() -> settings:
     """The same examples each time, or in a long search new ones, made short if they fail."""
     return settings(
-        max_examples=30,
+        max_examples=50,
         stateful_step_count=80,
         derandomize=not MINUTES,
         database=None,

@@ -32,6 +32,7 @@ from typing import Any
 import pytest
 from actors import Job, Refusal, Service, User, Worker, outcome
 from database import Database
+from psycopg.pq import TransactionStatus
 from psycopg.rows import scalar_row
 
 CLAIMS = int(os.environ.get("PROTOCOL_CLAIMS", "2"))
@@ -118,9 +119,13 @@ class Stage:
         if step.is_workers:
             self.connection.execute("set local role darkroom_worker")
         answer = outcome(lambda: step.call(self, job))
-        if not isinstance(answer, Refusal):
+        if not self.is_undone():
             self.connection.execute("reset role")
         return answer
+
+    def is_undone(self) -> bool:
+        """Whether PostgreSQL refused the last call, and with that undid it."""
+        return self.connection.info.transaction_status == TransactionStatus.INERROR
 
     def claims(self) -> list[Job]:
         """Claim what there is."""
@@ -201,8 +206,8 @@ class Explorer:
             self.steps += 1
             answer = self.stage.step(STEPS[name], job)
             if isinstance(answer, Refusal):
-                self.complain(wrong_refusal(name, before, is_stale, answer))
-            else:
+                self.complain(wrong_refusal(name, is_stale, answer))
+            if not self.stage.is_undone():
                 after = self.stage.state()
                 self.complain(wrong_step(before, is_stale, answer, after))
                 if str(after) not in self.seen:
@@ -226,7 +231,7 @@ class Explorer:
         self.wrong += [f"{rule}: {' > '.join(self.path)}" for rule in rules]
 
 
-def wrong_refusal(name: str, before: State, is_stale: bool, refusal: Refusal) -> list[str]:
+def wrong_refusal(name: str, is_stale: bool, refusal: Refusal) -> list[str]:
     """Whether this call should not be refused, or not so."""
     if is_stale:
         return [] if refusal.code == "DR001" else ["a stale token is refused otherwise"]
@@ -235,12 +240,13 @@ def wrong_refusal(name: str, before: State, is_stale: bool, refusal: Refusal) ->
 
 def wrong_step(before: State, is_stale: bool, answer: Any, after: State) -> list[str]:
     """What a step did that it must not do."""
-    if is_stale and answer not in (None, "repeated", ["lost"]):
+    is_refused = isinstance(answer, Refusal)
+    if is_stale and not is_refused and answer not in (None, "repeated", ["lost"]):
         return [f"a stale token is answered {answer}"]
     if after == before:
         return []
-    if is_stale:
-        return ["a stale token changes something"]
+    if is_stale or is_refused:
+        return ["a stale token or a refused call changes something"]
     return ["what has ended changes"] if before["status"] in ENDED else []
 
 
