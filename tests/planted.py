@@ -51,11 +51,11 @@ SECURITY = [
         "tests/test_catalog.py::test_every_table_has_row_level_security",
     ),
     Bug(
-        "row level security is off for private settings, and a gateway grants all",
+        "row level security is off for webhooks, and a gateway grants all",
         "sql/20_access.sql",
-        "alter table private.settings enable row level security;\n",
+        "alter table private.webhook_endpoints enable row level security;\n",
         "",
-        "tests/test_access.py",
+        "tests/test_security_rows.py::test_no_outsider_changes_a_row",
     ),
     Bug(
         "users may insert into the ledger",
