@@ -88,7 +88,9 @@ class Scene:
         self.jobs: dict[str, Any] = {}
         self.batches: dict[str, str] = {}
         self.ids: dict[str, str] = {}
-        worker, users = Worker(db), [User(db), User(db)]
+        worker = Worker(db)
+        # Whoever has the older jobs has the later id: the order of users is not that of jobs.
+        users = sorted([User(db), User(db)], key=lambda user: user.id, reverse=True)
         for name, user in zip(("alice", "bob"), users, strict=True):
             self.ids[name] = user.id
             for end in ("failed", "completed", "deleted"):

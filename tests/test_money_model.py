@@ -79,7 +79,7 @@ select jsonb_build_object(
 users = st.sampled_from(["alice", "bob"])
 models = st.sampled_from(list(PRICES))
 image_counts = st.integers(1, 3)
-payments = st.integers(1, 20).map(str)
+payments = st.integers(1, 8).map(str)
 owners = st.sampled_from([True, True, True, False])
 keys = st.sampled_from([None, None, "first", "second"])
 # One of those known by now, the newest first.
@@ -359,7 +359,7 @@ class Money(RuleBasedStateMachine):
         getattr(self, way)(name, data.draw)
 
     def grant(self, name, draw):
-        amount = draw(st.integers(-9, 9).filter(bool))
+        amount = draw(st.sampled_from([5, -3]))
         kind, external_id = ("grant" if amount > 0 else "adjust"), draw(payments)
         given = self.ids[name], amount, kind, external_id
         is_new = external_id not in self.books.given
