@@ -253,8 +253,12 @@ class Money(RuleBasedStateMachine):
             self.jobs.append(said["job_id"])
 
         params = {"num_outputs": images}
-        call = lambda user: user.enqueue("a", model, params=params, idempotency_key=key)  # noqa: E731
-        self.as_user(name, call, note, refusal)
+        self.as_user(
+            name,
+            lambda user: user.enqueue("a", model, params=params, idempotency_key=key),
+            note,
+            refusal,
+        )
 
     @rule(name=users, model=models, images=image_counts, n=st.integers(1, 3), key=keys)
     def enqueue_batch(self, name, model, images, n, key):
@@ -289,8 +293,13 @@ class Money(RuleBasedStateMachine):
         refusal = None if job else "PT404"
         if job and job.status in ("completed", "failed"):
             refusal = "PT409"
-        note = lambda _: self.books.ask_to_cancel(job)  # noqa: E731
-        self.as_user(name, lambda u: u.cancel_generation(job_id), note, refusal, {job_id})
+        self.as_user(
+            name,
+            lambda u: u.cancel_generation(job_id),
+            lambda _: self.books.ask_to_cancel(job),
+            refusal,
+            {job_id},
+        )
 
     @with_batch
     @rule(batch_id=batches, is_owner=owners)
@@ -342,15 +351,23 @@ class Money(RuleBasedStateMachine):
             refusal = "PT404"
         elif job.status in LIVE:
             refusal = "PT409"
-        note = lambda _: setattr(job, "is_deleted", True)  # noqa: E731
-        self.as_user(name, lambda u: u.delete_generation(job_id), note, refusal)
+        self.as_user(
+            name,
+            lambda u: u.delete_generation(job_id),
+            lambda _: setattr(job, "is_deleted", True),
+            refusal,
+        )
 
     def restore(self, job_id, is_owner):
         name = self.name_for(job_id, is_owner)
         job = self.books.jobs.get(job_id)
         refusal = None if job and job.user_id == self.ids[name] else "PT404"
-        note = lambda _: setattr(job, "is_deleted", False)  # noqa: E731
-        self.as_user(name, lambda u: u.restore_generation(job_id), note, refusal)
+        self.as_user(
+            name,
+            lambda u: u.restore_generation(job_id),
+            lambda _: setattr(job, "is_deleted", False),
+            refusal,
+        )
 
     # What operators do.
 
@@ -377,8 +394,9 @@ class Money(RuleBasedStateMachine):
     def set_paid(self, name, draw):
         account, plan = self.books.accounts[self.ids[name]], draw(st.sampled_from(list(MAX_ACTIVE)))
         until = "infinity" if plan == "paid" else None
-        note = lambda _: setattr(account, "plan", plan)  # noqa: E731
-        self.as_service(lambda s: s.set_paid(self.ids[name], until), note)
+        self.as_service(
+            lambda s: s.set_paid(self.ids[name], until), lambda _: setattr(account, "plan", plan)
+        )
 
     def pause_model(self, _, draw):
         model = draw(models)
@@ -387,8 +405,7 @@ class Money(RuleBasedStateMachine):
     @precondition(lambda self: self.books.paused)
     @rule(model=models)
     def resume_model(self, model):
-        note = lambda _: self.books.paused.discard(model)  # noqa: E731
-        self.as_service(lambda s: s.resume_model(model), note)
+        self.as_service(lambda s: s.resume_model(model), lambda _: self.books.paused.discard(model))
 
     @precondition(lambda self: any(job.error_code for job in self.books.jobs.values()))
     @rule(code=st.sampled_from(["moderated", "internal"]), at_most=st.integers(1, 3))
@@ -448,9 +465,13 @@ class Money(RuleBasedStateMachine):
     def complete(self, lease, missing):
         images = lease.image_count - missing
         refusal = None if 1 <= images <= lease.image_count else "22023"
-        note = lambda _: self.books.complete(self.books.jobs[lease.id], images)  # noqa: E731
-        call = lambda worker: worker.complete_job(lease, images)  # noqa: E731
-        self.end(lease, call, "completed", note, refusal=refusal)
+        self.end(
+            lease,
+            lambda worker: worker.complete_job(lease, images),
+            "completed",
+            lambda _: self.books.complete(self.books.jobs[lease.id], images),
+            refusal=refusal,
+        )
 
     @with_lease
     @rule(
@@ -463,28 +484,45 @@ class Money(RuleBasedStateMachine):
             waits = retry_after is not None
             assert answer == self.books.fail(self.books.jobs[lease.id], code, waits)
 
-        call = lambda worker: worker.fail_job(lease, code, retry_after=retry_after)  # noqa: E731
-        self.end(lease, call, "retried failed canceled", note)
+        self.end(
+            lease,
+            lambda worker: worker.fail_job(lease, code, retry_after=retry_after),
+            "retried failed canceled",
+            note,
+        )
 
     @with_lease
     @rule(lease=leases, resumes=st.booleans())
     def release(self, lease, resumes):
-        note = lambda _: self.books.release(self.books.jobs[lease.id], resumes)  # noqa: E731
-        self.end(lease, lambda w: w.release_job(lease, resumes), "released canceled", note)
+        self.end(
+            lease,
+            lambda w: w.release_job(lease, resumes),
+            "released canceled",
+            lambda _: self.books.release(self.books.jobs[lease.id], resumes),
+        )
 
     @with_lease
     @rule(lease=leases)
     def cancel_job(self, lease):
         holds = self.books.holder(lease.id, lease.token)
         refusal = None if holds and holds.cancel_requested else "22023"
-        note = lambda _: self.books.cancel(holds)  # noqa: E731
-        self.end(lease, lambda w: w.cancel_job(lease), "canceled", note, refusal=refusal)
+        self.end(
+            lease,
+            lambda w: w.cancel_job(lease),
+            "canceled",
+            lambda _: self.books.cancel(holds),
+            refusal=refusal,
+        )
 
     @with_lease
     @rule(lease=leases)
     def begin_create(self, lease):
-        note = lambda _: setattr(self.books.jobs[lease.id], "was_begun", True)  # noqa: E731
-        self.end(lease, lambda w: w.begin_create(lease), "", note)
+        self.end(
+            lease,
+            lambda w: w.begin_create(lease),
+            "",
+            lambda _: setattr(self.books.jobs[lease.id], "was_begun", True),
+        )
 
     @with_lease
     @rule(lease=leases, way=st.sampled_from(["checkpoint", "report_progress", "heartbeat"]))
@@ -497,8 +535,13 @@ class Money(RuleBasedStateMachine):
     def report_progress(self, lease):
         holds = self.books.holder(lease.id, lease.token)
         refusal = "DR002" if holds and holds.cancel_requested else None
-        call = lambda worker: worker.report_progress(lease, "storing", 50)  # noqa: E731
-        self.end(lease, call, "", lambda _: None, refusal=refusal)
+        self.end(
+            lease,
+            lambda worker: worker.report_progress(lease, "storing", 50),
+            "",
+            lambda _: None,
+            refusal=refusal,
+        )
 
     def heartbeat(self, lease):
         holds = self.books.holder(lease.id, lease.token)
