@@ -387,6 +387,11 @@ async def mind_pooler(connection: psycopg.AsyncConnection[Any]) -> None:
         connection.prepare_threshold = None
 
 
+def is_of_one_job(error: BaseException) -> bool:
+    """Whether what was said of a job is at fault, not the call as a whole."""
+    return isinstance(error, Exception) and not isinstance(error, psycopg.OperationalError)
+
+
 class Batch:
     """One function that takes many jobs. Calls made while one is under way go together in the next.
 
@@ -419,8 +424,8 @@ class Batch:
         columns = map(list, zip(*(arguments for _, arguments in trip), strict=True))
         try:
             rows = await self.call(self.function, *columns)
-        except Exception as error:
-            if len(trip) > 1 and not isinstance(error, psycopg.OperationalError):
+        except BaseException as error:  # whatever it is, nobody is left waiting
+            if len(trip) > 1 and is_of_one_job(error):
                 for each in trip:  # one of them is at fault, not all
                     await self._make([each])
             else:

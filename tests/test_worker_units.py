@@ -889,6 +889,8 @@ class Trips:
             raise psycopg.errors.InvalidParameterValue("bad")
         if "gone" in said[0]:
             raise psycopg.OperationalError("gone")
+        if "stop" in said[0]:
+            raise asyncio.CancelledError
         return [
             {"token": token, "verdict": token * 10} for token in tokens if token not in self.lost
         ]
@@ -949,14 +951,17 @@ def test_what_is_wrong_with_one_call_is_told_to_it_alone():
     asyncio.run(act())
 
 
-def test_where_the_database_is_gone_for_good_everybody_is_told():
+@pytest.mark.parametrize(
+    ("end", "error"), [("gone", psycopg.OperationalError), ("stop", asyncio.CancelledError)]
+)
+def test_when_a_call_for_many_cannot_be_made_everybody_is_told(end, error):
     async def act() -> None:
         trips = Trips()
-        _, calls = batch(trips, "gone", "a", "a")
+        _, calls = batch(trips, end, "a", "a")
 
         said = await asyncio.wait_for(outcomes(trips, calls), 5)
 
-        assert [type(each) for each in said] == [psycopg.OperationalError] * 3
+        assert [type(each) for each in said] == [error] * 3
 
     asyncio.run(act())
 
