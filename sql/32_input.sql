@@ -248,7 +248,7 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if p_params ? 'reuse' and jsonb_typeof(p_params -> 'reuse') <> 'boolean' then
+  if jsonb_typeof(p_params -> 'reuse') <> 'boolean' then
     perform private.refuse_input('params.reuse: not of type boolean');
   elsif p_params @> '{"reuse": true}' and not p_params ? 'seed' then
     perform private.refuse_input(

@@ -44,8 +44,8 @@ $$;
 revoke all on function private.refuse_price(public.entitlements, bigint)
 from public, anon, authenticated, service_role;
 
--- Charges generations, p_credits each, and takes an active slot for each, or refuses. Answers the
--- new balance. The entitlement row is locked.
+-- Charges generations, p_credits each, and takes an active slot for each, or refuses. The
+-- entitlement row is locked.
 --
 -- Raises: PT402 insufficient_credits.
 create or replace function private.charge_credits(
@@ -54,7 +54,7 @@ create or replace function private.charge_credits(
   p_credits integer,
   p_last_fair_key bigint
 )
-returns integer
+returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
@@ -76,7 +76,6 @@ begin
   insert into public.credit_ledger (user_id, generation_id, kind, amount, balance_after)
   select p_entitlement.user_id, g.id, 'charge', -p_credits, p_entitlement.credits - p_credits * g.n
   from unnest(p_generation_ids) with ordinality as g (id, n);
-  return p_entitlement.credits - v_cost;
 end;
 $$;
 

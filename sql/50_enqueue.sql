@@ -141,10 +141,7 @@ declare
   v_draft public.generations;
   v_known public.generations;
 begin
-  select * into v_entitlement from public.entitlements where user_id = v_user_id for update;
-  if not found then
-    perform private.refuse_unknown_user();
-  end if;
+  v_entitlement := private.lock_entitlement(v_user_id);
   if p_idempotency_key is not null then
     v_known := private.find_generation_by_key(
       v_user_id, p_idempotency_key, p_model, v_prompt, v_params

@@ -2191,7 +2191,7 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if p_params ? 'reuse' and jsonb_typeof(p_params -> 'reuse') <> 'boolean' then
+  if jsonb_typeof(p_params -> 'reuse') <> 'boolean' then
     perform private.refuse_input('params.reuse: not of type boolean');
   elsif p_params @> '{"reuse": true}' and not p_params ? 'seed' then
     perform private.refuse_input(
@@ -3164,8 +3164,8 @@ $$;
 revoke all on function private.refuse_price(public.entitlements, bigint)
 from public, anon, authenticated, service_role;
 
--- Charges generations, p_credits each, and takes an active slot for each, or refuses. Answers the
--- new balance. The entitlement row is locked.
+-- Charges generations, p_credits each, and takes an active slot for each, or refuses. The
+-- entitlement row is locked.
 --
 -- Raises: PT402 insufficient_credits.
 create or replace function private.charge_credits(
@@ -3174,7 +3174,7 @@ create or replace function private.charge_credits(
   p_credits integer,
   p_last_fair_key bigint
 )
-returns integer
+returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
@@ -3196,7 +3196,6 @@ begin
   insert into public.credit_ledger (user_id, generation_id, kind, amount, balance_after)
   select p_entitlement.user_id, g.id, 'charge', -p_credits, p_entitlement.credits - p_credits * g.n
   from unnest(p_generation_ids) with ordinality as g (id, n);
-  return p_entitlement.credits - v_cost;
 end;
 $$;
 
@@ -4146,10 +4145,7 @@ declare
   v_draft public.generations;
   v_known public.generations;
 begin
-  select * into v_entitlement from public.entitlements where user_id = v_user_id for update;
-  if not found then
-    perform private.refuse_unknown_user();
-  end if;
+  v_entitlement := private.lock_entitlement(v_user_id);
   if p_idempotency_key is not null then
     v_known := private.find_generation_by_key(
       v_user_id, p_idempotency_key, p_model, v_prompt, v_params
