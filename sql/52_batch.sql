@@ -73,44 +73,6 @@ $$;
 revoke all on function private.prepare_batch(public.models, uuid, text[], jsonb)
 from public, anon, authenticated, service_role;
 
--- Writes an accepted batch. The entitlement row is locked.
---
--- Raises: PT402 insufficient_credits for the sum of the prices.
-create or replace function private.insert_batch(
-  p_entitlement public.entitlements,
-  p_plan private.plans,
-  p_model public.models,
-  p_draft public.generations,
-  p_batch public.batches,
-  p_prompts text[],
-  p_inputs jsonb[]
-)
-returns public.batches
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_draft public.generations := p_draft;
-  v_batch public.batches;
-begin
-  insert into public.batches (user_id, request_hash, job_count, idempotency_key)
-  values (
-    p_entitlement.user_id, p_batch.request_hash, cardinality(p_prompts), p_batch.idempotency_key
-  )
-  returning * into v_batch;
-  v_draft.batch_id := v_batch.id;
-  perform private.insert_generations(
-    p_entitlement, p_plan, p_model, v_draft, p_prompts, p_inputs
-  );
-  return v_batch;
-end;
-$$;
-
-revoke all on function private.insert_batch(
-  public.entitlements, private.plans, public.models, public.generations, public.batches, text[],
-  jsonb[]
-) from public, anon, authenticated, service_role;
-
 -- A batch as the API shows it.
 create or replace function private.batch_json(p_batch public.batches)
 returns json
@@ -172,8 +134,8 @@ declare
   v_plan private.plans;
   v_model public.models;
   v_draft public.generations;
+  v_hash text;
   v_batch public.batches;
-  v_known public.batches;
 begin
   perform private.check_batch_size(p_prompts, 100);  -- the most that any plan may allow
   v_prompts := array(select coalesce(p.prompt, '') from unnest(p_prompts) as p (prompt));
@@ -181,23 +143,26 @@ begin
   if v_params ? 'reuse' then
     perform private.refuse_input('params.reuse: not in a batch');
   end if;
-  v_batch.request_hash := md5(jsonb_build_array(p_model, p_prompts, v_params)::text);
-  v_batch.idempotency_key := p_idempotency_key;
+  v_hash := md5(jsonb_build_array(p_model, p_prompts, v_params)::text);
   v_entitlement := private.lock_entitlement(v_user_id);
-  v_known := private.find_batch_by_key(v_user_id, p_idempotency_key, v_batch.request_hash);
-  if v_known.id is null then
+  v_batch := private.find_batch_by_key(v_user_id, p_idempotency_key, v_hash);
+  if v_batch.id is null then
     v_plan := private.plan_of(v_entitlement);
     perform private.check_batch_size(p_prompts, v_plan.max_batch);
     v_model := private.require_model(p_model, v_user_id, v_plan.name);
     perform private.check_limits(v_entitlement, v_plan);
     v_draft.alias_id := nullif(p_model, v_model.id);
     v_draft.input := v_params;
-    v_known := private.insert_batch(
-      v_entitlement, v_plan, v_model, v_draft, v_batch, v_prompts,
+    insert into public.batches (user_id, request_hash, job_count, idempotency_key)
+    values (v_user_id, v_hash, cardinality(v_prompts), p_idempotency_key)
+    returning * into v_batch;
+    v_draft.batch_id := v_batch.id;
+    perform private.insert_generations(
+      v_entitlement, v_plan, v_model, v_draft, v_prompts,
       private.prepare_batch(v_model, v_user_id, v_prompts, v_params)
     );
   end if;
-  return private.batch_json(v_known);
+  return private.batch_json(v_batch);
 end;
 $$;
 
