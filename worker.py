@@ -116,7 +116,7 @@ BLUR_PIXELS = 32  # longest side of what a blurhash is made of
 MAX_SVG_BYTES, MAX_SVG_DEPTH, MAX_SVG_WEIGHT = 10 << 20, 200, 2_000_000  # weight: sum of depths
 MAX_REDIRECTS = 3
 MAX_PAGES = 50  # of 100 predictions each, when a lost create is looked for
-CREATE_WITHIN_SECONDS = 5.0  # of saying so; later, another worker may have taken over
+CREATE_WITHIN_SECONDS = 5.0  # of holding the lease; later, another worker may have it
 PROVIDER_PAUSE_SECONDS = 60  # before an account that was refused is tried again
 DELIVERY_HOST = re.compile(r"([a-z0-9-]+\.)*replicate\.delivery")  # its OpenAPI file, "output"
 FORMATS = {
@@ -332,6 +332,7 @@ class Job:
     image_inputs: list[str]
     image_count: int
     deadline_seconds: float
+    begun_before: datetime | None
 
 
 @dataclass(frozen=True)
@@ -518,10 +519,10 @@ class Database:
         )
         return [row["verdict"] for row in rows]
 
-    async def begin_create(self, job: Job) -> datetime | None:
-        """Answer when a create whose outcome nobody learned was begun before, if one was."""
-        began: datetime | None = await self._begin_creates(job)
-        return began
+    async def begin_create(self, job: Job) -> datetime:
+        """Prove the lease once more; answer since when something may have been bought."""
+        since: datetime = await self._begin_creates(job)
+        return since
 
     async def adopt_provider_job(self, job: Job, candidates: list[str]) -> str | None:
         rows = await self._insist("adopt_provider_job", job.job_id, job.token, candidates)
@@ -1454,6 +1455,7 @@ class Running:
     """A job in a slot."""
 
     job: Job
+    held_at: float  # the lease was: time.monotonic() before the database was asked
     on_progress: Callable[[], None]
     task: asyncio.Task[None] = field(init=False)
     provider_job_id: str | None = None  # once it is known
@@ -1465,6 +1467,8 @@ class Running:
 
     def __post_init__(self) -> None:
         self.provider_job_id = self.job.provider_job_id
+        if not (self.provider_job_id or self.job.begun_before):
+            self.metrics = {"is_asked": False}  # the provider, by anybody
 
     def report(self, percent: int) -> None:
         """Take in progress. It never goes back, whatever a provider says."""
@@ -1572,11 +1576,13 @@ class Worker:
         return time.monotonic() - self.last_beat < self.lease_seconds
 
     async def _claim(self) -> bool:
+        began = time.monotonic()
         jobs = await self.db.claim_jobs(self.worker_id, self.settings.slots - len(self.running))
         for job in jobs:
-            running = Running(job, self.on_progress)
+            running = Running(job, began, self.on_progress)
             self.running[job.token] = running
             running.task = asyncio.create_task(self.process(running))
+        await asyncio.sleep(0)  # jobs first, then the next claim
         return bool(jobs)
 
     async def _sleep(self) -> None:
@@ -1723,26 +1729,24 @@ class Worker:
         """Have the provider create the job, once: look first for what an earlier try has bought."""
         job = running.job
         provider_input = await self._with_sources(provider, job)
-        began, lost_at = time.monotonic(), await self.db.begin_create(job)
-        if lost_at and (bought := await self._look(provider, running, lost_at)):
+        if job.begun_before and (bought := await self._look(provider, running, job.begun_before)):
             return bought
-        if lost_at:
-            began = time.monotonic()
-            await self.db.begin_create(job)
         try:
-            return await finish_first(self._create(provider, running, provider_input, began))
+            return await finish_first(self._create(provider, running, provider_input))
         except UnknownOutcome as error:
-            lost_at = await self.db.begin_create(job) or datetime.now(UTC)
-            if bought := await self._look(provider, running, lost_at):
+            since = await self.db.begin_create(job)
+            if bought := await self._look(provider, running, since):
                 return bought
             raise JobError("provider_timeout", f"create: {error}; nothing was bought") from None
 
     async def _create(
-        self, provider: Provider, running: Running, provider_input: dict[str, Any], began: float
+        self, provider: Provider, running: Running, provider_input: dict[str, Any]
     ) -> str:
         """Create and save the id at once: together, also when the worker stops meanwhile."""
-        if time.monotonic() - began > CREATE_WITHIN_SECONDS:
-            raise LeaseLost
+        while time.monotonic() - running.held_at > CREATE_WITHIN_SECONDS:
+            running.held_at = time.monotonic()
+            await self.db.begin_create(running.job)
+        running.metrics = {}
         running.provider_job_id = await provider.create(running.job, provider_input)
         await self.db.checkpoint(running.job, running.provider_job_id)
         return running.provider_job_id
@@ -1818,7 +1822,7 @@ class Worker:
             if running.is_canceled:
                 await self.db.cancel_job(job, running.metrics)
             else:
-                await self.db.release_job(job)
+                await self.db.release_job(job, resumes="is_asked" not in running.metrics)
         log.info("job.%s job=%s", "canceled" if running.is_canceled else "released", job.job_id)
 
 

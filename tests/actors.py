@@ -413,6 +413,7 @@ class Job:
     image_inputs: list[str]
     image_count: int
     deadline_seconds: float
+    begun_before: datetime | None
 
     @property
     def id(self) -> str:
@@ -493,8 +494,8 @@ class Worker:
     def unregister_worker(self) -> None:
         self._rows("select private.unregister_worker(%s)", self.id)
 
-    def begin_create(self, job: Job) -> datetime | None:
-        return cast("datetime | None", self._of_one("begin_creates", job))
+    def begin_create(self, job: Job) -> datetime:
+        return cast("datetime", self._of_one("begin_creates", job))
 
     def checkpoint(self, job: Job, provider_job_id: str) -> None:
         self._of_one("checkpoint_jobs", job, provider_job_id)

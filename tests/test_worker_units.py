@@ -277,6 +277,7 @@ def a_job(**changes: Any) -> Job:
         "image_inputs": [],
         "image_count": 1,
         "deadline_seconds": 300.0,
+        "begun_before": None,
     }
     return Job(**values | changes)
 
@@ -715,7 +716,7 @@ def test_as_many_bars_are_expected_as_the_models_last_job_had():
 
 def test_progress_never_goes_back():
     news: list[int] = []
-    running = worker.Running(a_job(), lambda: news.append(1))
+    running = worker.Running(a_job(), 0.0, lambda: news.append(1))
 
     for percent in (0, 50, 20, 50, 100, 3):
         running.report(percent)
@@ -769,7 +770,7 @@ def test_a_stop_does_not_cut_short_the_call_that_ends_a_job():
 
     async def stop_meanwhile() -> None:
         one = worker.Worker(mock.Mock(), mock.Mock(fail_job=fail_job), {}, mock.Mock(), mock.Mock())
-        running = worker.Running(a_job(), one.on_progress)
+        running = worker.Running(a_job(), 0.0, one.on_progress)
         one.running[running.job.token] = running
         task = asyncio.create_task(one.process(running))
         await asyncio.sleep(0.005)

@@ -568,7 +568,8 @@ comment on column private.ready_jobs.provider_job_id is
   'The provider''s job an earlier attempt began: resume it.';
 
 comment on column private.ready_jobs.create_started_at is
-  'An earlier attempt asked the provider to create then and never learned the outcome: look first.';
+  'An earlier attempt may have asked the provider to create, then or later, and never learned the '
+  'outcome: look first.';
 
 -- Delayed jobs are out of the claim's index, so a pile of them costs the claim nothing.
 create index ready_jobs_claim_idx on private.ready_jobs (fair_key, seq) where run_at is null;
@@ -627,7 +628,8 @@ comment on column private.running_jobs.provider_job_id is
   'Checkpoint: the provider''s id, saved as soon as it is known.';
 
 comment on column private.running_jobs.create_started_at is
-  'When the provider was first asked to create, set before asking.';
+  'Since when the provider may have been asked to create: the first claim whose outcome nobody '
+  'learned, or this one.';
 
 create table private.workers (
   id bigint generated always as identity primary key,
@@ -7040,7 +7042,8 @@ returns table (
   provider_job_id text,
   image_inputs text[],
   image_count smallint,
-  deadline_seconds real
+  deadline_seconds real,
+  begun_before timestamptz
 )
 language plpgsql
 security definer
@@ -7073,7 +7076,7 @@ begin
     select
       c.job_id, c.user_id, c.model_id, nextval('private.lease_tokens'), p_worker_id, c.attempt + 1,
       now() + st.lease, now() + coalesce(m.deadline, st.lease), c.provider_job_id,
-      c.create_started_at
+      coalesce(c.create_started_at, now())
     from claimed as c cross join private.settings as st
     left join public.models as m on m.id = c.model_id
     order by c.fair_key, c.seq
@@ -7087,7 +7090,8 @@ begin
   )
   select
     r.job_id, r.user_id, r.token, r.attempt, m.provider, m.provider_ref, s.provider_input,
-    r.provider_job_id, m.image_inputs, s.image_count, extract(epoch from m.deadline)::real
+    r.provider_job_id, m.image_inputs, s.image_count, extract(epoch from m.deadline)::real,
+    nullif(r.create_started_at, now())
   from running as r
   inner join started as s on s.id = r.job_id
   left join public.models as m on m.id = r.model_id
@@ -7097,8 +7101,8 @@ $$;
 
 comment on function private.claim_jobs is
   'Moves up to p_slots jobs in fair order from ready to running and answers them. provider_job_id'
-  ' is set where an earlier attempt already bought something at the provider: resume it. Seconds '
-  'are durations.';
+  ' is set where an earlier attempt already bought something at the provider: resume it; else '
+  'begun_before, where one may have: look for it before creating again. Seconds are durations.';
 
 revoke all on function private.claim_jobs(bigint, integer)
 from public, anon, authenticated, service_role;
@@ -7106,14 +7110,15 @@ grant execute on function private.claim_jobs(bigint, integer) to darkroom_worker
 -- Purchase: what a worker says about its dealings with the provider, so that nothing is bought
 -- twice.
 --
--- Creating a job at the provider costs money and cannot be repeated safely. So begin_creates is
--- called before, and checkpoint_jobs the moment the provider's id is known. A worker that dies
--- between the two leaves create_started_at behind: the next attempt looks at the provider for what
--- may have been bought and takes it over with adopt_provider_job. A refused account pauses the
--- provider (71).
+-- Creating a job at the provider costs money and cannot be repeated safely. So a claim (72) counts
+-- as the begin of it, and checkpoint_jobs is called the moment the provider's id is known. A worker
+-- that dies between the two leaves create_started_at behind: the next attempt looks at the provider
+-- for what may have been bought and takes it over with adopt_provider_job. A worker that asks later
+-- than at once proves with begin_creates that no other has begun to look. A refused account pauses
+-- the provider (71).
 
 create or replace function private.begin_creates(p_job_ids uuid[], p_tokens bigint[])
-returns table (token bigint, begun_before timestamptz)
+returns table (token bigint, create_started_at timestamptz)
 language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
@@ -7125,22 +7130,14 @@ as $$
 #variable_conflict use_column
 begin
   return query
-  with held as materialized (
-    select r.job_id, r.token, r.create_started_at from private.running_jobs as r
-    where r.job_id = any (p_job_ids) and r.token = any (p_tokens) for update
-  ),
-  begun as (
-    update private.running_jobs as r set create_started_at = clock_timestamp()
-    where r.job_id = any (array(select h.job_id from held as h where h.create_started_at is null))
-  )
-  select h.token, h.create_started_at from held as h;
+  select r.token, r.create_started_at from private.running_jobs as r
+  where r.job_id = any (p_job_ids) and r.token = any (p_tokens);
 end;
 $$;
 
 comment on function private.begin_creates is
-  'Says that the provider is about to be asked to create these jobs, before it is asked. Answers '
-  'for each whose lease holds when an earlier attempt was first about to, if its outcome was never '
-  'learned: then look for what it may have bought before creating again.';
+  'Called before the provider is asked to create these jobs, where seconds have passed since their '
+  'claim. Answers each whose lease holds, and since when something may have been bought for it.';
 
 revoke all on function private.begin_creates(uuid[], bigint[])
 from public, anon, authenticated, service_role;
@@ -7458,7 +7455,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform private.finish_canceled(
-    p_job.user_id, p_job.job_id, p_job.create_started_at is not null
+    p_job.user_id, p_job.job_id, not p_metrics @> '{"is_asked": false}'
   );
   perform private.record_attempts(array[p_job], 'canceled', array[p_metrics], p_code, p_detail);
 end;
@@ -7538,7 +7535,7 @@ begin
     perform private.requeue_job(
       p_job, v_attempts_used,
       private.retry_delay(private.count_claims(p_job.job_id), p_retry_after_seconds),
-      v_error.resumes
+      v_error.resumes and not p_metrics @> '{"is_asked": false}'
     );
   else
     perform private.finish_failed(p_job, v_error);
@@ -7634,7 +7631,8 @@ $$;
 comment on function private.fail_jobs is
   'Ends attempts, each with a code of error_codes: retried while attempts remain, else failed and '
   'refunded. p_details are for operators only; p_retry_after_seconds is the provider''s own wish '
-  'or null; p_metrics as complete_jobs takes them. Answers each job whose lease held: retried, '
+  'or null; p_metrics as complete_jobs takes them, and is_asked (false: the provider never was, so '
+  'nothing can have been bought). Answers each job whose lease held: retried, '
   'failed, canceled (the user had asked for it), or repeated (the call was made before).';
 
 revoke all on function private.fail_jobs(
@@ -7662,7 +7660,9 @@ begin
   if v_job.job_id is null then
     return;
   elsif v_job.cancel_requested then
-    perform private.finish_canceled_job(v_job);
+    perform private.finish_canceled_job(
+      v_job, p_metrics => case when p_resumes then '{}'::jsonb else '{"is_asked": false}' end
+    );
     return;
   end if;
   perform private.requeue_job(v_job, v_job.attempt - 1, interval '0', p_resumes);
@@ -7672,7 +7672,7 @@ $$;
 
 comment on function private.release_job is
   'Gives a job back unfinished (graceful stop): next in line, the attempt does not count, the '
-  'checkpoint is kept; or canceled, if the user asked for that. p_resumes false: nothing was begun'
+  'checkpoint is kept; or canceled, if the user asked for that. p_resumes false: nothing was bought'
   ' at the provider. Errors: DR001 lease_lost.';
 
 revoke all on function private.release_job(uuid, bigint, boolean)
@@ -7702,8 +7702,8 @@ end;
 $$;
 
 comment on function private.cancel_job is
-  'Ends a job whose cancel the heartbeat told of; p_metrics as complete_jobs takes them. Repeating '
-  'it changes nothing. Errors: DR001 lease_lost, 22023 nobody asked for it.';
+  'Ends a job whose cancel the heartbeat told of; p_metrics as fail_jobs takes them. Repeating it '
+  'changes nothing. Errors: DR001 lease_lost, 22023 nobody asked for it.';
 
 revoke all on function private.cancel_job(uuid, bigint, jsonb)
 from public, anon, authenticated, service_role;
