@@ -102,6 +102,8 @@ POOL_SIZE = 6  # connections at most: each kind of call for many jobs has one un
 OUTBOX_SECONDS = 0.05  # at least, between two looks at the outbox
 RETRY_BASE_SECONDS, RETRY_CAP_SECONDS = 0.25, 10.0  # backoff between repeated calls
 LOG_CHARS = 200_000  # of a provider's log that are read for progress
+DETAIL_CHARS = 500  # of others' words that are kept for operators
+QUOTED_CHARS = 5_000  # of them that are looked through for secrets first, which come out whole so
 PROVIDER_POLL_SECONDS, PROVIDER_POLL_CAP_SECONDS = 0.5, 3.0
 HTTP_TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 HTTP_TRIES = 4  # for requests that may be repeated
@@ -157,6 +159,22 @@ KEEPALIVES: dict[str, Any] = {
 CANCEL = "cancel"  # payload of the NOTIFY that says so
 EXIT_OK, EXIT_ERROR, EXIT_CONFIG, EXIT_FORCED = 0, 1, 2, 3
 
+MIN_SECRET_CHARS = 6  # shorter ones would take away words
+REDACTED = "[redacted]"
+SECRETS = [  # what looks like one, and what stays of it
+    (r"(?i)\b(bearer)\s+[^\s\"',;]+", rf"\1 {REDACTED}"),
+    (r"(?i)\b(basic)\s+[\w+/=-]{16,}", rf"\1 {REDACTED}"),
+    (r"\beyJ[\w-]{8,}(\.[\w-]*){0,2}", REDACTED),  # a JWT
+    (r"\b(r8_|sb_secret_|sbp_|whsec_|sk-)[\w+/=-]{4,}", rf"\1{REDACTED}"),
+    (r"(\w://)[^\s/@]+@", rf"\1{REDACTED}@"),  # user and password
+    (r"(https?://[^\s?#\"'<>]+)\?[^\s\"'<>]+", rf"\1?{REDACTED}"),  # a signature, perhaps
+    (
+        r"(?i)\b((?:password|secret|api-?key|[\w-]*token|authorization|signature)[\"']?\s*[=:]\s*"
+        r"[\"']?)(?!\[redacted|bearer|basic)[^\s\"'&,;]+",
+        rf"\1{REDACTED}",
+    ),
+]
+
 log = logging.getLogger("darkroom")
 T = TypeVar("T")
 
@@ -189,6 +207,15 @@ class Settings:
     preview_seconds: float
     preview_failure_rate: float
     log_level: str
+
+    @property
+    def secrets(self) -> list[str]:
+        """What nobody else may read, in every spelling it may come back in."""
+        password = psycopg.conninfo.conninfo_to_dict(self.database_url).get("password")
+        keys = [self.supabase_service_key, self.replicate_api_token, self.expo_access_token]
+        known = [str(each) for each in (self.database_url, password, *keys) if each]
+        spelled = {*known, *(quote(each, "") for each in known)}
+        return sorted((each for each in spelled if len(each) >= MIN_SECRET_CHARS), key=len)[::-1]
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Settings:
@@ -355,6 +382,29 @@ class Verdict:
     retry_after: float | None = None
 
 
+def redact(text: str, secrets: Iterable[str] = ()) -> str:
+    """The text without these secrets, the longest first, and without what looks like one.
+
+    Providers and Storage answer in words of their own, which may repeat what they were sent.
+    """
+    for secret in secrets:
+        text = text.replace(secret, REDACTED)
+    for pattern, rest in SECRETS:
+        text = re.sub(pattern, rest, text)
+    return text
+
+
+class SafeFormatter(logging.Formatter):
+    """Lets no secret into a line or a traceback, whoever logs it."""
+
+    def __init__(self, secrets: Iterable[str] = ()) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+        self.secrets = secrets
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record), self.secrets)
+
+
 def backoff(attempt: int) -> float:
     """Seconds to wait before try number attempt + 1: exponential, with jitter."""
     longest = RETRY_BASE_SECONDS * 2.0 ** min(attempt, 16)  # 2.0**1024 raises
@@ -446,8 +496,8 @@ class Batch:
 class Database:
     """The worker's functions of schema private, one method each. There is no other SQL here."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, secrets: Iterable[str] = ()) -> None:
+        self.url, self.secrets = url, secrets
         self.is_listening = True  # until the contrary is known
         options = {"autocommit": True, "row_factory": dict_row, **KEEPALIVES}
         # Left alone, the pool doubles its pause between tries: long after the database is back.
@@ -529,7 +579,7 @@ class Database:
         return adopted
 
     async def pause_provider(self, provider: str, seconds: int, reason: str) -> None:
-        await self._insist("pause_provider", provider, seconds, reason)
+        await self._insist("pause_provider", provider, seconds, self._quoted(reason))
 
     async def checkpoint(self, job: Job, provider_job_id: str) -> None:
         await self._checkpoint_jobs(job, provider_job_id)
@@ -544,8 +594,13 @@ class Database:
         await self._complete_jobs(job, Jsonb(images), Jsonb(metrics))
 
     async def fail_job(self, job: Job, error: JobError, metrics: dict[str, Any]) -> str:
-        what = (error.code, error.detail, error.retry_after, Jsonb(metrics))
+        detail = self._quoted(error.detail)
+        what = (error.code, detail, error.retry_after, Jsonb(metrics))
         return str(await self._fail_jobs(job, *what))
+
+    def _quoted(self, words: str) -> str:
+        """Others' words as they may be stored: for operators, but without secrets."""
+        return redact(words, self.secrets)[:DETAIL_CHARS]
 
     async def release_job(self, job: Job, resumes: bool = True) -> None:
         await self._insist("release_job", job.job_id, job.token, resumes)
@@ -585,7 +640,7 @@ class Database:
             delivery.token,
             verdict.outcome,
             verdict.status,
-            verdict.error,
+            verdict.error and self._quoted(verdict.error),
             verdict.retry_after,
         )
         return str(rows[0]["finish_delivery"])
@@ -809,7 +864,7 @@ class Replicate:
     @staticmethod
     def _raise_for_refusal(response: httpx.Response) -> None:
         status = response.status_code
-        detail = f"create: HTTP {status}: {response.text[:500]}"
+        detail = f"create: HTTP {status}: {response.text[:QUOTED_CHARS]}"
         if status in (401, 402, 403):
             raise ProviderDown(detail, may_have_bought=False)
         if status == 429:
@@ -868,7 +923,7 @@ class Replicate:
             if status == "succeeded":
                 return self._result(prediction)
             if status in ("failed", "canceled", "aborted"):  # nothing to resume
-                detail = str(prediction.get("error") or f"prediction {status}")[:500]
+                detail = str(prediction.get("error") or f"prediction {status}")[:QUOTED_CHARS]
                 moderated = status == "failed" and self.MODERATION.search(detail)
                 code = "moderated" if moderated else "provider_error"
                 raise JobError(code, detail, metrics=self._metrics(prediction))
@@ -1103,7 +1158,7 @@ class Storage:
                 )
                 if response.is_success:
                     return size
-                reason, text = f"HTTP {response.status_code}", response.text[:200]
+                reason, text = f"HTTP {response.status_code}", response.text[:QUOTED_CHARS]
                 if is_final(response):
                     break
             except httpx.TransportError as error:
@@ -1861,7 +1916,7 @@ def on_signal(stopping: asyncio.Event) -> None:
 
 async def serve(settings: Settings) -> int:
     """Wire everything together and run one worker."""
-    db = Database(settings.database_url)
+    db = Database(settings.database_url, settings.secrets)
     async with httpx.AsyncClient(timeout=HTTP_TIMEOUT) as http:
         providers: dict[str, Provider] = {
             "preview": Preview(settings.preview_seconds, settings.preview_failure_rate)
@@ -1899,14 +1954,21 @@ async def serve(settings: Settings) -> int:
 
 def main() -> int:
     """Run until told to stop; answer the exit code."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    output = logging.StreamHandler(sys.stderr)
+    output.setFormatter(SafeFormatter())
+    logging.basicConfig(handlers=[output])
     try:
         settings = Settings.from_env(os.environ)
     except ConfigError as error:
         log.error("worker.misconfigured %s", error)
         return EXIT_CONFIG
+    output.setFormatter(SafeFormatter(settings.secrets))
     log.setLevel(settings.log_level)
-    return asyncio.run(serve(settings))
+    try:
+        return asyncio.run(serve(settings))
+    except Exception:
+        log.critical("worker.crashed", exc_info=True)
+        return EXIT_ERROR
 
 
 if __name__ == "__main__":
