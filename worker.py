@@ -30,6 +30,8 @@ Environment (* required):
     PREVIEW_SECONDS         1         how long the preview provider takes
     PREVIEW_FAILURE_RATE    0         share of preview jobs that fail, 0 to 1
     LOG_LEVEL               INFO
+    TMPDIR                  where outputs are on their way to Storage; needs room for MAX_IMAGE_BYTES,
+                            better for each slot. Without it, the worker claims nothing until then
 
 Exit codes: 0 stopped as asked, 1 the database or something unexpected, 2 bad configuration,
 3 ended by a second signal or the hard deadline, with jobs left to their leases.
@@ -40,6 +42,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import errno
 import functools
 import hashlib
 import hmac
@@ -139,6 +142,10 @@ UNREADABLE = (
     Image.DecompressionBombError,
 )  # Pillow
 EXIF_TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))
+SHORTAGES = {  # of the machine: no space, no files left, a broken disk; ENOENT: no folder at all
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOENT),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+}
 INERT_TYPE = "application/octet-stream"  # of SVGs in Storage: browsers save it and do not run it
 DELIVERY_SECONDS = 20.0  # for one try, from looking the name up to the status; far below the lease
 LANE_SLOTS = 4  # deliveries at once to one target; Expo wants at most 6 connections
@@ -1168,6 +1175,12 @@ class Storage:
         raise JobError("internal", f"upload: {reason}: {text}")
 
 
+def reserve(size: int) -> None:
+    """Raises OSError unless a temporary file can have this many bytes."""
+    with tempfile.TemporaryFile() as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+
+
 def is_public_host(host: str) -> bool:
     """Whether others can reach it: a public IP address, or a name that is not of this machine."""
     try:
@@ -1548,6 +1561,7 @@ class Worker:
         self.news_due: asyncio.TimerHandle | None = None
         self.stopping = asyncio.Event()
         self.worker_id = 0
+        self.is_full = True  # until a largest output proves to have room on the disk
         self.lease_seconds = 0.0
         self.last_beat = 0.0
 
@@ -1611,7 +1625,8 @@ class Worker:
         while not self.stopping.is_set():
             try:
                 self.freed.clear()
-                if len(self.running) >= self.settings.slots or not self._may_claim():
+                has_slots = len(self.running) < self.settings.slots
+                if not (has_slots and self._may_claim() and await self._has_room()):
                     await self._pause(self.freed, self.settings.poll_seconds)
                 elif not await self._claim():
                     await self._sleep()
@@ -1625,6 +1640,17 @@ class Worker:
     def _may_claim(self) -> bool:
         """A worker that cannot beat would lose what it claims."""
         return time.monotonic() - self.last_beat < self.lease_seconds
+
+    async def _has_room(self) -> bool:
+        """Look for room where there was none: what a full worker has made cannot be stored."""
+        if self.is_full:
+            try:
+                await asyncio.to_thread(reserve, self.settings.max_image_bytes)
+                self.is_full = False
+                log.info("worker.has_room folder=%s", tempfile.gettempdir())
+            except OSError as error:
+                log.error("worker.full error=%s", shortage(error))
+        return not self.is_full
 
     async def _claim(self) -> bool:
         jobs = await self.db.claim_jobs(self.worker_id, self.settings.slots - len(self.running))
@@ -1847,6 +1873,7 @@ class Worker:
     async def _fail(self, running: Running, error: JobError) -> None:
         running.is_ending = True
         job = running.job
+        self.is_full = self.is_full or error.code == "worker_full"
         try:
             outcome = await self.db.fail_job(job, error, running.metrics | error.metrics)
             log.warning("job.%s job=%s code=%s", outcome, job.job_id, error.code)
@@ -1877,12 +1904,20 @@ class Worker:
         log.info("job.%s job=%s", "canceled" if running.is_canceled else "released", job.job_id)
 
 
+def shortage(error: OSError) -> str:
+    """What there is none of, without the names of files."""
+    number = error.errno or 0
+    return f"{errno.errorcode.get(number, number)} {os.strerror(number)}"
+
+
 def as_job_error(error: Exception) -> JobError:
     """What fail_jobs is told. A library's message may hold addresses or input: only its type."""
     if isinstance(error, JobError):
         return error
     if isinstance(error, TimeoutError):
         return JobError("timeout", "deadline passed")
+    if isinstance(error, OSError) and error.errno in SHORTAGES:
+        return JobError("worker_full", shortage(error))
     frame = traceback.extract_tb(error.__traceback__)[-1]
     detail = f"{type(error).__name__} at {frame.name}:{frame.lineno}"
     log.error("job.unexpected error=%s", detail)
