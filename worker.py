@@ -30,8 +30,8 @@ Environment (* required):
     PREVIEW_SECONDS         1         how long the preview provider takes
     PREVIEW_FAILURE_RATE    0         share of preview jobs that fail, 0 to 1
     LOG_LEVEL               INFO
-    TMPDIR                  where outputs are on their way to Storage; needs room for MAX_IMAGE_BYTES,
-                            better for each slot. Without it, the worker claims nothing until then
+    TMPDIR                  for outputs on their way to Storage. Without room for MAX_IMAGE_BYTES
+                            there, a worker that had to do without claims nothing
 
 Exit codes: 0 stopped as asked, 1 the database or something unexpected, 2 bad configuration,
 3 ended by a second signal or the hard deadline, with jobs left to their leases.
