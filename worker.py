@@ -120,6 +120,7 @@ PREVIEW_SOURCE_SIZE = (256, 256)
 BLUR_PIXELS = 32  # longest side of what a blurhash is made of
 MAX_SVG_BYTES, MAX_SVG_DEPTH, MAX_SVG_WEIGHT = 10 << 20, 200, 2_000_000  # weight: sum of depths
 MAX_REDIRECTS = 3
+UNPACKED = {"accept-encoding": "identity"}  # a few bytes, packed twice, unpack to gigabytes at once
 MAX_PAGES = 50  # of 100 predictions each, when a lost create is looked for
 CREATE_WITHIN_SECONDS = 5.0  # of saying so; later, another worker may have taken over
 PROVIDER_PAUSE_SECONDS = 60  # before an account that was refused is tried again
@@ -1005,7 +1006,7 @@ class Replicate:
         """Download from Replicate's own hosts only: outputs come from third-party code."""
         url = self._allowed(output)
         for _ in range(MAX_REDIRECTS + 1):
-            async with self.http.stream("GET", url) as response:
+            async with self.http.stream("GET", url, headers=UNPACKED) as response:
                 if response.has_redirect_location:
                     url = self._allowed(response.headers["location"], url)
                     continue
@@ -1013,6 +1014,8 @@ class Replicate:
                     raise JobError("result_lost", f"output: HTTP {response.status_code}")
                 if not response.is_success:
                     raise JobError("internal", f"output: HTTP {response.status_code}")
+                if response.headers.get("content-encoding", "identity") != "identity":
+                    raise JobError("provider_error", "output: packed, although not asked for")
                 async for chunk in response.aiter_bytes(CHUNK_BYTES):
                     yield chunk
                 return
