@@ -104,5 +104,10 @@ lock: setup
 			--no-header --no-annotate $(if $(UPGRADE),--upgrade) "$$@" --output-file $$file pyproject.toml -; } \
 		&& renew worker && renew test --extra test && renew bench --extra test --extra bench
 
+# Ask for known vulnerabilities in what the lock files pin; fails also where nobody answers.
+audit: setup
+	@$(PYTHON) -m venv .venv/audit && .venv/audit/bin/python -m pip install --quiet pip-audit==2.10.1
+	@$(PYTHON) scripts/audit.py .venv/audit/bin/pip-audit
+
 .PHONY: help setup setup-app setup-browser setup-bench up down status env clean demo import-model app \
-	test test-app lint lint-app types bench migration lock
+	test test-app lint lint-app types bench migration lock audit

@@ -30,6 +30,8 @@ Environment (* required):
     PREVIEW_SECONDS         1         how long the preview provider takes
     PREVIEW_FAILURE_RATE    0         share of preview jobs that fail, 0 to 1
     LOG_LEVEL               INFO
+    TMPDIR                  for outputs on their way to Storage. Without room for MAX_IMAGE_BYTES
+                            there, a worker that had to do without claims nothing
 
 Exit codes: 0 stopped as asked, 1 the database or something unexpected, 2 bad configuration,
 3 ended by a second signal or the hard deadline, with jobs left to their leases.
@@ -40,6 +42,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import errno
 import functools
 import hashlib
 import hmac
@@ -102,6 +105,8 @@ POOL_SIZE = 6  # connections at most: each kind of call for many jobs has one un
 OUTBOX_SECONDS = 0.05  # at least, between two looks at the outbox
 RETRY_BASE_SECONDS, RETRY_CAP_SECONDS = 0.25, 10.0  # backoff between repeated calls
 LOG_CHARS = 200_000  # of a provider's log that are read for progress
+DETAIL_CHARS = 500  # of others' words that are kept for operators
+QUOTED_CHARS = 5_000  # of them that are looked through for secrets first, which come out whole so
 PROVIDER_POLL_SECONDS, PROVIDER_POLL_CAP_SECONDS = 0.5, 3.0
 HTTP_TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 HTTP_TRIES = 4  # for requests that may be repeated
@@ -115,6 +120,7 @@ PREVIEW_SOURCE_SIZE = (256, 256)
 BLUR_PIXELS = 32  # longest side of what a blurhash is made of
 MAX_SVG_BYTES, MAX_SVG_DEPTH, MAX_SVG_WEIGHT = 10 << 20, 200, 2_000_000  # weight: sum of depths
 MAX_REDIRECTS = 3
+UNPACKED = {"accept-encoding": "identity"}  # a few bytes, packed twice, unpack to gigabytes at once
 MAX_PAGES = 50  # of 100 predictions each, when a lost create is looked for
 CREATE_WITHIN_SECONDS = 5.0  # of holding the lease; later, another worker may have it
 PROVIDER_PAUSE_SECONDS = 60  # before an account that was refused is tried again
@@ -137,6 +143,10 @@ UNREADABLE = (
     Image.DecompressionBombError,
 )  # Pillow
 EXIF_TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))
+SHORTAGES = {  # of the machine: no space, no files left, a broken disk; ENOENT: no folder at all
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOENT),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+}
 INERT_TYPE = "application/octet-stream"  # of SVGs in Storage: browsers save it and do not run it
 DELIVERY_SECONDS = 20.0  # for one try, from looking the name up to the status; far below the lease
 LANE_SLOTS = 4  # deliveries at once to one target; Expo wants at most 6 connections
@@ -156,6 +166,22 @@ KEEPALIVES: dict[str, Any] = {
 }
 CANCEL = "cancel"  # payload of the NOTIFY that says so
 EXIT_OK, EXIT_ERROR, EXIT_CONFIG, EXIT_FORCED = 0, 1, 2, 3
+
+MIN_SECRET_CHARS = 6  # shorter ones would take away words
+REDACTED = "[redacted]"
+SECRETS = [  # what looks like one, and what stays of it
+    (r"(?i)\b(bearer)\s+[^\s\"',;]+", rf"\1 {REDACTED}"),
+    (r"(?i)\b(basic)\s+[\w+/=-]{16,}", rf"\1 {REDACTED}"),
+    (r"\beyJ[\w-]{8,}(\.[\w-]*){0,2}", REDACTED),  # a JWT
+    (r"\b(r8_|sb_secret_|sbp_|whsec_|sk-)[\w+/=-]{4,}", rf"\1{REDACTED}"),
+    (r"(\w://)[^\s/@]+@", rf"\1{REDACTED}@"),  # user and password
+    (r"(https?://[^\s?#\"'<>]+)\?[^\s\"'<>]+", rf"\1?{REDACTED}"),  # a signature, perhaps
+    (
+        r"(?i)\b((?:password|secret|api-?key|[\w-]*token|authorization|signature)[\"']?\s*[=:]\s*"
+        r"[\"']?)(?!\[redacted|bearer|basic)[^\s\"'&,;]+",
+        rf"\1{REDACTED}",
+    ),
+]
 
 log = logging.getLogger("darkroom")
 T = TypeVar("T")
@@ -189,6 +215,15 @@ class Settings:
     preview_seconds: float
     preview_failure_rate: float
     log_level: str
+
+    @property
+    def secrets(self) -> list[str]:
+        """What nobody else may read, in every spelling it may come back in."""
+        password = psycopg.conninfo.conninfo_to_dict(self.database_url).get("password")
+        keys = [self.supabase_service_key, self.replicate_api_token, self.expo_access_token]
+        known = [str(each) for each in (self.database_url, password, *keys) if each]
+        spelled = {*known, *(quote(each, "") for each in known)}
+        return sorted((each for each in spelled if len(each) >= MIN_SECRET_CHARS), key=len)[::-1]
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Settings:
@@ -356,6 +391,29 @@ class Verdict:
     retry_after: float | None = None
 
 
+def redact(text: str, secrets: Iterable[str] = ()) -> str:
+    """The text without these secrets, the longest first, and without what looks like one.
+
+    Providers and Storage answer in words of their own, which may repeat what they were sent.
+    """
+    for secret in secrets:
+        text = text.replace(secret, REDACTED)
+    for pattern, rest in SECRETS:
+        text = re.sub(pattern, rest, text)
+    return text
+
+
+class SafeFormatter(logging.Formatter):
+    """Lets no secret into a line or a traceback, whoever logs it."""
+
+    def __init__(self, secrets: Iterable[str] = ()) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+        self.secrets = secrets
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record), self.secrets)
+
+
 def backoff(attempt: int) -> float:
     """Seconds to wait before try number attempt + 1: exponential, with jitter."""
     longest = RETRY_BASE_SECONDS * 2.0 ** min(attempt, 16)  # 2.0**1024 raises
@@ -447,8 +505,8 @@ class Batch:
 class Database:
     """The worker's functions of schema private, one method each. There is no other SQL here."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, secrets: Iterable[str] = ()) -> None:
+        self.url, self.secrets = url, secrets
         self.is_listening = True  # until the contrary is known
         options = {"autocommit": True, "row_factory": dict_row, **KEEPALIVES}
         # Left alone, the pool doubles its pause between tries: long after the database is back.
@@ -530,7 +588,7 @@ class Database:
         return adopted
 
     async def pause_provider(self, provider: str, seconds: int, reason: str) -> None:
-        await self._insist("pause_provider", provider, seconds, reason)
+        await self._insist("pause_provider", provider, seconds, self._quoted(reason))
 
     async def checkpoint(self, job: Job, provider_job_id: str) -> None:
         await self._checkpoint_jobs(job, provider_job_id)
@@ -545,8 +603,13 @@ class Database:
         await self._complete_jobs(job, Jsonb(images), Jsonb(metrics))
 
     async def fail_job(self, job: Job, error: JobError, metrics: dict[str, Any]) -> str:
-        what = (error.code, error.detail, error.retry_after, Jsonb(metrics))
+        detail = self._quoted(error.detail)
+        what = (error.code, detail, error.retry_after, Jsonb(metrics))
         return str(await self._fail_jobs(job, *what))
+
+    def _quoted(self, words: str) -> str:
+        """Others' words as they may be stored: for operators, but without secrets."""
+        return redact(words, self.secrets)[:DETAIL_CHARS]
 
     async def release_job(self, job: Job, resumes: bool = True) -> None:
         await self._insist("release_job", job.job_id, job.token, resumes)
@@ -586,7 +649,7 @@ class Database:
             delivery.token,
             verdict.outcome,
             verdict.status,
-            verdict.error,
+            verdict.error and self._quoted(verdict.error),
             verdict.retry_after,
         )
         return str(rows[0]["finish_delivery"])
@@ -810,7 +873,7 @@ class Replicate:
     @staticmethod
     def _raise_for_refusal(response: httpx.Response) -> None:
         status = response.status_code
-        detail = f"create: HTTP {status}: {response.text[:500]}"
+        detail = f"create: HTTP {status}: {response.text[:QUOTED_CHARS]}"
         if status in (401, 402, 403):
             raise ProviderDown(detail, may_have_bought=False)
         if status == 429:
@@ -869,7 +932,7 @@ class Replicate:
             if status == "succeeded":
                 return self._result(prediction)
             if status in ("failed", "canceled", "aborted"):  # nothing to resume
-                detail = str(prediction.get("error") or f"prediction {status}")[:500]
+                detail = str(prediction.get("error") or f"prediction {status}")[:QUOTED_CHARS]
                 moderated = status == "failed" and self.MODERATION.search(detail)
                 code = "moderated" if moderated else "provider_error"
                 raise JobError(code, detail, metrics=self._metrics(prediction))
@@ -944,7 +1007,7 @@ class Replicate:
         """Download from Replicate's own hosts only: outputs come from third-party code."""
         url = self._allowed(output)
         for _ in range(MAX_REDIRECTS + 1):
-            async with self.http.stream("GET", url) as response:
+            async with self.http.stream("GET", url, headers=UNPACKED) as response:
                 if response.has_redirect_location:
                     url = self._allowed(response.headers["location"], url)
                     continue
@@ -952,6 +1015,8 @@ class Replicate:
                     raise JobError("result_lost", f"output: HTTP {response.status_code}")
                 if not response.is_success:
                     raise JobError("internal", f"output: HTTP {response.status_code}")
+                if response.headers.get("content-encoding", "identity") != "identity":
+                    raise JobError("provider_error", "output: packed, although not asked for")
                 async for chunk in response.aiter_bytes(CHUNK_BYTES):
                     yield chunk
                 return
@@ -1104,7 +1169,7 @@ class Storage:
                 )
                 if response.is_success:
                     return size
-                reason, text = f"HTTP {response.status_code}", response.text[:200]
+                reason, text = f"HTTP {response.status_code}", response.text[:QUOTED_CHARS]
                 if is_final(response):
                     break
             except httpx.TransportError as error:
@@ -1112,6 +1177,12 @@ class Storage:
             log.warning("storage.retry job=%s reason=%r", path.split("/")[1], reason)
             await asyncio.sleep(backoff(attempt))
         raise JobError("internal", f"upload: {reason}: {text}")
+
+
+def reserve(size: int) -> None:
+    """Raises OSError unless a temporary file can have this many bytes."""
+    with tempfile.TemporaryFile() as file:
+        os.posix_fallocate(file.fileno(), 0, size)
 
 
 def is_public_host(host: str) -> bool:
@@ -1497,6 +1568,7 @@ class Worker:
         self.news_due: asyncio.TimerHandle | None = None
         self.stopping = asyncio.Event()
         self.worker_id = 0
+        self.is_full = True  # until a largest output proves to have room on the disk
         self.lease_seconds = 0.0
         self.last_beat = 0.0
 
@@ -1560,7 +1632,8 @@ class Worker:
         while not self.stopping.is_set():
             try:
                 self.freed.clear()
-                if len(self.running) >= self.settings.slots or not self._may_claim():
+                has_slots = len(self.running) < self.settings.slots
+                if not (has_slots and self._may_claim() and await self._has_room()):
                     await self._pause(self.freed, self.settings.poll_seconds)
                 elif not await self._claim():
                     await self._sleep()
@@ -1574,6 +1647,17 @@ class Worker:
     def _may_claim(self) -> bool:
         """A worker that cannot beat would lose what it claims."""
         return time.monotonic() - self.last_beat < self.lease_seconds
+
+    async def _has_room(self) -> bool:
+        """Look for room where there was none: what a full worker has made cannot be stored."""
+        if self.is_full:
+            try:
+                await asyncio.to_thread(reserve, self.settings.max_image_bytes)
+                self.is_full = False
+                log.info("worker.has_room folder=%s", tempfile.gettempdir())
+            except OSError as error:
+                log.error("worker.full error=%s", shortage(error))
+        return not self.is_full
 
     async def _claim(self) -> bool:
         began = time.monotonic()
@@ -1796,6 +1880,7 @@ class Worker:
     async def _fail(self, running: Running, error: JobError) -> None:
         running.is_ending = True
         job = running.job
+        self.is_full = self.is_full or error.code == "worker_full"
         try:
             outcome = await self.db.fail_job(job, error, running.metrics | error.metrics)
             log.warning("job.%s job=%s code=%s", outcome, job.job_id, error.code)
@@ -1826,12 +1911,20 @@ class Worker:
         log.info("job.%s job=%s", "canceled" if running.is_canceled else "released", job.job_id)
 
 
+def shortage(error: OSError) -> str:
+    """What there is none of, without the names of files."""
+    number = error.errno or 0
+    return f"{errno.errorcode.get(number, number)} {os.strerror(number)}"
+
+
 def as_job_error(error: Exception) -> JobError:
     """What fail_jobs is told. A library's message may hold addresses or input: only its type."""
     if isinstance(error, JobError):
         return error
     if isinstance(error, TimeoutError):
         return JobError("timeout", "deadline passed")
+    if isinstance(error, OSError) and error.errno in SHORTAGES:
+        return JobError("worker_full", shortage(error))
     frame = traceback.extract_tb(error.__traceback__)[-1]
     detail = f"{type(error).__name__} at {frame.name}:{frame.lineno}"
     log.error("job.unexpected error=%s", detail)
@@ -1865,7 +1958,7 @@ def on_signal(stopping: asyncio.Event) -> None:
 
 async def serve(settings: Settings) -> int:
     """Wire everything together and run one worker."""
-    db = Database(settings.database_url)
+    db = Database(settings.database_url, settings.secrets)
     async with httpx.AsyncClient(timeout=HTTP_TIMEOUT) as http:
         providers: dict[str, Provider] = {
             "preview": Preview(settings.preview_seconds, settings.preview_failure_rate)
@@ -1903,14 +1996,21 @@ async def serve(settings: Settings) -> int:
 
 def main() -> int:
     """Run until told to stop; answer the exit code."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    output = logging.StreamHandler(sys.stderr)
+    output.setFormatter(SafeFormatter())
+    logging.basicConfig(handlers=[output])
     try:
         settings = Settings.from_env(os.environ)
     except ConfigError as error:
         log.error("worker.misconfigured %s", error)
         return EXIT_CONFIG
+    output.setFormatter(SafeFormatter(settings.secrets))
     log.setLevel(settings.log_level)
-    return asyncio.run(serve(settings))
+    try:
+        return asyncio.run(serve(settings))
+    except Exception:
+        log.critical("worker.crashed", exc_info=True)
+        return EXIT_ERROR
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ insert into private.error_codes (
 ('provider_error', 'The image service failed to make this picture.', true, true, false, true),
 ('result_lost', 'The finished picture could not be fetched in time.', true, true, false, true),
 ('timeout', 'The picture took too long.', false, true, false, true),
+('worker_full', 'We have no room for your picture. Try again later.', true, false, true, false),
 ('internal', 'Something went wrong on our side.', true, true, true, false)
 on conflict do nothing;
 

@@ -31,6 +31,7 @@ RETRIES = {
     "provider_timeout": Retry(resumes=True),
     "provider_error": Retry(),
     "result_lost": Retry(),
+    "worker_full": Retry(uses_attempt=False, resumes=True),
     "internal": Retry(resumes=True),
 }
 FINAL = ("moderated", "invalid_input", "timeout")

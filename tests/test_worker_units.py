@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import io
 import json
 import os
@@ -240,6 +241,20 @@ def test_a_redirect_among_the_providers_hosts_is_followed():
     )
 
     assert web.read(DELIVERED) == b"x"
+
+
+@pytest.mark.parametrize("coding", ["gzip", "gzip, gzip", "deflate", "br", "GZIP"])
+def test_an_output_that_is_packed_is_refused_before_it_is_unpacked(coding):
+    bomb = gzip.compress(gzip.compress(bytes(10**6)))
+    answer = httpx.Response(
+        200, headers={"content-encoding": coding}, stream=httpx.ByteStream(bomb)
+    )
+    web = Web(replicate_delivery=answer)
+
+    with pytest.raises(JobError, match="provider_error: output: packed"):
+        web.read(DELIVERED)
+
+    assert web.requests[0].headers["accept-encoding"] == "identity"
 
 
 def test_redirects_in_a_circle_end():
