@@ -13,7 +13,7 @@ from database import PROJECT, Database
 from runbook import Section, titles
 
 # Which test runs the commands of which other section.
-RUN_BY: dict[str, str] = {}
+RUN_BY = {"Backup": "test_backup.py", "Restore": "test_backup.py"}
 ALERTS = [title.strip("`") for title in titles() if title.startswith("`")]
 
 
@@ -182,7 +182,8 @@ def test_what_the_hints_of_alerts_name_is_there(db):
     assert named <= {
         row["name"]
         for row in db.execute(
-            "select relname::text as name from pg_class where relnamespace = 'private'::regnamespace"
+            "select relname::text as name from pg_class"
+            " where relnamespace = 'private'::regnamespace"
             " union all select proname from pg_proc where pronamespace = 'private'::regnamespace"
         )
     }
