@@ -91,6 +91,10 @@ bench: setup-bench
 	@$(PYTHON) tests/bench/run.py $(PART) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(QUICK),--quick) \
 		$(if $(HOLD),--hold $(HOLD)) $(if $(ONLY),--only "$$ONLY")
 
+# Run workers on three hosts (network namespaces), cut one off and heal it; needs root.
+scale-out: setup
+	@$(PYTHON) tests/scale_out.py --durable $(if $(OPTIONS),$(OPTIONS))
+
 # Build the one migration of the first release from sql/.
 migration:
 	@mkdir -p supabase/migrations
@@ -105,4 +109,4 @@ lock: setup
 		&& renew worker && renew test --extra test && renew bench --extra test --extra bench
 
 .PHONY: help setup setup-app setup-browser setup-bench up down status env clean demo import-model app \
-	test test-app lint lint-app types bench migration lock
+	test test-app lint lint-app types bench scale-out migration lock
