@@ -13,7 +13,11 @@ from database import PROJECT, Database
 from runbook import Section, titles
 
 # Which test runs the commands of which other section.
-RUN_BY = {"Backup": "test_backup.py", "Restore": "test_backup.py"}
+RUN_BY = {
+    "Backup": "test_backup.py",
+    "Restore": "test_backup.py",
+    "Read replicas": "test_replica.py",
+}
 ALERTS = [title.strip("`") for title in titles() if title.startswith("`")]
 
 
