@@ -16,6 +16,8 @@ from runbook import Section, titles
 RUN_BY = {
     "Backup": "test_backup.py",
     "Restore": "test_backup.py",
+    "Moving to another project": "test_operations.py",
+    "Key rotation": "test_operations.py",
     "Read replicas": "test_replica.py",
 }
 ALERTS = [title.strip("`") for title in titles() if title.startswith("`")]
