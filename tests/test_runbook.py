@@ -18,6 +18,7 @@ RUN_BY = {
     "Restore": "test_backup.py",
     "Moving to another project": "test_operations.py",
     "Key rotation": "test_operations.py",
+    "Upgrading": "test_upgrade.py",
     "Read replicas": "test_replica.py",
 }
 ALERTS = [title.strip("`") for title in titles() if title.startswith("`")]
