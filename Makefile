@@ -91,6 +91,10 @@ bench: setup-bench
 	@$(PYTHON) tests/bench/run.py $(PART) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(QUICK),--quick) \
 		$(if $(HOLD),--hold $(HOLD)) $(if $(ONLY),--only "$$ONLY")
 
+# Run workers on three hosts (network namespaces), cut one off and heal it; needs root.
+scale-out: setup
+	@$(PYTHON) tests/scale_out.py --durable $(if $(OPTIONS),$(OPTIONS))
+
 # Build the one migration of the first release from sql/.
 migration:
 	@mkdir -p supabase/migrations
@@ -109,5 +113,5 @@ audit: setup
 	@$(PYTHON) -m venv .venv/audit && .venv/audit/bin/python -m pip install --quiet pip-audit==2.10.1
 	@$(PYTHON) scripts/audit.py .venv/audit/bin/pip-audit
 
-.PHONY: help setup setup-app setup-browser setup-bench up down status env clean demo import-model app \
-	test test-app lint lint-app types bench migration lock audit
+.PHONY: help setup setup-app setup-browser setup-bench up down status env clean demo import-model \
+	app test test-app lint lint-app types bench scale-out migration lock audit

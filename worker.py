@@ -316,6 +316,10 @@ class LeaseLost(Exception):
     """DR001: another worker has the job, or it is gone. Drop everything."""
 
 
+class Outdated(psycopg.OperationalError):
+    """The database has no such function: it is of another release. No job is to blame."""
+
+
 class Canceled(Exception):
     """The user canceled the job. Stop it."""
 
@@ -532,6 +536,8 @@ class Database:
         try:
             async with self.pool.connection(timeout=10) as connection:
                 return await (await connection.execute(query, args, binary=True)).fetchall()
+        except psycopg.errors.UndefinedFunction:
+            raise Outdated(f"no private.{function} for worker {version()}: upgrade it") from None
         except psycopg.Error as error:
             if error.sqlstate == "DR001":
                 raise LeaseLost from None

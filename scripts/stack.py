@@ -89,6 +89,7 @@ class Service:
     title: ClassVar[str]
     stop_signal: ClassVar[signal.Signals] = signal.SIGTERM
     stop_seconds: ClassVar[float] = 20
+    host = "127.0.0.1"  # where it listens
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.folder = folder
@@ -138,7 +139,7 @@ class Cluster(Service):
 
     def address(self) -> str:
         """Return host and port."""
-        return f"127.0.0.1:{self.settings.port('DATABASE_PORT')}"
+        return f"{self.host}:{self.settings.port('DATABASE_PORT')}"
 
     def url(self, role: str = "postgres") -> str:
         """Return the connection string of a role whose password this stack has set."""
@@ -151,7 +152,7 @@ class Cluster(Service):
             self._create()
         settings = {
             "port": self.settings.new_port("DATABASE_PORT"),
-            "listen_addresses": "127.0.0.1",
+            "listen_addresses": self.host,
             "unix_socket_directories": "",  # a socket's path is limited to 107 bytes, ours is not
             "max_connections": 200,
             "shared_preload_libraries": "pg_cron",
@@ -223,7 +224,7 @@ class Gateway(Service):
 
     def address(self) -> str:
         """Return the URL clients use."""
-        return f"http://127.0.0.1:{self.settings.port('API_PORT')}"
+        return f"http://{self.host}:{self.settings.port('API_PORT')}"
 
     def start(self, database_url: str) -> None:
         """Start it and wait until it answers; an empty database gets roles, `auth`, `storage`."""
@@ -231,7 +232,11 @@ class Gateway(Service):
         home.mkdir(mode=0o700, exist_ok=True)
         self._configure(home / "supabase" / "config.json", database_url)
         process = self._run(
-            [node(), NODE_MODULES / "@supabase/lite/dist/cli/index.js", "start", "--no-admin"],
+            [
+                node(),
+                NODE_MODULES / "@supabase/lite/dist/cli/index.js",
+                *("start", "--no-admin", f"--host={self.host}"),
+            ],
             cwd=home,
             env=os.environ | {"EXPERIMENTAL_STORAGE": "1", "LITE_TELEMETRY": "0"},
         )

@@ -12,8 +12,10 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
+import partitioned
 import pytest
 from actors import Anon, Service, User, Worker
 from database import SEED, Database, Server
@@ -62,9 +64,14 @@ def supabase_template(server: Server, stopped_stack: Stack) -> str:
 
 @pytest.fixture(scope="session")
 def template(server: Server, supabase_template: str) -> str:
-    """Name of a database with Darkroom and its seed installed."""
+    """Name of a database with Darkroom and its seed installed; with PARTITIONED=1 in partitions."""
     database = server.create(supabase_template)
-    database.install(SEED)
+    if os.environ.get("PARTITIONED"):
+        script = partitioned.edited(*partitioned.around(datetime.now(UTC))) + SEED.read_text()
+        done = database.psql(script=script)
+        assert done.returncode == 0, done.stderr
+    else:
+        database.install(SEED)
     return database.name
 
 

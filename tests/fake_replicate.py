@@ -130,7 +130,7 @@ class Run:
 class FakeReplicate:
     """The provider, on a free local port, as a context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1") -> None:
         self.token = "r8_" + secrets.token_hex(16)
         self.default = Behaviour()
         self.predictions: dict[str, dict[str, Any]] = {}  # as clients see them, oldest first
@@ -146,7 +146,7 @@ class FakeReplicate:
         self._runs: dict[str, Run] = {}
         self._changed = threading.Condition()  # guards everything above
         self._closing = threading.Event()  # cuts slow answers short
-        self._server = Server(("127.0.0.1", 0), Handler)
+        self._server = Server((host, 0), Handler)
         self._server.fake = self
 
     def __enter__(self) -> "FakeReplicate":
@@ -160,7 +160,7 @@ class FakeReplicate:
 
     @property
     def origin(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}"
+        return "http://{}:{}".format(*self._server.server_address)
 
     @property
     def url(self) -> str:

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,11 +43,14 @@ def eventually(condition: Callable[[], T], within: float = 15) -> T:
 class WorkerProcess:
     """One `worker.py`."""
 
-    def __init__(self, log_file: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self, log_file: Path, environment: dict[str, str], within: Sequence[str] = ()
+    ) -> None:
+        """Start it, with another program that runs it in front, if wanted."""
         self.log_file = log_file
         with log_file.open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, PROJECT / "worker.py"],
+                [*within, sys.executable, PROJECT / "worker.py"],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

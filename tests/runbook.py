@@ -1,0 +1,74 @@
+"""docs/RUNBOOK.md as tests see it: sections by title, and their commands run as it says.
+
+    Section("Restore").sh(ADMIN_URL=…)       # every shell block, in order, in one shell
+    Section("`stuck`").sql(db.url, pid=7)    # every SQL block, in order, in one psql
+
+A command that fails fails the test.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+from database import PROJECT
+
+from stack import postgres_program
+
+RUNBOOK = PROJECT / "docs" / "RUNBOOK.md"
+HEADING = re.compile(r"(?m)^#{2,3} (.+)$")
+BLOCK = re.compile(r"(?ms)^```(\w+)\n(.*?)^```$")
+
+
+def titles() -> list[str]:
+    """Return the titles of all sections, in order."""
+    return HEADING.findall(BLOCK.sub("", RUNBOOK.read_text()))
+
+
+class Section:
+    """What stands under one title, down to the next."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        _, _, rest = RUNBOOK.read_text().partition(f"# {title}\n")
+        assert rest, f"no section {title}"
+        blocks = BLOCK.findall(rest)
+        inside = BLOCK.sub("", rest)  # a comment in a shell block is no heading
+        end = HEADING.search(inside)
+        self.text = inside[: end.start()] if end else inside
+        count = len(BLOCK.findall(rest[: rest.find(end[0])])) if end else len(blocks)
+        self.blocks = blocks[:count]
+
+    def of(self, language: str) -> list[str]:
+        """Return its blocks in a language."""
+        return [text for name, text in self.blocks if name == language]
+
+    def sql(self, url: str, **variables: object) -> str:
+        """Run its SQL in one psql session; return what that printed."""
+        options = [f"--set={name}={value}" for name, value in variables.items()]
+        script = "\n".join(self.of("sql"))
+        return run([str(postgres_program("psql")), url, "-X", *options], script, {})
+
+    def sh(self, folder: Path, **environment: str) -> str:
+        """Run its shell blocks in one shell, in a checkout; what they write goes to a folder."""
+        script = "\n".join(self.of("sh"))
+        return run(["bash", "-euo", "pipefail"], script, {"BACKUP": str(folder)} | environment)
+
+
+def run(command: list[str], script: str, environment: dict[str, str]) -> str:
+    """Run a script to its end and return what it printed."""
+    programs = f"{postgres_program('psql').parent}:{PROJECT / '.venv/bin'}"
+    done = subprocess.run(
+        command,
+        input="\\set ON_ERROR_STOP on\n" + script if command[0].endswith("psql") else script,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=PROJECT,
+        env=os.environ | {"PATH": f"{programs}:{os.environ['PATH']}"} | environment,
+        timeout=120,
+    )
+    assert done.returncode == 0, f"{script}\n{done.stdout}{done.stderr}"
+    return done.stdout
