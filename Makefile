@@ -56,6 +56,14 @@ import-model: setup
 		$(if $(CREDITS),--credits "$$CREDITS") $(if $(PAID_CREDITS),--paid-credits "$$PAID_CREDITS") \
 		$(if $(ALLOW),--allow "$$ALLOW") $(if $(SET),--set "$$SET") $(if $(DRY_RUN),--dry-run)
 
+# Try all that the local worker needs, and say in one line each what is wrong.
+check-worker:
+	@$(STACK) check
+
+# Install the worker on this machine, under systemd; needs root. Adds nothing that is in place.
+install-worker:
+	@scripts/install_worker
+
 # Build the example app for the web and serve it, with the stack behind it.
 app: setup-app
 	@$(PYTHON) scripts/app.py show
@@ -104,5 +112,6 @@ lock: setup
 			--no-header --no-annotate $(if $(UPGRADE),--upgrade) "$$@" --output-file $$file pyproject.toml -; } \
 		&& renew worker && renew test --extra test && renew bench --extra test --extra bench
 
-.PHONY: help setup setup-app setup-browser setup-bench up down status env clean demo import-model app \
+.PHONY: help setup setup-app setup-browser setup-bench up down status env clean demo import-model \
+	check-worker install-worker app \
 	test test-app lint lint-app types bench migration lock
