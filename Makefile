@@ -56,6 +56,10 @@ import-model: setup
 		$(if $(CREDITS),--credits "$$CREDITS") $(if $(PAID_CREDITS),--paid-credits "$$PAID_CREDITS") \
 		$(if $(ALLOW),--allow "$$ALLOW") $(if $(SET),--set "$$SET") $(if $(DRY_RUN),--dry-run)
 
+# Apply the migrations to a database: shows what, asks, does it. DATABASE_URL=postgresql://… YES=1
+migrate: setup
+	@$(PYTHON) scripts/migrate.py
+
 # Try all that the local worker needs, and say in one line each what is wrong.
 check-worker:
 	@$(STACK) check
@@ -113,5 +117,5 @@ lock: setup
 		&& renew worker && renew test --extra test && renew bench --extra test --extra bench
 
 .PHONY: help setup setup-app setup-browser setup-bench up down status env clean demo import-model \
-	check-worker install-worker app \
+	migrate check-worker install-worker app \
 	test test-app lint lint-app types bench migration lock
