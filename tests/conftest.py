@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import containers
 import pytest
 from actors import Anon, Service, User, Worker
 from database import SEED, Database, Server
@@ -22,6 +23,11 @@ from stack import Stack, interrupt
 
 MEMORY = Path("/dev/shm")
 MEMORY_BYTES = 2 * 1024**3
+
+
+def pytest_configure() -> None:
+    """Refuse to start where the stack that was asked for cannot be had."""
+    containers.refuse_unusable(os.environ)
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +39,8 @@ def stopped_stack() -> Iterator[Stack]:
     parent = MEMORY if in_memory and os.access(MEMORY, os.W_OK) else None
     folder = Path(tempfile.mkdtemp(prefix="darkroom-tests-", dir=parent))
     folder.chmod(0o711)
-    stack = Stack(folder, fsync=False)
+    wants_containers = containers.is_wanted()
+    stack = containers.ContainerStack(folder) if wants_containers else Stack(folder, fsync=False)
     try:
         yield stack
     finally:
