@@ -10,7 +10,11 @@
 
 It may die at any instruction: the lease runs out, another worker resumes the checkpointed id.
 
-Environment (* required):
+`worker.py check` tries all it needs (rights, LISTEN, pg_cron, Storage, the provider's key), says in
+one line each what is wrong, and does no work.
+
+Environment (* required). A file of that name in $CREDENTIALS_DIRECTORY, where systemd puts what
+LoadCredential names, goes before the variable:
     DATABASE_URL *          PostgreSQL, as role darkroom_worker; direct or session mode, for LISTEN.
                             Behind a transaction pooler it polls, and prepares no statements
     SUPABASE_URL *          where /storage/v1 is
@@ -34,7 +38,8 @@ Environment (* required):
                             there, a worker that had to do without claims nothing
 
 Exit codes: 0 stopped as asked, 1 the database or something unexpected, 2 bad configuration,
-3 ended by a second signal or the hard deadline, with jobs left to their leases.
+3 ended by a second signal or the hard deadline, with jobs left to their leases. Of a check: 0 all
+is well, 1 something is wrong, 2 bad configuration.
 """
 
 from __future__ import annotations
@@ -73,7 +78,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from importlib import metadata
-from typing import IO, Any, Protocol, TypeVar
+from pathlib import Path
+from typing import IO, Any, ClassVar, Protocol, TypeVar
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 from uuid import UUID, uuid4
 from xml.parsers import expat
@@ -96,7 +102,9 @@ RECOVERY_SECONDS = 30.0  # between two looks for stale jobs
 ERASE_SECONDS = 60.0  # between two looks for what has been kept long enough
 ERASE_FILES = 100  # deleted in one request
 SECOND_LOOK_SECONDS = 0.2  # at most, between going to sleep and the last claim before waiting
-LISTEN_CHECK_SECONDS = 10.0  # silence after which the LISTEN connection is tested
+LISTEN_CHECK_SECONDS = 10.0  # silence after which a NOTIFY to ourselves tests LISTEN
+LISTEN_ANSWER_SECONDS = 3.0  # within which it must arrive
+DEAF_SECONDS = 60.0  # between two tries to LISTEN where no NOTIFY arrives
 PROGRESS_SECONDS = 1.0  # between two heartbeats that only bring news of progress
 CANCEL_SECONDS = 5.0  # at most, for telling the provider to stop
 RELEASE_SECONDS = 10.0  # hard deadline for releasing jobs once the grace time is over
@@ -164,7 +172,8 @@ KEEPALIVES: dict[str, Any] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,  # milliseconds
 }
-CANCEL = "cancel"  # payload of the NOTIFY that says so
+CANCEL, PROBE = "cancel", "probe"  # payloads of NOTIFY: jobs to stop, and a test of LISTEN
+CREDENTIAL_PREFIX = "darkroom_"  # what LoadCredential=darkroom:FOLDER puts before a file's name
 EXIT_OK, EXIT_ERROR, EXIT_CONFIG, EXIT_FORCED = 0, 1, 2, 3
 
 MIN_SECRET_CHARS = 6  # shorter ones would take away words
@@ -254,6 +263,19 @@ class Settings:
             preview_failure_rate=_number(env, "PREVIEW_FAILURE_RATE", 0, 0, 1),
             log_level=_choice(env, "LOG_LEVEL", "INFO", ("DEBUG", "INFO", "WARNING", "ERROR")),
         )
+
+
+def with_credentials(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment and, before it, the files of $CREDENTIALS_DIRECTORY. Raises ConfigError."""
+    values = dict(env)
+    if folder := env.get("CREDENTIALS_DIRECTORY"):
+        try:
+            for file in filter(Path.is_file, Path(folder).iterdir()):
+                if text := file.read_text().strip():
+                    values[file.name.removeprefix(CREDENTIAL_PREFIX)] = text
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"CREDENTIALS_DIRECTORY: {type(error).__name__}") from None
+    return values
 
 
 def _given(env: Mapping[str, str]) -> dict[str, str]:
@@ -352,6 +374,10 @@ class StorageRefused(Exception):
     """Storage did not delete what it was asked to."""
 
 
+class Deaf(psycopg.OperationalError):
+    """LISTEN was accepted, and a NOTIFY did not arrive: a transaction pooler is in between."""
+
+
 class UnknownOutcome(Exception):
     """A create was sent and its answer lost: it may have been bought."""
 
@@ -383,6 +409,15 @@ class Delivery:
     url: str | None
     secrets: list[str] | None
     body: str | None  # None: a push that nobody should get any more
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of a check, as private.check_setup answers it: ok, note or wrong."""
+
+    part: str
+    verdict: str
+    detail: str
 
 
 @dataclass(frozen=True)
@@ -507,11 +542,20 @@ class Batch:
 
 
 class Database:
-    """The worker's functions of schema private, one method each. There is no other SQL here."""
+    """The worker's functions of schema private, one method each. Other SQL is LISTEN and NOTIFY."""
+
+    FUNCTIONS: ClassVar = (
+        *("adopt_provider_job", "apply_retention", "begin_creates", "cancel_job", "check_setup"),
+        *("checkpoint_jobs", "claim_deliveries", "claim_jobs", "complete_jobs", "due_lanes"),
+        *("fail_jobs", "finish_delivery", "forget_files", "heartbeat", "list_expired_files"),
+        *("pause_provider", "recover_stale_jobs", "register_worker", "release_job"),
+        *("report_progress", "sleep", "unregister_worker"),
+    )
 
     def __init__(self, url: str, secrets: Iterable[str] = ()) -> None:
         self.url, self.secrets = url, secrets
         self.is_listening = True  # until the contrary is known
+        self.has_listened = asyncio.Event()  # or tried to: what is_listening says is known
         options = {"autocommit": True, "row_factory": dict_row, **KEEPALIVES}
         # Left alone, the pool doubles its pause between tries: long after the database is back.
         self.pool = AsyncConnectionPool(
@@ -660,6 +704,16 @@ class Database:
         )
         return str(rows[0]["finish_delivery"])
 
+    async def check_setup(self) -> list[Finding]:
+        rows = await self._call("check_setup", list(self.FUNCTIONS))
+        return [Finding(**row) for row in rows]
+
+    def connect(self) -> Awaitable[psycopg.AsyncConnection[Any]]:
+        """Open a connection beside the pool. Its error says what is wrong, as the pool's do not."""
+        return psycopg.AsyncConnection.connect(
+            self.url, autocommit=True, connect_timeout=10, **KEEPALIVES
+        )
+
     async def listen(self, channel: str, on_notify: Callable[[str], None]) -> None:
         """Hand on every NOTIFY, for ever, from a connection of its own; reconnect when it dies.
 
@@ -668,18 +722,19 @@ class Database:
         attempt = 0
         while True:
             try:
-                async with await psycopg.AsyncConnection.connect(
-                    self.url, autocommit=True, connect_timeout=10, **KEEPALIVES
-                ) as connection:
+                async with await self.connect() as connection:
                     await connection.execute(sql.SQL("listen {}").format(sql.Identifier(channel)))
+                    on_notify(CANCEL)
+                    await self.hear(connection, channel, on_notify)
                     log.info("listen.started channel=%s", channel)
                     attempt = 0
-                    on_notify(CANCEL)
                     await self._forward(connection, channel, on_notify)
             except psycopg.OperationalError as error:
                 self.is_listening = False
-                log.warning("listen.lost error=%s", type(error).__name__)
-                await asyncio.sleep(backoff(attempt))
+                self.has_listened.set()
+                is_deaf = isinstance(error, Deaf)
+                log.warning("listen.lost error=%s", error if is_deaf else type(error).__name__)
+                await asyncio.sleep(DEAF_SECONDS if is_deaf else backoff(attempt))
                 attempt += 1
 
     async def _forward(
@@ -689,12 +744,38 @@ class Database:
         on_notify: Callable[[str], None],
     ) -> None:
         while True:
+            is_silent = True
             async for notice in connection.notifies(timeout=LISTEN_CHECK_SECONDS, stop_after=1):
                 on_notify(notice.payload)
-            cursor = await connection.execute("select pg_listening_channels()")
-            if (channel,) not in await cursor.fetchall():
-                raise psycopg.OperationalError("the connection does not listen: a pooler?")
-            self.is_listening = True
+                is_silent = False
+            if is_silent:
+                await self.hear(connection, channel, on_notify)
+
+    async def hear(
+        self,
+        connection: psycopg.AsyncConnection[Any],
+        channel: str,
+        on_notify: Callable[[str], None],
+    ) -> None:
+        """Have another connection send a NOTIFY, and hand on what comes before it. Raises Deaf.
+
+        Not the same connection: a pooler may have the session that listens answer it by chance.
+        """
+        async with self.pool.connection(timeout=10) as other:
+            await other.execute("select pg_notify(%s, %s)", (channel, PROBE))
+        give_up_at, payloads = time.monotonic() + LISTEN_ANSWER_SECONDS, set[str]()
+        while PROBE not in payloads:
+            if (left := give_up_at - time.monotonic()) <= 0:
+                raise Deaf(
+                    "DATABASE_URL: a NOTIFY did not arrive, as through a transaction pooler: jobs "
+                    "are found by polling. Use a direct or session-mode connection"
+                )
+            async for notice in connection.notifies(timeout=left, stop_after=1):
+                payloads.add(notice.payload)
+                if notice.payload != PROBE:
+                    on_notify(notice.payload)
+        self.is_listening = True
+        self.has_listened.set()
 
 
 # --- providers ----------------------------------------------------------------------------------
@@ -915,6 +996,15 @@ class Replicate:
             and all(given.get(k) == v for k, v in known if k not in job.image_inputs)
         )
 
+    async def check(self) -> Finding:
+        """Whether the key opens the account; nothing is bought."""
+        response = await self.http.get(f"{self.base_url}/account", headers=self.headers)
+        if response.is_success:
+            return Finding("replicate", "ok", "the key opens the account")
+        why = "the key is refused" if response.status_code in (401, 403) else "no answer to trust"
+        detail = f"REPLICATE_API_TOKEN: {why}: HTTP {response.status_code}"
+        return Finding("replicate", "wrong", detail)
+
     async def upload(self, name: str, file: IO[bytes]) -> str:
         """Upload through the files API, where Storage cannot be reached from outside."""
         file.seek(0)
@@ -1116,6 +1206,16 @@ class Storage:
             raise StorageRefused(type(error).__name__) from None
         if not response.is_success:
             raise StorageRefused(f"HTTP {response.status_code}")
+
+    async def check(self) -> Finding:
+        """Write a file where images go, and delete it again. Raises JobError or StorageRefused."""
+        path = f"darkroom-check/{uuid4()}.bin"
+        await self._upload(path, io.BytesIO(b"check"), INERT_TYPE)
+        await self.remove(BUCKET, [path])
+        left = await self.http.get(f"{self.base_url}/{path}", headers=self.headers)
+        if left.is_success:
+            return Finding("storage", "wrong", f"{BUCKET}/{path} was not deleted")
+        return Finding("storage", "ok", f"a file was written to bucket {BUCKET} and deleted")
 
     async def store(
         self, job: Job, position: int, body: AsyncGenerator[bytes, None]
@@ -1527,6 +1627,24 @@ class Outbox:
 # --- the worker ---------------------------------------------------------------------------------
 
 
+class Systemd:
+    """Tells systemd how the worker is, as sd_notify does; nobody where it was not started by it."""
+
+    def __init__(self, address: str | None) -> None:
+        self.address = address and re.sub("^@", "\0", address)
+
+    def tell(self, *assignments: str) -> None:
+        """Send READY=1, STATUS=… and the like. Never waits."""
+        if not self.address:
+            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.setblocking(False)
+            try:
+                channel.sendto("\n".join(assignments).encode(), self.address)
+            except OSError as error:
+                log.warning("systemd.unreachable error=%s", error)
+
+
 @dataclass
 class Running:
     """A job in a slot."""
@@ -1567,6 +1685,7 @@ class Worker:
     ) -> None:
         self.settings, self.db, self.providers, self.storage = settings, db, providers, storage
         self.outbox = outbox
+        self.systemd = Systemd(None)
         self.running: dict[int, Running] = {}  # by token: a lost job may be claimed again here
         self.wake = asyncio.Event()
         self.freed = asyncio.Event()  # a slot
@@ -1577,6 +1696,7 @@ class Worker:
         self.is_full = True  # until a largest output proves to have room on the disk
         self.lease_seconds = 0.0
         self.last_beat = 0.0
+        self.last_told = 0.0  # systemd
 
     async def run(self) -> None:
         """Register, then work until stopping is set and the jobs have ended or are released."""
@@ -1644,11 +1764,28 @@ class Worker:
                 elif not await self._claim():
                     await self._sleep()
                 attempt = 0
+                self._tell_systemd()
             except psycopg.OperationalError as error:
                 log.warning("claim.failed error=%s", type(error).__name__)
+                self.systemd.tell(f"STATUS=no answer from the database: {type(error).__name__}")
                 self.wake.clear()
                 await self._pause(self.wake, backoff(attempt))
                 attempt += 1
+
+    def _tell_systemd(self) -> None:
+        """Feed the watchdog at the end of a turn, once for each beat that was answered.
+
+        So it goes hungry when this loop stands still, and when the database does not answer.
+        """
+        if self.db.has_listened.is_set() and self.last_beat > self.last_told:
+            wakes = (
+                "is woken by NOTIFY" if self.db.is_listening else "polls, as LISTEN does not work"
+            )
+            slots = f"{len(self.running)} of {self.settings.slots} slots busy"
+            self.systemd.tell(
+                "READY=1", "WATCHDOG=1", f"STATUS=worker {self.worker_id}: {slots}, {wakes}"
+            )
+            self.last_told = time.monotonic()
 
     def _may_claim(self) -> bool:
         """A worker that cannot beat would lose what it claims."""
@@ -1750,6 +1887,7 @@ class Worker:
         released, deliveries sent again by others.
         """
         log.info("worker.stopping running=%s", len(self.running))
+        self.systemd.tell("STOPPING=1", "WATCHDOG=1", f"STATUS=ends {len(self.running)} jobs")
         with contextlib.suppress(psycopg.OperationalError):
             await self.db.unregister_worker(self.worker_id)  # or a wake-up would be lost on it
         tasks = [*(each.task for each in self.running.values()), *self.outbox.lanes.values()]
@@ -1962,6 +2100,28 @@ def on_signal(stopping: asyncio.Event) -> None:
     stopping.set()
 
 
+def make_replicate(settings: Settings, http: httpx.AsyncClient) -> Replicate | None:
+    """Answer Replicate, if there is a key for it."""
+    if not settings.replicate_api_token:
+        return None
+    return Replicate(
+        http,
+        settings.replicate_api_url,
+        settings.replicate_api_token,
+        settings.replicate_settle_seconds,
+    )
+
+
+def make_storage(settings: Settings, http: httpx.AsyncClient) -> Storage:
+    return Storage(
+        http,
+        settings.supabase_url,
+        settings.supabase_service_key,
+        settings.max_image_bytes,
+        settings.image_preview_pixels,
+    )
+
+
 async def serve(settings: Settings) -> int:
     """Wire everything together and run one worker."""
     db = Database(settings.database_url, settings.secrets)
@@ -1969,21 +2129,11 @@ async def serve(settings: Settings) -> int:
         providers: dict[str, Provider] = {
             "preview": Preview(settings.preview_seconds, settings.preview_failure_rate)
         }
-        if settings.replicate_api_token:
-            providers["replicate"] = Replicate(
-                http,
-                settings.replicate_api_url,
-                settings.replicate_api_token,
-                settings.replicate_settle_seconds,
-            )
-        storage = Storage(
-            http,
-            settings.supabase_url,
-            settings.supabase_service_key,
-            settings.max_image_bytes,
-            settings.image_preview_pixels,
-        )
-        worker = Worker(settings, db, providers, storage, Outbox(settings, db, http))
+        if replicate := make_replicate(settings, http):
+            providers["replicate"] = replicate
+        storage, outbox = make_storage(settings, http), Outbox(settings, db, http)
+        worker = Worker(settings, db, providers, storage, outbox)
+        worker.systemd = Systemd(os.environ.get("NOTIFY_SOCKET"))
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, on_signal, worker.stopping)
         try:
@@ -2000,20 +2150,89 @@ async def serve(settings: Settings) -> int:
     return EXIT_OK
 
 
+async def check_database(db: Database) -> list[Finding]:
+    """Rights, pg_cron and Storage's policies, as the database itself sees them."""
+    async with await db.connect():  # says why it cannot, which the pool keeps for itself
+        pass
+    await db.pool.open(wait=True, timeout=15)
+    try:
+        return await db.check_setup()
+    except (psycopg.errors.UndefinedFunction, psycopg.errors.InvalidSchemaName):
+        detail = "no Darkroom of this version here: apply supabase/migrations"
+    except psycopg.errors.InsufficientPrivilege:
+        detail = "DATABASE_URL: its role is not darkroom_worker"
+    return [Finding("database", "wrong", detail)]
+
+
+async def check_listen(db: Database) -> list[Finding]:
+    """Whether a NOTIFY arrives."""
+    channel, began = f"darkroom_check_{uuid4().hex}", time.monotonic()
+    async with await db.connect() as connection:
+        await connection.execute(sql.SQL("listen {}").format(sql.Identifier(channel)))
+        await db.hear(connection, channel, lambda _: None)
+    milliseconds = 1000 * (time.monotonic() - began)
+    return [Finding("listen", "ok", f"a NOTIFY arrived within {milliseconds:.0f} ms")]
+
+
+async def check_storage(storage: Storage) -> list[Finding]:
+    return [await storage.check()]
+
+
+async def check_replicate(replicate: Replicate | None) -> list[Finding]:
+    if replicate:
+        return [await replicate.check()]
+    detail = "REPLICATE_API_TOKEN is not set: jobs for its models fail here"
+    return [Finding("replicate", "note", detail)]
+
+
+async def look(part: str, finding: Awaitable[list[Finding]]) -> bool:
+    """Print what a part of the check finds, a line each; answer whether all is well."""
+    try:
+        findings = await finding
+    except httpx.HTTPError as error:
+        name = "REPLICATE_API_URL" if part == "replicate" else "SUPABASE_URL"
+        findings = [Finding(part, "wrong", f"{name}: {type(error).__name__}")]
+    except (psycopg.Error, JobError, StorageRefused) as error:
+        detail = error if isinstance(error, Deaf | JobError) else f"{type(error).__name__}: {error}"
+        findings = [Finding(part, "wrong", str(detail))]
+    for each in findings:
+        print(f"{each.verdict:5}  {each.part:9}  {' '.join(each.detail.split())}", flush=True)
+    return all(each.verdict != "wrong" for each in findings)
+
+
+async def check(settings: Settings) -> int:
+    """Try all that a worker needs, and change nothing."""
+    db = Database(settings.database_url, settings.secrets)
+    async with httpx.AsyncClient(timeout=HTTP_TIMEOUT) as http:
+        try:
+            is_well = [
+                await look("database", check_database(db)),
+                not db.pool.closed and await look("listen", check_listen(db)),
+                await look("storage", check_storage(make_storage(settings, http))),
+                await look("replicate", check_replicate(make_replicate(settings, http))),
+            ]
+        finally:
+            await db.pool.close()
+    return EXIT_OK if all(is_well) else EXIT_ERROR
+
+
 def main() -> int:
     """Run until told to stop; answer the exit code."""
     output = logging.StreamHandler(sys.stderr)
     output.setFormatter(SafeFormatter())
     logging.basicConfig(handlers=[output])
+    if sys.argv[1:] not in ([], ["check"]):
+        log.error("worker.misconfigured arguments: only `check` is one")
+        return EXIT_CONFIG
     try:
-        settings = Settings.from_env(os.environ)
+        settings = Settings.from_env(with_credentials(os.environ))
     except ConfigError as error:
         log.error("worker.misconfigured %s", error)
         return EXIT_CONFIG
     output.setFormatter(SafeFormatter(settings.secrets))
     log.setLevel(settings.log_level)
     try:
-        return asyncio.run(serve(settings))
+        return asyncio.run(check(settings) if sys.argv[1:] else serve(settings))
     except Exception:
         log.critical("worker.crashed", exc_info=True)
         return EXIT_ERROR

@@ -263,15 +263,15 @@ class Gateway(Service):
 class Worker(Service):
     """The worker, as `worker.py` runs in production."""
 
+    COMMAND: ClassVar = (sys.executable, PROJECT / "worker.py")
+
     name = "worker"
     title = "Worker"
     stop_seconds = 60  # it finishes or hands back the jobs it holds
 
     def start(self, environment: Mapping[str, str]) -> None:
         """Start it; a worker has nothing to answer, so its log tells how it fares."""
-        self._run(
-            [sys.executable, PROJECT / "worker.py"], cwd=PROJECT, env=os.environ | environment
-        )
+        self._run(self.COMMAND, cwd=PROJECT, env=os.environ | environment)
 
 
 class Migrations:
@@ -398,6 +398,14 @@ class Stack:
             "WORKER_DATABASE_URL": self.worker_database_url,
         }
 
+    def worker_environment(self) -> dict[str, str]:
+        """Return what a worker of this stack needs to know."""
+        return {
+            "DATABASE_URL": self.worker_database_url,
+            "SUPABASE_URL": self.api_url,
+            "SUPABASE_SERVICE_KEY": self.service_role_key,
+        }
+
     def _is_ours(self) -> bool:
         """Say whether the folder is a stack's: `clean` deletes no folder named by mistake."""
         return self.settings.file.exists()
@@ -413,13 +421,7 @@ class Stack:
             self.gateway.start(self.database_url)
         self._set_worker_password()  # the migration makes the role without one
         if self.with_worker and not self.worker.is_running():
-            self.worker.start(
-                {
-                    "DATABASE_URL": self.worker_database_url,
-                    "SUPABASE_URL": self.api_url,
-                    "SUPABASE_SERVICE_KEY": self.service_role_key,
-                }
-            )
+            self.worker.start(self.worker_environment())
 
     def _stop(self, services: list[Service]) -> None:
         for service in reversed(services):
@@ -504,6 +506,14 @@ def show_environment(stack: Stack) -> None:
         print(f"export {name}={shlex.quote(value)}")
 
 
+def check_worker(stack: Stack) -> int:
+    """Have a worker try all it needs; return its exit code."""
+    if not stack.settings.file.exists():
+        raise StackError("there is no stack yet: run make up")
+    environment = os.environ | stack.worker_environment()
+    return subprocess.call([*stack.worker.COMMAND, "check"], cwd=PROJECT, env=environment)
+
+
 def interrupt(*_: object) -> NoReturn:
     """Turn a request to end into an exception, so that `up` can clean up after itself."""
     raise KeyboardInterrupt
@@ -512,7 +522,7 @@ def interrupt(*_: object) -> NoReturn:
 def main() -> None:
     """Run one command from the command line."""
     parser = argparse.ArgumentParser(description="Run the local stack.")
-    parser.add_argument("command", choices=["up", "down", "status", "env", "clean"])
+    parser.add_argument("command", choices=["up", "down", "status", "check", "env", "clean"])
     command = parser.parse_args().command
     signal.signal(signal.SIGTERM, interrupt)
     stack = Stack.local(with_worker=True)
@@ -524,6 +534,8 @@ def main() -> None:
                 stack.down()
             case "status":
                 show_status(stack)
+            case "check":
+                sys.exit(check_worker(stack))
             case "env":
                 show_environment(stack)
             case "clean":

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+import containers
 import partitioned
 import pytest
 from actors import Anon, Service, User, Worker
@@ -26,6 +27,11 @@ MEMORY = Path("/dev/shm")
 MEMORY_BYTES = 2 * 1024**3
 
 
+def pytest_configure() -> None:
+    """Refuse to start where the stack that was asked for cannot be had."""
+    containers.refuse_unusable(os.environ)
+
+
 @pytest.fixture(scope="session")
 def stopped_stack() -> Iterator[Stack]:
     """A stack in a temporary folder, of which nothing runs yet; all of it is gone afterwards."""
@@ -35,7 +41,8 @@ def stopped_stack() -> Iterator[Stack]:
     parent = MEMORY if in_memory and os.access(MEMORY, os.W_OK) else None
     folder = Path(tempfile.mkdtemp(prefix="darkroom-tests-", dir=parent))
     folder.chmod(0o711)
-    stack = Stack(folder, fsync=False)
+    wants_containers = containers.is_wanted()
+    stack = containers.ContainerStack(folder) if wants_containers else Stack(folder, fsync=False)
     try:
         yield stack
     finally:

@@ -186,6 +186,7 @@ class Victim:
             "resumes": True,
             "retry_after_seconds": [1],
             "finish_delivery.retry_after_seconds": 1,
+            "functions": ["claim_jobs"],
             "seconds": 1,
             "slots": 1,
             "stages": ["storing"],

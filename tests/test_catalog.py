@@ -107,6 +107,7 @@ MAY_EXECUTE = {
         "private.apply_retention(integer)",
         "private.begin_creates(uuid[],bigint[])",
         "private.cancel_job(uuid,bigint,jsonb)",
+        "private.check_setup(text[])",
         "private.checkpoint_jobs(uuid[],bigint[],text[])",
         "private.claim_deliveries(text,integer)",
         "private.claim_jobs(bigint,integer)",
