@@ -46,6 +46,14 @@ env:
 clean:
 	@$(STACK) clean
 
+# Show queue, workers, rates, errors and recent jobs: make top EVERY=5, or make top JSON=1 for a script.
+top:
+	@$(PYTHON) scripts/watch.py top $(if $(EVERY),--every "$$EVERY") $(if $(JSON),--json)
+
+# Print a key for the operator page: JWT_SECRET=... make monitor-key DAYS=30
+monitor-key:
+	@$(PYTHON) scripts/watch.py key $(if $(DAYS),--days "$$DAYS")
+
 # Generate an image from start to end: make demo PROMPT="a lighthouse at dusk"
 demo: setup
 	@$(PYTHON) examples/demo.py $(if $(PROMPT),"$$PROMPT")
@@ -104,5 +112,5 @@ lock: setup
 			--no-header --no-annotate $(if $(UPGRADE),--upgrade) "$$@" --output-file $$file pyproject.toml -; } \
 		&& renew worker && renew test --extra test && renew bench --extra test --extra bench
 
-.PHONY: help setup setup-app setup-browser setup-bench up down status env clean demo import-model app \
-	test test-app lint lint-app types bench migration lock
+.PHONY: help setup setup-app setup-browser setup-bench up down status env top monitor-key clean demo \
+	import-model app test test-app lint lint-app types bench migration lock

@@ -61,7 +61,7 @@ def start_postgrest(binary: str, stack: Stack, db: Database) -> tuple[Process, s
     role, password = f"authenticator_of_{db.name}", secrets.token_hex(16)
     db.execute(SUPABASE_UID)
     db.execute(f"create role {role} noinherit login password '{password}'")
-    db.execute(f"grant anon, authenticated, service_role to {role}")
+    db.execute(f"grant anon, authenticated, service_role, darkroom_monitor to {role}")
     port, admin_port = free_port(), free_port()
     log = stack.folder / "logs" / f"postgrest-{db.name}.log"
     environment = {
