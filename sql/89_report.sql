@@ -164,16 +164,17 @@ set max_parallel_workers_per_gather = 0
 as $$
 declare
   v_bucket interval := p_bucket_seconds * interval '1 second';
-  v_since timestamptz;
+  -- A day of the buckets that are the default.
+  v_since timestamptz := coalesce(p_since, now() - 96 * v_bucket);
 begin
   if coalesce(p_bucket_seconds not between 10 and 86400, true) then
     perform private.refuse_input('bucket_seconds: not from 10 to 86400');
-  elsif coalesce(p_since not between now() - p_at_most * v_bucket and now(), true) then
+  elsif v_since not between now() - p_at_most * v_bucket and now() then
     perform private.refuse_input(
       format('since: not within the last %s buckets', p_at_most), 'Take longer buckets.'
     );
   end if;
-  v_since := date_bin(v_bucket, p_since, 'epoch');
+  v_since := date_bin(v_bucket, v_since, 'epoch');
   return json_build_object(
     'at', now(),
     'since', v_since,
@@ -196,7 +197,7 @@ grant execute on function private.queue_history(timestamptz, integer, integer)
 to service_role, darkroom_monitor;
 
 create or replace function public.queue_history(
-  since timestamptz,
+  since timestamptz default null,
   bucket_seconds integer default 900
 )
 returns json
@@ -208,7 +209,7 @@ as $$
 $$;
 
 comment on function public.queue_history is
-  'What came to pass in each bucket from the one that holds since (at most 400 back) until now: '
+  'What came to pass in each bucket from the one that holds since (96 back; at most 400) to now: '
   '{at, since, bucket_seconds, queue [{at, enqueued, entered, went, '
   'waited_seconds}], models [{at, model_id, completed, failed, retried, completed_seconds, '
   'cost_usd}]}. entered and went move the length of the queue, retries included; waited_seconds is '

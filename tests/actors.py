@@ -259,7 +259,7 @@ class Monitor(Caller):
     def queue_report(self) -> dict[str, Any]:
         return cast("dict[str, Any]", self.call("public.queue_report"))
 
-    def queue_history(self, since: datetime, **rest: Any) -> dict[str, Any]:
+    def queue_history(self, since: datetime | None, **rest: Any) -> dict[str, Any]:
         return cast("dict[str, Any]", self.call("public.queue_history", since=since, **rest))
 
 

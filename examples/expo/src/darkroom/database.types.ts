@@ -264,7 +264,7 @@ isOneToOne: false
 { Args: Record<PropertyKey, never>; Returns: Json
                            },
 "queue_history":
-{ Args: { "bucket_seconds"?: number,"since": string }; Returns: Json
+{ Args: { "bucket_seconds"?: number,"since"?: string }; Returns: Json
                            },
 "queue_report":
 { Args: Record<PropertyKey, never>; Returns: Json
