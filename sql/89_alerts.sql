@@ -109,7 +109,17 @@ as $$
   ) as cron
   cross join lateral (values
     ('cron_silent', cron.missed, cron.detail),
-    ('paused', jsonb_array_length(p_health -> 'paused')::numeric, p_health ->> 'paused'),
+    (
+      'paused', jsonb_array_length(p_health -> 'paused')::numeric,
+      (
+        select string_agg(
+          concat_ws(
+            ' ', p.value ->> 'kind', p.value ->> 'name', 'until', p.value ->> 'paused_until'
+          ) || coalesce(': ' || (p.value ->> 'pause_reason'), ''), '; ' order by p.value ->> 'name'
+        )
+        from jsonb_array_elements(p_health -> 'paused') as p
+      )
+    ),
     (
       'vacuum_held_back', (p_health #>> '{vacuum,oldest_transactions}')::numeric,
       private.name_vacuum_holders()

@@ -26,7 +26,8 @@ request as (
   select
     n,
     now() - interval '1 day' * (1 - t.share) as at,
-    1.8 * power(sin(t.share * 8.6), 2) + 0.35 as busy,
+    0.3 + 1.5 * exp(-power((t.share - 0.33) / 0.15, 2))
+      + 1.1 * exp(-power((t.share - 0.76) / 0.12, 2)) as busy,
     t.share between 0.71 and 0.755 as is_outage,
     ('x' || substr(md5('a' || n), 1, 6))::bit(24)::integer / 16777216.0 as dice,
     ('x' || substr(md5('b' || n), 1, 6))::bit(24)::integer / 16777216.0 as luck,
@@ -41,8 +42,8 @@ taken as (
       case when r.is_outage then 40 + 160 * sin((r.n %% 97) / 97.0)
         else r.busy * r.busy * 2.5 * (0.4 + r.pace) end
     ) as waited,
-    interval '1 second' * m.mean * (0.7 + 0.6 * r.pace + case when r.pace > 0.97 then 1.5 else 0 end)
-      as ran,
+    interval '1 second' * m.mean
+      * (0.7 + 0.6 * r.pace + case when r.pace > 0.97 then 1.5 else 0 end) as ran,
     case
       when r.is_outage and r.luck < 0.45 then 'provider_error'
       when r.luck < 0.006 then 'provider_error'

@@ -19,6 +19,8 @@ from playwright.sync_api import Browser, Page, Request, expect
 
 from stack import Gateway, Settings, Stack, sign_jwt
 
+pytest_plugins = ["http_fixtures"]
+
 PAGE = PROJECT / "examples" / "operator" / "index.html"
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
@@ -34,7 +36,10 @@ class Operator:
         self.requests: list[Request] = []
         page.on("pageerror", lambda error: self.problems.append(str(error)))
         page.on("console", lambda line: self._note(line.type, line.text))
-        page.on("request", lambda request: self.requests.append(request))
+        page.on("request", self._ask)
+
+    def _ask(self, request: Request) -> None:
+        self.requests.append(request)
 
     def _note(self, kind: str, text: str) -> None:
         if kind == "error" and "Failed to load resource" not in text:
@@ -65,7 +70,7 @@ class Operator:
 
     def table(self, title: str) -> str:
         """The text of the table of that title."""
-        card = self.page.locator(".card", has=self.page.get_by_role("heading", name=title))
+        card = self.page.locator("#tables .card", has=self.page.get_by_role("heading", name=title))
         return card.inner_text()
 
     def asked(self, name: str) -> list[Request]:
@@ -216,7 +221,8 @@ def test_the_policy_lets_nothing_else_run_or_be_reached(operator):
     blocked = page.evaluate(
         """async () => {
           const seen = [];
-          document.addEventListener('securitypolicyviolation', e => seen.push(e.effectiveDirective));
+          document.addEventListener(
+            'securitypolicyviolation', event => seen.push(event.effectiveDirective));
           const script = document.createElement('script');
           script.append('document.title = "owned"');
           try { document.head.append(script); } catch { seen.push('trusted types'); }
@@ -387,7 +393,7 @@ def test_the_values_are_shown_at_the_pointer(db, operator):
 def test_with_a_hundred_thousand_jobs_it_is_drawn_within_a_second_of_each_answer(
     db, operator, report_time
 ):
-    """Waiting and finished, as many of each; about 20 s, most of it to make them."""
+    """Waiting and finished, as many of each; a minute, most of it to make them."""
     at_work(db, 200_000)
     db.execute(
         "insert into private.ready_jobs (job_id, user_id, model_id, fair_key)"
