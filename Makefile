@@ -74,7 +74,7 @@ test: setup-app lint lint-app
 	@$(APP_NODE) node node_modules/jest/bin/jest.js
 	@echo 'The app in a browser: make test-app'
 
-# Run the app in a browser against stack and worker. SCREENSHOTS=folder keeps what it looks like.
+# Run app and operator page in a browser against stack and worker. SCREENSHOTS=folder keeps what it looks like.
 test-app: setup-browser
 	@$(PYTHON) -m pytest tests/browser
 
