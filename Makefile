@@ -46,6 +46,14 @@ env:
 clean:
 	@$(LOCAL_STACK) clean
 
+# Show queue, workers, rates, errors and recent jobs: make top EVERY=5, or make top JSON=1 for a script.
+top:
+	@$(PYTHON) scripts/watch.py top $(if $(EVERY),--every "$$EVERY") $(if $(JSON),--json)
+
+# Print a key for the operator page: JWT_SECRET=... make monitor-key DAYS=30
+monitor-key:
+	@$(PYTHON) scripts/watch.py key $(if $(DAYS),--days "$$DAYS")
+
 # Generate an image from start to end: make demo PROMPT="a lighthouse at dusk"
 demo: setup
 	@$(PYTHON) examples/demo.py $(if $(PROMPT),"$$PROMPT")
@@ -88,7 +96,7 @@ test: setup-app lint lint-app
 	@echo 'The app in a browser: make test-app'
 endif
 
-# Run the app in a browser against stack and worker. SCREENSHOTS=folder keeps what it looks like.
+# Run app and operator page in a browser against stack and worker. SCREENSHOTS=folder keeps what it looks like.
 test-app: setup-browser
 	@$(PYTHON) -m pytest tests/browser
 
@@ -135,6 +143,6 @@ audit: setup
 	@$(PYTHON) -m venv .venv/audit && .venv/audit/bin/python -m pip install --quiet pip-audit==2.10.1
 	@$(PYTHON) scripts/audit.py .venv/audit/bin/pip-audit
 
-.PHONY: help setup setup-app setup-browser setup-bench up down status env clean demo import-model \
-	migrate compose-env check-worker install-worker app test test-app lint lint-app types bench \
-	scale-out migration lock audit
+.PHONY: help setup setup-app setup-browser setup-bench up down status env clean top monitor-key \
+	demo import-model migrate compose-env check-worker install-worker app test test-app lint lint-app \
+	types bench scale-out migration lock audit

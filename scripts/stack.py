@@ -334,6 +334,11 @@ class Stack:
         return self.cluster.url("darkroom_worker")
 
     @property
+    def monitor_database_url(self) -> str:
+        """The database, as who only looks on."""
+        return self.cluster.url("darkroom_monitor")
+
+    @property
     def jwt_secret(self) -> str:
         """What signs and proves every token."""
         return self.settings.secret("JWT_SECRET")
@@ -347,6 +352,11 @@ class Stack:
     def service_role_key(self) -> str:
         """The token of the operator's own services, which no policy holds back."""
         return self._api_key("service_role")
+
+    @property
+    def monitor_key(self) -> str:
+        """The token of the operator's page, which can do nothing but look on."""
+        return self._api_key("darkroom_monitor")
 
     def up(self) -> Stack:
         """Start what is not running; if that fails, stop what this call has started."""
@@ -393,9 +403,11 @@ class Stack:
             "API_URL": self.api_url,
             "ANON_KEY": self.anon_key,
             "SERVICE_ROLE_KEY": self.service_role_key,
+            "MONITOR_KEY": self.monitor_key,
             "JWT_SECRET": self.jwt_secret,
             "DATABASE_URL": self.database_url,
             "WORKER_DATABASE_URL": self.worker_database_url,
+            "MONITOR_DATABASE_URL": self.monitor_database_url,
         }
 
     def worker_environment(self) -> dict[str, str]:
@@ -419,7 +431,7 @@ class Stack:
         if Migrations(self.folder).push(self.database_url):
             self.gateway.stop()  # it reads the list of functions once, at its start
             self.gateway.start(self.database_url)
-        self._set_worker_password()  # the migration makes the role without one
+        self._set_passwords()  # the migration makes the roles without one
         if self.with_worker and not self.worker.is_running():
             self.worker.start(self.worker_environment())
 
@@ -427,10 +439,12 @@ class Stack:
         for service in reversed(services):
             service.stop()
 
-    def _set_worker_password(self) -> None:
-        password = sql.Literal(self.settings.secret("DARKROOM_WORKER_PASSWORD"))
+    def _set_passwords(self) -> None:
         with psycopg.connect(self.database_url) as connection:
-            connection.execute(sql.SQL("alter role darkroom_worker password {}").format(password))
+            for role in ("darkroom_worker", "darkroom_monitor"):
+                password = self.settings.secret(f"{role}_password".upper())
+                query = sql.SQL("alter role {} password {}")
+                connection.execute(query.format(sql.Identifier(role), sql.Literal(password)))
 
     def _api_key(self, role: str) -> str:
         return sign_jwt(self.jwt_secret, {"iss": "darkroom", "role": role, "exp": KEYS_EXPIRE_AT})

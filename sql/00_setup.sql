@@ -52,12 +52,23 @@ begin
     -- No password: it cannot log in until the DBA gives it one.
     create role darkroom_worker login noinherit;
   end if;
+  if to_regrole('darkroom_monitor') is null then
+    create role darkroom_monitor login noinherit;
+  end if;
+  if to_regrole('authenticator') is not null then
+    -- So that PostgREST may take it on for a token that names it.
+    grant darkroom_monitor to authenticator;
+  end if;
 end;
 $$;
 
 -- A worker's call takes milliseconds; one that hangs must not hold locks for ever.
 alter role darkroom_worker set statement_timeout = '30s';
 alter role darkroom_worker set idle_in_transaction_session_timeout = '15s';
+-- Who looks on must never be in the way.
+alter role darkroom_monitor set statement_timeout = '10s';
+alter role darkroom_monitor set idle_in_transaction_session_timeout = '15s';
+alter role darkroom_monitor set default_transaction_read_only = on;
 
 create schema private;
 
@@ -65,7 +76,8 @@ comment on schema private is
   'Darkroom''s queue and function bodies. Never expose it through PostgREST.';
 
 revoke all on schema private from public;
-grant usage on schema private to anon, authenticated, service_role, darkroom_worker;
+grant usage on schema private
+to anon, authenticated, service_role, darkroom_worker, darkroom_monitor;
 
 -- Supabase projects from before 2026-10-30 grant every new object in public to the API roles.
 alter default privileges in schema public revoke all on tables

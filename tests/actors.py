@@ -251,6 +251,18 @@ class Service(Caller):
         return self.call("public.resume_model", model=model)
 
 
+class Monitor(Caller):
+    """Who only looks on: the operator's page, `make top`, an exporter of metrics."""
+
+    role = "darkroom_monitor"
+
+    def queue_report(self) -> dict[str, Any]:
+        return cast("dict[str, Any]", self.call("public.queue_report"))
+
+    def queue_history(self, since: datetime | None, **rest: Any) -> dict[str, Any]:
+        return cast("dict[str, Any]", self.call("public.queue_history", since=since, **rest))
+
+
 class User(Caller):
     """Somebody who has signed up."""
 

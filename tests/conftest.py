@@ -18,7 +18,7 @@ from pathlib import Path
 import containers
 import partitioned
 import pytest
-from actors import Anon, Service, User, Worker
+from actors import Anon, Monitor, Service, User, Worker
 from database import SEED, Database, Server
 
 from stack import Stack, interrupt
@@ -126,6 +126,12 @@ def anon(db: Database) -> Anon:
 def service(db: Database) -> Service:
     """The operator's backend."""
     return Service(db)
+
+
+@pytest.fixture
+def monitor(db: Database) -> Monitor:
+    """Who only looks on."""
+    return Monitor(db)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """sql/00_setup.sql: schemas, roles, default privileges."""
 
+import pytest
 from database import PROJECT, SEED
 
 SETUP = PROJECT / "sql" / "00_setup.sql"
@@ -16,10 +17,12 @@ def test_it_refuses_to_install_without_supabase_auth(server):
     assert "Darkroom needs Supabase Auth: auth.users and auth.uid() are missing" in done.stderr
 
 
-def test_the_worker_role_logs_in_and_inherits_nothing(db):
+@pytest.mark.parametrize("name", ["darkroom_worker", "darkroom_monitor"])
+def test_our_roles_log_in_and_inherit_nothing(db, name):
     role = db.row(
         "select rolcanlogin, rolinherit, rolsuper, rolcreaterole, rolcreatedb, rolbypassrls"
-        " from pg_roles where rolname = 'darkroom_worker'"
+        " from pg_roles where rolname = %s",
+        name,
     )
 
     assert role.pop("rolcanlogin")
@@ -34,6 +37,18 @@ def test_a_call_of_the_worker_that_hangs_is_ended(db):
     assert sorted(settings) == [
         "idle_in_transaction_session_timeout=15s",
         "statement_timeout=30s",
+    ]
+
+
+def test_who_looks_on_reads_only_and_is_ended_in_time(db):
+    settings = db.value(
+        "select setconfig from pg_db_role_setting where setrole = 'darkroom_monitor'::regrole"
+    )
+
+    assert sorted(settings) == [
+        "default_transaction_read_only=on",
+        "idle_in_transaction_session_timeout=15s",
+        "statement_timeout=10s",
     ]
 
 
