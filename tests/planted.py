@@ -317,7 +317,7 @@ MONEY = [
         "sql/30_gating.sql",
         "if p_entitlement.active_jobs >= p_plan.max_active then",
         "if p_entitlement.active_jobs > p_plan.max_active then",
-        MODEL,
+        "tests/test_gating.py::test_one_job_more_than_the_plan_allows_at_once_waits",
     ),
     # Charges and refunds.
     Bug(
@@ -344,7 +344,7 @@ MONEY = [
         "sql/75_outcomes.sql",
         "    when p_was_begun then (select",
         "    when false then (select",
-        MODEL,
+        "tests/test_cancel.py::test_once_the_provider_was_asked_the_operators_share_goes_back",
     ),
     Bug(
         "a grant is applied at each repeat",
@@ -365,21 +365,22 @@ MONEY = [
         "sql/54_retry.sql",
         "p_is_free => true",
         "p_is_free => false",
-        MODEL,
+        "tests/test_retry.py"
+        "::test_redrive_queues_what_failed_with_a_code_since_a_time_free_and_once",
     ),
     Bug(
         "a double tap on retry buys twice",
         "sql/54_retry.sql",
         "  if v_known.id is not null and v_known.deleted_at is null then",
         "  if false then",
-        MODEL,
+        "tests/test_retry.py::test_a_double_tap_buys_once",
     ),
     Bug(
         "the key of a batch is not looked at",
         "sql/52_batch.sql",
         "where user_id = p_user_id and idempotency_key = p_key;",
         "where false;",
-        MODEL,
+        "tests/test_batch.py::test_the_same_key_and_request_answer_with_the_same_batch",
     ),
     # Attempts.
     Bug(
@@ -387,21 +388,22 @@ MONEY = [
         "sql/75_outcomes.sql",
         "p_job.attempt - case when v_error.uses_attempt then 0 else 1 end;",
         "p_job.attempt - 1;",
-        MODEL,
+        "tests/test_outcomes.py::test_a_job_fails_for_good_when_its_attempts_are_used_up",
     ),
     Bug(
         "a job whose user wants it no more is tried again",
         "sql/75_outcomes.sql",
         "  if p_job.cancel_requested then\n",
         "  if false then\n",
-        MODEL,
+        "tests/test_cancel.py::test_however_its_attempt_ends_a_marked_job_is_not_queued_again",
     ),
     Bug(
         "a job fails for being stuck when its worker is dead",
         "sql/80_recovery.sql",
         "    if v_job.lease_until < now() then",
         "    if v_job.deadline_at >= now() then",
-        MODEL,
+        "tests/test_recovery.py"
+        "::test_after_an_outage_a_job_past_its_deadline_is_resumed_not_failed",
     ),
     # Locks.
     Bug(
