@@ -20,6 +20,9 @@ setup:
 setup-app:
 	@scripts/setup app
 
+setup-test:
+	@scripts/setup app postgres
+
 setup-browser:
 	@scripts/setup app browser
 
@@ -61,7 +64,7 @@ app: setup-app
 	@$(PYTHON) scripts/app.py show
 
 # Run all checks and tests but those in a browser.
-test: setup-app lint lint-app
+test: setup-test lint lint-app
 	@$(PYTHON) -m pytest --ignore=tests/browser
 	@$(APP_NODE) node node_modules/jest/bin/jest.js
 	@echo 'The app in a browser: make test-app'
@@ -104,5 +107,5 @@ lock: setup
 			--no-header --no-annotate $(if $(UPGRADE),--upgrade) "$$@" --output-file $$file pyproject.toml -; } \
 		&& renew worker && renew test --extra test && renew bench --extra test --extra bench
 
-.PHONY: help setup setup-app setup-browser setup-bench up down status env clean demo import-model app \
+.PHONY: help setup setup-app setup-test setup-browser setup-bench up down status env clean demo import-model app \
 	test test-app lint lint-app types bench migration lock

@@ -40,6 +40,22 @@ begin
       using errcode = 'undefined_object',
         hint = 'Install on a Supabase database, or start Supabase Lite on this one first.';
   end if;
+  if to_regclass('private.ready_jobs') is not null then
+    raise exception 'Darkroom is installed here already'
+      using errcode = 'duplicate_schema', hint = 'Nothing was changed.';
+  end if;
+  if to_regnamespace('private') is not null then
+    raise exception 'Darkroom needs the schema private for itself, and there is one'
+      using errcode = 'duplicate_schema', hint = 'Rename yours. Nothing was changed.';
+  end if;
+  if to_regclass('storage.objects') is not null then
+    -- What it does not know there, it takes for left over and deletes after a day.
+    if exists (select from storage.objects where bucket_id in ('generations', 'inputs')) then
+      raise exception 'Darkroom needs the buckets generations and inputs for itself'
+        using errcode = 'object_not_in_prerequisite_state',
+          hint = 'Move what is in them to another bucket. Nothing was changed.';
+    end if;
+  end if;
   if to_regrole('anon') is null then
     create role anon nologin noinherit;
   end if;
@@ -10966,6 +10982,10 @@ begin
   ),
   ('inputs', 'inputs', false, 10485760, '{image/png,image/jpeg,image/webp}')
   on conflict do nothing;
+  if exists (select from storage.buckets where id in ('generations', 'inputs') and public) then
+    raise warning 'Darkroom: a bucket of its own is public: everybody who knows a path reads it'
+      using errcode = '01000';
+  end if;
 end;
 $$;
 
