@@ -8699,6 +8699,8 @@ $$;
 revoke all on function private.delivery_json(private.deliveries)
 from public, anon, authenticated, service_role;
 
+-- Body of public.list_deliveries. Planned for the state: dead ones have an index of their own.
+--
 -- Raises: PT400 invalid_input.
 create or replace function private.list_deliveries(p_state text, p_at_most integer)
 returns json
@@ -8706,6 +8708,7 @@ language plpgsql
 stable
 security definer
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_custom_plan
 as $$
 begin
   if p_state not in ('pending', 'delivered', 'dead') then
@@ -9984,10 +9987,12 @@ begin
   if not found or v_before is null then
     return 0;
   end if;
+  -- Not user_id = p_user_id: the planner may then walk the ids of all users up to this one's.
   for v_met in
-    select * from public.credit_ledger where user_id = p_user_id order by id limit p_at_most
+    select * from public.credit_ledger
+    where (user_id, id) > (p_user_id, 0) order by user_id, id limit p_at_most
   loop
-    exit when v_met.created_at > v_before
+    exit when v_met.user_id <> p_user_id or v_met.created_at > v_before
       or exists (select from public.generations as g where g.id = v_met.generation_id);
     v_last := v_met;
     v_count := v_count + 1;
@@ -10139,12 +10144,15 @@ select
   null::uuid as generation_id,
   format('credits are %s, the ledger ends at %s', e.credits, coalesce(l.balance_after, 0)) as detail
 from public.entitlements as e
+-- Not c.user_id = e.user_id: the planner may then walk the ids of all users down to this one's.
 left join lateral (
-  select c.balance_after
+  select
+    c.user_id,
+    c.balance_after
   from public.credit_ledger as c
-  where c.user_id = e.user_id
-  order by c.id desc limit 1
-) as l on true
+  where (c.user_id, c.id) <= (e.user_id, 9223372036854775807)
+  order by c.user_id desc, c.id desc limit 1
+) as l on e.user_id = l.user_id
 where e.credits <> coalesce(l.balance_after, 0)
 union all
 select
