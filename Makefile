@@ -20,6 +20,9 @@ setup:
 setup-app:
 	@scripts/setup app
 
+setup-test:
+	@scripts/setup app postgres
+
 setup-browser:
 	@scripts/setup app browser
 
@@ -90,7 +93,7 @@ test: setup
 	@[ -n "$(POSTGRES_IMAGE)" ] || docker build -q -t darkroom-postgres:15 -f deploy/postgres.Dockerfile deploy
 	@$(PYTHON) -m pytest tests/test_containers.py tests/test_http*.py tests/test_worker_*.py tests/test_migrate.py
 else
-test: setup-app lint lint-app
+test: setup-test lint lint-app
 	@$(PYTHON) -m pytest --ignore=tests/browser
 	@$(APP_NODE) node node_modules/jest/bin/jest.js
 	@echo 'The app in a browser: make test-app'
@@ -143,6 +146,6 @@ audit: setup
 	@$(PYTHON) -m venv .venv/audit && .venv/audit/bin/python -m pip install --quiet pip-audit==2.10.1
 	@$(PYTHON) scripts/audit.py .venv/audit/bin/pip-audit
 
-.PHONY: help setup setup-app setup-browser setup-bench up down status env clean top monitor-key \
-	demo import-model migrate compose-env check-worker install-worker app test test-app lint lint-app \
-	types bench scale-out migration lock audit
+.PHONY: help setup setup-app setup-test setup-browser setup-bench up down status env clean top \
+	monitor-key demo import-model migrate compose-env check-worker install-worker app test test-app \
+	lint lint-app types bench scale-out migration lock audit

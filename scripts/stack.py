@@ -130,11 +130,13 @@ class Cluster(Service):
         *,
         fsync: bool = True,
         tuning: Mapping[str, str] | None = None,
+        programs: Path | None = None,
     ) -> None:
         super().__init__(folder, settings)
         self.data = folder / "data"
         self.fsync = fsync
         self.tuning = tuning or {}  # settings of the server beside those of every stack
+        self.programs = programs  # initdb and postgres, if they are not the distribution's
         self._user = "postgres" if os.geteuid() == 0 else None  # it refuses to run as root
 
     def address(self) -> str:
@@ -163,7 +165,7 @@ class Cluster(Service):
             **self.tuning,
         }
         options = [word for key, value in settings.items() for word in ("-c", f"{key}={value}")]
-        program = postgres_program("postgres", (self.data / "PG_VERSION").read_text().strip())
+        program = self._program("postgres", (self.data / "PG_VERSION").read_text().strip())
         process = self._run(
             [program, "-D", self.data.resolve(), *options], cwd=Path("/"), user=self._user
         )
@@ -189,7 +191,7 @@ class Cluster(Service):
                 shutil.chown(password.name, self._user)
             options = "--username=postgres --auth=scram-sha-256 --encoding=UTF8 --locale=C.UTF-8"
             run(
-                [postgres_program("initdb"), *options.split(), "--pwfile", password.name, draft],
+                [self._program("initdb"), *options.split(), "--pwfile", password.name, draft],
                 cwd=Path("/"),
                 **as_user(self._user),
             )
@@ -197,6 +199,9 @@ class Cluster(Service):
         if data != self.data:
             self.data.unlink(missing_ok=True)
             self.data.symlink_to(data)
+
+    def _program(self, name: str, version: str | None = None) -> Path:
+        return self.programs / name if self.programs else postgres_program(name, version)
 
     def _place(self) -> Path:
         """Return the state folder, unless the user that PostgreSQL runs as cannot get there."""

@@ -113,6 +113,10 @@ begin
   ),
   ('inputs', 'inputs', false, 10485760, '{image/png,image/jpeg,image/webp}')
   on conflict do nothing;
+  if exists (select from storage.buckets where id in ('generations', 'inputs') and public) then
+    raise warning 'Darkroom: a bucket of its own is public: everybody who knows a path reads it'
+      using errcode = '01000';
+  end if;
 end;
 $$;
 

@@ -1022,3 +1022,18 @@ def test_after_a_beat_the_worker_looks_for_work():
     asyncio.run(one.beat())
 
     assert one.wake.is_set()
+
+
+@pytest.mark.parametrize(("looks", "seconds"), [(1, 60), (2, 0.01)], ids=["first", "second"])
+def test_who_goes_to_sleep_looks_for_what_came_meanwhile(monkeypatch, looks, seconds):
+    """Whoever enqueued it may have seen the worker awake, and then wakes nobody."""
+    monkeypatch.setattr(worker, "SECOND_LOOK_SECONDS", seconds)
+    found = [[]] * (looks - 1) + [[mock.Mock(token=1)]]
+    db = mock.Mock(sleep=mock.AsyncMock(), claim_jobs=mock.AsyncMock(side_effect=found))
+    one = worker.Worker(mock.Mock(slots=1, poll_seconds=60), db, {}, mock.Mock(), mock.Mock())
+    one.process = mock.AsyncMock()
+
+    asyncio.run(asyncio.wait_for(one._sleep(), 3))
+
+    assert list(one.running) == [1]
+    assert db.method_calls[0] == mock.call.sleep(0)  # what it looked for before proves nothing

@@ -40,6 +40,22 @@ begin
       using errcode = 'undefined_object',
         hint = 'Install on a Supabase database, or start Supabase Lite on this one first.';
   end if;
+  if to_regclass('private.ready_jobs') is not null then
+    raise exception 'Darkroom is installed here already'
+      using errcode = 'duplicate_schema', hint = 'Nothing was changed.';
+  end if;
+  if to_regnamespace('private') is not null then
+    raise exception 'Darkroom needs the schema private for itself, and there is one'
+      using errcode = 'duplicate_schema', hint = 'Rename yours. Nothing was changed.';
+  end if;
+  if to_regclass('storage.objects') is not null then
+    -- What it does not know there, it takes for left over and deletes after a day.
+    if exists (select from storage.objects where bucket_id in ('generations', 'inputs')) then
+      raise exception 'Darkroom needs the buckets generations and inputs for itself'
+        using errcode = 'object_not_in_prerequisite_state',
+          hint = 'Move what is in them to another bucket. Nothing was changed.';
+    end if;
+  end if;
   if to_regrole('anon') is null then
     create role anon nologin noinherit;
   end if;
@@ -8695,6 +8711,8 @@ $$;
 revoke all on function private.delivery_json(private.deliveries)
 from public, anon, authenticated, service_role;
 
+-- Body of public.list_deliveries. Planned for the state: dead ones have an index of their own.
+--
 -- Raises: PT400 invalid_input.
 create or replace function private.list_deliveries(p_state text, p_at_most integer)
 returns json
@@ -8702,6 +8720,7 @@ language plpgsql
 stable
 security definer
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_custom_plan
 as $$
 begin
   if p_state not in ('pending', 'delivered', 'dead') then
@@ -10003,10 +10022,12 @@ begin
   if not found or v_before is null then
     return 0;
   end if;
+  -- Not user_id = p_user_id: the planner may then walk the ids of all users up to this one's.
   for v_met in
-    select * from public.credit_ledger where user_id = p_user_id order by id limit p_at_most
+    select * from public.credit_ledger
+    where (user_id, id) > (p_user_id, 0) order by user_id, id limit p_at_most
   loop
-    exit when v_met.created_at > v_before
+    exit when v_met.user_id <> p_user_id or v_met.created_at > v_before
       or exists (select from public.generations as g where g.id = v_met.generation_id);
     v_last := v_met;
     v_count := v_count + 1;
@@ -10158,12 +10179,15 @@ select
   null::uuid as generation_id,
   format('credits are %s, the ledger ends at %s', e.credits, coalesce(l.balance_after, 0)) as detail
 from public.entitlements as e
+-- Not c.user_id = e.user_id: the planner may then walk the ids of all users down to this one's.
 left join lateral (
-  select c.balance_after
+  select
+    c.user_id,
+    c.balance_after
   from public.credit_ledger as c
-  where c.user_id = e.user_id
-  order by c.id desc limit 1
-) as l on true
+  where (c.user_id, c.id) <= (e.user_id, 9223372036854775807)
+  order by c.user_id desc, c.id desc limit 1
+) as l on e.user_id = l.user_id
 where e.credits <> coalesce(l.balance_after, 0)
 union all
 select
@@ -11729,6 +11753,10 @@ begin
   ),
   ('inputs', 'inputs', false, 10485760, '{image/png,image/jpeg,image/webp}')
   on conflict do nothing;
+  if exists (select from storage.buckets where id in ('generations', 'inputs') and public) then
+    raise warning 'Darkroom: a bucket of its own is public: everybody who knows a path reads it'
+      using errcode = '01000';
+  end if;
 end;
 $$;
 
