@@ -1,7 +1,7 @@
 """Real workers at their limits: ten times more asked for than they can do, a disk that is full.
 
 What they cannot take is refused in words that stay the same, and nothing has to be done for them to
-go on. `LIMITS=10 pytest tests/test_limits_worker.py` has ten times as many users.
+go on. `LIMITS=10 pytest tests/test_limits_worker.py` has ten times as many jobs.
 """
 
 from __future__ import annotations
@@ -158,10 +158,10 @@ class Crowd:
 
 @pytest.fixture
 def crowd(db: Database) -> Crowd:
-    """Twenty users who may have six jobs each, and have the credits for more."""
-    db.execute("update private.settings set welcome_credits = 1000")
-    db.execute("update private.plans set max_active = 6")
-    return Crowd(db, 20 * TIMES)
+    """Twenty users who may have six jobs at once, and could pay for more."""
+    db.execute("update private.settings set welcome_credits = 1000000")
+    db.execute("update private.plans set max_active = %s, max_per_minute = 1000000", 6 * TIMES)
+    return Crowd(db, 20)
 
 
 def peak_memory(process: WorkerProcess) -> int:
