@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-import containers
 import partitioned
 import pytest
+import stack_choice
 from actors import Anon, Monitor, Service, User, Worker
 from database import SEED, Database, Server
 
@@ -29,7 +29,7 @@ MEMORY_BYTES = 2 * 1024**3
 
 def pytest_configure() -> None:
     """Refuse to start where the stack that was asked for cannot be had."""
-    containers.refuse_unusable(os.environ)
+    stack_choice.refuse_unusable(os.environ)
 
 
 @pytest.fixture(scope="session")
@@ -41,12 +41,12 @@ def stopped_stack() -> Iterator[Stack]:
     parent = MEMORY if in_memory and os.access(MEMORY, os.W_OK) else None
     folder = Path(tempfile.mkdtemp(prefix="darkroom-tests-", dir=parent))
     folder.chmod(0o711)
-    wants_containers = containers.is_wanted()
-    stack = containers.ContainerStack(folder) if wants_containers else Stack(folder, fsync=False)
+    stack = stack_choice.make_stack(folder)
     try:
         yield stack
     finally:
         stack.clean()
+        shutil.rmtree(folder, ignore_errors=True)  # nothing was started: not yet a stack's
 
 
 @pytest.fixture(scope="session")

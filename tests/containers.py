@@ -1,11 +1,4 @@
-"""With STACK=docker in the environment: PostgreSQL and PostgREST of the stack run in containers.
-
-    POSTGRES_IMAGE    darkroom-postgres:15           PostgreSQL with pg_cron: deploy/
-    POSTGREST_IMAGE   postgrest/postgrest:v12.2.3    `none`: functions and tables by Supabase Lite
-
-Sign-up and Storage stay with Supabase Lite, and pg_dump and psql with the local PostgreSQL, which
-must not be older than the image's. Without STACK, nothing here is used.
-"""
+"""A stack whose PostgreSQL and PostgREST run in containers: stack_choice.py says when."""
 
 from __future__ import annotations
 
@@ -14,14 +7,14 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import docker
-import pytest
 from docker.errors import DockerException
+from stack_choice import ALIAS
 from testcontainers.community.postgres import PostgresContainer
 from testcontainers.core.container import DockerContainer
 from testcontainers.core.network import Network
 from testcontainers.core.wait_strategies import HttpWaitStrategy
 
+from processes import StackError
 from stack import Cluster, Stack
 
 OPTIONS = {
@@ -32,34 +25,15 @@ OPTIONS = {
     "fsync": "off",
     "full_page_writes": "off",
 }
-ALIAS = "db"  # of PostgreSQL, for PostgREST
 
 
-def is_wanted(environment: Mapping[str, str] = os.environ) -> bool:
-    return environment.get("STACK") == "docker"
-
-
-def postgrest_image(environment: Mapping[str, str] = os.environ) -> str | None:
-    """Name of PostgREST's image; None where Supabase Lite is to do its part."""
-    image = environment.get("POSTGREST_IMAGE") or "postgrest/postgrest:v12.2.3"
-    return image if is_wanted(environment) and image != "none" else None
-
-
-def refuse_unusable(environment: Mapping[str, str]) -> None:
-    """Say before the first test what is wrong with the variables that choose the stack."""
-    if (stack := environment.get("STACK", "")) not in ("", "docker"):
-        raise pytest.UsageError(f"STACK: {stack!r} is not docker; without it the stack is local")
-    binary = environment.get("POSTGREST_BIN")
-    if binary and not os.access(binary, os.X_OK):
-        raise pytest.UsageError(f"POSTGREST_BIN: {binary} is not a program")
-    if binary and is_wanted(environment):
-        raise pytest.UsageError("POSTGREST_BIN: with STACK=docker, POSTGREST_IMAGE names PostgREST")
-    if is_wanted(environment):
-        try:
-            docker.from_env(environment=dict(environment)).ping()
-        except DockerException as error:
-            reason = f"no Docker daemon answers: {error}"
-            raise pytest.UsageError(f"STACK=docker: {reason} (DOCKER_HOST?)") from None
+@contextlib.contextmanager
+def named(variable: str, image: str) -> Iterator[None]:
+    """Say which variable chose an image that cannot be had."""
+    try:
+        yield
+    except DockerException as error:
+        raise StackError(f"{variable}: {image}: {error}") from None
 
 
 class ContainerCluster(Cluster):
@@ -73,10 +47,11 @@ class ContainerCluster(Cluster):
         # No reaper, which would be one more image: `stop` is called in any case.
         os.environ.setdefault("TESTCONTAINERS_RYUK_DISABLED", "true")
         options = " ".join(f"-c {name}={value}" for name, value in OPTIONS.items())
+        image = os.environ.get("POSTGRES_IMAGE") or "darkroom-postgres:15"
         self.network = Network().create()
         self.container = (
             PostgresContainer(
-                os.environ.get("POSTGRES_IMAGE") or "darkroom-postgres:15",
+                image,
                 username="postgres",
                 password=self.settings.secret("POSTGRES_PASSWORD"),
                 dbname="postgres",
@@ -86,7 +61,8 @@ class ContainerCluster(Cluster):
             .with_network(self.network)
             .with_network_aliases(ALIAS)
         )
-        self.container.start()
+        with named("POSTGRES_IMAGE", image):
+            self.container.start()
 
     def address(self) -> str:
         """Return host and port, as this machine reaches them."""
@@ -131,5 +107,9 @@ def postgrest(image: str, stack: Stack, environment: Mapping[str, str]) -> Itera
     )
     for name, value in environment.items():
         container.with_env(name, value)
-    with container:
+    with named("POSTGREST_IMAGE", image):
+        container.start()
+    try:
         yield f"http://{container.get_container_host_ip()}:{container.get_exposed_port(port)}"
+    finally:
+        container.stop()

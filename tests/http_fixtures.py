@@ -1,13 +1,14 @@
 """Fixtures of the HTTP tests: `pytest_plugins = ["http_fixtures"]`.
 
 The gateway is Supabase Lite. With POSTGREST_BIN in the environment, or with STACK=docker
-(containers.py), functions and tables are reached through PostgREST instead; sign-up and Storage
+(stack_choice.py), functions and tables are reached through PostgREST instead; sign-up and Storage
 stay with Lite, and so does the secret.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import secrets
 import signal
@@ -15,9 +16,9 @@ import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import containers
 import httpx
 import pytest
+import stack_choice
 from database import Database
 from http_client import Client, Endpoints, SignedUp
 
@@ -49,9 +50,9 @@ def stack_db(stack: Stack) -> Iterator[Database]:
 @pytest.fixture(scope="session")
 def rpc_url(stack: Stack, stack_db: Database) -> Iterator[str]:
     """Where functions and tables are: below it, `/rpc/<function>` and `/<table>`."""
-    if image := containers.postgrest_image():
-        settings = postgrest_settings(stack, stack_db, f"{containers.ALIAS}:5432", (3000, 3001))
-        with containers.postgrest(image, stack, settings) as url:
+    if image := stack_choice.postgrest_image():
+        settings = postgrest_settings(stack, stack_db, f"{stack_choice.ALIAS}:5432", (3000, 3001))
+        with importlib.import_module("containers").postgrest(image, stack, settings) as url:
             yield url
     elif binary := os.environ.get("POSTGREST_BIN"):
         process, url = start_postgrest(binary, stack, stack_db)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import containers
 import pytest
+import stack_choice
 from containers import ContainerStack
 
 from stack import Stack
@@ -15,11 +15,11 @@ NO_DAEMON = {"STACK": "docker", "DOCKER_HOST": "unix:///nonexistent/docker.sock"
 
 
 def test_without_a_word_the_stack_is_local(stopped_stack):
-    containers.refuse_unusable({})
+    stack_choice.refuse_unusable({})
 
-    assert not containers.is_wanted({})
-    assert containers.postgrest_image({"POSTGREST_IMAGE": "mine"}) is None
-    assert type(stopped_stack) is (ContainerStack if containers.is_wanted() else Stack)
+    assert not stack_choice.is_wanted({})
+    assert stack_choice.postgrest_image({"POSTGREST_IMAGE": "mine"}) is None
+    assert type(stopped_stack) is (ContainerStack if stack_choice.is_wanted() else Stack)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_without_a_word_the_stack_is_local(stopped_stack):
     ],
 )
 def test_variables_name_the_images(environment, image):
-    assert containers.postgrest_image({"STACK": "docker"} | environment) == image
+    assert stack_choice.postgrest_image({"STACK": "docker"} | environment) == image
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_variables_name_the_images(environment, image):
 )
 def test_what_cannot_be_had_is_refused_before_the_first_test(environment, refusal):
     with pytest.raises(pytest.UsageError) as error:
-        containers.refuse_unusable(environment)
+        stack_choice.refuse_unusable(environment)
 
     assert str(error.value).startswith(refusal)
 

@@ -116,6 +116,14 @@ def shape(value: Any) -> Any:
 
 
 @needs_specs
+def test_the_account_answers_as_specified(client):
+    spec = json.loads((SPECS / "openapi.json").read_text())
+    answer = spec["paths"]["/account"]["get"]["responses"]["200"]["content"]["application/json"]
+
+    Draft202012Validator(answer["schema"]).validate(client.http.get("/account").json())
+
+
+@needs_specs
 def test_create_answers_as_specified(client):
     validator("prediction_response").validate(client.create())
 

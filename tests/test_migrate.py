@@ -61,7 +61,8 @@ def test_it_shows_what_is_there_and_asks_and_no_is_no(supabase_db):
 
     lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if line[0] != "A")
     version = supabase_db.value("show server_version").split()[0]
-    assert lines["server"].startswith(f"PostgreSQL {version} at 127.0.0.1:")
+    parts = urlsplit(supabase_db.url)
+    assert lines["server"] == f"PostgreSQL {version} at {parts.hostname}:{parts.port}"
     assert (lines["database"], lines["role"]) == (supabase_db.name, "postgres (superuser)")
     assert "plpgsql 1.0" in lines["extensions"]
     assert lines["data"] == "none"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 from urllib.parse import urlsplit
 
 import fake_replicate
@@ -284,6 +286,47 @@ def test_the_check_knows_every_function_that_the_worker_calls():
     called = re.findall(r"(?:_call\(|_insist\(|Batch\(self\._insist, )\s*\"(\w+)\"", source)
 
     assert sorted(called) == sorted(worker.Database.FUNCTIONS)
+
+
+# --- while it works ---
+
+
+class Connection:
+    """Hands out one NOTIFY after the other."""
+
+    def __init__(self, *payloads: str) -> None:
+        self.payloads = [*payloads]
+
+    async def notifies(self, timeout: float, stop_after: int) -> AsyncIterator[mock.Mock]:
+        if self.payloads:
+            yield mock.Mock(payload=self.payloads.pop(0))
+        else:
+            await asyncio.sleep(timeout)
+
+
+def hear(*payloads: str) -> tuple[worker.Database, list[str]]:
+    """Have a database listen for itself; return it, and what was handed on."""
+    db, heard = worker.Database("postgresql://"), list[str]()
+    db.pool = mock.MagicMock()
+    other = db.pool.connection.return_value.__aenter__.return_value
+    other.execute = mock.AsyncMock()
+    asyncio.run(db.hear(Connection(*payloads), "channel", heard.append))
+    return db, heard
+
+
+def test_what_comes_before_the_probe_is_handed_on_and_the_probe_is_not():
+    db, heard = hear("", worker.CANCEL, worker.PROBE)
+
+    assert heard == ["", worker.CANCEL]
+    assert db.is_listening
+    assert db.has_listened.is_set()
+
+
+def test_a_notify_of_others_does_not_stand_for_the_probe(monkeypatch):
+    monkeypatch.setattr(worker, "LISTEN_ANSWER_SECONDS", 0.05)
+
+    with pytest.raises(worker.Deaf, match="a NOTIFY did not arrive"):
+        hear("", worker.CANCEL)
 
 
 # --- where the configuration comes from ---

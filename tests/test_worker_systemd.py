@@ -11,8 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import containers
 import pytest
+import stack_choice
 from database import Database
 from pooler import pgbouncer
 from worker_process import WorkerProcess, Workers, eventually
@@ -78,7 +78,7 @@ def workers(db: Database, stack: Stack, tmp_path: Path) -> Iterator[Workers]:
 
 def backends(db: Database) -> list[int]:
     """Return the pids of the server's processes that serve workers."""
-    if containers.is_wanted():
+    if stack_choice.is_wanted():
         pytest.skip("pids in a container are not those of this machine")
     query = (
         "select pid from pg_stat_activity"
