@@ -18,7 +18,7 @@
 -- provider's error might hold, and gets its colour as a whole.
 with report as (
   select r.j, r.j -> 'health' as h, (r.j ->> 'at')::timestamptz as now
-  from (select public.queue_report()::jsonb as j) as r
+  from (select public.queue_report()::jsonb as j offset 0) as r  -- or it is called for each column
 ),
 
 lines (place, nr, style, line) as (

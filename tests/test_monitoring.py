@@ -66,6 +66,19 @@ def test_each_query_gives_the_columns_it_says_as_the_monitor(busy, monitor, name
             assert isinstance(row[column], kind), column
 
 
+@pytest.mark.parametrize("name", ["darkroom_queue", "darkroom_alert", "darkroom_model"])
+def test_each_query_counts_the_queue_once(db, name):
+    session = db.connect()
+    session.execute("set track_functions = 'all'")
+
+    session.execute(QUERIES[name]["query"])
+    session.close()
+
+    counts = ("depth_health", "report_models")
+    made = "select calls from pg_stat_user_functions where funcname = any(%s)"
+    assert eventually(lambda: db.execute(made, list(counts))) == [{"calls": 1}]
+
+
 @pytest.mark.parametrize("name", QUERIES)
 def test_each_query_runs_in_a_database_nobody_uses(monitor, name):
     monitor.query(QUERIES[name]["query"])

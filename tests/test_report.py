@@ -105,10 +105,11 @@ def test_the_prompt_is_not_in_what_a_provider_said(alice, worker, monitor, said,
     assert error["last_detail"] == shown
 
 
-def test_a_prompt_with_quotes_is_not_shown_either(alice, worker, monitor):
-    prompt = 'a sign that says "open"\nin neon, at night'
+@pytest.mark.parametrize("length", [100, 40])
+def test_a_prompt_with_quotes_is_not_shown_either(alice, worker, monitor, length):
+    prompt = 'a sign, "open"\nin neon, at night in the rain'
     alice.enqueue(prompt)
-    worker.fail_job(worker.claimed(), "invalid_input", json.dumps({"prompt": prompt}))
+    worker.fail_job(worker.claimed(), "invalid_input", json.dumps({"p": prompt})[:length])
 
     report = json.dumps(monitor.queue_report())
 

@@ -13,6 +13,7 @@ import time
 import pytest
 from actors import Worker
 from database import PROJECT
+from worker_process import eventually
 
 WATCH = [sys.executable, str(PROJECT / "scripts" / "watch.py")]
 
@@ -147,6 +148,18 @@ def test_a_hostile_error_does_not_reach_the_terminal(alice, top, worker):
 
     assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(text)
     assert "a·]0;title··2J·b·c" in text
+
+
+def test_a_look_makes_one_report(db):
+    """A report is nearly all that a look costs."""
+    file = str(PROJECT / "scripts" / "top.sql")
+    environment = os.environ | {"PGOPTIONS": "-c track_functions=all"}
+    command = ["psql", db.url, "-Xq", "-vonce=true", "-f", file]
+
+    subprocess.run(command, env=environment, capture_output=True, check=True)
+
+    made = "select calls from pg_stat_user_functions where funcname = 'report_models'"
+    assert eventually(lambda: db.execute(made)) == [{"calls": 1}]
 
 
 def test_lines_are_cut_to_the_width(url):

@@ -11163,13 +11163,15 @@ as $$
   select case
     when length(p_prompt) < 4 then p_detail
     else coalesce(
-      left(r.detail, nullif(strpos(r.detail, left(p_prompt, 24)), 0) - 1) || '[prompt]', r.detail
+      left(r.detail, least(
+        nullif(strpos(r.detail, left(p_prompt, 24)), 0),
+        nullif(strpos(r.detail, left(q.prompt, 24)), 0)
+      ) - 1) || '[prompt]', r.detail
     )
   end
-  from (
-    select replace(
-      replace(p_detail, p_prompt, '[prompt]'), btrim(to_json(p_prompt)::text, '"'), '[prompt]'
-    ) as detail
+  from (select btrim(to_json(p_prompt)::text, '"') as prompt) as q
+  cross join lateral (
+    select replace(replace(p_detail, p_prompt, '[prompt]'), q.prompt, '[prompt]') as detail
   ) as r
 $$;
 
