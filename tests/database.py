@@ -130,6 +130,8 @@ class Database:
             " from information_schema.columns as c"
             " inner join information_schema.tables as t using (table_schema, table_name)"
             " where c.table_schema in ('public', 'private') and t.table_type = 'BASE TABLE'"
+            " and not exists (select from pg_inherits as i"  # partitions move with their table
+            "   where i.inhrelid = format('%I.%I', c.table_schema, c.table_name)::regclass)"
             " and c.data_type = 'timestamp with time zone' group by 1, 2"
         )
         assert self._own

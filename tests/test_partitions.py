@@ -71,6 +71,13 @@ def test_a_job_goes_all_its_way_and_a_key_is_still_used_once(parts):
     assert parts.value("select to_regclass(%s)::text", this_month)
 
 
+def test_the_runbooks_command_makes_the_file(tmp_path):
+    Section("Partitions").sh(tmp_path)
+
+    made = (tmp_path / "partitioned.sql").read_text()
+    assert "create table public.generations_2027_12 partition of" in made
+
+
 def test_what_has_an_id_looks_into_one_partition(parts):
     alice = User(parts)
     job = alice.enqueued()

@@ -12,6 +12,8 @@ from actors import Service, User, Worker
 from database import PROJECT, Database
 from runbook import Section, titles
 
+from worker import POOL_SIZE, RECOVERY_SECONDS
+
 # Which test runs the commands of which other section.
 RUN_BY = {
     "Backup": "test_backup.py",
@@ -19,6 +21,8 @@ RUN_BY = {
     "Moving to another project": "test_operations.py",
     "Key rotation": "test_operations.py",
     "Upgrading": "test_upgrade.py",
+    "Scaling out": "test_runbook.py",
+    "Partitions": "test_partitions.py",
     "Read replicas": "test_replica.py",
 }
 ALERTS = [title.strip("`") for title in titles() if title.startswith("`")]
@@ -180,6 +184,17 @@ def test_the_commands_of_cron_silent_work_where_pg_cron_is(stack, tmp_path):
 
     assert "check_books" not in Service(db).alerts().get("cron_silent", "")
     db.close()
+
+
+def test_the_numbers_of_scaling_out_are_those_of_the_code(db, service):
+    section = Section("Scaling out")
+    Worker(db)
+
+    assert f"at most {POOL_SIZE + 1} connections: {POOL_SIZE} for its calls" in section.text
+    assert f"which\nevery worker does within {RECOVERY_SECONDS:.0f} s" in section.text
+    lease = db.value("select extract(epoch from lease)::int from private.settings")
+    assert f"their lease ({lease} s)" in section.text
+    assert "slots" in section.sql(db.url)
 
 
 def test_what_the_hints_of_alerts_name_is_there(db):
