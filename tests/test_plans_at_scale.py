@@ -232,5 +232,6 @@ def test_it_reaches_what_it_reads_by_an_index_and_reads_little_else(scene, name)
         scanned -= {"ready_jobs"}
         met["ready_jobs"] = max(0, met["ready_jobs"] - READY)
     assert scanned == set()
+    assert [plan["JIT"] for plan in plans if plan["JIT"]] == []
     assert {table: count for table, count in met.items() if count > call.most} == {}
     assert max(pages([plan]) for plan in plans) <= PAGES_A_ROW * call.most
