@@ -173,6 +173,7 @@ stable
 security definer
 set search_path = pg_catalog, pg_temp
 set enable_sort = off
+set jit = off
 as $$
 declare
   v_user_id uuid := private.require_user_id();

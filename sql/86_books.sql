@@ -124,6 +124,7 @@ set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_hashjoin = off
 set enable_mergejoin = off
+set jit = off
 as $$
 declare
   v_ids uuid[] := array(select g.id from public.generations as g order by g.id desc limit p_at_most)

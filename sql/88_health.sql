@@ -101,6 +101,7 @@ stable
 set search_path = pg_catalog, pg_temp
 -- Read by time alone: the planner may think a scan of all history as good.
 set enable_seqscan = off
+set jit = off
 as $$
   select jsonb_build_object(
     'last_minute', jsonb_build_object(

@@ -32,7 +32,8 @@ def explained(connection: psycopg.Connection[Any]) -> Iterator[list[dict[str, An
     def note(diagnosis: psycopg.errors.Diagnostic) -> None:
         _, is_plan, text = (diagnosis.message_primary or "").partition("plan:\n")
         if is_plan:
-            plans.append(json.loads(text)["Plan"])
+            told = json.loads(text)
+            plans.append(told["Plan"] | {"JIT": told.get("JIT")})
 
     (role,) = connection.execute("select current_user").fetchone() or ()
     connection.execute("reset role")

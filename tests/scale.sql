@@ -9,6 +9,7 @@ create temporary table people as
 select
   n as number, ('00000000-0000-4000-8000-' || lpad(n::text, 12, '0'))::uuid as id
 from generate_series(1, :users) as n;
+-- One in twenty is of the same user.
 create temporary table made as
 select
   n, p.id as user_id, at, hash,
@@ -23,7 +24,7 @@ select
   end as status,
   md5('batch' || n / 200 || p.id)::uuid as batch_id
 from generate_series(1, :finished + :running + :ready) as n
-inner join people as p on p.number = 1 + n % :users
+inner join people as p on p.number = case when n % 20 = 9 then 60 else 1 + n % :users end
 cross join lateral (
   select
     md5(n::text) as hash, case
@@ -42,8 +43,7 @@ from people as p inner join made as m on m.user_id = p.id group by p.id;
 insert into public.batches (id, user_id, request_hash, job_count)
 select batch_id, user_id, 'hash', count(*) from made where n % 10 = 0 group by batch_id, user_id;
 
--- The input as clients send it; one in eight has a seed, one in forty is a favorite, one in a hundred
--- was deleted at some time.
+-- One in eight has a seed, one in forty is a favorite, one in a hundred was deleted at some time.
 insert into public.generations (
   id, user_id, model_id, batch_id, prompt, input, provider_input, status, error_code, error_message,
   price_credits, image_count, idempotency_key, is_favorite, created_at, started_at, finished_at,

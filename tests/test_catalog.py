@@ -251,6 +251,15 @@ def test_every_function_fixes_its_search_path_with_temporary_objects_last(catalo
     )
 
 
+def test_who_forbids_a_kind_of_plan_forbids_jit_too(catalog):
+    """It takes such a plan for an expensive one, and would compile for longer than it runs."""
+    assert not catalog.execute(
+        "select proname from pg_proc where pronamespace = 'private'::regnamespace"
+        " and array_to_string(proconfig, ' ') like '%enable_%'"
+        " and not proconfig @> array['jit=off']"
+    )
+
+
 CALLS_ONE = r"^\s+begin\s+return private\.\w+\([^;]*\);\s+end;\s+$"
 
 

@@ -4876,6 +4876,7 @@ stable
 security definer
 set search_path = pg_catalog, pg_temp
 set enable_sort = off
+set jit = off
 as $$
 declare
   v_user_id uuid := private.require_user_id();
@@ -7262,6 +7263,7 @@ set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 set enable_seqscan = off
 set enable_bitmapscan = off
+set jit = off
 as $$
 declare
   v_jobs private.running_jobs[];
@@ -10292,6 +10294,7 @@ set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_hashjoin = off
 set enable_mergejoin = off
+set jit = off
 as $$
 declare
   v_ids uuid[] := array(select g.id from public.generations as g order by g.id desc limit p_at_most)
@@ -10565,6 +10568,7 @@ stable
 set search_path = pg_catalog, pg_temp
 -- Read by time alone: the planner may think a scan of all history as good.
 set enable_seqscan = off
+set jit = off
 as $$
   select jsonb_build_object(
     'last_minute', jsonb_build_object(
