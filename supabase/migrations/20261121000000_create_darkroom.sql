@@ -11193,6 +11193,7 @@ stable
 set search_path = pg_catalog, pg_temp
 -- Read by time alone: the planner may think a scan of all history as good.
 set enable_seqscan = off
+set jit = off
 as $$
   select
     a.model_id,
@@ -11294,6 +11295,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 set jit = off
 set enable_seqscan = off
+set jit = off
 as $$
   select
     e.model_id, e.error_code, e.errors, e.failed, e.retried, e.last_at,
@@ -11340,6 +11342,7 @@ stable
 set search_path = pg_catalog, pg_temp
 set jit = off
 set enable_seqscan = off
+set jit = off
 as $$
   select
     a.generation_id, a.model_id, a.attempt, a.worker_id, a.outcome, a.error_code, a.ended_at,
