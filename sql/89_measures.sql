@@ -143,7 +143,6 @@ language sql
 stable
 security definer
 set search_path = pg_catalog, pg_temp
-set jit = off
 set enable_seqscan = off
 set jit = off
 as $$
@@ -190,7 +189,6 @@ returns table (
 language sql
 stable
 set search_path = pg_catalog, pg_temp
-set jit = off
 set enable_seqscan = off
 set jit = off
 as $$

@@ -80,6 +80,7 @@ stable
 set search_path = pg_catalog, pg_temp
 -- Read by time alone: the planner may think a scan of all history as good.
 set enable_seqscan = off
+set jit = off
 as $$
   with claims as (
     select a.generation_id, a.attempt, a.started_at, a.ended_at, a.outcome
@@ -127,6 +128,7 @@ language sql
 stable
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
+set jit = off
 as $$
   select
     date_bin(p_bucket, a.ended_at, 'epoch'),

@@ -11293,7 +11293,6 @@ language sql
 stable
 security definer
 set search_path = pg_catalog, pg_temp
-set jit = off
 set enable_seqscan = off
 set jit = off
 as $$
@@ -11340,7 +11339,6 @@ returns table (
 language sql
 stable
 set search_path = pg_catalog, pg_temp
-set jit = off
 set enable_seqscan = off
 set jit = off
 as $$
@@ -11507,6 +11505,7 @@ stable
 set search_path = pg_catalog, pg_temp
 -- Read by time alone: the planner may think a scan of all history as good.
 set enable_seqscan = off
+set jit = off
 as $$
   with claims as (
     select a.generation_id, a.attempt, a.started_at, a.ended_at, a.outcome
@@ -11554,6 +11553,7 @@ language sql
 stable
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
+set jit = off
 as $$
   select
     date_bin(p_bucket, a.ended_at, 'epoch'),
