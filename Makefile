@@ -3,7 +3,7 @@
 MAKEFLAGS += --no-print-directory
 
 PYTHON := .venv/bin/python
-STACK := $(PYTHON) scripts/stack.py
+LOCAL_STACK := $(PYTHON) scripts/stack.py
 APP_NODE = cd examples/expo && PATH="$$(echo $(CURDIR)/node_modules/node-linux-*/bin):$$PATH"
 APP_FORMAT := node_modules/.bin/deno fmt --no-config --line-width=100 --single-quote
 APP_SOURCES := examples/expo/*.ts examples/expo/*.tsx examples/expo/src examples/expo/__tests__
@@ -11,7 +11,7 @@ MIGRATION := supabase/migrations/20261121000000_create_darkroom.sql
 
 # Show this list.
 help:
-	@awk '/^# /{text=substr($$0, 3)} /^[a-z-]+:/{sub(":.*", ""); if (text) printf "%-13s %s\n", $$0, text; text=""}' Makefile
+	@awk '/^# /{text=substr($$0, 3)} /^[a-z-]+:/{sub(":.*", ""); if (text) printf "%-14s %s\n", $$0, text; text=""}' Makefile
 
 # Install what is missing: system, Python and Node packages.
 setup:
@@ -19,6 +19,9 @@ setup:
 
 setup-app:
 	@scripts/setup app
+
+setup-test:
+	@scripts/setup app postgres
 
 setup-browser:
 	@scripts/setup app browser
@@ -28,23 +31,31 @@ setup-bench:
 
 # Start database, HTTP gateway and worker; leaves alone what already runs.
 up: setup
-	@$(STACK) up
+	@$(LOCAL_STACK) up
 
 # Stop them; data, keys and ports stay.
 down:
-	@$(STACK) down
+	@$(LOCAL_STACK) down
 
 # Show what runs, where, and the log files.
 status:
-	@$(STACK) status
+	@$(LOCAL_STACK) status
 
 # Print URLs and keys for a shell: eval "$(make -s env)"
 env:
-	@$(STACK) env
+	@$(LOCAL_STACK) env
 
 # Stop everything and delete its data.
 clean:
-	@$(STACK) clean
+	@$(LOCAL_STACK) clean
+
+# Show queue, workers, rates, errors and recent jobs: make top EVERY=5, or make top JSON=1 for a script.
+top:
+	@$(PYTHON) scripts/watch.py top $(if $(EVERY),--every "$$EVERY") $(if $(JSON),--json)
+
+# Print a key for the operator page: JWT_SECRET=... make monitor-key DAYS=30
+monitor-key:
+	@$(PYTHON) scripts/watch.py key $(if $(DAYS),--days "$$DAYS")
 
 # Generate an image from start to end: make demo PROMPT="a lighthouse at dusk"
 demo: setup
@@ -56,17 +67,39 @@ import-model: setup
 		$(if $(CREDITS),--credits "$$CREDITS") $(if $(PAID_CREDITS),--paid-credits "$$PAID_CREDITS") \
 		$(if $(ALLOW),--allow "$$ALLOW") $(if $(SET),--set "$$SET") $(if $(DRY_RUN),--dry-run)
 
+# Apply the migrations to a database: shows what, asks, does it. DATABASE_URL=postgresql://… YES=1
+migrate: setup
+	@$(PYTHON) scripts/migrate.py
+
+# Make deploy/.env for deploy/compose.yaml, with random secrets.
+compose-env: setup
+	@$(PYTHON) scripts/compose_env.py
+
+# Try all that the local worker needs, and say in one line each what is wrong.
+check-worker:
+	@$(LOCAL_STACK) check
+
+# Install the worker on this machine, under systemd; needs root. Adds nothing that is in place.
+install-worker:
+	@scripts/install_worker
+
 # Build the example app for the web and serve it, with the stack behind it.
 app: setup-app
 	@$(PYTHON) scripts/app.py show
 
-# Run all checks and tests but those in a browser.
-test: setup-app lint lint-app
+# Run all checks and tests but those in a browser. STACK=docker: those of HTTP and worker, in containers.
+ifeq ($(STACK),docker)
+test: setup
+	@[ -n "$(POSTGRES_IMAGE)" ] || docker build -q -t darkroom-postgres:15 -f deploy/postgres.Dockerfile deploy
+	@$(PYTHON) -m pytest tests/test_containers.py tests/test_http*.py tests/test_worker_*.py tests/test_migrate.py
+else
+test: setup-test lint lint-app
 	@$(PYTHON) -m pytest --ignore=tests/browser
 	@$(APP_NODE) node node_modules/jest/bin/jest.js
 	@echo 'The app in a browser: make test-app'
+endif
 
-# Run the app in a browser against stack and worker. SCREENSHOTS=folder keeps what it looks like.
+# Run app and operator page in a browser against stack and worker. SCREENSHOTS=folder keeps what it looks like.
 test-app: setup-browser
 	@$(PYTHON) -m pytest tests/browser
 
@@ -108,5 +141,11 @@ lock: setup
 			--no-header --no-annotate $(if $(UPGRADE),--upgrade) "$$@" --output-file $$file pyproject.toml -; } \
 		&& renew worker && renew test --extra test && renew bench --extra test --extra bench
 
-.PHONY: help setup setup-app setup-browser setup-bench up down status env clean demo import-model app \
-	test test-app lint lint-app types bench scale-out migration lock
+# Ask for known vulnerabilities in what the lock files pin; fails also where nobody answers.
+audit: setup
+	@$(PYTHON) -m venv .venv/audit && .venv/audit/bin/python -m pip install --quiet pip-audit==2.10.1
+	@$(PYTHON) scripts/audit.py .venv/audit/bin/pip-audit
+
+.PHONY: help setup setup-app setup-test setup-browser setup-bench up down status env clean top \
+	monitor-key demo import-model migrate compose-env check-worker install-worker app test test-app \
+	lint lint-app types bench scale-out migration lock audit

@@ -10,7 +10,11 @@
 
 It may die at any instruction: the lease runs out, another worker resumes the checkpointed id.
 
-Environment (* required):
+`worker.py check` tries all it needs (rights, LISTEN, pg_cron, Storage, the provider's key), says in
+one line each what is wrong, and does no work.
+
+Environment (* required). A file of that name in $CREDENTIALS_DIRECTORY, where systemd puts what
+LoadCredential names, goes before the variable:
     DATABASE_URL *          PostgreSQL, as role darkroom_worker; direct or session mode, for LISTEN.
                             Behind a transaction pooler it polls, and prepares no statements
     SUPABASE_URL *          where /storage/v1 is
@@ -30,9 +34,12 @@ Environment (* required):
     PREVIEW_SECONDS         1         how long the preview provider takes
     PREVIEW_FAILURE_RATE    0         share of preview jobs that fail, 0 to 1
     LOG_LEVEL               INFO
+    TMPDIR                  for outputs on their way to Storage. Without room for MAX_IMAGE_BYTES
+                            there, a worker that had to do without claims nothing
 
 Exit codes: 0 stopped as asked, 1 the database or something unexpected, 2 bad configuration,
-3 ended by a second signal or the hard deadline, with jobs left to their leases.
+3 ended by a second signal or the hard deadline, with jobs left to their leases. Of a check: 0 all
+is well, 1 something is wrong, 2 bad configuration.
 """
 
 from __future__ import annotations
@@ -40,6 +47,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import errno
 import functools
 import hashlib
 import hmac
@@ -70,7 +78,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from importlib import metadata
-from typing import IO, Any, Protocol, TypeVar
+from pathlib import Path
+from typing import IO, Any, ClassVar, Protocol, TypeVar
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 from uuid import UUID, uuid4
 from xml.parsers import expat
@@ -93,7 +102,9 @@ RECOVERY_SECONDS = 30.0  # between two looks for stale jobs
 ERASE_SECONDS = 60.0  # between two looks for what has been kept long enough
 ERASE_FILES = 100  # deleted in one request
 SECOND_LOOK_SECONDS = 0.2  # at most, between going to sleep and the last claim before waiting
-LISTEN_CHECK_SECONDS = 10.0  # silence after which the LISTEN connection is tested
+LISTEN_CHECK_SECONDS = 10.0  # silence after which a NOTIFY to ourselves tests LISTEN
+LISTEN_ANSWER_SECONDS = 3.0  # within which it must arrive
+DEAF_SECONDS = 60.0  # between two tries to LISTEN where no NOTIFY arrives
 PROGRESS_SECONDS = 1.0  # between two heartbeats that only bring news of progress
 CANCEL_SECONDS = 5.0  # at most, for telling the provider to stop
 RELEASE_SECONDS = 10.0  # hard deadline for releasing jobs once the grace time is over
@@ -102,6 +113,8 @@ POOL_SIZE = 6  # connections at most: each kind of call for many jobs has one un
 OUTBOX_SECONDS = 0.05  # at least, between two looks at the outbox
 RETRY_BASE_SECONDS, RETRY_CAP_SECONDS = 0.25, 10.0  # backoff between repeated calls
 LOG_CHARS = 200_000  # of a provider's log that are read for progress
+DETAIL_CHARS = 500  # of others' words that are kept for operators
+QUOTED_CHARS = 5_000  # of them that are looked through for secrets first, which come out whole so
 PROVIDER_POLL_SECONDS, PROVIDER_POLL_CAP_SECONDS = 0.5, 3.0
 HTTP_TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 HTTP_TRIES = 4  # for requests that may be repeated
@@ -115,8 +128,9 @@ PREVIEW_SOURCE_SIZE = (256, 256)
 BLUR_PIXELS = 32  # longest side of what a blurhash is made of
 MAX_SVG_BYTES, MAX_SVG_DEPTH, MAX_SVG_WEIGHT = 10 << 20, 200, 2_000_000  # weight: sum of depths
 MAX_REDIRECTS = 3
+UNPACKED = {"accept-encoding": "identity"}  # a few bytes, packed twice, unpack to gigabytes at once
 MAX_PAGES = 50  # of 100 predictions each, when a lost create is looked for
-CREATE_WITHIN_SECONDS = 5.0  # of saying so; later, another worker may have taken over
+CREATE_WITHIN_SECONDS = 5.0  # of holding the lease; later, another worker may have it
 PROVIDER_PAUSE_SECONDS = 60  # before an account that was refused is tried again
 DELIVERY_HOST = re.compile(r"([a-z0-9-]+\.)*replicate\.delivery")  # its OpenAPI file, "output"
 FORMATS = {
@@ -137,6 +151,10 @@ UNREADABLE = (
     Image.DecompressionBombError,
 )  # Pillow
 EXIF_TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))
+SHORTAGES = {  # of the machine: no space, no files left, a broken disk; ENOENT: no folder at all
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOENT),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+}
 INERT_TYPE = "application/octet-stream"  # of SVGs in Storage: browsers save it and do not run it
 DELIVERY_SECONDS = 20.0  # for one try, from looking the name up to the status; far below the lease
 LANE_SLOTS = 4  # deliveries at once to one target; Expo wants at most 6 connections
@@ -154,8 +172,25 @@ KEEPALIVES: dict[str, Any] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,  # milliseconds
 }
-CANCEL = "cancel"  # payload of the NOTIFY that says so
+CANCEL, PROBE = "cancel", "probe"  # payloads of NOTIFY: jobs to stop, and a test of LISTEN
+CREDENTIAL_PREFIX = "darkroom_"  # what LoadCredential=darkroom:FOLDER puts before a file's name
 EXIT_OK, EXIT_ERROR, EXIT_CONFIG, EXIT_FORCED = 0, 1, 2, 3
+
+MIN_SECRET_CHARS = 6  # shorter ones would take away words
+REDACTED = "[redacted]"
+SECRETS = [  # what looks like one, and what stays of it
+    (r"(?i)\b(bearer)\s+[^\s\"',;]+", rf"\1 {REDACTED}"),
+    (r"(?i)\b(basic)\s+[\w+/=-]{16,}", rf"\1 {REDACTED}"),
+    (r"\beyJ[\w-]{8,}(\.[\w-]*){0,2}", REDACTED),  # a JWT
+    (r"\b(r8_|sb_secret_|sbp_|whsec_|sk-)[\w+/=-]{4,}", rf"\1{REDACTED}"),
+    (r"(\w://)[^\s/@]+@", rf"\1{REDACTED}@"),  # user and password
+    (r"(https?://[^\s?#\"'<>]+)\?[^\s\"'<>]+", rf"\1?{REDACTED}"),  # a signature, perhaps
+    (
+        r"(?i)\b((?:password|secret|api-?key|[\w-]*token|authorization|signature)[\"']?\s*[=:]\s*"
+        r"[\"']?)(?!\[redacted|bearer|basic)[^\s\"'&,;]+",
+        rf"\1{REDACTED}",
+    ),
+]
 
 log = logging.getLogger("darkroom")
 T = TypeVar("T")
@@ -190,6 +225,15 @@ class Settings:
     preview_failure_rate: float
     log_level: str
 
+    @property
+    def secrets(self) -> list[str]:
+        """What nobody else may read, in every spelling it may come back in."""
+        password = psycopg.conninfo.conninfo_to_dict(self.database_url).get("password")
+        keys = [self.supabase_service_key, self.replicate_api_token, self.expo_access_token]
+        known = [str(each) for each in (self.database_url, password, *keys) if each]
+        spelled = {*known, *(quote(each, "") for each in known)}
+        return sorted((each for each in spelled if len(each) >= MIN_SECRET_CHARS), key=len)[::-1]
+
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Settings:
         """Read and check every variable. Raises ConfigError."""
@@ -219,6 +263,19 @@ class Settings:
             preview_failure_rate=_number(env, "PREVIEW_FAILURE_RATE", 0, 0, 1),
             log_level=_choice(env, "LOG_LEVEL", "INFO", ("DEBUG", "INFO", "WARNING", "ERROR")),
         )
+
+
+def with_credentials(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment and, before it, the files of $CREDENTIALS_DIRECTORY. Raises ConfigError."""
+    values = dict(env)
+    if folder := env.get("CREDENTIALS_DIRECTORY"):
+        try:
+            for file in filter(Path.is_file, Path(folder).iterdir()):
+                if text := file.read_text().strip():
+                    values[file.name.removeprefix(CREDENTIAL_PREFIX)] = text
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"CREDENTIALS_DIRECTORY: {type(error).__name__}") from None
+    return values
 
 
 def _given(env: Mapping[str, str]) -> dict[str, str]:
@@ -317,6 +374,10 @@ class StorageRefused(Exception):
     """Storage did not delete what it was asked to."""
 
 
+class Deaf(psycopg.OperationalError):
+    """LISTEN was accepted, and a NOTIFY did not arrive: a transaction pooler is in between."""
+
+
 class UnknownOutcome(Exception):
     """A create was sent and its answer lost: it may have been bought."""
 
@@ -336,6 +397,7 @@ class Job:
     image_inputs: list[str]
     image_count: int
     deadline_seconds: float
+    begun_before: datetime | None
 
 
 @dataclass(frozen=True)
@@ -350,6 +412,15 @@ class Delivery:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """One line of a check, as private.check_setup answers it: ok, note or wrong."""
+
+    part: str
+    verdict: str
+    detail: str
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What became of a try: delivered, failed, or gone for good. The error names no address."""
 
@@ -357,6 +428,29 @@ class Verdict:
     status: int | None = None
     error: str | None = None
     retry_after: float | None = None
+
+
+def redact(text: str, secrets: Iterable[str] = ()) -> str:
+    """The text without these secrets, the longest first, and without what looks like one.
+
+    Providers and Storage answer in words of their own, which may repeat what they were sent.
+    """
+    for secret in secrets:
+        text = text.replace(secret, REDACTED)
+    for pattern, rest in SECRETS:
+        text = re.sub(pattern, rest, text)
+    return text
+
+
+class SafeFormatter(logging.Formatter):
+    """Lets no secret into a line or a traceback, whoever logs it."""
+
+    def __init__(self, secrets: Iterable[str] = ()) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+        self.secrets = secrets
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record), self.secrets)
 
 
 def backoff(attempt: int) -> float:
@@ -448,11 +542,20 @@ class Batch:
 
 
 class Database:
-    """The worker's functions of schema private, one method each. There is no other SQL here."""
+    """The worker's functions of schema private, one method each. Other SQL is LISTEN and NOTIFY."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    FUNCTIONS: ClassVar = (
+        *("adopt_provider_job", "apply_retention", "begin_creates", "cancel_job", "check_setup"),
+        *("checkpoint_jobs", "claim_deliveries", "claim_jobs", "complete_jobs", "due_lanes"),
+        *("fail_jobs", "finish_delivery", "forget_files", "heartbeat", "list_expired_files"),
+        *("pause_provider", "recover_stale_jobs", "register_worker", "release_job"),
+        *("report_progress", "sleep", "unregister_worker"),
+    )
+
+    def __init__(self, url: str, secrets: Iterable[str] = ()) -> None:
+        self.url, self.secrets = url, secrets
         self.is_listening = True  # until the contrary is known
+        self.has_listened = asyncio.Event()  # or tried to: what is_listening says is known
         options = {"autocommit": True, "row_factory": dict_row, **KEEPALIVES}
         # Left alone, the pool doubles its pause between tries: long after the database is back.
         self.pool = AsyncConnectionPool(
@@ -524,10 +627,10 @@ class Database:
         )
         return [row["verdict"] for row in rows]
 
-    async def begin_create(self, job: Job) -> datetime | None:
-        """Answer when a create whose outcome nobody learned was begun before, if one was."""
-        began: datetime | None = await self._begin_creates(job)
-        return began
+    async def begin_create(self, job: Job) -> datetime:
+        """Prove the lease once more; answer since when something may have been bought."""
+        since: datetime = await self._begin_creates(job)
+        return since
 
     async def adopt_provider_job(self, job: Job, candidates: list[str]) -> str | None:
         rows = await self._insist("adopt_provider_job", job.job_id, job.token, candidates)
@@ -535,7 +638,7 @@ class Database:
         return adopted
 
     async def pause_provider(self, provider: str, seconds: int, reason: str) -> None:
-        await self._insist("pause_provider", provider, seconds, reason)
+        await self._insist("pause_provider", provider, seconds, self._quoted(reason))
 
     async def checkpoint(self, job: Job, provider_job_id: str) -> None:
         await self._checkpoint_jobs(job, provider_job_id)
@@ -550,8 +653,13 @@ class Database:
         await self._complete_jobs(job, Jsonb(images), Jsonb(metrics))
 
     async def fail_job(self, job: Job, error: JobError, metrics: dict[str, Any]) -> str:
-        what = (error.code, error.detail, error.retry_after, Jsonb(metrics))
+        detail = self._quoted(error.detail)
+        what = (error.code, detail, error.retry_after, Jsonb(metrics))
         return str(await self._fail_jobs(job, *what))
+
+    def _quoted(self, words: str) -> str:
+        """Others' words as they may be stored: for operators, but without secrets."""
+        return redact(words, self.secrets)[:DETAIL_CHARS]
 
     async def release_job(self, job: Job, resumes: bool = True) -> None:
         await self._insist("release_job", job.job_id, job.token, resumes)
@@ -591,10 +699,20 @@ class Database:
             delivery.token,
             verdict.outcome,
             verdict.status,
-            verdict.error,
+            verdict.error and self._quoted(verdict.error),
             verdict.retry_after,
         )
         return str(rows[0]["finish_delivery"])
+
+    async def check_setup(self) -> list[Finding]:
+        rows = await self._call("check_setup", list(self.FUNCTIONS))
+        return [Finding(**row) for row in rows]
+
+    def connect(self) -> Awaitable[psycopg.AsyncConnection[Any]]:
+        """Open a connection beside the pool. Its error says what is wrong, as the pool's do not."""
+        return psycopg.AsyncConnection.connect(
+            self.url, autocommit=True, connect_timeout=10, **KEEPALIVES
+        )
 
     async def listen(self, channel: str, on_notify: Callable[[str], None]) -> None:
         """Hand on every NOTIFY, for ever, from a connection of its own; reconnect when it dies.
@@ -604,18 +722,19 @@ class Database:
         attempt = 0
         while True:
             try:
-                async with await psycopg.AsyncConnection.connect(
-                    self.url, autocommit=True, connect_timeout=10, **KEEPALIVES
-                ) as connection:
+                async with await self.connect() as connection:
                     await connection.execute(sql.SQL("listen {}").format(sql.Identifier(channel)))
+                    on_notify(CANCEL)
+                    await self.hear(connection, channel, on_notify)
                     log.info("listen.started channel=%s", channel)
                     attempt = 0
-                    on_notify(CANCEL)
                     await self._forward(connection, channel, on_notify)
             except psycopg.OperationalError as error:
                 self.is_listening = False
-                log.warning("listen.lost error=%s", type(error).__name__)
-                await asyncio.sleep(backoff(attempt))
+                self.has_listened.set()
+                is_deaf = isinstance(error, Deaf)
+                log.warning("listen.lost error=%s", error if is_deaf else type(error).__name__)
+                await asyncio.sleep(DEAF_SECONDS if is_deaf else backoff(attempt))
                 attempt += 1
 
     async def _forward(
@@ -625,12 +744,38 @@ class Database:
         on_notify: Callable[[str], None],
     ) -> None:
         while True:
+            is_silent = True
             async for notice in connection.notifies(timeout=LISTEN_CHECK_SECONDS, stop_after=1):
                 on_notify(notice.payload)
-            cursor = await connection.execute("select pg_listening_channels()")
-            if (channel,) not in await cursor.fetchall():
-                raise psycopg.OperationalError("the connection does not listen: a pooler?")
-            self.is_listening = True
+                is_silent = False
+            if is_silent:
+                await self.hear(connection, channel, on_notify)
+
+    async def hear(
+        self,
+        connection: psycopg.AsyncConnection[Any],
+        channel: str,
+        on_notify: Callable[[str], None],
+    ) -> None:
+        """Have another connection send a NOTIFY, and hand on what comes before it. Raises Deaf.
+
+        Not the same connection: a pooler may have the session that listens answer it by chance.
+        """
+        async with self.pool.connection(timeout=10) as other:
+            await other.execute("select pg_notify(%s, %s)", (channel, PROBE))
+        give_up_at, payloads = time.monotonic() + LISTEN_ANSWER_SECONDS, set[str]()
+        while PROBE not in payloads:
+            if (left := give_up_at - time.monotonic()) <= 0:
+                raise Deaf(
+                    "DATABASE_URL: a NOTIFY did not arrive, as through a transaction pooler: jobs "
+                    "are found by polling. Use a direct or session-mode connection"
+                )
+            async for notice in connection.notifies(timeout=left, stop_after=1):
+                payloads.add(notice.payload)
+                if notice.payload != PROBE:
+                    on_notify(notice.payload)
+        self.is_listening = True
+        self.has_listened.set()
 
 
 # --- providers ----------------------------------------------------------------------------------
@@ -815,7 +960,7 @@ class Replicate:
     @staticmethod
     def _raise_for_refusal(response: httpx.Response) -> None:
         status = response.status_code
-        detail = f"create: HTTP {status}: {response.text[:500]}"
+        detail = f"create: HTTP {status}: {response.text[:QUOTED_CHARS]}"
         if status in (401, 402, 403):
             raise ProviderDown(detail, may_have_bought=False)
         if status == 429:
@@ -851,6 +996,15 @@ class Replicate:
             and all(given.get(k) == v for k, v in known if k not in job.image_inputs)
         )
 
+    async def check(self) -> Finding:
+        """Whether the key opens the account; nothing is bought."""
+        response = await self.http.get(f"{self.base_url}/account", headers=self.headers)
+        if response.is_success:
+            return Finding("replicate", "ok", "the key opens the account")
+        why = "the key is refused" if response.status_code in (401, 403) else "no answer to trust"
+        detail = f"REPLICATE_API_TOKEN: {why}: HTTP {response.status_code}"
+        return Finding("replicate", "wrong", detail)
+
     async def upload(self, name: str, file: IO[bytes]) -> str:
         """Upload through the files API, where Storage cannot be reached from outside."""
         file.seek(0)
@@ -874,7 +1028,7 @@ class Replicate:
             if status == "succeeded":
                 return self._result(prediction)
             if status in ("failed", "canceled", "aborted"):  # nothing to resume
-                detail = str(prediction.get("error") or f"prediction {status}")[:500]
+                detail = str(prediction.get("error") or f"prediction {status}")[:QUOTED_CHARS]
                 moderated = status == "failed" and self.MODERATION.search(detail)
                 code = "moderated" if moderated else "provider_error"
                 raise JobError(code, detail, metrics=self._metrics(prediction))
@@ -949,7 +1103,7 @@ class Replicate:
         """Download from Replicate's own hosts only: outputs come from third-party code."""
         url = self._allowed(output)
         for _ in range(MAX_REDIRECTS + 1):
-            async with self.http.stream("GET", url) as response:
+            async with self.http.stream("GET", url, headers=UNPACKED) as response:
                 if response.has_redirect_location:
                     url = self._allowed(response.headers["location"], url)
                     continue
@@ -957,6 +1111,8 @@ class Replicate:
                     raise JobError("result_lost", f"output: HTTP {response.status_code}")
                 if not response.is_success:
                     raise JobError("internal", f"output: HTTP {response.status_code}")
+                if response.headers.get("content-encoding", "identity") != "identity":
+                    raise JobError("provider_error", "output: packed, although not asked for")
                 async for chunk in response.aiter_bytes(CHUNK_BYTES):
                     yield chunk
                 return
@@ -1051,6 +1207,16 @@ class Storage:
         if not response.is_success:
             raise StorageRefused(f"HTTP {response.status_code}")
 
+    async def check(self) -> Finding:
+        """Write a file where images go, and delete it again. Raises JobError or StorageRefused."""
+        path = f"darkroom-check/{uuid4()}.bin"
+        await self._upload(path, io.BytesIO(b"check"), INERT_TYPE)
+        await self.remove(BUCKET, [path])
+        left = await self.http.get(f"{self.base_url}/{path}", headers=self.headers)
+        if left.is_success:
+            return Finding("storage", "wrong", f"{BUCKET}/{path} was not deleted")
+        return Finding("storage", "ok", f"a file was written to bucket {BUCKET} and deleted")
+
     async def store(
         self, job: Job, position: int, body: AsyncGenerator[bytes, None]
     ) -> dict[str, Any]:
@@ -1109,7 +1275,7 @@ class Storage:
                 )
                 if response.is_success:
                     return size
-                reason, text = f"HTTP {response.status_code}", response.text[:200]
+                reason, text = f"HTTP {response.status_code}", response.text[:QUOTED_CHARS]
                 if is_final(response):
                     break
             except httpx.TransportError as error:
@@ -1117,6 +1283,12 @@ class Storage:
             log.warning("storage.retry job=%s reason=%r", path.split("/")[1], reason)
             await asyncio.sleep(backoff(attempt))
         raise JobError("internal", f"upload: {reason}: {text}")
+
+
+def reserve(size: int) -> None:
+    """Raises OSError unless a temporary file can have this many bytes."""
+    with tempfile.TemporaryFile() as file:
+        os.posix_fallocate(file.fileno(), 0, size)
 
 
 def is_public_host(host: str) -> bool:
@@ -1455,11 +1627,30 @@ class Outbox:
 # --- the worker ---------------------------------------------------------------------------------
 
 
+class Systemd:
+    """Tells systemd how the worker is, as sd_notify does; nobody where it was not started by it."""
+
+    def __init__(self, address: str | None) -> None:
+        self.address = address and re.sub("^@", "\0", address)
+
+    def tell(self, *assignments: str) -> None:
+        """Send READY=1, STATUS=… and the like. Never waits."""
+        if not self.address:
+            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.setblocking(False)
+            try:
+                channel.sendto("\n".join(assignments).encode(), self.address)
+            except OSError as error:
+                log.warning("systemd.unreachable error=%s", error)
+
+
 @dataclass
 class Running:
     """A job in a slot."""
 
     job: Job
+    held_at: float  # the lease was: time.monotonic() before the database was asked
     on_progress: Callable[[], None]
     task: asyncio.Task[None] = field(init=False)
     provider_job_id: str | None = None  # once it is known
@@ -1471,6 +1662,8 @@ class Running:
 
     def __post_init__(self) -> None:
         self.provider_job_id = self.job.provider_job_id
+        if not (self.provider_job_id or self.job.begun_before):
+            self.metrics = {"is_asked": False}  # the provider, by anybody
 
     def report(self, percent: int) -> None:
         """Take in progress. It never goes back, whatever a provider says."""
@@ -1492,6 +1685,7 @@ class Worker:
     ) -> None:
         self.settings, self.db, self.providers, self.storage = settings, db, providers, storage
         self.outbox = outbox
+        self.systemd = Systemd(None)
         self.running: dict[int, Running] = {}  # by token: a lost job may be claimed again here
         self.wake = asyncio.Event()
         self.freed = asyncio.Event()  # a slot
@@ -1499,8 +1693,10 @@ class Worker:
         self.news_due: asyncio.TimerHandle | None = None
         self.stopping = asyncio.Event()
         self.worker_id = 0
+        self.is_full = True  # until a largest output proves to have room on the disk
         self.lease_seconds = 0.0
         self.last_beat = 0.0
+        self.last_told = 0.0  # systemd
 
     async def run(self) -> None:
         """Register, then work until stopping is set and the jobs have ended or are released."""
@@ -1562,27 +1758,58 @@ class Worker:
         while not self.stopping.is_set():
             try:
                 self.freed.clear()
-                if len(self.running) >= self.settings.slots or not self._may_claim():
+                has_slots = len(self.running) < self.settings.slots
+                if not (has_slots and self._may_claim() and await self._has_room()):
                     await self._pause(self.freed, self.settings.poll_seconds)
                 elif not await self._claim():
                     await self._sleep()
                 attempt = 0
+                self._tell_systemd()
             except psycopg.OperationalError as error:
                 log.warning("claim.failed error=%s", type(error).__name__)
+                self.systemd.tell(f"STATUS=no answer from the database: {type(error).__name__}")
                 self.wake.clear()
                 await self._pause(self.wake, backoff(attempt))
                 attempt += 1
+
+    def _tell_systemd(self) -> None:
+        """Feed the watchdog at the end of a turn, once for each beat that was answered.
+
+        So it goes hungry when this loop stands still, and when the database does not answer.
+        """
+        if self.db.has_listened.is_set() and self.last_beat > self.last_told:
+            wakes = (
+                "is woken by NOTIFY" if self.db.is_listening else "polls, as LISTEN does not work"
+            )
+            slots = f"{len(self.running)} of {self.settings.slots} slots busy"
+            self.systemd.tell(
+                "READY=1", "WATCHDOG=1", f"STATUS=worker {self.worker_id}: {slots}, {wakes}"
+            )
+            self.last_told = time.monotonic()
 
     def _may_claim(self) -> bool:
         """A worker that cannot beat would lose what it claims."""
         return time.monotonic() - self.last_beat < self.lease_seconds
 
+    async def _has_room(self) -> bool:
+        """Look for room where there was none: what a full worker has made cannot be stored."""
+        if self.is_full:
+            try:
+                await asyncio.to_thread(reserve, self.settings.max_image_bytes)
+                self.is_full = False
+                log.info("worker.has_room folder=%s", tempfile.gettempdir())
+            except OSError as error:
+                log.error("worker.full error=%s", shortage(error))
+        return not self.is_full
+
     async def _claim(self) -> bool:
+        began = time.monotonic()
         jobs = await self.db.claim_jobs(self.worker_id, self.settings.slots - len(self.running))
         for job in jobs:
-            running = Running(job, self.on_progress)
+            running = Running(job, began, self.on_progress)
             self.running[job.token] = running
             running.task = asyncio.create_task(self.process(running))
+        await asyncio.sleep(0)  # jobs first, then the next claim
         return bool(jobs)
 
     async def _sleep(self) -> None:
@@ -1660,6 +1887,7 @@ class Worker:
         released, deliveries sent again by others.
         """
         log.info("worker.stopping running=%s", len(self.running))
+        self.systemd.tell("STOPPING=1", "WATCHDOG=1", f"STATUS=ends {len(self.running)} jobs")
         with contextlib.suppress(psycopg.OperationalError):
             await self.db.unregister_worker(self.worker_id)  # or a wake-up would be lost on it
         tasks = [*(each.task for each in self.running.values()), *self.outbox.lanes.values()]
@@ -1729,26 +1957,24 @@ class Worker:
         """Have the provider create the job, once: look first for what an earlier try has bought."""
         job = running.job
         provider_input = await self._with_sources(provider, job)
-        began, lost_at = time.monotonic(), await self.db.begin_create(job)
-        if lost_at and (bought := await self._look(provider, running, lost_at)):
+        if job.begun_before and (bought := await self._look(provider, running, job.begun_before)):
             return bought
-        if lost_at:
-            began = time.monotonic()
-            await self.db.begin_create(job)
         try:
-            return await finish_first(self._create(provider, running, provider_input, began))
+            return await finish_first(self._create(provider, running, provider_input))
         except UnknownOutcome as error:
-            lost_at = await self.db.begin_create(job) or datetime.now(UTC)
-            if bought := await self._look(provider, running, lost_at):
+            since = await self.db.begin_create(job)
+            if bought := await self._look(provider, running, since):
                 return bought
             raise JobError("provider_timeout", f"create: {error}; nothing was bought") from None
 
     async def _create(
-        self, provider: Provider, running: Running, provider_input: dict[str, Any], began: float
+        self, provider: Provider, running: Running, provider_input: dict[str, Any]
     ) -> str:
         """Create and save the id at once: together, also when the worker stops meanwhile."""
-        if time.monotonic() - began > CREATE_WITHIN_SECONDS:
-            raise LeaseLost
+        while time.monotonic() - running.held_at > CREATE_WITHIN_SECONDS:
+            running.held_at = time.monotonic()
+            await self.db.begin_create(running.job)
+        running.metrics = {}
         running.provider_job_id = await provider.create(running.job, provider_input)
         await self.db.checkpoint(running.job, running.provider_job_id)
         return running.provider_job_id
@@ -1798,6 +2024,7 @@ class Worker:
     async def _fail(self, running: Running, error: JobError) -> None:
         running.is_ending = True
         job = running.job
+        self.is_full = self.is_full or error.code == "worker_full"
         try:
             outcome = await self.db.fail_job(job, error, running.metrics | error.metrics)
             log.warning("job.%s job=%s code=%s", outcome, job.job_id, error.code)
@@ -1824,8 +2051,14 @@ class Worker:
             if running.is_canceled:
                 await self.db.cancel_job(job, running.metrics)
             else:
-                await self.db.release_job(job)
+                await self.db.release_job(job, resumes="is_asked" not in running.metrics)
         log.info("job.%s job=%s", "canceled" if running.is_canceled else "released", job.job_id)
+
+
+def shortage(error: OSError) -> str:
+    """What there is none of, without the names of files."""
+    number = error.errno or 0
+    return f"{errno.errorcode.get(number, number)} {os.strerror(number)}"
 
 
 def as_job_error(error: Exception) -> JobError:
@@ -1834,6 +2067,8 @@ def as_job_error(error: Exception) -> JobError:
         return error
     if isinstance(error, TimeoutError):
         return JobError("timeout", "deadline passed")
+    if isinstance(error, OSError) and error.errno in SHORTAGES:
+        return JobError("worker_full", shortage(error))
     frame = traceback.extract_tb(error.__traceback__)[-1]
     detail = f"{type(error).__name__} at {frame.name}:{frame.lineno}"
     log.error("job.unexpected error=%s", detail)
@@ -1865,28 +2100,40 @@ def on_signal(stopping: asyncio.Event) -> None:
     stopping.set()
 
 
+def make_replicate(settings: Settings, http: httpx.AsyncClient) -> Replicate | None:
+    """Answer Replicate, if there is a key for it."""
+    if not settings.replicate_api_token:
+        return None
+    return Replicate(
+        http,
+        settings.replicate_api_url,
+        settings.replicate_api_token,
+        settings.replicate_settle_seconds,
+    )
+
+
+def make_storage(settings: Settings, http: httpx.AsyncClient) -> Storage:
+    return Storage(
+        http,
+        settings.supabase_url,
+        settings.supabase_service_key,
+        settings.max_image_bytes,
+        settings.image_preview_pixels,
+    )
+
+
 async def serve(settings: Settings) -> int:
     """Wire everything together and run one worker."""
-    db = Database(settings.database_url)
+    db = Database(settings.database_url, settings.secrets)
     async with httpx.AsyncClient(timeout=HTTP_TIMEOUT) as http:
         providers: dict[str, Provider] = {
             "preview": Preview(settings.preview_seconds, settings.preview_failure_rate)
         }
-        if settings.replicate_api_token:
-            providers["replicate"] = Replicate(
-                http,
-                settings.replicate_api_url,
-                settings.replicate_api_token,
-                settings.replicate_settle_seconds,
-            )
-        storage = Storage(
-            http,
-            settings.supabase_url,
-            settings.supabase_service_key,
-            settings.max_image_bytes,
-            settings.image_preview_pixels,
-        )
-        worker = Worker(settings, db, providers, storage, Outbox(settings, db, http))
+        if replicate := make_replicate(settings, http):
+            providers["replicate"] = replicate
+        storage, outbox = make_storage(settings, http), Outbox(settings, db, http)
+        worker = Worker(settings, db, providers, storage, outbox)
+        worker.systemd = Systemd(os.environ.get("NOTIFY_SOCKET"))
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, on_signal, worker.stopping)
         try:
@@ -1903,16 +2150,92 @@ async def serve(settings: Settings) -> int:
     return EXIT_OK
 
 
+async def check_database(db: Database) -> list[Finding]:
+    """Rights, pg_cron and Storage's policies, as the database itself sees them."""
+    async with await db.connect():  # says why it cannot, which the pool keeps for itself
+        pass
+    await db.pool.open(wait=True, timeout=15)
+    try:
+        return await db.check_setup()
+    except (psycopg.errors.UndefinedFunction, psycopg.errors.InvalidSchemaName):
+        detail = "no Darkroom of this version here: apply supabase/migrations"
+    except psycopg.errors.InsufficientPrivilege:
+        detail = "DATABASE_URL: its role is not darkroom_worker"
+    return [Finding("database", "wrong", detail)]
+
+
+async def check_listen(db: Database) -> list[Finding]:
+    """Whether a NOTIFY arrives."""
+    channel, began = f"darkroom_check_{uuid4().hex}", time.monotonic()
+    async with await db.connect() as connection:
+        await connection.execute(sql.SQL("listen {}").format(sql.Identifier(channel)))
+        await db.hear(connection, channel, lambda _: None)
+    milliseconds = 1000 * (time.monotonic() - began)
+    return [Finding("listen", "ok", f"a NOTIFY arrived within {milliseconds:.0f} ms")]
+
+
+async def check_storage(storage: Storage) -> list[Finding]:
+    return [await storage.check()]
+
+
+async def check_replicate(replicate: Replicate | None) -> list[Finding]:
+    if replicate:
+        return [await replicate.check()]
+    detail = "REPLICATE_API_TOKEN is not set: jobs for its models fail here"
+    return [Finding("replicate", "note", detail)]
+
+
+async def look(part: str, finding: Awaitable[list[Finding]]) -> bool:
+    """Print what a part of the check finds, a line each; answer whether all is well."""
+    try:
+        findings = await finding
+    except httpx.HTTPError as error:
+        name = "REPLICATE_API_URL" if part == "replicate" else "SUPABASE_URL"
+        findings = [Finding(part, "wrong", f"{name}: {type(error).__name__}")]
+    except (psycopg.Error, JobError, StorageRefused) as error:
+        detail = error if isinstance(error, Deaf | JobError) else f"{type(error).__name__}: {error}"
+        findings = [Finding(part, "wrong", str(detail))]
+    for each in findings:
+        print(f"{each.verdict:5}  {each.part:9}  {' '.join(each.detail.split())}", flush=True)
+    return all(each.verdict != "wrong" for each in findings)
+
+
+async def check(settings: Settings) -> int:
+    """Try all that a worker needs, and change nothing."""
+    db = Database(settings.database_url, settings.secrets)
+    async with httpx.AsyncClient(timeout=HTTP_TIMEOUT) as http:
+        try:
+            is_well = [
+                await look("database", check_database(db)),
+                not db.pool.closed and await look("listen", check_listen(db)),
+                await look("storage", check_storage(make_storage(settings, http))),
+                await look("replicate", check_replicate(make_replicate(settings, http))),
+            ]
+        finally:
+            await db.pool.close()
+    return EXIT_OK if all(is_well) else EXIT_ERROR
+
+
 def main() -> int:
     """Run until told to stop; answer the exit code."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    output = logging.StreamHandler(sys.stderr)
+    output.setFormatter(SafeFormatter())
+    logging.basicConfig(handlers=[output])
+    if sys.argv[1:] not in ([], ["check"]):
+        log.error("worker.misconfigured arguments: only `check` is one")
+        return EXIT_CONFIG
     try:
-        settings = Settings.from_env(os.environ)
+        settings = Settings.from_env(with_credentials(os.environ))
     except ConfigError as error:
         log.error("worker.misconfigured %s", error)
         return EXIT_CONFIG
+    output.setFormatter(SafeFormatter(settings.secrets))
     log.setLevel(settings.log_level)
-    return asyncio.run(serve(settings))
+    try:
+        return asyncio.run(check(settings) if sys.argv[1:] else serve(settings))
+    except Exception:
+        log.critical("worker.crashed", exc_info=True)
+        return EXIT_ERROR
 
 
 if __name__ == "__main__":

@@ -130,11 +130,13 @@ class Cluster(Service):
         *,
         fsync: bool = True,
         tuning: Mapping[str, str] | None = None,
+        programs: Path | None = None,
     ) -> None:
         super().__init__(folder, settings)
         self.data = folder / "data"
         self.fsync = fsync
         self.tuning = tuning or {}  # settings of the server beside those of every stack
+        self.programs = programs  # initdb and postgres, if they are not the distribution's
         self._user = "postgres" if os.geteuid() == 0 else None  # it refuses to run as root
 
     def address(self) -> str:
@@ -163,7 +165,7 @@ class Cluster(Service):
             **self.tuning,
         }
         options = [word for key, value in settings.items() for word in ("-c", f"{key}={value}")]
-        program = postgres_program("postgres", (self.data / "PG_VERSION").read_text().strip())
+        program = self._program("postgres", (self.data / "PG_VERSION").read_text().strip())
         process = self._run(
             [program, "-D", self.data.resolve(), *options], cwd=Path("/"), user=self._user
         )
@@ -189,7 +191,7 @@ class Cluster(Service):
                 shutil.chown(password.name, self._user)
             options = "--username=postgres --auth=scram-sha-256 --encoding=UTF8 --locale=C.UTF-8"
             run(
-                [postgres_program("initdb"), *options.split(), "--pwfile", password.name, draft],
+                [self._program("initdb"), *options.split(), "--pwfile", password.name, draft],
                 cwd=Path("/"),
                 **as_user(self._user),
             )
@@ -197,6 +199,9 @@ class Cluster(Service):
         if data != self.data:
             self.data.unlink(missing_ok=True)
             self.data.symlink_to(data)
+
+    def _program(self, name: str, version: str | None = None) -> Path:
+        return self.programs / name if self.programs else postgres_program(name, version)
 
     def _place(self) -> Path:
         """Return the state folder, unless the user that PostgreSQL runs as cannot get there."""
@@ -263,15 +268,15 @@ class Gateway(Service):
 class Worker(Service):
     """The worker, as `worker.py` runs in production."""
 
+    COMMAND: ClassVar = (sys.executable, PROJECT / "worker.py")
+
     name = "worker"
     title = "Worker"
     stop_seconds = 60  # it finishes or hands back the jobs it holds
 
     def start(self, environment: Mapping[str, str]) -> None:
         """Start it; a worker has nothing to answer, so its log tells how it fares."""
-        self._run(
-            [sys.executable, PROJECT / "worker.py"], cwd=PROJECT, env=os.environ | environment
-        )
+        self._run(self.COMMAND, cwd=PROJECT, env=os.environ | environment)
 
 
 class Migrations:
@@ -334,6 +339,11 @@ class Stack:
         return self.cluster.url("darkroom_worker")
 
     @property
+    def monitor_database_url(self) -> str:
+        """The database, as who only looks on."""
+        return self.cluster.url("darkroom_monitor")
+
+    @property
     def jwt_secret(self) -> str:
         """What signs and proves every token."""
         return self.settings.secret("JWT_SECRET")
@@ -347,6 +357,11 @@ class Stack:
     def service_role_key(self) -> str:
         """The token of the operator's own services, which no policy holds back."""
         return self._api_key("service_role")
+
+    @property
+    def monitor_key(self) -> str:
+        """The token of the operator's page, which can do nothing but look on."""
+        return self._api_key("darkroom_monitor")
 
     def up(self) -> Stack:
         """Start what is not running; if that fails, stop what this call has started."""
@@ -393,9 +408,19 @@ class Stack:
             "API_URL": self.api_url,
             "ANON_KEY": self.anon_key,
             "SERVICE_ROLE_KEY": self.service_role_key,
+            "MONITOR_KEY": self.monitor_key,
             "JWT_SECRET": self.jwt_secret,
             "DATABASE_URL": self.database_url,
             "WORKER_DATABASE_URL": self.worker_database_url,
+            "MONITOR_DATABASE_URL": self.monitor_database_url,
+        }
+
+    def worker_environment(self) -> dict[str, str]:
+        """Return what a worker of this stack needs to know."""
+        return {
+            "DATABASE_URL": self.worker_database_url,
+            "SUPABASE_URL": self.api_url,
+            "SUPABASE_SERVICE_KEY": self.service_role_key,
         }
 
     def _is_ours(self) -> bool:
@@ -411,24 +436,20 @@ class Stack:
         if Migrations(self.folder).push(self.database_url):
             self.gateway.stop()  # it reads the list of functions once, at its start
             self.gateway.start(self.database_url)
-        self._set_worker_password()  # the migration makes the role without one
+        self._set_passwords()  # the migration makes the roles without one
         if self.with_worker and not self.worker.is_running():
-            self.worker.start(
-                {
-                    "DATABASE_URL": self.worker_database_url,
-                    "SUPABASE_URL": self.api_url,
-                    "SUPABASE_SERVICE_KEY": self.service_role_key,
-                }
-            )
+            self.worker.start(self.worker_environment())
 
     def _stop(self, services: list[Service]) -> None:
         for service in reversed(services):
             service.stop()
 
-    def _set_worker_password(self) -> None:
-        password = sql.Literal(self.settings.secret("DARKROOM_WORKER_PASSWORD"))
+    def _set_passwords(self) -> None:
         with psycopg.connect(self.database_url) as connection:
-            connection.execute(sql.SQL("alter role darkroom_worker password {}").format(password))
+            for role in ("darkroom_worker", "darkroom_monitor"):
+                password = self.settings.secret(f"{role}_password".upper())
+                query = sql.SQL("alter role {} password {}")
+                connection.execute(query.format(sql.Identifier(role), sql.Literal(password)))
 
     def _api_key(self, role: str) -> str:
         return sign_jwt(self.jwt_secret, {"iss": "darkroom", "role": role, "exp": KEYS_EXPIRE_AT})
@@ -504,6 +525,14 @@ def show_environment(stack: Stack) -> None:
         print(f"export {name}={shlex.quote(value)}")
 
 
+def check_worker(stack: Stack) -> int:
+    """Have a worker try all it needs; return its exit code."""
+    if not stack.settings.file.exists():
+        raise StackError("there is no stack yet: run make up")
+    environment = os.environ | stack.worker_environment()
+    return subprocess.call([*stack.worker.COMMAND, "check"], cwd=PROJECT, env=environment)
+
+
 def interrupt(*_: object) -> NoReturn:
     """Turn a request to end into an exception, so that `up` can clean up after itself."""
     raise KeyboardInterrupt
@@ -512,7 +541,7 @@ def interrupt(*_: object) -> NoReturn:
 def main() -> None:
     """Run one command from the command line."""
     parser = argparse.ArgumentParser(description="Run the local stack.")
-    parser.add_argument("command", choices=["up", "down", "status", "env", "clean"])
+    parser.add_argument("command", choices=["up", "down", "status", "check", "env", "clean"])
     command = parser.parse_args().command
     signal.signal(signal.SIGTERM, interrupt)
     stack = Stack.local(with_worker=True)
@@ -524,6 +553,8 @@ def main() -> None:
                 stack.down()
             case "status":
                 show_status(stack)
+            case "check":
+                sys.exit(check_worker(stack))
             case "env":
                 show_environment(stack)
             case "clean":

@@ -57,7 +57,8 @@ comment on column private.ready_jobs.provider_job_id is
   'The provider''s job an earlier attempt began: resume it.';
 
 comment on column private.ready_jobs.create_started_at is
-  'An earlier attempt asked the provider to create then and never learned the outcome: look first.';
+  'An earlier attempt may have asked the provider to create, then or later, and never learned the '
+  'outcome: look first.';
 
 -- Delayed jobs are out of the claim's index, so a pile of them costs the claim nothing.
 create index ready_jobs_claim_idx on private.ready_jobs (fair_key, seq) where run_at is null;
@@ -116,7 +117,8 @@ comment on column private.running_jobs.provider_job_id is
   'Checkpoint: the provider''s id, saved as soon as it is known.';
 
 comment on column private.running_jobs.create_started_at is
-  'When the provider was first asked to create, set before asking.';
+  'Since when the provider may have been asked to create: the first claim whose outcome nobody '
+  'learned, or this one.';
 
 create table private.workers (
   id bigint generated always as identity primary key,

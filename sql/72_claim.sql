@@ -342,7 +342,8 @@ returns table (
   provider_job_id text,
   image_inputs text[],
   image_count smallint,
-  deadline_seconds real
+  deadline_seconds real,
+  begun_before timestamptz
 )
 language plpgsql
 security definer
@@ -375,7 +376,7 @@ begin
     select
       c.job_id, c.user_id, c.model_id, nextval('private.lease_tokens'), p_worker_id, c.attempt + 1,
       now() + st.lease, now() + coalesce(m.deadline, st.lease), c.provider_job_id,
-      c.create_started_at
+      coalesce(c.create_started_at, now())
     from claimed as c cross join private.settings as st
     left join public.models as m on m.id = c.model_id
     order by c.fair_key, c.seq
@@ -389,7 +390,8 @@ begin
   )
   select
     r.job_id, r.user_id, r.token, r.attempt, m.provider, m.provider_ref, s.provider_input,
-    r.provider_job_id, m.image_inputs, s.image_count, extract(epoch from m.deadline)::real
+    r.provider_job_id, m.image_inputs, s.image_count, extract(epoch from m.deadline)::real,
+    nullif(r.create_started_at, now())
   from running as r
   inner join started as s on s.id = r.job_id
   left join public.models as m on m.id = r.model_id
@@ -399,8 +401,8 @@ $$;
 
 comment on function private.claim_jobs is
   'Moves up to p_slots jobs in fair order from ready to running and answers them. provider_job_id'
-  ' is set where an earlier attempt already bought something at the provider: resume it. Seconds '
-  'are durations.';
+  ' is set where an earlier attempt already bought something at the provider: resume it; else '
+  'begun_before, where one may have: look for it before creating again. Seconds are durations.';
 
 revoke all on function private.claim_jobs(bigint, integer)
 from public, anon, authenticated, service_role;

@@ -1,14 +1,15 @@
 -- Purchase: what a worker says about its dealings with the provider, so that nothing is bought
 -- twice.
 --
--- Creating a job at the provider costs money and cannot be repeated safely. So begin_creates is
--- called before, and checkpoint_jobs the moment the provider's id is known. A worker that dies
--- between the two leaves create_started_at behind: the next attempt looks at the provider for what
--- may have been bought and takes it over with adopt_provider_job. A refused account pauses the
--- provider (71).
+-- Creating a job at the provider costs money and cannot be repeated safely. So a claim (72) counts
+-- as the begin of it, and checkpoint_jobs is called the moment the provider's id is known. A worker
+-- that dies between the two leaves create_started_at behind: the next attempt looks at the provider
+-- for what may have been bought and takes it over with adopt_provider_job. A worker that asks later
+-- than at once proves with begin_creates that no other has begun to look. A refused account pauses
+-- the provider (71).
 
 create or replace function private.begin_creates(p_job_ids uuid[], p_tokens bigint[])
-returns table (token bigint, begun_before timestamptz)
+returns table (token bigint, create_started_at timestamptz)
 language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
@@ -20,22 +21,14 @@ as $$
 #variable_conflict use_column
 begin
   return query
-  with held as materialized (
-    select r.job_id, r.token, r.create_started_at from private.running_jobs as r
-    where r.job_id = any (p_job_ids) and r.token = any (p_tokens) for update
-  ),
-  begun as (
-    update private.running_jobs as r set create_started_at = clock_timestamp()
-    where r.job_id = any (array(select h.job_id from held as h where h.create_started_at is null))
-  )
-  select h.token, h.create_started_at from held as h;
+  select r.token, r.create_started_at from private.running_jobs as r
+  where r.job_id = any (p_job_ids) and r.token = any (p_tokens);
 end;
 $$;
 
 comment on function private.begin_creates is
-  'Says that the provider is about to be asked to create these jobs, before it is asked. Answers '
-  'for each whose lease holds when an earlier attempt was first about to, if its outcome was never '
-  'learned: then look for what it may have bought before creating again.';
+  'Called before the provider is asked to create these jobs, where seconds have passed since their '
+  'claim. Answers each whose lease holds, and since when something may have been bought for it.';
 
 revoke all on function private.begin_creates(uuid[], bigint[])
 from public, anon, authenticated, service_role;

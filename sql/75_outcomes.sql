@@ -235,7 +235,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform private.finish_canceled(
-    p_job.user_id, p_job.job_id, p_job.create_started_at is not null
+    p_job.user_id, p_job.job_id, not p_metrics @> '{"is_asked": false}'
   );
   perform private.record_attempts(array[p_job], 'canceled', array[p_metrics], p_code, p_detail);
 end;
@@ -315,7 +315,7 @@ begin
     perform private.requeue_job(
       p_job, v_attempts_used,
       private.retry_delay(private.count_claims(p_job.job_id), p_retry_after_seconds),
-      v_error.resumes
+      v_error.resumes and not p_metrics @> '{"is_asked": false}'
     );
   else
     perform private.finish_failed(p_job, v_error);
@@ -411,7 +411,8 @@ $$;
 comment on function private.fail_jobs is
   'Ends attempts, each with a code of error_codes: retried while attempts remain, else failed and '
   'refunded. p_details are for operators only; p_retry_after_seconds is the provider''s own wish '
-  'or null; p_metrics as complete_jobs takes them. Answers each job whose lease held: retried, '
+  'or null; p_metrics as complete_jobs takes them, and is_asked (false: the provider never was, so '
+  'nothing can have been bought). Answers each job whose lease held: retried, '
   'failed, canceled (the user had asked for it), or repeated (the call was made before).';
 
 revoke all on function private.fail_jobs(
@@ -439,7 +440,9 @@ begin
   if v_job.job_id is null then
     return;
   elsif v_job.cancel_requested then
-    perform private.finish_canceled_job(v_job);
+    perform private.finish_canceled_job(
+      v_job, p_metrics => case when p_resumes then '{}'::jsonb else '{"is_asked": false}' end
+    );
     return;
   end if;
   perform private.requeue_job(v_job, v_job.attempt - 1, interval '0', p_resumes);
@@ -449,7 +452,7 @@ $$;
 
 comment on function private.release_job is
   'Gives a job back unfinished (graceful stop): next in line, the attempt does not count, the '
-  'checkpoint is kept; or canceled, if the user asked for that. p_resumes false: nothing was begun'
+  'checkpoint is kept; or canceled, if the user asked for that. p_resumes false: nothing was bought'
   ' at the provider. Errors: DR001 lease_lost.';
 
 revoke all on function private.release_job(uuid, bigint, boolean)
@@ -479,8 +482,8 @@ end;
 $$;
 
 comment on function private.cancel_job is
-  'Ends a job whose cancel the heartbeat told of; p_metrics as complete_jobs takes them. Repeating '
-  'it changes nothing. Errors: DR001 lease_lost, 22023 nobody asked for it.';
+  'Ends a job whose cancel the heartbeat told of; p_metrics as fail_jobs takes them. Repeating it '
+  'changes nothing. Errors: DR001 lease_lost, 22023 nobody asked for it.';
 
 revoke all on function private.cancel_job(uuid, bigint, jsonb)
 from public, anon, authenticated, service_role;

@@ -253,6 +253,8 @@ $$;
 revoke all on function private.delivery_json(private.deliveries)
 from public, anon, authenticated, service_role;
 
+-- Body of public.list_deliveries. Planned for the state: dead ones have an index of their own.
+--
 -- Raises: PT400 invalid_input.
 create or replace function private.list_deliveries(p_state text, p_at_most integer)
 returns json
@@ -260,6 +262,7 @@ language plpgsql
 stable
 security definer
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_custom_plan
 as $$
 begin
   if p_state not in ('pending', 'delivered', 'dead') then

@@ -181,10 +181,12 @@ begin
   if not found or v_before is null then
     return 0;
   end if;
+  -- Not user_id = p_user_id: the planner may then walk the ids of all users up to this one's.
   for v_met in
-    select * from public.credit_ledger where user_id = p_user_id order by id limit p_at_most
+    select * from public.credit_ledger
+    where (user_id, id) > (p_user_id, 0) order by user_id, id limit p_at_most
   loop
-    exit when v_met.created_at > v_before
+    exit when v_met.user_id <> p_user_id or v_met.created_at > v_before
       or exists (select from public.generations as g where g.id = v_met.generation_id);
     v_last := v_met;
     v_count := v_count + 1;

@@ -11,12 +11,15 @@ select
   null::uuid as generation_id,
   format('credits are %s, the ledger ends at %s', e.credits, coalesce(l.balance_after, 0)) as detail
 from public.entitlements as e
+-- Not c.user_id = e.user_id: the planner may then walk the ids of all users down to this one's.
 left join lateral (
-  select c.balance_after
+  select
+    c.user_id,
+    c.balance_after
   from public.credit_ledger as c
-  where c.user_id = e.user_id
-  order by c.id desc limit 1
-) as l on true
+  where (c.user_id, c.id) <= (e.user_id, 9223372036854775807)
+  order by c.user_id desc, c.id desc limit 1
+) as l on e.user_id = l.user_id
 where e.credits <> coalesce(l.balance_after, 0)
 union all
 select

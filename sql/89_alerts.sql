@@ -109,7 +109,17 @@ as $$
   ) as cron
   cross join lateral (values
     ('cron_silent', cron.missed, cron.detail),
-    ('paused', jsonb_array_length(p_health -> 'paused')::numeric, p_health ->> 'paused'),
+    (
+      'paused', jsonb_array_length(p_health -> 'paused')::numeric,
+      (
+        select string_agg(
+          concat_ws(
+            ' ', p.value ->> 'kind', p.value ->> 'name', 'until', p.value ->> 'paused_until'
+          ) || coalesce(': ' || (p.value ->> 'pause_reason'), ''), '; ' order by p.value ->> 'name'
+        )
+        from jsonb_array_elements(p_health -> 'paused') as p
+      )
+    ),
     (
       'vacuum_held_back', (p_health #>> '{vacuum,oldest_transactions}')::numeric,
       private.name_vacuum_holders()
@@ -130,6 +140,36 @@ $$;
 revoke all on function private.measure_surroundings(jsonb)
 from public, anon, authenticated, service_role;
 
+-- Every rule with what is measured, and whether its alert is raised.
+create or replace function private.alert_states(p_health jsonb)
+returns table (
+  alert text, severity text, is_raised boolean, value numeric, threshold numeric, detail text,
+  hint text
+)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+  select
+    rule.alert,
+    rule.severity,
+    coalesce(m.value > rule.threshold and coalesce(m.cases >= rule.min_cases, true), false),
+    m.value,
+    rule.threshold,
+    m.detail,
+    rule.hint
+  from private.alert_rules as rule
+  left join (
+    select * from private.measure_queue(p_health)
+    union all
+    select * from private.measure_workers(p_health)
+    union all
+    select * from private.measure_surroundings(p_health)
+  ) as m on rule.alert = m.alert
+$$;
+
+revoke all on function private.alert_states(jsonb) from public, anon, authenticated, service_role;
+
 -- The worst first.
 create or replace function private.health_alerts(p_health jsonb)
 returns jsonb
@@ -138,35 +178,25 @@ stable
 set search_path = pg_catalog, pg_temp
 as $$
   select coalesce(jsonb_agg(jsonb_build_object(
-    'alert', rule.alert, 'severity', rule.severity, 'detail', m.detail, 'hint', rule.hint
-  ) order by rule.severity, rule.alert), '[]')
-  from (
-    select * from private.measure_queue(p_health)
-    union all
-    select * from private.measure_workers(p_health)
-    union all
-    select * from private.measure_surroundings(p_health)
-  ) as m
-  inner join private.alert_rules as rule on rule.alert = m.alert
-  where m.value > rule.threshold and coalesce(m.cases >= rule.min_cases, true)
+    'alert', s.alert, 'severity', s.severity, 'detail', s.detail, 'hint', s.hint
+  ) order by s.severity, s.alert), '[]')
+  from private.alert_states(p_health) as s
+  where s.is_raised
 $$;
 
 revoke all on function private.health_alerts(jsonb) from public, anon, authenticated, service_role;
 
--- Body of public.queue_health.
-create or replace function private.queue_health()
+-- What queue_health answers, given the depth of the queue, which is dear to count.
+create or replace function private.health_with(p_depth jsonb)
 returns json
 language plpgsql
 stable
-security definer
 set search_path = pg_catalog, pg_temp
--- Compiling would take longer than running.
-set jit = off
 as $$
 declare
   v_alerts jsonb;
   v_health jsonb := jsonb_build_object(
-    'depth', private.depth_health(),
+    'depth', p_depth,
     'running', private.running_health(),
     'rates', private.rates_health(),
     'workers', private.worker_health(),
@@ -200,8 +230,24 @@ begin
 end;
 $$;
 
+revoke all on function private.health_with(jsonb) from public, anon, authenticated, service_role;
+
+-- Body of public.queue_health.
+create or replace function private.queue_health()
+returns json
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+-- Compiling would take longer than running, and a second process would only cost more.
+set jit = off
+set max_parallel_workers_per_gather = 0
+as $$
+  select private.health_with(private.depth_health())
+$$;
+
 revoke all on function private.queue_health() from public, anon, authenticated, service_role;
-grant execute on function private.queue_health() to service_role;
+grant execute on function private.queue_health() to service_role, darkroom_monitor;
 
 create or replace function public.queue_health()
 returns json
@@ -222,4 +268,4 @@ comment on function public.queue_health is
   'examples}}. Thresholds are rows of private.alert_rules.';
 
 revoke all on function public.queue_health() from public, anon, authenticated, service_role;
-grant execute on function public.queue_health() to service_role;
+grant execute on function public.queue_health() to service_role, darkroom_monitor;

@@ -28,6 +28,7 @@ insert into private.error_codes (
 ('provider_error', 'The image service failed to make this picture.', true, true, false, true),
 ('result_lost', 'The finished picture could not be fetched in time.', true, true, false, true),
 ('timeout', 'The picture took too long.', false, true, false, true),
+('worker_full', 'We have no room for your picture. Try again later.', true, false, true, false),
 ('internal', 'Something went wrong on our side.', true, true, true, false)
 on conflict do nothing;
 
@@ -112,6 +113,10 @@ begin
   ),
   ('inputs', 'inputs', false, 10485760, '{image/png,image/jpeg,image/webp}')
   on conflict do nothing;
+  if exists (select from storage.buckets where id in ('generations', 'inputs') and public) then
+    raise warning 'Darkroom: a bucket of its own is public: everybody who knows a path reads it'
+      using errcode = '01000';
+  end if;
 end;
 $$;
 

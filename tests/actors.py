@@ -251,6 +251,18 @@ class Service(Caller):
         return self.call("public.resume_model", model=model)
 
 
+class Monitor(Caller):
+    """Who only looks on: the operator's page, `make top`, an exporter of metrics."""
+
+    role = "darkroom_monitor"
+
+    def queue_report(self) -> dict[str, Any]:
+        return cast("dict[str, Any]", self.call("public.queue_report"))
+
+    def queue_history(self, since: datetime | None, **rest: Any) -> dict[str, Any]:
+        return cast("dict[str, Any]", self.call("public.queue_history", since=since, **rest))
+
+
 class User(Caller):
     """Somebody who has signed up."""
 
@@ -413,6 +425,7 @@ class Job:
     image_inputs: list[str]
     image_count: int
     deadline_seconds: float
+    begun_before: datetime | None
 
     @property
     def id(self) -> str:
@@ -493,8 +506,8 @@ class Worker:
     def unregister_worker(self) -> None:
         self._rows("select private.unregister_worker(%s)", self.id)
 
-    def begin_create(self, job: Job) -> datetime | None:
-        return cast("datetime | None", self._of_one("begin_creates", job))
+    def begin_create(self, job: Job) -> datetime:
+        return cast("datetime", self._of_one("begin_creates", job))
 
     def checkpoint(self, job: Job, provider_job_id: str) -> None:
         self._of_one("checkpoint_jobs", job, provider_job_id)

@@ -15,15 +15,21 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+import containers
 import partitioned
 import pytest
-from actors import Anon, Service, User, Worker
+from actors import Anon, Monitor, Service, User, Worker
 from database import SEED, Database, Server
 
 from stack import Stack, interrupt
 
 MEMORY = Path("/dev/shm")
 MEMORY_BYTES = 2 * 1024**3
+
+
+def pytest_configure() -> None:
+    """Refuse to start where the stack that was asked for cannot be had."""
+    containers.refuse_unusable(os.environ)
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +41,8 @@ def stopped_stack() -> Iterator[Stack]:
     parent = MEMORY if in_memory and os.access(MEMORY, os.W_OK) else None
     folder = Path(tempfile.mkdtemp(prefix="darkroom-tests-", dir=parent))
     folder.chmod(0o711)
-    stack = Stack(folder, fsync=False)
+    wants_containers = containers.is_wanted()
+    stack = containers.ContainerStack(folder) if wants_containers else Stack(folder, fsync=False)
     try:
         yield stack
     finally:
@@ -119,6 +126,12 @@ def anon(db: Database) -> Anon:
 def service(db: Database) -> Service:
     """The operator's backend."""
     return Service(db)
+
+
+@pytest.fixture
+def monitor(db: Database) -> Monitor:
+    """Who only looks on."""
+    return Monitor(db)
 
 
 @pytest.fixture

@@ -251,6 +251,24 @@ where (g.status = 'completed')
 """
 
 
+# Who may do what with each object of the schemas public and private.
+GRANTS = """
+select format('%s.%s', n.nspname, o.name) as object, r.rolname as role, a.privilege_type
+from (
+  select
+    relname as name, relnamespace as schema, relacl as acl, 'r'::"char" as kind,
+    relowner as owner
+  from pg_class where relkind in ('r', 'S', 'v')
+  union all
+  select oid::regprocedure::text, pronamespace, proacl, 'f', proowner from pg_proc
+) as o
+inner join pg_namespace as n on n.oid = o.schema and n.nspname in ('public', 'private')
+cross join aclexplode(coalesce(o.acl, acldefault(o.kind, o.owner))) as a
+left join pg_roles as r on r.oid = a.grantee
+order by 1, 2, 3
+"""
+
+
 def _shift(schema: str, table: str, names: list[str]) -> sql.Composed:
     changes = [sql.SQL("{0} = {0} - %s::interval").format(sql.Identifier(name)) for name in names]
     return sql.SQL("update {} set {}").format(

@@ -217,6 +217,8 @@ class FakeReplicate:
                 answer = self._file(key, name)
             case _, ["v1", *_] if not authorized:
                 answer = problem(401, "Unauthenticated", "You did not pass a valid token")
+            case "GET", ["v1", "account"]:
+                answer = as_json(200, {"type": "user", "username": "darkroom"})
             case "POST", ["v1", "predictions"]:
                 self.creates.append(request)
                 answer = self._create(request)

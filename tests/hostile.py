@@ -119,6 +119,7 @@ class Victim:
             "at_most": [10],
             "batch_id": [self.batch],
             "before": [None, self.done],
+            "bucket_seconds": [86400],
             "code": ["moderated", "internal"],
             "delivery_id": [str(uuid.UUID(int=7))],
             "description": ["mine"],
@@ -145,6 +146,7 @@ class Victim:
             "reason": [None, "too slow"],
             "shows_prompt": [False],
             "since": ["2026-01-01"],
+            "queue_history.since": ["yesterday"],
             "state": [None, "dead"],
             "status": [None, "completed"],
             "tag": [None, "sea"],
@@ -155,6 +157,7 @@ class Victim:
             "url": ["https://api.example.com/b"],
             "user_id": [self.id],
             "webhook_id": [self.webhook],
+            "window": ["1 hour"],
         }
 
     def plausible_to_the_worker(self) -> dict[str, list[Any]]:
@@ -186,6 +189,7 @@ class Victim:
             "resumes": True,
             "retry_after_seconds": [1],
             "finish_delivery.retry_after_seconds": 1,
+            "functions": ["claim_jobs"],
             "seconds": 1,
             "slots": 1,
             "stages": ["storing"],

@@ -1,7 +1,8 @@
 """Fixtures of the HTTP tests: `pytest_plugins = ["http_fixtures"]`.
 
-The gateway is Supabase Lite. With POSTGREST_BIN in the environment, functions and tables are
-reached through that PostgREST instead; sign-up and Storage stay with Lite, and so does the secret.
+The gateway is Supabase Lite. With POSTGREST_BIN in the environment, or with STACK=docker
+(containers.py), functions and tables are reached through PostgREST instead; sign-up and Storage
+stay with Lite, and so does the secret.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import containers
 import httpx
 import pytest
 from database import Database
@@ -47,32 +49,24 @@ def stack_db(stack: Stack) -> Iterator[Database]:
 @pytest.fixture(scope="session")
 def rpc_url(stack: Stack, stack_db: Database) -> Iterator[str]:
     """Where functions and tables are: below it, `/rpc/<function>` and `/<table>`."""
-    binary = os.environ.get("POSTGREST_BIN")
-    if not binary:
+    if image := containers.postgrest_image():
+        settings = postgrest_settings(stack, stack_db, f"{containers.ALIAS}:5432", (3000, 3001))
+        with containers.postgrest(image, stack, settings) as url:
+            yield url
+    elif binary := os.environ.get("POSTGREST_BIN"):
+        process, url = start_postgrest(binary, stack, stack_db)
+        yield url
+        process.stop(signal.SIGTERM, 10)
+    else:
         yield f"{stack.api_url}/rest/v1"
-        return
-    process, url = start_postgrest(binary, stack, stack_db)
-    yield url
-    process.stop(signal.SIGTERM, 10)
 
 
 def start_postgrest(binary: str, stack: Stack, db: Database) -> tuple[Process, str]:
     """Start PostgREST in front of a database of the stack's; return it and its address."""
-    role, password = f"authenticator_of_{db.name}", secrets.token_hex(16)
-    db.execute(SUPABASE_UID)
-    db.execute(f"create role {role} noinherit login password '{password}'")
-    db.execute(f"grant anon, authenticated, service_role to {role}")
-    port, admin_port = free_port(), free_port()
+    port, admin_port = ports = free_port(), free_port()
     log = stack.folder / "logs" / f"postgrest-{db.name}.log"
-    environment = {
-        "PGRST_DB_URI": f"postgresql://{role}:{password}@{stack.cluster.address()}/{db.name}",
-        "PGRST_DB_SCHEMAS": "public",
-        "PGRST_DB_ANON_ROLE": "anon",
-        "PGRST_JWT_SECRET": stack.jwt_secret,
-        "PGRST_SERVER_HOST": "127.0.0.1",
-        "PGRST_SERVER_PORT": str(port),
-        "PGRST_ADMIN_SERVER_PORT": str(admin_port),
-    }
+    environment = postgrest_settings(stack, db, stack.cluster.address(), ports)
+    environment["PGRST_SERVER_HOST"] = "127.0.0.1"
 
     def is_ready() -> bool:
         try:
@@ -83,6 +77,24 @@ def start_postgrest(binary: str, stack: Stack, db: Database) -> tuple[Process, s
     process = spawn([Path(binary).resolve()], log=log, cwd=Path("/"), env=environment)
     process.wait_until(is_ready, START_SECONDS, log)
     return process, f"http://127.0.0.1:{port}"
+
+
+def postgrest_settings(
+    stack: Stack, db: Database, address: str, ports: tuple[int, int]
+) -> dict[str, str]:
+    """Make the role PostgREST logs in as; return its environment, for the database there."""
+    role, password = f"authenticator_of_{db.name}", secrets.token_hex(16)
+    db.execute(SUPABASE_UID)
+    db.execute(f"create role {role} noinherit login password '{password}'")
+    db.execute(f"grant anon, authenticated, service_role to {role}")
+    return {
+        "PGRST_DB_URI": f"postgresql://{role}:{password}@{address}/{db.name}",
+        "PGRST_DB_SCHEMAS": "public",
+        "PGRST_DB_ANON_ROLE": "anon",
+        "PGRST_JWT_SECRET": stack.jwt_secret,
+        "PGRST_SERVER_PORT": str(ports[0]),
+        "PGRST_ADMIN_SERVER_PORT": str(ports[1]),
+    }
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,7 @@ RETRIES = {
     "provider_timeout": Retry(resumes=True),
     "provider_error": Retry(),
     "result_lost": Retry(),
+    "worker_full": Retry(uses_attempt=False, resumes=True),
     "internal": Retry(resumes=True),
 }
 FINAL = ("moderated", "invalid_input", "timeout")
@@ -148,6 +149,7 @@ class Books:
         """Give the lease of a queued job."""
         job = self.jobs[job_id]
         job.status, job.token, job.attempt = "processing", token, job.attempt + 1
+        job.was_begun = True
         job.is_late = set()
 
     def holder(self, job_id: str, token: int) -> Generation | None:
@@ -168,8 +170,9 @@ class Books:
         if missing:
             self._refund(job, job.price * missing // job.image_count)
 
-    def fail(self, job: Generation, code: str, waits: bool = False) -> str:
+    def fail(self, job: Generation, code: str, waits: bool = False, is_asked: bool = True) -> str:
         """End an attempt that failed; answer how."""
+        job.was_begun = job.was_begun and is_asked
         if job.cancel_requested:
             self.cancel(job)
             return "canceled"
@@ -187,12 +190,13 @@ class Books:
     def release(self, job: Generation, resumes: bool) -> None:
         """Take a job back that was not ended."""
         if job.cancel_requested:
-            self.cancel(job)
+            self.cancel(job, is_asked=resumes)
         else:
             self._requeue(job, "released", job.attempt - 1, resumes)
 
-    def cancel(self, job: Generation) -> None:
+    def cancel(self, job: Generation, is_asked: bool = True) -> None:
         """End a job that its user does not want any more."""
+        job.was_begun = job.was_begun and is_asked
         if job.status == "processing":
             self._end(job, "canceled")
         job.status, job.waits = "canceled", False

@@ -8,13 +8,6 @@ from actors import refused
 from database import assert_books_balance, unchanged
 
 
-def asked_of_the_provider(worker):
-    """Hold a job that the provider was asked for."""
-    job = worker.claimed()
-    worker.begin_create(job)
-    return job
-
-
 def test_a_queued_job_is_canceled_and_refunded_at_once(db, alice, worker):
     job_id = alice.enqueued()
 
@@ -106,7 +99,7 @@ def test_once_the_provider_was_asked_the_operators_share_goes_back(
 ):
     db.execute("update private.settings set running_cancel_refund_percent = %s", percent)
     job_id = alice.enqueued(params={"num_outputs": 3})
-    job = asked_of_the_provider(worker)
+    job = worker.claimed()
     alice.cancel_generation(job_id)
 
     worker.cancel_job(job)
@@ -116,13 +109,21 @@ def test_once_the_provider_was_asked_the_operators_share_goes_back(
     assert alice.get_entitlement()["active_jobs"] == 0
 
 
-def test_before_the_provider_was_asked_all_goes_back(db, alice, worker):
+NOT_ASKED = {
+    "cancel_job": lambda worker, job: worker.cancel_job(job, {"is_asked": False}),
+    "fail_job": lambda worker, job: worker.fail_job(job, "internal", metrics={"is_asked": False}),
+    "release_job": lambda worker, job: worker.release_job(job, resumes=False),
+}
+
+
+@pytest.mark.parametrize("end", NOT_ASKED)
+def test_before_the_provider_was_asked_all_goes_back(db, alice, worker, end):
     db.execute("update private.settings set running_cancel_refund_percent = 0")
     job_id = alice.enqueued()
     job = worker.claimed()
     alice.cancel_generation(job_id)
 
-    worker.cancel_job(job)
+    NOT_ASKED[end](worker, job)
 
     assert alice.credits() == 10
 

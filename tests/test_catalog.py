@@ -8,7 +8,14 @@ import pytest
 from database import SQL_FILES
 
 OURS = "('public'::regnamespace, 'private'::regnamespace)"
-ROLES = ("anon", "authenticated", "service_role", "darkroom_worker", "public")
+ROLES = (
+    "anon",
+    "authenticated",
+    "service_role",
+    "darkroom_worker",
+    "darkroom_monitor",
+    "public",
+)
 
 MAY_EXECUTE = {
     "anon": {
@@ -78,6 +85,8 @@ MAY_EXECUTE = {
         "public.list_webhooks()",
         "public.ping()",
         "public.queue_health()",
+        "public.queue_history(timestamp with time zone,integer)",
+        "public.queue_report()",
         "public.pause_model(text,timestamp with time zone,text)",
         "public.redrive_failed(text,timestamp with time zone,integer)",
         "public.redeliver(uuid)",
@@ -92,6 +101,8 @@ MAY_EXECUTE = {
         "private.list_deliveries(text,integer)",
         "private.list_models()",
         "private.queue_health()",
+        "private.queue_history(timestamp with time zone,integer,integer)",
+        "private.queue_report()",
         "private.pause_model(text,timestamp with time zone,text)",
         "private.redrive_failed(text,timestamp with time zone,integer)",
         "private.list_webhooks()",
@@ -107,6 +118,7 @@ MAY_EXECUTE = {
         "private.apply_retention(integer)",
         "private.begin_creates(uuid[],bigint[])",
         "private.cancel_job(uuid,bigint,jsonb)",
+        "private.check_setup(text[])",
         "private.checkpoint_jobs(uuid[],bigint[],text[])",
         "private.claim_deliveries(text,integer)",
         "private.claim_jobs(bigint,integer)",
@@ -124,6 +136,18 @@ MAY_EXECUTE = {
         "private.report_progress(uuid[],bigint[],text[],smallint[])",
         "private.sleep(bigint)",
         "private.unregister_worker(bigint)",
+    },
+    "darkroom_monitor": {
+        "public.queue_health()",
+        "public.queue_history(timestamp with time zone,integer)",
+        "public.queue_report()",
+        "private.queue_health()",
+        "private.queue_history(timestamp with time zone,integer,integer)",
+        "private.queue_report()",
+        "private.report_alerts()",
+        "private.report_errors(interval)",
+        "private.report_models(interval)",
+        "private.report_workers()",
     },
     "public": set(),
 }
@@ -161,6 +185,7 @@ MAY_TOUCH = {
         "public.prompt_templates UPDATE",
     },
     "darkroom_worker": set(),
+    "darkroom_monitor": set(),
     "public": set(),
 }
 

@@ -387,7 +387,6 @@ def test_the_rate_of_refund_for_running_jobs_may_change(db, alice, worker):
     db.execute("update private.settings set running_cancel_refund_percent = 0")
     job_id = alice.enqueued()
     job = worker.claimed()
-    worker.begin_create(job)
     alice.cancel_generation(job_id)
     worker.cancel_job(job)
 

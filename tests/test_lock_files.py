@@ -10,7 +10,10 @@ import pytest
 from database import PROJECT
 
 PYTHON = [PROJECT / "requirements" / f"{name}.lock" for name in ("worker", "test", "bench")]
-NODE = [PROJECT / folder / "package-lock.json" for folder in (".", "tests/bench", "examples/expo")]
+NODE = [
+    PROJECT / folder / "package-lock.json"
+    for folder in (".", "tests/bench", "tests/postgres", "examples/expo")
+]
 # The registry that made the lock file had the Supabase CLI for no other machine than this one.
 WITHOUT_HASH = re.compile(r"node_modules/@supabase/cli-(?!linux-x64$)[a-z0-9-]+")
 

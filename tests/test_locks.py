@@ -105,7 +105,6 @@ class Scene:
         for name, user in zip(("alice", "bob"), users, strict=True):
             self.batches[name] = user.enqueue_batch(["a", "b", "c"], params=TWO_IMAGES)["batch_id"]
             first, second = worker.claim_jobs(2)
-            worker.begin_create(first)
             worker.fail_job(worker.claimed(), "provider_error", retry_after=3600)
             user.cancel_generation(second.id)
             self.jobs |= {f"{name} first": first, f"{name} second": second}

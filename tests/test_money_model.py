@@ -478,15 +478,18 @@ class Money(RuleBasedStateMachine):
         lease=leases,
         code=st.sampled_from([*RETRIES, *FINAL]),
         retry_after=st.sampled_from([None, None, 60]),
+        is_asked=st.sampled_from([True, True, False]),
     )
-    def fail(self, lease, code, retry_after):
+    def fail(self, lease, code, retry_after, is_asked):
         def note(answer):
             waits = retry_after is not None
-            assert answer == self.books.fail(self.books.jobs[lease.id], code, waits)
+            assert answer == self.books.fail(self.books.jobs[lease.id], code, waits, is_asked)
 
         self.end(
             lease,
-            lambda worker: worker.fail_job(lease, code, retry_after=retry_after),
+            lambda worker: worker.fail_job(
+                lease, code, retry_after=retry_after, metrics={"is_asked": is_asked}
+            ),
             "retried failed canceled",
             note,
         )
@@ -502,32 +505,28 @@ class Money(RuleBasedStateMachine):
         )
 
     @with_lease
-    @rule(lease=leases)
-    def cancel_job(self, lease):
+    @rule(lease=leases, is_asked=st.booleans())
+    def cancel_job(self, lease, is_asked):
         holds = self.books.holder(lease.id, lease.token)
         refusal = None if holds and holds.cancel_requested else "22023"
         self.end(
             lease,
-            lambda w: w.cancel_job(lease),
+            lambda w: w.cancel_job(lease, {"is_asked": is_asked}),
             "canceled",
-            lambda _: self.books.cancel(holds),
+            lambda _: self.books.cancel(holds, is_asked),
             refusal=refusal,
         )
 
     @with_lease
-    @rule(lease=leases)
-    def begin_create(self, lease):
-        self.end(
-            lease,
-            lambda w: w.begin_create(lease),
-            "",
-            lambda _: setattr(self.books.jobs[lease.id], "was_begun", True),
-        )
-
-    @with_lease
-    @rule(lease=leases, way=st.sampled_from(["checkpoint", "report_progress", "heartbeat"]))
+    @rule(
+        lease=leases,
+        way=st.sampled_from(["begin_create", "checkpoint", "report_progress", "heartbeat"]),
+    )
     def a_worker_tells_how_it_goes(self, lease, way):
         getattr(self, way)(lease)
+
+    def begin_create(self, lease):
+        self.end(lease, lambda w: w.begin_create(lease), "", lambda _: None)
 
     def checkpoint(self, lease):
         self.end(lease, lambda w: w.checkpoint(lease, "prediction"), "", lambda _: None)

@@ -8,7 +8,10 @@ import pytest
 from actors import Worker, outcome, refused, together
 from database import assert_books_balance, unchanged
 
-RETRYABLE = ["provider_busy", "provider_timeout", "provider_error", "result_lost", "internal"]
+RETRYABLE = [
+    *("provider_busy", "provider_timeout", "provider_error", "result_lost", "worker_full"),
+    "internal",
+]
 FINAL = ["moderated", "invalid_input", "timeout"]
 
 
@@ -154,9 +157,10 @@ def test_failing_again_changes_nothing(db, worker, job, code):
         assert worker.fail_job(job, code) == "repeated"
 
 
-def test_a_busy_provider_costs_no_attempt(db, worker, job):
+@pytest.mark.parametrize("code", ["provider_busy", "worker_full"])
+def test_a_busy_provider_or_a_full_worker_costs_no_attempt(db, worker, job, code):
     for _ in range(5):
-        assert worker.fail_job(job, "provider_busy") == "retried"
+        assert worker.fail_job(job, code) == "retried"
         job = claim_again(db, worker)
 
     assert job.attempt == 1
@@ -177,6 +181,7 @@ def test_a_job_too_old_is_not_retried(db, alice, worker, job):
     [
         ("provider_timeout", True),
         ("internal", True),
+        ("worker_full", True),
         ("provider_busy", False),
         ("provider_error", False),
         ("result_lost", False),

@@ -158,6 +158,9 @@ STEPS = {
     "release_job": Step(lambda s, job: s.worker.release_job(job)),
     "release_job anew": Step(lambda s, job: s.worker.release_job(job, resumes=False)),
     "cancel_job": Step(lambda s, job: s.worker.cancel_job(job)),
+    "cancel_job not asked for": Step(
+        lambda s, job: s.worker.cancel_job(job, metrics={"is_asked": False})
+    ),
     "claim_jobs": Step(lambda s, _: s.claims(), of_lease=False),
     "recover_stale_jobs": Step(lambda s, _: s.worker.recover_stale_jobs(), of_lease=False),
     "cancel_generation": Step(
@@ -175,7 +178,12 @@ STEPS = {
         is_workers=False,
     ),
 }
-REFUSALS = {"cancel_generation": {"PT409"}, "cancel_job": {"22023"}, "report_progress": {"DR002"}}
+REFUSALS = {
+    "cancel_generation": {"PT409"},
+    "cancel_job": {"22023"},
+    "cancel_job not asked for": {"22023"},
+    "report_progress": {"DR002"},
+}
 
 
 @dataclass

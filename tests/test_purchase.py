@@ -31,16 +31,14 @@ def running_jobs(db, alice, worker, count):
     return worker.claim_jobs(count)
 
 
-def test_the_first_create_has_nothing_before_it(worker, job):
-    assert worker.begin_create(job) is None
+def test_the_first_create_has_nothing_before_it(job):
+    assert job.begun_before is None
 
 
-def test_a_repeated_begin_answers_the_first(db, worker, job):
-    worker.begin_create(job)
-    first = db.value("select create_started_at from private.running_jobs")
+def test_something_may_be_bought_from_the_claim_on(db, worker, job):
+    claimed_at = db.value("select claimed_at from private.running_jobs")
 
-    assert worker.begin_create(job) == first
-    assert worker.begin_create(job) == first
+    assert worker.begin_create(job) == claimed_at
 
 
 LOSSES = {
@@ -53,37 +51,44 @@ LOSSES = {
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_create_of_unknown_outcome_is_remembered(db, worker, job, loss):
-    worker.begin_create(job)
     LOSSES[loss](worker, job)
 
     again = claim_again(db, worker)
 
     assert again.id == job.id
-    begun = db.value("select create_started_at from private.running_jobs")
-    assert begun is not None
-    assert worker.begin_create(again) == begun
+    begun = db.value("select claimed_at - interval '1 second' from private.running_jobs")
+    assert again.begun_before < begun
+    assert worker.begin_create(again) == again.begun_before
+    worker.release_job(again)
+    assert worker.claimed().begun_before == again.begun_before
+
+
+@pytest.mark.parametrize("end", ["internal", "release"])
+def test_a_job_the_provider_was_not_asked_for_has_nothing_to_look_for(db, worker, job, end):
+    if end == "release":
+        worker.release_job(job, resumes=False)
+    else:
+        worker.fail_job(job, end, metrics={"is_asked": False})
+
+    assert claim_again(db, worker).begun_before is None
 
 
 @pytest.mark.parametrize("code", ["provider_busy", "provider_error", "result_lost"])
 def test_a_create_of_known_outcome_is_forgotten(db, worker, job, code):
-    worker.begin_create(job)
     worker.checkpoint(job, "prediction-1")
     worker.fail_job(job, code)
 
     again = claim_again(db, worker)
 
     assert again.provider_job_id is None
-    assert worker.begin_create(again) is None
+    assert again.begun_before is None
 
 
 def test_a_job_released_before_anything_was_bought_starts_anew(db, worker, job):
-    worker.begin_create(job)
-
     worker.release_job(job, resumes=False)
 
     again = worker.claimed()
-    assert (again.attempt, again.provider_job_id) == (1, None)
-    assert worker.begin_create(again) is None
+    assert (again.attempt, again.provider_job_id, again.begun_before) == (1, None, None)
 
 
 def test_the_oldest_candidate_nobody_has_is_adopted(db, alice, worker):
@@ -128,7 +133,6 @@ def test_jobs_that_look_alike_never_adopt_the_same_provider_job(db, alice, worke
 
 
 def test_an_adoption_whose_answer_was_lost_is_answered_again(worker, job):
-    worker.begin_create(job)
     worker.adopt_provider_job(job, "p1", "p2")
 
     assert worker.adopt_provider_job(job, "p1", "p2") == "p1"

@@ -199,7 +199,6 @@ class Arena:
             scene.held = worker.claim_jobs(1 if state == "running and queued" else 2)
             assert [job.id for job in scene.held] == scene.job_ids[: len(scene.held)]
         for job in scene.held:
-            worker.begin_create(job)
             if state == "failed":
                 worker.fail_job(job, "moderated")
         if state == "asked to cancel":

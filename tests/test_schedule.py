@@ -39,6 +39,16 @@ def test_the_buckets_are_private_and_take_images_only(db):
     ]
 
 
+def test_a_bucket_that_was_public_stays_so_with_a_warning(supabase_db):
+    supabase_db.execute(
+        "insert into storage.buckets (id, name, public) values ('inputs', '', true)"
+    )
+
+    assert "Darkroom: a bucket of its own is public" in supabase_db.install()
+
+    assert supabase_db.value("select public from storage.buckets where id = 'inputs'")
+
+
 def test_users_from_before_the_installation_get_their_entitlement(supabase_db):
     supabase_db.execute("insert into auth.users (id) values (gen_random_uuid())")
 

@@ -6,11 +6,11 @@ import contextlib
 
 import psycopg
 import pytest
-from actors import Anon, Caller, User
+from actors import Anon, Caller, Monitor, User
 from database import unchanged
 from hostile import SECRET, Victim
 
-ROLES = "anon, authenticated, darkroom_worker"
+ROLES = "anon, authenticated, darkroom_worker, darkroom_monitor"
 GRANTS = {
     "ours": "select",
     "everything": f"grant all on all tables in schema public, private to {ROLES}",
@@ -44,10 +44,11 @@ def tables(db) -> dict[str, str]:
     return {row["name"]: row["column"] for row in rows}
 
 
-@pytest.fixture(params=["anon", "stranger", "worker"])
+@pytest.fixture(params=["anon", "stranger", "worker", "monitor"])
 def outsider(request, db) -> Caller:
     """Somebody whose rows these are not."""
-    return {"anon": Anon, "stranger": User, "worker": WorkerRole}[request.param](db)
+    outsiders = {"anon": Anon, "stranger": User, "worker": WorkerRole, "monitor": Monitor}
+    return outsiders[request.param](db)
 
 
 @pytest.mark.parametrize("grants", GRANTS)

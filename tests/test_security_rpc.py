@@ -59,9 +59,15 @@ def function_named(db: Database, role: str, name: str) -> Function:
     return next(each for each in functions(db, role, "public") if each.name == name)
 
 
-def tells_secrets(text: str, caller: object, victim: Victim) -> bool:
-    """Say whether an answer holds what only others may read."""
-    is_own = getattr(caller, "id", None) == victim.id or isinstance(caller, Service)
+SHOWS_DETAIL = "queue_report"  # to operators only, and without the prompt
+
+
+def tells_secrets(name: str, text: str, caller: object, victim: Victim) -> bool:
+    """Say whether an answer of a function holds what only others may read."""
+    is_operator = isinstance(caller, Service)
+    is_own = getattr(caller, "id", None) == victim.id or is_operator
+    if name == SHOWS_DETAIL and is_operator:
+        return SECRET in text
     return DETAIL in text or (SECRET in text and not is_own)
 
 
@@ -81,7 +87,7 @@ def test_whatever_it_is_given_a_function_answers_or_refuses_in_our_words(db, rol
         answer = function.called_by(caller, values)
         if isinstance(answer, Refusal):
             assert re.fullmatch(r"PT4\d\d|PT503", answer.code), answer
-        assert not tells_secrets(repr(answer), caller, victim)
+        assert not tells_secrets(name, repr(answer), caller, victim)
 
     for values in one_by_one(function, victim):
         attack(callers[-1], values)
@@ -175,7 +181,7 @@ def test_no_call_fails_tells_of_others_or_writes_although_refused(api, name):
         response = send(api.callers[who], function, values, method)
         assert_decent(response)
         assert response.status_code < 400 or api.db.snapshot() == before
-        assert DETAIL not in response.text
+        assert (name, who) == (SHOWS_DETAIL, "operator") or DETAIL not in response.text
         assert who in {"victim", "operator"} or SECRET not in response.text
 
     attack()

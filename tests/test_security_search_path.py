@@ -107,7 +107,7 @@ def victim(db):
     return Victim(db)
 
 
-@pytest.mark.parametrize("role", [*API_ROLES, "darkroom_worker"])
+@pytest.mark.parametrize("role", [*API_ROLES, "darkroom_worker", "darkroom_monitor"])
 def test_no_function_picks_up_what_its_caller_planted(db, victim, role):
     is_worker = role == "darkroom_worker"
     values = victim.plausible_to_the_worker() if is_worker else victim.plausible()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from receiver import Answer, Receiver
 from worker_process import Workers, eventually
 
 import stack as local_stack
+import worker
 from stack import Stack
 
 MODEL = "black-forest-labs/flux-schnell"
@@ -119,6 +122,116 @@ def test_storage_that_refuses_is_told_of_without_its_key(db, busy, alice):
     details = db.execute("select error_detail from private.attempts")
     assert found(secrets_of(busy), [str(row) for row in details]) == []
     assert "upload: HTTP" in str(details)
+
+
+@pytest.mark.parametrize(
+    "behaviour",
+    [{"answer": 422}, {"answer": 402}, {"ends": "failed"}],
+    ids=repr,
+)
+def test_a_provider_that_repeats_its_request_is_quoted_without_the_key(
+    db, busy, fake, alice, behaviour
+):
+    sent = f"You sent Authorization: Bearer {fake.token}, key {fake.token} and {'x' * 450}"
+    signed = f"{sent} {fake.token} https://a.example/b.png?token={URL_KEY}"
+    fake.next(**behaviour, error=signed)
+    busy.start()
+
+    alice.enqueued(model=MODEL)
+    kept = "select error_detail from private.attempts where error_detail > ''"
+    kept += " union all select pause_reason from private.breakers where pause_reason > ''"
+    (words,) = eventually(lambda: db.execute(kept))
+
+    text = words["error_detail"]
+    assert "You sent Authorization: Bearer [redacted], key [redacted] and xxx" in text
+    assert len(text) == worker.DETAIL_CHARS
+    rows = [row for table in ("attempts", "breakers") for row in db.snapshot()[f"private.{table}"]]
+    assert found(secrets_of(busy), [*rows, json.dumps(Service(db).queue_health())]) == []
+
+
+def test_a_storage_that_repeats_its_request_is_quoted_without_the_key(db, busy, alice):
+    with Receiver() as storage:
+        key = busy.environment["SUPABASE_SERVICE_KEY"]
+        storage.answer = Answer(400, body=json.dumps({"apikey": key, "was": key[:60]}).encode())
+        busy.start(SUPABASE_URL=storage.url(""))
+        job = alice.enqueued()
+        busy.until(job, "failed")
+
+    details = [row["error_detail"] for row in db.execute("select * from private.attempts")]
+    assert '{"apikey": "[redacted]", "was": "[redacted]"}' in details[-1]
+    assert found({key[:60]}, details) == []
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ("key four-words-of-mine!", "key [redacted]"),
+        ("key four-words-of-mine%21", "key [redacted]"),
+        ("{'authorization': 'Bearer abc'}", "{'authorization': 'Bearer [redacted]'}"),
+        ("Basic dXNlcjpwYXNzd29yZA==", "Basic [redacted]"),
+        ("apikey: eyJhbGciOiJIUzI1NiJ9.eyJyb2xl", "apikey: [redacted]"),
+        ('"token": "4711", "a": 1', '"token": "[redacted]", "a": 1'),
+        ("r8_0123456789 was revoked", "r8_[redacted] was revoked"),
+        ("https://a.example/b.png?X-Sig=12&y=3: 403", "https://a.example/b.png?[redacted] 403"),
+        ("/object/sign/inputs/a.png?token=4711", "/object/sign/inputs/a.png?token=[redacted]"),
+        ("postgresql://me:word@db:5432/x", "postgresql://[redacted]@db:5432/x"),
+    ],
+)
+def test_no_secret_is_left_in_a_text(said, kept):
+    settings = worker.Settings.from_env(
+        {
+            "DATABASE_URL": "postgresql://darkroom_worker:pass%21word@127.0.0.1/db",
+            "SUPABASE_URL": "http://127.0.0.1",
+            "SUPABASE_SERVICE_KEY": "four-words-of-mine!",
+        }
+    )
+
+    assert worker.redact(said, settings.secrets) == kept
+    assert worker.redact("pass!word, pass%21word", settings.secrets) == "[redacted], [redacted]"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "- input.aspect_ratio: must be one of 1:1, 16:9",
+        "You did not pass a valid authentication token",
+        "The input or output was flagged as sensitive. Please try again. (E005)",
+        'connection to server at "127.0.0.1", port 5432 failed: Connection refused',
+        "OSError at _receive:1181",
+    ],
+)
+def test_words_that_only_speak_of_secrets_stay(words):
+    assert worker.redact(words) == words
+
+
+def test_a_traceback_in_the_log_shows_no_secret():
+    record = logging.LogRecord("asyncio", logging.ERROR, "", 1, "%s", ("Bearer abc",), None)
+    try:
+        raise ValueError("mine-4711 and r8_0123456789")
+    except ValueError:
+        record.exc_info = sys.exc_info()
+
+    line = worker.SafeFormatter(["mine-4711"]).format(record)
+
+    assert "ERROR Bearer [redacted]\nTraceback" in line
+    assert "ValueError: [redacted] and r8_[redacted]" in line
+
+
+def test_a_crash_is_logged_without_secrets_and_ends_with_code_1(monkeypatch, capsys):
+    key = "key-of-the-service-4711"
+    values = {"DATABASE_URL": "postgresql://a@127.0.0.1/b", "SUPABASE_URL": "http://127.0.0.1"}
+    monkeypatch.setattr(worker.os, "environ", values | {"SUPABASE_SERVICE_KEY": key})
+    monkeypatch.setattr(logging.root, "handlers", [])
+
+    async def serve(_: worker.Settings) -> int:
+        raise RuntimeError(f"it was {key}")
+
+    monkeypatch.setattr(worker, "serve", serve)
+    assert worker.main() == worker.EXIT_ERROR
+
+    said = capsys.readouterr().err
+    assert "CRITICAL worker.crashed\nTraceback" in said
+    assert "RuntimeError: it was [redacted]" in said
 
 
 def test_the_command_line_of_the_supabase_cli_shows_no_password(monkeypatch):

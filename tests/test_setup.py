@@ -1,6 +1,7 @@
 """sql/00_setup.sql: schemas, roles, default privileges."""
 
-from database import PROJECT, SEED
+import pytest
+from database import GRANTS, PROJECT, SEED
 
 SETUP = PROJECT / "sql" / "00_setup.sql"
 API_ROLES = ("anon", "authenticated", "service_role")
@@ -16,10 +17,32 @@ def test_it_refuses_to_install_without_supabase_auth(server):
     assert "Darkroom needs Supabase Auth: auth.users and auth.uid() are missing" in done.stderr
 
 
-def test_the_worker_role_logs_in_and_inherits_nothing(db):
+def test_it_takes_nobodys_schema(supabase_db):
+    supabase_db.execute("create schema private")
+
+    done = supabase_db.psql(script=SETUP.read_text())
+
+    assert done.returncode == 3
+    assert "Darkroom needs the schema private for itself, and there is one" in done.stderr
+
+
+@pytest.mark.parametrize("bucket", ["generations", "inputs"])
+def test_it_takes_no_bucket_with_files_it_would_sweep(supabase_db, bucket):
+    supabase_db.execute("insert into storage.buckets (id, name) values (%s, %s)", bucket, bucket)
+    supabase_db.execute("insert into storage.objects (bucket_id, name) values (%s, 'a')", bucket)
+
+    done = supabase_db.psql(script=SETUP.read_text())
+
+    assert done.returncode == 3
+    assert "Darkroom needs the buckets generations and inputs for itself" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["darkroom_worker", "darkroom_monitor"])
+def test_our_roles_log_in_and_inherit_nothing(db, name):
     role = db.row(
         "select rolcanlogin, rolinherit, rolsuper, rolcreaterole, rolcreatedb, rolbypassrls"
-        " from pg_roles where rolname = 'darkroom_worker'"
+        " from pg_roles where rolname = %s",
+        name,
     )
 
     assert role.pop("rolcanlogin")
@@ -34,6 +57,18 @@ def test_a_call_of_the_worker_that_hangs_is_ended(db):
     assert sorted(settings) == [
         "idle_in_transaction_session_timeout=15s",
         "statement_timeout=30s",
+    ]
+
+
+def test_who_looks_on_reads_only_and_is_ended_in_time(db):
+    settings = db.value(
+        "select setconfig from pg_db_role_setting where setrole = 'darkroom_monitor'::regrole"
+    )
+
+    assert sorted(settings) == [
+        "default_transaction_read_only=on",
+        "idle_in_transaction_session_timeout=15s",
+        "statement_timeout=10s",
     ]
 
 
@@ -64,21 +99,4 @@ def test_the_default_grants_of_older_supabase_projects_leave_no_trace(supabase_d
 
     supabase_db.install(SEED)
 
-    assert supabase_db.execute(ALL_GRANTS) == db.execute(ALL_GRANTS)
-
-
-ALL_GRANTS = """
-select format('%s.%s', n.nspname, o.name) as object, r.rolname as role, a.privilege_type
-from (
-  select
-    relname as name, relnamespace as schema, relacl as acl, 'r'::"char" as kind,
-    relowner as owner
-  from pg_class where relkind in ('r', 'S', 'v')
-  union all
-  select oid::regprocedure::text, pronamespace, proacl, 'f', proowner from pg_proc
-) as o
-inner join pg_namespace as n on n.oid = o.schema and n.nspname in ('public', 'private')
-cross join aclexplode(coalesce(o.acl, acldefault(o.kind, o.owner))) as a
-left join pg_roles as r on r.oid = a.grantee
-order by 1, 2, 3
-"""
+    assert supabase_db.execute(GRANTS) == db.execute(GRANTS)

@@ -731,13 +731,14 @@ begin
   return new;
 end;
 $$;
-create trigger gate before update of create_started_at on private.running_jobs
+create trigger gate before insert on private.running_jobs
 for each row execute function public.wait_at_the_gate();
 """
 
 
-def test_a_worker_that_was_frozen_before_its_create_does_not_create(bench, fake, db):
-    """Meanwhile its lease may have run out and another worker have bought."""
+@pytest.mark.parametrize("is_taken", [True, False], ids=["job taken", "job still its own"])
+def test_a_worker_that_was_frozen_before_its_create_looks_whether_it_may(bench, fake, db, is_taken):
+    """Meanwhile its lease may have run out, and another worker may have looked and bought."""
     db.execute(GATE)
     gate = db.connect()
     gate.execute("select pg_advisory_lock(1)")
@@ -748,10 +749,15 @@ def test_a_worker_that_was_frozen_before_its_create_does_not_create(bench, fake,
 
     process.signal(signal.SIGSTOP)
     gate.execute("select pg_advisory_unlock(1)")
+    eventually(lambda: db.value("select count(*) from private.running_jobs"))
+    if is_taken:
+        db.execute("update private.running_jobs set lease_until = now() - interval '1 second'")
+        assert db.value("select private.recover_stale_jobs()") == 1
     time.sleep(worker.CREATE_WITHIN_SECONDS + 0.1)  # its clock is the one thing not to be moved
     process.signal(signal.SIGCONT)
-    process.logged(r"job\.lost")
-
-    assert fake.creates == []
-    finished_by_another(bench, job)
+    if is_taken:
+        process.logged(r"job\.lost")
+        assert fake.creates == []
+        finished_by_another(bench, job)
+    bench.until(job, "completed")
     assert (len(fake.creates), len(fake.predictions)) == (1, 1)

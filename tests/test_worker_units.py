@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import io
 import json
 import os
@@ -242,6 +243,20 @@ def test_a_redirect_among_the_providers_hosts_is_followed():
     assert web.read(DELIVERED) == b"x"
 
 
+@pytest.mark.parametrize("coding", ["gzip", "gzip, gzip", "deflate", "br", "GZIP"])
+def test_an_output_that_is_packed_is_refused_before_it_is_unpacked(coding):
+    bomb = gzip.compress(gzip.compress(bytes(10**6)))
+    answer = httpx.Response(
+        200, headers={"content-encoding": coding}, stream=httpx.ByteStream(bomb)
+    )
+    web = Web(replicate_delivery=answer)
+
+    with pytest.raises(JobError, match="provider_error: output: packed"):
+        web.read(DELIVERED)
+
+    assert web.requests[0].headers["accept-encoding"] == "identity"
+
+
 def test_redirects_in_a_circle_end():
     web = Web(replicate_delivery=redirect(DELIVERED))
 
@@ -277,6 +292,7 @@ def a_job(**changes: Any) -> Job:
         "image_inputs": [],
         "image_count": 1,
         "deadline_seconds": 300.0,
+        "begun_before": None,
     }
     return Job(**values | changes)
 
@@ -715,7 +731,7 @@ def test_as_many_bars_are_expected_as_the_models_last_job_had():
 
 def test_progress_never_goes_back():
     news: list[int] = []
-    running = worker.Running(a_job(), lambda: news.append(1))
+    running = worker.Running(a_job(), 0.0, lambda: news.append(1))
 
     for percent in (0, 50, 20, 50, 100, 3):
         running.report(percent)
@@ -769,7 +785,7 @@ def test_a_stop_does_not_cut_short_the_call_that_ends_a_job():
 
     async def stop_meanwhile() -> None:
         one = worker.Worker(mock.Mock(), mock.Mock(fail_job=fail_job), {}, mock.Mock(), mock.Mock())
-        running = worker.Running(a_job(), one.on_progress)
+        running = worker.Running(a_job(), 0.0, one.on_progress)
         one.running[running.job.token] = running
         task = asyncio.create_task(one.process(running))
         await asyncio.sleep(0.005)
@@ -1006,3 +1022,18 @@ def test_after_a_beat_the_worker_looks_for_work():
     asyncio.run(one.beat())
 
     assert one.wake.is_set()
+
+
+@pytest.mark.parametrize(("looks", "seconds"), [(1, 60), (2, 0.01)], ids=["first", "second"])
+def test_who_goes_to_sleep_looks_for_what_came_meanwhile(monkeypatch, looks, seconds):
+    """Whoever enqueued it may have seen the worker awake, and then wakes nobody."""
+    monkeypatch.setattr(worker, "SECOND_LOOK_SECONDS", seconds)
+    found = [[]] * (looks - 1) + [[mock.Mock(token=1)]]
+    db = mock.Mock(sleep=mock.AsyncMock(), claim_jobs=mock.AsyncMock(side_effect=found))
+    one = worker.Worker(mock.Mock(slots=1, poll_seconds=60), db, {}, mock.Mock(), mock.Mock())
+    one.process = mock.AsyncMock()
+
+    asyncio.run(asyncio.wait_for(one._sleep(), 3))
+
+    assert list(one.running) == [1]
+    assert db.method_calls[0] == mock.call.sleep(0)  # what it looked for before proves nothing

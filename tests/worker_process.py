@@ -77,6 +77,10 @@ class WorkerProcess:
         """Its row in private.workers, once it is registered."""
         return int(self.logged(r"worker\.started worker=(\d+)")[1])
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def is_running(self) -> bool:
         return self._process.poll() is None
 

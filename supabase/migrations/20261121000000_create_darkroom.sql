@@ -40,6 +40,22 @@ begin
       using errcode = 'undefined_object',
         hint = 'Install on a Supabase database, or start Supabase Lite on this one first.';
   end if;
+  if to_regclass('private.ready_jobs') is not null then
+    raise exception 'Darkroom is installed here already'
+      using errcode = 'duplicate_schema', hint = 'Nothing was changed.';
+  end if;
+  if to_regnamespace('private') is not null then
+    raise exception 'Darkroom needs the schema private for itself, and there is one'
+      using errcode = 'duplicate_schema', hint = 'Rename yours. Nothing was changed.';
+  end if;
+  if to_regclass('storage.objects') is not null then
+    -- What it does not know there, it takes for left over and deletes after a day.
+    if exists (select from storage.objects where bucket_id in ('generations', 'inputs')) then
+      raise exception 'Darkroom needs the buckets generations and inputs for itself'
+        using errcode = 'object_not_in_prerequisite_state',
+          hint = 'Move what is in them to another bucket. Nothing was changed.';
+    end if;
+  end if;
   if to_regrole('anon') is null then
     create role anon nologin noinherit;
   end if;
@@ -53,12 +69,23 @@ begin
     -- No password: it cannot log in until the DBA gives it one.
     create role darkroom_worker login noinherit;
   end if;
+  if to_regrole('darkroom_monitor') is null then
+    create role darkroom_monitor login noinherit;
+  end if;
+  if to_regrole('authenticator') is not null then
+    -- So that PostgREST may take it on for a token that names it.
+    grant darkroom_monitor to authenticator;
+  end if;
 end;
 $$;
 
 -- A worker's call takes milliseconds; one that hangs must not hold locks for ever.
 alter role darkroom_worker set statement_timeout = '30s';
 alter role darkroom_worker set idle_in_transaction_session_timeout = '15s';
+-- Who looks on must never be in the way.
+alter role darkroom_monitor set statement_timeout = '10s';
+alter role darkroom_monitor set idle_in_transaction_session_timeout = '15s';
+alter role darkroom_monitor set default_transaction_read_only = on;
 
 create schema private;
 
@@ -66,7 +93,8 @@ comment on schema private is
   'Darkroom''s queue and function bodies. Never expose it through PostgREST.';
 
 revoke all on schema private from public;
-grant usage on schema private to anon, authenticated, service_role, darkroom_worker;
+grant usage on schema private
+to anon, authenticated, service_role, darkroom_worker, darkroom_monitor;
 
 -- Supabase projects from before 2026-10-30 grant every new object in public to the API roles.
 alter default privileges in schema public revoke all on tables
@@ -568,7 +596,8 @@ comment on column private.ready_jobs.provider_job_id is
   'The provider''s job an earlier attempt began: resume it.';
 
 comment on column private.ready_jobs.create_started_at is
-  'An earlier attempt asked the provider to create then and never learned the outcome: look first.';
+  'An earlier attempt may have asked the provider to create, then or later, and never learned the '
+  'outcome: look first.';
 
 -- Delayed jobs are out of the claim's index, so a pile of them costs the claim nothing.
 create index ready_jobs_claim_idx on private.ready_jobs (fair_key, seq) where run_at is null;
@@ -627,7 +656,8 @@ comment on column private.running_jobs.provider_job_id is
   'Checkpoint: the provider''s id, saved as soon as it is known.';
 
 comment on column private.running_jobs.create_started_at is
-  'When the provider was first asked to create, set before asking.';
+  'Since when the provider may have been asked to create: the first claim whose outcome nobody '
+  'learned, or this one.';
 
 create table private.workers (
   id bigint generated always as identity primary key,
@@ -7040,7 +7070,8 @@ returns table (
   provider_job_id text,
   image_inputs text[],
   image_count smallint,
-  deadline_seconds real
+  deadline_seconds real,
+  begun_before timestamptz
 )
 language plpgsql
 security definer
@@ -7073,7 +7104,7 @@ begin
     select
       c.job_id, c.user_id, c.model_id, nextval('private.lease_tokens'), p_worker_id, c.attempt + 1,
       now() + st.lease, now() + coalesce(m.deadline, st.lease), c.provider_job_id,
-      c.create_started_at
+      coalesce(c.create_started_at, now())
     from claimed as c cross join private.settings as st
     left join public.models as m on m.id = c.model_id
     order by c.fair_key, c.seq
@@ -7087,7 +7118,8 @@ begin
   )
   select
     r.job_id, r.user_id, r.token, r.attempt, m.provider, m.provider_ref, s.provider_input,
-    r.provider_job_id, m.image_inputs, s.image_count, extract(epoch from m.deadline)::real
+    r.provider_job_id, m.image_inputs, s.image_count, extract(epoch from m.deadline)::real,
+    nullif(r.create_started_at, now())
   from running as r
   inner join started as s on s.id = r.job_id
   left join public.models as m on m.id = r.model_id
@@ -7097,8 +7129,8 @@ $$;
 
 comment on function private.claim_jobs is
   'Moves up to p_slots jobs in fair order from ready to running and answers them. provider_job_id'
-  ' is set where an earlier attempt already bought something at the provider: resume it. Seconds '
-  'are durations.';
+  ' is set where an earlier attempt already bought something at the provider: resume it; else '
+  'begun_before, where one may have: look for it before creating again. Seconds are durations.';
 
 revoke all on function private.claim_jobs(bigint, integer)
 from public, anon, authenticated, service_role;
@@ -7106,14 +7138,15 @@ grant execute on function private.claim_jobs(bigint, integer) to darkroom_worker
 -- Purchase: what a worker says about its dealings with the provider, so that nothing is bought
 -- twice.
 --
--- Creating a job at the provider costs money and cannot be repeated safely. So begin_creates is
--- called before, and checkpoint_jobs the moment the provider's id is known. A worker that dies
--- between the two leaves create_started_at behind: the next attempt looks at the provider for what
--- may have been bought and takes it over with adopt_provider_job. A refused account pauses the
--- provider (71).
+-- Creating a job at the provider costs money and cannot be repeated safely. So a claim (72) counts
+-- as the begin of it, and checkpoint_jobs is called the moment the provider's id is known. A worker
+-- that dies between the two leaves create_started_at behind: the next attempt looks at the provider
+-- for what may have been bought and takes it over with adopt_provider_job. A worker that asks later
+-- than at once proves with begin_creates that no other has begun to look. A refused account pauses
+-- the provider (71).
 
 create or replace function private.begin_creates(p_job_ids uuid[], p_tokens bigint[])
-returns table (token bigint, begun_before timestamptz)
+returns table (token bigint, create_started_at timestamptz)
 language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
@@ -7125,22 +7158,14 @@ as $$
 #variable_conflict use_column
 begin
   return query
-  with held as materialized (
-    select r.job_id, r.token, r.create_started_at from private.running_jobs as r
-    where r.job_id = any (p_job_ids) and r.token = any (p_tokens) for update
-  ),
-  begun as (
-    update private.running_jobs as r set create_started_at = clock_timestamp()
-    where r.job_id = any (array(select h.job_id from held as h where h.create_started_at is null))
-  )
-  select h.token, h.create_started_at from held as h;
+  select r.token, r.create_started_at from private.running_jobs as r
+  where r.job_id = any (p_job_ids) and r.token = any (p_tokens);
 end;
 $$;
 
 comment on function private.begin_creates is
-  'Says that the provider is about to be asked to create these jobs, before it is asked. Answers '
-  'for each whose lease holds when an earlier attempt was first about to, if its outcome was never '
-  'learned: then look for what it may have bought before creating again.';
+  'Called before the provider is asked to create these jobs, where seconds have passed since their '
+  'claim. Answers each whose lease holds, and since when something may have been bought for it.';
 
 revoke all on function private.begin_creates(uuid[], bigint[])
 from public, anon, authenticated, service_role;
@@ -7458,7 +7483,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform private.finish_canceled(
-    p_job.user_id, p_job.job_id, p_job.create_started_at is not null
+    p_job.user_id, p_job.job_id, not p_metrics @> '{"is_asked": false}'
   );
   perform private.record_attempts(array[p_job], 'canceled', array[p_metrics], p_code, p_detail);
 end;
@@ -7538,7 +7563,7 @@ begin
     perform private.requeue_job(
       p_job, v_attempts_used,
       private.retry_delay(private.count_claims(p_job.job_id), p_retry_after_seconds),
-      v_error.resumes
+      v_error.resumes and not p_metrics @> '{"is_asked": false}'
     );
   else
     perform private.finish_failed(p_job, v_error);
@@ -7634,7 +7659,8 @@ $$;
 comment on function private.fail_jobs is
   'Ends attempts, each with a code of error_codes: retried while attempts remain, else failed and '
   'refunded. p_details are for operators only; p_retry_after_seconds is the provider''s own wish '
-  'or null; p_metrics as complete_jobs takes them. Answers each job whose lease held: retried, '
+  'or null; p_metrics as complete_jobs takes them, and is_asked (false: the provider never was, so '
+  'nothing can have been bought). Answers each job whose lease held: retried, '
   'failed, canceled (the user had asked for it), or repeated (the call was made before).';
 
 revoke all on function private.fail_jobs(
@@ -7662,7 +7688,9 @@ begin
   if v_job.job_id is null then
     return;
   elsif v_job.cancel_requested then
-    perform private.finish_canceled_job(v_job);
+    perform private.finish_canceled_job(
+      v_job, p_metrics => case when p_resumes then '{}'::jsonb else '{"is_asked": false}' end
+    );
     return;
   end if;
   perform private.requeue_job(v_job, v_job.attempt - 1, interval '0', p_resumes);
@@ -7672,7 +7700,7 @@ $$;
 
 comment on function private.release_job is
   'Gives a job back unfinished (graceful stop): next in line, the attempt does not count, the '
-  'checkpoint is kept; or canceled, if the user asked for that. p_resumes false: nothing was begun'
+  'checkpoint is kept; or canceled, if the user asked for that. p_resumes false: nothing was bought'
   ' at the provider. Errors: DR001 lease_lost.';
 
 revoke all on function private.release_job(uuid, bigint, boolean)
@@ -7702,8 +7730,8 @@ end;
 $$;
 
 comment on function private.cancel_job is
-  'Ends a job whose cancel the heartbeat told of; p_metrics as complete_jobs takes them. Repeating '
-  'it changes nothing. Errors: DR001 lease_lost, 22023 nobody asked for it.';
+  'Ends a job whose cancel the heartbeat told of; p_metrics as fail_jobs takes them. Repeating it '
+  'changes nothing. Errors: DR001 lease_lost, 22023 nobody asked for it.';
 
 revoke all on function private.cancel_job(uuid, bigint, jsonb)
 from public, anon, authenticated, service_role;
@@ -8683,6 +8711,8 @@ $$;
 revoke all on function private.delivery_json(private.deliveries)
 from public, anon, authenticated, service_role;
 
+-- Body of public.list_deliveries. Planned for the state: dead ones have an index of their own.
+--
 -- Raises: PT400 invalid_input.
 create or replace function private.list_deliveries(p_state text, p_at_most integer)
 returns json
@@ -8690,6 +8720,7 @@ language plpgsql
 stable
 security definer
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_custom_plan
 as $$
 begin
   if p_state not in ('pending', 'delivered', 'dead') then
@@ -8943,14 +8974,37 @@ comment on view private.paused_now is
 create view private.queue_by_model with (security_invoker = true) as
 with waiting as (
   select
-    r.model_id,
-    count(*) as jobs,
-    count(*) filter (where r.run_at is null or r.run_at <= now()) as ready,
-    count(*) filter (where r.is_held) as held,
-    count(*) filter (where r.run_at > now() and not r.is_held) as delayed,
-    min(r.seq) filter (where r.run_at is null or r.run_at <= now()) as first_seq
-  from private.ready_jobs as r
-  group by r.model_id
+    w.model_id,
+    sum(w.jobs)::bigint as jobs,
+    sum(w.ready)::bigint as ready,
+    sum(w.held)::bigint as held,
+    sum(w.delayed)::bigint as delayed,
+    min(w.first_seq) as first_seq
+  from (
+    -- Nearly all: counted with as little work for each as can be.
+    select
+      r.model_id,
+      count(*) as jobs,
+      count(*) as ready,
+      0 as held,
+      0 as delayed,
+      min(r.seq) as first_seq
+    from private.ready_jobs as r
+    where r.run_at is null
+    group by r.model_id
+    union all
+    select
+      r.model_id,
+      count(*) as jobs,
+      count(*) filter (where r.run_at <= now()) as ready,
+      count(*) filter (where r.is_held) as held,
+      count(*) filter (where r.run_at > now() and not r.is_held) as delayed,
+      min(r.seq) filter (where r.run_at <= now()) as first_seq
+    from private.ready_jobs as r
+    where r.run_at is not null
+    group by r.model_id
+  ) as w
+  group by w.model_id
 ),
 
 running as (
@@ -9968,10 +10022,12 @@ begin
   if not found or v_before is null then
     return 0;
   end if;
+  -- Not user_id = p_user_id: the planner may then walk the ids of all users up to this one's.
   for v_met in
-    select * from public.credit_ledger where user_id = p_user_id order by id limit p_at_most
+    select * from public.credit_ledger
+    where (user_id, id) > (p_user_id, 0) order by user_id, id limit p_at_most
   loop
-    exit when v_met.created_at > v_before
+    exit when v_met.user_id <> p_user_id or v_met.created_at > v_before
       or exists (select from public.generations as g where g.id = v_met.generation_id);
     v_last := v_met;
     v_count := v_count + 1;
@@ -10123,12 +10179,15 @@ select
   null::uuid as generation_id,
   format('credits are %s, the ledger ends at %s', e.credits, coalesce(l.balance_after, 0)) as detail
 from public.entitlements as e
+-- Not c.user_id = e.user_id: the planner may then walk the ids of all users down to this one's.
 left join lateral (
-  select c.balance_after
+  select
+    c.user_id,
+    c.balance_after
   from public.credit_ledger as c
-  where c.user_id = e.user_id
-  order by c.id desc limit 1
-) as l on true
+  where (c.user_id, c.id) <= (e.user_id, 9223372036854775807)
+  order by c.user_id desc, c.id desc limit 1
+) as l on e.user_id = l.user_id
 where e.credits <> coalesce(l.balance_after, 0)
 union all
 select
@@ -10738,7 +10797,17 @@ as $$
   ) as cron
   cross join lateral (values
     ('cron_silent', cron.missed, cron.detail),
-    ('paused', jsonb_array_length(p_health -> 'paused')::numeric, p_health ->> 'paused'),
+    (
+      'paused', jsonb_array_length(p_health -> 'paused')::numeric,
+      (
+        select string_agg(
+          concat_ws(
+            ' ', p.value ->> 'kind', p.value ->> 'name', 'until', p.value ->> 'paused_until'
+          ) || coalesce(': ' || (p.value ->> 'pause_reason'), ''), '; ' order by p.value ->> 'name'
+        )
+        from jsonb_array_elements(p_health -> 'paused') as p
+      )
+    ),
     (
       'vacuum_held_back', (p_health #>> '{vacuum,oldest_transactions}')::numeric,
       private.name_vacuum_holders()
@@ -10759,6 +10828,36 @@ $$;
 revoke all on function private.measure_surroundings(jsonb)
 from public, anon, authenticated, service_role;
 
+-- Every rule with what is measured, and whether its alert is raised.
+create or replace function private.alert_states(p_health jsonb)
+returns table (
+  alert text, severity text, is_raised boolean, value numeric, threshold numeric, detail text,
+  hint text
+)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+  select
+    rule.alert,
+    rule.severity,
+    coalesce(m.value > rule.threshold and coalesce(m.cases >= rule.min_cases, true), false),
+    m.value,
+    rule.threshold,
+    m.detail,
+    rule.hint
+  from private.alert_rules as rule
+  left join (
+    select * from private.measure_queue(p_health)
+    union all
+    select * from private.measure_workers(p_health)
+    union all
+    select * from private.measure_surroundings(p_health)
+  ) as m on rule.alert = m.alert
+$$;
+
+revoke all on function private.alert_states(jsonb) from public, anon, authenticated, service_role;
+
 -- The worst first.
 create or replace function private.health_alerts(p_health jsonb)
 returns jsonb
@@ -10767,35 +10866,25 @@ stable
 set search_path = pg_catalog, pg_temp
 as $$
   select coalesce(jsonb_agg(jsonb_build_object(
-    'alert', rule.alert, 'severity', rule.severity, 'detail', m.detail, 'hint', rule.hint
-  ) order by rule.severity, rule.alert), '[]')
-  from (
-    select * from private.measure_queue(p_health)
-    union all
-    select * from private.measure_workers(p_health)
-    union all
-    select * from private.measure_surroundings(p_health)
-  ) as m
-  inner join private.alert_rules as rule on rule.alert = m.alert
-  where m.value > rule.threshold and coalesce(m.cases >= rule.min_cases, true)
+    'alert', s.alert, 'severity', s.severity, 'detail', s.detail, 'hint', s.hint
+  ) order by s.severity, s.alert), '[]')
+  from private.alert_states(p_health) as s
+  where s.is_raised
 $$;
 
 revoke all on function private.health_alerts(jsonb) from public, anon, authenticated, service_role;
 
--- Body of public.queue_health.
-create or replace function private.queue_health()
+-- What queue_health answers, given the depth of the queue, which is dear to count.
+create or replace function private.health_with(p_depth jsonb)
 returns json
 language plpgsql
 stable
-security definer
 set search_path = pg_catalog, pg_temp
--- Compiling would take longer than running.
-set jit = off
 as $$
 declare
   v_alerts jsonb;
   v_health jsonb := jsonb_build_object(
-    'depth', private.depth_health(),
+    'depth', p_depth,
     'running', private.running_health(),
     'rates', private.rates_health(),
     'workers', private.worker_health(),
@@ -10829,8 +10918,24 @@ begin
 end;
 $$;
 
+revoke all on function private.health_with(jsonb) from public, anon, authenticated, service_role;
+
+-- Body of public.queue_health.
+create or replace function private.queue_health()
+returns json
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+-- Compiling would take longer than running, and a second process would only cost more.
+set jit = off
+set max_parallel_workers_per_gather = 0
+as $$
+  select private.health_with(private.depth_health())
+$$;
+
 revoke all on function private.queue_health() from public, anon, authenticated, service_role;
-grant execute on function private.queue_health() to service_role;
+grant execute on function private.queue_health() to service_role, darkroom_monitor;
 
 create or replace function public.queue_health()
 returns json
@@ -10851,7 +10956,688 @@ comment on function public.queue_health is
   'examples}}. Thresholds are rows of private.alert_rules.';
 
 revoke all on function public.queue_health() from public, anon, authenticated, service_role;
-grant execute on function public.queue_health() to service_role;
+grant execute on function public.queue_health() to service_role, darkroom_monitor;
+-- What `worker.py check` asks: may this role do a worker's work, does pg_cron do its own, and is
+-- Storage as Darkroom made it?
+--
+-- Each part answers rows (part, verdict, detail). verdict: ok, note (works, but know it) or wrong.
+-- It looks at catalogs and at routines, never at jobs or users.
+
+create or replace function private.check_rights(p_functions text[])
+returns table (part text, verdict text, detail text)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+  select
+    'database',
+    case when r.rolsuper or r.rolbypassrls or f.missing is not null then 'wrong' else 'ok' end,
+    case
+      when r.rolsuper or r.rolbypassrls
+        then format('DATABASE_URL: role %s may do everything; use darkroom_worker', r.rolname)
+      when f.missing is not null
+        then format('role %s may not call %s: apply supabase/migrations', r.rolname, f.missing)
+      else format(
+        'PostgreSQL %s; role %s may call all it needs',
+        split_part(current_setting('server_version'), ' ', 1), r.rolname
+      )
+    end
+  from pg_roles as r
+  cross join (
+    select string_agg('private.' || name, ', ' order by name) as missing
+    from unnest(p_functions) as name
+    where not exists (
+      select from pg_proc as p
+      where p.proname = name and p.pronamespace = to_regnamespace('private')
+        and has_function_privilege(session_user, p.oid, 'execute')
+    )
+  ) as f
+  where r.rolname = session_user
+$$;
+
+revoke all on function private.check_rights(text[])
+from public, anon, authenticated, service_role;
+
+-- What keeps each routine that pg_cron is to run from running; no rows where all is well.
+create or replace function private.name_cron_faults()
+returns setof text
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if to_regclass('cron.job') is null then
+    return next 'pg_cron is not installed any more';
+    return;
+  end if;
+  return query
+  select format(
+    'job darkroom_%s is %s', r.name, case when j.active then 'silent' else 'switched off' end
+  ) || case when j.active then format(': it last ran at %s', r.last_run_at) else '' end
+  from private.routines as r
+  inner join cron.job as j on j.jobname = 'darkroom_' || r.name
+  where r.every is not null
+    and (not j.active or now() - r.last_run_at > r.every * (1 + (
+      select coalesce(rule.threshold, 3) from private.alert_rules as rule
+      where rule.alert = 'cron_silent'
+    )::double precision))
+  union all
+  select format('job darkroom_%s is missing', r.name)
+  from private.routines as r
+  where r.every is not null
+    and not exists (select from cron.job as j where j.jobname = 'darkroom_' || r.name)
+  order by 1;
+end;
+$$;
+
+revoke all on function private.name_cron_faults()
+from public, anon, authenticated, service_role;
+
+create or replace function private.check_cron()
+returns table (part text, verdict text, detail text)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+  select
+    'cron',
+    case when r.jobs = 0 then 'note' when f.faults is not null then 'wrong' else 'ok' end,
+    case
+      when r.jobs = 0 then 'no pg_cron for this database: workers do its work on their own'
+      when f.faults is not null then f.faults || '; see cron.job_run_details'
+      else format('%s jobs, the last ran at %s', r.jobs, r.last_run_at)
+    end
+  from (
+    select
+      count(*) as jobs,
+      date_trunc('second', max(routine.last_run_at)) as last_run_at
+    from private.routines as routine
+    where routine.every is not null
+  ) as r
+  cross join (
+    select string_agg(fault, '; ') as faults from private.name_cron_faults() as fault
+  ) as f
+$$;
+
+revoke all on function private.check_cron() from public, anon, authenticated, service_role;
+
+-- What differs in Storage from what the installation made; no rows where all is well.
+create or replace function private.name_storage_faults()
+returns setof text
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return query
+  select format('bucket %s is %s', b.id, case when s.id is null then 'missing' else 'public' end)
+  from unnest(array['generations', 'inputs']) as b (id)
+  left join storage.buckets as s on s.id = b.id
+  where s.id is null or s.public
+  union all
+  select 'row level security is off on storage.objects'
+  from pg_class as c
+  where c.oid = to_regclass('storage.objects') and not c.relrowsecurity
+  union all
+  select format('policy "%s" is missing on storage.objects', wanted.name)
+  from unnest(array[
+    'Users read their own generated images', 'Everybody reads shared images',
+    'Users read their own input images', 'Users add their own input images',
+    'Users replace their own input images', 'Users delete their own input images'
+  ]) as wanted (name)
+  where not exists (
+    select from pg_policies as p
+    where p.schemaname = 'storage' and p.tablename = 'objects' and p.policyname = wanted.name
+  );
+end;
+$$;
+
+revoke all on function private.name_storage_faults()
+from public, anon, authenticated, service_role;
+
+create or replace function private.check_storage()
+returns table (part text, verdict text, detail text)
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_faults text;
+begin
+  if to_regclass('storage.objects') is null then
+    return query select
+      'policies', 'note', 'no schema storage here: PostgreSQL does not know who may read files';
+    return;
+  end if;
+  select string_agg(fault, '; ') into v_faults from private.name_storage_faults() as fault;
+  return query select
+    'policies',
+    case when v_faults is null then 'ok' else 'wrong' end,
+    coalesce(
+      v_faults || ': see sql/20_access.sql and sql/90_schedule.sql',
+      'both buckets are private, and users reach their own folders'
+    );
+end;
+$$;
+
+revoke all on function private.check_storage() from public, anon, authenticated, service_role;
+
+create or replace function private.check_setup(p_functions text[])
+returns table (part text, verdict text, detail text)
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+  select * from private.check_rights(p_functions)
+  union all
+  select * from private.check_cron()
+  union all
+  select * from private.check_storage()
+$$;
+
+comment on function private.check_setup is
+  'For `worker.py check`: whether its role may call these functions of schema private, whether '
+  'pg_cron runs its jobs, and whether buckets and policies of Storage are there. Answers part, '
+  'verdict (ok | note | wrong) and detail, in words for people.';
+
+revoke all on function private.check_setup(text[])
+from public, anon, authenticated, service_role;
+grant execute on function private.check_setup(text[]) to darkroom_worker;
+-- Measures: what the report (89_report) and exporters of metrics are made of, one table for each.
+--
+-- They speak of this moment and of the last hour, never of a user or a prompt. What a provider said
+-- is shown without the prompt, should it repeat that. darkroom_monitor may call those an exporter
+-- has a use for.
+--
+-- They cost what it costs to count the queue and to read the attempts that ended in the window.
+
+-- The provider's words without the prompt: also where they were cut in its midst, or where it is
+-- within JSON. What is shorter than four characters is no secret, and may be part of any word.
+create or replace function private.without_prompt(p_detail text, p_prompt text)
+returns text
+language sql
+immutable
+set search_path = pg_catalog, pg_temp
+as $$
+  select case
+    when length(p_prompt) < 4 then p_detail
+    else coalesce(
+      left(r.detail, nullif(strpos(r.detail, left(p_prompt, 24)), 0) - 1) || '[prompt]', r.detail
+    )
+  end
+  from (
+    select replace(
+      replace(p_detail, p_prompt, '[prompt]'), btrim(to_json(p_prompt)::text, '"'), '[prompt]'
+    ) as detail
+  ) as r
+$$;
+
+revoke all on function private.without_prompt(text, text)
+from public, anon, authenticated, service_role;
+
+-- How the attempts of each model ended in the window, what completed ones took, what all cost.
+create or replace function private.outcomes_by_model(p_window interval)
+returns table (
+  model_id text, completed bigint, failed bigint, retried bigint, p50_seconds double precision,
+  p95_seconds double precision, cost_usd numeric
+)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+-- Read by time alone: the planner may think a scan of all history as good.
+set enable_seqscan = off
+as $$
+  select
+    a.model_id,
+    count(*) filter (where a.outcome = 'completed'),
+    count(*) filter (where a.outcome = 'failed'),
+    count(*) filter (where a.outcome = 'retried'),
+    percentile_cont(0.5) within group (order by extract(epoch from a.ended_at - a.started_at))
+      filter (where a.outcome = 'completed'),
+    percentile_cont(0.95) within group (order by extract(epoch from a.ended_at - a.started_at))
+      filter (where a.outcome = 'completed'),
+    sum(a.cost_usd)
+  from private.attempts as a
+  where a.ended_at > now() - p_window
+  group by a.model_id
+$$;
+
+revoke all on function private.outcomes_by_model(interval)
+from public, anon, authenticated, service_role;
+
+create or replace function private.report_models(p_window interval default '1 hour')
+returns table (
+  model_id text, provider text, ready bigint, delayed bigint, paused bigint, running bigint,
+  oldest_ready_seconds numeric, completed bigint, failed bigint, retried bigint,
+  p50_seconds double precision, p95_seconds double precision, mean_seconds double precision,
+  cost_usd numeric
+)
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+set jit = off
+set max_parallel_workers_per_gather = 0
+as $$
+  select
+    n.model_id, m.provider, coalesce(q.ready, 0), coalesce(q.delayed, 0), coalesce(q.paused, 0),
+    coalesce(q.running, 0), q.oldest_ready_seconds, coalesce(a.completed, 0),
+    coalesce(a.failed, 0), coalesce(a.retried, 0), a.p50_seconds, a.p95_seconds, s.mean_seconds,
+    coalesce(a.cost_usd, 0)
+  from private.queue_by_model as q
+  full join private.outcomes_by_model(p_window) as a on a.model_id = q.model_id
+  cross join lateral (select coalesce(q.model_id, a.model_id) as model_id) as n
+  left join public.models as m on m.id = n.model_id
+  left join private.model_stats as s on s.model_id = n.model_id
+  order by coalesce(q.ready, 0) + coalesce(q.running, 0) desc, n.model_id
+$$;
+
+comment on function private.report_models is
+  'The queue of each model that has jobs or had some in the window, and how those ended: seconds '
+  'from claim to end of completed attempts, and mean_seconds as remembered for eta_seconds.';
+
+revoke all on function private.report_models(interval)
+from public, anon, authenticated, service_role;
+grant execute on function private.report_models(interval) to darkroom_monitor;
+
+create or replace function private.report_workers()
+returns table (
+  worker_id bigint, host text, version text, state text, is_listening boolean, slots smallint,
+  slots_used bigint, seen_seconds numeric, up_seconds numeric
+)
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+  select
+    w.id, w.host, w.version,
+    case
+      when w.seen_at <= now() - s.lease then 'silent'
+      when coalesce(r.jobs, 0) > 0 then 'busy'
+      when w.asleep then 'asleep'
+      else 'idle'
+    end,
+    w.is_listening, w.slots, coalesce(r.jobs, 0),
+    round(extract(epoch from now() - w.seen_at), 1), round(extract(epoch from now() - w.started_at))
+  from private.workers as w
+  cross join private.settings as s
+  left join (
+    select j.worker_id, count(*) as jobs from private.running_jobs as j group by j.worker_id
+  ) as r on r.worker_id = w.id
+  where w.seen_at > now() - interval '1 day'
+  order by w.seen_at <= now() - s.lease desc, w.id
+$$;
+
+comment on function private.report_workers is
+  'Workers seen within a day, first those that went silent without stopping: state (silent | busy '
+  '| idle | asleep). is_listening false: it finds jobs by polling only.';
+
+revoke all on function private.report_workers() from public, anon, authenticated, service_role;
+grant execute on function private.report_workers() to darkroom_monitor;
+
+create or replace function private.report_errors(p_window interval default '1 hour')
+returns table (
+  model_id text, error_code text, errors bigint, failed bigint, retried bigint,
+  last_at timestamptz, last_detail text
+)
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+set jit = off
+set enable_seqscan = off
+as $$
+  select
+    e.model_id, e.error_code, e.errors, e.failed, e.retried, e.last_at,
+    -- No join, which might be made by reading all generations.
+    (
+      select left(private.without_prompt(e.details[1], g.prompt), 300)
+      from public.generations as g where g.id = e.last_id
+    )
+  from (
+    select
+      a.model_id,
+      a.error_code,
+      count(*) as errors,
+      count(*) filter (where a.outcome = 'failed') as failed,
+      count(*) filter (where a.outcome = 'retried') as retried,
+      max(a.ended_at) as last_at,
+      array_agg(a.error_detail order by a.ended_at desc, a.token desc) as details,
+      (array_agg(a.generation_id order by a.ended_at desc, a.token desc))[1] as last_id
+    from private.attempts as a
+    where a.ended_at > now() - p_window and a.error_code is not null
+    group by a.model_id, a.error_code
+  ) as e
+  order by e.errors desc, e.last_at desc
+$$;
+
+comment on function private.report_errors is
+  'Errors of attempts by model and code in the window, and what was said at the last of them.';
+
+revoke all on function private.report_errors(interval)
+from public, anon, authenticated, service_role;
+grant execute on function private.report_errors(interval) to darkroom_monitor;
+
+-- The attempts that ended last, newest first.
+create or replace function private.report_recent(
+  p_at_most integer default 12,
+  p_window interval default '1 hour'
+)
+returns table (
+  job_id uuid, model_id text, attempt smallint, worker_id bigint, outcome text, error_code text,
+  ended_at timestamptz, waited_seconds numeric, ran_seconds numeric
+)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+set jit = off
+set enable_seqscan = off
+as $$
+  select
+    a.generation_id, a.model_id, a.attempt, a.worker_id, a.outcome, a.error_code, a.ended_at,
+    -- No join, which might be made by reading all generations.
+    (
+      select round(extract(epoch from a.started_at - g.created_at), 1)
+      from public.generations as g where g.id = a.generation_id
+    ),
+    round(extract(epoch from a.ended_at - a.started_at), 1)
+  from (
+    select * from private.attempts as e
+    where e.ended_at > now() - p_window
+    order by e.ended_at desc, e.token desc limit p_at_most
+  ) as a
+  order by a.ended_at desc, a.token desc
+$$;
+
+revoke all on function private.report_recent(integer, interval)
+from public, anon, authenticated, service_role;
+
+-- The running jobs that began first, which are the ones to worry about.
+create or replace function private.report_running(p_at_most integer default 12)
+returns table (
+  job_id uuid, model_id text, attempt smallint, worker_id bigint, stage text, progress smallint,
+  running_seconds numeric, lease_seconds numeric, deadline_seconds numeric
+)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+  select
+    r.job_id, r.model_id, r.attempt, r.worker_id, r.stage, r.progress,
+    round(extract(epoch from now() - r.claimed_at), 1),
+    round(extract(epoch from r.lease_until - now()), 1),
+    round(extract(epoch from r.deadline_at - now()), 1)
+  from private.running_jobs as r
+  order by r.claimed_at, r.job_id limit p_at_most
+$$;
+
+revoke all on function private.report_running(integer)
+from public, anon, authenticated, service_role;
+
+-- Who has held back vacuum for longest.
+create or replace function private.report_holders(p_at_most integer default 5)
+returns table (
+  kind text, pid integer, name text, state text, transactions integer, seconds numeric
+)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+  select
+    h.kind, h.pid, left(h.name, 100), h.state, h.age_transactions,
+    round(extract(epoch from h.since))
+  from private.vacuum_holders as h
+  order by h.since desc nulls last, h.age_transactions desc limit p_at_most
+$$;
+
+revoke all on function private.report_holders(integer)
+from public, anon, authenticated, service_role;
+
+create or replace function private.report_alerts()
+returns table (
+  alert text, severity text, is_raised boolean, value numeric, threshold numeric
+)
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+set jit = off
+set max_parallel_workers_per_gather = 0
+as $$
+  select s.alert, s.severity, s.is_raised, s.value, s.threshold
+  from private.alert_states(private.queue_health()::jsonb) as s
+  order by s.alert
+$$;
+
+comment on function private.report_alerts is
+  'Every rule of private.alert_rules, what is measured for it, and whether its alert is raised.';
+
+revoke all on function private.report_alerts() from public, anon, authenticated, service_role;
+grant execute on function private.report_alerts() to darkroom_monitor;
+-- Reports: what the operator's page and `make top` draw.
+--
+-- queue_report() is this moment and the last hour, queue_history() what came to pass over time, in
+-- buckets. Both are for darkroom_monitor, which may call these, queue_health() and the measures and
+-- nothing else: it reads no table. Who draws every few seconds asks for the history once, and then
+-- for its last buckets only.
+--
+-- There is no record of how long the queue was. It is what waits now, less what came and plus what
+-- went since.
+
+-- Body of public.queue_report.
+create or replace function private.queue_report()
+returns json
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+-- Compiling would take longer than running, and a second process would only cost more.
+set jit = off
+set max_parallel_workers_per_gather = 0
+as $$
+declare
+  v_began timestamptz := clock_timestamp();
+  v_models jsonb := (
+    select coalesce(jsonb_agg(to_jsonb(m)), '[]') from private.report_models() as m
+  );
+  v_health json := private.health_with((
+    select jsonb_build_object(
+      'ready', coalesce(sum((m.value ->> 'ready')::bigint), 0),
+      'delayed', coalesce(sum((m.value ->> 'delayed')::bigint), 0),
+      'paused', coalesce(sum((m.value ->> 'paused')::bigint), 0),
+      'oldest_ready_seconds', max((m.value ->> 'oldest_ready_seconds')::numeric)
+    )
+    from jsonb_array_elements(v_models) as m
+  ));
+begin
+  return json_build_object(
+    'at', now(),
+    'health', v_health,
+    'models', v_models,
+    'workers', (select coalesce(json_agg(w), '[]') from private.report_workers() as w),
+    'errors', (select coalesce(json_agg(e), '[]') from private.report_errors() as e),
+    'running', (select coalesce(json_agg(r), '[]') from private.report_running() as r),
+    'recent', (select coalesce(json_agg(r), '[]') from private.report_recent() as r),
+    'vacuum_holders', (select coalesce(json_agg(h), '[]') from private.report_holders() as h),
+    'took_ms', round(extract(epoch from clock_timestamp() - v_began) * 1000, 1)
+  );
+end;
+$$;
+
+revoke all on function private.queue_report() from public, anon, authenticated, service_role;
+grant execute on function private.queue_report() to service_role, darkroom_monitor;
+
+create or replace function public.queue_report()
+returns json
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+  select private.queue_report()
+$$;
+
+comment on function public.queue_report is
+  'The queue at a glance, for people: {at, health (see queue_health), models, workers, errors, '
+  'running, recent, vacuum_holders, took_ms}: the queue of each model and its attempts of the last '
+  'hour, the workers of the last day, errors of the last hour, the jobs that run for longest, the '
+  'attempts that ended last, who has held back vacuum for longest, and how long the report took.';
+
+revoke all on function public.queue_report() from public, anon, authenticated, service_role;
+grant execute on function public.queue_report() to service_role, darkroom_monitor;
+
+-- What came into the queue and left it in each bucket since a time, the longest that a job of the
+-- bucket had waited for its first attempt, and how many were asked for.
+create or replace function private.history_of_queue(p_since timestamptz, p_bucket interval)
+returns table (
+  at timestamptz, enqueued bigint, entered bigint, went bigint, waited_seconds numeric
+)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+-- Read by time alone: the planner may think a scan of all history as good.
+set enable_seqscan = off
+as $$
+  with claims as (
+    select a.generation_id, a.attempt, a.started_at, a.ended_at, a.outcome
+    from private.attempts as a where a.ended_at >= p_since
+    union all
+    select r.job_id, r.attempt, r.claimed_at, null, null from private.running_jobs as r
+  ),
+  moves as (
+    select
+      g.created_at as moved_at, 1 as enqueued, 1 as entered, 0 as went, null::interval as waited
+    from public.generations as g
+    where g.id >= private.first_id_of(p_since) and g.created_at >= p_since
+    union all
+    select c.ended_at, 0, 1, 0, null from claims as c where c.outcome in ('retried', 'released')
+    union all
+    select
+      c.started_at, 0, 0, 1, case when c.attempt = 1 then c.started_at - g.created_at end
+    from claims as c
+    inner join public.generations as g on g.id = c.generation_id
+    where c.started_at >= p_since
+    union all
+    -- Canceled before any attempt.
+    select g.finished_at, 0, 0, 1, null
+    from public.generations as g
+    where g.id >= private.first_id_of(p_since) and g.finished_at >= p_since
+      and g.status = 'canceled' and g.started_at is null
+  )
+  select
+    date_bin(p_bucket, m.moved_at, 'epoch'), sum(m.enqueued), sum(m.entered), sum(m.went),
+    round(extract(epoch from max(m.waited)), 1)
+  from moves as m
+  group by date_bin(p_bucket, m.moved_at, 'epoch')
+$$;
+
+revoke all on function private.history_of_queue(timestamptz, interval)
+from public, anon, authenticated, service_role;
+
+-- How the attempts of each model ended in each bucket since a time, what they took and cost.
+create or replace function private.history_of_models(p_since timestamptz, p_bucket interval)
+returns table (
+  at timestamptz, model_id text, completed bigint, failed bigint, retried bigint,
+  completed_seconds numeric, cost_usd numeric
+)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+as $$
+  select
+    date_bin(p_bucket, a.ended_at, 'epoch'),
+    a.model_id,
+    count(*) filter (where a.outcome = 'completed'),
+    count(*) filter (where a.outcome = 'failed'),
+    count(*) filter (where a.outcome = 'retried'),
+    round(
+      sum(extract(epoch from a.ended_at - a.started_at)) filter (where a.outcome = 'completed'), 1
+    ),
+    sum(a.cost_usd)
+  from private.attempts as a
+  where a.ended_at >= p_since
+  group by date_bin(p_bucket, a.ended_at, 'epoch'), a.model_id
+$$;
+
+revoke all on function private.history_of_models(timestamptz, interval)
+from public, anon, authenticated, service_role;
+
+-- Body of public.queue_history.
+--
+-- Raises: PT400 invalid_input.
+create or replace function private.queue_history(
+  p_since timestamptz,
+  p_bucket_seconds integer,
+  p_at_most integer default 400
+)
+returns json
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+set jit = off
+set max_parallel_workers_per_gather = 0
+as $$
+declare
+  v_bucket interval := p_bucket_seconds * interval '1 second';
+  -- A day of the buckets that are the default.
+  v_since timestamptz := coalesce(p_since, now() - 96 * v_bucket);
+begin
+  if coalesce(p_bucket_seconds not between 10 and 86400, true) then
+    perform private.refuse_input('bucket_seconds: not from 10 to 86400');
+  elsif v_since not between now() - p_at_most * v_bucket and now() then
+    perform private.refuse_input(
+      format('since: not within the last %s buckets', p_at_most), 'Take longer buckets.'
+    );
+  end if;
+  v_since := date_bin(v_bucket, v_since, 'epoch');
+  return json_build_object(
+    'at', now(),
+    'since', v_since,
+    'bucket_seconds', p_bucket_seconds,
+    'queue', (
+      select coalesce(json_agg(h order by h.at), '[]')
+      from private.history_of_queue(v_since, v_bucket) as h
+    ),
+    'models', (
+      select coalesce(json_agg(h order by h.at, h.model_id), '[]')
+      from private.history_of_models(v_since, v_bucket) as h
+    )
+  );
+end;
+$$;
+
+revoke all on function private.queue_history(timestamptz, integer, integer)
+from public, anon, authenticated, service_role;
+grant execute on function private.queue_history(timestamptz, integer, integer)
+to service_role, darkroom_monitor;
+
+create or replace function public.queue_history(
+  since timestamptz default null,
+  bucket_seconds integer default 900
+)
+returns json
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+  select private.queue_history(queue_history.since, queue_history.bucket_seconds)
+$$;
+
+comment on function public.queue_history is
+  'What came to pass in each bucket from the one that holds since (96 back; at most 400) to now: '
+  '{at, since, bucket_seconds, queue [{at, enqueued, entered, went, '
+  'waited_seconds}], models [{at, model_id, completed, failed, retried, completed_seconds, '
+  'cost_usd}]}. entered and went move the length of the queue, retries included; waited_seconds is '
+  'the longest until a first attempt. Buckets without anything are left out. Errors: PT400 '
+  'invalid_input.';
+
+revoke all on function public.queue_history(timestamptz, integer)
+from public, anon, authenticated, service_role;
+grant execute on function public.queue_history(timestamptz, integer)
+to service_role, darkroom_monitor;
 -- Rows and schedules: the only file that writes any. Running it again changes nothing that an
 -- operator has set. What is not installed here is skipped with a notice.
 
@@ -10882,6 +11668,7 @@ insert into private.error_codes (
 ('provider_error', 'The image service failed to make this picture.', true, true, false, true),
 ('result_lost', 'The finished picture could not be fetched in time.', true, true, false, true),
 ('timeout', 'The picture took too long.', false, true, false, true),
+('worker_full', 'We have no room for your picture. Try again later.', true, false, true, false),
 ('internal', 'Something went wrong on our side.', true, true, true, false)
 on conflict do nothing;
 
@@ -10966,6 +11753,10 @@ begin
   ),
   ('inputs', 'inputs', false, 10485760, '{image/png,image/jpeg,image/webp}')
   on conflict do nothing;
+  if exists (select from storage.buckets where id in ('generations', 'inputs') and public) then
+    raise warning 'Darkroom: a bucket of its own is public: everybody who knows a path reads it'
+      using errcode = '01000';
+  end if;
 end;
 $$;
 

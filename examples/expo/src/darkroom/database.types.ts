@@ -263,6 +263,12 @@ isOneToOne: false
 "queue_health":
 { Args: Record<PropertyKey, never>; Returns: Json
                            },
+"queue_history":
+{ Args: { "bucket_seconds"?: number,"since"?: string }; Returns: Json
+                           },
+"queue_report":
+{ Args: Record<PropertyKey, never>; Returns: Json
+                           },
 "redeliver":
 { Args: { "delivery_id": string }; Returns: Json
                            },

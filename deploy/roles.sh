@@ -1,0 +1,22 @@
+#!/bin/sh
+# Runs once, on an empty data folder: the roles and schemas that Auth, PostgREST and Storage expect.
+set -eu
+psql -v ON_ERROR_STOP=1 -X --username "${POSTGRES_USER:-postgres}" --dbname postgres \
+  -v authenticator="$AUTHENTICATOR_PASSWORD" -v auth="$AUTH_ADMIN_PASSWORD" \
+  -v storage="$STORAGE_ADMIN_PASSWORD" <<'SQL'
+create role anon nologin noinherit;
+create role authenticated nologin noinherit;
+create role service_role nologin noinherit bypassrls;
+create role authenticator login noinherit password :'authenticator';
+grant anon, authenticated, service_role to authenticator;
+create role supabase_auth_admin login noinherit createrole password :'auth';
+create role supabase_storage_admin login noinherit createrole password :'storage';
+grant authenticator to supabase_storage_admin;
+grant anon, authenticated, service_role to supabase_storage_admin;
+create schema auth authorization supabase_auth_admin;
+create schema storage authorization supabase_storage_admin;
+grant usage on schema auth, storage to anon, authenticated, service_role;
+grant create on database postgres to supabase_auth_admin, supabase_storage_admin;
+alter role supabase_auth_admin set search_path = auth;
+alter role supabase_storage_admin set search_path = storage;
+SQL

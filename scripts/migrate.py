@@ -1,0 +1,316 @@
+"""Apply `supabase/migrations` and the seed to a database: show what will be done, ask, do it.
+
+Needs no Node and no Docker, but leaves what the Supabase CLI leaves: a row for each migration in
+supabase_migrations.schema_migrations, and the seed's hash in seed_files. Either tool goes on where
+the other one stopped. Each migration is one transaction, its row included.
+
+Errors begin with a stable token: cannot_connect, server_too_old, missing_auth, missing_pg_cron,
+role_lacks_rights, not_recorded, unknown_migration, out_of_order, confirmation_needed,
+migration_failed, database_error. Exit codes: 0 done or nothing to do, 1 an error, 2 not confirmed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+SUPABASE = Path(__file__).resolve().parents[1] / "supabase"
+SEED = SUPABASE / "seed.sql"
+OLDEST_SERVER = 15
+
+# As the Supabase CLI makes them.
+HISTORY = """
+create schema if not exists supabase_migrations;
+create table if not exists supabase_migrations.schema_migrations (
+  version text not null primary key
+);
+alter table supabase_migrations.schema_migrations add column if not exists statements text[];
+alter table supabase_migrations.schema_migrations add column if not exists name text;
+create table if not exists supabase_migrations.seed_files (
+  path text not null primary key, hash text not null
+);
+"""
+
+
+class MigrateError(Exception):
+    """Why nothing (more) was done: a stable token, then words."""
+
+
+@dataclass(frozen=True)
+class Migration:
+    """A file of supabase/migrations: <version>_<name>.sql."""
+
+    version: str
+    name: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.version}_{self.name}"
+
+    def is_same_as(self, statements: list[str] | None) -> bool:
+        """Whether this was applied; the CLI keeps each statement without its semicolon."""
+        return squeeze(self.text) == squeeze("".join(statements or []))
+
+
+def squeeze(text: str) -> str:
+    return re.sub(r"[\s;]", "", text)
+
+
+def read_migrations() -> list[Migration]:
+    """Return all there are, oldest first."""
+    files = sorted((SUPABASE / "migrations").glob("*.sql"))
+    names = [file.stem.partition("_") for file in files]
+    return [
+        Migration(version, name, file.read_text())
+        for (version, _, name), file in zip(names, files, strict=True)
+    ]
+
+
+class Target:
+    """The database to migrate."""
+
+    def __init__(self, connection: psycopg.Connection[Any]) -> None:
+        self.connection = connection
+        self.seed_hash = hashlib.sha256(SEED.read_bytes()).hexdigest()
+        self.seed_path = f"supabase/{SEED.name}"
+
+    def value(self, query: str, *arguments: Any) -> Any:
+        """Return the one value of a query."""
+        row = self.connection.execute(query, arguments or None).fetchone()
+        return row[0] if row else None
+
+    def has(self, table: str) -> bool:
+        """Whether there is such a table, also where this role may not look."""
+        query = "select exists (select from pg_tables where schemaname = %s and tablename = %s)"
+        return bool(self.value(query, *table.split(".")))
+
+    def describe(self) -> Iterator[tuple[str, str]]:
+        """Yield what this database is, a title and a text for each line."""
+        info = self.connection.info
+        version = self.value("show server_version").split()[0]
+        yield "server", f"PostgreSQL {version} at {info.host}:{info.port}"
+        yield "database", info.dbname
+        yield "role", info.user + (" (superuser)" if self.is_superuser() else "")
+        query = "select string_agg(extname || ' ' || extversion, ', ' order by 1) from pg_extension"
+        yield "extensions", self.value(query)
+        yield "pg_cron", "for this database" if self.wants_cron() else "no: workers do its work"
+        filled = self.filled_tables()
+        more = f" and {len(filled) - 4} more" if len(filled) > 4 else ""
+        yield "data", f"rows in {', '.join(filled[:4])}{more}" if filled else "none"
+
+    def is_superuser(self) -> bool:
+        return bool(self.value("select rolsuper from pg_roles where rolname = current_user"))
+
+    def wants_cron(self) -> bool:
+        """Whether the migration will make cron jobs: sql/90_schedule.sql asks the same."""
+        query = (
+            "select setting = current_database() from pg_settings where name = 'cron.database_name'"
+        )
+        return bool(self.value(query))
+
+    def filled_tables(self) -> list[str]:
+        """Return the tables that hold rows this role can see, but for what every server has."""
+        tables = self.connection.execute(
+            "select schemaname, tablename from pg_tables"
+            " where schemaname not in"
+            " ('pg_catalog', 'information_schema', 'cron', 'supabase_migrations')"
+            " and (schemaname <> 'auth' or tablename = 'users')"
+            " and has_table_privilege(format('%I.%I', schemaname, tablename), 'select')"
+            " and has_schema_privilege(schemaname, 'usage') order by 1, 2"
+        ).fetchall()
+        exists = sql.SQL("select exists (select from {})")
+        return [
+            f"{schema}.{table}"
+            for schema, table in tables
+            if self.connection.execute(exists.format(sql.Identifier(schema, table))).fetchone()
+            == (True,)
+        ]
+
+    def applied(self) -> dict[str, list[str] | None]:
+        """Return the recorded migrations: version -> statements."""
+        if not self.has("supabase_migrations.schema_migrations"):
+            return {}
+        query = "select version, statements from supabase_migrations.schema_migrations order by 1"
+        return dict(self.connection.execute(query).fetchall())
+
+    def wants_seed(self) -> bool:
+        """Whether this seed was not yet run here."""
+        if not self.has("supabase_migrations.seed_files"):
+            return True
+        query = "select hash from supabase_migrations.seed_files where path = %s"
+        return bool(self.value(query, self.seed_path) != self.seed_hash)
+
+    def refuse_unfit(self) -> None:
+        """Raise MigrateError if the migration could not succeed here."""
+        if self.connection.info.server_version // 10000 < OLDEST_SERVER:
+            raise MigrateError(f"server_too_old: PostgreSQL {OLDEST_SERVER} or later is needed")
+        if not self.has("auth.users"):
+            raise MigrateError(
+                "missing_auth: there is no auth.users: start Supabase Auth (GoTrue) on it first"
+            )
+        cron = "select count(*) from pg_available_extensions where name = 'pg_cron'"
+        if self.wants_cron() and not self.value(cron):
+            raise MigrateError(
+                "missing_pg_cron: cron.database_name names this database, and the extension is not"
+                " installed on the server (on Debian: postgresql-15-cron)"
+            )
+        if lacking := self.lacking_rights():
+            raise MigrateError(f"role_lacks_rights: {'; '.join(lacking)}")
+
+    def lacking_rights(self) -> list[str]:
+        """Return what this role must be allowed and is not."""
+        rights = {
+            "CREATE on the database": "has_database_privilege(current_database(), 'create')",
+            "CREATE on schema public": "has_schema_privilege('public', 'create')",
+            "USAGE on schema auth": "has_schema_privilege('auth', 'usage')",
+            "CREATEROLE": "(select rolcreaterole or rolsuper from pg_roles"
+            " where rolname = current_user)",
+        }
+        return [name for name, test in rights.items() if not self.value(f"select {test}")]
+
+    def apply(self, migration: Migration) -> None:
+        """Apply one migration and record it, or do neither."""
+        record = (
+            "insert into supabase_migrations.schema_migrations (version, name, statements)"
+            " values (%s, %s, %s)"
+        )
+        values = (migration.version, migration.name, [migration.text])
+        self._run(str(migration), migration.text, record, values)
+
+    def seed(self) -> None:
+        """Run the seed and record it, or do neither."""
+        record = (
+            "insert into supabase_migrations.seed_files (path, hash) values (%s, %s)"
+            " on conflict (path) do update set hash = excluded.hash"
+        )
+        self._run(self.seed_path, SEED.read_text(), record, (self.seed_path, self.seed_hash))
+
+    def _run(self, name: str, script: str, record: str, values: tuple[Any, ...]) -> None:
+        try:
+            with self.connection.transaction():
+                self.connection.execute(HISTORY.encode())
+                self.connection.execute(record.encode(), values)
+                self.connection.execute(script.encode())
+        except psycopg.errors.InsufficientPrivilege as error:
+            raise MigrateError(f"role_lacks_rights: {name}: {told(error)}") from None
+        except psycopg.Error as error:
+            raise MigrateError(f"migration_failed: {name}: {told(error)}") from None
+
+
+def told(error: psycopg.Error) -> str:
+    """Return what the server says in one line, with its hint."""
+    said = [error.diag.message_primary or str(error), error.diag.message_hint]
+    return ". ".join(" ".join(each.split()) for each in said if each)
+
+
+def pass_on(notice: psycopg.errors.Diagnostic) -> None:
+    """Print what the migration itself says; the server's own notices are about nothing."""
+    text = notice.message_primary or ""
+    if text.startswith("Darkroom: "):
+        print(f"{'notice':11} {text}")
+
+
+def plan(target: Target, migrations: list[Migration]) -> list[Migration]:
+    """Return what is to be applied. Raises MigrateError where that cannot be known."""
+    applied = target.applied()
+    if unknown := sorted(applied.keys() - {each.version for each in migrations}):
+        raise MigrateError(
+            f"unknown_migration: {', '.join(unknown)} was applied and has no file here. This"
+            " checkout is older than the database, or the history is another project's: then"
+            " copy supabase/migrations there"
+        )
+    pending = [each for each in migrations if each.version not in applied]
+    if pending and applied and pending[0].version < max(applied):
+        raise MigrateError(f"out_of_order: {pending[0]} is older than what was applied last")
+    if migrations[0] in pending and target.has("private.settings"):
+        raise MigrateError(
+            "not_recorded: Darkroom is installed, and nothing says what is applied. Record it:"
+            f" npx supabase migration repair --status applied {migrations[0].version}"
+        )
+    return pending
+
+
+def show(target: Target, migrations: list[Migration], pending: list[Migration]) -> None:
+    """Print what is there and what will be done."""
+    lines = list(target.describe())
+    for each in migrations:
+        state = "pending" if each in pending else "applied"
+        statements = target.applied().get(each.version)
+        changed = state == "applied" and not each.is_same_as(statements)
+        lines.append((state, f"{each}{' (its file has changed since)' if changed else ''}"))
+    lines.append(("pending" if target.wants_seed() else "applied", target.seed_path))
+    for title, text in lines:
+        print(f"{title:11} {text}")
+
+
+def confirm(target: Target, ask: Callable[[str], str]) -> None:
+    """Ask whether to go on; where there is data, for the database's name. Raises MigrateError."""
+    name = target.connection.info.dbname
+    has_data = bool(target.filled_tables())
+    wanted = name if has_data else "y"
+    question = f"Type the database's name to apply this ({name}): " if has_data else "Apply? [y/N] "
+    try:
+        answer = ask(question).strip()
+    except EOFError:
+        answer = ""
+    if answer != wanted:
+        raise MigrateError("confirmation_needed: nothing was done; YES=1 answers for scripts")
+
+
+def migrate(url: str, *, is_confirmed: bool, ask: Callable[[str], str] = input) -> None:
+    """Do all of it. Raises MigrateError."""
+    try:
+        connection = psycopg.connect(url, autocommit=True, connect_timeout=10)
+    except (psycopg.OperationalError, psycopg.ProgrammingError) as error:
+        text = str(error) if isinstance(error, psycopg.OperationalError) else "not an address"
+        raise MigrateError(f"cannot_connect: DATABASE_URL: {' '.join(text.split())}") from None
+    with connection:
+        connection.add_notice_handler(pass_on)
+        target, migrations = Target(connection), read_migrations()
+        target.refuse_unfit()
+        pending = plan(target, migrations)
+        show(target, migrations, pending)
+        if not pending and not target.wants_seed():
+            print("nothing to do")
+            return
+        if not is_confirmed:
+            confirm(target, ask)
+        for each in pending:
+            print(f"{'applying':11} {each}", flush=True)
+            target.apply(each)
+        if target.wants_seed():
+            print(f"{'applying':11} {target.seed_path}", flush=True)
+            target.seed()
+        print("done")
+
+
+def main() -> int:
+    """Migrate $DATABASE_URL; answer the exit code."""
+    url = os.environ.get("DATABASE_URL")
+    if not url:
+        print("migrate: cannot_connect: DATABASE_URL: missing", file=sys.stderr)
+        return 1
+    try:
+        migrate(url, is_confirmed=os.environ.get("YES") == "1")
+    except psycopg.Error as error:
+        lacks = isinstance(error, psycopg.errors.InsufficientPrivilege)
+        token = "role_lacks_rights" if lacks else "database_error"
+        print(f"migrate: {token}: {told(error)}", file=sys.stderr)
+        return 1
+    except MigrateError as error:
+        print(f"migrate: {error}", file=sys.stderr)
+        return 2 if str(error).startswith("confirmation_needed") else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

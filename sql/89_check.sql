@@ -1,0 +1,187 @@
+-- What `worker.py check` asks: may this role do a worker's work, does pg_cron do its own, and is
+-- Storage as Darkroom made it?
+--
+-- Each part answers rows (part, verdict, detail). verdict: ok, note (works, but know it) or wrong.
+-- It looks at catalogs and at routines, never at jobs or users.
+
+create or replace function private.check_rights(p_functions text[])
+returns table (part text, verdict text, detail text)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+  select
+    'database',
+    case when r.rolsuper or r.rolbypassrls or f.missing is not null then 'wrong' else 'ok' end,
+    case
+      when r.rolsuper or r.rolbypassrls
+        then format('DATABASE_URL: role %s may do everything; use darkroom_worker', r.rolname)
+      when f.missing is not null
+        then format('role %s may not call %s: apply supabase/migrations', r.rolname, f.missing)
+      else format(
+        'PostgreSQL %s; role %s may call all it needs',
+        split_part(current_setting('server_version'), ' ', 1), r.rolname
+      )
+    end
+  from pg_roles as r
+  cross join (
+    select string_agg('private.' || name, ', ' order by name) as missing
+    from unnest(p_functions) as name
+    where not exists (
+      select from pg_proc as p
+      where p.proname = name and p.pronamespace = to_regnamespace('private')
+        and has_function_privilege(session_user, p.oid, 'execute')
+    )
+  ) as f
+  where r.rolname = session_user
+$$;
+
+revoke all on function private.check_rights(text[])
+from public, anon, authenticated, service_role;
+
+-- What keeps each routine that pg_cron is to run from running; no rows where all is well.
+create or replace function private.name_cron_faults()
+returns setof text
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if to_regclass('cron.job') is null then
+    return next 'pg_cron is not installed any more';
+    return;
+  end if;
+  return query
+  select format(
+    'job darkroom_%s is %s', r.name, case when j.active then 'silent' else 'switched off' end
+  ) || case when j.active then format(': it last ran at %s', r.last_run_at) else '' end
+  from private.routines as r
+  inner join cron.job as j on j.jobname = 'darkroom_' || r.name
+  where r.every is not null
+    and (not j.active or now() - r.last_run_at > r.every * (1 + (
+      select coalesce(rule.threshold, 3) from private.alert_rules as rule
+      where rule.alert = 'cron_silent'
+    )::double precision))
+  union all
+  select format('job darkroom_%s is missing', r.name)
+  from private.routines as r
+  where r.every is not null
+    and not exists (select from cron.job as j where j.jobname = 'darkroom_' || r.name)
+  order by 1;
+end;
+$$;
+
+revoke all on function private.name_cron_faults()
+from public, anon, authenticated, service_role;
+
+create or replace function private.check_cron()
+returns table (part text, verdict text, detail text)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+  select
+    'cron',
+    case when r.jobs = 0 then 'note' when f.faults is not null then 'wrong' else 'ok' end,
+    case
+      when r.jobs = 0 then 'no pg_cron for this database: workers do its work on their own'
+      when f.faults is not null then f.faults || '; see cron.job_run_details'
+      else format('%s jobs, the last ran at %s', r.jobs, r.last_run_at)
+    end
+  from (
+    select
+      count(*) as jobs,
+      date_trunc('second', max(routine.last_run_at)) as last_run_at
+    from private.routines as routine
+    where routine.every is not null
+  ) as r
+  cross join (
+    select string_agg(fault, '; ') as faults from private.name_cron_faults() as fault
+  ) as f
+$$;
+
+revoke all on function private.check_cron() from public, anon, authenticated, service_role;
+
+-- What differs in Storage from what the installation made; no rows where all is well.
+create or replace function private.name_storage_faults()
+returns setof text
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return query
+  select format('bucket %s is %s', b.id, case when s.id is null then 'missing' else 'public' end)
+  from unnest(array['generations', 'inputs']) as b (id)
+  left join storage.buckets as s on s.id = b.id
+  where s.id is null or s.public
+  union all
+  select 'row level security is off on storage.objects'
+  from pg_class as c
+  where c.oid = to_regclass('storage.objects') and not c.relrowsecurity
+  union all
+  select format('policy "%s" is missing on storage.objects', wanted.name)
+  from unnest(array[
+    'Users read their own generated images', 'Everybody reads shared images',
+    'Users read their own input images', 'Users add their own input images',
+    'Users replace their own input images', 'Users delete their own input images'
+  ]) as wanted (name)
+  where not exists (
+    select from pg_policies as p
+    where p.schemaname = 'storage' and p.tablename = 'objects' and p.policyname = wanted.name
+  );
+end;
+$$;
+
+revoke all on function private.name_storage_faults()
+from public, anon, authenticated, service_role;
+
+create or replace function private.check_storage()
+returns table (part text, verdict text, detail text)
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_faults text;
+begin
+  if to_regclass('storage.objects') is null then
+    return query select
+      'policies', 'note', 'no schema storage here: PostgreSQL does not know who may read files';
+    return;
+  end if;
+  select string_agg(fault, '; ') into v_faults from private.name_storage_faults() as fault;
+  return query select
+    'policies',
+    case when v_faults is null then 'ok' else 'wrong' end,
+    coalesce(
+      v_faults || ': see sql/20_access.sql and sql/90_schedule.sql',
+      'both buckets are private, and users reach their own folders'
+    );
+end;
+$$;
+
+revoke all on function private.check_storage() from public, anon, authenticated, service_role;
+
+create or replace function private.check_setup(p_functions text[])
+returns table (part text, verdict text, detail text)
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+  select * from private.check_rights(p_functions)
+  union all
+  select * from private.check_cron()
+  union all
+  select * from private.check_storage()
+$$;
+
+comment on function private.check_setup is
+  'For `worker.py check`: whether its role may call these functions of schema private, whether '
+  'pg_cron runs its jobs, and whether buckets and policies of Storage are there. Answers part, '
+  'verdict (ok | note | wrong) and detail, in words for people.';
+
+revoke all on function private.check_setup(text[])
+from public, anon, authenticated, service_role;
+grant execute on function private.check_setup(text[]) to darkroom_worker;

@@ -1,0 +1,272 @@
+-- Measures: what the report (89_report) and exporters of metrics are made of, one table for each.
+--
+-- They speak of this moment and of the last hour, never of a user or a prompt. What a provider said
+-- is shown without the prompt, should it repeat that. darkroom_monitor may call those an exporter
+-- has a use for.
+--
+-- They cost what it costs to count the queue and to read the attempts that ended in the window.
+
+-- The provider's words without the prompt: also where they were cut in its midst, or where it is
+-- within JSON. What is shorter than four characters is no secret, and may be part of any word.
+create or replace function private.without_prompt(p_detail text, p_prompt text)
+returns text
+language sql
+immutable
+set search_path = pg_catalog, pg_temp
+as $$
+  select case
+    when length(p_prompt) < 4 then p_detail
+    else coalesce(
+      left(r.detail, nullif(strpos(r.detail, left(p_prompt, 24)), 0) - 1) || '[prompt]', r.detail
+    )
+  end
+  from (
+    select replace(
+      replace(p_detail, p_prompt, '[prompt]'), btrim(to_json(p_prompt)::text, '"'), '[prompt]'
+    ) as detail
+  ) as r
+$$;
+
+revoke all on function private.without_prompt(text, text)
+from public, anon, authenticated, service_role;
+
+-- How the attempts of each model ended in the window, what completed ones took, what all cost.
+create or replace function private.outcomes_by_model(p_window interval)
+returns table (
+  model_id text, completed bigint, failed bigint, retried bigint, p50_seconds double precision,
+  p95_seconds double precision, cost_usd numeric
+)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+-- Read by time alone: the planner may think a scan of all history as good.
+set enable_seqscan = off
+as $$
+  select
+    a.model_id,
+    count(*) filter (where a.outcome = 'completed'),
+    count(*) filter (where a.outcome = 'failed'),
+    count(*) filter (where a.outcome = 'retried'),
+    percentile_cont(0.5) within group (order by extract(epoch from a.ended_at - a.started_at))
+      filter (where a.outcome = 'completed'),
+    percentile_cont(0.95) within group (order by extract(epoch from a.ended_at - a.started_at))
+      filter (where a.outcome = 'completed'),
+    sum(a.cost_usd)
+  from private.attempts as a
+  where a.ended_at > now() - p_window
+  group by a.model_id
+$$;
+
+revoke all on function private.outcomes_by_model(interval)
+from public, anon, authenticated, service_role;
+
+create or replace function private.report_models(p_window interval default '1 hour')
+returns table (
+  model_id text, provider text, ready bigint, delayed bigint, paused bigint, running bigint,
+  oldest_ready_seconds numeric, completed bigint, failed bigint, retried bigint,
+  p50_seconds double precision, p95_seconds double precision, mean_seconds double precision,
+  cost_usd numeric
+)
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+set jit = off
+set max_parallel_workers_per_gather = 0
+as $$
+  select
+    n.model_id, m.provider, coalesce(q.ready, 0), coalesce(q.delayed, 0), coalesce(q.paused, 0),
+    coalesce(q.running, 0), q.oldest_ready_seconds, coalesce(a.completed, 0),
+    coalesce(a.failed, 0), coalesce(a.retried, 0), a.p50_seconds, a.p95_seconds, s.mean_seconds,
+    coalesce(a.cost_usd, 0)
+  from private.queue_by_model as q
+  full join private.outcomes_by_model(p_window) as a on a.model_id = q.model_id
+  cross join lateral (select coalesce(q.model_id, a.model_id) as model_id) as n
+  left join public.models as m on m.id = n.model_id
+  left join private.model_stats as s on s.model_id = n.model_id
+  order by coalesce(q.ready, 0) + coalesce(q.running, 0) desc, n.model_id
+$$;
+
+comment on function private.report_models is
+  'The queue of each model that has jobs or had some in the window, and how those ended: seconds '
+  'from claim to end of completed attempts, and mean_seconds as remembered for eta_seconds.';
+
+revoke all on function private.report_models(interval)
+from public, anon, authenticated, service_role;
+grant execute on function private.report_models(interval) to darkroom_monitor;
+
+create or replace function private.report_workers()
+returns table (
+  worker_id bigint, host text, version text, state text, is_listening boolean, slots smallint,
+  slots_used bigint, seen_seconds numeric, up_seconds numeric
+)
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+  select
+    w.id, w.host, w.version,
+    case
+      when w.seen_at <= now() - s.lease then 'silent'
+      when coalesce(r.jobs, 0) > 0 then 'busy'
+      when w.asleep then 'asleep'
+      else 'idle'
+    end,
+    w.is_listening, w.slots, coalesce(r.jobs, 0),
+    round(extract(epoch from now() - w.seen_at), 1), round(extract(epoch from now() - w.started_at))
+  from private.workers as w
+  cross join private.settings as s
+  left join (
+    select j.worker_id, count(*) as jobs from private.running_jobs as j group by j.worker_id
+  ) as r on r.worker_id = w.id
+  where w.seen_at > now() - interval '1 day'
+  order by w.seen_at <= now() - s.lease desc, w.id
+$$;
+
+comment on function private.report_workers is
+  'Workers seen within a day, first those that went silent without stopping: state (silent | busy '
+  '| idle | asleep). is_listening false: it finds jobs by polling only.';
+
+revoke all on function private.report_workers() from public, anon, authenticated, service_role;
+grant execute on function private.report_workers() to darkroom_monitor;
+
+create or replace function private.report_errors(p_window interval default '1 hour')
+returns table (
+  model_id text, error_code text, errors bigint, failed bigint, retried bigint,
+  last_at timestamptz, last_detail text
+)
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+set jit = off
+set enable_seqscan = off
+as $$
+  select
+    e.model_id, e.error_code, e.errors, e.failed, e.retried, e.last_at,
+    -- No join, which might be made by reading all generations.
+    (
+      select left(private.without_prompt(e.details[1], g.prompt), 300)
+      from public.generations as g where g.id = e.last_id
+    )
+  from (
+    select
+      a.model_id,
+      a.error_code,
+      count(*) as errors,
+      count(*) filter (where a.outcome = 'failed') as failed,
+      count(*) filter (where a.outcome = 'retried') as retried,
+      max(a.ended_at) as last_at,
+      array_agg(a.error_detail order by a.ended_at desc, a.token desc) as details,
+      (array_agg(a.generation_id order by a.ended_at desc, a.token desc))[1] as last_id
+    from private.attempts as a
+    where a.ended_at > now() - p_window and a.error_code is not null
+    group by a.model_id, a.error_code
+  ) as e
+  order by e.errors desc, e.last_at desc
+$$;
+
+comment on function private.report_errors is
+  'Errors of attempts by model and code in the window, and what was said at the last of them.';
+
+revoke all on function private.report_errors(interval)
+from public, anon, authenticated, service_role;
+grant execute on function private.report_errors(interval) to darkroom_monitor;
+
+-- The attempts that ended last, newest first.
+create or replace function private.report_recent(
+  p_at_most integer default 12,
+  p_window interval default '1 hour'
+)
+returns table (
+  job_id uuid, model_id text, attempt smallint, worker_id bigint, outcome text, error_code text,
+  ended_at timestamptz, waited_seconds numeric, ran_seconds numeric
+)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+set jit = off
+set enable_seqscan = off
+as $$
+  select
+    a.generation_id, a.model_id, a.attempt, a.worker_id, a.outcome, a.error_code, a.ended_at,
+    -- No join, which might be made by reading all generations.
+    (
+      select round(extract(epoch from a.started_at - g.created_at), 1)
+      from public.generations as g where g.id = a.generation_id
+    ),
+    round(extract(epoch from a.ended_at - a.started_at), 1)
+  from (
+    select * from private.attempts as e
+    where e.ended_at > now() - p_window
+    order by e.ended_at desc, e.token desc limit p_at_most
+  ) as a
+  order by a.ended_at desc, a.token desc
+$$;
+
+revoke all on function private.report_recent(integer, interval)
+from public, anon, authenticated, service_role;
+
+-- The running jobs that began first, which are the ones to worry about.
+create or replace function private.report_running(p_at_most integer default 12)
+returns table (
+  job_id uuid, model_id text, attempt smallint, worker_id bigint, stage text, progress smallint,
+  running_seconds numeric, lease_seconds numeric, deadline_seconds numeric
+)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+  select
+    r.job_id, r.model_id, r.attempt, r.worker_id, r.stage, r.progress,
+    round(extract(epoch from now() - r.claimed_at), 1),
+    round(extract(epoch from r.lease_until - now()), 1),
+    round(extract(epoch from r.deadline_at - now()), 1)
+  from private.running_jobs as r
+  order by r.claimed_at, r.job_id limit p_at_most
+$$;
+
+revoke all on function private.report_running(integer)
+from public, anon, authenticated, service_role;
+
+-- Who has held back vacuum for longest.
+create or replace function private.report_holders(p_at_most integer default 5)
+returns table (
+  kind text, pid integer, name text, state text, transactions integer, seconds numeric
+)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+  select
+    h.kind, h.pid, left(h.name, 100), h.state, h.age_transactions,
+    round(extract(epoch from h.since))
+  from private.vacuum_holders as h
+  order by h.since desc nulls last, h.age_transactions desc limit p_at_most
+$$;
+
+revoke all on function private.report_holders(integer)
+from public, anon, authenticated, service_role;
+
+create or replace function private.report_alerts()
+returns table (
+  alert text, severity text, is_raised boolean, value numeric, threshold numeric
+)
+language sql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+set jit = off
+set max_parallel_workers_per_gather = 0
+as $$
+  select s.alert, s.severity, s.is_raised, s.value, s.threshold
+  from private.alert_states(private.queue_health()::jsonb) as s
+  order by s.alert
+$$;
+
+comment on function private.report_alerts is
+  'Every rule of private.alert_rules, what is measured for it, and whether its alert is raised.';
+
+revoke all on function private.report_alerts() from public, anon, authenticated, service_role;
+grant execute on function private.report_alerts() to darkroom_monitor;
