@@ -115,7 +115,7 @@ def test_a_restore_brings_back_every_row_and_the_books(user, db, target, tmp_pat
     assert same.credits() == user.credits()
     assert {job: same.get_job_status(job)["status"] for job in ended} == ended
     assert rows(target, "private.workers") == []
-    with pytest.raises(AssertionError, match="already exists"):
+    with pytest.raises(AssertionError, match="installed here already"):
         after(tmp_path, target)  # never on top of something
 
 

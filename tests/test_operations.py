@@ -70,7 +70,7 @@ def move(old: Stack, new: Stack, folder: Path) -> None:
     Section("Backup").sh(folder, ADMIN_URL=old.database_url)
     Section("Restore").sh(folder, ADMIN_URL=new.database_url)
     Section("Restore").sql(new.database_url)
-    new._set_worker_password()
+    new._set_passwords()
     restart_gateway(new)
     Section("Moving to another project").sh(
         folder,
@@ -164,7 +164,7 @@ def test_a_new_database_password_loses_no_job(workers):
     workers.db.execute("select private.recover_stale_jobs()")
 
     workers.until(job, "completed")
-    workers.stack._set_worker_password()
+    workers.stack._set_passwords()
 
 
 def test_a_new_jwt_secret_loses_no_job(moved, workers):

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import psycopg
 import pytest
-from actors import Anon, Caller, Refusal, Service, User, Worker, outcome, refused
+from actors import Anon, Caller, Monitor, Refusal, Service, User, Worker, outcome, refused
 from database import Database, Server
 from runbook import Section
 from worker_process import eventually
@@ -98,6 +98,8 @@ def asked(db: Database, user_id: str, job_id: str, batch_id: str) -> dict[str, C
         "list_webhooks": service.list_webhooks,
         "list_deliveries": service.list_deliveries,
         "queue_health": service.queue_health,
+        "queue_report": Monitor(db).queue_report,
+        "queue_history": lambda: Monitor(db).queue_history(None),
     }
 
 
@@ -120,7 +122,9 @@ def test_every_call_that_only_reads_answers_on_a_replica_as_on_the_primary(busy,
     there, here = asked(replica, *busy), asked(db, *busy)
 
     for name, call in there.items():
-        assert without_times(call()) == without_times(here[name]()), name
+        answer = call()
+        if name not in ("queue_report", "queue_history"):  # full of the time that passes
+            assert without_times(answer) == without_times(here[name]()), name
     assert there["get_job_status"]()["status"] == "processing"
 
 
