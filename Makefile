@@ -91,6 +91,12 @@ bench: setup-bench
 	@$(PYTHON) tests/bench/run.py $(PART) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(QUICK),--quick) \
 		$(if $(HOLD),--hold $(HOLD)) $(if $(ONLY),--only "$$ONLY")
 
+# Break everything around real workers and judge what is left: make chaos JOBS=5000 FAULTS=500 SEED=1
+chaos: setup
+	@$(PYTHON) tests/chaos/run.py $(if $(JOBS),--jobs $(JOBS)) $(if $(FAULTS),--faults $(FAULTS)) \
+		$(if $(SEED),--seed $(SEED)) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(OUT),--out "$$OUT") \
+		$(if $(ONLY),--only "$$ONLY")
+
 # Build the one migration of the first release from sql/.
 migration:
 	@mkdir -p supabase/migrations
@@ -105,4 +111,4 @@ lock: setup
 		&& renew worker && renew test --extra test && renew bench --extra test --extra bench
 
 .PHONY: help setup setup-app setup-browser setup-bench up down status env clean demo import-model app \
-	test test-app lint lint-app types bench migration lock
+	test test-app lint lint-app types bench chaos migration lock
