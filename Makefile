@@ -128,6 +128,12 @@ bench: setup-bench
 scale-out: setup
 	@$(PYTHON) tests/scale_out.py --durable $(if $(OPTIONS),$(OPTIONS))
 
+# Break everything around real workers and judge what is left: make chaos JOBS=5000 FAULTS=500 SEED=1
+chaos: setup
+	@$(PYTHON) tests/chaos/run.py $(if $(JOBS),--jobs $(JOBS)) $(if $(FAULTS),--faults $(FAULTS)) \
+		$(if $(SEED),--seed $(SEED)) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(OUT),--out "$$OUT") \
+		$(if $(ONLY),--only "$$ONLY")
+
 # Build the one migration of the first release from sql/.
 migration:
 	@mkdir -p supabase/migrations
@@ -148,4 +154,4 @@ audit: setup
 
 .PHONY: help setup setup-app setup-test setup-browser setup-bench up down status env clean top \
 	monitor-key demo import-model migrate compose-env check-worker install-worker app test test-app \
-	lint lint-app types bench scale-out migration lock audit
+	lint lint-app types bench scale-out chaos migration lock audit

@@ -98,7 +98,7 @@ from py_svg_hush import filter_svg
 BUCKET, SOURCE_BUCKET = "generations", "inputs"
 REPLICATE_API_URL = "https://api.replicate.com/v1"
 EXPO_PUSH_URL, EXPO_LANE = "https://exp.host/--/api/v2/push/send", "expo"
-RECOVERY_SECONDS = 30.0  # between two looks for stale jobs
+RECOVERY_SECONDS = 5.0  # between two looks for stale jobs; with the lease, how long one waits
 ERASE_SECONDS = 60.0  # between two looks for what has been kept long enough
 ERASE_FILES = 100  # deleted in one request
 SECOND_LOOK_SECONDS = 0.2  # at most, between going to sleep and the last claim before waiting
@@ -109,6 +109,7 @@ PROGRESS_SECONDS = 1.0  # between two heartbeats that only bring news of progres
 CANCEL_SECONDS = 5.0  # at most, for telling the provider to stop
 RELEASE_SECONDS = 10.0  # hard deadline for releasing jobs once the grace time is over
 MAX_BATCH = 100  # jobs in one call of a function that takes many
+CALL_SECONDS = 15.0  # for one call; later, whoever stands in between may have lost the connection
 POOL_SIZE = 6  # connections at most: each kind of call for many jobs has one under way
 OUTBOX_SECONDS = 0.05  # at least, between two looks at the outbox
 RETRY_BASE_SECONDS, RETRY_CAP_SECONDS = 0.25, 10.0  # backoff between repeated calls
@@ -578,10 +579,15 @@ class Database:
         marks = ", ".join(["%b"] * len(args))  # binary: nothing to escape, which takes long
         query = f"select * from private.{function}({marks})".encode()
         try:
-            async with self.pool.connection(timeout=10) as connection:
+            async with (
+                self.pool.connection(timeout=10) as connection,
+                asyncio.timeout(CALL_SECONDS),
+            ):
                 return await (await connection.execute(query, args, binary=True)).fetchall()
         except psycopg.errors.UndefinedFunction:
             raise Outdated(f"no private.{function} for worker {version()}: upgrade it") from None
+        except TimeoutError:
+            raise psycopg.OperationalError(f"no answer within {CALL_SECONDS:g} s") from None
         except psycopg.Error as error:
             if error.sqlstate == "DR001":
                 raise LeaseLost from None
@@ -729,7 +735,7 @@ class Database:
                     log.info("listen.started channel=%s", channel)
                     attempt = 0
                     await self._forward(connection, channel, on_notify)
-            except psycopg.OperationalError as error:
+            except (psycopg.OperationalError, TimeoutError) as error:
                 self.is_listening = False
                 self.has_listened.set()
                 is_deaf = isinstance(error, Deaf)
@@ -761,7 +767,7 @@ class Database:
 
         Not the same connection: a pooler may have the session that listens answer it by chance.
         """
-        async with self.pool.connection(timeout=10) as other:
+        async with self.pool.connection(timeout=10) as other, asyncio.timeout(CALL_SECONDS):
             await other.execute("select pg_notify(%s, %s)", (channel, PROBE))
         give_up_at, payloads = time.monotonic() + LISTEN_ANSWER_SECONDS, set[str]()
         while PROBE not in payloads:

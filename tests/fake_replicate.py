@@ -185,6 +185,17 @@ class FakeReplicate:
         """What a prediction was told to do."""
         return self._runs[prediction_id].behaviour
 
+    def is_spent(self, prediction_id: str) -> bool:
+        """Whether nothing can come of a prediction any more."""
+        prediction, behaviour = self.predictions[prediction_id], self.behaviour(prediction_id)
+        return (
+            prediction["status"] in ("failed", "canceled", "aborted")
+            or prediction["data_removed"]
+            or behaviour.images == 0
+            or behaviour.output is not None
+            or behaviour.file not in ("image", "broken")
+        )
+
     def expire(self, prediction_id: str) -> None:
         """Remove input, output and logs, as the provider does after an hour."""
         with self._changed:

@@ -475,7 +475,7 @@ class Run:
         creates = [c for c in self.fake.creates if c.body["input"]["prompt"] == job["prompt"]]
         assert len(creates) <= len(attempts)
         bought = [key for key, prompt in prompts.items() if prompt == job["prompt"]]
-        assert all(self._is_spent(key) for key in bought[:-1]), "bought twice"
+        assert all(self.fake.is_spent(key) for key in bought[:-1]), "bought twice"
         used = {attempt["provider_job_id"] for attempt in attempts} - {None}
         assert used <= set(bought)
         if job["status"] == "completed":
@@ -487,17 +487,6 @@ class Run:
         prediction, call = self.fake.predictions[key], f"POST /v1/predictions/{key}/cancel"
         is_over = prediction["status"] in TERMINAL or prediction["data_removed"]
         return is_over or any(line.startswith(call) for line in self.fate.history)
-
-    def _is_spent(self, key: str) -> bool:
-        """Whether nothing can come of a prediction any more."""
-        prediction, behaviour = self.fake.predictions[key], self.fake.behaviour(key)
-        return (
-            prediction["status"] in ("failed", "canceled", "aborted")
-            or prediction["data_removed"]
-            or behaviour.images == 0
-            or behaviour.output is not None
-            or behaviour.file not in ("image", "broken")
-        )
 
     def _judge_images(self, job: dict[str, Any]) -> None:
         """Every image on record is stored, and is what its bytes say."""

@@ -1,0 +1,148 @@
+"""Apps under chaos: users who sign up and enqueue over HTTP, and repeat what is not answered.
+
+Each request has an idempotency key and is sent until it is answered, so it is known which job ids
+the backend has given out: none of these may be lost, and no request may have made two.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+from chaos.world import MARK, World
+from http_client import Client, SignedUp, answer
+from misbehaviour import MODELS
+from PIL import Image
+
+THREADS = 6
+USERS = 20
+CREDITS = 1_000_000
+REPEATS, CANCELS = 0.05, 0.03  # share of requests that are sent twice, of jobs that are canceled
+GIVE_UP_SECONDS = 180.0
+
+
+@dataclass
+class Accepted:
+    """What the backend has promised."""
+
+    jobs: dict[str, str] = field(default_factory=dict)  # job id by idempotency key
+    doubled: list[str] = field(default_factory=list)  # keys answered with two different jobs
+    canceled: set[str] = field(default_factory=set)  # jobs whose user asked for that
+    refused: list[str] = field(default_factory=list)  # answers that should not have come
+
+
+class Clients:
+    """Enqueue a number of jobs from several threads."""
+
+    def __init__(self, world: World, seed: int, count: int) -> None:
+        self.world, self.seed, self.count = world, seed, count
+        self.accepted = Accepted()
+        while len(world.users) < USERS:
+            world.users.append(self._user(len(world.users)))
+        self.may_send: Callable[[int], bool] = lambda number: True
+        self._next = 0
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(THREADS)]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Have no more sent, and return when all that was sent is answered."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(GIVE_UP_SECONDS)
+
+    def is_done(self) -> bool:
+        return not any(thread.is_alive() for thread in self._threads)
+
+    @property
+    def sent(self) -> int:
+        """How many requests are under way or answered."""
+        return self._next
+
+    def _user(self, number: int) -> SignedUp:
+        """Sign somebody up, with credits and a source image; every other one is paid."""
+        user = SignedUp(self.world.endpoints)
+        operator = Client(self.world.endpoints, self.world.stack.service_role_key)
+        answer(
+            operator.rpc(
+                "grant_credits",
+                user_id=user.id,
+                amount=CREDITS,
+                kind="grant",
+                external_id=f"chaos-{user.id}",
+            )
+        )
+        if number % 2:
+            answer(operator.rpc("set_paid", user_id=user.id, paid_until="2100-01-01"))
+        source = io.BytesIO()
+        Image.new("RGB", (32, 32), "green").save(source, "PNG")
+        upload = user.upload(f"inputs/{user.id}/source.png", source.getvalue())
+        assert upload.is_success, upload.text
+        return user
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            with self._lock:
+                number = self._next
+                if number >= self.count:
+                    return
+                if is_due := self.may_send(number):
+                    self._next += 1
+            if is_due:
+                self._send(number)
+            else:
+                self._stop.wait(0.05)
+
+    def _send(self, number: int) -> None:
+        """Enqueue one job, whatever it takes."""
+        chance = random.Random(f"{self.seed} {number}")
+        user = chance.choice(self.world.users)
+        model = chance.choice([*MODELS, "black-forest-labs/flux-schnell"])
+        params: dict[str, Any] = dict(MODELS[model])
+        if model == "acme/edit":
+            params["image"] = f"{user.id}/source.png"
+        key = f"chaos-{self.seed}-{number}"
+        request = {"model": model, "prompt": f"{MARK} {key}", "params": params}
+        for _ in range(2 if chance.random() < REPEATS else 1):
+            job_id = self._insist(user, "enqueue_generation", **request, idempotency_key=key)
+            if job_id and self.accepted.jobs.setdefault(key, job_id) != job_id:
+                self.accepted.doubled.append(key)
+        if job_id and chance.random() < CANCELS:
+            time.sleep(chance.random())
+            self.accepted.canceled.add(job_id)
+            self._insist(user, "cancel_generation", job_id=job_id)
+
+    def _insist(self, user: SignedUp, function: str, **arguments: Any) -> str | None:
+        """Call until there is an answer that says what became of it; return the job's id."""
+        deadline = time.monotonic() + GIVE_UP_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                response = user.rpc(function, **arguments)
+            except httpx.TransportError:
+                self._stop.wait(0.2)
+                continue
+            if response.status_code == 200:
+                return str(response.json()["job_id"])
+            if response.status_code == 409 and "already_finished" in response.text:
+                return None  # too late to cancel
+            if response.status_code < 500 and not is_passing(response):
+                self.accepted.refused.append(f"{function}: {response.text[:300]}")
+                return None
+            time.sleep(0.2)
+        self.accepted.refused.append(f"{function}: no answer for {GIVE_UP_SECONDS:g} s")
+        return None
+
+
+def is_passing(response: httpx.Response) -> bool:
+    """Whether a refusal is only of the moment: a limit, or a gateway that is still starting."""
+    return response.status_code == 429 or "PGRST202" in response.text

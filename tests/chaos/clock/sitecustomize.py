@@ -1,0 +1,28 @@
+"""Loaded by Python itself at the start of a worker whose wall clock the chaos moves.
+
+The clock is off by as many seconds as the file named by CHAOS_CLOCK says at the moment. The
+monotonic clock stays what it is, as when a real clock is set.
+"""
+
+import datetime
+import os
+import time
+from pathlib import Path
+
+FILE = Path(os.environ["CHAOS_CLOCK"])
+true_time = time.time
+
+
+def moved_time() -> float:
+    return true_time() + float(FILE.read_text() or 0)
+
+
+class MovedDatetime(datetime.datetime):
+    @classmethod
+    def now(cls, tz: datetime.tzinfo | None = None) -> "MovedDatetime":
+        return cls.fromtimestamp(moved_time(), tz)
+
+
+time.time = moved_time
+time.time_ns = lambda: int(moved_time() * 1e9)
+datetime.datetime = MovedDatetime  # type: ignore[misc]

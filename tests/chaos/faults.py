@@ -1,0 +1,271 @@
+"""What goes wrong. Each fault is a function: up to `yield` it strikes, after it it heals.
+
+A fault gets the world and its own chance, drawn from the run's seed. It lasts as long as its kind
+says; those of one lane come one after the other, those of different lanes at the same time.
+`plan` draws a run's faults from a seed: the same faults in the same order, whatever the machine
+does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from chaos.storage import BEHAVIOURS
+from chaos.world import LEASE_SECONDS, World
+from misbehaviour import CREATES, PREDICTIONS
+
+REFUSED = (401, 402, 403)
+Strike = Callable[[World, random.Random], Iterator[None]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A sort of fault."""
+
+    lane: str
+    seconds: tuple[float, float]  # at least and at most
+    strike: Strike
+
+    @property
+    def name(self) -> str:
+        return self.strike.__name__
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One of a run's faults."""
+
+    number: int
+    kind: Kind
+    seconds: float
+    seed: int
+
+    def striking(self, world: World) -> contextlib.AbstractContextManager[None]:
+        """Strike now, heal at the end."""
+        return contextlib.contextmanager(self.kind.strike)(world, random.Random(self.seed))
+
+
+KINDS: dict[str, Kind] = {}
+
+
+def fault(lane: str, at_least: float, at_most: float) -> Callable[[Strike], Strike]:
+    """Enter a kind of fault, named like the function."""
+
+    def enter(strike: Strike) -> Strike:
+        kind = Kind(lane, (at_least, at_most), strike)
+        KINDS[kind.name] = kind
+        return strike
+
+    return enter
+
+
+def plan(seed: int, kinds: Sequence[str], count: int) -> list[Fault]:
+    """Draw a run's faults: every kind comes about as often as any other."""
+    chance = random.Random(seed)
+    faults: list[Fault] = []
+    bag: list[str] = []
+    for number in range(count):
+        bag = bag or chance.sample(kinds, len(kinds))
+        kind = KINDS[bag.pop()]
+        seconds = chance.uniform(*kind.seconds)
+        faults.append(Fault(number, kind, seconds, chance.randrange(2**32)))
+    return faults
+
+
+# --- the workers ---
+
+
+@fault("workers", 0, 1)
+def worker_killed(world: World, chance: random.Random) -> Iterator[None]:
+    with world.fleet.held(chance.randrange(100)) as process:
+        process.kill()
+        yield
+
+
+@fault("workers", 0, 1)
+def all_workers_killed(world: World, chance: random.Random) -> Iterator[None]:
+    with contextlib.ExitStack() as fleet:
+        held = [fleet.enter_context(world.fleet.held(n)) for n in range(len(world.fleet.slots))]
+        for process in held:
+            process.kill()
+        yield
+
+
+@fault("workers", LEASE_SECONDS * 1.2, LEASE_SECONDS * 1.8)
+def worker_frozen(world: World, chance: random.Random) -> Iterator[None]:
+    with world.fleet.held(chance.randrange(100)) as process:
+        process.signal(signal.SIGSTOP)
+        yield
+        process.signal(signal.SIGCONT)
+
+
+@fault("workers", 0, 0.5)
+def worker_stopped(world: World, chance: random.Random) -> Iterator[None]:
+    with world.fleet.held(chance.randrange(100)) as process:
+        process.signal(signal.SIGTERM)
+        with contextlib.suppress(Exception):
+            process.wait(within=40)
+        yield
+
+
+@fault("clock", 1, 4)
+def clock_moved(world: World, chance: random.Random) -> Iterator[None]:
+    hour, day = 3600, 86_400
+    for _ in range(3):
+        seconds = chance.choice([-day, day, -hour, hour, -600, 600, -30, 30]) * chance.random()
+        world.fleet.clock.write_text(str(seconds))
+        time.sleep(0.5)
+    yield
+    if chance.random() < 0.5:
+        world.fleet.clock.write_text("0")
+
+
+# --- the database ---
+
+
+def restarted(world: World, how: signal.Signals) -> Iterator[None]:
+    cluster = world.stack.cluster
+    cluster.stop_signal = how
+    cluster.stop()
+    yield
+    cluster.start()
+    world.restart_gateway()
+
+
+@fault("database", 0, 2)
+def postgres_restarted_fast(world: World, chance: random.Random) -> Iterator[None]:
+    yield from restarted(world, signal.SIGINT)
+
+
+@fault("database", 0, 2)
+def postgres_restarted_immediate(world: World, chance: random.Random) -> Iterator[None]:
+    yield from restarted(world, signal.SIGQUIT)
+
+
+@fault("database", 0, 0)
+def postgres_backend_crashed(world: World, chance: random.Random) -> Iterator[None]:
+    query = "select pid from pg_stat_activity where usename = 'darkroom_worker' order by pid"
+    pids = [row["pid"] for row in world.db.execute(query)]
+    if pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(chance.choice(pids), signal.SIGKILL)  # the server resets all others, too
+    yield
+    time.sleep(0.5)
+    world.db.execute("select 1")
+    world.restart_gateway()
+
+
+@fault("database", 0, 1)
+def backends_terminated(world: World, chance: random.Random) -> Iterator[None]:
+    for _ in range(chance.randint(1, 4)):
+        world.fleet.terminate_backends(chance.choice(["true", "true", "random() < 0.5"]))
+        time.sleep(chance.uniform(0, 0.3))
+    yield
+
+
+@fault("database", 2, 6)
+def connections_exhausted(world: World, chance: random.Random) -> Iterator[None]:
+    taken: list[psycopg.Connection[Any]] = []
+    world.proxy.cut()
+    try:
+        with contextlib.suppress(psycopg.OperationalError):
+            while len(taken) < 200:
+                taken.append(psycopg.connect(world.stack.worker_database_url, connect_timeout=5))
+        yield
+    finally:
+        for connection in taken:
+            connection.close()
+
+
+@fault("snapshot", 5, 15)
+def snapshot_held(world: World, chance: random.Random) -> Iterator[None]:
+    holder: psycopg.Connection[Any] | None = None
+    with contextlib.suppress(psycopg.OperationalError):  # the server may be down just now
+        holder = psycopg.connect(world.db.url)
+        holder.execute("set transaction isolation level repeatable read")
+        holder.execute("select count(*) from private.ready_jobs")
+    yield
+    if holder:
+        holder.close()
+
+
+# --- the network between workers and database ---
+
+
+@fault("network", 0, 0.5)
+def connections_cut(world: World, chance: random.Random) -> Iterator[None]:
+    world.proxy.cut()
+    yield
+
+
+@fault("network", 1, 5)
+def connections_refused(world: World, chance: random.Random) -> Iterator[None]:
+    with world.proxy.refusing():
+        yield
+
+
+@fault("network", 1, 8)
+def connections_stalled(world: World, chance: random.Random) -> Iterator[None]:
+    with world.proxy.stalled():
+        yield
+
+
+@fault("network", 0, 1)
+def connections_half_open(world: World, chance: random.Random) -> Iterator[None]:
+    world.proxy.half_open()
+    yield
+
+
+# --- Storage and provider ---
+
+
+@fault("storage", 1, 6)
+def storage_misbehaving(world: World, chance: random.Random) -> Iterator[None]:
+    with world.storage.behaving(chance.choice(BEHAVIOURS)):
+        yield
+
+
+@fault("provider", 0.5, 2)
+def provider_misbehaving(world: World, chance: random.Random) -> Iterator[None]:
+    for _ in range(chance.randint(3, 8)):
+        world.provider.next(**behaviour(chance))
+    world.provider.list_answers.extend(chance.choice([[], [], [429, 500, None]]))
+    yield
+
+
+@fault("provider", 1, 5)
+def provider_out_of_order(world: World, chance: random.Random) -> Iterator[None]:
+    with world.provider.out_of_order(chance.choice([429, 500, 503, 503, None])):
+        yield
+
+
+@fault("provider", 1, 4)
+def account_refused(world: World, chance: random.Random) -> Iterator[None]:
+    """The provider's jobs wait; once the bill is paid, the operator says so."""
+    status = chance.choice([401, 402, 403])
+    with world.provider.out_of_order(status):
+        yield
+    time.sleep(1)  # what was refused last has paused the provider once more
+    world.db.execute("select public.resume_model('replicate')")
+
+
+def behaviour(chance: random.Random) -> dict[str, Any]:
+    """Draw what one create meets, but for a refused account, which pauses all jobs."""
+    changes: dict[str, Any] = {"slow": {"create": chance.choice([0, 0, 0.5, 2])}}
+    if chance.random() < 0.6:
+        changes |= chance.choice([c for c in CREATES if c["answer"] not in REFUSED])
+    if chance.random() < 0.5:
+        changes |= chance.choice([p for p in PREDICTIONS if p.get("get_status") not in REFUSED])
+    if chance.random() < 0.3:
+        changes["hidden"] = 2
+    if changes.get("answer") == 429:
+        changes |= {"retry_after": 3, "retry_hints": "header body"}
+    return changes
