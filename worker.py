@@ -727,18 +727,20 @@ class Database:
         """
         attempt = 0
         while True:
+            has_heard = False
             try:
                 async with await self.connect() as connection:
                     await connection.execute(sql.SQL("listen {}").format(sql.Identifier(channel)))
                     on_notify(CANCEL)
                     await self.hear(connection, channel, on_notify)
+                    has_heard = True
                     log.info("listen.started channel=%s", channel)
                     attempt = 0
                     await self._forward(connection, channel, on_notify)
             except (psycopg.OperationalError, TimeoutError) as error:
                 self.is_listening = False
                 self.has_listened.set()
-                is_deaf = isinstance(error, Deaf)
+                is_deaf = isinstance(error, Deaf) and not has_heard  # else the connection is lost
                 log.warning("listen.lost error=%s", error if is_deaf else type(error).__name__)
                 await asyncio.sleep(DEAF_SECONDS if is_deaf else backoff(attempt))
                 attempt += 1
