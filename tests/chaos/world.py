@@ -239,16 +239,16 @@ class World:
             self.stack.gateway.start(self.stack.database_url)
 
     def _watch_gateway(self) -> None:
-        """Do so as an orchestrator would: when it has not answered twice."""
+        """Do so as an orchestrator would: when it has not answered three times."""
         silent = 0
         while not self._closing.wait(1):
             try:
                 with self._gateway_lock:
-                    httpx.post(f"{self.endpoints.rest}/rpc/ping", json={}, timeout=2)
+                    httpx.post(f"{self.endpoints.rest}/rpc/ping", json={}, timeout=5)
                 silent = 0
             except httpx.TransportError:
                 silent += 1
-            if silent >= 2:
+            if silent >= 3:
                 with contextlib.suppress(StackError):  # the database may be down: next time
                     self.restart_gateway()
                 silent = 0
