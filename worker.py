@@ -1016,9 +1016,12 @@ class Replicate:
     async def upload(self, name: str, file: IO[bytes]) -> str:
         """Upload through the files API, where Storage cannot be reached from outside."""
         file.seek(0)
-        response = await self.http.post(
-            f"{self.base_url}/files", files={"content": (name, file)}, headers=self.headers
-        )
+        try:
+            response = await self.http.post(
+                f"{self.base_url}/files", files={"content": (name, file)}, headers=self.headers
+            )
+        except httpx.HTTPError as error:
+            raise JobError("internal", f"files: {type(error).__name__}") from None
         status = response.status_code
         if status in (401, 402, 403):  # an earlier attempt may have bought
             raise ProviderDown(f"files: HTTP {status}", may_have_bought=True)
@@ -1189,7 +1192,7 @@ class Storage:
         url = f"{self.root}/object/sign/{SOURCE_BUCKET}/{quote(path)}"
         response = await self.http.post(url, json={"expiresIn": 600}, headers=self.headers)
         if not response.is_success:
-            raise JobError("internal", f"sign: HTTP {response.status_code}")
+            raise JobError(storage_code(response), f"sign: HTTP {response.status_code}")
         answer = response.json()  # an address below /storage/v1, or below / with other servers
         signed = str(answer.get("signedURL") or answer["signedUrl"])
         return urljoin(self.root, signed) if signed.startswith("/storage/") else self.root + signed
@@ -1199,7 +1202,7 @@ class Storage:
         url = f"{self.root}/object/{SOURCE_BUCKET}/{quote(path)}"
         async with self.http.stream("GET", url, headers=self.headers) as response:
             if not response.is_success:
-                raise JobError("internal", f"source: HTTP {response.status_code}")
+                raise JobError(storage_code(response), f"source: HTTP {response.status_code}")
             async for chunk in response.aiter_bytes(CHUNK_BYTES):
                 file.write(chunk)
 
@@ -1275,7 +1278,7 @@ class Storage:
         """
         size = file.seek(0, io.SEEK_END)
         headers = {**self.headers, "content-type": content_type, "content-length": str(size)}
-        reason = text = ""
+        code = reason = text = ""
         for attempt in range(HTTP_TRIES):
             try:
                 response = await self.http.post(
@@ -1284,13 +1287,14 @@ class Storage:
                 if response.is_success:
                     return size
                 reason, text = f"HTTP {response.status_code}", response.text[:QUOTED_CHARS]
+                code = storage_code(response)
                 if is_final(response):
                     break
             except httpx.TransportError as error:
-                reason, text = type(error).__name__, ""
+                code, reason, text = "storage_unavailable", type(error).__name__, ""
             log.warning("storage.retry job=%s reason=%r", path.split("/")[1], reason)
             await asyncio.sleep(backoff(attempt))
-        raise JobError("internal", f"upload: {reason}: {text}")
+        raise JobError(code, f"upload: {reason}: {text}")
 
 
 def reserve(size: int) -> None:
@@ -1313,17 +1317,27 @@ async def _chunks(file: IO[bytes]) -> AsyncIterator[bytes]:
         yield chunk
 
 
+def storage_status(response: httpx.Response) -> int:
+    """The real status: Supabase answers 400 to nearly everything and tells it in the body."""
+    with contextlib.suppress(ValueError, KeyError, TypeError, httpx.ResponseNotRead):
+        return int(response.json()["statusCode"])
+    return response.status_code
+
+
 def is_final(response: httpx.Response) -> bool:
     """Whether repeating a refused upload is pointless.
 
-    Supabase answers 400 to nearly everything and tells the real status in the body. 423: another
-    upload of this path is under way. 403: Supabase Lite answers so to most of the uploads that come
-    at once after its start.
+    423: another upload of this path is under way. 403: Supabase Lite answers so to most of the
+    uploads that come at once after its start.
     """
-    status = response.status_code
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        status = int(response.json()["statusCode"])
+    status = storage_status(response)
     return 400 <= status < 500 and status not in (403, 408, 423, 429)
+
+
+def storage_code(response: httpx.Response) -> str:
+    """What a job fails with that Storage refused: an outage passes, and is not the job's fault."""
+    status = storage_status(response)
+    return "storage_unavailable" if status >= 500 or status in (408, 429) else "internal"
 
 
 @dataclass(frozen=True)
@@ -2026,6 +2040,8 @@ class Worker:
             with tempfile.SpooledTemporaryFile(max_size=1 << 20) as file:
                 await self.storage.fetch(path, file)
                 return await provider.upload(path.rpartition("/")[2], file)
+        except httpx.TransportError as error:
+            raise JobError("storage_unavailable", f"source: {type(error).__name__}") from None
         except httpx.HTTPError as error:
             raise JobError("internal", f"source: {type(error).__name__}") from None
 

@@ -32,6 +32,7 @@ RETRIES = {
     "provider_error": Retry(),
     "result_lost": Retry(),
     "worker_full": Retry(uses_attempt=False, resumes=True),
+    "storage_unavailable": Retry(uses_attempt=False, resumes=True),
     "internal": Retry(resumes=True),
 }
 FINAL = ("moderated", "invalid_input", "timeout")

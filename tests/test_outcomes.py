@@ -10,7 +10,7 @@ from database import assert_books_balance, unchanged
 
 RETRYABLE = [
     *("provider_busy", "provider_timeout", "provider_error", "result_lost", "worker_full"),
-    "internal",
+    *("storage_unavailable", "internal"),
 ]
 FINAL = ["moderated", "invalid_input", "timeout"]
 
@@ -157,8 +157,8 @@ def test_failing_again_changes_nothing(db, worker, job, code):
         assert worker.fail_job(job, code) == "repeated"
 
 
-@pytest.mark.parametrize("code", ["provider_busy", "worker_full"])
-def test_a_busy_provider_or_a_full_worker_costs_no_attempt(db, worker, job, code):
+@pytest.mark.parametrize("code", ["provider_busy", "worker_full", "storage_unavailable"])
+def test_an_outage_costs_no_attempt(db, worker, job, code):
     for _ in range(5):
         assert worker.fail_job(job, code) == "retried"
         job = claim_again(db, worker)
@@ -182,6 +182,7 @@ def test_a_job_too_old_is_not_retried(db, alice, worker, job):
         ("provider_timeout", True),
         ("internal", True),
         ("worker_full", True),
+        ("storage_unavailable", True),
         ("provider_busy", False),
         ("provider_error", False),
         ("result_lost", False),

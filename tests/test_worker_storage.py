@@ -94,15 +94,18 @@ def stored(
 
 
 class Bucket:
-    """Takes every upload, or answers the first ones as told."""
+    """Takes every upload, or answers the first ones as told, or cannot be reached."""
 
-    def __init__(self, *answers: httpx.Response) -> None:
+    def __init__(self, *answers: httpx.Response | httpx.TransportError) -> None:
         self.answers = list(answers)
         self.uploads: list[httpx.Request] = []
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         self.uploads.append(request)
-        return self.answers.pop(0) if self.answers else httpx.Response(200)
+        answer = self.answers.pop(0) if self.answers else httpx.Response(200)
+        if isinstance(answer, httpx.TransportError):
+            raise answer
+        return answer
 
     def files(self) -> dict[str, tuple[str, bytes]]:
         """Type and bytes by path."""
@@ -593,28 +596,39 @@ REFUSED = {"error": "Unauthorized", "message": "new row violates row-level secur
 
 
 @pytest.mark.parametrize(
-    ("answer", "tries"),
+    ("answer", "tries", "code"),
     [
-        (httpx.Response(500), 4),
-        (httpx.Response(408), 4),
-        (httpx.Response(400, json={"statusCode": "429"}), 4),
-        (httpx.Response(400, json={"statusCode": "423"}), 4),
-        (httpx.Response(400, json={"statusCode": "403"} | REFUSED), 4),
-        (httpx.Response(400, json={"statusCode": "404"}), 1),
-        (httpx.Response(400, json={"statusCode": "413"}), 1),
-        (httpx.Response(400, json=["odd"]), 1),
-        (httpx.Response(401), 1),
-        (httpx.Response(413, text="<html>too large</html>"), 1),
-        (httpx.Response(415), 1),
+        (httpx.Response(500), 4, "storage_unavailable"),
+        (httpx.Response(408), 4, "storage_unavailable"),
+        (httpx.Response(400, json={"statusCode": "429"}), 4, "storage_unavailable"),
+        (httpx.Response(400, json={"statusCode": "423"}), 4, "internal"),
+        (httpx.Response(400, json={"statusCode": "403"} | REFUSED), 4, "internal"),
+        (httpx.Response(400, json={"statusCode": "404"}), 1, "internal"),
+        (httpx.Response(400, json={"statusCode": "413"}), 1, "internal"),
+        (httpx.Response(400, json=["odd"]), 1, "internal"),
+        (httpx.Response(401), 1, "internal"),
+        (httpx.Response(413, text="<html>too large</html>"), 1, "internal"),
+        (httpx.Response(415), 1, "internal"),
     ],
 )
-def test_an_upload_that_never_succeeds_is_our_error_and_repeated_if_that_may_help(answer, tries):
+def test_an_upload_that_never_succeeds_is_our_error_and_repeated_if_that_may_help(
+    answer, tries, code
+):
     bucket = Bucket(*[answer] * 9)
 
-    with pytest.raises(JobError, match=f"internal: upload: HTTP {answer.status_code}"):
+    with pytest.raises(JobError, match=f"{code}: upload: HTTP {answer.status_code}"):
         stored([picture()], bucket)
 
     assert len(bucket.uploads) == tries
+
+
+def test_a_storage_that_cannot_be_reached_is_down():
+    bucket = Bucket(*[httpx.ConnectError("refused")] * 9)
+
+    with pytest.raises(JobError, match="storage_unavailable: upload: ConnectError"):
+        stored([picture()], bucket)
+
+    assert len(bucket.uploads) == worker.HTTP_TRIES
 
 
 # --- all the way to the owner ---

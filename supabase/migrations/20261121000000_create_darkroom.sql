@@ -11678,6 +11678,10 @@ insert into private.error_codes (
 ('result_lost', 'The finished picture could not be fetched in time.', true, true, false, true),
 ('timeout', 'The picture took too long.', false, true, false, true),
 ('worker_full', 'We have no room for your picture. Try again later.', true, false, true, false),
+(
+  'storage_unavailable', 'Your picture could not be kept. Try again later.', true, false, true,
+  false
+),
 ('internal', 'Something went wrong on our side.', true, true, true, false)
 on conflict do nothing;
 
