@@ -20,7 +20,8 @@ from stack import PROJECT
 
 PYTHON_LOCKS = [Path("requirements") / f"{name}.lock" for name in ("worker", "test", "bench")]
 NODE_LOCKS = [
-    Path(folder) / "package-lock.json" for folder in (".", "tests/bench", "examples/expo")
+    Path(folder) / "package-lock.json"
+    for folder in (".", "tests/bench", "tests/postgres", "examples/expo")
 ]
 SERVICES = ("pypi", "osv")
 SECONDS = 300
