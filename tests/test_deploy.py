@@ -112,7 +112,7 @@ def test_migrate_installs_on_a_server_of_ones_own_with_pg_cron(own_server, supab
     assert own_server.value(jobs) == 4
 
 
-def test_postgrests_role_may_become_the_three_and_nothing_else(own_server):
+def test_postgrests_role_may_become_whom_a_token_may_name_and_nobody_else(own_server):
     roles = own_server.execute(
         "select r.rolname from pg_auth_members as m inner join pg_roles as r on m.roleid = r.oid"
         " where m.member = 'authenticator'::regrole order by 1"
@@ -120,6 +120,7 @@ def test_postgrests_role_may_become_the_three_and_nothing_else(own_server):
     parts = psycopg.conninfo.conninfo_to_dict(own_server.url)
     login = {"user": "authenticator", "password": "AUTHENTICATOR"}
 
-    assert [row["rolname"] for row in roles] == ["anon", "authenticated", "service_role"]
+    names = ["anon", "authenticated", "darkroom_monitor", "service_role"]
+    assert [row["rolname"] for row in roles] == names
     with psycopg.connect(**parts | login) as connection:
         connection.execute("set role anon")
