@@ -64,9 +64,11 @@ union all
 select concat_ws(' ', 'role', r.rolname, r.rolsuper, r.rolinherit, r.rolcreaterole, r.rolcanlogin,
   r.rolbypassrls, r.rolconfig, (
     select array_agg(m.roleid::regrole order by m.roleid) from pg_auth_members as m
-    where m.member = r.oid and m.roleid <> 'pg_monitor'::regrole
+    -- Ours: what a monitor may look at, and PostgREST's role may become.
+    where m.member = r.oid and m.roleid::regrole::text not in ('pg_monitor', 'darkroom_monitor')
   ))
-from pg_roles as r where r.rolname not in ('supabase_postgres', 'darkroom_worker')
+from pg_roles as r
+where r.rolname not in ('supabase_postgres', 'darkroom_worker', 'darkroom_monitor')
 """
 
 
