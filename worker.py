@@ -73,6 +73,7 @@ from collections.abc import (
     Iterable,
     Iterator,
     Mapping,
+    Sequence,
 )
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -2240,12 +2241,12 @@ async def check(settings: Settings) -> int:
     return EXIT_OK if all(is_well) else EXIT_ERROR
 
 
-def main() -> int:
-    """Run until told to stop; answer the exit code."""
+def main(arguments: Sequence[str] = ()) -> int:
+    """Run until told to stop, or `check`; answer the exit code."""
     output = logging.StreamHandler(sys.stderr)
     output.setFormatter(SafeFormatter())
     logging.basicConfig(handlers=[output])
-    if sys.argv[1:] not in ([], ["check"]):
+    if list(arguments) not in ([], ["check"]):
         log.error("worker.misconfigured arguments: only `check` is one")
         return EXIT_CONFIG
     try:
@@ -2256,11 +2257,11 @@ def main() -> int:
     output.setFormatter(SafeFormatter(settings.secrets))
     log.setLevel(settings.log_level)
     try:
-        return asyncio.run(check(settings) if sys.argv[1:] else serve(settings))
+        return asyncio.run(check(settings) if arguments else serve(settings))
     except Exception:
         log.critical("worker.crashed", exc_info=True)
         return EXIT_ERROR
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

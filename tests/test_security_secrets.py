@@ -221,7 +221,6 @@ def test_a_crash_is_logged_without_secrets_and_ends_with_code_1(monkeypatch, cap
     key = "key-of-the-service-4711"
     values = {"DATABASE_URL": "postgresql://a@127.0.0.1/b", "SUPABASE_URL": "http://127.0.0.1"}
     monkeypatch.setattr(worker.os, "environ", values | {"SUPABASE_SERVICE_KEY": key})
-    monkeypatch.setattr(worker.sys, "argv", ["worker.py"])
     monkeypatch.setattr(logging.root, "handlers", [])
 
     async def serve(_: worker.Settings) -> int:
