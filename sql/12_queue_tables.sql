@@ -80,6 +80,19 @@ comment on column private.queue_state.oldest_ready_at is
   'queued_at of the job that could be claimed longest at refreshed_at; null: there was none.';
 
 -- No index on what heartbeats change, and half-empty pages: beats are HOT updates.
+-- Domains, like job_status (10): a list of words is read once in a session, not in each statement.
+create domain private.job_stage as text constraint job_stage_is_known check (
+  value in ('generating', 'storing')
+);
+
+comment on domain private.job_stage is 'See running_jobs.stage.';
+
+create domain private.attempt_outcome as text constraint attempt_outcome_is_known check (
+  value in ('completed', 'retried', 'failed', 'released', 'canceled')
+);
+
+comment on domain private.attempt_outcome is 'See attempts.outcome.';
+
 create table private.running_jobs (
   job_id uuid primary key,
   user_id uuid not null,
@@ -90,12 +103,11 @@ create table private.running_jobs (
   claimed_at timestamptz not null default now(),
   lease_until timestamptz not null,
   deadline_at timestamptz not null,
-  stage text not null default 'generating',
+  stage private.job_stage not null default 'generating',
   progress smallint,
   provider_job_id text,
   create_started_at timestamptz,
   cancel_requested boolean not null default false,
-  constraint running_jobs_stage_is_known check (stage in ('generating', 'storing')),
   constraint running_jobs_progress_is_a_percentage check (progress between 0 and 100)
 ) with (
   fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200,
@@ -147,17 +159,14 @@ create table private.attempts (
   worker_id bigint not null,
   started_at timestamptz not null,
   ended_at timestamptz not null default now(),
-  outcome text not null,
+  outcome private.attempt_outcome not null,
   error_code text,
   error_detail text,
   provider_job_id text,
   provider_seconds real,
   provider_images smallint,
   cost_usd numeric(12, 6),
-  primary key (generation_id, token),
-  constraint attempts_outcome_is_known check (
-    outcome in ('completed', 'retried', 'failed', 'released', 'canceled')
-  )
+  primary key (generation_id, token)
 );
 
 comment on table private.attempts is

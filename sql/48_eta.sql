@@ -287,7 +287,8 @@ from public, anon, authenticated, service_role;
 -- lives, for a model of which nothing was completed yet, and behind more jobs than are counted.
 --
 -- Few are queued below the floor (30). They are not counted, so that nobody walks what was claimed
--- while vacuum is held back.
+-- while vacuum is held back. Without sorting: a plan made while the queue was empty would else read
+-- and sort all of it once it is long.
 create or replace function private.forecast(
   p_generation public.generations,
   p_at_most integer default 1000,
@@ -298,6 +299,8 @@ create or replace function private.forecast(
 language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
+set enable_sort = off
+set jit = off
 as $$
 declare
   v_mean double precision;

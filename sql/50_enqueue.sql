@@ -115,7 +115,8 @@ revoke all on function private.enqueue_answer(public.generations, boolean)
 from public, anon, authenticated, service_role;
 
 -- Body of public.enqueue_generation. With generic plans, here and in all it calls: every row is
--- reached by its key, and a plan made for one request would cost more than the request.
+-- reached by its key, and a plan made for one request would cost more than the request. By indexes
+-- only: a plan made while the queue was empty would else read all of it once it is long.
 --
 -- Locks: the entitlement row.
 -- Raises: see the comment on public.enqueue_generation.
@@ -130,6 +131,9 @@ language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
 as $$
 declare
   v_user_id uuid := private.require_user_id();

@@ -137,20 +137,23 @@ def test_what_every_job_needs_walks_indexes_though_the_tables_were_empty_when_it
     db.lift_limits()
     alice.has(credits=100)
     db.execute("vacuum analyze")  # a table known to be empty is scanned
-    with explained(worker.connection) as plans:
-        for _ in range(3):
-            for _ in range(4):
-                alice.enqueue(params={"num_outputs": 2})
+    with explained(worker.connection) as plans, explained(alice.connection) as of_users:
+        for turn in range(3):
+            for number in range(3):
+                alice.enqueue(params={"num_outputs": 2}, idempotency_key=f"{turn} {number}")
+            alice.enqueue_batch(["a lighthouse"])
             jobs = worker.claim_jobs(4)
+            alice.get_job_status(jobs[0].id)
             worker.of_many("begin_creates", [(job,) for job in jobs])
             worker.of_many("checkpoint_jobs", [(job, job.id) for job in jobs])
             worker.of_many("report_progress", [(job, "storing", None) for job in jobs])
             worker.of_many("fail_jobs", [(jobs[0], "moderated", None, None, None)])
-            worker.complete_jobs(*[(job, 2) for job in jobs[1:]])
+            worker.complete_jobs(*[(job, job.image_count) for job in jobs[1:]])
+            alice.retry_generation(jobs[0].id)
 
     scans = [
         (node["Relation Name"], node["Node Type"])
-        for plan in plans
+        for plan in plans + of_users
         for node in nodes(plan)
         if node.get("Relation Name") in HOT and node["Node Type"].endswith("Scan")
     ]

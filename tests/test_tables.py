@@ -78,10 +78,10 @@ BROKEN_RULES = {
     "images_prompt_has_a_share": "update public.images set shows_prompt = true",
     "images_content_type_is_an_image": "update public.images set content_type = 'text/html'",
     "images_size_is_positive": "update public.images set bytes = 0",
-    "running_jobs_stage_is_known": "update private.running_jobs set stage = 'waiting'",
+    "job_stage_is_known": "update private.running_jobs set stage = 'waiting'",
     "running_jobs_progress_is_a_percentage": "update private.running_jobs set progress = 101",
     "workers_slots_are_positive": "update private.workers set slots = 0",
-    "attempts_outcome_is_known": "update private.attempts set outcome = 'lost'",
+    "attempt_outcome_is_known": "update private.attempts set outcome = 'lost'",
     "model_stats_samples_are_positive": (
         "insert into private.model_stats values ('a/b', 1, 0, 0, null, now())"
     ),

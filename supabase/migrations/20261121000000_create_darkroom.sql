@@ -619,6 +619,19 @@ comment on column private.queue_state.oldest_ready_at is
   'queued_at of the job that could be claimed longest at refreshed_at; null: there was none.';
 
 -- No index on what heartbeats change, and half-empty pages: beats are HOT updates.
+-- Domains, like job_status (10): a list of words is read once in a session, not in each statement.
+create domain private.job_stage as text constraint job_stage_is_known check (
+  value in ('generating', 'storing')
+);
+
+comment on domain private.job_stage is 'See running_jobs.stage.';
+
+create domain private.attempt_outcome as text constraint attempt_outcome_is_known check (
+  value in ('completed', 'retried', 'failed', 'released', 'canceled')
+);
+
+comment on domain private.attempt_outcome is 'See attempts.outcome.';
+
 create table private.running_jobs (
   job_id uuid primary key,
   user_id uuid not null,
@@ -629,12 +642,11 @@ create table private.running_jobs (
   claimed_at timestamptz not null default now(),
   lease_until timestamptz not null,
   deadline_at timestamptz not null,
-  stage text not null default 'generating',
+  stage private.job_stage not null default 'generating',
   progress smallint,
   provider_job_id text,
   create_started_at timestamptz,
   cancel_requested boolean not null default false,
-  constraint running_jobs_stage_is_known check (stage in ('generating', 'storing')),
   constraint running_jobs_progress_is_a_percentage check (progress between 0 and 100)
 ) with (
   fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200,
@@ -686,17 +698,14 @@ create table private.attempts (
   worker_id bigint not null,
   started_at timestamptz not null,
   ended_at timestamptz not null default now(),
-  outcome text not null,
+  outcome private.attempt_outcome not null,
   error_code text,
   error_detail text,
   provider_job_id text,
   provider_seconds real,
   provider_images smallint,
   cost_usd numeric(12, 6),
-  primary key (generation_id, token),
-  constraint attempts_outcome_is_known check (
-    outcome in ('completed', 'retried', 'failed', 'released', 'canceled')
-  )
+  primary key (generation_id, token)
 );
 
 comment on table private.attempts is
@@ -3953,7 +3962,8 @@ from public, anon, authenticated, service_role;
 -- lives, for a model of which nothing was completed yet, and behind more jobs than are counted.
 --
 -- Few are queued below the floor (30). They are not counted, so that nobody walks what was claimed
--- while vacuum is held back.
+-- while vacuum is held back. Without sorting: a plan made while the queue was empty would else read
+-- and sort all of it once it is long.
 create or replace function private.forecast(
   p_generation public.generations,
   p_at_most integer default 1000,
@@ -3964,6 +3974,8 @@ create or replace function private.forecast(
 language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
+set enable_sort = off
+set jit = off
 as $$
 declare
   v_mean double precision;
@@ -4149,7 +4161,8 @@ revoke all on function private.enqueue_answer(public.generations, boolean)
 from public, anon, authenticated, service_role;
 
 -- Body of public.enqueue_generation. With generic plans, here and in all it calls: every row is
--- reached by its key, and a plan made for one request would cost more than the request.
+-- reached by its key, and a plan made for one request would cost more than the request. By indexes
+-- only: a plan made while the queue was empty would else read all of it once it is long.
 --
 -- Locks: the entitlement row.
 -- Raises: see the comment on public.enqueue_generation.
@@ -4164,6 +4177,9 @@ language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
 as $$
 declare
   v_user_id uuid := private.require_user_id();
@@ -4365,6 +4381,9 @@ language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
 as $$
 declare
   v_user_id uuid := private.require_user_id();
@@ -4559,6 +4578,10 @@ returns json
 language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
 as $$
 declare
   v_user_id uuid := private.require_user_id();
@@ -4831,6 +4854,10 @@ language plpgsql
 stable
 security definer
 set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set enable_bitmapscan = off
+set jit = off
 as $$
 begin
   return private.job_json(private.require_generation(p_job_id, private.require_user_id()));
