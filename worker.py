@@ -462,15 +462,21 @@ def backoff(attempt: int) -> float:
 
 
 async def finish_first(work: Awaitable[T]) -> T:
-    """Await work to its end even if the caller is cancelled meanwhile; then be cancelled."""
+    """Await work to its end even if the caller is cancelled meanwhile, however often; then be
+    cancelled.
+    """
     task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
+    is_cancelled = False
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError:
+            is_cancelled = True
+    if is_cancelled:
         if not task.cancelled():
             task.exception()  # looked at, or asyncio would log it with all its text
-        raise
+        raise asyncio.CancelledError
+    return task.result()
 
 
 # --- database -----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import gzip
 import io
 import json
@@ -998,6 +999,32 @@ def test_who_is_cancelled_does_not_go_and_stops_no_other():
         assert trips.made == [[0, 1], [3]]
         assert [said[1], said[3]] == [10, 30]
         assert all(isinstance(said[n], asyncio.CancelledError) for n in (0, 2))
+
+    asyncio.run(act())
+
+
+@pytest.mark.parametrize("ends_well", [True, False])
+def test_what_must_be_finished_is_however_often_its_caller_is_cancelled(ends_well):
+    """A purchase under way, when two heartbeats in turn say that the lease is lost."""
+
+    async def act() -> None:
+        loop, said = asyncio.get_running_loop(), []
+        loop.set_exception_handler(lambda _, context: said.append(context))
+        end = loop.create_future()
+        caller = asyncio.create_task(worker.finish_first(end))
+        for _ in range(3):
+            await asyncio.sleep(0)
+            caller.cancel()
+        await asyncio.sleep(0)
+        assert not caller.done()
+
+        end.set_result("bought") if ends_well else end.set_exception(worker.LeaseLost())
+        await asyncio.wait([caller])
+
+        assert caller.cancelled()
+        del end, caller
+        gc.collect()
+        assert said == []
 
     asyncio.run(act())
 

@@ -139,7 +139,8 @@ class Workers:
     def launch(self, **environment: Any) -> WorkerProcess:
         """Start one, whatever becomes of it."""
         values = {name: str(value) for name, value in environment.items()}
-        log_file = self.folder / f"worker-{len(self.processes) + 1}.log"
+        # Others may have written into this folder before.
+        log_file = self.folder / f"worker-{len([*self.folder.glob('worker-*.log')]) + 1}.log"
         process = WorkerProcess(log_file, self.environment | values)
         self.processes.append(process)
         return process
