@@ -65,7 +65,7 @@ class Contender:
     name: str
     program: str
     options: Mapping[str, Any]
-    holds: int = 0  # at most so many jobs are claimed but not counted when it is stopped
+    holds: int = 0  # so many jobs at once
 
     def command(self, command: str, url: str, **options: Any) -> list[str]:
         """Return the command line."""

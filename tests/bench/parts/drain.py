@@ -157,11 +157,14 @@ def held_snapshot(db: Database) -> Iterator[None]:
 def churn(
     lab: Lab, contender: Contender, db: Database, fill: Callable[[int], None], load: Load
 ) -> None:
-    """Drain and refill for a while; no fewer jobs are queued in the end."""
+    """Drain and refill for a while; no fewer jobs are queued in the end.
+
+    Between its last count and its end a worker may claim some batches more.
+    """
     until = time.monotonic() + load.hold_seconds
     while (left := until - time.monotonic()) > 0:
         report = drain(lab, contender, db, load.jobs, min(left, load.seconds))
-        fill(len(report["moments"]) + contender.holds + 1)
+        fill(len(report["moments"]) + 10 * contender.holds + 1)
 
 
 PART = Part(
