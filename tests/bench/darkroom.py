@@ -124,7 +124,7 @@ select
   id, nextval('private.lease_tokens'), 'darkroom/preview', 1, 1,
   at + interval '1 second', at + interval '9 seconds',
   status, case status when 'failed' then 'moderated' end, hash, 7, 0.003
-from made cross join private.settings as s where at > now() - s.keep_attempts;
+from made where at > now() - (select s.keep_attempts from private.settings as s);
 insert into public.credit_ledger (user_id, generation_id, kind, amount, balance_after, created_at)
 select made.user_id, made.id, entry.kind, entry.amount, 10 + entry.amount, made.at
 from made cross join lateral (
