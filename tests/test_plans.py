@@ -131,11 +131,20 @@ def test_the_measure_sees_what_reads_all(scene):
 HOT = {"ready_jobs", "running_jobs", "generations", "entitlements"}
 
 
+def wants_all_running(plan: dict[str, Any]) -> bool:
+    """Whether it is the one of free_slots, which asks of every running job when it ends."""
+    return any("remaining_seconds" in str(node.get("Sort Key")) for node in nodes(plan))
+
+
 def test_what_every_job_needs_walks_indexes_though_the_tables_were_empty_when_it_was_planned(
     db, alice, worker
 ):
     db.lift_limits()
     alice.has(credits=100)
+    db.execute(  # so that the answers reckon with what runs
+        "insert into private.model_stats (model_id, mean_seconds, sample_count, refreshed_at)"
+        " select id, 1, 1, now() from public.models"
+    )
     db.execute("vacuum analyze")  # a table known to be empty is scanned
     with explained(worker.connection) as plans, explained(alice.connection) as of_users:
         for turn in range(3):
@@ -151,9 +160,12 @@ def test_what_every_job_needs_walks_indexes_though_the_tables_were_empty_when_it
             worker.complete_jobs(*[(job, job.image_count) for job in jobs[1:]])
             alice.retry_generation(jobs[0].id)
 
+    of_all_running = [plan for plan in of_users if wants_all_running(plan)]
+    assert of_all_running
     scans = [
         (node["Relation Name"], node["Node Type"])
         for plan in plans + of_users
+        if plan not in of_all_running
         for node in nodes(plan)
         if node.get("Relation Name") in HOT and node["Node Type"].endswith("Scan")
     ]
