@@ -65,7 +65,7 @@ class Contender:
     name: str
     program: str
     options: Mapping[str, Any]
-    holds: int = 0  # so many jobs at once
+    holds: int = 0  # so many jobs, at most, at one time
 
     def command(self, command: str, url: str, **options: Any) -> list[str]:
         """Return the command line."""
