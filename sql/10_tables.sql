@@ -5,8 +5,7 @@
 -- catalogue of models is in 11. The queue is elsewhere (12): a generation is written when it is
 -- enqueued and when its state changes, never by heartbeats or progress.
 --
--- Always true: entitlements.credits is the sum of the user's ledger amounts and never negative;
--- entitlements.active_jobs counts the user's rows in ready_jobs and running_jobs.
+-- Always true: entitlements.credits is the sum of the user's ledger amounts and never negative.
 
 -- Time-ordered ids: 48 bits of milliseconds, 12 bits of the fraction, 62 random bits (RFC 9562).
 create or replace function private.uuid_v7()
@@ -69,13 +68,11 @@ create table public.entitlements (
   is_paid boolean not null default false,
   paid_until timestamptz,
   credits integer not null default 0,
-  active_jobs integer not null default 0,
   last_fair_key bigint not null default 0,
   minute_started_at timestamptz not null default '-infinity',
   minute_jobs integer not null default 0,
   created_at timestamptz not null default now(),
   constraint entitlements_credits_are_not_negative check (credits >= 0),
-  constraint entitlements_active_jobs_are_not_negative check (active_jobs >= 0),
   constraint entitlements_paid_users_have_an_end check (not is_paid or paid_until is not null)
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
 
@@ -85,7 +82,6 @@ comment on column public.entitlements.paid_until is
   'End of the paid plan; infinity for one without end.';
 comment on column public.entitlements.credits is
   'Balance in credits: the sum of the user''s ledger amounts.';
-comment on column public.entitlements.active_jobs is 'Jobs of the user that are queued or running.';
 comment on column public.entitlements.last_fair_key is
   'Virtual finish time of the user''s last job; see ready_jobs.fair_key.';
 comment on column public.entitlements.minute_started_at is

@@ -63,6 +63,8 @@ comment on column private.ready_jobs.create_started_at is
 -- Delayed jobs are out of the claim's index, so a pile of them costs the claim nothing.
 create index ready_jobs_claim_idx on private.ready_jobs (fair_key, seq) where run_at is null;
 create index ready_jobs_run_at_idx on private.ready_jobs (run_at) where run_at is not null;
+-- A user's live jobs are counted, not kept count of: see live_jobs (30).
+create index ready_jobs_user_id_idx on private.ready_jobs (user_id);
 -- Held jobs come back in their old order, model by model.
 create index ready_jobs_held_idx on private.ready_jobs (model_id, fair_key, seq) where is_held;
 
@@ -131,6 +133,8 @@ comment on column private.running_jobs.provider_job_id is
 comment on column private.running_jobs.create_started_at is
   'Since when the provider may have been asked to create: the first claim whose outcome nobody '
   'learned, or this one.';
+
+create index running_jobs_user_id_idx on private.running_jobs (user_id);
 
 create table private.workers (
   id bigint generated always as identity primary key,

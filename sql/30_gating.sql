@@ -374,6 +374,24 @@ comment on view private.queue_floor is
 
 revoke all on private.queue_floor from public, anon, authenticated, service_role;
 
+create view private.live_jobs with (security_invoker = true) as
+select
+  r.job_id,
+  r.user_id
+from private.ready_jobs as r
+union all
+select
+  r.job_id,
+  r.user_id
+from private.running_jobs as r;
+
+comment on view private.live_jobs is
+  'Jobs that are queued or running. A user''s are counted when asked for: a count kept in a row of '
+  'the user is written at every end of a job, and while a long transaction holds back vacuum, each '
+  'write walks all the versions before it.';
+
+revoke all on private.live_jobs from public, anon, authenticated, service_role;
+
 -- Whether a job has waited this long though its user has nothing running. Who has, waits for his
 -- own: one user's long queue is old, but no reason to refuse others, who go before it. Looked for
 -- among the next jobs in fair order: whoever has waited for a first job is there.
@@ -420,8 +438,8 @@ $$;
 revoke all on function private.is_busy(private.plans)
 from public, anon, authenticated, service_role;
 
--- One more job fits the plan's limits. The caller has locked the entitlement row, so the counters
--- cannot be passed by concurrent requests.
+-- One more job fits the plan's limits. The caller has locked the entitlement row, and what is
+-- counted here is counted after that: concurrent requests cannot pass them together.
 --
 -- Raises: PT429 too_many_active, PT429 rate_limited, PT503 busy.
 create or replace function private.check_limits(
@@ -430,11 +448,16 @@ create or replace function private.check_limits(
 )
 returns void
 language plpgsql
-stable
+volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if p_entitlement.active_jobs >= p_plan.max_active then
+  if p_plan.max_active <= (
+    select count(*) from (
+      select from private.live_jobs as j
+      where j.user_id = p_entitlement.user_id limit p_plan.max_active
+    ) as live
+  ) then
     perform private.refuse_for_now(
       429,
       'too_many_active',

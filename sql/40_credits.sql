@@ -44,8 +44,7 @@ $$;
 revoke all on function private.refuse_price(public.entitlements, bigint)
 from public, anon, authenticated, service_role;
 
--- Charges generations, p_credits each, and takes an active slot for each, or refuses. The
--- entitlement row is locked.
+-- Charges generations, p_credits each, or refuses. The entitlement row is locked.
 --
 -- Raises: PT402 insufficient_credits.
 create or replace function private.charge_credits(
@@ -68,7 +67,6 @@ begin
   end if;
   update public.entitlements set
     credits = credits - v_cost,
-    active_jobs = active_jobs + v_count,
     last_fair_key = p_last_fair_key,
     minute_started_at = case when v_new_minute then now() else minute_started_at end,
     minute_jobs = case when v_new_minute then v_count else minute_jobs + v_count end
@@ -114,19 +112,6 @@ $$;
 revoke all on function private.refund_generation(uuid, uuid, integer)
 from public, anon, authenticated, service_role;
 
--- Gives an active slot back. Only whoever deleted the job's ready or running row calls it.
---
--- Locks: the entitlement row.
-create or replace function private.release_slot(p_user_id uuid)
-returns void
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  update public.entitlements set active_jobs = active_jobs - 1 where user_id = p_user_id
-$$;
-
-revoke all on function private.release_slot(uuid) from public, anon, authenticated, service_role;
-
 -- A user's plan, balance and limits as the API shows them; null if there is no such user.
 create or replace function private.entitlement_json(p_user_id uuid)
 returns json
@@ -139,7 +124,7 @@ as $$
     'plan', p.name,
     'paid_until', e.paid_until,
     'credits', e.credits,
-    'active_jobs', e.active_jobs,
+    'active_jobs', (select count(*) from private.live_jobs as j where j.user_id = p_user_id),
     'max_active', p.max_active,
     'minute_jobs', case
       when e.minute_started_at > now() - interval '1 minute' then e.minute_jobs

@@ -118,16 +118,17 @@ declare
   v_ids uuid[];
   v_images smallint := private.count_images(p_model, p_inputs[1]);  -- prompts do not change it
   v_step bigint := greatest(p_model.price_credits * v_images, 1)::bigint * 1000 / p_plan.weight;
-  v_clock bigint := (select c.last_value from private.virtual_clock as c);
-  v_base bigint := greatest(
-    v_clock, case when p_entitlement.active_jobs > 0 then p_entitlement.last_fair_key end
-  );
+  v_clock bigint;
+  v_base bigint;
   v_price integer := v_images * case
     when p_is_free then 0
     when p_plan.name = 'paid' then p_model.paid_price_credits
     else p_model.price_credits
   end;
 begin
+  select c.last_value, greatest(c.last_value, case when exists (
+    select from private.live_jobs as j where j.user_id = p_entitlement.user_id
+  ) then p_entitlement.last_fair_key end) into v_clock, v_base from private.virtual_clock as c;
   for v_place in 1 .. cardinality(p_prompts) loop
     v_ids[v_place] := private.uuid_v7();
   end loop;

@@ -165,9 +165,7 @@ comment on function public.get_job_status is
 revoke all on function public.get_job_status(uuid) from public, anon, authenticated, service_role;
 grant execute on function public.get_job_status(uuid) to authenticated;
 
--- Body of public.list_active_jobs. The count on the entitlement says when the scan may stop, so it
--- ends at the user's oldest active job and never reads the whole history. Unless it sorts: the
--- planner does not know that the count is ever reached, and would rather read all and then sort.
+-- Body of public.list_active_jobs.
 --
 -- Raises: PT400 invalid_input, PT401 not_authenticated.
 create or replace function private.list_active_jobs(p_job_ids uuid[])
@@ -176,7 +174,9 @@ language plpgsql
 stable
 security definer
 set search_path = pg_catalog, pg_temp
-set enable_sort = off
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set enable_bitmapscan = off
 set jit = off
 as $$
 declare
@@ -186,12 +186,7 @@ begin
   if cardinality(p_job_ids) > 100 or array_ndims(p_job_ids) > 1 then
     perform private.refuse_input('job_ids: not a list of at most 100');
   end if;
-  v_ids := array(
-    select g.id from public.generations as g
-    where g.user_id = v_user_id and g.status in ('queued', 'processing')
-    order by g.id desc
-    limit (select e.active_jobs from public.entitlements as e where e.user_id = v_user_id)
-  );
+  v_ids := array(select j.job_id from private.live_jobs as j where j.user_id = v_user_id);
   return (
     select coalesce(json_agg(private.job_json(g) order by g.id desc), '[]')
     from public.generations as g

@@ -186,7 +186,6 @@ declare
   v_price integer := private.finish_generation(p_job.job_id, 'failed', p_error);
 begin
   perform private.refund_generation(p_job.user_id, p_job.job_id, v_price);
-  perform private.release_slot(p_job.user_id);
 end;
 $$;
 
@@ -216,7 +215,6 @@ begin
   perform private.refund_generation(
     p_user_id, p_job_id, ceil(v_price::numeric * v_percent / 100)::integer
   );
-  perform private.release_slot(p_user_id);
 end;
 $$;
 

@@ -7,7 +7,7 @@
 -- Gives back what was charged for images that were not made. All arrays are in the order of the
 -- jobs.
 --
--- Locks: nothing new, for the caller has locked the entitlement rows of all these jobs.
+-- Locks: the entitlement rows of those users, in order of id.
 -- Raises: 22023 if of one there is no image or more than were charged.
 create or replace function private.refund_missing_images(
   p_jobs private.running_jobs[],
@@ -19,8 +19,12 @@ returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_at bigint;
 begin
-  for v_at in 1 .. cardinality(p_jobs) loop
+  for v_at in
+    select j.ordinality from unnest(p_jobs) with ordinality as j order by j.user_id
+  loop
     if p_stored[v_at] not between 1 and p_charged[v_at] then
       raise exception '% images stored, % charged', p_stored[v_at], p_charged[v_at] using
         errcode = 'invalid_parameter_value', detail = format('job %s', (p_jobs[v_at]).job_id);
@@ -40,10 +44,10 @@ revoke all on function private.refund_missing_images(
 ) from public, anon, authenticated, service_role;
 
 -- Ends jobs whose leases hold and whose images are in Storage. One statement, for each costs its
--- start; and one update of a user for all her jobs, for its dead rows add up. Answers arrays in one
--- order, empty or null if no lease holds.
+-- start; and nothing of a user is written, for her row's dead versions add up. Answers arrays in
+-- one order, empty or null if no lease holds.
 --
--- Locks: running rows, generations, entitlements, each in order of id.
+-- Locks: running rows, generations, each in order of id.
 create or replace function private.finish_completed(
   p_job_ids uuid[],
   p_tokens bigint[],
@@ -80,12 +84,6 @@ begin
       i.width, i.height, i.bytes, i.blurhash
     from ended as e
     cross join lateral jsonb_populate_recordset(null::public.images, p_images[e.place]) as i
-  ),
-  released as (
-    update public.entitlements as u set active_jobs = u.active_jobs - cardinality(
-      array_positions(array(select e.user_id from ended as e), u.user_id)
-    )
-    where u.user_id = any (array(select e.user_id from ended as e))
   )
   select
     array_agg(e.job), array_agg(coalesce(p_metrics[e.place], '{}')),

@@ -417,7 +417,10 @@ select
   count(*) filter (where g.status = 'failed') as failed,
   count(*) filter (where g.status = 'canceled') as canceled,
   sum(g.price_credits) as price_credits,
-  e.active_jobs,
+  (
+    select count(*) from private.live_jobs as j
+    where j.user_id = g.user_id
+  ) as active_jobs,
   e.credits
 from public.generations as g
 inner join public.entitlements as e on g.user_id = e.user_id

@@ -31,8 +31,7 @@ language sql
 stable
 set search_path = pg_catalog, pg_temp
 as $$
-  select exists (select from private.ready_jobs as r where r.job_id = p_job_id)
-    or exists (select from private.running_jobs as r where r.job_id = p_job_id)
+  select exists (select from private.live_jobs as j where j.job_id = p_job_id)
 $$;
 
 revoke all on function private.is_live(uuid) from public, anon, authenticated, service_role;
@@ -205,15 +204,11 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_id uuid;
-  v_ids uuid[] := array(
-    select g.id from public.generations as g
-    where g.user_id = p_user_id and g.status in ('queued', 'processing')
-    order by g.id desc
-    limit (select e.active_jobs from public.entitlements as e where e.user_id = p_user_id)
-  );
   v_locked integer := 0;
 begin
-  foreach v_id in array array(select job.id from unnest(v_ids) as job (id) order by job.id) loop
+  foreach v_id in array array(
+    select j.job_id from private.live_jobs as j where j.user_id = p_user_id order by j.job_id
+  ) loop
     while private.is_live(v_id) loop
       perform from private.ready_jobs where job_id = v_id for update;
       if not found then
@@ -245,13 +240,14 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_locked integer;
-  v_entitlement public.entitlements;
 begin
   for v_look in 1 .. 20 loop
     v_locked := private.lock_jobs(old.id);
     begin
-      select * into v_entitlement from public.entitlements where user_id = old.id for update;
-      exit when v_entitlement.active_jobs is null or v_entitlement.active_jobs = v_locked;
+      perform from public.entitlements where user_id = old.id for update;
+      exit when v_locked = (
+        select count(*) from private.live_jobs as j where j.user_id = old.id
+      );
       raise sqlstate 'DR003' using message = 'jobs_moved';
     exception when sqlstate 'DR003' then
       null;
@@ -367,14 +363,9 @@ language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_live uuid[] := array(
-    select g.id from public.generations as g
-    where g.user_id = old.user_id and g.status in ('queued', 'processing')
-  );
 begin
-  delete from private.ready_jobs where job_id = any (v_live);
-  delete from private.running_jobs where job_id = any (v_live);
+  delete from private.ready_jobs where user_id = old.user_id;
+  delete from private.running_jobs where user_id = old.user_id;
   delete from public.generations where user_id = old.user_id;
   return null;
 end;

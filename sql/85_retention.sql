@@ -260,7 +260,10 @@ as $$
       when 'inputs' then not exists (
         select from public.entitlements as e cross join private.settings as s
         where e.user_id = private.path_id(p_path, 1)
-          and (e.active_jobs > 0 or coalesce(p_changed_at >= now() - s.keep_inputs, true))
+          and (
+            coalesce(p_changed_at >= now() - s.keep_inputs, true)
+            or exists (select from private.live_jobs as j where j.user_id = e.user_id)
+          )
       )
       else false
     end

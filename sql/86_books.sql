@@ -1,6 +1,6 @@
 -- The books: do money, slots and places add up?
 --
--- broken_books names whatever breaks one of six rules; it is empty at every moment between
+-- broken_books names whatever breaks one of five rules; it is empty at every moment between
 -- transactions. Read in full it reads all history. So check_books does that nightly and keeps what
 -- it found, and queue_health() (88) shows that and reads the view only for what moved lately.
 
@@ -39,25 +39,6 @@ from (
 where l.balance_before + l.amount <> l.balance_after
 union all
 select
-  'active_jobs' as rule,
-  e.user_id,
-  null as generation_id,
-  format('active_jobs is %s, live jobs are %s', e.active_jobs, coalesce(live.jobs, 0)) as detail
-from public.entitlements as e
-left join (
-  select
-    job.user_id,
-    count(*) as jobs
-  from (
-    select r.user_id from private.ready_jobs as r
-    union all
-    select r.user_id from private.running_jobs as r
-  ) as job
-  group by job.user_id
-) as live on e.user_id = live.user_id
-where e.active_jobs <> coalesce(live.jobs, 0)
-union all
-select
   'place' as rule,
   g.user_id,
   g.id as generation_id,
@@ -71,6 +52,15 @@ left join private.ready_jobs as ready on g.id = ready.job_id
 left join private.running_jobs as running on g.id = running.job_id
 where (g.status = 'queued', g.status = 'processing')
   <> (ready.job_id is not null, running.job_id is not null)
+union all
+select
+  'place' as rule,
+  j.user_id,
+  j.job_id as generation_id,
+  'queued or running, and no generation of its user' as detail
+from private.live_jobs as j
+left join public.generations as g on j.job_id = g.id and j.user_id = g.user_id
+where g.id is null
 union all
 select
   'charge' as rule,
@@ -109,8 +99,8 @@ end;
 
 comment on view private.broken_books is
   'Are the books right? One row for each broken rule: balance and ledger (each entry follows from '
-  'the one before, the balance is the last), active_jobs (the live jobs), place (queued is ready, '
-  'processing is running), charge (the price, once), refund (what was charged but not made).';
+  'the one before, the balance is the last), place (queued is ready, processing is running, and '
+  'nothing else is), charge (the price, once), refund (what was charged but not made).';
 
 revoke all on table private.broken_books from public, anon, authenticated, service_role;
 

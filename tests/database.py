@@ -199,17 +199,6 @@ from (
 ) as l
 where l.balance <> l.balance_after
 union all
-select 'active_jobs = ready + running', e.user_id
-from public.entitlements as e
-where e.active_jobs <> (
-  select count(*) from (
-    select r.user_id from private.ready_jobs as r
-    union all
-    select r.user_id from private.running_jobs as r
-  ) as live
-  where live.user_id = e.user_id
-)
-union all
 select 'charged exactly once', g.id
 from public.generations as g
 where (
@@ -244,6 +233,16 @@ left join private.ready_jobs as ready on ready.job_id = g.id
 left join private.running_jobs as running on running.job_id = g.id
 where (g.status = 'queued', g.status = 'processing')
   <> (ready.job_id is not null, running.job_id is not null)
+union all
+select 'what is ready or running is a generation of its user', live.job_id
+from (
+  select r.job_id, r.user_id from private.ready_jobs as r
+  union all
+  select r.job_id, r.user_id from private.running_jobs as r
+) as live
+where not exists (
+  select from public.generations as g where g.id = live.job_id and g.user_id = live.user_id
+)
 union all
 select 'images exactly where completed', g.id
 from public.generations as g

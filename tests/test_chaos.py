@@ -135,8 +135,11 @@ def balance_off(settled: Settled) -> None:
     settled.db.execute("update public.entitlements set credits = credits + 1")
 
 
-def slot_not_given_back(settled: Settled) -> None:
-    settled.db.execute("update public.entitlements set active_jobs = 1")
+def place_not_given_back(settled: Settled) -> None:
+    settled.db.execute(
+        "insert into private.ready_jobs (job_id, user_id, model_id, fair_key)"
+        " select id, user_id, model_id, 0 from public.generations"
+    )
 
 
 def refunded_although_made(settled: Settled) -> None:
@@ -177,7 +180,7 @@ PLANTED: list[tuple[Callable[[Settled], Any], str]] = [
     (made_for_nobody, "doubled"),
     (ended_twice, "doubled"),
     (balance_off, "wrongly charged"),
-    (slot_not_given_back, "wrongly charged"),
+    (place_not_given_back, "wrongly charged"),
     (refunded_although_made, "wrongly charged"),
     (file_gone, "image without file"),
     (file_cut_short, "image without file"),

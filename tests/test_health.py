@@ -328,11 +328,13 @@ def test_each_ledger_entry_follows_from_the_one_before(db, alice):
     assert broken(db) == [("ledger", alice.id)]
 
 
-def test_active_jobs_are_held_against_live_jobs(db, alice, bob):
-    alice.enqueue()
-    db.execute("update public.entitlements set active_jobs = active_jobs + 1")
+def test_what_is_ready_or_running_is_a_generation_of_its_user(db, alice, bob, worker):
+    ids = [alice.enqueued(), alice.enqueued()]
+    worker.claimed()
+    db.execute("update private.ready_jobs set user_id = %s", bob.id)
+    db.execute("update private.running_jobs set user_id = %s", bob.id)
 
-    assert sorted(broken(db)) == sorted([("active_jobs", alice.id), ("active_jobs", bob.id)])
+    assert sorted(broken(db)) == sorted(("place", job_id) for job_id in ids)
 
 
 def test_a_queued_job_is_ready_and_a_processing_one_is_running(db, alice, worker):

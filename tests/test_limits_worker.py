@@ -182,7 +182,7 @@ def overload(db: Database, workers: Workers, crowd: Crowd) -> WorkerProcess:
 
 def until_drained(db: Database) -> None:
     """Wait until nobody has a job waiting or running."""
-    active = "select sum(active_jobs) from public.entitlements"
+    active = "select count(*) from private.live_jobs"
     eventually(lambda: db.value(active) == 0, 60 * TIMES)
 
 

@@ -52,7 +52,9 @@ update private.settings set welcome_credits = {WELCOME}, running_cancel_refund_p
 FACTS = """
 select jsonb_build_object(
   'accounts', (
-    select jsonb_object_agg(e.user_id, jsonb_build_array(e.credits, e.active_jobs))
+    select jsonb_object_agg(e.user_id, jsonb_build_array(
+      e.credits, (select count(*) from private.live_jobs as j where j.user_id = e.user_id)
+    ))
     from public.entitlements as e
   ),
   'ledger', (

@@ -375,13 +375,13 @@ def test_many_jobs_end_well_in_one_call(db, alice, bob, worker, jobs):
     assert_books_balance(db)
 
 
-def test_a_user_is_updated_once_however_many_of_the_jobs_are_hers(db, worker, jobs):
+def test_nothing_of_a_user_is_written_where_all_images_are_there(db, worker, jobs):
     query = "select sum(n) from (select n_tup_upd as n from pg_stat_xact_user_tables"
     query += " where relname = 'entitlements') as t"
 
     with worker.connection.transaction():
         worker.complete_jobs(*[(job, 2) for job in jobs])
-        assert worker.connection.execute(query).fetchone() == (2,)
+        assert worker.connection.execute(query).fetchone() == (0,)
 
 
 def test_of_many_jobs_each_is_settled_on_its_own_images(db, alice, bob, worker, jobs):

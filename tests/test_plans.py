@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from actors import User, Worker
+from actors import User, Worker, refused
 from database import Database, Server
 from explain import explained, nodes, rows_met
 
@@ -126,6 +126,22 @@ def test_the_measure_sees_what_reads_all(scene):
         scene.user.query("select count(*) from public.generations where prompt = 'none'")
 
     assert max(rows_met(node) for plan in plans for node in nodes(plan)) >= HISTORY / USERS
+
+
+def test_a_request_counts_the_users_jobs_no_further_than_to_the_limit(db, alice, worker):
+    db.lift_limits()
+    alice.has(credits=100)
+    for number in range(60):
+        alice.enqueue(idempotency_key=str(number))
+    worker.claim_jobs(20)
+    db.execute("update private.plans set max_active = 5")
+
+    with explained(alice.connection) as plans, refused("PT429", "too_many_active"):
+        alice.enqueue()
+
+    live = {"ready_jobs", "running_jobs"}
+    every = [node for plan in plans for node in nodes(plan) if node.get("Relation Name") in live]
+    assert 5 <= sum(map(rows_met, every)) <= 2 * 5
 
 
 HOT = {"ready_jobs", "running_jobs", "generations", "entitlements"}

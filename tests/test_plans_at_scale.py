@@ -47,6 +47,7 @@ TABLES = {
 DEAD = GENERATIONS // 1000  # deliveries
 ACTIVE = 250 * READY // GENERATIONS  # of each user
 JOBS = 20
+LIVE = ACTIVE + 3 * JOBS  # of the one who calls, by the end: a request counts them
 WALK = 50  # rows that a step of retention looks at
 FORECAST = 2 * 1000 + 30  # a queued job: those before it are counted, and how long they take
 PAGE = 20
@@ -125,14 +126,16 @@ class Call:
 
 
 ALL = {
-    "enqueue": Call(lambda s: s.user.enqueue(idempotency_key=str(uuid.uuid4()))),
+    "enqueue": Call(lambda s: s.user.enqueue(idempotency_key=str(uuid.uuid4())), most=30 + LIVE),
     "enqueue again": Call(
-        lambda s: [s.user.enqueue(idempotency_key="again") for _ in range(2)], most=60
+        lambda s: [s.user.enqueue(idempotency_key="again") for _ in range(2)], most=60 + LIVE
     ),
     "reuse what is there": Call(
-        lambda s: s.user.enqueue(params={"seed": 8, "reuse": True}), most=60
+        lambda s: s.user.enqueue(params={"seed": 8, "reuse": True}), most=60 + LIVE
     ),
-    "enqueue a batch": Call(lambda s: s.user.enqueue_batch(["a lighthouse"] * JOBS), most=3 * JOBS),
+    "enqueue a batch": Call(
+        lambda s: s.user.enqueue_batch(["a lighthouse"] * JOBS), most=3 * JOBS + LIVE
+    ),
     "status of a finished job": Call(
         lambda s: s.user.get_job_status(s.one("status = 'completed'"))
     ),
@@ -152,7 +155,7 @@ ALL = {
     "status of a batch": Call(
         lambda s: s.user.get_batch_status(s.one("batch_id is not null", "batch_id")), most=120
     ),
-    "entitlement": Call(lambda s: s.user.get_entitlement()),
+    "entitlement": Call(lambda s: s.user.get_entitlement(), most=LIVE),
     "first page of the history": Call(lambda s: s.user.list_generations(), most=PAGE * FORECAST),
     "later page of the history": Call(
         lambda s: s.user.list_generations(before=s.one("status = 'completed'")), most=300
@@ -167,7 +170,7 @@ ALL = {
     "delete": Call(lambda s: s.user.delete_generation(s.one("status = 'completed'"))),
     "retry": Call(
         lambda s: s.user.retry_generation(s.one("status = 'failed' and not input ? 'seed'")),
-        most=60,
+        most=60 + LIVE,
     ),
     "cancel": Call(lambda s: s.user.cancel_generation(s.one("status = 'queued'"))),
     "grant": Call(lambda s: s.service.grant_credits(s.user, 1, str(uuid.uuid4()))),

@@ -49,7 +49,7 @@ create function private.protocol_state() returns jsonb language plpgsql as $$
 begin
   return (
     select jsonb_build_object(
-      'status', g.status, 'slots', e.active_jobs, 'credits', e.credits,
+      'status', g.status, 'credits', e.credits,
       'ready', (
         select jsonb_agg(jsonb_build_array(
           r.attempt, r.run_at is not null, r.create_started_at is not null, r.provider_job_id
@@ -268,7 +268,7 @@ def broken_rules(state: State) -> list[str]:
         "refunded as the end calls for": state["ledger"][1:] in refunds(state),
         "the balance is the ledger": state["credits"]
         == WELCOME + sum(amount for _, amount in state["ledger"]),
-        "one slot while it lives": state["slots"] == len(places) == (state["status"] in live),
+        "in one place while it lives": len(places) == (state["status"] in live),
         "in the place its status says": state["status"] in ENDED or live[state["status"]],
         "one end": len(ends) <= 1 and ends == state["outcomes"][-1:][: len(ends)],
         "the end is that of the last attempt": ends in ([], [state["status"]]),

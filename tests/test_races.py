@@ -136,7 +136,7 @@ GATES = {
 }
 WHAT_CAME_OF_IT = """
 select
-  e.credits, e.active_jobs,
+  e.credits, (select count(*) from private.live_jobs as j where j.user_id = e.user_id) as active,
   (select jsonb_agg(jsonb_build_array(l.kind, l.amount) order by l.kind, l.amount)
    from public.credit_ledger as l where l.user_id = u.id) as ledger,
   (select count(*) from public.batches as b where b.user_id = u.id) as batches,

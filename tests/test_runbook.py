@@ -122,7 +122,6 @@ def books(scene: Scene) -> Raised:
     scene.db.execute("alter table public.credit_ledger disable trigger all")
     scene.db.execute("delete from public.credit_ledger where kind = 'refund'")
     scene.db.execute("alter table public.credit_ledger enable trigger all")
-    scene.db.execute("update public.entitlements set active_jobs = 7")
     scene.db.execute("select private.check_books()")
     return {"user_id": scene.alice.id, "job_id": job_id, "credits": 1}, None
 

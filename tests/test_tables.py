@@ -30,7 +30,6 @@ def test_the_ledger_is_append_only_even_for_its_owner(db, alice, change):
 
 BROKEN_RULES = {
     "entitlements_credits_are_not_negative": "update public.entitlements set credits = -1",
-    "entitlements_active_jobs_are_not_negative": "update public.entitlements set active_jobs = -1",
     "entitlements_paid_users_have_an_end": "update public.entitlements set is_paid = true",
     "ledger_kind_is_known": (
         "update private.a_ledger_entry set kind = 'gift', generation_id = null, amount = 1"

@@ -110,8 +110,7 @@ from anon, authenticated, service_role;
 -- catalogue of models is in 11. The queue is elsewhere (12): a generation is written when it is
 -- enqueued and when its state changes, never by heartbeats or progress.
 --
--- Always true: entitlements.credits is the sum of the user's ledger amounts and never negative;
--- entitlements.active_jobs counts the user's rows in ready_jobs and running_jobs.
+-- Always true: entitlements.credits is the sum of the user's ledger amounts and never negative.
 
 -- Time-ordered ids: 48 bits of milliseconds, 12 bits of the fraction, 62 random bits (RFC 9562).
 create or replace function private.uuid_v7()
@@ -174,13 +173,11 @@ create table public.entitlements (
   is_paid boolean not null default false,
   paid_until timestamptz,
   credits integer not null default 0,
-  active_jobs integer not null default 0,
   last_fair_key bigint not null default 0,
   minute_started_at timestamptz not null default '-infinity',
   minute_jobs integer not null default 0,
   created_at timestamptz not null default now(),
   constraint entitlements_credits_are_not_negative check (credits >= 0),
-  constraint entitlements_active_jobs_are_not_negative check (active_jobs >= 0),
   constraint entitlements_paid_users_have_an_end check (not is_paid or paid_until is not null)
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
 
@@ -190,7 +187,6 @@ comment on column public.entitlements.paid_until is
   'End of the paid plan; infinity for one without end.';
 comment on column public.entitlements.credits is
   'Balance in credits: the sum of the user''s ledger amounts.';
-comment on column public.entitlements.active_jobs is 'Jobs of the user that are queued or running.';
 comment on column public.entitlements.last_fair_key is
   'Virtual finish time of the user''s last job; see ready_jobs.fair_key.';
 comment on column public.entitlements.minute_started_at is
@@ -602,6 +598,8 @@ comment on column private.ready_jobs.create_started_at is
 -- Delayed jobs are out of the claim's index, so a pile of them costs the claim nothing.
 create index ready_jobs_claim_idx on private.ready_jobs (fair_key, seq) where run_at is null;
 create index ready_jobs_run_at_idx on private.ready_jobs (run_at) where run_at is not null;
+-- A user's live jobs are counted, not kept count of: see live_jobs (30).
+create index ready_jobs_user_id_idx on private.ready_jobs (user_id);
 -- Held jobs come back in their old order, model by model.
 create index ready_jobs_held_idx on private.ready_jobs (model_id, fair_key, seq) where is_held;
 
@@ -670,6 +668,8 @@ comment on column private.running_jobs.provider_job_id is
 comment on column private.running_jobs.create_started_at is
   'Since when the provider may have been asked to create: the first claim whose outcome nobody '
   'learned, or this one.';
+
+create index running_jobs_user_id_idx on private.running_jobs (user_id);
 
 create table private.workers (
   id bigint generated always as identity primary key,
@@ -1743,6 +1743,24 @@ comment on view private.queue_floor is
 
 revoke all on private.queue_floor from public, anon, authenticated, service_role;
 
+create view private.live_jobs with (security_invoker = true) as
+select
+  r.job_id,
+  r.user_id
+from private.ready_jobs as r
+union all
+select
+  r.job_id,
+  r.user_id
+from private.running_jobs as r;
+
+comment on view private.live_jobs is
+  'Jobs that are queued or running. A user''s are counted when asked for: a count kept in a row of '
+  'the user is written at every end of a job, and while a long transaction holds back vacuum, each '
+  'write walks all the versions before it.';
+
+revoke all on private.live_jobs from public, anon, authenticated, service_role;
+
 -- Whether a job has waited this long though its user has nothing running. Who has, waits for his
 -- own: one user's long queue is old, but no reason to refuse others, who go before it. Looked for
 -- among the next jobs in fair order: whoever has waited for a first job is there.
@@ -1789,8 +1807,8 @@ $$;
 revoke all on function private.is_busy(private.plans)
 from public, anon, authenticated, service_role;
 
--- One more job fits the plan's limits. The caller has locked the entitlement row, so the counters
--- cannot be passed by concurrent requests.
+-- One more job fits the plan's limits. The caller has locked the entitlement row, and what is
+-- counted here is counted after that: concurrent requests cannot pass them together.
 --
 -- Raises: PT429 too_many_active, PT429 rate_limited, PT503 busy.
 create or replace function private.check_limits(
@@ -1799,11 +1817,16 @@ create or replace function private.check_limits(
 )
 returns void
 language plpgsql
-stable
+volatile
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if p_entitlement.active_jobs >= p_plan.max_active then
+  if p_plan.max_active <= (
+    select count(*) from (
+      select from private.live_jobs as j
+      where j.user_id = p_entitlement.user_id limit p_plan.max_active
+    ) as live
+  ) then
     perform private.refuse_for_now(
       429,
       'too_many_active',
@@ -3203,8 +3226,7 @@ $$;
 revoke all on function private.refuse_price(public.entitlements, bigint)
 from public, anon, authenticated, service_role;
 
--- Charges generations, p_credits each, and takes an active slot for each, or refuses. The
--- entitlement row is locked.
+-- Charges generations, p_credits each, or refuses. The entitlement row is locked.
 --
 -- Raises: PT402 insufficient_credits.
 create or replace function private.charge_credits(
@@ -3227,7 +3249,6 @@ begin
   end if;
   update public.entitlements set
     credits = credits - v_cost,
-    active_jobs = active_jobs + v_count,
     last_fair_key = p_last_fair_key,
     minute_started_at = case when v_new_minute then now() else minute_started_at end,
     minute_jobs = case when v_new_minute then v_count else minute_jobs + v_count end
@@ -3273,19 +3294,6 @@ $$;
 revoke all on function private.refund_generation(uuid, uuid, integer)
 from public, anon, authenticated, service_role;
 
--- Gives an active slot back. Only whoever deleted the job's ready or running row calls it.
---
--- Locks: the entitlement row.
-create or replace function private.release_slot(p_user_id uuid)
-returns void
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  update public.entitlements set active_jobs = active_jobs - 1 where user_id = p_user_id
-$$;
-
-revoke all on function private.release_slot(uuid) from public, anon, authenticated, service_role;
-
 -- A user's plan, balance and limits as the API shows them; null if there is no such user.
 create or replace function private.entitlement_json(p_user_id uuid)
 returns json
@@ -3298,7 +3306,7 @@ as $$
     'plan', p.name,
     'paid_until', e.paid_until,
     'credits', e.credits,
-    'active_jobs', e.active_jobs,
+    'active_jobs', (select count(*) from private.live_jobs as j where j.user_id = p_user_id),
     'max_active', p.max_active,
     'minute_jobs', case
       when e.minute_started_at > now() - interval '1 minute' then e.minute_jobs
@@ -3630,16 +3638,17 @@ declare
   v_ids uuid[];
   v_images smallint := private.count_images(p_model, p_inputs[1]);  -- prompts do not change it
   v_step bigint := greatest(p_model.price_credits * v_images, 1)::bigint * 1000 / p_plan.weight;
-  v_clock bigint := (select c.last_value from private.virtual_clock as c);
-  v_base bigint := greatest(
-    v_clock, case when p_entitlement.active_jobs > 0 then p_entitlement.last_fair_key end
-  );
+  v_clock bigint;
+  v_base bigint;
   v_price integer := v_images * case
     when p_is_free then 0
     when p_plan.name = 'paid' then p_model.paid_price_credits
     else p_model.price_credits
   end;
 begin
+  select c.last_value, greatest(c.last_value, case when exists (
+    select from private.live_jobs as j where j.user_id = p_entitlement.user_id
+  ) then p_entitlement.last_fair_key end) into v_clock, v_base from private.virtual_clock as c;
   for v_place in 1 .. cardinality(p_prompts) loop
     v_ids[v_place] := private.uuid_v7();
   end loop;
@@ -4891,9 +4900,7 @@ comment on function public.get_job_status is
 revoke all on function public.get_job_status(uuid) from public, anon, authenticated, service_role;
 grant execute on function public.get_job_status(uuid) to authenticated;
 
--- Body of public.list_active_jobs. The count on the entitlement says when the scan may stop, so it
--- ends at the user's oldest active job and never reads the whole history. Unless it sorts: the
--- planner does not know that the count is ever reached, and would rather read all and then sort.
+-- Body of public.list_active_jobs.
 --
 -- Raises: PT400 invalid_input, PT401 not_authenticated.
 create or replace function private.list_active_jobs(p_job_ids uuid[])
@@ -4902,7 +4909,9 @@ language plpgsql
 stable
 security definer
 set search_path = pg_catalog, pg_temp
-set enable_sort = off
+set plan_cache_mode = force_generic_plan
+set enable_seqscan = off
+set enable_bitmapscan = off
 set jit = off
 as $$
 declare
@@ -4912,12 +4921,7 @@ begin
   if cardinality(p_job_ids) > 100 or array_ndims(p_job_ids) > 1 then
     perform private.refuse_input('job_ids: not a list of at most 100');
   end if;
-  v_ids := array(
-    select g.id from public.generations as g
-    where g.user_id = v_user_id and g.status in ('queued', 'processing')
-    order by g.id desc
-    limit (select e.active_jobs from public.entitlements as e where e.user_id = v_user_id)
-  );
+  v_ids := array(select j.job_id from private.live_jobs as j where j.user_id = v_user_id);
   return (
     select coalesce(json_agg(private.job_json(g) order by g.id desc), '[]')
     from public.generations as g
@@ -7462,7 +7466,6 @@ declare
   v_price integer := private.finish_generation(p_job.job_id, 'failed', p_error);
 begin
   perform private.refund_generation(p_job.user_id, p_job.job_id, v_price);
-  perform private.release_slot(p_job.user_id);
 end;
 $$;
 
@@ -7492,7 +7495,6 @@ begin
   perform private.refund_generation(
     p_user_id, p_job_id, ceil(v_price::numeric * v_percent / 100)::integer
   );
-  perform private.release_slot(p_user_id);
 end;
 $$;
 
@@ -7774,7 +7776,7 @@ grant execute on function private.cancel_job(uuid, bigint, jsonb) to darkroom_wo
 -- Gives back what was charged for images that were not made. All arrays are in the order of the
 -- jobs.
 --
--- Locks: nothing new, for the caller has locked the entitlement rows of all these jobs.
+-- Locks: the entitlement rows of those users, in order of id.
 -- Raises: 22023 if of one there is no image or more than were charged.
 create or replace function private.refund_missing_images(
   p_jobs private.running_jobs[],
@@ -7786,8 +7788,12 @@ returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_at bigint;
 begin
-  for v_at in 1 .. cardinality(p_jobs) loop
+  for v_at in
+    select j.ordinality from unnest(p_jobs) with ordinality as j order by j.user_id
+  loop
     if p_stored[v_at] not between 1 and p_charged[v_at] then
       raise exception '% images stored, % charged', p_stored[v_at], p_charged[v_at] using
         errcode = 'invalid_parameter_value', detail = format('job %s', (p_jobs[v_at]).job_id);
@@ -7807,10 +7813,10 @@ revoke all on function private.refund_missing_images(
 ) from public, anon, authenticated, service_role;
 
 -- Ends jobs whose leases hold and whose images are in Storage. One statement, for each costs its
--- start; and one update of a user for all her jobs, for its dead rows add up. Answers arrays in one
--- order, empty or null if no lease holds.
+-- start; and nothing of a user is written, for her row's dead versions add up. Answers arrays in
+-- one order, empty or null if no lease holds.
 --
--- Locks: running rows, generations, entitlements, each in order of id.
+-- Locks: running rows, generations, each in order of id.
 create or replace function private.finish_completed(
   p_job_ids uuid[],
   p_tokens bigint[],
@@ -7847,12 +7853,6 @@ begin
       i.width, i.height, i.bytes, i.blurhash
     from ended as e
     cross join lateral jsonb_populate_recordset(null::public.images, p_images[e.place]) as i
-  ),
-  released as (
-    update public.entitlements as u set active_jobs = u.active_jobs - cardinality(
-      array_positions(array(select e.user_id from ended as e), u.user_id)
-    )
-    where u.user_id = any (array(select e.user_id from ended as e))
   )
   select
     array_agg(e.job), array_agg(coalesce(p_metrics[e.place], '{}')),
@@ -9383,7 +9383,10 @@ select
   count(*) filter (where g.status = 'failed') as failed,
   count(*) filter (where g.status = 'canceled') as canceled,
   sum(g.price_credits) as price_credits,
-  e.active_jobs,
+  (
+    select count(*) from private.live_jobs as j
+    where j.user_id = g.user_id
+  ) as active_jobs,
   e.credits
 from public.generations as g
 inner join public.entitlements as e on g.user_id = e.user_id
@@ -9513,8 +9516,7 @@ language sql
 stable
 set search_path = pg_catalog, pg_temp
 as $$
-  select exists (select from private.ready_jobs as r where r.job_id = p_job_id)
-    or exists (select from private.running_jobs as r where r.job_id = p_job_id)
+  select exists (select from private.live_jobs as j where j.job_id = p_job_id)
 $$;
 
 revoke all on function private.is_live(uuid) from public, anon, authenticated, service_role;
@@ -9687,15 +9689,11 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_id uuid;
-  v_ids uuid[] := array(
-    select g.id from public.generations as g
-    where g.user_id = p_user_id and g.status in ('queued', 'processing')
-    order by g.id desc
-    limit (select e.active_jobs from public.entitlements as e where e.user_id = p_user_id)
-  );
   v_locked integer := 0;
 begin
-  foreach v_id in array array(select job.id from unnest(v_ids) as job (id) order by job.id) loop
+  foreach v_id in array array(
+    select j.job_id from private.live_jobs as j where j.user_id = p_user_id order by j.job_id
+  ) loop
     while private.is_live(v_id) loop
       perform from private.ready_jobs where job_id = v_id for update;
       if not found then
@@ -9727,13 +9725,14 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_locked integer;
-  v_entitlement public.entitlements;
 begin
   for v_look in 1 .. 20 loop
     v_locked := private.lock_jobs(old.id);
     begin
-      select * into v_entitlement from public.entitlements where user_id = old.id for update;
-      exit when v_entitlement.active_jobs is null or v_entitlement.active_jobs = v_locked;
+      perform from public.entitlements where user_id = old.id for update;
+      exit when v_locked = (
+        select count(*) from private.live_jobs as j where j.user_id = old.id
+      );
       raise sqlstate 'DR003' using message = 'jobs_moved';
     exception when sqlstate 'DR003' then
       null;
@@ -9849,14 +9848,9 @@ language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_live uuid[] := array(
-    select g.id from public.generations as g
-    where g.user_id = old.user_id and g.status in ('queued', 'processing')
-  );
 begin
-  delete from private.ready_jobs where job_id = any (v_live);
-  delete from private.running_jobs where job_id = any (v_live);
+  delete from private.ready_jobs where user_id = old.user_id;
+  delete from private.running_jobs where user_id = old.user_id;
   delete from public.generations where user_id = old.user_id;
   return null;
 end;
@@ -10130,7 +10124,10 @@ as $$
       when 'inputs' then not exists (
         select from public.entitlements as e cross join private.settings as s
         where e.user_id = private.path_id(p_path, 1)
-          and (e.active_jobs > 0 or coalesce(p_changed_at >= now() - s.keep_inputs, true))
+          and (
+            coalesce(p_changed_at >= now() - s.keep_inputs, true)
+            or exists (select from private.live_jobs as j where j.user_id = e.user_id)
+          )
       )
       else false
     end
@@ -10197,7 +10194,7 @@ from public, anon, authenticated, service_role;
 grant execute on function private.apply_retention(integer) to darkroom_worker;
 -- The books: do money, slots and places add up?
 --
--- broken_books names whatever breaks one of six rules; it is empty at every moment between
+-- broken_books names whatever breaks one of five rules; it is empty at every moment between
 -- transactions. Read in full it reads all history. So check_books does that nightly and keeps what
 -- it found, and queue_health() (88) shows that and reads the view only for what moved lately.
 
@@ -10236,25 +10233,6 @@ from (
 where l.balance_before + l.amount <> l.balance_after
 union all
 select
-  'active_jobs' as rule,
-  e.user_id,
-  null as generation_id,
-  format('active_jobs is %s, live jobs are %s', e.active_jobs, coalesce(live.jobs, 0)) as detail
-from public.entitlements as e
-left join (
-  select
-    job.user_id,
-    count(*) as jobs
-  from (
-    select r.user_id from private.ready_jobs as r
-    union all
-    select r.user_id from private.running_jobs as r
-  ) as job
-  group by job.user_id
-) as live on e.user_id = live.user_id
-where e.active_jobs <> coalesce(live.jobs, 0)
-union all
-select
   'place' as rule,
   g.user_id,
   g.id as generation_id,
@@ -10268,6 +10246,15 @@ left join private.ready_jobs as ready on g.id = ready.job_id
 left join private.running_jobs as running on g.id = running.job_id
 where (g.status = 'queued', g.status = 'processing')
   <> (ready.job_id is not null, running.job_id is not null)
+union all
+select
+  'place' as rule,
+  j.user_id,
+  j.job_id as generation_id,
+  'queued or running, and no generation of its user' as detail
+from private.live_jobs as j
+left join public.generations as g on j.job_id = g.id and j.user_id = g.user_id
+where g.id is null
 union all
 select
   'charge' as rule,
@@ -10306,8 +10293,8 @@ end;
 
 comment on view private.broken_books is
   'Are the books right? One row for each broken rule: balance and ledger (each entry follows from '
-  'the one before, the balance is the last), active_jobs (the live jobs), place (queued is ready, '
-  'processing is running), charge (the price, once), refund (what was charged but not made).';
+  'the one before, the balance is the last), place (queued is ready, processing is running, and '
+  'nothing else is), charge (the price, once), refund (what was charged but not made).';
 
 revoke all on table private.broken_books from public, anon, authenticated, service_role;
 

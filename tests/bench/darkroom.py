@@ -76,8 +76,7 @@ insert into public.credit_ledger (user_id, generation_id, kind, amount, balance_
 select m.user_id, m.id, 'charge', -1, m.credits - m.nth
 from made as m;
 update public.entitlements as e set
-  credits = e.credits - m.jobs, active_jobs = e.active_jobs + m.jobs,
-  last_fair_key = m.fair_key + m.jobs * 1000
+  credits = e.credits - m.jobs, last_fair_key = m.fair_key + m.jobs * 1000
 from (select user_id, fair_key, count(*) as jobs from made group by user_id, fair_key) as m
 where e.user_id = m.user_id;
 drop table made;

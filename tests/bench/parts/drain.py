@@ -20,7 +20,8 @@ RATE = "jobs/s"
 CLAIM_P50, CLAIM_P99 = "claim p50 ms", "claim p99 ms"
 FIRST_QUARTER, LAST_QUARTER = "jobs/s, first quarter", "jobs/s, last quarter"
 MEMORY = "MB afterwards"
-EMPTY, BACKLOG, HISTORY, HELD = "nothing else", "backlog", "history", "snapshot held, {:g} s"
+EMPTY, BACKLOG, HISTORY = "nothing else", "backlog", "history"
+CHURNED, HELD = "churned, {:g} s", "snapshot held, {:g} s"
 PEERS = (
     peers.BASELINE,
     peers.PROCRASTINATE,
@@ -64,8 +65,8 @@ def make_tasks(lab: Lab, sizes: Sizes) -> list[Task]:
             contender.name,
             functools.partial(measure, lab, contender, situation, load),
         )
-        for situation in (EMPTY, BACKLOG, HISTORY, HELD)
-        for contender in ((*PEERS, *OURS) if situation in (EMPTY, HELD) else OURS)
+        for situation in (EMPTY, BACKLOG, HISTORY, CHURNED, HELD)
+        for contender in (OURS if situation in (BACKLOG, HISTORY) else (*PEERS, *OURS))
     ]
 
 
@@ -80,6 +81,7 @@ def measure(lab: Lab, contender: Contender, situation: str, load: Load) -> dict[
             fill = functools.partial(peers.fill, lab, contender, db)
         if situation == HELD:
             stack.enter_context(held_snapshot(db))
+        if situation in (CHURNED, HELD):
             churn(lab, contender, db, fill, load)
         before = darkroom.finished(db) if is_ours else 0
         report = drain(lab, contender, db, load.jobs, load.seconds)
@@ -173,12 +175,12 @@ PART = Part(
     about=(
         "One worker process, from its start signal until 20,000 jobs are handled or 8 s are over."
         " Peers' jobs count when their handler is called; Darkroom's when they are completed, with"
-        " attempt, image and released slot. Darkroom's functions are called in a bare loop (claim,"
+        " attempt and image. Darkroom's functions are called in a bare loop (claim,"
         " complete); worker.py is the whole worker, with 64 slots and a provider and a storage that"
         " do nothing. Backlog: 200,000 more jobs of one user. History: a million finished"
-        " generations. Snapshot held: another session holds a REPEATABLE READ snapshot from before,"
-        " so that vacuum removes nothing since; for so many seconds jobs were drained and refilled"
-        " meanwhile."
+        " generations. Churned: for so many seconds before, jobs were drained and refilled."
+        " Snapshot held: the same, while another session holds a REPEATABLE READ snapshot from"
+        " before, so that vacuum removes nothing since."
     ),
     metric=RATE,
     reference=peers.BASELINE.name,

@@ -42,14 +42,14 @@ isOneToOne: false
                   ]
                 },"entitlements": {
                   Row: {
-                    "active_jobs": number,"created_at": string,"credits": number,"is_paid": boolean,"last_fair_key": number,"minute_jobs": number,"minute_started_at": string,"paid_until": string | null,"user_id": string
+                    "created_at": string,"credits": number,"is_paid": boolean,"last_fair_key": number,"minute_jobs": number,"minute_started_at": string,"paid_until": string | null,"user_id": string
                   }
                   ComputedFields: never
                   Insert: {
-                    "active_jobs"?: number,"created_at"?: string,"credits"?: number,"is_paid"?: boolean,"last_fair_key"?: number,"minute_jobs"?: number,"minute_started_at"?: string,"paid_until"?: string | null,"user_id": string
+                    "created_at"?: string,"credits"?: number,"is_paid"?: boolean,"last_fair_key"?: number,"minute_jobs"?: number,"minute_started_at"?: string,"paid_until"?: string | null,"user_id": string
                   }
                   Update: {
-                    "active_jobs"?: number,"created_at"?: string,"credits"?: number,"is_paid"?: boolean,"last_fair_key"?: number,"minute_jobs"?: number,"minute_started_at"?: string,"paid_until"?: string | null,"user_id"?: string
+                    "created_at"?: string,"credits"?: number,"is_paid"?: boolean,"last_fair_key"?: number,"minute_jobs"?: number,"minute_started_at"?: string,"paid_until"?: string | null,"user_id"?: string
                   }
                   Relationships: [
                     

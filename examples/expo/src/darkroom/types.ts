@@ -58,8 +58,11 @@ export interface Page {
   next_before: string | null;
 }
 
-type Limits = Record<'max_active' | 'minute_jobs' | 'max_per_minute' | 'max_batch', number>;
-type Balance = Columns<'entitlements', 'user_id' | 'paid_until' | 'credits' | 'active_jobs'>;
+type Limits = Record<
+  'active_jobs' | 'max_active' | 'minute_jobs' | 'max_per_minute' | 'max_batch',
+  number
+>;
+type Balance = Columns<'entitlements', 'user_id' | 'paid_until' | 'credits'>;
 
 export interface Entitlement extends Balance, Limits {
   plan: string;
