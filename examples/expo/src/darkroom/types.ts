@@ -58,14 +58,12 @@ export interface Page {
   next_before: string | null;
 }
 
-type Limits = Record<
-  'active_jobs' | 'max_active' | 'minute_jobs' | 'max_per_minute' | 'max_batch',
-  number
->;
+type Limits = Record<'max_active' | 'minute_jobs' | 'max_per_minute' | 'max_batch', number>;
 type Balance = Columns<'entitlements', 'user_id' | 'paid_until' | 'credits'>;
 
 export interface Entitlement extends Balance, Limits {
   plan: string;
+  active_jobs: number;
   is_busy: boolean;
 }
 
