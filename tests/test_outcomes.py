@@ -1,5 +1,6 @@
 """sql/75_outcomes.sql: complete, fail, release, and what each does to money and attempts."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from decimal import Decimal
 
@@ -389,6 +390,22 @@ def test_of_many_jobs_each_is_settled_on_its_own_images(db, alice, bob, worker, 
 
     assert (alice.credits(), bob.credits()) == (4 + 2, 4 + 2)
     assert_books_balance(db)
+
+
+def test_users_who_get_credits_back_are_locked_in_order_of_id(db, alice, bob, worker, jobs):
+    first, second = sorted([alice.id, bob.id])
+    pair = jobs[:2] if str(jobs[0].user_id) == second else jobs[1:3]  # the second user's job first
+    lock = "select user_id from public.entitlements where user_id = %s for update"
+
+    other = db.connect()
+
+    with ThreadPoolExecutor(1) as pool:
+        with other.transaction():
+            other.execute(lock, [first])
+            done = pool.submit(worker.complete_jobs, *[(job, 1) for job in pair])
+            db.wait_for_lock(worker.connection)
+            assert db.execute(lock + " nowait", second)
+        assert done.result() == {job.id: "completed" for job in pair}
 
 
 def test_a_lost_lease_among_many_is_no_others_concern(db, worker, jobs):
