@@ -206,9 +206,9 @@ declare
   v_id uuid;
   v_locked integer := 0;
 begin
-  foreach v_id in array array(
+  for v_id in
     select j.job_id from private.live_jobs as j where j.user_id = p_user_id order by j.job_id
-  ) loop
+  loop
     while private.is_live(v_id) loop
       perform from private.ready_jobs where job_id = v_id for update;
       if not found then

@@ -1,4 +1,4 @@
--- The books: do money, slots and places add up?
+-- The books: do money and places add up?
 --
 -- broken_books names whatever breaks one of five rules; it is empty at every moment between
 -- transactions. Read in full it reads all history. So check_books does that nightly and keeps what

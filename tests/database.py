@@ -179,7 +179,7 @@ def unchanged(db: Database) -> Iterator[None]:
 
 
 def assert_books_balance(db: Database) -> None:
-    """Assert what must hold for money, slots and places at every moment between transactions."""
+    """Assert what must hold for money and places at every moment between transactions."""
     assert db.execute(BOOKS) == []
     assert db.execute("select * from private.broken_books") == []
 

@@ -327,8 +327,7 @@ class Run:
             runner.run(self._work_until_done())
 
     async def _work_until_done(self) -> None:
-        live = "select (select count(*) from private.ready_jobs)"
-        live += " + (select count(*) from private.running_jobs)"
+        live = "select count(*) from private.live_jobs"
         for _ in range(60):
             self.fate.begin(self.ends_left.pop() if self.ends_left else "")
             await self._live()

@@ -396,7 +396,6 @@ def test_users_who_get_credits_back_are_locked_in_order_of_id(db, alice, bob, wo
     first, second = sorted([alice.id, bob.id])
     pair = jobs[:2] if str(jobs[0].user_id) == second else jobs[1:3]  # the second user's job first
     lock = "select user_id from public.entitlements where user_id = %s for update"
-
     other = db.connect()
 
     with ThreadPoolExecutor(1) as pool:

@@ -9691,9 +9691,9 @@ declare
   v_id uuid;
   v_locked integer := 0;
 begin
-  foreach v_id in array array(
+  for v_id in
     select j.job_id from private.live_jobs as j where j.user_id = p_user_id order by j.job_id
-  ) loop
+  loop
     while private.is_live(v_id) loop
       perform from private.ready_jobs where job_id = v_id for update;
       if not found then
@@ -10192,7 +10192,7 @@ comment on function private.apply_retention is
 revoke all on function private.apply_retention(integer)
 from public, anon, authenticated, service_role;
 grant execute on function private.apply_retention(integer) to darkroom_worker;
--- The books: do money, slots and places add up?
+-- The books: do money and places add up?
 --
 -- broken_books names whatever breaks one of five rules; it is empty at every moment between
 -- transactions. Read in full it reads all history. So check_books does that nightly and keeps what

@@ -27,9 +27,7 @@ BACKLOG = 60  # live jobs, above which clients wait
 LAG = 4  # faults that may be due and not yet begun, before clients wait
 REST_SECONDS = 1.5  # of a lane after each fault: recovery is seen
 DRAIN_SECONDS = 240.0  # at most, from the end of all faults to the end of all jobs
-LIVE = (
-    "select (select count(*) from private.ready_jobs) + (select count(*) from private.running_jobs)"
-)
+LIVE = "select count(*) from private.live_jobs"
 
 Say = Callable[[str], None]
 

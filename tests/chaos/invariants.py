@@ -75,7 +75,7 @@ def doubled(seen: Evidence) -> list[str]:
 
 
 def wrongly_charged(seen: Evidence) -> list[str]:
-    """Balance, ledger, charges, refunds, slots and places are right, by two sets of rules."""
+    """Balance, ledger, charges, refunds and places are right, by two sets of rules."""
     found = [f"{row['id']}: {row['rule']}" for row in seen.db.execute(BOOKS)]
     broken = seen.db.execute("select * from private.broken_books")
     return found + [f"{row['user_id']}: {row['rule']}: {row['detail']}" for row in broken]
