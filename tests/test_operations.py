@@ -181,6 +181,7 @@ def test_a_new_jwt_secret_loses_no_job(moved, workers):
     late = workers.start(SUPABASE_URL=stack.api_url)  # still with the old key
     late.logged(f"job.retried job={job} code=internal")
     late.kill()
+    workers.until_disconnected()  # what it asked for last may still be under way
     workers.environment["SUPABASE_URL"] = stack.api_url
     workers.environment["SUPABASE_SERVICE_KEY"] = stack.service_role_key
     workers.backdate_leases()

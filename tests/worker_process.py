@@ -168,6 +168,14 @@ class Workers:
         )
         eventually(lambda: self.db.value(query))
 
+    def until_disconnected(self) -> None:
+        """Wait until no worker has a connection: whatever killed ones had begun is over."""
+        query = (
+            "select not exists (select from pg_stat_activity"
+            " where usename = 'darkroom_worker' and datname = current_database())"
+        )
+        eventually(lambda: self.db.value(query))
+
     def checkpointed(self, job_id: str) -> dict[str, Any] | None:
         """Return the running job once the provider's id of it is saved."""
         query = "select * from private.running_jobs where job_id = %s and provider_job_id > ''"
