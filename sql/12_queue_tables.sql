@@ -23,6 +23,13 @@ comment on sequence private.virtual_clock is
   'Virtual time of the queue: the fair_key of the job last claimed. A hint; nothing breaks if it '
   'is off.';
 
+create sequence private.full_scan_due minvalue 0 start 0;
+
+comment on sequence private.full_scan_due is
+  'When the queue may next be scanned from its start, in milliseconds since 1970, by whichever '
+  'session; set where such scans have become dear. A hint, as above: a time more than a minute '
+  'ahead is not believed.';
+
 create table private.ready_jobs (
   seq bigint generated always as identity primary key,
   job_id uuid not null unique,

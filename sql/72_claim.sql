@@ -33,7 +33,7 @@ from public, anon, authenticated, service_role;
 -- and a scan from its start walks them all. So most scans start at the clock. What came to lie
 -- below it meanwhile is found by one that starts a little below, at the floor: in each session
 -- p_pause seconds after the last. What lies deeper is found by one from the start, once a second.
--- Where such scans take long they come less often: see schedule_scan.
+-- Where such scans take long they come less often, and one does for all sessions: schedule_scan.
 create or replace function private.scan_start(p_pause double precision default 0.05)
 returns bigint
 language plpgsql
@@ -42,9 +42,15 @@ as $$
 declare
   v_full_due text := current_setting('darkroom.full_scan_due', true);
   v_now double precision := extract(epoch from clock_timestamp());
+  v_shared_due double precision;
 begin
   if v_full_due is null or v_full_due = '' or v_now >= v_full_due::double precision then
-    return 0;
+    v_shared_due := (select s.last_value / 1000.0 from private.full_scan_due as s);
+    if v_full_due = '0' or v_shared_due not between v_now and v_now + 60 then
+      return 0;
+    end if;
+    perform set_config('darkroom.full_scan_due', v_shared_due::text, false);
+    return (select f.fair_key from private.queue_floor as f);
   elsif v_now >= current_setting('darkroom.low_scan_at')::double precision
     + greatest(p_pause, current_setting('darkroom.low_scan_pause')::double precision) then
     return (select f.fair_key from private.queue_floor as f);
@@ -57,7 +63,7 @@ revoke all on function private.scan_start(double precision)
 from public, anon, authenticated, service_role;
 
 -- Notes that this session has scanned from below the clock, and when it may again: these scans are
--- to take a fiftieth of its time at most.
+-- to take a fiftieth of its time at most. None from the start waits for more than a minute, though.
 create or replace function private.schedule_scan(p_from bigint, p_began timestamptz)
 returns void
 language plpgsql
@@ -66,11 +72,14 @@ as $$
 declare
   v_now double precision := extract(epoch from clock_timestamp());
   v_pause double precision := 50 * (v_now - extract(epoch from p_began));
+  v_full_due double precision;
 begin
   if p_from = 0 then
-    perform set_config(
-      'darkroom.full_scan_due', (v_now + greatest(1.0, v_pause))::text, false
-    );
+    v_full_due := v_now + least(greatest(1.0, v_pause), 60.0);
+    perform set_config('darkroom.full_scan_due', v_full_due::text, false);
+    if v_pause > 1.0 then
+      perform setval('private.full_scan_due', (1000 * v_full_due)::bigint);
+    end if;
   end if;
   perform set_config('darkroom.low_scan_at', v_now::text, false);
   perform set_config('darkroom.low_scan_pause', v_pause::text, false);
