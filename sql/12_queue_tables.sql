@@ -26,9 +26,17 @@ comment on sequence private.virtual_clock is
 create sequence private.full_scan_due minvalue 0 start 0;
 
 comment on sequence private.full_scan_due is
-  'When the queue may next be scanned from its start, in milliseconds since 1970, by whichever '
-  'session; set where such scans have become dear. A hint, as above: a time more than a minute '
-  'ahead is not believed.';
+  'When ready_jobs may next be scanned from its start, in milliseconds since 1970: see '
+  'private.put_off().';
+
+create sequence private.low_scan_due minvalue 0 start 0;
+
+comment on sequence private.low_scan_due is
+  'The same for a scan from a little below the virtual clock.';
+
+create sequence private.recovery_due minvalue 0 start 0;
+
+comment on sequence private.recovery_due is 'The same for a look at all of running_jobs.';
 
 create table private.ready_jobs (
   seq bigint generated always as identity primary key,

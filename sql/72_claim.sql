@@ -9,6 +9,40 @@
 -- come back of each model as it may take itself, smallest key first: so what it takes is what it
 -- would have taken from the whole pile. No claim waits for a lock.
 
+-- While a long transaction holds back vacuum, a scan of the queue's tables walks the dead rows of
+-- all jobs since. So whoever made one that took long puts the next off for everybody, and looks
+-- whether somebody did. A hint in a sequence: a time more than a minute ahead, left by a clock that
+-- was wrong, is not believed.
+create or replace function private.put_off(p_due regclass, p_seconds double precision)
+returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_seconds > 0.5 then
+    perform setval(p_due, (1000 * (extract(epoch from clock_timestamp()) + p_seconds))::bigint);
+  end if;
+end;
+$$;
+
+revoke all on function private.put_off(regclass, double precision)
+from public, anon, authenticated, service_role;
+
+create or replace function private.is_put_off(p_due regclass)
+returns boolean
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now double precision := 1000 * extract(epoch from clock_timestamp());
+begin
+  return coalesce(pg_sequence_last_value(p_due) between v_now and v_now + 60000, false);
+end;
+$$;
+
+revoke all on function private.is_put_off(regclass)
+from public, anon, authenticated, service_role;
+
 -- Delayed jobs whose time has come become claimable.
 create or replace function private.promote_due_jobs(p_at_most integer)
 returns void
@@ -33,26 +67,24 @@ from public, anon, authenticated, service_role;
 -- and a scan from its start walks them all. So most scans start at the clock. What came to lie
 -- below it meanwhile is found by one that starts a little below, at the floor: in each session
 -- p_pause seconds after the last. What lies deeper is found by one from the start, once a second.
--- Where such scans take long they come less often, and one does for all sessions: schedule_scan.
+-- Where such scans take long they come less often, and one does for all: see schedule_scan.
 create or replace function private.scan_start(p_pause double precision default 0.05)
 returns bigint
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_full_due text := current_setting('darkroom.full_scan_due', true);
   v_now double precision := extract(epoch from clock_timestamp());
-  v_shared_due double precision;
+  v_full_due text := nullif(current_setting('darkroom.full_scan_due', true), '');
+  v_low_due text := nullif(current_setting('darkroom.low_scan_due', true), '');
 begin
-  if v_full_due is null or v_full_due = '' or v_now >= v_full_due::double precision then
-    v_shared_due := (select s.last_value / 1000.0 from private.full_scan_due as s);
-    if v_full_due = '0' or v_shared_due not between v_now and v_now + 60 then
-      return 0;
-    end if;
-    perform set_config('darkroom.full_scan_due', v_shared_due::text, false);
-    return (select f.fair_key from private.queue_floor as f);
-  elsif v_now >= current_setting('darkroom.low_scan_at')::double precision
-    + greatest(p_pause, current_setting('darkroom.low_scan_pause')::double precision) then
+  if v_full_due = '0' then
+    return 0;
+  elsif v_now < v_full_due::double precision is not true
+    and not private.is_put_off('private.full_scan_due') then
+    return 0;
+  elsif v_now < v_low_due::double precision + p_pause is not true
+    and not private.is_put_off('private.low_scan_due') then
     return (select f.fair_key from private.queue_floor as f);
   end if;
   return null;
@@ -63,7 +95,8 @@ revoke all on function private.scan_start(double precision)
 from public, anon, authenticated, service_role;
 
 -- Notes that this session has scanned from below the clock, and when it may again: these scans are
--- to take a fiftieth of its time at most. None from the start waits for more than a minute, though.
+-- to take a fiftieth of its time at most; where they are dear, of the time of all sessions. But
+-- none waits for longer than a minute, from the floor for longer than five seconds.
 create or replace function private.schedule_scan(p_from bigint, p_began timestamptz)
 returns void
 language plpgsql
@@ -72,17 +105,17 @@ as $$
 declare
   v_now double precision := extract(epoch from clock_timestamp());
   v_pause double precision := 50 * (v_now - extract(epoch from p_began));
-  v_full_due double precision;
 begin
   if p_from = 0 then
-    v_full_due := v_now + least(greatest(1.0, v_pause), 60.0);
-    perform set_config('darkroom.full_scan_due', v_full_due::text, false);
-    if v_pause > 1.0 then
-      perform setval('private.full_scan_due', (1000 * v_full_due)::bigint);
-    end if;
+    v_pause := least(v_pause, 60);
+    perform private.put_off('private.full_scan_due', v_pause);
+    perform set_config('darkroom.full_scan_due', (v_now + greatest(v_pause, 1))::text, false);
+    perform set_config('darkroom.low_scan_due', v_now::text, false);
+  else
+    v_pause := least(v_pause, 5);
+    perform private.put_off('private.low_scan_due', v_pause);
+    perform set_config('darkroom.low_scan_due', (v_now + v_pause)::text, false);
   end if;
-  perform set_config('darkroom.low_scan_at', v_now::text, false);
-  perform set_config('darkroom.low_scan_pause', v_pause::text, false);
 end;
 $$;
 

@@ -121,49 +121,6 @@ def test_jobs_below_the_low_water_mark_are_found_all_the_same(db, alice, worker)
     assert worker.claimed().id == job_id
 
 
-def due_in(db, seconds: float) -> None:
-    """Set when the queue may next be scanned from its start."""
-    query = (
-        "select setval('private.full_scan_due', (1000 * extract(epoch from now()) + %s)::bigint)"
-    )
-    db.execute(query, 1000 * seconds)
-
-
-def test_where_a_scan_from_the_start_is_dear_one_session_does_it_for_all(db, alice, worker):
-    job_id = alice.enqueued()
-    worker.release_job(worker.claimed())
-    db.execute("select setval('private.virtual_clock', 1000000000)")
-
-    due_in(db, 30)
-    assert Worker(db).claim_jobs() == []
-    due_in(db, -1)
-
-    assert Worker(db).claimed().id == job_id
-
-
-def test_a_scan_from_the_start_is_not_put_off_for_longer_than_a_minute(db, alice, worker):
-    job_id = alice.enqueued()
-    worker.release_job(worker.claimed())
-    db.execute("select setval('private.virtual_clock', 1000000000)")
-
-    due_in(db, 3600)  # somebody's clock was wrong
-
-    assert Worker(db).claimed().id == job_id
-
-
-@pytest.mark.parametrize(
-    ("began", "waits"), [("1 millisecond", 0), ("0.1 seconds", 5), ("1 hour", 60)]
-)
-def test_how_long_others_do_not_scan_from_the_start(db, began, waits):
-    scheduled = "private.schedule_scan(0, clock_timestamp() - %s::interval)"
-    due = "greatest(0, last_value / 1000.0 - extract(epoch from now()))"
-
-    db.execute(f"select {scheduled}", began)
-
-    seconds = float(db.value(f"select {due} from private.full_scan_due"))
-    assert seconds == pytest.approx(waits, abs=0.5)
-
-
 def test_a_claim_may_start_at_the_low_water_mark(db, alice, bob, worker):
     alice.enqueue()
     worker.claimed()

@@ -561,9 +561,17 @@ comment on sequence private.virtual_clock is
 create sequence private.full_scan_due minvalue 0 start 0;
 
 comment on sequence private.full_scan_due is
-  'When the queue may next be scanned from its start, in milliseconds since 1970, by whichever '
-  'session; set where such scans have become dear. A hint, as above: a time more than a minute '
-  'ahead is not believed.';
+  'When ready_jobs may next be scanned from its start, in milliseconds since 1970: see '
+  'private.put_off().';
+
+create sequence private.low_scan_due minvalue 0 start 0;
+
+comment on sequence private.low_scan_due is
+  'The same for a scan from a little below the virtual clock.';
+
+create sequence private.recovery_due minvalue 0 start 0;
+
+comment on sequence private.recovery_due is 'The same for a look at all of running_jobs.';
 
 create table private.ready_jobs (
   seq bigint generated always as identity primary key,
@@ -6776,6 +6784,40 @@ grant execute on function public.resume_model(text) to service_role;
 -- come back of each model as it may take itself, smallest key first: so what it takes is what it
 -- would have taken from the whole pile. No claim waits for a lock.
 
+-- While a long transaction holds back vacuum, a scan of the queue's tables walks the dead rows of
+-- all jobs since. So whoever made one that took long puts the next off for everybody, and looks
+-- whether somebody did. A hint in a sequence: a time more than a minute ahead, left by a clock that
+-- was wrong, is not believed.
+create or replace function private.put_off(p_due regclass, p_seconds double precision)
+returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_seconds > 0.5 then
+    perform setval(p_due, (1000 * (extract(epoch from clock_timestamp()) + p_seconds))::bigint);
+  end if;
+end;
+$$;
+
+revoke all on function private.put_off(regclass, double precision)
+from public, anon, authenticated, service_role;
+
+create or replace function private.is_put_off(p_due regclass)
+returns boolean
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now double precision := 1000 * extract(epoch from clock_timestamp());
+begin
+  return coalesce(pg_sequence_last_value(p_due) between v_now and v_now + 60000, false);
+end;
+$$;
+
+revoke all on function private.is_put_off(regclass)
+from public, anon, authenticated, service_role;
+
 -- Delayed jobs whose time has come become claimable.
 create or replace function private.promote_due_jobs(p_at_most integer)
 returns void
@@ -6800,26 +6842,24 @@ from public, anon, authenticated, service_role;
 -- and a scan from its start walks them all. So most scans start at the clock. What came to lie
 -- below it meanwhile is found by one that starts a little below, at the floor: in each session
 -- p_pause seconds after the last. What lies deeper is found by one from the start, once a second.
--- Where such scans take long they come less often, and one does for all sessions: schedule_scan.
+-- Where such scans take long they come less often, and one does for all: see schedule_scan.
 create or replace function private.scan_start(p_pause double precision default 0.05)
 returns bigint
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_full_due text := current_setting('darkroom.full_scan_due', true);
   v_now double precision := extract(epoch from clock_timestamp());
-  v_shared_due double precision;
+  v_full_due text := nullif(current_setting('darkroom.full_scan_due', true), '');
+  v_low_due text := nullif(current_setting('darkroom.low_scan_due', true), '');
 begin
-  if v_full_due is null or v_full_due = '' or v_now >= v_full_due::double precision then
-    v_shared_due := (select s.last_value / 1000.0 from private.full_scan_due as s);
-    if v_full_due = '0' or v_shared_due not between v_now and v_now + 60 then
-      return 0;
-    end if;
-    perform set_config('darkroom.full_scan_due', v_shared_due::text, false);
-    return (select f.fair_key from private.queue_floor as f);
-  elsif v_now >= current_setting('darkroom.low_scan_at')::double precision
-    + greatest(p_pause, current_setting('darkroom.low_scan_pause')::double precision) then
+  if v_full_due = '0' then
+    return 0;
+  elsif v_now < v_full_due::double precision is not true
+    and not private.is_put_off('private.full_scan_due') then
+    return 0;
+  elsif v_now < v_low_due::double precision + p_pause is not true
+    and not private.is_put_off('private.low_scan_due') then
     return (select f.fair_key from private.queue_floor as f);
   end if;
   return null;
@@ -6830,7 +6870,8 @@ revoke all on function private.scan_start(double precision)
 from public, anon, authenticated, service_role;
 
 -- Notes that this session has scanned from below the clock, and when it may again: these scans are
--- to take a fiftieth of its time at most. None from the start waits for more than a minute, though.
+-- to take a fiftieth of its time at most; where they are dear, of the time of all sessions. But
+-- none waits for longer than a minute, from the floor for longer than five seconds.
 create or replace function private.schedule_scan(p_from bigint, p_began timestamptz)
 returns void
 language plpgsql
@@ -6839,17 +6880,17 @@ as $$
 declare
   v_now double precision := extract(epoch from clock_timestamp());
   v_pause double precision := 50 * (v_now - extract(epoch from p_began));
-  v_full_due double precision;
 begin
   if p_from = 0 then
-    v_full_due := v_now + least(greatest(1.0, v_pause), 60.0);
-    perform set_config('darkroom.full_scan_due', v_full_due::text, false);
-    if v_pause > 1.0 then
-      perform setval('private.full_scan_due', (1000 * v_full_due)::bigint);
-    end if;
+    v_pause := least(v_pause, 60);
+    perform private.put_off('private.full_scan_due', v_pause);
+    perform set_config('darkroom.full_scan_due', (v_now + greatest(v_pause, 1))::text, false);
+    perform set_config('darkroom.low_scan_due', v_now::text, false);
+  else
+    v_pause := least(v_pause, 5);
+    perform private.put_off('private.low_scan_due', v_pause);
+    perform set_config('darkroom.low_scan_due', (v_now + v_pause)::text, false);
   end if;
-  perform set_config('darkroom.low_scan_at', v_now::text, false);
-  perform set_config('darkroom.low_scan_pause', v_pause::text, false);
 end;
 $$;
 
@@ -8914,6 +8955,36 @@ $$;
 revoke all on function private.refresh_queue_state()
 from public, anon, authenticated, service_role;
 
+-- Locks the jobs whose lease or deadline has passed. The look reads all of running_jobs, for an
+-- index on what each heartbeat changes would cost more; where it has become dear, it takes a
+-- twentieth of one processor at most, but is made once in ten seconds at least.
+create or replace function private.lock_stale_jobs(p_at_most integer)
+returns private.running_jobs[]
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_began timestamptz := clock_timestamp();
+  v_jobs private.running_jobs[];
+begin
+  if private.is_put_off('private.recovery_due') then
+    return '{}';
+  end if;
+  v_jobs := array(
+    select r from private.running_jobs as r
+    where r.lease_until < now() or r.deadline_at < now()
+    order by r.user_id limit p_at_most for update skip locked
+  );
+  perform private.put_off(
+    'private.recovery_due', least(20 * extract(epoch from clock_timestamp() - v_began), 10)
+  );
+  return v_jobs;
+end;
+$$;
+
+revoke all on function private.lock_stale_jobs(integer)
+from public, anon, authenticated, service_role;
+
 -- Users in order of id, so that two runs lock entitlements in the same order; and all of them
 -- before any breaker, those in order too.
 create or replace function private.recover_stale_jobs(p_at_most integer default 100)
@@ -8924,14 +8995,10 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job private.running_jobs;
+  v_stale private.running_jobs[] := private.lock_stale_jobs(p_at_most);
   v_stuck private.running_jobs[] := array[]::private.running_jobs[];
-  v_count integer := 0;
 begin
-  for v_job in
-    select * from private.running_jobs
-    where lease_until < now() or deadline_at < now()
-    order by user_id limit p_at_most for update skip locked
-  loop
+  foreach v_job in array v_stale loop
     delete from private.running_jobs where job_id = v_job.job_id;
     -- The lease first: after an outage both have passed, and the result may be there to fetch.
     if v_job.lease_until < now() then
@@ -8942,20 +9009,20 @@ begin
       perform private.end_failed_attempt(v_job, 'timeout', 'deadline passed');
       v_stuck := v_stuck || v_job;
     end if;
-    v_count := v_count + 1;
   end loop;
   perform private.refresh_model_stats();
   perform private.blame_providers(
     v_stuck, array_fill('timeout'::text, array[cardinality(v_stuck)])
   );
   perform private.refresh_queue_state();
-  return v_count;
+  return cardinality(v_stale);
 end;
 $$;
 
 comment on function private.recover_stale_jobs is
   'Requeues or finally fails up to p_at_most jobs whose lease or deadline has passed, and renews '
-  'model_stats and queue_state. Answers how many.';
+  'model_stats and queue_state. Answers how many. Looks less often, once in ten seconds at least, '
+  'while a long transaction makes each look dear.';
 
 revoke all on function private.recover_stale_jobs(integer)
 from public, anon, authenticated, service_role;
