@@ -294,8 +294,8 @@ MONEY = [
     Bug(
         "recovery forgets what it takes",
         "sql/80_recovery.sql",
-        "where lease_until < now() or deadline_at < now()\n",
-        "where deadline_at < now()\n",
+        "where r.lease_until < now() or r.deadline_at < now()\n",
+        "where r.deadline_at < now()\n",
         STATES,
     ),
     Bug(
@@ -410,8 +410,8 @@ MONEY = [
     Bug(
         "recovery waits for jobs that are being ended",
         "sql/80_recovery.sql",
-        "order by user_id limit p_at_most for update skip locked",
-        "order by user_id limit p_at_most for update",
+        "order by r.user_id limit p_at_most for update skip locked",
+        "order by r.user_id limit p_at_most for update",
         CIRCLE,
     ),
 ]

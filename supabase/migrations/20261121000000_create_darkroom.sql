@@ -8968,7 +8968,7 @@ declare
   v_jobs private.running_jobs[];
 begin
   if private.is_put_off('private.recovery_due') then
-    return '{}';
+    return array[]::private.running_jobs[];
   end if;
   v_jobs := array(
     select r from private.running_jobs as r
