@@ -13,19 +13,30 @@
 -- all jobs since. So whoever made one that took long puts the next off for everybody, and looks
 -- whether somebody did. A hint in a sequence: a time more than a minute ahead, left by a clock that
 -- was wrong, is not believed.
-create or replace function private.put_off(p_due regclass, p_seconds double precision)
-returns void
+--
+-- Answers the seconds the next is to wait: such scans take a fiftieth of the time, unless that
+-- would make one wait for longer than p_at_most.
+create or replace function private.put_off(
+  p_due regclass,
+  p_began timestamptz,
+  p_at_most double precision
+)
+returns double precision
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_now timestamptz := clock_timestamp();
+  v_pause double precision := least(50 * extract(epoch from v_now - p_began), p_at_most);
 begin
-  if p_seconds > 0.5 then
-    perform setval(p_due, (1000 * (extract(epoch from clock_timestamp()) + p_seconds))::bigint);
+  if v_pause > 0.5 then
+    perform setval(p_due, (1000 * (extract(epoch from v_now) + v_pause))::bigint);
   end if;
+  return v_pause;
 end;
 $$;
 
-revoke all on function private.put_off(regclass, double precision)
+revoke all on function private.put_off(regclass, timestamptz, double precision)
 from public, anon, authenticated, service_role;
 
 create or replace function private.is_put_off(p_due regclass)
@@ -94,9 +105,8 @@ $$;
 revoke all on function private.scan_start(double precision)
 from public, anon, authenticated, service_role;
 
--- Notes that this session has scanned from below the clock, and when it may again: these scans are
--- to take a fiftieth of its time at most; where they are dear, of the time of all sessions. But
--- none waits for longer than a minute, from the floor for longer than five seconds.
+-- Notes that this session has scanned from below the clock, and when it may again; where it was
+-- dear, when any session may. One from the start takes the place of one from the floor, too.
 create or replace function private.schedule_scan(p_from bigint, p_began timestamptz)
 returns void
 language plpgsql
@@ -104,16 +114,14 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now double precision := extract(epoch from clock_timestamp());
-  v_pause double precision := 50 * (v_now - extract(epoch from p_began));
+  v_pause double precision;
 begin
   if p_from = 0 then
-    v_pause := least(v_pause, 60);
-    perform private.put_off('private.full_scan_due', v_pause);
+    v_pause := private.put_off('private.full_scan_due', p_began, 60);
     perform set_config('darkroom.full_scan_due', (v_now + greatest(v_pause, 1))::text, false);
     perform set_config('darkroom.low_scan_due', v_now::text, false);
   else
-    v_pause := least(v_pause, 5);
-    perform private.put_off('private.low_scan_due', v_pause);
+    v_pause := private.put_off('private.low_scan_due', p_began, 5);
     perform set_config('darkroom.low_scan_due', (v_now + v_pause)::text, false);
   end if;
 end;

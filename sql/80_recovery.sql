@@ -26,8 +26,8 @@ revoke all on function private.refresh_queue_state()
 from public, anon, authenticated, service_role;
 
 -- Locks the jobs whose lease or deadline has passed. The look reads all of running_jobs, for an
--- index on what each heartbeat changes would cost more; where it has become dear, it takes a
--- fiftieth of one processor's time, but is made once in ten seconds at least.
+-- index on what each heartbeat changes would cost more; where it has become dear, it is made less
+-- often, but once in ten seconds at least.
 create or replace function private.lock_stale_jobs(p_at_most integer)
 returns private.running_jobs[]
 language plpgsql
@@ -45,9 +45,7 @@ begin
     where r.lease_until < now() or r.deadline_at < now()
     order by r.user_id limit p_at_most for update skip locked
   );
-  perform private.put_off(
-    'private.recovery_due', least(50 * extract(epoch from clock_timestamp() - v_began), 10)
-  );
+  perform private.put_off('private.recovery_due', v_began, 10);
   return v_jobs;
 end;
 $$;

@@ -30,6 +30,10 @@ from stack import Stack
 
 T = TypeVar("T")
 
+CONNECTIONS = (  # of all workers
+    "from pg_stat_activity where usename = 'darkroom_worker' and datname = current_database()"
+)
+
 
 def eventually(condition: Callable[[], T], within: float = 15) -> T:
     """Return the first true answer of a condition; fail when it has none in this many seconds."""
@@ -163,18 +167,13 @@ class Workers:
         """Wait until no worker has asked the database anything for longer than its second look."""
         query = (
             "select count(*) > 0 and bool_and(now() - state_change > interval '0.25 seconds')"
-            " from pg_stat_activity"
-            " where usename = 'darkroom_worker' and datname = current_database()"
+            f" {CONNECTIONS}"
         )
         eventually(lambda: self.db.value(query))
 
     def until_disconnected(self) -> None:
         """Wait until no worker has a connection: whatever killed ones had begun is over."""
-        query = (
-            "select not exists (select from pg_stat_activity"
-            " where usename = 'darkroom_worker' and datname = current_database())"
-        )
-        eventually(lambda: self.db.value(query))
+        eventually(lambda: self.db.value(f"select not exists (select {CONNECTIONS})"))
 
     def checkpointed(self, job_id: str) -> dict[str, Any] | None:
         """Return the running job once the provider's id of it is saved."""
@@ -208,10 +207,7 @@ class Workers:
 
     def terminate_backends(self, condition: str) -> int:
         """End workers' connections on the server; return how many."""
-        query = (
-            "select pg_terminate_backend(pid) from pg_stat_activity"
-            f" where usename = 'darkroom_worker' and datname = current_database() and {condition}"
-        )
+        query = f"select pg_terminate_backend(pid) {CONNECTIONS} and {condition}"
         return len(self.db.execute(query))
 
     # What comes out.

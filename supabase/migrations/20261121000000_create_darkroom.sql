@@ -6788,19 +6788,30 @@ grant execute on function public.resume_model(text) to service_role;
 -- all jobs since. So whoever made one that took long puts the next off for everybody, and looks
 -- whether somebody did. A hint in a sequence: a time more than a minute ahead, left by a clock that
 -- was wrong, is not believed.
-create or replace function private.put_off(p_due regclass, p_seconds double precision)
-returns void
+--
+-- Answers the seconds the next is to wait: such scans take a fiftieth of the time, unless that
+-- would make one wait for longer than p_at_most.
+create or replace function private.put_off(
+  p_due regclass,
+  p_began timestamptz,
+  p_at_most double precision
+)
+returns double precision
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_now timestamptz := clock_timestamp();
+  v_pause double precision := least(50 * extract(epoch from v_now - p_began), p_at_most);
 begin
-  if p_seconds > 0.5 then
-    perform setval(p_due, (1000 * (extract(epoch from clock_timestamp()) + p_seconds))::bigint);
+  if v_pause > 0.5 then
+    perform setval(p_due, (1000 * (extract(epoch from v_now) + v_pause))::bigint);
   end if;
+  return v_pause;
 end;
 $$;
 
-revoke all on function private.put_off(regclass, double precision)
+revoke all on function private.put_off(regclass, timestamptz, double precision)
 from public, anon, authenticated, service_role;
 
 create or replace function private.is_put_off(p_due regclass)
@@ -6869,9 +6880,8 @@ $$;
 revoke all on function private.scan_start(double precision)
 from public, anon, authenticated, service_role;
 
--- Notes that this session has scanned from below the clock, and when it may again: these scans are
--- to take a fiftieth of its time at most; where they are dear, of the time of all sessions. But
--- none waits for longer than a minute, from the floor for longer than five seconds.
+-- Notes that this session has scanned from below the clock, and when it may again; where it was
+-- dear, when any session may. One from the start takes the place of one from the floor, too.
 create or replace function private.schedule_scan(p_from bigint, p_began timestamptz)
 returns void
 language plpgsql
@@ -6879,16 +6889,14 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now double precision := extract(epoch from clock_timestamp());
-  v_pause double precision := 50 * (v_now - extract(epoch from p_began));
+  v_pause double precision;
 begin
   if p_from = 0 then
-    v_pause := least(v_pause, 60);
-    perform private.put_off('private.full_scan_due', v_pause);
+    v_pause := private.put_off('private.full_scan_due', p_began, 60);
     perform set_config('darkroom.full_scan_due', (v_now + greatest(v_pause, 1))::text, false);
     perform set_config('darkroom.low_scan_due', v_now::text, false);
   else
-    v_pause := least(v_pause, 5);
-    perform private.put_off('private.low_scan_due', v_pause);
+    v_pause := private.put_off('private.low_scan_due', p_began, 5);
     perform set_config('darkroom.low_scan_due', (v_now + v_pause)::text, false);
   end if;
 end;
@@ -8956,8 +8964,8 @@ revoke all on function private.refresh_queue_state()
 from public, anon, authenticated, service_role;
 
 -- Locks the jobs whose lease or deadline has passed. The look reads all of running_jobs, for an
--- index on what each heartbeat changes would cost more; where it has become dear, it takes a
--- fiftieth of one processor's time, but is made once in ten seconds at least.
+-- index on what each heartbeat changes would cost more; where it has become dear, it is made less
+-- often, but once in ten seconds at least.
 create or replace function private.lock_stale_jobs(p_at_most integer)
 returns private.running_jobs[]
 language plpgsql
@@ -8975,9 +8983,7 @@ begin
     where r.lease_until < now() or r.deadline_at < now()
     order by r.user_id limit p_at_most for update skip locked
   );
-  perform private.put_off(
-    'private.recovery_due', least(50 * extract(epoch from clock_timestamp() - v_began), 10)
-  );
+  perform private.put_off('private.recovery_due', v_began, 10);
   return v_jobs;
 end;
 $$;
