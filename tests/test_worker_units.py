@@ -8,6 +8,7 @@ import gc
 import gzip
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -1049,6 +1050,28 @@ def test_after_a_beat_the_worker_looks_for_work():
     asyncio.run(one.beat())
 
     assert one.wake.is_set()
+
+
+def test_who_could_not_beat_claims_again_with_the_first_beat():
+    db = mock.Mock(
+        heartbeat=mock.AsyncMock(return_value=[]),
+        claim_jobs=mock.AsyncMock(return_value=[mock.Mock(token=1)]),
+    )
+    one = worker.Worker(mock.Mock(slots=1, poll_seconds=60), db, {}, mock.Mock(), mock.Mock())
+    one.is_full, one.lease_seconds, one.last_beat = False, 60, -math.inf
+    one.process = mock.AsyncMock()
+
+    async def beat_at_last() -> None:
+        claiming = asyncio.create_task(one._claim_until_stopped())
+        await asyncio.sleep(0.01)
+        assert not one.running
+        await one.beat()
+        async with asyncio.timeout(3):
+            while not one.running:
+                await asyncio.sleep(0.01)
+        claiming.cancel()
+
+    asyncio.run(beat_at_last())
 
 
 @pytest.mark.parametrize(("looks", "seconds"), [(1, 60), (2, 0.01)], ids=["first", "second"])
