@@ -1,6 +1,14 @@
 /** The one screen: ask on one side, what was asked on the other. */
 import { useMemo, useState } from 'react';
-import { FlatList, StyleSheet, Text, useWindowDimensions, View } from 'react-native';
+import {
+  FlatList,
+  type NativeScrollEvent,
+  type NativeSyntheticEvent,
+  StyleSheet,
+  Text,
+  useWindowDimensions,
+  View,
+} from 'react-native';
 
 import { type Generation, GenerationStore, listen, useGenerations } from '../darkroom';
 import { environment } from '../environment';
@@ -66,6 +74,12 @@ export function Studio({ user }: { user: User }) {
       onRetry={() => darkroom.retry(item.key)}
     />
   );
+  // The list calls onEndReached once, and not at all where it was scrolled to its end before it had
+  // measured its cells. This also asks again for a page that did not arrive.
+  const scrolled = ({ nativeEvent }: NativeSyntheticEvent<NativeScrollEvent>) => {
+    const { contentOffset, contentSize, layoutMeasurement: { height } } = nativeEvent;
+    if (contentSize.height - contentOffset.y < 2 * height) void darkroom.loadMore();
+  };
   return (
     <View style={styles.page}>
       {!darkroom.isOnline && (
@@ -89,6 +103,8 @@ export function Studio({ user }: { user: User }) {
           }
           onEndReached={() => void darkroom.loadMore()}
           onEndReachedThreshold={1}
+          onScroll={scrolled}
+          scrollEventThrottle={100}
           style={styles.fill}
         />
       </View>
