@@ -1717,7 +1717,7 @@ class Worker:
         self.systemd = Systemd(None)
         self.running: dict[int, Running] = {}  # by token: a lost job may be claimed again here
         self.wake = asyncio.Event()
-        self.freed = asyncio.Event()  # to claim, by a slot that is free or a beat that was answered
+        self.freed = asyncio.Event()  # to claim again: a slot, or who could not beat
         self.news = asyncio.Event()  # for the next heartbeat, which does not wait for its time then
         self.news_due: asyncio.TimerHandle | None = None
         self.stopping = asyncio.Event()
@@ -1875,9 +1875,10 @@ class Worker:
             self.news_due = None
         beating = sorted(self.running.values(), key=lambda running: running.job.job_id)
         verdicts = await self.db.heartbeat(self.worker_id, beating)
+        if not self._may_claim():
+            self.freed.set()
         self.last_beat = time.monotonic()
         self.wake.set()  # an enqueue that met our row locked by this beat has not woken us
-        self.freed.set()
         for running, verdict in zip(beating, verdicts, strict=True):
             known = running.is_canceled and verdict == "canceled"
             if verdict != "ok" and not running.is_ending and not known:

@@ -1,14 +1,6 @@
 /** The one screen: ask on one side, what was asked on the other. */
 import { useMemo, useState } from 'react';
-import {
-  FlatList,
-  type NativeScrollEvent,
-  type NativeSyntheticEvent,
-  StyleSheet,
-  Text,
-  useWindowDimensions,
-  View,
-} from 'react-native';
+import { FlatList, StyleSheet, Text, useWindowDimensions, View } from 'react-native';
 
 import { type Generation, GenerationStore, listen, useGenerations } from '../darkroom';
 import { environment } from '../environment';
@@ -74,12 +66,6 @@ export function Studio({ user }: { user: User }) {
       onRetry={() => darkroom.retry(item.key)}
     />
   );
-  // The list calls onEndReached once, and not at all where it was scrolled to its end before it had
-  // measured its cells. This also asks again for a page that did not arrive.
-  const scrolled = ({ nativeEvent }: NativeSyntheticEvent<NativeScrollEvent>) => {
-    const { contentOffset, contentSize, layoutMeasurement: { height } } = nativeEvent;
-    if (contentSize.height - contentOffset.y < 2 * height) void darkroom.loadMore();
-  };
   return (
     <View style={styles.page}>
       {!darkroom.isOnline && (
@@ -103,7 +89,12 @@ export function Studio({ user }: { user: User }) {
           }
           onEndReached={() => void darkroom.loadMore()}
           onEndReachedThreshold={1}
-          onScroll={scrolled}
+          // onEndReached comes once, and not at all where the list was scrolled to its end before it
+          // had measured its cells. This also asks again for a page that did not arrive.
+          onScroll={({ nativeEvent: { contentOffset, contentSize, layoutMeasurement } }) => {
+            const left = contentSize.height - contentOffset.y;
+            if (left < 2 * layoutMeasurement.height) void darkroom.loadMore();
+          }}
           scrollEventThrottle={100}
           style={styles.fill}
         />
