@@ -15,7 +15,7 @@ import pytest
 import stack_choice
 from database import Database
 from pooler import pgbouncer
-from worker_process import WorkerProcess, Workers, eventually
+from worker_process import CONNECTIONS, WorkerProcess, Workers, eventually
 
 import worker
 from stack import Stack
@@ -80,11 +80,7 @@ def backends(db: Database) -> list[int]:
     """Return the pids of the server's processes that serve workers."""
     if stack_choice.is_wanted():
         pytest.skip("pids in a container are not those of this machine")
-    query = (
-        "select pid from pg_stat_activity"
-        " where usename = 'darkroom_worker' and datname = current_database()"
-    )
-    return [row["pid"] for row in db.execute(query)]
+    return [row["pid"] for row in db.execute(f"select pid {CONNECTIONS}")]
 
 
 @contextlib.contextmanager
