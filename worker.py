@@ -1832,8 +1832,6 @@ class Worker:
         return not self.is_full
 
     async def _claim(self) -> bool:
-        if self.is_full:  # since it went to sleep
-            return False
         began = time.monotonic()
         jobs = await self.db.claim_jobs(self.worker_id, self.settings.slots - len(self.running))
         for job in jobs:

@@ -1074,16 +1074,6 @@ def test_who_could_not_beat_claims_again_with_the_first_beat():
     asyncio.run(beat_at_last())
 
 
-def test_who_ran_full_since_it_went_to_sleep_claims_nothing():
-    db = mock.Mock(sleep=mock.AsyncMock(), claim_jobs=mock.AsyncMock(return_value=[]))
-    one = worker.Worker(mock.Mock(slots=1, poll_seconds=0.01), db, {}, mock.Mock(), mock.Mock())
-    one.is_full = True
-
-    asyncio.run(asyncio.wait_for(one._sleep(), 3))
-
-    db.claim_jobs.assert_not_called()
-
-
 @pytest.mark.parametrize(("looks", "seconds"), [(1, 60), (2, 0.01)], ids=["first", "second"])
 def test_who_goes_to_sleep_looks_for_what_came_meanwhile(monkeypatch, looks, seconds):
     """Whoever enqueued it may have seen the worker awake, and then wakes nobody."""
@@ -1091,7 +1081,7 @@ def test_who_goes_to_sleep_looks_for_what_came_meanwhile(monkeypatch, looks, sec
     found = [[]] * (looks - 1) + [[mock.Mock(token=1)]]
     db = mock.Mock(sleep=mock.AsyncMock(), claim_jobs=mock.AsyncMock(side_effect=found))
     one = worker.Worker(mock.Mock(slots=1, poll_seconds=60), db, {}, mock.Mock(), mock.Mock())
-    one.is_full, one.process = False, mock.AsyncMock()
+    one.process = mock.AsyncMock()
 
     asyncio.run(asyncio.wait_for(one._sleep(), 3))
 
