@@ -132,6 +132,7 @@ MAX_SVG_BYTES, MAX_SVG_DEPTH, MAX_SVG_WEIGHT = 10 << 20, 200, 2_000_000  # weigh
 MAX_REDIRECTS = 3
 UNPACKED = {"accept-encoding": "identity"}  # a few bytes, packed twice, unpack to gigabytes at once
 MAX_PAGES = 50  # of 100 predictions each, when a lost create is looked for
+REFUSALS = (401, 402, 403)  # of who may: the key, the account's credit, this model or this file
 CREATE_WITHIN_SECONDS = 5.0  # of holding the lease; later, another worker may have it
 PROVIDER_PAUSE_SECONDS = 60  # before an account that was refused is tried again
 DELIVERY_HOST = re.compile(r"([a-z0-9-]+\.)*replicate\.delivery")  # its OpenAPI file, "output"
@@ -365,11 +366,14 @@ class JobError(Exception):
 
 
 class ProviderDown(Exception):
-    """The provider refuses our account (401, 402, 403): its jobs wait, and none is to blame."""
+    """The provider refuses our account: its jobs wait, and none is to blame.
 
-    def __init__(self, detail: str, *, may_have_bought: bool) -> None:
+    Where that is not sure, other users' jobs are tried meanwhile.
+    """
+
+    def __init__(self, detail: str, *, may_have_bought: bool, is_sure: bool = True) -> None:
         super().__init__(detail)
-        self.may_have_bought = may_have_bought
+        self.may_have_bought, self.is_sure = may_have_bought, is_sure
 
 
 class StorageRefused(Exception):
@@ -650,8 +654,10 @@ class Database:
         adopted: str | None = rows[0]["adopt_provider_job"]
         return adopted
 
-    async def pause_provider(self, provider: str, seconds: int, reason: str) -> None:
-        await self._insist("pause_provider", provider, seconds, self._quoted(reason))
+    async def pause_provider(
+        self, provider: str, seconds: int, reason: str, user_id: UUID | None
+    ) -> None:
+        await self._insist("pause_provider", provider, seconds, self._quoted(reason), user_id)
 
     async def checkpoint(self, job: Job, provider_job_id: str) -> None:
         await self._checkpoint_jobs(job, provider_job_id)
@@ -966,18 +972,34 @@ class Replicate:
             raise JobError("provider_busy", f"create: {type(error).__name__}") from None
         except httpx.HTTPError as error:
             raise UnknownOutcome(type(error).__name__) from None
-        self._raise_for_refusal(response)
+        if response.status_code in REFUSALS:
+            raise await self._refusal(response, "create", may_have_bought=False)
+        self._raise_for_failure(response)
         with contextlib.suppress(ValueError, KeyError, TypeError):
             if provider_job_id := response.json()["id"]:
                 return str(provider_job_id)
         raise UnknownOutcome(f"HTTP {response.status_code} without an id")
 
+    async def _refusal(
+        self, response: httpx.Response, step: str, *, may_have_bought: bool
+    ) -> Exception:
+        """Whose refusal it is: the account's, or, where that is open, this job's or its model's."""
+        status = response.status_code
+        detail = f"{step}: HTTP {status}: {response.text[:QUOTED_CHARS]}"
+        try:
+            account = await self.http.get(f"{self.base_url}/account", headers=self.headers)
+            is_sure = account.status_code in REFUSALS
+        except httpx.HTTPError:
+            is_sure = False
+        if is_sure or status != 403:  # the account of one without credit opens all the same
+            return ProviderDown(detail, may_have_bought=may_have_bought, is_sure=is_sure)
+        metrics = {} if may_have_bought else {"is_asked": False}
+        return JobError("provider_refused", detail, metrics=metrics)
+
     @staticmethod
-    def _raise_for_refusal(response: httpx.Response) -> None:
+    def _raise_for_failure(response: httpx.Response) -> None:
         status = response.status_code
         detail = f"create: HTTP {status}: {response.text[:QUOTED_CHARS]}"
-        if status in (401, 402, 403):
-            raise ProviderDown(detail, may_have_bought=False)
         if status == 429:
             raise JobError("provider_busy", detail, retry_after_seconds(response))
         if status in (400, 422):
@@ -1029,11 +1051,10 @@ class Replicate:
             )
         except httpx.HTTPError as error:
             raise JobError("internal", f"files: {type(error).__name__}") from None
-        status = response.status_code
-        if status in (401, 402, 403):  # an earlier attempt may have bought
-            raise ProviderDown(f"files: HTTP {status}", may_have_bought=True)
+        if response.status_code in REFUSALS:  # an earlier attempt may have bought
+            raise await self._refusal(response, "files", may_have_bought=True)
         if not response.is_success:
-            raise JobError("internal", f"files: HTTP {status}")
+            raise JobError("internal", f"files: HTTP {response.status_code}")
         return str(response.json()["urls"]["get"])
 
     async def result(self, job: Job, provider_job_id: str, report: Callable[[int], None]) -> Result:
@@ -1111,8 +1132,8 @@ class Replicate:
                     return dict(response.json())
                 if response.status_code == 404 and may_be_gone and attempt >= HTTP_TRIES:
                     raise JobError("result_lost", "no such prediction")
-                if response.status_code in (401, 402, 403):
-                    raise ProviderDown(f"HTTP {response.status_code}", may_have_bought=True)
+                if response.status_code in REFUSALS:
+                    raise await self._refusal(response, "poll", may_have_bought=True)
                 log.warning("replicate.retry status=%s", response.status_code)
             await asyncio.sleep(backoff(attempt))
             attempt += 1
@@ -2068,9 +2089,15 @@ class Worker:
         """The provider refused the account: put the job back and let its like wait."""
         running.is_ending = True
         job = running.job
-        log.error("provider.refused provider=%s job=%s", job.provider, job.job_id)
+        log.error(
+            "provider.refused provider=%s job=%s is_sure=%s",
+            job.provider,
+            job.job_id,
+            error.is_sure,
+        )
         with contextlib.suppress(LeaseLost):
-            await self.db.pause_provider(job.provider, PROVIDER_PAUSE_SECONDS, str(error))
+            user_id = None if error.is_sure else job.user_id
+            await self.db.pause_provider(job.provider, PROVIDER_PAUSE_SECONDS, str(error), user_id)
             await self.db.release_job(job, resumes=error.may_have_bought)
 
     async def _give_up(self, running: Running) -> None:

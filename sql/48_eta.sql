@@ -240,7 +240,7 @@ begin
   end if;
   return greatest(
     private.play_queue(v_slots, p_ahead) / (1 - v_share),
-    case when not p_job.is_held then date_part('epoch', p_job.run_at - now()) end,
+    date_part('epoch', p_job.run_at - now()),
     date_part('epoch', v_paused_until - now())
   );
 end;

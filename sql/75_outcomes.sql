@@ -433,7 +433,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job private.running_jobs := private.end_lease(
-    p_job_id, p_token, '{released,canceled}'
+    p_job_id, p_token, '{released,canceled,failed}'
   );
 begin
   if v_job.job_id is null then
@@ -443,6 +443,18 @@ begin
       v_job, p_metrics => case when p_resumes then '{}'::jsonb else '{"is_asked": false}' end
     );
     return;
+  elsif exists (
+    select from public.generations as g cross join private.settings as s
+    where g.id = p_job_id and g.created_at < now() - s.give_up_after
+      and private.count_claims(p_job_id) >= s.max_attempts
+  ) then
+    perform private.finish_failed(
+      v_job, (select e from private.error_codes as e where e.code = 'internal')
+    );
+    perform private.record_attempts(
+      array[v_job], 'failed', array['{}'::jsonb], 'internal', 'given back too often'
+    );
+    return;
   end if;
   perform private.requeue_job(v_job, v_job.attempt - 1, interval '0', p_resumes);
   perform private.record_attempts(array[v_job], 'released', array['{}'::jsonb]);
@@ -450,8 +462,9 @@ end;
 $$;
 
 comment on function private.release_job is
-  'Gives a job back unfinished (graceful stop): next in line, the attempt does not count, the '
-  'checkpoint is kept; or canceled, if the user asked for that. p_resumes false: nothing was bought'
+  'Gives a job back unfinished (graceful stop, refused account): next in line, the attempt does '
+  'not count, the checkpoint is kept; or canceled, if the user asked for that; or failed, if it is '
+  'older than give_up_after and has been claimed more than max_attempts times. p_resumes false: nothing was bought'
   ' at the provider. Errors: DR001 lease_lost.';
 
 revoke all on function private.release_job(uuid, bigint, boolean)

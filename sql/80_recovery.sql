@@ -13,7 +13,10 @@ set search_path = pg_catalog, pg_temp
 as $$
   update private.queue_state set
     oldest_ready_at = (
-      select min(r.queued_at) from private.ready_jobs as r where r.run_at is null
+      select min(r.queued_at) from private.ready_jobs as r
+      where r.run_at is null and not r.model_id = any (array(
+        select p.id from private.paused_models as p where p.paused_until is not null
+      ))
     ),
     refreshed_at = now()
   where id = (

@@ -517,8 +517,11 @@ class Worker:
         row = self._rows(query, job.job_id, job.token, list(candidates))[0]
         return cast("str | None", row["id"])
 
-    def pause_provider(self, provider: str, seconds: int, reason: str = "402") -> None:
-        self._rows("select private.pause_provider(%s, %s, %s)", provider, seconds, reason)
+    def pause_provider(
+        self, provider: str, seconds: int, reason: str = "402", user_id: object = None
+    ) -> None:
+        said = (provider, seconds, reason, user_id)
+        self._rows("select private.pause_provider(%s, %s, %s, %s)", *said)
 
     def report_progress(self, job: Job, stage: str, progress: int | None = None) -> None:
         if self._of_one("report_progress", job, stage, progress) == "canceled":

@@ -140,6 +140,8 @@ class FakeReplicate:
         self.uploads: dict[str, tuple[str, bytes]] = {}  # id -> name and bytes of a file
         self.list_answers: deque[int | None] = deque()  # the next lists are refused with these
         self.file_answers: deque[int | None] = deque()  # and the next uploads
+        self.refused: dict[str, int] = {}  # creates with this text in them are, with this status
+        self.account_status = 200
         self.page_size = 100
         self.large_bytes = 100 * 2**20
         self._next: deque[Behaviour] = deque()
@@ -229,7 +231,7 @@ class FakeReplicate:
             case _, ["v1", *_] if not authorized:
                 answer = problem(401, "Unauthenticated", "You did not pass a valid token")
             case "GET", ["v1", "account"]:
-                answer = as_json(200, {"type": "user", "username": "darkroom"})
+                answer = as_json(self.account_status, {"type": "user", "username": "darkroom"})
             case "POST", ["v1", "predictions"]:
                 self.creates.append(request)
                 answer = self._create(request)
@@ -251,6 +253,9 @@ class FakeReplicate:
             detail = "The specified version does not exist or you may not use it."
             return problem(422, "Invalid version or not permitted", detail)
         behaviour = self._next.popleft() if self._next else self.default
+        for text, status in self.refused.items():
+            if text in json.dumps(request.body):
+                behaviour = replace(behaviour, answer=status)
         stored = behaviour.stored
         if behaviour.answer in (201, None) if stored is None else stored:
             request.prediction_id = self._store(*named, request.body["input"], behaviour)

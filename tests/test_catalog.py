@@ -129,7 +129,7 @@ MAY_EXECUTE = {
         "private.forget_files(text[],text[])",
         "private.heartbeat(bigint,uuid[],bigint[],smallint[],boolean)",
         "private.list_expired_files(integer)",
-        "private.pause_provider(text,integer,text)",
+        "private.pause_provider(text,integer,text,uuid)",
         "private.recover_stale_jobs(integer)",
         "private.register_worker(text,integer,text)",
         "private.release_job(uuid,bigint,boolean)",

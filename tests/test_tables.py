@@ -137,10 +137,6 @@ BROKEN_RULES = {
     "prompt_templates_params_are_an_object": (
         "insert into public.prompt_templates (title, prompt, params) values ('Cat', 'a cat', '[]')"
     ),
-    "ready_jobs_held_ones_are_never_due": (
-        "insert into private.ready_jobs (job_id, user_id, model_id, fair_key, is_held)"
-        " select id, user_id, model_id, 0, true from public.generations limit 1"
-    ),
     "queue_state_is_one_row": "insert into private.queue_state (id) values (false)",
     "plans_busy_after_is_positive": "update private.plans set busy_after = '0'",
     "settings_breaker_limits_are_positive": "update private.settings set breaker_users = 0",

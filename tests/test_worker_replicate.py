@@ -86,7 +86,7 @@ class Bench(Workers):
     def end_pause(self) -> None:
         """Let the provider's pause be over."""
         self.db.execute("update private.breakers set paused_until = now()")
-        self.db.execute("update private.ready_jobs set run_at = now() where not is_held")
+        self.db.execute("update private.ready_jobs set run_at = now()")
 
     def put_source(self, path: str, body: bytes) -> None:
         """Have a file in bucket inputs, in Storage and in this database's list of files."""
