@@ -365,15 +365,19 @@ class JobError(Exception):
         self.detail = detail.encode(errors="replace").decode().replace("\0", "�")
 
 
-class ProviderDown(Exception):
-    """The provider refuses our account: its jobs wait, and none is to blame.
+class Refused(JobError):
+    """The provider refuses this job, or its model, or our account."""
 
-    Where that is not sure, other users' jobs are tried meanwhile.
-    """
+    def __init__(self, detail: str, *, may_have_bought: bool) -> None:
+        metrics = {} if may_have_bought else {"is_asked": False}
+        super().__init__("provider_refused", detail, metrics=metrics)
+        self.may_have_bought = may_have_bought
 
-    def __init__(self, detail: str, *, may_have_bought: bool, is_sure: bool = True) -> None:
-        super().__init__(detail)
-        self.may_have_bought, self.is_sure = may_have_bought, is_sure
+
+class ProviderDown(Refused):
+    """It is our account: its jobs wait, and none is to blame. If sure, everybody's."""
+
+    is_sure = False
 
 
 class StorageRefused(Exception):
@@ -656,8 +660,10 @@ class Database:
 
     async def pause_provider(
         self, provider: str, seconds: int, reason: str, user_id: UUID | None
-    ) -> None:
-        await self._insist("pause_provider", provider, seconds, self._quoted(reason), user_id)
+    ) -> bool:
+        """Answer whether no job is to blame."""
+        said = (provider, seconds, self._quoted(reason), user_id)
+        return bool((await self._insist("pause_provider", *said))[0]["pause_provider"])
 
     async def checkpoint(self, job: Job, provider_job_id: str) -> None:
         await self._checkpoint_jobs(job, provider_job_id)
@@ -991,10 +997,11 @@ class Replicate:
             is_sure = account.status_code in REFUSALS
         except httpx.HTTPError:
             is_sure = False
-        if is_sure or status != 403:  # the account of one without credit opens all the same
-            return ProviderDown(detail, may_have_bought=may_have_bought, is_sure=is_sure)
-        metrics = {} if may_have_bought else {"is_asked": False}
-        return JobError("provider_refused", detail, metrics=metrics)
+        if status == 403 and not is_sure:
+            return Refused(detail, may_have_bought=may_have_bought)
+        error = ProviderDown(detail, may_have_bought=may_have_bought)
+        error.is_sure = is_sure  # the account of one without credit opens all the same
+        return error
 
     @staticmethod
     def _raise_for_failure(response: httpx.Response) -> None:
@@ -2097,8 +2104,12 @@ class Worker:
         )
         with contextlib.suppress(LeaseLost):
             user_id = None if error.is_sure else job.user_id
-            await self.db.pause_provider(job.provider, PROVIDER_PAUSE_SECONDS, str(error), user_id)
-            await self.db.release_job(job, resumes=error.may_have_bought)
+            if await self.db.pause_provider(
+                job.provider, PROVIDER_PAUSE_SECONDS, error.detail, user_id
+            ):
+                await self.db.release_job(job, resumes=error.may_have_bought)
+            else:
+                await self._fail(running, error)
 
     async def _give_up(self, running: Running) -> None:
         """The job was stopped here: by a lost lease, by its user, or because the worker stops."""

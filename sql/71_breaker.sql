@@ -302,7 +302,7 @@ create or replace function private.pause_provider(
   p_reason text,
   p_user_id uuid default null
 )
-returns void
+returns boolean
 language sql
 security definer
 set search_path = pg_catalog, pg_temp
@@ -327,13 +327,19 @@ as $$
     end,
     probe_job_id = null
   where (b.times_opened > 0 or b.paused_until > now() is not true)
-    and not private.is_doubted(b, p_user_id)
+    and not private.is_doubted(b, p_user_id);
+  select not exists (
+    select from private.breakers as b
+    where b.name = p_provider and private.is_doubted(b, p_user_id)
+  )
 $$;
 
 comment on function private.pause_provider is
   'Keeps the jobs of a provider from being claimed for a while: the account was refused, and no '
   'job is to blame. Nothing fails and nobody is charged for it. With a user, where it is not sure '
-  'that others would be refused, too: theirs wait, others'' are tried one by one.';
+  'that others would be refused, too: theirs wait, others'' are tried one by one. Answers false, '
+  'and pauses nothing, where others were served lately after this user was refused: then the job '
+  'is to blame.';
 
 revoke all on function private.pause_provider(text, integer, text, uuid)
 from public, anon, authenticated, service_role;

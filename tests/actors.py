@@ -519,9 +519,9 @@ class Worker:
 
     def pause_provider(
         self, provider: str, seconds: int, reason: str = "402", user_id: object = None
-    ) -> None:
-        said = (provider, seconds, reason, user_id)
-        self._rows("select private.pause_provider(%s, %s, %s, %s)", *said)
+    ) -> bool:
+        query = "select private.pause_provider(%s, %s, %s, %s) as is_paused"
+        return bool(self._rows(query, provider, seconds, reason, user_id)[0]["is_paused"])
 
     def report_progress(self, job: Job, stage: str, progress: int | None = None) -> None:
         if self._of_one("report_progress", job, stage, progress) == "canceled":

@@ -525,7 +525,7 @@ def test_a_refusal_that_may_be_one_users_lets_the_jobs_of_others_be_tried(db, ri
     assert breaker(db, "replicate")["state"] == "closed"
     assert {job.id for job in worker.claim_jobs(4)} == {waiting, *jobs[1:]}
 
-    worker.pause_provider("replicate", 60, "402: no credit", rich.id)  # not again for a while
+    assert not worker.pause_provider("replicate", 60, "402: no credit", rich.id)
     assert breaker(db, "replicate")["state"] == "closed"
 
 

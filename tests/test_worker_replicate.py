@@ -418,9 +418,12 @@ def test_while_the_list_cannot_be_read_nothing_is_created_again(bench, fake, db)
 # --- an account that is refused ---
 
 
-@pytest.mark.parametrize("answer", [401, 402, 403])
-def test_a_refused_account_pauses_the_provider_and_no_job_is_to_blame(bench, fake, db, answer):
+@pytest.mark.parametrize(("answer", "account"), [(401, 200), (402, 200), (403, 403)])
+def test_a_refused_account_pauses_the_provider_and_no_job_is_to_blame(
+    bench, fake, db, answer, account
+):
     fake.next(answer=answer)
+    fake.account_status = account
     process = bench.start()
     job = bench.ask()
     charged = bench.user.ledger()
@@ -434,6 +437,37 @@ def test_a_refused_account_pauses_the_provider_and_no_job_is_to_blame(bench, fak
     bench.end_pause()
     bench.until(job, "completed")
     assert (len(fake.creates), len(fake.predictions)) == (2, 1)
+
+
+@pytest.mark.parametrize("status", [401, 402, 403])
+def test_a_job_that_is_always_refused_stops_no_other(bench, fake, status):
+    fake.refused["forbidden"] = status
+    bench.attempts_allowed(3)
+    refused = User(bench.db).has(20).enqueued("forbidden", SCHNELL)
+    honest = [bench.ask() for _ in range(6)]
+    bench.start()
+
+    for job in honest:
+        bench.until(job, "completed")
+
+    eventually(lambda: bench.outcomes(refused))
+    bench.end_pause()
+    bench.until(refused, "failed")
+    given_back = ["released"] if status < 403 else []
+    assert bench.outcomes(refused) == [*given_back, "retried", "retried", "failed"]
+
+
+def test_a_model_that_refuses_everybody_is_paused_alone(bench, fake, db):
+    fake.refused[ONE_OUTPUT] = 403
+    bench.attempts_allowed(3)
+    for _ in range(3):
+        User(db).has(20).enqueue("a lighthouse", ONE_OUTPUT)
+    bench.start()
+
+    paused = eventually(lambda: db.execute("select name from private.paused_now"))
+    bench.until(bench.ask(), "completed")
+
+    assert paused == [{"name": ONE_OUTPUT}]
 
 
 def test_while_one_provider_is_paused_the_others_jobs_run(bench, fake):

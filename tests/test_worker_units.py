@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
 from typing import Any
 from unittest import mock
@@ -455,8 +455,41 @@ def test_a_refused_account_is_no_jobs_fault_and_has_bought_nothing(status):
     with pytest.raises(worker.ProviderDown) as refusal:
         create(httpx.Response(status, text="go to billing"))
 
-    assert not refusal.value.may_have_bought
+    assert refusal.value.is_sure and not refusal.value.may_have_bought
     assert f"HTTP {status}: go to billing" in str(refusal.value)
+
+
+REFUSED_STEPS: dict[str, Callable[[Replicate], Awaitable[Any]]] = {
+    "create": lambda api: api.create(a_job(), {}),
+    "files": lambda api: api.upload("a", io.BytesIO(b"a")),
+    "poll": lambda api: api.result(a_job(), "p1", lambda _: None),
+    "list": lambda api: api.find(a_job(), datetime.now(UTC)),
+}
+
+
+@pytest.mark.parametrize("account", [200, 500, None])
+@pytest.mark.parametrize("status", [401, 402, 403])
+@pytest.mark.parametrize("step", REFUSED_STEPS)
+def test_a_refusal_is_not_surely_the_accounts_unless_that_is_refused_too(step, status, account):
+    async def handle(request: httpx.Request) -> httpx.Response:
+        if request.url.path != "/v1/account":
+            return httpx.Response(status)
+        if account is None:
+            raise httpx.ReadTimeout("late")
+        return httpx.Response(account)
+
+    async def call() -> None:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(handle)) as http:
+            await REFUSED_STEPS[step](Replicate(http, "https://api/v1", TOKEN))
+
+    with pytest.raises(worker.Refused) as refusal:
+        asyncio.run(call())
+
+    error = refusal.value
+    assert f"HTTP {status}" in str(error)
+    assert error.may_have_bought == (step != "create")
+    # 403: of the model or a file, for all we know. Else of the key or the credit, to be proven.
+    assert getattr(error, "is_sure", "the job's") == ("the job's" if status == 403 else False)
 
 
 @pytest.mark.parametrize(
@@ -585,7 +618,7 @@ def test_a_list_without_end_is_given_up_for_good():
 @pytest.mark.parametrize("status", [401, 402, 403])
 def test_an_account_refused_while_looking_may_have_bought(status):
     with pytest.raises(worker.ProviderDown) as refusal:
-        found(httpx.Response(status))
+        found(httpx.Response(status), httpx.Response(status))
 
     assert refusal.value.may_have_bought
 
