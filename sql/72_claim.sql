@@ -3,9 +3,9 @@
 -- claim_jobs makes delayed jobs claimable that have come due, locks the jobs with the smallest
 -- fair_key that nobody else is claiming (skip locked), and moves them in one statement.
 --
--- While a breaker (71) is open, what it keeps back waits in place, and claims read an index by model
--- instead of the one in fair order: a pile of jobs that wait is never walked. No claim waits for a
--- lock.
+-- While a breaker (71) is open, what it keeps back waits in place, and claims read an index by
+-- model instead of the one in fair order: a pile of jobs that wait is never walked. No claim waits
+-- for a lock.
 
 -- While a long transaction holds back vacuum, a scan of the queue's tables walks the dead rows of
 -- all jobs since. So whoever made one that took long puts the next off for everybody, and looks
@@ -156,16 +156,48 @@ $$;
 revoke all on function private.lock_next_jobs(integer, bigint)
 from public, anon, authenticated, service_role;
 
+-- What keeps jobs of a model back: whether nothing does; whether all wait; whether the pause is
+-- over; and who failed, at model or provider, and at the provider.
+create or replace function private.gate_of(
+  p_model_id text,
+  p_provider text,
+  out is_open boolean,
+  out is_shut boolean,
+  out is_over boolean,
+  out failed_users uuid[],
+  out failed_at_provider uuid[]
+)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+  select
+    count(*) = 0,
+    coalesce(bool_or(private.admits(b, null) is false), false),
+    bool_and(private.admits(b, null) is true),
+    array(
+      select unnest(f.failed_users) from private.breakers as f
+      where f.name in (p_model_id, p_provider) and f.times_opened > 0
+    ),
+    array(
+      select unnest(f.failed_users) from private.breakers as f
+      where f.name = p_provider and f.times_opened > 0
+    )
+  from private.breakers as b
+  where b.name in (p_model_id, p_provider) and private.breaker_state(b) <> 'closed'
+$$;
+
+revoke all on function private.gate_of(text, text)
+from public, anon, authenticated, service_role;
+
 -- The same while something is paused: of each model that is not, the next; of one that can be
--- tried, one job of a user who has not failed; after the pause, where there is no such job, one of a
--- user who has.
+-- tried, one job of a user who has not failed; after the pause, where there is no such job, one of
+-- a user who has.
 create or replace function private.lock_next_admitted_jobs(p_at_most integer, p_from bigint)
 returns bigint[]
 language plpgsql
 set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
-set enable_seqscan = off
-set enable_bitmapscan = off
 as $$
 begin
   return array(
@@ -183,44 +215,29 @@ begin
           where r.run_at is null and r.model_id > w.model_id order by r.model_id limit 1
         )
         from waiting as w where w.model_id is not null
-      ),
-      candidates as (
+      )
+      select c.seq from (
         select
           next.seq,
-          not next.has_failed
-            or bool_and(next.has_failed) over (partition by w.model_id) as is_first_of_model,
-          not next.has_failed_all
-            or bool_and(next.has_failed_all) over (partition by m.provider) as is_first_of_provider
+          next.has_failed,
+          bool_and(next.has_failed) over (partition by w.model_id) as all_of_model,
+          next.failed_at_provider,
+          bool_and(next.failed_at_provider) over (partition by m.provider) as all_of_provider
         from waiting as w
         left join public.models as m on m.id = w.model_id
-        cross join lateral (
-          select
-            count(*) as breakers,
-            coalesce(bool_or(private.admits(b, null) is false), false) as is_shut,
-            bool_and(private.admits(b, null) is true) as is_over,
-            array(
-              select unnest(f.failed_users) from private.breakers as f
-              where f.name in (w.model_id, m.provider) and f.times_opened > 0
-            ) as failed_users,
-            array(
-              select unnest(f.failed_users) from private.breakers as f
-              where f.name = m.provider and f.times_opened > 0
-            ) as failed_all
-          from private.breakers as b
-          where b.name in (w.model_id, m.provider) and private.breaker_state(b) <> 'closed'
-        ) as gate
+        cross join lateral private.gate_of(w.model_id, m.provider) as gate
         cross join lateral (
           (
-            select r.seq, false as has_failed, false as has_failed_all
+            select r.seq, false as has_failed, false as failed_at_provider
             from private.ready_jobs as r
             where r.run_at is null and r.model_id = w.model_id and r.fair_key >= p_from
               and not r.user_id = any (gate.failed_users)
-            order by r.fair_key, r.seq limit case gate.breakers when 0 then p_at_most else 1 end
+            order by r.fair_key, r.seq limit case when gate.is_open then p_at_most else 1 end
           )
           union all
           (
             select
-              r.seq, r.user_id = any (gate.failed_users), r.user_id = any (gate.failed_all)
+              r.seq, r.user_id = any (gate.failed_users), r.user_id = any (gate.failed_at_provider)
             from private.ready_jobs as r
             where r.run_at is null and r.model_id = w.model_id and r.fair_key >= p_from
               and gate.is_over
@@ -228,8 +245,8 @@ begin
           )
         ) as next
         where not gate.is_shut
-      )
-      select c.seq from candidates as c where c.is_first_of_model and c.is_first_of_provider
+      ) as c
+      where (c.all_of_model or not c.has_failed) and (c.all_of_provider or not c.failed_at_provider)
     ))
     order by r.fair_key, r.seq limit p_at_most for update skip locked
   );

@@ -464,8 +464,8 @@ $$;
 comment on function private.release_job is
   'Gives a job back unfinished (graceful stop, refused account): next in line, the attempt does '
   'not count, the checkpoint is kept; or canceled, if the user asked for that; or failed, if it is '
-  'older than give_up_after and has been claimed more than max_attempts times. p_resumes false: nothing was bought'
-  ' at the provider. Errors: DR001 lease_lost.';
+  'older than give_up_after and has been claimed more than max_attempts times. p_resumes false: '
+  'nothing was bought at the provider. Errors: DR001 lease_lost.';
 
 revoke all on function private.release_job(uuid, bigint, boolean)
 from public, anon, authenticated, service_role;
