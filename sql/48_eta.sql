@@ -271,6 +271,9 @@ begin
       left join private.model_stats as s on s.model_id = r.model_id
       where r.run_at is null and r.fair_key >= (select f.fair_key from private.queue_floor as f)
         and (r.fair_key, r.seq) < (p_job.fair_key, p_job.seq)
+        and not r.model_id = any (array(
+          select p.id from private.paused_models as p where p.paused_until is not null
+        ))
       order by r.fair_key, r.seq limit p_position
     );
   end if;
@@ -317,6 +320,9 @@ begin
       select from private.ready_jobs as r
       where r.run_at is null and r.fair_key >= (select f.fair_key from private.queue_floor as f)
         and (r.fair_key, r.seq) < (v_job.fair_key, v_job.seq)
+        and not r.model_id = any (array(
+          select p.id from private.paused_models as p where p.paused_until is not null
+        ))
       order by r.fair_key, r.seq limit p_at_most
     ) as ahead;
     if queue_position = p_at_most then

@@ -192,7 +192,7 @@ from public, anon, authenticated, service_role;
 
 -- The same while something is paused: of each model that is not, the next; of one that can be
 -- tried, one job of a user who has not failed; after the pause, where there is no such job, one of
--- a user who has.
+-- a user who has. A range of models, though of one: else the index in fair order might be walked.
 create or replace function private.lock_next_admitted_jobs(p_at_most integer, p_from bigint)
 returns bigint[]
 language plpgsql
@@ -230,21 +230,22 @@ begin
           (
             select r.seq, false as has_failed, false as failed_at_provider
             from private.ready_jobs as r
-            where r.run_at is null and r.model_id = w.model_id and r.fair_key >= p_from
-              and not r.user_id = any (gate.failed_users)
-            order by r.fair_key, r.seq limit case when gate.is_open then p_at_most else 1 end
+            where r.run_at is null and r.model_id between w.model_id and w.model_id
+              and r.fair_key >= p_from and not r.user_id = any (gate.failed_users)
+            order by r.model_id, r.fair_key, r.seq
+            limit case when gate.is_open then p_at_most else 1 end
           )
           union all
           (
             select
               r.seq, r.user_id = any (gate.failed_users), r.user_id = any (gate.failed_at_provider)
             from private.ready_jobs as r
-            where r.run_at is null and r.model_id = w.model_id and r.fair_key >= p_from
-              and gate.is_over
-            order by r.fair_key, r.seq limit 1
+            where r.run_at is null and r.model_id between w.model_id and w.model_id
+              and r.fair_key >= p_from and gate.is_over
+            order by r.model_id, r.fair_key, r.seq limit 1
           )
         ) as next
-        where not gate.is_shut
+        where w.model_id is not null and not gate.is_shut
       ) as c
       where (c.all_of_model or not c.has_failed) and (c.all_of_provider or not c.failed_at_provider)
     ))
