@@ -372,7 +372,7 @@ begin
   end if;
   if exists (
     select from private.breakers as b
-    where b.paused_until > now() or b.failed_users <> '{}' or b.doubted_users <> '{}'
+    where b.paused_until > now() or p_user_id = any (b.failed_users || b.doubted_users)
   ) then
     v_paused_until := private.paused_until(v_model, p_user_id);
     if v_paused_until is not null then

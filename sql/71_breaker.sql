@@ -295,7 +295,7 @@ $$;
 revoke all on function private.note_successes(private.running_jobs[])
 from public, anon, authenticated, service_role;
 
--- An operator's pause stays what it is, and a single user's refusals count once in a while.
+-- An operator's pause stays what it is, and a user who is doubted begins none.
 create or replace function private.pause_provider(
   p_provider text,
   p_seconds integer,
@@ -327,19 +327,18 @@ as $$
     end,
     probe_job_id = null
   where (b.times_opened > 0 or b.paused_until > now() is not true)
-    and not private.is_doubted(b, p_user_id);
-  select not exists (
-    select from private.breakers as b
-    where b.name = p_provider and private.is_doubted(b, p_user_id)
+    and (b.times_opened > 0 or not private.is_doubted(b, p_user_id));
+  select exists (
+    select from private.breakers as b where b.name = p_provider and b.paused_until > now()
   )
 $$;
 
 comment on function private.pause_provider is
   'Keeps the jobs of a provider from being claimed for a while: the account was refused, and no '
   'job is to blame. Nothing fails and nobody is charged for it. With a user, where it is not sure '
-  'that others would be refused, too: theirs wait, others'' are tried one by one. Answers false, '
-  'and pauses nothing, where others were served lately after this user was refused: then the job '
-  'is to blame.';
+  'that others would be refused, too: theirs wait, others'' are tried one by one. Answers whether '
+  'it is paused now; not where others were served lately though this user failed: then the job is '
+  'to blame.';
 
 revoke all on function private.pause_provider(text, integer, text, uuid)
 from public, anon, authenticated, service_role;

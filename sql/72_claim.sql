@@ -280,6 +280,7 @@ begin
       where r.seq = any (v_seqs) and v_breaker.name in (r.model_id, m.provider)
       order by r.user_id = any (v_breaker.failed_users), array_position(v_seqs, r.seq)
     );
+    continue when v_own = '{}';
     if private.begin_probe(v_breaker.name, v_own[1]) then
       v_own := v_own[2:];
     end if;

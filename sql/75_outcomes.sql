@@ -433,7 +433,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job private.running_jobs := private.end_lease(
-    p_job_id, p_token, '{released,canceled,failed}'
+    p_job_id, p_token, '{released,canceled}'
   );
 begin
   if v_job.job_id is null then
@@ -451,12 +451,9 @@ begin
     perform private.finish_failed(
       v_job, (select e from private.error_codes as e where e.code = 'internal')
     );
-    perform private.record_attempts(
-      array[v_job], 'failed', array['{}'::jsonb], 'internal', 'given back too often'
-    );
-    return;
+  else
+    perform private.requeue_job(v_job, v_job.attempt - 1, interval '0', p_resumes);
   end if;
-  perform private.requeue_job(v_job, v_job.attempt - 1, interval '0', p_resumes);
   perform private.record_attempts(array[v_job], 'released', array['{}'::jsonb]);
 end;
 $$;

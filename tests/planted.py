@@ -288,7 +288,7 @@ MONEY = [
         "a job that is given back is lost",
         "sql/75_outcomes.sql",
         "  perform private.requeue_job(v_job, v_job.attempt - 1, interval '0', p_resumes);\n",
-        "",
+        "  null;\n",
         STATES,
     ),
     Bug(
@@ -431,7 +431,45 @@ WAKE_UP = [
         f"{LOOKS}[first]",
     ),
 ]
-PLANTED = [*SECURITY, *MONEY, *WAKE_UP]
+BREAKER = "tests/test_breaker.py::test_"
+BLAME = [
+    Bug(
+        "a pause is for everybody, also where few have failed",
+        "sql/71_breaker.sql",
+        "between 1 and 99\n      and not p_user_id",
+        "between 1 and 0\n      and not p_user_id",
+        f"{BREAKER}users_whose_input_fails_throttle_themselves_and_keep_nobody_waiting",
+    ),
+    Bug(
+        "who failed where others succeed may pause the model again and again",
+        "sql/71_breaker.sql",
+        "  if (v_is_closed and private.is_doubted(v_breaker, p_job.user_id))\n    or (",
+        "  if (",
+        f"{BREAKER}who_failed_where_another_succeeded_pauses_nobody_for_a_while",
+    ),
+    Bug(
+        "the probe is a job of those who opened the breaker",
+        "sql/72_claim.sql",
+        "where (c.all_of_model or not c.has_failed) and (",
+        "where (",
+        f"{BREAKER}the_probe_is_a_job_of_a_user_who_has_not_failed_if_there_is_one",
+    ),
+    Bug(
+        "any refusal is the account's",
+        "worker.py",
+        "        if status == 403 and not is_sure:\n",
+        "        is_sure = True\n        if status == 403 and not is_sure:\n",
+        "tests/test_worker_replicate.py::test_a_job_that_is_always_refused_stops_no_other",
+    ),
+    Bug(
+        "a job is given back for ever",
+        "sql/75_outcomes.sql",
+        "g.created_at < now() - s.give_up_after\n",
+        "false\n",
+        f"{BREAKER}a_job_that_is_given_back_again_and_again_gives_up",
+    ),
+]
+PLANTED = [*SECURITY, *MONEY, *WAKE_UP, *BLAME]
 
 # What may never go unnoticed, and the bug that takes it away.
 CORNERSTONES = {
