@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from http_fixtures import LITE
+
 
 @dataclass(frozen=True)
 class Bug:
@@ -22,6 +24,14 @@ WORDS = f"{FUZZ}whatever_it_is_given_a_function_answers_or_refuses_in_our_words"
 SAFE_PATH = "tests/test_security_search_path.py::test_no_function_picks_up_what_its_caller_planted"
 
 SECURITY = [
+    # Small in, huge out.
+    Bug(
+        "params are written out before anything has looked at their numbers",
+        "sql/30_gating.sql",
+        "pg_column_size(v_params) <= 8 * v_max_bytes and private.has_endless_number(v_params)",
+        "false",
+        "tests/test_security_rpc.py::test_no_call_costs_more_than_it_weighs[authenticated]",
+    ),
     # Rows.
     Bug(
         "a policy lets users read everybody's generations",
@@ -85,14 +95,14 @@ SECURITY = [
         "sql/30_gating.sql",
         "  where id = p_job_id and user_id = p_user_id and deleted_at is null;",
         "  where id = p_job_id and deleted_at is null;",
-        f"{RPC}[get_job_status]",
+        f"{RPC}[{LITE}-get_job_status]",
     ),
     Bug(
         "a list shows jobs of others if their ids are known",
         "sql/60_status.sql",
         "where g.id = any (v_ids || p_job_ids) and g.user_id = v_user_id and g.deleted_at is null",
         "where g.id = any (v_ids || p_job_ids) and g.deleted_at is null",
-        f"{RPC}[list_active_jobs]",
+        f"{RPC}[{LITE}-list_active_jobs]",
     ),
     Bug(
         "a template of another user is overwritten",
@@ -106,7 +116,7 @@ SECURITY = [
         "sql/64_sharing.sql",
         "'prompt', case when p_image.shows_prompt then g.prompt end,",
         "'prompt', g.prompt,",
-        f"{RPC}[list_public_images]",
+        f"{RPC}[{LITE}-list_public_images]",
     ),
     Bug(
         "a cast error of PostgreSQL reaches clients",
