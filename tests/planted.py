@@ -32,6 +32,14 @@ SECURITY = [
         "    and false then",
         "tests/test_security_rpc.py::test_no_call_costs_more_than_it_weighs[authenticated]",
     ),
+    Bug(
+        "users' requests last as long as they like",
+        "sql/00_setup.sql",
+        "    execute format('alter role %I set statement_timeout = %L', v_role, '3s');",
+        "    null;",
+        "tests/test_setup.py::"
+        "test_requests_of_users_are_ended_in_time_unless_the_platform_has_said_when",
+    ),
     # Rows.
     Bug(
         "a policy lets users read everybody's generations",

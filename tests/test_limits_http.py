@@ -22,7 +22,7 @@ from database import Database, Server, cost, memory, unchanged
 from hostile import NUMBERS
 from http_client import Client, Endpoints, answer, refusal
 from http_fixtures import HAS_POSTGREST, gateway_before
-from worker_process import Workers
+from worker_process import Workers, eventually
 
 from stack import Stack, sign_jwt
 
@@ -121,6 +121,24 @@ def test_what_is_nested_too_deep_is_refused(user, opening, levels, statuses):
 
     assert refused.status in statuses
     assert refused.code in {"PT400", "54001"}  # PostgREST meets it before our function does
+
+
+# --- a pattern that never ends ---
+
+
+@as_sent
+def test_ten_filters_that_would_never_end_are_ended_and_the_api_goes_on(user, stack_db):
+    user.enqueued("a" * 2999)
+    never = {"select": "id", "prompt": r"match.^(a*)(a*)(a*)(a*)\1\2\3\4$"}  # twice as many is even
+    busy = "select count(*) from pg_stat_activity where query ~ 'generations' and state = 'active'"
+
+    with ThreadPoolExecutor(10) as pool:
+        filters = [pool.submit(user.rest, "GET", "generations", params=never) for _ in range(10)]
+        eventually(lambda: stack_db.value(f"{busy} and pid <> pg_backend_pid()") >= 9)
+        assert answer(user.rpc("ping"))["ok"]
+        assert {refusal(each.result()).code for each in filters} == {"57014"}
+
+    assert stack_db.value(f"{busy} and pid <> pg_backend_pid()") == 0
 
 
 # --- thousands of clients that poll ---

@@ -1,5 +1,7 @@
 """sql/00_setup.sql: schemas, roles, default privileges."""
 
+import json
+
 import pytest
 from database import GRANTS, PROJECT, SEED
 
@@ -70,6 +72,19 @@ def test_who_looks_on_reads_only_and_is_ended_in_time(db):
         "idle_in_transaction_session_timeout=15s",
         "statement_timeout=10s",
     ]
+
+
+def test_requests_of_users_are_ended_in_time_unless_the_platform_has_said_when(supabase_db):
+    set_before = "alter role anon set statement_timeout = '7s'; alter role authenticated reset all;"
+    shown = (
+        "do $$ begin raise exception 'set: %', (select jsonb_object_agg(rolname, rolconfig)"
+        " from pg_roles where rolname in ('anon', 'authenticated')); end $$;"
+    )
+
+    done = supabase_db.psql(script=f"{set_before}{SETUP.read_text()}{shown}")  # rolled back
+
+    expected = {"anon": ["statement_timeout=7s"], "authenticated": ["statement_timeout=3s"]}
+    assert f"set: {json.dumps(expected)}" in done.stderr
 
 
 def test_schema_private_is_closed_to_everybody_else(db):
