@@ -175,7 +175,7 @@ as $$
     'timeouts',
     'wrong',
     format(
-      'one request may hold a connection for ever: alter role %s set statement_timeout = ''3s''',
+      'one request may hold a connection for ever: alter role %s set statement_timeout = ''8s''',
       r.rolname
     )
   from pg_roles as r

@@ -207,13 +207,13 @@ def test_storage_that_is_not_as_installed(db, check, fault):
 def test_a_role_of_the_api_whose_requests_nothing_ends(check_stack, plant, role):
     plant(
         f"alter role {role} reset statement_timeout",
-        f"alter role {role} set statement_timeout = '3s'",
+        f"alter role {role} set statement_timeout = '8s'",
     )
 
     said = check_stack()
 
     assert (said.code, [*said.wrong()]) == (1, ["timeouts"])
-    assert said.wrong()["timeouts"].endswith(f"alter role {role} set statement_timeout = '3s'")
+    assert said.wrong()["timeouts"].endswith(f"alter role {role} set statement_timeout = '8s'")
 
 
 @pytest.mark.parametrize("whose", ["role authenticator", "database postgres"])
