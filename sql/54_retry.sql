@@ -223,6 +223,7 @@ begin
   elsif p_since is null or coalesce(p_at_most not between 1 and 10000, true) then
     perform private.refuse_input('since: missing, or at_most: not between 1 and 10000');
   end if;
+  <<users>>
   for v_user_id in
     select distinct g.user_id from public.generations as g
     where g.status = 'failed' and g.error_code = p_code and g.finished_at >= p_since
@@ -243,9 +244,7 @@ begin
         and g.finished_at >= p_since
       order by g.id
     loop
-      if v_redriven = p_at_most then
-        return json_build_object('redriven', v_redriven, 'skipped', v_skipped);
-      end if;
+      exit users when v_redriven = p_at_most;
       begin
         v_reason := 'insufficient_credits';
         if v_wish.price <= v_credits is not false then
@@ -270,7 +269,9 @@ begin
       end if;
     end loop;
   end loop;
-  return json_build_object('redriven', v_redriven, 'skipped', v_skipped);
+  return json_strip_nulls(
+    json_build_object('redriven', v_redriven, 'skipped', nullif(v_skipped, '{}'))
+  );
 end;
 $$;
 
@@ -293,9 +294,9 @@ $$;
 comment on function public.redrive_failed is
   'Queues again what failed with a code since a time, free, with the same input: of each wish the '
   'last try, unless one is under way or done, and for each user no more than the credits at hand '
-  'would buy. Answers {redriven, skipped: {reason: count}}; reasons are insufficient_credits, those'
-  ' of retry_generation, and internal. Call again while redriven is at_most. It reads the whole '
-  'history: an operator''s tool. Errors: PT400 invalid_input.';
+  'would buy. Answers {redriven, skipped: {reason: count} if any}; reasons are '
+  'insufficient_credits, those of retry_generation, and internal. Call again while redriven is '
+  'at_most. It reads the whole history: an operator''s tool. Errors: PT400 invalid_input.';
 
 revoke all on function public.redrive_failed(text, timestamptz, integer)
 from public, anon, authenticated, service_role;

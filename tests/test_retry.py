@@ -255,7 +255,7 @@ def test_of_a_wish_the_last_try_is_redriven_and_no_other(db, service, wish, chai
 
     answer = service.redrive("internal")
 
-    assert answer == {"redriven": 1, "skipped": {}}
+    assert answer == {"redriven": 1}
     assert repeats(db, *wish.tries) == [0] * len(CHAINS[chain]) + [1]
     assert service.redrive_failed("internal", "-infinity") == 0
     wish.ended("completed")
@@ -270,7 +270,7 @@ def test_members_of_a_batch_are_wishes_of_their_own(db, alice, service, wish):
         wish.failed()
     wish.again(0).failed()
 
-    assert service.redrive("internal") == {"redriven": 3, "skipped": {}}
+    assert service.redrive("internal") == {"redriven": 3}
     assert repeats(db, *wish.tries) == [0, 1, 1, 1]
 
 
@@ -285,7 +285,7 @@ def test_a_wish_is_not_redriven_while_a_try_of_it_is_under_way_done_or_given_up(
     if way == "completed":  # and here not the last
         wish.again(1 - of).failed()
 
-    assert service.redrive("internal") == {"redriven": 0, "skipped": {}}
+    assert service.redrive("internal") == {"redriven": 0}
 
 
 @pytest.mark.parametrize(("deleted", "redriven"), [(0, [0, 0, 1]), (1, [0, 0, 1]), (2, [0, 1, 0])])
@@ -311,7 +311,7 @@ def test_only_the_code_and_the_time_of_the_last_try_count(db, service, wish):
 def test_what_was_redriven_and_failed_is_redriven_again_free(db, alice, service, worker, wish):
     wish.asked().failed()
     for _ in range(3):
-        assert service.redrive("internal") == {"redriven": 1, "skipped": {}}
+        assert service.redrive("internal") == {"redriven": 1}
         job = worker.claimed()
         worker.fail_job(job, "internal")
     service.redrive("internal")
@@ -449,5 +449,5 @@ def test_two_operators_at_once_redrive_each_wish_once(db, bob, worker, wish):
     answers = together([lambda s=each: s.redrive("internal") for each in operators])
 
     assert sum(answer["redriven"] for answer in answers) == 6
-    assert {str(answer["skipped"]) for answer in answers} == {"{}"}
+    assert {key for answer in answers for key in answer} == {"redriven"}
     assert_books_balance(db)
