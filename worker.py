@@ -1691,7 +1691,7 @@ class Running:
 
     def __post_init__(self) -> None:
         self.provider_job_id = self.job.provider_job_id
-        if not self.provider_job_id:  # nobody has asked the provider, or nobody knows what came of it
+        if not self.provider_job_id:  # nobody has asked the provider, or this attempt has not yet
             self.metrics = {"is_billed" if self.job.begun_before else "is_asked": False}
 
     def report(self, percent: int) -> None:
