@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -121,7 +122,10 @@ class Database:
 
     def lift_limits(self) -> None:
         """Give both plans limits that no test reaches."""
-        self.execute("update private.plans set max_active = 1000000, max_per_minute = 1000000")
+        self.execute(
+            "update private.plans set max_active = 1000000, max_per_minute = 1000000,"
+            " max_burned_per_day = 1000000"
+        )
 
     def pass_time(self, interval: str) -> None:
         """Let time pass without waiting: everything on record moves into the past by as much."""
@@ -167,6 +171,23 @@ class Database:
         while not self.value(query, waiting.info.backend_pid):
             assert time.monotonic() < deadline, "it never waited for a lock"
             time.sleep(0.005)
+
+
+def memory(pid: int, what: str) -> int:
+    """Return what a server process holds (VmRSS) or has held at most (VmHWM), in bytes."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(rf"{what}:\s+(\d+) kB", status)[1]) * 1024
+
+
+def cost(pids: list[int], call: Callable[[], object]) -> tuple[float, int]:
+    """Return the seconds of a call, and by how many bytes one of these processes grew meanwhile."""
+    for pid in pids:
+        Path(f"/proc/{pid}/clear_refs").write_text("5")  # what it has held at most, begins anew
+    before = {pid: memory(pid, "VmRSS") for pid in pids}
+    started = time.perf_counter()
+    call()
+    seconds = time.perf_counter() - started
+    return seconds, max(memory(pid, "VmHWM") - before[pid] for pid in pids)
 
 
 @contextlib.contextmanager
@@ -215,7 +236,7 @@ where (
   select case
     when g.status in ('failed', 'canceled') then array[g.price_credits]
     when g.status = 'completed' and count(*) < g.image_count
-      then array[g.price_credits * (g.image_count - count(*)::integer) / g.image_count]
+      then array[g.price_credits / g.image_count * (g.image_count - count(*)::integer)]
   end
   from public.images as i where i.generation_id = g.id
 )

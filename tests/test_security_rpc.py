@@ -1,6 +1,6 @@
 """Every function of the API, given hostile values by everybody who has a token or none.
 
-Twice: over HTTP with a gateway and a database of its own, where values may be of any type; and past
+Twice: over HTTP with gateways and databases of its own, where values may be of any type; and past
 the gateway with values of the right type, since what a gateway does not understand goes no further.
 `HOSTILE=20 pytest tests/test_security_rpc.py` tries 20 times as much.
 """
@@ -8,20 +8,19 @@ the gateway with values of the right type, since what a gateway does not underst
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import signal
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import httpx
 import pytest
-from actors import Anon, Caller, Refusal, Service, User
-from database import Database, Server, assert_books_balance
+from actors import Anon, Caller, Refusal, Service, User, outcome
+from database import Database, Server, assert_books_balance, cost
 from hostile import (
     API_ROLES,
     DETAIL,
+    HEAVY,
     MISFITS,
     SECRET,
     Function,
@@ -29,15 +28,16 @@ from hostile import (
     arguments,
     attacks,
     functions,
+    literal,
     one_by_one,
 )
 from http_client import Client, Endpoints
-from http_fixtures import start_postgrest
+from http_fixtures import GATEWAYS, gateway_before
 from hypothesis import given
 from hypothesis import strategies as st
 from test_catalog import MAY_EXECUTE
 
-from stack import Gateway, Settings, Stack, sign_jwt
+from stack import Stack, sign_jwt
 
 CALLS = [
     (role, re.sub(r"^public\.|\(.*", "", signature))
@@ -95,6 +95,30 @@ def test_whatever_it_is_given_a_function_answers_or_refuses_in_our_words(db, rol
     assert_books_balance(db)
 
 
+@pytest.mark.parametrize("role", API_ROLES)
+def test_no_call_costs_more_than_it_weighs(db, role):
+    victim = Victim(db)
+    caller: Caller = {
+        "anon": Anon(db),
+        "authenticated": User(db, victim.id),
+        "service_role": Service(db),
+    }[role]
+    pid = caller.connection.info.backend_pid
+    plausible = {name: values[0] for name, values in victim.plausible().items()}
+
+    for function in functions(db, role, "public"):
+        types = function.arguments
+        given = {name: literal(type, plausible[name]) for name, type in types.items()}
+        caller.ping()
+        heavy = [(name, value) for name in types for value in HEAVY.get(types[name], [])]
+        for name, value in heavy:
+            values, what = given | {name: value}, (function.name, name, value[:30], len(value))
+            call = partial(outcome, partial(caller.call, f"public.{function.name}", **values))
+            seconds, grown = cost([pid], call)
+            assert grown < 20_000_000, (what, grown)
+            assert seconds < 0.25 or cost([pid], call)[0] < 0.25, (what, seconds)
+
+
 # Over HTTP.
 
 
@@ -116,22 +140,17 @@ class Api:
         return Client(self.endpoints, sign_jwt(self.jwt_secret, claims | {"exp": 4_102_444_800}))
 
 
-@pytest.fixture(scope="module")
-def api(server: Server, template: str, stopped_stack: Stack) -> Iterator[Api]:
-    """A database with a victim in it, behind a gateway; behind PostgREST if there is one."""
-    db, folder = server.create(template), stopped_stack.folder / "hostile"
-    folder.mkdir()
-    shutil.copy(stopped_stack.settings.file, folder / "env")
-    gateway = Gateway(folder, Settings(folder / "env"))
-    with httpx.Client(timeout=60, limits=httpx.Limits(keepalive_expiry=2)) as http:
-        if binary := os.environ.get("POSTGREST_BIN"):
-            process, url = start_postgrest(binary, stopped_stack, db)
-            yield Api(db, url, stopped_stack.jwt_secret, http)
-            process.stop(signal.SIGTERM, 10)
-        else:
-            gateway.start(db.url)
-            yield Api(db, f"{gateway.address()}/rest/v1", stopped_stack.jwt_secret, http)
-            gateway.stop()
+@pytest.fixture(scope="module", params=GATEWAYS)
+def api(
+    server: Server, template: str, stopped_stack: Stack, request: pytest.FixtureRequest
+) -> Iterator[Api]:
+    """A database with a victim in it, behind a gateway."""
+    db = server.create(template)
+    with (
+        gateway_before(db, stopped_stack, request.param) as url,
+        httpx.Client(timeout=60, limits=httpx.Limits(keepalive_expiry=2)) as http,
+    ):
+        yield Api(db, url, stopped_stack.jwt_secret, http)
     server.drop(db)
 
 
