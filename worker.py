@@ -1421,7 +1421,8 @@ class Pictures:
     async def _run(self, file: IO[bytes], request: dict[str, Any]) -> dict[str, Any]:
         """Answer all that a new process told until its end. Raises OSError if there is none."""
         file.flush()
-        for _ in range(2):  # perhaps the server ends just now, as nobody has asked
+        for attempt in range(3):  # perhaps the server ends just now, as nobody has asked
+            await asyncio.sleep(backoff(attempt) if attempt else 0)
             ours, theirs = socket.socketpair()
             with theirs, contextlib.suppress(ConnectionError):
                 socket.send_fds(self.start(), [b"1"], [theirs.fileno(), file.fileno()])
@@ -1543,7 +1544,7 @@ class Chunks(PngImagePlugin.PngStream):
         if cid in PIXEL_CHUNKS:
             return super().call(cid, pos, length)
         if cid in (b"iCCP", b"eXIf"):
-            with contextlib.suppress(ValueError, SyntaxError, IndexError):
+            with contextlib.suppress(Exception):
                 return super().call(cid, pos, length)
         assert self.fp
         self.fp.seek(pos)
@@ -1556,7 +1557,15 @@ class Chunks(PngImagePlugin.PngStream):
             self.crc_skip(cid, data)
 
 
+def read_app(image: JpegImagePlugin.JpegImageFile, marker: int) -> None:
+    """Read a JPEG's segment for applications, or leave it out where it is broken."""
+    with contextlib.suppress(Exception):
+        JpegImagePlugin.APP(image, marker)
+        image.icclist = [part for part in image.icclist if len(part) > 14]
+
+
 PngImagePlugin.PngStream = Chunks  # type: ignore[misc]
+JpegImagePlugin.MARKER.update(dict.fromkeys(range(0xFFE0, 0xFFF0), ("APP", "", read_app)))  # type: ignore[arg-type]
 # A JPEG is read as one also where it says that it is several, rightly or not.
 Image.register_open("JPEG", JpegImagePlugin.JpegImageFile, JpegImagePlugin._accept)
 

@@ -72,6 +72,15 @@ as $$
       '|api|apikey|key|auth|authorization|bearer|urls?|uris?|hrefs?|links?|endpoint|proxy|host|hf',
       '|huggingface|civitai|replicate|openai|debug|workflow|kwargs|command|extra_args)(_|$)'
     )
+    -- Whom the provider is to hold responsible is not for that person to say.
+    or p_snake ~ concat(
+      '(^|_)(end_?)?(users?|customers?|clients?|accounts?|members?|tenants?|visitors?|sessions?',
+      '|devices?|requesters?|organi[sz]ations?|fingerprints?|e?mails?|usernames?|ip)',
+      '(_?(u?u?ids?|identifi(er|cation)s?|names?|e?mails?|ip|address|hash(es)?|keys?|refs?',
+      '|reference|tags?|tokens?|info|data|metadata))?$'
+    )
+    or private.is_free_text(p_rules) and p_snake !~ 'prompt'
+    and p_prose ~ '\m(end|your)[- ]?(users?|customers?)\M'
     or private.takes_file(p_rules)
     or p_rules @? '$.**.format ? (@ == "password")'
     or p_rules @? '$.** ? (@.type == "object")'

@@ -191,9 +191,45 @@ SECURITY = [
     Bug(
         "a bomb is decoded",
         "worker.py",
-        "    if width * height > MAX_IMAGE_PIXELS:",
-        "    if width * height > 100 * MAX_IMAGE_PIXELS:",
+        '> MAX_IMAGE_PIXELS:\n        raise JobError("provider_error"',
+        '> 100 * MAX_IMAGE_PIXELS:\n        raise JobError("provider_error"',
         "tests/test_worker_storage.py::test_a_bomb_is_refused_before_it_is_decoded",
+    ),
+    Bug(
+        "a picture may take any time",
+        "worker.py",
+        "        (resource.RLIMIT_CPU, PICTURE_SECONDS),\n",
+        "",
+        "tests/test_worker_storage.py"
+        "::test_a_picture_that_costs_too_much_is_stored_without_blurhash_and_preview",
+    ),
+    Bug(
+        "a picture may take any memory",
+        "worker.py",
+        "        (resource.RLIMIT_AS, memory),\n",
+        "",
+        "tests/test_worker_storage.py::test_memory_that_was_not_foreseen_is_refused",
+    ),
+    Bug(
+        "large pictures are decoded all at once",
+        "worker.py",
+        "(LARGE_BYTES, asyncio.Semaphore(1)),",
+        "(LARGE_BYTES, asyncio.Semaphore(9)),",
+        "tests/test_worker_storage.py::test_large_pictures_at_once_stay_within_the_units_memory",
+    ),
+    Bug(
+        "the log repeats what a provider says",
+        "worker.py",
+        "        self.reason = detail if reason is None else reason\n",
+        "        self.reason = detail\n",
+        "tests/test_worker_units.py::test_the_reason_in_the_log_holds_no_words_of_a_provider",
+    ),
+    Bug(
+        "the end user says who is responsible",
+        "sql/36_inputs.sql",
+        "'(^|_)(end_?)?(users?|",
+        "'(^|_)(end_?)?(nobody|",
+        "tests/test_import.py::test_what_may_harm_or_takes_an_address_is_the_operators",
     ),
     Bug(
         "an SVG is stored as it came",
