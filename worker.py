@@ -141,7 +141,7 @@ MAX_IMAGE_PIXELS = 50_000_000
 SMALL_BYTES, LARGE_BYTES = 100_000_000, 450_000_000  # of memory, for what is done with one picture
 SMALL_AT_ONCE = 3  # such pictures; beside them one large one, so that none waits for a dear one
 PICTURE_SECONDS = 3  # of a core, for one picture
-STALL_SECONDS = 30  # on the clock, where there is no core for it
+STALL_SECONDS = 10 * PICTURE_SECONDS  # on the clock, where there is no core for it
 IDLE_SECONDS = 60  # without a picture, after which the process that is kept for them ends
 MAX_PREVIEW_SOURCES = 64
 PREVIEW_SOURCE_SIZE = (256, 256)
@@ -1414,8 +1414,8 @@ class Pictures:
                 said = await self._run(file, {"task": task, "means": means, **more})
             if said.get("lacks") != "memory":
                 break
-        if "code" in said:
-            raise JobError(said["code"], said["detail"])
+        if "failed" in said:
+            raise JobError(*said["failed"], reason=said["reason"])
         return said
 
     async def _run(self, file: IO[bytes], request: dict[str, Any]) -> dict[str, Any]:
@@ -1518,8 +1518,8 @@ def serve_picture(channel: int, descriptor: int) -> None:
         except MemoryError:
             tell(lacks="memory")
         except Exception as error:
-            failure = as_job_error(error)
-            tell(code=failure.code, detail=failure.detail, lacks=None)
+            failed = as_job_error(error)
+            tell(failed=(failed.code, failed.detail), reason=failed.reason, lacks=None)
 
 
 def restrict(means: int) -> None:
