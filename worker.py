@@ -1415,7 +1415,8 @@ class Pictures:
             if said.get("lacks") != "memory":
                 break
         if "failed" in said:
-            raise JobError(*said["failed"], reason=said["reason"])
+            code, detail = said["failed"]
+            raise JobError(code, detail, reason=said["reason"])
         return said
 
     async def _run(self, file: IO[bytes], request: dict[str, Any]) -> dict[str, Any]:

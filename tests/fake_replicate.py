@@ -83,7 +83,8 @@ class Behaviour:
     images: int | None = None  # None: as many as asked for
     output: Any = None  # given out as it is, instead of URLs of images
     removed: bool = False  # it ends with its data gone already
-    # gone, junk, bomb, dear (a minute of a core), large, unsized (large, no length told), broken, redirect
+    # gone, junk, bomb, dear (takes a core a minute), large, unsized (large, no length told),
+    # broken, redirect
     file: str = "image"
     format: str | None = None  # of the bytes, whatever name and type say
     size: tuple[int, int] = (64, 48)  # width, height

@@ -119,10 +119,10 @@ def bench(db: Database, stack: Stack, fake: FakeReplicate, tmp_path: Path) -> It
 def test_a_picture_that_costs_a_core_is_stored_bought_once_and_delays_no_other(bench, fake, db):
     process = bench.start()
     fake.next(file="dear")
-    dear = bench.ask(ONE_OUTPUT)
+    dear = bench.ask(num_outputs=1)
     bench.bought(dear)
 
-    others = [bench.ask(ONE_OUTPUT) for _ in range(6)]
+    others = [bench.ask(num_outputs=1) for _ in range(6)]
     for job in [*others, dear]:
         bench.until(job, "completed", within=40)
 
