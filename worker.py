@@ -128,7 +128,7 @@ CALL_SECONDS = 15.0  # for one call; later, whoever stands in between may have l
 POOL_SIZE = 6  # connections at most: each kind of call for many jobs has one under way
 OUTBOX_SECONDS = 0.05  # at least, between two looks at the outbox
 RETRY_BASE_SECONDS, RETRY_CAP_SECONDS = 0.25, 10.0  # backoff between repeated calls
-MAX_COUNT = 30_000  # of images or seconds that a provider is believed to have taken
+MAX_COUNT = 1_000_000  # of images or seconds that a provider is believed to have taken
 LOG_CHARS = 200_000  # of a provider's log that are read for progress
 DETAIL_CHARS = 500  # of others' words that are kept for operators
 QUOTED_CHARS = 5_000  # of them that are looked through for secrets first, which come out whole so
@@ -1995,8 +1995,8 @@ class Running:
 
     def __post_init__(self) -> None:
         self.provider_job_id = self.job.provider_job_id
-        if not (self.provider_job_id or self.job.begun_before):
-            self.metrics = {"is_asked": False}  # the provider, by anybody
+        if not self.provider_job_id:  # nobody has asked the provider, or this attempt has not yet
+            self.metrics = {"is_billed" if self.job.begun_before else "is_asked": False}
 
     def report(self, percent: int) -> None:
         """Take in progress. It never goes back, whatever a provider says."""
@@ -2332,6 +2332,7 @@ class Worker:
         job = running.job
         running.provider_job_id = await self.db.adopt_provider_job(job, candidates)
         if running.provider_job_id:
+            running.metrics = {}
             log.warning("job.found job=%s candidates=%s", job.job_id, len(candidates))
         return running.provider_job_id
 
