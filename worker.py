@@ -888,6 +888,7 @@ class Preview:
         self.sources: dict[str, bytes] = {}  # small, by address, later by provider_job_id
 
     async def create(self, job: Job, provider_input: dict[str, Any]) -> str:
+        self.pictures.start()  # meanwhile
         provider_job_id = f"preview-{job.token}"
         if address := provider_input.get("image"):
             self.sources[provider_job_id] = self.sources.pop(address)
@@ -2471,6 +2472,7 @@ async def serve(settings: Settings) -> int:
             providers["replicate"] = replicate
         storage, outbox = make_storage(settings, http), Outbox(settings, db, http)
         storage.pictures = preview.pictures
+        storage.pictures.start()  # meanwhile, for the first job
         worker = Worker(settings, db, providers, storage, outbox)
         worker.systemd = Systemd(os.environ.get("NOTIFY_SOCKET"))
         for number in (signal.SIGTERM, signal.SIGINT):
