@@ -142,9 +142,12 @@ WHEREABOUTS = {
 }
 
 
-@pytest.mark.parametrize(("call", "said"), [("checkpoint", "23505"), ("adopt_provider_job", None)])
+SAID = {"checkpoint": "23505", "adopt_provider_job": None}
+
+
+@pytest.mark.parametrize("call", SAID)
 @pytest.mark.parametrize("whereabouts", WHEREABOUTS)
-def test_what_a_job_has_bought_is_never_anothers(db, alice, worker, whereabouts, call, said):
+def test_what_a_job_has_bought_is_never_anothers(db, alice, worker, whereabouts, call):
     mine, other = running_jobs(db, alice, worker, 2)
     worker.checkpoint(other, "bought")
     WHEREABOUTS[whereabouts](worker, other)
@@ -153,7 +156,7 @@ def test_what_a_job_has_bought_is_never_anothers(db, alice, worker, whereabouts,
     with unchanged(db):
         answer = outcome(lambda: getattr(worker, call)(mine, "bought"))
 
-    assert getattr(answer, "code", answer) == said
+    assert getattr(answer, "code", answer) == SAID[call]
     assert db.value("select count(*) from private.purchases") == 1
 
 
