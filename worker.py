@@ -549,7 +549,7 @@ class Batch:
                     if not answer.done():
                         answer.set_exception(error)
             return
-        said = {token: answer for token, answer, *_ in (row.values() for row in rows)}
+        said = dict(tuple(row.values()) for row in rows)
         for answer, (_, token, *_) in trip:
             if answer.done():
                 continue
@@ -566,8 +566,8 @@ class Database:
         *("adopt_provider_job", "apply_retention", "begin_creates", "cancel_job", "check_setup"),
         *("checkpoint_jobs", "claim_deliveries", "claim_jobs", "complete_jobs", "due_lanes"),
         *("fail_jobs", "finish_delivery", "forget_files", "heartbeat", "list_expired_files"),
-        *("pause_provider", "recover_stale_jobs", "register_worker", "release_job"),
-        *("report_progress", "sleep", "unregister_worker"),
+        *("pause_provider", "recall_create", "recover_stale_jobs", "register_worker"),
+        *("release_job", "report_progress", "sleep", "unregister_worker"),
     )
 
     def __init__(self, url: str, secrets: Iterable[str] = ()) -> None:
@@ -654,11 +654,10 @@ class Database:
         """Prove the lease once more, and save the fingerprint of an input that is made but once."""
         await self._begin_creates(job, sent)
 
-    async def begun_create(self, job: Job) -> tuple[datetime, bytes | None]:
+    async def recall_create(self, job: Job) -> tuple[datetime, bytes | None]:
         """Since when something may have been bought, and the fingerprint that was saved."""
-        for row in await self._insist("begin_creates", [job.job_id], [job.token]):
-            return row["create_started_at"], row["input_sha256"]
-        raise LeaseLost
+        (row,) = await self._insist("recall_create", job.job_id, job.token)
+        return row["create_started_at"], row["input_sha256"]
 
     async def adopt_provider_job(self, job: Job, candidates: list[str]) -> str | None:
         rows = await self._insist("adopt_provider_job", job.job_id, job.token, candidates)
@@ -2043,7 +2042,7 @@ class Worker:
 
     async def _look(self, provider: Provider, running: Running) -> str | None:
         """Take over what a lost create bought; None once it had time to show and did not."""
-        since, sent = await self.db.begun_create(running.job)
+        since, sent = await self.db.recall_create(running.job)
         give_up_at, attempt = time.monotonic() + provider.settle_seconds, 0
         while True:
             is_last = time.monotonic() >= give_up_at
@@ -2110,7 +2109,7 @@ class Worker:
         job = running.job
         log.warning("job.lost job=%s", job.job_id)
         if running.provider_job_id:
-            with contextlib.suppress(psycopg.OperationalError):
+            with contextlib.suppress(psycopg.Error):
                 if await self.db.heartbeat(self.worker_id, [running]) == ["canceled"]:
                     await self.providers[job.provider].cancel(running.provider_job_id)
 

@@ -6,8 +6,9 @@
 -- that dies between the two leaves create_started_at behind: the next attempt looks at the provider
 -- for what may have been bought and takes it over with adopt_provider_job. What it finds is proven
 -- by the whole input. Where that has addresses of sources, which nobody can know again,
--- begin_creates saves their hash beforehand. A worker that asks later than at once proves with
--- begin_creates, too, that no other has begun to look. A refused account pauses the provider (71).
+-- begin_creates saves its hash beforehand, for recall_create. A worker that asks later than at once
+-- proves with begin_creates, too, that no other has begun to look. A refused account pauses the
+-- provider (71).
 --
 -- Whoever puts a provider's id into purchases has it, and nobody else ever.
 
@@ -16,7 +17,7 @@ create or replace function private.begin_creates(
   p_tokens bigint[],
   p_inputs bytea[] default null
 )
-returns table (token bigint, create_started_at timestamptz, input_sha256 bytea)
+returns table (token bigint, create_started_at timestamptz)
 language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
@@ -31,19 +32,43 @@ begin
   update private.running_jobs as r
   set input_sha256 = coalesce(p_inputs[array_position(p_tokens, r.token)], r.input_sha256)
   where r.job_id = any (p_job_ids) and r.token = any (p_tokens)
-  returning r.token, r.create_started_at, r.input_sha256;
+  returning r.token, r.create_started_at;
 end;
 $$;
 
 comment on function private.begin_creates is
   'Called before the provider is asked to create these jobs, where seconds have passed since their '
   'claim, or where the input has addresses of sources: p_inputs are its SHA-256 then, else null. '
-  'Answers each whose lease holds, since when something may have been bought for it, and the '
-  'SHA-256 that was saved last.';
+  'Answers each whose lease holds, and since when something may have been bought for it.';
 
 revoke all on function private.begin_creates(uuid[], bigint[], bytea[])
 from public, anon, authenticated, service_role;
 grant execute on function private.begin_creates(uuid[], bigint[], bytea[]) to darkroom_worker;
+
+create or replace function private.recall_create(p_job_id uuid, p_token bigint)
+returns table (create_started_at timestamptz, input_sha256 bytea)
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  return query
+  select r.create_started_at, r.input_sha256 from private.running_jobs as r
+  where r.job_id = p_job_id and r.token = p_token;
+  if not found then
+    perform private.refuse_lost_lease(p_job_id);
+  end if;
+end;
+$$;
+
+comment on function private.recall_create is
+  'Since when something may have been bought for a job, and the SHA-256 that begin_creates saved '
+  'last. Errors: DR001 lease_lost.';
+
+revoke all on function private.recall_create(uuid, bigint)
+from public, anon, authenticated, service_role;
+grant execute on function private.recall_create(uuid, bigint) to darkroom_worker;
 
 create or replace function private.checkpoint_jobs(
   p_job_ids uuid[],

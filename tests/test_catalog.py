@@ -130,6 +130,7 @@ MAY_EXECUTE = {
         "private.heartbeat(bigint,uuid[],bigint[],smallint[],boolean)",
         "private.list_expired_files(integer)",
         "private.pause_provider(text,integer,text)",
+        "private.recall_create(uuid,bigint)",
         "private.recover_stale_jobs(integer)",
         "private.register_worker(text,integer,text)",
         "private.release_job(uuid,bigint,boolean)",

@@ -216,24 +216,17 @@ def test_what_was_bought_is_erased_with_its_job(db, alice, worker, job, way):
 SENT = sha256(b"an input with an address").digest()
 
 
-def saved(db, worker, job):
-    """Answer the hash of what the job last asked for."""
-    worker.begin_create(job)
-    return db.value("select input_sha256 from private.running_jobs")
-
-
 @pytest.mark.parametrize("loss", LOSSES)
 def test_what_was_asked_for_is_remembered_with_a_create_of_unknown_outcome(db, worker, job, loss):
-    begin = "select * from private.begin_creates(%s::uuid[], %s::bigint[], %s::bytea[])"
-    told = worker.connection.execute(begin, [[job.job_id], [job.token], [SENT]]).fetchone()
-    assert told[2] == SENT
+    worker.begin_create(job, SENT)
+    worker.begin_create(job)
     LOSSES[loss](worker, job)
 
     again = claim_again(db, worker)
 
-    assert saved(db, worker, again) == SENT
+    assert worker.recall_create(again) == (again.begun_before, SENT)
     worker.release_job(again, resumes=False)
-    assert saved(db, worker, worker.claimed()) is None
+    assert worker.recall_create(worker.claimed())[1] is None
 
 
 def test_a_stranger_who_holds_every_lock_there_is_holds_up_no_adoption(db, monitor, worker, job):
@@ -261,6 +254,7 @@ def test_an_adopted_job_is_resumed_by_the_next_attempt(db, worker, job):
 
 CALLS = {
     "begin_create": lambda worker, job: worker.begin_create(job),
+    "recall_create": lambda worker, job: worker.recall_create(job),
     "adopt_provider_job": lambda worker, job: worker.adopt_provider_job(job, "lost-1"),
 }
 
