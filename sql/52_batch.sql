@@ -146,7 +146,8 @@ begin
   if v_params ? 'reuse' then
     perform private.refuse_input('params.reuse: not in a batch');
   end if;
-  v_hash := md5(jsonb_build_array(p_model, p_prompts, v_params)::text);
+  -- No model has a longer name, and JSON may be six times as long as the text it holds.
+  v_hash := md5(jsonb_build_array(left(p_model, 200), p_prompts, v_params)::text);
   v_entitlement := private.lock_entitlement(v_user_id);
   v_batch := private.find_batch_by_key(v_user_id, p_idempotency_key, v_hash);
   if v_batch.id is null then

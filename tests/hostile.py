@@ -255,6 +255,28 @@ HOSTILE: dict[str, list[Any]] = {
         ),
     ],
 }
+# What weighs little and may come to much: written out, counted, matched or walked through.
+NUMBERS = [
+    f"[{','.join([number] * 4000)}]" for number in ("1e131071", "-1e99999", "1e-16383", "0e-16383")
+]
+HEAVY = {
+    "jsonb": [
+        *(text for each in NUMBERS for text in (each, f'{{"a": {each}}}', json.dumps(each))),
+        *("1e131071", '{"seed": 1e131071}', json.dumps('{"seed": 1e-16383}')),
+        *(f'{{"a": {each[: 9 * count]}1]}}' for each in NUMBERS for count in (25, 800)),
+        json.dumps(dict.fromkeys(map(str, range(2000)), 0)).replace(" 0", " 1e131071"),
+        *('{"a":' * 9000 + "1e131071" + "}" * 9000, "[" * 10_000 + "]" * 10_000),
+        *(json.dumps(deep) for deep in ("[" * 8000 + "]" * 8000, '{"a":' * 2500)),
+        *(json.dumps([None] * 50_000), json.dumps({"k" * 250_000: 1})),
+        *("{" + '"a": 1,' * 30_000 + '"a": 1}', json.dumps("\x01" * 40_000)),
+    ],
+    "text": [
+        *(text * 250_000 for text in ("x", " ", "\u200b", "e\u0301", "0:", "{a", "a.", "\x01")),
+        *("https://" + "a." * 120_000, "ExponentPushToken[" + "a" * 250_000),
+    ],
+    "text[]": [f"{{{','.join(['a'] * 100_000)}}}", f"{{{'x' * 250_000}}}", f"{{{' ' * 250_000}}}"],
+    "uuid[]": [f"{{{','.join([str(uuid.UUID(int=7))] * 10_000)}}}"],
+}
 # Over HTTP an argument may also be of another type.
 MISFITS = [
     0,

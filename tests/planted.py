@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from http_fixtures import LITE
+
 
 @dataclass(frozen=True)
 class Bug:
@@ -22,6 +24,22 @@ WORDS = f"{FUZZ}whatever_it_is_given_a_function_answers_or_refuses_in_our_words"
 SAFE_PATH = "tests/test_security_search_path.py::test_no_function_picks_up_what_its_caller_planted"
 
 SECURITY = [
+    # Small in, huge out.
+    Bug(
+        "params are written out before anything has looked at their numbers",
+        "sql/30_gating.sql",
+        "    and private.has_endless_number(v_params) then",
+        "    and false then",
+        "tests/test_security_rpc.py::test_no_call_costs_more_than_it_weighs[authenticated]",
+    ),
+    Bug(
+        "users' requests last as long as they like",
+        "sql/00_setup.sql",
+        "    alter role authenticated set statement_timeout = '8s';\n",
+        "",
+        "tests/test_setup.py::"
+        "test_the_roles_it_makes_have_their_requests_ended_and_others_stay_as_they_are",
+    ),
     # Rows.
     Bug(
         "a policy lets users read everybody's generations",
@@ -85,14 +103,14 @@ SECURITY = [
         "sql/30_gating.sql",
         "  where id = p_job_id and user_id = p_user_id and deleted_at is null;",
         "  where id = p_job_id and deleted_at is null;",
-        f"{RPC}[get_job_status]",
+        f"{RPC}[{LITE}-get_job_status]",
     ),
     Bug(
         "a list shows jobs of others if their ids are known",
         "sql/60_status.sql",
         "where g.id = any (v_ids || p_job_ids) and g.user_id = v_user_id and g.deleted_at is null",
         "where g.id = any (v_ids || p_job_ids) and g.deleted_at is null",
-        f"{RPC}[list_active_jobs]",
+        f"{RPC}[{LITE}-list_active_jobs]",
     ),
     Bug(
         "a template of another user is overwritten",
@@ -106,7 +124,7 @@ SECURITY = [
         "sql/64_sharing.sql",
         "'prompt', case when p_image.shows_prompt then g.prompt end,",
         "'prompt', g.prompt,",
-        f"{RPC}[list_public_images]",
+        f"{RPC}[{LITE}-list_public_images]",
     ),
     Bug(
         "a cast error of PostgreSQL reaches clients",

@@ -10,15 +10,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import httpx
 import pytest
-from actors import Anon, Caller, Refusal, Service, User
-from database import Database, Server, assert_books_balance
+from actors import Anon, Caller, Refusal, Service, User, outcome
+from database import Database, Server, assert_books_balance, cost
 from hostile import (
     API_ROLES,
     DETAIL,
+    HEAVY,
     MISFITS,
     SECRET,
     Function,
@@ -26,6 +28,7 @@ from hostile import (
     arguments,
     attacks,
     functions,
+    literal,
     one_by_one,
 )
 from http_client import Client, Endpoints
@@ -90,6 +93,30 @@ def test_whatever_it_is_given_a_function_answers_or_refuses_in_our_words(db, rol
         attack(callers[-1], values)
     attacks(10)(given(st.sampled_from(callers), arguments(function, victim))(attack))()
     assert_books_balance(db)
+
+
+@pytest.mark.parametrize("role", API_ROLES)
+def test_no_call_costs_more_than_it_weighs(db, role):
+    victim = Victim(db)
+    caller: Caller = {
+        "anon": Anon(db),
+        "authenticated": User(db, victim.id),
+        "service_role": Service(db),
+    }[role]
+    pid = caller.connection.info.backend_pid
+    plausible = {name: values[0] for name, values in victim.plausible().items()}
+
+    for function in functions(db, role, "public"):
+        types = function.arguments
+        given = {name: literal(type, plausible[name]) for name, type in types.items()}
+        caller.ping()
+        heavy = [(name, value) for name in types for value in HEAVY.get(types[name], [])]
+        for name, value in heavy:
+            values, what = given | {name: value}, (function.name, name, value[:30], len(value))
+            call = partial(outcome, partial(caller.call, f"public.{function.name}", **values))
+            seconds, grown = cost([pid], call)
+            assert grown < 20_000_000, (what, grown)
+            assert seconds < 0.25 or cost([pid], call)[0] < 0.25, (what, seconds)
 
 
 # Over HTTP.

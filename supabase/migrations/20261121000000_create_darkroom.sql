@@ -56,11 +56,15 @@ begin
           hint = 'Move what is in them to another bucket. Nothing was changed.';
     end if;
   end if;
+  -- A filter with a costly pattern on a prompt of one's own would take for ever, also when nobody
+  -- waits for it any more. PostgREST applies what its roles have.
   if to_regrole('anon') is null then
     create role anon nologin noinherit;
+    alter role anon set statement_timeout = '3s';
   end if;
   if to_regrole('authenticated') is null then
     create role authenticated nologin noinherit;
+    alter role authenticated set statement_timeout = '8s';
   end if;
   if to_regrole('service_role') is null then
     create role service_role nologin noinherit bypassrls;
@@ -1562,13 +1566,31 @@ as $$
 begin
   return p_text::jsonb;
 exception
-  when invalid_text_representation or untranslatable_character or numeric_value_out_of_range then
+  when invalid_text_representation or untranslatable_character or numeric_value_out_of_range
+    or statement_too_complex then
     perform private.refuse_input('params: not a JSON object');
     return null;  -- never reached
 end;
 $$;
 
 revoke all on function private.unwrap_params(text) from public, anon, authenticated, service_role;
+
+-- Whether JSON holds a number of more than 400 digits: 1e131071 is eight bytes on the way in,
+-- sixteen here, and 131 kB once it is written, 0e-16383 likewise. No schema has a use for one.
+create or replace function private.has_endless_number(p_value jsonb)
+returns boolean
+language sql
+immutable
+set search_path = pg_catalog, pg_temp
+as $$
+  select exists (
+    select from jsonb_path_query(p_value, 'strict $.** ? (@.type() == "number")') as n (value)
+    where abs(n.value::numeric) >= 1e400 or scale(n.value::numeric) > 400
+  )
+$$;
+
+revoke all on function private.has_endless_number(jsonb)
+from public, anon, authenticated, service_role;
 
 -- The params as an object, if they, the prompts and the key are of a size and form we take. Some
 -- gateways hand a jsonb argument as a JSON string holding the text, so it is unwrapped once, here.
@@ -1592,11 +1614,16 @@ declare
 begin
   select s.max_params_bytes, s.max_prompt_chars into v_max_bytes, v_max_chars
   from private.settings as s;
-  if jsonb_typeof(v_params) = 'string' and octet_length(v_params::text) <= 2 * v_max_bytes then
+  if jsonb_typeof(v_params) = 'string' and pg_column_size(v_params) <= 2 * v_max_bytes then
     v_params := private.unwrap_params(v_params #>> '{}');
   end if;
-  -- After unwrapping: 1e9000 is six bytes on the way in and nine thousand in the table.
-  if octet_length(v_params::text) > v_max_bytes then
+  -- Measured before anything is written out: in memory no JSON has more than eight times the bytes
+  -- of its text, and what has less than 500 holds too few numbers to come to much.
+  if pg_column_size(v_params) between 500 and 8 * v_max_bytes
+    and private.has_endless_number(v_params) then
+    perform private.refuse_input('params: a number of more than 400 digits');
+  elsif pg_column_size(v_params) > 8 * v_max_bytes
+    or octet_length(v_params::text) > v_max_bytes then
     perform private.refuse_input(format('params: longer than %s bytes', v_max_bytes));
   elsif jsonb_typeof(v_params) <> 'object' then
     perform private.refuse_input(
@@ -3645,7 +3672,8 @@ begin
   if v_params ? 'reuse' then
     perform private.refuse_input('params.reuse: not in a batch');
   end if;
-  v_hash := md5(jsonb_build_array(p_model, p_prompts, v_params)::text);
+  -- No model has a longer name, and JSON may be six times as long as the text it holds.
+  v_hash := md5(jsonb_build_array(left(p_model, 200), p_prompts, v_params)::text);
   v_entitlement := private.lock_entitlement(v_user_id);
   v_batch := private.find_batch_by_key(v_user_id, p_idempotency_key, v_hash);
   if v_batch.id is null then
@@ -10400,8 +10428,8 @@ comment on function public.queue_health is
 
 revoke all on function public.queue_health() from public, anon, authenticated, service_role;
 grant execute on function public.queue_health() to service_role, darkroom_monitor;
--- What `worker.py check` asks: may this role do a worker's work, does pg_cron do its own, and is
--- Storage as Darkroom made it?
+-- What `worker.py check` asks: may this role do a worker's work, does pg_cron do its own, is
+-- Storage as Darkroom made it, and does every request of a user end?
 --
 -- Each part answers rows (part, verdict, detail). verdict: ok, note (works, but know it) or wrong.
 -- It looks at catalogs and at routines, never at jobs or users.
@@ -10565,6 +10593,36 @@ $$;
 
 revoke all on function private.check_storage() from public, anon, authenticated, service_role;
 
+-- A role of PostgREST's whose requests nothing ends: no setting of its own, of the login, or of the
+-- database. No row where all have one.
+create or replace function private.check_timeouts()
+returns table (part text, verdict text, detail text)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+  select
+    'timeouts',
+    'wrong',
+    format(
+      'one request may hold a connection for ever: alter role %s set statement_timeout = ''8s''',
+      r.rolname
+    )
+  from pg_roles as r
+  where r.rolname in ('anon', 'authenticated') and not exists (
+    select from pg_db_role_setting as s cross join unnest(s.setconfig) as c (setting)
+    where c.setting ~ '^statement_timeout=[^0]' and (
+      s.setdatabase = 0 and s.setrole in (r.oid, coalesce(to_regrole('authenticator'), 0))
+      or s.setrole = 0 and s.setdatabase = (
+        select d.oid from pg_database as d where d.datname = current_database()
+      )
+    )
+  )
+  order by r.rolname limit 1
+$$;
+
+revoke all on function private.check_timeouts() from public, anon, authenticated, service_role;
+
 create or replace function private.check_setup(p_functions text[])
 returns table (part text, verdict text, detail text)
 language sql
@@ -10577,11 +10635,14 @@ as $$
   select * from private.check_cron()
   union all
   select * from private.check_storage()
+  union all
+  select * from private.check_timeouts()
 $$;
 
 comment on function private.check_setup is
   'For `worker.py check`: whether its role may call these functions of schema private, whether '
-  'pg_cron runs its jobs, and whether buckets and policies of Storage are there. Answers part, '
+  'pg_cron runs its jobs, whether buckets and policies of Storage are there, and, where they do '
+  'not, whether requests of the API end. Answers part, '
   'verdict (ok | note | wrong) and detail, in words for people.';
 
 revoke all on function private.check_setup(text[])
@@ -11247,3 +11308,4 @@ end;
 $$;
 
 notify pgrst, 'reload schema';
+notify pgrst, 'reload config';
