@@ -502,6 +502,16 @@ def backoff(attempt: int) -> float:
     return random.uniform(0.5, 1.0) * min(RETRY_CAP_SECONDS, longest)
 
 
+def fingerprint(provider_input: Any) -> bytes:
+    """SHA-256 of a JSON value. 1 is 1.0 there, but not true; null is not nothing."""
+
+    def number(text: str) -> float:
+        return int(value) if (value := float(text)).is_integer() else value
+
+    plain = json.loads(json.dumps(provider_input), parse_float=number)
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).digest()
+
+
 async def finish_first(work: Awaitable[T]) -> T:
     """Await work to its end even if the caller is cancelled meanwhile, however often; then be
     cancelled.
@@ -597,8 +607,8 @@ class Database:
         *("adopt_provider_job", "apply_retention", "begin_creates", "cancel_job", "check_setup"),
         *("checkpoint_jobs", "claim_deliveries", "claim_jobs", "complete_jobs", "due_lanes"),
         *("fail_jobs", "finish_delivery", "forget_files", "heartbeat", "list_expired_files"),
-        *("pause_provider", "recover_stale_jobs", "register_worker", "release_job"),
-        *("report_progress", "sleep", "unregister_worker"),
+        *("pause_provider", "recall_create", "recover_stale_jobs", "register_worker"),
+        *("release_job", "report_progress", "sleep", "unregister_worker"),
     )
 
     def __init__(self, url: str, secrets: Iterable[str] = ()) -> None:
@@ -681,10 +691,14 @@ class Database:
         )
         return [row["verdict"] for row in rows]
 
-    async def begin_create(self, job: Job) -> datetime:
-        """Prove the lease once more; answer since when something may have been bought."""
-        since: datetime = await self._begin_creates(job)
-        return since
+    async def begin_create(self, job: Job, sent: bytes | None = None) -> None:
+        """Prove the lease once more, and save the fingerprint of an input that is made but once."""
+        await self._begin_creates(job, sent)
+
+    async def recall_create(self, job: Job) -> tuple[datetime, bytes | None]:
+        """Since when something may have been bought, and the fingerprint that was saved."""
+        (row,) = await self._insist("recall_create", job.job_id, job.token)
+        return row["create_started_at"], row["input_sha256"]
 
     async def adopt_provider_job(self, job: Job, candidates: list[str]) -> str | None:
         rows = await self._insist("adopt_provider_job", job.job_id, job.token, candidates)
@@ -854,8 +868,11 @@ class Provider(Protocol):
     async def create(self, job: Job, provider_input: dict[str, Any]) -> str:
         """Start the job, answer the provider's id of it. Raises UnknownOutcome: never repeat it."""
 
-    async def find(self, job: Job, since: datetime) -> list[str]:
-        """Ids of what was created since then and may be this job, oldest first."""
+    async def find(self, job: Job, since: datetime, sent: bytes | None = None) -> list[str]:
+        """Ids of what was created since then from exactly the job's input, oldest first.
+
+        If sent is given, from the input that has this fingerprint.
+        """
 
     async def upload(self, name: str, file: IO[bytes]) -> str:
         """Hand over a source image the provider could not fetch; answer its address."""
@@ -894,7 +911,7 @@ class Preview:
             self.sources[provider_job_id] = self.sources.pop(address)
         return provider_job_id
 
-    async def find(self, job: Job, since: datetime) -> list[str]:
+    async def find(self, job: Job, since: datetime, sent: bytes | None = None) -> list[str]:
         return []
 
     async def upload(self, name: str, file: IO[bytes]) -> str:
@@ -960,10 +977,14 @@ class Replicate:
         except httpx.HTTPError as error:
             raise UnknownOutcome(type(error).__name__) from None
         self._raise_for_refusal(response)
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            if PROVIDER_JOB_ID.fullmatch(provider_job_id := response.json()["id"]):
-                return str(provider_job_id)
-        raise UnknownOutcome(f"HTTP {response.status_code} without an id")
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            prediction = response.json()
+            said = set(addresses(prediction.get("input")))  # others': it answers somebody else
+            if PROVIDER_JOB_ID.fullmatch(prediction["id"]) and said <= set(
+                addresses(provider_input)
+            ):
+                return str(prediction["id"])
+        raise UnknownOutcome(f"HTTP {response.status_code} without an id of its own")
 
     @staticmethod
     def _raise_for_refusal(response: httpx.Response) -> None:
@@ -981,29 +1002,32 @@ class Replicate:
         if not response.is_success:
             raise JobError("internal", detail, reason=reason)
 
-    async def find(self, job: Job, since: datetime) -> list[str]:
+    async def find(self, job: Job, since: datetime, sent: bytes | None = None) -> list[str]:
         """Read the list of predictions back to a minute before, and compare model and input."""
+        sent = sent or fingerprint(job.provider_input)
         after = (since - timedelta(minutes=1)).astimezone(UTC).isoformat()
         url = f"{self.base_url}/predictions?{urlencode({'created_after': after})}"
         found: list[str] = []
         for _ in range(MAX_PAGES):
             page = await self._get(url)
-            found += [each["id"] for each in page["results"] if self._is_of(each, job)]
+            found += [each["id"] for each in page["results"] if self._is_of(each, job, sent)]
             if not page.get("next"):
                 return found[::-1]
             url = f"{self.base_url}/predictions?{urlsplit(page['next']).query}"
         raise JobError("timeout", "create: outcome unknown: too many predictions to look through")
 
     @staticmethod
-    def _is_of(prediction: dict[str, Any], job: Job) -> bool:
-        """Same model, same input; addresses of source images differ each time they are signed."""
-        model, _, model_version = job.provider_ref.partition(":")
-        given, known = prediction.get("input") or {}, job.provider_input.items()
-        return bool(
-            (prediction.get("model") == model or (prediction.get("version") == model_version != ""))
-            and given
-            and all(given.get(k) == v for k, v in known if k not in job.image_inputs)
-        )
+    def _is_of(prediction: dict[str, Any], job: Job, sent: bytes) -> bool:
+        """Same model, same whole input: less could be another's. None is left of an old one.
+
+        A version is a model by itself. Models that run by name show none that could be asked for.
+        """
+        model, _, wanted = job.provider_ref.partition(":")
+        version, given = str(prediction.get("version")), prediction.get("input")
+        is_by_name = prediction.get("model") == model and not re.fullmatch("[0-9a-f]{64}", version)
+        is_same = version == wanted if wanted else is_by_name
+        is_whole = bool(given) and PROVIDER_JOB_ID.fullmatch(str(prediction.get("id"))) is not None
+        return is_same and is_whole and fingerprint(given) == sent
 
     async def check(self) -> Finding:
         """Whether the key opens the account; nothing is bought."""
@@ -1035,6 +1059,8 @@ class Replicate:
         while True:
             url = f"{self.base_url}/predictions/{provider_job_id}"
             prediction = await self._get(url, may_be_gone=True)
+            if prediction.get("id", provider_job_id) != provider_job_id:
+                prediction = {}  # the answer to another's question
             status = prediction.get("status")  # one we do not know is one more to wait for
             self._follow(job, str(prediction.get("logs") or ""), status == "succeeded", report)
             if status == "succeeded":
@@ -1191,9 +1217,10 @@ class Storage:
         self.headers = {"Authorization": f"Bearer {key}", "apikey": key, "x-upsert": "true"}
 
     async def sign(self, path: str) -> str:
-        """An address of a source image that works for ten minutes. Raises JobError."""
+        """An address of a source image that works for ten minutes or more. Raises JobError."""
         url = f"{self.root}/object/sign/{SOURCE_BUCKET}/{quote(path)}"
-        response = await self.http.post(url, json={"expiresIn": 600}, headers=self.headers)
+        lasting = {"expiresIn": random.randrange(600, 1200)}  # two of one second differ, too
+        response = await self.http.post(url, json=lasting, headers=self.headers)
         if not response.is_success:
             raise JobError(storage_code(response), f"sign: HTTP {response.status_code}")
         answer = response.json()  # an address below /storage/v1, or below / with other servers
@@ -2250,7 +2277,7 @@ class Worker:
                 time.monotonic() - started,
             )
         except LeaseLost:
-            log.warning("job.lost job=%s", job.job_id)
+            await finish_first(self._drop(running))
         except asyncio.CancelledError:
             await finish_first(self._give_up(running))
         except Canceled:
@@ -2292,14 +2319,16 @@ class Worker:
     async def _buy(self, provider: Provider, running: Running) -> str:
         """Have the provider create the job, once: look first for what an earlier try has bought."""
         job = running.job
-        provider_input = await self._with_sources(provider, job)
-        if job.begun_before and (bought := await self._look(provider, running, job.begun_before)):
+        if job.begun_before and (bought := await self._look(provider, running)):
             return bought
+        provider_input = await self._with_sources(provider, job)
+        if provider_input != job.provider_input:  # nobody could know its addresses again
+            running.held_at = time.monotonic()
+            await self.db.begin_create(job, fingerprint(provider_input))
         try:
             return await finish_first(self._create(provider, running, provider_input))
         except UnknownOutcome as error:
-            since = await self.db.begin_create(job)
-            if bought := await self._look(provider, running, since):
+            if bought := await self._look(provider, running):
                 return bought
             raise JobError("provider_timeout", f"create: {error}; nothing was bought") from None
 
@@ -2312,15 +2341,20 @@ class Worker:
             await self.db.begin_create(running.job)
         running.metrics = {}
         running.provider_job_id = await provider.create(running.job, provider_input)
-        await self.db.checkpoint(running.job, running.provider_job_id)
+        try:
+            await self.db.checkpoint(running.job, running.provider_job_id)
+        except psycopg.errors.UniqueViolation:
+            running.provider_job_id = None  # neither read nor stopped
+            raise UnknownOutcome("the answer names another job's") from None
         return running.provider_job_id
 
-    async def _look(self, provider: Provider, running: Running, since: datetime) -> str | None:
+    async def _look(self, provider: Provider, running: Running) -> str | None:
         """Take over what a lost create bought; None once it had time to show and did not."""
+        since, sent = await self.db.recall_create(running.job)
         give_up_at, attempt = time.monotonic() + provider.settle_seconds, 0
         while True:
             is_last = time.monotonic() >= give_up_at
-            candidates = await provider.find(running.job, since)
+            candidates = await provider.find(running.job, since, sent)
             if bought := await finish_first(self._adopt(running, candidates)):
                 return bought
             if is_last:
@@ -2379,6 +2413,15 @@ class Worker:
         with contextlib.suppress(LeaseLost):
             await self.db.pause_provider(job.provider, PROVIDER_PAUSE_SECONDS, str(error))
             await self.db.release_job(job, resumes=error.may_have_bought)
+
+    async def _drop(self, running: Running) -> None:
+        """The lease is lost. If the job went with its user, nobody else stops what it bought."""
+        job = running.job
+        log.warning("job.lost job=%s", job.job_id)
+        if running.provider_job_id:
+            with contextlib.suppress(psycopg.Error):
+                if await self.db.heartbeat(self.worker_id, [running]) == ["canceled"]:
+                    await self.providers[job.provider].cancel(running.provider_job_id)
 
     async def _give_up(self, running: Running) -> None:
         """The job was stopped here: by a lost lease, by its user, or because the worker stops."""

@@ -50,6 +50,7 @@ create table private.ready_jobs (
   is_held boolean not null default false,
   provider_job_id text,
   create_started_at timestamptz,
+  input_sha256 bytea,
   constraint ready_jobs_held_ones_are_never_due check (
     not is_held or run_at is not distinct from 'infinity'
   )
@@ -74,6 +75,8 @@ comment on column private.ready_jobs.provider_job_id is
 comment on column private.ready_jobs.create_started_at is
   'An earlier attempt may have asked the provider to create, then or later, and never learned the '
   'outcome: look first.';
+comment on column private.ready_jobs.input_sha256 is
+  'What it asked for then: see running_jobs.input_sha256.';
 
 -- Delayed jobs are out of the claim's index, so a pile of them costs the claim nothing.
 create index ready_jobs_claim_idx on private.ready_jobs (fair_key, seq) where run_at is null;
@@ -124,6 +127,7 @@ create table private.running_jobs (
   progress smallint,
   provider_job_id text,
   create_started_at timestamptz,
+  input_sha256 bytea,
   cancel_requested boolean not null default false,
   constraint running_jobs_progress_is_a_percentage check (progress between 0 and 100)
 ) with (
@@ -148,6 +152,9 @@ comment on column private.running_jobs.provider_job_id is
 comment on column private.running_jobs.create_started_at is
   'Since when the provider may have been asked to create: the first claim whose outcome nobody '
   'learned, or this one.';
+comment on column private.running_jobs.input_sha256 is
+  'Of what the provider was last asked to create, where that has addresses of sources: they are '
+  'made anew each time. null with such a job: nothing was asked for.';
 
 create index running_jobs_user_id_idx on private.running_jobs (user_id);
 
@@ -202,9 +209,17 @@ comment on column private.attempts.cost_usd is 'US dollars the attempt cost at t
 -- Written in the order of time, so a BRIN index finds the last minutes, and costs next to nothing.
 create index attempts_ended_at_idx
 on private.attempts using brin (ended_at) with (pages_per_range = 16, autosummarize = true);
--- Read when a lost create is looked for at the provider.
-create index attempts_provider_job_id_idx
-on private.attempts (provider_job_id) where provider_job_id is not null;
+
+create table private.purchases (
+  generation_id uuid not null references public.generations (id) on delete cascade,
+  provider_job_id text not null,
+  primary key (generation_id, provider_job_id),
+  unique (provider_job_id)
+);
+
+comment on table private.purchases is
+  'The provider''s jobs that ours have bought, from when the id is known until the generation is '
+  'erased. No two jobs have the same one, whatever a provider answers.';
 
 create table private.model_stats (
   model_id text primary key,

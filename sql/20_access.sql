@@ -19,6 +19,7 @@ alter table private.ready_jobs enable row level security;
 alter table private.running_jobs enable row level security;
 alter table private.workers enable row level security;
 alter table private.attempts enable row level security;
+alter table private.purchases enable row level security;
 alter table private.model_stats enable row level security;
 alter table private.error_codes enable row level security;
 alter table private.breakers enable row level security;

@@ -23,8 +23,12 @@ declare
     (select max(s.refreshed_at) from private.model_stats as s), now() - interval '1 day'
   );
 begin
-  if v_since > now() - interval '15 seconds'
-    or not pg_try_advisory_xact_lock(hashtextextended('darkroom.refresh_model_stats', 0)) then
+  if v_since > now() - interval '15 seconds' then
+    return;
+  end if;
+  -- One at a time. By a row, for other locks can be held by anybody who may connect.
+  perform from private.queue_state for update skip locked;
+  if not found then
     return;
   end if;
   insert into private.model_stats as s (model_id, mean_seconds, sample_count, refreshed_at)

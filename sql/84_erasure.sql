@@ -356,16 +356,22 @@ after delete on public.entitlements
 for each row execute function private.erase_ledger_of_deleted_user();
 
 -- Erases the generations of a user who is gone, and takes the live ones, whose rows are locked, out
--- of the queue.
+-- of the queue. Their workers stop them at the provider.
 create or replace function private.erase_generations_of_deleted_user()
 returns trigger
 language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_worker_id bigint;
 begin
   delete from private.ready_jobs where user_id = old.user_id;
-  delete from private.running_jobs where user_id = old.user_id;
+  for v_worker_id in
+    delete from private.running_jobs where user_id = old.user_id returning worker_id
+  loop
+    perform pg_notify('darkroom_worker_' || v_worker_id, 'cancel');
+  end loop;
   delete from public.generations where user_id = old.user_id;
   return null;
 end;

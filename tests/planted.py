@@ -376,9 +376,33 @@ MONEY = [
     Bug(
         "a checkpoint is overwritten by who lost the lease",
         "sql/74_purchase.sql",
-        "and r.token = any (p_tokens)\n  returning r.token, 'ok';",
-        "\n  returning r.token, 'ok';",
+        "and r.token = any (p_tokens)\n    returning r.token, r.job_id, r.provider_job_id\n",
+        "\n    returning r.token, r.job_id, r.provider_job_id\n",
         STATES,
+    ),
+    # Purchases.
+    Bug(
+        "a lost create is found whatever its sources were",
+        "worker.py",
+        "return is_same and bool(given) and fingerprint(given) == sent",
+        "own = job.provider_input.items()\n"
+        "        return is_same and bool(given) and all(\n"
+        "            given.get(k) == v for k, v in own if k not in job.image_inputs\n        )",
+        "tests/test_worker_units.py::test_only_the_whole_input_with_its_sources_is_a_proof",
+    ),
+    Bug(
+        "two jobs may have one purchase",
+        "sql/12_queue_tables.sql",
+        "  primary key (generation_id, provider_job_id),\n  unique (provider_job_id)\n",
+        "  primary key (generation_id, provider_job_id)\n",
+        "tests/test_purchase.py::test_what_a_job_has_bought_is_never_anothers",
+    ),
+    Bug(
+        "what a deleted user's job bought runs on",
+        "sql/70_worker.sql",
+        "      else 'canceled'\n",
+        "      else 'lost'\n",
+        "tests/test_worker_replicate.py::test_a_purchase_is_stopped_where_its_user_is_deleted",
     ),
     # Places and limits.
     Bug(

@@ -110,7 +110,7 @@ MAY_EXECUTE = {
     "darkroom_worker": {
         "private.adopt_provider_job(uuid,bigint,text[])",
         "private.apply_retention(integer)",
-        "private.begin_creates(uuid[],bigint[])",
+        "private.begin_creates(uuid[],bigint[],bytea[])",
         "private.cancel_job(uuid,bigint,jsonb)",
         "private.check_setup(text[])",
         "private.checkpoint_jobs(uuid[],bigint[],text[])",
@@ -124,6 +124,7 @@ MAY_EXECUTE = {
         "private.heartbeat(bigint,uuid[],bigint[],smallint[],boolean)",
         "private.list_expired_files(integer)",
         "private.pause_provider(text,integer,text)",
+        "private.recall_create(uuid,bigint)",
         "private.recover_stale_jobs(integer)",
         "private.register_worker(text,integer,text)",
         "private.release_job(uuid,bigint,boolean)",
@@ -274,6 +275,14 @@ def test_no_function_has_two_forms(catalog):
         f"select proname from pg_proc where pronamespace in {OURS}"
         " group by pronamespace, proname having count(*) > 1"
     )
+
+
+def test_no_function_waits_for_a_lock_that_anybody_can_take(catalog):
+    taking = catalog.execute(
+        f"select proname from pg_proc where pronamespace in {OURS} and prosrc ~ 'advisory'"
+    )
+
+    assert taking == []
 
 
 def test_every_table_has_row_level_security(catalog):

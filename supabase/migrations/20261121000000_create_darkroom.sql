@@ -604,6 +604,7 @@ create table private.ready_jobs (
   is_held boolean not null default false,
   provider_job_id text,
   create_started_at timestamptz,
+  input_sha256 bytea,
   constraint ready_jobs_held_ones_are_never_due check (
     not is_held or run_at is not distinct from 'infinity'
   )
@@ -628,6 +629,8 @@ comment on column private.ready_jobs.provider_job_id is
 comment on column private.ready_jobs.create_started_at is
   'An earlier attempt may have asked the provider to create, then or later, and never learned the '
   'outcome: look first.';
+comment on column private.ready_jobs.input_sha256 is
+  'What it asked for then: see running_jobs.input_sha256.';
 
 -- Delayed jobs are out of the claim's index, so a pile of them costs the claim nothing.
 create index ready_jobs_claim_idx on private.ready_jobs (fair_key, seq) where run_at is null;
@@ -678,6 +681,7 @@ create table private.running_jobs (
   progress smallint,
   provider_job_id text,
   create_started_at timestamptz,
+  input_sha256 bytea,
   cancel_requested boolean not null default false,
   constraint running_jobs_progress_is_a_percentage check (progress between 0 and 100)
 ) with (
@@ -702,6 +706,9 @@ comment on column private.running_jobs.provider_job_id is
 comment on column private.running_jobs.create_started_at is
   'Since when the provider may have been asked to create: the first claim whose outcome nobody '
   'learned, or this one.';
+comment on column private.running_jobs.input_sha256 is
+  'Of what the provider was last asked to create, where that has addresses of sources: they are '
+  'made anew each time. null with such a job: nothing was asked for.';
 
 create index running_jobs_user_id_idx on private.running_jobs (user_id);
 
@@ -756,9 +763,17 @@ comment on column private.attempts.cost_usd is 'US dollars the attempt cost at t
 -- Written in the order of time, so a BRIN index finds the last minutes, and costs next to nothing.
 create index attempts_ended_at_idx
 on private.attempts using brin (ended_at) with (pages_per_range = 16, autosummarize = true);
--- Read when a lost create is looked for at the provider.
-create index attempts_provider_job_id_idx
-on private.attempts (provider_job_id) where provider_job_id is not null;
+
+create table private.purchases (
+  generation_id uuid not null references public.generations (id) on delete cascade,
+  provider_job_id text not null,
+  primary key (generation_id, provider_job_id),
+  unique (provider_job_id)
+);
+
+comment on table private.purchases is
+  'The provider''s jobs that ours have bought, from when the id is known until the generation is '
+  'erased. No two jobs have the same one, whatever a provider answers.';
 
 create table private.model_stats (
   model_id text primary key,
@@ -1285,6 +1300,7 @@ alter table private.ready_jobs enable row level security;
 alter table private.running_jobs enable row level security;
 alter table private.workers enable row level security;
 alter table private.attempts enable row level security;
+alter table private.purchases enable row level security;
 alter table private.model_stats enable row level security;
 alter table private.error_codes enable row level security;
 alter table private.breakers enable row level security;
@@ -3041,8 +3057,12 @@ declare
     (select max(s.refreshed_at) from private.model_stats as s), now() - interval '1 day'
   );
 begin
-  if v_since > now() - interval '15 seconds'
-    or not pg_try_advisory_xact_lock(hashtextextended('darkroom.refresh_model_stats', 0)) then
+  if v_since > now() - interval '15 seconds' then
+    return;
+  end if;
+  -- One at a time. By a row, for other locks can be held by anybody who may connect.
+  perform from private.queue_state for update skip locked;
+  if not found then
     return;
   end if;
   insert into private.model_stats as s (model_id, mean_seconds, sample_count, refreshed_at)
@@ -5798,7 +5818,11 @@ begin
       end
     where r.job_id = p_job_ids[v_at] and r.token = p_tokens[v_at]
     returning case when r.cancel_requested then 'canceled' else 'ok' end into verdict;
-    verdict := coalesce(verdict, 'lost');
+    -- Where even the generation is gone, no other worker stops what was bought.
+    verdict := coalesce(verdict, case
+      when exists (select from public.generations as g where g.id = p_job_ids[v_at]) then 'lost'
+      else 'canceled'
+    end);
     return next;
     verdict := null;
   end loop;
@@ -5808,7 +5832,7 @@ $$;
 comment on function private.heartbeat is
   'One beat for all jobs of a worker: extends their leases and takes in progress (percent or '
   'null), and whether its LISTEN works. Answers for each job, in order of id: ok, lost (drop it) '
-  'or canceled (stop it).';
+  'or canceled (stop it: its user wants that, or is gone).';
 
 revoke all on function private.heartbeat(bigint, uuid[], bigint[], smallint[], boolean)
 from public, anon, authenticated, service_role;
@@ -6674,12 +6698,12 @@ begin
   running as (
     insert into private.running_jobs as r (
       job_id, user_id, model_id, token, worker_id, attempt,
-      lease_until, deadline_at, provider_job_id, create_started_at
+      lease_until, deadline_at, provider_job_id, create_started_at, input_sha256
     )
     select
       c.job_id, c.user_id, c.model_id, nextval('private.lease_tokens'), p_worker_id, c.attempt + 1,
       now() + st.lease, now() + coalesce(m.deadline, st.lease), c.provider_job_id,
-      coalesce(c.create_started_at, now())
+      coalesce(c.create_started_at, now()), c.input_sha256
     from claimed as c cross join private.settings as st
     left join public.models as m on m.id = c.model_id
     order by c.fair_key, c.seq
@@ -6711,16 +6735,24 @@ revoke all on function private.claim_jobs(bigint, integer)
 from public, anon, authenticated, service_role;
 grant execute on function private.claim_jobs(bigint, integer) to darkroom_worker;
 -- Purchase: what a worker says about its dealings with the provider, so that nothing is bought
--- twice.
+-- twice, and what was bought for one job never becomes another's.
 --
 -- Creating a job at the provider costs money and cannot be repeated safely. So a claim (72) counts
 -- as the begin of it, and checkpoint_jobs is called the moment the provider's id is known. A worker
 -- that dies between the two leaves create_started_at behind: the next attempt looks at the provider
--- for what may have been bought and takes it over with adopt_provider_job. A worker that asks later
--- than at once proves with begin_creates that no other has begun to look. A refused account pauses
--- the provider (71).
+-- for what may have been bought and takes it over with adopt_provider_job. What it finds is proven
+-- by the whole input. Where that has addresses of sources, which nobody can know again,
+-- begin_creates saves its hash beforehand, for recall_create. A worker that asks later than at once
+-- proves with begin_creates, too, that no other has begun to look. A refused account pauses the
+-- provider (71).
+--
+-- Whoever puts a provider's id into purchases has it, and nobody else ever.
 
-create or replace function private.begin_creates(p_job_ids uuid[], p_tokens bigint[])
+create or replace function private.begin_creates(
+  p_job_ids uuid[],
+  p_tokens bigint[],
+  p_inputs bytea[] default null
+)
 returns table (token bigint, create_started_at timestamptz)
 language plpgsql
 security definer
@@ -6733,18 +6765,46 @@ as $$
 #variable_conflict use_column
 begin
   return query
-  select r.token, r.create_started_at from private.running_jobs as r
-  where r.job_id = any (p_job_ids) and r.token = any (p_tokens);
+  update private.running_jobs as r
+  set input_sha256 = coalesce(p_inputs[array_position(p_tokens, r.token)], r.input_sha256)
+  where r.job_id = any (p_job_ids) and r.token = any (p_tokens)
+  returning r.token, r.create_started_at;
 end;
 $$;
 
 comment on function private.begin_creates is
   'Called before the provider is asked to create these jobs, where seconds have passed since their '
-  'claim. Answers each whose lease holds, and since when something may have been bought for it.';
+  'claim, or where the input has addresses of sources: p_inputs are its SHA-256 then, else null. '
+  'Answers each whose lease holds, and since when something may have been bought for it.';
 
-revoke all on function private.begin_creates(uuid[], bigint[])
+revoke all on function private.begin_creates(uuid[], bigint[], bytea[])
 from public, anon, authenticated, service_role;
-grant execute on function private.begin_creates(uuid[], bigint[]) to darkroom_worker;
+grant execute on function private.begin_creates(uuid[], bigint[], bytea[]) to darkroom_worker;
+
+create or replace function private.recall_create(p_job_id uuid, p_token bigint)
+returns table (create_started_at timestamptz, input_sha256 bytea)
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  return query
+  select r.create_started_at, r.input_sha256 from private.running_jobs as r
+  where r.job_id = p_job_id and r.token = p_token;
+  if not found then
+    perform private.refuse_lost_lease(p_job_id);
+  end if;
+end;
+$$;
+
+comment on function private.recall_create is
+  'Since when something may have been bought for a job, and the SHA-256 that begin_creates saved '
+  'last. Errors: DR001 lease_lost.';
+
+revoke all on function private.recall_create(uuid, bigint)
+from public, anon, authenticated, service_role;
+grant execute on function private.recall_create(uuid, bigint) to darkroom_worker;
 
 create or replace function private.checkpoint_jobs(
   p_job_ids uuid[],
@@ -6763,22 +6823,30 @@ as $$
 #variable_conflict use_column
 begin
   return query
-  update private.running_jobs as r
-  set provider_job_id = p_provider_job_ids[array_position(p_tokens, r.token)]
-  where r.job_id = any (p_job_ids) and r.token = any (p_tokens)
-  returning r.token, 'ok';
+  with saved as (
+    update private.running_jobs as r
+    set provider_job_id = p_provider_job_ids[array_position(p_tokens, r.token)]
+    where r.job_id = any (p_job_ids) and r.token = any (p_tokens)
+    returning r.token, r.job_id, r.provider_job_id
+  ),
+  bought as (
+    insert into private.purchases (generation_id, provider_job_id)
+    select s.job_id, s.provider_job_id from saved as s order by s.provider_job_id
+    on conflict (generation_id, provider_job_id) do nothing  -- said before; another's is an error
+  )
+  select s.token, 'ok' from saved as s;
 end;
 $$;
 
 comment on function private.checkpoint_jobs is
   'Saves the provider''s ids of jobs the moment they are known, so that no attempt buys one twice. '
-  'Answers each job whose lease holds: ok.';
+  'Answers each job whose lease holds: ok. Errors, which change nothing for any of the jobs: 23505 '
+  'the provider''s job is another''s.';
 
 revoke all on function private.checkpoint_jobs(uuid[], bigint[], text[])
 from public, anon, authenticated, service_role;
 grant execute on function private.checkpoint_jobs(uuid[], bigint[], text[]) to darkroom_worker;
 
--- One at a time: two jobs with the same input must not take the same provider job.
 create or replace function private.adopt_provider_job(
   p_job_id uuid,
   p_token bigint,
@@ -6792,31 +6860,28 @@ as $$
 declare
   v_adopted text;
 begin
-  perform pg_advisory_xact_lock(hashtextextended('darkroom.adopt_provider_job', 0));
   select r.provider_job_id into v_adopted from private.running_jobs as r
-  where r.job_id = p_job_id and r.token = p_token;
+  where r.job_id = p_job_id and r.token = p_token for update;
   if not found then
     perform private.refuse_lost_lease(p_job_id);
   elsif v_adopted is not null then
     return v_adopted;  -- the answer to the first call was lost
   end if;
-  select c.id into v_adopted
-  from unnest(p_candidates) with ordinality as c (id, place)
-  where not exists (select from private.attempts as a where a.provider_job_id = c.id)
-    and not exists (select from private.running_jobs as r where r.provider_job_id = c.id)
-    and not exists (select from private.ready_jobs as r where r.provider_job_id = c.id)
-  order by c.place limit 1;
-  if found then
-    update private.running_jobs set provider_job_id = v_adopted
-    where job_id = p_job_id and token = p_token;
-  end if;
-  return v_adopted;
+  foreach v_adopted in array p_candidates loop
+    insert into private.purchases (generation_id, provider_job_id)
+    values (p_job_id, v_adopted) on conflict do nothing;
+    if found then
+      update private.running_jobs set provider_job_id = v_adopted where job_id = p_job_id;
+      return v_adopted;
+    end if;
+  end loop;
+  return null;
 end;
 $$;
 
 comment on function private.adopt_provider_job is
-  'Checkpoints the first of these provider ids, oldest first, that no other job has, and answers '
-  'it; null if all are taken. For creates whose answer was lost. Errors: DR001 lease_lost.';
+  'Checkpoints the first of these provider ids, oldest first, that no job has had, and answers it; '
+  'null if there is none. For creates whose answer was lost. Errors: DR001 lease_lost.';
 
 revoke all on function private.adopt_provider_job(uuid, bigint, text[])
 from public, anon, authenticated, service_role;
@@ -6958,13 +7023,15 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   insert into private.ready_jobs (
-    job_id, user_id, model_id, fair_key, attempt, run_at, provider_job_id, create_started_at
+    job_id, user_id, model_id, fair_key, attempt, run_at,
+    provider_job_id, create_started_at, input_sha256
   )
   select
     p_job.job_id, p_job.user_id, p_job.model_id, c.last_value, p_attempts_used,
     case when p_delay > interval '0' then now() + p_delay end,
     case when p_resumes then p_job.provider_job_id end,
-    case when p_resumes then p_job.create_started_at end
+    case when p_resumes then p_job.create_started_at end,
+    case when p_resumes then p_job.input_sha256 end
   from private.virtual_clock as c;
   update public.generations set status = 'queued', updated_at = now() where id = p_job.job_id;
   if p_delay <= interval '0' then
@@ -9430,16 +9497,22 @@ after delete on public.entitlements
 for each row execute function private.erase_ledger_of_deleted_user();
 
 -- Erases the generations of a user who is gone, and takes the live ones, whose rows are locked, out
--- of the queue.
+-- of the queue. Their workers stop them at the provider.
 create or replace function private.erase_generations_of_deleted_user()
 returns trigger
 language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_worker_id bigint;
 begin
   delete from private.ready_jobs where user_id = old.user_id;
-  delete from private.running_jobs where user_id = old.user_id;
+  for v_worker_id in
+    delete from private.running_jobs where user_id = old.user_id returning worker_id
+  loop
+    perform pg_notify('darkroom_worker_' || v_worker_id, 'cancel');
+  end loop;
   delete from public.generations where user_id = old.user_id;
   return null;
 end;
