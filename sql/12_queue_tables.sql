@@ -287,7 +287,9 @@ create table private.plans (
     max_active > 0 and max_per_minute > 0 and max_batch between 1 and 100
   ),
   constraint plans_weight_is_a_step_of_the_queue check (weight between 1 and 1000),
-  constraint plans_busy_after_is_positive check (busy_after > interval '0')
+  constraint plans_busy_after_is_positive check (
+    busy_after > interval '0' and busy_after <= interval '1000 years'
+  )
 );
 
 comment on table private.plans is 'Limits of free and paid users.';

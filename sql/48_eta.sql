@@ -23,8 +23,12 @@ declare
     (select max(s.refreshed_at) from private.model_stats as s), now() - interval '1 day'
   );
 begin
-  if v_since > now() - interval '15 seconds'
-    or not pg_try_advisory_xact_lock(hashtextextended('darkroom.refresh_model_stats', 0)) then
+  if v_since > now() - interval '15 seconds' then
+    return;
+  end if;
+  -- One session at a time: a row's lock, for an advisory one could be held by anybody.
+  perform from private.queue_state for update skip locked;
+  if not found then
     return;
   end if;
   insert into private.model_stats as s (model_id, mean_seconds, sample_count, refreshed_at)
@@ -32,6 +36,7 @@ begin
     a.model_id, avg(extract(epoch from a.ended_at - a.started_at)), least(count(*), p_memory), now()
   from private.attempts as a
   where a.ended_at > v_since and a.outcome = 'completed'
+    and isfinite(a.started_at) and isfinite(a.ended_at)
   group by a.model_id
   on conflict (model_id) do update set
     mean_seconds = s.mean_seconds + (excluded.mean_seconds - s.mean_seconds)

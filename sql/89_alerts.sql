@@ -128,6 +128,14 @@ as $$
       'dead_deliveries', h.dead::numeric, concat(h.dead, ' deliveries to webhooks were given up')
     ),
     (
+      'skipped_rows', (p_health #>> '{skipped,rows}')::numeric,
+      format('%s rows since %s: %s', p_health #>> '{skipped,rows}',
+        p_health #>> '{skipped,since}', (
+          select string_agg(concat(s.key, ' ', s.value), ', ' order by s.key)
+          from jsonb_each_text(p_health #> '{skipped,steps}') as s
+        ))
+    ),
+    (
       'books',
       (h.b ->> 'recent_problems')::numeric + coalesce((h.b ->> 'problems')::numeric, 0),
       format('%s problems among what moved last, %s at the check of %s',
@@ -210,7 +218,8 @@ declare
       from private.vacuum_holders as h
     ),
     'outbox', private.outbox_health(),
-    'books', private.books_health()
+    'books', private.books_health(),
+    'skipped', private.skipped_health()
   );
 begin
   v_alerts := private.health_alerts(v_health);
@@ -225,7 +234,8 @@ begin
     'paused', v_health -> 'paused',
     'vacuum', v_health -> 'vacuum',
     'outbox', v_health -> 'outbox',
-    'books', v_health -> 'books'
+    'books', v_health -> 'books',
+    'skipped', v_health -> 'skipped'
   );
 end;
 $$;
