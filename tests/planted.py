@@ -67,7 +67,8 @@ SECURITY = [
         "an input may be moved into another's folder",
         "sql/20_access.sql",
         "  ) with check (\n"
-        "    bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text\n  );\n"
+        "    bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text\n"
+        "    and private.may_store_input(name)\n  );\n"
         '  create policy "Users delete',
         '  ) with check (true);\n  create policy "Users delete',
         "tests/test_access.py::test_an_input_cannot_be_moved_into_another_folder_or_bucket",

@@ -877,6 +877,11 @@ def test_deleting_a_user_is_no_deadlock_with_retention(db, alice, worker, order)
             "storage_objects_name_pattern_search",
         ),
         (
+            "select count(*) filter (where bucket_id = 'inputs' and name <> 'a/b')"  # 20_access
+            " from storage.objects where name ~>=~ 'a/' and name ~<~ 'a0'",
+            "storage_objects_name_pattern_search",
+        ),
+        (
             "select id from public.generations where deleted_at <= now()"
             " and finished_at is not null order by deleted_at limit 500",
             "generations_deleted_at_idx",
