@@ -46,6 +46,22 @@ comment on view private.vacuum_holders is
 
 revoke all on table private.vacuum_holders from public, anon, authenticated, service_role;
 
+-- Whether who asks is more than a monitor: may pause what it would read about. A monitor is told no
+-- ids and nobody's words, which may repeat a prompt in any spelling.
+create or replace function private.is_operator()
+returns boolean
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+  select has_function_privilege(
+    coalesce(nullif(current_setting('role', true), 'none'), session_user),
+    'private.pause_model(text, timestamptz, text)', 'execute'
+  )
+$$;
+
+revoke all on function private.is_operator() from public, anon, authenticated, service_role;
+
 -- Notes that a routine ran to its end; pg_cron calls it after the routine.
 create or replace function private.note_run(p_name text)
 returns void
@@ -193,7 +209,7 @@ as $$
     'recent_problems', (select count(*) from private.recent_broken_books()),
     'checked_at', max(r.last_run_at),
     'problems', (max(r.result ->> 'problems'))::integer,
-    'examples', coalesce(jsonb_agg(r.result -> 'examples') -> 0, '[]')
+    'examples', coalesce(jsonb_agg(r.result -> 'examples') filter (where private.is_operator()) -> 0, '[]')
   )
   from private.routines as r
   where r.name = 'check_books' and r.result is not null

@@ -209,7 +209,12 @@ declare
     'rates', private.rates_health(),
     'workers', private.worker_health(),
     'routines', private.routine_health(),
-    'paused', (select coalesce(jsonb_agg(to_jsonb(p)), '[]') from private.paused_now as p),
+    'paused', (
+      select coalesce(jsonb_agg(to_jsonb(p) || case
+        when private.is_operator() then '{}' else '{"pause_reason": null}'::jsonb
+      end), '[]')
+      from private.paused_now as p
+    ),
     'vacuum', (
       select jsonb_build_object(
         'oldest_transactions', coalesce(max(h.age_transactions), 0),
@@ -275,7 +280,8 @@ comment on function public.queue_health is
   'workers {alive, asleep, listening, slots, slots_used}, routines {name: {last_run_at, '
   'every_seconds, runs_missed}}, paused, vacuum {oldest_transactions, sees_all_sessions}, outbox '
   '{pending, oldest_pending_seconds, dead}, books {recent_problems, checked_at, problems, '
-  'examples}}. Thresholds are rows of private.alert_rules.';
+  'examples}, skipped {rows, since, steps}}. A monitor is shown no reasons and no examples. '
+  'Thresholds are rows of private.alert_rules.';
 
 revoke all on function public.queue_health() from public, anon, authenticated, service_role;
 grant execute on function public.queue_health() to service_role, darkroom_monitor;
