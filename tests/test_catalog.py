@@ -416,7 +416,6 @@ class TestFile:
 
     def test_whoever_catches_everything_says_what_it_skips(self, file: Path):
         caught = code(file.read_text()).split("when others then")[1:]
-
         assert [each for each in caught if "private.note_skipped(" not in each[:400]] == []
 
     def test_every_function_is_revoked_from_everybody(self, file: Path):

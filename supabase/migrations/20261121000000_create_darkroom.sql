@@ -176,6 +176,9 @@ create table public.entitlements (
   last_fair_key bigint not null default 0,
   minute_started_at timestamptz not null default '-infinity',
   minute_jobs integer not null default 0,
+  day_started_at timestamptz not null default '-infinity',
+  day_jobs integer not null default 0,
+  day_burned integer not null default 0,
   created_at timestamptz not null default now(),
   constraint entitlements_credits_are_not_negative check (credits >= 0),
   constraint entitlements_paid_users_have_an_end check (not is_paid or paid_until is not null)
@@ -191,7 +194,13 @@ comment on column public.entitlements.last_fair_key is
   'Virtual finish time of the user''s last job; see ready_jobs.fair_key.';
 comment on column public.entitlements.minute_started_at is
   'Start of the minute that minute_jobs counts.';
-comment on column public.entitlements.minute_jobs is 'Jobs enqueued since minute_started_at.';
+comment on column public.entitlements.minute_jobs is
+  'Jobs enqueued since minute_started_at, also those canceled since.';
+comment on column public.entitlements.day_started_at is
+  'Start of the day that day_jobs and day_burned count.';
+comment on column public.entitlements.day_jobs is 'Jobs enqueued since day_started_at.';
+comment on column public.entitlements.day_burned is
+  'Jobs canceled since day_started_at that the provider may bill us.';
 
 -- No foreign keys: the books may outlive the user and do outlive the generation they speak of.
 create table public.credit_ledger (
@@ -415,7 +424,7 @@ create index images_shared_path_idx on public.images (storage_path) where share_
 create index images_shared_preview_idx on public.images (preview_path) where share_id is not null;
 -- The catalogue: what can be asked for.
 --
--- A model is a row, imported from its provider's own schema (38) or written by hand; an alias is a
+-- A model is a row, made of its provider's own schema (make import-model) or by hand; an alias is a
 -- name that stands for one of several models. Models are data: nothing else refers to them by key.
 
 create table public.models (
@@ -442,6 +451,10 @@ create table public.models (
   constraint models_id_is_owner_slash_name check (id ~ '^[a-z0-9_.-]+/[a-z0-9_.-]+$'),
   constraint models_provider_is_known check (provider in ('preview', 'replicate')),
   constraint models_prices_are_not_negative check (price_credits >= 0 and paid_price_credits >= 0),
+  -- With 16 images and 100 jobs of a batch it is an integer still.
+  constraint models_prices_are_at_most_a_million check (
+    greatest(price_credits, paid_price_credits) <= 1000000
+  ),
   constraint models_input_schema_has_properties check (
     coalesce(jsonb_typeof(input_schema -> 'properties'), '') = 'object'
   ),
@@ -718,8 +731,8 @@ create table private.attempts (
   error_detail text,
   provider_job_id text,
   provider_seconds real,
-  provider_images smallint,
-  cost_usd numeric(12, 6),
+  provider_images integer,
+  cost_usd numeric(18, 6),
   primary key (generation_id, token)
 );
 
@@ -814,12 +827,15 @@ create table private.plans (
   name text primary key,
   max_active integer not null,
   max_per_minute integer not null,
+  full_minutes_per_day smallint not null default 30,
+  max_burned_per_day integer not null default 5,
   max_batch integer not null,
   weight integer not null,
   busy_after interval,
   constraint plans_name_is_known check (name in ('free', 'paid')),
   constraint plans_limits_are_positive check (
-    max_active > 0 and max_per_minute > 0 and max_batch between 1 and 100
+    least(max_active, max_per_minute, full_minutes_per_day, max_burned_per_day) > 0
+    and max_batch between 1 and 100
   ),
   constraint plans_weight_is_a_step_of_the_queue check (weight between 1 and 1000),
   constraint plans_busy_after_is_positive check (busy_after > interval '0')
@@ -828,6 +844,11 @@ create table private.plans (
 comment on table private.plans is 'Limits of free and paid users.';
 comment on column private.plans.max_active is 'Jobs queued or running at once.';
 comment on column private.plans.max_per_minute is 'Jobs enqueued in a minute.';
+comment on column private.plans.full_minutes_per_day is
+  'Times max_per_minute: jobs enqueued in a day, each of which keeps its row.';
+comment on column private.plans.max_burned_per_day is
+  'Jobs of a day that a user may cancel when the provider may bill us already; then no more are '
+  'let in.';
 comment on column private.plans.max_batch is
   'Prompts of one batch. A batch is let in whole while there is room for one job more, and then '
   'counts in full.';
@@ -863,6 +884,7 @@ create table private.settings (
   constraint settings_is_one_row check (id),
   constraint settings_credit_is_not_negative check (credit_usd >= 0),
   constraint settings_welcome_credits_are_not_negative check (welcome_credits >= 0),
+  constraint settings_welcome_credits_are_at_most_a_million check (welcome_credits <= 1000000),
   constraint settings_lease_outlives_three_heartbeats check (lease >= 3 * heartbeat),
   constraint settings_max_attempts_is_positive check (max_attempts > 0),
   constraint settings_running_cancel_refund_is_a_percentage check (
@@ -1860,6 +1882,21 @@ begin
       ))::integer
     );
   end if;
+  if p_entitlement.day_started_at > now() - interval '1 day' and (
+    p_entitlement.day_jobs >= p_plan.max_per_minute::bigint * p_plan.full_minutes_per_day
+    or p_entitlement.day_burned >= p_plan.max_burned_per_day
+  ) then
+    perform private.refuse_for_now(
+      429,
+      'rate_limited',
+      format(
+        '%s jobs in this day, %s of them canceled when they ran: the plan''s limits are %s and %s',
+        p_entitlement.day_jobs, p_entitlement.day_burned,
+        p_plan.max_per_minute::bigint * p_plan.full_minutes_per_day, p_plan.max_burned_per_day
+      ),
+      ceil(extract(epoch from p_entitlement.day_started_at + interval '1 day' - now()))::integer
+    );
+  end if;
   if private.is_busy(p_plan) then
     perform private.refuse_for_now(503, 'busy', 'Jobs wait too long to take in more.', 60);
   end if;
@@ -2366,835 +2403,6 @@ $$;
 
 revoke all on function private.complete_input(public.models, jsonb, text)
 from public, anon, authenticated, service_role;
--- A provider's schema in our words: references resolved, prose left out, nothing but rules.
---
--- A model's input_schema is
---   {"required": [name], "properties": {name: {type, enum, minimum, maximum, exclusiveMinimum,
---    exclusiveMaximum, multipleOf, minLength, maxLength, minItems, maxItems, items, default,
---    format, nullable, anyOf}}}
--- resolve_schema turns one part of an OpenAPI document into such rules. Then limit_rules adds what
--- a provider left open and we do not: sizes, steps, a default that fits.
-
--- Raises PT400 invalid_input: the model cannot be mapped, and why.
-create or replace function private.refuse_model(p_reason text)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  perform private.refuse_input('model: ' || p_reason, 'Nothing was imported.');
-end;
-$$;
-
-revoke all on function private.refuse_model(text) from public, anon, authenticated, service_role;
-
--- What of a resolved node is a rule and well formed. Null is no value: an enum that holds it is
--- nullable, a default of null is none.
-create or replace function private.rules_of(p_node jsonb)
-returns jsonb
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
-  select jsonb_strip_nulls(
-    coalesce(jsonb_object_agg(k.key, k.value) filter (
-      where case k.key
-        when 'items' then jsonb_typeof(k.value) = 'object'
-        when 'properties' then jsonb_typeof(k.value) = 'object'
-        when 'anyOf' then jsonb_typeof(k.value) = 'array'
-        when 'default' then true
-        when 'multipleOf' then jsonb_typeof(k.value) = 'number' and k.value > '0'
-        else k.key in (
-          'minimum', 'maximum', 'exclusiveMinimum', 'exclusiveMaximum', 'minLength', 'maxLength',
-          'minItems', 'maxItems'
-        ) and jsonb_typeof(k.value) = 'number'
-      end
-    ), '{}')
-    || jsonb_build_object(
-      'type', coalesce(
-        case jsonb_typeof(p_node -> 'type') when 'string' then p_node -> 'type' end,
-        case when p_node @? '$.enum[*] ? (@.type() == "number")' and not
-          p_node @? '$.enum[*] ? (@ % 1 != 0)' then '"integer"'::jsonb end,
-        to_jsonb(jsonb_typeof(jsonb_path_query_first(p_node, '$.enum[*] ? (@ != null)'))),
-        to_jsonb(jsonb_typeof(p_node -> 'const'))
-      ),
-      'nullable', case
-        when p_node @> '{"nullable": true}' or p_node @> '{"enum": [null]}' then true
-      end,
-      'enum', coalesce(
-        nullif(jsonb_path_query_array(p_node, 'strict $.enum[*] ? (@ != null)', '{}', true), '[]'),
-        case when p_node ? 'const' then jsonb_build_array(p_node -> 'const') end
-      ),
-      'format', case
-        when p_node @> '{"writeOnly": true}' or p_node @> '{"x-cog-secret": true}' then 'password'
-        else p_node ->> 'format'
-      end
-    )
-    -- OpenAPI 3.0 says with a boolean that the limit itself is out.
-    || case when p_node @> '{"exclusiveMinimum": true}'
-      then jsonb_build_object('exclusiveMinimum', p_node -> 'minimum') else '{}' end
-    || case when p_node @> '{"exclusiveMaximum": true}'
-      then jsonb_build_object('exclusiveMaximum', p_node -> 'maximum') else '{}' end
-  )
-  from jsonb_each(p_node) as k
-$$;
-
-revoke all on function private.rules_of(jsonb) from public, anon, authenticated, service_role;
-
--- One part of a schema as rules: $ref, allOf and unions resolved.
---
--- Raises: PT400 invalid_input for a reference that leads nowhere or round in circles.
-create or replace function private.resolve_schema(
-  p_node jsonb,
-  p_schemas jsonb,
-  p_path text[] default '{}'
-)
-returns jsonb
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_node jsonb := case jsonb_typeof(p_node) when 'object' then p_node else '{}' end;
-  v_ref text := v_node ->> '$ref';
-  v_name text := substring(v_ref from '^#/(?:components/schemas|\$defs|definitions)/(.+)$');
-  v_path text[] := p_path || coalesce(v_name, '');
-  v_part jsonb;
-begin
-  if v_ref is not null and p_schemas ? v_name is not true then
-    perform private.refuse_model(format('%s leads nowhere', v_ref));
-  elsif v_name = any (p_path) or cardinality(p_path) > 20 then
-    perform private.refuse_model(format('%s leads round in circles', coalesce(v_ref, 'it')));
-  end if;
-  for v_part in
-    select p_schemas -> v_name where v_name is not null
-    union all
-    select a.value from jsonb_path_query(v_node, 'strict $.allOf[*]', silent => true) as a (value)
-  loop
-    v_node := private.resolve_schema(v_part, p_schemas, v_path) || v_node;
-  end loop;
-  v_node := private.resolve_union(v_node, p_schemas, v_path) || (
-    v_node - '{anyOf,oneOf}'::text[]
-    - case jsonb_typeof(v_node -> 'type') when 'array' then 'type' else '' end
-  );
-  if jsonb_typeof(v_node -> 'items') = 'object' then
-    v_node := v_node || jsonb_build_object(
-      'items', private.resolve_schema(v_node -> 'items', p_schemas, v_path)
-    );
-  end if;
-  if jsonb_typeof(v_node -> 'properties') = 'object' then
-    v_node := v_node || jsonb_build_object('properties', (
-      select jsonb_object_agg(p.key, private.resolve_schema(p.value, p_schemas, v_path))
-      from jsonb_each(v_node -> 'properties') as p
-    ));
-  end if;
-  return private.rules_of(v_node);
-end;
-$$;
-
-revoke all on function private.resolve_schema(jsonb, jsonb, text[])
-from public, anon, authenticated, service_role;
-
--- What a union (anyOf, oneOf, an array of types) says: of one type and null, that type, nullable;
--- of enums, one enum; of several types, anyOf. Nothing if there is none.
-create or replace function private.resolve_union(p_node jsonb, p_schemas jsonb, p_path text[])
-returns jsonb
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select
-    case count(*) filter (where not o.is_null)
-      when 0 then '{}'
-      when 1 then jsonb_agg(o.rules) filter (where not o.is_null) -> 0
-      else case
-        when bool_and(o.rules ? 'enum') and count(distinct o.rules -> 'type') = 1
-          then jsonb_build_object(
-            'enum', jsonb_path_query_array(jsonb_agg(o.rules), '$[*].enum[*]')
-          )
-        else jsonb_build_object('anyOf', jsonb_agg(o.rules) filter (where not o.is_null))
-      end
-    end
-    || case when bool_or(o.is_null) then '{"nullable": true}' else '{}'::jsonb end
-  from (
-    select
-      private.resolve_schema(e.value, p_schemas, p_path) as rules,
-      e.value ->> 'type' is not distinct from 'null' as is_null
-    from jsonb_path_query(p_node, 'strict $.anyOf[*]', silent => true) as e (value)
-    union all
-    select
-      private.resolve_schema(e.value, p_schemas, p_path),
-      e.value ->> 'type' is not distinct from 'null'
-    from jsonb_path_query(p_node, 'strict $.oneOf[*]', silent => true) as e (value)
-    union all
-    select private.rules_of(p_node || jsonb_build_object('type', e.value)), e.value = '"null"'
-    from jsonb_path_query(p_node, 'strict $.type[*]', silent => true) as e (value)
-    where jsonb_typeof(p_node -> 'type') = 'array'
-  ) as o
-$$;
-
-revoke all on function private.resolve_union(jsonb, jsonb, text[])
-from public, anon, authenticated, service_role;
-
--- A name as its words: imageURL, Image-URL and image_url are the same.
-create or replace function private.snake_case(p_name text)
-returns text
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
-  select trim(both '_' from lower(regexp_replace(
-    regexp_replace(p_name, '([a-z0-9])([A-Z])', '\1_\2', 'g'), '[^[:alnum:]]+', '_', 'g'
-  )))
-$$;
-
-revoke all on function private.snake_case(text) from public, anon, authenticated, service_role;
-
--- The rules with limits where the provider left a size or a length of work open, and without a
--- default that does not fit or that an image input has: there, clients give paths.
-create or replace function private.limit_rules(p_snake text, p_rules jsonb, p_takes_image boolean)
-returns jsonb
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select l.rules - 'default' || case
-    when p_takes_image or private.input_problem(l.rules -> 'default', l.rules) is not null then '{}'
-    when l.rules ->> 'type' = 'integer'
-      then jsonb_build_object('default', trunc((l.rules ->> 'default')::numeric))
-    when l.rules ? 'default' then jsonb_build_object('default', l.rules -> 'default')
-    else '{}'
-  end
-  from (
-    select jsonb_strip_nulls(jsonb_build_object(
-      'minimum', case when o.lowest is not null then least(o.lowest, d.number, b.highest) end,
-      'maximum', case when o.highest is not null then greatest(o.highest, d.number, b.lowest) end
-    )) || p_rules as rules
-    from (
-      select case jsonb_typeof(p_rules -> 'default')
-        when 'number' then (p_rules ->> 'default')::numeric
-      end as number
-    ) as d
-    cross join (
-      select (p_rules ->> 'minimum')::numeric as lowest, (p_rules ->> 'maximum')::numeric as highest
-    ) as b
-    left join (
-      values
-      ('^((image|img|output|out|target|canvas|new|max)_)?(width|height)$', 64, 2048),
-      ('(^|_)(width|height|resolution|dimensions?|side|pixels|(image|img|max|output)_size)$|^size$',
-        null, 2048),
-      ('^(up|out|re)?scal(e|ing)(_(factor|by|ratio))?$', 0, 10),
-      ('(^|_)(megapixels?|mp)$', null, 4),
-      ('(^|_)steps$', 0, 500)
-    ) as o (pattern, lowest, highest)
-      on p_snake ~ o.pattern and not p_rules ? 'enum'
-      and p_rules ->> 'type' in ('integer', 'number')
-    limit 1
-  ) as l
-$$;
-
-revoke all on function private.limit_rules(text, jsonb, boolean)
-from public, anon, authenticated, service_role;
--- What a model's inputs are for, told by name, rules and prose: prompt, image, count, operator's.
---
--- Inputs that only an operator may set (safety switches, weights, secrets, anything that takes an
--- address) never become client inputs unless import_model is told so by name. Inputs that take an
--- image do: a client gives a path in bucket inputs, never an address. Where in doubt an input is
--- the operator's.
-
--- Takes text of any kind: names, paths and addresses too.
-create or replace function private.is_free_text(p_rules jsonb)
-returns boolean
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
-  select p_rules @? '$.** ? (@.type == "string" && !exists(@.enum))'
-$$;
-
-revoke all on function private.is_free_text(jsonb) from public, anon, authenticated, service_role;
-
--- Takes a file, as one or as a list.
-create or replace function private.takes_file(p_rules jsonb)
-returns boolean
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
-  select p_rules @? '$.**.format ? (@ like_regex "^(uri|url|uri-reference|iri|binary|byte|path)$")'
-$$;
-
-revoke all on function private.takes_file(jsonb) from public, anon, authenticated, service_role;
-
--- Takes source images: a file, or plain text where the name leaves no doubt.
-create or replace function private.takes_image(p_snake text, p_rules jsonb, p_prose text)
-returns boolean
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.is_free_text(p_rules)
-    and p_snake !~ '(^|_)(loras?|weights?|checkpoint|ckpt|zip|archive|dataset|prompt_file)(_|$)'
-    and p_prose !~ '\m(zip|tar|tarball|safetensors|videos?|audio)\M'
-    and (
-      private.takes_file(p_rules) and (
-        p_snake ~ '(image|img|mask|photo|picture|pic|face|pose|sketch|portrait|selfie|drawing)'
-        or p_prose ~ '\m(images?|pictures?|photos?|photographs?|png|jpe?g|drawing|sketch|selfie)\M'
-        or p_snake ~ '^(input|source|target|init|control|reference|subject|character|person|style)$'
-      )
-      or p_snake ~ concat(
-        '^((input|source|src|init|start|init|reference|ref|base|style|control|target|mask|face)_)?',
-        '(images?|imgs?|photos?|pictures?|mask)(_(\d+|path|file|input|urls?|uris?))?$'
-      )
-    )
-$$;
-
-revoke all on function private.takes_image(text, jsonb, text)
-from public, anon, authenticated, service_role;
-
--- Is the operator's: by its name, by its type, or text that its prose calls an address.
-create or replace function private.is_operators(p_snake text, p_rules jsonb, p_prose text)
-returns boolean
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
-  select
-    p_snake ~ concat(
-      '(safe|nsfw|sfw|moderat|censor|watermark|content_(filter|check|policy)|filter_(level|words)',
-      '|disable_filter|profan|explicit|adult|mature|nud(e|ity)|person_generation|guardrail)'
-    )
-    or p_snake ~ concat(
-      '(^|_)(webhooks?|callbacks?|secrets?|password|passwd|credentials?|token',
-      '|api|apikey|key|auth|authorization|bearer|urls?|uris?|hrefs?|links?|endpoint|proxy|host|hf',
-      '|huggingface|civitai|replicate|openai|debug|workflow|kwargs|command|extra_args)(_|$)'
-    )
-    or private.takes_file(p_rules)
-    or p_rules @? '$.**.format ? (@ == "password")'
-    or p_rules @? '$.** ? (@.type == "object")'
-    or p_rules @? '$.items ? (@.type == "array" || !exists(@.type))'
-    or p_rules @? '$.anyOf[*] ? (!exists(@.type))'
-    or p_rules ->> 'type' = 'array' and not p_rules ? 'items'
-    or not p_rules ?| '{type,anyOf}'
-    or p_snake ~ '^(image_|output_)?(size|resolution|dimensions?)$'
-    and (p_rules ->> 'type' = 'array' or private.is_free_text(p_rules))
-    or private.is_free_text(p_rules) and p_snake !~ 'prompt' and (
-      p_prose ~ '\m(urls?|uris?|hyperlink|hugging ?face|civitai|safetensors|api key)\M'
-      or p_snake ~ concat(
-        '(^|_)(model|repo|path|file|filename|dir|directory|folder|zip|tar|adapter|embeddings?',
-        '|loras?|qlora|weights?|checkpoints?|ckpt|json|yaml|config|script|bucket)(_|$)'
-      )
-    )
-$$;
-
-revoke all on function private.is_operators(text, jsonb, text)
-from public, anon, authenticated, service_role;
-
--- The properties of a model's input, in the order of their names.
---
--- Raises: PT400 invalid_input for a reference that cannot be resolved.
-create or replace function private.model_properties(p_schemas jsonb)
-returns table (
-  name text,
-  snake text,
-  rules jsonb,
-  is_required boolean,
-  takes_image boolean,
-  is_operators boolean
-)
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select
-    p.key,
-    s.snake,
-    private.limit_rules(s.snake, s.rules, i.takes_image),
-    coalesce((p_schemas #> '{Input,required}') ? p.key, false),
-    i.takes_image,
-    private.is_operators(s.snake, s.rules, s.prose)
-  from jsonb_each(p_schemas #> '{Input,properties}') as p
-  cross join lateral (
-    select
-      private.snake_case(p.key) as snake,
-      private.resolve_schema(p.value, p_schemas) - 'properties' as rules,
-      -- What a link points to is not what the input takes.
-      regexp_replace(
-        lower(coalesce(p.value ->> 'description', '')), 'https?://\S+', '', 'g'
-      ) as prose
-  ) as s
-  cross join lateral (
-    select private.takes_image(s.snake, s.rules, s.prose) as takes_image
-  ) as i
-  order by p.key
-$$;
-
-revoke all on function private.model_properties(jsonb)
-from public, anon, authenticated, service_role;
-
--- The property the prompt goes into: by its name, or the one required text that is called so.
--- Names that say little count where the model cannot do without, or is given nothing else.
-create or replace function private.find_prompt(p_schemas jsonb)
-returns text
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select p.name
-  from private.model_properties(p_schemas) as p
-  left join unnest(
-    '{prompt,text_prompt,prompt_text,input_prompt,positive_prompt,user_prompt,main_prompt,prompts,'
-    'edit_prompt,prompt_1,prompt1,instruction,instructions,edit_instruction,positive,text,'
-    'input_text,text_input,caption,description,query,message,input,content}'::text[]
-  ) with ordinality as c (snake, place) on c.snake = p.snake
-  where p.rules ->> 'type' = 'string' and not p.rules ?| '{enum,format}' and not p.takes_image
-    and (
-      p.snake ~ 'prompt'
-      and p.snake !~ '(negative|neg|^n_|system|style|lora|suffix|prefix|2|strength)'
-      or c.place is not null and (p.is_required or not exists (
-        select from private.model_properties(p_schemas) as i where i.takes_image
-      ))
-    )
-  order by c.place, p.is_required desc, p.name limit 1
-$$;
-
-revoke all on function private.find_prompt(jsonb) from public, anon, authenticated, service_role;
-
--- Whether an input says how many images are made. Only one of a model's may be a client's: what
--- the others multiply is not charged.
-create or replace function private.counts_images(p_snake text, p_rules jsonb)
-returns boolean
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
-  select not private.is_free_text(p_rules) and p_snake ~ concat(
-    '^(n|amount|quantity|outputs|samples|variations|batch|n_iter|max_images',
-    '|(num|number|n|no|count|amount|total|nb)_(of_)?(output|generated|result)?_?',
-    '(image|output|sample|picture|result|generation|variation|variant|prediction|batche?)s?',
-    '(_per_[a-z]+)?',
-    '|(image|output|sample|batch|picture|result|variation|generation)s?_(count|num|number|size|n)',
-    '|(images|samples)_per_prompt)$'
-  )
-$$;
-
-revoke all on function private.counts_images(text, jsonb)
-from public, anon, authenticated, service_role;
-
--- The input that says how many images, and its rules with limits we can charge by; else nothing.
-create or replace function private.find_count(p_schemas jsonb)
-returns table (name text, rules jsonb)
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select p.name, case
-    when p.rules ? 'enum' then p.rules - 'nullable' || jsonb_build_object(
-      'default', coalesce(p.rules -> 'default', p.rules -> 'enum' -> 0)
-    )
-    else p.rules - '{nullable,exclusiveMinimum,exclusiveMaximum}'::text[] || jsonb_build_object(
-      'minimum', l.lowest,
-      'maximum', greatest(l.lowest, least(16, coalesce(
-        (p.rules ->> 'maximum')::numeric, greatest(4, (p.rules ->> 'default')::numeric)
-      ))),
-      'default', least(16, greatest(l.lowest, (p.rules ->> 'default')::numeric))
-    )
-  end
-  from private.model_properties(p_schemas) as p
-  cross join lateral (
-    select least(16, greatest(1, (p.rules ->> 'minimum')::numeric)) as lowest
-  ) as l
-  left join unnest(
-    '{num_outputs,number_of_outputs,number_of_images,num_images,num_images_per_prompt,n_images,'
-    'images_per_prompt,num_samples,n_samples,samples,n,max_images,batch_size}'::text[]
-  ) with ordinality as c (snake, place) on c.snake = p.snake
-  where p.rules ->> 'type' = 'integer' and private.counts_images(p.snake, p.rules)
-    and not p.is_operators
-  order by c.place, p.name limit 1
-$$;
-
-revoke all on function private.find_count(jsonb) from public, anon, authenticated, service_role;
--- Importing models: a provider's own description of a model becomes a row of the catalogue.
---
--- import_model takes what Replicate's GET /models/{owner}/{name} answers and an object of options,
--- maps schema (35) and inputs (36) to a row, and inserts or updates it. What it cannot map it
--- refuses with the reason. What an operator has decided (prices, title, deadline, whether it is
--- active, which known inputs are the clients') outlives every later import.
-
--- Why the output is nothing we can store as images; null if it may be.
-create or replace function private.output_problem(p_output jsonb, p_prose text)
-returns text
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
-  select case
-    when coalesce(p_output #>> '{items,type}', p_output ->> 'type')
-      in ('number', 'integer', 'boolean', 'null')
-      then format(
-        'its output is a %s, not an image',
-        coalesce(p_output #>> '{items,type}', p_output ->> 'type')
-      )
-    when p_output @? '$.** ? (@.type == "string")' and not private.takes_file(p_output)
-      then 'its output is text, not an image'
-    when p_output ? 'properties' and not p_output @? '$.properties.* ? (!exists(@.type))'
-      and not private.takes_file(p_output)
-      then 'its output holds no file'
-    when p_output ? 'properties' and not exists (
-      select from jsonb_each(p_output -> 'properties') as p
-      where p.key !~* '(video|audio|mp4|mp3|wav|weights|model|mesh|glb|zip|npz|text|json|log)'
-    ) then 'its output holds no image'
-    when o.medium is not null then format('its output is %s, not an image', o.medium)
-  end
-  from (
-    select substring(
-      p_prose from '\m(videos?|mp4|webm|audio|wav|mp3|music|songs?|speech|voice|sound|3d|mesh)\M'
-    ) as medium
-  ) as o
-$$;
-
-revoke all on function private.output_problem(jsonb, text)
-from public, anon, authenticated, service_role;
-
--- What tells of videos and sounds where the output's type is a mere address: the name, a sentence
--- such as text-to-video, frames per second among the inputs.
-create or replace function private.output_prose(p_model jsonb, p_schemas jsonb)
-returns text
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
-  select lower(concat_ws(
-    ' ',
-    translate(p_model ->> 'name', '-_.', '   '),
-    p_schemas #>> '{Output,title}',
-    p_schemas #>> '{Output,description}',
-    substring(
-      lower(p_model ->> 'description') from '\m(?:to|2)[- ]?(video|audio|speech|music|3d)\M'
-    ),
-    substring(
-      lower(p_model ->> 'description')
-      from '\m((?:video|audio|music|speech) generation|generative (?:video|audio|music)'
-      '|sound effects)\M'
-    ),
-    substring(
-      lower(p_model ->> 'description')
-      from '\m(?:generat|creat|mak)(?:es?|ing) (?:[a-z-]+ ){0,3}(videos?|music|songs?|audio)\M'
-    ),
-    case
-      when (p_schemas #> '{Input,properties}') ?| '{fps,num_frames,frames_per_second,video_length}'
-        and p_schemas::text !~* '\mgif\M' then 'video'
-      when (p_schemas #>> '{Input,properties}') ~ '"(mp4|webm|mov|mp3|wav|flac|ogg)"'
-        and (p_schemas #>> '{Input,properties}') !~ '"(png|jpe?g|webp|gif)"'
-        then substring(p_schemas #>> '{Input,properties}' from '"(mp4|webm|mp3|wav)"')
-    end
-  ))
-$$;
-
-revoke all on function private.output_prose(jsonb, jsonb)
-from public, anon, authenticated, service_role;
-
--- The schemas of a model's description: Input, Output, and what they refer to.
---
--- Raises: PT400 invalid_input if there is no input, or if the output is no image.
-create or replace function private.model_schemas(p_model jsonb)
-returns jsonb
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_schemas jsonb := p_model #> '{latest_version,openapi_schema,components,schemas}';
-  v_problem text;
-begin
-  if coalesce(jsonb_typeof(v_schemas -> 'Input'), '') <> 'object' then
-    perform private.refuse_model('it has no latest_version.openapi_schema with an Input');
-  end if;
-  v_schemas := case jsonb_typeof(v_schemas #> '{Input,$defs}')
-    when 'object' then v_schemas #> '{Input,$defs}' else '{}'
-  end || v_schemas;
-  if coalesce(jsonb_typeof(v_schemas #> '{Input,properties}'), '') <> 'object' then
-    v_schemas := jsonb_set(v_schemas, '{Input,properties}', '{}');
-  end if;
-  v_problem := private.output_problem(
-    private.resolve_schema(v_schemas -> 'Output', v_schemas),
-    private.output_prose(p_model, v_schemas)
-  );
-  if v_problem is not null then
-    perform private.refuse_model(v_problem);
-  end if;
-  return v_schemas;
-end;
-$$;
-
-revoke all on function private.model_schemas(jsonb)
-from public, anon, authenticated, service_role;
-
--- The columns that a model's schemas determine.
-create or replace function private.map_inputs(p_schemas jsonb)
-returns jsonb
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select jsonb_build_object(
-    'prompt_input', f.prompt,
-    'image_count_input', f.count_input,
-    'max_images', least(16, coalesce(
-      (select max(e.value::numeric) from jsonb_array_elements(f.count_rules -> 'enum') as e),
-      (f.count_rules ->> 'maximum')::numeric,
-      1
-    )),
-    'image_inputs', coalesce(jsonb_agg(p.name) filter (where p.takes_image), '[]'),
-    'client_inputs', coalesce(jsonb_agg(p.name) filter (
-      where p.name is distinct from f.prompt and (p.takes_image or not p.is_operators)
-        and (p.name = f.count_input or not private.counts_images(p.snake, p.rules))
-    ), '[]'),
-    'input_schema', jsonb_build_object(
-      'required', coalesce(jsonb_agg(p.name) filter (where p.is_required), '[]'),
-      'properties', coalesce(jsonb_object_agg(
-        p.name, case p.name when f.count_input then f.count_rules else p.rules end
-      ) filter (where p.name is not null), '{}')
-    )
-  )
-  from (
-    select private.find_prompt(p_schemas) as prompt, c.name as count_input, c.rules as count_rules
-    from (select) as one left join private.find_count(p_schemas) as c on true
-  ) as f
-  left join private.model_properties(p_schemas) as p on true
-  group by f.prompt, f.count_input, f.count_rules
-$$;
-
-revoke all on function private.map_inputs(jsonb) from public, anon, authenticated, service_role;
-
--- The columns of a catalogue row that the provider's description determines. An official model is
--- called by its name, any other by its version; where the description does not say, an official
--- one shows by the images it bills.
---
--- Raises: PT400 invalid_input, with the reason.
-create or replace function private.map_model(p_model jsonb)
-returns jsonb
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_id text := concat(p_model ->> 'owner', '/', p_model ->> 'name');
-  v_version text := p_model #>> '{latest_version,id}';
-begin
-  if v_id !~ '^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$' then
-    perform private.refuse_model('it has no owner and name as Replicate writes them');
-  end if;
-  return private.map_inputs(private.model_schemas(p_model)) || jsonb_build_object(
-    'id', lower(v_id),
-    'provider', 'replicate',
-    'provider_ref', v_id || case
-      when v_version is null or coalesce(
-        (p_model ->> 'is_official')::boolean,
-        (p_model #> '{default_example,metrics}') ?| '{image_count,image_output_count}'
-      ) then ''
-      else ':' || v_version
-    end
-  );
-end;
-$$;
-
-revoke all on function private.map_model(jsonb) from public, anon, authenticated, service_role;
-
--- The inputs clients may set: of those an operator knew before, what was decided then; of new ones,
--- what is safe; and what is allowed by name.
-create or replace function private.merge_client_inputs(
-  p_old public.models,
-  p_mapped jsonb,
-  p_options jsonb
-)
-returns jsonb
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select coalesce(jsonb_agg(distinct n.name), '[]')
-  from (
-    select m.name
-    from jsonb_object_keys(p_mapped #> '{input_schema,properties}') as m (name)
-    where case
-      when coalesce((p_old.input_schema -> 'properties') ? m.name, false)
-        then m.name = any (p_old.client_inputs)
-      else (p_mapped -> 'client_inputs') ? m.name
-        and not coalesce((p_options -> 'operator_input') ? m.name, false)
-    end
-    union all
-    select a.name from jsonb_array_elements_text(p_options -> 'allow_inputs') as a (name)
-  ) as n
-  where n.name is distinct from p_mapped ->> 'prompt_input'
-$$;
-
-revoke all on function private.merge_client_inputs(public.models, jsonb, jsonb)
-from public, anon, authenticated, service_role;
-
--- The whole row: what was there, under what the provider says, under what the operator says.
-create or replace function private.merge_model(p_old public.models, p_mapped jsonb, p_options jsonb)
-returns public.models
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select jsonb_populate_record(
-    null::public.models,
-    jsonb_build_object(
-      'title', initcap(translate(split_part(p_mapped ->> 'id', '/', 2), '-_', '  ')),
-      'price_credits', 1,
-      'paid_price_credits', coalesce(p_options -> 'price_credits', '1'),
-      -- Without a price nobody has decided to sell it.
-      'is_active', p_options ? 'price_credits',
-      'requires_paid', false,
-      'deadline', '5 minutes',
-      'operator_input', '{}'::jsonb
-    )
-    || case when p_old.id is null then '{}' else to_jsonb(p_old) end
-    || p_mapped
-    || jsonb_build_object(
-      'is_schema_confirmed', true,
-      'client_inputs', i.client_inputs,
-      'image_inputs', jsonb_path_query_array(
-        p_mapped -> 'image_inputs', '$[*] ? (@ == $names[*])',
-        jsonb_build_object('names', i.client_inputs)
-      ),
-      'image_count_input', case
-        when i.client_inputs ? (p_mapped ->> 'image_count_input')
-          then p_mapped -> 'image_count_input'
-      end,
-      -- Fewer than the provider makes is what an operator wanted; where clients cannot say how
-      -- many, so is more than one.
-      'max_images', case
-        when i.client_inputs ? (p_mapped ->> 'image_count_input') is not true then case
-          when p_old.image_count_input is null then coalesce(p_old.max_images, 1) else 1
-        end
-        when p_old.max_images < (
-          p_old.input_schema #>> array['properties', p_old.image_count_input, 'maximum']
-        )::numeric then least(p_old.max_images, (p_mapped ->> 'max_images')::integer)
-        else (p_mapped ->> 'max_images')::integer
-      end
-    )
-    || (p_options - 'allow_inputs')
-  )
-  from (
-    select private.merge_client_inputs(p_old, p_mapped, p_options) as client_inputs
-  ) as i
-$$;
-
-revoke all on function private.merge_model(public.models, jsonb, jsonb)
-from public, anon, authenticated, service_role;
-
--- The row can work: what is required can come from somewhere, and what is named is there.
---
--- Raises: PT400 invalid_input, with the reason.
-create or replace function private.check_model(p_model public.models)
-returns void
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_properties jsonb := p_model.input_schema -> 'properties';
-  v_name text;
-begin
-  select r.name into v_name
-  from jsonb_array_elements_text(p_model.input_schema -> 'required') as r (name)
-  where r.name is distinct from p_model.prompt_input
-    and not r.name = any (p_model.client_inputs)
-    and not v_properties -> r.name ? 'default'
-    and not p_model.operator_input ? r.name
-  order by r.name limit 1;
-  if found then
-    perform private.refuse_model(format(
-      'input %s is required, but not for clients: give it in operator_input or allow it', v_name
-    ));
-  end if;
-  select i.name into v_name
-  from unnest(p_model.client_inputs) as i (name)
-  where not v_properties ? i.name
-  order by i.name limit 1;
-  if found then
-    perform private.refuse_model(format('it has no input %s', v_name));
-  end if;
-end;
-$$;
-
-revoke all on function private.check_model(public.models)
-from public, anon, authenticated, service_role;
-
--- Raises PT400 invalid_input for options that are not known.
-create or replace function private.check_import_options(p_options jsonb)
-returns void
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_known constant text[] := cast('{price_credits,paid_price_credits,requires_paid,is_active,title,'
-    'provider_ref,deadline,cost_usd,cost_unit,max_images,client_inputs,image_inputs,prompt_input,'
-    'image_count_input,operator_input,allow_inputs}' as text[]);
-  v_unknown text := (
-    select min(o.name) from jsonb_object_keys(p_options) as o (name)
-    where not o.name = any (v_known)
-  );
-begin
-  if v_unknown is not null then
-    perform private.refuse_input(
-      format('options.%s: not an option', v_unknown), 'Known: ' || array_to_string(v_known, ', ')
-    );
-  end if;
-end;
-$$;
-
-revoke all on function private.check_import_options(jsonb)
-from public, anon, authenticated, service_role;
-
--- Enters or renews a model. Answers each column that changes, before and after.
---
--- Raises: PT400 invalid_input, with the reason; nothing is written then.
-create or replace function private.import_model(
-  p_model jsonb,
-  p_options jsonb default '{}',
-  p_dry_run boolean default false
-)
-returns table (field text, old_value jsonb, new_value jsonb)
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_mapped jsonb := private.map_model(p_model);
-  v_old public.models;
-  v_new public.models;
-begin
-  perform private.check_import_options(p_options);
-  select * into v_old from public.models where id = v_mapped ->> 'id' for update;
-  v_new := private.merge_model(v_old, v_mapped, p_options);
-  perform private.check_model(v_new);
-  if v_new is distinct from v_old and not p_dry_run then
-    delete from public.models where id = v_new.id;
-    insert into public.models select v_new.*;
-  end if;
-  return query
-  select n.key, o.value, n.value
-  from jsonb_each(to_jsonb(v_new)) as n
-  left join jsonb_each(to_jsonb(v_old)) as o on o.key = n.key
-  where o.value is distinct from n.value and (v_old.id is not null or n.value <> 'null')
-  order by n.key;
-end;
-$$;
-
-comment on function private.import_model is
-  'Maps what Replicate''s GET /models/{owner}/{name} answers to a row of models. p_options: '
-  'columns to set (price_credits, paid_price_credits, requires_paid, is_active, title, '
-  'provider_ref, deadline, cost_usd, cost_unit, max_images, client_inputs, image_inputs, '
-  'prompt_input, image_count_input, operator_input) and allow_inputs, an array of operator '
-  'inputs to open to clients. p_dry_run changes nothing. Answers the columns that change. '
-  'Errors: PT400 invalid_input, the reason.';
-
-revoke all on function private.import_model(jsonb, jsonb, boolean)
-from public, anon, authenticated, service_role;
 -- Credits: grant, charge, refund. The only code that moves a balance.
 --
 -- Every step locks the user's entitlement row, writes one ledger entry that holds the new balance,
@@ -3258,6 +2466,7 @@ declare
   v_count integer := cardinality(p_generation_ids);
   v_cost bigint := p_credits::bigint * v_count;
   v_new_minute boolean := p_entitlement.minute_started_at <= now() - interval '1 minute';
+  v_new_day boolean := p_entitlement.day_started_at <= now() - interval '1 day';
 begin
   if v_cost > p_entitlement.credits then
     perform private.refuse_price(p_entitlement, v_cost);
@@ -3266,7 +2475,10 @@ begin
     credits = credits - v_cost,
     last_fair_key = p_last_fair_key,
     minute_started_at = case when v_new_minute then now() else minute_started_at end,
-    minute_jobs = case when v_new_minute then v_count else minute_jobs + v_count end
+    minute_jobs = case when v_new_minute then v_count else minute_jobs + v_count end,
+    day_started_at = case when v_new_day then now() else day_started_at end,
+    day_jobs = case when v_new_day then v_count else day_jobs + v_count end,
+    day_burned = case when v_new_day then 0 else day_burned end
   where user_id = p_entitlement.user_id;
   insert into public.credit_ledger (user_id, generation_id, kind, amount, balance_after)
   select p_entitlement.user_id, g.id, 'charge', -p_credits, p_entitlement.credits - p_credits * g.n
@@ -3388,6 +2600,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_credits integer;
+  v_charged bigint;
   v_entry public.credit_ledger;
 begin
   if ((p_kind = 'grant' and p_amount > 0) or (p_kind = 'adjust' and p_amount <> 0)) is not true then
@@ -3408,9 +2621,15 @@ begin
   if v_entry.id is not null then
     return json_build_object('credits', v_credits, 'applied', false);
   end if;
-  -- Far below what an integer holds, so that no refund can ever overflow.
-  if v_credits::bigint + p_amount not between 0 and 1000000000 then
-    perform private.refuse_input(format('amount: the balance is %s', v_credits));
+  -- Far below what an integer holds, also once what jobs under way were charged has come back: so
+  -- no refund can ever overflow.
+  select coalesce(sum(g.price_credits), 0) into v_charged
+  from private.live_jobs as j inner join public.generations as g on g.id = j.job_id
+  where j.user_id = p_user_id;
+  if v_credits::bigint + p_amount not between 0 and 1000000000 - v_charged then
+    perform private.refuse_input(
+      format('amount: the balance is %s, and %s are in jobs under way', v_credits, v_charged)
+    );
   end if;
   insert into public.credit_ledger (user_id, kind, amount, balance_after, external_id)
   values (p_user_id, p_kind, p_amount, v_credits + p_amount, p_external_id)
@@ -4546,7 +3765,8 @@ grant execute on function public.get_batch_status(uuid) to authenticated;
 -- retry_generation is the user's and is charged as any request; redrive_failed is the operator's,
 -- after an outage, and is free. Either way the old generation stays what it was, so each is
 -- charged once or refunded once, and retry_of says where the new one comes from. While that one is
--- under way or done, a further retry answers with it: a double tap buys once.
+-- under way or done, a further retry answers with it: a double tap buys once. A generation and its
+-- retries, and theirs, are the tries of one wish, of which an operator gives one picture.
 
 -- The generation that repeats this one and is under way or done; all null if there is none.
 create or replace function private.find_retry(p_generation_id uuid)
@@ -4654,42 +3874,91 @@ revoke all on function public.retry_generation(uuid)
 from public, anon, authenticated, service_role;
 grant execute on function public.retry_generation(uuid) to authenticated;
 
--- Queues one failed generation again, with just what was sent before, free. Answers whether it did:
--- not if its user, its model, or the need for it is gone.
+-- What a user wished for, each wish with all its tries: the last of them that is not deleted, the
+-- price of one, whether none is under way or done, and since when one is that was free.
+create or replace function private.wishes_of(p_user_id uuid)
+returns table (last_id uuid, price_credits integer, is_open boolean, given_at timestamptz)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+-- Each try is reached by its key, whatever the planner thinks of how many there are.
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
+as $$
+  with recursive tries as (
+    select
+      g.id as wish_id, g.id, g.retry_of, g.price_credits, g.created_at, g.deleted_at,
+      g.status in ('failed', 'canceled') as is_lost
+    from public.generations as g
+    where g.user_id = p_user_id
+      and not exists (select from public.generations as o where o.id = g.retry_of)
+    union all
+    select
+      t.wish_id, g.id, g.retry_of, g.price_credits, g.created_at, g.deleted_at,
+      g.status in ('failed', 'canceled')
+    from tries as t inner join public.generations as g on g.retry_of = t.id
+  )
+  select
+    (array_agg(t.id order by t.id desc) filter (where t.deleted_at is null))[1],
+    max(t.price_credits),
+    bool_and(t.is_lost),
+    min(t.created_at) filter (
+      where not t.is_lost and t.price_credits = 0 and t.retry_of is not null
+    )
+  from tries as t
+  group by t.wish_id
+$$;
+
+revoke all on function private.wishes_of(uuid) from public, anon, authenticated, service_role;
+
+-- Queues one failed generation again, free, with what was sent before, as far as the model still
+-- takes that. A pause is no reason against it: the job waits.
 --
 -- Locks: the entitlement row.
+-- Raises: PT400 invalid_input, PT401 not_authenticated, PT403 requires_paid_plan, PT404 not_found.
 create or replace function private.redrive_generation(p_old public.generations)
-returns boolean
+returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_entitlement public.entitlements;
-  v_known public.generations;
-  v_draft public.generations := p_old;
+  v_entitlement public.entitlements := private.lock_entitlement(p_old.user_id);
+  v_plan private.plans := private.plan_of(v_entitlement);
+  v_seed jsonb := p_old.provider_input -> 'seed';
   v_model public.models;
+  v_draft public.generations;
 begin
-  select * into v_entitlement from public.entitlements where user_id = p_old.user_id for update;
-  v_known := private.find_retry(p_old.id);
-  select * into v_model from public.models where id = p_old.model_id;
-  if v_entitlement.user_id is null or v_model.id is null or v_known.id is not null then
-    return false;
+  select * into v_model from public.models where id = p_old.model_id and is_active;
+  if not found then
+    perform private.refuse_missing('model: not active', 'Activate it.');
+  elsif v_model.requires_paid and v_plan.name <> 'paid' then
+    raise sqlstate 'PT403' using message = 'requires_paid_plan';
   end if;
+  v_draft := private.draft_generation(
+    v_model, coalesce(p_old.alias_id, v_model.id), p_old.user_id, p_old.prompt, p_old.input
+  );
   v_draft.retry_of := p_old.id;
-  v_draft.batch_id := null;
-  v_draft.idempotency_key := null;
+  if private.input_problem(v_seed, v_model.input_schema #> '{properties,seed}') is null then
+    v_draft.provider_input := v_draft.provider_input || jsonb_build_object('seed', v_seed);
+  end if;
   perform private.insert_generations(
-    v_entitlement, private.plan_of(v_entitlement), v_model, v_draft,
+    v_entitlement, v_plan, v_model, v_draft,
     array[v_draft.prompt], array[v_draft.provider_input], p_is_free => true
   );
-  return true;
 end;
 $$;
 
 revoke all on function private.redrive_generation(public.generations)
 from public, anon, authenticated, service_role;
 
--- Body of public.redrive_failed. Users in order, so that two runs lock in the same order.
+-- Body of public.redrive_failed. Users in order, so that two runs lock in the same order; and each
+-- user's wishes are read once nobody else can add a try.
+--
+-- What is given is free, for the failed tries were refunded: so it may cost no more than the user
+-- has, or failures at the same credits would each become a picture. What was given since the same
+-- time counts.
 --
 -- Locks: the users' entitlement rows.
 -- Raises: PT400 invalid_input.
@@ -4704,23 +3973,67 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_generation public.generations;
-  v_count integer := 0;
+  v_user_id uuid;
+  v_credits bigint;
+  v_wish record;
+  v_redriven integer := 0;
+  v_reason text;
+  v_skipped jsonb := '{}';
 begin
   if not exists (select from private.error_codes where code = p_code) then
     perform private.refuse_input('code: not a code of private.error_codes');
   elsif p_since is null or coalesce(p_at_most not between 1 and 10000, true) then
     perform private.refuse_input('since: missing, or at_most: not between 1 and 10000');
   end if;
-  for v_generation in
-    select g.* from public.generations as g
+  <<users>>
+  for v_user_id in
+    select distinct g.user_id from public.generations as g
     where g.status = 'failed' and g.error_code = p_code and g.finished_at >= p_since
-      and g.deleted_at is null and (private.find_retry(g.id)).id is null
-    order by g.user_id, g.id limit p_at_most
+      and g.deleted_at is null
+    order by g.user_id
   loop
-    v_count := v_count + private.redrive_generation(v_generation)::integer;
+    select e.credits into v_credits
+    from public.entitlements as e where e.user_id = v_user_id for update;
+    v_credits := v_credits - (
+      select coalesce(sum(w.price_credits), 0) from private.wishes_of(v_user_id) as w
+      where w.given_at >= p_since
+    );
+    for v_wish in
+      select g as last, w.price_credits as price
+      from private.wishes_of(v_user_id) as w
+      inner join public.generations as g on g.id = w.last_id
+      where w.is_open and g.status = 'failed' and g.error_code = p_code
+        and g.finished_at >= p_since
+      order by g.id
+    loop
+      exit users when v_redriven = p_at_most;
+      begin
+        v_reason := 'insufficient_credits';
+        if v_wish.price <= v_credits is not false then
+          perform private.redrive_generation(v_wish.last);
+          v_reason := null;
+        end if;
+      exception
+        -- One that fits no more must not stop all others.
+        when others then
+          v_reason := case when sqlstate like 'PT%' then sqlerrm else 'internal' end;
+          if v_reason = 'internal' then
+            raise warning 'redrive_failed: %: % %', (v_wish.last).id, sqlstate, sqlerrm
+              using errcode = '01000';
+          end if;
+      end;
+      if v_reason is null then
+        v_redriven := v_redriven + 1;
+        v_credits := v_credits - v_wish.price;
+      else
+        v_skipped := v_skipped
+          || jsonb_build_object(v_reason, coalesce((v_skipped ->> v_reason)::integer, 0) + 1);
+      end if;
+    end loop;
   end loop;
-  return json_build_object('redriven', v_count);
+  return json_strip_nulls(
+    json_build_object('redriven', v_redriven, 'skipped', nullif(v_skipped, '{}'))
+  );
 end;
 $$;
 
@@ -4741,9 +4054,11 @@ as $$
 $$;
 
 comment on function public.redrive_failed is
-  'Queues all generations again that failed with a code since a time, free for their users: new '
-  'jobs with the same input, once each. Answers {redriven}; call again while it is at_most. It '
-  'reads the whole history: an operator''s tool. Errors: PT400 invalid_input.';
+  'Queues again what failed with a code since a time, free, with the same input: of each wish the '
+  'last try, unless one is under way or done, and for each user no more than the credits at hand '
+  'would buy. Answers {redriven, skipped: {reason: count} if any}; reasons are '
+  'insufficient_credits, those of retry_generation, and internal. Call again while redriven is '
+  'at_most. It reads the whole history: an operator''s tool. Errors: PT400 invalid_input.';
 
 revoke all on function public.redrive_failed(text, timestamptz, integer)
 from public, anon, authenticated, service_role;
@@ -7443,9 +6758,9 @@ begin
   select
     j.job_id, j.token, j.model_id, j.attempt, j.worker_id, j.claimed_at, p_outcome,
     p_error_code, left(p_error_detail, 2000), j.provider_job_id,
-    (t.metrics ->> 'provider_seconds')::real, (t.metrics ->> 'images')::numeric::smallint,
+    (t.metrics ->> 'provider_seconds')::real, (t.metrics ->> 'images')::numeric::integer,
     case
-      when t.metrics @> '{"is_billed": false}' then 0
+      when t.metrics @@ '$.is_asked == false || $.is_billed == false' then 0
       when m.cost_unit = 'image' then m.cost_usd * (t.metrics ->> 'images')::numeric
       when m.cost_unit = 'second' then m.cost_usd * (t.metrics ->> 'provider_seconds')::numeric
     end
@@ -7538,13 +6853,15 @@ revoke all on function private.finish_failed(private.running_jobs, private.error
 from public, anon, authenticated, service_role;
 
 -- Cancels a job for good. The refund rule: the whole price, but only the share of
--- settings.running_cancel_refund_percent, rounded up, once the provider was asked and may bill us.
+-- settings.running_cancel_refund_percent, rounded up, of what is burned: the provider may bill us,
+-- and nobody gets anything, because the user did not want it any more. That counts, for else it
+-- could be had without end: see check_limits (30).
 --
 -- Locks: the entitlement row.
 create or replace function private.finish_canceled(
   p_user_id uuid,
   p_job_id uuid,
-  p_was_begun boolean
+  p_is_burned boolean
 )
 returns void
 language plpgsql
@@ -7552,11 +6869,14 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_percent integer := case
-    when p_was_begun then (select s.running_cancel_refund_percent from private.settings as s)
+    when p_is_burned then (select s.running_cancel_refund_percent from private.settings as s)
     else 100
   end;
   v_price integer := private.finish_generation(p_job_id, 'canceled');
 begin
+  if p_is_burned then
+    update public.entitlements set day_burned = day_burned + 1 where user_id = p_user_id;
+  end if;
   perform private.refund_generation(
     p_user_id, p_job_id, ceil(v_price::numeric * v_percent / 100)::integer
   );
@@ -7566,7 +6886,8 @@ $$;
 revoke all on function private.finish_canceled(uuid, uuid, boolean)
 from public, anon, authenticated, service_role;
 
--- The same for a job whose lease has just ended.
+-- The same for a job whose lease has just ended. What failed by itself was not stopped by its user,
+-- and our failures are nobody's to pay.
 create or replace function private.finish_canceled_job(
   p_job private.running_jobs,
   p_code text default null,
@@ -7579,7 +6900,8 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform private.finish_canceled(
-    p_job.user_id, p_job.job_id, not p_metrics @> '{"is_asked": false}'
+    p_job.user_id, p_job.job_id,
+    p_code is null and not p_metrics @@ '$.is_asked == false || $.is_billed == false'
   );
   perform private.record_attempts(array[p_job], 'canceled', array[p_metrics], p_code, p_detail);
 end;
@@ -7866,7 +7188,7 @@ begin
       -- Without a rest: the price is a whole number for each image.
       perform private.refund_generation(
         (p_jobs[v_at]).user_id, (p_jobs[v_at]).job_id,
-        p_prices[v_at] * (p_charged[v_at] - p_stored[v_at]) / p_charged[v_at]
+        p_prices[v_at] / p_charged[v_at] * (p_charged[v_at] - p_stored[v_at])
       );
     end if;
   end loop;
@@ -8117,9 +7439,8 @@ begin
     end loop;
   end loop;
   foreach v_taken in array v_all_taken loop
-    perform private.finish_canceled(
-      p_user_id, v_taken.job_id, v_taken.create_started_at is not null
-    );
+    -- No attempt is under way. If an earlier one was billed, it was we who broke it off.
+    perform private.finish_canceled(p_user_id, v_taken.job_id, false);
   end loop;
 end;
 $$;
@@ -10373,7 +9694,7 @@ where case g.status
   when 'failed' then coalesce(l.amount, 0) <> g.price_credits
   when 'canceled' then coalesce(l.amount > g.price_credits, g.price_credits > 0)
   when 'completed' then coalesce(l.amount, 0) <> (
-    select g.price_credits * (g.image_count - count(*)) / g.image_count
+    select g.price_credits / g.image_count * (g.image_count - count(*))
     from public.images as i
     where i.generation_id = g.id
   )
@@ -10466,8 +9787,8 @@ select
   sum(entry.provider_seconds) as provider_seconds,
   sum(entry.cost_usd) as cost_usd,
   sum(entry.unknown_costs)::integer as unknown_costs,
-  sum(entry.credits_charged)::integer as credits_charged,
-  sum(entry.credits_refunded)::integer as credits_refunded
+  sum(entry.credits_charged) as credits_charged,
+  sum(entry.credits_refunded) as credits_refunded
 from (
   select
     (a.ended_at at time zone 'utc')::date as day,
@@ -10683,6 +10004,8 @@ as $$
       'failed', round(ended.failed / 15.0, 2), 'retried', round(ended.retried / 15.0, 2)
     ),
     'attempts_of_15_minutes', ended.completed + ended.failed + ended.retried,
+    'burned_of_15_minutes', ended.burned,
+    'burned_by_users', ended.burned_by_users,
     'error_rate', round(
       (ended.failed + ended.retried)::numeric
       / nullif(ended.completed + ended.failed + ended.retried, 0), 4
@@ -10703,9 +10026,17 @@ as $$
       count(*) filter (where a.outcome = 'retried') as retried,
       count(*) filter (where a.outcome = 'completed' and a.is_new) as new_completed,
       count(*) filter (where a.outcome = 'failed' and a.is_new) as new_failed,
-      count(*) filter (where a.outcome = 'retried' and a.is_new) as new_retried
+      count(*) filter (where a.outcome = 'retried' and a.is_new) as new_retried,
+      count(a.burned_by) as burned,
+      count(distinct a.burned_by) as burned_by_users
     from (
-      select e.outcome, e.ended_at > now() - interval '1 minute' as is_new
+      select
+        e.outcome,
+        e.ended_at > now() - interval '1 minute' as is_new,
+        -- See finish_canceled (75). What costs nothing is not burned.
+        case when e.outcome = 'canceled' and e.error_code is null and e.cost_usd is distinct from 0
+          then (select g.user_id from public.generations as g where g.id = e.generation_id)
+        end as burned_by
       from private.attempts as e
       where e.ended_at > now() - interval '15 minutes'
     ) as a
@@ -10846,6 +10177,11 @@ as $$
       'error_rate', (h.t ->> 'error_rate')::numeric, (h.t ->> 'attempts_of_15_minutes')::bigint,
       format('of %s attempts in 15 minutes, %s %% ended in an error',
         h.t ->> 'attempts_of_15_minutes', round(100 * (h.t ->> 'error_rate')::numeric))
+    ),
+    (
+      'burned', (h.t ->> 'burned_of_15_minutes')::numeric, null,
+      format('%s running jobs canceled in 15 minutes, by %s users: the provider may bill them',
+        h.t ->> 'burned_of_15_minutes', h.t ->> 'burned_by_users')
     ),
     (
       'stuck', (h.r ->> 'stale_seconds')::numeric, null,
@@ -11056,11 +10392,11 @@ $$;
 comment on function public.queue_health is
   'How the queue is, for monitors: {status (ok | warning | critical), alerts [{alert, severity, '
   'detail, hint}], depth {ready, delayed, paused, oldest_ready_seconds}, running {jobs, stale, '
-  'stale_seconds}, rates {last_minute, per_minute_of_15, attempts_of_15_minutes, error_rate}, '
-  'workers {alive, asleep, listening, slots, slots_used}, routines {name: {last_run_at, '
-  'every_seconds, runs_missed}}, paused, vacuum {oldest_transactions, sees_all_sessions}, outbox '
-  '{pending, oldest_pending_seconds, dead}, books {recent_problems, checked_at, problems, '
-  'examples}}. Thresholds are rows of private.alert_rules.';
+  'stale_seconds}, rates {last_minute, per_minute_of_15, attempts_of_15_minutes, error_rate, '
+  'burned_of_15_minutes, burned_by_users}, workers {alive, asleep, listening, slots, slots_used}, '
+  'routines {name: {last_run_at, every_seconds, runs_missed}}, paused, vacuum '
+  '{oldest_transactions, sees_all_sessions}, outbox {pending, oldest_pending_seconds, dead}, books '
+  '{recent_problems, checked_at, problems, examples}}. Thresholds are rows of private.alert_rules.';
 
 revoke all on function public.queue_health() from public, anon, authenticated, service_role;
 grant execute on function public.queue_health() to service_role, darkroom_monitor;
@@ -11761,10 +11097,11 @@ insert into private.retention_walks (name) values
 on conflict do nothing;
 
 insert into private.plans (
-  name, max_active, max_per_minute, max_batch, weight, busy_after
+  name, max_active, max_per_minute, full_minutes_per_day, max_burned_per_day, max_batch, weight,
+  busy_after
 ) values
-('free', 3, 10, 3, 1, '10 minutes'),
-('paid', 20, 60, 100, 4, '30 minutes')
+('free', 3, 10, 30, 5, 3, 1, '10 minutes'),
+('paid', 20, 60, 100, 50, 100, 4, '30 minutes')
 on conflict do nothing;
 
 insert into private.error_codes (
@@ -11806,6 +11143,11 @@ insert into private.alert_rules (alert, threshold, unit, min_cases, severity, hi
   'error_rate', 0.25, 'share of attempts', 20, 'critical',
   'private.errors_by_model says which model and in which words. A model that only fails is taken '
   'off the list with is_active = false.'
+),
+(
+  'burned', 20, 'purchases', 0, 'warning',
+  'Users cancel what the provider bills: see entitlements.day_burned. Lower '
+  'plans.max_burned_per_day or settings.running_cancel_refund_percent.'
 ),
 (
   'stuck', 120, 'seconds', 0, 'critical',
