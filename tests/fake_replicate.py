@@ -34,6 +34,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 from zlib import compress, crc32
 
 import pytest
+from hostile import dear_jpeg
 from PIL import Image
 
 TERMINAL = {"succeeded", "failed", "canceled", "aborted"}
@@ -82,7 +83,8 @@ class Behaviour:
     images: int | None = None  # None: as many as asked for
     output: Any = None  # given out as it is, instead of URLs of images
     removed: bool = False  # it ends with its data gone already
-    # gone, junk, bomb, large, unsized (large, no length told), broken, redirect
+    # gone, junk, bomb, dear (takes a core a minute), large, unsized (large, no length told),
+    # broken, redirect
     file: str = "image"
     format: str | None = None  # of the bytes, whatever name and type say
     size: tuple[int, int] = (64, 48)  # width, height
@@ -426,6 +428,8 @@ class FakeReplicate:
                 body = b"<!doctype html><script>alert(1)</script>"
             case "bomb":
                 body = picture_bomb()
+            case "dear":
+                body = dear_jpeg()
             case "large":
                 body += bytes(self.large_bytes)
             case "unsized":
