@@ -116,6 +116,7 @@ EXPO_PUSH_URL, EXPO_LANE = "https://exp.host/--/api/v2/push/send", "expo"
 RECOVERY_SECONDS = 5.0  # between two looks for stale jobs; with the lease, how long one waits
 ERASE_SECONDS = 60.0  # between two looks for what has been kept long enough
 ERASE_FILES = 100  # deleted in one request
+ALONE_SECONDS = 5.0  # before files are tried one by one that Storage refused together
 SECOND_LOOK_SECONDS = 0.2  # at most, between going to sleep and the last claim before waiting
 LISTEN_CHECK_SECONDS = 10.0  # silence after which a NOTIFY to ourselves tests LISTEN
 LISTEN_ANSWER_SECONDS = 3.0  # within which it must arrive
@@ -414,7 +415,11 @@ class ProviderDown(Exception):
 
 
 class StorageRefused(Exception):
-    """Storage did not delete what it was asked to."""
+    """Storage did not delete what it was asked to; or whatever it may be asked, as of now."""
+
+    def __init__(self, reason: str, *, is_outage: bool = True) -> None:
+        super().__init__(reason)
+        self.is_outage = is_outage
 
 
 class Deaf(psycopg.OperationalError):
@@ -1246,7 +1251,9 @@ class Storage:
         except httpx.HTTPError as error:
             raise StorageRefused(type(error).__name__) from None
         if not response.is_success:
-            raise StorageRefused(f"HTTP {response.status_code}")
+            status = storage_status(response)
+            is_outage = not 400 <= status < 500 or status in (401, 403, 408, 429)
+            raise StorageRefused(f"HTTP {response.status_code}", is_outage=is_outage)
 
     async def check(self) -> Finding:
         """Write a file where images go, and delete it again. Raises JobError or StorageRefused."""
@@ -2238,12 +2245,25 @@ class Worker:
         erased = 0
         while files := await self.db.list_expired_files():
             for bucket, paths in files.items():
-                await self.storage.remove(bucket, paths)
-                if kept := await self.db.forget_files(bucket, paths):
-                    raise StorageRefused(f"{kept} of {len(paths)} are still there")
-                erased += len(paths)
-                log.info("files.erased bucket=%s count=%s", bucket, len(paths))
+                erased += await self._erase_some(bucket, paths)
         return erased
+
+    async def _erase_some(self, bucket: str, paths: list[str]) -> int:
+        """Answer how many are gone. Of files that Storage refuses together, each is tried alone."""
+        try:
+            await self.storage.remove(bucket, paths)
+        except StorageRefused as error:
+            if error.is_outage:
+                raise
+            log.warning("files.kept error=%s count=%s", error, len(paths))
+            if len(paths) == 1:
+                return 0
+            await asyncio.sleep(ALONE_SECONDS)
+            return sum([await self._erase_some(bucket, [path]) for path in paths])
+        if kept := await self.db.forget_files(bucket, paths):
+            log.warning("files.kept error=%s of %s are still there", kept, len(paths))
+        log.info("files.erased bucket=%s count=%s", bucket, len(paths) - kept)
+        return len(paths) - kept
 
     async def _drain(self) -> None:
         """Let jobs and deliveries finish within the grace time; the rest are cancelled: jobs are

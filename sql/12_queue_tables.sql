@@ -305,7 +305,9 @@ create table private.plans (
     and max_batch between 1 and 100
   ),
   constraint plans_weight_is_a_step_of_the_queue check (weight between 1 and 1000),
-  constraint plans_busy_after_is_positive check (busy_after > interval '0')
+  constraint plans_busy_after_is_positive check (
+    busy_after > interval '0' and busy_after <= interval '1000 years'
+  )
 );
 
 comment on table private.plans is 'Limits of free and paid users.';
@@ -342,6 +344,7 @@ create table private.settings (
   push_expires interval not null default '1 hour',
   keep_deliveries interval not null default '7 days',
   webhook_allows_private boolean not null default false,
+  broadcasts boolean not null default true,
   breaker_failures smallint not null default 5,
   breaker_provider_failures smallint not null default 15,
   breaker_users smallint not null default 2,
@@ -389,6 +392,8 @@ comment on column private.settings.keep_deliveries is
 comment on column private.settings.webhook_allows_private is
   'For development only: webhooks may be http and on private addresses. The worker needs '
   'WEBHOOK_ALLOWED_HOSTS too.';
+comment on column private.settings.broadcasts is
+  'Whether each new state of a job is broadcast where Supabase Realtime is; else clients poll.';
 comment on column private.settings.breaker_failures is
   'Failures in a row, with no success between, that pause a model.';
 comment on column private.settings.breaker_provider_failures is

@@ -26,7 +26,7 @@ begin
   if v_since > now() - interval '15 seconds' then
     return;
   end if;
-  -- One at a time. By a row, for other locks can be held by anybody who may connect.
+  -- One session at a time: a row's lock, for an advisory one could be held by anybody.
   perform from private.queue_state for update skip locked;
   if not found then
     return;
@@ -36,6 +36,7 @@ begin
     a.model_id, avg(extract(epoch from a.ended_at - a.started_at)), least(count(*), p_memory), now()
   from private.attempts as a
   where a.ended_at > v_since and a.outcome = 'completed'
+    and isfinite(a.started_at) and isfinite(a.ended_at)
   group by a.model_id
   on conflict (model_id) do update set
     mean_seconds = s.mean_seconds + (excluded.mean_seconds - s.mean_seconds)

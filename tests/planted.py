@@ -21,6 +21,7 @@ class Bug:
 FUZZ = "tests/test_security_rpc.py::test_"
 RPC = f"{FUZZ}no_call_fails_tells_of_others_or_writes_although_refused"
 WORDS = f"{FUZZ}whatever_it_is_given_a_function_answers_or_refuses_in_our_words"
+RETENTION = "tests/test_retention.py::test_"
 SAFE_PATH = "tests/test_security_search_path.py::test_no_function_picks_up_what_its_caller_planted"
 
 SECURITY = [
@@ -85,10 +86,33 @@ SECURITY = [
         "an input may be moved into another's folder",
         "sql/20_access.sql",
         "  ) with check (\n"
-        "    bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text\n  );\n"
+        "    bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text\n"
+        "    and private.may_store_input(name)\n  );\n"
         '  create policy "Users delete',
         '  ) with check (true);\n  create policy "Users delete',
         "tests/test_access.py::test_an_input_cannot_be_moved_into_another_folder_or_bucket",
+    ),
+    Bug(
+        "an input may have the name of its folder",
+        "sql/20_access.sql",
+        '    and private.may_store_input(name)\n  );\n  create policy "Users replace',
+        '  );\n  create policy "Users replace',
+        "tests/test_access.py::test_an_input_has_a_name_of_its_own_below_the_folder",
+    ),
+    Bug(
+        "the app's own tables lose the API roles' rights",
+        "sql/00_setup.sql",
+        "create schema private;\n",
+        "create schema private;\n"
+        "alter default privileges in schema public revoke all on tables from anon;\n",
+        "tests/test_setup.py::test_what_the_app_makes_later_is_granted_as_if_darkroom_were_not_there",
+    ),
+    Bug(
+        "a monitor reads why the provider refused",
+        "sql/89_alerts.sql",
+        "when private.is_operator() then '{}' else '{\"pause_reason\": null}'::jsonb",
+        "when true then '{}'::jsonb",
+        "tests/test_report.py::test_nobodys_words_and_ids_are_in_what_a_monitor_may_call",
     ),
     Bug(
         "everybody reads every generated image",
@@ -583,9 +607,31 @@ MONEY = [
     Bug(
         "recovery waits for jobs that are being ended",
         "sql/80_recovery.sql",
-        "order by r.user_id limit p_at_most for update skip locked",
-        "order by r.user_id limit p_at_most for update",
+        "    for update skip locked\n  );\n  perform private.put_off",
+        "    for update\n  );\n  perform private.put_off",
         CIRCLE,
+    ),
+    Bug(
+        "a user is deleted without locking what retention locks first",
+        "sql/84_erasure.sql",
+        "  perform from public.generations where user_id = old.user_id order by id for update;\n",
+        "",
+        f"{RETENTION}deleting_a_user_is_no_deadlock_with_retention",
+    ),
+    # Routines over many users.
+    Bug(
+        "one bad row ends a routine",
+        "sql/17_health_tables.sql",
+        "    if sqlstate ~ '^(25|42|53|57|58)' then",
+        "    if true then",
+        f"{RETENTION}a_bad_row_is_passed_over_and_named_and_all_others_are_done[case4]",
+    ),
+    Bug(
+        "a row that was skipped is told nobody",
+        "sql/88_health.sql",
+        "    where r.last_at > now() - interval '1 day'\n",
+        "    where r.last_at > now()\n",
+        f"{RETENTION}a_bad_row_is_passed_over_and_named_and_all_others_are_done[case0]",
     ),
 ]
 WAKE_UP = [

@@ -37,6 +37,9 @@
 
 do $$
 begin
+  -- Other people's tables (auth.users, storage.objects, realtime.messages) get triggers and
+  -- policies. If the installation queued behind a long transaction, sign-ups would queue behind it.
+  perform set_config('lock_timeout', '5s', true);
   if to_regclass('auth.users') is null or to_regprocedure('auth.uid()') is null then
     raise exception 'Darkroom needs Supabase Auth: auth.users and auth.uid() are missing'
       using errcode = 'undefined_object',
@@ -101,14 +104,6 @@ comment on schema private is
 revoke all on schema private from public;
 grant usage on schema private
 to anon, authenticated, service_role, darkroom_worker, darkroom_monitor;
-
--- Supabase projects from before 2026-10-30 grant every new object in public to the API roles.
-alter default privileges in schema public revoke all on tables
-from anon, authenticated, service_role;
-alter default privileges in schema public revoke all on sequences
-from anon, authenticated, service_role;
-alter default privileges in schema public revoke all on functions
-from anon, authenticated, service_role;
 -- The tables of schema public: what users own and may read.
 --
 -- An entitlement says what a user may do; the credit ledger says how the balance came to be; a
@@ -859,7 +854,9 @@ create table private.plans (
     and max_batch between 1 and 100
   ),
   constraint plans_weight_is_a_step_of_the_queue check (weight between 1 and 1000),
-  constraint plans_busy_after_is_positive check (busy_after > interval '0')
+  constraint plans_busy_after_is_positive check (
+    busy_after > interval '0' and busy_after <= interval '1000 years'
+  )
 );
 
 comment on table private.plans is 'Limits of free and paid users.';
@@ -896,6 +893,7 @@ create table private.settings (
   push_expires interval not null default '1 hour',
   keep_deliveries interval not null default '7 days',
   webhook_allows_private boolean not null default false,
+  broadcasts boolean not null default true,
   breaker_failures smallint not null default 5,
   breaker_provider_failures smallint not null default 15,
   breaker_users smallint not null default 2,
@@ -943,6 +941,8 @@ comment on column private.settings.keep_deliveries is
 comment on column private.settings.webhook_allows_private is
   'For development only: webhooks may be http and on private addresses. The worker needs '
   'WEBHOOK_ALLOWED_HOSTS too.';
+comment on column private.settings.broadcasts is
+  'Whether each new state of a job is broadcast where Supabase Realtime is; else clients poll.';
 comment on column private.settings.breaker_failures is
   'Failures in a row, with no success between, that pause a model.';
 comment on column private.settings.breaker_provider_failures is
@@ -1150,7 +1150,8 @@ on private.deliveries (finished_at) where finished_at is not null;
 alter table private.settings
 add column keep_generations interval,
 add column keep_deleted interval not null default '30 days',
-add column keep_inputs interval,
+add column keep_inputs interval default '30 days',
+add column max_input_files integer not null default 100,
 add column keep_attempts interval not null default '90 days',
 add column keep_ledger interval,
 add column keep_ledger_of_deleted_users interval not null default '0',
@@ -1161,6 +1162,15 @@ add constraint settings_keep_attempts_outlives_a_day check (keep_attempts >= '1 
 add constraint settings_keep_ledger_outlives_ninety_days check (keep_ledger >= '90 days'),
 add constraint settings_keep_ledger_of_deleted_users_is_not_negative check (
   keep_ledger_of_deleted_users >= '0'
+),
+add constraint settings_max_input_files_is_not_negative check (max_input_files >= 0),
+-- What is longer has no time it began at: for ever is null, where it may be said.
+add constraint settings_times_are_in_reach check (
+  greatest(
+    keep_generations, keep_deleted, keep_inputs, keep_attempts, keep_ledger,
+    keep_ledger_of_deleted_users, lease, heartbeat, retry_base, retry_cap, give_up_after,
+    push_expires, keep_deliveries, breaker_window, breaker_pause, breaker_pause_cap
+  ) <= '1000 years'
 );
 
 comment on column private.settings.keep_generations is
@@ -1169,6 +1179,8 @@ comment on column private.settings.keep_deleted is
   'How long a generation that its user deleted is kept, hidden, before it is erased.';
 comment on column private.settings.keep_inputs is
   'How long source images are kept after their last change; null: for ever.';
+comment on column private.settings.max_input_files is
+  'How many source images a user may keep in bucket inputs.';
 comment on column private.settings.keep_attempts is
   'How long the attempts of finished generations are kept, with provider''s words, times and cost.';
 comment on column private.settings.keep_ledger is
@@ -1186,7 +1198,10 @@ create table private.expired_files (
   try_at timestamptz not null default now(),
   primary key (bucket, path),
   constraint expired_files_bucket_is_ours check (bucket in ('generations', 'inputs')),
-  constraint expired_files_path_is_the_users check (starts_with(path, concat(user_id, '/')))
+  -- Also a file with the name of the folder, which Storage did not refuse once.
+  constraint expired_files_path_is_the_users check (
+    starts_with(concat(path, '/'), concat(user_id, '/'))
+  )
 ) with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.05);
 
 comment on table private.expired_files is
@@ -1199,6 +1214,8 @@ comment on column private.expired_files.try_at is
   'Not before this time: a worker is at it, or was and failed.';
 
 create index expired_files_try_at_idx on private.expired_files (try_at);
+-- Read by health.
+create index expired_files_marked_at_idx on private.expired_files (marked_at);
 create index expired_files_generation_id_idx
 on private.expired_files (generation_id) where generation_id is not null;
 
@@ -1233,7 +1250,9 @@ from public, anon, authenticated, service_role;
 
 alter table private.settings
 add column watch_window interval not null default '1 day',
-add constraint settings_watch_window_is_positive check (watch_window > '0');
+add constraint settings_watch_window_is_positive check (
+  watch_window > '0' and watch_window <= '50 years'
+);
 
 comment on column private.settings.watch_window is
   'How far back the views look that speak of what happened lately.';
@@ -1274,10 +1293,100 @@ comment on column private.routines.every is
 comment on column private.routines.result is
   'What the run found, where that is worth keeping (check_books).';
 
+create table private.skipped_rows (
+  step text,
+  key text,
+  code text not null,
+  problem text not null,
+  times integer not null default 1,
+  first_at timestamptz not null default now(),
+  last_at timestamptz not null default now(),
+  primary key (step, key)
+);
+
+comment on table private.skipped_rows is
+  'What routines over many users could not do and passed over. Forgotten once it is done, or a '
+  'week after the last try; whoever mends a row may delete its line.';
+comment on column private.skipped_rows.step is 'The function or table the row was met in.';
+comment on column private.skipped_rows.key is 'Which row; * if the step failed as a whole.';
+comment on column private.skipped_rows.code is 'SQLSTATE of the last try; problem is its message.';
+
 alter table private.alert_rules enable row level security;
 alter table private.routines enable row level security;
+alter table private.skipped_rows enable row level security;
 
-revoke all on table private.alert_rules, private.routines
+revoke all on table private.alert_rules, private.routines, private.skipped_rows
+from public, anon, authenticated, service_role;
+
+-- Waits for nobody, and stops at a thousand rows: by then it is not the rows that are at fault.
+create or replace function private.note_skipped(
+  p_step text,
+  p_key text,
+  p_code text,
+  p_problem text
+)
+returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  update private.skipped_rows
+  set code = p_code, problem = left(p_problem, 500), times = times + 1, last_at = now()
+  where ctid = any (array(
+    select s.ctid from private.skipped_rows as s
+    where (s.step, s.key) = (p_step, left(p_key, 200)) for update skip locked
+  ));
+  if not found then
+    insert into private.skipped_rows (step, key, code, problem)
+    select p_step, left(p_key, 200), p_code, left(p_problem, 500)
+    where (select count(*) < 1000 from private.skipped_rows)
+    on conflict (step, key) do nothing;
+  end if;
+end;
+$$;
+
+revoke all on function private.note_skipped(text, text, text, text)
+from public, anon, authenticated, service_role;
+
+-- Has a statement done for all keys at once. If that fails, for each half, down to the row that is
+-- at fault: it is noted and passed over, and the rest is done. Answers the sum of what it answers.
+--
+-- A fault of the server or of the installation is no row's and is raised. A lock that somebody
+-- holds for ever is a fault like any other where the caller has set lock_timeout.
+create or replace function private.skip_failing(p_statement text, p_keys anyarray)
+returns integer
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_step text := substring(p_statement from 'private\.(\w+)');
+  v_half integer := cardinality(p_keys) / 2;
+  v_done text;
+begin
+  if cardinality(p_keys) = 0 then
+    return 0;
+  end if;
+  begin
+    execute p_statement into v_done using p_keys;
+    delete from private.skipped_rows where ctid = any (array(
+      select s.ctid from private.skipped_rows as s
+      where s.step = v_step and s.key = any (p_keys::text[]) for update skip locked
+    ));
+    return coalesce(nullif(v_done, '')::integer, 0);
+  exception when others then
+    if sqlstate ~ '^(25|42|53|57|58)' then
+      raise;
+    elsif v_half = 0 then
+      perform private.note_skipped(v_step, p_keys[1]::text, sqlstate, sqlerrm);
+      return 0;
+    end if;
+  end;
+  return private.skip_failing(p_statement, p_keys[:v_half])
+    + private.skip_failing(p_statement, p_keys[v_half + 1:]);
+end;
+$$;
+
+revoke all on function private.skip_failing(text, anyarray)
 from public, anon, authenticated, service_role;
 -- Row level security: who may read what. Nobody writes a table: the functions do.
 --
@@ -1319,6 +1428,8 @@ public.model_aliases, public.batches, public.generations, public.images,
 public.generation_tags, public.image_likes, public.prompt_templates
 from public, anon, authenticated, service_role;
 revoke all on sequence public.credit_ledger_id_seq from public, anon, authenticated, service_role;
+revoke all on domain public.job_status, public.ledger_kind, private.job_stage,
+private.attempt_outcome from public, anon, authenticated, service_role;
 
 grant select on table public.entitlements, public.credit_ledger, public.batches,
 public.generations, public.images, public.generation_tags, public.image_likes
@@ -1405,14 +1516,39 @@ comment on view private.shared_paths is
 revoke all on private.shared_paths from public, anon, authenticated, service_role;
 grant select on private.shared_paths to anon, authenticated;
 
--- Storage: outputs are read by their owner, shared ones by everybody, and written by the worker
--- alone; inputs for image-to-image are put into the user's own folder.
-do $$
+-- Whether a user may put a file there: it has a name of its own below the folder, and the user has
+-- not as many others as may be kept. Who uploads several at once may get a few more in.
+create or replace function private.may_store_input(p_path text)
+returns boolean
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
 begin
-  if to_regclass('storage.objects') is null then
-    raise notice 'Darkroom: no storage.objects here; buckets and their policies are skipped';
-    return;
-  end if;
+  return octet_length(p_path) <= 512
+    and p_path ~ '^[^/]+(/[^/]+)+$' and p_path !~ '/\.\.?(/|$)'
+    and (
+      -- As a filter: the planner may else read the whole bucket.
+      select count(*) filter (where o.bucket_id = 'inputs' and o.name <> p_path)
+        < (select s.max_input_files from private.settings as s)
+      from storage.objects as o
+      -- From <id>/ up to <id>0, the next character: operators that the index of names serves.
+      where o.name ~>=~ concat(auth.uid(), '/') and o.name ~<~ concat(auth.uid(), '0')
+    );
+end;
+$$;
+
+revoke all on function private.may_store_input(text)
+from public, anon, authenticated, service_role;
+grant execute on function private.may_store_input(text) to authenticated;
+
+-- Storage: outputs are read by their owner, shared ones by everybody, and written by the worker
+-- alone; inputs for image-to-image are put into the user's own folder. On a text, so that where the
+-- table is another's it can be shown to somebody who may.
+do $do$
+declare
+  v_policies text := $policies$
   create policy "Users read their own generated images" on storage.objects
   for select to authenticated using (
     bucket_id = 'generations' and split_part(name, '/', 1) = (select auth.uid())::text
@@ -1429,19 +1565,33 @@ begin
   create policy "Users add their own input images" on storage.objects
   for insert to authenticated with check (
     bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text
+    and private.may_store_input(name)
   );
   create policy "Users replace their own input images" on storage.objects
   for update to authenticated using (
     bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text
   ) with check (
     bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text
+    and private.may_store_input(name)
   );
   create policy "Users delete their own input images" on storage.objects
   for delete to authenticated using (
     bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text
   );
+$policies$;
+begin
+  if to_regclass('storage.objects') is null then
+    raise notice 'Darkroom: no storage.objects here; buckets and their policies are skipped';
+    return;
+  end if;
+  begin
+    execute v_policies;
+  exception when insufficient_privilege then
+    raise notice 'Darkroom: no right to make policies on storage.objects; until its owner, or '
+      'Supabase''s SQL editor, has run these, users reach no file: %', v_policies;
+  end;
 end;
-$$;
+$do$;
 -- Gating: may this user ask for this? Checks only; nothing here writes.
 --
 -- enqueue_generation (50) calls these in order: who asks (require_user_id), is the request well
@@ -3060,7 +3210,7 @@ begin
   if v_since > now() - interval '15 seconds' then
     return;
   end if;
-  -- One at a time. By a row, for other locks can be held by anybody who may connect.
+  -- One session at a time: a row's lock, for an advisory one could be held by anybody.
   perform from private.queue_state for update skip locked;
   if not found then
     return;
@@ -3070,6 +3220,7 @@ begin
     a.model_id, avg(extract(epoch from a.ended_at - a.started_at)), least(count(*), p_memory), now()
   from private.attempts as a
   where a.ended_at > v_since and a.outcome = 'completed'
+    and isfinite(a.started_at) and isfinite(a.ended_at)
   group by a.model_id
   on conflict (model_id) do update set
     mean_seconds = s.mean_seconds + (excluded.mean_seconds - s.mean_seconds)
@@ -5261,6 +5412,9 @@ grant execute on function public.list_public_images(uuid, integer) to anon, auth
 -- may be lost, but fails no job and holds none up: realtime.send turns its errors (no partition for
 -- today, say) into warnings.
 --
+-- Where nobody has ever listened, Realtime has made no partition, and each hint is a warning in
+-- PostgreSQL's log: settings.broadcasts = false sends none.
+--
 -- For clients that use postgres_changes, generations is in the publication, with all its columns.
 -- A list of columns would protect nothing: Realtime decodes with wal2json, which asks publications
 -- for no columns, and then gives each subscriber the columns its role may select, of the rows it
@@ -5277,6 +5431,9 @@ set search_path = pg_catalog, pg_temp
 set lock_timeout = '50ms'
 as $$
 begin
+  if not (select s.broadcasts from private.settings as s) then
+    return null;
+  end if;
   perform realtime.send(
     jsonb_build_object('job_id', new.id, 'status', new.status),
     'generation',
@@ -8221,9 +8378,17 @@ begin
   for v_delivery in select * from private.lease_deliveries(p_lane, p_at_most) loop
     delivery_id := v_delivery.id;
     token := v_delivery.token;
-    body := case p_lane
-      when 'expo' then private.push_body(v_delivery)
-      else private.webhook_body(v_delivery)
+    begin
+      body := case p_lane
+        when 'expo' then private.push_body(v_delivery)
+        else private.webhook_body(v_delivery)
+      end;
+    exception when others then
+      perform private.note_skipped('claim_deliveries', v_delivery.id::text, sqlstate, sqlerrm);
+      update private.deliveries as d
+      set state = 'dead', finished_at = now(), last_error = left(sqlerrm, 200)
+      where d.id = v_delivery.id;
+      continue;
     end;
     if body is null then
       delete from private.deliveries as d where d.id = v_delivery.id;
@@ -8330,16 +8495,18 @@ grant execute on function private.finish_delivery(
 
 -- Forgets deliveries that ended longer than settings.keep_deliveries ago.
 create or replace function private.trim_deliveries(p_at_most integer default 100000)
-returns void
+returns integer
 language sql
 set search_path = pg_catalog, pg_temp
 as $$
-  delete from private.deliveries
-  where id = any (array(
-    select d.id from private.deliveries as d
-    where d.finished_at < now() - (select s.keep_deliveries from private.settings as s)
-    order by d.finished_at limit p_at_most
-  ))
+  select private.skip_failing(
+    'delete from private.deliveries where id = any ($1) returning 0',
+    array(
+      select d.id from private.deliveries as d
+      where d.finished_at < now() - (select s.keep_deliveries from private.settings as s)
+      order by d.finished_at limit p_at_most
+    )
+  )
 $$;
 
 revoke all on function private.trim_deliveries(integer)
@@ -8548,7 +8715,9 @@ begin
   v_jobs := array(
     select r from private.running_jobs as r
     where r.lease_until < now() or r.deadline_at < now()
-    order by r.user_id limit p_at_most for update skip locked
+    -- Those that were skipped before take no places of others.
+    order by r.user_id limit p_at_most + (select count(*) from private.skipped_rows)
+    for update skip locked
   );
   perform private.put_off('private.recovery_due', v_began, 10);
   return v_jobs;
@@ -8558,21 +8727,18 @@ $$;
 revoke all on function private.lock_stale_jobs(integer)
 from public, anon, authenticated, service_role;
 
--- Users in order of id, so that two runs lock entitlements in the same order; and all of them
--- before any breaker, those in order too.
-create or replace function private.recover_stale_jobs(p_at_most integer default 100)
+-- Ends the attempts of jobs that are locked, in the order given.
+create or replace function private.end_stale_jobs(p_ids uuid[])
 returns integer
 language plpgsql
-security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_id uuid;
   v_job private.running_jobs;
-  v_stale private.running_jobs[] := private.lock_stale_jobs(p_at_most);
-  v_stuck private.running_jobs[] := array[]::private.running_jobs[];
 begin
-  foreach v_job in array v_stale loop
-    delete from private.running_jobs where job_id = v_job.job_id;
+  foreach v_id in array p_ids loop
+    delete from private.running_jobs where job_id = v_id returning * into strict v_job;
     -- The lease first: after an outage both have passed, and the result may be there to fetch.
     if v_job.lease_until < now() then
       perform private.end_failed_attempt(
@@ -8580,21 +8746,50 @@ begin
       );
     else
       perform private.end_failed_attempt(v_job, 'timeout', 'deadline passed');
-      v_stuck := v_stuck || v_job;
     end if;
   end loop;
-  perform private.refresh_model_stats();
-  perform private.blame_providers(
-    v_stuck, array_fill('timeout'::text, array[cardinality(v_stuck)])
+  return cardinality(p_ids);
+end;
+$$;
+
+revoke all on function private.end_stale_jobs(uuid[])
+from public, anon, authenticated, service_role;
+
+-- Users in order of id, so that two runs lock entitlements in the same order; and all of them
+-- before any breaker, those in order too.
+create or replace function private.recover_stale_jobs(p_at_most integer default 100)
+returns integer
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '100ms'
+as $$
+declare
+  v_stale private.running_jobs[] := private.lock_stale_jobs(p_at_most);
+  v_stuck private.running_jobs[];
+  v_recovered integer := private.skip_failing(
+    'select private.end_stale_jobs($1)', array(select j.job_id from unnest(v_stale) as j)
+  );
+begin
+  v_stuck := array(
+    select j from unnest(v_stale) as j
+    where j.lease_until >= now()
+      and not exists (select from private.running_jobs as r where r.job_id = j.job_id)
+  );
+  perform private.skip_failing('select private.refresh_model_stats()', array['*']);
+  perform private.skip_failing(
+    'select private.blame_providers($1, array_fill(''timeout''::text, array[cardinality($1)]))',
+    v_stuck
   );
   perform private.refresh_queue_state();
-  return cardinality(v_stale);
+  return v_recovered;
 end;
 $$;
 
 comment on function private.recover_stale_jobs is
   'Requeues or finally fails up to p_at_most jobs whose lease or deadline has passed, and renews '
-  'model_stats and queue_state. Answers how many. Looks less often, once in ten seconds at least, '
+  'model_stats and queue_state. Answers how many. What cannot be done is passed over: see '
+  'private.skipped_rows. Looks less often, once in ten seconds at least, '
   'while a long transaction makes each look dear.';
 
 revoke all on function private.recover_stale_jobs(integer)
@@ -8609,6 +8804,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   delete from private.workers where seen_at < now() - interval '7 days';
+  delete from private.skipped_rows where last_at < now() - interval '7 days';
   perform private.trim_deliveries();
   if to_regclass('cron.job_run_details') is not null then
     delete from cron.job_run_details where end_time < now() - interval '7 days';
@@ -9301,36 +9497,63 @@ $$;
 revoke all on function private.erase_generations(uuid[])
 from public, anon, authenticated, service_role;
 
+-- Forgets files, each as bucket/path, that Storage has no record of, and erases generations whose
+-- last ones they were. Generations are locked before files, as expire_generations (85) does.
+create or replace function private.forget(p_files text[])
+returns integer
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_ids uuid[] := array(
+    select g.id from public.generations as g
+    where g.id = any (array(
+      select f.generation_id
+      from unnest(p_files) as gone (name)
+      inner join private.expired_files as f
+        on f.bucket = split_part(gone.name, '/', 1)
+        and f.path = substr(gone.name, strpos(gone.name, '/') + 1)
+    ))
+    order by g.id for update
+  );
+begin
+  delete from private.expired_files as f
+  using unnest(p_files) as gone (name)
+  where f.bucket = split_part(gone.name, '/', 1)
+    and f.path = substr(gone.name, strpos(gone.name, '/') + 1)
+    and private.file_changed_at(f.bucket, f.path) is null;
+  return private.erase_generations(v_ids);
+end;
+$$;
+
+revoke all on function private.forget(text[]) from public, anon, authenticated, service_role;
+
 create or replace function private.forget_files(p_buckets text[], p_paths text[])
 returns integer
 language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '100ms'
 as $$
-declare
-  v_generation_ids uuid[];
 begin
-  with forgotten as (
-    delete from private.expired_files as f
-    using unnest(p_buckets, p_paths) as gone (bucket, path)
-    where f.bucket = gone.bucket and f.path = gone.path
-      and private.file_changed_at(f.bucket, f.path) is null
-    returning f.generation_id
-  )
-  select coalesce(array_agg(distinct f.generation_id), '{}') into v_generation_ids
-  from forgotten as f where f.generation_id is not null;
-  perform private.erase_generations(v_generation_ids);
+  perform private.skip_failing('select private.forget($1)', array(
+    select concat(gone.bucket, '/', gone.path)
+    from unnest(p_buckets, p_paths) as gone (bucket, path)
+    inner join private.expired_files as f on f.bucket = gone.bucket and f.path = gone.path
+    order by f.generation_id, gone.path
+  ));
   return (
-    select count(*) from unnest(p_buckets, p_paths) as kept (bucket, path)
-    where private.file_changed_at(kept.bucket, kept.path) is not null
+    select count(*)
+    from unnest(p_buckets, p_paths) as kept (bucket, path)
+    inner join private.expired_files as f on f.bucket = kept.bucket and f.path = kept.path
   );
 end;
 $$;
 
 comment on function private.forget_files is
   'Says that these files are gone from Storage. A generation whose last one it was is erased with '
-  'all its rows. What Storage still has on record is not forgotten: answers how many. Repeating it '
-  'changes nothing.';
+  'all its rows. What Storage still has on record, or cannot be erased here, is not forgotten: '
+  'answers how many. Repeating it changes nothing.';
 
 revoke all on function private.forget_files(text[], text[])
 from public, anon, authenticated, service_role;
@@ -9424,28 +9647,62 @@ create trigger darkroom_delete_entitlement
 after delete on auth.users
 for each row execute function private.delete_entitlement_of_deleted_user();
 
--- Marks all files in the folders of a user who is being deleted, those without a row too.
+-- Marks files, each as bucket/path, and answers how many were not marked yet. In order: of two that
+-- mark the same files, one waits for the other, and not each for the other.
+create or replace function private.mark_files(p_files text[])
+returns integer
+language sql
+set search_path = pg_catalog, pg_temp
+as $$
+  with marked as (
+    insert into private.expired_files (bucket, path, user_id)
+    select f.bucket, f.path, private.path_id(f.path, 1)
+    from unnest(p_files) as gone (name)
+    cross join lateral (
+      select
+        split_part(gone.name, '/', 1) as bucket,
+        substr(gone.name, strpos(gone.name, '/') + 1) as path
+    ) as f
+    order by f.path, f.bucket
+    on conflict (bucket, path) do nothing
+    returning 1
+  )
+  select count(*)::integer from marked
+$$;
+
+revoke all on function private.mark_files(text[]) from public, anon, authenticated, service_role;
+
+-- Marks all files in the folders of a user who is being deleted, those without a row too. What
+-- cannot be marked holds up no deletion: it is found as an orphan (85). Generations are locked
+-- before their files are marked, as expire_generations (85) does.
 create or replace function private.expire_files_of_deleted_user()
 returns trigger
 language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_files text[];
 begin
-  insert into private.expired_files (bucket, path, user_id)
-  select 'generations', f.path, i.user_id
-  from public.images as i
-  cross join lateral (values (i.storage_path), (i.preview_path)) as f (path)
-  where i.user_id = old.user_id and f.path is not null
-  on conflict (bucket, path) do nothing;
+  perform from public.generations where user_id = old.user_id order by id for update;
+  v_files := array(
+    select concat('generations/', f.path)
+    from public.images as i
+    cross join lateral (values (i.storage_path), (i.preview_path)) as f (path)
+    where i.user_id = old.user_id and f.path is not null
+    order by f.path
+  );
+  perform private.skip_failing('select private.mark_files($1)', v_files);
   if to_regclass('storage.objects') is not null then
     -- From <id>/ up to <id>0, the next character: operators that the index of names serves.
-    insert into private.expired_files (bucket, path, user_id)
-    select o.bucket_id, o.name, old.user_id
-    from storage.objects as o
-    where o.name ~>=~ concat(old.user_id, '/') and o.name ~<~ concat(old.user_id, '0')
-      and o.bucket_id in ('generations', 'inputs')
-    on conflict (bucket, path) do nothing;
+    v_files := array(
+      select concat(o.bucket_id, '/', o.name)
+      from storage.objects as o
+      where o.name ~>=~ concat(old.user_id, '/') and o.name ~<~ concat(old.user_id, '0')
+        and o.bucket_id in ('generations', 'inputs')
+      order by o.name
+    );
+    perform private.skip_failing('select private.mark_files($1)', v_files);
   end if;
   return old;
 end;
@@ -9579,7 +9836,7 @@ begin
     select g.id from public.generations as g
     where g.id = any (p_ids) and g.finished_at is not null
       and (g.deleted_at is not null or not p_only_deleted)
-    order by g.id for update
+    order by g.id for update skip locked
   );
   update public.generations set deleted_at = now()
   where id = any (v_ids) and deleted_at is null;
@@ -9589,6 +9846,7 @@ begin
   from public.images as i
   cross join lateral (values (i.storage_path), (i.preview_path)) as f (path)
   where i.generation_id = any (v_ids) and f.path is not null
+  order by f.path
   on conflict (bucket, path) do nothing;
   get diagnostics v_files = row_count;
   return v_files + private.erase_generations(v_ids);
@@ -9598,18 +9856,20 @@ $$;
 revoke all on function private.expire_generations(uuid[], boolean)
 from public, anon, authenticated, service_role;
 
--- Generations their users deleted, longest ago first.
+-- Generations their users deleted, longest ago first. Those whose files wait to be deleted, and
+-- those that were skipped before, take no places of others.
 create or replace function private.expire_deleted(p_at_most integer)
 returns integer
 language sql
 set search_path = pg_catalog, pg_temp
 as $$
-  select private.expire_generations(array(
+  select private.skip_failing('select private.expire_generations($1, true)', array(
     select g.id from public.generations as g
     where g.deleted_at <= now() - (select s.keep_deleted from private.settings as s)
       and g.finished_at is not null
-    order by g.deleted_at limit p_at_most
-  ), true)
+      and not exists (select from private.expired_files as f where f.generation_id = g.id)
+    order by g.deleted_at limit p_at_most + (select count(*) from private.skipped_rows)
+  ))
 $$;
 
 revoke all on function private.expire_deleted(integer)
@@ -9634,7 +9894,7 @@ begin
   for v_met in
     select * from public.generations where id > v_place::uuid order by id limit p_at_most
   loop
-    exit when v_met.created_at > v_before;
+    exit when v_met.created_at between v_before and now();
     if v_met.finished_at <= v_before and not v_met.is_favorite then
       v_ids := v_ids || v_met.id;
     end if;
@@ -9642,7 +9902,7 @@ begin
     v_place := v_met.id;
   end loop;
   perform private.end_walk('generations', v_place, v_seen < p_at_most);
-  return private.expire_generations(v_ids);
+  return private.skip_failing('select private.expire_generations($1)', v_ids);
 end;
 $$;
 
@@ -9659,28 +9919,33 @@ declare
   v_place text := private.begin_walk('attempts');
   v_met record;
   v_seen integer := 0;
-  v_trimmed integer := 0;
+  v_ids uuid[] := '{}'::uuid[];
 begin
   if v_place is null then
     return 0;
   end if;
   for v_met in
-    select a.generation_id, a.token, a.ended_at, g.created_at, g.finished_at
+    select a.generation_id, a.ended_at, g.created_at, g.finished_at
     from private.attempts as a
     inner join public.generations as g on g.id = a.generation_id
     where a.generation_id > v_place::uuid order by a.generation_id, a.token limit p_at_most
   loop
-    exit when v_met.created_at > v_before;
+    exit when v_met.created_at between v_before and now();
     if v_met.ended_at <= v_before and v_met.finished_at is not null then
-      delete from private.attempts
-      where generation_id = v_met.generation_id and token = v_met.token;
-      v_trimmed := v_trimmed + 1;
+      v_ids := v_ids || v_met.generation_id;
     end if;
     v_seen := v_seen + 1;
     v_place := v_met.generation_id;
   end loop;
   perform private.end_walk('attempts', v_place, v_seen < p_at_most);
-  return v_trimmed;
+  return private.skip_failing(
+    format(
+      'with gone as ('
+      '  delete from private.attempts where generation_id = any ($1) and ended_at <= %L returning 1'
+      ') select count(*) from gone', v_before
+    ),
+    array(select distinct unnest(v_ids))
+  );
 end;
 $$;
 
@@ -9735,7 +10000,23 @@ $$;
 revoke all on function private.compact_ledger(uuid, integer)
 from public, anon, authenticated, service_role;
 
--- The ledgers of the next users, living or gone. Answers how many entries fewer there are.
+-- The ledger of a user, living or gone.
+create or replace function private.trim_ledger_of(p_user_id uuid, p_at_most integer)
+returns integer
+language sql
+set search_path = pg_catalog, pg_temp
+as $$
+  select case
+    when exists (select from public.entitlements as e where e.user_id = p_user_id)
+      then private.compact_ledger(p_user_id, p_at_most)
+    else private.erase_ledger(p_user_id)
+  end
+$$;
+
+revoke all on function private.trim_ledger_of(uuid, integer)
+from public, anon, authenticated, service_role;
+
+-- The ledgers of the next users. Answers how many entries fewer there are.
 create or replace function private.trim_ledger(p_at_most integer)
 returns integer
 language plpgsql
@@ -9744,7 +10025,7 @@ as $$
 declare
   v_place text := private.begin_walk('ledger');
   v_user_id uuid;
-  v_trimmed integer := 0;
+  v_ids uuid[] := '{}'::uuid[];
 begin
   if v_place is null then
     return 0;
@@ -9754,14 +10035,12 @@ begin
     where user_id > v_place::uuid order by user_id limit 1;
     exit when not found;
     v_place := v_user_id;
-    if exists (select from public.entitlements as e where e.user_id = v_user_id) then
-      v_trimmed := v_trimmed + private.compact_ledger(v_user_id, p_at_most);
-    else
-      v_trimmed := v_trimmed + private.erase_ledger(v_user_id);
-    end if;
+    v_ids := v_ids || v_user_id;
   end loop;
   perform private.end_walk('ledger', v_place, v_user_id is null);
-  return v_trimmed;
+  return private.skip_failing(
+    format('select sum(private.trim_ledger_of(u, %s)) from unnest($1) as u', p_at_most), v_ids
+  );
 end;
 $$;
 
@@ -9808,7 +10087,7 @@ declare
   v_place text := private.begin_walk('files');
   v_met record;
   v_seen integer := 0;
-  v_marked integer := 0;
+  v_files text[] := '{}'::text[];
 begin
   if v_place is null or to_regclass('storage.objects') is null then
     return 0;
@@ -9819,16 +10098,13 @@ begin
     where o.name ~>~ v_place order by o.name using ~<~ fetch first p_at_most rows with ties
   loop
     if private.is_orphan(v_met.bucket_id, v_met.name, v_met.changed_at) then
-      insert into private.expired_files (bucket, path, user_id)
-      values (v_met.bucket_id, v_met.name, private.path_id(v_met.name, 1))
-      on conflict (bucket, path) do nothing;
-      v_marked := v_marked + case when found then 1 else 0 end;
+      v_files := v_files || concat(v_met.bucket_id, '/', v_met.name);
     end if;
     v_seen := v_seen + 1;
     v_place := v_met.name;
   end loop;
   perform private.end_walk('files', v_place, v_seen < p_at_most);
-  return v_marked;
+  return private.skip_failing('select private.mark_files($1)', v_files);
 end;
 $$;
 
@@ -9837,19 +10113,30 @@ from public, anon, authenticated, service_role;
 
 create or replace function private.apply_retention(p_at_most integer default 500)
 returns integer
-language sql
+language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '100ms'
 as $$
-  select private.expire_deleted(p_at_most) + private.expire_old(p_at_most)
-    + private.trim_attempts(p_at_most) + private.trim_ledger(p_at_most)
-    + private.expire_orphans(p_at_most)
+declare
+  v_step text;
+  v_done integer := 0;
+begin
+  foreach v_step in array
+    '{expire_deleted,expire_old,trim_attempts,trim_ledger,expire_orphans}'::text[]
+  loop
+    v_done := v_done + private.skip_failing(
+      format('select private.%s(%s)', v_step, p_at_most), array['*']
+    );
+  end loop;
+  return v_done;
+end;
 $$;
 
 comment on function private.apply_retention is
   'Looks at up to p_at_most rows of each kind: marks the files of what has been kept long enough '
   'and erases what has none. Answers how many rows it marked or erased; safe from several places '
-  'at once.';
+  'at once. What cannot be done is passed over: see private.skipped_rows.';
 
 revoke all on function private.apply_retention(integer)
 from public, anon, authenticated, service_role;
@@ -9892,7 +10179,8 @@ from (
   -- Of a user who is gone the oldest entries may be, too.
   inner join public.entitlements as e on c.user_id = e.user_id
 ) as l
-where l.balance_before + l.amount <> l.balance_after
+-- As bigint: a sum that does not fit is wrong, too.
+where l.balance_before::bigint + l.amount <> l.balance_after
 union all
 select
   'place' as rule,
@@ -10189,6 +10477,22 @@ comment on view private.vacuum_holders is
 
 revoke all on table private.vacuum_holders from public, anon, authenticated, service_role;
 
+-- Whether who asks is more than a monitor: may pause what it would read about. A monitor is told no
+-- ids and nobody's words, which may repeat a prompt in any spelling.
+create or replace function private.is_operator()
+returns boolean
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+  select has_function_privilege(
+    coalesce(nullif(current_setting('role', true), 'none'), session_user),
+    'private.pause_model(text, timestamptz, text)', 'execute'
+  )
+$$;
+
+revoke all on function private.is_operator() from public, anon, authenticated, service_role;
+
 -- Notes that a routine ran to its end; pg_cron calls it after the routine.
 create or replace function private.note_run(p_name text)
 returns void
@@ -10346,13 +10650,46 @@ as $$
     'recent_problems', (select count(*) from private.recent_broken_books()),
     'checked_at', max(r.last_run_at),
     'problems', (max(r.result ->> 'problems'))::integer,
-    'examples', coalesce(jsonb_agg(r.result -> 'examples') -> 0, '[]')
+    'examples', coalesce(
+      jsonb_agg(r.result -> 'examples') filter (where private.is_operator()) -> 0, '[]'
+    )
   )
   from private.routines as r
   where r.name = 'check_books' and r.result is not null
 $$;
 
 revoke all on function private.books_health() from public, anon, authenticated, service_role;
+
+-- What routines passed over within a day; who was only locked counts from the third time. And files
+-- that Storage would not delete for a day.
+create or replace function private.skipped_health()
+returns jsonb
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+  select jsonb_build_object(
+    'rows', coalesce(sum(s.rows), 0),
+    'since', min(s.first_at),
+    'steps', coalesce(jsonb_object_agg(s.step, s.rows), '{}')
+  )
+  from (
+    select r.step, count(*) as rows, min(r.first_at) as first_at
+    from private.skipped_rows as r
+    where r.last_at > now() - interval '1 day'
+      and (r.times > 2 or r.code not in ('40P01', '55P03'))
+    group by r.step
+    union all
+    select 'storage', count(*), min(o.marked_at)
+    from (
+      select f.marked_at from private.expired_files as f
+      where f.marked_at < now() - interval '1 day' order by f.marked_at limit 1000
+    ) as o
+    having count(*) > 0
+  ) as s
+$$;
+
+revoke all on function private.skipped_health() from public, anon, authenticated, service_role;
 
 -- Dead deliveries count while their webhook is there: deleting it says that nobody misses them. A
 -- push that found no device any more is nothing to mend.
@@ -10511,6 +10848,14 @@ as $$
       'dead_deliveries', h.dead::numeric, concat(h.dead, ' deliveries to webhooks were given up')
     ),
     (
+      'skipped_rows', (p_health #>> '{skipped,rows}')::numeric,
+      format('%s rows since %s: %s', p_health #>> '{skipped,rows}',
+        p_health #>> '{skipped,since}', (
+          select string_agg(concat(s.key, ' ', s.value), ', ' order by s.key)
+          from jsonb_each_text(p_health #> '{skipped,steps}') as s
+        ))
+    ),
+    (
       'books',
       (h.b ->> 'recent_problems')::numeric + coalesce((h.b ->> 'problems')::numeric, 0),
       format('%s problems among what moved last, %s at the check of %s',
@@ -10584,7 +10929,12 @@ declare
     'rates', private.rates_health(),
     'workers', private.worker_health(),
     'routines', private.routine_health(),
-    'paused', (select coalesce(jsonb_agg(to_jsonb(p)), '[]') from private.paused_now as p),
+    'paused', (
+      select coalesce(jsonb_agg(to_jsonb(p) || case
+        when private.is_operator() then '{}' else '{"pause_reason": null}'::jsonb
+      end), '[]')
+      from private.paused_now as p
+    ),
     'vacuum', (
       select jsonb_build_object(
         'oldest_transactions', coalesce(max(h.age_transactions), 0),
@@ -10593,7 +10943,8 @@ declare
       from private.vacuum_holders as h
     ),
     'outbox', private.outbox_health(),
-    'books', private.books_health()
+    'books', private.books_health(),
+    'skipped', private.skipped_health()
   );
 begin
   v_alerts := private.health_alerts(v_health);
@@ -10608,7 +10959,8 @@ begin
     'paused', v_health -> 'paused',
     'vacuum', v_health -> 'vacuum',
     'outbox', v_health -> 'outbox',
-    'books', v_health -> 'books'
+    'books', v_health -> 'books',
+    'skipped', v_health -> 'skipped'
   );
 end;
 $$;
@@ -10648,7 +11000,8 @@ comment on function public.queue_health is
   'burned_of_15_minutes, burned_by_users}, workers {alive, asleep, listening, slots, slots_used}, '
   'routines {name: {last_run_at, every_seconds, runs_missed}}, paused, vacuum '
   '{oldest_transactions, sees_all_sessions}, outbox {pending, oldest_pending_seconds, dead}, books '
-  '{recent_problems, checked_at, problems, examples}}. Thresholds are rows of private.alert_rules.';
+  '{recent_problems, checked_at, problems, examples}, skipped {rows, since, steps}}. A monitor is '
+  'shown no reasons and no examples. Thresholds are rows of private.alert_rules.';
 
 revoke all on function public.queue_health() from public, anon, authenticated, service_role;
 grant execute on function public.queue_health() to service_role, darkroom_monitor;
@@ -10874,37 +11227,11 @@ from public, anon, authenticated, service_role;
 grant execute on function private.check_setup(text[]) to darkroom_worker;
 -- Measures: what the report (89_report) and exporters of metrics are made of, one table for each.
 --
--- They speak of this moment and of the last hour, never of a user or a prompt. What a provider said
--- is shown without the prompt, should it repeat that. darkroom_monitor may call those an exporter
--- has a use for.
+-- They speak of this moment and of the last hour, in codes and numbers: never of a user or a job,
+-- and never in a provider's words, which may repeat a prompt in any spelling. Those are in views
+-- (83), for the owner. darkroom_monitor may call the measures an exporter has a use for.
 --
 -- They cost what it costs to count the queue and to read the attempts that ended in the window.
-
--- The provider's words without the prompt: also where they were cut in its midst, or where it is
--- within JSON. What is shorter than four characters is no secret, and may be part of any word.
-create or replace function private.without_prompt(p_detail text, p_prompt text)
-returns text
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
-  select case
-    when length(p_prompt) < 4 then p_detail
-    else coalesce(
-      left(r.detail, least(
-        nullif(strpos(r.detail, left(p_prompt, 24)), 0),
-        nullif(strpos(r.detail, left(q.prompt, 24)), 0)
-      ) - 1) || '[prompt]', r.detail
-    )
-  end
-  from (select btrim(to_json(p_prompt)::text, '"') as prompt) as q
-  cross join lateral (
-    select replace(replace(p_detail, p_prompt, '[prompt]'), q.prompt, '[prompt]') as detail
-  ) as r
-$$;
-
-revoke all on function private.without_prompt(text, text)
-from public, anon, authenticated, service_role;
 
 -- How the attempts of each model ended in the window, what completed ones took, what all cost.
 create or replace function private.outcomes_by_model(p_window interval)
@@ -11011,7 +11338,7 @@ grant execute on function private.report_workers() to darkroom_monitor;
 create or replace function private.report_errors(p_window interval default '1 hour')
 returns table (
   model_id text, error_code text, errors bigint, failed bigint, retried bigint,
-  last_at timestamptz, last_detail text
+  last_at timestamptz
 )
 language sql
 stable
@@ -11021,31 +11348,20 @@ set enable_seqscan = off
 set jit = off
 as $$
   select
-    e.model_id, e.error_code, e.errors, e.failed, e.retried, e.last_at,
-    -- No join, which might be made by reading all generations.
-    (
-      select left(private.without_prompt(e.details[1], g.prompt), 300)
-      from public.generations as g where g.id = e.last_id
-    )
-  from (
-    select
-      a.model_id,
-      a.error_code,
-      count(*) as errors,
-      count(*) filter (where a.outcome = 'failed') as failed,
-      count(*) filter (where a.outcome = 'retried') as retried,
-      max(a.ended_at) as last_at,
-      array_agg(a.error_detail order by a.ended_at desc, a.token desc) as details,
-      (array_agg(a.generation_id order by a.ended_at desc, a.token desc))[1] as last_id
-    from private.attempts as a
-    where a.ended_at > now() - p_window and a.error_code is not null
-    group by a.model_id, a.error_code
-  ) as e
-  order by e.errors desc, e.last_at desc
+    a.model_id,
+    a.error_code,
+    count(*) as errors,
+    count(*) filter (where a.outcome = 'failed'),
+    count(*) filter (where a.outcome = 'retried'),
+    max(a.ended_at) as last_at
+  from private.attempts as a
+  where a.ended_at > now() - p_window and a.error_code is not null
+  group by a.model_id, a.error_code
+  order by errors desc, last_at desc
 $$;
 
 comment on function private.report_errors is
-  'Errors of attempts by model and code in the window, and what was said at the last of them.';
+  'Errors of attempts by model and code in the window. What was said: private.recent_failures.';
 
 revoke all on function private.report_errors(interval)
 from public, anon, authenticated, service_role;
@@ -11057,7 +11373,7 @@ create or replace function private.report_recent(
   p_window interval default '1 hour'
 )
 returns table (
-  job_id uuid, model_id text, attempt smallint, worker_id bigint, outcome text, error_code text,
+  model_id text, attempt smallint, worker_id bigint, outcome text, error_code text,
   ended_at timestamptz, waited_seconds numeric, ran_seconds numeric
 )
 language sql
@@ -11067,7 +11383,7 @@ set enable_seqscan = off
 set jit = off
 as $$
   select
-    a.generation_id, a.model_id, a.attempt, a.worker_id, a.outcome, a.error_code, a.ended_at,
+    a.model_id, a.attempt, a.worker_id, a.outcome, a.error_code, a.ended_at,
     -- No join, which might be made by reading all generations.
     (
       select round(extract(epoch from a.started_at - g.created_at), 1)
@@ -11088,7 +11404,7 @@ from public, anon, authenticated, service_role;
 -- The running jobs that began first, which are the ones to worry about.
 create or replace function private.report_running(p_at_most integer default 12)
 returns table (
-  job_id uuid, model_id text, attempt smallint, worker_id bigint, stage text, progress smallint,
+  model_id text, attempt smallint, worker_id bigint, stage text, progress smallint,
   running_seconds numeric, lease_seconds numeric, deadline_seconds numeric
 )
 language sql
@@ -11096,7 +11412,7 @@ stable
 set search_path = pg_catalog, pg_temp
 as $$
   select
-    r.job_id, r.model_id, r.attempt, r.worker_id, r.stage, r.progress,
+    r.model_id, r.attempt, r.worker_id, r.stage, r.progress,
     round(extract(epoch from now() - r.claimed_at), 1),
     round(extract(epoch from r.lease_until - now()), 1),
     round(extract(epoch from r.deadline_at - now()), 1)
@@ -11374,7 +11690,12 @@ to service_role, darkroom_monitor;
 -- Rows and schedules: the only file that writes any. Running it again changes nothing that an
 -- operator has set. What is not installed here is skipped with a notice.
 
+-- How many credits the users get who are there, and those who come, can be said beforehand.
 insert into private.settings default values on conflict do nothing;
+update private.settings
+set welcome_credits = current_setting('darkroom.welcome_credits', true)::integer
+where current_setting('darkroom.welcome_credits', true) <> ''
+  and not exists (select from public.entitlements);
 insert into private.queue_state default values on conflict do nothing;
 
 insert into private.retention_walks (name) values
@@ -11455,7 +11776,8 @@ insert into private.alert_rules (alert, threshold, unit, min_cases, severity, hi
 ),
 (
   'paused', 0, 'pauses', 0, 'warning',
-  'Jobs of what is paused wait. If the provider refused the account, see its billing and key.'
+  'Jobs of what is paused wait. Why: private.paused_now. If the provider refused the account, see '
+  'its billing and key.'
 ),
 (
   'vacuum_held_back', 1000000, 'transactions', 0, 'warning',
@@ -11468,6 +11790,12 @@ insert into private.alert_rules (alert, threshold, unit, min_cases, severity, hi
   'delete_webhook.'
 ),
 (
+  'skipped_rows', 0, 'rows', 0, 'warning',
+  'private.skipped_rows says which, what is wrong with them and since when. Mend the row: it is '
+  'tried again. storage: files of private.expired_files that it does not delete; see the worker''s '
+  'log.'
+),
+(
   'books', 0, 'problems', 0, 'critical',
   'See private.broken_books: the ledger is right, and entitlements have to follow it. Once mended, '
   'select private.check_books() to check anew.'
@@ -11477,8 +11805,13 @@ on conflict do nothing;
 -- Users from before the installation.
 do $$
 begin
-  perform private.create_entitlement(u.id) from auth.users as u
-  where not exists (select from public.entitlements as e where e.user_id = u.id);
+  perform private.skip_failing(
+    'select count(private.create_entitlement(u)) from unnest($1) as u',
+    array(
+      select u.id from auth.users as u
+      where not exists (select from public.entitlements as e where e.user_id = u.id)
+    )
+  );
 end;
 $$;
 
@@ -11486,6 +11819,9 @@ do $$
 begin
   if to_regclass('storage.buckets') is null then
     raise notice 'Darkroom: no storage.buckets here; create the private buckets yourself';
+    return;
+  elsif not has_table_privilege('storage.buckets', 'select, insert') then
+    raise notice 'Darkroom: no right to make buckets; create the private buckets yourself';
     return;
   end if;
   insert into storage.buckets (id, name, public, file_size_limit, allowed_mime_types) values
