@@ -48,7 +48,8 @@ create table private.ready_jobs (
   run_at timestamptz,
   queued_at timestamptz not null default now(),
   provider_job_id text,
-  create_started_at timestamptz
+  create_started_at timestamptz,
+  input_sha256 bytea
 ) with (
   fillfactor = 70, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500,
   autovacuum_vacuum_insert_threshold = -1, autovacuum_analyze_scale_factor = 0.1,
@@ -68,6 +69,8 @@ comment on column private.ready_jobs.provider_job_id is
 comment on column private.ready_jobs.create_started_at is
   'An earlier attempt may have asked the provider to create, then or later, and never learned the '
   'outcome: look first.';
+comment on column private.ready_jobs.input_sha256 is
+  'What it asked for then: see running_jobs.input_sha256.';
 
 -- Delayed jobs are out of the claim's index, so a pile of them costs the claim nothing.
 create index ready_jobs_claim_idx on private.ready_jobs (fair_key, seq) where run_at is null;
@@ -119,6 +122,7 @@ create table private.running_jobs (
   progress smallint,
   provider_job_id text,
   create_started_at timestamptz,
+  input_sha256 bytea,
   cancel_requested boolean not null default false,
   constraint running_jobs_progress_is_a_percentage check (progress between 0 and 100)
 ) with (
@@ -143,6 +147,9 @@ comment on column private.running_jobs.provider_job_id is
 comment on column private.running_jobs.create_started_at is
   'Since when the provider may have been asked to create: the first claim whose outcome nobody '
   'learned, or this one.';
+comment on column private.running_jobs.input_sha256 is
+  'Of what the provider was last asked to create, where that has addresses of sources: they are '
+  'made anew each time. null with such a job: nothing was asked for.';
 
 create index running_jobs_user_id_idx on private.running_jobs (user_id);
 
@@ -197,9 +204,17 @@ comment on column private.attempts.cost_usd is 'US dollars the attempt cost at t
 -- Written in the order of time, so a BRIN index finds the last minutes, and costs next to nothing.
 create index attempts_ended_at_idx
 on private.attempts using brin (ended_at) with (pages_per_range = 16, autosummarize = true);
--- Read when a lost create is looked for at the provider.
-create index attempts_provider_job_id_idx
-on private.attempts (provider_job_id) where provider_job_id is not null;
+
+create table private.purchases (
+  generation_id uuid not null references public.generations (id) on delete cascade,
+  provider_job_id text not null,
+  primary key (generation_id, provider_job_id),
+  unique (provider_job_id)
+);
+
+comment on table private.purchases is
+  'The provider''s jobs that ours have bought, from when the id is known until the generation is '
+  'erased. No two jobs have the same one, whatever a provider answers.';
 
 create table private.model_stats (
   model_id text primary key,
@@ -290,7 +305,9 @@ create table private.plans (
     and max_batch between 1 and 100
   ),
   constraint plans_weight_is_a_step_of_the_queue check (weight between 1 and 1000),
-  constraint plans_busy_after_is_positive check (busy_after > interval '0')
+  constraint plans_busy_after_is_positive check (
+    busy_after > interval '0' and busy_after <= interval '1000 years'
+  )
 );
 
 comment on table private.plans is 'Limits of free and paid users.';
@@ -327,6 +344,7 @@ create table private.settings (
   push_expires interval not null default '1 hour',
   keep_deliveries interval not null default '7 days',
   webhook_allows_private boolean not null default false,
+  broadcasts boolean not null default true,
   breaker_failures smallint not null default 5,
   breaker_provider_failures smallint not null default 15,
   breaker_users smallint not null default 3,
@@ -374,6 +392,8 @@ comment on column private.settings.keep_deliveries is
 comment on column private.settings.webhook_allows_private is
   'For development only: webhooks may be http and on private addresses. The worker needs '
   'WEBHOOK_ALLOWED_HOSTS too.';
+comment on column private.settings.broadcasts is
+  'Whether each new state of a job is broadcast where Supabase Realtime is; else clients poll.';
 comment on column private.settings.breaker_failures is
   'Failures in a row, with no success between, that pause a model.';
 comment on column private.settings.breaker_provider_failures is

@@ -19,6 +19,7 @@ alter table private.ready_jobs enable row level security;
 alter table private.running_jobs enable row level security;
 alter table private.workers enable row level security;
 alter table private.attempts enable row level security;
+alter table private.purchases enable row level security;
 alter table private.model_stats enable row level security;
 alter table private.error_codes enable row level security;
 alter table private.breakers enable row level security;
@@ -37,6 +38,8 @@ public.model_aliases, public.batches, public.generations, public.images,
 public.generation_tags, public.image_likes, public.prompt_templates
 from public, anon, authenticated, service_role;
 revoke all on sequence public.credit_ledger_id_seq from public, anon, authenticated, service_role;
+revoke all on domain public.job_status, public.ledger_kind, private.job_stage,
+private.attempt_outcome from public, anon, authenticated, service_role;
 
 grant select on table public.entitlements, public.credit_ledger, public.batches,
 public.generations, public.images, public.generation_tags, public.image_likes
@@ -46,22 +49,46 @@ grant select, insert, update, delete on table public.prompt_templates to service
 grant select, insert, update on table public.models to service_role;
 grant select, insert, update, delete on table public.model_aliases to service_role;
 
+-- The user of the request's JWT; null if it names none. auth.uid() is Supabase's, and fails where
+-- the sub is no uuid or the claims are no JSON. A definer, for who asks may not look into auth.
+--
+-- Raises: PT401 not_authenticated.
+create or replace function private.caller_id()
+returns uuid
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return auth.uid();
+exception when data_exception then
+  raise sqlstate 'PT401' using
+    message = 'not_authenticated',
+    detail = 'The sub of the token is no user''s id.',
+    hint = 'Sign in again.';
+end;
+$$;
+
+revoke all on function private.caller_id() from public, anon, authenticated, service_role;
+grant execute on function private.caller_id() to authenticated;
+
 create policy "Users read their own entitlement" on public.entitlements
-for select to authenticated using (user_id = (select auth.uid()));
+for select to authenticated using (user_id = (select private.caller_id()));
 
 create policy "Users read their own ledger" on public.credit_ledger
-for select to authenticated using (user_id = (select auth.uid()));
+for select to authenticated using (user_id = (select private.caller_id()));
 
 create policy "Users read their own batches" on public.batches
-for select to authenticated using (user_id = (select auth.uid()));
+for select to authenticated using (user_id = (select private.caller_id()));
 
 create policy "Users read their own generations" on public.generations
-for select to authenticated using (user_id = (select auth.uid()) and deleted_at is null);
+for select to authenticated using (user_id = (select private.caller_id()) and deleted_at is null);
 
 -- The policy above applies inside, too: the images of a deleted generation are hidden with it.
 create policy "Users read their own images" on public.images
 for select to authenticated using (
-  user_id = (select auth.uid())
+  user_id = (select private.caller_id())
   and exists (
     select from public.generations as g
     where g.id = images.generation_id
@@ -70,7 +97,7 @@ for select to authenticated using (
 
 create policy "Users read their own tags" on public.generation_tags
 for select to authenticated using (
-  user_id = (select auth.uid())
+  user_id = (select private.caller_id())
   and exists (
     select from public.generations as g
     where g.id = generation_tags.generation_id
@@ -78,51 +105,68 @@ for select to authenticated using (
 );
 
 create policy "Users read their own likes" on public.image_likes
-for select to authenticated using (user_id = (select auth.uid()));
+for select to authenticated using (user_id = (select private.caller_id()));
 
 create policy "Users read their own prompt templates" on public.prompt_templates
-for select to authenticated using (user_id = (select auth.uid()));
+for select to authenticated using (user_id = (select private.caller_id()));
 
--- Whether a path in bucket generations is the file or the preview of a shared image. Asked by a
--- policy for every file a visitor reaches for: a look into an index of the shared ones, whatever
--- the path is.
-create or replace function private.is_shared_path(p_path text)
+-- Not by the rights of who asks, for a policy below looks into it for everybody: where one file is
+-- asked for by an index, where the bucket is listed once for all of its files. A function would be
+-- called for each of them.
+create view private.shared_paths as
+select i.storage_path as path from public.images as i
+where i.share_id is not null
+union all
+select i.preview_path as path from public.images as i
+where i.share_id is not null;
+
+comment on view private.shared_paths is
+  'Files and previews of shared images in bucket generations, as list_public_images shows them.';
+
+revoke all on private.shared_paths from public, anon, authenticated, service_role;
+grant select on private.shared_paths to anon, authenticated;
+
+-- Whether a user may put a file there: it has a name of its own below the folder, and the user has
+-- not as many others as may be kept. Who uploads several at once may get a few more in.
+create or replace function private.may_store_input(p_path text)
 returns boolean
-language sql
+language plpgsql
 stable
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
-  select
-    exists (
-      select from public.images as i
-      where i.storage_path = p_path and i.share_id is not null
-    )
-    or exists (
-      select from public.images as i
-      where i.preview_path = p_path and i.share_id is not null
-    )
+begin
+  return octet_length(p_path) <= 512
+    and p_path ~ '^[^/]+(/[^/]+)+$' and p_path !~ '/\.\.?(/|$)'
+    and (
+      -- As a filter: the planner may else read the whole bucket.
+      select count(*) filter (where o.bucket_id = 'inputs' and o.name <> p_path)
+        < (select s.max_input_files from private.settings as s)
+      from storage.objects as o
+      -- From <id>/ up to <id>0, the next character: operators that the index of names serves.
+      where o.name ~>=~ concat(auth.uid(), '/') and o.name ~<~ concat(auth.uid(), '0')
+    );
+end;
 $$;
 
-revoke all on function private.is_shared_path(text)
+revoke all on function private.may_store_input(text)
 from public, anon, authenticated, service_role;
-grant execute on function private.is_shared_path(text) to anon, authenticated;
+grant execute on function private.may_store_input(text) to authenticated;
 
 -- Storage: outputs are read by their owner, shared ones by everybody, and written by the worker
--- alone; inputs for image-to-image are put into the user's own folder.
-do $$
-begin
-  if to_regclass('storage.objects') is null then
-    raise notice 'Darkroom: no storage.objects here; buckets and their policies are skipped';
-    return;
-  end if;
+-- alone; inputs for image-to-image are put into the user's own folder. On a text, so that where the
+-- table is another's it can be shown to somebody who may.
+do $do$
+declare
+  v_policies text := $policies$
   create policy "Users read their own generated images" on storage.objects
   for select to authenticated using (
     bucket_id = 'generations' and split_part(name, '/', 1) = (select auth.uid())::text
   );
   create policy "Everybody reads shared images" on storage.objects
   for select to anon, authenticated using (
-    bucket_id = 'generations' and private.is_shared_path(name)
+    bucket_id = 'generations'
+    and exists (select from private.shared_paths as s where s.path = objects.name)
   );
   create policy "Users read their own input images" on storage.objects
   for select to authenticated using (
@@ -131,16 +175,30 @@ begin
   create policy "Users add their own input images" on storage.objects
   for insert to authenticated with check (
     bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text
+    and private.may_store_input(name)
   );
   create policy "Users replace their own input images" on storage.objects
   for update to authenticated using (
     bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text
   ) with check (
     bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text
+    and private.may_store_input(name)
   );
   create policy "Users delete their own input images" on storage.objects
   for delete to authenticated using (
     bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text
   );
+$policies$;
+begin
+  if to_regclass('storage.objects') is null then
+    raise notice 'Darkroom: no storage.objects here; buckets and their policies are skipped';
+    return;
+  end if;
+  begin
+    execute v_policies;
+  exception when insufficient_privilege then
+    raise notice 'Darkroom: no right to make policies on storage.objects; until its owner, or '
+      'Supabase''s SQL editor, has run these, users reach no file: %', v_policies;
+  end;
 end;
-$$;
+$do$;

@@ -376,6 +376,7 @@ as $$
 declare
   v_breaker private.breakers;
 begin
+  perform private.require_writable();
   perform private.require_breaker_name(p_model);
   if coalesce(p_until <= now(), true) then
     perform private.refuse_input(
@@ -432,6 +433,7 @@ as $$
 declare
   v_breaker private.breakers;
 begin
+  perform private.require_writable();
   perform private.require_breaker_name(p_model);
   insert into private.breakers as b (name) values (p_model)
   on conflict (name) do update set

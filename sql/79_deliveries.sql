@@ -104,9 +104,17 @@ begin
   for v_delivery in select * from private.lease_deliveries(p_lane, p_at_most) loop
     delivery_id := v_delivery.id;
     token := v_delivery.token;
-    body := case p_lane
-      when 'expo' then private.push_body(v_delivery)
-      else private.webhook_body(v_delivery)
+    begin
+      body := case p_lane
+        when 'expo' then private.push_body(v_delivery)
+        else private.webhook_body(v_delivery)
+      end;
+    exception when others then
+      perform private.note_skipped('claim_deliveries', v_delivery.id::text, sqlstate, sqlerrm);
+      update private.deliveries as d
+      set state = 'dead', finished_at = now(), last_error = left(sqlerrm, 200)
+      where d.id = v_delivery.id;
+      continue;
     end;
     if body is null then
       delete from private.deliveries as d where d.id = v_delivery.id;
@@ -213,16 +221,18 @@ grant execute on function private.finish_delivery(
 
 -- Forgets deliveries that ended longer than settings.keep_deliveries ago.
 create or replace function private.trim_deliveries(p_at_most integer default 100000)
-returns void
+returns integer
 language sql
 set search_path = pg_catalog, pg_temp
 as $$
-  delete from private.deliveries
-  where id = any (array(
-    select d.id from private.deliveries as d
-    where d.finished_at < now() - (select s.keep_deliveries from private.settings as s)
-    order by d.finished_at limit p_at_most
-  ))
+  select private.skip_failing(
+    'delete from private.deliveries where id = any ($1) returning 0',
+    array(
+      select d.id from private.deliveries as d
+      where d.finished_at < now() - (select s.keep_deliveries from private.settings as s)
+      order by d.finished_at limit p_at_most
+    )
+  )
 $$;
 
 revoke all on function private.trim_deliveries(integer)
@@ -316,6 +326,7 @@ as $$
 declare
   v_delivery private.deliveries;
 begin
+  perform private.require_writable();
   update private.deliveries set
     state = 'pending', attempts = 0, run_at = now(), token = null, finished_at = null
   where id = p_delivery_id
@@ -354,6 +365,7 @@ language sql
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
+  select private.require_writable();
   with revived as (
     update private.deliveries
     set state = 'pending', attempts = 0, run_at = now(), finished_at = null

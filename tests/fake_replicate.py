@@ -34,6 +34,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 from zlib import compress, crc32
 
 import pytest
+from hostile import dear_jpeg
 from PIL import Image
 
 TERMINAL = {"succeeded", "failed", "canceled", "aborted"}
@@ -67,6 +68,7 @@ class Behaviour:
     stored: bool | None = None  # is it bought? None: if the answer is 201 or none at all
     retry_after: int = 30  # seconds, told by a 429 ...
     retry_hints: str = "header body text"  # ... in these places
+    is_mixed_up: bool = False  # the answer is that of an earlier create
     # The run.
     queued: int = 0  # polls during which it stays `starting`
     polls: float = 2  # polls from then until it ends; inf: never
@@ -82,7 +84,8 @@ class Behaviour:
     images: int | None = None  # None: as many as asked for
     output: Any = None  # given out as it is, instead of URLs of images
     removed: bool = False  # it ends with its data gone already
-    # gone, junk, bomb, large, unsized (large, no length told), broken, redirect
+    # gone, junk, bomb, dear (takes a core a minute), large, unsized (large, no length told),
+    # broken, redirect
     file: str = "image"
     format: str | None = None  # of the bytes, whatever name and type say
     size: tuple[int, int] = (64, 48)  # width, height
@@ -116,6 +119,7 @@ class Run:
     """The part of a prediction that clients do not see."""
 
     behaviour: Behaviour
+    source: bytes = b""  # what was at the addresses in its input
     begun: float = field(default_factory=time.monotonic)
     gets: int = 0
     lists: int = 0
@@ -142,6 +146,7 @@ class FakeReplicate:
         self.file_answers: deque[int | None] = deque()  # and the next uploads
         self.refused: dict[str, int] = {}  # creates with this text in them are, with this status
         self.account_status = 200
+        self.fetch: Callable[[str], bytes] = str.encode  # what is at an address elsewhere
         self.page_size = 100
         self.large_bytes = 100 * 2**20
         self._next: deque[Behaviour] = deque()
@@ -186,6 +191,10 @@ class FakeReplicate:
     def behaviour(self, prediction_id: str) -> Behaviour:
         """What a prediction was told to do."""
         return self._runs[prediction_id].behaviour
+
+    def source(self, prediction_id: str) -> bytes:
+        """What a prediction was made from: the files that were at its addresses."""
+        return self._runs[prediction_id].source
 
     def is_spent(self, prediction_id: str) -> bool:
         """Whether nothing can come of a prediction any more."""
@@ -260,7 +269,8 @@ class FakeReplicate:
         if behaviour.answer in (201, None) if stored is None else stored:
             request.prediction_id = self._store(*named, request.body["input"], behaviour)
         if behaviour.answer == 201 and request.prediction_id:
-            answer = as_json(201, self.predictions[request.prediction_id])
+            told = next(iter(self.predictions)) if behaviour.is_mixed_up else request.prediction_id
+            answer = as_json(201, self.predictions[told])
         else:
             answer = refusal(behaviour)
         return answer._replace(wait=behaviour.slow.get("create", 0))
@@ -278,7 +288,7 @@ class FakeReplicate:
 
     def _store(self, model: str, version: str, inputs: dict[str, Any], behaviour: Behaviour) -> str:
         key = base64.b32encode(secrets.token_bytes(16)).decode().lower().rstrip("=")
-        self._runs[key] = Run(behaviour)
+        self._runs[key] = Run(behaviour, self._source(inputs))
         self.predictions[key] = {
             "id": key,
             "model": model,
@@ -298,6 +308,16 @@ class FakeReplicate:
             },
         }
         return key
+
+    def _source(self, inputs: dict[str, Any]) -> bytes:
+        """The files at all addresses of an input, fetched at once."""
+        given = [each for value in inputs.values() for each in (value, *listed(value))]
+        found = [each for each in given if isinstance(each, str) and each.startswith("http")]
+        ids = [address.removeprefix(f"{self.url}/files/") for address in found]
+        return b"".join(
+            self.uploads[key][1] if key in self.uploads else self.fetch(address)
+            for key, address in zip(ids, found, strict=True)
+        )
 
     def _get(self, key: str) -> Answer:
         run = self._runs[key]
@@ -422,7 +442,8 @@ class FakeReplicate:
             return Answer(404, b"Not found")
         extension = name.rpartition(".")[2]
         position = int("".join(filter(str.isdigit, name.partition(".")[0])) or 0)
-        body = image(behaviour.format or extension, behaviour.size, position)
+        source = self._runs[key].source
+        body = image(behaviour.format or extension, behaviour.size, position, source)
         kind = {"svg": "svg+xml", "jpg": "jpeg"}.get(extension, extension)
         headers: dict[str, str | None] = {"Content-Type": f"image/{kind}"}
         status = 200
@@ -431,6 +452,8 @@ class FakeReplicate:
                 body = b"<!doctype html><script>alert(1)</script>"
             case "bomb":
                 body = picture_bomb()
+            case "dear":
+                body = dear_jpeg()
             case "large":
                 body += bytes(self.large_bytes)
             case "unsized":
@@ -552,10 +575,10 @@ def logs(steps: int, done: float) -> str:
 
 
 @lru_cache
-def image(extension: str, size: tuple[int, int], position: int) -> bytes:
-    """A picture whose colour depends on its position."""
+def image(extension: str, size: tuple[int, int], position: int, source: bytes = b"") -> bytes:
+    """A picture whose colour depends on its position and what it was made from."""
     width, height = size
-    hue = 60 * position % 360
+    hue = (60 * position + crc32(source)) % 360
     if extension == "svg":
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}">'
@@ -565,6 +588,11 @@ def image(extension: str, size: tuple[int, int], position: int) -> bytes:
     picture = Image.new("RGB", size, f"hsl({hue},80%,50%)")
     picture.save(out, {"jpg": "jpeg"}.get(extension, extension))
     return out.getvalue()
+
+
+def listed(value: Any) -> list[Any]:
+    """A list; what is none is an empty one."""
+    return value if isinstance(value, list) else []
 
 
 def picture_bomb() -> bytes:

@@ -21,6 +21,7 @@ class Bug:
 FUZZ = "tests/test_security_rpc.py::test_"
 RPC = f"{FUZZ}no_call_fails_tells_of_others_or_writes_although_refused"
 WORDS = f"{FUZZ}whatever_it_is_given_a_function_answers_or_refuses_in_our_words"
+RETENTION = "tests/test_retention.py::test_"
 SAFE_PATH = "tests/test_security_search_path.py::test_no_function_picks_up_what_its_caller_planted"
 
 SECURITY = [
@@ -44,8 +45,8 @@ SECURITY = [
     Bug(
         "a policy lets users read everybody's generations",
         "sql/20_access.sql",
-        "for select to authenticated using (user_id = (select auth.uid()) and deleted_at is null);",
-        "for select to authenticated using (deleted_at is null);",
+        "using (user_id = (select private.caller_id()) and deleted_at is null);",
+        "using (deleted_at is null);",
         "tests/test_access.py::test_users_read_their_own_rows_only[public.generations]",
     ),
     Bug(
@@ -85,16 +86,39 @@ SECURITY = [
         "an input may be moved into another's folder",
         "sql/20_access.sql",
         "  ) with check (\n"
-        "    bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text\n  );\n"
+        "    bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text\n"
+        "    and private.may_store_input(name)\n  );\n"
         '  create policy "Users delete',
         '  ) with check (true);\n  create policy "Users delete',
         "tests/test_access.py::test_an_input_cannot_be_moved_into_another_folder_or_bucket",
     ),
     Bug(
+        "an input may have the name of its folder",
+        "sql/20_access.sql",
+        '    and private.may_store_input(name)\n  );\n  create policy "Users replace',
+        '  );\n  create policy "Users replace',
+        "tests/test_access.py::test_an_input_has_a_name_of_its_own_below_the_folder",
+    ),
+    Bug(
+        "the app's own tables lose the API roles' rights",
+        "sql/00_setup.sql",
+        "create schema private;\n",
+        "create schema private;\n"
+        "alter default privileges in schema public revoke all on tables from anon;\n",
+        "tests/test_setup.py::test_what_the_app_makes_later_is_granted_as_if_darkroom_were_not_there",
+    ),
+    Bug(
+        "a monitor reads why the provider refused",
+        "sql/89_alerts.sql",
+        "when private.is_operator() then '{}' else '{\"pause_reason\": null}'::jsonb",
+        "when true then '{}'::jsonb",
+        "tests/test_report.py::test_nobodys_words_and_ids_are_in_what_a_monitor_may_call",
+    ),
+    Bug(
         "everybody reads every generated image",
         "sql/20_access.sql",
-        "    bucket_id = 'generations' and private.is_shared_path(name)\n",
-        "    bucket_id = 'generations'\n",
+        "    and exists (select from private.shared_paths as s where s.path = objects.name)\n",
+        "",
         "tests/test_security_storage.py::test_no_spelling_opens_or_changes_anothers_file",
     ),
     # Functions.
@@ -169,6 +193,50 @@ SECURITY = [
         "  select private.get_entitlement()",
         "tests/test_catalog.py::test_definers_are_private_and_what_is_public_only_calls_them",
     ),
+    # Refusals.
+    Bug(
+        "a database that cannot be written shows PostgreSQL's own words",
+        "sql/30_gating.sql",
+        "  elsif p_writes then\n    perform private.require_writable();\n",
+        "",
+        "tests/test_gating.py::test_what_changes_something_says_that_it_cannot",
+    ),
+    Bug(
+        "a read-only database takes jobs through PostgREST",
+        "sql/30_gating.sql",
+        "    and current_setting('default_transaction_read_only') = 'off' then\n",
+        "    then\n",
+        "tests/test_gating.py::test_what_changes_something_says_that_it_cannot",
+    ),
+    Bug(
+        "a sub that is no uuid is PostgreSQL's to refuse",
+        "sql/20_access.sql",
+        "exception when data_exception then\n",
+        "exception when division_by_zero then\n",
+        "tests/test_gating.py::test_a_token_that_names_no_user_is_not_authenticated",
+    ),
+    Bug(
+        "a prompt of fillers is charged",
+        "sql/32_input.sql",
+        "\\u3000\\u3164\\ufe00",
+        "\\u3000\\ufe00",
+        "tests/test_gating.py::test_a_prompt_is_there_and_not_too_long",
+    ),
+    Bug(
+        "the key of a deleted job answers a job that nobody finds",
+        "sql/50_enqueue.sql",
+        "  elsif v_generation.deleted_at is not null then\n",
+        "  elsif false then\n",
+        "tests/test_enqueue.py"
+        "::test_the_key_of_a_deleted_job_is_not_found_until_it_is_restored_or_erased",
+    ),
+    Bug(
+        "the queue is looked at for each job of a list",
+        "sql/60_status.sql",
+        "private.job_json(g, f)",
+        "private.job_json(g)",
+        "tests/test_status.py::test_a_list_looks_at_the_queue_once_and_tells_of_each_job_as_alone",
+    ),
     # Addresses.
     Bug(
         "a source image may be anybody's",
@@ -209,9 +277,44 @@ SECURITY = [
     Bug(
         "a bomb is decoded",
         "worker.py",
-        "    if width * height > MAX_IMAGE_PIXELS:",
-        "    if width * height > 100 * MAX_IMAGE_PIXELS:",
+        '> MAX_IMAGE_PIXELS:\n        raise JobError("provider_error"',
+        '> 100 * MAX_IMAGE_PIXELS:\n        raise JobError("provider_error"',
         "tests/test_worker_storage.py::test_a_bomb_is_refused_before_it_is_decoded",
+    ),
+    Bug(
+        "a picture may take any time",
+        "worker.py",
+        "PICTURE_SECONDS = 3 ",
+        "PICTURE_SECONDS = 300 ",
+        "tests/test_worker_storage.py::test_a_source_that_costs_too_much_is_the_users_fault",
+    ),
+    Bug(
+        "a picture may take any memory",
+        "worker.py",
+        "        (resource.RLIMIT_AS, memory),\n",
+        "",
+        "tests/test_worker_storage.py::test_memory_that_was_not_foreseen_is_refused",
+    ),
+    Bug(
+        "large pictures are decoded all at once",
+        "worker.py",
+        "(LARGE_BYTES, asyncio.Semaphore(1)),",
+        "(LARGE_BYTES, asyncio.Semaphore(9)),",
+        "tests/test_worker_storage.py::test_large_pictures_at_once_stay_within_the_units_memory",
+    ),
+    Bug(
+        "the log repeats what a provider says",
+        "worker.py",
+        "        self.reason = detail if reason is None else reason\n",
+        "        self.reason = detail\n",
+        "tests/test_worker_units.py::test_the_reason_in_the_log_holds_no_words_of_a_provider",
+    ),
+    Bug(
+        "the end user says who is responsible",
+        "scripts/model_mapper.py",
+        'r"(^|_)(end_?)?(users?|',
+        'r"(^|_)(end_?)?(nobody|',
+        "tests/test_import.py::test_what_may_harm_or_takes_an_address_is_the_operators",
     ),
     Bug(
         "an SVG is stored as it came",
@@ -297,9 +400,33 @@ MONEY = [
     Bug(
         "a checkpoint is overwritten by who lost the lease",
         "sql/74_purchase.sql",
-        "and r.token = any (p_tokens)\n  returning r.token, 'ok';",
-        "\n  returning r.token, 'ok';",
+        "and r.token = any (p_tokens)\n    returning r.token, r.job_id, r.provider_job_id\n",
+        "\n    returning r.token, r.job_id, r.provider_job_id\n",
         STATES,
+    ),
+    # Purchases.
+    Bug(
+        "a lost create is found whatever its sources were",
+        "worker.py",
+        "return is_same and bool(given) and fingerprint(given) == sent",
+        "own = job.provider_input.items()\n"
+        "        return is_same and bool(given) and all(\n"
+        "            given.get(k) == v for k, v in own if k not in job.image_inputs\n        )",
+        "tests/test_worker_units.py::test_only_the_whole_input_with_its_sources_is_a_proof",
+    ),
+    Bug(
+        "two jobs may have one purchase",
+        "sql/12_queue_tables.sql",
+        "  primary key (generation_id, provider_job_id),\n  unique (provider_job_id)\n",
+        "  primary key (generation_id, provider_job_id)\n",
+        "tests/test_purchase.py::test_what_a_job_has_bought_is_never_anothers",
+    ),
+    Bug(
+        "what a deleted user's job bought runs on",
+        "sql/70_worker.sql",
+        "      else 'canceled'\n",
+        "      else 'lost'\n",
+        "tests/test_worker_replicate.py::test_a_purchase_is_stopped_where_its_user_is_deleted",
     ),
     # Places and limits.
     Bug(
@@ -480,9 +607,31 @@ MONEY = [
     Bug(
         "recovery waits for jobs that are being ended",
         "sql/80_recovery.sql",
-        "order by r.user_id limit p_at_most for update skip locked",
-        "order by r.user_id limit p_at_most for update",
+        "    for update skip locked\n  );\n  perform private.put_off",
+        "    for update\n  );\n  perform private.put_off",
         CIRCLE,
+    ),
+    Bug(
+        "a user is deleted without locking what retention locks first",
+        "sql/84_erasure.sql",
+        "  perform from public.generations where user_id = old.user_id order by id for update;\n",
+        "",
+        f"{RETENTION}deleting_a_user_is_no_deadlock_with_retention",
+    ),
+    # Routines over many users.
+    Bug(
+        "one bad row ends a routine",
+        "sql/17_health_tables.sql",
+        "    if sqlstate ~ '^(25|42|53|57|58)' then",
+        "    if true then",
+        f"{RETENTION}a_bad_row_is_passed_over_and_named_and_all_others_are_done[case4]",
+    ),
+    Bug(
+        "a row that was skipped is told nobody",
+        "sql/88_health.sql",
+        "    where r.last_at > now() - interval '1 day'\n",
+        "    where r.last_at > now()\n",
+        f"{RETENTION}a_bad_row_is_passed_over_and_named_and_all_others_are_done[case0]",
     ),
 ]
 WAKE_UP = [

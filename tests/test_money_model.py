@@ -527,7 +527,7 @@ class Money(RuleBasedStateMachine):
         self.end(lease, lambda w: w.begin_create(lease), "", lambda _: None)
 
     def checkpoint(self, lease):
-        self.end(lease, lambda w: w.checkpoint(lease, "prediction"), "", lambda _: None)
+        self.end(lease, lambda w: w.checkpoint(lease, f"prediction-{lease.id}"), "", lambda _: None)
 
     def report_progress(self, lease):
         holds = self.books.holder(lease.id, lease.token)

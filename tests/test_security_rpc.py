@@ -45,6 +45,7 @@ CALLS = [
     for signature in sorted(MAY_EXECUTE[role])
     if signature.startswith("public.")
 ]
+FOR_ANYBODY = {"list_models", "list_public_images", "ping"}
 NAMES = list(dict.fromkeys(name for _, name in CALLS))
 # PostgreSQL's words for a value that is not of its type; a gateway's for a call it cannot make.
 CODES = r"PT4\d\d|PT503|42501|22P02|2200[378]|22021|22P05|25006|42883|42846|PGRST1\d\d|PGRST202"
@@ -87,6 +88,8 @@ def test_whatever_it_is_given_a_function_answers_or_refuses_in_our_words(db, rol
         answer = function.called_by(caller, values)
         if isinstance(answer, Refusal):
             assert re.fullmatch(r"PT4\d\d|PT503", answer.code), answer
+        if role == "anon" and name not in FOR_ANYBODY:
+            assert (answer.code, answer.token) == ("PT401", "not_authenticated")
         assert not tells_secrets(name, repr(answer), caller, victim)
 
     for values in one_by_one(function, victim):

@@ -33,6 +33,7 @@ EDIT_SCHEMA = {
     "properties": {
         "prompt": {"type": "string"},
         "image": {"type": "string"},
+        "seed": {"type": "integer"},
         "images": {"type": "array", "items": {"type": "string"}},
     }
 }
@@ -114,6 +115,26 @@ def bench(db: Database, stack: Stack, fake: FakeReplicate, tmp_path: Path) -> It
 
 
 # --- the plain path ---
+
+
+def test_a_picture_that_costs_a_core_is_stored_bought_once_and_delays_no_other(bench, fake, db):
+    process = bench.start()
+    fake.next(file="dear")
+    dear = bench.ask(num_outputs=1)
+    bench.bought(dear)
+
+    others = [bench.ask(num_outputs=1) for _ in range(6)]
+    for job in [*others, dear]:
+        bench.until(job, "completed", within=40)
+
+    process.logged(f"picture.bare job={dear} lacks=time")
+    assert len(fake.creates) == 7
+    ended = "select id from public.generations order by finished_at desc limit 1"
+    assert str(db.value(ended)) == dear
+    image = db.row("select * from public.images where generation_id = %s", dear)
+    assert (image["width"], image["height"], image["bytes"] > 900_000) == (3000, 3000, True)
+    assert (image["preview_path"], image["blurhash"]) == (None, None)
+    assert bench.outcomes(dear) == ["completed"]
 
 
 def test_a_prediction_is_created_once_with_version_input_and_an_end(bench, fake, db):
@@ -542,7 +563,7 @@ def with_a_source(bench: Bench) -> str:
     bench.db.execute(
         "insert into public.models (id, provider, provider_ref, title, price_credits,"
         " paid_price_credits, client_inputs, image_inputs, input_schema) values"
-        " (%s, 'replicate', %s, 'Edit', 1, 0, '{image,images}', '{image,images}', %s)",
+        " (%s, 'replicate', %s, 'Edit', 1, 0, '{image,images,seed}', '{image,images}', %s)",
         EDIT,
         EDIT,
         Jsonb(EDIT_SCHEMA),
@@ -564,7 +585,7 @@ def test_a_source_image_is_uploaded_where_storage_cannot_be_reached_from_outside
     assert db.value("select provider_input ->> 'image' from public.generations") == path
 
 
-def test_a_lost_create_is_found_though_its_source_has_another_address_now(bench, fake):
+def test_a_lost_create_is_found_by_the_address_its_source_had(bench, fake):
     path = with_a_source(bench)
     fake.next(slow={"create": 30})
     process = bench.start()
@@ -574,7 +595,69 @@ def test_a_lost_create_is_found_though_its_source_has_another_address_now(bench,
     process.kill()
     finished_by_another(bench, job)
 
-    assert (len(fake.uploads), len(fake.creates)) == (2, 1)
+    assert (len(fake.uploads), len(fake.creates)) == (1, 1)
+
+
+def test_two_users_whose_creates_are_lost_do_not_get_each_others_pictures(bench, fake, db):
+    """The same words, the same seed, and both answers lost at the same time."""
+    path, other = with_a_source(bench), User(db).has(credits=20)
+    bench.put_source(f"{other.id}/a cat.png", b"another cat")
+    for _ in range(2):
+        fake.next(answer=None, stored=True, hidden=2)
+    jobs = [bench.ask(EDIT, image=path, seed=7)]
+    params = {"image": f"{other.id}/a cat.png", "seed": 7}
+    jobs.append(other.enqueued("a lighthouse at dusk", EDIT, params=params))
+
+    bench.start(REPLICATE_SETTLE_SECONDS=20)
+    for job in jobs:
+        bench.until(job, "completed")
+
+    query = "select provider_job_id from private.attempts where generation_id = %s"
+    sources = [fake.source(db.value(query, job)) for job in jobs]
+    assert sources == [b"a cat", b"another cat"]
+    assert len(fake.creates) == 2
+
+
+def test_an_answer_that_names_another_jobs_prediction_is_none(bench, fake, db):
+    bench.start()
+    bench.until(bench.ask(), "completed")
+    (anothers,) = fake.predictions
+    fake.next(is_mixed_up=True)
+
+    job = bench.ask()
+    bench.until(job, "completed")
+
+    query = "select provider_job_id from private.attempts where generation_id = %s"
+    assert db.value(query, job) not in (anothers, None)
+    assert fake.predictions[anothers]["status"] == "succeeded"
+    assert bench.outcomes(job) == ["completed"]
+    assert (len(fake.creates), bench.user.credits()) == (2, 18)
+
+
+def test_a_purchase_is_stopped_where_its_user_is_deleted(bench, fake, db):
+    fake.next(seconds=60)
+    process = bench.start()
+    job = bench.ask()
+    key = bench.bought(job)
+
+    db.execute("delete from auth.users where id = %s", bench.user.id)
+
+    eventually(lambda: fake.predictions[key]["status"] == "canceled", within=5)
+    assert process.logged(f"job.canceled job={job}")
+    assert process.is_running()
+
+
+def test_a_purchase_is_stopped_where_its_user_is_deleted_during_the_create(bench, fake, db):
+    db.execute("update private.settings set heartbeat = '10 minutes', lease = '1 hour'")
+    fake.next(slow={"create": 1}, seconds=60)
+    bench.start()
+    bench.ask()
+    fake.until(lambda: fake.creates)
+
+    db.execute("delete from auth.users where id = %s", bench.user.id)
+
+    (key,) = fake.predictions
+    eventually(lambda: fake.predictions[key]["status"] == "canceled", within=5)
 
 
 def test_an_account_that_may_not_upload_is_paused_too(bench, fake):

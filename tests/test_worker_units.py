@@ -508,6 +508,7 @@ def test_a_refusal_is_not_surely_the_accounts_unless_that_is_refused_too(step, s
         httpx.Response(201, json={"id": None}),
         httpx.Response(201, json={"id": ""}),
         httpx.Response(200, json=["odd"]),
+        httpx.Response(201, json={"id": "p1", "input": {"image": "https://a/anothers.png"}}),
     ],
 )
 def test_a_create_of_unknown_outcome_says_so(answer):
@@ -520,7 +521,9 @@ def test_a_create_of_unknown_outcome_says_so(answer):
 SINCE = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 
 
-def found(*pages: Any, **changes: Any) -> tuple[list[str], list[httpx.Request]]:
+def found(
+    *pages: Any, sent: bytes | None = None, **changes: Any
+) -> tuple[list[str], list[httpx.Request]]:
     """Look for a job where the list has these pages, or answers of another kind."""
     requests: list[httpx.Request] = []
     answers = [page if isinstance(page, httpx.Response) else as_page(*page) for page in pages]
@@ -531,7 +534,7 @@ def found(*pages: Any, **changes: Any) -> tuple[list[str], list[httpx.Request]]:
 
     async def call() -> list[str]:
         async with httpx.AsyncClient(transport=httpx.MockTransport(handle)) as http:
-            return await Replicate(http, API, TOKEN).find(a_job(**changes), SINCE)
+            return await Replicate(http, API, TOKEN).find(a_job(**changes), SINCE, sent)
 
     with mock.patch("worker.backoff", return_value=0.0):
         return asyncio.run(call()), requests
@@ -570,6 +573,10 @@ def test_the_list_is_read_from_a_minute_before_and_to_its_end_oldest_first():
         {"input": {"prompt": "a house"}},
         {"input": {}},
         {"input": None},
+        {"input": "a lighthouse"},
+        {"input": [["prompt", "a lighthouse"]]},
+        {"input": {}, "data_removed": True},
+        {"version": "b" * 64},
     ],
     ids=str,
 )
@@ -577,13 +584,58 @@ def test_a_prediction_of_another_model_or_input_is_not_ours(changes):
     assert found(([listed(**changes)],))[0] == []
 
 
-def test_an_input_may_have_more_than_was_sent_and_other_addresses_of_sources():
-    given = {"prompt": "a lighthouse", "image": "https://signed.example.com/2", "go_fast": True}
-    sent = {"prompt": "a lighthouse", "image": "u/cat.png"}
+def test_an_input_of_which_nothing_is_left_proves_nothing():
+    assert found(([listed(input={})],), provider_input={})[0] == []
 
-    ids, _ = found(([listed(input=given)],), provider_input=sent, image_inputs=["image"])
 
-    assert ids == ["p1"]
+SOURCE = "https://project.supabase.co/storage/v1/object/sign/inputs/u/cat.png?token="
+ASKED = {"prompt": "p", "seed": 1, "scale": 1.0, "fast": True, "lora": None}
+ASKED |= {"image": f"{SOURCE}a", "more": [f"{SOURCE}b", f"{SOURCE}c"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_ours"),
+    [
+        ({}, True),
+        ({"seed": 1.0, "scale": 1}, True),  # one number in JSON, however a server writes it
+        ({"seed": True}, False),
+        ({"fast": 1}, False),
+        ({"seed": "1"}, False),
+        ({"seed": 2**53}, False),
+        ({"lora": ""}, False),
+        ({"lora": ...}, False),
+        ({"mask": "https://example.com/mask.png"}, False),
+        ({"mask": None}, False),
+        ({"image": f"{SOURCE}b"}, False),
+        ({"image": ...}, False),
+        ({"image": "u/cat.png"}, False),
+        ({"image": [f"{SOURCE}a"]}, False),
+        ({"more": [f"{SOURCE}c", f"{SOURCE}b"]}, False),
+        ({"more": [f"{SOURCE}b"]}, False),
+        ({"prompt": "P"}, False),
+    ],
+    ids=str,
+)
+def test_only_the_whole_input_with_its_sources_is_a_proof(changes, is_ours):
+    given = {name: value for name, value in (ASKED | changes).items() if value is not ...}
+    job = {"provider_input": ASKED | {"image": "u/cat.png"}, "image_inputs": ["image", "more"]}
+
+    ids, _ = found(([listed(input=given)],), sent=worker.fingerprint(ASKED), **job)
+
+    assert bool(ids) == is_ours
+
+
+def test_large_numbers_are_not_taken_for_their_neighbours():
+    seeds = {worker.fingerprint({"seed": 2**60 + number}) for number in range(3)}
+
+    assert len(seeds) == 3
+
+
+def test_without_what_was_sent_no_source_is_recognized():
+    sent = {"prompt": "p", "image": "u/cat.png"}
+    given = {"prompt": "p", "image": f"{SOURCE}a"}
+
+    assert found(([listed(input=given)],), provider_input=sent, image_inputs=["image"])[0] == []
 
 
 @pytest.mark.parametrize(
@@ -591,10 +643,12 @@ def test_an_input_may_have_more_than_was_sent_and_other_addresses_of_sources():
     [
         ({"model": "o/sdxl", "version": "a" * 64}, True),
         ({"model": "o/renamed", "version": "a" * 64}, True),
-        ({"model": "o/other", "version": "b" * 64}, False),
+        ({"model": "o/sdxl", "version": "b" * 64}, False),
+        ({"model": "o/sdxl", "version": "hidden"}, False),
+        ({"model": "o/sdxl", "version": None}, False),
     ],
 )
-def test_a_model_that_runs_by_version_is_known_by_either(changes, is_ours):
+def test_a_model_that_runs_by_version_is_known_by_that_alone(changes, is_ours):
     ids, _ = found(([listed(**changes)],), provider_ref=f"o/sdxl:{'a' * 64}")
 
     assert bool(ids) == is_ours
@@ -660,6 +714,17 @@ def test_a_failed_prediction_is_moderated_or_the_providers_error(error, code):
         end_of(status="failed", error=error)
 
     assert refusal.value.code == code
+
+
+def test_an_answer_about_another_prediction_is_none():
+    anothers = {"id": "p2", "status": "succeeded", "output": "https://replicate.delivery/2.png"}
+
+    with mock.patch("worker.PROVIDER_POLL_SECONDS", 0.0):
+        result = end_of(
+            httpx.Response(200, json=anothers), id="p1", status="succeeded", output=DELIVERED
+        )
+
+    assert result.outputs == [DELIVERED]
 
 
 def test_an_output_that_was_removed_is_lost():
@@ -808,6 +873,20 @@ def test_an_unexpected_error_tells_its_type_and_place_but_not_its_text():
     assert told.code == "internal"
     assert told.detail.startswith("ValueError at test_an_unexpected_error")
     assert "replicate.delivery" not in told.detail
+
+
+@pytest.mark.parametrize(
+    ("answers", "end", "reason"),
+    [
+        ([], {"status": "failed", "error": "in 'a nude of A. Smith'"}, "prediction failed"),
+        ([httpx.Response(404)] * 9, {}, "no such prediction"),
+    ],
+)
+def test_the_reason_in_the_log_holds_no_words_of_a_provider(answers, end, reason):
+    with pytest.raises(JobError) as failure:
+        end_of(*answers, **end)
+
+    assert failure.value.reason == reason
 
 
 def test_a_stop_does_not_cut_short_the_call_that_ends_a_job():

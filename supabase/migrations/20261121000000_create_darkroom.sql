@@ -14,13 +14,14 @@
 -- among the caller's temporary objects first, and a `uuid` of theirs would run in a definer.
 --
 -- Errors for clients. The stable token is the `message`; `detail` is for people, `hint` says what
--- to do. Those marked * carry a Retry-After header through PostgREST's PGRST form.
---   PT400 invalid_input           an argument is missing, too long, of the wrong type or not
---                                 allowed
---   PT401 not_authenticated       no user in the token, or the user is gone
+-- to do. Those marked * carry a Retry-After header through PostgREST's PGRST form, and as hint
+-- always `Try again in N seconds.`, for clients that see no headers.
+--   PT400 invalid_input           an argument is missing, too long or not allowed
+--   PT401 not_authenticated       no token, no user in it, or the user is gone
 --   PT402 insufficient_credits    the price is more than the balance
 --   PT403 requires_paid_plan      the model is for paid users
---   PT404 not_found               no such job or model, or not yours
+--   PT404 not_found               no such job or model, or not yours, or deleted
+--   PT405 method_not_allowed      what changes something is called by POST
 --   PT409 idempotency_conflict    the key was used before with another payload
 --   PT409 not_finished            the job is queued or running: wait for it or cancel it
 --   PT409 already_finished        the job has ended: there is nothing to cancel or to retry
@@ -28,6 +29,7 @@
 --   PT429 rate_limited *          as many requests in this minute as the plan allows
 --   PT503 busy *                  jobs wait longer than the plan's busy_after
 --   PT503 model_paused *          the model or its provider is paused
+--   PT503 unavailable *           the database is read only: a full disk, a standby
 -- Errors for the worker.
 --   DR001 lease_lost              the token no longer holds the job: drop everything
 --   DR002 canceled                the user canceled: stop and clean up
@@ -35,6 +37,9 @@
 
 do $$
 begin
+  -- Other people's tables (auth.users, storage.objects, realtime.messages) get triggers and
+  -- policies. If the installation queued behind a long transaction, sign-ups would queue behind it.
+  perform set_config('lock_timeout', '5s', true);
   if to_regclass('auth.users') is null or to_regprocedure('auth.uid()') is null then
     raise exception 'Darkroom needs Supabase Auth: auth.users and auth.uid() are missing'
       using errcode = 'undefined_object',
@@ -99,14 +104,6 @@ comment on schema private is
 revoke all on schema private from public;
 grant usage on schema private
 to anon, authenticated, service_role, darkroom_worker, darkroom_monitor;
-
--- Supabase projects from before 2026-10-30 grant every new object in public to the API roles.
-alter default privileges in schema public revoke all on tables
-from anon, authenticated, service_role;
-alter default privileges in schema public revoke all on sequences
-from anon, authenticated, service_role;
-alter default privileges in schema public revoke all on functions
-from anon, authenticated, service_role;
 -- The tables of schema public: what users own and may read.
 --
 -- An entitlement says what a user may do; the credit ledger says how the balance came to be; a
@@ -602,6 +599,7 @@ create table private.ready_jobs (
   is_held boolean not null default false,
   provider_job_id text,
   create_started_at timestamptz,
+  input_sha256 bytea,
   constraint ready_jobs_held_ones_are_never_due check (
     not is_held or run_at is not distinct from 'infinity'
   )
@@ -626,6 +624,8 @@ comment on column private.ready_jobs.provider_job_id is
 comment on column private.ready_jobs.create_started_at is
   'An earlier attempt may have asked the provider to create, then or later, and never learned the '
   'outcome: look first.';
+comment on column private.ready_jobs.input_sha256 is
+  'What it asked for then: see running_jobs.input_sha256.';
 
 -- Delayed jobs are out of the claim's index, so a pile of them costs the claim nothing.
 create index ready_jobs_claim_idx on private.ready_jobs (fair_key, seq) where run_at is null;
@@ -676,6 +676,7 @@ create table private.running_jobs (
   progress smallint,
   provider_job_id text,
   create_started_at timestamptz,
+  input_sha256 bytea,
   cancel_requested boolean not null default false,
   constraint running_jobs_progress_is_a_percentage check (progress between 0 and 100)
 ) with (
@@ -700,6 +701,9 @@ comment on column private.running_jobs.provider_job_id is
 comment on column private.running_jobs.create_started_at is
   'Since when the provider may have been asked to create: the first claim whose outcome nobody '
   'learned, or this one.';
+comment on column private.running_jobs.input_sha256 is
+  'Of what the provider was last asked to create, where that has addresses of sources: they are '
+  'made anew each time. null with such a job: nothing was asked for.';
 
 create index running_jobs_user_id_idx on private.running_jobs (user_id);
 
@@ -754,9 +758,17 @@ comment on column private.attempts.cost_usd is 'US dollars the attempt cost at t
 -- Written in the order of time, so a BRIN index finds the last minutes, and costs next to nothing.
 create index attempts_ended_at_idx
 on private.attempts using brin (ended_at) with (pages_per_range = 16, autosummarize = true);
--- Read when a lost create is looked for at the provider.
-create index attempts_provider_job_id_idx
-on private.attempts (provider_job_id) where provider_job_id is not null;
+
+create table private.purchases (
+  generation_id uuid not null references public.generations (id) on delete cascade,
+  provider_job_id text not null,
+  primary key (generation_id, provider_job_id),
+  unique (provider_job_id)
+);
+
+comment on table private.purchases is
+  'The provider''s jobs that ours have bought, from when the id is known until the generation is '
+  'erased. No two jobs have the same one, whatever a provider answers.';
 
 create table private.model_stats (
   model_id text primary key,
@@ -842,7 +854,9 @@ create table private.plans (
     and max_batch between 1 and 100
   ),
   constraint plans_weight_is_a_step_of_the_queue check (weight between 1 and 1000),
-  constraint plans_busy_after_is_positive check (busy_after > interval '0')
+  constraint plans_busy_after_is_positive check (
+    busy_after > interval '0' and busy_after <= interval '1000 years'
+  )
 );
 
 comment on table private.plans is 'Limits of free and paid users.';
@@ -879,6 +893,7 @@ create table private.settings (
   push_expires interval not null default '1 hour',
   keep_deliveries interval not null default '7 days',
   webhook_allows_private boolean not null default false,
+  broadcasts boolean not null default true,
   breaker_failures smallint not null default 5,
   breaker_provider_failures smallint not null default 15,
   breaker_users smallint not null default 2,
@@ -926,6 +941,8 @@ comment on column private.settings.keep_deliveries is
 comment on column private.settings.webhook_allows_private is
   'For development only: webhooks may be http and on private addresses. The worker needs '
   'WEBHOOK_ALLOWED_HOSTS too.';
+comment on column private.settings.broadcasts is
+  'Whether each new state of a job is broadcast where Supabase Realtime is; else clients poll.';
 comment on column private.settings.breaker_failures is
   'Failures in a row, with no success between, that pause a model.';
 comment on column private.settings.breaker_provider_failures is
@@ -1133,7 +1150,8 @@ on private.deliveries (finished_at) where finished_at is not null;
 alter table private.settings
 add column keep_generations interval,
 add column keep_deleted interval not null default '30 days',
-add column keep_inputs interval,
+add column keep_inputs interval default '30 days',
+add column max_input_files integer not null default 100,
 add column keep_attempts interval not null default '90 days',
 add column keep_ledger interval,
 add column keep_ledger_of_deleted_users interval not null default '0',
@@ -1144,6 +1162,15 @@ add constraint settings_keep_attempts_outlives_a_day check (keep_attempts >= '1 
 add constraint settings_keep_ledger_outlives_ninety_days check (keep_ledger >= '90 days'),
 add constraint settings_keep_ledger_of_deleted_users_is_not_negative check (
   keep_ledger_of_deleted_users >= '0'
+),
+add constraint settings_max_input_files_is_not_negative check (max_input_files >= 0),
+-- What is longer has no time it began at: for ever is null, where it may be said.
+add constraint settings_times_are_in_reach check (
+  greatest(
+    keep_generations, keep_deleted, keep_inputs, keep_attempts, keep_ledger,
+    keep_ledger_of_deleted_users, lease, heartbeat, retry_base, retry_cap, give_up_after,
+    push_expires, keep_deliveries, breaker_window, breaker_pause, breaker_pause_cap
+  ) <= '1000 years'
 );
 
 comment on column private.settings.keep_generations is
@@ -1152,6 +1179,8 @@ comment on column private.settings.keep_deleted is
   'How long a generation that its user deleted is kept, hidden, before it is erased.';
 comment on column private.settings.keep_inputs is
   'How long source images are kept after their last change; null: for ever.';
+comment on column private.settings.max_input_files is
+  'How many source images a user may keep in bucket inputs.';
 comment on column private.settings.keep_attempts is
   'How long the attempts of finished generations are kept, with provider''s words, times and cost.';
 comment on column private.settings.keep_ledger is
@@ -1169,7 +1198,10 @@ create table private.expired_files (
   try_at timestamptz not null default now(),
   primary key (bucket, path),
   constraint expired_files_bucket_is_ours check (bucket in ('generations', 'inputs')),
-  constraint expired_files_path_is_the_users check (starts_with(path, concat(user_id, '/')))
+  -- Also a file with the name of the folder, which Storage did not refuse once.
+  constraint expired_files_path_is_the_users check (
+    starts_with(concat(path, '/'), concat(user_id, '/'))
+  )
 ) with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.05);
 
 comment on table private.expired_files is
@@ -1182,6 +1214,8 @@ comment on column private.expired_files.try_at is
   'Not before this time: a worker is at it, or was and failed.';
 
 create index expired_files_try_at_idx on private.expired_files (try_at);
+-- Read by health.
+create index expired_files_marked_at_idx on private.expired_files (marked_at);
 create index expired_files_generation_id_idx
 on private.expired_files (generation_id) where generation_id is not null;
 
@@ -1216,7 +1250,9 @@ from public, anon, authenticated, service_role;
 
 alter table private.settings
 add column watch_window interval not null default '1 day',
-add constraint settings_watch_window_is_positive check (watch_window > '0');
+add constraint settings_watch_window_is_positive check (
+  watch_window > '0' and watch_window <= '50 years'
+);
 
 comment on column private.settings.watch_window is
   'How far back the views look that speak of what happened lately.';
@@ -1257,10 +1293,100 @@ comment on column private.routines.every is
 comment on column private.routines.result is
   'What the run found, where that is worth keeping (check_books).';
 
+create table private.skipped_rows (
+  step text,
+  key text,
+  code text not null,
+  problem text not null,
+  times integer not null default 1,
+  first_at timestamptz not null default now(),
+  last_at timestamptz not null default now(),
+  primary key (step, key)
+);
+
+comment on table private.skipped_rows is
+  'What routines over many users could not do and passed over. Forgotten once it is done, or a '
+  'week after the last try; whoever mends a row may delete its line.';
+comment on column private.skipped_rows.step is 'The function or table the row was met in.';
+comment on column private.skipped_rows.key is 'Which row; * if the step failed as a whole.';
+comment on column private.skipped_rows.code is 'SQLSTATE of the last try; problem is its message.';
+
 alter table private.alert_rules enable row level security;
 alter table private.routines enable row level security;
+alter table private.skipped_rows enable row level security;
 
-revoke all on table private.alert_rules, private.routines
+revoke all on table private.alert_rules, private.routines, private.skipped_rows
+from public, anon, authenticated, service_role;
+
+-- Waits for nobody, and stops at a thousand rows: by then it is not the rows that are at fault.
+create or replace function private.note_skipped(
+  p_step text,
+  p_key text,
+  p_code text,
+  p_problem text
+)
+returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  update private.skipped_rows
+  set code = p_code, problem = left(p_problem, 500), times = times + 1, last_at = now()
+  where ctid = any (array(
+    select s.ctid from private.skipped_rows as s
+    where (s.step, s.key) = (p_step, left(p_key, 200)) for update skip locked
+  ));
+  if not found then
+    insert into private.skipped_rows (step, key, code, problem)
+    select p_step, left(p_key, 200), p_code, left(p_problem, 500)
+    where (select count(*) < 1000 from private.skipped_rows)
+    on conflict (step, key) do nothing;
+  end if;
+end;
+$$;
+
+revoke all on function private.note_skipped(text, text, text, text)
+from public, anon, authenticated, service_role;
+
+-- Has a statement done for all keys at once. If that fails, for each half, down to the row that is
+-- at fault: it is noted and passed over, and the rest is done. Answers the sum of what it answers.
+--
+-- A fault of the server or of the installation is no row's and is raised. A lock that somebody
+-- holds for ever is a fault like any other where the caller has set lock_timeout.
+create or replace function private.skip_failing(p_statement text, p_keys anyarray)
+returns integer
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_step text := substring(p_statement from 'private\.(\w+)');
+  v_half integer := cardinality(p_keys) / 2;
+  v_done text;
+begin
+  if cardinality(p_keys) = 0 then
+    return 0;
+  end if;
+  begin
+    execute p_statement into v_done using p_keys;
+    delete from private.skipped_rows where ctid = any (array(
+      select s.ctid from private.skipped_rows as s
+      where s.step = v_step and s.key = any (p_keys::text[]) for update skip locked
+    ));
+    return coalesce(nullif(v_done, '')::integer, 0);
+  exception when others then
+    if sqlstate ~ '^(25|42|53|57|58)' then
+      raise;
+    elsif v_half = 0 then
+      perform private.note_skipped(v_step, p_keys[1]::text, sqlstate, sqlerrm);
+      return 0;
+    end if;
+  end;
+  return private.skip_failing(p_statement, p_keys[:v_half])
+    + private.skip_failing(p_statement, p_keys[v_half + 1:]);
+end;
+$$;
+
+revoke all on function private.skip_failing(text, anyarray)
 from public, anon, authenticated, service_role;
 -- Row level security: who may read what. Nobody writes a table: the functions do.
 --
@@ -1283,6 +1409,7 @@ alter table private.ready_jobs enable row level security;
 alter table private.running_jobs enable row level security;
 alter table private.workers enable row level security;
 alter table private.attempts enable row level security;
+alter table private.purchases enable row level security;
 alter table private.model_stats enable row level security;
 alter table private.error_codes enable row level security;
 alter table private.breakers enable row level security;
@@ -1301,6 +1428,8 @@ public.model_aliases, public.batches, public.generations, public.images,
 public.generation_tags, public.image_likes, public.prompt_templates
 from public, anon, authenticated, service_role;
 revoke all on sequence public.credit_ledger_id_seq from public, anon, authenticated, service_role;
+revoke all on domain public.job_status, public.ledger_kind, private.job_stage,
+private.attempt_outcome from public, anon, authenticated, service_role;
 
 grant select on table public.entitlements, public.credit_ledger, public.batches,
 public.generations, public.images, public.generation_tags, public.image_likes
@@ -1310,22 +1439,46 @@ grant select, insert, update, delete on table public.prompt_templates to service
 grant select, insert, update on table public.models to service_role;
 grant select, insert, update, delete on table public.model_aliases to service_role;
 
+-- The user of the request's JWT; null if it names none. auth.uid() is Supabase's, and fails where
+-- the sub is no uuid or the claims are no JSON. A definer, for who asks may not look into auth.
+--
+-- Raises: PT401 not_authenticated.
+create or replace function private.caller_id()
+returns uuid
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return auth.uid();
+exception when data_exception then
+  raise sqlstate 'PT401' using
+    message = 'not_authenticated',
+    detail = 'The sub of the token is no user''s id.',
+    hint = 'Sign in again.';
+end;
+$$;
+
+revoke all on function private.caller_id() from public, anon, authenticated, service_role;
+grant execute on function private.caller_id() to authenticated;
+
 create policy "Users read their own entitlement" on public.entitlements
-for select to authenticated using (user_id = (select auth.uid()));
+for select to authenticated using (user_id = (select private.caller_id()));
 
 create policy "Users read their own ledger" on public.credit_ledger
-for select to authenticated using (user_id = (select auth.uid()));
+for select to authenticated using (user_id = (select private.caller_id()));
 
 create policy "Users read their own batches" on public.batches
-for select to authenticated using (user_id = (select auth.uid()));
+for select to authenticated using (user_id = (select private.caller_id()));
 
 create policy "Users read their own generations" on public.generations
-for select to authenticated using (user_id = (select auth.uid()) and deleted_at is null);
+for select to authenticated using (user_id = (select private.caller_id()) and deleted_at is null);
 
 -- The policy above applies inside, too: the images of a deleted generation are hidden with it.
 create policy "Users read their own images" on public.images
 for select to authenticated using (
-  user_id = (select auth.uid())
+  user_id = (select private.caller_id())
   and exists (
     select from public.generations as g
     where g.id = images.generation_id
@@ -1334,7 +1487,7 @@ for select to authenticated using (
 
 create policy "Users read their own tags" on public.generation_tags
 for select to authenticated using (
-  user_id = (select auth.uid())
+  user_id = (select private.caller_id())
   and exists (
     select from public.generations as g
     where g.id = generation_tags.generation_id
@@ -1342,51 +1495,68 @@ for select to authenticated using (
 );
 
 create policy "Users read their own likes" on public.image_likes
-for select to authenticated using (user_id = (select auth.uid()));
+for select to authenticated using (user_id = (select private.caller_id()));
 
 create policy "Users read their own prompt templates" on public.prompt_templates
-for select to authenticated using (user_id = (select auth.uid()));
+for select to authenticated using (user_id = (select private.caller_id()));
 
--- Whether a path in bucket generations is the file or the preview of a shared image. Asked by a
--- policy for every file a visitor reaches for: a look into an index of the shared ones, whatever
--- the path is.
-create or replace function private.is_shared_path(p_path text)
+-- Not by the rights of who asks, for a policy below looks into it for everybody: where one file is
+-- asked for by an index, where the bucket is listed once for all of its files. A function would be
+-- called for each of them.
+create view private.shared_paths as
+select i.storage_path as path from public.images as i
+where i.share_id is not null
+union all
+select i.preview_path as path from public.images as i
+where i.share_id is not null;
+
+comment on view private.shared_paths is
+  'Files and previews of shared images in bucket generations, as list_public_images shows them.';
+
+revoke all on private.shared_paths from public, anon, authenticated, service_role;
+grant select on private.shared_paths to anon, authenticated;
+
+-- Whether a user may put a file there: it has a name of its own below the folder, and the user has
+-- not as many others as may be kept. Who uploads several at once may get a few more in.
+create or replace function private.may_store_input(p_path text)
 returns boolean
-language sql
+language plpgsql
 stable
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
-  select
-    exists (
-      select from public.images as i
-      where i.storage_path = p_path and i.share_id is not null
-    )
-    or exists (
-      select from public.images as i
-      where i.preview_path = p_path and i.share_id is not null
-    )
+begin
+  return octet_length(p_path) <= 512
+    and p_path ~ '^[^/]+(/[^/]+)+$' and p_path !~ '/\.\.?(/|$)'
+    and (
+      -- As a filter: the planner may else read the whole bucket.
+      select count(*) filter (where o.bucket_id = 'inputs' and o.name <> p_path)
+        < (select s.max_input_files from private.settings as s)
+      from storage.objects as o
+      -- From <id>/ up to <id>0, the next character: operators that the index of names serves.
+      where o.name ~>=~ concat(auth.uid(), '/') and o.name ~<~ concat(auth.uid(), '0')
+    );
+end;
 $$;
 
-revoke all on function private.is_shared_path(text)
+revoke all on function private.may_store_input(text)
 from public, anon, authenticated, service_role;
-grant execute on function private.is_shared_path(text) to anon, authenticated;
+grant execute on function private.may_store_input(text) to authenticated;
 
 -- Storage: outputs are read by their owner, shared ones by everybody, and written by the worker
--- alone; inputs for image-to-image are put into the user's own folder.
-do $$
-begin
-  if to_regclass('storage.objects') is null then
-    raise notice 'Darkroom: no storage.objects here; buckets and their policies are skipped';
-    return;
-  end if;
+-- alone; inputs for image-to-image are put into the user's own folder. On a text, so that where the
+-- table is another's it can be shown to somebody who may.
+do $do$
+declare
+  v_policies text := $policies$
   create policy "Users read their own generated images" on storage.objects
   for select to authenticated using (
     bucket_id = 'generations' and split_part(name, '/', 1) = (select auth.uid())::text
   );
   create policy "Everybody reads shared images" on storage.objects
   for select to anon, authenticated using (
-    bucket_id = 'generations' and private.is_shared_path(name)
+    bucket_id = 'generations'
+    and exists (select from private.shared_paths as s where s.path = objects.name)
   );
   create policy "Users read their own input images" on storage.objects
   for select to authenticated using (
@@ -1395,19 +1565,33 @@ begin
   create policy "Users add their own input images" on storage.objects
   for insert to authenticated with check (
     bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text
+    and private.may_store_input(name)
   );
   create policy "Users replace their own input images" on storage.objects
   for update to authenticated using (
     bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text
   ) with check (
     bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text
+    and private.may_store_input(name)
   );
   create policy "Users delete their own input images" on storage.objects
   for delete to authenticated using (
     bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text
   );
+$policies$;
+begin
+  if to_regclass('storage.objects') is null then
+    raise notice 'Darkroom: no storage.objects here; buckets and their policies are skipped';
+    return;
+  end if;
+  begin
+    execute v_policies;
+  exception when insufficient_privilege then
+    raise notice 'Darkroom: no right to make policies on storage.objects; until its owner, or '
+      'Supabase''s SQL editor, has run these, users reach no file: %', v_policies;
+  end;
 end;
-$$;
+$do$;
 -- Gating: may this user ask for this? Checks only; nothing here writes.
 --
 -- enqueue_generation (50) calls these in order: who asks (require_user_id), is the request well
@@ -1415,27 +1599,62 @@ $$;
 -- plan allow one more now (check_limits). Whether the input fits the model is checked in 32, and
 -- the credits where they are taken (40).
 
--- The user of the request's JWT. Raises: PT401 not_authenticated.
-create or replace function private.require_user_id()
+-- The transaction may write: it is not a GET's, and the database is not read only, as a standby is
+-- and one whose disk is nearly full. Asked before anything is, so that the refusal is ours. The
+-- default counts too: PostgREST opens its transactions read-write whatever it says, and no worker
+-- would come for what was taken in.
+--
+-- Raises: PT405 method_not_allowed, PT503 unavailable.
+create or replace function private.require_writable()
+returns void
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if current_setting('transaction_read_only') = 'off'
+    and current_setting('default_transaction_read_only') = 'off' then
+    return;
+  elsif current_setting('request.method', true) in ('GET', 'HEAD') then
+    raise sqlstate 'PT405' using
+      message = 'method_not_allowed',
+      detail = 'This function changes something.',
+      hint = 'Call it by POST.';
+  end if;
+  perform private.refuse_for_now(
+    503, 'unavailable', 'The database takes no changes at the moment.', 30
+  );
+end;
+$$;
+
+revoke all on function private.require_writable() from public, anon, authenticated, service_role;
+
+-- The user of the request's JWT, who may write where the function does.
+--
+-- Raises: PT401 not_authenticated, PT405 method_not_allowed, PT503 unavailable.
+create or replace function private.require_user_id(p_writes boolean default false)
 returns uuid
 language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := auth.uid();
+  v_user_id uuid := private.caller_id();
 begin
   if v_user_id is null then
     raise sqlstate 'PT401' using
       message = 'not_authenticated',
       detail = 'The request carries no user.',
       hint = 'Sign in and send the access token as Authorization: Bearer.';
+  elsif p_writes then
+    perform private.require_writable();
   end if;
   return v_user_id;
 end;
 $$;
 
-revoke all on function private.require_user_id() from public, anon, authenticated, service_role;
+revoke all on function private.require_user_id(boolean)
+from public, anon, authenticated, service_role;
 
 -- Raises PT401 not_authenticated: the token outlived the user.
 create or replace function private.refuse_unknown_user()
@@ -1454,17 +1673,18 @@ $$;
 revoke all on function private.refuse_unknown_user()
 from public, anon, authenticated, service_role;
 
--- The caller, who must still be there: for functions that write a row of the user's.
+-- The same, who must still be there: for functions that neither lock the entitlement nor look for a
+-- row of the user's.
 --
--- Raises: PT401 not_authenticated.
-create or replace function private.require_known_user_id()
+-- Raises: PT401 not_authenticated, PT405 method_not_allowed, PT503 unavailable.
+create or replace function private.require_known_user_id(p_writes boolean default false)
 returns uuid
 language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_user_id(p_writes);
 begin
   if not exists (select from public.entitlements where user_id = v_user_id) then
     perform private.refuse_unknown_user();
@@ -1473,7 +1693,7 @@ begin
 end;
 $$;
 
-revoke all on function private.require_known_user_id()
+revoke all on function private.require_known_user_id(boolean)
 from public, anon, authenticated, service_role;
 
 -- Raises PT404 not_found.
@@ -1490,13 +1710,15 @@ $$;
 revoke all on function private.refuse_missing(text, text)
 from public, anon, authenticated, service_role;
 
--- Raises PT404 not_found, the same for a job that never was, is somebody else's, or is deleted.
+-- Raises PT404 not_found, the same for a job that never was, is somebody else's, or is deleted; or
+-- PT401 not_authenticated: the user is.
 create or replace function private.refuse_unknown_job()
 returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  perform private.require_known_user_id();
   perform private.refuse_missing(
     'job_id: no such job of yours',
     'Use the job_id that enqueue_generation answered.'
@@ -1526,6 +1748,8 @@ from public, anon, authenticated, service_role;
 
 -- Raises a refusal that passes with time, carrying Retry-After. PostgREST reads status and headers
 -- from the detail of SQLSTATE PGRST (docs.postgrest.org, "Raise errors with HTTP status codes").
+-- Browsers show no such header to the page and supabase-js none at all, and a body has texts only:
+-- so the hint is always this sentence, to be read as data.
 create or replace function private.refuse_for_now(
   p_status integer,
   p_token text,
@@ -1594,12 +1818,14 @@ from public, anon, authenticated, service_role;
 
 -- The params as an object, if they, the prompts and the key are of a size and form we take. Some
 -- gateways hand a jsonb argument as a JSON string holding the text, so it is unwrapped once, here.
+-- p_field is what a refusal calls a prompt, with its place for %1$s.
 --
 -- Raises: PT400 invalid_input.
 create or replace function private.read_request(
   p_prompts text[],
   p_params jsonb,
-  p_idempotency_key text
+  p_idempotency_key text,
+  p_field text default 'prompt'
 )
 returns jsonb
 language plpgsql
@@ -1610,7 +1836,6 @@ declare
   v_params jsonb := coalesce(p_params, '{}');
   v_max_bytes integer;
   v_max_chars integer;
-  v_prompt text;
 begin
   select s.max_params_bytes, s.max_prompt_chars into v_max_bytes, v_max_chars
   from private.settings as s;
@@ -1634,17 +1859,20 @@ begin
       'idempotency_key: not 1 to 200 bytes', 'Use a UUID made on the device.'
     );
   end if;
-  foreach v_prompt in array p_prompts loop
+  for v_at in 1 .. cardinality(p_prompts) loop
     -- Bytes first: counting the characters of a hundred megabytes is work for nothing.
-    if octet_length(v_prompt) > 4 * v_max_chars or length(v_prompt) > v_max_chars then
-      perform private.refuse_input(format('prompt: longer than %s characters', v_max_chars));
+    if octet_length(p_prompts[v_at]) > 4 * v_max_chars
+      or length(p_prompts[v_at]) > v_max_chars then
+      perform private.refuse_input(
+        format(p_field || ': longer than %2$s characters', v_at - 1, v_max_chars)
+      );
     end if;
   end loop;
   return v_params;
 end;
 $$;
 
-revoke all on function private.read_request(text[], jsonb, text)
+revoke all on function private.read_request(text[], jsonb, text, text)
 from public, anon, authenticated, service_role;
 
 -- The user's generation. Somebody else's is not found, like one that never was.
@@ -2293,7 +2521,9 @@ $$;
 revoke all on function private.check_source_images(public.models, uuid, jsonb)
 from public, anon, authenticated, service_role;
 
--- There is nothing to read in a text, or no text.
+-- There is nothing to see in a text, or no text: it is of controls, spaces, format characters,
+-- fillers, variation selectors, tags and marks without a letter. By number, for what the classes of
+-- a regular expression hold depends on the locale.
 create or replace function private.is_blank(p_text text)
 returns boolean
 language plpgsql
@@ -2301,7 +2531,13 @@ immutable
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return p_text !~ '[^[:space:]\u00a0\u200b\u2060\ufeff]' is not false;
+  return p_text !~ (
+    '[^\u0001-\u0020\u007f-\u00a0\u00ad\u0300-\u036f\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891'
+    '\u08e2\u115f\u1160\u1680\u17b4\u17b5\u180b-\u180f\u1ab0-\u1aff\u1dc0-\u1dff\u2000-\u200f'
+    '\u2028-\u202f\u205f-\u206f\u20d0-\u20ff\u2800\u3000\u3164\ufe00-\ufe0f\ufe20-\ufe2f\ufeff'
+    '\uffa0\ufff0-\ufffb\U000110bd\U000110cd\U00013430-\U0001343f\U00016fe4'
+    '\U0001bca0-\U0001bca3\U0001d159\U0001d173-\U0001d17a\U000e0000-\U000e0fff]'
+  ) is not false;
 end;
 $$;
 
@@ -2387,7 +2623,8 @@ from public, anon, authenticated, service_role;
 create or replace function private.complete_input(
   p_model public.models,
   p_prepared jsonb,
-  p_prompt text
+  p_prompt text,
+  p_field text default 'prompt'
 )
 returns jsonb
 language plpgsql
@@ -2402,9 +2639,9 @@ declare
   v_highest bigint;
   v_problem text;
 begin
-  if p_prompt !~ '[[:alnum:]]' and private.is_blank(p_prompt) then
+  if p_prompt !~ '[0-9A-Za-z]' and private.is_blank(p_prompt) then
     if private.needs_prompt(p_model) then
-      perform private.refuse_input('prompt: missing or blank');
+      perform private.refuse_input(p_field || ': missing or blank');
     end if;
   elsif p_model.prompt_input is not null then
     if v_properties -> p_model.prompt_input ?| '{anyOf,enum,maxLength,minLength}' then
@@ -2412,7 +2649,7 @@ begin
         to_jsonb(p_prompt), v_properties -> p_model.prompt_input
       );
       if v_problem is not null then
-        perform private.refuse_input('prompt: ' || v_problem);
+        perform private.refuse_input(format('%s: %s', p_field, v_problem));
       end if;
     end if;
     v_input := v_input || jsonb_build_object(p_model.prompt_input, p_prompt);
@@ -2428,7 +2665,7 @@ begin
 end;
 $$;
 
-revoke all on function private.complete_input(public.models, jsonb, text)
+revoke all on function private.complete_input(public.models, jsonb, text, text)
 from public, anon, authenticated, service_role;
 -- Credits: grant, charge, refund. The only code that moves a balance.
 --
@@ -2630,6 +2867,7 @@ declare
   v_charged bigint;
   v_entry public.credit_ledger;
 begin
+  perform private.require_writable();
   if ((p_kind = 'grant' and p_amount > 0) or (p_kind = 'adjust' and p_amount <> 0)) is not true then
     perform private.refuse_input(
       'kind: grant with a positive amount, or adjust with one that is not 0'
@@ -2709,6 +2947,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  perform private.require_writable();
   update public.entitlements
   set is_paid = p_paid_until is not null, paid_until = p_paid_until
   where user_id = p_user_id;
@@ -2945,7 +3184,7 @@ revoke all on function private.insert_generations(
 ) from public, anon, authenticated, service_role;
 -- ETA: how many jobs are before this one, and in how many seconds it is likely to be finished.
 --
--- forecast answers both from one look at the queue. It goes by what jobs of a model have taken
+-- forecast_jobs answers both from one look at the queue. It goes by what jobs of a model have taken
 -- lately, from claim to end (model_stats), by the slots of the workers that live, and by how many
 -- jobs have lately been put before others, as fairness does with the jobs of users who ask for
 -- little. Where something of that is not known it says null, never a guess.
@@ -2968,8 +3207,12 @@ declare
     (select max(s.refreshed_at) from private.model_stats as s), now() - interval '1 day'
   );
 begin
-  if v_since > now() - interval '15 seconds'
-    or not pg_try_advisory_xact_lock(hashtextextended('darkroom.refresh_model_stats', 0)) then
+  if v_since > now() - interval '15 seconds' then
+    return;
+  end if;
+  -- One session at a time: a row's lock, for an advisory one could be held by anybody.
+  perform from private.queue_state for update skip locked;
+  if not found then
     return;
   end if;
   insert into private.model_stats as s (model_id, mean_seconds, sample_count, refreshed_at)
@@ -2977,6 +3220,7 @@ begin
     a.model_id, avg(extract(epoch from a.ended_at - a.started_at)), least(count(*), p_memory), now()
   from private.attempts as a
   where a.ended_at > v_since and a.outcome = 'completed'
+    and isfinite(a.started_at) and isfinite(a.ended_at)
   group by a.model_id
   on conflict (model_id) do update set
     mean_seconds = s.mean_seconds + (excluded.mean_seconds - s.mean_seconds)
@@ -3052,9 +3296,8 @@ $$;
 revoke all on function private.remaining_seconds(private.running_jobs, double precision)
 from public, anon, authenticated, service_role;
 
--- In how many seconds each live slot is free, soonest first; null if no worker lives. Of a model
--- that was never measured, p_else stands for the mean.
-create or replace function private.free_slots(p_else double precision)
+-- In how many seconds each live slot is free, soonest first; null if no worker lives.
+create or replace function private.free_slots()
 returns double precision[]
 language plpgsql
 stable
@@ -3071,7 +3314,9 @@ begin
     return null;
   end if;
   v_busy := array(
-    select private.remaining_seconds(r, coalesce(s.mean_seconds, p_else))
+    select private.remaining_seconds(r, coalesce(
+      s.mean_seconds, (select avg(a.mean_seconds) from private.model_stats as a)
+    ))
     from private.running_jobs as r
     left join private.model_stats as s on s.model_id = r.model_id
     order by 1
@@ -3082,17 +3327,16 @@ begin
 end;
 $$;
 
-revoke all on function private.free_slots(double precision)
-from public, anon, authenticated, service_role;
+revoke all on function private.free_slots() from public, anon, authenticated, service_role;
 
--- When a job begins that has jobs of these lengths before it, in order, each taking the slot that
--- is free first. After a hundred the slots are taken to fill up evenly.
+-- When each job of a queue begins, and when one behind them does: jobs of these lengths, in order,
+-- each taking the slot that is free first. After p_exactly the slots are taken to fill evenly.
 create or replace function private.play_queue(
   p_slots double precision[],
-  p_ahead double precision[],
+  p_queue double precision[],
   p_exactly integer default 100
 )
-returns double precision
+returns double precision[]
 language plpgsql
 immutable
 set search_path = pg_catalog, pg_temp
@@ -3101,12 +3345,13 @@ declare
   -- A heap: each entry is no later than the two at twice its place, so the first is the soonest.
   v_slots double precision[] := p_slots;
   v_count integer := cardinality(p_slots);
+  v_begins double precision[] := p_slots[1:1];
   v_at integer;
   v_next integer;
   v_free double precision;
 begin
-  for v_place in 1 .. least(p_exactly, cardinality(p_ahead)) loop
-    v_free := v_slots[1] + p_ahead[v_place];
+  for v_place in 1 .. least(p_exactly, cardinality(p_queue)) loop
+    v_free := v_slots[1] + p_queue[v_place];
     v_at := 1;
     loop
       v_next := 2 * v_at;
@@ -3119,10 +3364,12 @@ begin
       v_at := v_next;
     end loop;
     v_slots[v_at] := v_free;
+    v_begins[v_place + 1] := v_slots[1];
   end loop;
-  return v_slots[1] + coalesce(
-    (select sum(a.seconds) from unnest(p_ahead[p_exactly + 1:]) as a (seconds)), 0
-  ) / v_count;
+  return v_begins || array(
+    select v_slots[1] + sum(q.seconds) over (order by q.place) / v_count
+    from unnest(p_queue[p_exactly + 1:]) with ordinality as q (seconds, place)
+  );
 end;
 $$;
 
@@ -3152,12 +3399,12 @@ $$;
 revoke all on function private.overtaking_share(bigint, integer)
 from public, anon, authenticated, service_role;
 
--- Seconds until a queued job begins, from the lengths of those before it; null if not known, also
--- while its model is paused without end or tried with a probe.
+-- Seconds until a queued job begins whose turn comes in p_seconds if nothing is put before it; null
+-- if not known, also while its model is paused without end or tried with a probe.
 create or replace function private.waiting_seconds(
   p_job private.ready_jobs,
-  p_ahead double precision[],
-  p_else double precision
+  p_seconds double precision,
+  p_slot_count integer
 )
 returns double precision
 language plpgsql
@@ -3166,7 +3413,6 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_paused_until timestamptz;
-  v_slots double precision[] := private.free_slots(p_else);
   v_share double precision := 0;
   v_clock bigint;
 begin
@@ -3176,71 +3422,43 @@ begin
       p_job.model_id, (select m.provider from public.models as m where m.id = p_job.model_id)
     )
     and (b.paused_until > now() or (b.paused_until is not null and b.times_opened > 0));
-  if v_slots is null or v_paused_until <= now() or v_paused_until = 'infinity' then
+  if v_paused_until <= now() or v_paused_until = 'infinity' then
     return null;
   end if;
-  if p_ahead <> '{}' then
+  if p_seconds > 0 then
     select c.last_value into v_clock from private.virtual_clock as c;
-    v_share := private.overtaking_share(p_job.fair_key - v_clock, cardinality(v_slots));
+    v_share := private.overtaking_share(p_job.fair_key - v_clock, p_slot_count);
   end if;
   return greatest(
-    private.play_queue(v_slots, p_ahead) / (1 - v_share),
+    p_seconds / (1 - v_share),
     case when not p_job.is_held then date_part('epoch', p_job.run_at - now()) end,
     date_part('epoch', v_paused_until - now())
   );
 end;
 $$;
 
-revoke all on function private.waiting_seconds(private.ready_jobs, double precision[],
-  double precision) from public, anon, authenticated, service_role;
-
--- In how many seconds a queued job with p_position others before it is likely to be finished; null
--- if not known.
-create or replace function private.queued_seconds(
-  p_job private.ready_jobs,
-  p_position integer,
-  p_mean_seconds double precision
-)
-returns double precision
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_ahead double precision[] := array[]::double precision[];
-begin
-  if p_position > 0 then
-    v_ahead := array(
-      select coalesce(s.mean_seconds, p_mean_seconds)
-      from private.ready_jobs as r
-      left join private.model_stats as s on s.model_id = r.model_id
-      where r.run_at is null and r.fair_key >= (select f.fair_key from private.queue_floor as f)
-        and (r.fair_key, r.seq) < (p_job.fair_key, p_job.seq)
-      order by r.fair_key, r.seq limit p_position
-    );
-  end if;
-  return p_mean_seconds + private.waiting_seconds(p_job, v_ahead, p_mean_seconds);
-end;
-$$;
-
-revoke all on function private.queued_seconds(private.ready_jobs, integer, double precision)
+revoke all on function private.waiting_seconds(private.ready_jobs, double precision, integer)
 from public, anon, authenticated, service_role;
 
--- Jobs that would be claimed before this one, counted up to p_at_most, null unless it is queued;
--- seconds until it is likely to be finished; and seconds until it would be if all goes as a rule,
--- from which clients are told when to look. These are null for a finished job, while no worker
--- lives, for a model of which nothing was completed yet, and behind more jobs than are counted.
+create type private.forecast as (
+  job_id uuid,
+  queue_position integer,
+  eta_seconds numeric,
+  due_seconds double precision
+);
+
+-- For each of these jobs that is live: jobs that would be claimed before it, counted up to
+-- p_at_most, null unless it is queued; seconds until it is likely to be finished; and seconds until
+-- it would be if all goes as a rule, from which clients are told when to look. These are null while
+-- no worker lives, for a model of which nothing was completed yet, and behind more jobs than are
+-- counted. A model that was never measured counts like the mean of all.
 --
--- Few are queued below the floor (30). They are not counted, so that nobody walks what was claimed
--- while vacuum is held back. Without sorting: a plan made while the queue was empty would else read
--- and sort all of it once it is long.
-create or replace function private.forecast(
-  p_generation public.generations,
-  p_at_most integer default 1000,
-  out queue_position integer,
-  out eta_seconds numeric,
-  out due_seconds double precision
-)
+-- The queue is looked at once, as far as the last of these jobs. Few are queued below the floor
+-- (30). They are not counted, so that nobody walks what was claimed while vacuum is held back.
+-- Without sorting: a plan made while the queue was empty would else read and sort all of it once it
+-- is long.
+create or replace function private.forecast_jobs(p_job_ids uuid[], p_at_most integer default 1000)
+returns private.forecast[]
 language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
@@ -3248,39 +3466,91 @@ set enable_sort = off
 set jit = off
 as $$
 declare
-  v_mean double precision;
+  v_queued private.ready_jobs[] := array(
+    select q.job from (
+      select r as job from private.ready_jobs as r where r.job_id = any (p_job_ids) offset 0
+    ) as q order by (q.job).fair_key desc, (q.job).seq desc
+  );
+  v_forecasts private.forecast[];
+  v_keys bigint[];  -- of the queue, in its order
+  v_seqs bigint[];
+  v_begins double precision[];
+  v_slots double precision[];
   v_job private.ready_jobs;
-  v_running private.running_jobs;
+  v_before integer;
+  v_place integer;
   v_seconds double precision;
 begin
-  if p_generation.finished_at is not null then
-    return;
+  if cardinality(v_queued) < cardinality(p_job_ids) then
+    v_forecasts := array(
+      select row(
+        r.job_id, null, round(private.remaining_seconds(r, s.mean_seconds)::numeric, 1),
+        private.due_seconds(r, s.mean_seconds)
+      )::private.forecast
+      from private.running_jobs as r
+      left join private.model_stats as s on s.model_id = r.model_id
+      where r.job_id = any (p_job_ids)
+    );
   end if;
-  select * into v_job from private.ready_jobs as r where r.job_id = p_generation.id;
-  if found then
-    select count(*) into queue_position from (
-      select from private.ready_jobs as r
-      where r.run_at is null and r.fair_key >= (select f.fair_key from private.queue_floor as f)
-        and (r.fair_key, r.seq) < (v_job.fair_key, v_job.seq)
-      order by r.fair_key, r.seq limit p_at_most
-    ) as ahead;
-    if queue_position = p_at_most then
-      return;
+  if v_queued = '{}' then
+    return v_forecasts;
+  end if;
+  select
+    coalesce(array_agg(q.fair_key), '{}'), coalesce(array_agg(q.seq), '{}'),
+    coalesce(array_agg(q.seconds), '{}')
+  into v_keys, v_seqs, v_begins
+  from (
+    select r.fair_key, r.seq, coalesce(
+      s.mean_seconds, (select avg(a.mean_seconds) from private.model_stats as a)
+    ) as seconds
+    from private.ready_jobs as r
+    left join private.model_stats as s on s.model_id = r.model_id
+    where r.run_at is null and r.fair_key >= (select f.fair_key from private.queue_floor as f)
+      and (r.fair_key, r.seq) < (v_queued[1].fair_key, v_queued[1].seq)
+    order by r.fair_key, r.seq limit p_at_most
+  ) as q;
+  if cardinality(v_keys) < p_at_most or cardinality(v_queued) > 1 then
+    v_slots := private.free_slots();
+  end if;
+  if v_slots is not null then
+    v_begins := private.play_queue(v_slots, v_begins);
+  end if;
+  foreach v_job in array v_queued loop
+    v_before := width_bucket(v_job.fair_key - 1, v_keys);
+    v_place := width_bucket(v_job.fair_key, v_keys);
+    v_place := v_before + width_bucket(v_job.seq - 1, v_seqs[v_before + 1:v_place]);
+    v_seconds := null;
+    if v_place < p_at_most and v_slots is not null then
+      v_seconds := private.waiting_seconds(v_job, v_begins[v_place + 1], cardinality(v_slots)) + (
+        select s.mean_seconds from private.model_stats as s where s.model_id = v_job.model_id
+      );
     end if;
+    v_forecasts := v_forecasts || row(
+      v_job.job_id, v_place, round(v_seconds::numeric, 1), v_seconds
+    )::private.forecast;
+  end loop;
+  return v_forecasts;
+end;
+$$;
+
+revoke all on function private.forecast_jobs(uuid[], integer)
+from public, anon, authenticated, service_role;
+
+-- The same for one job; null unless it is live.
+create or replace function private.forecast(
+  p_generation public.generations,
+  p_at_most integer default 1000
+)
+returns private.forecast
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_generation.finished_at is null then
+    return (private.forecast_jobs(array[p_generation.id], p_at_most))[1];
   end if;
-  select s.mean_seconds into v_mean
-  from private.model_stats as s where s.model_id = p_generation.model_id;
-  if v_mean is null then
-    return;
-  elsif v_job.job_id is not null then
-    v_seconds := private.queued_seconds(v_job, queue_position, v_mean);
-    due_seconds := v_seconds;
-  else
-    select * into v_running from private.running_jobs as r where r.job_id = p_generation.id;
-    v_seconds := private.remaining_seconds(v_running, v_mean);
-    due_seconds := private.due_seconds(v_running, v_mean);
-  end if;
-  eta_seconds := round(v_seconds::numeric, 1);
+  return null;
 end;
 $$;
 
@@ -3338,9 +3608,11 @@ $$;
 revoke all on function private.refuse_used_key()
 from public, anon, authenticated, service_role;
 
--- The generation this user's key named before; all null if the key is new.
+-- The generation this user's key named before; all null if the key is new. A deleted one is found
+-- by no read, so it is no answer either; nor is it made anew, for its key was charged. Once it is
+-- erased its key is new.
 --
--- Raises: PT409 idempotency_conflict if the payload differs.
+-- Raises: PT409 idempotency_conflict if the payload differs, PT404 not_found if it is deleted.
 create or replace function private.find_generation_by_key(
   p_user_id uuid,
   p_key text,
@@ -3362,6 +3634,11 @@ begin
     coalesce(v_generation.alias_id, v_generation.model_id), v_generation.prompt, v_generation.input
   ) is distinct from (p_model, p_prompt, p_params) then
     perform private.refuse_used_key();
+  elsif v_generation.deleted_at is not null then
+    perform private.refuse_missing(
+      'idempotency_key: its job was deleted',
+      'restore_generation brings it back. Use a new key for a new request.'
+    );
   end if;
   return v_generation;
 end;
@@ -3408,7 +3685,8 @@ stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_forecast record := private.forecast(p_generation, 20);
+  v_forecast private.forecast := case when p_generation.finished_at is null
+    then (private.forecast_jobs(array[p_generation.id], 20))[1] end;
   v_credits integer;
 begin
   select e.credits into v_credits
@@ -3452,7 +3730,7 @@ set enable_bitmapscan = off
 set jit = off
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_user_id(p_writes => true);
   v_prompt text := coalesce(p_prompt, '');
   v_params jsonb := private.read_request(array[v_prompt], p_params, p_idempotency_key);
   v_entitlement public.entitlements;
@@ -3490,7 +3768,8 @@ $$;
 
 revoke all on function private.enqueue_generation(text, text, jsonb, text)
 from public, anon, authenticated, service_role;
-grant execute on function private.enqueue_generation(text, text, jsonb, text) to authenticated;
+grant execute on function private.enqueue_generation(text, text, jsonb, text)
+to anon, authenticated;
 
 create or replace function public.enqueue_generation(
   model text,
@@ -3519,11 +3798,12 @@ comment on function public.enqueue_generation is
   'idempotency_key and payload answer with the same job and charge nothing. With params.reuse = '
   'true and a seed, your finished generation of the same input is answered, free. Errors: PT400 '
   'invalid_input, PT401 not_authenticated, PT402 insufficient_credits, PT403 requires_paid_plan, '
-  'PT404 not_found, PT409 idempotency_conflict, PT429 too_many_active | rate_limited.';
+  'PT404 not_found (also where the job of the key is deleted), PT409 idempotency_conflict, PT429 '
+  'too_many_active | rate_limited, PT503 busy | model_paused | unavailable.';
 
 revoke all on function public.enqueue_generation(text, text, jsonb, text)
 from public, anon, authenticated, service_role;
-grant execute on function public.enqueue_generation(text, text, jsonb, text) to authenticated;
+grant execute on function public.enqueue_generation(text, text, jsonb, text) to anon, authenticated;
 -- Batch: many prompts in one call, all or nothing.
 --
 -- enqueue_batch writes one generation for each prompt, each charged by an entry of its own, under
@@ -3565,7 +3845,8 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if coalesce(cardinality(p_prompts) not between 1 and p_max_batch, true) then
+  if coalesce(cardinality(p_prompts) not between 1 and p_max_batch, true)
+    or array_ndims(p_prompts) > 1 then
     perform private.refuse_input(format('prompts: not 1 to %s texts', p_max_batch));
   end if;
 end;
@@ -3590,7 +3871,9 @@ declare
   v_inputs jsonb[];
 begin
   for v_place in 1 .. cardinality(p_prompts) loop
-    v_inputs[v_place] := private.complete_input(p_model, v_prepared, p_prompts[v_place]);
+    v_inputs[v_place] := private.complete_input(
+      p_model, v_prepared, p_prompts[v_place], format('prompts[%s]', v_place - 1)
+    );
   end loop;
   return v_inputs;
 end;
@@ -3599,15 +3882,17 @@ $$;
 revoke all on function private.prepare_batch(public.models, uuid, text[], jsonb)
 from public, anon, authenticated, service_role;
 
--- A batch as the API shows it.
+-- A batch as the API shows it: the jobs that are not deleted. Raises: PT404 not_found if all are.
 create or replace function private.batch_json(p_batch public.batches)
 returns json
 language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_answer json;
 begin
-  return (select json_build_object(
+  select json_build_object(
     'batch_id', p_batch.id,
     'job_ids', coalesce(json_agg(g.id order by g.id), '[]'),
     'status', case when bool_or(g.finished_at is null) then 'active' else 'finished' end,
@@ -3626,10 +3911,18 @@ begin
       then private.poll_after_ms(p_batch.created_at)
     end,
     'created_at', p_batch.created_at
-  )
+  ) into v_answer
   from public.generations as g
   left join private.running_jobs as r on r.job_id = g.id
-  where g.batch_id = p_batch.id);
+  where g.batch_id = p_batch.id and g.deleted_at is null
+  having count(*) > 0;
+  if v_answer is null then
+    perform private.refuse_missing(
+      'batch_id: its jobs were deleted',
+      'restore_generation brings them back. Use a new key for a new request.'
+    );
+  end if;
+  return v_answer;
 end;
 $$;
 
@@ -3656,7 +3949,7 @@ set enable_bitmapscan = off
 set jit = off
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_user_id(p_writes => true);
   v_prompts text[];
   v_params jsonb;
   v_entitlement public.entitlements;
@@ -3668,7 +3961,7 @@ declare
 begin
   perform private.check_batch_size(p_prompts, 100);  -- the most that any plan may allow
   v_prompts := array(select coalesce(p.prompt, '') from unnest(p_prompts) as p (prompt));
-  v_params := private.read_request(v_prompts, p_params, p_idempotency_key);
+  v_params := private.read_request(v_prompts, p_params, p_idempotency_key, 'prompts[%1$s]');
   if v_params ? 'reuse' then
     perform private.refuse_input('params.reuse: not in a batch');
   end if;
@@ -3698,7 +3991,7 @@ $$;
 
 revoke all on function private.enqueue_batch(text, text[], jsonb, text)
 from public, anon, authenticated, service_role;
-grant execute on function private.enqueue_batch(text, text[], jsonb, text) to authenticated;
+grant execute on function private.enqueue_batch(text, text[], jsonb, text) to anon, authenticated;
 
 create or replace function public.enqueue_batch(
   model text,
@@ -3723,11 +4016,12 @@ $$;
 comment on function public.enqueue_batch is
   'Asks for one generation of each prompt (as many as your plan''s max_batch), all or nothing. '
   'Answers as get_batch_status does. The same idempotency_key and request answer with the same '
-  'batch and charge nothing. Errors: those of enqueue_generation.';
+  'batch and charge nothing; once all its jobs are deleted it is not found. An error of one prompt '
+  'names it in details, prompts[0] being the first. Errors: those of enqueue_generation.';
 
 revoke all on function public.enqueue_batch(text, text[], jsonb, text)
 from public, anon, authenticated, service_role;
-grant execute on function public.enqueue_batch(text, text[], jsonb, text) to authenticated;
+grant execute on function public.enqueue_batch(text, text[], jsonb, text) to anon, authenticated;
 
 -- The user's batch. Raises: PT404 not_found.
 create or replace function private.require_batch(p_batch_id uuid, p_user_id uuid)
@@ -3741,6 +4035,7 @@ declare
 begin
   select * into v_batch from public.batches where id = p_batch_id and user_id = p_user_id;
   if not found then
+    perform private.require_known_user_id();
     perform private.refuse_missing(
       'batch_id: no such batch of yours',
       'Use the batch_id that enqueue_batch answered.'
@@ -3768,7 +4063,7 @@ $$;
 
 revoke all on function private.get_batch_status(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function private.get_batch_status(uuid) to authenticated;
+grant execute on function private.get_batch_status(uuid) to anon, authenticated;
 
 create or replace function public.get_batch_status(batch_id uuid)
 returns json
@@ -3787,7 +4082,7 @@ comment on function public.get_batch_status is
 
 revoke all on function public.get_batch_status(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function public.get_batch_status(uuid) to authenticated;
+grant execute on function public.get_batch_status(uuid) to anon, authenticated;
 -- Again: a failed or canceled generation as a new one.
 --
 -- retry_generation is the user's and is charged as any request; redrive_failed is the operator's,
@@ -3856,7 +4151,7 @@ set enable_bitmapscan = off
 set jit = off
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_user_id(p_writes => true);
   v_entitlement public.entitlements := private.lock_entitlement(v_user_id);
   v_plan private.plans := private.plan_of(v_entitlement);
   v_old public.generations := private.require_retryable(p_job_id, v_user_id);
@@ -3882,7 +4177,7 @@ $$;
 
 revoke all on function private.retry_generation(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function private.retry_generation(uuid) to authenticated;
+grant execute on function private.retry_generation(uuid) to anon, authenticated;
 
 create or replace function public.retry_generation(job_id uuid)
 returns json
@@ -3900,7 +4195,7 @@ comment on function public.retry_generation is
 
 revoke all on function public.retry_generation(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function public.retry_generation(uuid) to authenticated;
+grant execute on function public.retry_generation(uuid) to anon, authenticated;
 
 -- What a user wished for, each wish with all its tries: the last of them that is not deleted, the
 -- price of one, whether none is under way or done, and since when one is that was free.
@@ -4008,6 +4303,7 @@ declare
   v_reason text;
   v_skipped jsonb := '{}';
 begin
+  perform private.require_writable();
   if not exists (select from private.error_codes where code = p_code) then
     perform private.refuse_input('code: not a code of private.error_codes');
   elsif p_since is null or coalesce(p_at_most not between 1 and 10000, true) then
@@ -4156,8 +4452,12 @@ $$;
 
 revoke all on function private.running_job(uuid) from public, anon, authenticated, service_role;
 
--- One job as the API shows it. Progress is read from the running row: it is not history.
-create or replace function private.job_json(p_generation public.generations)
+-- One job as the API shows it, with its forecast where the caller has it: who shows many asks for
+-- all at once. Progress is read from the running row: it is not history.
+create or replace function private.job_json(
+  p_generation public.generations,
+  p_forecast private.forecast default null
+)
 returns json
 language plpgsql
 stable
@@ -4165,7 +4465,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_running private.running_jobs;
-  v_forecast record := private.forecast(p_generation);
+  v_forecast private.forecast := coalesce(p_forecast, private.forecast(p_generation));
   v_refunded integer;
 begin
   if p_generation.finished_at is null then
@@ -4209,7 +4509,7 @@ begin
 end;
 $$;
 
-revoke all on function private.job_json(public.generations)
+revoke all on function private.job_json(public.generations, private.forecast)
 from public, anon, authenticated, service_role;
 
 -- Body of public.get_job_status.
@@ -4232,7 +4532,7 @@ end;
 $$;
 
 revoke all on function private.get_job_status(uuid) from public, anon, authenticated, service_role;
-grant execute on function private.get_job_status(uuid) to authenticated;
+grant execute on function private.get_job_status(uuid) to anon, authenticated;
 
 create or replace function public.get_job_status(job_id uuid)
 returns json
@@ -4256,7 +4556,7 @@ comment on function public.get_job_status is
   'it is null. Errors: PT401 not_authenticated, PT404 not_found.';
 
 revoke all on function public.get_job_status(uuid) from public, anon, authenticated, service_role;
-grant execute on function public.get_job_status(uuid) to authenticated;
+grant execute on function public.get_job_status(uuid) to anon, authenticated;
 
 -- Body of public.list_active_jobs.
 --
@@ -4273,7 +4573,7 @@ set enable_bitmapscan = off
 set jit = off
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_known_user_id();
   v_ids uuid[];
 begin
   if cardinality(p_job_ids) > 100 or array_ndims(p_job_ids) > 1 then
@@ -4281,8 +4581,9 @@ begin
   end if;
   v_ids := array(select j.job_id from private.live_jobs as j where j.user_id = v_user_id);
   return (
-    select coalesce(json_agg(private.job_json(g) order by g.id desc), '[]')
+    select coalesce(json_agg(private.job_json(g, f) order by g.id desc), '[]')
     from public.generations as g
+    left join unnest(private.forecast_jobs(v_ids)) as f on f.job_id = g.id
     where g.id = any (v_ids || p_job_ids) and g.user_id = v_user_id and g.deleted_at is null
   );
 end;
@@ -4290,7 +4591,7 @@ $$;
 
 revoke all on function private.list_active_jobs(uuid[])
 from public, anon, authenticated, service_role;
-grant execute on function private.list_active_jobs(uuid[]) to authenticated;
+grant execute on function private.list_active_jobs(uuid[]) to anon, authenticated;
 
 create or replace function public.list_active_jobs(job_ids uuid[] default '{}')
 returns json
@@ -4311,7 +4612,7 @@ comment on function public.list_active_jobs is
 
 revoke all on function public.list_active_jobs(uuid[])
 from public, anon, authenticated, service_role;
-grant execute on function public.list_active_jobs(uuid[]) to authenticated;
+grant execute on function public.list_active_jobs(uuid[]) to anon, authenticated;
 
 -- Body of public.get_entitlement.
 --
@@ -4334,7 +4635,7 @@ end;
 $$;
 
 revoke all on function private.get_entitlement() from public, anon, authenticated, service_role;
-grant execute on function private.get_entitlement() to authenticated;
+grant execute on function private.get_entitlement() to anon, authenticated;
 
 create or replace function public.get_entitlement()
 returns json
@@ -4351,7 +4652,7 @@ comment on function public.get_entitlement is
   ' refused as busy now)}. Errors: PT401 not_authenticated.';
 
 revoke all on function public.get_entitlement() from public, anon, authenticated, service_role;
-grant execute on function public.get_entitlement() to authenticated;
+grant execute on function public.get_entitlement() to anon, authenticated;
 
 -- Body of public.list_models.
 create or replace function private.list_models()
@@ -4507,7 +4808,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   c_walk constant integer := 200;
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_known_user_id();
   v_before uuid := coalesce(p_before, 'ffffffff-ffff-ffff-ffff-ffffffffffff');
   v_tag text := case when p_tag is not null then private.read_tag('tag', p_tag) end;
   v_ids uuid[];
@@ -4522,7 +4823,7 @@ begin
   end if;
   v_ids := private.walk_generations(v_user_id, v_before, p_only_favorites, v_tag, c_walk);
   select
-    json_agg(private.job_json(page.generation) order by page.place),
+    json_agg(private.job_json(page.generation, f) order by page.place),
     case count(*) when p_page_size then v_ids[max(page.place)] else v_ids[cardinality(v_ids)] end
   into v_page, v_last_id
   from (
@@ -4538,7 +4839,8 @@ begin
       limit 1
     ) as found
     order by walk.place limit p_page_size
-  ) as page;
+  ) as page
+  left join unnest(private.forecast_jobs(v_ids)) as f on f.job_id = (page.generation).id;
   return json_build_object(
     'generations', coalesce(v_page, '[]'),
     'next_before', case
@@ -4551,7 +4853,7 @@ $$;
 revoke all on function private.list_generations(uuid, integer, boolean, text, text)
 from public, anon, authenticated, service_role;
 grant execute on function private.list_generations(uuid, integer, boolean, text, text)
-to authenticated;
+to anon, authenticated;
 
 create or replace function public.list_generations(
   before uuid default null,
@@ -4583,7 +4885,7 @@ comment on function public.list_generations is
 revoke all on function public.list_generations(uuid, integer, boolean, text, text)
 from public, anon, authenticated, service_role;
 grant execute on function public.list_generations(uuid, integer, boolean, text, text)
-to authenticated;
+to anon, authenticated;
 -- What users do with their own generations: favorites, tags, delete and restore.
 --
 -- Each function locks the generation first, so that two devices of one user cannot mix their
@@ -4604,7 +4906,7 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_user_id(p_writes => true);
   v_generation public.generations;
 begin
   select * into v_generation from public.generations
@@ -4631,10 +4933,10 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  perform private.lock_own_generation(p_job_id);
   if p_is_favorite is null then
     perform private.refuse_input('is_favorite: neither true nor false');
   end if;
-  perform private.lock_own_generation(p_job_id);
   update public.generations set is_favorite = p_is_favorite
   where id = p_job_id and is_favorite <> p_is_favorite;
   return json_build_object('job_id', p_job_id, 'is_favorite', p_is_favorite);
@@ -4643,7 +4945,7 @@ $$;
 
 revoke all on function private.set_favorite(uuid, boolean)
 from public, anon, authenticated, service_role;
-grant execute on function private.set_favorite(uuid, boolean) to authenticated;
+grant execute on function private.set_favorite(uuid, boolean) to anon, authenticated;
 
 create or replace function public.set_favorite(job_id uuid, is_favorite boolean default true)
 returns json
@@ -4659,7 +4961,7 @@ comment on function public.set_favorite is
 
 revoke all on function public.set_favorite(uuid, boolean)
 from public, anon, authenticated, service_role;
-grant execute on function public.set_favorite(uuid, boolean) to authenticated;
+grant execute on function public.set_favorite(uuid, boolean) to anon, authenticated;
 
 -- Body of public.set_tags.
 --
@@ -4691,7 +4993,7 @@ $$;
 
 revoke all on function private.set_tags(uuid, text[])
 from public, anon, authenticated, service_role;
-grant execute on function private.set_tags(uuid, text[]) to authenticated;
+grant execute on function private.set_tags(uuid, text[]) to anon, authenticated;
 
 create or replace function public.set_tags(job_id uuid, tags text[])
 returns json
@@ -4708,7 +5010,7 @@ comment on function public.set_tags is
 
 revoke all on function public.set_tags(uuid, text[])
 from public, anon, authenticated, service_role;
-grant execute on function public.set_tags(uuid, text[]) to authenticated;
+grant execute on function public.set_tags(uuid, text[]) to anon, authenticated;
 
 -- Makes the images of these generations private again.
 --
@@ -4754,7 +5056,7 @@ $$;
 
 revoke all on function private.delete_generation(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function private.delete_generation(uuid) to authenticated;
+grant execute on function private.delete_generation(uuid) to anon, authenticated;
 
 create or replace function public.delete_generation(job_id uuid)
 returns json
@@ -4771,7 +5073,7 @@ comment on function public.delete_generation is
 
 revoke all on function public.delete_generation(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function public.delete_generation(uuid) to authenticated;
+grant execute on function public.delete_generation(uuid) to anon, authenticated;
 
 -- Body of public.restore_generation. What is being erased cannot come back: some of its files may
 -- be gone.
@@ -4799,7 +5101,7 @@ $$;
 
 revoke all on function private.restore_generation(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function private.restore_generation(uuid) to authenticated;
+grant execute on function private.restore_generation(uuid) to anon, authenticated;
 
 create or replace function public.restore_generation(job_id uuid)
 returns json
@@ -4816,7 +5118,7 @@ comment on function public.restore_generation is
 
 revoke all on function public.restore_generation(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function public.restore_generation(uuid) to authenticated;
+grant execute on function public.restore_generation(uuid) to anon, authenticated;
 -- Sharing: single images that everybody may see, and who likes them.
 --
 -- A shared image has a share_id. It is then in list_public_images for everybody, signed in or not,
@@ -4847,10 +5149,10 @@ as $$
 declare
   v_image public.images;
 begin
+  perform private.lock_own_generation(p_job_id);
   if p_is_public is null or p_shows_prompt is null then
     perform private.refuse_input('is_public, shows_prompt: neither true nor false');
   end if;
-  perform private.lock_own_generation(p_job_id);
   update public.images set
     share_id = case when p_is_public then coalesce(share_id, private.uuid_v7()) end,
     shows_prompt = p_is_public and p_shows_prompt
@@ -4868,7 +5170,8 @@ $$;
 
 revoke all on function private.share_image(uuid, integer, boolean, boolean)
 from public, anon, authenticated, service_role;
-grant execute on function private.share_image(uuid, integer, boolean, boolean) to authenticated;
+grant execute on function private.share_image(uuid, integer, boolean, boolean)
+to anon, authenticated;
 
 create or replace function public.share_image(
   job_id uuid,
@@ -4895,7 +5198,8 @@ comment on function public.share_image is
 
 revoke all on function public.share_image(uuid, integer, boolean, boolean)
 from public, anon, authenticated, service_role;
-grant execute on function public.share_image(uuid, integer, boolean, boolean) to authenticated;
+grant execute on function public.share_image(uuid, integer, boolean, boolean)
+to anon, authenticated;
 
 -- Raises PT404 not_found, the same for an image that never was and one that is not shared.
 create or replace function private.refuse_unknown_image()
@@ -4950,7 +5254,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := private.require_known_user_id();
+  v_user_id uuid := private.require_known_user_id(p_writes => true);
   v_image public.images;
 begin
   if p_is_liked is null then
@@ -4978,7 +5282,7 @@ $$;
 
 revoke all on function private.like_image(uuid, integer, boolean)
 from public, anon, authenticated, service_role;
-grant execute on function private.like_image(uuid, integer, boolean) to authenticated;
+grant execute on function private.like_image(uuid, integer, boolean) to anon, authenticated;
 
 create or replace function public.like_image(
   job_id uuid,
@@ -4999,7 +5303,7 @@ comment on function public.like_image is
 
 revoke all on function public.like_image(uuid, integer, boolean)
 from public, anon, authenticated, service_role;
-grant execute on function public.like_image(uuid, integer, boolean) to authenticated;
+grant execute on function public.like_image(uuid, integer, boolean) to anon, authenticated;
 
 -- One shared image as everybody sees it.
 create or replace function private.shared_image_json(p_image public.images, p_user_id uuid)
@@ -5039,7 +5343,7 @@ from public, anon, authenticated, service_role;
 
 -- Body of public.list_public_images.
 --
--- Raises: PT400 invalid_input.
+-- Raises: PT400 invalid_input, PT401 not_authenticated.
 create or replace function private.list_public_images(p_before uuid, p_page_size integer)
 returns json
 language plpgsql
@@ -5048,7 +5352,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := auth.uid();
+  v_user_id uuid := private.caller_id();
   v_before uuid := coalesce(p_before, 'ffffffff-ffff-ffff-ffff-ffffffffffff');
   v_answer json;
 begin
@@ -5108,6 +5412,9 @@ grant execute on function public.list_public_images(uuid, integer) to anon, auth
 -- may be lost, but fails no job and holds none up: realtime.send turns its errors (no partition for
 -- today, say) into warnings.
 --
+-- Where nobody has ever listened, Realtime has made no partition, and each hint is a warning in
+-- PostgreSQL's log: settings.broadcasts = false sends none.
+--
 -- For clients that use postgres_changes, generations is in the publication, with all its columns.
 -- A list of columns would protect nothing: Realtime decodes with wal2json, which asks publications
 -- for no columns, and then gives each subscriber the columns its role may select, of the rows it
@@ -5124,6 +5431,9 @@ set search_path = pg_catalog, pg_temp
 set lock_timeout = '50ms'
 as $$
 begin
+  if not (select s.broadcasts from private.settings as s) then
+    return null;
+  end if;
   perform realtime.send(
     jsonb_build_object('job_id', new.id, 'status', new.status),
     'generation',
@@ -5343,7 +5653,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := private.require_known_user_id();
+  v_user_id uuid := private.require_known_user_id(p_writes => true);
   v_params jsonb := private.read_request(array[p_prompt], p_params, null);
   v_template public.prompt_templates;
 begin
@@ -5369,7 +5679,7 @@ $$;
 revoke all on function private.save_prompt_template(text, text, text, jsonb, uuid)
 from public, anon, authenticated, service_role;
 grant execute on function private.save_prompt_template(text, text, text, jsonb, uuid)
-to authenticated;
+to anon, authenticated;
 
 create or replace function public.save_prompt_template(
   title text,
@@ -5399,7 +5709,7 @@ comment on function public.save_prompt_template is
 revoke all on function public.save_prompt_template(text, text, text, jsonb, uuid)
 from public, anon, authenticated, service_role;
 grant execute on function public.save_prompt_template(text, text, text, jsonb, uuid)
-to authenticated;
+to anon, authenticated;
 
 -- Raises PT400 invalid_input.
 create or replace function private.check_template(p_title text, p_prompt text, p_model text)
@@ -5467,7 +5777,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_known_user_id(p_writes => true);
 begin
   delete from public.prompt_templates where id = p_id and user_id = v_user_id;
   if not found then
@@ -5479,7 +5789,7 @@ $$;
 
 revoke all on function private.delete_prompt_template(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function private.delete_prompt_template(uuid) to authenticated;
+grant execute on function private.delete_prompt_template(uuid) to anon, authenticated;
 
 create or replace function public.delete_prompt_template(id uuid)
 returns json
@@ -5494,7 +5804,7 @@ comment on function public.delete_prompt_template is
 
 revoke all on function public.delete_prompt_template(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function public.delete_prompt_template(uuid) to authenticated;
+grant execute on function public.delete_prompt_template(uuid) to anon, authenticated;
 
 -- Body of public.list_prompt_templates.
 --
@@ -5507,7 +5817,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_known_user_id();
 begin
   return (
     select coalesce(
@@ -5521,7 +5831,7 @@ $$;
 
 revoke all on function private.list_prompt_templates()
 from public, anon, authenticated, service_role;
-grant execute on function private.list_prompt_templates() to authenticated;
+grant execute on function private.list_prompt_templates() to anon, authenticated;
 
 create or replace function public.list_prompt_templates()
 returns json
@@ -5539,7 +5849,7 @@ comment on function public.list_prompt_templates is
 
 revoke all on function public.list_prompt_templates()
 from public, anon, authenticated, service_role;
-grant execute on function public.list_prompt_templates() to authenticated;
+grant execute on function public.list_prompt_templates() to anon, authenticated;
 -- A worker's own life: register, sleep, heartbeat, progress, unregister.
 --
 -- darkroom_worker may execute the functions of files 70 to 80 marked so and nothing else. A claim
@@ -5665,7 +5975,11 @@ begin
       end
     where r.job_id = p_job_ids[v_at] and r.token = p_tokens[v_at]
     returning case when r.cancel_requested then 'canceled' else 'ok' end into verdict;
-    verdict := coalesce(verdict, 'lost');
+    -- Where even the generation is gone, no other worker stops what was bought.
+    verdict := coalesce(verdict, case
+      when exists (select from public.generations as g where g.id = p_job_ids[v_at]) then 'lost'
+      else 'canceled'
+    end);
     return next;
     verdict := null;
   end loop;
@@ -5675,7 +5989,7 @@ $$;
 comment on function private.heartbeat is
   'One beat for all jobs of a worker: extends their leases and takes in progress (percent or '
   'null), and whether its LISTEN works. Answers for each job, in order of id: ok, lost (drop it) '
-  'or canceled (stop it).';
+  'or canceled (stop it: its user wants that, or is gone).';
 
 revoke all on function private.heartbeat(bigint, uuid[], bigint[], smallint[], boolean)
 from public, anon, authenticated, service_role;
@@ -6032,6 +6346,7 @@ as $$
 declare
   v_breaker private.breakers;
 begin
+  perform private.require_writable();
   perform private.require_breaker_name(p_model);
   if coalesce(p_until <= now(), true) then
     perform private.refuse_input(
@@ -6088,6 +6403,7 @@ as $$
 declare
   v_breaker private.breakers;
 begin
+  perform private.require_writable();
   perform private.require_breaker_name(p_model);
   insert into private.breakers (name) values (p_model)
   on conflict (name) do update set
@@ -6539,12 +6855,12 @@ begin
   running as (
     insert into private.running_jobs as r (
       job_id, user_id, model_id, token, worker_id, attempt,
-      lease_until, deadline_at, provider_job_id, create_started_at
+      lease_until, deadline_at, provider_job_id, create_started_at, input_sha256
     )
     select
       c.job_id, c.user_id, c.model_id, nextval('private.lease_tokens'), p_worker_id, c.attempt + 1,
       now() + st.lease, now() + coalesce(m.deadline, st.lease), c.provider_job_id,
-      coalesce(c.create_started_at, now())
+      coalesce(c.create_started_at, now()), c.input_sha256
     from claimed as c cross join private.settings as st
     left join public.models as m on m.id = c.model_id
     order by c.fair_key, c.seq
@@ -6576,16 +6892,24 @@ revoke all on function private.claim_jobs(bigint, integer)
 from public, anon, authenticated, service_role;
 grant execute on function private.claim_jobs(bigint, integer) to darkroom_worker;
 -- Purchase: what a worker says about its dealings with the provider, so that nothing is bought
--- twice.
+-- twice, and what was bought for one job never becomes another's.
 --
 -- Creating a job at the provider costs money and cannot be repeated safely. So a claim (72) counts
 -- as the begin of it, and checkpoint_jobs is called the moment the provider's id is known. A worker
 -- that dies between the two leaves create_started_at behind: the next attempt looks at the provider
--- for what may have been bought and takes it over with adopt_provider_job. A worker that asks later
--- than at once proves with begin_creates that no other has begun to look. A refused account pauses
--- the provider (71).
+-- for what may have been bought and takes it over with adopt_provider_job. What it finds is proven
+-- by the whole input. Where that has addresses of sources, which nobody can know again,
+-- begin_creates saves its hash beforehand, for recall_create. A worker that asks later than at once
+-- proves with begin_creates, too, that no other has begun to look. A refused account pauses the
+-- provider (71).
+--
+-- Whoever puts a provider's id into purchases has it, and nobody else ever.
 
-create or replace function private.begin_creates(p_job_ids uuid[], p_tokens bigint[])
+create or replace function private.begin_creates(
+  p_job_ids uuid[],
+  p_tokens bigint[],
+  p_inputs bytea[] default null
+)
 returns table (token bigint, create_started_at timestamptz)
 language plpgsql
 security definer
@@ -6598,18 +6922,46 @@ as $$
 #variable_conflict use_column
 begin
   return query
-  select r.token, r.create_started_at from private.running_jobs as r
-  where r.job_id = any (p_job_ids) and r.token = any (p_tokens);
+  update private.running_jobs as r
+  set input_sha256 = coalesce(p_inputs[array_position(p_tokens, r.token)], r.input_sha256)
+  where r.job_id = any (p_job_ids) and r.token = any (p_tokens)
+  returning r.token, r.create_started_at;
 end;
 $$;
 
 comment on function private.begin_creates is
   'Called before the provider is asked to create these jobs, where seconds have passed since their '
-  'claim. Answers each whose lease holds, and since when something may have been bought for it.';
+  'claim, or where the input has addresses of sources: p_inputs are its SHA-256 then, else null. '
+  'Answers each whose lease holds, and since when something may have been bought for it.';
 
-revoke all on function private.begin_creates(uuid[], bigint[])
+revoke all on function private.begin_creates(uuid[], bigint[], bytea[])
 from public, anon, authenticated, service_role;
-grant execute on function private.begin_creates(uuid[], bigint[]) to darkroom_worker;
+grant execute on function private.begin_creates(uuid[], bigint[], bytea[]) to darkroom_worker;
+
+create or replace function private.recall_create(p_job_id uuid, p_token bigint)
+returns table (create_started_at timestamptz, input_sha256 bytea)
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  return query
+  select r.create_started_at, r.input_sha256 from private.running_jobs as r
+  where r.job_id = p_job_id and r.token = p_token;
+  if not found then
+    perform private.refuse_lost_lease(p_job_id);
+  end if;
+end;
+$$;
+
+comment on function private.recall_create is
+  'Since when something may have been bought for a job, and the SHA-256 that begin_creates saved '
+  'last. Errors: DR001 lease_lost.';
+
+revoke all on function private.recall_create(uuid, bigint)
+from public, anon, authenticated, service_role;
+grant execute on function private.recall_create(uuid, bigint) to darkroom_worker;
 
 create or replace function private.checkpoint_jobs(
   p_job_ids uuid[],
@@ -6628,22 +6980,30 @@ as $$
 #variable_conflict use_column
 begin
   return query
-  update private.running_jobs as r
-  set provider_job_id = p_provider_job_ids[array_position(p_tokens, r.token)]
-  where r.job_id = any (p_job_ids) and r.token = any (p_tokens)
-  returning r.token, 'ok';
+  with saved as (
+    update private.running_jobs as r
+    set provider_job_id = p_provider_job_ids[array_position(p_tokens, r.token)]
+    where r.job_id = any (p_job_ids) and r.token = any (p_tokens)
+    returning r.token, r.job_id, r.provider_job_id
+  ),
+  bought as (
+    insert into private.purchases (generation_id, provider_job_id)
+    select s.job_id, s.provider_job_id from saved as s order by s.provider_job_id
+    on conflict (generation_id, provider_job_id) do nothing  -- said before; another's is an error
+  )
+  select s.token, 'ok' from saved as s;
 end;
 $$;
 
 comment on function private.checkpoint_jobs is
   'Saves the provider''s ids of jobs the moment they are known, so that no attempt buys one twice. '
-  'Answers each job whose lease holds: ok.';
+  'Answers each job whose lease holds: ok. Errors, which change nothing for any of the jobs: 23505 '
+  'the provider''s job is another''s.';
 
 revoke all on function private.checkpoint_jobs(uuid[], bigint[], text[])
 from public, anon, authenticated, service_role;
 grant execute on function private.checkpoint_jobs(uuid[], bigint[], text[]) to darkroom_worker;
 
--- One at a time: two jobs with the same input must not take the same provider job.
 create or replace function private.adopt_provider_job(
   p_job_id uuid,
   p_token bigint,
@@ -6657,31 +7017,28 @@ as $$
 declare
   v_adopted text;
 begin
-  perform pg_advisory_xact_lock(hashtextextended('darkroom.adopt_provider_job', 0));
   select r.provider_job_id into v_adopted from private.running_jobs as r
-  where r.job_id = p_job_id and r.token = p_token;
+  where r.job_id = p_job_id and r.token = p_token for update;
   if not found then
     perform private.refuse_lost_lease(p_job_id);
   elsif v_adopted is not null then
     return v_adopted;  -- the answer to the first call was lost
   end if;
-  select c.id into v_adopted
-  from unnest(p_candidates) with ordinality as c (id, place)
-  where not exists (select from private.attempts as a where a.provider_job_id = c.id)
-    and not exists (select from private.running_jobs as r where r.provider_job_id = c.id)
-    and not exists (select from private.ready_jobs as r where r.provider_job_id = c.id)
-  order by c.place limit 1;
-  if found then
-    update private.running_jobs set provider_job_id = v_adopted
-    where job_id = p_job_id and token = p_token;
-  end if;
-  return v_adopted;
+  foreach v_adopted in array p_candidates loop
+    insert into private.purchases (generation_id, provider_job_id)
+    values (p_job_id, v_adopted) on conflict do nothing;
+    if found then
+      update private.running_jobs set provider_job_id = v_adopted where job_id = p_job_id;
+      return v_adopted;
+    end if;
+  end loop;
+  return null;
 end;
 $$;
 
 comment on function private.adopt_provider_job is
-  'Checkpoints the first of these provider ids, oldest first, that no other job has, and answers '
-  'it; null if all are taken. For creates whose answer was lost. Errors: DR001 lease_lost.';
+  'Checkpoints the first of these provider ids, oldest first, that no job has had, and answers it; '
+  'null if there is none. For creates whose answer was lost. Errors: DR001 lease_lost.';
 
 revoke all on function private.adopt_provider_job(uuid, bigint, text[])
 from public, anon, authenticated, service_role;
@@ -6786,14 +7143,22 @@ begin
   select
     j.job_id, j.token, j.model_id, j.attempt, j.worker_id, j.claimed_at, p_outcome,
     p_error_code, left(p_error_detail, 2000), j.provider_job_id,
-    (t.metrics ->> 'provider_seconds')::real, (t.metrics ->> 'images')::numeric::integer,
+    t.seconds, t.images,
     case
-      when t.metrics @@ '$.is_asked == false || $.is_billed == false' then 0
-      when m.cost_unit = 'image' then m.cost_usd * (t.metrics ->> 'images')::numeric
-      when m.cost_unit = 'second' then m.cost_usd * (t.metrics ->> 'provider_seconds')::numeric
+      when p_metrics[j.ordinality] @@ '$.is_asked == false || $.is_billed == false' then 0
+      when m.cost_unit = 'image' then m.cost_usd * t.images
+      when m.cost_unit = 'second' then m.cost_usd * t.seconds
     end
   from unnest(p_jobs) with ordinality as j
-  cross join lateral (select p_metrics[j.ordinality] as metrics) as t
+  -- Within bounds: what a provider says of itself keeps no job from ending.
+  cross join lateral (select
+    case when jsonb_typeof(p_metrics[j.ordinality] -> 'provider_seconds') = 'number' then
+      greatest(0, least(1000000, (p_metrics[j.ordinality] ->> 'provider_seconds')::numeric))
+    end as seconds,
+    case when jsonb_typeof(p_metrics[j.ordinality] -> 'images') = 'number' then
+      greatest(0, least(1000000, (p_metrics[j.ordinality] ->> 'images')::numeric))
+    end as images
+  ) as t
   left join public.models as m on m.id = j.model_id;
 end;
 $$;
@@ -6815,13 +7180,15 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   insert into private.ready_jobs (
-    job_id, user_id, model_id, fair_key, attempt, run_at, provider_job_id, create_started_at
+    job_id, user_id, model_id, fair_key, attempt, run_at,
+    provider_job_id, create_started_at, input_sha256
   )
   select
     p_job.job_id, p_job.user_id, p_job.model_id, c.last_value, p_attempts_used,
     case when p_delay > interval '0' then now() + p_delay end,
     case when p_resumes then p_job.provider_job_id end,
-    case when p_resumes then p_job.create_started_at end
+    case when p_resumes then p_job.create_started_at end,
+    case when p_resumes then p_job.input_sha256 end
   from private.virtual_clock as c;
   update public.generations set status = 'queued', updated_at = now() where id = p_job.job_id;
   if p_delay <= interval '0' then
@@ -7350,7 +7717,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_user_id(p_writes => true);
 begin
   if p_token is null or p_token !~ '^Expo(nent)?PushToken\[[A-Za-z0-9_-]{1,100}\]$' then
     perform private.refuse_input(
@@ -7371,7 +7738,7 @@ $$;
 
 revoke all on function private.register_push_token(text)
 from public, anon, authenticated, service_role;
-grant execute on function private.register_push_token(text) to authenticated;
+grant execute on function private.register_push_token(text) to anon, authenticated;
 
 create or replace function public.register_push_token(token text)
 returns json
@@ -7388,7 +7755,7 @@ comment on function public.register_push_token is
 
 revoke all on function public.register_push_token(text)
 from public, anon, authenticated, service_role;
-grant execute on function public.register_push_token(text) to authenticated;
+grant execute on function public.register_push_token(text) to anon, authenticated;
 
 -- Raises: PT401 not_authenticated.
 create or replace function private.unregister_push_token(p_token text)
@@ -7398,7 +7765,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_known_user_id(p_writes => true);
 begin
   delete from private.push_tokens where token = p_token and user_id = v_user_id;
   return json_build_object('registered', false);
@@ -7407,7 +7774,7 @@ $$;
 
 revoke all on function private.unregister_push_token(text)
 from public, anon, authenticated, service_role;
-grant execute on function private.unregister_push_token(text) to authenticated;
+grant execute on function private.unregister_push_token(text) to anon, authenticated;
 
 create or replace function public.unregister_push_token(token text)
 returns json
@@ -7423,7 +7790,7 @@ comment on function public.unregister_push_token is
 
 revoke all on function public.unregister_push_token(text)
 from public, anon, authenticated, service_role;
-grant execute on function public.unregister_push_token(text) to authenticated;
+grant execute on function public.unregister_push_token(text) to anon, authenticated;
 -- Cancel: a queued job at once, a running one through its worker.
 --
 -- A queued job's ready row is deleted, and whoever deleted it settles. A running job is only
@@ -7486,7 +7853,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_user_id(p_writes => true);
   v_generation public.generations;
 begin
   perform private.cancel_jobs(v_user_id, array[p_job_id]);
@@ -7503,7 +7870,7 @@ $$;
 
 revoke all on function private.cancel_generation(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function private.cancel_generation(uuid) to authenticated;
+grant execute on function private.cancel_generation(uuid) to anon, authenticated;
 
 create or replace function public.cancel_generation(job_id uuid)
 returns json
@@ -7522,7 +7889,7 @@ comment on function public.cancel_generation is
 
 revoke all on function public.cancel_generation(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function public.cancel_generation(uuid) to authenticated;
+grant execute on function public.cancel_generation(uuid) to anon, authenticated;
 
 -- Body of public.cancel_batch.
 --
@@ -7534,7 +7901,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_user_id(p_writes => true);
 begin
   perform private.cancel_jobs(v_user_id, array(
     select g.id from public.generations as g
@@ -7546,7 +7913,7 @@ $$;
 
 revoke all on function private.cancel_batch(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function private.cancel_batch(uuid) to authenticated;
+grant execute on function private.cancel_batch(uuid) to anon, authenticated;
 
 create or replace function public.cancel_batch(batch_id uuid)
 returns json
@@ -7562,7 +7929,7 @@ comment on function public.cancel_batch is
 
 revoke all on function public.cancel_batch(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function public.cancel_batch(uuid) to authenticated;
+grant execute on function public.cancel_batch(uuid) to anon, authenticated;
 -- Who is told: webhook endpoints, which the operator's backend keeps, and push tokens, which apps
 -- register for their user; and what the operator sees of the outbox.
 --
@@ -7701,9 +8068,12 @@ declare
   v_events text[] := coalesce(p_events, v_all);
   v_endpoint private.webhook_endpoints;
 begin
+  perform private.require_writable();
   perform private.check_webhook_url(coalesce(p_url, ''));
   if cardinality(v_events) not between 1 and 3 or not v_events <@ v_all then
     perform private.refuse_input('events: not some of ' || array_to_string(v_all, ', '));
+  elsif p_description <> '' and private.is_blank(p_description) then
+    perform private.refuse_input('description: blank');
   elsif length(p_description) > 200 then
     perform private.refuse_input('description: longer than 200 characters');
   elsif (select count(*) from private.webhook_endpoints) >= 20 then
@@ -7800,6 +8170,7 @@ as $$
 declare
   v_endpoint private.webhook_endpoints;
 begin
+  perform private.require_writable();
   -- Deliveries first, as when one ends with 410. What a job that is just ending adds is buried when
   -- it is due.
   delete from private.deliveries where lane = p_webhook_id::text and state = 'pending';
@@ -7835,6 +8206,7 @@ as $$
 declare
   v_endpoint private.webhook_endpoints;
 begin
+  perform private.require_writable();
   update private.webhook_endpoints set disabled_at = null
   where id = p_webhook_id returning * into v_endpoint;
   return private.webhook_json(private.found_webhook(v_endpoint));
@@ -7868,6 +8240,7 @@ as $$
 declare
   v_endpoint private.webhook_endpoints;
 begin
+  perform private.require_writable();
   update private.webhook_endpoints set
     secret = private.new_webhook_secret(),
     previous_secret = secret, previous_secret_until = now() + interval '1 day'
@@ -8005,9 +8378,17 @@ begin
   for v_delivery in select * from private.lease_deliveries(p_lane, p_at_most) loop
     delivery_id := v_delivery.id;
     token := v_delivery.token;
-    body := case p_lane
-      when 'expo' then private.push_body(v_delivery)
-      else private.webhook_body(v_delivery)
+    begin
+      body := case p_lane
+        when 'expo' then private.push_body(v_delivery)
+        else private.webhook_body(v_delivery)
+      end;
+    exception when others then
+      perform private.note_skipped('claim_deliveries', v_delivery.id::text, sqlstate, sqlerrm);
+      update private.deliveries as d
+      set state = 'dead', finished_at = now(), last_error = left(sqlerrm, 200)
+      where d.id = v_delivery.id;
+      continue;
     end;
     if body is null then
       delete from private.deliveries as d where d.id = v_delivery.id;
@@ -8114,16 +8495,18 @@ grant execute on function private.finish_delivery(
 
 -- Forgets deliveries that ended longer than settings.keep_deliveries ago.
 create or replace function private.trim_deliveries(p_at_most integer default 100000)
-returns void
+returns integer
 language sql
 set search_path = pg_catalog, pg_temp
 as $$
-  delete from private.deliveries
-  where id = any (array(
-    select d.id from private.deliveries as d
-    where d.finished_at < now() - (select s.keep_deliveries from private.settings as s)
-    order by d.finished_at limit p_at_most
-  ))
+  select private.skip_failing(
+    'delete from private.deliveries where id = any ($1) returning 0',
+    array(
+      select d.id from private.deliveries as d
+      where d.finished_at < now() - (select s.keep_deliveries from private.settings as s)
+      order by d.finished_at limit p_at_most
+    )
+  )
 $$;
 
 revoke all on function private.trim_deliveries(integer)
@@ -8217,6 +8600,7 @@ as $$
 declare
   v_delivery private.deliveries;
 begin
+  perform private.require_writable();
   update private.deliveries set
     state = 'pending', attempts = 0, run_at = now(), token = null, finished_at = null
   where id = p_delivery_id
@@ -8255,6 +8639,7 @@ language sql
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
+  select private.require_writable();
   with revived as (
     update private.deliveries
     set state = 'pending', attempts = 0, run_at = now(), finished_at = null
@@ -8330,7 +8715,9 @@ begin
   v_jobs := array(
     select r from private.running_jobs as r
     where r.lease_until < now() or r.deadline_at < now()
-    order by r.user_id limit p_at_most for update skip locked
+    -- Those that were skipped before take no places of others.
+    order by r.user_id limit p_at_most + (select count(*) from private.skipped_rows)
+    for update skip locked
   );
   perform private.put_off('private.recovery_due', v_began, 10);
   return v_jobs;
@@ -8340,21 +8727,18 @@ $$;
 revoke all on function private.lock_stale_jobs(integer)
 from public, anon, authenticated, service_role;
 
--- Users in order of id, so that two runs lock entitlements in the same order; and all of them
--- before any breaker, those in order too.
-create or replace function private.recover_stale_jobs(p_at_most integer default 100)
+-- Ends the attempts of jobs that are locked, in the order given.
+create or replace function private.end_stale_jobs(p_ids uuid[])
 returns integer
 language plpgsql
-security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_id uuid;
   v_job private.running_jobs;
-  v_stale private.running_jobs[] := private.lock_stale_jobs(p_at_most);
-  v_stuck private.running_jobs[] := array[]::private.running_jobs[];
 begin
-  foreach v_job in array v_stale loop
-    delete from private.running_jobs where job_id = v_job.job_id;
+  foreach v_id in array p_ids loop
+    delete from private.running_jobs where job_id = v_id returning * into strict v_job;
     -- The lease first: after an outage both have passed, and the result may be there to fetch.
     if v_job.lease_until < now() then
       perform private.end_failed_attempt(
@@ -8362,21 +8746,50 @@ begin
       );
     else
       perform private.end_failed_attempt(v_job, 'timeout', 'deadline passed');
-      v_stuck := v_stuck || v_job;
     end if;
   end loop;
-  perform private.refresh_model_stats();
-  perform private.blame_providers(
-    v_stuck, array_fill('timeout'::text, array[cardinality(v_stuck)])
+  return cardinality(p_ids);
+end;
+$$;
+
+revoke all on function private.end_stale_jobs(uuid[])
+from public, anon, authenticated, service_role;
+
+-- Users in order of id, so that two runs lock entitlements in the same order; and all of them
+-- before any breaker, those in order too.
+create or replace function private.recover_stale_jobs(p_at_most integer default 100)
+returns integer
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '100ms'
+as $$
+declare
+  v_stale private.running_jobs[] := private.lock_stale_jobs(p_at_most);
+  v_stuck private.running_jobs[];
+  v_recovered integer := private.skip_failing(
+    'select private.end_stale_jobs($1)', array(select j.job_id from unnest(v_stale) as j)
+  );
+begin
+  v_stuck := array(
+    select j from unnest(v_stale) as j
+    where j.lease_until >= now()
+      and not exists (select from private.running_jobs as r where r.job_id = j.job_id)
+  );
+  perform private.skip_failing('select private.refresh_model_stats()', array['*']);
+  perform private.skip_failing(
+    'select private.blame_providers($1, array_fill(''timeout''::text, array[cardinality($1)]))',
+    v_stuck
   );
   perform private.refresh_queue_state();
-  return cardinality(v_stale);
+  return v_recovered;
 end;
 $$;
 
 comment on function private.recover_stale_jobs is
   'Requeues or finally fails up to p_at_most jobs whose lease or deadline has passed, and renews '
-  'model_stats and queue_state. Answers how many. Looks less often, once in ten seconds at least, '
+  'model_stats and queue_state. Answers how many. What cannot be done is passed over: see '
+  'private.skipped_rows. Looks less often, once in ten seconds at least, '
   'while a long transaction makes each look dear.';
 
 revoke all on function private.recover_stale_jobs(integer)
@@ -8391,6 +8804,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   delete from private.workers where seen_at < now() - interval '7 days';
+  delete from private.skipped_rows where last_at < now() - interval '7 days';
   perform private.trim_deliveries();
   if to_regclass('cron.job_run_details') is not null then
     delete from cron.job_run_details where end_time < now() - interval '7 days';
@@ -9083,36 +9497,63 @@ $$;
 revoke all on function private.erase_generations(uuid[])
 from public, anon, authenticated, service_role;
 
+-- Forgets files, each as bucket/path, that Storage has no record of, and erases generations whose
+-- last ones they were. Generations are locked before files, as expire_generations (85) does.
+create or replace function private.forget(p_files text[])
+returns integer
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_ids uuid[] := array(
+    select g.id from public.generations as g
+    where g.id = any (array(
+      select f.generation_id
+      from unnest(p_files) as gone (name)
+      inner join private.expired_files as f
+        on f.bucket = split_part(gone.name, '/', 1)
+        and f.path = substr(gone.name, strpos(gone.name, '/') + 1)
+    ))
+    order by g.id for update
+  );
+begin
+  delete from private.expired_files as f
+  using unnest(p_files) as gone (name)
+  where f.bucket = split_part(gone.name, '/', 1)
+    and f.path = substr(gone.name, strpos(gone.name, '/') + 1)
+    and private.file_changed_at(f.bucket, f.path) is null;
+  return private.erase_generations(v_ids);
+end;
+$$;
+
+revoke all on function private.forget(text[]) from public, anon, authenticated, service_role;
+
 create or replace function private.forget_files(p_buckets text[], p_paths text[])
 returns integer
 language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '100ms'
 as $$
-declare
-  v_generation_ids uuid[];
 begin
-  with forgotten as (
-    delete from private.expired_files as f
-    using unnest(p_buckets, p_paths) as gone (bucket, path)
-    where f.bucket = gone.bucket and f.path = gone.path
-      and private.file_changed_at(f.bucket, f.path) is null
-    returning f.generation_id
-  )
-  select coalesce(array_agg(distinct f.generation_id), '{}') into v_generation_ids
-  from forgotten as f where f.generation_id is not null;
-  perform private.erase_generations(v_generation_ids);
+  perform private.skip_failing('select private.forget($1)', array(
+    select concat(gone.bucket, '/', gone.path)
+    from unnest(p_buckets, p_paths) as gone (bucket, path)
+    inner join private.expired_files as f on f.bucket = gone.bucket and f.path = gone.path
+    order by f.generation_id, gone.path
+  ));
   return (
-    select count(*) from unnest(p_buckets, p_paths) as kept (bucket, path)
-    where private.file_changed_at(kept.bucket, kept.path) is not null
+    select count(*)
+    from unnest(p_buckets, p_paths) as kept (bucket, path)
+    inner join private.expired_files as f on f.bucket = kept.bucket and f.path = kept.path
   );
 end;
 $$;
 
 comment on function private.forget_files is
   'Says that these files are gone from Storage. A generation whose last one it was is erased with '
-  'all its rows. What Storage still has on record is not forgotten: answers how many. Repeating it '
-  'changes nothing.';
+  'all its rows. What Storage still has on record, or cannot be erased here, is not forgotten: '
+  'answers how many. Repeating it changes nothing.';
 
 revoke all on function private.forget_files(text[], text[])
 from public, anon, authenticated, service_role;
@@ -9206,28 +9647,62 @@ create trigger darkroom_delete_entitlement
 after delete on auth.users
 for each row execute function private.delete_entitlement_of_deleted_user();
 
--- Marks all files in the folders of a user who is being deleted, those without a row too.
+-- Marks files, each as bucket/path, and answers how many were not marked yet. In order: of two that
+-- mark the same files, one waits for the other, and not each for the other.
+create or replace function private.mark_files(p_files text[])
+returns integer
+language sql
+set search_path = pg_catalog, pg_temp
+as $$
+  with marked as (
+    insert into private.expired_files (bucket, path, user_id)
+    select f.bucket, f.path, private.path_id(f.path, 1)
+    from unnest(p_files) as gone (name)
+    cross join lateral (
+      select
+        split_part(gone.name, '/', 1) as bucket,
+        substr(gone.name, strpos(gone.name, '/') + 1) as path
+    ) as f
+    order by f.path, f.bucket
+    on conflict (bucket, path) do nothing
+    returning 1
+  )
+  select count(*)::integer from marked
+$$;
+
+revoke all on function private.mark_files(text[]) from public, anon, authenticated, service_role;
+
+-- Marks all files in the folders of a user who is being deleted, those without a row too. What
+-- cannot be marked holds up no deletion: it is found as an orphan (85). Generations are locked
+-- before their files are marked, as expire_generations (85) does.
 create or replace function private.expire_files_of_deleted_user()
 returns trigger
 language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_files text[];
 begin
-  insert into private.expired_files (bucket, path, user_id)
-  select 'generations', f.path, i.user_id
-  from public.images as i
-  cross join lateral (values (i.storage_path), (i.preview_path)) as f (path)
-  where i.user_id = old.user_id and f.path is not null
-  on conflict (bucket, path) do nothing;
+  perform from public.generations where user_id = old.user_id order by id for update;
+  v_files := array(
+    select concat('generations/', f.path)
+    from public.images as i
+    cross join lateral (values (i.storage_path), (i.preview_path)) as f (path)
+    where i.user_id = old.user_id and f.path is not null
+    order by f.path
+  );
+  perform private.skip_failing('select private.mark_files($1)', v_files);
   if to_regclass('storage.objects') is not null then
     -- From <id>/ up to <id>0, the next character: operators that the index of names serves.
-    insert into private.expired_files (bucket, path, user_id)
-    select o.bucket_id, o.name, old.user_id
-    from storage.objects as o
-    where o.name ~>=~ concat(old.user_id, '/') and o.name ~<~ concat(old.user_id, '0')
-      and o.bucket_id in ('generations', 'inputs')
-    on conflict (bucket, path) do nothing;
+    v_files := array(
+      select concat(o.bucket_id, '/', o.name)
+      from storage.objects as o
+      where o.name ~>=~ concat(old.user_id, '/') and o.name ~<~ concat(old.user_id, '0')
+        and o.bucket_id in ('generations', 'inputs')
+      order by o.name
+    );
+    perform private.skip_failing('select private.mark_files($1)', v_files);
   end if;
   return old;
 end;
@@ -9279,16 +9754,22 @@ after delete on public.entitlements
 for each row execute function private.erase_ledger_of_deleted_user();
 
 -- Erases the generations of a user who is gone, and takes the live ones, whose rows are locked, out
--- of the queue.
+-- of the queue. Their workers stop them at the provider.
 create or replace function private.erase_generations_of_deleted_user()
 returns trigger
 language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_worker_id bigint;
 begin
   delete from private.ready_jobs where user_id = old.user_id;
-  delete from private.running_jobs where user_id = old.user_id;
+  for v_worker_id in
+    delete from private.running_jobs where user_id = old.user_id returning worker_id
+  loop
+    perform pg_notify('darkroom_worker_' || v_worker_id, 'cancel');
+  end loop;
   delete from public.generations where user_id = old.user_id;
   return null;
 end;
@@ -9355,7 +9836,7 @@ begin
     select g.id from public.generations as g
     where g.id = any (p_ids) and g.finished_at is not null
       and (g.deleted_at is not null or not p_only_deleted)
-    order by g.id for update
+    order by g.id for update skip locked
   );
   update public.generations set deleted_at = now()
   where id = any (v_ids) and deleted_at is null;
@@ -9365,6 +9846,7 @@ begin
   from public.images as i
   cross join lateral (values (i.storage_path), (i.preview_path)) as f (path)
   where i.generation_id = any (v_ids) and f.path is not null
+  order by f.path
   on conflict (bucket, path) do nothing;
   get diagnostics v_files = row_count;
   return v_files + private.erase_generations(v_ids);
@@ -9374,18 +9856,20 @@ $$;
 revoke all on function private.expire_generations(uuid[], boolean)
 from public, anon, authenticated, service_role;
 
--- Generations their users deleted, longest ago first.
+-- Generations their users deleted, longest ago first. Those whose files wait to be deleted, and
+-- those that were skipped before, take no places of others.
 create or replace function private.expire_deleted(p_at_most integer)
 returns integer
 language sql
 set search_path = pg_catalog, pg_temp
 as $$
-  select private.expire_generations(array(
+  select private.skip_failing('select private.expire_generations($1, true)', array(
     select g.id from public.generations as g
     where g.deleted_at <= now() - (select s.keep_deleted from private.settings as s)
       and g.finished_at is not null
-    order by g.deleted_at limit p_at_most
-  ), true)
+      and not exists (select from private.expired_files as f where f.generation_id = g.id)
+    order by g.deleted_at limit p_at_most + (select count(*) from private.skipped_rows)
+  ))
 $$;
 
 revoke all on function private.expire_deleted(integer)
@@ -9410,7 +9894,7 @@ begin
   for v_met in
     select * from public.generations where id > v_place::uuid order by id limit p_at_most
   loop
-    exit when v_met.created_at > v_before;
+    exit when v_met.created_at between v_before and now();
     if v_met.finished_at <= v_before and not v_met.is_favorite then
       v_ids := v_ids || v_met.id;
     end if;
@@ -9418,7 +9902,7 @@ begin
     v_place := v_met.id;
   end loop;
   perform private.end_walk('generations', v_place, v_seen < p_at_most);
-  return private.expire_generations(v_ids);
+  return private.skip_failing('select private.expire_generations($1)', v_ids);
 end;
 $$;
 
@@ -9435,28 +9919,33 @@ declare
   v_place text := private.begin_walk('attempts');
   v_met record;
   v_seen integer := 0;
-  v_trimmed integer := 0;
+  v_ids uuid[] := '{}'::uuid[];
 begin
   if v_place is null then
     return 0;
   end if;
   for v_met in
-    select a.generation_id, a.token, a.ended_at, g.created_at, g.finished_at
+    select a.generation_id, a.ended_at, g.created_at, g.finished_at
     from private.attempts as a
     inner join public.generations as g on g.id = a.generation_id
     where a.generation_id > v_place::uuid order by a.generation_id, a.token limit p_at_most
   loop
-    exit when v_met.created_at > v_before;
+    exit when v_met.created_at between v_before and now();
     if v_met.ended_at <= v_before and v_met.finished_at is not null then
-      delete from private.attempts
-      where generation_id = v_met.generation_id and token = v_met.token;
-      v_trimmed := v_trimmed + 1;
+      v_ids := v_ids || v_met.generation_id;
     end if;
     v_seen := v_seen + 1;
     v_place := v_met.generation_id;
   end loop;
   perform private.end_walk('attempts', v_place, v_seen < p_at_most);
-  return v_trimmed;
+  return private.skip_failing(
+    format(
+      'with gone as ('
+      '  delete from private.attempts where generation_id = any ($1) and ended_at <= %L returning 1'
+      ') select count(*) from gone', v_before
+    ),
+    array(select distinct unnest(v_ids))
+  );
 end;
 $$;
 
@@ -9511,7 +10000,23 @@ $$;
 revoke all on function private.compact_ledger(uuid, integer)
 from public, anon, authenticated, service_role;
 
--- The ledgers of the next users, living or gone. Answers how many entries fewer there are.
+-- The ledger of a user, living or gone.
+create or replace function private.trim_ledger_of(p_user_id uuid, p_at_most integer)
+returns integer
+language sql
+set search_path = pg_catalog, pg_temp
+as $$
+  select case
+    when exists (select from public.entitlements as e where e.user_id = p_user_id)
+      then private.compact_ledger(p_user_id, p_at_most)
+    else private.erase_ledger(p_user_id)
+  end
+$$;
+
+revoke all on function private.trim_ledger_of(uuid, integer)
+from public, anon, authenticated, service_role;
+
+-- The ledgers of the next users. Answers how many entries fewer there are.
 create or replace function private.trim_ledger(p_at_most integer)
 returns integer
 language plpgsql
@@ -9520,7 +10025,7 @@ as $$
 declare
   v_place text := private.begin_walk('ledger');
   v_user_id uuid;
-  v_trimmed integer := 0;
+  v_ids uuid[] := '{}'::uuid[];
 begin
   if v_place is null then
     return 0;
@@ -9530,14 +10035,12 @@ begin
     where user_id > v_place::uuid order by user_id limit 1;
     exit when not found;
     v_place := v_user_id;
-    if exists (select from public.entitlements as e where e.user_id = v_user_id) then
-      v_trimmed := v_trimmed + private.compact_ledger(v_user_id, p_at_most);
-    else
-      v_trimmed := v_trimmed + private.erase_ledger(v_user_id);
-    end if;
+    v_ids := v_ids || v_user_id;
   end loop;
   perform private.end_walk('ledger', v_place, v_user_id is null);
-  return v_trimmed;
+  return private.skip_failing(
+    format('select sum(private.trim_ledger_of(u, %s)) from unnest($1) as u', p_at_most), v_ids
+  );
 end;
 $$;
 
@@ -9584,7 +10087,7 @@ declare
   v_place text := private.begin_walk('files');
   v_met record;
   v_seen integer := 0;
-  v_marked integer := 0;
+  v_files text[] := '{}'::text[];
 begin
   if v_place is null or to_regclass('storage.objects') is null then
     return 0;
@@ -9595,16 +10098,13 @@ begin
     where o.name ~>~ v_place order by o.name using ~<~ fetch first p_at_most rows with ties
   loop
     if private.is_orphan(v_met.bucket_id, v_met.name, v_met.changed_at) then
-      insert into private.expired_files (bucket, path, user_id)
-      values (v_met.bucket_id, v_met.name, private.path_id(v_met.name, 1))
-      on conflict (bucket, path) do nothing;
-      v_marked := v_marked + case when found then 1 else 0 end;
+      v_files := v_files || concat(v_met.bucket_id, '/', v_met.name);
     end if;
     v_seen := v_seen + 1;
     v_place := v_met.name;
   end loop;
   perform private.end_walk('files', v_place, v_seen < p_at_most);
-  return v_marked;
+  return private.skip_failing('select private.mark_files($1)', v_files);
 end;
 $$;
 
@@ -9613,19 +10113,30 @@ from public, anon, authenticated, service_role;
 
 create or replace function private.apply_retention(p_at_most integer default 500)
 returns integer
-language sql
+language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '100ms'
 as $$
-  select private.expire_deleted(p_at_most) + private.expire_old(p_at_most)
-    + private.trim_attempts(p_at_most) + private.trim_ledger(p_at_most)
-    + private.expire_orphans(p_at_most)
+declare
+  v_step text;
+  v_done integer := 0;
+begin
+  foreach v_step in array
+    '{expire_deleted,expire_old,trim_attempts,trim_ledger,expire_orphans}'::text[]
+  loop
+    v_done := v_done + private.skip_failing(
+      format('select private.%s(%s)', v_step, p_at_most), array['*']
+    );
+  end loop;
+  return v_done;
+end;
 $$;
 
 comment on function private.apply_retention is
   'Looks at up to p_at_most rows of each kind: marks the files of what has been kept long enough '
   'and erases what has none. Answers how many rows it marked or erased; safe from several places '
-  'at once.';
+  'at once. What cannot be done is passed over: see private.skipped_rows.';
 
 revoke all on function private.apply_retention(integer)
 from public, anon, authenticated, service_role;
@@ -9668,7 +10179,8 @@ from (
   -- Of a user who is gone the oldest entries may be, too.
   inner join public.entitlements as e on c.user_id = e.user_id
 ) as l
-where l.balance_before + l.amount <> l.balance_after
+-- As bigint: a sum that does not fit is wrong, too.
+where l.balance_before::bigint + l.amount <> l.balance_after
 union all
 select
   'place' as rule,
@@ -9965,6 +10477,22 @@ comment on view private.vacuum_holders is
 
 revoke all on table private.vacuum_holders from public, anon, authenticated, service_role;
 
+-- Whether who asks is more than a monitor: may pause what it would read about. A monitor is told no
+-- ids and nobody's words, which may repeat a prompt in any spelling.
+create or replace function private.is_operator()
+returns boolean
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+  select has_function_privilege(
+    coalesce(nullif(current_setting('role', true), 'none'), session_user),
+    'private.pause_model(text, timestamptz, text)', 'execute'
+  )
+$$;
+
+revoke all on function private.is_operator() from public, anon, authenticated, service_role;
+
 -- Notes that a routine ran to its end; pg_cron calls it after the routine.
 create or replace function private.note_run(p_name text)
 returns void
@@ -10122,13 +10650,46 @@ as $$
     'recent_problems', (select count(*) from private.recent_broken_books()),
     'checked_at', max(r.last_run_at),
     'problems', (max(r.result ->> 'problems'))::integer,
-    'examples', coalesce(jsonb_agg(r.result -> 'examples') -> 0, '[]')
+    'examples', coalesce(
+      jsonb_agg(r.result -> 'examples') filter (where private.is_operator()) -> 0, '[]'
+    )
   )
   from private.routines as r
   where r.name = 'check_books' and r.result is not null
 $$;
 
 revoke all on function private.books_health() from public, anon, authenticated, service_role;
+
+-- What routines passed over within a day; who was only locked counts from the third time. And files
+-- that Storage would not delete for a day.
+create or replace function private.skipped_health()
+returns jsonb
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+  select jsonb_build_object(
+    'rows', coalesce(sum(s.rows), 0),
+    'since', min(s.first_at),
+    'steps', coalesce(jsonb_object_agg(s.step, s.rows), '{}')
+  )
+  from (
+    select r.step, count(*) as rows, min(r.first_at) as first_at
+    from private.skipped_rows as r
+    where r.last_at > now() - interval '1 day'
+      and (r.times > 2 or r.code not in ('40P01', '55P03'))
+    group by r.step
+    union all
+    select 'storage', count(*), min(o.marked_at)
+    from (
+      select f.marked_at from private.expired_files as f
+      where f.marked_at < now() - interval '1 day' order by f.marked_at limit 1000
+    ) as o
+    having count(*) > 0
+  ) as s
+$$;
+
+revoke all on function private.skipped_health() from public, anon, authenticated, service_role;
 
 -- Dead deliveries count while their webhook is there: deleting it says that nobody misses them. A
 -- push that found no device any more is nothing to mend.
@@ -10287,6 +10848,14 @@ as $$
       'dead_deliveries', h.dead::numeric, concat(h.dead, ' deliveries to webhooks were given up')
     ),
     (
+      'skipped_rows', (p_health #>> '{skipped,rows}')::numeric,
+      format('%s rows since %s: %s', p_health #>> '{skipped,rows}',
+        p_health #>> '{skipped,since}', (
+          select string_agg(concat(s.key, ' ', s.value), ', ' order by s.key)
+          from jsonb_each_text(p_health #> '{skipped,steps}') as s
+        ))
+    ),
+    (
       'books',
       (h.b ->> 'recent_problems')::numeric + coalesce((h.b ->> 'problems')::numeric, 0),
       format('%s problems among what moved last, %s at the check of %s',
@@ -10360,7 +10929,12 @@ declare
     'rates', private.rates_health(),
     'workers', private.worker_health(),
     'routines', private.routine_health(),
-    'paused', (select coalesce(jsonb_agg(to_jsonb(p)), '[]') from private.paused_now as p),
+    'paused', (
+      select coalesce(jsonb_agg(to_jsonb(p) || case
+        when private.is_operator() then '{}' else '{"pause_reason": null}'::jsonb
+      end), '[]')
+      from private.paused_now as p
+    ),
     'vacuum', (
       select jsonb_build_object(
         'oldest_transactions', coalesce(max(h.age_transactions), 0),
@@ -10369,7 +10943,8 @@ declare
       from private.vacuum_holders as h
     ),
     'outbox', private.outbox_health(),
-    'books', private.books_health()
+    'books', private.books_health(),
+    'skipped', private.skipped_health()
   );
 begin
   v_alerts := private.health_alerts(v_health);
@@ -10384,7 +10959,8 @@ begin
     'paused', v_health -> 'paused',
     'vacuum', v_health -> 'vacuum',
     'outbox', v_health -> 'outbox',
-    'books', v_health -> 'books'
+    'books', v_health -> 'books',
+    'skipped', v_health -> 'skipped'
   );
 end;
 $$;
@@ -10424,7 +11000,8 @@ comment on function public.queue_health is
   'burned_of_15_minutes, burned_by_users}, workers {alive, asleep, listening, slots, slots_used}, '
   'routines {name: {last_run_at, every_seconds, runs_missed}}, paused, vacuum '
   '{oldest_transactions, sees_all_sessions}, outbox {pending, oldest_pending_seconds, dead}, books '
-  '{recent_problems, checked_at, problems, examples}}. Thresholds are rows of private.alert_rules.';
+  '{recent_problems, checked_at, problems, examples}, skipped {rows, since, steps}}. A monitor is '
+  'shown no reasons and no examples. Thresholds are rows of private.alert_rules.';
 
 revoke all on function public.queue_health() from public, anon, authenticated, service_role;
 grant execute on function public.queue_health() to service_role, darkroom_monitor;
@@ -10650,37 +11227,11 @@ from public, anon, authenticated, service_role;
 grant execute on function private.check_setup(text[]) to darkroom_worker;
 -- Measures: what the report (89_report) and exporters of metrics are made of, one table for each.
 --
--- They speak of this moment and of the last hour, never of a user or a prompt. What a provider said
--- is shown without the prompt, should it repeat that. darkroom_monitor may call those an exporter
--- has a use for.
+-- They speak of this moment and of the last hour, in codes and numbers: never of a user or a job,
+-- and never in a provider's words, which may repeat a prompt in any spelling. Those are in views
+-- (83), for the owner. darkroom_monitor may call the measures an exporter has a use for.
 --
 -- They cost what it costs to count the queue and to read the attempts that ended in the window.
-
--- The provider's words without the prompt: also where they were cut in its midst, or where it is
--- within JSON. What is shorter than four characters is no secret, and may be part of any word.
-create or replace function private.without_prompt(p_detail text, p_prompt text)
-returns text
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
-  select case
-    when length(p_prompt) < 4 then p_detail
-    else coalesce(
-      left(r.detail, least(
-        nullif(strpos(r.detail, left(p_prompt, 24)), 0),
-        nullif(strpos(r.detail, left(q.prompt, 24)), 0)
-      ) - 1) || '[prompt]', r.detail
-    )
-  end
-  from (select btrim(to_json(p_prompt)::text, '"') as prompt) as q
-  cross join lateral (
-    select replace(replace(p_detail, p_prompt, '[prompt]'), q.prompt, '[prompt]') as detail
-  ) as r
-$$;
-
-revoke all on function private.without_prompt(text, text)
-from public, anon, authenticated, service_role;
 
 -- How the attempts of each model ended in the window, what completed ones took, what all cost.
 create or replace function private.outcomes_by_model(p_window interval)
@@ -10787,7 +11338,7 @@ grant execute on function private.report_workers() to darkroom_monitor;
 create or replace function private.report_errors(p_window interval default '1 hour')
 returns table (
   model_id text, error_code text, errors bigint, failed bigint, retried bigint,
-  last_at timestamptz, last_detail text
+  last_at timestamptz
 )
 language sql
 stable
@@ -10797,31 +11348,20 @@ set enable_seqscan = off
 set jit = off
 as $$
   select
-    e.model_id, e.error_code, e.errors, e.failed, e.retried, e.last_at,
-    -- No join, which might be made by reading all generations.
-    (
-      select left(private.without_prompt(e.details[1], g.prompt), 300)
-      from public.generations as g where g.id = e.last_id
-    )
-  from (
-    select
-      a.model_id,
-      a.error_code,
-      count(*) as errors,
-      count(*) filter (where a.outcome = 'failed') as failed,
-      count(*) filter (where a.outcome = 'retried') as retried,
-      max(a.ended_at) as last_at,
-      array_agg(a.error_detail order by a.ended_at desc, a.token desc) as details,
-      (array_agg(a.generation_id order by a.ended_at desc, a.token desc))[1] as last_id
-    from private.attempts as a
-    where a.ended_at > now() - p_window and a.error_code is not null
-    group by a.model_id, a.error_code
-  ) as e
-  order by e.errors desc, e.last_at desc
+    a.model_id,
+    a.error_code,
+    count(*) as errors,
+    count(*) filter (where a.outcome = 'failed'),
+    count(*) filter (where a.outcome = 'retried'),
+    max(a.ended_at) as last_at
+  from private.attempts as a
+  where a.ended_at > now() - p_window and a.error_code is not null
+  group by a.model_id, a.error_code
+  order by errors desc, last_at desc
 $$;
 
 comment on function private.report_errors is
-  'Errors of attempts by model and code in the window, and what was said at the last of them.';
+  'Errors of attempts by model and code in the window. What was said: private.recent_failures.';
 
 revoke all on function private.report_errors(interval)
 from public, anon, authenticated, service_role;
@@ -10833,7 +11373,7 @@ create or replace function private.report_recent(
   p_window interval default '1 hour'
 )
 returns table (
-  job_id uuid, model_id text, attempt smallint, worker_id bigint, outcome text, error_code text,
+  model_id text, attempt smallint, worker_id bigint, outcome text, error_code text,
   ended_at timestamptz, waited_seconds numeric, ran_seconds numeric
 )
 language sql
@@ -10843,7 +11383,7 @@ set enable_seqscan = off
 set jit = off
 as $$
   select
-    a.generation_id, a.model_id, a.attempt, a.worker_id, a.outcome, a.error_code, a.ended_at,
+    a.model_id, a.attempt, a.worker_id, a.outcome, a.error_code, a.ended_at,
     -- No join, which might be made by reading all generations.
     (
       select round(extract(epoch from a.started_at - g.created_at), 1)
@@ -10864,7 +11404,7 @@ from public, anon, authenticated, service_role;
 -- The running jobs that began first, which are the ones to worry about.
 create or replace function private.report_running(p_at_most integer default 12)
 returns table (
-  job_id uuid, model_id text, attempt smallint, worker_id bigint, stage text, progress smallint,
+  model_id text, attempt smallint, worker_id bigint, stage text, progress smallint,
   running_seconds numeric, lease_seconds numeric, deadline_seconds numeric
 )
 language sql
@@ -10872,7 +11412,7 @@ stable
 set search_path = pg_catalog, pg_temp
 as $$
   select
-    r.job_id, r.model_id, r.attempt, r.worker_id, r.stage, r.progress,
+    r.model_id, r.attempt, r.worker_id, r.stage, r.progress,
     round(extract(epoch from now() - r.claimed_at), 1),
     round(extract(epoch from r.lease_until - now()), 1),
     round(extract(epoch from r.deadline_at - now()), 1)
@@ -11150,7 +11690,12 @@ to service_role, darkroom_monitor;
 -- Rows and schedules: the only file that writes any. Running it again changes nothing that an
 -- operator has set. What is not installed here is skipped with a notice.
 
+-- How many credits the users get who are there, and those who come, can be said beforehand.
 insert into private.settings default values on conflict do nothing;
+update private.settings
+set welcome_credits = current_setting('darkroom.welcome_credits', true)::integer
+where current_setting('darkroom.welcome_credits', true) <> ''
+  and not exists (select from public.entitlements);
 insert into private.queue_state default values on conflict do nothing;
 
 insert into private.retention_walks (name) values
@@ -11231,7 +11776,8 @@ insert into private.alert_rules (alert, threshold, unit, min_cases, severity, hi
 ),
 (
   'paused', 0, 'pauses', 0, 'warning',
-  'Jobs of what is paused wait. If the provider refused the account, see its billing and key.'
+  'Jobs of what is paused wait. Why: private.paused_now. If the provider refused the account, see '
+  'its billing and key.'
 ),
 (
   'vacuum_held_back', 1000000, 'transactions', 0, 'warning',
@@ -11244,6 +11790,12 @@ insert into private.alert_rules (alert, threshold, unit, min_cases, severity, hi
   'delete_webhook.'
 ),
 (
+  'skipped_rows', 0, 'rows', 0, 'warning',
+  'private.skipped_rows says which, what is wrong with them and since when. Mend the row: it is '
+  'tried again. storage: files of private.expired_files that it does not delete; see the worker''s '
+  'log.'
+),
+(
   'books', 0, 'problems', 0, 'critical',
   'See private.broken_books: the ledger is right, and entitlements have to follow it. Once mended, '
   'select private.check_books() to check anew.'
@@ -11253,8 +11805,13 @@ on conflict do nothing;
 -- Users from before the installation.
 do $$
 begin
-  perform private.create_entitlement(u.id) from auth.users as u
-  where not exists (select from public.entitlements as e where e.user_id = u.id);
+  perform private.skip_failing(
+    'select count(private.create_entitlement(u)) from unnest($1) as u',
+    array(
+      select u.id from auth.users as u
+      where not exists (select from public.entitlements as e where e.user_id = u.id)
+    )
+  );
 end;
 $$;
 
@@ -11262,6 +11819,9 @@ do $$
 begin
   if to_regclass('storage.buckets') is null then
     raise notice 'Darkroom: no storage.buckets here; create the private buckets yourself';
+    return;
+  elsif not has_table_privilege('storage.buckets', 'select, insert') then
+    raise notice 'Darkroom: no right to make buckets; create the private buckets yourself';
     return;
   end if;
   insert into storage.buckets (id, name, public, file_size_limit, allowed_mime_types) values
