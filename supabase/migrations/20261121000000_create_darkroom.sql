@@ -3210,7 +3210,7 @@ begin
   if v_since > now() - interval '15 seconds' then
     return;
   end if;
-  -- One session at a time: a row's lock, for an advisory one could be held by anybody.
+  -- One session at a time: by a row's lock, for one by number could be held by anybody.
   perform from private.queue_state for update skip locked;
   if not found then
     return;
@@ -4301,7 +4301,7 @@ declare
   v_wish record;
   v_redriven integer := 0;
   v_reason text;
-  v_skipped jsonb := '{}';
+  v_skipped jsonb := '{}'::jsonb;
 begin
   perform private.require_writable();
   if not exists (select from private.error_codes where code = p_code) then
