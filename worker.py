@@ -1045,7 +1045,8 @@ class Replicate:
         found: list[str] = []
         for _ in range(MAX_PAGES):
             page = await self._get(url)
-            found += [each["id"] for each in page["results"] if self._is_of(each, job, sent)]
+            ids = [each["id"] for each in page["results"] if self._is_of(each, job, sent)]
+            found += filter(PROVIDER_JOB_ID.fullmatch, map(str, ids))
             if not page.get("next"):
                 return found[::-1]
             url = f"{self.base_url}/predictions?{urlsplit(page['next']).query}"
@@ -1061,8 +1062,7 @@ class Replicate:
         version, given = str(prediction.get("version")), prediction.get("input")
         is_by_name = prediction.get("model") == model and not re.fullmatch("[0-9a-f]{64}", version)
         is_same = version == wanted if wanted else is_by_name
-        is_whole = bool(given) and PROVIDER_JOB_ID.fullmatch(str(prediction.get("id"))) is not None
-        return is_same and is_whole and fingerprint(given) == sent
+        return is_same and bool(given) and fingerprint(given) == sent
 
     async def check(self) -> Finding:
         """Whether the key opens the account; nothing is bought."""

@@ -26,7 +26,7 @@ begin
   if v_since > now() - interval '15 seconds' then
     return;
   end if;
-  -- One session at a time: a row's lock, for an advisory one could be held by anybody.
+  -- One session at a time: by a row's lock, for one by number could be held by anybody.
   perform from private.queue_state for update skip locked;
   if not found then
     return;

@@ -135,6 +135,27 @@ revoke all on function private.list_expired_files(integer)
 from public, anon, authenticated, service_role;
 grant execute on function private.list_expired_files(integer) to darkroom_worker;
 
+-- With a generation goes what hangs on it.
+create or replace function private.erase_parts_of_generation()
+returns trigger
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  delete from public.image_likes where generation_id = old.id;
+  delete from public.images where generation_id = old.id;
+  delete from public.generation_tags where generation_id = old.id;
+  return null;
+end;
+$$;
+
+revoke all on function private.erase_parts_of_generation()
+from public, anon, authenticated, service_role;
+
+create trigger generations_take_their_parts_along
+after delete on public.generations
+for each row execute function private.erase_parts_of_generation();
+
 -- Erases generations none of whose files are left, and batches none of whose generations are.
 create or replace function private.erase_generations(p_ids uuid[])
 returns integer
@@ -416,8 +437,8 @@ create trigger entitlements_erase_ledger
 after delete on public.entitlements
 for each row execute function private.erase_ledger_of_deleted_user();
 
--- Erases the generations of a user who is gone, and takes the live ones, whose rows are locked, out
--- of the queue. Their workers stop them at the provider.
+-- Erases what a user who is gone has here, and takes the live jobs, whose rows are locked, out of
+-- the queue. Their workers stop them at the provider.
 create or replace function private.erase_generations_of_deleted_user()
 returns trigger
 language plpgsql
@@ -434,6 +455,9 @@ begin
     perform pg_notify('darkroom_worker_' || v_worker_id, 'cancel');
   end loop;
   delete from public.generations where user_id = old.user_id;
+  delete from public.batches where user_id = old.user_id;
+  delete from public.image_likes where user_id = old.user_id;
+  delete from public.prompt_templates where user_id = old.user_id;
   return null;
 end;
 $$;

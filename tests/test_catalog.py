@@ -302,6 +302,15 @@ def test_views_are_private_invokers_that_say_what_they_answer(catalog):
     )
 
 
+def test_no_table_users_read_refers_to_another(catalog):
+    """PostgREST would embed one in the other, and that one again: an answer without end."""
+    assert not catalog.execute(
+        "select conname from pg_constraint where contype = 'f'"
+        " and has_any_column_privilege('authenticated', conrelid, 'select')"
+        " and has_any_column_privilege('authenticated', confrelid, 'select')"
+    )
+
+
 def test_every_foreign_key_starts_an_index(catalog):
     assert not catalog.execute(
         "select c.conname from pg_constraint as c where c.contype = 'f'"

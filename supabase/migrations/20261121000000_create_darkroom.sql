@@ -134,6 +134,10 @@ $$;
 
 revoke all on function private.uuid_v7() from public, anon, authenticated, service_role;
 
+-- No foreign keys between tables that users may read, here and in 14: PostgREST lets who reads one
+-- embed the other, and that one in it again, so that a short address makes an answer without end.
+-- What goes with a row, its triggers delete (84).
+
 -- Domains, where a table is written in every request: PostgreSQL reads a check of a table anew in
 -- each statement, which for a list of words takes longer than to write the row.
 create domain public.job_status as text constraint job_status_is_known check (
@@ -282,7 +286,7 @@ execute function private.refuse_change_while_user_exists();
 
 create table public.batches (
   id uuid primary key default private.uuid_v7(),
-  user_id uuid not null references public.entitlements (user_id) on delete cascade,
+  user_id uuid not null,
   request_hash text not null,
   job_count smallint not null,
   idempotency_key text,
@@ -376,7 +380,7 @@ create index generations_reuse_idx
 on public.generations (user_id, md5(provider_input::text)) where input ? 'seed';
 
 create table public.images (
-  generation_id uuid not null references public.generations (id) on delete cascade,
+  generation_id uuid not null,
   position smallint not null,
   user_id uuid not null,
   storage_path text not null,
@@ -966,7 +970,7 @@ comment on column private.settings.breaker_pause is
 create table public.generation_tags (
   user_id uuid not null,
   tag text not null,
-  generation_id uuid not null references public.generations (id) on delete cascade,
+  generation_id uuid not null,
   primary key (user_id, tag, generation_id),
   constraint generation_tags_tag_is_short check (length(tag) between 1 and 50)
 );
@@ -980,11 +984,9 @@ create index generation_tags_generation_id_idx on public.generation_tags (genera
 create table public.image_likes (
   generation_id uuid not null,
   position smallint not null,
-  user_id uuid not null references public.entitlements (user_id) on delete cascade,
+  user_id uuid not null,
   created_at timestamptz not null default now(),
-  primary key (generation_id, position, user_id),
-  constraint image_likes_image_fkey foreign key (generation_id, position)
-  references public.images (generation_id, position) on delete cascade
+  primary key (generation_id, position, user_id)
 );
 
 comment on table public.image_likes is
@@ -995,7 +997,7 @@ create index image_likes_user_id_idx on public.image_likes (user_id);
 create table public.prompt_templates (
   -- Not uuid_v7: the operator's backend inserts here, and has no rights in schema private.
   id uuid primary key default gen_random_uuid(),
-  user_id uuid references public.entitlements (user_id) on delete cascade,
+  user_id uuid,
   title text not null,
   prompt text not null,
   model_id text,
@@ -3210,7 +3212,7 @@ begin
   if v_since > now() - interval '15 seconds' then
     return;
   end if;
-  -- One session at a time: a row's lock, for an advisory one could be held by anybody.
+  -- One session at a time: by a row's lock, for one by number could be held by anybody.
   perform from private.queue_state for update skip locked;
   if not found then
     return;
@@ -4301,7 +4303,7 @@ declare
   v_wish record;
   v_redriven integer := 0;
   v_reason text;
-  v_skipped jsonb := '{}';
+  v_skipped jsonb := '{}'::jsonb;
 begin
   perform private.require_writable();
   if not exists (select from private.error_codes where code = p_code) then
@@ -5261,7 +5263,8 @@ begin
     perform private.refuse_input('is_liked: neither true nor false');
   end if;
   select * into v_image from public.images
-  where generation_id = p_job_id and position = p_position and share_id is not null;
+  where generation_id = p_job_id and position = p_position and share_id is not null
+  for key share;  -- no like outlives its image
   if not found then
     perform private.refuse_unknown_image();
   end if;
@@ -9472,6 +9475,27 @@ revoke all on function private.list_expired_files(integer)
 from public, anon, authenticated, service_role;
 grant execute on function private.list_expired_files(integer) to darkroom_worker;
 
+-- With a generation goes what hangs on it.
+create or replace function private.erase_parts_of_generation()
+returns trigger
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  delete from public.image_likes where generation_id = old.id;
+  delete from public.images where generation_id = old.id;
+  delete from public.generation_tags where generation_id = old.id;
+  return null;
+end;
+$$;
+
+revoke all on function private.erase_parts_of_generation()
+from public, anon, authenticated, service_role;
+
+create trigger generations_take_their_parts_along
+after delete on public.generations
+for each row execute function private.erase_parts_of_generation();
+
 -- Erases generations none of whose files are left, and batches none of whose generations are.
 create or replace function private.erase_generations(p_ids uuid[])
 returns integer
@@ -9753,8 +9777,8 @@ create trigger entitlements_erase_ledger
 after delete on public.entitlements
 for each row execute function private.erase_ledger_of_deleted_user();
 
--- Erases the generations of a user who is gone, and takes the live ones, whose rows are locked, out
--- of the queue. Their workers stop them at the provider.
+-- Erases what a user who is gone has here, and takes the live jobs, whose rows are locked, out of
+-- the queue. Their workers stop them at the provider.
 create or replace function private.erase_generations_of_deleted_user()
 returns trigger
 language plpgsql
@@ -9771,6 +9795,9 @@ begin
     perform pg_notify('darkroom_worker_' || v_worker_id, 'cancel');
   end loop;
   delete from public.generations where user_id = old.user_id;
+  delete from public.batches where user_id = old.user_id;
+  delete from public.image_likes where user_id = old.user_id;
+  delete from public.prompt_templates where user_id = old.user_id;
   return null;
 end;
 $$;
