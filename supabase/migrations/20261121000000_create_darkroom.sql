@@ -600,13 +600,9 @@ create table private.ready_jobs (
   attempt smallint not null default 0,
   run_at timestamptz,
   queued_at timestamptz not null default now(),
-  is_held boolean not null default false,
   provider_job_id text,
   create_started_at timestamptz,
-  input_sha256 bytea,
-  constraint ready_jobs_held_ones_are_never_due check (
-    not is_held or run_at is not distinct from 'infinity'
-  )
+  input_sha256 bytea
 ) with (
   fillfactor = 70, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500,
   autovacuum_vacuum_insert_threshold = -1, autovacuum_analyze_scale_factor = 0.1,
@@ -620,8 +616,6 @@ comment on column private.ready_jobs.fair_key is
 comment on column private.ready_jobs.attempt is 'Attempts used so far.';
 comment on column private.ready_jobs.run_at is 'Not before this time (backoff); null: now.';
 comment on column private.ready_jobs.queued_at is 'Since when it may be claimed.';
-comment on column private.ready_jobs.is_held is
-  'Waits for its model or provider, which is paused; keeps its fair_key.';
 comment on column private.ready_jobs.provider_job_id is
   'The provider''s job an earlier attempt began: resume it.';
 
@@ -636,8 +630,9 @@ create index ready_jobs_claim_idx on private.ready_jobs (fair_key, seq) where ru
 create index ready_jobs_run_at_idx on private.ready_jobs (run_at) where run_at is not null;
 -- A user's live jobs are counted, not kept count of: see live_jobs (30).
 create index ready_jobs_user_id_idx on private.ready_jobs (user_id);
--- Held jobs come back in their old order, model by model.
-create index ready_jobs_held_idx on private.ready_jobs (model_id, fair_key, seq) where is_held;
+-- Claims read it instead of the first while some model is paused.
+create index ready_jobs_model_idx on private.ready_jobs (model_id, fair_key, seq)
+where run_at is null;
 
 create table private.queue_state (
   id boolean primary key default true,
@@ -824,7 +819,9 @@ create table private.breakers (
   paused_until timestamptz,
   pause_reason text,
   probe_job_id uuid,
-  has_held boolean not null default false
+  resumed_at timestamptz,
+  doubted_users uuid[] not null default '{}',
+  doubted_at timestamptz
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 50);
 
 comment on table private.breakers is
@@ -832,7 +829,8 @@ comment on table private.breakers is
 comment on column private.breakers.name is 'Id of a model or name of a provider.';
 comment on column private.breakers.failures is 'Failures in a row since failing_since.';
 comment on column private.breakers.failed_users is
-  'Different users among the failures, as many as settings.breaker_users asks for.';
+  'Different users among the failures. While it is paused their jobs wait and others are tried; '
+  'where there are none, everybody''s wait.';
 comment on column private.breakers.times_opened is
   'Pauses in a row by failures or a refused account: the next is longer. 0: none, or an operator''s'
   ' pause, which ends without a probe.';
@@ -840,8 +838,10 @@ comment on column private.breakers.paused_until is
   'null: closed. In the future: open, no job is claimed. Past: half-open, one job is tried.';
 comment on column private.breakers.probe_job_id is
   'The job that is tried, as long as it is in running_jobs.';
-comment on column private.breakers.has_held is
-  'Some ready jobs of the model may be held: claims bring them back once they may run.';
+comment on column private.breakers.resumed_at is 'When its last pause ended.';
+comment on column private.breakers.doubted_users is
+  'Users who failed where others then succeeded: for breaker_pause_cap from doubted_at their '
+  'failures count for nobody else.';
 
 create table private.plans (
   name text primary key,
@@ -900,7 +900,7 @@ create table private.settings (
   broadcasts boolean not null default true,
   breaker_failures smallint not null default 5,
   breaker_provider_failures smallint not null default 15,
-  breaker_users smallint not null default 2,
+  breaker_users smallint not null default 3,
   breaker_window interval not null default '5 minutes',
   breaker_pause interval not null default '30 seconds',
   breaker_pause_cap interval not null default '15 minutes',
@@ -952,8 +952,7 @@ comment on column private.settings.breaker_failures is
 comment on column private.settings.breaker_provider_failures is
   'The same for a provider. A model that is paused adds none, so several must fail.';
 comment on column private.settings.breaker_users is
-  'From how many users the failures must come: with 2 no single user''s input pauses a model for '
-  'all.';
+  'From how many users the failures must come, for no few users'' input pauses a model for all.';
 comment on column private.settings.breaker_window is 'Failures in a row count for this long.';
 comment on column private.settings.breaker_pause is
   'Pause n in a row lasts breaker_pause * 2^(n-1), at most breaker_pause_cap.';
@@ -1901,8 +1900,12 @@ $$;
 revoke all on function private.require_generation(uuid, uuid)
 from public, anon, authenticated, service_role;
 
--- Until when the model is paused, itself or with its provider; null unless it is.
-create or replace function private.paused_until(p_model public.models)
+-- Until when the model is paused for this user, itself or with its provider; null unless it is. A
+-- pause that failures began is one for those who failed.
+--
+-- Who keeps failing where others do not, as the breakers (71) noticed, is let wait like a model:
+-- for the window in which so many failures would pause one.
+create or replace function private.paused_until(p_model public.models, p_user_id uuid)
 returns timestamptz
 language plpgsql
 stable
@@ -1910,15 +1913,49 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_until timestamptz;
+  v_is_suspected boolean;
 begin
-  select max(b.paused_until) into v_until from private.breakers as b
-  where b.name in (p_model.id, p_model.provider) and b.paused_until > now();
+  select
+    max(b.paused_until) filter (
+      where b.paused_until > now() and (b.failed_users = '{}' or p_user_id = any (b.failed_users))
+    ),
+    bool_or(p_user_id = any (b.failed_users || b.doubted_users))
+  into v_until, v_is_suspected
+  from private.breakers as b where b.name in (p_model.id, p_model.provider);
+  if v_is_suspected then
+    v_until := greatest(v_until, (
+      select recent.finished_at + s.breaker_window
+      from private.settings as s
+      cross join lateral (
+        select g.finished_at from (
+          select * from public.generations where user_id = p_user_id order by id desc limit 100
+        ) as g
+        inner join private.error_codes as e on e.code = g.error_code and e.trips_breaker
+        where g.model_id = p_model.id and g.finished_at > now() - s.breaker_window
+        order by g.finished_at desc offset s.breaker_failures - 1 limit 1
+      ) as recent
+    ));
+  end if;
   return v_until;
 end;
 $$;
 
-revoke all on function private.paused_until(public.models)
+revoke all on function private.paused_until(public.models, uuid)
 from public, anon, authenticated, service_role;
+
+create view private.paused_models with (security_invoker = true) as
+select
+  m.id,
+  b.paused_until,
+  b.resumed_at
+from private.breakers as b
+inner join public.models as m on b.name in (m.id, m.provider)
+where b.paused_until is not null or b.resumed_at is not null;
+
+comment on view private.paused_models is
+  'Models that are or were paused, themselves or with their provider.';
+
+revoke all on private.paused_models from public, anon, authenticated, service_role;
 
 -- The model that an alias stands for with this user; null if there is no such alias.
 --
@@ -1940,7 +1977,7 @@ as $$
   where a.id = p_alias_id and a.weight > 0 and m.is_active
     and (p_plan = 'paid' or not m.requires_paid)
   order by
-    private.paused_until(m) is not null,
+    private.paused_until(m, p_user_id) is not null,
     -ln((drawn.n + 1) / 281474976710657.0) / a.weight
   limit 1
 $$;
@@ -1995,8 +2032,11 @@ begin
       detail = format('%s is for paid users', v_model.id),
       hint = 'Choose another model or a paid plan.';
   end if;
-  if exists (select from private.breakers as b where b.paused_until > now()) then
-    v_paused_until := private.paused_until(v_model);
+  if exists (
+    select from private.breakers as b
+    where b.paused_until > now() or p_user_id = any (b.failed_users || b.doubted_users)
+  ) then
+    v_paused_until := private.paused_until(v_model, p_user_id);
     if v_paused_until is not null then
       perform private.refuse_paused(v_model.id, v_paused_until);
     end if;
@@ -2066,12 +2106,18 @@ set search_path = pg_catalog, pg_temp
 as $$
   select exists (
     select from (
-      select r.user_id, r.queued_at from private.ready_jobs as r
+      select r.user_id, r.model_id, r.queued_at from private.ready_jobs as r
       where r.run_at is null and r.fair_key >= (select f.fair_key from private.queue_floor as f)
       order by r.fair_key, r.seq limit 1000
     ) as next
     where next.queued_at < now() - p_interval
       and next.user_id not in (select r.user_id from private.running_jobs as r)
+      -- Nor does it wait for us while its model is paused.
+      and not exists (
+        select from private.paused_models as p
+        where p.id = next.model_id
+          and (p.paused_until is not null or p.resumed_at > now() - p_interval)
+      )
   )
 $$;
 
@@ -3433,7 +3479,7 @@ begin
   end if;
   return greatest(
     p_seconds / (1 - v_share),
-    case when not p_job.is_held then date_part('epoch', p_job.run_at - now()) end,
+    date_part('epoch', p_job.run_at - now()),
     date_part('epoch', v_paused_until - now())
   );
 end;
@@ -3509,6 +3555,9 @@ begin
     left join private.model_stats as s on s.model_id = r.model_id
     where r.run_at is null and r.fair_key >= (select f.fair_key from private.queue_floor as f)
       and (r.fair_key, r.seq) < (v_queued[1].fair_key, v_queued[1].seq)
+      and not r.model_id = any (array(
+        select p.id from private.paused_models as p where p.paused_until is not null
+      ))
     order by r.fair_key, r.seq limit p_at_most
   ) as q;
   if cardinality(v_keys) < p_at_most or cardinality(v_queued) > 1 then
@@ -4670,7 +4719,7 @@ as $$
     'price_credits', m.price_credits,
     'paid_price_credits', m.paid_price_credits,
     'requires_paid', m.requires_paid,
-    'paused_until', private.paused_until(m),
+    'paused_until', private.paused_until(m, auth.uid()),
     'max_images', m.max_images,
     'inputs', (
       select coalesce(json_object_agg(p.key, p.value order by p.key), '{}')
@@ -6047,17 +6096,37 @@ to darkroom_worker;
 -- Breakers: a model or a provider that keeps failing is left alone for a while.
 --
 -- A breaker is a row named like a model or a provider; where there is none, all is well. Closed:
--- failures in a row are counted, and a success between starts anew. Enough of them open it: its
--- jobs are not claimed (72) and new ones are refused (30), for longer each time. When that is over
--- it is half-open: one job is let through as a probe. Its success closes the breaker, its failure
--- opens it again. A probe that ends in any other way, or dies, leaves its place to the next, since
--- it counts only as long as it is in running_jobs. Jobs that wait lose neither attempts nor place.
+-- failures in a row are counted, and a success between starts anew. Enough of them, from enough
+-- users, open it. Nobody can tell yet who is to blame: the model, or the input of these users. So
+-- for a pause, longer each time, only their jobs are not claimed (72) and refused (30). The jobs of
+-- others are tried, one at a time: a failure makes its user one of them, a success closes the
+-- breaker. Whoever failed where another then succeeded is doubted for a while: their failures
+-- count no more. When a pause is over it is half-open: one job is tried, of a user who has not
+-- failed if there is one, and its failure opens the breaker again.
 --
--- An operator opens and closes a breaker with pause_model and resume_model. A pause of theirs just
--- ends when it is over.
+-- What is tried is the probe. One that ends without an answer, dies, or takes longer than the pause
+-- leaves its place to the next. Jobs that wait lose neither attempts nor place.
+--
+-- A provider whose account is refused is paused for everybody (pause_provider). An operator opens
+-- and closes a breaker with pause_model and resume_model; a pause of theirs is for everybody, and
+-- just ends when it is over.
 --
 -- Lock order: a breaker comes after all other rows, and a provider's before its models'. A job that
 -- ends without anything to count or to reset takes no lock here.
+
+-- How long the n-th pause in a row lasts.
+create or replace function private.pause_length(p_times integer)
+returns interval
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+  select least(s.breaker_pause_cap, s.breaker_pause * power(2, least(p_times - 1, 20)))
+  from private.settings as s
+$$;
+
+revoke all on function private.pause_length(integer)
+from public, anon, authenticated, service_role;
 
 create or replace function private.breaker_state(p_breaker private.breakers)
 returns text
@@ -6066,11 +6135,15 @@ stable
 set search_path = pg_catalog, pg_temp
 as $$
   select case
-    when p_breaker.paused_until > now() then 'open'
-    when p_breaker.paused_until is null or p_breaker.times_opened = 0 then 'closed'
+    when p_breaker.paused_until is null then 'closed'
+    when p_breaker.times_opened = 0
+      then case when p_breaker.paused_until > now() then 'open' else 'closed' end
     when exists (
-      select from private.running_jobs as r where r.job_id = p_breaker.probe_job_id
+      select from private.running_jobs as r
+      where r.job_id = p_breaker.probe_job_id
+        and r.claimed_at > now() - private.pause_length(p_breaker.times_opened)
     ) then 'probing'
+    when p_breaker.paused_until > now() then 'open'
     else 'half-open'
   end
 $$;
@@ -6087,7 +6160,7 @@ as $$
   select json_build_object(
     'name', p_breaker.name,
     'state', b.state,
-    'paused_until', case when b.state = 'open' then p_breaker.paused_until end,
+    'paused_until', case when p_breaker.paused_until > now() then p_breaker.paused_until end,
     'reason', case when b.state <> 'closed' then p_breaker.pause_reason end,
     'failures', p_breaker.failures,
     'times_opened', p_breaker.times_opened
@@ -6098,20 +6171,41 @@ $$;
 revoke all on function private.breaker_json(private.breakers)
 from public, anon, authenticated, service_role;
 
--- The models no job of which may be claimed now, each with a breaker that blocks it.
-create or replace function private.blocked_models()
-returns jsonb
+-- Whether a job may be claimed in spite of the breaker: as its probe, unless it is closed. From a
+-- hundred users on who have failed it is no few users' input: nobody is tried during a pause.
+create or replace function private.admits(p_breaker private.breakers, p_user_id uuid)
+returns boolean
 language sql
 stable
 set search_path = pg_catalog, pg_temp
 as $$
-  select coalesce(jsonb_object_agg(m.id, b.name), '{}')
-  from private.breakers as b
-  inner join public.models as m on b.name in (m.id, m.provider)
-  where b.paused_until is not null and private.breaker_state(b) in ('open', 'probing')
+  select case private.breaker_state(p_breaker)
+    when 'open' then cardinality(p_breaker.failed_users) between 1 and 99
+      and not p_user_id = any (p_breaker.failed_users)
+    when 'probing' then false
+    else true
+  end
 $$;
 
-revoke all on function private.blocked_models() from public, anon, authenticated, service_role;
+revoke all on function private.admits(private.breakers, uuid)
+from public, anon, authenticated, service_role;
+
+create or replace function private.is_doubted(p_breaker private.breakers, p_user_id uuid)
+returns boolean
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+  select coalesce(
+    p_user_id = any (p_breaker.doubted_users)
+      and p_breaker.doubted_at > now() - s.breaker_pause_cap,
+    false
+  )
+  from private.settings as s
+$$;
+
+revoke all on function private.is_doubted(private.breakers, uuid)
+from public, anon, authenticated, service_role;
 
 -- Closes breakers whose operator's pause is over.
 create or replace function private.end_pauses()
@@ -6119,7 +6213,7 @@ returns void
 language sql
 set search_path = pg_catalog, pg_temp
 as $$
-  update private.breakers set paused_until = null, pause_reason = null
+  update private.breakers set paused_until = null, pause_reason = null, resumed_at = now()
   where name = any (array(
     select b.name from private.breakers as b
     where b.paused_until <= now() and b.times_opened = 0 for update skip locked
@@ -6128,22 +6222,21 @@ $$;
 
 revoke all on function private.end_pauses() from public, anon, authenticated, service_role;
 
--- Lets this job be the probe of a half-open breaker, unless there is one. Answers whether it is.
+-- Lets this job be the probe of a breaker, if it may. Answers whether it is.
 create or replace function private.begin_probe(p_name text, p_seq bigint)
 returns boolean
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform from private.breakers
-  where name = p_name and paused_until <= now() and times_opened > 0 for update skip locked;
+  perform from private.breakers where name = p_name and times_opened > 0 for update skip locked;
   if not found then
     return false;
   end if;
   -- A new look, now that nobody else can begin one.
   update private.breakers as b set probe_job_id = r.job_id
   from private.ready_jobs as r
-  where b.name = p_name and r.seq = p_seq and private.breaker_state(b) = 'half-open';
+  where b.name = p_name and r.seq = p_seq and private.admits(b, r.user_id);
   return found;
 end;
 $$;
@@ -6151,30 +6244,8 @@ $$;
 revoke all on function private.begin_probe(text, bigint)
 from public, anon, authenticated, service_role;
 
--- Opens a breaker, for twice as long as the last time in a row.
-create or replace function private.open_breaker(p_name text, p_reason text)
-returns void
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  update private.breakers as b set
-    failures = 0,
-    failing_since = null,
-    failed_users = '{}',
-    times_opened = least(b.times_opened + 1, 1000),
-    paused_until = now()
-      + least(s.breaker_pause_cap, s.breaker_pause * power(2, least(b.times_opened, 20))),
-    pause_reason = p_reason,
-    probe_job_id = null
-  from private.settings as s
-  where b.name = p_name
-$$;
-
-revoke all on function private.open_breaker(text, text)
-from public, anon, authenticated, service_role;
-
 -- Counts one failure against a breaker, which the caller has locked, and opens it if that was
--- enough. While it is open only its probe counts: what else fails then began before.
+-- enough, or if its probe failed after the pause.
 create or replace function private.count_failure(
   p_name text,
   p_job private.running_jobs,
@@ -6188,31 +6259,46 @@ as $$
 declare
   v_breaker private.breakers := (select b from private.breakers as b where b.name = p_name);
   v_settings private.settings := (select s from private.settings as s);
+  v_is_closed boolean := private.breaker_state(v_breaker) = 'closed';
+  v_opens boolean;
 begin
-  if v_breaker.probe_job_id = p_job.job_id then
-    perform private.open_breaker(p_name, format('the probe failed: %s', p_code));
-  elsif private.breaker_state(v_breaker) = 'closed' then
-    if v_breaker.failing_since > now() - v_settings.breaker_window then
-      v_breaker.failures := v_breaker.failures + 1;
-    else
-      v_breaker.failures := 1;
-      v_breaker.failing_since := now();
-      v_breaker.failed_users := '{}';
-    end if;
-    if cardinality(v_breaker.failed_users) < v_settings.breaker_users
-      and not p_job.user_id = any (v_breaker.failed_users) then
-      v_breaker.failed_users := v_breaker.failed_users || p_job.user_id;
-    end if;
-    update private.breakers set
-      failures = v_breaker.failures, failing_since = v_breaker.failing_since,
-      failed_users = v_breaker.failed_users
-    where name = p_name;
-    if v_breaker.failures >= p_threshold
-      and cardinality(v_breaker.failed_users) >= v_settings.breaker_users then
-      perform private.open_breaker(
-        p_name, format('%s failures in a row, the last: %s', v_breaker.failures, p_code)
-      );
-    end if;
+  -- Neither who is doubted counts, nor what fails while an operator's pause lasts.
+  if (v_is_closed and private.is_doubted(v_breaker, p_job.user_id))
+    or (not v_is_closed and v_breaker.times_opened = 0) then
+    return;
+  end if;
+  if v_is_closed and v_breaker.failing_since > now() - v_settings.breaker_window is not true then
+    v_breaker.failures := 0;
+    v_breaker.failing_since := now();
+    v_breaker.failed_users := '{}';
+  end if;
+  -- Where everybody waits, nobody in particular does.
+  if cardinality(v_breaker.failed_users) between (not v_is_closed)::integer and 99
+    and not p_job.user_id = any (v_breaker.failed_users) then
+    v_breaker.failed_users := v_breaker.failed_users || p_job.user_id;
+  end if;
+  if v_is_closed then
+    v_breaker.failures := v_breaker.failures + 1;
+    v_opens := v_breaker.failures >= p_threshold
+      and cardinality(v_breaker.failed_users) >= v_settings.breaker_users;
+  else
+    v_opens := v_breaker.probe_job_id = p_job.job_id and v_breaker.paused_until <= now();
+  end if;
+  update private.breakers as b set
+    failures = case when v_opens then 0 else v_breaker.failures end,
+    failing_since = v_breaker.failing_since,
+    failed_users = v_breaker.failed_users
+  where b.name = p_name;
+  if v_opens then
+    update private.breakers as b set
+      times_opened = least(b.times_opened + 1, 1000),
+      paused_until = now() + private.pause_length(b.times_opened + 1),
+      pause_reason = case
+        when v_is_closed
+          then format('%s failures in a row, the last: %s', v_breaker.failures, p_code)
+        else format('the probe failed: %s', p_code)
+      end
+    where b.name = p_name;
   end if;
 end;
 $$;
@@ -6254,8 +6340,8 @@ $$;
 revoke all on function private.note_failure(private.running_jobs, text)
 from public, anon, authenticated, service_role;
 
--- Jobs ended well: failures of their models are forgotten, and what one was the probe of is closed.
--- The caller knows that there is something to forget.
+-- Jobs ended well: failures of their models are forgotten, and what is paused though one began
+-- after the failures is closed. The caller knows that there is something to forget.
 --
 -- Locks: the breakers of the providers and the models.
 create or replace function private.note_successes(p_jobs private.running_jobs[])
@@ -6265,20 +6351,36 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job record;
+  v_is_resumed boolean;
 begin
   for v_job in
-    select j.job_id, names.name
+    select j.job_id, j.user_id, j.claimed_at, names.name
     from unnest(p_jobs) as j
     left join public.models as m on m.id = j.model_id
     cross join lateral (values (1, m.provider), (2, j.model_id)) as names (place, name)
     order by m.provider, names.place, j.model_id
   loop
-    update private.breakers set failures = 0, failing_since = null, failed_users = '{}'
-    where name = v_job.name and failures > 0;
-    update private.breakers set
-      times_opened = 0, paused_until = null, pause_reason = null, probe_job_id = null
-    where name = v_job.name and probe_job_id = v_job.job_id;
-    if found then
+    -- After the pause it may well have been the model: nobody is doubted.
+    update private.breakers as b set
+      doubted_users = (array_remove(
+        b.failed_users
+        || case when b.doubted_at > now() - s.breaker_pause_cap then b.doubted_users end,
+        v_job.user_id
+      ))[:200],
+      doubted_at = now()
+    from private.settings as s
+    where b.name = v_job.name and b.failed_users <> '{}'
+      and (b.times_opened = 0 or b.paused_until > now() and v_job.claimed_at > b.failing_since);
+    update private.breakers as b set
+      failures = 0, failing_since = null, failed_users = '{}', times_opened = 0,
+      paused_until = null, pause_reason = null, probe_job_id = null,
+      resumed_at = case when b.times_opened > 0 then now() else b.resumed_at end
+    where b.name = v_job.name and case b.times_opened
+      when 0 then b.failures > 0
+      else v_job.claimed_at > b.failing_since or v_job.job_id = b.probe_job_id
+    end
+    returning b.resumed_at = now() into v_is_resumed;
+    if v_is_resumed then
       perform private.wake_workers();
     end if;
   end loop;
@@ -6288,34 +6390,54 @@ $$;
 revoke all on function private.note_successes(private.running_jobs[])
 from public, anon, authenticated, service_role;
 
+-- An operator's pause stays what it is, and a user who is doubted begins none.
 create or replace function private.pause_provider(
   p_provider text,
   p_seconds integer,
-  p_reason text
+  p_reason text,
+  p_user_id uuid default null
 )
-returns void
+returns boolean
 language sql
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
-  insert into private.breakers as b (name, paused_until, pause_reason, times_opened)
+  insert into private.breakers as b (
+    name, paused_until, pause_reason, times_opened, failing_since, failed_users
+  )
   select
-    p_provider, now() + least(p_seconds, 3600) * interval '1 second', left(p_reason, 500), 1
+    p_provider, now() + least(p_seconds, 3600) * interval '1 second', left(p_reason, 500), 1,
+    now(), array_remove(array[p_user_id], null)
   where exists (select from public.models as m where m.provider = p_provider)
   on conflict (name) do update set
     paused_until = greatest(b.paused_until, excluded.paused_until),
     pause_reason = excluded.pause_reason,
     times_opened = greatest(b.times_opened, 1),
+    failing_since = case when b.times_opened = 0 then now() else b.failing_since end,
+    failed_users = case
+      when b.times_opened = 0 then excluded.failed_users
+      when p_user_id is null or b.failed_users = '{}' then '{}'
+      when p_user_id = any (b.failed_users) then b.failed_users
+      else b.failed_users || p_user_id
+    end,
     probe_job_id = null
+  where (b.times_opened > 0 or b.paused_until > now() is not true)
+    and (b.times_opened > 0 or not private.is_doubted(b, p_user_id));
+  select exists (
+    select from private.breakers as b where b.name = p_provider and b.paused_until > now()
+  )
 $$;
 
 comment on function private.pause_provider is
   'Keeps the jobs of a provider from being claimed for a while: the account was refused, and no '
-  'job is to blame. Nothing fails and nobody is charged for it.';
+  'job is to blame. Nothing fails and nobody is charged for it. With a user, where it is not sure '
+  'that others would be refused, too: theirs wait, others'' are tried one by one. Answers whether '
+  'it is paused now; not where others were served lately though this user failed: then the job is '
+  'to blame.';
 
-revoke all on function private.pause_provider(text, integer, text)
+revoke all on function private.pause_provider(text, integer, text, uuid)
 from public, anon, authenticated, service_role;
-grant execute on function private.pause_provider(text, integer, text) to darkroom_worker;
+grant execute on function private.pause_provider(text, integer, text, uuid) to darkroom_worker;
 
 -- Raises PT404 not_found unless it is a model or a provider of one.
 create or replace function private.require_breaker_name(p_name text)
@@ -6408,10 +6530,11 @@ declare
 begin
   perform private.require_writable();
   perform private.require_breaker_name(p_model);
-  insert into private.breakers (name) values (p_model)
+  insert into private.breakers as b (name) values (p_model)
   on conflict (name) do update set
     failures = 0, failing_since = null, failed_users = '{}', times_opened = 0, probe_job_id = null,
-    paused_until = null, pause_reason = null
+    paused_until = null, pause_reason = null,
+    resumed_at = case when b.paused_until is null then b.resumed_at else now() end
   returning * into v_breaker;
   perform private.wake_workers();
   return private.breaker_json(v_breaker);
@@ -6440,11 +6563,9 @@ grant execute on function public.resume_model(text) to service_role;
 -- claim_jobs makes delayed jobs claimable that have come due, locks the jobs with the smallest
 -- fair_key that nobody else is claiming (skip locked), and moves them in one statement.
 --
--- While a breaker (71) is open, its jobs are passed over. What was passed over is held: taken out
--- of the claim's index, a chunk at each claim, so that a pile of such jobs is passed once and not
--- at every claim. Held jobs keep their fair_key. Once they may run, each claim first lets as many
--- come back of each model as it may take itself, smallest key first: so what it takes is what it
--- would have taken from the whole pile. No claim waits for a lock.
+-- While a breaker (71) is open, what it keeps back waits in place, and claims read an index by
+-- model instead of the one in fair order: a pile of jobs that wait is never walked. No claim waits
+-- for a lock.
 
 -- While a long transaction holds back vacuum, a scan of the queue's tables walks the dead rows of
 -- all jobs since. So whoever made one that took long puts the next off for everybody, and looks
@@ -6567,15 +6688,10 @@ $$;
 revoke all on function private.schedule_scan(bigint, timestamptz)
 from public, anon, authenticated, service_role;
 
--- Locks the next jobs in fair order, but none of a blocked model, and answers their seq.
+-- Locks the next jobs in fair order and answers their seq.
 --
--- A generic plan walks the index. One made for these models would sort the whole table where
--- statistics say that most of it is theirs.
-create or replace function private.lock_next_jobs(
-  p_at_most integer,
-  p_from bigint,
-  p_blocked jsonb default '{}'
-)
+-- A generic plan walks the index, whatever statistics say.
+create or replace function private.lock_next_jobs(p_at_most integer, p_from bigint)
 returns bigint[]
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -6585,7 +6701,7 @@ declare
   v_began timestamptz := clock_timestamp();
   v_seqs bigint[] := array(
     select r.seq from private.ready_jobs as r
-    where r.run_at is null and not p_blocked ? r.model_id
+    where r.run_at is null
       and r.fair_key >= coalesce(p_from, (select c.last_value from private.virtual_clock as c))
     order by r.fair_key, r.seq limit p_at_most for update skip locked
   );
@@ -6597,150 +6713,135 @@ begin
 end;
 $$;
 
-revoke all on function private.lock_next_jobs(integer, bigint, jsonb)
+revoke all on function private.lock_next_jobs(integer, bigint)
 from public, anon, authenticated, service_role;
 
--- Of these blocked models, those whose jobs may be held now. Until this commits, neither can the
--- breaker that blocks them close, nor can they be found free of held jobs: no job is held for ever.
-create or replace function private.lock_models_to_hold(p_blocked jsonb, p_model_ids text[])
-returns text[]
-language plpgsql
+-- What keeps jobs of a model back: whether nothing does; whether all wait; whether the pause is
+-- over; and who failed, at model or provider, and at the provider.
+create or replace function private.gate_of(
+  p_model_id text,
+  p_provider text,
+  out is_open boolean,
+  out is_shut boolean,
+  out is_over boolean,
+  out failed_users uuid[],
+  out failed_at_provider uuid[]
+)
+language sql
+stable
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_models text[];
-  v_blockers text[];
-begin
-  insert into private.breakers (name) select distinct m.id from unnest(p_model_ids) as m (id)
-  order by m.id on conflict do nothing;
-  v_models := array(
-    select b.name from private.breakers as b
-    where b.name = any (p_model_ids) for update skip locked
-  );
-  v_blockers := array(
-    select b.name from private.breakers as b
-    where b.name = any (array(select p_blocked ->> m.id from unnest(v_models) as m (id)))
-      and b.paused_until is not null
-    for share skip locked
-  );
-  update private.breakers set has_held = true
-  where name = any (v_models) and not has_held and p_blocked ->> name = any (v_blockers);
-  return array(
-    select m.id from unnest(v_models) as m (id) where p_blocked ->> m.id = any (v_blockers)
-  );
-end;
+  select
+    count(*) = 0,
+    coalesce(bool_or(private.admits(b, null) is false), false),
+    bool_and(private.admits(b, null) is true),
+    array(
+      select unnest(f.failed_users) from private.breakers as f
+      where f.name in (p_model_id, p_provider) and f.times_opened > 0
+    ),
+    array(
+      select unnest(f.failed_users) from private.breakers as f
+      where f.name = p_provider and f.times_opened > 0
+    )
+  from private.breakers as b
+  where b.name in (p_model_id, p_provider) and private.breaker_state(b) <> 'closed'
 $$;
 
-revoke all on function private.lock_models_to_hold(jsonb, text[])
+revoke all on function private.gate_of(text, text)
 from public, anon, authenticated, service_role;
 
--- Holds jobs of blocked models that a scan passed over before it found its last; null: to the end.
-create or replace function private.hold_passed_jobs(p_blocked jsonb, p_from bigint, p_last bigint)
-returns void
+-- The same while something is paused: of each model that is not, the next; of one that can be
+-- tried, one job of a user who has not failed; after the pause, where there is no such job, one of
+-- a user who has. A range of models, though of one: else the index in fair order might be walked.
+create or replace function private.lock_next_admitted_jobs(p_at_most integer, p_from bigint)
+returns bigint[]
 language plpgsql
 set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 as $$
-declare
-  v_chunk constant integer := 2000;
-  v_last private.ready_jobs;
-  v_key bigint := 9223372036854775807;
-  v_seqs bigint[];
-  v_models text[];
 begin
-  select * into v_last from private.ready_jobs where seq = p_last;
-  v_key := coalesce(v_last.fair_key, v_key);
-  v_seqs := array(
+  return array(
     select r.seq from private.ready_jobs as r
-    where r.run_at is null and r.fair_key between p_from and v_key and p_blocked ? r.model_id
-    order by r.fair_key, r.seq limit v_chunk for update skip locked
+    where r.run_at is null and r.seq = any (array(
+      -- From model to model through the index.
+      with recursive waiting as (
+        (
+          select r.model_id from private.ready_jobs as r
+          where r.run_at is null order by r.model_id limit 1
+        )
+        union all
+        select (
+          select r.model_id from private.ready_jobs as r
+          where r.run_at is null and r.model_id > w.model_id order by r.model_id limit 1
+        )
+        from waiting as w where w.model_id is not null
+      )
+      select c.seq from (
+        select
+          next.seq,
+          next.has_failed,
+          bool_and(next.has_failed) over (partition by w.model_id) as all_of_model,
+          next.failed_at_provider,
+          bool_and(next.failed_at_provider) over (partition by m.provider) as all_of_provider
+        from waiting as w
+        left join public.models as m on m.id = w.model_id
+        cross join lateral private.gate_of(w.model_id, m.provider) as gate
+        cross join lateral (
+          (
+            select r.seq, false as has_failed, false as failed_at_provider
+            from private.ready_jobs as r
+            where r.run_at is null and r.model_id between w.model_id and w.model_id
+              and r.fair_key >= p_from and not r.user_id = any (gate.failed_users)
+            order by r.model_id, r.fair_key, r.seq
+            limit case when gate.is_open then p_at_most else 1 end
+          )
+          union all
+          (
+            select
+              r.seq, r.user_id = any (gate.failed_users), r.user_id = any (gate.failed_at_provider)
+            from private.ready_jobs as r
+            where r.run_at is null and r.model_id between w.model_id and w.model_id
+              and r.fair_key >= p_from and gate.is_over
+            order by r.model_id, r.fair_key, r.seq limit 1
+          )
+        ) as next
+        where w.model_id is not null and not gate.is_shut
+      ) as c
+      where (c.all_of_model or not c.has_failed) and (c.all_of_provider or not c.failed_at_provider)
+    ))
+    order by r.fair_key, r.seq limit p_at_most for update skip locked
   );
-  if v_seqs <> '{}' then
-    v_models := private.lock_models_to_hold(p_blocked, array(
-      select distinct r.model_id from private.ready_jobs as r where r.seq = any (v_seqs)
-    ));
-    update private.ready_jobs set is_held = true, run_at = 'infinity'
-    where seq = any (v_seqs) and model_id = any (v_models);
-  end if;
 end;
 $$;
 
-revoke all on function private.hold_passed_jobs(jsonb, bigint, bigint)
+revoke all on function private.lock_next_admitted_jobs(integer, bigint)
 from public, anon, authenticated, service_role;
 
--- Notes that no job of the model is held, if that is so.
-create or replace function private.forget_held(p_model_id text)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  perform from private.breakers where name = p_model_id for update skip locked;
-  -- A new look, now that nobody else can hold one.
-  if found and not exists (
-    select from private.ready_jobs where is_held and model_id = p_model_id
-  ) then
-    update private.breakers set has_held = false where name = p_model_id;
-  end if;
-end;
-$$;
-
-revoke all on function private.forget_held(text) from public, anon, authenticated, service_role;
-
--- Held jobs of models that are not blocked any more come back: the first p_at_most of each.
-create or replace function private.release_held_jobs(p_at_most integer, p_blocked jsonb)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_model_id text;
-begin
-  for v_model_id in
-    select b.name from private.breakers as b where b.has_held and not p_blocked ? b.name
-  loop
-    update private.ready_jobs set is_held = false, run_at = null, queued_at = now()
-    where seq = any (array(
-      select r.seq from private.ready_jobs as r
-      where r.is_held and r.model_id = v_model_id
-      order by r.fair_key, r.seq limit p_at_most for update skip locked
-    ));
-    if found then
-      -- Their keys may be far below the clock.
-      perform set_config('darkroom.full_scan_due', '0', false);
-    else
-      perform private.forget_held(v_model_id);
-    end if;
-  end loop;
-end;
-$$;
-
-revoke all on function private.release_held_jobs(integer, jsonb)
-from public, anon, authenticated, service_role;
-
--- Of these locked jobs, those that may run though breakers are half-open: one of each of those.
--- Providers first: their one job may be that of a model, too.
+-- Of these locked jobs, those that may run though breakers are not closed: one of each of those, of
+-- a user who has not failed if there is one. Providers first: their one job may be that of a model,
+-- too.
 create or replace function private.admit_probes(p_seqs bigint[])
 returns bigint[]
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_name text;
+  v_breaker private.breakers;
   v_own bigint[];
   v_seqs bigint[] := p_seqs;
 begin
-  for v_name in
-    select b.name from private.breakers as b where b.paused_until <= now() and b.times_opened > 0
+  for v_breaker in
+    select b.* from private.breakers as b where b.times_opened > 0
     order by position('/' in b.name) > 0, b.name
   loop
     v_own := array(
       select r.seq from private.ready_jobs as r
       left join public.models as m on m.id = r.model_id
-      where r.seq = any (v_seqs) and v_name in (r.model_id, m.provider)
-      order by array_position(v_seqs, r.seq)
+      where r.seq = any (v_seqs) and v_breaker.name in (r.model_id, m.provider)
+      order by r.user_id = any (v_breaker.failed_users), array_position(v_seqs, r.seq)
     );
-    if private.begin_probe(v_name, v_own[1]) then
+    continue when v_own = '{}';
+    if private.begin_probe(v_breaker.name, v_own[1]) then
       v_own := v_own[2:];
     end if;
     v_seqs := array(
@@ -6755,32 +6856,32 @@ $$;
 revoke all on function private.admit_probes(bigint[])
 from public, anon, authenticated, service_role;
 
--- Locks the next jobs that may run now, while breakers block some, and answers their seq.
-create or replace function private.pick_unblocked_jobs(p_at_most integer)
+-- Locks the next jobs that may run now while something is paused, and answers their seq.
+create or replace function private.pick_admitted_jobs(p_at_most integer)
 returns bigint[]
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_from bigint;
-  v_blocked jsonb;
+  v_began timestamptz := clock_timestamp();
+  v_from bigint := 0;
   v_seqs bigint[];
 begin
   perform private.end_pauses();
-  v_blocked := private.blocked_models();
-  perform private.release_held_jobs(p_at_most, v_blocked);
-  v_from := coalesce(
-    private.scan_start(), (select f.fair_key from private.queue_floor as f)
-  );
-  v_seqs := private.lock_next_jobs(p_at_most, v_from, v_blocked);
-  if v_blocked <> '{}' then
-    perform private.hold_passed_jobs(v_blocked, v_from, v_seqs[p_at_most]);
+  if private.is_put_off('private.full_scan_due') then
+    select f.fair_key into v_from from private.queue_floor as f;
   end if;
+  v_seqs := private.lock_next_admitted_jobs(p_at_most, v_from);
+  if v_from = 0 then
+    perform private.put_off('private.full_scan_due', v_began, 60);
+  end if;
+  -- The keys of what waits may be far below the clock when the pause ends.
+  perform set_config('darkroom.full_scan_due', '0', false);
   return private.admit_probes(v_seqs);
 end;
 $$;
 
-revoke all on function private.pick_unblocked_jobs(integer)
+revoke all on function private.pick_admitted_jobs(integer)
 from public, anon, authenticated, service_role;
 
 -- Locks the next jobs that may run now and answers their seq. Beside that, each statement here only
@@ -6797,8 +6898,8 @@ begin
   if exists (select from private.ready_jobs as r where r.run_at <= now()) then
     perform private.promote_due_jobs(p_at_most);
   end if;
-  if exists (select from private.breakers as b where b.paused_until is not null or b.has_held) then
-    return private.pick_unblocked_jobs(p_at_most);
+  if exists (select from private.breakers as b where b.paused_until is not null) then
+    return private.pick_admitted_jobs(p_at_most);
   end if;
   v_from := private.scan_start();
   v_seqs := private.lock_next_jobs(p_at_most, v_from);
@@ -7508,16 +7609,26 @@ begin
       v_job, p_metrics => case when p_resumes then '{}'::jsonb else '{"is_asked": false}' end
     );
     return;
+  elsif exists (
+    select from public.generations as g cross join private.settings as s
+    where g.id = p_job_id and g.created_at < now() - s.give_up_after
+      and private.count_claims(p_job_id) >= s.max_attempts
+  ) then
+    perform private.finish_failed(
+      v_job, (select e from private.error_codes as e where e.code = 'internal')
+    );
+  else
+    perform private.requeue_job(v_job, v_job.attempt - 1, interval '0', p_resumes);
   end if;
-  perform private.requeue_job(v_job, v_job.attempt - 1, interval '0', p_resumes);
   perform private.record_attempts(array[v_job], 'released', array['{}'::jsonb]);
 end;
 $$;
 
 comment on function private.release_job is
-  'Gives a job back unfinished (graceful stop): next in line, the attempt does not count, the '
-  'checkpoint is kept; or canceled, if the user asked for that. p_resumes false: nothing was bought'
-  ' at the provider. Errors: DR001 lease_lost.';
+  'Gives a job back unfinished (graceful stop, refused account): next in line, the attempt does '
+  'not count, the checkpoint is kept; or canceled, if the user asked for that; or failed, if it is '
+  'older than give_up_after and has been claimed more than max_attempts times. p_resumes false: '
+  'nothing was bought at the provider. Errors: DR001 lease_lost.';
 
 revoke all on function private.release_job(uuid, bigint, boolean)
 from public, anon, authenticated, service_role;
@@ -7686,7 +7797,7 @@ begin
     perform private.record_events(v_job_ids, 'completed');
   end if;
   if exists (
-    select from private.breakers as b where b.failures > 0 or b.probe_job_id = any (v_job_ids)
+    select from private.breakers as b where b.failures > 0 or b.times_opened > 0
   ) then
     perform private.note_successes(v_done.jobs);
   end if;
@@ -8688,7 +8799,10 @@ set search_path = pg_catalog, pg_temp
 as $$
   update private.queue_state set
     oldest_ready_at = (
-      select min(r.queued_at) from private.ready_jobs as r where r.run_at is null
+      select min(r.queued_at) from private.ready_jobs as r
+      where r.run_at is null and not r.model_id = any (array(
+        select p.id from private.paused_models as p where p.paused_until is not null
+      ))
     ),
     refreshed_at = now()
   where id = (
@@ -8848,12 +8962,14 @@ select
   b.name,
   b.paused_until,
   b.pause_reason,
-  b.times_opened
+  b.times_opened,
+  cardinality(b.failed_users) as failed_users
 from private.breakers as b
 where b.paused_until > now();
 
 comment on view private.paused_now is
-  'Which models and providers are paused, until when, and why? times_opened 0: by an operator.';
+  'Which models and providers are paused, until when, and why? times_opened 0: by an operator. '
+  'failed_users: only so many users wait, others are tried; 0: everybody waits.';
 
 create view private.queue_by_model with (security_invoker = true) as
 with waiting as (
@@ -8861,7 +8977,6 @@ with waiting as (
     w.model_id,
     sum(w.jobs)::bigint as jobs,
     sum(w.ready)::bigint as ready,
-    sum(w.held)::bigint as held,
     sum(w.delayed)::bigint as delayed,
     min(w.first_seq) as first_seq
   from (
@@ -8870,7 +8985,6 @@ with waiting as (
       r.model_id,
       count(*) as jobs,
       count(*) as ready,
-      0 as held,
       0 as delayed,
       min(r.seq) as first_seq
     from private.ready_jobs as r
@@ -8881,8 +8995,7 @@ with waiting as (
       r.model_id,
       count(*) as jobs,
       count(*) filter (where r.run_at <= now()) as ready,
-      count(*) filter (where r.is_held) as held,
-      count(*) filter (where r.run_at > now() and not r.is_held) as delayed,
+      count(*) filter (where r.run_at > now()) as delayed,
       min(r.seq) filter (where r.run_at <= now()) as first_seq
     from private.ready_jobs as r
     where r.run_at is not null
@@ -8904,7 +9017,7 @@ select
   m.provider,
   case when p.name is null then coalesce(waiting.ready, 0) else 0 end as ready,
   case when p.name is null then coalesce(waiting.delayed, 0) else 0 end as delayed,
-  coalesce(case when p.name is null then waiting.held else waiting.jobs end, 0) as paused,
+  coalesce(case when p.name is not null then waiting.jobs end, 0) as paused,
   coalesce(running.jobs, 0) as running,
   case when p.name is null then extract(epoch from now() - first.created_at) end
     as oldest_ready_seconds
@@ -8966,14 +9079,14 @@ select
   (private.plan_of(e)).name as plan,
   r.model_id,
   case
-    when r.is_held or p.name is not null then 'paused'
+    when p.name is not null then 'paused'
     when r.run_at > now() then 'delayed'
     else 'ready'
   end as state,
   g.created_at,
   now() - g.created_at as waiting,
   r.attempt as attempts_used,
-  case when not r.is_held then r.run_at end as run_at,
+  r.run_at,
   r.fair_key
 from private.ready_jobs as r
 inner join public.generations as g on r.job_id = g.id
@@ -11750,6 +11863,9 @@ insert into private.error_codes (
 ('provider_error', 'The image service failed to make this picture.', true, true, false, true),
 ('result_lost', 'The finished picture could not be fetched in time.', true, true, false, true),
 ('timeout', 'The picture took too long.', false, true, false, true),
+(
+  'provider_refused', 'The image service refused to make this picture.', true, true, true, true
+),
 ('worker_full', 'We have no room for your picture. Try again later.', true, false, true, false),
 (
   'storage_unavailable', 'Your picture could not be kept. Try again later.', true, false, true,
