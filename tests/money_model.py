@@ -157,6 +157,12 @@ class Books:
         job = self.jobs.get(job_id)
         return job if job and job.user_id == user_id and not job.is_deleted else None
 
+    def repeat_refusal(self, user_id: str, is_same: bool, job_ids: list[str]) -> str | None:
+        """The code that a repeated request for these jobs is refused with, if it is."""
+        if not is_same:
+            return "PT409"
+        return None if any(self.seen(user_id, job_id) for job_id in job_ids) else "PT404"
+
     def repeat_of(self, job_id: str) -> str | None:
         """The job that repeats this one and is under way or done."""
         repeats = [

@@ -245,7 +245,7 @@ class Money(RuleBasedStateMachine):
         known, answer = self.requests.get((name, "one", key), (None, None))
         refusal = self.books.refusal(user_id, model, images)
         if key and known:
-            refusal = None if known == request else "PT409"
+            refusal = self.books.repeat_refusal(user_id, known == request, [answer])
 
         def note(said):
             if key and known:
@@ -270,7 +270,8 @@ class Money(RuleBasedStateMachine):
         known, answer = self.requests.get((name, "batch", key), (None, None))
         refusal = self.books.refusal(user_id, model, images, n)
         if key and known:
-            refusal = None if known == request else "PT409"
+            job_ids = self.books.batches[answer]
+            refusal = self.books.repeat_refusal(user_id, known == request, job_ids)
 
         def note(said):
             if key and known:
@@ -315,7 +316,7 @@ class Money(RuleBasedStateMachine):
             for job_id in job_ids:
                 self.books.ask_to_cancel(self.books.jobs[job_id])
 
-        refusal = None if is_owner else "PT404"
+        refusal = self.books.repeat_refusal(self.ids[name], True, job_ids)
         self.as_user(name, lambda u: u.cancel_batch(batch_id), note, refusal, set(job_ids))
 
     @with_job
