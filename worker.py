@@ -37,9 +37,10 @@ LoadCredential names, goes before the variable:
     TMPDIR                  for outputs on their way to Storage. Without room for MAX_IMAGE_BYTES
                             there, a worker that had to do without claims nothing
 
-Exit codes: 0 stopped as asked, 1 the database or something unexpected, 2 bad configuration,
-3 ended by a second signal or the hard deadline, with jobs left to their leases. Of a check: 0 all
-is well, 1 something is wrong, 2 bad configuration.
+Exit codes: 0 stopped as asked, 1 something unexpected, 2 bad configuration, 3 ended by a second
+signal or the hard deadline, with jobs left to their leases. A database that does not answer, or
+takes no writes, is waited for, at the start as later. Of a check: 0 all is well, 1 something is
+wrong, 2 bad configuration.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from psycopg import sql
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
-from psycopg_pool import AsyncConnectionPool
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
 from py_svg_hush import filter_svg
 
 BUCKET, SOURCE_BUCKET = "generations", "inputs"
@@ -175,6 +176,11 @@ KEEPALIVES: dict[str, Any] = {
     "tcp_user_timeout": 30_000,  # milliseconds
 }
 CANCEL, PROBE = "cancel", "probe"  # payloads of NOTIFY: jobs to stop, and a test of LISTEN
+# Classes of SQLSTATE: what is wrong with what was said of a job (data, constraints, limits of size,
+# errors that functions raise), and what is wrong with the database, whatever is said. Of others
+# (rights, internal errors, what a migration does to a call) a single error does not tell.
+JOBS_FAULT = {"21", "22", "23", "54", "P0", "PT", "DR"}
+DATABASES_FAULT = dict.fromkeys(("08", "25", "40", "53", "55", "57", "58"), "database")
 CREDENTIAL_PREFIX = "darkroom_"  # what LoadCredential=darkroom:FOLDER puts before a file's name
 EXIT_OK, EXIT_ERROR, EXIT_CONFIG, EXIT_FORCED = 0, 1, 2, 3
 
@@ -196,6 +202,7 @@ SECRETS = [  # what looks like one, and what stays of it
 
 log = logging.getLogger("darkroom")
 T = TypeVar("T")
+Call = tuple[asyncio.Future[Any], tuple[Any, ...]]  # of one job: its answer, and what is said
 
 
 # --- settings -----------------------------------------------------------------------------------
@@ -342,6 +349,10 @@ class LeaseLost(Exception):
 
 class Outdated(psycopg.OperationalError):
     """The database has no such function: it is of another release. No job is to blame."""
+
+
+class NoAnswer(psycopg.OperationalError):
+    """The database was asked and said nothing in time, neither that it works nor that it cannot."""
 
 
 class Canceled(Exception):
@@ -493,21 +504,28 @@ async def mind_pooler(connection: psycopg.AsyncConnection[Any]) -> None:
         connection.prepare_threshold = None
 
 
-def is_of_one_job(error: BaseException) -> bool:
-    """Whether what was said of a job is at fault, not the call as a whole."""
-    return isinstance(error, Exception) and not isinstance(error, psycopg.OperationalError)
+def fault(error: BaseException) -> str:
+    """Whose fault an error of a call is: "job" (what was said of one), "database", or "either".
+
+    By the class of the SQLSTATE: a class of exceptions says what went wrong, not with whom.
+    """
+    if state := getattr(error, "sqlstate", None):
+        return "job" if state[:2] in JOBS_FAULT else DATABASES_FAULT.get(state[:2], "either")
+    lost = (psycopg.OperationalError, psycopg.InterfaceError)  # the connection, or an answer
+    return "database" if isinstance(error, lost) else "job"
 
 
 class Batch:
     """One function that takes many jobs. Calls made while one is under way go together in the next.
 
     So a call waits for nothing while there is little to do, and for one trip where there is much.
-    Who is cancelled does not go, or is not answered; the others do and are.
+    Who is cancelled does not go, or is not answered; the others do and are. What is the database's
+    fault is waited out: all of these functions may be repeated.
     """
 
-    def __init__(self, call: Callable[..., Awaitable[list[Any]]], function: str) -> None:
-        self.call, self.function = call, function
-        self.waiting: list[tuple[asyncio.Future[Any], tuple[Any, ...]]] = []
+    def __init__(self, db: Database, function: str) -> None:
+        self.db, self.function = db, function
+        self.waiting: list[Call] = []
         self.trips: asyncio.Task[None] | None = None
 
     async def __call__(self, job: Job, *said: Any) -> Any:
@@ -519,26 +537,34 @@ class Batch:
         return await answer
 
     async def _travel(self) -> None:
+        attempt = 0
         while self.waiting:
             trip, self.waiting = self.waiting[:MAX_BATCH], self.waiting[MAX_BATCH:]
-            await self._make([call for call in trip if not call[0].done()])
+            if late := await self._make([call for call in trip if not call[0].done()]):
+                self.waiting += late  # behind the others: it may be the fault of one of these
+                await asyncio.sleep(backoff(attempt))
+                attempt += 1
+            else:
+                attempt = 0
         self.trips = None
 
-    async def _make(self, trip: list[tuple[asyncio.Future[Any], tuple[Any, ...]]]) -> None:
+    async def _make(self, trip: list[Call]) -> list[Call]:
+        """Go once; answer who has to go again."""
         if not trip:
-            return
+            return []
         columns = map(list, zip(*(arguments for _, arguments in trip), strict=True))
         try:
-            rows = await self.call(self.function, *columns)
+            rows = await self.db._call(self.function, *columns)
         except BaseException as error:  # whatever it is, nobody is left waiting
-            if len(trip) > 1 and is_of_one_job(error):
-                for each in trip:  # one of them is at fault, not all
-                    await self._make([each])
-            else:
-                for answer, _ in trip:
-                    if not answer.done():
-                        answer.set_exception(error)
-            return
+            whose = fault(error) if isinstance(error, Exception) else "ours"
+            if len(trip) > 1 and whose in ("job", "either"):  # perhaps of one of them, not of all
+                return [late for each in trip for late in await self._make([each])]
+            if whose in ("database", "either") and not self.db.pool.closed:
+                return trip
+            for answer, _ in trip:
+                if not answer.done():
+                    answer.set_exception(error)
+            return []
         said = dict(tuple(row.values()) for row in rows)
         for answer, (_, token, *_) in trip:
             if answer.done():
@@ -547,6 +573,7 @@ class Batch:
                 answer.set_result(said[token])
             else:
                 answer.set_exception(LeaseLost())
+        return []
 
 
 class Database:
@@ -564,6 +591,7 @@ class Database:
         self.url, self.secrets = url, secrets
         self.is_listening = True  # until the contrary is known
         self.has_listened = asyncio.Event()  # or tried to: what is_listening says is known
+        self.troubles: dict[str, dict[str, str]] = {}  # function → kinds of errors since it worked
         options = {"autocommit": True, "row_factory": dict_row, **KEEPALIVES}
         # Left alone, the pool doubles its pause between tries: long after the database is back.
         self.pool = AsyncConnectionPool(
@@ -575,46 +603,87 @@ class Database:
             kwargs=options,
             configure=mind_pooler,
         )
-        self._begin_creates = Batch(self._insist, "begin_creates")
-        self._checkpoint_jobs = Batch(self._insist, "checkpoint_jobs")
-        self._report_progress = Batch(self._insist, "report_progress")
-        self._complete_jobs = Batch(self._insist, "complete_jobs")
-        self._fail_jobs = Batch(self._insist, "fail_jobs")
+        self._begin_creates = Batch(self, "begin_creates")
+        self._checkpoint_jobs = Batch(self, "checkpoint_jobs")
+        self._report_progress = Batch(self, "report_progress")
+        self._complete_jobs = Batch(self, "complete_jobs")
+        self._fail_jobs = Batch(self, "fail_jobs")
 
     async def _call(self, function: str, *args: Any) -> list[Any]:
         """Call private.<function> once; answer its rows as dicts."""
         marks = ", ".join(["%b"] * len(args))  # binary: nothing to escape, which takes long
         query = f"select * from private.{function}({marks})".encode()
         try:
+            rows = await self._ask(function, query, args)
+        except psycopg.Error as error:
+            if error.sqlstate == "DR001":
+                raise LeaseLost from None
+            self._note(function, error)
+            raise
+        if self.troubles.pop(function, None):
+            log.info("database.back call=%s", function)
+        return rows
+
+    async def _ask(self, function: str, query: bytes, args: tuple[Any, ...]) -> list[Any]:
+        """Raises psycopg.Error, whatever it is that does not work."""
+        try:
             async with (
                 self.pool.connection(timeout=10) as connection,
                 asyncio.timeout(CALL_SECONDS),
             ):
-                return await (await connection.execute(query, args, binary=True)).fetchall()
+                try:
+                    return await (await connection.execute(query, args, binary=True)).fetchall()
+                except psycopg.Error as error:
+                    if fault(error) != "job":  # it may be wrong in this session only
+                        await connection.close()
+                    raise
         except psycopg.errors.UndefinedFunction:
             raise Outdated(f"no private.{function} for worker {version()}: upgrade it") from None
+        except PoolTimeout:
+            async with await self.connect():  # says why, which the pool keeps for itself
+                raise NoAnswer("no connection within 10 s, although one can be made") from None
         except TimeoutError:
-            raise psycopg.OperationalError(f"no answer within {CALL_SECONDS:g} s") from None
-        except psycopg.Error as error:
-            if error.sqlstate == "DR001":
-                raise LeaseLost from None
-            raise
+            raise NoAnswer(f"no answer within {CALL_SECONDS:g} s") from None
+
+    def _note(self, function: str, error: psycopg.Error) -> None:
+        """Log what is wrong, once for each kind until the function works again."""
+        kind = f"{type(error).__name__} {error.sqlstate or ''}".strip()
+        known = self.troubles.setdefault(function, {})
+        if kind not in known:
+            # What is said of data may tell it.
+            said = "" if fault(error) == "job" else error.diag.message_primary or str(error)
+            said = " ".join(said.split())[:DETAIL_CHARS]
+            log.warning("database.lost call=%s error=%s %s", function, kind, said)
+        known[kind] = known.pop(kind, kind)
+
+    @property
+    def trouble(self) -> str | None:
+        """What the database says that it cannot do now; None if it works, or says nothing."""
+        last = [list(kinds)[-1] for kinds in self.troubles.values()]
+        return next((kind for kind in last if kind != NoAnswer.__name__), None)
 
     async def _insist(self, function: str, *args: Any) -> list[Any]:
-        """Call again while the database cannot be reached: these functions may be repeated."""
+        """Call again while the database cannot: these functions may be repeated."""
         attempt = 0
         while True:
             try:
                 return await self._call(function, *args)
-            except psycopg.OperationalError as error:
-                if self.pool.closed:
+            except psycopg.Error as error:
+                if self.pool.closed or fault(error) == "job":
                     raise
-                log.warning("database.retry call=%s error=%s", function, type(error).__name__)
                 await asyncio.sleep(backoff(attempt))
                 attempt += 1
 
     async def register_worker(self, slots: int) -> dict[str, Any]:
-        rows = await self._call("register_worker", socket.gethostname(), slots, version())
+        """Raises ConfigError if the database itself says that the role is another one."""
+        try:
+            rows = await self._call("register_worker", socket.gethostname(), slots, version())
+        except psycopg.errors.InsufficientPrivilege:
+            async with await self.connect() as connection:
+                query = "select pg_has_role('darkroom_worker', 'usage')"
+                if await (await connection.execute(query)).fetchone() == (False,):
+                    raise ConfigError("DATABASE_URL: its role is not darkroom_worker") from None
+            raise
         return dict(rows[0])
 
     async def unregister_worker(self, worker_id: int) -> None:
@@ -744,11 +813,12 @@ class Database:
                     log.info("listen.started channel=%s", channel)
                     attempt = 0
                     await self._forward(connection, channel, on_notify)
-            except (psycopg.OperationalError, TimeoutError) as error:
+            except (psycopg.Error, TimeoutError) as error:
                 self.is_listening = False
                 self.has_listened.set()
                 is_deaf = isinstance(error, Deaf) and not has_heard  # else the connection is lost
-                log.warning("listen.lost error=%s", error if is_deaf else type(error).__name__)
+                if attempt == 0:
+                    log.warning("listen.lost error=%s", error if is_deaf else type(error).__name__)
                 await asyncio.sleep(DEAF_SECONDS if is_deaf else backoff(attempt))
                 attempt += 1
 
@@ -1571,8 +1641,7 @@ class Outbox:
                 for lane in set(await self.db.due_lanes()) - self.lanes.keys():
                     self.lanes[lane] = asyncio.create_task(self._serve(lane, stopping))
                 pause, attempt = self.settings.poll_seconds * random.uniform(0.8, 1.0), 0
-            except psycopg.OperationalError as error:
-                log.warning("outbox.failed error=%s", type(error).__name__)
+            except psycopg.Error:
                 pause, attempt = backoff(attempt), attempt + 1
             await asyncio.sleep(OUTBOX_SECONDS)
             waits = [asyncio.create_task(event.wait()) for event in (self.due, stopping)]
@@ -1594,8 +1663,7 @@ class Outbox:
                 sent += len(claimed)
             if not sent:
                 await asyncio.sleep(BUSY_LANE_SECONDS)
-        except psycopg.Error as error:
-            log.warning("lane.failed lane=%s error=%s", lane, type(error).__name__)
+        except psycopg.Error:
             await asyncio.sleep(BUSY_LANE_SECONDS)
         finally:
             del self.lanes[lane]
@@ -1729,7 +1797,8 @@ class Worker:
 
     async def run(self) -> None:
         """Register, then work until stopping is set and the jobs have ended or are released."""
-        registered = await self.db.register_worker(self.settings.slots)
+        if not (registered := await self._register()):
+            return
         self.worker_id = registered["worker_id"]
         self.lease_seconds = registered["lease_seconds"]
         self.last_beat = time.monotonic()
@@ -1750,6 +1819,18 @@ class Worker:
             for task in tasks:
                 task.cancel()
         log.info("worker.stopped worker=%s", self.worker_id)
+
+    async def _register(self) -> dict[str, Any] | None:
+        """Register, however long the database cannot; None if it is to stop before."""
+        attempt = 0
+        while not self.stopping.is_set():
+            try:
+                return await self.db.register_worker(self.settings.slots)
+            except psycopg.Error:
+                self._tell_systemd()
+                await self._pause(self.stopping, backoff(attempt))
+                attempt += 1
+        return None
 
     def on_notify(self, payload: str) -> None:
         """Look for work, or hear from the next heartbeat, made now, which jobs to stop."""
@@ -1774,8 +1855,7 @@ class Worker:
             try:
                 await action()
                 failures = 0
-            except psycopg.OperationalError as error:
-                log.warning("%s.failed error=%s", action.__name__, type(error).__name__)
+            except psycopg.Error:
                 pause = min(pause, backoff(failures))  # the pool may hold more dead connections
                 failures += 1
                 early.clear()  # or each failure would cause the next
@@ -1794,17 +1874,17 @@ class Worker:
                     await self._sleep()
                 attempt = 0
                 self._tell_systemd()
-            except psycopg.OperationalError as error:
-                log.warning("claim.failed error=%s", type(error).__name__)
-                self.systemd.tell(f"STATUS=no answer from the database: {type(error).__name__}")
+            except psycopg.Error:
+                self._tell_systemd()
                 self.wake.clear()
                 await self._pause(self.wake, backoff(attempt))
                 attempt += 1
 
     def _tell_systemd(self) -> None:
-        """Feed the watchdog at the end of a turn, once for each beat that was answered.
+        """Feed the watchdog at the end of a turn, once for each beat that was answered, or with
+        each turn while the database says that it cannot: a worker that waits for it is well.
 
-        So it goes hungry when this loop stands still, and when the database does not answer.
+        So it goes hungry when this loop stands still, and when the database says nothing.
         """
         if self.db.has_listened.is_set() and self.last_beat > self.last_told:
             wakes = (
@@ -1815,6 +1895,8 @@ class Worker:
                 "READY=1", "WATCHDOG=1", f"STATUS=worker {self.worker_id}: {slots}, {wakes}"
             )
             self.last_told = time.monotonic()
+        elif self.db.trouble:
+            self.systemd.tell("WATCHDOG=1", f"STATUS=waits for the database: {self.db.trouble}")
 
     def _may_claim(self) -> bool:
         """A worker that cannot beat would lose what it claims."""
@@ -1899,8 +1981,6 @@ class Worker:
                 pass
         except StorageRefused as error:
             log.warning("files.kept error=%s", error)
-        except psycopg.Error as error:  # whatever is wrong here, jobs go on
-            log.error("files.kept error=%s", type(error).__name__)
 
     async def _erase_files(self) -> int:
         erased = 0
@@ -1919,7 +1999,7 @@ class Worker:
         """
         log.info("worker.stopping running=%s", len(self.running))
         self.systemd.tell("STOPPING=1", "WATCHDOG=1", f"STATUS=ends {len(self.running)} jobs")
-        with contextlib.suppress(psycopg.OperationalError):
+        with contextlib.suppress(psycopg.Error):
             await self.db.unregister_worker(self.worker_id)  # or a wake-up would be lost on it
         tasks = [*(each.task for each in self.running.values()), *self.outbox.lanes.values()]
         if tasks:
@@ -2170,14 +2250,11 @@ async def serve(settings: Settings) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, on_signal, worker.stopping)
         try:
-            await db.pool.open(wait=True, timeout=15)
+            await db.pool.open()
             await worker.run()
-        except psycopg.errors.InsufficientPrivilege as error:
-            log.error("worker.refused DATABASE_URL: its role is not darkroom_worker: %s", error)
+        except ConfigError as error:
+            log.error("worker.refused %s", error)
             return EXIT_CONFIG
-        except psycopg.OperationalError as error:
-            log.error("worker.failed DATABASE_URL: %s", error)
-            return EXIT_ERROR
         finally:
             await db.pool.close()
     return EXIT_OK
@@ -2263,6 +2340,7 @@ def main(arguments: Sequence[str] = ()) -> int:
         log.error("worker.misconfigured %s", error)
         return EXIT_CONFIG
     output.setFormatter(SafeFormatter(settings.secrets))
+    logging.getLogger("psycopg.pool").setLevel(logging.ERROR)  # it tells of each try to connect
     log.setLevel(settings.log_level)
     try:
         return asyncio.run(check(settings) if arguments else serve(settings))

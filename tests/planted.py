@@ -431,7 +431,30 @@ WAKE_UP = [
         f"{LOOKS}[first]",
     ),
 ]
-PLANTED = [*SECURITY, *MONEY, *WAKE_UP]
+PROCESS = "tests/test_worker_process.py::test_"
+OUTAGE = [
+    Bug(
+        "trouble with the database is one class of exceptions",
+        "worker.py",
+        """            except psycopg.Error:
+                self._tell_systemd()
+                self.wake.clear()""",
+        """            except psycopg.OperationalError:
+                self._tell_systemd()
+                self.wake.clear()""",
+        f"{PROCESS}a_read_only_database_ends_no_worker_and_loses_no_job",
+    ),
+    Bug(
+        "a job fails for what the server says of itself",
+        "worker.py",
+        """        return "job" if state[:2] in JOBS_FAULT else""",
+        """        if not isinstance(error, psycopg.OperationalError):
+            return "job"
+        return "job" if state[:2] in JOBS_FAULT else""",
+        f"{PROCESS}what_the_server_says_of_a_completion_fails_no_job",
+    ),
+]
+PLANTED = [*SECURITY, *MONEY, *WAKE_UP, *OUTAGE]
 
 # What may never go unnoticed, and the bug that takes it away.
 CORNERSTONES = {

@@ -898,17 +898,19 @@ class Trips:
         self.lost = set(lost)
         self.made: list[list[int]] = []
         self.gate = asyncio.Event()
+        self.pool = mock.Mock(closed=False)
+        self.says: list[Exception] = []  # to the next calls
 
-    async def __call__(self, function: str, ids: list[Any], tokens: list[int], *said: Any) -> Any:
+    async def _call(self, function: str, ids: list[Any], tokens: list[int], *said: Any) -> Any:
         assert function == "complete_jobs" and len(ids) == len(tokens)
         self.made.append(tokens)
         await self.gate.wait()
         if "bad" in said[0]:
             raise psycopg.errors.InvalidParameterValue("bad")
-        if "gone" in said[0]:
-            raise psycopg.OperationalError("gone")
-        if "stop" in said[0]:
-            raise asyncio.CancelledError
+        if "odd" in said[0]:
+            raise psycopg.errors.InternalError_("odd")
+        if self.says:
+            raise self.says.pop(0)
         return [
             {"token": token, "verdict": token * 10} for token in tokens if token not in self.lost
         ]
@@ -969,19 +971,84 @@ def test_what_is_wrong_with_one_call_is_told_to_it_alone():
     asyncio.run(act())
 
 
-@pytest.mark.parametrize(
-    ("end", "error"), [("gone", psycopg.OperationalError), ("stop", asyncio.CancelledError)]
-)
-def test_when_a_call_for_many_cannot_be_made_everybody_is_told(end, error):
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "RETRY_BASE_SECONDS", 0)
+
+
+def test_what_the_database_cannot_do_is_asked_again_and_told_to_nobody(monkeypatch):
+    at_once(monkeypatch)
+
     async def act() -> None:
         trips = Trips()
-        _, calls = batch(trips, end, "a", "a")
+        trips.says = [
+            psycopg.errors.ReadOnlySqlTransaction("no"),
+            psycopg.errors.AdminShutdown("no"),
+            psycopg.OperationalError("no"),
+        ]
+        _, calls = batch(trips, "a", "a")
 
-        said = await asyncio.wait_for(outcomes(trips, calls), 5)
-
-        assert [type(each) for each in said] == [error] * 3
+        assert await outcomes(trips, calls) == [0, 10]
+        assert trips.made == [[0, 1]] * 4
 
     asyncio.run(act())
+
+
+def test_what_may_be_the_fault_of_one_job_holds_up_no_other(monkeypatch):
+    at_once(monkeypatch)
+
+    async def act() -> None:
+        trips = Trips()
+        call, calls = batch(trips, "a", "odd", "a")
+        trips.gate.set()
+
+        assert [await calls[0], await calls[2]] == [0, 20]
+        assert await call(a_job(token=3), "a") == 30
+        assert not calls[1].done()
+        trips.pool.closed = True
+        assert isinstance((await outcomes(trips, calls))[1], psycopg.errors.InternalError_)
+
+    asyncio.run(act())
+
+
+@pytest.mark.parametrize("said", [psycopg.OperationalError("closed"), asyncio.CancelledError()])
+def test_when_nobody_will_ask_again_everybody_is_told(said):
+    async def act() -> None:
+        trips = Trips()
+        trips.pool.closed = True
+        trips.says = [said]
+        _, calls = batch(trips, "a", "a", "a")
+
+        told = await asyncio.wait_for(outcomes(trips, calls), 5)
+
+        assert [type(each) for each in told] == [type(said)] * 3
+
+    asyncio.run(act())
+
+
+@pytest.mark.parametrize(
+    ("error", "whose"),
+    [
+        (psycopg.errors.ReadOnlySqlTransaction(), "database"),
+        (psycopg.errors.CannotConnectNow(), "database"),
+        (psycopg.errors.DiskFull(), "database"),
+        (psycopg.errors.DeadlockDetected(), "database"),
+        (psycopg.OperationalError(), "database"),
+        (psycopg.InterfaceError(), "database"),
+        (worker.Outdated(), "database"),
+        (psycopg.errors.InsufficientPrivilege(), "either"),
+        (psycopg.errors.FeatureNotSupported(), "either"),
+        (psycopg.errors.InternalError_(), "either"),
+        (psycopg.errors.CheckViolation(), "job"),
+        (psycopg.errors.NumericValueOutOfRange(), "job"),
+        (psycopg.errors.ProgramLimitExceeded(), "job"),
+        (psycopg.errors.RaiseException(), "job"),
+        (psycopg.DataError("NUL"), "job"),
+        (UnicodeEncodeError("utf-8", "", 0, 1, ""), "job"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else type(each).__name__,
+)
+def test_whose_fault_an_error_is_its_sqlstate_says(error, whose):
+    assert worker.fault(error) == whose
 
 
 def test_who_is_cancelled_does_not_go_and_stops_no_other():
