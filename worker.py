@@ -56,6 +56,7 @@ import io
 import ipaddress
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -79,6 +80,7 @@ from collections.abc import (
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, ClassVar, Protocol, TypeVar
@@ -160,8 +162,11 @@ SHORTAGES = {  # of the machine: no space, no files left, a broken disk; ENOENT:
 }
 INERT_TYPE = "application/octet-stream"  # of SVGs in Storage: browsers save it and do not run it
 DELIVERY_SECONDS = 20.0  # for one try, from looking the name up to the status; far below the lease
-LANE_SLOTS = 4  # deliveries at once to one target; Expo wants at most 6 connections
-BUSY_LANE_SECONDS = 1.0  # before a lane is looked at again whose deliveries others hold
+LANE_SLOTS, EXPO_CONNECTIONS = 4, 6  # requests at once to one target; Expo wants no more than 6
+BUSY_LANE_SECONDS = 1.0  # before a lane is looked at again whose deliveries are under way
+MAX_PUSHES, MAX_RECEIPTS = 100, 1000  # in one request to Expo
+RECEIPTS_SECONDS = 60.0  # between two looks for receipts that should be there
+MAX_ASKED_SECONDS = 3600.0  # of a pause that somebody asks for
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv4 addresses as networks without IPv4 see them
 IPV6_UNICAST = ipaddress.ip_network("2000::/3")
 NOT_PUBLIC = [  # beside what ipaddress knows: protocol assignments, 6to4, Azure's agent
@@ -413,7 +418,7 @@ class Job:
     begun_before: datetime | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Delivery:
     """Something to send, as private.claim_deliveries answers it; without an url, to Expo."""
 
@@ -441,6 +446,7 @@ class Verdict:
     status: int | None = None
     error: str | None = None
     retry_after: float | None = None
+    ticket: str | None = None  # of a push, to ask for its receipt by
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
@@ -581,8 +587,9 @@ class Database:
 
     FUNCTIONS: ClassVar = (
         *("adopt_provider_job", "apply_retention", "begin_creates", "cancel_job", "check_setup"),
-        *("checkpoint_jobs", "claim_deliveries", "claim_jobs", "complete_jobs", "due_lanes"),
-        *("fail_jobs", "finish_delivery", "forget_files", "heartbeat", "list_expired_files"),
+        *("checkpoint_jobs", "claim_deliveries", "claim_jobs", "claim_receipts", "complete_jobs"),
+        *("due_lanes", "fail_jobs", "finish_delivery", "finish_receipts", "forget_files"),
+        *("heartbeat", "list_expired_files"),
         *("pause_provider", "recover_stale_jobs", "register_worker", "release_job"),
         *("report_progress", "sleep", "unregister_worker"),
     )
@@ -783,8 +790,17 @@ class Database:
             verdict.status,
             verdict.error and self._quoted(verdict.error),
             verdict.retry_after,
+            verdict.ticket,
         )
         return str(rows[0]["finish_delivery"])
+
+    async def claim_receipts(self) -> dict[str, UUID]:
+        """Deliveries by the ticket that their receipt is asked for by."""
+        rows = await self._call("claim_receipts", MAX_RECEIPTS)
+        return {row["ticket"]: row["delivery_id"] for row in rows}
+
+    async def finish_receipts(self, errors: dict[UUID, str | None]) -> None:
+        await self._call("finish_receipts", list(errors), list(errors.values()))
 
     async def check_setup(self) -> list[Finding]:
         rows = await self._call("check_setup", list(self.FUNCTIONS))
@@ -1238,14 +1254,28 @@ def addresses(output: Any) -> Iterator[str]:
             yield from addresses(each)
 
 
+def asked_seconds(words: object) -> float | None:
+    """How long somebody asks to wait, in seconds or until a date; None if it is neither.
+
+    It may be anything that can be written: negative, NaN, infinite, or too long for a number.
+    """
+    text, seconds = str(words).strip(), math.nan
+    if text.isascii() and len(text) < 100:
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            until = parsedate_to_datetime(text)
+            seconds = (until - datetime.now(UTC)).total_seconds()
+        with contextlib.suppress(ValueError):
+            seconds = float(text)
+    return None if math.isnan(seconds) else min(max(seconds, 0.0), MAX_ASKED_SECONDS)
+
+
 def retry_after_seconds(response: httpx.Response) -> float:
     """How long a 402 or 429 asks to wait: header, body field, the text's "~30s", else a minute."""
-    with contextlib.suppress(ValueError, TypeError):
-        return float(response.headers.get("retry-after", "-"))
+    asked: list[object] = [response.headers.get("retry-after")]
     with contextlib.suppress(ValueError, TypeError, KeyError):
-        return float(response.json()["retry_after"])
-    found = re.search(r"~(\d+)s", response.text)
-    return float(found[1]) if found else 60.0
+        asked.append(response.json()["retry_after"])
+    asked += re.findall(r"~(\d+)s", response.text)[:1]
+    return next((s for s in map(asked_seconds, asked) if s is not None), 60.0)
 
 
 # --- storage ------------------------------------------------------------------------------------
@@ -1611,10 +1641,7 @@ def judge(status: int, retry_after: str | None) -> Verdict:
         return Verdict("delivered", status)
     if status == 410:
         return Verdict("gone", status)
-    seconds = None
-    with contextlib.suppress(ValueError, TypeError):
-        seconds = float(retry_after or "-")
-    return Verdict("failed", status, retry_after=seconds)
+    return Verdict("failed", status, retry_after=asked_seconds(retry_after))
 
 
 class Outbox:
@@ -1629,6 +1656,7 @@ class Outbox:
             max_keepalive_connections=0,
             network_backend=PublicNetwork(settings.webhook_allowed_hosts),
         )
+        self.expo = asyncio.Semaphore(EXPO_CONNECTIONS)
         self.due = asyncio.Event()
         self.lanes: dict[str, asyncio.Task[None]] = {}
 
@@ -1652,44 +1680,75 @@ class Outbox:
                 wait.cancel()
 
     async def _serve(self, lane: str, stopping: asyncio.Event) -> None:
-        """Send what is due in a lane until nothing is left."""
-        sent = 0
+        """Send what is due in a lane until nothing is left: in several requests at once, of which
+        one that hangs holds up no other. A request to Expo takes many pushes.
+        """
+        under_way: set[asyncio.Task[None]] = set()
+        is_idle = True
         try:
-            while not stopping.is_set():
-                claimed = await self.db.claim_deliveries(lane, LANE_SLOTS)
-                if not claimed:
-                    break
-                await asyncio.gather(*(self._deliver(lane, each) for each in claimed))
-                sent += len(claimed)
-            if not sent:
+            async with asyncio.TaskGroup() as requests:
+                while not stopping.is_set():
+                    for together in await self._claim(lane, LANE_SLOTS - len(under_way)):
+                        under_way.add(requests.create_task(self._deliver(lane, together)))
+                        is_idle = False
+                    if not under_way:
+                        break
+                    _, under_way = await asyncio.wait(
+                        under_way, timeout=BUSY_LANE_SECONDS, return_when=asyncio.FIRST_COMPLETED
+                    )
+            if is_idle:
                 await asyncio.sleep(BUSY_LANE_SECONDS)
-        except psycopg.Error:
-            await asyncio.sleep(BUSY_LANE_SECONDS)
         finally:
             del self.lanes[lane]
 
-    async def _deliver(self, lane: str, delivery: Delivery) -> None:
-        if delivery.body is None:
-            return
-        verdict = await self._send(delivery, delivery.body.encode())
-        state = await finish_first(self.db.finish_delivery(delivery, verdict))
+    async def _claim(self, lane: str, requests: int) -> list[list[Delivery]]:
+        """Claim for so many requests; answer what goes into each, if the database can."""
+        if not requests:
+            return []
+        try:
+            if lane == EXPO_LANE:
+                pushes = await self.db.claim_deliveries(lane, MAX_PUSHES)
+                return [pushes] if pushes else []
+            return [[each] for each in await self.db.claim_deliveries(lane, requests)]
+        except psycopg.Error:
+            return []
+
+    async def _deliver(self, lane: str, claimed: list[Delivery]) -> None:
+        """Send what goes in one request, and say what became of each."""
+        if deliveries := [each for each in claimed if each.body is not None]:
+            verdicts = await self._send(deliveries)
+            finished = (self._finish(lane, *each) for each in verdicts.items())
+            await finish_first(asyncio.gather(*finished))
+
+    async def _finish(self, lane: str, delivery: Delivery, verdict: Verdict) -> None:
+        try:
+            state = await self.db.finish_delivery(delivery, verdict)
+        except psycopg.Error as error:  # once its lease has run out, it is sent again
+            state, verdict = "unknown", Verdict("failed", error=type(error).__name__)
         log.log(
             logging.INFO if state == "delivered" else logging.WARNING,
             "delivery.%s delivery=%s lane=%s status=%s error=%r",
             *(state, delivery.delivery_id, lane, verdict.status, verdict.error),
         )
 
-    async def _send(self, delivery: Delivery, body: bytes) -> Verdict:
+    async def _send(self, deliveries: list[Delivery]) -> dict[Delivery, Verdict]:
         """Try once. A library's message may hold the address: only its type is kept."""
+        verdicts: dict[Delivery, Verdict] = {}
+        first = deliveries[0]
         try:
             async with asyncio.timeout(DELIVERY_SECONDS):
-                if delivery.url is None:
-                    return await self._push(body)
-                return await self._post(delivery, delivery.url, body)
+                if first.url is None:
+                    await self._push(deliveries, verdicts)
+                else:
+                    verdicts[first] = await self._post(
+                        first, first.url, (first.body or "").encode()
+                    )
+            error = "NoTicket"
         except NotPublic:
-            return Verdict("failed", error="the address is not public")
-        except Exception as error:
-            return Verdict("failed", error=type(error).__name__)
+            error = "the address is not public"
+        except Exception as failure:
+            error = type(failure).__name__
+        return {each: verdicts.get(each) or Verdict("failed", error=error) for each in deliveries}
 
     async def _post(self, delivery: Delivery, url: str, body: bytes) -> Verdict:
         message_id, timestamp = f"evt_{delivery.delivery_id.hex}", str(int(time.time()))
@@ -1704,21 +1763,73 @@ class Outbox:
             fields = {name.lower(): value for name, value in response.headers}
             return judge(response.status, fields.get(b"retry-after", b"").decode("latin-1"))
 
-    async def _push(self, body: bytes) -> Verdict:
-        """Hand one message to Expo. Its ticket says that Expo took it, not that it arrived."""
-        headers = {"content-type": "application/json", "accept": "application/json"}
+    async def _push(self, pushes: list[Delivery], verdicts: dict[Delivery, Verdict]) -> None:
+        """Hand messages to Expo. Its tickets say that Expo took them, not that they arrived.
+
+        What it refuses as a whole goes again in two halves, so that one message blocks no other;
+        messages for several projects, which is refused, by project.
+        """
+        messages = [message for each in pushes for message in json.loads(each.body or "[]")]
+        response = await self._ask_expo(self.settings.expo_push_url, messages)
+        if response.status_code in (400, 413, 422) and len(pushes) > 1:
+            parts = by_project(response, pushes)
+            await asyncio.gather(*(self._push(part, verdicts) for part in parts))
+        elif response.status_code != 200:
+            verdict = judge(response.status_code, response.headers.get("retry-after"))
+            verdicts |= dict.fromkeys(pushes, replace(verdict, outcome="failed"))
+        elif len(tickets := response.json()["data"]) == len(pushes):
+            for push, ticket in zip(pushes, tickets, strict=True):
+                with contextlib.suppress(KeyError, TypeError, AttributeError):
+                    verdicts[push] = judge_ticket(ticket)
+
+    async def _ask_expo(self, url: str, body: Any) -> httpx.Response:
+        headers = {"accept": "application/json"}
         if token := self.settings.expo_access_token:
             headers["authorization"] = f"Bearer {token}"
-        response = await self.http.post(self.settings.expo_push_url, content=body, headers=headers)
-        if response.status_code != 200:
-            return replace(
-                judge(response.status_code, response.headers.get("retry-after")), outcome="failed"
-            )
-        ticket = response.json()["data"][0]
-        if ticket["status"] == "ok":
-            return Verdict("delivered", 200)
-        reason = re.sub(r"[^A-Za-z]", "", str((ticket.get("details") or {}).get("error")))[:50]
-        return Verdict("gone" if reason == "DeviceNotRegistered" else "failed", 200, reason)
+        async with self.expo:
+            return await self.http.post(url, json=body, headers=headers)
+
+    async def read_receipts(self) -> None:
+        """Ask Expo what became of what it took; a token that is dead by then is forgotten."""
+        while tickets := await self.db.claim_receipts():
+            errors: dict[UUID, str | None] = {}
+            url = urljoin(self.settings.expo_push_url, "getReceipts")
+            try:
+                response = await self._ask_expo(url, {"ids": list(tickets)})
+                for ticket, receipt in response.raise_for_status().json()["data"].items():
+                    if delivery_id := tickets.get(ticket):
+                        errors[delivery_id] = judge_ticket(receipt).error
+            except Exception as error:  # asked for again a quarter of an hour later
+                log.warning("receipts.failed error=%s", type(error).__name__)
+                return
+            await self.db.finish_receipts(errors)
+            for delivery_id, said in errors.items():
+                if said:
+                    log.warning("receipt.error delivery=%s error=%s", delivery_id, said)
+
+
+def judge_ticket(ticket: Mapping[str, Any]) -> Verdict:
+    """What a ticket of Expo's, or a receipt, says of one push."""
+    if ticket["status"] == "ok":
+        number = ticket.get("id")
+        is_usable = isinstance(number, str) and 0 < len(number) <= 100
+        return Verdict("delivered", 200, ticket=number if is_usable else None)
+    reason = re.sub(r"[^A-Za-z]", "", str((ticket.get("details") or {}).get("error")))[:50]
+    return Verdict("gone" if reason == "DeviceNotRegistered" else "failed", 200, reason)
+
+
+def by_project(response: httpx.Response, pushes: list[Delivery]) -> list[list[Delivery]]:
+    """Parts of what Expo refused together: by project, where it tells them apart, else halves."""
+    parts: dict[Any, list[Delivery]] = {}
+    with contextlib.suppress(ValueError, TypeError, KeyError, IndexError, AttributeError):
+        projects = response.json()["errors"][0]["details"].items()
+        owners = {token: name for name, tokens in projects for token in tokens}
+        for each in pushes:
+            parts.setdefault(owners.get(json.loads(each.body or "")[0]["to"]), []).append(each)
+    if len(parts) < 2:
+        middle = len(pushes) // 2
+        return [pushes[:middle], pushes[middle:]]
+    return list(parts.values())
 
 
 # --- the worker ---------------------------------------------------------------------------------
@@ -1811,6 +1922,7 @@ class Worker:
                 ),
                 background.create_task(self._every(RECOVERY_SECONDS, self.recover)),
                 background.create_task(self._every(ERASE_SECONDS, self.erase)),
+                background.create_task(self._every(RECEIPTS_SECONDS, self.outbox.read_receipts)),
                 background.create_task(self.outbox.run(self.stopping)),
                 background.create_task(self._end_pauses()),
             ]

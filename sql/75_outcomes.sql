@@ -256,8 +256,24 @@ $$;
 revoke all on function private.count_claims(uuid)
 from public, anon, authenticated, service_role;
 
--- How long to wait before the next attempt: what the provider asked for, else exponential backoff
--- with full jitter, so that jobs that failed together do not come back together.
+-- How long to wait where somebody else asked for it: not less than we would by ourselves, and not
+-- more than an hour, whatever a number they wrote (negative, infinite, NaN).
+create or replace function private.asked_delay(p_own interval, p_asked_seconds double precision)
+returns interval
+language sql
+immutable
+set search_path = pg_catalog, pg_temp
+as $$
+  select greatest(
+    p_own, greatest(0, least(coalesce(p_asked_seconds, 0), 3600)) * interval '1 second'
+  )
+$$;
+
+revoke all on function private.asked_delay(interval, double precision)
+from public, anon, authenticated, service_role;
+
+-- How long to wait before the next attempt: exponential backoff with full jitter, so that jobs that
+-- failed together do not come back together, or longer if the provider asks for it.
 create or replace function private.retry_delay(
   p_failures_before integer,
   p_retry_after_seconds double precision
@@ -267,11 +283,10 @@ language sql
 volatile
 set search_path = pg_catalog, pg_temp
 as $$
-  select case
-    when p_retry_after_seconds is not null
-      then greatest(0, least(p_retry_after_seconds, 3600)) * interval '1 second'
-    else random() * least(s.retry_cap, s.retry_base * power(2, least(p_failures_before, 20)))
-  end
+  select private.asked_delay(
+    random() * least(s.retry_cap, s.retry_base * power(2, least(p_failures_before, 20))),
+    p_retry_after_seconds
+  )
   from private.settings as s
 $$;
 

@@ -453,6 +453,20 @@ OUTAGE = [
         return "job" if state[:2] in JOBS_FAULT else""",
         f"{PROCESS}what_the_server_says_of_a_completion_fails_no_job",
     ),
+    Bug(
+        "pushes are sent as they came, whoever sends most",
+        "sql/79_deliveries.sql",
+        "order by t.turn, t.run_at limit p_at_most",
+        "order by t.run_at limit p_at_most",
+        "tests/test_outbox.py::test_users_take_turns_to_be_pushed_to",
+    ),
+    Bug(
+        "a target is asked again when it says, be it never",
+        "sql/75_outcomes.sql",
+        "greatest(0, least(coalesce(p_asked_seconds, 0), 3600))",
+        "coalesce(p_asked_seconds, 0)",
+        "tests/test_outbox.py::test_a_target_that_asks_for_nonsense_is_given_up_like_any_other",
+    ),
 ]
 PLANTED = [*SECURITY, *MONEY, *WAKE_UP, *OUTAGE]
 
