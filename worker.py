@@ -166,7 +166,7 @@ LANE_SLOTS, EXPO_CONNECTIONS = 4, 6  # requests at once to one target; Expo want
 BUSY_LANE_SECONDS = 1.0  # before a lane is looked at again whose deliveries are under way
 MAX_PUSHES, MAX_RECEIPTS = 100, 1000  # in one request to Expo
 RECEIPTS_SECONDS = 60.0  # between two looks for receipts that should be there
-MAX_ASKED_SECONDS = 3600.0  # of a pause that somebody asks for
+MAX_ASKED_SECONDS = 86_400.0  # of a pause that somebody asks for
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv4 addresses as networks without IPv4 see them
 IPV6_UNICAST = ipaddress.ip_network("2000::/3")
 NOT_PUBLIC = [  # beside what ipaddress knows: protocol assignments, 6to4, Azure's agent
@@ -1255,15 +1255,15 @@ def addresses(output: Any) -> Iterator[str]:
 
 
 def asked_seconds(words: object) -> float | None:
-    """How long somebody asks to wait, in seconds or until a date; None if it is neither.
+    """How long somebody asks to wait, in seconds or until a date to come; None if it is neither.
 
     It may be anything that can be written: negative, NaN, infinite, or too long for a number.
     """
     text, seconds = str(words).strip(), math.nan
     if text.isascii() and len(text) < 100:
         with contextlib.suppress(ValueError, TypeError, OverflowError):
-            until = parsedate_to_datetime(text)
-            seconds = (until - datetime.now(UTC)).total_seconds()
+            left = parsedate_to_datetime(text) - datetime.now(UTC)
+            seconds = left.total_seconds() if left > timedelta(0) else math.nan
         with contextlib.suppress(ValueError):
             seconds = float(text)
     return None if math.isnan(seconds) else min(max(seconds, 0.0), MAX_ASKED_SECONDS)

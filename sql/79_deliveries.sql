@@ -161,7 +161,7 @@ begin
   end if;
   v_delay := private.asked_delay(
     v_settings.delivery_retries[v_delivery.attempts + 1] * (0.8 + 0.4 * random()),
-    p_retry_after_seconds
+    p_retry_after_seconds, 86400
   );
   v_state := case
     when p_outcome = 'delivered' then 'delivered'

@@ -463,7 +463,7 @@ OUTAGE = [
     Bug(
         "a target is asked again when it says, be it never",
         "sql/75_outcomes.sql",
-        "greatest(0, least(coalesce(p_asked_seconds, 0), 3600))",
+        "greatest(0, least(coalesce(p_asked_seconds, 0), p_most_seconds))",
         "coalesce(p_asked_seconds, 0)",
         "tests/test_outbox.py::test_a_target_that_asks_for_nonsense_is_given_up_like_any_other",
     ),

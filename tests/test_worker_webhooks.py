@@ -390,13 +390,13 @@ def test_an_endpoint_that_is_gone_is_not_asked_again(alice, workers, receiver):
 
 def test_retry_after_is_heeded(alice, workers, receiver):
     workers.registered(receiver)
-    receiver.answer = Answer(503, {"Retry-After": "1800"})
+    receiver.answer = Answer(503, {"Retry-After": "7200"})
     workers.start()
 
     alice.enqueue(params=SMALL)
     workers.tried()
 
-    assert workers.db.value("select run_at - now() > '25 minutes' from private.deliveries")
+    assert workers.db.value("select run_at - now() > '1 hour 50 minutes' from private.deliveries")
 
 
 def test_an_endpoint_that_asks_for_nonsense_is_given_up_like_any_other(alice, workers, receiver):
