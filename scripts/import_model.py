@@ -18,10 +18,112 @@ import httpx
 import psycopg
 from psycopg.types.json import Jsonb
 
+from model_mapper import Unmappable, map_model
 from stack import Stack
 
 API_URL = "https://api.replicate.com/v1"
-IMPORT = "select * from private.import_model(%s, %s, p_dry_run => %s)"
+OPTIONS = [
+    "price_credits", "paid_price_credits", "requires_paid", "is_active", "title",
+    "provider_ref", "deadline", "cost_usd", "cost_unit", "max_images", "client_inputs",
+    "image_inputs", "prompt_input", "image_count_input", "operator_input", "allow_inputs",
+]  # fmt: skip
+OLD = "select to_jsonb(m) from public.models as m where id = %s for update"
+NEW = "select to_jsonb(jsonb_populate_record(null::public.models, %s))"
+DELETE = "delete from public.models where id = %s"
+INSERT = "insert into public.models select * from jsonb_populate_record(null::public.models, %s)"
+
+
+def import_model(
+    database: psycopg.Connection[Any], model: Any, options: dict[str, Any], *, dry_run: bool = False
+) -> dict[str, tuple[Any, Any]]:
+    """Enter or renew a model; answer each column that changes, before and after.
+
+    What an operator has decided (prices, title, deadline, whether it is active, which known inputs
+    are the clients') outlives every later import. Raises ValueError with the reason; nothing is
+    written then.
+    """
+    if unknown := sorted(options.keys() - OPTIONS):
+        raise ValueError(f"options.{unknown[0]}: not an option. Known: {', '.join(OPTIONS)}")
+    try:
+        mapped = map_model(model)
+        with database.transaction():
+            row = database.execute(OLD, [mapped["id"]]).fetchone()
+            old: dict[str, Any] = row[0] if row else {}
+            merged = Jsonb(check(merge(old, mapped, options)))
+            (new,) = database.execute(NEW, [merged]).fetchone() or ({},)
+            if new != old and not dry_run:
+                database.execute(DELETE, [mapped["id"]])
+                database.execute(INSERT, [merged])
+    except Unmappable as error:
+        raise ValueError(f"model: {error}") from None
+    return {
+        name: (old.get(name), value)
+        for name, value in sorted(new.items())
+        if old.get(name) != value
+    }
+
+
+def merge(old: dict[str, Any], mapped: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Lay what was there under what the provider says, under what the operator says."""
+    known = old.get("input_schema", {}).get("properties", {})
+    fixed = options.get("operator_input", {})
+    clients = {
+        name
+        for name in mapped["input_schema"]["properties"]
+        if (
+            name in old["client_inputs"]
+            if name in known
+            else name in mapped["client_inputs"] and name not in fixed
+        )
+    } | set(options.get("allow_inputs", []))
+    clients.discard(mapped["prompt_input"])
+    count = mapped["image_count_input"] if mapped["image_count_input"] in clients else None
+    old_count = old.get("image_count_input")
+    if not count:  # clients cannot say how many: more than one is what an operator wanted
+        max_images = 1 if old_count else old.get("max_images", 1)
+    elif old_count and old["max_images"] < known[old_count].get("maximum", 0):
+        max_images = min(old["max_images"], mapped["max_images"])  # and so is fewer than can be
+    else:
+        max_images = mapped["max_images"]
+    first = {
+        "title": mapped["id"].partition("/")[2].translate(str.maketrans("-_", "  ")).title(),
+        "price_credits": 1,
+        "paid_price_credits": options.get("price_credits", 1),
+        "is_active": "price_credits" in options,  # without a price nobody has decided to sell it
+        "requires_paid": False,
+        "deadline": "5 minutes",
+        "operator_input": {},
+    }
+    decided = {name: value for name, value in options.items() if name != "allow_inputs"}
+    return (
+        (old or first)
+        | mapped
+        | {
+            "is_schema_confirmed": True,
+            "client_inputs": sorted(clients),
+            "image_inputs": [name for name in mapped["image_inputs"] if name in clients],
+            "image_count_input": count,
+            "max_images": max_images,
+        }
+        | decided
+    )
+
+
+def check(row: dict[str, Any]) -> dict[str, Any]:
+    """Answer the row if it can work: what is required can come from somewhere, and what is named
+    is there. Raises Unmappable.
+    """
+    properties = row["input_schema"]["properties"]
+    given = {row["prompt_input"], *row["client_inputs"], *row["operator_input"]}
+    for name in sorted(set(row["input_schema"]["required"]) - given):
+        if "default" not in properties.get(name, {}):
+            raise Unmappable(
+                f"input {name} is required, but not for clients: give it in operator_input or"
+                " allow it"
+            )
+    for name in sorted(set(row["client_inputs"]) - properties.keys()):
+        raise Unmappable(f"it has no input {name}")
+    return row
 
 
 def read_model(name: str | None, file: Path | None) -> Any:
@@ -51,7 +153,7 @@ def parse(text: str, source: str) -> Any:
 
 
 def read_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what the operator decides, as import_model takes it."""
+    """Return what the operator decides."""
     options: dict[str, Any] = parse(arguments.set or "{}", "--set")
     named = {"price_credits": arguments.credits, "paid_price_credits": arguments.paid_credits}
     options |= {name: value for name, value in named.items() if value is not None}
@@ -89,14 +191,13 @@ def main() -> None:
         model, options = read_model(arguments.model, arguments.file), read_options(arguments)
         stack = Stack.local()
         with psycopg.connect(os.environ.get("DATABASE_URL") or stack.database_url) as database:
-            rows = database.execute(IMPORT, [Jsonb(model), Jsonb(options), True]).fetchall()
-            lines = [line for row in rows for line in changes(*row)]
+            found = import_model(database, model, options, dry_run=arguments.dry_run)
+            lines = [
+                line for field, (old, new) in found.items() for line in changes(field, old, new)
+            ]
             print("\n".join(lines) or "  nothing changes")
-            if not arguments.dry_run:
-                database.execute(IMPORT, [Jsonb(model), Jsonb(options), False])
     except psycopg.errors.DatabaseError as error:
-        detail = error.diag.message_detail if error.diag.sqlstate == "PT400" else None
-        sys.exit(f"import-model: {detail or error.diag.message_primary or error}")
+        sys.exit(f"import-model: {error.diag.message_primary or error}")
     except (ValueError, OSError, httpx.HTTPError) as error:
         sys.exit(f"import-model: {error}")
 

@@ -1,6 +1,6 @@
 -- The catalogue: what can be asked for.
 --
--- A model is a row, imported from its provider's own schema (38) or written by hand; an alias is a
+-- A model is a row, made of its provider's own schema (make import-model) or by hand; an alias is a
 -- name that stands for one of several models. Models are data: nothing else refers to them by key.
 
 create table public.models (

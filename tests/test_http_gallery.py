@@ -8,8 +8,10 @@ from typing import Any
 import httpx
 import pytest
 from http_client import Client, SignedUp, answer, refusal
+from http_fixtures import through_both_gateways
 
 pytest_plugins = ["http_fixtures"]
+pytestmark = through_both_gateways
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
 PREVIEW_FILE = b"RIFF" + bytes(60)

@@ -7,9 +7,10 @@ import json
 import pytest
 from database import unchanged
 from http_client import PREVIEW, refusal
-from http_fixtures import signed_up
+from http_fixtures import signed_up, through_both_gateways
 
 pytest_plugins = ["http_fixtures"]
+pytestmark = through_both_gateways
 
 JSON = {"Content-Type": "application/json"}
 DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000

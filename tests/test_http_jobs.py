@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from actors import Worker
 from http_client import answer, refusal
+from http_fixtures import through_both_gateways
 
 pytest_plugins = ["http_fixtures"]
+pytestmark = through_both_gateways
 
 PROMPTS = ['one "quoted"', "two, with a comma", "{three}"]
 

@@ -1,7 +1,7 @@
 """The API at its limits: a prompt of 100 MB, and thousands of idle clients that poll.
 
-Against the local gateway, or PostgREST if there is one. A thousand clients share connections, as
-behind a proxy; with `LIMITS=10 pytest tests/test_limits_http.py` they are ten thousand.
+Against PostgREST, or the local gateway where there is none. A thousand clients share connections,
+as behind a proxy; with `LIMITS=10 pytest tests/test_limits_http.py` they are ten thousand.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import shutil
-import signal
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,10 +22,10 @@ import pytest
 from actors import PREVIEW, User, outcome
 from database import Database, Server, unchanged
 from http_client import Client, Endpoints, answer, refusal
-from http_fixtures import start_postgrest
+from http_fixtures import gateway_before
 from worker_process import Workers
 
-from stack import Gateway, Settings, Stack, sign_jwt
+from stack import Stack, sign_jwt
 
 pytest_plugins = ["http_fixtures"]
 
@@ -98,25 +96,14 @@ class Api:
 
 @pytest.fixture(scope="module")
 def api(server: Server, template: str, stopped_stack: Stack) -> Iterator[Api]:
-    """A database with thousands of users, behind a gateway; behind PostgREST if there is one."""
-    db, folder = server.create(template), stopped_stack.folder / "limits"
+    """A database with thousands of users, behind a gateway of its own."""
+    db = server.create(template)
     db.execute(
         f"insert into auth.users (id) select gen_random_uuid() from generate_series(1, {CLIENTS})"
     )
     db.execute("analyze")
-    folder.mkdir()
-    shutil.copy(stopped_stack.settings.file, folder / "env")
-    gateway = Gateway(folder, Settings(folder / "env"))
-    if binary := os.environ.get("POSTGREST_BIN"):
-        process, url = start_postgrest(binary, stopped_stack, db)
+    with gateway_before(db, stopped_stack) as url:
         yield Api(db, url, stopped_stack.jwt_secret)
-        process.stop(signal.SIGTERM, 10)
-    else:
-        gateway.start(db.url)
-        # Lite grants at its first request; several first ones trip over each other's grants.
-        httpx.post(f"{gateway.address()}/rest/v1/rpc/ping", json={}).raise_for_status()
-        yield Api(db, f"{gateway.address()}/rest/v1", stopped_stack.jwt_secret)
-        gateway.stop()
     server.drop(db)
 
 

@@ -1,6 +1,6 @@
 """Every function of the API, given hostile values by everybody who has a token or none.
 
-Twice: over HTTP with a gateway and a database of its own, where values may be of any type; and past
+Twice: over HTTP with gateways and databases of its own, where values may be of any type; and past
 the gateway with values of the right type, since what a gateway does not understand goes no further.
 `HOSTILE=20 pytest tests/test_security_rpc.py` tries 20 times as much.
 """
@@ -8,10 +8,7 @@ the gateway with values of the right type, since what a gateway does not underst
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,12 +29,12 @@ from hostile import (
     one_by_one,
 )
 from http_client import Client, Endpoints
-from http_fixtures import start_postgrest
+from http_fixtures import GATEWAYS, gateway_before
 from hypothesis import given
 from hypothesis import strategies as st
 from test_catalog import MAY_EXECUTE
 
-from stack import Gateway, Settings, Stack, sign_jwt
+from stack import Stack, sign_jwt
 
 CALLS = [
     (role, re.sub(r"^public\.|\(.*", "", signature))
@@ -116,22 +113,17 @@ class Api:
         return Client(self.endpoints, sign_jwt(self.jwt_secret, claims | {"exp": 4_102_444_800}))
 
 
-@pytest.fixture(scope="module")
-def api(server: Server, template: str, stopped_stack: Stack) -> Iterator[Api]:
-    """A database with a victim in it, behind a gateway; behind PostgREST if there is one."""
-    db, folder = server.create(template), stopped_stack.folder / "hostile"
-    folder.mkdir()
-    shutil.copy(stopped_stack.settings.file, folder / "env")
-    gateway = Gateway(folder, Settings(folder / "env"))
-    with httpx.Client(timeout=60, limits=httpx.Limits(keepalive_expiry=2)) as http:
-        if binary := os.environ.get("POSTGREST_BIN"):
-            process, url = start_postgrest(binary, stopped_stack, db)
-            yield Api(db, url, stopped_stack.jwt_secret, http)
-            process.stop(signal.SIGTERM, 10)
-        else:
-            gateway.start(db.url)
-            yield Api(db, f"{gateway.address()}/rest/v1", stopped_stack.jwt_secret, http)
-            gateway.stop()
+@pytest.fixture(scope="module", params=GATEWAYS)
+def api(
+    server: Server, template: str, stopped_stack: Stack, request: pytest.FixtureRequest
+) -> Iterator[Api]:
+    """A database with a victim in it, behind a gateway."""
+    db = server.create(template)
+    with (
+        gateway_before(db, stopped_stack, request.param) as url,
+        httpx.Client(timeout=60, limits=httpx.Limits(keepalive_expiry=2)) as http,
+    ):
+        yield Api(db, url, stopped_stack.jwt_secret, http)
     server.drop(db)
 
 

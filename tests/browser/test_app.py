@@ -6,7 +6,7 @@ import re
 import statistics
 
 import pytest
-from app_page import App
+from app_page import API, App
 from PIL import Image
 from playwright.sync_api import expect
 from worker_process import eventually
@@ -264,9 +264,8 @@ def test_an_expired_session_is_renewed_and_the_call_repeated(alice, stack, worke
     expired = sign_jwt(stack.jwt_secret, claims)
     alice.page.evaluate(
         """token => {
-          const name = Object.keys(localStorage).find(key => key.endsWith('-auth-token'));
-          const session = JSON.parse(localStorage[name]);
-          localStorage[name] = JSON.stringify({...session, access_token: token});
+          const session = JSON.parse(localStorage.session);
+          localStorage.session = JSON.stringify({...session, access_token: token});
         }""",
         expired,
     )
@@ -343,6 +342,32 @@ def test_signing_out_leaves_nothing_on_the_device(alice, workers):
     expect(alice.page.get_by_role("button", name="Sign in")).to_be_visible()
     eventually(lambda: alice.page.evaluate("JSON.stringify(localStorage)") == "{}")
     assert alice.page.evaluate("caches.keys()") == []
+
+
+@pytest.mark.parametrize("killed", ["before the session is gone", "after it"])
+def test_a_killed_sign_out_shows_nothing_of_the_former_user(alice, workers, killed):
+    workers.start()
+    alice.ask(LIGHTHOUSE)
+    alice.until_drawn(LIGHTHOUSE)
+    if killed == "after it":
+        alice.page.evaluate("delete localStorage.session")
+    else:
+        alice.page.evaluate(
+            "localStorage.session ="
+            " JSON.stringify({...JSON.parse(localStorage.session), expires_at: 1})"
+        )  # so it is renewed first, to be revoked
+        alice.page.route(API, lambda _: None)  # for ever
+        alice.press("Sign out")
+        alice.wait(0.1)
+        alice.page.unroute_all(behavior="ignoreErrors")
+    alice.cut()
+
+    alice.open()
+
+    expect(alice.page.get_by_role("button", name="Sign in")).to_be_visible()
+    assert alice.card(LIGHTHOUSE).count() == 0
+    left = "JSON.stringify(localStorage)"
+    eventually(lambda: alice.wait(0.1) or alice.page.evaluate(left) == "{}", within=60)
 
 
 def test_a_phone_shows_the_same(alice, workers):

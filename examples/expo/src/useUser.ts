@@ -1,11 +1,12 @@
 /**
- * Who is signed in. The app remembers that by itself: with an expired token and no network
- * supabase-js knows of no session, but the gallery is on the device all the same.
+ * Who is signed in. That is who is in the stored session: with an expired token and no network
+ * supabase-js knows of none, but the gallery is on the device all the same.
  */
 import AsyncStorage from '@react-native-async-storage/async-storage';
-import { useEffect, useRef, useState } from 'react';
+import { useEffect, useState } from 'react';
 
-import { supabase } from './supabase';
+import { sessionStorage } from './session';
+import { SESSION, supabase } from './supabase';
 import { forgetPictures } from './usePicture';
 
 export interface User {
@@ -13,43 +14,53 @@ export interface User {
   email: string;
 }
 
-const REMEMBERED = 'darkroom.user';
+/** There from the press on "Sign out" until the session is gone, also if the app is killed. */
+const LEAVING = 'leaving';
+let isLeaving = false;
 
 /** Undefined for the moment it takes to look; null if nobody is. */
 export function useUser(): User | null | undefined {
   const [user, setUser] = useState<User | null>();
-  const isLeaving = useRef(false);
   useEffect(() => {
-    void AsyncStorage.getItem(REMEMBERED).then(
-      (text) => setUser((known) => known ?? (JSON.parse(text ?? 'null') as User | null)),
-      () => setUser((known) => known ?? null),
-    );
-    const { data } = supabase.auth.onAuthStateChange((event, session) => {
-      if (session) {
-        const { id, email = '' } = session.user;
-        setUser((known) => (known?.id === id ? known : { id, email }));
-        void AsyncStorage.setItem(REMEMBERED, JSON.stringify({ id, email }));
-      } else if (event === 'SIGNED_OUT') {
-        isLeaving.current = true;
-        setUser(null);
-      }
+    let stop = () => {};
+    void stored().catch(() => null).then((found) => {
+      setUser(found);
+      const { data } = supabase.auth.onAuthStateChange((event, session) => {
+        if (event === 'SIGNED_OUT') {
+          isLeaving = false;
+          void AsyncStorage.removeItem(LEAVING);
+          setUser(null);
+        } else if (session && !isLeaving) {
+          const { id, email = '' } = session.user;
+          setUser((known) => (known?.id === id ? known : { id, email }));
+        }
+      });
+      stop = () => data.subscription.unsubscribe();
+      if (isLeaving) void signOut();
     });
-    return () => data.subscription.unsubscribe();
+    return () => stop();
   }, []);
   useEffect(() => {
-    if (user !== null || !isLeaving.current) return;
-    isLeaving.current = false;
-    void forget(); // the screen that wrote there has stopped before this runs
+    if (user === null) void forget(); // the screen that wrote there has stopped before this runs
   }, [user]);
   return user;
 }
 
 /** Signs out on this device, also without a network. */
 export async function signOut(): Promise<void> {
+  isLeaving = true;
+  await AsyncStorage.setItem(LEAVING, 'true').catch(() => undefined);
   await supabase.auth.signOut({ scope: 'local' });
 }
 
-/** Leaves nothing of a user on the device: list, pictures, and what was not sent yet. */
+/** Who was here last, unless he was signing out. */
+async function stored(): Promise<User | null> {
+  isLeaving = !!(await AsyncStorage.getItem(LEAVING));
+  const session = JSON.parse((!isLeaving && (await sessionStorage.getItem(SESSION))) || 'null');
+  return session && { id: session.user.id, email: session.user.email ?? '' };
+}
+
+/** Leaves nothing of a former user on the device: list, pictures, and what was not sent yet. */
 async function forget(): Promise<void> {
   const names = (await AsyncStorage.getAllKeys()).filter((name) => name.startsWith('darkroom.'));
   await AsyncStorage.multiRemove(names);

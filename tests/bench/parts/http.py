@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -14,10 +13,11 @@ from urllib.parse import urlsplit
 
 import darkroom
 import httpx
+import stack_choice
 from core import Part, Sizes, Task, percentiles
 from database import Database
 from http_client import PREVIEW, Endpoints, SignedUp, answer
-from http_fixtures import start_postgrest
+from http_fixtures import LITE, POSTGREST, start_postgrest
 from lab import CONTENDERS, Lab
 
 from stack import Stack
@@ -28,7 +28,6 @@ WARM_UP_SECONDS = 5  # of a gateway that has just started
 BATCH = 100
 RATE, P50, P99 = "requests/s", "p50 ms", "p99 ms"
 CLIENT = "client's CPU, % of a core"
-LITE, POSTGREST = "Supabase Lite", "PostgREST"
 EMPTY, QUEUED = "an empty function", "Darkroom, get_job_status, queued"
 NOTHING = """
 create function public.bench_nothing() returns json language sql stable set search_path = ''
@@ -175,7 +174,7 @@ def text_of(path: str, host: str, token: str, function: str, arguments: dict[str
     )
 
 
-BINARY = os.environ.get("POSTGREST_BIN")
+BINARY = stack_choice.postgrest_binary()
 PART = Part(
     name="http",
     title="HTTP",
@@ -190,5 +189,5 @@ PART = Part(
     reference=EMPTY,
     make_tasks=make_tasks,
     turns=4,
-    notes=() if BINARY else ("PostgREST is not measured: POSTGREST_BIN does not name one",),
+    notes=() if BINARY else ("PostgREST is not measured: there is none for this machine",),
 )
