@@ -16,7 +16,8 @@ one line each what is wrong, and does no work.
 Environment (* required). A file of that name in $CREDENTIALS_DIRECTORY, where systemd puts what
 LoadCredential names, goes before the variable:
     DATABASE_URL *          PostgreSQL, as role darkroom_worker; direct or session mode, for LISTEN.
-                            Behind a transaction pooler it polls, and prepares no statements
+                            Behind a transaction pooler it polls, and prepares no statements. With
+                            pgbouncer=true and the like, as platforms show it, it is taken, too
     SUPABASE_URL *          where /storage/v1 is
     SUPABASE_SERVICE_KEY *  service_role or secret key, for uploads
     REPLICATE_API_TOKEN     without it, jobs for Replicate fail
@@ -180,6 +181,10 @@ KEEPALIVES: dict[str, Any] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,  # milliseconds
 }
+FOREIGN_PARAMETERS = {  # of Prisma's, node's and other drivers, in addresses of PostgreSQL
+    *("pgbouncer", "connection_limit", "pool_timeout", "pool_mode", "socket_timeout", "schema"),
+    *("statement_cache_size", "statement_cache_mode", "prepared_statements", "supa", "workaround"),
+}
 CANCEL, PROBE = "cancel", "probe"  # payloads of NOTIFY: jobs to stop, and a test of LISTEN
 # Classes of SQLSTATE: what is wrong with what was said of a job (data, constraints, limits of size,
 # errors that functions raise), and what is wrong with the database, whatever is said. Of others
@@ -242,9 +247,10 @@ class Settings:
     @property
     def secrets(self) -> list[str]:
         """What nobody else may read, in every spelling it may come back in."""
-        password = psycopg.conninfo.conninfo_to_dict(self.database_url).get("password")
+        url = libpq_url(self.database_url)
+        password = psycopg.conninfo.conninfo_to_dict(url).get("password")
         keys = [self.supabase_service_key, self.replicate_api_token, self.expo_access_token]
-        known = [str(each) for each in (self.database_url, password, *keys) if each]
+        known = [str(each) for each in (self.database_url, url, password, *keys) if each]
         spelled = {*known, *(quote(each, "") for each in known)}
         return sorted((each for each in spelled if len(each) >= MIN_SECRET_CHARS), key=len)[::-1]
 
@@ -322,10 +328,19 @@ def _url(env: Mapping[str, str], name: str, *schemes: str) -> str:
         raise ConfigError(f"{name}: / ? # @ in a password must be percent-encoded")  # else logged
     if parts.scheme.startswith("postgres"):
         try:
-            psycopg.conninfo.conninfo_to_dict(value)
-        except psycopg.ProgrammingError:  # it shows the password, and the pool would log it
+            psycopg.conninfo.conninfo_to_dict(libpq_url(value))
+        except psycopg.ProgrammingError as error:  # it shows the password, which would be logged
+            if unknown := re.search(r'query parameter: "(\w{1,40})"$', str(error).strip()):
+                raise ConfigError(f"{name}: libpq knows no parameter {unknown[1]}") from None
             raise ConfigError(f"{name}: % and spaces must be percent-encoded") from None
     return value
+
+
+def libpq_url(url: str) -> str:
+    """The address without the parameters of other programs, which platforms show with it."""
+    address, _, query = url.partition("?")
+    known = [each for each in query.split("&") if each.partition("=")[0] not in FOREIGN_PARAMETERS]
+    return f"{address}?{'&'.join(known)}".rstrip("?")
 
 
 def _number(env: Mapping[str, str], name: str, default: float, low: float, high: float) -> float:
@@ -525,14 +540,14 @@ class Batch:
     """One function that takes many jobs. Calls made while one is under way go together in the next.
 
     So a call waits for nothing while there is little to do, and for one trip where there is much.
-    Who is cancelled does not go, or is not answered; the others do and are. What is the database's
-    fault is waited out: all of these functions may be repeated.
+    Who is cancelled does not go, or is not answered; the others do and are.
     """
 
-    def __init__(self, db: Database, function: str) -> None:
-        self.db, self.function = db, function
+    def __init__(self, call: Callable[..., Awaitable[list[Any]]], function: str) -> None:
+        self.call, self.function = call, function
         self.waiting: list[Call] = []
         self.trips: asyncio.Task[None] | None = None
+        self.alone: set[asyncio.Task[None]] = set()
 
     async def __call__(self, job: Job, *said: Any) -> Any:
         """Answer what is said of this job. Raises LeaseLost if nothing is."""
@@ -543,34 +558,28 @@ class Batch:
         return await answer
 
     async def _travel(self) -> None:
-        attempt = 0
         while self.waiting:
             trip, self.waiting = self.waiting[:MAX_BATCH], self.waiting[MAX_BATCH:]
-            if late := await self._make([call for call in trip if not call[0].done()]):
-                self.waiting += late  # behind the others: it may be the fault of one of these
-                await asyncio.sleep(backoff(attempt))
-                attempt += 1
-            else:
-                attempt = 0
+            await self._make(trip)
         self.trips = None
 
-    async def _make(self, trip: list[Call]) -> list[Call]:
-        """Go once; answer who has to go again."""
+    async def _make(self, trip: list[Call]) -> None:
+        trip = [call for call in trip if not call[0].done()]
         if not trip:
-            return []
+            return
         columns = map(list, zip(*(arguments for _, arguments in trip), strict=True))
         try:
-            rows = await self.db._call(self.function, *columns)
+            rows = await self.call(self.function, *columns)
         except BaseException as error:  # whatever it is, nobody is left waiting
-            whose = fault(error) if isinstance(error, Exception) else "ours"
-            if len(trip) > 1 and whose in ("job", "either"):  # perhaps of one of them, not of all
-                return [late for each in trip for late in await self._make([each])]
-            if whose in ("database", "either") and not self.db.pool.closed:
-                return trip
-            for answer, _ in trip:
-                if not answer.done():
-                    answer.set_exception(error)
-            return []
+            if len(trip) > 1 and isinstance(error, Exception) and fault(error) != "database":
+                for each in trip:  # one of them is at fault, not all; it may take its time alone
+                    self.alone.add(task := asyncio.create_task(self._make([each])))
+                    task.add_done_callback(self.alone.discard)
+            else:
+                for answer, _ in trip:
+                    if not answer.done():
+                        answer.set_exception(error)
+            return
         said = dict(tuple(row.values()) for row in rows)
         for answer, (_, token, *_) in trip:
             if answer.done():
@@ -579,7 +588,6 @@ class Batch:
                 answer.set_result(said[token])
             else:
                 answer.set_exception(LeaseLost())
-        return []
 
 
 class Database:
@@ -595,14 +603,16 @@ class Database:
     )
 
     def __init__(self, url: str, secrets: Iterable[str] = ()) -> None:
-        self.url, self.secrets = url, secrets
+        self.url, self.secrets = libpq_url(url), secrets
         self.is_listening = True  # until the contrary is known
         self.has_listened = asyncio.Event()  # or tried to: what is_listening says is known
         self.troubles: dict[str, dict[str, str]] = {}  # function → kinds of errors since it worked
         options = {"autocommit": True, "row_factory": dict_row, **KEEPALIVES}
+        if "pgbouncer=true" in urlsplit(url).query.split("&"):
+            options["prepare_threshold"] = None
         # Left alone, the pool doubles its pause between tries: long after the database is back.
         self.pool = AsyncConnectionPool(
-            url,
+            self.url,
             min_size=1,
             max_size=POOL_SIZE,
             open=False,
@@ -610,11 +620,11 @@ class Database:
             kwargs=options,
             configure=mind_pooler,
         )
-        self._begin_creates = Batch(self, "begin_creates")
-        self._checkpoint_jobs = Batch(self, "checkpoint_jobs")
-        self._report_progress = Batch(self, "report_progress")
-        self._complete_jobs = Batch(self, "complete_jobs")
-        self._fail_jobs = Batch(self, "fail_jobs")
+        self._begin_creates = Batch(self._insist, "begin_creates")
+        self._checkpoint_jobs = Batch(self._insist, "checkpoint_jobs")
+        self._report_progress = Batch(self._insist, "report_progress")
+        self._complete_jobs = Batch(self._insist, "complete_jobs")
+        self._fail_jobs = Batch(self._insist, "fail_jobs")
 
     async def _call(self, function: str, *args: Any) -> list[Any]:
         """Call private.<function> once; answer its rows as dicts."""
@@ -670,13 +680,17 @@ class Database:
         return next((kind for kind in last if kind != NoAnswer.__name__), None)
 
     async def _insist(self, function: str, *args: Any) -> list[Any]:
-        """Call again while the database cannot: these functions may be repeated."""
-        attempt = 0
+        """Call again while the database cannot: these functions may be repeated.
+
+        Of many jobs one may be at fault: then it raises, for them to be tried one by one.
+        """
+        attempt, is_of_many = 0, isinstance(args[0], list) and len(args[0]) > 1
         while True:
             try:
                 return await self._call(function, *args)
             except psycopg.Error as error:
-                if self.pool.closed or fault(error) == "job":
+                whose = fault(error)
+                if self.pool.closed or whose == "job" or (whose == "either" and is_of_many):
                     raise
                 await asyncio.sleep(backoff(attempt))
                 attempt += 1

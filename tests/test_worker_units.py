@@ -25,6 +25,7 @@ import pytest
 from database import PROJECT
 from PIL import Image
 
+import stack
 import worker
 from worker import ConfigError, Job, JobError, Replicate, Settings, Storage
 
@@ -65,6 +66,7 @@ def test_an_empty_optional_variable_counts_as_unset():
         ("DATABASE_URL", "postgresql://darkroom_worker:not%escaped@127.0.0.1/postgres"),
         ("DATABASE_URL", "postgresql://darkroom_worker:not escaped@127.0.0.1/postgres"),
         ("DATABASE_URL", "postgresql://darkroom_worker:not%00escaped@127.0.0.1/postgres"),
+        ("DATABASE_URL", "postgresql://darkroom_worker:secret@127.0.0.1/postgres?sslmod=require"),
         ("SUPABASE_URL", "127.0.0.1:54321"),
         ("REPLICATE_API_URL", "file:///etc/passwd"),
         ("EXPO_PUSH_URL", "file:///etc/passwd"),
@@ -103,6 +105,35 @@ def test_a_bad_configuration_ends_the_worker_with_code_2_and_one_line():
     assert done.returncode == 2
     assert done.stderr.endswith("ERROR worker.misconfigured WORKER_SLOTS: not a number\n")
     assert done.stderr.count("\n") == 1
+
+
+HOST = "postgresql://darkroom_worker:secret@127.0.0.1:6543/postgres"
+
+
+@pytest.mark.parametrize(
+    ("query", "kept", "prepares"),
+    [
+        ("", "", True),
+        ("?pgbouncer=true", "", False),
+        ("?pgbouncer=true&connection_limit=1&pool_timeout=20&schema=public", "", False),
+        ("?sslmode=require&supa=base-pooler.x", "?sslmode=require", True),
+        ("?pgbouncer=false&sslmode=require", "?sslmode=require", True),
+    ],
+)
+def test_addresses_as_platforms_show_them_are_taken(query, kept, prepares):
+    settings = Settings.from_env(ENVIRONMENT | {"DATABASE_URL": HOST + query})
+
+    db = worker.Database(settings.database_url)
+
+    assert db.url == stack.libpq_url(HOST + query) == HOST + kept
+    assert ("prepare_threshold" not in db.pool.kwargs) is prepares
+    assert {"secret", HOST + query} < set(settings.secrets)
+    assert stack.FOREIGN_PARAMETERS == worker.FOREIGN_PARAMETERS
+
+
+def test_a_parameter_that_nobody_knows_is_named():
+    with pytest.raises(ConfigError, match=r"DATABASE_URL: libpq knows no parameter sslmod$"):
+        Settings.from_env(ENVIRONMENT | {"DATABASE_URL": f"{HOST}?sslmod=require"})
 
 
 # --- backoff ---
@@ -935,19 +966,21 @@ class Trips:
         self.lost = set(lost)
         self.made: list[list[int]] = []
         self.gate = asyncio.Event()
-        self.pool = mock.Mock(closed=False)
-        self.says: list[Exception] = []  # to the next calls
 
-    async def _call(self, function: str, ids: list[Any], tokens: list[int], *said: Any) -> Any:
+    async def __call__(self, function: str, ids: list[Any], tokens: list[int], *said: Any) -> Any:
         assert function == "complete_jobs" and len(ids) == len(tokens)
         self.made.append(tokens)
         await self.gate.wait()
         if "bad" in said[0]:
             raise psycopg.errors.InvalidParameterValue("bad")
+        if said[0] == ["odd"]:
+            await asyncio.Event().wait()  # asks again and again
         if "odd" in said[0]:
             raise psycopg.errors.InternalError_("odd")
-        if self.says:
-            raise self.says.pop(0)
+        if "gone" in said[0]:
+            raise psycopg.OperationalError("gone")
+        if "stop" in said[0]:
+            raise asyncio.CancelledError
         return [
             {"token": token, "verdict": token * 10} for token in tokens if token not in self.lost
         ]
@@ -1008,31 +1041,22 @@ def test_what_is_wrong_with_one_call_is_told_to_it_alone():
     asyncio.run(act())
 
 
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "RETRY_BASE_SECONDS", 0)
-
-
-def test_what_the_database_cannot_do_is_asked_again_and_told_to_nobody(monkeypatch):
-    at_once(monkeypatch)
-
+@pytest.mark.parametrize(
+    ("end", "error"), [("gone", psycopg.OperationalError), ("stop", asyncio.CancelledError)]
+)
+def test_when_a_call_for_many_cannot_be_made_everybody_is_told(end, error):
     async def act() -> None:
         trips = Trips()
-        trips.says = [
-            psycopg.errors.ReadOnlySqlTransaction("no"),
-            psycopg.errors.AdminShutdown("no"),
-            psycopg.OperationalError("no"),
-        ]
-        _, calls = batch(trips, "a", "a")
+        _, calls = batch(trips, end, "a", "a")
 
-        assert await outcomes(trips, calls) == [0, 10]
-        assert trips.made == [[0, 1]] * 4
+        said = await asyncio.wait_for(outcomes(trips, calls), 5)
+
+        assert [type(each) for each in said] == [error] * 3
 
     asyncio.run(act())
 
 
-def test_what_may_be_the_fault_of_one_job_holds_up_no_other(monkeypatch):
-    at_once(monkeypatch)
-
+def test_what_may_be_the_fault_of_one_job_holds_up_no_other():
     async def act() -> None:
         trips = Trips()
         call, calls = batch(trips, "a", "odd", "a")
@@ -1041,23 +1065,6 @@ def test_what_may_be_the_fault_of_one_job_holds_up_no_other(monkeypatch):
         assert [await calls[0], await calls[2]] == [0, 20]
         assert await call(a_job(token=3), "a") == 30
         assert not calls[1].done()
-        trips.pool.closed = True
-        assert isinstance((await outcomes(trips, calls))[1], psycopg.errors.InternalError_)
-
-    asyncio.run(act())
-
-
-@pytest.mark.parametrize("said", [psycopg.OperationalError("closed"), asyncio.CancelledError()])
-def test_when_nobody_will_ask_again_everybody_is_told(said):
-    async def act() -> None:
-        trips = Trips()
-        trips.pool.closed = True
-        trips.says = [said]
-        _, calls = batch(trips, "a", "a", "a")
-
-        told = await asyncio.wait_for(outcomes(trips, calls), 5)
-
-        assert [type(each) for each in told] == [type(said)] * 3
 
     asyncio.run(act())
 
