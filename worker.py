@@ -1884,8 +1884,8 @@ class Running:
 
     def __post_init__(self) -> None:
         self.provider_job_id = self.job.provider_job_id
-        if not (self.provider_job_id or self.job.begun_before):
-            self.metrics = {"is_asked": False}  # the provider, by anybody
+        if not self.provider_job_id:  # nobody has asked the provider, or this attempt has not yet
+            self.metrics = {"is_billed" if self.job.begun_before else "is_asked": False}
 
     def report(self, percent: int) -> None:
         """Take in progress. It never goes back, whatever a provider says."""
@@ -2234,6 +2234,7 @@ class Worker:
         job = running.job
         running.provider_job_id = await self.db.adopt_provider_job(job, candidates)
         if running.provider_job_id:
+            running.metrics = {}
             log.warning("job.found job=%s candidates=%s", job.job_id, len(candidates))
         return running.provider_job_id
 

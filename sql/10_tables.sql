@@ -71,6 +71,9 @@ create table public.entitlements (
   last_fair_key bigint not null default 0,
   minute_started_at timestamptz not null default '-infinity',
   minute_jobs integer not null default 0,
+  day_started_at timestamptz not null default '-infinity',
+  day_jobs integer not null default 0,
+  day_burned integer not null default 0,
   created_at timestamptz not null default now(),
   constraint entitlements_credits_are_not_negative check (credits >= 0),
   constraint entitlements_paid_users_have_an_end check (not is_paid or paid_until is not null)
@@ -86,7 +89,13 @@ comment on column public.entitlements.last_fair_key is
   'Virtual finish time of the user''s last job; see ready_jobs.fair_key.';
 comment on column public.entitlements.minute_started_at is
   'Start of the minute that minute_jobs counts.';
-comment on column public.entitlements.minute_jobs is 'Jobs enqueued since minute_started_at.';
+comment on column public.entitlements.minute_jobs is
+  'Jobs enqueued since minute_started_at, also those canceled since.';
+comment on column public.entitlements.day_started_at is
+  'Start of the day that day_jobs and day_burned count.';
+comment on column public.entitlements.day_jobs is 'Jobs enqueued since day_started_at.';
+comment on column public.entitlements.day_burned is
+  'Jobs canceled since day_started_at that the provider may bill us.';
 
 -- No foreign keys: the books may outlive the user and do outlive the generation they speak of.
 create table public.credit_ledger (

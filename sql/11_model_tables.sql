@@ -27,6 +27,10 @@ create table public.models (
   constraint models_id_is_owner_slash_name check (id ~ '^[a-z0-9_.-]+/[a-z0-9_.-]+$'),
   constraint models_provider_is_known check (provider in ('preview', 'replicate')),
   constraint models_prices_are_not_negative check (price_credits >= 0 and paid_price_credits >= 0),
+  -- With 16 images and 100 jobs of a batch it is an integer still.
+  constraint models_prices_are_at_most_a_million check (
+    greatest(price_credits, paid_price_credits) <= 1000000
+  ),
   constraint models_input_schema_has_properties check (
     coalesce(jsonb_typeof(input_schema -> 'properties'), '') = 'object'
   ),

@@ -183,8 +183,8 @@ create table private.attempts (
   error_detail text,
   provider_job_id text,
   provider_seconds real,
-  provider_images smallint,
-  cost_usd numeric(12, 6),
+  provider_images integer,
+  cost_usd numeric(18, 6),
   primary key (generation_id, token)
 );
 
@@ -279,12 +279,15 @@ create table private.plans (
   name text primary key,
   max_active integer not null,
   max_per_minute integer not null,
+  full_minutes_per_day smallint not null default 30,
+  max_burned_per_day integer not null default 5,
   max_batch integer not null,
   weight integer not null,
   busy_after interval,
   constraint plans_name_is_known check (name in ('free', 'paid')),
   constraint plans_limits_are_positive check (
-    max_active > 0 and max_per_minute > 0 and max_batch between 1 and 100
+    least(max_active, max_per_minute, full_minutes_per_day, max_burned_per_day) > 0
+    and max_batch between 1 and 100
   ),
   constraint plans_weight_is_a_step_of_the_queue check (weight between 1 and 1000),
   constraint plans_busy_after_is_positive check (busy_after > interval '0')
@@ -293,6 +296,11 @@ create table private.plans (
 comment on table private.plans is 'Limits of free and paid users.';
 comment on column private.plans.max_active is 'Jobs queued or running at once.';
 comment on column private.plans.max_per_minute is 'Jobs enqueued in a minute.';
+comment on column private.plans.full_minutes_per_day is
+  'Times max_per_minute: jobs enqueued in a day, each of which keeps its row.';
+comment on column private.plans.max_burned_per_day is
+  'Jobs of a day that a user may cancel when the provider may bill us already; then no more are '
+  'let in.';
 comment on column private.plans.max_batch is
   'Prompts of one batch. A batch is let in whole while there is room for one job more, and then '
   'counts in full.';
@@ -328,6 +336,7 @@ create table private.settings (
   constraint settings_is_one_row check (id),
   constraint settings_credit_is_not_negative check (credit_usd >= 0),
   constraint settings_welcome_credits_are_not_negative check (welcome_credits >= 0),
+  constraint settings_welcome_credits_are_at_most_a_million check (welcome_credits <= 1000000),
   constraint settings_lease_outlives_three_heartbeats check (lease >= 3 * heartbeat),
   constraint settings_max_attempts_is_positive check (max_attempts > 0),
   constraint settings_running_cancel_refund_is_a_percentage check (

@@ -476,6 +476,21 @@ begin
       ))::integer
     );
   end if;
+  if p_entitlement.day_started_at > now() - interval '1 day' and (
+    p_entitlement.day_jobs >= p_plan.max_per_minute::bigint * p_plan.full_minutes_per_day
+    or p_entitlement.day_burned >= p_plan.max_burned_per_day
+  ) then
+    perform private.refuse_for_now(
+      429,
+      'rate_limited',
+      format(
+        '%s jobs in this day, %s of them canceled when they ran: the plan''s limits are %s and %s',
+        p_entitlement.day_jobs, p_entitlement.day_burned,
+        p_plan.max_per_minute::bigint * p_plan.full_minutes_per_day, p_plan.max_burned_per_day
+      ),
+      ceil(extract(epoch from p_entitlement.day_started_at + interval '1 day' - now()))::integer
+    );
+  end if;
   if private.is_busy(p_plan) then
     perform private.refuse_for_now(503, 'busy', 'Jobs wait too long to take in more.', 60);
   end if;

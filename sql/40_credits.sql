@@ -61,6 +61,7 @@ declare
   v_count integer := cardinality(p_generation_ids);
   v_cost bigint := p_credits::bigint * v_count;
   v_new_minute boolean := p_entitlement.minute_started_at <= now() - interval '1 minute';
+  v_new_day boolean := p_entitlement.day_started_at <= now() - interval '1 day';
 begin
   if v_cost > p_entitlement.credits then
     perform private.refuse_price(p_entitlement, v_cost);
@@ -69,7 +70,10 @@ begin
     credits = credits - v_cost,
     last_fair_key = p_last_fair_key,
     minute_started_at = case when v_new_minute then now() else minute_started_at end,
-    minute_jobs = case when v_new_minute then v_count else minute_jobs + v_count end
+    minute_jobs = case when v_new_minute then v_count else minute_jobs + v_count end,
+    day_started_at = case when v_new_day then now() else day_started_at end,
+    day_jobs = case when v_new_day then v_count else day_jobs + v_count end,
+    day_burned = case when v_new_day then 0 else day_burned end
   where user_id = p_entitlement.user_id;
   insert into public.credit_ledger (user_id, generation_id, kind, amount, balance_after)
   select p_entitlement.user_id, g.id, 'charge', -p_credits, p_entitlement.credits - p_credits * g.n
@@ -191,6 +195,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_credits integer;
+  v_charged bigint;
   v_entry public.credit_ledger;
 begin
   if ((p_kind = 'grant' and p_amount > 0) or (p_kind = 'adjust' and p_amount <> 0)) is not true then
@@ -211,9 +216,15 @@ begin
   if v_entry.id is not null then
     return json_build_object('credits', v_credits, 'applied', false);
   end if;
-  -- Far below what an integer holds, so that no refund can ever overflow.
-  if v_credits::bigint + p_amount not between 0 and 1000000000 then
-    perform private.refuse_input(format('amount: the balance is %s', v_credits));
+  -- Far below what an integer holds, also once what jobs under way were charged has come back: so
+  -- no refund can ever overflow.
+  select coalesce(sum(g.price_credits), 0) into v_charged
+  from private.live_jobs as j inner join public.generations as g on g.id = j.job_id
+  where j.user_id = p_user_id;
+  if v_credits::bigint + p_amount not between 0 and 1000000000 - v_charged then
+    perform private.refuse_input(
+      format('amount: the balance is %s, and %s are in jobs under way', v_credits, v_charged)
+    );
   end if;
   insert into public.credit_ledger (user_id, kind, amount, balance_after, external_id)
   values (p_user_id, p_kind, p_amount, v_credits + p_amount, p_external_id)

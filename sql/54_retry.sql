@@ -3,7 +3,8 @@
 -- retry_generation is the user's and is charged as any request; redrive_failed is the operator's,
 -- after an outage, and is free. Either way the old generation stays what it was, so each is
 -- charged once or refunded once, and retry_of says where the new one comes from. While that one is
--- under way or done, a further retry answers with it: a double tap buys once.
+-- under way or done, a further retry answers with it: a double tap buys once. A generation and its
+-- retries, and theirs, are the tries of one wish, of which an operator gives one picture.
 
 -- The generation that repeats this one and is under way or done; all null if there is none.
 create or replace function private.find_retry(p_generation_id uuid)
@@ -111,42 +112,91 @@ revoke all on function public.retry_generation(uuid)
 from public, anon, authenticated, service_role;
 grant execute on function public.retry_generation(uuid) to authenticated;
 
--- Queues one failed generation again, with just what was sent before, free. Answers whether it did:
--- not if its user, its model, or the need for it is gone.
+-- What a user wished for, each wish with all its tries: the last of them that is not deleted, the
+-- price of one, whether none is under way or done, and since when one is that was free.
+create or replace function private.wishes_of(p_user_id uuid)
+returns table (last_id uuid, price_credits integer, is_open boolean, given_at timestamptz)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+-- Each try is reached by its key, whatever the planner thinks of how many there are.
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
+as $$
+  with recursive tries as (
+    select
+      g.id as wish_id, g.id, g.retry_of, g.price_credits, g.created_at, g.deleted_at,
+      g.status in ('failed', 'canceled') as is_lost
+    from public.generations as g
+    where g.user_id = p_user_id
+      and not exists (select from public.generations as o where o.id = g.retry_of)
+    union all
+    select
+      t.wish_id, g.id, g.retry_of, g.price_credits, g.created_at, g.deleted_at,
+      g.status in ('failed', 'canceled')
+    from tries as t inner join public.generations as g on g.retry_of = t.id
+  )
+  select
+    (array_agg(t.id order by t.id desc) filter (where t.deleted_at is null))[1],
+    max(t.price_credits),
+    bool_and(t.is_lost),
+    min(t.created_at) filter (
+      where not t.is_lost and t.price_credits = 0 and t.retry_of is not null
+    )
+  from tries as t
+  group by t.wish_id
+$$;
+
+revoke all on function private.wishes_of(uuid) from public, anon, authenticated, service_role;
+
+-- Queues one failed generation again, free, with what was sent before, as far as the model still
+-- takes that. A pause is no reason against it: the job waits.
 --
 -- Locks: the entitlement row.
+-- Raises: PT400 invalid_input, PT401 not_authenticated, PT403 requires_paid_plan, PT404 not_found.
 create or replace function private.redrive_generation(p_old public.generations)
-returns boolean
+returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_entitlement public.entitlements;
-  v_known public.generations;
-  v_draft public.generations := p_old;
+  v_entitlement public.entitlements := private.lock_entitlement(p_old.user_id);
+  v_plan private.plans := private.plan_of(v_entitlement);
+  v_seed jsonb := p_old.provider_input -> 'seed';
   v_model public.models;
+  v_draft public.generations;
 begin
-  select * into v_entitlement from public.entitlements where user_id = p_old.user_id for update;
-  v_known := private.find_retry(p_old.id);
-  select * into v_model from public.models where id = p_old.model_id;
-  if v_entitlement.user_id is null or v_model.id is null or v_known.id is not null then
-    return false;
+  select * into v_model from public.models where id = p_old.model_id and is_active;
+  if not found then
+    perform private.refuse_missing('model: not active', 'Activate it.');
+  elsif v_model.requires_paid and v_plan.name <> 'paid' then
+    raise sqlstate 'PT403' using message = 'requires_paid_plan';
   end if;
+  v_draft := private.draft_generation(
+    v_model, coalesce(p_old.alias_id, v_model.id), p_old.user_id, p_old.prompt, p_old.input
+  );
   v_draft.retry_of := p_old.id;
-  v_draft.batch_id := null;
-  v_draft.idempotency_key := null;
+  if private.input_problem(v_seed, v_model.input_schema #> '{properties,seed}') is null then
+    v_draft.provider_input := v_draft.provider_input || jsonb_build_object('seed', v_seed);
+  end if;
   perform private.insert_generations(
-    v_entitlement, private.plan_of(v_entitlement), v_model, v_draft,
+    v_entitlement, v_plan, v_model, v_draft,
     array[v_draft.prompt], array[v_draft.provider_input], p_is_free => true
   );
-  return true;
 end;
 $$;
 
 revoke all on function private.redrive_generation(public.generations)
 from public, anon, authenticated, service_role;
 
--- Body of public.redrive_failed. Users in order, so that two runs lock in the same order.
+-- Body of public.redrive_failed. Users in order, so that two runs lock in the same order; and each
+-- user's wishes are read once nobody else can add a try.
+--
+-- What is given is free, for the failed tries were refunded: so it may cost no more than the user
+-- has, or failures at the same credits would each become a picture. What was given since the same
+-- time counts.
 --
 -- Locks: the users' entitlement rows.
 -- Raises: PT400 invalid_input.
@@ -161,23 +211,67 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_generation public.generations;
-  v_count integer := 0;
+  v_user_id uuid;
+  v_credits bigint;
+  v_wish record;
+  v_redriven integer := 0;
+  v_reason text;
+  v_skipped jsonb := '{}';
 begin
   if not exists (select from private.error_codes where code = p_code) then
     perform private.refuse_input('code: not a code of private.error_codes');
   elsif p_since is null or coalesce(p_at_most not between 1 and 10000, true) then
     perform private.refuse_input('since: missing, or at_most: not between 1 and 10000');
   end if;
-  for v_generation in
-    select g.* from public.generations as g
+  <<users>>
+  for v_user_id in
+    select distinct g.user_id from public.generations as g
     where g.status = 'failed' and g.error_code = p_code and g.finished_at >= p_since
-      and g.deleted_at is null and (private.find_retry(g.id)).id is null
-    order by g.user_id, g.id limit p_at_most
+      and g.deleted_at is null
+    order by g.user_id
   loop
-    v_count := v_count + private.redrive_generation(v_generation)::integer;
+    select e.credits into v_credits
+    from public.entitlements as e where e.user_id = v_user_id for update;
+    v_credits := v_credits - (
+      select coalesce(sum(w.price_credits), 0) from private.wishes_of(v_user_id) as w
+      where w.given_at >= p_since
+    );
+    for v_wish in
+      select g as last, w.price_credits as price
+      from private.wishes_of(v_user_id) as w
+      inner join public.generations as g on g.id = w.last_id
+      where w.is_open and g.status = 'failed' and g.error_code = p_code
+        and g.finished_at >= p_since
+      order by g.id
+    loop
+      exit users when v_redriven = p_at_most;
+      begin
+        v_reason := 'insufficient_credits';
+        if v_wish.price <= v_credits is not false then
+          perform private.redrive_generation(v_wish.last);
+          v_reason := null;
+        end if;
+      exception
+        -- One that fits no more must not stop all others.
+        when others then
+          v_reason := case when sqlstate like 'PT%' then sqlerrm else 'internal' end;
+          if v_reason = 'internal' then
+            raise warning 'redrive_failed: %: % %', (v_wish.last).id, sqlstate, sqlerrm
+              using errcode = '01000';
+          end if;
+      end;
+      if v_reason is null then
+        v_redriven := v_redriven + 1;
+        v_credits := v_credits - v_wish.price;
+      else
+        v_skipped := v_skipped
+          || jsonb_build_object(v_reason, coalesce((v_skipped ->> v_reason)::integer, 0) + 1);
+      end if;
+    end loop;
   end loop;
-  return json_build_object('redriven', v_count);
+  return json_strip_nulls(
+    json_build_object('redriven', v_redriven, 'skipped', nullif(v_skipped, '{}'))
+  );
 end;
 $$;
 
@@ -198,9 +292,11 @@ as $$
 $$;
 
 comment on function public.redrive_failed is
-  'Queues all generations again that failed with a code since a time, free for their users: new '
-  'jobs with the same input, once each. Answers {redriven}; call again while it is at_most. It '
-  'reads the whole history: an operator''s tool. Errors: PT400 invalid_input.';
+  'Queues again what failed with a code since a time, free, with the same input: of each wish the '
+  'last try, unless one is under way or done, and for each user no more than the credits at hand '
+  'would buy. Answers {redriven, skipped: {reason: count} if any}; reasons are '
+  'insufficient_credits, those of retry_generation, and internal. Call again while redriven is '
+  'at_most. It reads the whole history: an operator''s tool. Errors: PT400 invalid_input.';
 
 revoke all on function public.redrive_failed(text, timestamptz, integer)
 from public, anon, authenticated, service_role;

@@ -98,9 +98,9 @@ begin
   select
     j.job_id, j.token, j.model_id, j.attempt, j.worker_id, j.claimed_at, p_outcome,
     p_error_code, left(p_error_detail, 2000), j.provider_job_id,
-    (t.metrics ->> 'provider_seconds')::real, (t.metrics ->> 'images')::numeric::smallint,
+    (t.metrics ->> 'provider_seconds')::real, (t.metrics ->> 'images')::numeric::integer,
     case
-      when t.metrics @> '{"is_billed": false}' then 0
+      when t.metrics @@ '$.is_asked == false || $.is_billed == false' then 0
       when m.cost_unit = 'image' then m.cost_usd * (t.metrics ->> 'images')::numeric
       when m.cost_unit = 'second' then m.cost_usd * (t.metrics ->> 'provider_seconds')::numeric
     end
@@ -193,13 +193,15 @@ revoke all on function private.finish_failed(private.running_jobs, private.error
 from public, anon, authenticated, service_role;
 
 -- Cancels a job for good. The refund rule: the whole price, but only the share of
--- settings.running_cancel_refund_percent, rounded up, once the provider was asked and may bill us.
+-- settings.running_cancel_refund_percent, rounded up, of what is burned: the provider may bill us,
+-- and nobody gets anything, because the user did not want it any more. That counts, for else it
+-- could be had without end: see check_limits (30).
 --
 -- Locks: the entitlement row.
 create or replace function private.finish_canceled(
   p_user_id uuid,
   p_job_id uuid,
-  p_was_begun boolean
+  p_is_burned boolean
 )
 returns void
 language plpgsql
@@ -207,11 +209,14 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_percent integer := case
-    when p_was_begun then (select s.running_cancel_refund_percent from private.settings as s)
+    when p_is_burned then (select s.running_cancel_refund_percent from private.settings as s)
     else 100
   end;
   v_price integer := private.finish_generation(p_job_id, 'canceled');
 begin
+  if p_is_burned then
+    update public.entitlements set day_burned = day_burned + 1 where user_id = p_user_id;
+  end if;
   perform private.refund_generation(
     p_user_id, p_job_id, ceil(v_price::numeric * v_percent / 100)::integer
   );
@@ -221,7 +226,8 @@ $$;
 revoke all on function private.finish_canceled(uuid, uuid, boolean)
 from public, anon, authenticated, service_role;
 
--- The same for a job whose lease has just ended.
+-- The same for a job whose lease has just ended. What failed by itself was not stopped by its user,
+-- and our failures are nobody's to pay.
 create or replace function private.finish_canceled_job(
   p_job private.running_jobs,
   p_code text default null,
@@ -234,7 +240,8 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform private.finish_canceled(
-    p_job.user_id, p_job.job_id, not p_metrics @> '{"is_asked": false}'
+    p_job.user_id, p_job.job_id,
+    p_code is null and not p_metrics @@ '$.is_asked == false || $.is_billed == false'
   );
   perform private.record_attempts(array[p_job], 'canceled', array[p_metrics], p_code, p_detail);
 end;

@@ -32,7 +32,7 @@ begin
       -- Without a rest: the price is a whole number for each image.
       perform private.refund_generation(
         (p_jobs[v_at]).user_id, (p_jobs[v_at]).job_id,
-        p_prices[v_at] * (p_charged[v_at] - p_stored[v_at]) / p_charged[v_at]
+        p_prices[v_at] / p_charged[v_at] * (p_charged[v_at] - p_stored[v_at])
       );
     end if;
   end loop;

@@ -41,9 +41,8 @@ begin
     end loop;
   end loop;
   foreach v_taken in array v_all_taken loop
-    perform private.finish_canceled(
-      p_user_id, v_taken.job_id, v_taken.create_started_at is not null
-    );
+    -- No attempt is under way. If an earlier one was billed, it was we who broke it off.
+    perform private.finish_canceled(p_user_id, v_taken.job_id, false);
   end loop;
 end;
 $$;

@@ -90,7 +90,7 @@ where case g.status
   when 'failed' then coalesce(l.amount, 0) <> g.price_credits
   when 'canceled' then coalesce(l.amount > g.price_credits, g.price_credits > 0)
   when 'completed' then coalesce(l.amount, 0) <> (
-    select g.price_credits * (g.image_count - count(*)) / g.image_count
+    select g.price_credits / g.image_count * (g.image_count - count(*))
     from public.images as i
     where i.generation_id = g.id
   )

@@ -113,6 +113,8 @@ as $$
       'failed', round(ended.failed / 15.0, 2), 'retried', round(ended.retried / 15.0, 2)
     ),
     'attempts_of_15_minutes', ended.completed + ended.failed + ended.retried,
+    'burned_of_15_minutes', ended.burned,
+    'burned_by_users', ended.burned_by_users,
     'error_rate', round(
       (ended.failed + ended.retried)::numeric
       / nullif(ended.completed + ended.failed + ended.retried, 0), 4
@@ -133,9 +135,17 @@ as $$
       count(*) filter (where a.outcome = 'retried') as retried,
       count(*) filter (where a.outcome = 'completed' and a.is_new) as new_completed,
       count(*) filter (where a.outcome = 'failed' and a.is_new) as new_failed,
-      count(*) filter (where a.outcome = 'retried' and a.is_new) as new_retried
+      count(*) filter (where a.outcome = 'retried' and a.is_new) as new_retried,
+      count(a.burned_by) as burned,
+      count(distinct a.burned_by) as burned_by_users
     from (
-      select e.outcome, e.ended_at > now() - interval '1 minute' as is_new
+      select
+        e.outcome,
+        e.ended_at > now() - interval '1 minute' as is_new,
+        -- See finish_canceled (75). What costs nothing is not burned.
+        case when e.outcome = 'canceled' and e.error_code is null and e.cost_usd is distinct from 0
+          then (select g.user_id from public.generations as g where g.id = e.generation_id)
+        end as burned_by
       from private.attempts as e
       where e.ended_at > now() - interval '15 minutes'
     ) as a

@@ -53,6 +53,11 @@ as $$
         h.t ->> 'attempts_of_15_minutes', round(100 * (h.t ->> 'error_rate')::numeric))
     ),
     (
+      'burned', (h.t ->> 'burned_of_15_minutes')::numeric, null,
+      format('%s running jobs canceled in 15 minutes, by %s users: the provider may bill them',
+        h.t ->> 'burned_of_15_minutes', h.t ->> 'burned_by_users')
+    ),
+    (
       'stuck', (h.r ->> 'stale_seconds')::numeric, null,
       format('%s running jobs are past lease or deadline, one for %s s',
         h.r ->> 'stale', round((h.r ->> 'stale_seconds')::numeric))
@@ -261,11 +266,11 @@ $$;
 comment on function public.queue_health is
   'How the queue is, for monitors: {status (ok | warning | critical), alerts [{alert, severity, '
   'detail, hint}], depth {ready, delayed, paused, oldest_ready_seconds}, running {jobs, stale, '
-  'stale_seconds}, rates {last_minute, per_minute_of_15, attempts_of_15_minutes, error_rate}, '
-  'workers {alive, asleep, listening, slots, slots_used}, routines {name: {last_run_at, '
-  'every_seconds, runs_missed}}, paused, vacuum {oldest_transactions, sees_all_sessions}, outbox '
-  '{pending, oldest_pending_seconds, dead}, books {recent_problems, checked_at, problems, '
-  'examples}}. Thresholds are rows of private.alert_rules.';
+  'stale_seconds}, rates {last_minute, per_minute_of_15, attempts_of_15_minutes, error_rate, '
+  'burned_of_15_minutes, burned_by_users}, workers {alive, asleep, listening, slots, slots_used}, '
+  'routines {name: {last_run_at, every_seconds, runs_missed}}, paused, vacuum '
+  '{oldest_transactions, sees_all_sessions}, outbox {pending, oldest_pending_seconds, dead}, books '
+  '{recent_problems, checked_at, problems, examples}}. Thresholds are rows of private.alert_rules.';
 
 revoke all on function public.queue_health() from public, anon, authenticated, service_role;
 grant execute on function public.queue_health() to service_role, darkroom_monitor;

@@ -215,8 +215,13 @@ class Service(Caller):
 
     def redrive_failed(self, code: str, since: str, **rest: Any) -> int:
         """Return how many were queued again."""
-        answer = self.call("public.redrive_failed", code=code, since=since, **rest)
-        return int(answer["redriven"])
+        return int(self.redrive(code, since, **rest)["redriven"])
+
+    def redrive(self, code: str, since: str = "-infinity", **rest: Any) -> dict[str, Any]:
+        """Return the whole answer of redrive_failed."""
+        return cast(
+            "dict[str, Any]", self.call("public.redrive_failed", code=code, since=since, **rest)
+        )
 
     def register_webhook(
         self, url: str = "https://api.example.com/hooks", **rest: Any

@@ -14,26 +14,20 @@ LIVE = ("queued", "processing")
 MAX_ATTEMPTS = 3
 CANCEL_REFUND_PERCENT = 50
 MAX_ACTIVE = {"free": 4, "paid": 6}
+MAX_BURNED = 2  # in a day
 # For each model the price of an image, on either plan.
 PRICES = {"darkroom/preview": {"free": 1, "paid": 0}, "darkroom/dear": {"free": 3, "paid": 2}}
 
 
-@dataclass(frozen=True)
-class Retry:
-    """What follows a code that may be tried again."""
-
-    uses_attempt: bool = True
-    resumes: bool = False
-
-
+# Codes that may be tried again, and whether that uses up an attempt.
 RETRIES = {
-    "provider_busy": Retry(uses_attempt=False),
-    "provider_timeout": Retry(resumes=True),
-    "provider_error": Retry(),
-    "result_lost": Retry(),
-    "worker_full": Retry(uses_attempt=False, resumes=True),
-    "storage_unavailable": Retry(uses_attempt=False, resumes=True),
-    "internal": Retry(resumes=True),
+    "provider_busy": False,
+    "provider_timeout": True,
+    "provider_error": True,
+    "result_lost": True,
+    "worker_full": False,
+    "storage_unavailable": False,
+    "internal": True,
 }
 FINAL = ("moderated", "invalid_input", "timeout")
 
@@ -44,6 +38,7 @@ class Account:
 
     credits: int
     plan: str = "free"
+    burned: int = 0  # purchases that were canceled
 
 
 @dataclass
@@ -60,7 +55,6 @@ class Generation:
     attempt: int = 0  # used while queued, under way while processing
     token: int | None = None
     cancel_requested: bool = False
-    was_begun: bool = False  # the provider may bill us
     waits: bool = False  # for the end of a backoff
     is_late: set[str] = field(default_factory=set)  # clocks that ran out
     outcomes: dict[int, str] = field(default_factory=dict)  # of each ended claim, by token
@@ -92,7 +86,7 @@ class Books:
         account = self.accounts[user_id]
         if model in self.paused:
             return "PT503"
-        if self.active(user_id) >= MAX_ACTIVE[account.plan]:
+        if self.active(user_id) >= MAX_ACTIVE[account.plan] or account.burned >= MAX_BURNED:
             return "PT429"
         if self.price(user_id, model, images) * count > account.credits:
             return "PT402"
@@ -105,6 +99,40 @@ class Books:
         price = self.price(user_id, model, images)
         self.accounts[user_id].credits -= price
         self.jobs[job_id] = Generation(user_id, model, price, images, retry_of)
+
+    def wishes(self) -> dict[str, list[str]]:
+        """The tries of each wish, by the first of them."""
+        wishes: dict[str, list[str]] = {}
+        for id in sorted(self.jobs):
+            first = id
+            while of := self.jobs[first].retry_of:
+                first = of
+            wishes.setdefault(first, []).append(id)
+        return wishes
+
+    def redrivable(self, code: str, at_most: int) -> tuple[list[str], int]:
+        """Which jobs an operator would give again, and how many are too dear to be given."""
+        wishes = [[(id, self.jobs[id]) for id in tries] for tries in self.wishes().values()]
+        left = {user_id: account.credits for user_id, account in self.accounts.items()}
+        due = []
+        for tries in wishes:
+            first, price = tries[0][1], max(job.price for _, job in tries)
+            won = [job for _, job in tries if job.status not in ("failed", "canceled")]
+            if any(job.retry_of and not job.price for job in won):
+                left[first.user_id] -= price
+            shown = [(id, job) for id, job in tries if not job.is_deleted]
+            if not won and shown and shown[-1][1].error_code == code:
+                due.append((first.user_id, shown[-1][0], price))
+        given, too_dear = [], 0
+        for user_id, id, price in sorted(due):
+            if len(given) == at_most:
+                break
+            if price > left[user_id]:
+                too_dear += 1
+            else:
+                given.append(id)
+                left[user_id] -= price
+        return given, too_dear
 
     def redrive(self, job_id: str, old_id: str) -> None:
         """Let a failed job in again, for nothing."""
@@ -150,7 +178,6 @@ class Books:
         """Give the lease of a queued job."""
         job = self.jobs[job_id]
         job.status, job.token, job.attempt = "processing", token, job.attempt + 1
-        job.was_begun = True
         job.is_late = set()
 
     def holder(self, job_id: str, token: int) -> Generation | None:
@@ -171,16 +198,14 @@ class Books:
         if missing:
             self._refund(job, job.price * missing // job.image_count)
 
-    def fail(self, job: Generation, code: str, waits: bool = False, is_asked: bool = True) -> str:
+    def fail(self, job: Generation, code: str, waits: bool = False) -> str:
         """End an attempt that failed; answer how."""
-        job.was_begun = job.was_begun and is_asked
         if job.cancel_requested:
             self.cancel(job)
             return "canceled"
-        retry = RETRIES.get(code)
-        used = job.attempt - (0 if retry is None or retry.uses_attempt else 1)
-        if retry and used < MAX_ATTEMPTS:
-            self._requeue(job, "retried", used, retry.resumes)
+        used = job.attempt - (not RETRIES.get(code, True))
+        if code in RETRIES and used < MAX_ATTEMPTS:
+            self._requeue(job, "retried", used)
             job.waits = waits
             return "retried"
         self._end(job, "failed")
@@ -191,17 +216,17 @@ class Books:
     def release(self, job: Generation, resumes: bool) -> None:
         """Take a job back that was not ended."""
         if job.cancel_requested:
-            self.cancel(job, is_asked=resumes)
+            self.cancel(job, is_burned=resumes)
         else:
-            self._requeue(job, "released", job.attempt - 1, resumes)
+            self._requeue(job, "released", job.attempt - 1)
 
-    def cancel(self, job: Generation, is_asked: bool = True) -> None:
-        """End a job that its user does not want any more."""
-        job.was_begun = job.was_begun and is_asked
+    def cancel(self, job: Generation, is_burned: bool = False) -> None:
+        """End a job that its user does not want any more, and that the provider may bill us."""
         if job.status == "processing":
             self._end(job, "canceled")
         job.status, job.waits = "canceled", False
-        percent = CANCEL_REFUND_PERCENT if job.was_begun else 100
+        self.accounts[job.user_id].burned += is_burned
+        percent = CANCEL_REFUND_PERCENT if is_burned else 100
         self._refund(job, math.ceil(job.price * percent / 100))
 
     def ask_to_cancel(self, job: Generation) -> None:
@@ -222,10 +247,9 @@ class Books:
         job.outcomes[job.token] = outcome
         job.token = None
 
-    def _requeue(self, job: Generation, outcome: str, used: int, resumes: bool) -> None:
+    def _requeue(self, job: Generation, outcome: str, used: int) -> None:
         self._end(job, outcome)
         job.status, job.attempt, job.waits = "queued", used, False
-        job.was_begun = job.was_begun and resumes
 
     def _refund(self, job: Generation, amount: int) -> None:
         assert job.refund is None

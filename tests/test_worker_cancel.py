@@ -137,3 +137,32 @@ def test_progress_is_seen_while_the_job_runs_and_costs_few_beats(db, alice, work
     eventually(finished)
     assert len(seen - {None, 0}) >= 2
     assert process.is_running()
+
+
+def test_who_cancels_before_this_attempt_has_bought_anything_pays_nothing(db, alice, workers, fake):
+    db.execute("update private.settings set running_cancel_refund_percent = 0")
+    job_id = alice.enqueued(model=SCHNELL)
+    db.execute("update private.ready_jobs set create_started_at = now() - interval '1 minute'")
+    workers.start(REPLICATE_SETTLE_SECONDS=60)
+    fake.until(
+        lambda: "GET" in {each.method for each in fake.requests}
+    )  # it looks for what an earlier attempt may have bought
+
+    alice.cancel_generation(job_id)
+    workers.until(job_id, "canceled")
+
+    assert (alice.credits(), fake.creates) == (10, [])
+
+
+def test_who_cancels_what_was_bought_pays_the_operators_share(db, alice, workers, fake):
+    db.execute("update private.settings set running_cancel_refund_percent = 0")
+    fake.next(seconds=60)
+    workers.start()
+    job_id = alice.enqueued(model=SCHNELL)
+    eventually(lambda: workers.checkpointed(job_id))
+
+    alice.cancel_generation(job_id)
+    workers.until(job_id, "canceled")
+
+    query = "select credits, day_burned from public.entitlements where user_id = %s"
+    assert db.row(query, alice.id) == {"credits": 9, "day_burned": 1}

@@ -176,6 +176,9 @@ create table public.entitlements (
   last_fair_key bigint not null default 0,
   minute_started_at timestamptz not null default '-infinity',
   minute_jobs integer not null default 0,
+  day_started_at timestamptz not null default '-infinity',
+  day_jobs integer not null default 0,
+  day_burned integer not null default 0,
   created_at timestamptz not null default now(),
   constraint entitlements_credits_are_not_negative check (credits >= 0),
   constraint entitlements_paid_users_have_an_end check (not is_paid or paid_until is not null)
@@ -191,7 +194,13 @@ comment on column public.entitlements.last_fair_key is
   'Virtual finish time of the user''s last job; see ready_jobs.fair_key.';
 comment on column public.entitlements.minute_started_at is
   'Start of the minute that minute_jobs counts.';
-comment on column public.entitlements.minute_jobs is 'Jobs enqueued since minute_started_at.';
+comment on column public.entitlements.minute_jobs is
+  'Jobs enqueued since minute_started_at, also those canceled since.';
+comment on column public.entitlements.day_started_at is
+  'Start of the day that day_jobs and day_burned count.';
+comment on column public.entitlements.day_jobs is 'Jobs enqueued since day_started_at.';
+comment on column public.entitlements.day_burned is
+  'Jobs canceled since day_started_at that the provider may bill us.';
 
 -- No foreign keys: the books may outlive the user and do outlive the generation they speak of.
 create table public.credit_ledger (
@@ -442,6 +451,10 @@ create table public.models (
   constraint models_id_is_owner_slash_name check (id ~ '^[a-z0-9_.-]+/[a-z0-9_.-]+$'),
   constraint models_provider_is_known check (provider in ('preview', 'replicate')),
   constraint models_prices_are_not_negative check (price_credits >= 0 and paid_price_credits >= 0),
+  -- With 16 images and 100 jobs of a batch it is an integer still.
+  constraint models_prices_are_at_most_a_million check (
+    greatest(price_credits, paid_price_credits) <= 1000000
+  ),
   constraint models_input_schema_has_properties check (
     coalesce(jsonb_typeof(input_schema -> 'properties'), '') = 'object'
   ),
@@ -718,8 +731,8 @@ create table private.attempts (
   error_detail text,
   provider_job_id text,
   provider_seconds real,
-  provider_images smallint,
-  cost_usd numeric(12, 6),
+  provider_images integer,
+  cost_usd numeric(18, 6),
   primary key (generation_id, token)
 );
 
@@ -814,12 +827,15 @@ create table private.plans (
   name text primary key,
   max_active integer not null,
   max_per_minute integer not null,
+  full_minutes_per_day smallint not null default 30,
+  max_burned_per_day integer not null default 5,
   max_batch integer not null,
   weight integer not null,
   busy_after interval,
   constraint plans_name_is_known check (name in ('free', 'paid')),
   constraint plans_limits_are_positive check (
-    max_active > 0 and max_per_minute > 0 and max_batch between 1 and 100
+    least(max_active, max_per_minute, full_minutes_per_day, max_burned_per_day) > 0
+    and max_batch between 1 and 100
   ),
   constraint plans_weight_is_a_step_of_the_queue check (weight between 1 and 1000),
   constraint plans_busy_after_is_positive check (busy_after > interval '0')
@@ -828,6 +844,11 @@ create table private.plans (
 comment on table private.plans is 'Limits of free and paid users.';
 comment on column private.plans.max_active is 'Jobs queued or running at once.';
 comment on column private.plans.max_per_minute is 'Jobs enqueued in a minute.';
+comment on column private.plans.full_minutes_per_day is
+  'Times max_per_minute: jobs enqueued in a day, each of which keeps its row.';
+comment on column private.plans.max_burned_per_day is
+  'Jobs of a day that a user may cancel when the provider may bill us already; then no more are '
+  'let in.';
 comment on column private.plans.max_batch is
   'Prompts of one batch. A batch is let in whole while there is room for one job more, and then '
   'counts in full.';
@@ -863,6 +884,7 @@ create table private.settings (
   constraint settings_is_one_row check (id),
   constraint settings_credit_is_not_negative check (credit_usd >= 0),
   constraint settings_welcome_credits_are_not_negative check (welcome_credits >= 0),
+  constraint settings_welcome_credits_are_at_most_a_million check (welcome_credits <= 1000000),
   constraint settings_lease_outlives_three_heartbeats check (lease >= 3 * heartbeat),
   constraint settings_max_attempts_is_positive check (max_attempts > 0),
   constraint settings_running_cancel_refund_is_a_percentage check (
@@ -1860,6 +1882,21 @@ begin
       ))::integer
     );
   end if;
+  if p_entitlement.day_started_at > now() - interval '1 day' and (
+    p_entitlement.day_jobs >= p_plan.max_per_minute::bigint * p_plan.full_minutes_per_day
+    or p_entitlement.day_burned >= p_plan.max_burned_per_day
+  ) then
+    perform private.refuse_for_now(
+      429,
+      'rate_limited',
+      format(
+        '%s jobs in this day, %s of them canceled when they ran: the plan''s limits are %s and %s',
+        p_entitlement.day_jobs, p_entitlement.day_burned,
+        p_plan.max_per_minute::bigint * p_plan.full_minutes_per_day, p_plan.max_burned_per_day
+      ),
+      ceil(extract(epoch from p_entitlement.day_started_at + interval '1 day' - now()))::integer
+    );
+  end if;
   if private.is_busy(p_plan) then
     perform private.refuse_for_now(503, 'busy', 'Jobs wait too long to take in more.', 60);
   end if;
@@ -2429,6 +2466,7 @@ declare
   v_count integer := cardinality(p_generation_ids);
   v_cost bigint := p_credits::bigint * v_count;
   v_new_minute boolean := p_entitlement.minute_started_at <= now() - interval '1 minute';
+  v_new_day boolean := p_entitlement.day_started_at <= now() - interval '1 day';
 begin
   if v_cost > p_entitlement.credits then
     perform private.refuse_price(p_entitlement, v_cost);
@@ -2437,7 +2475,10 @@ begin
     credits = credits - v_cost,
     last_fair_key = p_last_fair_key,
     minute_started_at = case when v_new_minute then now() else minute_started_at end,
-    minute_jobs = case when v_new_minute then v_count else minute_jobs + v_count end
+    minute_jobs = case when v_new_minute then v_count else minute_jobs + v_count end,
+    day_started_at = case when v_new_day then now() else day_started_at end,
+    day_jobs = case when v_new_day then v_count else day_jobs + v_count end,
+    day_burned = case when v_new_day then 0 else day_burned end
   where user_id = p_entitlement.user_id;
   insert into public.credit_ledger (user_id, generation_id, kind, amount, balance_after)
   select p_entitlement.user_id, g.id, 'charge', -p_credits, p_entitlement.credits - p_credits * g.n
@@ -2559,6 +2600,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_credits integer;
+  v_charged bigint;
   v_entry public.credit_ledger;
 begin
   if ((p_kind = 'grant' and p_amount > 0) or (p_kind = 'adjust' and p_amount <> 0)) is not true then
@@ -2579,9 +2621,15 @@ begin
   if v_entry.id is not null then
     return json_build_object('credits', v_credits, 'applied', false);
   end if;
-  -- Far below what an integer holds, so that no refund can ever overflow.
-  if v_credits::bigint + p_amount not between 0 and 1000000000 then
-    perform private.refuse_input(format('amount: the balance is %s', v_credits));
+  -- Far below what an integer holds, also once what jobs under way were charged has come back: so
+  -- no refund can ever overflow.
+  select coalesce(sum(g.price_credits), 0) into v_charged
+  from private.live_jobs as j inner join public.generations as g on g.id = j.job_id
+  where j.user_id = p_user_id;
+  if v_credits::bigint + p_amount not between 0 and 1000000000 - v_charged then
+    perform private.refuse_input(
+      format('amount: the balance is %s, and %s are in jobs under way', v_credits, v_charged)
+    );
   end if;
   insert into public.credit_ledger (user_id, kind, amount, balance_after, external_id)
   values (p_user_id, p_kind, p_amount, v_credits + p_amount, p_external_id)
@@ -3717,7 +3765,8 @@ grant execute on function public.get_batch_status(uuid) to authenticated;
 -- retry_generation is the user's and is charged as any request; redrive_failed is the operator's,
 -- after an outage, and is free. Either way the old generation stays what it was, so each is
 -- charged once or refunded once, and retry_of says where the new one comes from. While that one is
--- under way or done, a further retry answers with it: a double tap buys once.
+-- under way or done, a further retry answers with it: a double tap buys once. A generation and its
+-- retries, and theirs, are the tries of one wish, of which an operator gives one picture.
 
 -- The generation that repeats this one and is under way or done; all null if there is none.
 create or replace function private.find_retry(p_generation_id uuid)
@@ -3825,42 +3874,91 @@ revoke all on function public.retry_generation(uuid)
 from public, anon, authenticated, service_role;
 grant execute on function public.retry_generation(uuid) to authenticated;
 
--- Queues one failed generation again, with just what was sent before, free. Answers whether it did:
--- not if its user, its model, or the need for it is gone.
+-- What a user wished for, each wish with all its tries: the last of them that is not deleted, the
+-- price of one, whether none is under way or done, and since when one is that was free.
+create or replace function private.wishes_of(p_user_id uuid)
+returns table (last_id uuid, price_credits integer, is_open boolean, given_at timestamptz)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+-- Each try is reached by its key, whatever the planner thinks of how many there are.
+set enable_seqscan = off
+set enable_hashjoin = off
+set enable_mergejoin = off
+set jit = off
+as $$
+  with recursive tries as (
+    select
+      g.id as wish_id, g.id, g.retry_of, g.price_credits, g.created_at, g.deleted_at,
+      g.status in ('failed', 'canceled') as is_lost
+    from public.generations as g
+    where g.user_id = p_user_id
+      and not exists (select from public.generations as o where o.id = g.retry_of)
+    union all
+    select
+      t.wish_id, g.id, g.retry_of, g.price_credits, g.created_at, g.deleted_at,
+      g.status in ('failed', 'canceled')
+    from tries as t inner join public.generations as g on g.retry_of = t.id
+  )
+  select
+    (array_agg(t.id order by t.id desc) filter (where t.deleted_at is null))[1],
+    max(t.price_credits),
+    bool_and(t.is_lost),
+    min(t.created_at) filter (
+      where not t.is_lost and t.price_credits = 0 and t.retry_of is not null
+    )
+  from tries as t
+  group by t.wish_id
+$$;
+
+revoke all on function private.wishes_of(uuid) from public, anon, authenticated, service_role;
+
+-- Queues one failed generation again, free, with what was sent before, as far as the model still
+-- takes that. A pause is no reason against it: the job waits.
 --
 -- Locks: the entitlement row.
+-- Raises: PT400 invalid_input, PT401 not_authenticated, PT403 requires_paid_plan, PT404 not_found.
 create or replace function private.redrive_generation(p_old public.generations)
-returns boolean
+returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_entitlement public.entitlements;
-  v_known public.generations;
-  v_draft public.generations := p_old;
+  v_entitlement public.entitlements := private.lock_entitlement(p_old.user_id);
+  v_plan private.plans := private.plan_of(v_entitlement);
+  v_seed jsonb := p_old.provider_input -> 'seed';
   v_model public.models;
+  v_draft public.generations;
 begin
-  select * into v_entitlement from public.entitlements where user_id = p_old.user_id for update;
-  v_known := private.find_retry(p_old.id);
-  select * into v_model from public.models where id = p_old.model_id;
-  if v_entitlement.user_id is null or v_model.id is null or v_known.id is not null then
-    return false;
+  select * into v_model from public.models where id = p_old.model_id and is_active;
+  if not found then
+    perform private.refuse_missing('model: not active', 'Activate it.');
+  elsif v_model.requires_paid and v_plan.name <> 'paid' then
+    raise sqlstate 'PT403' using message = 'requires_paid_plan';
   end if;
+  v_draft := private.draft_generation(
+    v_model, coalesce(p_old.alias_id, v_model.id), p_old.user_id, p_old.prompt, p_old.input
+  );
   v_draft.retry_of := p_old.id;
-  v_draft.batch_id := null;
-  v_draft.idempotency_key := null;
+  if private.input_problem(v_seed, v_model.input_schema #> '{properties,seed}') is null then
+    v_draft.provider_input := v_draft.provider_input || jsonb_build_object('seed', v_seed);
+  end if;
   perform private.insert_generations(
-    v_entitlement, private.plan_of(v_entitlement), v_model, v_draft,
+    v_entitlement, v_plan, v_model, v_draft,
     array[v_draft.prompt], array[v_draft.provider_input], p_is_free => true
   );
-  return true;
 end;
 $$;
 
 revoke all on function private.redrive_generation(public.generations)
 from public, anon, authenticated, service_role;
 
--- Body of public.redrive_failed. Users in order, so that two runs lock in the same order.
+-- Body of public.redrive_failed. Users in order, so that two runs lock in the same order; and each
+-- user's wishes are read once nobody else can add a try.
+--
+-- What is given is free, for the failed tries were refunded: so it may cost no more than the user
+-- has, or failures at the same credits would each become a picture. What was given since the same
+-- time counts.
 --
 -- Locks: the users' entitlement rows.
 -- Raises: PT400 invalid_input.
@@ -3875,23 +3973,67 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_generation public.generations;
-  v_count integer := 0;
+  v_user_id uuid;
+  v_credits bigint;
+  v_wish record;
+  v_redriven integer := 0;
+  v_reason text;
+  v_skipped jsonb := '{}';
 begin
   if not exists (select from private.error_codes where code = p_code) then
     perform private.refuse_input('code: not a code of private.error_codes');
   elsif p_since is null or coalesce(p_at_most not between 1 and 10000, true) then
     perform private.refuse_input('since: missing, or at_most: not between 1 and 10000');
   end if;
-  for v_generation in
-    select g.* from public.generations as g
+  <<users>>
+  for v_user_id in
+    select distinct g.user_id from public.generations as g
     where g.status = 'failed' and g.error_code = p_code and g.finished_at >= p_since
-      and g.deleted_at is null and (private.find_retry(g.id)).id is null
-    order by g.user_id, g.id limit p_at_most
+      and g.deleted_at is null
+    order by g.user_id
   loop
-    v_count := v_count + private.redrive_generation(v_generation)::integer;
+    select e.credits into v_credits
+    from public.entitlements as e where e.user_id = v_user_id for update;
+    v_credits := v_credits - (
+      select coalesce(sum(w.price_credits), 0) from private.wishes_of(v_user_id) as w
+      where w.given_at >= p_since
+    );
+    for v_wish in
+      select g as last, w.price_credits as price
+      from private.wishes_of(v_user_id) as w
+      inner join public.generations as g on g.id = w.last_id
+      where w.is_open and g.status = 'failed' and g.error_code = p_code
+        and g.finished_at >= p_since
+      order by g.id
+    loop
+      exit users when v_redriven = p_at_most;
+      begin
+        v_reason := 'insufficient_credits';
+        if v_wish.price <= v_credits is not false then
+          perform private.redrive_generation(v_wish.last);
+          v_reason := null;
+        end if;
+      exception
+        -- One that fits no more must not stop all others.
+        when others then
+          v_reason := case when sqlstate like 'PT%' then sqlerrm else 'internal' end;
+          if v_reason = 'internal' then
+            raise warning 'redrive_failed: %: % %', (v_wish.last).id, sqlstate, sqlerrm
+              using errcode = '01000';
+          end if;
+      end;
+      if v_reason is null then
+        v_redriven := v_redriven + 1;
+        v_credits := v_credits - v_wish.price;
+      else
+        v_skipped := v_skipped
+          || jsonb_build_object(v_reason, coalesce((v_skipped ->> v_reason)::integer, 0) + 1);
+      end if;
+    end loop;
   end loop;
-  return json_build_object('redriven', v_count);
+  return json_strip_nulls(
+    json_build_object('redriven', v_redriven, 'skipped', nullif(v_skipped, '{}'))
+  );
 end;
 $$;
 
@@ -3912,9 +4054,11 @@ as $$
 $$;
 
 comment on function public.redrive_failed is
-  'Queues all generations again that failed with a code since a time, free for their users: new '
-  'jobs with the same input, once each. Answers {redriven}; call again while it is at_most. It '
-  'reads the whole history: an operator''s tool. Errors: PT400 invalid_input.';
+  'Queues again what failed with a code since a time, free, with the same input: of each wish the '
+  'last try, unless one is under way or done, and for each user no more than the credits at hand '
+  'would buy. Answers {redriven, skipped: {reason: count} if any}; reasons are '
+  'insufficient_credits, those of retry_generation, and internal. Call again while redriven is '
+  'at_most. It reads the whole history: an operator''s tool. Errors: PT400 invalid_input.';
 
 revoke all on function public.redrive_failed(text, timestamptz, integer)
 from public, anon, authenticated, service_role;
@@ -6614,9 +6758,9 @@ begin
   select
     j.job_id, j.token, j.model_id, j.attempt, j.worker_id, j.claimed_at, p_outcome,
     p_error_code, left(p_error_detail, 2000), j.provider_job_id,
-    (t.metrics ->> 'provider_seconds')::real, (t.metrics ->> 'images')::numeric::smallint,
+    (t.metrics ->> 'provider_seconds')::real, (t.metrics ->> 'images')::numeric::integer,
     case
-      when t.metrics @> '{"is_billed": false}' then 0
+      when t.metrics @@ '$.is_asked == false || $.is_billed == false' then 0
       when m.cost_unit = 'image' then m.cost_usd * (t.metrics ->> 'images')::numeric
       when m.cost_unit = 'second' then m.cost_usd * (t.metrics ->> 'provider_seconds')::numeric
     end
@@ -6709,13 +6853,15 @@ revoke all on function private.finish_failed(private.running_jobs, private.error
 from public, anon, authenticated, service_role;
 
 -- Cancels a job for good. The refund rule: the whole price, but only the share of
--- settings.running_cancel_refund_percent, rounded up, once the provider was asked and may bill us.
+-- settings.running_cancel_refund_percent, rounded up, of what is burned: the provider may bill us,
+-- and nobody gets anything, because the user did not want it any more. That counts, for else it
+-- could be had without end: see check_limits (30).
 --
 -- Locks: the entitlement row.
 create or replace function private.finish_canceled(
   p_user_id uuid,
   p_job_id uuid,
-  p_was_begun boolean
+  p_is_burned boolean
 )
 returns void
 language plpgsql
@@ -6723,11 +6869,14 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_percent integer := case
-    when p_was_begun then (select s.running_cancel_refund_percent from private.settings as s)
+    when p_is_burned then (select s.running_cancel_refund_percent from private.settings as s)
     else 100
   end;
   v_price integer := private.finish_generation(p_job_id, 'canceled');
 begin
+  if p_is_burned then
+    update public.entitlements set day_burned = day_burned + 1 where user_id = p_user_id;
+  end if;
   perform private.refund_generation(
     p_user_id, p_job_id, ceil(v_price::numeric * v_percent / 100)::integer
   );
@@ -6737,7 +6886,8 @@ $$;
 revoke all on function private.finish_canceled(uuid, uuid, boolean)
 from public, anon, authenticated, service_role;
 
--- The same for a job whose lease has just ended.
+-- The same for a job whose lease has just ended. What failed by itself was not stopped by its user,
+-- and our failures are nobody's to pay.
 create or replace function private.finish_canceled_job(
   p_job private.running_jobs,
   p_code text default null,
@@ -6750,7 +6900,8 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform private.finish_canceled(
-    p_job.user_id, p_job.job_id, not p_metrics @> '{"is_asked": false}'
+    p_job.user_id, p_job.job_id,
+    p_code is null and not p_metrics @@ '$.is_asked == false || $.is_billed == false'
   );
   perform private.record_attempts(array[p_job], 'canceled', array[p_metrics], p_code, p_detail);
 end;
@@ -7037,7 +7188,7 @@ begin
       -- Without a rest: the price is a whole number for each image.
       perform private.refund_generation(
         (p_jobs[v_at]).user_id, (p_jobs[v_at]).job_id,
-        p_prices[v_at] * (p_charged[v_at] - p_stored[v_at]) / p_charged[v_at]
+        p_prices[v_at] / p_charged[v_at] * (p_charged[v_at] - p_stored[v_at])
       );
     end if;
   end loop;
@@ -7288,9 +7439,8 @@ begin
     end loop;
   end loop;
   foreach v_taken in array v_all_taken loop
-    perform private.finish_canceled(
-      p_user_id, v_taken.job_id, v_taken.create_started_at is not null
-    );
+    -- No attempt is under way. If an earlier one was billed, it was we who broke it off.
+    perform private.finish_canceled(p_user_id, v_taken.job_id, false);
   end loop;
 end;
 $$;
@@ -9544,7 +9694,7 @@ where case g.status
   when 'failed' then coalesce(l.amount, 0) <> g.price_credits
   when 'canceled' then coalesce(l.amount > g.price_credits, g.price_credits > 0)
   when 'completed' then coalesce(l.amount, 0) <> (
-    select g.price_credits * (g.image_count - count(*)) / g.image_count
+    select g.price_credits / g.image_count * (g.image_count - count(*))
     from public.images as i
     where i.generation_id = g.id
   )
@@ -9637,8 +9787,8 @@ select
   sum(entry.provider_seconds) as provider_seconds,
   sum(entry.cost_usd) as cost_usd,
   sum(entry.unknown_costs)::integer as unknown_costs,
-  sum(entry.credits_charged)::integer as credits_charged,
-  sum(entry.credits_refunded)::integer as credits_refunded
+  sum(entry.credits_charged) as credits_charged,
+  sum(entry.credits_refunded) as credits_refunded
 from (
   select
     (a.ended_at at time zone 'utc')::date as day,
@@ -9854,6 +10004,8 @@ as $$
       'failed', round(ended.failed / 15.0, 2), 'retried', round(ended.retried / 15.0, 2)
     ),
     'attempts_of_15_minutes', ended.completed + ended.failed + ended.retried,
+    'burned_of_15_minutes', ended.burned,
+    'burned_by_users', ended.burned_by_users,
     'error_rate', round(
       (ended.failed + ended.retried)::numeric
       / nullif(ended.completed + ended.failed + ended.retried, 0), 4
@@ -9874,9 +10026,17 @@ as $$
       count(*) filter (where a.outcome = 'retried') as retried,
       count(*) filter (where a.outcome = 'completed' and a.is_new) as new_completed,
       count(*) filter (where a.outcome = 'failed' and a.is_new) as new_failed,
-      count(*) filter (where a.outcome = 'retried' and a.is_new) as new_retried
+      count(*) filter (where a.outcome = 'retried' and a.is_new) as new_retried,
+      count(a.burned_by) as burned,
+      count(distinct a.burned_by) as burned_by_users
     from (
-      select e.outcome, e.ended_at > now() - interval '1 minute' as is_new
+      select
+        e.outcome,
+        e.ended_at > now() - interval '1 minute' as is_new,
+        -- See finish_canceled (75). What costs nothing is not burned.
+        case when e.outcome = 'canceled' and e.error_code is null and e.cost_usd is distinct from 0
+          then (select g.user_id from public.generations as g where g.id = e.generation_id)
+        end as burned_by
       from private.attempts as e
       where e.ended_at > now() - interval '15 minutes'
     ) as a
@@ -10017,6 +10177,11 @@ as $$
       'error_rate', (h.t ->> 'error_rate')::numeric, (h.t ->> 'attempts_of_15_minutes')::bigint,
       format('of %s attempts in 15 minutes, %s %% ended in an error',
         h.t ->> 'attempts_of_15_minutes', round(100 * (h.t ->> 'error_rate')::numeric))
+    ),
+    (
+      'burned', (h.t ->> 'burned_of_15_minutes')::numeric, null,
+      format('%s running jobs canceled in 15 minutes, by %s users: the provider may bill them',
+        h.t ->> 'burned_of_15_minutes', h.t ->> 'burned_by_users')
     ),
     (
       'stuck', (h.r ->> 'stale_seconds')::numeric, null,
@@ -10227,11 +10392,11 @@ $$;
 comment on function public.queue_health is
   'How the queue is, for monitors: {status (ok | warning | critical), alerts [{alert, severity, '
   'detail, hint}], depth {ready, delayed, paused, oldest_ready_seconds}, running {jobs, stale, '
-  'stale_seconds}, rates {last_minute, per_minute_of_15, attempts_of_15_minutes, error_rate}, '
-  'workers {alive, asleep, listening, slots, slots_used}, routines {name: {last_run_at, '
-  'every_seconds, runs_missed}}, paused, vacuum {oldest_transactions, sees_all_sessions}, outbox '
-  '{pending, oldest_pending_seconds, dead}, books {recent_problems, checked_at, problems, '
-  'examples}}. Thresholds are rows of private.alert_rules.';
+  'stale_seconds}, rates {last_minute, per_minute_of_15, attempts_of_15_minutes, error_rate, '
+  'burned_of_15_minutes, burned_by_users}, workers {alive, asleep, listening, slots, slots_used}, '
+  'routines {name: {last_run_at, every_seconds, runs_missed}}, paused, vacuum '
+  '{oldest_transactions, sees_all_sessions}, outbox {pending, oldest_pending_seconds, dead}, books '
+  '{recent_problems, checked_at, problems, examples}}. Thresholds are rows of private.alert_rules.';
 
 revoke all on function public.queue_health() from public, anon, authenticated, service_role;
 grant execute on function public.queue_health() to service_role, darkroom_monitor;
@@ -10932,10 +11097,11 @@ insert into private.retention_walks (name) values
 on conflict do nothing;
 
 insert into private.plans (
-  name, max_active, max_per_minute, max_batch, weight, busy_after
+  name, max_active, max_per_minute, full_minutes_per_day, max_burned_per_day, max_batch, weight,
+  busy_after
 ) values
-('free', 3, 10, 3, 1, '10 minutes'),
-('paid', 20, 60, 100, 4, '30 minutes')
+('free', 3, 10, 30, 5, 3, 1, '10 minutes'),
+('paid', 20, 60, 100, 50, 100, 4, '30 minutes')
 on conflict do nothing;
 
 insert into private.error_codes (
@@ -10977,6 +11143,11 @@ insert into private.alert_rules (alert, threshold, unit, min_cases, severity, hi
   'error_rate', 0.25, 'share of attempts', 20, 'critical',
   'private.errors_by_model says which model and in which words. A model that only fails is taken '
   'off the list with is_active = false.'
+),
+(
+  'burned', 20, 'purchases', 0, 'warning',
+  'Users cancel what the provider bills: see entitlements.day_burned. Lower '
+  'plans.max_burned_per_day or settings.running_cancel_refund_percent.'
 ),
 (
   'stuck', 120, 'seconds', 0, 'critical',

@@ -43,7 +43,8 @@ update private.settings set
   retry_base = '1 second', retry_cap = '5 seconds',
   breaker_pause = '2 seconds', breaker_pause_cap = '4 seconds';
 update public.models set is_active = true, deadline = '30 seconds';
-update private.plans set max_active = 1000000, max_per_minute = 1000000, busy_after = null;
+update private.plans set max_active = 1000000, max_per_minute = 1000000,
+  max_burned_per_day = 1000000, busy_after = null;
 """
 WORKER = {
     "WORKER_SLOTS": "6",

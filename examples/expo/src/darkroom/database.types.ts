@@ -42,14 +42,14 @@ isOneToOne: false
                   ]
                 },"entitlements": {
                   Row: {
-                    "created_at": string,"credits": number,"is_paid": boolean,"last_fair_key": number,"minute_jobs": number,"minute_started_at": string,"paid_until": string | null,"user_id": string
+                    "created_at": string,"credits": number,"day_burned": number,"day_jobs": number,"day_started_at": string,"is_paid": boolean,"last_fair_key": number,"minute_jobs": number,"minute_started_at": string,"paid_until": string | null,"user_id": string
                   }
                   ComputedFields: never
                   Insert: {
-                    "created_at"?: string,"credits"?: number,"is_paid"?: boolean,"last_fair_key"?: number,"minute_jobs"?: number,"minute_started_at"?: string,"paid_until"?: string | null,"user_id": string
+                    "created_at"?: string,"credits"?: number,"day_burned"?: number,"day_jobs"?: number,"day_started_at"?: string,"is_paid"?: boolean,"last_fair_key"?: number,"minute_jobs"?: number,"minute_started_at"?: string,"paid_until"?: string | null,"user_id": string
                   }
                   Update: {
-                    "created_at"?: string,"credits"?: number,"is_paid"?: boolean,"last_fair_key"?: number,"minute_jobs"?: number,"minute_started_at"?: string,"paid_until"?: string | null,"user_id"?: string
+                    "created_at"?: string,"credits"?: number,"day_burned"?: number,"day_jobs"?: number,"day_started_at"?: string,"is_paid"?: boolean,"last_fair_key"?: number,"minute_jobs"?: number,"minute_started_at"?: string,"paid_until"?: string | null,"user_id"?: string
                   }
                   Relationships: [
                     
