@@ -2107,6 +2107,8 @@ class Worker:
                 pass
         except StorageRefused as error:
             log.warning("files.kept error=%s", error)
+        except psycopg.Error as error:  # in a minute, not at once
+            log.error("files.kept error=%s", type(error).__name__)
 
     async def _erase_files(self) -> int:
         erased = 0
