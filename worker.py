@@ -51,6 +51,7 @@ import base64
 import contextlib
 import errno
 import functools
+import gc
 import hashlib
 import hmac
 import io
@@ -61,8 +62,11 @@ import math
 import os
 import random
 import re
+import resource
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import textwrap
@@ -79,7 +83,7 @@ from collections.abc import (
     Sequence,
 )
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from importlib import metadata
@@ -93,7 +97,17 @@ import blurhash  # type: ignore[import-untyped]
 import httpcore
 import httpx
 import psycopg
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import (
+    AvifImagePlugin,
+    Image,
+    ImageDraw,
+    ImageFile,
+    ImageFont,
+    ImageOps,
+    JpegImagePlugin,
+    PngImagePlugin,
+    UnidentifiedImageError,
+)
 from psycopg import sql
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
@@ -118,6 +132,7 @@ CALL_SECONDS = 15.0  # for one call; later, whoever stands in between may have l
 POOL_SIZE = 6  # connections at most: each kind of call for many jobs has one under way
 OUTBOX_SECONDS = 0.05  # at least, between two looks at the outbox
 RETRY_BASE_SECONDS, RETRY_CAP_SECONDS = 0.25, 10.0  # backoff between repeated calls
+MAX_COUNT = 1_000_000  # of images or seconds that a provider is believed to have taken
 LOG_CHARS = 200_000  # of a provider's log that are read for progress
 DETAIL_CHARS = 500  # of others' words that are kept for operators
 QUOTED_CHARS = 5_000  # of them that are looked through for secrets first, which come out whole so
@@ -126,18 +141,24 @@ HTTP_TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 HTTP_TRIES = 4  # for requests that may be repeated
 CHUNK_BYTES = 64 * 1024  # times several for each job in flight
 DOWNLOAD_SECONDS = 120.0  # at most, for one output
-DECODE_BYTES = {"AVIF": 10, "WEBP": 17}  # a pixel, at the peak of Pillow's decoding; else 4
-MAX_DECODE_BYTES = 160_000_000  # larger ones are stored without blurhash and preview
 MAX_IMAGE_PIXELS = 50_000_000
+SMALL_BYTES, LARGE_BYTES = 100_000_000, 450_000_000  # of memory, for what is done with one picture
+SMALL_AT_ONCE = 3  # such pictures; beside them one large one, so that none waits for a dear one
+PICTURE_SECONDS = 3  # of a core, for one picture
+STALL_SECONDS = 10 * PICTURE_SECONDS  # on the clock, where there is no core for it
+IDLE_SECONDS = 60  # without a picture, after which the process that is kept for them ends
 MAX_PREVIEW_SOURCES = 64
 PREVIEW_SOURCE_SIZE = (256, 256)
 BLUR_PIXELS = 32  # longest side of what a blurhash is made of
+SVG_BYTES = 30  # of memory, for each of an SVG's
 MAX_SVG_BYTES, MAX_SVG_DEPTH, MAX_SVG_WEIGHT = 10 << 20, 200, 2_000_000  # weight: sum of depths
+MAX_PROFILE_BYTES = 64 * 1024  # of colours, in a preview
 MAX_REDIRECTS = 3
 UNPACKED = {"accept-encoding": "identity"}  # a few bytes, packed twice, unpack to gigabytes at once
 MAX_PAGES = 50  # of 100 predictions each, when a lost create is looked for
 CREATE_WITHIN_SECONDS = 5.0  # of holding the lease; later, another worker may have it
 PROVIDER_PAUSE_SECONDS = 60  # before an account that was refused is tried again
+PROVIDER_JOB_ID = re.compile(r"[\w.:-]{1,200}", re.ASCII)  # becomes part of addresses
 DELIVERY_HOST = re.compile(r"([a-z0-9-]+\.)*replicate\.delivery")  # its OpenAPI file, "output"
 FORMATS = {
     "PNG": ("png", "image/png"),
@@ -156,10 +177,23 @@ UNREADABLE = (
     RuntimeError,
     Image.DecompressionBombError,
 )  # Pillow
+SIDEWAYS = (5, 6, 7, 8)  # EXIF's orientations that swap width and height
 EXIF_TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))
+FIRST_BYTES = {
+    "PNG": rb"\x89PNG\r\n\x1a\n",
+    "JPEG": rb"\xff\xd8\xff",
+    "WEBP": rb"RIFF....WEBP",
+    "AVIF": rb"....ftypavi[fs]",
+    "GIF": rb"GIF8[79]a",
+}
+PIXEL_BYTES = {"RGB": 5, "L": 6, "RGBA": 9}  # at the peak, with a copy in another mode
+PIXEL_CHUNKS = {
+    *(b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"),
+    *(b"acTL", b"fcTL", b"fdAT"),
+}
 SHORTAGES = {  # of the machine: no space, no files left, a broken disk; ENOENT: no folder at all
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOENT),
-    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN),
 }
 INERT_TYPE = "application/octet-stream"  # of SVGs in Storage: browsers save it and do not run it
 DELIVERY_SECONDS = 20.0  # for one try, from looking the name up to the status; far below the lease
@@ -192,6 +226,8 @@ CANCEL, PROBE = "cancel", "probe"  # payloads of NOTIFY: jobs to stop, and a tes
 JOBS_FAULT = {"21", "22", "23", "54", "P0", "PT", "DR"}
 DATABASES_FAULT = dict.fromkeys(("08", "25", "40", "53", "55", "57", "58"), "database")
 CREDENTIAL_PREFIX = "darkroom_"  # what LoadCredential=darkroom:FOLDER puts before a file's name
+PICTURES = "pictures"  # argument of the process that serves a worker's
+PUBLIC_VARIABLES = {"PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH"}  # it is started with
 EXIT_OK, EXIT_ERROR, EXIT_CONFIG, EXIT_FORCED = 0, 1, 2, 3
 
 MIN_SECRET_CHARS = 6  # shorter ones would take away words
@@ -380,7 +416,10 @@ class Canceled(Exception):
 
 
 class JobError(Exception):
-    """The attempt failed, with a code of private.error_codes. The detail is for operators."""
+    """The attempt failed, with a code of private.error_codes. The detail is for operators.
+
+    The reason is what the log says: without the words of others, which may repeat a prompt.
+    """
 
     def __init__(
         self,
@@ -388,9 +427,11 @@ class JobError(Exception):
         detail: str,
         retry_after: float | None = None,
         metrics: dict[str, Any] | None = None,
+        reason: str | None = None,
     ) -> None:
         super().__init__(f"{code}: {detail}")
         self.code, self.retry_after, self.metrics = code, retry_after, metrics or {}
+        self.reason = detail if reason is None else reason
         # As PostgreSQL can store it: providers' texts may hold NUL or broken surrogates.
         self.detail = detail.encode(errors="replace").decode().replace("\0", "�")
 
@@ -935,14 +976,19 @@ class Preview:
     A prompt with [fail:CODE] in it fails with that code, as a real provider might.
     """
 
+    FAILURE = re.compile(
+        r"\[fail:(moderated|invalid_input|provider_(?:busy|timeout|error)|result_lost)\]"
+    )
     settle_seconds = 0.0  # nothing is bought
     fetches_sources = False
 
     def __init__(self, seconds: float, failure_rate: float) -> None:
         self.seconds, self.failure_rate = seconds, failure_rate
-        self.sources: dict[str, Image.Image] = {}  # small, by address, later by provider_job_id
+        self.pictures = Pictures()
+        self.sources: dict[str, bytes] = {}  # small, by address, later by provider_job_id
 
     async def create(self, job: Job, provider_input: dict[str, Any]) -> str:
+        self.pictures.start()  # meanwhile
         provider_job_id = f"preview-{job.token}"
         if address := provider_input.get("image"):
             self.sources[provider_job_id] = self.sources.pop(address)
@@ -953,7 +999,7 @@ class Preview:
 
     async def upload(self, name: str, file: IO[bytes]) -> str:
         address = f"preview:{uuid4()}"
-        self.sources[address] = await asyncio.to_thread(shrink_source, file)
+        self.sources[address] = await self.pictures.shrink(file)
         while len(self.sources) > MAX_PREVIEW_SOURCES:
             del self.sources[next(iter(self.sources))]
         return address
@@ -963,7 +1009,7 @@ class Preview:
             report(percent)
             await asyncio.sleep(self.seconds / 10)
         prompt, seed = job.provider_input["prompt"], int(job.provider_input["seed"])
-        if wanted := re.search(r"\[fail:(\w+)\]", prompt):
+        if wanted := self.FAILURE.search(prompt):
             raise JobError(wanted[1], "asked for by the prompt")
         if random.random() < self.failure_rate:
             raise JobError("provider_error", "PREVIEW_FAILURE_RATE")
@@ -972,7 +1018,7 @@ class Preview:
             raise JobError("result_lost", "the source went with the worker that had it")
         size = (int(job.provider_input["width"]), int(job.provider_input["height"]))
         outputs = [
-            await asyncio.to_thread(draw_preview, prompt, seed + n, size, source)
+            await self.pictures.draw(prompt, seed + n, size, source or b"")
             for n in range(job.image_count)
         ]
         return Result(outputs, {"provider_seconds": self.seconds, "images": len(outputs)})
@@ -982,59 +1028,6 @@ class Preview:
 
     async def cancel(self, provider_job_id: str) -> dict[str, Any]:
         return {"is_billed": False}
-
-
-def shrink_source(file: IO[bytes]) -> Image.Image:
-    """A source image, small. Raises JobError."""
-    file.seek(0)
-    try:
-        with Image.open(file, formats=["JPEG", "PNG", "WEBP"]) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise JobError("invalid_input", "source: too many pixels")
-            image.draft("RGB", PREVIEW_SOURCE_SIZE)
-            image.thumbnail(PREVIEW_SOURCE_SIZE)
-            return image.convert("RGB")
-    except UNREADABLE as error:
-        raise JobError("invalid_input", f"source: no image: {type(error).__name__}") from None
-
-
-def draw_preview(
-    prompt: str, seed: int, size: tuple[int, int], source: Image.Image | None = None
-) -> bytes:
-    """A PNG that is the same for the same arguments, with the prompt written into it."""
-    chance = random.Random(hashlib.sha256(f"{prompt}\0{seed}".encode()).digest())
-    width, height = size
-    hue = chance.randrange(360)
-    sky, ground = f"hsl({hue}, 55%, 24%)", f"hsl({(hue + 50) % 360}, 55%, 62%)"
-    image = ImageOps.colorize(Image.linear_gradient("L").resize(size), sky, ground)
-    draw = ImageDraw.Draw(image, "RGBA")
-    for _ in range(14):
-        radius = chance.uniform(0.03, 0.28) * min(size)
-        x, y = chance.uniform(0, width), chance.uniform(0, height)
-        tint = chance.choice([(255, 255, 255), (255, 190, 120), (10, 10, 30)])
-        box = (x - radius, y - radius, x + radius, y + radius)
-        draw.ellipse(box, fill=(*tint, chance.randrange(14, 46)))
-    if source:
-        image.paste(Image.blend(image, ImageOps.fit(source, size), 0.7))
-    _write_caption(draw, size, prompt, f"placeholder, seed {seed}, {width} x {height}")
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
-
-
-def _write_caption(draw: ImageDraw.ImageDraw, size: tuple[int, int], text: str, note: str) -> None:
-    width, height = size
-    margin = max(4, min(size) // 20)
-    font = ImageFont.load_default(max(9, min(size) // 18))
-    small = ImageFont.load_default(max(8, min(size) // 36))
-    per_line = max(4, int((width - 2 * margin) / font.getlength("n")))
-    words = "".join(c if c.isprintable() else " " for c in text)
-    lines = textwrap.wrap(words, per_line, max_lines=6, placeholder=" …")
-    draw.multiline_text(
-        (width / 2, height / 2), "\n".join(lines), font=font, anchor="mm", align="center",
-        fill="white", stroke_width=max(1, min(size) // 300), stroke_fill=(0, 0, 0, 160),
-    )  # fmt: skip
-    draw.text((margin, height - margin), note, font=small, anchor="ls", fill=(255, 255, 255, 200))
 
 
 class Replicate:
@@ -1068,24 +1061,25 @@ class Replicate:
             raise UnknownOutcome(type(error).__name__) from None
         self._raise_for_refusal(response)
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            if provider_job_id := response.json()["id"]:
+            if PROVIDER_JOB_ID.fullmatch(provider_job_id := response.json()["id"]):
                 return str(provider_job_id)
         raise UnknownOutcome(f"HTTP {response.status_code} without an id")
 
     @staticmethod
     def _raise_for_refusal(response: httpx.Response) -> None:
         status = response.status_code
-        detail = f"create: HTTP {status}: {response.text[:QUOTED_CHARS]}"
+        reason = f"create: HTTP {status}"
+        detail = f"{reason}: {response.text[:QUOTED_CHARS]}"
         if status in (401, 402, 403):
             raise ProviderDown(detail, may_have_bought=False)
         if status == 429:
-            raise JobError("provider_busy", detail, retry_after_seconds(response))
+            raise JobError("provider_busy", detail, retry_after_seconds(response), reason=reason)
         if status in (400, 422):
-            raise JobError("invalid_input", detail)
+            raise JobError("invalid_input", detail, reason=reason)
         if status == 408 or status >= 500:
             raise UnknownOutcome(f"HTTP {status}")
         if not response.is_success:
-            raise JobError("internal", detail)
+            raise JobError("internal", detail, reason=reason)
 
     async def find(self, job: Job, since: datetime) -> list[str]:
         """Read the list of predictions back to a minute before, and compare model and input."""
@@ -1149,7 +1143,8 @@ class Replicate:
                 detail = str(prediction.get("error") or f"prediction {status}")[:QUOTED_CHARS]
                 moderated = status == "failed" and self.MODERATION.search(detail)
                 code = "moderated" if moderated else "provider_error"
-                raise JobError(code, detail, metrics=self._metrics(prediction))
+                metrics, reason = self._metrics(prediction), f"prediction {status}"
+                raise JobError(code, detail, metrics=metrics, reason=reason)
             pause = min(PROVIDER_POLL_CAP_SECONDS, PROVIDER_POLL_SECONDS * 1.2**attempt)
             await asyncio.sleep(pause * random.uniform(0.8, 1.0))
             attempt += 1
@@ -1178,7 +1173,7 @@ class Replicate:
         if prediction.get("data_removed") or prediction.get("output") is None:
             raise JobError("result_lost", "the output was removed", metrics=metrics)
         outputs = list(addresses(prediction["output"]))
-        return Result(outputs, {"images": len(outputs)} | metrics)
+        return Result(outputs, {"images": min(len(outputs), MAX_COUNT)} | metrics)
 
     @staticmethod
     def _metrics(prediction: dict[str, Any]) -> dict[str, Any]:
@@ -1192,7 +1187,7 @@ class Replicate:
             "images image_count",
         ):
             ours, theirs = name.split()
-            if isinstance(number := said.get(theirs), int | float) and 0 < number < 30_000:
+            if isinstance(number := said.get(theirs), int | float) and 0 < number <= MAX_COUNT:
                 known[ours] = number + 0
         if prediction.get("status") in ("failed", "aborted"):
             known["is_billed"] = False
@@ -1245,7 +1240,8 @@ class Replicate:
         api = httpx.URL(self.base_url)
         delivered = url.scheme == "https" and DELIVERY_HOST.fullmatch(url.host)
         if not delivered and (url.scheme, url.netloc) != (api.scheme, api.netloc):
-            raise JobError("provider_error", f"output: host {url.host[:100]} is not allowed")
+            detail, reason = f"output: host {url.host[:100]} is not allowed", "output: host"
+            raise JobError("provider_error", detail, reason=reason)
         return url
 
     async def cancel(self, provider_job_id: str) -> dict[str, Any]:
@@ -1302,7 +1298,7 @@ class Storage:
         self, http: httpx.AsyncClient, url: str, key: str, max_bytes: int, preview_pixels: int
     ) -> None:
         self.http, self.max_bytes, self.preview_pixels = http, max_bytes, preview_pixels
-        self.decoder = ThreadPoolExecutor(1, "decoder")  # a decoded image is large: one at a time
+        self.pictures = Pictures()
         self.root = f"{url}/storage/v1"
         self.base_url = f"{self.root}/object/{BUCKET}"
         self.is_reachable_from_outside = is_public_host(urlsplit(url).hostname or "")
@@ -1355,10 +1351,11 @@ class Storage:
         """Check and upload one output; answer its row for complete_jobs. Raises JobError."""
         base = f"{job.user_id}/{job.job_id}/{position}"
         with tempfile.TemporaryFile() as file:
+            self.pictures.start()  # meanwhile
             await self._receive(file, body)
-            image = await asyncio.get_running_loop().run_in_executor(
-                self.decoder, inspect_image, file, self.preview_pixels
-            )
+            image = await self.pictures.inspect(file, self.preview_pixels)
+            if image.lacks:
+                log.warning("picture.bare job=%s lacks=%s", job.job_id, image.lacks)
             extension, content_type = FORMATS[image.format]
             served_as = INERT_TYPE if image.format == "SVG" else content_type
             size = await self._upload(f"{base}.{extension}", file, served_as)
@@ -1415,7 +1412,7 @@ class Storage:
                 code, reason, text = "storage_unavailable", type(error).__name__, ""
             log.warning("storage.retry job=%s reason=%r", path.split("/")[1], reason)
             await asyncio.sleep(backoff(attempt))
-        raise JobError(code, f"upload: {reason}: {text}")
+        raise JobError(code, f"upload: {reason}: {text}", reason=f"upload: {reason}")
 
 
 def reserve(size: int) -> None:
@@ -1461,6 +1458,9 @@ def storage_code(response: httpx.Response) -> str:
     return "storage_unavailable" if status >= 500 or status in (408, 429) else "internal"
 
 
+# --- pictures -----------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Picture:
     """What the bytes of an output show. SVGs have neither blurhash nor preview, some no size."""
@@ -1470,52 +1470,303 @@ class Picture:
     height: int | None
     blurhash: str | None = None
     preview: bytes | None = None  # WebP; None too if the picture itself is not larger
+    lacks: str | None = None  # what was not enough for blurhash and preview: memory or time
 
 
-def inspect_image(file: IO[bytes], preview_pixels: int) -> Picture:
+class Pictures:
+    """Has pictures decoded and drawn by processes that die of what costs too much, not the worker.
+
+    They are forked from one small process, which starts with the first picture and ends when there
+    was none for a while, or with the worker. It knows no secret.
+    """
+
+    def __init__(self) -> None:
+        self.lanes = [
+            (SMALL_BYTES, asyncio.Semaphore(SMALL_AT_ONCE)),
+            (LARGE_BYTES, asyncio.Semaphore(1)),
+        ]
+        self.server: subprocess.Popen[bytes] | None = None
+        self.door: socket.socket
+
+    async def inspect(self, file: IO[bytes], preview_pixels: int) -> Picture:
+        """Do what inspect_image does. Raises JobError."""
+        said = await self._ask("inspect", file, preview_pixels=preview_pixels)
+        if "format" in said:
+            return Picture(
+                **said | {"preview": base64.b64decode(said.get("preview") or "") or None}
+            )
+        file.seek(0)
+        head = file.read(32)
+        for kind, first in FIRST_BYTES.items():
+            if re.match(first, head, re.DOTALL):
+                return Picture(kind, None, None, lacks=said["lacks"])
+        raise JobError("provider_error", f"output: no image that takes little {said['lacks']}")
+
+    async def shrink(self, file: IO[bytes]) -> bytes:
+        """Do what shrink_source does. Raises JobError."""
+        file.seek(0)
+        with tempfile.TemporaryFile() as copy:
+            shutil.copyfileobj(file, copy)
+            said = await self._ask("shrink", copy)
+        if said["lacks"]:
+            raise JobError("invalid_input", f"source: takes too much {said['lacks']}")
+        return base64.b64decode(said["data"])
+
+    async def draw(self, prompt: str, seed: int, size: tuple[int, int], source: bytes) -> bytes:
+        """Do what draw_preview does. Raises JobError."""
+        with tempfile.TemporaryFile() as file:
+            file.write(source)
+            said = await self._ask("draw", file, prompt=prompt, seed=seed, size=size)
+        if said["lacks"]:
+            raise JobError("internal", f"preview: takes too much {said['lacks']}")
+        return base64.b64decode(said["data"])
+
+    async def _ask(self, task: str, file: IO[bytes], **more: Any) -> dict[str, Any]:
+        """Have it done as a small picture; if that takes more memory, among the large ones."""
+        said: dict[str, Any] = {}
+        for means, lane in self.lanes:
+            async with lane:
+                said = await self._run(file, {"task": task, "means": means, **more})
+            if said.get("lacks") != "memory":
+                break
+        if "failed" in said:
+            code, detail = said["failed"]
+            raise JobError(code, detail, reason=said["reason"])
+        return said
+
+    async def _run(self, file: IO[bytes], request: dict[str, Any]) -> dict[str, Any]:
+        """Answer all that a new process told until its end. Raises OSError if there is none."""
+        file.flush()
+        for attempt in range(3):  # perhaps the server ends just now, as nobody has asked
+            await asyncio.sleep(backoff(attempt) if attempt else 0)
+            ours, theirs = socket.socketpair()
+            with theirs, contextlib.suppress(ConnectionError):
+                socket.send_fds(self.start(), [b"1"], [theirs.fileno(), file.fileno()])
+            reader, writer = await asyncio.open_connection(sock=ours)
+            said: dict[str, Any] = {}
+            try:
+                writer.write(json.dumps(request).encode())
+                writer.write_eof()
+                with contextlib.suppress(ConnectionError):
+                    said = json.loads(await reader.readline() or b"{}")
+                    for line in (await reader.read()).split(b"\n")[:-1]:
+                        said |= json.loads(line)
+            except asyncio.CancelledError:
+                with contextlib.suppress(KeyError, ProcessLookupError):
+                    os.kill(said["pid"], signal.SIGKILL)
+                raise
+            finally:
+                writer.close()
+            if said.pop("pid", None):
+                return said
+        raise OSError(errno.EAGAIN, "no process for pictures")
+
+    def start(self) -> socket.socket:
+        """Have the server run; answer how to reach it."""
+        if self.server is None or self.server.poll() is not None:
+            self.close()
+            self.door, theirs = socket.socketpair()
+            with theirs:
+                self.server = subprocess.Popen(
+                    [sys.executable, __file__, PICTURES],
+                    stdin=theirs.fileno(),
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    env={key: os.environ[key] for key in PUBLIC_VARIABLES & os.environ.keys()},
+                    start_new_session=True,  # not stopped by what stops the worker, as Ctrl-C
+                )
+        return self.door
+
+    def close(self) -> None:
+        """End all processes for pictures."""
+        if self.server:
+            self.door.close()
+            self.server.wait()
+
+
+def serve_pictures() -> None:
+    """Be the server of a worker's Pictures: fork a process for each request, without threads.
+
+    So each has its own limits, and whatever a picture does to it is over with it.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the stacks of many would count as memory
+    Image.init()
+    gc.freeze()  # what is there already is not copied by looking at it
+    control = socket.socket(fileno=0)
+    control.settimeout(IDLE_SECONDS)
+    with contextlib.suppress(TimeoutError):
+        while descriptors := socket.recv_fds(control, 1, 2)[1]:
+            with contextlib.suppress(OSError):  # the worker sees that there is none
+                if os.fork() == 0:
+                    try:
+                        serve_picture(*descriptors)
+                    finally:
+                        os._exit(0)
+            for each in descriptors:
+                os.close(each)
+    os.killpg(0, signal.SIGKILL)  # who is still at work would be so for nobody
+
+
+def serve_picture(channel: int, descriptor: int) -> None:
+    """Do one request and end. What is told line by line holds, even if it is ended before."""
+    with socket.socket(fileno=channel) as worker, os.fdopen(descriptor, "r+b") as file:
+
+        def tell(**said: Any) -> None:
+            worker.sendall(
+                json.dumps(said, default=lambda data: base64.b64encode(data).decode()).encode()
+                + b"\n"
+            )
+
+        tell(pid=os.getpid(), lacks="time")  # so it is, unless it gets to say something else
+        with worker.makefile("rb") as asked:
+            request = json.load(asked)
+        means = request["means"]
+        restrict(means)
+        try:
+            if request["task"] == "inspect":
+                tell(**asdict(inspect_image(file, request["preview_pixels"], means, tell)))
+            elif request["task"] == "shrink":
+                tell(data=shrink_source(file, means), lacks=None)
+            else:
+                wish = request["prompt"], request["seed"], tuple(request["size"])
+                tell(data=draw_preview(*wish, file), lacks=None)
+        except MemoryError:
+            tell(lacks="memory")
+        except Exception as error:
+            failed = as_job_error(error)
+            tell(failed=(failed.code, failed.detail), reason=failed.reason, lacks=None)
+
+
+def restrict(means: int) -> None:
+    """Have the kernel refuse this process more memory, and end it if it takes too long."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    memory = pages * resource.getpagesize() + means
+    for what, most in (
+        (resource.RLIMIT_AS, memory),
+        (resource.RLIMIT_CPU, PICTURE_SECONDS),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(what, (most, most))
+    signal.alarm(STALL_SECONDS)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("500")  # it goes before the worker
+
+
+class Chunks(PngImagePlugin.PngStream):
+    """A PNG's: what does not tell of the pixels is passed over, or left out where it is broken."""
+
+    def call(self, cid: bytes, pos: int, length: int) -> bytes:
+        if cid in PIXEL_CHUNKS:
+            return super().call(cid, pos, length)
+        if cid in (b"iCCP", b"eXIf"):
+            with contextlib.suppress(Exception):
+                return super().call(cid, pos, length)
+        assert self.fp
+        self.fp.seek(pos)
+        return ImageFile._safe_read(self.fp, length)
+
+    def crc(self, cid: bytes, data: bytes) -> None:
+        if cid in PIXEL_CHUNKS:
+            super().crc(cid, data)
+        else:
+            self.crc_skip(cid, data)
+
+
+def read_app(image: JpegImagePlugin.JpegImageFile, marker: int) -> None:
+    """Read a JPEG's segment for applications, or leave it out where it is broken."""
+    with contextlib.suppress(Exception):
+        JpegImagePlugin.APP(image, marker)
+        image.icclist = [part for part in image.icclist if len(part) > 14]
+
+
+PngImagePlugin.PngStream = Chunks  # type: ignore[misc]
+JpegImagePlugin.MARKER.update(dict.fromkeys(range(0xFFE0, 0xFFF0), ("APP", "", read_app)))  # type: ignore[arg-type]
+# A JPEG is read as one also where it says that it is several, rightly or not.
+Image.register_open("JPEG", JpegImagePlugin.JpegImageFile, JpegImagePlugin._accept)
+
+
+def weigh(image: Image.Image, side: int, size: int) -> int:
+    """How much memory it takes at most to decode an opened image and shrink it to this side."""
+    pixels = image.width * image.height
+    if image.format == "JPEG":
+        each = 2 * len(image.getbands()) + 2  # a progressive one is held whole
+    else:
+        each = {"AVIF": 10, "WEBP": 17}.get(str(image.format)) or PIXEL_BYTES.get(image.mode, 13)
+    return 32_000_000 + 2 * size + each * pixels + 24 * min(pixels, side * side)
+
+
+def inspect_image(
+    file: IO[bytes],
+    preview_pixels: int,
+    means: int = LARGE_BYTES,
+    tell: Callable[..., None] = lambda **_: None,
+) -> Picture:
     """Look at the bytes themselves, whatever the provider calls them. Raises JobError.
 
     An image is decoded once, of an animation the first frame. An SVG is replaced in the file by one
-    that does nothing.
+    that does nothing. What can be told without decoding is told before.
     """
+    size = file.seek(0, io.SEEK_END)
     file.seek(0)
     try:
         with Image.open(file, formats=[name for name in FORMATS if name != "SVG"]) as image:
-            return decode_image(image, preview_pixels)
+            return decode_image(image, preview_pixels, size, means, tell)
     except UnidentifiedImageError:
+        if 32_000_000 + SVG_BYTES * min(size, MAX_SVG_BYTES) > means:
+            raise MemoryError from None
         return sanitize_svg(file)
     except UNREADABLE as error:
         raise JobError("provider_error", f"output: no image: {type(error).__name__}") from None
 
 
-def decode_image(image: Image.Image, preview_pixels: int) -> Picture:
+def decode_image(
+    image: Image.Image, preview_pixels: int, size: int, means: int, tell: Callable[..., None]
+) -> Picture:
     """Decode an opened image, a JPEG no larger than needed. Raises JobError, or what Pillow does.
 
     Width and height are as displayed: turned as EXIF says.
     """
-    width, height = image.size
-    if width * height > MAX_IMAGE_PIXELS:
+    if image.width * image.height > MAX_IMAGE_PIXELS:
         raise JobError("provider_error", "output: too many pixels")
-    kind = "JPEG" if image.format == "MPO" else str(image.format)  # MPO: several JPEGs
-    if width * height * DECODE_BYTES.get(kind, 4) > MAX_DECODE_BYTES:
-        return Picture(kind, width, height)
+    kind, full, profile = str(image.format), image.size, image.info.get("icc_profile")
+    turn = orientation(image)
+    width, height = full[::-1] if turn in SIDEWAYS else full
     side = preview_pixels or BLUR_PIXELS
+    if weigh(image, side, size) > means:
+        return Picture(kind, width, height, lacks="memory")
+    tell(format=kind, width=width, height=height)
     image.draft(None, (2 * side, 2 * side))
     image.load()
-    orientation = image.getexif().get(0x0112)
-    if orientation in (5, 6, 7, 8):
-        width, height = height, width
+    turn = turn or orientation(image)  # of a PNG it may come last
+    width, height = full[::-1] if turn in SIDEWAYS else full
     if image.mode.startswith("I;16"):
         image = image.point(lambda value: value / 256).convert("L")
     mode = "RGBA" if image.has_transparency_data else "RGB"
     small = image if image.mode == mode else image.convert(mode)
     small.thumbnail((side, side))
-    if orientation in EXIF_TURNS:  # ImageOps.exif_transpose does not bear damaged EXIF
-        small = small.transpose(EXIF_TURNS[orientation])
+    if turn in EXIF_TURNS:
+        small = small.transpose(EXIF_TURNS[turn])
     file = io.BytesIO()
     if 0 < preview_pixels < max(width, height):
-        small.save(file, "WEBP", quality=75)
+        small.save(file, "WEBP", quality=75, icc_profile=profile if is_of_rgb(profile) else None)
     return Picture(kind, width, height, blur(small), file.getvalue() or None)
+
+
+def orientation(image: Image.Image) -> int:
+    """How EXIF says that an image is turned; 0 where it does not, or is not to be understood."""
+    with contextlib.suppress(Exception):
+        return int(image.getexif().get(0x0112, 0)) if "exif" in image.info else 0
+    return 0
+
+
+def is_of_rgb(profile: bytes | None) -> bool:
+    """Whether it is a whole profile of RGB colours, which the preview has, and not a huge one."""
+    return bool(
+        profile
+        and len(profile) == int.from_bytes(profile[:4]) <= MAX_PROFILE_BYTES
+        and (profile[16:20], profile[36:40]) == (b"RGB ", b"acsp")
+    )
 
 
 def blur(image: Image.Image) -> str:
@@ -1542,10 +1793,12 @@ def sanitize_svg(file: IO[bytes]) -> Picture:
         clean = filter_svg(source, {"image": ["png", "jpeg", "gif", "webp"]})
         root = read_svg(clean, is_clean=True)
     except (ValueError, expat.ExpatError) as error:
-        raise JobError("provider_error", f"output: no image: {error}") from None
+        detail, reason = f"output: no image: {error}", "output: no image"
+        raise JobError("provider_error", detail, reason=reason) from None
     file.seek(0)
     file.truncate()
     file.write(clean)
+    file.flush()
     return Picture("SVG", *svg_size(root))
 
 
@@ -1592,6 +1845,58 @@ def svg_size(root: Mapping[str, str]) -> tuple[int, int] | tuple[None, None]:
         if len(sizes) == len(pair) == 2 and min(sizes) > 0:
             return sizes[0], sizes[1]
     return None, None
+
+
+def shrink_source(file: IO[bytes], means: int = LARGE_BYTES) -> bytes:
+    """A source image, small, as a PNG. Raises JobError."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    try:
+        with Image.open(file, formats=["JPEG", "PNG", "WEBP"]) as image:
+            if image.width * image.height > MAX_IMAGE_PIXELS:
+                raise JobError("invalid_input", "source: too many pixels")
+            if weigh(image, max(PREVIEW_SOURCE_SIZE), size) > means:
+                raise MemoryError
+            image.draft("RGB", PREVIEW_SOURCE_SIZE)
+            image.thumbnail(PREVIEW_SOURCE_SIZE)
+            return as_png(image.convert("RGB"))
+    except UNREADABLE as error:
+        raise JobError("invalid_input", f"source: no image: {type(error).__name__}") from None
+
+
+def draw_preview(
+    prompt: str, seed: int, size: tuple[int, int], source: IO[bytes] | None = None
+) -> bytes:
+    """A PNG that is the same for the same arguments, with the prompt written into it."""
+    chance = random.Random(hashlib.sha256(f"{prompt}\0{seed}".encode()).digest())
+    hue = chance.randrange(360)
+    sky, ground = f"hsl({hue}, 55%, 24%)", f"hsl({(hue + 50) % 360}, 55%, 62%)"
+    image = ImageOps.colorize(Image.linear_gradient("L").resize(size), sky, ground)
+    if source and source.seek(0, io.SEEK_END):
+        image.paste(Image.blend(image, ImageOps.fit(Image.open(source), size), 0.7))
+    _write_caption(image, prompt, f"placeholder, seed {seed}, {size[0]} x {size[1]}")
+    return as_png(image)
+
+
+def _write_caption(image: Image.Image, text: str, note: str) -> None:
+    draw, (width, height), shorter = ImageDraw.Draw(image, "RGBA"), image.size, min(image.size)
+    margin = max(4, shorter // 20)
+    font = ImageFont.load_default(max(9, shorter // 18))
+    small = ImageFont.load_default(max(8, shorter // 36))
+    per_line = max(4, int((width - 2 * margin) / font.getlength("n")))
+    words = "".join(c if c.isprintable() else " " for c in text)
+    lines = textwrap.wrap(words, per_line, max_lines=6, placeholder=" …")
+    draw.multiline_text(
+        (width / 2, height / 2), "\n".join(lines), font=font, anchor="mm", align="center",
+        fill="white", stroke_width=max(1, shorter // 300), stroke_fill=(0, 0, 0, 160),
+    )  # fmt: skip
+    draw.text((margin, height - margin), note, font=small, anchor="ls", fill=(255, 255, 255, 200))
+
+
+def as_png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
 
 
 # --- the outbox ---------------------------------------------------------------------------------
@@ -2269,7 +2574,8 @@ class Worker:
         self.is_full = self.is_full or error.code == "worker_full"
         try:
             outcome = await self.db.fail_job(job, error, running.metrics | error.metrics)
-            log.warning("job.%s job=%s code=%s", outcome, job.job_id, error.code)
+            what = (outcome, job.job_id, error.code, error.reason)
+            log.warning("job.%s job=%s code=%s reason=%r", *what)
         except LeaseLost:
             log.warning("job.lost job=%s", job.job_id)
 
@@ -2368,12 +2674,13 @@ async def serve(settings: Settings) -> int:
     """Wire everything together and run one worker."""
     db = Database(settings.database_url, settings.secrets)
     async with httpx.AsyncClient(timeout=HTTP_TIMEOUT) as http:
-        providers: dict[str, Provider] = {
-            "preview": Preview(settings.preview_seconds, settings.preview_failure_rate)
-        }
+        preview = Preview(settings.preview_seconds, settings.preview_failure_rate)
+        providers: dict[str, Provider] = {"preview": preview}
         if replicate := make_replicate(settings, http):
             providers["replicate"] = replicate
         storage, outbox = make_storage(settings, http), Outbox(settings, db, http)
+        storage.pictures = preview.pictures
+        storage.pictures.start()  # meanwhile, for the first job
         worker = Worker(settings, db, providers, storage, outbox)
         worker.systemd = Systemd(os.environ.get("NOTIFY_SOCKET"))
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -2386,6 +2693,7 @@ async def serve(settings: Settings) -> int:
             return EXIT_CONFIG
         finally:
             await db.pool.close()
+            preview.pictures.close()
     return EXIT_OK
 
 
@@ -2457,6 +2765,8 @@ async def check(settings: Settings) -> int:
 
 def main(arguments: Sequence[str] = ()) -> int:
     """Run until told to stop, or `check`; answer the exit code."""
+    if list(arguments) == [PICTURES]:
+        serve_pictures()
     output = logging.StreamHandler(sys.stderr)
     output.setFormatter(SafeFormatter())
     logging.basicConfig(handlers=[output])

@@ -13,6 +13,13 @@ create role supabase_auth_admin login noinherit createrole password :'auth';
 create role supabase_storage_admin login noinherit createrole password :'storage';
 grant authenticator to supabase_storage_admin;
 grant anon, authenticated, service_role to supabase_storage_admin;
+alter role anon set statement_timeout = '3s';
+alter role authenticated set statement_timeout = '8s';
+-- What only a login can have: for whom else a token names, against a gateway that froze within a
+-- transaction, and against an answer whose sorting would fill the disk.
+alter role authenticator set statement_timeout = '60s';
+alter role authenticator set idle_in_transaction_session_timeout = '15s';
+alter role authenticator set temp_file_limit = '256MB';
 create schema auth authorization supabase_auth_admin;
 create schema storage authorization supabase_storage_admin;
 grant usage on schema auth, storage to anon, authenticated, service_role;

@@ -62,6 +62,14 @@ OPERATORS_NAME = re.compile(
     r"|huggingface|civitai|replicate|openai|debug|workflow|kwargs|command|extra_args)(_|$)"
 )
 SIZE_NAME = re.compile(r"(image_|output_)?(size|resolution|dimensions?)")
+# Whom the provider is to hold responsible is not for that person to say.
+END_USER = re.compile(
+    r"(^|_)(end_?)?(users?|customers?|clients?|accounts?|members?|tenants?|visitors?|sessions?"
+    r"|devices?|requesters?|organi[sz]ations?|fingerprints?|e?mails?|usernames?|ip)"
+    r"(_?(u?u?ids?|identifi(er|cation)s?|names?|e?mails?|ip|address|hash(es)?|keys?|refs?"
+    r"|reference|tags?|tokens?|info|data|metadata))?$"
+)
+END_USER_PROSE = re.compile(r"\b(end|your)[- ]?(users?|customers?)\b")
 ADDRESS_PROSE = re.compile(r"\b(urls?|uris?|hyperlink|hugging ?face|civitai|safetensors|api key)\b")
 ADDRESS_NAME = re.compile(
     r"(^|_)(model|repo|path|file|filename|dir|directory|folder|zip|tar|adapter|embeddings?"
@@ -287,6 +295,7 @@ def is_operators(snake: str, rules: Schema, prose: str) -> bool:
     is_text = is_free_text(rules)
     return bool(
         OPERATORS_NAME.search(snake)
+        or END_USER.search(snake)
         or is_untyped
         or takes_file(rules)
         or any(e.get("format") == "password" or e.get("type") == "object" for e in nodes(rules))
@@ -294,7 +303,11 @@ def is_operators(snake: str, rules: Schema, prose: str) -> bool:
         or (
             is_text
             and "prompt" not in snake
-            and (ADDRESS_PROSE.search(prose) or ADDRESS_NAME.search(snake))
+            and (
+                ADDRESS_PROSE.search(prose)
+                or END_USER_PROSE.search(prose)
+                or ADDRESS_NAME.search(snake)
+            )
         )
     )
 

@@ -448,6 +448,7 @@ class Stack:
             self.gateway.stop()  # it reads the list of functions once, at its start
             self.gateway.start(self.database_url)
         self._set_passwords()  # the migration makes the roles without one
+        self._set_timeouts()
         if self.with_worker and not self.worker.is_running():
             self.worker.start(self.worker_environment())
 
@@ -461,6 +462,12 @@ class Stack:
                 password = self.settings.secret(f"{role}_password".upper())
                 query = sql.SQL("alter role {} password {}")
                 connection.execute(query.format(sql.Identifier(role), sql.Literal(password)))
+
+    def _set_timeouts(self) -> None:
+        """Set for Lite's roles what sql/00_setup.sql sets where it makes them."""
+        with psycopg.connect(self.database_url) as connection:
+            connection.execute("alter role anon set statement_timeout = '3s'")
+            connection.execute("alter role authenticated set statement_timeout = '8s'")
 
     def _api_key(self, role: str) -> str:
         return sign_jwt(self.jwt_secret, {"iss": "darkroom", "role": role, "exp": KEYS_EXPIRE_AT})

@@ -46,22 +46,46 @@ grant select, insert, update, delete on table public.prompt_templates to service
 grant select, insert, update on table public.models to service_role;
 grant select, insert, update, delete on table public.model_aliases to service_role;
 
+-- The user of the request's JWT; null if it names none. auth.uid() is Supabase's, and fails where
+-- the sub is no uuid or the claims are no JSON. A definer, for who asks may not look into auth.
+--
+-- Raises: PT401 not_authenticated.
+create or replace function private.caller_id()
+returns uuid
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return auth.uid();
+exception when data_exception then
+  raise sqlstate 'PT401' using
+    message = 'not_authenticated',
+    detail = 'The sub of the token is no user''s id.',
+    hint = 'Sign in again.';
+end;
+$$;
+
+revoke all on function private.caller_id() from public, anon, authenticated, service_role;
+grant execute on function private.caller_id() to authenticated;
+
 create policy "Users read their own entitlement" on public.entitlements
-for select to authenticated using (user_id = (select auth.uid()));
+for select to authenticated using (user_id = (select private.caller_id()));
 
 create policy "Users read their own ledger" on public.credit_ledger
-for select to authenticated using (user_id = (select auth.uid()));
+for select to authenticated using (user_id = (select private.caller_id()));
 
 create policy "Users read their own batches" on public.batches
-for select to authenticated using (user_id = (select auth.uid()));
+for select to authenticated using (user_id = (select private.caller_id()));
 
 create policy "Users read their own generations" on public.generations
-for select to authenticated using (user_id = (select auth.uid()) and deleted_at is null);
+for select to authenticated using (user_id = (select private.caller_id()) and deleted_at is null);
 
 -- The policy above applies inside, too: the images of a deleted generation are hidden with it.
 create policy "Users read their own images" on public.images
 for select to authenticated using (
-  user_id = (select auth.uid())
+  user_id = (select private.caller_id())
   and exists (
     select from public.generations as g
     where g.id = images.generation_id
@@ -70,7 +94,7 @@ for select to authenticated using (
 
 create policy "Users read their own tags" on public.generation_tags
 for select to authenticated using (
-  user_id = (select auth.uid())
+  user_id = (select private.caller_id())
   and exists (
     select from public.generations as g
     where g.id = generation_tags.generation_id
@@ -78,35 +102,26 @@ for select to authenticated using (
 );
 
 create policy "Users read their own likes" on public.image_likes
-for select to authenticated using (user_id = (select auth.uid()));
+for select to authenticated using (user_id = (select private.caller_id()));
 
 create policy "Users read their own prompt templates" on public.prompt_templates
-for select to authenticated using (user_id = (select auth.uid()));
+for select to authenticated using (user_id = (select private.caller_id()));
 
--- Whether a path in bucket generations is the file or the preview of a shared image. Asked by a
--- policy for every file a visitor reaches for: a look into an index of the shared ones, whatever
--- the path is.
-create or replace function private.is_shared_path(p_path text)
-returns boolean
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
-  select
-    exists (
-      select from public.images as i
-      where i.storage_path = p_path and i.share_id is not null
-    )
-    or exists (
-      select from public.images as i
-      where i.preview_path = p_path and i.share_id is not null
-    )
-$$;
+-- Not by the rights of who asks, for a policy below looks into it for everybody: where one file is
+-- asked for by an index, where the bucket is listed once for all of its files. A function would be
+-- called for each of them.
+create view private.shared_paths as
+select i.storage_path as path from public.images as i
+where i.share_id is not null
+union all
+select i.preview_path as path from public.images as i
+where i.share_id is not null;
 
-revoke all on function private.is_shared_path(text)
-from public, anon, authenticated, service_role;
-grant execute on function private.is_shared_path(text) to anon, authenticated;
+comment on view private.shared_paths is
+  'Files and previews of shared images in bucket generations, as list_public_images shows them.';
+
+revoke all on private.shared_paths from public, anon, authenticated, service_role;
+grant select on private.shared_paths to anon, authenticated;
 
 -- Storage: outputs are read by their owner, shared ones by everybody, and written by the worker
 -- alone; inputs for image-to-image are put into the user's own folder.
@@ -122,7 +137,8 @@ begin
   );
   create policy "Everybody reads shared images" on storage.objects
   for select to anon, authenticated using (
-    bucket_id = 'generations' and private.is_shared_path(name)
+    bucket_id = 'generations'
+    and exists (select from private.shared_paths as s where s.path = objects.name)
   );
   create policy "Users read their own input images" on storage.objects
   for select to authenticated using (

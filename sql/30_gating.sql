@@ -5,27 +5,62 @@
 -- plan allow one more now (check_limits). Whether the input fits the model is checked in 32, and
 -- the credits where they are taken (40).
 
--- The user of the request's JWT. Raises: PT401 not_authenticated.
-create or replace function private.require_user_id()
+-- The transaction may write: it is not a GET's, and the database is not read only, as a standby is
+-- and one whose disk is nearly full. Asked before anything is, so that the refusal is ours. The
+-- default counts too: PostgREST opens its transactions read-write whatever it says, and no worker
+-- would come for what was taken in.
+--
+-- Raises: PT405 method_not_allowed, PT503 unavailable.
+create or replace function private.require_writable()
+returns void
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if current_setting('transaction_read_only') = 'off'
+    and current_setting('default_transaction_read_only') = 'off' then
+    return;
+  elsif current_setting('request.method', true) in ('GET', 'HEAD') then
+    raise sqlstate 'PT405' using
+      message = 'method_not_allowed',
+      detail = 'This function changes something.',
+      hint = 'Call it by POST.';
+  end if;
+  perform private.refuse_for_now(
+    503, 'unavailable', 'The database takes no changes at the moment.', 30
+  );
+end;
+$$;
+
+revoke all on function private.require_writable() from public, anon, authenticated, service_role;
+
+-- The user of the request's JWT, who may write where the function does.
+--
+-- Raises: PT401 not_authenticated, PT405 method_not_allowed, PT503 unavailable.
+create or replace function private.require_user_id(p_writes boolean default false)
 returns uuid
 language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := auth.uid();
+  v_user_id uuid := private.caller_id();
 begin
   if v_user_id is null then
     raise sqlstate 'PT401' using
       message = 'not_authenticated',
       detail = 'The request carries no user.',
       hint = 'Sign in and send the access token as Authorization: Bearer.';
+  elsif p_writes then
+    perform private.require_writable();
   end if;
   return v_user_id;
 end;
 $$;
 
-revoke all on function private.require_user_id() from public, anon, authenticated, service_role;
+revoke all on function private.require_user_id(boolean)
+from public, anon, authenticated, service_role;
 
 -- Raises PT401 not_authenticated: the token outlived the user.
 create or replace function private.refuse_unknown_user()
@@ -44,17 +79,18 @@ $$;
 revoke all on function private.refuse_unknown_user()
 from public, anon, authenticated, service_role;
 
--- The caller, who must still be there: for functions that write a row of the user's.
+-- The same, who must still be there: for functions that neither lock the entitlement nor look for a
+-- row of the user's.
 --
--- Raises: PT401 not_authenticated.
-create or replace function private.require_known_user_id()
+-- Raises: PT401 not_authenticated, PT405 method_not_allowed, PT503 unavailable.
+create or replace function private.require_known_user_id(p_writes boolean default false)
 returns uuid
 language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_user_id(p_writes);
 begin
   if not exists (select from public.entitlements where user_id = v_user_id) then
     perform private.refuse_unknown_user();
@@ -63,7 +99,7 @@ begin
 end;
 $$;
 
-revoke all on function private.require_known_user_id()
+revoke all on function private.require_known_user_id(boolean)
 from public, anon, authenticated, service_role;
 
 -- Raises PT404 not_found.
@@ -80,13 +116,15 @@ $$;
 revoke all on function private.refuse_missing(text, text)
 from public, anon, authenticated, service_role;
 
--- Raises PT404 not_found, the same for a job that never was, is somebody else's, or is deleted.
+-- Raises PT404 not_found, the same for a job that never was, is somebody else's, or is deleted; or
+-- PT401 not_authenticated: the user is.
 create or replace function private.refuse_unknown_job()
 returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  perform private.require_known_user_id();
   perform private.refuse_missing(
     'job_id: no such job of yours',
     'Use the job_id that enqueue_generation answered.'
@@ -116,6 +154,8 @@ from public, anon, authenticated, service_role;
 
 -- Raises a refusal that passes with time, carrying Retry-After. PostgREST reads status and headers
 -- from the detail of SQLSTATE PGRST (docs.postgrest.org, "Raise errors with HTTP status codes").
+-- Browsers show no such header to the page and supabase-js none at all, and a body has texts only:
+-- so the hint is always this sentence, to be read as data.
 create or replace function private.refuse_for_now(
   p_status integer,
   p_token text,
@@ -156,7 +196,8 @@ as $$
 begin
   return p_text::jsonb;
 exception
-  when invalid_text_representation or untranslatable_character or numeric_value_out_of_range then
+  when invalid_text_representation or untranslatable_character or numeric_value_out_of_range
+    or statement_too_complex then
     perform private.refuse_input('params: not a JSON object');
     return null;  -- never reached
 end;
@@ -164,14 +205,33 @@ $$;
 
 revoke all on function private.unwrap_params(text) from public, anon, authenticated, service_role;
 
+-- Whether JSON holds a number of more than 400 digits: 1e131071 is eight bytes on the way in,
+-- sixteen here, and 131 kB once it is written, 0e-16383 likewise. No schema has a use for one.
+create or replace function private.has_endless_number(p_value jsonb)
+returns boolean
+language sql
+immutable
+set search_path = pg_catalog, pg_temp
+as $$
+  select exists (
+    select from jsonb_path_query(p_value, 'strict $.** ? (@.type() == "number")') as n (value)
+    where abs(n.value::numeric) >= 1e400 or scale(n.value::numeric) > 400
+  )
+$$;
+
+revoke all on function private.has_endless_number(jsonb)
+from public, anon, authenticated, service_role;
+
 -- The params as an object, if they, the prompts and the key are of a size and form we take. Some
 -- gateways hand a jsonb argument as a JSON string holding the text, so it is unwrapped once, here.
+-- p_field is what a refusal calls a prompt, with its place for %1$s.
 --
 -- Raises: PT400 invalid_input.
 create or replace function private.read_request(
   p_prompts text[],
   p_params jsonb,
-  p_idempotency_key text
+  p_idempotency_key text,
+  p_field text default 'prompt'
 )
 returns jsonb
 language plpgsql
@@ -182,15 +242,19 @@ declare
   v_params jsonb := coalesce(p_params, '{}');
   v_max_bytes integer;
   v_max_chars integer;
-  v_prompt text;
 begin
   select s.max_params_bytes, s.max_prompt_chars into v_max_bytes, v_max_chars
   from private.settings as s;
-  if jsonb_typeof(v_params) = 'string' and octet_length(v_params::text) <= 2 * v_max_bytes then
+  if jsonb_typeof(v_params) = 'string' and pg_column_size(v_params) <= 2 * v_max_bytes then
     v_params := private.unwrap_params(v_params #>> '{}');
   end if;
-  -- After unwrapping: 1e9000 is six bytes on the way in and nine thousand in the table.
-  if octet_length(v_params::text) > v_max_bytes then
+  -- Measured before anything is written out: in memory no JSON has more than eight times the bytes
+  -- of its text, and what has less than 500 holds too few numbers to come to much.
+  if pg_column_size(v_params) between 500 and 8 * v_max_bytes
+    and private.has_endless_number(v_params) then
+    perform private.refuse_input('params: a number of more than 400 digits');
+  elsif pg_column_size(v_params) > 8 * v_max_bytes
+    or octet_length(v_params::text) > v_max_bytes then
     perform private.refuse_input(format('params: longer than %s bytes', v_max_bytes));
   elsif jsonb_typeof(v_params) <> 'object' then
     perform private.refuse_input(
@@ -201,17 +265,20 @@ begin
       'idempotency_key: not 1 to 200 bytes', 'Use a UUID made on the device.'
     );
   end if;
-  foreach v_prompt in array p_prompts loop
+  for v_at in 1 .. cardinality(p_prompts) loop
     -- Bytes first: counting the characters of a hundred megabytes is work for nothing.
-    if octet_length(v_prompt) > 4 * v_max_chars or length(v_prompt) > v_max_chars then
-      perform private.refuse_input(format('prompt: longer than %s characters', v_max_chars));
+    if octet_length(p_prompts[v_at]) > 4 * v_max_chars
+      or length(p_prompts[v_at]) > v_max_chars then
+      perform private.refuse_input(
+        format(p_field || ': longer than %2$s characters', v_at - 1, v_max_chars)
+      );
     end if;
   end loop;
   return v_params;
 end;
 $$;
 
-revoke all on function private.read_request(text[], jsonb, text)
+revoke all on function private.read_request(text[], jsonb, text, text)
 from public, anon, authenticated, service_role;
 
 -- The user's generation. Somebody else's is not found, like one that never was.

@@ -209,7 +209,9 @@ $$;
 revoke all on function private.check_source_images(public.models, uuid, jsonb)
 from public, anon, authenticated, service_role;
 
--- There is nothing to read in a text, or no text.
+-- There is nothing to see in a text, or no text: it is of controls, spaces, format characters,
+-- fillers, variation selectors, tags and marks without a letter. By number, for what the classes of
+-- a regular expression hold depends on the locale.
 create or replace function private.is_blank(p_text text)
 returns boolean
 language plpgsql
@@ -217,7 +219,13 @@ immutable
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return p_text !~ '[^[:space:]\u00a0\u200b\u2060\ufeff]' is not false;
+  return p_text !~ (
+    '[^\u0001-\u0020\u007f-\u00a0\u00ad\u0300-\u036f\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891'
+    '\u08e2\u115f\u1160\u1680\u17b4\u17b5\u180b-\u180f\u1ab0-\u1aff\u1dc0-\u1dff\u2000-\u200f'
+    '\u2028-\u202f\u205f-\u206f\u20d0-\u20ff\u2800\u3000\u3164\ufe00-\ufe0f\ufe20-\ufe2f\ufeff'
+    '\uffa0\ufff0-\ufffb\U000110bd\U000110cd\U00013430-\U0001343f\U00016fe4'
+    '\U0001bca0-\U0001bca3\U0001d159\U0001d173-\U0001d17a\U000e0000-\U000e0fff]'
+  ) is not false;
 end;
 $$;
 
@@ -303,7 +311,8 @@ from public, anon, authenticated, service_role;
 create or replace function private.complete_input(
   p_model public.models,
   p_prepared jsonb,
-  p_prompt text
+  p_prompt text,
+  p_field text default 'prompt'
 )
 returns jsonb
 language plpgsql
@@ -318,9 +327,9 @@ declare
   v_highest bigint;
   v_problem text;
 begin
-  if p_prompt !~ '[[:alnum:]]' and private.is_blank(p_prompt) then
+  if p_prompt !~ '[0-9A-Za-z]' and private.is_blank(p_prompt) then
     if private.needs_prompt(p_model) then
-      perform private.refuse_input('prompt: missing or blank');
+      perform private.refuse_input(p_field || ': missing or blank');
     end if;
   elsif p_model.prompt_input is not null then
     if v_properties -> p_model.prompt_input ?| '{anyOf,enum,maxLength,minLength}' then
@@ -328,7 +337,7 @@ begin
         to_jsonb(p_prompt), v_properties -> p_model.prompt_input
       );
       if v_problem is not null then
-        perform private.refuse_input('prompt: ' || v_problem);
+        perform private.refuse_input(format('%s: %s', p_field, v_problem));
       end if;
     end if;
     v_input := v_input || jsonb_build_object(p_model.prompt_input, p_prompt);
@@ -344,5 +353,5 @@ begin
 end;
 $$;
 
-revoke all on function private.complete_input(public.models, jsonb, text)
+revoke all on function private.complete_input(public.models, jsonb, text, text)
 from public, anon, authenticated, service_role;

@@ -198,6 +198,7 @@ declare
   v_charged bigint;
   v_entry public.credit_ledger;
 begin
+  perform private.require_writable();
   if ((p_kind = 'grant' and p_amount > 0) or (p_kind = 'adjust' and p_amount <> 0)) is not true then
     perform private.refuse_input(
       'kind: grant with a positive amount, or adjust with one that is not 0'
@@ -277,6 +278,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  perform private.require_writable();
   update public.entitlements
   set is_paid = p_paid_until is not null, paid_until = p_paid_until
   where user_id = p_user_id;

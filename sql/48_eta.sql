@@ -1,6 +1,6 @@
 -- ETA: how many jobs are before this one, and in how many seconds it is likely to be finished.
 --
--- forecast answers both from one look at the queue. It goes by what jobs of a model have taken
+-- forecast_jobs answers both from one look at the queue. It goes by what jobs of a model have taken
 -- lately, from claim to end (model_stats), by the slots of the workers that live, and by how many
 -- jobs have lately been put before others, as fairness does with the jobs of users who ask for
 -- little. Where something of that is not known it says null, never a guess.
@@ -107,9 +107,8 @@ $$;
 revoke all on function private.remaining_seconds(private.running_jobs, double precision)
 from public, anon, authenticated, service_role;
 
--- In how many seconds each live slot is free, soonest first; null if no worker lives. Of a model
--- that was never measured, p_else stands for the mean.
-create or replace function private.free_slots(p_else double precision)
+-- In how many seconds each live slot is free, soonest first; null if no worker lives.
+create or replace function private.free_slots()
 returns double precision[]
 language plpgsql
 stable
@@ -126,7 +125,9 @@ begin
     return null;
   end if;
   v_busy := array(
-    select private.remaining_seconds(r, coalesce(s.mean_seconds, p_else))
+    select private.remaining_seconds(r, coalesce(
+      s.mean_seconds, (select avg(a.mean_seconds) from private.model_stats as a)
+    ))
     from private.running_jobs as r
     left join private.model_stats as s on s.model_id = r.model_id
     order by 1
@@ -137,17 +138,16 @@ begin
 end;
 $$;
 
-revoke all on function private.free_slots(double precision)
-from public, anon, authenticated, service_role;
+revoke all on function private.free_slots() from public, anon, authenticated, service_role;
 
--- When a job begins that has jobs of these lengths before it, in order, each taking the slot that
--- is free first. After a hundred the slots are taken to fill up evenly.
+-- When each job of a queue begins, and when one behind them does: jobs of these lengths, in order,
+-- each taking the slot that is free first. After p_exactly the slots are taken to fill evenly.
 create or replace function private.play_queue(
   p_slots double precision[],
-  p_ahead double precision[],
+  p_queue double precision[],
   p_exactly integer default 100
 )
-returns double precision
+returns double precision[]
 language plpgsql
 immutable
 set search_path = pg_catalog, pg_temp
@@ -156,12 +156,13 @@ declare
   -- A heap: each entry is no later than the two at twice its place, so the first is the soonest.
   v_slots double precision[] := p_slots;
   v_count integer := cardinality(p_slots);
+  v_begins double precision[] := p_slots[1:1];
   v_at integer;
   v_next integer;
   v_free double precision;
 begin
-  for v_place in 1 .. least(p_exactly, cardinality(p_ahead)) loop
-    v_free := v_slots[1] + p_ahead[v_place];
+  for v_place in 1 .. least(p_exactly, cardinality(p_queue)) loop
+    v_free := v_slots[1] + p_queue[v_place];
     v_at := 1;
     loop
       v_next := 2 * v_at;
@@ -174,10 +175,12 @@ begin
       v_at := v_next;
     end loop;
     v_slots[v_at] := v_free;
+    v_begins[v_place + 1] := v_slots[1];
   end loop;
-  return v_slots[1] + coalesce(
-    (select sum(a.seconds) from unnest(p_ahead[p_exactly + 1:]) as a (seconds)), 0
-  ) / v_count;
+  return v_begins || array(
+    select v_slots[1] + sum(q.seconds) over (order by q.place) / v_count
+    from unnest(p_queue[p_exactly + 1:]) with ordinality as q (seconds, place)
+  );
 end;
 $$;
 
@@ -207,12 +210,12 @@ $$;
 revoke all on function private.overtaking_share(bigint, integer)
 from public, anon, authenticated, service_role;
 
--- Seconds until a queued job begins, from the lengths of those before it; null if not known, also
--- while its model is paused without end or tried with a probe.
+-- Seconds until a queued job begins whose turn comes in p_seconds if nothing is put before it; null
+-- if not known, also while its model is paused without end or tried with a probe.
 create or replace function private.waiting_seconds(
   p_job private.ready_jobs,
-  p_ahead double precision[],
-  p_else double precision
+  p_seconds double precision,
+  p_slot_count integer
 )
 returns double precision
 language plpgsql
@@ -221,7 +224,6 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_paused_until timestamptz;
-  v_slots double precision[] := private.free_slots(p_else);
   v_share double precision := 0;
   v_clock bigint;
 begin
@@ -231,71 +233,43 @@ begin
       p_job.model_id, (select m.provider from public.models as m where m.id = p_job.model_id)
     )
     and (b.paused_until > now() or (b.paused_until is not null and b.times_opened > 0));
-  if v_slots is null or v_paused_until <= now() or v_paused_until = 'infinity' then
+  if v_paused_until <= now() or v_paused_until = 'infinity' then
     return null;
   end if;
-  if p_ahead <> '{}' then
+  if p_seconds > 0 then
     select c.last_value into v_clock from private.virtual_clock as c;
-    v_share := private.overtaking_share(p_job.fair_key - v_clock, cardinality(v_slots));
+    v_share := private.overtaking_share(p_job.fair_key - v_clock, p_slot_count);
   end if;
   return greatest(
-    private.play_queue(v_slots, p_ahead) / (1 - v_share),
+    p_seconds / (1 - v_share),
     case when not p_job.is_held then date_part('epoch', p_job.run_at - now()) end,
     date_part('epoch', v_paused_until - now())
   );
 end;
 $$;
 
-revoke all on function private.waiting_seconds(private.ready_jobs, double precision[],
-  double precision) from public, anon, authenticated, service_role;
-
--- In how many seconds a queued job with p_position others before it is likely to be finished; null
--- if not known.
-create or replace function private.queued_seconds(
-  p_job private.ready_jobs,
-  p_position integer,
-  p_mean_seconds double precision
-)
-returns double precision
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_ahead double precision[] := array[]::double precision[];
-begin
-  if p_position > 0 then
-    v_ahead := array(
-      select coalesce(s.mean_seconds, p_mean_seconds)
-      from private.ready_jobs as r
-      left join private.model_stats as s on s.model_id = r.model_id
-      where r.run_at is null and r.fair_key >= (select f.fair_key from private.queue_floor as f)
-        and (r.fair_key, r.seq) < (p_job.fair_key, p_job.seq)
-      order by r.fair_key, r.seq limit p_position
-    );
-  end if;
-  return p_mean_seconds + private.waiting_seconds(p_job, v_ahead, p_mean_seconds);
-end;
-$$;
-
-revoke all on function private.queued_seconds(private.ready_jobs, integer, double precision)
+revoke all on function private.waiting_seconds(private.ready_jobs, double precision, integer)
 from public, anon, authenticated, service_role;
 
--- Jobs that would be claimed before this one, counted up to p_at_most, null unless it is queued;
--- seconds until it is likely to be finished; and seconds until it would be if all goes as a rule,
--- from which clients are told when to look. These are null for a finished job, while no worker
--- lives, for a model of which nothing was completed yet, and behind more jobs than are counted.
+create type private.forecast as (
+  job_id uuid,
+  queue_position integer,
+  eta_seconds numeric,
+  due_seconds double precision
+);
+
+-- For each of these jobs that is live: jobs that would be claimed before it, counted up to
+-- p_at_most, null unless it is queued; seconds until it is likely to be finished; and seconds until
+-- it would be if all goes as a rule, from which clients are told when to look. These are null while
+-- no worker lives, for a model of which nothing was completed yet, and behind more jobs than are
+-- counted. A model that was never measured counts like the mean of all.
 --
--- Few are queued below the floor (30). They are not counted, so that nobody walks what was claimed
--- while vacuum is held back. Without sorting: a plan made while the queue was empty would else read
--- and sort all of it once it is long.
-create or replace function private.forecast(
-  p_generation public.generations,
-  p_at_most integer default 1000,
-  out queue_position integer,
-  out eta_seconds numeric,
-  out due_seconds double precision
-)
+-- The queue is looked at once, as far as the last of these jobs. Few are queued below the floor
+-- (30). They are not counted, so that nobody walks what was claimed while vacuum is held back.
+-- Without sorting: a plan made while the queue was empty would else read and sort all of it once it
+-- is long.
+create or replace function private.forecast_jobs(p_job_ids uuid[], p_at_most integer default 1000)
+returns private.forecast[]
 language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
@@ -303,39 +277,91 @@ set enable_sort = off
 set jit = off
 as $$
 declare
-  v_mean double precision;
+  v_queued private.ready_jobs[] := array(
+    select q.job from (
+      select r as job from private.ready_jobs as r where r.job_id = any (p_job_ids) offset 0
+    ) as q order by (q.job).fair_key desc, (q.job).seq desc
+  );
+  v_forecasts private.forecast[];
+  v_keys bigint[];  -- of the queue, in its order
+  v_seqs bigint[];
+  v_begins double precision[];
+  v_slots double precision[];
   v_job private.ready_jobs;
-  v_running private.running_jobs;
+  v_before integer;
+  v_place integer;
   v_seconds double precision;
 begin
-  if p_generation.finished_at is not null then
-    return;
+  if cardinality(v_queued) < cardinality(p_job_ids) then
+    v_forecasts := array(
+      select row(
+        r.job_id, null, round(private.remaining_seconds(r, s.mean_seconds)::numeric, 1),
+        private.due_seconds(r, s.mean_seconds)
+      )::private.forecast
+      from private.running_jobs as r
+      left join private.model_stats as s on s.model_id = r.model_id
+      where r.job_id = any (p_job_ids)
+    );
   end if;
-  select * into v_job from private.ready_jobs as r where r.job_id = p_generation.id;
-  if found then
-    select count(*) into queue_position from (
-      select from private.ready_jobs as r
-      where r.run_at is null and r.fair_key >= (select f.fair_key from private.queue_floor as f)
-        and (r.fair_key, r.seq) < (v_job.fair_key, v_job.seq)
-      order by r.fair_key, r.seq limit p_at_most
-    ) as ahead;
-    if queue_position = p_at_most then
-      return;
+  if v_queued = '{}' then
+    return v_forecasts;
+  end if;
+  select
+    coalesce(array_agg(q.fair_key), '{}'), coalesce(array_agg(q.seq), '{}'),
+    coalesce(array_agg(q.seconds), '{}')
+  into v_keys, v_seqs, v_begins
+  from (
+    select r.fair_key, r.seq, coalesce(
+      s.mean_seconds, (select avg(a.mean_seconds) from private.model_stats as a)
+    ) as seconds
+    from private.ready_jobs as r
+    left join private.model_stats as s on s.model_id = r.model_id
+    where r.run_at is null and r.fair_key >= (select f.fair_key from private.queue_floor as f)
+      and (r.fair_key, r.seq) < (v_queued[1].fair_key, v_queued[1].seq)
+    order by r.fair_key, r.seq limit p_at_most
+  ) as q;
+  if cardinality(v_keys) < p_at_most or cardinality(v_queued) > 1 then
+    v_slots := private.free_slots();
+  end if;
+  if v_slots is not null then
+    v_begins := private.play_queue(v_slots, v_begins);
+  end if;
+  foreach v_job in array v_queued loop
+    v_before := width_bucket(v_job.fair_key - 1, v_keys);
+    v_place := width_bucket(v_job.fair_key, v_keys);
+    v_place := v_before + width_bucket(v_job.seq - 1, v_seqs[v_before + 1:v_place]);
+    v_seconds := null;
+    if v_place < p_at_most and v_slots is not null then
+      v_seconds := private.waiting_seconds(v_job, v_begins[v_place + 1], cardinality(v_slots)) + (
+        select s.mean_seconds from private.model_stats as s where s.model_id = v_job.model_id
+      );
     end if;
+    v_forecasts := v_forecasts || row(
+      v_job.job_id, v_place, round(v_seconds::numeric, 1), v_seconds
+    )::private.forecast;
+  end loop;
+  return v_forecasts;
+end;
+$$;
+
+revoke all on function private.forecast_jobs(uuid[], integer)
+from public, anon, authenticated, service_role;
+
+-- The same for one job; null unless it is live.
+create or replace function private.forecast(
+  p_generation public.generations,
+  p_at_most integer default 1000
+)
+returns private.forecast
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_generation.finished_at is null then
+    return (private.forecast_jobs(array[p_generation.id], p_at_most))[1];
   end if;
-  select s.mean_seconds into v_mean
-  from private.model_stats as s where s.model_id = p_generation.model_id;
-  if v_mean is null then
-    return;
-  elsif v_job.job_id is not null then
-    v_seconds := private.queued_seconds(v_job, queue_position, v_mean);
-    due_seconds := v_seconds;
-  else
-    select * into v_running from private.running_jobs as r where r.job_id = p_generation.id;
-    v_seconds := private.remaining_seconds(v_running, v_mean);
-    due_seconds := private.due_seconds(v_running, v_mean);
-  end if;
-  eta_seconds := round(v_seconds::numeric, 1);
+  return null;
 end;
 $$;
 

@@ -22,9 +22,11 @@ $$;
 revoke all on function private.refuse_used_key()
 from public, anon, authenticated, service_role;
 
--- The generation this user's key named before; all null if the key is new.
+-- The generation this user's key named before; all null if the key is new. A deleted one is found
+-- by no read, so it is no answer either; nor is it made anew, for its key was charged. Once it is
+-- erased its key is new.
 --
--- Raises: PT409 idempotency_conflict if the payload differs.
+-- Raises: PT409 idempotency_conflict if the payload differs, PT404 not_found if it is deleted.
 create or replace function private.find_generation_by_key(
   p_user_id uuid,
   p_key text,
@@ -46,6 +48,11 @@ begin
     coalesce(v_generation.alias_id, v_generation.model_id), v_generation.prompt, v_generation.input
   ) is distinct from (p_model, p_prompt, p_params) then
     perform private.refuse_used_key();
+  elsif v_generation.deleted_at is not null then
+    perform private.refuse_missing(
+      'idempotency_key: its job was deleted',
+      'restore_generation brings it back. Use a new key for a new request.'
+    );
   end if;
   return v_generation;
 end;
@@ -92,7 +99,8 @@ stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_forecast record := private.forecast(p_generation, 20);
+  v_forecast private.forecast := case when p_generation.finished_at is null
+    then (private.forecast_jobs(array[p_generation.id], 20))[1] end;
   v_credits integer;
 begin
   select e.credits into v_credits
@@ -136,7 +144,7 @@ set enable_bitmapscan = off
 set jit = off
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_user_id(p_writes => true);
   v_prompt text := coalesce(p_prompt, '');
   v_params jsonb := private.read_request(array[v_prompt], p_params, p_idempotency_key);
   v_entitlement public.entitlements;
@@ -174,7 +182,8 @@ $$;
 
 revoke all on function private.enqueue_generation(text, text, jsonb, text)
 from public, anon, authenticated, service_role;
-grant execute on function private.enqueue_generation(text, text, jsonb, text) to authenticated;
+grant execute on function private.enqueue_generation(text, text, jsonb, text)
+to anon, authenticated;
 
 create or replace function public.enqueue_generation(
   model text,
@@ -203,8 +212,9 @@ comment on function public.enqueue_generation is
   'idempotency_key and payload answer with the same job and charge nothing. With params.reuse = '
   'true and a seed, your finished generation of the same input is answered, free. Errors: PT400 '
   'invalid_input, PT401 not_authenticated, PT402 insufficient_credits, PT403 requires_paid_plan, '
-  'PT404 not_found, PT409 idempotency_conflict, PT429 too_many_active | rate_limited.';
+  'PT404 not_found (also where the job of the key is deleted), PT409 idempotency_conflict, PT429 '
+  'too_many_active | rate_limited, PT503 busy | model_paused | unavailable.';
 
 revoke all on function public.enqueue_generation(text, text, jsonb, text)
 from public, anon, authenticated, service_role;
-grant execute on function public.enqueue_generation(text, text, jsonb, text) to authenticated;
+grant execute on function public.enqueue_generation(text, text, jsonb, text) to anon, authenticated;

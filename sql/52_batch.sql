@@ -39,7 +39,8 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if coalesce(cardinality(p_prompts) not between 1 and p_max_batch, true) then
+  if coalesce(cardinality(p_prompts) not between 1 and p_max_batch, true)
+    or array_ndims(p_prompts) > 1 then
     perform private.refuse_input(format('prompts: not 1 to %s texts', p_max_batch));
   end if;
 end;
@@ -64,7 +65,9 @@ declare
   v_inputs jsonb[];
 begin
   for v_place in 1 .. cardinality(p_prompts) loop
-    v_inputs[v_place] := private.complete_input(p_model, v_prepared, p_prompts[v_place]);
+    v_inputs[v_place] := private.complete_input(
+      p_model, v_prepared, p_prompts[v_place], format('prompts[%s]', v_place - 1)
+    );
   end loop;
   return v_inputs;
 end;
@@ -73,15 +76,17 @@ $$;
 revoke all on function private.prepare_batch(public.models, uuid, text[], jsonb)
 from public, anon, authenticated, service_role;
 
--- A batch as the API shows it.
+-- A batch as the API shows it: the jobs that are not deleted. Raises: PT404 not_found if all are.
 create or replace function private.batch_json(p_batch public.batches)
 returns json
 language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_answer json;
 begin
-  return (select json_build_object(
+  select json_build_object(
     'batch_id', p_batch.id,
     'job_ids', coalesce(json_agg(g.id order by g.id), '[]'),
     'status', case when bool_or(g.finished_at is null) then 'active' else 'finished' end,
@@ -100,10 +105,18 @@ begin
       then private.poll_after_ms(p_batch.created_at)
     end,
     'created_at', p_batch.created_at
-  )
+  ) into v_answer
   from public.generations as g
   left join private.running_jobs as r on r.job_id = g.id
-  where g.batch_id = p_batch.id);
+  where g.batch_id = p_batch.id and g.deleted_at is null
+  having count(*) > 0;
+  if v_answer is null then
+    perform private.refuse_missing(
+      'batch_id: its jobs were deleted',
+      'restore_generation brings them back. Use a new key for a new request.'
+    );
+  end if;
+  return v_answer;
 end;
 $$;
 
@@ -130,7 +143,7 @@ set enable_bitmapscan = off
 set jit = off
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_user_id(p_writes => true);
   v_prompts text[];
   v_params jsonb;
   v_entitlement public.entitlements;
@@ -142,11 +155,12 @@ declare
 begin
   perform private.check_batch_size(p_prompts, 100);  -- the most that any plan may allow
   v_prompts := array(select coalesce(p.prompt, '') from unnest(p_prompts) as p (prompt));
-  v_params := private.read_request(v_prompts, p_params, p_idempotency_key);
+  v_params := private.read_request(v_prompts, p_params, p_idempotency_key, 'prompts[%1$s]');
   if v_params ? 'reuse' then
     perform private.refuse_input('params.reuse: not in a batch');
   end if;
-  v_hash := md5(jsonb_build_array(p_model, p_prompts, v_params)::text);
+  -- No model has a longer name, and JSON may be six times as long as the text it holds.
+  v_hash := md5(jsonb_build_array(left(p_model, 200), p_prompts, v_params)::text);
   v_entitlement := private.lock_entitlement(v_user_id);
   v_batch := private.find_batch_by_key(v_user_id, p_idempotency_key, v_hash);
   if v_batch.id is null then
@@ -171,7 +185,7 @@ $$;
 
 revoke all on function private.enqueue_batch(text, text[], jsonb, text)
 from public, anon, authenticated, service_role;
-grant execute on function private.enqueue_batch(text, text[], jsonb, text) to authenticated;
+grant execute on function private.enqueue_batch(text, text[], jsonb, text) to anon, authenticated;
 
 create or replace function public.enqueue_batch(
   model text,
@@ -196,11 +210,12 @@ $$;
 comment on function public.enqueue_batch is
   'Asks for one generation of each prompt (as many as your plan''s max_batch), all or nothing. '
   'Answers as get_batch_status does. The same idempotency_key and request answer with the same '
-  'batch and charge nothing. Errors: those of enqueue_generation.';
+  'batch and charge nothing; once all its jobs are deleted it is not found. An error of one prompt '
+  'names it in details, prompts[0] being the first. Errors: those of enqueue_generation.';
 
 revoke all on function public.enqueue_batch(text, text[], jsonb, text)
 from public, anon, authenticated, service_role;
-grant execute on function public.enqueue_batch(text, text[], jsonb, text) to authenticated;
+grant execute on function public.enqueue_batch(text, text[], jsonb, text) to anon, authenticated;
 
 -- The user's batch. Raises: PT404 not_found.
 create or replace function private.require_batch(p_batch_id uuid, p_user_id uuid)
@@ -214,6 +229,7 @@ declare
 begin
   select * into v_batch from public.batches where id = p_batch_id and user_id = p_user_id;
   if not found then
+    perform private.require_known_user_id();
     perform private.refuse_missing(
       'batch_id: no such batch of yours',
       'Use the batch_id that enqueue_batch answered.'
@@ -241,7 +257,7 @@ $$;
 
 revoke all on function private.get_batch_status(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function private.get_batch_status(uuid) to authenticated;
+grant execute on function private.get_batch_status(uuid) to anon, authenticated;
 
 create or replace function public.get_batch_status(batch_id uuid)
 returns json
@@ -260,4 +276,4 @@ comment on function public.get_batch_status is
 
 revoke all on function public.get_batch_status(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function public.get_batch_status(uuid) to authenticated;
+grant execute on function public.get_batch_status(uuid) to anon, authenticated;

@@ -66,7 +66,7 @@ set enable_bitmapscan = off
 set jit = off
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_user_id(p_writes => true);
   v_entitlement public.entitlements := private.lock_entitlement(v_user_id);
   v_plan private.plans := private.plan_of(v_entitlement);
   v_old public.generations := private.require_retryable(p_job_id, v_user_id);
@@ -92,7 +92,7 @@ $$;
 
 revoke all on function private.retry_generation(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function private.retry_generation(uuid) to authenticated;
+grant execute on function private.retry_generation(uuid) to anon, authenticated;
 
 create or replace function public.retry_generation(job_id uuid)
 returns json
@@ -110,7 +110,7 @@ comment on function public.retry_generation is
 
 revoke all on function public.retry_generation(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function public.retry_generation(uuid) to authenticated;
+grant execute on function public.retry_generation(uuid) to anon, authenticated;
 
 -- What a user wished for, each wish with all its tries: the last of them that is not deleted, the
 -- price of one, whether none is under way or done, and since when one is that was free.
@@ -218,6 +218,7 @@ declare
   v_reason text;
   v_skipped jsonb := '{}';
 begin
+  perform private.require_writable();
   if not exists (select from private.error_codes where code = p_code) then
     perform private.refuse_input('code: not a code of private.error_codes');
   elsif p_since is null or coalesce(p_at_most not between 1 and 10000, true) then

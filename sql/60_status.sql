@@ -63,8 +63,12 @@ $$;
 
 revoke all on function private.running_job(uuid) from public, anon, authenticated, service_role;
 
--- One job as the API shows it. Progress is read from the running row: it is not history.
-create or replace function private.job_json(p_generation public.generations)
+-- One job as the API shows it, with its forecast where the caller has it: who shows many asks for
+-- all at once. Progress is read from the running row: it is not history.
+create or replace function private.job_json(
+  p_generation public.generations,
+  p_forecast private.forecast default null
+)
 returns json
 language plpgsql
 stable
@@ -72,7 +76,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_running private.running_jobs;
-  v_forecast record := private.forecast(p_generation);
+  v_forecast private.forecast := coalesce(p_forecast, private.forecast(p_generation));
   v_refunded integer;
 begin
   if p_generation.finished_at is null then
@@ -116,7 +120,7 @@ begin
 end;
 $$;
 
-revoke all on function private.job_json(public.generations)
+revoke all on function private.job_json(public.generations, private.forecast)
 from public, anon, authenticated, service_role;
 
 -- Body of public.get_job_status.
@@ -139,7 +143,7 @@ end;
 $$;
 
 revoke all on function private.get_job_status(uuid) from public, anon, authenticated, service_role;
-grant execute on function private.get_job_status(uuid) to authenticated;
+grant execute on function private.get_job_status(uuid) to anon, authenticated;
 
 create or replace function public.get_job_status(job_id uuid)
 returns json
@@ -163,7 +167,7 @@ comment on function public.get_job_status is
   'it is null. Errors: PT401 not_authenticated, PT404 not_found.';
 
 revoke all on function public.get_job_status(uuid) from public, anon, authenticated, service_role;
-grant execute on function public.get_job_status(uuid) to authenticated;
+grant execute on function public.get_job_status(uuid) to anon, authenticated;
 
 -- Body of public.list_active_jobs.
 --
@@ -180,7 +184,7 @@ set enable_bitmapscan = off
 set jit = off
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_known_user_id();
   v_ids uuid[];
 begin
   if cardinality(p_job_ids) > 100 or array_ndims(p_job_ids) > 1 then
@@ -188,8 +192,9 @@ begin
   end if;
   v_ids := array(select j.job_id from private.live_jobs as j where j.user_id = v_user_id);
   return (
-    select coalesce(json_agg(private.job_json(g) order by g.id desc), '[]')
+    select coalesce(json_agg(private.job_json(g, f) order by g.id desc), '[]')
     from public.generations as g
+    left join unnest(private.forecast_jobs(v_ids)) as f on f.job_id = g.id
     where g.id = any (v_ids || p_job_ids) and g.user_id = v_user_id and g.deleted_at is null
   );
 end;
@@ -197,7 +202,7 @@ $$;
 
 revoke all on function private.list_active_jobs(uuid[])
 from public, anon, authenticated, service_role;
-grant execute on function private.list_active_jobs(uuid[]) to authenticated;
+grant execute on function private.list_active_jobs(uuid[]) to anon, authenticated;
 
 create or replace function public.list_active_jobs(job_ids uuid[] default '{}')
 returns json
@@ -218,7 +223,7 @@ comment on function public.list_active_jobs is
 
 revoke all on function public.list_active_jobs(uuid[])
 from public, anon, authenticated, service_role;
-grant execute on function public.list_active_jobs(uuid[]) to authenticated;
+grant execute on function public.list_active_jobs(uuid[]) to anon, authenticated;
 
 -- Body of public.get_entitlement.
 --
@@ -241,7 +246,7 @@ end;
 $$;
 
 revoke all on function private.get_entitlement() from public, anon, authenticated, service_role;
-grant execute on function private.get_entitlement() to authenticated;
+grant execute on function private.get_entitlement() to anon, authenticated;
 
 create or replace function public.get_entitlement()
 returns json
@@ -258,7 +263,7 @@ comment on function public.get_entitlement is
   ' refused as busy now)}. Errors: PT401 not_authenticated.';
 
 revoke all on function public.get_entitlement() from public, anon, authenticated, service_role;
-grant execute on function public.get_entitlement() to authenticated;
+grant execute on function public.get_entitlement() to anon, authenticated;
 
 -- Body of public.list_models.
 create or replace function private.list_models()

@@ -104,7 +104,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   c_walk constant integer := 200;
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_known_user_id();
   v_before uuid := coalesce(p_before, 'ffffffff-ffff-ffff-ffff-ffffffffffff');
   v_tag text := case when p_tag is not null then private.read_tag('tag', p_tag) end;
   v_ids uuid[];
@@ -119,7 +119,7 @@ begin
   end if;
   v_ids := private.walk_generations(v_user_id, v_before, p_only_favorites, v_tag, c_walk);
   select
-    json_agg(private.job_json(page.generation) order by page.place),
+    json_agg(private.job_json(page.generation, f) order by page.place),
     case count(*) when p_page_size then v_ids[max(page.place)] else v_ids[cardinality(v_ids)] end
   into v_page, v_last_id
   from (
@@ -135,7 +135,8 @@ begin
       limit 1
     ) as found
     order by walk.place limit p_page_size
-  ) as page;
+  ) as page
+  left join unnest(private.forecast_jobs(v_ids)) as f on f.job_id = (page.generation).id;
   return json_build_object(
     'generations', coalesce(v_page, '[]'),
     'next_before', case
@@ -148,7 +149,7 @@ $$;
 revoke all on function private.list_generations(uuid, integer, boolean, text, text)
 from public, anon, authenticated, service_role;
 grant execute on function private.list_generations(uuid, integer, boolean, text, text)
-to authenticated;
+to anon, authenticated;
 
 create or replace function public.list_generations(
   before uuid default null,
@@ -180,4 +181,4 @@ comment on function public.list_generations is
 revoke all on function public.list_generations(uuid, integer, boolean, text, text)
 from public, anon, authenticated, service_role;
 grant execute on function public.list_generations(uuid, integer, boolean, text, text)
-to authenticated;
+to anon, authenticated;

@@ -18,7 +18,7 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_user_id(p_writes => true);
   v_generation public.generations;
 begin
   select * into v_generation from public.generations
@@ -45,10 +45,10 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  perform private.lock_own_generation(p_job_id);
   if p_is_favorite is null then
     perform private.refuse_input('is_favorite: neither true nor false');
   end if;
-  perform private.lock_own_generation(p_job_id);
   update public.generations set is_favorite = p_is_favorite
   where id = p_job_id and is_favorite <> p_is_favorite;
   return json_build_object('job_id', p_job_id, 'is_favorite', p_is_favorite);
@@ -57,7 +57,7 @@ $$;
 
 revoke all on function private.set_favorite(uuid, boolean)
 from public, anon, authenticated, service_role;
-grant execute on function private.set_favorite(uuid, boolean) to authenticated;
+grant execute on function private.set_favorite(uuid, boolean) to anon, authenticated;
 
 create or replace function public.set_favorite(job_id uuid, is_favorite boolean default true)
 returns json
@@ -73,7 +73,7 @@ comment on function public.set_favorite is
 
 revoke all on function public.set_favorite(uuid, boolean)
 from public, anon, authenticated, service_role;
-grant execute on function public.set_favorite(uuid, boolean) to authenticated;
+grant execute on function public.set_favorite(uuid, boolean) to anon, authenticated;
 
 -- Body of public.set_tags.
 --
@@ -105,7 +105,7 @@ $$;
 
 revoke all on function private.set_tags(uuid, text[])
 from public, anon, authenticated, service_role;
-grant execute on function private.set_tags(uuid, text[]) to authenticated;
+grant execute on function private.set_tags(uuid, text[]) to anon, authenticated;
 
 create or replace function public.set_tags(job_id uuid, tags text[])
 returns json
@@ -122,7 +122,7 @@ comment on function public.set_tags is
 
 revoke all on function public.set_tags(uuid, text[])
 from public, anon, authenticated, service_role;
-grant execute on function public.set_tags(uuid, text[]) to authenticated;
+grant execute on function public.set_tags(uuid, text[]) to anon, authenticated;
 
 -- Makes the images of these generations private again.
 --
@@ -168,7 +168,7 @@ $$;
 
 revoke all on function private.delete_generation(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function private.delete_generation(uuid) to authenticated;
+grant execute on function private.delete_generation(uuid) to anon, authenticated;
 
 create or replace function public.delete_generation(job_id uuid)
 returns json
@@ -185,7 +185,7 @@ comment on function public.delete_generation is
 
 revoke all on function public.delete_generation(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function public.delete_generation(uuid) to authenticated;
+grant execute on function public.delete_generation(uuid) to anon, authenticated;
 
 -- Body of public.restore_generation. What is being erased cannot come back: some of its files may
 -- be gone.
@@ -213,7 +213,7 @@ $$;
 
 revoke all on function private.restore_generation(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function private.restore_generation(uuid) to authenticated;
+grant execute on function private.restore_generation(uuid) to anon, authenticated;
 
 create or replace function public.restore_generation(job_id uuid)
 returns json
@@ -230,4 +230,4 @@ comment on function public.restore_generation is
 
 revoke all on function public.restore_generation(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function public.restore_generation(uuid) to authenticated;
+grant execute on function public.restore_generation(uuid) to anon, authenticated;

@@ -28,10 +28,10 @@ as $$
 declare
   v_image public.images;
 begin
+  perform private.lock_own_generation(p_job_id);
   if p_is_public is null or p_shows_prompt is null then
     perform private.refuse_input('is_public, shows_prompt: neither true nor false');
   end if;
-  perform private.lock_own_generation(p_job_id);
   update public.images set
     share_id = case when p_is_public then coalesce(share_id, private.uuid_v7()) end,
     shows_prompt = p_is_public and p_shows_prompt
@@ -49,7 +49,8 @@ $$;
 
 revoke all on function private.share_image(uuid, integer, boolean, boolean)
 from public, anon, authenticated, service_role;
-grant execute on function private.share_image(uuid, integer, boolean, boolean) to authenticated;
+grant execute on function private.share_image(uuid, integer, boolean, boolean)
+to anon, authenticated;
 
 create or replace function public.share_image(
   job_id uuid,
@@ -76,7 +77,8 @@ comment on function public.share_image is
 
 revoke all on function public.share_image(uuid, integer, boolean, boolean)
 from public, anon, authenticated, service_role;
-grant execute on function public.share_image(uuid, integer, boolean, boolean) to authenticated;
+grant execute on function public.share_image(uuid, integer, boolean, boolean)
+to anon, authenticated;
 
 -- Raises PT404 not_found, the same for an image that never was and one that is not shared.
 create or replace function private.refuse_unknown_image()
@@ -131,7 +133,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := private.require_known_user_id();
+  v_user_id uuid := private.require_known_user_id(p_writes => true);
   v_image public.images;
 begin
   if p_is_liked is null then
@@ -159,7 +161,7 @@ $$;
 
 revoke all on function private.like_image(uuid, integer, boolean)
 from public, anon, authenticated, service_role;
-grant execute on function private.like_image(uuid, integer, boolean) to authenticated;
+grant execute on function private.like_image(uuid, integer, boolean) to anon, authenticated;
 
 create or replace function public.like_image(
   job_id uuid,
@@ -180,7 +182,7 @@ comment on function public.like_image is
 
 revoke all on function public.like_image(uuid, integer, boolean)
 from public, anon, authenticated, service_role;
-grant execute on function public.like_image(uuid, integer, boolean) to authenticated;
+grant execute on function public.like_image(uuid, integer, boolean) to anon, authenticated;
 
 -- One shared image as everybody sees it.
 create or replace function private.shared_image_json(p_image public.images, p_user_id uuid)
@@ -220,7 +222,7 @@ from public, anon, authenticated, service_role;
 
 -- Body of public.list_public_images.
 --
--- Raises: PT400 invalid_input.
+-- Raises: PT400 invalid_input, PT401 not_authenticated.
 create or replace function private.list_public_images(p_before uuid, p_page_size integer)
 returns json
 language plpgsql
@@ -229,7 +231,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := auth.uid();
+  v_user_id uuid := private.caller_id();
   v_before uuid := coalesce(p_before, 'ffffffff-ffff-ffff-ffff-ffffffffffff');
   v_answer json;
 begin

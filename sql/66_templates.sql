@@ -45,7 +45,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := private.require_known_user_id();
+  v_user_id uuid := private.require_known_user_id(p_writes => true);
   v_params jsonb := private.read_request(array[p_prompt], p_params, null);
   v_template public.prompt_templates;
 begin
@@ -71,7 +71,7 @@ $$;
 revoke all on function private.save_prompt_template(text, text, text, jsonb, uuid)
 from public, anon, authenticated, service_role;
 grant execute on function private.save_prompt_template(text, text, text, jsonb, uuid)
-to authenticated;
+to anon, authenticated;
 
 create or replace function public.save_prompt_template(
   title text,
@@ -101,7 +101,7 @@ comment on function public.save_prompt_template is
 revoke all on function public.save_prompt_template(text, text, text, jsonb, uuid)
 from public, anon, authenticated, service_role;
 grant execute on function public.save_prompt_template(text, text, text, jsonb, uuid)
-to authenticated;
+to anon, authenticated;
 
 -- Raises PT400 invalid_input.
 create or replace function private.check_template(p_title text, p_prompt text, p_model text)
@@ -169,7 +169,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_known_user_id(p_writes => true);
 begin
   delete from public.prompt_templates where id = p_id and user_id = v_user_id;
   if not found then
@@ -181,7 +181,7 @@ $$;
 
 revoke all on function private.delete_prompt_template(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function private.delete_prompt_template(uuid) to authenticated;
+grant execute on function private.delete_prompt_template(uuid) to anon, authenticated;
 
 create or replace function public.delete_prompt_template(id uuid)
 returns json
@@ -196,7 +196,7 @@ comment on function public.delete_prompt_template is
 
 revoke all on function public.delete_prompt_template(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function public.delete_prompt_template(uuid) to authenticated;
+grant execute on function public.delete_prompt_template(uuid) to anon, authenticated;
 
 -- Body of public.list_prompt_templates.
 --
@@ -209,7 +209,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_known_user_id();
 begin
   return (
     select coalesce(
@@ -223,7 +223,7 @@ $$;
 
 revoke all on function private.list_prompt_templates()
 from public, anon, authenticated, service_role;
-grant execute on function private.list_prompt_templates() to authenticated;
+grant execute on function private.list_prompt_templates() to anon, authenticated;
 
 create or replace function public.list_prompt_templates()
 returns json
@@ -241,4 +241,4 @@ comment on function public.list_prompt_templates is
 
 revoke all on function public.list_prompt_templates()
 from public, anon, authenticated, service_role;
-grant execute on function public.list_prompt_templates() to authenticated;
+grant execute on function public.list_prompt_templates() to anon, authenticated;

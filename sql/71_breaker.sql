@@ -303,6 +303,7 @@ as $$
 declare
   v_breaker private.breakers;
 begin
+  perform private.require_writable();
   perform private.require_breaker_name(p_model);
   if coalesce(p_until <= now(), true) then
     perform private.refuse_input(
@@ -359,6 +360,7 @@ as $$
 declare
   v_breaker private.breakers;
 begin
+  perform private.require_writable();
   perform private.require_breaker_name(p_model);
   insert into private.breakers (name) values (p_model)
   on conflict (name) do update set

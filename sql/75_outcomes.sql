@@ -98,14 +98,22 @@ begin
   select
     j.job_id, j.token, j.model_id, j.attempt, j.worker_id, j.claimed_at, p_outcome,
     p_error_code, left(p_error_detail, 2000), j.provider_job_id,
-    (t.metrics ->> 'provider_seconds')::real, (t.metrics ->> 'images')::numeric::integer,
+    t.seconds, t.images,
     case
-      when t.metrics @@ '$.is_asked == false || $.is_billed == false' then 0
-      when m.cost_unit = 'image' then m.cost_usd * (t.metrics ->> 'images')::numeric
-      when m.cost_unit = 'second' then m.cost_usd * (t.metrics ->> 'provider_seconds')::numeric
+      when p_metrics[j.ordinality] @@ '$.is_asked == false || $.is_billed == false' then 0
+      when m.cost_unit = 'image' then m.cost_usd * t.images
+      when m.cost_unit = 'second' then m.cost_usd * t.seconds
     end
   from unnest(p_jobs) with ordinality as j
-  cross join lateral (select p_metrics[j.ordinality] as metrics) as t
+  -- Within bounds: what a provider says of itself keeps no job from ending.
+  cross join lateral (select
+    case when jsonb_typeof(p_metrics[j.ordinality] -> 'provider_seconds') = 'number' then
+      greatest(0, least(1000000, (p_metrics[j.ordinality] ->> 'provider_seconds')::numeric))
+    end as seconds,
+    case when jsonb_typeof(p_metrics[j.ordinality] -> 'images') = 'number' then
+      greatest(0, least(1000000, (p_metrics[j.ordinality] ->> 'images')::numeric))
+    end as images
+  ) as t
   left join public.models as m on m.id = j.model_id;
 end;
 $$;

@@ -12,7 +12,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_user_id(p_writes => true);
 begin
   if p_token is null or p_token !~ '^Expo(nent)?PushToken\[[A-Za-z0-9_-]{1,100}\]$' then
     perform private.refuse_input(
@@ -33,7 +33,7 @@ $$;
 
 revoke all on function private.register_push_token(text)
 from public, anon, authenticated, service_role;
-grant execute on function private.register_push_token(text) to authenticated;
+grant execute on function private.register_push_token(text) to anon, authenticated;
 
 create or replace function public.register_push_token(token text)
 returns json
@@ -50,7 +50,7 @@ comment on function public.register_push_token is
 
 revoke all on function public.register_push_token(text)
 from public, anon, authenticated, service_role;
-grant execute on function public.register_push_token(text) to authenticated;
+grant execute on function public.register_push_token(text) to anon, authenticated;
 
 -- Raises: PT401 not_authenticated.
 create or replace function private.unregister_push_token(p_token text)
@@ -60,7 +60,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_known_user_id(p_writes => true);
 begin
   delete from private.push_tokens where token = p_token and user_id = v_user_id;
   return json_build_object('registered', false);
@@ -69,7 +69,7 @@ $$;
 
 revoke all on function private.unregister_push_token(text)
 from public, anon, authenticated, service_role;
-grant execute on function private.unregister_push_token(text) to authenticated;
+grant execute on function private.unregister_push_token(text) to anon, authenticated;
 
 create or replace function public.unregister_push_token(token text)
 returns json
@@ -85,4 +85,4 @@ comment on function public.unregister_push_token is
 
 revoke all on function public.unregister_push_token(text)
 from public, anon, authenticated, service_role;
-grant execute on function public.unregister_push_token(text) to authenticated;
+grant execute on function public.unregister_push_token(text) to anon, authenticated;

@@ -60,7 +60,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_user_id(p_writes => true);
   v_generation public.generations;
 begin
   perform private.cancel_jobs(v_user_id, array[p_job_id]);
@@ -77,7 +77,7 @@ $$;
 
 revoke all on function private.cancel_generation(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function private.cancel_generation(uuid) to authenticated;
+grant execute on function private.cancel_generation(uuid) to anon, authenticated;
 
 create or replace function public.cancel_generation(job_id uuid)
 returns json
@@ -96,7 +96,7 @@ comment on function public.cancel_generation is
 
 revoke all on function public.cancel_generation(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function public.cancel_generation(uuid) to authenticated;
+grant execute on function public.cancel_generation(uuid) to anon, authenticated;
 
 -- Body of public.cancel_batch.
 --
@@ -108,7 +108,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_user_id(p_writes => true);
 begin
   perform private.cancel_jobs(v_user_id, array(
     select g.id from public.generations as g
@@ -120,7 +120,7 @@ $$;
 
 revoke all on function private.cancel_batch(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function private.cancel_batch(uuid) to authenticated;
+grant execute on function private.cancel_batch(uuid) to anon, authenticated;
 
 create or replace function public.cancel_batch(batch_id uuid)
 returns json
@@ -136,4 +136,4 @@ comment on function public.cancel_batch is
 
 revoke all on function public.cancel_batch(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function public.cancel_batch(uuid) to authenticated;
+grant execute on function public.cancel_batch(uuid) to anon, authenticated;

@@ -136,9 +136,12 @@ declare
   v_events text[] := coalesce(p_events, v_all);
   v_endpoint private.webhook_endpoints;
 begin
+  perform private.require_writable();
   perform private.check_webhook_url(coalesce(p_url, ''));
   if cardinality(v_events) not between 1 and 3 or not v_events <@ v_all then
     perform private.refuse_input('events: not some of ' || array_to_string(v_all, ', '));
+  elsif p_description <> '' and private.is_blank(p_description) then
+    perform private.refuse_input('description: blank');
   elsif length(p_description) > 200 then
     perform private.refuse_input('description: longer than 200 characters');
   elsif (select count(*) from private.webhook_endpoints) >= 20 then
@@ -235,6 +238,7 @@ as $$
 declare
   v_endpoint private.webhook_endpoints;
 begin
+  perform private.require_writable();
   -- Deliveries first, as when one ends with 410. What a job that is just ending adds is buried when
   -- it is due.
   delete from private.deliveries where lane = p_webhook_id::text and state = 'pending';
@@ -270,6 +274,7 @@ as $$
 declare
   v_endpoint private.webhook_endpoints;
 begin
+  perform private.require_writable();
   update private.webhook_endpoints set disabled_at = null
   where id = p_webhook_id returning * into v_endpoint;
   return private.webhook_json(private.found_webhook(v_endpoint));
@@ -303,6 +308,7 @@ as $$
 declare
   v_endpoint private.webhook_endpoints;
 begin
+  perform private.require_writable();
   update private.webhook_endpoints set
     secret = private.new_webhook_secret(),
     previous_secret = secret, previous_secret_until = now() + interval '1 day'

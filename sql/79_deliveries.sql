@@ -368,6 +368,7 @@ as $$
 declare
   v_delivery private.deliveries;
 begin
+  perform private.require_writable();
   update private.deliveries set
     state = 'pending', attempts = 0, run_at = now(), token = null, finished_at = null,
     ticket = null
@@ -407,6 +408,7 @@ language sql
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
+  select private.require_writable();
   with revived as (
     update private.deliveries
     set state = 'pending', attempts = 0, run_at = now(), finished_at = null

@@ -1,5 +1,5 @@
--- What `worker.py check` asks: may this role do a worker's work, does pg_cron do its own, and is
--- Storage as Darkroom made it?
+-- What `worker.py check` asks: may this role do a worker's work, does pg_cron do its own, is
+-- Storage as Darkroom made it, and does every request of a user end?
 --
 -- Each part answers rows (part, verdict, detail). verdict: ok, note (works, but know it) or wrong.
 -- It looks at catalogs and at routines, never at jobs or users.
@@ -163,6 +163,36 @@ $$;
 
 revoke all on function private.check_storage() from public, anon, authenticated, service_role;
 
+-- A role of PostgREST's whose requests nothing ends: no setting of its own, of the login, or of the
+-- database. No row where all have one.
+create or replace function private.check_timeouts()
+returns table (part text, verdict text, detail text)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+  select
+    'timeouts',
+    'wrong',
+    format(
+      'one request may hold a connection for ever: alter role %s set statement_timeout = ''8s''',
+      r.rolname
+    )
+  from pg_roles as r
+  where r.rolname in ('anon', 'authenticated') and not exists (
+    select from pg_db_role_setting as s cross join unnest(s.setconfig) as c (setting)
+    where c.setting ~ '^statement_timeout=[^0]' and (
+      s.setdatabase = 0 and s.setrole in (r.oid, coalesce(to_regrole('authenticator'), 0))
+      or s.setrole = 0 and s.setdatabase = (
+        select d.oid from pg_database as d where d.datname = current_database()
+      )
+    )
+  )
+  order by r.rolname limit 1
+$$;
+
+revoke all on function private.check_timeouts() from public, anon, authenticated, service_role;
+
 create or replace function private.check_setup(p_functions text[])
 returns table (part text, verdict text, detail text)
 language sql
@@ -175,11 +205,14 @@ as $$
   select * from private.check_cron()
   union all
   select * from private.check_storage()
+  union all
+  select * from private.check_timeouts()
 $$;
 
 comment on function private.check_setup is
   'For `worker.py check`: whether its role may call these functions of schema private, whether '
-  'pg_cron runs its jobs, and whether buckets and policies of Storage are there. Answers part, '
+  'pg_cron runs its jobs, whether buckets and policies of Storage are there, and, where they do '
+  'not, whether requests of the API end. Answers part, '
   'verdict (ok | note | wrong) and detail, in words for people.';
 
 revoke all on function private.check_setup(text[])

@@ -34,6 +34,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 from zlib import compress, crc32
 
 import pytest
+from hostile import dear_jpeg
 from PIL import Image
 
 TERMINAL = {"succeeded", "failed", "canceled", "aborted"}
@@ -82,7 +83,8 @@ class Behaviour:
     images: int | None = None  # None: as many as asked for
     output: Any = None  # given out as it is, instead of URLs of images
     removed: bool = False  # it ends with its data gone already
-    # gone, junk, bomb, dear (to decode), large, unsized (large, no length told), broken, redirect
+    # gone, junk, bomb, dear (takes a core a minute), large, unsized (large, no length told),
+    # broken, redirect
     file: str = "image"
     format: str | None = None  # of the bytes, whatever name and type say
     size: tuple[int, int] = (64, 48)  # width, height
@@ -427,7 +429,7 @@ class FakeReplicate:
             case "bomb":
                 body = picture_bomb()
             case "dear":
-                body = dear_picture()
+                body = dear_jpeg(size=min(1_000_000, self.large_bytes // 4))
             case "large":
                 body += bytes(self.large_bytes)
             case "unsized":
@@ -562,16 +564,6 @@ def image(extension: str, size: tuple[int, int], position: int) -> bytes:
     picture = Image.new("RGB", size, f"hsl({hue},80%,50%)")
     picture.save(out, {"jpg": "jpeg"}.get(extension, extension))
     return out.getvalue()
-
-
-@lru_cache
-def dear_picture(side: int = 2000, size: int = 15_000) -> bytes:
-    """A valid progressive JPEG that refines nothing, again and again: seconds of a core."""
-    file = io.BytesIO()
-    Image.new("L", (side, side), 90).save(file, "JPEG", progressive=True)
-    whole = file.getvalue()
-    scan = whole[whole.rindex(b"\xff\xda") : -2]
-    return whole[:-2] + scan * ((size - len(whole)) // len(scan)) + whole[-2:]
 
 
 def picture_bomb() -> bytes:

@@ -6,9 +6,12 @@ as soon as it exists. An argument's name says what a plausible value is; its typ
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import struct
 import uuid
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +20,7 @@ from actors import PREVIEW, Caller, Service, User, Worker, outcome
 from database import Database
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 SECRET = "zebra-4711"  # in each text of the victim's
 DETAIL = "zebra-4712"  # what the provider said: for operators only
@@ -255,6 +259,28 @@ HOSTILE: dict[str, list[Any]] = {
         ),
     ],
 }
+# What weighs little and may come to much: written out, counted, matched or walked through.
+NUMBERS = [
+    f"[{','.join([number] * 4000)}]" for number in ("1e131071", "-1e99999", "1e-16383", "0e-16383")
+]
+HEAVY = {
+    "jsonb": [
+        *(text for each in NUMBERS for text in (each, f'{{"a": {each}}}', json.dumps(each))),
+        *("1e131071", '{"seed": 1e131071}', json.dumps('{"seed": 1e-16383}')),
+        *(f'{{"a": {each[: 9 * count]}1]}}' for each in NUMBERS for count in (25, 800)),
+        json.dumps(dict.fromkeys(map(str, range(2000)), 0)).replace(" 0", " 1e131071"),
+        *('{"a":' * 9000 + "1e131071" + "}" * 9000, "[" * 10_000 + "]" * 10_000),
+        *(json.dumps(deep) for deep in ("[" * 8000 + "]" * 8000, '{"a":' * 2500)),
+        *(json.dumps([None] * 50_000), json.dumps({"k" * 250_000: 1})),
+        *("{" + '"a": 1,' * 30_000 + '"a": 1}', json.dumps("\x01" * 40_000)),
+    ],
+    "text": [
+        *(text * 250_000 for text in ("x", " ", "\u200b", "e\u0301", "0:", "{a", "a.", "\x01")),
+        *("https://" + "a." * 120_000, "ExponentPushToken[" + "a" * 250_000),
+    ],
+    "text[]": [f"{{{','.join(['a'] * 100_000)}}}", f"{{{'x' * 250_000}}}", f"{{{' ' * 250_000}}}"],
+    "uuid[]": [f"{{{','.join([str(uuid.UUID(int=7))] * 10_000)}}}"],
+}
 # Over HTTP an argument may also be of another type.
 MISFITS = [
     0,
@@ -296,3 +322,32 @@ def arguments(
     return st.fixed_dictionaries(
         {name: values(name, type) for name, type in function.arguments.items()}
     )
+
+
+# Pictures.
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def dear_jpeg(side: int = 3000, size: int = 1_000_000) -> bytes:
+    """A valid progressive JPEG that refines nothing, thousands of times: a minute of a core."""
+    whole = encoded(Image.new("L", (side, side), 90), "JPEG", progressive=True)
+    scan = whole[whole.rindex(b"\xff\xda") : -2]
+    return whole[:-2] + scan * ((size - len(whole)) // len(scan)) + whole[-2:]
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A PNG's."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def with_chunks(png: bytes, *chunks: bytes) -> bytes:
+    return png[:33] + b"".join(chunks) + png[33:]
+
+
+def with_segment(jpeg: bytes, marker: int, data: bytes) -> bytes:
+    return jpeg[:2] + struct.pack(">BBH", 0xFF, marker, len(data) + 2) + data + jpeg[2:]

@@ -106,11 +106,15 @@ def gateway_before(db: Database, stack: Stack, gateway: str = POSTGREST) -> Iter
         lite.stop()
 
 
-def start_postgrest(binary: Path, stack: Stack, db: Database) -> tuple[Process, str]:
+def start_postgrest(
+    binary: Path, stack: Stack, db: Database, environment: dict[str, str] | None = None
+) -> tuple[Process, str]:
     """Start PostgREST in front of a database of the stack's; return it and its address."""
-    port, admin_port = ports = free_port(), free_port()
+    environment = environment or postgrest_settings(
+        stack, db, stack.cluster.address(), (free_port(), free_port())
+    )
+    port, admin_port = (environment[f"PGRST_{name}_PORT"] for name in ("SERVER", "ADMIN_SERVER"))
     log = stack.folder / "logs" / f"postgrest-{db.name}.log"
-    environment = postgrest_settings(stack, db, stack.cluster.address(), ports)
     environment["PGRST_SERVER_HOST"] = "127.0.0.1"
 
     def is_ready() -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from http_fixtures import LITE
+
 
 @dataclass(frozen=True)
 class Bug:
@@ -22,12 +24,28 @@ WORDS = f"{FUZZ}whatever_it_is_given_a_function_answers_or_refuses_in_our_words"
 SAFE_PATH = "tests/test_security_search_path.py::test_no_function_picks_up_what_its_caller_planted"
 
 SECURITY = [
+    # Small in, huge out.
+    Bug(
+        "params are written out before anything has looked at their numbers",
+        "sql/30_gating.sql",
+        "    and private.has_endless_number(v_params) then",
+        "    and false then",
+        "tests/test_security_rpc.py::test_no_call_costs_more_than_it_weighs[authenticated]",
+    ),
+    Bug(
+        "users' requests last as long as they like",
+        "sql/00_setup.sql",
+        "    alter role authenticated set statement_timeout = '8s';\n",
+        "",
+        "tests/test_setup.py::"
+        "test_the_roles_it_makes_have_their_requests_ended_and_others_stay_as_they_are",
+    ),
     # Rows.
     Bug(
         "a policy lets users read everybody's generations",
         "sql/20_access.sql",
-        "for select to authenticated using (user_id = (select auth.uid()) and deleted_at is null);",
-        "for select to authenticated using (deleted_at is null);",
+        "using (user_id = (select private.caller_id()) and deleted_at is null);",
+        "using (deleted_at is null);",
         "tests/test_access.py::test_users_read_their_own_rows_only[public.generations]",
     ),
     Bug(
@@ -75,8 +93,8 @@ SECURITY = [
     Bug(
         "everybody reads every generated image",
         "sql/20_access.sql",
-        "    bucket_id = 'generations' and private.is_shared_path(name)\n",
-        "    bucket_id = 'generations'\n",
+        "    and exists (select from private.shared_paths as s where s.path = objects.name)\n",
+        "",
         "tests/test_security_storage.py::test_no_spelling_opens_or_changes_anothers_file",
     ),
     # Functions.
@@ -85,14 +103,14 @@ SECURITY = [
         "sql/30_gating.sql",
         "  where id = p_job_id and user_id = p_user_id and deleted_at is null;",
         "  where id = p_job_id and deleted_at is null;",
-        f"{RPC}[get_job_status]",
+        f"{RPC}[{LITE}-get_job_status]",
     ),
     Bug(
         "a list shows jobs of others if their ids are known",
         "sql/60_status.sql",
         "where g.id = any (v_ids || p_job_ids) and g.user_id = v_user_id and g.deleted_at is null",
         "where g.id = any (v_ids || p_job_ids) and g.deleted_at is null",
-        f"{RPC}[list_active_jobs]",
+        f"{RPC}[{LITE}-list_active_jobs]",
     ),
     Bug(
         "a template of another user is overwritten",
@@ -106,7 +124,7 @@ SECURITY = [
         "sql/64_sharing.sql",
         "'prompt', case when p_image.shows_prompt then g.prompt end,",
         "'prompt', g.prompt,",
-        f"{RPC}[list_public_images]",
+        f"{RPC}[{LITE}-list_public_images]",
     ),
     Bug(
         "a cast error of PostgreSQL reaches clients",
@@ -151,6 +169,50 @@ SECURITY = [
         "  select private.get_entitlement()",
         "tests/test_catalog.py::test_definers_are_private_and_what_is_public_only_calls_them",
     ),
+    # Refusals.
+    Bug(
+        "a database that cannot be written shows PostgreSQL's own words",
+        "sql/30_gating.sql",
+        "  elsif p_writes then\n    perform private.require_writable();\n",
+        "",
+        "tests/test_gating.py::test_what_changes_something_says_that_it_cannot",
+    ),
+    Bug(
+        "a read-only database takes jobs through PostgREST",
+        "sql/30_gating.sql",
+        "    and current_setting('default_transaction_read_only') = 'off' then\n",
+        "    then\n",
+        "tests/test_gating.py::test_what_changes_something_says_that_it_cannot",
+    ),
+    Bug(
+        "a sub that is no uuid is PostgreSQL's to refuse",
+        "sql/20_access.sql",
+        "exception when data_exception then\n",
+        "exception when division_by_zero then\n",
+        "tests/test_gating.py::test_a_token_that_names_no_user_is_not_authenticated",
+    ),
+    Bug(
+        "a prompt of fillers is charged",
+        "sql/32_input.sql",
+        "\\u3000\\u3164\\ufe00",
+        "\\u3000\\ufe00",
+        "tests/test_gating.py::test_a_prompt_is_there_and_not_too_long",
+    ),
+    Bug(
+        "the key of a deleted job answers a job that nobody finds",
+        "sql/50_enqueue.sql",
+        "  elsif v_generation.deleted_at is not null then\n",
+        "  elsif false then\n",
+        "tests/test_enqueue.py"
+        "::test_the_key_of_a_deleted_job_is_not_found_until_it_is_restored_or_erased",
+    ),
+    Bug(
+        "the queue is looked at for each job of a list",
+        "sql/60_status.sql",
+        "private.job_json(g, f)",
+        "private.job_json(g)",
+        "tests/test_status.py::test_a_list_looks_at_the_queue_once_and_tells_of_each_job_as_alone",
+    ),
     # Addresses.
     Bug(
         "a source image may be anybody's",
@@ -191,9 +253,44 @@ SECURITY = [
     Bug(
         "a bomb is decoded",
         "worker.py",
-        "    if width * height > MAX_IMAGE_PIXELS:",
-        "    if width * height > 100 * MAX_IMAGE_PIXELS:",
+        '> MAX_IMAGE_PIXELS:\n        raise JobError("provider_error"',
+        '> 100 * MAX_IMAGE_PIXELS:\n        raise JobError("provider_error"',
         "tests/test_worker_storage.py::test_a_bomb_is_refused_before_it_is_decoded",
+    ),
+    Bug(
+        "a picture may take any time",
+        "worker.py",
+        "PICTURE_SECONDS = 3 ",
+        "PICTURE_SECONDS = 300 ",
+        "tests/test_worker_storage.py::test_a_source_that_costs_too_much_is_the_users_fault",
+    ),
+    Bug(
+        "a picture may take any memory",
+        "worker.py",
+        "        (resource.RLIMIT_AS, memory),\n",
+        "",
+        "tests/test_worker_storage.py::test_memory_that_was_not_foreseen_is_refused",
+    ),
+    Bug(
+        "large pictures are decoded all at once",
+        "worker.py",
+        "(LARGE_BYTES, asyncio.Semaphore(1)),",
+        "(LARGE_BYTES, asyncio.Semaphore(9)),",
+        "tests/test_worker_storage.py::test_large_pictures_at_once_stay_within_the_units_memory",
+    ),
+    Bug(
+        "the log repeats what a provider says",
+        "worker.py",
+        "        self.reason = detail if reason is None else reason\n",
+        "        self.reason = detail\n",
+        "tests/test_worker_units.py::test_the_reason_in_the_log_holds_no_words_of_a_provider",
+    ),
+    Bug(
+        "the end user says who is responsible",
+        "scripts/model_mapper.py",
+        'r"(^|_)(end_?)?(users?|',
+        'r"(^|_)(end_?)?(nobody|',
+        "tests/test_import.py::test_what_may_harm_or_takes_an_address_is_the_operators",
     ),
     Bug(
         "an SVG is stored as it came",

@@ -134,7 +134,7 @@ def test_anon_calls_ping_and_what_lists_models_and_shared_images_only(anon):
     assert anon.list_public_images()["images"] == []
 
     for call in ("enqueue_generation('m', 'p')", "list_active_jobs()", "get_entitlement()"):
-        with refused("42501"):
+        with refused("PT401", "not_authenticated"):
             anon.query(f"select public.{call}")
 
 

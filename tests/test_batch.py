@@ -85,6 +85,66 @@ def test_one_bad_part_refuses_the_whole_batch(db, alice, request_):
         alice.enqueue_batch(**request_)
 
 
+@pytest.mark.parametrize(
+    ("prompts", "detail"),
+    [
+        (["one", " ", ""], "prompts[1]: missing or blank"),
+        (["\u3164", "two"], "prompts[0]: missing or blank"),
+        (["one", "two", None], "prompts[2]: missing or blank"),
+        ([None], "prompts[0]: missing or blank"),
+        (["one", "x" * 4001], "prompts[1]: longer than 4000 characters"),
+        (["one", "two", "%s %1$s"], None),
+        ([["one", "two"]], "prompts: not 1 to 100 texts"),
+    ],
+)
+def test_a_refusal_names_the_prompt_counted_from_0(db, alice, prompts, detail):
+    told = outcome(lambda: alice.enqueue_batch(prompts))
+
+    assert getattr(told, "detail", None) == detail
+
+
+def test_a_prompt_that_does_not_fit_the_model_is_named_too(db, alice):
+    db.execute(
+        "update public.models set input_schema = jsonb_set(input_schema,"
+        " '{properties,prompt,maxLength}', '5') where id = 'darkroom/preview'"
+    )
+
+    with refused("PT400", "invalid_input") as refusal:
+        alice.enqueue_batch(["one", "two", "a lighthouse"])
+
+    assert refusal.detail == "prompts[2]: longer than 5 characters"
+
+
+def test_a_batch_shows_the_jobs_that_are_not_deleted_and_without_any_is_not_found(
+    db, alice, worker
+):
+    batch = alice.enqueue_batch(PROMPTS, idempotency_key="k")
+    for job in worker.claim_jobs(3):
+        worker.complete_job(job)
+    first, *others = batch["job_ids"]
+
+    alice.delete_generation(first)
+    for shown in (
+        alice.get_batch_status(batch["batch_id"]),
+        alice.enqueue_batch(PROMPTS, idempotency_key="k"),
+    ):
+        assert (shown["job_ids"], shown["completed"], shown["progress"]) == (others, 2, 100)
+
+    for job_id in others:
+        alice.delete_generation(job_id)
+    for ask in (
+        lambda: alice.get_batch_status(batch["batch_id"]),
+        lambda: alice.cancel_batch(batch["batch_id"]),
+        lambda: alice.enqueue_batch(PROMPTS, idempotency_key="k"),
+    ):
+        with unchanged(db), refused("PT404", "not_found"):
+            ask()
+
+    alice.restore_generation(first)
+    assert alice.enqueue_batch(PROMPTS, idempotency_key="k")["job_ids"] == [first]
+    assert alice.credits() == 7
+
+
 def test_credits_for_all_or_none_of_it(db, alice):
     alice.has(credits=8)
 

@@ -112,6 +112,23 @@ def test_migrate_installs_on_a_server_of_ones_own_with_pg_cron(own_server, supab
     assert own_server.value(jobs) == 4
 
 
+def test_no_request_lasts_for_ever_or_fills_the_disk(own_server):
+    parts = psycopg.conninfo.conninfo_to_dict(own_server.url)
+    login = {"user": "authenticator", "password": "AUTHENTICATOR"}
+    limits = ("statement_timeout", "idle_in_transaction_session_timeout", "temp_file_limit")
+    with psycopg.connect(**parts | login) as connection:
+        shown = [connection.execute(f"show {each}").fetchone() for each in limits]
+    roles = own_server.execute(
+        "select rolconfig from pg_roles where rolname in ('anon', 'authenticated') order by rolname"
+    )
+
+    assert shown == [("1min",), ("15s",), ("256MB",)]
+    assert [*roles[0].values(), *roles[1].values()] == [
+        ["statement_timeout=3s"],
+        ["statement_timeout=8s"],
+    ]
+
+
 def test_postgrests_role_may_become_whom_a_token_may_name_and_nobody_else(own_server):
     roles = own_server.execute(
         "select r.rolname from pg_auth_members as m inner join pg_roles as r on m.roleid = r.oid"

@@ -138,6 +138,25 @@ def test_a_repeat_tells_what_has_become_of_the_job(alice, worker):
     )
 
 
+def test_the_key_of_a_deleted_job_is_not_found_until_it_is_restored_or_erased(db, alice, worker):
+    job_id = alice.enqueued(idempotency_key="k")
+    worker.complete_job(worker.claimed())
+    alice.delete_generation(job_id)
+
+    with unchanged(db), refused("PT404", "not_found") as refusal:
+        alice.enqueue(idempotency_key="k")
+    assert refusal.detail == "idempotency_key: its job was deleted"
+    with unchanged(db), refused("PT409", "idempotency_conflict"):
+        alice.enqueue("another", idempotency_key="k")
+
+    alice.restore_generation(job_id)
+    assert alice.enqueued(idempotency_key="k") == job_id
+
+    alice.delete_generation(job_id)
+    db.execute("delete from public.generations where id = %s", job_id)
+    assert alice.enqueued(idempotency_key="k") != job_id
+
+
 def test_keys_of_different_users_have_nothing_to_do_with_each_other(alice, bob):
     assert alice.enqueued(idempotency_key="k") != bob.enqueued(idempotency_key="k")
 

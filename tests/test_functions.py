@@ -179,18 +179,20 @@ class Gateway(BaseHTTPRequestHandler):
 
     requests: ClassVar[list[tuple[str, str, dict[str, str], bytes]]]
     moved_to: ClassVar[str] = ""
+    says: ClassVar[tuple[int, bytes]] = (200, b"true")
 
     def do_POST(self) -> None:
         headers = {name.lower(): value for name, value in self.headers.items()}
         body = self.rfile.read(int(headers.get("content-length", 0)))
         self.requests.append((self.command, self.path, headers, body))
-        self.send_response(307 if self.moved_to else 200)
+        status, content = self.says
+        self.send_response(307 if self.moved_to else status)
         self.send_header("Location", self.moved_to)
         self.send_header("Set-Cookie", "session=1")
         self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", "4")
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(b"true")
+        self.wfile.write(content)
 
     do_GET = do_POST
 
@@ -466,11 +468,11 @@ def test_credentials_do_not_follow_a_redirect(folder, name):
 
 def assert_unavailable(name: str, response: httpx.Response) -> None:
     """Check that the caller is told to come back, in the words of all other refusals."""
-    again = "Try again in 5 seconds."
+    details = "no answer in time"
     if name == "enqueue_generation":
-        again = "Try again with the same idempotency_key."  # it may have been queued
-    expected = Refusal(503, "PT503", "unavailable", "no answer in time", again)
-    assert refusal(response) == expected
+        details += ": it may have been queued, so repeat it with its idempotency_key"
+    again = "Try again in 5 seconds."
+    assert refusal(response) == Refusal(503, "PT503", "unavailable", details, again)
     assert response.headers["Retry-After"] == "5"
     assert opened_to(response) == ("*", "retry-after")
 
@@ -479,6 +481,24 @@ def test_a_gateway_that_is_down_is_503_and_to_be_tried_again(folder):
     with all_served(folder, f"http://127.0.0.1:{free_port()}") as edge:
         for name in NAMES:
             assert_unavailable(name, edge.invoke(name, json=ARGUMENTS.get(name)))
+
+
+@each_function
+@pytest.mark.parametrize(
+    "says",
+    [
+        (400, b'{"code":"0A000","message":"cannot set transaction read-write mode"}'),
+        (405, b'{"code":"25006","message":"cannot execute UPDATE in a read-only transaction"}'),
+        (503, b'{"code":"PGRST001","message":"Database client error. Retrying the connection."}'),
+        (500, b'{"code":"57P03","message":"the database system is starting up"}'),
+        (502, b"<html>Bad Gateway</html>"),
+    ],
+    ids=lambda says: says[1][:18].decode(),
+)
+def test_a_database_that_is_away_or_cannot_be_written_is_unavailable(folder, name, says):
+    with listening() as (gateway, url), served(folder, name, url) as address:
+        gateway.says = says
+        assert_unavailable(name, httpx.post(address, json={"job_id": "7"}))
 
 
 def test_a_gateway_that_never_answers_is_given_up_after_ten_seconds(folder):
@@ -514,7 +534,7 @@ def test_without_its_variables_a_function_does_not_start(folder, name, missing):
 def test_a_function_imports_nothing_and_is_read_in_one_look(name):
     lines = SOURCES[name].read_text().splitlines()
 
-    assert len(lines) < 40
+    assert len(lines) < 45
     assert max(map(len, lines)) <= 100
     assert not re.search(r"\b(import|require|from\s+[\"'])", "\n".join(lines))
     assert "service" not in "\n".join(lines).lower()

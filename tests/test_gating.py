@@ -1,12 +1,30 @@
 """sql/30_gating.sql: may this user ask for this? Nothing is written where the answer is no."""
 
+import contextlib
 import json
+import re
+import unicodedata
 
 import pytest
-from actors import PREVIEW, User, Worker, refused
+from actors import PREVIEW, Caller, Refusal, Service, User, Worker, refused
 from database import unchanged
+from hostile import Victim, functions
+from http_fixtures import SUPABASE_UID
 from psycopg.types.json import Jsonb
 
+INVISIBLE = {
+    "spaces": "\u00a0\u1680\u2000\u200a\u202f\u205f\u3000\x1f\x85",
+    "separators": "\u2028\u2029",
+    "format characters": "\u00ad\u061c\u180e\u200b\u200d\u200e\u202e\u2060\u2066\ufeff\ufffb",
+    "Hangul fillers": "\u115f\u1160\u3164\uffa0",
+    "a braille blank": "\u2800",
+    "Khmer vowels": "\u17b4\u17b5",
+    "variation selectors": "\ufe00\ufe0f\U000e0100\U000e01ef",
+    "tags": "\U000e0001\U000e0020\U000e007f",
+    "a grapheme joiner": "\u034f",
+    "marks without a letter": "\u0301\u20dd\ufe20",
+    "musical formats": "\U0001d159\U0001d173",
+}.values()
 NESTED = "[" * 4000 + "]" * 4000
 
 
@@ -16,7 +34,7 @@ NESTED = "[" * 4000 + "]" * 4000
         (None, "prompt: missing or blank"),
         ("", "prompt: missing or blank"),
         (" \t\r\n\f ", "prompt: missing or blank"),
-        ("\u00a0\u200b\u2060\ufeff\u3000", "prompt: missing or blank"),
+        *((text, "prompt: missing or blank") for text in INVISIBLE),
         ("x" * 4001, "prompt: longer than 4000 characters"),
         ("🖼" * 4001, "prompt: longer than 4000 characters"),
         ("x" * 5_000_000, "prompt: longer than 4000 characters"),
@@ -33,6 +51,23 @@ def test_a_prompt_of_the_full_length_in_any_script_is_accepted(alice):
     job_id = alice.enqueued("🖼" * 4000)
 
     assert alice.get_job_status(job_id)["prompt"] == "🖼" * 4000
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["🖼", "1\ufe0f\u20e3", "海", "é", "\u1112\u1161", "?", "☺\ufe0f", "\u2801", "🏴\U000e0067"],
+)
+def test_one_thing_to_see_is_a_prompt(alice, prompt):
+    assert alice.get_job_status(alice.enqueued(prompt))["prompt"] == prompt
+
+
+def test_nothing_that_unicode_calls_a_control_a_space_or_a_format_is_seen(db):
+    categories = ("Cc", "Cf", "Zs", "Zl", "Zp")
+    unseen = [chr(n) for n in range(1, 0x110000) if unicodedata.category(chr(n)) in categories]
+
+    query = "select c from unnest(%s::text[]) as c where not private.is_blank(c)"
+    assert db.execute(query, unseen) == []
+    assert db.value("select private.is_blank(%s)", "".join(unseen))
 
 
 def test_a_prompt_with_a_nul_byte_never_arrives(db, alice):
@@ -400,3 +435,120 @@ def test_what_a_user_may_and_has_used_is_shown(db, alice, crowd):
 
     wait(db, crowd, "11 minutes")
     assert alice.get_entitlement()["is_busy"] is True
+
+
+# A database that cannot be written.
+
+CHANGES = (
+    "select proname from pg_proc where provolatile = 'v' and pronamespace = 'public'::regnamespace"
+)
+
+
+@pytest.mark.parametrize(
+    ("setting", "method", "refusal"),
+    [
+        ("transaction_read_only", None, ("PT503", "unavailable", 30)),
+        ("transaction_read_only", "POST", ("PT503", "unavailable", 30)),
+        ("transaction_read_only", "GET", ("PT405", "method_not_allowed", None)),
+        # PostgREST opens a transaction that may write all the same.
+        ("default_transaction_read_only", "POST", ("PT503", "unavailable", 30)),
+    ],
+)
+def test_what_changes_something_says_that_it_cannot(db, monkeypatch, setting, method, refusal):
+    victim = Victim(db)
+    changes = {row["proname"] for row in db.execute(CHANGES)}
+    plain = Caller.acting
+
+    @contextlib.contextmanager
+    def read_only(self):
+        with plain(self) as connection:
+            connection.execute("select set_config(%s, 'on', true)", [setting])
+            if method:
+                connection.execute("select set_config('request.method', %s, true)", [method])
+            yield connection
+
+    monkeypatch.setattr(Caller, "acting", read_only)
+    for role, caller in {"authenticated": User(db, victim.id), "service_role": Service(db)}.items():
+        for function in functions(db, role, "public"):
+            plausible = victim.plausible()
+            told = function.called_by(caller, {n: plausible[n][0] for n in function.arguments})
+            if function.name in changes:
+                changes.remove(function.name)
+                assert (told.code, told.token, told.retry_after) == refusal, function.name
+            else:
+                assert not isinstance(told, Refusal), told
+
+    assert not changes, "of nobody"
+
+
+def test_whoever_may_come_back_is_told_the_seconds_as_data(alice):
+    for _ in range(3):
+        alice.enqueue()
+
+    with refused("PT429", "too_many_active") as expected:
+        alice.enqueue()
+
+    hint = re.fullmatch(r"Try again in (\d+) seconds\.", expected.refusal.hint)
+    assert int(hint[1]) == expected.refusal.retry_after == 5
+
+
+# Whose request it is.
+
+
+@pytest.mark.parametrize(
+    "claims",
+    [
+        *('{"sub": "nope"}', '{"sub": ""}', '{"sub": 7}', '{"sub": {"a": 1}}', '{"sub": []}'),
+        *('{"sub": "a\\u0000b"}', "[]", "7", '"text"', "null", "{", "{}", '{"sub": null}', ""),
+    ],
+)
+def test_a_token_that_names_no_user_is_not_authenticated(db, alice, claims):
+    db.execute(SUPABASE_UID)
+    nobody = Claiming(db, claims)
+    calls = functions(db, "authenticated", "public")
+    victim = Victim(db)
+
+    for function in calls:
+        plausible = victim.plausible()
+        told = function.called_by(nobody, {n: plausible[n][0] for n in function.arguments})
+        if function.name not in ("ping", "list_models", "list_public_images"):
+            assert (told.code, told.token) == ("PT401", "not_authenticated"), function.name
+
+
+@pytest.mark.parametrize("sub", ["nope", ""])
+@pytest.mark.parametrize("table", ["generations", "images", "entitlements", "batches"])
+def test_nor_is_it_by_a_table(db, alice, sub, table):
+    db.execute(SUPABASE_UID)
+    alice.enqueue()
+
+    with refused("PT401", "not_authenticated"):
+        Claiming(db, json.dumps({"sub": sub})).query(f"select * from public.{table}")
+
+
+def test_a_deleted_users_token_is_not_authenticated_whatever_it_asks(db):
+    victim = Victim(db)
+    gone = User(db, victim.id)
+    db.execute("delete from auth.users where id = %s", victim.id)
+
+    for function in functions(db, "authenticated", "public"):
+        plausible = victim.plausible()
+        told = function.called_by(gone, {n: plausible[n][0] for n in function.arguments})
+        if function.name not in ("ping", "list_models", "list_public_images"):
+            assert (told.code, told.token) == ("PT401", "not_authenticated"), function.name
+
+
+class Claiming(Caller):
+    """Somebody whose token says this."""
+
+    role = "authenticated"
+
+    def __init__(self, db, claims):
+        super().__init__(db)
+        self.text = claims
+
+    @contextlib.contextmanager
+    def acting(self):
+        with self.connection.transaction():
+            for name, value in {"role": self.role, "request.jwt.claims": self.text}.items():
+                self.connection.execute("select set_config(%s, %s, true)", [name, value])
+            yield self.connection

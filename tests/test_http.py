@@ -9,6 +9,7 @@ from collections import Counter
 
 import pytest
 from actors import together
+from database import unchanged
 from http_client import PREVIEW, Refusal, answer, refusal
 from http_fixtures import through_both_gateways
 
@@ -241,6 +242,19 @@ def test_more_jobs_than_the_plan_allows_is_429_with_retry_after(user):
         "too_many_active",
         "3 jobs are queued or running, the plan's limit",
         "Try again in 5 seconds.",
+    )
+
+
+def test_what_changes_something_is_called_by_post(user, stack_db):
+    with unchanged(stack_db):
+        response = user.rpc("enqueue_generation", "GET", model=PREVIEW, prompt="a harbour")
+
+    assert refusal(response) == Refusal(
+        405,
+        "PT405",
+        "method_not_allowed",
+        "This function changes something.",
+        "Call it by POST.",
     )
 
 

@@ -127,7 +127,7 @@ def test_a_bad_token_never_acts_as_a_user(user, stack_db, bad_token, function):
         refused = refusal(user.with_token(bad_token).rpc(function, **FOR_USERS[function]))
 
     assert refused.status == 401
-    assert refused.code in {"PGRST301", "PGRST303", "42501"}  # 42501: Lite takes it for anon
+    assert refused.code in {"PGRST301", "PGRST303", "PT401"}  # PT401: Lite takes it for anon
 
 
 def test_a_bad_token_reads_no_rows(user_with_image, bad_token):
@@ -152,12 +152,32 @@ def test_a_token_without_user_is_401(user, stack, stack_db):
 # Functions.
 
 
-@pytest.mark.parametrize("function", [*FOR_USERS, *FOR_OPERATORS])
-def test_visitors_call_no_function_of_users_or_operators(visitor, stack_db, function):
+@pytest.mark.parametrize("function", FOR_USERS)
+def test_whoever_has_not_signed_in_is_told_so(visitor, stack_db, function):
     with unchanged(stack_db):
-        refused = refusal(visitor.rpc(function, **(FOR_USERS | FOR_OPERATORS)[function]))
+        refused = refusal(visitor.rpc(function, **FOR_USERS[function]))
+
+    assert (refused.status, refused.code, refused.message) == (401, "PT401", "not_authenticated")
+
+
+@pytest.mark.parametrize("function", FOR_OPERATORS)
+def test_visitors_call_no_function_of_operators(visitor, stack_db, function):
+    with unchanged(stack_db):
+        refused = refusal(visitor.rpc(function, **FOR_OPERATORS[function]))
 
     assert (refused.status, refused.code) == (401, "42501")
+
+
+@pytest.mark.parametrize("sub", ["", "nope", "{user}x", "x" * 3000, "a\0b"])
+def test_a_sub_that_is_no_uuid_is_401_for_functions_and_tables(user, stack, stack_db, sub):
+    claims = {"sub": sub.format(user=user.id), "role": "authenticated", "exp": FAR_AWAY}
+    strange = user.with_token(sign_jwt(stack.jwt_secret, claims))
+    calls = [strange.rpc(name, **arguments) for name, arguments in FOR_USERS.items()]
+    # An empty one is nobody to Lite's auth.uid(), once it has served, and has no rows.
+    reads = [strange.rest("GET", table) for table in OWN_ROWS if sub]
+
+    for response in calls + reads:
+        assert (response.status_code, response.json()["message"]) == (401, "not_authenticated")
 
 
 def test_users_cannot_call_functions_of_the_operator(user, stack_db):

@@ -150,7 +150,14 @@ ADDRESSES = (
     "lora lora_url hf_lora lora_weights extra_lora loraUrl replicate_weights weights checkpoint"
     " model_path hf_token api_key civitai_api_token openaiKey webhook"
 )
+END_USERS = (
+    "user user_id userId end_user_id endUser customer_id customer safety_identifier username email "
+    "client_ref account session_id device_id user_hash openai_user user_email tenantId ip_address"
+)
 OPERATORS = {
+    **dict.fromkeys(END_USERS.split(), TEXT),
+    "account_id": {"type": "integer"},
+    "caller": TEXT | {"description": "A stable identifier of your end-user"},
     **{name: {"type": "boolean"} for name in SWITCHES.split()},
     **dict.fromkeys(ADDRESSES.split(), TEXT),
     "safety_filter_level": {"type": "string", "enum": ["a", "b"]},
@@ -190,6 +197,8 @@ CLIENTS = {
     "coloration": {"type": "string", "enum": ["warm"]},
     "max_tokens": {"type": "integer"},
     "colors": {"type": "array", "items": TEXT},
+    "ip_adapter_scale": {"type": "number"},
+    "user_style": {"type": "string", "enum": ["a"]},
 }
 
 

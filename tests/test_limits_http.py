@@ -7,23 +7,22 @@ as behind a proxy; with `LIMITS=10 pytest tests/test_limits_http.py` they are te
 from __future__ import annotations
 
 import asyncio
+import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import httpcore
 import httpx
-import psycopg
 import pytest
 from actors import PREVIEW, User, outcome
-from database import Database, Server, unchanged
+from database import Database, Server, cost, memory, unchanged
+from hostile import NUMBERS
 from http_client import Client, Endpoints, answer, refusal
-from http_fixtures import gateway_before
-from worker_process import Workers
+from http_fixtures import HAS_POSTGREST, gateway_before
+from worker_process import Workers, eventually
 
 from stack import Stack, sign_jwt
 
@@ -51,12 +50,6 @@ def test_a_prompt_of_100_mb_is_refused_over_http_and_the_next_request_is_answere
     assert user.enqueue().status_code == 200
 
 
-def memory(connection: psycopg.Connection[object], what: str) -> int:
-    """Return what a server process holds (VmRSS) or has held at most (VmHWM), in bytes."""
-    status = Path(f"/proc/{connection.info.backend_pid}/status").read_text()
-    return int(re.search(rf"{what}:\s+(\d+) kB", status)[1]) * 1024
-
-
 @pytest.mark.parametrize(
     "call",
     [
@@ -67,15 +60,85 @@ def memory(connection: psycopg.Connection[object], what: str) -> int:
 )
 def test_100_mb_are_refused_by_the_database_which_gives_the_memory_back(db, alice, call):
     alice.ping()
-    before = memory(alice.connection, "VmRSS")
+    pid = alice.connection.info.backend_pid
+    before = memory(pid, "VmRSS")
     with unchanged(db):
         refused = outcome(lambda: call(alice))
 
     assert (refused.code, refused.token) == ("PT400", "invalid_input")
     assert len(refused.detail) < 200
-    assert memory(alice.connection, "VmHWM") < 10 * HUGE
-    assert memory(alice.connection, "VmRSS") < before + HUGE / 2
+    assert memory(pid, "VmHWM") < 10 * HUGE
+    assert memory(pid, "VmRSS") < before + HUGE / 2
     assert alice.enqueue()["status"] == "queued"
+
+
+# --- little that comes to much ---
+
+JSON = {"Content-Type": "application/json"}
+as_sent = pytest.mark.skipif(not HAS_POSTGREST, reason="Lite reads JSON itself, and writes it anew")
+
+
+@as_sent
+@pytest.mark.parametrize("numbers", NUMBERS, ids=lambda numbers: numbers[1:9])
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        ("enqueue_generation", {"model": PREVIEW, "prompt": "x"}),
+        ("enqueue_batch", {"model": PREVIEW, "prompts": ["x"]}),
+        ("save_prompt_template", {"title": "x", "prompt": "x"}),
+    ],
+)
+def test_36_kb_of_numbers_that_are_long_to_write_are_refused_unwritten(
+    user, stack_db, function, arguments, numbers
+):
+    body = json.dumps(arguments | {"params": {"a": "?"}}).replace('"?"', numbers)
+    backends = stack_db.execute(
+        "select pid from pg_stat_activity"
+        " where datname = current_database() and backend_type = 'client backend'"
+    )
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        answers.append(user.rest("POST", f"rpc/{function}", content=body, headers=JSON))
+
+    costs = [cost([row["pid"] for row in backends], ask) for _ in range(3)]
+
+    assert {(each.status, each.message) for each in map(refusal, answers)} == {
+        (400, "invalid_input")
+    }
+    assert max(grown for _, grown in costs) < 20_000_000
+    assert min(seconds for seconds, _ in costs) < 0.05
+
+
+@as_sent
+@pytest.mark.parametrize(("levels", "statuses"), [(8000, {400}), (16_000, {400, 413})])
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+def test_what_is_nested_too_deep_is_refused(user, opening, levels, statuses):
+    closing = "]" if opening == "[" else "1}"
+    params = opening * levels + closing[:-1] + closing[-1] * levels
+    body = f'{{"model": "{PREVIEW}", "prompt": "x", "params": {params}}}'
+    refused = refusal(user.rest("POST", "rpc/enqueue_generation", content=body, headers=JSON))
+
+    assert refused.status in statuses
+    assert refused.code in {"PT400", "54001"}  # PostgREST meets it before our function does
+
+
+# --- a pattern that never ends ---
+
+
+@as_sent
+def test_ten_filters_that_would_never_end_are_ended_and_the_api_goes_on(user, stack_db):
+    user.enqueued("a" * 2999)
+    never = {"select": "id", "prompt": r"match.^(a*)(a*)(a*)(a*)\1\2\3\4$"}  # twice as many is even
+    busy = "select count(*) from pg_stat_activity where query ~ 'generations' and state = 'active'"
+
+    with ThreadPoolExecutor(10) as pool:
+        filters = [pool.submit(user.rest, "GET", "generations", params=never) for _ in range(10)]
+        eventually(lambda: stack_db.value(f"{busy} and pid <> pg_backend_pid()") >= 9)
+        assert answer(user.rpc("ping"))["ok"]
+        assert {refusal(each.result()).code for each in filters} == {"57014"}
+
+    assert stack_db.value(f"{busy} and pid <> pg_backend_pid()") == 0
 
 
 # --- thousands of clients that poll ---

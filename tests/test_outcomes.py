@@ -66,6 +66,31 @@ def test_an_attempt_costs_the_models_price_times_what_it_took(db, job, price, me
     assert db.value("select cost_usd from private.attempts") == (cost and Decimal(cost))
 
 
+@pytest.mark.parametrize(
+    ("metrics", "kept"),
+    [
+        ({"images": 1e10, "provider_seconds": 1e300}, (1_000_000, 1_000_000)),
+        ({"images": -1, "provider_seconds": -1e300}, (0, 0)),
+        ({"images": 1e-300, "provider_seconds": 0.5}, (0, 0.5)),
+        ({"images": "NaN", "provider_seconds": "Infinity"}, (None, None)),
+        ({"images": [2], "provider_seconds": {}}, (None, None)),
+        ({"images": None, "provider_seconds": True}, (None, None)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("end", ["complete_job", "fail_job"])
+def test_no_number_of_a_providers_keeps_a_job_from_ending(db, job, end, metrics, kept):
+    db.execute("update public.models set cost_usd = 1, cost_unit = 'image'")
+    if end == "complete_job":
+        Worker(db).complete_job(job, 2, metrics)
+    else:
+        Worker(db).fail_job(job, "moderated", metrics=metrics)
+
+    row = db.row("select provider_images, provider_seconds, outcome from private.attempts")
+    assert (row["provider_images"], row["provider_seconds"]) == kept
+    assert row["outcome"] in ("completed", "failed")
+
+
 def test_images_that_were_charged_but_not_made_are_given_back(db, alice, worker, job):
     worker.complete_job(job, images=1)
 

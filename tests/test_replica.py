@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import time
@@ -17,18 +18,21 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 import psycopg
 import pytest
-from actors import Anon, Caller, Monitor, Refusal, Service, User, Worker, outcome, refused
+import stack_choice
+from actors import PREVIEW, Anon, Caller, Monitor, Refusal, Service, User, Worker, outcome, refused
 from database import Database, Server
+from http_client import Client, Endpoints, answer, refusal
+from http_fixtures import postgrest_settings, start_postgrest
 from runbook import Section
 from worker_process import eventually
 
-from processes import as_user
-from stack import Cluster, Settings, Stack, postgres_program
+from processes import as_user, free_port
+from stack import Cluster, Settings, Stack, postgres_program, sign_jwt
 
 MEASURE_SECONDS = os.environ.get("MEASURE_SECONDS", "")
-READ_ONLY = "25006"  # read_only_sql_transaction; PostgREST makes 405 of it
 
 
 @pytest.fixture(scope="module")
@@ -154,12 +158,64 @@ def test_they_run_in_the_read_only_transaction_that_postgrest_makes(busy, db, mo
 
 
 def test_a_replica_refuses_what_writes_and_nothing_has_happened(busy, db, replica):
-    with refused(READ_ONLY):
+    with refused("PT503", "unavailable"):
         User(replica, busy[0]).enqueue()
-    with refused(READ_ONLY):
+    with refused("PT503", "unavailable"):
         User(replica, busy[0]).cancel_generation(busy[1])
 
     assert db.value("select count(*) from public.generations") == 3
+
+
+@pytest.fixture
+def behind_postgrest(
+    request: pytest.FixtureRequest, db: Database, stopped_stack: Stack
+) -> Iterator[Client]:
+    """A user whose PostgREST stands before a replica, or a database that is read only."""
+    if not (binary := stack_choice.postgrest_binary()):
+        pytest.skip("no PostgREST for this machine")
+    user = User(db)
+    on_replica = request.param == "replica"
+    cluster = request.getfixturevalue("standby") if on_replica else stopped_stack.cluster
+    ports = free_port(), free_port()
+    environment = postgrest_settings(stopped_stack, db, cluster.address(), ports)
+    if on_replica:
+        catch_up(db, cluster)
+    else:
+        db.execute(f"alter database {db.name} set default_transaction_read_only = on")
+    process, url = start_postgrest(binary, stopped_stack, db, environment)
+    claims = {"sub": user.id, "role": "authenticated", "exp": 4_102_444_800}
+    with httpx.Client() as http:
+        yield Client(Endpoints(http, "", url, ""), sign_jwt(stopped_stack.jwt_secret, claims))
+    process.stop(signal.SIGTERM, 10)
+
+
+@pytest.mark.parametrize(
+    ("behind_postgrest", "refusal_"),
+    [
+        ("read only", (503, "PT503", "unavailable", "Try again in 30 seconds.", "30")),
+        # PostgREST itself, before a function of ours is called.
+        (
+            "replica",
+            (400, "0A000", "cannot set transaction read-write mode during recovery", None, ""),
+        ),
+    ],
+    indirect=["behind_postgrest"],
+)
+def test_behind_postgrest_changes_are_refused_and_reads_go_on(behind_postgrest, refusal_):
+    user = behind_postgrest
+
+    refused = user.rpc("enqueue_generation", model=PREVIEW, prompt="a lighthouse")
+    told = refusal(refused)
+    by_get = refusal(user.rpc("enqueue_generation", "GET", model=PREVIEW, prompt="a lighthouse"))
+
+    assert refusal_ == (
+        *(told.status, told.code, told.message, told.hint),
+        refused.headers.get("Retry-After", "").removeprefix("0, "),  # PostgREST adds one of its own
+    )
+    assert (by_get.status, by_get.message) == (405, "method_not_allowed")
+    for method in ("GET", "POST"):
+        assert answer(user.rpc("get_entitlement", method))["credits"] == 10
+    assert answer(user.rest("GET", "generations")) == []
 
 
 def test_a_worker_cannot_work_on_a_replica(replica):

@@ -10,15 +10,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import httpx
 import pytest
-from actors import Anon, Caller, Refusal, Service, User
-from database import Database, Server, assert_books_balance
+from actors import Anon, Caller, Refusal, Service, User, outcome
+from database import Database, Server, assert_books_balance, cost
 from hostile import (
     API_ROLES,
     DETAIL,
+    HEAVY,
     MISFITS,
     SECRET,
     Function,
@@ -26,6 +28,7 @@ from hostile import (
     arguments,
     attacks,
     functions,
+    literal,
     one_by_one,
 )
 from http_client import Client, Endpoints
@@ -42,6 +45,7 @@ CALLS = [
     for signature in sorted(MAY_EXECUTE[role])
     if signature.startswith("public.")
 ]
+FOR_ANYBODY = {"list_models", "list_public_images", "ping"}
 NAMES = list(dict.fromkeys(name for _, name in CALLS))
 # PostgreSQL's words for a value that is not of its type; a gateway's for a call it cannot make.
 CODES = r"PT4\d\d|PT503|42501|22P02|2200[378]|22021|22P05|25006|42883|42846|PGRST1\d\d|PGRST202"
@@ -84,12 +88,38 @@ def test_whatever_it_is_given_a_function_answers_or_refuses_in_our_words(db, rol
         answer = function.called_by(caller, values)
         if isinstance(answer, Refusal):
             assert re.fullmatch(r"PT4\d\d|PT503", answer.code), answer
+        if role == "anon" and name not in FOR_ANYBODY:
+            assert (answer.code, answer.token) == ("PT401", "not_authenticated")
         assert not tells_secrets(name, repr(answer), caller, victim)
 
     for values in one_by_one(function, victim):
         attack(callers[-1], values)
     attacks(10)(given(st.sampled_from(callers), arguments(function, victim))(attack))()
     assert_books_balance(db)
+
+
+@pytest.mark.parametrize("role", API_ROLES)
+def test_no_call_costs_more_than_it_weighs(db, role):
+    victim = Victim(db)
+    caller: Caller = {
+        "anon": Anon(db),
+        "authenticated": User(db, victim.id),
+        "service_role": Service(db),
+    }[role]
+    pid = caller.connection.info.backend_pid
+    plausible = {name: values[0] for name, values in victim.plausible().items()}
+
+    for function in functions(db, role, "public"):
+        types = function.arguments
+        given = {name: literal(type, plausible[name]) for name, type in types.items()}
+        caller.ping()
+        heavy = [(name, value) for name in types for value in HEAVY.get(types[name], [])]
+        for name, value in heavy:
+            values, what = given | {name: value}, (function.name, name, value[:30], len(value))
+            call = partial(outcome, partial(caller.call, f"public.{function.name}", **values))
+            seconds, grown = cost([pid], call)
+            assert grown < 20_000_000, (what, grown)
+            assert seconds < 0.25 or cost([pid], call)[0] < 0.25, (what, seconds)
 
 
 # Over HTTP.

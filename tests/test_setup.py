@@ -1,5 +1,7 @@
 """sql/00_setup.sql: schemas, roles, default privileges."""
 
+import json
+
 import pytest
 from database import GRANTS, PROJECT, SEED
 
@@ -70,6 +72,19 @@ def test_who_looks_on_reads_only_and_is_ended_in_time(db):
         "idle_in_transaction_session_timeout=15s",
         "statement_timeout=10s",
     ]
+
+
+def test_the_roles_it_makes_have_their_requests_ended_and_others_stay_as_they_are(supabase_db):
+    shown = (
+        "do $$ begin raise exception 'set: %', (select jsonb_object_agg(rolname, rolconfig)"
+        " from pg_roles where rolname in ('anon', 'authenticated')); end $$;"
+    )
+    others = "alter role authenticated rename to nobody; alter role anon set statement_timeout = 7;"
+
+    done = supabase_db.psql(script=f"{others}{SETUP.read_text()}{shown}")  # rolled back
+
+    expected = {"anon": ["statement_timeout=7"], "authenticated": ["statement_timeout=8s"]}
+    assert f"set: {json.dumps(expected)}" in done.stderr
 
 
 def test_schema_private_is_closed_to_everybody_else(db):

@@ -3,7 +3,7 @@
 import uuid
 
 import pytest
-from actors import refused, together
+from actors import Anon, User, refused, together
 from database import unchanged
 
 SHOWN = {
@@ -231,7 +231,7 @@ def test_neither_liked_nor_not_is_refused(alice, made):
 def test_visitors_like_nothing(alice, anon, made):
     alice.share_image(made)
 
-    with refused("42501"):
+    with refused("PT401", "not_authenticated"):
         anon.query("select public.like_image(%s)", made)
 
 
@@ -338,5 +338,23 @@ def test_a_file_is_looked_up_by_index(db, alice, made):
 
     with alice.on_another_device().acting() as connection:
         for name in (f"{alice.id}/{made}/0.png", f"{alice.id}/{made}/3.png", "nothing"):
-            connection.execute("select private.is_shared_path(%s)", [name])
+            connection.execute("select from private.shared_paths where path = %s", [name])
         assert connection.execute(read).fetchone() == (0,)
+
+
+@pytest.mark.parametrize("caller", [Anon, User])
+def test_the_bucket_is_listed_without_a_look_for_each_file(db, alice, made, files, caller):
+    alice.share_image(made)
+    db.execute(
+        "insert into storage.objects (bucket_id, name) select 'generations', concat('x/', n)"
+        " from generate_series(1, 2000) as n"
+    )
+    db.execute("analyze storage.objects")
+    looks = "select seq_scan + idx_scan from pg_stat_xact_user_tables where relname = 'images'"
+
+    with caller(db).acting() as connection:
+        shown = connection.execute("select name from storage.objects order by name").fetchall()
+        (count,) = connection.execute(looks).fetchone()
+
+    assert shown == [(files[0],), (files[1],)]
+    assert count <= 2

@@ -4,7 +4,7 @@ import json
 import uuid
 
 import pytest
-from actors import refused
+from actors import PREVIEW, Worker, refused
 
 
 def test_ping_answers_anybody_and_is_never_cached(anon, alice, service):
@@ -279,3 +279,30 @@ def test_what_only_reads_may_be_called_with_get(db):
     reads = ("get_", "list_", "ping", "queue_")
     for function in functions:
         assert function["is_volatile"] != function["name"].startswith(reads), function
+
+
+@pytest.mark.parametrize("question", ["list_active_jobs()", "list_generations(page_size => 100)"])
+def test_a_list_looks_at_the_queue_once_and_tells_of_each_job_as_alone(db, alice, bob, question):
+    db.lift_limits()
+    worker = Worker(db, slots=2)
+    db.execute("insert into private.model_stats values (%s, 8, 10, 0, null, now())", PREVIEW)
+    for user in (alice, bob):
+        user.has(credits=100)
+        for _ in range(40):
+            user.enqueue()
+    worker.fail_job(worker.claimed(), "provider_busy", retry_after=100)
+    worker.claim_jobs(2)
+    read = "select idx_tup_fetch + seq_tup_read from pg_stat_xact_user_tables where relname = %s"
+
+    with alice.on_another_device().acting() as connection:
+        jobs = connection.execute(f"select public.{question}").fetchone()[0]
+        (rows,) = connection.execute(read, ["ready_jobs"]).fetchone()
+
+    jobs = jobs if isinstance(jobs, list) else jobs["generations"]
+    alone = [alice.get_job_status(job["job_id"]) for job in jobs]
+    assert [job["queue_position"] for job in jobs] == [job["queue_position"] for job in alone]
+    assert [job["eta_seconds"] for job in jobs] == pytest.approx(
+        [job["eta_seconds"] for job in alone], abs=1
+    )
+    assert len({job["queue_position"] for job in jobs}) > 30
+    assert rows < 5 * 80, "for each of forty jobs it would be thousands"

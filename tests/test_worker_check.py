@@ -102,7 +102,7 @@ def plant(stack_db: Database) -> Iterator[Callable[..., None]]:
         stack_db.execute(fault)
 
     yield planted
-    for remedy in undo:
+    for remedy in reversed(undo):
         stack_db.execute(remedy)
 
 
@@ -201,6 +201,29 @@ def test_storage_that_is_not_as_installed(db, check, fault):
 
     assert (said.code, [*said.wrong()]) == (1, ["policies"])
     assert said.wrong()["policies"].startswith(expected)
+
+
+@pytest.mark.parametrize("role", ["anon", "authenticated"])
+def test_a_role_of_the_api_whose_requests_nothing_ends(check_stack, plant, role):
+    plant(
+        f"alter role {role} reset statement_timeout",
+        f"alter role {role} set statement_timeout = '8s'",
+    )
+
+    said = check_stack()
+
+    assert (said.code, [*said.wrong()]) == (1, ["timeouts"])
+    assert said.wrong()["timeouts"].endswith(f"alter role {role} set statement_timeout = '8s'")
+
+
+@pytest.mark.parametrize("whose", ["role authenticator", "database postgres"])
+def test_a_timeout_of_the_login_or_the_database_will_do(check_stack, plant, whose):
+    if whose == "role authenticator":
+        plant("create role authenticator", "drop role authenticator")
+    plant(f"alter {whose} set statement_timeout = '8s'", f"alter {whose} reset statement_timeout")
+    plant("alter role anon reset statement_timeout", "alter role anon set statement_timeout = '3s'")
+
+    assert check_stack().code == 0
 
 
 def test_a_key_that_may_not_write_to_storage(stack, check):

@@ -24,7 +24,7 @@ import httpx
 import pytest
 from database import Database
 from PIL import Image
-from worker_process import Workers, eventually
+from worker_process import WorkerProcess, Workers, eventually
 
 from stack import Stack
 
@@ -651,7 +651,49 @@ def test_the_image_is_not_lost_to_a_storage_that_is_down(alice, db, workers, fla
     assert db.value("select count(distinct provider_job_id) from private.attempts") == 1
 
 
+# --- what decodes its pictures ---
+
+
+def laboratory(process: WorkerProcess) -> list[int]:
+    """Return the processes that a worker has started, and theirs."""
+    found, look_at = [], [process.pid]
+    while look_at:
+        pid = look_at.pop()
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        look_at += map(int, children)
+        found += map(int, children)
+    return found
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_what_decodes_pictures_knows_no_secret_and_ends_with_the_worker(alice, workers, how):
+    process = workers.start()
+    workers.until(alice.enqueued(params=SMALL), "completed")
+    pids = laboratory(process)
+    environments = [Path(f"/proc/{pid}/environ").read_text() for pid in pids]
+
+    process.signal(how)
+    process.wait()
+
+    assert pids
+    assert [each for each in workers.secrets() if each in "".join(environments)] == []
+    eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), within=5)
+
+
 # --- what is written to the log ---
+
+
+def test_the_log_says_why_a_job_failed_and_a_prompt_chooses_known_codes_only(alice, db, workers):
+    process = workers.start()
+    prompts = ["[fail:moderated]", "[fail:nude_alice_smith] [fail:internal]"]
+    failed, drawn = [alice.enqueued(prompt, params=SMALL) for prompt in prompts]
+
+    workers.until(failed, "failed")
+    workers.until(drawn, "completed")
+
+    reason = "reason='asked for by the prompt'"
+    process.logged(f"job.failed job={failed} code=moderated {reason}")
+    assert "nude" not in process.log
 
 
 def test_logs_tell_jobs_and_errors_but_no_prompt_key_or_password(alice, db, workers, stack):
@@ -660,7 +702,7 @@ def test_logs_tell_jobs_and_errors_but_no_prompt_key_or_password(alice, db, work
     failed = alice.enqueued("a very private prompt [fail:moderated]", params=SMALL)
     workers.until(failed, "failed")
 
-    assert f"job.completed job={done}" in process.log
-    assert f"job.failed job={failed} code=moderated" in process.log
+    process.logged(f"job.completed job={done}")
+    process.logged(f"job.failed job={failed} code=moderated")
     assert {"a lighthouse at dusk", stack.service_role_key} < workers.secrets()
     assert workers.leaks() == []  # as after every test here

@@ -116,6 +116,26 @@ def bench(db: Database, stack: Stack, fake: FakeReplicate, tmp_path: Path) -> It
 # --- the plain path ---
 
 
+def test_a_picture_that_costs_a_core_is_stored_bought_once_and_delays_no_other(bench, fake, db):
+    process = bench.start()
+    fake.next(file="dear")
+    dear = bench.ask(num_outputs=1)
+    bench.bought(dear)
+
+    others = [bench.ask(num_outputs=1) for _ in range(6)]
+    for job in [*others, dear]:
+        bench.until(job, "completed", within=40)
+
+    process.logged(f"picture.bare job={dear} lacks=time")
+    assert len(fake.creates) == 7
+    ended = "select id from public.generations order by finished_at desc limit 1"
+    assert str(db.value(ended)) == dear
+    image = db.row("select * from public.images where generation_id = %s", dear)
+    assert (image["width"], image["height"], image["bytes"] > 900_000) == (3000, 3000, True)
+    assert (image["preview_path"], image["blurhash"]) == (None, None)
+    assert bench.outcomes(dear) == ["completed"]
+
+
 def test_a_prediction_is_created_once_with_version_input_and_an_end(bench, fake, db):
     bench.start()
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from database import PROJECT
 
+import worker
+
 UNIT = PROJECT / "worker.service"
 
 
@@ -46,6 +48,9 @@ def test_the_worker_can_do_its_work():
 
     assert unit["RestrictAddressFamilies"] == ["AF_INET AF_INET6 AF_UNIX"]
     assert unit["SystemCallFilter"] == ["@system-service", "~@privileged @resources"]
+    assert unit["OOMPolicy"] == ["continue"]  # a picture's process is not the worker
+    pictures = worker.SMALL_AT_ONCE * worker.SMALL_BYTES + worker.LARGE_BYTES
+    assert (unit["MemoryMax"], pictures <= 750_000_000) == (["1G"], True)
     assert not {"PrivateNetwork", "IPAddressDeny", "NoExecPaths"} & unit.keys()
     assert "TMPDIR=/var/tmp" in unit["Environment"]  # its own, by PrivateTmp
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import io
+import os
+import signal
 import struct
+import tempfile
 import uuid
 import zlib
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import blurhash
@@ -20,11 +25,12 @@ import pytest
 from bench import memory
 from database import Database
 from fake_replicate import FakeReplicate
+from hostile import chunk, dear_jpeg, encoded, with_chunks, with_segment
 from http_client import SignedUp, answer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageStat
-from worker_process import Workers
+from PIL import Image, ImageCms, ImageStat
+from worker_process import Workers, eventually
 
 import worker
 from stack import Stack
@@ -32,6 +38,7 @@ from worker import JobError, Storage, inspect_image
 
 pytest_plugins = ["http_fixtures"]
 fake = fake_replicate.fake_replicate
+T = TypeVar("T")
 
 FOLDER = f"{uuid.UUID(int=1)}/{uuid.UUID(int=2)}"
 RASTER = ["PNG", "JPEG", "WEBP", "AVIF", "GIF"]
@@ -39,12 +46,6 @@ RASTER = ["PNG", "JPEG", "WEBP", "AVIF", "GIF"]
 
 def noise(size: tuple[int, int] = (40, 30)) -> Image.Image:
     return Image.effect_noise(size, 50).convert("RGB")
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def picture(kind: str = "PNG", size: tuple[int, int] = (40, 30), **options: Any) -> bytes:
@@ -75,9 +76,9 @@ def stored(
     """Store one output where every upload is answered like this."""
 
     async def chunks() -> AsyncGenerator[bytes, None]:
-        for chunk in body:
+        for part in body:
             await asyncio.sleep(0)
-            yield chunk
+            yield part
 
     async def handle(request: httpx.Request) -> httpx.Response:
         await request.aread()
@@ -187,12 +188,6 @@ def test_a_file_that_is_something_else_too_is_stored_as_the_image_it_is(kind):
 
 def png_of(width: int, height: int, rows: bytes = b"") -> bytes:
     """A grey PNG that claims this size."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
@@ -259,14 +254,14 @@ KINDS = {
     "progressive jpeg": (encoded(plain, "JPEG", progressive=True), ORANGE),
     "cmyk jpeg": (encoded(plain.convert("CMYK"), "JPEG"), ORANGE),
     "grey jpeg": (encoded(plain.convert("L"), "JPEG"), (144, 144, 144)),
-    "palette png": (encoded(plain.quantize(8)), ORANGE),
-    "palette png with a clear colour": (encoded(plain.quantize(8), transparency=0), WHITE),
-    "16-bit png": (encoded(Image.new("I;16", (300, 200), 40000)), (156, 156, 156)),
-    "1-bit png": (encoded(Image.new("1", (300, 200), 1)), WHITE),
-    "grey and alpha png": (encoded(Image.new("LA", (300, 200), (0, 128))), (127, 127, 127)),
-    "clear png": (encoded(Image.new("RGBA", (300, 200), (0, 0, 0, 0))), WHITE),
-    "rgb png with a clear colour": (encoded(plain, transparency=ORANGE), WHITE),
-    "half clear png": (encoded(half), (242, 187, 147)),
+    "palette png": (encoded(plain.quantize(8), "PNG"), ORANGE),
+    "palette png with a clear colour": (encoded(plain.quantize(8), "PNG", transparency=0), WHITE),
+    "16-bit png": (encoded(Image.new("I;16", (300, 200), 40000), "PNG"), (156, 156, 156)),
+    "1-bit png": (encoded(Image.new("1", (300, 200), 1), "PNG"), WHITE),
+    "grey and alpha png": (encoded(Image.new("LA", (300, 200), (0, 128)), "PNG"), (127, 127, 127)),
+    "clear png": (encoded(Image.new("RGBA", (300, 200), (0, 0, 0, 0)), "PNG"), WHITE),
+    "rgb png with a clear colour": (encoded(plain, "PNG", transparency=ORANGE), WHITE),
+    "half clear png": (encoded(half, "PNG"), (242, 187, 147)),
     "half clear webp": (encoded(half, "WEBP"), (242, 187, 147)),
     "half clear avif": (encoded(half, "AVIF"), (242, 187, 147)),
 }
@@ -281,7 +276,7 @@ def test_the_blurhash_has_four_by_three_components_in_their_places():
     picture = Image.new("RGB", (300, 200), "black")
     picture.paste((255, 255, 255), (0, 0, 150, 200))
 
-    found = inspected(encoded(picture)).blurhash
+    found = inspected(encoded(picture, "PNG")).blurhash
 
     assert blurhash.components(found) == (4, 3)
     rows = blurhash.decode(found, 8, 8)
@@ -570,11 +565,246 @@ def test_an_output_that_trickles_in_is_given_up_in_time_and_not_bought_again():
         stored(endless())
 
 
-def test_images_in_flight_are_on_disk_and_decoded_one_at_a_time():
+def test_images_in_flight_are_on_disk_and_decoded_elsewhere():
     """`make bench PART=worker` does it with 64 jobs. Held in memory, these would be 320 MB."""
     megabytes, _ = memory.measure(jobs=16, kinds=("png",))
 
-    assert megabytes < 180
+    assert megabytes < 80
+
+
+# --- what costs too much ---
+
+DEAR = dear_jpeg()
+
+
+@functools.cache
+def large() -> bytes:
+    """A progressive JPEG of 40 megapixels; it is held whole, in some 240 MB."""
+    image = Image.new("RGB", (6600, 6000), ORANGE)
+    return encoded(image, "JPEG", progressive=True, subsampling=0)
+
+
+class Lab(worker.Pictures):
+    """The worker's, watched from outside."""
+
+    def processes(self) -> list[int]:
+        """Return the server's pid, and its children's."""
+        if not self.server:
+            return []
+        pid = self.server.pid
+        with contextlib.suppress(FileNotFoundError):
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+            return [pid, *map(int, children.split())]
+        return []
+
+    def megabytes(self) -> int:
+        """Return what all of them hold, shared memory counted once for each."""
+        total = 0
+        for pid in self.processes():
+            with contextlib.suppress(OSError, IndexError):
+                total += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        return total * os.sysconf("SC_PAGE_SIZE") >> 20
+
+    async def see(self, data: bytes) -> worker.Picture:
+        with tempfile.TemporaryFile() as file:
+            file.write(data)
+            return await self.inspect(file, 512)
+
+    async def until_at_work(self) -> int:
+        """Wait for a child; return its pid."""
+        while len(pids := self.processes()) < 2:
+            await asyncio.sleep(0.005)
+        return pids[1]
+
+
+def in_lab(work: Callable[[Lab], Awaitable[T]]) -> T:
+    async def run() -> T:
+        lab = Lab()
+        try:
+            return await work(lab)
+        finally:
+            lab.close()
+
+    return asyncio.run(run())
+
+
+def test_a_picture_that_costs_too_much_is_stored_without_blurhash_and_preview():
+    bucket = Bucket()
+
+    image = stored([DEAR], bucket, preview_pixels=512)
+
+    assert bucket.files() == {f"{FOLDER}/0.jpg": ("image/jpeg", DEAR)}
+    assert (image["width"], image["height"], image["bytes"]) == (3000, 3000, len(DEAR))
+    assert (image["preview_path"], image["blurhash"]) == (None, None)
+
+
+def test_an_image_whose_header_alone_costs_too_much_is_stored_as_what_it_begins_as():
+    head, _, rest = picture("JPEG").partition(b"\xff\xe0")
+    flood = head + b"\xff\xfe\0\2" * 7_000_000 + b"\xff\xe0" + rest
+
+    async def act(lab: Lab) -> worker.Picture:
+        return await lab.see(flood)
+
+    assert in_lab(act) == worker.Picture("JPEG", None, None, lacks="time")
+
+
+def test_a_source_that_costs_too_much_is_the_users_fault():
+    async def act(lab: Lab) -> None:
+        async with asyncio.timeout(40):  # ten times as long as it should take
+            await lab.shrink(io.BytesIO(DEAR))
+
+    with pytest.raises(JobError, match="invalid_input: source: takes too much time"):
+        in_lab(act)
+
+
+def test_dear_pictures_do_not_delay_the_others():
+    async def act(lab: Lab) -> None:
+        dear = [asyncio.create_task(lab.see(DEAR)) for _ in range(2)]
+        await lab.until_at_work()
+        others = [lab.see(picture("PNG", (1024, 768))) for _ in range(12)]
+
+        assert all(found.preview for found in await asyncio.gather(*others))
+
+        assert not any(task.done() for task in dear)
+        assert {found.lacks for found in await asyncio.gather(*dear)} == {"time"}
+
+    in_lab(act)
+
+
+@pytest.mark.parametrize("task", ["inspect", "shrink"])
+def test_large_pictures_at_once_stay_within_the_units_memory(task):
+    async def one(lab: Lab) -> None:
+        if task == "inspect":
+            assert (await lab.see(large())).preview
+        else:
+            await lab.shrink(io.BytesIO(large()))
+
+    async def act(lab: Lab) -> None:
+        tasks = [asyncio.create_task(one(lab)) for _ in range(4)]
+        peak = 0
+        while not all(task.done() for task in tasks):
+            peak = max(peak, lab.megabytes())
+            await asyncio.sleep(0.01)
+        await asyncio.gather(*tasks)
+        print(f"{peak} MB")
+        assert 200 < peak < 700
+
+    in_lab(act)
+
+
+def test_a_picture_that_takes_more_memory_than_there_is_is_stored_all_the_same(monkeypatch):
+    monkeypatch.setattr(worker, "LARGE_BYTES", 110_000_000)
+
+    async def act(lab: Lab) -> worker.Picture:
+        return await lab.see(large())
+
+    assert in_lab(act) == worker.Picture("JPEG", 6600, 6000, lacks="memory")
+
+
+def test_memory_that_was_not_foreseen_is_refused(monkeypatch):
+    """As if the header had told of a smaller picture."""
+    data = encoded(plain.resize((7000, 7000)), "PNG", compress_level=1)
+    monkeypatch.setattr(worker, "weigh", lambda *_: 0)
+    pid = os.fork()
+    if pid == 0:
+        worker.restrict(1_000_000)
+        with contextlib.suppress(MemoryError):
+            inspect_image(io.BytesIO(data), 512)
+            os._exit(1)
+        os._exit(7)
+
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+
+def test_a_picture_whose_process_is_killed_is_stored_and_the_next_is_whole():
+    async def act(lab: Lab) -> list[worker.Picture]:
+        task = asyncio.create_task(lab.see(DEAR))
+        os.kill(await lab.until_at_work(), signal.SIGKILL)
+        bare = await task
+        whole = await lab.see(picture())
+        os.kill(lab.processes()[0], signal.SIGKILL)
+        return [bare, whole, await lab.see(picture())]
+
+    bare, whole, again = in_lab(act)
+
+    assert (bare.format, bare.preview, bare.lacks) == ("JPEG", None, "time")
+    assert whole.blurhash and again.blurhash
+
+
+def test_a_job_that_is_stopped_stops_its_picture():
+    async def act(lab: Lab) -> None:
+        task = asyncio.create_task(lab.see(DEAR))
+        pid = await lab.until_at_work()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert task.cancelled()
+        eventually(lambda: pid not in lab.processes(), within=2)
+
+    in_lab(act)
+
+
+def test_where_no_process_can_be_had_the_job_waits(monkeypatch):
+    monkeypatch.setattr(worker, "PICTURES", "nothing")
+
+    async def act(lab: Lab) -> None:
+        await lab.see(picture())
+
+    with pytest.raises(OSError) as error:
+        in_lab(act)
+
+    assert worker.as_job_error(error.value).code == "worker_full"
+
+
+# --- metadata never decides ---
+
+png, jpeg = picture("PNG", (90, 60)), picture("JPEG", (90, 60))
+PACKED = zlib.compress(bytes(50_000_000))
+METADATA = {
+    "packed texts": with_chunks(png, *[chunk(b"zTXt", b"a\0\0" + PACKED)] * 9),
+    "packed international texts": with_chunks(png, chunk(b"iTXt", b"a\0\1\0\0\0" + PACKED)),
+    "a huge profile": with_chunks(png, chunk(b"iCCP", b"a\0\0" + PACKED)),
+    "a profile packed otherwise": with_chunks(png, chunk(b"iCCP", b"a\0\7" + PACKED)),
+    "an empty profile": with_chunks(png, chunk(b"iCCP", b"")),
+    "a short gamma": with_chunks(png, chunk(b"gAMA", b"a")),
+    "a bad checksum of a text": with_chunks(png, chunk(b"tEXt", b"a\0b")[:-1] + b"?"),
+    "exif in a png": with_chunks(png, chunk(b"eXIf", b"junk")),
+    "exif": with_segment(jpeg, 0xE1, b"Exif\0\0junk"),
+    "exif that counts 4 billion": with_segment(
+        jpeg, 0xE1, b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\3\0\xff\xff\xff\xff\x08\0\0\0"
+    ),
+    "a profile": with_segment(jpeg, 0xE2, b"ICC_PROFILE\0\1\1" + b"x" * 1000),
+    "a profile without a number": with_segment(jpeg, 0xE2, b"ICC_PROFILE\0"),
+    "an index of several pictures": with_segment(jpeg, 0xE2, b"MPF\0junk"),
+    "a short segment": with_segment(jpeg, 0xEE, b"Adobe"),
+    "exif in a webp": picture("WEBP", (90, 60), exif=b"Exif\0\0junk"),
+    "exif in an avif": picture("AVIF", (90, 60), exif=b"Exif\0\0MM\0*junkjunk"),
+    "a profile in a webp": picture("WEBP", (90, 60), icc_profile=b"junk"),
+}
+
+
+@pytest.mark.parametrize("data", METADATA.values(), ids=METADATA.keys())
+def test_unreadable_metadata_is_left_out(data):
+    found = inspected(data, 16)
+
+    assert (found.width, found.height) == (90, 60)
+    assert found.preview and found.blurhash
+
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+LAB = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+HUGE = (10**5).to_bytes(4, "big") + SRGB[4:] + bytes(10**5 - len(SRGB))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "AVIF"])
+@pytest.mark.parametrize(
+    ("profile", "kept"),
+    [(SRGB, SRGB), (LAB, None), (SRGB[:-1], None), (b"junk" * 99, None), (HUGE, None)],
+    ids=["rgb", "lab", "cut", "junk", "huge"],
+)
+def test_a_preview_has_the_colours_of_its_image(kind, profile, kept):
+    found = inspected(picture(kind, (90, 60), icc_profile=profile), 16)
+
+    assert Image.open(io.BytesIO(found.preview or b"")).info.get("icc_profile") == kept
 
 
 # --- upload ---

@@ -808,6 +808,20 @@ def test_an_unexpected_error_tells_its_type_and_place_but_not_its_text():
     assert "replicate.delivery" not in told.detail
 
 
+@pytest.mark.parametrize(
+    ("answers", "end", "reason"),
+    [
+        ([], {"status": "failed", "error": "in 'a nude of A. Smith'"}, "prediction failed"),
+        ([httpx.Response(404)] * 9, {}, "no such prediction"),
+    ],
+)
+def test_the_reason_in_the_log_holds_no_words_of_a_provider(answers, end, reason):
+    with pytest.raises(JobError) as failure:
+        end_of(*answers, **end)
+
+    assert failure.value.reason == reason
+
+
 def test_a_stop_does_not_cut_short_the_call_that_ends_a_job():
     ended: list[str] = []
 

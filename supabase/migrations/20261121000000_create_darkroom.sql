@@ -14,13 +14,14 @@
 -- among the caller's temporary objects first, and a `uuid` of theirs would run in a definer.
 --
 -- Errors for clients. The stable token is the `message`; `detail` is for people, `hint` says what
--- to do. Those marked * carry a Retry-After header through PostgREST's PGRST form.
---   PT400 invalid_input           an argument is missing, too long, of the wrong type or not
---                                 allowed
---   PT401 not_authenticated       no user in the token, or the user is gone
+-- to do. Those marked * carry a Retry-After header through PostgREST's PGRST form, and as hint
+-- always `Try again in N seconds.`, for clients that see no headers.
+--   PT400 invalid_input           an argument is missing, too long or not allowed
+--   PT401 not_authenticated       no token, no user in it, or the user is gone
 --   PT402 insufficient_credits    the price is more than the balance
 --   PT403 requires_paid_plan      the model is for paid users
---   PT404 not_found               no such job or model, or not yours
+--   PT404 not_found               no such job or model, or not yours, or deleted
+--   PT405 method_not_allowed      what changes something is called by POST
 --   PT409 idempotency_conflict    the key was used before with another payload
 --   PT409 not_finished            the job is queued or running: wait for it or cancel it
 --   PT409 already_finished        the job has ended: there is nothing to cancel or to retry
@@ -28,6 +29,7 @@
 --   PT429 rate_limited *          as many requests in this minute as the plan allows
 --   PT503 busy *                  jobs wait longer than the plan's busy_after
 --   PT503 model_paused *          the model or its provider is paused
+--   PT503 unavailable *           the database is read only: a full disk, a standby
 -- Errors for the worker.
 --   DR001 lease_lost              the token no longer holds the job: drop everything
 --   DR002 canceled                the user canceled: stop and clean up
@@ -56,11 +58,15 @@ begin
           hint = 'Move what is in them to another bucket. Nothing was changed.';
     end if;
   end if;
+  -- A filter with a costly pattern on a prompt of one's own would take for ever, also when nobody
+  -- waits for it any more. PostgREST applies what its roles have.
   if to_regrole('anon') is null then
     create role anon nologin noinherit;
+    alter role anon set statement_timeout = '3s';
   end if;
   if to_regrole('authenticated') is null then
     create role authenticated nologin noinherit;
+    alter role authenticated set statement_timeout = '8s';
   end if;
   if to_regrole('service_role') is null then
     create role service_role nologin noinherit bypassrls;
@@ -1306,22 +1312,46 @@ grant select, insert, update, delete on table public.prompt_templates to service
 grant select, insert, update on table public.models to service_role;
 grant select, insert, update, delete on table public.model_aliases to service_role;
 
+-- The user of the request's JWT; null if it names none. auth.uid() is Supabase's, and fails where
+-- the sub is no uuid or the claims are no JSON. A definer, for who asks may not look into auth.
+--
+-- Raises: PT401 not_authenticated.
+create or replace function private.caller_id()
+returns uuid
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return auth.uid();
+exception when data_exception then
+  raise sqlstate 'PT401' using
+    message = 'not_authenticated',
+    detail = 'The sub of the token is no user''s id.',
+    hint = 'Sign in again.';
+end;
+$$;
+
+revoke all on function private.caller_id() from public, anon, authenticated, service_role;
+grant execute on function private.caller_id() to authenticated;
+
 create policy "Users read their own entitlement" on public.entitlements
-for select to authenticated using (user_id = (select auth.uid()));
+for select to authenticated using (user_id = (select private.caller_id()));
 
 create policy "Users read their own ledger" on public.credit_ledger
-for select to authenticated using (user_id = (select auth.uid()));
+for select to authenticated using (user_id = (select private.caller_id()));
 
 create policy "Users read their own batches" on public.batches
-for select to authenticated using (user_id = (select auth.uid()));
+for select to authenticated using (user_id = (select private.caller_id()));
 
 create policy "Users read their own generations" on public.generations
-for select to authenticated using (user_id = (select auth.uid()) and deleted_at is null);
+for select to authenticated using (user_id = (select private.caller_id()) and deleted_at is null);
 
 -- The policy above applies inside, too: the images of a deleted generation are hidden with it.
 create policy "Users read their own images" on public.images
 for select to authenticated using (
-  user_id = (select auth.uid())
+  user_id = (select private.caller_id())
   and exists (
     select from public.generations as g
     where g.id = images.generation_id
@@ -1330,7 +1360,7 @@ for select to authenticated using (
 
 create policy "Users read their own tags" on public.generation_tags
 for select to authenticated using (
-  user_id = (select auth.uid())
+  user_id = (select private.caller_id())
   and exists (
     select from public.generations as g
     where g.id = generation_tags.generation_id
@@ -1338,35 +1368,26 @@ for select to authenticated using (
 );
 
 create policy "Users read their own likes" on public.image_likes
-for select to authenticated using (user_id = (select auth.uid()));
+for select to authenticated using (user_id = (select private.caller_id()));
 
 create policy "Users read their own prompt templates" on public.prompt_templates
-for select to authenticated using (user_id = (select auth.uid()));
+for select to authenticated using (user_id = (select private.caller_id()));
 
--- Whether a path in bucket generations is the file or the preview of a shared image. Asked by a
--- policy for every file a visitor reaches for: a look into an index of the shared ones, whatever
--- the path is.
-create or replace function private.is_shared_path(p_path text)
-returns boolean
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
-  select
-    exists (
-      select from public.images as i
-      where i.storage_path = p_path and i.share_id is not null
-    )
-    or exists (
-      select from public.images as i
-      where i.preview_path = p_path and i.share_id is not null
-    )
-$$;
+-- Not by the rights of who asks, for a policy below looks into it for everybody: where one file is
+-- asked for by an index, where the bucket is listed once for all of its files. A function would be
+-- called for each of them.
+create view private.shared_paths as
+select i.storage_path as path from public.images as i
+where i.share_id is not null
+union all
+select i.preview_path as path from public.images as i
+where i.share_id is not null;
 
-revoke all on function private.is_shared_path(text)
-from public, anon, authenticated, service_role;
-grant execute on function private.is_shared_path(text) to anon, authenticated;
+comment on view private.shared_paths is
+  'Files and previews of shared images in bucket generations, as list_public_images shows them.';
+
+revoke all on private.shared_paths from public, anon, authenticated, service_role;
+grant select on private.shared_paths to anon, authenticated;
 
 -- Storage: outputs are read by their owner, shared ones by everybody, and written by the worker
 -- alone; inputs for image-to-image are put into the user's own folder.
@@ -1382,7 +1403,8 @@ begin
   );
   create policy "Everybody reads shared images" on storage.objects
   for select to anon, authenticated using (
-    bucket_id = 'generations' and private.is_shared_path(name)
+    bucket_id = 'generations'
+    and exists (select from private.shared_paths as s where s.path = objects.name)
   );
   create policy "Users read their own input images" on storage.objects
   for select to authenticated using (
@@ -1411,27 +1433,62 @@ $$;
 -- plan allow one more now (check_limits). Whether the input fits the model is checked in 32, and
 -- the credits where they are taken (40).
 
--- The user of the request's JWT. Raises: PT401 not_authenticated.
-create or replace function private.require_user_id()
+-- The transaction may write: it is not a GET's, and the database is not read only, as a standby is
+-- and one whose disk is nearly full. Asked before anything is, so that the refusal is ours. The
+-- default counts too: PostgREST opens its transactions read-write whatever it says, and no worker
+-- would come for what was taken in.
+--
+-- Raises: PT405 method_not_allowed, PT503 unavailable.
+create or replace function private.require_writable()
+returns void
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if current_setting('transaction_read_only') = 'off'
+    and current_setting('default_transaction_read_only') = 'off' then
+    return;
+  elsif current_setting('request.method', true) in ('GET', 'HEAD') then
+    raise sqlstate 'PT405' using
+      message = 'method_not_allowed',
+      detail = 'This function changes something.',
+      hint = 'Call it by POST.';
+  end if;
+  perform private.refuse_for_now(
+    503, 'unavailable', 'The database takes no changes at the moment.', 30
+  );
+end;
+$$;
+
+revoke all on function private.require_writable() from public, anon, authenticated, service_role;
+
+-- The user of the request's JWT, who may write where the function does.
+--
+-- Raises: PT401 not_authenticated, PT405 method_not_allowed, PT503 unavailable.
+create or replace function private.require_user_id(p_writes boolean default false)
 returns uuid
 language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := auth.uid();
+  v_user_id uuid := private.caller_id();
 begin
   if v_user_id is null then
     raise sqlstate 'PT401' using
       message = 'not_authenticated',
       detail = 'The request carries no user.',
       hint = 'Sign in and send the access token as Authorization: Bearer.';
+  elsif p_writes then
+    perform private.require_writable();
   end if;
   return v_user_id;
 end;
 $$;
 
-revoke all on function private.require_user_id() from public, anon, authenticated, service_role;
+revoke all on function private.require_user_id(boolean)
+from public, anon, authenticated, service_role;
 
 -- Raises PT401 not_authenticated: the token outlived the user.
 create or replace function private.refuse_unknown_user()
@@ -1450,17 +1507,18 @@ $$;
 revoke all on function private.refuse_unknown_user()
 from public, anon, authenticated, service_role;
 
--- The caller, who must still be there: for functions that write a row of the user's.
+-- The same, who must still be there: for functions that neither lock the entitlement nor look for a
+-- row of the user's.
 --
--- Raises: PT401 not_authenticated.
-create or replace function private.require_known_user_id()
+-- Raises: PT401 not_authenticated, PT405 method_not_allowed, PT503 unavailable.
+create or replace function private.require_known_user_id(p_writes boolean default false)
 returns uuid
 language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_user_id(p_writes);
 begin
   if not exists (select from public.entitlements where user_id = v_user_id) then
     perform private.refuse_unknown_user();
@@ -1469,7 +1527,7 @@ begin
 end;
 $$;
 
-revoke all on function private.require_known_user_id()
+revoke all on function private.require_known_user_id(boolean)
 from public, anon, authenticated, service_role;
 
 -- Raises PT404 not_found.
@@ -1486,13 +1544,15 @@ $$;
 revoke all on function private.refuse_missing(text, text)
 from public, anon, authenticated, service_role;
 
--- Raises PT404 not_found, the same for a job that never was, is somebody else's, or is deleted.
+-- Raises PT404 not_found, the same for a job that never was, is somebody else's, or is deleted; or
+-- PT401 not_authenticated: the user is.
 create or replace function private.refuse_unknown_job()
 returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  perform private.require_known_user_id();
   perform private.refuse_missing(
     'job_id: no such job of yours',
     'Use the job_id that enqueue_generation answered.'
@@ -1522,6 +1582,8 @@ from public, anon, authenticated, service_role;
 
 -- Raises a refusal that passes with time, carrying Retry-After. PostgREST reads status and headers
 -- from the detail of SQLSTATE PGRST (docs.postgrest.org, "Raise errors with HTTP status codes").
+-- Browsers show no such header to the page and supabase-js none at all, and a body has texts only:
+-- so the hint is always this sentence, to be read as data.
 create or replace function private.refuse_for_now(
   p_status integer,
   p_token text,
@@ -1562,7 +1624,8 @@ as $$
 begin
   return p_text::jsonb;
 exception
-  when invalid_text_representation or untranslatable_character or numeric_value_out_of_range then
+  when invalid_text_representation or untranslatable_character or numeric_value_out_of_range
+    or statement_too_complex then
     perform private.refuse_input('params: not a JSON object');
     return null;  -- never reached
 end;
@@ -1570,14 +1633,33 @@ $$;
 
 revoke all on function private.unwrap_params(text) from public, anon, authenticated, service_role;
 
+-- Whether JSON holds a number of more than 400 digits: 1e131071 is eight bytes on the way in,
+-- sixteen here, and 131 kB once it is written, 0e-16383 likewise. No schema has a use for one.
+create or replace function private.has_endless_number(p_value jsonb)
+returns boolean
+language sql
+immutable
+set search_path = pg_catalog, pg_temp
+as $$
+  select exists (
+    select from jsonb_path_query(p_value, 'strict $.** ? (@.type() == "number")') as n (value)
+    where abs(n.value::numeric) >= 1e400 or scale(n.value::numeric) > 400
+  )
+$$;
+
+revoke all on function private.has_endless_number(jsonb)
+from public, anon, authenticated, service_role;
+
 -- The params as an object, if they, the prompts and the key are of a size and form we take. Some
 -- gateways hand a jsonb argument as a JSON string holding the text, so it is unwrapped once, here.
+-- p_field is what a refusal calls a prompt, with its place for %1$s.
 --
 -- Raises: PT400 invalid_input.
 create or replace function private.read_request(
   p_prompts text[],
   p_params jsonb,
-  p_idempotency_key text
+  p_idempotency_key text,
+  p_field text default 'prompt'
 )
 returns jsonb
 language plpgsql
@@ -1588,15 +1670,19 @@ declare
   v_params jsonb := coalesce(p_params, '{}');
   v_max_bytes integer;
   v_max_chars integer;
-  v_prompt text;
 begin
   select s.max_params_bytes, s.max_prompt_chars into v_max_bytes, v_max_chars
   from private.settings as s;
-  if jsonb_typeof(v_params) = 'string' and octet_length(v_params::text) <= 2 * v_max_bytes then
+  if jsonb_typeof(v_params) = 'string' and pg_column_size(v_params) <= 2 * v_max_bytes then
     v_params := private.unwrap_params(v_params #>> '{}');
   end if;
-  -- After unwrapping: 1e9000 is six bytes on the way in and nine thousand in the table.
-  if octet_length(v_params::text) > v_max_bytes then
+  -- Measured before anything is written out: in memory no JSON has more than eight times the bytes
+  -- of its text, and what has less than 500 holds too few numbers to come to much.
+  if pg_column_size(v_params) between 500 and 8 * v_max_bytes
+    and private.has_endless_number(v_params) then
+    perform private.refuse_input('params: a number of more than 400 digits');
+  elsif pg_column_size(v_params) > 8 * v_max_bytes
+    or octet_length(v_params::text) > v_max_bytes then
     perform private.refuse_input(format('params: longer than %s bytes', v_max_bytes));
   elsif jsonb_typeof(v_params) <> 'object' then
     perform private.refuse_input(
@@ -1607,17 +1693,20 @@ begin
       'idempotency_key: not 1 to 200 bytes', 'Use a UUID made on the device.'
     );
   end if;
-  foreach v_prompt in array p_prompts loop
+  for v_at in 1 .. cardinality(p_prompts) loop
     -- Bytes first: counting the characters of a hundred megabytes is work for nothing.
-    if octet_length(v_prompt) > 4 * v_max_chars or length(v_prompt) > v_max_chars then
-      perform private.refuse_input(format('prompt: longer than %s characters', v_max_chars));
+    if octet_length(p_prompts[v_at]) > 4 * v_max_chars
+      or length(p_prompts[v_at]) > v_max_chars then
+      perform private.refuse_input(
+        format(p_field || ': longer than %2$s characters', v_at - 1, v_max_chars)
+      );
     end if;
   end loop;
   return v_params;
 end;
 $$;
 
-revoke all on function private.read_request(text[], jsonb, text)
+revoke all on function private.read_request(text[], jsonb, text, text)
 from public, anon, authenticated, service_role;
 
 -- The user's generation. Somebody else's is not found, like one that never was.
@@ -2266,7 +2355,9 @@ $$;
 revoke all on function private.check_source_images(public.models, uuid, jsonb)
 from public, anon, authenticated, service_role;
 
--- There is nothing to read in a text, or no text.
+-- There is nothing to see in a text, or no text: it is of controls, spaces, format characters,
+-- fillers, variation selectors, tags and marks without a letter. By number, for what the classes of
+-- a regular expression hold depends on the locale.
 create or replace function private.is_blank(p_text text)
 returns boolean
 language plpgsql
@@ -2274,7 +2365,13 @@ immutable
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  return p_text !~ '[^[:space:]\u00a0\u200b\u2060\ufeff]' is not false;
+  return p_text !~ (
+    '[^\u0001-\u0020\u007f-\u00a0\u00ad\u0300-\u036f\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891'
+    '\u08e2\u115f\u1160\u1680\u17b4\u17b5\u180b-\u180f\u1ab0-\u1aff\u1dc0-\u1dff\u2000-\u200f'
+    '\u2028-\u202f\u205f-\u206f\u20d0-\u20ff\u2800\u3000\u3164\ufe00-\ufe0f\ufe20-\ufe2f\ufeff'
+    '\uffa0\ufff0-\ufffb\U000110bd\U000110cd\U00013430-\U0001343f\U00016fe4'
+    '\U0001bca0-\U0001bca3\U0001d159\U0001d173-\U0001d17a\U000e0000-\U000e0fff]'
+  ) is not false;
 end;
 $$;
 
@@ -2360,7 +2457,8 @@ from public, anon, authenticated, service_role;
 create or replace function private.complete_input(
   p_model public.models,
   p_prepared jsonb,
-  p_prompt text
+  p_prompt text,
+  p_field text default 'prompt'
 )
 returns jsonb
 language plpgsql
@@ -2375,9 +2473,9 @@ declare
   v_highest bigint;
   v_problem text;
 begin
-  if p_prompt !~ '[[:alnum:]]' and private.is_blank(p_prompt) then
+  if p_prompt !~ '[0-9A-Za-z]' and private.is_blank(p_prompt) then
     if private.needs_prompt(p_model) then
-      perform private.refuse_input('prompt: missing or blank');
+      perform private.refuse_input(p_field || ': missing or blank');
     end if;
   elsif p_model.prompt_input is not null then
     if v_properties -> p_model.prompt_input ?| '{anyOf,enum,maxLength,minLength}' then
@@ -2385,7 +2483,7 @@ begin
         to_jsonb(p_prompt), v_properties -> p_model.prompt_input
       );
       if v_problem is not null then
-        perform private.refuse_input('prompt: ' || v_problem);
+        perform private.refuse_input(format('%s: %s', p_field, v_problem));
       end if;
     end if;
     v_input := v_input || jsonb_build_object(p_model.prompt_input, p_prompt);
@@ -2401,7 +2499,7 @@ begin
 end;
 $$;
 
-revoke all on function private.complete_input(public.models, jsonb, text)
+revoke all on function private.complete_input(public.models, jsonb, text, text)
 from public, anon, authenticated, service_role;
 -- Credits: grant, charge, refund. The only code that moves a balance.
 --
@@ -2603,6 +2701,7 @@ declare
   v_charged bigint;
   v_entry public.credit_ledger;
 begin
+  perform private.require_writable();
   if ((p_kind = 'grant' and p_amount > 0) or (p_kind = 'adjust' and p_amount <> 0)) is not true then
     perform private.refuse_input(
       'kind: grant with a positive amount, or adjust with one that is not 0'
@@ -2682,6 +2781,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  perform private.require_writable();
   update public.entitlements
   set is_paid = p_paid_until is not null, paid_until = p_paid_until
   where user_id = p_user_id;
@@ -2918,7 +3018,7 @@ revoke all on function private.insert_generations(
 ) from public, anon, authenticated, service_role;
 -- ETA: how many jobs are before this one, and in how many seconds it is likely to be finished.
 --
--- forecast answers both from one look at the queue. It goes by what jobs of a model have taken
+-- forecast_jobs answers both from one look at the queue. It goes by what jobs of a model have taken
 -- lately, from claim to end (model_stats), by the slots of the workers that live, and by how many
 -- jobs have lately been put before others, as fairness does with the jobs of users who ask for
 -- little. Where something of that is not known it says null, never a guess.
@@ -3025,9 +3125,8 @@ $$;
 revoke all on function private.remaining_seconds(private.running_jobs, double precision)
 from public, anon, authenticated, service_role;
 
--- In how many seconds each live slot is free, soonest first; null if no worker lives. Of a model
--- that was never measured, p_else stands for the mean.
-create or replace function private.free_slots(p_else double precision)
+-- In how many seconds each live slot is free, soonest first; null if no worker lives.
+create or replace function private.free_slots()
 returns double precision[]
 language plpgsql
 stable
@@ -3044,7 +3143,9 @@ begin
     return null;
   end if;
   v_busy := array(
-    select private.remaining_seconds(r, coalesce(s.mean_seconds, p_else))
+    select private.remaining_seconds(r, coalesce(
+      s.mean_seconds, (select avg(a.mean_seconds) from private.model_stats as a)
+    ))
     from private.running_jobs as r
     left join private.model_stats as s on s.model_id = r.model_id
     order by 1
@@ -3055,17 +3156,16 @@ begin
 end;
 $$;
 
-revoke all on function private.free_slots(double precision)
-from public, anon, authenticated, service_role;
+revoke all on function private.free_slots() from public, anon, authenticated, service_role;
 
--- When a job begins that has jobs of these lengths before it, in order, each taking the slot that
--- is free first. After a hundred the slots are taken to fill up evenly.
+-- When each job of a queue begins, and when one behind them does: jobs of these lengths, in order,
+-- each taking the slot that is free first. After p_exactly the slots are taken to fill evenly.
 create or replace function private.play_queue(
   p_slots double precision[],
-  p_ahead double precision[],
+  p_queue double precision[],
   p_exactly integer default 100
 )
-returns double precision
+returns double precision[]
 language plpgsql
 immutable
 set search_path = pg_catalog, pg_temp
@@ -3074,12 +3174,13 @@ declare
   -- A heap: each entry is no later than the two at twice its place, so the first is the soonest.
   v_slots double precision[] := p_slots;
   v_count integer := cardinality(p_slots);
+  v_begins double precision[] := p_slots[1:1];
   v_at integer;
   v_next integer;
   v_free double precision;
 begin
-  for v_place in 1 .. least(p_exactly, cardinality(p_ahead)) loop
-    v_free := v_slots[1] + p_ahead[v_place];
+  for v_place in 1 .. least(p_exactly, cardinality(p_queue)) loop
+    v_free := v_slots[1] + p_queue[v_place];
     v_at := 1;
     loop
       v_next := 2 * v_at;
@@ -3092,10 +3193,12 @@ begin
       v_at := v_next;
     end loop;
     v_slots[v_at] := v_free;
+    v_begins[v_place + 1] := v_slots[1];
   end loop;
-  return v_slots[1] + coalesce(
-    (select sum(a.seconds) from unnest(p_ahead[p_exactly + 1:]) as a (seconds)), 0
-  ) / v_count;
+  return v_begins || array(
+    select v_slots[1] + sum(q.seconds) over (order by q.place) / v_count
+    from unnest(p_queue[p_exactly + 1:]) with ordinality as q (seconds, place)
+  );
 end;
 $$;
 
@@ -3125,12 +3228,12 @@ $$;
 revoke all on function private.overtaking_share(bigint, integer)
 from public, anon, authenticated, service_role;
 
--- Seconds until a queued job begins, from the lengths of those before it; null if not known, also
--- while its model is paused without end or tried with a probe.
+-- Seconds until a queued job begins whose turn comes in p_seconds if nothing is put before it; null
+-- if not known, also while its model is paused without end or tried with a probe.
 create or replace function private.waiting_seconds(
   p_job private.ready_jobs,
-  p_ahead double precision[],
-  p_else double precision
+  p_seconds double precision,
+  p_slot_count integer
 )
 returns double precision
 language plpgsql
@@ -3139,7 +3242,6 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_paused_until timestamptz;
-  v_slots double precision[] := private.free_slots(p_else);
   v_share double precision := 0;
   v_clock bigint;
 begin
@@ -3149,71 +3251,43 @@ begin
       p_job.model_id, (select m.provider from public.models as m where m.id = p_job.model_id)
     )
     and (b.paused_until > now() or (b.paused_until is not null and b.times_opened > 0));
-  if v_slots is null or v_paused_until <= now() or v_paused_until = 'infinity' then
+  if v_paused_until <= now() or v_paused_until = 'infinity' then
     return null;
   end if;
-  if p_ahead <> '{}' then
+  if p_seconds > 0 then
     select c.last_value into v_clock from private.virtual_clock as c;
-    v_share := private.overtaking_share(p_job.fair_key - v_clock, cardinality(v_slots));
+    v_share := private.overtaking_share(p_job.fair_key - v_clock, p_slot_count);
   end if;
   return greatest(
-    private.play_queue(v_slots, p_ahead) / (1 - v_share),
+    p_seconds / (1 - v_share),
     case when not p_job.is_held then date_part('epoch', p_job.run_at - now()) end,
     date_part('epoch', v_paused_until - now())
   );
 end;
 $$;
 
-revoke all on function private.waiting_seconds(private.ready_jobs, double precision[],
-  double precision) from public, anon, authenticated, service_role;
-
--- In how many seconds a queued job with p_position others before it is likely to be finished; null
--- if not known.
-create or replace function private.queued_seconds(
-  p_job private.ready_jobs,
-  p_position integer,
-  p_mean_seconds double precision
-)
-returns double precision
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_ahead double precision[] := array[]::double precision[];
-begin
-  if p_position > 0 then
-    v_ahead := array(
-      select coalesce(s.mean_seconds, p_mean_seconds)
-      from private.ready_jobs as r
-      left join private.model_stats as s on s.model_id = r.model_id
-      where r.run_at is null and r.fair_key >= (select f.fair_key from private.queue_floor as f)
-        and (r.fair_key, r.seq) < (p_job.fair_key, p_job.seq)
-      order by r.fair_key, r.seq limit p_position
-    );
-  end if;
-  return p_mean_seconds + private.waiting_seconds(p_job, v_ahead, p_mean_seconds);
-end;
-$$;
-
-revoke all on function private.queued_seconds(private.ready_jobs, integer, double precision)
+revoke all on function private.waiting_seconds(private.ready_jobs, double precision, integer)
 from public, anon, authenticated, service_role;
 
--- Jobs that would be claimed before this one, counted up to p_at_most, null unless it is queued;
--- seconds until it is likely to be finished; and seconds until it would be if all goes as a rule,
--- from which clients are told when to look. These are null for a finished job, while no worker
--- lives, for a model of which nothing was completed yet, and behind more jobs than are counted.
+create type private.forecast as (
+  job_id uuid,
+  queue_position integer,
+  eta_seconds numeric,
+  due_seconds double precision
+);
+
+-- For each of these jobs that is live: jobs that would be claimed before it, counted up to
+-- p_at_most, null unless it is queued; seconds until it is likely to be finished; and seconds until
+-- it would be if all goes as a rule, from which clients are told when to look. These are null while
+-- no worker lives, for a model of which nothing was completed yet, and behind more jobs than are
+-- counted. A model that was never measured counts like the mean of all.
 --
--- Few are queued below the floor (30). They are not counted, so that nobody walks what was claimed
--- while vacuum is held back. Without sorting: a plan made while the queue was empty would else read
--- and sort all of it once it is long.
-create or replace function private.forecast(
-  p_generation public.generations,
-  p_at_most integer default 1000,
-  out queue_position integer,
-  out eta_seconds numeric,
-  out due_seconds double precision
-)
+-- The queue is looked at once, as far as the last of these jobs. Few are queued below the floor
+-- (30). They are not counted, so that nobody walks what was claimed while vacuum is held back.
+-- Without sorting: a plan made while the queue was empty would else read and sort all of it once it
+-- is long.
+create or replace function private.forecast_jobs(p_job_ids uuid[], p_at_most integer default 1000)
+returns private.forecast[]
 language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
@@ -3221,39 +3295,91 @@ set enable_sort = off
 set jit = off
 as $$
 declare
-  v_mean double precision;
+  v_queued private.ready_jobs[] := array(
+    select q.job from (
+      select r as job from private.ready_jobs as r where r.job_id = any (p_job_ids) offset 0
+    ) as q order by (q.job).fair_key desc, (q.job).seq desc
+  );
+  v_forecasts private.forecast[];
+  v_keys bigint[];  -- of the queue, in its order
+  v_seqs bigint[];
+  v_begins double precision[];
+  v_slots double precision[];
   v_job private.ready_jobs;
-  v_running private.running_jobs;
+  v_before integer;
+  v_place integer;
   v_seconds double precision;
 begin
-  if p_generation.finished_at is not null then
-    return;
+  if cardinality(v_queued) < cardinality(p_job_ids) then
+    v_forecasts := array(
+      select row(
+        r.job_id, null, round(private.remaining_seconds(r, s.mean_seconds)::numeric, 1),
+        private.due_seconds(r, s.mean_seconds)
+      )::private.forecast
+      from private.running_jobs as r
+      left join private.model_stats as s on s.model_id = r.model_id
+      where r.job_id = any (p_job_ids)
+    );
   end if;
-  select * into v_job from private.ready_jobs as r where r.job_id = p_generation.id;
-  if found then
-    select count(*) into queue_position from (
-      select from private.ready_jobs as r
-      where r.run_at is null and r.fair_key >= (select f.fair_key from private.queue_floor as f)
-        and (r.fair_key, r.seq) < (v_job.fair_key, v_job.seq)
-      order by r.fair_key, r.seq limit p_at_most
-    ) as ahead;
-    if queue_position = p_at_most then
-      return;
+  if v_queued = '{}' then
+    return v_forecasts;
+  end if;
+  select
+    coalesce(array_agg(q.fair_key), '{}'), coalesce(array_agg(q.seq), '{}'),
+    coalesce(array_agg(q.seconds), '{}')
+  into v_keys, v_seqs, v_begins
+  from (
+    select r.fair_key, r.seq, coalesce(
+      s.mean_seconds, (select avg(a.mean_seconds) from private.model_stats as a)
+    ) as seconds
+    from private.ready_jobs as r
+    left join private.model_stats as s on s.model_id = r.model_id
+    where r.run_at is null and r.fair_key >= (select f.fair_key from private.queue_floor as f)
+      and (r.fair_key, r.seq) < (v_queued[1].fair_key, v_queued[1].seq)
+    order by r.fair_key, r.seq limit p_at_most
+  ) as q;
+  if cardinality(v_keys) < p_at_most or cardinality(v_queued) > 1 then
+    v_slots := private.free_slots();
+  end if;
+  if v_slots is not null then
+    v_begins := private.play_queue(v_slots, v_begins);
+  end if;
+  foreach v_job in array v_queued loop
+    v_before := width_bucket(v_job.fair_key - 1, v_keys);
+    v_place := width_bucket(v_job.fair_key, v_keys);
+    v_place := v_before + width_bucket(v_job.seq - 1, v_seqs[v_before + 1:v_place]);
+    v_seconds := null;
+    if v_place < p_at_most and v_slots is not null then
+      v_seconds := private.waiting_seconds(v_job, v_begins[v_place + 1], cardinality(v_slots)) + (
+        select s.mean_seconds from private.model_stats as s where s.model_id = v_job.model_id
+      );
     end if;
+    v_forecasts := v_forecasts || row(
+      v_job.job_id, v_place, round(v_seconds::numeric, 1), v_seconds
+    )::private.forecast;
+  end loop;
+  return v_forecasts;
+end;
+$$;
+
+revoke all on function private.forecast_jobs(uuid[], integer)
+from public, anon, authenticated, service_role;
+
+-- The same for one job; null unless it is live.
+create or replace function private.forecast(
+  p_generation public.generations,
+  p_at_most integer default 1000
+)
+returns private.forecast
+language plpgsql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  if p_generation.finished_at is null then
+    return (private.forecast_jobs(array[p_generation.id], p_at_most))[1];
   end if;
-  select s.mean_seconds into v_mean
-  from private.model_stats as s where s.model_id = p_generation.model_id;
-  if v_mean is null then
-    return;
-  elsif v_job.job_id is not null then
-    v_seconds := private.queued_seconds(v_job, queue_position, v_mean);
-    due_seconds := v_seconds;
-  else
-    select * into v_running from private.running_jobs as r where r.job_id = p_generation.id;
-    v_seconds := private.remaining_seconds(v_running, v_mean);
-    due_seconds := private.due_seconds(v_running, v_mean);
-  end if;
-  eta_seconds := round(v_seconds::numeric, 1);
+  return null;
 end;
 $$;
 
@@ -3311,9 +3437,11 @@ $$;
 revoke all on function private.refuse_used_key()
 from public, anon, authenticated, service_role;
 
--- The generation this user's key named before; all null if the key is new.
+-- The generation this user's key named before; all null if the key is new. A deleted one is found
+-- by no read, so it is no answer either; nor is it made anew, for its key was charged. Once it is
+-- erased its key is new.
 --
--- Raises: PT409 idempotency_conflict if the payload differs.
+-- Raises: PT409 idempotency_conflict if the payload differs, PT404 not_found if it is deleted.
 create or replace function private.find_generation_by_key(
   p_user_id uuid,
   p_key text,
@@ -3335,6 +3463,11 @@ begin
     coalesce(v_generation.alias_id, v_generation.model_id), v_generation.prompt, v_generation.input
   ) is distinct from (p_model, p_prompt, p_params) then
     perform private.refuse_used_key();
+  elsif v_generation.deleted_at is not null then
+    perform private.refuse_missing(
+      'idempotency_key: its job was deleted',
+      'restore_generation brings it back. Use a new key for a new request.'
+    );
   end if;
   return v_generation;
 end;
@@ -3381,7 +3514,8 @@ stable
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_forecast record := private.forecast(p_generation, 20);
+  v_forecast private.forecast := case when p_generation.finished_at is null
+    then (private.forecast_jobs(array[p_generation.id], 20))[1] end;
   v_credits integer;
 begin
   select e.credits into v_credits
@@ -3425,7 +3559,7 @@ set enable_bitmapscan = off
 set jit = off
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_user_id(p_writes => true);
   v_prompt text := coalesce(p_prompt, '');
   v_params jsonb := private.read_request(array[v_prompt], p_params, p_idempotency_key);
   v_entitlement public.entitlements;
@@ -3463,7 +3597,8 @@ $$;
 
 revoke all on function private.enqueue_generation(text, text, jsonb, text)
 from public, anon, authenticated, service_role;
-grant execute on function private.enqueue_generation(text, text, jsonb, text) to authenticated;
+grant execute on function private.enqueue_generation(text, text, jsonb, text)
+to anon, authenticated;
 
 create or replace function public.enqueue_generation(
   model text,
@@ -3492,11 +3627,12 @@ comment on function public.enqueue_generation is
   'idempotency_key and payload answer with the same job and charge nothing. With params.reuse = '
   'true and a seed, your finished generation of the same input is answered, free. Errors: PT400 '
   'invalid_input, PT401 not_authenticated, PT402 insufficient_credits, PT403 requires_paid_plan, '
-  'PT404 not_found, PT409 idempotency_conflict, PT429 too_many_active | rate_limited.';
+  'PT404 not_found (also where the job of the key is deleted), PT409 idempotency_conflict, PT429 '
+  'too_many_active | rate_limited, PT503 busy | model_paused | unavailable.';
 
 revoke all on function public.enqueue_generation(text, text, jsonb, text)
 from public, anon, authenticated, service_role;
-grant execute on function public.enqueue_generation(text, text, jsonb, text) to authenticated;
+grant execute on function public.enqueue_generation(text, text, jsonb, text) to anon, authenticated;
 -- Batch: many prompts in one call, all or nothing.
 --
 -- enqueue_batch writes one generation for each prompt, each charged by an entry of its own, under
@@ -3538,7 +3674,8 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if coalesce(cardinality(p_prompts) not between 1 and p_max_batch, true) then
+  if coalesce(cardinality(p_prompts) not between 1 and p_max_batch, true)
+    or array_ndims(p_prompts) > 1 then
     perform private.refuse_input(format('prompts: not 1 to %s texts', p_max_batch));
   end if;
 end;
@@ -3563,7 +3700,9 @@ declare
   v_inputs jsonb[];
 begin
   for v_place in 1 .. cardinality(p_prompts) loop
-    v_inputs[v_place] := private.complete_input(p_model, v_prepared, p_prompts[v_place]);
+    v_inputs[v_place] := private.complete_input(
+      p_model, v_prepared, p_prompts[v_place], format('prompts[%s]', v_place - 1)
+    );
   end loop;
   return v_inputs;
 end;
@@ -3572,15 +3711,17 @@ $$;
 revoke all on function private.prepare_batch(public.models, uuid, text[], jsonb)
 from public, anon, authenticated, service_role;
 
--- A batch as the API shows it.
+-- A batch as the API shows it: the jobs that are not deleted. Raises: PT404 not_found if all are.
 create or replace function private.batch_json(p_batch public.batches)
 returns json
 language plpgsql
 stable
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_answer json;
 begin
-  return (select json_build_object(
+  select json_build_object(
     'batch_id', p_batch.id,
     'job_ids', coalesce(json_agg(g.id order by g.id), '[]'),
     'status', case when bool_or(g.finished_at is null) then 'active' else 'finished' end,
@@ -3599,10 +3740,18 @@ begin
       then private.poll_after_ms(p_batch.created_at)
     end,
     'created_at', p_batch.created_at
-  )
+  ) into v_answer
   from public.generations as g
   left join private.running_jobs as r on r.job_id = g.id
-  where g.batch_id = p_batch.id);
+  where g.batch_id = p_batch.id and g.deleted_at is null
+  having count(*) > 0;
+  if v_answer is null then
+    perform private.refuse_missing(
+      'batch_id: its jobs were deleted',
+      'restore_generation brings them back. Use a new key for a new request.'
+    );
+  end if;
+  return v_answer;
 end;
 $$;
 
@@ -3629,7 +3778,7 @@ set enable_bitmapscan = off
 set jit = off
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_user_id(p_writes => true);
   v_prompts text[];
   v_params jsonb;
   v_entitlement public.entitlements;
@@ -3641,11 +3790,12 @@ declare
 begin
   perform private.check_batch_size(p_prompts, 100);  -- the most that any plan may allow
   v_prompts := array(select coalesce(p.prompt, '') from unnest(p_prompts) as p (prompt));
-  v_params := private.read_request(v_prompts, p_params, p_idempotency_key);
+  v_params := private.read_request(v_prompts, p_params, p_idempotency_key, 'prompts[%1$s]');
   if v_params ? 'reuse' then
     perform private.refuse_input('params.reuse: not in a batch');
   end if;
-  v_hash := md5(jsonb_build_array(p_model, p_prompts, v_params)::text);
+  -- No model has a longer name, and JSON may be six times as long as the text it holds.
+  v_hash := md5(jsonb_build_array(left(p_model, 200), p_prompts, v_params)::text);
   v_entitlement := private.lock_entitlement(v_user_id);
   v_batch := private.find_batch_by_key(v_user_id, p_idempotency_key, v_hash);
   if v_batch.id is null then
@@ -3670,7 +3820,7 @@ $$;
 
 revoke all on function private.enqueue_batch(text, text[], jsonb, text)
 from public, anon, authenticated, service_role;
-grant execute on function private.enqueue_batch(text, text[], jsonb, text) to authenticated;
+grant execute on function private.enqueue_batch(text, text[], jsonb, text) to anon, authenticated;
 
 create or replace function public.enqueue_batch(
   model text,
@@ -3695,11 +3845,12 @@ $$;
 comment on function public.enqueue_batch is
   'Asks for one generation of each prompt (as many as your plan''s max_batch), all or nothing. '
   'Answers as get_batch_status does. The same idempotency_key and request answer with the same '
-  'batch and charge nothing. Errors: those of enqueue_generation.';
+  'batch and charge nothing; once all its jobs are deleted it is not found. An error of one prompt '
+  'names it in details, prompts[0] being the first. Errors: those of enqueue_generation.';
 
 revoke all on function public.enqueue_batch(text, text[], jsonb, text)
 from public, anon, authenticated, service_role;
-grant execute on function public.enqueue_batch(text, text[], jsonb, text) to authenticated;
+grant execute on function public.enqueue_batch(text, text[], jsonb, text) to anon, authenticated;
 
 -- The user's batch. Raises: PT404 not_found.
 create or replace function private.require_batch(p_batch_id uuid, p_user_id uuid)
@@ -3713,6 +3864,7 @@ declare
 begin
   select * into v_batch from public.batches where id = p_batch_id and user_id = p_user_id;
   if not found then
+    perform private.require_known_user_id();
     perform private.refuse_missing(
       'batch_id: no such batch of yours',
       'Use the batch_id that enqueue_batch answered.'
@@ -3740,7 +3892,7 @@ $$;
 
 revoke all on function private.get_batch_status(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function private.get_batch_status(uuid) to authenticated;
+grant execute on function private.get_batch_status(uuid) to anon, authenticated;
 
 create or replace function public.get_batch_status(batch_id uuid)
 returns json
@@ -3759,7 +3911,7 @@ comment on function public.get_batch_status is
 
 revoke all on function public.get_batch_status(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function public.get_batch_status(uuid) to authenticated;
+grant execute on function public.get_batch_status(uuid) to anon, authenticated;
 -- Again: a failed or canceled generation as a new one.
 --
 -- retry_generation is the user's and is charged as any request; redrive_failed is the operator's,
@@ -3828,7 +3980,7 @@ set enable_bitmapscan = off
 set jit = off
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_user_id(p_writes => true);
   v_entitlement public.entitlements := private.lock_entitlement(v_user_id);
   v_plan private.plans := private.plan_of(v_entitlement);
   v_old public.generations := private.require_retryable(p_job_id, v_user_id);
@@ -3854,7 +4006,7 @@ $$;
 
 revoke all on function private.retry_generation(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function private.retry_generation(uuid) to authenticated;
+grant execute on function private.retry_generation(uuid) to anon, authenticated;
 
 create or replace function public.retry_generation(job_id uuid)
 returns json
@@ -3872,7 +4024,7 @@ comment on function public.retry_generation is
 
 revoke all on function public.retry_generation(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function public.retry_generation(uuid) to authenticated;
+grant execute on function public.retry_generation(uuid) to anon, authenticated;
 
 -- What a user wished for, each wish with all its tries: the last of them that is not deleted, the
 -- price of one, whether none is under way or done, and since when one is that was free.
@@ -3980,6 +4132,7 @@ declare
   v_reason text;
   v_skipped jsonb := '{}';
 begin
+  perform private.require_writable();
   if not exists (select from private.error_codes where code = p_code) then
     perform private.refuse_input('code: not a code of private.error_codes');
   elsif p_since is null or coalesce(p_at_most not between 1 and 10000, true) then
@@ -4128,8 +4281,12 @@ $$;
 
 revoke all on function private.running_job(uuid) from public, anon, authenticated, service_role;
 
--- One job as the API shows it. Progress is read from the running row: it is not history.
-create or replace function private.job_json(p_generation public.generations)
+-- One job as the API shows it, with its forecast where the caller has it: who shows many asks for
+-- all at once. Progress is read from the running row: it is not history.
+create or replace function private.job_json(
+  p_generation public.generations,
+  p_forecast private.forecast default null
+)
 returns json
 language plpgsql
 stable
@@ -4137,7 +4294,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_running private.running_jobs;
-  v_forecast record := private.forecast(p_generation);
+  v_forecast private.forecast := coalesce(p_forecast, private.forecast(p_generation));
   v_refunded integer;
 begin
   if p_generation.finished_at is null then
@@ -4181,7 +4338,7 @@ begin
 end;
 $$;
 
-revoke all on function private.job_json(public.generations)
+revoke all on function private.job_json(public.generations, private.forecast)
 from public, anon, authenticated, service_role;
 
 -- Body of public.get_job_status.
@@ -4204,7 +4361,7 @@ end;
 $$;
 
 revoke all on function private.get_job_status(uuid) from public, anon, authenticated, service_role;
-grant execute on function private.get_job_status(uuid) to authenticated;
+grant execute on function private.get_job_status(uuid) to anon, authenticated;
 
 create or replace function public.get_job_status(job_id uuid)
 returns json
@@ -4228,7 +4385,7 @@ comment on function public.get_job_status is
   'it is null. Errors: PT401 not_authenticated, PT404 not_found.';
 
 revoke all on function public.get_job_status(uuid) from public, anon, authenticated, service_role;
-grant execute on function public.get_job_status(uuid) to authenticated;
+grant execute on function public.get_job_status(uuid) to anon, authenticated;
 
 -- Body of public.list_active_jobs.
 --
@@ -4245,7 +4402,7 @@ set enable_bitmapscan = off
 set jit = off
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_known_user_id();
   v_ids uuid[];
 begin
   if cardinality(p_job_ids) > 100 or array_ndims(p_job_ids) > 1 then
@@ -4253,8 +4410,9 @@ begin
   end if;
   v_ids := array(select j.job_id from private.live_jobs as j where j.user_id = v_user_id);
   return (
-    select coalesce(json_agg(private.job_json(g) order by g.id desc), '[]')
+    select coalesce(json_agg(private.job_json(g, f) order by g.id desc), '[]')
     from public.generations as g
+    left join unnest(private.forecast_jobs(v_ids)) as f on f.job_id = g.id
     where g.id = any (v_ids || p_job_ids) and g.user_id = v_user_id and g.deleted_at is null
   );
 end;
@@ -4262,7 +4420,7 @@ $$;
 
 revoke all on function private.list_active_jobs(uuid[])
 from public, anon, authenticated, service_role;
-grant execute on function private.list_active_jobs(uuid[]) to authenticated;
+grant execute on function private.list_active_jobs(uuid[]) to anon, authenticated;
 
 create or replace function public.list_active_jobs(job_ids uuid[] default '{}')
 returns json
@@ -4283,7 +4441,7 @@ comment on function public.list_active_jobs is
 
 revoke all on function public.list_active_jobs(uuid[])
 from public, anon, authenticated, service_role;
-grant execute on function public.list_active_jobs(uuid[]) to authenticated;
+grant execute on function public.list_active_jobs(uuid[]) to anon, authenticated;
 
 -- Body of public.get_entitlement.
 --
@@ -4306,7 +4464,7 @@ end;
 $$;
 
 revoke all on function private.get_entitlement() from public, anon, authenticated, service_role;
-grant execute on function private.get_entitlement() to authenticated;
+grant execute on function private.get_entitlement() to anon, authenticated;
 
 create or replace function public.get_entitlement()
 returns json
@@ -4323,7 +4481,7 @@ comment on function public.get_entitlement is
   ' refused as busy now)}. Errors: PT401 not_authenticated.';
 
 revoke all on function public.get_entitlement() from public, anon, authenticated, service_role;
-grant execute on function public.get_entitlement() to authenticated;
+grant execute on function public.get_entitlement() to anon, authenticated;
 
 -- Body of public.list_models.
 create or replace function private.list_models()
@@ -4479,7 +4637,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   c_walk constant integer := 200;
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_known_user_id();
   v_before uuid := coalesce(p_before, 'ffffffff-ffff-ffff-ffff-ffffffffffff');
   v_tag text := case when p_tag is not null then private.read_tag('tag', p_tag) end;
   v_ids uuid[];
@@ -4494,7 +4652,7 @@ begin
   end if;
   v_ids := private.walk_generations(v_user_id, v_before, p_only_favorites, v_tag, c_walk);
   select
-    json_agg(private.job_json(page.generation) order by page.place),
+    json_agg(private.job_json(page.generation, f) order by page.place),
     case count(*) when p_page_size then v_ids[max(page.place)] else v_ids[cardinality(v_ids)] end
   into v_page, v_last_id
   from (
@@ -4510,7 +4668,8 @@ begin
       limit 1
     ) as found
     order by walk.place limit p_page_size
-  ) as page;
+  ) as page
+  left join unnest(private.forecast_jobs(v_ids)) as f on f.job_id = (page.generation).id;
   return json_build_object(
     'generations', coalesce(v_page, '[]'),
     'next_before', case
@@ -4523,7 +4682,7 @@ $$;
 revoke all on function private.list_generations(uuid, integer, boolean, text, text)
 from public, anon, authenticated, service_role;
 grant execute on function private.list_generations(uuid, integer, boolean, text, text)
-to authenticated;
+to anon, authenticated;
 
 create or replace function public.list_generations(
   before uuid default null,
@@ -4555,7 +4714,7 @@ comment on function public.list_generations is
 revoke all on function public.list_generations(uuid, integer, boolean, text, text)
 from public, anon, authenticated, service_role;
 grant execute on function public.list_generations(uuid, integer, boolean, text, text)
-to authenticated;
+to anon, authenticated;
 -- What users do with their own generations: favorites, tags, delete and restore.
 --
 -- Each function locks the generation first, so that two devices of one user cannot mix their
@@ -4576,7 +4735,7 @@ language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_user_id(p_writes => true);
   v_generation public.generations;
 begin
   select * into v_generation from public.generations
@@ -4603,10 +4762,10 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
+  perform private.lock_own_generation(p_job_id);
   if p_is_favorite is null then
     perform private.refuse_input('is_favorite: neither true nor false');
   end if;
-  perform private.lock_own_generation(p_job_id);
   update public.generations set is_favorite = p_is_favorite
   where id = p_job_id and is_favorite <> p_is_favorite;
   return json_build_object('job_id', p_job_id, 'is_favorite', p_is_favorite);
@@ -4615,7 +4774,7 @@ $$;
 
 revoke all on function private.set_favorite(uuid, boolean)
 from public, anon, authenticated, service_role;
-grant execute on function private.set_favorite(uuid, boolean) to authenticated;
+grant execute on function private.set_favorite(uuid, boolean) to anon, authenticated;
 
 create or replace function public.set_favorite(job_id uuid, is_favorite boolean default true)
 returns json
@@ -4631,7 +4790,7 @@ comment on function public.set_favorite is
 
 revoke all on function public.set_favorite(uuid, boolean)
 from public, anon, authenticated, service_role;
-grant execute on function public.set_favorite(uuid, boolean) to authenticated;
+grant execute on function public.set_favorite(uuid, boolean) to anon, authenticated;
 
 -- Body of public.set_tags.
 --
@@ -4663,7 +4822,7 @@ $$;
 
 revoke all on function private.set_tags(uuid, text[])
 from public, anon, authenticated, service_role;
-grant execute on function private.set_tags(uuid, text[]) to authenticated;
+grant execute on function private.set_tags(uuid, text[]) to anon, authenticated;
 
 create or replace function public.set_tags(job_id uuid, tags text[])
 returns json
@@ -4680,7 +4839,7 @@ comment on function public.set_tags is
 
 revoke all on function public.set_tags(uuid, text[])
 from public, anon, authenticated, service_role;
-grant execute on function public.set_tags(uuid, text[]) to authenticated;
+grant execute on function public.set_tags(uuid, text[]) to anon, authenticated;
 
 -- Makes the images of these generations private again.
 --
@@ -4726,7 +4885,7 @@ $$;
 
 revoke all on function private.delete_generation(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function private.delete_generation(uuid) to authenticated;
+grant execute on function private.delete_generation(uuid) to anon, authenticated;
 
 create or replace function public.delete_generation(job_id uuid)
 returns json
@@ -4743,7 +4902,7 @@ comment on function public.delete_generation is
 
 revoke all on function public.delete_generation(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function public.delete_generation(uuid) to authenticated;
+grant execute on function public.delete_generation(uuid) to anon, authenticated;
 
 -- Body of public.restore_generation. What is being erased cannot come back: some of its files may
 -- be gone.
@@ -4771,7 +4930,7 @@ $$;
 
 revoke all on function private.restore_generation(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function private.restore_generation(uuid) to authenticated;
+grant execute on function private.restore_generation(uuid) to anon, authenticated;
 
 create or replace function public.restore_generation(job_id uuid)
 returns json
@@ -4788,7 +4947,7 @@ comment on function public.restore_generation is
 
 revoke all on function public.restore_generation(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function public.restore_generation(uuid) to authenticated;
+grant execute on function public.restore_generation(uuid) to anon, authenticated;
 -- Sharing: single images that everybody may see, and who likes them.
 --
 -- A shared image has a share_id. It is then in list_public_images for everybody, signed in or not,
@@ -4819,10 +4978,10 @@ as $$
 declare
   v_image public.images;
 begin
+  perform private.lock_own_generation(p_job_id);
   if p_is_public is null or p_shows_prompt is null then
     perform private.refuse_input('is_public, shows_prompt: neither true nor false');
   end if;
-  perform private.lock_own_generation(p_job_id);
   update public.images set
     share_id = case when p_is_public then coalesce(share_id, private.uuid_v7()) end,
     shows_prompt = p_is_public and p_shows_prompt
@@ -4840,7 +4999,8 @@ $$;
 
 revoke all on function private.share_image(uuid, integer, boolean, boolean)
 from public, anon, authenticated, service_role;
-grant execute on function private.share_image(uuid, integer, boolean, boolean) to authenticated;
+grant execute on function private.share_image(uuid, integer, boolean, boolean)
+to anon, authenticated;
 
 create or replace function public.share_image(
   job_id uuid,
@@ -4867,7 +5027,8 @@ comment on function public.share_image is
 
 revoke all on function public.share_image(uuid, integer, boolean, boolean)
 from public, anon, authenticated, service_role;
-grant execute on function public.share_image(uuid, integer, boolean, boolean) to authenticated;
+grant execute on function public.share_image(uuid, integer, boolean, boolean)
+to anon, authenticated;
 
 -- Raises PT404 not_found, the same for an image that never was and one that is not shared.
 create or replace function private.refuse_unknown_image()
@@ -4922,7 +5083,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := private.require_known_user_id();
+  v_user_id uuid := private.require_known_user_id(p_writes => true);
   v_image public.images;
 begin
   if p_is_liked is null then
@@ -4950,7 +5111,7 @@ $$;
 
 revoke all on function private.like_image(uuid, integer, boolean)
 from public, anon, authenticated, service_role;
-grant execute on function private.like_image(uuid, integer, boolean) to authenticated;
+grant execute on function private.like_image(uuid, integer, boolean) to anon, authenticated;
 
 create or replace function public.like_image(
   job_id uuid,
@@ -4971,7 +5132,7 @@ comment on function public.like_image is
 
 revoke all on function public.like_image(uuid, integer, boolean)
 from public, anon, authenticated, service_role;
-grant execute on function public.like_image(uuid, integer, boolean) to authenticated;
+grant execute on function public.like_image(uuid, integer, boolean) to anon, authenticated;
 
 -- One shared image as everybody sees it.
 create or replace function private.shared_image_json(p_image public.images, p_user_id uuid)
@@ -5011,7 +5172,7 @@ from public, anon, authenticated, service_role;
 
 -- Body of public.list_public_images.
 --
--- Raises: PT400 invalid_input.
+-- Raises: PT400 invalid_input, PT401 not_authenticated.
 create or replace function private.list_public_images(p_before uuid, p_page_size integer)
 returns json
 language plpgsql
@@ -5020,7 +5181,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := auth.uid();
+  v_user_id uuid := private.caller_id();
   v_before uuid := coalesce(p_before, 'ffffffff-ffff-ffff-ffff-ffffffffffff');
   v_answer json;
 begin
@@ -5315,7 +5476,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := private.require_known_user_id();
+  v_user_id uuid := private.require_known_user_id(p_writes => true);
   v_params jsonb := private.read_request(array[p_prompt], p_params, null);
   v_template public.prompt_templates;
 begin
@@ -5341,7 +5502,7 @@ $$;
 revoke all on function private.save_prompt_template(text, text, text, jsonb, uuid)
 from public, anon, authenticated, service_role;
 grant execute on function private.save_prompt_template(text, text, text, jsonb, uuid)
-to authenticated;
+to anon, authenticated;
 
 create or replace function public.save_prompt_template(
   title text,
@@ -5371,7 +5532,7 @@ comment on function public.save_prompt_template is
 revoke all on function public.save_prompt_template(text, text, text, jsonb, uuid)
 from public, anon, authenticated, service_role;
 grant execute on function public.save_prompt_template(text, text, text, jsonb, uuid)
-to authenticated;
+to anon, authenticated;
 
 -- Raises PT400 invalid_input.
 create or replace function private.check_template(p_title text, p_prompt text, p_model text)
@@ -5439,7 +5600,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_known_user_id(p_writes => true);
 begin
   delete from public.prompt_templates where id = p_id and user_id = v_user_id;
   if not found then
@@ -5451,7 +5612,7 @@ $$;
 
 revoke all on function private.delete_prompt_template(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function private.delete_prompt_template(uuid) to authenticated;
+grant execute on function private.delete_prompt_template(uuid) to anon, authenticated;
 
 create or replace function public.delete_prompt_template(id uuid)
 returns json
@@ -5466,7 +5627,7 @@ comment on function public.delete_prompt_template is
 
 revoke all on function public.delete_prompt_template(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function public.delete_prompt_template(uuid) to authenticated;
+grant execute on function public.delete_prompt_template(uuid) to anon, authenticated;
 
 -- Body of public.list_prompt_templates.
 --
@@ -5479,7 +5640,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_known_user_id();
 begin
   return (
     select coalesce(
@@ -5493,7 +5654,7 @@ $$;
 
 revoke all on function private.list_prompt_templates()
 from public, anon, authenticated, service_role;
-grant execute on function private.list_prompt_templates() to authenticated;
+grant execute on function private.list_prompt_templates() to anon, authenticated;
 
 create or replace function public.list_prompt_templates()
 returns json
@@ -5511,7 +5672,7 @@ comment on function public.list_prompt_templates is
 
 revoke all on function public.list_prompt_templates()
 from public, anon, authenticated, service_role;
-grant execute on function public.list_prompt_templates() to authenticated;
+grant execute on function public.list_prompt_templates() to anon, authenticated;
 -- A worker's own life: register, sleep, heartbeat, progress, unregister.
 --
 -- darkroom_worker may execute the functions of files 70 to 80 marked so and nothing else. A claim
@@ -6004,6 +6165,7 @@ as $$
 declare
   v_breaker private.breakers;
 begin
+  perform private.require_writable();
   perform private.require_breaker_name(p_model);
   if coalesce(p_until <= now(), true) then
     perform private.refuse_input(
@@ -6060,6 +6222,7 @@ as $$
 declare
   v_breaker private.breakers;
 begin
+  perform private.require_writable();
   perform private.require_breaker_name(p_model);
   insert into private.breakers (name) values (p_model)
   on conflict (name) do update set
@@ -6758,14 +6921,22 @@ begin
   select
     j.job_id, j.token, j.model_id, j.attempt, j.worker_id, j.claimed_at, p_outcome,
     p_error_code, left(p_error_detail, 2000), j.provider_job_id,
-    (t.metrics ->> 'provider_seconds')::real, (t.metrics ->> 'images')::numeric::integer,
+    t.seconds, t.images,
     case
-      when t.metrics @@ '$.is_asked == false || $.is_billed == false' then 0
-      when m.cost_unit = 'image' then m.cost_usd * (t.metrics ->> 'images')::numeric
-      when m.cost_unit = 'second' then m.cost_usd * (t.metrics ->> 'provider_seconds')::numeric
+      when p_metrics[j.ordinality] @@ '$.is_asked == false || $.is_billed == false' then 0
+      when m.cost_unit = 'image' then m.cost_usd * t.images
+      when m.cost_unit = 'second' then m.cost_usd * t.seconds
     end
   from unnest(p_jobs) with ordinality as j
-  cross join lateral (select p_metrics[j.ordinality] as metrics) as t
+  -- Within bounds: what a provider says of itself keeps no job from ending.
+  cross join lateral (select
+    case when jsonb_typeof(p_metrics[j.ordinality] -> 'provider_seconds') = 'number' then
+      greatest(0, least(1000000, (p_metrics[j.ordinality] ->> 'provider_seconds')::numeric))
+    end as seconds,
+    case when jsonb_typeof(p_metrics[j.ordinality] -> 'images') = 'number' then
+      greatest(0, least(1000000, (p_metrics[j.ordinality] ->> 'images')::numeric))
+    end as images
+  ) as t
   left join public.models as m on m.id = j.model_id;
 end;
 $$;
@@ -7322,7 +7493,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_user_id(p_writes => true);
 begin
   if p_token is null or p_token !~ '^Expo(nent)?PushToken\[[A-Za-z0-9_-]{1,100}\]$' then
     perform private.refuse_input(
@@ -7343,7 +7514,7 @@ $$;
 
 revoke all on function private.register_push_token(text)
 from public, anon, authenticated, service_role;
-grant execute on function private.register_push_token(text) to authenticated;
+grant execute on function private.register_push_token(text) to anon, authenticated;
 
 create or replace function public.register_push_token(token text)
 returns json
@@ -7360,7 +7531,7 @@ comment on function public.register_push_token is
 
 revoke all on function public.register_push_token(text)
 from public, anon, authenticated, service_role;
-grant execute on function public.register_push_token(text) to authenticated;
+grant execute on function public.register_push_token(text) to anon, authenticated;
 
 -- Raises: PT401 not_authenticated.
 create or replace function private.unregister_push_token(p_token text)
@@ -7370,7 +7541,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_known_user_id(p_writes => true);
 begin
   delete from private.push_tokens where token = p_token and user_id = v_user_id;
   return json_build_object('registered', false);
@@ -7379,7 +7550,7 @@ $$;
 
 revoke all on function private.unregister_push_token(text)
 from public, anon, authenticated, service_role;
-grant execute on function private.unregister_push_token(text) to authenticated;
+grant execute on function private.unregister_push_token(text) to anon, authenticated;
 
 create or replace function public.unregister_push_token(token text)
 returns json
@@ -7395,7 +7566,7 @@ comment on function public.unregister_push_token is
 
 revoke all on function public.unregister_push_token(text)
 from public, anon, authenticated, service_role;
-grant execute on function public.unregister_push_token(text) to authenticated;
+grant execute on function public.unregister_push_token(text) to anon, authenticated;
 -- Cancel: a queued job at once, a running one through its worker.
 --
 -- A queued job's ready row is deleted, and whoever deleted it settles. A running job is only
@@ -7458,7 +7629,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_user_id(p_writes => true);
   v_generation public.generations;
 begin
   perform private.cancel_jobs(v_user_id, array[p_job_id]);
@@ -7475,7 +7646,7 @@ $$;
 
 revoke all on function private.cancel_generation(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function private.cancel_generation(uuid) to authenticated;
+grant execute on function private.cancel_generation(uuid) to anon, authenticated;
 
 create or replace function public.cancel_generation(job_id uuid)
 returns json
@@ -7494,7 +7665,7 @@ comment on function public.cancel_generation is
 
 revoke all on function public.cancel_generation(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function public.cancel_generation(uuid) to authenticated;
+grant execute on function public.cancel_generation(uuid) to anon, authenticated;
 
 -- Body of public.cancel_batch.
 --
@@ -7506,7 +7677,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_user_id uuid := private.require_user_id();
+  v_user_id uuid := private.require_user_id(p_writes => true);
 begin
   perform private.cancel_jobs(v_user_id, array(
     select g.id from public.generations as g
@@ -7518,7 +7689,7 @@ $$;
 
 revoke all on function private.cancel_batch(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function private.cancel_batch(uuid) to authenticated;
+grant execute on function private.cancel_batch(uuid) to anon, authenticated;
 
 create or replace function public.cancel_batch(batch_id uuid)
 returns json
@@ -7534,7 +7705,7 @@ comment on function public.cancel_batch is
 
 revoke all on function public.cancel_batch(uuid)
 from public, anon, authenticated, service_role;
-grant execute on function public.cancel_batch(uuid) to authenticated;
+grant execute on function public.cancel_batch(uuid) to anon, authenticated;
 -- Who is told: webhook endpoints, which the operator's backend keeps, and push tokens, which apps
 -- register for their user; and what the operator sees of the outbox.
 --
@@ -7673,9 +7844,12 @@ declare
   v_events text[] := coalesce(p_events, v_all);
   v_endpoint private.webhook_endpoints;
 begin
+  perform private.require_writable();
   perform private.check_webhook_url(coalesce(p_url, ''));
   if cardinality(v_events) not between 1 and 3 or not v_events <@ v_all then
     perform private.refuse_input('events: not some of ' || array_to_string(v_all, ', '));
+  elsif p_description <> '' and private.is_blank(p_description) then
+    perform private.refuse_input('description: blank');
   elsif length(p_description) > 200 then
     perform private.refuse_input('description: longer than 200 characters');
   elsif (select count(*) from private.webhook_endpoints) >= 20 then
@@ -7772,6 +7946,7 @@ as $$
 declare
   v_endpoint private.webhook_endpoints;
 begin
+  perform private.require_writable();
   -- Deliveries first, as when one ends with 410. What a job that is just ending adds is buried when
   -- it is due.
   delete from private.deliveries where lane = p_webhook_id::text and state = 'pending';
@@ -7807,6 +7982,7 @@ as $$
 declare
   v_endpoint private.webhook_endpoints;
 begin
+  perform private.require_writable();
   update private.webhook_endpoints set disabled_at = null
   where id = p_webhook_id returning * into v_endpoint;
   return private.webhook_json(private.found_webhook(v_endpoint));
@@ -7840,6 +8016,7 @@ as $$
 declare
   v_endpoint private.webhook_endpoints;
 begin
+  perform private.require_writable();
   update private.webhook_endpoints set
     secret = private.new_webhook_secret(),
     previous_secret = secret, previous_secret_until = now() + interval '1 day'
@@ -8189,6 +8366,7 @@ as $$
 declare
   v_delivery private.deliveries;
 begin
+  perform private.require_writable();
   update private.deliveries set
     state = 'pending', attempts = 0, run_at = now(), token = null, finished_at = null
   where id = p_delivery_id
@@ -8227,6 +8405,7 @@ language sql
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
+  select private.require_writable();
   with revived as (
     update private.deliveries
     set state = 'pending', attempts = 0, run_at = now(), finished_at = null
@@ -10400,8 +10579,8 @@ comment on function public.queue_health is
 
 revoke all on function public.queue_health() from public, anon, authenticated, service_role;
 grant execute on function public.queue_health() to service_role, darkroom_monitor;
--- What `worker.py check` asks: may this role do a worker's work, does pg_cron do its own, and is
--- Storage as Darkroom made it?
+-- What `worker.py check` asks: may this role do a worker's work, does pg_cron do its own, is
+-- Storage as Darkroom made it, and does every request of a user end?
 --
 -- Each part answers rows (part, verdict, detail). verdict: ok, note (works, but know it) or wrong.
 -- It looks at catalogs and at routines, never at jobs or users.
@@ -10565,6 +10744,36 @@ $$;
 
 revoke all on function private.check_storage() from public, anon, authenticated, service_role;
 
+-- A role of PostgREST's whose requests nothing ends: no setting of its own, of the login, or of the
+-- database. No row where all have one.
+create or replace function private.check_timeouts()
+returns table (part text, verdict text, detail text)
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+  select
+    'timeouts',
+    'wrong',
+    format(
+      'one request may hold a connection for ever: alter role %s set statement_timeout = ''8s''',
+      r.rolname
+    )
+  from pg_roles as r
+  where r.rolname in ('anon', 'authenticated') and not exists (
+    select from pg_db_role_setting as s cross join unnest(s.setconfig) as c (setting)
+    where c.setting ~ '^statement_timeout=[^0]' and (
+      s.setdatabase = 0 and s.setrole in (r.oid, coalesce(to_regrole('authenticator'), 0))
+      or s.setrole = 0 and s.setdatabase = (
+        select d.oid from pg_database as d where d.datname = current_database()
+      )
+    )
+  )
+  order by r.rolname limit 1
+$$;
+
+revoke all on function private.check_timeouts() from public, anon, authenticated, service_role;
+
 create or replace function private.check_setup(p_functions text[])
 returns table (part text, verdict text, detail text)
 language sql
@@ -10577,11 +10786,14 @@ as $$
   select * from private.check_cron()
   union all
   select * from private.check_storage()
+  union all
+  select * from private.check_timeouts()
 $$;
 
 comment on function private.check_setup is
   'For `worker.py check`: whether its role may call these functions of schema private, whether '
-  'pg_cron runs its jobs, and whether buckets and policies of Storage are there. Answers part, '
+  'pg_cron runs its jobs, whether buckets and policies of Storage are there, and, where they do '
+  'not, whether requests of the API end. Answers part, '
   'verdict (ok | note | wrong) and detail, in words for people.';
 
 revoke all on function private.check_setup(text[])
@@ -11247,3 +11459,4 @@ end;
 $$;
 
 notify pgrst, 'reload schema';
+notify pgrst, 'reload config';

@@ -189,6 +189,25 @@ describe('a refusal', () => {
   });
 });
 
+describe('a refusal for now', () => {
+  const standby = 'cannot set transaction read-write mode during recovery';
+
+  test.each([
+    ['too_many_active', 429, 'PT429', 'too_many_active', 'Try again in 5 seconds.', false, 5_000],
+    ['busy', 503, 'PT503', 'busy', 'Try again in 60 seconds.', false, 60_000],
+    ['unavailable', 503, 'PT503', 'unavailable', 'Try again in 30 seconds.', true, 30_000],
+    ['unavailable', 400, '0A000', standby, null, true, 0],
+    ['unavailable', 405, '25006', 'cannot execute UPDATE', null, true, 0],
+    ['idempotency_conflict', 409, 'PT409', 'idempotency_conflict', 'Use a new key.', false, 0],
+  ])('%s (%i, %s)', async (token, status, code, message, hint, isUnanswered, retryAfterMs) => {
+    gateway.answers = [() => json(status, { code, message, details: 'No.', hint })];
+
+    const error = await failure(api.enqueue('a', 'b', {}, 'c'));
+
+    expect(error).toMatchObject({ token, status, isUnanswered, retryAfterMs });
+  });
+});
+
 describe('no answer', () => {
   const html = '<html><h1>Sign in to this network</h1></html>';
 

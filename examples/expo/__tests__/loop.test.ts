@@ -50,6 +50,17 @@ test('does nothing while the app is away', async () => {
   expect(step).not.toHaveBeenCalled();
 });
 
+test('after a failure comes back no sooner than it was told', async () => {
+  step.mockRejectedValueOnce(new DarkroomError('unavailable', 503, '', true, 30_000));
+
+  await loop.now();
+  await after(29_999);
+  expect(step).toHaveBeenCalledTimes(1);
+  await after(1);
+
+  expect(step).toHaveBeenCalledTimes(2);
+});
+
 test('keeps to the earliest time it was given', async () => {
   loop.within(500);
   loop.within(200);

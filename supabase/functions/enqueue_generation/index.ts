@@ -17,8 +17,8 @@ const refuse = (status: number, message: string, details: string, hint: string, 
 const pick = (from: Headers, ...names: string[]) =>
   Object.fromEntries([...from].filter(([name]) => names.includes(name)));
 const wait = { ...cors, "retry-after": "5" };
-const onError = () =>
-  refuse(503, "unavailable", "no answer in time", "Try again with the same idempotency_key.", wait);
+const lost = "no answer in time: it may have been queued, so repeat it with its idempotency_key";
+const onError = () => refuse(503, "unavailable", lost, "Try again in 5 seconds.", wait);
 
 Deno.serve({ onError }, async ({ method, headers, body }) => {
   if (method === "OPTIONS") return new Response(null, { status: 204, headers: cors });
@@ -32,6 +32,12 @@ Deno.serve({ onError }, async ({ method, headers, body }) => {
   const own = { apikey: anonKey, ...pick(headers, "apikey", "authorization") };
   const signal = AbortSignal.timeout(10_000);
   const reply = await fetch(rpc, { method, headers: own, body: json, signal, redirect: "error" });
-  const back = { ...cors, ...pick(reply.headers, "content-type", "cache-control", "retry-after") };
-  return new Response(await reply.arrayBuffer(), { status: reply.status, headers: back });
+  const content = await reply.text();
+  const names = ["content-type", "cache-control", "retry-after"];
+  const back: Record<string, string> = { ...cors, ...pick(reply.headers, ...names) };
+  // Neither a server on the way nor a database that cannot write says anything of the request.
+  const away = reply.status < 500 ? /"(0A000|25006)"/.test(content) : !content.includes('"PT503"');
+  if (!reply.ok && away) throw new Error("unavailable");
+  back["retry-after"] &&= back["retry-after"].replace(/^0, /, ""); // PostgREST's own
+  return new Response(content, { status: reply.status, headers: back });
 });

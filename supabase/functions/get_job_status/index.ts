@@ -34,6 +34,10 @@ Deno.serve({ onError }, async ({ method, url, headers, body }) => {
   const own = { apikey: anonKey, ...pick(headers, "apikey", "authorization") };
   const signal = AbortSignal.timeout(10_000);
   const reply = await fetch(rpc, { headers: own, signal, redirect: "error" });
+  const content = await reply.text();
   const back = { ...cors, ...pick(reply.headers, "content-type", "cache-control", "retry-after") };
-  return new Response(await reply.arrayBuffer(), { status: reply.status, headers: back });
+  // Neither a server on the way nor a database that cannot write says anything of the request.
+  const away = reply.status < 500 ? /"(0A000|25006)"/.test(content) : !content.includes('"PT503"');
+  if (!reply.ok && away) throw new Error("unavailable");
+  return new Response(content, { status: reply.status, headers: back });
 });

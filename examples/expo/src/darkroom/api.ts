@@ -25,6 +25,8 @@ export class DarkroomError extends Error {
     readonly detail = '',
     /** Nobody knows whether it was done, or it lacks a session: repeat it, with the same key. */
     readonly isUnanswered = false,
+    /** Before this many milliseconds it is refused again; 0 if nobody said. */
+    readonly retryAfterMs = 0,
   ) {
     super(token);
   }
@@ -35,6 +37,14 @@ const unreachable = (status: number, detail: string) =>
 
 /** Whether a status says nothing of the request: somebody on the way answered, or nobody. */
 const isOnTheWay = (status: number) => status < 400 || status >= 500 || [408, 429].includes(status);
+
+/** Whether the database could be read, but not written. The standby itself says so in code 0A000. */
+const isReadOnly = ({ code, message }: { code: string; message: string }) =>
+  ['0A000', '25006'].includes(code) || message === 'unavailable';
+
+/** Of the hint: pages see no Retry-After. 0 if it does not say. */
+const retryAfterMs = (hint: string | null) =>
+  1_000 * Number(/^Try again in (\d+) seconds\.$/.exec(hint ?? '')?.[1] ?? 0);
 
 function inTime<T>(ms: number, request: (signal: AbortSignal) => PromiseLike<T>): Promise<T> {
   const abort = new AbortController();
@@ -63,7 +73,9 @@ export function createApi(supabase: Client) {
     const isTold = error && (error.code?.startsWith('PT') || !isOnTheWay(status));
     if (!isTold) throw unreachable(status, error?.message ?? '');
     const detail = [error.details, error.hint].filter(Boolean).join('. ');
-    throw new DarkroomError(error.message, status, detail, status === 401);
+    const token = isReadOnly(error) ? 'unavailable' : error.message;
+    const isUnanswered = status === 401 || token === 'unavailable';
+    throw new DarkroomError(token, status, detail, isUnanswered, retryAfterMs(error.hint));
   }
 
   const read = <T>(...call: Call) => send<T>(call, true);

@@ -31,7 +31,9 @@ export class Loop {
     // What was cut off because the app was away says nothing of the network.
     if (!error) this.failures = 0;
     else if (this.isAwake() && !this.isAskedAgain) this.failures += 1;
-    if (error) this.within(Math.min(LONGEST_PAUSE_MS, FIRST_PAUSE_MS * 2 ** (this.failures - 1)));
+    const pause = Math.min(LONGEST_PAUSE_MS, FIRST_PAUSE_MS * 2 ** (this.failures - 1));
+    const asked = error instanceof DarkroomError ? error.retryAfterMs : 0;
+    if (error) this.within(Math.max(pause, asked));
     this.ended(!error);
     if (error && !(error instanceof DarkroomError)) throw error; // a mistake in here
     if (this.isAskedAgain) await this.now();
