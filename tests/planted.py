@@ -310,8 +310,8 @@ SECURITY = [
     Bug(
         "a password that is not encoded is logged",
         "worker.py",
-        "        except psycopg.ProgrammingError:  # it shows the password, and the pool",
-        "        except ZeroDivisionError:  #",
+        "        except psycopg.ProgrammingError as error:  # it shows the password,",
+        "        except ZeroDivisionError as error:  #",
         "tests/test_worker_units.py::test_a_bad_variable_is_named_but_not_shown",
     ),
     Bug(

@@ -284,11 +284,10 @@ def account_refused(world: World, chance: random.Random) -> Iterator[None]:
 
 @fault("provider", 1, 4)
 def creates_forbidden(world: World, chance: random.Random) -> Iterator[None]:
-    """Some creates are answered 403, whosever fault that is; the others are not."""
-    for _ in range(chance.randint(2, 5)):
-        world.provider.next(answer=403)
-        world.provider.next()
+    """Every other create is answered 403, whosever fault that is."""
+    world.provider.is_forbidding = True
     yield
+    world.provider.is_forbidding = False
     time.sleep(1)
     world.db.execute("select public.resume_model('replicate')")
 
