@@ -67,7 +67,7 @@ import-model: setup
 		$(if $(CREDITS),--credits "$$CREDITS") $(if $(PAID_CREDITS),--paid-credits "$$PAID_CREDITS") \
 		$(if $(ALLOW),--allow "$$ALLOW") $(if $(SET),--set "$$SET") $(if $(DRY_RUN),--dry-run)
 
-# Apply the migrations to a database: shows what, asks, does it. DATABASE_URL=postgresql://… YES=1
+# Apply the migrations to a database: shows what, asks, does it. DATABASE_URL=… YES=1 WELCOME_CREDITS=0
 migrate: setup
 	@$(PYTHON) scripts/migrate.py
 

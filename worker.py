@@ -120,6 +120,7 @@ EXPO_PUSH_URL, EXPO_LANE = "https://exp.host/--/api/v2/push/send", "expo"
 RECOVERY_SECONDS = 5.0  # between two looks for stale jobs; with the lease, how long one waits
 ERASE_SECONDS = 60.0  # between two looks for what has been kept long enough
 ERASE_FILES = 100  # deleted in one request
+ALONE_SECONDS = 5.0  # before files are tried one by one that Storage refused together
 SECOND_LOOK_SECONDS = 0.2  # at most, between going to sleep and the last claim before waiting
 LISTEN_CHECK_SECONDS = 10.0  # silence after which a NOTIFY to ourselves tests LISTEN
 LISTEN_ANSWER_SECONDS = 3.0  # within which it must arrive
@@ -156,6 +157,7 @@ MAX_PROFILE_BYTES = 64 * 1024  # of colours, in a preview
 MAX_REDIRECTS = 3
 UNPACKED = {"accept-encoding": "identity"}  # a few bytes, packed twice, unpack to gigabytes at once
 MAX_PAGES = 50  # of 100 predictions each, when a lost create is looked for
+REFUSALS = (401, 402, 403)  # of who may: the key, the account's credit, this model or this file
 CREATE_WITHIN_SECONDS = 5.0  # of holding the lease; later, another worker may have it
 PROVIDER_PAUSE_SECONDS = 60  # before an account that was refused is tried again
 PROVIDER_JOB_ID = re.compile(r"[\w.:-]{1,200}", re.ASCII)  # becomes part of addresses
@@ -436,16 +438,27 @@ class JobError(Exception):
         self.detail = detail.encode(errors="replace").decode().replace("\0", "�")
 
 
-class ProviderDown(Exception):
-    """The provider refuses our account (401, 402, 403): its jobs wait, and none is to blame."""
+class Refused(JobError):
+    """The provider refuses this job, or its model, or our account."""
 
-    def __init__(self, detail: str, *, may_have_bought: bool) -> None:
-        super().__init__(detail)
+    def __init__(self, detail: str, reason: str, *, may_have_bought: bool) -> None:
+        metrics = {} if may_have_bought else {"is_asked": False}
+        super().__init__("provider_refused", detail, metrics=metrics, reason=reason)
         self.may_have_bought = may_have_bought
 
 
+class ProviderDown(Refused):
+    """It is our account: its jobs wait, and none is to blame. If sure, everybody's."""
+
+    is_sure = False
+
+
 class StorageRefused(Exception):
-    """Storage did not delete what it was asked to."""
+    """Storage did not delete what it was asked to; or whatever it may be asked, as of now."""
+
+    def __init__(self, reason: str, *, is_outage: bool = True) -> None:
+        super().__init__(reason)
+        self.is_outage = is_outage
 
 
 class Deaf(psycopg.OperationalError):
@@ -532,6 +545,16 @@ def backoff(attempt: int) -> float:
     """Seconds to wait before try number attempt + 1: exponential, with jitter."""
     longest = RETRY_BASE_SECONDS * 2.0 ** min(attempt, 16)  # 2.0**1024 raises
     return random.uniform(0.5, 1.0) * min(RETRY_CAP_SECONDS, longest)
+
+
+def fingerprint(provider_input: Any) -> bytes:
+    """SHA-256 of a JSON value. 1 is 1.0 there, but not true; null is not nothing."""
+
+    def number(text: str) -> float:
+        return int(value) if (value := float(text)).is_integer() else value
+
+    plain = json.loads(json.dumps(provider_input), parse_float=number)
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).digest()
 
 
 async def finish_first(work: Awaitable[T]) -> T:
@@ -638,9 +661,9 @@ class Database:
         *("adopt_provider_job", "apply_retention", "begin_creates", "cancel_job", "check_setup"),
         *("checkpoint_jobs", "claim_deliveries", "claim_jobs", "claim_receipts", "complete_jobs"),
         *("due_lanes", "fail_jobs", "finish_delivery", "finish_receipts", "forget_files"),
-        *("heartbeat", "list_expired_files"),
-        *("pause_provider", "recover_stale_jobs", "register_worker", "release_job"),
-        *("report_progress", "sleep", "unregister_worker"),
+        *("heartbeat", "list_expired_files", "pause_provider", "recall_create"),
+        *("recover_stale_jobs", "register_worker", "release_job", "report_progress", "sleep"),
+        *("unregister_worker",),
     )
 
     def __init__(self, url: str, secrets: Iterable[str] = ()) -> None:
@@ -771,18 +794,26 @@ class Database:
         )
         return [row["verdict"] for row in rows]
 
-    async def begin_create(self, job: Job) -> datetime:
-        """Prove the lease once more; answer since when something may have been bought."""
-        since: datetime = await self._begin_creates(job)
-        return since
+    async def begin_create(self, job: Job, sent: bytes | None = None) -> None:
+        """Prove the lease once more, and save the fingerprint of an input that is made but once."""
+        await self._begin_creates(job, sent)
+
+    async def recall_create(self, job: Job) -> tuple[datetime, bytes | None]:
+        """Since when something may have been bought, and the fingerprint that was saved."""
+        (row,) = await self._insist("recall_create", job.job_id, job.token)
+        return row["create_started_at"], row["input_sha256"]
 
     async def adopt_provider_job(self, job: Job, candidates: list[str]) -> str | None:
         rows = await self._insist("adopt_provider_job", job.job_id, job.token, candidates)
         adopted: str | None = rows[0]["adopt_provider_job"]
         return adopted
 
-    async def pause_provider(self, provider: str, seconds: int, reason: str) -> None:
-        await self._insist("pause_provider", provider, seconds, self._quoted(reason))
+    async def pause_provider(
+        self, provider: str, seconds: int, reason: str, user_id: UUID | None
+    ) -> bool:
+        """Answer whether no job is to blame."""
+        said = (provider, seconds, self._quoted(reason), user_id)
+        return bool((await self._insist("pause_provider", *said))[0]["pause_provider"])
 
     async def checkpoint(self, job: Job, provider_job_id: str) -> None:
         await self._checkpoint_jobs(job, provider_job_id)
@@ -954,8 +985,11 @@ class Provider(Protocol):
     async def create(self, job: Job, provider_input: dict[str, Any]) -> str:
         """Start the job, answer the provider's id of it. Raises UnknownOutcome: never repeat it."""
 
-    async def find(self, job: Job, since: datetime) -> list[str]:
-        """Ids of what was created since then and may be this job, oldest first."""
+    async def find(self, job: Job, since: datetime, sent: bytes | None = None) -> list[str]:
+        """Ids of what was created since then from exactly the job's input, oldest first.
+
+        If sent is given, from the input that has this fingerprint.
+        """
 
     async def upload(self, name: str, file: IO[bytes]) -> str:
         """Hand over a source image the provider could not fetch; answer its address."""
@@ -994,7 +1028,7 @@ class Preview:
             self.sources[provider_job_id] = self.sources.pop(address)
         return provider_job_id
 
-    async def find(self, job: Job, since: datetime) -> list[str]:
+    async def find(self, job: Job, since: datetime, sent: bytes | None = None) -> list[str]:
         return []
 
     async def upload(self, name: str, file: IO[bytes]) -> str:
@@ -1059,19 +1093,41 @@ class Replicate:
             raise JobError("provider_busy", f"create: {type(error).__name__}") from None
         except httpx.HTTPError as error:
             raise UnknownOutcome(type(error).__name__) from None
-        self._raise_for_refusal(response)
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            if PROVIDER_JOB_ID.fullmatch(provider_job_id := response.json()["id"]):
-                return str(provider_job_id)
-        raise UnknownOutcome(f"HTTP {response.status_code} without an id")
+        if response.status_code in REFUSALS:
+            raise await self._refusal(response, "create", may_have_bought=False)
+        self._raise_for_failure(response)
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            prediction = response.json()
+            said = set(addresses(prediction.get("input")))  # others': it answers somebody else
+            if PROVIDER_JOB_ID.fullmatch(prediction["id"]) and said <= set(
+                addresses(provider_input)
+            ):
+                return str(prediction["id"])
+        raise UnknownOutcome(f"HTTP {response.status_code} without an id of its own")
+
+    async def _refusal(
+        self, response: httpx.Response, step: str, *, may_have_bought: bool
+    ) -> Exception:
+        """Whose refusal it is: the account's, or, where that is open, this job's or its model's."""
+        status = response.status_code
+        reason = f"{step}: HTTP {status}"
+        detail = f"{reason}: {response.text[:QUOTED_CHARS]}"
+        try:
+            account = await self.http.get(f"{self.base_url}/account", headers=self.headers)
+            is_sure = account.status_code in REFUSALS
+        except httpx.HTTPError:
+            is_sure = False
+        if status == 403 and not is_sure:
+            return Refused(detail, reason, may_have_bought=may_have_bought)
+        error = ProviderDown(detail, reason, may_have_bought=may_have_bought)
+        error.is_sure = is_sure  # the account of one without credit opens all the same
+        return error
 
     @staticmethod
-    def _raise_for_refusal(response: httpx.Response) -> None:
+    def _raise_for_failure(response: httpx.Response) -> None:
         status = response.status_code
         reason = f"create: HTTP {status}"
         detail = f"{reason}: {response.text[:QUOTED_CHARS]}"
-        if status in (401, 402, 403):
-            raise ProviderDown(detail, may_have_bought=False)
         if status == 429:
             raise JobError("provider_busy", detail, retry_after_seconds(response), reason=reason)
         if status in (400, 422):
@@ -1081,29 +1137,32 @@ class Replicate:
         if not response.is_success:
             raise JobError("internal", detail, reason=reason)
 
-    async def find(self, job: Job, since: datetime) -> list[str]:
+    async def find(self, job: Job, since: datetime, sent: bytes | None = None) -> list[str]:
         """Read the list of predictions back to a minute before, and compare model and input."""
+        sent = sent or fingerprint(job.provider_input)
         after = (since - timedelta(minutes=1)).astimezone(UTC).isoformat()
         url = f"{self.base_url}/predictions?{urlencode({'created_after': after})}"
         found: list[str] = []
         for _ in range(MAX_PAGES):
             page = await self._get(url)
-            found += [each["id"] for each in page["results"] if self._is_of(each, job)]
+            ids = [each["id"] for each in page["results"] if self._is_of(each, job, sent)]
+            found += filter(PROVIDER_JOB_ID.fullmatch, map(str, ids))
             if not page.get("next"):
                 return found[::-1]
             url = f"{self.base_url}/predictions?{urlsplit(page['next']).query}"
         raise JobError("timeout", "create: outcome unknown: too many predictions to look through")
 
     @staticmethod
-    def _is_of(prediction: dict[str, Any], job: Job) -> bool:
-        """Same model, same input; addresses of source images differ each time they are signed."""
-        model, _, model_version = job.provider_ref.partition(":")
-        given, known = prediction.get("input") or {}, job.provider_input.items()
-        return bool(
-            (prediction.get("model") == model or (prediction.get("version") == model_version != ""))
-            and given
-            and all(given.get(k) == v for k, v in known if k not in job.image_inputs)
-        )
+    def _is_of(prediction: dict[str, Any], job: Job, sent: bytes) -> bool:
+        """Same model, same whole input: less could be another's. None is left of an old one.
+
+        A version is a model by itself. Models that run by name show none that could be asked for.
+        """
+        model, _, wanted = job.provider_ref.partition(":")
+        version, given = str(prediction.get("version")), prediction.get("input")
+        is_by_name = prediction.get("model") == model and not re.fullmatch("[0-9a-f]{64}", version)
+        is_same = version == wanted if wanted else is_by_name
+        return is_same and bool(given) and fingerprint(given) == sent
 
     async def check(self) -> Finding:
         """Whether the key opens the account; nothing is bought."""
@@ -1123,11 +1182,10 @@ class Replicate:
             )
         except httpx.HTTPError as error:
             raise JobError("internal", f"files: {type(error).__name__}") from None
-        status = response.status_code
-        if status in (401, 402, 403):  # an earlier attempt may have bought
-            raise ProviderDown(f"files: HTTP {status}", may_have_bought=True)
+        if response.status_code in REFUSALS:  # an earlier attempt may have bought
+            raise await self._refusal(response, "files", may_have_bought=True)
         if not response.is_success:
-            raise JobError("internal", f"files: HTTP {status}")
+            raise JobError("internal", f"files: HTTP {response.status_code}")
         return str(response.json()["urls"]["get"])
 
     async def result(self, job: Job, provider_job_id: str, report: Callable[[int], None]) -> Result:
@@ -1135,6 +1193,8 @@ class Replicate:
         while True:
             url = f"{self.base_url}/predictions/{provider_job_id}"
             prediction = await self._get(url, may_be_gone=True)
+            if prediction.get("id", provider_job_id) != provider_job_id:
+                prediction = {}  # the answer to another's question
             status = prediction.get("status")  # one we do not know is one more to wait for
             self._follow(job, str(prediction.get("logs") or ""), status == "succeeded", report)
             if status == "succeeded":
@@ -1206,8 +1266,8 @@ class Replicate:
                     return dict(response.json())
                 if response.status_code == 404 and may_be_gone and attempt >= HTTP_TRIES:
                     raise JobError("result_lost", "no such prediction")
-                if response.status_code in (401, 402, 403):
-                    raise ProviderDown(f"HTTP {response.status_code}", may_have_bought=True)
+                if response.status_code in REFUSALS:
+                    raise await self._refusal(response, "poll", may_have_bought=True)
                 log.warning("replicate.retry status=%s", response.status_code)
             await asyncio.sleep(backoff(attempt))
             attempt += 1
@@ -1305,9 +1365,10 @@ class Storage:
         self.headers = {"Authorization": f"Bearer {key}", "apikey": key, "x-upsert": "true"}
 
     async def sign(self, path: str) -> str:
-        """An address of a source image that works for ten minutes. Raises JobError."""
+        """An address of a source image that works for ten minutes or more. Raises JobError."""
         url = f"{self.root}/object/sign/{SOURCE_BUCKET}/{quote(path)}"
-        response = await self.http.post(url, json={"expiresIn": 600}, headers=self.headers)
+        lasting = {"expiresIn": random.randrange(600, 1200)}  # two of one second differ, too
+        response = await self.http.post(url, json=lasting, headers=self.headers)
         if not response.is_success:
             raise JobError(storage_code(response), f"sign: HTTP {response.status_code}")
         answer = response.json()  # an address below /storage/v1, or below / with other servers
@@ -1333,7 +1394,9 @@ class Storage:
         except httpx.HTTPError as error:
             raise StorageRefused(type(error).__name__) from None
         if not response.is_success:
-            raise StorageRefused(f"HTTP {response.status_code}")
+            status = storage_status(response)
+            is_outage = not 400 <= status < 500 or status in (401, 403, 408, 429)
+            raise StorageRefused(f"HTTP {response.status_code}", is_outage=is_outage)
 
     async def check(self) -> Finding:
         """Write a file where images go, and delete it again. Raises JobError or StorageRefused."""
@@ -2419,12 +2482,25 @@ class Worker:
         erased = 0
         while files := await self.db.list_expired_files():
             for bucket, paths in files.items():
-                await self.storage.remove(bucket, paths)
-                if kept := await self.db.forget_files(bucket, paths):
-                    raise StorageRefused(f"{kept} of {len(paths)} are still there")
-                erased += len(paths)
-                log.info("files.erased bucket=%s count=%s", bucket, len(paths))
+                erased += await self._erase_some(bucket, paths)
         return erased
+
+    async def _erase_some(self, bucket: str, paths: list[str]) -> int:
+        """Answer how many are gone. Of files that Storage refuses together, each is tried alone."""
+        try:
+            await self.storage.remove(bucket, paths)
+        except StorageRefused as error:
+            if error.is_outage:
+                raise
+            log.warning("files.kept error=%s count=%s", error, len(paths))
+            if len(paths) == 1:
+                return 0
+            await asyncio.sleep(ALONE_SECONDS)
+            return sum([await self._erase_some(bucket, [path]) for path in paths])
+        if kept := await self.db.forget_files(bucket, paths):
+            log.warning("files.kept error=%s of %s are still there", kept, len(paths))
+        log.info("files.erased bucket=%s count=%s", bucket, len(paths) - kept)
+        return len(paths) - kept
 
     async def _drain(self) -> None:
         """Let jobs and deliveries finish within the grace time; the rest are cancelled: jobs are
@@ -2458,7 +2534,7 @@ class Worker:
                 time.monotonic() - started,
             )
         except LeaseLost:
-            log.warning("job.lost job=%s", job.job_id)
+            await finish_first(self._drop(running))
         except asyncio.CancelledError:
             await finish_first(self._give_up(running))
         except Canceled:
@@ -2500,14 +2576,16 @@ class Worker:
     async def _buy(self, provider: Provider, running: Running) -> str:
         """Have the provider create the job, once: look first for what an earlier try has bought."""
         job = running.job
-        provider_input = await self._with_sources(provider, job)
-        if job.begun_before and (bought := await self._look(provider, running, job.begun_before)):
+        if job.begun_before and (bought := await self._look(provider, running)):
             return bought
+        provider_input = await self._with_sources(provider, job)
+        if provider_input != job.provider_input:  # nobody could know its addresses again
+            running.held_at = time.monotonic()
+            await self.db.begin_create(job, fingerprint(provider_input))
         try:
             return await finish_first(self._create(provider, running, provider_input))
         except UnknownOutcome as error:
-            since = await self.db.begin_create(job)
-            if bought := await self._look(provider, running, since):
+            if bought := await self._look(provider, running):
                 return bought
             raise JobError("provider_timeout", f"create: {error}; nothing was bought") from None
 
@@ -2520,15 +2598,20 @@ class Worker:
             await self.db.begin_create(running.job)
         running.metrics = {}
         running.provider_job_id = await provider.create(running.job, provider_input)
-        await self.db.checkpoint(running.job, running.provider_job_id)
+        try:
+            await self.db.checkpoint(running.job, running.provider_job_id)
+        except psycopg.errors.UniqueViolation:
+            running.provider_job_id = None  # neither read nor stopped
+            raise UnknownOutcome("the answer names another job's") from None
         return running.provider_job_id
 
-    async def _look(self, provider: Provider, running: Running, since: datetime) -> str | None:
+    async def _look(self, provider: Provider, running: Running) -> str | None:
         """Take over what a lost create bought; None once it had time to show and did not."""
+        since, sent = await self.db.recall_create(running.job)
         give_up_at, attempt = time.monotonic() + provider.settle_seconds, 0
         while True:
             is_last = time.monotonic() >= give_up_at
-            candidates = await provider.find(running.job, since)
+            candidates = await provider.find(running.job, since, sent)
             if bought := await finish_first(self._adopt(running, candidates)):
                 return bought
             if is_last:
@@ -2583,10 +2666,29 @@ class Worker:
         """The provider refused the account: put the job back and let its like wait."""
         running.is_ending = True
         job = running.job
-        log.error("provider.refused provider=%s job=%s", job.provider, job.job_id)
+        log.error(
+            "provider.refused provider=%s job=%s is_sure=%s",
+            job.provider,
+            job.job_id,
+            error.is_sure,
+        )
         with contextlib.suppress(LeaseLost):
-            await self.db.pause_provider(job.provider, PROVIDER_PAUSE_SECONDS, str(error))
-            await self.db.release_job(job, resumes=error.may_have_bought)
+            user_id = None if error.is_sure else job.user_id
+            if await self.db.pause_provider(
+                job.provider, PROVIDER_PAUSE_SECONDS, error.detail, user_id
+            ):
+                await self.db.release_job(job, resumes=error.may_have_bought)
+            else:
+                await self._fail(running, error)
+
+    async def _drop(self, running: Running) -> None:
+        """The lease is lost. If the job went with its user, nobody else stops what it bought."""
+        job = running.job
+        log.warning("job.lost job=%s", job.job_id)
+        if running.provider_job_id:
+            with contextlib.suppress(psycopg.Error):
+                if await self.db.heartbeat(self.worker_id, [running]) == ["canceled"]:
+                    await self.providers[job.provider].cancel(running.provider_job_id)
 
     async def _give_up(self, running: Running) -> None:
         """The job was stopped here: by a lost lease, by its user, or because the worker stops."""

@@ -42,6 +42,7 @@ def main(folder: Path = DEPLOY) -> None:
     file = folder / ".env"
     text = fill((file if file.exists() else DEPLOY / ".env.example").read_text())
     file.touch(mode=0o600)
+    file.chmod(0o600)  # it may have been there, copied from the example
     file.write_text(text)
     empty = [line[:-1] for line in text.splitlines() if line.endswith("=")]
     print(f"{file}: {'yours to fill in: ' + ', '.join(empty) if empty else 'complete'}")

@@ -5,8 +5,9 @@ supabase_migrations.schema_migrations, and the seed's hash in seed_files. Either
 the other one stopped. Each migration is one transaction, its row included.
 
 Errors begin with a stable token: cannot_connect, server_too_old, missing_auth, missing_pg_cron,
-role_lacks_rights, not_recorded, unknown_migration, out_of_order, confirmation_needed,
-migration_failed, database_error. Exit codes: 0 done or nothing to do, 1 an error, 2 not confirmed.
+role_lacks_rights, not_recorded, unknown_migration, out_of_order, bad_credits, confirmation_needed,
+locked, migration_failed, database_error. Exit codes: 0 done or nothing to do, 1 an error, 2 not
+confirmed.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from stack import libpq_url
 SUPABASE = Path(__file__).resolve().parents[1] / "supabase"
 SEED = SUPABASE / "seed.sql"
 OLDEST_SERVER = 15
+PUBLICATION = "supabase_realtime"
+WELCOME_CREDITS = 10  # the default of private.settings
 
 # As the Supabase CLI makes them.
 HISTORY = """
@@ -151,6 +154,26 @@ class Target:
         query = "select hash from supabase_migrations.seed_files where path = %s"
         return bool(self.value(query, self.seed_path) != self.seed_hash)
 
+    def outside(self, welcome_credits: int) -> Iterator[tuple[str, str]]:
+        """Yield what an installation makes that is not in schemas of its own."""
+        triggers = "create_entitlement, lock_jobs, delete_entitlement".replace(", ", ", darkroom_")
+        yield "outside", "roles darkroom_worker, darkroom_monitor, and those of the API not there"
+        yield "outside", f"triggers on auth.users: darkroom_{triggers}"
+        if self.has("storage.objects"):
+            yield "outside", "policies on storage.objects (6), and buckets generations and inputs"
+        if self.has("realtime.messages"):
+            yield "outside", "a policy on realtime.messages"
+        if self.value("select exists (select from pg_publication where pubname = %s)", PUBLICATION):
+            yield "outside", f"public.generations in publication {PUBLICATION}"
+        if self.wants_cron():
+            yield "outside", "extension pg_cron, and its jobs darkroom_* (4)"
+        there = "those who are there"
+        if self.value("select has_table_privilege('auth.users', 'select')"):
+            users = self.value("select count(*) from auth.users")
+            there = f"the {users} who are there: {users * welcome_credits}"
+        each = f"{welcome_credits} for each new user"
+        yield "credits", f"{each}, and for {there}; WELCOME_CREDITS=… changes that"
+
     def refuse_unfit(self) -> None:
         """Raise MigrateError if the migration could not succeed here."""
         if self.connection.info.server_version // 10000 < OLDEST_SERVER:
@@ -204,6 +227,11 @@ class Target:
                 self.connection.execute(script.encode())
         except psycopg.errors.InsufficientPrivilege as error:
             raise MigrateError(f"role_lacks_rights: {name}: {told(error)}") from None
+        except psycopg.errors.LockNotAvailable as error:
+            raise MigrateError(
+                f"locked: {name}: {told(error)}. A long transaction holds a table that others need;"
+                " nothing was changed: end it, or try again at a quieter time"
+            ) from None
         except psycopg.Error as error:
             raise MigrateError(f"migration_failed: {name}: {told(error)}") from None
 
@@ -241,7 +269,9 @@ def plan(target: Target, migrations: list[Migration]) -> list[Migration]:
     return pending
 
 
-def show(target: Target, migrations: list[Migration], pending: list[Migration]) -> None:
+def show(
+    target: Target, migrations: list[Migration], pending: list[Migration], welcome_credits: int
+) -> None:
     """Print what is there and what will be done."""
     lines = list(target.describe())
     for each in migrations:
@@ -250,6 +280,8 @@ def show(target: Target, migrations: list[Migration], pending: list[Migration]) 
         changed = state == "applied" and not each.is_same_as(statements)
         lines.append((state, f"{each}{' (its file has changed since)' if changed else ''}"))
     lines.append(("pending" if target.wants_seed() else "applied", target.seed_path))
+    if migrations[0] in pending:
+        lines += target.outside(welcome_credits)
     for title, text in lines:
         print(f"{title:11} {text}")
 
@@ -268,7 +300,20 @@ def confirm(target: Target, ask: Callable[[str], str]) -> None:
         raise MigrateError("confirmation_needed: nothing was done; YES=1 answers for scripts")
 
 
-def migrate(url: str, *, is_confirmed: bool, ask: Callable[[str], str] = input) -> None:
+def read_credits(text: str) -> int:
+    """Return WELCOME_CREDITS. Raises MigrateError."""
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise MigrateError("bad_credits: WELCOME_CREDITS: not a number of credits")
+    return int(text)
+
+
+def migrate(
+    url: str,
+    *,
+    is_confirmed: bool,
+    ask: Callable[[str], str] = input,
+    welcome_credits: int = WELCOME_CREDITS,
+) -> None:
     """Do all of it. Raises MigrateError."""
     try:
         connection = psycopg.connect(
@@ -282,12 +327,15 @@ def migrate(url: str, *, is_confirmed: bool, ask: Callable[[str], str] = input) 
         target, migrations = Target(connection), read_migrations()
         target.refuse_unfit()
         pending = plan(target, migrations)
-        show(target, migrations, pending)
+        show(target, migrations, pending, welcome_credits)
         if not pending and not target.wants_seed():
             print("nothing to do")
             return
         if not is_confirmed:
             confirm(target, ask)
+        target.value(
+            "select set_config(%s, %s, false)", "darkroom.welcome_credits", str(welcome_credits)
+        )
         for each in pending:
             print(f"{'applying':11} {each}", flush=True)
             target.apply(each)
@@ -304,7 +352,9 @@ def main() -> int:
         print("migrate: cannot_connect: DATABASE_URL: missing", file=sys.stderr)
         return 1
     try:
-        migrate(url, is_confirmed=os.environ.get("YES") == "1")
+        welcome_credits = read_credits(os.environ.get("WELCOME_CREDITS") or str(WELCOME_CREDITS))
+        is_confirmed = os.environ.get("YES") == "1"
+        migrate(url, is_confirmed=is_confirmed, welcome_credits=welcome_credits)
     except psycopg.Error as error:
         lacks = isinstance(error, psycopg.errors.InsufficientPrivilege)
         token = "role_lacks_rights" if lacks else "database_error"

@@ -15,7 +15,7 @@
 \set unprintable '[\\u0001-\\u001f\\u007f-\\u009f\\u202a-\\u202e\\u2066-\\u2069]'
 
 -- Each line is made of plain text, cut to the width and without control characters, which a
--- provider's error might hold, and gets its colour as a whole.
+-- session's name might hold, and gets its colour as a whole.
 with report as (
   select r.j, r.j -> 'health' as h, (r.j ->> 'at')::timestamptz as now
   from (select public.queue_report()::jsonb as j offset 0) as r  -- or it is called for each column
@@ -107,21 +107,20 @@ lines (place, nr, style, line) as (
   select 30, 0, 'title', 'ERRORS OF THE LAST HOUR'
   union all
   select 30, e.nr::integer, 'plain',
-    format('%5s × %-16s %-34s %s  %s', e.value ->> 'errors', e.value ->> 'error_code',
-      left(e.value ->> 'model_id', 34),
-      to_char((e.value ->> 'last_at')::timestamptz at time zone 'utc', 'HH24:MI:SS'),
-      e.value ->> 'last_detail')
+    format('%5s × %-20s %-34s %5s failed, last at %s', e.value ->> 'errors', e.value ->> 'error_code',
+      left(e.value ->> 'model_id', 34), e.value ->> 'failed',
+      to_char((e.value ->> 'last_at')::timestamptz at time zone 'utc', 'HH24:MI:SS'))
   from report
   cross join jsonb_array_elements(j -> 'errors') with ordinality as e (value, nr)
   where e.nr <= 8
   union all
-  select 40, 0, 'title', format('%-8s %-36s %-34s %-10s %7s %8s %7s', 'ENDED', 'JOB',
-    'MODEL', 'OUTCOME', 'ATTEMPT', 'WAITED', 'RAN')
+  select 40, 0, 'title', format('%-8s %-34s %-10s %7s %8s %7s', 'ENDED', 'MODEL', 'OUTCOME',
+    'ATTEMPT', 'WAITED', 'RAN')
   union all
   select 40, r.nr::integer, case when r.value ->> 'error_code' is null then 'plain' else 'warning' end,
-    format('%-8s %-36s %-34s %-10s %7s %8s %7s  %s',
+    format('%-8s %-34s %-10s %7s %8s %7s  %s',
       to_char((r.value ->> 'ended_at')::timestamptz at time zone 'utc', 'HH24:MI:SS'),
-      r.value ->> 'job_id', left(r.value ->> 'model_id', 34), r.value ->> 'outcome',
+      left(r.value ->> 'model_id', 34), r.value ->> 'outcome',
       r.value ->> 'attempt', r.value ->> 'waited_seconds' || ' s',
       r.value ->> 'ran_seconds' || ' s', r.value ->> 'error_code')
   from report

@@ -47,12 +47,9 @@ create table private.ready_jobs (
   attempt smallint not null default 0,
   run_at timestamptz,
   queued_at timestamptz not null default now(),
-  is_held boolean not null default false,
   provider_job_id text,
   create_started_at timestamptz,
-  constraint ready_jobs_held_ones_are_never_due check (
-    not is_held or run_at is not distinct from 'infinity'
-  )
+  input_sha256 bytea
 ) with (
   fillfactor = 70, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500,
   autovacuum_vacuum_insert_threshold = -1, autovacuum_analyze_scale_factor = 0.1,
@@ -66,22 +63,23 @@ comment on column private.ready_jobs.fair_key is
 comment on column private.ready_jobs.attempt is 'Attempts used so far.';
 comment on column private.ready_jobs.run_at is 'Not before this time (backoff); null: now.';
 comment on column private.ready_jobs.queued_at is 'Since when it may be claimed.';
-comment on column private.ready_jobs.is_held is
-  'Waits for its model or provider, which is paused; keeps its fair_key.';
 comment on column private.ready_jobs.provider_job_id is
   'The provider''s job an earlier attempt began: resume it.';
 
 comment on column private.ready_jobs.create_started_at is
   'An earlier attempt may have asked the provider to create, then or later, and never learned the '
   'outcome: look first.';
+comment on column private.ready_jobs.input_sha256 is
+  'What it asked for then: see running_jobs.input_sha256.';
 
 -- Delayed jobs are out of the claim's index, so a pile of them costs the claim nothing.
 create index ready_jobs_claim_idx on private.ready_jobs (fair_key, seq) where run_at is null;
 create index ready_jobs_run_at_idx on private.ready_jobs (run_at) where run_at is not null;
 -- A user's live jobs are counted, not kept count of: see live_jobs (30).
 create index ready_jobs_user_id_idx on private.ready_jobs (user_id);
--- Held jobs come back in their old order, model by model.
-create index ready_jobs_held_idx on private.ready_jobs (model_id, fair_key, seq) where is_held;
+-- Claims read it instead of the first while some model is paused.
+create index ready_jobs_model_idx on private.ready_jobs (model_id, fair_key, seq)
+where run_at is null;
 
 create table private.queue_state (
   id boolean primary key default true,
@@ -124,6 +122,7 @@ create table private.running_jobs (
   progress smallint,
   provider_job_id text,
   create_started_at timestamptz,
+  input_sha256 bytea,
   cancel_requested boolean not null default false,
   constraint running_jobs_progress_is_a_percentage check (progress between 0 and 100)
 ) with (
@@ -148,6 +147,9 @@ comment on column private.running_jobs.provider_job_id is
 comment on column private.running_jobs.create_started_at is
   'Since when the provider may have been asked to create: the first claim whose outcome nobody '
   'learned, or this one.';
+comment on column private.running_jobs.input_sha256 is
+  'Of what the provider was last asked to create, where that has addresses of sources: they are '
+  'made anew each time. null with such a job: nothing was asked for.';
 
 create index running_jobs_user_id_idx on private.running_jobs (user_id);
 
@@ -202,9 +204,17 @@ comment on column private.attempts.cost_usd is 'US dollars the attempt cost at t
 -- Written in the order of time, so a BRIN index finds the last minutes, and costs next to nothing.
 create index attempts_ended_at_idx
 on private.attempts using brin (ended_at) with (pages_per_range = 16, autosummarize = true);
--- Read when a lost create is looked for at the provider.
-create index attempts_provider_job_id_idx
-on private.attempts (provider_job_id) where provider_job_id is not null;
+
+create table private.purchases (
+  generation_id uuid not null references public.generations (id) on delete cascade,
+  provider_job_id text not null,
+  primary key (generation_id, provider_job_id),
+  unique (provider_job_id)
+);
+
+comment on table private.purchases is
+  'The provider''s jobs that ours have bought, from when the id is known until the generation is '
+  'erased. No two jobs have the same one, whatever a provider answers.';
 
 create table private.model_stats (
   model_id text primary key,
@@ -256,7 +266,9 @@ create table private.breakers (
   paused_until timestamptz,
   pause_reason text,
   probe_job_id uuid,
-  has_held boolean not null default false
+  resumed_at timestamptz,
+  doubted_users uuid[] not null default '{}',
+  doubted_at timestamptz
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 50);
 
 comment on table private.breakers is
@@ -264,7 +276,8 @@ comment on table private.breakers is
 comment on column private.breakers.name is 'Id of a model or name of a provider.';
 comment on column private.breakers.failures is 'Failures in a row since failing_since.';
 comment on column private.breakers.failed_users is
-  'Different users among the failures, as many as settings.breaker_users asks for.';
+  'Different users among the failures. While it is paused their jobs wait and others are tried; '
+  'where there are none, everybody''s wait.';
 comment on column private.breakers.times_opened is
   'Pauses in a row by failures or a refused account: the next is longer. 0: none, or an operator''s'
   ' pause, which ends without a probe.';
@@ -272,8 +285,10 @@ comment on column private.breakers.paused_until is
   'null: closed. In the future: open, no job is claimed. Past: half-open, one job is tried.';
 comment on column private.breakers.probe_job_id is
   'The job that is tried, as long as it is in running_jobs.';
-comment on column private.breakers.has_held is
-  'Some ready jobs of the model may be held: claims bring them back once they may run.';
+comment on column private.breakers.resumed_at is 'When its last pause ended.';
+comment on column private.breakers.doubted_users is
+  'Users who failed where others then succeeded: for breaker_pause_cap from doubted_at their '
+  'failures count for nobody else.';
 
 create table private.plans (
   name text primary key,
@@ -290,7 +305,9 @@ create table private.plans (
     and max_batch between 1 and 100
   ),
   constraint plans_weight_is_a_step_of_the_queue check (weight between 1 and 1000),
-  constraint plans_busy_after_is_positive check (busy_after > interval '0')
+  constraint plans_busy_after_is_positive check (
+    busy_after > interval '0' and busy_after <= interval '1000 years'
+  )
 );
 
 comment on table private.plans is 'Limits of free and paid users.';
@@ -327,9 +344,10 @@ create table private.settings (
   push_expires interval not null default '1 hour',
   keep_deliveries interval not null default '7 days',
   webhook_allows_private boolean not null default false,
+  broadcasts boolean not null default true,
   breaker_failures smallint not null default 5,
   breaker_provider_failures smallint not null default 15,
-  breaker_users smallint not null default 2,
+  breaker_users smallint not null default 3,
   breaker_window interval not null default '5 minutes',
   breaker_pause interval not null default '30 seconds',
   breaker_pause_cap interval not null default '15 minutes',
@@ -374,13 +392,14 @@ comment on column private.settings.keep_deliveries is
 comment on column private.settings.webhook_allows_private is
   'For development only: webhooks may be http and on private addresses. The worker needs '
   'WEBHOOK_ALLOWED_HOSTS too.';
+comment on column private.settings.broadcasts is
+  'Whether each new state of a job is broadcast where Supabase Realtime is; else clients poll.';
 comment on column private.settings.breaker_failures is
   'Failures in a row, with no success between, that pause a model.';
 comment on column private.settings.breaker_provider_failures is
   'The same for a provider. A model that is paused adds none, so several must fail.';
 comment on column private.settings.breaker_users is
-  'From how many users the failures must come: with 2 no single user''s input pauses a model for '
-  'all.';
+  'From how many users the failures must come, for no few users'' input pauses a model for all.';
 comment on column private.settings.breaker_window is 'Failures in a row count for this long.';
 comment on column private.settings.breaker_pause is
   'Pause n in a row lasts breaker_pause * 2^(n-1), at most breaker_pause_cap.';

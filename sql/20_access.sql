@@ -19,6 +19,7 @@ alter table private.ready_jobs enable row level security;
 alter table private.running_jobs enable row level security;
 alter table private.workers enable row level security;
 alter table private.attempts enable row level security;
+alter table private.purchases enable row level security;
 alter table private.model_stats enable row level security;
 alter table private.error_codes enable row level security;
 alter table private.breakers enable row level security;
@@ -37,6 +38,8 @@ public.model_aliases, public.batches, public.generations, public.images,
 public.generation_tags, public.image_likes, public.prompt_templates
 from public, anon, authenticated, service_role;
 revoke all on sequence public.credit_ledger_id_seq from public, anon, authenticated, service_role;
+revoke all on domain public.job_status, public.ledger_kind, private.job_stage,
+private.attempt_outcome from public, anon, authenticated, service_role;
 
 grant select on table public.entitlements, public.credit_ledger, public.batches,
 public.generations, public.images, public.generation_tags, public.image_likes
@@ -123,14 +126,39 @@ comment on view private.shared_paths is
 revoke all on private.shared_paths from public, anon, authenticated, service_role;
 grant select on private.shared_paths to anon, authenticated;
 
--- Storage: outputs are read by their owner, shared ones by everybody, and written by the worker
--- alone; inputs for image-to-image are put into the user's own folder.
-do $$
+-- Whether a user may put a file there: it has a name of its own below the folder, and the user has
+-- not as many others as may be kept. Who uploads several at once may get a few more in.
+create or replace function private.may_store_input(p_path text)
+returns boolean
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
 begin
-  if to_regclass('storage.objects') is null then
-    raise notice 'Darkroom: no storage.objects here; buckets and their policies are skipped';
-    return;
-  end if;
+  return octet_length(p_path) <= 512
+    and p_path ~ '^[^/]+(/[^/]+)+$' and p_path !~ '/\.\.?(/|$)'
+    and (
+      -- As a filter: the planner may else read the whole bucket.
+      select count(*) filter (where o.bucket_id = 'inputs' and o.name <> p_path)
+        < (select s.max_input_files from private.settings as s)
+      from storage.objects as o
+      -- From <id>/ up to <id>0, the next character: operators that the index of names serves.
+      where o.name ~>=~ concat(auth.uid(), '/') and o.name ~<~ concat(auth.uid(), '0')
+    );
+end;
+$$;
+
+revoke all on function private.may_store_input(text)
+from public, anon, authenticated, service_role;
+grant execute on function private.may_store_input(text) to authenticated;
+
+-- Storage: outputs are read by their owner, shared ones by everybody, and written by the worker
+-- alone; inputs for image-to-image are put into the user's own folder. On a text, so that where the
+-- table is another's it can be shown to somebody who may.
+do $do$
+declare
+  v_policies text := $policies$
   create policy "Users read their own generated images" on storage.objects
   for select to authenticated using (
     bucket_id = 'generations' and split_part(name, '/', 1) = (select auth.uid())::text
@@ -147,16 +175,30 @@ begin
   create policy "Users add their own input images" on storage.objects
   for insert to authenticated with check (
     bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text
+    and private.may_store_input(name)
   );
   create policy "Users replace their own input images" on storage.objects
   for update to authenticated using (
     bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text
   ) with check (
     bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text
+    and private.may_store_input(name)
   );
   create policy "Users delete their own input images" on storage.objects
   for delete to authenticated using (
     bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text
   );
+$policies$;
+begin
+  if to_regclass('storage.objects') is null then
+    raise notice 'Darkroom: no storage.objects here; buckets and their policies are skipped';
+    return;
+  end if;
+  begin
+    execute v_policies;
+  exception when insufficient_privilege then
+    raise notice 'Darkroom: no right to make policies on storage.objects; until its owner, or '
+      'Supabase''s SQL editor, has run these, users reach no file: %', v_policies;
+  end;
 end;
-$$;
+$do$;

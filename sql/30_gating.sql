@@ -305,8 +305,12 @@ $$;
 revoke all on function private.require_generation(uuid, uuid)
 from public, anon, authenticated, service_role;
 
--- Until when the model is paused, itself or with its provider; null unless it is.
-create or replace function private.paused_until(p_model public.models)
+-- Until when the model is paused for this user, itself or with its provider; null unless it is. A
+-- pause that failures began is one for those who failed.
+--
+-- Who keeps failing where others do not, as the breakers (71) noticed, is let wait like a model:
+-- for the window in which so many failures would pause one.
+create or replace function private.paused_until(p_model public.models, p_user_id uuid)
 returns timestamptz
 language plpgsql
 stable
@@ -314,15 +318,49 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_until timestamptz;
+  v_is_suspected boolean;
 begin
-  select max(b.paused_until) into v_until from private.breakers as b
-  where b.name in (p_model.id, p_model.provider) and b.paused_until > now();
+  select
+    max(b.paused_until) filter (
+      where b.paused_until > now() and (b.failed_users = '{}' or p_user_id = any (b.failed_users))
+    ),
+    bool_or(p_user_id = any (b.failed_users || b.doubted_users))
+  into v_until, v_is_suspected
+  from private.breakers as b where b.name in (p_model.id, p_model.provider);
+  if v_is_suspected then
+    v_until := greatest(v_until, (
+      select recent.finished_at + s.breaker_window
+      from private.settings as s
+      cross join lateral (
+        select g.finished_at from (
+          select * from public.generations where user_id = p_user_id order by id desc limit 100
+        ) as g
+        inner join private.error_codes as e on e.code = g.error_code and e.trips_breaker
+        where g.model_id = p_model.id and g.finished_at > now() - s.breaker_window
+        order by g.finished_at desc offset s.breaker_failures - 1 limit 1
+      ) as recent
+    ));
+  end if;
   return v_until;
 end;
 $$;
 
-revoke all on function private.paused_until(public.models)
+revoke all on function private.paused_until(public.models, uuid)
 from public, anon, authenticated, service_role;
+
+create view private.paused_models with (security_invoker = true) as
+select
+  m.id,
+  b.paused_until,
+  b.resumed_at
+from private.breakers as b
+inner join public.models as m on b.name in (m.id, m.provider)
+where b.paused_until is not null or b.resumed_at is not null;
+
+comment on view private.paused_models is
+  'Models that are or were paused, themselves or with their provider.';
+
+revoke all on private.paused_models from public, anon, authenticated, service_role;
 
 -- The model that an alias stands for with this user; null if there is no such alias.
 --
@@ -344,7 +382,7 @@ as $$
   where a.id = p_alias_id and a.weight > 0 and m.is_active
     and (p_plan = 'paid' or not m.requires_paid)
   order by
-    private.paused_until(m) is not null,
+    private.paused_until(m, p_user_id) is not null,
     -ln((drawn.n + 1) / 281474976710657.0) / a.weight
   limit 1
 $$;
@@ -399,8 +437,11 @@ begin
       detail = format('%s is for paid users', v_model.id),
       hint = 'Choose another model or a paid plan.';
   end if;
-  if exists (select from private.breakers as b where b.paused_until > now()) then
-    v_paused_until := private.paused_until(v_model);
+  if exists (
+    select from private.breakers as b
+    where b.paused_until > now() or p_user_id = any (b.failed_users || b.doubted_users)
+  ) then
+    v_paused_until := private.paused_until(v_model, p_user_id);
     if v_paused_until is not null then
       perform private.refuse_paused(v_model.id, v_paused_until);
     end if;
@@ -470,12 +511,18 @@ set search_path = pg_catalog, pg_temp
 as $$
   select exists (
     select from (
-      select r.user_id, r.queued_at from private.ready_jobs as r
+      select r.user_id, r.model_id, r.queued_at from private.ready_jobs as r
       where r.run_at is null and r.fair_key >= (select f.fair_key from private.queue_floor as f)
       order by r.fair_key, r.seq limit 1000
     ) as next
     where next.queued_at < now() - p_interval
       and next.user_id not in (select r.user_id from private.running_jobs as r)
+      -- Nor does it wait for us while its model is paused.
+      and not exists (
+        select from private.paused_models as p
+        where p.id = next.model_id
+          and (p.paused_until is not null or p.resumed_at > now() - p_interval)
+      )
   )
 $$;
 

@@ -23,8 +23,12 @@ declare
     (select max(s.refreshed_at) from private.model_stats as s), now() - interval '1 day'
   );
 begin
-  if v_since > now() - interval '15 seconds'
-    or not pg_try_advisory_xact_lock(hashtextextended('darkroom.refresh_model_stats', 0)) then
+  if v_since > now() - interval '15 seconds' then
+    return;
+  end if;
+  -- One session at a time: by a row's lock, for one by number could be held by anybody.
+  perform from private.queue_state for update skip locked;
+  if not found then
     return;
   end if;
   insert into private.model_stats as s (model_id, mean_seconds, sample_count, refreshed_at)
@@ -32,6 +36,7 @@ begin
     a.model_id, avg(extract(epoch from a.ended_at - a.started_at)), least(count(*), p_memory), now()
   from private.attempts as a
   where a.ended_at > v_since and a.outcome = 'completed'
+    and isfinite(a.started_at) and isfinite(a.ended_at)
   group by a.model_id
   on conflict (model_id) do update set
     mean_seconds = s.mean_seconds + (excluded.mean_seconds - s.mean_seconds)
@@ -242,7 +247,7 @@ begin
   end if;
   return greatest(
     p_seconds / (1 - v_share),
-    case when not p_job.is_held then date_part('epoch', p_job.run_at - now()) end,
+    date_part('epoch', p_job.run_at - now()),
     date_part('epoch', v_paused_until - now())
   );
 end;
@@ -318,6 +323,9 @@ begin
     left join private.model_stats as s on s.model_id = r.model_id
     where r.run_at is null and r.fair_key >= (select f.fair_key from private.queue_floor as f)
       and (r.fair_key, r.seq) < (v_queued[1].fair_key, v_queued[1].seq)
+      and not r.model_id = any (array(
+        select p.id from private.paused_models as p where p.paused_until is not null
+      ))
     order by r.fair_key, r.seq limit p_at_most
   ) as q;
   if cardinality(v_keys) < p_at_most or cardinality(v_queued) > 1 then

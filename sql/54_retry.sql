@@ -216,7 +216,7 @@ declare
   v_wish record;
   v_redriven integer := 0;
   v_reason text;
-  v_skipped jsonb := '{}';
+  v_skipped jsonb := '{}'::jsonb;
 begin
   perform private.require_writable();
   if not exists (select from private.error_codes where code = p_code) then

@@ -140,7 +140,8 @@ begin
     perform private.refuse_input('is_liked: neither true nor false');
   end if;
   select * into v_image from public.images
-  where generation_id = p_job_id and position = p_position and share_id is not null;
+  where generation_id = p_job_id and position = p_position and share_id is not null
+  for key share;  -- no like outlives its image
   if not found then
     perform private.refuse_unknown_image();
   end if;

@@ -6,6 +6,9 @@
 -- may be lost, but fails no job and holds none up: realtime.send turns its errors (no partition for
 -- today, say) into warnings.
 --
+-- Where nobody has ever listened, Realtime has made no partition, and each hint is a warning in
+-- PostgreSQL's log: settings.broadcasts = false sends none.
+--
 -- For clients that use postgres_changes, generations is in the publication, with all its columns.
 -- A list of columns would protect nothing: Realtime decodes with wal2json, which asks publications
 -- for no columns, and then gives each subscriber the columns its role may select, of the rows it
@@ -22,6 +25,9 @@ set search_path = pg_catalog, pg_temp
 set lock_timeout = '50ms'
 as $$
 begin
+  if not (select s.broadcasts from private.settings as s) then
+    return null;
+  end if;
   perform realtime.send(
     jsonb_build_object('job_id', new.id, 'status', new.status),
     'generation',

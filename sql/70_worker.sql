@@ -123,7 +123,11 @@ begin
       end
     where r.job_id = p_job_ids[v_at] and r.token = p_tokens[v_at]
     returning case when r.cancel_requested then 'canceled' else 'ok' end into verdict;
-    verdict := coalesce(verdict, 'lost');
+    -- Where even the generation is gone, no other worker stops what was bought.
+    verdict := coalesce(verdict, case
+      when exists (select from public.generations as g where g.id = p_job_ids[v_at]) then 'lost'
+      else 'canceled'
+    end);
     return next;
     verdict := null;
   end loop;
@@ -133,7 +137,7 @@ $$;
 comment on function private.heartbeat is
   'One beat for all jobs of a worker: extends their leases and takes in progress (percent or '
   'null), and whether its LISTEN works. Answers for each job, in order of id: ok, lost (drop it) '
-  'or canceled (stop it).';
+  'or canceled (stop it: its user wants that, or is gone).';
 
 revoke all on function private.heartbeat(bigint, uuid[], bigint[], smallint[], boolean)
 from public, anon, authenticated, service_role;

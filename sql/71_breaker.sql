@@ -1,17 +1,37 @@
 -- Breakers: a model or a provider that keeps failing is left alone for a while.
 --
 -- A breaker is a row named like a model or a provider; where there is none, all is well. Closed:
--- failures in a row are counted, and a success between starts anew. Enough of them open it: its
--- jobs are not claimed (72) and new ones are refused (30), for longer each time. When that is over
--- it is half-open: one job is let through as a probe. Its success closes the breaker, its failure
--- opens it again. A probe that ends in any other way, or dies, leaves its place to the next, since
--- it counts only as long as it is in running_jobs. Jobs that wait lose neither attempts nor place.
+-- failures in a row are counted, and a success between starts anew. Enough of them, from enough
+-- users, open it. Nobody can tell yet who is to blame: the model, or the input of these users. So
+-- for a pause, longer each time, only their jobs are not claimed (72) and refused (30). The jobs of
+-- others are tried, one at a time: a failure makes its user one of them, a success closes the
+-- breaker. Whoever failed where another then succeeded is doubted for a while: their failures
+-- count no more. When a pause is over it is half-open: one job is tried, of a user who has not
+-- failed if there is one, and its failure opens the breaker again.
 --
--- An operator opens and closes a breaker with pause_model and resume_model. A pause of theirs just
--- ends when it is over.
+-- What is tried is the probe. One that ends without an answer, dies, or takes longer than the pause
+-- leaves its place to the next. Jobs that wait lose neither attempts nor place.
+--
+-- A provider whose account is refused is paused for everybody (pause_provider). An operator opens
+-- and closes a breaker with pause_model and resume_model; a pause of theirs is for everybody, and
+-- just ends when it is over.
 --
 -- Lock order: a breaker comes after all other rows, and a provider's before its models'. A job that
 -- ends without anything to count or to reset takes no lock here.
+
+-- How long the n-th pause in a row lasts.
+create or replace function private.pause_length(p_times integer)
+returns interval
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+  select least(s.breaker_pause_cap, s.breaker_pause * power(2, least(p_times - 1, 20)))
+  from private.settings as s
+$$;
+
+revoke all on function private.pause_length(integer)
+from public, anon, authenticated, service_role;
 
 create or replace function private.breaker_state(p_breaker private.breakers)
 returns text
@@ -20,11 +40,15 @@ stable
 set search_path = pg_catalog, pg_temp
 as $$
   select case
-    when p_breaker.paused_until > now() then 'open'
-    when p_breaker.paused_until is null or p_breaker.times_opened = 0 then 'closed'
+    when p_breaker.paused_until is null then 'closed'
+    when p_breaker.times_opened = 0
+      then case when p_breaker.paused_until > now() then 'open' else 'closed' end
     when exists (
-      select from private.running_jobs as r where r.job_id = p_breaker.probe_job_id
+      select from private.running_jobs as r
+      where r.job_id = p_breaker.probe_job_id
+        and r.claimed_at > now() - private.pause_length(p_breaker.times_opened)
     ) then 'probing'
+    when p_breaker.paused_until > now() then 'open'
     else 'half-open'
   end
 $$;
@@ -41,7 +65,7 @@ as $$
   select json_build_object(
     'name', p_breaker.name,
     'state', b.state,
-    'paused_until', case when b.state = 'open' then p_breaker.paused_until end,
+    'paused_until', case when p_breaker.paused_until > now() then p_breaker.paused_until end,
     'reason', case when b.state <> 'closed' then p_breaker.pause_reason end,
     'failures', p_breaker.failures,
     'times_opened', p_breaker.times_opened
@@ -52,20 +76,41 @@ $$;
 revoke all on function private.breaker_json(private.breakers)
 from public, anon, authenticated, service_role;
 
--- The models no job of which may be claimed now, each with a breaker that blocks it.
-create or replace function private.blocked_models()
-returns jsonb
+-- Whether a job may be claimed in spite of the breaker: as its probe, unless it is closed. From a
+-- hundred users on who have failed it is no few users' input: nobody is tried during a pause.
+create or replace function private.admits(p_breaker private.breakers, p_user_id uuid)
+returns boolean
 language sql
 stable
 set search_path = pg_catalog, pg_temp
 as $$
-  select coalesce(jsonb_object_agg(m.id, b.name), '{}')
-  from private.breakers as b
-  inner join public.models as m on b.name in (m.id, m.provider)
-  where b.paused_until is not null and private.breaker_state(b) in ('open', 'probing')
+  select case private.breaker_state(p_breaker)
+    when 'open' then cardinality(p_breaker.failed_users) between 1 and 99
+      and not p_user_id = any (p_breaker.failed_users)
+    when 'probing' then false
+    else true
+  end
 $$;
 
-revoke all on function private.blocked_models() from public, anon, authenticated, service_role;
+revoke all on function private.admits(private.breakers, uuid)
+from public, anon, authenticated, service_role;
+
+create or replace function private.is_doubted(p_breaker private.breakers, p_user_id uuid)
+returns boolean
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+  select coalesce(
+    p_user_id = any (p_breaker.doubted_users)
+      and p_breaker.doubted_at > now() - s.breaker_pause_cap,
+    false
+  )
+  from private.settings as s
+$$;
+
+revoke all on function private.is_doubted(private.breakers, uuid)
+from public, anon, authenticated, service_role;
 
 -- Closes breakers whose operator's pause is over.
 create or replace function private.end_pauses()
@@ -73,7 +118,7 @@ returns void
 language sql
 set search_path = pg_catalog, pg_temp
 as $$
-  update private.breakers set paused_until = null, pause_reason = null
+  update private.breakers set paused_until = null, pause_reason = null, resumed_at = now()
   where name = any (array(
     select b.name from private.breakers as b
     where b.paused_until <= now() and b.times_opened = 0 for update skip locked
@@ -82,22 +127,21 @@ $$;
 
 revoke all on function private.end_pauses() from public, anon, authenticated, service_role;
 
--- Lets this job be the probe of a half-open breaker, unless there is one. Answers whether it is.
+-- Lets this job be the probe of a breaker, if it may. Answers whether it is.
 create or replace function private.begin_probe(p_name text, p_seq bigint)
 returns boolean
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform from private.breakers
-  where name = p_name and paused_until <= now() and times_opened > 0 for update skip locked;
+  perform from private.breakers where name = p_name and times_opened > 0 for update skip locked;
   if not found then
     return false;
   end if;
   -- A new look, now that nobody else can begin one.
   update private.breakers as b set probe_job_id = r.job_id
   from private.ready_jobs as r
-  where b.name = p_name and r.seq = p_seq and private.breaker_state(b) = 'half-open';
+  where b.name = p_name and r.seq = p_seq and private.admits(b, r.user_id);
   return found;
 end;
 $$;
@@ -105,30 +149,8 @@ $$;
 revoke all on function private.begin_probe(text, bigint)
 from public, anon, authenticated, service_role;
 
--- Opens a breaker, for twice as long as the last time in a row.
-create or replace function private.open_breaker(p_name text, p_reason text)
-returns void
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  update private.breakers as b set
-    failures = 0,
-    failing_since = null,
-    failed_users = '{}',
-    times_opened = least(b.times_opened + 1, 1000),
-    paused_until = now()
-      + least(s.breaker_pause_cap, s.breaker_pause * power(2, least(b.times_opened, 20))),
-    pause_reason = p_reason,
-    probe_job_id = null
-  from private.settings as s
-  where b.name = p_name
-$$;
-
-revoke all on function private.open_breaker(text, text)
-from public, anon, authenticated, service_role;
-
 -- Counts one failure against a breaker, which the caller has locked, and opens it if that was
--- enough. While it is open only its probe counts: what else fails then began before.
+-- enough, or if its probe failed after the pause.
 create or replace function private.count_failure(
   p_name text,
   p_job private.running_jobs,
@@ -142,31 +164,46 @@ as $$
 declare
   v_breaker private.breakers := (select b from private.breakers as b where b.name = p_name);
   v_settings private.settings := (select s from private.settings as s);
+  v_is_closed boolean := private.breaker_state(v_breaker) = 'closed';
+  v_opens boolean;
 begin
-  if v_breaker.probe_job_id = p_job.job_id then
-    perform private.open_breaker(p_name, format('the probe failed: %s', p_code));
-  elsif private.breaker_state(v_breaker) = 'closed' then
-    if v_breaker.failing_since > now() - v_settings.breaker_window then
-      v_breaker.failures := v_breaker.failures + 1;
-    else
-      v_breaker.failures := 1;
-      v_breaker.failing_since := now();
-      v_breaker.failed_users := '{}';
-    end if;
-    if cardinality(v_breaker.failed_users) < v_settings.breaker_users
-      and not p_job.user_id = any (v_breaker.failed_users) then
-      v_breaker.failed_users := v_breaker.failed_users || p_job.user_id;
-    end if;
-    update private.breakers set
-      failures = v_breaker.failures, failing_since = v_breaker.failing_since,
-      failed_users = v_breaker.failed_users
-    where name = p_name;
-    if v_breaker.failures >= p_threshold
-      and cardinality(v_breaker.failed_users) >= v_settings.breaker_users then
-      perform private.open_breaker(
-        p_name, format('%s failures in a row, the last: %s', v_breaker.failures, p_code)
-      );
-    end if;
+  -- Neither who is doubted counts, nor what fails while an operator's pause lasts.
+  if (v_is_closed and private.is_doubted(v_breaker, p_job.user_id))
+    or (not v_is_closed and v_breaker.times_opened = 0) then
+    return;
+  end if;
+  if v_is_closed and v_breaker.failing_since > now() - v_settings.breaker_window is not true then
+    v_breaker.failures := 0;
+    v_breaker.failing_since := now();
+    v_breaker.failed_users := '{}';
+  end if;
+  -- Where everybody waits, nobody in particular does.
+  if cardinality(v_breaker.failed_users) between (not v_is_closed)::integer and 99
+    and not p_job.user_id = any (v_breaker.failed_users) then
+    v_breaker.failed_users := v_breaker.failed_users || p_job.user_id;
+  end if;
+  if v_is_closed then
+    v_breaker.failures := v_breaker.failures + 1;
+    v_opens := v_breaker.failures >= p_threshold
+      and cardinality(v_breaker.failed_users) >= v_settings.breaker_users;
+  else
+    v_opens := v_breaker.probe_job_id = p_job.job_id and v_breaker.paused_until <= now();
+  end if;
+  update private.breakers as b set
+    failures = case when v_opens then 0 else v_breaker.failures end,
+    failing_since = v_breaker.failing_since,
+    failed_users = v_breaker.failed_users
+  where b.name = p_name;
+  if v_opens then
+    update private.breakers as b set
+      times_opened = least(b.times_opened + 1, 1000),
+      paused_until = now() + private.pause_length(b.times_opened + 1),
+      pause_reason = case
+        when v_is_closed
+          then format('%s failures in a row, the last: %s', v_breaker.failures, p_code)
+        else format('the probe failed: %s', p_code)
+      end
+    where b.name = p_name;
   end if;
 end;
 $$;
@@ -208,8 +245,8 @@ $$;
 revoke all on function private.note_failure(private.running_jobs, text)
 from public, anon, authenticated, service_role;
 
--- Jobs ended well: failures of their models are forgotten, and what one was the probe of is closed.
--- The caller knows that there is something to forget.
+-- Jobs ended well: failures of their models are forgotten, and what is paused though one began
+-- after the failures is closed. The caller knows that there is something to forget.
 --
 -- Locks: the breakers of the providers and the models.
 create or replace function private.note_successes(p_jobs private.running_jobs[])
@@ -219,20 +256,36 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job record;
+  v_is_resumed boolean;
 begin
   for v_job in
-    select j.job_id, names.name
+    select j.job_id, j.user_id, j.claimed_at, names.name
     from unnest(p_jobs) as j
     left join public.models as m on m.id = j.model_id
     cross join lateral (values (1, m.provider), (2, j.model_id)) as names (place, name)
     order by m.provider, names.place, j.model_id
   loop
-    update private.breakers set failures = 0, failing_since = null, failed_users = '{}'
-    where name = v_job.name and failures > 0;
-    update private.breakers set
-      times_opened = 0, paused_until = null, pause_reason = null, probe_job_id = null
-    where name = v_job.name and probe_job_id = v_job.job_id;
-    if found then
+    -- After the pause it may well have been the model: nobody is doubted.
+    update private.breakers as b set
+      doubted_users = (array_remove(
+        b.failed_users
+        || case when b.doubted_at > now() - s.breaker_pause_cap then b.doubted_users end,
+        v_job.user_id
+      ))[:200],
+      doubted_at = now()
+    from private.settings as s
+    where b.name = v_job.name and b.failed_users <> '{}'
+      and (b.times_opened = 0 or b.paused_until > now() and v_job.claimed_at > b.failing_since);
+    update private.breakers as b set
+      failures = 0, failing_since = null, failed_users = '{}', times_opened = 0,
+      paused_until = null, pause_reason = null, probe_job_id = null,
+      resumed_at = case when b.times_opened > 0 then now() else b.resumed_at end
+    where b.name = v_job.name and case b.times_opened
+      when 0 then b.failures > 0
+      else v_job.claimed_at > b.failing_since or v_job.job_id = b.probe_job_id
+    end
+    returning b.resumed_at = now() into v_is_resumed;
+    if v_is_resumed then
       perform private.wake_workers();
     end if;
   end loop;
@@ -242,34 +295,54 @@ $$;
 revoke all on function private.note_successes(private.running_jobs[])
 from public, anon, authenticated, service_role;
 
+-- An operator's pause stays what it is, and a user who is doubted begins none.
 create or replace function private.pause_provider(
   p_provider text,
   p_seconds integer,
-  p_reason text
+  p_reason text,
+  p_user_id uuid default null
 )
-returns void
+returns boolean
 language sql
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
-  insert into private.breakers as b (name, paused_until, pause_reason, times_opened)
+  insert into private.breakers as b (
+    name, paused_until, pause_reason, times_opened, failing_since, failed_users
+  )
   select
-    p_provider, now() + least(p_seconds, 3600) * interval '1 second', left(p_reason, 500), 1
+    p_provider, now() + least(p_seconds, 3600) * interval '1 second', left(p_reason, 500), 1,
+    now(), array_remove(array[p_user_id], null)
   where exists (select from public.models as m where m.provider = p_provider)
   on conflict (name) do update set
     paused_until = greatest(b.paused_until, excluded.paused_until),
     pause_reason = excluded.pause_reason,
     times_opened = greatest(b.times_opened, 1),
+    failing_since = case when b.times_opened = 0 then now() else b.failing_since end,
+    failed_users = case
+      when b.times_opened = 0 then excluded.failed_users
+      when p_user_id is null or b.failed_users = '{}' then '{}'
+      when p_user_id = any (b.failed_users) then b.failed_users
+      else b.failed_users || p_user_id
+    end,
     probe_job_id = null
+  where (b.times_opened > 0 or b.paused_until > now() is not true)
+    and (b.times_opened > 0 or not private.is_doubted(b, p_user_id));
+  select exists (
+    select from private.breakers as b where b.name = p_provider and b.paused_until > now()
+  )
 $$;
 
 comment on function private.pause_provider is
   'Keeps the jobs of a provider from being claimed for a while: the account was refused, and no '
-  'job is to blame. Nothing fails and nobody is charged for it.';
+  'job is to blame. Nothing fails and nobody is charged for it. With a user, where it is not sure '
+  'that others would be refused, too: theirs wait, others'' are tried one by one. Answers whether '
+  'it is paused now; not where others were served lately though this user failed: then the job is '
+  'to blame.';
 
-revoke all on function private.pause_provider(text, integer, text)
+revoke all on function private.pause_provider(text, integer, text, uuid)
 from public, anon, authenticated, service_role;
-grant execute on function private.pause_provider(text, integer, text) to darkroom_worker;
+grant execute on function private.pause_provider(text, integer, text, uuid) to darkroom_worker;
 
 -- Raises PT404 not_found unless it is a model or a provider of one.
 create or replace function private.require_breaker_name(p_name text)
@@ -362,10 +435,11 @@ declare
 begin
   perform private.require_writable();
   perform private.require_breaker_name(p_model);
-  insert into private.breakers (name) values (p_model)
+  insert into private.breakers as b (name) values (p_model)
   on conflict (name) do update set
     failures = 0, failing_since = null, failed_users = '{}', times_opened = 0, probe_job_id = null,
-    paused_until = null, pause_reason = null
+    paused_until = null, pause_reason = null,
+    resumed_at = case when b.paused_until is null then b.resumed_at else now() end
   returning * into v_breaker;
   perform private.wake_workers();
   return private.breaker_json(v_breaker);

@@ -3,11 +3,9 @@
 -- claim_jobs makes delayed jobs claimable that have come due, locks the jobs with the smallest
 -- fair_key that nobody else is claiming (skip locked), and moves them in one statement.
 --
--- While a breaker (71) is open, its jobs are passed over. What was passed over is held: taken out
--- of the claim's index, a chunk at each claim, so that a pile of such jobs is passed once and not
--- at every claim. Held jobs keep their fair_key. Once they may run, each claim first lets as many
--- come back of each model as it may take itself, smallest key first: so what it takes is what it
--- would have taken from the whole pile. No claim waits for a lock.
+-- While a breaker (71) is open, what it keeps back waits in place, and claims read an index by
+-- model instead of the one in fair order: a pile of jobs that wait is never walked. No claim waits
+-- for a lock.
 
 -- While a long transaction holds back vacuum, a scan of the queue's tables walks the dead rows of
 -- all jobs since. So whoever made one that took long puts the next off for everybody, and looks
@@ -130,15 +128,10 @@ $$;
 revoke all on function private.schedule_scan(bigint, timestamptz)
 from public, anon, authenticated, service_role;
 
--- Locks the next jobs in fair order, but none of a blocked model, and answers their seq.
+-- Locks the next jobs in fair order and answers their seq.
 --
--- A generic plan walks the index. One made for these models would sort the whole table where
--- statistics say that most of it is theirs.
-create or replace function private.lock_next_jobs(
-  p_at_most integer,
-  p_from bigint,
-  p_blocked jsonb default '{}'
-)
+-- A generic plan walks the index, whatever statistics say.
+create or replace function private.lock_next_jobs(p_at_most integer, p_from bigint)
 returns bigint[]
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -148,7 +141,7 @@ declare
   v_began timestamptz := clock_timestamp();
   v_seqs bigint[] := array(
     select r.seq from private.ready_jobs as r
-    where r.run_at is null and not p_blocked ? r.model_id
+    where r.run_at is null
       and r.fair_key >= coalesce(p_from, (select c.last_value from private.virtual_clock as c))
     order by r.fair_key, r.seq limit p_at_most for update skip locked
   );
@@ -160,150 +153,135 @@ begin
 end;
 $$;
 
-revoke all on function private.lock_next_jobs(integer, bigint, jsonb)
+revoke all on function private.lock_next_jobs(integer, bigint)
 from public, anon, authenticated, service_role;
 
--- Of these blocked models, those whose jobs may be held now. Until this commits, neither can the
--- breaker that blocks them close, nor can they be found free of held jobs: no job is held for ever.
-create or replace function private.lock_models_to_hold(p_blocked jsonb, p_model_ids text[])
-returns text[]
-language plpgsql
+-- What keeps jobs of a model back: whether nothing does; whether all wait; whether the pause is
+-- over; and who failed, at model or provider, and at the provider.
+create or replace function private.gate_of(
+  p_model_id text,
+  p_provider text,
+  out is_open boolean,
+  out is_shut boolean,
+  out is_over boolean,
+  out failed_users uuid[],
+  out failed_at_provider uuid[]
+)
+language sql
+stable
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_models text[];
-  v_blockers text[];
-begin
-  insert into private.breakers (name) select distinct m.id from unnest(p_model_ids) as m (id)
-  order by m.id on conflict do nothing;
-  v_models := array(
-    select b.name from private.breakers as b
-    where b.name = any (p_model_ids) for update skip locked
-  );
-  v_blockers := array(
-    select b.name from private.breakers as b
-    where b.name = any (array(select p_blocked ->> m.id from unnest(v_models) as m (id)))
-      and b.paused_until is not null
-    for share skip locked
-  );
-  update private.breakers set has_held = true
-  where name = any (v_models) and not has_held and p_blocked ->> name = any (v_blockers);
-  return array(
-    select m.id from unnest(v_models) as m (id) where p_blocked ->> m.id = any (v_blockers)
-  );
-end;
+  select
+    count(*) = 0,
+    coalesce(bool_or(private.admits(b, null) is false), false),
+    bool_and(private.admits(b, null) is true),
+    array(
+      select unnest(f.failed_users) from private.breakers as f
+      where f.name in (p_model_id, p_provider) and f.times_opened > 0
+    ),
+    array(
+      select unnest(f.failed_users) from private.breakers as f
+      where f.name = p_provider and f.times_opened > 0
+    )
+  from private.breakers as b
+  where b.name in (p_model_id, p_provider) and private.breaker_state(b) <> 'closed'
 $$;
 
-revoke all on function private.lock_models_to_hold(jsonb, text[])
+revoke all on function private.gate_of(text, text)
 from public, anon, authenticated, service_role;
 
--- Holds jobs of blocked models that a scan passed over before it found its last; null: to the end.
-create or replace function private.hold_passed_jobs(p_blocked jsonb, p_from bigint, p_last bigint)
-returns void
+-- The same while something is paused: of each model that is not, the next; of one that can be
+-- tried, one job of a user who has not failed; after the pause, where there is no such job, one of
+-- a user who has. A range of models, though of one: else the index in fair order might be walked.
+create or replace function private.lock_next_admitted_jobs(p_at_most integer, p_from bigint)
+returns bigint[]
 language plpgsql
 set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 as $$
-declare
-  v_chunk constant integer := 2000;
-  v_last private.ready_jobs;
-  v_key bigint := 9223372036854775807;
-  v_seqs bigint[];
-  v_models text[];
 begin
-  select * into v_last from private.ready_jobs where seq = p_last;
-  v_key := coalesce(v_last.fair_key, v_key);
-  v_seqs := array(
+  return array(
     select r.seq from private.ready_jobs as r
-    where r.run_at is null and r.fair_key between p_from and v_key and p_blocked ? r.model_id
-    order by r.fair_key, r.seq limit v_chunk for update skip locked
+    where r.run_at is null and r.seq = any (array(
+      -- From model to model through the index.
+      with recursive waiting as (
+        (
+          select r.model_id from private.ready_jobs as r
+          where r.run_at is null order by r.model_id limit 1
+        )
+        union all
+        select (
+          select r.model_id from private.ready_jobs as r
+          where r.run_at is null and r.model_id > w.model_id order by r.model_id limit 1
+        )
+        from waiting as w where w.model_id is not null
+      )
+      select c.seq from (
+        select
+          next.seq,
+          next.has_failed,
+          bool_and(next.has_failed) over (partition by w.model_id) as all_of_model,
+          next.failed_at_provider,
+          bool_and(next.failed_at_provider) over (partition by m.provider) as all_of_provider
+        from waiting as w
+        left join public.models as m on m.id = w.model_id
+        cross join lateral private.gate_of(w.model_id, m.provider) as gate
+        cross join lateral (
+          (
+            select r.seq, false as has_failed, false as failed_at_provider
+            from private.ready_jobs as r
+            where r.run_at is null and r.model_id between w.model_id and w.model_id
+              and r.fair_key >= p_from and not r.user_id = any (gate.failed_users)
+            order by r.model_id, r.fair_key, r.seq
+            limit case when gate.is_open then p_at_most else 1 end
+          )
+          union all
+          (
+            select
+              r.seq, r.user_id = any (gate.failed_users), r.user_id = any (gate.failed_at_provider)
+            from private.ready_jobs as r
+            where r.run_at is null and r.model_id between w.model_id and w.model_id
+              and r.fair_key >= p_from and gate.is_over
+            order by r.model_id, r.fair_key, r.seq limit 1
+          )
+        ) as next
+        where w.model_id is not null and not gate.is_shut
+      ) as c
+      where (c.all_of_model or not c.has_failed) and (c.all_of_provider or not c.failed_at_provider)
+    ))
+    order by r.fair_key, r.seq limit p_at_most for update skip locked
   );
-  if v_seqs <> '{}' then
-    v_models := private.lock_models_to_hold(p_blocked, array(
-      select distinct r.model_id from private.ready_jobs as r where r.seq = any (v_seqs)
-    ));
-    update private.ready_jobs set is_held = true, run_at = 'infinity'
-    where seq = any (v_seqs) and model_id = any (v_models);
-  end if;
 end;
 $$;
 
-revoke all on function private.hold_passed_jobs(jsonb, bigint, bigint)
+revoke all on function private.lock_next_admitted_jobs(integer, bigint)
 from public, anon, authenticated, service_role;
 
--- Notes that no job of the model is held, if that is so.
-create or replace function private.forget_held(p_model_id text)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  perform from private.breakers where name = p_model_id for update skip locked;
-  -- A new look, now that nobody else can hold one.
-  if found and not exists (
-    select from private.ready_jobs where is_held and model_id = p_model_id
-  ) then
-    update private.breakers set has_held = false where name = p_model_id;
-  end if;
-end;
-$$;
-
-revoke all on function private.forget_held(text) from public, anon, authenticated, service_role;
-
--- Held jobs of models that are not blocked any more come back: the first p_at_most of each.
-create or replace function private.release_held_jobs(p_at_most integer, p_blocked jsonb)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_model_id text;
-begin
-  for v_model_id in
-    select b.name from private.breakers as b where b.has_held and not p_blocked ? b.name
-  loop
-    update private.ready_jobs set is_held = false, run_at = null, queued_at = now()
-    where seq = any (array(
-      select r.seq from private.ready_jobs as r
-      where r.is_held and r.model_id = v_model_id
-      order by r.fair_key, r.seq limit p_at_most for update skip locked
-    ));
-    if found then
-      -- Their keys may be far below the clock.
-      perform set_config('darkroom.full_scan_due', '0', false);
-    else
-      perform private.forget_held(v_model_id);
-    end if;
-  end loop;
-end;
-$$;
-
-revoke all on function private.release_held_jobs(integer, jsonb)
-from public, anon, authenticated, service_role;
-
--- Of these locked jobs, those that may run though breakers are half-open: one of each of those.
--- Providers first: their one job may be that of a model, too.
+-- Of these locked jobs, those that may run though breakers are not closed: one of each of those, of
+-- a user who has not failed if there is one. Providers first: their one job may be that of a model,
+-- too.
 create or replace function private.admit_probes(p_seqs bigint[])
 returns bigint[]
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_name text;
+  v_breaker private.breakers;
   v_own bigint[];
   v_seqs bigint[] := p_seqs;
 begin
-  for v_name in
-    select b.name from private.breakers as b where b.paused_until <= now() and b.times_opened > 0
+  for v_breaker in
+    select b.* from private.breakers as b where b.times_opened > 0
     order by position('/' in b.name) > 0, b.name
   loop
     v_own := array(
       select r.seq from private.ready_jobs as r
       left join public.models as m on m.id = r.model_id
-      where r.seq = any (v_seqs) and v_name in (r.model_id, m.provider)
-      order by array_position(v_seqs, r.seq)
+      where r.seq = any (v_seqs) and v_breaker.name in (r.model_id, m.provider)
+      order by r.user_id = any (v_breaker.failed_users), array_position(v_seqs, r.seq)
     );
-    if private.begin_probe(v_name, v_own[1]) then
+    continue when v_own = '{}';
+    if private.begin_probe(v_breaker.name, v_own[1]) then
       v_own := v_own[2:];
     end if;
     v_seqs := array(
@@ -318,32 +296,32 @@ $$;
 revoke all on function private.admit_probes(bigint[])
 from public, anon, authenticated, service_role;
 
--- Locks the next jobs that may run now, while breakers block some, and answers their seq.
-create or replace function private.pick_unblocked_jobs(p_at_most integer)
+-- Locks the next jobs that may run now while something is paused, and answers their seq.
+create or replace function private.pick_admitted_jobs(p_at_most integer)
 returns bigint[]
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_from bigint;
-  v_blocked jsonb;
+  v_began timestamptz := clock_timestamp();
+  v_from bigint := 0;
   v_seqs bigint[];
 begin
   perform private.end_pauses();
-  v_blocked := private.blocked_models();
-  perform private.release_held_jobs(p_at_most, v_blocked);
-  v_from := coalesce(
-    private.scan_start(), (select f.fair_key from private.queue_floor as f)
-  );
-  v_seqs := private.lock_next_jobs(p_at_most, v_from, v_blocked);
-  if v_blocked <> '{}' then
-    perform private.hold_passed_jobs(v_blocked, v_from, v_seqs[p_at_most]);
+  if private.is_put_off('private.full_scan_due') then
+    select f.fair_key into v_from from private.queue_floor as f;
   end if;
+  v_seqs := private.lock_next_admitted_jobs(p_at_most, v_from);
+  if v_from = 0 then
+    perform private.put_off('private.full_scan_due', v_began, 60);
+  end if;
+  -- The keys of what waits may be far below the clock when the pause ends.
+  perform set_config('darkroom.full_scan_due', '0', false);
   return private.admit_probes(v_seqs);
 end;
 $$;
 
-revoke all on function private.pick_unblocked_jobs(integer)
+revoke all on function private.pick_admitted_jobs(integer)
 from public, anon, authenticated, service_role;
 
 -- Locks the next jobs that may run now and answers their seq. Beside that, each statement here only
@@ -360,8 +338,8 @@ begin
   if exists (select from private.ready_jobs as r where r.run_at <= now()) then
     perform private.promote_due_jobs(p_at_most);
   end if;
-  if exists (select from private.breakers as b where b.paused_until is not null or b.has_held) then
-    return private.pick_unblocked_jobs(p_at_most);
+  if exists (select from private.breakers as b where b.paused_until is not null) then
+    return private.pick_admitted_jobs(p_at_most);
   end if;
   v_from := private.scan_start();
   v_seqs := private.lock_next_jobs(p_at_most, v_from);
@@ -421,12 +399,12 @@ begin
   running as (
     insert into private.running_jobs as r (
       job_id, user_id, model_id, token, worker_id, attempt,
-      lease_until, deadline_at, provider_job_id, create_started_at
+      lease_until, deadline_at, provider_job_id, create_started_at, input_sha256
     )
     select
       c.job_id, c.user_id, c.model_id, nextval('private.lease_tokens'), p_worker_id, c.attempt + 1,
       now() + st.lease, now() + coalesce(m.deadline, st.lease), c.provider_job_id,
-      coalesce(c.create_started_at, now())
+      coalesce(c.create_started_at, now()), c.input_sha256
     from claimed as c cross join private.settings as st
     left join public.models as m on m.id = c.model_id
     order by c.fair_key, c.seq

@@ -1,14 +1,22 @@
 -- Purchase: what a worker says about its dealings with the provider, so that nothing is bought
--- twice.
+-- twice, and what was bought for one job never becomes another's.
 --
 -- Creating a job at the provider costs money and cannot be repeated safely. So a claim (72) counts
 -- as the begin of it, and checkpoint_jobs is called the moment the provider's id is known. A worker
 -- that dies between the two leaves create_started_at behind: the next attempt looks at the provider
--- for what may have been bought and takes it over with adopt_provider_job. A worker that asks later
--- than at once proves with begin_creates that no other has begun to look. A refused account pauses
--- the provider (71).
+-- for what may have been bought and takes it over with adopt_provider_job. What it finds is proven
+-- by the whole input. Where that has addresses of sources, which nobody can know again,
+-- begin_creates saves its hash beforehand, for recall_create. A worker that asks later than at once
+-- proves with begin_creates, too, that no other has begun to look. A refused account pauses the
+-- provider (71).
+--
+-- Whoever puts a provider's id into purchases has it, and nobody else ever.
 
-create or replace function private.begin_creates(p_job_ids uuid[], p_tokens bigint[])
+create or replace function private.begin_creates(
+  p_job_ids uuid[],
+  p_tokens bigint[],
+  p_inputs bytea[] default null
+)
 returns table (token bigint, create_started_at timestamptz)
 language plpgsql
 security definer
@@ -21,18 +29,46 @@ as $$
 #variable_conflict use_column
 begin
   return query
-  select r.token, r.create_started_at from private.running_jobs as r
-  where r.job_id = any (p_job_ids) and r.token = any (p_tokens);
+  update private.running_jobs as r
+  set input_sha256 = coalesce(p_inputs[array_position(p_tokens, r.token)], r.input_sha256)
+  where r.job_id = any (p_job_ids) and r.token = any (p_tokens)
+  returning r.token, r.create_started_at;
 end;
 $$;
 
 comment on function private.begin_creates is
   'Called before the provider is asked to create these jobs, where seconds have passed since their '
-  'claim. Answers each whose lease holds, and since when something may have been bought for it.';
+  'claim, or where the input has addresses of sources: p_inputs are its SHA-256 then, else null. '
+  'Answers each whose lease holds, and since when something may have been bought for it.';
 
-revoke all on function private.begin_creates(uuid[], bigint[])
+revoke all on function private.begin_creates(uuid[], bigint[], bytea[])
 from public, anon, authenticated, service_role;
-grant execute on function private.begin_creates(uuid[], bigint[]) to darkroom_worker;
+grant execute on function private.begin_creates(uuid[], bigint[], bytea[]) to darkroom_worker;
+
+create or replace function private.recall_create(p_job_id uuid, p_token bigint)
+returns table (create_started_at timestamptz, input_sha256 bytea)
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  return query
+  select r.create_started_at, r.input_sha256 from private.running_jobs as r
+  where r.job_id = p_job_id and r.token = p_token;
+  if not found then
+    perform private.refuse_lost_lease(p_job_id);
+  end if;
+end;
+$$;
+
+comment on function private.recall_create is
+  'Since when something may have been bought for a job, and the SHA-256 that begin_creates saved '
+  'last. Errors: DR001 lease_lost.';
+
+revoke all on function private.recall_create(uuid, bigint)
+from public, anon, authenticated, service_role;
+grant execute on function private.recall_create(uuid, bigint) to darkroom_worker;
 
 create or replace function private.checkpoint_jobs(
   p_job_ids uuid[],
@@ -51,22 +87,30 @@ as $$
 #variable_conflict use_column
 begin
   return query
-  update private.running_jobs as r
-  set provider_job_id = p_provider_job_ids[array_position(p_tokens, r.token)]
-  where r.job_id = any (p_job_ids) and r.token = any (p_tokens)
-  returning r.token, 'ok';
+  with saved as (
+    update private.running_jobs as r
+    set provider_job_id = p_provider_job_ids[array_position(p_tokens, r.token)]
+    where r.job_id = any (p_job_ids) and r.token = any (p_tokens)
+    returning r.token, r.job_id, r.provider_job_id
+  ),
+  bought as (
+    insert into private.purchases (generation_id, provider_job_id)
+    select s.job_id, s.provider_job_id from saved as s order by s.provider_job_id
+    on conflict (generation_id, provider_job_id) do nothing  -- said before; another's is an error
+  )
+  select s.token, 'ok' from saved as s;
 end;
 $$;
 
 comment on function private.checkpoint_jobs is
   'Saves the provider''s ids of jobs the moment they are known, so that no attempt buys one twice. '
-  'Answers each job whose lease holds: ok.';
+  'Answers each job whose lease holds: ok. Errors, which change nothing for any of the jobs: 23505 '
+  'the provider''s job is another''s.';
 
 revoke all on function private.checkpoint_jobs(uuid[], bigint[], text[])
 from public, anon, authenticated, service_role;
 grant execute on function private.checkpoint_jobs(uuid[], bigint[], text[]) to darkroom_worker;
 
--- One at a time: two jobs with the same input must not take the same provider job.
 create or replace function private.adopt_provider_job(
   p_job_id uuid,
   p_token bigint,
@@ -80,31 +124,28 @@ as $$
 declare
   v_adopted text;
 begin
-  perform pg_advisory_xact_lock(hashtextextended('darkroom.adopt_provider_job', 0));
   select r.provider_job_id into v_adopted from private.running_jobs as r
-  where r.job_id = p_job_id and r.token = p_token;
+  where r.job_id = p_job_id and r.token = p_token for update;
   if not found then
     perform private.refuse_lost_lease(p_job_id);
   elsif v_adopted is not null then
     return v_adopted;  -- the answer to the first call was lost
   end if;
-  select c.id into v_adopted
-  from unnest(p_candidates) with ordinality as c (id, place)
-  where not exists (select from private.attempts as a where a.provider_job_id = c.id)
-    and not exists (select from private.running_jobs as r where r.provider_job_id = c.id)
-    and not exists (select from private.ready_jobs as r where r.provider_job_id = c.id)
-  order by c.place limit 1;
-  if found then
-    update private.running_jobs set provider_job_id = v_adopted
-    where job_id = p_job_id and token = p_token;
-  end if;
-  return v_adopted;
+  foreach v_adopted in array p_candidates loop
+    insert into private.purchases (generation_id, provider_job_id)
+    values (p_job_id, v_adopted) on conflict do nothing;
+    if found then
+      update private.running_jobs set provider_job_id = v_adopted where job_id = p_job_id;
+      return v_adopted;
+    end if;
+  end loop;
+  return null;
 end;
 $$;
 
 comment on function private.adopt_provider_job is
-  'Checkpoints the first of these provider ids, oldest first, that no other job has, and answers '
-  'it; null if all are taken. For creates whose answer was lost. Errors: DR001 lease_lost.';
+  'Checkpoints the first of these provider ids, oldest first, that no job has had, and answers it; '
+  'null if there is none. For creates whose answer was lost. Errors: DR001 lease_lost.';
 
 revoke all on function private.adopt_provider_job(uuid, bigint, text[])
 from public, anon, authenticated, service_role;

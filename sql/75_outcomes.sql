@@ -135,13 +135,15 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   insert into private.ready_jobs (
-    job_id, user_id, model_id, fair_key, attempt, run_at, provider_job_id, create_started_at
+    job_id, user_id, model_id, fair_key, attempt, run_at,
+    provider_job_id, create_started_at, input_sha256
   )
   select
     p_job.job_id, p_job.user_id, p_job.model_id, c.last_value, p_attempts_used,
     case when p_delay > interval '0' then now() + p_delay end,
     case when p_resumes then p_job.provider_job_id end,
-    case when p_resumes then p_job.create_started_at end
+    case when p_resumes then p_job.create_started_at end,
+    case when p_resumes then p_job.input_sha256 end
   from private.virtual_clock as c;
   update public.generations set status = 'queued', updated_at = now() where id = p_job.job_id;
   if p_delay <= interval '0' then
@@ -481,16 +483,26 @@ begin
       v_job, p_metrics => case when p_resumes then '{}'::jsonb else '{"is_asked": false}' end
     );
     return;
+  elsif exists (
+    select from public.generations as g cross join private.settings as s
+    where g.id = p_job_id and g.created_at < now() - s.give_up_after
+      and private.count_claims(p_job_id) >= s.max_attempts
+  ) then
+    perform private.finish_failed(
+      v_job, (select e from private.error_codes as e where e.code = 'internal')
+    );
+  else
+    perform private.requeue_job(v_job, v_job.attempt - 1, interval '0', p_resumes);
   end if;
-  perform private.requeue_job(v_job, v_job.attempt - 1, interval '0', p_resumes);
   perform private.record_attempts(array[v_job], 'released', array['{}'::jsonb]);
 end;
 $$;
 
 comment on function private.release_job is
-  'Gives a job back unfinished (graceful stop): next in line, the attempt does not count, the '
-  'checkpoint is kept; or canceled, if the user asked for that. p_resumes false: nothing was bought'
-  ' at the provider. Errors: DR001 lease_lost.';
+  'Gives a job back unfinished (graceful stop, refused account): next in line, the attempt does '
+  'not count, the checkpoint is kept; or canceled, if the user asked for that; or failed, if it is '
+  'older than give_up_after and has been claimed more than max_attempts times. p_resumes false: '
+  'nothing was bought at the provider. Errors: DR001 lease_lost.';
 
 revoke all on function private.release_job(uuid, bigint, boolean)
 from public, anon, authenticated, service_role;

@@ -132,7 +132,7 @@ begin
     perform private.record_events(v_job_ids, 'completed');
   end if;
   if exists (
-    select from private.breakers as b where b.failures > 0 or b.probe_job_id = any (v_job_ids)
+    select from private.breakers as b where b.failures > 0 or b.times_opened > 0
   ) then
     perform private.note_successes(v_done.jobs);
   end if;

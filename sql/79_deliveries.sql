@@ -111,9 +111,17 @@ begin
   loop
     delivery_id := v_delivery.id;
     token := v_delivery.token;
-    body := case p_lane
-      when 'expo' then private.push_body(v_delivery)
-      else private.webhook_body(v_delivery)
+    begin
+      body := case p_lane
+        when 'expo' then private.push_body(v_delivery)
+        else private.webhook_body(v_delivery)
+      end;
+    exception when others then
+      perform private.note_skipped('claim_deliveries', v_delivery.id::text, sqlstate, sqlerrm);
+      update private.deliveries as d
+      set state = 'dead', finished_at = now(), last_error = left(sqlerrm, 200)
+      where d.id = v_delivery.id;
+      continue;
     end;
     if body is null then
       delete from private.deliveries as d where d.id = v_delivery.id;
@@ -265,16 +273,18 @@ grant execute on function private.finish_receipts(uuid[], text[]) to darkroom_wo
 
 -- Forgets deliveries that ended longer than settings.keep_deliveries ago.
 create or replace function private.trim_deliveries(p_at_most integer default 100000)
-returns void
+returns integer
 language sql
 set search_path = pg_catalog, pg_temp
 as $$
-  delete from private.deliveries
-  where id = any (array(
-    select d.id from private.deliveries as d
-    where d.finished_at < now() - (select s.keep_deliveries from private.settings as s)
-    order by d.finished_at limit p_at_most
-  ))
+  select private.skip_failing(
+    'delete from private.deliveries where id = any ($1) returning 0',
+    array(
+      select d.id from private.deliveries as d
+      where d.finished_at < now() - (select s.keep_deliveries from private.settings as s)
+      order by d.finished_at limit p_at_most
+    )
+  )
 $$;
 
 revoke all on function private.trim_deliveries(integer)

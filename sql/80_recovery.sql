@@ -13,7 +13,10 @@ set search_path = pg_catalog, pg_temp
 as $$
   update private.queue_state set
     oldest_ready_at = (
-      select min(r.queued_at) from private.ready_jobs as r where r.run_at is null
+      select min(r.queued_at) from private.ready_jobs as r
+      where r.run_at is null and not r.model_id = any (array(
+        select p.id from private.paused_models as p where p.paused_until is not null
+      ))
     ),
     refreshed_at = now()
   where id = (
@@ -43,7 +46,9 @@ begin
   v_jobs := array(
     select r from private.running_jobs as r
     where r.lease_until < now() or r.deadline_at < now()
-    order by r.user_id limit p_at_most for update skip locked
+    -- Those that were skipped before take no places of others.
+    order by r.user_id limit p_at_most + (select count(*) from private.skipped_rows)
+    for update skip locked
   );
   perform private.put_off('private.recovery_due', v_began, 10);
   return v_jobs;
@@ -53,21 +58,18 @@ $$;
 revoke all on function private.lock_stale_jobs(integer)
 from public, anon, authenticated, service_role;
 
--- Users in order of id, so that two runs lock entitlements in the same order; and all of them
--- before any breaker, those in order too.
-create or replace function private.recover_stale_jobs(p_at_most integer default 100)
+-- Ends the attempts of jobs that are locked, in the order given.
+create or replace function private.end_stale_jobs(p_ids uuid[])
 returns integer
 language plpgsql
-security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_id uuid;
   v_job private.running_jobs;
-  v_stale private.running_jobs[] := private.lock_stale_jobs(p_at_most);
-  v_stuck private.running_jobs[] := array[]::private.running_jobs[];
 begin
-  foreach v_job in array v_stale loop
-    delete from private.running_jobs where job_id = v_job.job_id;
+  foreach v_id in array p_ids loop
+    delete from private.running_jobs where job_id = v_id returning * into strict v_job;
     -- The lease first: after an outage both have passed, and the result may be there to fetch.
     if v_job.lease_until < now() then
       perform private.end_failed_attempt(
@@ -75,21 +77,50 @@ begin
       );
     else
       perform private.end_failed_attempt(v_job, 'timeout', 'deadline passed');
-      v_stuck := v_stuck || v_job;
     end if;
   end loop;
-  perform private.refresh_model_stats();
-  perform private.blame_providers(
-    v_stuck, array_fill('timeout'::text, array[cardinality(v_stuck)])
+  return cardinality(p_ids);
+end;
+$$;
+
+revoke all on function private.end_stale_jobs(uuid[])
+from public, anon, authenticated, service_role;
+
+-- Users in order of id, so that two runs lock entitlements in the same order; and all of them
+-- before any breaker, those in order too.
+create or replace function private.recover_stale_jobs(p_at_most integer default 100)
+returns integer
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '100ms'
+as $$
+declare
+  v_stale private.running_jobs[] := private.lock_stale_jobs(p_at_most);
+  v_stuck private.running_jobs[];
+  v_recovered integer := private.skip_failing(
+    'select private.end_stale_jobs($1)', array(select j.job_id from unnest(v_stale) as j)
+  );
+begin
+  v_stuck := array(
+    select j from unnest(v_stale) as j
+    where j.lease_until >= now()
+      and not exists (select from private.running_jobs as r where r.job_id = j.job_id)
+  );
+  perform private.skip_failing('select private.refresh_model_stats()', array['*']);
+  perform private.skip_failing(
+    'select private.blame_providers($1, array_fill(''timeout''::text, array[cardinality($1)]))',
+    v_stuck
   );
   perform private.refresh_queue_state();
-  return cardinality(v_stale);
+  return v_recovered;
 end;
 $$;
 
 comment on function private.recover_stale_jobs is
   'Requeues or finally fails up to p_at_most jobs whose lease or deadline has passed, and renews '
-  'model_stats and queue_state. Answers how many. Looks less often, once in ten seconds at least, '
+  'model_stats and queue_state. Answers how many. What cannot be done is passed over: see '
+  'private.skipped_rows. Looks less often, once in ten seconds at least, '
   'while a long transaction makes each look dear.';
 
 revoke all on function private.recover_stale_jobs(integer)
@@ -104,6 +135,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   delete from private.workers where seen_at < now() - interval '7 days';
+  delete from private.skipped_rows where last_at < now() - interval '7 days';
   perform private.trim_deliveries();
   if to_regclass('cron.job_run_details') is not null then
     delete from cron.job_run_details where end_time < now() - interval '7 days';

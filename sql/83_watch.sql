@@ -27,12 +27,14 @@ select
   b.name,
   b.paused_until,
   b.pause_reason,
-  b.times_opened
+  b.times_opened,
+  cardinality(b.failed_users) as failed_users
 from private.breakers as b
 where b.paused_until > now();
 
 comment on view private.paused_now is
-  'Which models and providers are paused, until when, and why? times_opened 0: by an operator.';
+  'Which models and providers are paused, until when, and why? times_opened 0: by an operator. '
+  'failed_users: only so many users wait, others are tried; 0: everybody waits.';
 
 create view private.queue_by_model with (security_invoker = true) as
 with waiting as (
@@ -40,7 +42,6 @@ with waiting as (
     w.model_id,
     sum(w.jobs)::bigint as jobs,
     sum(w.ready)::bigint as ready,
-    sum(w.held)::bigint as held,
     sum(w.delayed)::bigint as delayed,
     min(w.first_seq) as first_seq
   from (
@@ -49,7 +50,6 @@ with waiting as (
       r.model_id,
       count(*) as jobs,
       count(*) as ready,
-      0 as held,
       0 as delayed,
       min(r.seq) as first_seq
     from private.ready_jobs as r
@@ -60,8 +60,7 @@ with waiting as (
       r.model_id,
       count(*) as jobs,
       count(*) filter (where r.run_at <= now()) as ready,
-      count(*) filter (where r.is_held) as held,
-      count(*) filter (where r.run_at > now() and not r.is_held) as delayed,
+      count(*) filter (where r.run_at > now()) as delayed,
       min(r.seq) filter (where r.run_at <= now()) as first_seq
     from private.ready_jobs as r
     where r.run_at is not null
@@ -83,7 +82,7 @@ select
   m.provider,
   case when p.name is null then coalesce(waiting.ready, 0) else 0 end as ready,
   case when p.name is null then coalesce(waiting.delayed, 0) else 0 end as delayed,
-  coalesce(case when p.name is null then waiting.held else waiting.jobs end, 0) as paused,
+  coalesce(case when p.name is not null then waiting.jobs end, 0) as paused,
   coalesce(running.jobs, 0) as running,
   case when p.name is null then extract(epoch from now() - first.created_at) end
     as oldest_ready_seconds
@@ -145,14 +144,14 @@ select
   (private.plan_of(e)).name as plan,
   r.model_id,
   case
-    when r.is_held or p.name is not null then 'paused'
+    when p.name is not null then 'paused'
     when r.run_at > now() then 'delayed'
     else 'ready'
   end as state,
   g.created_at,
   now() - g.created_at as waiting,
   r.attempt as attempts_used,
-  case when not r.is_held then r.run_at end as run_at,
+  r.run_at,
   r.fair_key
 from private.ready_jobs as r
 inner join public.generations as g on r.job_id = g.id

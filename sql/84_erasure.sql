@@ -135,6 +135,27 @@ revoke all on function private.list_expired_files(integer)
 from public, anon, authenticated, service_role;
 grant execute on function private.list_expired_files(integer) to darkroom_worker;
 
+-- With a generation goes what hangs on it.
+create or replace function private.erase_parts_of_generation()
+returns trigger
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  delete from public.image_likes where generation_id = old.id;
+  delete from public.images where generation_id = old.id;
+  delete from public.generation_tags where generation_id = old.id;
+  return null;
+end;
+$$;
+
+revoke all on function private.erase_parts_of_generation()
+from public, anon, authenticated, service_role;
+
+create trigger generations_take_their_parts_along
+after delete on public.generations
+for each row execute function private.erase_parts_of_generation();
+
 -- Erases generations none of whose files are left, and batches none of whose generations are.
 create or replace function private.erase_generations(p_ids uuid[])
 returns integer
@@ -160,36 +181,63 @@ $$;
 revoke all on function private.erase_generations(uuid[])
 from public, anon, authenticated, service_role;
 
+-- Forgets files, each as bucket/path, that Storage has no record of, and erases generations whose
+-- last ones they were. Generations are locked before files, as expire_generations (85) does.
+create or replace function private.forget(p_files text[])
+returns integer
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_ids uuid[] := array(
+    select g.id from public.generations as g
+    where g.id = any (array(
+      select f.generation_id
+      from unnest(p_files) as gone (name)
+      inner join private.expired_files as f
+        on f.bucket = split_part(gone.name, '/', 1)
+        and f.path = substr(gone.name, strpos(gone.name, '/') + 1)
+    ))
+    order by g.id for update
+  );
+begin
+  delete from private.expired_files as f
+  using unnest(p_files) as gone (name)
+  where f.bucket = split_part(gone.name, '/', 1)
+    and f.path = substr(gone.name, strpos(gone.name, '/') + 1)
+    and private.file_changed_at(f.bucket, f.path) is null;
+  return private.erase_generations(v_ids);
+end;
+$$;
+
+revoke all on function private.forget(text[]) from public, anon, authenticated, service_role;
+
 create or replace function private.forget_files(p_buckets text[], p_paths text[])
 returns integer
 language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '100ms'
 as $$
-declare
-  v_generation_ids uuid[];
 begin
-  with forgotten as (
-    delete from private.expired_files as f
-    using unnest(p_buckets, p_paths) as gone (bucket, path)
-    where f.bucket = gone.bucket and f.path = gone.path
-      and private.file_changed_at(f.bucket, f.path) is null
-    returning f.generation_id
-  )
-  select coalesce(array_agg(distinct f.generation_id), '{}') into v_generation_ids
-  from forgotten as f where f.generation_id is not null;
-  perform private.erase_generations(v_generation_ids);
+  perform private.skip_failing('select private.forget($1)', array(
+    select concat(gone.bucket, '/', gone.path)
+    from unnest(p_buckets, p_paths) as gone (bucket, path)
+    inner join private.expired_files as f on f.bucket = gone.bucket and f.path = gone.path
+    order by f.generation_id, gone.path
+  ));
   return (
-    select count(*) from unnest(p_buckets, p_paths) as kept (bucket, path)
-    where private.file_changed_at(kept.bucket, kept.path) is not null
+    select count(*)
+    from unnest(p_buckets, p_paths) as kept (bucket, path)
+    inner join private.expired_files as f on f.bucket = kept.bucket and f.path = kept.path
   );
 end;
 $$;
 
 comment on function private.forget_files is
   'Says that these files are gone from Storage. A generation whose last one it was is erased with '
-  'all its rows. What Storage still has on record is not forgotten: answers how many. Repeating it '
-  'changes nothing.';
+  'all its rows. What Storage still has on record, or cannot be erased here, is not forgotten: '
+  'answers how many. Repeating it changes nothing.';
 
 revoke all on function private.forget_files(text[], text[])
 from public, anon, authenticated, service_role;
@@ -283,28 +331,62 @@ create trigger darkroom_delete_entitlement
 after delete on auth.users
 for each row execute function private.delete_entitlement_of_deleted_user();
 
--- Marks all files in the folders of a user who is being deleted, those without a row too.
+-- Marks files, each as bucket/path, and answers how many were not marked yet. In order: of two that
+-- mark the same files, one waits for the other, and not each for the other.
+create or replace function private.mark_files(p_files text[])
+returns integer
+language sql
+set search_path = pg_catalog, pg_temp
+as $$
+  with marked as (
+    insert into private.expired_files (bucket, path, user_id)
+    select f.bucket, f.path, private.path_id(f.path, 1)
+    from unnest(p_files) as gone (name)
+    cross join lateral (
+      select
+        split_part(gone.name, '/', 1) as bucket,
+        substr(gone.name, strpos(gone.name, '/') + 1) as path
+    ) as f
+    order by f.path, f.bucket
+    on conflict (bucket, path) do nothing
+    returning 1
+  )
+  select count(*)::integer from marked
+$$;
+
+revoke all on function private.mark_files(text[]) from public, anon, authenticated, service_role;
+
+-- Marks all files in the folders of a user who is being deleted, those without a row too. What
+-- cannot be marked holds up no deletion: it is found as an orphan (85). Generations are locked
+-- before their files are marked, as expire_generations (85) does.
 create or replace function private.expire_files_of_deleted_user()
 returns trigger
 language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_files text[];
 begin
-  insert into private.expired_files (bucket, path, user_id)
-  select 'generations', f.path, i.user_id
-  from public.images as i
-  cross join lateral (values (i.storage_path), (i.preview_path)) as f (path)
-  where i.user_id = old.user_id and f.path is not null
-  on conflict (bucket, path) do nothing;
+  perform from public.generations where user_id = old.user_id order by id for update;
+  v_files := array(
+    select concat('generations/', f.path)
+    from public.images as i
+    cross join lateral (values (i.storage_path), (i.preview_path)) as f (path)
+    where i.user_id = old.user_id and f.path is not null
+    order by f.path
+  );
+  perform private.skip_failing('select private.mark_files($1)', v_files);
   if to_regclass('storage.objects') is not null then
     -- From <id>/ up to <id>0, the next character: operators that the index of names serves.
-    insert into private.expired_files (bucket, path, user_id)
-    select o.bucket_id, o.name, old.user_id
-    from storage.objects as o
-    where o.name ~>=~ concat(old.user_id, '/') and o.name ~<~ concat(old.user_id, '0')
-      and o.bucket_id in ('generations', 'inputs')
-    on conflict (bucket, path) do nothing;
+    v_files := array(
+      select concat(o.bucket_id, '/', o.name)
+      from storage.objects as o
+      where o.name ~>=~ concat(old.user_id, '/') and o.name ~<~ concat(old.user_id, '0')
+        and o.bucket_id in ('generations', 'inputs')
+      order by o.name
+    );
+    perform private.skip_failing('select private.mark_files($1)', v_files);
   end if;
   return old;
 end;
@@ -355,18 +437,27 @@ create trigger entitlements_erase_ledger
 after delete on public.entitlements
 for each row execute function private.erase_ledger_of_deleted_user();
 
--- Erases the generations of a user who is gone, and takes the live ones, whose rows are locked, out
--- of the queue.
+-- Erases what a user who is gone has here, and takes the live jobs, whose rows are locked, out of
+-- the queue. Their workers stop them at the provider.
 create or replace function private.erase_generations_of_deleted_user()
 returns trigger
 language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_worker_id bigint;
 begin
   delete from private.ready_jobs where user_id = old.user_id;
-  delete from private.running_jobs where user_id = old.user_id;
+  for v_worker_id in
+    delete from private.running_jobs where user_id = old.user_id returning worker_id
+  loop
+    perform pg_notify('darkroom_worker_' || v_worker_id, 'cancel');
+  end loop;
   delete from public.generations where user_id = old.user_id;
+  delete from public.batches where user_id = old.user_id;
+  delete from public.image_likes where user_id = old.user_id;
+  delete from public.prompt_templates where user_id = old.user_id;
   return null;
 end;
 $$;

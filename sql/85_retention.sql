@@ -53,7 +53,7 @@ begin
     select g.id from public.generations as g
     where g.id = any (p_ids) and g.finished_at is not null
       and (g.deleted_at is not null or not p_only_deleted)
-    order by g.id for update
+    order by g.id for update skip locked
   );
   update public.generations set deleted_at = now()
   where id = any (v_ids) and deleted_at is null;
@@ -63,6 +63,7 @@ begin
   from public.images as i
   cross join lateral (values (i.storage_path), (i.preview_path)) as f (path)
   where i.generation_id = any (v_ids) and f.path is not null
+  order by f.path
   on conflict (bucket, path) do nothing;
   get diagnostics v_files = row_count;
   return v_files + private.erase_generations(v_ids);
@@ -72,18 +73,20 @@ $$;
 revoke all on function private.expire_generations(uuid[], boolean)
 from public, anon, authenticated, service_role;
 
--- Generations their users deleted, longest ago first.
+-- Generations their users deleted, longest ago first. Those whose files wait to be deleted, and
+-- those that were skipped before, take no places of others.
 create or replace function private.expire_deleted(p_at_most integer)
 returns integer
 language sql
 set search_path = pg_catalog, pg_temp
 as $$
-  select private.expire_generations(array(
+  select private.skip_failing('select private.expire_generations($1, true)', array(
     select g.id from public.generations as g
     where g.deleted_at <= now() - (select s.keep_deleted from private.settings as s)
       and g.finished_at is not null
-    order by g.deleted_at limit p_at_most
-  ), true)
+      and not exists (select from private.expired_files as f where f.generation_id = g.id)
+    order by g.deleted_at limit p_at_most + (select count(*) from private.skipped_rows)
+  ))
 $$;
 
 revoke all on function private.expire_deleted(integer)
@@ -108,7 +111,7 @@ begin
   for v_met in
     select * from public.generations where id > v_place::uuid order by id limit p_at_most
   loop
-    exit when v_met.created_at > v_before;
+    exit when v_met.created_at between v_before and now();
     if v_met.finished_at <= v_before and not v_met.is_favorite then
       v_ids := v_ids || v_met.id;
     end if;
@@ -116,7 +119,7 @@ begin
     v_place := v_met.id;
   end loop;
   perform private.end_walk('generations', v_place, v_seen < p_at_most);
-  return private.expire_generations(v_ids);
+  return private.skip_failing('select private.expire_generations($1)', v_ids);
 end;
 $$;
 
@@ -133,28 +136,33 @@ declare
   v_place text := private.begin_walk('attempts');
   v_met record;
   v_seen integer := 0;
-  v_trimmed integer := 0;
+  v_ids uuid[] := '{}'::uuid[];
 begin
   if v_place is null then
     return 0;
   end if;
   for v_met in
-    select a.generation_id, a.token, a.ended_at, g.created_at, g.finished_at
+    select a.generation_id, a.ended_at, g.created_at, g.finished_at
     from private.attempts as a
     inner join public.generations as g on g.id = a.generation_id
     where a.generation_id > v_place::uuid order by a.generation_id, a.token limit p_at_most
   loop
-    exit when v_met.created_at > v_before;
+    exit when v_met.created_at between v_before and now();
     if v_met.ended_at <= v_before and v_met.finished_at is not null then
-      delete from private.attempts
-      where generation_id = v_met.generation_id and token = v_met.token;
-      v_trimmed := v_trimmed + 1;
+      v_ids := v_ids || v_met.generation_id;
     end if;
     v_seen := v_seen + 1;
     v_place := v_met.generation_id;
   end loop;
   perform private.end_walk('attempts', v_place, v_seen < p_at_most);
-  return v_trimmed;
+  return private.skip_failing(
+    format(
+      'with gone as ('
+      '  delete from private.attempts where generation_id = any ($1) and ended_at <= %L returning 1'
+      ') select count(*) from gone', v_before
+    ),
+    array(select distinct unnest(v_ids))
+  );
 end;
 $$;
 
@@ -209,7 +217,23 @@ $$;
 revoke all on function private.compact_ledger(uuid, integer)
 from public, anon, authenticated, service_role;
 
--- The ledgers of the next users, living or gone. Answers how many entries fewer there are.
+-- The ledger of a user, living or gone.
+create or replace function private.trim_ledger_of(p_user_id uuid, p_at_most integer)
+returns integer
+language sql
+set search_path = pg_catalog, pg_temp
+as $$
+  select case
+    when exists (select from public.entitlements as e where e.user_id = p_user_id)
+      then private.compact_ledger(p_user_id, p_at_most)
+    else private.erase_ledger(p_user_id)
+  end
+$$;
+
+revoke all on function private.trim_ledger_of(uuid, integer)
+from public, anon, authenticated, service_role;
+
+-- The ledgers of the next users. Answers how many entries fewer there are.
 create or replace function private.trim_ledger(p_at_most integer)
 returns integer
 language plpgsql
@@ -218,7 +242,7 @@ as $$
 declare
   v_place text := private.begin_walk('ledger');
   v_user_id uuid;
-  v_trimmed integer := 0;
+  v_ids uuid[] := '{}'::uuid[];
 begin
   if v_place is null then
     return 0;
@@ -228,14 +252,12 @@ begin
     where user_id > v_place::uuid order by user_id limit 1;
     exit when not found;
     v_place := v_user_id;
-    if exists (select from public.entitlements as e where e.user_id = v_user_id) then
-      v_trimmed := v_trimmed + private.compact_ledger(v_user_id, p_at_most);
-    else
-      v_trimmed := v_trimmed + private.erase_ledger(v_user_id);
-    end if;
+    v_ids := v_ids || v_user_id;
   end loop;
   perform private.end_walk('ledger', v_place, v_user_id is null);
-  return v_trimmed;
+  return private.skip_failing(
+    format('select sum(private.trim_ledger_of(u, %s)) from unnest($1) as u', p_at_most), v_ids
+  );
 end;
 $$;
 
@@ -282,7 +304,7 @@ declare
   v_place text := private.begin_walk('files');
   v_met record;
   v_seen integer := 0;
-  v_marked integer := 0;
+  v_files text[] := '{}'::text[];
 begin
   if v_place is null or to_regclass('storage.objects') is null then
     return 0;
@@ -293,16 +315,13 @@ begin
     where o.name ~>~ v_place order by o.name using ~<~ fetch first p_at_most rows with ties
   loop
     if private.is_orphan(v_met.bucket_id, v_met.name, v_met.changed_at) then
-      insert into private.expired_files (bucket, path, user_id)
-      values (v_met.bucket_id, v_met.name, private.path_id(v_met.name, 1))
-      on conflict (bucket, path) do nothing;
-      v_marked := v_marked + case when found then 1 else 0 end;
+      v_files := v_files || concat(v_met.bucket_id, '/', v_met.name);
     end if;
     v_seen := v_seen + 1;
     v_place := v_met.name;
   end loop;
   perform private.end_walk('files', v_place, v_seen < p_at_most);
-  return v_marked;
+  return private.skip_failing('select private.mark_files($1)', v_files);
 end;
 $$;
 
@@ -311,19 +330,30 @@ from public, anon, authenticated, service_role;
 
 create or replace function private.apply_retention(p_at_most integer default 500)
 returns integer
-language sql
+language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '100ms'
 as $$
-  select private.expire_deleted(p_at_most) + private.expire_old(p_at_most)
-    + private.trim_attempts(p_at_most) + private.trim_ledger(p_at_most)
-    + private.expire_orphans(p_at_most)
+declare
+  v_step text;
+  v_done integer := 0;
+begin
+  foreach v_step in array
+    '{expire_deleted,expire_old,trim_attempts,trim_ledger,expire_orphans}'::text[]
+  loop
+    v_done := v_done + private.skip_failing(
+      format('select private.%s(%s)', v_step, p_at_most), array['*']
+    );
+  end loop;
+  return v_done;
+end;
 $$;
 
 comment on function private.apply_retention is
   'Looks at up to p_at_most rows of each kind: marks the files of what has been kept long enough '
   'and erases what has none. Answers how many rows it marked or erased; safe from several places '
-  'at once.';
+  'at once. What cannot be done is passed over: see private.skipped_rows.';
 
 revoke all on function private.apply_retention(integer)
 from public, anon, authenticated, service_role;

@@ -36,7 +36,8 @@ from (
   -- Of a user who is gone the oldest entries may be, too.
   inner join public.entitlements as e on c.user_id = e.user_id
 ) as l
-where l.balance_before + l.amount <> l.balance_after
+-- As bigint: a sum that does not fit is wrong, too.
+where l.balance_before::bigint + l.amount <> l.balance_after
 union all
 select
   'place' as rule,

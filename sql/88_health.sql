@@ -46,6 +46,22 @@ comment on view private.vacuum_holders is
 
 revoke all on table private.vacuum_holders from public, anon, authenticated, service_role;
 
+-- Whether who asks is more than a monitor: may pause what it would read about. A monitor is told no
+-- ids and nobody's words, which may repeat a prompt in any spelling.
+create or replace function private.is_operator()
+returns boolean
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+  select has_function_privilege(
+    coalesce(nullif(current_setting('role', true), 'none'), session_user),
+    'private.pause_model(text, timestamptz, text)', 'execute'
+  )
+$$;
+
+revoke all on function private.is_operator() from public, anon, authenticated, service_role;
+
 -- Notes that a routine ran to its end; pg_cron calls it after the routine.
 create or replace function private.note_run(p_name text)
 returns void
@@ -203,13 +219,46 @@ as $$
     'recent_problems', (select count(*) from private.recent_broken_books()),
     'checked_at', max(r.last_run_at),
     'problems', (max(r.result ->> 'problems'))::integer,
-    'examples', coalesce(jsonb_agg(r.result -> 'examples') -> 0, '[]')
+    'examples', coalesce(
+      jsonb_agg(r.result -> 'examples') filter (where private.is_operator()) -> 0, '[]'
+    )
   )
   from private.routines as r
   where r.name = 'check_books' and r.result is not null
 $$;
 
 revoke all on function private.books_health() from public, anon, authenticated, service_role;
+
+-- What routines passed over within a day; who was only locked counts from the third time. And files
+-- that Storage would not delete for a day.
+create or replace function private.skipped_health()
+returns jsonb
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+  select jsonb_build_object(
+    'rows', coalesce(sum(s.rows), 0),
+    'since', min(s.first_at),
+    'steps', coalesce(jsonb_object_agg(s.step, s.rows), '{}')
+  )
+  from (
+    select r.step, count(*) as rows, min(r.first_at) as first_at
+    from private.skipped_rows as r
+    where r.last_at > now() - interval '1 day'
+      and (r.times > 2 or r.code not in ('40P01', '55P03'))
+    group by r.step
+    union all
+    select 'storage', count(*), min(o.marked_at)
+    from (
+      select f.marked_at from private.expired_files as f
+      where f.marked_at < now() - interval '1 day' order by f.marked_at limit 1000
+    ) as o
+    having count(*) > 0
+  ) as s
+$$;
+
+revoke all on function private.skipped_health() from public, anon, authenticated, service_role;
 
 -- Dead deliveries count while their webhook is there: deleting it says that nobody misses them. A
 -- push that found no device any more is nothing to mend.

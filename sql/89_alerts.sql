@@ -133,6 +133,14 @@ as $$
       'dead_deliveries', h.dead::numeric, concat(h.dead, ' deliveries to webhooks were given up')
     ),
     (
+      'skipped_rows', (p_health #>> '{skipped,rows}')::numeric,
+      format('%s rows since %s: %s', p_health #>> '{skipped,rows}',
+        p_health #>> '{skipped,since}', (
+          select string_agg(concat(s.key, ' ', s.value), ', ' order by s.key)
+          from jsonb_each_text(p_health #> '{skipped,steps}') as s
+        ))
+    ),
+    (
       'books',
       (h.b ->> 'recent_problems')::numeric + coalesce((h.b ->> 'problems')::numeric, 0),
       format('%s problems among what moved last, %s at the check of %s',
@@ -206,7 +214,12 @@ declare
     'rates', private.rates_health(),
     'workers', private.worker_health(),
     'routines', private.routine_health(),
-    'paused', (select coalesce(jsonb_agg(to_jsonb(p)), '[]') from private.paused_now as p),
+    'paused', (
+      select coalesce(jsonb_agg(to_jsonb(p) || case
+        when private.is_operator() then '{}' else '{"pause_reason": null}'::jsonb
+      end), '[]')
+      from private.paused_now as p
+    ),
     'vacuum', (
       select jsonb_build_object(
         'oldest_transactions', coalesce(max(h.age_transactions), 0),
@@ -215,7 +228,8 @@ declare
       from private.vacuum_holders as h
     ),
     'outbox', private.outbox_health(),
-    'books', private.books_health()
+    'books', private.books_health(),
+    'skipped', private.skipped_health()
   );
 begin
   v_alerts := private.health_alerts(v_health);
@@ -230,7 +244,8 @@ begin
     'paused', v_health -> 'paused',
     'vacuum', v_health -> 'vacuum',
     'outbox', v_health -> 'outbox',
-    'books', v_health -> 'books'
+    'books', v_health -> 'books',
+    'skipped', v_health -> 'skipped'
   );
 end;
 $$;
@@ -270,7 +285,8 @@ comment on function public.queue_health is
   'burned_of_15_minutes, burned_by_users}, workers {alive, asleep, listening, slots, slots_used}, '
   'routines {name: {last_run_at, every_seconds, runs_missed}}, paused, vacuum '
   '{oldest_transactions, sees_all_sessions}, outbox {pending, oldest_pending_seconds, dead}, books '
-  '{recent_problems, checked_at, problems, examples}}. Thresholds are rows of private.alert_rules.';
+  '{recent_problems, checked_at, problems, examples}, skipped {rows, since, steps}}. A monitor is '
+  'shown no reasons and no examples. Thresholds are rows of private.alert_rules.';
 
 revoke all on function public.queue_health() from public, anon, authenticated, service_role;
 grant execute on function public.queue_health() to service_role, darkroom_monitor;

@@ -1,36 +1,10 @@
 -- Measures: what the report (89_report) and exporters of metrics are made of, one table for each.
 --
--- They speak of this moment and of the last hour, never of a user or a prompt. What a provider said
--- is shown without the prompt, should it repeat that. darkroom_monitor may call those an exporter
--- has a use for.
+-- They speak of this moment and of the last hour, in codes and numbers: never of a user or a job,
+-- and never in a provider's words, which may repeat a prompt in any spelling. Those are in views
+-- (83), for the owner. darkroom_monitor may call the measures an exporter has a use for.
 --
 -- They cost what it costs to count the queue and to read the attempts that ended in the window.
-
--- The provider's words without the prompt: also where they were cut in its midst, or where it is
--- within JSON. What is shorter than four characters is no secret, and may be part of any word.
-create or replace function private.without_prompt(p_detail text, p_prompt text)
-returns text
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
-  select case
-    when length(p_prompt) < 4 then p_detail
-    else coalesce(
-      left(r.detail, least(
-        nullif(strpos(r.detail, left(p_prompt, 24)), 0),
-        nullif(strpos(r.detail, left(q.prompt, 24)), 0)
-      ) - 1) || '[prompt]', r.detail
-    )
-  end
-  from (select btrim(to_json(p_prompt)::text, '"') as prompt) as q
-  cross join lateral (
-    select replace(replace(p_detail, p_prompt, '[prompt]'), q.prompt, '[prompt]') as detail
-  ) as r
-$$;
-
-revoke all on function private.without_prompt(text, text)
-from public, anon, authenticated, service_role;
 
 -- How the attempts of each model ended in the window, what completed ones took, what all cost.
 create or replace function private.outcomes_by_model(p_window interval)
@@ -137,7 +111,7 @@ grant execute on function private.report_workers() to darkroom_monitor;
 create or replace function private.report_errors(p_window interval default '1 hour')
 returns table (
   model_id text, error_code text, errors bigint, failed bigint, retried bigint,
-  last_at timestamptz, last_detail text
+  last_at timestamptz
 )
 language sql
 stable
@@ -147,31 +121,20 @@ set enable_seqscan = off
 set jit = off
 as $$
   select
-    e.model_id, e.error_code, e.errors, e.failed, e.retried, e.last_at,
-    -- No join, which might be made by reading all generations.
-    (
-      select left(private.without_prompt(e.details[1], g.prompt), 300)
-      from public.generations as g where g.id = e.last_id
-    )
-  from (
-    select
-      a.model_id,
-      a.error_code,
-      count(*) as errors,
-      count(*) filter (where a.outcome = 'failed') as failed,
-      count(*) filter (where a.outcome = 'retried') as retried,
-      max(a.ended_at) as last_at,
-      array_agg(a.error_detail order by a.ended_at desc, a.token desc) as details,
-      (array_agg(a.generation_id order by a.ended_at desc, a.token desc))[1] as last_id
-    from private.attempts as a
-    where a.ended_at > now() - p_window and a.error_code is not null
-    group by a.model_id, a.error_code
-  ) as e
-  order by e.errors desc, e.last_at desc
+    a.model_id,
+    a.error_code,
+    count(*) as errors,
+    count(*) filter (where a.outcome = 'failed'),
+    count(*) filter (where a.outcome = 'retried'),
+    max(a.ended_at) as last_at
+  from private.attempts as a
+  where a.ended_at > now() - p_window and a.error_code is not null
+  group by a.model_id, a.error_code
+  order by errors desc, last_at desc
 $$;
 
 comment on function private.report_errors is
-  'Errors of attempts by model and code in the window, and what was said at the last of them.';
+  'Errors of attempts by model and code in the window. What was said: private.recent_failures.';
 
 revoke all on function private.report_errors(interval)
 from public, anon, authenticated, service_role;
@@ -183,7 +146,7 @@ create or replace function private.report_recent(
   p_window interval default '1 hour'
 )
 returns table (
-  job_id uuid, model_id text, attempt smallint, worker_id bigint, outcome text, error_code text,
+  model_id text, attempt smallint, worker_id bigint, outcome text, error_code text,
   ended_at timestamptz, waited_seconds numeric, ran_seconds numeric
 )
 language sql
@@ -193,7 +156,7 @@ set enable_seqscan = off
 set jit = off
 as $$
   select
-    a.generation_id, a.model_id, a.attempt, a.worker_id, a.outcome, a.error_code, a.ended_at,
+    a.model_id, a.attempt, a.worker_id, a.outcome, a.error_code, a.ended_at,
     -- No join, which might be made by reading all generations.
     (
       select round(extract(epoch from a.started_at - g.created_at), 1)
@@ -214,7 +177,7 @@ from public, anon, authenticated, service_role;
 -- The running jobs that began first, which are the ones to worry about.
 create or replace function private.report_running(p_at_most integer default 12)
 returns table (
-  job_id uuid, model_id text, attempt smallint, worker_id bigint, stage text, progress smallint,
+  model_id text, attempt smallint, worker_id bigint, stage text, progress smallint,
   running_seconds numeric, lease_seconds numeric, deadline_seconds numeric
 )
 language sql
@@ -222,7 +185,7 @@ stable
 set search_path = pg_catalog, pg_temp
 as $$
   select
-    r.job_id, r.model_id, r.attempt, r.worker_id, r.stage, r.progress,
+    r.model_id, r.attempt, r.worker_id, r.stage, r.progress,
     round(extract(epoch from now() - r.claimed_at), 1),
     round(extract(epoch from r.lease_until - now()), 1),
     round(extract(epoch from r.deadline_at - now()), 1)

@@ -26,7 +26,7 @@ PREVIEW = "darkroom/preview"
 
 # What the functions for many jobs take beside their ids and tokens.
 COLUMNS = {
-    "begin_creates": [],
+    "begin_creates": ["bytea[]"],
     "checkpoint_jobs": ["text[]"],
     "report_progress": ["text[]", "smallint[]"],
     "complete_jobs": ["jsonb[]", "jsonb[]"],
@@ -511,8 +511,13 @@ class Worker:
     def unregister_worker(self) -> None:
         self._rows("select private.unregister_worker(%s)", self.id)
 
-    def begin_create(self, job: Job) -> datetime:
-        return cast("datetime", self._of_one("begin_creates", job))
+    def begin_create(self, job: Job, sent: bytes | None = None) -> datetime:
+        return cast("datetime", self._of_one("begin_creates", job, sent))
+
+    def recall_create(self, job: Job) -> tuple[datetime, bytes | None]:
+        query = "select * from private.recall_create(%s, %s)"
+        row = self._rows(query, job.job_id, job.token)[0]
+        return row["create_started_at"], row["input_sha256"]
 
     def checkpoint(self, job: Job, provider_job_id: str) -> None:
         self._of_one("checkpoint_jobs", job, provider_job_id)
@@ -522,8 +527,11 @@ class Worker:
         row = self._rows(query, job.job_id, job.token, list(candidates))[0]
         return cast("str | None", row["id"])
 
-    def pause_provider(self, provider: str, seconds: int, reason: str = "402") -> None:
-        self._rows("select private.pause_provider(%s, %s, %s)", provider, seconds, reason)
+    def pause_provider(
+        self, provider: str, seconds: int, reason: str = "402", user_id: object = None
+    ) -> bool:
+        query = "select private.pause_provider(%s, %s, %s, %s) as is_paused"
+        return bool(self._rows(query, provider, seconds, reason, user_id)[0]["is_paused"])
 
     def report_progress(self, job: Job, stage: str, progress: int | None = None) -> None:
         if self._of_one("report_progress", job, stage, progress) == "canceled":

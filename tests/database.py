@@ -282,6 +282,8 @@ from (
   from pg_class where relkind in ('r', 'S', 'v')
   union all
   select oid::regprocedure::text, pronamespace, proacl, 'f', proowner from pg_proc
+  union all
+  select oid::regtype::text, typnamespace, typacl, 'T', typowner from pg_type where typtype = 'd'
 ) as o
 inner join pg_namespace as n on n.oid = o.schema and n.nspname in ('public', 'private')
 cross join aclexplode(coalesce(o.acl, acldefault(o.kind, o.owner))) as a

@@ -68,6 +68,7 @@ class Behaviour:
     stored: bool | None = None  # is it bought? None: if the answer is 201 or none at all
     retry_after: int = 30  # seconds, told by a 429 ...
     retry_hints: str = "header body text"  # ... in these places
+    is_mixed_up: bool = False  # the answer is that of an earlier create
     # The run.
     queued: int = 0  # polls during which it stays `starting`
     polls: float = 2  # polls from then until it ends; inf: never
@@ -118,6 +119,7 @@ class Run:
     """The part of a prediction that clients do not see."""
 
     behaviour: Behaviour
+    source: bytes = b""  # what was at the addresses in its input
     begun: float = field(default_factory=time.monotonic)
     gets: int = 0
     lists: int = 0
@@ -142,6 +144,9 @@ class FakeReplicate:
         self.uploads: dict[str, tuple[str, bytes]] = {}  # id -> name and bytes of a file
         self.list_answers: deque[int | None] = deque()  # the next lists are refused with these
         self.file_answers: deque[int | None] = deque()  # and the next uploads
+        self.refused: dict[str, int] = {}  # creates with this text in them are, with this status
+        self.account_status = 200
+        self.fetch: Callable[[str], bytes] = str.encode  # what is at an address elsewhere
         self.page_size = 100
         self.large_bytes = 100 * 2**20
         self._next: deque[Behaviour] = deque()
@@ -187,6 +192,10 @@ class FakeReplicate:
         """What a prediction was told to do."""
         return self._runs[prediction_id].behaviour
 
+    def source(self, prediction_id: str) -> bytes:
+        """What a prediction was made from: the files that were at its addresses."""
+        return self._runs[prediction_id].source
+
     def is_spent(self, prediction_id: str) -> bool:
         """Whether nothing can come of a prediction any more."""
         prediction, behaviour = self.predictions[prediction_id], self.behaviour(prediction_id)
@@ -231,7 +240,7 @@ class FakeReplicate:
             case _, ["v1", *_] if not authorized:
                 answer = problem(401, "Unauthenticated", "You did not pass a valid token")
             case "GET", ["v1", "account"]:
-                answer = as_json(200, {"type": "user", "username": "darkroom"})
+                answer = as_json(self.account_status, {"type": "user", "username": "darkroom"})
             case "POST", ["v1", "predictions"]:
                 self.creates.append(request)
                 answer = self._create(request)
@@ -253,11 +262,15 @@ class FakeReplicate:
             detail = "The specified version does not exist or you may not use it."
             return problem(422, "Invalid version or not permitted", detail)
         behaviour = self._next.popleft() if self._next else self.default
+        for text, status in self.refused.items():
+            if text in json.dumps(request.body):
+                behaviour = replace(behaviour, answer=status)
         stored = behaviour.stored
         if behaviour.answer in (201, None) if stored is None else stored:
             request.prediction_id = self._store(*named, request.body["input"], behaviour)
         if behaviour.answer == 201 and request.prediction_id:
-            answer = as_json(201, self.predictions[request.prediction_id])
+            told = next(iter(self.predictions)) if behaviour.is_mixed_up else request.prediction_id
+            answer = as_json(201, self.predictions[told])
         else:
             answer = refusal(behaviour)
         return answer._replace(wait=behaviour.slow.get("create", 0))
@@ -275,7 +288,7 @@ class FakeReplicate:
 
     def _store(self, model: str, version: str, inputs: dict[str, Any], behaviour: Behaviour) -> str:
         key = base64.b32encode(secrets.token_bytes(16)).decode().lower().rstrip("=")
-        self._runs[key] = Run(behaviour)
+        self._runs[key] = Run(behaviour, self._source(inputs))
         self.predictions[key] = {
             "id": key,
             "model": model,
@@ -295,6 +308,16 @@ class FakeReplicate:
             },
         }
         return key
+
+    def _source(self, inputs: dict[str, Any]) -> bytes:
+        """The files at all addresses of an input, fetched at once."""
+        given = [each for value in inputs.values() for each in (value, *listed(value))]
+        found = [each for each in given if isinstance(each, str) and each.startswith("http")]
+        ids = [address.removeprefix(f"{self.url}/files/") for address in found]
+        return b"".join(
+            self.uploads[key][1] if key in self.uploads else self.fetch(address)
+            for key, address in zip(ids, found, strict=True)
+        )
 
     def _get(self, key: str) -> Answer:
         run = self._runs[key]
@@ -419,7 +442,8 @@ class FakeReplicate:
             return Answer(404, b"Not found")
         extension = name.rpartition(".")[2]
         position = int("".join(filter(str.isdigit, name.partition(".")[0])) or 0)
-        body = image(behaviour.format or extension, behaviour.size, position)
+        source = self._runs[key].source
+        body = image(behaviour.format or extension, behaviour.size, position, source)
         kind = {"svg": "svg+xml", "jpg": "jpeg"}.get(extension, extension)
         headers: dict[str, str | None] = {"Content-Type": f"image/{kind}"}
         status = 200
@@ -551,10 +575,10 @@ def logs(steps: int, done: float) -> str:
 
 
 @lru_cache
-def image(extension: str, size: tuple[int, int], position: int) -> bytes:
-    """A picture whose colour depends on its position."""
+def image(extension: str, size: tuple[int, int], position: int, source: bytes = b"") -> bytes:
+    """A picture whose colour depends on its position and what it was made from."""
     width, height = size
-    hue = 60 * position % 360
+    hue = (60 * position + crc32(source)) % 360
     if extension == "svg":
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}">'
@@ -564,6 +588,11 @@ def image(extension: str, size: tuple[int, int], position: int) -> bytes:
     picture = Image.new("RGB", size, f"hsl({hue},80%,50%)")
     picture.save(out, {"jpg": "jpeg"}.get(extension, extension))
     return out.getvalue()
+
+
+def listed(value: Any) -> list[Any]:
+    """A list; what is none is an empty one."""
+    return value if isinstance(value, list) else []
 
 
 def picture_bomb() -> bytes:

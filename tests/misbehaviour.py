@@ -1,6 +1,7 @@
 """One random run of misbehaviour: all around the worker goes wrong, and its own process dies.
 
-Meanwhile the user cancels jobs, and the worker hears of it at once, late or never.
+Meanwhile the user cancels jobs, and the worker hears of it at once, late or never. Among strangers,
+who ask for the same with sources of their own, what goes wrong is mostly the answers of creates.
 
 The worker's classes are the real ones, on a real database, with a real HTTP server as provider.
 Between them and the world stands Fate: at each call it may refuse it, lose its answer, kill the
@@ -29,6 +30,7 @@ import psycopg
 from actors import User, outcome
 from database import Database, assert_books_balance
 from fake_replicate import MODERATED, TERMINAL, Behaviour, FakeReplicate
+from fake_replicate import image as picture
 
 import worker
 
@@ -194,12 +196,32 @@ class FatefulDatabase(worker.Database):
         return await self.fate.meet(function, lambda: call(function, *args), *errors)
 
 
+class Watched(worker.Replicate):
+    """The worker's own; notes for which job each prediction was bought."""
+
+    def __init__(
+        self, http: httpx.AsyncClient, fake: FakeReplicate, made_for: dict[str, str]
+    ) -> None:
+        super().__init__(http, fake.url, fake.token)
+        self.fake, self.made_for = fake, made_for
+
+    async def create(self, job: worker.Job, provider_input: dict[str, Any]) -> str:
+        before = len(self.fake.creates)
+        try:
+            return await super().create(job, provider_input)
+        finally:
+            for create in self.fake.creates[before:]:
+                if create.prediction_id:
+                    self.made_for[create.prediction_id] = str(job.job_id)
+
+
 class Bucket:
     """Storage as the worker sees it, in memory."""
 
-    def __init__(self, chance: random.Random) -> None:
-        self.chance = chance
+    def __init__(self, chance: random.Random, loop: Loop) -> None:
+        self.chance, self.loop = chance, loop
         self.files: dict[str, bytes] = {}
+        self.inputs: dict[str, bytes] = {}
         self.failures_left = chance.choice([0, 0, 1, 3, 6])
 
     async def answer(self, request: httpx.Request) -> httpx.Response:
@@ -217,8 +239,14 @@ class Bucket:
             return httpx.Response(504)
         if kind == "sign":
             spelling = self.chance.choice(["signedURL", "signedUrl"])
-            return httpx.Response(200, json={spelling: f"/object/sign/{name}?token=a"})
-        return httpx.Response(200, content=b"a source image" if kind == "inputs" else b"{}")
+            # As good as a real token: it differs by when it was made, and when it ends.
+            token = f"{self.loop.time():.0f}-{json.loads(body)['expiresIn']}"
+            return httpx.Response(200, json={spelling: f"/object/sign/{name}?token={token}"})
+        return httpx.Response(200, content=self.inputs[name] if kind == "inputs" else b"{}")
+
+    def fetch(self, address: str) -> bytes:
+        """What the provider finds at a signed address."""
+        return self.inputs[address.partition("/sign/inputs/")[2].partition("?")[0]]
 
 
 class Wire(httpx.AsyncBaseTransport):
@@ -256,7 +284,8 @@ class Run:
         self.db, self.database_url, self.fake = db, database_url, fake
         self.loop = Loop()
         self.fate = Fate(self.chance, self.loop)
-        self.bucket = Bucket(self.chance)
+        self.bucket = Bucket(self.chance, self.loop)
+        fake.fetch = self.bucket.fetch
         self.origins: set[str] = set()
         host = self.chance.choice(["storage.internal", "storage.example.com"])
         self.storage_url = f"http://{host}"
@@ -264,13 +293,18 @@ class Run:
         if self.chance.random() < 0.2:
             self.ends_left.append("stopped")
         self.chance.shuffle(self.ends_left)
-        self.jobs: list[str] = []
+        self.jobs: dict[str, User] = {}
         self.canceled: set[str] = set()  # jobs that a worker ended so
-        self.user = User(db)
+        self.made_for: dict[str, str] = {}  # job by prediction, whoever came to know of it
         self.fate.on_cancel = self._cancel
 
     def prepare(self) -> None:
         """Enqueue the jobs, and decide how the provider behaves."""
+        self._allow()
+        self._ask()
+        self._misbehave()
+
+    def _allow(self) -> None:
         self.db.lift_limits()
         self.db.execute(MORE_MODELS)
         self.db.execute("update public.models set is_active = true, deadline = '2 minutes'")
@@ -278,13 +312,17 @@ class Run:
         self.db.execute("update private.settings set retry_base = '1 day', retry_cap = '1 day'")
         percent = self.chance.choice([100, 50])
         self.db.execute("update private.settings set running_cancel_refund_percent = %s", percent)
-        user = self.user.has(credits=100)
+
+    def _ask(self) -> None:
+        user = User(self.db).has(credits=100)
         for number in range(self.chance.choice([1, 1, 1, 2, 3])):
             model = self.chance.choice([*MODELS, "black-forest-labs/flux-schnell"])
             params: dict[str, Any] = dict(MODELS[model])
             if model == "acme/edit":
                 params["image"] = self._source(user)
-            self.jobs.append(user.enqueued(f"picture {number}", model, params=params))
+            self.jobs[user.enqueued(f"picture {number}", model, params=params)] = user
+
+    def _misbehave(self) -> None:
         self.fake.large_bytes = LARGE
         for _ in range(self.chance.choice([0, 1, 2, 3, 4, 6])):
             self.fake.next(**self._behaviour())
@@ -294,11 +332,12 @@ class Run:
         self.fake.file_answers += [failure] * self.chance.choice([0, 0, 1])
 
     def _cancel(self) -> None:
-        job_id = self.chance.choice(self.jobs)
-        outcome(lambda: self.user.cancel_generation(job_id))  # refused if it has ended
+        job_id = self.chance.choice(list(self.jobs))
+        outcome(lambda: self.jobs[job_id].cancel_generation(job_id))  # refused if it has ended
 
     def _source(self, user: User) -> str:
         path = f"{user.id}/cat.png"
+        self.bucket.inputs[path] = f"a cat of {user.id}".encode()
         query = "insert into storage.objects (bucket_id, name) values ('inputs', %s)"
         self.db.execute(f"{query} on conflict do nothing", path)
         return path
@@ -350,7 +389,7 @@ class Run:
         )
         db = FatefulDatabase(self.database_url, self.fate, self.canceled)
         async with httpx.AsyncClient(transport=Wire(self), timeout=worker.HTTP_TIMEOUT) as http:
-            provider = worker.Replicate(http, self.fake.url, self.fake.token)
+            provider = Watched(http, self.fake, self.made_for)
             storage = worker.Storage(
                 http,
                 settings.supabase_url,
@@ -442,7 +481,7 @@ class Run:
             " group by 1 having count(distinct generation_id) > 1"
         )
         assert self.db.execute(shared) == []
-        blamed = "select * from private.attempts where error_detail ~ 'HTTP 40[123]'"
+        blamed = "select * from private.attempts where error_detail ~ 'HTTP 40[12]'"
         assert self.db.execute(blamed) == [], "a refused account is no job's fault"
         jobs = self.db.execute("select * from public.generations")
         for job in jobs:
@@ -509,6 +548,56 @@ class Run:
         told = [json.dumps(attempt, default=str) for attempt in attempts]
         behaviours = [str(changed(self.fake.behaviour(key))) for key in self.fake.predictions]
         return "\n".join([*self.fate.history, str(creates), *behaviours, *told])
+
+
+class Strangers(Run):
+    """Several users ask for the same, each with a source of her own, and answers are lost."""
+
+    def _ask(self) -> None:
+        users = [User(self.db).has(credits=100) for _ in range(self.chance.choice([2, 2, 3]))]
+        for user in [*users, *users[: self.chance.choice([0, 0, 1])]]:
+            params = {"image": self._source(user), "seed": 7}
+            self.jobs[user.enqueued("as a painting", "acme/edit", params=params)] = user
+
+    def _misbehave(self) -> None:
+        for _ in range(self.chance.choice([2, 3, 4, 6])):
+            lost = {"answer": self.chance.choice([None, 500])}
+            self.fake.next(
+                **self.chance.choice(
+                    [
+                        lost | {"stored": True},
+                        lost | {"stored": True, "hidden": self.chance.choice([4, 8, 12, 99])},
+                        lost | {"stored": False},
+                        {"is_mixed_up": True},
+                        {},
+                    ]
+                )
+            )
+
+    def _pass_time(self) -> None:
+        """Meanwhile a user may put another file in the place of her source."""
+        super()._pass_time()
+        if self.chance.random() < 0.3:
+            self.bucket.inputs[self.chance.choice(list(self.bucket.inputs))] += b", changed"
+
+    def judge(self) -> Counter[str]:
+        """Assert that nobody got, and no job was said to have bought, what was made for another."""
+        assert_books_balance(self.db)
+        jobs = self.db.execute("select id::text, status, error_code from public.generations")
+        assert {job["status"] for job in jobs} <= {"completed", "failed", "canceled"}
+        for image in self.db.execute("select * from public.images"):
+            job = str(image["generation_id"])
+            own = [self.fake.source(key) for key, owner in self.made_for.items() if owner == job]
+            body = self.bucket.files[image["storage_path"]]
+            assert body in [picture("webp", (64, 48), 0, each) for each in own], "another's picture"
+        attempts = self.db.execute(
+            "select generation_id::text as job, provider_job_id as bought from private.attempts"
+            " where provider_job_id is not null"
+        )
+        for each in attempts:  # one of which the provider has forgotten all gives nothing away
+            is_gone = self.fake.predictions[each["bought"]]["data_removed"]
+            assert is_gone or self.made_for[each["bought"]] == each["job"], "not its own"
+        return Counter(job["status"] for job in jobs)
 
 
 def changed(behaviour: Behaviour) -> dict[str, Any]:

@@ -21,6 +21,7 @@ class Bug:
 FUZZ = "tests/test_security_rpc.py::test_"
 RPC = f"{FUZZ}no_call_fails_tells_of_others_or_writes_although_refused"
 WORDS = f"{FUZZ}whatever_it_is_given_a_function_answers_or_refuses_in_our_words"
+RETENTION = "tests/test_retention.py::test_"
 SAFE_PATH = "tests/test_security_search_path.py::test_no_function_picks_up_what_its_caller_planted"
 
 SECURITY = [
@@ -85,10 +86,33 @@ SECURITY = [
         "an input may be moved into another's folder",
         "sql/20_access.sql",
         "  ) with check (\n"
-        "    bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text\n  );\n"
+        "    bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text\n"
+        "    and private.may_store_input(name)\n  );\n"
         '  create policy "Users delete',
         '  ) with check (true);\n  create policy "Users delete',
         "tests/test_access.py::test_an_input_cannot_be_moved_into_another_folder_or_bucket",
+    ),
+    Bug(
+        "an input may have the name of its folder",
+        "sql/20_access.sql",
+        '    and private.may_store_input(name)\n  );\n  create policy "Users replace',
+        '  );\n  create policy "Users replace',
+        "tests/test_access.py::test_an_input_has_a_name_of_its_own_below_the_folder",
+    ),
+    Bug(
+        "the app's own tables lose the API roles' rights",
+        "sql/00_setup.sql",
+        "create schema private;\n",
+        "create schema private;\n"
+        "alter default privileges in schema public revoke all on tables from anon;\n",
+        "tests/test_setup.py::test_what_the_app_makes_later_is_granted_as_if_darkroom_were_not_there",
+    ),
+    Bug(
+        "a monitor reads why the provider refused",
+        "sql/89_alerts.sql",
+        "when private.is_operator() then '{}' else '{\"pause_reason\": null}'::jsonb",
+        "when true then '{}'::jsonb",
+        "tests/test_report.py::test_nobodys_words_and_ids_are_in_what_a_monitor_may_call",
     ),
     Bug(
         "everybody reads every generated image",
@@ -376,16 +400,40 @@ MONEY = [
     Bug(
         "a checkpoint is overwritten by who lost the lease",
         "sql/74_purchase.sql",
-        "and r.token = any (p_tokens)\n  returning r.token, 'ok';",
-        "\n  returning r.token, 'ok';",
+        "and r.token = any (p_tokens)\n    returning r.token, r.job_id, r.provider_job_id\n",
+        "\n    returning r.token, r.job_id, r.provider_job_id\n",
         STATES,
+    ),
+    # Purchases.
+    Bug(
+        "a lost create is found whatever its sources were",
+        "worker.py",
+        "return is_same and bool(given) and fingerprint(given) == sent",
+        "own = job.provider_input.items()\n"
+        "        return is_same and bool(given) and all(\n"
+        "            given.get(k) == v for k, v in own if k not in job.image_inputs\n        )",
+        "tests/test_worker_units.py::test_only_the_whole_input_with_its_sources_is_a_proof",
+    ),
+    Bug(
+        "two jobs may have one purchase",
+        "sql/12_queue_tables.sql",
+        "  primary key (generation_id, provider_job_id),\n  unique (provider_job_id)\n",
+        "  primary key (generation_id, provider_job_id)\n",
+        "tests/test_purchase.py::test_what_a_job_has_bought_is_never_anothers",
+    ),
+    Bug(
+        "what a deleted user's job bought runs on",
+        "sql/70_worker.sql",
+        "      else 'canceled'\n",
+        "      else 'lost'\n",
+        "tests/test_worker_replicate.py::test_a_purchase_is_stopped_where_its_user_is_deleted",
     ),
     # Places and limits.
     Bug(
         "a job that is given back is lost",
         "sql/75_outcomes.sql",
         "  perform private.requeue_job(v_job, v_job.attempt - 1, interval '0', p_resumes);\n",
-        "",
+        "  null;\n",
         STATES,
     ),
     Bug(
@@ -559,9 +607,31 @@ MONEY = [
     Bug(
         "recovery waits for jobs that are being ended",
         "sql/80_recovery.sql",
-        "order by r.user_id limit p_at_most for update skip locked",
-        "order by r.user_id limit p_at_most for update",
+        "    for update skip locked\n  );\n  perform private.put_off",
+        "    for update\n  );\n  perform private.put_off",
         CIRCLE,
+    ),
+    Bug(
+        "a user is deleted without locking what retention locks first",
+        "sql/84_erasure.sql",
+        "  perform from public.generations where user_id = old.user_id order by id for update;\n",
+        "",
+        f"{RETENTION}deleting_a_user_is_no_deadlock_with_retention",
+    ),
+    # Routines over many users.
+    Bug(
+        "one bad row ends a routine",
+        "sql/17_health_tables.sql",
+        "    if sqlstate ~ '^(25|42|53|57|58)' then",
+        "    if true then",
+        f"{RETENTION}a_bad_row_is_passed_over_and_named_and_all_others_are_done[case4]",
+    ),
+    Bug(
+        "a row that was skipped is told nobody",
+        "sql/88_health.sql",
+        "    where r.last_at > now() - interval '1 day'\n",
+        "    where r.last_at > now()\n",
+        f"{RETENTION}a_bad_row_is_passed_over_and_named_and_all_others_are_done[case0]",
     ),
 ]
 WAKE_UP = [
@@ -617,7 +687,45 @@ OUTAGE = [
         "tests/test_outbox.py::test_a_target_that_asks_for_nonsense_is_given_up_like_any_other",
     ),
 ]
-PLANTED = [*SECURITY, *MONEY, *WAKE_UP, *OUTAGE]
+BREAKER = "tests/test_breaker.py::test_"
+BLAME = [
+    Bug(
+        "a pause is for everybody, also where few have failed",
+        "sql/71_breaker.sql",
+        "between 1 and 99\n      and not p_user_id",
+        "between 1 and 0\n      and not p_user_id",
+        f"{BREAKER}users_whose_input_fails_throttle_themselves_and_keep_nobody_waiting",
+    ),
+    Bug(
+        "who failed where others succeed may pause the model again and again",
+        "sql/71_breaker.sql",
+        "  if (v_is_closed and private.is_doubted(v_breaker, p_job.user_id))\n    or (",
+        "  if (",
+        f"{BREAKER}who_failed_where_another_succeeded_pauses_nobody_for_a_while",
+    ),
+    Bug(
+        "the probe is a job of those who opened the breaker",
+        "sql/72_claim.sql",
+        "where (c.all_of_model or not c.has_failed) and (",
+        "where (",
+        f"{BREAKER}the_probe_is_a_job_of_a_user_who_has_not_failed_if_there_is_one",
+    ),
+    Bug(
+        "any refusal is the account's",
+        "worker.py",
+        "        if status == 403 and not is_sure:\n",
+        "        is_sure = True\n        if status == 403 and not is_sure:\n",
+        "tests/test_worker_replicate.py::test_a_job_that_is_always_refused_stops_no_other",
+    ),
+    Bug(
+        "a job is given back for ever",
+        "sql/75_outcomes.sql",
+        "g.created_at < now() - s.give_up_after\n",
+        "false\n",
+        f"{BREAKER}a_job_that_is_given_back_again_and_again_gives_up",
+    ),
+]
+PLANTED = [*SECURITY, *MONEY, *WAKE_UP, *OUTAGE, *BLAME]
 
 # What may never go unnoticed, and the bug that takes it away.
 CORNERSTONES = {

@@ -169,6 +169,52 @@ def test_users_add_files_to_their_own_input_folder_only(files, alice, bob):
             alice.query(insert, bucket, f"{owner.id}/new.png")
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "/",
+        "//a",
+        "/a/",
+        "/a//b",
+        "/../b",
+        "/a/..",
+        "/./b",
+        "/" + "x" * 480,
+        "/" + "\u20ac" * 170,
+    ],
+)
+def test_an_input_has_a_name_of_its_own_below_the_folder(files, alice, name):
+    name = f"{alice.id}{name}"
+    with refused("42501"):
+        alice.query("insert into storage.objects (bucket_id, name) values ('inputs', %s)", name)
+    with refused("42501"):
+        alice.query("update storage.objects set name = %s", name)
+
+
+@pytest.mark.parametrize(
+    "name", ["a", "a/b/c.png", "..a", "a b.jpg", "\u20ac\u202e.png", "x" * 475]
+)
+def test_whatever_else_it_is_called_is_the_users_own_business(files, alice, name):
+    insert = "insert into storage.objects (bucket_id, name) values ('inputs', %s) returning 1"
+
+    assert alice.query(insert, f"{alice.id}/{name}")
+
+
+def test_a_user_keeps_no_more_inputs_than_the_setting_says(db, files, alice, bob):
+    db.execute("update private.settings set max_input_files = 3")
+    insert = "insert into storage.objects (bucket_id, name) values ('inputs', %s)"
+    for name in ("b", "c"):
+        alice.query(insert, f"{alice.id}/{name}")
+
+    with refused("42501"):
+        alice.query(insert, f"{alice.id}/d")
+    assert len(alice.query("update storage.objects set version = '2' returning 1")) == 3
+    bob.query(insert, f"{bob.id}/b")
+    alice.query("delete from storage.objects where name like '%%/b'")
+    alice.query(insert, f"{alice.id}/d")
+
+
 def test_users_replace_and_delete_only_their_own_inputs(files, alice):
     changed = alice.query("update storage.objects set version = '2' returning bucket_id, name")
     deleted = alice.query("delete from storage.objects returning bucket_id, name")

@@ -2,11 +2,12 @@
 
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import datetime
 
 import pytest
-from actors import PREVIEW, User, Worker, outcome, refused, together
-from database import assert_books_balance, unchanged
+from actors import PREVIEW, Job, User, Worker, outcome, refused, together
+from database import Database, assert_books_balance, unchanged
 from psycopg.types.json import Jsonb
 
 DEV = "black-forest-labs/flux-dev"
@@ -91,7 +92,9 @@ def test_what_is_not_the_providers_fault_pauses_nothing(db, rich, worker, code):
     assert db.execute("select * from private.breakers") == []
 
 
-@pytest.mark.parametrize("code", ["provider_error", "provider_timeout", "result_lost", "timeout"])
+@pytest.mark.parametrize(
+    "code", ["provider_error", "provider_refused", "provider_timeout", "result_lost", "timeout"]
+)
 def test_what_is_the_providers_fault_counts(db, rich, worker, code):
     fail(rich, worker, 5, code=code)
 
@@ -111,12 +114,13 @@ def test_jobs_stuck_until_their_deadline_count(db, rich, worker):
     assert breaker(db)["state"] == "open"
 
 
-def test_a_single_user_cannot_pause_a_model_for_all(db, rich, bob, worker):
+def test_two_users_cannot_pause_a_model_for_all(db, rich, bob, worker):
     db.execute("update private.settings set breaker_users = default")
     fail(rich, worker, 20)
+    fail(bob.has(1000), worker, 20)
     assert breaker(db)["state"] == "closed"
 
-    fail(bob, worker, 1)
+    fail(User(db), worker, 1)
 
     assert breaker(db)["state"] == "open"
 
@@ -331,6 +335,226 @@ def test_the_probe_of_a_provider_is_a_job_of_a_model_that_is_not_paused(db, rich
     )
     assert seconds_paused(db, "replicate") == 60
     assert breaker(db, SCHNELL)["failures"] == 1
+
+
+# Who is to blame: the model, or the input of those who failed.
+
+
+@dataclass
+class Attack:
+    """Users on the free plan whose input fails, beside one whose input is good."""
+
+    db: Database
+    count: int
+    slow: int = 0  # seconds until they fail
+
+    def __post_init__(self) -> None:
+        self.villains = [User(self.db).has(10) for _ in range(self.count)]
+        self.honest = User(self.db).has(1000).has_paid()
+        self.worker = Worker(self.db, slots=200)
+        self.running: list[tuple[int, Job]] = []
+        self.kept_waiting = self.failures = 0
+
+    def last(self, seconds: int, step: int = 5) -> None:
+        """Let time pass; the honest user asks in each step, the others whenever they may."""
+        for now in range(0, seconds, step):
+            for villain in self.villains:
+                while isinstance(outcome(lambda v=villain: v.enqueue(model=DEV)), dict):
+                    pass
+            wish = outcome(lambda: self.honest.enqueue(model=DEV))
+            self.running += [(now, job) for job in self.worker.claim_jobs(200)]
+            done = [job for _, job in self.running if str(job.user_id) == self.honest.id]
+            self.kept_waiting += not (isinstance(wish, dict) and done)
+            over = [job for began, job in self.running if now - began >= self.slow]
+            for job in [*done, *(job for job in over if job not in done)]:
+                if job in done:
+                    self.worker.complete_job(job)
+                else:
+                    self.worker.fail_job(job, "timeout" if self.slow else "provider_error")
+                    self.failures += 1
+            self.running = [each for each in self.running if each[1] not in [*over, *done]]
+            self.db.pass_time(f"{step} seconds")
+            self.worker.heartbeat(*(job for _, job in self.running))
+
+
+@pytest.mark.parametrize(("count", "slow"), [(2, 0), (5, 0), (20, 0), (5, 60)])
+def test_users_whose_input_fails_throttle_themselves_and_keep_nobody_waiting(db, count, slow):
+    db.execute("update public.models set is_active = true")
+    attack = Attack(db, count, slow)
+
+    attack.last(300)
+
+    assert attack.kept_waiting == 0
+    # Each may fail five jobs or so, of three attempts, not fifty as the plan lets them.
+    assert attack.failures <= count * 20
+    assert_books_balance(db)
+
+
+@pytest.fixture
+def suspects(db, worker) -> list[User]:
+    """Three users who have opened the breaker of DEV, with a job each that waits."""
+    db.execute("update public.models set is_active = true")
+    db.execute("update private.settings set retry_base = '0'")
+    db.lift_limits()
+    suspects = [User(db).has(100) for _ in range(3)]
+    for user in suspects:
+        fail(user, worker, 1)
+    for user in [*suspects, *suspects[:2]]:
+        user.enqueued(model=DEV)
+    for _ in range(2):
+        worker.fail_job(worker.claimed(), "provider_error", retry_after=3600)
+    assert breaker(db)["state"] == "open"
+    return suspects
+
+
+def test_a_pause_is_for_those_who_failed(suspects, bob, worker):
+    for user in suspects:
+        with refused("PT503", "model_paused"):
+            user.enqueue(model=DEV)
+        assert {m["paused_until"] is None for m in user.list_models() if m["id"] == DEV} == {False}
+    assert {m["paused_until"] for m in bob.list_models()} == {None}
+    assert worker.claim_jobs(4) == []
+
+    jobs = [bob.has(10).enqueued(model=DEV) for _ in range(2)]
+
+    assert [job.id for job in worker.claim_jobs(4)] == jobs[:1]
+
+
+def test_the_probe_is_a_job_of_a_user_who_has_not_failed_if_there_is_one(db, suspects, bob, worker):
+    db.pass_time("31 seconds")
+    job = bob.has(10).enqueued(model=DEV)  # of all the last
+
+    assert [job.id for job in worker.claim_jobs(1)] == [job]
+
+
+def test_the_probe_of_a_provider_is_of_a_user_who_has_not_failed_whatever_the_model(
+    db, rich, bob, worker
+):
+    rich.enqueue(model=DEV)
+    worker.pause_provider("replicate", 10, "402", rich.id)
+    db.pass_time("11 seconds")
+    job = bob.has(10).enqueued(model=SCHNELL)
+
+    assert [job.id for job in worker.claim_jobs(1)] == [job]
+
+
+def test_where_only_theirs_wait_one_is_tried_after_the_pause(db, suspects, worker):
+    db.pass_time("31 seconds")
+    worker.fail_job(worker.claimed(), "provider_error", retry_after=3600)
+
+    assert seconds_paused(db) == 60
+    assert worker.claim_jobs(4) == []
+
+
+def test_a_failed_trial_during_a_pause_prolongs_it_for_nobody_and_makes_one_more_suspect(
+    db, suspects, bob, worker
+):
+    fail(bob.has(10), worker, 1)
+
+    assert 28 <= seconds_paused(db) <= 30
+    with refused("PT503", "model_paused"):
+        bob.enqueue(model=DEV)
+
+
+def test_a_trial_that_takes_longer_than_the_pause_leaves_its_place(db, suspects, bob, worker):
+    bob.has(10).enqueue(model=DEV)
+    slow = worker.claimed()
+    job = User(db).enqueued(model=DEV)
+    assert worker.claim_jobs(4) == []
+
+    db.pass_time("31 seconds")
+    assert [job.id for job in worker.claim_jobs(4)] == [job]
+
+    worker.complete_job(slow)
+    assert breaker(db)["state"] == "closed"
+
+
+def test_from_a_hundred_users_on_nobody_is_tried_during_the_pause(db, suspects, bob, worker):
+    db.execute(
+        "update private.breakers set failed_users = failed_users"
+        " || array(select gen_random_uuid() from generate_series(4, 100)) where name = %s",
+        DEV,
+    )
+    bob.has(10).enqueue(model=DEV)
+
+    assert worker.claim_jobs(4) == []
+    db.pass_time("31 seconds")
+    assert len(worker.claim_jobs(4)) == 1
+
+
+def test_who_failed_where_another_succeeded_pauses_nobody_for_a_while(db, suspects, bob, worker):
+    bob.has(10).enqueue(model=DEV)
+    worker.complete_job(worker.claimed())
+    assert breaker(db)["state"] == "closed"
+
+    for job in worker.claim_jobs(9):
+        worker.fail_job(job, "provider_error", retry_after=3600)
+    for user in suspects:
+        fail(user, worker, 2)
+    assert (breaker(db)["state"], breaker(db)["failures"]) == ("closed", 0)
+
+    db.pass_time("16 minutes")
+    db.execute("update private.ready_jobs set run_at = null, fair_key = 0")
+    for job in worker.claim_jobs(9):
+        worker.fail_job(job, "provider_error", retry_after=3600)
+    assert breaker(db)["state"] == "open"
+
+
+def test_who_keeps_failing_where_others_succeed_is_paused_alone(db, rich, bob, worker):
+    db.execute("update private.settings set breaker_users = default, max_attempts = 1")
+    fail(rich, worker, 1)
+    bob.has(10).enqueue(model=DEV)
+    worker.complete_job(worker.claimed())
+    fail(rich, worker, 4)
+
+    with refused("PT503", "model_paused") as refusal:
+        rich.enqueue(model=DEV)
+    assert 290 <= refusal.refusal.retry_after <= 300
+    assert bob.enqueue(model=DEV)["status"] == rich.enqueue(model=SCHNELL)["status"] == "queued"
+
+    db.pass_time("301 seconds")
+    assert rich.enqueue(model=DEV)["status"] == "queued"
+
+
+def test_a_refusal_that_may_be_one_users_lets_the_jobs_of_others_be_tried(db, rich, bob, worker):
+    waiting = rich.enqueued(model=DEV)
+    worker.pause_provider("replicate", 60, "402: no credit", rich.id)
+    jobs = [bob.has(10).enqueued(model=SCHNELL) for _ in range(3)]
+
+    worker.complete_job(worker.claimed())
+    assert breaker(db, "replicate")["state"] == "closed"
+    assert {job.id for job in worker.claim_jobs(4)} == {waiting, *jobs[1:]}
+
+    assert not worker.pause_provider("replicate", 60, "402: no credit", rich.id)
+    assert breaker(db, "replicate")["state"] == "closed"
+
+
+def test_what_is_surely_refused_is_for_everybody_whoever_is_refused_next(db, rich, bob, worker):
+    worker.pause_provider("replicate", 60, "401: no such key")
+    worker.pause_provider("replicate", 60, "402: no credit", rich.id)
+
+    with refused("PT503", "model_paused"):
+        bob.enqueue(model=DEV)
+
+
+def test_a_refused_account_leaves_an_operators_pause_as_it_is(db, service, worker):
+    service.pause_model("replicate", reason="maintenance")
+
+    with unchanged(db):
+        worker.pause_provider("replicate", 60, "401: no such key")
+
+
+def test_a_job_that_is_given_back_again_and_again_gives_up(db, alice, worker):
+    job_id = alice.enqueued()
+    for _ in range(5):
+        worker.release_job(worker.claimed())
+    db.pass_time("61 minutes")
+
+    worker.release_job(worker.claimed())
+
+    assert alice.get_job_status(job_id)["error"]["code"] == "internal"
+    assert alice.credits() == 10
+    assert_books_balance(db)
 
 
 # Operators.

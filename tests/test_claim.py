@@ -1,11 +1,8 @@
 """sql/72_claim.sql: jobs of a paused model or provider wait and lose neither place nor attempt."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 from actors import PREVIEW, Worker
-from database import assert_books_balance, unchanged
-from psycopg.types.json import Jsonb
+from database import assert_books_balance
 
 DEV = "black-forest-labs/flux-dev"
 
@@ -16,11 +13,6 @@ def rich(db, alice):
     db.execute("update public.models set is_active = true")
     db.lift_limits()
     return alice.has(credits=1000)
-
-
-def held(db) -> int:
-    """Return how many jobs are held."""
-    return int(db.value("select count(*) from private.ready_jobs where is_held"))
 
 
 def in_(db, interval: str) -> str:
@@ -83,75 +75,8 @@ def test_what_two_claims_let_come_back_is_still_in_order(db, rich, worker, servi
     assert ids == waiting
 
 
-def test_a_pile_of_paused_jobs_is_passed_once_and_not_touched_again(db, rich, worker, service):
-    for _ in range(25):
-        rich.enqueue(model=DEV)
-    preview = rich.enqueued(model=PREVIEW)
-    service.pause_model(DEV)
-
-    assert [job.id for job in worker.claim_jobs(2)] == [preview]
-
-    assert held(db) == 25
-    worker.let_the_next_claim_scan_all()
-    with unchanged(db):
-        assert worker.claim_jobs(2) == []
-
-
-def test_only_what_a_claim_passed_over_is_held(db, rich, worker, service):
+def test_what_waited_far_below_the_clock_comes_back_at_once(db, rich, worker, service):
     first = rich.enqueued(model=DEV)
-    preview = rich.enqueued(model=PREVIEW)
-    rich.enqueue(model=DEV)
-    service.pause_model(DEV)
-
-    assert [job.id for job in worker.claim_jobs(1)] == [preview]
-
-    query = "select job_id::text as id from private.ready_jobs where is_held"
-    assert db.execute(query) == [{"id": first}]
-
-
-def test_jobs_that_are_held_in_one_claim_are_bounded(db, rich, worker, service):
-    copies = 2500
-    rich.enqueue(model=DEV)
-    multiply_ready_job(db, copies)
-    service.pause_model(DEV)
-
-    counts = []
-    for _ in range(3):
-        worker.let_the_next_claim_scan_all()
-        assert worker.claim_jobs(1) == []
-        counts.append(held(db))
-
-    assert counts == [2000, 2501, 2501]
-
-
-def test_when_all_have_come_back_claims_look_no_more(db, rich, worker, service):
-    ids = [rich.enqueued(model=DEV) for _ in range(3)]
-    service.pause_model(DEV)
-    worker.claim_jobs(1)
-    service.resume_model(DEV)
-
-    assert [worker.claimed().id for _ in ids] == ids
-    assert worker.claim_jobs(1) == []
-
-    assert db.value("select has_held from private.breakers") is False
-
-
-def test_jobs_that_another_claim_has_just_let_come_back_are_not_forgotten(db, rich, service):
-    job_id = rich.enqueued(model=DEV)
-    service.pause_model(DEV)
-    first, second = Worker(db), Worker(db)
-    first.claim_jobs(1)
-    service.resume_model(DEV)
-
-    with first.connection.transaction(force_rollback=True):
-        assert first.claimed().id == job_id
-        assert second.claim_jobs(1) == []
-
-    assert second.claimed().id == job_id
-
-
-def test_held_jobs_far_below_the_clock_come_back_at_once(db, rich, worker, service):
-    held_job = rich.enqueued(model=DEV)
     service.pause_model(DEV)
     worker.claim_jobs(1)
     db.execute("select setval('private.virtual_clock', 1000000000)")
@@ -159,36 +84,7 @@ def test_held_jobs_far_below_the_clock_come_back_at_once(db, rich, worker, servi
 
     service.resume_model(DEV)
 
-    assert [worker.claimed().id, worker.claimed().id] == [held_job, later]
-
-
-@pytest.mark.parametrize("name", [DEV, "replicate"])
-def test_a_job_that_a_claim_is_holding_comes_back_though_the_pause_ends_meanwhile(
-    rich, worker, service, name
-):
-    db, job_id = rich.db, rich.enqueued(model=DEV)
-    service.pause_model(name)
-
-    with ThreadPoolExecutor(1) as pool:
-        with worker.connection.transaction():
-            assert worker.claim_jobs(1) == []
-            resumed = pool.submit(service.resume_model, name)
-            db.wait_for_lock(service.connection)
-        resumed.result()
-
-    assert Worker(db).claimed().id == job_id
-
-
-def test_a_claim_that_began_before_the_resume_holds_nothing_after_it(db, rich, worker, service):
-    job_id = rich.enqueued(model=DEV)
-    service.pause_model(DEV)
-    blocked = db.value("select private.blocked_models()")
-    service.resume_model(DEV)
-
-    db.execute("select private.hold_passed_jobs(%s, 0, null)", Jsonb(blocked))
-
-    assert held(db) == 0
-    assert worker.claimed().id == job_id
+    assert [worker.claimed().id, worker.claimed().id] == [first, later]
 
 
 def test_a_canceled_job_does_not_come_back(db, rich, worker, service):

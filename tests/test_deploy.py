@@ -56,6 +56,36 @@ def test_the_front_has_the_paths_of_a_supabase_project():
     assert {(name, int(port)) for path, name, port in found if path == name} == {*PORTS.items()}
 
 
+def test_the_front_takes_no_larger_request_than_what_is_behind_it_needs(services):
+    caddy = (DEPLOY / "Caddyfile").read_text()
+    sizes = dict(re.findall(r"handle_path /(\w+)/.*?max_size (\w+)", caddy, re.DOTALL))
+
+    limit = services["storage"]["environment"]["FILE_SIZE_LIMIT"]
+    assert sizes == {"rest": "1MB", "auth": "1MB", "storage": limit}
+
+
+def test_every_container_is_of_one_release_and_has_limits_and_few_rights(services):
+    base = re.search(r"ARG BASE=(.*)", (DEPLOY / "postgres.Dockerfile").read_text())
+    assert base
+    images = [each["image"] for name, each in services.items() if name != "db"] + [base[1]]
+    assert [each for each in images if not re.search(r":v?\d+\.\d+(\.\d+|-\w+)", each)] == []
+    for service in services.values():
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert service["mem_limit"] and service["pids_limit"]
+    assert {name for name, each in services.items() if not each.get("read_only")} == {"db"}
+
+
+def test_the_file_of_secrets_is_its_owners_also_if_it_was_there_already(tmp_path: Path):
+    file = tmp_path / ".env"
+    file.write_text((DEPLOY / ".env.example").read_text())
+    file.chmod(0o644)
+
+    compose_env.main(tmp_path)
+
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
 def test_secrets_are_made_once_and_fit_each_other(tmp_path: Path, capsys):
     compose_env.main(tmp_path)
     file = tmp_path / ".env"
@@ -94,6 +124,17 @@ def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
         database.close()
         cluster.stop()
         cluster.delete()
+
+
+def test_storage_makes_its_tables_without_making_roles_and_the_api_roles_reach_them(own_server):
+    parts = psycopg.conninfo.conninfo_to_dict(own_server.url)
+    login = {"user": "supabase_storage_admin", "password": "STORAGE_ADMIN"}
+    with psycopg.connect(**parts | login, autocommit=True) as connection:
+        connection.execute("create table storage.later (id integer)")
+        may = "select has_table_privilege('authenticated', 'storage.later', 'insert')"
+        assert connection.execute(may).fetchone() == (True,)
+        connection.execute("drop table storage.later")
+        connection.execute("set role authenticated")
 
 
 def test_migrate_installs_on_a_server_of_ones_own_with_pg_cron(own_server, supabase_db):
@@ -141,3 +182,23 @@ def test_postgrests_role_may_become_whom_a_token_may_name_and_nobody_else(own_se
     assert [row["rolname"] for row in roles] == names
     with psycopg.connect(**parts | login) as connection:
         connection.execute("set role anon")
+
+
+@pytest.mark.parametrize("role", ["supabase_auth_admin", "supabase_storage_admin", "authenticator"])
+def test_nobody_elses_password_is_a_shell_on_the_database_host(own_server, role):
+    passwords = {"supabase_auth_admin": "AUTH_ADMIN", "supabase_storage_admin": "STORAGE_ADMIN"}
+    login = {"user": role, "password": passwords.get(role, "AUTHENTICATOR")}
+    parts = psycopg.conninfo.conninfo_to_dict(own_server.url)
+
+    with psycopg.connect(**parts | login, autocommit=True) as connection:
+        for attack in (
+            f"grant pg_execute_server_program to {role}",
+            f"grant pg_read_server_files to {role}",
+            f"grant postgres to {role}",
+            "create role more login superuser",
+            "create role more login createrole",
+            "alter role postgres password 'mine'",
+            "copy (select 1) to program 'id'",
+        ):
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                connection.execute(attack)

@@ -328,6 +328,17 @@ def test_each_ledger_entry_follows_from_the_one_before(db, alice):
     assert broken(db) == [("ledger", alice.id)]
 
 
+def test_a_sum_that_fits_no_integer_is_found_like_any_other(db, alice, bob):
+    db.execute(
+        "insert into public.credit_ledger (user_id, kind, amount, balance_after)"
+        " values (%s, 'grant', 2147483647, 2147483647)",
+        alice.id,
+    )
+    db.execute("update public.entitlements set credits = 11 where user_id = %s", bob.id)
+
+    assert set(broken(db)) == {("ledger", alice.id), ("balance", alice.id), ("balance", bob.id)}
+
+
 def test_what_is_ready_or_running_is_a_generation_of_its_user(db, alice, bob, worker):
     ids = [alice.enqueued(), alice.enqueued()]
     worker.claimed()

@@ -22,7 +22,7 @@ def a_day_of(user: User, worker: Worker, jobs: int = 1) -> None:
     for _ in range(jobs):
         job_id = user.enqueued()
         job = worker.claimed()
-        worker.checkpoint(job, "prediction")
+        worker.checkpoint(job, f"prediction-{job.id}")
         worker.heartbeat(job, progress=[50])
         worker.report_progress(job, "storing", 90)
         user.get_job_status(job_id)

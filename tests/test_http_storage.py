@@ -27,6 +27,18 @@ def not_found(response: httpx.Response) -> bool:
     return response.status_code == 400 and response.json()["statusCode"] == "404"
 
 
+def test_an_input_with_the_name_of_its_folder_is_refused_and_so_is_one_too_many(user, stack_db):
+    stack_db.execute("update private.settings set max_input_files = 2")
+    try:
+        names = [user.id, f"{user.id}/a.png", f"{user.id}/b.png", f"{user.id}/c.png"]
+        taken = [stored(user.upload(f"inputs/{name}", PNG)) for name in names]
+        again = user.upload(f"inputs/{names[1]}", OTHER, upsert=True)
+    finally:
+        stack_db.execute("update private.settings set max_input_files = default")
+
+    assert (taken, stored(again)) == ([False, True, True, False], True)
+
+
 @pytest.fixture
 def image(user, operator) -> str:
     """Path of a generated image of the user's, bucket included, stored as the worker does."""

@@ -57,6 +57,8 @@ union all
 select concat_ws(' ', 'function', p.oid::regprocedure, p.proowner::regrole, p.proacl, md5(p.prosrc))
 from pg_proc as p where p.pronamespace::regnamespace::text in ('auth', 'storage', 'app', 'public')
 union all
+select 'default ' || d::text from pg_default_acl as d
+union all
 select concat_ws(' ', 'schema', nspname, nspowner::regrole, nspacl) from pg_namespace
 union all
 select 'published ' || p::text from pg_publication_tables as p
@@ -174,11 +176,11 @@ def test_nobody_may_do_more_there_than_where_nothing_else_is(project, db):
     assert {grant for grant in granted(project.db) if grant[0] in ours} == granted(db)
 
 
-def test_what_it_makes_later_nobody_may_use_by_default(project):
+def test_what_the_app_makes_later_has_the_rights_that_the_project_gives(project):
     project.owner.execute("create table public.later (id integer)")
     may = "select has_table_privilege(%s, 'public.later', 'truncate')"
 
-    assert not any(project.db.value(may, role) for role in ("anon", "authenticated"))
+    assert all(project.db.value(may, role) for role in ("anon", "authenticated", "service_role"))
     project.owner.execute("drop table public.later")
 
 

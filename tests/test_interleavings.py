@@ -124,7 +124,7 @@ class WorkerMonkey(Monkey):
                 lambda: self.worker.complete_job(job, images=job.image_count),
                 lambda: self.worker.fail_job(job, code),
                 lambda: self.worker.release_job(job),
-                lambda: self.worker.checkpoint(job, "prediction"),
+                lambda: self.worker.checkpoint(job, f"prediction-{job.id}"),
                 lambda: self.worker.begin_create(job),
                 lambda: self.worker.cancel_job(job),
             ]

@@ -191,13 +191,16 @@ def of_worker(place: str) -> dict[str, Action]:
 
 
 def of_many(function: str, *rest: object) -> Action:
-    """What a worker does with all jobs in one call, in no order."""
-    return Action(
-        "worker",
-        lambda w, s: sorted(
-            str(verdict) for _, verdict in w.of_many(function, [(s.jobs[p], *rest) for p in HEARD])
-        ),
-    )
+    """What a worker does with all jobs in one call, in no order; {} is where a job stands."""
+
+    def call(w: Worker, s: Scene) -> list[str]:
+        told = [
+            (s.jobs[p], *(each.format(p) if isinstance(each, str) else each for each in rest))
+            for p in HEARD
+        ]
+        return sorted(str(verdict) for _, verdict in w.of_many(function, told))
+
+    return Action("worker", call)
 
 
 PLACES = [f"{name} {which}" for name in ("alice", "bob") for which in ("first", "second")]
@@ -206,8 +209,8 @@ ACTIONS = {
     **of_user("alice"),
     "claim_jobs": Action("worker", claims),
     "heartbeat": Action("worker", lambda w, s: w.heartbeat(*[s.jobs[p] for p in HEARD])),
-    "checkpoint_jobs": of_many("checkpoint_jobs", "prediction"),
-    "begin_creates": of_many("begin_creates"),
+    "checkpoint_jobs": of_many("checkpoint_jobs", "prediction of {}"),
+    "begin_creates": of_many("begin_creates", None),
     "report_progress": of_many("report_progress", "storing", 50),
     "complete_jobs": Action(
         "worker", lambda w, s: w.complete_jobs(*[(s.jobs[p], 2) for p in HEARD])

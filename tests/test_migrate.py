@@ -108,6 +108,61 @@ def test_the_name_of_the_database_confirms(supabase_db):
     assert run(supabase_db.url, f"{supabase_db.name}\n").returncode == 0
 
 
+def test_it_tells_what_it_does_outside_its_own_schemas_and_what_it_gives_away(supabase_db):
+    supabase_db.execute(
+        "insert into auth.users (id) select gen_random_uuid() from generate_series(1, 7)"
+    )
+
+    shown = run(supabase_db.url, "n\n", WELCOME_CREDITS="3").stdout
+    done = run(supabase_db.url, YES="1", WELCOME_CREDITS="3")
+    again = run(supabase_db.url, WELCOME_CREDITS="5")
+
+    outside = [line for line in shown.splitlines() if line.startswith("outside ")]
+    named = ("darkroom_worker", "darkroom_lock_jobs", "storage.objects (6)")
+    assert all(any(name in line for line in outside) for name in named)
+    assert "credits     3 for each new user, and for the 7 who are there: 21; WELCOME" in shown
+    assert done.returncode == 0, done.stderr
+    credits = "select sum(credits) from public.entitlements"
+    assert supabase_db.value(credits) == 21
+    assert supabase_db.value("select welcome_credits from private.settings") == 3
+    assert "outside" not in again.stdout and "credits" not in again.stdout
+
+
+def test_all_that_it_makes_outside_is_told(supabase_db):
+    """Whatever is there afterwards and was not before, in schemas of others and in the cluster."""
+    made = (
+        "select tgname::text as name from pg_trigger where tgrelid = 'auth.users'::regclass"
+        " and not tgisinternal"
+        " union all select count(*)::text from pg_policies where schemaname = 'storage'"
+        " union all select id from storage.buckets"
+    )
+    before = {row["name"] for row in supabase_db.execute(made)}
+
+    shown = run(supabase_db.url, YES="1").stdout
+
+    names = {row["name"] for row in supabase_db.execute(made)} - before
+    assert len(names) == 3 + 1 + 2
+    assert [name for name in names if name not in shown] == []
+
+
+@pytest.mark.parametrize("credits", ["-1", "many", "1e9"])
+def test_credits_that_are_no_number_are_refused(supabase_db, credits):
+    done = run(supabase_db.url, YES="1", WELCOME_CREDITS=credits)
+
+    assert (done.returncode, done.stderr.split(":")[1]) == (1, " bad_credits")
+    assert not is_installed(supabase_db)
+
+
+def test_it_gives_up_where_others_would_wait_behind_it(supabase_db):
+    with supabase_db.connect().transaction() as signing_up:
+        signing_up.connection.execute("insert into auth.users (id) values (gen_random_uuid())")
+        done = run(supabase_db.url, YES="1")
+
+    assert done.returncode == 1
+    assert done.stderr.startswith("migrate: locked: ")
+    assert not is_installed(supabase_db)
+
+
 def test_the_cli_goes_on_where_it_stopped(supabase_db):
     run(supabase_db.url, YES="1")
 

@@ -1,8 +1,9 @@
 """Random runs of misbehaviour: whatever happens, each job ends, is paid for once and bought once.
 
-    MISBEHAVIOUR_RUNS=1000 .venv/bin/python -m pytest tests/test_misbehaviour.py
+    MISBEHAVIOUR_RUNS=1200 .venv/bin/python -m pytest tests/test_misbehaviour.py
 
-The seed is in the test's name and makes the same run again.
+A quarter as many are runs of strangers. The seed is in the test's name and makes the same run
+again.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import pytest
+from database import Database
 from fake_replicate import FakeReplicate
-from misbehaviour import Run
+from misbehaviour import Run, Strangers
+
+from stack import Stack
 
 RUNS = int(os.environ.get("MISBEHAVIOUR_RUNS") or 120)
 
@@ -31,21 +35,37 @@ def fake() -> Iterator[FakeReplicate]:
         yield fake
 
 
-@pytest.mark.parametrize("seed", range(RUNS))
-def test_whatever_happens_a_job_ends_and_is_bought_and_charged_once(seed, db, stack, fake, tally):
-    url = urlsplit(stack.worker_database_url)._replace(path=urlsplit(db.url).path)
-    run = Run(seed, db, url.geturl(), fake)
+def worker_url(db: Database, stack: Stack) -> str:
+    """The address of the test's database for a worker."""
+    path = urlsplit(db.url).path
+    return urlsplit(stack.worker_database_url)._replace(path=path).geturl()
+
+
+def played(run: Run) -> Counter[str]:
+    """Play a run to its end, and judge it."""
     run.prepare()
     try:
         run.play()
-        ends = run.judge()
+        return run.judge()
     except BaseException:
         print(run.story())
         raise
-    tally.update(ends)
+
+
+@pytest.mark.parametrize("seed", range(RUNS))
+def test_whatever_happens_a_job_ends_and_is_bought_and_charged_once(seed, db, stack, fake, tally):
+    run = Run(seed, db, worker_url(db, stack), fake)
+    tally.update(played(run))
     tally["runs"] += 1
     tally["killed runs"] += "killed" in run.fate.ends
     tally["canceled by a worker"] += len(run.canceled)
+
+
+@pytest.mark.parametrize("seed", range(RUNS // 4))
+def test_nobody_gets_a_picture_made_from_anothers_source(seed, db, stack, fake):
+    ends = played(Strangers(seed, db, worker_url(db, stack), fake))
+
+    assert ends["completed"] + ends["canceled"] + ends["failed"] >= 2
 
 
 def test_the_runs_meet_every_end(tally):

@@ -66,7 +66,7 @@ select jsonb_build_object(
   'jobs', (
     select jsonb_object_agg(g.id, jsonb_build_array(
       g.status, g.error_code, g.retry_of, coalesce(ready.attempt, running.attempt), running.token,
-      coalesce(running.cancel_requested, false), ready.run_at is not null and not ready.is_held,
+      coalesce(running.cancel_requested, false), ready.run_at is not null,
       (select count(*) from public.images as i where i.generation_id = g.id),
       (select coalesce(jsonb_object_agg(a.token, a.outcome), '{}')
        from private.attempts as a where a.generation_id = g.id),
@@ -527,7 +527,7 @@ class Money(RuleBasedStateMachine):
         self.end(lease, lambda w: w.begin_create(lease), "", lambda _: None)
 
     def checkpoint(self, lease):
-        self.end(lease, lambda w: w.checkpoint(lease, "prediction"), "", lambda _: None)
+        self.end(lease, lambda w: w.checkpoint(lease, f"prediction-{lease.id}"), "", lambda _: None)
 
     def report_progress(self, lease):
         holds = self.books.holder(lease.id, lease.token)
@@ -566,7 +566,7 @@ class Money(RuleBasedStateMachine):
     @rule(job_id=jobs)
     def a_backoff_ends(self, job_id):
         query = "update private.ready_jobs set run_at = now() - interval '1 second'"
-        query += " where job_id = %s and run_at is not null and not is_held returning job_id"
+        query += " where job_id = %s and run_at is not null returning job_id"
         moved = outcome(lambda: self.db.execute(query, job_id))
         if isinstance(moved, list) and moved:
             self.db.execute("update private.ready_jobs set run_at = null where job_id = %s", job_id)

@@ -7,6 +7,7 @@ import time
 import pytest
 from actors import Refusal, User, Worker, outcome, refused, together
 from database import assert_books_balance, unchanged
+from test_retention import skipped
 
 TOKEN = "ExponentPushToken[xxxxxxxxxxxxxxxxxxxxxx]"
 EXPO = "expo"
@@ -148,6 +149,26 @@ def test_a_job_that_ends_a_second_time_is_told_anew_in_place_of_the_first(db, wo
 
 
 # --- at least once ---
+
+
+def test_one_that_cannot_be_put_into_words_is_given_up_and_holds_up_no_other(
+    db, worker, service, hook, ended
+):
+    jobs = [ended() for _ in range(3)]
+    db.execute(
+        "alter function private.job_json rename to job_json_but_one;"
+        "create function private.job_json(g public.generations) returns json language plpgsql as $$"
+        f" begin if g.id = '{jobs[0]}' then raise 'poisoned'; end if;"
+        " return private.job_json_but_one(g); end $$"
+    )
+
+    claimed = worker.claim_deliveries(hook, 3)
+
+    assert [each.message["data"]["job_id"] for each in claimed] == jobs[1:]
+    (dead,) = service.list_deliveries(state="dead")
+    assert (dead["job_id"], dead["last_error"]) == (jobs[0], "poisoned")
+    assert skipped(db) == {"claim_deliveries": 1}
+    assert service.alerts().keys() == {"dead_deliveries", "skipped_rows"}
 
 
 def test_what_is_delivered_is_not_sent_again(db, worker, hook, ended):

@@ -170,7 +170,7 @@ def test_what_every_job_needs_walks_indexes_though_the_tables_were_empty_when_it
             alice.enqueue_batch(["a lighthouse"])
             jobs = worker.claim_jobs(4)
             alice.get_job_status(jobs[0].id)
-            worker.of_many("begin_creates", [(job,) for job in jobs])
+            worker.of_many("begin_creates", [(job, None) for job in jobs])
             worker.of_many("checkpoint_jobs", [(job, job.id) for job in jobs])
             worker.of_many("report_progress", [(job, "storing", None) for job in jobs])
             worker.of_many("fail_jobs", [(jobs[0], "moderated", None, None, None)])

@@ -98,7 +98,7 @@ class Scene:
         """Bring jobs from the queue to their end."""
         jobs = self.held(JOBS)
         assert self.worker.heartbeat(*jobs) == ["ok"] * JOBS
-        self.worker.of_many("begin_creates", [(job,) for job in jobs])
+        self.worker.of_many("begin_creates", [(job, None) for job in jobs])
         self.worker.of_many("checkpoint_jobs", [(job, job.id) for job in jobs])
         self.worker.of_many("report_progress", [(job, "storing", None) for job in jobs])
         done = self.worker.complete_jobs(*[(job, 1) for job in jobs])

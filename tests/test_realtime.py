@@ -42,6 +42,17 @@ def test_each_new_state_is_broadcast_to_its_user(db, alice, worker):
     assert hints(db) == [(f"user:{alice.id}", job_id, state) for state in states]
 
 
+def test_where_nobody_listens_nothing_is_sent_and_nothing_warned_of(db, alice, warnings):
+    db.execute("drop function realtime.send(jsonb, text, text, boolean)")
+    alice.enqueue()
+    assert len(warnings) == 1
+
+    db.execute("update private.settings set broadcasts = false")
+    alice.enqueue()
+
+    assert len(warnings) == 1
+
+
 def test_a_failure_is_broadcast_whether_or_not_it_is_tried_again(db, alice, worker):
     job_id = alice.enqueued()
     worker.fail_job(worker.claimed(), "provider_error", "secret detail")

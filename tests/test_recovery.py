@@ -3,6 +3,7 @@
 import pytest
 from actors import User, Worker, refused, together
 from database import assert_books_balance, unchanged
+from test_retention import poison, skipped
 
 
 def test_a_job_of_a_dead_worker_is_queued_again_with_its_checkpoint(db, alice, worker):
@@ -172,3 +173,69 @@ def test_a_job_is_never_lost_with_its_worker(db, alice, worker):
 
     assert alice.get_job_status(job_id)["status"] == "failed"
     assert_books_balance(db)
+
+
+# --- one bad row ---
+
+
+@pytest.mark.parametrize(
+    ("table", "row", "event"),
+    [
+        ("public.entitlements", "user_id = '{user}'", "update"),
+        ("public.generations", "user_id = '{user}'", "update"),
+        ("private.running_jobs", "user_id = '{user}'", "delete"),
+    ],
+)
+def test_one_job_that_cannot_be_recovered_holds_up_no_other(db, worker, table, row, event):
+    db.execute("update private.settings set max_attempts = 1")
+    users = sorted((User(db) for _ in range(5)), key=lambda user: user.id)
+    for user in users:
+        user.enqueue()
+        worker.claimed()
+    poison(db, table, row.format(user=users[0].id), event)
+    db.pass_time("61 seconds")
+
+    assert worker.recover_stale_jobs() == 4
+
+    assert [user.credits() for user in users] == [9, 10, 10, 10, 10]
+    assert skipped(db) == {"end_stale_jobs": 1}
+    assert worker.recover_stale_jobs(at_most=1) == 0
+    users[1].enqueue()
+    worker.claimed()
+    db.pass_time("61 seconds")
+    assert worker.recover_stale_jobs(at_most=1) == 1  # the bad one comes first, and takes no place
+    db.execute(f"drop trigger zz_poison on {table}")
+    assert worker.recover_stale_jobs() == 1
+    assert skipped(db) == {}
+    assert_books_balance(db)
+
+
+def test_a_user_whose_balance_is_locked_for_ever_holds_up_no_other(db, worker):
+    users = [User(db) for _ in range(3)]
+    for user in users:
+        user.enqueue()
+        db.execute("update private.settings set max_attempts = 1")
+        worker.claimed()
+    db.pass_time("61 seconds")
+
+    with db.connect().transaction() as forgotten:
+        query = "select from public.entitlements where user_id = %s for update"
+        forgotten.connection.execute(query, [users[0].id])
+        assert worker.recover_stale_jobs() == 2
+
+    assert worker.recover_stale_jobs() == 1
+    assert_books_balance(db)
+
+
+@pytest.mark.parametrize("bad", ["started_at = '-infinity'", "ended_at = 'infinity'"])
+def test_an_attempt_out_of_all_time_spoils_no_estimate(db, alice, bob, worker, bad):
+    for user in (alice, bob):
+        user.enqueue()
+        worker.complete_job(worker.claimed())
+    db.execute(f"update private.attempts set {bad} where token = 1")
+    db.execute("delete from private.model_stats")
+
+    worker.recover_stale_jobs()
+
+    assert db.value("select sample_count from private.model_stats") == 1
+    assert skipped(db) == {}

@@ -125,6 +125,13 @@ def dead_deliveries(scene: Scene) -> Raised:
     return {"webhook_id": hook}, None
 
 
+def skipped_rows(scene: Scene) -> Raised:
+    what = {"step": "mark_files", "key": f"inputs/{scene.alice.id}/cat.jpg"}
+    query = "select private.note_skipped(%s, %s, '23514', 'violates')"
+    scene.db.execute(query, *what.values())
+    return {**what}, None
+
+
 def books(scene: Scene) -> Raised:
     job_id = scene.alice.enqueued()
     worker = Worker(scene.db)
@@ -149,6 +156,7 @@ RAISE: dict[str, Callable[[Scene], Raised]] = {
         paused,
         vacuum_held_back,
         dead_deliveries,
+        skipped_rows,
         books,
     )
 }

@@ -23,8 +23,8 @@ def test_there_is_a_plan_for_everybody(db):
     plans = db.execute("select p::text as plan from private.plans as p order by name")
 
     assert [row["plan"] for row in plans] == [
-        "(free,3,10,3,1,00:10:00)",
-        "(paid,20,60,100,4,00:30:00)",
+        "(free,3,10,30,5,3,1,00:10:00)",
+        "(paid,20,60,100,50,100,4,00:30:00)",
     ]
 
 

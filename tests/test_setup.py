@@ -1,9 +1,10 @@
-"""sql/00_setup.sql: schemas, roles, default privileges."""
+"""sql/00_setup.sql: schemas, roles, and nothing of other people's."""
 
 import json
 
 import pytest
-from database import GRANTS, PROJECT, SEED
+from database import GRANTS, PROJECT, SEED, SQL_FILES
+from realtime_stand_in import add_realtime, as_postgres
 
 SETUP = PROJECT / "sql" / "00_setup.sql"
 API_ROLES = ("anon", "authenticated", "service_role")
@@ -105,13 +106,68 @@ def test_nobody_but_the_owner_creates_in_private(db):
     )
 
 
-def test_the_default_grants_of_older_supabase_projects_leave_no_trace(supabase_db, db):
-    for kind in ("tables", "sequences", "functions"):
-        supabase_db.execute(
-            f"alter default privileges in schema public grant all on {kind}"
-            f" to {', '.join(API_ROLES)}"
-        )
+@pytest.mark.parametrize("where", ["in schema public", ""])
+def test_whatever_is_granted_by_default_nobody_has_a_right_on_what_is_ours(supabase_db, db, where):
+    everybody = ", ".join(["public", *API_ROLES])
+    for kind in ("tables", "sequences", "functions", "types"):
+        supabase_db.execute(f"alter default privileges {where} grant all on {kind} to {everybody}")
 
     supabase_db.install(SEED)
 
     assert supabase_db.execute(GRANTS) == db.execute(GRANTS)
+
+
+DEFAULTS = "select defaclrole, defaclnamespace, defaclobjtype, defaclacl::text from pg_default_acl"
+WHO_MAY = """
+select c.relname, r.rolname, a.privilege_type
+from pg_class as c
+cross join aclexplode(coalesce(c.relacl, acldefault('r', c.relowner))) as a
+inner join pg_roles as r on r.oid = a.grantee
+where c.relname = 'of_the_app' order by 2, 3
+"""
+
+
+def test_what_the_app_makes_later_is_granted_as_if_darkroom_were_not_there(supabase_db):
+    supabase_db.execute(
+        f"alter default privileges in schema public grant all on tables to {', '.join(API_ROLES)}"
+    )
+    make = "create table public.of_the_app (id integer)"
+    supabase_db.execute(make)
+    without = supabase_db.execute(WHO_MAY), supabase_db.execute(DEFAULTS)
+    supabase_db.execute("drop table public.of_the_app")
+
+    supabase_db.install(SEED)
+    supabase_db.execute(make)
+
+    assert (supabase_db.execute(WHO_MAY), supabase_db.execute(DEFAULTS)) == without
+    assert len(without[0]) > 20
+
+
+@pytest.mark.parametrize("table", ["auth.users", "storage.objects"])
+def test_it_does_not_wait_for_long_where_others_would_wait_behind_it(supabase_db, table):
+    with supabase_db.connect().transaction() as reading:
+        reading.connection.execute(f"lock {table} in row exclusive mode")
+        done = supabase_db.psql(*SQL_FILES)
+
+    assert "lock timeout" in done.stderr
+    assert supabase_db.value("select to_regnamespace('private')") is None
+
+
+def test_where_it_may_make_no_policies_it_shows_them_and_goes_on(supabase_db):
+    add_realtime(
+        supabase_db,
+        "grant supabase_realtime_admin to supabase_postgres;"
+        "alter table storage.objects owner to postgres;"
+        "grant all on storage.objects to supabase_postgres;"
+        "revoke all on storage.buckets from supabase_postgres;",
+    )
+    faults = "select detail from private.check_storage()"
+
+    notices = as_postgres(supabase_db).install(SEED)
+
+    assert "Darkroom: no right to make buckets; create the private buckets yourself" in notices
+    shown = notices.split("no right to make policies on storage.objects; ")[1].split("NOTICE")[0]
+    assert supabase_db.value(faults).count("is missing") == 2 + 6
+    supabase_db.execute(shown[shown.index("create policy") :].rsplit(";", 1)[0])
+    supabase_db.execute("insert into storage.buckets (id, name) values ('inputs', 'inputs')")
+    assert supabase_db.value(faults).startswith("bucket generations is missing: see")

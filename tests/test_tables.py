@@ -104,6 +104,8 @@ BROKEN_RULES = {
     ),
     "settings_keep_deleted_is_not_negative": "update private.settings set keep_deleted = '-1 day'",
     "settings_keep_inputs_outlives_a_day": "update private.settings set keep_inputs = '0'",
+    "settings_max_input_files_is_not_negative": "update private.settings set max_input_files = -1",
+    "settings_times_are_in_reach": "update private.settings set keep_ledger = '1001 years'",
     "settings_keep_attempts_outlives_a_day": "update private.settings set keep_attempts = '0'",
     "settings_keep_ledger_outlives_ninety_days": (
         "update private.settings set keep_ledger = '89 days'"
@@ -140,10 +142,6 @@ BROKEN_RULES = {
     ),
     "prompt_templates_params_are_an_object": (
         "insert into public.prompt_templates (title, prompt, params) values ('Cat', 'a cat', '[]')"
-    ),
-    "ready_jobs_held_ones_are_never_due": (
-        "insert into private.ready_jobs (job_id, user_id, model_id, fair_key, is_held)"
-        " select id, user_id, model_id, 0, true from public.generations limit 1"
     ),
     "queue_state_is_one_row": "insert into private.queue_state (id) values (false)",
     "plans_busy_after_is_positive": "update private.plans set busy_after = '0'",

@@ -79,10 +79,10 @@ def test_what_is_paused_and_which_jobs_wait_for_that(db, alice, worker, another_
     assert counts == {PREVIEW: 0, another_model: 1}
 
 
-def test_a_job_that_is_held_counts_as_paused_also_when_model_and_provider_are(
+def test_a_job_that_waits_for_model_and_provider_counts_once(
     db, alice, worker, service, another_model
 ):
-    held = alice.enqueued(model=another_model)
+    waits = alice.enqueued(model=another_model)
     service.pause_model(another_model, until="2999-01-01")
     service.pause_model("replicate", until="2999-01-01")
     assert worker.claim_jobs(1) == []
@@ -94,7 +94,7 @@ def test_a_job_that_is_held_counts_as_paused_also_when_model_and_provider_are(
     (queue,) = rows(db, "queue_by_model")
     assert only(queue, "ready", "delayed", "paused") == (0, 0, 1)
     (waiting,) = rows(db, "waiting_now")
-    assert (str(waiting["job_id"]), waiting["state"]) == (held, "paused")
+    assert (str(waiting["job_id"]), waiting["state"]) == (waits, "paused")
 
 
 def test_the_queue_of_each_model(db, alice, worker, another_model):

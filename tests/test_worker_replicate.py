@@ -33,6 +33,7 @@ EDIT_SCHEMA = {
     "properties": {
         "prompt": {"type": "string"},
         "image": {"type": "string"},
+        "seed": {"type": "integer"},
         "images": {"type": "array", "items": {"type": "string"}},
     }
 }
@@ -86,7 +87,7 @@ class Bench(Workers):
     def end_pause(self) -> None:
         """Let the provider's pause be over."""
         self.db.execute("update private.breakers set paused_until = now()")
-        self.db.execute("update private.ready_jobs set run_at = now() where not is_held")
+        self.db.execute("update private.ready_jobs set run_at = now()")
 
     def put_source(self, path: str, body: bytes) -> None:
         """Have a file in bucket inputs, in Storage and in this database's list of files."""
@@ -438,9 +439,12 @@ def test_while_the_list_cannot_be_read_nothing_is_created_again(bench, fake, db)
 # --- an account that is refused ---
 
 
-@pytest.mark.parametrize("answer", [401, 402, 403])
-def test_a_refused_account_pauses_the_provider_and_no_job_is_to_blame(bench, fake, db, answer):
+@pytest.mark.parametrize(("answer", "account"), [(401, 200), (402, 200), (403, 403)])
+def test_a_refused_account_pauses_the_provider_and_no_job_is_to_blame(
+    bench, fake, db, answer, account
+):
     fake.next(answer=answer)
+    fake.account_status = account
     process = bench.start()
     job = bench.ask()
     charged = bench.user.ledger()
@@ -454,6 +458,37 @@ def test_a_refused_account_pauses_the_provider_and_no_job_is_to_blame(bench, fak
     bench.end_pause()
     bench.until(job, "completed")
     assert (len(fake.creates), len(fake.predictions)) == (2, 1)
+
+
+@pytest.mark.parametrize("status", [401, 402, 403])
+def test_a_job_that_is_always_refused_stops_no_other(bench, fake, status):
+    fake.refused["forbidden"] = status
+    bench.attempts_allowed(3)
+    refused = User(bench.db).has(20).enqueued("forbidden", SCHNELL)
+    honest = [bench.ask() for _ in range(6)]
+    bench.start()
+
+    for job in honest:
+        bench.until(job, "completed")
+
+    eventually(lambda: bench.outcomes(refused))
+    bench.end_pause()
+    bench.until(refused, "failed")
+    given_back = ["released"] if status < 403 else []
+    assert bench.outcomes(refused) == [*given_back, "retried", "retried", "failed"]
+
+
+def test_a_model_that_refuses_everybody_is_paused_alone(bench, fake, db):
+    fake.refused[ONE_OUTPUT] = 403
+    bench.attempts_allowed(3)
+    for _ in range(3):
+        User(db).has(20).enqueue("a lighthouse", ONE_OUTPUT)
+    bench.start()
+
+    paused = eventually(lambda: db.execute("select name from private.paused_now"))
+    bench.until(bench.ask(), "completed")
+
+    assert paused == [{"name": ONE_OUTPUT}]
 
 
 def test_while_one_provider_is_paused_the_others_jobs_run(bench, fake):
@@ -528,7 +563,7 @@ def with_a_source(bench: Bench) -> str:
     bench.db.execute(
         "insert into public.models (id, provider, provider_ref, title, price_credits,"
         " paid_price_credits, client_inputs, image_inputs, input_schema) values"
-        " (%s, 'replicate', %s, 'Edit', 1, 0, '{image,images}', '{image,images}', %s)",
+        " (%s, 'replicate', %s, 'Edit', 1, 0, '{image,images,seed}', '{image,images}', %s)",
         EDIT,
         EDIT,
         Jsonb(EDIT_SCHEMA),
@@ -550,7 +585,7 @@ def test_a_source_image_is_uploaded_where_storage_cannot_be_reached_from_outside
     assert db.value("select provider_input ->> 'image' from public.generations") == path
 
 
-def test_a_lost_create_is_found_though_its_source_has_another_address_now(bench, fake):
+def test_a_lost_create_is_found_by_the_address_its_source_had(bench, fake):
     path = with_a_source(bench)
     fake.next(slow={"create": 30})
     process = bench.start()
@@ -560,7 +595,69 @@ def test_a_lost_create_is_found_though_its_source_has_another_address_now(bench,
     process.kill()
     finished_by_another(bench, job)
 
-    assert (len(fake.uploads), len(fake.creates)) == (2, 1)
+    assert (len(fake.uploads), len(fake.creates)) == (1, 1)
+
+
+def test_two_users_whose_creates_are_lost_do_not_get_each_others_pictures(bench, fake, db):
+    """The same words, the same seed, and both answers lost at the same time."""
+    path, other = with_a_source(bench), User(db).has(credits=20)
+    bench.put_source(f"{other.id}/a cat.png", b"another cat")
+    for _ in range(2):
+        fake.next(answer=None, stored=True, hidden=2)
+    jobs = [bench.ask(EDIT, image=path, seed=7)]
+    params = {"image": f"{other.id}/a cat.png", "seed": 7}
+    jobs.append(other.enqueued("a lighthouse at dusk", EDIT, params=params))
+
+    bench.start(REPLICATE_SETTLE_SECONDS=20)
+    for job in jobs:
+        bench.until(job, "completed")
+
+    query = "select provider_job_id from private.attempts where generation_id = %s"
+    sources = [fake.source(db.value(query, job)) for job in jobs]
+    assert sources == [b"a cat", b"another cat"]
+    assert len(fake.creates) == 2
+
+
+def test_an_answer_that_names_another_jobs_prediction_is_none(bench, fake, db):
+    bench.start()
+    bench.until(bench.ask(), "completed")
+    (anothers,) = fake.predictions
+    fake.next(is_mixed_up=True)
+
+    job = bench.ask()
+    bench.until(job, "completed")
+
+    query = "select provider_job_id from private.attempts where generation_id = %s"
+    assert db.value(query, job) not in (anothers, None)
+    assert fake.predictions[anothers]["status"] == "succeeded"
+    assert bench.outcomes(job) == ["completed"]
+    assert (len(fake.creates), bench.user.credits()) == (2, 18)
+
+
+def test_a_purchase_is_stopped_where_its_user_is_deleted(bench, fake, db):
+    fake.next(seconds=60)
+    process = bench.start()
+    job = bench.ask()
+    key = bench.bought(job)
+
+    db.execute("delete from auth.users where id = %s", bench.user.id)
+
+    eventually(lambda: fake.predictions[key]["status"] == "canceled", within=5)
+    assert process.logged(f"job.canceled job={job}")
+    assert process.is_running()
+
+
+def test_a_purchase_is_stopped_where_its_user_is_deleted_during_the_create(bench, fake, db):
+    db.execute("update private.settings set heartbeat = '10 minutes', lease = '1 hour'")
+    fake.next(slow={"create": 1}, seconds=60)
+    bench.start()
+    bench.ask()
+    fake.until(lambda: fake.creates)
+
+    db.execute("delete from auth.users where id = %s", bench.user.id)
+
+    (key,) = fake.predictions
+    eventually(lambda: fake.predictions[key]["status"] == "canceled", within=5)
 
 
 def test_an_account_that_may_not_upload_is_paused_too(bench, fake):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -158,10 +159,13 @@ def test_orphans_are_swept_and_a_file_that_is_gone_already_holds_up_nothing(
 
 
 class MoodyStorage(ThreadingHTTPServer):
-    """Takes uploads, and answers deletions with a status; or closes the connection for 0."""
+    """Takes uploads, and answers deletions with a status; or closes the connection for 0.
 
-    def __init__(self, status: int) -> None:
-        self.status = status
+    Of what has `refused` in it, only those.
+    """
+
+    def __init__(self, status: int, refused: str = "") -> None:
+        self.status, self.refused = status, refused
         super().__init__(("127.0.0.1", 0), Mood)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.deletions = 0
@@ -179,7 +183,9 @@ class Mood(BaseHTTPRequestHandler):
             self._answer(self.server.status)
 
     def _answer(self, status: int) -> None:
-        self.rfile.read(int(self.headers.get("content-length") or 0))
+        body = self.rfile.read(int(self.headers.get("content-length") or 0))
+        if self.server.refused.encode() not in body:
+            status = 200
         self.send_response(status)
         self.send_header("content-length", "2")
         self.end_headers()
@@ -190,12 +196,12 @@ class Mood(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def moody_storage() -> Iterator[Callable[[int], MoodyStorage]]:
+def moody_storage() -> Iterator[Callable[..., MoodyStorage]]:
     """Starts a Storage that answers deletions with this status."""
     servers: list[MoodyStorage] = []
 
-    def start(status: int) -> MoodyStorage:
-        server = MoodyStorage(status)
+    def start(*mood: Any) -> MoodyStorage:
+        server = MoodyStorage(*mood)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)
         return server
@@ -224,6 +230,17 @@ def test_while_storage_refuses_the_list_stays_and_jobs_go_on(
     let_leases_end(db)
     own_workers.start(SUPABASE_URL=storage.url)
     eventually(lambda: db.value("select count(*) from private.expired_files") == 0)
+
+
+def test_one_path_that_storage_refuses_keeps_no_other_file(bob, own_workers, moody_storage):
+    db = bob.db
+    paths = bob.has_history(3)
+    db.execute("delete from auth.users where id = %s", bob.id)
+
+    own_workers.start(SUPABASE_URL=moody_storage(400, paths[2]).url)
+
+    left = "select array_agg(path) from private.expired_files"
+    eventually(lambda: db.value(left) == [paths[2]], within=30)
 
 
 def test_a_yes_of_storage_that_deletes_nothing_is_not_believed(

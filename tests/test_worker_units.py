@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
 from typing import Any
 from unittest import mock
@@ -486,8 +486,41 @@ def test_a_refused_account_is_no_jobs_fault_and_has_bought_nothing(status):
     with pytest.raises(worker.ProviderDown) as refusal:
         create(httpx.Response(status, text="go to billing"))
 
-    assert not refusal.value.may_have_bought
+    assert refusal.value.is_sure and not refusal.value.may_have_bought
     assert f"HTTP {status}: go to billing" in str(refusal.value)
+
+
+REFUSED_STEPS: dict[str, Callable[[Replicate], Awaitable[Any]]] = {
+    "create": lambda api: api.create(a_job(), {}),
+    "files": lambda api: api.upload("a", io.BytesIO(b"a")),
+    "poll": lambda api: api.result(a_job(), "p1", lambda _: None),
+    "list": lambda api: api.find(a_job(), datetime.now(UTC)),
+}
+
+
+@pytest.mark.parametrize("account", [200, 500, None])
+@pytest.mark.parametrize("status", [401, 402, 403])
+@pytest.mark.parametrize("step", REFUSED_STEPS)
+def test_a_refusal_is_not_surely_the_accounts_unless_that_is_refused_too(step, status, account):
+    async def handle(request: httpx.Request) -> httpx.Response:
+        if request.url.path != "/v1/account":
+            return httpx.Response(status)
+        if account is None:
+            raise httpx.ReadTimeout("late")
+        return httpx.Response(account)
+
+    async def call() -> None:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(handle)) as http:
+            await REFUSED_STEPS[step](Replicate(http, "https://api/v1", TOKEN))
+
+    with pytest.raises(worker.Refused) as refusal:
+        asyncio.run(call())
+
+    error = refusal.value
+    assert f"HTTP {status}" in str(error)
+    assert error.may_have_bought == (step != "create")
+    # 403: of the model or a file, for all we know. Else of the key or the credit, to be proven.
+    assert getattr(error, "is_sure", "the job's") == ("the job's" if status == 403 else False)
 
 
 @pytest.mark.parametrize(
@@ -506,6 +539,7 @@ def test_a_refused_account_is_no_jobs_fault_and_has_bought_nothing(status):
         httpx.Response(201, json={"id": None}),
         httpx.Response(201, json={"id": ""}),
         httpx.Response(200, json=["odd"]),
+        httpx.Response(201, json={"id": "p1", "input": {"image": "https://a/anothers.png"}}),
     ],
 )
 def test_a_create_of_unknown_outcome_says_so(answer):
@@ -518,7 +552,9 @@ def test_a_create_of_unknown_outcome_says_so(answer):
 SINCE = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 
 
-def found(*pages: Any, **changes: Any) -> tuple[list[str], list[httpx.Request]]:
+def found(
+    *pages: Any, sent: bytes | None = None, **changes: Any
+) -> tuple[list[str], list[httpx.Request]]:
     """Look for a job where the list has these pages, or answers of another kind."""
     requests: list[httpx.Request] = []
     answers = [page if isinstance(page, httpx.Response) else as_page(*page) for page in pages]
@@ -529,7 +565,7 @@ def found(*pages: Any, **changes: Any) -> tuple[list[str], list[httpx.Request]]:
 
     async def call() -> list[str]:
         async with httpx.AsyncClient(transport=httpx.MockTransport(handle)) as http:
-            return await Replicate(http, API, TOKEN).find(a_job(**changes), SINCE)
+            return await Replicate(http, API, TOKEN).find(a_job(**changes), SINCE, sent)
 
     with mock.patch("worker.backoff", return_value=0.0):
         return asyncio.run(call()), requests
@@ -568,6 +604,10 @@ def test_the_list_is_read_from_a_minute_before_and_to_its_end_oldest_first():
         {"input": {"prompt": "a house"}},
         {"input": {}},
         {"input": None},
+        {"input": "a lighthouse"},
+        {"input": [["prompt", "a lighthouse"]]},
+        {"input": {}, "data_removed": True},
+        {"version": "b" * 64},
     ],
     ids=str,
 )
@@ -575,13 +615,58 @@ def test_a_prediction_of_another_model_or_input_is_not_ours(changes):
     assert found(([listed(**changes)],))[0] == []
 
 
-def test_an_input_may_have_more_than_was_sent_and_other_addresses_of_sources():
-    given = {"prompt": "a lighthouse", "image": "https://signed.example.com/2", "go_fast": True}
-    sent = {"prompt": "a lighthouse", "image": "u/cat.png"}
+def test_an_input_of_which_nothing_is_left_proves_nothing():
+    assert found(([listed(input={})],), provider_input={})[0] == []
 
-    ids, _ = found(([listed(input=given)],), provider_input=sent, image_inputs=["image"])
 
-    assert ids == ["p1"]
+SOURCE = "https://project.supabase.co/storage/v1/object/sign/inputs/u/cat.png?token="
+ASKED = {"prompt": "p", "seed": 1, "scale": 1.0, "fast": True, "lora": None}
+ASKED |= {"image": f"{SOURCE}a", "more": [f"{SOURCE}b", f"{SOURCE}c"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_ours"),
+    [
+        ({}, True),
+        ({"seed": 1.0, "scale": 1}, True),  # one number in JSON, however a server writes it
+        ({"seed": True}, False),
+        ({"fast": 1}, False),
+        ({"seed": "1"}, False),
+        ({"seed": 2**53}, False),
+        ({"lora": ""}, False),
+        ({"lora": ...}, False),
+        ({"mask": "https://example.com/mask.png"}, False),
+        ({"mask": None}, False),
+        ({"image": f"{SOURCE}b"}, False),
+        ({"image": ...}, False),
+        ({"image": "u/cat.png"}, False),
+        ({"image": [f"{SOURCE}a"]}, False),
+        ({"more": [f"{SOURCE}c", f"{SOURCE}b"]}, False),
+        ({"more": [f"{SOURCE}b"]}, False),
+        ({"prompt": "P"}, False),
+    ],
+    ids=str,
+)
+def test_only_the_whole_input_with_its_sources_is_a_proof(changes, is_ours):
+    given = {name: value for name, value in (ASKED | changes).items() if value is not ...}
+    job = {"provider_input": ASKED | {"image": "u/cat.png"}, "image_inputs": ["image", "more"]}
+
+    ids, _ = found(([listed(input=given)],), sent=worker.fingerprint(ASKED), **job)
+
+    assert bool(ids) == is_ours
+
+
+def test_large_numbers_are_not_taken_for_their_neighbours():
+    seeds = {worker.fingerprint({"seed": 2**60 + number}) for number in range(3)}
+
+    assert len(seeds) == 3
+
+
+def test_without_what_was_sent_no_source_is_recognized():
+    sent = {"prompt": "p", "image": "u/cat.png"}
+    given = {"prompt": "p", "image": f"{SOURCE}a"}
+
+    assert found(([listed(input=given)],), provider_input=sent, image_inputs=["image"])[0] == []
 
 
 @pytest.mark.parametrize(
@@ -589,10 +674,12 @@ def test_an_input_may_have_more_than_was_sent_and_other_addresses_of_sources():
     [
         ({"model": "o/sdxl", "version": "a" * 64}, True),
         ({"model": "o/renamed", "version": "a" * 64}, True),
-        ({"model": "o/other", "version": "b" * 64}, False),
+        ({"model": "o/sdxl", "version": "b" * 64}, False),
+        ({"model": "o/sdxl", "version": "hidden"}, False),
+        ({"model": "o/sdxl", "version": None}, False),
     ],
 )
-def test_a_model_that_runs_by_version_is_known_by_either(changes, is_ours):
+def test_a_model_that_runs_by_version_is_known_by_that_alone(changes, is_ours):
     ids, _ = found(([listed(**changes)],), provider_ref=f"o/sdxl:{'a' * 64}")
 
     assert bool(ids) == is_ours
@@ -616,7 +703,7 @@ def test_a_list_without_end_is_given_up_for_good():
 @pytest.mark.parametrize("status", [401, 402, 403])
 def test_an_account_refused_while_looking_may_have_bought(status):
     with pytest.raises(worker.ProviderDown) as refusal:
-        found(httpx.Response(status))
+        found(httpx.Response(status), httpx.Response(status))
 
     assert refusal.value.may_have_bought
 
@@ -658,6 +745,17 @@ def test_a_failed_prediction_is_moderated_or_the_providers_error(error, code):
         end_of(status="failed", error=error)
 
     assert refusal.value.code == code
+
+
+def test_an_answer_about_another_prediction_is_none():
+    anothers = {"id": "p2", "status": "succeeded", "output": "https://replicate.delivery/2.png"}
+
+    with mock.patch("worker.PROVIDER_POLL_SECONDS", 0.0):
+        result = end_of(
+            httpx.Response(200, json=anothers), id="p1", status="succeeded", output=DELIVERED
+        )
+
+    assert result.outputs == [DELIVERED]
 
 
 def test_an_output_that_was_removed_is_lost():

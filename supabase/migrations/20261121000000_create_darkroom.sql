@@ -37,6 +37,9 @@
 
 do $$
 begin
+  -- Other people's tables (auth.users, storage.objects, realtime.messages) get triggers and
+  -- policies. If the installation queued behind a long transaction, sign-ups would queue behind it.
+  perform set_config('lock_timeout', '5s', true);
   if to_regclass('auth.users') is null or to_regprocedure('auth.uid()') is null then
     raise exception 'Darkroom needs Supabase Auth: auth.users and auth.uid() are missing'
       using errcode = 'undefined_object',
@@ -101,14 +104,6 @@ comment on schema private is
 revoke all on schema private from public;
 grant usage on schema private
 to anon, authenticated, service_role, darkroom_worker, darkroom_monitor;
-
--- Supabase projects from before 2026-10-30 grant every new object in public to the API roles.
-alter default privileges in schema public revoke all on tables
-from anon, authenticated, service_role;
-alter default privileges in schema public revoke all on sequences
-from anon, authenticated, service_role;
-alter default privileges in schema public revoke all on functions
-from anon, authenticated, service_role;
 -- The tables of schema public: what users own and may read.
 --
 -- An entitlement says what a user may do; the credit ledger says how the balance came to be; a
@@ -138,6 +133,10 @@ end;
 $$;
 
 revoke all on function private.uuid_v7() from public, anon, authenticated, service_role;
+
+-- No foreign keys between tables that users may read, here and in 14: PostgREST lets who reads one
+-- embed the other, and that one in it again, so that a short address makes an answer without end.
+-- What goes with a row, its triggers delete (84).
 
 -- Domains, where a table is written in every request: PostgreSQL reads a check of a table anew in
 -- each statement, which for a list of words takes longer than to write the row.
@@ -287,7 +286,7 @@ execute function private.refuse_change_while_user_exists();
 
 create table public.batches (
   id uuid primary key default private.uuid_v7(),
-  user_id uuid not null references public.entitlements (user_id) on delete cascade,
+  user_id uuid not null,
   request_hash text not null,
   job_count smallint not null,
   idempotency_key text,
@@ -381,7 +380,7 @@ create index generations_reuse_idx
 on public.generations (user_id, md5(provider_input::text)) where input ? 'seed';
 
 create table public.images (
-  generation_id uuid not null references public.generations (id) on delete cascade,
+  generation_id uuid not null,
   position smallint not null,
   user_id uuid not null,
   storage_path text not null,
@@ -601,12 +600,9 @@ create table private.ready_jobs (
   attempt smallint not null default 0,
   run_at timestamptz,
   queued_at timestamptz not null default now(),
-  is_held boolean not null default false,
   provider_job_id text,
   create_started_at timestamptz,
-  constraint ready_jobs_held_ones_are_never_due check (
-    not is_held or run_at is not distinct from 'infinity'
-  )
+  input_sha256 bytea
 ) with (
   fillfactor = 70, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500,
   autovacuum_vacuum_insert_threshold = -1, autovacuum_analyze_scale_factor = 0.1,
@@ -620,22 +616,23 @@ comment on column private.ready_jobs.fair_key is
 comment on column private.ready_jobs.attempt is 'Attempts used so far.';
 comment on column private.ready_jobs.run_at is 'Not before this time (backoff); null: now.';
 comment on column private.ready_jobs.queued_at is 'Since when it may be claimed.';
-comment on column private.ready_jobs.is_held is
-  'Waits for its model or provider, which is paused; keeps its fair_key.';
 comment on column private.ready_jobs.provider_job_id is
   'The provider''s job an earlier attempt began: resume it.';
 
 comment on column private.ready_jobs.create_started_at is
   'An earlier attempt may have asked the provider to create, then or later, and never learned the '
   'outcome: look first.';
+comment on column private.ready_jobs.input_sha256 is
+  'What it asked for then: see running_jobs.input_sha256.';
 
 -- Delayed jobs are out of the claim's index, so a pile of them costs the claim nothing.
 create index ready_jobs_claim_idx on private.ready_jobs (fair_key, seq) where run_at is null;
 create index ready_jobs_run_at_idx on private.ready_jobs (run_at) where run_at is not null;
 -- A user's live jobs are counted, not kept count of: see live_jobs (30).
 create index ready_jobs_user_id_idx on private.ready_jobs (user_id);
--- Held jobs come back in their old order, model by model.
-create index ready_jobs_held_idx on private.ready_jobs (model_id, fair_key, seq) where is_held;
+-- Claims read it instead of the first while some model is paused.
+create index ready_jobs_model_idx on private.ready_jobs (model_id, fair_key, seq)
+where run_at is null;
 
 create table private.queue_state (
   id boolean primary key default true,
@@ -678,6 +675,7 @@ create table private.running_jobs (
   progress smallint,
   provider_job_id text,
   create_started_at timestamptz,
+  input_sha256 bytea,
   cancel_requested boolean not null default false,
   constraint running_jobs_progress_is_a_percentage check (progress between 0 and 100)
 ) with (
@@ -702,6 +700,9 @@ comment on column private.running_jobs.provider_job_id is
 comment on column private.running_jobs.create_started_at is
   'Since when the provider may have been asked to create: the first claim whose outcome nobody '
   'learned, or this one.';
+comment on column private.running_jobs.input_sha256 is
+  'Of what the provider was last asked to create, where that has addresses of sources: they are '
+  'made anew each time. null with such a job: nothing was asked for.';
 
 create index running_jobs_user_id_idx on private.running_jobs (user_id);
 
@@ -756,9 +757,17 @@ comment on column private.attempts.cost_usd is 'US dollars the attempt cost at t
 -- Written in the order of time, so a BRIN index finds the last minutes, and costs next to nothing.
 create index attempts_ended_at_idx
 on private.attempts using brin (ended_at) with (pages_per_range = 16, autosummarize = true);
--- Read when a lost create is looked for at the provider.
-create index attempts_provider_job_id_idx
-on private.attempts (provider_job_id) where provider_job_id is not null;
+
+create table private.purchases (
+  generation_id uuid not null references public.generations (id) on delete cascade,
+  provider_job_id text not null,
+  primary key (generation_id, provider_job_id),
+  unique (provider_job_id)
+);
+
+comment on table private.purchases is
+  'The provider''s jobs that ours have bought, from when the id is known until the generation is '
+  'erased. No two jobs have the same one, whatever a provider answers.';
 
 create table private.model_stats (
   model_id text primary key,
@@ -810,7 +819,9 @@ create table private.breakers (
   paused_until timestamptz,
   pause_reason text,
   probe_job_id uuid,
-  has_held boolean not null default false
+  resumed_at timestamptz,
+  doubted_users uuid[] not null default '{}',
+  doubted_at timestamptz
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 50);
 
 comment on table private.breakers is
@@ -818,7 +829,8 @@ comment on table private.breakers is
 comment on column private.breakers.name is 'Id of a model or name of a provider.';
 comment on column private.breakers.failures is 'Failures in a row since failing_since.';
 comment on column private.breakers.failed_users is
-  'Different users among the failures, as many as settings.breaker_users asks for.';
+  'Different users among the failures. While it is paused their jobs wait and others are tried; '
+  'where there are none, everybody''s wait.';
 comment on column private.breakers.times_opened is
   'Pauses in a row by failures or a refused account: the next is longer. 0: none, or an operator''s'
   ' pause, which ends without a probe.';
@@ -826,8 +838,10 @@ comment on column private.breakers.paused_until is
   'null: closed. In the future: open, no job is claimed. Past: half-open, one job is tried.';
 comment on column private.breakers.probe_job_id is
   'The job that is tried, as long as it is in running_jobs.';
-comment on column private.breakers.has_held is
-  'Some ready jobs of the model may be held: claims bring them back once they may run.';
+comment on column private.breakers.resumed_at is 'When its last pause ended.';
+comment on column private.breakers.doubted_users is
+  'Users who failed where others then succeeded: for breaker_pause_cap from doubted_at their '
+  'failures count for nobody else.';
 
 create table private.plans (
   name text primary key,
@@ -844,7 +858,9 @@ create table private.plans (
     and max_batch between 1 and 100
   ),
   constraint plans_weight_is_a_step_of_the_queue check (weight between 1 and 1000),
-  constraint plans_busy_after_is_positive check (busy_after > interval '0')
+  constraint plans_busy_after_is_positive check (
+    busy_after > interval '0' and busy_after <= interval '1000 years'
+  )
 );
 
 comment on table private.plans is 'Limits of free and paid users.';
@@ -881,9 +897,10 @@ create table private.settings (
   push_expires interval not null default '1 hour',
   keep_deliveries interval not null default '7 days',
   webhook_allows_private boolean not null default false,
+  broadcasts boolean not null default true,
   breaker_failures smallint not null default 5,
   breaker_provider_failures smallint not null default 15,
-  breaker_users smallint not null default 2,
+  breaker_users smallint not null default 3,
   breaker_window interval not null default '5 minutes',
   breaker_pause interval not null default '30 seconds',
   breaker_pause_cap interval not null default '15 minutes',
@@ -928,13 +945,14 @@ comment on column private.settings.keep_deliveries is
 comment on column private.settings.webhook_allows_private is
   'For development only: webhooks may be http and on private addresses. The worker needs '
   'WEBHOOK_ALLOWED_HOSTS too.';
+comment on column private.settings.broadcasts is
+  'Whether each new state of a job is broadcast where Supabase Realtime is; else clients poll.';
 comment on column private.settings.breaker_failures is
   'Failures in a row, with no success between, that pause a model.';
 comment on column private.settings.breaker_provider_failures is
   'The same for a provider. A model that is paused adds none, so several must fail.';
 comment on column private.settings.breaker_users is
-  'From how many users the failures must come: with 2 no single user''s input pauses a model for '
-  'all.';
+  'From how many users the failures must come, for no few users'' input pauses a model for all.';
 comment on column private.settings.breaker_window is 'Failures in a row count for this long.';
 comment on column private.settings.breaker_pause is
   'Pause n in a row lasts breaker_pause * 2^(n-1), at most breaker_pause_cap.';
@@ -951,7 +969,7 @@ comment on column private.settings.breaker_pause is
 create table public.generation_tags (
   user_id uuid not null,
   tag text not null,
-  generation_id uuid not null references public.generations (id) on delete cascade,
+  generation_id uuid not null,
   primary key (user_id, tag, generation_id),
   constraint generation_tags_tag_is_short check (length(tag) between 1 and 50)
 );
@@ -965,11 +983,9 @@ create index generation_tags_generation_id_idx on public.generation_tags (genera
 create table public.image_likes (
   generation_id uuid not null,
   position smallint not null,
-  user_id uuid not null references public.entitlements (user_id) on delete cascade,
+  user_id uuid not null,
   created_at timestamptz not null default now(),
-  primary key (generation_id, position, user_id),
-  constraint image_likes_image_fkey foreign key (generation_id, position)
-  references public.images (generation_id, position) on delete cascade
+  primary key (generation_id, position, user_id)
 );
 
 comment on table public.image_likes is
@@ -980,7 +996,7 @@ create index image_likes_user_id_idx on public.image_likes (user_id);
 create table public.prompt_templates (
   -- Not uuid_v7: the operator's backend inserts here, and has no rights in schema private.
   id uuid primary key default gen_random_uuid(),
-  user_id uuid references public.entitlements (user_id) on delete cascade,
+  user_id uuid,
   title text not null,
   prompt text not null,
   model_id text,
@@ -1135,7 +1151,8 @@ on private.deliveries (finished_at) where finished_at is not null;
 alter table private.settings
 add column keep_generations interval,
 add column keep_deleted interval not null default '30 days',
-add column keep_inputs interval,
+add column keep_inputs interval default '30 days',
+add column max_input_files integer not null default 100,
 add column keep_attempts interval not null default '90 days',
 add column keep_ledger interval,
 add column keep_ledger_of_deleted_users interval not null default '0',
@@ -1146,6 +1163,15 @@ add constraint settings_keep_attempts_outlives_a_day check (keep_attempts >= '1 
 add constraint settings_keep_ledger_outlives_ninety_days check (keep_ledger >= '90 days'),
 add constraint settings_keep_ledger_of_deleted_users_is_not_negative check (
   keep_ledger_of_deleted_users >= '0'
+),
+add constraint settings_max_input_files_is_not_negative check (max_input_files >= 0),
+-- What is longer has no time it began at: for ever is null, where it may be said.
+add constraint settings_times_are_in_reach check (
+  greatest(
+    keep_generations, keep_deleted, keep_inputs, keep_attempts, keep_ledger,
+    keep_ledger_of_deleted_users, lease, heartbeat, retry_base, retry_cap, give_up_after,
+    push_expires, keep_deliveries, breaker_window, breaker_pause, breaker_pause_cap
+  ) <= '1000 years'
 );
 
 comment on column private.settings.keep_generations is
@@ -1154,6 +1180,8 @@ comment on column private.settings.keep_deleted is
   'How long a generation that its user deleted is kept, hidden, before it is erased.';
 comment on column private.settings.keep_inputs is
   'How long source images are kept after their last change; null: for ever.';
+comment on column private.settings.max_input_files is
+  'How many source images a user may keep in bucket inputs.';
 comment on column private.settings.keep_attempts is
   'How long the attempts of finished generations are kept, with provider''s words, times and cost.';
 comment on column private.settings.keep_ledger is
@@ -1171,7 +1199,10 @@ create table private.expired_files (
   try_at timestamptz not null default now(),
   primary key (bucket, path),
   constraint expired_files_bucket_is_ours check (bucket in ('generations', 'inputs')),
-  constraint expired_files_path_is_the_users check (starts_with(path, concat(user_id, '/')))
+  -- Also a file with the name of the folder, which Storage did not refuse once.
+  constraint expired_files_path_is_the_users check (
+    starts_with(concat(path, '/'), concat(user_id, '/'))
+  )
 ) with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.05);
 
 comment on table private.expired_files is
@@ -1184,6 +1215,8 @@ comment on column private.expired_files.try_at is
   'Not before this time: a worker is at it, or was and failed.';
 
 create index expired_files_try_at_idx on private.expired_files (try_at);
+-- Read by health.
+create index expired_files_marked_at_idx on private.expired_files (marked_at);
 create index expired_files_generation_id_idx
 on private.expired_files (generation_id) where generation_id is not null;
 
@@ -1218,7 +1251,9 @@ from public, anon, authenticated, service_role;
 
 alter table private.settings
 add column watch_window interval not null default '1 day',
-add constraint settings_watch_window_is_positive check (watch_window > '0');
+add constraint settings_watch_window_is_positive check (
+  watch_window > '0' and watch_window <= '50 years'
+);
 
 comment on column private.settings.watch_window is
   'How far back the views look that speak of what happened lately.';
@@ -1259,10 +1294,100 @@ comment on column private.routines.every is
 comment on column private.routines.result is
   'What the run found, where that is worth keeping (check_books).';
 
+create table private.skipped_rows (
+  step text,
+  key text,
+  code text not null,
+  problem text not null,
+  times integer not null default 1,
+  first_at timestamptz not null default now(),
+  last_at timestamptz not null default now(),
+  primary key (step, key)
+);
+
+comment on table private.skipped_rows is
+  'What routines over many users could not do and passed over. Forgotten once it is done, or a '
+  'week after the last try; whoever mends a row may delete its line.';
+comment on column private.skipped_rows.step is 'The function or table the row was met in.';
+comment on column private.skipped_rows.key is 'Which row; * if the step failed as a whole.';
+comment on column private.skipped_rows.code is 'SQLSTATE of the last try; problem is its message.';
+
 alter table private.alert_rules enable row level security;
 alter table private.routines enable row level security;
+alter table private.skipped_rows enable row level security;
 
-revoke all on table private.alert_rules, private.routines
+revoke all on table private.alert_rules, private.routines, private.skipped_rows
+from public, anon, authenticated, service_role;
+
+-- Waits for nobody, and stops at a thousand rows: by then it is not the rows that are at fault.
+create or replace function private.note_skipped(
+  p_step text,
+  p_key text,
+  p_code text,
+  p_problem text
+)
+returns void
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  update private.skipped_rows
+  set code = p_code, problem = left(p_problem, 500), times = times + 1, last_at = now()
+  where ctid = any (array(
+    select s.ctid from private.skipped_rows as s
+    where (s.step, s.key) = (p_step, left(p_key, 200)) for update skip locked
+  ));
+  if not found then
+    insert into private.skipped_rows (step, key, code, problem)
+    select p_step, left(p_key, 200), p_code, left(p_problem, 500)
+    where (select count(*) < 1000 from private.skipped_rows)
+    on conflict (step, key) do nothing;
+  end if;
+end;
+$$;
+
+revoke all on function private.note_skipped(text, text, text, text)
+from public, anon, authenticated, service_role;
+
+-- Has a statement done for all keys at once. If that fails, for each half, down to the row that is
+-- at fault: it is noted and passed over, and the rest is done. Answers the sum of what it answers.
+--
+-- A fault of the server or of the installation is no row's and is raised. A lock that somebody
+-- holds for ever is a fault like any other where the caller has set lock_timeout.
+create or replace function private.skip_failing(p_statement text, p_keys anyarray)
+returns integer
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_step text := substring(p_statement from 'private\.(\w+)');
+  v_half integer := cardinality(p_keys) / 2;
+  v_done text;
+begin
+  if cardinality(p_keys) = 0 then
+    return 0;
+  end if;
+  begin
+    execute p_statement into v_done using p_keys;
+    delete from private.skipped_rows where ctid = any (array(
+      select s.ctid from private.skipped_rows as s
+      where s.step = v_step and s.key = any (p_keys::text[]) for update skip locked
+    ));
+    return coalesce(nullif(v_done, '')::integer, 0);
+  exception when others then
+    if sqlstate ~ '^(25|42|53|57|58)' then
+      raise;
+    elsif v_half = 0 then
+      perform private.note_skipped(v_step, p_keys[1]::text, sqlstate, sqlerrm);
+      return 0;
+    end if;
+  end;
+  return private.skip_failing(p_statement, p_keys[:v_half])
+    + private.skip_failing(p_statement, p_keys[v_half + 1:]);
+end;
+$$;
+
+revoke all on function private.skip_failing(text, anyarray)
 from public, anon, authenticated, service_role;
 -- Row level security: who may read what. Nobody writes a table: the functions do.
 --
@@ -1285,6 +1410,7 @@ alter table private.ready_jobs enable row level security;
 alter table private.running_jobs enable row level security;
 alter table private.workers enable row level security;
 alter table private.attempts enable row level security;
+alter table private.purchases enable row level security;
 alter table private.model_stats enable row level security;
 alter table private.error_codes enable row level security;
 alter table private.breakers enable row level security;
@@ -1303,6 +1429,8 @@ public.model_aliases, public.batches, public.generations, public.images,
 public.generation_tags, public.image_likes, public.prompt_templates
 from public, anon, authenticated, service_role;
 revoke all on sequence public.credit_ledger_id_seq from public, anon, authenticated, service_role;
+revoke all on domain public.job_status, public.ledger_kind, private.job_stage,
+private.attempt_outcome from public, anon, authenticated, service_role;
 
 grant select on table public.entitlements, public.credit_ledger, public.batches,
 public.generations, public.images, public.generation_tags, public.image_likes
@@ -1389,14 +1517,39 @@ comment on view private.shared_paths is
 revoke all on private.shared_paths from public, anon, authenticated, service_role;
 grant select on private.shared_paths to anon, authenticated;
 
--- Storage: outputs are read by their owner, shared ones by everybody, and written by the worker
--- alone; inputs for image-to-image are put into the user's own folder.
-do $$
+-- Whether a user may put a file there: it has a name of its own below the folder, and the user has
+-- not as many others as may be kept. Who uploads several at once may get a few more in.
+create or replace function private.may_store_input(p_path text)
+returns boolean
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
 begin
-  if to_regclass('storage.objects') is null then
-    raise notice 'Darkroom: no storage.objects here; buckets and their policies are skipped';
-    return;
-  end if;
+  return octet_length(p_path) <= 512
+    and p_path ~ '^[^/]+(/[^/]+)+$' and p_path !~ '/\.\.?(/|$)'
+    and (
+      -- As a filter: the planner may else read the whole bucket.
+      select count(*) filter (where o.bucket_id = 'inputs' and o.name <> p_path)
+        < (select s.max_input_files from private.settings as s)
+      from storage.objects as o
+      -- From <id>/ up to <id>0, the next character: operators that the index of names serves.
+      where o.name ~>=~ concat(auth.uid(), '/') and o.name ~<~ concat(auth.uid(), '0')
+    );
+end;
+$$;
+
+revoke all on function private.may_store_input(text)
+from public, anon, authenticated, service_role;
+grant execute on function private.may_store_input(text) to authenticated;
+
+-- Storage: outputs are read by their owner, shared ones by everybody, and written by the worker
+-- alone; inputs for image-to-image are put into the user's own folder. On a text, so that where the
+-- table is another's it can be shown to somebody who may.
+do $do$
+declare
+  v_policies text := $policies$
   create policy "Users read their own generated images" on storage.objects
   for select to authenticated using (
     bucket_id = 'generations' and split_part(name, '/', 1) = (select auth.uid())::text
@@ -1413,19 +1566,33 @@ begin
   create policy "Users add their own input images" on storage.objects
   for insert to authenticated with check (
     bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text
+    and private.may_store_input(name)
   );
   create policy "Users replace their own input images" on storage.objects
   for update to authenticated using (
     bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text
   ) with check (
     bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text
+    and private.may_store_input(name)
   );
   create policy "Users delete their own input images" on storage.objects
   for delete to authenticated using (
     bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text
   );
+$policies$;
+begin
+  if to_regclass('storage.objects') is null then
+    raise notice 'Darkroom: no storage.objects here; buckets and their policies are skipped';
+    return;
+  end if;
+  begin
+    execute v_policies;
+  exception when insufficient_privilege then
+    raise notice 'Darkroom: no right to make policies on storage.objects; until its owner, or '
+      'Supabase''s SQL editor, has run these, users reach no file: %', v_policies;
+  end;
 end;
-$$;
+$do$;
 -- Gating: may this user ask for this? Checks only; nothing here writes.
 --
 -- enqueue_generation (50) calls these in order: who asks (require_user_id), is the request well
@@ -1733,8 +1900,12 @@ $$;
 revoke all on function private.require_generation(uuid, uuid)
 from public, anon, authenticated, service_role;
 
--- Until when the model is paused, itself or with its provider; null unless it is.
-create or replace function private.paused_until(p_model public.models)
+-- Until when the model is paused for this user, itself or with its provider; null unless it is. A
+-- pause that failures began is one for those who failed.
+--
+-- Who keeps failing where others do not, as the breakers (71) noticed, is let wait like a model:
+-- for the window in which so many failures would pause one.
+create or replace function private.paused_until(p_model public.models, p_user_id uuid)
 returns timestamptz
 language plpgsql
 stable
@@ -1742,15 +1913,49 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_until timestamptz;
+  v_is_suspected boolean;
 begin
-  select max(b.paused_until) into v_until from private.breakers as b
-  where b.name in (p_model.id, p_model.provider) and b.paused_until > now();
+  select
+    max(b.paused_until) filter (
+      where b.paused_until > now() and (b.failed_users = '{}' or p_user_id = any (b.failed_users))
+    ),
+    bool_or(p_user_id = any (b.failed_users || b.doubted_users))
+  into v_until, v_is_suspected
+  from private.breakers as b where b.name in (p_model.id, p_model.provider);
+  if v_is_suspected then
+    v_until := greatest(v_until, (
+      select recent.finished_at + s.breaker_window
+      from private.settings as s
+      cross join lateral (
+        select g.finished_at from (
+          select * from public.generations where user_id = p_user_id order by id desc limit 100
+        ) as g
+        inner join private.error_codes as e on e.code = g.error_code and e.trips_breaker
+        where g.model_id = p_model.id and g.finished_at > now() - s.breaker_window
+        order by g.finished_at desc offset s.breaker_failures - 1 limit 1
+      ) as recent
+    ));
+  end if;
   return v_until;
 end;
 $$;
 
-revoke all on function private.paused_until(public.models)
+revoke all on function private.paused_until(public.models, uuid)
 from public, anon, authenticated, service_role;
+
+create view private.paused_models with (security_invoker = true) as
+select
+  m.id,
+  b.paused_until,
+  b.resumed_at
+from private.breakers as b
+inner join public.models as m on b.name in (m.id, m.provider)
+where b.paused_until is not null or b.resumed_at is not null;
+
+comment on view private.paused_models is
+  'Models that are or were paused, themselves or with their provider.';
+
+revoke all on private.paused_models from public, anon, authenticated, service_role;
 
 -- The model that an alias stands for with this user; null if there is no such alias.
 --
@@ -1772,7 +1977,7 @@ as $$
   where a.id = p_alias_id and a.weight > 0 and m.is_active
     and (p_plan = 'paid' or not m.requires_paid)
   order by
-    private.paused_until(m) is not null,
+    private.paused_until(m, p_user_id) is not null,
     -ln((drawn.n + 1) / 281474976710657.0) / a.weight
   limit 1
 $$;
@@ -1827,8 +2032,11 @@ begin
       detail = format('%s is for paid users', v_model.id),
       hint = 'Choose another model or a paid plan.';
   end if;
-  if exists (select from private.breakers as b where b.paused_until > now()) then
-    v_paused_until := private.paused_until(v_model);
+  if exists (
+    select from private.breakers as b
+    where b.paused_until > now() or p_user_id = any (b.failed_users || b.doubted_users)
+  ) then
+    v_paused_until := private.paused_until(v_model, p_user_id);
     if v_paused_until is not null then
       perform private.refuse_paused(v_model.id, v_paused_until);
     end if;
@@ -1898,12 +2106,18 @@ set search_path = pg_catalog, pg_temp
 as $$
   select exists (
     select from (
-      select r.user_id, r.queued_at from private.ready_jobs as r
+      select r.user_id, r.model_id, r.queued_at from private.ready_jobs as r
       where r.run_at is null and r.fair_key >= (select f.fair_key from private.queue_floor as f)
       order by r.fair_key, r.seq limit 1000
     ) as next
     where next.queued_at < now() - p_interval
       and next.user_id not in (select r.user_id from private.running_jobs as r)
+      -- Nor does it wait for us while its model is paused.
+      and not exists (
+        select from private.paused_models as p
+        where p.id = next.model_id
+          and (p.paused_until is not null or p.resumed_at > now() - p_interval)
+      )
   )
 $$;
 
@@ -3041,8 +3255,12 @@ declare
     (select max(s.refreshed_at) from private.model_stats as s), now() - interval '1 day'
   );
 begin
-  if v_since > now() - interval '15 seconds'
-    or not pg_try_advisory_xact_lock(hashtextextended('darkroom.refresh_model_stats', 0)) then
+  if v_since > now() - interval '15 seconds' then
+    return;
+  end if;
+  -- One session at a time: by a row's lock, for one by number could be held by anybody.
+  perform from private.queue_state for update skip locked;
+  if not found then
     return;
   end if;
   insert into private.model_stats as s (model_id, mean_seconds, sample_count, refreshed_at)
@@ -3050,6 +3268,7 @@ begin
     a.model_id, avg(extract(epoch from a.ended_at - a.started_at)), least(count(*), p_memory), now()
   from private.attempts as a
   where a.ended_at > v_since and a.outcome = 'completed'
+    and isfinite(a.started_at) and isfinite(a.ended_at)
   group by a.model_id
   on conflict (model_id) do update set
     mean_seconds = s.mean_seconds + (excluded.mean_seconds - s.mean_seconds)
@@ -3260,7 +3479,7 @@ begin
   end if;
   return greatest(
     p_seconds / (1 - v_share),
-    case when not p_job.is_held then date_part('epoch', p_job.run_at - now()) end,
+    date_part('epoch', p_job.run_at - now()),
     date_part('epoch', v_paused_until - now())
   );
 end;
@@ -3336,6 +3555,9 @@ begin
     left join private.model_stats as s on s.model_id = r.model_id
     where r.run_at is null and r.fair_key >= (select f.fair_key from private.queue_floor as f)
       and (r.fair_key, r.seq) < (v_queued[1].fair_key, v_queued[1].seq)
+      and not r.model_id = any (array(
+        select p.id from private.paused_models as p where p.paused_until is not null
+      ))
     order by r.fair_key, r.seq limit p_at_most
   ) as q;
   if cardinality(v_keys) < p_at_most or cardinality(v_queued) > 1 then
@@ -4130,7 +4352,7 @@ declare
   v_wish record;
   v_redriven integer := 0;
   v_reason text;
-  v_skipped jsonb := '{}';
+  v_skipped jsonb := '{}'::jsonb;
 begin
   perform private.require_writable();
   if not exists (select from private.error_codes where code = p_code) then
@@ -4497,7 +4719,7 @@ as $$
     'price_credits', m.price_credits,
     'paid_price_credits', m.paid_price_credits,
     'requires_paid', m.requires_paid,
-    'paused_until', private.paused_until(m),
+    'paused_until', private.paused_until(m, auth.uid()),
     'max_images', m.max_images,
     'inputs', (
       select coalesce(json_object_agg(p.key, p.value order by p.key), '{}')
@@ -5090,7 +5312,8 @@ begin
     perform private.refuse_input('is_liked: neither true nor false');
   end if;
   select * into v_image from public.images
-  where generation_id = p_job_id and position = p_position and share_id is not null;
+  where generation_id = p_job_id and position = p_position and share_id is not null
+  for key share;  -- no like outlives its image
   if not found then
     perform private.refuse_unknown_image();
   end if;
@@ -5241,6 +5464,9 @@ grant execute on function public.list_public_images(uuid, integer) to anon, auth
 -- may be lost, but fails no job and holds none up: realtime.send turns its errors (no partition for
 -- today, say) into warnings.
 --
+-- Where nobody has ever listened, Realtime has made no partition, and each hint is a warning in
+-- PostgreSQL's log: settings.broadcasts = false sends none.
+--
 -- For clients that use postgres_changes, generations is in the publication, with all its columns.
 -- A list of columns would protect nothing: Realtime decodes with wal2json, which asks publications
 -- for no columns, and then gives each subscriber the columns its role may select, of the rows it
@@ -5257,6 +5483,9 @@ set search_path = pg_catalog, pg_temp
 set lock_timeout = '50ms'
 as $$
 begin
+  if not (select s.broadcasts from private.settings as s) then
+    return null;
+  end if;
   perform realtime.send(
     jsonb_build_object('job_id', new.id, 'status', new.status),
     'generation',
@@ -5798,7 +6027,11 @@ begin
       end
     where r.job_id = p_job_ids[v_at] and r.token = p_tokens[v_at]
     returning case when r.cancel_requested then 'canceled' else 'ok' end into verdict;
-    verdict := coalesce(verdict, 'lost');
+    -- Where even the generation is gone, no other worker stops what was bought.
+    verdict := coalesce(verdict, case
+      when exists (select from public.generations as g where g.id = p_job_ids[v_at]) then 'lost'
+      else 'canceled'
+    end);
     return next;
     verdict := null;
   end loop;
@@ -5808,7 +6041,7 @@ $$;
 comment on function private.heartbeat is
   'One beat for all jobs of a worker: extends their leases and takes in progress (percent or '
   'null), and whether its LISTEN works. Answers for each job, in order of id: ok, lost (drop it) '
-  'or canceled (stop it).';
+  'or canceled (stop it: its user wants that, or is gone).';
 
 revoke all on function private.heartbeat(bigint, uuid[], bigint[], smallint[], boolean)
 from public, anon, authenticated, service_role;
@@ -5863,17 +6096,37 @@ to darkroom_worker;
 -- Breakers: a model or a provider that keeps failing is left alone for a while.
 --
 -- A breaker is a row named like a model or a provider; where there is none, all is well. Closed:
--- failures in a row are counted, and a success between starts anew. Enough of them open it: its
--- jobs are not claimed (72) and new ones are refused (30), for longer each time. When that is over
--- it is half-open: one job is let through as a probe. Its success closes the breaker, its failure
--- opens it again. A probe that ends in any other way, or dies, leaves its place to the next, since
--- it counts only as long as it is in running_jobs. Jobs that wait lose neither attempts nor place.
+-- failures in a row are counted, and a success between starts anew. Enough of them, from enough
+-- users, open it. Nobody can tell yet who is to blame: the model, or the input of these users. So
+-- for a pause, longer each time, only their jobs are not claimed (72) and refused (30). The jobs of
+-- others are tried, one at a time: a failure makes its user one of them, a success closes the
+-- breaker. Whoever failed where another then succeeded is doubted for a while: their failures
+-- count no more. When a pause is over it is half-open: one job is tried, of a user who has not
+-- failed if there is one, and its failure opens the breaker again.
 --
--- An operator opens and closes a breaker with pause_model and resume_model. A pause of theirs just
--- ends when it is over.
+-- What is tried is the probe. One that ends without an answer, dies, or takes longer than the pause
+-- leaves its place to the next. Jobs that wait lose neither attempts nor place.
+--
+-- A provider whose account is refused is paused for everybody (pause_provider). An operator opens
+-- and closes a breaker with pause_model and resume_model; a pause of theirs is for everybody, and
+-- just ends when it is over.
 --
 -- Lock order: a breaker comes after all other rows, and a provider's before its models'. A job that
 -- ends without anything to count or to reset takes no lock here.
+
+-- How long the n-th pause in a row lasts.
+create or replace function private.pause_length(p_times integer)
+returns interval
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+  select least(s.breaker_pause_cap, s.breaker_pause * power(2, least(p_times - 1, 20)))
+  from private.settings as s
+$$;
+
+revoke all on function private.pause_length(integer)
+from public, anon, authenticated, service_role;
 
 create or replace function private.breaker_state(p_breaker private.breakers)
 returns text
@@ -5882,11 +6135,15 @@ stable
 set search_path = pg_catalog, pg_temp
 as $$
   select case
-    when p_breaker.paused_until > now() then 'open'
-    when p_breaker.paused_until is null or p_breaker.times_opened = 0 then 'closed'
+    when p_breaker.paused_until is null then 'closed'
+    when p_breaker.times_opened = 0
+      then case when p_breaker.paused_until > now() then 'open' else 'closed' end
     when exists (
-      select from private.running_jobs as r where r.job_id = p_breaker.probe_job_id
+      select from private.running_jobs as r
+      where r.job_id = p_breaker.probe_job_id
+        and r.claimed_at > now() - private.pause_length(p_breaker.times_opened)
     ) then 'probing'
+    when p_breaker.paused_until > now() then 'open'
     else 'half-open'
   end
 $$;
@@ -5903,7 +6160,7 @@ as $$
   select json_build_object(
     'name', p_breaker.name,
     'state', b.state,
-    'paused_until', case when b.state = 'open' then p_breaker.paused_until end,
+    'paused_until', case when p_breaker.paused_until > now() then p_breaker.paused_until end,
     'reason', case when b.state <> 'closed' then p_breaker.pause_reason end,
     'failures', p_breaker.failures,
     'times_opened', p_breaker.times_opened
@@ -5914,20 +6171,41 @@ $$;
 revoke all on function private.breaker_json(private.breakers)
 from public, anon, authenticated, service_role;
 
--- The models no job of which may be claimed now, each with a breaker that blocks it.
-create or replace function private.blocked_models()
-returns jsonb
+-- Whether a job may be claimed in spite of the breaker: as its probe, unless it is closed. From a
+-- hundred users on who have failed it is no few users' input: nobody is tried during a pause.
+create or replace function private.admits(p_breaker private.breakers, p_user_id uuid)
+returns boolean
 language sql
 stable
 set search_path = pg_catalog, pg_temp
 as $$
-  select coalesce(jsonb_object_agg(m.id, b.name), '{}')
-  from private.breakers as b
-  inner join public.models as m on b.name in (m.id, m.provider)
-  where b.paused_until is not null and private.breaker_state(b) in ('open', 'probing')
+  select case private.breaker_state(p_breaker)
+    when 'open' then cardinality(p_breaker.failed_users) between 1 and 99
+      and not p_user_id = any (p_breaker.failed_users)
+    when 'probing' then false
+    else true
+  end
 $$;
 
-revoke all on function private.blocked_models() from public, anon, authenticated, service_role;
+revoke all on function private.admits(private.breakers, uuid)
+from public, anon, authenticated, service_role;
+
+create or replace function private.is_doubted(p_breaker private.breakers, p_user_id uuid)
+returns boolean
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+  select coalesce(
+    p_user_id = any (p_breaker.doubted_users)
+      and p_breaker.doubted_at > now() - s.breaker_pause_cap,
+    false
+  )
+  from private.settings as s
+$$;
+
+revoke all on function private.is_doubted(private.breakers, uuid)
+from public, anon, authenticated, service_role;
 
 -- Closes breakers whose operator's pause is over.
 create or replace function private.end_pauses()
@@ -5935,7 +6213,7 @@ returns void
 language sql
 set search_path = pg_catalog, pg_temp
 as $$
-  update private.breakers set paused_until = null, pause_reason = null
+  update private.breakers set paused_until = null, pause_reason = null, resumed_at = now()
   where name = any (array(
     select b.name from private.breakers as b
     where b.paused_until <= now() and b.times_opened = 0 for update skip locked
@@ -5944,22 +6222,21 @@ $$;
 
 revoke all on function private.end_pauses() from public, anon, authenticated, service_role;
 
--- Lets this job be the probe of a half-open breaker, unless there is one. Answers whether it is.
+-- Lets this job be the probe of a breaker, if it may. Answers whether it is.
 create or replace function private.begin_probe(p_name text, p_seq bigint)
 returns boolean
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  perform from private.breakers
-  where name = p_name and paused_until <= now() and times_opened > 0 for update skip locked;
+  perform from private.breakers where name = p_name and times_opened > 0 for update skip locked;
   if not found then
     return false;
   end if;
   -- A new look, now that nobody else can begin one.
   update private.breakers as b set probe_job_id = r.job_id
   from private.ready_jobs as r
-  where b.name = p_name and r.seq = p_seq and private.breaker_state(b) = 'half-open';
+  where b.name = p_name and r.seq = p_seq and private.admits(b, r.user_id);
   return found;
 end;
 $$;
@@ -5967,30 +6244,8 @@ $$;
 revoke all on function private.begin_probe(text, bigint)
 from public, anon, authenticated, service_role;
 
--- Opens a breaker, for twice as long as the last time in a row.
-create or replace function private.open_breaker(p_name text, p_reason text)
-returns void
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  update private.breakers as b set
-    failures = 0,
-    failing_since = null,
-    failed_users = '{}',
-    times_opened = least(b.times_opened + 1, 1000),
-    paused_until = now()
-      + least(s.breaker_pause_cap, s.breaker_pause * power(2, least(b.times_opened, 20))),
-    pause_reason = p_reason,
-    probe_job_id = null
-  from private.settings as s
-  where b.name = p_name
-$$;
-
-revoke all on function private.open_breaker(text, text)
-from public, anon, authenticated, service_role;
-
 -- Counts one failure against a breaker, which the caller has locked, and opens it if that was
--- enough. While it is open only its probe counts: what else fails then began before.
+-- enough, or if its probe failed after the pause.
 create or replace function private.count_failure(
   p_name text,
   p_job private.running_jobs,
@@ -6004,31 +6259,46 @@ as $$
 declare
   v_breaker private.breakers := (select b from private.breakers as b where b.name = p_name);
   v_settings private.settings := (select s from private.settings as s);
+  v_is_closed boolean := private.breaker_state(v_breaker) = 'closed';
+  v_opens boolean;
 begin
-  if v_breaker.probe_job_id = p_job.job_id then
-    perform private.open_breaker(p_name, format('the probe failed: %s', p_code));
-  elsif private.breaker_state(v_breaker) = 'closed' then
-    if v_breaker.failing_since > now() - v_settings.breaker_window then
-      v_breaker.failures := v_breaker.failures + 1;
-    else
-      v_breaker.failures := 1;
-      v_breaker.failing_since := now();
-      v_breaker.failed_users := '{}';
-    end if;
-    if cardinality(v_breaker.failed_users) < v_settings.breaker_users
-      and not p_job.user_id = any (v_breaker.failed_users) then
-      v_breaker.failed_users := v_breaker.failed_users || p_job.user_id;
-    end if;
-    update private.breakers set
-      failures = v_breaker.failures, failing_since = v_breaker.failing_since,
-      failed_users = v_breaker.failed_users
-    where name = p_name;
-    if v_breaker.failures >= p_threshold
-      and cardinality(v_breaker.failed_users) >= v_settings.breaker_users then
-      perform private.open_breaker(
-        p_name, format('%s failures in a row, the last: %s', v_breaker.failures, p_code)
-      );
-    end if;
+  -- Neither who is doubted counts, nor what fails while an operator's pause lasts.
+  if (v_is_closed and private.is_doubted(v_breaker, p_job.user_id))
+    or (not v_is_closed and v_breaker.times_opened = 0) then
+    return;
+  end if;
+  if v_is_closed and v_breaker.failing_since > now() - v_settings.breaker_window is not true then
+    v_breaker.failures := 0;
+    v_breaker.failing_since := now();
+    v_breaker.failed_users := '{}';
+  end if;
+  -- Where everybody waits, nobody in particular does.
+  if cardinality(v_breaker.failed_users) between (not v_is_closed)::integer and 99
+    and not p_job.user_id = any (v_breaker.failed_users) then
+    v_breaker.failed_users := v_breaker.failed_users || p_job.user_id;
+  end if;
+  if v_is_closed then
+    v_breaker.failures := v_breaker.failures + 1;
+    v_opens := v_breaker.failures >= p_threshold
+      and cardinality(v_breaker.failed_users) >= v_settings.breaker_users;
+  else
+    v_opens := v_breaker.probe_job_id = p_job.job_id and v_breaker.paused_until <= now();
+  end if;
+  update private.breakers as b set
+    failures = case when v_opens then 0 else v_breaker.failures end,
+    failing_since = v_breaker.failing_since,
+    failed_users = v_breaker.failed_users
+  where b.name = p_name;
+  if v_opens then
+    update private.breakers as b set
+      times_opened = least(b.times_opened + 1, 1000),
+      paused_until = now() + private.pause_length(b.times_opened + 1),
+      pause_reason = case
+        when v_is_closed
+          then format('%s failures in a row, the last: %s', v_breaker.failures, p_code)
+        else format('the probe failed: %s', p_code)
+      end
+    where b.name = p_name;
   end if;
 end;
 $$;
@@ -6070,8 +6340,8 @@ $$;
 revoke all on function private.note_failure(private.running_jobs, text)
 from public, anon, authenticated, service_role;
 
--- Jobs ended well: failures of their models are forgotten, and what one was the probe of is closed.
--- The caller knows that there is something to forget.
+-- Jobs ended well: failures of their models are forgotten, and what is paused though one began
+-- after the failures is closed. The caller knows that there is something to forget.
 --
 -- Locks: the breakers of the providers and the models.
 create or replace function private.note_successes(p_jobs private.running_jobs[])
@@ -6081,20 +6351,36 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_job record;
+  v_is_resumed boolean;
 begin
   for v_job in
-    select j.job_id, names.name
+    select j.job_id, j.user_id, j.claimed_at, names.name
     from unnest(p_jobs) as j
     left join public.models as m on m.id = j.model_id
     cross join lateral (values (1, m.provider), (2, j.model_id)) as names (place, name)
     order by m.provider, names.place, j.model_id
   loop
-    update private.breakers set failures = 0, failing_since = null, failed_users = '{}'
-    where name = v_job.name and failures > 0;
-    update private.breakers set
-      times_opened = 0, paused_until = null, pause_reason = null, probe_job_id = null
-    where name = v_job.name and probe_job_id = v_job.job_id;
-    if found then
+    -- After the pause it may well have been the model: nobody is doubted.
+    update private.breakers as b set
+      doubted_users = (array_remove(
+        b.failed_users
+        || case when b.doubted_at > now() - s.breaker_pause_cap then b.doubted_users end,
+        v_job.user_id
+      ))[:200],
+      doubted_at = now()
+    from private.settings as s
+    where b.name = v_job.name and b.failed_users <> '{}'
+      and (b.times_opened = 0 or b.paused_until > now() and v_job.claimed_at > b.failing_since);
+    update private.breakers as b set
+      failures = 0, failing_since = null, failed_users = '{}', times_opened = 0,
+      paused_until = null, pause_reason = null, probe_job_id = null,
+      resumed_at = case when b.times_opened > 0 then now() else b.resumed_at end
+    where b.name = v_job.name and case b.times_opened
+      when 0 then b.failures > 0
+      else v_job.claimed_at > b.failing_since or v_job.job_id = b.probe_job_id
+    end
+    returning b.resumed_at = now() into v_is_resumed;
+    if v_is_resumed then
       perform private.wake_workers();
     end if;
   end loop;
@@ -6104,34 +6390,54 @@ $$;
 revoke all on function private.note_successes(private.running_jobs[])
 from public, anon, authenticated, service_role;
 
+-- An operator's pause stays what it is, and a user who is doubted begins none.
 create or replace function private.pause_provider(
   p_provider text,
   p_seconds integer,
-  p_reason text
+  p_reason text,
+  p_user_id uuid default null
 )
-returns void
+returns boolean
 language sql
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
-  insert into private.breakers as b (name, paused_until, pause_reason, times_opened)
+  insert into private.breakers as b (
+    name, paused_until, pause_reason, times_opened, failing_since, failed_users
+  )
   select
-    p_provider, now() + least(p_seconds, 3600) * interval '1 second', left(p_reason, 500), 1
+    p_provider, now() + least(p_seconds, 3600) * interval '1 second', left(p_reason, 500), 1,
+    now(), array_remove(array[p_user_id], null)
   where exists (select from public.models as m where m.provider = p_provider)
   on conflict (name) do update set
     paused_until = greatest(b.paused_until, excluded.paused_until),
     pause_reason = excluded.pause_reason,
     times_opened = greatest(b.times_opened, 1),
+    failing_since = case when b.times_opened = 0 then now() else b.failing_since end,
+    failed_users = case
+      when b.times_opened = 0 then excluded.failed_users
+      when p_user_id is null or b.failed_users = '{}' then '{}'
+      when p_user_id = any (b.failed_users) then b.failed_users
+      else b.failed_users || p_user_id
+    end,
     probe_job_id = null
+  where (b.times_opened > 0 or b.paused_until > now() is not true)
+    and (b.times_opened > 0 or not private.is_doubted(b, p_user_id));
+  select exists (
+    select from private.breakers as b where b.name = p_provider and b.paused_until > now()
+  )
 $$;
 
 comment on function private.pause_provider is
   'Keeps the jobs of a provider from being claimed for a while: the account was refused, and no '
-  'job is to blame. Nothing fails and nobody is charged for it.';
+  'job is to blame. Nothing fails and nobody is charged for it. With a user, where it is not sure '
+  'that others would be refused, too: theirs wait, others'' are tried one by one. Answers whether '
+  'it is paused now; not where others were served lately though this user failed: then the job is '
+  'to blame.';
 
-revoke all on function private.pause_provider(text, integer, text)
+revoke all on function private.pause_provider(text, integer, text, uuid)
 from public, anon, authenticated, service_role;
-grant execute on function private.pause_provider(text, integer, text) to darkroom_worker;
+grant execute on function private.pause_provider(text, integer, text, uuid) to darkroom_worker;
 
 -- Raises PT404 not_found unless it is a model or a provider of one.
 create or replace function private.require_breaker_name(p_name text)
@@ -6224,10 +6530,11 @@ declare
 begin
   perform private.require_writable();
   perform private.require_breaker_name(p_model);
-  insert into private.breakers (name) values (p_model)
+  insert into private.breakers as b (name) values (p_model)
   on conflict (name) do update set
     failures = 0, failing_since = null, failed_users = '{}', times_opened = 0, probe_job_id = null,
-    paused_until = null, pause_reason = null
+    paused_until = null, pause_reason = null,
+    resumed_at = case when b.paused_until is null then b.resumed_at else now() end
   returning * into v_breaker;
   perform private.wake_workers();
   return private.breaker_json(v_breaker);
@@ -6256,11 +6563,9 @@ grant execute on function public.resume_model(text) to service_role;
 -- claim_jobs makes delayed jobs claimable that have come due, locks the jobs with the smallest
 -- fair_key that nobody else is claiming (skip locked), and moves them in one statement.
 --
--- While a breaker (71) is open, its jobs are passed over. What was passed over is held: taken out
--- of the claim's index, a chunk at each claim, so that a pile of such jobs is passed once and not
--- at every claim. Held jobs keep their fair_key. Once they may run, each claim first lets as many
--- come back of each model as it may take itself, smallest key first: so what it takes is what it
--- would have taken from the whole pile. No claim waits for a lock.
+-- While a breaker (71) is open, what it keeps back waits in place, and claims read an index by
+-- model instead of the one in fair order: a pile of jobs that wait is never walked. No claim waits
+-- for a lock.
 
 -- While a long transaction holds back vacuum, a scan of the queue's tables walks the dead rows of
 -- all jobs since. So whoever made one that took long puts the next off for everybody, and looks
@@ -6383,15 +6688,10 @@ $$;
 revoke all on function private.schedule_scan(bigint, timestamptz)
 from public, anon, authenticated, service_role;
 
--- Locks the next jobs in fair order, but none of a blocked model, and answers their seq.
+-- Locks the next jobs in fair order and answers their seq.
 --
--- A generic plan walks the index. One made for these models would sort the whole table where
--- statistics say that most of it is theirs.
-create or replace function private.lock_next_jobs(
-  p_at_most integer,
-  p_from bigint,
-  p_blocked jsonb default '{}'
-)
+-- A generic plan walks the index, whatever statistics say.
+create or replace function private.lock_next_jobs(p_at_most integer, p_from bigint)
 returns bigint[]
 language plpgsql
 set search_path = pg_catalog, pg_temp
@@ -6401,7 +6701,7 @@ declare
   v_began timestamptz := clock_timestamp();
   v_seqs bigint[] := array(
     select r.seq from private.ready_jobs as r
-    where r.run_at is null and not p_blocked ? r.model_id
+    where r.run_at is null
       and r.fair_key >= coalesce(p_from, (select c.last_value from private.virtual_clock as c))
     order by r.fair_key, r.seq limit p_at_most for update skip locked
   );
@@ -6413,150 +6713,135 @@ begin
 end;
 $$;
 
-revoke all on function private.lock_next_jobs(integer, bigint, jsonb)
+revoke all on function private.lock_next_jobs(integer, bigint)
 from public, anon, authenticated, service_role;
 
--- Of these blocked models, those whose jobs may be held now. Until this commits, neither can the
--- breaker that blocks them close, nor can they be found free of held jobs: no job is held for ever.
-create or replace function private.lock_models_to_hold(p_blocked jsonb, p_model_ids text[])
-returns text[]
-language plpgsql
+-- What keeps jobs of a model back: whether nothing does; whether all wait; whether the pause is
+-- over; and who failed, at model or provider, and at the provider.
+create or replace function private.gate_of(
+  p_model_id text,
+  p_provider text,
+  out is_open boolean,
+  out is_shut boolean,
+  out is_over boolean,
+  out failed_users uuid[],
+  out failed_at_provider uuid[]
+)
+language sql
+stable
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_models text[];
-  v_blockers text[];
-begin
-  insert into private.breakers (name) select distinct m.id from unnest(p_model_ids) as m (id)
-  order by m.id on conflict do nothing;
-  v_models := array(
-    select b.name from private.breakers as b
-    where b.name = any (p_model_ids) for update skip locked
-  );
-  v_blockers := array(
-    select b.name from private.breakers as b
-    where b.name = any (array(select p_blocked ->> m.id from unnest(v_models) as m (id)))
-      and b.paused_until is not null
-    for share skip locked
-  );
-  update private.breakers set has_held = true
-  where name = any (v_models) and not has_held and p_blocked ->> name = any (v_blockers);
-  return array(
-    select m.id from unnest(v_models) as m (id) where p_blocked ->> m.id = any (v_blockers)
-  );
-end;
+  select
+    count(*) = 0,
+    coalesce(bool_or(private.admits(b, null) is false), false),
+    bool_and(private.admits(b, null) is true),
+    array(
+      select unnest(f.failed_users) from private.breakers as f
+      where f.name in (p_model_id, p_provider) and f.times_opened > 0
+    ),
+    array(
+      select unnest(f.failed_users) from private.breakers as f
+      where f.name = p_provider and f.times_opened > 0
+    )
+  from private.breakers as b
+  where b.name in (p_model_id, p_provider) and private.breaker_state(b) <> 'closed'
 $$;
 
-revoke all on function private.lock_models_to_hold(jsonb, text[])
+revoke all on function private.gate_of(text, text)
 from public, anon, authenticated, service_role;
 
--- Holds jobs of blocked models that a scan passed over before it found its last; null: to the end.
-create or replace function private.hold_passed_jobs(p_blocked jsonb, p_from bigint, p_last bigint)
-returns void
+-- The same while something is paused: of each model that is not, the next; of one that can be
+-- tried, one job of a user who has not failed; after the pause, where there is no such job, one of
+-- a user who has. A range of models, though of one: else the index in fair order might be walked.
+create or replace function private.lock_next_admitted_jobs(p_at_most integer, p_from bigint)
+returns bigint[]
 language plpgsql
 set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan
 as $$
-declare
-  v_chunk constant integer := 2000;
-  v_last private.ready_jobs;
-  v_key bigint := 9223372036854775807;
-  v_seqs bigint[];
-  v_models text[];
 begin
-  select * into v_last from private.ready_jobs where seq = p_last;
-  v_key := coalesce(v_last.fair_key, v_key);
-  v_seqs := array(
+  return array(
     select r.seq from private.ready_jobs as r
-    where r.run_at is null and r.fair_key between p_from and v_key and p_blocked ? r.model_id
-    order by r.fair_key, r.seq limit v_chunk for update skip locked
+    where r.run_at is null and r.seq = any (array(
+      -- From model to model through the index.
+      with recursive waiting as (
+        (
+          select r.model_id from private.ready_jobs as r
+          where r.run_at is null order by r.model_id limit 1
+        )
+        union all
+        select (
+          select r.model_id from private.ready_jobs as r
+          where r.run_at is null and r.model_id > w.model_id order by r.model_id limit 1
+        )
+        from waiting as w where w.model_id is not null
+      )
+      select c.seq from (
+        select
+          next.seq,
+          next.has_failed,
+          bool_and(next.has_failed) over (partition by w.model_id) as all_of_model,
+          next.failed_at_provider,
+          bool_and(next.failed_at_provider) over (partition by m.provider) as all_of_provider
+        from waiting as w
+        left join public.models as m on m.id = w.model_id
+        cross join lateral private.gate_of(w.model_id, m.provider) as gate
+        cross join lateral (
+          (
+            select r.seq, false as has_failed, false as failed_at_provider
+            from private.ready_jobs as r
+            where r.run_at is null and r.model_id between w.model_id and w.model_id
+              and r.fair_key >= p_from and not r.user_id = any (gate.failed_users)
+            order by r.model_id, r.fair_key, r.seq
+            limit case when gate.is_open then p_at_most else 1 end
+          )
+          union all
+          (
+            select
+              r.seq, r.user_id = any (gate.failed_users), r.user_id = any (gate.failed_at_provider)
+            from private.ready_jobs as r
+            where r.run_at is null and r.model_id between w.model_id and w.model_id
+              and r.fair_key >= p_from and gate.is_over
+            order by r.model_id, r.fair_key, r.seq limit 1
+          )
+        ) as next
+        where w.model_id is not null and not gate.is_shut
+      ) as c
+      where (c.all_of_model or not c.has_failed) and (c.all_of_provider or not c.failed_at_provider)
+    ))
+    order by r.fair_key, r.seq limit p_at_most for update skip locked
   );
-  if v_seqs <> '{}' then
-    v_models := private.lock_models_to_hold(p_blocked, array(
-      select distinct r.model_id from private.ready_jobs as r where r.seq = any (v_seqs)
-    ));
-    update private.ready_jobs set is_held = true, run_at = 'infinity'
-    where seq = any (v_seqs) and model_id = any (v_models);
-  end if;
 end;
 $$;
 
-revoke all on function private.hold_passed_jobs(jsonb, bigint, bigint)
+revoke all on function private.lock_next_admitted_jobs(integer, bigint)
 from public, anon, authenticated, service_role;
 
--- Notes that no job of the model is held, if that is so.
-create or replace function private.forget_held(p_model_id text)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  perform from private.breakers where name = p_model_id for update skip locked;
-  -- A new look, now that nobody else can hold one.
-  if found and not exists (
-    select from private.ready_jobs where is_held and model_id = p_model_id
-  ) then
-    update private.breakers set has_held = false where name = p_model_id;
-  end if;
-end;
-$$;
-
-revoke all on function private.forget_held(text) from public, anon, authenticated, service_role;
-
--- Held jobs of models that are not blocked any more come back: the first p_at_most of each.
-create or replace function private.release_held_jobs(p_at_most integer, p_blocked jsonb)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_model_id text;
-begin
-  for v_model_id in
-    select b.name from private.breakers as b where b.has_held and not p_blocked ? b.name
-  loop
-    update private.ready_jobs set is_held = false, run_at = null, queued_at = now()
-    where seq = any (array(
-      select r.seq from private.ready_jobs as r
-      where r.is_held and r.model_id = v_model_id
-      order by r.fair_key, r.seq limit p_at_most for update skip locked
-    ));
-    if found then
-      -- Their keys may be far below the clock.
-      perform set_config('darkroom.full_scan_due', '0', false);
-    else
-      perform private.forget_held(v_model_id);
-    end if;
-  end loop;
-end;
-$$;
-
-revoke all on function private.release_held_jobs(integer, jsonb)
-from public, anon, authenticated, service_role;
-
--- Of these locked jobs, those that may run though breakers are half-open: one of each of those.
--- Providers first: their one job may be that of a model, too.
+-- Of these locked jobs, those that may run though breakers are not closed: one of each of those, of
+-- a user who has not failed if there is one. Providers first: their one job may be that of a model,
+-- too.
 create or replace function private.admit_probes(p_seqs bigint[])
 returns bigint[]
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_name text;
+  v_breaker private.breakers;
   v_own bigint[];
   v_seqs bigint[] := p_seqs;
 begin
-  for v_name in
-    select b.name from private.breakers as b where b.paused_until <= now() and b.times_opened > 0
+  for v_breaker in
+    select b.* from private.breakers as b where b.times_opened > 0
     order by position('/' in b.name) > 0, b.name
   loop
     v_own := array(
       select r.seq from private.ready_jobs as r
       left join public.models as m on m.id = r.model_id
-      where r.seq = any (v_seqs) and v_name in (r.model_id, m.provider)
-      order by array_position(v_seqs, r.seq)
+      where r.seq = any (v_seqs) and v_breaker.name in (r.model_id, m.provider)
+      order by r.user_id = any (v_breaker.failed_users), array_position(v_seqs, r.seq)
     );
-    if private.begin_probe(v_name, v_own[1]) then
+    continue when v_own = '{}';
+    if private.begin_probe(v_breaker.name, v_own[1]) then
       v_own := v_own[2:];
     end if;
     v_seqs := array(
@@ -6571,32 +6856,32 @@ $$;
 revoke all on function private.admit_probes(bigint[])
 from public, anon, authenticated, service_role;
 
--- Locks the next jobs that may run now, while breakers block some, and answers their seq.
-create or replace function private.pick_unblocked_jobs(p_at_most integer)
+-- Locks the next jobs that may run now while something is paused, and answers their seq.
+create or replace function private.pick_admitted_jobs(p_at_most integer)
 returns bigint[]
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_from bigint;
-  v_blocked jsonb;
+  v_began timestamptz := clock_timestamp();
+  v_from bigint := 0;
   v_seqs bigint[];
 begin
   perform private.end_pauses();
-  v_blocked := private.blocked_models();
-  perform private.release_held_jobs(p_at_most, v_blocked);
-  v_from := coalesce(
-    private.scan_start(), (select f.fair_key from private.queue_floor as f)
-  );
-  v_seqs := private.lock_next_jobs(p_at_most, v_from, v_blocked);
-  if v_blocked <> '{}' then
-    perform private.hold_passed_jobs(v_blocked, v_from, v_seqs[p_at_most]);
+  if private.is_put_off('private.full_scan_due') then
+    select f.fair_key into v_from from private.queue_floor as f;
   end if;
+  v_seqs := private.lock_next_admitted_jobs(p_at_most, v_from);
+  if v_from = 0 then
+    perform private.put_off('private.full_scan_due', v_began, 60);
+  end if;
+  -- The keys of what waits may be far below the clock when the pause ends.
+  perform set_config('darkroom.full_scan_due', '0', false);
   return private.admit_probes(v_seqs);
 end;
 $$;
 
-revoke all on function private.pick_unblocked_jobs(integer)
+revoke all on function private.pick_admitted_jobs(integer)
 from public, anon, authenticated, service_role;
 
 -- Locks the next jobs that may run now and answers their seq. Beside that, each statement here only
@@ -6613,8 +6898,8 @@ begin
   if exists (select from private.ready_jobs as r where r.run_at <= now()) then
     perform private.promote_due_jobs(p_at_most);
   end if;
-  if exists (select from private.breakers as b where b.paused_until is not null or b.has_held) then
-    return private.pick_unblocked_jobs(p_at_most);
+  if exists (select from private.breakers as b where b.paused_until is not null) then
+    return private.pick_admitted_jobs(p_at_most);
   end if;
   v_from := private.scan_start();
   v_seqs := private.lock_next_jobs(p_at_most, v_from);
@@ -6674,12 +6959,12 @@ begin
   running as (
     insert into private.running_jobs as r (
       job_id, user_id, model_id, token, worker_id, attempt,
-      lease_until, deadline_at, provider_job_id, create_started_at
+      lease_until, deadline_at, provider_job_id, create_started_at, input_sha256
     )
     select
       c.job_id, c.user_id, c.model_id, nextval('private.lease_tokens'), p_worker_id, c.attempt + 1,
       now() + st.lease, now() + coalesce(m.deadline, st.lease), c.provider_job_id,
-      coalesce(c.create_started_at, now())
+      coalesce(c.create_started_at, now()), c.input_sha256
     from claimed as c cross join private.settings as st
     left join public.models as m on m.id = c.model_id
     order by c.fair_key, c.seq
@@ -6711,16 +6996,24 @@ revoke all on function private.claim_jobs(bigint, integer)
 from public, anon, authenticated, service_role;
 grant execute on function private.claim_jobs(bigint, integer) to darkroom_worker;
 -- Purchase: what a worker says about its dealings with the provider, so that nothing is bought
--- twice.
+-- twice, and what was bought for one job never becomes another's.
 --
 -- Creating a job at the provider costs money and cannot be repeated safely. So a claim (72) counts
 -- as the begin of it, and checkpoint_jobs is called the moment the provider's id is known. A worker
 -- that dies between the two leaves create_started_at behind: the next attempt looks at the provider
--- for what may have been bought and takes it over with adopt_provider_job. A worker that asks later
--- than at once proves with begin_creates that no other has begun to look. A refused account pauses
--- the provider (71).
+-- for what may have been bought and takes it over with adopt_provider_job. What it finds is proven
+-- by the whole input. Where that has addresses of sources, which nobody can know again,
+-- begin_creates saves its hash beforehand, for recall_create. A worker that asks later than at once
+-- proves with begin_creates, too, that no other has begun to look. A refused account pauses the
+-- provider (71).
+--
+-- Whoever puts a provider's id into purchases has it, and nobody else ever.
 
-create or replace function private.begin_creates(p_job_ids uuid[], p_tokens bigint[])
+create or replace function private.begin_creates(
+  p_job_ids uuid[],
+  p_tokens bigint[],
+  p_inputs bytea[] default null
+)
 returns table (token bigint, create_started_at timestamptz)
 language plpgsql
 security definer
@@ -6733,18 +7026,46 @@ as $$
 #variable_conflict use_column
 begin
   return query
-  select r.token, r.create_started_at from private.running_jobs as r
-  where r.job_id = any (p_job_ids) and r.token = any (p_tokens);
+  update private.running_jobs as r
+  set input_sha256 = coalesce(p_inputs[array_position(p_tokens, r.token)], r.input_sha256)
+  where r.job_id = any (p_job_ids) and r.token = any (p_tokens)
+  returning r.token, r.create_started_at;
 end;
 $$;
 
 comment on function private.begin_creates is
   'Called before the provider is asked to create these jobs, where seconds have passed since their '
-  'claim. Answers each whose lease holds, and since when something may have been bought for it.';
+  'claim, or where the input has addresses of sources: p_inputs are its SHA-256 then, else null. '
+  'Answers each whose lease holds, and since when something may have been bought for it.';
 
-revoke all on function private.begin_creates(uuid[], bigint[])
+revoke all on function private.begin_creates(uuid[], bigint[], bytea[])
 from public, anon, authenticated, service_role;
-grant execute on function private.begin_creates(uuid[], bigint[]) to darkroom_worker;
+grant execute on function private.begin_creates(uuid[], bigint[], bytea[]) to darkroom_worker;
+
+create or replace function private.recall_create(p_job_id uuid, p_token bigint)
+returns table (create_started_at timestamptz, input_sha256 bytea)
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  return query
+  select r.create_started_at, r.input_sha256 from private.running_jobs as r
+  where r.job_id = p_job_id and r.token = p_token;
+  if not found then
+    perform private.refuse_lost_lease(p_job_id);
+  end if;
+end;
+$$;
+
+comment on function private.recall_create is
+  'Since when something may have been bought for a job, and the SHA-256 that begin_creates saved '
+  'last. Errors: DR001 lease_lost.';
+
+revoke all on function private.recall_create(uuid, bigint)
+from public, anon, authenticated, service_role;
+grant execute on function private.recall_create(uuid, bigint) to darkroom_worker;
 
 create or replace function private.checkpoint_jobs(
   p_job_ids uuid[],
@@ -6763,22 +7084,30 @@ as $$
 #variable_conflict use_column
 begin
   return query
-  update private.running_jobs as r
-  set provider_job_id = p_provider_job_ids[array_position(p_tokens, r.token)]
-  where r.job_id = any (p_job_ids) and r.token = any (p_tokens)
-  returning r.token, 'ok';
+  with saved as (
+    update private.running_jobs as r
+    set provider_job_id = p_provider_job_ids[array_position(p_tokens, r.token)]
+    where r.job_id = any (p_job_ids) and r.token = any (p_tokens)
+    returning r.token, r.job_id, r.provider_job_id
+  ),
+  bought as (
+    insert into private.purchases (generation_id, provider_job_id)
+    select s.job_id, s.provider_job_id from saved as s order by s.provider_job_id
+    on conflict (generation_id, provider_job_id) do nothing  -- said before; another's is an error
+  )
+  select s.token, 'ok' from saved as s;
 end;
 $$;
 
 comment on function private.checkpoint_jobs is
   'Saves the provider''s ids of jobs the moment they are known, so that no attempt buys one twice. '
-  'Answers each job whose lease holds: ok.';
+  'Answers each job whose lease holds: ok. Errors, which change nothing for any of the jobs: 23505 '
+  'the provider''s job is another''s.';
 
 revoke all on function private.checkpoint_jobs(uuid[], bigint[], text[])
 from public, anon, authenticated, service_role;
 grant execute on function private.checkpoint_jobs(uuid[], bigint[], text[]) to darkroom_worker;
 
--- One at a time: two jobs with the same input must not take the same provider job.
 create or replace function private.adopt_provider_job(
   p_job_id uuid,
   p_token bigint,
@@ -6792,31 +7121,28 @@ as $$
 declare
   v_adopted text;
 begin
-  perform pg_advisory_xact_lock(hashtextextended('darkroom.adopt_provider_job', 0));
   select r.provider_job_id into v_adopted from private.running_jobs as r
-  where r.job_id = p_job_id and r.token = p_token;
+  where r.job_id = p_job_id and r.token = p_token for update;
   if not found then
     perform private.refuse_lost_lease(p_job_id);
   elsif v_adopted is not null then
     return v_adopted;  -- the answer to the first call was lost
   end if;
-  select c.id into v_adopted
-  from unnest(p_candidates) with ordinality as c (id, place)
-  where not exists (select from private.attempts as a where a.provider_job_id = c.id)
-    and not exists (select from private.running_jobs as r where r.provider_job_id = c.id)
-    and not exists (select from private.ready_jobs as r where r.provider_job_id = c.id)
-  order by c.place limit 1;
-  if found then
-    update private.running_jobs set provider_job_id = v_adopted
-    where job_id = p_job_id and token = p_token;
-  end if;
-  return v_adopted;
+  foreach v_adopted in array p_candidates loop
+    insert into private.purchases (generation_id, provider_job_id)
+    values (p_job_id, v_adopted) on conflict do nothing;
+    if found then
+      update private.running_jobs set provider_job_id = v_adopted where job_id = p_job_id;
+      return v_adopted;
+    end if;
+  end loop;
+  return null;
 end;
 $$;
 
 comment on function private.adopt_provider_job is
-  'Checkpoints the first of these provider ids, oldest first, that no other job has, and answers '
-  'it; null if all are taken. For creates whose answer was lost. Errors: DR001 lease_lost.';
+  'Checkpoints the first of these provider ids, oldest first, that no job has had, and answers it; '
+  'null if there is none. For creates whose answer was lost. Errors: DR001 lease_lost.';
 
 revoke all on function private.adopt_provider_job(uuid, bigint, text[])
 from public, anon, authenticated, service_role;
@@ -6958,13 +7284,15 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   insert into private.ready_jobs (
-    job_id, user_id, model_id, fair_key, attempt, run_at, provider_job_id, create_started_at
+    job_id, user_id, model_id, fair_key, attempt, run_at,
+    provider_job_id, create_started_at, input_sha256
   )
   select
     p_job.job_id, p_job.user_id, p_job.model_id, c.last_value, p_attempts_used,
     case when p_delay > interval '0' then now() + p_delay end,
     case when p_resumes then p_job.provider_job_id end,
-    case when p_resumes then p_job.create_started_at end
+    case when p_resumes then p_job.create_started_at end,
+    case when p_resumes then p_job.input_sha256 end
   from private.virtual_clock as c;
   update public.generations set status = 'queued', updated_at = now() where id = p_job.job_id;
   if p_delay <= interval '0' then
@@ -7281,16 +7609,26 @@ begin
       v_job, p_metrics => case when p_resumes then '{}'::jsonb else '{"is_asked": false}' end
     );
     return;
+  elsif exists (
+    select from public.generations as g cross join private.settings as s
+    where g.id = p_job_id and g.created_at < now() - s.give_up_after
+      and private.count_claims(p_job_id) >= s.max_attempts
+  ) then
+    perform private.finish_failed(
+      v_job, (select e from private.error_codes as e where e.code = 'internal')
+    );
+  else
+    perform private.requeue_job(v_job, v_job.attempt - 1, interval '0', p_resumes);
   end if;
-  perform private.requeue_job(v_job, v_job.attempt - 1, interval '0', p_resumes);
   perform private.record_attempts(array[v_job], 'released', array['{}'::jsonb]);
 end;
 $$;
 
 comment on function private.release_job is
-  'Gives a job back unfinished (graceful stop): next in line, the attempt does not count, the '
-  'checkpoint is kept; or canceled, if the user asked for that. p_resumes false: nothing was bought'
-  ' at the provider. Errors: DR001 lease_lost.';
+  'Gives a job back unfinished (graceful stop, refused account): next in line, the attempt does '
+  'not count, the checkpoint is kept; or canceled, if the user asked for that; or failed, if it is '
+  'older than give_up_after and has been claimed more than max_attempts times. p_resumes false: '
+  'nothing was bought at the provider. Errors: DR001 lease_lost.';
 
 revoke all on function private.release_job(uuid, bigint, boolean)
 from public, anon, authenticated, service_role;
@@ -7459,7 +7797,7 @@ begin
     perform private.record_events(v_job_ids, 'completed');
   end if;
   if exists (
-    select from private.breakers as b where b.failures > 0 or b.probe_job_id = any (v_job_ids)
+    select from private.breakers as b where b.failures > 0 or b.times_opened > 0
   ) then
     perform private.note_successes(v_done.jobs);
   end if;
@@ -8154,9 +8492,17 @@ begin
   for v_delivery in select * from private.lease_deliveries(p_lane, p_at_most) loop
     delivery_id := v_delivery.id;
     token := v_delivery.token;
-    body := case p_lane
-      when 'expo' then private.push_body(v_delivery)
-      else private.webhook_body(v_delivery)
+    begin
+      body := case p_lane
+        when 'expo' then private.push_body(v_delivery)
+        else private.webhook_body(v_delivery)
+      end;
+    exception when others then
+      perform private.note_skipped('claim_deliveries', v_delivery.id::text, sqlstate, sqlerrm);
+      update private.deliveries as d
+      set state = 'dead', finished_at = now(), last_error = left(sqlerrm, 200)
+      where d.id = v_delivery.id;
+      continue;
     end;
     if body is null then
       delete from private.deliveries as d where d.id = v_delivery.id;
@@ -8263,16 +8609,18 @@ grant execute on function private.finish_delivery(
 
 -- Forgets deliveries that ended longer than settings.keep_deliveries ago.
 create or replace function private.trim_deliveries(p_at_most integer default 100000)
-returns void
+returns integer
 language sql
 set search_path = pg_catalog, pg_temp
 as $$
-  delete from private.deliveries
-  where id = any (array(
-    select d.id from private.deliveries as d
-    where d.finished_at < now() - (select s.keep_deliveries from private.settings as s)
-    order by d.finished_at limit p_at_most
-  ))
+  select private.skip_failing(
+    'delete from private.deliveries where id = any ($1) returning 0',
+    array(
+      select d.id from private.deliveries as d
+      where d.finished_at < now() - (select s.keep_deliveries from private.settings as s)
+      order by d.finished_at limit p_at_most
+    )
+  )
 $$;
 
 revoke all on function private.trim_deliveries(integer)
@@ -8451,7 +8799,10 @@ set search_path = pg_catalog, pg_temp
 as $$
   update private.queue_state set
     oldest_ready_at = (
-      select min(r.queued_at) from private.ready_jobs as r where r.run_at is null
+      select min(r.queued_at) from private.ready_jobs as r
+      where r.run_at is null and not r.model_id = any (array(
+        select p.id from private.paused_models as p where p.paused_until is not null
+      ))
     ),
     refreshed_at = now()
   where id = (
@@ -8481,7 +8832,9 @@ begin
   v_jobs := array(
     select r from private.running_jobs as r
     where r.lease_until < now() or r.deadline_at < now()
-    order by r.user_id limit p_at_most for update skip locked
+    -- Those that were skipped before take no places of others.
+    order by r.user_id limit p_at_most + (select count(*) from private.skipped_rows)
+    for update skip locked
   );
   perform private.put_off('private.recovery_due', v_began, 10);
   return v_jobs;
@@ -8491,21 +8844,18 @@ $$;
 revoke all on function private.lock_stale_jobs(integer)
 from public, anon, authenticated, service_role;
 
--- Users in order of id, so that two runs lock entitlements in the same order; and all of them
--- before any breaker, those in order too.
-create or replace function private.recover_stale_jobs(p_at_most integer default 100)
+-- Ends the attempts of jobs that are locked, in the order given.
+create or replace function private.end_stale_jobs(p_ids uuid[])
 returns integer
 language plpgsql
-security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_id uuid;
   v_job private.running_jobs;
-  v_stale private.running_jobs[] := private.lock_stale_jobs(p_at_most);
-  v_stuck private.running_jobs[] := array[]::private.running_jobs[];
 begin
-  foreach v_job in array v_stale loop
-    delete from private.running_jobs where job_id = v_job.job_id;
+  foreach v_id in array p_ids loop
+    delete from private.running_jobs where job_id = v_id returning * into strict v_job;
     -- The lease first: after an outage both have passed, and the result may be there to fetch.
     if v_job.lease_until < now() then
       perform private.end_failed_attempt(
@@ -8513,21 +8863,50 @@ begin
       );
     else
       perform private.end_failed_attempt(v_job, 'timeout', 'deadline passed');
-      v_stuck := v_stuck || v_job;
     end if;
   end loop;
-  perform private.refresh_model_stats();
-  perform private.blame_providers(
-    v_stuck, array_fill('timeout'::text, array[cardinality(v_stuck)])
+  return cardinality(p_ids);
+end;
+$$;
+
+revoke all on function private.end_stale_jobs(uuid[])
+from public, anon, authenticated, service_role;
+
+-- Users in order of id, so that two runs lock entitlements in the same order; and all of them
+-- before any breaker, those in order too.
+create or replace function private.recover_stale_jobs(p_at_most integer default 100)
+returns integer
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '100ms'
+as $$
+declare
+  v_stale private.running_jobs[] := private.lock_stale_jobs(p_at_most);
+  v_stuck private.running_jobs[];
+  v_recovered integer := private.skip_failing(
+    'select private.end_stale_jobs($1)', array(select j.job_id from unnest(v_stale) as j)
+  );
+begin
+  v_stuck := array(
+    select j from unnest(v_stale) as j
+    where j.lease_until >= now()
+      and not exists (select from private.running_jobs as r where r.job_id = j.job_id)
+  );
+  perform private.skip_failing('select private.refresh_model_stats()', array['*']);
+  perform private.skip_failing(
+    'select private.blame_providers($1, array_fill(''timeout''::text, array[cardinality($1)]))',
+    v_stuck
   );
   perform private.refresh_queue_state();
-  return cardinality(v_stale);
+  return v_recovered;
 end;
 $$;
 
 comment on function private.recover_stale_jobs is
   'Requeues or finally fails up to p_at_most jobs whose lease or deadline has passed, and renews '
-  'model_stats and queue_state. Answers how many. Looks less often, once in ten seconds at least, '
+  'model_stats and queue_state. Answers how many. What cannot be done is passed over: see '
+  'private.skipped_rows. Looks less often, once in ten seconds at least, '
   'while a long transaction makes each look dear.';
 
 revoke all on function private.recover_stale_jobs(integer)
@@ -8542,6 +8921,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   delete from private.workers where seen_at < now() - interval '7 days';
+  delete from private.skipped_rows where last_at < now() - interval '7 days';
   perform private.trim_deliveries();
   if to_regclass('cron.job_run_details') is not null then
     delete from cron.job_run_details where end_time < now() - interval '7 days';
@@ -8582,12 +8962,14 @@ select
   b.name,
   b.paused_until,
   b.pause_reason,
-  b.times_opened
+  b.times_opened,
+  cardinality(b.failed_users) as failed_users
 from private.breakers as b
 where b.paused_until > now();
 
 comment on view private.paused_now is
-  'Which models and providers are paused, until when, and why? times_opened 0: by an operator.';
+  'Which models and providers are paused, until when, and why? times_opened 0: by an operator. '
+  'failed_users: only so many users wait, others are tried; 0: everybody waits.';
 
 create view private.queue_by_model with (security_invoker = true) as
 with waiting as (
@@ -8595,7 +8977,6 @@ with waiting as (
     w.model_id,
     sum(w.jobs)::bigint as jobs,
     sum(w.ready)::bigint as ready,
-    sum(w.held)::bigint as held,
     sum(w.delayed)::bigint as delayed,
     min(w.first_seq) as first_seq
   from (
@@ -8604,7 +8985,6 @@ with waiting as (
       r.model_id,
       count(*) as jobs,
       count(*) as ready,
-      0 as held,
       0 as delayed,
       min(r.seq) as first_seq
     from private.ready_jobs as r
@@ -8615,8 +8995,7 @@ with waiting as (
       r.model_id,
       count(*) as jobs,
       count(*) filter (where r.run_at <= now()) as ready,
-      count(*) filter (where r.is_held) as held,
-      count(*) filter (where r.run_at > now() and not r.is_held) as delayed,
+      count(*) filter (where r.run_at > now()) as delayed,
       min(r.seq) filter (where r.run_at <= now()) as first_seq
     from private.ready_jobs as r
     where r.run_at is not null
@@ -8638,7 +9017,7 @@ select
   m.provider,
   case when p.name is null then coalesce(waiting.ready, 0) else 0 end as ready,
   case when p.name is null then coalesce(waiting.delayed, 0) else 0 end as delayed,
-  coalesce(case when p.name is null then waiting.held else waiting.jobs end, 0) as paused,
+  coalesce(case when p.name is not null then waiting.jobs end, 0) as paused,
   coalesce(running.jobs, 0) as running,
   case when p.name is null then extract(epoch from now() - first.created_at) end
     as oldest_ready_seconds
@@ -8700,14 +9079,14 @@ select
   (private.plan_of(e)).name as plan,
   r.model_id,
   case
-    when r.is_held or p.name is not null then 'paused'
+    when p.name is not null then 'paused'
     when r.run_at > now() then 'delayed'
     else 'ready'
   end as state,
   g.created_at,
   now() - g.created_at as waiting,
   r.attempt as attempts_used,
-  case when not r.is_held then r.run_at end as run_at,
+  r.run_at,
   r.fair_key
 from private.ready_jobs as r
 inner join public.generations as g on r.job_id = g.id
@@ -9209,6 +9588,27 @@ revoke all on function private.list_expired_files(integer)
 from public, anon, authenticated, service_role;
 grant execute on function private.list_expired_files(integer) to darkroom_worker;
 
+-- With a generation goes what hangs on it.
+create or replace function private.erase_parts_of_generation()
+returns trigger
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  delete from public.image_likes where generation_id = old.id;
+  delete from public.images where generation_id = old.id;
+  delete from public.generation_tags where generation_id = old.id;
+  return null;
+end;
+$$;
+
+revoke all on function private.erase_parts_of_generation()
+from public, anon, authenticated, service_role;
+
+create trigger generations_take_their_parts_along
+after delete on public.generations
+for each row execute function private.erase_parts_of_generation();
+
 -- Erases generations none of whose files are left, and batches none of whose generations are.
 create or replace function private.erase_generations(p_ids uuid[])
 returns integer
@@ -9234,36 +9634,63 @@ $$;
 revoke all on function private.erase_generations(uuid[])
 from public, anon, authenticated, service_role;
 
+-- Forgets files, each as bucket/path, that Storage has no record of, and erases generations whose
+-- last ones they were. Generations are locked before files, as expire_generations (85) does.
+create or replace function private.forget(p_files text[])
+returns integer
+language plpgsql
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_ids uuid[] := array(
+    select g.id from public.generations as g
+    where g.id = any (array(
+      select f.generation_id
+      from unnest(p_files) as gone (name)
+      inner join private.expired_files as f
+        on f.bucket = split_part(gone.name, '/', 1)
+        and f.path = substr(gone.name, strpos(gone.name, '/') + 1)
+    ))
+    order by g.id for update
+  );
+begin
+  delete from private.expired_files as f
+  using unnest(p_files) as gone (name)
+  where f.bucket = split_part(gone.name, '/', 1)
+    and f.path = substr(gone.name, strpos(gone.name, '/') + 1)
+    and private.file_changed_at(f.bucket, f.path) is null;
+  return private.erase_generations(v_ids);
+end;
+$$;
+
+revoke all on function private.forget(text[]) from public, anon, authenticated, service_role;
+
 create or replace function private.forget_files(p_buckets text[], p_paths text[])
 returns integer
 language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '100ms'
 as $$
-declare
-  v_generation_ids uuid[];
 begin
-  with forgotten as (
-    delete from private.expired_files as f
-    using unnest(p_buckets, p_paths) as gone (bucket, path)
-    where f.bucket = gone.bucket and f.path = gone.path
-      and private.file_changed_at(f.bucket, f.path) is null
-    returning f.generation_id
-  )
-  select coalesce(array_agg(distinct f.generation_id), '{}') into v_generation_ids
-  from forgotten as f where f.generation_id is not null;
-  perform private.erase_generations(v_generation_ids);
+  perform private.skip_failing('select private.forget($1)', array(
+    select concat(gone.bucket, '/', gone.path)
+    from unnest(p_buckets, p_paths) as gone (bucket, path)
+    inner join private.expired_files as f on f.bucket = gone.bucket and f.path = gone.path
+    order by f.generation_id, gone.path
+  ));
   return (
-    select count(*) from unnest(p_buckets, p_paths) as kept (bucket, path)
-    where private.file_changed_at(kept.bucket, kept.path) is not null
+    select count(*)
+    from unnest(p_buckets, p_paths) as kept (bucket, path)
+    inner join private.expired_files as f on f.bucket = kept.bucket and f.path = kept.path
   );
 end;
 $$;
 
 comment on function private.forget_files is
   'Says that these files are gone from Storage. A generation whose last one it was is erased with '
-  'all its rows. What Storage still has on record is not forgotten: answers how many. Repeating it '
-  'changes nothing.';
+  'all its rows. What Storage still has on record, or cannot be erased here, is not forgotten: '
+  'answers how many. Repeating it changes nothing.';
 
 revoke all on function private.forget_files(text[], text[])
 from public, anon, authenticated, service_role;
@@ -9357,28 +9784,62 @@ create trigger darkroom_delete_entitlement
 after delete on auth.users
 for each row execute function private.delete_entitlement_of_deleted_user();
 
--- Marks all files in the folders of a user who is being deleted, those without a row too.
+-- Marks files, each as bucket/path, and answers how many were not marked yet. In order: of two that
+-- mark the same files, one waits for the other, and not each for the other.
+create or replace function private.mark_files(p_files text[])
+returns integer
+language sql
+set search_path = pg_catalog, pg_temp
+as $$
+  with marked as (
+    insert into private.expired_files (bucket, path, user_id)
+    select f.bucket, f.path, private.path_id(f.path, 1)
+    from unnest(p_files) as gone (name)
+    cross join lateral (
+      select
+        split_part(gone.name, '/', 1) as bucket,
+        substr(gone.name, strpos(gone.name, '/') + 1) as path
+    ) as f
+    order by f.path, f.bucket
+    on conflict (bucket, path) do nothing
+    returning 1
+  )
+  select count(*)::integer from marked
+$$;
+
+revoke all on function private.mark_files(text[]) from public, anon, authenticated, service_role;
+
+-- Marks all files in the folders of a user who is being deleted, those without a row too. What
+-- cannot be marked holds up no deletion: it is found as an orphan (85). Generations are locked
+-- before their files are marked, as expire_generations (85) does.
 create or replace function private.expire_files_of_deleted_user()
 returns trigger
 language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_files text[];
 begin
-  insert into private.expired_files (bucket, path, user_id)
-  select 'generations', f.path, i.user_id
-  from public.images as i
-  cross join lateral (values (i.storage_path), (i.preview_path)) as f (path)
-  where i.user_id = old.user_id and f.path is not null
-  on conflict (bucket, path) do nothing;
+  perform from public.generations where user_id = old.user_id order by id for update;
+  v_files := array(
+    select concat('generations/', f.path)
+    from public.images as i
+    cross join lateral (values (i.storage_path), (i.preview_path)) as f (path)
+    where i.user_id = old.user_id and f.path is not null
+    order by f.path
+  );
+  perform private.skip_failing('select private.mark_files($1)', v_files);
   if to_regclass('storage.objects') is not null then
     -- From <id>/ up to <id>0, the next character: operators that the index of names serves.
-    insert into private.expired_files (bucket, path, user_id)
-    select o.bucket_id, o.name, old.user_id
-    from storage.objects as o
-    where o.name ~>=~ concat(old.user_id, '/') and o.name ~<~ concat(old.user_id, '0')
-      and o.bucket_id in ('generations', 'inputs')
-    on conflict (bucket, path) do nothing;
+    v_files := array(
+      select concat(o.bucket_id, '/', o.name)
+      from storage.objects as o
+      where o.name ~>=~ concat(old.user_id, '/') and o.name ~<~ concat(old.user_id, '0')
+        and o.bucket_id in ('generations', 'inputs')
+      order by o.name
+    );
+    perform private.skip_failing('select private.mark_files($1)', v_files);
   end if;
   return old;
 end;
@@ -9429,18 +9890,27 @@ create trigger entitlements_erase_ledger
 after delete on public.entitlements
 for each row execute function private.erase_ledger_of_deleted_user();
 
--- Erases the generations of a user who is gone, and takes the live ones, whose rows are locked, out
--- of the queue.
+-- Erases what a user who is gone has here, and takes the live jobs, whose rows are locked, out of
+-- the queue. Their workers stop them at the provider.
 create or replace function private.erase_generations_of_deleted_user()
 returns trigger
 language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_worker_id bigint;
 begin
   delete from private.ready_jobs where user_id = old.user_id;
-  delete from private.running_jobs where user_id = old.user_id;
+  for v_worker_id in
+    delete from private.running_jobs where user_id = old.user_id returning worker_id
+  loop
+    perform pg_notify('darkroom_worker_' || v_worker_id, 'cancel');
+  end loop;
   delete from public.generations where user_id = old.user_id;
+  delete from public.batches where user_id = old.user_id;
+  delete from public.image_likes where user_id = old.user_id;
+  delete from public.prompt_templates where user_id = old.user_id;
   return null;
 end;
 $$;
@@ -9506,7 +9976,7 @@ begin
     select g.id from public.generations as g
     where g.id = any (p_ids) and g.finished_at is not null
       and (g.deleted_at is not null or not p_only_deleted)
-    order by g.id for update
+    order by g.id for update skip locked
   );
   update public.generations set deleted_at = now()
   where id = any (v_ids) and deleted_at is null;
@@ -9516,6 +9986,7 @@ begin
   from public.images as i
   cross join lateral (values (i.storage_path), (i.preview_path)) as f (path)
   where i.generation_id = any (v_ids) and f.path is not null
+  order by f.path
   on conflict (bucket, path) do nothing;
   get diagnostics v_files = row_count;
   return v_files + private.erase_generations(v_ids);
@@ -9525,18 +9996,20 @@ $$;
 revoke all on function private.expire_generations(uuid[], boolean)
 from public, anon, authenticated, service_role;
 
--- Generations their users deleted, longest ago first.
+-- Generations their users deleted, longest ago first. Those whose files wait to be deleted, and
+-- those that were skipped before, take no places of others.
 create or replace function private.expire_deleted(p_at_most integer)
 returns integer
 language sql
 set search_path = pg_catalog, pg_temp
 as $$
-  select private.expire_generations(array(
+  select private.skip_failing('select private.expire_generations($1, true)', array(
     select g.id from public.generations as g
     where g.deleted_at <= now() - (select s.keep_deleted from private.settings as s)
       and g.finished_at is not null
-    order by g.deleted_at limit p_at_most
-  ), true)
+      and not exists (select from private.expired_files as f where f.generation_id = g.id)
+    order by g.deleted_at limit p_at_most + (select count(*) from private.skipped_rows)
+  ))
 $$;
 
 revoke all on function private.expire_deleted(integer)
@@ -9561,7 +10034,7 @@ begin
   for v_met in
     select * from public.generations where id > v_place::uuid order by id limit p_at_most
   loop
-    exit when v_met.created_at > v_before;
+    exit when v_met.created_at between v_before and now();
     if v_met.finished_at <= v_before and not v_met.is_favorite then
       v_ids := v_ids || v_met.id;
     end if;
@@ -9569,7 +10042,7 @@ begin
     v_place := v_met.id;
   end loop;
   perform private.end_walk('generations', v_place, v_seen < p_at_most);
-  return private.expire_generations(v_ids);
+  return private.skip_failing('select private.expire_generations($1)', v_ids);
 end;
 $$;
 
@@ -9586,28 +10059,33 @@ declare
   v_place text := private.begin_walk('attempts');
   v_met record;
   v_seen integer := 0;
-  v_trimmed integer := 0;
+  v_ids uuid[] := '{}'::uuid[];
 begin
   if v_place is null then
     return 0;
   end if;
   for v_met in
-    select a.generation_id, a.token, a.ended_at, g.created_at, g.finished_at
+    select a.generation_id, a.ended_at, g.created_at, g.finished_at
     from private.attempts as a
     inner join public.generations as g on g.id = a.generation_id
     where a.generation_id > v_place::uuid order by a.generation_id, a.token limit p_at_most
   loop
-    exit when v_met.created_at > v_before;
+    exit when v_met.created_at between v_before and now();
     if v_met.ended_at <= v_before and v_met.finished_at is not null then
-      delete from private.attempts
-      where generation_id = v_met.generation_id and token = v_met.token;
-      v_trimmed := v_trimmed + 1;
+      v_ids := v_ids || v_met.generation_id;
     end if;
     v_seen := v_seen + 1;
     v_place := v_met.generation_id;
   end loop;
   perform private.end_walk('attempts', v_place, v_seen < p_at_most);
-  return v_trimmed;
+  return private.skip_failing(
+    format(
+      'with gone as ('
+      '  delete from private.attempts where generation_id = any ($1) and ended_at <= %L returning 1'
+      ') select count(*) from gone', v_before
+    ),
+    array(select distinct unnest(v_ids))
+  );
 end;
 $$;
 
@@ -9662,7 +10140,23 @@ $$;
 revoke all on function private.compact_ledger(uuid, integer)
 from public, anon, authenticated, service_role;
 
--- The ledgers of the next users, living or gone. Answers how many entries fewer there are.
+-- The ledger of a user, living or gone.
+create or replace function private.trim_ledger_of(p_user_id uuid, p_at_most integer)
+returns integer
+language sql
+set search_path = pg_catalog, pg_temp
+as $$
+  select case
+    when exists (select from public.entitlements as e where e.user_id = p_user_id)
+      then private.compact_ledger(p_user_id, p_at_most)
+    else private.erase_ledger(p_user_id)
+  end
+$$;
+
+revoke all on function private.trim_ledger_of(uuid, integer)
+from public, anon, authenticated, service_role;
+
+-- The ledgers of the next users. Answers how many entries fewer there are.
 create or replace function private.trim_ledger(p_at_most integer)
 returns integer
 language plpgsql
@@ -9671,7 +10165,7 @@ as $$
 declare
   v_place text := private.begin_walk('ledger');
   v_user_id uuid;
-  v_trimmed integer := 0;
+  v_ids uuid[] := '{}'::uuid[];
 begin
   if v_place is null then
     return 0;
@@ -9681,14 +10175,12 @@ begin
     where user_id > v_place::uuid order by user_id limit 1;
     exit when not found;
     v_place := v_user_id;
-    if exists (select from public.entitlements as e where e.user_id = v_user_id) then
-      v_trimmed := v_trimmed + private.compact_ledger(v_user_id, p_at_most);
-    else
-      v_trimmed := v_trimmed + private.erase_ledger(v_user_id);
-    end if;
+    v_ids := v_ids || v_user_id;
   end loop;
   perform private.end_walk('ledger', v_place, v_user_id is null);
-  return v_trimmed;
+  return private.skip_failing(
+    format('select sum(private.trim_ledger_of(u, %s)) from unnest($1) as u', p_at_most), v_ids
+  );
 end;
 $$;
 
@@ -9735,7 +10227,7 @@ declare
   v_place text := private.begin_walk('files');
   v_met record;
   v_seen integer := 0;
-  v_marked integer := 0;
+  v_files text[] := '{}'::text[];
 begin
   if v_place is null or to_regclass('storage.objects') is null then
     return 0;
@@ -9746,16 +10238,13 @@ begin
     where o.name ~>~ v_place order by o.name using ~<~ fetch first p_at_most rows with ties
   loop
     if private.is_orphan(v_met.bucket_id, v_met.name, v_met.changed_at) then
-      insert into private.expired_files (bucket, path, user_id)
-      values (v_met.bucket_id, v_met.name, private.path_id(v_met.name, 1))
-      on conflict (bucket, path) do nothing;
-      v_marked := v_marked + case when found then 1 else 0 end;
+      v_files := v_files || concat(v_met.bucket_id, '/', v_met.name);
     end if;
     v_seen := v_seen + 1;
     v_place := v_met.name;
   end loop;
   perform private.end_walk('files', v_place, v_seen < p_at_most);
-  return v_marked;
+  return private.skip_failing('select private.mark_files($1)', v_files);
 end;
 $$;
 
@@ -9764,19 +10253,30 @@ from public, anon, authenticated, service_role;
 
 create or replace function private.apply_retention(p_at_most integer default 500)
 returns integer
-language sql
+language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
+set lock_timeout = '100ms'
 as $$
-  select private.expire_deleted(p_at_most) + private.expire_old(p_at_most)
-    + private.trim_attempts(p_at_most) + private.trim_ledger(p_at_most)
-    + private.expire_orphans(p_at_most)
+declare
+  v_step text;
+  v_done integer := 0;
+begin
+  foreach v_step in array
+    '{expire_deleted,expire_old,trim_attempts,trim_ledger,expire_orphans}'::text[]
+  loop
+    v_done := v_done + private.skip_failing(
+      format('select private.%s(%s)', v_step, p_at_most), array['*']
+    );
+  end loop;
+  return v_done;
+end;
 $$;
 
 comment on function private.apply_retention is
   'Looks at up to p_at_most rows of each kind: marks the files of what has been kept long enough '
   'and erases what has none. Answers how many rows it marked or erased; safe from several places '
-  'at once.';
+  'at once. What cannot be done is passed over: see private.skipped_rows.';
 
 revoke all on function private.apply_retention(integer)
 from public, anon, authenticated, service_role;
@@ -9819,7 +10319,8 @@ from (
   -- Of a user who is gone the oldest entries may be, too.
   inner join public.entitlements as e on c.user_id = e.user_id
 ) as l
-where l.balance_before + l.amount <> l.balance_after
+-- As bigint: a sum that does not fit is wrong, too.
+where l.balance_before::bigint + l.amount <> l.balance_after
 union all
 select
   'place' as rule,
@@ -10116,6 +10617,22 @@ comment on view private.vacuum_holders is
 
 revoke all on table private.vacuum_holders from public, anon, authenticated, service_role;
 
+-- Whether who asks is more than a monitor: may pause what it would read about. A monitor is told no
+-- ids and nobody's words, which may repeat a prompt in any spelling.
+create or replace function private.is_operator()
+returns boolean
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+  select has_function_privilege(
+    coalesce(nullif(current_setting('role', true), 'none'), session_user),
+    'private.pause_model(text, timestamptz, text)', 'execute'
+  )
+$$;
+
+revoke all on function private.is_operator() from public, anon, authenticated, service_role;
+
 -- Notes that a routine ran to its end; pg_cron calls it after the routine.
 create or replace function private.note_run(p_name text)
 returns void
@@ -10273,13 +10790,46 @@ as $$
     'recent_problems', (select count(*) from private.recent_broken_books()),
     'checked_at', max(r.last_run_at),
     'problems', (max(r.result ->> 'problems'))::integer,
-    'examples', coalesce(jsonb_agg(r.result -> 'examples') -> 0, '[]')
+    'examples', coalesce(
+      jsonb_agg(r.result -> 'examples') filter (where private.is_operator()) -> 0, '[]'
+    )
   )
   from private.routines as r
   where r.name = 'check_books' and r.result is not null
 $$;
 
 revoke all on function private.books_health() from public, anon, authenticated, service_role;
+
+-- What routines passed over within a day; who was only locked counts from the third time. And files
+-- that Storage would not delete for a day.
+create or replace function private.skipped_health()
+returns jsonb
+language sql
+stable
+set search_path = pg_catalog, pg_temp
+as $$
+  select jsonb_build_object(
+    'rows', coalesce(sum(s.rows), 0),
+    'since', min(s.first_at),
+    'steps', coalesce(jsonb_object_agg(s.step, s.rows), '{}')
+  )
+  from (
+    select r.step, count(*) as rows, min(r.first_at) as first_at
+    from private.skipped_rows as r
+    where r.last_at > now() - interval '1 day'
+      and (r.times > 2 or r.code not in ('40P01', '55P03'))
+    group by r.step
+    union all
+    select 'storage', count(*), min(o.marked_at)
+    from (
+      select f.marked_at from private.expired_files as f
+      where f.marked_at < now() - interval '1 day' order by f.marked_at limit 1000
+    ) as o
+    having count(*) > 0
+  ) as s
+$$;
+
+revoke all on function private.skipped_health() from public, anon, authenticated, service_role;
 
 -- Dead deliveries count while their webhook is there: deleting it says that nobody misses them. A
 -- push that found no device any more is nothing to mend.
@@ -10438,6 +10988,14 @@ as $$
       'dead_deliveries', h.dead::numeric, concat(h.dead, ' deliveries to webhooks were given up')
     ),
     (
+      'skipped_rows', (p_health #>> '{skipped,rows}')::numeric,
+      format('%s rows since %s: %s', p_health #>> '{skipped,rows}',
+        p_health #>> '{skipped,since}', (
+          select string_agg(concat(s.key, ' ', s.value), ', ' order by s.key)
+          from jsonb_each_text(p_health #> '{skipped,steps}') as s
+        ))
+    ),
+    (
       'books',
       (h.b ->> 'recent_problems')::numeric + coalesce((h.b ->> 'problems')::numeric, 0),
       format('%s problems among what moved last, %s at the check of %s',
@@ -10511,7 +11069,12 @@ declare
     'rates', private.rates_health(),
     'workers', private.worker_health(),
     'routines', private.routine_health(),
-    'paused', (select coalesce(jsonb_agg(to_jsonb(p)), '[]') from private.paused_now as p),
+    'paused', (
+      select coalesce(jsonb_agg(to_jsonb(p) || case
+        when private.is_operator() then '{}' else '{"pause_reason": null}'::jsonb
+      end), '[]')
+      from private.paused_now as p
+    ),
     'vacuum', (
       select jsonb_build_object(
         'oldest_transactions', coalesce(max(h.age_transactions), 0),
@@ -10520,7 +11083,8 @@ declare
       from private.vacuum_holders as h
     ),
     'outbox', private.outbox_health(),
-    'books', private.books_health()
+    'books', private.books_health(),
+    'skipped', private.skipped_health()
   );
 begin
   v_alerts := private.health_alerts(v_health);
@@ -10535,7 +11099,8 @@ begin
     'paused', v_health -> 'paused',
     'vacuum', v_health -> 'vacuum',
     'outbox', v_health -> 'outbox',
-    'books', v_health -> 'books'
+    'books', v_health -> 'books',
+    'skipped', v_health -> 'skipped'
   );
 end;
 $$;
@@ -10575,7 +11140,8 @@ comment on function public.queue_health is
   'burned_of_15_minutes, burned_by_users}, workers {alive, asleep, listening, slots, slots_used}, '
   'routines {name: {last_run_at, every_seconds, runs_missed}}, paused, vacuum '
   '{oldest_transactions, sees_all_sessions}, outbox {pending, oldest_pending_seconds, dead}, books '
-  '{recent_problems, checked_at, problems, examples}}. Thresholds are rows of private.alert_rules.';
+  '{recent_problems, checked_at, problems, examples}, skipped {rows, since, steps}}. A monitor is '
+  'shown no reasons and no examples. Thresholds are rows of private.alert_rules.';
 
 revoke all on function public.queue_health() from public, anon, authenticated, service_role;
 grant execute on function public.queue_health() to service_role, darkroom_monitor;
@@ -10801,37 +11367,11 @@ from public, anon, authenticated, service_role;
 grant execute on function private.check_setup(text[]) to darkroom_worker;
 -- Measures: what the report (89_report) and exporters of metrics are made of, one table for each.
 --
--- They speak of this moment and of the last hour, never of a user or a prompt. What a provider said
--- is shown without the prompt, should it repeat that. darkroom_monitor may call those an exporter
--- has a use for.
+-- They speak of this moment and of the last hour, in codes and numbers: never of a user or a job,
+-- and never in a provider's words, which may repeat a prompt in any spelling. Those are in views
+-- (83), for the owner. darkroom_monitor may call the measures an exporter has a use for.
 --
 -- They cost what it costs to count the queue and to read the attempts that ended in the window.
-
--- The provider's words without the prompt: also where they were cut in its midst, or where it is
--- within JSON. What is shorter than four characters is no secret, and may be part of any word.
-create or replace function private.without_prompt(p_detail text, p_prompt text)
-returns text
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
-  select case
-    when length(p_prompt) < 4 then p_detail
-    else coalesce(
-      left(r.detail, least(
-        nullif(strpos(r.detail, left(p_prompt, 24)), 0),
-        nullif(strpos(r.detail, left(q.prompt, 24)), 0)
-      ) - 1) || '[prompt]', r.detail
-    )
-  end
-  from (select btrim(to_json(p_prompt)::text, '"') as prompt) as q
-  cross join lateral (
-    select replace(replace(p_detail, p_prompt, '[prompt]'), q.prompt, '[prompt]') as detail
-  ) as r
-$$;
-
-revoke all on function private.without_prompt(text, text)
-from public, anon, authenticated, service_role;
 
 -- How the attempts of each model ended in the window, what completed ones took, what all cost.
 create or replace function private.outcomes_by_model(p_window interval)
@@ -10938,7 +11478,7 @@ grant execute on function private.report_workers() to darkroom_monitor;
 create or replace function private.report_errors(p_window interval default '1 hour')
 returns table (
   model_id text, error_code text, errors bigint, failed bigint, retried bigint,
-  last_at timestamptz, last_detail text
+  last_at timestamptz
 )
 language sql
 stable
@@ -10948,31 +11488,20 @@ set enable_seqscan = off
 set jit = off
 as $$
   select
-    e.model_id, e.error_code, e.errors, e.failed, e.retried, e.last_at,
-    -- No join, which might be made by reading all generations.
-    (
-      select left(private.without_prompt(e.details[1], g.prompt), 300)
-      from public.generations as g where g.id = e.last_id
-    )
-  from (
-    select
-      a.model_id,
-      a.error_code,
-      count(*) as errors,
-      count(*) filter (where a.outcome = 'failed') as failed,
-      count(*) filter (where a.outcome = 'retried') as retried,
-      max(a.ended_at) as last_at,
-      array_agg(a.error_detail order by a.ended_at desc, a.token desc) as details,
-      (array_agg(a.generation_id order by a.ended_at desc, a.token desc))[1] as last_id
-    from private.attempts as a
-    where a.ended_at > now() - p_window and a.error_code is not null
-    group by a.model_id, a.error_code
-  ) as e
-  order by e.errors desc, e.last_at desc
+    a.model_id,
+    a.error_code,
+    count(*) as errors,
+    count(*) filter (where a.outcome = 'failed'),
+    count(*) filter (where a.outcome = 'retried'),
+    max(a.ended_at) as last_at
+  from private.attempts as a
+  where a.ended_at > now() - p_window and a.error_code is not null
+  group by a.model_id, a.error_code
+  order by errors desc, last_at desc
 $$;
 
 comment on function private.report_errors is
-  'Errors of attempts by model and code in the window, and what was said at the last of them.';
+  'Errors of attempts by model and code in the window. What was said: private.recent_failures.';
 
 revoke all on function private.report_errors(interval)
 from public, anon, authenticated, service_role;
@@ -10984,7 +11513,7 @@ create or replace function private.report_recent(
   p_window interval default '1 hour'
 )
 returns table (
-  job_id uuid, model_id text, attempt smallint, worker_id bigint, outcome text, error_code text,
+  model_id text, attempt smallint, worker_id bigint, outcome text, error_code text,
   ended_at timestamptz, waited_seconds numeric, ran_seconds numeric
 )
 language sql
@@ -10994,7 +11523,7 @@ set enable_seqscan = off
 set jit = off
 as $$
   select
-    a.generation_id, a.model_id, a.attempt, a.worker_id, a.outcome, a.error_code, a.ended_at,
+    a.model_id, a.attempt, a.worker_id, a.outcome, a.error_code, a.ended_at,
     -- No join, which might be made by reading all generations.
     (
       select round(extract(epoch from a.started_at - g.created_at), 1)
@@ -11015,7 +11544,7 @@ from public, anon, authenticated, service_role;
 -- The running jobs that began first, which are the ones to worry about.
 create or replace function private.report_running(p_at_most integer default 12)
 returns table (
-  job_id uuid, model_id text, attempt smallint, worker_id bigint, stage text, progress smallint,
+  model_id text, attempt smallint, worker_id bigint, stage text, progress smallint,
   running_seconds numeric, lease_seconds numeric, deadline_seconds numeric
 )
 language sql
@@ -11023,7 +11552,7 @@ stable
 set search_path = pg_catalog, pg_temp
 as $$
   select
-    r.job_id, r.model_id, r.attempt, r.worker_id, r.stage, r.progress,
+    r.model_id, r.attempt, r.worker_id, r.stage, r.progress,
     round(extract(epoch from now() - r.claimed_at), 1),
     round(extract(epoch from r.lease_until - now()), 1),
     round(extract(epoch from r.deadline_at - now()), 1)
@@ -11301,7 +11830,12 @@ to service_role, darkroom_monitor;
 -- Rows and schedules: the only file that writes any. Running it again changes nothing that an
 -- operator has set. What is not installed here is skipped with a notice.
 
+-- How many credits the users get who are there, and those who come, can be said beforehand.
 insert into private.settings default values on conflict do nothing;
+update private.settings
+set welcome_credits = current_setting('darkroom.welcome_credits', true)::integer
+where current_setting('darkroom.welcome_credits', true) <> ''
+  and not exists (select from public.entitlements);
 insert into private.queue_state default values on conflict do nothing;
 
 insert into private.retention_walks (name) values
@@ -11329,6 +11863,9 @@ insert into private.error_codes (
 ('provider_error', 'The image service failed to make this picture.', true, true, false, true),
 ('result_lost', 'The finished picture could not be fetched in time.', true, true, false, true),
 ('timeout', 'The picture took too long.', false, true, false, true),
+(
+  'provider_refused', 'The image service refused to make this picture.', true, true, true, true
+),
 ('worker_full', 'We have no room for your picture. Try again later.', true, false, true, false),
 (
   'storage_unavailable', 'Your picture could not be kept. Try again later.', true, false, true,
@@ -11382,7 +11919,8 @@ insert into private.alert_rules (alert, threshold, unit, min_cases, severity, hi
 ),
 (
   'paused', 0, 'pauses', 0, 'warning',
-  'Jobs of what is paused wait. If the provider refused the account, see its billing and key.'
+  'Jobs of what is paused wait. Why: private.paused_now. If the provider refused the account, see '
+  'its billing and key.'
 ),
 (
   'vacuum_held_back', 1000000, 'transactions', 0, 'warning',
@@ -11395,6 +11933,12 @@ insert into private.alert_rules (alert, threshold, unit, min_cases, severity, hi
   'delete_webhook.'
 ),
 (
+  'skipped_rows', 0, 'rows', 0, 'warning',
+  'private.skipped_rows says which, what is wrong with them and since when. Mend the row: it is '
+  'tried again. storage: files of private.expired_files that it does not delete; see the worker''s '
+  'log.'
+),
+(
   'books', 0, 'problems', 0, 'critical',
   'See private.broken_books: the ledger is right, and entitlements have to follow it. Once mended, '
   'select private.check_books() to check anew.'
@@ -11404,8 +11948,13 @@ on conflict do nothing;
 -- Users from before the installation.
 do $$
 begin
-  perform private.create_entitlement(u.id) from auth.users as u
-  where not exists (select from public.entitlements as e where e.user_id = u.id);
+  perform private.skip_failing(
+    'select count(private.create_entitlement(u)) from unnest($1) as u',
+    array(
+      select u.id from auth.users as u
+      where not exists (select from public.entitlements as e where e.user_id = u.id)
+    )
+  );
 end;
 $$;
 
@@ -11413,6 +11962,9 @@ do $$
 begin
   if to_regclass('storage.buckets') is null then
     raise notice 'Darkroom: no storage.buckets here; create the private buckets yourself';
+    return;
+  elsif not has_table_privilege('storage.buckets', 'select, insert') then
+    raise notice 'Darkroom: no right to make buckets; create the private buckets yourself';
     return;
   end if;
   insert into storage.buckets (id, name, public, file_size_limit, allowed_mime_types) values
