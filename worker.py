@@ -16,7 +16,8 @@ one line each what is wrong, and does no work.
 Environment (* required). A file of that name in $CREDENTIALS_DIRECTORY, where systemd puts what
 LoadCredential names, goes before the variable:
     DATABASE_URL *          PostgreSQL, as role darkroom_worker; direct or session mode, for LISTEN.
-                            Behind a transaction pooler it polls, and prepares no statements
+                            Behind a transaction pooler it polls, and prepares no statements. With
+                            pgbouncer=true and the like, as platforms show it, it is taken, too
     SUPABASE_URL *          where /storage/v1 is
     SUPABASE_SERVICE_KEY *  service_role or secret key, for uploads
     REPLICATE_API_TOKEN     without it, jobs for Replicate fail
@@ -37,9 +38,10 @@ LoadCredential names, goes before the variable:
     TMPDIR                  for outputs on their way to Storage. Without room for MAX_IMAGE_BYTES
                             there, a worker that had to do without claims nothing
 
-Exit codes: 0 stopped as asked, 1 the database or something unexpected, 2 bad configuration,
-3 ended by a second signal or the hard deadline, with jobs left to their leases. Of a check: 0 all
-is well, 1 something is wrong, 2 bad configuration.
+Exit codes: 0 stopped as asked, 1 something unexpected, 2 bad configuration, 3 ended by a second
+signal or the hard deadline, with jobs left to their leases. A database that does not answer, or
+takes no writes, is waited for, at the start as later. Of a check: 0 all is well, 1 something is
+wrong, 2 bad configuration.
 """
 
 from __future__ import annotations
@@ -56,6 +58,7 @@ import io
 import ipaddress
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -82,6 +85,7 @@ from collections.abc import (
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, ClassVar, Protocol, TypeVar
@@ -107,7 +111,7 @@ from PIL import (
 from psycopg import sql
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
-from psycopg_pool import AsyncConnectionPool
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
 from py_svg_hush import filter_svg
 
 BUCKET, SOURCE_BUCKET = "generations", "inputs"
@@ -195,8 +199,11 @@ SHORTAGES = {  # of the machine: no space, no files left, a broken disk; ENOENT:
 }
 INERT_TYPE = "application/octet-stream"  # of SVGs in Storage: browsers save it and do not run it
 DELIVERY_SECONDS = 20.0  # for one try, from looking the name up to the status; far below the lease
-LANE_SLOTS = 4  # deliveries at once to one target; Expo wants at most 6 connections
-BUSY_LANE_SECONDS = 1.0  # before a lane is looked at again whose deliveries others hold
+LANE_SLOTS, EXPO_CONNECTIONS = 4, 6  # requests at once to one target; Expo wants no more than 6
+BUSY_LANE_SECONDS = 1.0  # before a lane is looked at again whose deliveries are under way
+MAX_PUSHES, MAX_RECEIPTS = 100, 1000  # in one request to Expo
+RECEIPTS_SECONDS = 60.0  # between two looks for receipts that should be there
+MAX_ASKED_SECONDS = 86_400.0  # of a pause that somebody asks for
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv4 addresses as networks without IPv4 see them
 IPV6_UNICAST = ipaddress.ip_network("2000::/3")
 NOT_PUBLIC = [  # beside what ipaddress knows: protocol assignments, 6to4, Azure's agent
@@ -210,7 +217,16 @@ KEEPALIVES: dict[str, Any] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,  # milliseconds
 }
+FOREIGN_PARAMETERS = {  # of Prisma's, node's and other drivers, in addresses of PostgreSQL
+    *("pgbouncer", "connection_limit", "pool_timeout", "pool_mode", "socket_timeout", "schema"),
+    *("statement_cache_size", "statement_cache_mode", "prepared_statements", "supa", "workaround"),
+}
 CANCEL, PROBE = "cancel", "probe"  # payloads of NOTIFY: jobs to stop, and a test of LISTEN
+# Classes of SQLSTATE: what is wrong with what was said of a job (data, constraints, limits of size,
+# errors that functions raise), and what is wrong with the database, whatever is said. Of others
+# (rights, internal errors, what a migration does to a call) a single error does not tell.
+JOBS_FAULT = {"21", "22", "23", "54", "P0", "PT", "DR"}
+DATABASES_FAULT = dict.fromkeys(("08", "25", "40", "53", "55", "57", "58"), "database")
 CREDENTIAL_PREFIX = "darkroom_"  # what LoadCredential=darkroom:FOLDER puts before a file's name
 PICTURES = "pictures"  # argument of the process that serves a worker's
 PUBLIC_VARIABLES = {"PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH"}  # it is started with
@@ -234,6 +250,7 @@ SECRETS = [  # what looks like one, and what stays of it
 
 log = logging.getLogger("darkroom")
 T = TypeVar("T")
+Call = tuple[asyncio.Future[Any], tuple[Any, ...]]  # of one job: its answer, and what is said
 
 
 # --- settings -----------------------------------------------------------------------------------
@@ -268,9 +285,10 @@ class Settings:
     @property
     def secrets(self) -> list[str]:
         """What nobody else may read, in every spelling it may come back in."""
-        password = psycopg.conninfo.conninfo_to_dict(self.database_url).get("password")
+        url = libpq_url(self.database_url)
+        password = psycopg.conninfo.conninfo_to_dict(url).get("password")
         keys = [self.supabase_service_key, self.replicate_api_token, self.expo_access_token]
-        known = [str(each) for each in (self.database_url, password, *keys) if each]
+        known = [str(each) for each in (self.database_url, url, password, *keys) if each]
         spelled = {*known, *(quote(each, "") for each in known)}
         return sorted((each for each in spelled if len(each) >= MIN_SECRET_CHARS), key=len)[::-1]
 
@@ -348,10 +366,19 @@ def _url(env: Mapping[str, str], name: str, *schemes: str) -> str:
         raise ConfigError(f"{name}: / ? # @ in a password must be percent-encoded")  # else logged
     if parts.scheme.startswith("postgres"):
         try:
-            psycopg.conninfo.conninfo_to_dict(value)
-        except psycopg.ProgrammingError:  # it shows the password, and the pool would log it
+            psycopg.conninfo.conninfo_to_dict(libpq_url(value))
+        except psycopg.ProgrammingError as error:  # it shows the password, which would be logged
+            if unknown := re.search(r'query parameter: "(\w{1,40})"$', str(error).strip()):
+                raise ConfigError(f"{name}: libpq knows no parameter {unknown[1]}") from None
             raise ConfigError(f"{name}: % and spaces must be percent-encoded") from None
     return value
+
+
+def libpq_url(url: str) -> str:
+    """The address without the parameters of other programs, which platforms show with it."""
+    address, _, query = url.partition("?")
+    known = [each for each in query.split("&") if each.partition("=")[0] not in FOREIGN_PARAMETERS]
+    return f"{address}?{'&'.join(known)}".rstrip("?")
 
 
 def _number(env: Mapping[str, str], name: str, default: float, low: float, high: float) -> float:
@@ -380,6 +407,10 @@ class LeaseLost(Exception):
 
 class Outdated(psycopg.OperationalError):
     """The database has no such function: it is of another release. No job is to blame."""
+
+
+class NoAnswer(psycopg.OperationalError):
+    """The database was asked and said nothing in time, neither that it works nor that it cannot."""
 
 
 class Canceled(Exception):
@@ -456,7 +487,7 @@ class Job:
     begun_before: datetime | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Delivery:
     """Something to send, as private.claim_deliveries answers it; without an url, to Expo."""
 
@@ -484,6 +515,7 @@ class Verdict:
     status: int | None = None
     error: str | None = None
     retry_after: float | None = None
+    ticket: str | None = None  # of a push, to ask for its receipt by
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
@@ -557,9 +589,15 @@ async def mind_pooler(connection: psycopg.AsyncConnection[Any]) -> None:
         connection.prepare_threshold = None
 
 
-def is_of_one_job(error: BaseException) -> bool:
-    """Whether what was said of a job is at fault, not the call as a whole."""
-    return isinstance(error, Exception) and not isinstance(error, psycopg.OperationalError)
+def fault(error: BaseException) -> str:
+    """Whose fault an error of a call is: "job" (what was said of one), "database", or "either".
+
+    By the class of the SQLSTATE: a class of exceptions says what went wrong, not with whom.
+    """
+    if state := getattr(error, "sqlstate", None):
+        return "job" if state[:2] in JOBS_FAULT else DATABASES_FAULT.get(state[:2], "either")
+    lost = (psycopg.OperationalError, psycopg.InterfaceError)  # the connection, or an answer
+    return "database" if isinstance(error, lost) else "job"
 
 
 class Batch:
@@ -571,8 +609,9 @@ class Batch:
 
     def __init__(self, call: Callable[..., Awaitable[list[Any]]], function: str) -> None:
         self.call, self.function = call, function
-        self.waiting: list[tuple[asyncio.Future[Any], tuple[Any, ...]]] = []
+        self.waiting: list[Call] = []
         self.trips: asyncio.Task[None] | None = None
+        self.alone: set[asyncio.Task[None]] = set()
 
     async def __call__(self, job: Job, *said: Any) -> Any:
         """Answer what is said of this job. Raises LeaseLost if nothing is."""
@@ -585,19 +624,21 @@ class Batch:
     async def _travel(self) -> None:
         while self.waiting:
             trip, self.waiting = self.waiting[:MAX_BATCH], self.waiting[MAX_BATCH:]
-            await self._make([call for call in trip if not call[0].done()])
+            await self._make(trip)
         self.trips = None
 
-    async def _make(self, trip: list[tuple[asyncio.Future[Any], tuple[Any, ...]]]) -> None:
+    async def _make(self, trip: list[Call]) -> None:
+        trip = [call for call in trip if not call[0].done()]
         if not trip:
             return
         columns = map(list, zip(*(arguments for _, arguments in trip), strict=True))
         try:
             rows = await self.call(self.function, *columns)
         except BaseException as error:  # whatever it is, nobody is left waiting
-            if len(trip) > 1 and is_of_one_job(error):
-                for each in trip:  # one of them is at fault, not all
-                    await self._make([each])
+            if len(trip) > 1 and isinstance(error, Exception) and fault(error) != "database":
+                for each in trip:  # one of them is at fault, not all; it may take its time alone
+                    self.alone.add(task := asyncio.create_task(self._make([each])))
+                    task.add_done_callback(self.alone.discard)
             else:
                 for answer, _ in trip:
                     if not answer.done():
@@ -618,20 +659,24 @@ class Database:
 
     FUNCTIONS: ClassVar = (
         *("adopt_provider_job", "apply_retention", "begin_creates", "cancel_job", "check_setup"),
-        *("checkpoint_jobs", "claim_deliveries", "claim_jobs", "complete_jobs", "due_lanes"),
-        *("fail_jobs", "finish_delivery", "forget_files", "heartbeat", "list_expired_files"),
-        *("pause_provider", "recall_create", "recover_stale_jobs", "register_worker"),
-        *("release_job", "report_progress", "sleep", "unregister_worker"),
+        *("checkpoint_jobs", "claim_deliveries", "claim_jobs", "claim_receipts", "complete_jobs"),
+        *("due_lanes", "fail_jobs", "finish_delivery", "finish_receipts", "forget_files"),
+        *("heartbeat", "list_expired_files", "pause_provider", "recall_create"),
+        *("recover_stale_jobs", "register_worker", "release_job", "report_progress", "sleep"),
+        *("unregister_worker",),
     )
 
     def __init__(self, url: str, secrets: Iterable[str] = ()) -> None:
-        self.url, self.secrets = url, secrets
+        self.url, self.secrets = libpq_url(url), secrets
         self.is_listening = True  # until the contrary is known
         self.has_listened = asyncio.Event()  # or tried to: what is_listening says is known
+        self.troubles: dict[str, dict[str, str]] = {}  # function → kinds of errors since it worked
         options = {"autocommit": True, "row_factory": dict_row, **KEEPALIVES}
+        if "pgbouncer=true" in urlsplit(url).query.split("&"):
+            options["prepare_threshold"] = None
         # Left alone, the pool doubles its pause between tries: long after the database is back.
         self.pool = AsyncConnectionPool(
-            url,
+            self.url,
             min_size=1,
             max_size=POOL_SIZE,
             open=False,
@@ -650,35 +695,80 @@ class Database:
         marks = ", ".join(["%b"] * len(args))  # binary: nothing to escape, which takes long
         query = f"select * from private.{function}({marks})".encode()
         try:
+            rows = await self._ask(function, query, args)
+        except psycopg.Error as error:
+            if error.sqlstate == "DR001":
+                raise LeaseLost from None
+            self._note(function, error)
+            raise
+        if self.troubles.pop(function, None):
+            log.info("database.back call=%s", function)
+        return rows
+
+    async def _ask(self, function: str, query: bytes, args: tuple[Any, ...]) -> list[Any]:
+        """Raises psycopg.Error, whatever it is that does not work."""
+        try:
             async with (
                 self.pool.connection(timeout=10) as connection,
                 asyncio.timeout(CALL_SECONDS),
             ):
-                return await (await connection.execute(query, args, binary=True)).fetchall()
+                try:
+                    return await (await connection.execute(query, args, binary=True)).fetchall()
+                except psycopg.Error as error:
+                    if fault(error) != "job":  # it may be wrong in this session only
+                        await connection.close()
+                    raise
         except psycopg.errors.UndefinedFunction:
             raise Outdated(f"no private.{function} for worker {version()}: upgrade it") from None
+        except PoolTimeout:
+            async with await self.connect():  # says why, which the pool keeps for itself
+                raise NoAnswer("no connection within 10 s, although one can be made") from None
         except TimeoutError:
-            raise psycopg.OperationalError(f"no answer within {CALL_SECONDS:g} s") from None
-        except psycopg.Error as error:
-            if error.sqlstate == "DR001":
-                raise LeaseLost from None
-            raise
+            raise NoAnswer(f"no answer within {CALL_SECONDS:g} s") from None
+
+    def _note(self, function: str, error: psycopg.Error) -> None:
+        """Log what is wrong, once for each kind until the function works again."""
+        kind = f"{type(error).__name__} {error.sqlstate or ''}".strip()
+        known = self.troubles.setdefault(function, {})
+        if kind not in known:
+            # What is said of data may tell it.
+            said = "" if fault(error) == "job" else error.diag.message_primary or str(error)
+            said = " ".join(said.split())[:DETAIL_CHARS]
+            log.warning("database.lost call=%s error=%s %s", function, kind, said)
+        known[kind] = known.pop(kind, kind)
+
+    @property
+    def trouble(self) -> str | None:
+        """What the database says that it cannot do now; None if it works, or says nothing."""
+        last = [list(kinds)[-1] for kinds in self.troubles.values()]
+        return next((kind for kind in last if kind != NoAnswer.__name__), None)
 
     async def _insist(self, function: str, *args: Any) -> list[Any]:
-        """Call again while the database cannot be reached: these functions may be repeated."""
-        attempt = 0
+        """Call again while the database cannot: these functions may be repeated.
+
+        Of many jobs one may be at fault: then it raises, for them to be tried one by one.
+        """
+        attempt, is_of_many = 0, isinstance(args[0], list) and len(args[0]) > 1
         while True:
             try:
                 return await self._call(function, *args)
-            except psycopg.OperationalError as error:
-                if self.pool.closed:
+            except psycopg.Error as error:
+                whose = fault(error)
+                if self.pool.closed or whose == "job" or (whose == "either" and is_of_many):
                     raise
-                log.warning("database.retry call=%s error=%s", function, type(error).__name__)
                 await asyncio.sleep(backoff(attempt))
                 attempt += 1
 
     async def register_worker(self, slots: int) -> dict[str, Any]:
-        rows = await self._call("register_worker", socket.gethostname(), slots, version())
+        """Raises ConfigError if the database itself says that the role is another one."""
+        try:
+            rows = await self._call("register_worker", socket.gethostname(), slots, version())
+        except psycopg.errors.InsufficientPrivilege:
+            async with await self.connect() as connection:
+                query = "select pg_has_role('darkroom_worker', 'usage')"
+                if await (await connection.execute(query)).fetchone() == (False,):
+                    raise ConfigError("DATABASE_URL: its role is not darkroom_worker") from None
+            raise
         return dict(rows[0])
 
     async def unregister_worker(self, worker_id: int) -> None:
@@ -786,8 +876,17 @@ class Database:
             verdict.status,
             verdict.error and self._quoted(verdict.error),
             verdict.retry_after,
+            verdict.ticket,
         )
         return str(rows[0]["finish_delivery"])
+
+    async def claim_receipts(self) -> dict[str, UUID]:
+        """Deliveries by the ticket that their receipt is asked for by."""
+        rows = await self._call("claim_receipts", MAX_RECEIPTS)
+        return {row["ticket"]: row["delivery_id"] for row in rows}
+
+    async def finish_receipts(self, errors: dict[UUID, str | None]) -> None:
+        await self._call("finish_receipts", list(errors), list(errors.values()))
 
     async def check_setup(self) -> list[Finding]:
         rows = await self._call("check_setup", list(self.FUNCTIONS))
@@ -816,11 +915,12 @@ class Database:
                     log.info("listen.started channel=%s", channel)
                     attempt = 0
                     await self._forward(connection, channel, on_notify)
-            except (psycopg.OperationalError, TimeoutError) as error:
+            except (psycopg.Error, TimeoutError) as error:
                 self.is_listening = False
                 self.has_listened.set()
                 is_deaf = isinstance(error, Deaf) and not has_heard  # else the connection is lost
-                log.warning("listen.lost error=%s", error if is_deaf else type(error).__name__)
+                if attempt == 0:
+                    log.warning("listen.lost error=%s", error if is_deaf else type(error).__name__)
                 await asyncio.sleep(DEAF_SECONDS if is_deaf else backoff(attempt))
                 attempt += 1
 
@@ -1224,14 +1324,28 @@ def addresses(output: Any) -> Iterator[str]:
             yield from addresses(each)
 
 
+def asked_seconds(words: object) -> float | None:
+    """How long somebody asks to wait, in seconds or until a date to come; None if it is neither.
+
+    It may be anything that can be written: negative, NaN, infinite, or too long for a number.
+    """
+    text, seconds = str(words).strip(), math.nan
+    if text.isascii() and len(text) < 100:
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            left = parsedate_to_datetime(text) - datetime.now(UTC)
+            seconds = left.total_seconds() if left > timedelta(0) else math.nan
+        with contextlib.suppress(ValueError):
+            seconds = float(text)
+    return None if math.isnan(seconds) else min(max(seconds, 0.0), MAX_ASKED_SECONDS)
+
+
 def retry_after_seconds(response: httpx.Response) -> float:
     """How long a 402 or 429 asks to wait: header, body field, the text's "~30s", else a minute."""
-    with contextlib.suppress(ValueError, TypeError):
-        return float(response.headers.get("retry-after", "-"))
+    asked: list[object] = [response.headers.get("retry-after")]
     with contextlib.suppress(ValueError, TypeError, KeyError):
-        return float(response.json()["retry_after"])
-    found = re.search(r"~(\d+)s", response.text)
-    return float(found[1]) if found else 60.0
+        asked.append(response.json()["retry_after"])
+    asked += re.findall(r"~(\d+)s", response.text)[:1]
+    return next((s for s in map(asked_seconds, asked) if s is not None), 60.0)
 
 
 # --- storage ------------------------------------------------------------------------------------
@@ -1909,10 +2023,7 @@ def judge(status: int, retry_after: str | None) -> Verdict:
         return Verdict("delivered", status)
     if status == 410:
         return Verdict("gone", status)
-    seconds = None
-    with contextlib.suppress(ValueError, TypeError):
-        seconds = float(retry_after or "-")
-    return Verdict("failed", status, retry_after=seconds)
+    return Verdict("failed", status, retry_after=asked_seconds(retry_after))
 
 
 class Outbox:
@@ -1927,6 +2038,7 @@ class Outbox:
             max_keepalive_connections=0,
             network_backend=PublicNetwork(settings.webhook_allowed_hosts),
         )
+        self.expo = asyncio.Semaphore(EXPO_CONNECTIONS)
         self.due = asyncio.Event()
         self.lanes: dict[str, asyncio.Task[None]] = {}
 
@@ -1939,8 +2051,7 @@ class Outbox:
                 for lane in set(await self.db.due_lanes()) - self.lanes.keys():
                     self.lanes[lane] = asyncio.create_task(self._serve(lane, stopping))
                 pause, attempt = self.settings.poll_seconds * random.uniform(0.8, 1.0), 0
-            except psycopg.OperationalError as error:
-                log.warning("outbox.failed error=%s", type(error).__name__)
+            except psycopg.Error:
                 pause, attempt = backoff(attempt), attempt + 1
             await asyncio.sleep(OUTBOX_SECONDS)
             waits = [asyncio.create_task(event.wait()) for event in (self.due, stopping)]
@@ -1951,45 +2062,75 @@ class Outbox:
                 wait.cancel()
 
     async def _serve(self, lane: str, stopping: asyncio.Event) -> None:
-        """Send what is due in a lane until nothing is left."""
-        sent = 0
+        """Send what is due in a lane until nothing is left: in several requests at once, of which
+        one that hangs holds up no other. A request to Expo takes many pushes.
+        """
+        under_way: set[asyncio.Task[None]] = set()
+        is_idle = True
         try:
-            while not stopping.is_set():
-                claimed = await self.db.claim_deliveries(lane, LANE_SLOTS)
-                if not claimed:
-                    break
-                await asyncio.gather(*(self._deliver(lane, each) for each in claimed))
-                sent += len(claimed)
-            if not sent:
+            async with asyncio.TaskGroup() as requests:
+                while not stopping.is_set():
+                    for together in await self._claim(lane, LANE_SLOTS - len(under_way)):
+                        under_way.add(requests.create_task(self._deliver(lane, together)))
+                        is_idle = False
+                    if not under_way:
+                        break
+                    _, under_way = await asyncio.wait(
+                        under_way, timeout=BUSY_LANE_SECONDS, return_when=asyncio.FIRST_COMPLETED
+                    )
+            if is_idle:
                 await asyncio.sleep(BUSY_LANE_SECONDS)
-        except psycopg.Error as error:
-            log.warning("lane.failed lane=%s error=%s", lane, type(error).__name__)
-            await asyncio.sleep(BUSY_LANE_SECONDS)
         finally:
             del self.lanes[lane]
 
-    async def _deliver(self, lane: str, delivery: Delivery) -> None:
-        if delivery.body is None:
-            return
-        verdict = await self._send(delivery, delivery.body.encode())
-        state = await finish_first(self.db.finish_delivery(delivery, verdict))
+    async def _claim(self, lane: str, requests: int) -> list[list[Delivery]]:
+        """Claim for so many requests; answer what goes into each, if the database can."""
+        if not requests:
+            return []
+        try:
+            if lane == EXPO_LANE:
+                pushes = await self.db.claim_deliveries(lane, MAX_PUSHES)
+                return [pushes] if pushes else []
+            return [[each] for each in await self.db.claim_deliveries(lane, requests)]
+        except psycopg.Error:
+            return []
+
+    async def _deliver(self, lane: str, claimed: list[Delivery]) -> None:
+        """Send what goes in one request, and say what became of each."""
+        if deliveries := [each for each in claimed if each.body is not None]:
+            verdicts = await self._send(deliveries)
+            finished = (self._finish(lane, *each) for each in verdicts.items())
+            await finish_first(asyncio.gather(*finished))
+
+    async def _finish(self, lane: str, delivery: Delivery, verdict: Verdict) -> None:
+        try:
+            state = await self.db.finish_delivery(delivery, verdict)
+        except psycopg.Error as error:  # once its lease has run out, it is sent again
+            state, verdict = "unknown", Verdict("failed", error=type(error).__name__)
         log.log(
             logging.INFO if state == "delivered" else logging.WARNING,
             "delivery.%s delivery=%s lane=%s status=%s error=%r",
             *(state, delivery.delivery_id, lane, verdict.status, verdict.error),
         )
 
-    async def _send(self, delivery: Delivery, body: bytes) -> Verdict:
+    async def _send(self, deliveries: list[Delivery]) -> dict[Delivery, Verdict]:
         """Try once. A library's message may hold the address: only its type is kept."""
+        verdicts: dict[Delivery, Verdict] = {}
+        first = deliveries[0]
         try:
             async with asyncio.timeout(DELIVERY_SECONDS):
-                if delivery.url is None:
-                    return await self._push(body)
-                return await self._post(delivery, delivery.url, body)
+                if first.url is None:
+                    await self._push(deliveries, verdicts)
+                else:
+                    verdicts[first] = await self._post(
+                        first, first.url, (first.body or "").encode()
+                    )
+            error = "NoTicket"
         except NotPublic:
-            return Verdict("failed", error="the address is not public")
-        except Exception as error:
-            return Verdict("failed", error=type(error).__name__)
+            error = "the address is not public"
+        except Exception as failure:
+            error = type(failure).__name__
+        return {each: verdicts.get(each) or Verdict("failed", error=error) for each in deliveries}
 
     async def _post(self, delivery: Delivery, url: str, body: bytes) -> Verdict:
         message_id, timestamp = f"evt_{delivery.delivery_id.hex}", str(int(time.time()))
@@ -2004,21 +2145,73 @@ class Outbox:
             fields = {name.lower(): value for name, value in response.headers}
             return judge(response.status, fields.get(b"retry-after", b"").decode("latin-1"))
 
-    async def _push(self, body: bytes) -> Verdict:
-        """Hand one message to Expo. Its ticket says that Expo took it, not that it arrived."""
-        headers = {"content-type": "application/json", "accept": "application/json"}
+    async def _push(self, pushes: list[Delivery], verdicts: dict[Delivery, Verdict]) -> None:
+        """Hand messages to Expo. Its tickets say that Expo took them, not that they arrived.
+
+        What it refuses as a whole goes again in two halves, so that one message blocks no other;
+        messages for several projects, which is refused, by project.
+        """
+        messages = [message for each in pushes for message in json.loads(each.body or "[]")]
+        response = await self._ask_expo(self.settings.expo_push_url, messages)
+        if response.status_code in (400, 413, 422) and len(pushes) > 1:
+            parts = by_project(response, pushes)
+            await asyncio.gather(*(self._push(part, verdicts) for part in parts))
+        elif response.status_code != 200:
+            verdict = judge(response.status_code, response.headers.get("retry-after"))
+            verdicts |= dict.fromkeys(pushes, replace(verdict, outcome="failed"))
+        elif len(tickets := response.json()["data"]) == len(pushes):
+            for push, ticket in zip(pushes, tickets, strict=True):
+                with contextlib.suppress(KeyError, TypeError, AttributeError):
+                    verdicts[push] = judge_ticket(ticket)
+
+    async def _ask_expo(self, url: str, body: Any) -> httpx.Response:
+        headers = {"accept": "application/json"}
         if token := self.settings.expo_access_token:
             headers["authorization"] = f"Bearer {token}"
-        response = await self.http.post(self.settings.expo_push_url, content=body, headers=headers)
-        if response.status_code != 200:
-            return replace(
-                judge(response.status_code, response.headers.get("retry-after")), outcome="failed"
-            )
-        ticket = response.json()["data"][0]
-        if ticket["status"] == "ok":
-            return Verdict("delivered", 200)
-        reason = re.sub(r"[^A-Za-z]", "", str((ticket.get("details") or {}).get("error")))[:50]
-        return Verdict("gone" if reason == "DeviceNotRegistered" else "failed", 200, reason)
+        async with self.expo:
+            return await self.http.post(url, json=body, headers=headers)
+
+    async def read_receipts(self) -> None:
+        """Ask Expo what became of what it took; a token that is dead by then is forgotten."""
+        while tickets := await self.db.claim_receipts():
+            errors: dict[UUID, str | None] = {}
+            url = urljoin(self.settings.expo_push_url, "getReceipts")
+            try:
+                response = await self._ask_expo(url, {"ids": list(tickets)})
+                for ticket, receipt in response.raise_for_status().json()["data"].items():
+                    if delivery_id := tickets.get(ticket):
+                        errors[delivery_id] = judge_ticket(receipt).error
+            except Exception as error:  # asked for again a quarter of an hour later
+                log.warning("receipts.failed error=%s", type(error).__name__)
+                return
+            await self.db.finish_receipts(errors)
+            for delivery_id, said in errors.items():
+                if said:
+                    log.warning("receipt.error delivery=%s error=%s", delivery_id, said)
+
+
+def judge_ticket(ticket: Mapping[str, Any]) -> Verdict:
+    """What a ticket of Expo's, or a receipt, says of one push."""
+    if ticket["status"] == "ok":
+        number = ticket.get("id")
+        is_usable = isinstance(number, str) and 0 < len(number) <= 100
+        return Verdict("delivered", 200, ticket=number if is_usable else None)
+    reason = re.sub(r"[^A-Za-z]", "", str((ticket.get("details") or {}).get("error")))[:50]
+    return Verdict("gone" if reason == "DeviceNotRegistered" else "failed", 200, reason)
+
+
+def by_project(response: httpx.Response, pushes: list[Delivery]) -> list[list[Delivery]]:
+    """Parts of what Expo refused together: by project, where it tells them apart, else halves."""
+    parts: dict[Any, list[Delivery]] = {}
+    with contextlib.suppress(ValueError, TypeError, KeyError, IndexError, AttributeError):
+        projects = response.json()["errors"][0]["details"].items()
+        owners = {token: name for name, tokens in projects for token in tokens}
+        for each in pushes:
+            parts.setdefault(owners.get(json.loads(each.body or "")[0]["to"]), []).append(each)
+    if len(parts) < 2:
+        middle = len(pushes) // 2
+        return [pushes[:middle], pushes[middle:]]
+    return list(parts.values())
 
 
 # --- the worker ---------------------------------------------------------------------------------
@@ -2097,7 +2290,8 @@ class Worker:
 
     async def run(self) -> None:
         """Register, then work until stopping is set and the jobs have ended or are released."""
-        registered = await self.db.register_worker(self.settings.slots)
+        if not (registered := await self._register()):
+            return
         self.worker_id = registered["worker_id"]
         self.lease_seconds = registered["lease_seconds"]
         self.last_beat = time.monotonic()
@@ -2110,6 +2304,7 @@ class Worker:
                 ),
                 background.create_task(self._every(RECOVERY_SECONDS, self.recover)),
                 background.create_task(self._every(ERASE_SECONDS, self.erase)),
+                background.create_task(self._every(RECEIPTS_SECONDS, self.outbox.read_receipts)),
                 background.create_task(self.outbox.run(self.stopping)),
                 background.create_task(self._end_pauses()),
             ]
@@ -2118,6 +2313,18 @@ class Worker:
             for task in tasks:
                 task.cancel()
         log.info("worker.stopped worker=%s", self.worker_id)
+
+    async def _register(self) -> dict[str, Any] | None:
+        """Register, however long the database cannot; None if it is to stop before."""
+        attempt = 0
+        while not self.stopping.is_set():
+            try:
+                return await self.db.register_worker(self.settings.slots)
+            except psycopg.Error:
+                self._tell_systemd()
+                await self._pause(self.stopping, backoff(attempt))
+                attempt += 1
+        return None
 
     def on_notify(self, payload: str) -> None:
         """Look for work, or hear from the next heartbeat, made now, which jobs to stop."""
@@ -2142,8 +2349,7 @@ class Worker:
             try:
                 await action()
                 failures = 0
-            except psycopg.OperationalError as error:
-                log.warning("%s.failed error=%s", action.__name__, type(error).__name__)
+            except psycopg.Error:
                 pause = min(pause, backoff(failures))  # the pool may hold more dead connections
                 failures += 1
                 early.clear()  # or each failure would cause the next
@@ -2162,17 +2368,17 @@ class Worker:
                     await self._sleep()
                 attempt = 0
                 self._tell_systemd()
-            except psycopg.OperationalError as error:
-                log.warning("claim.failed error=%s", type(error).__name__)
-                self.systemd.tell(f"STATUS=no answer from the database: {type(error).__name__}")
+            except psycopg.Error:
+                self._tell_systemd()
                 self.wake.clear()
                 await self._pause(self.wake, backoff(attempt))
                 attempt += 1
 
     def _tell_systemd(self) -> None:
-        """Feed the watchdog at the end of a turn, once for each beat that was answered.
+        """Feed the watchdog at the end of a turn, once for each beat that was answered, or with
+        each turn while the database says that it cannot: a worker that waits for it is well.
 
-        So it goes hungry when this loop stands still, and when the database does not answer.
+        So it goes hungry when this loop stands still, and when the database says nothing.
         """
         if self.db.has_listened.is_set() and self.last_beat > self.last_told:
             wakes = (
@@ -2183,6 +2389,8 @@ class Worker:
                 "READY=1", "WATCHDOG=1", f"STATUS=worker {self.worker_id}: {slots}, {wakes}"
             )
             self.last_told = time.monotonic()
+        elif self.db.trouble:
+            self.systemd.tell("WATCHDOG=1", f"STATUS=waits for the database: {self.db.trouble}")
 
     def _may_claim(self) -> bool:
         """A worker that cannot beat would lose what it claims."""
@@ -2267,7 +2475,7 @@ class Worker:
                 pass
         except StorageRefused as error:
             log.warning("files.kept error=%s", error)
-        except psycopg.Error as error:  # whatever is wrong here, jobs go on
+        except psycopg.Error as error:  # in a minute, not at once
             log.error("files.kept error=%s", type(error).__name__)
 
     async def _erase_files(self) -> int:
@@ -2300,7 +2508,7 @@ class Worker:
         """
         log.info("worker.stopping running=%s", len(self.running))
         self.systemd.tell("STOPPING=1", "WATCHDOG=1", f"STATUS=ends {len(self.running)} jobs")
-        with contextlib.suppress(psycopg.OperationalError):
+        with contextlib.suppress(psycopg.Error):
             await self.db.unregister_worker(self.worker_id)  # or a wake-up would be lost on it
         tasks = [*(each.task for each in self.running.values()), *self.outbox.lanes.values()]
         if tasks:
@@ -2580,14 +2788,11 @@ async def serve(settings: Settings) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, on_signal, worker.stopping)
         try:
-            await db.pool.open(wait=True, timeout=15)
+            await db.pool.open()
             await worker.run()
-        except psycopg.errors.InsufficientPrivilege as error:
-            log.error("worker.refused DATABASE_URL: its role is not darkroom_worker: %s", error)
+        except ConfigError as error:
+            log.error("worker.refused %s", error)
             return EXIT_CONFIG
-        except psycopg.OperationalError as error:
-            log.error("worker.failed DATABASE_URL: %s", error)
-            return EXIT_ERROR
         finally:
             await db.pool.close()
             preview.pictures.close()
@@ -2676,6 +2881,7 @@ def main(arguments: Sequence[str] = ()) -> int:
         log.error("worker.misconfigured %s", error)
         return EXIT_CONFIG
     output.setFormatter(SafeFormatter(settings.secrets))
+    logging.getLogger("psycopg.pool").setLevel(logging.ERROR)  # it tells of each try to connect
     log.setLevel(settings.log_level)
     try:
         return asyncio.run(check(settings) if arguments else serve(settings))

@@ -19,7 +19,7 @@ import psycopg
 from psycopg.types.json import Jsonb
 
 from model_mapper import Unmappable, map_model
-from stack import Stack
+from stack import Stack, libpq_url
 
 API_URL = "https://api.replicate.com/v1"
 OPTIONS = [
@@ -190,7 +190,8 @@ def main() -> None:
     try:
         model, options = read_model(arguments.model, arguments.file), read_options(arguments)
         stack = Stack.local()
-        with psycopg.connect(os.environ.get("DATABASE_URL") or stack.database_url) as database:
+        url = libpq_url(os.environ.get("DATABASE_URL") or stack.database_url)
+        with psycopg.connect(url) as database:
             found = import_model(database, model, options, dry_run=arguments.dry_run)
             lines = [
                 line for field, (old, new) in found.items() for line in changes(field, old, new)

@@ -24,6 +24,8 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
+from stack import libpq_url
+
 SUPABASE = Path(__file__).resolve().parents[1] / "supabase"
 SEED = SUPABASE / "seed.sql"
 OLDEST_SERVER = 15
@@ -314,7 +316,9 @@ def migrate(
 ) -> None:
     """Do all of it. Raises MigrateError."""
     try:
-        connection = psycopg.connect(url, autocommit=True, connect_timeout=10)
+        connection = psycopg.connect(
+            libpq_url(url), autocommit=True, connect_timeout=10, prepare_threshold=None
+        )
     except (psycopg.OperationalError, psycopg.ProgrammingError) as error:
         text = str(error) if isinstance(error, psycopg.OperationalError) else "not an address"
         raise MigrateError(f"cannot_connect: DATABASE_URL: {' '.join(text.split())}") from None

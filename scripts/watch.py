@@ -19,7 +19,7 @@ import psycopg
 from psycopg import pq
 
 from processes import StackError
-from stack import Stack, sign_jwt
+from stack import Stack, libpq_url, sign_jwt
 
 TOP = Path(__file__).with_name("top.sql")
 REPORT = "select public.queue_report()::jsonb"  # json would have several lines
@@ -30,7 +30,7 @@ DAY_SECONDS = 86_400
 def libpq_environment(url: str) -> dict[str, str]:
     """Return a connection string as variables: everybody on the machine can read a command line."""
     try:
-        options = pq.Conninfo.parse(url.encode())
+        options = pq.Conninfo.parse(libpq_url(url).encode())
     except psycopg.Error:
         raise StackError("DATABASE_URL is no connection string") from None
     return {

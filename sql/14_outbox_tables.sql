@@ -80,12 +80,14 @@ create table private.deliveries (
   -- No foreign keys to the targets: they would lock an endpoint's row at the end of every job.
   lane text not null,
   push_token text,
+  user_id uuid,
   state text not null default 'pending',
   attempts smallint not null default 0,
   run_at timestamptz not null default now(),
   token bigint,
   last_status smallint,
   last_error text,
+  ticket text,
   created_at timestamptz not null default now(),
   finished_at timestamptz,
   unique nulls not distinct (generation_id, lane, push_token),
@@ -94,7 +96,7 @@ create table private.deliveries (
     (finished_at is not null) = (state in ('delivered', 'dead'))
   ),
   constraint deliveries_push_token_matches_lane check (
-    (push_token is not null) = (lane = 'expo')
+    (push_token is not null) = (lane = 'expo') and (user_id is not null) = (lane = 'expo')
   ),
   constraint deliveries_attempts_are_not_negative check (attempts >= 0)
 ) with (autovacuum_vacuum_scale_factor = 0.02);
@@ -103,20 +105,25 @@ comment on table private.deliveries is
   'The outbox: one event for one target, sent until the target has taken it.';
 comment on column private.deliveries.id is 'The webhook-id, after evt_: the same with every try.';
 comment on column private.deliveries.lane is 'An endpoint''s id, or expo.';
+comment on column private.deliveries.user_id is 'Whose push it is: users take turns.';
 comment on column private.deliveries.state is
   'pending -> delivered (the target took it) | dead (retries used up, or the target is gone); dead '
   '-> pending (redeliver).';
 comment on column private.deliveries.attempts is 'Tries that the target answered or did not.';
 comment on column private.deliveries.run_at is
-  'Not before this time: backoff, or the lease of the worker that sends it.';
+  'Not before this time: backoff, the lease of the worker that sends it, or until a receipt.';
 comment on column private.deliveries.token is 'Proof of that lease, from lease_tokens.';
 comment on column private.deliveries.last_status is
   'HTTP status of the last try; null: no answer.';
+comment on column private.deliveries.ticket is
+  'Of a push that Expo took: what its receipt is asked for by, until it is read.';
 
 -- Read by due_lanes and claim_deliveries.
 create index deliveries_pending_idx on private.deliveries (lane, run_at) where state = 'pending';
 -- Read by redeliver_dead and by health.
 create index deliveries_dead_idx on private.deliveries (lane) where state = 'dead';
+-- Read by claim_receipts.
+create index deliveries_ticket_idx on private.deliveries (run_at) where ticket is not null;
 -- Read by trim_deliveries.
 create index deliveries_finished_at_idx
 on private.deliveries (finished_at) where finished_at is not null;

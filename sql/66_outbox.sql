@@ -14,12 +14,12 @@ as $$
 declare
   v_event_type text := 'generation.' || p_status;
 begin
-  insert into private.deliveries as d (generation_id, event_type, lane, push_token)
-  select g.id, v_event_type, w.id::text, null
+  insert into private.deliveries as d (generation_id, event_type, lane, push_token, user_id)
+  select g.id, v_event_type, w.id::text, null, null
   from private.webhook_endpoints as w cross join unnest(p_job_ids) as g (id)
   where w.disabled_at is null and v_event_type = any (w.events)
   union all
-  select g.id, v_event_type, 'expo', t.token
+  select g.id, v_event_type, 'expo', t.token, g.user_id
   from public.generations as g
   cross join lateral (
     select p.token from private.push_tokens as p where p.user_id = g.user_id offset 0
@@ -29,8 +29,8 @@ begin
     and exists (select from private.push_texts as x where x.event_type = v_event_type)
   on conflict (generation_id, lane, push_token) do update set
     id = excluded.id, event_type = excluded.event_type, state = 'pending', attempts = 0,
-    run_at = now(), token = null, last_status = null, last_error = null,
-    created_at = now(), finished_at = null;
+    run_at = now(), token = null, last_status = null, last_error = null, ticket = null,
+    user_id = excluded.user_id, created_at = now(), finished_at = null;
 end;
 $$;
 
@@ -59,33 +59,12 @@ $$;
 revoke all on function private.webhook_body(private.deliveries)
 from public, anon, authenticated, service_role;
 
--- Whether another push of the same batch to the same device is to come: one is enough. The last one
--- has neither an unfinished sibling nor a later push, so it is always sent.
-create or replace function private.has_later_push(
-  p_delivery private.deliveries,
-  p_batch_id uuid
-)
-returns boolean
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select exists (
-    select from public.generations as g
-    left join private.deliveries as d
-      on d.generation_id = g.id and d.lane = 'expo' and d.push_token = p_delivery.push_token
-    where g.batch_id = p_batch_id and (
-      g.finished_at is null or (d.state = 'pending' and d.id > p_delivery.id)
-    )
-  )
-$$;
-
-revoke all on function private.has_later_push(private.deliveries, uuid)
-from public, anon, authenticated, service_role;
-
 -- What Expo is sent: nothing of the prompt, for it is shown on locked screens. Null if nobody
--- should get it any more: the token is gone or somebody else's, it is late, or one of its batch
--- says the same.
+-- should get it any more: the token is gone or somebody else's, it is late, or another push of the
+-- same batch to the same device is to come, which is enough. The last of a batch has neither an
+-- unfinished sibling nor a later push, so it is always sent.
+--
+-- A push whose answer was lost is sent again. collapseId and tag have the device show it once.
 create or replace function private.push_body(p_delivery private.deliveries)
 returns jsonb
 language sql
@@ -94,6 +73,7 @@ set search_path = pg_catalog, pg_temp
 as $$
   select jsonb_build_array(jsonb_build_object(
     'to', t.token, 'title', x.title, 'body', x.body,
+    'collapseId', coalesce(g.batch_id, g.id), 'tag', coalesce(g.batch_id, g.id),
     'data', jsonb_build_object('job_id', g.id, 'status', g.status, 'batch_id', g.batch_id)
   ))
   from public.generations as g
@@ -103,7 +83,14 @@ as $$
   where
     g.id = p_delivery.generation_id
     and p_delivery.created_at > now() - s.push_expires
-    and not private.has_later_push(p_delivery, g.batch_id)
+    and not exists (
+      select from public.generations as o
+      left join private.deliveries as d
+        on d.generation_id = o.id and d.lane = 'expo' and d.push_token = p_delivery.push_token
+      where o.batch_id = g.batch_id and (
+        o.finished_at is null or (d.state = 'pending' and d.id > p_delivery.id)
+      )
+    )
 $$;
 
 revoke all on function private.push_body(private.deliveries)

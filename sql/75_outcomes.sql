@@ -273,8 +273,29 @@ $$;
 revoke all on function private.count_claims(uuid)
 from public, anon, authenticated, service_role;
 
--- How long to wait before the next attempt: what the provider asked for, else exponential backoff
--- with full jitter, so that jobs that failed together do not come back together.
+-- How long to wait where somebody else asks for it: not less than we would by ourselves, and not
+-- more than they may ask for, whatever a number they write (negative, infinite, NaN).
+create or replace function private.asked_delay(
+  p_own interval,
+  p_asked_seconds double precision,
+  p_most_seconds integer
+)
+returns interval
+language sql
+immutable
+set search_path = pg_catalog, pg_temp
+as $$
+  select greatest(
+    p_own, greatest(0, least(coalesce(p_asked_seconds, 0), p_most_seconds)) * interval '1 second'
+  )
+$$;
+
+revoke all on function private.asked_delay(interval, double precision, integer)
+from public, anon, authenticated, service_role;
+
+-- How long to wait before the next attempt: exponential backoff with full jitter, so that jobs that
+-- failed together do not come back together, or longer if the provider asks for it. One that asks
+-- for no pause has its way once.
 create or replace function private.retry_delay(
   p_failures_before integer,
   p_retry_after_seconds double precision
@@ -284,11 +305,13 @@ language sql
 volatile
 set search_path = pg_catalog, pg_temp
 as $$
-  select case
-    when p_retry_after_seconds is not null
-      then greatest(0, least(p_retry_after_seconds, 3600)) * interval '1 second'
-    else random() * least(s.retry_cap, s.retry_base * power(2, least(p_failures_before, 20)))
-  end
+  select private.asked_delay(
+    case
+      when p_failures_before = 0 and p_retry_after_seconds is not null then interval '0'
+      else random() * least(s.retry_cap, s.retry_base * power(2, least(p_failures_before, 20)))
+    end,
+    p_retry_after_seconds, 3600
+  )
   from private.settings as s
 $$;
 

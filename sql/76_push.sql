@@ -25,7 +25,7 @@ begin
   -- More devices than anybody has: those not heard of longest are forgotten.
   delete from private.push_tokens where token = any (array(
     select t.token from private.push_tokens as t
-    where t.user_id = v_user_id order by t.registered_at desc offset 20 for update skip locked
+    where t.user_id = v_user_id order by t.registered_at desc offset 5 for update skip locked
   ));
   return json_build_object('registered', true);
 end;
@@ -45,7 +45,7 @@ $$;
 
 comment on function public.register_push_token is
   'Has this device told by an Expo push notification when your jobs end. Call it at each start of '
-  'the app: a token is its last caller''s, and the 20 last registered of a user are kept. Answers '
+  'the app: a token is its last caller''s, and the 5 last registered of a user are kept. Answers '
   '{registered}. Errors: PT400 invalid_input, PT401 not_authenticated.';
 
 revoke all on function public.register_push_token(text)

@@ -40,43 +40,30 @@ comment on function private.due_lanes is
 revoke all on function private.due_lanes() from public, anon, authenticated, service_role;
 grant execute on function private.due_lanes() to darkroom_worker;
 
--- Gives up what waits in a lane whose endpoint is gone or disabled.
-create or replace function private.bury_deliveries(p_lane text)
-returns void
+-- The pushes to send next. Users take turns, and who has one under way waits for its end: whatever
+-- tokens somebody invents, they hold up his own pushes only.
+create or replace function private.choose_pushes(p_at_most integer)
+returns uuid[]
 language sql
+stable
 set search_path = pg_catalog, pg_temp
 as $$
-  update private.deliveries
-  set state = 'dead', finished_at = now(), last_error = 'the endpoint is gone or disabled'
-  where id = any (array(
-    select d.id from private.deliveries as d
-    where d.state = 'pending' and d.lane = p_lane
-    order by d.run_at limit 1000 for update skip locked
-  ))
+  select array(
+    select t.id
+    from (
+      select d.id, d.run_at, row_number() over (partition by d.user_id order by d.run_at) as turn
+      from private.deliveries as d
+      where d.state = 'pending' and d.lane = 'expo' and d.run_at <= now() and not exists (
+        select from private.deliveries as u
+        where u.state = 'pending' and u.lane = 'expo' and u.run_at > now()
+          and u.token is not null and u.user_id = d.user_id
+      )
+    ) as t
+    order by t.turn, t.run_at limit p_at_most
+  )
 $$;
 
-revoke all on function private.bury_deliveries(text)
-from public, anon, authenticated, service_role;
-
--- Takes the lease of up to p_at_most due deliveries of a lane.
-create or replace function private.lease_deliveries(p_lane text, p_at_most integer)
-returns setof private.deliveries
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  update private.deliveries
-  set
-    token = nextval('private.lease_tokens'),
-    run_at = now() + (select s.lease from private.settings as s)
-  where id = any (array(
-    select d.id from private.deliveries as d
-    where d.state = 'pending' and d.lane = p_lane and d.run_at <= now()
-    order by d.run_at limit p_at_most for update skip locked
-  ))
-  returning *
-$$;
-
-revoke all on function private.lease_deliveries(text, integer)
+revoke all on function private.choose_pushes(integer)
 from public, anon, authenticated, service_role;
 
 create or replace function private.claim_deliveries(p_lane text, p_at_most integer)
@@ -88,12 +75,18 @@ as $$
 declare
   v_endpoint private.webhook_endpoints;
   v_delivery private.deliveries;
+  v_pushes uuid[];
 begin
   if p_lane <> 'expo' then
     select * into v_endpoint from private.webhook_endpoints as w
     where w.id = p_lane::uuid and w.disabled_at is null;
     if not found then
-      perform private.bury_deliveries(p_lane);
+      update private.deliveries as d
+      set state = 'dead', finished_at = now(), last_error = 'the endpoint is gone or disabled'
+      where d.id = any (array(
+        select d.id from private.deliveries as d where d.state = 'pending' and d.lane = p_lane
+        order by d.run_at limit 1000 for update skip locked
+      ));
       return;
     end if;
     url := v_endpoint.url;
@@ -101,7 +94,21 @@ begin
       when v_endpoint.previous_secret_until > now() then v_endpoint.previous_secret
     end], null);
   end if;
-  for v_delivery in select * from private.lease_deliveries(p_lane, p_at_most) loop
+  if p_lane = 'expo' then
+    v_pushes := private.choose_pushes(p_at_most);
+  end if;
+  for v_delivery in
+    update private.deliveries as d set
+      token = nextval('private.lease_tokens'),
+      run_at = now() + (select s.lease from private.settings as s)
+    where d.id = any (array(
+      select d.id from private.deliveries as d
+      where d.state = 'pending' and d.lane = p_lane and d.run_at <= now()
+        and (v_pushes is null or d.id = any (v_pushes))
+      order by d.run_at limit p_at_most for update skip locked
+    ))
+    returning d.*
+  loop
     delivery_id := v_delivery.id;
     token := v_delivery.token;
     begin
@@ -132,43 +139,16 @@ revoke all on function private.claim_deliveries(text, integer)
 from public, anon, authenticated, service_role;
 grant execute on function private.claim_deliveries(text, integer) to darkroom_worker;
 
--- How long to wait after this many failed tries: as settings.delivery_retries says, up to a fifth
--- more or less, but not less than the target asked for; null if it was the last.
-create or replace function private.redelivery_delay(
-  p_delivery private.deliveries,
-  p_retry_after_seconds double precision
-)
-returns interval
-language sql
-volatile
-set search_path = pg_catalog, pg_temp
-as $$
-  select w.delay
-  from private.settings as s
-  cross join lateral (
-    select greatest(
-      s.delivery_retries[p_delivery.attempts + 1] * (0.8 + 0.4 * random()),
-      case
-        when p_retry_after_seconds is not null
-          then least(p_retry_after_seconds, 86400) * interval '1 second'
-      end
-    ) as delay
-  ) as w
-  where
-    p_delivery.attempts < cardinality(s.delivery_retries)
-    and (p_delivery.lane <> 'expo' or now() + w.delay < p_delivery.created_at + s.push_expires)
-$$;
-
-revoke all on function private.redelivery_delay(private.deliveries, double precision)
-from public, anon, authenticated, service_role;
-
+-- A failed try waits as settings.delivery_retries says, up to a fifth more or less, or longer if
+-- the target asks for it. A push that would be late is not tried again.
 create or replace function private.finish_delivery(
   p_delivery_id uuid,
   p_token bigint,
   p_outcome text,
   p_status integer,
   p_error text,
-  p_retry_after_seconds double precision default null
+  p_retry_after_seconds double precision default null,
+  p_ticket text default null
 )
 returns text
 language plpgsql
@@ -176,25 +156,41 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_settings private.settings;
   v_delivery private.deliveries;
   v_delay interval;
   v_state text;
 begin
+  select * into strict v_settings from private.settings;
   select * into v_delivery from private.deliveries as d
   where d.id = p_delivery_id and d.token = p_token and d.state = 'pending' for update;
   if not found then
     return 'lost';
   end if;
-  v_delay := private.redelivery_delay(v_delivery, p_retry_after_seconds);
+  v_delay := private.asked_delay(
+    v_settings.delivery_retries[v_delivery.attempts + 1] * (0.8 + 0.4 * random()),
+    p_retry_after_seconds, 86400
+  );
   v_state := case
     when p_outcome = 'delivered' then 'delivered'
-    when p_outcome = 'gone' or v_delay is null then 'dead'
+    when
+      p_outcome = 'gone'
+      or v_delivery.attempts >= cardinality(v_settings.delivery_retries)
+      or (
+        v_delivery.lane = 'expo'
+        and now() + v_delay >= v_delivery.created_at + v_settings.push_expires
+      ) then 'dead'
     else 'pending'
   end;
   update private.deliveries set
     state = v_state, attempts = attempts + 1, token = null,
     last_status = p_status, last_error = left(p_error, 200),
-    run_at = case when v_state = 'pending' then now() + v_delay else run_at end,
+    ticket = case when v_state = 'delivered' then p_ticket end,
+    run_at = case
+      when v_state = 'pending' then now() + v_delay
+      when v_state = 'delivered' then now() + interval '15 minutes'
+      else run_at
+    end,
     finished_at = case when v_state <> 'pending' then now() end
   where id = p_delivery_id;
   if p_outcome = 'gone' then
@@ -207,17 +203,73 @@ end;
 $$;
 
 comment on function private.finish_delivery is
-  'Says what became of a try: delivered, failed (tried again while settings.delivery_retries says '
-  'so), or gone (the endpoint is disabled, the push token forgotten). Answers delivered, pending, '
-  'dead, or lost: the lease is not held any more, nothing was changed.';
+  'Says what became of a try: delivered (a push with the ticket to ask for its receipt by), failed '
+  '(tried again while settings.delivery_retries says so), or gone (the endpoint is disabled, the '
+  'push token forgotten). Answers delivered, pending, dead, or lost: the lease is not held any '
+  'more, nothing was changed.';
 
 revoke all on function private.finish_delivery(
-  uuid, bigint, text, integer, text, double precision
+  uuid, bigint, text, integer, text, double precision, text
 )
 from public, anon, authenticated, service_role;
 grant execute on function private.finish_delivery(
-  uuid, bigint, text, integer, text, double precision
+  uuid, bigint, text, integer, text, double precision, text
 ) to darkroom_worker;
+
+-- Expo keeps a receipt for a day; what has none by then is not asked for any more.
+create or replace function private.claim_receipts(p_at_most integer)
+returns table (delivery_id uuid, ticket text)
+language sql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+  with claimed as (
+    update private.deliveries as d set
+      run_at = now() + interval '15 minutes',
+      ticket = case when d.finished_at > now() - interval '1 day' then d.ticket end
+    where d.id = any (array(
+      select o.id from private.deliveries as o
+      where o.ticket is not null and o.run_at <= now()
+      order by o.run_at limit p_at_most for update skip locked
+    ))
+    returning d.id, d.ticket
+  )
+  select c.id, c.ticket from claimed as c where c.ticket is not null
+$$;
+
+comment on function private.claim_receipts is
+  'Tickets of pushes that Expo took a quarter of an hour ago or more, and whose receipt was not '
+  'read yet; a quarter of an hour later they are answered again.';
+
+revoke all on function private.claim_receipts(integer)
+from public, anon, authenticated, service_role;
+grant execute on function private.claim_receipts(integer) to darkroom_worker;
+
+create or replace function private.finish_receipts(p_delivery_ids uuid[], p_errors text[])
+returns void
+language sql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+  with told as (
+    update private.deliveries as d
+    set ticket = null, last_error = left(r.error, 200)
+    from unnest(p_delivery_ids, p_errors) as r (id, error)
+    where d.id = r.id and d.ticket is not null
+    returning d.push_token, d.finished_at, r.error
+  )
+  delete from private.push_tokens as t using told
+  where told.error = 'DeviceNotRegistered' and t.token = told.push_token
+    and t.registered_at < told.finished_at
+$$;
+
+comment on function private.finish_receipts is
+  'What the receipts of these pushes say: null, or an error. With DeviceNotRegistered the token is '
+  'forgotten, unless it was registered anew since.';
+
+revoke all on function private.finish_receipts(uuid[], text[])
+from public, anon, authenticated, service_role;
+grant execute on function private.finish_receipts(uuid[], text[]) to darkroom_worker;
 
 -- Forgets deliveries that ended longer than settings.keep_deliveries ago.
 create or replace function private.trim_deliveries(p_at_most integer default 100000)
@@ -328,7 +380,8 @@ declare
 begin
   perform private.require_writable();
   update private.deliveries set
-    state = 'pending', attempts = 0, run_at = now(), token = null, finished_at = null
+    state = 'pending', attempts = 0, run_at = now(), token = null, finished_at = null,
+    ticket = null
   where id = p_delivery_id
   returning * into v_delivery;
   if not found then

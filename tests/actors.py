@@ -613,10 +613,12 @@ class Worker:
         outcome: str = "delivered",
         status: int | None = 200,
         error: str | None = None,
-        retry_after: float | None = None,
+        **more: Any,
     ) -> str:
-        query = "select private.finish_delivery(%s, %s, %s, %s, %s, %s::real) as state"
-        arguments = [delivery.delivery_id, delivery.token, outcome, status, error, retry_after]
+        """Say what became of a try; more: retry_after, ticket."""
+        query = "select private.finish_delivery(%s, %s, %s, %s, %s, %s::float8, %s) as state"
+        said = [outcome, status, error, more.get("retry_after"), more.get("ticket")]
+        arguments = [delivery.delivery_id, delivery.token, *said]
         return str(self._rows(query, *arguments)[0]["state"])
 
     def of_many(self, function: str, calls: Sequence[tuple[Any, ...]]) -> list[tuple[Job, Any]]:

@@ -453,7 +453,7 @@ class FakeReplicate:
             case "bomb":
                 body = picture_bomb()
             case "dear":
-                body = dear_jpeg()
+                body = dear_jpeg(size=min(1_000_000, self.large_bytes // 4))
             case "large":
                 body += bytes(self.large_bytes)
             case "unsized":

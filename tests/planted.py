@@ -334,8 +334,8 @@ SECURITY = [
     Bug(
         "a password that is not encoded is logged",
         "worker.py",
-        "        except psycopg.ProgrammingError:  # it shows the password, and the pool",
-        "        except ZeroDivisionError:  #",
+        "        except psycopg.ProgrammingError as error:  # it shows the password,",
+        "        except ZeroDivisionError as error:  #",
         "tests/test_worker_units.py::test_a_bad_variable_is_named_but_not_shown",
     ),
     Bug(
@@ -650,6 +650,43 @@ WAKE_UP = [
         f"{LOOKS}[first]",
     ),
 ]
+PROCESS = "tests/test_worker_process.py::test_"
+OUTAGE = [
+    Bug(
+        "trouble with the database is one class of exceptions",
+        "worker.py",
+        """            except psycopg.Error:
+                self._tell_systemd()
+                self.wake.clear()""",
+        """            except psycopg.OperationalError:
+                self._tell_systemd()
+                self.wake.clear()""",
+        f"{PROCESS}a_read_only_database_ends_no_worker_and_loses_no_job",
+    ),
+    Bug(
+        "a job fails for what the server says of itself",
+        "worker.py",
+        """        return "job" if state[:2] in JOBS_FAULT else""",
+        """        if not isinstance(error, psycopg.OperationalError):
+            return "job"
+        return "job" if state[:2] in JOBS_FAULT else""",
+        f"{PROCESS}what_the_server_says_of_a_completion_fails_no_job",
+    ),
+    Bug(
+        "pushes are sent as they came, whoever sends most",
+        "sql/79_deliveries.sql",
+        "order by t.turn, t.run_at limit p_at_most",
+        "order by t.run_at limit p_at_most",
+        "tests/test_outbox.py::test_users_take_turns_to_be_pushed_to",
+    ),
+    Bug(
+        "a target is asked again when it says, be it never",
+        "sql/75_outcomes.sql",
+        "greatest(0, least(coalesce(p_asked_seconds, 0), p_most_seconds))",
+        "coalesce(p_asked_seconds, 0)",
+        "tests/test_outbox.py::test_a_target_that_asks_for_nonsense_is_given_up_like_any_other",
+    ),
+]
 BREAKER = "tests/test_breaker.py::test_"
 BLAME = [
     Bug(
@@ -688,7 +725,7 @@ BLAME = [
         f"{BREAKER}a_job_that_is_given_back_again_and_again_gives_up",
     ),
 ]
-PLANTED = [*SECURITY, *MONEY, *WAKE_UP, *BLAME]
+PLANTED = [*SECURITY, *MONEY, *WAKE_UP, *OUTAGE, *BLAME]
 
 # What may never go unnoticed, and the bug that takes it away.
 CORNERSTONES = {

@@ -69,7 +69,7 @@ class Receiver:
     def __init__(self, certificate: Path | None = None) -> None:
         self.requests: list[Request] = []
         self.answers: deque[Answer] = deque()  # for the next requests
-        self.answer = Answer()  # for all others
+        self.answer: Answer | Callable[[Request], Answer] = Answer()  # for all others
         self.on_request: Callable[[Request], object] = lambda _: None
         self.flooded = 0  # bytes that were taken of endless answers
         self.released = threading.Event()
@@ -126,6 +126,8 @@ class Handler(BaseHTTPRequestHandler):
         receiver.requests.append(request)
         answer = receiver.answers.popleft() if receiver.answers else receiver.answer
         receiver.on_request(request)
+        if not isinstance(answer, Answer):
+            answer = answer(request)
         if answer.hangs:
             receiver.released.wait()
             return

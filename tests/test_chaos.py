@@ -14,7 +14,7 @@ import pytest
 from actors import User
 from actors import Worker as Caller
 from chaos.clients import Accepted
-from chaos.director import EVERYTHING, SCENARIOS, Director
+from chaos.director import EVERYTHING, SCENARIOS, Director, Scenario
 from chaos.faults import KINDS, plan
 from chaos.invariants import RULES, Evidence, judge
 from chaos.world import World
@@ -23,20 +23,23 @@ from fake_replicate import FakeReplicate, Request
 
 SEED = int(os.environ.get("CHAOS_SEED") or 7)
 JOBS, FAULTS = 60, 10
+HOSTILE = Scenario("A hostile week", [kind for each in SCENARIOS[-2:] for kind in each.kinds])
 FLUX = "black-forest-labs/flux-schnell"
 
 
-def test_whatever_breaks_nothing_is_lost_doubled_or_wrongly_charged():
-    """About a minute: a stack of its own, real workers, every kind of fault."""
+@pytest.mark.parametrize(("scenario", "faults"), [(EVERYTHING, FAULTS), (HOSTILE, 8)])
+def test_whatever_breaks_nothing_is_lost_doubled_or_wrongly_charged(scenario, faults):
+    """About a minute each: a stack of its own, real workers, every kind of fault."""
     with World(fsync=False) as world:
         world.shorten()
 
-        outcome = Director(world, EVERYTHING, SEED).run(JOBS, FAULTS, workers=3)
+        outcome = Director(world, scenario, SEED).run(JOBS, faults, workers=3)
 
     assert outcome.violations == {name: [] for name in outcome.violations}, f"seed {SEED}"
     assert set(outcome.violations) == {*RULES, "drain", "faults", "logs"}
-    assert (outcome.jobs, outcome.faults) == (JOBS, FAULTS)
+    assert (outcome.jobs, outcome.faults) == (JOBS, faults)
     assert outcome.statuses["completed"] > JOBS / 3
+    assert scenario is EVERYTHING or outcome.restarts == 0  # no worker ended by itself
 
 
 def test_a_seed_gives_the_same_faults_again():

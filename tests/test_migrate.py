@@ -272,8 +272,11 @@ def test_a_server_without_pg_cron_that_is_to_have_it(supabase_db, monkeypatch):
             target.refuse_unfit()
 
 
+NOWHERE = "postgresql://u:secret@127.0.0.1:9/x"
+
+
 @pytest.mark.parametrize(
-    "url", ["", "postgresql://u:secret@127.0.0.1:9/x", "postgresql://u:%zz@h/x"]
+    "url", ["", NOWHERE, f"{NOWHERE}?pgbouncer=true&schema=public", "postgresql://u:%zz@h/x"]
 )
 def test_an_address_that_leads_nowhere(url):
     done = run(url)
@@ -281,3 +284,4 @@ def test_an_address_that_leads_nowhere(url):
     assert done.returncode == 1
     assert done.stderr.startswith("migrate: cannot_connect: DATABASE_URL: ")
     assert "secret" not in done.stderr
+    assert ("not an address" in done.stderr) == ("%zz" in url)

@@ -154,7 +154,7 @@ def test_a_new_database_password_loses_no_job(workers):
 
     key_rotation("alter role", workers, password="new/password")
     workers.terminate_backends("true")
-    old.logged("OperationalError|PoolTimeout|listen.lost")
+    old.logged("database.lost|listen.lost")
     url = urlsplit(workers.environment["DATABASE_URL"])
     host = f"darkroom_worker:new%2Fpassword@{url.hostname}:{url.port}"
     workers.environment["DATABASE_URL"] = url._replace(netloc=host).geturl()

@@ -246,6 +246,14 @@ def test_the_providers_wish_is_followed_up_to_an_hour(db, worker, job, wish, sec
     assert delay == seconds
 
 
+@pytest.mark.parametrize("wish", [0, -5, -1e308, float("-inf")])
+def test_a_provider_that_asks_for_no_pause_has_its_way_once(db, wish):
+    query = "select extract(epoch from private.retry_delay(%s, %s))::float"
+
+    assert db.value(query, 0, wish) == 0
+    assert max(db.value(query, 5, wish) for _ in range(20)) > 3
+
+
 @pytest.mark.parametrize(
     ("failures_before", "most"), [(0, 2), (1, 4), (2, 8), (4, 32), (5, 60), (60, 60)]
 )

@@ -6,6 +6,7 @@ the one that goes the whole way over HTTP, and the one that waits for pg_cron.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import re
@@ -460,7 +461,8 @@ def test_jobs_survive_the_loss_of_all_database_connections(alice, workers):
 
     def a_jobs_call_was_cut_off() -> bool:
         workers.terminate_backends("true")
-        return "database.retry" in process.log
+        cut_off = r"database\.lost call=(begin|checkpoint|report|complete)"
+        return bool(re.search(cut_off, process.log))
 
     eventually(a_jobs_call_was_cut_off)
     for job in jobs:
@@ -468,6 +470,93 @@ def test_jobs_survive_the_loss_of_all_database_connections(alice, workers):
 
     assert [workers.outcomes(job) for job in jobs] == [["completed"]] * 4
     assert alice.credits() == 6
+
+
+# --- a database that is there and does nothing ---
+
+
+@contextlib.contextmanager
+def saying(db: Database, state: str, *functions: str) -> Iterator[None]:
+    """Have functions do nothing but fail with an SQLSTATE."""
+    query = "select pg_get_functiondef(%s::regproc) as text"
+    texts = [str(db.value(query, f"private.{name}")) for name in functions]
+    says = f"AS $function$ begin raise sqlstate '{state}'; end $function$"
+    for text in texts:
+        head = re.sub(r"LANGUAGE \w+", "LANGUAGE plpgsql", text.split("AS $function$")[0])
+        db.execute((head + says).replace("%", "%%"))
+    try:
+        yield
+    finally:
+        for text in texts:
+            db.execute(text.replace("%", "%%"))
+
+
+@contextlib.contextmanager
+def read_only(workers: Workers) -> Iterator[None]:
+    """Have the database take no writes, as a full disk or a standby does."""
+    db, switch = workers.db, "set default_transaction_read_only"
+    db.execute(f"alter database {db.name} {switch} = on")
+    workers.terminate_backends("true")
+    try:
+        yield
+    finally:
+        db.execute(f"alter database {db.name} reset default_transaction_read_only")
+
+
+def test_a_read_only_database_ends_no_worker_and_loses_no_job(alice, db, workers):
+    beat_often(db)
+    process = workers.start(PREVIEW_SECONDS=1, WORKER_SLOTS=3, WORKER_POLL_SECONDS=0.2)
+    jobs = [alice.enqueued(params=SMALL) for _ in range(2)]
+    for job in jobs:
+        workers.until(job, "processing")
+
+    with read_only(workers):
+        jobs += [alice.enqueued(params=SMALL) for _ in range(4)]
+        late = workers.launch()
+        for call in ("claim_jobs", "heartbeat", "recover_stale_jobs", "report_progress"):
+            process.logged(rf"database\.lost call={call} error=ReadOnlySqlTransaction")
+        late.logged(r"database\.lost call=register_worker error=ReadOnlySqlTransaction")
+        db.execute("update private.running_jobs set lease_until = now() + interval '1 minute'")
+
+    late.logged(r"worker\.started", within=20)
+    for job in jobs:
+        workers.until(job, "completed", within=30)
+    assert process.is_running() and late.is_running()
+    assert [workers.outcomes(job) for job in jobs] == [["completed"]] * 6
+    assert alice.credits() == 4
+    assert process.log.count("WARNING") < 20  # not one for each try
+
+
+# What a server may say of itself, in a class of its own each.
+TROUBLES = (
+    "08006 0A000 25006 25P02 26000 3F000 40P01 42501 42P01 53100 55P03 57014 57P01 58030 XX000"
+)
+
+
+def test_whatever_the_server_says_of_itself_is_waited_out(alice, db, workers):
+    beat_often(db)
+    alice.has(credits=100)
+    process = workers.start(PREVIEW_SECONDS=0, WORKER_POLL_SECONDS=0.2)
+    calls = ("claim_jobs", "sleep", "heartbeat", "recover_stale_jobs", "due_lanes")
+    for state in TROUBLES.split():
+        with saying(db, state, *calls):
+            job = alice.enqueued(params=SMALL)
+            for call in ("claim_jobs", "heartbeat", "due_lanes"):
+                process.logged(rf"database\.lost call={call} error=\w+ {state}")
+        workers.until(job, "completed")
+
+    assert process.is_running()
+
+
+def test_what_the_server_says_of_a_completion_fails_no_job(alice, db, workers):
+    process = workers.start(PREVIEW_SECONDS=0, WORKER_SLOTS=2)
+    for state in ("25006", "42501", "53100", "XX000"):
+        with saying(db, state, "complete_jobs"):
+            jobs = [alice.enqueued(params=SMALL) for _ in range(2)]
+            process.logged(rf"database\.lost call=complete_jobs error=\w+ {state}")
+        for job in jobs:
+            workers.until(job, "completed")
+            assert workers.outcomes(job) == ["completed"]
 
 
 # --- many jobs ---

@@ -73,6 +73,8 @@ def test_systemd_waits_until_it_is_ready_and_ends_one_that_hangs():
     assert unit["Type"] == ["notify"]
     assert unit["Restart"] == ["always"]
     assert unit["RestartPreventExitStatus"] == ["2"]
+    assert (unit["StartLimitIntervalSec"], unit["TimeoutStartSec"]) == (["0"], ["infinity"])
+    assert "StartLimitBurst" not in unit
     assert int(unit["WatchdogSec"][0]) > int(unit["TimeoutStopSec"][0]) > 30 + 10
 
 

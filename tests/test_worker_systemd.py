@@ -166,17 +166,23 @@ class TestWatchdog:
 
         manager.until_fed(2)
 
-    def test_it_says_that_the_database_does_not_answer(self, db, workers, manager):
-        started(workers, manager)
+    def test_while_the_database_says_that_it_cannot_the_worker_says_so_and_is_fed(
+        self, db, workers, manager
+    ):
+        process = started(workers, manager)
 
         limit = f"alter database {db.name} connection limit"
         db.execute(f"{limit} 0")
         workers.terminate_backends("true")
-        manager.until("STATUS=no answer from the database: .*")
-        assert not manager.is_fed_for(10 * BEAT_SECONDS)
+        manager.until("STATUS=waits for the database: .*", within=30)
+        late = workers.launch(NOTIFY_SOCKET=manager.address)
+        late.logged("database.lost call=register_worker error=.*too many connections", within=30)
+        manager.until_fed(2, within=60)
+        assert manager.count("READY=1") == process.log.count("worker.started")
 
         db.execute(f"{limit} -1")
-        manager.until_fed(2)
+        late.logged("worker.started", within=30)
+        eventually(lambda: manager.lines()[-1].endswith("is woken by NOTIFY"), within=30)
 
     def test_behind_a_transaction_pooler_it_is_ready_and_says_that_it_polls(self, workers, manager):
         with pgbouncer(workers.environment["DATABASE_URL"], "transaction") as url:

@@ -25,6 +25,7 @@ import pytest
 from database import PROJECT
 from PIL import Image
 
+import stack
 import worker
 from worker import ConfigError, Job, JobError, Replicate, Settings, Storage
 
@@ -65,6 +66,7 @@ def test_an_empty_optional_variable_counts_as_unset():
         ("DATABASE_URL", "postgresql://darkroom_worker:not%escaped@127.0.0.1/postgres"),
         ("DATABASE_URL", "postgresql://darkroom_worker:not escaped@127.0.0.1/postgres"),
         ("DATABASE_URL", "postgresql://darkroom_worker:not%00escaped@127.0.0.1/postgres"),
+        ("DATABASE_URL", "postgresql://darkroom_worker:secret@127.0.0.1/postgres?sslmod=require"),
         ("SUPABASE_URL", "127.0.0.1:54321"),
         ("REPLICATE_API_URL", "file:///etc/passwd"),
         ("EXPO_PUSH_URL", "file:///etc/passwd"),
@@ -103,6 +105,35 @@ def test_a_bad_configuration_ends_the_worker_with_code_2_and_one_line():
     assert done.returncode == 2
     assert done.stderr.endswith("ERROR worker.misconfigured WORKER_SLOTS: not a number\n")
     assert done.stderr.count("\n") == 1
+
+
+HOST = "postgresql://darkroom_worker:secret@127.0.0.1:6543/postgres"
+
+
+@pytest.mark.parametrize(
+    ("query", "kept", "prepares"),
+    [
+        ("", "", True),
+        ("?pgbouncer=true", "", False),
+        ("?pgbouncer=true&connection_limit=1&pool_timeout=20&schema=public", "", False),
+        ("?sslmode=require&supa=base-pooler.x", "?sslmode=require", True),
+        ("?pgbouncer=false&sslmode=require", "?sslmode=require", True),
+    ],
+)
+def test_addresses_as_platforms_show_them_are_taken(query, kept, prepares):
+    settings = Settings.from_env(ENVIRONMENT | {"DATABASE_URL": HOST + query})
+
+    db = worker.Database(settings.database_url)
+
+    assert db.url == stack.libpq_url(HOST + query) == HOST + kept
+    assert ("prepare_threshold" not in db.pool.kwargs) is prepares
+    assert {"secret", HOST + query} < set(settings.secrets)
+    assert stack.FOREIGN_PARAMETERS == worker.FOREIGN_PARAMETERS
+
+
+def test_a_parameter_that_nobody_knows_is_named():
+    with pytest.raises(ConfigError, match=r"DATABASE_URL: libpq knows no parameter sslmod$"):
+        Settings.from_env(ENVIRONMENT | {"DATABASE_URL": f"{HOST}?sslmod=require"})
 
 
 # --- backoff ---
@@ -1000,6 +1031,43 @@ def test_previews_keep_a_bounded_number_of_sources():
     assert len(asyncio.run(upload_many()).sources) == worker.MAX_PREVIEW_SOURCES
 
 
+# --- pauses that others ask for ---
+
+
+@pytest.mark.parametrize(
+    ("words", "seconds"),
+    [
+        *((words, None) for words in (None, "", "-", "soon", "nan", "\u0663\u0660", "9" * 10_000)),
+        *((words, 0.0) for words in ("0", "-5", "-1e308", "-inf", -1e308)),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", None),
+        *((words, 86_400.0) for words in ("1000000", "1e308", "inf", "1e999", 10**90)),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", 86_400.0),
+        ("Fri, 99 Dec 9999 23:59:59 GMT", None),
+        *((words, 30.0) for words in ("30", " 30 ", "3e1", 30)),
+    ],
+)
+def test_a_pause_that_somebody_asks_for_is_a_number_from_none_to_a_day(words, seconds):
+    assert worker.asked_seconds(words) == seconds
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "seconds"),
+    [
+        ({"retry-after": "nan"}, '{"retry_after": 7}', 7),
+        ({"retry-after": "-1e308"}, "", 0),
+        ({}, '{"retry_after": 1e999}', 86_400),
+        ({}, '{"retry_after": ' + "9" * 400 + "}", 60),
+        ({}, '{"detail": "resets in ~30s"}', 30),
+        ({}, "~" + "9" * 400 + "s", 60),
+        ({}, "[1]", 60),
+    ],
+)
+def test_a_provider_that_asks_for_nonsense_is_asked_again_within_the_day(headers, body, seconds):
+    response = httpx.Response(429, headers=headers, text=body)
+
+    assert worker.retry_after_seconds(response) == seconds
+
+
 # --- calls for many jobs ---
 
 
@@ -1017,6 +1085,10 @@ class Trips:
         await self.gate.wait()
         if "bad" in said[0]:
             raise psycopg.errors.InvalidParameterValue("bad")
+        if said[0] == ["odd"]:
+            await asyncio.Event().wait()  # asks again and again
+        if "odd" in said[0]:
+            raise psycopg.errors.InternalError_("odd")
         if "gone" in said[0]:
             raise psycopg.OperationalError("gone")
         if "stop" in said[0]:
@@ -1094,6 +1166,45 @@ def test_when_a_call_for_many_cannot_be_made_everybody_is_told(end, error):
         assert [type(each) for each in said] == [error] * 3
 
     asyncio.run(act())
+
+
+def test_what_may_be_the_fault_of_one_job_holds_up_no_other():
+    async def act() -> None:
+        trips = Trips()
+        call, calls = batch(trips, "a", "odd", "a")
+        trips.gate.set()
+
+        assert [await calls[0], await calls[2]] == [0, 20]
+        assert await call(a_job(token=3), "a") == 30
+        assert not calls[1].done()
+
+    asyncio.run(act())
+
+
+@pytest.mark.parametrize(
+    ("error", "whose"),
+    [
+        (psycopg.errors.ReadOnlySqlTransaction(), "database"),
+        (psycopg.errors.CannotConnectNow(), "database"),
+        (psycopg.errors.DiskFull(), "database"),
+        (psycopg.errors.DeadlockDetected(), "database"),
+        (psycopg.OperationalError(), "database"),
+        (psycopg.InterfaceError(), "database"),
+        (worker.Outdated(), "database"),
+        (psycopg.errors.InsufficientPrivilege(), "either"),
+        (psycopg.errors.FeatureNotSupported(), "either"),
+        (psycopg.errors.InternalError_(), "either"),
+        (psycopg.errors.CheckViolation(), "job"),
+        (psycopg.errors.NumericValueOutOfRange(), "job"),
+        (psycopg.errors.ProgramLimitExceeded(), "job"),
+        (psycopg.errors.RaiseException(), "job"),
+        (psycopg.DataError("NUL"), "job"),
+        (UnicodeEncodeError("utf-8", "", 0, 1, ""), "job"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else type(each).__name__,
+)
+def test_whose_fault_an_error_is_its_sqlstate_says(error, whose):
+    assert worker.fault(error) == whose
 
 
 def test_who_is_cancelled_does_not_go_and_stops_no_other():

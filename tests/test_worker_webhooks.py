@@ -19,7 +19,7 @@ import httpx
 import pytest
 from actors import Service, User
 from database import Database
-from receiver import Answer, Receiver
+from receiver import Answer, Receiver, Request
 from standardwebhooks import Webhook
 from test_worker_units import ENVIRONMENT
 from worker_process import Workers, eventually
@@ -399,6 +399,18 @@ def test_retry_after_is_heeded(alice, workers, receiver):
     assert workers.db.value("select run_at - now() > '1 hour 50 minutes' from private.deliveries")
 
 
+def test_an_endpoint_that_asks_for_nonsense_is_given_up_like_any_other(alice, workers, receiver):
+    workers.db.execute("update private.settings set delivery_retries = '{0,0}'")
+    workers.registered(receiver)
+    receiver.answer = Answer(503, {"Retry-After": "-1e308"})
+    workers.start()
+
+    alice.enqueue(params=SMALL)
+
+    (dead,) = workers.until_state("dead")
+    assert (dead["attempts"], len(receiver.requests)) == (3, 3)
+
+
 # --- addresses inside ---
 
 
@@ -467,7 +479,7 @@ def sent(network: PublicNetwork, url: str = "https://hooks.example.com/") -> Ver
             outbox = Outbox(Settings.from_env(ENVIRONMENT), mock.Mock(), http)
             outbox.webhooks._network_backend = network
             delivery = Delivery(worker.UUID(int=1), 1, url, ["whsec_AAAA"], "{}")
-            return await outbox._send(delivery, b"{}")
+            return (await outbox._send([delivery]))[delivery]
 
     return asyncio.run(send())
 
@@ -556,23 +568,62 @@ def test_the_database_and_the_worker_agree_on_literals(db):
 # --- push notifications ---
 
 
-def accepted() -> Answer:
-    return Answer(body=json.dumps({"data": [{"status": "ok", "id": "ticket-1"}]}).encode())
-
-
-def refused_ticket(error: str) -> Answer:
-    ticket = {
+def refusal(error: str) -> dict[str, Any]:
+    return {
         "status": "error",
         "message": f'"{TOKEN}" is not a registered push notification recipient',
         "details": {"error": error},
     }
-    return Answer(body=json.dumps({"data": [ticket]}).encode())
+
+
+def told(status: int = 200, **body: Any) -> Answer:
+    return Answer(status, body=json.dumps(body).encode())
+
+
+def refused_ticket(error: str) -> Answer:
+    return told(data=[refusal(error)])
+
+
+class Expo:
+    """Expo's push service, as its documentation says, with something wrong with some tokens."""
+
+    def __init__(self) -> None:
+        self.unknown: set[str] = set()  # devices it does not know
+        self.foreign: set[str] = set()  # of another project
+        self.bad: set[str] = set()  # what it refuses a whole request for
+        self.slow: dict[str, float] = {}  # seconds that a request with this token takes
+        self.tells_projects = True
+        self.receipts: dict[str, Any] = {}
+
+    def __call__(self, request: Request) -> Answer:
+        if request.path.endswith("/getReceipts"):
+            wanted = request.message["ids"]
+            return told(data={id_: self.receipts[id_] for id_ in wanted if id_ in self.receipts})
+        tokens = [message["to"] for message in request.message]
+        time.sleep(max([self.slow.get(each, 0) for each in tokens], default=0))
+        projects = {
+            "@us/app": [each for each in tokens if each not in self.foreign],
+            "@them/app": [each for each in tokens if each in self.foreign],
+        }
+        if all(projects.values()):
+            error = {"code": "PUSH_TOO_MANY_EXPERIENCE_IDS"}
+            return told(
+                400, errors=[error | {"details": projects} if self.tells_projects else error]
+            )
+        if len(tokens) > 100 or self.bad.intersection(tokens):
+            return told(400, errors=[{"code": "PUSH_TOO_MANY_NOTIFICATIONS"}])
+        return told(data=[self._ticket(each) for each in tokens])
+
+    def _ticket(self, token: str) -> dict[str, Any]:
+        if token in self.unknown:
+            return refusal("DeviceNotRegistered")
+        return {"status": "ok", "id": f"ticket-{token}"}
 
 
 @pytest.fixture
 def expo(workers: Outboxes, receiver: Receiver) -> Receiver:
     """Expo's push service, which takes everything; alice's device is registered."""
-    receiver.answer = accepted()
+    receiver.answer = Expo()
     workers.environment |= {
         "EXPO_PUSH_URL": receiver.url("/--/api/v2/push/send"),
         "EXPO_ACCESS_TOKEN": "expo-secret",
@@ -602,6 +653,8 @@ def test_a_device_is_told_through_expo(phone, workers, expo):
             "to": TOKEN,
             "title": "Your picture is ready",
             "body": "Tap to see it.",
+            "collapseId": job,
+            "tag": job,
             "data": {"job_id": job, "status": "completed", "batch_id": None},
         }
     ]
@@ -640,3 +693,107 @@ def test_what_expo_does_not_take_is_sent_again(phone, db, workers, expo, answer)
     workers.until_state("delivered")
     assert db.value("select count(*) from private.push_tokens") == 1
     assert {request.path for request in expo.requests} == {"/--/api/v2/push/send"}
+
+
+def test_a_push_whose_answer_was_lost_is_shown_once(phone, workers, expo):
+    expo.answers.append(Answer(504))
+    workers.start()
+
+    phone.enqueue(params=SMALL)
+    first, second = expo.until(2)
+
+    workers.until_state("delivered")
+    (message,) = first.message
+    assert second.message == first.message
+    assert message["collapseId"] == message["tag"] == message["data"]["job_id"]
+
+
+# --- many pushes ---
+
+
+@pytest.fixture
+def crowd(db: Database, workers: Outboxes, expo: Receiver) -> list[User]:
+    """Users with a device each, whose jobs have all just ended; nobody is told yet."""
+    db.execute("update private.settings set retry_base = '0'")
+    users = [User(db) for _ in range(12)]
+    for n, user in enumerate(users):
+        user.register_push_token(f"ExponentPushToken[{n}]")
+        user.call("public.cancel_generation", job_id=user.enqueued(params=SMALL))
+    db.execute("insert into private.push_texts values ('generation.canceled', 'Canceled', '')")
+    db.execute("select private.record_events(array(select id from public.generations), 'canceled')")
+    return users
+
+
+def test_many_pushes_go_in_one_request(crowd, workers, expo):
+    workers.start()
+
+    workers.until_state("delivered", 12)
+
+    assert [len(request.message) for request in expo.requests] == [12]
+
+
+@pytest.mark.parametrize("tells_projects", [True, False])
+def test_one_token_of_another_project_blocks_no_other(crowd, workers, expo, tells_projects):
+    expo.answer.foreign = {"ExponentPushToken[7]"}
+    expo.answer.tells_projects = tells_projects
+    workers.start()
+
+    workers.until_state("delivered", 12)
+
+    assert len(expo.requests) <= (3 if tells_projects else 9)
+    assert {row["attempts"] for row in workers.deliveries()} == {1}
+
+
+def test_each_push_is_judged_for_itself(crowd, db, workers, expo):
+    expo.answer.unknown = {"ExponentPushToken[3]"}
+    expo.answer.bad = {"ExponentPushToken[5]"}
+    workers.start()
+
+    workers.until_state("delivered", 10)
+
+    (dead,) = workers.until_state("dead")
+    assert dead["push_token"] == "ExponentPushToken[3]"
+    left = eventually(lambda: [each for each in workers.deliveries() if each["state"] == "pending"])
+    assert [each["push_token"] for each in left] == ["ExponentPushToken[5]"]
+    assert db.value("select count(*) from private.push_tokens") == 11
+
+
+def test_nobodys_tokens_hold_up_anothers_push(phone, bob, workers, expo):
+    """Invented tokens that take their time, and another device a moment later."""
+    expo.answer.slow = {f"ExponentPushToken[{n}]": 10.0 for n in range(5)}
+    for token in expo.answer.slow:
+        bob.register_push_token(token)
+    workers.start()
+
+    for _ in range(4):
+        workers.until(bob.enqueued(params=SMALL), "completed")
+    expo.until(1)
+    began = time.monotonic()
+    phone.enqueue(params=SMALL)
+
+    eventually(lambda: any(TOKEN in request.body.decode() for request in expo.requests), 5)
+    print(f"another's push after {time.monotonic() - began:.2f} s")
+
+
+def test_receipts_are_read_and_what_they_say_is_heeded(crowd, db, workers, expo, monkeypatch):
+    workers.start()
+    workers.until_state("delivered", 12)
+    expo.answer.receipts = {
+        "ticket-ExponentPushToken[1]": {"status": "ok"},
+        "ticket-ExponentPushToken[2]": refusal("DeviceNotRegistered"),
+        "ticket-ExponentPushToken[4]": refusal("InvalidCredentials"),
+    }
+    expo.answers.append(Answer(503))
+
+    db.pass_time("16 minutes")
+    process = workers.start()  # looks for receipts at its start
+    process.logged("receipts.failed error=HTTPStatusError")
+    db.pass_time("16 minutes")
+    process = workers.start()
+
+    process.logged("receipt.error delivery=.* error=InvalidCredentials")
+    assert expo.requests[-1].path == "/--/api/v2/push/getReceipts"
+    assert len(expo.requests[-1].message["ids"]) == 12
+    tokens = [row["token"] for row in db.execute("select token from private.push_tokens")]
+    assert len(tokens) == 11 and "ExponentPushToken[2]" not in tokens
+    assert db.value("select count(*) from private.deliveries where ticket is not null") == 9

@@ -1098,12 +1098,14 @@ create table private.deliveries (
   -- No foreign keys to the targets: they would lock an endpoint's row at the end of every job.
   lane text not null,
   push_token text,
+  user_id uuid,
   state text not null default 'pending',
   attempts smallint not null default 0,
   run_at timestamptz not null default now(),
   token bigint,
   last_status smallint,
   last_error text,
+  ticket text,
   created_at timestamptz not null default now(),
   finished_at timestamptz,
   unique nulls not distinct (generation_id, lane, push_token),
@@ -1112,7 +1114,7 @@ create table private.deliveries (
     (finished_at is not null) = (state in ('delivered', 'dead'))
   ),
   constraint deliveries_push_token_matches_lane check (
-    (push_token is not null) = (lane = 'expo')
+    (push_token is not null) = (lane = 'expo') and (user_id is not null) = (lane = 'expo')
   ),
   constraint deliveries_attempts_are_not_negative check (attempts >= 0)
 ) with (autovacuum_vacuum_scale_factor = 0.02);
@@ -1121,20 +1123,25 @@ comment on table private.deliveries is
   'The outbox: one event for one target, sent until the target has taken it.';
 comment on column private.deliveries.id is 'The webhook-id, after evt_: the same with every try.';
 comment on column private.deliveries.lane is 'An endpoint''s id, or expo.';
+comment on column private.deliveries.user_id is 'Whose push it is: users take turns.';
 comment on column private.deliveries.state is
   'pending -> delivered (the target took it) | dead (retries used up, or the target is gone); dead '
   '-> pending (redeliver).';
 comment on column private.deliveries.attempts is 'Tries that the target answered or did not.';
 comment on column private.deliveries.run_at is
-  'Not before this time: backoff, or the lease of the worker that sends it.';
+  'Not before this time: backoff, the lease of the worker that sends it, or until a receipt.';
 comment on column private.deliveries.token is 'Proof of that lease, from lease_tokens.';
 comment on column private.deliveries.last_status is
   'HTTP status of the last try; null: no answer.';
+comment on column private.deliveries.ticket is
+  'Of a push that Expo took: what its receipt is asked for by, until it is read.';
 
 -- Read by due_lanes and claim_deliveries.
 create index deliveries_pending_idx on private.deliveries (lane, run_at) where state = 'pending';
 -- Read by redeliver_dead and by health.
 create index deliveries_dead_idx on private.deliveries (lane) where state = 'dead';
+-- Read by claim_receipts.
+create index deliveries_ticket_idx on private.deliveries (run_at) where ticket is not null;
 -- Read by trim_deliveries.
 create index deliveries_finished_at_idx
 on private.deliveries (finished_at) where finished_at is not null;
@@ -5564,12 +5571,12 @@ as $$
 declare
   v_event_type text := 'generation.' || p_status;
 begin
-  insert into private.deliveries as d (generation_id, event_type, lane, push_token)
-  select g.id, v_event_type, w.id::text, null
+  insert into private.deliveries as d (generation_id, event_type, lane, push_token, user_id)
+  select g.id, v_event_type, w.id::text, null, null
   from private.webhook_endpoints as w cross join unnest(p_job_ids) as g (id)
   where w.disabled_at is null and v_event_type = any (w.events)
   union all
-  select g.id, v_event_type, 'expo', t.token
+  select g.id, v_event_type, 'expo', t.token, g.user_id
   from public.generations as g
   cross join lateral (
     select p.token from private.push_tokens as p where p.user_id = g.user_id offset 0
@@ -5579,8 +5586,8 @@ begin
     and exists (select from private.push_texts as x where x.event_type = v_event_type)
   on conflict (generation_id, lane, push_token) do update set
     id = excluded.id, event_type = excluded.event_type, state = 'pending', attempts = 0,
-    run_at = now(), token = null, last_status = null, last_error = null,
-    created_at = now(), finished_at = null;
+    run_at = now(), token = null, last_status = null, last_error = null, ticket = null,
+    user_id = excluded.user_id, created_at = now(), finished_at = null;
 end;
 $$;
 
@@ -5609,33 +5616,12 @@ $$;
 revoke all on function private.webhook_body(private.deliveries)
 from public, anon, authenticated, service_role;
 
--- Whether another push of the same batch to the same device is to come: one is enough. The last one
--- has neither an unfinished sibling nor a later push, so it is always sent.
-create or replace function private.has_later_push(
-  p_delivery private.deliveries,
-  p_batch_id uuid
-)
-returns boolean
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select exists (
-    select from public.generations as g
-    left join private.deliveries as d
-      on d.generation_id = g.id and d.lane = 'expo' and d.push_token = p_delivery.push_token
-    where g.batch_id = p_batch_id and (
-      g.finished_at is null or (d.state = 'pending' and d.id > p_delivery.id)
-    )
-  )
-$$;
-
-revoke all on function private.has_later_push(private.deliveries, uuid)
-from public, anon, authenticated, service_role;
-
 -- What Expo is sent: nothing of the prompt, for it is shown on locked screens. Null if nobody
--- should get it any more: the token is gone or somebody else's, it is late, or one of its batch
--- says the same.
+-- should get it any more: the token is gone or somebody else's, it is late, or another push of the
+-- same batch to the same device is to come, which is enough. The last of a batch has neither an
+-- unfinished sibling nor a later push, so it is always sent.
+--
+-- A push whose answer was lost is sent again. collapseId and tag have the device show it once.
 create or replace function private.push_body(p_delivery private.deliveries)
 returns jsonb
 language sql
@@ -5644,6 +5630,7 @@ set search_path = pg_catalog, pg_temp
 as $$
   select jsonb_build_array(jsonb_build_object(
     'to', t.token, 'title', x.title, 'body', x.body,
+    'collapseId', coalesce(g.batch_id, g.id), 'tag', coalesce(g.batch_id, g.id),
     'data', jsonb_build_object('job_id', g.id, 'status', g.status, 'batch_id', g.batch_id)
   ))
   from public.generations as g
@@ -5653,7 +5640,14 @@ as $$
   where
     g.id = p_delivery.generation_id
     and p_delivery.created_at > now() - s.push_expires
-    and not private.has_later_push(p_delivery, g.batch_id)
+    and not exists (
+      select from public.generations as o
+      left join private.deliveries as d
+        on d.generation_id = o.id and d.lane = 'expo' and d.push_token = p_delivery.push_token
+      where o.batch_id = g.batch_id and (
+        o.finished_at is null or (d.state = 'pending' and d.id > p_delivery.id)
+      )
+    )
 $$;
 
 revoke all on function private.push_body(private.deliveries)
@@ -7422,8 +7416,29 @@ $$;
 revoke all on function private.count_claims(uuid)
 from public, anon, authenticated, service_role;
 
--- How long to wait before the next attempt: what the provider asked for, else exponential backoff
--- with full jitter, so that jobs that failed together do not come back together.
+-- How long to wait where somebody else asks for it: not less than we would by ourselves, and not
+-- more than they may ask for, whatever a number they write (negative, infinite, NaN).
+create or replace function private.asked_delay(
+  p_own interval,
+  p_asked_seconds double precision,
+  p_most_seconds integer
+)
+returns interval
+language sql
+immutable
+set search_path = pg_catalog, pg_temp
+as $$
+  select greatest(
+    p_own, greatest(0, least(coalesce(p_asked_seconds, 0), p_most_seconds)) * interval '1 second'
+  )
+$$;
+
+revoke all on function private.asked_delay(interval, double precision, integer)
+from public, anon, authenticated, service_role;
+
+-- How long to wait before the next attempt: exponential backoff with full jitter, so that jobs that
+-- failed together do not come back together, or longer if the provider asks for it. One that asks
+-- for no pause has its way once.
 create or replace function private.retry_delay(
   p_failures_before integer,
   p_retry_after_seconds double precision
@@ -7433,11 +7448,13 @@ language sql
 volatile
 set search_path = pg_catalog, pg_temp
 as $$
-  select case
-    when p_retry_after_seconds is not null
-      then greatest(0, least(p_retry_after_seconds, 3600)) * interval '1 second'
-    else random() * least(s.retry_cap, s.retry_base * power(2, least(p_failures_before, 20)))
-  end
+  select private.asked_delay(
+    case
+      when p_failures_before = 0 and p_retry_after_seconds is not null then interval '0'
+      else random() * least(s.retry_cap, s.retry_base * power(2, least(p_failures_before, 20)))
+    end,
+    p_retry_after_seconds, 3600
+  )
   from private.settings as s
 $$;
 
@@ -7844,7 +7861,7 @@ begin
   -- More devices than anybody has: those not heard of longest are forgotten.
   delete from private.push_tokens where token = any (array(
     select t.token from private.push_tokens as t
-    where t.user_id = v_user_id order by t.registered_at desc offset 20 for update skip locked
+    where t.user_id = v_user_id order by t.registered_at desc offset 5 for update skip locked
   ));
   return json_build_object('registered', true);
 end;
@@ -7864,7 +7881,7 @@ $$;
 
 comment on function public.register_push_token is
   'Has this device told by an Expo push notification when your jobs end. Call it at each start of '
-  'the app: a token is its last caller''s, and the 20 last registered of a user are kept. Answers '
+  'the app: a token is its last caller''s, and the 5 last registered of a user are kept. Answers '
   '{registered}. Errors: PT400 invalid_input, PT401 not_authenticated.';
 
 revoke all on function public.register_push_token(text)
@@ -8428,43 +8445,30 @@ comment on function private.due_lanes is
 revoke all on function private.due_lanes() from public, anon, authenticated, service_role;
 grant execute on function private.due_lanes() to darkroom_worker;
 
--- Gives up what waits in a lane whose endpoint is gone or disabled.
-create or replace function private.bury_deliveries(p_lane text)
-returns void
+-- The pushes to send next. Users take turns, and who has one under way waits for its end: whatever
+-- tokens somebody invents, they hold up his own pushes only.
+create or replace function private.choose_pushes(p_at_most integer)
+returns uuid[]
 language sql
+stable
 set search_path = pg_catalog, pg_temp
 as $$
-  update private.deliveries
-  set state = 'dead', finished_at = now(), last_error = 'the endpoint is gone or disabled'
-  where id = any (array(
-    select d.id from private.deliveries as d
-    where d.state = 'pending' and d.lane = p_lane
-    order by d.run_at limit 1000 for update skip locked
-  ))
+  select array(
+    select t.id
+    from (
+      select d.id, d.run_at, row_number() over (partition by d.user_id order by d.run_at) as turn
+      from private.deliveries as d
+      where d.state = 'pending' and d.lane = 'expo' and d.run_at <= now() and not exists (
+        select from private.deliveries as u
+        where u.state = 'pending' and u.lane = 'expo' and u.run_at > now()
+          and u.token is not null and u.user_id = d.user_id
+      )
+    ) as t
+    order by t.turn, t.run_at limit p_at_most
+  )
 $$;
 
-revoke all on function private.bury_deliveries(text)
-from public, anon, authenticated, service_role;
-
--- Takes the lease of up to p_at_most due deliveries of a lane.
-create or replace function private.lease_deliveries(p_lane text, p_at_most integer)
-returns setof private.deliveries
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  update private.deliveries
-  set
-    token = nextval('private.lease_tokens'),
-    run_at = now() + (select s.lease from private.settings as s)
-  where id = any (array(
-    select d.id from private.deliveries as d
-    where d.state = 'pending' and d.lane = p_lane and d.run_at <= now()
-    order by d.run_at limit p_at_most for update skip locked
-  ))
-  returning *
-$$;
-
-revoke all on function private.lease_deliveries(text, integer)
+revoke all on function private.choose_pushes(integer)
 from public, anon, authenticated, service_role;
 
 create or replace function private.claim_deliveries(p_lane text, p_at_most integer)
@@ -8476,12 +8480,18 @@ as $$
 declare
   v_endpoint private.webhook_endpoints;
   v_delivery private.deliveries;
+  v_pushes uuid[];
 begin
   if p_lane <> 'expo' then
     select * into v_endpoint from private.webhook_endpoints as w
     where w.id = p_lane::uuid and w.disabled_at is null;
     if not found then
-      perform private.bury_deliveries(p_lane);
+      update private.deliveries as d
+      set state = 'dead', finished_at = now(), last_error = 'the endpoint is gone or disabled'
+      where d.id = any (array(
+        select d.id from private.deliveries as d where d.state = 'pending' and d.lane = p_lane
+        order by d.run_at limit 1000 for update skip locked
+      ));
       return;
     end if;
     url := v_endpoint.url;
@@ -8489,7 +8499,21 @@ begin
       when v_endpoint.previous_secret_until > now() then v_endpoint.previous_secret
     end], null);
   end if;
-  for v_delivery in select * from private.lease_deliveries(p_lane, p_at_most) loop
+  if p_lane = 'expo' then
+    v_pushes := private.choose_pushes(p_at_most);
+  end if;
+  for v_delivery in
+    update private.deliveries as d set
+      token = nextval('private.lease_tokens'),
+      run_at = now() + (select s.lease from private.settings as s)
+    where d.id = any (array(
+      select d.id from private.deliveries as d
+      where d.state = 'pending' and d.lane = p_lane and d.run_at <= now()
+        and (v_pushes is null or d.id = any (v_pushes))
+      order by d.run_at limit p_at_most for update skip locked
+    ))
+    returning d.*
+  loop
     delivery_id := v_delivery.id;
     token := v_delivery.token;
     begin
@@ -8520,43 +8544,16 @@ revoke all on function private.claim_deliveries(text, integer)
 from public, anon, authenticated, service_role;
 grant execute on function private.claim_deliveries(text, integer) to darkroom_worker;
 
--- How long to wait after this many failed tries: as settings.delivery_retries says, up to a fifth
--- more or less, but not less than the target asked for; null if it was the last.
-create or replace function private.redelivery_delay(
-  p_delivery private.deliveries,
-  p_retry_after_seconds double precision
-)
-returns interval
-language sql
-volatile
-set search_path = pg_catalog, pg_temp
-as $$
-  select w.delay
-  from private.settings as s
-  cross join lateral (
-    select greatest(
-      s.delivery_retries[p_delivery.attempts + 1] * (0.8 + 0.4 * random()),
-      case
-        when p_retry_after_seconds is not null
-          then least(p_retry_after_seconds, 86400) * interval '1 second'
-      end
-    ) as delay
-  ) as w
-  where
-    p_delivery.attempts < cardinality(s.delivery_retries)
-    and (p_delivery.lane <> 'expo' or now() + w.delay < p_delivery.created_at + s.push_expires)
-$$;
-
-revoke all on function private.redelivery_delay(private.deliveries, double precision)
-from public, anon, authenticated, service_role;
-
+-- A failed try waits as settings.delivery_retries says, up to a fifth more or less, or longer if
+-- the target asks for it. A push that would be late is not tried again.
 create or replace function private.finish_delivery(
   p_delivery_id uuid,
   p_token bigint,
   p_outcome text,
   p_status integer,
   p_error text,
-  p_retry_after_seconds double precision default null
+  p_retry_after_seconds double precision default null,
+  p_ticket text default null
 )
 returns text
 language plpgsql
@@ -8564,25 +8561,41 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_settings private.settings;
   v_delivery private.deliveries;
   v_delay interval;
   v_state text;
 begin
+  select * into strict v_settings from private.settings;
   select * into v_delivery from private.deliveries as d
   where d.id = p_delivery_id and d.token = p_token and d.state = 'pending' for update;
   if not found then
     return 'lost';
   end if;
-  v_delay := private.redelivery_delay(v_delivery, p_retry_after_seconds);
+  v_delay := private.asked_delay(
+    v_settings.delivery_retries[v_delivery.attempts + 1] * (0.8 + 0.4 * random()),
+    p_retry_after_seconds, 86400
+  );
   v_state := case
     when p_outcome = 'delivered' then 'delivered'
-    when p_outcome = 'gone' or v_delay is null then 'dead'
+    when
+      p_outcome = 'gone'
+      or v_delivery.attempts >= cardinality(v_settings.delivery_retries)
+      or (
+        v_delivery.lane = 'expo'
+        and now() + v_delay >= v_delivery.created_at + v_settings.push_expires
+      ) then 'dead'
     else 'pending'
   end;
   update private.deliveries set
     state = v_state, attempts = attempts + 1, token = null,
     last_status = p_status, last_error = left(p_error, 200),
-    run_at = case when v_state = 'pending' then now() + v_delay else run_at end,
+    ticket = case when v_state = 'delivered' then p_ticket end,
+    run_at = case
+      when v_state = 'pending' then now() + v_delay
+      when v_state = 'delivered' then now() + interval '15 minutes'
+      else run_at
+    end,
     finished_at = case when v_state <> 'pending' then now() end
   where id = p_delivery_id;
   if p_outcome = 'gone' then
@@ -8595,17 +8608,73 @@ end;
 $$;
 
 comment on function private.finish_delivery is
-  'Says what became of a try: delivered, failed (tried again while settings.delivery_retries says '
-  'so), or gone (the endpoint is disabled, the push token forgotten). Answers delivered, pending, '
-  'dead, or lost: the lease is not held any more, nothing was changed.';
+  'Says what became of a try: delivered (a push with the ticket to ask for its receipt by), failed '
+  '(tried again while settings.delivery_retries says so), or gone (the endpoint is disabled, the '
+  'push token forgotten). Answers delivered, pending, dead, or lost: the lease is not held any '
+  'more, nothing was changed.';
 
 revoke all on function private.finish_delivery(
-  uuid, bigint, text, integer, text, double precision
+  uuid, bigint, text, integer, text, double precision, text
 )
 from public, anon, authenticated, service_role;
 grant execute on function private.finish_delivery(
-  uuid, bigint, text, integer, text, double precision
+  uuid, bigint, text, integer, text, double precision, text
 ) to darkroom_worker;
+
+-- Expo keeps a receipt for a day; what has none by then is not asked for any more.
+create or replace function private.claim_receipts(p_at_most integer)
+returns table (delivery_id uuid, ticket text)
+language sql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+  with claimed as (
+    update private.deliveries as d set
+      run_at = now() + interval '15 minutes',
+      ticket = case when d.finished_at > now() - interval '1 day' then d.ticket end
+    where d.id = any (array(
+      select o.id from private.deliveries as o
+      where o.ticket is not null and o.run_at <= now()
+      order by o.run_at limit p_at_most for update skip locked
+    ))
+    returning d.id, d.ticket
+  )
+  select c.id, c.ticket from claimed as c where c.ticket is not null
+$$;
+
+comment on function private.claim_receipts is
+  'Tickets of pushes that Expo took a quarter of an hour ago or more, and whose receipt was not '
+  'read yet; a quarter of an hour later they are answered again.';
+
+revoke all on function private.claim_receipts(integer)
+from public, anon, authenticated, service_role;
+grant execute on function private.claim_receipts(integer) to darkroom_worker;
+
+create or replace function private.finish_receipts(p_delivery_ids uuid[], p_errors text[])
+returns void
+language sql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+  with told as (
+    update private.deliveries as d
+    set ticket = null, last_error = left(r.error, 200)
+    from unnest(p_delivery_ids, p_errors) as r (id, error)
+    where d.id = r.id and d.ticket is not null
+    returning d.push_token, d.finished_at, r.error
+  )
+  delete from private.push_tokens as t using told
+  where told.error = 'DeviceNotRegistered' and t.token = told.push_token
+    and t.registered_at < told.finished_at
+$$;
+
+comment on function private.finish_receipts is
+  'What the receipts of these pushes say: null, or an error. With DeviceNotRegistered the token is '
+  'forgotten, unless it was registered anew since.';
+
+revoke all on function private.finish_receipts(uuid[], text[])
+from public, anon, authenticated, service_role;
+grant execute on function private.finish_receipts(uuid[], text[]) to darkroom_worker;
 
 -- Forgets deliveries that ended longer than settings.keep_deliveries ago.
 create or replace function private.trim_deliveries(p_at_most integer default 100000)
@@ -8716,7 +8785,8 @@ declare
 begin
   perform private.require_writable();
   update private.deliveries set
-    state = 'pending', attempts = 0, run_at = now(), token = null, finished_at = null
+    state = 'pending', attempts = 0, run_at = now(), token = null, finished_at = null,
+    ticket = null
   where id = p_delivery_id
   returning * into v_delivery;
   if not found then

@@ -25,6 +25,7 @@ USERS = 20
 CREDITS = 1_000_000
 REPEATS, CANCELS = 0.05, 0.03  # share of requests that are sent twice, of jobs that are canceled
 GIVE_UP_SECONDS = 180.0
+PASSING = ("PGRST202", "25006", "read-only transaction")
 
 
 @dataclass
@@ -144,5 +145,7 @@ class Clients:
 
 
 def is_passing(response: httpx.Response) -> bool:
-    """Whether a refusal is only of the moment: a limit, or a gateway that is still starting."""
-    return response.status_code == 429 or "PGRST202" in response.text
+    """Whether a refusal is only of the moment: a limit, a gateway that is still starting, or a
+    database that takes no writes.
+    """
+    return response.status_code == 429 or any(each in response.text for each in PASSING)

@@ -260,5 +260,10 @@ SCENARIOS = [
         ["provider_misbehaving", "provider_out_of_order", "account_refused"],
     ),
     Scenario("Long REPEATABLE READ transaction", ["snapshot_held"]),
+    Scenario("Database read-only", ["database_read_only"]),
+    Scenario(
+        "Hostile pictures, creates forbidden, poisoned rows",
+        ["pictures_hostile", "creates_forbidden", "rows_poisoned"],
+    ),
 ]
 EVERYTHING = Scenario("All of these at once", list(KINDS))

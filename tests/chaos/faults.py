@@ -185,6 +185,31 @@ def connections_exhausted(world: World, chance: random.Random) -> Iterator[None]
             connection.close()
 
 
+@fault("database", 2, 8)
+def database_read_only(world: World, chance: random.Random) -> Iterator[None]:
+    """As a full disk or a standby makes it, for all who connect meanwhile. Supabase Lite does not
+    start on such a database, and what it opened meanwhile stays so: it starts anew afterwards.
+    """
+    switch = "default_transaction_read_only"
+    world.db.execute(f"alter database postgres set {switch} = on")
+    try:
+        world.fleet.terminate_backends("true")
+        yield
+    finally:
+        world.db.execute(f"alter database postgres reset {switch}")
+        world.restart_gateway()
+
+
+@fault("rows", 0, 1)
+def rows_poisoned(world: World, chance: random.Random) -> Iterator[None]:
+    """Files that were uploaded where a user's folder should be; nobody takes them away."""
+    for user in chance.sample(world.users, 3):
+        query = "insert into storage.objects (bucket_id, name) values ('inputs', %s)"
+        world.db.execute(f"{query} on conflict do nothing", user.id)
+    world.db.execute("update private.retention_walks set place = default")
+    yield
+
+
 @fault("snapshot", 5, 15)
 def snapshot_held(world: World, chance: random.Random) -> Iterator[None]:
     holder: psycopg.Connection[Any] | None = None
@@ -255,6 +280,23 @@ def account_refused(world: World, chance: random.Random) -> Iterator[None]:
         yield
     time.sleep(1)  # what was refused last has paused the provider once more
     world.db.execute("select public.resume_model('replicate')")
+
+
+@fault("provider", 1, 4)
+def creates_forbidden(world: World, chance: random.Random) -> Iterator[None]:
+    """Every other create is answered 403, whosever fault that is."""
+    world.provider.is_forbidding = True
+    yield
+    world.provider.is_forbidding = False
+    time.sleep(1)
+    world.db.execute("select public.resume_model('replicate')")
+
+
+@fault("provider", 1, 4)
+def pictures_hostile(world: World, chance: random.Random) -> Iterator[None]:
+    for _ in range(chance.randint(2, 4)):
+        world.provider.next(file=chance.choice(["dear", "dear", "bomb", "broken", "junk"]))
+    yield
 
 
 def behaviour(chance: random.Random) -> dict[str, Any]:

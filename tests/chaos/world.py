@@ -10,6 +10,7 @@ Lease and pauses are shortened, so that thousands of jobs go through hundreds of
 from __future__ import annotations
 
 import contextlib
+import itertools
 import tempfile
 import threading
 import time
@@ -79,9 +80,14 @@ class Provider(FakeReplicate):
     def __init__(self) -> None:
         super().__init__()
         self.large_bytes = LARGE_BYTES
+        self._creates = itertools.count()
         self.outage: int | str | None = ""  # a status, or None to hang up
+        self.is_forbidding = False  # every other create
 
     def _route(self, request: Request) -> Answer:
+        is_create = (request.method, request.path) == ("POST", "/v1/predictions")
+        if self.is_forbidding and is_create and next(self._creates) % 2:
+            return refusal(Behaviour(answer=403))
         if self.outage != "":
             return refusal(Behaviour(answer=self.outage))
         return super()._route(request)
