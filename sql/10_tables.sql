@@ -8,12 +8,8 @@
 -- Always true: entitlements.credits is the sum of the user's ledger amounts and never negative.
 
 -- Time-ordered ids: 48 bits of milliseconds, 12 bits of the fraction, 62 random bits (RFC 9562).
-create or replace function private.uuid_v7()
-returns uuid
-language plpgsql
-volatile
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.uuid_v7() returns uuid
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_us bigint := date_part('epoch', clock_timestamp()) * 1000000;
 begin
@@ -25,8 +21,6 @@ begin
   )::uuid;
 end;
 $$;
-
-revoke all on function private.uuid_v7() from public, anon, authenticated, service_role;
 
 -- No foreign keys between tables that users may read, here and in 14: PostgREST lets who reads one
 -- embed the other, and that one in it again, so that a short address makes an answer without end.
@@ -46,12 +40,10 @@ create domain public.ledger_kind as text constraint ledger_kind_is_known check (
 
 comment on domain public.ledger_kind is 'See credit_ledger.kind.';
 
-create or replace function private.fits_kind(p_kind text, p_amount integer, p_generation_id uuid)
-returns boolean
-language plpgsql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.fits_kind(
+  p_kind text, p_amount integer, p_generation_id uuid
+) returns boolean
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 begin
   return (p_generation_id is not null) = (p_kind in ('charge', 'refund'))
     and case p_kind
@@ -61,9 +53,6 @@ begin
     end;
 end;
 $$;
-
-revoke all on function private.fits_kind(text, integer, uuid)
-from public, anon, authenticated, service_role;
 
 -- A trigger (84) cascades from auth.users, not a foreign key: whoever moves a balance twice in one
 -- transaction would have its check lock the user, whom a deletion holds while it waits for jobs.
@@ -136,29 +125,21 @@ on public.credit_ledger (generation_id) where kind = 'refund';
 create unique index credit_ledger_external_id_idx
 on public.credit_ledger (external_id) where external_id is not null;
 
-create or replace function private.refuse_change()
-returns trigger
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.refuse_change() returns trigger
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   raise exception '% is append-only', tg_table_name
     using errcode = 'insufficient_privilege';
 end;
 $$;
 
-revoke all on function private.refuse_change() from public, anon, authenticated, service_role;
-
 create trigger credit_ledger_is_append_only
 before update or truncate on public.credit_ledger
 for each statement execute function private.refuse_change();
 
 -- The books of a user are erased only when the user is gone.
-create or replace function private.refuse_change_while_user_exists()
-returns trigger
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.refuse_change_while_user_exists() returns trigger
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   if exists (select from public.entitlements as e where e.user_id = old.user_id) then
     raise exception '% is append-only', tg_table_name
@@ -167,9 +148,6 @@ begin
   return old;
 end;
 $$;
-
-revoke all on function private.refuse_change_while_user_exists()
-from public, anon, authenticated, service_role;
 
 -- But for compact_ledger (85), which says so for the time of one statement.
 create trigger credit_ledger_is_kept_while_user_exists

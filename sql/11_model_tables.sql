@@ -83,11 +83,8 @@ comment on column public.models.is_schema_confirmed is
   'False: input_schema was written from documentation, not imported from the provider.';
 
 -- Taken out once, not in every request. A seed is chosen (32), not taken from the schema.
-create or replace function private.set_default_input()
-returns trigger
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.set_default_input() returns trigger
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   new.default_input := (
     select coalesce(jsonb_object_agg(p.key, p.value -> 'default'), '{}')
@@ -97,8 +94,6 @@ begin
   return new;
 end;
 $$;
-
-revoke all on function private.set_default_input() from public, anon, authenticated, service_role;
 
 create trigger models_set_default_input
 before insert or update on public.models

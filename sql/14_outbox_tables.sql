@@ -10,19 +10,12 @@
 -- lane for itself, so a target that hangs holds up nobody else.
 
 -- 32 bytes as the Standard Webhooks specification writes them. Two random uuids hold 244 bits.
-create or replace function private.new_webhook_secret()
-returns text
-language sql
-volatile
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.new_webhook_secret() returns text
+language sql set search_path = pg_catalog, pg_temp as $$
   select 'whsec_' || encode(
     sha256(uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid())), 'base64'
   )
 $$;
-
-revoke all on function private.new_webhook_secret()
-from public, anon, authenticated, service_role;
 
 create table private.webhook_endpoints (
   id uuid primary key default private.uuid_v7(),

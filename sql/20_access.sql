@@ -53,13 +53,8 @@ grant select, insert, update, delete on table public.model_aliases to service_ro
 -- the sub is no uuid or the claims are no JSON. A definer, for who asks may not look into auth.
 --
 -- Raises: PT401 not_authenticated.
-create or replace function private.caller_id()
-returns uuid
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.caller_id() returns uuid
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
 begin
   return auth.uid();
 exception when data_exception then
@@ -69,9 +64,6 @@ exception when data_exception then
     hint = 'Sign in again.';
 end;
 $$;
-
-revoke all on function private.caller_id() from public, anon, authenticated, service_role;
-grant execute on function private.caller_id() to authenticated;
 
 create policy "Users read their own entitlement" on public.entitlements
 for select to authenticated using (user_id = (select private.caller_id()));
@@ -128,13 +120,8 @@ grant select on private.shared_paths to anon, authenticated;
 
 -- Whether a user may put a file there: it has a name of its own below the folder, and the user has
 -- not as many others as may be kept. Who uploads several at once may get a few more in.
-create or replace function private.may_store_input(p_path text)
-returns boolean
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.may_store_input(p_path text) returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
 begin
   return octet_length(p_path) <= 512
     and p_path ~ '^[^/]+(/[^/]+)+$' and p_path !~ '/\.\.?(/|$)'
@@ -148,10 +135,6 @@ begin
     );
 end;
 $$;
-
-revoke all on function private.may_store_input(text)
-from public, anon, authenticated, service_role;
-grant execute on function private.may_store_input(text) to authenticated;
 
 -- Storage: outputs are read by their owner, shared ones by everybody, and written by the worker
 -- alone; inputs for image-to-image are put into the user's own folder. On a text, so that where the

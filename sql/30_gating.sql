@@ -11,12 +11,8 @@
 -- would come for what was taken in.
 --
 -- Raises: PT405 method_not_allowed, PT503 unavailable.
-create or replace function private.require_writable()
-returns void
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.require_writable() returns void
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   if current_setting('transaction_read_only') = 'off'
     and current_setting('default_transaction_read_only') = 'off' then
@@ -33,17 +29,11 @@ begin
 end;
 $$;
 
-revoke all on function private.require_writable() from public, anon, authenticated, service_role;
-
 -- The user of the request's JWT, who may write where the function does.
 --
 -- Raises: PT401 not_authenticated, PT405 method_not_allowed, PT503 unavailable.
-create or replace function private.require_user_id(p_writes boolean default false)
-returns uuid
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.require_user_id(p_writes boolean default false) returns uuid
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_user_id uuid := private.caller_id();
 begin
@@ -59,15 +49,9 @@ begin
 end;
 $$;
 
-revoke all on function private.require_user_id(boolean)
-from public, anon, authenticated, service_role;
-
 -- Raises PT401 not_authenticated: the token outlived the user.
-create or replace function private.refuse_unknown_user()
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.refuse_unknown_user() returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   raise sqlstate 'PT401' using
     message = 'not_authenticated',
@@ -76,19 +60,12 @@ begin
 end;
 $$;
 
-revoke all on function private.refuse_unknown_user()
-from public, anon, authenticated, service_role;
-
 -- The same, who must still be there: for functions that neither lock the entitlement nor look for a
 -- row of the user's.
 --
 -- Raises: PT401 not_authenticated, PT405 method_not_allowed, PT503 unavailable.
-create or replace function private.require_known_user_id(p_writes boolean default false)
-returns uuid
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.require_known_user_id(p_writes boolean default false) returns uuid
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_user_id uuid := private.require_user_id(p_writes);
 begin
@@ -99,30 +76,18 @@ begin
 end;
 $$;
 
-revoke all on function private.require_known_user_id(boolean)
-from public, anon, authenticated, service_role;
-
 -- Raises PT404 not_found.
-create or replace function private.refuse_missing(p_detail text, p_hint text)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.refuse_missing(p_detail text, p_hint text) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   raise sqlstate 'PT404' using message = 'not_found', detail = p_detail, hint = p_hint;
 end;
 $$;
 
-revoke all on function private.refuse_missing(text, text)
-from public, anon, authenticated, service_role;
-
 -- Raises PT404 not_found, the same for a job that never was, is somebody else's, or is deleted; or
 -- PT401 not_authenticated: the user is.
-create or replace function private.refuse_unknown_job()
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.refuse_unknown_job() returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   perform private.require_known_user_id();
   perform private.refuse_missing(
@@ -132,15 +97,9 @@ begin
 end;
 $$;
 
-revoke all on function private.refuse_unknown_job()
-from public, anon, authenticated, service_role;
-
 -- Raises PT400 invalid_input.
-create or replace function private.refuse_input(p_detail text, p_hint text default null)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.refuse_input(p_detail text, p_hint text default null) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   raise sqlstate 'PT400' using
     message = 'invalid_input',
@@ -149,23 +108,14 @@ begin
 end;
 $$;
 
-revoke all on function private.refuse_input(text, text)
-from public, anon, authenticated, service_role;
-
 -- Raises a refusal that passes with time, carrying Retry-After. PostgREST reads status and headers
 -- from the detail of SQLSTATE PGRST (docs.postgrest.org, "Raise errors with HTTP status codes").
 -- Browsers show no such header to the page and supabase-js none at all, and a body has texts only:
 -- so the hint is always this sentence, to be read as data.
-create or replace function private.refuse_for_now(
-  p_status integer,
-  p_token text,
-  p_detail text,
-  p_retry_after_seconds integer
-)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.refuse_for_now(
+  p_status integer, p_token text, p_detail text, p_retry_after_seconds integer
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   raise sqlstate 'PGRST' using
     message = json_build_object(
@@ -181,18 +131,11 @@ begin
 end;
 $$;
 
-revoke all on function private.refuse_for_now(integer, text, text, integer)
-from public, anon, authenticated, service_role;
-
 -- JSON given as text. A function of its own: its block for exceptions costs a subtransaction.
 --
 -- Raises: PT400 invalid_input.
-create or replace function private.unwrap_params(p_text text)
-returns jsonb
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.unwrap_params(p_text text) returns jsonb
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   return p_text::jsonb;
 exception
@@ -203,41 +146,25 @@ exception
 end;
 $$;
 
-revoke all on function private.unwrap_params(text) from public, anon, authenticated, service_role;
-
 -- Whether JSON holds a number of more than 400 digits: 1e131071 is eight bytes on the way in,
 -- sixteen here, and 131 kB once it is written, 0e-16383 likewise. No schema has a use for one.
-create or replace function private.has_endless_number(p_value jsonb)
-returns boolean
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.has_endless_number(p_value jsonb) returns boolean
+language sql immutable set search_path = pg_catalog, pg_temp as $$
   select exists (
     select from jsonb_path_query(p_value, 'strict $.** ? (@.type() == "number")') as n (value)
     where abs(n.value::numeric) >= 1e400 or scale(n.value::numeric) > 400
   )
 $$;
 
-revoke all on function private.has_endless_number(jsonb)
-from public, anon, authenticated, service_role;
-
 -- The params as an object, if they, the prompts and the key are of a size and form we take. Some
 -- gateways hand a jsonb argument as a JSON string holding the text, so it is unwrapped once, here.
 -- p_field is what a refusal calls a prompt, with its place for %1$s.
 --
 -- Raises: PT400 invalid_input.
-create or replace function private.read_request(
-  p_prompts text[],
-  p_params jsonb,
-  p_idempotency_key text,
-  p_field text default 'prompt'
-)
-returns jsonb
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.read_request(
+  p_prompts text[], p_params jsonb, p_idempotency_key text, p_field text default 'prompt'
+) returns jsonb
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_params jsonb := coalesce(p_params, '{}');
   v_max_bytes integer;
@@ -278,18 +205,11 @@ begin
 end;
 $$;
 
-revoke all on function private.read_request(text[], jsonb, text, text)
-from public, anon, authenticated, service_role;
-
 -- The user's generation. Somebody else's is not found, like one that never was.
 --
 -- Raises: PT404 not_found.
-create or replace function private.require_generation(p_job_id uuid, p_user_id uuid)
-returns public.generations
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.require_generation(p_job_id uuid, p_user_id uuid) returns public.generations
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_generation public.generations;
 begin
@@ -302,20 +222,13 @@ begin
 end;
 $$;
 
-revoke all on function private.require_generation(uuid, uuid)
-from public, anon, authenticated, service_role;
-
 -- Until when the model is paused for this user, itself or with its provider; null unless it is. A
 -- pause that failures began is one for those who failed.
 --
 -- Who keeps failing where others do not, as the breakers (71) noticed, is let wait like a model:
 -- for the window in which so many failures would pause one.
-create or replace function private.paused_until(p_model public.models, p_user_id uuid)
-returns timestamptz
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.paused_until(p_model public.models, p_user_id uuid) returns timestamptz
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_until timestamptz;
   v_is_suspected boolean;
@@ -345,9 +258,6 @@ begin
 end;
 $$;
 
-revoke all on function private.paused_until(public.models, uuid)
-from public, anon, authenticated, service_role;
-
 create view private.paused_models with (security_invoker = true) as
 select
   m.id,
@@ -367,12 +277,8 @@ revoke all on private.paused_models from public, anon, authenticated, service_ro
 -- Weighted rendezvous hashing: each arm draws a number that depends on nothing but user and arm,
 -- and the smallest wins. So a user stays with an arm, and a change of weights moves as few as
 -- possible. A paused arm is passed over while another is not.
-create or replace function private.resolve_alias(p_alias_id text, p_user_id uuid, p_plan text)
-returns text
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.resolve_alias(p_alias_id text, p_user_id uuid, p_plan text) returns text
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select a.model_id
   from public.model_aliases as a
   inner join public.models as m on m.id = a.model_id
@@ -387,15 +293,9 @@ as $$
   limit 1
 $$;
 
-revoke all on function private.resolve_alias(text, uuid, text)
-from public, anon, authenticated, service_role;
-
 -- Raises PT503 model_paused.
-create or replace function private.refuse_paused(p_model_id text, p_until timestamptz)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.refuse_paused(p_model_id text, p_until timestamptz) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   perform private.refuse_for_now(
     503,
@@ -406,19 +306,14 @@ begin
 end;
 $$;
 
-revoke all on function private.refuse_paused(text, timestamptz)
-from public, anon, authenticated, service_role;
-
 -- The model of this name, or the one that an alias of this name stands for, if this user may use
 -- it.
 --
 -- Raises: PT404 not_found, PT403 requires_paid_plan, PT503 model_paused.
-create or replace function private.require_model(p_name text, p_user_id uuid, p_plan text)
-returns public.models
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.require_model(
+  p_name text, p_user_id uuid, p_plan text
+) returns public.models
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_model public.models;
   v_paused_until timestamptz;
@@ -450,16 +345,9 @@ begin
 end;
 $$;
 
-revoke all on function private.require_model(text, uuid, text)
-from public, anon, authenticated, service_role;
-
 -- The plan of a user now: paid or free.
-create or replace function private.plan_of(p_entitlement public.entitlements)
-returns private.plans
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.plan_of(p_entitlement public.entitlements) returns private.plans
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_plan private.plans;
   v_is_paid boolean := p_entitlement.is_paid and p_entitlement.paid_until > now();
@@ -469,9 +357,6 @@ begin
   return v_plan;
 end;
 $$;
-
-revoke all on function private.plan_of(public.entitlements)
-from public, anon, authenticated, service_role;
 
 create view private.queue_floor with (security_invoker = true) as
 select c.last_value - 100000 as fair_key from private.virtual_clock as c;  -- 100 credits, weight 1
@@ -503,12 +388,8 @@ revoke all on private.live_jobs from public, anon, authenticated, service_role;
 -- Whether a job has waited this long though its user has nothing running. Who has, waits for his
 -- own: one user's long queue is old, but no reason to refuse others, who go before it. Looked for
 -- among the next jobs in fair order: whoever has waited for a first job is there.
-create or replace function private.has_waited(p_interval interval)
-returns boolean
-language sql
-volatile
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.has_waited(p_interval interval) returns boolean
+language sql set search_path = pg_catalog, pg_temp as $$
   select exists (
     select from (
       select r.user_id, r.model_id, r.queued_at from private.ready_jobs as r
@@ -526,20 +407,13 @@ as $$
   )
 $$;
 
-revoke all on function private.has_waited(interval)
-from public, anon, authenticated, service_role;
-
 -- Whether the queue is too far behind for a request of this plan.
 --
 -- queue_state is refreshed twice a minute, or not at all while nothing runs. Nothing that is ready
 -- now can have been so before the oldest that was ready then, nor, if there was none, before then.
 -- So it never hides that the queue is busy; where it says so, the queue itself is looked at.
-create or replace function private.is_busy(p_plan private.plans)
-returns boolean
-language plpgsql
-volatile
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.is_busy(p_plan private.plans) returns boolean
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   if (select least(q.oldest_ready_at, q.refreshed_at) from private.queue_state as q)
     < now() - p_plan.busy_after then
@@ -549,22 +423,14 @@ begin
 end;
 $$;
 
-revoke all on function private.is_busy(private.plans)
-from public, anon, authenticated, service_role;
-
 -- One more job fits the plan's limits. The caller has locked the entitlement row, and what is
 -- counted here is counted after that: concurrent requests cannot pass them together.
 --
 -- Raises: PT429 too_many_active, PT429 rate_limited, PT503 busy.
-create or replace function private.check_limits(
-  p_entitlement public.entitlements,
-  p_plan private.plans
-)
-returns void
-language plpgsql
-volatile
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.check_limits(
+  p_entitlement public.entitlements, p_plan private.plans
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   if p_plan.max_active <= (
     select count(*) from (
@@ -610,6 +476,3 @@ begin
   end if;
 end;
 $$;
-
-revoke all on function private.check_limits(public.entitlements, private.plans)
-from public, anon, authenticated, service_role;

@@ -6,16 +6,10 @@
 
 -- The option of the model's own sizes nearest to width and height: {property: option}; null if it
 -- has none. Options are ratios such as 16:9, or sizes such as 1024x768; shape counts before area.
-create or replace function private.nearest_size(
-  p_model public.models,
-  p_width numeric,
-  p_height numeric
-)
-returns jsonb
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.nearest_size(
+  p_model public.models, p_width numeric, p_height numeric
+) returns jsonb
+language sql immutable set search_path = pg_catalog, pg_temp as $$
   select jsonb_build_object(p.name, o.option)
   from unnest('{aspect_ratio,size,image_size,resolution}'::text[])
     with ordinality as p (name, place)
@@ -31,17 +25,10 @@ as $$
   limit 1
 $$;
 
-revoke all on function private.nearest_size(public.models, numeric, numeric)
-from public, anon, authenticated, service_role;
-
 -- The side nearest to this many pixels that a property allows: one of its enum, else a multiple of
 -- 64, as diffusion models like it, within its limits.
-create or replace function private.fit_side(p_rules jsonb, p_pixels numeric)
-returns numeric
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.fit_side(p_rules jsonb, p_pixels numeric) returns numeric
+language sql immutable set search_path = pg_catalog, pg_temp as $$
   select coalesce(
     (
       select e.value::numeric from jsonb_array_elements(p_rules -> 'enum') as e
@@ -63,16 +50,9 @@ as $$
   ) as s
 $$;
 
-revoke all on function private.fit_side(jsonb, numeric)
-from public, anon, authenticated, service_role;
-
 -- Width and height of a shape for a model that wants pixels, with the area of its defaults.
-create or replace function private.pixels_of_shape(p_model public.models, p_shape numeric)
-returns jsonb
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.pixels_of_shape(p_model public.models, p_shape numeric) returns jsonb
+language sql immutable set search_path = pg_catalog, pg_temp as $$
   select jsonb_build_object(
     'width', private.fit_side(p.w, sqrt(a.pixels * p_shape)),
     'height', private.fit_side(p.h, sqrt(a.pixels / p_shape))
@@ -86,33 +66,19 @@ as $$
   ) as a
 $$;
 
-revoke all on function private.pixels_of_shape(public.models, numeric)
-from public, anon, authenticated, service_role;
-
 -- A number of the params if it can be a side of a picture, else null.
-create or replace function private.read_side(p_params jsonb, p_name text)
-returns numeric
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.read_side(p_params jsonb, p_name text) returns numeric
+language sql immutable set search_path = pg_catalog, pg_temp as $$
   select case jsonb_typeof(p_params -> p_name) when 'number' then (
     select n.side from (select (p_params ->> p_name)::numeric as side) as n
     where n.side % 1 = 0 and n.side between 1 and 16384
   ) end
 $$;
 
-revoke all on function private.read_side(jsonb, text)
-from public, anon, authenticated, service_role;
-
 -- The params with a size the model knows in place of one it does not. What cannot be mapped stays
 -- as it is, for check_params to refuse.
-create or replace function private.map_size(p_model public.models, p_params jsonb)
-returns jsonb
-language plpgsql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.map_size(p_model public.models, p_params jsonb) returns jsonb
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 declare
   v_takes_pixels boolean := p_model.client_inputs @> '{width,height}';
   v_width numeric := private.read_side(p_params, 'width');
@@ -145,6 +111,3 @@ begin
   return p_params;
 end;
 $$;
-
-revoke all on function private.map_size(public.models, jsonb)
-from public, anon, authenticated, service_role;

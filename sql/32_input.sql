@@ -7,12 +7,8 @@
 -- (provider_input).
 
 -- Why a value does not fit a property of a schema, with what is allowed; null if it does.
-create or replace function private.input_problem(p_value jsonb, p_property jsonb)
-returns text
-language plpgsql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.input_problem(p_value jsonb, p_property jsonb) returns text
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 declare
   v_type text := p_property ->> 'type';
 begin
@@ -49,16 +45,9 @@ begin
 end;
 $$;
 
-revoke all on function private.input_problem(jsonb, jsonb)
-from public, anon, authenticated, service_role;
-
 -- The same for the range of a number; beyond 2^53 JSON numbers are not exact.
-create or replace function private.number_problem(p_number numeric, p_property jsonb)
-returns text
-language plpgsql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.number_problem(p_number numeric, p_property jsonb) returns text
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 declare
   v_lowest numeric := coalesce((p_property ->> 'minimum')::numeric, -9007199254740991);
   v_highest numeric := coalesce((p_property ->> 'maximum')::numeric, 9007199254740991);
@@ -79,21 +68,11 @@ begin
 end;
 $$;
 
-revoke all on function private.number_problem(numeric, jsonb)
-from public, anon, authenticated, service_role;
-
 -- The same for the length of a text (minLength, maxLength) or an array (minItems, maxItems).
-create or replace function private.length_problem(
-  p_length integer,
-  p_property jsonb,
-  p_unit text,
-  p_default_max integer
-)
-returns text
-language plpgsql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.length_problem(
+  p_length integer, p_property jsonb, p_unit text, p_default_max integer
+) returns text
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 declare
   v_most numeric := coalesce((p_property ->> ('max' || p_unit))::numeric, p_default_max);
   v_least numeric := (p_property ->> ('min' || p_unit))::numeric;
@@ -106,16 +85,9 @@ begin
 end;
 $$;
 
-revoke all on function private.length_problem(integer, jsonb, text, integer)
-from public, anon, authenticated, service_role;
-
 -- The same for the items of an array.
-create or replace function private.items_problem(p_value jsonb, p_items jsonb)
-returns text
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.items_problem(p_value jsonb, p_items jsonb) returns text
+language sql immutable set search_path = pg_catalog, pg_temp as $$
   select 'an item is ' || q.problem
   from jsonb_array_elements(p_value) with ordinality as i (value, place)
   cross join private.input_problem(i.value, p_items) as q (problem)
@@ -123,19 +95,12 @@ as $$
   order by i.place limit 1
 $$;
 
-revoke all on function private.items_problem(jsonb, jsonb)
-from public, anon, authenticated, service_role;
-
 -- Answers the params if every one is one the model takes from clients and fits its schema, and none
 -- it needs is missing.
 --
 -- Raises: PT400 invalid_input, naming the field and what is allowed.
-create or replace function private.check_params(p_model public.models, p_params jsonb)
-returns jsonb
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.check_params(p_model public.models, p_params jsonb) returns jsonb
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_properties jsonb := p_model.input_schema -> 'properties';
   v_required jsonb := p_model.input_schema -> 'required';
@@ -165,22 +130,13 @@ begin
 end;
 $$;
 
-revoke all on function private.check_params(public.models, jsonb)
-from public, anon, authenticated, service_role;
-
 -- Source images are files in bucket inputs, in the user's own folder. An address is none.
 --
 -- Raises: PT400 invalid_input.
-create or replace function private.check_source_images(
-  p_model public.models,
-  p_user_id uuid,
-  p_params jsonb
-)
-returns void
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.check_source_images(
+  p_model public.models, p_user_id uuid, p_params jsonb
+) returns void
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_name text;
   v_path text;
@@ -206,18 +162,11 @@ begin
 end;
 $$;
 
-revoke all on function private.check_source_images(public.models, uuid, jsonb)
-from public, anon, authenticated, service_role;
-
 -- There is nothing to see in a text, or no text: it is of controls, spaces, format characters,
 -- fillers, variation selectors, tags and marks without a letter. By number, for what the classes of
 -- a regular expression hold depends on the locale.
-create or replace function private.is_blank(p_text text)
-returns boolean
-language plpgsql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.is_blank(p_text text) returns boolean
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 begin
   return p_text !~ (
     '[^\u0001-\u0020\u007f-\u00a0\u00ad\u0300-\u036f\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891'
@@ -229,16 +178,10 @@ begin
 end;
 $$;
 
-revoke all on function private.is_blank(text) from public, anon, authenticated, service_role;
-
 -- The model makes nothing without a prompt. One that needs a picture and has a prompt of its own,
 -- an upscaler say, does.
-create or replace function private.needs_prompt(p_model public.models)
-returns boolean
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.needs_prompt(p_model public.models) returns boolean
+language sql immutable set search_path = pg_catalog, pg_temp as $$
   select p_model.prompt_input is not null and not (
     coalesce(p_model.input_schema -> 'required' ?| p_model.image_inputs, false)
     and not p_model.input_schema -> 'required' ? p_model.prompt_input
@@ -246,15 +189,9 @@ as $$
   )
 $$;
 
-revoke all on function private.needs_prompt(public.models)
-from public, anon, authenticated, service_role;
-
 -- params.reuse is ours, not the model's: see find_reusable (50). Raises: PT400 invalid_input.
-create or replace function private.check_reuse(p_params jsonb)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.check_reuse(p_params jsonb) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   if jsonb_typeof(p_params -> 'reuse') <> 'boolean' then
     perform private.refuse_input('params.reuse: not of type boolean');
@@ -266,22 +203,14 @@ begin
 end;
 $$;
 
-revoke all on function private.check_reuse(jsonb) from public, anon, authenticated, service_role;
-
 -- What all of a request's jobs are sent but for prompt and seed: defaults, the user's params, the
 -- operator's own values.
 --
 -- Raises: PT400 invalid_input.
-create or replace function private.prepare_params(
-  p_model public.models,
-  p_user_id uuid,
-  p_params jsonb
-)
-returns jsonb
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.prepare_params(
+  p_model public.models, p_user_id uuid, p_params jsonb
+) returns jsonb
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_params jsonb := p_params;
 begin
@@ -300,25 +229,15 @@ begin
 end;
 $$;
 
-revoke all on function private.prepare_params(public.models, uuid, jsonb)
-from public, anon, authenticated, service_role;
-
 -- What the provider is sent for one prompt: with a seed where the model has one, so that every
 -- picture can be made again. It also marks the job: a lost create is found at the provider by its
 -- input.
 --
 -- Raises: PT400 invalid_input.
-create or replace function private.complete_input(
-  p_model public.models,
-  p_prepared jsonb,
-  p_prompt text,
-  p_field text default 'prompt'
-)
-returns jsonb
-language plpgsql
-volatile
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.complete_input(
+  p_model public.models, p_prepared jsonb, p_prompt text, p_field text default 'prompt'
+) returns jsonb
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_input jsonb := p_prepared;
   v_properties jsonb := p_model.input_schema -> 'properties';
@@ -352,6 +271,3 @@ begin
   return v_input;
 end;
 $$;
-
-revoke all on function private.complete_input(public.models, jsonb, text, text)
-from public, anon, authenticated, service_role;

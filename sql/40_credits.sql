@@ -5,11 +5,8 @@
 -- the unique ledger entry goes in first, and the balance moves only if it did.
 
 -- Locks and returns the user's entitlement. Raises: PT401 not_authenticated if there is none.
-create or replace function private.lock_entitlement(p_user_id uuid)
-returns public.entitlements
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.lock_entitlement(p_user_id uuid) returns public.entitlements
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_entitlement public.entitlements;
 begin
@@ -21,18 +18,11 @@ begin
 end;
 $$;
 
-revoke all on function private.lock_entitlement(uuid)
-from public, anon, authenticated, service_role;
-
 -- Raises PT402 insufficient_credits.
-create or replace function private.refuse_price(
-  p_entitlement public.entitlements,
-  p_credits bigint
-)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.refuse_price(
+  p_entitlement public.entitlements, p_credits bigint
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   raise sqlstate 'PT402' using
     message = 'insufficient_credits',
@@ -41,22 +31,14 @@ begin
 end;
 $$;
 
-revoke all on function private.refuse_price(public.entitlements, bigint)
-from public, anon, authenticated, service_role;
-
 -- Charges generations, p_credits each, or refuses. The entitlement row is locked.
 --
 -- Raises: PT402 insufficient_credits.
-create or replace function private.charge_credits(
-  p_entitlement public.entitlements,
-  p_generation_ids uuid[],
-  p_credits integer,
+create function private.charge_credits(
+  p_entitlement public.entitlements, p_generation_ids uuid[], p_credits integer,
   p_last_fair_key bigint
-)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_count integer := cardinality(p_generation_ids);
   v_cost bigint := p_credits::bigint * v_count;
@@ -81,21 +63,13 @@ begin
 end;
 $$;
 
-revoke all on function private.charge_credits(public.entitlements, uuid[], integer, bigint)
-from public, anon, authenticated, service_role;
-
 -- Gives credits of a generation back; the second time does nothing.
 --
 -- Locks: the entitlement row.
-create or replace function private.refund_generation(
-  p_user_id uuid,
-  p_generation_id uuid,
-  p_credits integer
-)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.refund_generation(
+  p_user_id uuid, p_generation_id uuid, p_credits integer
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_balance integer;
 begin
@@ -113,16 +87,9 @@ begin
 end;
 $$;
 
-revoke all on function private.refund_generation(uuid, uuid, integer)
-from public, anon, authenticated, service_role;
-
 -- A user's plan, balance and limits as the API shows them; null if there is no such user.
-create or replace function private.entitlement_json(p_user_id uuid)
-returns json
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.entitlement_json(p_user_id uuid) returns json
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select json_build_object(
     'user_id', e.user_id,
     'plan', p.name,
@@ -143,23 +110,13 @@ as $$
   where e.user_id = p_user_id
 $$;
 
-revoke all on function private.entitlement_json(uuid)
-from public, anon, authenticated, service_role;
-
 -- The ledger entry of an external id, if it is this very grant; null if the id is new.
 --
 -- Raises: PT409 idempotency_conflict if the id was used for something else.
-create or replace function private.find_grant(
-  p_user_id uuid,
-  p_amount integer,
-  p_kind text,
-  p_external_id text
-)
-returns public.credit_ledger
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.find_grant(
+  p_user_id uuid, p_amount integer, p_kind text, p_external_id text
+) returns public.credit_ledger
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_entry public.credit_ledger;
 begin
@@ -175,24 +132,14 @@ begin
 end;
 $$;
 
-revoke all on function private.find_grant(uuid, integer, text, text)
-from public, anon, authenticated, service_role;
-
 -- Adds credits once per external id. Answers {credits, applied}.
 --
 -- Locks: the entitlement row.
 -- Raises: PT400 invalid_input, PT404 not_found, PT409 idempotency_conflict.
-create or replace function private.grant_credits(
-  p_user_id uuid,
-  p_amount integer,
-  p_kind text,
-  p_external_id text
-)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.grant_credits(
+  p_user_id uuid, p_amount integer, p_kind text, p_external_id text
+) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_credits integer;
   v_charged bigint;
@@ -239,44 +186,12 @@ begin
 end;
 $$;
 
-revoke all on function private.grant_credits(uuid, integer, text, text)
-from public, anon, authenticated, service_role;
-grant execute on function private.grant_credits(uuid, integer, text, text) to service_role;
-
-create or replace function public.grant_credits(
-  user_id uuid,
-  amount integer,
-  kind text,
-  external_id text
-)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.grant_credits(
-    grant_credits.user_id, grant_credits.amount, grant_credits.kind, grant_credits.external_id
-  )
-$$;
-
-comment on function public.grant_credits is
-  'Adds credits to a user: kind grant (amount > 0) or adjust (either sign). The same external_id '
-  'is applied once. Answers {credits, applied}. Errors: PT400 invalid_input, PT404 not_found, '
-  'PT409 idempotency_conflict.';
-
-revoke all on function public.grant_credits(uuid, integer, text, text)
-from public, anon, authenticated, service_role;
-grant execute on function public.grant_credits(uuid, integer, text, text) to service_role;
-
 -- Sets until when the user is paid; null ends the plan now.
 --
 -- Locks: the entitlement row.
 -- Raises: PT404 not_found.
-create or replace function private.set_paid(p_user_id uuid, p_paid_until timestamptz)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.set_paid(p_user_id uuid, p_paid_until timestamptz) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
   perform private.require_writable();
   update public.entitlements
@@ -289,32 +204,9 @@ begin
 end;
 $$;
 
-revoke all on function private.set_paid(uuid, timestamptz)
-from public, anon, authenticated, service_role;
-grant execute on function private.set_paid(uuid, timestamptz) to service_role;
-
-create or replace function public.set_paid(user_id uuid, paid_until timestamptz)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.set_paid(set_paid.user_id, set_paid.paid_until)
-$$;
-
-comment on function public.set_paid is
-  'Makes a user paid until a time (infinity: without end; null: not paid). Repeating it changes '
-  'nothing. Answers the entitlement. Errors: PT404 not_found.';
-
-revoke all on function public.set_paid(uuid, timestamptz)
-from public, anon, authenticated, service_role;
-grant execute on function public.set_paid(uuid, timestamptz) to service_role;
-
 -- Gives a new user an entitlement with the welcome credits.
-create or replace function private.create_entitlement(p_user_id uuid)
-returns void
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.create_entitlement(p_user_id uuid) returns void
+language sql set search_path = pg_catalog, pg_temp as $$
   with created as (
     insert into public.entitlements (user_id, credits)
     select p_user_id, s.welcome_credits from private.settings as s
@@ -327,24 +219,14 @@ as $$
   where c.credits > 0
 $$;
 
-revoke all on function private.create_entitlement(uuid)
-from public, anon, authenticated, service_role;
-
 -- Definer: sign-up runs as the auth server's role, which has no rights here.
-create or replace function private.create_entitlement_of_new_user()
-returns trigger
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.create_entitlement_of_new_user() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
   perform private.create_entitlement(new.id);
   return null;
 end;
 $$;
-
-revoke all on function private.create_entitlement_of_new_user()
-from public, anon, authenticated, service_role;
 
 create trigger darkroom_create_entitlement
 after insert on auth.users

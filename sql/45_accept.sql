@@ -9,11 +9,8 @@
 -- NOTIFY serialises commits over the whole instance, so it is sent only when somebody sleeps. A
 -- worker another transaction is waking is skipped. A wake-up that falls between is made good by the
 -- worker, which claims again after it went to sleep.
-create or replace function private.wake_workers(p_at_most integer default 1)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.wake_workers(p_at_most integer default 1) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_worker_id bigint;
 begin
@@ -31,18 +28,11 @@ begin
 end;
 $$;
 
-revoke all on function private.wake_workers(integer)
-from public, anon, authenticated, service_role;
-
 -- How many images this input makes, at most; a schema's default counts where the params are silent.
 -- Where nobody can know before (no input says it, or one says "auto"), the most the model makes:
 -- that is charged, and complete_jobs gives back what was not made.
-create or replace function private.count_images(p_model public.models, p_provider_input jsonb)
-returns smallint
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.count_images(p_model public.models, p_provider_input jsonb) returns smallint
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_said jsonb := p_provider_input -> p_model.image_count_input;
   v_images numeric := case jsonb_typeof(v_said)
@@ -59,23 +49,13 @@ begin
 end;
 $$;
 
-revoke all on function private.count_images(public.models, jsonb)
-from public, anon, authenticated, service_role;
-
 -- A request that fits the model, as insert_generations takes it.
 --
 -- Raises: PT400 invalid_input.
-create or replace function private.draft_generation(
-  p_model public.models,
-  p_name text,
-  p_user_id uuid,
-  p_prompt text,
-  p_params jsonb
-)
-returns public.generations
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.draft_generation(
+  p_model public.models, p_name text, p_user_id uuid, p_prompt text, p_params jsonb
+) returns public.generations
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_draft public.generations;
 begin
@@ -89,9 +69,6 @@ begin
 end;
 $$;
 
-revoke all on function private.draft_generation(public.models, text, uuid, text, jsonb)
-from public, anon, authenticated, service_role;
-
 -- Writes an accepted request, one job for each prompt: charge, generations, ready rows; then wakes
 -- workers. The draft holds what the jobs have in common, p_inputs what is sent for each prompt;
 -- ids, price and times are made here. Answers the first generation, as far as the answer needs it.
@@ -100,19 +77,11 @@ from public, anon, authenticated, service_role;
 -- queue's present. A price of 0 counts as 1, or included models would pass everybody.
 --
 -- Raises: PT402 insufficient_credits.
-create or replace function private.insert_generations(
-  p_entitlement public.entitlements,
-  p_plan private.plans,
-  p_model public.models,
-  p_draft public.generations,
-  p_prompts text[],
-  p_inputs jsonb[],
-  p_is_free boolean default false
-)
-returns public.generations
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.insert_generations(
+  p_entitlement public.entitlements, p_plan private.plans, p_model public.models,
+  p_draft public.generations, p_prompts text[], p_inputs jsonb[], p_is_free boolean default false
+) returns public.generations
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_generation public.generations := p_draft;
   v_ids uuid[];
@@ -158,7 +127,3 @@ begin
   return v_generation;
 end;
 $$;
-
-revoke all on function private.insert_generations(
-  public.entitlements, private.plans, public.models, public.generations, text[], jsonb[], boolean
-) from public, anon, authenticated, service_role;

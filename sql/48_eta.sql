@@ -10,14 +10,10 @@
 
 -- Takes in the attempts completed since the last time and the requests of the last five minutes.
 -- A mean remembers about as many attempts as p_memory. Does nothing within 15 seconds of the last.
-create or replace function private.refresh_model_stats(
-  p_memory integer default 200,
-  p_requests integer default 2000
-)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.refresh_model_stats(
+  p_memory integer default 200, p_requests integer default 2000
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_since timestamptz := coalesce(
     (select max(s.refreshed_at) from private.model_stats as s), now() - interval '1 day'
@@ -64,20 +60,12 @@ begin
 end;
 $$;
 
-revoke all on function private.refresh_model_stats(integer, integer)
-from public, anon, authenticated, service_role;
-
 -- In how many seconds a running job ends if it takes p_mean_seconds; below zero if it is overdue.
 -- The provider's progress counts as much as the clock.
-create or replace function private.due_seconds(
-  p_job private.running_jobs,
-  p_mean_seconds double precision
-)
-returns double precision
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.due_seconds(
+  p_job private.running_jobs, p_mean_seconds double precision
+) returns double precision
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_seconds double precision := date_part('epoch', now() - p_job.claimed_at);
 begin
@@ -90,35 +78,20 @@ begin
 end;
 $$;
 
-revoke all on function private.due_seconds(private.running_jobs, double precision)
-from public, anon, authenticated, service_role;
-
 -- What is left of a running job that takes p_mean_seconds as a rule: never less than a quarter of
 -- it, for late jobs are not done any moment.
-create or replace function private.remaining_seconds(
-  p_job private.running_jobs,
-  p_mean_seconds double precision
-)
-returns double precision
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.remaining_seconds(
+  p_job private.running_jobs, p_mean_seconds double precision
+) returns double precision
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   return greatest(0.25 * p_mean_seconds, private.due_seconds(p_job, p_mean_seconds));
 end;
 $$;
 
-revoke all on function private.remaining_seconds(private.running_jobs, double precision)
-from public, anon, authenticated, service_role;
-
 -- In how many seconds each live slot is free, soonest first; null if no worker lives.
-create or replace function private.free_slots()
-returns double precision[]
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.free_slots() returns double precision[]
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_slots integer;
   v_busy double precision[];
@@ -143,20 +116,12 @@ begin
 end;
 $$;
 
-revoke all on function private.free_slots() from public, anon, authenticated, service_role;
-
 -- When each job of a queue begins, and when one behind them does: jobs of these lengths, in order,
 -- each taking the slot that is free first. After p_exactly the slots are taken to fill evenly.
-create or replace function private.play_queue(
-  p_slots double precision[],
-  p_queue double precision[],
-  p_exactly integer default 100
-)
-returns double precision[]
-language plpgsql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.play_queue(
+  p_slots double precision[], p_queue double precision[], p_exactly integer default 100
+) returns double precision[]
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 declare
   -- A heap: each entry is no later than the two at twice its place, so the first is the soonest.
   v_slots double precision[] := p_slots;
@@ -189,17 +154,12 @@ begin
 end;
 $$;
 
-revoke all on function private.play_queue(double precision[], double precision[], integer)
-from public, anon, authenticated, service_role;
-
 -- The share of this many slots that goes to jobs which come later and are put before a job this far
 -- behind the queue's present: at first all that are put nearer, ever fewer as it moves up.
-create or replace function private.overtaking_share(p_distance bigint, p_slot_count integer)
-returns double precision
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.overtaking_share(
+  p_distance bigint, p_slot_count integer
+) returns double precision
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_slots double precision;
 begin
@@ -212,21 +172,12 @@ begin
 end;
 $$;
 
-revoke all on function private.overtaking_share(bigint, integer)
-from public, anon, authenticated, service_role;
-
 -- Seconds until a queued job begins whose turn comes in p_seconds if nothing is put before it; null
 -- if not known, also while its model is paused without end or tried with a probe.
-create or replace function private.waiting_seconds(
-  p_job private.ready_jobs,
-  p_seconds double precision,
-  p_slot_count integer
-)
-returns double precision
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.waiting_seconds(
+  p_job private.ready_jobs, p_seconds double precision, p_slot_count integer
+) returns double precision
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_paused_until timestamptz;
   v_share double precision := 0;
@@ -253,9 +204,6 @@ begin
 end;
 $$;
 
-revoke all on function private.waiting_seconds(private.ready_jobs, double precision, integer)
-from public, anon, authenticated, service_role;
-
 create type private.forecast as (
   job_id uuid,
   queue_position integer,
@@ -273,14 +221,11 @@ create type private.forecast as (
 -- (30). They are not counted, so that nobody walks what was claimed while vacuum is held back.
 -- Without sorting: a plan made while the queue was empty would else read and sort all of it once it
 -- is long.
-create or replace function private.forecast_jobs(p_job_ids uuid[], p_at_most integer default 1000)
-returns private.forecast[]
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-set enable_sort = off
-set jit = off
-as $$
+create function private.forecast_jobs(
+  p_job_ids uuid[], p_at_most integer default 1000
+) returns private.forecast[]
+language plpgsql stable set search_path = pg_catalog, pg_temp
+set enable_sort = off set jit = off as $$
 declare
   v_queued private.ready_jobs[] := array(
     select q.job from (
@@ -352,19 +297,11 @@ begin
 end;
 $$;
 
-revoke all on function private.forecast_jobs(uuid[], integer)
-from public, anon, authenticated, service_role;
-
 -- The same for one job; null unless it is live.
-create or replace function private.forecast(
-  p_generation public.generations,
-  p_at_most integer default 1000
-)
-returns private.forecast
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.forecast(
+  p_generation public.generations, p_at_most integer default 1000
+) returns private.forecast
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   if p_generation.finished_at is null then
     return (private.forecast_jobs(array[p_generation.id], p_at_most))[1];
@@ -373,23 +310,15 @@ begin
 end;
 $$;
 
-revoke all on function private.forecast(public.generations, integer)
-from public, anon, authenticated, service_role;
-
 -- How long a client should wait before it reads the state of an active job again, between one and
 -- ten seconds. Two fifths of what is left until the job is due, so that it asks more often as the
 -- end comes near; a thirtieth of its age at least, for one that is overdue may be so for long.
 -- Where nobody knows when it is due, half of its age. So a job of a minute is read some ten times,
 -- and seen within two seconds of its end if it takes what its model takes.
-create or replace function private.poll_after_ms(
-  p_created_at timestamptz,
-  p_due_seconds double precision default null
-)
-returns integer
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.poll_after_ms(
+  p_created_at timestamptz, p_due_seconds double precision default null
+) returns integer
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_age double precision := date_part('epoch', now() - p_created_at);
 begin
@@ -400,6 +329,3 @@ begin
   ))::integer;
 end;
 $$;
-
-revoke all on function private.poll_after_ms(timestamptz, double precision)
-from public, anon, authenticated, service_role;

@@ -6,11 +6,8 @@
 -- idempotency key are read and written without a race.
 
 -- Raises PT409 idempotency_conflict.
-create or replace function private.refuse_used_key()
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.refuse_used_key() returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   raise sqlstate 'PT409' using
     message = 'idempotency_conflict',
@@ -19,26 +16,15 @@ begin
 end;
 $$;
 
-revoke all on function private.refuse_used_key()
-from public, anon, authenticated, service_role;
-
 -- The generation this user's key named before; all null if the key is new. A deleted one is found
 -- by no read, so it is no answer either; nor is it made anew, for its key was charged. Once it is
 -- erased its key is new.
 --
 -- Raises: PT409 idempotency_conflict if the payload differs, PT404 not_found if it is deleted.
-create or replace function private.find_generation_by_key(
-  p_user_id uuid,
-  p_key text,
-  p_model text,
-  p_prompt text,
-  p_params jsonb
-)
-returns public.generations
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.find_generation_by_key(
+  p_user_id uuid, p_key text, p_model text, p_prompt text, p_params jsonb
+) returns public.generations
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_generation public.generations;
 begin
@@ -58,22 +44,13 @@ begin
 end;
 $$;
 
-revoke all on function private.find_generation_by_key(uuid, text, text, text, jsonb)
-from public, anon, authenticated, service_role;
-
 -- The user's finished generation of just this input, all images there; all null if there is none.
 --
 -- What was made from a source image is not reused: the file of that path may be another one now.
-create or replace function private.find_reusable(
-  p_user_id uuid,
-  p_model public.models,
-  p_provider_input jsonb
-)
-returns public.generations
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.find_reusable(
+  p_user_id uuid, p_model public.models, p_provider_input jsonb
+) returns public.generations
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select g.*
   from public.generations as g
   where g.user_id = p_user_id
@@ -84,20 +61,12 @@ as $$
   order by g.id desc limit 1
 $$;
 
-revoke all on function private.find_reusable(uuid, public.models, jsonb)
-from public, anon, authenticated, service_role;
-
 -- What the ways in answer, the first time and for every repeat. Looks at no more of the queue than
 -- a request should pay for: get_job_status counts on.
-create or replace function private.enqueue_answer(
-  p_generation public.generations,
-  p_is_reused boolean default false
-)
-returns json
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.enqueue_answer(
+  p_generation public.generations, p_is_reused boolean default false
+) returns json
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_forecast private.forecast := case when p_generation.finished_at is null
     then (private.forecast_jobs(array[p_generation.id], 20))[1] end;
@@ -119,30 +88,18 @@ begin
 end;
 $$;
 
-revoke all on function private.enqueue_answer(public.generations, boolean)
-from public, anon, authenticated, service_role;
-
 -- Body of public.enqueue_generation. With generic plans, here and in all it calls: every row is
 -- reached by its key, and a plan made for one request would cost more than the request. By indexes
 -- only: a plan made while the queue was empty would else read all of it once it is long.
 --
 -- Locks: the entitlement row.
 -- Raises: see the comment on public.enqueue_generation.
-create or replace function private.enqueue_generation(
-  p_model text,
-  p_prompt text,
-  p_params jsonb,
-  p_idempotency_key text
-)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off
-set enable_bitmapscan = off
-set jit = off
-as $$
+create function private.enqueue_generation(
+  p_model text, p_prompt text, p_params jsonb, p_idempotency_key text
+) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
 declare
   v_user_id uuid := private.require_user_id(p_writes => true);
   v_prompt text := coalesce(p_prompt, '');
@@ -179,42 +136,3 @@ begin
   return private.enqueue_answer(v_known);
 end;
 $$;
-
-revoke all on function private.enqueue_generation(text, text, jsonb, text)
-from public, anon, authenticated, service_role;
-grant execute on function private.enqueue_generation(text, text, jsonb, text)
-to anon, authenticated;
-
-create or replace function public.enqueue_generation(
-  model text,
-  prompt text,
-  params jsonb default '{}',
-  idempotency_key text default null
-)
-returns json
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  return private.enqueue_generation(
-    enqueue_generation.model,
-    enqueue_generation.prompt,
-    enqueue_generation.params,
-    enqueue_generation.idempotency_key
-  );
-end;
-$$;
-
-comment on function public.enqueue_generation is
-  'Asks for a picture: checks, charges and queues in one transaction. Answers {job_id, status, '
-  'reused, credits_left, queue_position (jobs ahead, counted to 20 here; null unless queued), '
-  'eta_seconds (until it is likely to be finished, null if not known), poll_after_ms}. The same '
-  'idempotency_key and payload answer with the same job and charge nothing. With params.reuse = '
-  'true and a seed, your finished generation of the same input is answered, free. Errors: PT400 '
-  'invalid_input, PT401 not_authenticated, PT402 insufficient_credits, PT403 requires_paid_plan, '
-  'PT404 not_found (also where the job of the key is deleted), PT409 idempotency_conflict, PT429 '
-  'too_many_active | rate_limited, PT503 busy | model_paused | unavailable.';
-
-revoke all on function public.enqueue_generation(text, text, jsonb, text)
-from public, anon, authenticated, service_role;
-grant execute on function public.enqueue_generation(text, text, jsonb, text) to anon, authenticated;

@@ -8,16 +8,10 @@
 -- The batch this user's key named before; all null if the key is new.
 --
 -- Raises: PT409 idempotency_conflict if the request differs.
-create or replace function private.find_batch_by_key(
-  p_user_id uuid,
-  p_key text,
-  p_request_hash text
-)
-returns public.batches
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.find_batch_by_key(
+  p_user_id uuid, p_key text, p_request_hash text
+) returns public.batches
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_batch public.batches;
 begin
@@ -29,15 +23,9 @@ begin
 end;
 $$;
 
-revoke all on function private.find_batch_by_key(uuid, text, text)
-from public, anon, authenticated, service_role;
-
 -- Raises PT400 invalid_input unless there are 1 to p_max_batch prompts.
-create or replace function private.check_batch_size(p_prompts text[], p_max_batch integer)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.check_batch_size(p_prompts text[], p_max_batch integer) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   if coalesce(cardinality(p_prompts) not between 1 and p_max_batch, true)
     or array_ndims(p_prompts) > 1 then
@@ -46,20 +34,11 @@ begin
 end;
 $$;
 
-revoke all on function private.check_batch_size(text[], integer)
-from public, anon, authenticated, service_role;
-
 -- What is sent for each prompt. Raises: PT400 invalid_input.
-create or replace function private.prepare_batch(
-  p_model public.models,
-  p_user_id uuid,
-  p_prompts text[],
-  p_params jsonb
-)
-returns jsonb[]
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.prepare_batch(
+  p_model public.models, p_user_id uuid, p_prompts text[], p_params jsonb
+) returns jsonb[]
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_prepared jsonb := private.prepare_params(p_model, p_user_id, p_params);
   v_inputs jsonb[];
@@ -73,16 +52,9 @@ begin
 end;
 $$;
 
-revoke all on function private.prepare_batch(public.models, uuid, text[], jsonb)
-from public, anon, authenticated, service_role;
-
 -- A batch as the API shows it: the jobs that are not deleted. Raises: PT404 not_found if all are.
-create or replace function private.batch_json(p_batch public.batches)
-returns json
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.batch_json(p_batch public.batches) returns json
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_answer json;
 begin
@@ -120,28 +92,16 @@ begin
 end;
 $$;
 
-revoke all on function private.batch_json(public.batches)
-from public, anon, authenticated, service_role;
-
 -- Body of public.enqueue_batch.
 --
 -- Locks: the entitlement row.
 -- Raises: see the comment on public.enqueue_batch.
-create or replace function private.enqueue_batch(
-  p_model text,
-  p_prompts text[],
-  p_params jsonb,
-  p_idempotency_key text
-)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off
-set enable_bitmapscan = off
-set jit = off
-as $$
+create function private.enqueue_batch(
+  p_model text, p_prompts text[], p_params jsonb, p_idempotency_key text
+) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
 declare
   v_user_id uuid := private.require_user_id(p_writes => true);
   v_prompts text[];
@@ -183,47 +143,9 @@ begin
 end;
 $$;
 
-revoke all on function private.enqueue_batch(text, text[], jsonb, text)
-from public, anon, authenticated, service_role;
-grant execute on function private.enqueue_batch(text, text[], jsonb, text) to anon, authenticated;
-
-create or replace function public.enqueue_batch(
-  model text,
-  prompts text[],
-  params jsonb default '{}',
-  idempotency_key text default null
-)
-returns json
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  return private.enqueue_batch(
-    enqueue_batch.model,
-    enqueue_batch.prompts,
-    enqueue_batch.params,
-    enqueue_batch.idempotency_key
-  );
-end;
-$$;
-
-comment on function public.enqueue_batch is
-  'Asks for one generation of each prompt (as many as your plan''s max_batch), all or nothing. '
-  'Answers as get_batch_status does. The same idempotency_key and request answer with the same '
-  'batch and charge nothing; once all its jobs are deleted it is not found. An error of one prompt '
-  'names it in details, prompts[0] being the first. Errors: those of enqueue_generation.';
-
-revoke all on function public.enqueue_batch(text, text[], jsonb, text)
-from public, anon, authenticated, service_role;
-grant execute on function public.enqueue_batch(text, text[], jsonb, text) to anon, authenticated;
-
 -- The user's batch. Raises: PT404 not_found.
-create or replace function private.require_batch(p_batch_id uuid, p_user_id uuid)
-returns public.batches
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.require_batch(p_batch_id uuid, p_user_id uuid) returns public.batches
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_batch public.batches;
 begin
@@ -239,41 +161,10 @@ begin
 end;
 $$;
 
-revoke all on function private.require_batch(uuid, uuid)
-from public, anon, authenticated, service_role;
-
 -- Body of public.get_batch_status.
 --
 -- Raises: PT401 not_authenticated, PT404 not_found.
-create or replace function private.get_batch_status(p_batch_id uuid)
-returns json
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.get_batch_status(p_batch_id uuid) returns json
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
   select private.batch_json(private.require_batch(p_batch_id, private.require_user_id()))
 $$;
-
-revoke all on function private.get_batch_status(uuid)
-from public, anon, authenticated, service_role;
-grant execute on function private.get_batch_status(uuid) to anon, authenticated;
-
-create or replace function public.get_batch_status(batch_id uuid)
-returns json
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.get_batch_status(get_batch_status.batch_id)
-$$;
-
-comment on function public.get_batch_status is
-  'One of your batches: {batch_id, job_ids in the order of the prompts, status (active | finished),'
-  ' queued, processing, completed, failed, canceled (counts), progress (percent of the whole), '
-  'credits_left, poll_after_ms (null when finished), created_at}. get_job_status tells of each. '
-  'Errors: PT401 not_authenticated, PT404 not_found.';
-
-revoke all on function public.get_batch_status(uuid)
-from public, anon, authenticated, service_role;
-grant execute on function public.get_batch_status(uuid) to anon, authenticated;

@@ -7,29 +7,18 @@
 -- retries, and theirs, are the tries of one wish, of which an operator gives one picture.
 
 -- The generation that repeats this one and is under way or done; all null if there is none.
-create or replace function private.find_retry(p_generation_id uuid)
-returns public.generations
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.find_retry(p_generation_id uuid) returns public.generations
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select g.* from public.generations as g
   where g.retry_of = p_generation_id and g.status not in ('failed', 'canceled')
   order by g.deleted_at nulls first, g.id limit 1
 $$;
 
-revoke all on function private.find_retry(uuid)
-from public, anon, authenticated, service_role;
-
 -- The user's generation, if it failed or was canceled.
 --
 -- Raises: PT404 not_found, PT409 not_finished, PT409 already_finished.
-create or replace function private.require_retryable(p_job_id uuid, p_user_id uuid)
-returns public.generations
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.require_retryable(p_job_id uuid, p_user_id uuid) returns public.generations
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_generation public.generations := private.require_generation(p_job_id, p_user_id);
 begin
@@ -48,23 +37,14 @@ begin
 end;
 $$;
 
-revoke all on function private.require_retryable(uuid, uuid)
-from public, anon, authenticated, service_role;
-
 -- Body of public.retry_generation.
 --
 -- Locks: the entitlement row.
 -- Raises: see the comment on public.retry_generation.
-create or replace function private.retry_generation(p_job_id uuid)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off
-set enable_bitmapscan = off
-set jit = off
-as $$
+create function private.retry_generation(p_job_id uuid) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
 declare
   v_user_id uuid := private.require_user_id(p_writes => true);
   v_entitlement public.entitlements := private.lock_entitlement(v_user_id);
@@ -90,41 +70,14 @@ begin
 end;
 $$;
 
-revoke all on function private.retry_generation(uuid)
-from public, anon, authenticated, service_role;
-grant execute on function private.retry_generation(uuid) to anon, authenticated;
-
-create or replace function public.retry_generation(job_id uuid)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.retry_generation(retry_generation.job_id)
-$$;
-
-comment on function public.retry_generation is
-  'Asks again for what failed or was canceled: a new job, charged as any, with a new seed unless '
-  'you gave one. While a retry of it is under way or done, answers with that one. Answers as '
-  'enqueue_generation does. Errors: those of enqueue_generation, PT409 not_finished | '
-  'already_finished.';
-
-revoke all on function public.retry_generation(uuid)
-from public, anon, authenticated, service_role;
-grant execute on function public.retry_generation(uuid) to anon, authenticated;
-
 -- What a user wished for, each wish with all its tries: the last of them that is not deleted, the
 -- price of one, whether none is under way or done, and since when one is that was free.
-create or replace function private.wishes_of(p_user_id uuid)
-returns table (last_id uuid, price_credits integer, is_open boolean, given_at timestamptz)
-language sql
-stable
-set search_path = pg_catalog, pg_temp
+--
 -- Each try is reached by its key, whatever the planner thinks of how many there are.
-set enable_seqscan = off
-set enable_hashjoin = off
-set enable_mergejoin = off
-set jit = off
-as $$
+create function private.wishes_of(p_user_id uuid)
+returns table (last_id uuid, price_credits integer, is_open boolean, given_at timestamptz)
+language sql stable set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off as $$
   with recursive tries as (
     select
       g.id as wish_id, g.id, g.retry_of, g.price_credits, g.created_at, g.deleted_at,
@@ -149,18 +102,13 @@ as $$
   group by t.wish_id
 $$;
 
-revoke all on function private.wishes_of(uuid) from public, anon, authenticated, service_role;
-
 -- Queues one failed generation again, free, with what was sent before, as far as the model still
 -- takes that. A pause is no reason against it: the job waits.
 --
 -- Locks: the entitlement row.
 -- Raises: PT400 invalid_input, PT401 not_authenticated, PT403 requires_paid_plan, PT404 not_found.
-create or replace function private.redrive_generation(p_old public.generations)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.redrive_generation(p_old public.generations) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_entitlement public.entitlements := private.lock_entitlement(p_old.user_id);
   v_plan private.plans := private.plan_of(v_entitlement);
@@ -188,9 +136,6 @@ begin
 end;
 $$;
 
-revoke all on function private.redrive_generation(public.generations)
-from public, anon, authenticated, service_role;
-
 -- Body of public.redrive_failed. Users in order, so that two runs lock in the same order; and each
 -- user's wishes are read once nobody else can add a try.
 --
@@ -200,16 +145,10 @@ from public, anon, authenticated, service_role;
 --
 -- Locks: the users' entitlement rows.
 -- Raises: PT400 invalid_input.
-create or replace function private.redrive_failed(
-  p_code text,
-  p_since timestamptz,
-  p_at_most integer
-)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.redrive_failed(
+  p_code text, p_since timestamptz, p_at_most integer
+) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_user_id uuid;
   v_credits bigint;
@@ -275,30 +214,3 @@ begin
   );
 end;
 $$;
-
-revoke all on function private.redrive_failed(text, timestamptz, integer)
-from public, anon, authenticated, service_role;
-grant execute on function private.redrive_failed(text, timestamptz, integer) to service_role;
-
-create or replace function public.redrive_failed(
-  code text,
-  since timestamptz,
-  at_most integer default 1000
-)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.redrive_failed(redrive_failed.code, redrive_failed.since, redrive_failed.at_most)
-$$;
-
-comment on function public.redrive_failed is
-  'Queues again what failed with a code since a time, free, with the same input: of each wish the '
-  'last try, unless one is under way or done, and for each user no more than the credits at hand '
-  'would buy. Answers {redriven, skipped: {reason: count} if any}; reasons are '
-  'insufficient_credits, those of retry_generation, and internal. Call again while redriven is '
-  'at_most. It reads the whole history: an operator''s tool. Errors: PT400 invalid_input.';
-
-revoke all on function public.redrive_failed(text, timestamptz, integer)
-from public, anon, authenticated, service_role;
-grant execute on function public.redrive_failed(text, timestamptz, integer) to service_role;

@@ -3,30 +3,9 @@
 -- All of it is STABLE, so GET works and repeats are harmless. Polling get_job_status is the
 -- contract; Realtime (65) is only a hint to poll sooner.
 
-create or replace function public.ping()
-returns json
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select json_build_object('ok', true, 'server_time', now())
-  from set_config('response.headers', '[{"Cache-Control": "no-store"}]', true)
-$$;
-
-comment on function public.ping is
-  'Warms the path from the app to the database: touches no table. Answers {ok, server_time}, '
-  'never cached.';
-
-revoke all on function public.ping() from public, anon, authenticated, service_role;
-grant execute on function public.ping() to anon, authenticated, service_role;
-
 -- The images of a generation as the API shows them, in order.
-create or replace function private.images_json(p_generation_id uuid)
-returns json
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.images_json(p_generation_id uuid) returns json
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_images json;
 begin
@@ -41,15 +20,9 @@ begin
 end;
 $$;
 
-revoke all on function private.images_json(uuid) from public, anon, authenticated, service_role;
-
 -- The running row of a live job. While it waits, all null but the attempts used up.
-create or replace function private.running_job(p_job_id uuid)
-returns private.running_jobs
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.running_job(p_job_id uuid) returns private.running_jobs
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_running private.running_jobs;
 begin
@@ -61,19 +34,12 @@ begin
 end;
 $$;
 
-revoke all on function private.running_job(uuid) from public, anon, authenticated, service_role;
-
 -- One job as the API shows it, with its forecast where the caller has it: who shows many asks for
 -- all at once. Progress is read from the running row: it is not history.
-create or replace function private.job_json(
-  p_generation public.generations,
-  p_forecast private.forecast default null
-)
-returns json
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.job_json(
+  p_generation public.generations, p_forecast private.forecast default null
+) returns json
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_running private.running_jobs;
   v_forecast private.forecast := coalesce(p_forecast, private.forecast(p_generation));
@@ -120,69 +86,25 @@ begin
 end;
 $$;
 
-revoke all on function private.job_json(public.generations, private.forecast)
-from public, anon, authenticated, service_role;
-
 -- Body of public.get_job_status.
 --
 -- Raises: PT401 not_authenticated, PT404 not_found.
-create or replace function private.get_job_status(p_job_id uuid)
-returns json
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off
-set enable_bitmapscan = off
-set jit = off
-as $$
+create function private.get_job_status(p_job_id uuid) returns json
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
 begin
   return private.job_json(private.require_generation(p_job_id, private.require_user_id()));
 end;
 $$;
 
-revoke all on function private.get_job_status(uuid) from public, anon, authenticated, service_role;
-grant execute on function private.get_job_status(uuid) to anon, authenticated;
-
-create or replace function public.get_job_status(job_id uuid)
-returns json
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  return private.get_job_status(get_job_status.job_id);
-end;
-$$;
-
-comment on function public.get_job_status is
-  'State of one of your jobs: {job_id, status, stage, progress (percent), attempt, '
-  'cancel_requested, queue_position, eta_seconds (until it is likely to be finished, null if not '
-  'known), poll_after_ms, model, alias, batch_id, retry_of, idempotency_key, prompt, params, '
-  'price_credits, refunded_credits, error {code, message}, images [{position, path and '
-  'preview_path in bucket generations, content_type, width, height, bytes, blurhash, '
-  'is_public}], is_favorite, tags, created_at, started_at, finished_at}. attempt is the number of '
-  'the one that runs, or while queued of those used up. Poll again after poll_after_ms, stop when '
-  'it is null. Errors: PT401 not_authenticated, PT404 not_found.';
-
-revoke all on function public.get_job_status(uuid) from public, anon, authenticated, service_role;
-grant execute on function public.get_job_status(uuid) to anon, authenticated;
-
 -- Body of public.list_active_jobs.
 --
 -- Raises: PT400 invalid_input, PT401 not_authenticated.
-create or replace function private.list_active_jobs(p_job_ids uuid[])
-returns json
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off
-set enable_bitmapscan = off
-set jit = off
-as $$
+create function private.list_active_jobs(p_job_ids uuid[]) returns json
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
 declare
   v_user_id uuid := private.require_known_user_id();
   v_ids uuid[];
@@ -200,41 +122,11 @@ begin
 end;
 $$;
 
-revoke all on function private.list_active_jobs(uuid[])
-from public, anon, authenticated, service_role;
-grant execute on function private.list_active_jobs(uuid[]) to anon, authenticated;
-
-create or replace function public.list_active_jobs(job_ids uuid[] default '{}')
-returns json
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  return private.list_active_jobs(list_active_jobs.job_ids);
-end;
-$$;
-
-comment on function public.list_active_jobs is
-  'Your queued and running jobs, and those of job_ids (at most 100) whatever their state, newest '
-  'first, each as get_job_status shows it. An app asks for it on start and on returning to the '
-  'foreground; one that waits for several jobs polls it alone, with their ids, and so is told how '
-  'each ended. Errors: PT400 invalid_input, PT401 not_authenticated.';
-
-revoke all on function public.list_active_jobs(uuid[])
-from public, anon, authenticated, service_role;
-grant execute on function public.list_active_jobs(uuid[]) to anon, authenticated;
-
 -- Body of public.get_entitlement.
 --
 -- Raises: PT401 not_authenticated.
-create or replace function private.get_entitlement()
-returns json
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.get_entitlement() returns json
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_entitlement json := private.entitlement_json(private.require_user_id());
 begin
@@ -245,34 +137,9 @@ begin
 end;
 $$;
 
-revoke all on function private.get_entitlement() from public, anon, authenticated, service_role;
-grant execute on function private.get_entitlement() to anon, authenticated;
-
-create or replace function public.get_entitlement()
-returns json
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.get_entitlement()
-$$;
-
-comment on function public.get_entitlement is
-  'Your plan, balance, limits and what is used of them: {user_id, plan (free | paid), paid_until,'
-  ' credits, active_jobs, max_active, minute_jobs, max_per_minute, max_batch, is_busy (requests are'
-  ' refused as busy now)}. Errors: PT401 not_authenticated.';
-
-revoke all on function public.get_entitlement() from public, anon, authenticated, service_role;
-grant execute on function public.get_entitlement() to anon, authenticated;
-
 -- Body of public.list_models.
-create or replace function private.list_models()
-returns json
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.list_models() returns json
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
   select coalesce(json_agg(json_build_object(
     'id', m.id,
     'title', m.title,
@@ -293,23 +160,3 @@ as $$
   from public.models as m
   where m.is_active
 $$;
-
-revoke all on function private.list_models() from public, anon, authenticated, service_role;
-grant execute on function private.list_models() to anon, authenticated, service_role;
-
-create or replace function public.list_models()
-returns json
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.list_models()
-$$;
-
-comment on function public.list_models is
-  'The catalogue: [{id, title, price_credits and paid_price_credits (per image), requires_paid, '
-  'paused_until (null unless it is; may be infinity), max_images, inputs {name: JSON schema of a '
-  'param}, image_inputs [those that take a path in bucket inputs]}].';
-
-revoke all on function public.list_models() from public, anon, authenticated, service_role;
-grant execute on function public.list_models() to anon, authenticated, service_role;

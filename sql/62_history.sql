@@ -7,18 +7,10 @@
 
 -- Ids of a user's generations before this one, newest first, at most so many: those with a tag, or
 -- the favorites, or all.
-create or replace function private.walk_generations(
-  p_user_id uuid,
-  p_before uuid,
-  p_only_favorites boolean,
-  p_tag text,
-  p_at_most integer
-)
-returns uuid[]
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.walk_generations(
+  p_user_id uuid, p_before uuid, p_only_favorites boolean, p_tag text, p_at_most integer
+) returns uuid[]
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   if p_tag is not null then
     return array(
@@ -41,18 +33,11 @@ begin
 end;
 $$;
 
-revoke all on function private.walk_generations(uuid, uuid, boolean, text, integer)
-from public, anon, authenticated, service_role;
-
 -- A tag as it is kept: lower case, single spaces, one way to write an accent.
 --
 -- Raises: PT400 invalid_input.
-create or replace function private.read_tag(p_field text, p_tag text)
-returns text
-language plpgsql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.read_tag(p_field text, p_tag text) returns text
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 declare
   v_tag text;
 begin
@@ -66,15 +51,9 @@ begin
 end;
 $$;
 
-revoke all on function private.read_tag(text, text) from public, anon, authenticated, service_role;
-
 -- Raises PT400 invalid_input unless a page may have so many entries.
-create or replace function private.check_page_size(p_page_size integer)
-returns void
-language plpgsql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.check_page_size(p_page_size integer) returns void
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 begin
   if (p_page_size between 1 and 100) is not true then
     perform private.refuse_input('page_size: not between 1 and 100');
@@ -82,26 +61,14 @@ begin
 end;
 $$;
 
-revoke all on function private.check_page_size(integer)
-from public, anon, authenticated, service_role;
-
 -- Body of public.list_generations. What the walk names and the page leaves out (deleted, of another
 -- status) is passed over; the next page begins where the walk or the page ended.
 --
 -- Raises: PT400 invalid_input, PT401 not_authenticated.
-create or replace function private.list_generations(
-  p_before uuid,
-  p_page_size integer,
-  p_only_favorites boolean,
-  p_tag text,
-  p_status text
-)
-returns json
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.list_generations(
+  p_before uuid, p_page_size integer, p_only_favorites boolean, p_tag text, p_status text
+) returns json
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
 declare
   c_walk constant integer := 200;
   v_user_id uuid := private.require_known_user_id();
@@ -145,40 +112,3 @@ begin
   );
 end;
 $$;
-
-revoke all on function private.list_generations(uuid, integer, boolean, text, text)
-from public, anon, authenticated, service_role;
-grant execute on function private.list_generations(uuid, integer, boolean, text, text)
-to anon, authenticated;
-
-create or replace function public.list_generations(
-  before uuid default null,
-  page_size integer default 20,
-  only_favorites boolean default false,
-  tag text default null,
-  status text default null
-)
-returns json
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.list_generations(
-    list_generations.before,
-    list_generations.page_size,
-    list_generations.only_favorites,
-    list_generations.tag,
-    list_generations.status
-  )
-$$;
-
-comment on function public.list_generations is
-  'Your generations, newest first, without deleted ones: {generations [each as get_job_status '
-  'shows it], next_before}. The next page is what comes before next_before; null: there is none. A '
-  'page may have fewer than page_size (1 to 100) and still a next one. Errors: PT400 '
-  'invalid_input, PT401 not_authenticated.';
-
-revoke all on function public.list_generations(uuid, integer, boolean, text, text)
-from public, anon, authenticated, service_role;
-grant execute on function public.list_generations(uuid, integer, boolean, text, text)
-to anon, authenticated;

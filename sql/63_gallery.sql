@@ -9,14 +9,10 @@
 --
 -- Locks: the generation.
 -- Raises: PT401 not_authenticated, PT404 not_found.
-create or replace function private.lock_own_generation(
-  p_job_id uuid,
-  p_may_be_deleted boolean default false
-)
-returns public.generations
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.lock_own_generation(
+  p_job_id uuid, p_may_be_deleted boolean default false
+) returns public.generations
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_user_id uuid := private.require_user_id(p_writes => true);
   v_generation public.generations;
@@ -31,19 +27,12 @@ begin
 end;
 $$;
 
-revoke all on function private.lock_own_generation(uuid, boolean)
-from public, anon, authenticated, service_role;
-
 -- Body of public.set_favorite.
 --
 -- Locks: the generation.
 -- Raises: PT400 invalid_input, PT401 not_authenticated, PT404 not_found.
-create or replace function private.set_favorite(p_job_id uuid, p_is_favorite boolean)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.set_favorite(p_job_id uuid, p_is_favorite boolean) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
   perform private.lock_own_generation(p_job_id);
   if p_is_favorite is null then
@@ -55,36 +44,12 @@ begin
 end;
 $$;
 
-revoke all on function private.set_favorite(uuid, boolean)
-from public, anon, authenticated, service_role;
-grant execute on function private.set_favorite(uuid, boolean) to anon, authenticated;
-
-create or replace function public.set_favorite(job_id uuid, is_favorite boolean default true)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.set_favorite(set_favorite.job_id, set_favorite.is_favorite)
-$$;
-
-comment on function public.set_favorite is
-  'Makes one of your generations a favorite, or no longer one: {job_id, is_favorite}. Errors: '
-  'PT400 invalid_input, PT401 not_authenticated, PT404 not_found.';
-
-revoke all on function public.set_favorite(uuid, boolean)
-from public, anon, authenticated, service_role;
-grant execute on function public.set_favorite(uuid, boolean) to anon, authenticated;
-
 -- Body of public.set_tags.
 --
 -- Locks: the generation.
 -- Raises: PT400 invalid_input, PT401 not_authenticated, PT404 not_found.
-create or replace function private.set_tags(p_job_id uuid, p_tags text[])
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.set_tags(p_job_id uuid, p_tags text[]) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_generation public.generations := private.lock_own_generation(p_job_id);
   v_tags text[];
@@ -103,52 +68,21 @@ begin
 end;
 $$;
 
-revoke all on function private.set_tags(uuid, text[])
-from public, anon, authenticated, service_role;
-grant execute on function private.set_tags(uuid, text[]) to anon, authenticated;
-
-create or replace function public.set_tags(job_id uuid, tags text[])
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.set_tags(set_tags.job_id, set_tags.tags)
-$$;
-
-comment on function public.set_tags is
-  'Gives one of your generations these tags in place of those it had: at most 20, of 1 to 50 '
-  'characters, kept in lower case. Answers {job_id, tags}. Errors: PT400 invalid_input, PT401 '
-  'not_authenticated, PT404 not_found.';
-
-revoke all on function public.set_tags(uuid, text[])
-from public, anon, authenticated, service_role;
-grant execute on function public.set_tags(uuid, text[]) to anon, authenticated;
-
 -- Makes the images of these generations private again.
 --
 -- Locks: the images. The generations are locked already, or an image could be shared meanwhile.
-create or replace function private.end_shares(p_generation_ids uuid[])
-returns void
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.end_shares(p_generation_ids uuid[]) returns void
+language sql set search_path = pg_catalog, pg_temp as $$
   update public.images set share_id = null, shows_prompt = false
   where generation_id = any (p_generation_ids) and share_id is not null
 $$;
-
-revoke all on function private.end_shares(uuid[])
-from public, anon, authenticated, service_role;
 
 -- Body of public.delete_generation. What it shared is private again, in the same moment.
 --
 -- Locks: the generation, its images.
 -- Raises: PT401 not_authenticated, PT404 not_found, PT409 not_finished.
-create or replace function private.delete_generation(p_job_id uuid)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.delete_generation(p_job_id uuid) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_generation public.generations := private.lock_own_generation(p_job_id, true);
   v_deleted_at timestamptz := coalesce(v_generation.deleted_at, now());
@@ -166,38 +100,13 @@ begin
 end;
 $$;
 
-revoke all on function private.delete_generation(uuid)
-from public, anon, authenticated, service_role;
-grant execute on function private.delete_generation(uuid) to anon, authenticated;
-
-create or replace function public.delete_generation(job_id uuid)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.delete_generation(delete_generation.job_id)
-$$;
-
-comment on function public.delete_generation is
-  'Hides one of your finished generations, ends the sharing of its images, and leaves it to be '
-  'erased later: {job_id, deleted_at}. A repeat answers the same. Errors: PT401 not_authenticated, '
-  'PT404 not_found, PT409 not_finished.';
-
-revoke all on function public.delete_generation(uuid)
-from public, anon, authenticated, service_role;
-grant execute on function public.delete_generation(uuid) to anon, authenticated;
-
 -- Body of public.restore_generation. What is being erased cannot come back: some of its files may
 -- be gone.
 --
 -- Locks: the generation.
 -- Raises: PT401 not_authenticated, PT404 not_found.
-create or replace function private.restore_generation(p_job_id uuid)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.restore_generation(p_job_id uuid) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_generation public.generations := private.lock_own_generation(p_job_id, true);
 begin
@@ -210,24 +119,3 @@ begin
   return private.get_job_status(p_job_id);
 end;
 $$;
-
-revoke all on function private.restore_generation(uuid)
-from public, anon, authenticated, service_role;
-grant execute on function private.restore_generation(uuid) to anon, authenticated;
-
-create or replace function public.restore_generation(job_id uuid)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.restore_generation(restore_generation.job_id)
-$$;
-
-comment on function public.restore_generation is
-  'Takes back delete_generation as long as nothing is erased, and answers as get_job_status does. '
-  'Favorite, tags and likes are as they were; its images stay private until shared again. Errors: '
-  'PT401 not_authenticated, PT404 not_found.';
-
-revoke all on function public.restore_generation(uuid)
-from public, anon, authenticated, service_role;
-grant execute on function public.restore_generation(uuid) to anon, authenticated;

@@ -14,17 +14,10 @@
 --
 -- Locks: the generation, the image.
 -- Raises: PT400 invalid_input, PT401 not_authenticated, PT404 not_found.
-create or replace function private.share_image(
-  p_job_id uuid,
-  p_position integer,
-  p_is_public boolean,
-  p_shows_prompt boolean
-)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.share_image(
+  p_job_id uuid, p_position integer, p_is_public boolean, p_shows_prompt boolean
+) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_image public.images;
 begin
@@ -47,45 +40,9 @@ begin
 end;
 $$;
 
-revoke all on function private.share_image(uuid, integer, boolean, boolean)
-from public, anon, authenticated, service_role;
-grant execute on function private.share_image(uuid, integer, boolean, boolean)
-to anon, authenticated;
-
-create or replace function public.share_image(
-  job_id uuid,
-  image_position integer default 0,
-  is_public boolean default true,
-  shows_prompt boolean default false
-)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.share_image(
-    share_image.job_id,
-    share_image.image_position,
-    share_image.is_public,
-    share_image.shows_prompt
-  )
-$$;
-
-comment on function public.share_image is
-  'Shows one of your images to everybody, with its prompt if shows_prompt, or no longer: {job_id, '
-  'position, share_id, is_public, shows_prompt}. Errors: PT400 invalid_input, PT401 '
-  'not_authenticated, PT404 not_found.';
-
-revoke all on function public.share_image(uuid, integer, boolean, boolean)
-from public, anon, authenticated, service_role;
-grant execute on function public.share_image(uuid, integer, boolean, boolean)
-to anon, authenticated;
-
 -- Raises PT404 not_found, the same for an image that never was and one that is not shared.
-create or replace function private.refuse_unknown_image()
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.refuse_unknown_image() returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   perform private.refuse_missing(
     'image_position: no such image of this job',
@@ -94,20 +51,11 @@ begin
 end;
 $$;
 
-revoke all on function private.refuse_unknown_image()
-from public, anon, authenticated, service_role;
-
 -- Likes of an image, counted up to p_at_most: a page with popular images must not read them all.
-create or replace function private.count_likes(
-  p_job_id uuid,
-  p_position integer,
-  p_at_most integer default 1000
-)
-returns integer
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.count_likes(
+  p_job_id uuid, p_position integer, p_at_most integer default 1000
+) returns integer
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select count(*)::integer
   from (
     select 1 from public.image_likes as l
@@ -116,22 +64,13 @@ as $$
   ) as likes
 $$;
 
-revoke all on function private.count_likes(uuid, integer, integer)
-from public, anon, authenticated, service_role;
-
 -- Body of public.like_image.
 --
 -- Raises: PT400 invalid_input, PT401 not_authenticated, PT404 not_found.
-create or replace function private.like_image(
-  p_job_id uuid,
-  p_position integer,
-  p_is_liked boolean
-)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.like_image(
+  p_job_id uuid, p_position integer, p_is_liked boolean
+) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_user_id uuid := private.require_known_user_id(p_writes => true);
   v_image public.images;
@@ -160,38 +99,9 @@ begin
 end;
 $$;
 
-revoke all on function private.like_image(uuid, integer, boolean)
-from public, anon, authenticated, service_role;
-grant execute on function private.like_image(uuid, integer, boolean) to anon, authenticated;
-
-create or replace function public.like_image(
-  job_id uuid,
-  image_position integer default 0,
-  is_liked boolean default true
-)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.like_image(like_image.job_id, like_image.image_position, like_image.is_liked)
-$$;
-
-comment on function public.like_image is
-  'Likes a shared image, once however often it is called, or no longer: {job_id, position, '
-  'is_liked, like_count (up to 1000)}. Errors: PT400 invalid_input, PT401 not_authenticated, PT404 '
-  'not_found.';
-
-revoke all on function public.like_image(uuid, integer, boolean)
-from public, anon, authenticated, service_role;
-grant execute on function public.like_image(uuid, integer, boolean) to anon, authenticated;
-
 -- One shared image as everybody sees it.
-create or replace function private.shared_image_json(p_image public.images, p_user_id uuid)
-returns json
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.shared_image_json(p_image public.images, p_user_id uuid) returns json
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select json_build_object(
     'share_id', p_image.share_id,
     'job_id', p_image.generation_id,
@@ -218,19 +128,11 @@ as $$
   where g.id = p_image.generation_id
 $$;
 
-revoke all on function private.shared_image_json(public.images, uuid)
-from public, anon, authenticated, service_role;
-
 -- Body of public.list_public_images.
 --
 -- Raises: PT400 invalid_input, PT401 not_authenticated.
-create or replace function private.list_public_images(p_before uuid, p_page_size integer)
-returns json
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.list_public_images(p_before uuid, p_page_size integer) returns json
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_user_id uuid := private.caller_id();
   v_before uuid := coalesce(p_before, 'ffffffff-ffff-ffff-ffff-ffffffffffff');
@@ -257,30 +159,3 @@ begin
   return v_answer;
 end;
 $$;
-
-revoke all on function private.list_public_images(uuid, integer)
-from public, anon, authenticated, service_role;
-grant execute on function private.list_public_images(uuid, integer) to anon, authenticated;
-
-create or replace function public.list_public_images(
-  before uuid default null,
-  page_size integer default 20
-)
-returns json
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.list_public_images(list_public_images.before, list_public_images.page_size)
-$$;
-
-comment on function public.list_public_images is
-  'Shared images of all users, last shared first: {images [{share_id, job_id, position, path and '
-  'preview_path in bucket generations, content_type, width, height, bytes, blurhash, model, prompt '
-  '(null unless shared with it), created_at, like_count (up to 1000), is_liked and is_own (by you)'
-  '}], next_before}. The next page is what comes before next_before; null: there is none. '
-  'page_size: 1 to 100. Errors: PT400 invalid_input.';
-
-revoke all on function public.list_public_images(uuid, integer)
-from public, anon, authenticated, service_role;
-grant execute on function public.list_public_images(uuid, integer) to anon, authenticated;

@@ -18,12 +18,9 @@
 
 -- Sends with the rights of Darkroom's owner: whatever changes a state is security definer. Realtime
 -- locks its table while it adds or drops a partition; a hint does not wait for that.
-create or replace function private.broadcast_generation()
-returns trigger
-language plpgsql
-set search_path = pg_catalog, pg_temp
-set lock_timeout = '50ms'
-as $$
+create function private.broadcast_generation() returns trigger
+language plpgsql set search_path = pg_catalog, pg_temp
+set lock_timeout = '50ms' as $$
 begin
   if not (select s.broadcasts from private.settings as s) then
     return null;
@@ -42,9 +39,6 @@ exception
     return null;
 end;
 $$;
-
-revoke all on function private.broadcast_generation()
-from public, anon, authenticated, service_role;
 
 -- On Supabase neither table nor publication need be ours: supautils.policy_grants lets postgres,
 -- and no other role, make policies on realtime.messages, but not comment on them.

@@ -6,11 +6,8 @@
 -- Writes one delivery for each target that wants to know how these generations ended.
 --
 -- Should a generation end a second time, the new event takes the old one's place, sent or not.
-create or replace function private.record_events(p_job_ids uuid[], p_status text)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.record_events(p_job_ids uuid[], p_status text) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_event_type text := 'generation.' || p_status;
 begin
@@ -34,16 +31,9 @@ begin
 end;
 $$;
 
-revoke all on function private.record_events(uuid[], text)
-from public, anon, authenticated, service_role;
-
 -- What a webhook endpoint is sent: the job as get_job_status shows it, and whose it is.
-create or replace function private.webhook_body(p_delivery private.deliveries)
-returns jsonb
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.webhook_body(p_delivery private.deliveries) returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select jsonb_build_object(
     'type', p_delivery.event_type,
     'timestamp', p_delivery.created_at,
@@ -56,21 +46,14 @@ as $$
   where g.id = p_delivery.generation_id
 $$;
 
-revoke all on function private.webhook_body(private.deliveries)
-from public, anon, authenticated, service_role;
-
 -- What Expo is sent: nothing of the prompt, for it is shown on locked screens. Null if nobody
 -- should get it any more: the token is gone or somebody else's, it is late, or another push of the
 -- same batch to the same device is to come, which is enough. The last of a batch has neither an
 -- unfinished sibling nor a later push, so it is always sent.
 --
 -- A push whose answer was lost is sent again. collapseId and tag have the device show it once.
-create or replace function private.push_body(p_delivery private.deliveries)
-returns jsonb
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.push_body(p_delivery private.deliveries) returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select jsonb_build_array(jsonb_build_object(
     'to', t.token, 'title', x.title, 'body', x.body,
     'collapseId', coalesce(g.batch_id, g.id), 'tag', coalesce(g.batch_id, g.id),
@@ -92,6 +75,3 @@ as $$
       )
     )
 $$;
-
-revoke all on function private.push_body(private.deliveries)
-from public, anon, authenticated, service_role;

@@ -5,12 +5,8 @@
 -- what it enqueues is a finished prompt, and only then are model and params checked.
 
 -- One template as the API shows it, with the placeholders in the order of their names.
-create or replace function private.template_json(p_template public.prompt_templates)
-returns json
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.template_json(p_template public.prompt_templates) returns json
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select json_build_object(
     'id', p_template.id,
     'is_own', p_template.user_id is not null,
@@ -26,24 +22,13 @@ as $$
   )
 $$;
 
-revoke all on function private.template_json(public.prompt_templates)
-from public, anon, authenticated, service_role;
-
 -- Body of public.save_prompt_template.
 --
 -- Raises: PT400 invalid_input, PT401 not_authenticated, PT404 not_found.
-create or replace function private.save_prompt_template(
-  p_title text,
-  p_prompt text,
-  p_model text,
-  p_params jsonb,
-  p_id uuid
-)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.save_prompt_template(
+  p_title text, p_prompt text, p_model text, p_params jsonb, p_id uuid
+) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_user_id uuid := private.require_known_user_id(p_writes => true);
   v_params jsonb := private.read_request(array[p_prompt], p_params, null);
@@ -68,48 +53,9 @@ begin
 end;
 $$;
 
-revoke all on function private.save_prompt_template(text, text, text, jsonb, uuid)
-from public, anon, authenticated, service_role;
-grant execute on function private.save_prompt_template(text, text, text, jsonb, uuid)
-to anon, authenticated;
-
-create or replace function public.save_prompt_template(
-  title text,
-  prompt text,
-  model text default null,
-  params jsonb default '{}',
-  id uuid default null
-)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.save_prompt_template(
-    save_prompt_template.title,
-    save_prompt_template.prompt,
-    save_prompt_template.model,
-    save_prompt_template.params,
-    save_prompt_template.id
-  )
-$$;
-
-comment on function public.save_prompt_template is
-  'Keeps a prompt to start from, or changes the one with this id; at most 100. Answers as '
-  'list_prompt_templates shows it. Errors: PT400 invalid_input, PT401 not_authenticated, PT404 '
-  'not_found.';
-
-revoke all on function public.save_prompt_template(text, text, text, jsonb, uuid)
-from public, anon, authenticated, service_role;
-grant execute on function public.save_prompt_template(text, text, text, jsonb, uuid)
-to anon, authenticated;
-
 -- Raises PT400 invalid_input.
-create or replace function private.check_template(p_title text, p_prompt text, p_model text)
-returns void
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.check_template(p_title text, p_prompt text, p_model text) returns void
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   if private.is_blank(p_prompt) then
     perform private.refuse_input('prompt: empty');
@@ -121,17 +67,10 @@ begin
 end;
 $$;
 
-revoke all on function private.check_template(text, text, text)
-from public, anon, authenticated, service_role;
-
 -- Raises PT400 invalid_input. Not exact for one who saves many in the same moment; all that matters
 -- is that there is an end.
-create or replace function private.check_template_count(p_user_id uuid)
-returns void
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.check_template_count(p_user_id uuid) returns void
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   if (select count(*) >= 100 from public.prompt_templates where user_id = p_user_id) then
     perform private.refuse_input('title: you have 100 templates', 'Delete one first.');
@@ -139,15 +78,9 @@ begin
 end;
 $$;
 
-revoke all on function private.check_template_count(uuid)
-from public, anon, authenticated, service_role;
-
 -- Raises PT404 not_found, also for templates of others and of the app.
-create or replace function private.refuse_unknown_template()
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.refuse_unknown_template() returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   perform private.refuse_missing(
     'id: no such template of yours',
@@ -156,18 +89,11 @@ begin
 end;
 $$;
 
-revoke all on function private.refuse_unknown_template()
-from public, anon, authenticated, service_role;
-
 -- Body of public.delete_prompt_template.
 --
 -- Raises: PT401 not_authenticated, PT404 not_found.
-create or replace function private.delete_prompt_template(p_id uuid)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.delete_prompt_template(p_id uuid) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_user_id uuid := private.require_known_user_id(p_writes => true);
 begin
@@ -179,35 +105,11 @@ begin
 end;
 $$;
 
-revoke all on function private.delete_prompt_template(uuid)
-from public, anon, authenticated, service_role;
-grant execute on function private.delete_prompt_template(uuid) to anon, authenticated;
-
-create or replace function public.delete_prompt_template(id uuid)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.delete_prompt_template(delete_prompt_template.id)
-$$;
-
-comment on function public.delete_prompt_template is
-  'Deletes one of your prompt templates: {id}. Errors: PT401 not_authenticated, PT404 not_found.';
-
-revoke all on function public.delete_prompt_template(uuid)
-from public, anon, authenticated, service_role;
-grant execute on function public.delete_prompt_template(uuid) to anon, authenticated;
-
 -- Body of public.list_prompt_templates.
 --
 -- Raises: PT401 not_authenticated.
-create or replace function private.list_prompt_templates()
-returns json
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.list_prompt_templates() returns json
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_user_id uuid := private.require_known_user_id();
 begin
@@ -220,25 +122,3 @@ begin
   );
 end;
 $$;
-
-revoke all on function private.list_prompt_templates()
-from public, anon, authenticated, service_role;
-grant execute on function private.list_prompt_templates() to anon, authenticated;
-
-create or replace function public.list_prompt_templates()
-returns json
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.list_prompt_templates()
-$$;
-
-comment on function public.list_prompt_templates is
-  'Prompts to start from, your own and then the app''s, newest first: [{id, is_own, title, prompt, '
-  'placeholders [names in braces], model (null: any), params, created_at}]. Errors: PT401 '
-  'not_authenticated.';
-
-revoke all on function public.list_prompt_templates()
-from public, anon, authenticated, service_role;
-grant execute on function public.list_prompt_templates() to anon, authenticated;

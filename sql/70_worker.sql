@@ -14,25 +14,16 @@
 -- a session, and without jit, which takes such a ban for an expensive plan.
 
 -- Raises DR001 lease_lost.
-create or replace function private.refuse_lost_lease(p_job_id uuid)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.refuse_lost_lease(p_job_id uuid) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   raise sqlstate 'DR001' using message = 'lease_lost', detail = format('job %s', p_job_id);
 end;
 $$;
 
-revoke all on function private.refuse_lost_lease(uuid)
-from public, anon, authenticated, service_role;
-
-create or replace function private.register_worker(p_host text, p_slots integer, p_version text)
+create function private.register_worker(p_host text, p_slots integer, p_version text)
 returns table (worker_id bigint, channel text, heartbeat_seconds real, lease_seconds real)
-language sql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language sql security definer set search_path = pg_catalog, pg_temp as $$
   with registered as (
     insert into private.workers (host, slots, version)
     values (left(p_host, 200), p_slots, left(p_version, 50))
@@ -51,32 +42,16 @@ comment on function private.register_worker is
   'Enters a worker process. Answers its id, the channel to LISTEN on, and the intervals in '
   'seconds.';
 
-revoke all on function private.register_worker(text, integer, text)
-from public, anon, authenticated, service_role;
-grant execute on function private.register_worker(text, integer, text) to darkroom_worker;
-
-create or replace function private.unregister_worker(p_worker_id bigint)
-returns void
-language sql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.unregister_worker(p_worker_id bigint) returns void
+language sql security definer set search_path = pg_catalog, pg_temp as $$
   delete from private.workers where id = p_worker_id
 $$;
 
 comment on function private.unregister_worker is
   'Takes a worker that stops off the list, so that nobody tries to wake it.';
 
-revoke all on function private.unregister_worker(bigint)
-from public, anon, authenticated, service_role;
-grant execute on function private.unregister_worker(bigint) to darkroom_worker;
-
-create or replace function private.sleep(p_worker_id bigint)
-returns void
-language sql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.sleep(p_worker_id bigint) returns void
+language sql security definer set search_path = pg_catalog, pg_temp as $$
   update private.workers set asleep = true where id = p_worker_id and not asleep
 $$;
 
@@ -84,22 +59,12 @@ comment on function private.sleep is
   'Says that the worker found nothing and waits for NOTIFY. It must claim once more after this '
   'commits, and again a moment later: an enqueue in flight may have seen it awake.';
 
-revoke all on function private.sleep(bigint) from public, anon, authenticated, service_role;
-grant execute on function private.sleep(bigint) to darkroom_worker;
-
-create or replace function private.heartbeat(
-  p_worker_id bigint,
-  p_job_ids uuid[],
-  p_tokens bigint[],
-  p_progress smallint[],
+create function private.heartbeat(
+  p_worker_id bigint, p_job_ids uuid[], p_tokens bigint[], p_progress smallint[],
   p_is_listening boolean default true
-)
-returns table (job_id uuid, verdict text)
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan
-as $$
+) returns table (job_id uuid, verdict text)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
   v_lease interval := (select s.lease from private.settings as s);
@@ -139,26 +104,12 @@ comment on function private.heartbeat is
   'null), and whether its LISTEN works. Answers for each job, in order of id: ok, lost (drop it) '
   'or canceled (stop it: its user wants that, or is gone).';
 
-revoke all on function private.heartbeat(bigint, uuid[], bigint[], smallint[], boolean)
-from public, anon, authenticated, service_role;
-grant execute on function private.heartbeat(bigint, uuid[], bigint[], smallint[], boolean)
-to darkroom_worker;
-
-create or replace function private.report_progress(
-  p_job_ids uuid[],
-  p_tokens bigint[],
-  p_stages text[],
-  p_progress smallint[]
-)
-returns table (token bigint, verdict text)
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off
-set enable_bitmapscan = off
-set jit = off
-as $$
+create function private.report_progress(
+  p_job_ids uuid[], p_tokens bigint[], p_stages text[], p_progress smallint[]
+) returns table (token bigint, verdict text)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
 #variable_conflict use_column
 declare
   v_reported integer;
@@ -184,8 +135,3 @@ $$;
 comment on function private.report_progress is
   'Says at once what the next heartbeat would: stage (generating | storing) and percent or null. '
   'Answers each job whose lease holds: ok, or canceled (stop it).';
-
-revoke all on function private.report_progress(uuid[], bigint[], text[], smallint[])
-from public, anon, authenticated, service_role;
-grant execute on function private.report_progress(uuid[], bigint[], text[], smallint[])
-to darkroom_worker;

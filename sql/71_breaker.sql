@@ -20,25 +20,14 @@
 -- ends without anything to count or to reset takes no lock here.
 
 -- How long the n-th pause in a row lasts.
-create or replace function private.pause_length(p_times integer)
-returns interval
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.pause_length(p_times integer) returns interval
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select least(s.breaker_pause_cap, s.breaker_pause * power(2, least(p_times - 1, 20)))
   from private.settings as s
 $$;
 
-revoke all on function private.pause_length(integer)
-from public, anon, authenticated, service_role;
-
-create or replace function private.breaker_state(p_breaker private.breakers)
-returns text
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.breaker_state(p_breaker private.breakers) returns text
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select case
     when p_breaker.paused_until is null then 'closed'
     when p_breaker.times_opened = 0
@@ -53,15 +42,8 @@ as $$
   end
 $$;
 
-revoke all on function private.breaker_state(private.breakers)
-from public, anon, authenticated, service_role;
-
-create or replace function private.breaker_json(p_breaker private.breakers)
-returns json
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.breaker_json(p_breaker private.breakers) returns json
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select json_build_object(
     'name', p_breaker.name,
     'state', b.state,
@@ -73,17 +55,10 @@ as $$
   from (select private.breaker_state(p_breaker) as state) as b
 $$;
 
-revoke all on function private.breaker_json(private.breakers)
-from public, anon, authenticated, service_role;
-
 -- Whether a job may be claimed in spite of the breaker: as its probe, unless it is closed. From a
 -- hundred users on who have failed it is no few users' input: nobody is tried during a pause.
-create or replace function private.admits(p_breaker private.breakers, p_user_id uuid)
-returns boolean
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.admits(p_breaker private.breakers, p_user_id uuid) returns boolean
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select case private.breaker_state(p_breaker)
     when 'open' then cardinality(p_breaker.failed_users) between 1 and 99
       and not p_user_id = any (p_breaker.failed_users)
@@ -92,15 +67,8 @@ as $$
   end
 $$;
 
-revoke all on function private.admits(private.breakers, uuid)
-from public, anon, authenticated, service_role;
-
-create or replace function private.is_doubted(p_breaker private.breakers, p_user_id uuid)
-returns boolean
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.is_doubted(p_breaker private.breakers, p_user_id uuid) returns boolean
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select coalesce(
     p_user_id = any (p_breaker.doubted_users)
       and p_breaker.doubted_at > now() - s.breaker_pause_cap,
@@ -109,15 +77,9 @@ as $$
   from private.settings as s
 $$;
 
-revoke all on function private.is_doubted(private.breakers, uuid)
-from public, anon, authenticated, service_role;
-
 -- Closes breakers whose operator's pause is over.
-create or replace function private.end_pauses()
-returns void
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.end_pauses() returns void
+language sql set search_path = pg_catalog, pg_temp as $$
   update private.breakers set paused_until = null, pause_reason = null, resumed_at = now()
   where name = any (array(
     select b.name from private.breakers as b
@@ -125,14 +87,9 @@ as $$
   ))
 $$;
 
-revoke all on function private.end_pauses() from public, anon, authenticated, service_role;
-
 -- Lets this job be the probe of a breaker, if it may. Answers whether it is.
-create or replace function private.begin_probe(p_name text, p_seq bigint)
-returns boolean
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.begin_probe(p_name text, p_seq bigint) returns boolean
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   perform from private.breakers where name = p_name and times_opened > 0 for update skip locked;
   if not found then
@@ -146,21 +103,12 @@ begin
 end;
 $$;
 
-revoke all on function private.begin_probe(text, bigint)
-from public, anon, authenticated, service_role;
-
 -- Counts one failure against a breaker, which the caller has locked, and opens it if that was
 -- enough, or if its probe failed after the pause.
-create or replace function private.count_failure(
-  p_name text,
-  p_job private.running_jobs,
-  p_code text,
-  p_threshold integer
-)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.count_failure(
+  p_name text, p_job private.running_jobs, p_code text, p_threshold integer
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_breaker private.breakers := (select b from private.breakers as b where b.name = p_name);
   v_settings private.settings := (select s from private.settings as s);
@@ -208,18 +156,12 @@ begin
 end;
 $$;
 
-revoke all on function private.count_failure(text, private.running_jobs, text, integer)
-from public, anon, authenticated, service_role;
-
 -- Counts a failed attempt against its model, and against the provider unless the model is paused:
 -- one model alone does not pause a provider.
 --
 -- Locks: the breakers of the provider and the model.
-create or replace function private.note_failure(p_job private.running_jobs, p_code text)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.note_failure(p_job private.running_jobs, p_code text) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_provider text := (select m.provider from public.models as m where m.id = p_job.model_id);
   v_settings private.settings := (select s from private.settings as s);
@@ -242,18 +184,12 @@ begin
 end;
 $$;
 
-revoke all on function private.note_failure(private.running_jobs, text)
-from public, anon, authenticated, service_role;
-
 -- Jobs ended well: failures of their models are forgotten, and what is paused though one began
 -- after the failures is closed. The caller knows that there is something to forget.
 --
 -- Locks: the breakers of the providers and the models.
-create or replace function private.note_successes(p_jobs private.running_jobs[])
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.note_successes(p_jobs private.running_jobs[]) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_job record;
   v_is_resumed boolean;
@@ -292,21 +228,11 @@ begin
 end;
 $$;
 
-revoke all on function private.note_successes(private.running_jobs[])
-from public, anon, authenticated, service_role;
-
 -- An operator's pause stays what it is, and a user who is doubted begins none.
-create or replace function private.pause_provider(
-  p_provider text,
-  p_seconds integer,
-  p_reason text,
-  p_user_id uuid default null
-)
-returns boolean
-language sql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.pause_provider(
+  p_provider text, p_seconds integer, p_reason text, p_user_id uuid default null
+) returns boolean
+language sql security definer set search_path = pg_catalog, pg_temp as $$
   insert into private.breakers as b (
     name, paused_until, pause_reason, times_opened, failing_since, failed_users
   )
@@ -340,17 +266,9 @@ comment on function private.pause_provider is
   'it is paused now; not where others were served lately though this user failed: then the job is '
   'to blame.';
 
-revoke all on function private.pause_provider(text, integer, text, uuid)
-from public, anon, authenticated, service_role;
-grant execute on function private.pause_provider(text, integer, text, uuid) to darkroom_worker;
-
 -- Raises PT404 not_found unless it is a model or a provider of one.
-create or replace function private.require_breaker_name(p_name text)
-returns void
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.require_breaker_name(p_name text) returns void
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   if not exists (select from public.models as m where p_name in (m.id, m.provider)) then
     perform private.refuse_missing(
@@ -361,18 +279,11 @@ begin
 end;
 $$;
 
-revoke all on function private.require_breaker_name(text)
-from public, anon, authenticated, service_role;
-
 -- Body of public.pause_model. Ends what the breaker counted: the pause is the operator's now.
 --
 -- Raises: PT400 invalid_input, PT404 not_found.
-create or replace function private.pause_model(p_model text, p_until timestamptz, p_reason text)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.pause_model(p_model text, p_until timestamptz, p_reason text) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_breaker private.breakers;
 begin
@@ -395,41 +306,11 @@ begin
 end;
 $$;
 
-revoke all on function private.pause_model(text, timestamptz, text)
-from public, anon, authenticated, service_role;
-grant execute on function private.pause_model(text, timestamptz, text) to service_role;
-
-create or replace function public.pause_model(
-  model text,
-  until timestamptz default 'infinity',
-  reason text default null
-)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.pause_model(pause_model.model, pause_model.until, pause_model.reason)
-$$;
-
-comment on function public.pause_model is
-  'Pauses a model, or all models of a provider, until a time or resume_model: new requests are '
-  'refused with model_paused, queued jobs wait and keep their place, running ones go on. Answers '
-  '{name, state (open | closed | half-open | probing), paused_until, reason, failures, '
-  'times_opened}. Errors: PT400 invalid_input, PT404 not_found.';
-
-revoke all on function public.pause_model(text, timestamptz, text)
-from public, anon, authenticated, service_role;
-grant execute on function public.pause_model(text, timestamptz, text) to service_role;
-
 -- Body of public.resume_model.
 --
 -- Raises: PT404 not_found.
-create or replace function private.resume_model(p_model text)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.resume_model(p_model text) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_breaker private.breakers;
 begin
@@ -445,21 +326,3 @@ begin
   return private.breaker_json(v_breaker);
 end;
 $$;
-
-revoke all on function private.resume_model(text) from public, anon, authenticated, service_role;
-grant execute on function private.resume_model(text) to service_role;
-
-create or replace function public.resume_model(model text)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.resume_model(resume_model.model)
-$$;
-
-comment on function public.resume_model is
-  'Ends a pause of a model or a provider, whoever began it: its jobs are claimed at once, in their '
-  'old order. Repeating it changes nothing. Answers as pause_model does. Errors: PT404 not_found.';
-
-revoke all on function public.resume_model(text) from public, anon, authenticated, service_role;
-grant execute on function public.resume_model(text) to service_role;

@@ -14,15 +14,10 @@
 --
 -- Answers the seconds the next is to wait: such scans take a fiftieth of the time, unless that
 -- would make one wait for longer than p_at_most.
-create or replace function private.put_off(
-  p_due regclass,
-  p_began timestamptz,
-  p_at_most double precision
-)
-returns double precision
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.put_off(
+  p_due regclass, p_began timestamptz, p_at_most double precision
+) returns double precision
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_now timestamptz := clock_timestamp();
   v_pause double precision := least(50 * extract(epoch from v_now - p_began), p_at_most);
@@ -34,14 +29,8 @@ begin
 end;
 $$;
 
-revoke all on function private.put_off(regclass, timestamptz, double precision)
-from public, anon, authenticated, service_role;
-
-create or replace function private.is_put_off(p_due regclass)
-returns boolean
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.is_put_off(p_due regclass) returns boolean
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_now double precision := 1000 * extract(epoch from clock_timestamp());
 begin
@@ -49,15 +38,9 @@ begin
 end;
 $$;
 
-revoke all on function private.is_put_off(regclass)
-from public, anon, authenticated, service_role;
-
 -- Delayed jobs whose time has come become claimable.
-create or replace function private.promote_due_jobs(p_at_most integer)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.promote_due_jobs(p_at_most integer) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   update private.ready_jobs set run_at = null, queued_at = now()
   where seq = any (array(
@@ -67,9 +50,6 @@ begin
 end;
 $$;
 
-revoke all on function private.promote_due_jobs(integer)
-from public, anon, authenticated, service_role;
-
 -- The fair_key to begin the next scan at; null: at the virtual clock.
 --
 -- While a long transaction holds back vacuum, the index begins with every job ever claimed since,
@@ -77,11 +57,8 @@ from public, anon, authenticated, service_role;
 -- below it meanwhile is found by one that starts a little below, at the floor: in each session
 -- p_pause seconds after the last. What lies deeper is found by one from the start, once a second.
 -- Where such scans take long they come less often, and one does for all: see schedule_scan.
-create or replace function private.scan_start(p_pause double precision default 0.05)
-returns bigint
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.scan_start(p_pause double precision default 0.05) returns bigint
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_now double precision := extract(epoch from clock_timestamp());
   v_full_due text := nullif(current_setting('darkroom.full_scan_due', true), '');
@@ -100,16 +77,10 @@ begin
 end;
 $$;
 
-revoke all on function private.scan_start(double precision)
-from public, anon, authenticated, service_role;
-
 -- Notes that this session has scanned from below the clock, and when it may again; where it was
 -- dear, when any session may. One from the start takes the place of one from the floor, too.
-create or replace function private.schedule_scan(p_from bigint, p_began timestamptz)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.schedule_scan(p_from bigint, p_began timestamptz) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_now double precision := extract(epoch from clock_timestamp());
   v_pause double precision;
@@ -125,18 +96,12 @@ begin
 end;
 $$;
 
-revoke all on function private.schedule_scan(bigint, timestamptz)
-from public, anon, authenticated, service_role;
-
 -- Locks the next jobs in fair order and answers their seq.
 --
 -- A generic plan walks the index, whatever statistics say.
-create or replace function private.lock_next_jobs(p_at_most integer, p_from bigint)
-returns bigint[]
-language plpgsql
-set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan
-as $$
+create function private.lock_next_jobs(p_at_most integer, p_from bigint) returns bigint[]
+language plpgsql set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan as $$
 declare
   v_began timestamptz := clock_timestamp();
   v_seqs bigint[] := array(
@@ -153,24 +118,13 @@ begin
 end;
 $$;
 
-revoke all on function private.lock_next_jobs(integer, bigint)
-from public, anon, authenticated, service_role;
-
 -- What keeps jobs of a model back: whether nothing does; whether all wait; whether the pause is
 -- over; and who failed, at model or provider, and at the provider.
-create or replace function private.gate_of(
-  p_model_id text,
-  p_provider text,
-  out is_open boolean,
-  out is_shut boolean,
-  out is_over boolean,
-  out failed_users uuid[],
-  out failed_at_provider uuid[]
+create function private.gate_of(
+  p_model_id text, p_provider text, out is_open boolean, out is_shut boolean, out is_over boolean,
+  out failed_users uuid[], out failed_at_provider uuid[]
 )
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select
     count(*) = 0,
     coalesce(bool_or(private.admits(b, null) is false), false),
@@ -187,18 +141,12 @@ as $$
   where b.name in (p_model_id, p_provider) and private.breaker_state(b) <> 'closed'
 $$;
 
-revoke all on function private.gate_of(text, text)
-from public, anon, authenticated, service_role;
-
 -- The same while something is paused: of each model that is not, the next; of one that can be
 -- tried, one job of a user who has not failed; after the pause, where there is no such job, one of
 -- a user who has. A range of models, though of one: else the index in fair order might be walked.
-create or replace function private.lock_next_admitted_jobs(p_at_most integer, p_from bigint)
-returns bigint[]
-language plpgsql
-set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan
-as $$
+create function private.lock_next_admitted_jobs(p_at_most integer, p_from bigint) returns bigint[]
+language plpgsql set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan as $$
 begin
   return array(
     select r.seq from private.ready_jobs as r
@@ -254,17 +202,11 @@ begin
 end;
 $$;
 
-revoke all on function private.lock_next_admitted_jobs(integer, bigint)
-from public, anon, authenticated, service_role;
-
 -- Of these locked jobs, those that may run though breakers are not closed: one of each of those, of
 -- a user who has not failed if there is one. Providers first: their one job may be that of a model,
 -- too.
-create or replace function private.admit_probes(p_seqs bigint[])
-returns bigint[]
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.admit_probes(p_seqs bigint[]) returns bigint[]
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_breaker private.breakers;
   v_own bigint[];
@@ -293,15 +235,9 @@ begin
 end;
 $$;
 
-revoke all on function private.admit_probes(bigint[])
-from public, anon, authenticated, service_role;
-
 -- Locks the next jobs that may run now while something is paused, and answers their seq.
-create or replace function private.pick_admitted_jobs(p_at_most integer)
-returns bigint[]
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.pick_admitted_jobs(p_at_most integer) returns bigint[]
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_began timestamptz := clock_timestamp();
   v_from bigint := 0;
@@ -321,16 +257,10 @@ begin
 end;
 $$;
 
-revoke all on function private.pick_admitted_jobs(integer)
-from public, anon, authenticated, service_role;
-
 -- Locks the next jobs that may run now and answers their seq. Beside that, each statement here only
 -- looks whether there is something to do that is rare.
-create or replace function private.pick_jobs(p_at_most integer)
-returns bigint[]
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.pick_jobs(p_at_most integer) returns bigint[]
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_from bigint;
   v_seqs bigint[];
@@ -354,33 +284,17 @@ begin
 end;
 $$;
 
-revoke all on function private.pick_jobs(integer) from public, anon, authenticated, service_role;
-
 -- Every row is reached by its key, whatever the planner thinks of the tables' sizes.
 -- Outer joins: a job whose model somebody deleted must fail at the worker, not vanish here.
-create or replace function private.claim_jobs(p_worker_id bigint, p_slots integer)
+create function private.claim_jobs(p_worker_id bigint, p_slots integer)
 returns table (
-  job_id uuid,
-  user_id uuid,
-  token bigint,
-  attempt smallint,
-  provider text,
-  provider_ref text,
-  provider_input jsonb,
-  provider_job_id text,
-  image_inputs text[],
-  image_count smallint,
-  deadline_seconds real,
-  begun_before timestamptz
+  job_id uuid, user_id uuid, token bigint, attempt smallint, provider text, provider_ref text,
+  provider_input jsonb, provider_job_id text, image_inputs text[], image_count smallint,
+  deadline_seconds real, begun_before timestamptz
 )
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off
-set enable_bitmapscan = off
-set jit = off
-as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
 #variable_conflict use_column
 declare
   v_seqs bigint[] := private.pick_jobs(p_slots);
@@ -431,7 +345,3 @@ comment on function private.claim_jobs is
   'Moves up to p_slots jobs in fair order from ready to running and answers them. provider_job_id'
   ' is set where an earlier attempt already bought something at the provider: resume it; else '
   'begun_before, where one may have: look for it before creating again. Seconds are durations.';
-
-revoke all on function private.claim_jobs(bigint, integer)
-from public, anon, authenticated, service_role;
-grant execute on function private.claim_jobs(bigint, integer) to darkroom_worker;

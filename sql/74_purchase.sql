@@ -12,20 +12,12 @@
 --
 -- Whoever puts a provider's id into purchases has it, and nobody else ever.
 
-create or replace function private.begin_creates(
-  p_job_ids uuid[],
-  p_tokens bigint[],
-  p_inputs bytea[] default null
-)
-returns table (token bigint, create_started_at timestamptz)
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off
-set enable_bitmapscan = off
-set jit = off
-as $$
+create function private.begin_creates(
+  p_job_ids uuid[], p_tokens bigint[], p_inputs bytea[] default null
+) returns table (token bigint, create_started_at timestamptz)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
 #variable_conflict use_column
 begin
   return query
@@ -41,16 +33,9 @@ comment on function private.begin_creates is
   'claim, or where the input has addresses of sources: p_inputs are its SHA-256 then, else null. '
   'Answers each whose lease holds, and since when something may have been bought for it.';
 
-revoke all on function private.begin_creates(uuid[], bigint[], bytea[])
-from public, anon, authenticated, service_role;
-grant execute on function private.begin_creates(uuid[], bigint[], bytea[]) to darkroom_worker;
-
-create or replace function private.recall_create(p_job_id uuid, p_token bigint)
+create function private.recall_create(p_job_id uuid, p_token bigint)
 returns table (create_started_at timestamptz, input_sha256 bytea)
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_column
 begin
   return query
@@ -66,24 +51,12 @@ comment on function private.recall_create is
   'Since when something may have been bought for a job, and the SHA-256 that begin_creates saved '
   'last. Errors: DR001 lease_lost.';
 
-revoke all on function private.recall_create(uuid, bigint)
-from public, anon, authenticated, service_role;
-grant execute on function private.recall_create(uuid, bigint) to darkroom_worker;
-
-create or replace function private.checkpoint_jobs(
-  p_job_ids uuid[],
-  p_tokens bigint[],
-  p_provider_job_ids text[]
-)
-returns table (token bigint, verdict text)
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off
-set enable_bitmapscan = off
-set jit = off
-as $$
+create function private.checkpoint_jobs(
+  p_job_ids uuid[], p_tokens bigint[], p_provider_job_ids text[]
+) returns table (token bigint, verdict text)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
 #variable_conflict use_column
 begin
   return query
@@ -107,20 +80,10 @@ comment on function private.checkpoint_jobs is
   'Answers each job whose lease holds: ok. Errors, which change nothing for any of the jobs: 23505 '
   'the provider''s job is another''s.';
 
-revoke all on function private.checkpoint_jobs(uuid[], bigint[], text[])
-from public, anon, authenticated, service_role;
-grant execute on function private.checkpoint_jobs(uuid[], bigint[], text[]) to darkroom_worker;
-
-create or replace function private.adopt_provider_job(
-  p_job_id uuid,
-  p_token bigint,
-  p_candidates text[]
-)
-returns text
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.adopt_provider_job(
+  p_job_id uuid, p_token bigint, p_candidates text[]
+) returns text
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_adopted text;
 begin
@@ -146,7 +109,3 @@ $$;
 comment on function private.adopt_provider_job is
   'Checkpoints the first of these provider ids, oldest first, that no job has had, and answers it; '
   'null if there is none. For creates whose answer was lost. Errors: DR001 lease_lost.';
-
-revoke all on function private.adopt_provider_job(uuid, bigint, text[])
-from public, anon, authenticated, service_role;
-grant execute on function private.adopt_provider_job(uuid, bigint, text[]) to darkroom_worker;

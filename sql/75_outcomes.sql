@@ -7,15 +7,12 @@
 -- attempts.
 
 -- Deletes the running rows that these tokens hold and answers them in order of id.
-create or replace function private.end_leases(p_job_ids uuid[], p_tokens bigint[])
-returns private.running_jobs[]
-language plpgsql
-set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off
-set enable_bitmapscan = off
-set jit = off
-as $$
+create function private.end_leases(
+  p_job_ids uuid[], p_tokens bigint[]
+) returns private.running_jobs[]
+language plpgsql set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
 declare
   v_jobs private.running_jobs[];
 begin
@@ -29,20 +26,12 @@ begin
 end;
 $$;
 
-revoke all on function private.end_leases(uuid[], bigint[])
-from public, anon, authenticated, service_role;
-
 -- Of these tokens, those that already ended an attempt in one of these ways: the call is a repeat
 -- whose first answer was lost.
-create or replace function private.ended_before(
-  p_job_ids uuid[],
-  p_tokens bigint[],
-  p_outcomes text[]
-)
-returns setof bigint
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.ended_before(
+  p_job_ids uuid[], p_tokens bigint[], p_outcomes text[]
+) returns setof bigint
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   return query
   select a.token from private.attempts as a
@@ -51,17 +40,13 @@ begin
 end;
 $$;
 
-revoke all on function private.ended_before(uuid[], bigint[], text[])
-from public, anon, authenticated, service_role;
-
 -- Ends the lease of one job and answers its running row. All null if that is a repeat.
 --
 -- Raises: DR001 lease_lost.
-create or replace function private.end_lease(p_job_id uuid, p_token bigint, p_outcomes text[])
-returns private.running_jobs
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.end_lease(
+  p_job_id uuid, p_token bigint, p_outcomes text[]
+) returns private.running_jobs
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_job private.running_jobs := (private.end_leases(array[p_job_id], array[p_token]))[1];
 begin
@@ -74,22 +59,13 @@ begin
 end;
 $$;
 
-revoke all on function private.end_lease(uuid, bigint, text[])
-from public, anon, authenticated, service_role;
-
 -- Writes ended claims into the operators' history, with what each cost at the provider where that
 -- is known. Whether it bills what failed or was stopped is said by is_billed.
-create or replace function private.record_attempts(
-  p_jobs private.running_jobs[],
-  p_outcome text,
-  p_metrics jsonb[],
-  p_error_code text default null,
+create function private.record_attempts(
+  p_jobs private.running_jobs[], p_outcome text, p_metrics jsonb[], p_error_code text default null,
   p_error_detail text default null
-)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   insert into private.attempts (
     generation_id, token, model_id, attempt, worker_id, started_at, outcome,
@@ -118,21 +94,11 @@ begin
 end;
 $$;
 
-revoke all on function private.record_attempts(
-  private.running_jobs[], text, jsonb[], text, text
-) from public, anon, authenticated, service_role;
-
 -- Puts a job whose lease has ended back into the queue, next in line, at once or after a delay.
-create or replace function private.requeue_job(
-  p_job private.running_jobs,
-  p_attempts_used integer,
-  p_delay interval,
-  p_resumes boolean
-)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.requeue_job(
+  p_job private.running_jobs, p_attempts_used integer, p_delay interval, p_resumes boolean
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   insert into private.ready_jobs (
     job_id, user_id, model_id, fair_key, attempt, run_at,
@@ -152,19 +118,11 @@ begin
 end;
 $$;
 
-revoke all on function private.requeue_job(private.running_jobs, integer, interval, boolean)
-from public, anon, authenticated, service_role;
-
 -- Ends a generation that is not completed and answers what was charged.
-create or replace function private.finish_generation(
-  p_job_id uuid,
-  p_status text,
-  p_error private.error_codes default null
-)
-returns integer
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.finish_generation(
+  p_job_id uuid, p_status text, p_error private.error_codes default null
+) returns integer
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_price integer;
 begin
@@ -178,20 +136,13 @@ begin
 end;
 $$;
 
-revoke all on function private.finish_generation(uuid, text, private.error_codes)
-from public, anon, authenticated, service_role;
-
 -- Fails a job for good: the generation keeps its input and tells why, the whole price goes back.
 --
 -- Locks: the entitlement row.
-create or replace function private.finish_failed(
-  p_job private.running_jobs,
-  p_error private.error_codes
-)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.finish_failed(
+  p_job private.running_jobs, p_error private.error_codes
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_price integer := private.finish_generation(p_job.job_id, 'failed', p_error);
 begin
@@ -199,24 +150,16 @@ begin
 end;
 $$;
 
-revoke all on function private.finish_failed(private.running_jobs, private.error_codes)
-from public, anon, authenticated, service_role;
-
 -- Cancels a job for good. The refund rule: the whole price, but only the share of
 -- settings.running_cancel_refund_percent, rounded up, of what is burned: the provider may bill us,
 -- and nobody gets anything, because the user did not want it any more. That counts, for else it
 -- could be had without end: see check_limits (30).
 --
 -- Locks: the entitlement row.
-create or replace function private.finish_canceled(
-  p_user_id uuid,
-  p_job_id uuid,
-  p_is_burned boolean
-)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.finish_canceled(
+  p_user_id uuid, p_job_id uuid, p_is_burned boolean
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_percent integer := case
     when p_is_burned then (select s.running_cancel_refund_percent from private.settings as s)
@@ -233,21 +176,13 @@ begin
 end;
 $$;
 
-revoke all on function private.finish_canceled(uuid, uuid, boolean)
-from public, anon, authenticated, service_role;
-
 -- The same for a job whose lease has just ended. What failed by itself was not stopped by its user,
 -- and our failures are nobody's to pay.
-create or replace function private.finish_canceled_job(
-  p_job private.running_jobs,
-  p_code text default null,
-  p_detail text default null,
+create function private.finish_canceled_job(
+  p_job private.running_jobs, p_code text default null, p_detail text default null,
   p_metrics jsonb default '{}'
-)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   perform private.finish_canceled(
     p_job.user_id, p_job.job_id,
@@ -257,54 +192,30 @@ begin
 end;
 $$;
 
-revoke all on function private.finish_canceled_job(private.running_jobs, text, text, jsonb)
-from public, anon, authenticated, service_role;
-
 -- Claims of a job that have ended so far.
-create or replace function private.count_claims(p_job_id uuid)
-returns integer
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.count_claims(p_job_id uuid) returns integer
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select count(*)::integer from private.attempts where generation_id = p_job_id
 $$;
 
-revoke all on function private.count_claims(uuid)
-from public, anon, authenticated, service_role;
-
 -- How long to wait where somebody else asks for it: not less than we would by ourselves, and not
 -- more than they may ask for, whatever a number they write (negative, infinite, NaN).
-create or replace function private.asked_delay(
-  p_own interval,
-  p_asked_seconds double precision,
-  p_most_seconds integer
-)
-returns interval
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.asked_delay(
+  p_own interval, p_asked_seconds double precision, p_most_seconds integer
+) returns interval
+language sql immutable set search_path = pg_catalog, pg_temp as $$
   select greatest(
     p_own, greatest(0, least(coalesce(p_asked_seconds, 0), p_most_seconds)) * interval '1 second'
   )
 $$;
 
-revoke all on function private.asked_delay(interval, double precision, integer)
-from public, anon, authenticated, service_role;
-
 -- How long to wait before the next attempt: exponential backoff with full jitter, so that jobs that
 -- failed together do not come back together, or longer if the provider asks for it. One that asks
 -- for no pause has its way once.
-create or replace function private.retry_delay(
-  p_failures_before integer,
-  p_retry_after_seconds double precision
-)
-returns interval
-language sql
-volatile
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.retry_delay(
+  p_failures_before integer, p_retry_after_seconds double precision
+) returns interval
+language sql set search_path = pg_catalog, pg_temp as $$
   select private.asked_delay(
     case
       when p_failures_before = 0 and p_retry_after_seconds is not null then interval '0'
@@ -315,22 +226,13 @@ as $$
   from private.settings as s
 $$;
 
-revoke all on function private.retry_delay(integer, double precision)
-from public, anon, authenticated, service_role;
-
 -- Retries a failed attempt while it may, or fails the job for good, or cancels it if the user wants
 -- that. Answers 'retried', 'failed' or 'canceled'.
-create or replace function private.end_failed_attempt(
-  p_job private.running_jobs,
-  p_code text,
-  p_detail text,
-  p_retry_after_seconds double precision default null,
-  p_metrics jsonb default '{}'
-)
-returns text
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.end_failed_attempt(
+  p_job private.running_jobs, p_code text, p_detail text,
+  p_retry_after_seconds double precision default null, p_metrics jsonb default '{}'
+) returns text
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_error private.error_codes;
   v_settings private.settings;
@@ -369,21 +271,10 @@ begin
 end;
 $$;
 
-revoke all on function private.end_failed_attempt(
-  private.running_jobs, text, text, double precision, jsonb
-)
-from public, anon, authenticated, service_role;
-
 -- Counts failures against the models and their providers, where the code is their fault. Comes
 -- after all other locks are taken; breakers in order.
-create or replace function private.blame_providers(
-  p_jobs private.running_jobs[],
-  p_codes text[]
-)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.blame_providers(p_jobs private.running_jobs[], p_codes text[]) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_at bigint;
 begin
@@ -399,28 +290,15 @@ begin
 end;
 $$;
 
-revoke all on function private.blame_providers(private.running_jobs[], text[])
-from public, anon, authenticated, service_role;
-
 -- Users in order of id, so that two calls lock entitlements in the same order; and all of them
 -- before any breaker.
-create or replace function private.fail_jobs(
-  p_job_ids uuid[],
-  p_tokens bigint[],
-  p_codes text[],
-  p_details text[],
-  p_retry_after_seconds double precision[],
-  p_metrics jsonb[]
-)
-returns table (token bigint, verdict text)
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off
-set enable_bitmapscan = off
-set jit = off
-as $$
+create function private.fail_jobs(
+  p_job_ids uuid[], p_tokens bigint[], p_codes text[], p_details text[],
+  p_retry_after_seconds double precision[], p_metrics jsonb[]
+) returns table (token bigint, verdict text)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
 #variable_conflict use_column
 declare
   v_jobs private.running_jobs[] := private.end_leases(p_job_ids, p_tokens);
@@ -454,23 +332,10 @@ comment on function private.fail_jobs is
   'nothing can have been bought). Answers each job whose lease held: retried, '
   'failed, canceled (the user had asked for it), or repeated (the call was made before).';
 
-revoke all on function private.fail_jobs(
-  uuid[], bigint[], text[], text[], double precision[], jsonb[]
-) from public, anon, authenticated, service_role;
-grant execute on function private.fail_jobs(
-  uuid[], bigint[], text[], text[], double precision[], jsonb[]
-) to darkroom_worker;
-
-create or replace function private.release_job(
-  p_job_id uuid,
-  p_token bigint,
-  p_resumes boolean default true
-)
-returns void
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.release_job(
+  p_job_id uuid, p_token bigint, p_resumes boolean default true
+) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_job private.running_jobs := private.end_lease(
     p_job_id, p_token, '{released,canceled}'
@@ -504,20 +369,10 @@ comment on function private.release_job is
   'older than give_up_after and has been claimed more than max_attempts times. p_resumes false: '
   'nothing was bought at the provider. Errors: DR001 lease_lost.';
 
-revoke all on function private.release_job(uuid, bigint, boolean)
-from public, anon, authenticated, service_role;
-grant execute on function private.release_job(uuid, bigint, boolean) to darkroom_worker;
-
-create or replace function private.cancel_job(
-  p_job_id uuid,
-  p_token bigint,
-  p_metrics jsonb default null
-)
-returns void
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.cancel_job(
+  p_job_id uuid, p_token bigint, p_metrics jsonb default null
+) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_job private.running_jobs := private.end_lease(p_job_id, p_token, '{canceled}');
 begin
@@ -533,7 +388,3 @@ $$;
 comment on function private.cancel_job is
   'Ends a job whose cancel the heartbeat told of; p_metrics as fail_jobs takes them. Repeating it '
   'changes nothing. Errors: DR001 lease_lost, 22023 nobody asked for it.';
-
-revoke all on function private.cancel_job(uuid, bigint, jsonb)
-from public, anon, authenticated, service_role;
-grant execute on function private.cancel_job(uuid, bigint, jsonb) to darkroom_worker;

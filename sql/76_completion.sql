@@ -9,16 +9,10 @@
 --
 -- Locks: the entitlement rows of those users, in order of id.
 -- Raises: 22023 if of one there is no image or more than were charged.
-create or replace function private.refund_missing_images(
-  p_jobs private.running_jobs[],
-  p_stored integer[],
-  p_charged integer[],
-  p_prices integer[]
-)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.refund_missing_images(
+  p_jobs private.running_jobs[], p_stored integer[], p_charged integer[], p_prices integer[]
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_at bigint;
 begin
@@ -39,29 +33,17 @@ begin
 end;
 $$;
 
-revoke all on function private.refund_missing_images(
-  private.running_jobs[], integer[], integer[], integer[]
-) from public, anon, authenticated, service_role;
-
 -- Ends jobs whose leases hold and whose images are in Storage. One statement, for each costs its
 -- start; and nothing of a user is written, for her row's dead versions add up. Answers arrays in
 -- one order, empty or null if no lease holds.
 --
 -- Locks: running rows, generations, each in order of id.
-create or replace function private.finish_completed(
-  p_job_ids uuid[],
-  p_tokens bigint[],
-  p_images jsonb[],
-  p_metrics jsonb[],
-  out jobs private.running_jobs[],
-  out metrics jsonb[],
-  out stored integer[],
-  out charged integer[],
+create function private.finish_completed(
+  p_job_ids uuid[], p_tokens bigint[], p_images jsonb[], p_metrics jsonb[],
+  out jobs private.running_jobs[], out metrics jsonb[], out stored integer[], out charged integer[],
   out prices integer[]
 )
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   with ended as (
     delete from private.running_jobs as r
@@ -94,24 +76,12 @@ begin
 end;
 $$;
 
-revoke all on function private.finish_completed(uuid[], bigint[], jsonb[], jsonb[])
-from public, anon, authenticated, service_role;
-
-create or replace function private.complete_jobs(
-  p_job_ids uuid[],
-  p_tokens bigint[],
-  p_images jsonb[],
-  p_metrics jsonb[]
-)
-returns table (token bigint, verdict text)
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off
-set enable_bitmapscan = off
-set jit = off
-as $$
+create function private.complete_jobs(
+  p_job_ids uuid[], p_tokens bigint[], p_images jsonb[], p_metrics jsonb[]
+) returns table (token bigint, verdict text)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
 #variable_conflict use_column
 declare
   v_done record := private.finish_completed(p_job_ids, p_tokens, p_images, p_metrics);
@@ -147,8 +117,3 @@ comment on function private.complete_jobs is
   'as the provider made), is_billed (false: the provider asks nothing for it)}. Answers each job '
   'whose lease held: completed, or repeated (the call was made before). Errors, which change '
   'nothing for any of the jobs: 22023 bad images, and what breaks a constraint.';
-
-revoke all on function private.complete_jobs(uuid[], bigint[], jsonb[], jsonb[])
-from public, anon, authenticated, service_role;
-grant execute on function private.complete_jobs(uuid[], bigint[], jsonb[], jsonb[])
-to darkroom_worker;

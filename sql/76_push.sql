@@ -5,12 +5,8 @@
 
 -- Locks: the entitlement row, so that concurrent calls cannot pass the cap.
 -- Raises: PT400 invalid_input, PT401 not_authenticated.
-create or replace function private.register_push_token(p_token text)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.register_push_token(p_token text) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_user_id uuid := private.require_user_id(p_writes => true);
 begin
@@ -31,34 +27,9 @@ begin
 end;
 $$;
 
-revoke all on function private.register_push_token(text)
-from public, anon, authenticated, service_role;
-grant execute on function private.register_push_token(text) to anon, authenticated;
-
-create or replace function public.register_push_token(token text)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.register_push_token(register_push_token.token)
-$$;
-
-comment on function public.register_push_token is
-  'Has this device told by an Expo push notification when your jobs end. Call it at each start of '
-  'the app: a token is its last caller''s, and the 5 last registered of a user are kept. Answers '
-  '{registered}. Errors: PT400 invalid_input, PT401 not_authenticated.';
-
-revoke all on function public.register_push_token(text)
-from public, anon, authenticated, service_role;
-grant execute on function public.register_push_token(text) to anon, authenticated;
-
 -- Raises: PT401 not_authenticated.
-create or replace function private.unregister_push_token(p_token text)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.unregister_push_token(p_token text) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_user_id uuid := private.require_known_user_id(p_writes => true);
 begin
@@ -66,23 +37,3 @@ begin
   return json_build_object('registered', false);
 end;
 $$;
-
-revoke all on function private.unregister_push_token(text)
-from public, anon, authenticated, service_role;
-grant execute on function private.unregister_push_token(text) to anon, authenticated;
-
-create or replace function public.unregister_push_token(token text)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.unregister_push_token(unregister_push_token.token)
-$$;
-
-comment on function public.unregister_push_token is
-  'Takes a push token of yours back; call it before signing out. Repeating it changes nothing. '
-  'Answers {registered}. Errors: PT401 not_authenticated.';
-
-revoke all on function public.unregister_push_token(text)
-from public, anon, authenticated, service_role;
-grant execute on function public.unregister_push_token(text) to anon, authenticated;

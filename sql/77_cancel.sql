@@ -11,11 +11,8 @@
 -- Takes these jobs of a user out of the queue or marks them, and settles those taken out.
 --
 -- Locks: ready and running rows in order of id, the generations, the entitlement row.
-create or replace function private.cancel_jobs(p_user_id uuid, p_job_ids uuid[])
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.cancel_jobs(p_user_id uuid, p_job_ids uuid[]) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_job_id uuid;
   v_worker_id bigint;
@@ -47,18 +44,11 @@ begin
 end;
 $$;
 
-revoke all on function private.cancel_jobs(uuid, uuid[])
-from public, anon, authenticated, service_role;
-
 -- Body of public.cancel_generation.
 --
 -- Raises: see the comment on public.cancel_generation.
-create or replace function private.cancel_generation(p_job_id uuid)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.cancel_generation(p_job_id uuid) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_user_id uuid := private.require_user_id(p_writes => true);
   v_generation public.generations;
@@ -75,38 +65,11 @@ begin
 end;
 $$;
 
-revoke all on function private.cancel_generation(uuid)
-from public, anon, authenticated, service_role;
-grant execute on function private.cancel_generation(uuid) to anon, authenticated;
-
-create or replace function public.cancel_generation(job_id uuid)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.cancel_generation(cancel_generation.job_id)
-$$;
-
-comment on function public.cancel_generation is
-  'Cancels one of your jobs. A queued one is canceled and refunded at once. A running one shows '
-  'cancel_requested, and its worker stops it within a second or so: canceled, refunded by the '
-  'operator''s rule, or completed if the picture was there first. Repeating it changes nothing. '
-  'Answers as get_job_status does. Errors: PT401 not_authenticated, PT404 not_found, PT409 '
-  'already_finished.';
-
-revoke all on function public.cancel_generation(uuid)
-from public, anon, authenticated, service_role;
-grant execute on function public.cancel_generation(uuid) to anon, authenticated;
-
 -- Body of public.cancel_batch.
 --
 -- Raises: PT401 not_authenticated, PT404 not_found.
-create or replace function private.cancel_batch(p_batch_id uuid)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.cancel_batch(p_batch_id uuid) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_user_id uuid := private.require_user_id(p_writes => true);
 begin
@@ -117,23 +80,3 @@ begin
   return private.batch_json(private.require_batch(p_batch_id, v_user_id));
 end;
 $$;
-
-revoke all on function private.cancel_batch(uuid)
-from public, anon, authenticated, service_role;
-grant execute on function private.cancel_batch(uuid) to anon, authenticated;
-
-create or replace function public.cancel_batch(batch_id uuid)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.cancel_batch(cancel_batch.batch_id)
-$$;
-
-comment on function public.cancel_batch is
-  'Cancels every job of one of your batches that has not ended, each as cancel_generation does. '
-  'Answers as get_batch_status does. Errors: PT401 not_authenticated, PT404 not_found.';
-
-revoke all on function public.cancel_batch(uuid)
-from public, anon, authenticated, service_role;
-grant execute on function public.cancel_batch(uuid) to anon, authenticated;

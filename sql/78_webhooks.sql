@@ -6,12 +6,8 @@
 -- the moment of connecting. settings.webhook_allows_private lets all of it in, for development.
 
 -- Whether a host is an IP address, in its one proper form, that anybody on the internet can reach.
-create or replace function private.is_public_address(p_host text)
-returns boolean
-language plpgsql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.is_public_address(p_host text) returns boolean
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 declare
   v_address inet;
 begin
@@ -34,18 +30,11 @@ exception
 end;
 $$;
 
-revoke all on function private.is_public_address(text)
-from public, anon, authenticated, service_role;
-
 -- Why a host of an address must not be called; null if it may. A name's last label begins with a
 -- letter: whatever else ends in a number is an IP address to those who connect, in one of its many
 -- spellings (0x7f000001, 127.0.0.0x1).
-create or replace function private.host_problem(p_host text)
-returns text
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.host_problem(p_host text) returns text
+language sql immutable set search_path = pg_catalog, pg_temp as $$
   select case
     when p_host ~ '^(\[|[0-9.]+$)' then case
       when not private.is_public_address(p_host) then 'not a public address'
@@ -57,16 +46,9 @@ as $$
   end
 $$;
 
-revoke all on function private.host_problem(text)
-from public, anon, authenticated, service_role;
-
 -- Raises: PT400 invalid_input.
-create or replace function private.check_webhook_url(p_url text)
-returns void
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.check_webhook_url(p_url text) returns void
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_allows_private boolean := (select webhook_allows_private from private.settings);
   -- Scheme, host, port, and the rest: no user, no password, no fragment.
@@ -97,16 +79,9 @@ begin
 end;
 $$;
 
-revoke all on function private.check_webhook_url(text)
-from public, anon, authenticated, service_role;
-
 -- An endpoint as the API shows it: never with its secret.
-create or replace function private.webhook_json(p_endpoint private.webhook_endpoints)
-returns json
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.webhook_json(p_endpoint private.webhook_endpoints) returns json
+language sql immutable set search_path = pg_catalog, pg_temp as $$
   select json_build_object(
     'webhook_id', p_endpoint.id,
     'url', p_endpoint.url,
@@ -117,20 +92,11 @@ as $$
   )
 $$;
 
-revoke all on function private.webhook_json(private.webhook_endpoints)
-from public, anon, authenticated, service_role;
-
 -- Raises: PT400 invalid_input.
-create or replace function private.register_webhook(
-  p_url text,
-  p_events text[],
-  p_description text
-)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.register_webhook(
+  p_url text, p_events text[], p_description text
+) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_all text[] := '{generation.completed,generation.failed,generation.canceled}'::text[];
   v_events text[] := coalesce(p_events, v_all);
@@ -154,69 +120,17 @@ begin
 end;
 $$;
 
-revoke all on function private.register_webhook(text, text[], text)
-from public, anon, authenticated, service_role;
-grant execute on function private.register_webhook(text, text[], text) to service_role;
-
-create or replace function public.register_webhook(
-  url text,
-  events text[] default null,
-  description text default ''
-)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.register_webhook(
-    register_webhook.url, register_webhook.events, register_webhook.description
-  )
-$$;
-
-comment on function public.register_webhook is
-  'Has an address told when jobs end, signed as the Standard Webhooks specification says. events: '
-  'generation.completed | failed | canceled; all if left out. Answers {webhook_id, secret}; the '
-  'secret is shown this once. Errors: PT400 invalid_input.';
-
-revoke all on function public.register_webhook(text, text[], text)
-from public, anon, authenticated, service_role;
-grant execute on function public.register_webhook(text, text[], text) to service_role;
-
-create or replace function private.list_webhooks()
-returns json
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.list_webhooks() returns json
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
   select coalesce(json_agg(private.webhook_json(w) order by w.id), '[]')
   from private.webhook_endpoints as w
 $$;
 
-revoke all on function private.list_webhooks() from public, anon, authenticated, service_role;
-grant execute on function private.list_webhooks() to service_role;
-
-create or replace function public.list_webhooks()
-returns json
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.list_webhooks()
-$$;
-
-comment on function public.list_webhooks is
-  'The webhooks: [{webhook_id, url, events, description, created_at, disabled_at (when it answered '
-  '410 Gone, else null)}].';
-
-revoke all on function public.list_webhooks() from public, anon, authenticated, service_role;
-grant execute on function public.list_webhooks() to service_role;
-
 -- The endpoint that an update or delete met. Raises: PT404 not_found.
-create or replace function private.found_webhook(p_endpoint private.webhook_endpoints)
-returns private.webhook_endpoints
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.found_webhook(
+  p_endpoint private.webhook_endpoints
+) returns private.webhook_endpoints
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   if p_endpoint.id is null then
     perform private.refuse_missing('webhook_id: no such webhook', 'list_webhooks() shows them.');
@@ -225,16 +139,9 @@ begin
 end;
 $$;
 
-revoke all on function private.found_webhook(private.webhook_endpoints)
-from public, anon, authenticated, service_role;
-
 -- Raises: PT404 not_found.
-create or replace function private.delete_webhook(p_webhook_id uuid)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.delete_webhook(p_webhook_id uuid) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_endpoint private.webhook_endpoints;
 begin
@@ -247,30 +154,9 @@ begin
 end;
 $$;
 
-revoke all on function private.delete_webhook(uuid) from public, anon, authenticated, service_role;
-grant execute on function private.delete_webhook(uuid) to service_role;
-
-create or replace function public.delete_webhook(webhook_id uuid)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.delete_webhook(delete_webhook.webhook_id)
-$$;
-
-comment on function public.delete_webhook is
-  'Deletes a webhook and what it was still to be told. Answers it. Errors: PT404 not_found.';
-
-revoke all on function public.delete_webhook(uuid) from public, anon, authenticated, service_role;
-grant execute on function public.delete_webhook(uuid) to service_role;
-
 -- Raises: PT404 not_found.
-create or replace function private.enable_webhook(p_webhook_id uuid)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.enable_webhook(p_webhook_id uuid) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_endpoint private.webhook_endpoints;
 begin
@@ -281,30 +167,9 @@ begin
 end;
 $$;
 
-revoke all on function private.enable_webhook(uuid) from public, anon, authenticated, service_role;
-grant execute on function private.enable_webhook(uuid) to service_role;
-
-create or replace function public.enable_webhook(webhook_id uuid)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.enable_webhook(enable_webhook.webhook_id)
-$$;
-
-comment on function public.enable_webhook is
-  'Has a webhook told again that was disabled by a 410 Gone. Answers it. Errors: PT404 not_found.';
-
-revoke all on function public.enable_webhook(uuid) from public, anon, authenticated, service_role;
-grant execute on function public.enable_webhook(uuid) to service_role;
-
 -- Raises: PT404 not_found.
-create or replace function private.rotate_webhook_secret(p_webhook_id uuid)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.rotate_webhook_secret(p_webhook_id uuid) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_endpoint private.webhook_endpoints;
 begin
@@ -320,23 +185,3 @@ begin
   );
 end;
 $$;
-
-revoke all on function private.rotate_webhook_secret(uuid)
-from public, anon, authenticated, service_role;
-grant execute on function private.rotate_webhook_secret(uuid) to service_role;
-
-create or replace function public.rotate_webhook_secret(webhook_id uuid)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.rotate_webhook_secret(rotate_webhook_secret.webhook_id)
-$$;
-
-comment on function public.rotate_webhook_secret is
-  'Gives a webhook a new secret; for a day the old one signs too. Answers {webhook_id, secret, '
-  'previous_secret_until}. Errors: PT404 not_found.';
-
-revoke all on function public.rotate_webhook_secret(uuid)
-from public, anon, authenticated, service_role;
-grant execute on function public.rotate_webhook_secret(uuid) to service_role;

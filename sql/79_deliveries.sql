@@ -5,13 +5,8 @@
 -- nothing else, so once the lease has run out another sends the delivery again, under the same id:
 -- at least once, and twice only if a worker died between sending and saying so.
 
-create or replace function private.due_lanes()
-returns setof text
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.due_lanes() returns setof text
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
   -- From lane to lane through the index, however many deliveries wait in each.
   with recursive lanes as (
     (
@@ -37,17 +32,10 @@ $$;
 comment on function private.due_lanes is
   'Lanes of the outbox that have something to send now.';
 
-revoke all on function private.due_lanes() from public, anon, authenticated, service_role;
-grant execute on function private.due_lanes() to darkroom_worker;
-
 -- The pushes to send next. Users take turns, and who has one under way waits for its end: whatever
 -- tokens somebody invents, they hold up his own pushes only.
-create or replace function private.choose_pushes(p_at_most integer)
-returns uuid[]
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.choose_pushes(p_at_most integer) returns uuid[]
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select array(
     select t.id
     from (
@@ -63,15 +51,9 @@ as $$
   )
 $$;
 
-revoke all on function private.choose_pushes(integer)
-from public, anon, authenticated, service_role;
-
-create or replace function private.claim_deliveries(p_lane text, p_at_most integer)
+create function private.claim_deliveries(p_lane text, p_at_most integer)
 returns table (delivery_id uuid, token bigint, url text, secrets text[], body text)
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_endpoint private.webhook_endpoints;
   v_delivery private.deliveries;
@@ -135,26 +117,13 @@ comment on function private.claim_deliveries is
   'Leases up to p_at_most due deliveries of a lane and answers what to send: url and secrets are '
   'null for expo; body is null for a push that nobody should get any more, which is then gone.';
 
-revoke all on function private.claim_deliveries(text, integer)
-from public, anon, authenticated, service_role;
-grant execute on function private.claim_deliveries(text, integer) to darkroom_worker;
-
 -- A failed try waits as settings.delivery_retries says, up to a fifth more or less, or longer if
 -- the target asks for it. A push that would be late is not tried again.
-create or replace function private.finish_delivery(
-  p_delivery_id uuid,
-  p_token bigint,
-  p_outcome text,
-  p_status integer,
-  p_error text,
-  p_retry_after_seconds double precision default null,
-  p_ticket text default null
-)
-returns text
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.finish_delivery(
+  p_delivery_id uuid, p_token bigint, p_outcome text, p_status integer, p_error text,
+  p_retry_after_seconds double precision default null, p_ticket text default null
+) returns text
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_settings private.settings;
   v_delivery private.deliveries;
@@ -208,21 +177,10 @@ comment on function private.finish_delivery is
   'push token forgotten). Answers delivered, pending, dead, or lost: the lease is not held any '
   'more, nothing was changed.';
 
-revoke all on function private.finish_delivery(
-  uuid, bigint, text, integer, text, double precision, text
-)
-from public, anon, authenticated, service_role;
-grant execute on function private.finish_delivery(
-  uuid, bigint, text, integer, text, double precision, text
-) to darkroom_worker;
-
 -- Expo keeps a receipt for a day; what has none by then is not asked for any more.
-create or replace function private.claim_receipts(p_at_most integer)
+create function private.claim_receipts(p_at_most integer)
 returns table (delivery_id uuid, ticket text)
-language sql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language sql security definer set search_path = pg_catalog, pg_temp as $$
   with claimed as (
     update private.deliveries as d set
       run_at = now() + interval '15 minutes',
@@ -241,16 +199,8 @@ comment on function private.claim_receipts is
   'Tickets of pushes that Expo took a quarter of an hour ago or more, and whose receipt was not '
   'read yet; a quarter of an hour later they are answered again.';
 
-revoke all on function private.claim_receipts(integer)
-from public, anon, authenticated, service_role;
-grant execute on function private.claim_receipts(integer) to darkroom_worker;
-
-create or replace function private.finish_receipts(p_delivery_ids uuid[], p_errors text[])
-returns void
-language sql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.finish_receipts(p_delivery_ids uuid[], p_errors text[]) returns void
+language sql security definer set search_path = pg_catalog, pg_temp as $$
   with told as (
     update private.deliveries as d
     set ticket = null, last_error = left(r.error, 200)
@@ -267,16 +217,9 @@ comment on function private.finish_receipts is
   'What the receipts of these pushes say: null, or an error. With DeviceNotRegistered the token is '
   'forgotten, unless it was registered anew since.';
 
-revoke all on function private.finish_receipts(uuid[], text[])
-from public, anon, authenticated, service_role;
-grant execute on function private.finish_receipts(uuid[], text[]) to darkroom_worker;
-
 -- Forgets deliveries that ended longer than settings.keep_deliveries ago.
-create or replace function private.trim_deliveries(p_at_most integer default 100000)
-returns integer
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.trim_deliveries(p_at_most integer default 100000) returns integer
+language sql set search_path = pg_catalog, pg_temp as $$
   select private.skip_failing(
     'delete from private.deliveries where id = any ($1) returning 0',
     array(
@@ -287,16 +230,9 @@ as $$
   )
 $$;
 
-revoke all on function private.trim_deliveries(integer)
-from public, anon, authenticated, service_role;
-
 -- One delivery as operators see it. A push token is as good as a password, so it is not shown.
-create or replace function private.delivery_json(p_delivery private.deliveries)
-returns json
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.delivery_json(p_delivery private.deliveries) returns json
+language sql immutable set search_path = pg_catalog, pg_temp as $$
   select json_build_object(
     'delivery_id', p_delivery.id,
     'lane', p_delivery.lane,
@@ -312,20 +248,12 @@ as $$
   )
 $$;
 
-revoke all on function private.delivery_json(private.deliveries)
-from public, anon, authenticated, service_role;
-
 -- Body of public.list_deliveries. Planned for the state: dead ones have an index of their own.
 --
 -- Raises: PT400 invalid_input.
-create or replace function private.list_deliveries(p_state text, p_at_most integer)
-returns json
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_custom_plan
-as $$
+create function private.list_deliveries(p_state text, p_at_most integer) returns json
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_custom_plan as $$
 begin
   if p_state not in ('pending', 'delivered', 'dead') then
     perform private.refuse_input('state: not one of pending, delivered, dead');
@@ -343,38 +271,9 @@ begin
 end;
 $$;
 
-revoke all on function private.list_deliveries(text, integer)
-from public, anon, authenticated, service_role;
-grant execute on function private.list_deliveries(text, integer) to service_role;
-
-create or replace function public.list_deliveries(
-  state text default null,
-  at_most integer default 100
-)
-returns json
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.list_deliveries(list_deliveries.state, list_deliveries.at_most)
-$$;
-
-comment on function public.list_deliveries is
-  'The outbox, newest first; state: pending | delivered | dead, all if left out. Answers '
-  '[{delivery_id, lane (webhook_id, or expo), event, job_id, state, attempts, run_at (of the next '
-  'try), last_status, last_error, created_at, finished_at}]. Errors: PT400 invalid_input.';
-
-revoke all on function public.list_deliveries(text, integer)
-from public, anon, authenticated, service_role;
-grant execute on function public.list_deliveries(text, integer) to service_role;
-
 -- Raises: PT404 not_found.
-create or replace function private.redeliver(p_delivery_id uuid)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.redeliver(p_delivery_id uuid) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_delivery private.deliveries;
 begin
@@ -394,30 +293,8 @@ begin
 end;
 $$;
 
-revoke all on function private.redeliver(uuid) from public, anon, authenticated, service_role;
-grant execute on function private.redeliver(uuid) to service_role;
-
-create or replace function public.redeliver(delivery_id uuid)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.redeliver(redeliver.delivery_id)
-$$;
-
-comment on function public.redeliver is
-  'Sends a delivery again, dead or delivered, under the same id and with all its retries. Answers '
-  'it. Errors: PT404 not_found.';
-
-revoke all on function public.redeliver(uuid) from public, anon, authenticated, service_role;
-grant execute on function public.redeliver(uuid) to service_role;
-
-create or replace function private.redeliver_dead(p_webhook_id uuid)
-returns json
-language sql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.redeliver_dead(p_webhook_id uuid) returns json
+language sql security definer set search_path = pg_catalog, pg_temp as $$
   select private.require_writable();
   with revived as (
     update private.deliveries
@@ -431,21 +308,3 @@ as $$
   )
   select json_build_object('redelivered', count(*)) from revived
 $$;
-
-revoke all on function private.redeliver_dead(uuid) from public, anon, authenticated, service_role;
-grant execute on function private.redeliver_dead(uuid) to service_role;
-
-create or replace function public.redeliver_dead(webhook_id uuid)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.redeliver_dead(redeliver_dead.webhook_id)
-$$;
-
-comment on function public.redeliver_dead is
-  'Sends everything again that a webhook did not take, at most 10,000 in one call, the oldest '
-  'first. Answers {redelivered}: call again while it is not 0.';
-
-revoke all on function public.redeliver_dead(uuid) from public, anon, authenticated, service_role;
-grant execute on function public.redeliver_dead(uuid) to service_role;

@@ -6,11 +6,8 @@
 -- minute and every worker calls it too; both may run at once.
 
 -- Renews queue_state, at most once in ten seconds, whoever asks.
-create or replace function private.refresh_queue_state()
-returns void
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.refresh_queue_state() returns void
+language sql set search_path = pg_catalog, pg_temp as $$
   update private.queue_state set
     oldest_ready_at = (
       select min(r.queued_at) from private.ready_jobs as r
@@ -25,17 +22,11 @@ as $$
   )
 $$;
 
-revoke all on function private.refresh_queue_state()
-from public, anon, authenticated, service_role;
-
 -- Locks the jobs whose lease or deadline has passed. The look reads all of running_jobs, for an
 -- index on what each heartbeat changes would cost more; where it has become dear, it is made less
 -- often, but once in ten seconds at least.
-create or replace function private.lock_stale_jobs(p_at_most integer)
-returns private.running_jobs[]
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.lock_stale_jobs(p_at_most integer) returns private.running_jobs[]
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_began timestamptz := clock_timestamp();
   v_jobs private.running_jobs[];
@@ -55,15 +46,9 @@ begin
 end;
 $$;
 
-revoke all on function private.lock_stale_jobs(integer)
-from public, anon, authenticated, service_role;
-
 -- Ends the attempts of jobs that are locked, in the order given.
-create or replace function private.end_stale_jobs(p_ids uuid[])
-returns integer
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.end_stale_jobs(p_ids uuid[]) returns integer
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_id uuid;
   v_job private.running_jobs;
@@ -83,18 +68,11 @@ begin
 end;
 $$;
 
-revoke all on function private.end_stale_jobs(uuid[])
-from public, anon, authenticated, service_role;
-
 -- Users in order of id, so that two runs lock entitlements in the same order; and all of them
 -- before any breaker, those in order too.
-create or replace function private.recover_stale_jobs(p_at_most integer default 100)
-returns integer
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-set lock_timeout = '100ms'
-as $$
+create function private.recover_stale_jobs(p_at_most integer default 100) returns integer
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set lock_timeout = '100ms' as $$
 declare
   v_stale private.running_jobs[] := private.lock_stale_jobs(p_at_most);
   v_stuck private.running_jobs[];
@@ -123,16 +101,9 @@ comment on function private.recover_stale_jobs is
   'private.skipped_rows. Looks less often, once in ten seconds at least, '
   'while a long transaction makes each look dear.';
 
-revoke all on function private.recover_stale_jobs(integer)
-from public, anon, authenticated, service_role;
-grant execute on function private.recover_stale_jobs(integer) to darkroom_worker;
-
 -- Forgets worker processes and cron runs of more than a week ago, and old deliveries.
-create or replace function private.trim_history()
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.trim_history() returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   delete from private.workers where seen_at < now() - interval '7 days';
   delete from private.skipped_rows where last_at < now() - interval '7 days';
@@ -145,5 +116,3 @@ $$;
 
 comment on function private.trim_history is
   'Housekeeping, nightly by pg_cron, which never trims its own run history.';
-
-revoke all on function private.trim_history() from public, anon, authenticated, service_role;

@@ -7,19 +7,12 @@
 -- Costs are in 87, the books in 86, what holds back vacuum in 88.
 
 -- The first id that uuid_v7 could have made at this time.
-create or replace function private.first_id_of(p_time timestamptz)
-returns uuid
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.first_id_of(p_time timestamptz) returns uuid
+language sql immutable set search_path = pg_catalog, pg_temp as $$
   select (
     lpad(to_hex((extract(epoch from p_time) * 1000)::bigint), 12, '0') || repeat('0', 20)
   )::uuid
 $$;
-
-revoke all on function private.first_id_of(timestamptz)
-from public, anon, authenticated, service_role;
 
 create view private.paused_now with (security_invoker = true) as
 select

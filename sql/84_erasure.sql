@@ -9,40 +9,23 @@
 -- user who is gone is found as an orphan (85).
 
 -- The id that is the n-th part of a path; null if that part is none.
-create or replace function private.path_id(p_path text, p_part integer)
-returns uuid
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.path_id(p_path text, p_part integer) returns uuid
+language sql immutable set search_path = pg_catalog, pg_temp as $$
   select case
     when split_part(p_path, '/', p_part) ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$'
       then split_part(p_path, '/', p_part)::uuid
   end
 $$;
 
-revoke all on function private.path_id(text, integer)
-from public, anon, authenticated, service_role;
-
 -- Whether the job may still write its files.
-create or replace function private.is_live(p_job_id uuid)
-returns boolean
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.is_live(p_job_id uuid) returns boolean
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select exists (select from private.live_jobs as j where j.job_id = p_job_id)
 $$;
 
-revoke all on function private.is_live(uuid) from public, anon, authenticated, service_role;
-
 -- Whether an image is stored at this path of bucket generations.
-create or replace function private.has_image(p_path text)
-returns boolean
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.has_image(p_path text) returns boolean
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select exists (
     select from public.images as i
     where i.generation_id = private.path_id(p_path, 2)
@@ -50,16 +33,10 @@ as $$
   )
 $$;
 
-revoke all on function private.has_image(text) from public, anon, authenticated, service_role;
-
 -- When a file was last written, as Storage has on record; null if it is not there, or there is no
 -- such record here.
-create or replace function private.file_changed_at(p_bucket text, p_path text)
-returns timestamptz
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.file_changed_at(p_bucket text, p_path text) returns timestamptz
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   if to_regclass('storage.objects') is null then
     return null;
@@ -71,17 +48,10 @@ begin
 end;
 $$;
 
-revoke all on function private.file_changed_at(text, text)
-from public, anon, authenticated, service_role;
-
 -- Whether a file has come to be needed again since it was marked: its generation was restored or
 -- its job is live, or a user who is here has uploaded it anew.
-create or replace function private.is_needed_again(p_file private.expired_files)
-returns boolean
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.is_needed_again(p_file private.expired_files) returns boolean
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select case
     when p_file.bucket = 'inputs' then
       exists (select from public.entitlements as e where e.user_id = p_file.user_id)
@@ -95,15 +65,9 @@ as $$
   end
 $$;
 
-revoke all on function private.is_needed_again(private.expired_files)
-from public, anon, authenticated, service_role;
-
-create or replace function private.list_expired_files(p_at_most integer default 100)
+create function private.list_expired_files(p_at_most integer default 100)
 returns table (bucket text, path text)
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_column
 declare
   v_lease interval := (select s.lease from private.settings as s);
@@ -131,16 +95,9 @@ comment on function private.list_expired_files is
   'Up to p_at_most files to delete from Storage. They are the caller''s for the time of a lease '
   '(settings.lease); what is not forgotten by then is listed again.';
 
-revoke all on function private.list_expired_files(integer)
-from public, anon, authenticated, service_role;
-grant execute on function private.list_expired_files(integer) to darkroom_worker;
-
 -- With a generation goes what hangs on it.
-create or replace function private.erase_parts_of_generation()
-returns trigger
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.erase_parts_of_generation() returns trigger
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   delete from public.image_likes where generation_id = old.id;
   delete from public.images where generation_id = old.id;
@@ -149,19 +106,13 @@ begin
 end;
 $$;
 
-revoke all on function private.erase_parts_of_generation()
-from public, anon, authenticated, service_role;
-
 create trigger generations_take_their_parts_along
 after delete on public.generations
 for each row execute function private.erase_parts_of_generation();
 
 -- Erases generations none of whose files are left, and batches none of whose generations are.
-create or replace function private.erase_generations(p_ids uuid[])
-returns integer
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.erase_generations(p_ids uuid[]) returns integer
+language sql set search_path = pg_catalog, pg_temp as $$
   with erased as (
     delete from public.generations as g
     where g.id = any (p_ids) and g.finished_at is not null and g.deleted_at is not null
@@ -178,16 +129,10 @@ as $$
   select count(*)::integer from erased
 $$;
 
-revoke all on function private.erase_generations(uuid[])
-from public, anon, authenticated, service_role;
-
 -- Forgets files, each as bucket/path, that Storage has no record of, and erases generations whose
 -- last ones they were. Generations are locked before files, as expire_generations (85) does.
-create or replace function private.forget(p_files text[])
-returns integer
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.forget(p_files text[]) returns integer
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_ids uuid[] := array(
     select g.id from public.generations as g
@@ -210,15 +155,9 @@ begin
 end;
 $$;
 
-revoke all on function private.forget(text[]) from public, anon, authenticated, service_role;
-
-create or replace function private.forget_files(p_buckets text[], p_paths text[])
-returns integer
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-set lock_timeout = '100ms'
-as $$
+create function private.forget_files(p_buckets text[], p_paths text[]) returns integer
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set lock_timeout = '100ms' as $$
 begin
   perform private.skip_failing('select private.forget($1)', array(
     select concat(gone.bucket, '/', gone.path)
@@ -239,17 +178,10 @@ comment on function private.forget_files is
   'all its rows. What Storage still has on record, or cannot be erased here, is not forgotten: '
   'answers how many. Repeating it changes nothing.';
 
-revoke all on function private.forget_files(text[], text[])
-from public, anon, authenticated, service_role;
-grant execute on function private.forget_files(text[], text[]) to darkroom_worker;
-
 -- Locks the user's live jobs and answers how many: one after the other in order of id, ready or
 -- running, as cancel_jobs (77) does. A job may go from one to the other while we wait for it.
-create or replace function private.lock_jobs(p_user_id uuid)
-returns integer
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.lock_jobs(p_user_id uuid) returns integer
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_id uuid;
   v_locked integer := 0;
@@ -272,20 +204,14 @@ begin
 end;
 $$;
 
-revoke all on function private.lock_jobs(uuid) from public, anon, authenticated, service_role;
-
 -- Locks the live jobs of a user who is being deleted and then the entitlement, in the order that
 -- all endings of jobs do: else those two could wait for each other. Changes nothing: whether the
 -- user really goes is for other triggers to say.
 --
 -- A job moves between the tables, or is enqueued, until we hold them all. Then we let go of the
 -- entitlement and look again.
-create or replace function private.lock_jobs_of_deleted_user()
-returns trigger
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.lock_jobs_of_deleted_user() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_locked integer;
 begin
@@ -305,27 +231,17 @@ begin
 end;
 $$;
 
-revoke all on function private.lock_jobs_of_deleted_user()
-from public, anon, authenticated, service_role;
-
 create trigger darkroom_lock_jobs
 before delete on auth.users
 for each row execute function private.lock_jobs_of_deleted_user();
 
-create or replace function private.delete_entitlement_of_deleted_user()
-returns trigger
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.delete_entitlement_of_deleted_user() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
   delete from public.entitlements where user_id = old.id;
   return null;
 end;
 $$;
-
-revoke all on function private.delete_entitlement_of_deleted_user()
-from public, anon, authenticated, service_role;
 
 create trigger darkroom_delete_entitlement
 after delete on auth.users
@@ -333,11 +249,8 @@ for each row execute function private.delete_entitlement_of_deleted_user();
 
 -- Marks files, each as bucket/path, and answers how many were not marked yet. In order: of two that
 -- mark the same files, one waits for the other, and not each for the other.
-create or replace function private.mark_files(p_files text[])
-returns integer
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.mark_files(p_files text[]) returns integer
+language sql set search_path = pg_catalog, pg_temp as $$
   with marked as (
     insert into private.expired_files (bucket, path, user_id)
     select f.bucket, f.path, private.path_id(f.path, 1)
@@ -354,17 +267,11 @@ as $$
   select count(*)::integer from marked
 $$;
 
-revoke all on function private.mark_files(text[]) from public, anon, authenticated, service_role;
-
 -- Marks all files in the folders of a user who is being deleted, those without a row too. What
 -- cannot be marked holds up no deletion: it is found as an orphan (85). Generations are locked
 -- before their files are marked, as expire_generations (85) does.
-create or replace function private.expire_files_of_deleted_user()
-returns trigger
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.expire_files_of_deleted_user() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_files text[];
 begin
@@ -392,20 +299,14 @@ begin
 end;
 $$;
 
-revoke all on function private.expire_files_of_deleted_user()
-from public, anon, authenticated, service_role;
-
 create trigger entitlements_expire_files
 before delete on public.entitlements
 for each row execute function private.expire_files_of_deleted_user();
 
 -- Erases the entries of a user who is gone, but for those that are to be kept longer. By the clock:
 -- some may be of transactions that began after this one.
-create or replace function private.erase_ledger(p_user_id uuid)
-returns integer
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.erase_ledger(p_user_id uuid) returns integer
+language sql set search_path = pg_catalog, pg_temp as $$
   with erased as (
     delete from public.credit_ledger as l
     using private.settings as s
@@ -416,22 +317,13 @@ as $$
   select count(*)::integer from erased
 $$;
 
-revoke all on function private.erase_ledger(uuid) from public, anon, authenticated, service_role;
-
-create or replace function private.erase_ledger_of_deleted_user()
-returns trigger
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.erase_ledger_of_deleted_user() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
   perform private.erase_ledger(old.user_id);
   return null;
 end;
 $$;
-
-revoke all on function private.erase_ledger_of_deleted_user()
-from public, anon, authenticated, service_role;
 
 create trigger entitlements_erase_ledger
 after delete on public.entitlements
@@ -439,12 +331,8 @@ for each row execute function private.erase_ledger_of_deleted_user();
 
 -- Erases what a user who is gone has here, and takes the live jobs, whose rows are locked, out of
 -- the queue. Their workers stop them at the provider.
-create or replace function private.erase_generations_of_deleted_user()
-returns trigger
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.erase_generations_of_deleted_user() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_worker_id bigint;
 begin
@@ -461,9 +349,6 @@ begin
   return null;
 end;
 $$;
-
-revoke all on function private.erase_generations_of_deleted_user()
-from public, anon, authenticated, service_role;
 
 create trigger entitlements_erase_generations
 after delete on public.entitlements

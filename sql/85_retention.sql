@@ -7,22 +7,14 @@
 -- Where it meets what is too young it starts anew: what was passed over may be due by then.
 
 -- Locks the walk and answers its place; null while another session walks it.
-create or replace function private.begin_walk(p_name text)
-returns text
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.begin_walk(p_name text) returns text
+language sql set search_path = pg_catalog, pg_temp as $$
   select w.place from private.retention_walks as w where w.name = p_name for update skip locked
 $$;
 
-revoke all on function private.begin_walk(text) from public, anon, authenticated, service_role;
-
 -- Saves the place of a walk, or starts it anew.
-create or replace function private.end_walk(p_name text, p_place text, p_is_at_end boolean)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.end_walk(p_name text, p_place text, p_is_at_end boolean) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   if p_is_at_end then
     update private.retention_walks set place = default where name = p_name;
@@ -32,19 +24,12 @@ begin
 end;
 $$;
 
-revoke all on function private.end_walk(text, text, boolean)
-from public, anon, authenticated, service_role;
-
 -- Hides these finished generations and marks their files; those without files go at once. Answers
 -- how many files and generations.
-create or replace function private.expire_generations(
-  p_ids uuid[],
-  p_only_deleted boolean default false
-)
-returns integer
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.expire_generations(
+  p_ids uuid[], p_only_deleted boolean default false
+) returns integer
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_ids uuid[];
   v_files integer;
@@ -70,16 +55,10 @@ begin
 end;
 $$;
 
-revoke all on function private.expire_generations(uuid[], boolean)
-from public, anon, authenticated, service_role;
-
 -- Generations their users deleted, longest ago first. Those whose files wait to be deleted, and
 -- those that were skipped before, take no places of others.
-create or replace function private.expire_deleted(p_at_most integer)
-returns integer
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.expire_deleted(p_at_most integer) returns integer
+language sql set search_path = pg_catalog, pg_temp as $$
   select private.skip_failing('select private.expire_generations($1, true)', array(
     select g.id from public.generations as g
     where g.deleted_at <= now() - (select s.keep_deleted from private.settings as s)
@@ -89,15 +68,9 @@ as $$
   ))
 $$;
 
-revoke all on function private.expire_deleted(integer)
-from public, anon, authenticated, service_role;
-
 -- Generations that ended longer ago than keep_generations, but for favorites.
-create or replace function private.expire_old(p_at_most integer)
-returns integer
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.expire_old(p_at_most integer) returns integer
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_before timestamptz := (select now() - s.keep_generations from private.settings as s);
   v_place text := private.begin_walk('generations');
@@ -123,14 +96,9 @@ begin
 end;
 $$;
 
-revoke all on function private.expire_old(integer) from public, anon, authenticated, service_role;
-
 -- Attempts that ended longer ago than keep_attempts, of generations that are finished.
-create or replace function private.trim_attempts(p_at_most integer)
-returns integer
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.trim_attempts(p_at_most integer) returns integer
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_before timestamptz := (select now() - s.keep_attempts from private.settings as s);
   v_place text := private.begin_walk('attempts');
@@ -166,19 +134,13 @@ begin
 end;
 $$;
 
-revoke all on function private.trim_attempts(integer)
-from public, anon, authenticated, service_role;
-
 -- Sums up a user's oldest entries in one of kind carry, so that the balance is still the sum of all
 -- and each balance_after the sum up to it. An entry stays while the generation it speaks of does,
 -- and so does everything after it.
 --
 -- Locks: the entitlement row.
-create or replace function private.compact_ledger(p_user_id uuid, p_at_most integer)
-returns integer
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.compact_ledger(p_user_id uuid, p_at_most integer) returns integer
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_before timestamptz := (select now() - s.keep_ledger from private.settings as s);
   v_met public.credit_ledger;
@@ -214,15 +176,9 @@ begin
 end;
 $$;
 
-revoke all on function private.compact_ledger(uuid, integer)
-from public, anon, authenticated, service_role;
-
 -- The ledger of a user, living or gone.
-create or replace function private.trim_ledger_of(p_user_id uuid, p_at_most integer)
-returns integer
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.trim_ledger_of(p_user_id uuid, p_at_most integer) returns integer
+language sql set search_path = pg_catalog, pg_temp as $$
   select case
     when exists (select from public.entitlements as e where e.user_id = p_user_id)
       then private.compact_ledger(p_user_id, p_at_most)
@@ -230,15 +186,9 @@ as $$
   end
 $$;
 
-revoke all on function private.trim_ledger_of(uuid, integer)
-from public, anon, authenticated, service_role;
-
 -- The ledgers of the next users. Answers how many entries fewer there are.
-create or replace function private.trim_ledger(p_at_most integer)
-returns integer
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.trim_ledger(p_at_most integer) returns integer
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_place text := private.begin_walk('ledger');
   v_user_id uuid;
@@ -261,19 +211,14 @@ begin
 end;
 $$;
 
-revoke all on function private.trim_ledger(integer)
-from public, anon, authenticated, service_role;
-
 -- Whether nothing speaks of a stored file any more: an output without a row whose job has ended; a
 -- source image whose user is gone, or has no active job and has not touched it for keep_inputs.
 -- What does not look like a file of ours is left alone. Everything is given a day: an upload
 -- precedes its row, and tokens outlive their user.
-create or replace function private.is_orphan(p_bucket text, p_path text, p_changed_at timestamptz)
-returns boolean
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.is_orphan(
+  p_bucket text, p_path text, p_changed_at timestamptz
+) returns boolean
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select p_changed_at < now() - interval '1 day' and private.path_id(p_path, 1) is not null and
     case p_bucket
       when 'generations' then
@@ -291,15 +236,9 @@ as $$
     end
 $$;
 
-revoke all on function private.is_orphan(text, text, timestamptz)
-from public, anon, authenticated, service_role;
-
 -- Marks orphans among the next files of Storage, in the order of the index that serves prefixes.
-create or replace function private.expire_orphans(p_at_most integer)
-returns integer
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.expire_orphans(p_at_most integer) returns integer
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_place text := private.begin_walk('files');
   v_met record;
@@ -325,16 +264,9 @@ begin
 end;
 $$;
 
-revoke all on function private.expire_orphans(integer)
-from public, anon, authenticated, service_role;
-
-create or replace function private.apply_retention(p_at_most integer default 500)
-returns integer
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-set lock_timeout = '100ms'
-as $$
+create function private.apply_retention(p_at_most integer default 500) returns integer
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set lock_timeout = '100ms' as $$
 declare
   v_step text;
   v_done integer := 0;
@@ -354,7 +286,3 @@ comment on function private.apply_retention is
   'Looks at up to p_at_most rows of each kind: marks the files of what has been kept long enough '
   'and erases what has none. Answers how many rows it marked or erased; safe from several places '
   'at once. What cannot be done is passed over: see private.skipped_rows.';
-
-revoke all on function private.apply_retention(integer)
-from public, anon, authenticated, service_role;
-grant execute on function private.apply_retention(integer) to darkroom_worker;

@@ -106,17 +106,13 @@ comment on view private.broken_books is
 revoke all on table private.broken_books from public, anon, authenticated, service_role;
 
 -- What is broken among the users and generations that moved last.
-create or replace function private.recent_broken_books(p_at_most integer default 200)
-returns setof private.broken_books
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
+--
 -- Whatever the planner thinks: a few hundred rows, each reached by its key.
-set enable_seqscan = off
-set enable_hashjoin = off
-set enable_mergejoin = off
-set jit = off
-as $$
+create function private.recent_broken_books(
+  p_at_most integer default 200
+) returns setof private.broken_books
+language plpgsql stable set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off as $$
 declare
   v_ids uuid[] := array(select g.id from public.generations as g order by g.id desc limit p_at_most)
     || array(
@@ -138,15 +134,9 @@ begin
 end;
 $$;
 
-revoke all on function private.recent_broken_books(integer)
-from public, anon, authenticated, service_role;
-
 -- Holds all books against the rules and keeps what is broken. Answers how much that is.
-create or replace function private.check_books()
-returns integer
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.check_books() returns integer
+language sql set search_path = pg_catalog, pg_temp as $$
   insert into private.routines as r (name, result)
   select 'check_books', jsonb_build_object(
     'problems', count(*),
@@ -162,5 +152,3 @@ $$;
 
 comment on function private.check_books is
   'Reads all history, nightly by pg_cron, and keeps what broken_books finds in routines.';
-
-revoke all on function private.check_books() from public, anon, authenticated, service_role;

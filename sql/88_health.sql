@@ -48,38 +48,23 @@ revoke all on table private.vacuum_holders from public, anon, authenticated, ser
 
 -- Whether who asks is more than a monitor: may pause what it would read about. A monitor is told no
 -- ids and nobody's words, which may repeat a prompt in any spelling.
-create or replace function private.is_operator()
-returns boolean
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.is_operator() returns boolean
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select has_function_privilege(
     coalesce(nullif(current_setting('role', true), 'none'), session_user),
     'private.pause_model(text, timestamptz, text)', 'execute'
   )
 $$;
 
-revoke all on function private.is_operator() from public, anon, authenticated, service_role;
-
 -- Notes that a routine ran to its end; pg_cron calls it after the routine.
-create or replace function private.note_run(p_name text)
-returns void
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.note_run(p_name text) returns void
+language sql set search_path = pg_catalog, pg_temp as $$
   update private.routines set last_run_at = now() where name = p_name
 $$;
 
-revoke all on function private.note_run(text) from public, anon, authenticated, service_role;
-
 -- Jobs that wait, and how long the one has that came first of those that may be claimed.
-create or replace function private.depth_health()
-returns jsonb
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.depth_health() returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select jsonb_build_object(
     'ready', coalesce(sum(q.ready), 0),
     'delayed', coalesce(sum(q.delayed), 0),
@@ -89,14 +74,8 @@ as $$
   from private.queue_by_model as q
 $$;
 
-revoke all on function private.depth_health() from public, anon, authenticated, service_role;
-
-create or replace function private.running_health()
-returns jsonb
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.running_health() returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select jsonb_build_object(
     'jobs', count(*),
     'stale', count(*) filter (where s.ended_at < now()),
@@ -106,19 +85,13 @@ as $$
   cross join lateral (select least(r.lease_until, r.deadline_at) as ended_at) as s
 $$;
 
-revoke all on function private.running_health() from public, anon, authenticated, service_role;
-
 -- Counts by minute. The error rate is that of attempts: while jobs are retried for an hour, none
 -- has failed, and still nothing works.
-create or replace function private.rates_health()
-returns jsonb
-language sql
-stable
-set search_path = pg_catalog, pg_temp
+--
 -- Read by time alone: the planner may think a scan of all history as good.
-set enable_seqscan = off
-set jit = off
-as $$
+create function private.rates_health() returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set jit = off as $$
   select jsonb_build_object(
     'last_minute', jsonb_build_object(
       'enqueued', asked.new, 'completed', ended.new_completed, 'failed', ended.new_failed,
@@ -168,15 +141,9 @@ as $$
   ) as ended
 $$;
 
-revoke all on function private.rates_health() from public, anon, authenticated, service_role;
-
 -- A worker that stopped without unregistering counts until its lease would have run out.
-create or replace function private.worker_health()
-returns jsonb
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.worker_health() returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select jsonb_build_object(
     'alive', count(*),
     'asleep', count(*) filter (where w.asleep),
@@ -190,14 +157,8 @@ as $$
   where w.seen_at > now() - (select s.lease from private.settings as s)
 $$;
 
-revoke all on function private.worker_health() from public, anon, authenticated, service_role;
-
-create or replace function private.routine_health()
-returns jsonb
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.routine_health() returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select coalesce(jsonb_object_agg(r.name, jsonb_build_object(
     'last_run_at', r.last_run_at,
     'every_seconds', extract(epoch from r.every),
@@ -207,14 +168,8 @@ as $$
   where r.every is not null
 $$;
 
-revoke all on function private.routine_health() from public, anon, authenticated, service_role;
-
-create or replace function private.books_health()
-returns jsonb
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.books_health() returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select jsonb_build_object(
     'recent_problems', (select count(*) from private.recent_broken_books()),
     'checked_at', max(r.last_run_at),
@@ -227,16 +182,10 @@ as $$
   where r.name = 'check_books' and r.result is not null
 $$;
 
-revoke all on function private.books_health() from public, anon, authenticated, service_role;
-
 -- What routines passed over within a day; who was only locked counts from the third time. And files
 -- that Storage would not delete for a day.
-create or replace function private.skipped_health()
-returns jsonb
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.skipped_health() returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select jsonb_build_object(
     'rows', coalesce(sum(s.rows), 0),
     'since', min(s.first_at),
@@ -258,16 +207,10 @@ as $$
   ) as s
 $$;
 
-revoke all on function private.skipped_health() from public, anon, authenticated, service_role;
-
 -- Dead deliveries count while their webhook is there: deleting it says that nobody misses them. A
 -- push that found no device any more is nothing to mend.
-create or replace function private.outbox_health()
-returns jsonb
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.outbox_health() returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select jsonb_build_object(
     'pending', count(*),
     'oldest_pending_seconds', extract(epoch from now() - min(d.created_at)),
@@ -280,5 +223,3 @@ as $$
   from private.deliveries as d
   where d.state = 'pending'
 $$;
-
-revoke all on function private.outbox_health() from public, anon, authenticated, service_role;

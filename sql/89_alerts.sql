@@ -5,12 +5,8 @@
 -- after that: nothing is remembered here.
 
 -- Who has held back vacuum for longest, beyond the rule's threshold.
-create or replace function private.name_vacuum_holders()
-returns text
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.name_vacuum_holders() returns text
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select string_agg(
     concat_ws(
       ' ', v.kind, v.pid, quote_ident(v.name), v.state, 'since ' || date_trunc('second', v.since),
@@ -27,14 +23,9 @@ as $$
   ) as v
 $$;
 
-revoke all on function private.name_vacuum_holders() from public, anon, authenticated, service_role;
-
-create or replace function private.measure_queue(p_health jsonb)
+create function private.measure_queue(p_health jsonb)
 returns table (alert text, value numeric, cases bigint, detail text)
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select m.alert, m.value, m.cases, m.detail
   from (
     select p_health -> 'depth' as d, p_health -> 'running' as r, p_health -> 'rates' as t
@@ -65,14 +56,9 @@ as $$
   ) as m (alert, value, cases, detail)
 $$;
 
-revoke all on function private.measure_queue(jsonb) from public, anon, authenticated, service_role;
-
-create or replace function private.measure_workers(p_health jsonb)
+create function private.measure_workers(p_health jsonb)
 returns table (alert text, value numeric, cases bigint, detail text)
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select m.alert, m.value, null::bigint, m.detail
   from (
     select
@@ -92,15 +78,9 @@ as $$
   ) as m (alert, value, detail)
 $$;
 
-revoke all on function private.measure_workers(jsonb)
-from public, anon, authenticated, service_role;
-
-create or replace function private.measure_surroundings(p_health jsonb)
+create function private.measure_surroundings(p_health jsonb)
 returns table (alert text, value numeric, cases bigint, detail text)
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select m.alert, m.value, null::bigint, m.detail
   from (select p_health -> 'books' as b, p_health #>> '{outbox,dead}' as dead) as h
   cross join (
@@ -150,19 +130,13 @@ as $$
   ) as m (alert, value, detail)
 $$;
 
-revoke all on function private.measure_surroundings(jsonb)
-from public, anon, authenticated, service_role;
-
 -- Every rule with what is measured, and whether its alert is raised.
-create or replace function private.alert_states(p_health jsonb)
+create function private.alert_states(p_health jsonb)
 returns table (
   alert text, severity text, is_raised boolean, value numeric, threshold numeric, detail text,
   hint text
 )
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select
     rule.alert,
     rule.severity,
@@ -181,15 +155,9 @@ as $$
   ) as m on rule.alert = m.alert
 $$;
 
-revoke all on function private.alert_states(jsonb) from public, anon, authenticated, service_role;
-
 -- The worst first.
-create or replace function private.health_alerts(p_health jsonb)
-returns jsonb
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.health_alerts(p_health jsonb) returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select coalesce(jsonb_agg(jsonb_build_object(
     'alert', s.alert, 'severity', s.severity, 'detail', s.detail, 'hint', s.hint
   ) order by s.severity, s.alert), '[]')
@@ -197,15 +165,9 @@ as $$
   where s.is_raised
 $$;
 
-revoke all on function private.health_alerts(jsonb) from public, anon, authenticated, service_role;
-
 -- What queue_health answers, given the depth of the queue, which is dear to count.
-create or replace function private.health_with(p_depth jsonb)
-returns json
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.health_with(p_depth jsonb) returns json
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_alerts jsonb;
   v_health jsonb := jsonb_build_object(
@@ -250,43 +212,11 @@ begin
 end;
 $$;
 
-revoke all on function private.health_with(jsonb) from public, anon, authenticated, service_role;
-
 -- Body of public.queue_health.
-create or replace function private.queue_health()
-returns json
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
+--
 -- Compiling would take longer than running, and a second process would only cost more.
-set jit = off
-set max_parallel_workers_per_gather = 0
-as $$
+create function private.queue_health() returns json
+language sql stable security definer set search_path = pg_catalog, pg_temp
+set jit = off set max_parallel_workers_per_gather = 0 as $$
   select private.health_with(private.depth_health())
 $$;
-
-revoke all on function private.queue_health() from public, anon, authenticated, service_role;
-grant execute on function private.queue_health() to service_role, darkroom_monitor;
-
-create or replace function public.queue_health()
-returns json
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.queue_health()
-$$;
-
-comment on function public.queue_health is
-  'How the queue is, for monitors: {status (ok | warning | critical), alerts [{alert, severity, '
-  'detail, hint}], depth {ready, delayed, paused, oldest_ready_seconds}, running {jobs, stale, '
-  'stale_seconds}, rates {last_minute, per_minute_of_15, attempts_of_15_minutes, error_rate, '
-  'burned_of_15_minutes, burned_by_users}, workers {alive, asleep, listening, slots, slots_used}, '
-  'routines {name: {last_run_at, every_seconds, runs_missed}}, paused, vacuum '
-  '{oldest_transactions, sees_all_sessions}, outbox {pending, oldest_pending_seconds, dead}, books '
-  '{recent_problems, checked_at, problems, examples}, skipped {rows, since, steps}}. A monitor is '
-  'shown no reasons and no examples. Thresholds are rows of private.alert_rules.';
-
-revoke all on function public.queue_health() from public, anon, authenticated, service_role;
-grant execute on function public.queue_health() to service_role, darkroom_monitor;

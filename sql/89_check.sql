@@ -4,12 +4,9 @@
 -- Each part answers rows (part, verdict, detail). verdict: ok, note (works, but know it) or wrong.
 -- It looks at catalogs and at routines, never at jobs or users.
 
-create or replace function private.check_rights(p_functions text[])
+create function private.check_rights(p_functions text[])
 returns table (part text, verdict text, detail text)
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select
     'database',
     case when r.rolsuper or r.rolbypassrls or f.missing is not null then 'wrong' else 'ok' end,
@@ -36,16 +33,9 @@ as $$
   where r.rolname = session_user
 $$;
 
-revoke all on function private.check_rights(text[])
-from public, anon, authenticated, service_role;
-
 -- What keeps each routine that pg_cron is to run from running; no rows where all is well.
-create or replace function private.name_cron_faults()
-returns setof text
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.name_cron_faults() returns setof text
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   if to_regclass('cron.job') is null then
     return next 'pg_cron is not installed any more';
@@ -71,15 +61,8 @@ begin
 end;
 $$;
 
-revoke all on function private.name_cron_faults()
-from public, anon, authenticated, service_role;
-
-create or replace function private.check_cron()
-returns table (part text, verdict text, detail text)
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.check_cron() returns table (part text, verdict text, detail text)
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select
     'cron',
     case when r.jobs = 0 then 'note' when f.faults is not null then 'wrong' else 'ok' end,
@@ -100,15 +83,9 @@ as $$
   ) as f
 $$;
 
-revoke all on function private.check_cron() from public, anon, authenticated, service_role;
-
 -- What differs in Storage from what the installation made; no rows where all is well.
-create or replace function private.name_storage_faults()
-returns setof text
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.name_storage_faults() returns setof text
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   return query
   select format('bucket %s is %s', b.id, case when s.id is null then 'missing' else 'public' end)
@@ -133,15 +110,8 @@ begin
 end;
 $$;
 
-revoke all on function private.name_storage_faults()
-from public, anon, authenticated, service_role;
-
-create or replace function private.check_storage()
-returns table (part text, verdict text, detail text)
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.check_storage() returns table (part text, verdict text, detail text)
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_faults text;
 begin
@@ -161,16 +131,10 @@ begin
 end;
 $$;
 
-revoke all on function private.check_storage() from public, anon, authenticated, service_role;
-
 -- A role of PostgREST's whose requests nothing ends: no setting of its own, of the login, or of the
 -- database. No row where all have one.
-create or replace function private.check_timeouts()
-returns table (part text, verdict text, detail text)
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.check_timeouts() returns table (part text, verdict text, detail text)
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select
     'timeouts',
     'wrong',
@@ -191,15 +155,9 @@ as $$
   order by r.rolname limit 1
 $$;
 
-revoke all on function private.check_timeouts() from public, anon, authenticated, service_role;
-
-create or replace function private.check_setup(p_functions text[])
+create function private.check_setup(p_functions text[])
 returns table (part text, verdict text, detail text)
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
   select * from private.check_rights(p_functions)
   union all
   select * from private.check_cron()
@@ -214,7 +172,3 @@ comment on function private.check_setup is
   'pg_cron runs its jobs, whether buckets and policies of Storage are there, and, where they do '
   'not, whether requests of the API end. Answers part, '
   'verdict (ok | note | wrong) and detail, in words for people.';
-
-revoke all on function private.check_setup(text[])
-from public, anon, authenticated, service_role;
-grant execute on function private.check_setup(text[]) to darkroom_worker;

@@ -7,18 +7,15 @@
 -- They cost what it costs to count the queue and to read the attempts that ended in the window.
 
 -- How the attempts of each model ended in the window, what completed ones took, what all cost.
-create or replace function private.outcomes_by_model(p_window interval)
+--
+-- Read by time alone: the planner may think a scan of all history as good.
+create function private.outcomes_by_model(p_window interval)
 returns table (
   model_id text, completed bigint, failed bigint, retried bigint, p50_seconds double precision,
   p95_seconds double precision, cost_usd numeric
 )
-language sql
-stable
-set search_path = pg_catalog, pg_temp
--- Read by time alone: the planner may think a scan of all history as good.
-set enable_seqscan = off
-set jit = off
-as $$
+language sql stable set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set jit = off as $$
   select
     a.model_id,
     count(*) filter (where a.outcome = 'completed'),
@@ -34,23 +31,15 @@ as $$
   group by a.model_id
 $$;
 
-revoke all on function private.outcomes_by_model(interval)
-from public, anon, authenticated, service_role;
-
-create or replace function private.report_models(p_window interval default '1 hour')
+create function private.report_models(p_window interval default '1 hour')
 returns table (
   model_id text, provider text, ready bigint, delayed bigint, paused bigint, running bigint,
   oldest_ready_seconds numeric, completed bigint, failed bigint, retried bigint,
   p50_seconds double precision, p95_seconds double precision, mean_seconds double precision,
   cost_usd numeric
 )
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-set jit = off
-set max_parallel_workers_per_gather = 0
-as $$
+language sql stable security definer set search_path = pg_catalog, pg_temp
+set jit = off set max_parallel_workers_per_gather = 0 as $$
   select
     n.model_id, m.provider, coalesce(q.ready, 0), coalesce(q.delayed, 0), coalesce(q.paused, 0),
     coalesce(q.running, 0), q.oldest_ready_seconds, coalesce(a.completed, 0),
@@ -68,20 +57,12 @@ comment on function private.report_models is
   'The queue of each model that has jobs or had some in the window, and how those ended: seconds '
   'from claim to end of completed attempts, and mean_seconds as remembered for eta_seconds.';
 
-revoke all on function private.report_models(interval)
-from public, anon, authenticated, service_role;
-grant execute on function private.report_models(interval) to darkroom_monitor;
-
-create or replace function private.report_workers()
+create function private.report_workers()
 returns table (
   worker_id bigint, host text, version text, state text, is_listening boolean, slots smallint,
   slots_used bigint, seen_seconds numeric, up_seconds numeric
 )
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
   select
     w.id, w.host, w.version,
     case
@@ -105,21 +86,12 @@ comment on function private.report_workers is
   'Workers seen within a day, first those that went silent without stopping: state (silent | busy '
   '| idle | asleep). is_listening false: it finds jobs by polling only.';
 
-revoke all on function private.report_workers() from public, anon, authenticated, service_role;
-grant execute on function private.report_workers() to darkroom_monitor;
-
-create or replace function private.report_errors(p_window interval default '1 hour')
+create function private.report_errors(p_window interval default '1 hour')
 returns table (
-  model_id text, error_code text, errors bigint, failed bigint, retried bigint,
-  last_at timestamptz
+  model_id text, error_code text, errors bigint, failed bigint, retried bigint, last_at timestamptz
 )
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-set enable_seqscan = off
-set jit = off
-as $$
+language sql stable security definer set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set jit = off as $$
   select
     a.model_id,
     a.error_code,
@@ -136,25 +108,16 @@ $$;
 comment on function private.report_errors is
   'Errors of attempts by model and code in the window. What was said: private.recent_failures.';
 
-revoke all on function private.report_errors(interval)
-from public, anon, authenticated, service_role;
-grant execute on function private.report_errors(interval) to darkroom_monitor;
-
 -- The attempts that ended last, newest first.
-create or replace function private.report_recent(
-  p_at_most integer default 12,
-  p_window interval default '1 hour'
+create function private.report_recent(
+  p_at_most integer default 12, p_window interval default '1 hour'
 )
 returns table (
   model_id text, attempt smallint, worker_id bigint, outcome text, error_code text,
   ended_at timestamptz, waited_seconds numeric, ran_seconds numeric
 )
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-set enable_seqscan = off
-set jit = off
-as $$
+language sql stable set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set jit = off as $$
   select
     a.model_id, a.attempt, a.worker_id, a.outcome, a.error_code, a.ended_at,
     -- No join, which might be made by reading all generations.
@@ -171,19 +134,13 @@ as $$
   order by a.ended_at desc, a.token desc
 $$;
 
-revoke all on function private.report_recent(integer, interval)
-from public, anon, authenticated, service_role;
-
 -- The running jobs that began first, which are the ones to worry about.
-create or replace function private.report_running(p_at_most integer default 12)
+create function private.report_running(p_at_most integer default 12)
 returns table (
   model_id text, attempt smallint, worker_id bigint, stage text, progress smallint,
   running_seconds numeric, lease_seconds numeric, deadline_seconds numeric
 )
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select
     r.model_id, r.attempt, r.worker_id, r.stage, r.progress,
     round(extract(epoch from now() - r.claimed_at), 1),
@@ -193,18 +150,10 @@ as $$
   order by r.claimed_at, r.job_id limit p_at_most
 $$;
 
-revoke all on function private.report_running(integer)
-from public, anon, authenticated, service_role;
-
 -- Who has held back vacuum for longest.
-create or replace function private.report_holders(p_at_most integer default 5)
-returns table (
-  kind text, pid integer, name text, state text, transactions integer, seconds numeric
-)
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.report_holders(p_at_most integer default 5)
+returns table (kind text, pid integer, name text, state text, transactions integer, seconds numeric)
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select
     h.kind, h.pid, left(h.name, 100), h.state, h.age_transactions,
     round(extract(epoch from h.since))
@@ -212,20 +161,10 @@ as $$
   order by h.since desc nulls last, h.age_transactions desc limit p_at_most
 $$;
 
-revoke all on function private.report_holders(integer)
-from public, anon, authenticated, service_role;
-
-create or replace function private.report_alerts()
-returns table (
-  alert text, severity text, is_raised boolean, value numeric, threshold numeric
-)
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-set jit = off
-set max_parallel_workers_per_gather = 0
-as $$
+create function private.report_alerts()
+returns table (alert text, severity text, is_raised boolean, value numeric, threshold numeric)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+set jit = off set max_parallel_workers_per_gather = 0 as $$
   select s.alert, s.severity, s.is_raised, s.value, s.threshold
   from private.alert_states(private.queue_health()::jsonb) as s
   order by s.alert
@@ -233,6 +172,3 @@ $$;
 
 comment on function private.report_alerts is
   'Every rule of private.alert_rules, what is measured for it, and whether its alert is raised.';
-
-revoke all on function private.report_alerts() from public, anon, authenticated, service_role;
-grant execute on function private.report_alerts() to darkroom_monitor;

@@ -9,16 +9,11 @@
 -- went since.
 
 -- Body of public.queue_report.
-create or replace function private.queue_report()
-returns json
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
+--
 -- Compiling would take longer than running, and a second process would only cost more.
-set jit = off
-set max_parallel_workers_per_gather = 0
-as $$
+create function private.queue_report() returns json
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+set jit = off set max_parallel_workers_per_gather = 0 as $$
 declare
   v_began timestamptz := clock_timestamp();
   v_models jsonb := (
@@ -48,40 +43,14 @@ begin
 end;
 $$;
 
-revoke all on function private.queue_report() from public, anon, authenticated, service_role;
-grant execute on function private.queue_report() to service_role, darkroom_monitor;
-
-create or replace function public.queue_report()
-returns json
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.queue_report()
-$$;
-
-comment on function public.queue_report is
-  'The queue at a glance, for people: {at, health (see queue_health), models, workers, errors, '
-  'running, recent, vacuum_holders, took_ms}: the queue of each model and its attempts of the last '
-  'hour, the workers of the last day, errors of the last hour, the jobs that run for longest, the '
-  'attempts that ended last, who has held back vacuum for longest, and how long the report took.';
-
-revoke all on function public.queue_report() from public, anon, authenticated, service_role;
-grant execute on function public.queue_report() to service_role, darkroom_monitor;
-
 -- What came into the queue and left it in each bucket since a time, the longest that a job of the
 -- bucket had waited for its first attempt, and how many were asked for.
-create or replace function private.history_of_queue(p_since timestamptz, p_bucket interval)
-returns table (
-  at timestamptz, enqueued bigint, entered bigint, went bigint, waited_seconds numeric
-)
-language sql
-stable
-set search_path = pg_catalog, pg_temp
+--
 -- Read by time alone: the planner may think a scan of all history as good.
-set enable_seqscan = off
-set jit = off
-as $$
+create function private.history_of_queue(p_since timestamptz, p_bucket interval)
+returns table (at timestamptz, enqueued bigint, entered bigint, went bigint, waited_seconds numeric)
+language sql stable set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set jit = off as $$
   with claims as (
     select a.generation_id, a.attempt, a.started_at, a.ended_at, a.outcome
     from private.attempts as a where a.ended_at >= p_since
@@ -115,21 +84,14 @@ as $$
   group by date_bin(p_bucket, m.moved_at, 'epoch')
 $$;
 
-revoke all on function private.history_of_queue(timestamptz, interval)
-from public, anon, authenticated, service_role;
-
 -- How the attempts of each model ended in each bucket since a time, what they took and cost.
-create or replace function private.history_of_models(p_since timestamptz, p_bucket interval)
+create function private.history_of_models(p_since timestamptz, p_bucket interval)
 returns table (
   at timestamptz, model_id text, completed bigint, failed bigint, retried bigint,
   completed_seconds numeric, cost_usd numeric
 )
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-set enable_seqscan = off
-set jit = off
-as $$
+language sql stable set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set jit = off as $$
   select
     date_bin(p_bucket, a.ended_at, 'epoch'),
     a.model_id,
@@ -145,25 +107,14 @@ as $$
   group by date_bin(p_bucket, a.ended_at, 'epoch'), a.model_id
 $$;
 
-revoke all on function private.history_of_models(timestamptz, interval)
-from public, anon, authenticated, service_role;
-
 -- Body of public.queue_history.
 --
 -- Raises: PT400 invalid_input.
-create or replace function private.queue_history(
-  p_since timestamptz,
-  p_bucket_seconds integer,
-  p_at_most integer default 400
-)
-returns json
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-set jit = off
-set max_parallel_workers_per_gather = 0
-as $$
+create function private.queue_history(
+  p_since timestamptz, p_bucket_seconds integer, p_at_most integer default 400
+) returns json
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+set jit = off set max_parallel_workers_per_gather = 0 as $$
 declare
   v_bucket interval := p_bucket_seconds * interval '1 second';
   -- A day of the buckets that are the default.
@@ -192,33 +143,3 @@ begin
   );
 end;
 $$;
-
-revoke all on function private.queue_history(timestamptz, integer, integer)
-from public, anon, authenticated, service_role;
-grant execute on function private.queue_history(timestamptz, integer, integer)
-to service_role, darkroom_monitor;
-
-create or replace function public.queue_history(
-  since timestamptz default null,
-  bucket_seconds integer default 900
-)
-returns json
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.queue_history(queue_history.since, queue_history.bucket_seconds)
-$$;
-
-comment on function public.queue_history is
-  'What came to pass in each bucket from the one that holds since (96 back; at most 400) to now: '
-  '{at, since, bucket_seconds, queue [{at, enqueued, entered, went, '
-  'waited_seconds}], models [{at, model_id, completed, failed, retried, completed_seconds, '
-  'cost_usd}]}. entered and went move the length of the queue, retries included; waited_seconds is '
-  'the longest until a first attempt. Buckets without anything are left out. Errors: PT400 '
-  'invalid_input.';
-
-revoke all on function public.queue_history(timestamptz, integer)
-from public, anon, authenticated, service_role;
-grant execute on function public.queue_history(timestamptz, integer)
-to service_role, darkroom_monitor;

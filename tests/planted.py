@@ -166,31 +166,31 @@ SECURITY = [
     ),
     Bug(
         "everybody may grant credits",
-        "sql/40_credits.sql",
-        "public.grant_credits(uuid, integer, text, text) to service_role;",
-        "public.grant_credits(uuid, integer, text, text) to service_role, authenticated;",
+        "sql/92_rights.sql",
+        "-- The operator's backend.\n",
+        "grant execute on function public.grant_credits to authenticated;\n",
         "tests/test_catalog.py::test_each_role_executes_exactly_these_functions[authenticated]",
     ),
     Bug(
         "a definer looks for types among the caller's temporary ones",
         "sql/50_enqueue.sql",
-        "security definer\nset search_path = pg_catalog, pg_temp",
-        "security definer\nset search_path = ''",
+        "security definer set search_path = pg_catalog, pg_temp",
+        "security definer set search_path = ''",
         f"{SAFE_PATH}[authenticated]",
     ),
     Bug(
         "a definer takes the caller's search_path",
         "sql/72_claim.sql",
-        "security definer\nset search_path = pg_catalog, pg_temp",
+        "security definer set search_path = pg_catalog, pg_temp",
         "security definer",
         f"{SAFE_PATH}[darkroom_worker]",
     ),
     Bug(
         "a definer stands in the exposed schema",
-        "sql/60_status.sql",
-        "stable\nset search_path = pg_catalog, pg_temp\nas $$\n  select private.get_entitlement()",
-        "stable\nsecurity definer\nset search_path = pg_catalog, pg_temp\nas $$\n"
-        "  select private.get_entitlement()",
+        "sql/91_doors.sql",
+        "stable set search_path = pg_catalog, pg_temp\nreturn private.get_entitlement();",
+        "stable security definer set search_path = pg_catalog, pg_temp\n"
+        "return private.get_entitlement();",
         "tests/test_catalog.py::test_definers_are_private_and_what_is_public_only_calls_them",
     ),
     # Refusals.

@@ -114,12 +114,8 @@ to anon, authenticated, service_role, darkroom_worker, darkroom_monitor;
 -- Always true: entitlements.credits is the sum of the user's ledger amounts and never negative.
 
 -- Time-ordered ids: 48 bits of milliseconds, 12 bits of the fraction, 62 random bits (RFC 9562).
-create or replace function private.uuid_v7()
-returns uuid
-language plpgsql
-volatile
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.uuid_v7() returns uuid
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_us bigint := date_part('epoch', clock_timestamp()) * 1000000;
 begin
@@ -131,8 +127,6 @@ begin
   )::uuid;
 end;
 $$;
-
-revoke all on function private.uuid_v7() from public, anon, authenticated, service_role;
 
 -- No foreign keys between tables that users may read, here and in 14: PostgREST lets who reads one
 -- embed the other, and that one in it again, so that a short address makes an answer without end.
@@ -152,12 +146,10 @@ create domain public.ledger_kind as text constraint ledger_kind_is_known check (
 
 comment on domain public.ledger_kind is 'See credit_ledger.kind.';
 
-create or replace function private.fits_kind(p_kind text, p_amount integer, p_generation_id uuid)
-returns boolean
-language plpgsql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.fits_kind(
+  p_kind text, p_amount integer, p_generation_id uuid
+) returns boolean
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 begin
   return (p_generation_id is not null) = (p_kind in ('charge', 'refund'))
     and case p_kind
@@ -167,9 +159,6 @@ begin
     end;
 end;
 $$;
-
-revoke all on function private.fits_kind(text, integer, uuid)
-from public, anon, authenticated, service_role;
 
 -- A trigger (84) cascades from auth.users, not a foreign key: whoever moves a balance twice in one
 -- transaction would have its check lock the user, whom a deletion holds while it waits for jobs.
@@ -242,29 +231,21 @@ on public.credit_ledger (generation_id) where kind = 'refund';
 create unique index credit_ledger_external_id_idx
 on public.credit_ledger (external_id) where external_id is not null;
 
-create or replace function private.refuse_change()
-returns trigger
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.refuse_change() returns trigger
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   raise exception '% is append-only', tg_table_name
     using errcode = 'insufficient_privilege';
 end;
 $$;
 
-revoke all on function private.refuse_change() from public, anon, authenticated, service_role;
-
 create trigger credit_ledger_is_append_only
 before update or truncate on public.credit_ledger
 for each statement execute function private.refuse_change();
 
 -- The books of a user are erased only when the user is gone.
-create or replace function private.refuse_change_while_user_exists()
-returns trigger
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.refuse_change_while_user_exists() returns trigger
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   if exists (select from public.entitlements as e where e.user_id = old.user_id) then
     raise exception '% is append-only', tg_table_name
@@ -273,9 +254,6 @@ begin
   return old;
 end;
 $$;
-
-revoke all on function private.refuse_change_while_user_exists()
-from public, anon, authenticated, service_role;
 
 -- But for compact_ledger (85), which says so for the time of one statement.
 create trigger credit_ledger_is_kept_while_user_exists
@@ -512,11 +490,8 @@ comment on column public.models.is_schema_confirmed is
   'False: input_schema was written from documentation, not imported from the provider.';
 
 -- Taken out once, not in every request. A seed is chosen (32), not taken from the schema.
-create or replace function private.set_default_input()
-returns trigger
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.set_default_input() returns trigger
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   new.default_input := (
     select coalesce(jsonb_object_agg(p.key, p.value -> 'default'), '{}')
@@ -526,8 +501,6 @@ begin
   return new;
 end;
 $$;
-
-revoke all on function private.set_default_input() from public, anon, authenticated, service_role;
 
 create trigger models_set_default_input
 before insert or update on public.models
@@ -1028,19 +1001,12 @@ create index prompt_templates_user_id_idx on public.prompt_templates (user_id);
 -- lane for itself, so a target that hangs holds up nobody else.
 
 -- 32 bytes as the Standard Webhooks specification writes them. Two random uuids hold 244 bits.
-create or replace function private.new_webhook_secret()
-returns text
-language sql
-volatile
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.new_webhook_secret() returns text
+language sql set search_path = pg_catalog, pg_temp as $$
   select 'whsec_' || encode(
     sha256(uuid_send(gen_random_uuid()) || uuid_send(gen_random_uuid())), 'base64'
   )
 $$;
-
-revoke all on function private.new_webhook_secret()
-from public, anon, authenticated, service_role;
 
 create table private.webhook_endpoints (
   id uuid primary key default private.uuid_v7(),
@@ -1327,16 +1293,10 @@ revoke all on table private.alert_rules, private.routines, private.skipped_rows
 from public, anon, authenticated, service_role;
 
 -- Waits for nobody, and stops at a thousand rows: by then it is not the rows that are at fault.
-create or replace function private.note_skipped(
-  p_step text,
-  p_key text,
-  p_code text,
-  p_problem text
-)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.note_skipped(
+  p_step text, p_key text, p_code text, p_problem text
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   update private.skipped_rows
   set code = p_code, problem = left(p_problem, 500), times = times + 1, last_at = now()
@@ -1353,19 +1313,13 @@ begin
 end;
 $$;
 
-revoke all on function private.note_skipped(text, text, text, text)
-from public, anon, authenticated, service_role;
-
 -- Has a statement done for all keys at once. If that fails, for each half, down to the row that is
 -- at fault: it is noted and passed over, and the rest is done. Answers the sum of what it answers.
 --
 -- A fault of the server or of the installation is no row's and is raised. A lock that somebody
 -- holds for ever is a fault like any other where the caller has set lock_timeout.
-create or replace function private.skip_failing(p_statement text, p_keys anyarray)
-returns integer
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.skip_failing(p_statement text, p_keys anyarray) returns integer
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_step text := substring(p_statement from 'private\.(\w+)');
   v_half integer := cardinality(p_keys) / 2;
@@ -1393,9 +1347,6 @@ begin
     + private.skip_failing(p_statement, p_keys[v_half + 1:]);
 end;
 $$;
-
-revoke all on function private.skip_failing(text, anyarray)
-from public, anon, authenticated, service_role;
 -- Row level security: who may read what. Nobody writes a table: the functions do.
 --
 -- Users read their own rows in public, but not what they deleted; the catalogue is read through
@@ -1451,13 +1402,8 @@ grant select, insert, update, delete on table public.model_aliases to service_ro
 -- the sub is no uuid or the claims are no JSON. A definer, for who asks may not look into auth.
 --
 -- Raises: PT401 not_authenticated.
-create or replace function private.caller_id()
-returns uuid
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.caller_id() returns uuid
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
 begin
   return auth.uid();
 exception when data_exception then
@@ -1467,9 +1413,6 @@ exception when data_exception then
     hint = 'Sign in again.';
 end;
 $$;
-
-revoke all on function private.caller_id() from public, anon, authenticated, service_role;
-grant execute on function private.caller_id() to authenticated;
 
 create policy "Users read their own entitlement" on public.entitlements
 for select to authenticated using (user_id = (select private.caller_id()));
@@ -1526,13 +1469,8 @@ grant select on private.shared_paths to anon, authenticated;
 
 -- Whether a user may put a file there: it has a name of its own below the folder, and the user has
 -- not as many others as may be kept. Who uploads several at once may get a few more in.
-create or replace function private.may_store_input(p_path text)
-returns boolean
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.may_store_input(p_path text) returns boolean
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
 begin
   return octet_length(p_path) <= 512
     and p_path ~ '^[^/]+(/[^/]+)+$' and p_path !~ '/\.\.?(/|$)'
@@ -1546,10 +1484,6 @@ begin
     );
 end;
 $$;
-
-revoke all on function private.may_store_input(text)
-from public, anon, authenticated, service_role;
-grant execute on function private.may_store_input(text) to authenticated;
 
 -- Storage: outputs are read by their owner, shared ones by everybody, and written by the worker
 -- alone; inputs for image-to-image are put into the user's own folder. On a text, so that where the
@@ -1613,12 +1547,8 @@ $do$;
 -- would come for what was taken in.
 --
 -- Raises: PT405 method_not_allowed, PT503 unavailable.
-create or replace function private.require_writable()
-returns void
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.require_writable() returns void
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   if current_setting('transaction_read_only') = 'off'
     and current_setting('default_transaction_read_only') = 'off' then
@@ -1635,17 +1565,11 @@ begin
 end;
 $$;
 
-revoke all on function private.require_writable() from public, anon, authenticated, service_role;
-
 -- The user of the request's JWT, who may write where the function does.
 --
 -- Raises: PT401 not_authenticated, PT405 method_not_allowed, PT503 unavailable.
-create or replace function private.require_user_id(p_writes boolean default false)
-returns uuid
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.require_user_id(p_writes boolean default false) returns uuid
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_user_id uuid := private.caller_id();
 begin
@@ -1661,15 +1585,9 @@ begin
 end;
 $$;
 
-revoke all on function private.require_user_id(boolean)
-from public, anon, authenticated, service_role;
-
 -- Raises PT401 not_authenticated: the token outlived the user.
-create or replace function private.refuse_unknown_user()
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.refuse_unknown_user() returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   raise sqlstate 'PT401' using
     message = 'not_authenticated',
@@ -1678,19 +1596,12 @@ begin
 end;
 $$;
 
-revoke all on function private.refuse_unknown_user()
-from public, anon, authenticated, service_role;
-
 -- The same, who must still be there: for functions that neither lock the entitlement nor look for a
 -- row of the user's.
 --
 -- Raises: PT401 not_authenticated, PT405 method_not_allowed, PT503 unavailable.
-create or replace function private.require_known_user_id(p_writes boolean default false)
-returns uuid
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.require_known_user_id(p_writes boolean default false) returns uuid
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_user_id uuid := private.require_user_id(p_writes);
 begin
@@ -1701,30 +1612,18 @@ begin
 end;
 $$;
 
-revoke all on function private.require_known_user_id(boolean)
-from public, anon, authenticated, service_role;
-
 -- Raises PT404 not_found.
-create or replace function private.refuse_missing(p_detail text, p_hint text)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.refuse_missing(p_detail text, p_hint text) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   raise sqlstate 'PT404' using message = 'not_found', detail = p_detail, hint = p_hint;
 end;
 $$;
 
-revoke all on function private.refuse_missing(text, text)
-from public, anon, authenticated, service_role;
-
 -- Raises PT404 not_found, the same for a job that never was, is somebody else's, or is deleted; or
 -- PT401 not_authenticated: the user is.
-create or replace function private.refuse_unknown_job()
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.refuse_unknown_job() returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   perform private.require_known_user_id();
   perform private.refuse_missing(
@@ -1734,15 +1633,9 @@ begin
 end;
 $$;
 
-revoke all on function private.refuse_unknown_job()
-from public, anon, authenticated, service_role;
-
 -- Raises PT400 invalid_input.
-create or replace function private.refuse_input(p_detail text, p_hint text default null)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.refuse_input(p_detail text, p_hint text default null) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   raise sqlstate 'PT400' using
     message = 'invalid_input',
@@ -1751,23 +1644,14 @@ begin
 end;
 $$;
 
-revoke all on function private.refuse_input(text, text)
-from public, anon, authenticated, service_role;
-
 -- Raises a refusal that passes with time, carrying Retry-After. PostgREST reads status and headers
 -- from the detail of SQLSTATE PGRST (docs.postgrest.org, "Raise errors with HTTP status codes").
 -- Browsers show no such header to the page and supabase-js none at all, and a body has texts only:
 -- so the hint is always this sentence, to be read as data.
-create or replace function private.refuse_for_now(
-  p_status integer,
-  p_token text,
-  p_detail text,
-  p_retry_after_seconds integer
-)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.refuse_for_now(
+  p_status integer, p_token text, p_detail text, p_retry_after_seconds integer
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   raise sqlstate 'PGRST' using
     message = json_build_object(
@@ -1783,18 +1667,11 @@ begin
 end;
 $$;
 
-revoke all on function private.refuse_for_now(integer, text, text, integer)
-from public, anon, authenticated, service_role;
-
 -- JSON given as text. A function of its own: its block for exceptions costs a subtransaction.
 --
 -- Raises: PT400 invalid_input.
-create or replace function private.unwrap_params(p_text text)
-returns jsonb
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.unwrap_params(p_text text) returns jsonb
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   return p_text::jsonb;
 exception
@@ -1805,41 +1682,25 @@ exception
 end;
 $$;
 
-revoke all on function private.unwrap_params(text) from public, anon, authenticated, service_role;
-
 -- Whether JSON holds a number of more than 400 digits: 1e131071 is eight bytes on the way in,
 -- sixteen here, and 131 kB once it is written, 0e-16383 likewise. No schema has a use for one.
-create or replace function private.has_endless_number(p_value jsonb)
-returns boolean
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.has_endless_number(p_value jsonb) returns boolean
+language sql immutable set search_path = pg_catalog, pg_temp as $$
   select exists (
     select from jsonb_path_query(p_value, 'strict $.** ? (@.type() == "number")') as n (value)
     where abs(n.value::numeric) >= 1e400 or scale(n.value::numeric) > 400
   )
 $$;
 
-revoke all on function private.has_endless_number(jsonb)
-from public, anon, authenticated, service_role;
-
 -- The params as an object, if they, the prompts and the key are of a size and form we take. Some
 -- gateways hand a jsonb argument as a JSON string holding the text, so it is unwrapped once, here.
 -- p_field is what a refusal calls a prompt, with its place for %1$s.
 --
 -- Raises: PT400 invalid_input.
-create or replace function private.read_request(
-  p_prompts text[],
-  p_params jsonb,
-  p_idempotency_key text,
-  p_field text default 'prompt'
-)
-returns jsonb
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.read_request(
+  p_prompts text[], p_params jsonb, p_idempotency_key text, p_field text default 'prompt'
+) returns jsonb
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_params jsonb := coalesce(p_params, '{}');
   v_max_bytes integer;
@@ -1880,18 +1741,11 @@ begin
 end;
 $$;
 
-revoke all on function private.read_request(text[], jsonb, text, text)
-from public, anon, authenticated, service_role;
-
 -- The user's generation. Somebody else's is not found, like one that never was.
 --
 -- Raises: PT404 not_found.
-create or replace function private.require_generation(p_job_id uuid, p_user_id uuid)
-returns public.generations
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.require_generation(p_job_id uuid, p_user_id uuid) returns public.generations
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_generation public.generations;
 begin
@@ -1904,20 +1758,13 @@ begin
 end;
 $$;
 
-revoke all on function private.require_generation(uuid, uuid)
-from public, anon, authenticated, service_role;
-
 -- Until when the model is paused for this user, itself or with its provider; null unless it is. A
 -- pause that failures began is one for those who failed.
 --
 -- Who keeps failing where others do not, as the breakers (71) noticed, is let wait like a model:
 -- for the window in which so many failures would pause one.
-create or replace function private.paused_until(p_model public.models, p_user_id uuid)
-returns timestamptz
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.paused_until(p_model public.models, p_user_id uuid) returns timestamptz
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_until timestamptz;
   v_is_suspected boolean;
@@ -1947,9 +1794,6 @@ begin
 end;
 $$;
 
-revoke all on function private.paused_until(public.models, uuid)
-from public, anon, authenticated, service_role;
-
 create view private.paused_models with (security_invoker = true) as
 select
   m.id,
@@ -1969,12 +1813,8 @@ revoke all on private.paused_models from public, anon, authenticated, service_ro
 -- Weighted rendezvous hashing: each arm draws a number that depends on nothing but user and arm,
 -- and the smallest wins. So a user stays with an arm, and a change of weights moves as few as
 -- possible. A paused arm is passed over while another is not.
-create or replace function private.resolve_alias(p_alias_id text, p_user_id uuid, p_plan text)
-returns text
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.resolve_alias(p_alias_id text, p_user_id uuid, p_plan text) returns text
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select a.model_id
   from public.model_aliases as a
   inner join public.models as m on m.id = a.model_id
@@ -1989,15 +1829,9 @@ as $$
   limit 1
 $$;
 
-revoke all on function private.resolve_alias(text, uuid, text)
-from public, anon, authenticated, service_role;
-
 -- Raises PT503 model_paused.
-create or replace function private.refuse_paused(p_model_id text, p_until timestamptz)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.refuse_paused(p_model_id text, p_until timestamptz) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   perform private.refuse_for_now(
     503,
@@ -2008,19 +1842,14 @@ begin
 end;
 $$;
 
-revoke all on function private.refuse_paused(text, timestamptz)
-from public, anon, authenticated, service_role;
-
 -- The model of this name, or the one that an alias of this name stands for, if this user may use
 -- it.
 --
 -- Raises: PT404 not_found, PT403 requires_paid_plan, PT503 model_paused.
-create or replace function private.require_model(p_name text, p_user_id uuid, p_plan text)
-returns public.models
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.require_model(
+  p_name text, p_user_id uuid, p_plan text
+) returns public.models
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_model public.models;
   v_paused_until timestamptz;
@@ -2052,16 +1881,9 @@ begin
 end;
 $$;
 
-revoke all on function private.require_model(text, uuid, text)
-from public, anon, authenticated, service_role;
-
 -- The plan of a user now: paid or free.
-create or replace function private.plan_of(p_entitlement public.entitlements)
-returns private.plans
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.plan_of(p_entitlement public.entitlements) returns private.plans
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_plan private.plans;
   v_is_paid boolean := p_entitlement.is_paid and p_entitlement.paid_until > now();
@@ -2071,9 +1893,6 @@ begin
   return v_plan;
 end;
 $$;
-
-revoke all on function private.plan_of(public.entitlements)
-from public, anon, authenticated, service_role;
 
 create view private.queue_floor with (security_invoker = true) as
 select c.last_value - 100000 as fair_key from private.virtual_clock as c;  -- 100 credits, weight 1
@@ -2105,12 +1924,8 @@ revoke all on private.live_jobs from public, anon, authenticated, service_role;
 -- Whether a job has waited this long though its user has nothing running. Who has, waits for his
 -- own: one user's long queue is old, but no reason to refuse others, who go before it. Looked for
 -- among the next jobs in fair order: whoever has waited for a first job is there.
-create or replace function private.has_waited(p_interval interval)
-returns boolean
-language sql
-volatile
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.has_waited(p_interval interval) returns boolean
+language sql set search_path = pg_catalog, pg_temp as $$
   select exists (
     select from (
       select r.user_id, r.model_id, r.queued_at from private.ready_jobs as r
@@ -2128,20 +1943,13 @@ as $$
   )
 $$;
 
-revoke all on function private.has_waited(interval)
-from public, anon, authenticated, service_role;
-
 -- Whether the queue is too far behind for a request of this plan.
 --
 -- queue_state is refreshed twice a minute, or not at all while nothing runs. Nothing that is ready
 -- now can have been so before the oldest that was ready then, nor, if there was none, before then.
 -- So it never hides that the queue is busy; where it says so, the queue itself is looked at.
-create or replace function private.is_busy(p_plan private.plans)
-returns boolean
-language plpgsql
-volatile
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.is_busy(p_plan private.plans) returns boolean
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   if (select least(q.oldest_ready_at, q.refreshed_at) from private.queue_state as q)
     < now() - p_plan.busy_after then
@@ -2151,22 +1959,14 @@ begin
 end;
 $$;
 
-revoke all on function private.is_busy(private.plans)
-from public, anon, authenticated, service_role;
-
 -- One more job fits the plan's limits. The caller has locked the entitlement row, and what is
 -- counted here is counted after that: concurrent requests cannot pass them together.
 --
 -- Raises: PT429 too_many_active, PT429 rate_limited, PT503 busy.
-create or replace function private.check_limits(
-  p_entitlement public.entitlements,
-  p_plan private.plans
-)
-returns void
-language plpgsql
-volatile
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.check_limits(
+  p_entitlement public.entitlements, p_plan private.plans
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   if p_plan.max_active <= (
     select count(*) from (
@@ -2212,9 +2012,6 @@ begin
   end if;
 end;
 $$;
-
-revoke all on function private.check_limits(public.entitlements, private.plans)
-from public, anon, authenticated, service_role;
 -- Size: a width and height, or a shape, in the words the model knows.
 --
 -- Some models take pixels, some a ratio such as 16:9, some a size such as 1365x1024. map_size puts
@@ -2223,16 +2020,10 @@ from public, anon, authenticated, service_role;
 
 -- The option of the model's own sizes nearest to width and height: {property: option}; null if it
 -- has none. Options are ratios such as 16:9, or sizes such as 1024x768; shape counts before area.
-create or replace function private.nearest_size(
-  p_model public.models,
-  p_width numeric,
-  p_height numeric
-)
-returns jsonb
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.nearest_size(
+  p_model public.models, p_width numeric, p_height numeric
+) returns jsonb
+language sql immutable set search_path = pg_catalog, pg_temp as $$
   select jsonb_build_object(p.name, o.option)
   from unnest('{aspect_ratio,size,image_size,resolution}'::text[])
     with ordinality as p (name, place)
@@ -2248,17 +2039,10 @@ as $$
   limit 1
 $$;
 
-revoke all on function private.nearest_size(public.models, numeric, numeric)
-from public, anon, authenticated, service_role;
-
 -- The side nearest to this many pixels that a property allows: one of its enum, else a multiple of
 -- 64, as diffusion models like it, within its limits.
-create or replace function private.fit_side(p_rules jsonb, p_pixels numeric)
-returns numeric
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.fit_side(p_rules jsonb, p_pixels numeric) returns numeric
+language sql immutable set search_path = pg_catalog, pg_temp as $$
   select coalesce(
     (
       select e.value::numeric from jsonb_array_elements(p_rules -> 'enum') as e
@@ -2280,16 +2064,9 @@ as $$
   ) as s
 $$;
 
-revoke all on function private.fit_side(jsonb, numeric)
-from public, anon, authenticated, service_role;
-
 -- Width and height of a shape for a model that wants pixels, with the area of its defaults.
-create or replace function private.pixels_of_shape(p_model public.models, p_shape numeric)
-returns jsonb
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.pixels_of_shape(p_model public.models, p_shape numeric) returns jsonb
+language sql immutable set search_path = pg_catalog, pg_temp as $$
   select jsonb_build_object(
     'width', private.fit_side(p.w, sqrt(a.pixels * p_shape)),
     'height', private.fit_side(p.h, sqrt(a.pixels / p_shape))
@@ -2303,33 +2080,19 @@ as $$
   ) as a
 $$;
 
-revoke all on function private.pixels_of_shape(public.models, numeric)
-from public, anon, authenticated, service_role;
-
 -- A number of the params if it can be a side of a picture, else null.
-create or replace function private.read_side(p_params jsonb, p_name text)
-returns numeric
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.read_side(p_params jsonb, p_name text) returns numeric
+language sql immutable set search_path = pg_catalog, pg_temp as $$
   select case jsonb_typeof(p_params -> p_name) when 'number' then (
     select n.side from (select (p_params ->> p_name)::numeric as side) as n
     where n.side % 1 = 0 and n.side between 1 and 16384
   ) end
 $$;
 
-revoke all on function private.read_side(jsonb, text)
-from public, anon, authenticated, service_role;
-
 -- The params with a size the model knows in place of one it does not. What cannot be mapped stays
 -- as it is, for check_params to refuse.
-create or replace function private.map_size(p_model public.models, p_params jsonb)
-returns jsonb
-language plpgsql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.map_size(p_model public.models, p_params jsonb) returns jsonb
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 declare
   v_takes_pixels boolean := p_model.client_inputs @> '{width,height}';
   v_width numeric := private.read_side(p_params, 'width');
@@ -2362,9 +2125,6 @@ begin
   return p_params;
 end;
 $$;
-
-revoke all on function private.map_size(public.models, jsonb)
-from public, anon, authenticated, service_role;
 -- Input: do the params fit the model's schema, and what is the provider sent?
 --
 -- All of it is done before any credit moves. prepare_params takes what the jobs of a batch
@@ -2374,12 +2134,8 @@ from public, anon, authenticated, service_role;
 -- (provider_input).
 
 -- Why a value does not fit a property of a schema, with what is allowed; null if it does.
-create or replace function private.input_problem(p_value jsonb, p_property jsonb)
-returns text
-language plpgsql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.input_problem(p_value jsonb, p_property jsonb) returns text
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 declare
   v_type text := p_property ->> 'type';
 begin
@@ -2416,16 +2172,9 @@ begin
 end;
 $$;
 
-revoke all on function private.input_problem(jsonb, jsonb)
-from public, anon, authenticated, service_role;
-
 -- The same for the range of a number; beyond 2^53 JSON numbers are not exact.
-create or replace function private.number_problem(p_number numeric, p_property jsonb)
-returns text
-language plpgsql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.number_problem(p_number numeric, p_property jsonb) returns text
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 declare
   v_lowest numeric := coalesce((p_property ->> 'minimum')::numeric, -9007199254740991);
   v_highest numeric := coalesce((p_property ->> 'maximum')::numeric, 9007199254740991);
@@ -2446,21 +2195,11 @@ begin
 end;
 $$;
 
-revoke all on function private.number_problem(numeric, jsonb)
-from public, anon, authenticated, service_role;
-
 -- The same for the length of a text (minLength, maxLength) or an array (minItems, maxItems).
-create or replace function private.length_problem(
-  p_length integer,
-  p_property jsonb,
-  p_unit text,
-  p_default_max integer
-)
-returns text
-language plpgsql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.length_problem(
+  p_length integer, p_property jsonb, p_unit text, p_default_max integer
+) returns text
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 declare
   v_most numeric := coalesce((p_property ->> ('max' || p_unit))::numeric, p_default_max);
   v_least numeric := (p_property ->> ('min' || p_unit))::numeric;
@@ -2473,16 +2212,9 @@ begin
 end;
 $$;
 
-revoke all on function private.length_problem(integer, jsonb, text, integer)
-from public, anon, authenticated, service_role;
-
 -- The same for the items of an array.
-create or replace function private.items_problem(p_value jsonb, p_items jsonb)
-returns text
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.items_problem(p_value jsonb, p_items jsonb) returns text
+language sql immutable set search_path = pg_catalog, pg_temp as $$
   select 'an item is ' || q.problem
   from jsonb_array_elements(p_value) with ordinality as i (value, place)
   cross join private.input_problem(i.value, p_items) as q (problem)
@@ -2490,19 +2222,12 @@ as $$
   order by i.place limit 1
 $$;
 
-revoke all on function private.items_problem(jsonb, jsonb)
-from public, anon, authenticated, service_role;
-
 -- Answers the params if every one is one the model takes from clients and fits its schema, and none
 -- it needs is missing.
 --
 -- Raises: PT400 invalid_input, naming the field and what is allowed.
-create or replace function private.check_params(p_model public.models, p_params jsonb)
-returns jsonb
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.check_params(p_model public.models, p_params jsonb) returns jsonb
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_properties jsonb := p_model.input_schema -> 'properties';
   v_required jsonb := p_model.input_schema -> 'required';
@@ -2532,22 +2257,13 @@ begin
 end;
 $$;
 
-revoke all on function private.check_params(public.models, jsonb)
-from public, anon, authenticated, service_role;
-
 -- Source images are files in bucket inputs, in the user's own folder. An address is none.
 --
 -- Raises: PT400 invalid_input.
-create or replace function private.check_source_images(
-  p_model public.models,
-  p_user_id uuid,
-  p_params jsonb
-)
-returns void
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.check_source_images(
+  p_model public.models, p_user_id uuid, p_params jsonb
+) returns void
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_name text;
   v_path text;
@@ -2573,18 +2289,11 @@ begin
 end;
 $$;
 
-revoke all on function private.check_source_images(public.models, uuid, jsonb)
-from public, anon, authenticated, service_role;
-
 -- There is nothing to see in a text, or no text: it is of controls, spaces, format characters,
 -- fillers, variation selectors, tags and marks without a letter. By number, for what the classes of
 -- a regular expression hold depends on the locale.
-create or replace function private.is_blank(p_text text)
-returns boolean
-language plpgsql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.is_blank(p_text text) returns boolean
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 begin
   return p_text !~ (
     '[^\u0001-\u0020\u007f-\u00a0\u00ad\u0300-\u036f\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891'
@@ -2596,16 +2305,10 @@ begin
 end;
 $$;
 
-revoke all on function private.is_blank(text) from public, anon, authenticated, service_role;
-
 -- The model makes nothing without a prompt. One that needs a picture and has a prompt of its own,
 -- an upscaler say, does.
-create or replace function private.needs_prompt(p_model public.models)
-returns boolean
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.needs_prompt(p_model public.models) returns boolean
+language sql immutable set search_path = pg_catalog, pg_temp as $$
   select p_model.prompt_input is not null and not (
     coalesce(p_model.input_schema -> 'required' ?| p_model.image_inputs, false)
     and not p_model.input_schema -> 'required' ? p_model.prompt_input
@@ -2613,15 +2316,9 @@ as $$
   )
 $$;
 
-revoke all on function private.needs_prompt(public.models)
-from public, anon, authenticated, service_role;
-
 -- params.reuse is ours, not the model's: see find_reusable (50). Raises: PT400 invalid_input.
-create or replace function private.check_reuse(p_params jsonb)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.check_reuse(p_params jsonb) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   if jsonb_typeof(p_params -> 'reuse') <> 'boolean' then
     perform private.refuse_input('params.reuse: not of type boolean');
@@ -2633,22 +2330,14 @@ begin
 end;
 $$;
 
-revoke all on function private.check_reuse(jsonb) from public, anon, authenticated, service_role;
-
 -- What all of a request's jobs are sent but for prompt and seed: defaults, the user's params, the
 -- operator's own values.
 --
 -- Raises: PT400 invalid_input.
-create or replace function private.prepare_params(
-  p_model public.models,
-  p_user_id uuid,
-  p_params jsonb
-)
-returns jsonb
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.prepare_params(
+  p_model public.models, p_user_id uuid, p_params jsonb
+) returns jsonb
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_params jsonb := p_params;
 begin
@@ -2667,25 +2356,15 @@ begin
 end;
 $$;
 
-revoke all on function private.prepare_params(public.models, uuid, jsonb)
-from public, anon, authenticated, service_role;
-
 -- What the provider is sent for one prompt: with a seed where the model has one, so that every
 -- picture can be made again. It also marks the job: a lost create is found at the provider by its
 -- input.
 --
 -- Raises: PT400 invalid_input.
-create or replace function private.complete_input(
-  p_model public.models,
-  p_prepared jsonb,
-  p_prompt text,
-  p_field text default 'prompt'
-)
-returns jsonb
-language plpgsql
-volatile
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.complete_input(
+  p_model public.models, p_prepared jsonb, p_prompt text, p_field text default 'prompt'
+) returns jsonb
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_input jsonb := p_prepared;
   v_properties jsonb := p_model.input_schema -> 'properties';
@@ -2719,9 +2398,6 @@ begin
   return v_input;
 end;
 $$;
-
-revoke all on function private.complete_input(public.models, jsonb, text, text)
-from public, anon, authenticated, service_role;
 -- Credits: grant, charge, refund. The only code that moves a balance.
 --
 -- Every step locks the user's entitlement row, writes one ledger entry that holds the new balance,
@@ -2729,11 +2405,8 @@ from public, anon, authenticated, service_role;
 -- the unique ledger entry goes in first, and the balance moves only if it did.
 
 -- Locks and returns the user's entitlement. Raises: PT401 not_authenticated if there is none.
-create or replace function private.lock_entitlement(p_user_id uuid)
-returns public.entitlements
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.lock_entitlement(p_user_id uuid) returns public.entitlements
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_entitlement public.entitlements;
 begin
@@ -2745,18 +2418,11 @@ begin
 end;
 $$;
 
-revoke all on function private.lock_entitlement(uuid)
-from public, anon, authenticated, service_role;
-
 -- Raises PT402 insufficient_credits.
-create or replace function private.refuse_price(
-  p_entitlement public.entitlements,
-  p_credits bigint
-)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.refuse_price(
+  p_entitlement public.entitlements, p_credits bigint
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   raise sqlstate 'PT402' using
     message = 'insufficient_credits',
@@ -2765,22 +2431,14 @@ begin
 end;
 $$;
 
-revoke all on function private.refuse_price(public.entitlements, bigint)
-from public, anon, authenticated, service_role;
-
 -- Charges generations, p_credits each, or refuses. The entitlement row is locked.
 --
 -- Raises: PT402 insufficient_credits.
-create or replace function private.charge_credits(
-  p_entitlement public.entitlements,
-  p_generation_ids uuid[],
-  p_credits integer,
+create function private.charge_credits(
+  p_entitlement public.entitlements, p_generation_ids uuid[], p_credits integer,
   p_last_fair_key bigint
-)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_count integer := cardinality(p_generation_ids);
   v_cost bigint := p_credits::bigint * v_count;
@@ -2805,21 +2463,13 @@ begin
 end;
 $$;
 
-revoke all on function private.charge_credits(public.entitlements, uuid[], integer, bigint)
-from public, anon, authenticated, service_role;
-
 -- Gives credits of a generation back; the second time does nothing.
 --
 -- Locks: the entitlement row.
-create or replace function private.refund_generation(
-  p_user_id uuid,
-  p_generation_id uuid,
-  p_credits integer
-)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.refund_generation(
+  p_user_id uuid, p_generation_id uuid, p_credits integer
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_balance integer;
 begin
@@ -2837,16 +2487,9 @@ begin
 end;
 $$;
 
-revoke all on function private.refund_generation(uuid, uuid, integer)
-from public, anon, authenticated, service_role;
-
 -- A user's plan, balance and limits as the API shows them; null if there is no such user.
-create or replace function private.entitlement_json(p_user_id uuid)
-returns json
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.entitlement_json(p_user_id uuid) returns json
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select json_build_object(
     'user_id', e.user_id,
     'plan', p.name,
@@ -2867,23 +2510,13 @@ as $$
   where e.user_id = p_user_id
 $$;
 
-revoke all on function private.entitlement_json(uuid)
-from public, anon, authenticated, service_role;
-
 -- The ledger entry of an external id, if it is this very grant; null if the id is new.
 --
 -- Raises: PT409 idempotency_conflict if the id was used for something else.
-create or replace function private.find_grant(
-  p_user_id uuid,
-  p_amount integer,
-  p_kind text,
-  p_external_id text
-)
-returns public.credit_ledger
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.find_grant(
+  p_user_id uuid, p_amount integer, p_kind text, p_external_id text
+) returns public.credit_ledger
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_entry public.credit_ledger;
 begin
@@ -2899,24 +2532,14 @@ begin
 end;
 $$;
 
-revoke all on function private.find_grant(uuid, integer, text, text)
-from public, anon, authenticated, service_role;
-
 -- Adds credits once per external id. Answers {credits, applied}.
 --
 -- Locks: the entitlement row.
 -- Raises: PT400 invalid_input, PT404 not_found, PT409 idempotency_conflict.
-create or replace function private.grant_credits(
-  p_user_id uuid,
-  p_amount integer,
-  p_kind text,
-  p_external_id text
-)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.grant_credits(
+  p_user_id uuid, p_amount integer, p_kind text, p_external_id text
+) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_credits integer;
   v_charged bigint;
@@ -2963,44 +2586,12 @@ begin
 end;
 $$;
 
-revoke all on function private.grant_credits(uuid, integer, text, text)
-from public, anon, authenticated, service_role;
-grant execute on function private.grant_credits(uuid, integer, text, text) to service_role;
-
-create or replace function public.grant_credits(
-  user_id uuid,
-  amount integer,
-  kind text,
-  external_id text
-)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.grant_credits(
-    grant_credits.user_id, grant_credits.amount, grant_credits.kind, grant_credits.external_id
-  )
-$$;
-
-comment on function public.grant_credits is
-  'Adds credits to a user: kind grant (amount > 0) or adjust (either sign). The same external_id '
-  'is applied once. Answers {credits, applied}. Errors: PT400 invalid_input, PT404 not_found, '
-  'PT409 idempotency_conflict.';
-
-revoke all on function public.grant_credits(uuid, integer, text, text)
-from public, anon, authenticated, service_role;
-grant execute on function public.grant_credits(uuid, integer, text, text) to service_role;
-
 -- Sets until when the user is paid; null ends the plan now.
 --
 -- Locks: the entitlement row.
 -- Raises: PT404 not_found.
-create or replace function private.set_paid(p_user_id uuid, p_paid_until timestamptz)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.set_paid(p_user_id uuid, p_paid_until timestamptz) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
   perform private.require_writable();
   update public.entitlements
@@ -3013,32 +2604,9 @@ begin
 end;
 $$;
 
-revoke all on function private.set_paid(uuid, timestamptz)
-from public, anon, authenticated, service_role;
-grant execute on function private.set_paid(uuid, timestamptz) to service_role;
-
-create or replace function public.set_paid(user_id uuid, paid_until timestamptz)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.set_paid(set_paid.user_id, set_paid.paid_until)
-$$;
-
-comment on function public.set_paid is
-  'Makes a user paid until a time (infinity: without end; null: not paid). Repeating it changes '
-  'nothing. Answers the entitlement. Errors: PT404 not_found.';
-
-revoke all on function public.set_paid(uuid, timestamptz)
-from public, anon, authenticated, service_role;
-grant execute on function public.set_paid(uuid, timestamptz) to service_role;
-
 -- Gives a new user an entitlement with the welcome credits.
-create or replace function private.create_entitlement(p_user_id uuid)
-returns void
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.create_entitlement(p_user_id uuid) returns void
+language sql set search_path = pg_catalog, pg_temp as $$
   with created as (
     insert into public.entitlements (user_id, credits)
     select p_user_id, s.welcome_credits from private.settings as s
@@ -3051,24 +2619,14 @@ as $$
   where c.credits > 0
 $$;
 
-revoke all on function private.create_entitlement(uuid)
-from public, anon, authenticated, service_role;
-
 -- Definer: sign-up runs as the auth server's role, which has no rights here.
-create or replace function private.create_entitlement_of_new_user()
-returns trigger
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.create_entitlement_of_new_user() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
   perform private.create_entitlement(new.id);
   return null;
 end;
 $$;
-
-revoke all on function private.create_entitlement_of_new_user()
-from public, anon, authenticated, service_role;
 
 create trigger darkroom_create_entitlement
 after insert on auth.users
@@ -3084,11 +2642,8 @@ for each row execute function private.create_entitlement_of_new_user();
 -- NOTIFY serialises commits over the whole instance, so it is sent only when somebody sleeps. A
 -- worker another transaction is waking is skipped. A wake-up that falls between is made good by the
 -- worker, which claims again after it went to sleep.
-create or replace function private.wake_workers(p_at_most integer default 1)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.wake_workers(p_at_most integer default 1) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_worker_id bigint;
 begin
@@ -3106,18 +2661,11 @@ begin
 end;
 $$;
 
-revoke all on function private.wake_workers(integer)
-from public, anon, authenticated, service_role;
-
 -- How many images this input makes, at most; a schema's default counts where the params are silent.
 -- Where nobody can know before (no input says it, or one says "auto"), the most the model makes:
 -- that is charged, and complete_jobs gives back what was not made.
-create or replace function private.count_images(p_model public.models, p_provider_input jsonb)
-returns smallint
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.count_images(p_model public.models, p_provider_input jsonb) returns smallint
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_said jsonb := p_provider_input -> p_model.image_count_input;
   v_images numeric := case jsonb_typeof(v_said)
@@ -3134,23 +2682,13 @@ begin
 end;
 $$;
 
-revoke all on function private.count_images(public.models, jsonb)
-from public, anon, authenticated, service_role;
-
 -- A request that fits the model, as insert_generations takes it.
 --
 -- Raises: PT400 invalid_input.
-create or replace function private.draft_generation(
-  p_model public.models,
-  p_name text,
-  p_user_id uuid,
-  p_prompt text,
-  p_params jsonb
-)
-returns public.generations
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.draft_generation(
+  p_model public.models, p_name text, p_user_id uuid, p_prompt text, p_params jsonb
+) returns public.generations
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_draft public.generations;
 begin
@@ -3164,9 +2702,6 @@ begin
 end;
 $$;
 
-revoke all on function private.draft_generation(public.models, text, uuid, text, jsonb)
-from public, anon, authenticated, service_role;
-
 -- Writes an accepted request, one job for each prompt: charge, generations, ready rows; then wakes
 -- workers. The draft holds what the jobs have in common, p_inputs what is sent for each prompt;
 -- ids, price and times are made here. Answers the first generation, as far as the answer needs it.
@@ -3175,19 +2710,11 @@ from public, anon, authenticated, service_role;
 -- queue's present. A price of 0 counts as 1, or included models would pass everybody.
 --
 -- Raises: PT402 insufficient_credits.
-create or replace function private.insert_generations(
-  p_entitlement public.entitlements,
-  p_plan private.plans,
-  p_model public.models,
-  p_draft public.generations,
-  p_prompts text[],
-  p_inputs jsonb[],
-  p_is_free boolean default false
-)
-returns public.generations
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.insert_generations(
+  p_entitlement public.entitlements, p_plan private.plans, p_model public.models,
+  p_draft public.generations, p_prompts text[], p_inputs jsonb[], p_is_free boolean default false
+) returns public.generations
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_generation public.generations := p_draft;
   v_ids uuid[];
@@ -3233,10 +2760,6 @@ begin
   return v_generation;
 end;
 $$;
-
-revoke all on function private.insert_generations(
-  public.entitlements, private.plans, public.models, public.generations, text[], jsonb[], boolean
-) from public, anon, authenticated, service_role;
 -- ETA: how many jobs are before this one, and in how many seconds it is likely to be finished.
 --
 -- forecast_jobs answers both from one look at the queue. It goes by what jobs of a model have taken
@@ -3249,14 +2772,10 @@ revoke all on function private.insert_generations(
 
 -- Takes in the attempts completed since the last time and the requests of the last five minutes.
 -- A mean remembers about as many attempts as p_memory. Does nothing within 15 seconds of the last.
-create or replace function private.refresh_model_stats(
-  p_memory integer default 200,
-  p_requests integer default 2000
-)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.refresh_model_stats(
+  p_memory integer default 200, p_requests integer default 2000
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_since timestamptz := coalesce(
     (select max(s.refreshed_at) from private.model_stats as s), now() - interval '1 day'
@@ -3303,20 +2822,12 @@ begin
 end;
 $$;
 
-revoke all on function private.refresh_model_stats(integer, integer)
-from public, anon, authenticated, service_role;
-
 -- In how many seconds a running job ends if it takes p_mean_seconds; below zero if it is overdue.
 -- The provider's progress counts as much as the clock.
-create or replace function private.due_seconds(
-  p_job private.running_jobs,
-  p_mean_seconds double precision
-)
-returns double precision
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.due_seconds(
+  p_job private.running_jobs, p_mean_seconds double precision
+) returns double precision
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_seconds double precision := date_part('epoch', now() - p_job.claimed_at);
 begin
@@ -3329,35 +2840,20 @@ begin
 end;
 $$;
 
-revoke all on function private.due_seconds(private.running_jobs, double precision)
-from public, anon, authenticated, service_role;
-
 -- What is left of a running job that takes p_mean_seconds as a rule: never less than a quarter of
 -- it, for late jobs are not done any moment.
-create or replace function private.remaining_seconds(
-  p_job private.running_jobs,
-  p_mean_seconds double precision
-)
-returns double precision
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.remaining_seconds(
+  p_job private.running_jobs, p_mean_seconds double precision
+) returns double precision
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   return greatest(0.25 * p_mean_seconds, private.due_seconds(p_job, p_mean_seconds));
 end;
 $$;
 
-revoke all on function private.remaining_seconds(private.running_jobs, double precision)
-from public, anon, authenticated, service_role;
-
 -- In how many seconds each live slot is free, soonest first; null if no worker lives.
-create or replace function private.free_slots()
-returns double precision[]
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.free_slots() returns double precision[]
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_slots integer;
   v_busy double precision[];
@@ -3382,20 +2878,12 @@ begin
 end;
 $$;
 
-revoke all on function private.free_slots() from public, anon, authenticated, service_role;
-
 -- When each job of a queue begins, and when one behind them does: jobs of these lengths, in order,
 -- each taking the slot that is free first. After p_exactly the slots are taken to fill evenly.
-create or replace function private.play_queue(
-  p_slots double precision[],
-  p_queue double precision[],
-  p_exactly integer default 100
-)
-returns double precision[]
-language plpgsql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.play_queue(
+  p_slots double precision[], p_queue double precision[], p_exactly integer default 100
+) returns double precision[]
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 declare
   -- A heap: each entry is no later than the two at twice its place, so the first is the soonest.
   v_slots double precision[] := p_slots;
@@ -3428,17 +2916,12 @@ begin
 end;
 $$;
 
-revoke all on function private.play_queue(double precision[], double precision[], integer)
-from public, anon, authenticated, service_role;
-
 -- The share of this many slots that goes to jobs which come later and are put before a job this far
 -- behind the queue's present: at first all that are put nearer, ever fewer as it moves up.
-create or replace function private.overtaking_share(p_distance bigint, p_slot_count integer)
-returns double precision
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.overtaking_share(
+  p_distance bigint, p_slot_count integer
+) returns double precision
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_slots double precision;
 begin
@@ -3451,21 +2934,12 @@ begin
 end;
 $$;
 
-revoke all on function private.overtaking_share(bigint, integer)
-from public, anon, authenticated, service_role;
-
 -- Seconds until a queued job begins whose turn comes in p_seconds if nothing is put before it; null
 -- if not known, also while its model is paused without end or tried with a probe.
-create or replace function private.waiting_seconds(
-  p_job private.ready_jobs,
-  p_seconds double precision,
-  p_slot_count integer
-)
-returns double precision
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.waiting_seconds(
+  p_job private.ready_jobs, p_seconds double precision, p_slot_count integer
+) returns double precision
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_paused_until timestamptz;
   v_share double precision := 0;
@@ -3492,9 +2966,6 @@ begin
 end;
 $$;
 
-revoke all on function private.waiting_seconds(private.ready_jobs, double precision, integer)
-from public, anon, authenticated, service_role;
-
 create type private.forecast as (
   job_id uuid,
   queue_position integer,
@@ -3512,14 +2983,11 @@ create type private.forecast as (
 -- (30). They are not counted, so that nobody walks what was claimed while vacuum is held back.
 -- Without sorting: a plan made while the queue was empty would else read and sort all of it once it
 -- is long.
-create or replace function private.forecast_jobs(p_job_ids uuid[], p_at_most integer default 1000)
-returns private.forecast[]
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-set enable_sort = off
-set jit = off
-as $$
+create function private.forecast_jobs(
+  p_job_ids uuid[], p_at_most integer default 1000
+) returns private.forecast[]
+language plpgsql stable set search_path = pg_catalog, pg_temp
+set enable_sort = off set jit = off as $$
 declare
   v_queued private.ready_jobs[] := array(
     select q.job from (
@@ -3591,19 +3059,11 @@ begin
 end;
 $$;
 
-revoke all on function private.forecast_jobs(uuid[], integer)
-from public, anon, authenticated, service_role;
-
 -- The same for one job; null unless it is live.
-create or replace function private.forecast(
-  p_generation public.generations,
-  p_at_most integer default 1000
-)
-returns private.forecast
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.forecast(
+  p_generation public.generations, p_at_most integer default 1000
+) returns private.forecast
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   if p_generation.finished_at is null then
     return (private.forecast_jobs(array[p_generation.id], p_at_most))[1];
@@ -3612,23 +3072,15 @@ begin
 end;
 $$;
 
-revoke all on function private.forecast(public.generations, integer)
-from public, anon, authenticated, service_role;
-
 -- How long a client should wait before it reads the state of an active job again, between one and
 -- ten seconds. Two fifths of what is left until the job is due, so that it asks more often as the
 -- end comes near; a thirtieth of its age at least, for one that is overdue may be so for long.
 -- Where nobody knows when it is due, half of its age. So a job of a minute is read some ten times,
 -- and seen within two seconds of its end if it takes what its model takes.
-create or replace function private.poll_after_ms(
-  p_created_at timestamptz,
-  p_due_seconds double precision default null
-)
-returns integer
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.poll_after_ms(
+  p_created_at timestamptz, p_due_seconds double precision default null
+) returns integer
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_age double precision := date_part('epoch', now() - p_created_at);
 begin
@@ -3639,9 +3091,6 @@ begin
   ))::integer;
 end;
 $$;
-
-revoke all on function private.poll_after_ms(timestamptz, double precision)
-from public, anon, authenticated, service_role;
 -- The one way in: gate, charge, and enqueue in one transaction, or nothing at all.
 --
 -- Lock order: enqueue locks the entitlement row first, and everything else it writes is a new row.
@@ -3650,11 +3099,8 @@ from public, anon, authenticated, service_role;
 -- idempotency key are read and written without a race.
 
 -- Raises PT409 idempotency_conflict.
-create or replace function private.refuse_used_key()
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.refuse_used_key() returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   raise sqlstate 'PT409' using
     message = 'idempotency_conflict',
@@ -3663,26 +3109,15 @@ begin
 end;
 $$;
 
-revoke all on function private.refuse_used_key()
-from public, anon, authenticated, service_role;
-
 -- The generation this user's key named before; all null if the key is new. A deleted one is found
 -- by no read, so it is no answer either; nor is it made anew, for its key was charged. Once it is
 -- erased its key is new.
 --
 -- Raises: PT409 idempotency_conflict if the payload differs, PT404 not_found if it is deleted.
-create or replace function private.find_generation_by_key(
-  p_user_id uuid,
-  p_key text,
-  p_model text,
-  p_prompt text,
-  p_params jsonb
-)
-returns public.generations
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.find_generation_by_key(
+  p_user_id uuid, p_key text, p_model text, p_prompt text, p_params jsonb
+) returns public.generations
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_generation public.generations;
 begin
@@ -3702,22 +3137,13 @@ begin
 end;
 $$;
 
-revoke all on function private.find_generation_by_key(uuid, text, text, text, jsonb)
-from public, anon, authenticated, service_role;
-
 -- The user's finished generation of just this input, all images there; all null if there is none.
 --
 -- What was made from a source image is not reused: the file of that path may be another one now.
-create or replace function private.find_reusable(
-  p_user_id uuid,
-  p_model public.models,
-  p_provider_input jsonb
-)
-returns public.generations
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.find_reusable(
+  p_user_id uuid, p_model public.models, p_provider_input jsonb
+) returns public.generations
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select g.*
   from public.generations as g
   where g.user_id = p_user_id
@@ -3728,20 +3154,12 @@ as $$
   order by g.id desc limit 1
 $$;
 
-revoke all on function private.find_reusable(uuid, public.models, jsonb)
-from public, anon, authenticated, service_role;
-
 -- What the ways in answer, the first time and for every repeat. Looks at no more of the queue than
 -- a request should pay for: get_job_status counts on.
-create or replace function private.enqueue_answer(
-  p_generation public.generations,
-  p_is_reused boolean default false
-)
-returns json
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.enqueue_answer(
+  p_generation public.generations, p_is_reused boolean default false
+) returns json
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_forecast private.forecast := case when p_generation.finished_at is null
     then (private.forecast_jobs(array[p_generation.id], 20))[1] end;
@@ -3763,30 +3181,18 @@ begin
 end;
 $$;
 
-revoke all on function private.enqueue_answer(public.generations, boolean)
-from public, anon, authenticated, service_role;
-
 -- Body of public.enqueue_generation. With generic plans, here and in all it calls: every row is
 -- reached by its key, and a plan made for one request would cost more than the request. By indexes
 -- only: a plan made while the queue was empty would else read all of it once it is long.
 --
 -- Locks: the entitlement row.
 -- Raises: see the comment on public.enqueue_generation.
-create or replace function private.enqueue_generation(
-  p_model text,
-  p_prompt text,
-  p_params jsonb,
-  p_idempotency_key text
-)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off
-set enable_bitmapscan = off
-set jit = off
-as $$
+create function private.enqueue_generation(
+  p_model text, p_prompt text, p_params jsonb, p_idempotency_key text
+) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
 declare
   v_user_id uuid := private.require_user_id(p_writes => true);
   v_prompt text := coalesce(p_prompt, '');
@@ -3823,45 +3229,6 @@ begin
   return private.enqueue_answer(v_known);
 end;
 $$;
-
-revoke all on function private.enqueue_generation(text, text, jsonb, text)
-from public, anon, authenticated, service_role;
-grant execute on function private.enqueue_generation(text, text, jsonb, text)
-to anon, authenticated;
-
-create or replace function public.enqueue_generation(
-  model text,
-  prompt text,
-  params jsonb default '{}',
-  idempotency_key text default null
-)
-returns json
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  return private.enqueue_generation(
-    enqueue_generation.model,
-    enqueue_generation.prompt,
-    enqueue_generation.params,
-    enqueue_generation.idempotency_key
-  );
-end;
-$$;
-
-comment on function public.enqueue_generation is
-  'Asks for a picture: checks, charges and queues in one transaction. Answers {job_id, status, '
-  'reused, credits_left, queue_position (jobs ahead, counted to 20 here; null unless queued), '
-  'eta_seconds (until it is likely to be finished, null if not known), poll_after_ms}. The same '
-  'idempotency_key and payload answer with the same job and charge nothing. With params.reuse = '
-  'true and a seed, your finished generation of the same input is answered, free. Errors: PT400 '
-  'invalid_input, PT401 not_authenticated, PT402 insufficient_credits, PT403 requires_paid_plan, '
-  'PT404 not_found (also where the job of the key is deleted), PT409 idempotency_conflict, PT429 '
-  'too_many_active | rate_limited, PT503 busy | model_paused | unavailable.';
-
-revoke all on function public.enqueue_generation(text, text, jsonb, text)
-from public, anon, authenticated, service_role;
-grant execute on function public.enqueue_generation(text, text, jsonb, text) to anon, authenticated;
 -- Batch: many prompts in one call, all or nothing.
 --
 -- enqueue_batch writes one generation for each prompt, each charged by an entry of its own, under
@@ -3872,16 +3239,10 @@ grant execute on function public.enqueue_generation(text, text, jsonb, text) to 
 -- The batch this user's key named before; all null if the key is new.
 --
 -- Raises: PT409 idempotency_conflict if the request differs.
-create or replace function private.find_batch_by_key(
-  p_user_id uuid,
-  p_key text,
-  p_request_hash text
-)
-returns public.batches
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.find_batch_by_key(
+  p_user_id uuid, p_key text, p_request_hash text
+) returns public.batches
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_batch public.batches;
 begin
@@ -3893,15 +3254,9 @@ begin
 end;
 $$;
 
-revoke all on function private.find_batch_by_key(uuid, text, text)
-from public, anon, authenticated, service_role;
-
 -- Raises PT400 invalid_input unless there are 1 to p_max_batch prompts.
-create or replace function private.check_batch_size(p_prompts text[], p_max_batch integer)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.check_batch_size(p_prompts text[], p_max_batch integer) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   if coalesce(cardinality(p_prompts) not between 1 and p_max_batch, true)
     or array_ndims(p_prompts) > 1 then
@@ -3910,20 +3265,11 @@ begin
 end;
 $$;
 
-revoke all on function private.check_batch_size(text[], integer)
-from public, anon, authenticated, service_role;
-
 -- What is sent for each prompt. Raises: PT400 invalid_input.
-create or replace function private.prepare_batch(
-  p_model public.models,
-  p_user_id uuid,
-  p_prompts text[],
-  p_params jsonb
-)
-returns jsonb[]
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.prepare_batch(
+  p_model public.models, p_user_id uuid, p_prompts text[], p_params jsonb
+) returns jsonb[]
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_prepared jsonb := private.prepare_params(p_model, p_user_id, p_params);
   v_inputs jsonb[];
@@ -3937,16 +3283,9 @@ begin
 end;
 $$;
 
-revoke all on function private.prepare_batch(public.models, uuid, text[], jsonb)
-from public, anon, authenticated, service_role;
-
 -- A batch as the API shows it: the jobs that are not deleted. Raises: PT404 not_found if all are.
-create or replace function private.batch_json(p_batch public.batches)
-returns json
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.batch_json(p_batch public.batches) returns json
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_answer json;
 begin
@@ -3984,28 +3323,16 @@ begin
 end;
 $$;
 
-revoke all on function private.batch_json(public.batches)
-from public, anon, authenticated, service_role;
-
 -- Body of public.enqueue_batch.
 --
 -- Locks: the entitlement row.
 -- Raises: see the comment on public.enqueue_batch.
-create or replace function private.enqueue_batch(
-  p_model text,
-  p_prompts text[],
-  p_params jsonb,
-  p_idempotency_key text
-)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off
-set enable_bitmapscan = off
-set jit = off
-as $$
+create function private.enqueue_batch(
+  p_model text, p_prompts text[], p_params jsonb, p_idempotency_key text
+) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
 declare
   v_user_id uuid := private.require_user_id(p_writes => true);
   v_prompts text[];
@@ -4047,47 +3374,9 @@ begin
 end;
 $$;
 
-revoke all on function private.enqueue_batch(text, text[], jsonb, text)
-from public, anon, authenticated, service_role;
-grant execute on function private.enqueue_batch(text, text[], jsonb, text) to anon, authenticated;
-
-create or replace function public.enqueue_batch(
-  model text,
-  prompts text[],
-  params jsonb default '{}',
-  idempotency_key text default null
-)
-returns json
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  return private.enqueue_batch(
-    enqueue_batch.model,
-    enqueue_batch.prompts,
-    enqueue_batch.params,
-    enqueue_batch.idempotency_key
-  );
-end;
-$$;
-
-comment on function public.enqueue_batch is
-  'Asks for one generation of each prompt (as many as your plan''s max_batch), all or nothing. '
-  'Answers as get_batch_status does. The same idempotency_key and request answer with the same '
-  'batch and charge nothing; once all its jobs are deleted it is not found. An error of one prompt '
-  'names it in details, prompts[0] being the first. Errors: those of enqueue_generation.';
-
-revoke all on function public.enqueue_batch(text, text[], jsonb, text)
-from public, anon, authenticated, service_role;
-grant execute on function public.enqueue_batch(text, text[], jsonb, text) to anon, authenticated;
-
 -- The user's batch. Raises: PT404 not_found.
-create or replace function private.require_batch(p_batch_id uuid, p_user_id uuid)
-returns public.batches
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.require_batch(p_batch_id uuid, p_user_id uuid) returns public.batches
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_batch public.batches;
 begin
@@ -4103,44 +3392,13 @@ begin
 end;
 $$;
 
-revoke all on function private.require_batch(uuid, uuid)
-from public, anon, authenticated, service_role;
-
 -- Body of public.get_batch_status.
 --
 -- Raises: PT401 not_authenticated, PT404 not_found.
-create or replace function private.get_batch_status(p_batch_id uuid)
-returns json
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.get_batch_status(p_batch_id uuid) returns json
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
   select private.batch_json(private.require_batch(p_batch_id, private.require_user_id()))
 $$;
-
-revoke all on function private.get_batch_status(uuid)
-from public, anon, authenticated, service_role;
-grant execute on function private.get_batch_status(uuid) to anon, authenticated;
-
-create or replace function public.get_batch_status(batch_id uuid)
-returns json
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.get_batch_status(get_batch_status.batch_id)
-$$;
-
-comment on function public.get_batch_status is
-  'One of your batches: {batch_id, job_ids in the order of the prompts, status (active | finished),'
-  ' queued, processing, completed, failed, canceled (counts), progress (percent of the whole), '
-  'credits_left, poll_after_ms (null when finished), created_at}. get_job_status tells of each. '
-  'Errors: PT401 not_authenticated, PT404 not_found.';
-
-revoke all on function public.get_batch_status(uuid)
-from public, anon, authenticated, service_role;
-grant execute on function public.get_batch_status(uuid) to anon, authenticated;
 -- Again: a failed or canceled generation as a new one.
 --
 -- retry_generation is the user's and is charged as any request; redrive_failed is the operator's,
@@ -4150,29 +3408,18 @@ grant execute on function public.get_batch_status(uuid) to anon, authenticated;
 -- retries, and theirs, are the tries of one wish, of which an operator gives one picture.
 
 -- The generation that repeats this one and is under way or done; all null if there is none.
-create or replace function private.find_retry(p_generation_id uuid)
-returns public.generations
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.find_retry(p_generation_id uuid) returns public.generations
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select g.* from public.generations as g
   where g.retry_of = p_generation_id and g.status not in ('failed', 'canceled')
   order by g.deleted_at nulls first, g.id limit 1
 $$;
 
-revoke all on function private.find_retry(uuid)
-from public, anon, authenticated, service_role;
-
 -- The user's generation, if it failed or was canceled.
 --
 -- Raises: PT404 not_found, PT409 not_finished, PT409 already_finished.
-create or replace function private.require_retryable(p_job_id uuid, p_user_id uuid)
-returns public.generations
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.require_retryable(p_job_id uuid, p_user_id uuid) returns public.generations
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_generation public.generations := private.require_generation(p_job_id, p_user_id);
 begin
@@ -4191,23 +3438,14 @@ begin
 end;
 $$;
 
-revoke all on function private.require_retryable(uuid, uuid)
-from public, anon, authenticated, service_role;
-
 -- Body of public.retry_generation.
 --
 -- Locks: the entitlement row.
 -- Raises: see the comment on public.retry_generation.
-create or replace function private.retry_generation(p_job_id uuid)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off
-set enable_bitmapscan = off
-set jit = off
-as $$
+create function private.retry_generation(p_job_id uuid) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
 declare
   v_user_id uuid := private.require_user_id(p_writes => true);
   v_entitlement public.entitlements := private.lock_entitlement(v_user_id);
@@ -4233,41 +3471,14 @@ begin
 end;
 $$;
 
-revoke all on function private.retry_generation(uuid)
-from public, anon, authenticated, service_role;
-grant execute on function private.retry_generation(uuid) to anon, authenticated;
-
-create or replace function public.retry_generation(job_id uuid)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.retry_generation(retry_generation.job_id)
-$$;
-
-comment on function public.retry_generation is
-  'Asks again for what failed or was canceled: a new job, charged as any, with a new seed unless '
-  'you gave one. While a retry of it is under way or done, answers with that one. Answers as '
-  'enqueue_generation does. Errors: those of enqueue_generation, PT409 not_finished | '
-  'already_finished.';
-
-revoke all on function public.retry_generation(uuid)
-from public, anon, authenticated, service_role;
-grant execute on function public.retry_generation(uuid) to anon, authenticated;
-
 -- What a user wished for, each wish with all its tries: the last of them that is not deleted, the
 -- price of one, whether none is under way or done, and since when one is that was free.
-create or replace function private.wishes_of(p_user_id uuid)
-returns table (last_id uuid, price_credits integer, is_open boolean, given_at timestamptz)
-language sql
-stable
-set search_path = pg_catalog, pg_temp
+--
 -- Each try is reached by its key, whatever the planner thinks of how many there are.
-set enable_seqscan = off
-set enable_hashjoin = off
-set enable_mergejoin = off
-set jit = off
-as $$
+create function private.wishes_of(p_user_id uuid)
+returns table (last_id uuid, price_credits integer, is_open boolean, given_at timestamptz)
+language sql stable set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off as $$
   with recursive tries as (
     select
       g.id as wish_id, g.id, g.retry_of, g.price_credits, g.created_at, g.deleted_at,
@@ -4292,18 +3503,13 @@ as $$
   group by t.wish_id
 $$;
 
-revoke all on function private.wishes_of(uuid) from public, anon, authenticated, service_role;
-
 -- Queues one failed generation again, free, with what was sent before, as far as the model still
 -- takes that. A pause is no reason against it: the job waits.
 --
 -- Locks: the entitlement row.
 -- Raises: PT400 invalid_input, PT401 not_authenticated, PT403 requires_paid_plan, PT404 not_found.
-create or replace function private.redrive_generation(p_old public.generations)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.redrive_generation(p_old public.generations) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_entitlement public.entitlements := private.lock_entitlement(p_old.user_id);
   v_plan private.plans := private.plan_of(v_entitlement);
@@ -4331,9 +3537,6 @@ begin
 end;
 $$;
 
-revoke all on function private.redrive_generation(public.generations)
-from public, anon, authenticated, service_role;
-
 -- Body of public.redrive_failed. Users in order, so that two runs lock in the same order; and each
 -- user's wishes are read once nobody else can add a try.
 --
@@ -4343,16 +3546,10 @@ from public, anon, authenticated, service_role;
 --
 -- Locks: the users' entitlement rows.
 -- Raises: PT400 invalid_input.
-create or replace function private.redrive_failed(
-  p_code text,
-  p_since timestamptz,
-  p_at_most integer
-)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.redrive_failed(
+  p_code text, p_since timestamptz, p_at_most integer
+) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_user_id uuid;
   v_credits bigint;
@@ -4418,62 +3615,14 @@ begin
   );
 end;
 $$;
-
-revoke all on function private.redrive_failed(text, timestamptz, integer)
-from public, anon, authenticated, service_role;
-grant execute on function private.redrive_failed(text, timestamptz, integer) to service_role;
-
-create or replace function public.redrive_failed(
-  code text,
-  since timestamptz,
-  at_most integer default 1000
-)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.redrive_failed(redrive_failed.code, redrive_failed.since, redrive_failed.at_most)
-$$;
-
-comment on function public.redrive_failed is
-  'Queues again what failed with a code since a time, free, with the same input: of each wish the '
-  'last try, unless one is under way or done, and for each user no more than the credits at hand '
-  'would buy. Answers {redriven, skipped: {reason: count} if any}; reasons are '
-  'insufficient_credits, those of retry_generation, and internal. Call again while redriven is '
-  'at_most. It reads the whole history: an operator''s tool. Errors: PT400 invalid_input.';
-
-revoke all on function public.redrive_failed(text, timestamptz, integer)
-from public, anon, authenticated, service_role;
-grant execute on function public.redrive_failed(text, timestamptz, integer) to service_role;
 -- What users may read through the API: ping, one job, all active jobs, the plan, the catalogue.
 --
 -- All of it is STABLE, so GET works and repeats are harmless. Polling get_job_status is the
 -- contract; Realtime (65) is only a hint to poll sooner.
 
-create or replace function public.ping()
-returns json
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select json_build_object('ok', true, 'server_time', now())
-  from set_config('response.headers', '[{"Cache-Control": "no-store"}]', true)
-$$;
-
-comment on function public.ping is
-  'Warms the path from the app to the database: touches no table. Answers {ok, server_time}, '
-  'never cached.';
-
-revoke all on function public.ping() from public, anon, authenticated, service_role;
-grant execute on function public.ping() to anon, authenticated, service_role;
-
 -- The images of a generation as the API shows them, in order.
-create or replace function private.images_json(p_generation_id uuid)
-returns json
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.images_json(p_generation_id uuid) returns json
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_images json;
 begin
@@ -4488,15 +3637,9 @@ begin
 end;
 $$;
 
-revoke all on function private.images_json(uuid) from public, anon, authenticated, service_role;
-
 -- The running row of a live job. While it waits, all null but the attempts used up.
-create or replace function private.running_job(p_job_id uuid)
-returns private.running_jobs
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.running_job(p_job_id uuid) returns private.running_jobs
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_running private.running_jobs;
 begin
@@ -4508,19 +3651,12 @@ begin
 end;
 $$;
 
-revoke all on function private.running_job(uuid) from public, anon, authenticated, service_role;
-
 -- One job as the API shows it, with its forecast where the caller has it: who shows many asks for
 -- all at once. Progress is read from the running row: it is not history.
-create or replace function private.job_json(
-  p_generation public.generations,
-  p_forecast private.forecast default null
-)
-returns json
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.job_json(
+  p_generation public.generations, p_forecast private.forecast default null
+) returns json
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_running private.running_jobs;
   v_forecast private.forecast := coalesce(p_forecast, private.forecast(p_generation));
@@ -4567,69 +3703,25 @@ begin
 end;
 $$;
 
-revoke all on function private.job_json(public.generations, private.forecast)
-from public, anon, authenticated, service_role;
-
 -- Body of public.get_job_status.
 --
 -- Raises: PT401 not_authenticated, PT404 not_found.
-create or replace function private.get_job_status(p_job_id uuid)
-returns json
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off
-set enable_bitmapscan = off
-set jit = off
-as $$
+create function private.get_job_status(p_job_id uuid) returns json
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
 begin
   return private.job_json(private.require_generation(p_job_id, private.require_user_id()));
 end;
 $$;
 
-revoke all on function private.get_job_status(uuid) from public, anon, authenticated, service_role;
-grant execute on function private.get_job_status(uuid) to anon, authenticated;
-
-create or replace function public.get_job_status(job_id uuid)
-returns json
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  return private.get_job_status(get_job_status.job_id);
-end;
-$$;
-
-comment on function public.get_job_status is
-  'State of one of your jobs: {job_id, status, stage, progress (percent), attempt, '
-  'cancel_requested, queue_position, eta_seconds (until it is likely to be finished, null if not '
-  'known), poll_after_ms, model, alias, batch_id, retry_of, idempotency_key, prompt, params, '
-  'price_credits, refunded_credits, error {code, message}, images [{position, path and '
-  'preview_path in bucket generations, content_type, width, height, bytes, blurhash, '
-  'is_public}], is_favorite, tags, created_at, started_at, finished_at}. attempt is the number of '
-  'the one that runs, or while queued of those used up. Poll again after poll_after_ms, stop when '
-  'it is null. Errors: PT401 not_authenticated, PT404 not_found.';
-
-revoke all on function public.get_job_status(uuid) from public, anon, authenticated, service_role;
-grant execute on function public.get_job_status(uuid) to anon, authenticated;
-
 -- Body of public.list_active_jobs.
 --
 -- Raises: PT400 invalid_input, PT401 not_authenticated.
-create or replace function private.list_active_jobs(p_job_ids uuid[])
-returns json
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off
-set enable_bitmapscan = off
-set jit = off
-as $$
+create function private.list_active_jobs(p_job_ids uuid[]) returns json
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
 declare
   v_user_id uuid := private.require_known_user_id();
   v_ids uuid[];
@@ -4647,41 +3739,11 @@ begin
 end;
 $$;
 
-revoke all on function private.list_active_jobs(uuid[])
-from public, anon, authenticated, service_role;
-grant execute on function private.list_active_jobs(uuid[]) to anon, authenticated;
-
-create or replace function public.list_active_jobs(job_ids uuid[] default '{}')
-returns json
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  return private.list_active_jobs(list_active_jobs.job_ids);
-end;
-$$;
-
-comment on function public.list_active_jobs is
-  'Your queued and running jobs, and those of job_ids (at most 100) whatever their state, newest '
-  'first, each as get_job_status shows it. An app asks for it on start and on returning to the '
-  'foreground; one that waits for several jobs polls it alone, with their ids, and so is told how '
-  'each ended. Errors: PT400 invalid_input, PT401 not_authenticated.';
-
-revoke all on function public.list_active_jobs(uuid[])
-from public, anon, authenticated, service_role;
-grant execute on function public.list_active_jobs(uuid[]) to anon, authenticated;
-
 -- Body of public.get_entitlement.
 --
 -- Raises: PT401 not_authenticated.
-create or replace function private.get_entitlement()
-returns json
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.get_entitlement() returns json
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_entitlement json := private.entitlement_json(private.require_user_id());
 begin
@@ -4692,34 +3754,9 @@ begin
 end;
 $$;
 
-revoke all on function private.get_entitlement() from public, anon, authenticated, service_role;
-grant execute on function private.get_entitlement() to anon, authenticated;
-
-create or replace function public.get_entitlement()
-returns json
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.get_entitlement()
-$$;
-
-comment on function public.get_entitlement is
-  'Your plan, balance, limits and what is used of them: {user_id, plan (free | paid), paid_until,'
-  ' credits, active_jobs, max_active, minute_jobs, max_per_minute, max_batch, is_busy (requests are'
-  ' refused as busy now)}. Errors: PT401 not_authenticated.';
-
-revoke all on function public.get_entitlement() from public, anon, authenticated, service_role;
-grant execute on function public.get_entitlement() to anon, authenticated;
-
 -- Body of public.list_models.
-create or replace function private.list_models()
-returns json
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.list_models() returns json
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
   select coalesce(json_agg(json_build_object(
     'id', m.id,
     'title', m.title,
@@ -4740,26 +3777,6 @@ as $$
   from public.models as m
   where m.is_active
 $$;
-
-revoke all on function private.list_models() from public, anon, authenticated, service_role;
-grant execute on function private.list_models() to anon, authenticated, service_role;
-
-create or replace function public.list_models()
-returns json
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.list_models()
-$$;
-
-comment on function public.list_models is
-  'The catalogue: [{id, title, price_credits and paid_price_credits (per image), requires_paid, '
-  'paused_until (null unless it is; may be infinity), max_images, inputs {name: JSON schema of a '
-  'param}, image_inputs [those that take a path in bucket inputs]}].';
-
-revoke all on function public.list_models() from public, anon, authenticated, service_role;
-grant execute on function public.list_models() to anon, authenticated, service_role;
 -- The history of a user, page by page.
 --
 -- No page costs more than a walk over 200 ids and a look at each, however long the history and rare
@@ -4769,18 +3786,10 @@ grant execute on function public.list_models() to anon, authenticated, service_r
 
 -- Ids of a user's generations before this one, newest first, at most so many: those with a tag, or
 -- the favorites, or all.
-create or replace function private.walk_generations(
-  p_user_id uuid,
-  p_before uuid,
-  p_only_favorites boolean,
-  p_tag text,
-  p_at_most integer
-)
-returns uuid[]
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.walk_generations(
+  p_user_id uuid, p_before uuid, p_only_favorites boolean, p_tag text, p_at_most integer
+) returns uuid[]
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   if p_tag is not null then
     return array(
@@ -4803,18 +3812,11 @@ begin
 end;
 $$;
 
-revoke all on function private.walk_generations(uuid, uuid, boolean, text, integer)
-from public, anon, authenticated, service_role;
-
 -- A tag as it is kept: lower case, single spaces, one way to write an accent.
 --
 -- Raises: PT400 invalid_input.
-create or replace function private.read_tag(p_field text, p_tag text)
-returns text
-language plpgsql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.read_tag(p_field text, p_tag text) returns text
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 declare
   v_tag text;
 begin
@@ -4828,15 +3830,9 @@ begin
 end;
 $$;
 
-revoke all on function private.read_tag(text, text) from public, anon, authenticated, service_role;
-
 -- Raises PT400 invalid_input unless a page may have so many entries.
-create or replace function private.check_page_size(p_page_size integer)
-returns void
-language plpgsql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.check_page_size(p_page_size integer) returns void
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 begin
   if (p_page_size between 1 and 100) is not true then
     perform private.refuse_input('page_size: not between 1 and 100');
@@ -4844,26 +3840,14 @@ begin
 end;
 $$;
 
-revoke all on function private.check_page_size(integer)
-from public, anon, authenticated, service_role;
-
 -- Body of public.list_generations. What the walk names and the page leaves out (deleted, of another
 -- status) is passed over; the next page begins where the walk or the page ended.
 --
 -- Raises: PT400 invalid_input, PT401 not_authenticated.
-create or replace function private.list_generations(
-  p_before uuid,
-  p_page_size integer,
-  p_only_favorites boolean,
-  p_tag text,
-  p_status text
-)
-returns json
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.list_generations(
+  p_before uuid, p_page_size integer, p_only_favorites boolean, p_tag text, p_status text
+) returns json
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
 declare
   c_walk constant integer := 200;
   v_user_id uuid := private.require_known_user_id();
@@ -4907,43 +3891,6 @@ begin
   );
 end;
 $$;
-
-revoke all on function private.list_generations(uuid, integer, boolean, text, text)
-from public, anon, authenticated, service_role;
-grant execute on function private.list_generations(uuid, integer, boolean, text, text)
-to anon, authenticated;
-
-create or replace function public.list_generations(
-  before uuid default null,
-  page_size integer default 20,
-  only_favorites boolean default false,
-  tag text default null,
-  status text default null
-)
-returns json
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.list_generations(
-    list_generations.before,
-    list_generations.page_size,
-    list_generations.only_favorites,
-    list_generations.tag,
-    list_generations.status
-  )
-$$;
-
-comment on function public.list_generations is
-  'Your generations, newest first, without deleted ones: {generations [each as get_job_status '
-  'shows it], next_before}. The next page is what comes before next_before; null: there is none. A '
-  'page may have fewer than page_size (1 to 100) and still a next one. Errors: PT400 '
-  'invalid_input, PT401 not_authenticated.';
-
-revoke all on function public.list_generations(uuid, integer, boolean, text, text)
-from public, anon, authenticated, service_role;
-grant execute on function public.list_generations(uuid, integer, boolean, text, text)
-to anon, authenticated;
 -- What users do with their own generations: favorites, tags, delete and restore.
 --
 -- Each function locks the generation first, so that two devices of one user cannot mix their
@@ -4955,14 +3902,10 @@ to anon, authenticated;
 --
 -- Locks: the generation.
 -- Raises: PT401 not_authenticated, PT404 not_found.
-create or replace function private.lock_own_generation(
-  p_job_id uuid,
-  p_may_be_deleted boolean default false
-)
-returns public.generations
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.lock_own_generation(
+  p_job_id uuid, p_may_be_deleted boolean default false
+) returns public.generations
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_user_id uuid := private.require_user_id(p_writes => true);
   v_generation public.generations;
@@ -4977,19 +3920,12 @@ begin
 end;
 $$;
 
-revoke all on function private.lock_own_generation(uuid, boolean)
-from public, anon, authenticated, service_role;
-
 -- Body of public.set_favorite.
 --
 -- Locks: the generation.
 -- Raises: PT400 invalid_input, PT401 not_authenticated, PT404 not_found.
-create or replace function private.set_favorite(p_job_id uuid, p_is_favorite boolean)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.set_favorite(p_job_id uuid, p_is_favorite boolean) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
   perform private.lock_own_generation(p_job_id);
   if p_is_favorite is null then
@@ -5001,36 +3937,12 @@ begin
 end;
 $$;
 
-revoke all on function private.set_favorite(uuid, boolean)
-from public, anon, authenticated, service_role;
-grant execute on function private.set_favorite(uuid, boolean) to anon, authenticated;
-
-create or replace function public.set_favorite(job_id uuid, is_favorite boolean default true)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.set_favorite(set_favorite.job_id, set_favorite.is_favorite)
-$$;
-
-comment on function public.set_favorite is
-  'Makes one of your generations a favorite, or no longer one: {job_id, is_favorite}. Errors: '
-  'PT400 invalid_input, PT401 not_authenticated, PT404 not_found.';
-
-revoke all on function public.set_favorite(uuid, boolean)
-from public, anon, authenticated, service_role;
-grant execute on function public.set_favorite(uuid, boolean) to anon, authenticated;
-
 -- Body of public.set_tags.
 --
 -- Locks: the generation.
 -- Raises: PT400 invalid_input, PT401 not_authenticated, PT404 not_found.
-create or replace function private.set_tags(p_job_id uuid, p_tags text[])
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.set_tags(p_job_id uuid, p_tags text[]) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_generation public.generations := private.lock_own_generation(p_job_id);
   v_tags text[];
@@ -5049,52 +3961,21 @@ begin
 end;
 $$;
 
-revoke all on function private.set_tags(uuid, text[])
-from public, anon, authenticated, service_role;
-grant execute on function private.set_tags(uuid, text[]) to anon, authenticated;
-
-create or replace function public.set_tags(job_id uuid, tags text[])
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.set_tags(set_tags.job_id, set_tags.tags)
-$$;
-
-comment on function public.set_tags is
-  'Gives one of your generations these tags in place of those it had: at most 20, of 1 to 50 '
-  'characters, kept in lower case. Answers {job_id, tags}. Errors: PT400 invalid_input, PT401 '
-  'not_authenticated, PT404 not_found.';
-
-revoke all on function public.set_tags(uuid, text[])
-from public, anon, authenticated, service_role;
-grant execute on function public.set_tags(uuid, text[]) to anon, authenticated;
-
 -- Makes the images of these generations private again.
 --
 -- Locks: the images. The generations are locked already, or an image could be shared meanwhile.
-create or replace function private.end_shares(p_generation_ids uuid[])
-returns void
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.end_shares(p_generation_ids uuid[]) returns void
+language sql set search_path = pg_catalog, pg_temp as $$
   update public.images set share_id = null, shows_prompt = false
   where generation_id = any (p_generation_ids) and share_id is not null
 $$;
-
-revoke all on function private.end_shares(uuid[])
-from public, anon, authenticated, service_role;
 
 -- Body of public.delete_generation. What it shared is private again, in the same moment.
 --
 -- Locks: the generation, its images.
 -- Raises: PT401 not_authenticated, PT404 not_found, PT409 not_finished.
-create or replace function private.delete_generation(p_job_id uuid)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.delete_generation(p_job_id uuid) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_generation public.generations := private.lock_own_generation(p_job_id, true);
   v_deleted_at timestamptz := coalesce(v_generation.deleted_at, now());
@@ -5112,38 +3993,13 @@ begin
 end;
 $$;
 
-revoke all on function private.delete_generation(uuid)
-from public, anon, authenticated, service_role;
-grant execute on function private.delete_generation(uuid) to anon, authenticated;
-
-create or replace function public.delete_generation(job_id uuid)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.delete_generation(delete_generation.job_id)
-$$;
-
-comment on function public.delete_generation is
-  'Hides one of your finished generations, ends the sharing of its images, and leaves it to be '
-  'erased later: {job_id, deleted_at}. A repeat answers the same. Errors: PT401 not_authenticated, '
-  'PT404 not_found, PT409 not_finished.';
-
-revoke all on function public.delete_generation(uuid)
-from public, anon, authenticated, service_role;
-grant execute on function public.delete_generation(uuid) to anon, authenticated;
-
 -- Body of public.restore_generation. What is being erased cannot come back: some of its files may
 -- be gone.
 --
 -- Locks: the generation.
 -- Raises: PT401 not_authenticated, PT404 not_found.
-create or replace function private.restore_generation(p_job_id uuid)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.restore_generation(p_job_id uuid) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_generation public.generations := private.lock_own_generation(p_job_id, true);
 begin
@@ -5156,27 +4012,6 @@ begin
   return private.get_job_status(p_job_id);
 end;
 $$;
-
-revoke all on function private.restore_generation(uuid)
-from public, anon, authenticated, service_role;
-grant execute on function private.restore_generation(uuid) to anon, authenticated;
-
-create or replace function public.restore_generation(job_id uuid)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.restore_generation(restore_generation.job_id)
-$$;
-
-comment on function public.restore_generation is
-  'Takes back delete_generation as long as nothing is erased, and answers as get_job_status does. '
-  'Favorite, tags and likes are as they were; its images stay private until shared again. Errors: '
-  'PT401 not_authenticated, PT404 not_found.';
-
-revoke all on function public.restore_generation(uuid)
-from public, anon, authenticated, service_role;
-grant execute on function public.restore_generation(uuid) to anon, authenticated;
 -- Sharing: single images that everybody may see, and who likes them.
 --
 -- A shared image has a share_id. It is then in list_public_images for everybody, signed in or not,
@@ -5193,17 +4028,10 @@ grant execute on function public.restore_generation(uuid) to anon, authenticated
 --
 -- Locks: the generation, the image.
 -- Raises: PT400 invalid_input, PT401 not_authenticated, PT404 not_found.
-create or replace function private.share_image(
-  p_job_id uuid,
-  p_position integer,
-  p_is_public boolean,
-  p_shows_prompt boolean
-)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.share_image(
+  p_job_id uuid, p_position integer, p_is_public boolean, p_shows_prompt boolean
+) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_image public.images;
 begin
@@ -5226,45 +4054,9 @@ begin
 end;
 $$;
 
-revoke all on function private.share_image(uuid, integer, boolean, boolean)
-from public, anon, authenticated, service_role;
-grant execute on function private.share_image(uuid, integer, boolean, boolean)
-to anon, authenticated;
-
-create or replace function public.share_image(
-  job_id uuid,
-  image_position integer default 0,
-  is_public boolean default true,
-  shows_prompt boolean default false
-)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.share_image(
-    share_image.job_id,
-    share_image.image_position,
-    share_image.is_public,
-    share_image.shows_prompt
-  )
-$$;
-
-comment on function public.share_image is
-  'Shows one of your images to everybody, with its prompt if shows_prompt, or no longer: {job_id, '
-  'position, share_id, is_public, shows_prompt}. Errors: PT400 invalid_input, PT401 '
-  'not_authenticated, PT404 not_found.';
-
-revoke all on function public.share_image(uuid, integer, boolean, boolean)
-from public, anon, authenticated, service_role;
-grant execute on function public.share_image(uuid, integer, boolean, boolean)
-to anon, authenticated;
-
 -- Raises PT404 not_found, the same for an image that never was and one that is not shared.
-create or replace function private.refuse_unknown_image()
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.refuse_unknown_image() returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   perform private.refuse_missing(
     'image_position: no such image of this job',
@@ -5273,20 +4065,11 @@ begin
 end;
 $$;
 
-revoke all on function private.refuse_unknown_image()
-from public, anon, authenticated, service_role;
-
 -- Likes of an image, counted up to p_at_most: a page with popular images must not read them all.
-create or replace function private.count_likes(
-  p_job_id uuid,
-  p_position integer,
-  p_at_most integer default 1000
-)
-returns integer
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.count_likes(
+  p_job_id uuid, p_position integer, p_at_most integer default 1000
+) returns integer
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select count(*)::integer
   from (
     select 1 from public.image_likes as l
@@ -5295,22 +4078,13 @@ as $$
   ) as likes
 $$;
 
-revoke all on function private.count_likes(uuid, integer, integer)
-from public, anon, authenticated, service_role;
-
 -- Body of public.like_image.
 --
 -- Raises: PT400 invalid_input, PT401 not_authenticated, PT404 not_found.
-create or replace function private.like_image(
-  p_job_id uuid,
-  p_position integer,
-  p_is_liked boolean
-)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.like_image(
+  p_job_id uuid, p_position integer, p_is_liked boolean
+) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_user_id uuid := private.require_known_user_id(p_writes => true);
   v_image public.images;
@@ -5339,38 +4113,9 @@ begin
 end;
 $$;
 
-revoke all on function private.like_image(uuid, integer, boolean)
-from public, anon, authenticated, service_role;
-grant execute on function private.like_image(uuid, integer, boolean) to anon, authenticated;
-
-create or replace function public.like_image(
-  job_id uuid,
-  image_position integer default 0,
-  is_liked boolean default true
-)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.like_image(like_image.job_id, like_image.image_position, like_image.is_liked)
-$$;
-
-comment on function public.like_image is
-  'Likes a shared image, once however often it is called, or no longer: {job_id, position, '
-  'is_liked, like_count (up to 1000)}. Errors: PT400 invalid_input, PT401 not_authenticated, PT404 '
-  'not_found.';
-
-revoke all on function public.like_image(uuid, integer, boolean)
-from public, anon, authenticated, service_role;
-grant execute on function public.like_image(uuid, integer, boolean) to anon, authenticated;
-
 -- One shared image as everybody sees it.
-create or replace function private.shared_image_json(p_image public.images, p_user_id uuid)
-returns json
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.shared_image_json(p_image public.images, p_user_id uuid) returns json
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select json_build_object(
     'share_id', p_image.share_id,
     'job_id', p_image.generation_id,
@@ -5397,19 +4142,11 @@ as $$
   where g.id = p_image.generation_id
 $$;
 
-revoke all on function private.shared_image_json(public.images, uuid)
-from public, anon, authenticated, service_role;
-
 -- Body of public.list_public_images.
 --
 -- Raises: PT400 invalid_input, PT401 not_authenticated.
-create or replace function private.list_public_images(p_before uuid, p_page_size integer)
-returns json
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.list_public_images(p_before uuid, p_page_size integer) returns json
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_user_id uuid := private.caller_id();
   v_before uuid := coalesce(p_before, 'ffffffff-ffff-ffff-ffff-ffffffffffff');
@@ -5436,33 +4173,6 @@ begin
   return v_answer;
 end;
 $$;
-
-revoke all on function private.list_public_images(uuid, integer)
-from public, anon, authenticated, service_role;
-grant execute on function private.list_public_images(uuid, integer) to anon, authenticated;
-
-create or replace function public.list_public_images(
-  before uuid default null,
-  page_size integer default 20
-)
-returns json
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.list_public_images(list_public_images.before, list_public_images.page_size)
-$$;
-
-comment on function public.list_public_images is
-  'Shared images of all users, last shared first: {images [{share_id, job_id, position, path and '
-  'preview_path in bucket generations, content_type, width, height, bytes, blurhash, model, prompt '
-  '(null unless shared with it), created_at, like_count (up to 1000), is_liked and is_own (by you)'
-  '}], next_before}. The next page is what comes before next_before; null: there is none. '
-  'page_size: 1 to 100. Errors: PT400 invalid_input.';
-
-revoke all on function public.list_public_images(uuid, integer)
-from public, anon, authenticated, service_role;
-grant execute on function public.list_public_images(uuid, integer) to anon, authenticated;
 -- Realtime: a hint that something changed, never the contract. Skipped where Supabase Realtime is
 -- not.
 --
@@ -5483,12 +4193,9 @@ grant execute on function public.list_public_images(uuid, integer) to anon, auth
 
 -- Sends with the rights of Darkroom's owner: whatever changes a state is security definer. Realtime
 -- locks its table while it adds or drops a partition; a hint does not wait for that.
-create or replace function private.broadcast_generation()
-returns trigger
-language plpgsql
-set search_path = pg_catalog, pg_temp
-set lock_timeout = '50ms'
-as $$
+create function private.broadcast_generation() returns trigger
+language plpgsql set search_path = pg_catalog, pg_temp
+set lock_timeout = '50ms' as $$
 begin
   if not (select s.broadcasts from private.settings as s) then
     return null;
@@ -5507,9 +4214,6 @@ exception
     return null;
 end;
 $$;
-
-revoke all on function private.broadcast_generation()
-from public, anon, authenticated, service_role;
 
 -- On Supabase neither table nor publication need be ours: supautils.policy_grants lets postgres,
 -- and no other role, make policies on realtime.messages, but not comment on them.
@@ -5563,11 +4267,8 @@ $$;
 -- Writes one delivery for each target that wants to know how these generations ended.
 --
 -- Should a generation end a second time, the new event takes the old one's place, sent or not.
-create or replace function private.record_events(p_job_ids uuid[], p_status text)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.record_events(p_job_ids uuid[], p_status text) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_event_type text := 'generation.' || p_status;
 begin
@@ -5591,16 +4292,9 @@ begin
 end;
 $$;
 
-revoke all on function private.record_events(uuid[], text)
-from public, anon, authenticated, service_role;
-
 -- What a webhook endpoint is sent: the job as get_job_status shows it, and whose it is.
-create or replace function private.webhook_body(p_delivery private.deliveries)
-returns jsonb
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.webhook_body(p_delivery private.deliveries) returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select jsonb_build_object(
     'type', p_delivery.event_type,
     'timestamp', p_delivery.created_at,
@@ -5613,21 +4307,14 @@ as $$
   where g.id = p_delivery.generation_id
 $$;
 
-revoke all on function private.webhook_body(private.deliveries)
-from public, anon, authenticated, service_role;
-
 -- What Expo is sent: nothing of the prompt, for it is shown on locked screens. Null if nobody
 -- should get it any more: the token is gone or somebody else's, it is late, or another push of the
 -- same batch to the same device is to come, which is enough. The last of a batch has neither an
 -- unfinished sibling nor a later push, so it is always sent.
 --
 -- A push whose answer was lost is sent again. collapseId and tag have the device show it once.
-create or replace function private.push_body(p_delivery private.deliveries)
-returns jsonb
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.push_body(p_delivery private.deliveries) returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select jsonb_build_array(jsonb_build_object(
     'to', t.token, 'title', x.title, 'body', x.body,
     'collapseId', coalesce(g.batch_id, g.id), 'tag', coalesce(g.batch_id, g.id),
@@ -5649,9 +4336,6 @@ as $$
       )
     )
 $$;
-
-revoke all on function private.push_body(private.deliveries)
-from public, anon, authenticated, service_role;
 -- Prompt templates: prompts to start from, a user's own and the app's.
 --
 -- Users write theirs with save_prompt_template. The app's are rows without user_id, which the
@@ -5659,12 +4343,8 @@ from public, anon, authenticated, service_role;
 -- what it enqueues is a finished prompt, and only then are model and params checked.
 
 -- One template as the API shows it, with the placeholders in the order of their names.
-create or replace function private.template_json(p_template public.prompt_templates)
-returns json
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.template_json(p_template public.prompt_templates) returns json
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select json_build_object(
     'id', p_template.id,
     'is_own', p_template.user_id is not null,
@@ -5680,24 +4360,13 @@ as $$
   )
 $$;
 
-revoke all on function private.template_json(public.prompt_templates)
-from public, anon, authenticated, service_role;
-
 -- Body of public.save_prompt_template.
 --
 -- Raises: PT400 invalid_input, PT401 not_authenticated, PT404 not_found.
-create or replace function private.save_prompt_template(
-  p_title text,
-  p_prompt text,
-  p_model text,
-  p_params jsonb,
-  p_id uuid
-)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.save_prompt_template(
+  p_title text, p_prompt text, p_model text, p_params jsonb, p_id uuid
+) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_user_id uuid := private.require_known_user_id(p_writes => true);
   v_params jsonb := private.read_request(array[p_prompt], p_params, null);
@@ -5722,48 +4391,9 @@ begin
 end;
 $$;
 
-revoke all on function private.save_prompt_template(text, text, text, jsonb, uuid)
-from public, anon, authenticated, service_role;
-grant execute on function private.save_prompt_template(text, text, text, jsonb, uuid)
-to anon, authenticated;
-
-create or replace function public.save_prompt_template(
-  title text,
-  prompt text,
-  model text default null,
-  params jsonb default '{}',
-  id uuid default null
-)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.save_prompt_template(
-    save_prompt_template.title,
-    save_prompt_template.prompt,
-    save_prompt_template.model,
-    save_prompt_template.params,
-    save_prompt_template.id
-  )
-$$;
-
-comment on function public.save_prompt_template is
-  'Keeps a prompt to start from, or changes the one with this id; at most 100. Answers as '
-  'list_prompt_templates shows it. Errors: PT400 invalid_input, PT401 not_authenticated, PT404 '
-  'not_found.';
-
-revoke all on function public.save_prompt_template(text, text, text, jsonb, uuid)
-from public, anon, authenticated, service_role;
-grant execute on function public.save_prompt_template(text, text, text, jsonb, uuid)
-to anon, authenticated;
-
 -- Raises PT400 invalid_input.
-create or replace function private.check_template(p_title text, p_prompt text, p_model text)
-returns void
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.check_template(p_title text, p_prompt text, p_model text) returns void
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   if private.is_blank(p_prompt) then
     perform private.refuse_input('prompt: empty');
@@ -5775,17 +4405,10 @@ begin
 end;
 $$;
 
-revoke all on function private.check_template(text, text, text)
-from public, anon, authenticated, service_role;
-
 -- Raises PT400 invalid_input. Not exact for one who saves many in the same moment; all that matters
 -- is that there is an end.
-create or replace function private.check_template_count(p_user_id uuid)
-returns void
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.check_template_count(p_user_id uuid) returns void
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   if (select count(*) >= 100 from public.prompt_templates where user_id = p_user_id) then
     perform private.refuse_input('title: you have 100 templates', 'Delete one first.');
@@ -5793,15 +4416,9 @@ begin
 end;
 $$;
 
-revoke all on function private.check_template_count(uuid)
-from public, anon, authenticated, service_role;
-
 -- Raises PT404 not_found, also for templates of others and of the app.
-create or replace function private.refuse_unknown_template()
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.refuse_unknown_template() returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   perform private.refuse_missing(
     'id: no such template of yours',
@@ -5810,18 +4427,11 @@ begin
 end;
 $$;
 
-revoke all on function private.refuse_unknown_template()
-from public, anon, authenticated, service_role;
-
 -- Body of public.delete_prompt_template.
 --
 -- Raises: PT401 not_authenticated, PT404 not_found.
-create or replace function private.delete_prompt_template(p_id uuid)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.delete_prompt_template(p_id uuid) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_user_id uuid := private.require_known_user_id(p_writes => true);
 begin
@@ -5833,35 +4443,11 @@ begin
 end;
 $$;
 
-revoke all on function private.delete_prompt_template(uuid)
-from public, anon, authenticated, service_role;
-grant execute on function private.delete_prompt_template(uuid) to anon, authenticated;
-
-create or replace function public.delete_prompt_template(id uuid)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.delete_prompt_template(delete_prompt_template.id)
-$$;
-
-comment on function public.delete_prompt_template is
-  'Deletes one of your prompt templates: {id}. Errors: PT401 not_authenticated, PT404 not_found.';
-
-revoke all on function public.delete_prompt_template(uuid)
-from public, anon, authenticated, service_role;
-grant execute on function public.delete_prompt_template(uuid) to anon, authenticated;
-
 -- Body of public.list_prompt_templates.
 --
 -- Raises: PT401 not_authenticated.
-create or replace function private.list_prompt_templates()
-returns json
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.list_prompt_templates() returns json
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_user_id uuid := private.require_known_user_id();
 begin
@@ -5874,28 +4460,6 @@ begin
   );
 end;
 $$;
-
-revoke all on function private.list_prompt_templates()
-from public, anon, authenticated, service_role;
-grant execute on function private.list_prompt_templates() to anon, authenticated;
-
-create or replace function public.list_prompt_templates()
-returns json
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.list_prompt_templates()
-$$;
-
-comment on function public.list_prompt_templates is
-  'Prompts to start from, your own and then the app''s, newest first: [{id, is_own, title, prompt, '
-  'placeholders [names in braces], model (null: any), params, created_at}]. Errors: PT401 '
-  'not_authenticated.';
-
-revoke all on function public.list_prompt_templates()
-from public, anon, authenticated, service_role;
-grant execute on function public.list_prompt_templates() to anon, authenticated;
 -- A worker's own life: register, sleep, heartbeat, progress, unregister.
 --
 -- darkroom_worker may execute the functions of files 70 to 80 marked so and nothing else. A claim
@@ -5912,25 +4476,16 @@ grant execute on function public.list_prompt_templates() to anon, authenticated;
 -- a session, and without jit, which takes such a ban for an expensive plan.
 
 -- Raises DR001 lease_lost.
-create or replace function private.refuse_lost_lease(p_job_id uuid)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.refuse_lost_lease(p_job_id uuid) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   raise sqlstate 'DR001' using message = 'lease_lost', detail = format('job %s', p_job_id);
 end;
 $$;
 
-revoke all on function private.refuse_lost_lease(uuid)
-from public, anon, authenticated, service_role;
-
-create or replace function private.register_worker(p_host text, p_slots integer, p_version text)
+create function private.register_worker(p_host text, p_slots integer, p_version text)
 returns table (worker_id bigint, channel text, heartbeat_seconds real, lease_seconds real)
-language sql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language sql security definer set search_path = pg_catalog, pg_temp as $$
   with registered as (
     insert into private.workers (host, slots, version)
     values (left(p_host, 200), p_slots, left(p_version, 50))
@@ -5949,32 +4504,16 @@ comment on function private.register_worker is
   'Enters a worker process. Answers its id, the channel to LISTEN on, and the intervals in '
   'seconds.';
 
-revoke all on function private.register_worker(text, integer, text)
-from public, anon, authenticated, service_role;
-grant execute on function private.register_worker(text, integer, text) to darkroom_worker;
-
-create or replace function private.unregister_worker(p_worker_id bigint)
-returns void
-language sql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.unregister_worker(p_worker_id bigint) returns void
+language sql security definer set search_path = pg_catalog, pg_temp as $$
   delete from private.workers where id = p_worker_id
 $$;
 
 comment on function private.unregister_worker is
   'Takes a worker that stops off the list, so that nobody tries to wake it.';
 
-revoke all on function private.unregister_worker(bigint)
-from public, anon, authenticated, service_role;
-grant execute on function private.unregister_worker(bigint) to darkroom_worker;
-
-create or replace function private.sleep(p_worker_id bigint)
-returns void
-language sql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.sleep(p_worker_id bigint) returns void
+language sql security definer set search_path = pg_catalog, pg_temp as $$
   update private.workers set asleep = true where id = p_worker_id and not asleep
 $$;
 
@@ -5982,22 +4521,12 @@ comment on function private.sleep is
   'Says that the worker found nothing and waits for NOTIFY. It must claim once more after this '
   'commits, and again a moment later: an enqueue in flight may have seen it awake.';
 
-revoke all on function private.sleep(bigint) from public, anon, authenticated, service_role;
-grant execute on function private.sleep(bigint) to darkroom_worker;
-
-create or replace function private.heartbeat(
-  p_worker_id bigint,
-  p_job_ids uuid[],
-  p_tokens bigint[],
-  p_progress smallint[],
+create function private.heartbeat(
+  p_worker_id bigint, p_job_ids uuid[], p_tokens bigint[], p_progress smallint[],
   p_is_listening boolean default true
-)
-returns table (job_id uuid, verdict text)
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan
-as $$
+) returns table (job_id uuid, verdict text)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 declare
   v_lease interval := (select s.lease from private.settings as s);
@@ -6037,26 +4566,12 @@ comment on function private.heartbeat is
   'null), and whether its LISTEN works. Answers for each job, in order of id: ok, lost (drop it) '
   'or canceled (stop it: its user wants that, or is gone).';
 
-revoke all on function private.heartbeat(bigint, uuid[], bigint[], smallint[], boolean)
-from public, anon, authenticated, service_role;
-grant execute on function private.heartbeat(bigint, uuid[], bigint[], smallint[], boolean)
-to darkroom_worker;
-
-create or replace function private.report_progress(
-  p_job_ids uuid[],
-  p_tokens bigint[],
-  p_stages text[],
-  p_progress smallint[]
-)
-returns table (token bigint, verdict text)
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off
-set enable_bitmapscan = off
-set jit = off
-as $$
+create function private.report_progress(
+  p_job_ids uuid[], p_tokens bigint[], p_stages text[], p_progress smallint[]
+) returns table (token bigint, verdict text)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
 #variable_conflict use_column
 declare
   v_reported integer;
@@ -6082,11 +4597,6 @@ $$;
 comment on function private.report_progress is
   'Says at once what the next heartbeat would: stage (generating | storing) and percent or null. '
   'Answers each job whose lease holds: ok, or canceled (stop it).';
-
-revoke all on function private.report_progress(uuid[], bigint[], text[], smallint[])
-from public, anon, authenticated, service_role;
-grant execute on function private.report_progress(uuid[], bigint[], text[], smallint[])
-to darkroom_worker;
 -- Breakers: a model or a provider that keeps failing is left alone for a while.
 --
 -- A breaker is a row named like a model or a provider; where there is none, all is well. Closed:
@@ -6109,25 +4619,14 @@ to darkroom_worker;
 -- ends without anything to count or to reset takes no lock here.
 
 -- How long the n-th pause in a row lasts.
-create or replace function private.pause_length(p_times integer)
-returns interval
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.pause_length(p_times integer) returns interval
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select least(s.breaker_pause_cap, s.breaker_pause * power(2, least(p_times - 1, 20)))
   from private.settings as s
 $$;
 
-revoke all on function private.pause_length(integer)
-from public, anon, authenticated, service_role;
-
-create or replace function private.breaker_state(p_breaker private.breakers)
-returns text
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.breaker_state(p_breaker private.breakers) returns text
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select case
     when p_breaker.paused_until is null then 'closed'
     when p_breaker.times_opened = 0
@@ -6142,15 +4641,8 @@ as $$
   end
 $$;
 
-revoke all on function private.breaker_state(private.breakers)
-from public, anon, authenticated, service_role;
-
-create or replace function private.breaker_json(p_breaker private.breakers)
-returns json
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.breaker_json(p_breaker private.breakers) returns json
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select json_build_object(
     'name', p_breaker.name,
     'state', b.state,
@@ -6162,17 +4654,10 @@ as $$
   from (select private.breaker_state(p_breaker) as state) as b
 $$;
 
-revoke all on function private.breaker_json(private.breakers)
-from public, anon, authenticated, service_role;
-
 -- Whether a job may be claimed in spite of the breaker: as its probe, unless it is closed. From a
 -- hundred users on who have failed it is no few users' input: nobody is tried during a pause.
-create or replace function private.admits(p_breaker private.breakers, p_user_id uuid)
-returns boolean
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.admits(p_breaker private.breakers, p_user_id uuid) returns boolean
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select case private.breaker_state(p_breaker)
     when 'open' then cardinality(p_breaker.failed_users) between 1 and 99
       and not p_user_id = any (p_breaker.failed_users)
@@ -6181,15 +4666,8 @@ as $$
   end
 $$;
 
-revoke all on function private.admits(private.breakers, uuid)
-from public, anon, authenticated, service_role;
-
-create or replace function private.is_doubted(p_breaker private.breakers, p_user_id uuid)
-returns boolean
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.is_doubted(p_breaker private.breakers, p_user_id uuid) returns boolean
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select coalesce(
     p_user_id = any (p_breaker.doubted_users)
       and p_breaker.doubted_at > now() - s.breaker_pause_cap,
@@ -6198,15 +4676,9 @@ as $$
   from private.settings as s
 $$;
 
-revoke all on function private.is_doubted(private.breakers, uuid)
-from public, anon, authenticated, service_role;
-
 -- Closes breakers whose operator's pause is over.
-create or replace function private.end_pauses()
-returns void
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.end_pauses() returns void
+language sql set search_path = pg_catalog, pg_temp as $$
   update private.breakers set paused_until = null, pause_reason = null, resumed_at = now()
   where name = any (array(
     select b.name from private.breakers as b
@@ -6214,14 +4686,9 @@ as $$
   ))
 $$;
 
-revoke all on function private.end_pauses() from public, anon, authenticated, service_role;
-
 -- Lets this job be the probe of a breaker, if it may. Answers whether it is.
-create or replace function private.begin_probe(p_name text, p_seq bigint)
-returns boolean
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.begin_probe(p_name text, p_seq bigint) returns boolean
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   perform from private.breakers where name = p_name and times_opened > 0 for update skip locked;
   if not found then
@@ -6235,21 +4702,12 @@ begin
 end;
 $$;
 
-revoke all on function private.begin_probe(text, bigint)
-from public, anon, authenticated, service_role;
-
 -- Counts one failure against a breaker, which the caller has locked, and opens it if that was
 -- enough, or if its probe failed after the pause.
-create or replace function private.count_failure(
-  p_name text,
-  p_job private.running_jobs,
-  p_code text,
-  p_threshold integer
-)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.count_failure(
+  p_name text, p_job private.running_jobs, p_code text, p_threshold integer
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_breaker private.breakers := (select b from private.breakers as b where b.name = p_name);
   v_settings private.settings := (select s from private.settings as s);
@@ -6297,18 +4755,12 @@ begin
 end;
 $$;
 
-revoke all on function private.count_failure(text, private.running_jobs, text, integer)
-from public, anon, authenticated, service_role;
-
 -- Counts a failed attempt against its model, and against the provider unless the model is paused:
 -- one model alone does not pause a provider.
 --
 -- Locks: the breakers of the provider and the model.
-create or replace function private.note_failure(p_job private.running_jobs, p_code text)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.note_failure(p_job private.running_jobs, p_code text) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_provider text := (select m.provider from public.models as m where m.id = p_job.model_id);
   v_settings private.settings := (select s from private.settings as s);
@@ -6331,18 +4783,12 @@ begin
 end;
 $$;
 
-revoke all on function private.note_failure(private.running_jobs, text)
-from public, anon, authenticated, service_role;
-
 -- Jobs ended well: failures of their models are forgotten, and what is paused though one began
 -- after the failures is closed. The caller knows that there is something to forget.
 --
 -- Locks: the breakers of the providers and the models.
-create or replace function private.note_successes(p_jobs private.running_jobs[])
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.note_successes(p_jobs private.running_jobs[]) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_job record;
   v_is_resumed boolean;
@@ -6381,21 +4827,11 @@ begin
 end;
 $$;
 
-revoke all on function private.note_successes(private.running_jobs[])
-from public, anon, authenticated, service_role;
-
 -- An operator's pause stays what it is, and a user who is doubted begins none.
-create or replace function private.pause_provider(
-  p_provider text,
-  p_seconds integer,
-  p_reason text,
-  p_user_id uuid default null
-)
-returns boolean
-language sql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.pause_provider(
+  p_provider text, p_seconds integer, p_reason text, p_user_id uuid default null
+) returns boolean
+language sql security definer set search_path = pg_catalog, pg_temp as $$
   insert into private.breakers as b (
     name, paused_until, pause_reason, times_opened, failing_since, failed_users
   )
@@ -6429,17 +4865,9 @@ comment on function private.pause_provider is
   'it is paused now; not where others were served lately though this user failed: then the job is '
   'to blame.';
 
-revoke all on function private.pause_provider(text, integer, text, uuid)
-from public, anon, authenticated, service_role;
-grant execute on function private.pause_provider(text, integer, text, uuid) to darkroom_worker;
-
 -- Raises PT404 not_found unless it is a model or a provider of one.
-create or replace function private.require_breaker_name(p_name text)
-returns void
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.require_breaker_name(p_name text) returns void
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   if not exists (select from public.models as m where p_name in (m.id, m.provider)) then
     perform private.refuse_missing(
@@ -6450,18 +4878,11 @@ begin
 end;
 $$;
 
-revoke all on function private.require_breaker_name(text)
-from public, anon, authenticated, service_role;
-
 -- Body of public.pause_model. Ends what the breaker counted: the pause is the operator's now.
 --
 -- Raises: PT400 invalid_input, PT404 not_found.
-create or replace function private.pause_model(p_model text, p_until timestamptz, p_reason text)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.pause_model(p_model text, p_until timestamptz, p_reason text) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_breaker private.breakers;
 begin
@@ -6484,41 +4905,11 @@ begin
 end;
 $$;
 
-revoke all on function private.pause_model(text, timestamptz, text)
-from public, anon, authenticated, service_role;
-grant execute on function private.pause_model(text, timestamptz, text) to service_role;
-
-create or replace function public.pause_model(
-  model text,
-  until timestamptz default 'infinity',
-  reason text default null
-)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.pause_model(pause_model.model, pause_model.until, pause_model.reason)
-$$;
-
-comment on function public.pause_model is
-  'Pauses a model, or all models of a provider, until a time or resume_model: new requests are '
-  'refused with model_paused, queued jobs wait and keep their place, running ones go on. Answers '
-  '{name, state (open | closed | half-open | probing), paused_until, reason, failures, '
-  'times_opened}. Errors: PT400 invalid_input, PT404 not_found.';
-
-revoke all on function public.pause_model(text, timestamptz, text)
-from public, anon, authenticated, service_role;
-grant execute on function public.pause_model(text, timestamptz, text) to service_role;
-
 -- Body of public.resume_model.
 --
 -- Raises: PT404 not_found.
-create or replace function private.resume_model(p_model text)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.resume_model(p_model text) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_breaker private.breakers;
 begin
@@ -6534,24 +4925,6 @@ begin
   return private.breaker_json(v_breaker);
 end;
 $$;
-
-revoke all on function private.resume_model(text) from public, anon, authenticated, service_role;
-grant execute on function private.resume_model(text) to service_role;
-
-create or replace function public.resume_model(model text)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.resume_model(resume_model.model)
-$$;
-
-comment on function public.resume_model is
-  'Ends a pause of a model or a provider, whoever began it: its jobs are claimed at once, in their '
-  'old order. Repeating it changes nothing. Answers as pause_model does. Errors: PT404 not_found.';
-
-revoke all on function public.resume_model(text) from public, anon, authenticated, service_role;
-grant execute on function public.resume_model(text) to service_role;
 -- Claim: the next jobs in fair order move from ready_jobs to running_jobs.
 --
 -- claim_jobs makes delayed jobs claimable that have come due, locks the jobs with the smallest
@@ -6568,15 +4941,10 @@ grant execute on function public.resume_model(text) to service_role;
 --
 -- Answers the seconds the next is to wait: such scans take a fiftieth of the time, unless that
 -- would make one wait for longer than p_at_most.
-create or replace function private.put_off(
-  p_due regclass,
-  p_began timestamptz,
-  p_at_most double precision
-)
-returns double precision
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.put_off(
+  p_due regclass, p_began timestamptz, p_at_most double precision
+) returns double precision
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_now timestamptz := clock_timestamp();
   v_pause double precision := least(50 * extract(epoch from v_now - p_began), p_at_most);
@@ -6588,14 +4956,8 @@ begin
 end;
 $$;
 
-revoke all on function private.put_off(regclass, timestamptz, double precision)
-from public, anon, authenticated, service_role;
-
-create or replace function private.is_put_off(p_due regclass)
-returns boolean
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.is_put_off(p_due regclass) returns boolean
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_now double precision := 1000 * extract(epoch from clock_timestamp());
 begin
@@ -6603,15 +4965,9 @@ begin
 end;
 $$;
 
-revoke all on function private.is_put_off(regclass)
-from public, anon, authenticated, service_role;
-
 -- Delayed jobs whose time has come become claimable.
-create or replace function private.promote_due_jobs(p_at_most integer)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.promote_due_jobs(p_at_most integer) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   update private.ready_jobs set run_at = null, queued_at = now()
   where seq = any (array(
@@ -6621,9 +4977,6 @@ begin
 end;
 $$;
 
-revoke all on function private.promote_due_jobs(integer)
-from public, anon, authenticated, service_role;
-
 -- The fair_key to begin the next scan at; null: at the virtual clock.
 --
 -- While a long transaction holds back vacuum, the index begins with every job ever claimed since,
@@ -6631,11 +4984,8 @@ from public, anon, authenticated, service_role;
 -- below it meanwhile is found by one that starts a little below, at the floor: in each session
 -- p_pause seconds after the last. What lies deeper is found by one from the start, once a second.
 -- Where such scans take long they come less often, and one does for all: see schedule_scan.
-create or replace function private.scan_start(p_pause double precision default 0.05)
-returns bigint
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.scan_start(p_pause double precision default 0.05) returns bigint
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_now double precision := extract(epoch from clock_timestamp());
   v_full_due text := nullif(current_setting('darkroom.full_scan_due', true), '');
@@ -6654,16 +5004,10 @@ begin
 end;
 $$;
 
-revoke all on function private.scan_start(double precision)
-from public, anon, authenticated, service_role;
-
 -- Notes that this session has scanned from below the clock, and when it may again; where it was
 -- dear, when any session may. One from the start takes the place of one from the floor, too.
-create or replace function private.schedule_scan(p_from bigint, p_began timestamptz)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.schedule_scan(p_from bigint, p_began timestamptz) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_now double precision := extract(epoch from clock_timestamp());
   v_pause double precision;
@@ -6679,18 +5023,12 @@ begin
 end;
 $$;
 
-revoke all on function private.schedule_scan(bigint, timestamptz)
-from public, anon, authenticated, service_role;
-
 -- Locks the next jobs in fair order and answers their seq.
 --
 -- A generic plan walks the index, whatever statistics say.
-create or replace function private.lock_next_jobs(p_at_most integer, p_from bigint)
-returns bigint[]
-language plpgsql
-set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan
-as $$
+create function private.lock_next_jobs(p_at_most integer, p_from bigint) returns bigint[]
+language plpgsql set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan as $$
 declare
   v_began timestamptz := clock_timestamp();
   v_seqs bigint[] := array(
@@ -6707,24 +5045,13 @@ begin
 end;
 $$;
 
-revoke all on function private.lock_next_jobs(integer, bigint)
-from public, anon, authenticated, service_role;
-
 -- What keeps jobs of a model back: whether nothing does; whether all wait; whether the pause is
 -- over; and who failed, at model or provider, and at the provider.
-create or replace function private.gate_of(
-  p_model_id text,
-  p_provider text,
-  out is_open boolean,
-  out is_shut boolean,
-  out is_over boolean,
-  out failed_users uuid[],
-  out failed_at_provider uuid[]
+create function private.gate_of(
+  p_model_id text, p_provider text, out is_open boolean, out is_shut boolean, out is_over boolean,
+  out failed_users uuid[], out failed_at_provider uuid[]
 )
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select
     count(*) = 0,
     coalesce(bool_or(private.admits(b, null) is false), false),
@@ -6741,18 +5068,12 @@ as $$
   where b.name in (p_model_id, p_provider) and private.breaker_state(b) <> 'closed'
 $$;
 
-revoke all on function private.gate_of(text, text)
-from public, anon, authenticated, service_role;
-
 -- The same while something is paused: of each model that is not, the next; of one that can be
 -- tried, one job of a user who has not failed; after the pause, where there is no such job, one of
 -- a user who has. A range of models, though of one: else the index in fair order might be walked.
-create or replace function private.lock_next_admitted_jobs(p_at_most integer, p_from bigint)
-returns bigint[]
-language plpgsql
-set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan
-as $$
+create function private.lock_next_admitted_jobs(p_at_most integer, p_from bigint) returns bigint[]
+language plpgsql set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan as $$
 begin
   return array(
     select r.seq from private.ready_jobs as r
@@ -6808,17 +5129,11 @@ begin
 end;
 $$;
 
-revoke all on function private.lock_next_admitted_jobs(integer, bigint)
-from public, anon, authenticated, service_role;
-
 -- Of these locked jobs, those that may run though breakers are not closed: one of each of those, of
 -- a user who has not failed if there is one. Providers first: their one job may be that of a model,
 -- too.
-create or replace function private.admit_probes(p_seqs bigint[])
-returns bigint[]
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.admit_probes(p_seqs bigint[]) returns bigint[]
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_breaker private.breakers;
   v_own bigint[];
@@ -6847,15 +5162,9 @@ begin
 end;
 $$;
 
-revoke all on function private.admit_probes(bigint[])
-from public, anon, authenticated, service_role;
-
 -- Locks the next jobs that may run now while something is paused, and answers their seq.
-create or replace function private.pick_admitted_jobs(p_at_most integer)
-returns bigint[]
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.pick_admitted_jobs(p_at_most integer) returns bigint[]
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_began timestamptz := clock_timestamp();
   v_from bigint := 0;
@@ -6875,16 +5184,10 @@ begin
 end;
 $$;
 
-revoke all on function private.pick_admitted_jobs(integer)
-from public, anon, authenticated, service_role;
-
 -- Locks the next jobs that may run now and answers their seq. Beside that, each statement here only
 -- looks whether there is something to do that is rare.
-create or replace function private.pick_jobs(p_at_most integer)
-returns bigint[]
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.pick_jobs(p_at_most integer) returns bigint[]
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_from bigint;
   v_seqs bigint[];
@@ -6908,33 +5211,17 @@ begin
 end;
 $$;
 
-revoke all on function private.pick_jobs(integer) from public, anon, authenticated, service_role;
-
 -- Every row is reached by its key, whatever the planner thinks of the tables' sizes.
 -- Outer joins: a job whose model somebody deleted must fail at the worker, not vanish here.
-create or replace function private.claim_jobs(p_worker_id bigint, p_slots integer)
+create function private.claim_jobs(p_worker_id bigint, p_slots integer)
 returns table (
-  job_id uuid,
-  user_id uuid,
-  token bigint,
-  attempt smallint,
-  provider text,
-  provider_ref text,
-  provider_input jsonb,
-  provider_job_id text,
-  image_inputs text[],
-  image_count smallint,
-  deadline_seconds real,
-  begun_before timestamptz
+  job_id uuid, user_id uuid, token bigint, attempt smallint, provider text, provider_ref text,
+  provider_input jsonb, provider_job_id text, image_inputs text[], image_count smallint,
+  deadline_seconds real, begun_before timestamptz
 )
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off
-set enable_bitmapscan = off
-set jit = off
-as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
 #variable_conflict use_column
 declare
   v_seqs bigint[] := private.pick_jobs(p_slots);
@@ -6985,10 +5272,6 @@ comment on function private.claim_jobs is
   'Moves up to p_slots jobs in fair order from ready to running and answers them. provider_job_id'
   ' is set where an earlier attempt already bought something at the provider: resume it; else '
   'begun_before, where one may have: look for it before creating again. Seconds are durations.';
-
-revoke all on function private.claim_jobs(bigint, integer)
-from public, anon, authenticated, service_role;
-grant execute on function private.claim_jobs(bigint, integer) to darkroom_worker;
 -- Purchase: what a worker says about its dealings with the provider, so that nothing is bought
 -- twice, and what was bought for one job never becomes another's.
 --
@@ -7003,20 +5286,12 @@ grant execute on function private.claim_jobs(bigint, integer) to darkroom_worker
 --
 -- Whoever puts a provider's id into purchases has it, and nobody else ever.
 
-create or replace function private.begin_creates(
-  p_job_ids uuid[],
-  p_tokens bigint[],
-  p_inputs bytea[] default null
-)
-returns table (token bigint, create_started_at timestamptz)
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off
-set enable_bitmapscan = off
-set jit = off
-as $$
+create function private.begin_creates(
+  p_job_ids uuid[], p_tokens bigint[], p_inputs bytea[] default null
+) returns table (token bigint, create_started_at timestamptz)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
 #variable_conflict use_column
 begin
   return query
@@ -7032,16 +5307,9 @@ comment on function private.begin_creates is
   'claim, or where the input has addresses of sources: p_inputs are its SHA-256 then, else null. '
   'Answers each whose lease holds, and since when something may have been bought for it.';
 
-revoke all on function private.begin_creates(uuid[], bigint[], bytea[])
-from public, anon, authenticated, service_role;
-grant execute on function private.begin_creates(uuid[], bigint[], bytea[]) to darkroom_worker;
-
-create or replace function private.recall_create(p_job_id uuid, p_token bigint)
+create function private.recall_create(p_job_id uuid, p_token bigint)
 returns table (create_started_at timestamptz, input_sha256 bytea)
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_column
 begin
   return query
@@ -7057,24 +5325,12 @@ comment on function private.recall_create is
   'Since when something may have been bought for a job, and the SHA-256 that begin_creates saved '
   'last. Errors: DR001 lease_lost.';
 
-revoke all on function private.recall_create(uuid, bigint)
-from public, anon, authenticated, service_role;
-grant execute on function private.recall_create(uuid, bigint) to darkroom_worker;
-
-create or replace function private.checkpoint_jobs(
-  p_job_ids uuid[],
-  p_tokens bigint[],
-  p_provider_job_ids text[]
-)
-returns table (token bigint, verdict text)
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off
-set enable_bitmapscan = off
-set jit = off
-as $$
+create function private.checkpoint_jobs(
+  p_job_ids uuid[], p_tokens bigint[], p_provider_job_ids text[]
+) returns table (token bigint, verdict text)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
 #variable_conflict use_column
 begin
   return query
@@ -7098,20 +5354,10 @@ comment on function private.checkpoint_jobs is
   'Answers each job whose lease holds: ok. Errors, which change nothing for any of the jobs: 23505 '
   'the provider''s job is another''s.';
 
-revoke all on function private.checkpoint_jobs(uuid[], bigint[], text[])
-from public, anon, authenticated, service_role;
-grant execute on function private.checkpoint_jobs(uuid[], bigint[], text[]) to darkroom_worker;
-
-create or replace function private.adopt_provider_job(
-  p_job_id uuid,
-  p_token bigint,
-  p_candidates text[]
-)
-returns text
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.adopt_provider_job(
+  p_job_id uuid, p_token bigint, p_candidates text[]
+) returns text
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_adopted text;
 begin
@@ -7137,10 +5383,6 @@ $$;
 comment on function private.adopt_provider_job is
   'Checkpoints the first of these provider ids, oldest first, that no job has had, and answers it; '
   'null if there is none. For creates whose answer was lost. Errors: DR001 lease_lost.';
-
-revoke all on function private.adopt_provider_job(uuid, bigint, text[])
-from public, anon, authenticated, service_role;
-grant execute on function private.adopt_provider_job(uuid, bigint, text[]) to darkroom_worker;
 -- How an attempt ends that made nothing: fail_jobs, release_job, cancel_job, and the pieces that
 -- completion (76), recovery (80) and cancel (77) share.
 --
@@ -7150,15 +5392,12 @@ grant execute on function private.adopt_provider_job(uuid, bigint, text[]) to da
 -- attempts.
 
 -- Deletes the running rows that these tokens hold and answers them in order of id.
-create or replace function private.end_leases(p_job_ids uuid[], p_tokens bigint[])
-returns private.running_jobs[]
-language plpgsql
-set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off
-set enable_bitmapscan = off
-set jit = off
-as $$
+create function private.end_leases(
+  p_job_ids uuid[], p_tokens bigint[]
+) returns private.running_jobs[]
+language plpgsql set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
 declare
   v_jobs private.running_jobs[];
 begin
@@ -7172,20 +5411,12 @@ begin
 end;
 $$;
 
-revoke all on function private.end_leases(uuid[], bigint[])
-from public, anon, authenticated, service_role;
-
 -- Of these tokens, those that already ended an attempt in one of these ways: the call is a repeat
 -- whose first answer was lost.
-create or replace function private.ended_before(
-  p_job_ids uuid[],
-  p_tokens bigint[],
-  p_outcomes text[]
-)
-returns setof bigint
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.ended_before(
+  p_job_ids uuid[], p_tokens bigint[], p_outcomes text[]
+) returns setof bigint
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   return query
   select a.token from private.attempts as a
@@ -7194,17 +5425,13 @@ begin
 end;
 $$;
 
-revoke all on function private.ended_before(uuid[], bigint[], text[])
-from public, anon, authenticated, service_role;
-
 -- Ends the lease of one job and answers its running row. All null if that is a repeat.
 --
 -- Raises: DR001 lease_lost.
-create or replace function private.end_lease(p_job_id uuid, p_token bigint, p_outcomes text[])
-returns private.running_jobs
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.end_lease(
+  p_job_id uuid, p_token bigint, p_outcomes text[]
+) returns private.running_jobs
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_job private.running_jobs := (private.end_leases(array[p_job_id], array[p_token]))[1];
 begin
@@ -7217,22 +5444,13 @@ begin
 end;
 $$;
 
-revoke all on function private.end_lease(uuid, bigint, text[])
-from public, anon, authenticated, service_role;
-
 -- Writes ended claims into the operators' history, with what each cost at the provider where that
 -- is known. Whether it bills what failed or was stopped is said by is_billed.
-create or replace function private.record_attempts(
-  p_jobs private.running_jobs[],
-  p_outcome text,
-  p_metrics jsonb[],
-  p_error_code text default null,
+create function private.record_attempts(
+  p_jobs private.running_jobs[], p_outcome text, p_metrics jsonb[], p_error_code text default null,
   p_error_detail text default null
-)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   insert into private.attempts (
     generation_id, token, model_id, attempt, worker_id, started_at, outcome,
@@ -7261,21 +5479,11 @@ begin
 end;
 $$;
 
-revoke all on function private.record_attempts(
-  private.running_jobs[], text, jsonb[], text, text
-) from public, anon, authenticated, service_role;
-
 -- Puts a job whose lease has ended back into the queue, next in line, at once or after a delay.
-create or replace function private.requeue_job(
-  p_job private.running_jobs,
-  p_attempts_used integer,
-  p_delay interval,
-  p_resumes boolean
-)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.requeue_job(
+  p_job private.running_jobs, p_attempts_used integer, p_delay interval, p_resumes boolean
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   insert into private.ready_jobs (
     job_id, user_id, model_id, fair_key, attempt, run_at,
@@ -7295,19 +5503,11 @@ begin
 end;
 $$;
 
-revoke all on function private.requeue_job(private.running_jobs, integer, interval, boolean)
-from public, anon, authenticated, service_role;
-
 -- Ends a generation that is not completed and answers what was charged.
-create or replace function private.finish_generation(
-  p_job_id uuid,
-  p_status text,
-  p_error private.error_codes default null
-)
-returns integer
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.finish_generation(
+  p_job_id uuid, p_status text, p_error private.error_codes default null
+) returns integer
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_price integer;
 begin
@@ -7321,20 +5521,13 @@ begin
 end;
 $$;
 
-revoke all on function private.finish_generation(uuid, text, private.error_codes)
-from public, anon, authenticated, service_role;
-
 -- Fails a job for good: the generation keeps its input and tells why, the whole price goes back.
 --
 -- Locks: the entitlement row.
-create or replace function private.finish_failed(
-  p_job private.running_jobs,
-  p_error private.error_codes
-)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.finish_failed(
+  p_job private.running_jobs, p_error private.error_codes
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_price integer := private.finish_generation(p_job.job_id, 'failed', p_error);
 begin
@@ -7342,24 +5535,16 @@ begin
 end;
 $$;
 
-revoke all on function private.finish_failed(private.running_jobs, private.error_codes)
-from public, anon, authenticated, service_role;
-
 -- Cancels a job for good. The refund rule: the whole price, but only the share of
 -- settings.running_cancel_refund_percent, rounded up, of what is burned: the provider may bill us,
 -- and nobody gets anything, because the user did not want it any more. That counts, for else it
 -- could be had without end: see check_limits (30).
 --
 -- Locks: the entitlement row.
-create or replace function private.finish_canceled(
-  p_user_id uuid,
-  p_job_id uuid,
-  p_is_burned boolean
-)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.finish_canceled(
+  p_user_id uuid, p_job_id uuid, p_is_burned boolean
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_percent integer := case
     when p_is_burned then (select s.running_cancel_refund_percent from private.settings as s)
@@ -7376,21 +5561,13 @@ begin
 end;
 $$;
 
-revoke all on function private.finish_canceled(uuid, uuid, boolean)
-from public, anon, authenticated, service_role;
-
 -- The same for a job whose lease has just ended. What failed by itself was not stopped by its user,
 -- and our failures are nobody's to pay.
-create or replace function private.finish_canceled_job(
-  p_job private.running_jobs,
-  p_code text default null,
-  p_detail text default null,
+create function private.finish_canceled_job(
+  p_job private.running_jobs, p_code text default null, p_detail text default null,
   p_metrics jsonb default '{}'
-)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   perform private.finish_canceled(
     p_job.user_id, p_job.job_id,
@@ -7400,54 +5577,30 @@ begin
 end;
 $$;
 
-revoke all on function private.finish_canceled_job(private.running_jobs, text, text, jsonb)
-from public, anon, authenticated, service_role;
-
 -- Claims of a job that have ended so far.
-create or replace function private.count_claims(p_job_id uuid)
-returns integer
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.count_claims(p_job_id uuid) returns integer
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select count(*)::integer from private.attempts where generation_id = p_job_id
 $$;
 
-revoke all on function private.count_claims(uuid)
-from public, anon, authenticated, service_role;
-
 -- How long to wait where somebody else asks for it: not less than we would by ourselves, and not
 -- more than they may ask for, whatever a number they write (negative, infinite, NaN).
-create or replace function private.asked_delay(
-  p_own interval,
-  p_asked_seconds double precision,
-  p_most_seconds integer
-)
-returns interval
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.asked_delay(
+  p_own interval, p_asked_seconds double precision, p_most_seconds integer
+) returns interval
+language sql immutable set search_path = pg_catalog, pg_temp as $$
   select greatest(
     p_own, greatest(0, least(coalesce(p_asked_seconds, 0), p_most_seconds)) * interval '1 second'
   )
 $$;
 
-revoke all on function private.asked_delay(interval, double precision, integer)
-from public, anon, authenticated, service_role;
-
 -- How long to wait before the next attempt: exponential backoff with full jitter, so that jobs that
 -- failed together do not come back together, or longer if the provider asks for it. One that asks
 -- for no pause has its way once.
-create or replace function private.retry_delay(
-  p_failures_before integer,
-  p_retry_after_seconds double precision
-)
-returns interval
-language sql
-volatile
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.retry_delay(
+  p_failures_before integer, p_retry_after_seconds double precision
+) returns interval
+language sql set search_path = pg_catalog, pg_temp as $$
   select private.asked_delay(
     case
       when p_failures_before = 0 and p_retry_after_seconds is not null then interval '0'
@@ -7458,22 +5611,13 @@ as $$
   from private.settings as s
 $$;
 
-revoke all on function private.retry_delay(integer, double precision)
-from public, anon, authenticated, service_role;
-
 -- Retries a failed attempt while it may, or fails the job for good, or cancels it if the user wants
 -- that. Answers 'retried', 'failed' or 'canceled'.
-create or replace function private.end_failed_attempt(
-  p_job private.running_jobs,
-  p_code text,
-  p_detail text,
-  p_retry_after_seconds double precision default null,
-  p_metrics jsonb default '{}'
-)
-returns text
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.end_failed_attempt(
+  p_job private.running_jobs, p_code text, p_detail text,
+  p_retry_after_seconds double precision default null, p_metrics jsonb default '{}'
+) returns text
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_error private.error_codes;
   v_settings private.settings;
@@ -7512,21 +5656,10 @@ begin
 end;
 $$;
 
-revoke all on function private.end_failed_attempt(
-  private.running_jobs, text, text, double precision, jsonb
-)
-from public, anon, authenticated, service_role;
-
 -- Counts failures against the models and their providers, where the code is their fault. Comes
 -- after all other locks are taken; breakers in order.
-create or replace function private.blame_providers(
-  p_jobs private.running_jobs[],
-  p_codes text[]
-)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.blame_providers(p_jobs private.running_jobs[], p_codes text[]) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_at bigint;
 begin
@@ -7542,28 +5675,15 @@ begin
 end;
 $$;
 
-revoke all on function private.blame_providers(private.running_jobs[], text[])
-from public, anon, authenticated, service_role;
-
 -- Users in order of id, so that two calls lock entitlements in the same order; and all of them
 -- before any breaker.
-create or replace function private.fail_jobs(
-  p_job_ids uuid[],
-  p_tokens bigint[],
-  p_codes text[],
-  p_details text[],
-  p_retry_after_seconds double precision[],
-  p_metrics jsonb[]
-)
-returns table (token bigint, verdict text)
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off
-set enable_bitmapscan = off
-set jit = off
-as $$
+create function private.fail_jobs(
+  p_job_ids uuid[], p_tokens bigint[], p_codes text[], p_details text[],
+  p_retry_after_seconds double precision[], p_metrics jsonb[]
+) returns table (token bigint, verdict text)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
 #variable_conflict use_column
 declare
   v_jobs private.running_jobs[] := private.end_leases(p_job_ids, p_tokens);
@@ -7597,23 +5717,10 @@ comment on function private.fail_jobs is
   'nothing can have been bought). Answers each job whose lease held: retried, '
   'failed, canceled (the user had asked for it), or repeated (the call was made before).';
 
-revoke all on function private.fail_jobs(
-  uuid[], bigint[], text[], text[], double precision[], jsonb[]
-) from public, anon, authenticated, service_role;
-grant execute on function private.fail_jobs(
-  uuid[], bigint[], text[], text[], double precision[], jsonb[]
-) to darkroom_worker;
-
-create or replace function private.release_job(
-  p_job_id uuid,
-  p_token bigint,
-  p_resumes boolean default true
-)
-returns void
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.release_job(
+  p_job_id uuid, p_token bigint, p_resumes boolean default true
+) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_job private.running_jobs := private.end_lease(
     p_job_id, p_token, '{released,canceled}'
@@ -7647,20 +5754,10 @@ comment on function private.release_job is
   'older than give_up_after and has been claimed more than max_attempts times. p_resumes false: '
   'nothing was bought at the provider. Errors: DR001 lease_lost.';
 
-revoke all on function private.release_job(uuid, bigint, boolean)
-from public, anon, authenticated, service_role;
-grant execute on function private.release_job(uuid, bigint, boolean) to darkroom_worker;
-
-create or replace function private.cancel_job(
-  p_job_id uuid,
-  p_token bigint,
-  p_metrics jsonb default null
-)
-returns void
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.cancel_job(
+  p_job_id uuid, p_token bigint, p_metrics jsonb default null
+) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_job private.running_jobs := private.end_lease(p_job_id, p_token, '{canceled}');
 begin
@@ -7676,10 +5773,6 @@ $$;
 comment on function private.cancel_job is
   'Ends a job whose cancel the heartbeat told of; p_metrics as fail_jobs takes them. Repeating it '
   'changes nothing. Errors: DR001 lease_lost, 22023 nobody asked for it.';
-
-revoke all on function private.cancel_job(uuid, bigint, jsonb)
-from public, anon, authenticated, service_role;
-grant execute on function private.cancel_job(uuid, bigint, jsonb) to darkroom_worker;
 -- How an attempt ends well: complete_jobs.
 --
 -- What was stored is written down and settled on: for images that were charged but not made are
@@ -7691,16 +5784,10 @@ grant execute on function private.cancel_job(uuid, bigint, jsonb) to darkroom_wo
 --
 -- Locks: the entitlement rows of those users, in order of id.
 -- Raises: 22023 if of one there is no image or more than were charged.
-create or replace function private.refund_missing_images(
-  p_jobs private.running_jobs[],
-  p_stored integer[],
-  p_charged integer[],
-  p_prices integer[]
-)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.refund_missing_images(
+  p_jobs private.running_jobs[], p_stored integer[], p_charged integer[], p_prices integer[]
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_at bigint;
 begin
@@ -7721,29 +5808,17 @@ begin
 end;
 $$;
 
-revoke all on function private.refund_missing_images(
-  private.running_jobs[], integer[], integer[], integer[]
-) from public, anon, authenticated, service_role;
-
 -- Ends jobs whose leases hold and whose images are in Storage. One statement, for each costs its
 -- start; and nothing of a user is written, for her row's dead versions add up. Answers arrays in
 -- one order, empty or null if no lease holds.
 --
 -- Locks: running rows, generations, each in order of id.
-create or replace function private.finish_completed(
-  p_job_ids uuid[],
-  p_tokens bigint[],
-  p_images jsonb[],
-  p_metrics jsonb[],
-  out jobs private.running_jobs[],
-  out metrics jsonb[],
-  out stored integer[],
-  out charged integer[],
+create function private.finish_completed(
+  p_job_ids uuid[], p_tokens bigint[], p_images jsonb[], p_metrics jsonb[],
+  out jobs private.running_jobs[], out metrics jsonb[], out stored integer[], out charged integer[],
   out prices integer[]
 )
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   with ended as (
     delete from private.running_jobs as r
@@ -7776,24 +5851,12 @@ begin
 end;
 $$;
 
-revoke all on function private.finish_completed(uuid[], bigint[], jsonb[], jsonb[])
-from public, anon, authenticated, service_role;
-
-create or replace function private.complete_jobs(
-  p_job_ids uuid[],
-  p_tokens bigint[],
-  p_images jsonb[],
-  p_metrics jsonb[]
-)
-returns table (token bigint, verdict text)
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan
-set enable_seqscan = off
-set enable_bitmapscan = off
-set jit = off
-as $$
+create function private.complete_jobs(
+  p_job_ids uuid[], p_tokens bigint[], p_images jsonb[], p_metrics jsonb[]
+) returns table (token bigint, verdict text)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
 #variable_conflict use_column
 declare
   v_done record := private.finish_completed(p_job_ids, p_tokens, p_images, p_metrics);
@@ -7829,11 +5892,6 @@ comment on function private.complete_jobs is
   'as the provider made), is_billed (false: the provider asks nothing for it)}. Answers each job '
   'whose lease held: completed, or repeated (the call was made before). Errors, which change '
   'nothing for any of the jobs: 22023 bad images, and what breaks a constraint.';
-
-revoke all on function private.complete_jobs(uuid[], bigint[], jsonb[], jsonb[])
-from public, anon, authenticated, service_role;
-grant execute on function private.complete_jobs(uuid[], bigint[], jsonb[], jsonb[])
-to darkroom_worker;
 -- Push tokens: an app registers its device for its user, and takes it back at sign-out.
 --
 -- A token is a device's, so it belongs to the user who registered it last: who signs in on a
@@ -7841,12 +5899,8 @@ to darkroom_worker;
 
 -- Locks: the entitlement row, so that concurrent calls cannot pass the cap.
 -- Raises: PT400 invalid_input, PT401 not_authenticated.
-create or replace function private.register_push_token(p_token text)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.register_push_token(p_token text) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_user_id uuid := private.require_user_id(p_writes => true);
 begin
@@ -7867,34 +5921,9 @@ begin
 end;
 $$;
 
-revoke all on function private.register_push_token(text)
-from public, anon, authenticated, service_role;
-grant execute on function private.register_push_token(text) to anon, authenticated;
-
-create or replace function public.register_push_token(token text)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.register_push_token(register_push_token.token)
-$$;
-
-comment on function public.register_push_token is
-  'Has this device told by an Expo push notification when your jobs end. Call it at each start of '
-  'the app: a token is its last caller''s, and the 5 last registered of a user are kept. Answers '
-  '{registered}. Errors: PT400 invalid_input, PT401 not_authenticated.';
-
-revoke all on function public.register_push_token(text)
-from public, anon, authenticated, service_role;
-grant execute on function public.register_push_token(text) to anon, authenticated;
-
 -- Raises: PT401 not_authenticated.
-create or replace function private.unregister_push_token(p_token text)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.unregister_push_token(p_token text) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_user_id uuid := private.require_known_user_id(p_writes => true);
 begin
@@ -7902,26 +5931,6 @@ begin
   return json_build_object('registered', false);
 end;
 $$;
-
-revoke all on function private.unregister_push_token(text)
-from public, anon, authenticated, service_role;
-grant execute on function private.unregister_push_token(text) to anon, authenticated;
-
-create or replace function public.unregister_push_token(token text)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.unregister_push_token(unregister_push_token.token)
-$$;
-
-comment on function public.unregister_push_token is
-  'Takes a push token of yours back; call it before signing out. Repeating it changes nothing. '
-  'Answers {registered}. Errors: PT401 not_authenticated.';
-
-revoke all on function public.unregister_push_token(text)
-from public, anon, authenticated, service_role;
-grant execute on function public.unregister_push_token(text) to anon, authenticated;
 -- Cancel: a queued job at once, a running one through its worker.
 --
 -- A queued job's ready row is deleted, and whoever deleted it settles. A running job is only
@@ -7935,11 +5944,8 @@ grant execute on function public.unregister_push_token(text) to anon, authentica
 -- Takes these jobs of a user out of the queue or marks them, and settles those taken out.
 --
 -- Locks: ready and running rows in order of id, the generations, the entitlement row.
-create or replace function private.cancel_jobs(p_user_id uuid, p_job_ids uuid[])
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.cancel_jobs(p_user_id uuid, p_job_ids uuid[]) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_job_id uuid;
   v_worker_id bigint;
@@ -7971,18 +5977,11 @@ begin
 end;
 $$;
 
-revoke all on function private.cancel_jobs(uuid, uuid[])
-from public, anon, authenticated, service_role;
-
 -- Body of public.cancel_generation.
 --
 -- Raises: see the comment on public.cancel_generation.
-create or replace function private.cancel_generation(p_job_id uuid)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.cancel_generation(p_job_id uuid) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_user_id uuid := private.require_user_id(p_writes => true);
   v_generation public.generations;
@@ -7999,38 +5998,11 @@ begin
 end;
 $$;
 
-revoke all on function private.cancel_generation(uuid)
-from public, anon, authenticated, service_role;
-grant execute on function private.cancel_generation(uuid) to anon, authenticated;
-
-create or replace function public.cancel_generation(job_id uuid)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.cancel_generation(cancel_generation.job_id)
-$$;
-
-comment on function public.cancel_generation is
-  'Cancels one of your jobs. A queued one is canceled and refunded at once. A running one shows '
-  'cancel_requested, and its worker stops it within a second or so: canceled, refunded by the '
-  'operator''s rule, or completed if the picture was there first. Repeating it changes nothing. '
-  'Answers as get_job_status does. Errors: PT401 not_authenticated, PT404 not_found, PT409 '
-  'already_finished.';
-
-revoke all on function public.cancel_generation(uuid)
-from public, anon, authenticated, service_role;
-grant execute on function public.cancel_generation(uuid) to anon, authenticated;
-
 -- Body of public.cancel_batch.
 --
 -- Raises: PT401 not_authenticated, PT404 not_found.
-create or replace function private.cancel_batch(p_batch_id uuid)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.cancel_batch(p_batch_id uuid) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_user_id uuid := private.require_user_id(p_writes => true);
 begin
@@ -8041,26 +6013,6 @@ begin
   return private.batch_json(private.require_batch(p_batch_id, v_user_id));
 end;
 $$;
-
-revoke all on function private.cancel_batch(uuid)
-from public, anon, authenticated, service_role;
-grant execute on function private.cancel_batch(uuid) to anon, authenticated;
-
-create or replace function public.cancel_batch(batch_id uuid)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.cancel_batch(cancel_batch.batch_id)
-$$;
-
-comment on function public.cancel_batch is
-  'Cancels every job of one of your batches that has not ended, each as cancel_generation does. '
-  'Answers as get_batch_status does. Errors: PT401 not_authenticated, PT404 not_found.';
-
-revoke all on function public.cancel_batch(uuid)
-from public, anon, authenticated, service_role;
-grant execute on function public.cancel_batch(uuid) to anon, authenticated;
 -- Who is told: webhook endpoints, which the operator's backend keeps, and push tokens, which apps
 -- register for their user; and what the operator sees of the outbox.
 --
@@ -8069,12 +6021,8 @@ grant execute on function public.cancel_batch(uuid) to anon, authenticated;
 -- the moment of connecting. settings.webhook_allows_private lets all of it in, for development.
 
 -- Whether a host is an IP address, in its one proper form, that anybody on the internet can reach.
-create or replace function private.is_public_address(p_host text)
-returns boolean
-language plpgsql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.is_public_address(p_host text) returns boolean
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 declare
   v_address inet;
 begin
@@ -8097,18 +6045,11 @@ exception
 end;
 $$;
 
-revoke all on function private.is_public_address(text)
-from public, anon, authenticated, service_role;
-
 -- Why a host of an address must not be called; null if it may. A name's last label begins with a
 -- letter: whatever else ends in a number is an IP address to those who connect, in one of its many
 -- spellings (0x7f000001, 127.0.0.0x1).
-create or replace function private.host_problem(p_host text)
-returns text
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.host_problem(p_host text) returns text
+language sql immutable set search_path = pg_catalog, pg_temp as $$
   select case
     when p_host ~ '^(\[|[0-9.]+$)' then case
       when not private.is_public_address(p_host) then 'not a public address'
@@ -8120,16 +6061,9 @@ as $$
   end
 $$;
 
-revoke all on function private.host_problem(text)
-from public, anon, authenticated, service_role;
-
 -- Raises: PT400 invalid_input.
-create or replace function private.check_webhook_url(p_url text)
-returns void
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.check_webhook_url(p_url text) returns void
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_allows_private boolean := (select webhook_allows_private from private.settings);
   -- Scheme, host, port, and the rest: no user, no password, no fragment.
@@ -8160,16 +6094,9 @@ begin
 end;
 $$;
 
-revoke all on function private.check_webhook_url(text)
-from public, anon, authenticated, service_role;
-
 -- An endpoint as the API shows it: never with its secret.
-create or replace function private.webhook_json(p_endpoint private.webhook_endpoints)
-returns json
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.webhook_json(p_endpoint private.webhook_endpoints) returns json
+language sql immutable set search_path = pg_catalog, pg_temp as $$
   select json_build_object(
     'webhook_id', p_endpoint.id,
     'url', p_endpoint.url,
@@ -8180,20 +6107,11 @@ as $$
   )
 $$;
 
-revoke all on function private.webhook_json(private.webhook_endpoints)
-from public, anon, authenticated, service_role;
-
 -- Raises: PT400 invalid_input.
-create or replace function private.register_webhook(
-  p_url text,
-  p_events text[],
-  p_description text
-)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.register_webhook(
+  p_url text, p_events text[], p_description text
+) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_all text[] := '{generation.completed,generation.failed,generation.canceled}'::text[];
   v_events text[] := coalesce(p_events, v_all);
@@ -8217,69 +6135,17 @@ begin
 end;
 $$;
 
-revoke all on function private.register_webhook(text, text[], text)
-from public, anon, authenticated, service_role;
-grant execute on function private.register_webhook(text, text[], text) to service_role;
-
-create or replace function public.register_webhook(
-  url text,
-  events text[] default null,
-  description text default ''
-)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.register_webhook(
-    register_webhook.url, register_webhook.events, register_webhook.description
-  )
-$$;
-
-comment on function public.register_webhook is
-  'Has an address told when jobs end, signed as the Standard Webhooks specification says. events: '
-  'generation.completed | failed | canceled; all if left out. Answers {webhook_id, secret}; the '
-  'secret is shown this once. Errors: PT400 invalid_input.';
-
-revoke all on function public.register_webhook(text, text[], text)
-from public, anon, authenticated, service_role;
-grant execute on function public.register_webhook(text, text[], text) to service_role;
-
-create or replace function private.list_webhooks()
-returns json
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.list_webhooks() returns json
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
   select coalesce(json_agg(private.webhook_json(w) order by w.id), '[]')
   from private.webhook_endpoints as w
 $$;
 
-revoke all on function private.list_webhooks() from public, anon, authenticated, service_role;
-grant execute on function private.list_webhooks() to service_role;
-
-create or replace function public.list_webhooks()
-returns json
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.list_webhooks()
-$$;
-
-comment on function public.list_webhooks is
-  'The webhooks: [{webhook_id, url, events, description, created_at, disabled_at (when it answered '
-  '410 Gone, else null)}].';
-
-revoke all on function public.list_webhooks() from public, anon, authenticated, service_role;
-grant execute on function public.list_webhooks() to service_role;
-
 -- The endpoint that an update or delete met. Raises: PT404 not_found.
-create or replace function private.found_webhook(p_endpoint private.webhook_endpoints)
-returns private.webhook_endpoints
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.found_webhook(
+  p_endpoint private.webhook_endpoints
+) returns private.webhook_endpoints
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   if p_endpoint.id is null then
     perform private.refuse_missing('webhook_id: no such webhook', 'list_webhooks() shows them.');
@@ -8288,16 +6154,9 @@ begin
 end;
 $$;
 
-revoke all on function private.found_webhook(private.webhook_endpoints)
-from public, anon, authenticated, service_role;
-
 -- Raises: PT404 not_found.
-create or replace function private.delete_webhook(p_webhook_id uuid)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.delete_webhook(p_webhook_id uuid) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_endpoint private.webhook_endpoints;
 begin
@@ -8310,30 +6169,9 @@ begin
 end;
 $$;
 
-revoke all on function private.delete_webhook(uuid) from public, anon, authenticated, service_role;
-grant execute on function private.delete_webhook(uuid) to service_role;
-
-create or replace function public.delete_webhook(webhook_id uuid)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.delete_webhook(delete_webhook.webhook_id)
-$$;
-
-comment on function public.delete_webhook is
-  'Deletes a webhook and what it was still to be told. Answers it. Errors: PT404 not_found.';
-
-revoke all on function public.delete_webhook(uuid) from public, anon, authenticated, service_role;
-grant execute on function public.delete_webhook(uuid) to service_role;
-
 -- Raises: PT404 not_found.
-create or replace function private.enable_webhook(p_webhook_id uuid)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.enable_webhook(p_webhook_id uuid) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_endpoint private.webhook_endpoints;
 begin
@@ -8344,30 +6182,9 @@ begin
 end;
 $$;
 
-revoke all on function private.enable_webhook(uuid) from public, anon, authenticated, service_role;
-grant execute on function private.enable_webhook(uuid) to service_role;
-
-create or replace function public.enable_webhook(webhook_id uuid)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.enable_webhook(enable_webhook.webhook_id)
-$$;
-
-comment on function public.enable_webhook is
-  'Has a webhook told again that was disabled by a 410 Gone. Answers it. Errors: PT404 not_found.';
-
-revoke all on function public.enable_webhook(uuid) from public, anon, authenticated, service_role;
-grant execute on function public.enable_webhook(uuid) to service_role;
-
 -- Raises: PT404 not_found.
-create or replace function private.rotate_webhook_secret(p_webhook_id uuid)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.rotate_webhook_secret(p_webhook_id uuid) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_endpoint private.webhook_endpoints;
 begin
@@ -8383,26 +6200,6 @@ begin
   );
 end;
 $$;
-
-revoke all on function private.rotate_webhook_secret(uuid)
-from public, anon, authenticated, service_role;
-grant execute on function private.rotate_webhook_secret(uuid) to service_role;
-
-create or replace function public.rotate_webhook_secret(webhook_id uuid)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.rotate_webhook_secret(rotate_webhook_secret.webhook_id)
-$$;
-
-comment on function public.rotate_webhook_secret is
-  'Gives a webhook a new secret; for a day the old one signs too. Answers {webhook_id, secret, '
-  'previous_secret_until}. Errors: PT404 not_found.';
-
-revoke all on function public.rotate_webhook_secret(uuid)
-from public, anon, authenticated, service_role;
-grant execute on function public.rotate_webhook_secret(uuid) to service_role;
 -- The outbox's way out: workers ask which lanes have something due, claim from one, send, and say
 -- what became of it.
 --
@@ -8410,13 +6207,8 @@ grant execute on function public.rotate_webhook_secret(uuid) to service_role;
 -- nothing else, so once the lease has run out another sends the delivery again, under the same id:
 -- at least once, and twice only if a worker died between sending and saying so.
 
-create or replace function private.due_lanes()
-returns setof text
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.due_lanes() returns setof text
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
   -- From lane to lane through the index, however many deliveries wait in each.
   with recursive lanes as (
     (
@@ -8442,17 +6234,10 @@ $$;
 comment on function private.due_lanes is
   'Lanes of the outbox that have something to send now.';
 
-revoke all on function private.due_lanes() from public, anon, authenticated, service_role;
-grant execute on function private.due_lanes() to darkroom_worker;
-
 -- The pushes to send next. Users take turns, and who has one under way waits for its end: whatever
 -- tokens somebody invents, they hold up his own pushes only.
-create or replace function private.choose_pushes(p_at_most integer)
-returns uuid[]
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.choose_pushes(p_at_most integer) returns uuid[]
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select array(
     select t.id
     from (
@@ -8468,15 +6253,9 @@ as $$
   )
 $$;
 
-revoke all on function private.choose_pushes(integer)
-from public, anon, authenticated, service_role;
-
-create or replace function private.claim_deliveries(p_lane text, p_at_most integer)
+create function private.claim_deliveries(p_lane text, p_at_most integer)
 returns table (delivery_id uuid, token bigint, url text, secrets text[], body text)
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_endpoint private.webhook_endpoints;
   v_delivery private.deliveries;
@@ -8540,26 +6319,13 @@ comment on function private.claim_deliveries is
   'Leases up to p_at_most due deliveries of a lane and answers what to send: url and secrets are '
   'null for expo; body is null for a push that nobody should get any more, which is then gone.';
 
-revoke all on function private.claim_deliveries(text, integer)
-from public, anon, authenticated, service_role;
-grant execute on function private.claim_deliveries(text, integer) to darkroom_worker;
-
 -- A failed try waits as settings.delivery_retries says, up to a fifth more or less, or longer if
 -- the target asks for it. A push that would be late is not tried again.
-create or replace function private.finish_delivery(
-  p_delivery_id uuid,
-  p_token bigint,
-  p_outcome text,
-  p_status integer,
-  p_error text,
-  p_retry_after_seconds double precision default null,
-  p_ticket text default null
-)
-returns text
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.finish_delivery(
+  p_delivery_id uuid, p_token bigint, p_outcome text, p_status integer, p_error text,
+  p_retry_after_seconds double precision default null, p_ticket text default null
+) returns text
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_settings private.settings;
   v_delivery private.deliveries;
@@ -8613,21 +6379,10 @@ comment on function private.finish_delivery is
   'push token forgotten). Answers delivered, pending, dead, or lost: the lease is not held any '
   'more, nothing was changed.';
 
-revoke all on function private.finish_delivery(
-  uuid, bigint, text, integer, text, double precision, text
-)
-from public, anon, authenticated, service_role;
-grant execute on function private.finish_delivery(
-  uuid, bigint, text, integer, text, double precision, text
-) to darkroom_worker;
-
 -- Expo keeps a receipt for a day; what has none by then is not asked for any more.
-create or replace function private.claim_receipts(p_at_most integer)
+create function private.claim_receipts(p_at_most integer)
 returns table (delivery_id uuid, ticket text)
-language sql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language sql security definer set search_path = pg_catalog, pg_temp as $$
   with claimed as (
     update private.deliveries as d set
       run_at = now() + interval '15 minutes',
@@ -8646,16 +6401,8 @@ comment on function private.claim_receipts is
   'Tickets of pushes that Expo took a quarter of an hour ago or more, and whose receipt was not '
   'read yet; a quarter of an hour later they are answered again.';
 
-revoke all on function private.claim_receipts(integer)
-from public, anon, authenticated, service_role;
-grant execute on function private.claim_receipts(integer) to darkroom_worker;
-
-create or replace function private.finish_receipts(p_delivery_ids uuid[], p_errors text[])
-returns void
-language sql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.finish_receipts(p_delivery_ids uuid[], p_errors text[]) returns void
+language sql security definer set search_path = pg_catalog, pg_temp as $$
   with told as (
     update private.deliveries as d
     set ticket = null, last_error = left(r.error, 200)
@@ -8672,16 +6419,9 @@ comment on function private.finish_receipts is
   'What the receipts of these pushes say: null, or an error. With DeviceNotRegistered the token is '
   'forgotten, unless it was registered anew since.';
 
-revoke all on function private.finish_receipts(uuid[], text[])
-from public, anon, authenticated, service_role;
-grant execute on function private.finish_receipts(uuid[], text[]) to darkroom_worker;
-
 -- Forgets deliveries that ended longer than settings.keep_deliveries ago.
-create or replace function private.trim_deliveries(p_at_most integer default 100000)
-returns integer
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.trim_deliveries(p_at_most integer default 100000) returns integer
+language sql set search_path = pg_catalog, pg_temp as $$
   select private.skip_failing(
     'delete from private.deliveries where id = any ($1) returning 0',
     array(
@@ -8692,16 +6432,9 @@ as $$
   )
 $$;
 
-revoke all on function private.trim_deliveries(integer)
-from public, anon, authenticated, service_role;
-
 -- One delivery as operators see it. A push token is as good as a password, so it is not shown.
-create or replace function private.delivery_json(p_delivery private.deliveries)
-returns json
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.delivery_json(p_delivery private.deliveries) returns json
+language sql immutable set search_path = pg_catalog, pg_temp as $$
   select json_build_object(
     'delivery_id', p_delivery.id,
     'lane', p_delivery.lane,
@@ -8717,20 +6450,12 @@ as $$
   )
 $$;
 
-revoke all on function private.delivery_json(private.deliveries)
-from public, anon, authenticated, service_role;
-
 -- Body of public.list_deliveries. Planned for the state: dead ones have an index of their own.
 --
 -- Raises: PT400 invalid_input.
-create or replace function private.list_deliveries(p_state text, p_at_most integer)
-returns json
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_custom_plan
-as $$
+create function private.list_deliveries(p_state text, p_at_most integer) returns json
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_custom_plan as $$
 begin
   if p_state not in ('pending', 'delivered', 'dead') then
     perform private.refuse_input('state: not one of pending, delivered, dead');
@@ -8748,38 +6473,9 @@ begin
 end;
 $$;
 
-revoke all on function private.list_deliveries(text, integer)
-from public, anon, authenticated, service_role;
-grant execute on function private.list_deliveries(text, integer) to service_role;
-
-create or replace function public.list_deliveries(
-  state text default null,
-  at_most integer default 100
-)
-returns json
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.list_deliveries(list_deliveries.state, list_deliveries.at_most)
-$$;
-
-comment on function public.list_deliveries is
-  'The outbox, newest first; state: pending | delivered | dead, all if left out. Answers '
-  '[{delivery_id, lane (webhook_id, or expo), event, job_id, state, attempts, run_at (of the next '
-  'try), last_status, last_error, created_at, finished_at}]. Errors: PT400 invalid_input.';
-
-revoke all on function public.list_deliveries(text, integer)
-from public, anon, authenticated, service_role;
-grant execute on function public.list_deliveries(text, integer) to service_role;
-
 -- Raises: PT404 not_found.
-create or replace function private.redeliver(p_delivery_id uuid)
-returns json
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.redeliver(p_delivery_id uuid) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_delivery private.deliveries;
 begin
@@ -8799,30 +6495,8 @@ begin
 end;
 $$;
 
-revoke all on function private.redeliver(uuid) from public, anon, authenticated, service_role;
-grant execute on function private.redeliver(uuid) to service_role;
-
-create or replace function public.redeliver(delivery_id uuid)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.redeliver(redeliver.delivery_id)
-$$;
-
-comment on function public.redeliver is
-  'Sends a delivery again, dead or delivered, under the same id and with all its retries. Answers '
-  'it. Errors: PT404 not_found.';
-
-revoke all on function public.redeliver(uuid) from public, anon, authenticated, service_role;
-grant execute on function public.redeliver(uuid) to service_role;
-
-create or replace function private.redeliver_dead(p_webhook_id uuid)
-returns json
-language sql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.redeliver_dead(p_webhook_id uuid) returns json
+language sql security definer set search_path = pg_catalog, pg_temp as $$
   select private.require_writable();
   with revived as (
     update private.deliveries
@@ -8836,24 +6510,6 @@ as $$
   )
   select json_build_object('redelivered', count(*)) from revived
 $$;
-
-revoke all on function private.redeliver_dead(uuid) from public, anon, authenticated, service_role;
-grant execute on function private.redeliver_dead(uuid) to service_role;
-
-create or replace function public.redeliver_dead(webhook_id uuid)
-returns json
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.redeliver_dead(redeliver_dead.webhook_id)
-$$;
-
-comment on function public.redeliver_dead is
-  'Sends everything again that a webhook did not take, at most 10,000 in one call, the oldest '
-  'first. Answers {redelivered}: call again while it is not 0.';
-
-revoke all on function public.redeliver_dead(uuid) from public, anon, authenticated, service_role;
-grant execute on function public.redeliver_dead(uuid) to service_role;
 -- Recovery: what a dead worker left.
 --
 -- Two clocks end an attempt from outside. The lease runs out when the worker is silent: the job
@@ -8862,11 +6518,8 @@ grant execute on function public.redeliver_dead(uuid) to service_role;
 -- minute and every worker calls it too; both may run at once.
 
 -- Renews queue_state, at most once in ten seconds, whoever asks.
-create or replace function private.refresh_queue_state()
-returns void
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.refresh_queue_state() returns void
+language sql set search_path = pg_catalog, pg_temp as $$
   update private.queue_state set
     oldest_ready_at = (
       select min(r.queued_at) from private.ready_jobs as r
@@ -8881,17 +6534,11 @@ as $$
   )
 $$;
 
-revoke all on function private.refresh_queue_state()
-from public, anon, authenticated, service_role;
-
 -- Locks the jobs whose lease or deadline has passed. The look reads all of running_jobs, for an
 -- index on what each heartbeat changes would cost more; where it has become dear, it is made less
 -- often, but once in ten seconds at least.
-create or replace function private.lock_stale_jobs(p_at_most integer)
-returns private.running_jobs[]
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.lock_stale_jobs(p_at_most integer) returns private.running_jobs[]
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_began timestamptz := clock_timestamp();
   v_jobs private.running_jobs[];
@@ -8911,15 +6558,9 @@ begin
 end;
 $$;
 
-revoke all on function private.lock_stale_jobs(integer)
-from public, anon, authenticated, service_role;
-
 -- Ends the attempts of jobs that are locked, in the order given.
-create or replace function private.end_stale_jobs(p_ids uuid[])
-returns integer
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.end_stale_jobs(p_ids uuid[]) returns integer
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_id uuid;
   v_job private.running_jobs;
@@ -8939,18 +6580,11 @@ begin
 end;
 $$;
 
-revoke all on function private.end_stale_jobs(uuid[])
-from public, anon, authenticated, service_role;
-
 -- Users in order of id, so that two runs lock entitlements in the same order; and all of them
 -- before any breaker, those in order too.
-create or replace function private.recover_stale_jobs(p_at_most integer default 100)
-returns integer
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-set lock_timeout = '100ms'
-as $$
+create function private.recover_stale_jobs(p_at_most integer default 100) returns integer
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set lock_timeout = '100ms' as $$
 declare
   v_stale private.running_jobs[] := private.lock_stale_jobs(p_at_most);
   v_stuck private.running_jobs[];
@@ -8979,16 +6613,9 @@ comment on function private.recover_stale_jobs is
   'private.skipped_rows. Looks less often, once in ten seconds at least, '
   'while a long transaction makes each look dear.';
 
-revoke all on function private.recover_stale_jobs(integer)
-from public, anon, authenticated, service_role;
-grant execute on function private.recover_stale_jobs(integer) to darkroom_worker;
-
 -- Forgets worker processes and cron runs of more than a week ago, and old deliveries.
-create or replace function private.trim_history()
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.trim_history() returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   delete from private.workers where seen_at < now() - interval '7 days';
   delete from private.skipped_rows where last_at < now() - interval '7 days';
@@ -9001,8 +6628,6 @@ $$;
 
 comment on function private.trim_history is
   'Housekeeping, nightly by pg_cron, which never trims its own run history.';
-
-revoke all on function private.trim_history() from public, anon, authenticated, service_role;
 -- What operators ask while it runs: one view for each question, which is the view's comment.
 --
 -- Read them as the owner (psql, the SQL editor): nobody is granted anything, and security_invoker
@@ -9012,19 +6637,12 @@ revoke all on function private.trim_history() from public, anon, authenticated, 
 -- Costs are in 87, the books in 86, what holds back vacuum in 88.
 
 -- The first id that uuid_v7 could have made at this time.
-create or replace function private.first_id_of(p_time timestamptz)
-returns uuid
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.first_id_of(p_time timestamptz) returns uuid
+language sql immutable set search_path = pg_catalog, pg_temp as $$
   select (
     lpad(to_hex((extract(epoch from p_time) * 1000)::bigint), 12, '0') || repeat('0', 20)
   )::uuid
 $$;
-
-revoke all on function private.first_id_of(timestamptz)
-from public, anon, authenticated, service_role;
 
 create view private.paused_now with (security_invoker = true) as
 select
@@ -9532,40 +7150,23 @@ from public, anon, authenticated, service_role;
 -- user who is gone is found as an orphan (85).
 
 -- The id that is the n-th part of a path; null if that part is none.
-create or replace function private.path_id(p_path text, p_part integer)
-returns uuid
-language sql
-immutable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.path_id(p_path text, p_part integer) returns uuid
+language sql immutable set search_path = pg_catalog, pg_temp as $$
   select case
     when split_part(p_path, '/', p_part) ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$'
       then split_part(p_path, '/', p_part)::uuid
   end
 $$;
 
-revoke all on function private.path_id(text, integer)
-from public, anon, authenticated, service_role;
-
 -- Whether the job may still write its files.
-create or replace function private.is_live(p_job_id uuid)
-returns boolean
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.is_live(p_job_id uuid) returns boolean
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select exists (select from private.live_jobs as j where j.job_id = p_job_id)
 $$;
 
-revoke all on function private.is_live(uuid) from public, anon, authenticated, service_role;
-
 -- Whether an image is stored at this path of bucket generations.
-create or replace function private.has_image(p_path text)
-returns boolean
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.has_image(p_path text) returns boolean
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select exists (
     select from public.images as i
     where i.generation_id = private.path_id(p_path, 2)
@@ -9573,16 +7174,10 @@ as $$
   )
 $$;
 
-revoke all on function private.has_image(text) from public, anon, authenticated, service_role;
-
 -- When a file was last written, as Storage has on record; null if it is not there, or there is no
 -- such record here.
-create or replace function private.file_changed_at(p_bucket text, p_path text)
-returns timestamptz
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.file_changed_at(p_bucket text, p_path text) returns timestamptz
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   if to_regclass('storage.objects') is null then
     return null;
@@ -9594,17 +7189,10 @@ begin
 end;
 $$;
 
-revoke all on function private.file_changed_at(text, text)
-from public, anon, authenticated, service_role;
-
 -- Whether a file has come to be needed again since it was marked: its generation was restored or
 -- its job is live, or a user who is here has uploaded it anew.
-create or replace function private.is_needed_again(p_file private.expired_files)
-returns boolean
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.is_needed_again(p_file private.expired_files) returns boolean
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select case
     when p_file.bucket = 'inputs' then
       exists (select from public.entitlements as e where e.user_id = p_file.user_id)
@@ -9618,15 +7206,9 @@ as $$
   end
 $$;
 
-revoke all on function private.is_needed_again(private.expired_files)
-from public, anon, authenticated, service_role;
-
-create or replace function private.list_expired_files(p_at_most integer default 100)
+create function private.list_expired_files(p_at_most integer default 100)
 returns table (bucket text, path text)
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 #variable_conflict use_column
 declare
   v_lease interval := (select s.lease from private.settings as s);
@@ -9654,16 +7236,9 @@ comment on function private.list_expired_files is
   'Up to p_at_most files to delete from Storage. They are the caller''s for the time of a lease '
   '(settings.lease); what is not forgotten by then is listed again.';
 
-revoke all on function private.list_expired_files(integer)
-from public, anon, authenticated, service_role;
-grant execute on function private.list_expired_files(integer) to darkroom_worker;
-
 -- With a generation goes what hangs on it.
-create or replace function private.erase_parts_of_generation()
-returns trigger
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.erase_parts_of_generation() returns trigger
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   delete from public.image_likes where generation_id = old.id;
   delete from public.images where generation_id = old.id;
@@ -9672,19 +7247,13 @@ begin
 end;
 $$;
 
-revoke all on function private.erase_parts_of_generation()
-from public, anon, authenticated, service_role;
-
 create trigger generations_take_their_parts_along
 after delete on public.generations
 for each row execute function private.erase_parts_of_generation();
 
 -- Erases generations none of whose files are left, and batches none of whose generations are.
-create or replace function private.erase_generations(p_ids uuid[])
-returns integer
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.erase_generations(p_ids uuid[]) returns integer
+language sql set search_path = pg_catalog, pg_temp as $$
   with erased as (
     delete from public.generations as g
     where g.id = any (p_ids) and g.finished_at is not null and g.deleted_at is not null
@@ -9701,16 +7270,10 @@ as $$
   select count(*)::integer from erased
 $$;
 
-revoke all on function private.erase_generations(uuid[])
-from public, anon, authenticated, service_role;
-
 -- Forgets files, each as bucket/path, that Storage has no record of, and erases generations whose
 -- last ones they were. Generations are locked before files, as expire_generations (85) does.
-create or replace function private.forget(p_files text[])
-returns integer
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.forget(p_files text[]) returns integer
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_ids uuid[] := array(
     select g.id from public.generations as g
@@ -9733,15 +7296,9 @@ begin
 end;
 $$;
 
-revoke all on function private.forget(text[]) from public, anon, authenticated, service_role;
-
-create or replace function private.forget_files(p_buckets text[], p_paths text[])
-returns integer
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-set lock_timeout = '100ms'
-as $$
+create function private.forget_files(p_buckets text[], p_paths text[]) returns integer
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set lock_timeout = '100ms' as $$
 begin
   perform private.skip_failing('select private.forget($1)', array(
     select concat(gone.bucket, '/', gone.path)
@@ -9762,17 +7319,10 @@ comment on function private.forget_files is
   'all its rows. What Storage still has on record, or cannot be erased here, is not forgotten: '
   'answers how many. Repeating it changes nothing.';
 
-revoke all on function private.forget_files(text[], text[])
-from public, anon, authenticated, service_role;
-grant execute on function private.forget_files(text[], text[]) to darkroom_worker;
-
 -- Locks the user's live jobs and answers how many: one after the other in order of id, ready or
 -- running, as cancel_jobs (77) does. A job may go from one to the other while we wait for it.
-create or replace function private.lock_jobs(p_user_id uuid)
-returns integer
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.lock_jobs(p_user_id uuid) returns integer
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_id uuid;
   v_locked integer := 0;
@@ -9795,20 +7345,14 @@ begin
 end;
 $$;
 
-revoke all on function private.lock_jobs(uuid) from public, anon, authenticated, service_role;
-
 -- Locks the live jobs of a user who is being deleted and then the entitlement, in the order that
 -- all endings of jobs do: else those two could wait for each other. Changes nothing: whether the
 -- user really goes is for other triggers to say.
 --
 -- A job moves between the tables, or is enqueued, until we hold them all. Then we let go of the
 -- entitlement and look again.
-create or replace function private.lock_jobs_of_deleted_user()
-returns trigger
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.lock_jobs_of_deleted_user() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_locked integer;
 begin
@@ -9828,27 +7372,17 @@ begin
 end;
 $$;
 
-revoke all on function private.lock_jobs_of_deleted_user()
-from public, anon, authenticated, service_role;
-
 create trigger darkroom_lock_jobs
 before delete on auth.users
 for each row execute function private.lock_jobs_of_deleted_user();
 
-create or replace function private.delete_entitlement_of_deleted_user()
-returns trigger
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.delete_entitlement_of_deleted_user() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
   delete from public.entitlements where user_id = old.id;
   return null;
 end;
 $$;
-
-revoke all on function private.delete_entitlement_of_deleted_user()
-from public, anon, authenticated, service_role;
 
 create trigger darkroom_delete_entitlement
 after delete on auth.users
@@ -9856,11 +7390,8 @@ for each row execute function private.delete_entitlement_of_deleted_user();
 
 -- Marks files, each as bucket/path, and answers how many were not marked yet. In order: of two that
 -- mark the same files, one waits for the other, and not each for the other.
-create or replace function private.mark_files(p_files text[])
-returns integer
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.mark_files(p_files text[]) returns integer
+language sql set search_path = pg_catalog, pg_temp as $$
   with marked as (
     insert into private.expired_files (bucket, path, user_id)
     select f.bucket, f.path, private.path_id(f.path, 1)
@@ -9877,17 +7408,11 @@ as $$
   select count(*)::integer from marked
 $$;
 
-revoke all on function private.mark_files(text[]) from public, anon, authenticated, service_role;
-
 -- Marks all files in the folders of a user who is being deleted, those without a row too. What
 -- cannot be marked holds up no deletion: it is found as an orphan (85). Generations are locked
 -- before their files are marked, as expire_generations (85) does.
-create or replace function private.expire_files_of_deleted_user()
-returns trigger
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.expire_files_of_deleted_user() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_files text[];
 begin
@@ -9915,20 +7440,14 @@ begin
 end;
 $$;
 
-revoke all on function private.expire_files_of_deleted_user()
-from public, anon, authenticated, service_role;
-
 create trigger entitlements_expire_files
 before delete on public.entitlements
 for each row execute function private.expire_files_of_deleted_user();
 
 -- Erases the entries of a user who is gone, but for those that are to be kept longer. By the clock:
 -- some may be of transactions that began after this one.
-create or replace function private.erase_ledger(p_user_id uuid)
-returns integer
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.erase_ledger(p_user_id uuid) returns integer
+language sql set search_path = pg_catalog, pg_temp as $$
   with erased as (
     delete from public.credit_ledger as l
     using private.settings as s
@@ -9939,22 +7458,13 @@ as $$
   select count(*)::integer from erased
 $$;
 
-revoke all on function private.erase_ledger(uuid) from public, anon, authenticated, service_role;
-
-create or replace function private.erase_ledger_of_deleted_user()
-returns trigger
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.erase_ledger_of_deleted_user() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
   perform private.erase_ledger(old.user_id);
   return null;
 end;
 $$;
-
-revoke all on function private.erase_ledger_of_deleted_user()
-from public, anon, authenticated, service_role;
 
 create trigger entitlements_erase_ledger
 after delete on public.entitlements
@@ -9962,12 +7472,8 @@ for each row execute function private.erase_ledger_of_deleted_user();
 
 -- Erases what a user who is gone has here, and takes the live jobs, whose rows are locked, out of
 -- the queue. Their workers stop them at the provider.
-create or replace function private.erase_generations_of_deleted_user()
-returns trigger
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.erase_generations_of_deleted_user() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_worker_id bigint;
 begin
@@ -9985,9 +7491,6 @@ begin
 end;
 $$;
 
-revoke all on function private.erase_generations_of_deleted_user()
-from public, anon, authenticated, service_role;
-
 create trigger entitlements_erase_generations
 after delete on public.entitlements
 for each row execute function private.erase_generations_of_deleted_user();
@@ -10000,22 +7503,14 @@ for each row execute function private.erase_generations_of_deleted_user();
 -- Where it meets what is too young it starts anew: what was passed over may be due by then.
 
 -- Locks the walk and answers its place; null while another session walks it.
-create or replace function private.begin_walk(p_name text)
-returns text
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.begin_walk(p_name text) returns text
+language sql set search_path = pg_catalog, pg_temp as $$
   select w.place from private.retention_walks as w where w.name = p_name for update skip locked
 $$;
 
-revoke all on function private.begin_walk(text) from public, anon, authenticated, service_role;
-
 -- Saves the place of a walk, or starts it anew.
-create or replace function private.end_walk(p_name text, p_place text, p_is_at_end boolean)
-returns void
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.end_walk(p_name text, p_place text, p_is_at_end boolean) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   if p_is_at_end then
     update private.retention_walks set place = default where name = p_name;
@@ -10025,19 +7520,12 @@ begin
 end;
 $$;
 
-revoke all on function private.end_walk(text, text, boolean)
-from public, anon, authenticated, service_role;
-
 -- Hides these finished generations and marks their files; those without files go at once. Answers
 -- how many files and generations.
-create or replace function private.expire_generations(
-  p_ids uuid[],
-  p_only_deleted boolean default false
-)
-returns integer
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.expire_generations(
+  p_ids uuid[], p_only_deleted boolean default false
+) returns integer
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_ids uuid[];
   v_files integer;
@@ -10063,16 +7551,10 @@ begin
 end;
 $$;
 
-revoke all on function private.expire_generations(uuid[], boolean)
-from public, anon, authenticated, service_role;
-
 -- Generations their users deleted, longest ago first. Those whose files wait to be deleted, and
 -- those that were skipped before, take no places of others.
-create or replace function private.expire_deleted(p_at_most integer)
-returns integer
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.expire_deleted(p_at_most integer) returns integer
+language sql set search_path = pg_catalog, pg_temp as $$
   select private.skip_failing('select private.expire_generations($1, true)', array(
     select g.id from public.generations as g
     where g.deleted_at <= now() - (select s.keep_deleted from private.settings as s)
@@ -10082,15 +7564,9 @@ as $$
   ))
 $$;
 
-revoke all on function private.expire_deleted(integer)
-from public, anon, authenticated, service_role;
-
 -- Generations that ended longer ago than keep_generations, but for favorites.
-create or replace function private.expire_old(p_at_most integer)
-returns integer
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.expire_old(p_at_most integer) returns integer
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_before timestamptz := (select now() - s.keep_generations from private.settings as s);
   v_place text := private.begin_walk('generations');
@@ -10116,14 +7592,9 @@ begin
 end;
 $$;
 
-revoke all on function private.expire_old(integer) from public, anon, authenticated, service_role;
-
 -- Attempts that ended longer ago than keep_attempts, of generations that are finished.
-create or replace function private.trim_attempts(p_at_most integer)
-returns integer
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.trim_attempts(p_at_most integer) returns integer
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_before timestamptz := (select now() - s.keep_attempts from private.settings as s);
   v_place text := private.begin_walk('attempts');
@@ -10159,19 +7630,13 @@ begin
 end;
 $$;
 
-revoke all on function private.trim_attempts(integer)
-from public, anon, authenticated, service_role;
-
 -- Sums up a user's oldest entries in one of kind carry, so that the balance is still the sum of all
 -- and each balance_after the sum up to it. An entry stays while the generation it speaks of does,
 -- and so does everything after it.
 --
 -- Locks: the entitlement row.
-create or replace function private.compact_ledger(p_user_id uuid, p_at_most integer)
-returns integer
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.compact_ledger(p_user_id uuid, p_at_most integer) returns integer
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_before timestamptz := (select now() - s.keep_ledger from private.settings as s);
   v_met public.credit_ledger;
@@ -10207,15 +7672,9 @@ begin
 end;
 $$;
 
-revoke all on function private.compact_ledger(uuid, integer)
-from public, anon, authenticated, service_role;
-
 -- The ledger of a user, living or gone.
-create or replace function private.trim_ledger_of(p_user_id uuid, p_at_most integer)
-returns integer
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.trim_ledger_of(p_user_id uuid, p_at_most integer) returns integer
+language sql set search_path = pg_catalog, pg_temp as $$
   select case
     when exists (select from public.entitlements as e where e.user_id = p_user_id)
       then private.compact_ledger(p_user_id, p_at_most)
@@ -10223,15 +7682,9 @@ as $$
   end
 $$;
 
-revoke all on function private.trim_ledger_of(uuid, integer)
-from public, anon, authenticated, service_role;
-
 -- The ledgers of the next users. Answers how many entries fewer there are.
-create or replace function private.trim_ledger(p_at_most integer)
-returns integer
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.trim_ledger(p_at_most integer) returns integer
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_place text := private.begin_walk('ledger');
   v_user_id uuid;
@@ -10254,19 +7707,14 @@ begin
 end;
 $$;
 
-revoke all on function private.trim_ledger(integer)
-from public, anon, authenticated, service_role;
-
 -- Whether nothing speaks of a stored file any more: an output without a row whose job has ended; a
 -- source image whose user is gone, or has no active job and has not touched it for keep_inputs.
 -- What does not look like a file of ours is left alone. Everything is given a day: an upload
 -- precedes its row, and tokens outlive their user.
-create or replace function private.is_orphan(p_bucket text, p_path text, p_changed_at timestamptz)
-returns boolean
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.is_orphan(
+  p_bucket text, p_path text, p_changed_at timestamptz
+) returns boolean
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select p_changed_at < now() - interval '1 day' and private.path_id(p_path, 1) is not null and
     case p_bucket
       when 'generations' then
@@ -10284,15 +7732,9 @@ as $$
     end
 $$;
 
-revoke all on function private.is_orphan(text, text, timestamptz)
-from public, anon, authenticated, service_role;
-
 -- Marks orphans among the next files of Storage, in the order of the index that serves prefixes.
-create or replace function private.expire_orphans(p_at_most integer)
-returns integer
-language plpgsql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.expire_orphans(p_at_most integer) returns integer
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_place text := private.begin_walk('files');
   v_met record;
@@ -10318,16 +7760,9 @@ begin
 end;
 $$;
 
-revoke all on function private.expire_orphans(integer)
-from public, anon, authenticated, service_role;
-
-create or replace function private.apply_retention(p_at_most integer default 500)
-returns integer
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-set lock_timeout = '100ms'
-as $$
+create function private.apply_retention(p_at_most integer default 500) returns integer
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set lock_timeout = '100ms' as $$
 declare
   v_step text;
   v_done integer := 0;
@@ -10347,10 +7782,6 @@ comment on function private.apply_retention is
   'Looks at up to p_at_most rows of each kind: marks the files of what has been kept long enough '
   'and erases what has none. Answers how many rows it marked or erased; safe from several places '
   'at once. What cannot be done is passed over: see private.skipped_rows.';
-
-revoke all on function private.apply_retention(integer)
-from public, anon, authenticated, service_role;
-grant execute on function private.apply_retention(integer) to darkroom_worker;
 -- The books: do money and places add up?
 --
 -- broken_books names whatever breaks one of five rules; it is empty at every moment between
@@ -10459,17 +7890,13 @@ comment on view private.broken_books is
 revoke all on table private.broken_books from public, anon, authenticated, service_role;
 
 -- What is broken among the users and generations that moved last.
-create or replace function private.recent_broken_books(p_at_most integer default 200)
-returns setof private.broken_books
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
+--
 -- Whatever the planner thinks: a few hundred rows, each reached by its key.
-set enable_seqscan = off
-set enable_hashjoin = off
-set enable_mergejoin = off
-set jit = off
-as $$
+create function private.recent_broken_books(
+  p_at_most integer default 200
+) returns setof private.broken_books
+language plpgsql stable set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off as $$
 declare
   v_ids uuid[] := array(select g.id from public.generations as g order by g.id desc limit p_at_most)
     || array(
@@ -10491,15 +7918,9 @@ begin
 end;
 $$;
 
-revoke all on function private.recent_broken_books(integer)
-from public, anon, authenticated, service_role;
-
 -- Holds all books against the rules and keeps what is broken. Answers how much that is.
-create or replace function private.check_books()
-returns integer
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.check_books() returns integer
+language sql set search_path = pg_catalog, pg_temp as $$
   insert into private.routines as r (name, result)
   select 'check_books', jsonb_build_object(
     'problems', count(*),
@@ -10515,8 +7936,6 @@ $$;
 
 comment on function private.check_books is
   'Reads all history, nightly by pg_cron, and keeps what broken_books finds in routines.';
-
-revoke all on function private.check_books() from public, anon, authenticated, service_role;
 -- What making pictures costs, and what it earns: by day, by model, by user.
 --
 -- The provider's side is from attempts (every one, whatever came of it), the users' side from the
@@ -10689,38 +8108,23 @@ revoke all on table private.vacuum_holders from public, anon, authenticated, ser
 
 -- Whether who asks is more than a monitor: may pause what it would read about. A monitor is told no
 -- ids and nobody's words, which may repeat a prompt in any spelling.
-create or replace function private.is_operator()
-returns boolean
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.is_operator() returns boolean
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select has_function_privilege(
     coalesce(nullif(current_setting('role', true), 'none'), session_user),
     'private.pause_model(text, timestamptz, text)', 'execute'
   )
 $$;
 
-revoke all on function private.is_operator() from public, anon, authenticated, service_role;
-
 -- Notes that a routine ran to its end; pg_cron calls it after the routine.
-create or replace function private.note_run(p_name text)
-returns void
-language sql
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.note_run(p_name text) returns void
+language sql set search_path = pg_catalog, pg_temp as $$
   update private.routines set last_run_at = now() where name = p_name
 $$;
 
-revoke all on function private.note_run(text) from public, anon, authenticated, service_role;
-
 -- Jobs that wait, and how long the one has that came first of those that may be claimed.
-create or replace function private.depth_health()
-returns jsonb
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.depth_health() returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select jsonb_build_object(
     'ready', coalesce(sum(q.ready), 0),
     'delayed', coalesce(sum(q.delayed), 0),
@@ -10730,14 +8134,8 @@ as $$
   from private.queue_by_model as q
 $$;
 
-revoke all on function private.depth_health() from public, anon, authenticated, service_role;
-
-create or replace function private.running_health()
-returns jsonb
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.running_health() returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select jsonb_build_object(
     'jobs', count(*),
     'stale', count(*) filter (where s.ended_at < now()),
@@ -10747,19 +8145,13 @@ as $$
   cross join lateral (select least(r.lease_until, r.deadline_at) as ended_at) as s
 $$;
 
-revoke all on function private.running_health() from public, anon, authenticated, service_role;
-
 -- Counts by minute. The error rate is that of attempts: while jobs are retried for an hour, none
 -- has failed, and still nothing works.
-create or replace function private.rates_health()
-returns jsonb
-language sql
-stable
-set search_path = pg_catalog, pg_temp
+--
 -- Read by time alone: the planner may think a scan of all history as good.
-set enable_seqscan = off
-set jit = off
-as $$
+create function private.rates_health() returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set jit = off as $$
   select jsonb_build_object(
     'last_minute', jsonb_build_object(
       'enqueued', asked.new, 'completed', ended.new_completed, 'failed', ended.new_failed,
@@ -10809,15 +8201,9 @@ as $$
   ) as ended
 $$;
 
-revoke all on function private.rates_health() from public, anon, authenticated, service_role;
-
 -- A worker that stopped without unregistering counts until its lease would have run out.
-create or replace function private.worker_health()
-returns jsonb
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.worker_health() returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select jsonb_build_object(
     'alive', count(*),
     'asleep', count(*) filter (where w.asleep),
@@ -10831,14 +8217,8 @@ as $$
   where w.seen_at > now() - (select s.lease from private.settings as s)
 $$;
 
-revoke all on function private.worker_health() from public, anon, authenticated, service_role;
-
-create or replace function private.routine_health()
-returns jsonb
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.routine_health() returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select coalesce(jsonb_object_agg(r.name, jsonb_build_object(
     'last_run_at', r.last_run_at,
     'every_seconds', extract(epoch from r.every),
@@ -10848,14 +8228,8 @@ as $$
   where r.every is not null
 $$;
 
-revoke all on function private.routine_health() from public, anon, authenticated, service_role;
-
-create or replace function private.books_health()
-returns jsonb
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.books_health() returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select jsonb_build_object(
     'recent_problems', (select count(*) from private.recent_broken_books()),
     'checked_at', max(r.last_run_at),
@@ -10868,16 +8242,10 @@ as $$
   where r.name = 'check_books' and r.result is not null
 $$;
 
-revoke all on function private.books_health() from public, anon, authenticated, service_role;
-
 -- What routines passed over within a day; who was only locked counts from the third time. And files
 -- that Storage would not delete for a day.
-create or replace function private.skipped_health()
-returns jsonb
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.skipped_health() returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select jsonb_build_object(
     'rows', coalesce(sum(s.rows), 0),
     'since', min(s.first_at),
@@ -10899,16 +8267,10 @@ as $$
   ) as s
 $$;
 
-revoke all on function private.skipped_health() from public, anon, authenticated, service_role;
-
 -- Dead deliveries count while their webhook is there: deleting it says that nobody misses them. A
 -- push that found no device any more is nothing to mend.
-create or replace function private.outbox_health()
-returns jsonb
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.outbox_health() returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select jsonb_build_object(
     'pending', count(*),
     'oldest_pending_seconds', extract(epoch from now() - min(d.created_at)),
@@ -10921,8 +8283,6 @@ as $$
   from private.deliveries as d
   where d.state = 'pending'
 $$;
-
-revoke all on function private.outbox_health() from public, anon, authenticated, service_role;
 -- Alerts: what health counts (88) against alert_rules, and queue_health(), which answers both.
 --
 -- Each measure names its rule, a value, how many cases that rests on, and what to tell people. The
@@ -10930,12 +8290,8 @@ revoke all on function private.outbox_health() from public, anon, authenticated,
 -- after that: nothing is remembered here.
 
 -- Who has held back vacuum for longest, beyond the rule's threshold.
-create or replace function private.name_vacuum_holders()
-returns text
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.name_vacuum_holders() returns text
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select string_agg(
     concat_ws(
       ' ', v.kind, v.pid, quote_ident(v.name), v.state, 'since ' || date_trunc('second', v.since),
@@ -10952,14 +8308,9 @@ as $$
   ) as v
 $$;
 
-revoke all on function private.name_vacuum_holders() from public, anon, authenticated, service_role;
-
-create or replace function private.measure_queue(p_health jsonb)
+create function private.measure_queue(p_health jsonb)
 returns table (alert text, value numeric, cases bigint, detail text)
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select m.alert, m.value, m.cases, m.detail
   from (
     select p_health -> 'depth' as d, p_health -> 'running' as r, p_health -> 'rates' as t
@@ -10990,14 +8341,9 @@ as $$
   ) as m (alert, value, cases, detail)
 $$;
 
-revoke all on function private.measure_queue(jsonb) from public, anon, authenticated, service_role;
-
-create or replace function private.measure_workers(p_health jsonb)
+create function private.measure_workers(p_health jsonb)
 returns table (alert text, value numeric, cases bigint, detail text)
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select m.alert, m.value, null::bigint, m.detail
   from (
     select
@@ -11017,15 +8363,9 @@ as $$
   ) as m (alert, value, detail)
 $$;
 
-revoke all on function private.measure_workers(jsonb)
-from public, anon, authenticated, service_role;
-
-create or replace function private.measure_surroundings(p_health jsonb)
+create function private.measure_surroundings(p_health jsonb)
 returns table (alert text, value numeric, cases bigint, detail text)
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select m.alert, m.value, null::bigint, m.detail
   from (select p_health -> 'books' as b, p_health #>> '{outbox,dead}' as dead) as h
   cross join (
@@ -11075,19 +8415,13 @@ as $$
   ) as m (alert, value, detail)
 $$;
 
-revoke all on function private.measure_surroundings(jsonb)
-from public, anon, authenticated, service_role;
-
 -- Every rule with what is measured, and whether its alert is raised.
-create or replace function private.alert_states(p_health jsonb)
+create function private.alert_states(p_health jsonb)
 returns table (
   alert text, severity text, is_raised boolean, value numeric, threshold numeric, detail text,
   hint text
 )
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select
     rule.alert,
     rule.severity,
@@ -11106,15 +8440,9 @@ as $$
   ) as m on rule.alert = m.alert
 $$;
 
-revoke all on function private.alert_states(jsonb) from public, anon, authenticated, service_role;
-
 -- The worst first.
-create or replace function private.health_alerts(p_health jsonb)
-returns jsonb
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.health_alerts(p_health jsonb) returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select coalesce(jsonb_agg(jsonb_build_object(
     'alert', s.alert, 'severity', s.severity, 'detail', s.detail, 'hint', s.hint
   ) order by s.severity, s.alert), '[]')
@@ -11122,15 +8450,9 @@ as $$
   where s.is_raised
 $$;
 
-revoke all on function private.health_alerts(jsonb) from public, anon, authenticated, service_role;
-
 -- What queue_health answers, given the depth of the queue, which is dear to count.
-create or replace function private.health_with(p_depth jsonb)
-returns json
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.health_with(p_depth jsonb) returns json
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_alerts jsonb;
   v_health jsonb := jsonb_build_object(
@@ -11175,58 +8497,23 @@ begin
 end;
 $$;
 
-revoke all on function private.health_with(jsonb) from public, anon, authenticated, service_role;
-
 -- Body of public.queue_health.
-create or replace function private.queue_health()
-returns json
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
+--
 -- Compiling would take longer than running, and a second process would only cost more.
-set jit = off
-set max_parallel_workers_per_gather = 0
-as $$
+create function private.queue_health() returns json
+language sql stable security definer set search_path = pg_catalog, pg_temp
+set jit = off set max_parallel_workers_per_gather = 0 as $$
   select private.health_with(private.depth_health())
 $$;
-
-revoke all on function private.queue_health() from public, anon, authenticated, service_role;
-grant execute on function private.queue_health() to service_role, darkroom_monitor;
-
-create or replace function public.queue_health()
-returns json
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.queue_health()
-$$;
-
-comment on function public.queue_health is
-  'How the queue is, for monitors: {status (ok | warning | critical), alerts [{alert, severity, '
-  'detail, hint}], depth {ready, delayed, paused, oldest_ready_seconds}, running {jobs, stale, '
-  'stale_seconds}, rates {last_minute, per_minute_of_15, attempts_of_15_minutes, error_rate, '
-  'burned_of_15_minutes, burned_by_users}, workers {alive, asleep, listening, slots, slots_used}, '
-  'routines {name: {last_run_at, every_seconds, runs_missed}}, paused, vacuum '
-  '{oldest_transactions, sees_all_sessions}, outbox {pending, oldest_pending_seconds, dead}, books '
-  '{recent_problems, checked_at, problems, examples}, skipped {rows, since, steps}}. A monitor is '
-  'shown no reasons and no examples. Thresholds are rows of private.alert_rules.';
-
-revoke all on function public.queue_health() from public, anon, authenticated, service_role;
-grant execute on function public.queue_health() to service_role, darkroom_monitor;
 -- What `worker.py check` asks: may this role do a worker's work, does pg_cron do its own, is
 -- Storage as Darkroom made it, and does every request of a user end?
 --
 -- Each part answers rows (part, verdict, detail). verdict: ok, note (works, but know it) or wrong.
 -- It looks at catalogs and at routines, never at jobs or users.
 
-create or replace function private.check_rights(p_functions text[])
+create function private.check_rights(p_functions text[])
 returns table (part text, verdict text, detail text)
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select
     'database',
     case when r.rolsuper or r.rolbypassrls or f.missing is not null then 'wrong' else 'ok' end,
@@ -11253,16 +8540,9 @@ as $$
   where r.rolname = session_user
 $$;
 
-revoke all on function private.check_rights(text[])
-from public, anon, authenticated, service_role;
-
 -- What keeps each routine that pg_cron is to run from running; no rows where all is well.
-create or replace function private.name_cron_faults()
-returns setof text
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.name_cron_faults() returns setof text
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   if to_regclass('cron.job') is null then
     return next 'pg_cron is not installed any more';
@@ -11288,15 +8568,8 @@ begin
 end;
 $$;
 
-revoke all on function private.name_cron_faults()
-from public, anon, authenticated, service_role;
-
-create or replace function private.check_cron()
-returns table (part text, verdict text, detail text)
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.check_cron() returns table (part text, verdict text, detail text)
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select
     'cron',
     case when r.jobs = 0 then 'note' when f.faults is not null then 'wrong' else 'ok' end,
@@ -11317,15 +8590,9 @@ as $$
   ) as f
 $$;
 
-revoke all on function private.check_cron() from public, anon, authenticated, service_role;
-
 -- What differs in Storage from what the installation made; no rows where all is well.
-create or replace function private.name_storage_faults()
-returns setof text
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.name_storage_faults() returns setof text
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   return query
   select format('bucket %s is %s', b.id, case when s.id is null then 'missing' else 'public' end)
@@ -11350,15 +8617,8 @@ begin
 end;
 $$;
 
-revoke all on function private.name_storage_faults()
-from public, anon, authenticated, service_role;
-
-create or replace function private.check_storage()
-returns table (part text, verdict text, detail text)
-language plpgsql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.check_storage() returns table (part text, verdict text, detail text)
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_faults text;
 begin
@@ -11378,16 +8638,10 @@ begin
 end;
 $$;
 
-revoke all on function private.check_storage() from public, anon, authenticated, service_role;
-
 -- A role of PostgREST's whose requests nothing ends: no setting of its own, of the login, or of the
 -- database. No row where all have one.
-create or replace function private.check_timeouts()
-returns table (part text, verdict text, detail text)
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.check_timeouts() returns table (part text, verdict text, detail text)
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select
     'timeouts',
     'wrong',
@@ -11408,15 +8662,9 @@ as $$
   order by r.rolname limit 1
 $$;
 
-revoke all on function private.check_timeouts() from public, anon, authenticated, service_role;
-
-create or replace function private.check_setup(p_functions text[])
+create function private.check_setup(p_functions text[])
 returns table (part text, verdict text, detail text)
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
   select * from private.check_rights(p_functions)
   union all
   select * from private.check_cron()
@@ -11431,10 +8679,6 @@ comment on function private.check_setup is
   'pg_cron runs its jobs, whether buckets and policies of Storage are there, and, where they do '
   'not, whether requests of the API end. Answers part, '
   'verdict (ok | note | wrong) and detail, in words for people.';
-
-revoke all on function private.check_setup(text[])
-from public, anon, authenticated, service_role;
-grant execute on function private.check_setup(text[]) to darkroom_worker;
 -- Measures: what the report (89_report) and exporters of metrics are made of, one table for each.
 --
 -- They speak of this moment and of the last hour, in codes and numbers: never of a user or a job,
@@ -11444,18 +8688,15 @@ grant execute on function private.check_setup(text[]) to darkroom_worker;
 -- They cost what it costs to count the queue and to read the attempts that ended in the window.
 
 -- How the attempts of each model ended in the window, what completed ones took, what all cost.
-create or replace function private.outcomes_by_model(p_window interval)
+--
+-- Read by time alone: the planner may think a scan of all history as good.
+create function private.outcomes_by_model(p_window interval)
 returns table (
   model_id text, completed bigint, failed bigint, retried bigint, p50_seconds double precision,
   p95_seconds double precision, cost_usd numeric
 )
-language sql
-stable
-set search_path = pg_catalog, pg_temp
--- Read by time alone: the planner may think a scan of all history as good.
-set enable_seqscan = off
-set jit = off
-as $$
+language sql stable set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set jit = off as $$
   select
     a.model_id,
     count(*) filter (where a.outcome = 'completed'),
@@ -11471,23 +8712,15 @@ as $$
   group by a.model_id
 $$;
 
-revoke all on function private.outcomes_by_model(interval)
-from public, anon, authenticated, service_role;
-
-create or replace function private.report_models(p_window interval default '1 hour')
+create function private.report_models(p_window interval default '1 hour')
 returns table (
   model_id text, provider text, ready bigint, delayed bigint, paused bigint, running bigint,
   oldest_ready_seconds numeric, completed bigint, failed bigint, retried bigint,
   p50_seconds double precision, p95_seconds double precision, mean_seconds double precision,
   cost_usd numeric
 )
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-set jit = off
-set max_parallel_workers_per_gather = 0
-as $$
+language sql stable security definer set search_path = pg_catalog, pg_temp
+set jit = off set max_parallel_workers_per_gather = 0 as $$
   select
     n.model_id, m.provider, coalesce(q.ready, 0), coalesce(q.delayed, 0), coalesce(q.paused, 0),
     coalesce(q.running, 0), q.oldest_ready_seconds, coalesce(a.completed, 0),
@@ -11505,20 +8738,12 @@ comment on function private.report_models is
   'The queue of each model that has jobs or had some in the window, and how those ended: seconds '
   'from claim to end of completed attempts, and mean_seconds as remembered for eta_seconds.';
 
-revoke all on function private.report_models(interval)
-from public, anon, authenticated, service_role;
-grant execute on function private.report_models(interval) to darkroom_monitor;
-
-create or replace function private.report_workers()
+create function private.report_workers()
 returns table (
   worker_id bigint, host text, version text, state text, is_listening boolean, slots smallint,
   slots_used bigint, seen_seconds numeric, up_seconds numeric
 )
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
   select
     w.id, w.host, w.version,
     case
@@ -11542,21 +8767,12 @@ comment on function private.report_workers is
   'Workers seen within a day, first those that went silent without stopping: state (silent | busy '
   '| idle | asleep). is_listening false: it finds jobs by polling only.';
 
-revoke all on function private.report_workers() from public, anon, authenticated, service_role;
-grant execute on function private.report_workers() to darkroom_monitor;
-
-create or replace function private.report_errors(p_window interval default '1 hour')
+create function private.report_errors(p_window interval default '1 hour')
 returns table (
-  model_id text, error_code text, errors bigint, failed bigint, retried bigint,
-  last_at timestamptz
+  model_id text, error_code text, errors bigint, failed bigint, retried bigint, last_at timestamptz
 )
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-set enable_seqscan = off
-set jit = off
-as $$
+language sql stable security definer set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set jit = off as $$
   select
     a.model_id,
     a.error_code,
@@ -11573,25 +8789,16 @@ $$;
 comment on function private.report_errors is
   'Errors of attempts by model and code in the window. What was said: private.recent_failures.';
 
-revoke all on function private.report_errors(interval)
-from public, anon, authenticated, service_role;
-grant execute on function private.report_errors(interval) to darkroom_monitor;
-
 -- The attempts that ended last, newest first.
-create or replace function private.report_recent(
-  p_at_most integer default 12,
-  p_window interval default '1 hour'
+create function private.report_recent(
+  p_at_most integer default 12, p_window interval default '1 hour'
 )
 returns table (
   model_id text, attempt smallint, worker_id bigint, outcome text, error_code text,
   ended_at timestamptz, waited_seconds numeric, ran_seconds numeric
 )
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-set enable_seqscan = off
-set jit = off
-as $$
+language sql stable set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set jit = off as $$
   select
     a.model_id, a.attempt, a.worker_id, a.outcome, a.error_code, a.ended_at,
     -- No join, which might be made by reading all generations.
@@ -11608,19 +8815,13 @@ as $$
   order by a.ended_at desc, a.token desc
 $$;
 
-revoke all on function private.report_recent(integer, interval)
-from public, anon, authenticated, service_role;
-
 -- The running jobs that began first, which are the ones to worry about.
-create or replace function private.report_running(p_at_most integer default 12)
+create function private.report_running(p_at_most integer default 12)
 returns table (
   model_id text, attempt smallint, worker_id bigint, stage text, progress smallint,
   running_seconds numeric, lease_seconds numeric, deadline_seconds numeric
 )
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select
     r.model_id, r.attempt, r.worker_id, r.stage, r.progress,
     round(extract(epoch from now() - r.claimed_at), 1),
@@ -11630,18 +8831,10 @@ as $$
   order by r.claimed_at, r.job_id limit p_at_most
 $$;
 
-revoke all on function private.report_running(integer)
-from public, anon, authenticated, service_role;
-
 -- Who has held back vacuum for longest.
-create or replace function private.report_holders(p_at_most integer default 5)
-returns table (
-  kind text, pid integer, name text, state text, transactions integer, seconds numeric
-)
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
+create function private.report_holders(p_at_most integer default 5)
+returns table (kind text, pid integer, name text, state text, transactions integer, seconds numeric)
+language sql stable set search_path = pg_catalog, pg_temp as $$
   select
     h.kind, h.pid, left(h.name, 100), h.state, h.age_transactions,
     round(extract(epoch from h.since))
@@ -11649,20 +8842,10 @@ as $$
   order by h.since desc nulls last, h.age_transactions desc limit p_at_most
 $$;
 
-revoke all on function private.report_holders(integer)
-from public, anon, authenticated, service_role;
-
-create or replace function private.report_alerts()
-returns table (
-  alert text, severity text, is_raised boolean, value numeric, threshold numeric
-)
-language sql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-set jit = off
-set max_parallel_workers_per_gather = 0
-as $$
+create function private.report_alerts()
+returns table (alert text, severity text, is_raised boolean, value numeric, threshold numeric)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+set jit = off set max_parallel_workers_per_gather = 0 as $$
   select s.alert, s.severity, s.is_raised, s.value, s.threshold
   from private.alert_states(private.queue_health()::jsonb) as s
   order by s.alert
@@ -11670,9 +8853,6 @@ $$;
 
 comment on function private.report_alerts is
   'Every rule of private.alert_rules, what is measured for it, and whether its alert is raised.';
-
-revoke all on function private.report_alerts() from public, anon, authenticated, service_role;
-grant execute on function private.report_alerts() to darkroom_monitor;
 -- Reports: what the operator's page and `make top` draw.
 --
 -- queue_report() is this moment and the last hour, queue_history() what came to pass over time, in
@@ -11684,16 +8864,11 @@ grant execute on function private.report_alerts() to darkroom_monitor;
 -- went since.
 
 -- Body of public.queue_report.
-create or replace function private.queue_report()
-returns json
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
+--
 -- Compiling would take longer than running, and a second process would only cost more.
-set jit = off
-set max_parallel_workers_per_gather = 0
-as $$
+create function private.queue_report() returns json
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+set jit = off set max_parallel_workers_per_gather = 0 as $$
 declare
   v_began timestamptz := clock_timestamp();
   v_models jsonb := (
@@ -11723,40 +8898,14 @@ begin
 end;
 $$;
 
-revoke all on function private.queue_report() from public, anon, authenticated, service_role;
-grant execute on function private.queue_report() to service_role, darkroom_monitor;
-
-create or replace function public.queue_report()
-returns json
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.queue_report()
-$$;
-
-comment on function public.queue_report is
-  'The queue at a glance, for people: {at, health (see queue_health), models, workers, errors, '
-  'running, recent, vacuum_holders, took_ms}: the queue of each model and its attempts of the last '
-  'hour, the workers of the last day, errors of the last hour, the jobs that run for longest, the '
-  'attempts that ended last, who has held back vacuum for longest, and how long the report took.';
-
-revoke all on function public.queue_report() from public, anon, authenticated, service_role;
-grant execute on function public.queue_report() to service_role, darkroom_monitor;
-
 -- What came into the queue and left it in each bucket since a time, the longest that a job of the
 -- bucket had waited for its first attempt, and how many were asked for.
-create or replace function private.history_of_queue(p_since timestamptz, p_bucket interval)
-returns table (
-  at timestamptz, enqueued bigint, entered bigint, went bigint, waited_seconds numeric
-)
-language sql
-stable
-set search_path = pg_catalog, pg_temp
+--
 -- Read by time alone: the planner may think a scan of all history as good.
-set enable_seqscan = off
-set jit = off
-as $$
+create function private.history_of_queue(p_since timestamptz, p_bucket interval)
+returns table (at timestamptz, enqueued bigint, entered bigint, went bigint, waited_seconds numeric)
+language sql stable set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set jit = off as $$
   with claims as (
     select a.generation_id, a.attempt, a.started_at, a.ended_at, a.outcome
     from private.attempts as a where a.ended_at >= p_since
@@ -11790,21 +8939,14 @@ as $$
   group by date_bin(p_bucket, m.moved_at, 'epoch')
 $$;
 
-revoke all on function private.history_of_queue(timestamptz, interval)
-from public, anon, authenticated, service_role;
-
 -- How the attempts of each model ended in each bucket since a time, what they took and cost.
-create or replace function private.history_of_models(p_since timestamptz, p_bucket interval)
+create function private.history_of_models(p_since timestamptz, p_bucket interval)
 returns table (
   at timestamptz, model_id text, completed bigint, failed bigint, retried bigint,
   completed_seconds numeric, cost_usd numeric
 )
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-set enable_seqscan = off
-set jit = off
-as $$
+language sql stable set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set jit = off as $$
   select
     date_bin(p_bucket, a.ended_at, 'epoch'),
     a.model_id,
@@ -11820,25 +8962,14 @@ as $$
   group by date_bin(p_bucket, a.ended_at, 'epoch'), a.model_id
 $$;
 
-revoke all on function private.history_of_models(timestamptz, interval)
-from public, anon, authenticated, service_role;
-
 -- Body of public.queue_history.
 --
 -- Raises: PT400 invalid_input.
-create or replace function private.queue_history(
-  p_since timestamptz,
-  p_bucket_seconds integer,
-  p_at_most integer default 400
-)
-returns json
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-set jit = off
-set max_parallel_workers_per_gather = 0
-as $$
+create function private.queue_history(
+  p_since timestamptz, p_bucket_seconds integer, p_at_most integer default 400
+) returns json
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+set jit = off set max_parallel_workers_per_gather = 0 as $$
 declare
   v_bucket interval := p_bucket_seconds * interval '1 second';
   -- A day of the buckets that are the default.
@@ -11867,36 +8998,6 @@ begin
   );
 end;
 $$;
-
-revoke all on function private.queue_history(timestamptz, integer, integer)
-from public, anon, authenticated, service_role;
-grant execute on function private.queue_history(timestamptz, integer, integer)
-to service_role, darkroom_monitor;
-
-create or replace function public.queue_history(
-  since timestamptz default null,
-  bucket_seconds integer default 900
-)
-returns json
-language sql
-stable
-set search_path = pg_catalog, pg_temp
-as $$
-  select private.queue_history(queue_history.since, queue_history.bucket_seconds)
-$$;
-
-comment on function public.queue_history is
-  'What came to pass in each bucket from the one that holds since (96 back; at most 400) to now: '
-  '{at, since, bucket_seconds, queue [{at, enqueued, entered, went, '
-  'waited_seconds}], models [{at, model_id, completed, failed, retried, completed_seconds, '
-  'cost_usd}]}. entered and went move the length of the queue, retries included; waited_seconds is '
-  'the longest until a first attempt. Buckets without anything are left out. Errors: PT400 '
-  'invalid_input.';
-
-revoke all on function public.queue_history(timestamptz, integer)
-from public, anon, authenticated, service_role;
-grant execute on function public.queue_history(timestamptz, integer)
-to service_role, darkroom_monitor;
 -- Rows and schedules: the only file that writes any. Running it again changes nothing that an
 -- operator has set. What is not installed here is skipped with a notice.
 
@@ -12082,3 +9183,497 @@ $$;
 
 notify pgrst, 'reload schema';
 notify pgrst, 'reload config';
+-- The API: each function is a door to the definer of the same name in schema private, so that
+-- nothing in the exposed schema runs with more rights than its caller's. Doors have no code.
+--
+-- Two are plpgsql, whose plans last for a session: what is called most.
+
+create function public.grant_credits(
+  user_id uuid, amount integer, kind text, external_id text
+) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.grant_credits(user_id, amount, kind, external_id);
+
+comment on function public.grant_credits is
+  'Adds credits to a user: kind grant (amount > 0) or adjust (either sign). The same external_id '
+  'is applied once. Answers {credits, applied}. Errors: PT400 invalid_input, PT404 not_found, '
+  'PT409 idempotency_conflict.';
+
+create function public.set_paid(user_id uuid, paid_until timestamptz) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.set_paid(user_id, paid_until);
+
+comment on function public.set_paid is
+  'Makes a user paid until a time (infinity: without end; null: not paid). Repeating it changes '
+  'nothing. Answers the entitlement. Errors: PT404 not_found.';
+
+create function public.enqueue_generation(
+  model text, prompt text, params jsonb default '{}', idempotency_key text default null
+) returns json
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+begin
+  return private.enqueue_generation(model, prompt, params, idempotency_key);
+end;
+$$;
+
+comment on function public.enqueue_generation is
+  'Asks for a picture: checks, charges and queues in one transaction. Answers {job_id, status, '
+  'reused, credits_left, queue_position (jobs ahead, counted to 20 here; null unless queued), '
+  'eta_seconds (until it is likely to be finished, null if not known), poll_after_ms}. The same '
+  'idempotency_key and payload answer with the same job and charge nothing. With params.reuse = '
+  'true and a seed, your finished generation of the same input is answered, free. Errors: PT400 '
+  'invalid_input, PT401 not_authenticated, PT402 insufficient_credits, PT403 requires_paid_plan, '
+  'PT404 not_found (also where the job of the key is deleted), PT409 idempotency_conflict, PT429 '
+  'too_many_active | rate_limited, PT503 busy | model_paused | unavailable.';
+
+create function public.enqueue_batch(
+  model text, prompts text[], params jsonb default '{}', idempotency_key text default null
+) returns json
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+begin
+  return private.enqueue_batch(model, prompts, params, idempotency_key);
+end;
+$$;
+
+comment on function public.enqueue_batch is
+  'Asks for one generation of each prompt (as many as your plan''s max_batch), all or nothing. '
+  'Answers as get_batch_status does. The same idempotency_key and request answer with the same '
+  'batch and charge nothing; once all its jobs are deleted it is not found. An error of one prompt '
+  'names it in details, prompts[0] being the first. Errors: those of enqueue_generation.';
+
+create function public.get_batch_status(batch_id uuid) returns json
+language sql stable set search_path = pg_catalog, pg_temp
+return private.get_batch_status(batch_id);
+
+comment on function public.get_batch_status is
+  'One of your batches: {batch_id, job_ids in the order of the prompts, status (active | finished),'
+  ' queued, processing, completed, failed, canceled (counts), progress (percent of the whole), '
+  'credits_left, poll_after_ms (null when finished), created_at}. get_job_status tells of each. '
+  'Errors: PT401 not_authenticated, PT404 not_found.';
+
+create function public.retry_generation(job_id uuid) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.retry_generation(job_id);
+
+comment on function public.retry_generation is
+  'Asks again for what failed or was canceled: a new job, charged as any, with a new seed unless '
+  'you gave one. While a retry of it is under way or done, answers with that one. Answers as '
+  'enqueue_generation does. Errors: those of enqueue_generation, PT409 not_finished | '
+  'already_finished.';
+
+create function public.redrive_failed(
+  code text, since timestamptz, at_most integer default 1000
+) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.redrive_failed(code, since, at_most);
+
+comment on function public.redrive_failed is
+  'Queues again what failed with a code since a time, free, with the same input: of each wish the '
+  'last try, unless one is under way or done, and for each user no more than the credits at hand '
+  'would buy. Answers {redriven, skipped: {reason: count} if any}; reasons are '
+  'insufficient_credits, those of retry_generation, and internal. Call again while redriven is '
+  'at_most. It reads the whole history: an operator''s tool. Errors: PT400 invalid_input.';
+
+create function public.ping() returns json
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select json_build_object('ok', true, 'server_time', now())
+  from set_config('response.headers', '[{"Cache-Control": "no-store"}]', true)
+$$;
+
+comment on function public.ping is
+  'Warms the path from the app to the database: touches no table. Answers {ok, server_time}, '
+  'never cached.';
+
+create function public.get_job_status(job_id uuid) returns json
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+begin
+  return private.get_job_status(job_id);
+end;
+$$;
+
+comment on function public.get_job_status is
+  'State of one of your jobs: {job_id, status, stage, progress (percent), attempt, '
+  'cancel_requested, queue_position, eta_seconds (until it is likely to be finished, null if not '
+  'known), poll_after_ms, model, alias, batch_id, retry_of, idempotency_key, prompt, params, '
+  'price_credits, refunded_credits, error {code, message}, images [{position, path and '
+  'preview_path in bucket generations, content_type, width, height, bytes, blurhash, '
+  'is_public}], is_favorite, tags, created_at, started_at, finished_at}. attempt is the number of '
+  'the one that runs, or while queued of those used up. Poll again after poll_after_ms, stop when '
+  'it is null. Errors: PT401 not_authenticated, PT404 not_found.';
+
+create function public.list_active_jobs(job_ids uuid[] default '{}') returns json
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+begin
+  return private.list_active_jobs(job_ids);
+end;
+$$;
+
+comment on function public.list_active_jobs is
+  'Your queued and running jobs, and those of job_ids (at most 100) whatever their state, newest '
+  'first, each as get_job_status shows it. An app asks for it on start and on returning to the '
+  'foreground; one that waits for several jobs polls it alone, with their ids, and so is told how '
+  'each ended. Errors: PT400 invalid_input, PT401 not_authenticated.';
+
+create function public.get_entitlement() returns json
+language sql stable set search_path = pg_catalog, pg_temp
+return private.get_entitlement();
+
+comment on function public.get_entitlement is
+  'Your plan, balance, limits and what is used of them: {user_id, plan (free | paid), paid_until,'
+  ' credits, active_jobs, max_active, minute_jobs, max_per_minute, max_batch, is_busy (requests are'
+  ' refused as busy now)}. Errors: PT401 not_authenticated.';
+
+create function public.list_models() returns json
+language sql stable set search_path = pg_catalog, pg_temp
+return private.list_models();
+
+comment on function public.list_models is
+  'The catalogue: [{id, title, price_credits and paid_price_credits (per image), requires_paid, '
+  'paused_until (null unless it is; may be infinity), max_images, inputs {name: JSON schema of a '
+  'param}, image_inputs [those that take a path in bucket inputs]}].';
+
+create function public.list_generations(
+  before uuid default null, page_size integer default 20, only_favorites boolean default false,
+  tag text default null, status text default null
+) returns json
+language sql stable set search_path = pg_catalog, pg_temp
+return private.list_generations(before, page_size, only_favorites, tag, status);
+
+comment on function public.list_generations is
+  'Your generations, newest first, without deleted ones: {generations [each as get_job_status '
+  'shows it], next_before}. The next page is what comes before next_before; null: there is none. A '
+  'page may have fewer than page_size (1 to 100) and still a next one. Errors: PT400 '
+  'invalid_input, PT401 not_authenticated.';
+
+create function public.set_favorite(job_id uuid, is_favorite boolean default true) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.set_favorite(job_id, is_favorite);
+
+comment on function public.set_favorite is
+  'Makes one of your generations a favorite, or no longer one: {job_id, is_favorite}. Errors: '
+  'PT400 invalid_input, PT401 not_authenticated, PT404 not_found.';
+
+create function public.set_tags(job_id uuid, tags text[]) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.set_tags(job_id, tags);
+
+comment on function public.set_tags is
+  'Gives one of your generations these tags in place of those it had: at most 20, of 1 to 50 '
+  'characters, kept in lower case. Answers {job_id, tags}. Errors: PT400 invalid_input, PT401 '
+  'not_authenticated, PT404 not_found.';
+
+create function public.delete_generation(job_id uuid) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.delete_generation(job_id);
+
+comment on function public.delete_generation is
+  'Hides one of your finished generations, ends the sharing of its images, and leaves it to be '
+  'erased later: {job_id, deleted_at}. A repeat answers the same. Errors: PT401 not_authenticated, '
+  'PT404 not_found, PT409 not_finished.';
+
+create function public.restore_generation(job_id uuid) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.restore_generation(job_id);
+
+comment on function public.restore_generation is
+  'Takes back delete_generation as long as nothing is erased, and answers as get_job_status does. '
+  'Favorite, tags and likes are as they were; its images stay private until shared again. Errors: '
+  'PT401 not_authenticated, PT404 not_found.';
+
+create function public.share_image(
+  job_id uuid, image_position integer default 0, is_public boolean default true,
+  shows_prompt boolean default false
+) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.share_image(job_id, image_position, is_public, shows_prompt);
+
+comment on function public.share_image is
+  'Shows one of your images to everybody, with its prompt if shows_prompt, or no longer: {job_id, '
+  'position, share_id, is_public, shows_prompt}. Errors: PT400 invalid_input, PT401 '
+  'not_authenticated, PT404 not_found.';
+
+create function public.like_image(
+  job_id uuid, image_position integer default 0, is_liked boolean default true
+) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.like_image(job_id, image_position, is_liked);
+
+comment on function public.like_image is
+  'Likes a shared image, once however often it is called, or no longer: {job_id, position, '
+  'is_liked, like_count (up to 1000)}. Errors: PT400 invalid_input, PT401 not_authenticated, PT404 '
+  'not_found.';
+
+create function public.list_public_images(
+  before uuid default null, page_size integer default 20
+) returns json
+language sql stable set search_path = pg_catalog, pg_temp
+return private.list_public_images(before, page_size);
+
+comment on function public.list_public_images is
+  'Shared images of all users, last shared first: {images [{share_id, job_id, position, path and '
+  'preview_path in bucket generations, content_type, width, height, bytes, blurhash, model, prompt '
+  '(null unless shared with it), created_at, like_count (up to 1000), is_liked and is_own (by you)'
+  '}], next_before}. The next page is what comes before next_before; null: there is none. '
+  'page_size: 1 to 100. Errors: PT400 invalid_input.';
+
+create function public.save_prompt_template(
+  title text, prompt text, model text default null, params jsonb default '{}', id uuid default null
+) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.save_prompt_template(title, prompt, model, params, id);
+
+comment on function public.save_prompt_template is
+  'Keeps a prompt to start from, or changes the one with this id; at most 100. Answers as '
+  'list_prompt_templates shows it. Errors: PT400 invalid_input, PT401 not_authenticated, PT404 '
+  'not_found.';
+
+create function public.delete_prompt_template(id uuid) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.delete_prompt_template(id);
+
+comment on function public.delete_prompt_template is
+  'Deletes one of your prompt templates: {id}. Errors: PT401 not_authenticated, PT404 not_found.';
+
+create function public.list_prompt_templates() returns json
+language sql stable set search_path = pg_catalog, pg_temp
+return private.list_prompt_templates();
+
+comment on function public.list_prompt_templates is
+  'Prompts to start from, your own and then the app''s, newest first: [{id, is_own, title, prompt, '
+  'placeholders [names in braces], model (null: any), params, created_at}]. Errors: PT401 '
+  'not_authenticated.';
+
+create function public.pause_model(
+  model text, until timestamptz default 'infinity', reason text default null
+) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.pause_model(model, until, reason);
+
+comment on function public.pause_model is
+  'Pauses a model, or all models of a provider, until a time or resume_model: new requests are '
+  'refused with model_paused, queued jobs wait and keep their place, running ones go on. Answers '
+  '{name, state (open | closed | half-open | probing), paused_until, reason, failures, '
+  'times_opened}. Errors: PT400 invalid_input, PT404 not_found.';
+
+create function public.resume_model(model text) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.resume_model(model);
+
+comment on function public.resume_model is
+  'Ends a pause of a model or a provider, whoever began it: its jobs are claimed at once, in their '
+  'old order. Repeating it changes nothing. Answers as pause_model does. Errors: PT404 not_found.';
+
+create function public.register_push_token(token text) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.register_push_token(token);
+
+comment on function public.register_push_token is
+  'Has this device told by an Expo push notification when your jobs end. Call it at each start of '
+  'the app: a token is its last caller''s, and the 5 last registered of a user are kept. Answers '
+  '{registered}. Errors: PT400 invalid_input, PT401 not_authenticated.';
+
+create function public.unregister_push_token(token text) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.unregister_push_token(token);
+
+comment on function public.unregister_push_token is
+  'Takes a push token of yours back; call it before signing out. Repeating it changes nothing. '
+  'Answers {registered}. Errors: PT401 not_authenticated.';
+
+create function public.cancel_generation(job_id uuid) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.cancel_generation(job_id);
+
+comment on function public.cancel_generation is
+  'Cancels one of your jobs. A queued one is canceled and refunded at once. A running one shows '
+  'cancel_requested, and its worker stops it within a second or so: canceled, refunded by the '
+  'operator''s rule, or completed if the picture was there first. Repeating it changes nothing. '
+  'Answers as get_job_status does. Errors: PT401 not_authenticated, PT404 not_found, PT409 '
+  'already_finished.';
+
+create function public.cancel_batch(batch_id uuid) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.cancel_batch(batch_id);
+
+comment on function public.cancel_batch is
+  'Cancels every job of one of your batches that has not ended, each as cancel_generation does. '
+  'Answers as get_batch_status does. Errors: PT401 not_authenticated, PT404 not_found.';
+
+create function public.register_webhook(
+  url text, events text[] default null, description text default ''
+) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.register_webhook(url, events, description);
+
+comment on function public.register_webhook is
+  'Has an address told when jobs end, signed as the Standard Webhooks specification says. events: '
+  'generation.completed | failed | canceled; all if left out. Answers {webhook_id, secret}; the '
+  'secret is shown this once. Errors: PT400 invalid_input.';
+
+create function public.list_webhooks() returns json
+language sql stable set search_path = pg_catalog, pg_temp
+return private.list_webhooks();
+
+comment on function public.list_webhooks is
+  'The webhooks: [{webhook_id, url, events, description, created_at, disabled_at (when it answered '
+  '410 Gone, else null)}].';
+
+create function public.delete_webhook(webhook_id uuid) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.delete_webhook(webhook_id);
+
+comment on function public.delete_webhook is
+  'Deletes a webhook and what it was still to be told. Answers it. Errors: PT404 not_found.';
+
+create function public.enable_webhook(webhook_id uuid) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.enable_webhook(webhook_id);
+
+comment on function public.enable_webhook is
+  'Has a webhook told again that was disabled by a 410 Gone. Answers it. Errors: PT404 not_found.';
+
+create function public.rotate_webhook_secret(webhook_id uuid) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.rotate_webhook_secret(webhook_id);
+
+comment on function public.rotate_webhook_secret is
+  'Gives a webhook a new secret; for a day the old one signs too. Answers {webhook_id, secret, '
+  'previous_secret_until}. Errors: PT404 not_found.';
+
+create function public.list_deliveries(
+  state text default null, at_most integer default 100
+) returns json
+language sql stable set search_path = pg_catalog, pg_temp
+return private.list_deliveries(state, at_most);
+
+comment on function public.list_deliveries is
+  'The outbox, newest first; state: pending | delivered | dead, all if left out. Answers '
+  '[{delivery_id, lane (webhook_id, or expo), event, job_id, state, attempts, run_at (of the next '
+  'try), last_status, last_error, created_at, finished_at}]. Errors: PT400 invalid_input.';
+
+create function public.redeliver(delivery_id uuid) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.redeliver(delivery_id);
+
+comment on function public.redeliver is
+  'Sends a delivery again, dead or delivered, under the same id and with all its retries. Answers '
+  'it. Errors: PT404 not_found.';
+
+create function public.redeliver_dead(webhook_id uuid) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.redeliver_dead(webhook_id);
+
+comment on function public.redeliver_dead is
+  'Sends everything again that a webhook did not take, at most 10,000 in one call, the oldest '
+  'first. Answers {redelivered}: call again while it is not 0.';
+
+create function public.queue_health() returns json
+language sql stable set search_path = pg_catalog, pg_temp
+return private.queue_health();
+
+comment on function public.queue_health is
+  'How the queue is, for monitors: {status (ok | warning | critical), alerts [{alert, severity, '
+  'detail, hint}], depth {ready, delayed, paused, oldest_ready_seconds}, running {jobs, stale, '
+  'stale_seconds}, rates {last_minute, per_minute_of_15, attempts_of_15_minutes, error_rate, '
+  'burned_of_15_minutes, burned_by_users}, workers {alive, asleep, listening, slots, slots_used}, '
+  'routines {name: {last_run_at, every_seconds, runs_missed}}, paused, vacuum '
+  '{oldest_transactions, sees_all_sessions}, outbox {pending, oldest_pending_seconds, dead}, books '
+  '{recent_problems, checked_at, problems, examples}, skipped {rows, since, steps}}. A monitor is '
+  'shown no reasons and no examples. Thresholds are rows of private.alert_rules.';
+
+create function public.queue_report() returns json
+language sql stable set search_path = pg_catalog, pg_temp
+return private.queue_report();
+
+comment on function public.queue_report is
+  'The queue at a glance, for people: {at, health (see queue_health), models, workers, errors, '
+  'running, recent, vacuum_holders, took_ms}: the queue of each model and its attempts of the last '
+  'hour, the workers of the last day, errors of the last hour, the jobs that run for longest, the '
+  'attempts that ended last, who has held back vacuum for longest, and how long the report took.';
+
+create function public.queue_history(
+  since timestamptz default null, bucket_seconds integer default 900
+) returns json
+language sql stable set search_path = pg_catalog, pg_temp
+return private.queue_history(since, bucket_seconds);
+
+comment on function public.queue_history is
+  'What came to pass in each bucket from the one that holds since (96 back; at most 400) to now: '
+  '{at, since, bucket_seconds, queue [{at, enqueued, entered, went, '
+  'waited_seconds}], models [{at, model_id, completed, failed, retried, completed_seconds, '
+  'cost_usd}]}. entered and went move the length of the queue, retries included; waited_seconds is '
+  'the longest until a first attempt. Buckets without anything are left out. Errors: PT400 '
+  'invalid_input.';
+-- Who may call what: the whole matrix, and the last word. What is not named here nobody may call.
+--
+-- Names without arguments: no function has two forms. In schema public only our own are touched.
+
+revoke all on all functions in schema private from public, anon, authenticated, service_role;
+
+revoke all on function
+public.cancel_batch, public.cancel_generation, public.delete_generation,
+public.delete_prompt_template, public.delete_webhook, public.enable_webhook, public.enqueue_batch,
+public.enqueue_generation, public.get_batch_status, public.get_entitlement, public.get_job_status,
+public.grant_credits, public.like_image, public.list_active_jobs, public.list_deliveries,
+public.list_generations, public.list_models, public.list_prompt_templates,
+public.list_public_images, public.list_webhooks, public.pause_model, public.ping,
+public.queue_health, public.queue_history, public.queue_report, public.redeliver,
+public.redeliver_dead, public.redrive_failed, public.register_push_token, public.register_webhook,
+public.restore_generation, public.resume_model, public.retry_generation,
+public.rotate_webhook_secret, public.save_prompt_template, public.set_favorite, public.set_paid,
+public.set_tags, public.share_image, public.unregister_push_token
+from public, anon, authenticated, service_role;
+
+-- Everybody, signed in or not.
+grant execute on function
+private.cancel_batch, private.cancel_generation, private.delete_generation,
+private.delete_prompt_template, private.enqueue_batch, private.enqueue_generation,
+private.get_batch_status, private.get_entitlement, private.get_job_status, private.like_image,
+private.list_active_jobs, private.list_generations, private.list_models,
+private.list_prompt_templates, private.list_public_images, private.register_push_token,
+private.restore_generation, private.retry_generation, private.save_prompt_template,
+private.set_favorite, private.set_tags, private.share_image, private.unregister_push_token,
+public.cancel_batch, public.cancel_generation, public.delete_generation,
+public.delete_prompt_template, public.enqueue_batch, public.enqueue_generation,
+public.get_batch_status, public.get_entitlement, public.get_job_status, public.like_image,
+public.list_active_jobs, public.list_generations, public.list_models, public.list_prompt_templates,
+public.list_public_images, public.ping, public.register_push_token, public.restore_generation,
+public.retry_generation, public.save_prompt_template, public.set_favorite, public.set_tags,
+public.share_image, public.unregister_push_token
+to anon, authenticated;
+
+-- Users: the door and the definer behind it.
+grant execute on function
+private.caller_id, private.may_store_input
+to authenticated;
+
+-- The operator's backend.
+grant execute on function
+private.delete_webhook, private.enable_webhook, private.grant_credits, private.list_deliveries,
+private.list_models, private.list_webhooks, private.pause_model, private.queue_health,
+private.queue_history, private.queue_report, private.redeliver, private.redeliver_dead,
+private.redrive_failed, private.register_webhook, private.resume_model,
+private.rotate_webhook_secret, private.set_paid, public.delete_webhook, public.enable_webhook,
+public.grant_credits, public.list_deliveries, public.list_models, public.list_webhooks,
+public.pause_model, public.ping, public.queue_health, public.queue_history, public.queue_report,
+public.redeliver, public.redeliver_dead, public.redrive_failed, public.register_webhook,
+public.resume_model, public.rotate_webhook_secret, public.set_paid
+to service_role;
+
+-- Workers.
+grant execute on function
+private.adopt_provider_job, private.apply_retention, private.begin_creates, private.cancel_job,
+private.check_setup, private.checkpoint_jobs, private.claim_deliveries, private.claim_jobs,
+private.claim_receipts, private.complete_jobs, private.due_lanes, private.fail_jobs,
+private.finish_delivery, private.finish_receipts, private.forget_files, private.heartbeat,
+private.list_expired_files, private.pause_provider, private.recall_create,
+private.recover_stale_jobs, private.register_worker, private.release_job, private.report_progress,
+private.sleep, private.unregister_worker
+to darkroom_worker;
+
+-- Who looks on.
+grant execute on function
+private.queue_health, private.queue_history, private.queue_report, private.report_alerts,
+private.report_errors, private.report_models, private.report_workers, public.queue_health,
+public.queue_history, public.queue_report
+to darkroom_monitor;

@@ -1,0 +1,421 @@
+-- The API: each function is a door to the definer of the same name in schema private, so that
+-- nothing in the exposed schema runs with more rights than its caller's. Doors have no code.
+--
+-- What is called most is plpgsql, whose plans last for a session.
+
+create function public.grant_credits(
+  user_id uuid, amount integer, kind text, external_id text
+) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.grant_credits(user_id, amount, kind, external_id);
+
+comment on function public.grant_credits is
+  'Adds credits to a user: kind grant (amount > 0) or adjust (either sign). The same external_id '
+  'is applied once. Answers {credits, applied}. Errors: PT400 invalid_input, PT404 not_found, '
+  'PT409 idempotency_conflict.';
+
+create function public.set_paid(user_id uuid, paid_until timestamptz) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.set_paid(user_id, paid_until);
+
+comment on function public.set_paid is
+  'Makes a user paid until a time (infinity: without end; null: not paid). Repeating it changes '
+  'nothing. Answers the entitlement. Errors: PT404 not_found.';
+
+create function public.enqueue_generation(
+  model text, prompt text, params jsonb default '{}', idempotency_key text default null
+) returns json
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+begin
+  return private.enqueue_generation(model, prompt, params, idempotency_key);
+end;
+$$;
+
+comment on function public.enqueue_generation is
+  'Asks for a picture: checks, charges and queues in one transaction. Answers {job_id, status, '
+  'reused, credits_left, queue_position (jobs ahead, counted to 20 here; null unless queued), '
+  'eta_seconds (until it is likely to be finished, null if not known), poll_after_ms}. The same '
+  'idempotency_key and payload answer with the same job and charge nothing. With params.reuse = '
+  'true and a seed, your finished generation of the same input is answered, free. Errors: PT400 '
+  'invalid_input, PT401 not_authenticated, PT402 insufficient_credits, PT403 requires_paid_plan, '
+  'PT404 not_found (also where the job of the key is deleted), PT409 idempotency_conflict, PT429 '
+  'too_many_active | rate_limited, PT503 busy | model_paused | unavailable.';
+
+create function public.enqueue_batch(
+  model text, prompts text[], params jsonb default '{}', idempotency_key text default null
+) returns json
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+begin
+  return private.enqueue_batch(model, prompts, params, idempotency_key);
+end;
+$$;
+
+comment on function public.enqueue_batch is
+  'Asks for one generation of each prompt (as many as your plan''s max_batch), all or nothing. '
+  'Answers as get_batch_status does. The same idempotency_key and request answer with the same '
+  'batch and charge nothing; once all its jobs are deleted it is not found. An error of one prompt '
+  'names it in details, prompts[0] being the first. Errors: those of enqueue_generation.';
+
+create function public.get_batch_status(batch_id uuid) returns json
+language sql stable set search_path = pg_catalog, pg_temp
+return private.get_batch_status(batch_id);
+
+comment on function public.get_batch_status is
+  'One of your batches: {batch_id, job_ids in the order of the prompts, status (active | finished),'
+  ' queued, processing, completed, failed, canceled (counts), progress (percent of the whole), '
+  'credits_left, poll_after_ms (null when finished), created_at}. get_job_status tells of each. '
+  'Errors: PT401 not_authenticated, PT404 not_found.';
+
+create function public.retry_generation(job_id uuid) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.retry_generation(job_id);
+
+comment on function public.retry_generation is
+  'Asks again for what failed or was canceled: a new job, charged as any, with a new seed unless '
+  'you gave one. While a retry of it is under way or done, answers with that one. Answers as '
+  'enqueue_generation does. Errors: those of enqueue_generation, PT409 not_finished | '
+  'already_finished.';
+
+create function public.redrive_failed(
+  code text, since timestamptz, at_most integer default 1000
+) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.redrive_failed(code, since, at_most);
+
+comment on function public.redrive_failed is
+  'Queues again what failed with a code since a time, free, with the same input: of each wish the '
+  'last try, unless one is under way or done, and for each user no more than the credits at hand '
+  'would buy. Answers {redriven, skipped: {reason: count} if any}; reasons are '
+  'insufficient_credits, those of retry_generation, and internal. Call again while redriven is '
+  'at_most. It reads the whole history: an operator''s tool. Errors: PT400 invalid_input.';
+
+create function public.ping() returns json
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select json_build_object('ok', true, 'server_time', now())
+  from set_config('response.headers', '[{"Cache-Control": "no-store"}]', true)
+$$;
+
+comment on function public.ping is
+  'Warms the path from the app to the database: touches no table. Answers {ok, server_time}, '
+  'never cached.';
+
+create function public.get_job_status(job_id uuid) returns json
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+begin
+  return private.get_job_status(job_id);
+end;
+$$;
+
+comment on function public.get_job_status is
+  'State of one of your jobs: {job_id, status, stage, progress (percent), attempt, '
+  'cancel_requested, queue_position, eta_seconds (until it is likely to be finished, null if not '
+  'known), poll_after_ms, model, alias, batch_id, retry_of, idempotency_key, prompt, params, '
+  'price_credits, refunded_credits, error {code, message}, images [{position, path and '
+  'preview_path in bucket generations, content_type, width, height, bytes, blurhash, '
+  'is_public}], is_favorite, tags, created_at, started_at, finished_at}. attempt is the number of '
+  'the one that runs, or while queued of those used up. Poll again after poll_after_ms, stop when '
+  'it is null. Errors: PT401 not_authenticated, PT404 not_found.';
+
+create function public.list_active_jobs(job_ids uuid[] default '{}') returns json
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+begin
+  return private.list_active_jobs(job_ids);
+end;
+$$;
+
+comment on function public.list_active_jobs is
+  'Your queued and running jobs, and those of job_ids (at most 100) whatever their state, newest '
+  'first, each as get_job_status shows it. An app asks for it on start and on returning to the '
+  'foreground; one that waits for several jobs polls it alone, with their ids, and so is told how '
+  'each ended. Errors: PT400 invalid_input, PT401 not_authenticated.';
+
+create function public.get_entitlement() returns json
+language sql stable set search_path = pg_catalog, pg_temp
+return private.get_entitlement();
+
+comment on function public.get_entitlement is
+  'Your plan, balance, limits and what is used of them: {user_id, plan (free | paid), paid_until,'
+  ' credits, active_jobs, max_active, minute_jobs, max_per_minute, max_batch, is_busy (requests are'
+  ' refused as busy now)}. Errors: PT401 not_authenticated.';
+
+create function public.list_models() returns json
+language sql stable set search_path = pg_catalog, pg_temp
+return private.list_models();
+
+comment on function public.list_models is
+  'The catalogue: [{id, title, price_credits and paid_price_credits (per image), requires_paid, '
+  'paused_until (null unless it is; may be infinity), max_images, inputs {name: JSON schema of a '
+  'param}, image_inputs [those that take a path in bucket inputs]}].';
+
+create function public.list_generations(
+  before uuid default null, page_size integer default 20, only_favorites boolean default false,
+  tag text default null, status text default null
+) returns json
+language sql stable set search_path = pg_catalog, pg_temp
+return private.list_generations(before, page_size, only_favorites, tag, status);
+
+comment on function public.list_generations is
+  'Your generations, newest first, without deleted ones: {generations [each as get_job_status '
+  'shows it], next_before}. The next page is what comes before next_before; null: there is none. A '
+  'page may have fewer than page_size (1 to 100) and still a next one. Errors: PT400 '
+  'invalid_input, PT401 not_authenticated.';
+
+create function public.set_favorite(job_id uuid, is_favorite boolean default true) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.set_favorite(job_id, is_favorite);
+
+comment on function public.set_favorite is
+  'Makes one of your generations a favorite, or no longer one: {job_id, is_favorite}. Errors: '
+  'PT400 invalid_input, PT401 not_authenticated, PT404 not_found.';
+
+create function public.set_tags(job_id uuid, tags text[]) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.set_tags(job_id, tags);
+
+comment on function public.set_tags is
+  'Gives one of your generations these tags in place of those it had: at most 20, of 1 to 50 '
+  'characters, kept in lower case. Answers {job_id, tags}. Errors: PT400 invalid_input, PT401 '
+  'not_authenticated, PT404 not_found.';
+
+create function public.delete_generation(job_id uuid) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.delete_generation(job_id);
+
+comment on function public.delete_generation is
+  'Hides one of your finished generations, ends the sharing of its images, and leaves it to be '
+  'erased later: {job_id, deleted_at}. A repeat answers the same. Errors: PT401 not_authenticated, '
+  'PT404 not_found, PT409 not_finished.';
+
+create function public.restore_generation(job_id uuid) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.restore_generation(job_id);
+
+comment on function public.restore_generation is
+  'Takes back delete_generation as long as nothing is erased, and answers as get_job_status does. '
+  'Favorite, tags and likes are as they were; its images stay private until shared again. Errors: '
+  'PT401 not_authenticated, PT404 not_found.';
+
+create function public.share_image(
+  job_id uuid, image_position integer default 0, is_public boolean default true,
+  shows_prompt boolean default false
+) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.share_image(job_id, image_position, is_public, shows_prompt);
+
+comment on function public.share_image is
+  'Shows one of your images to everybody, with its prompt if shows_prompt, or no longer: {job_id, '
+  'position, share_id, is_public, shows_prompt}. Errors: PT400 invalid_input, PT401 '
+  'not_authenticated, PT404 not_found.';
+
+create function public.like_image(
+  job_id uuid, image_position integer default 0, is_liked boolean default true
+) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.like_image(job_id, image_position, is_liked);
+
+comment on function public.like_image is
+  'Likes a shared image, once however often it is called, or no longer: {job_id, position, '
+  'is_liked, like_count (up to 1000)}. Errors: PT400 invalid_input, PT401 not_authenticated, PT404 '
+  'not_found.';
+
+create function public.list_public_images(
+  before uuid default null, page_size integer default 20
+) returns json
+language sql stable set search_path = pg_catalog, pg_temp
+return private.list_public_images(before, page_size);
+
+comment on function public.list_public_images is
+  'Shared images of all users, last shared first: {images [{share_id, job_id, position, path and '
+  'preview_path in bucket generations, content_type, width, height, bytes, blurhash, model, prompt '
+  '(null unless shared with it), created_at, like_count (up to 1000), is_liked and is_own (by you)'
+  '}], next_before}. The next page is what comes before next_before; null: there is none. '
+  'page_size: 1 to 100. Errors: PT400 invalid_input.';
+
+create function public.save_prompt_template(
+  title text, prompt text, model text default null, params jsonb default '{}', id uuid default null
+) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.save_prompt_template(title, prompt, model, params, id);
+
+comment on function public.save_prompt_template is
+  'Keeps a prompt to start from, or changes the one with this id; at most 100. Answers as '
+  'list_prompt_templates shows it. Errors: PT400 invalid_input, PT401 not_authenticated, PT404 '
+  'not_found.';
+
+create function public.delete_prompt_template(id uuid) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.delete_prompt_template(id);
+
+comment on function public.delete_prompt_template is
+  'Deletes one of your prompt templates: {id}. Errors: PT401 not_authenticated, PT404 not_found.';
+
+create function public.list_prompt_templates() returns json
+language sql stable set search_path = pg_catalog, pg_temp
+return private.list_prompt_templates();
+
+comment on function public.list_prompt_templates is
+  'Prompts to start from, your own and then the app''s, newest first: [{id, is_own, title, prompt, '
+  'placeholders [names in braces], model (null: any), params, created_at}]. Errors: PT401 '
+  'not_authenticated.';
+
+create function public.pause_model(
+  model text, until timestamptz default 'infinity', reason text default null
+) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.pause_model(model, until, reason);
+
+comment on function public.pause_model is
+  'Pauses a model, or all models of a provider, until a time or resume_model: new requests are '
+  'refused with model_paused, queued jobs wait and keep their place, running ones go on. Answers '
+  '{name, state (open | closed | half-open | probing), paused_until, reason, failures, '
+  'times_opened}. Errors: PT400 invalid_input, PT404 not_found.';
+
+create function public.resume_model(model text) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.resume_model(model);
+
+comment on function public.resume_model is
+  'Ends a pause of a model or a provider, whoever began it: its jobs are claimed at once, in their '
+  'old order. Repeating it changes nothing. Answers as pause_model does. Errors: PT404 not_found.';
+
+create function public.register_push_token(token text) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.register_push_token(token);
+
+comment on function public.register_push_token is
+  'Has this device told by an Expo push notification when your jobs end. Call it at each start of '
+  'the app: a token is its last caller''s, and the 5 last registered of a user are kept. Answers '
+  '{registered}. Errors: PT400 invalid_input, PT401 not_authenticated.';
+
+create function public.unregister_push_token(token text) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.unregister_push_token(token);
+
+comment on function public.unregister_push_token is
+  'Takes a push token of yours back; call it before signing out. Repeating it changes nothing. '
+  'Answers {registered}. Errors: PT401 not_authenticated.';
+
+create function public.cancel_generation(job_id uuid) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.cancel_generation(job_id);
+
+comment on function public.cancel_generation is
+  'Cancels one of your jobs. A queued one is canceled and refunded at once. A running one shows '
+  'cancel_requested, and its worker stops it within a second or so: canceled, refunded by the '
+  'operator''s rule, or completed if the picture was there first. Repeating it changes nothing. '
+  'Answers as get_job_status does. Errors: PT401 not_authenticated, PT404 not_found, PT409 '
+  'already_finished.';
+
+create function public.cancel_batch(batch_id uuid) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.cancel_batch(batch_id);
+
+comment on function public.cancel_batch is
+  'Cancels every job of one of your batches that has not ended, each as cancel_generation does. '
+  'Answers as get_batch_status does. Errors: PT401 not_authenticated, PT404 not_found.';
+
+create function public.register_webhook(
+  url text, events text[] default null, description text default ''
+) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.register_webhook(url, events, description);
+
+comment on function public.register_webhook is
+  'Has an address told when jobs end, signed as the Standard Webhooks specification says. events: '
+  'generation.completed | failed | canceled; all if left out. Answers {webhook_id, secret}; the '
+  'secret is shown this once. Errors: PT400 invalid_input.';
+
+create function public.list_webhooks() returns json
+language sql stable set search_path = pg_catalog, pg_temp
+return private.list_webhooks();
+
+comment on function public.list_webhooks is
+  'The webhooks: [{webhook_id, url, events, description, created_at, disabled_at (when it answered '
+  '410 Gone, else null)}].';
+
+create function public.delete_webhook(webhook_id uuid) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.delete_webhook(webhook_id);
+
+comment on function public.delete_webhook is
+  'Deletes a webhook and what it was still to be told. Answers it. Errors: PT404 not_found.';
+
+create function public.enable_webhook(webhook_id uuid) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.enable_webhook(webhook_id);
+
+comment on function public.enable_webhook is
+  'Has a webhook told again that was disabled by a 410 Gone. Answers it. Errors: PT404 not_found.';
+
+create function public.rotate_webhook_secret(webhook_id uuid) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.rotate_webhook_secret(webhook_id);
+
+comment on function public.rotate_webhook_secret is
+  'Gives a webhook a new secret; for a day the old one signs too. Answers {webhook_id, secret, '
+  'previous_secret_until}. Errors: PT404 not_found.';
+
+create function public.list_deliveries(
+  state text default null, at_most integer default 100
+) returns json
+language sql stable set search_path = pg_catalog, pg_temp
+return private.list_deliveries(state, at_most);
+
+comment on function public.list_deliveries is
+  'The outbox, newest first; state: pending | delivered | dead, all if left out. Answers '
+  '[{delivery_id, lane (webhook_id, or expo), event, job_id, state, attempts, run_at (of the next '
+  'try), last_status, last_error, created_at, finished_at}]. Errors: PT400 invalid_input.';
+
+create function public.redeliver(delivery_id uuid) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.redeliver(delivery_id);
+
+comment on function public.redeliver is
+  'Sends a delivery again, dead or delivered, under the same id and with all its retries. Answers '
+  'it. Errors: PT404 not_found.';
+
+create function public.redeliver_dead(webhook_id uuid) returns json
+language sql set search_path = pg_catalog, pg_temp
+return private.redeliver_dead(webhook_id);
+
+comment on function public.redeliver_dead is
+  'Sends everything again that a webhook did not take, at most 10,000 in one call, the oldest '
+  'first. Answers {redelivered}: call again while it is not 0.';
+
+create function public.queue_health() returns json
+language sql stable set search_path = pg_catalog, pg_temp
+return private.queue_health();
+
+comment on function public.queue_health is
+  'How the queue is, for monitors: {status (ok | warning | critical), alerts [{alert, severity, '
+  'detail, hint}], depth {ready, delayed, paused, oldest_ready_seconds}, running {jobs, stale, '
+  'stale_seconds}, rates {last_minute, per_minute_of_15, attempts_of_15_minutes, error_rate, '
+  'burned_of_15_minutes, burned_by_users}, workers {alive, asleep, listening, slots, slots_used}, '
+  'routines {name: {last_run_at, every_seconds, runs_missed}}, paused, vacuum '
+  '{oldest_transactions, sees_all_sessions}, outbox {pending, oldest_pending_seconds, dead}, books '
+  '{recent_problems, checked_at, problems, examples}, skipped {rows, since, steps}}. A monitor is '
+  'shown no reasons and no examples. Thresholds are rows of private.alert_rules.';
+
+create function public.queue_report() returns json
+language sql stable set search_path = pg_catalog, pg_temp
+return private.queue_report();
+
+comment on function public.queue_report is
+  'The queue at a glance, for people: {at, health (see queue_health), models, workers, errors, '
+  'running, recent, vacuum_holders, took_ms}: the queue of each model and its attempts of the last '
+  'hour, the workers of the last day, errors of the last hour, the jobs that run for longest, the '
+  'attempts that ended last, who has held back vacuum for longest, and how long the report took.';
+
+create function public.queue_history(
+  since timestamptz default null, bucket_seconds integer default 900
+) returns json
+language sql stable set search_path = pg_catalog, pg_temp
+return private.queue_history(since, bucket_seconds);
+
+comment on function public.queue_history is
+  'What came to pass in each bucket from the one that holds since (96 back; at most 400) to now: '
+  '{at, since, bucket_seconds, queue [{at, enqueued, entered, went, '
+  'waited_seconds}], models [{at, model_id, completed, failed, retried, completed_seconds, '
+  'cost_usd}]}. entered and went move the length of the queue, retries included; waited_seconds is '
+  'the longest until a first attempt. Buckets without anything are left out. Errors: PT400 '
+  'invalid_input.';
