@@ -103,7 +103,9 @@ begin
     ) as found
     order by walk.place limit p_page_size
   ) as page
-  left join unnest(private.forecast_jobs(v_ids)) as f on f.job_id = (page.generation).id;
+  left join unnest(private.forecast_jobs(
+    case when coalesce(p_status, 'queued') in ('queued', 'processing') then v_ids else '{}' end
+  )) as f on f.job_id = (page.generation).id;
   return json_build_object(
     'generations', coalesce(v_page, '[]'),
     'next_before', case

@@ -87,6 +87,7 @@ def test_recovery_waits_until_somebody_may_look(db, alice, worker):
 
 
 def test_a_look_for_stale_jobs_that_took_long_puts_the_next_off(db, worker):
+    db.execute("alter function private.recover_stale_jobs(integer) reset lock_timeout")
     worker.connection.execute(RECOVERED)  # else it waits where it is compiled
     with ThreadPoolExecutor(1) as pool, db.connect() as other, other.transaction():
         other.execute("lock table private.running_jobs in access exclusive mode")

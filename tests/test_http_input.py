@@ -174,4 +174,4 @@ def test_enqueue_by_get_is_405(user, stack_db):
     with unchanged(stack_db):
         refused = refusal(user.rpc("enqueue_generation", "GET", model=PREVIEW, prompt="x"))
 
-    assert (refused.status, refused.code) == (405, "25006")
+    assert (refused.status, refused.code) == (405, "PT405")

@@ -173,7 +173,7 @@ ALL = {
         most=60 + LIVE,
     ),
     "cancel": Call(lambda s: s.user.cancel_generation(s.one("status = 'queued'"))),
-    "grant": Call(lambda s: s.service.grant_credits(s.user, 1, str(uuid.uuid4()))),
+    "grant": Call(lambda s: s.service.grant_credits(s.user, 1, str(uuid.uuid4())), most=200),
     "health": Call(lambda s: s.service.queue_health(), most=READY, passes_queue=True),
     "dead deliveries": Call(
         lambda s: s.service.list_deliveries(state="dead", at_most=JOBS), most=DEAD + JOBS

@@ -3882,7 +3882,9 @@ begin
     ) as found
     order by walk.place limit p_page_size
   ) as page
-  left join unnest(private.forecast_jobs(v_ids)) as f on f.job_id = (page.generation).id;
+  left join unnest(private.forecast_jobs(
+    case when coalesce(p_status, 'queued') in ('queued', 'processing') then v_ids else '{}' end
+  )) as f on f.job_id = (page.generation).id;
   return json_build_object(
     'generations', coalesce(v_page, '[]'),
     'next_before', case
@@ -9186,7 +9188,7 @@ notify pgrst, 'reload config';
 -- The API: each function is a door to the definer of the same name in schema private, so that
 -- nothing in the exposed schema runs with more rights than its caller's. Doors have no code.
 --
--- Two are plpgsql, whose plans last for a session: what is called most.
+-- What is called most is plpgsql, whose plans last for a session.
 
 create function public.grant_credits(
   user_id uuid, amount integer, kind text, external_id text

@@ -18,13 +18,7 @@ export type Database = {
                     "created_at"?: string,"id"?: string,"idempotency_key"?: string | null,"job_count"?: number,"request_hash"?: string,"user_id"?: string
                   }
                   Relationships: [
-                    {
-      foreignKeyName: "batches_user_id_fkey"
-      columns: ["user_id"]
-isOneToOne: false
-      referencedRelation: "entitlements"
-      referencedColumns: ["user_id"]
-    }
+                    
                   ]
                 },"credit_ledger": {
                   Row: {
@@ -66,13 +60,7 @@ isOneToOne: false
                     "generation_id"?: string,"tag"?: string,"user_id"?: string
                   }
                   Relationships: [
-                    {
-      foreignKeyName: "generation_tags_generation_id_fkey"
-      columns: ["generation_id"]
-isOneToOne: false
-      referencedRelation: "generations"
-      referencedColumns: ["id"]
-    }
+                    
                   ]
                 },"generations": {
                   Row: {
@@ -100,19 +88,7 @@ isOneToOne: false
                     "created_at"?: string,"generation_id"?: string,"position"?: number,"user_id"?: string
                   }
                   Relationships: [
-                    {
-      foreignKeyName: "image_likes_image_fkey"
-      columns: ["generation_id","position"]
-isOneToOne: false
-      referencedRelation: "images"
-      referencedColumns: ["generation_id","position"]
-    },{
-      foreignKeyName: "image_likes_user_id_fkey"
-      columns: ["user_id"]
-isOneToOne: false
-      referencedRelation: "entitlements"
-      referencedColumns: ["user_id"]
-    }
+                    
                   ]
                 },"images": {
                   Row: {
@@ -126,13 +102,7 @@ isOneToOne: false
                     "blurhash"?: string | null,"bytes"?: number,"content_type"?: string,"created_at"?: string,"generation_id"?: string,"height"?: number | null,"position"?: number,"preview_path"?: string | null,"share_id"?: string | null,"shows_prompt"?: boolean,"storage_path"?: string,"user_id"?: string,"width"?: number | null
                   }
                   Relationships: [
-                    {
-      foreignKeyName: "images_generation_id_fkey"
-      columns: ["generation_id"]
-isOneToOne: false
-      referencedRelation: "generations"
-      referencedColumns: ["id"]
-    }
+                    
                   ]
                 },"model_aliases": {
                   Row: {
@@ -180,13 +150,7 @@ isOneToOne: false
                     "created_at"?: string,"id"?: string,"model_id"?: string | null,"params"?: NonNullable<Json>,"prompt"?: string,"title"?: string,"user_id"?: string | null
                   }
                   Relationships: [
-                    {
-      foreignKeyName: "prompt_templates_user_id_fkey"
-      columns: ["user_id"]
-isOneToOne: false
-      referencedRelation: "entitlements"
-      referencedColumns: ["user_id"]
-    }
+                    
                   ]
                 }
           }
