@@ -204,6 +204,7 @@ class Victim:
             "token": self.token,
             "ticket": None,
             "tokens": [self.token],
+            "user_id": None,
             "version": "1",
             "worker_id": self.worker_id,
         }
