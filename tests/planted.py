@@ -134,7 +134,7 @@ SECURITY = [
         "sql/60_status.sql",
         "where g.id = any (v_ids || p_job_ids) and g.user_id = v_user_id and g.deleted_at is null",
         "where g.id = any (v_ids || p_job_ids) and g.deleted_at is null",
-        f"{RPC}[{LITE}-list_active_jobs]",
+        "tests/test_status.py::test_the_list_also_tells_how_the_jobs_asked_for_have_ended",
     ),
     Bug(
         "a template of another user is overwritten",

@@ -36,7 +36,7 @@ def busy(db: Database, stack: Stack, fake: FakeReplicate, tmp_path: Path) -> Ite
     db.execute("update private.settings set webhook_allows_private = true, retry_base = '0'")
     with Receiver() as receiver, Workers(db, stack, tmp_path) as workers:
         receiver.answers += [Answer(500), Answer(403), Answer(410)]
-        hook = Service(db).register_webhook(receiver.url(f"/hook?key={URL_KEY}"))
+        hook = Service(db).register_webhook(receiver.url(f"/hook/{URL_KEY}?key={URL_KEY}"))
         workers.extra_secrets = {fake.token, EXPO_TOKEN, URL_KEY, hook["secret"]}
         workers.environment |= {
             "REPLICATE_API_URL": fake.url,
