@@ -748,7 +748,7 @@ class Database:
 
         Of many jobs one may be at fault: then it raises, for them to be tried one by one.
         """
-        attempt, is_of_many = 0, isinstance(args[0], list) and len(args[0]) > 1
+        attempt, is_of_many = 0, bool(args) and isinstance(args[0], list) and len(args[0]) > 1
         while True:
             try:
                 return await self._call(function, *args)

@@ -270,6 +270,7 @@ def test_one_jobs_bad_progress_costs_the_others_no_beat(db, alice, worker):
 def test_a_job_whose_model_is_deleted_ends_and_is_refunded(db, alice, worker):
     job_id = alice.enqueued()
     db.execute("delete from public.models")
+    db.execute("update private.settings set retry_base = '0'")
 
     for _ in range(3):
         worker.fail_job(worker.claimed(), "internal", retry_after=0)

@@ -9,6 +9,8 @@ import io
 import os
 import signal
 import struct
+import subprocess
+import sys
 import tempfile
 import uuid
 import zlib
@@ -23,7 +25,7 @@ import fake_replicate
 import httpx
 import pytest
 from bench import memory
-from database import Database
+from database import PROJECT, Database
 from fake_replicate import FakeReplicate
 from hostile import chunk, dear_jpeg, encoded, with_chunks, with_segment
 from http_client import SignedUp, answer
@@ -701,19 +703,26 @@ def test_a_picture_that_takes_more_memory_than_there_is_is_stored_all_the_same(m
     assert in_lab(act) == worker.Picture("JPEG", 6600, 6000, lacks="memory")
 
 
-def test_memory_that_was_not_foreseen_is_refused(monkeypatch):
+# Of its own, for one that has freed much has that to use beside what it is given.
+WITH_LITTLE = """
+import io, sys, worker
+worker.weigh = lambda *_: 0
+file = io.BytesIO(sys.stdin.buffer.read())
+worker.restrict(1_000_000)
+try:
+    worker.inspect_image(file, 512)
+except MemoryError:
+    sys.exit(7)
+"""
+
+
+def test_memory_that_was_not_foreseen_is_refused():
     """As if the header had told of a smaller picture."""
     data = encoded(plain.resize((7000, 7000)), "PNG", compress_level=1)
-    monkeypatch.setattr(worker, "weigh", lambda *_: 0)
-    pid = os.fork()
-    if pid == 0:
-        worker.restrict(1_000_000)
-        with contextlib.suppress(MemoryError):
-            inspect_image(io.BytesIO(data), 512)
-            os._exit(1)
-        os._exit(7)
 
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    done = subprocess.run([sys.executable, "-c", WITH_LITTLE], cwd=PROJECT, input=data, check=False)
+
+    assert done.returncode == 7
 
 
 def test_a_picture_whose_process_is_killed_is_stored_and_the_next_is_whole():
