@@ -8,8 +8,7 @@ export type Client = SupabaseClient<Database>;
 export type Api = ReturnType<typeof createApi>;
 
 /** A request without an answer for so long counts as lost. */
-const TIMEOUT_MS = 15_000;
-const UPLOAD_TIMEOUT_MS = 120_000;
+const TIMEOUT_MS = 15_000; // of an upload eight times that
 
 type Functions = Database['public']['Functions'];
 type Call = { [F in keyof Functions]: [name: F, args: Functions[F]['Args']] }[keyof Functions];
@@ -38,14 +37,6 @@ const unreachable = (status: number, detail: string) =>
 /** Whether a status says nothing of the request: somebody on the way answered, or nobody. */
 const isOnTheWay = (status: number) => status < 400 || status >= 500 || [408, 429].includes(status);
 
-/** Whether the database could be read, but not written. The standby itself says so in code 0A000. */
-const isReadOnly = ({ code, message }: { code: string; message: string }) =>
-  ['0A000', '25006'].includes(code) || message === 'unavailable';
-
-/** Of the hint: pages see no Retry-After. 0 if it does not say. */
-const retryAfterMs = (hint: string | null) =>
-  1_000 * Number(/^Try again in (\d+) seconds\.$/.exec(hint ?? '')?.[1] ?? 0);
-
 function inTime<T>(ms: number, request: (signal: AbortSignal) => PromiseLike<T>): Promise<T> {
   const abort = new AbortController();
   return new Promise((resolve, reject) => {
@@ -73,9 +64,12 @@ export function createApi(supabase: Client) {
     const isTold = error && (error.code?.startsWith('PT') || !isOnTheWay(status));
     if (!isTold) throw unreachable(status, error?.message ?? '');
     const detail = [error.details, error.hint].filter(Boolean).join('. ');
-    const token = isReadOnly(error) ? 'unavailable' : error.message;
-    const isUnanswered = status === 401 || token === 'unavailable';
-    throw new DarkroomError(token, status, detail, isUnanswered, retryAfterMs(error.hint));
+    // The database can be read, but not written. A standby says so in code 0A000.
+    const isReadOnly = error.message === 'unavailable' || /^(0A000|25006)$/.test(error.code);
+    const token = isReadOnly ? 'unavailable' : error.message;
+    // Pages see no Retry-After.
+    const [, seconds = 0] = /^Try again in (\d+) seconds\.$/.exec(error.hint ?? '') ?? [];
+    throw new DarkroomError(token, status, detail, status === 401 || isReadOnly, 1_000 * +seconds);
   }
 
   const read = <T>(...call: Call) => send<T>(call, true);
@@ -102,10 +96,9 @@ export function createApi(supabase: Client) {
     async uploadSource(path: string, uri: string, contentType: string): Promise<void> {
       const content = await fetch(uri).then((file) => file.arrayBuffer()).catch(() => null);
       if (!content) throw new DarkroomError('source_lost', 0, 'It is no longer on this device.');
-      const { error } = await inTime(
-        UPLOAD_TIMEOUT_MS,
-        () => supabase.storage.from('inputs').upload(path, content, { contentType, upsert: true }),
-      );
+      const options = { contentType, upsert: true };
+      const upload = () => supabase.storage.from('inputs').upload(path, content, options);
+      const { error } = await inTime(8 * TIMEOUT_MS, upload);
       if (!error) return;
       const status = error.status ?? 0;
       if (isOnTheWay(status)) throw unreachable(status, error.message);

@@ -32,8 +32,7 @@ export class Loop {
     if (!error) this.failures = 0;
     else if (this.isAwake() && !this.isAskedAgain) this.failures += 1;
     const pause = Math.min(LONGEST_PAUSE_MS, FIRST_PAUSE_MS * 2 ** (this.failures - 1));
-    const asked = error instanceof DarkroomError ? error.retryAfterMs : 0;
-    if (error) this.within(Math.max(pause, asked));
+    if (error) this.within(Math.max(pause, (error as Partial<DarkroomError>).retryAfterMs ?? 0));
     this.ended(!error);
     if (error && !(error instanceof DarkroomError)) throw error; // a mistake in here
     if (this.isAskedAgain) await this.now();

@@ -23,8 +23,7 @@ export function listen(supabase: Client, userId: string, hint: () => void): () =
   let isLive = false; // one that was live comes back by itself, and says so
 
   function tryNext(): void {
-    const tried = ways.shift()?.();
-    channel = tried;
+    const tried = (channel = ways.shift()?.());
     tried?.subscribe((state) => {
       if (state === 'SUBSCRIBED') {
         isLive = true;

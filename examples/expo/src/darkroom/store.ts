@@ -186,8 +186,7 @@ export class GenerationStore {
       await this.ask((api) => api.cancel(job.job_id));
     } catch (error) {
       if (!(error instanceof DarkroomError) || error.isUnanswered) throw error;
-      const { token: code, detail: message } = error;
-      const news = { error: { code, message }, cancel_requested: false };
+      const news = { error: { code: error.token, message: error.detail }, cancel_requested: false };
       if (!job.job_id) return this.change(key, news, { local: 'refused' });
     }
     this.change(key, {}, { local: null }); // canceled, or ended before: a read tells
@@ -299,9 +298,8 @@ export class GenerationStore {
   private ended(isDone: boolean): void {
     this.isStale ||= !isDone;
     this.changed();
-    const { models, entitlement } = this;
     const generations = this.generations.filter((g) => !g.local).slice(0, KEPT_GENERATIONS);
-    this.write('cache', { generations, models, entitlement });
+    this.write('cache', { generations, models: this.models, entitlement: this.entitlement });
   }
 
   /** Puts it where it was, or where its time is; keeps and sends what the server does not have. */
