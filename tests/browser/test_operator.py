@@ -211,7 +211,7 @@ def test_what_the_database_says_is_text(db, operator):
     page = operator.look()
 
     expect(page.locator("#tables")).to_contain_text(HOSTILE)
-    assert "onerror" in operator.alert("paused")
+    assert "onerror" not in operator.alert("paused")  # a monitor is shown nobody's words
     assert page.locator("img").count() == page.locator("script").count() - 1 == 0
     assert "owned" not in page.title()
 
