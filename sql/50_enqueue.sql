@@ -88,7 +88,7 @@ begin
 end;
 $$;
 
--- Body of public.enqueue_generation. With generic plans, here and in all it calls: every row is
+-- With generic plans, here and in all it calls: every row is
 -- reached by its key, and a plan made for one request would cost more than the request. By indexes
 -- only: a plan made while the queue was empty would else read all of it once it is long.
 --

@@ -92,8 +92,6 @@ begin
 end;
 $$;
 
--- Body of public.enqueue_batch.
---
 -- Locks: the entitlement row.
 -- Raises: see the comment on public.enqueue_batch.
 create function private.enqueue_batch(
@@ -161,8 +159,6 @@ begin
 end;
 $$;
 
--- Body of public.get_batch_status.
---
 -- Raises: PT401 not_authenticated, PT404 not_found.
 create function private.get_batch_status(p_batch_id uuid) returns json
 language sql stable security definer set search_path = pg_catalog, pg_temp as $$

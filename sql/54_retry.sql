@@ -37,8 +37,6 @@ begin
 end;
 $$;
 
--- Body of public.retry_generation.
---
 -- Locks: the entitlement row.
 -- Raises: see the comment on public.retry_generation.
 create function private.retry_generation(p_job_id uuid) returns json
@@ -136,7 +134,7 @@ begin
 end;
 $$;
 
--- Body of public.redrive_failed. Users in order, so that two runs lock in the same order; and each
+-- Users in order, so that two runs lock in the same order; and each
 -- user's wishes are read once nobody else can add a try.
 --
 -- What is given is free, for the failed tries were refunded: so it may cost no more than the user

@@ -86,8 +86,6 @@ begin
 end;
 $$;
 
--- Body of public.get_job_status.
---
 -- Raises: PT401 not_authenticated, PT404 not_found.
 create function private.get_job_status(p_job_id uuid) returns json
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -98,8 +96,6 @@ begin
 end;
 $$;
 
--- Body of public.list_active_jobs.
---
 -- Raises: PT400 invalid_input, PT401 not_authenticated.
 create function private.list_active_jobs(p_job_ids uuid[]) returns json
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -122,8 +118,6 @@ begin
 end;
 $$;
 
--- Body of public.get_entitlement.
---
 -- Raises: PT401 not_authenticated.
 create function private.get_entitlement() returns json
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
@@ -137,7 +131,6 @@ begin
 end;
 $$;
 
--- Body of public.list_models.
 create function private.list_models() returns json
 language sql stable security definer set search_path = pg_catalog, pg_temp as $$
   select coalesce(json_agg(json_build_object(

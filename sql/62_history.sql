@@ -61,7 +61,7 @@ begin
 end;
 $$;
 
--- Body of public.list_generations. What the walk names and the page leaves out (deleted, of another
+-- What the walk names and the page leaves out (deleted, of another
 -- status) is passed over; the next page begins where the walk or the page ended.
 --
 -- Raises: PT400 invalid_input, PT401 not_authenticated.

@@ -27,8 +27,6 @@ begin
 end;
 $$;
 
--- Body of public.set_favorite.
---
 -- Locks: the generation.
 -- Raises: PT400 invalid_input, PT401 not_authenticated, PT404 not_found.
 create function private.set_favorite(p_job_id uuid, p_is_favorite boolean) returns json
@@ -44,8 +42,6 @@ begin
 end;
 $$;
 
--- Body of public.set_tags.
---
 -- Locks: the generation.
 -- Raises: PT400 invalid_input, PT401 not_authenticated, PT404 not_found.
 create function private.set_tags(p_job_id uuid, p_tags text[]) returns json
@@ -77,7 +73,7 @@ language sql set search_path = pg_catalog, pg_temp as $$
   where generation_id = any (p_generation_ids) and share_id is not null
 $$;
 
--- Body of public.delete_generation. What it shared is private again, in the same moment.
+-- What it shared is private again, in the same moment.
 --
 -- Locks: the generation, its images.
 -- Raises: PT401 not_authenticated, PT404 not_found, PT409 not_finished.
@@ -100,7 +96,7 @@ begin
 end;
 $$;
 
--- Body of public.restore_generation. What is being erased cannot come back: some of its files may
+-- What is being erased cannot come back: some of its files may
 -- be gone.
 --
 -- Locks: the generation.

@@ -10,7 +10,7 @@
 --
 -- image_position, not position, which some gateways would have to quote and do not.
 
--- Body of public.share_image. An image that is shared already keeps its place in the feed.
+-- An image that is shared already keeps its place in the feed.
 --
 -- Locks: the generation, the image.
 -- Raises: PT400 invalid_input, PT401 not_authenticated, PT404 not_found.
@@ -64,8 +64,6 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   ) as likes
 $$;
 
--- Body of public.like_image.
---
 -- Raises: PT400 invalid_input, PT401 not_authenticated, PT404 not_found.
 create function private.like_image(
   p_job_id uuid, p_position integer, p_is_liked boolean
@@ -128,8 +126,6 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   where g.id = p_image.generation_id
 $$;
 
--- Body of public.list_public_images.
---
 -- Raises: PT400 invalid_input, PT401 not_authenticated.
 create function private.list_public_images(p_before uuid, p_page_size integer) returns json
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$

@@ -22,8 +22,6 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   )
 $$;
 
--- Body of public.save_prompt_template.
---
 -- Raises: PT400 invalid_input, PT401 not_authenticated, PT404 not_found.
 create function private.save_prompt_template(
   p_title text, p_prompt text, p_model text, p_params jsonb, p_id uuid
@@ -89,8 +87,6 @@ begin
 end;
 $$;
 
--- Body of public.delete_prompt_template.
---
 -- Raises: PT401 not_authenticated, PT404 not_found.
 create function private.delete_prompt_template(p_id uuid) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
@@ -105,8 +101,6 @@ begin
 end;
 $$;
 
--- Body of public.list_prompt_templates.
---
 -- Raises: PT401 not_authenticated.
 create function private.list_prompt_templates() returns json
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$

@@ -1,6 +1,6 @@
 -- A worker's own life: register, sleep, heartbeat, progress, unregister.
 --
--- darkroom_worker may execute the functions of files 70 to 80 marked so and nothing else. A claim
+-- darkroom_worker may execute what 92 grants it and nothing else. A claim
 -- (72) hands out a token; every later call matches (job, token), and where that row is gone the
 -- call changes nothing and raises DR001. An attempt ends in 75.
 --

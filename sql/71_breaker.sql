@@ -279,7 +279,7 @@ begin
 end;
 $$;
 
--- Body of public.pause_model. Ends what the breaker counted: the pause is the operator's now.
+-- Ends what the breaker counted: the pause is the operator's now.
 --
 -- Raises: PT400 invalid_input, PT404 not_found.
 create function private.pause_model(p_model text, p_until timestamptz, p_reason text) returns json
@@ -306,8 +306,6 @@ begin
 end;
 $$;
 
--- Body of public.resume_model.
---
 -- Raises: PT404 not_found.
 create function private.resume_model(p_model text) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$

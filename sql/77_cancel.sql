@@ -44,8 +44,6 @@ begin
 end;
 $$;
 
--- Body of public.cancel_generation.
---
 -- Raises: see the comment on public.cancel_generation.
 create function private.cancel_generation(p_job_id uuid) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
@@ -65,8 +63,6 @@ begin
 end;
 $$;
 
--- Body of public.cancel_batch.
---
 -- Raises: PT401 not_authenticated, PT404 not_found.
 create function private.cancel_batch(p_batch_id uuid) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$

@@ -248,7 +248,7 @@ language sql immutable set search_path = pg_catalog, pg_temp as $$
   )
 $$;
 
--- Body of public.list_deliveries. Planned for the state: dead ones have an index of their own.
+-- Planned for the state: dead ones have an index of their own.
 --
 -- Raises: PT400 invalid_input.
 create function private.list_deliveries(p_state text, p_at_most integer) returns json

@@ -212,8 +212,6 @@ begin
 end;
 $$;
 
--- Body of public.queue_health.
---
 -- Compiling would take longer than running, and a second process would only cost more.
 create function private.queue_health() returns json
 language sql stable security definer set search_path = pg_catalog, pg_temp

@@ -8,8 +8,6 @@
 -- There is no record of how long the queue was. It is what waits now, less what came and plus what
 -- went since.
 
--- Body of public.queue_report.
---
 -- Compiling would take longer than running, and a second process would only cost more.
 create function private.queue_report() returns json
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -107,8 +105,6 @@ set enable_seqscan = off set jit = off as $$
   group by date_bin(p_bucket, a.ended_at, 'epoch'), a.model_id
 $$;
 
--- Body of public.queue_history.
---
 -- Raises: PT400 invalid_input.
 create function private.queue_history(
   p_since timestamptz, p_bucket_seconds integer, p_at_most integer default 400

@@ -3181,7 +3181,7 @@ begin
 end;
 $$;
 
--- Body of public.enqueue_generation. With generic plans, here and in all it calls: every row is
+-- With generic plans, here and in all it calls: every row is
 -- reached by its key, and a plan made for one request would cost more than the request. By indexes
 -- only: a plan made while the queue was empty would else read all of it once it is long.
 --
@@ -3323,8 +3323,6 @@ begin
 end;
 $$;
 
--- Body of public.enqueue_batch.
---
 -- Locks: the entitlement row.
 -- Raises: see the comment on public.enqueue_batch.
 create function private.enqueue_batch(
@@ -3392,8 +3390,6 @@ begin
 end;
 $$;
 
--- Body of public.get_batch_status.
---
 -- Raises: PT401 not_authenticated, PT404 not_found.
 create function private.get_batch_status(p_batch_id uuid) returns json
 language sql stable security definer set search_path = pg_catalog, pg_temp as $$
@@ -3438,8 +3434,6 @@ begin
 end;
 $$;
 
--- Body of public.retry_generation.
---
 -- Locks: the entitlement row.
 -- Raises: see the comment on public.retry_generation.
 create function private.retry_generation(p_job_id uuid) returns json
@@ -3537,7 +3531,7 @@ begin
 end;
 $$;
 
--- Body of public.redrive_failed. Users in order, so that two runs lock in the same order; and each
+-- Users in order, so that two runs lock in the same order; and each
 -- user's wishes are read once nobody else can add a try.
 --
 -- What is given is free, for the failed tries were refunded: so it may cost no more than the user
@@ -3703,8 +3697,6 @@ begin
 end;
 $$;
 
--- Body of public.get_job_status.
---
 -- Raises: PT401 not_authenticated, PT404 not_found.
 create function private.get_job_status(p_job_id uuid) returns json
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -3715,8 +3707,6 @@ begin
 end;
 $$;
 
--- Body of public.list_active_jobs.
---
 -- Raises: PT400 invalid_input, PT401 not_authenticated.
 create function private.list_active_jobs(p_job_ids uuid[]) returns json
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -3739,8 +3729,6 @@ begin
 end;
 $$;
 
--- Body of public.get_entitlement.
---
 -- Raises: PT401 not_authenticated.
 create function private.get_entitlement() returns json
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
@@ -3754,7 +3742,6 @@ begin
 end;
 $$;
 
--- Body of public.list_models.
 create function private.list_models() returns json
 language sql stable security definer set search_path = pg_catalog, pg_temp as $$
   select coalesce(json_agg(json_build_object(
@@ -3840,7 +3827,7 @@ begin
 end;
 $$;
 
--- Body of public.list_generations. What the walk names and the page leaves out (deleted, of another
+-- What the walk names and the page leaves out (deleted, of another
 -- status) is passed over; the next page begins where the walk or the page ended.
 --
 -- Raises: PT400 invalid_input, PT401 not_authenticated.
@@ -3922,8 +3909,6 @@ begin
 end;
 $$;
 
--- Body of public.set_favorite.
---
 -- Locks: the generation.
 -- Raises: PT400 invalid_input, PT401 not_authenticated, PT404 not_found.
 create function private.set_favorite(p_job_id uuid, p_is_favorite boolean) returns json
@@ -3939,8 +3924,6 @@ begin
 end;
 $$;
 
--- Body of public.set_tags.
---
 -- Locks: the generation.
 -- Raises: PT400 invalid_input, PT401 not_authenticated, PT404 not_found.
 create function private.set_tags(p_job_id uuid, p_tags text[]) returns json
@@ -3972,7 +3955,7 @@ language sql set search_path = pg_catalog, pg_temp as $$
   where generation_id = any (p_generation_ids) and share_id is not null
 $$;
 
--- Body of public.delete_generation. What it shared is private again, in the same moment.
+-- What it shared is private again, in the same moment.
 --
 -- Locks: the generation, its images.
 -- Raises: PT401 not_authenticated, PT404 not_found, PT409 not_finished.
@@ -3995,7 +3978,7 @@ begin
 end;
 $$;
 
--- Body of public.restore_generation. What is being erased cannot come back: some of its files may
+-- What is being erased cannot come back: some of its files may
 -- be gone.
 --
 -- Locks: the generation.
@@ -4026,7 +4009,7 @@ $$;
 --
 -- image_position, not position, which some gateways would have to quote and do not.
 
--- Body of public.share_image. An image that is shared already keeps its place in the feed.
+-- An image that is shared already keeps its place in the feed.
 --
 -- Locks: the generation, the image.
 -- Raises: PT400 invalid_input, PT401 not_authenticated, PT404 not_found.
@@ -4080,8 +4063,6 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   ) as likes
 $$;
 
--- Body of public.like_image.
---
 -- Raises: PT400 invalid_input, PT401 not_authenticated, PT404 not_found.
 create function private.like_image(
   p_job_id uuid, p_position integer, p_is_liked boolean
@@ -4144,8 +4125,6 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   where g.id = p_image.generation_id
 $$;
 
--- Body of public.list_public_images.
---
 -- Raises: PT400 invalid_input, PT401 not_authenticated.
 create function private.list_public_images(p_before uuid, p_page_size integer) returns json
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
@@ -4362,8 +4341,6 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   )
 $$;
 
--- Body of public.save_prompt_template.
---
 -- Raises: PT400 invalid_input, PT401 not_authenticated, PT404 not_found.
 create function private.save_prompt_template(
   p_title text, p_prompt text, p_model text, p_params jsonb, p_id uuid
@@ -4429,8 +4406,6 @@ begin
 end;
 $$;
 
--- Body of public.delete_prompt_template.
---
 -- Raises: PT401 not_authenticated, PT404 not_found.
 create function private.delete_prompt_template(p_id uuid) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
@@ -4445,8 +4420,6 @@ begin
 end;
 $$;
 
--- Body of public.list_prompt_templates.
---
 -- Raises: PT401 not_authenticated.
 create function private.list_prompt_templates() returns json
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
@@ -4464,7 +4437,7 @@ end;
 $$;
 -- A worker's own life: register, sleep, heartbeat, progress, unregister.
 --
--- darkroom_worker may execute the functions of files 70 to 80 marked so and nothing else. A claim
+-- darkroom_worker may execute what 92 grants it and nothing else. A claim
 -- (72) hands out a token; every later call matches (job, token), and where that row is gone the
 -- call changes nothing and raises DR001. An attempt ends in 75.
 --
@@ -4880,7 +4853,7 @@ begin
 end;
 $$;
 
--- Body of public.pause_model. Ends what the breaker counted: the pause is the operator's now.
+-- Ends what the breaker counted: the pause is the operator's now.
 --
 -- Raises: PT400 invalid_input, PT404 not_found.
 create function private.pause_model(p_model text, p_until timestamptz, p_reason text) returns json
@@ -4907,8 +4880,6 @@ begin
 end;
 $$;
 
--- Body of public.resume_model.
---
 -- Raises: PT404 not_found.
 create function private.resume_model(p_model text) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
@@ -5979,8 +5950,6 @@ begin
 end;
 $$;
 
--- Body of public.cancel_generation.
---
 -- Raises: see the comment on public.cancel_generation.
 create function private.cancel_generation(p_job_id uuid) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
@@ -6000,8 +5969,6 @@ begin
 end;
 $$;
 
--- Body of public.cancel_batch.
---
 -- Raises: PT401 not_authenticated, PT404 not_found.
 create function private.cancel_batch(p_batch_id uuid) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
@@ -6452,7 +6419,7 @@ language sql immutable set search_path = pg_catalog, pg_temp as $$
   )
 $$;
 
--- Body of public.list_deliveries. Planned for the state: dead ones have an index of their own.
+-- Planned for the state: dead ones have an index of their own.
 --
 -- Raises: PT400 invalid_input.
 create function private.list_deliveries(p_state text, p_at_most integer) returns json
@@ -8499,8 +8466,6 @@ begin
 end;
 $$;
 
--- Body of public.queue_health.
---
 -- Compiling would take longer than running, and a second process would only cost more.
 create function private.queue_health() returns json
 language sql stable security definer set search_path = pg_catalog, pg_temp
@@ -8865,8 +8830,6 @@ comment on function private.report_alerts is
 -- There is no record of how long the queue was. It is what waits now, less what came and plus what
 -- went since.
 
--- Body of public.queue_report.
---
 -- Compiling would take longer than running, and a second process would only cost more.
 create function private.queue_report() returns json
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
@@ -8964,8 +8927,6 @@ set enable_seqscan = off set jit = off as $$
   group by date_bin(p_bucket, a.ended_at, 'epoch'), a.model_id
 $$;
 
--- Body of public.queue_history.
---
 -- Raises: PT400 invalid_input.
 create function private.queue_history(
   p_since timestamptz, p_bucket_seconds integer, p_at_most integer default 400
