@@ -151,7 +151,7 @@ IDLE_SECONDS = 60  # without a picture, after which the process that is kept for
 MAX_PREVIEW_SOURCES = 64
 PREVIEW_SOURCE_SIZE = (256, 256)
 BLUR_PIXELS = 32  # longest side of what a blurhash is made of
-SVG_BYTES = 30  # of memory, for each of an SVG's
+BASE_BYTES, SVG_BYTES = 32_000_000, 30  # of memory: for any picture, and for each of an SVG's
 MAX_SVG_BYTES, MAX_SVG_DEPTH, MAX_SVG_WEIGHT = 10 << 20, 200, 2_000_000  # weight: sum of depths
 MAX_PROFILE_BYTES = 64 * 1024  # of colours, in a preview
 MAX_REDIRECTS = 3
@@ -1756,7 +1756,7 @@ def weigh(image: Image.Image, side: int, size: int) -> int:
         each = 2 * len(image.getbands()) + 2  # a progressive one is held whole
     else:
         each = {"AVIF": 10, "WEBP": 17}.get(str(image.format)) or PIXEL_BYTES.get(image.mode, 13)
-    return 32_000_000 + 2 * size + each * pixels + 24 * min(pixels, side * side)
+    return BASE_BYTES + 2 * size + each * pixels + 24 * min(pixels, side * side)
 
 
 def inspect_image(
@@ -1776,7 +1776,7 @@ def inspect_image(
         with Image.open(file, formats=[name for name in FORMATS if name != "SVG"]) as image:
             return decode_image(image, preview_pixels, size, means, tell)
     except UnidentifiedImageError:
-        if 32_000_000 + SVG_BYTES * min(size, MAX_SVG_BYTES) > means:
+        if BASE_BYTES + SVG_BYTES * min(size, MAX_SVG_BYTES) > means:
             raise MemoryError from None
         return sanitize_svg(file)
     except UNREADABLE as error:

@@ -19,7 +19,8 @@ import psycopg
 from psycopg.types.json import Jsonb
 
 from model_mapper import Unmappable, map_model
-from stack import Stack, libpq_url
+from stack import Stack
+from worker import libpq_url
 
 API_URL = "https://api.replicate.com/v1"
 OPTIONS = [

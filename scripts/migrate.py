@@ -24,7 +24,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from stack import libpq_url
+from worker import libpq_url
 
 SUPABASE = Path(__file__).resolve().parents[1] / "supabase"
 SEED = SUPABASE / "seed.sql"

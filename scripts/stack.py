@@ -39,20 +39,9 @@ SUPABASE = PROJECT / "supabase"
 NODE_MODULES = PROJECT / "node_modules"
 POSTGRES_PROGRAMS = Path("/usr/lib/postgresql")
 POSTGRES_HOME = Path("/var/lib/postgresql")
-FOREIGN_PARAMETERS = {  # of Prisma's, node's and other drivers, in addresses of PostgreSQL
-    *("pgbouncer", "connection_limit", "pool_timeout", "pool_mode", "socket_timeout", "schema"),
-    *("statement_cache_size", "statement_cache_mode", "prepared_statements", "supa", "workaround"),
-}
 
 START_SECONDS = 30
 KEYS_EXPIRE_AT = 4102444800  # 2100-01-01: a fixed date, so that the keys of a stack never change
-
-
-def libpq_url(url: str) -> str:
-    """Return the address without other programs' parameters, as worker.py does."""
-    address, _, query = url.partition("?")
-    known = [each for each in query.split("&") if each.partition("=")[0] not in FOREIGN_PARAMETERS]
-    return f"{address}?{'&'.join(known)}".rstrip("?")
 
 
 def sign_jwt(secret: str, claims: Mapping[str, Any]) -> str:

@@ -19,7 +19,8 @@ import psycopg
 from psycopg import pq
 
 from processes import StackError
-from stack import Stack, libpq_url, sign_jwt
+from stack import Stack, sign_jwt
+from worker import libpq_url
 
 TOP = Path(__file__).with_name("top.sql")
 REPORT = "select public.queue_report()::jsonb"  # json would have several lines

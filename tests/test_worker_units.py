@@ -25,7 +25,6 @@ import pytest
 from database import PROJECT
 from PIL import Image
 
-import stack
 import worker
 from worker import ConfigError, Job, JobError, Replicate, Settings, Storage
 
@@ -125,10 +124,9 @@ def test_addresses_as_platforms_show_them_are_taken(query, kept, prepares):
 
     db = worker.Database(settings.database_url)
 
-    assert db.url == stack.libpq_url(HOST + query) == HOST + kept
+    assert db.url == HOST + kept
     assert ("prepare_threshold" not in db.pool.kwargs) is prepares
     assert {"secret", HOST + query} < set(settings.secrets)
-    assert stack.FOREIGN_PARAMETERS == worker.FOREIGN_PARAMETERS
 
 
 def test_a_parameter_that_nobody_knows_is_named():
