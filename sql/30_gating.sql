@@ -1,9 +1,62 @@
--- Gating: may this user ask for this? Checks only; nothing here writes.
+-- Gating: may this user ask for this? Nothing here writes but the lock of the user's entitlement.
 --
--- enqueue_generation (50) calls these in order: who asks (require_user_id), is the request well
--- formed (read_request), is the model there and allowed (require_model), does the
--- plan allow one more now (check_limits). Whether the input fits the model is checked in 32, and
--- the credits where they are taken (40).
+-- gate() brings all that a request is held against in one statement; where that is not plainly
+-- well, require_model() and refuse_limits() look closer and say what is wrong. Whether the input
+-- fits the model is checked in 32. Every refusal of the API goes through refuse().
+
+-- Raises one of the API's errors: a stable token, what is wrong, what to do. The one place that
+-- says which HTTP status a token has.
+--
+-- One that passes with time carries Retry-After. PostgREST reads status and headers from the detail
+-- of SQLSTATE PGRST (docs.postgrest.org, "Raise errors with HTTP status codes"). Browsers show no
+-- such header to the page and supabase-js none at all, and a body has texts only: so the hint is
+-- always this sentence, to be read as data.
+create function private.refuse(
+  p_token text, p_detail text, p_hint text default null, p_retry_after integer default null
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_status integer := jsonb '{
+    "invalid_input": 400, "not_authenticated": 401, "insufficient_credits": 402,
+    "requires_paid_plan": 403, "not_found": 404, "method_not_allowed": 405,
+    "idempotency_conflict": 409, "not_finished": 409, "already_finished": 409,
+    "too_many_active": 429, "rate_limited": 429,
+    "busy": 503, "model_paused": 503, "unavailable": 503
+  }' -> p_token;
+begin
+  if p_retry_after is null then
+    raise exception using
+      errcode = 'PT' || v_status, message = p_token, detail = p_detail, hint = coalesce(
+        p_hint, 'Correct the argument and call again.'
+      );
+  end if;
+  raise sqlstate 'PGRST' using
+    message = json_build_object(
+      'code', 'PT' || v_status,
+      'message', p_token,
+      'details', p_detail,
+      'hint', format('Try again in %s seconds.', p_retry_after)
+    )::text,
+    detail = json_build_object(
+      'status', v_status, 'headers', json_build_object('Retry-After', p_retry_after::text)
+    )::text;
+end;
+$$;
+
+create function private.refuse_input(p_detail text, p_hint text default null) returns void
+language sql set search_path = pg_catalog, pg_temp
+return private.refuse('invalid_input', p_detail, p_hint);
+
+create function private.refuse_missing(p_detail text, p_hint text) returns void
+language sql set search_path = pg_catalog, pg_temp
+return private.refuse('not_found', p_detail, p_hint);
+
+-- The token outlived the user.
+create function private.refuse_unknown_user() returns void
+language sql set search_path = pg_catalog, pg_temp
+return private.refuse(
+  'not_authenticated', 'There is no such user any more.', 'Sign in again.'
+);
 
 -- The transaction may write: it is not a GET's, and the database is not read only, as a standby is
 -- and one whose disk is nearly full. Asked before anything is, so that the refusal is ours. The
@@ -18,13 +71,12 @@ begin
     and current_setting('default_transaction_read_only') = 'off' then
     return;
   elsif current_setting('request.method', true) in ('GET', 'HEAD') then
-    raise sqlstate 'PT405' using
-      message = 'method_not_allowed',
-      detail = 'This function changes something.',
-      hint = 'Call it by POST.';
+    perform private.refuse(
+      'method_not_allowed', 'This function changes something.', 'Call it by POST.'
+    );
   end if;
-  perform private.refuse_for_now(
-    503, 'unavailable', 'The database takes no changes at the moment.', 30
+  perform private.refuse(
+    'unavailable', 'The database takes no changes at the moment.', p_retry_after => 30
   );
 end;
 $$;
@@ -38,25 +90,14 @@ declare
   v_user_id uuid := private.caller_id();
 begin
   if v_user_id is null then
-    raise sqlstate 'PT401' using
-      message = 'not_authenticated',
-      detail = 'The request carries no user.',
-      hint = 'Sign in and send the access token as Authorization: Bearer.';
+    perform private.refuse(
+      'not_authenticated', 'The request carries no user.',
+      'Sign in and send the access token as Authorization: Bearer.'
+    );
   elsif p_writes then
     perform private.require_writable();
   end if;
   return v_user_id;
-end;
-$$;
-
--- Raises PT401 not_authenticated: the token outlived the user.
-create function private.refuse_unknown_user() returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-begin
-  raise sqlstate 'PT401' using
-    message = 'not_authenticated',
-    detail = 'There is no such user any more.',
-    hint = 'Sign in again.';
 end;
 $$;
 
@@ -76,14 +117,6 @@ begin
 end;
 $$;
 
--- Raises PT404 not_found.
-create function private.refuse_missing(p_detail text, p_hint text) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-begin
-  raise sqlstate 'PT404' using message = 'not_found', detail = p_detail, hint = p_hint;
-end;
-$$;
-
 -- Raises PT404 not_found, the same for a job that never was, is somebody else's, or is deleted; or
 -- PT401 not_authenticated: the user is.
 create function private.refuse_unknown_job() returns void
@@ -91,73 +124,30 @@ language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   perform private.require_known_user_id();
   perform private.refuse_missing(
-    'job_id: no such job of yours',
-    'Use the job_id that enqueue_generation answered.'
+    'job_id: no such job of yours', 'Use the job_id that enqueue_generation answered.'
   );
 end;
 $$;
 
--- Raises PT400 invalid_input.
-create function private.refuse_input(p_detail text, p_hint text default null) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-begin
-  raise sqlstate 'PT400' using
-    message = 'invalid_input',
-    detail = p_detail,
-    hint = coalesce(p_hint, 'Correct the argument and call again.');
-end;
-$$;
-
--- Raises a refusal that passes with time, carrying Retry-After. PostgREST reads status and headers
--- from the detail of SQLSTATE PGRST (docs.postgrest.org, "Raise errors with HTTP status codes").
--- Browsers show no such header to the page and supabase-js none at all, and a body has texts only:
--- so the hint is always this sentence, to be read as data.
-create function private.refuse_for_now(
-  p_status integer, p_token text, p_detail text, p_retry_after_seconds integer
-) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-begin
-  raise sqlstate 'PGRST' using
-    message = json_build_object(
-      'code', 'PT' || p_status,
-      'message', p_token,
-      'details', p_detail,
-      'hint', format('Try again in %s seconds.', p_retry_after_seconds)
-    )::text,
-    detail = json_build_object(
-      'status', p_status,
-      'headers', json_build_object('Retry-After', p_retry_after_seconds::text)
-    )::text;
-end;
-$$;
-
--- JSON given as text. A function of its own: its block for exceptions costs a subtransaction.
+-- The user's generation. Somebody else's is not found, like one that never was.
 --
--- Raises: PT400 invalid_input.
-create function private.unwrap_params(p_text text) returns jsonb
+-- Raises: PT404 not_found.
+create function private.require_generation(p_job_id uuid, p_user_id uuid) returns public.generations
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+  v_generation public.generations;
 begin
-  return p_text::jsonb;
-exception
-  when invalid_text_representation or untranslatable_character or numeric_value_out_of_range
-    or statement_too_complex then
-    perform private.refuse_input('params: not a JSON object');
-    return null;  -- never reached
+  select * into v_generation from public.generations
+  where id = p_job_id and user_id = p_user_id and deleted_at is null;
+  if not found then
+    perform private.refuse_unknown_job();
+  end if;
+  return v_generation;
 end;
-$$;
-
--- Whether JSON holds a number of more than 400 digits: 1e131071 is eight bytes on the way in,
--- sixteen here, and 131 kB once it is written, 0e-16383 likewise. No schema has a use for one.
-create function private.has_endless_number(p_value jsonb) returns boolean
-language sql immutable set search_path = pg_catalog, pg_temp as $$
-  select exists (
-    select from jsonb_path_query(p_value, 'strict $.** ? (@.type() == "number")') as n (value)
-    where abs(n.value::numeric) >= 1e400 or scale(n.value::numeric) > 400
-  )
 $$;
 
 -- The params as an object, if they, the prompts and the key are of a size and form we take. Some
--- gateways hand a jsonb argument as a JSON string holding the text, so it is unwrapped once, here.
+-- gateways hand a jsonb argument as a JSON string that holds the text: it is unwrapped here, once.
 -- p_field is what a refusal calls a prompt, with its place for %1$s.
 --
 -- Raises: PT400 invalid_input.
@@ -173,12 +163,22 @@ begin
   select s.max_params_bytes, s.max_prompt_chars into v_max_bytes, v_max_chars
   from private.settings as s;
   if jsonb_typeof(v_params) = 'string' and pg_column_size(v_params) <= 2 * v_max_bytes then
-    v_params := private.unwrap_params(v_params #>> '{}');
+    begin
+      v_params := v_params #>> '{}';
+    exception
+      when invalid_text_representation or untranslatable_character or numeric_value_out_of_range
+        or statement_too_complex then
+        v_params := 'null';
+    end;
   end if;
   -- Measured before anything is written out: in memory no JSON has more than eight times the bytes
-  -- of its text, and what has less than 500 holds too few numbers to come to much.
-  if pg_column_size(v_params) between 500 and 8 * v_max_bytes
-    and private.has_endless_number(v_params) then
+  -- of its text, and what has less than 500 holds too few numbers to come to much. 1e131071 is
+  -- eight bytes on the way in, sixteen here, and 131 kB once it is written, 0e-16383 likewise. No
+  -- schema has a use for one.
+  if pg_column_size(v_params) between 500 and 8 * v_max_bytes and exists (
+    select from jsonb_path_query(v_params, 'strict $.** ? (@.type() == "number")') as n (value)
+    where abs(n.value::numeric) >= 1e400 or scale(n.value::numeric) > 400
+  ) then
     perform private.refuse_input('params: a number of more than 400 digits');
   elsif pg_column_size(v_params) > 8 * v_max_bytes
     or octet_length(v_params::text) > v_max_bytes then
@@ -205,22 +205,43 @@ begin
 end;
 $$;
 
--- The user's generation. Somebody else's is not found, like one that never was.
---
--- Raises: PT404 not_found.
-create function private.require_generation(p_job_id uuid, p_user_id uuid) returns public.generations
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_generation public.generations;
-begin
-  select * into v_generation from public.generations
-  where id = p_job_id and user_id = p_user_id and deleted_at is null;
-  if not found then
-    perform private.refuse_unknown_job();
-  end if;
-  return v_generation;
-end;
-$$;
+create view private.queue_floor with (security_invoker = true) as
+select c.last_value - 100000 as fair_key from private.virtual_clock as c;  -- 100 credits, weight 1
+
+comment on view private.queue_floor is
+  'The fair_key a scan of the queue may start at: what is queued below is rare, and found by a '
+  'full scan at least once a second.';
+
+create view private.live_jobs with (security_invoker = true) as
+select
+  r.job_id,
+  r.user_id
+from private.ready_jobs as r
+union all
+select
+  r.job_id,
+  r.user_id
+from private.running_jobs as r;
+
+comment on view private.live_jobs is
+  'Jobs that are queued or running. A user''s are counted when asked for: a count kept in a row of '
+  'the user is written at every end of a job, and while a long transaction holds back vacuum, each '
+  'write walks all the versions before it.';
+
+create view private.paused_models with (security_invoker = true) as
+select
+  m.id,
+  b.paused_until,
+  b.resumed_at
+from private.breakers as b
+inner join public.models as m on b.name in (m.id, m.provider)
+where b.paused_until is not null or b.resumed_at is not null;
+
+comment on view private.paused_models is
+  'Models that are or were paused, themselves or with their provider.';
+
+revoke all on private.queue_floor, private.live_jobs, private.paused_models
+from public, anon, authenticated, service_role;
 
 -- Until when the model is paused for this user, itself or with its provider; null unless it is. A
 -- pause that failures began is one for those who failed.
@@ -258,221 +279,206 @@ begin
 end;
 $$;
 
-create view private.paused_models with (security_invoker = true) as
-select
-  m.id,
-  b.paused_until,
-  b.resumed_at
-from private.breakers as b
-inner join public.models as m on b.name in (m.id, m.provider)
-where b.paused_until is not null or b.resumed_at is not null;
-
-comment on view private.paused_models is
-  'Models that are or were paused, themselves or with their provider.';
-
-revoke all on private.paused_models from public, anon, authenticated, service_role;
-
--- The model that an alias stands for with this user; null if there is no such alias.
---
--- Weighted rendezvous hashing: each arm draws a number that depends on nothing but user and arm,
--- and the smallest wins. So a user stays with an arm, and a change of weights moves as few as
--- possible. A paused arm is passed over while another is not.
-create function private.resolve_alias(p_alias_id text, p_user_id uuid, p_plan text) returns text
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select a.model_id
-  from public.model_aliases as a
-  inner join public.models as m on m.id = a.model_id
-  cross join lateral (
-    select ('x' || left(md5(concat_ws(' ', p_user_id, a.id, a.model_id)), 12))::bit(48)::bigint as n
-  ) as drawn
-  where a.id = p_alias_id and a.weight > 0 and m.is_active
-    and (p_plan = 'paid' or not m.requires_paid)
-  order by
-    private.paused_until(m, p_user_id) is not null,
-    -ln((drawn.n + 1) / 281474976710657.0) / a.weight
-  limit 1
+-- The plan of a user now: paid or free.
+create function private.plan_of(p_entitlement public.entitlements) returns private.plans
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+begin
+  return (select p from private.plans as p where p.name = case
+    when p_entitlement.is_paid and p_entitlement.paid_until > now() then 'paid' else 'free'
+  end);
+end;
 $$;
 
--- Raises PT503 model_paused.
-create function private.refuse_paused(p_model_id text, p_until timestamptz) returns void
+create type private.gate as (
+  user_id uuid,
+  credits integer,
+  last_fair_key bigint,
+  plan text,
+  weight integer,
+  max_active integer,
+  max_batch integer,
+  may_be_over_limits boolean,
+  max_params_bytes integer,
+  max_prompt_chars integer,
+  is_model_unclear boolean,
+  model public.models
+);
+
+comment on type private.gate is
+  'What a request is held against: the user''s balance and plan, the model, and whether there is '
+  'anything to look at more closely. See private.gate().';
+
+-- All that a request of this user for this model is held against, with the entitlement locked. From
+-- here on the user's requests take turns, and what a later statement counts is sure until the end.
+--
+-- queue_state is refreshed twice a minute, or not at all while nothing runs. Nothing that is ready
+-- now can have been so before the oldest that was ready then, nor, if there was none, before then.
+-- So it never hides that the queue is busy; where it may be, the queue itself is looked at.
+--
+-- Who waits for the lock may be paid when it comes, so the plan is fetched apart: in a join
+-- PostgreSQL would look at the row again and find that it matches its plan no more.
+--
+-- Raises: PT401 not_authenticated.
+create function private.gate(p_user_id uuid, p_model text) returns private.gate
 language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_gate private.gate;
 begin
-  perform private.refuse_for_now(
-    503,
-    'model_paused',
-    format('%s is paused', p_model_id),
-    ceil(extract(epoch from least(p_until, now() + interval '1 hour') - now()))::integer
-  );
+  select
+    e.user_id, e.credits, e.last_fair_key, p.name, p.weight, p.max_active, p.max_batch,
+    (e.minute_jobs >= p.max_per_minute and e.minute_started_at > now() - interval '1 minute')
+    or (
+      e.day_started_at > now() - interval '1 day' and (
+        e.day_jobs >= p.max_per_minute::bigint * p.full_minutes_per_day
+        or e.day_burned >= p.max_burned_per_day
+      )
+    ) or coalesce(
+      (select least(q.oldest_ready_at, q.refreshed_at) from private.queue_state as q)
+      < now() - p.busy_after, false
+    ),
+    s.max_params_bytes, s.max_prompt_chars,
+    m.id is null or (m.requires_paid and p.name <> 'paid') or exists (
+      select from private.breakers as b
+      where b.paused_until > now() or e.user_id = any (b.failed_users || b.doubted_users)
+    ),
+    m
+  into v_gate
+  from public.entitlements as e
+  cross join private.settings as s
+  left join public.models as m on m.id = p_model and m.is_active
+  cross join lateral (
+    select * from private.plans as p
+    where p.name = case when e.is_paid and e.paid_until > now() then 'paid' else 'free' end offset 0
+  ) as p
+  where e.user_id = p_user_id
+  for update of e;
+  if not found then
+    perform private.refuse_unknown_user();
+  end if;
+  return v_gate;
 end;
 $$;
 
 -- The model of this name, or the one that an alias of this name stands for, if this user may use
 -- it.
 --
+-- Weighted rendezvous hashing: each arm of an alias draws a number that depends on nothing but user
+-- and arm, and the smallest wins. So a user stays with an arm, and a change of weights moves as few
+-- as possible. A paused arm is passed over while another is not.
+--
 -- Raises: PT404 not_found, PT403 requires_paid_plan, PT503 model_paused.
-create function private.require_model(
-  p_name text, p_user_id uuid, p_plan text
-) returns public.models
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+create function private.require_model(p_gate private.gate, p_name text) returns public.models
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
-  v_model public.models;
+  v_model public.models := p_gate.model;
   v_paused_until timestamptz;
 begin
-  select * into v_model from public.models where id = p_name and is_active;
-  if not found then
-    select * into v_model from public.models
-    where id = private.resolve_alias(p_name, p_user_id, p_plan);
+  if v_model.id is null then
+    select m.* into v_model
+    from public.model_aliases as a
+    inner join public.models as m on m.id = a.model_id
+    cross join lateral (
+      select
+        ('x' || left(md5(concat_ws(' ', p_gate.user_id, a.id, m.id)), 12))::bit(48)::bigint as n
+    ) as drawn
+    where a.id = p_name and a.weight > 0 and m.is_active
+      and (p_gate.plan = 'paid' or not m.requires_paid)
+    order by
+      private.paused_until(m, p_gate.user_id) is not null,
+      -ln((drawn.n + 1) / 281474976710657.0) / a.weight
+    limit 1;
   end if;
   if v_model.id is null then
     perform private.refuse_missing('model: no such model', 'list_models() names them.');
+  elsif v_model.requires_paid and p_gate.plan <> 'paid' then
+    perform private.refuse(
+      'requires_paid_plan', format('%s is for paid users', v_model.id),
+      'Choose another model or a paid plan.'
+    );
   end if;
-  if v_model.requires_paid and p_plan <> 'paid' then
-    raise sqlstate 'PT403' using
-      message = 'requires_paid_plan',
-      detail = format('%s is for paid users', v_model.id),
-      hint = 'Choose another model or a paid plan.';
-  end if;
-  if exists (
-    select from private.breakers as b
-    where b.paused_until > now() or p_user_id = any (b.failed_users || b.doubted_users)
-  ) then
-    v_paused_until := private.paused_until(v_model, p_user_id);
-    if v_paused_until is not null then
-      perform private.refuse_paused(v_model.id, v_paused_until);
-    end if;
+  v_paused_until := private.paused_until(v_model, p_gate.user_id);
+  if v_paused_until is not null then
+    perform private.refuse(
+      'model_paused', format('%s is paused', v_model.id), p_retry_after => ceil(
+        extract(epoch from least(v_paused_until, now() + interval '1 hour') - now())
+      )::integer
+    );
   end if;
   return v_model;
 end;
 $$;
 
--- The plan of a user now: paid or free.
-create function private.plan_of(p_entitlement public.entitlements) returns private.plans
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_plan private.plans;
-  v_is_paid boolean := p_entitlement.is_paid and p_entitlement.paid_until > now();
-begin
-  select * into v_plan from private.plans as p
-  where p.name = case when v_is_paid then 'paid' else 'free' end;
-  return v_plan;
-end;
-$$;
-
-create view private.queue_floor with (security_invoker = true) as
-select c.last_value - 100000 as fair_key from private.virtual_clock as c;  -- 100 credits, weight 1
-
-comment on view private.queue_floor is
-  'The fair_key a scan of the queue may start at: what is queued below is rare, and found by a '
-  'full scan at least once a second.';
-
-revoke all on private.queue_floor from public, anon, authenticated, service_role;
-
-create view private.live_jobs with (security_invoker = true) as
-select
-  r.job_id,
-  r.user_id
-from private.ready_jobs as r
-union all
-select
-  r.job_id,
-  r.user_id
-from private.running_jobs as r;
-
-comment on view private.live_jobs is
-  'Jobs that are queued or running. A user''s are counted when asked for: a count kept in a row of '
-  'the user is written at every end of a job, and while a long transaction holds back vacuum, each '
-  'write walks all the versions before it.';
-
-revoke all on private.live_jobs from public, anon, authenticated, service_role;
-
 -- Whether a job has waited this long though its user has nothing running. Who has, waits for his
 -- own: one user's long queue is old, but no reason to refuse others, who go before it. Looked for
 -- among the next jobs in fair order: whoever has waited for a first job is there.
-create function private.has_waited(p_interval interval) returns boolean
-language sql set search_path = pg_catalog, pg_temp as $$
-  select exists (
-    select from (
-      select r.user_id, r.model_id, r.queued_at from private.ready_jobs as r
-      where r.run_at is null and r.fair_key >= (select f.fair_key from private.queue_floor as f)
-      order by r.fair_key, r.seq limit 1000
-    ) as next
-    where next.queued_at < now() - p_interval
-      and next.user_id not in (select r.user_id from private.running_jobs as r)
-      -- Nor does it wait for us while its model is paused.
-      and not exists (
-        select from private.paused_models as p
-        where p.id = next.model_id
-          and (p.paused_until is not null or p.resumed_at > now() - p_interval)
-      )
-  )
-$$;
-
--- Whether the queue is too far behind for a request of this plan.
---
--- queue_state is refreshed twice a minute, or not at all while nothing runs. Nothing that is ready
--- now can have been so before the oldest that was ready then, nor, if there was none, before then.
--- So it never hides that the queue is busy; where it says so, the queue itself is looked at.
-create function private.is_busy(p_plan private.plans) returns boolean
+create function private.is_busy(p_busy_after interval) returns boolean
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   if (select least(q.oldest_ready_at, q.refreshed_at) from private.queue_state as q)
-    < now() - p_plan.busy_after then
-    return private.has_waited(p_plan.busy_after);
+    < now() - p_busy_after then
+    return exists (
+      select from (
+        select r.user_id, r.model_id, r.queued_at from private.ready_jobs as r
+        where r.run_at is null and r.fair_key >= (select f.fair_key from private.queue_floor as f)
+        order by r.fair_key, r.seq limit 1000
+      ) as next
+      where next.queued_at < now() - p_busy_after
+        and next.user_id not in (select r.user_id from private.running_jobs as r)
+        -- Nor does it wait for us while its model is paused.
+        and not exists (
+          select from private.paused_models as p
+          where p.id = next.model_id
+            and (p.paused_until is not null or p.resumed_at > now() - p_busy_after)
+        )
+    );
   end if;
   return false;
 end;
 $$;
 
--- One more job fits the plan's limits. The caller has locked the entitlement row, and what is
--- counted here is counted after that: concurrent requests cannot pass them together.
---
--- Raises: PT429 too_many_active, PT429 rate_limited, PT503 busy.
-create function private.check_limits(
-  p_entitlement public.entitlements, p_plan private.plans
-) returns void
+-- Raises PT429 too_many_active, PT429 rate_limited or PT503 busy, unless one more job fits after
+-- all: the queue is not as old as it seemed.
+create function private.refuse_limits(p_user_id uuid) returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_used public.entitlements := (
+    select e from public.entitlements as e where e.user_id = p_user_id
+  );
+  v_plan private.plans := private.plan_of(v_used);
+  v_max_per_day bigint := v_plan.max_per_minute::bigint * v_plan.full_minutes_per_day;
 begin
-  if p_plan.max_active <= (
+  if v_plan.max_active <= (
     select count(*) from (
-      select from private.live_jobs as j
-      where j.user_id = p_entitlement.user_id limit p_plan.max_active
+      select from private.live_jobs as j where j.user_id = p_user_id limit v_plan.max_active
     ) as live
   ) then
-    perform private.refuse_for_now(
-      429,
+    perform private.refuse(
       'too_many_active',
-      format('%s jobs are queued or running, the plan''s limit', p_plan.max_active),
-      5
+      format('%s jobs are queued or running, the plan''s limit', v_plan.max_active),
+      p_retry_after => 5
     );
-  end if;
-  if p_entitlement.minute_jobs >= p_plan.max_per_minute
-    and p_entitlement.minute_started_at > now() - interval '1 minute' then
-    perform private.refuse_for_now(
-      429,
-      'rate_limited',
-      format('%s jobs in this minute, the plan''s limit', p_plan.max_per_minute),
-      ceil(extract(
-        epoch from p_entitlement.minute_started_at + interval '1 minute' - now()
-      ))::integer
+  elsif v_used.minute_started_at > now() - interval '1 minute'
+    and v_used.minute_jobs >= v_plan.max_per_minute then
+    perform private.refuse(
+      'rate_limited', format('%s jobs in this minute, the plan''s limit', v_plan.max_per_minute),
+      p_retry_after => ceil(
+        extract(epoch from v_used.minute_started_at + interval '1 minute' - now())
+      )::integer
     );
-  end if;
-  if p_entitlement.day_started_at > now() - interval '1 day' and (
-    p_entitlement.day_jobs >= p_plan.max_per_minute::bigint * p_plan.full_minutes_per_day
-    or p_entitlement.day_burned >= p_plan.max_burned_per_day
+  elsif v_used.day_started_at > now() - interval '1 day' and (
+    v_used.day_jobs >= v_max_per_day or v_used.day_burned >= v_plan.max_burned_per_day
   ) then
-    perform private.refuse_for_now(
-      429,
-      'rate_limited',
-      format(
+    perform private.refuse(
+      'rate_limited', format(
         '%s jobs in this day, %s of them canceled when they ran: the plan''s limits are %s and %s',
-        p_entitlement.day_jobs, p_entitlement.day_burned,
-        p_plan.max_per_minute::bigint * p_plan.full_minutes_per_day, p_plan.max_burned_per_day
+        v_used.day_jobs, v_used.day_burned, v_max_per_day, v_plan.max_burned_per_day
       ),
-      ceil(extract(epoch from p_entitlement.day_started_at + interval '1 day' - now()))::integer
+      p_retry_after => ceil(
+        extract(epoch from v_used.day_started_at + interval '1 day' - now())
+      )::integer
     );
-  end if;
-  if private.is_busy(p_plan) then
-    perform private.refuse_for_now(503, 'busy', 'Jobs wait too long to take in more.', 60);
+  elsif private.is_busy(v_plan.busy_after) then
+    perform private.refuse('busy', 'Jobs wait too long to take in more.', p_retry_after => 60);
   end if;
 end;
 $$;

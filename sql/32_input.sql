@@ -1,132 +1,154 @@
 -- Input: do the params fit the model's schema, and what is the provider sent?
 --
--- All of it is done before any credit moves. prepare_params takes what the jobs of a batch
--- have in common: map_size (31) puts a size in the model's own words, check_params holds every
--- param against the schema, and defaults and the operator's own values are added. complete_input
--- adds a prompt and a seed. The generation keeps both what was asked (input) and what is sent
+-- provider_inputs does all of it before any credit moves: a size in the model's own words, every
+-- param held against the schema, defaults under it, the operator's own values over it, then the
+-- prompt and a seed of each job. The generation keeps both what was asked (input) and what is sent
 -- (provider_input).
 
--- Why a value does not fit a property of a schema, with what is allowed; null if it does.
-create function private.input_problem(p_value jsonb, p_property jsonb) returns text
+-- Why a value does not fit a property of a schema, with what is allowed; null if it does. Beyond
+-- 2^53 JSON numbers are not exact.
+create function private.input_problem(p_value jsonb, p_rules jsonb) returns text
 language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 declare
-  v_type text := p_property ->> 'type';
+  v_type text := p_rules ->> 'type';
+  v_least numeric;
+  v_most numeric;
+  v_size numeric;
 begin
-  if p_property ?| '{anyOf,enum,nullable}' then
-    if p_value = 'null' and p_property @> '{"nullable": true}' then
-      return null;
-    elsif p_property ? 'anyOf' then
-      return case when (
-        select bool_and(private.input_problem(p_value, o.value) is not null)
-        from jsonb_array_elements(p_property -> 'anyOf') as o
-      ) then 'none of its types: ' || left(p_property ->> 'anyOf', 1000) end;
-    end if;
-  end if;
-  if jsonb_typeof(p_value) is distinct from replace(v_type, 'integer', 'number')
+  if p_value = 'null' and p_rules @> '{"nullable": true}' then
+    return null;
+  elsif p_rules ? 'anyOf' then
+    return case when (
+      select bool_and(private.input_problem(p_value, o.value) is not null)
+      from jsonb_array_elements(p_rules -> 'anyOf') as o
+    ) then 'none of its types: ' || left(p_rules ->> 'anyOf', 1000) end;
+  elsif jsonb_typeof(p_value) is distinct from replace(v_type, 'integer', 'number')
     or (v_type = 'integer' and p_value::numeric % 1 <> 0) then
     return 'not of type ' || coalesce(v_type, 'allowed here');
-  elsif p_property ? 'enum' and not (p_property -> 'enum') @> jsonb_build_array(p_value) then
-    return 'not one of ' || left(p_property ->> 'enum', 1000);
-  end if;
-  return case jsonb_typeof(p_value)
-    when 'number' then case
-      when p_value >= p_property -> 'minimum' and p_value <= p_property -> 'maximum'
-        and not p_property ?| '{exclusiveMinimum,exclusiveMaximum,multipleOf}' then null
-      else private.number_problem(p_value::numeric, p_property)
-    end
-    when 'string' then case when p_property ?| '{maxLength,minLength}' then
-      private.length_problem(length(p_value #>> '{}'), p_property, 'Length', null)
-    end
-    when 'array' then coalesce(
-      private.length_problem(jsonb_array_length(p_value), p_property, 'Items', 16),
-      private.items_problem(p_value, p_property -> 'items')
-    )
-  end;
-end;
-$$;
-
--- The same for the range of a number; beyond 2^53 JSON numbers are not exact.
-create function private.number_problem(p_number numeric, p_property jsonb) returns text
-language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_lowest numeric := coalesce((p_property ->> 'minimum')::numeric, -9007199254740991);
-  v_highest numeric := coalesce((p_property ->> 'maximum')::numeric, 9007199254740991);
-begin
-  if p_number not between v_lowest and v_highest then
-    return format('not between %s and %s', v_lowest, v_highest);
-  elsif p_property ?| '{exclusiveMinimum,exclusiveMaximum,multipleOf}' then
+  elsif p_rules ? 'enum' and not (p_rules -> 'enum') @> jsonb_build_array(p_value) then
+    return 'not one of ' || left(p_rules ->> 'enum', 1000);
+  elsif v_type in ('integer', 'number') then
+    v_least := coalesce((p_rules ->> 'minimum')::numeric, -9007199254740991);
+    v_most := coalesce((p_rules ->> 'maximum')::numeric, 9007199254740991);
+    v_size := p_value::numeric;
+    if v_size not between v_least and v_most then
+      return format('not between %s and %s', v_least, v_most);
+    elsif p_rules ?| '{exclusiveMinimum,exclusiveMaximum,multipleOf}' then
+      return case
+        when v_size <= (p_rules ->> 'exclusiveMinimum')::numeric
+          then 'not above ' || (p_rules ->> 'exclusiveMinimum')
+        when v_size >= (p_rules ->> 'exclusiveMaximum')::numeric
+          then 'not below ' || (p_rules ->> 'exclusiveMaximum')
+        when v_size % (p_rules ->> 'multipleOf')::numeric <> 0
+          then 'not a multiple of ' || (p_rules ->> 'multipleOf')
+      end;
+    end if;
+  elsif v_type = 'string' and p_rules ?| '{maxLength,minLength}' then
+    v_size := length(p_value #>> '{}');
     return case
-      when p_number <= (p_property ->> 'exclusiveMinimum')::numeric
-        then 'not above ' || (p_property ->> 'exclusiveMinimum')
-      when p_number >= (p_property ->> 'exclusiveMaximum')::numeric
-        then 'not below ' || (p_property ->> 'exclusiveMaximum')
-      when p_number % (p_property ->> 'multipleOf')::numeric <> 0
-        then 'not a multiple of ' || (p_property ->> 'multipleOf')
+      when v_size > (p_rules ->> 'maxLength')::numeric
+        then format('longer than %s characters', p_rules ->> 'maxLength')
+      when v_size < (p_rules ->> 'minLength')::numeric
+        then format('shorter than %s characters', p_rules ->> 'minLength')
+    end;
+  elsif v_type = 'array' then
+    v_most := coalesce((p_rules ->> 'maxItems')::numeric, 16);
+    v_size := jsonb_array_length(p_value);
+    return case
+      when v_size > v_most then format('longer than %s items', v_most)
+      when v_size < (p_rules ->> 'minItems')::numeric
+        then format('shorter than %s items', p_rules ->> 'minItems')
+      else (
+        select 'an item is ' || q.problem
+        from jsonb_array_elements(p_value) with ordinality as i (value, place)
+        cross join private.input_problem(i.value, p_rules -> 'items') as q (problem)
+        where q.problem is not null order by i.place limit 1
+      )
     end;
   end if;
   return null;
 end;
 $$;
 
--- The same for the length of a text (minLength, maxLength) or an array (minItems, maxItems).
-create function private.length_problem(
-  p_length integer, p_property jsonb, p_unit text, p_default_max integer
-) returns text
+-- The params with a size the model knows in place of one it does not: the nearest of its own ratios
+-- or sizes (shape counts before area), or pixels of that shape, with the area of its defaults, in
+-- the nearest steps it allows. What cannot be mapped stays as it is, for its schema to refuse.
+create function private.map_size(p_model public.models, p_params jsonb) returns jsonb
 language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 declare
-  v_most numeric := coalesce((p_property ->> ('max' || p_unit))::numeric, p_default_max);
-  v_least numeric := (p_property ->> ('min' || p_unit))::numeric;
-  v_unit text := case p_unit when 'Items' then 'items' else 'characters' end;
-begin
-  return case
-    when p_length > v_most then format('longer than %s %s', v_most, v_unit)
-    when p_length < v_least then format('shorter than %s %s', v_least, v_unit)
-  end;
-end;
-$$;
-
--- The same for the items of an array.
-create function private.items_problem(p_value jsonb, p_items jsonb) returns text
-language sql immutable set search_path = pg_catalog, pg_temp as $$
-  select 'an item is ' || q.problem
-  from jsonb_array_elements(p_value) with ordinality as i (value, place)
-  cross join private.input_problem(i.value, p_items) as q (problem)
-  where q.problem is not null
-  order by i.place limit 1
-$$;
-
--- Answers the params if every one is one the model takes from clients and fits its schema, and none
--- it needs is missing.
---
--- Raises: PT400 invalid_input, naming the field and what is allowed.
-create function private.check_params(p_model public.models, p_params jsonb) returns jsonb
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
   v_properties jsonb := p_model.input_schema -> 'properties';
-  v_required jsonb := p_model.input_schema -> 'required';
-  v_foreign jsonb := p_params - p_model.client_inputs;
-  v_name text;
-  v_problem text;
+  v_takes_pixels boolean := p_model.client_inputs @> '{width,height}';
+  v_sides numeric[] := array(
+    select s.side from unnest('{width,height}'::text[]) with ordinality as n (name, place)
+    cross join lateral (
+      select case jsonb_typeof(p_params -> n.name) when 'number' then (p_params ->> n.name)::numeric
+      end as side
+    ) as s
+    where s.side % 1 = 0 and s.side between 1 and 16384 order by n.place
+  );
+  v_ratio numeric[] := regexp_match(
+    p_params ->> 'aspect_ratio', '^0*([1-9]\d{0,3}):0*([1-9]\d{0,3})$'
+  );
+  v_unknown text[] := '{aspect_ratio}';
+  v_size jsonb;
 begin
-  if v_foreign <> '{}' then
-    select min(f.name) into v_name from jsonb_object_keys(v_foreign) as f (name);
-    perform private.refuse_input(
-      format('params.%s: not an input of %s', left(v_name, 60), p_model.id),
-      'Allowed: ' || array_to_string(p_model.client_inputs, ', ')
-    );
-  end if;
-  foreach v_name in array p_model.client_inputs loop
-    if p_params ? v_name then
-      v_problem := private.input_problem(p_params -> v_name, v_properties -> v_name);
-      if v_problem is not null then
-        perform private.refuse_input(format('params.%s: %s', v_name, v_problem));
-      end if;
-    elsif v_required ? v_name and v_name <> 'seed' and not v_properties -> v_name ? 'default'
-      and not p_model.operator_input ? v_name then
-      perform private.refuse_input(format('params.%s: missing', v_name));
+  if cardinality(v_sides) = 2 and not v_takes_pixels then
+    v_ratio := v_sides;
+    v_unknown := '{width,height}';
+  elsif v_ratio is null or 'aspect_ratio' = any (p_model.client_inputs) then
+    if cardinality(v_sides) = 2 then
+      -- Some models look at pixels only when asked for a custom shape.
+      select coalesce(jsonb_object_agg(c.name, 'custom'), '{}') into v_size
+      from unnest('{aspect_ratio,size}'::text[]) as c (name)
+      where v_properties #> array[c.name, 'enum'] @> '["custom"]';
     end if;
-  end loop;
-  return p_params;
+    return coalesce(v_size, '{}') || p_params;
+  end if;
+  if v_takes_pixels then
+    select jsonb_object_agg(s.name, coalesce(
+      (
+        select e.value::numeric from jsonb_array_elements(r.rules -> 'enum') as e
+        order by abs(e.value::numeric - s.pixels) limit 1
+      ),
+      least(
+        floor(coalesce((r.rules ->> 'maximum')::numeric, 2048) / r.step) * r.step,
+        greatest(
+          ceil(coalesce((r.rules ->> 'minimum')::numeric, 64) / r.step) * r.step,
+          round(s.pixels / r.step) * r.step
+        )
+      )
+    )) into v_size
+    from (
+      select coalesce((v_properties #>> '{width,default}')::numeric, 1024)
+        * coalesce((v_properties #>> '{height,default}')::numeric, 1024) as area
+    ) as a
+    cross join lateral (values
+      ('width', sqrt(a.area * v_ratio[1] / v_ratio[2])),
+      ('height', sqrt(a.area * v_ratio[2] / v_ratio[1]))
+    ) as s (name, pixels)
+    cross join lateral (
+      -- Multiples of 64, as diffusion models like them.
+      select v_properties -> s.name as rules, case
+        when 64 % coalesce((v_properties #>> array[s.name, 'multipleOf'])::numeric, 1) = 0 then 64
+        else (v_properties #>> array[s.name, 'multipleOf'])::numeric
+      end as step
+    ) as r;
+  else
+    select jsonb_build_object(p.name, o.option) into v_size
+    from unnest('{aspect_ratio,size,image_size,resolution}'::text[])
+      with ordinality as p (name, place)
+    cross join jsonb_array_elements_text(
+      coalesce(v_properties #> array[p.name, 'enum'], '[]')
+    ) as o (option)
+    cross join regexp_match(o.option, '^(\d{1,5}) ?[:x*×] ?(\d{1,5})$') as m
+    where p.name = any (p_model.client_inputs) and m[1]::numeric > 0 and m[2]::numeric > 0
+    order by
+      p.place,
+      abs(ln(m[1]::numeric / m[2]::numeric) - ln(v_ratio[1] / v_ratio[2])),
+      abs(ln(m[1]::numeric * m[2]::numeric) - ln(v_ratio[1] * v_ratio[2]))
+    limit 1;
+  end if;
+  return case when v_size is null then p_params else v_size || (p_params - v_unknown) end;
 end;
 $$;
 
@@ -178,96 +200,92 @@ begin
 end;
 $$;
 
--- The model makes nothing without a prompt. One that needs a picture and has a prompt of its own,
--- an upscaler say, does.
-create function private.needs_prompt(p_model public.models) returns boolean
-language sql immutable set search_path = pg_catalog, pg_temp as $$
-  select p_model.prompt_input is not null and not (
-    coalesce(p_model.input_schema -> 'required' ?| p_model.image_inputs, false)
-    and not p_model.input_schema -> 'required' ? p_model.prompt_input
-    and p_model.input_schema #> array['properties', p_model.prompt_input] ? 'default'
-  )
-$$;
-
--- params.reuse is ours, not the model's: see find_reusable (50). Raises: PT400 invalid_input.
-create function private.check_reuse(p_params jsonb) returns void
+-- What the provider is sent for each prompt. A seed is chosen where the model has one and nobody
+-- said it, so that every picture can be made again. It also marks the job: a lost create is found
+-- at the provider by its input. params.reuse is ours, not the model's: see enqueue_generation (50).
+-- p_field is what a refusal calls a prompt, with its place for %1$s.
+--
+-- Raises: PT400 invalid_input, naming the field and what is allowed.
+create function private.provider_inputs(
+  p_model public.models, p_user_id uuid, p_params jsonb, p_prompts text[],
+  p_field text default 'prompt'
+) returns jsonb[]
 language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_params jsonb := p_params - 'reuse';
+  v_properties jsonb := p_model.input_schema -> 'properties';
+  v_required jsonb := p_model.input_schema -> 'required';
+  v_seed jsonb := v_properties -> 'seed';
+  v_prompt_rules jsonb := v_properties -> p_model.prompt_input;
+  v_lowest bigint := greatest(0, (v_seed ->> 'minimum')::numeric);
+  v_has_prompt boolean;
+  v_inputs jsonb[];
+  v_name text;
+  v_problem text;
 begin
-  if jsonb_typeof(p_params -> 'reuse') <> 'boolean' then
+  if p_params ? 'reuse' and jsonb_typeof(p_params -> 'reuse') <> 'boolean' then
     perform private.refuse_input('params.reuse: not of type boolean');
   elsif p_params @> '{"reuse": true}' and not p_params ? 'seed' then
     perform private.refuse_input(
       'params.reuse: needs params.seed', 'Without a seed every picture is another one.'
     );
-  end if;
-end;
-$$;
-
--- What all of a request's jobs are sent but for prompt and seed: defaults, the user's params, the
--- operator's own values.
---
--- Raises: PT400 invalid_input.
-create function private.prepare_params(
-  p_model public.models, p_user_id uuid, p_params jsonb
-) returns jsonb
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_params jsonb := p_params;
-begin
-  if v_params ? 'reuse' then
-    perform private.check_reuse(v_params);
-    v_params := v_params - 'reuse';
-  end if;
-  if v_params ?& '{width,height}' or v_params ? 'aspect_ratio' then
+  elsif v_params ?& '{width,height}' or v_params ? 'aspect_ratio' then
     v_params := private.map_size(p_model, v_params);
   end if;
-  v_params := private.check_params(p_model, v_params);
+  if v_params - p_model.client_inputs <> '{}' then
+    v_name := (
+      select min(f.name) from jsonb_object_keys(v_params - p_model.client_inputs) as f (name)
+    );
+    perform private.refuse_input(
+      format('params.%s: not an input of %s', left(v_name, 60), p_model.id),
+      'Allowed: ' || array_to_string(p_model.client_inputs, ', ')
+    );
+  end if;
+  foreach v_name in array p_model.client_inputs loop
+    v_problem := case
+      when v_params ? v_name
+        then private.input_problem(v_params -> v_name, v_properties -> v_name)
+      when v_required ? v_name and v_name <> 'seed'
+        and not v_properties -> v_name ? 'default' and not p_model.operator_input ? v_name
+        then 'missing'
+    end;
+    if v_problem is not null then
+      perform private.refuse_input(format('params.%s: %s', v_name, v_problem));
+    end if;
+  end loop;
   if v_params ?| p_model.image_inputs then
     perform private.check_source_images(p_model, p_user_id, v_params);
   end if;
-  return p_model.default_input || v_params || p_model.operator_input;
-end;
-$$;
-
--- What the provider is sent for one prompt: with a seed where the model has one, so that every
--- picture can be made again. It also marks the job: a lost create is found at the provider by its
--- input.
---
--- Raises: PT400 invalid_input.
-create function private.complete_input(
-  p_model public.models, p_prepared jsonb, p_prompt text, p_field text default 'prompt'
-) returns jsonb
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_input jsonb := p_prepared;
-  v_properties jsonb := p_model.input_schema -> 'properties';
-  v_seed jsonb := v_properties -> 'seed';
-  v_lowest bigint;
-  v_highest bigint;
-  v_problem text;
-begin
-  if p_prompt !~ '[0-9A-Za-z]' and private.is_blank(p_prompt) then
-    if private.needs_prompt(p_model) then
-      perform private.refuse_input(p_field || ': missing or blank');
-    end if;
-  elsif p_model.prompt_input is not null then
-    if v_properties -> p_model.prompt_input ?| '{anyOf,enum,maxLength,minLength}' then
-      v_problem := private.input_problem(
-        to_jsonb(p_prompt), v_properties -> p_model.prompt_input
-      );
+  v_params := p_model.default_input || v_params || p_model.operator_input;
+  for v_at in 1 .. cardinality(p_prompts) loop
+    v_has_prompt := p_prompts[v_at] ~ '[0-9A-Za-z]' or not private.is_blank(p_prompts[v_at]);
+    if not v_has_prompt then
+      -- One that needs a picture and has a prompt of its own, an upscaler say, does without.
+      if p_model.prompt_input is not null and not (
+        coalesce(v_required ?| p_model.image_inputs, false)
+        and not v_required ? p_model.prompt_input and v_prompt_rules ? 'default'
+      ) then
+        perform private.refuse_input(format(p_field || ': missing or blank', v_at - 1));
+      end if;
+    elsif v_prompt_rules ?| '{anyOf,enum,maxLength,minLength}' then
+      v_problem := private.input_problem(to_jsonb(p_prompts[v_at]), v_prompt_rules);
       if v_problem is not null then
-        perform private.refuse_input(format('%s: %s', p_field, v_problem));
+        perform private.refuse_input(format(p_field || ': %2$s', v_at - 1, v_problem));
       end if;
     end if;
-    v_input := v_input || jsonb_build_object(p_model.prompt_input, p_prompt);
-  end if;
-  if v_seed ->> 'type' = 'integer' and not v_input ? 'seed' then
-    v_lowest := greatest(0, (v_seed ->> 'minimum')::numeric);
-    v_highest := least(2147483647, (v_seed ->> 'maximum')::numeric);
-    v_input := v_input || jsonb_build_object(
-      'seed', v_lowest + floor(random() * (v_highest - v_lowest + 1))::bigint
-    );
-  end if;
-  return v_input;
+    v_inputs[v_at] := v_params || case
+      when v_has_prompt and p_model.prompt_input is not null
+        then jsonb_build_object(p_model.prompt_input, p_prompts[v_at])
+      else '{}'
+    end || case
+      when v_seed ->> 'type' = 'integer' and not v_params ? 'seed' then jsonb_build_object(
+        'seed', v_lowest + floor(random() * (
+          least(2147483647, (v_seed ->> 'maximum')::numeric) - v_lowest + 1
+        ))::bigint
+      )
+      else '{}'
+    end;
+  end loop;
+  return v_inputs;
 end;
 $$;

@@ -1,4 +1,5 @@
--- Credits: grant, charge, refund. The only code that moves a balance.
+-- Credits: grant and refund, and what a new user begins with. With the charge, in accept (50), the
+-- only code that moves a balance.
 --
 -- Every step locks the user's entitlement row, writes one ledger entry that holds the new balance,
 -- and moves the balance by the same amount, in one transaction. Give-backs are keyed by generation:
@@ -15,51 +16,6 @@ begin
     perform private.refuse_unknown_user();
   end if;
   return v_entitlement;
-end;
-$$;
-
--- Raises PT402 insufficient_credits.
-create function private.refuse_price(
-  p_entitlement public.entitlements, p_credits bigint
-) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-begin
-  raise sqlstate 'PT402' using
-    message = 'insufficient_credits',
-    detail = format('need %s, have %s', p_credits, p_entitlement.credits),
-    hint = 'Buy credits or choose a cheaper model.';
-end;
-$$;
-
--- Charges generations, p_credits each, or refuses. The entitlement row is locked.
---
--- Raises: PT402 insufficient_credits.
-create function private.charge_credits(
-  p_entitlement public.entitlements, p_generation_ids uuid[], p_credits integer,
-  p_last_fair_key bigint
-) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_count integer := cardinality(p_generation_ids);
-  v_cost bigint := p_credits::bigint * v_count;
-  v_new_minute boolean := p_entitlement.minute_started_at <= now() - interval '1 minute';
-  v_new_day boolean := p_entitlement.day_started_at <= now() - interval '1 day';
-begin
-  if v_cost > p_entitlement.credits then
-    perform private.refuse_price(p_entitlement, v_cost);
-  end if;
-  update public.entitlements set
-    credits = credits - v_cost,
-    last_fair_key = p_last_fair_key,
-    minute_started_at = case when v_new_minute then now() else minute_started_at end,
-    minute_jobs = case when v_new_minute then v_count else minute_jobs + v_count end,
-    day_started_at = case when v_new_day then now() else day_started_at end,
-    day_jobs = case when v_new_day then v_count else day_jobs + v_count end,
-    day_burned = case when v_new_day then 0 else day_burned end
-  where user_id = p_entitlement.user_id;
-  insert into public.credit_ledger (user_id, generation_id, kind, amount, balance_after)
-  select p_entitlement.user_id, g.id, 'charge', -p_credits, p_entitlement.credits - p_credits * g.n
-  from unnest(p_generation_ids) with ordinality as g (id, n);
 end;
 $$;
 
@@ -103,33 +59,11 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
     end,
     'max_per_minute', p.max_per_minute,
     'max_batch', p.max_batch,
-    'is_busy', private.is_busy(p)
+    'is_busy', private.is_busy(p.busy_after)
   )
   from public.entitlements as e
   cross join lateral private.plan_of(e) as p
   where e.user_id = p_user_id
-$$;
-
--- The ledger entry of an external id, if it is this very grant; null if the id is new.
---
--- Raises: PT409 idempotency_conflict if the id was used for something else.
-create function private.find_grant(
-  p_user_id uuid, p_amount integer, p_kind text, p_external_id text
-) returns public.credit_ledger
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_entry public.credit_ledger;
-begin
-  select * into v_entry from public.credit_ledger where external_id = p_external_id;
-  if found and (v_entry.user_id, v_entry.amount, v_entry.kind)
-    is distinct from (p_user_id, p_amount, p_kind) then
-    raise sqlstate 'PT409' using
-      message = 'idempotency_conflict',
-      detail = 'external_id was used for another grant',
-      hint = 'Use the payment''s own id, once for each payment.';
-  end if;
-  return v_entry;
-end;
 $$;
 
 -- Adds credits once per external id. Answers {credits, applied}.
@@ -150,8 +84,7 @@ begin
     perform private.refuse_input(
       'kind: grant with a positive amount, or adjust with one that is not 0'
     );
-  end if;
-  if coalesce(octet_length(p_external_id) not between 1 and 200, true) then
+  elsif coalesce(octet_length(p_external_id) not between 1 and 200, true) then
     perform private.refuse_input(
       'external_id: not 1 to 200 bytes', 'Use the payment''s id: repeats are applied once.'
     );
@@ -160,27 +93,32 @@ begin
   if not found then
     perform private.refuse_missing('user_id: no such user', 'Use the id of auth.users.');
   end if;
-  v_entry := private.find_grant(p_user_id, p_amount, p_kind, p_external_id);
-  if v_entry.id is not null then
-    return json_build_object('credits', v_credits, 'applied', false);
-  end if;
-  -- Far below what an integer holds, also once what jobs under way were charged has come back: so
-  -- no refund can ever overflow.
-  select coalesce(sum(g.price_credits), 0) into v_charged
-  from private.live_jobs as j inner join public.generations as g on g.id = j.job_id
-  where j.user_id = p_user_id;
-  if v_credits::bigint + p_amount not between 0 and 1000000000 - v_charged then
-    perform private.refuse_input(
-      format('amount: the balance is %s, and %s are in jobs under way', v_credits, v_charged)
-    );
-  end if;
-  insert into public.credit_ledger (user_id, kind, amount, balance_after, external_id)
-  values (p_user_id, p_kind, p_amount, v_credits + p_amount, p_external_id)
-  on conflict (external_id) where external_id is not null do nothing;
-  if not found then
-    -- Another user's grant took the id just now.
-    perform private.find_grant(p_user_id, p_amount, p_kind, p_external_id);
-  end if;
+  loop  -- once more where another user's grant takes the id just now
+    select * into v_entry from public.credit_ledger where external_id = p_external_id;
+    if v_entry.id is not null and (v_entry.user_id, v_entry.amount, v_entry.kind)
+      is distinct from (p_user_id, p_amount, p_kind) then
+      perform private.refuse(
+        'idempotency_conflict', 'external_id was used for another grant',
+        'Use the payment''s own id, once for each payment.'
+      );
+    elsif v_entry.id is not null then
+      return json_build_object('credits', v_credits, 'applied', false);
+    end if;
+    -- Far below what an integer holds, also once what jobs under way were charged has come back: so
+    -- no refund can ever overflow.
+    select coalesce(sum(g.price_credits), 0) into v_charged
+    from private.live_jobs as j inner join public.generations as g on g.id = j.job_id
+    where j.user_id = p_user_id;
+    if v_credits::bigint + p_amount not between 0 and 1000000000 - v_charged then
+      perform private.refuse_input(
+        format('amount: the balance is %s, and %s are in jobs under way', v_credits, v_charged)
+      );
+    end if;
+    insert into public.credit_ledger (user_id, kind, amount, balance_after, external_id)
+    values (p_user_id, p_kind, p_amount, v_credits + p_amount, p_external_id)
+    on conflict (external_id) where external_id is not null do nothing;
+    exit when found;
+  end loop;
   update public.entitlements set credits = credits + p_amount where user_id = p_user_id;
   return json_build_object('credits', v_credits + p_amount, 'applied', true);
 end;

@@ -1,96 +1,190 @@
 -- The one way in: gate, charge, and enqueue in one transaction, or nothing at all.
 --
--- Lock order: enqueue locks the entitlement row first, and everything else it writes is a new row.
--- All other functions lock running or ready row -> generation -> entitlement, so none of them can
--- wait for another in a circle. The lock also serialises one user's requests: limits, balance and
--- idempotency key are read and written without a race.
+-- Each way in, this and those of 52 and 54, locks the entitlement first (gate, 30), and accept()
+-- writes for all of them: the entitlement, and new rows. All other functions lock running or ready
+-- row -> generation -> entitlement, so none of them can wait for another in a circle. The lock also
+-- serialises one user's requests: limits, balance and idempotency key are read and written without
+-- a race.
 
--- Raises PT409 idempotency_conflict.
-create function private.refuse_used_key() returns void
+-- Wakes sleeping workers, as many as there is work for: those heard of last, which are least likely
+-- dead.
+--
+-- NOTIFY serialises commits over the whole instance, so it is sent only when somebody sleeps. A
+-- worker another transaction is waking is skipped. A wake-up that falls between is made good by the
+-- worker, which claims again after it went to sleep.
+create function private.wake_workers(p_at_most integer default 1) returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
-begin
-  raise sqlstate 'PT409' using
-    message = 'idempotency_conflict',
-    detail = 'idempotency_key was used with another payload',
-    hint = 'Use a new key for a new request.';
-end;
-$$;
-
--- The generation this user's key named before; all null if the key is new. A deleted one is found
--- by no read, so it is no answer either; nor is it made anew, for its key was charged. Once it is
--- erased its key is new.
---
--- Raises: PT409 idempotency_conflict if the payload differs, PT404 not_found if it is deleted.
-create function private.find_generation_by_key(
-  p_user_id uuid, p_key text, p_model text, p_prompt text, p_params jsonb
-) returns public.generations
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
-  v_generation public.generations;
+  v_worker_id bigint;
 begin
-  select * into v_generation
-  from public.generations where user_id = p_user_id and idempotency_key = p_key;
-  if found and (
-    coalesce(v_generation.alias_id, v_generation.model_id), v_generation.prompt, v_generation.input
-  ) is distinct from (p_model, p_prompt, p_params) then
-    perform private.refuse_used_key();
-  elsif v_generation.deleted_at is not null then
-    perform private.refuse_missing(
-      'idempotency_key: its job was deleted',
-      'restore_generation brings it back. Use a new key for a new request.'
-    );
-  end if;
-  return v_generation;
+  for v_worker_id in
+    update private.workers set asleep = false
+    where id = any (array(
+      select w.id from private.workers as w
+      where w.asleep and w.seen_at > now() - (select s.lease from private.settings as s)
+      order by w.seen_at desc limit p_at_most for update skip locked
+    ))
+    returning id
+  loop
+    perform pg_notify('darkroom_worker_' || v_worker_id, '');
+  end loop;
 end;
 $$;
 
--- The user's finished generation of just this input, all images there; all null if there is none.
---
--- What was made from a source image is not reused: the file of that path may be another one now.
-create function private.find_reusable(
-  p_user_id uuid, p_model public.models, p_provider_input jsonb
-) returns public.generations
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select g.*
-  from public.generations as g
-  where g.user_id = p_user_id
-    and md5(g.provider_input::text) = md5(p_provider_input::text) and g.input ? 'seed'
-    and (g.model_id, g.provider_input, g.status) = (p_model.id, p_provider_input, 'completed')
-    and g.deleted_at is null and not g.input ?| p_model.image_inputs
-    and g.image_count = (select count(*) from public.images as i where i.generation_id = g.id)
-  order by g.id desc limit 1
-$$;
-
--- What the ways in answer, the first time and for every repeat. Looks at no more of the queue than
--- a request should pay for: get_job_status counts on.
+-- What the ways in answer, the first time and for every repeat. Where a job is in the queue, and
+-- when it is likely to be finished, tells the first look at its status.
 create function private.enqueue_answer(
-  p_generation public.generations, p_is_reused boolean default false
+  p_job_id uuid, p_credits integer, p_status text default 'queued',
+  p_created_at timestamptz default null, p_is_reused boolean default false
 ) returns json
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_forecast private.forecast := case when p_generation.finished_at is null
-    then (private.forecast_jobs(array[p_generation.id], 20))[1] end;
-  v_credits integer;
 begin
-  select e.credits into v_credits
-  from public.entitlements as e where e.user_id = p_generation.user_id;
   return json_build_object(
-    'job_id', p_generation.id,
-    'status', p_generation.status,
+    'job_id', p_job_id,
+    'status', p_status,
     'reused', p_is_reused,
-    'credits_left', v_credits,
-    'queue_position', v_forecast.queue_position,
-    'eta_seconds', v_forecast.eta_seconds,
-    'poll_after_ms', case when p_generation.finished_at is null
-      then private.poll_after_ms(p_generation.created_at, v_forecast.due_seconds)
+    'credits_left', p_credits,
+    'queue_position', null,
+    'eta_seconds', null,
+    'poll_after_ms', case
+      when p_created_at is null then 1000
+      when p_status in ('queued', 'processing') then private.poll_after_ms(p_created_at)
     end
   );
 end;
 $$;
 
--- With generic plans, here and in all it calls: every row is
--- reached by its key, and a plan made for one request would cost more than the request. By indexes
--- only: a plan made while the queue was empty would else read all of it once it is long.
+-- Writes a request that passed every check but the plan's limits and the price: one job for each
+-- prompt, with what is sent for it; charge, generations, places in the queue; then wakes workers.
+-- Answers as enqueue_generation does for the first of them.
+--
+-- Charged are as many images as the input says; a schema's default counts where the params are
+-- silent. Where nobody can know before (no input says it, or one says "auto"), the most the model
+-- makes: complete_jobs gives back what was not made.
+--
+-- fair_key is a virtual finish time: what the user queued before counts, but never less than the
+-- queue's present. A price of 0 counts as 1, or included models would pass everybody.
+--
+-- Raises: PT400 invalid_input, PT402 insufficient_credits, PT429 too_many_active, PT429
+-- rate_limited, PT503 busy.
+create function private.accept(
+  p_gate private.gate, p_name text, p_params jsonb, p_prompts text[], p_inputs jsonb[],
+  p_idempotency_key text default null, p_batch_id uuid default null, p_retry_of uuid default null,
+  p_is_free boolean default false
+) returns json
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_model public.models := p_gate.model;
+  v_jobs integer := cardinality(p_inputs);
+  v_said jsonb := p_inputs[1] -> v_model.image_count_input;  -- prompts do not change it
+  v_images numeric := case jsonb_typeof(v_said)
+    when 'number' then v_said::numeric else v_model.max_images
+  end;
+  v_price bigint := v_images * case
+    when p_is_free then 0
+    when p_gate.plan = 'paid' then v_model.paid_price_credits
+    else v_model.price_credits
+  end;
+  v_job_id uuid;
+  v_is_anybody_asleep boolean;
+begin
+  if p_gate.may_be_over_limits and not p_is_free then
+    perform private.refuse_limits(p_gate.user_id);
+  end if;
+  with queue as (
+    select
+      c.last_value as clock,
+      greatest(c.last_value, case when live.jobs > 0 then p_gate.last_fair_key end) as base,
+      greatest(v_model.price_credits * v_images, 1)::bigint * 1000 / p_gate.weight as step
+    from private.virtual_clock as c
+    cross join (
+      select count(*) as jobs from (
+        select from private.live_jobs as j
+        where j.user_id = p_gate.user_id limit p_gate.max_active
+      ) as counted
+    ) as live
+    where v_images between 1 and v_model.max_images and v_price * v_jobs <= p_gate.credits
+      and (p_is_free or live.jobs < p_gate.max_active)
+  ),
+  jobs as materialized (
+    select
+      private.uuid_v7() as id, j.prompt, j.input, j.place, q.base + q.step * j.place as fair_key,
+      q.base + q.step * j.place - q.clock as distance
+    from queue as q
+    cross join unnest(p_prompts, p_inputs) with ordinality as j (prompt, input, place)
+  ),
+  charged as (
+    update public.entitlements as e set
+      credits = e.credits - v_price * v_jobs,
+      last_fair_key = q.base + q.step * v_jobs,
+      minute_started_at = case
+        when e.minute_started_at > now() - interval '1 minute' then e.minute_started_at else now()
+      end,
+      minute_jobs = v_jobs + case
+        when e.minute_started_at > now() - interval '1 minute' then e.minute_jobs else 0
+      end,
+      day_started_at = case
+        when e.day_started_at > now() - interval '1 day' then e.day_started_at else now()
+      end,
+      day_jobs = v_jobs + case
+        when e.day_started_at > now() - interval '1 day' then e.day_jobs else 0
+      end,
+      day_burned = case
+        when e.day_started_at > now() - interval '1 day' then e.day_burned else 0
+      end
+    from queue as q
+    where e.user_id = p_gate.user_id
+  ),
+  booked as (
+    insert into public.credit_ledger (user_id, generation_id, kind, amount, balance_after)
+    select p_gate.user_id, j.id, 'charge', -v_price, p_gate.credits - v_price * j.place
+    from jobs as j
+  ),
+  made as (
+    insert into public.generations (
+      id, user_id, model_id, alias_id, batch_id, retry_of, prompt, input, provider_input,
+      price_credits, image_count, queue_distance, idempotency_key
+    )
+    select
+      j.id, p_gate.user_id, v_model.id, nullif(p_name, v_model.id), p_batch_id,
+      p_retry_of, j.prompt, p_params, j.input, v_price, v_images, j.distance, p_idempotency_key
+    from jobs as j
+  ),
+  queued as (
+    insert into private.ready_jobs (job_id, user_id, model_id, fair_key)
+    select j.id, p_gate.user_id, v_model.id, j.fair_key from jobs as j
+  )
+  select j.id, exists (select from private.workers as w where w.asleep)
+  into v_job_id, v_is_anybody_asleep
+  from jobs as j where j.place = 1;
+  if v_job_id is null then
+    if not p_is_free then
+      perform private.refuse_limits(p_gate.user_id);
+    end if;
+    if v_images not between 1 and v_model.max_images then
+      perform private.refuse_input(format(
+        'params.%s: not between 1 and %s', v_model.image_count_input, v_model.max_images
+      ));
+    end if;
+    perform private.refuse(
+      'insufficient_credits', format('need %s, have %s', v_price * v_jobs, p_gate.credits),
+      'Buy credits or choose a cheaper model.'
+    );
+  end if;
+  if v_is_anybody_asleep then
+    perform private.wake_workers(v_jobs);
+  end if;
+  return private.enqueue_answer(v_job_id, (p_gate.credits - v_price * v_jobs)::integer);
+end;
+$$;
+
+-- With generic plans, here and in all it calls: every row is reached by its key, and a plan made
+-- for one request would cost more than the request. By indexes only: a plan made while the queue
+-- was empty would else read all of it once it is long.
+--
+-- A deleted generation is found by no read, so it is no answer to its key either; nor is it made
+-- anew, for its key was charged. Once it is erased its key is new. What was made from a source
+-- image is not reused: the file of that path may be another one now.
 --
 -- Locks: the entitlement row.
 -- Raises: see the comment on public.enqueue_generation.
@@ -102,37 +196,60 @@ set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bit
 set jit = off as $$
 declare
   v_user_id uuid := private.require_user_id(p_writes => true);
-  v_prompt text := coalesce(p_prompt, '');
-  v_params jsonb := private.read_request(array[v_prompt], p_params, p_idempotency_key);
-  v_entitlement public.entitlements;
-  v_plan private.plans;
-  v_model public.models;
-  v_draft public.generations;
+  v_prompts text[] := array[coalesce(p_prompt, '')];
+  v_params jsonb := coalesce(p_params, '{}');
+  v_gate private.gate := private.gate(v_user_id, p_model);
+  v_inputs jsonb[];
   v_known public.generations;
 begin
-  v_entitlement := private.lock_entitlement(v_user_id);
+  -- Sizes first, by what they take in memory: see read_request, which says what is wrong.
+  if (
+    jsonb_typeof(v_params) = 'object' and pg_column_size(v_params) < 500
+    and octet_length(v_params::text) <= v_gate.max_params_bytes
+    and octet_length(v_prompts[1]) <= v_gate.max_prompt_chars
+    and octet_length(p_idempotency_key) between 1 and 200 is not false
+  ) is not true then
+    v_params := private.read_request(v_prompts, v_params, p_idempotency_key);
+  end if;
   if p_idempotency_key is not null then
-    v_known := private.find_generation_by_key(
-      v_user_id, p_idempotency_key, p_model, v_prompt, v_params
-    );
-    if v_known.id is not null then
-      return private.enqueue_answer(v_known);
+    select * into v_known from public.generations
+    where user_id = v_user_id and idempotency_key = p_idempotency_key;
+    if found and (coalesce(v_known.alias_id, v_known.model_id), v_known.prompt, v_known.input)
+      is distinct from (p_model, v_prompts[1], v_params) then
+      perform private.refuse(
+        'idempotency_conflict', 'idempotency_key was used with another payload',
+        'Use a new key for a new request.'
+      );
+    elsif v_known.deleted_at is not null then
+      perform private.refuse_missing(
+        'idempotency_key: its job was deleted',
+        'restore_generation brings it back. Use a new key for a new request.'
+      );
+    elsif found then
+      return private.enqueue_answer(
+        v_known.id, v_gate.credits, v_known.status, v_known.created_at
+      );
     end if;
   end if;
-  v_plan := private.plan_of(v_entitlement);
-  v_model := private.require_model(p_model, v_user_id, v_plan.name);
-  v_draft := private.draft_generation(v_model, p_model, v_user_id, v_prompt, v_params);
+  if v_gate.is_model_unclear then
+    v_gate.model := private.require_model(v_gate, p_model);
+  end if;
+  v_inputs := private.provider_inputs(v_gate.model, v_user_id, v_params, v_prompts);
   if v_params @> '{"reuse": true}' then
-    v_known := private.find_reusable(v_user_id, v_model, v_draft.provider_input);
-    if v_known.id is not null then
-      return private.enqueue_answer(v_known, true);
+    select * into v_known
+    from public.generations as g
+    where g.user_id = v_user_id
+      and md5(g.provider_input::text) = md5(v_inputs[1]::text) and g.input ? 'seed'
+      and (g.model_id, g.provider_input, g.status) = ((v_gate.model).id, v_inputs[1], 'completed')
+      and g.deleted_at is null and not g.input ?| (v_gate.model).image_inputs
+      and g.image_count = (select count(*) from public.images as i where i.generation_id = g.id)
+    order by g.id desc limit 1;
+    if found then
+      return private.enqueue_answer(
+        v_known.id, v_gate.credits, v_known.status, v_known.created_at, true
+      );
     end if;
   end if;
-  perform private.check_limits(v_entitlement, v_plan);
-  v_draft.idempotency_key := p_idempotency_key;
-  v_known := private.insert_generations(
-    v_entitlement, v_plan, v_model, v_draft, array[v_prompt], array[v_draft.provider_input]
-  );
-  return private.enqueue_answer(v_known);
+  return private.accept(v_gate, p_model, v_params, v_prompts, v_inputs, p_idempotency_key);
 end;
 $$;

@@ -5,53 +5,6 @@
 -- plan's max_batch. Fairness needs no rule of its own: the jobs of a batch have fair keys behind
 -- one another, so others' jobs go between them.
 
--- The batch this user's key named before; all null if the key is new.
---
--- Raises: PT409 idempotency_conflict if the request differs.
-create function private.find_batch_by_key(
-  p_user_id uuid, p_key text, p_request_hash text
-) returns public.batches
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_batch public.batches;
-begin
-  select * into v_batch from public.batches where user_id = p_user_id and idempotency_key = p_key;
-  if found and v_batch.request_hash <> p_request_hash then
-    perform private.refuse_used_key();
-  end if;
-  return v_batch;
-end;
-$$;
-
--- Raises PT400 invalid_input unless there are 1 to p_max_batch prompts.
-create function private.check_batch_size(p_prompts text[], p_max_batch integer) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-begin
-  if coalesce(cardinality(p_prompts) not between 1 and p_max_batch, true)
-    or array_ndims(p_prompts) > 1 then
-    perform private.refuse_input(format('prompts: not 1 to %s texts', p_max_batch));
-  end if;
-end;
-$$;
-
--- What is sent for each prompt. Raises: PT400 invalid_input.
-create function private.prepare_batch(
-  p_model public.models, p_user_id uuid, p_prompts text[], p_params jsonb
-) returns jsonb[]
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_prepared jsonb := private.prepare_params(p_model, p_user_id, p_params);
-  v_inputs jsonb[];
-begin
-  for v_place in 1 .. cardinality(p_prompts) loop
-    v_inputs[v_place] := private.complete_input(
-      p_model, v_prepared, p_prompts[v_place], format('prompts[%s]', v_place - 1)
-    );
-  end loop;
-  return v_inputs;
-end;
-$$;
-
 -- A batch as the API shows it: the jobs that are not deleted. Raises: PT404 not_found if all are.
 create function private.batch_json(p_batch public.batches) returns json
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
@@ -104,14 +57,14 @@ declare
   v_user_id uuid := private.require_user_id(p_writes => true);
   v_prompts text[];
   v_params jsonb;
-  v_entitlement public.entitlements;
-  v_plan private.plans;
-  v_model public.models;
-  v_draft public.generations;
+  v_gate private.gate;
   v_hash text;
   v_batch public.batches;
 begin
-  perform private.check_batch_size(p_prompts, 100);  -- the most that any plan may allow
+  -- 100: the most that any plan may allow.
+  if coalesce(cardinality(p_prompts) not between 1 and 100, true) or array_ndims(p_prompts) > 1 then
+    perform private.refuse_input('prompts: not 1 to 100 texts');
+  end if;
   v_prompts := array(select coalesce(p.prompt, '') from unnest(p_prompts) as p (prompt));
   v_params := private.read_request(v_prompts, p_params, p_idempotency_key, 'prompts[%1$s]');
   if v_params ? 'reuse' then
@@ -119,22 +72,29 @@ begin
   end if;
   -- No model has a longer name, and JSON may be six times as long as the text it holds.
   v_hash := md5(jsonb_build_array(left(p_model, 200), p_prompts, v_params)::text);
-  v_entitlement := private.lock_entitlement(v_user_id);
-  v_batch := private.find_batch_by_key(v_user_id, p_idempotency_key, v_hash);
-  if v_batch.id is null then
-    v_plan := private.plan_of(v_entitlement);
-    perform private.check_batch_size(p_prompts, v_plan.max_batch);
-    v_model := private.require_model(p_model, v_user_id, v_plan.name);
-    perform private.check_limits(v_entitlement, v_plan);
-    v_draft.alias_id := nullif(p_model, v_model.id);
-    v_draft.input := v_params;
+  v_gate := private.gate(v_user_id, p_model);
+  select * into v_batch from public.batches
+  where user_id = v_user_id and idempotency_key = p_idempotency_key;
+  if v_batch.request_hash <> v_hash then
+    perform private.refuse(
+      'idempotency_conflict', 'idempotency_key was used with another payload',
+      'Use a new key for a new request.'
+    );
+  elsif v_batch.id is null then
+    if cardinality(p_prompts) > v_gate.max_batch then
+      perform private.refuse_input(format('prompts: not 1 to %s texts', v_gate.max_batch));
+    elsif v_gate.is_model_unclear then
+      v_gate.model := private.require_model(v_gate, p_model);
+    end if;
     insert into public.batches (user_id, request_hash, job_count, idempotency_key)
     values (v_user_id, v_hash, cardinality(v_prompts), p_idempotency_key)
     returning * into v_batch;
-    v_draft.batch_id := v_batch.id;
-    perform private.insert_generations(
-      v_entitlement, v_plan, v_model, v_draft, v_prompts,
-      private.prepare_batch(v_model, v_user_id, v_prompts, v_params)
+    perform private.accept(
+      v_gate, p_model, v_params, v_prompts,
+      private.provider_inputs(
+        v_gate.model, v_user_id, v_params, v_prompts, 'prompts[%1$s]'
+      ),
+      p_batch_id => v_batch.id
     );
   end if;
   return private.batch_json(v_batch);

@@ -6,37 +6,6 @@
 -- under way or done, a further retry answers with it: a double tap buys once. A generation and its
 -- retries, and theirs, are the tries of one wish, of which an operator gives one picture.
 
--- The generation that repeats this one and is under way or done; all null if there is none.
-create function private.find_retry(p_generation_id uuid) returns public.generations
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select g.* from public.generations as g
-  where g.retry_of = p_generation_id and g.status not in ('failed', 'canceled')
-  order by g.deleted_at nulls first, g.id limit 1
-$$;
-
--- The user's generation, if it failed or was canceled.
---
--- Raises: PT404 not_found, PT409 not_finished, PT409 already_finished.
-create function private.require_retryable(p_job_id uuid, p_user_id uuid) returns public.generations
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_generation public.generations := private.require_generation(p_job_id, p_user_id);
-begin
-  if v_generation.finished_at is null then
-    raise sqlstate 'PT409' using
-      message = 'not_finished',
-      detail = format('the job is %s', v_generation.status),
-      hint = 'Wait for its end, or cancel it first.';
-  elsif v_generation.status = 'completed' then
-    raise sqlstate 'PT409' using
-      message = 'already_finished',
-      detail = 'the job is completed',
-      hint = 'Enqueue a new one.';
-  end if;
-  return v_generation;
-end;
-$$;
-
 -- Locks: the entitlement row.
 -- Raises: see the comment on public.retry_generation.
 create function private.retry_generation(p_job_id uuid) returns json
@@ -45,26 +14,34 @@ set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bit
 set jit = off as $$
 declare
   v_user_id uuid := private.require_user_id(p_writes => true);
-  v_entitlement public.entitlements := private.lock_entitlement(v_user_id);
-  v_plan private.plans := private.plan_of(v_entitlement);
-  v_old public.generations := private.require_retryable(p_job_id, v_user_id);
-  v_known public.generations := private.find_retry(p_job_id);
-  v_model public.models;
-  v_draft public.generations;
+  v_old public.generations := private.require_generation(p_job_id, v_user_id);
+  v_gate private.gate := private.gate(v_user_id, v_old.model_id);
+  v_known public.generations;
 begin
-  if v_known.id is not null and v_known.deleted_at is null then
-    return private.enqueue_answer(v_known);
+  if v_old.finished_at is null then
+    perform private.refuse(
+      'not_finished', format('the job is %s', v_old.status),
+      'Wait for its end, or cancel it first.'
+    );
+  elsif v_old.status = 'completed' then
+    perform private.refuse('already_finished', 'the job is completed', 'Enqueue a new one.');
   end if;
-  v_model := private.require_model(v_old.model_id, v_user_id, v_plan.name);
-  v_draft := private.draft_generation(
-    v_model, coalesce(v_old.alias_id, v_model.id), v_user_id, v_old.prompt, v_old.input
+  select * into v_known from public.generations as g
+  where g.retry_of = p_job_id and g.status not in ('failed', 'canceled') and g.deleted_at is null
+  order by g.id limit 1;
+  if found then
+    return private.enqueue_answer(
+      v_known.id, v_gate.credits, v_known.status, v_known.created_at
+    );
+  end if;
+  if v_gate.is_model_unclear then
+    v_gate.model := private.require_model(v_gate, v_old.model_id);
+  end if;
+  return private.accept(
+    v_gate, coalesce(v_old.alias_id, v_old.model_id), v_old.input, array[v_old.prompt],
+    private.provider_inputs(v_gate.model, v_user_id, v_old.input, array[v_old.prompt]),
+    p_retry_of => p_job_id
   );
-  v_draft.retry_of := p_job_id;
-  perform private.check_limits(v_entitlement, v_plan);
-  v_known := private.insert_generations(
-    v_entitlement, v_plan, v_model, v_draft, array[v_draft.prompt], array[v_draft.provider_input]
-  );
-  return private.enqueue_answer(v_known);
 end;
 $$;
 
@@ -108,28 +85,26 @@ $$;
 create function private.redrive_generation(p_old public.generations) returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
-  v_entitlement public.entitlements := private.lock_entitlement(p_old.user_id);
-  v_plan private.plans := private.plan_of(v_entitlement);
+  v_gate private.gate := private.gate(p_old.user_id, p_old.model_id);
   v_seed jsonb := p_old.provider_input -> 'seed';
-  v_model public.models;
-  v_draft public.generations;
+  v_inputs jsonb[];
 begin
-  select * into v_model from public.models where id = p_old.model_id and is_active;
-  if not found then
+  if (v_gate.model).id is null then
     perform private.refuse_missing('model: not active', 'Activate it.');
-  elsif v_model.requires_paid and v_plan.name <> 'paid' then
-    raise sqlstate 'PT403' using message = 'requires_paid_plan';
+  elsif (v_gate.model).requires_paid and v_gate.plan <> 'paid' then
+    perform private.refuse('requires_paid_plan', 'model: for paid users');
   end if;
-  v_draft := private.draft_generation(
-    v_model, coalesce(p_old.alias_id, v_model.id), p_old.user_id, p_old.prompt, p_old.input
+  v_inputs := private.provider_inputs(
+    v_gate.model, p_old.user_id, p_old.input, array[p_old.prompt]
   );
-  v_draft.retry_of := p_old.id;
-  if private.input_problem(v_seed, v_model.input_schema #> '{properties,seed}') is null then
-    v_draft.provider_input := v_draft.provider_input || jsonb_build_object('seed', v_seed);
+  if v_seed is not null and private.input_problem(
+    v_seed, (v_gate.model).input_schema #> '{properties,seed}'
+  ) is null then
+    v_inputs[1] := v_inputs[1] || jsonb_build_object('seed', v_seed);
   end if;
-  perform private.insert_generations(
-    v_entitlement, v_plan, v_model, v_draft,
-    array[v_draft.prompt], array[v_draft.provider_input], p_is_free => true
+  perform private.accept(
+    v_gate, coalesce(p_old.alias_id, p_old.model_id), p_old.input, array[p_old.prompt], v_inputs,
+    p_retry_of => p_old.id, p_is_free => true
   );
 end;
 $$;

@@ -29,8 +29,8 @@ SECURITY = [
     Bug(
         "params are written out before anything has looked at their numbers",
         "sql/30_gating.sql",
-        "    and private.has_endless_number(v_params) then",
-        "    and false then",
+        "    where abs(n.value::numeric) >= 1e400 or scale(n.value::numeric) > 400\n",
+        "    where false\n",
         "tests/test_security_rpc.py::test_no_call_costs_more_than_it_weighs[authenticated]",
     ),
     Bug(
@@ -225,8 +225,8 @@ SECURITY = [
     Bug(
         "the key of a deleted job answers a job that nobody finds",
         "sql/50_enqueue.sql",
-        "  elsif v_generation.deleted_at is not null then\n",
-        "  elsif false then\n",
+        "    elsif v_known.deleted_at is not null then\n",
+        "    elsif false then\n",
         "tests/test_enqueue.py"
         "::test_the_key_of_a_deleted_job_is_not_found_until_it_is_restored_or_erased",
     ),
@@ -445,9 +445,9 @@ MONEY = [
     ),
     Bug(
         "the limit of active jobs lets one more in",
-        "sql/30_gating.sql",
-        "where j.user_id = p_entitlement.user_id limit p_plan.max_active\n",
-        "where j.user_id = p_entitlement.user_id offset 1 limit p_plan.max_active\n",
+        "sql/50_enqueue.sql",
+        "where j.user_id = p_gate.user_id limit p_gate.max_active\n",
+        "where j.user_id = p_gate.user_id offset 1 limit p_gate.max_active\n",
         "tests/test_gating.py::test_one_job_more_than_the_plan_allows_at_once_waits",
     ),
     # Charges and refunds.
@@ -480,15 +480,15 @@ MONEY = [
     Bug(
         "a grant is applied at each repeat",
         "sql/40_credits.sql",
-        "  if v_entry.id is not null then\n",
-        "  if false then\n",
+        "      return json_build_object('credits', v_credits, 'applied', false);\n",
+        "      exit;\n",
         MODEL,
     ),
     Bug(
         "paid users pay what free ones do",
-        "sql/45_accept.sql",
-        "then p_model.paid_price_credits",
-        "then p_model.price_credits",
+        "sql/50_enqueue.sql",
+        "then v_model.paid_price_credits",
+        "then v_model.price_credits",
         MODEL,
     ),
     Bug(
@@ -540,28 +540,28 @@ MONEY = [
     Bug(
         "what is burned counts against no limit",
         "sql/30_gating.sql",
-        "    or p_entitlement.day_burned >= p_plan.max_burned_per_day\n",
+        "        or e.day_burned >= p.max_burned_per_day\n",
         "",
         "tests/test_cancel.py::test_a_user_burns_no_more_purchases_in_a_day_than_the_plan_allows",
     ),
     Bug(
         "a day has no limit",
         "sql/30_gating.sql",
-        "p_entitlement.day_jobs >= p_plan",
-        "false and p_entitlement.day_jobs >= p_plan",
+        "e.day_jobs >= p.max_per_minute",
+        "false and e.day_jobs >= p.max_per_minute",
         "tests/test_gating.py::test_what_is_canceled_counts_in_the_minute_and_in_the_day",
     ),
     Bug(
         "a double tap on retry buys twice",
         "sql/54_retry.sql",
-        "  if v_known.id is not null and v_known.deleted_at is null then",
-        "  if false then",
+        "  if found then\n    return private.enqueue_answer(",
+        "  if false then\n    return private.enqueue_answer(",
         "tests/test_retry.py::test_a_double_tap_buys_once",
     ),
     Bug(
         "the key of a batch is not looked at",
         "sql/52_batch.sql",
-        "where user_id = p_user_id and idempotency_key = p_key;",
+        "where user_id = v_user_id and idempotency_key = p_idempotency_key;",
         "where false;",
         "tests/test_batch.py::test_the_same_key_and_request_answer_with_the_same_batch",
     ),

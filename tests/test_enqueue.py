@@ -21,7 +21,7 @@ def test_an_accepted_request_is_charged_recorded_and_ready(db, alice):
         "status": "queued",
         "reused": False,
         "credits_left": 9,
-        "queue_position": 0,
+        "queue_position": None,
         "eta_seconds": None,
         "poll_after_ms": 1000,
     }
@@ -367,7 +367,7 @@ def test_a_worker_somebody_is_waking_does_not_hold_up_others(db, alice, bob, wor
     assert len(worker.claim_jobs(2)) == 2
 
 
-def test_a_request_counts_the_queue_to_twenty_and_a_reader_on(db, alice, bob):
+def test_its_place_in_the_queue_tells_the_first_look(db, alice, bob):
     db.lift_limits()
     alice.has(credits=20)
     for _ in range(20):
@@ -377,8 +377,19 @@ def test_a_request_counts_the_queue_to_twenty_and_a_reader_on(db, alice, bob):
 
     answer = bob.enqueue()
 
-    assert answer["queue_position"] == 20
+    assert (answer["queue_position"], answer["eta_seconds"]) == (None, None)
     assert bob.get_job_status(answer["job_id"])["queue_position"] == 21
+
+
+def test_who_becomes_paid_while_a_request_waits_for_the_lock_is_not_refused(db, alice, service):
+    with ThreadPoolExecutor(1) as pool:
+        with service.connection.transaction():
+            service.set_paid(alice, "infinity")
+            answer = pool.submit(outcome, alice.enqueue)
+            db.wait_for_lock(alice.connection)
+
+        assert answer.result()["status"] == "queued"
+    assert_books_balance(db)
 
 
 def test_how_long_a_warm_call_takes(db, alice, capsys):

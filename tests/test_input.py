@@ -1,4 +1,4 @@
-"""sql/31_size.sql, 32_input.sql: what fits a model's schema, and what the provider is sent."""
+"""sql/32_input.sql: what fits a model's schema, and what the provider is sent."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def model(db, model_id: str) -> dict[str, Any]:
 def prepare(db, model_id: str, params: dict[str, Any], prompt: str | None = PROMPT) -> Any:
     """Return what the provider would be sent."""
     return db.value(
-        "select private.complete_input(m, private.prepare_params(m, %s, %s), %s)"
+        "select (private.provider_inputs(m, %s, %s, array[%s]))[1]"
         " from public.models as m where m.id = %s",
         OWNER,
         Jsonb(params),

@@ -166,7 +166,9 @@ def test_what_every_job_needs_walks_indexes_though_the_tables_were_empty_when_it
     with explained(worker.connection) as plans, explained(alice.connection) as of_users:
         for turn in range(3):
             for number in range(3):
-                alice.enqueue(params={"num_outputs": 2}, idempotency_key=f"{turn} {number}")
+                key = f"{turn} {number}"
+                job_id = alice.enqueued(params={"num_outputs": 2}, idempotency_key=key)
+                alice.get_job_status(job_id)
             alice.enqueue_batch(["a lighthouse"])
             jobs = worker.claim_jobs(4)
             alice.get_job_status(jobs[0].id)

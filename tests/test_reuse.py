@@ -147,7 +147,11 @@ def test_the_same_key_for_an_alias_is_no_conflict_whatever_it_stands_for_now(db,
 
 
 def arm_of(db, user_id):
-    return db.value("select private.resolve_alias('auto/fast', %s, 'free')", user_id)
+    query = (
+        "select m.id from private.require_model("
+        " row(%s, 0, 0, 'free', 1, 1, 1, false, 0, 0, true, null)::private.gate, 'auto/fast') as m"
+    )
+    return db.value(query, user_id)
 
 
 def test_users_are_shared_out_by_weight_and_stay(db, arms):
