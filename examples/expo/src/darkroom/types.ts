@@ -46,6 +46,7 @@ export interface Job extends Wish, Times, Columns<'generations', 'price_credits'
   tags: string[];
 }
 
+/** queue_position and eta_seconds are null: the first read of the job tells them. */
 export interface EnqueueAnswer
   extends Pick<Job, 'job_id' | 'status' | 'queue_position' | 'eta_seconds' | 'poll_after_ms'> {
   reused: boolean;
