@@ -3,37 +3,6 @@
 -- All of it is STABLE, so GET works and repeats are harmless. Polling get_job_status is the
 -- contract; Realtime (65) is only a hint to poll sooner.
 
--- The images of a generation as the API shows them, in order.
-create function private.images_json(p_generation_id uuid) returns json
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_images json;
-begin
-  select json_agg(json_build_object(
-    'position', i.position, 'path', i.storage_path, 'preview_path', i.preview_path,
-    'content_type', i.content_type,
-    'width', i.width, 'height', i.height, 'bytes', i.bytes, 'blurhash', i.blurhash,
-    'is_public', i.share_id is not null
-  ) order by i.position) into v_images
-  from public.images as i where i.generation_id = p_generation_id;
-  return coalesce(v_images, '[]');
-end;
-$$;
-
--- The running row of a live job. While it waits, all null but the attempts used up.
-create function private.running_job(p_job_id uuid) returns private.running_jobs
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_running private.running_jobs;
-begin
-  select * into v_running from private.running_jobs where job_id = p_job_id;
-  if not found then
-    select r.attempt into v_running.attempt from private.ready_jobs as r where r.job_id = p_job_id;
-  end if;
-  return v_running;
-end;
-$$;
-
 -- One job as the API shows it, with its forecast where the caller has it: who shows many asks for
 -- all at once. Progress is read from the running row: it is not history.
 create function private.job_json(
@@ -41,16 +10,39 @@ create function private.job_json(
 ) returns json
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
-  v_running private.running_jobs;
-  v_forecast private.forecast := coalesce(p_forecast, private.forecast(p_generation));
+  v_running private.running_jobs;  -- while it waits, all null but the attempts used up
+  v_forecast private.forecast;
   v_refunded integer;
+  v_images json;
+  v_tags text[];
 begin
   if p_generation.finished_at is null then
-    v_running := private.running_job(p_generation.id);
-  else
-    select l.amount into v_refunded from public.credit_ledger as l
-    where l.generation_id = p_generation.id and l.kind = 'refund';
+    select * into v_running from private.running_jobs where job_id = p_generation.id;
+    if not found then
+      select r.attempt into v_running.attempt from private.ready_jobs as r
+      where r.job_id = p_generation.id;
+    end if;
+    v_forecast := coalesce(p_forecast, private.forecast(p_generation));
   end if;
+  select
+    (
+      select l.amount from public.credit_ledger as l
+      where l.generation_id = p_generation.id and l.kind = 'refund'
+    ),
+    (
+      select json_agg(json_build_object(
+        'position', i.position, 'path', i.storage_path, 'preview_path', i.preview_path,
+        'content_type', i.content_type,
+        'width', i.width, 'height', i.height, 'bytes', i.bytes, 'blurhash', i.blurhash,
+        'is_public', i.share_id is not null
+      ) order by i.position)
+      from public.images as i where i.generation_id = p_generation.id
+    ),
+    array(
+      select t.tag from public.generation_tags as t
+      where t.generation_id = p_generation.id order by t.tag
+    )
+  into v_refunded, v_images, v_tags;
   return json_build_object(
     'job_id', p_generation.id,
     'status', p_generation.status,
@@ -73,12 +65,9 @@ begin
     'refunded_credits', coalesce(v_refunded, 0),
     'error', case when p_generation.error_code is not null then
       json_build_object('code', p_generation.error_code, 'message', p_generation.error_message) end,
-    'images', private.images_json(p_generation.id),
+    'images', coalesce(v_images, '[]'),
     'is_favorite', p_generation.is_favorite,
-    'tags', array(
-      select t.tag from public.generation_tags as t
-      where t.generation_id = p_generation.id order by t.tag
-    ),
+    'tags', v_tags,
     'created_at', p_generation.created_at,
     'started_at', p_generation.started_at,
     'finished_at', p_generation.finished_at

@@ -395,8 +395,8 @@ MONEY = [
     Bug(
         "a heartbeat keeps a lease that is another's",
         "sql/70_worker.sql",
-        "where r.job_id = p_job_ids[v_at] and r.token = p_tokens[v_at]",
-        "where r.job_id = p_job_ids[v_at]",
+        "and r.token = any (p_tokens)\n    returning r.job_id, r.token, r.cancel_requested",
+        "\n    returning r.job_id, r.token, r.cancel_requested",
         STATES,
     ),
     Bug(
@@ -426,15 +426,15 @@ MONEY = [
     Bug(
         "what a deleted user's job bought runs on",
         "sql/70_worker.sql",
-        "      else 'canceled'\n",
-        "      else 'lost'\n",
+        "b.token is null and exists (select from public.generations as g where g.id = j.id)",
+        "b.token is null",
         "tests/test_worker_replicate.py::test_a_purchase_is_stopped_where_its_user_is_deleted",
     ),
     # Places and limits.
     Bug(
         "a job that is given back is lost",
         "sql/75_outcomes.sql",
-        "perform private.requeue_job(v_job, 'released', v_job.attempt - 1, interval '0', p_resumes)",
+        "private.requeue_job(v_job, 'released', v_job.attempt - 1, interval '0', p_resumes)",
         "null",
         STATES,
     ),
@@ -602,8 +602,8 @@ MONEY = [
     Bug(
         "a heartbeat locks jobs in any order",
         "sql/70_worker.sql",
-        "    order by j.id, j.place\n",
-        "    order by j.place\n",
+        "    from private.settings as s\n    where r.job_id = any (p_job_ids) and",
+        "    from private.settings as s, unnest(p_job_ids) as j\n    where r.job_id = j and",
         CIRCLE,
     ),
     Bug(
