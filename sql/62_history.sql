@@ -48,7 +48,7 @@ declare
   v_before uuid := coalesce(p_before, 'ffffffff-ffff-ffff-ffff-ffffffffffff');
   v_tag text := case when p_tag is not null then private.read_tag('tag', p_tag) end;
   v_ids uuid[];
-  v_page json;
+  v_page uuid[];
   v_last_id uuid;
 begin
   perform private.check_page_size(p_page_size);
@@ -77,31 +77,27 @@ begin
       order by g.id desc limit c_walk
     );
   end if;
-  -- The rows, by their key, until the page is full.
-  with page as (
-    select walk.place, found.generation
+  -- Those that are to be shown, by their key, until the page is full.
+  v_page := array(
+    select walk.id
     from (
       select w.* from unnest(v_ids) with ordinality as w (id, place) order by w.place
     ) as walk
     cross join lateral (
-      select g as generation from public.generations as g
+      select from public.generations as g
       where g.id = walk.id and g.deleted_at is null
         and (p_only_favorites is not true or g.is_favorite)
         and (p_status is null or g.status = p_status)
       limit 1
     ) as found
     order by walk.place limit p_page_size
-  )
-  select
-    json_agg(private.job_json(page.generation, f) order by page.place),
-    case count(*) when p_page_size then v_ids[max(page.place)] else v_ids[cardinality(v_ids)] end
-  into v_page, v_last_id
-  from page
-  left join unnest(private.forecast_jobs(array(
-    select (p.generation).id from page as p where (p.generation).finished_at is null
-  ))) as f on f.job_id = (page.generation).id;
+  );
+  v_last_id := case cardinality(v_page)
+    when p_page_size then v_page[p_page_size]
+    else v_ids[cardinality(v_ids)]
+  end;
   return json_build_object(
-    'generations', coalesce(v_page, '[]'),
+    'generations', coalesce(array_to_json(private.jobs_json(v_page, v_user_id)), '[]'),
     'next_before', case
       when v_last_id <> v_ids[cardinality(v_ids)] or cardinality(v_ids) = c_walk then v_last_id
     end

@@ -124,16 +124,16 @@ SECURITY = [
     # Functions.
     Bug(
         "a job is found whoever asks",
-        "sql/30_gating.sql",
-        "  where id = p_job_id and user_id = p_user_id and deleted_at is null;",
-        "  where id = p_job_id and deleted_at is null;",
+        "sql/60_status.sql",
+        "and (p_user_id is null or (g.user_id = p_user_id and g.deleted_at is null))",
+        "and (p_user_id is null or g.deleted_at is null)",
         f"{RPC}[{LITE}-get_job_status]",
     ),
     Bug(
         "a list shows jobs of others if their ids are known",
         "sql/60_status.sql",
-        "where g.id = any (v_ids || p_job_ids) and g.user_id = v_user_id and g.deleted_at is null",
-        "where g.id = any (v_ids || p_job_ids) and g.deleted_at is null",
+        "private.jobs_json(v_ids || p_job_ids, v_user_id)",
+        "private.jobs_json(v_ids || p_job_ids)",
         "tests/test_status.py::test_the_list_also_tells_how_the_jobs_asked_for_have_ended",
     ),
     Bug(
@@ -233,8 +233,8 @@ SECURITY = [
     Bug(
         "the queue is looked at for each job of a list",
         "sql/60_status.sql",
-        "private.job_json(g, f)",
-        "private.job_json(g)",
+        "unnest(private.forecast_jobs(p_ids)) as f",
+        "unnest(private.forecast_jobs(array[g.id])) as f",
         "tests/test_status.py::test_a_list_looks_at_the_queue_once_and_tells_of_each_job_as_alone",
     ),
     # Addresses.
