@@ -9,9 +9,7 @@
 create function private.end_leases(
   p_job_ids uuid[], p_tokens bigint[]
 ) returns private.running_jobs[]
-language plpgsql set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
-set jit = off as $$
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_jobs private.running_jobs[];
 begin
@@ -32,7 +30,9 @@ $$;
 create function private.end_lease(
   p_job_id uuid, p_token bigint, p_outcomes text[]
 ) returns private.running_jobs
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
 declare
   v_job private.running_jobs := (private.end_leases(array[p_job_id], array[p_token]))[1];
 begin
