@@ -149,10 +149,7 @@ begin
     ));
   end loop;
   perform private.record_attempts(p_jobs, p_status, p_metrics, p_code, p_detail);
-  if exists (select from private.webhook_endpoints)
-    or exists (select from private.push_tokens) then
-    perform private.record_events(v_ids, p_status);
-  end if;
+  perform private.record_events(v_ids, p_status);
 end;
 $$;
 
