@@ -27,7 +27,7 @@ declare
   v_now double precision := extract(epoch from clock_timestamp());
   v_pause double precision := 50 * (v_now - extract(epoch from p_began));
 begin
-  if v_pause < 0.25 then
+  if v_pause < 0.5 then
     v_pause := 0;
   end if;
   perform setval(p_due, (1000 * (v_now + least(v_pause, 10)))::bigint);
@@ -68,10 +68,7 @@ language plpgsql set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan as $$
 declare
   v_began timestamptz := clock_timestamp();
-  v_from bigint := case
-    when private.is_due('private.scan_due') then 0
-    else (select c.last_value from private.virtual_clock as c)
-  end;
+  v_from bigint := 0;
   v_breaker private.breakers;
   v_own bigint[];
   v_seqs bigint[];
@@ -82,6 +79,9 @@ begin
     select b.name from private.breakers as b
     where b.paused_until <= now() and b.times_opened = 0 for update skip locked
   ));
+  if not found and not private.is_due('private.scan_due') then
+    select c.last_value into v_from from private.virtual_clock as c;
+  end if;
   v_seqs := array(
     select r.seq from private.ready_jobs as r
     where r.run_at is null and r.seq = any (array(
@@ -171,7 +171,7 @@ $$;
 
 -- While vacuum is held back, the index in fair order begins with every job claimed since. So most
 -- claims read it from the virtual clock on. What came to lie below is found by who finds too few
--- there, and by one claim in a fifth of a second: unless that look has become dear.
+-- there, and by one claim in half a second: unless that look has become dear.
 --
 -- Every row is reached by its key, whatever the planner thinks of the tables' sizes.
 -- Outer joins: a job whose model somebody deleted must fail at the worker, not vanish here.
@@ -201,7 +201,7 @@ begin
   if exists (select from private.breakers as b where b.paused_until is not null) then
     v_seqs := private.pick_admitted_jobs(p_slots);
   else
-    if not private.is_due('private.scan_due', 200) then
+    if not private.is_due('private.scan_due', 500) then
       select c.last_value into v_from from private.virtual_clock as c;
     end if;
     loop
