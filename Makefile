@@ -7,7 +7,8 @@ LOCAL_STACK := $(PYTHON) scripts/stack.py
 APP_NODE = cd examples/expo && PATH="$$(echo $(CURDIR)/node_modules/node-linux-*/bin):$$PATH"
 APP_FORMAT := node_modules/.bin/deno fmt --no-config --line-width=100 --single-quote
 APP_SOURCES := examples/expo/*.ts examples/expo/*.tsx examples/expo/src examples/expo/__tests__
-MIGRATION := supabase/migrations/20261121000000_create_darkroom.sql
+MIGRATIONS := supabase/migrations
+CORE := $(filter-out sql/95_% sql/96_%,$(sort $(wildcard sql/*.sql)))
 
 # Show this list.
 help:
@@ -134,10 +135,13 @@ chaos: setup
 		$(if $(SEED),--seed $(SEED)) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(OUT),--out "$$OUT") \
 		$(if $(ONLY),--only "$$ONLY")
 
-# Build the one migration of the first release from sql/.
+# Build the migrations of the first release from sql/: the core, and one for each optional part.
 migration:
-	@mkdir -p supabase/migrations
-	@{ echo '-- Built from sql/ by `make migration`: edit there, not here.'; cat sql/*.sql; } > $(MIGRATION)
+	@mkdir -p $(MIGRATIONS)
+	@build() { { echo '-- Built from sql/ by `make migration`: edit there, not here.'; cat "$$@"; }; } \
+		&& build $(CORE) > $(MIGRATIONS)/20261121000000_create_darkroom.sql \
+		&& build sql/95_gallery.sql > $(MIGRATIONS)/20261121000001_darkroom_gallery.sql \
+		&& build sql/96_webhooks.sql > $(MIGRATIONS)/20261121000002_darkroom_webhooks.sql
 
 # Renew the Python lock files from pyproject.toml; versions stay, unless UPGRADE=1.
 lock: setup

@@ -75,10 +75,7 @@ begin
       json_build_object('code', p_generation.error_code, 'message', p_generation.error_message) end,
     'images', private.images_json(p_generation.id),
     'is_favorite', p_generation.is_favorite,
-    'tags', array(
-      select t.tag from public.generation_tags as t
-      where t.generation_id = p_generation.id order by t.tag
-    ),
+    'tags', private.tags_of(p_generation.id),
     'created_at', p_generation.created_at,
     'started_at', p_generation.started_at,
     'finished_at', p_generation.finished_at

@@ -13,11 +13,7 @@ create function private.walk_generations(
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   if p_tag is not null then
-    return array(
-      select t.generation_id from public.generation_tags as t
-      where t.user_id = p_user_id and t.tag = p_tag and t.generation_id < p_before
-      order by t.generation_id desc limit p_at_most
-    );
+    return private.walk_tag(p_user_id, p_tag, p_before, p_at_most);
   elsif p_only_favorites then
     return array(
       select g.id from public.generations as g

@@ -131,7 +131,6 @@ begin
     finished_at = now(), updated_at = now()
   where id = p_job_id
   returning price_credits into strict v_price;
-  perform private.record_events(array[p_job_id], p_status);
   return v_price;
 end;
 $$;

@@ -97,10 +97,6 @@ begin
     from private.ended_before(p_job_ids, p_tokens, '{completed}') as e (token);
   end if;
   perform private.record_attempts(v_done.jobs, 'completed', v_done.metrics);
-  if exists (select from private.webhook_endpoints)
-    or exists (select from private.push_tokens) then
-    perform private.record_events(v_job_ids, 'completed');
-  end if;
   if exists (
     select from private.breakers as b where b.failures > 0 or b.times_opened > 0
   ) then

@@ -465,11 +465,7 @@ from (
         from public.images as i
         where i.generation_id = g.id
       ) as images,
-      (
-        select count(*)
-        from public.image_likes as l
-        where l.generation_id = g.id
-      ) as likes
+      private.likes_of(g.id) as likes
   ) as of_each
   where g.alias_id is not null
   group by g.alias_id, g.model_id
@@ -483,29 +479,9 @@ comment on view private.alias_arms is
   'success_rate leaves out canceled and live ones; cost_usd_per_image holds what failed attempts '
   'cost; favorites are the users'' own, likes those of shared images. weight null: an arm no more.';
 
-create view private.undelivered with (security_invoker = true) as
-select
-  d.id,
-  d.state,
-  coalesce(w.url, d.lane) as target,
-  d.event_type,
-  d.generation_id,
-  d.attempts,
-  d.last_status,
-  d.last_error,
-  d.created_at,
-  d.run_at
-from private.deliveries as d
-left join private.webhook_endpoints as w on d.lane = w.id::text
-where d.state = 'pending' or d.state = 'dead'
-order by d.created_at;
-
-comment on view private.undelivered is
-  'Which webhooks and pushes are late or given up, and why?';
-
 revoke all on table private.paused_now, private.queue_by_model, private.queue_by_plan,
 private.waiting_now, private.running_now, private.stuck_jobs, private.recent_attempts,
 private.recent_failures, private.errors_by_model, private.model_performance,
 private.waiting_times, private.throughput_per_hour, private.throughput_per_day,
-private.worker_activity, private.busiest_users, private.alias_arms, private.undelivered
+private.worker_activity, private.busiest_users, private.alias_arms
 from public, anon, authenticated, service_role;

@@ -206,20 +206,3 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
     having count(*) > 0
   ) as s
 $$;
-
--- Dead deliveries count while their webhook is there: deleting it says that nobody misses them. A
--- push that found no device any more is nothing to mend.
-create function private.outbox_health() returns jsonb
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select jsonb_build_object(
-    'pending', count(*),
-    'oldest_pending_seconds', extract(epoch from now() - min(d.created_at)),
-    'dead', (
-      select count(*)
-      from private.webhook_endpoints as e
-      inner join private.deliveries as dead on dead.lane = e.id::text and dead.state = 'dead'
-    )
-  )
-  from private.deliveries as d
-  where d.state = 'pending'
-$$;

@@ -103,7 +103,8 @@ begin
     'Users read their own input images', 'Users add their own input images',
     'Users replace their own input images', 'Users delete their own input images'
   ]) as wanted (name)
-  where not exists (
+  where (wanted.name <> 'Everybody reads shared images'
+    or to_regclass('private.shared_paths') is not null) and not exists (
     select from pg_policies as p
     where p.schemaname = 'storage' and p.tablename = 'objects' and p.policyname = wanted.name
   );
@@ -125,7 +126,7 @@ begin
     'policies',
     case when v_faults is null then 'ok' else 'wrong' end,
     coalesce(
-      v_faults || ': see sql/20_access.sql and sql/90_schedule.sql',
+      v_faults || ': see sql/20_access.sql, sql/90_schedule.sql and sql/95_gallery.sql',
       'both buckets are private, and users reach their own folders'
     );
 end;

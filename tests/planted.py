@@ -58,14 +58,14 @@ SECURITY = [
     ),
     Bug(
         "row level security is off for webhooks, and a gateway grants all",
-        "sql/20_access.sql",
+        "sql/96_webhooks.sql",
         "alter table private.webhook_endpoints enable row level security;\n",
         "",
         "tests/test_security_rows.py::test_no_outsider_changes_a_row",
     ),
     Bug(
         "users may insert into the ledger",
-        "sql/20_access.sql",
+        "sql/95_gallery.sql",
         "grant select on table public.prompt_templates to authenticated;",
         "grant select on table public.prompt_templates to authenticated;\n"
         "grant insert on table public.credit_ledger to authenticated;",
@@ -116,7 +116,7 @@ SECURITY = [
     ),
     Bug(
         "everybody reads every generated image",
-        "sql/20_access.sql",
+        "sql/95_gallery.sql",
         "    and exists (select from private.shared_paths as s where s.path = objects.name)\n",
         "",
         "tests/test_security_storage.py::test_no_spelling_opens_or_changes_anothers_file",
@@ -138,16 +138,16 @@ SECURITY = [
     ),
     Bug(
         "a template of another user is overwritten",
-        "sql/66_templates.sql",
+        "sql/95_gallery.sql",
         "    where id = p_id and user_id = v_user_id\n",
         "    where id = p_id\n",
         "tests/test_templates.py::test_templates_of_others_and_of_the_app_cannot_be_changed",
     ),
     Bug(
         "shared images tell their prompts",
-        "sql/64_sharing.sql",
-        "'prompt', case when p_image.shows_prompt then g.prompt end,",
-        "'prompt', g.prompt,",
+        "sql/95_gallery.sql",
+        "'prompt', case when i.shows_prompt then i.prompt end,",
+        "'prompt', i.prompt,",
         f"{RPC}[{LITE}-list_public_images]",
     ),
     Bug(
@@ -191,7 +191,7 @@ SECURITY = [
         "stable set search_path = pg_catalog, pg_temp\nreturn private.get_entitlement();",
         "stable security definer set search_path = pg_catalog, pg_temp\n"
         "return private.get_entitlement();",
-        "tests/test_catalog.py::test_definers_are_private_and_what_is_public_only_calls_them",
+        "tests/test_catalog.py::test_definers_are_private_or_the_operators_and_doors_only_call_them",
     ),
     # Refusals.
     Bug(
@@ -268,9 +268,9 @@ SECURITY = [
     ),
     Bug(
         "webhooks may be registered for private addresses",
-        "sql/78_webhooks.sql",
-        "      when not private.is_public_address(p_host) then 'not a public address'\n",
-        "      when false then 'not a public address'\n",
+        "sql/96_webhooks.sql",
+        "      ) then 'not a public address' end;\n",
+        "      ) then null end;\n",
         "tests/test_outbox.py::test_addresses_that_may_lead_inside_are_refused",
     ),
     # Files.
@@ -674,7 +674,7 @@ OUTAGE = [
     ),
     Bug(
         "pushes are sent as they came, whoever sends most",
-        "sql/79_deliveries.sql",
+        "sql/96_webhooks.sql",
         "order by t.turn, t.run_at limit p_at_most",
         "order by t.run_at limit p_at_most",
         "tests/test_outbox.py::test_users_take_turns_to_be_pushed_to",

@@ -804,7 +804,7 @@ def test_a_row_that_somebody_has_locked_for_ever_holds_up_no_other(db, alice, bo
 
 @pytest.mark.parametrize("setting", ["keep_inputs", "keep_deleted", "lease", "keep_deliveries"])
 def test_a_time_out_of_reach_is_refused_where_it_is_set(db, setting):
-    with pytest.raises(psycopg.errors.CheckViolation, match="settings_times_are_in_reach"):
+    with pytest.raises(psycopg.errors.CheckViolation, match="times_are_in_reach"):
         keep(db, **{setting: "300000 years"})
 
 
