@@ -22,6 +22,24 @@ create function private.likes_of(p_generation_id uuid) returns bigint
 language sql immutable set search_path = pg_catalog, pg_temp
 return 0;
 
+-- What workers ask when they look for something to tell (96).
+create function private.due_lanes() returns setof text
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
+  select null::text where false
+$$;
+
+comment on function private.due_lanes is 'Lanes of the outbox that have something to send now.';
+
+create function private.claim_receipts(p_at_most integer)
+returns table (delivery_id uuid, ticket text)
+language sql security definer set search_path = pg_catalog, pg_temp as $$
+  select null::uuid, null::text where false
+$$;
+
+comment on function private.claim_receipts is
+  'Tickets of pushes that Expo took a quarter of an hour ago or more, and whose receipt was not '
+  'read yet; a quarter of an hour later they are answered again.';
+
 -- See queue_health().
 create function private.outbox_health() returns jsonb
 language sql stable set search_path = pg_catalog, pg_temp

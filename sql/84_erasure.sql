@@ -200,7 +200,7 @@ language sql security definer set search_path = pg_catalog, pg_temp as $$
   )
   update private.expired_files as f
   set try_at = now() + (select s.lease from private.settings as s)
-  where f.ctid = any (array(select d.ctid from due as d where not d.is_needed))
+  where f.ctid = any (array(select d.ctid from due as d where d.is_needed is not true))
   returning f.bucket, f.path
 $$;
 

@@ -183,7 +183,7 @@ execute function private.record_event();
 -- The way out: for workers.
 
 -- From lane to lane through the index, however many deliveries wait in each.
-create function private.due_lanes() returns setof text
+create or replace function private.due_lanes() returns setof text
 language sql stable security definer set search_path = pg_catalog, pg_temp as $$
   with recursive lanes as (
     (select d.lane from private.deliveries as d where d.state = 'pending' order by d.lane limit 1)
@@ -201,8 +201,6 @@ language sql stable security definer set search_path = pg_catalog, pg_temp as $$
     where d.state = 'pending' and d.lane = l.lane order by d.run_at limit 1
   ) <= now()
 $$;
-
-comment on function private.due_lanes is 'Lanes of the outbox that have something to send now.';
 
 -- What a webhook endpoint is sent: the job as get_job_status shows it, and whose it is.
 create function private.webhook_body(p_delivery private.deliveries) returns jsonb
@@ -389,7 +387,7 @@ comment on function private.finish_delivery is
   'more, nothing was changed.';
 
 -- Expo keeps a receipt for a day; what has none by then is not asked for any more.
-create function private.claim_receipts(p_at_most integer)
+create or replace function private.claim_receipts(p_at_most integer)
 returns table (delivery_id uuid, ticket text)
 language sql security definer set search_path = pg_catalog, pg_temp as $$
   with claimed as (
@@ -405,10 +403,6 @@ language sql security definer set search_path = pg_catalog, pg_temp as $$
   )
   select c.id, c.ticket from claimed as c where c.ticket is not null
 $$;
-
-comment on function private.claim_receipts is
-  'Tickets of pushes that Expo took a quarter of an hour ago or more, and whose receipt was not '
-  'read yet; a quarter of an hour later they are answered again.';
 
 create function private.finish_receipts(p_delivery_ids uuid[], p_errors text[]) returns void
 language sql security definer set search_path = pg_catalog, pg_temp as $$
@@ -809,8 +803,8 @@ revoke all on table private.webhook_endpoints, private.push_tokens, private.push
 private.deliveries, private.undelivered
 from public, anon, authenticated, service_role;
 revoke all on function
-private.choose_pushes, private.claim_deliveries, private.claim_receipts, private.delivery_json,
-private.due_lanes, private.finish_delivery, private.finish_receipts, private.host_problem,
+private.choose_pushes, private.claim_deliveries, private.delivery_json,
+private.finish_delivery, private.finish_receipts, private.host_problem,
 private.push_body, private.record_event, private.register_push_token, private.trim_deliveries,
 private.unregister_push_token, private.webhook_body, private.webhook_json,
 public.delete_webhook, public.enable_webhook, public.list_deliveries, public.list_webhooks,
@@ -827,8 +821,7 @@ public.delete_webhook, public.enable_webhook, public.list_deliveries, public.lis
 public.redeliver, public.redeliver_dead, public.register_webhook, public.rotate_webhook_secret
 to service_role;
 grant execute on function
-private.claim_deliveries, private.claim_receipts, private.due_lanes, private.finish_delivery,
-private.finish_receipts
+private.claim_deliveries, private.finish_delivery, private.finish_receipts
 to darkroom_worker;
 
 notify pgrst, 'reload schema';
