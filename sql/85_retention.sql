@@ -83,24 +83,19 @@ begin
   end if;
   execute format('select * from private.%I($1, $2)', p_name) into v_place, v_done
   using v_place, p_at_most;
-  if v_place is null then
-    update private.retention_walks set place = default where name = p_name;
-  else
-    update private.retention_walks set place = v_place where name = p_name;
-  end if;
+  update private.retention_walks
+  set place = coalesce(v_place, '00000000-0000-0000-0000-000000000000') where name = p_name;
   return v_done;
 end;
 $$;
 
 create function private.apply_retention(p_at_most integer default 500) returns integer
-language plpgsql security definer set search_path = pg_catalog, pg_temp
+language sql security definer set search_path = pg_catalog, pg_temp
 set lock_timeout = '100ms' as $$
-begin
-  return private.skip_failing(
+  select private.skip_failing(
     format('select sum(private.take_step(step, %s)) from unnest($1) as step', p_at_most),
     array(select w.name from private.retention_walks as w order by w.name)
-  );
-end;
+  )
 $$;
 
 comment on function private.apply_retention is

@@ -352,16 +352,9 @@ begin
   perform private.check_page_size(p_page_size);
   select json_build_object(
     'images', coalesce(json_agg(json_build_object(
-      'share_id', i.share_id,
-      'job_id', i.generation_id,
-      'position', i.position,
-      'path', i.storage_path,
-      'preview_path', i.preview_path,
-      'content_type', i.content_type,
-      'width', i.width,
-      'height', i.height,
-      'bytes', i.bytes,
-      'blurhash', i.blurhash,
+      'share_id', i.share_id, 'job_id', i.generation_id, 'position', i.position,
+      'path', i.storage_path, 'preview_path', i.preview_path, 'content_type', i.content_type,
+      'width', i.width, 'height', i.height, 'bytes', i.bytes, 'blurhash', i.blurhash,
       'model', i.model_id,
       'prompt', case when i.shows_prompt then i.prompt end,
       'created_at', i.created_at,
@@ -436,16 +429,13 @@ comment on function public.list_public_images is
 create function private.template_json(p_template public.prompt_templates) returns json
 language sql stable set search_path = pg_catalog, pg_temp as $$
   select json_build_object(
-    'id', p_template.id,
-    'is_own', p_template.user_id is not null,
-    'title', p_template.title,
-    'prompt', p_template.prompt,
+    'id', p_template.id, 'is_own', p_template.user_id is not null,
+    'title', p_template.title, 'prompt', p_template.prompt,
     'placeholders', array(
       select distinct m.names[1]
       from regexp_matches(p_template.prompt, '\{(\w+)\}', 'g') as m (names) order by 1
     ),
-    'model', p_template.model_id,
-    'params', p_template.params,
+    'model', p_template.model_id, 'params', p_template.params,
     'created_at', p_template.created_at
   )
 $$;
