@@ -673,6 +673,27 @@ OUTAGE = [
         f"{PROCESS}what_the_server_says_of_a_completion_fails_no_job",
     ),
     Bug(
+        "the end of a job is told nobody",
+        "sql/96_webhooks.sql",
+        "when (old.status is distinct from new.status and new.finished_at is not null)",
+        "when (old.finished_at is not null)",
+        "tests/test_outbox.py::test_a_failed_job_is_told_with_its_error_and_the_credits_given_back",
+    ),
+    Bug(
+        "what is deleted stays shared",
+        "sql/95_gallery.sql",
+        "when (old.deleted_at is null and new.deleted_at is not null)",
+        "when (old.deleted_at is not null)",
+        "tests/test_gallery.py::test_a_deletion_ends_every_share_and_its_return_does_not_renew_it",
+    ),
+    Bug(
+        "a file that Storage does not know waits for ever",
+        "sql/84_erasure.sql",
+        "where d.is_needed is not true",
+        "where not d.is_needed",
+        f"{RETENTION}a_source_that_storage_does_not_know_is_listed",
+    ),
+    Bug(
         "pushes are sent as they came, whoever sends most",
         "sql/96_webhooks.sql",
         "order by t.turn, t.run_at limit p_at_most",

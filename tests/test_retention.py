@@ -254,6 +254,17 @@ def test_what_storage_still_has_is_not_forgotten(db, alice, worker):
     assert generations(db) == set()
 
 
+def test_a_source_that_storage_does_not_know_is_listed(db, alice, worker):
+    path = f"{alice.id}/cat.jpg"
+    db.execute(
+        "insert into private.expired_files (bucket, path, user_id) values ('inputs', %s, %s)",
+        path,
+        alice.id,
+    )
+
+    assert worker.list_expired_files() == [("inputs", path)]
+
+
 def test_a_source_uploaded_again_after_it_was_marked_is_not_listed(db, alice, worker):
     keep(db, keep_inputs="30 days")
     again, once = (stored(db, f"{alice.id}/{name}.jpg", "inputs") for name in ("cat", "dog"))
