@@ -229,7 +229,9 @@ create function private.trim_ledger_of(p_user_id uuid, p_at_most integer) return
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_before timestamptz := (select now() - s.keep_ledger from private.settings as s);
-  v_last record;
+  v_met public.credit_ledger;
+  v_last public.credit_ledger;
+  v_entries integer := 0;
 begin
   if not exists (select from public.entitlements as e where e.user_id = p_user_id) then
     return private.erase_ledger(p_user_id);
@@ -240,32 +242,27 @@ begin
     return 0;
   end if;
   -- Not user_id = p_user_id: the planner may then walk the ids of all users up to this one's.
-  select old.* into v_last
-  from (
-    select l.id, l.user_id, l.balance_after, l.created_at,
-      row_number() over oldest_first as entries,
-      bool_and(
-        l.user_id = p_user_id and l.created_at <= v_before
-        and not exists (select from public.generations as g where g.id = l.generation_id)
-      ) over oldest_first as may_go
-    from (
-      select * from public.credit_ledger
-      where (user_id, id) > (p_user_id, 0) order by user_id, id limit p_at_most
-    ) as l
-    window oldest_first as (order by l.user_id, l.id)
-  ) as old
-  where old.may_go order by old.entries desc limit 1;
-  if v_last.entries > 1 then
-    perform set_config('darkroom.compacts_ledger_of', p_user_id::text, true);
-    delete from public.credit_ledger where user_id = p_user_id and id <= v_last.id;
-    insert into public.credit_ledger (id, user_id, kind, amount, balance_after, created_at)
-    overriding system value
-    values (
-      v_last.id, p_user_id, 'carry', v_last.balance_after, v_last.balance_after, v_last.created_at
-    );
-    perform set_config('darkroom.compacts_ledger_of', '', true);
+  for v_met in
+    select * from public.credit_ledger
+    where (user_id, id) > (p_user_id, 0) order by user_id, id limit p_at_most
+  loop
+    exit when v_met.user_id <> p_user_id or v_met.created_at > v_before
+      or exists (select from public.generations as g where g.id = v_met.generation_id);
+    v_last := v_met;
+    v_entries := v_entries + 1;
+  end loop;
+  if v_entries < 2 then
+    return 0;
   end if;
-  return coalesce(v_last.entries - 1, 0);
+  perform set_config('darkroom.compacts_ledger_of', p_user_id::text, true);
+  delete from public.credit_ledger where user_id = p_user_id and id <= v_last.id;
+  insert into public.credit_ledger (id, user_id, kind, amount, balance_after, created_at)
+  overriding system value
+  values (
+    v_last.id, p_user_id, 'carry', v_last.balance_after, v_last.balance_after, v_last.created_at
+  );
+  perform set_config('darkroom.compacts_ledger_of', '', true);
+  return v_entries - 1;
 end;
 $$;
 
