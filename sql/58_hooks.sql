@@ -10,7 +10,7 @@ create function private.tags_of(p_generation_id uuid) returns text[]
 language sql immutable set search_path = pg_catalog, pg_temp
 return '{}'::text[];
 
--- The user's generations with a tag: see walk_generations (62).
+-- The user's generations with a tag: see list_generations (62).
 create function private.walk_tag(
   p_user_id uuid, p_tag text, p_before uuid, p_at_most integer
 ) returns uuid[]
