@@ -3,6 +3,8 @@
 -- Names without arguments: no function has two forms. In schema public only our own are touched.
 
 revoke all on all functions in schema private from public, anon, authenticated, service_role;
+revoke all on all tables in schema private from public, anon, authenticated, service_role;
+grant select on table private.shared_paths to anon, authenticated;
 
 revoke all on function
 public.cancel_batch, public.cancel_generation, public.delete_generation,
@@ -44,9 +46,8 @@ to authenticated;
 -- The operator's backend.
 grant execute on function
 private.delete_webhook, private.enable_webhook, private.grant_credits, private.list_deliveries,
-private.list_models, private.list_webhooks, private.pause_model, private.queue_health,
-private.queue_history, private.queue_report, private.redeliver, private.redeliver_dead,
-private.redrive_failed, private.register_webhook, private.resume_model,
+private.list_models, private.list_webhooks, private.pause_model, private.redeliver,
+private.redeliver_dead, private.redrive_failed, private.register_webhook, private.resume_model,
 private.rotate_webhook_secret, private.set_paid, public.delete_webhook, public.enable_webhook,
 public.grant_credits, public.list_deliveries, public.list_models, public.list_webhooks,
 public.pause_model, public.ping, public.queue_health, public.queue_history, public.queue_report,
@@ -67,7 +68,6 @@ to darkroom_worker;
 
 -- Who looks on.
 grant execute on function
-private.queue_health, private.queue_history, private.queue_report, private.report_alerts,
-private.report_errors, private.report_models, private.report_workers, public.queue_health,
-public.queue_history, public.queue_report
+private.report_alerts, private.report_errors, private.report_models, private.report_workers,
+public.queue_health, public.queue_history, public.queue_report
 to darkroom_monitor;
