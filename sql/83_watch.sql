@@ -66,7 +66,7 @@ select
   extract(epoch from now() - (
     select g.created_at
     from private.ready_jobs as r inner join public.generations as g on r.job_id = g.id
-    where r.seq = q.first_seq and not p.is_paused
+    where r.seq = q.first_seq and p.is_paused is null
   )) as oldest_ready_seconds
 from (
   select
@@ -85,11 +85,11 @@ from (
   group by j.model_id
 ) as q
 left join public.models as m on q.model_id = m.id
-cross join lateral (
-  select exists (
-    select from private.paused_now as x where x.name in (q.model_id, m.provider)
-  ) as is_paused
-) as p
+left join lateral (
+  select true as is_paused
+  from private.paused_now as x where x.name in (q.model_id, m.provider)
+  order by x.name limit 1
+) as p on true
 order by q.model_id;
 
 comment on view private.queue_by_model is

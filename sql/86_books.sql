@@ -94,13 +94,12 @@ declare
       select a.generation_id from private.attempts as a
       where a.ended_at > now() - interval '15 minutes' order by a.ended_at desc limit p_at_most
     );
-  v_user_ids uuid[] := array(
-    select distinct g.user_id from public.generations as g where g.id = any (v_ids)
-  );
 begin
   return query
   select b.* from private.broken_books as b
-  where b.rule = 'balance' and b.user_id = any (v_user_ids)
+  where b.rule = 'balance' and b.user_id = any (array(
+    select g.user_id from public.generations as g where g.id = any (v_ids)
+  ))
   union all
   select b.* from private.broken_books as b
   where b.rule in ('place', 'refund') and b.generation_id = any (v_ids);

@@ -86,30 +86,6 @@ as $$
   from counted as c
 $$;
 
--- What routines passed over within a day; who was only locked counts from the third time. And files
--- that Storage would not delete for a day.
-create function private.skipped_health() returns jsonb
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select jsonb_build_object(
-    'rows', coalesce(sum(s.rows), 0), 'since', min(s.first_at),
-    'steps', coalesce(jsonb_object_agg(s.step, s.rows), '{}')
-  )
-  from (
-    select r.step, count(*) as rows, min(r.first_at) as first_at
-    from private.skipped_rows as r
-    where r.last_at > now() - interval '1 day'
-      and (r.times > 2 or r.code not in ('40P01', '55P03'))
-    group by r.step
-    union all
-    select 'storage', count(*), min(o.marked_at)
-    from (
-      select f.marked_at from private.expired_files as f
-      where f.marked_at < now() - interval '1 day' order by f.marked_at limit 1000
-    ) as o
-    having count(*) > 0
-  ) as s
-$$;
-
 -- What queue_health answers but for status and alerts, given the queue by model, which is dear to
 -- count.
 create function private.measure(p_models jsonb) returns jsonb
@@ -171,7 +147,28 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
       )
       from private.routines as r where r.name = 'check_books' and r.result is not null
     ),
-    'skipped', private.skipped_health()
+    -- What routines passed over within a day; who was only locked counts from the third time. And
+    -- files that Storage would not delete for a day.
+    'skipped', (
+      select jsonb_build_object(
+        'rows', coalesce(sum(s.rows), 0), 'since', min(s.first_at),
+        'steps', coalesce(jsonb_object_agg(s.step, s.rows), '{}')
+      )
+      from (
+        select r.step, count(*) as rows, min(r.first_at) as first_at
+        from private.skipped_rows as r
+        where r.last_at > now() - interval '1 day'
+          and (r.times > 2 or r.code not in ('40P01', '55P03'))
+        group by r.step
+        union all
+        select 'storage', count(*), min(o.marked_at)
+        from (
+          select f.marked_at from private.expired_files as f
+          where f.marked_at < now() - interval '1 day' order by f.marked_at limit 1000
+        ) as o
+        having count(*) > 0
+      ) as s
+    )
   )
 $$;
 

@@ -191,7 +191,7 @@ SECURITY = [
         "stable set search_path = pg_catalog, pg_temp\nreturn private.get_entitlement();",
         "stable security definer set search_path = pg_catalog, pg_temp\n"
         "return private.get_entitlement();",
-        "tests/test_catalog.py::test_definers_are_private_and_what_is_public_only_calls_them",
+        "tests/test_catalog.py::test_definers_are_private_or_the_operators_and_doors_only_call_them",
     ),
     # Refusals.
     Bug(
@@ -629,8 +629,8 @@ MONEY = [
     Bug(
         "a row that was skipped is told nobody",
         "sql/88_health.sql",
-        "    where r.last_at > now() - interval '1 day'\n",
-        "    where r.last_at > now()\n",
+        "        where r.last_at > now() - interval '1 day'\n",
+        "        where r.last_at > now()\n",
         f"{RETENTION}a_bad_row_is_passed_over_and_named_and_all_others_are_done[case0]",
     ),
 ]

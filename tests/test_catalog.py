@@ -255,7 +255,7 @@ def test_who_forbids_a_kind_of_plan_forbids_jit_too(catalog):
 CALLS_ONE = r"^\s+begin\s+return private\.\w+\([^;]*\);\s+end;\s+$"
 
 
-def test_definers_are_private_or_the_operators_and_what_users_call_only_calls_them(catalog):
+def test_definers_are_private_or_the_operators_and_doors_only_call_them(catalog):
     public = catalog.execute(
         "select proname from pg_proc inner join pg_language as l on l.oid = prolang"
         " where pronamespace = 'public'::regnamespace"
