@@ -181,7 +181,8 @@ as $$
       count(*) filter (where a.outcome = 'retried') as retried,
       sum(count(*)) over (partition by a.model_id) as attempts,
       max(a.ended_at) as last_at,
-      (array_agg(a.error_detail order by a.ended_at desc))[1] as last_detail
+      (array_agg(a.error_detail order by a.ended_at desc) filter (where a.error_code <> ''))[1]
+        as last_detail
     from private.attempts as a
     where a.ended_at > now() - p_window and a.outcome <> 'released'
     group by a.model_id, a.error_code
@@ -207,16 +208,17 @@ as $$
   select
     o.model_id, o.completed, o.failed, o.retried,
     round(o.completed::numeric / nullif(o.completed + o.failed + o.retried, 0), 4),
-    o.seconds[1], o.seconds[2], o.provider_seconds[1], o.provider_seconds[2], o.cost_usd
+    extract(epoch from o.ran[1]), extract(epoch from o.ran[2]), o.provider_seconds[1],
+    o.provider_seconds[2], o.cost_usd
   from (
     select
       a.model_id,
       count(*) filter (where a.outcome = 'completed') as completed,
       count(*) filter (where a.outcome = 'failed') as failed,
       count(*) filter (where a.outcome = 'retried') as retried,
-      percentile_cont('{0.5,0.95}'::double precision[]) within group (
-        order by extract(epoch from a.ended_at - a.started_at)::double precision
-      ) filter (where a.outcome = 'completed') as seconds,
+      percentile_cont('{0.5,0.95}'::double precision[])
+        within group (order by a.ended_at - a.started_at)
+        filter (where a.outcome = 'completed') as ran,
       percentile_cont('{0.5,0.95}'::double precision[]) within group (order by a.provider_seconds)
         filter (where a.outcome = 'completed') as provider_seconds,
       sum(a.cost_usd) as cost_usd
@@ -224,7 +226,7 @@ as $$
     where a.ended_at > now() - p_window
     group by a.model_id
   ) as o
-  order by o.seconds[1] desc nulls last
+  order by o.ran[1] desc nulls last
 $$;
 
 create view private.model_performance with (security_invoker = true) as
