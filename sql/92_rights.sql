@@ -3,6 +3,7 @@
 -- Names without arguments: no function has two forms. In schema public only our own are touched.
 
 revoke all on all functions in schema private from public, anon, authenticated, service_role;
+revoke all on all tables in schema private from public, anon, authenticated, service_role;
 
 revoke all on function
 public.cancel_batch, public.cancel_generation, public.delete_generation, public.enqueue_batch,
@@ -32,11 +33,10 @@ to authenticated;
 
 -- The operator's backend.
 grant execute on function
-private.grant_credits, private.list_models, private.pause_model, private.queue_health,
-private.queue_history, private.queue_report, private.redrive_failed, private.resume_model,
-private.set_paid, public.grant_credits, public.list_models, public.pause_model, public.ping,
-public.queue_health, public.queue_history, public.queue_report, public.redrive_failed,
-public.resume_model, public.set_paid
+private.grant_credits, private.list_models, private.pause_model, private.redrive_failed,
+private.resume_model, private.set_paid, public.grant_credits, public.list_models,
+public.pause_model, public.ping, public.queue_health, public.queue_history, public.queue_report,
+public.redrive_failed, public.resume_model, public.set_paid
 to service_role;
 
 -- Workers.
@@ -44,14 +44,13 @@ grant execute on function
 private.adopt_provider_job, private.apply_retention, private.begin_creates, private.cancel_job,
 private.check_setup, private.checkpoint_jobs, private.claim_jobs, private.claim_receipts,
 private.complete_jobs, private.due_lanes, private.fail_jobs, private.forget_files,
-private.heartbeat, private.list_expired_files,
-private.pause_provider, private.recall_create, private.recover_stale_jobs, private.register_worker,
-private.release_job, private.report_progress, private.sleep, private.unregister_worker
+private.heartbeat, private.list_expired_files, private.pause_provider, private.recall_create,
+private.recover_stale_jobs, private.register_worker, private.release_job, private.report_progress,
+private.sleep, private.unregister_worker
 to darkroom_worker;
 
 -- Who looks on.
 grant execute on function
-private.queue_health, private.queue_history, private.queue_report, private.report_alerts,
-private.report_errors, private.report_models, private.report_workers, public.queue_health,
-public.queue_history, public.queue_report
+private.report_alerts, private.report_errors, private.report_models, private.report_workers,
+public.queue_health, public.queue_history, public.queue_report
 to darkroom_monitor;

@@ -109,9 +109,9 @@ SECURITY = [
     ),
     Bug(
         "a monitor reads why the provider refused",
-        "sql/89_alerts.sql",
-        "when private.is_operator() then '{}' else '{\"pause_reason\": null}'::jsonb",
-        "when true then '{}'::jsonb",
+        "sql/88_health.sql",
+        "when private.is_operator() then '{}' else '{\"pause_reason\": null}'::jsonb end",
+        "when true then '{}'::jsonb end",
         "tests/test_report.py::test_nobodys_words_and_ids_are_in_what_a_monitor_may_call",
     ),
     Bug(
@@ -631,8 +631,8 @@ MONEY = [
     Bug(
         "a row that was skipped is told nobody",
         "sql/88_health.sql",
-        "    where r.last_at > now() - interval '1 day'\n",
-        "    where r.last_at > now()\n",
+        "        where r.last_at > now() - interval '1 day'\n",
+        "        where r.last_at > now()\n",
         f"{RETENTION}a_bad_row_is_passed_over_and_named_and_all_others_are_done[case0]",
     ),
 ]
