@@ -70,27 +70,30 @@ set jit = off as $$
 begin
   update private.workers set seen_at = now(), is_listening = p_is_listening
   where id = p_worker_id;
+  update private.running_jobs as r set
+    lease_until = now() + s.lease,
+    progress = case
+      when p_progress[array_position(p_tokens, r.token)] is null then r.progress
+      else least(100, greatest(0, p_progress[array_position(p_tokens, r.token)]))
+    end
+  from private.settings as s
+  where r.job_id = any (p_job_ids) and r.token = any (p_tokens);
+  -- A new look, for the first may have waited.
   return query
-  with beaten as (
-    update private.running_jobs as r set
-      lease_until = now() + s.lease,
-      progress = case
-        when p_progress[array_position(p_tokens, r.token)] is null then r.progress
-        else least(100, greatest(0, p_progress[array_position(p_tokens, r.token)]))
-      end
-    from private.settings as s
-    where r.job_id = any (p_job_ids) and r.token = any (p_tokens)
-    returning r.job_id, r.token, r.cancel_requested
-  )
   select j.id, case
-    when b.token is not null and not b.cancel_requested then 'ok'
+    when held.is_canceled is false then 'ok'
     -- Where even the generation is gone, no other worker stops what was bought.
-    when b.token is null and exists (select from public.generations as g where g.id = j.id)
-      then 'lost'
+    when held.is_canceled is null
+      and exists (select from public.generations as g where g.id = j.id) then 'lost'
     else 'canceled'
   end
   from unnest(p_job_ids) with ordinality as j (id, place)
-  left join beaten as b on b.job_id = j.id and b.token = p_tokens[j.place]
+  cross join lateral (
+    select (
+      select r.cancel_requested from private.running_jobs as r
+      where r.job_id = j.id and r.token = p_tokens[j.place]
+    ) as is_canceled
+  ) as held
   order by j.id, j.place;
 end;
 $$;
@@ -107,22 +110,24 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
 set jit = off as $$
 #variable_conflict use_column
+declare
+  v_reported integer;
 begin
   return query
-  with told as (
-    update private.running_jobs as r set
-      stage = p_stages[array_position(p_tokens, r.token)],
-      progress = case
-        when p_progress[array_position(p_tokens, r.token)] is null then r.progress
-        else least(100, greatest(0, p_progress[array_position(p_tokens, r.token)]))
-      end
-    where r.job_id = any (p_job_ids) and r.token = any (p_tokens) and not r.cancel_requested
-    returning r.token
-  )
-  select t.token, 'ok' from told as t
-  union all
-  select r.token, 'canceled' from private.running_jobs as r
-  where r.job_id = any (p_job_ids) and r.token = any (p_tokens) and r.cancel_requested;
+  update private.running_jobs as r set
+    stage = p_stages[array_position(p_tokens, r.token)],
+    progress = case
+      when p_progress[array_position(p_tokens, r.token)] is null then r.progress
+      else least(100, greatest(0, p_progress[array_position(p_tokens, r.token)]))
+    end
+  where r.job_id = any (p_job_ids) and r.token = any (p_tokens) and not r.cancel_requested
+  returning r.token, 'ok';
+  get diagnostics v_reported = row_count;
+  if v_reported < cardinality(p_tokens) then
+    return query
+    select r.token, 'canceled' from private.running_jobs as r
+    where r.job_id = any (p_job_ids) and r.token = any (p_tokens) and r.cancel_requested;
+  end if;
 end;
 $$;
 

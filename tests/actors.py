@@ -141,8 +141,9 @@ class Caller:
         settings = {"role": self.role, "request.jwt.claims": json.dumps(claims)}
         settings |= {f"request.jwt.claim.{name}": claim for name, claim in claims.items()}
         with self.connection.transaction():
-            for name, value in settings.items():
-                self.connection.execute("select set_config(%s, %s, true)", [name, value])
+            self.connection.execute(
+                "select set_config(key, value, true) from jsonb_each_text(%s)", [Jsonb(settings)]
+            )
             yield self.connection
 
     def call(self, function: str, **arguments: Any) -> Any:

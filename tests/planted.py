@@ -395,8 +395,8 @@ MONEY = [
     Bug(
         "a heartbeat keeps a lease that is another's",
         "sql/70_worker.sql",
-        "and r.token = any (p_tokens)\n    returning r.job_id, r.token, r.cancel_requested",
-        "\n    returning r.job_id, r.token, r.cancel_requested",
+        "where r.job_id = any (p_job_ids) and r.token = any (p_tokens);",
+        "where r.job_id = any (p_job_ids);",
         STATES,
     ),
     Bug(
@@ -426,8 +426,8 @@ MONEY = [
     Bug(
         "what a deleted user's job bought runs on",
         "sql/70_worker.sql",
-        "b.token is null and exists (select from public.generations as g where g.id = j.id)",
-        "b.token is null",
+        "      and exists (select from public.generations as g where g.id = j.id) then 'lost'",
+        "      then 'lost'",
         "tests/test_worker_replicate.py::test_a_purchase_is_stopped_where_its_user_is_deleted",
     ),
     # Places and limits.
@@ -602,8 +602,8 @@ MONEY = [
     Bug(
         "a heartbeat locks jobs in any order",
         "sql/70_worker.sql",
-        "    from private.settings as s\n    where r.job_id = any (p_job_ids) and",
-        "    from private.settings as s, unnest(p_job_ids) as j\n    where r.job_id = j and",
+        "  from private.settings as s\n  where r.job_id = any (p_job_ids) and",
+        "  from private.settings as s, unnest(p_job_ids) as j\n  where r.job_id = j and",
         CIRCLE,
     ),
     Bug(
