@@ -7,12 +7,13 @@ LOCAL_STACK := $(PYTHON) scripts/stack.py
 APP_NODE = cd examples/expo && PATH="$$(echo $(CURDIR)/node_modules/node-linux-*/bin):$$PATH"
 APP_FORMAT := node_modules/.bin/deno fmt --no-config --line-width=100 --single-quote
 APP_SOURCES := examples/expo/*.ts examples/expo/*.tsx examples/expo/src examples/expo/__tests__
+MIGRATIONS := supabase/migrations
+CORE := $(filter-out sql/95_% sql/96_%,$(sort $(wildcard sql/*.sql)))
 # Each pytest process has a cluster of its own. What is long goes file by file, as some count over a file.
 SIDE_BY_SIDE = $(PYTHON) -m pytest --numprocesses=$(or $(JOBS),auto) --maxprocesses=4 \
 	$(if $(LONG),--dist=loadfile,--dist=worksteal -m "not long")
 QUICK := $(patsubst %,tests/test_%.py,access batch breaker cancel catalog claim credits enqueue gating \
 	input locks migrations money_model outcomes protocol recovery retry status worker_cancel worker_units)
-MIGRATION := supabase/migrations/20261121000000_create_darkroom.sql
 
 # Show this list.
 help:
@@ -146,10 +147,13 @@ chaos: setup
 		$(if $(SEED),--seed $(SEED)) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(OUT),--out "$$OUT") \
 		$(if $(ONLY),--only "$$ONLY")
 
-# Build the one migration of the first release from sql/.
+# Build the migrations of the first release from sql/: the core, and one for each optional part.
 migration:
-	@mkdir -p supabase/migrations
-	@{ echo '-- Built from sql/ by `make migration`: edit there, not here.'; cat sql/*.sql; } > $(MIGRATION)
+	@mkdir -p $(MIGRATIONS)
+	@build() { { echo '-- Built from sql/ by `make migration`: edit there, not here.'; cat "$$@"; }; } \
+		&& build $(CORE) > $(MIGRATIONS)/20261121000000_create_darkroom.sql \
+		&& build sql/95_gallery.sql > $(MIGRATIONS)/20261121000001_darkroom_gallery.sql \
+		&& build sql/96_webhooks.sql > $(MIGRATIONS)/20261121000002_darkroom_webhooks.sql
 
 # Renew the Python lock files from pyproject.toml; versions stay, unless UPGRADE=1.
 lock: setup

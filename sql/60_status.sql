@@ -48,9 +48,7 @@ begin
         from public.images as i where i.generation_id = j.id
       ), '[]'),
       'is_favorite', j.is_favorite,
-      'tags', array(
-        select t.tag from public.generation_tags as t where t.generation_id = j.id order by t.tag
-      ),
+      'tags', private.tags_of(j.id),
       'created_at', j.created_at,
       'started_at', j.started_at,
       'finished_at', j.finished_at

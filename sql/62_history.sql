@@ -59,11 +59,7 @@ begin
   end if;
   -- The ids, newest first, in the order of an index.
   if v_tag is not null then
-    v_ids := array(
-      select t.generation_id from public.generation_tags as t
-      where t.user_id = v_user_id and t.tag = v_tag and t.generation_id < v_before
-      order by t.generation_id desc limit c_walk
-    );
+    v_ids := private.walk_tag(v_user_id, v_tag, v_before, c_walk);
   elsif p_only_favorites then
     v_ids := array(
       select g.id from public.generations as g

@@ -149,7 +149,6 @@ begin
     ));
   end loop;
   perform private.record_attempts(p_jobs, p_status, p_metrics, p_code, p_detail);
-  perform private.record_events(v_ids, p_status);
 end;
 $$;
 

@@ -88,13 +88,12 @@ comment on function private.recover_stale_jobs is
   'private.skipped_rows. Looks less often, once in ten seconds at least, '
   'while a long transaction makes each look dear.';
 
--- Forgets worker processes and cron runs of more than a week ago, and old deliveries.
+-- Forgets worker processes and cron runs of more than a week ago.
 create function private.trim_history() returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   delete from private.workers where seen_at < now() - interval '7 days';
   delete from private.skipped_rows where last_at < now() - interval '7 days';
-  perform private.trim_deliveries();
   if to_regclass('cron.job_run_details') is not null then
     delete from cron.job_run_details where end_time < now() - interval '7 days';
   end if;

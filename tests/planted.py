@@ -58,14 +58,14 @@ SECURITY = [
     ),
     Bug(
         "row level security is off for webhooks, and a gateway grants all",
-        "sql/20_access.sql",
+        "sql/96_webhooks.sql",
         "alter table private.webhook_endpoints enable row level security;\n",
         "",
         "tests/test_security_rows.py::test_no_outsider_changes_a_row",
     ),
     Bug(
         "users may insert into the ledger",
-        "sql/20_access.sql",
+        "sql/95_gallery.sql",
         "grant select on table public.prompt_templates to authenticated;",
         "grant select on table public.prompt_templates to authenticated;\n"
         "grant insert on table public.credit_ledger to authenticated;",
@@ -109,14 +109,14 @@ SECURITY = [
     ),
     Bug(
         "a monitor reads why the provider refused",
-        "sql/89_alerts.sql",
-        "when private.is_operator() then '{}' else '{\"pause_reason\": null}'::jsonb",
-        "when true then '{}'::jsonb",
+        "sql/88_health.sql",
+        "when private.is_operator() then '{}' else '{\"pause_reason\": null}'::jsonb end",
+        "when true then '{}'::jsonb end",
         "tests/test_report.py::test_nobodys_words_and_ids_are_in_what_a_monitor_may_call",
     ),
     Bug(
         "everybody reads every generated image",
-        "sql/20_access.sql",
+        "sql/95_gallery.sql",
         "    and exists (select from private.shared_paths as s where s.path = objects.name)\n",
         "",
         "tests/test_security_storage.py::test_no_spelling_opens_or_changes_anothers_file",
@@ -138,16 +138,16 @@ SECURITY = [
     ),
     Bug(
         "a template of another user is overwritten",
-        "sql/66_templates.sql",
+        "sql/95_gallery.sql",
         "    where id = p_id and user_id = v_user_id\n",
         "    where id = p_id\n",
         "tests/test_templates.py::test_templates_of_others_and_of_the_app_cannot_be_changed",
     ),
     Bug(
         "shared images tell their prompts",
-        "sql/64_sharing.sql",
-        "'prompt', case when p_image.shows_prompt then g.prompt end,",
-        "'prompt', g.prompt,",
+        "sql/95_gallery.sql",
+        "'prompt', case when i.shows_prompt then i.prompt end,",
+        "'prompt', i.prompt,",
         f"{RPC}[{LITE}-list_public_images]",
     ),
     Bug(
@@ -191,7 +191,7 @@ SECURITY = [
         "stable set search_path = pg_catalog, pg_temp\nreturn private.get_entitlement();",
         "stable security definer set search_path = pg_catalog, pg_temp\n"
         "return private.get_entitlement();",
-        "tests/test_catalog.py::test_definers_are_private_and_what_is_public_only_calls_them",
+        "tests/test_catalog.py::test_definers_are_private_or_the_operators_and_doors_only_call_them",
     ),
     # Refusals.
     Bug(
@@ -268,9 +268,9 @@ SECURITY = [
     ),
     Bug(
         "webhooks may be registered for private addresses",
-        "sql/78_webhooks.sql",
-        "      when not private.is_public_address(p_host) then 'not a public address'\n",
-        "      when false then 'not a public address'\n",
+        "sql/96_webhooks.sql",
+        "      ) then 'not a public address' end;\n",
+        "      ) then null end;\n",
         "tests/test_outbox.py::test_addresses_that_may_lead_inside_are_refused",
     ),
     # Files.
@@ -631,8 +631,8 @@ MONEY = [
     Bug(
         "a row that was skipped is told nobody",
         "sql/88_health.sql",
-        "    where r.last_at > now() - interval '1 day'\n",
-        "    where r.last_at > now()\n",
+        "        where r.last_at > now() - interval '1 day'\n",
+        "        where r.last_at > now()\n",
         f"{RETENTION}a_bad_row_is_passed_over_and_named_and_all_others_are_done[case0]",
     ),
 ]
@@ -675,8 +675,29 @@ OUTAGE = [
         f"{PROCESS}what_the_server_says_of_a_completion_fails_no_job",
     ),
     Bug(
+        "the end of a job is told nobody",
+        "sql/96_webhooks.sql",
+        "when (old.status is distinct from new.status and new.finished_at is not null)",
+        "when (old.finished_at is not null)",
+        "tests/test_outbox.py::test_a_failed_job_is_told_with_its_error_and_the_credits_given_back",
+    ),
+    Bug(
+        "what is deleted stays shared",
+        "sql/95_gallery.sql",
+        "when (old.deleted_at is null and new.deleted_at is not null)",
+        "when (old.deleted_at is not null)",
+        "tests/test_gallery.py::test_a_deletion_ends_every_share_and_its_return_does_not_renew_it",
+    ),
+    Bug(
+        "a file that Storage does not know waits for ever",
+        "sql/84_erasure.sql",
+        "where d.is_needed is not true",
+        "where not d.is_needed",
+        f"{RETENTION}a_source_that_storage_does_not_know_is_listed",
+    ),
+    Bug(
         "pushes are sent as they came, whoever sends most",
-        "sql/79_deliveries.sql",
+        "sql/96_webhooks.sql",
         "order by t.turn, t.run_at limit p_at_most",
         "order by t.run_at limit p_at_most",
         "tests/test_outbox.py::test_users_take_turns_to_be_pushed_to",

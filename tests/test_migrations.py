@@ -8,13 +8,12 @@ MIGRATIONS = sorted((PROJECT / "supabase" / "migrations").glob("*.sql"))
 
 
 def test_the_migration_is_what_make_migration_builds(tmp_path):
-    built = tmp_path / "built.sql"
-
     subprocess.run(
-        ["make", "-s", "migration", f"MIGRATION={built}"], cwd=PROJECT, check=True, timeout=30
+        ["make", "-s", "migration", f"MIGRATIONS={tmp_path}"], cwd=PROJECT, check=True, timeout=30
     )
 
-    assert [file.read_text() for file in MIGRATIONS] == [built.read_text()]
+    built = {file.name: file.read_text() for file in tmp_path.glob("*.sql")}
+    assert {file.name: file.read_text() for file in MIGRATIONS} == built
 
 
 def test_migrations_and_sql_build_equal_databases(server, supabase_template):
