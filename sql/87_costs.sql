@@ -56,9 +56,9 @@ comment on view private.cost_by_day is 'What did each model cost and earn on eac
 
 create view private.cost_by_model with (security_invoker = true) as
 select
-  d.model_id, sum(d.completed) as completed, sum(d.images) as images,
+  d.model_id, sum(d.completed)::bigint as completed, sum(d.images)::bigint as images,
   sum(d.provider_seconds) as provider_seconds, sum(d.cost_usd) as cost_usd,
-  sum(d.unknown_costs) as unknown_costs,
+  sum(d.unknown_costs)::bigint as unknown_costs,
   round(sum(d.cost_usd) / nullif(sum(d.images), 0), 6) as cost_usd_per_image,
   sum(d.credits_charged) as credits_charged, sum(d.credits_refunded) as credits_refunded,
   sum(d.margin_usd) as margin_usd

@@ -1,5 +1,6 @@
 -- The API: each function is a door to the definer of the same name in schema private, so that
--- nothing in the exposed schema runs with more rights than its caller's. Doors have no code.
+-- nothing that users call in the exposed schema runs with more rights than theirs. Doors have no
+-- code. What only operators ask, how the queue is, stands where it is made (88, 89).
 --
 -- What is called most is plpgsql, whose plans last for a session.
 
