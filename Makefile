@@ -3,10 +3,10 @@
 MAKEFLAGS += --no-print-directory
 
 PYTHON := .venv/bin/python
-LOCAL_STACK := $(PYTHON) scripts/stack.py
 APP_NODE = cd examples/expo && PATH="$$(echo $(CURDIR)/node_modules/node-linux-*/bin):$$PATH"
 APP_FORMAT := node_modules/.bin/deno fmt --no-config --line-width=100 --single-quote
 APP_SOURCES := examples/expo/*.ts examples/expo/*.tsx examples/expo/src examples/expo/__tests__
+RELEASED := supabase/released.sha256
 MIGRATION := supabase/migrations/20261121000000_create_darkroom.sql
 
 # Show this list.
@@ -17,37 +17,25 @@ help:
 setup:
 	@scripts/setup
 
-setup-app:
-	@scripts/setup app
-
-setup-test:
-	@scripts/setup app postgres
-
-setup-browser:
-	@scripts/setup app browser
-
-setup-bench:
-	@scripts/setup bench
+# Beside that what app, browser, bench or other versions of PostgreSQL need: make setup-app-postgres
+setup-%:
+	@scripts/setup $(subst -, ,$*)
 
 # Start database, HTTP gateway and worker; leaves alone what already runs.
 up: setup
-	@$(LOCAL_STACK) up
-
 # Stop them; data, keys and ports stay.
 down:
-	@$(LOCAL_STACK) down
-
 # Show what runs, where, and the log files.
 status:
-	@$(LOCAL_STACK) status
-
 # Print URLs and keys for a shell: eval "$(make -s env)"
 env:
-	@$(LOCAL_STACK) env
-
+# Try all that the local worker needs, and say in one line each what is wrong.
+check-worker:
 # Stop everything and delete its data.
 clean:
-	@$(LOCAL_STACK) clean
+
+up down status env check-worker clean:
+	@$(PYTHON) scripts/stack.py $@
 
 # Show queue, workers, rates, errors and recent jobs: make top EVERY=5, or make top JSON=1 for a script.
 top:
@@ -75,10 +63,6 @@ migrate: setup
 compose-env: setup
 	@$(PYTHON) scripts/compose_env.py
 
-# Try all that the local worker needs, and say in one line each what is wrong.
-check-worker:
-	@$(LOCAL_STACK) check
-
 # Install the worker on this machine, under systemd; needs root. Adds nothing that is in place.
 install-worker:
 	@scripts/install_worker
@@ -93,14 +77,14 @@ test: setup
 	@[ -n "$(POSTGRES_IMAGE)" ] || docker build -q -t darkroom-postgres:15 -f deploy/postgres.Dockerfile deploy
 	@$(PYTHON) -m pytest tests/test_containers.py tests/test_http*.py tests/test_worker_*.py tests/test_migrate.py
 else
-test: setup-test lint lint-app
+test: setup-app-postgres lint lint-app
 	@$(PYTHON) -m pytest --ignore=tests/browser
 	@$(APP_NODE) node node_modules/jest/bin/jest.js
 	@echo 'The app in a browser: make test-app'
 endif
 
 # Run app and operator page in a browser against stack and worker. SCREENSHOTS=folder keeps what it looks like.
-test-app: setup-browser
+test-app: setup-app-browser
 	@$(PYTHON) -m pytest tests/browser
 
 # Check style and types of SQL and Python.
@@ -134,10 +118,22 @@ chaos: setup
 		$(if $(SEED),--seed $(SEED)) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(OUT),--out "$$OUT") \
 		$(if $(ONLY),--only "$$ONLY")
 
-# Build the one migration of the first release from sql/.
+# Begin a migration: make migration NAME=what_changes. Without NAME: build the first ones from sql/.
+ifdef NAME
 migration:
+	@case "$$NAME" in *[!a-z0-9_]*) echo 'NAME: small letters, digits and _'; exit 1;; esac
+	@file=supabase/migrations/$$(date -u +%Y%m%d%H%M%S)_$$NAME.sql \
+		&& cp supabase/new_migration.sql "$$file" && echo "$$file"
+else
+migration:
+	@[ ! -e $(RELEASED) ] || { echo 'Migrations are only added: make migration NAME=what_changes'; exit 1; }
 	@mkdir -p supabase/migrations
 	@{ echo '-- Built from sql/ by `make migration`: edit there, not here.'; cat sql/*.sql; } > $(MIGRATION)
+endif
+
+# Record all migrations as released: from then on tests refuse a change in any of them.
+freeze:
+	@cd supabase && sha256sum migrations/*.sql > $(notdir $(RELEASED))
 
 # Renew the Python lock files from pyproject.toml; versions stay, unless UPGRADE=1.
 lock: setup
@@ -152,6 +148,4 @@ audit: setup
 	@$(PYTHON) -m venv .venv/audit && .venv/audit/bin/python -m pip install --quiet pip-audit==2.10.1
 	@$(PYTHON) scripts/audit.py .venv/audit/bin/pip-audit
 
-.PHONY: help setup setup-app setup-test setup-browser setup-bench up down status env clean top \
-	monitor-key demo import-model migrate compose-env check-worker install-worker app test test-app \
-	lint lint-app types bench scale-out chaos migration lock audit
+.PHONY: $(shell sed -n 's/^\([a-z][a-z -]*\):.*/\1/p' Makefile)

@@ -548,7 +548,7 @@ def interrupt(*_: object) -> NoReturn:
 def main() -> None:
     """Run one command from the command line."""
     parser = argparse.ArgumentParser(description="Run the local stack.")
-    parser.add_argument("command", choices=["up", "down", "status", "check", "env", "clean"])
+    parser.add_argument("command", choices=["up", "down", "status", "env", "check-worker", "clean"])
     command = parser.parse_args().command
     signal.signal(signal.SIGTERM, interrupt)
     stack = Stack.local(with_worker=True)
@@ -560,7 +560,7 @@ def main() -> None:
                 stack.down()
             case "status":
                 show_status(stack)
-            case "check":
+            case "check-worker":
                 sys.exit(check_worker(stack))
             case "env":
                 show_environment(stack)

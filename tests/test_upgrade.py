@@ -237,6 +237,7 @@ class Past:
         bob.delete_generation(self.gone)
         self.delayed = bob.enqueued()
         assert worker.fails(worker.claims()[0], "provider_busy") == "retried"
+        db.execute("update private.ready_jobs set run_at = now() + interval '1 hour'")
 
         self.bought, self.begun = alice.enqueued(), alice.enqueued()
         self.running = {str(job["job_id"]): job for job in worker.claims(2)}
