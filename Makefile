@@ -7,7 +7,7 @@ APP_NODE = cd examples/expo && PATH="$$(echo $(CURDIR)/node_modules/node-linux-*
 APP_FORMAT := node_modules/.bin/deno fmt --no-config --line-width=100 --single-quote
 APP_SOURCES := examples/expo/*.ts examples/expo/*.tsx examples/expo/src examples/expo/__tests__
 RELEASED := supabase/released.sha256
-MIGRATION := supabase/migrations/20261121000000_create_darkroom.sql
+MIGRATIONS := supabase/migrations
 
 # Show this list.
 help:
@@ -122,13 +122,14 @@ chaos: setup
 ifdef NAME
 migration:
 	@case "$$NAME" in *[!a-z0-9_]*) echo 'NAME: small letters, digits and _'; exit 1;; esac
-	@file=supabase/migrations/$$(date -u +%Y%m%d%H%M%S)_$$NAME.sql \
+	@file=$(MIGRATIONS)/$$(date -u +%Y%m%d%H%M%S)_$$NAME.sql \
 		&& cp supabase/new_migration.sql "$$file" && echo "$$file"
 else
 migration:
 	@[ ! -e $(RELEASED) ] || { echo 'Migrations are only added: make migration NAME=what_changes'; exit 1; }
-	@mkdir -p supabase/migrations
-	@{ echo '-- Built from sql/ by `make migration`: edit there, not here.'; cat sql/*.sql; } > $(MIGRATION)
+	@mkdir -p $(MIGRATIONS)
+	@{ echo '-- Built from sql/ by `make migration`: edit there, not here.'; cat sql/*.sql; } \
+		> $(MIGRATIONS)/20261121000000_create_darkroom.sql
 endif
 
 # Record all migrations as released: from then on tests refuse a change in any of them.

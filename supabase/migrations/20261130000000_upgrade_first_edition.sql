@@ -4634,237 +4634,6 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   order by r.claimed_at, r.job_id limit p_at_most
 $$;
 
--- Data, by hand.
-
--- Whose push it is. One for a generation that is gone goes with it, so each has a user.
-update private.deliveries as d set user_id = g.user_id
-from public.generations as g where g.id = d.generation_id and d.lane = 'expo';
-
--- The provider's jobs that ours have bought. Where two had the same, it is the first one's.
-insert into private.purchases (generation_id, provider_job_id)
-select b.generation_id, b.provider_job_id from (
-  select a.generation_id, a.provider_job_id, a.started_at from private.attempts as a
-  union all
-  select r.job_id, r.provider_job_id, r.claimed_at from private.running_jobs as r
-  union all
-  select r.job_id, r.provider_job_id, r.create_started_at from private.ready_jobs as r
-) as b
-inner join public.generations as g on b.generation_id = g.id
-where b.provider_job_id is not null
-order by b.started_at on conflict do nothing;
-
--- New settings have their defaults. What was left at an old default follows; what an operator has
--- set stays, and input images are kept as long as before: settings.keep_inputs says how long.
-update private.plans set full_minutes_per_day = 100, max_burned_per_day = 50 where name = 'paid';
-update private.settings set breaker_users = 3 where breaker_users = 2;
-
--- What holds from now on.
-
-alter table public.models add constraint models_prices_are_at_most_a_million CHECK ((GREATEST(price_credits, paid_price_credits) <= 1000000));
-
-alter table private.plans add constraint plans_limits_are_positive CHECK (((LEAST(max_active, max_per_minute, (full_minutes_per_day)::integer, max_burned_per_day) > 0) AND ((max_batch >= 1) AND (max_batch <= 100))));
-
-alter table private.plans add constraint plans_busy_after_is_positive CHECK (((busy_after > '00:00:00'::interval) AND (busy_after <= '1000 years'::interval)));
-
-alter table private.settings add constraint settings_welcome_credits_are_at_most_a_million CHECK ((welcome_credits <= 1000000));
-
-alter table private.settings add constraint settings_times_are_in_reach CHECK ((GREATEST(keep_generations, keep_deleted, keep_inputs, keep_attempts, keep_ledger, keep_ledger_of_deleted_users, lease, heartbeat, retry_base, retry_cap, give_up_after, push_expires, keep_deliveries, breaker_window, breaker_pause, breaker_pause_cap) <= '1000 years'::interval));
-
-alter table private.settings add constraint settings_max_input_files_is_not_negative CHECK ((max_input_files >= 0));
-
-alter table private.settings add constraint settings_watch_window_is_positive CHECK (((watch_window > '00:00:00'::interval) AND (watch_window <= '50 years'::interval)));
-
-alter table private.deliveries add constraint deliveries_push_token_matches_lane CHECK ((((push_token IS NOT NULL) = (lane = 'expo'::text)) AND ((user_id IS NOT NULL) = (lane = 'expo'::text))));
-
-alter table private.expired_files add constraint expired_files_path_is_the_users CHECK (starts_with(concat(path, '/'), concat(user_id, '/')));
-
-create trigger generations_take_their_parts_along
-after delete on public.generations
-for each row execute function private.erase_parts_of_generation();
-
-insert into private.settings default values on conflict do nothing;
-
-update private.settings
-set welcome_credits = current_setting('darkroom.welcome_credits', true)::integer
-where current_setting('darkroom.welcome_credits', true) <> ''
-  and not exists (select from public.entitlements);
-
-insert into private.queue_state default values on conflict do nothing;
-
-insert into private.retention_walks (name) values
-('generations'), ('attempts'), ('ledger'), ('files')
-on conflict do nothing;
-
-insert into private.plans (
-  name, max_active, max_per_minute, full_minutes_per_day, max_burned_per_day, max_batch, weight,
-  busy_after
-) values
-('free', 3, 10, 30, 5, 3, 1, '10 minutes'),
-('paid', 20, 60, 100, 50, 100, 4, '30 minutes')
-on conflict do nothing;
-
-insert into private.error_codes (
-  code, message, is_retryable, uses_attempt, resumes, trips_breaker
-) values
-(
-  'moderated', 'The safety filter refused this picture. Try another prompt.', false, true, false,
-  false
-),
-('invalid_input', 'The model did not accept this request.', false, true, false, false),
-('provider_busy', 'The image service is busy. Try again later.', true, false, false, false),
-('provider_timeout', 'The image service did not answer in time.', true, true, true, true),
-('provider_error', 'The image service failed to make this picture.', true, true, false, true),
-('result_lost', 'The finished picture could not be fetched in time.', true, true, false, true),
-('timeout', 'The picture took too long.', false, true, false, true),
-(
-  'provider_refused', 'The image service refused to make this picture.', true, true, true, true
-),
-('worker_full', 'We have no room for your picture. Try again later.', true, false, true, false),
-(
-  'storage_unavailable', 'Your picture could not be kept. Try again later.', true, false, true,
-  false
-),
-('internal', 'Something went wrong on our side.', true, true, true, false)
-on conflict do nothing;
-
-insert into private.push_texts (event_type, title, body) values
-('generation.completed', 'Your picture is ready', 'Tap to see it.'),
-('generation.failed', 'Your picture could not be made', 'Your credits are back.')
-on conflict do nothing;
-
-insert into private.alert_rules (alert, threshold, unit, min_cases, severity, hint) values
-(
-  'depth', 10000, 'ready jobs', 0, 'warning',
-  'Start more workers, or give them more slots. Which model: private.queue_by_model.'
-),
-(
-  'oldest_age', 300, 'seconds', 0, 'warning',
-  'Start more workers, or give them more slots. Whose: private.waiting_now.'
-),
-(
-  'error_rate', 0.25, 'share of attempts', 20, 'critical',
-  'private.errors_by_model says which model and in which words. A model that only fails is taken '
-  'off the list with is_active = false.'
-),
-(
-  'burned', 20, 'purchases', 0, 'warning',
-  'Users cancel what the provider bills: see entitlements.day_burned. Lower '
-  'plans.max_burned_per_day or settings.running_cancel_refund_percent.'
-),
-(
-  'stuck', 120, 'seconds', 0, 'critical',
-  'Nobody recovers them: start a worker or pg_cron, or select private.recover_stale_jobs(). '
-  'Which: private.stuck_jobs.'
-),
-(
-  'no_worker', 0, 'ready jobs', 0, 'critical',
-  'Start a worker, or look into the log of the one that stopped.'
-),
-(
-  'not_listening', 0, 'workers', 0, 'warning',
-  'They find jobs by polling only. Give them a direct or session-mode connection: LISTEN does not '
-  'work through a transaction pooler. Which: private.worker_activity.'
-),
-(
-  'cron_silent', 3, 'runs missed', 0, 'warning',
-  'See cron.job_run_details and that pg_cron runs. Set routines.every to null if a routine is no '
-  'longer to run.'
-),
-(
-  'paused', 0, 'pauses', 0, 'warning',
-  'Jobs of what is paused wait. Why: private.paused_now. If the provider refused the account, see '
-  'its billing and key.'
-),
-(
-  'vacuum_held_back', 1000000, 'transactions', 0, 'warning',
-  'Dead rows pile up in the queue. End the transaction (pg_terminate_backend(pid)), the prepared '
-  'transaction or the replication slot. All of them: private.vacuum_holders.'
-),
-(
-  'dead_deliveries', 0, 'deliveries', 0, 'warning',
-  'private.undelivered says why. Once the receiver works: enable_webhook, redeliver_dead; or '
-  'delete_webhook.'
-),
-(
-  'skipped_rows', 0, 'rows', 0, 'warning',
-  'private.skipped_rows says which, what is wrong with them and since when. Mend the row: it is '
-  'tried again. storage: files of private.expired_files that it does not delete; see the worker''s '
-  'log.'
-),
-(
-  'books', 0, 'problems', 0, 'critical',
-  'See private.broken_books: the ledger is right, and entitlements have to follow it. Once mended, '
-  'select private.check_books() to check anew.'
-)
-on conflict do nothing;
-
-do $$
-begin
-  perform private.skip_failing(
-    'select count(private.create_entitlement(u)) from unnest($1) as u',
-    array(
-      select u.id from auth.users as u
-      where not exists (select from public.entitlements as e where e.user_id = u.id)
-    )
-  );
-end;
-$$;
-
-do $$
-begin
-  if to_regclass('storage.buckets') is null then
-    raise notice 'Darkroom: no storage.buckets here; create the private buckets yourself';
-    return;
-  elsif not has_table_privilege('storage.buckets', 'select, insert') then
-    raise notice 'Darkroom: no right to make buckets; create the private buckets yourself';
-    return;
-  end if;
-  insert into storage.buckets (id, name, public, file_size_limit, allowed_mime_types) values
-  -- octet-stream: what SVGs are stored as, so that no browser runs one.
-  (
-    'generations', 'generations', false, 33554432,
-    '{image/png,image/jpeg,image/webp,image/avif,image/gif,application/octet-stream}'
-  ),
-  ('inputs', 'inputs', false, 10485760, '{image/png,image/jpeg,image/webp}')
-  on conflict do nothing;
-  if exists (select from storage.buckets where id in ('generations', 'inputs') and public) then
-    raise warning 'Darkroom: a bucket of its own is public: everybody who knows a path reads it'
-      using errcode = '01000';
-  end if;
-end;
-$$;
-
-do $$
-declare
-  v_job record;
-begin
-  if current_database() is distinct from current_setting('cron.database_name', true) then
-    raise notice 'Darkroom: no pg_cron for this database; workers do its work on their own';
-    return;
-  end if;
-  create extension if not exists pg_cron with schema pg_catalog;
-  for v_job in
-    select * from (values
-      ('recover_stale_jobs', '* * * * *', interval '1 minute'),
-      ('apply_retention', '* * * * *', interval '1 minute'),
-      ('trim_history', '17 3 * * *', interval '1 day'),
-      ('check_books', '47 3 * * *', interval '1 day')
-    ) as job (name, schedule, every)
-  loop
-    perform cron.schedule(
-      'darkroom_' || v_job.name, v_job.schedule,
-      format('select private.%1$s(), private.note_run(%1$L)', v_job.name)
-    );
-    insert into private.routines (name, every) values (v_job.name, v_job.every)
-    on conflict (name) do update set every = coalesce(routines.every, excluded.every);
-  end loop;
-end;
-$$;
-
-notify pgrst, 'reload schema';
-
-notify pgrst, 'reload config';
-
 create or replace function public.grant_credits(
   user_id uuid, amount integer, kind text, external_id text
 ) returns json
@@ -5163,6 +4932,237 @@ private.queue_health, private.queue_history, private.queue_report, private.repor
 private.report_errors, private.report_models, private.report_workers, public.queue_health,
 public.queue_history, public.queue_report
 to darkroom_monitor;
+
+-- Data, by hand.
+
+-- Whose push it is. One for a generation that is gone goes with it, so each has a user.
+update private.deliveries as d set user_id = g.user_id
+from public.generations as g where g.id = d.generation_id and d.lane = 'expo';
+
+-- The provider's jobs that ours have bought. Where two had the same, it is the first one's.
+insert into private.purchases (generation_id, provider_job_id)
+select b.generation_id, b.provider_job_id from (
+  select a.generation_id, a.provider_job_id, a.started_at from private.attempts as a
+  union all
+  select r.job_id, r.provider_job_id, r.claimed_at from private.running_jobs as r
+  union all
+  select r.job_id, r.provider_job_id, r.create_started_at from private.ready_jobs as r
+) as b
+inner join public.generations as g on b.generation_id = g.id
+where b.provider_job_id is not null
+order by b.started_at on conflict do nothing;
+
+-- New settings have their defaults. What was left at an old default follows; what an operator has
+-- set stays, and input images are kept as long as before: settings.keep_inputs says how long.
+update private.plans set full_minutes_per_day = 100, max_burned_per_day = 50 where name = 'paid';
+update private.settings set breaker_users = 3 where breaker_users = 2;
+
+-- What holds from now on.
+
+alter table public.models add constraint models_prices_are_at_most_a_million CHECK ((GREATEST(price_credits, paid_price_credits) <= 1000000));
+
+alter table private.plans add constraint plans_limits_are_positive CHECK (((LEAST(max_active, max_per_minute, (full_minutes_per_day)::integer, max_burned_per_day) > 0) AND ((max_batch >= 1) AND (max_batch <= 100))));
+
+alter table private.plans add constraint plans_busy_after_is_positive CHECK (((busy_after > '00:00:00'::interval) AND (busy_after <= '1000 years'::interval)));
+
+alter table private.settings add constraint settings_welcome_credits_are_at_most_a_million CHECK ((welcome_credits <= 1000000));
+
+alter table private.settings add constraint settings_times_are_in_reach CHECK ((GREATEST(keep_generations, keep_deleted, keep_inputs, keep_attempts, keep_ledger, keep_ledger_of_deleted_users, lease, heartbeat, retry_base, retry_cap, give_up_after, push_expires, keep_deliveries, breaker_window, breaker_pause, breaker_pause_cap) <= '1000 years'::interval));
+
+alter table private.settings add constraint settings_max_input_files_is_not_negative CHECK ((max_input_files >= 0));
+
+alter table private.settings add constraint settings_watch_window_is_positive CHECK (((watch_window > '00:00:00'::interval) AND (watch_window <= '50 years'::interval)));
+
+alter table private.deliveries add constraint deliveries_push_token_matches_lane CHECK ((((push_token IS NOT NULL) = (lane = 'expo'::text)) AND ((user_id IS NOT NULL) = (lane = 'expo'::text))));
+
+alter table private.expired_files add constraint expired_files_path_is_the_users CHECK (starts_with(concat(path, '/'), concat(user_id, '/')));
+
+create trigger generations_take_their_parts_along
+after delete on public.generations
+for each row execute function private.erase_parts_of_generation();
+
+insert into private.settings default values on conflict do nothing;
+
+update private.settings
+set welcome_credits = current_setting('darkroom.welcome_credits', true)::integer
+where current_setting('darkroom.welcome_credits', true) <> ''
+  and not exists (select from public.entitlements);
+
+insert into private.queue_state default values on conflict do nothing;
+
+insert into private.retention_walks (name) values
+('generations'), ('attempts'), ('ledger'), ('files')
+on conflict do nothing;
+
+insert into private.plans (
+  name, max_active, max_per_minute, full_minutes_per_day, max_burned_per_day, max_batch, weight,
+  busy_after
+) values
+('free', 3, 10, 30, 5, 3, 1, '10 minutes'),
+('paid', 20, 60, 100, 50, 100, 4, '30 minutes')
+on conflict do nothing;
+
+insert into private.error_codes (
+  code, message, is_retryable, uses_attempt, resumes, trips_breaker
+) values
+(
+  'moderated', 'The safety filter refused this picture. Try another prompt.', false, true, false,
+  false
+),
+('invalid_input', 'The model did not accept this request.', false, true, false, false),
+('provider_busy', 'The image service is busy. Try again later.', true, false, false, false),
+('provider_timeout', 'The image service did not answer in time.', true, true, true, true),
+('provider_error', 'The image service failed to make this picture.', true, true, false, true),
+('result_lost', 'The finished picture could not be fetched in time.', true, true, false, true),
+('timeout', 'The picture took too long.', false, true, false, true),
+(
+  'provider_refused', 'The image service refused to make this picture.', true, true, true, true
+),
+('worker_full', 'We have no room for your picture. Try again later.', true, false, true, false),
+(
+  'storage_unavailable', 'Your picture could not be kept. Try again later.', true, false, true,
+  false
+),
+('internal', 'Something went wrong on our side.', true, true, true, false)
+on conflict do nothing;
+
+insert into private.push_texts (event_type, title, body) values
+('generation.completed', 'Your picture is ready', 'Tap to see it.'),
+('generation.failed', 'Your picture could not be made', 'Your credits are back.')
+on conflict do nothing;
+
+insert into private.alert_rules (alert, threshold, unit, min_cases, severity, hint) values
+(
+  'depth', 10000, 'ready jobs', 0, 'warning',
+  'Start more workers, or give them more slots. Which model: private.queue_by_model.'
+),
+(
+  'oldest_age', 300, 'seconds', 0, 'warning',
+  'Start more workers, or give them more slots. Whose: private.waiting_now.'
+),
+(
+  'error_rate', 0.25, 'share of attempts', 20, 'critical',
+  'private.errors_by_model says which model and in which words. A model that only fails is taken '
+  'off the list with is_active = false.'
+),
+(
+  'burned', 20, 'purchases', 0, 'warning',
+  'Users cancel what the provider bills: see entitlements.day_burned. Lower '
+  'plans.max_burned_per_day or settings.running_cancel_refund_percent.'
+),
+(
+  'stuck', 120, 'seconds', 0, 'critical',
+  'Nobody recovers them: start a worker or pg_cron, or select private.recover_stale_jobs(). '
+  'Which: private.stuck_jobs.'
+),
+(
+  'no_worker', 0, 'ready jobs', 0, 'critical',
+  'Start a worker, or look into the log of the one that stopped.'
+),
+(
+  'not_listening', 0, 'workers', 0, 'warning',
+  'They find jobs by polling only. Give them a direct or session-mode connection: LISTEN does not '
+  'work through a transaction pooler. Which: private.worker_activity.'
+),
+(
+  'cron_silent', 3, 'runs missed', 0, 'warning',
+  'See cron.job_run_details and that pg_cron runs. Set routines.every to null if a routine is no '
+  'longer to run.'
+),
+(
+  'paused', 0, 'pauses', 0, 'warning',
+  'Jobs of what is paused wait. Why: private.paused_now. If the provider refused the account, see '
+  'its billing and key.'
+),
+(
+  'vacuum_held_back', 1000000, 'transactions', 0, 'warning',
+  'Dead rows pile up in the queue. End the transaction (pg_terminate_backend(pid)), the prepared '
+  'transaction or the replication slot. All of them: private.vacuum_holders.'
+),
+(
+  'dead_deliveries', 0, 'deliveries', 0, 'warning',
+  'private.undelivered says why. Once the receiver works: enable_webhook, redeliver_dead; or '
+  'delete_webhook.'
+),
+(
+  'skipped_rows', 0, 'rows', 0, 'warning',
+  'private.skipped_rows says which, what is wrong with them and since when. Mend the row: it is '
+  'tried again. storage: files of private.expired_files that it does not delete; see the worker''s '
+  'log.'
+),
+(
+  'books', 0, 'problems', 0, 'critical',
+  'See private.broken_books: the ledger is right, and entitlements have to follow it. Once mended, '
+  'select private.check_books() to check anew.'
+)
+on conflict do nothing;
+
+do $$
+begin
+  perform private.skip_failing(
+    'select count(private.create_entitlement(u)) from unnest($1) as u',
+    array(
+      select u.id from auth.users as u
+      where not exists (select from public.entitlements as e where e.user_id = u.id)
+    )
+  );
+end;
+$$;
+
+do $$
+begin
+  if to_regclass('storage.buckets') is null then
+    raise notice 'Darkroom: no storage.buckets here; create the private buckets yourself';
+    return;
+  elsif not has_table_privilege('storage.buckets', 'select, insert') then
+    raise notice 'Darkroom: no right to make buckets; create the private buckets yourself';
+    return;
+  end if;
+  insert into storage.buckets (id, name, public, file_size_limit, allowed_mime_types) values
+  -- octet-stream: what SVGs are stored as, so that no browser runs one.
+  (
+    'generations', 'generations', false, 33554432,
+    '{image/png,image/jpeg,image/webp,image/avif,image/gif,application/octet-stream}'
+  ),
+  ('inputs', 'inputs', false, 10485760, '{image/png,image/jpeg,image/webp}')
+  on conflict do nothing;
+  if exists (select from storage.buckets where id in ('generations', 'inputs') and public) then
+    raise warning 'Darkroom: a bucket of its own is public: everybody who knows a path reads it'
+      using errcode = '01000';
+  end if;
+end;
+$$;
+
+do $$
+declare
+  v_job record;
+begin
+  if current_database() is distinct from current_setting('cron.database_name', true) then
+    raise notice 'Darkroom: no pg_cron for this database; workers do its work on their own';
+    return;
+  end if;
+  create extension if not exists pg_cron with schema pg_catalog;
+  for v_job in
+    select * from (values
+      ('recover_stale_jobs', '* * * * *', interval '1 minute'),
+      ('apply_retention', '* * * * *', interval '1 minute'),
+      ('trim_history', '17 3 * * *', interval '1 day'),
+      ('check_books', '47 3 * * *', interval '1 day')
+    ) as job (name, schedule, every)
+  loop
+    perform cron.schedule(
+      'darkroom_' || v_job.name, v_job.schedule,
+      format('select private.%1$s(), private.note_run(%1$L)', v_job.name)
+    );
+    insert into private.routines (name, every) values (v_job.name, v_job.every)
+    on conflict (name) do update set every = coalesce(routines.every, excluded.every);
+  end loop;
+end;
+$$;
+
+notify pgrst, 'reload schema';
+
+notify pgrst, 'reload config';
 
 update private.alert_rules set hint = 'Jobs of what is paused wait. Why: private.paused_now. If the provider refused the account, see its billing and key.'
 where alert = 'paused' and hint::text = 'Jobs of what is paused wait. If the provider refused the account, see its billing and key.';
