@@ -244,6 +244,8 @@ class Past:
         worker.of_one("begin_creates", self.running[self.begun])
         worker.of_one("checkpoint_jobs", self.running[self.bought], "bought-one")
 
+        db.execute("update private.settings set heartbeat = '7 seconds', welcome_credits = 3")
+        db.execute("update private.plans set max_active = 7 where name = 'free'")
         self.batch = alice.enqueue_batch(["a harbour", "a pier"])["batch_id"]
         self.held = bob.enqueued()
         service.pause_model("darkroom/preview")
@@ -286,6 +288,8 @@ def test_the_first_edition_becomes_the_second_with_all_that_is_in_it(
         if rows and table not in MOVED:
             columns = rows[0].keys() & after[table][0].keys()
             assert sort(rows, columns) == sort(after[table], columns), table
+    (was,), (now,) = before["private.settings"], after["private.settings"]
+    assert {name for name in was if was[name] != now[name]} == {"breaker_users"}
     assert len(after["private.ready_jobs"]) == len(before["private.ready_jobs"])
     assert_books_balance(first)
     first.execute("select private.check_books()")
