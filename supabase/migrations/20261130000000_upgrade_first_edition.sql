@@ -1,9 +1,9 @@
 -- Moves a database of the first edition to the second. In any other it does nothing.
 --
 -- Written once by comparing both, with what no catalogue tells by hand; it is never changed again.
--- All of it is one statement, so one transaction, whoever applies it. It takes its locks first, in
--- the order in which users' requests do, and gives up after five seconds: nothing is changed then.
--- Workers of the first edition go on: their calls are answered as before.
+-- All of it is one statement, so one transaction, whoever applies it. It takes its locks first, and
+-- gives up after some five seconds: nothing is changed then. Workers of the first edition go on:
+-- their calls are answered as before.
 --
 -- `supabase db push` and `make migrate` apply what has no row in their history, in order. A database
 -- of the first edition has the row of create_darkroom, and none of the optional parts that it was
@@ -14,37 +14,50 @@ begin
 if to_regclass('private.ready_jobs') is null or to_regclass('private.purchases') is not null then
   return;
 end if;
+-- In the order of requests, as far as they have one. Who waits for a second looks for a deadlock, and
+-- may be its victim: so this waits less, lets go of what it has, and tries again.
+for v_try in 1..30 loop
+  begin
+    perform set_config('lock_timeout', '250ms', true);
+    lock table
+    private.settings,
+    public.entitlements,
+    public.batches,
+    public.generations,
+    public.credit_ledger,
+    private.ready_jobs,
+    private.running_jobs,
+    private.alert_rules,
+    private.attempts,
+    private.deliveries,
+    private.error_codes,
+    private.expired_files,
+    private.model_stats,
+    private.plans,
+    private.push_texts,
+    private.push_tokens,
+    private.queue_state,
+    private.retention_walks,
+    private.routines,
+    private.webhook_endpoints,
+    private.workers,
+    public.generation_tags,
+    public.image_likes,
+    public.images,
+    public.model_aliases,
+    public.models,
+    public.prompt_templates,
+    private.breakers
+    in access exclusive mode;
+    exit;
+  exception when lock_not_available then
+    if v_try = 30 then
+      raise;
+    end if;
+  end;
+  perform pg_sleep(0.1 * random());
+end loop;
 perform set_config('lock_timeout', '5s', true);
-lock table
-public.entitlements,
-public.batches,
-public.generations,
-public.credit_ledger,
-private.ready_jobs,
-private.running_jobs,
-private.alert_rules,
-private.attempts,
-private.deliveries,
-private.error_codes,
-private.expired_files,
-private.model_stats,
-private.plans,
-private.push_texts,
-private.push_tokens,
-private.queue_state,
-private.retention_walks,
-private.routines,
-private.settings,
-private.webhook_endpoints,
-private.workers,
-public.generation_tags,
-public.image_likes,
-public.images,
-public.model_aliases,
-public.models,
-public.prompt_templates,
-private.breakers
-in access exclusive mode;
 
 -- Held jobs wait in the queue like any other: a claim passes over what is paused.
 update private.ready_jobs set run_at = null, is_held = false where is_held;
