@@ -334,10 +334,9 @@ def test_users_and_workers_of_the_first_edition_go_on_with_the_second(first):
         past.worker.completes(job)
     past.service.resume_model("darkroom/preview")
     first.execute("update private.ready_jobs set run_at = now() where run_at is not null")
-    first.execute("select setval('private.full_scan_due', 0), setval('private.low_scan_due', 0)")
-    rest = past.worker.claims(8)
-    assert past.held in {str(job["job_id"]) for job in rest}
-    assert past.delayed in {str(job["job_id"]) for job in rest}
+    rest: list[dict[str, Any]] = []  # claims look below the clock now and then
+    eventually(lambda: rest.extend(past.worker.claims(8)) or len(rest) >= 4)
+    assert {past.held, past.delayed} <= {str(job["job_id"]) for job in rest}
     assert past.worker.fails(rest[0], "moderated") == "failed"
     for job in rest[1:]:
         past.worker.completes(job)
