@@ -6,6 +6,11 @@ PYTHON := .venv/bin/python
 APP_NODE = cd examples/expo && PATH="$$(echo $(CURDIR)/node_modules/node-linux-*/bin):$$PATH"
 APP_FORMAT := node_modules/.bin/deno fmt --no-config --line-width=100 --single-quote
 APP_SOURCES := examples/expo/*.ts examples/expo/*.tsx examples/expo/src examples/expo/__tests__
+# Each pytest process has a cluster of its own. What is long goes file by file, as some count over a file.
+SIDE_BY_SIDE = $(PYTHON) -m pytest --numprocesses=$(or $(JOBS),auto) --maxprocesses=4 \
+	$(if $(LONG),--dist=loadfile,--dist=worksteal -m "not long")
+QUICK := $(patsubst %,tests/test_%.py,access batch breaker cancel catalog claim credits enqueue gating \
+	input locks migrations money_model outcomes protocol recovery retry status worker_cancel worker_units)
 RELEASED := supabase/released.sha256
 MIGRATIONS := supabase/migrations
 
@@ -71,17 +76,24 @@ install-worker:
 app: setup-app
 	@$(PYTHON) scripts/app.py show
 
-# Run all checks and tests but those in a browser. STACK=docker: those of HTTP and worker, in containers.
+# Run all checks and tests but those in a browser: LONG=1 JOBS=4, ONLY="tests/test_locks.py -k wait", STACK=docker
 ifeq ($(STACK),docker)
 test: setup
 	@[ -n "$(POSTGRES_IMAGE)" ] || docker build -q -t darkroom-postgres:15 -f deploy/postgres.Dockerfile deploy
 	@$(PYTHON) -m pytest tests/test_containers.py tests/test_http*.py tests/test_worker_*.py tests/test_migrate.py
+else ifdef ONLY
+test: setup
+	@$(PYTHON) -m pytest $(ONLY)
 else
 test: setup-app-postgres lint lint-app
-	@$(PYTHON) -m pytest --ignore=tests/browser
+	@$(SIDE_BY_SIDE) --ignore=tests/browser
 	@$(APP_NODE) node node_modules/jest/bin/jest.js
 	@echo 'The app in a browser: make test-app'
 endif
+
+# Run what notices most mistakes, in two minutes: money, leases, locks, rights, the worker's decisions, one worker.
+test-quick: setup lint
+	@$(SIDE_BY_SIDE) $(QUICK)
 
 # Run app and operator page in a browser against stack and worker. SCREENSHOTS=folder keeps what it looks like.
 test-app: setup-app-browser

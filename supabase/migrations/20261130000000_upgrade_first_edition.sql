@@ -150,64 +150,90 @@ private.waiting_times,
 private.worker_activity;
 
 drop function
+private.admit_probes(p_seqs bigint[]),
 private.begin_creates(p_job_ids uuid[], p_tokens bigint[]),
+private.begin_probe(p_name text, p_seq bigint),
+private.blame_providers(p_jobs private.running_jobs[], p_codes text[]),
 private.blocked_models(),
 private.bury_deliveries(p_lane text),
 private.check_import_options(p_options jsonb),
 private.check_model(p_model public.models),
 private.complete_input(p_model public.models, p_prepared jsonb, p_prompt text),
+private.count_claims(p_job_id uuid),
 private.counts_images(p_snake text, p_rules jsonb),
+private.end_pauses(),
+private.ended_before(p_job_ids uuid[], p_tokens bigint[], p_outcomes text[]),
 private.find_count(p_schemas jsonb),
 private.find_prompt(p_schemas jsonb),
 private.finish_canceled(p_user_id uuid, p_job_id uuid, p_was_begun boolean),
+private.finish_canceled_job(p_job private.running_jobs, p_code text, p_detail text, p_metrics jsonb),
+private.finish_completed(p_job_ids uuid[], p_tokens bigint[], p_images jsonb[], p_metrics jsonb[], OUT jobs private.running_jobs[], OUT metrics jsonb[], OUT stored integer[], OUT charged integer[], OUT prices integer[]),
 private.finish_delivery(p_delivery_id uuid, p_token bigint, p_outcome text, p_status integer, p_error text, p_retry_after_seconds double precision),
+private.finish_failed(p_job private.running_jobs, p_error private.error_codes),
+private.finish_generation(p_job_id uuid, p_status text, p_error private.error_codes),
 private.forecast(p_generation public.generations, p_at_most integer, OUT queue_position integer, OUT eta_seconds numeric, OUT due_seconds double precision),
 private.forget_held(p_model_id text),
 private.free_slots(p_else double precision),
 private.has_later_push(p_delivery private.deliveries, p_batch_id uuid),
 private.hold_passed_jobs(p_blocked jsonb, p_from bigint, p_last bigint),
+private.images_json(p_generation_id uuid),
 private.import_model(p_model jsonb, p_options jsonb, p_dry_run boolean),
 private.is_free_text(p_rules jsonb),
 private.is_operators(p_snake text, p_rules jsonb, p_prose text),
+private.is_put_off(p_due regclass),
 private.is_shared_path(p_path text),
-private.job_json(p_generation public.generations),
 private.lease_deliveries(p_lane text, p_at_most integer),
 private.limit_rules(p_snake text, p_rules jsonb, p_takes_image boolean),
 private.lock_models_to_hold(p_blocked jsonb, p_model_ids text[]),
 private.lock_next_jobs(p_at_most integer, p_from bigint, p_blocked jsonb),
+private.lock_stale_jobs(p_at_most integer),
 private.map_inputs(p_schemas jsonb),
 private.map_model(p_model jsonb),
 private.merge_client_inputs(p_old public.models, p_mapped jsonb, p_options jsonb),
 private.merge_model(p_old public.models, p_mapped jsonb, p_options jsonb),
 private.model_properties(p_schemas jsonb),
 private.model_schemas(p_model jsonb),
+private.note_failure(p_job private.running_jobs, p_code text),
 private.open_breaker(p_name text, p_reason text),
 private.output_problem(p_output jsonb, p_prose text),
 private.output_prose(p_model jsonb, p_schemas jsonb),
+private.overtaking_share(p_distance bigint, p_slot_count integer),
 private.pause_provider(p_provider text, p_seconds integer, p_reason text),
 private.paused_until(p_model public.models),
+private.pick_jobs(p_at_most integer),
 private.pick_unblocked_jobs(p_at_most integer),
 private.play_queue(p_slots double precision[], p_ahead double precision[], p_exactly integer),
+private.promote_due_jobs(p_at_most integer),
+private.put_off(p_due regclass, p_began timestamp with time zone, p_at_most double precision),
 private.queued_seconds(p_job private.ready_jobs, p_position integer, p_mean_seconds double precision),
 private.read_request(p_prompts text[], p_params jsonb, p_idempotency_key text),
 private.recent_broken_books(p_at_most integer),
+private.record_attempts(p_jobs private.running_jobs[], p_outcome text, p_metrics jsonb[], p_error_code text, p_error_detail text),
 private.redelivery_delay(p_delivery private.deliveries, p_retry_after_seconds double precision),
 private.redrive_generation(p_old public.generations),
+private.refund_missing_images(p_jobs private.running_jobs[], p_stored integer[], p_charged integer[], p_prices integer[]),
 private.refuse_model(p_reason text),
 private.release_held_jobs(p_at_most integer, p_blocked jsonb),
+private.remaining_seconds(p_job private.running_jobs, p_mean_seconds double precision),
 private.report_errors(p_window interval),
 private.report_recent(p_at_most integer, p_window interval),
 private.report_running(p_at_most integer),
+private.requeue_job(p_job private.running_jobs, p_attempts_used integer, p_delay interval, p_resumes boolean),
+private.require_breaker_name(p_name text),
 private.require_known_user_id(),
 private.require_user_id(),
 private.resolve_schema(p_node jsonb, p_schemas jsonb, p_path text[]),
 private.resolve_union(p_node jsonb, p_schemas jsonb, p_path text[]),
 private.rules_of(p_node jsonb),
+private.running_job(p_job_id uuid),
+private.scan_start(p_pause double precision),
+private.schedule_scan(p_from bigint, p_began timestamp with time zone),
 private.snake_case(p_name text),
 private.takes_file(p_rules jsonb),
 private.takes_image(p_snake text, p_rules jsonb, p_prose text),
 private.trim_deliveries(p_at_most integer),
 private.waiting_seconds(p_job private.ready_jobs, p_ahead double precision[], p_else double precision),
+private.walk_generations(p_user_id uuid, p_before uuid, p_only_favorites boolean, p_tag text, p_at_most integer),
 private.without_prompt(p_detail text, p_prompt text);
 
 drop view
@@ -219,6 +245,10 @@ private.recent_attempts;
 alter table private.breakers drop column has_held;
 
 alter table private.ready_jobs drop column is_held;
+
+drop sequence if exists private.full_scan_due;
+
+drop sequence if exists private.low_scan_due;
 
 -- The second edition, but for what was there already.
 
@@ -277,6 +307,12 @@ comment on column public.entitlements.day_jobs is 'Jobs enqueued since day_start
 comment on column public.entitlements.day_burned is
   'Jobs canceled since day_started_at that the provider may bill us.';
 
+create sequence private.scan_due minvalue 0 start 0;
+
+comment on sequence private.scan_due is
+  'When ready_jobs may next be read from its start, in milliseconds since 1970: see '
+  'private.put_off().';
+
 alter table private.ready_jobs
   add column if not exists input_sha256 bytea;
 
@@ -294,8 +330,8 @@ comment on column private.running_jobs.input_sha256 is
   'made anew each time. null with such a job: nothing was asked for.';
 
 alter table private.attempts
-  alter column provider_images type integer,
-  alter column cost_usd type numeric(18,6);
+  alter column cost_usd type numeric(18,6),
+  alter column provider_images type integer;
 
 comment on column private.attempts.provider_images is 'Images the provider made, as it bills them.';
 
@@ -1086,98 +1122,6 @@ begin
 end;
 $$;
 
-create or replace function private.free_slots() returns double precision[]
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_slots integer;
-  v_busy double precision[];
-begin
-  select sum(w.slots)::integer into v_slots
-  from private.workers as w
-  where w.seen_at > now() - (select s.lease from private.settings as s);
-  if v_slots is null then
-    return null;
-  end if;
-  v_busy := array(
-    select private.remaining_seconds(r, coalesce(
-      s.mean_seconds, (select avg(a.mean_seconds) from private.model_stats as a)
-    ))
-    from private.running_jobs as r
-    left join private.model_stats as s on s.model_id = r.model_id
-    order by 1
-  );
-  return array_fill(
-    0::double precision, array[greatest(v_slots - cardinality(v_busy), 0)]
-  ) || v_busy;
-end;
-$$;
-
-create or replace function private.play_queue(
-  p_slots double precision[], p_queue double precision[], p_exactly integer default 100
-) returns double precision[]
-language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
-declare
-  -- A heap: each entry is no later than the two at twice its place, so the first is the soonest.
-  v_slots double precision[] := p_slots;
-  v_count integer := cardinality(p_slots);
-  v_begins double precision[] := p_slots[1:1];
-  v_at integer;
-  v_next integer;
-  v_free double precision;
-begin
-  for v_place in 1 .. least(p_exactly, cardinality(p_queue)) loop
-    v_free := v_slots[1] + p_queue[v_place];
-    v_at := 1;
-    loop
-      v_next := 2 * v_at;
-      exit when v_next > v_count;
-      if v_next < v_count and v_slots[v_next + 1] < v_slots[v_next] then
-        v_next := v_next + 1;
-      end if;
-      exit when v_free <= v_slots[v_next];
-      v_slots[v_at] := v_slots[v_next];
-      v_at := v_next;
-    end loop;
-    v_slots[v_at] := v_free;
-    v_begins[v_place + 1] := v_slots[1];
-  end loop;
-  return v_begins || array(
-    select v_slots[1] + sum(q.seconds) over (order by q.place) / v_count
-    from unnest(p_queue[p_exactly + 1:]) with ordinality as q (seconds, place)
-  );
-end;
-$$;
-
-create or replace function private.waiting_seconds(
-  p_job private.ready_jobs, p_seconds double precision, p_slot_count integer
-) returns double precision
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_paused_until timestamptz;
-  v_share double precision := 0;
-  v_clock bigint;
-begin
-  select max(b.paused_until) into v_paused_until
-  from private.breakers as b
-  where b.name in (
-      p_job.model_id, (select m.provider from public.models as m where m.id = p_job.model_id)
-    )
-    and (b.paused_until > now() or (b.paused_until is not null and b.times_opened > 0));
-  if v_paused_until <= now() or v_paused_until = 'infinity' then
-    return null;
-  end if;
-  if p_seconds > 0 then
-    select c.last_value into v_clock from private.virtual_clock as c;
-    v_share := private.overtaking_share(p_job.fair_key - v_clock, p_slot_count);
-  end if;
-  return greatest(
-    p_seconds / (1 - v_share),
-    date_part('epoch', p_job.run_at - now()),
-    date_part('epoch', v_paused_until - now())
-  );
-end;
-$$;
-
 create type private.forecast as (
   job_id uuid,
   queue_position integer,
@@ -1199,21 +1143,21 @@ declare
   v_forecasts private.forecast[];
   v_keys bigint[];  -- of the queue, in its order
   v_seqs bigint[];
-  v_begins double precision[];
-  v_slots double precision[];
-  v_job private.ready_jobs;
-  v_before integer;
+  v_lengths double precision[];
+  v_begins double precision[];  -- when the first of them begins, the second, and one behind all
+  v_slots double precision[];  -- in how many seconds each is free, soonest first
+  v_count integer;
   v_place integer;
   v_seconds double precision;
 begin
   if cardinality(v_queued) < cardinality(p_job_ids) then
     v_forecasts := array(
       select row(
-        r.job_id, null, round(private.remaining_seconds(r, s.mean_seconds)::numeric, 1),
-        private.due_seconds(r, s.mean_seconds)
+        r.job_id, null, round(greatest(0.25 * s.mean_seconds, due.seconds)::numeric, 1), due.seconds
       )::private.forecast
       from private.running_jobs as r
       left join private.model_stats as s on s.model_id = r.model_id
+      cross join lateral private.due_seconds(r, s.mean_seconds) as due (seconds)
       where r.job_id = any (p_job_ids)
     );
   end if;
@@ -1223,7 +1167,7 @@ begin
   select
     coalesce(array_agg(q.fair_key), '{}'), coalesce(array_agg(q.seq), '{}'),
     coalesce(array_agg(q.seconds), '{}')
-  into v_keys, v_seqs, v_begins
+  into v_keys, v_seqs, v_lengths
   from (
     select r.fair_key, r.seq, coalesce(
       s.mean_seconds, (select avg(a.mean_seconds) from private.model_stats as a)
@@ -1237,27 +1181,74 @@ begin
       ))
     order by r.fair_key, r.seq limit p_at_most
   ) as q;
-  if cardinality(v_keys) < p_at_most or cardinality(v_queued) > 1 then
-    v_slots := private.free_slots();
+  select sum(w.slots)::integer into v_count
+  from private.workers as w
+  where w.seen_at > now() - (select s.lease from private.settings as s)
+    and exists (select from private.model_stats);
+  if v_count is not null and (cardinality(v_keys) < p_at_most or cardinality(v_queued) > 1) then
+    v_slots := array(
+      select greatest(0.25 * m.seconds, private.due_seconds(r, m.seconds))
+      from private.running_jobs as r
+      left join private.model_stats as s on s.model_id = r.model_id
+      cross join lateral (
+        select coalesce(
+          s.mean_seconds, (select avg(a.mean_seconds) from private.model_stats as a)
+        ) as seconds
+      ) as m
+      order by 1
+    );
+    v_slots := array_fill(0::float, array[greatest(v_count - cardinality(v_slots), 0)]) || v_slots;
+    v_begins := v_slots[1:1];
+    -- The first of the queue take the slot that is free first each, the rest all of them evenly.
+    for v_at in 1 .. least(20, cardinality(v_lengths)) loop
+      v_seconds := v_slots[1] + v_lengths[v_at];
+      v_place := width_bucket(v_seconds, v_slots[2:]);
+      v_slots := v_slots[2:v_place + 1] || v_seconds || v_slots[v_place + 2:];
+      v_begins[v_at + 1] := v_slots[1];
+    end loop;
+    v_begins := v_begins || array(
+      select v_slots[1] + sum(q.seconds) over (order by q.place) / cardinality(v_slots)
+      from unnest(v_lengths[21:]) with ordinality as q (seconds, place)
+    );
   end if;
-  if v_slots is not null then
-    v_begins := private.play_queue(v_slots, v_begins);
-  end if;
-  foreach v_job in array v_queued loop
-    v_before := width_bucket(v_job.fair_key - 1, v_keys);
-    v_place := width_bucket(v_job.fair_key, v_keys);
-    v_place := v_before + width_bucket(v_job.seq - 1, v_seqs[v_before + 1:v_place]);
-    v_seconds := null;
-    if v_place < p_at_most and v_slots is not null then
-      v_seconds := private.waiting_seconds(v_job, v_begins[v_place + 1], cardinality(v_slots)) + (
-        select s.mean_seconds from private.model_stats as s where s.model_id = v_job.model_id
-      );
-    end if;
-    v_forecasts := v_forecasts || row(
-      v_job.job_id, v_place, round(v_seconds::numeric, 1), v_seconds
-    )::private.forecast;
-  end loop;
-  return v_forecasts;
+  return v_forecasts || array(
+    select row(q.job_id, p.place, round(due.seconds::numeric, 1), due.seconds)::private.forecast
+    from unnest(v_queued) as q
+    cross join lateral (
+      select width_bucket(q.fair_key - 1, v_keys) as first, width_bucket(q.fair_key, v_keys) as last
+    ) as same
+    cross join lateral (
+      select same.first + width_bucket(q.seq - 1, v_seqs[same.first + 1:same.last]) as place
+    ) as p
+    left join lateral (
+      -- A share of the slots goes to jobs that come later and are put before it: at first all that
+      -- are put nearer to the queue's present, ever fewer as it moves up.
+      select s.mean_seconds + greatest(
+        v_begins[p.place + 1] / (1 - case when v_begins[p.place + 1] > 0 then least(
+          0.6, coalesce(later.slots, 0) / cardinality(v_slots)
+        ) else 0 end),
+        date_part('epoch', q.run_at - now()),
+        date_part('epoch', pause.until - now())
+      ) as seconds
+      from private.model_stats as s
+      cross join lateral (
+        select max(b.paused_until) as until from private.breakers as b
+        where b.name in (
+            s.model_id, (select m.provider from public.models as m where m.id = s.model_id)
+          )
+          and (b.paused_until > now() or (b.paused_until is not null and b.times_opened > 0))
+      ) as pause
+      cross join lateral (
+        select sum(
+          a.requests_per_second * a.mean_seconds
+          * greatest(0, 1 - a.queue_distance / greatest(q.fair_key - c.last_value, 1))
+        ) as slots
+        from private.model_stats as a cross join private.virtual_clock as c
+      ) as later
+      where s.model_id = q.model_id and v_slots is not null and p.place < p_at_most
+        and (pause.until is null or (pause.until > now() and pause.until < 'infinity'))
+    ) as due on true
+  );
 end;
 $$;
 
@@ -1650,53 +1641,91 @@ begin
 end;
 $$;
 
-create or replace function private.job_json(
-  p_generation public.generations, p_forecast private.forecast default null
-) returns json
+create or replace function private.jobs_json(p_ids uuid[], p_user_id uuid default null) returns json[]
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_running private.running_jobs;
-  v_forecast private.forecast := coalesce(p_forecast, private.forecast(p_generation));
-  v_refunded integer;
 begin
-  if p_generation.finished_at is null then
-    v_running := private.running_job(p_generation.id);
-  else
-    select l.amount into v_refunded from public.credit_ledger as l
-    where l.generation_id = p_generation.id and l.kind = 'refund';
-  end if;
-  return json_build_object(
-    'job_id', p_generation.id,
-    'status', p_generation.status,
-    'stage', v_running.stage,
-    'progress', v_running.progress,
-    'attempt', v_running.attempt,
-    'cancel_requested', coalesce(v_running.cancel_requested, false),
-    'queue_position', v_forecast.queue_position,
-    'eta_seconds', v_forecast.eta_seconds,
-    'poll_after_ms', case when p_generation.finished_at is null then
-      private.poll_after_ms(p_generation.created_at, v_forecast.due_seconds) end,
-    'model', p_generation.model_id,
-    'alias', p_generation.alias_id,
-    'batch_id', p_generation.batch_id,
-    'retry_of', p_generation.retry_of,
-    'idempotency_key', p_generation.idempotency_key,
-    'prompt', p_generation.prompt,
-    'params', p_generation.input,
-    'price_credits', p_generation.price_credits,
-    'refunded_credits', coalesce(v_refunded, 0),
-    'error', case when p_generation.error_code is not null then
-      json_build_object('code', p_generation.error_code, 'message', p_generation.error_message) end,
-    'images', private.images_json(p_generation.id),
-    'is_favorite', p_generation.is_favorite,
-    'tags', array(
-      select t.tag from public.generation_tags as t
-      where t.generation_id = p_generation.id order by t.tag
-    ),
-    'created_at', p_generation.created_at,
-    'started_at', p_generation.started_at,
-    'finished_at', p_generation.finished_at
+  return (
+    select array_agg(json_build_object(
+      'job_id', j.id,
+      'status', j.status,
+      'stage', (j.running).stage,
+      'progress', (j.running).progress,
+      'attempt', case when j.finished_at is null then coalesce(
+        (j.running).attempt,
+        (select r.attempt from private.ready_jobs as r where r.job_id = j.id)
+      ) end,
+      'cancel_requested', coalesce((j.running).cancel_requested, false),
+      'queue_position', (j.forecast).queue_position,
+      'eta_seconds', (j.forecast).eta_seconds,
+      'poll_after_ms', case when j.finished_at is null then
+        private.poll_after_ms(j.created_at, (j.forecast).due_seconds) end,
+      'model', j.model_id,
+      'alias', j.alias_id,
+      'batch_id', j.batch_id,
+      'retry_of', j.retry_of,
+      'idempotency_key', j.idempotency_key,
+      'prompt', j.prompt,
+      'params', j.input,
+      'price_credits', j.price_credits,
+      'refunded_credits', coalesce((
+        select l.amount from public.credit_ledger as l
+        where l.generation_id = j.id and l.kind = 'refund'
+      ), 0),
+      'error', case when j.error_code is not null then
+        json_build_object('code', j.error_code, 'message', j.error_message) end,
+      'images', coalesce((
+        select json_agg(json_build_object(
+          'position', i.position, 'path', i.storage_path, 'preview_path', i.preview_path,
+          'content_type', i.content_type,
+          'width', i.width, 'height', i.height, 'bytes', i.bytes, 'blurhash', i.blurhash,
+          'is_public', i.share_id is not null
+        ) order by i.position)
+        from public.images as i where i.generation_id = j.id
+      ), '[]'),
+      'is_favorite', j.is_favorite,
+      'tags', array(
+        select t.tag from public.generation_tags as t where t.generation_id = j.id order by t.tag
+      ),
+      'created_at', j.created_at,
+      'started_at', j.started_at,
+      'finished_at', j.finished_at
+    ) order by j.id desc)
+    from (
+      select
+        g.*,
+        case when g.finished_at is null then (
+          select r from private.running_jobs as r where r.job_id = g.id
+        ) end as running,
+        case when g.finished_at is null then (
+          select f from unnest(private.forecast_jobs(p_ids)) as f where f.job_id = g.id
+        ) end as forecast
+      from public.generations as g
+      where g.id = any (p_ids)
+        and (p_user_id is null or (g.user_id = p_user_id and g.deleted_at is null))
+      offset 0  -- else what is looked up once is looked up for each of its fields
+    ) as j
   );
+end;
+$$;
+
+create or replace function private.job_json(p_generation public.generations) returns json
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+begin
+  return (private.jobs_json(array[p_generation.id]))[1];
+end;
+$$;
+
+create or replace function private.get_job_status(p_job_id uuid) returns json
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
+declare
+  v_job json := (private.jobs_json(array[p_job_id], private.require_user_id()))[1];
+begin
+  if v_job is null then
+    perform private.refuse_unknown_job();
+  end if;
+  return v_job;
 end;
 $$;
 
@@ -1712,12 +1741,7 @@ begin
     perform private.refuse_input('job_ids: not a list of at most 100');
   end if;
   v_ids := array(select j.job_id from private.live_jobs as j where j.user_id = v_user_id);
-  return (
-    select coalesce(json_agg(private.job_json(g, f) order by g.id desc), '[]')
-    from public.generations as g
-    left join unnest(private.forecast_jobs(v_ids)) as f on f.job_id = g.id
-    where g.id = any (v_ids || p_job_ids) and g.user_id = v_user_id and g.deleted_at is null
-  );
+  return coalesce(array_to_json(private.jobs_json(v_ids || p_job_ids, v_user_id)), '[]');
 end;
 $$;
 
@@ -1747,14 +1771,16 @@ $$;
 create or replace function private.list_generations(
   p_before uuid, p_page_size integer, p_only_favorites boolean, p_tag text, p_status text
 ) returns json
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
 declare
   c_walk constant integer := 200;
   v_user_id uuid := private.require_known_user_id();
   v_before uuid := coalesce(p_before, 'ffffffff-ffff-ffff-ffff-ffffffffffff');
   v_tag text := case when p_tag is not null then private.read_tag('tag', p_tag) end;
   v_ids uuid[];
-  v_page json;
+  v_page uuid[];
   v_last_id uuid;
 begin
   perform private.check_page_size(p_page_size);
@@ -1763,30 +1789,47 @@ begin
       'status: not one of queued, processing, completed, failed, canceled'
     );
   end if;
-  v_ids := private.walk_generations(v_user_id, v_before, p_only_favorites, v_tag, c_walk);
-  select
-    json_agg(private.job_json(page.generation, f) order by page.place),
-    case count(*) when p_page_size then v_ids[max(page.place)] else v_ids[cardinality(v_ids)] end
-  into v_page, v_last_id
-  from (
-    select walk.place, found.generation
+  -- The ids, newest first, in the order of an index.
+  if v_tag is not null then
+    v_ids := array(
+      select t.generation_id from public.generation_tags as t
+      where t.user_id = v_user_id and t.tag = v_tag and t.generation_id < v_before
+      order by t.generation_id desc limit c_walk
+    );
+  elsif p_only_favorites then
+    v_ids := array(
+      select g.id from public.generations as g
+      where g.user_id = v_user_id and g.is_favorite and g.id < v_before
+      order by g.id desc limit c_walk
+    );
+  else
+    v_ids := array(
+      select g.id from public.generations as g
+      where g.user_id = v_user_id and g.id < v_before
+      order by g.id desc limit c_walk
+    );
+  end if;
+  -- Those that are to be shown, by their key, until the page is full.
+  v_page := array(
+    select walk.id
     from (
       select w.* from unnest(v_ids) with ordinality as w (id, place) order by w.place
     ) as walk
     cross join lateral (
-      select g as generation from public.generations as g
+      select from public.generations as g
       where g.id = walk.id and g.deleted_at is null
         and (p_only_favorites is not true or g.is_favorite)
         and (p_status is null or g.status = p_status)
       limit 1
     ) as found
     order by walk.place limit p_page_size
-  ) as page
-  left join unnest(private.forecast_jobs(
-    case when coalesce(p_status, 'queued') in ('queued', 'processing') then v_ids else '{}' end
-  )) as f on f.job_id = (page.generation).id;
+  );
+  v_last_id := case cardinality(v_page)
+    when p_page_size then v_page[p_page_size]
+    else v_ids[cardinality(v_ids)]
+  end;
   return json_build_object(
-    'generations', coalesce(v_page, '[]'),
+    'generations', coalesce(array_to_json(private.jobs_json(v_page, v_user_id)), '[]'),
     'next_before', case
       when v_last_id <> v_ids[cardinality(v_ids)] or cardinality(v_ids) = c_walk then v_last_id
     end
@@ -2087,38 +2130,37 @@ create or replace function private.heartbeat(
   p_is_listening boolean default true
 ) returns table (job_id uuid, verdict text)
 language plpgsql security definer set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan as $$
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
 #variable_conflict use_column
-declare
-  v_lease interval := (select s.lease from private.settings as s);
-  v_at integer;
 begin
   update private.workers set seen_at = now(), is_listening = p_is_listening
   where id = p_worker_id;
-  -- A loop, not a join: each row is reached by its key also when the table is full of dead rows. In
-  -- order of id, as cancel_jobs (77) takes several.
-  for v_at in
-    select j.place from unnest(p_job_ids) with ordinality as j (id, place)
-    order by j.id, j.place
-  loop
-    job_id := p_job_ids[v_at];
-    update private.running_jobs as r
-    set
-      lease_until = now() + v_lease,
-      progress = case
-        when p_progress[v_at] is null then r.progress
-        else least(100, greatest(0, p_progress[v_at]))
-      end
-    where r.job_id = p_job_ids[v_at] and r.token = p_tokens[v_at]
-    returning case when r.cancel_requested then 'canceled' else 'ok' end into verdict;
+  update private.running_jobs as r set
+    lease_until = now() + s.lease,
+    progress = case
+      when p_progress[array_position(p_tokens, r.token)] is null then r.progress
+      else least(100, greatest(0, p_progress[array_position(p_tokens, r.token)]))
+    end
+  from private.settings as s
+  where r.job_id = any (p_job_ids) and r.token = any (p_tokens);
+  -- A new look, for the first may have waited.
+  return query
+  select j.id, case
+    when held.is_canceled is false then 'ok'
     -- Where even the generation is gone, no other worker stops what was bought.
-    verdict := coalesce(verdict, case
-      when exists (select from public.generations as g where g.id = p_job_ids[v_at]) then 'lost'
-      else 'canceled'
-    end);
-    return next;
-    verdict := null;
-  end loop;
+    when held.is_canceled is null
+      and exists (select from public.generations as g where g.id = j.id) then 'lost'
+    else 'canceled'
+  end
+  from unnest(p_job_ids) with ordinality as j (id, place)
+  cross join lateral (
+    select (
+      select r.cancel_requested from private.running_jobs as r
+      where r.job_id = j.id and r.token = p_tokens[j.place]
+    ) as is_canceled
+  ) as held
+  order by j.id, j.place;
 end;
 $$;
 
@@ -2182,30 +2224,6 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   from private.settings as s
 $$;
 
-create or replace function private.end_pauses() returns void
-language sql set search_path = pg_catalog, pg_temp as $$
-  update private.breakers set paused_until = null, pause_reason = null, resumed_at = now()
-  where name = any (array(
-    select b.name from private.breakers as b
-    where b.paused_until <= now() and b.times_opened = 0 for update skip locked
-  ))
-$$;
-
-create or replace function private.begin_probe(p_name text, p_seq bigint) returns boolean
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-begin
-  perform from private.breakers where name = p_name and times_opened > 0 for update skip locked;
-  if not found then
-    return false;
-  end if;
-  -- A new look, now that nobody else can begin one.
-  update private.breakers as b set probe_job_id = r.job_id
-  from private.ready_jobs as r
-  where b.name = p_name and r.seq = p_seq and private.admits(b, r.user_id);
-  return found;
-end;
-$$;
-
 create or replace function private.count_failure(
   p_name text, p_job private.running_jobs, p_code text, p_threshold integer
 ) returns void
@@ -2238,22 +2256,56 @@ begin
   else
     v_opens := v_breaker.probe_job_id = p_job.job_id and v_breaker.paused_until <= now();
   end if;
-  update private.breakers as b set
-    failures = case when v_opens then 0 else v_breaker.failures end,
-    failing_since = v_breaker.failing_since,
-    failed_users = v_breaker.failed_users
-  where b.name = p_name;
   if v_opens then
-    update private.breakers as b set
-      times_opened = least(b.times_opened + 1, 1000),
-      paused_until = now() + private.pause_length(b.times_opened + 1),
-      pause_reason = case
-        when v_is_closed
-          then format('%s failures in a row, the last: %s', v_breaker.failures, p_code)
-        else format('the probe failed: %s', p_code)
-      end
-    where b.name = p_name;
+    v_breaker.pause_reason := case
+      when v_is_closed then format('%s failures in a row, the last: %s', v_breaker.failures, p_code)
+      else format('the probe failed: %s', p_code)
+    end;
+    v_breaker.failures := 0;
+    v_breaker.times_opened := least(v_breaker.times_opened + 1, 1000);
+    v_breaker.paused_until := now() + private.pause_length(v_breaker.times_opened);
   end if;
+  update private.breakers set
+    failures = v_breaker.failures, failing_since = v_breaker.failing_since,
+    failed_users = v_breaker.failed_users, times_opened = v_breaker.times_opened,
+    paused_until = v_breaker.paused_until, pause_reason = v_breaker.pause_reason
+  where name = p_name;
+end;
+$$;
+
+create or replace function private.note_failures(p_jobs private.running_jobs[], p_codes text[]) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_settings private.settings := (select s from private.settings as s);
+  v_job private.running_jobs;
+  v_at bigint;
+  v_provider text;
+begin
+  for v_at, v_provider in
+    select j.ordinality, m.provider
+    from unnest(p_jobs) with ordinality as j
+    inner join private.error_codes as e on e.code = p_codes[j.ordinality] and e.trips_breaker
+    inner join public.models as m on m.id = j.model_id
+    order by m.provider, j.model_id, j.ordinality
+  loop
+    v_job := p_jobs[v_at];
+    insert into private.breakers (name) values (v_provider), (v_job.model_id)
+    on conflict do nothing;
+    perform from private.breakers where name = v_provider for update;
+    perform from private.breakers where name = v_job.model_id for update;
+    if exists (
+      select from private.breakers as b
+      where (b.name = v_provider and b.probe_job_id = v_job.job_id)
+        or (b.name = v_job.model_id and private.breaker_state(b) = 'closed')
+    ) then
+      perform private.count_failure(
+        v_provider, v_job, p_codes[v_at], v_settings.breaker_provider_failures
+      );
+    end if;
+    perform private.count_failure(
+      v_job.model_id, v_job, p_codes[v_at], v_settings.breaker_failures
+    );
+  end loop;
 end;
 $$;
 
@@ -2270,27 +2322,31 @@ begin
     cross join lateral (values (1, m.provider), (2, j.model_id)) as names (place, name)
     order by m.provider, names.place, j.model_id
   loop
-    -- After the pause it may well have been the model: nobody is doubted.
     update private.breakers as b set
-      doubted_users = (array_remove(
-        b.failed_users
-        || case when b.doubted_at > now() - s.breaker_pause_cap then b.doubted_users end,
-        v_job.user_id
-      ))[:200],
-      doubted_at = now()
-    from private.settings as s
-    where b.name = v_job.name and b.failed_users <> '{}'
-      and (b.times_opened = 0 or b.paused_until > now() and v_job.claimed_at > b.failing_since);
-    update private.breakers as b set
+      doubted_users = case
+        when b.failed_users <> '{}' and (b.times_opened = 0 or b.paused_until > now())
+          then (array_remove(
+            b.failed_users
+            || case when b.doubted_at > now() - s.breaker_pause_cap then b.doubted_users end,
+            v_job.user_id
+          ))[:200]
+        else b.doubted_users
+      end,
+      doubted_at = case
+        when b.failed_users <> '{}' and (b.times_opened = 0 or b.paused_until > now()) then now()
+        else b.doubted_at
+      end,
       failures = 0, failing_since = null, failed_users = '{}', times_opened = 0,
       paused_until = null, pause_reason = null, probe_job_id = null,
       resumed_at = case when b.times_opened > 0 then now() else b.resumed_at end
+    from private.settings as s
     where b.name = v_job.name and case b.times_opened
       when 0 then b.failures > 0
       else v_job.claimed_at > b.failing_since or v_job.job_id = b.probe_job_id
     end
     returning b.resumed_at = now() into v_is_resumed;
     if v_is_resumed then
+      perform setval('private.scan_due', 0);  -- what waited may be far below the virtual clock
       perform private.wake_workers();
     end if;
   end loop;
@@ -2334,13 +2390,35 @@ comment on function private.pause_provider is
   'it is paused now; not where others were served lately though this user failed: then the job is '
   'to blame.';
 
-create or replace function private.pause_model(p_model text, p_until timestamptz, p_reason text) returns json
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+create or replace function private.set_pause(p_name text, p_until timestamptz, p_reason text) returns json
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_breaker private.breakers;
 begin
+  if not exists (select from public.models as m where p_name in (m.id, m.provider)) then
+    perform private.refuse_missing(
+      'model: no such model or provider',
+      'Use the id of a model or the name of a provider in public.models.'
+    );
+  end if;
+  insert into private.breakers as b (name, paused_until, pause_reason)
+  values (p_name, p_until, p_reason)
+  on conflict (name) do update set
+    failures = 0, failing_since = null, failed_users = '{}', times_opened = 0, probe_job_id = null,
+    paused_until = excluded.paused_until, pause_reason = excluded.pause_reason,
+    resumed_at = case
+      when p_until is null and b.paused_until is not null then now()
+      else b.resumed_at
+    end
+  returning * into v_breaker;
+  return private.breaker_json(v_breaker);
+end;
+$$;
+
+create or replace function private.pause_model(p_model text, p_until timestamptz, p_reason text) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+begin
   perform private.require_writable();
-  perform private.require_breaker_name(p_model);
   if coalesce(p_until <= now(), true) then
     perform private.refuse_input(
       'until: not in the future', 'Leave it out to pause until resumed.'
@@ -2348,50 +2426,44 @@ begin
   elsif length(p_reason) > 500 then
     perform private.refuse_input('reason: longer than 500 characters');
   end if;
-  insert into private.breakers (name, paused_until, pause_reason)
-  values (p_model, p_until, p_reason)
-  on conflict (name) do update set
-    failures = 0, failing_since = null, failed_users = '{}', times_opened = 0, probe_job_id = null,
-    paused_until = excluded.paused_until, pause_reason = excluded.pause_reason
-  returning * into v_breaker;
-  return private.breaker_json(v_breaker);
+  return private.set_pause(p_model, p_until, p_reason);
 end;
 $$;
 
 create or replace function private.resume_model(p_model text) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
-  v_breaker private.breakers;
+  v_answer json;
 begin
   perform private.require_writable();
-  perform private.require_breaker_name(p_model);
-  insert into private.breakers as b (name) values (p_model)
-  on conflict (name) do update set
-    failures = 0, failing_since = null, failed_users = '{}', times_opened = 0, probe_job_id = null,
-    paused_until = null, pause_reason = null,
-    resumed_at = case when b.paused_until is null then b.resumed_at else now() end
-  returning * into v_breaker;
+  v_answer := private.set_pause(p_model, null, null);
+  perform setval('private.scan_due', 0);
   perform private.wake_workers();
-  return private.breaker_json(v_breaker);
+  return v_answer;
 end;
 $$;
 
-create or replace function private.lock_next_jobs(p_at_most integer, p_from bigint) returns bigint[]
-language plpgsql set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan as $$
+create or replace function private.is_due(p_due regclass, p_patience integer default 0) returns boolean
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
-  v_began timestamptz := clock_timestamp();
-  v_seqs bigint[] := array(
-    select r.seq from private.ready_jobs as r
-    where r.run_at is null
-      and r.fair_key >= coalesce(p_from, (select c.last_value from private.virtual_clock as c))
-    order by r.fair_key, r.seq limit p_at_most for update skip locked
-  );
+  v_now double precision := 1000 * extract(epoch from clock_timestamp());
 begin
-  if p_from is not null then
-    perform private.schedule_scan(p_from, v_began);
+  return coalesce(
+    pg_sequence_last_value(p_due) not between v_now - p_patience and v_now + 60000, true
+  );
+end;
+$$;
+
+create or replace function private.put_off(p_due regclass, p_began timestamptz) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_now double precision := extract(epoch from clock_timestamp());
+  v_pause double precision := 50 * (v_now - extract(epoch from p_began));
+begin
+  if v_pause < 0.25 then
+    v_pause := 0;
   end if;
-  return v_seqs;
+  perform setval(p_due, (1000 * (v_now + least(v_pause, 10)))::bigint);
 end;
 $$;
 
@@ -2416,11 +2488,26 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   where b.name in (p_model_id, p_provider) and private.breaker_state(b) <> 'closed'
 $$;
 
-create or replace function private.lock_next_admitted_jobs(p_at_most integer, p_from bigint) returns bigint[]
+create or replace function private.pick_admitted_jobs(p_at_most integer) returns bigint[]
 language plpgsql set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan as $$
+declare
+  v_began timestamptz := clock_timestamp();
+  v_from bigint := case
+    when private.is_due('private.scan_due') then 0
+    else (select c.last_value from private.virtual_clock as c)
+  end;
+  v_breaker private.breakers;
+  v_own bigint[];
+  v_seqs bigint[];
 begin
-  return array(
+  -- Operators' pauses that are over.
+  update private.breakers set paused_until = null, pause_reason = null, resumed_at = now()
+  where name = any (array(
+    select b.name from private.breakers as b
+    where b.paused_until <= now() and b.times_opened = 0 for update skip locked
+  ));
+  v_seqs := array(
     select r.seq from private.ready_jobs as r
     where r.run_at is null and r.seq = any (array(
       -- From model to model through the index.
@@ -2451,7 +2538,7 @@ begin
             select r.seq, false as has_failed, false as failed_at_provider
             from private.ready_jobs as r
             where r.run_at is null and r.model_id between w.model_id and w.model_id
-              and r.fair_key >= p_from and not r.user_id = any (gate.failed_users)
+              and r.fair_key >= v_from and not r.user_id = any (gate.failed_users)
             order by r.model_id, r.fair_key, r.seq
             limit case when gate.is_open then p_at_most else 1 end
           )
@@ -2461,7 +2548,7 @@ begin
               r.seq, r.user_id = any (gate.failed_users), r.user_id = any (gate.failed_at_provider)
             from private.ready_jobs as r
             where r.run_at is null and r.model_id between w.model_id and w.model_id
-              and r.fair_key >= p_from and gate.is_over
+              and r.fair_key >= v_from and gate.is_over
             order by r.model_id, r.fair_key, r.seq limit 1
           )
         ) as next
@@ -2471,16 +2558,11 @@ begin
     ))
     order by r.fair_key, r.seq limit p_at_most for update skip locked
   );
-end;
-$$;
-
-create or replace function private.admit_probes(p_seqs bigint[]) returns bigint[]
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_breaker private.breakers;
-  v_own bigint[];
-  v_seqs bigint[] := p_seqs;
-begin
+  if v_from = 0 then
+    perform private.put_off('private.scan_due', v_began);
+  end if;
+  -- Of each breaker that is not closed one job may go, as its probe. Providers first: their one job
+  -- may be that of a model, too.
   for v_breaker in
     select b.* from private.breakers as b where b.times_opened > 0
     order by position('/' in b.name) > 0, b.name
@@ -2492,7 +2574,15 @@ begin
       order by r.user_id = any (v_breaker.failed_users), array_position(v_seqs, r.seq)
     );
     continue when v_own = '{}';
-    if private.begin_probe(v_breaker.name, v_own[1]) then
+    perform from private.breakers
+    where name = v_breaker.name and times_opened > 0 for update skip locked;
+    if found then
+      -- A new look, now that nobody else can begin one.
+      update private.breakers as b set probe_job_id = r.job_id
+      from private.ready_jobs as r
+      where b.name = v_breaker.name and r.seq = v_own[1] and private.admits(b, r.user_id);
+    end if;
+    if found then
       v_own := v_own[2:];
     end if;
     v_seqs := array(
@@ -2500,52 +2590,6 @@ begin
       where not s.seq = any (v_own) order by s.place
     );
   end loop;
-  return v_seqs;
-end;
-$$;
-
-create or replace function private.pick_admitted_jobs(p_at_most integer) returns bigint[]
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_began timestamptz := clock_timestamp();
-  v_from bigint := 0;
-  v_seqs bigint[];
-begin
-  perform private.end_pauses();
-  if private.is_put_off('private.full_scan_due') then
-    select f.fair_key into v_from from private.queue_floor as f;
-  end if;
-  v_seqs := private.lock_next_admitted_jobs(p_at_most, v_from);
-  if v_from = 0 then
-    perform private.put_off('private.full_scan_due', v_began, 60);
-  end if;
-  -- The keys of what waits may be far below the clock when the pause ends.
-  perform set_config('darkroom.full_scan_due', '0', false);
-  return private.admit_probes(v_seqs);
-end;
-$$;
-
-create or replace function private.pick_jobs(p_at_most integer) returns bigint[]
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_from bigint;
-  v_seqs bigint[];
-begin
-  if exists (select from private.ready_jobs as r where r.run_at <= now()) then
-    perform private.promote_due_jobs(p_at_most);
-  end if;
-  if exists (select from private.breakers as b where b.paused_until is not null) then
-    return private.pick_admitted_jobs(p_at_most);
-  end if;
-  v_from := private.scan_start();
-  v_seqs := private.lock_next_jobs(p_at_most, v_from);
-  -- Too few at the clock: look below it, too, unless that is dear.
-  if v_from is null and cardinality(v_seqs) < p_at_most then
-    v_from := private.scan_start(0);
-    if v_from is not null then
-      return private.lock_next_jobs(p_at_most, v_from);
-    end if;
-  end if;
   return v_seqs;
 end;
 $$;
@@ -2561,8 +2605,39 @@ set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bit
 set jit = off as $$
 #variable_conflict use_column
 declare
-  v_seqs bigint[] := private.pick_jobs(p_slots);
+  v_from bigint := 0;
+  v_began timestamptz;
+  v_seqs bigint[];
 begin
+  -- Delayed jobs whose time has come.
+  if exists (select from private.ready_jobs as r where r.run_at <= now()) then
+    update private.ready_jobs set run_at = null, queued_at = now()
+    where seq = any (array(
+      select r.seq from private.ready_jobs as r
+      where r.run_at <= now() order by r.run_at limit p_slots for update skip locked
+    ));
+  end if;
+  if exists (select from private.breakers as b where b.paused_until is not null) then
+    v_seqs := private.pick_admitted_jobs(p_slots);
+  else
+    if not private.is_due('private.scan_due', 200) then
+      select c.last_value into v_from from private.virtual_clock as c;
+    end if;
+    loop
+      v_began := clock_timestamp();
+      v_seqs := array(
+        select r.seq from private.ready_jobs as r
+        where r.run_at is null and r.fair_key >= v_from
+        order by r.fair_key, r.seq limit p_slots for update skip locked
+      );
+      if v_from = 0 then
+        perform private.put_off('private.scan_due', v_began);
+        exit;
+      end if;
+      exit when cardinality(v_seqs) = p_slots or not private.is_due('private.scan_due');
+      v_from := 0;
+    end loop;
+  end if;
   if v_seqs = '{}' then
     return;
   end if;
@@ -2703,9 +2778,44 @@ comment on function private.adopt_provider_job is
   'Checkpoints the first of these provider ids, oldest first, that no job has had, and answers it; '
   'null if there is none. For creates whose answer was lost. Errors: DR001 lease_lost.';
 
+create or replace function private.end_leases(
+  p_job_ids uuid[], p_tokens bigint[]
+) returns private.running_jobs[]
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_jobs private.running_jobs[];
+begin
+  with ended as (
+    delete from private.running_jobs as r
+    where r.job_id = any (p_job_ids) and r.token = any (p_tokens)
+    returning r as job
+  )
+  select array_agg(e.job order by (e.job).job_id) into v_jobs from ended as e;
+  return coalesce(v_jobs, '{}'::private.running_jobs[]);
+end;
+$$;
+
+create or replace function private.end_lease(
+  p_job_id uuid, p_token bigint, p_outcomes text[]
+) returns private.running_jobs
+language plpgsql set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
+declare
+  v_job private.running_jobs := (private.end_leases(array[p_job_id], array[p_token]))[1];
+begin
+  if v_job.job_id is null and not exists (
+    select from private.attempts as a
+    where a.generation_id = p_job_id and a.token = p_token and a.outcome = any (p_outcomes)
+  ) then
+    perform private.refuse_lost_lease(p_job_id);
+  end if;
+  return v_job;
+end;
+$$;
+
 create or replace function private.record_attempts(
-  p_jobs private.running_jobs[], p_outcome text, p_metrics jsonb[], p_error_code text default null,
-  p_error_detail text default null
+  p_jobs private.running_jobs[], p_outcome text, p_metrics jsonb[], p_code text, p_detail text
 ) returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
@@ -2715,7 +2825,7 @@ begin
   )
   select
     j.job_id, j.token, j.model_id, j.attempt, j.worker_id, j.claimed_at, p_outcome,
-    p_error_code, left(p_error_detail, 2000), j.provider_job_id,
+    p_code, left(p_detail, 2000), j.provider_job_id,
     t.seconds, t.images,
     case
       when p_metrics[j.ordinality] @@ '$.is_asked == false || $.is_billed == false' then 0
@@ -2732,12 +2842,74 @@ begin
       greatest(0, least(1000000, (p_metrics[j.ordinality] ->> 'images')::numeric))
     end as images
   ) as t
-  left join public.models as m on m.id = j.model_id;
+  left join public.models as m on m.id = j.model_id
+  where j.token is not null;
+end;
+$$;
+
+create or replace function private.refund_due(
+  p_status text, p_price integer, p_charged integer, p_stored integer, p_percent integer
+) returns integer
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
+begin
+  return case p_status
+    when 'completed' then p_price / p_charged * (p_charged - p_stored)
+    when 'canceled' then ceil(p_price::numeric * p_percent / 100)
+    else p_price
+  end;
+end;
+$$;
+
+create or replace function private.end_jobs(
+  p_jobs private.running_jobs[], p_status text, p_metrics jsonb[] default '{}',
+  p_stored integer[] default '{}', p_code text default null, p_detail text default null
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_ids uuid[] := array(select j.job_id from unnest(p_jobs) as j);
+  v_ended record;
+  v_percent integer;
+begin
+  for v_ended in
+    with ended as (
+      update public.generations as g set
+        status = p_status, finished_at = now(), updated_at = now(),
+        error_code = case p_status when 'failed' then p_code end,
+        error_message = case p_status when 'failed' then (
+          select e.message from private.error_codes as e where e.code = p_code
+        ) end
+      where g.id = any (v_ids)
+      returning
+        g.id, g.user_id, g.price_credits, g.image_count, array_position(v_ids, g.id) as place
+    )
+    select e.*, p_stored[e.place] as stored from ended as e
+    where p_stored[e.place] is distinct from e.image_count
+    order by e.user_id
+  loop
+    if v_ended.stored not between 1 and v_ended.image_count then
+      raise exception '% images stored, % charged', v_ended.stored, v_ended.image_count using
+        errcode = 'invalid_parameter_value', detail = format('job %s', v_ended.id);
+    end if;
+    v_percent := 100;
+    if p_status = 'canceled' and p_code is null and (p_jobs[v_ended.place]).token is not null
+      and p_metrics[v_ended.place] @@ '$.is_asked == false || $.is_billed == false' is not true then
+      select s.running_cancel_refund_percent into v_percent from private.settings as s;
+      update public.entitlements set day_burned = day_burned + 1
+      where user_id = v_ended.user_id;
+    end if;
+    perform private.refund_generation(v_ended.user_id, v_ended.id, private.refund_due(
+      p_status, v_ended.price_credits, v_ended.image_count, v_ended.stored, v_percent
+    ));
+  end loop;
+  perform private.record_attempts(p_jobs, p_status, p_metrics, p_code, p_detail);
+  perform private.record_events(v_ids, p_status);
 end;
 $$;
 
 create or replace function private.requeue_job(
-  p_job private.running_jobs, p_attempts_used integer, p_delay interval, p_resumes boolean
+  p_job private.running_jobs, p_outcome text, p_attempts_used integer, p_delay interval,
+  p_resumes boolean, p_metrics jsonb default '{}', p_code text default null,
+  p_detail text default null
 ) returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
@@ -2753,43 +2925,57 @@ begin
     case when p_resumes then p_job.input_sha256 end
   from private.virtual_clock as c;
   update public.generations set status = 'queued', updated_at = now() where id = p_job.job_id;
+  perform private.record_attempts(array[p_job], p_outcome, array[p_metrics], p_code, p_detail);
   if p_delay <= interval '0' then
     perform private.wake_workers();
   end if;
 end;
 $$;
 
-create or replace function private.finish_canceled(
-  p_user_id uuid, p_job_id uuid, p_is_burned boolean
-) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+create or replace function private.complete_jobs(
+  p_job_ids uuid[], p_tokens bigint[], p_images jsonb[], p_metrics jsonb[]
+) returns table (token bigint, verdict text)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
+#variable_conflict use_column
 declare
-  v_percent integer := case
-    when p_is_burned then (select s.running_cancel_refund_percent from private.settings as s)
-    else 100
-  end;
-  v_price integer := private.finish_generation(p_job_id, 'canceled');
+  v_jobs private.running_jobs[] := private.end_leases(p_job_ids, p_tokens);
+  v_metrics jsonb[];
+  v_stored integer[];
 begin
-  if p_is_burned then
-    update public.entitlements set day_burned = day_burned + 1 where user_id = p_user_id;
+  if cardinality(v_jobs) < cardinality(p_tokens) then
+    return query select a.token, 'repeated' from private.attempts as a
+    where a.generation_id = any (p_job_ids) and a.token = any (p_tokens)
+      and a.outcome = 'completed';
   end if;
-  perform private.refund_generation(
-    p_user_id, p_job_id, ceil(v_price::numeric * v_percent / 100)::integer
-  );
-end;
-$$;
-
-create or replace function private.finish_canceled_job(
-  p_job private.running_jobs, p_code text default null, p_detail text default null,
-  p_metrics jsonb default '{}'
-) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-begin
-  perform private.finish_canceled(
-    p_job.user_id, p_job.job_id,
-    p_code is null and not p_metrics @@ '$.is_asked == false || $.is_billed == false'
-  );
-  perform private.record_attempts(array[p_job], 'canceled', array[p_metrics], p_code, p_detail);
+  with ended as (
+    select j.*, array_position(p_tokens, j.token) as place
+    from unnest(v_jobs) with ordinality as j
+  ),
+  written as (
+    insert into public.images (
+      generation_id, position, user_id, storage_path, preview_path, content_type,
+      width, height, bytes, blurhash
+    )
+    select
+      e.job_id, i.position, e.user_id, i.storage_path, i.preview_path, i.content_type,
+      i.width, i.height, i.bytes, i.blurhash
+    from ended as e
+    cross join lateral jsonb_populate_recordset(null::public.images, p_images[e.place]) as i
+  )
+  select
+    array_agg(p_metrics[e.place] order by e.ordinality),
+    array_agg(coalesce(jsonb_array_length(p_images[e.place]), 0) order by e.ordinality)
+  into v_metrics, v_stored
+  from ended as e;
+  perform private.end_jobs(v_jobs, 'completed', v_metrics, v_stored);
+  if exists (
+    select from private.breakers as b where b.failures > 0 or b.times_opened > 0
+  ) then
+    perform private.note_successes(v_jobs);
+  end if;
+  return query select j.token, 'completed' from unnest(v_jobs) as j;
 end;
 $$;
 
@@ -2816,34 +3002,111 @@ language sql set search_path = pg_catalog, pg_temp as $$
   from private.settings as s
 $$;
 
+create or replace function private.end_failed_attempt(
+  p_job private.running_jobs, p_code text, p_detail text,
+  p_retry_after_seconds double precision default null, p_metrics jsonb default '{}'
+) returns text
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_error private.error_codes;
+  v_settings private.settings;
+  v_attempts_used integer;
+  v_detail text;
+begin
+  if p_job.cancel_requested then
+    perform private.end_jobs(
+      array[p_job], 'canceled', array[p_metrics], p_code => p_code, p_detail => p_detail
+    );
+    return 'canceled';
+  end if;
+  select * into strict v_settings from private.settings;
+  -- A code that is not ours becomes internal; what came is kept in the detail.
+  select * into strict v_error from private.error_codes
+  where code in (p_code, 'internal') order by code = p_code desc limit 1;
+  v_detail := concat_ws(': ', nullif(p_code, v_error.code), p_detail);
+  v_attempts_used := p_job.attempt - case when v_error.uses_attempt then 0 else 1 end;
+  if v_error.is_retryable and v_attempts_used < v_settings.max_attempts and exists (
+    select from public.generations
+    where id = p_job.job_id and created_at > now() - v_settings.give_up_after
+  ) then
+    perform private.requeue_job(
+      p_job, 'retried', v_attempts_used,
+      private.retry_delay(
+        (select count(*)::integer from private.attempts where generation_id = p_job.job_id),
+        p_retry_after_seconds
+      ),
+      v_error.resumes and not p_metrics @> '{"is_asked": false}',
+      -- What the next attempt resumes is paid once: it will be booked there.
+      case when v_error.resumes then '{}' else p_metrics end, v_error.code, v_detail
+    );
+    return 'retried';
+  end if;
+  perform private.end_jobs(
+    array[p_job], 'failed', array[p_metrics], p_code => v_error.code, p_detail => v_detail
+  );
+  return 'failed';
+end;
+$$;
+
+create or replace function private.fail_jobs(
+  p_job_ids uuid[], p_tokens bigint[], p_codes text[], p_details text[],
+  p_retry_after_seconds double precision[], p_metrics jsonb[]
+) returns table (token bigint, verdict text)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
+#variable_conflict use_column
+declare
+  v_jobs private.running_jobs[] := private.end_leases(p_job_ids, p_tokens);
+  v_job private.running_jobs;
+  v_at integer;
+begin
+  if cardinality(v_jobs) < cardinality(p_tokens) then
+    return query select a.token, 'repeated' from private.attempts as a
+    where a.generation_id = any (p_job_ids) and a.token = any (p_tokens)
+      and a.outcome in ('retried', 'failed', 'canceled');
+  end if;
+  foreach v_job in array array(select j from unnest(v_jobs) as j order by j.user_id, j.job_id) loop
+    v_at := array_position(p_tokens, v_job.token);
+    token := v_job.token;
+    verdict := private.end_failed_attempt(
+      v_job, p_codes[v_at], p_details[v_at], p_retry_after_seconds[v_at],
+      coalesce(p_metrics[v_at], '{}')
+    );
+    return next;
+  end loop;
+  perform private.note_failures(v_jobs, array(
+    select p_codes[array_position(p_tokens, j.token)]
+    from unnest(v_jobs) with ordinality as j order by j.ordinality
+  ));
+end;
+$$;
+
 create or replace function private.release_job(
   p_job_id uuid, p_token bigint, p_resumes boolean default true
 ) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_job private.running_jobs := private.end_lease(
-    p_job_id, p_token, '{released,canceled}'
+    p_job_id, p_token, '{released,canceled,failed}'
   );
 begin
-  if v_job.job_id is null then
-    return;
-  elsif v_job.cancel_requested then
-    perform private.finish_canceled_job(
-      v_job, p_metrics => case when p_resumes then '{}'::jsonb else '{"is_asked": false}' end
+  if v_job.cancel_requested then
+    perform private.end_jobs(
+      array[v_job], 'canceled',
+      array[case when p_resumes then '{}'::jsonb else '{"is_asked": false}' end]
     );
-    return;
   elsif exists (
     select from public.generations as g cross join private.settings as s
-    where g.id = p_job_id and g.created_at < now() - s.give_up_after
-      and private.count_claims(p_job_id) >= s.max_attempts
+    where g.id = v_job.job_id and g.created_at < now() - s.give_up_after
+      and s.max_attempts <= (
+        select count(*) from private.attempts as a where a.generation_id = g.id
+      )
   ) then
-    perform private.finish_failed(
-      v_job, (select e from private.error_codes as e where e.code = 'internal')
-    );
-  else
-    perform private.requeue_job(v_job, v_job.attempt - 1, interval '0', p_resumes);
+    perform private.end_jobs(array[v_job], 'failed', p_code => 'internal');
+  elsif v_job.job_id is not null then
+    perform private.requeue_job(v_job, 'released', v_job.attempt - 1, interval '0', p_resumes);
   end if;
-  perform private.record_attempts(array[v_job], 'released', array['{}'::jsonb]);
 end;
 $$;
 
@@ -2853,61 +3116,19 @@ comment on function private.release_job is
   'older than give_up_after and has been claimed more than max_attempts times. p_resumes false: '
   'nothing was bought at the provider. Errors: DR001 lease_lost.';
 
-create or replace function private.refund_missing_images(
-  p_jobs private.running_jobs[], p_stored integer[], p_charged integer[], p_prices integer[]
+create or replace function private.cancel_job(
+  p_job_id uuid, p_token bigint, p_metrics jsonb default null
 ) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
-  v_at bigint;
+  v_job private.running_jobs := private.end_lease(p_job_id, p_token, '{canceled}');
 begin
-  for v_at in
-    select j.ordinality from unnest(p_jobs) with ordinality as j order by j.user_id
-  loop
-    if p_stored[v_at] not between 1 and p_charged[v_at] then
-      raise exception '% images stored, % charged', p_stored[v_at], p_charged[v_at] using
-        errcode = 'invalid_parameter_value', detail = format('job %s', (p_jobs[v_at]).job_id);
-    elsif p_stored[v_at] < p_charged[v_at] then
-      -- Without a rest: the price is a whole number for each image.
-      perform private.refund_generation(
-        (p_jobs[v_at]).user_id, (p_jobs[v_at]).job_id,
-        p_prices[v_at] / p_charged[v_at] * (p_charged[v_at] - p_stored[v_at])
-      );
-    end if;
-  end loop;
-end;
-$$;
-
-create or replace function private.complete_jobs(
-  p_job_ids uuid[], p_tokens bigint[], p_images jsonb[], p_metrics jsonb[]
-) returns table (token bigint, verdict text)
-language plpgsql security definer set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
-set jit = off as $$
-#variable_conflict use_column
-declare
-  v_done record := private.finish_completed(p_job_ids, p_tokens, p_images, p_metrics);
-  v_job_ids uuid[] := array(select j.job_id from unnest(v_done.jobs) as j);
-begin
-  if v_done.stored <> v_done.charged then
-    perform private.refund_missing_images(
-      v_done.jobs, v_done.stored, v_done.charged, v_done.prices
-    );
+  if v_job.cancel_requested then
+    perform private.end_jobs(array[v_job], 'canceled', array[p_metrics]);
+  elsif v_job.job_id is not null then
+    raise exception 'nobody asked to cancel job %', p_job_id
+      using errcode = 'invalid_parameter_value';
   end if;
-  if cardinality(v_job_ids) < cardinality(p_tokens) then
-    return query select e.token, 'repeated'
-    from private.ended_before(p_job_ids, p_tokens, '{completed}') as e (token);
-  end if;
-  perform private.record_attempts(v_done.jobs, 'completed', v_done.metrics);
-  if exists (select from private.webhook_endpoints)
-    or exists (select from private.push_tokens) then
-    perform private.record_events(v_job_ids, 'completed');
-  end if;
-  if exists (
-    select from private.breakers as b where b.failures > 0 or b.times_opened > 0
-  ) then
-    perform private.note_successes(v_done.jobs);
-  end if;
-  return query select j.token, 'completed' from unnest(v_done.jobs) as j;
 end;
 $$;
 
@@ -2948,16 +3169,16 @@ language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_job_id uuid;
   v_worker_id bigint;
-  v_taken private.ready_jobs;
-  v_all_taken private.ready_jobs[] := '{}'::private.ready_jobs[];
+  v_job private.running_jobs;  -- without a lease
+  v_taken private.running_jobs[] := array[]::private.running_jobs[];
 begin
   foreach v_job_id in array array(select j.id from unnest(p_job_ids) as j (id) order by j.id) loop
     -- A job may go from ready to running, or back, between two looks.
     for v_look in 1 .. 5 loop
       delete from private.ready_jobs where job_id = v_job_id and user_id = p_user_id
-      returning * into v_taken;
+      returning job_id, user_id into v_job.job_id, v_job.user_id;
       if found then
-        v_all_taken := v_all_taken || v_taken;
+        v_taken := v_taken || v_job;
         exit;
       end if;
       update private.running_jobs set cancel_requested = true
@@ -2969,10 +3190,8 @@ begin
       end if;
     end loop;
   end loop;
-  foreach v_taken in array v_all_taken loop
-    -- No attempt is under way. If an earlier one was billed, it was we who broke it off.
-    perform private.finish_canceled(p_user_id, v_taken.job_id, false);
-  end loop;
+  -- No attempt is under way. If an earlier one was billed, it was we who broke it off.
+  perform private.end_jobs(v_taken, 'canceled');
 end;
 $$;
 
@@ -3319,27 +3538,6 @@ language sql set search_path = pg_catalog, pg_temp as $$
   )
 $$;
 
-create or replace function private.lock_stale_jobs(p_at_most integer) returns private.running_jobs[]
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_began timestamptz := clock_timestamp();
-  v_jobs private.running_jobs[];
-begin
-  if private.is_put_off('private.recovery_due') then
-    return array[]::private.running_jobs[];
-  end if;
-  v_jobs := array(
-    select r from private.running_jobs as r
-    where r.lease_until < now() or r.deadline_at < now()
-    -- Those that were skipped before take no places of others.
-    order by r.user_id limit p_at_most + (select count(*) from private.skipped_rows)
-    for update skip locked
-  );
-  perform private.put_off('private.recovery_due', v_began, 10);
-  return v_jobs;
-end;
-$$;
-
 create or replace function private.end_stale_jobs(p_ids uuid[]) returns integer
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
@@ -3365,21 +3563,32 @@ create or replace function private.recover_stale_jobs(p_at_most integer default 
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 set lock_timeout = '100ms' as $$
 declare
-  v_stale private.running_jobs[] := private.lock_stale_jobs(p_at_most);
-  v_stuck private.running_jobs[];
-  v_recovered integer := private.skip_failing(
-    'select private.end_stale_jobs($1)', array(select j.job_id from unnest(v_stale) as j)
-  );
+  v_began timestamptz := clock_timestamp();
+  v_stale private.running_jobs[] := '{}'::private.running_jobs[];
+  v_recovered integer;
 begin
-  v_stuck := array(
-    select j from unnest(v_stale) as j
-    where j.lease_until >= now()
-      and not exists (select from private.running_jobs as r where r.job_id = j.job_id)
+  -- Reads all of running_jobs, for an index on what each heartbeat changes would cost more.
+  if private.is_due('private.recovery_due') then
+    v_stale := array(
+      select r from private.running_jobs as r
+      where r.lease_until < now() or r.deadline_at < now()
+      -- Those that were skipped before take no places of others.
+      order by r.user_id limit p_at_most + (select count(*) from private.skipped_rows)
+      for update skip locked
+    );
+    perform private.put_off('private.recovery_due', v_began);
+  end if;
+  v_recovered := private.skip_failing(
+    'select private.end_stale_jobs($1)', array(select j.job_id from unnest(v_stale) as j)
   );
   perform private.skip_failing('select private.refresh_model_stats()', array['*']);
   perform private.skip_failing(
-    'select private.blame_providers($1, array_fill(''timeout''::text, array[cardinality($1)]))',
-    v_stuck
+    'select private.note_failures($1, array_fill(''timeout''::text, array[cardinality($1)]))',
+    array(
+      select j from unnest(v_stale) as j
+      where j.lease_until >= now()
+        and not exists (select from private.running_jobs as r where r.job_id = j.job_id)
+    )
   );
   perform private.refresh_queue_state();
   return v_recovered;
@@ -4149,7 +4358,7 @@ left join (
 ) as l on g.id = l.generation_id
 where coalesce(-l.amount, 0) <> g.price_credits
 union all
--- A canceled job gives back what the setting of that day said; see finish_canceled.
+-- A canceled job gives back what the setting of that day said; see end_jobs.
 select
   'refund' as rule,
   g.user_id,
@@ -4367,7 +4576,7 @@ set enable_seqscan = off set jit = off as $$
       select
         e.outcome,
         e.ended_at > now() - interval '1 minute' as is_new,
-        -- See finish_canceled (75). What costs nothing is not burned.
+        -- See end_jobs (75). What costs nothing is not burned.
         case when e.outcome = 'canceled' and e.error_code is null and e.cost_usd is distinct from 0
           then (select g.user_id from public.generations as g where g.id = e.generation_id)
         end as burned_by
