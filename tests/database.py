@@ -121,6 +121,21 @@ class Database:
             if not line.startswith(("\\restrict", "\\unrestrict"))
         )
 
+    def objects(self) -> dict[str, list[str]]:
+        """Return what each part of the schema is, comments and privileges included.
+
+        The order of a table's columns is no part of it, nor is that of grants: what came later
+        stands last.
+        """
+        found = {}
+        for part in self.dump("--exclude-schema=supabase_migrations").split("\n--\n-- Name: ")[1:]:
+            name, _, definition = part.partition("\n--\n\n")
+            lines = [line for line in definition.splitlines() if line]
+            if "; Type: TABLE;" in name or "; Type: ACL;" in name:
+                lines = sorted(line.removesuffix(",") for line in lines)
+            found[name] = lines
+        return found
+
     def lift_limits(self) -> None:
         """Give both plans limits that no test reaches."""
         self.execute(
