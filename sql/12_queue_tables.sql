@@ -23,16 +23,11 @@ comment on sequence private.virtual_clock is
   'Virtual time of the queue: the fair_key of the job last claimed. A hint; nothing breaks if it '
   'is off.';
 
-create sequence private.full_scan_due minvalue 0 start 0;
+create sequence private.scan_due minvalue 0 start 0;
 
-comment on sequence private.full_scan_due is
-  'When ready_jobs may next be scanned from its start, in milliseconds since 1970: see '
+comment on sequence private.scan_due is
+  'When ready_jobs may next be read from its start, in milliseconds since 1970: see '
   'private.put_off().';
-
-create sequence private.low_scan_due minvalue 0 start 0;
-
-comment on sequence private.low_scan_due is
-  'The same for a scan from a little below the virtual clock.';
 
 create sequence private.recovery_due minvalue 0 start 0;
 

@@ -79,7 +79,7 @@ left join (
 ) as l on g.id = l.generation_id
 where coalesce(-l.amount, 0) <> g.price_credits
 union all
--- A canceled job gives back what the setting of that day said; see finish_canceled.
+-- A canceled job gives back what the setting of that day said; see end_jobs.
 select
   'refund' as rule,
   g.user_id,

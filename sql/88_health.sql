@@ -131,7 +131,7 @@ set enable_seqscan = off set jit = off as $$
       select
         e.outcome,
         e.ended_at > now() - interval '1 minute' as is_new,
-        -- See finish_canceled (75). What costs nothing is not burned.
+        -- See end_jobs (75). What costs nothing is not burned.
         case when e.outcome = 'canceled' and e.error_code is null and e.cost_usd is distinct from 0
           then (select g.user_id from public.generations as g where g.id = e.generation_id)
         end as burned_by

@@ -654,8 +654,8 @@ class Worker:
         raise AssertionError("not listening")
 
     def let_the_next_claim_scan_all(self) -> None:
-        """Make the last scan from the queue's start a second old."""
-        self.connection.execute("set darkroom.full_scan_due = '0'")
+        """Make the last scan from the queue's start a while old."""
+        self.db.execute("select setval('private.scan_due', 0)")
 
     def _rows(self, query: str, *arguments: Any) -> list[dict[str, Any]]:
         cursor = self.connection.cursor(row_factory=dict_row)
