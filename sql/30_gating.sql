@@ -16,13 +16,13 @@ create function private.refuse(
 ) returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
-  v_status integer := jsonb '{
+  v_status integer := (jsonb '{
     "invalid_input": 400, "not_authenticated": 401, "insufficient_credits": 402,
     "requires_paid_plan": 403, "not_found": 404, "method_not_allowed": 405,
     "idempotency_conflict": 409, "not_finished": 409, "already_finished": 409,
     "too_many_active": 429, "rate_limited": 429,
     "busy": 503, "model_paused": 503, "unavailable": 503
-  }' -> p_token;
+  }' ->> p_token)::integer;
 begin
   if p_retry_after is null then
     raise exception using
@@ -164,7 +164,7 @@ begin
   from private.settings as s;
   if jsonb_typeof(v_params) = 'string' and pg_column_size(v_params) <= 2 * v_max_bytes then
     begin
-      v_params := v_params #>> '{}';
+      v_params := (v_params #>> '{}')::jsonb;
     exception
       when invalid_text_representation or untranslatable_character or numeric_value_out_of_range
         or statement_too_complex then

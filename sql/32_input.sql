@@ -88,13 +88,13 @@ declare
   );
   v_ratio numeric[] := regexp_match(
     p_params ->> 'aspect_ratio', '^0*([1-9]\d{0,3}):0*([1-9]\d{0,3})$'
-  );
-  v_unknown text[] := '{aspect_ratio}';
+  )::numeric[];
+  v_unknown text[] := array['aspect_ratio'];
   v_size jsonb;
 begin
   if cardinality(v_sides) = 2 and not v_takes_pixels then
     v_ratio := v_sides;
-    v_unknown := '{width,height}';
+    v_unknown := array['width', 'height'];
   elsif v_ratio is null or 'aspect_ratio' = any (p_model.client_inputs) then
     if cardinality(v_sides) = 2 then
       -- Some models look at pixels only when asked for a custom shape.

@@ -115,8 +115,6 @@ declare
   v_begins double precision[];  -- when the first of them begins, the second, and one behind all
   v_slots double precision[];  -- in how many seconds each is free, soonest first
   v_count integer;
-  v_job private.ready_jobs;
-  v_before integer;
   v_place integer;
   v_seconds double precision;
 begin
@@ -181,41 +179,44 @@ begin
       from unnest(v_lengths[21:]) with ordinality as q (seconds, place)
     );
   end if;
-  foreach v_job in array v_queued loop
-    v_before := width_bucket(v_job.fair_key - 1, v_keys);
-    v_place := width_bucket(v_job.fair_key, v_keys);
-    v_place := v_before + width_bucket(v_job.seq - 1, v_seqs[v_before + 1:v_place]);
-    -- A share of the slots goes to jobs that come later and are put before it: at first all that
-    -- are put nearer to the queue's present, ever fewer as it moves up.
-    select s.mean_seconds + greatest(
-      v_begins[v_place + 1] / (1 - case when v_begins[v_place + 1] > 0 then least(
-        0.6, coalesce(later.slots, 0) / cardinality(v_slots)
-      ) else 0 end),
-      date_part('epoch', v_job.run_at - now()),
-      date_part('epoch', pause.until - now())
-    ) into v_seconds
-    from private.model_stats as s
+  return v_forecasts || array(
+    select row(q.job_id, p.place, round(due.seconds::numeric, 1), due.seconds)::private.forecast
+    from unnest(v_queued) as q
     cross join lateral (
-      select max(b.paused_until) as until from private.breakers as b
-      where b.name in (
-          s.model_id, (select m.provider from public.models as m where m.id = s.model_id)
-        )
-        and (b.paused_until > now() or (b.paused_until is not null and b.times_opened > 0))
-    ) as pause
+      select width_bucket(q.fair_key - 1, v_keys) as first, width_bucket(q.fair_key, v_keys) as last
+    ) as same
     cross join lateral (
-      select sum(
-        a.requests_per_second * a.mean_seconds
-        * greatest(0, 1 - a.queue_distance / greatest(v_job.fair_key - c.last_value, 1))
-      ) as slots
-      from private.model_stats as a cross join private.virtual_clock as c
-    ) as later
-    where s.model_id = v_job.model_id and v_slots is not null and v_place < p_at_most
-      and (pause.until is null or (pause.until > now() and pause.until < 'infinity'));
-    v_forecasts := v_forecasts || row(
-      v_job.job_id, v_place, round(v_seconds::numeric, 1), v_seconds
-    )::private.forecast;
-  end loop;
-  return v_forecasts;
+      select same.first + width_bucket(q.seq - 1, v_seqs[same.first + 1:same.last]) as place
+    ) as p
+    left join lateral (
+      -- A share of the slots goes to jobs that come later and are put before it: at first all that
+      -- are put nearer to the queue's present, ever fewer as it moves up.
+      select s.mean_seconds + greatest(
+        v_begins[p.place + 1] / (1 - case when v_begins[p.place + 1] > 0 then least(
+          0.6, coalesce(later.slots, 0) / cardinality(v_slots)
+        ) else 0 end),
+        date_part('epoch', q.run_at - now()),
+        date_part('epoch', pause.until - now())
+      ) as seconds
+      from private.model_stats as s
+      cross join lateral (
+        select max(b.paused_until) as until from private.breakers as b
+        where b.name in (
+            s.model_id, (select m.provider from public.models as m where m.id = s.model_id)
+          )
+          and (b.paused_until > now() or (b.paused_until is not null and b.times_opened > 0))
+      ) as pause
+      cross join lateral (
+        select sum(
+          a.requests_per_second * a.mean_seconds
+          * greatest(0, 1 - a.queue_distance / greatest(q.fair_key - c.last_value, 1))
+        ) as slots
+        from private.model_stats as a cross join private.virtual_clock as c
+      ) as later
+      where s.model_id = q.model_id and v_slots is not null and p.place < p_at_most
+        and (pause.until is null or (pause.until > now() and pause.until < 'infinity'))
+    ) as due on true
+  );
 end;
 $$;
 
