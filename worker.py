@@ -2408,6 +2408,8 @@ class Worker:
         return not self.is_full
 
     async def _claim(self) -> bool:
+        if self.is_full:  # since it began to go to sleep: what it gave back is not for it
+            return False
         began = time.monotonic()
         jobs = await self.db.claim_jobs(self.worker_id, self.settings.slots - len(self.running))
         for job in jobs:

@@ -428,7 +428,7 @@ class Run:
         self.fate.on_stop, self.fate.beat = stop, beat
         try:
             registered = await one.db.register_worker(one.settings.slots)
-            one.worker_id = registered["worker_id"]
+            one.worker_id, one.is_full = registered["worker_id"], False
             await one.recover()
             while not one.stopping.is_set() and await one._claim():
                 tasks = [running.task for running in one.running.values()]

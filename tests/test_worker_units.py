@@ -1302,9 +1302,23 @@ def test_who_goes_to_sleep_looks_for_what_came_meanwhile(monkeypatch, looks, sec
     found = [[]] * (looks - 1) + [[mock.Mock(token=1)]]
     db = mock.Mock(sleep=mock.AsyncMock(), claim_jobs=mock.AsyncMock(side_effect=found))
     one = worker.Worker(mock.Mock(slots=1, poll_seconds=60), db, {}, mock.Mock(), mock.Mock())
-    one.process = mock.AsyncMock()
+    one.process, one.is_full = mock.AsyncMock(), False
 
     asyncio.run(asyncio.wait_for(one._sleep(), 3))
 
     assert list(one.running) == [1]
     assert db.method_calls[0] == mock.call.sleep(0)  # what it looked for before proves nothing
+
+
+def test_who_runs_full_on_the_way_to_sleep_does_not_claim_again_what_it_gave_back():
+    db = mock.Mock(claim_jobs=mock.AsyncMock(return_value=[mock.Mock(token=1)]))
+    one = worker.Worker(mock.Mock(slots=1, poll_seconds=0), db, {}, mock.Mock(), mock.Mock())
+    one.process, one.is_full = mock.AsyncMock(), False
+
+    async def give_back_what_has_no_room(_: int) -> None:
+        one.is_full = True
+
+    db.sleep = give_back_what_has_no_room
+    asyncio.run(asyncio.wait_for(one._sleep(), 3))
+
+    assert not one.running
