@@ -23,7 +23,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -112,12 +111,11 @@ class Pictures:
 
     async def draw(self, prompt: str, size: tuple[int, int], source: str, seed: int) -> bytes:
         """Do what draw_preview does. Raises NoPicture."""
-        with tempfile.TemporaryFile() as file:
+        with Path(os.devnull).open("r+b") as file:  # none is needed, and the disk may be full
             said = await self._ask(file, wish=(prompt, size, source, seed))
-            if said["lacks"]:
-                raise NoPicture(f"preview: takes too much {said['lacks']}")
-            file.seek(0)
-            return file.read()
+        if said["lacks"]:
+            raise NoPicture(f"preview: takes too much {said['lacks']}")
+        return base64.b64decode(said["data"])
 
     async def _ask(self, file: IO[bytes], **request: Any) -> dict[str, Any]:
         """Have it done as a small picture; if that takes more memory, among the large ones."""
@@ -139,7 +137,7 @@ class Pictures:
             ours, theirs = socket.socketpair()
             with theirs, contextlib.suppress(ConnectionError):
                 socket.send_fds(self.start(), [b"1"], [theirs.fileno(), file.fileno()])
-            reader, writer = await asyncio.open_connection(sock=ours, limit=1 << 24)
+            reader, writer = await asyncio.open_connection(sock=ours, limit=1 << 26)
             pid, said = 0, dict[str, Any]()
             try:
                 writer.write(json.dumps(request).encode() + b"\n")
@@ -219,8 +217,7 @@ def serve_picture(channel: int, descriptor: int) -> None:
         restrict(request["means"])
         try:
             if wish := request.get("wish"):
-                draw_preview(file, *wish)
-                tell(lacks=None)
+                tell(data=draw_preview(*wish), lacks=None)
             else:
                 found = inspect_image(file, request["preview_pixels"], request["means"], tell)
                 tell(**asdict(found))
@@ -436,11 +433,9 @@ def svg_size(root: Mapping[str, str]) -> tuple[int, int] | tuple[None, None]:
     return None, None
 
 
-def draw_preview(
-    file: IO[bytes], prompt: str, size: tuple[int, int], source: str, seed: int
-) -> None:
-    """Write a PNG that is the same for the same arguments: a gradient, or the blurhash of a source
-    image, with the prompt on it.
+def draw_preview(prompt: str, size: tuple[int, int], source: str, seed: int) -> bytes:
+    """A PNG that is the same for the same arguments: a gradient, or the blurhash of a source image,
+    with the prompt on it.
     """
     hue = random.Random(f"{prompt}\0{seed}").randrange(360)
     sky, ground = f"hsl({hue}, 55%, 24%)", f"hsl({(hue + 50) % 360}, 55%, 62%)"
@@ -455,7 +450,9 @@ def draw_preview(
     width, middle = int(size[0] * 0.9 / font.getlength("n")), (size[0] / 2, size[1] / 2)
     lines = textwrap.wrap(words, max(4, width), max_lines=6, placeholder=" …")
     draw.multiline_text(middle, "\n".join(lines), "white", font, "mm", align="center")
+    file = io.BytesIO()
     image.save(file, "PNG")
+    return file.getvalue()
 
 
 if __name__ == "__main__":

@@ -960,9 +960,7 @@ PROMPTS = {
 
 
 def drawn(prompt: str, seed: int, size: tuple[int, int]) -> bytes:
-    file = io.BytesIO()
-    pictures.draw_preview(file, prompt, size, "", seed)
-    return file.getvalue()
+    return pictures.draw_preview(prompt, size, "", seed)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
