@@ -3,11 +3,17 @@
 MAKEFLAGS += --no-print-directory
 
 PYTHON := .venv/bin/python
-LOCAL_STACK := $(PYTHON) scripts/stack.py
 APP_NODE = cd examples/expo && PATH="$$(echo $(CURDIR)/node_modules/node-linux-*/bin):$$PATH"
 APP_FORMAT := node_modules/.bin/deno fmt --no-config --line-width=100 --single-quote
 APP_SOURCES := examples/expo/*.ts examples/expo/*.tsx examples/expo/src examples/expo/__tests__
-MIGRATION := supabase/migrations/20261121000000_create_darkroom.sql
+MIGRATIONS := supabase/migrations
+CORE := $(filter-out sql/95_% sql/96_%,$(sort $(wildcard sql/*.sql)))
+# Each pytest process has a cluster of its own. What is long goes file by file, as some count over a file.
+SIDE_BY_SIDE = $(PYTHON) -m pytest --numprocesses=$(or $(JOBS),auto) --maxprocesses=4 \
+	$(if $(LONG),--dist=loadfile,--dist=worksteal -m "not long")
+QUICK := $(patsubst %,tests/test_%.py,access batch breaker cancel catalog claim credits enqueue gating \
+	input locks migrations money_model outcomes protocol recovery retry status worker_cancel worker_units)
+RELEASED := supabase/released.sha256
 
 # Show this list.
 help:
@@ -17,37 +23,25 @@ help:
 setup:
 	@scripts/setup
 
-setup-app:
-	@scripts/setup app
-
-setup-test:
-	@scripts/setup app postgres
-
-setup-browser:
-	@scripts/setup app browser
-
-setup-bench:
-	@scripts/setup bench
+# Beside that what app, browser, bench or other versions of PostgreSQL need: make setup-app-postgres
+setup-%:
+	@scripts/setup $(subst -, ,$*)
 
 # Start database, HTTP gateway and worker; leaves alone what already runs.
 up: setup
-	@$(LOCAL_STACK) up
-
 # Stop them; data, keys and ports stay.
 down:
-	@$(LOCAL_STACK) down
-
 # Show what runs, where, and the log files.
 status:
-	@$(LOCAL_STACK) status
-
 # Print URLs and keys for a shell: eval "$(make -s env)"
 env:
-	@$(LOCAL_STACK) env
-
+# Try all that the local worker needs, and say in one line each what is wrong.
+check-worker:
 # Stop everything and delete its data.
 clean:
-	@$(LOCAL_STACK) clean
+
+up down status env check-worker clean:
+	@$(PYTHON) scripts/stack.py $@
 
 # Show queue, workers, rates, errors and recent jobs: make top EVERY=5, or make top JSON=1 for a script.
 top:
@@ -75,10 +69,6 @@ migrate: setup
 compose-env: setup
 	@$(PYTHON) scripts/compose_env.py
 
-# Try all that the local worker needs, and say in one line each what is wrong.
-check-worker:
-	@$(LOCAL_STACK) check
-
 # Install the worker on this machine, under systemd; needs root. Adds nothing that is in place.
 install-worker:
 	@scripts/install_worker
@@ -87,20 +77,27 @@ install-worker:
 app: setup-app
 	@$(PYTHON) scripts/app.py show
 
-# Run all checks and tests but those in a browser. STACK=docker: those of HTTP and worker, in containers.
+# Run all checks and tests but those in a browser: LONG=1 JOBS=4, ONLY="tests/test_locks.py -k wait", STACK=docker
 ifeq ($(STACK),docker)
 test: setup
 	@[ -n "$(POSTGRES_IMAGE)" ] || docker build -q -t darkroom-postgres:15 -f deploy/postgres.Dockerfile deploy
 	@$(PYTHON) -m pytest tests/test_containers.py tests/test_http*.py tests/test_worker_*.py tests/test_migrate.py
+else ifdef ONLY
+test: setup
+	@$(PYTHON) -m pytest $(ONLY)
 else
-test: setup-test lint lint-app
-	@$(PYTHON) -m pytest --ignore=tests/browser
+test: setup-app-postgres lint lint-app
+	@$(SIDE_BY_SIDE) --ignore=tests/browser
 	@$(APP_NODE) node node_modules/jest/bin/jest.js
 	@echo 'The app in a browser: make test-app'
 endif
 
+# Run what notices most mistakes, in two minutes: money, leases, locks, rights, the worker's decisions, one worker.
+test-quick: setup lint
+	@$(SIDE_BY_SIDE) $(QUICK)
+
 # Run app and operator page in a browser against stack and worker. SCREENSHOTS=folder keeps what it looks like.
-test-app: setup-browser
+test-app: setup-app-browser
 	@$(PYTHON) -m pytest tests/browser
 
 # Check style and types of SQL and Python.
@@ -134,10 +131,31 @@ chaos: setup
 		$(if $(SEED),--seed $(SEED)) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(OUT),--out "$$OUT") \
 		$(if $(ONLY),--only "$$ONLY")
 
-# Build the one migration of the first release from sql/.
+# Begin a migration: make migration NAME=what_changes. Without NAME: build the first ones from sql/.
+ifdef NAME
 migration:
-	@mkdir -p supabase/migrations
-	@{ echo '-- Built from sql/ by `make migration`: edit there, not here.'; cat sql/*.sql; } > $(MIGRATION)
+	@case "$$NAME" in *[!a-z0-9_]*) echo 'NAME: small letters, digits and _'; exit 1;; esac
+	@file=$(MIGRATIONS)/$$(date -u +%Y%m%d%H%M%S)_$$NAME.sql \
+		&& cp supabase/new_migration.sql "$$file" && echo "$$file"
+else
+migration:
+	@[ ! -e $(RELEASED) ] || { echo 'Migrations are only added: make migration NAME=what_changes'; exit 1; }
+	@mkdir -p $(MIGRATIONS)
+	@build() { echo '-- Built from sql/ by `make migration`: edit there, not here.'; cat "$$@"; }; \
+		build $(CORE) > $(MIGRATIONS)/20261121000000_create_darkroom.sql
+	@part() { \
+		echo '-- Built from sql/ by `make migration`: edit there, not here.'; \
+		echo '-- The first edition had this part from the start: what upgrades it, upgrades the part, too.'; \
+		echo 'do $$part$$ begin'; \
+		echo "if to_regclass('private.purchases') is null then return; end if;"; \
+		cat "$$1"; echo 'end $$part$$;'; }; \
+		part sql/95_gallery.sql > $(MIGRATIONS)/20261121000001_darkroom_gallery.sql; \
+		part sql/96_webhooks.sql > $(MIGRATIONS)/20261121000002_darkroom_webhooks.sql
+endif
+
+# Record all migrations as released: from then on tests refuse a change in any of them.
+freeze:
+	@cd supabase && sha256sum migrations/*.sql > $(notdir $(RELEASED))
 
 # Renew the Python lock files from pyproject.toml; versions stay, unless UPGRADE=1.
 lock: setup
@@ -152,6 +170,4 @@ audit: setup
 	@$(PYTHON) -m venv .venv/audit && .venv/audit/bin/python -m pip install --quiet pip-audit==2.10.1
 	@$(PYTHON) scripts/audit.py .venv/audit/bin/pip-audit
 
-.PHONY: help setup setup-app setup-test setup-browser setup-bench up down status env clean top \
-	monitor-key demo import-model migrate compose-env check-worker install-worker app test test-app \
-	lint lint-app types bench scale-out chaos migration lock audit
+.PHONY: $(shell sed -n 's/^\([a-z][a-z -]*\):.*/\1/p' Makefile)

@@ -262,11 +262,34 @@ def plan(target: Target, migrations: list[Migration]) -> list[Migration]:
     if pending and applied and pending[0].version < max(applied):
         raise MigrateError(f"out_of_order: {pending[0]} is older than what was applied last")
     if migrations[0] in pending and target.has("private.settings"):
+        is_first_edition = not target.has("private.purchases")  # which was in one migration
+        there = [each.version for each in (pending[:1] if is_first_edition else pending)]
         raise MigrateError(
             "not_recorded: Darkroom is installed, and nothing says what is applied. Record it:"
-            f" npx supabase migration repair --status applied {migrations[0].version}"
+            f" npx supabase migration repair --status applied {' '.join(there)}"
         )
     return pending
+
+
+def changed(target: Target, migrations: list[Migration]) -> list[Migration]:
+    """Return what was applied and has another file now."""
+    applied = target.applied()
+    return [
+        each
+        for each in migrations
+        if each.version in applied and not each.is_same_as(applied[each.version])
+    ]
+
+
+def apply(target: Target, pending: list[Migration], say: Callable[[str], object]) -> bool:
+    """Apply these and the seed, if it is new; answer whether anything was. Raises MigrateError."""
+    for each in pending:
+        say(str(each))
+        target.apply(each)
+    if wants_seed := target.wants_seed():
+        say(target.seed_path)
+        target.seed()
+    return bool(pending) or wants_seed
 
 
 def show(
@@ -274,11 +297,10 @@ def show(
 ) -> None:
     """Print what is there and what will be done."""
     lines = list(target.describe())
+    others = changed(target, migrations)
     for each in migrations:
         state = "pending" if each in pending else "applied"
-        statements = target.applied().get(each.version)
-        changed = state == "applied" and not each.is_same_as(statements)
-        lines.append((state, f"{each}{' (its file has changed since)' if changed else ''}"))
+        lines.append((state, f"{each}{' (its file has changed since)' if each in others else ''}"))
     lines.append(("pending" if target.wants_seed() else "applied", target.seed_path))
     if migrations[0] in pending:
         lines += target.outside(welcome_credits)
@@ -336,12 +358,7 @@ def migrate(
         target.value(
             "select set_config(%s, %s, false)", "darkroom.welcome_credits", str(welcome_credits)
         )
-        for each in pending:
-            print(f"{'applying':11} {each}", flush=True)
-            target.apply(each)
-        if target.wants_seed():
-            print(f"{'applying':11} {target.seed_path}", flush=True)
-            target.seed()
+        apply(target, pending, lambda name: print(f"{'applying':11} {name}", flush=True))
         print("done")
 
 

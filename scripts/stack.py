@@ -32,6 +32,7 @@ import httpx
 import psycopg
 from psycopg import sql
 
+from migrate import MigrateError, Target, apply, changed, plan, read_migrations
 from processes import Process, ProcessTable, StackError, as_user, free_port, spawn
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -279,31 +280,6 @@ class Worker(Service):
         self._run(self.COMMAND, cwd=PROJECT, env=os.environ | environment)
 
 
-class Migrations:
-    """`supabase/migrations` and the seed, applied the way production does: by the Supabase CLI."""
-
-    def __init__(self, folder: Path) -> None:
-        self.applied = folder / "applied.json"
-
-    def push(self, database_url: str) -> bool:
-        """Apply what is new; say whether anything was."""
-        files = [*sorted((SUPABASE / "migrations").glob("*.sql")), SUPABASE / "seed.sql"]
-        digests = {
-            file.name: hashlib.sha256(file.read_bytes()).hexdigest()
-            for file in files
-            if file.exists()
-        }
-        known = json.loads(self.applied.read_text()) if self.applied.exists() else {}
-        if digests == known:
-            return False
-        for name in known.keys() & digests.keys() - {"seed.sql"}:
-            if known[name] != digests[name]:
-                raise StackError(f"{name} changed after it was applied here: make clean, make up")
-        supabase_cli(database_url, "db", "push", "--include-seed", "--yes")
-        self.applied.write_text(json.dumps(digests, indent=2))
-        return True
-
-
 class Stack:
     """A complete stack: `up` starts what is not running, `down` stops it and keeps its state."""
 
@@ -433,13 +409,27 @@ class Stack:
             self.cluster.start()
         if not self.gateway.is_running():
             self.gateway.start(self.database_url)
-        if Migrations(self.folder).push(self.database_url):
+        if self._migrate():
             self.gateway.stop()  # it reads the list of functions once, at its start
             self.gateway.start(self.database_url)
         self._set_passwords()  # the migration makes the roles without one
         self._set_timeouts()
         if self.with_worker and not self.worker.is_running():
             self.worker.start(self.worker_environment())
+
+    def _migrate(self) -> bool:
+        """Apply what is new of `supabase/migrations` and the seed; say whether anything was."""
+        with psycopg.connect(self.database_url, autocommit=True) as connection:
+            target, migrations = Target(connection), read_migrations()
+            try:
+                pending = plan(target, migrations)
+                if not pending and (others := changed(target, migrations)):
+                    raise StackError(
+                        f"{others[0]} changed after it was applied: make clean, make up"
+                    )
+                return apply(target, pending, lambda _: None)
+            except MigrateError as error:
+                raise StackError(error) from None
 
     def _stop(self, services: list[Service]) -> None:
         for service in reversed(services):
@@ -548,7 +538,7 @@ def interrupt(*_: object) -> NoReturn:
 def main() -> None:
     """Run one command from the command line."""
     parser = argparse.ArgumentParser(description="Run the local stack.")
-    parser.add_argument("command", choices=["up", "down", "status", "check", "env", "clean"])
+    parser.add_argument("command", choices=["up", "down", "status", "env", "check-worker", "clean"])
     command = parser.parse_args().command
     signal.signal(signal.SIGTERM, interrupt)
     stack = Stack.local(with_worker=True)
@@ -560,7 +550,7 @@ def main() -> None:
                 stack.down()
             case "status":
                 show_status(stack)
-            case "check":
+            case "check-worker":
                 sys.exit(check_worker(stack))
             case "env":
                 show_environment(stack)

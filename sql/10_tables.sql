@@ -22,7 +22,7 @@ begin
 end;
 $$;
 
--- No foreign keys between tables that users may read, here and in 14: PostgREST lets who reads one
+-- No foreign keys between tables that users may read, here and in 95: PostgREST lets who reads one
 -- embed the other, and that one in it again, so that a short address makes an answer without end.
 -- What goes with a row, its triggers delete (84).
 
@@ -295,7 +295,3 @@ comment on column public.images.shows_prompt is
 
 -- Read by the policy on images.
 create index images_user_id_idx on public.images (user_id);
--- The shared ones: for the public feed, and for the policy on their files.
-create index images_share_id_idx on public.images (share_id) where share_id is not null;
-create index images_shared_path_idx on public.images (storage_path) where share_id is not null;
-create index images_shared_preview_idx on public.images (preview_path) where share_id is not null;

@@ -23,16 +23,11 @@ comment on sequence private.virtual_clock is
   'Virtual time of the queue: the fair_key of the job last claimed. A hint; nothing breaks if it '
   'is off.';
 
-create sequence private.full_scan_due minvalue 0 start 0;
+create sequence private.scan_due minvalue 0 start 0;
 
-comment on sequence private.full_scan_due is
-  'When ready_jobs may next be scanned from its start, in milliseconds since 1970: see '
+comment on sequence private.scan_due is
+  'When ready_jobs may next be read from its start, in milliseconds since 1970: see '
   'private.put_off().';
-
-create sequence private.low_scan_due minvalue 0 start 0;
-
-comment on sequence private.low_scan_due is
-  'The same for a scan from a little below the virtual clock.';
 
 create sequence private.recovery_due minvalue 0 start 0;
 
@@ -339,11 +334,6 @@ create table private.settings (
   give_up_after interval not null default '1 hour',
   running_cancel_refund_percent smallint not null default 100,
   credit_usd numeric(12, 6),
-  delivery_retries interval[] not null
-  default '{5 seconds,1 minute,5 minutes,15 minutes,30 minutes,1 hour,3 hours,6 hours,12 hours}',
-  push_expires interval not null default '1 hour',
-  keep_deliveries interval not null default '7 days',
-  webhook_allows_private boolean not null default false,
   broadcasts boolean not null default true,
   breaker_failures smallint not null default 5,
   breaker_provider_failures smallint not null default 15,
@@ -359,10 +349,6 @@ create table private.settings (
   constraint settings_max_attempts_is_positive check (max_attempts > 0),
   constraint settings_running_cancel_refund_is_a_percentage check (
     running_cancel_refund_percent between 0 and 100
-  ),
-  constraint settings_delivery_times_are_not_negative check (
-    array_position(delivery_retries, null) is null and interval '0' <= all(delivery_retries)
-    and push_expires >= interval '0' and keep_deliveries >= interval '0'
   ),
   constraint settings_breaker_limits_are_positive check (
     least(breaker_failures, breaker_provider_failures, breaker_users) > 0
@@ -383,15 +369,6 @@ comment on column private.settings.credit_usd is
   'What a credit earns, in US dollars, for margin_usd of the cost views; null: not said.';
 comment on column private.settings.running_cancel_refund_percent is
   'Share of the price given back when a job is canceled after the provider was asked for it.';
-comment on column private.settings.delivery_retries is
-  'How long to wait after each failed try of a webhook or push; after one more it is dead.';
-comment on column private.settings.push_expires is
-  'A push notification this late is not sent any more.';
-comment on column private.settings.keep_deliveries is
-  'How long deliveries are kept once delivered or dead.';
-comment on column private.settings.webhook_allows_private is
-  'For development only: webhooks may be http and on private addresses. The worker needs '
-  'WEBHOOK_ALLOWED_HOSTS too.';
 comment on column private.settings.broadcasts is
   'Whether each new state of a job is broadcast where Supabase Realtime is; else clients poll.';
 comment on column private.settings.breaker_failures is

@@ -1,9 +1,8 @@
 -- Row level security: who may read what. Nobody writes a table: the functions do.
 --
 -- Users read their own rows in public, but not what they deleted; the catalogue is read through
--- list_models(), shared images through list_public_images(). Private tables
--- have RLS and no policy, which denies everybody but their owner even where a gateway grants too
--- much. Functions run as that owner.
+-- list_models(). Private tables have RLS and no policy, which denies everybody but their owner even
+-- where a gateway grants too much. Functions run as that owner.
 
 alter table public.entitlements enable row level security;
 alter table public.credit_ledger enable row level security;
@@ -12,9 +11,6 @@ alter table public.model_aliases enable row level security;
 alter table public.batches enable row level security;
 alter table public.generations enable row level security;
 alter table public.images enable row level security;
-alter table public.generation_tags enable row level security;
-alter table public.image_likes enable row level security;
-alter table public.prompt_templates enable row level security;
 alter table private.ready_jobs enable row level security;
 alter table private.running_jobs enable row level security;
 alter table private.workers enable row level security;
@@ -26,26 +22,18 @@ alter table private.breakers enable row level security;
 alter table private.queue_state enable row level security;
 alter table private.plans enable row level security;
 alter table private.settings enable row level security;
-alter table private.webhook_endpoints enable row level security;
-alter table private.push_tokens enable row level security;
-alter table private.push_texts enable row level security;
-alter table private.deliveries enable row level security;
 
 revoke all on all tables in schema private from public, anon, authenticated, service_role;
 revoke all on all sequences in schema private from public, anon, authenticated, service_role;
 revoke all on table public.entitlements, public.credit_ledger, public.models,
-public.model_aliases, public.batches, public.generations, public.images,
-public.generation_tags, public.image_likes, public.prompt_templates
+public.model_aliases, public.batches, public.generations, public.images
 from public, anon, authenticated, service_role;
 revoke all on sequence public.credit_ledger_id_seq from public, anon, authenticated, service_role;
 revoke all on domain public.job_status, public.ledger_kind, private.job_stage,
 private.attempt_outcome from public, anon, authenticated, service_role;
 
 grant select on table public.entitlements, public.credit_ledger, public.batches,
-public.generations, public.images, public.generation_tags, public.image_likes
-to authenticated, service_role;
-grant select on table public.prompt_templates to authenticated;
-grant select, insert, update, delete on table public.prompt_templates to service_role;
+public.generations, public.images to authenticated, service_role;
 grant select, insert, update on table public.models to service_role;
 grant select, insert, update, delete on table public.model_aliases to service_role;
 
@@ -87,37 +75,6 @@ for select to authenticated using (
   )
 );
 
-create policy "Users read their own tags" on public.generation_tags
-for select to authenticated using (
-  user_id = (select private.caller_id())
-  and exists (
-    select from public.generations as g
-    where g.id = generation_tags.generation_id
-  )
-);
-
-create policy "Users read their own likes" on public.image_likes
-for select to authenticated using (user_id = (select private.caller_id()));
-
-create policy "Users read their own prompt templates" on public.prompt_templates
-for select to authenticated using (user_id = (select private.caller_id()));
-
--- Not by the rights of who asks, for a policy below looks into it for everybody: where one file is
--- asked for by an index, where the bucket is listed once for all of its files. A function would be
--- called for each of them.
-create view private.shared_paths as
-select i.storage_path as path from public.images as i
-where i.share_id is not null
-union all
-select i.preview_path as path from public.images as i
-where i.share_id is not null;
-
-comment on view private.shared_paths is
-  'Files and previews of shared images in bucket generations, as list_public_images shows them.';
-
-revoke all on private.shared_paths from public, anon, authenticated, service_role;
-grant select on private.shared_paths to anon, authenticated;
-
 -- Whether a user may put a file there: it has a name of its own below the folder, and the user has
 -- not as many others as may be kept. Who uploads several at once may get a few more in.
 create function private.may_store_input(p_path text) returns boolean
@@ -136,20 +93,15 @@ begin
 end;
 $$;
 
--- Storage: outputs are read by their owner, shared ones by everybody, and written by the worker
--- alone; inputs for image-to-image are put into the user's own folder. On a text, so that where the
--- table is another's it can be shown to somebody who may.
+-- Storage: outputs are read by their owner and written by the worker alone; inputs for
+-- image-to-image are put into the user's own folder. On a text, so that where the table is
+-- another's it can be shown to somebody who may.
 do $do$
 declare
   v_policies text := $policies$
   create policy "Users read their own generated images" on storage.objects
   for select to authenticated using (
     bucket_id = 'generations' and split_part(name, '/', 1) = (select auth.uid())::text
-  );
-  create policy "Everybody reads shared images" on storage.objects
-  for select to anon, authenticated using (
-    bucket_id = 'generations'
-    and exists (select from private.shared_paths as s where s.path = objects.name)
   );
   create policy "Users read their own input images" on storage.objects
   for select to authenticated using (

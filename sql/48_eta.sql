@@ -78,132 +78,6 @@ begin
 end;
 $$;
 
--- What is left of a running job that takes p_mean_seconds as a rule: never less than a quarter of
--- it, for late jobs are not done any moment.
-create function private.remaining_seconds(
-  p_job private.running_jobs, p_mean_seconds double precision
-) returns double precision
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-begin
-  return greatest(0.25 * p_mean_seconds, private.due_seconds(p_job, p_mean_seconds));
-end;
-$$;
-
--- In how many seconds each live slot is free, soonest first; null if no worker lives.
-create function private.free_slots() returns double precision[]
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_slots integer;
-  v_busy double precision[];
-begin
-  select sum(w.slots)::integer into v_slots
-  from private.workers as w
-  where w.seen_at > now() - (select s.lease from private.settings as s);
-  if v_slots is null then
-    return null;
-  end if;
-  v_busy := array(
-    select private.remaining_seconds(r, coalesce(
-      s.mean_seconds, (select avg(a.mean_seconds) from private.model_stats as a)
-    ))
-    from private.running_jobs as r
-    left join private.model_stats as s on s.model_id = r.model_id
-    order by 1
-  );
-  return array_fill(
-    0::double precision, array[greatest(v_slots - cardinality(v_busy), 0)]
-  ) || v_busy;
-end;
-$$;
-
--- When each job of a queue begins, and when one behind them does: jobs of these lengths, in order,
--- each taking the slot that is free first. After p_exactly the slots are taken to fill evenly.
-create function private.play_queue(
-  p_slots double precision[], p_queue double precision[], p_exactly integer default 100
-) returns double precision[]
-language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
-declare
-  -- A heap: each entry is no later than the two at twice its place, so the first is the soonest.
-  v_slots double precision[] := p_slots;
-  v_count integer := cardinality(p_slots);
-  v_begins double precision[] := p_slots[1:1];
-  v_at integer;
-  v_next integer;
-  v_free double precision;
-begin
-  for v_place in 1 .. least(p_exactly, cardinality(p_queue)) loop
-    v_free := v_slots[1] + p_queue[v_place];
-    v_at := 1;
-    loop
-      v_next := 2 * v_at;
-      exit when v_next > v_count;
-      if v_next < v_count and v_slots[v_next + 1] < v_slots[v_next] then
-        v_next := v_next + 1;
-      end if;
-      exit when v_free <= v_slots[v_next];
-      v_slots[v_at] := v_slots[v_next];
-      v_at := v_next;
-    end loop;
-    v_slots[v_at] := v_free;
-    v_begins[v_place + 1] := v_slots[1];
-  end loop;
-  return v_begins || array(
-    select v_slots[1] + sum(q.seconds) over (order by q.place) / v_count
-    from unnest(p_queue[p_exactly + 1:]) with ordinality as q (seconds, place)
-  );
-end;
-$$;
-
--- The share of this many slots that goes to jobs which come later and are put before a job this far
--- behind the queue's present: at first all that are put nearer, ever fewer as it moves up.
-create function private.overtaking_share(
-  p_distance bigint, p_slot_count integer
-) returns double precision
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_slots double precision;
-begin
-  select sum(
-    s.requests_per_second * s.mean_seconds
-    * greatest(0, 1 - s.queue_distance / greatest(p_distance, 1))
-  ) into v_slots
-  from private.model_stats as s;
-  return least(0.6, coalesce(v_slots, 0) / p_slot_count);
-end;
-$$;
-
--- Seconds until a queued job begins whose turn comes in p_seconds if nothing is put before it; null
--- if not known, also while its model is paused without end or tried with a probe.
-create function private.waiting_seconds(
-  p_job private.ready_jobs, p_seconds double precision, p_slot_count integer
-) returns double precision
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_paused_until timestamptz;
-  v_share double precision := 0;
-  v_clock bigint;
-begin
-  select max(b.paused_until) into v_paused_until
-  from private.breakers as b
-  where b.name in (
-      p_job.model_id, (select m.provider from public.models as m where m.id = p_job.model_id)
-    )
-    and (b.paused_until > now() or (b.paused_until is not null and b.times_opened > 0));
-  if v_paused_until <= now() or v_paused_until = 'infinity' then
-    return null;
-  end if;
-  if p_seconds > 0 then
-    select c.last_value into v_clock from private.virtual_clock as c;
-    v_share := private.overtaking_share(p_job.fair_key - v_clock, p_slot_count);
-  end if;
-  return greatest(
-    p_seconds / (1 - v_share),
-    date_part('epoch', p_job.run_at - now()),
-    date_part('epoch', v_paused_until - now())
-  );
-end;
-$$;
-
 create type private.forecast as (
   job_id uuid,
   queue_position integer,
@@ -212,10 +86,12 @@ create type private.forecast as (
 );
 
 -- For each of these jobs that is live: jobs that would be claimed before it, counted up to
--- p_at_most, null unless it is queued; seconds until it is likely to be finished; and seconds until
--- it would be if all goes as a rule, from which clients are told when to look. These are null while
--- no worker lives, for a model of which nothing was completed yet, and behind more jobs than are
--- counted. A model that was never measured counts like the mean of all.
+-- p_at_most, null unless it is queued; seconds until it is likely to be finished, which for one
+-- that runs are never less than a quarter of its mean, for late jobs are not done any moment; and
+-- seconds until it would be if all goes as a rule, from which clients are told when to look. These
+-- are null while no worker lives, for a model of which nothing was completed yet, while it is
+-- paused without end or tried with a probe, and behind more jobs than are counted. A model that was
+-- never measured counts like the mean of all.
 --
 -- The queue is looked at once, as far as the last of these jobs. Few are queued below the floor
 -- (30). They are not counted, so that nobody walks what was claimed while vacuum is held back.
@@ -235,21 +111,21 @@ declare
   v_forecasts private.forecast[];
   v_keys bigint[];  -- of the queue, in its order
   v_seqs bigint[];
-  v_begins double precision[];
-  v_slots double precision[];
-  v_job private.ready_jobs;
-  v_before integer;
+  v_lengths double precision[];
+  v_begins double precision[];  -- when the first of them begins, the second, and one behind all
+  v_slots double precision[];  -- in how many seconds each is free, soonest first
+  v_count integer;
   v_place integer;
   v_seconds double precision;
 begin
   if cardinality(v_queued) < cardinality(p_job_ids) then
     v_forecasts := array(
       select row(
-        r.job_id, null, round(private.remaining_seconds(r, s.mean_seconds)::numeric, 1),
-        private.due_seconds(r, s.mean_seconds)
+        r.job_id, null, round(greatest(0.25 * s.mean_seconds, due.seconds)::numeric, 1), due.seconds
       )::private.forecast
       from private.running_jobs as r
       left join private.model_stats as s on s.model_id = r.model_id
+      cross join lateral private.due_seconds(r, s.mean_seconds) as due (seconds)
       where r.job_id = any (p_job_ids)
     );
   end if;
@@ -259,7 +135,7 @@ begin
   select
     coalesce(array_agg(q.fair_key), '{}'), coalesce(array_agg(q.seq), '{}'),
     coalesce(array_agg(q.seconds), '{}')
-  into v_keys, v_seqs, v_begins
+  into v_keys, v_seqs, v_lengths
   from (
     select r.fair_key, r.seq, coalesce(
       s.mean_seconds, (select avg(a.mean_seconds) from private.model_stats as a)
@@ -273,27 +149,74 @@ begin
       ))
     order by r.fair_key, r.seq limit p_at_most
   ) as q;
-  if cardinality(v_keys) < p_at_most or cardinality(v_queued) > 1 then
-    v_slots := private.free_slots();
+  select sum(w.slots)::integer into v_count
+  from private.workers as w
+  where w.seen_at > now() - (select s.lease from private.settings as s)
+    and exists (select from private.model_stats);
+  if v_count is not null and (cardinality(v_keys) < p_at_most or cardinality(v_queued) > 1) then
+    v_slots := array(
+      select greatest(0.25 * m.seconds, private.due_seconds(r, m.seconds))
+      from private.running_jobs as r
+      left join private.model_stats as s on s.model_id = r.model_id
+      cross join lateral (
+        select coalesce(
+          s.mean_seconds, (select avg(a.mean_seconds) from private.model_stats as a)
+        ) as seconds
+      ) as m
+      order by 1
+    );
+    v_slots := array_fill(0::float, array[greatest(v_count - cardinality(v_slots), 0)]) || v_slots;
+    v_begins := v_slots[1:1];
+    -- The first of the queue take the slot that is free first each, the rest all of them evenly.
+    for v_at in 1 .. least(20, cardinality(v_lengths)) loop
+      v_seconds := v_slots[1] + v_lengths[v_at];
+      v_place := width_bucket(v_seconds, v_slots[2:]);
+      v_slots := v_slots[2:v_place + 1] || v_seconds || v_slots[v_place + 2:];
+      v_begins[v_at + 1] := v_slots[1];
+    end loop;
+    v_begins := v_begins || array(
+      select v_slots[1] + sum(q.seconds) over (order by q.place) / cardinality(v_slots)
+      from unnest(v_lengths[21:]) with ordinality as q (seconds, place)
+    );
   end if;
-  if v_slots is not null then
-    v_begins := private.play_queue(v_slots, v_begins);
-  end if;
-  foreach v_job in array v_queued loop
-    v_before := width_bucket(v_job.fair_key - 1, v_keys);
-    v_place := width_bucket(v_job.fair_key, v_keys);
-    v_place := v_before + width_bucket(v_job.seq - 1, v_seqs[v_before + 1:v_place]);
-    v_seconds := null;
-    if v_place < p_at_most and v_slots is not null then
-      v_seconds := private.waiting_seconds(v_job, v_begins[v_place + 1], cardinality(v_slots)) + (
-        select s.mean_seconds from private.model_stats as s where s.model_id = v_job.model_id
-      );
-    end if;
-    v_forecasts := v_forecasts || row(
-      v_job.job_id, v_place, round(v_seconds::numeric, 1), v_seconds
-    )::private.forecast;
-  end loop;
-  return v_forecasts;
+  return v_forecasts || array(
+    select row(q.job_id, p.place, round(due.seconds::numeric, 1), due.seconds)::private.forecast
+    from unnest(v_queued) as q
+    cross join lateral (
+      select width_bucket(q.fair_key - 1, v_keys) as first, width_bucket(q.fair_key, v_keys) as last
+    ) as same
+    cross join lateral (
+      select same.first + width_bucket(q.seq - 1, v_seqs[same.first + 1:same.last]) as place
+    ) as p
+    left join lateral (
+      -- A share of the slots goes to jobs that come later and are put before it: at first all that
+      -- are put nearer to the queue's present, ever fewer as it moves up.
+      select s.mean_seconds + greatest(
+        v_begins[p.place + 1] / (1 - case when v_begins[p.place + 1] > 0 then least(
+          0.6, coalesce(later.slots, 0) / cardinality(v_slots)
+        ) else 0 end),
+        date_part('epoch', q.run_at - now()),
+        date_part('epoch', pause.until - now())
+      ) as seconds
+      from private.model_stats as s
+      cross join lateral (
+        select max(b.paused_until) as until from private.breakers as b
+        where b.name in (
+            s.model_id, (select m.provider from public.models as m where m.id = s.model_id)
+          )
+          and (b.paused_until > now() or (b.paused_until is not null and b.times_opened > 0))
+      ) as pause
+      cross join lateral (
+        select sum(
+          a.requests_per_second * a.mean_seconds
+          * greatest(0, 1 - a.queue_distance / greatest(q.fair_key - c.last_value, 1))
+        ) as slots
+        from private.model_stats as a cross join private.virtual_clock as c
+      ) as later
+      where s.model_id = q.model_id and v_slots is not null and p.place < p_at_most
+        and (pause.until is null or (pause.until > now() and pause.until < 'infinity'))
+    ) as due on true
+  );
 end;
 $$;
 

@@ -3,86 +3,78 @@
 -- All of it is STABLE, so GET works and repeats are harmless. Polling get_job_status is the
 -- contract; Realtime (65) is only a hint to poll sooner.
 
--- The images of a generation as the API shows them, in order.
-create function private.images_json(p_generation_id uuid) returns json
+-- These jobs as the API shows them, newest first: all of them, or those of a user that are not
+-- deleted. One statement for all, for each costs its start, and the queue is looked at once, if
+-- there is a live one among them. Progress is read from the running row: it is not history.
+create function private.jobs_json(p_ids uuid[], p_user_id uuid default null) returns json[]
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_images json;
 begin
-  select json_agg(json_build_object(
-    'position', i.position, 'path', i.storage_path, 'preview_path', i.preview_path,
-    'content_type', i.content_type,
-    'width', i.width, 'height', i.height, 'bytes', i.bytes, 'blurhash', i.blurhash,
-    'is_public', i.share_id is not null
-  ) order by i.position) into v_images
-  from public.images as i where i.generation_id = p_generation_id;
-  return coalesce(v_images, '[]');
-end;
-$$;
-
--- The running row of a live job. While it waits, all null but the attempts used up.
-create function private.running_job(p_job_id uuid) returns private.running_jobs
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_running private.running_jobs;
-begin
-  select * into v_running from private.running_jobs where job_id = p_job_id;
-  if not found then
-    select r.attempt into v_running.attempt from private.ready_jobs as r where r.job_id = p_job_id;
-  end if;
-  return v_running;
-end;
-$$;
-
--- One job as the API shows it, with its forecast where the caller has it: who shows many asks for
--- all at once. Progress is read from the running row: it is not history.
-create function private.job_json(
-  p_generation public.generations, p_forecast private.forecast default null
-) returns json
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_running private.running_jobs;
-  v_forecast private.forecast := coalesce(p_forecast, private.forecast(p_generation));
-  v_refunded integer;
-begin
-  if p_generation.finished_at is null then
-    v_running := private.running_job(p_generation.id);
-  else
-    select l.amount into v_refunded from public.credit_ledger as l
-    where l.generation_id = p_generation.id and l.kind = 'refund';
-  end if;
-  return json_build_object(
-    'job_id', p_generation.id,
-    'status', p_generation.status,
-    'stage', v_running.stage,
-    'progress', v_running.progress,
-    'attempt', v_running.attempt,
-    'cancel_requested', coalesce(v_running.cancel_requested, false),
-    'queue_position', v_forecast.queue_position,
-    'eta_seconds', v_forecast.eta_seconds,
-    'poll_after_ms', case when p_generation.finished_at is null then
-      private.poll_after_ms(p_generation.created_at, v_forecast.due_seconds) end,
-    'model', p_generation.model_id,
-    'alias', p_generation.alias_id,
-    'batch_id', p_generation.batch_id,
-    'retry_of', p_generation.retry_of,
-    'idempotency_key', p_generation.idempotency_key,
-    'prompt', p_generation.prompt,
-    'params', p_generation.input,
-    'price_credits', p_generation.price_credits,
-    'refunded_credits', coalesce(v_refunded, 0),
-    'error', case when p_generation.error_code is not null then
-      json_build_object('code', p_generation.error_code, 'message', p_generation.error_message) end,
-    'images', private.images_json(p_generation.id),
-    'is_favorite', p_generation.is_favorite,
-    'tags', array(
-      select t.tag from public.generation_tags as t
-      where t.generation_id = p_generation.id order by t.tag
-    ),
-    'created_at', p_generation.created_at,
-    'started_at', p_generation.started_at,
-    'finished_at', p_generation.finished_at
+  return (
+    select array_agg(json_build_object(
+      'job_id', j.id,
+      'status', j.status,
+      'stage', (j.running).stage,
+      'progress', (j.running).progress,
+      'attempt', case when j.finished_at is null then coalesce(
+        (j.running).attempt,
+        (select r.attempt from private.ready_jobs as r where r.job_id = j.id)
+      ) end,
+      'cancel_requested', coalesce((j.running).cancel_requested, false),
+      'queue_position', (j.forecast).queue_position,
+      'eta_seconds', (j.forecast).eta_seconds,
+      'poll_after_ms', case when j.finished_at is null then
+        private.poll_after_ms(j.created_at, (j.forecast).due_seconds) end,
+      'model', j.model_id,
+      'alias', j.alias_id,
+      'batch_id', j.batch_id,
+      'retry_of', j.retry_of,
+      'idempotency_key', j.idempotency_key,
+      'prompt', j.prompt,
+      'params', j.input,
+      'price_credits', j.price_credits,
+      'refunded_credits', coalesce((
+        select l.amount from public.credit_ledger as l
+        where l.generation_id = j.id and l.kind = 'refund'
+      ), 0),
+      'error', case when j.error_code is not null then
+        json_build_object('code', j.error_code, 'message', j.error_message) end,
+      'images', coalesce((
+        select json_agg(json_build_object(
+          'position', i.position, 'path', i.storage_path, 'preview_path', i.preview_path,
+          'content_type', i.content_type,
+          'width', i.width, 'height', i.height, 'bytes', i.bytes, 'blurhash', i.blurhash,
+          'is_public', i.share_id is not null
+        ) order by i.position)
+        from public.images as i where i.generation_id = j.id
+      ), '[]'),
+      'is_favorite', j.is_favorite,
+      'tags', private.tags_of(j.id),
+      'created_at', j.created_at,
+      'started_at', j.started_at,
+      'finished_at', j.finished_at
+    ) order by j.id desc)
+    from (
+      select
+        g.*,
+        case when g.finished_at is null then (
+          select r from private.running_jobs as r where r.job_id = g.id
+        ) end as running,
+        case when g.finished_at is null then (
+          select f from unnest(private.forecast_jobs(p_ids)) as f where f.job_id = g.id
+        ) end as forecast
+      from public.generations as g
+      where g.id = any (p_ids)
+        and (p_user_id is null or (g.user_id = p_user_id and g.deleted_at is null))
+      offset 0  -- else what is looked up once is looked up for each of its fields
+    ) as j
   );
+end;
+$$;
+
+create function private.job_json(p_generation public.generations) returns json
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+begin
+  return (private.jobs_json(array[p_generation.id]))[1];
 end;
 $$;
 
@@ -91,8 +83,13 @@ create function private.get_job_status(p_job_id uuid) returns json
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
 set jit = off as $$
+declare
+  v_job json := (private.jobs_json(array[p_job_id], private.require_user_id()))[1];
 begin
-  return private.job_json(private.require_generation(p_job_id, private.require_user_id()));
+  if v_job is null then
+    perform private.refuse_unknown_job();
+  end if;
+  return v_job;
 end;
 $$;
 
@@ -109,12 +106,7 @@ begin
     perform private.refuse_input('job_ids: not a list of at most 100');
   end if;
   v_ids := array(select j.job_id from private.live_jobs as j where j.user_id = v_user_id);
-  return (
-    select coalesce(json_agg(private.job_json(g, f) order by g.id desc), '[]')
-    from public.generations as g
-    left join unnest(private.forecast_jobs(v_ids)) as f on f.job_id = g.id
-    where g.id = any (v_ids || p_job_ids) and g.user_id = v_user_id and g.deleted_at is null
-  );
+  return coalesce(array_to_json(private.jobs_json(v_ids || p_job_ids, v_user_id)), '[]');
 end;
 $$;
 

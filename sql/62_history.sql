@@ -1,37 +1,8 @@
 -- The history of a user, page by page.
 --
 -- No page costs more than a walk over 200 ids and a look at each, however long the history and rare
--- what is asked for: walk_generations names the ids, in the order of an index, and list_generations
--- looks at them by their key until the page is full. Ids are in the order of time, so the last one
--- of a page is where the next begins, whatever was added or deleted meanwhile.
-
--- Ids of a user's generations before this one, newest first, at most so many: those with a tag, or
--- the favorites, or all.
-create function private.walk_generations(
-  p_user_id uuid, p_before uuid, p_only_favorites boolean, p_tag text, p_at_most integer
-) returns uuid[]
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-begin
-  if p_tag is not null then
-    return array(
-      select t.generation_id from public.generation_tags as t
-      where t.user_id = p_user_id and t.tag = p_tag and t.generation_id < p_before
-      order by t.generation_id desc limit p_at_most
-    );
-  elsif p_only_favorites then
-    return array(
-      select g.id from public.generations as g
-      where g.user_id = p_user_id and g.is_favorite and g.id < p_before
-      order by g.id desc limit p_at_most
-    );
-  end if;
-  return array(
-    select g.id from public.generations as g
-    where g.user_id = p_user_id and g.id < p_before
-    order by g.id desc limit p_at_most
-  );
-end;
-$$;
+-- what is asked for. Ids are in the order of time, so the last one of a page is where the next
+-- begins, whatever was added or deleted meanwhile.
 
 -- A tag as it is kept: lower case, single spaces, one way to write an accent.
 --
@@ -61,21 +32,23 @@ begin
 end;
 $$;
 
--- What the walk names and the page leaves out (deleted, of another
--- status) is passed over; the next page begins where the walk or the page ended.
+-- What the walk names and the page leaves out (deleted, of another status) is passed over; the next
+-- page begins where the walk or the page ended.
 --
 -- Raises: PT400 invalid_input, PT401 not_authenticated.
 create function private.list_generations(
   p_before uuid, p_page_size integer, p_only_favorites boolean, p_tag text, p_status text
 ) returns json
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
 declare
   c_walk constant integer := 200;
   v_user_id uuid := private.require_known_user_id();
   v_before uuid := coalesce(p_before, 'ffffffff-ffff-ffff-ffff-ffffffffffff');
   v_tag text := case when p_tag is not null then private.read_tag('tag', p_tag) end;
   v_ids uuid[];
-  v_page json;
+  v_page uuid[];
   v_last_id uuid;
 begin
   perform private.check_page_size(p_page_size);
@@ -84,30 +57,43 @@ begin
       'status: not one of queued, processing, completed, failed, canceled'
     );
   end if;
-  v_ids := private.walk_generations(v_user_id, v_before, p_only_favorites, v_tag, c_walk);
-  select
-    json_agg(private.job_json(page.generation, f) order by page.place),
-    case count(*) when p_page_size then v_ids[max(page.place)] else v_ids[cardinality(v_ids)] end
-  into v_page, v_last_id
-  from (
-    select walk.place, found.generation
+  -- The ids, newest first, in the order of an index.
+  if v_tag is not null then
+    v_ids := private.walk_tag(v_user_id, v_tag, v_before, c_walk);
+  elsif p_only_favorites then
+    v_ids := array(
+      select g.id from public.generations as g
+      where g.user_id = v_user_id and g.is_favorite and g.id < v_before
+      order by g.id desc limit c_walk
+    );
+  else
+    v_ids := array(
+      select g.id from public.generations as g
+      where g.user_id = v_user_id and g.id < v_before
+      order by g.id desc limit c_walk
+    );
+  end if;
+  -- Those that are to be shown, by their key, until the page is full.
+  v_page := array(
+    select walk.id
     from (
       select w.* from unnest(v_ids) with ordinality as w (id, place) order by w.place
     ) as walk
     cross join lateral (
-      select g as generation from public.generations as g
+      select from public.generations as g
       where g.id = walk.id and g.deleted_at is null
         and (p_only_favorites is not true or g.is_favorite)
         and (p_status is null or g.status = p_status)
       limit 1
     ) as found
     order by walk.place limit p_page_size
-  ) as page
-  left join unnest(private.forecast_jobs(
-    case when coalesce(p_status, 'queued') in ('queued', 'processing') then v_ids else '{}' end
-  )) as f on f.job_id = (page.generation).id;
+  );
+  v_last_id := case cardinality(v_page)
+    when p_page_size then v_page[p_page_size]
+    else v_ids[cardinality(v_ids)]
+  end;
   return json_build_object(
-    'generations', coalesce(v_page, '[]'),
+    'generations', coalesce(array_to_json(private.jobs_json(v_page, v_user_id)), '[]'),
     'next_before', case
       when v_last_id <> v_ids[cardinality(v_ids)] or cardinality(v_ids) = c_walk then v_last_id
     end

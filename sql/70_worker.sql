@@ -64,38 +64,37 @@ create function private.heartbeat(
   p_is_listening boolean default true
 ) returns table (job_id uuid, verdict text)
 language plpgsql security definer set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan as $$
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
 #variable_conflict use_column
-declare
-  v_lease interval := (select s.lease from private.settings as s);
-  v_at integer;
 begin
   update private.workers set seen_at = now(), is_listening = p_is_listening
   where id = p_worker_id;
-  -- A loop, not a join: each row is reached by its key also when the table is full of dead rows. In
-  -- order of id, as cancel_jobs (77) takes several.
-  for v_at in
-    select j.place from unnest(p_job_ids) with ordinality as j (id, place)
-    order by j.id, j.place
-  loop
-    job_id := p_job_ids[v_at];
-    update private.running_jobs as r
-    set
-      lease_until = now() + v_lease,
-      progress = case
-        when p_progress[v_at] is null then r.progress
-        else least(100, greatest(0, p_progress[v_at]))
-      end
-    where r.job_id = p_job_ids[v_at] and r.token = p_tokens[v_at]
-    returning case when r.cancel_requested then 'canceled' else 'ok' end into verdict;
+  update private.running_jobs as r set
+    lease_until = now() + s.lease,
+    progress = case
+      when p_progress[array_position(p_tokens, r.token)] is null then r.progress
+      else least(100, greatest(0, p_progress[array_position(p_tokens, r.token)]))
+    end
+  from private.settings as s
+  where r.job_id = any (p_job_ids) and r.token = any (p_tokens);
+  -- A new look, for the first may have waited.
+  return query
+  select j.id, case
+    when held.is_canceled is false then 'ok'
     -- Where even the generation is gone, no other worker stops what was bought.
-    verdict := coalesce(verdict, case
-      when exists (select from public.generations as g where g.id = p_job_ids[v_at]) then 'lost'
-      else 'canceled'
-    end);
-    return next;
-    verdict := null;
-  end loop;
+    when held.is_canceled is null
+      and exists (select from public.generations as g where g.id = j.id) then 'lost'
+    else 'canceled'
+  end
+  from unnest(p_job_ids) with ordinality as j (id, place)
+  cross join lateral (
+    select (
+      select r.cancel_requested from private.running_jobs as r
+      where r.job_id = j.id and r.token = p_tokens[j.place]
+    ) as is_canceled
+  ) as held
+  order by j.id, j.place;
 end;
 $$;
 

@@ -77,32 +77,6 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   from private.settings as s
 $$;
 
--- Closes breakers whose operator's pause is over.
-create function private.end_pauses() returns void
-language sql set search_path = pg_catalog, pg_temp as $$
-  update private.breakers set paused_until = null, pause_reason = null, resumed_at = now()
-  where name = any (array(
-    select b.name from private.breakers as b
-    where b.paused_until <= now() and b.times_opened = 0 for update skip locked
-  ))
-$$;
-
--- Lets this job be the probe of a breaker, if it may. Answers whether it is.
-create function private.begin_probe(p_name text, p_seq bigint) returns boolean
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-begin
-  perform from private.breakers where name = p_name and times_opened > 0 for update skip locked;
-  if not found then
-    return false;
-  end if;
-  -- A new look, now that nobody else can begin one.
-  update private.breakers as b set probe_job_id = r.job_id
-  from private.ready_jobs as r
-  where b.name = p_name and r.seq = p_seq and private.admits(b, r.user_id);
-  return found;
-end;
-$$;
-
 -- Counts one failure against a breaker, which the caller has locked, and opens it if that was
 -- enough, or if its probe failed after the pause.
 create function private.count_failure(
@@ -137,57 +111,68 @@ begin
   else
     v_opens := v_breaker.probe_job_id = p_job.job_id and v_breaker.paused_until <= now();
   end if;
-  update private.breakers as b set
-    failures = case when v_opens then 0 else v_breaker.failures end,
-    failing_since = v_breaker.failing_since,
-    failed_users = v_breaker.failed_users
-  where b.name = p_name;
   if v_opens then
-    update private.breakers as b set
-      times_opened = least(b.times_opened + 1, 1000),
-      paused_until = now() + private.pause_length(b.times_opened + 1),
-      pause_reason = case
-        when v_is_closed
-          then format('%s failures in a row, the last: %s', v_breaker.failures, p_code)
-        else format('the probe failed: %s', p_code)
-      end
-    where b.name = p_name;
+    v_breaker.pause_reason := case
+      when v_is_closed then format('%s failures in a row, the last: %s', v_breaker.failures, p_code)
+      else format('the probe failed: %s', p_code)
+    end;
+    v_breaker.failures := 0;
+    v_breaker.times_opened := least(v_breaker.times_opened + 1, 1000);
+    v_breaker.paused_until := now() + private.pause_length(v_breaker.times_opened);
   end if;
+  update private.breakers set
+    failures = v_breaker.failures, failing_since = v_breaker.failing_since,
+    failed_users = v_breaker.failed_users, times_opened = v_breaker.times_opened,
+    paused_until = v_breaker.paused_until, pause_reason = v_breaker.pause_reason
+  where name = p_name;
 end;
 $$;
 
--- Counts a failed attempt against its model, and against the provider unless the model is paused:
--- one model alone does not pause a provider.
+-- Counts failed attempts, where the code is the provider's fault, against their models, and against
+-- the provider unless the model is paused: one model alone does not pause a provider.
 --
--- Locks: the breakers of the provider and the model.
-create function private.note_failure(p_job private.running_jobs, p_code text) returns void
+-- Locks: the breakers of the providers and the models, in order.
+create function private.note_failures(p_jobs private.running_jobs[], p_codes text[]) returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
-  v_provider text := (select m.provider from public.models as m where m.id = p_job.model_id);
   v_settings private.settings := (select s from private.settings as s);
-  v_breaker private.breakers;
-  v_counts boolean;
+  v_job private.running_jobs;
+  v_at bigint;
+  v_provider text;
 begin
-  if v_provider is null then
-    return;
-  end if;
-  insert into private.breakers (name) values (v_provider), (p_job.model_id) on conflict do nothing;
-  select * into v_breaker from private.breakers where name = v_provider for update;
-  v_counts := v_breaker.probe_job_id = p_job.job_id;
-  select * into v_breaker from private.breakers where name = p_job.model_id for update;
-  if v_counts or private.breaker_state(v_breaker) = 'closed' then
+  for v_at, v_provider in
+    select j.ordinality, m.provider
+    from unnest(p_jobs) with ordinality as j
+    inner join private.error_codes as e on e.code = p_codes[j.ordinality] and e.trips_breaker
+    inner join public.models as m on m.id = j.model_id
+    order by m.provider, j.model_id, j.ordinality
+  loop
+    v_job := p_jobs[v_at];
+    insert into private.breakers (name) values (v_provider), (v_job.model_id)
+    on conflict do nothing;
+    perform from private.breakers where name = v_provider for update;
+    perform from private.breakers where name = v_job.model_id for update;
+    if exists (
+      select from private.breakers as b
+      where (b.name = v_provider and b.probe_job_id = v_job.job_id)
+        or (b.name = v_job.model_id and private.breaker_state(b) = 'closed')
+    ) then
+      perform private.count_failure(
+        v_provider, v_job, p_codes[v_at], v_settings.breaker_provider_failures
+      );
+    end if;
     perform private.count_failure(
-      v_provider, p_job, p_code, v_settings.breaker_provider_failures
+      v_job.model_id, v_job, p_codes[v_at], v_settings.breaker_failures
     );
-  end if;
-  perform private.count_failure(p_job.model_id, p_job, p_code, v_settings.breaker_failures);
+  end loop;
 end;
 $$;
 
 -- Jobs ended well: failures of their models are forgotten, and what is paused though one began
--- after the failures is closed. The caller knows that there is something to forget.
+-- after the failures is closed. Who failed meanwhile is doubted, but not if the pause was over:
+-- then it may well have been the model.
 --
--- Locks: the breakers of the providers and the models.
+-- Locks: the breakers of the providers and the models, in order.
 create function private.note_successes(p_jobs private.running_jobs[]) returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
@@ -201,27 +186,31 @@ begin
     cross join lateral (values (1, m.provider), (2, j.model_id)) as names (place, name)
     order by m.provider, names.place, j.model_id
   loop
-    -- After the pause it may well have been the model: nobody is doubted.
     update private.breakers as b set
-      doubted_users = (array_remove(
-        b.failed_users
-        || case when b.doubted_at > now() - s.breaker_pause_cap then b.doubted_users end,
-        v_job.user_id
-      ))[:200],
-      doubted_at = now()
-    from private.settings as s
-    where b.name = v_job.name and b.failed_users <> '{}'
-      and (b.times_opened = 0 or b.paused_until > now() and v_job.claimed_at > b.failing_since);
-    update private.breakers as b set
+      doubted_users = case
+        when b.failed_users <> '{}' and (b.times_opened = 0 or b.paused_until > now())
+          then (array_remove(
+            b.failed_users
+            || case when b.doubted_at > now() - s.breaker_pause_cap then b.doubted_users end,
+            v_job.user_id
+          ))[:200]
+        else b.doubted_users
+      end,
+      doubted_at = case
+        when b.failed_users <> '{}' and (b.times_opened = 0 or b.paused_until > now()) then now()
+        else b.doubted_at
+      end,
       failures = 0, failing_since = null, failed_users = '{}', times_opened = 0,
       paused_until = null, pause_reason = null, probe_job_id = null,
       resumed_at = case when b.times_opened > 0 then now() else b.resumed_at end
+    from private.settings as s
     where b.name = v_job.name and case b.times_opened
       when 0 then b.failures > 0
       else v_job.claimed_at > b.failing_since or v_job.job_id = b.probe_job_id
     end
     returning b.resumed_at = now() into v_is_resumed;
     if v_is_resumed then
+      perform setval('private.scan_due', 0);  -- what waited may be far below the virtual clock
       perform private.wake_workers();
     end if;
   end loop;
@@ -266,9 +255,14 @@ comment on function private.pause_provider is
   'it is paused now; not where others were served lately though this user failed: then the job is '
   'to blame.';
 
--- Raises PT404 not_found unless it is a model or a provider of one.
-create function private.require_breaker_name(p_name text) returns void
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+-- Pauses a model or a provider, or ends its pause where p_until is null. What the breaker counted
+-- ends with it: from then on it is the operator's.
+--
+-- Raises: PT404 not_found.
+create function private.set_pause(p_name text, p_until timestamptz, p_reason text) returns json
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_breaker private.breakers;
 begin
   if not exists (select from public.models as m where p_name in (m.id, m.provider)) then
     perform private.refuse_missing(
@@ -276,19 +270,25 @@ begin
       'Use the id of a model or the name of a provider in public.models.'
     );
   end if;
+  insert into private.breakers as b (name, paused_until, pause_reason)
+  values (p_name, p_until, p_reason)
+  on conflict (name) do update set
+    failures = 0, failing_since = null, failed_users = '{}', times_opened = 0, probe_job_id = null,
+    paused_until = excluded.paused_until, pause_reason = excluded.pause_reason,
+    resumed_at = case
+      when p_until is null and b.paused_until is not null then now()
+      else b.resumed_at
+    end
+  returning * into v_breaker;
+  return private.breaker_json(v_breaker);
 end;
 $$;
 
--- Ends what the breaker counted: the pause is the operator's now.
---
 -- Raises: PT400 invalid_input, PT404 not_found.
 create function private.pause_model(p_model text, p_until timestamptz, p_reason text) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
-declare
-  v_breaker private.breakers;
 begin
   perform private.require_writable();
-  perform private.require_breaker_name(p_model);
   if coalesce(p_until <= now(), true) then
     perform private.refuse_input(
       'until: not in the future', 'Leave it out to pause until resumed.'
@@ -296,13 +296,7 @@ begin
   elsif length(p_reason) > 500 then
     perform private.refuse_input('reason: longer than 500 characters');
   end if;
-  insert into private.breakers (name, paused_until, pause_reason)
-  values (p_model, p_until, p_reason)
-  on conflict (name) do update set
-    failures = 0, failing_since = null, failed_users = '{}', times_opened = 0, probe_job_id = null,
-    paused_until = excluded.paused_until, pause_reason = excluded.pause_reason
-  returning * into v_breaker;
-  return private.breaker_json(v_breaker);
+  return private.set_pause(p_model, p_until, p_reason);
 end;
 $$;
 
@@ -310,17 +304,12 @@ $$;
 create function private.resume_model(p_model text) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
-  v_breaker private.breakers;
+  v_answer json;
 begin
   perform private.require_writable();
-  perform private.require_breaker_name(p_model);
-  insert into private.breakers as b (name) values (p_model)
-  on conflict (name) do update set
-    failures = 0, failing_since = null, failed_users = '{}', times_opened = 0, probe_job_id = null,
-    paused_until = null, pause_reason = null,
-    resumed_at = case when b.paused_until is null then b.resumed_at else now() end
-  returning * into v_breaker;
+  v_answer := private.set_pause(p_model, null, null);
+  perform setval('private.scan_due', 0);
   perform private.wake_workers();
-  return private.breaker_json(v_breaker);
+  return v_answer;
 end;
 $$;

@@ -1,120 +1,36 @@
 -- Claim: the next jobs in fair order move from ready_jobs to running_jobs.
 --
--- claim_jobs makes delayed jobs claimable that have come due, locks the jobs with the smallest
--- fair_key that nobody else is claiming (skip locked), and moves them in one statement.
---
--- While a breaker (71) is open, what it keeps back waits in place, and claims read an index by
--- model instead of the one in fair order: a pile of jobs that wait is never walked. No claim waits
--- for a lock.
+-- claim_jobs locks the jobs with the smallest fair_key that nobody else is claiming (skip locked),
+-- and moves them in one statement. While a breaker (71) is open, it has them chosen with care by
+-- pick_admitted_jobs. No claim waits for a lock.
 
--- While a long transaction holds back vacuum, a scan of the queue's tables walks the dead rows of
--- all jobs since. So whoever made one that took long puts the next off for everybody, and looks
--- whether somebody did. A hint in a sequence: a time more than a minute ahead, left by a clock that
--- was wrong, is not believed.
---
--- Answers the seconds the next is to wait: such scans take a fiftieth of the time, unless that
--- would make one wait for longer than p_at_most.
-create function private.put_off(
-  p_due regclass, p_began timestamptz, p_at_most double precision
-) returns double precision
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_now timestamptz := clock_timestamp();
-  v_pause double precision := least(50 * extract(epoch from v_now - p_began), p_at_most);
-begin
-  if v_pause > 0.5 then
-    perform setval(p_due, (1000 * (extract(epoch from v_now) + v_pause))::bigint);
-  end if;
-  return v_pause;
-end;
-$$;
-
-create function private.is_put_off(p_due regclass) returns boolean
+-- While a long transaction holds back vacuum, a look at a whole table of the queue walks the dead
+-- rows of all jobs since. So one session looks for all: a sequence holds, in milliseconds since
+-- 1970, when the next may. A time more than a minute ahead, left by a clock that was wrong, is not
+-- believed.
+create function private.is_due(p_due regclass, p_patience integer default 0) returns boolean
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_now double precision := 1000 * extract(epoch from clock_timestamp());
 begin
-  return coalesce(pg_sequence_last_value(p_due) between v_now and v_now + 60000, false);
-end;
-$$;
-
--- Delayed jobs whose time has come become claimable.
-create function private.promote_due_jobs(p_at_most integer) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-begin
-  update private.ready_jobs set run_at = null, queued_at = now()
-  where seq = any (array(
-    select r.seq from private.ready_jobs as r
-    where r.run_at <= now() order by r.run_at limit p_at_most for update skip locked
-  ));
-end;
-$$;
-
--- The fair_key to begin the next scan at; null: at the virtual clock.
---
--- While a long transaction holds back vacuum, the index begins with every job ever claimed since,
--- and a scan from its start walks them all. So most scans start at the clock. What came to lie
--- below it meanwhile is found by one that starts a little below, at the floor: in each session
--- p_pause seconds after the last. What lies deeper is found by one from the start, once a second.
--- Where such scans take long they come less often, and one does for all: see schedule_scan.
-create function private.scan_start(p_pause double precision default 0.05) returns bigint
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_now double precision := extract(epoch from clock_timestamp());
-  v_full_due text := nullif(current_setting('darkroom.full_scan_due', true), '');
-  v_low_due text := nullif(current_setting('darkroom.low_scan_due', true), '');
-begin
-  if v_full_due = '0' then
-    return 0;
-  elsif v_now < v_full_due::double precision is not true
-    and not private.is_put_off('private.full_scan_due') then
-    return 0;
-  elsif v_now < v_low_due::double precision + p_pause is not true
-    and not private.is_put_off('private.low_scan_due') then
-    return (select f.fair_key from private.queue_floor as f);
-  end if;
-  return null;
-end;
-$$;
-
--- Notes that this session has scanned from below the clock, and when it may again; where it was
--- dear, when any session may. One from the start takes the place of one from the floor, too.
-create function private.schedule_scan(p_from bigint, p_began timestamptz) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_now double precision := extract(epoch from clock_timestamp());
-  v_pause double precision;
-begin
-  if p_from = 0 then
-    v_pause := private.put_off('private.full_scan_due', p_began, 60);
-    perform set_config('darkroom.full_scan_due', (v_now + greatest(v_pause, 1))::text, false);
-    perform set_config('darkroom.low_scan_due', v_now::text, false);
-  else
-    v_pause := private.put_off('private.low_scan_due', p_began, 5);
-    perform set_config('darkroom.low_scan_due', (v_now + v_pause)::text, false);
-  end if;
-end;
-$$;
-
--- Locks the next jobs in fair order and answers their seq.
---
--- A generic plan walks the index, whatever statistics say.
-create function private.lock_next_jobs(p_at_most integer, p_from bigint) returns bigint[]
-language plpgsql set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan as $$
-declare
-  v_began timestamptz := clock_timestamp();
-  v_seqs bigint[] := array(
-    select r.seq from private.ready_jobs as r
-    where r.run_at is null
-      and r.fair_key >= coalesce(p_from, (select c.last_value from private.virtual_clock as c))
-    order by r.fair_key, r.seq limit p_at_most for update skip locked
+  return coalesce(
+    pg_sequence_last_value(p_due) not between v_now - p_patience and v_now + 60000, true
   );
+end;
+$$;
+
+-- Such looks take a fiftieth of the time, but come once in ten seconds at least. One that took a
+-- moment puts nothing off.
+create function private.put_off(p_due regclass, p_began timestamptz) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_now double precision := extract(epoch from clock_timestamp());
+  v_pause double precision := 50 * (v_now - extract(epoch from p_began));
 begin
-  if p_from is not null then
-    perform private.schedule_scan(p_from, v_began);
+  if v_pause < 0.5 then
+    v_pause := 0;
   end if;
-  return v_seqs;
+  perform setval(p_due, (1000 * (v_now + least(v_pause, 10)))::bigint);
 end;
 $$;
 
@@ -141,14 +57,32 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   where b.name in (p_model_id, p_provider) and private.breaker_state(b) <> 'closed'
 $$;
 
--- The same while something is paused: of each model that is not, the next; of one that can be
--- tried, one job of a user who has not failed; after the pause, where there is no such job, one of
--- a user who has. A range of models, though of one: else the index in fair order might be walked.
-create function private.lock_next_admitted_jobs(p_at_most integer, p_from bigint) returns bigint[]
+-- Locks the next jobs that may run now while something is paused, and answers their seq: of each
+-- model that is not, the next; of one that can be tried, one job of a user who has not failed;
+-- after the pause, where there is no such job, one of a user who has.
+--
+-- Reads an index by model instead of the one in fair order, so that a pile of jobs that wait is
+-- never walked. A range of models, though of one: else the index in fair order might be.
+create function private.pick_admitted_jobs(p_at_most integer) returns bigint[]
 language plpgsql set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan as $$
+declare
+  v_began timestamptz := clock_timestamp();
+  v_from bigint := 0;
+  v_breaker private.breakers;
+  v_own bigint[];
+  v_seqs bigint[];
 begin
-  return array(
+  -- Operators' pauses that are over.
+  update private.breakers set paused_until = null, pause_reason = null, resumed_at = now()
+  where name = any (array(
+    select b.name from private.breakers as b
+    where b.paused_until <= now() and b.times_opened = 0 for update skip locked
+  ));
+  if not found and not private.is_due('private.scan_due') then
+    select c.last_value into v_from from private.virtual_clock as c;
+  end if;
+  v_seqs := array(
     select r.seq from private.ready_jobs as r
     where r.run_at is null and r.seq = any (array(
       -- From model to model through the index.
@@ -179,7 +113,7 @@ begin
             select r.seq, false as has_failed, false as failed_at_provider
             from private.ready_jobs as r
             where r.run_at is null and r.model_id between w.model_id and w.model_id
-              and r.fair_key >= p_from and not r.user_id = any (gate.failed_users)
+              and r.fair_key >= v_from and not r.user_id = any (gate.failed_users)
             order by r.model_id, r.fair_key, r.seq
             limit case when gate.is_open then p_at_most else 1 end
           )
@@ -189,7 +123,7 @@ begin
               r.seq, r.user_id = any (gate.failed_users), r.user_id = any (gate.failed_at_provider)
             from private.ready_jobs as r
             where r.run_at is null and r.model_id between w.model_id and w.model_id
-              and r.fair_key >= p_from and gate.is_over
+              and r.fair_key >= v_from and gate.is_over
             order by r.model_id, r.fair_key, r.seq limit 1
           )
         ) as next
@@ -199,19 +133,11 @@ begin
     ))
     order by r.fair_key, r.seq limit p_at_most for update skip locked
   );
-end;
-$$;
-
--- Of these locked jobs, those that may run though breakers are not closed: one of each of those, of
--- a user who has not failed if there is one. Providers first: their one job may be that of a model,
--- too.
-create function private.admit_probes(p_seqs bigint[]) returns bigint[]
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_breaker private.breakers;
-  v_own bigint[];
-  v_seqs bigint[] := p_seqs;
-begin
+  if v_from = 0 then
+    perform private.put_off('private.scan_due', v_began);
+  end if;
+  -- Of each breaker that is not closed one job may go, as its probe. Providers first: their one job
+  -- may be that of a model, too.
   for v_breaker in
     select b.* from private.breakers as b where b.times_opened > 0
     order by position('/' in b.name) > 0, b.name
@@ -223,7 +149,15 @@ begin
       order by r.user_id = any (v_breaker.failed_users), array_position(v_seqs, r.seq)
     );
     continue when v_own = '{}';
-    if private.begin_probe(v_breaker.name, v_own[1]) then
+    perform from private.breakers
+    where name = v_breaker.name and times_opened > 0 for update skip locked;
+    if found then
+      -- A new look, now that nobody else can begin one.
+      update private.breakers as b set probe_job_id = r.job_id
+      from private.ready_jobs as r
+      where b.name = v_breaker.name and r.seq = v_own[1] and private.admits(b, r.user_id);
+    end if;
+    if found then
       v_own := v_own[2:];
     end if;
     v_seqs := array(
@@ -235,55 +169,10 @@ begin
 end;
 $$;
 
--- Locks the next jobs that may run now while something is paused, and answers their seq.
-create function private.pick_admitted_jobs(p_at_most integer) returns bigint[]
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_began timestamptz := clock_timestamp();
-  v_from bigint := 0;
-  v_seqs bigint[];
-begin
-  perform private.end_pauses();
-  if private.is_put_off('private.full_scan_due') then
-    select f.fair_key into v_from from private.queue_floor as f;
-  end if;
-  v_seqs := private.lock_next_admitted_jobs(p_at_most, v_from);
-  if v_from = 0 then
-    perform private.put_off('private.full_scan_due', v_began, 60);
-  end if;
-  -- The keys of what waits may be far below the clock when the pause ends.
-  perform set_config('darkroom.full_scan_due', '0', false);
-  return private.admit_probes(v_seqs);
-end;
-$$;
-
--- Locks the next jobs that may run now and answers their seq. Beside that, each statement here only
--- looks whether there is something to do that is rare.
-create function private.pick_jobs(p_at_most integer) returns bigint[]
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_from bigint;
-  v_seqs bigint[];
-begin
-  if exists (select from private.ready_jobs as r where r.run_at <= now()) then
-    perform private.promote_due_jobs(p_at_most);
-  end if;
-  if exists (select from private.breakers as b where b.paused_until is not null) then
-    return private.pick_admitted_jobs(p_at_most);
-  end if;
-  v_from := private.scan_start();
-  v_seqs := private.lock_next_jobs(p_at_most, v_from);
-  -- Too few at the clock: look below it, too, unless that is dear.
-  if v_from is null and cardinality(v_seqs) < p_at_most then
-    v_from := private.scan_start(0);
-    if v_from is not null then
-      return private.lock_next_jobs(p_at_most, v_from);
-    end if;
-  end if;
-  return v_seqs;
-end;
-$$;
-
+-- While vacuum is held back, the index in fair order begins with every job claimed since. So most
+-- claims read it from the virtual clock on. What came to lie below is found by who finds too few
+-- there, and by one claim in half a second: unless that look has become dear.
+--
 -- Every row is reached by its key, whatever the planner thinks of the tables' sizes.
 -- Outer joins: a job whose model somebody deleted must fail at the worker, not vanish here.
 create function private.claim_jobs(p_worker_id bigint, p_slots integer)
@@ -297,8 +186,39 @@ set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bit
 set jit = off as $$
 #variable_conflict use_column
 declare
-  v_seqs bigint[] := private.pick_jobs(p_slots);
+  v_from bigint := 0;
+  v_began timestamptz;
+  v_seqs bigint[];
 begin
+  -- Delayed jobs whose time has come.
+  if exists (select from private.ready_jobs as r where r.run_at <= now()) then
+    update private.ready_jobs set run_at = null, queued_at = now()
+    where seq = any (array(
+      select r.seq from private.ready_jobs as r
+      where r.run_at <= now() order by r.run_at limit p_slots for update skip locked
+    ));
+  end if;
+  if exists (select from private.breakers as b where b.paused_until is not null) then
+    v_seqs := private.pick_admitted_jobs(p_slots);
+  else
+    if not private.is_due('private.scan_due', 500) then
+      select c.last_value into v_from from private.virtual_clock as c;
+    end if;
+    loop
+      v_began := clock_timestamp();
+      v_seqs := array(
+        select r.seq from private.ready_jobs as r
+        where r.run_at is null and r.fair_key >= v_from
+        order by r.fair_key, r.seq limit p_slots for update skip locked
+      );
+      if v_from = 0 then
+        perform private.put_off('private.scan_due', v_began);
+        exit;
+      end if;
+      exit when cardinality(v_seqs) = p_slots or not private.is_due('private.scan_due');
+      v_from := 0;
+    end loop;
+  end if;
   if v_seqs = '{}' then
     return;
   end if;

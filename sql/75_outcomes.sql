@@ -1,18 +1,15 @@
--- How an attempt ends that made nothing: fail_jobs, release_job, cancel_job, and the pieces that
--- completion (76), recovery (80) and cancel (77) share.
+-- How an attempt ends: complete_jobs, fail_jobs, release_job, cancel_job, and the two steps that
+-- cancel (77) and recovery (80) share with them.
 --
--- Whoever deletes the running row has the right to settle. What follows is one of four: the
--- generation is completed (76), finally failed (and refunded), canceled (and refunded by the rule
--- of finish_canceled), or its job goes back to ready_jobs. Each ended claim leaves one row in
--- attempts.
+-- Whoever deletes the running row has the right to settle. What follows is one of two: end_jobs
+-- ends the job for good, as completed, failed or canceled, or requeue_job puts it back into the
+-- queue. Either leaves one row in attempts for the claim that has ended.
 
 -- Deletes the running rows that these tokens hold and answers them in order of id.
 create function private.end_leases(
   p_job_ids uuid[], p_tokens bigint[]
 ) returns private.running_jobs[]
-language plpgsql set search_path = pg_catalog, pg_temp
-set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
-set jit = off as $$
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_jobs private.running_jobs[];
 begin
@@ -26,32 +23,22 @@ begin
 end;
 $$;
 
--- Of these tokens, those that already ended an attempt in one of these ways: the call is a repeat
--- whose first answer was lost.
-create function private.ended_before(
-  p_job_ids uuid[], p_tokens bigint[], p_outcomes text[]
-) returns setof bigint
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-begin
-  return query
-  select a.token from private.attempts as a
-  where a.generation_id = any (p_job_ids) and a.token = any (p_tokens)
-    and a.outcome = any (p_outcomes);
-end;
-$$;
-
--- Ends the lease of one job and answers its running row. All null if that is a repeat.
+-- Ends the lease of one job and answers its running row. All null if the token already ended an
+-- attempt in one of these ways: the call is a repeat whose first answer was lost.
 --
 -- Raises: DR001 lease_lost.
 create function private.end_lease(
   p_job_id uuid, p_token bigint, p_outcomes text[]
 ) returns private.running_jobs
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
 declare
   v_job private.running_jobs := (private.end_leases(array[p_job_id], array[p_token]))[1];
 begin
   if v_job.job_id is null and not exists (
-    select from private.ended_before(array[p_job_id], array[p_token], p_outcomes)
+    select from private.attempts as a
+    where a.generation_id = p_job_id and a.token = p_token and a.outcome = any (p_outcomes)
   ) then
     perform private.refuse_lost_lease(p_job_id);
   end if;
@@ -62,8 +49,7 @@ $$;
 -- Writes ended claims into the operators' history, with what each cost at the provider where that
 -- is known. Whether it bills what failed or was stopped is said by is_billed.
 create function private.record_attempts(
-  p_jobs private.running_jobs[], p_outcome text, p_metrics jsonb[], p_error_code text default null,
-  p_error_detail text default null
+  p_jobs private.running_jobs[], p_outcome text, p_metrics jsonb[], p_code text, p_detail text
 ) returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
@@ -73,7 +59,7 @@ begin
   )
   select
     j.job_id, j.token, j.model_id, j.attempt, j.worker_id, j.claimed_at, p_outcome,
-    p_error_code, left(p_error_detail, 2000), j.provider_job_id,
+    p_code, left(p_detail, 2000), j.provider_job_id,
     t.seconds, t.images,
     case
       when p_metrics[j.ordinality] @@ '$.is_asked == false || $.is_billed == false' then 0
@@ -90,13 +76,87 @@ begin
       greatest(0, least(1000000, (p_metrics[j.ordinality] ->> 'images')::numeric))
     end as images
   ) as t
-  left join public.models as m on m.id = j.model_id;
+  left join public.models as m on m.id = j.model_id
+  where j.token is not null;
+end;
+$$;
+
+-- What goes back of the price of a job that has ended: all of it, but for what was stored, and of a
+-- canceled one this percentage, rounded up. Each image costs a whole number.
+create function private.refund_due(
+  p_status text, p_price integer, p_charged integer, p_stored integer, p_percent integer
+) returns integer
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
+begin
+  return case p_status
+    when 'completed' then p_price / p_charged * (p_charged - p_stored)
+    when 'canceled' then ceil(p_price::numeric * p_percent / 100)
+    else p_price
+  end;
+end;
+$$;
+
+-- Ends jobs for good, the one place where that is done: the generations say how, what is due goes
+-- back, and the claims that ended go into history. p_metrics and p_stored, the number of images
+-- that are there, are in the order of the jobs. A job that was queued has no token.
+--
+-- What a user cancels is burned if it was running and the provider may bill us: only the share of
+-- settings.running_cancel_refund_percent goes back then, for nobody gets anything because the user
+-- did not want it any more. That counts, for else it could be had without end: see check_limits
+-- (30). What failed by itself was not stopped by its user, and our failures are nobody's to pay.
+--
+-- Locks: generations, then entitlements in order of id.
+-- Raises: 22023 if of a completed job there is no image or more than were charged.
+create function private.end_jobs(
+  p_jobs private.running_jobs[], p_status text, p_metrics jsonb[] default '{}',
+  p_stored integer[] default '{}', p_code text default null, p_detail text default null
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_ids uuid[] := array(select j.job_id from unnest(p_jobs) as j);
+  v_ended record;
+  v_percent integer;
+begin
+  for v_ended in
+    with ended as (
+      update public.generations as g set
+        status = p_status, finished_at = now(), updated_at = now(),
+        error_code = case p_status when 'failed' then p_code end,
+        error_message = case p_status when 'failed' then (
+          select e.message from private.error_codes as e where e.code = p_code
+        ) end
+      where g.id = any (v_ids)
+      returning
+        g.id, g.user_id, g.price_credits, g.image_count, array_position(v_ids, g.id) as place
+    )
+    select e.*, p_stored[e.place] as stored from ended as e
+    where p_stored[e.place] is distinct from e.image_count
+    order by e.user_id
+  loop
+    if v_ended.stored not between 1 and v_ended.image_count then
+      raise exception '% images stored, % charged', v_ended.stored, v_ended.image_count using
+        errcode = 'invalid_parameter_value', detail = format('job %s', v_ended.id);
+    end if;
+    v_percent := 100;
+    if p_status = 'canceled' and p_code is null and (p_jobs[v_ended.place]).token is not null
+      and p_metrics[v_ended.place] @@ '$.is_asked == false || $.is_billed == false' is not true then
+      select s.running_cancel_refund_percent into v_percent from private.settings as s;
+      update public.entitlements set day_burned = day_burned + 1
+      where user_id = v_ended.user_id;
+    end if;
+    perform private.refund_generation(v_ended.user_id, v_ended.id, private.refund_due(
+      p_status, v_ended.price_credits, v_ended.image_count, v_ended.stored, v_percent
+    ));
+  end loop;
+  perform private.record_attempts(p_jobs, p_status, p_metrics, p_code, p_detail);
 end;
 $$;
 
 -- Puts a job whose lease has ended back into the queue, next in line, at once or after a delay.
 create function private.requeue_job(
-  p_job private.running_jobs, p_attempts_used integer, p_delay interval, p_resumes boolean
+  p_job private.running_jobs, p_outcome text, p_attempts_used integer, p_delay interval,
+  p_resumes boolean, p_metrics jsonb default '{}', p_code text default null,
+  p_detail text default null
 ) returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
@@ -112,91 +172,67 @@ begin
     case when p_resumes then p_job.input_sha256 end
   from private.virtual_clock as c;
   update public.generations set status = 'queued', updated_at = now() where id = p_job.job_id;
+  perform private.record_attempts(array[p_job], p_outcome, array[p_metrics], p_code, p_detail);
   if p_delay <= interval '0' then
     perform private.wake_workers();
   end if;
 end;
 $$;
 
--- Ends a generation that is not completed and answers what was charged.
-create function private.finish_generation(
-  p_job_id uuid, p_status text, p_error private.error_codes default null
-) returns integer
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+create function private.complete_jobs(
+  p_job_ids uuid[], p_tokens bigint[], p_images jsonb[], p_metrics jsonb[]
+) returns table (token bigint, verdict text)
+language plpgsql security definer set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
+set jit = off as $$
+#variable_conflict use_column
 declare
-  v_price integer;
+  v_jobs private.running_jobs[] := private.end_leases(p_job_ids, p_tokens);
+  v_metrics jsonb[];
+  v_stored integer[];
 begin
-  update public.generations set
-    status = p_status, error_code = p_error.code, error_message = p_error.message,
-    finished_at = now(), updated_at = now()
-  where id = p_job_id
-  returning price_credits into strict v_price;
-  perform private.record_events(array[p_job_id], p_status);
-  return v_price;
-end;
-$$;
-
--- Fails a job for good: the generation keeps its input and tells why, the whole price goes back.
---
--- Locks: the entitlement row.
-create function private.finish_failed(
-  p_job private.running_jobs, p_error private.error_codes
-) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_price integer := private.finish_generation(p_job.job_id, 'failed', p_error);
-begin
-  perform private.refund_generation(p_job.user_id, p_job.job_id, v_price);
-end;
-$$;
-
--- Cancels a job for good. The refund rule: the whole price, but only the share of
--- settings.running_cancel_refund_percent, rounded up, of what is burned: the provider may bill us,
--- and nobody gets anything, because the user did not want it any more. That counts, for else it
--- could be had without end: see check_limits (30).
---
--- Locks: the entitlement row.
-create function private.finish_canceled(
-  p_user_id uuid, p_job_id uuid, p_is_burned boolean
-) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_percent integer := case
-    when p_is_burned then (select s.running_cancel_refund_percent from private.settings as s)
-    else 100
-  end;
-  v_price integer := private.finish_generation(p_job_id, 'canceled');
-begin
-  if p_is_burned then
-    update public.entitlements set day_burned = day_burned + 1 where user_id = p_user_id;
+  if cardinality(v_jobs) < cardinality(p_tokens) then
+    return query select a.token, 'repeated' from private.attempts as a
+    where a.generation_id = any (p_job_ids) and a.token = any (p_tokens)
+      and a.outcome = 'completed';
   end if;
-  perform private.refund_generation(
-    p_user_id, p_job_id, ceil(v_price::numeric * v_percent / 100)::integer
-  );
+  with ended as (
+    select j.*, array_position(p_tokens, j.token) as place
+    from unnest(v_jobs) with ordinality as j
+  ),
+  written as (
+    insert into public.images (
+      generation_id, position, user_id, storage_path, preview_path, content_type,
+      width, height, bytes, blurhash
+    )
+    select
+      e.job_id, i.position, e.user_id, i.storage_path, i.preview_path, i.content_type,
+      i.width, i.height, i.bytes, i.blurhash
+    from ended as e
+    cross join lateral jsonb_populate_recordset(null::public.images, p_images[e.place]) as i
+  )
+  select
+    array_agg(p_metrics[e.place] order by e.ordinality),
+    array_agg(coalesce(jsonb_array_length(p_images[e.place]), 0) order by e.ordinality)
+  into v_metrics, v_stored
+  from ended as e;
+  perform private.end_jobs(v_jobs, 'completed', v_metrics, v_stored);
+  if exists (
+    select from private.breakers as b where b.failures > 0 or b.times_opened > 0
+  ) then
+    perform private.note_successes(v_jobs);
+  end if;
+  return query select j.token, 'completed' from unnest(v_jobs) as j;
 end;
 $$;
 
--- The same for a job whose lease has just ended. What failed by itself was not stopped by its user,
--- and our failures are nobody's to pay.
-create function private.finish_canceled_job(
-  p_job private.running_jobs, p_code text default null, p_detail text default null,
-  p_metrics jsonb default '{}'
-) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-begin
-  perform private.finish_canceled(
-    p_job.user_id, p_job.job_id,
-    p_code is null and not p_metrics @@ '$.is_asked == false || $.is_billed == false'
-  );
-  perform private.record_attempts(array[p_job], 'canceled', array[p_metrics], p_code, p_detail);
-end;
-$$;
-
--- Claims of a job that have ended so far.
-create function private.count_claims(p_job_id uuid) returns integer
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select count(*)::integer from private.attempts where generation_id = p_job_id
-$$;
+comment on function private.complete_jobs is
+  'Ends jobs well: stores what was made and settles on it, for images that were charged but not '
+  'made are given back. p_images, of each job: [{position, storage_path, preview_path, '
+  'content_type, width, height, bytes, blurhash}]; p_metrics: {provider_seconds, images (as many '
+  'as the provider made), is_billed (false: the provider asks nothing for it)}. Answers each job '
+  'whose lease held: completed, or repeated (the call was made before). Errors, which change '
+  'nothing for any of the jobs: 22023 bad images, and what breaks a constraint.';
 
 -- How long to wait where somebody else asks for it: not less than we would by ourselves, and not
 -- more than they may ask for, whatever a number they write (negative, infinite, NaN).
@@ -237,56 +273,40 @@ declare
   v_error private.error_codes;
   v_settings private.settings;
   v_attempts_used integer;
-  v_outcome text := 'failed';
+  v_detail text;
 begin
   if p_job.cancel_requested then
-    perform private.finish_canceled_job(p_job, p_code, p_detail, p_metrics);
+    perform private.end_jobs(
+      array[p_job], 'canceled', array[p_metrics], p_code => p_code, p_detail => p_detail
+    );
     return 'canceled';
   end if;
   select * into strict v_settings from private.settings;
   -- A code that is not ours becomes internal; what came is kept in the detail.
   select * into strict v_error from private.error_codes
   where code in (p_code, 'internal') order by code = p_code desc limit 1;
+  v_detail := concat_ws(': ', nullif(p_code, v_error.code), p_detail);
   v_attempts_used := p_job.attempt - case when v_error.uses_attempt then 0 else 1 end;
   if v_error.is_retryable and v_attempts_used < v_settings.max_attempts and exists (
     select from public.generations
     where id = p_job.job_id and created_at > now() - v_settings.give_up_after
   ) then
-    v_outcome := 'retried';
     perform private.requeue_job(
-      p_job, v_attempts_used,
-      private.retry_delay(private.count_claims(p_job.job_id), p_retry_after_seconds),
-      v_error.resumes and not p_metrics @> '{"is_asked": false}'
+      p_job, 'retried', v_attempts_used,
+      private.retry_delay(
+        (select count(*)::integer from private.attempts where generation_id = p_job.job_id),
+        p_retry_after_seconds
+      ),
+      v_error.resumes and not p_metrics @> '{"is_asked": false}',
+      -- What the next attempt resumes is paid once: it will be booked there.
+      case when v_error.resumes then '{}' else p_metrics end, v_error.code, v_detail
     );
-  else
-    perform private.finish_failed(p_job, v_error);
+    return 'retried';
   end if;
-  perform private.record_attempts(
-    array[p_job], v_outcome,
-    -- What the next attempt resumes is paid once: it will be booked there.
-    array[case when v_outcome = 'retried' and v_error.resumes then '{}' else p_metrics end],
-    v_error.code, concat_ws(': ', nullif(p_code, v_error.code), p_detail)
+  perform private.end_jobs(
+    array[p_job], 'failed', array[p_metrics], p_code => v_error.code, p_detail => v_detail
   );
-  return v_outcome;
-end;
-$$;
-
--- Counts failures against the models and their providers, where the code is their fault. Comes
--- after all other locks are taken; breakers in order.
-create function private.blame_providers(p_jobs private.running_jobs[], p_codes text[]) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_at bigint;
-begin
-  for v_at in
-    select j.ordinality
-    from unnest(p_jobs) with ordinality as j
-    inner join private.error_codes as e on e.code = p_codes[j.ordinality] and e.trips_breaker
-    left join public.models as m on m.id = j.model_id
-    order by m.provider, j.model_id, j.ordinality
-  loop
-    perform private.note_failure(p_jobs[v_at], p_codes[v_at]);
-  end loop;
+  return 'failed';
 end;
 $$;
 
@@ -306,8 +326,9 @@ declare
   v_at integer;
 begin
   if cardinality(v_jobs) < cardinality(p_tokens) then
-    return query select e.token, 'repeated'
-    from private.ended_before(p_job_ids, p_tokens, '{retried,failed,canceled}') as e (token);
+    return query select a.token, 'repeated' from private.attempts as a
+    where a.generation_id = any (p_job_ids) and a.token = any (p_tokens)
+      and a.outcome in ('retried', 'failed', 'canceled');
   end if;
   foreach v_job in array array(select j from unnest(v_jobs) as j order by j.user_id, j.job_id) loop
     v_at := array_position(p_tokens, v_job.token);
@@ -318,7 +339,7 @@ begin
     );
     return next;
   end loop;
-  perform private.blame_providers(v_jobs, array(
+  perform private.note_failures(v_jobs, array(
     select p_codes[array_position(p_tokens, j.token)]
     from unnest(v_jobs) with ordinality as j order by j.ordinality
   ));
@@ -338,28 +359,25 @@ create function private.release_job(
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_job private.running_jobs := private.end_lease(
-    p_job_id, p_token, '{released,canceled}'
+    p_job_id, p_token, '{released,canceled,failed}'
   );
 begin
-  if v_job.job_id is null then
-    return;
-  elsif v_job.cancel_requested then
-    perform private.finish_canceled_job(
-      v_job, p_metrics => case when p_resumes then '{}'::jsonb else '{"is_asked": false}' end
+  if v_job.cancel_requested then
+    perform private.end_jobs(
+      array[v_job], 'canceled',
+      array[case when p_resumes then '{}'::jsonb else '{"is_asked": false}' end]
     );
-    return;
   elsif exists (
     select from public.generations as g cross join private.settings as s
-    where g.id = p_job_id and g.created_at < now() - s.give_up_after
-      and private.count_claims(p_job_id) >= s.max_attempts
+    where g.id = v_job.job_id and g.created_at < now() - s.give_up_after
+      and s.max_attempts <= (
+        select count(*) from private.attempts as a where a.generation_id = g.id
+      )
   ) then
-    perform private.finish_failed(
-      v_job, (select e from private.error_codes as e where e.code = 'internal')
-    );
-  else
-    perform private.requeue_job(v_job, v_job.attempt - 1, interval '0', p_resumes);
+    perform private.end_jobs(array[v_job], 'failed', p_code => 'internal');
+  elsif v_job.job_id is not null then
+    perform private.requeue_job(v_job, 'released', v_job.attempt - 1, interval '0', p_resumes);
   end if;
-  perform private.record_attempts(array[v_job], 'released', array['{}'::jsonb]);
 end;
 $$;
 
@@ -377,7 +395,7 @@ declare
   v_job private.running_jobs := private.end_lease(p_job_id, p_token, '{canceled}');
 begin
   if v_job.cancel_requested then
-    perform private.finish_canceled_job(v_job, p_metrics => coalesce(p_metrics, '{}'));
+    perform private.end_jobs(array[v_job], 'canceled', array[p_metrics]);
   elsif v_job.job_id is not null then
     raise exception 'nobody asked to cancel job %', p_job_id
       using errcode = 'invalid_parameter_value';

@@ -3,7 +3,7 @@
 -- A queued job's ready row is deleted, and whoever deleted it settles. A running job is only
 -- marked: its worker is told by NOTIFY and asks the heartbeat, stops the provider, and ends the
 -- job with cancel_job (75). Whatever ends the attempt otherwise honours the mark too; only a
--- result that is already stored wins over it. The refund rule is in finish_canceled (75).
+-- result that is already stored wins over it. The refund rule is in end_jobs (75).
 --
 -- All rows of the queue are taken before the first entitlement is, or two calls could wait for one
 -- another.
@@ -16,16 +16,16 @@ language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_job_id uuid;
   v_worker_id bigint;
-  v_taken private.ready_jobs;
-  v_all_taken private.ready_jobs[] := '{}'::private.ready_jobs[];
+  v_job private.running_jobs;  -- without a lease
+  v_taken private.running_jobs[] := array[]::private.running_jobs[];
 begin
   foreach v_job_id in array array(select j.id from unnest(p_job_ids) as j (id) order by j.id) loop
     -- A job may go from ready to running, or back, between two looks.
     for v_look in 1 .. 5 loop
       delete from private.ready_jobs where job_id = v_job_id and user_id = p_user_id
-      returning * into v_taken;
+      returning job_id, user_id into v_job.job_id, v_job.user_id;
       if found then
-        v_all_taken := v_all_taken || v_taken;
+        v_taken := v_taken || v_job;
         exit;
       end if;
       update private.running_jobs set cancel_requested = true
@@ -37,10 +37,8 @@ begin
       end if;
     end loop;
   end loop;
-  foreach v_taken in array v_all_taken loop
-    -- No attempt is under way. If an earlier one was billed, it was we who broke it off.
-    perform private.finish_canceled(p_user_id, v_taken.job_id, false);
-  end loop;
+  -- No attempt is under way. If an earlier one was billed, it was we who broke it off.
+  perform private.end_jobs(v_taken, 'canceled');
 end;
 $$;
 

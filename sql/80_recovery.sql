@@ -22,30 +22,6 @@ language sql set search_path = pg_catalog, pg_temp as $$
   )
 $$;
 
--- Locks the jobs whose lease or deadline has passed. The look reads all of running_jobs, for an
--- index on what each heartbeat changes would cost more; where it has become dear, it is made less
--- often, but once in ten seconds at least.
-create function private.lock_stale_jobs(p_at_most integer) returns private.running_jobs[]
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_began timestamptz := clock_timestamp();
-  v_jobs private.running_jobs[];
-begin
-  if private.is_put_off('private.recovery_due') then
-    return array[]::private.running_jobs[];
-  end if;
-  v_jobs := array(
-    select r from private.running_jobs as r
-    where r.lease_until < now() or r.deadline_at < now()
-    -- Those that were skipped before take no places of others.
-    order by r.user_id limit p_at_most + (select count(*) from private.skipped_rows)
-    for update skip locked
-  );
-  perform private.put_off('private.recovery_due', v_began, 10);
-  return v_jobs;
-end;
-$$;
-
 -- Ends the attempts of jobs that are locked, in the order given.
 create function private.end_stale_jobs(p_ids uuid[]) returns integer
 language plpgsql set search_path = pg_catalog, pg_temp as $$
@@ -74,21 +50,32 @@ create function private.recover_stale_jobs(p_at_most integer default 100) return
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 set lock_timeout = '100ms' as $$
 declare
-  v_stale private.running_jobs[] := private.lock_stale_jobs(p_at_most);
-  v_stuck private.running_jobs[];
-  v_recovered integer := private.skip_failing(
-    'select private.end_stale_jobs($1)', array(select j.job_id from unnest(v_stale) as j)
-  );
+  v_began timestamptz := clock_timestamp();
+  v_stale private.running_jobs[] := '{}'::private.running_jobs[];
+  v_recovered integer;
 begin
-  v_stuck := array(
-    select j from unnest(v_stale) as j
-    where j.lease_until >= now()
-      and not exists (select from private.running_jobs as r where r.job_id = j.job_id)
+  -- Reads all of running_jobs, for an index on what each heartbeat changes would cost more.
+  if private.is_due('private.recovery_due') then
+    v_stale := array(
+      select r from private.running_jobs as r
+      where r.lease_until < now() or r.deadline_at < now()
+      -- Those that were skipped before take no places of others.
+      order by r.user_id limit p_at_most + (select count(*) from private.skipped_rows)
+      for update skip locked
+    );
+    perform private.put_off('private.recovery_due', v_began);
+  end if;
+  v_recovered := private.skip_failing(
+    'select private.end_stale_jobs($1)', array(select j.job_id from unnest(v_stale) as j)
   );
   perform private.skip_failing('select private.refresh_model_stats()', array['*']);
   perform private.skip_failing(
-    'select private.blame_providers($1, array_fill(''timeout''::text, array[cardinality($1)]))',
-    v_stuck
+    'select private.note_failures($1, array_fill(''timeout''::text, array[cardinality($1)]))',
+    array(
+      select j from unnest(v_stale) as j
+      where j.lease_until >= now()
+        and not exists (select from private.running_jobs as r where r.job_id = j.job_id)
+    )
   );
   perform private.refresh_queue_state();
   return v_recovered;
@@ -101,13 +88,12 @@ comment on function private.recover_stale_jobs is
   'private.skipped_rows. Looks less often, once in ten seconds at least, '
   'while a long transaction makes each look dear.';
 
--- Forgets worker processes and cron runs of more than a week ago, and old deliveries.
+-- Forgets worker processes and cron runs of more than a week ago.
 create function private.trim_history() returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   delete from private.workers where seen_at < now() - interval '7 days';
   delete from private.skipped_rows where last_at < now() - interval '7 days';
-  perform private.trim_deliveries();
   if to_regclass('cron.job_run_details') is not null then
     delete from cron.job_run_details where end_time < now() - interval '7 days';
   end if;

@@ -1,12 +1,113 @@
--- Erasure: files that wait to be deleted, and what goes with a deleted user.
+-- Erasure: what a user deletes, files that wait to be deleted, and what goes with a deleted user.
 --
--- The worker lists expired files, deletes them in Storage and forgets them; a generation goes with
--- its last file. All three may be repeated, so a worker that dies in between costs nothing.
+-- Deleting a generation hides it: row and files stay until they are erased (85), and until then it
+-- may be restored. Rows go by SQL, files only through the Storage API, which the worker calls. So
+-- each file to be deleted becomes a row of expired_files. The worker lists them, deletes the files
+-- and forgets the rows, and with the last file of a generation goes the generation. All of it may
+-- be repeated: whoever is killed half-way has lost nothing, for the rows say what is left to do.
 --
--- Deleting a row of auth.users erases the user: a trigger takes the entitlement, and all rows go
--- with it by cascade; files are marked; the ledger goes as keep_ledger_of_deleted_users says. Every
+-- Deleting a row of auth.users erases the user: a trigger takes the entitlement, whose triggers
+-- mark the files and take all rows; the ledger goes as keep_ledger_of_deleted_users says. Every
 -- path that is marked lies in the user's own folder, a rule of the table. What is uploaded for a
 -- user who is gone is found as an orphan (85).
+
+create table private.expired_files (
+  bucket text,
+  path text,
+  user_id uuid not null,
+  generation_id uuid,
+  marked_at timestamptz not null default now(),
+  try_at timestamptz not null default now(),
+  primary key (bucket, path),
+  constraint expired_files_bucket_is_ours check (bucket in ('generations', 'inputs')),
+  -- Also a file with the name of the folder, which Storage did not refuse once.
+  constraint expired_files_path_is_the_users check (
+    starts_with(concat(path, '/'), concat(user_id, '/'))
+  )
+) with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.05);
+
+comment on table private.expired_files is
+  'Files the worker has to delete from Storage. Empty most of the time.';
+comment on column private.expired_files.user_id is
+  'Whose folder it is in; the user may be gone already.';
+comment on column private.expired_files.generation_id is
+  'Erased together with its last file; null: nothing waits for this file.';
+comment on column private.expired_files.try_at is
+  'Not before this time: a worker is at it, or was and failed.';
+
+create index expired_files_try_at_idx on private.expired_files (try_at);
+-- Read by health.
+create index expired_files_marked_at_idx on private.expired_files (marked_at);
+create index expired_files_generation_id_idx
+on private.expired_files (generation_id) where generation_id is not null;
+
+alter table private.expired_files enable row level security;
+revoke all on table private.expired_files from public, anon, authenticated, service_role;
+
+-- For users: delete and restore.
+
+-- A generation of the caller's, locked against every other change.
+--
+-- Locks: the generation.
+-- Raises: PT401 not_authenticated, PT404 not_found.
+create function private.lock_own_generation(
+  p_job_id uuid, p_may_be_deleted boolean default false
+) returns public.generations
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_user_id uuid := private.require_user_id(p_writes => true);
+  v_generation public.generations;
+begin
+  select * into v_generation from public.generations
+  where id = p_job_id and user_id = v_user_id and (deleted_at is null or p_may_be_deleted)
+  for no key update;
+  if not found then
+    perform private.refuse_unknown_job();
+  end if;
+  return v_generation;
+end;
+$$;
+
+-- Locks: the generation.
+-- Raises: PT401 not_authenticated, PT404 not_found, PT409 not_finished.
+create function private.delete_generation(p_job_id uuid) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  v_generation public.generations := private.lock_own_generation(p_job_id, true);
+  v_deleted_at timestamptz := coalesce(v_generation.deleted_at, now());
+begin
+  if v_generation.finished_at is null then
+    raise sqlstate 'PT409' using
+      message = 'not_finished',
+      detail = 'job_id: the job is ' || v_generation.status,
+      hint = 'Cancel it first, with cancel_generation.';
+  end if;
+  update public.generations set deleted_at = v_deleted_at
+  where id = p_job_id and deleted_at is null;
+  return json_build_object('job_id', p_job_id, 'deleted_at', v_deleted_at);
+end;
+$$;
+
+-- What is being erased cannot come back: some of its files may be gone.
+--
+-- Locks: the generation.
+-- Raises: PT401 not_authenticated, PT404 not_found.
+create function private.restore_generation(p_job_id uuid) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  v_generation public.generations := private.lock_own_generation(p_job_id, true);
+begin
+  if v_generation.deleted_at is not null
+    and exists (select from private.expired_files where generation_id = p_job_id) then
+    perform private.refuse_unknown_job();
+  end if;
+  update public.generations set deleted_at = null
+  where id = p_job_id and deleted_at is not null;
+  return private.get_job_status(p_job_id);
+end;
+$$;
+
+-- What a file is.
 
 -- The id that is the n-th part of a path; null if that part is none.
 create function private.path_id(p_path text, p_part integer) returns uuid
@@ -65,50 +166,47 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   end
 $$;
 
+-- Marks files, each as bucket/path, and answers how many were not marked yet. In order: of two that
+-- mark the same files, one waits for the other, and not each for the other.
+create function private.mark_files(p_files text[]) returns integer
+language sql set search_path = pg_catalog, pg_temp as $$
+  with marked as (
+    insert into private.expired_files (bucket, path, user_id)
+    select f.bucket, f.path, private.path_id(f.path, 1)
+    from unnest(p_files) as gone (name)
+    cross join lateral (
+      select split_part(gone.name, '/', 1), substr(gone.name, strpos(gone.name, '/') + 1)
+    ) as f (bucket, path)
+    order by f.path, f.bucket
+    on conflict (bucket, path) do nothing
+    returning 1
+  )
+  select count(*)::integer from marked
+$$;
+
+-- For workers.
+
 create function private.list_expired_files(p_at_most integer default 100)
 returns table (bucket text, path text)
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
-#variable_conflict use_column
-declare
-  v_lease interval := (select s.lease from private.settings as s);
-  v_file private.expired_files;
-begin
-  for v_file in
-    select * from private.expired_files as f
+language sql security definer set search_path = pg_catalog, pg_temp as $$
+  with due as (
+    select f.ctid, private.is_needed_again(f) as is_needed
+    from private.expired_files as f
     where f.try_at <= now() order by f.try_at limit p_at_most for update skip locked
-  loop
-    if private.is_needed_again(v_file) then
-      delete from private.expired_files as f
-      where f.bucket = v_file.bucket and f.path = v_file.path;
-    else
-      update private.expired_files as f set try_at = now() + v_lease
-      where f.bucket = v_file.bucket and f.path = v_file.path;
-      bucket := v_file.bucket;
-      path := v_file.path;
-      return next;
-    end if;
-  end loop;
-end;
+  ),
+  kept as (
+    delete from private.expired_files as f
+    where f.ctid = any (array(select d.ctid from due as d where d.is_needed))
+  )
+  update private.expired_files as f
+  set try_at = now() + (select s.lease from private.settings as s)
+  where f.ctid = any (array(select d.ctid from due as d where d.is_needed is not true))
+  returning f.bucket, f.path
 $$;
 
 comment on function private.list_expired_files is
   'Up to p_at_most files to delete from Storage. They are the caller''s for the time of a lease '
   '(settings.lease); what is not forgotten by then is listed again.';
-
--- With a generation goes what hangs on it.
-create function private.erase_parts_of_generation() returns trigger
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-begin
-  delete from public.image_likes where generation_id = old.id;
-  delete from public.images where generation_id = old.id;
-  delete from public.generation_tags where generation_id = old.id;
-  return null;
-end;
-$$;
-
-create trigger generations_take_their_parts_along
-after delete on public.generations
-for each row execute function private.erase_parts_of_generation();
 
 -- Erases generations none of whose files are left, and batches none of whose generations are.
 create function private.erase_generations(p_ids uuid[]) returns integer
@@ -177,6 +275,19 @@ comment on function private.forget_files is
   'Says that these files are gone from Storage. A generation whose last one it was is erased with '
   'all its rows. What Storage still has on record, or cannot be erased here, is not forgotten: '
   'answers how many. Repeating it changes nothing.';
+
+-- What goes with a generation, and with a user.
+
+create function private.erase_images_of_generation() returns trigger
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+begin
+  delete from public.images where generation_id = old.id;
+  return null;
+end;
+$$;
+
+create trigger generations_erase_images after delete on public.generations
+for each row execute function private.erase_images_of_generation();
 
 -- Locks the user's live jobs and answers how many: one after the other in order of id, ready or
 -- running, as cancel_jobs (77) does. A job may go from one to the other while we wait for it.
@@ -247,29 +358,9 @@ create trigger darkroom_delete_entitlement
 after delete on auth.users
 for each row execute function private.delete_entitlement_of_deleted_user();
 
--- Marks files, each as bucket/path, and answers how many were not marked yet. In order: of two that
--- mark the same files, one waits for the other, and not each for the other.
-create function private.mark_files(p_files text[]) returns integer
-language sql set search_path = pg_catalog, pg_temp as $$
-  with marked as (
-    insert into private.expired_files (bucket, path, user_id)
-    select f.bucket, f.path, private.path_id(f.path, 1)
-    from unnest(p_files) as gone (name)
-    cross join lateral (
-      select
-        split_part(gone.name, '/', 1) as bucket,
-        substr(gone.name, strpos(gone.name, '/') + 1) as path
-    ) as f
-    order by f.path, f.bucket
-    on conflict (bucket, path) do nothing
-    returning 1
-  )
-  select count(*)::integer from marked
-$$;
-
--- Marks all files in the folders of a user who is being deleted, those without a row too. What
--- cannot be marked holds up no deletion: it is found as an orphan (85). Generations are locked
--- before their files are marked, as expire_generations (85) does.
+-- Marks every file of a user who goes: those of images, then what else Storage has on record in the
+-- user's folder. The generations are locked before their files are marked, as expire_generations
+-- (85) does.
 create function private.expire_files_of_deleted_user() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
@@ -303,35 +394,9 @@ create trigger entitlements_expire_files
 before delete on public.entitlements
 for each row execute function private.expire_files_of_deleted_user();
 
--- Erases the entries of a user who is gone, but for those that are to be kept longer. By the clock:
--- some may be of transactions that began after this one.
-create function private.erase_ledger(p_user_id uuid) returns integer
-language sql set search_path = pg_catalog, pg_temp as $$
-  with erased as (
-    delete from public.credit_ledger as l
-    using private.settings as s
-    where l.user_id = p_user_id
-      and l.created_at <= clock_timestamp() - s.keep_ledger_of_deleted_users
-    returning l.id
-  )
-  select count(*)::integer from erased
-$$;
-
-create function private.erase_ledger_of_deleted_user() returns trigger
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
-begin
-  perform private.erase_ledger(old.user_id);
-  return null;
-end;
-$$;
-
-create trigger entitlements_erase_ledger
-after delete on public.entitlements
-for each row execute function private.erase_ledger_of_deleted_user();
-
 -- Erases what a user who is gone has here, and takes the live jobs, whose rows are locked, out of
 -- the queue. Their workers stop them at the provider.
-create function private.erase_generations_of_deleted_user() returns trigger
+create function private.erase_rows_of_deleted_user() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_worker_id bigint;
@@ -344,12 +409,11 @@ begin
   end loop;
   delete from public.generations where user_id = old.user_id;
   delete from public.batches where user_id = old.user_id;
-  delete from public.image_likes where user_id = old.user_id;
-  delete from public.prompt_templates where user_id = old.user_id;
+  perform private.erase_ledger(old.user_id);
   return null;
 end;
 $$;
 
-create trigger entitlements_erase_generations
+create trigger entitlements_erase_rows
 after delete on public.entitlements
-for each row execute function private.erase_generations_of_deleted_user();
+for each row execute function private.erase_rows_of_deleted_user();

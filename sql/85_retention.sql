@@ -1,28 +1,107 @@
--- Retention: what has been kept long enough, found a few rows at a time.
+-- Retention: how long things are kept, and what has been kept long enough, found a few rows at a
+-- time.
 --
--- apply_retention is called every minute by pg_cron and by each worker. It marks the files of
--- generations that are due (84 erases them), trims attempts, sums up or erases ledger entries, and
--- looks through Storage for files that nothing speaks of. Each walk locks its row of
--- retention_walks, looks at p_at_most rows in the order of an index, and says where it has come.
--- Where it meets what is too young it starts anew: what was passed over may be due by then.
+-- apply_retention is called every minute by pg_cron and by each worker. It takes each step that
+-- retention_walks names: a function of this schema that is given its place and how many rows it may
+-- look at, and answers how many it marked or erased and where it has come. A part adds its own as a
+-- row. The row's lock lets one session walk at a time.
+--
+-- No step scans history. It goes a few rows further through an index at every call. Where it meets
+-- what is too young, or the end, it starts anew: what was passed over may be due by then.
 
--- Locks the walk and answers its place; null while another session walks it.
-create function private.begin_walk(p_name text) returns text
-language sql set search_path = pg_catalog, pg_temp as $$
-  select w.place from private.retention_walks as w where w.name = p_name for update skip locked
-$$;
+alter table private.settings
+add column keep_generations interval,
+add column keep_deleted interval not null default '30 days',
+add column keep_inputs interval default '30 days',
+add column max_input_files integer not null default 100,
+add column keep_attempts interval not null default '90 days',
+add column keep_ledger interval,
+add column keep_ledger_of_deleted_users interval not null default '0',
+add constraint settings_keep_generations_outlives_a_day check (keep_generations >= '1 day'),
+add constraint settings_keep_deleted_is_not_negative check (keep_deleted >= '0'),
+add constraint settings_keep_inputs_outlives_a_day check (keep_inputs >= '1 day'),
+add constraint settings_keep_attempts_outlives_a_day check (keep_attempts >= '1 day'),
+add constraint settings_keep_ledger_outlives_ninety_days check (keep_ledger >= '90 days'),
+add constraint settings_keep_ledger_of_deleted_users_is_not_negative check (
+  keep_ledger_of_deleted_users >= '0'
+),
+add constraint settings_max_input_files_is_not_negative check (max_input_files >= 0),
+-- What is longer has no time it began at: for ever is null, where it may be said.
+add constraint settings_times_are_in_reach check (
+  greatest(
+    keep_generations, keep_deleted, keep_inputs, keep_attempts, keep_ledger,
+    keep_ledger_of_deleted_users, lease, heartbeat, retry_base, retry_cap, give_up_after,
+    breaker_window, breaker_pause, breaker_pause_cap
+  ) <= '1000 years'
+);
 
--- Saves the place of a walk, or starts it anew.
-create function private.end_walk(p_name text, p_place text, p_is_at_end boolean) returns void
+comment on column private.settings.keep_generations is
+  'How long after its end a generation is kept, unless it is a favorite; null: for ever.';
+comment on column private.settings.keep_deleted is
+  'How long a generation that its user deleted is kept, hidden, before it is erased.';
+comment on column private.settings.keep_inputs is
+  'How long source images are kept after their last change; null: for ever.';
+comment on column private.settings.max_input_files is
+  'How many source images a user may keep in bucket inputs.';
+comment on column private.settings.keep_attempts is
+  'How long the attempts of finished generations are kept, with provider''s words, times and cost.';
+comment on column private.settings.keep_ledger is
+  'Older entries of a user are summed up in one of kind carry, as far as the generations they '
+  'speak of are erased; their external_ids are forgotten. null: never.';
+comment on column private.settings.keep_ledger_of_deleted_users is
+  'How long after it was written an entry outlives its user; 0: all go with the user.';
+
+create table private.retention_walks (
+  name text primary key,
+  place text not null default '00000000-0000-0000-0000-000000000000'
+);
+
+comment on table private.retention_walks is
+  'The steps of retention: functions of this schema, and how far each has come.';
+comment on column private.retention_walks.place is
+  'Key last looked at. The least of all ids is the beginning, of paths in our buckets too.';
+
+alter table private.retention_walks enable row level security;
+revoke all on table private.retention_walks from public, anon, authenticated, service_role;
+
+-- Read by expire_deleted. The one index on a column that changes: it changes once, by the user's
+-- hand, and all other updates of generations stay HOT.
+create index generations_deleted_at_idx
+on public.generations (deleted_at) where deleted_at is not null;
+
+-- Takes one step, unless another session does.
+create function private.take_step(p_name text, p_at_most integer) returns integer
 language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_place text;
+  v_done integer;
 begin
-  if p_is_at_end then
-    update private.retention_walks set place = default where name = p_name;
-  else
-    update private.retention_walks set place = p_place where name = p_name;
+  select w.place into v_place from private.retention_walks as w
+  where w.name = p_name for update skip locked;
+  if not found then
+    return 0;
   end if;
+  execute format('select * from private.%I($1, $2)', p_name) into v_place, v_done
+  using v_place, p_at_most;
+  update private.retention_walks
+  set place = coalesce(v_place, '00000000-0000-0000-0000-000000000000') where name = p_name;
+  return v_done;
 end;
 $$;
+
+create function private.apply_retention(p_at_most integer default 500) returns integer
+language sql security definer set search_path = pg_catalog, pg_temp
+set lock_timeout = '100ms' as $$
+  select private.skip_failing(
+    format('select sum(private.take_step(step, %s)) from unnest($1) as step', p_at_most),
+    array(select w.name from private.retention_walks as w order by w.name)
+  )
+$$;
+
+comment on function private.apply_retention is
+  'Looks at up to p_at_most rows of each kind: marks the files of what has been kept long enough '
+  'and erases what has none. Answers how many rows it marked or erased; safe from several places '
+  'at once. What cannot be done is passed over: see private.skipped_rows.';
 
 -- Hides these finished generations and marks their files; those without files go at once. Answers
 -- how many files and generations.
@@ -42,7 +121,6 @@ begin
   );
   update public.generations set deleted_at = now()
   where id = any (v_ids) and deleted_at is null;
-  perform private.end_shares(v_ids);
   insert into private.expired_files (bucket, path, user_id, generation_id)
   select 'generations', f.path, i.user_id, i.generation_id
   from public.images as i
@@ -57,9 +135,11 @@ $$;
 
 -- Generations their users deleted, longest ago first. Those whose files wait to be deleted, and
 -- those that were skipped before, take no places of others.
-create function private.expire_deleted(p_at_most integer) returns integer
+create function private.expire_deleted(
+  p_place text, p_at_most integer, out place text, out done integer
+)
 language sql set search_path = pg_catalog, pg_temp as $$
-  select private.skip_failing('select private.expire_generations($1, true)', array(
+  select null, private.skip_failing('select private.expire_generations($1, true)', array(
     select g.id from public.generations as g
     where g.deleted_at <= now() - (select s.keep_deleted from private.settings as s)
       and g.finished_at is not null
@@ -69,86 +149,96 @@ language sql set search_path = pg_catalog, pg_temp as $$
 $$;
 
 -- Generations that ended longer ago than keep_generations, but for favorites.
-create function private.expire_old(p_at_most integer) returns integer
+create function private.expire_old(
+  p_place text, p_at_most integer, out place text, out done integer
+)
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_before timestamptz := (select now() - s.keep_generations from private.settings as s);
-  v_place text := private.begin_walk('generations');
-  v_met public.generations;
-  v_seen integer := 0;
-  v_ids uuid[] := '{}'::uuid[];
+  v_ids uuid[];
 begin
-  if v_before is null or v_place is null then
-    return 0;
-  end if;
-  for v_met in
-    select * from public.generations where id > v_place::uuid order by id limit p_at_most
-  loop
-    exit when v_met.created_at between v_before and now();
-    if v_met.finished_at <= v_before and not v_met.is_favorite then
-      v_ids := v_ids || v_met.id;
-    end if;
-    v_seen := v_seen + 1;
-    v_place := v_met.id;
-  end loop;
-  perform private.end_walk('generations', v_place, v_seen < p_at_most);
-  return private.skip_failing('select private.expire_generations($1)', v_ids);
+  select
+    array_agg(g.id) filter (where g.finished_at <= v_before and not g.is_favorite),
+    case when count(*) = p_at_most and not bool_or(g.created_at between v_before and now())
+      then max(g.id::text collate "C") end
+  into v_ids, place
+  from (
+    select * from public.generations
+    where id > p_place::uuid and v_before is not null order by id limit p_at_most
+  ) as g;
+  done := private.skip_failing(
+    'select private.expire_generations($1)', coalesce(v_ids, '{}'::uuid[])
+  );
 end;
 $$;
 
 -- Attempts that ended longer ago than keep_attempts, of generations that are finished.
-create function private.trim_attempts(p_at_most integer) returns integer
+create function private.trim_attempts(
+  p_place text, p_at_most integer, out place text, out done integer
+)
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_before timestamptz := (select now() - s.keep_attempts from private.settings as s);
-  v_place text := private.begin_walk('attempts');
-  v_met record;
-  v_seen integer := 0;
-  v_ids uuid[] := '{}'::uuid[];
+  v_ids uuid[];
 begin
-  if v_place is null then
-    return 0;
-  end if;
-  for v_met in
-    select a.generation_id, a.ended_at, g.created_at, g.finished_at
-    from private.attempts as a
-    inner join public.generations as g on g.id = a.generation_id
-    where a.generation_id > v_place::uuid order by a.generation_id, a.token limit p_at_most
-  loop
-    exit when v_met.created_at between v_before and now();
-    if v_met.ended_at <= v_before and v_met.finished_at is not null then
-      v_ids := v_ids || v_met.generation_id;
-    end if;
-    v_seen := v_seen + 1;
-    v_place := v_met.generation_id;
-  end loop;
-  perform private.end_walk('attempts', v_place, v_seen < p_at_most);
-  return private.skip_failing(
+  select
+    array_agg(distinct a.generation_id)
+    filter (where a.ended_at <= v_before and g.finished_at is not null),
+    case when count(*) = p_at_most and not bool_or(g.created_at between v_before and now())
+      then max(a.generation_id::text collate "C") end
+  into v_ids, place
+  from (
+    select * from private.attempts
+    where generation_id > p_place::uuid order by generation_id, token limit p_at_most
+  ) as a
+  cross join lateral (
+    select created_at, finished_at from public.generations where id = a.generation_id limit 1
+  ) as g;
+  done := private.skip_failing(
     format(
       'with gone as ('
       '  delete from private.attempts where generation_id = any ($1) and ended_at <= %L returning 1'
       ') select count(*) from gone', v_before
     ),
-    array(select distinct unnest(v_ids))
+    coalesce(v_ids, '{}'::uuid[])
   );
 end;
 $$;
 
--- Sums up a user's oldest entries in one of kind carry, so that the balance is still the sum of all
--- and each balance_after the sum up to it. An entry stays while the generation it speaks of does,
--- and so does everything after it.
+-- Erases the entries of a user who is gone, but for those that are to be kept longer. By the clock:
+-- some may be of transactions that began after this one.
+create function private.erase_ledger(p_user_id uuid) returns integer
+language sql set search_path = pg_catalog, pg_temp as $$
+  with erased as (
+    delete from public.credit_ledger as l
+    using private.settings as s
+    where l.user_id = p_user_id
+      and l.created_at <= clock_timestamp() - s.keep_ledger_of_deleted_users
+    returning l.id
+  )
+  select count(*)::integer from erased
+$$;
+
+-- Has a user's ledger no longer than it is to be kept; answers how many entries fewer there are. Of
+-- one who is gone entries are erased. Of another the oldest are summed up in one of kind carry,
+-- so that the balance is still the sum of all and each balance_after the sum up to it. An entry
+-- stays while the generation it speaks of does, and so does everything after it.
 --
 -- Locks: the entitlement row.
-create function private.compact_ledger(p_user_id uuid, p_at_most integer) returns integer
+create function private.trim_ledger_of(p_user_id uuid, p_at_most integer) returns integer
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_before timestamptz := (select now() - s.keep_ledger from private.settings as s);
   v_met public.credit_ledger;
   v_last public.credit_ledger;
-  v_count integer := 0;
+  v_entries integer := 0;
 begin
-  perform from public.entitlements where user_id = p_user_id for update skip locked;
-  if not found or v_before is null then
+  if not exists (select from public.entitlements as e where e.user_id = p_user_id) then
+    return private.erase_ledger(p_user_id);
+  end if;
+  perform from public.entitlements
+  where user_id = p_user_id and v_before is not null for update skip locked;
+  if not found then
     return 0;
   end if;
   -- Not user_id = p_user_id: the planner may then walk the ids of all users up to this one's.
@@ -159,9 +249,9 @@ begin
     exit when v_met.user_id <> p_user_id or v_met.created_at > v_before
       or exists (select from public.generations as g where g.id = v_met.generation_id);
     v_last := v_met;
-    v_count := v_count + 1;
+    v_entries := v_entries + 1;
   end loop;
-  if v_count < 2 then
+  if v_entries < 2 then
     return 0;
   end if;
   perform set_config('darkroom.compacts_ledger_of', p_user_id::text, true);
@@ -172,40 +262,27 @@ begin
     v_last.id, p_user_id, 'carry', v_last.balance_after, v_last.balance_after, v_last.created_at
   );
   perform set_config('darkroom.compacts_ledger_of', '', true);
-  return v_count - 1;
+  return v_entries - 1;
 end;
 $$;
 
--- The ledger of a user, living or gone.
-create function private.trim_ledger_of(p_user_id uuid, p_at_most integer) returns integer
-language sql set search_path = pg_catalog, pg_temp as $$
-  select case
-    when exists (select from public.entitlements as e where e.user_id = p_user_id)
-      then private.compact_ledger(p_user_id, p_at_most)
-    else private.erase_ledger(p_user_id)
-  end
-$$;
-
--- The ledgers of the next users. Answers how many entries fewer there are.
-create function private.trim_ledger(p_at_most integer) returns integer
+-- The ledgers of the next users.
+create function private.trim_ledger(
+  p_place text, p_at_most integer, out place text, out done integer
+)
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
-  v_place text := private.begin_walk('ledger');
-  v_user_id uuid;
+  v_user_id uuid := p_place::uuid;
   v_ids uuid[] := '{}'::uuid[];
 begin
-  if v_place is null then
-    return 0;
-  end if;
   for v_step in 1 .. p_at_most loop
     select user_id into v_user_id from public.credit_ledger
-    where user_id > v_place::uuid order by user_id limit 1;
+    where user_id > v_user_id order by user_id limit 1;
     exit when not found;
-    v_place := v_user_id;
     v_ids := v_ids || v_user_id;
   end loop;
-  perform private.end_walk('ledger', v_place, v_user_id is null);
-  return private.skip_failing(
+  place := v_user_id;
+  done := private.skip_failing(
     format('select sum(private.trim_ledger_of(u, %s)) from unnest($1) as u', p_at_most), v_ids
   );
 end;
@@ -237,52 +314,25 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
 $$;
 
 -- Marks orphans among the next files of Storage, in the order of the index that serves prefixes.
-create function private.expire_orphans(p_at_most integer) returns integer
+create function private.expire_orphans(
+  p_place text, p_at_most integer, out place text, out done integer
+)
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
-  v_place text := private.begin_walk('files');
-  v_met record;
-  v_seen integer := 0;
-  v_files text[] := '{}'::text[];
+  v_files text[];
 begin
-  if v_place is null or to_regclass('storage.objects') is null then
-    return 0;
+  if to_regclass('storage.objects') is not null then
+    select
+      array_agg(concat(o.bucket_id, '/', o.name)) filter (
+        where private.is_orphan(o.bucket_id, o.name, coalesce(o.updated_at, o.created_at))
+      ),
+      case when count(*) >= p_at_most then max(o.name collate "C") end
+    into v_files, place
+    from (
+      select * from storage.objects
+      where name ~>~ p_place order by name using ~<~ fetch first p_at_most rows with ties
+    ) as o;
   end if;
-  for v_met in
-    select o.bucket_id, o.name, coalesce(o.updated_at, o.created_at) as changed_at
-    from storage.objects as o
-    where o.name ~>~ v_place order by o.name using ~<~ fetch first p_at_most rows with ties
-  loop
-    if private.is_orphan(v_met.bucket_id, v_met.name, v_met.changed_at) then
-      v_files := v_files || concat(v_met.bucket_id, '/', v_met.name);
-    end if;
-    v_seen := v_seen + 1;
-    v_place := v_met.name;
-  end loop;
-  perform private.end_walk('files', v_place, v_seen < p_at_most);
-  return private.skip_failing('select private.mark_files($1)', v_files);
+  done := private.skip_failing('select private.mark_files($1)', coalesce(v_files, '{}'::text[]));
 end;
 $$;
-
-create function private.apply_retention(p_at_most integer default 500) returns integer
-language plpgsql security definer set search_path = pg_catalog, pg_temp
-set lock_timeout = '100ms' as $$
-declare
-  v_step text;
-  v_done integer := 0;
-begin
-  foreach v_step in array
-    '{expire_deleted,expire_old,trim_attempts,trim_ledger,expire_orphans}'::text[]
-  loop
-    v_done := v_done + private.skip_failing(
-      format('select private.%s(%s)', v_step, p_at_most), array['*']
-    );
-  end loop;
-  return v_done;
-end;
-$$;
-
-comment on function private.apply_retention is
-  'Looks at up to p_at_most rows of each kind: marks the files of what has been kept long enough '
-  'and erases what has none. Answers how many rows it marked or erased; safe from several places '
-  'at once. What cannot be done is passed over: see private.skipped_rows.';

@@ -1,141 +1,227 @@
--- Reports: what the operator's page and `make top` draw.
+-- Reports: what the operator's page, `make top` and exporters of metrics draw, from the views (83).
 --
 -- queue_report() is this moment and the last hour, queue_history() what came to pass over time, in
--- buckets. Both are for darkroom_monitor, which may call these, queue_health() and the measures and
--- nothing else: it reads no table. Who draws every few seconds asks for the history once, and then
--- for its last buckets only.
+-- buckets: for darkroom_monitor, which may call these, queue_health() (88) and the measures here
+-- that exporters have a use for, and reads no table. They speak in codes and numbers, never of a
+-- user or a job, and never in a provider's words. They cost what it costs to count the queue and
+-- to read the attempts of the window.
 --
--- There is no record of how long the queue was. It is what waits now, less what came and plus what
--- went since.
+-- Read by time alone, and not compiled: see errors_of (83).
 
--- Compiling would take longer than running, and a second process would only cost more.
-create function private.queue_report() returns json
+-- The queue is counted by passing through all of it, and that is as good as can be.
+create function private.report_models(p_window interval default '1 hour')
+returns table (
+  model_id text, provider text, ready bigint, delayed bigint, paused bigint, running bigint,
+  oldest_ready_seconds numeric, completed bigint, failed bigint, retried bigint,
+  p50_seconds double precision, p95_seconds double precision, mean_seconds double precision,
+  cost_usd numeric
+)
+language sql stable security definer set search_path = pg_catalog, pg_temp
+set enable_seqscan = on set jit = off set max_parallel_workers_per_gather = 0 as $$
+  select
+    n.model_id, m.provider, coalesce(q.ready, 0), coalesce(q.delayed, 0), coalesce(q.paused, 0),
+    coalesce(q.running, 0), q.oldest_ready_seconds, coalesce(o.completed, 0),
+    coalesce(o.failed, 0), coalesce(o.retried, 0), o.p50_seconds, o.p95_seconds, s.mean_seconds,
+    coalesce(o.cost_usd, 0)
+  from private.queue_by_model as q
+  full join private.outcomes_of(p_window) as o on o.model_id = q.model_id
+  cross join lateral (select coalesce(q.model_id, o.model_id) as model_id) as n
+  left join public.models as m on m.id = n.model_id
+  left join private.model_stats as s on s.model_id = n.model_id
+  order by coalesce(q.ready, 0) + coalesce(q.running, 0) desc, n.model_id
+$$;
+
+comment on function private.report_models is
+  'The queue of each model that has jobs or had some in the window, and how those ended: seconds '
+  'from claim to end of completed attempts, and mean_seconds as remembered for eta_seconds.';
+
+create function private.report_workers() returns table (
+  worker_id bigint, host text, version text, state text, is_listening boolean, slots smallint,
+  slots_used bigint, seen_seconds numeric, up_seconds numeric
+)
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
+  select
+    w.worker_id, w.host, w.version,
+    case
+      when not w.is_alive then 'silent'
+      when w.slots_used > 0 then 'busy'
+      when w.asleep then 'asleep'
+      else 'idle'
+    end,
+    w.is_listening, w.slots, w.slots_used, round(extract(epoch from now() - w.seen_at), 1),
+    round(extract(epoch from now() - w.started_at))
+  from private.worker_activity as w
+  where w.seen_at > now() - interval '1 day'
+  order by w.is_alive, w.worker_id
+$$;
+
+comment on function private.report_workers is
+  'Workers seen within a day, first those that went silent without stopping: state (silent | busy '
+  '| idle | asleep). is_listening false: it finds jobs by polling only.';
+
+create function private.report_errors(p_window interval default '1 hour') returns table (
+  model_id text, error_code text, errors bigint, failed bigint, retried bigint, last_at timestamptz
+)
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
+  select e.model_id, e.error_code, e.errors, e.failed, e.retried, e.last_at
+  from private.errors_of(p_window) as e
+$$;
+
+comment on function private.report_errors is
+  'Errors of attempts by model and code in the window. What was said: private.recent_failures.';
+
+create function private.report_alerts()
+returns table (alert text, severity text, is_raised boolean, value numeric, threshold numeric)
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
+  select s.alert, s.severity, s.is_raised, s.value, s.threshold
+  from private.alert_states(public.queue_health()::jsonb) as s
+  order by s.alert
+$$;
+
+comment on function private.report_alerts is
+  'Every rule of private.alert_rules, what is measured for it, and whether its alert is raised.';
+
+-- Shown are the running jobs that began first, which are the ones to worry about, the attempts that
+-- ended last, and who has held back vacuum for longest.
+create function public.queue_report() returns json
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
-set jit = off set max_parallel_workers_per_gather = 0 as $$
+set enable_seqscan = off set jit = off set max_parallel_workers_per_gather = 0 as $$
 declare
   v_began timestamptz := clock_timestamp();
-  v_models jsonb := (
-    select coalesce(jsonb_agg(to_jsonb(m)), '[]') from private.report_models() as m
-  );
-  v_health json := private.health_with((
-    select jsonb_build_object(
-      'ready', coalesce(sum((m.value ->> 'ready')::bigint), 0),
-      'delayed', coalesce(sum((m.value ->> 'delayed')::bigint), 0),
-      'paused', coalesce(sum((m.value ->> 'paused')::bigint), 0),
-      'oldest_ready_seconds', max((m.value ->> 'oldest_ready_seconds')::numeric)
-    )
-    from jsonb_array_elements(v_models) as m
-  ));
+  v_models jsonb := (select coalesce(jsonb_agg(m), '[]') from private.report_models() as m);
 begin
   return json_build_object(
     'at', now(),
-    'health', v_health,
+    'health', private.health_of(v_models),
     'models', v_models,
     'workers', (select coalesce(json_agg(w), '[]') from private.report_workers() as w),
     'errors', (select coalesce(json_agg(e), '[]') from private.report_errors() as e),
-    'running', (select coalesce(json_agg(r), '[]') from private.report_running() as r),
-    'recent', (select coalesce(json_agg(r), '[]') from private.report_recent() as r),
-    'vacuum_holders', (select coalesce(json_agg(h), '[]') from private.report_holders() as h),
+    'running', (
+      select coalesce(json_agg(j), '[]')
+      from (
+        select
+          r.model_id, r.attempt, r.worker_id, r.stage, r.progress,
+          round(extract(epoch from r.running), 1) as running_seconds,
+          round(extract(epoch from r.lease_left), 1) as lease_seconds,
+          round(extract(epoch from r.deadline_left), 1) as deadline_seconds
+        from private.running_now as r order by r.running desc, r.job_id limit 12
+      ) as j
+    ),
+    'recent', (
+      select coalesce(json_agg(t), '[]')
+      from (
+        select
+          a.model_id, a.attempt, a.worker_id, a.outcome, a.error_code, a.ended_at,
+          -- No join, which might be made by reading all generations.
+          (
+            select round(extract(epoch from a.started_at - g.created_at), 1)
+            from public.generations as g where g.id = a.generation_id
+          ) as waited_seconds,
+          round(extract(epoch from a.ended_at - a.started_at), 1) as ran_seconds
+        from private.attempts as a where a.ended_at > now() - interval '1 hour'
+        order by a.ended_at desc, a.token desc limit 12
+      ) as t
+    ),
+    'vacuum_holders', (
+      select coalesce(json_agg(v), '[]')
+      from (
+        select
+          h.kind, h.pid, left(h.name, 100) as name, h.state, h.age_transactions as transactions,
+          round(extract(epoch from h.since)) as seconds
+        from private.vacuum_holders as h
+        order by h.since desc nulls last, h.age_transactions desc limit 5
+      ) as v
+    ),
     'took_ms', round(extract(epoch from clock_timestamp() - v_began) * 1000, 1)
   );
 end;
 $$;
 
--- What came into the queue and left it in each bucket since a time, the longest that a job of the
--- bucket had waited for its first attempt, and how many were asked for.
---
--- Read by time alone: the planner may think a scan of all history as good.
-create function private.history_of_queue(p_since timestamptz, p_bucket interval)
-returns table (at timestamptz, enqueued bigint, entered bigint, went bigint, waited_seconds numeric)
-language sql stable set search_path = pg_catalog, pg_temp
-set enable_seqscan = off set jit = off as $$
-  with claims as (
-    select a.generation_id, a.attempt, a.started_at, a.ended_at, a.outcome
-    from private.attempts as a where a.ended_at >= p_since
-    union all
-    select r.job_id, r.attempt, r.claimed_at, null, null from private.running_jobs as r
-  ),
-  moves as (
-    select
-      g.created_at as moved_at, 1 as enqueued, 1 as entered, 0 as went, null::interval as waited
-    from public.generations as g
-    where g.id >= private.first_id_of(p_since) and g.created_at >= p_since
-    union all
-    select c.ended_at, 0, 1, 0, null from claims as c where c.outcome in ('retried', 'released')
-    union all
-    select
-      c.started_at, 0, 0, 1, case when c.attempt = 1 then c.started_at - g.created_at end
-    from claims as c
-    inner join public.generations as g on g.id = c.generation_id
-    where c.started_at >= p_since
-    union all
-    -- Canceled before any attempt.
-    select g.finished_at, 0, 0, 1, null
-    from public.generations as g
-    where g.id >= private.first_id_of(p_since) and g.finished_at >= p_since
-      and g.status = 'canceled' and g.started_at is null
-  )
-  select
-    date_bin(p_bucket, m.moved_at, 'epoch'), sum(m.enqueued), sum(m.entered), sum(m.went),
-    round(extract(epoch from max(m.waited)), 1)
-  from moves as m
-  group by date_bin(p_bucket, m.moved_at, 'epoch')
-$$;
+comment on function public.queue_report is
+  'The queue at a glance, for people: {at, health (see queue_health), models, workers, errors, '
+  'running, recent, vacuum_holders, took_ms}: the queue of each model and its attempts of the last '
+  'hour, the workers of the last day, errors of the last hour, the jobs that run for longest, the '
+  'attempts that ended last, who has held back vacuum for longest, and how long the report took.';
 
--- How the attempts of each model ended in each bucket since a time, what they took and cost.
-create function private.history_of_models(p_since timestamptz, p_bucket interval)
-returns table (
-  at timestamptz, model_id text, completed bigint, failed bigint, retried bigint,
-  completed_seconds numeric, cost_usd numeric
-)
-language sql stable set search_path = pg_catalog, pg_temp
-set enable_seqscan = off set jit = off as $$
-  select
-    date_bin(p_bucket, a.ended_at, 'epoch'),
-    a.model_id,
-    count(*) filter (where a.outcome = 'completed'),
-    count(*) filter (where a.outcome = 'failed'),
-    count(*) filter (where a.outcome = 'retried'),
-    round(
-      sum(extract(epoch from a.ended_at - a.started_at)) filter (where a.outcome = 'completed'), 1
-    ),
-    sum(a.cost_usd)
-  from private.attempts as a
-  where a.ended_at >= p_since
-  group by date_bin(p_bucket, a.ended_at, 'epoch'), a.model_id
-$$;
-
--- Raises: PT400 invalid_input.
-create function private.queue_history(
-  p_since timestamptz, p_bucket_seconds integer, p_at_most integer default 400
+-- There is no record of how long the queue was. It is what waits now, less what came and plus what
+-- went since.
+create function public.queue_history(
+  since timestamptz default null, bucket_seconds integer default 900
 ) returns json
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
-set jit = off set max_parallel_workers_per_gather = 0 as $$
+set enable_seqscan = off set jit = off set max_parallel_workers_per_gather = 0 as $$
 declare
-  v_bucket interval := p_bucket_seconds * interval '1 second';
+  v_bucket interval := bucket_seconds * interval '1 second';
   -- A day of the buckets that are the default.
-  v_since timestamptz := coalesce(p_since, now() - 96 * v_bucket);
+  v_since timestamptz := coalesce(since, now() - 96 * v_bucket);
 begin
-  if coalesce(p_bucket_seconds not between 10 and 86400, true) then
+  if coalesce(bucket_seconds not between 10 and 86400, true) then
     perform private.refuse_input('bucket_seconds: not from 10 to 86400');
-  elsif v_since not between now() - p_at_most * v_bucket and now() then
-    perform private.refuse_input(
-      format('since: not within the last %s buckets', p_at_most), 'Take longer buckets.'
-    );
+  elsif v_since not between now() - 400 * v_bucket and now() then
+    perform private.refuse_input('since: not within the last 400 buckets', 'Take longer buckets.');
   end if;
   v_since := date_bin(v_bucket, v_since, 'epoch');
   return json_build_object(
-    'at', now(),
-    'since', v_since,
-    'bucket_seconds', p_bucket_seconds,
+    'at', now(), 'since', v_since, 'bucket_seconds', bucket_seconds,
+    -- What came into the queue and left it, and the longest wait for a first attempt.
     'queue', (
-      select coalesce(json_agg(h order by h.at), '[]')
-      from private.history_of_queue(v_since, v_bucket) as h
+      with claims as (
+        select a.generation_id, a.attempt, a.started_at, a.ended_at, a.outcome
+        from private.attempts as a where a.ended_at >= v_since
+        union all
+        select r.job_id, r.attempt, r.claimed_at, null, null from private.running_jobs as r
+      ),
+      moves as (
+        select
+          g.created_at as moved_at, 1 as enqueued, 1 as entered, 0 as went, null::interval as waited
+        from public.generations as g
+        where g.id >= private.first_id_of(v_since) and g.created_at >= v_since
+        union all
+        select c.ended_at, 0, 1, 0, null from claims as c where c.outcome in ('retried', 'released')
+        union all
+        select
+          c.started_at, 0, 0, 1, case when c.attempt = 1 then c.started_at - g.created_at end
+        from claims as c inner join public.generations as g on g.id = c.generation_id
+        where c.started_at >= v_since
+        union all
+        -- Canceled before any attempt.
+        select g.finished_at, 0, 0, 1, null
+        from public.generations as g
+        where g.id >= private.first_id_of(v_since) and g.finished_at >= v_since
+          and g.status = 'canceled' and g.started_at is null
+      )
+      select coalesce(json_agg(b order by b.at), '[]')
+      from (
+        select
+          date_bin(v_bucket, m.moved_at, 'epoch') as at, sum(m.enqueued) as enqueued,
+          sum(m.entered) as entered, sum(m.went) as went,
+          round(extract(epoch from max(m.waited)), 1) as waited_seconds
+        from moves as m group by 1
+      ) as b
     ),
+    -- How the attempts of each model ended, what they took and cost.
     'models', (
-      select coalesce(json_agg(h order by h.at, h.model_id), '[]')
-      from private.history_of_models(v_since, v_bucket) as h
+      select coalesce(json_agg(b order by b.at, b.model_id), '[]')
+      from (
+        select
+          date_bin(v_bucket, a.ended_at, 'epoch') as at, a.model_id,
+          count(*) filter (where a.outcome = 'completed') as completed,
+          count(*) filter (where a.outcome = 'failed') as failed,
+          count(*) filter (where a.outcome = 'retried') as retried,
+          round(sum(extract(epoch from a.ended_at - a.started_at))
+            filter (where a.outcome = 'completed'), 1) as completed_seconds,
+          sum(a.cost_usd) as cost_usd
+        from private.attempts as a where a.ended_at >= v_since group by 1, 2
+      ) as b
     )
   );
 end;
 $$;
+
+comment on function public.queue_history is
+  'What came to pass in each bucket from the one that holds since (96 back; at most 400) to now: '
+  '{at, since, bucket_seconds, queue [{at, enqueued, entered, went, '
+  'waited_seconds}], models [{at, model_id, completed, failed, retried, completed_seconds, '
+  'cost_usd}]}. entered and went move the length of the queue, retries included; waited_seconds is '
+  'the longest until a first attempt. Buckets without anything are left out. Errors: PT400 '
+  'invalid_input.';

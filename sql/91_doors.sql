@@ -1,5 +1,6 @@
 -- The API: each function is a door to the definer of the same name in schema private, so that
--- nothing in the exposed schema runs with more rights than its caller's. Doors have no code.
+-- nothing that users call in the exposed schema runs with more rights than theirs. Doors have no
+-- code. What only operators ask, how the queue is, stands where it is made (88, 89).
 --
 -- What is called most is plpgsql, whose plans last for a session.
 
@@ -160,23 +161,6 @@ comment on function public.list_generations is
   'page may have fewer than page_size (1 to 100) and still a next one. Errors: PT400 '
   'invalid_input, PT401 not_authenticated.';
 
-create function public.set_favorite(job_id uuid, is_favorite boolean default true) returns json
-language sql set search_path = pg_catalog, pg_temp
-return private.set_favorite(job_id, is_favorite);
-
-comment on function public.set_favorite is
-  'Makes one of your generations a favorite, or no longer one: {job_id, is_favorite}. Errors: '
-  'PT400 invalid_input, PT401 not_authenticated, PT404 not_found.';
-
-create function public.set_tags(job_id uuid, tags text[]) returns json
-language sql set search_path = pg_catalog, pg_temp
-return private.set_tags(job_id, tags);
-
-comment on function public.set_tags is
-  'Gives one of your generations these tags in place of those it had: at most 20, of 1 to 50 '
-  'characters, kept in lower case. Answers {job_id, tags}. Errors: PT400 invalid_input, PT401 '
-  'not_authenticated, PT404 not_found.';
-
 create function public.delete_generation(job_id uuid) returns json
 language sql set search_path = pg_catalog, pg_temp
 return private.delete_generation(job_id);
@@ -194,69 +178,6 @@ comment on function public.restore_generation is
   'Takes back delete_generation as long as nothing is erased, and answers as get_job_status does. '
   'Favorite, tags and likes are as they were; its images stay private until shared again. Errors: '
   'PT401 not_authenticated, PT404 not_found.';
-
-create function public.share_image(
-  job_id uuid, image_position integer default 0, is_public boolean default true,
-  shows_prompt boolean default false
-) returns json
-language sql set search_path = pg_catalog, pg_temp
-return private.share_image(job_id, image_position, is_public, shows_prompt);
-
-comment on function public.share_image is
-  'Shows one of your images to everybody, with its prompt if shows_prompt, or no longer: {job_id, '
-  'position, share_id, is_public, shows_prompt}. Errors: PT400 invalid_input, PT401 '
-  'not_authenticated, PT404 not_found.';
-
-create function public.like_image(
-  job_id uuid, image_position integer default 0, is_liked boolean default true
-) returns json
-language sql set search_path = pg_catalog, pg_temp
-return private.like_image(job_id, image_position, is_liked);
-
-comment on function public.like_image is
-  'Likes a shared image, once however often it is called, or no longer: {job_id, position, '
-  'is_liked, like_count (up to 1000)}. Errors: PT400 invalid_input, PT401 not_authenticated, PT404 '
-  'not_found.';
-
-create function public.list_public_images(
-  before uuid default null, page_size integer default 20
-) returns json
-language sql stable set search_path = pg_catalog, pg_temp
-return private.list_public_images(before, page_size);
-
-comment on function public.list_public_images is
-  'Shared images of all users, last shared first: {images [{share_id, job_id, position, path and '
-  'preview_path in bucket generations, content_type, width, height, bytes, blurhash, model, prompt '
-  '(null unless shared with it), created_at, like_count (up to 1000), is_liked and is_own (by you)'
-  '}], next_before}. The next page is what comes before next_before; null: there is none. '
-  'page_size: 1 to 100. Errors: PT400 invalid_input.';
-
-create function public.save_prompt_template(
-  title text, prompt text, model text default null, params jsonb default '{}', id uuid default null
-) returns json
-language sql set search_path = pg_catalog, pg_temp
-return private.save_prompt_template(title, prompt, model, params, id);
-
-comment on function public.save_prompt_template is
-  'Keeps a prompt to start from, or changes the one with this id; at most 100. Answers as '
-  'list_prompt_templates shows it. Errors: PT400 invalid_input, PT401 not_authenticated, PT404 '
-  'not_found.';
-
-create function public.delete_prompt_template(id uuid) returns json
-language sql set search_path = pg_catalog, pg_temp
-return private.delete_prompt_template(id);
-
-comment on function public.delete_prompt_template is
-  'Deletes one of your prompt templates: {id}. Errors: PT401 not_authenticated, PT404 not_found.';
-
-create function public.list_prompt_templates() returns json
-language sql stable set search_path = pg_catalog, pg_temp
-return private.list_prompt_templates();
-
-comment on function public.list_prompt_templates is
-  'Prompts to start from, your own and then the app''s, newest first: [{id, is_own, title, prompt, '
-  'placeholders [names in braces], model (null: any), params, created_at}]. Errors: PT401 '
-  'not_authenticated.';
 
 create function public.pause_model(
   model text, until timestamptz default 'infinity', reason text default null
@@ -278,23 +199,6 @@ comment on function public.resume_model is
   'Ends a pause of a model or a provider, whoever began it: its jobs are claimed at once, in their '
   'old order. Repeating it changes nothing. Answers as pause_model does. Errors: PT404 not_found.';
 
-create function public.register_push_token(token text) returns json
-language sql set search_path = pg_catalog, pg_temp
-return private.register_push_token(token);
-
-comment on function public.register_push_token is
-  'Has this device told by an Expo push notification when your jobs end. Call it at each start of '
-  'the app: a token is its last caller''s, and the 5 last registered of a user are kept. Answers '
-  '{registered}. Errors: PT400 invalid_input, PT401 not_authenticated.';
-
-create function public.unregister_push_token(token text) returns json
-language sql set search_path = pg_catalog, pg_temp
-return private.unregister_push_token(token);
-
-comment on function public.unregister_push_token is
-  'Takes a push token of yours back; call it before signing out. Repeating it changes nothing. '
-  'Answers {registered}. Errors: PT401 not_authenticated.';
-
 create function public.cancel_generation(job_id uuid) returns json
 language sql set search_path = pg_catalog, pg_temp
 return private.cancel_generation(job_id);
@@ -313,109 +217,3 @@ return private.cancel_batch(batch_id);
 comment on function public.cancel_batch is
   'Cancels every job of one of your batches that has not ended, each as cancel_generation does. '
   'Answers as get_batch_status does. Errors: PT401 not_authenticated, PT404 not_found.';
-
-create function public.register_webhook(
-  url text, events text[] default null, description text default ''
-) returns json
-language sql set search_path = pg_catalog, pg_temp
-return private.register_webhook(url, events, description);
-
-comment on function public.register_webhook is
-  'Has an address told when jobs end, signed as the Standard Webhooks specification says. events: '
-  'generation.completed | failed | canceled; all if left out. Answers {webhook_id, secret}; the '
-  'secret is shown this once. Errors: PT400 invalid_input.';
-
-create function public.list_webhooks() returns json
-language sql stable set search_path = pg_catalog, pg_temp
-return private.list_webhooks();
-
-comment on function public.list_webhooks is
-  'The webhooks: [{webhook_id, url, events, description, created_at, disabled_at (when it answered '
-  '410 Gone, else null)}].';
-
-create function public.delete_webhook(webhook_id uuid) returns json
-language sql set search_path = pg_catalog, pg_temp
-return private.delete_webhook(webhook_id);
-
-comment on function public.delete_webhook is
-  'Deletes a webhook and what it was still to be told. Answers it. Errors: PT404 not_found.';
-
-create function public.enable_webhook(webhook_id uuid) returns json
-language sql set search_path = pg_catalog, pg_temp
-return private.enable_webhook(webhook_id);
-
-comment on function public.enable_webhook is
-  'Has a webhook told again that was disabled by a 410 Gone. Answers it. Errors: PT404 not_found.';
-
-create function public.rotate_webhook_secret(webhook_id uuid) returns json
-language sql set search_path = pg_catalog, pg_temp
-return private.rotate_webhook_secret(webhook_id);
-
-comment on function public.rotate_webhook_secret is
-  'Gives a webhook a new secret; for a day the old one signs too. Answers {webhook_id, secret, '
-  'previous_secret_until}. Errors: PT404 not_found.';
-
-create function public.list_deliveries(
-  state text default null, at_most integer default 100
-) returns json
-language sql stable set search_path = pg_catalog, pg_temp
-return private.list_deliveries(state, at_most);
-
-comment on function public.list_deliveries is
-  'The outbox, newest first; state: pending | delivered | dead, all if left out. Answers '
-  '[{delivery_id, lane (webhook_id, or expo), event, job_id, state, attempts, run_at (of the next '
-  'try), last_status, last_error, created_at, finished_at}]. Errors: PT400 invalid_input.';
-
-create function public.redeliver(delivery_id uuid) returns json
-language sql set search_path = pg_catalog, pg_temp
-return private.redeliver(delivery_id);
-
-comment on function public.redeliver is
-  'Sends a delivery again, dead or delivered, under the same id and with all its retries. Answers '
-  'it. Errors: PT404 not_found.';
-
-create function public.redeliver_dead(webhook_id uuid) returns json
-language sql set search_path = pg_catalog, pg_temp
-return private.redeliver_dead(webhook_id);
-
-comment on function public.redeliver_dead is
-  'Sends everything again that a webhook did not take, at most 10,000 in one call, the oldest '
-  'first. Answers {redelivered}: call again while it is not 0.';
-
-create function public.queue_health() returns json
-language sql stable set search_path = pg_catalog, pg_temp
-return private.queue_health();
-
-comment on function public.queue_health is
-  'How the queue is, for monitors: {status (ok | warning | critical), alerts [{alert, severity, '
-  'detail, hint}], depth {ready, delayed, paused, oldest_ready_seconds}, running {jobs, stale, '
-  'stale_seconds}, rates {last_minute, per_minute_of_15, attempts_of_15_minutes, error_rate, '
-  'burned_of_15_minutes, burned_by_users}, workers {alive, asleep, listening, slots, slots_used}, '
-  'routines {name: {last_run_at, every_seconds, runs_missed}}, paused, vacuum '
-  '{oldest_transactions, sees_all_sessions}, outbox {pending, oldest_pending_seconds, dead}, books '
-  '{recent_problems, checked_at, problems, examples}, skipped {rows, since, steps}}. A monitor is '
-  'shown no reasons and no examples. Thresholds are rows of private.alert_rules.';
-
-create function public.queue_report() returns json
-language sql stable set search_path = pg_catalog, pg_temp
-return private.queue_report();
-
-comment on function public.queue_report is
-  'The queue at a glance, for people: {at, health (see queue_health), models, workers, errors, '
-  'running, recent, vacuum_holders, took_ms}: the queue of each model and its attempts of the last '
-  'hour, the workers of the last day, errors of the last hour, the jobs that run for longest, the '
-  'attempts that ended last, who has held back vacuum for longest, and how long the report took.';
-
-create function public.queue_history(
-  since timestamptz default null, bucket_seconds integer default 900
-) returns json
-language sql stable set search_path = pg_catalog, pg_temp
-return private.queue_history(since, bucket_seconds);
-
-comment on function public.queue_history is
-  'What came to pass in each bucket from the one that holds since (96 back; at most 400) to now: '
-  '{at, since, bucket_seconds, queue [{at, enqueued, entered, went, '
-  'waited_seconds}], models [{at, model_id, completed, failed, retried, completed_seconds, '
-  'cost_usd}]}. entered and went move the length of the queue, retries included; waited_seconds is '
-  'the longest until a first attempt. Buckets without anything are left out. Errors: PT400 '
-  'invalid_input.';

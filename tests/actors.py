@@ -141,8 +141,9 @@ class Caller:
         settings = {"role": self.role, "request.jwt.claims": json.dumps(claims)}
         settings |= {f"request.jwt.claim.{name}": claim for name, claim in claims.items()}
         with self.connection.transaction():
-            for name, value in settings.items():
-                self.connection.execute("select set_config(%s, %s, true)", [name, value])
+            self.connection.execute(
+                "select set_config(key, value, true) from jsonb_each_text(%s)", [Jsonb(settings)]
+            )
             yield self.connection
 
     def call(self, function: str, **arguments: Any) -> Any:
@@ -653,8 +654,8 @@ class Worker:
         raise AssertionError("not listening")
 
     def let_the_next_claim_scan_all(self) -> None:
-        """Make the last scan from the queue's start a second old."""
-        self.connection.execute("set darkroom.full_scan_due = '0'")
+        """Make the last scan from the queue's start a while old."""
+        self.db.execute("select setval('private.scan_due', 0)")
 
     def _rows(self, query: str, *arguments: Any) -> list[dict[str, Any]]:
         cursor = self.connection.cursor(row_factory=dict_row)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import re
 import subprocess
 import time
@@ -34,9 +35,9 @@ class Server:
         self._closing: list[str] = []
 
     def create(self, template: str = "template0") -> Database:
-        """Make a database like the template; about 20 ms."""
+        """Make a database like the template: copied in memory, not written to the log as well."""
         name = f"test_{next(self._numbers)}"
-        query = sql.SQL("create database {} template {}")
+        query = sql.SQL("create database {} template {} strategy file_copy")
         self._admin.execute(query.format(sql.Identifier(name), sql.Identifier(template)))
         return Database(urlsplit(self.url)._replace(path=f"/{name}").geturl(), name)
 
@@ -120,6 +121,21 @@ class Database:
             if not line.startswith(("\\restrict", "\\unrestrict"))
         )
 
+    def objects(self) -> dict[str, list[str]]:
+        """Return what each part of the schema is, comments and privileges included.
+
+        The order of a table's columns is no part of it, nor is that of grants: what came later
+        stands last.
+        """
+        found = {}
+        for part in self.dump("--exclude-schema=supabase_migrations").split("\n--\n-- Name: ")[1:]:
+            name, _, definition = part.partition("\n--\n\n")
+            lines = [line for line in definition.splitlines() if line]
+            if "; Type: TABLE;" in name or "; Type: ACL;" in name:
+                lines = sorted(line.removesuffix(",") for line in lines)
+            found[name] = lines
+        return found
+
     def lift_limits(self) -> None:
         """Give both plans limits that no test reaches."""
         self.execute(
@@ -180,14 +196,22 @@ def memory(pid: int, what: str) -> int:
 
 
 def cost(pids: list[int], call: Callable[[], object]) -> tuple[float, int]:
-    """Return the seconds of a call, and by how many bytes one of these processes grew meanwhile."""
+    """Return the seconds of a core that a call takes of these processes, and the bytes that one
+    of them grew by meanwhile. Of a core: what else the machine does is no part of them.
+    """
     for pid in pids:
         Path(f"/proc/{pid}/clear_refs").write_text("5")  # what it has held at most, begins anew
-    before = {pid: memory(pid, "VmRSS") for pid in pids}
-    started = time.perf_counter()
+    held, used = {pid: memory(pid, "VmRSS") for pid in pids}, sum(map(seconds_of_a_core, pids))
     call()
-    seconds = time.perf_counter() - started
-    return seconds, max(memory(pid, "VmHWM") - before[pid] for pid in pids)
+    seconds = sum(map(seconds_of_a_core, pids)) - used
+    return seconds, max(memory(pid, "VmHWM") - held[pid] for pid in pids)
+
+
+def seconds_of_a_core(pid: int) -> float:
+    """Return what a process has used so far, in steps of 10 ms."""
+    _, _, fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
+    user, system = fields.split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 @contextlib.contextmanager

@@ -58,14 +58,14 @@ SECURITY = [
     ),
     Bug(
         "row level security is off for webhooks, and a gateway grants all",
-        "sql/20_access.sql",
+        "sql/96_webhooks.sql",
         "alter table private.webhook_endpoints enable row level security;\n",
         "",
         "tests/test_security_rows.py::test_no_outsider_changes_a_row",
     ),
     Bug(
         "users may insert into the ledger",
-        "sql/20_access.sql",
+        "sql/95_gallery.sql",
         "grant select on table public.prompt_templates to authenticated;",
         "grant select on table public.prompt_templates to authenticated;\n"
         "grant insert on table public.credit_ledger to authenticated;",
@@ -109,14 +109,14 @@ SECURITY = [
     ),
     Bug(
         "a monitor reads why the provider refused",
-        "sql/89_alerts.sql",
-        "when private.is_operator() then '{}' else '{\"pause_reason\": null}'::jsonb",
-        "when true then '{}'::jsonb",
+        "sql/88_health.sql",
+        "when private.is_operator() then '{}' else '{\"pause_reason\": null}'::jsonb end",
+        "when true then '{}'::jsonb end",
         "tests/test_report.py::test_nobodys_words_and_ids_are_in_what_a_monitor_may_call",
     ),
     Bug(
         "everybody reads every generated image",
-        "sql/20_access.sql",
+        "sql/95_gallery.sql",
         "    and exists (select from private.shared_paths as s where s.path = objects.name)\n",
         "",
         "tests/test_security_storage.py::test_no_spelling_opens_or_changes_anothers_file",
@@ -124,30 +124,30 @@ SECURITY = [
     # Functions.
     Bug(
         "a job is found whoever asks",
-        "sql/30_gating.sql",
-        "  where id = p_job_id and user_id = p_user_id and deleted_at is null;",
-        "  where id = p_job_id and deleted_at is null;",
+        "sql/60_status.sql",
+        "and (p_user_id is null or (g.user_id = p_user_id and g.deleted_at is null))",
+        "and (p_user_id is null or g.deleted_at is null)",
         f"{RPC}[{LITE}-get_job_status]",
     ),
     Bug(
         "a list shows jobs of others if their ids are known",
         "sql/60_status.sql",
-        "where g.id = any (v_ids || p_job_ids) and g.user_id = v_user_id and g.deleted_at is null",
-        "where g.id = any (v_ids || p_job_ids) and g.deleted_at is null",
+        "private.jobs_json(v_ids || p_job_ids, v_user_id)",
+        "private.jobs_json(v_ids || p_job_ids)",
         "tests/test_status.py::test_the_list_also_tells_how_the_jobs_asked_for_have_ended",
     ),
     Bug(
         "a template of another user is overwritten",
-        "sql/66_templates.sql",
+        "sql/95_gallery.sql",
         "    where id = p_id and user_id = v_user_id\n",
         "    where id = p_id\n",
         "tests/test_templates.py::test_templates_of_others_and_of_the_app_cannot_be_changed",
     ),
     Bug(
         "shared images tell their prompts",
-        "sql/64_sharing.sql",
-        "'prompt', case when p_image.shows_prompt then g.prompt end,",
-        "'prompt', g.prompt,",
+        "sql/95_gallery.sql",
+        "'prompt', case when i.shows_prompt then i.prompt end,",
+        "'prompt', i.prompt,",
         f"{RPC}[{LITE}-list_public_images]",
     ),
     Bug(
@@ -191,7 +191,7 @@ SECURITY = [
         "stable set search_path = pg_catalog, pg_temp\nreturn private.get_entitlement();",
         "stable security definer set search_path = pg_catalog, pg_temp\n"
         "return private.get_entitlement();",
-        "tests/test_catalog.py::test_definers_are_private_and_what_is_public_only_calls_them",
+        "tests/test_catalog.py::test_definers_are_private_or_the_operators_and_doors_only_call_them",
     ),
     # Refusals.
     Bug(
@@ -233,8 +233,8 @@ SECURITY = [
     Bug(
         "the queue is looked at for each job of a list",
         "sql/60_status.sql",
-        "private.job_json(g, f)",
-        "private.job_json(g)",
+        "unnest(private.forecast_jobs(p_ids)) as f",
+        "unnest(private.forecast_jobs(array[g.id])) as f",
         "tests/test_status.py::test_a_list_looks_at_the_queue_once_and_tells_of_each_job_as_alone",
     ),
     # Addresses.
@@ -268,9 +268,9 @@ SECURITY = [
     ),
     Bug(
         "webhooks may be registered for private addresses",
-        "sql/78_webhooks.sql",
-        "      when not private.is_public_address(p_host) then 'not a public address'\n",
-        "      when false then 'not a public address'\n",
+        "sql/96_webhooks.sql",
+        "      ) then 'not a public address' end;\n",
+        "      ) then null end;\n",
         "tests/test_outbox.py::test_addresses_that_may_lead_inside_are_refused",
     ),
     # Files.
@@ -385,16 +385,18 @@ MONEY = [
     ),
     Bug(
         "a job is completed with any token",
-        "sql/76_completion.sql",
-        "and r.token = any (p_tokens)\n    returning r as job, r.job_id",
-        "\n    returning r as job, r.job_id",
+        "sql/75_outcomes.sql",
+        "private.running_jobs[] := private.end_leases(p_job_ids, p_tokens);\n  v_metrics",
+        "private.running_jobs[] := private.end_leases(p_job_ids, array(\n"
+        "    select r.token from private.running_jobs as r where r.job_id = any (p_job_ids)\n"
+        "  ));\n  v_metrics",
         STATES,
     ),
     Bug(
         "a heartbeat keeps a lease that is another's",
         "sql/70_worker.sql",
-        "where r.job_id = p_job_ids[v_at] and r.token = p_tokens[v_at]",
-        "where r.job_id = p_job_ids[v_at]",
+        "where r.job_id = any (p_job_ids) and r.token = any (p_tokens);",
+        "where r.job_id = any (p_job_ids);",
         STATES,
     ),
     Bug(
@@ -424,16 +426,16 @@ MONEY = [
     Bug(
         "what a deleted user's job bought runs on",
         "sql/70_worker.sql",
-        "      else 'canceled'\n",
-        "      else 'lost'\n",
+        "      and exists (select from public.generations as g where g.id = j.id) then 'lost'",
+        "      then 'lost'",
         "tests/test_worker_replicate.py::test_a_purchase_is_stopped_where_its_user_is_deleted",
     ),
     # Places and limits.
     Bug(
         "a job that is given back is lost",
         "sql/75_outcomes.sql",
-        "  perform private.requeue_job(v_job, v_job.attempt - 1, interval '0', p_resumes);\n",
-        "  null;\n",
+        "private.requeue_job(v_job, 'released', v_job.attempt - 1, interval '0', p_resumes)",
+        "null",
         STATES,
     ),
     Bug(
@@ -465,16 +467,16 @@ MONEY = [
     ),
     Bug(
         "the images that were made are given back",
-        "sql/76_completion.sql",
-        "p_charged[v_at] * (p_charged[v_at] - p_stored[v_at])",
-        "p_charged[v_at] * p_stored[v_at]",
+        "sql/75_outcomes.sql",
+        "p_price / p_charged * (p_charged - p_stored)",
+        "p_price / p_charged * p_stored",
         STATES,
     ),
     Bug(
         "a cancel that came too late gives all back",
         "sql/75_outcomes.sql",
-        "    when p_is_burned then (select",
-        "    when false then (select",
+        "select s.running_cancel_refund_percent into v_percent from",
+        "select 100 into v_percent from",
         "tests/test_cancel.py::test_once_the_provider_was_asked_the_operators_share_goes_back",
     ),
     Bug(
@@ -524,16 +526,16 @@ MONEY = [
     Bug(
         "a user who canceled pays for what nobody asked for",
         "sql/75_outcomes.sql",
-        "p_code is null and not p_metrics @@ '$.is_asked == false || $.is_billed == false'",
-        "p_code is null",
+        "@@ '$.is_asked == false || $.is_billed == false' is not true",
+        "@@ '$.nothing == 1' is not true",
         "tests/test_cancel.py"
         "::test_who_canceled_pays_neither_for_our_failures_nor_for_what_nobody_bills",
     ),
     Bug(
         "a user who canceled pays for our failures",
         "sql/75_outcomes.sql",
-        "p_code is null and not p_metrics",
-        "not p_metrics",
+        "p_status = 'canceled' and p_code is null and (p",
+        "p_status = 'canceled' and (p",
         "tests/test_cancel.py"
         "::test_who_canceled_pays_neither_for_our_failures_nor_for_what_nobody_bills",
     ),
@@ -600,15 +602,15 @@ MONEY = [
     Bug(
         "a heartbeat locks jobs in any order",
         "sql/70_worker.sql",
-        "    order by j.id, j.place\n",
-        "    order by j.place\n",
+        "  from private.settings as s\n  where r.job_id = any (p_job_ids) and",
+        "  from private.settings as s, unnest(p_job_ids) as j\n  where r.job_id = j and",
         CIRCLE,
     ),
     Bug(
         "recovery waits for jobs that are being ended",
         "sql/80_recovery.sql",
-        "    for update skip locked\n  );\n  perform private.put_off",
-        "    for update\n  );\n  perform private.put_off",
+        "      for update skip locked\n    );\n    perform private.put_off",
+        "      for update\n    );\n    perform private.put_off",
         CIRCLE,
     ),
     Bug(
@@ -629,8 +631,8 @@ MONEY = [
     Bug(
         "a row that was skipped is told nobody",
         "sql/88_health.sql",
-        "    where r.last_at > now() - interval '1 day'\n",
-        "    where r.last_at > now()\n",
+        "        where r.last_at > now() - interval '1 day'\n",
+        "        where r.last_at > now()\n",
         f"{RETENTION}a_bad_row_is_passed_over_and_named_and_all_others_are_done[case0]",
     ),
 ]
@@ -673,8 +675,29 @@ OUTAGE = [
         f"{PROCESS}what_the_server_says_of_a_completion_fails_no_job",
     ),
     Bug(
+        "the end of a job is told nobody",
+        "sql/96_webhooks.sql",
+        "when (old.status is distinct from new.status and new.finished_at is not null)",
+        "when (old.finished_at is not null)",
+        "tests/test_outbox.py::test_a_failed_job_is_told_with_its_error_and_the_credits_given_back",
+    ),
+    Bug(
+        "what is deleted stays shared",
+        "sql/95_gallery.sql",
+        "when (old.deleted_at is null and new.deleted_at is not null)",
+        "when (old.deleted_at is not null)",
+        "tests/test_gallery.py::test_a_deletion_ends_every_share_and_its_return_does_not_renew_it",
+    ),
+    Bug(
+        "a file that Storage does not know waits for ever",
+        "sql/84_erasure.sql",
+        "where d.is_needed is not true",
+        "where not d.is_needed",
+        f"{RETENTION}a_source_that_storage_does_not_know_is_listed",
+    ),
+    Bug(
         "pushes are sent as they came, whoever sends most",
-        "sql/79_deliveries.sql",
+        "sql/96_webhooks.sql",
         "order by t.turn, t.run_at limit p_at_most",
         "order by t.run_at limit p_at_most",
         "tests/test_outbox.py::test_users_take_turns_to_be_pushed_to",

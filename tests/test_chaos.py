@@ -27,7 +27,10 @@ HOSTILE = Scenario("A hostile week", [kind for each in SCENARIOS[-2:] for kind i
 FLUX = "black-forest-labs/flux-schnell"
 
 
-@pytest.mark.parametrize(("scenario", "faults"), [(EVERYTHING, FAULTS), (HOSTILE, 8)])
+@pytest.mark.parametrize(
+    ("scenario", "faults"),
+    [(EVERYTHING, FAULTS), pytest.param(HOSTILE, 8, marks=pytest.mark.long)],
+)
 def test_whatever_breaks_nothing_is_lost_doubled_or_wrongly_charged(scenario, faults):
     """About a minute each: a stack of its own, real workers, every kind of fault."""
     with World(fsync=False) as world:

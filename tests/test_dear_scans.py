@@ -22,54 +22,47 @@ def seconds_until(db, name: str) -> float:
     return max(0.0, float(db.value(f"select {seconds} from private.{name}")))
 
 
-@pytest.fixture(params=[("full_scan_due", CLOCK), ("low_scan_due", 50_000)])
-def below(request, db, alice, worker) -> tuple[str, str]:
-    """A job that lies below the clock, and what to look at to know whether it may be found."""
-    name, distance = request.param
+@pytest.fixture
+def below(db, alice, worker) -> str:
+    """A job that lies below the clock."""
     job_id = alice.enqueued()
     worker.release_job(worker.claimed())
     query = "select setval('private.virtual_clock', fair_key + %s) from private.ready_jobs"
-    db.execute(query, distance)
-    due_in(db, "full_scan_due", 60)
-    return name, job_id
+    db.execute(query, CLOCK)
+    return job_id
 
 
 def test_what_lies_below_the_clock_is_found_when_somebody_may_look(db, below):
-    name, job_id = below
-    due_in(db, name, 30)
+    due_in(db, "scan_due", 30)
     sessions = Worker(db), Worker(db)
     assert [session.claim_jobs() for session in sessions] == [[], []]
 
-    due_in(db, name, -1)
+    due_in(db, "scan_due", -1)
 
-    assert sessions[0].claimed().id == job_id
+    assert sessions[0].claimed().id == below
+
+
+def test_what_lies_below_the_clock_goes_first_also_where_enough_lies_above(db, bob, below):
+    bob.enqueue()
+    due_in(db, "scan_due", -1)
+
+    assert Worker(db).claimed().id == below
 
 
 def test_a_look_is_not_put_off_by_a_clock_that_was_wrong(db, below):
-    name, job_id = below
+    due_in(db, "scan_due", 3600)
 
-    due_in(db, name, 3600)
-
-    assert Worker(db).claimed().id == job_id
+    assert Worker(db).claimed().id == below
 
 
+@pytest.mark.parametrize("name", ["scan_due", "recovery_due"])
 @pytest.mark.parametrize(
-    ("start", "name", "took", "waits"),
-    [
-        (0, "full_scan_due", "5 milliseconds", 0),
-        (0, "full_scan_due", "0.1 seconds", 5),
-        (0, "full_scan_due", "1 hour", 60),
-        (0, "low_scan_due", "1 hour", 0),
-        (7, "low_scan_due", "5 milliseconds", 0),
-        (7, "low_scan_due", "40 milliseconds", 2),
-        (7, "low_scan_due", "1 hour", 5),
-        (7, "full_scan_due", "1 hour", 0),
-    ],
+    ("took", "waits"), [("4 milliseconds", 0), ("0.1 seconds", 5), ("1 hour", 10)]
 )
-def test_a_scan_that_took_long_puts_the_next_off(db, start, name, took, waits):
+def test_a_look_that_took_long_puts_the_next_off(db, name, took, waits):
     began = "clock_timestamp() - %s::interval"
 
-    db.execute(f"select private.schedule_scan(%s, {began})", start, took)
+    db.execute(f"select private.put_off(%s, {began})", f"private.{name}", took)
 
     assert seconds_until(db, name) == pytest.approx(waits, abs=0.4)
 

@@ -425,28 +425,6 @@ def test_the_statistics_are_renewed_by_one_at_a_time_and_not_too_often(db, alice
     assert db.value("select mean_seconds from private.model_stats") == 100
 
 
-def test_many_jobs_fill_the_slots_as_if_each_took_the_first_that_is_free(db):
-    chance = random.Random(7)
-    for _ in range(20):
-        slots = sorted(chance.uniform(0, 30) for _ in range(chance.randint(1, 9)))
-        ahead = [chance.choice((2.0, 8.0, 30.0)) for _ in range(chance.randint(0, 60))]
-        free = list(slots)
-        for seconds in ahead:
-            heapq.heapreplace(free, free[0] + seconds)
-
-        query = "select private.play_queue(%s::float[], %s::float[])"
-        *_, behind_all = db.value(query, slots, ahead)
-        assert behind_all == pytest.approx(min(free))
-
-
-def test_of_very_many_jobs_the_rest_fills_the_slots_evenly(db):
-    query = "select private.play_queue('{0,0}', array_fill(4::float, array[200]), 100)"
-
-    begins = db.value(query)
-
-    assert (len(begins), begins[100], begins[101], begins[200]) == (201, 200, 202, 400)
-
-
 def test_in_an_hour_of_traffic_the_median_error_is_under_a_quarter(db):
     simulation = Simulation(db, seed=1)
 

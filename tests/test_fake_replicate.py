@@ -15,7 +15,7 @@ from typing import Any
 import fake_replicate
 import httpx
 import pytest
-from fake_replicate import MODERATED, TERMINAL, FakeReplicate
+from fake_replicate import TERMINAL, FakeReplicate
 from jsonschema import Draft202012Validator
 from PIL import Image
 
@@ -271,11 +271,10 @@ def test_outputs_are_images_of_the_format_asked_for(client, format):
         assert Image.open(io.BytesIO(image.content)).format == kind.upper()
 
 
-@pytest.mark.parametrize("token", ["", "Bearer", "Bearer wrong"])
-def test_the_api_wants_its_token(fake, client, token):
-    answer = client.http.get("/predictions", headers={"Authorization": token})
-
-    assert answer.status_code == 401
+def test_the_api_wants_its_token(client):
+    for token in ("", "Bearer", "Bearer wrong"):
+        answer = client.http.get("/predictions", headers={"Authorization": token})
+        assert answer.status_code == 401, token
 
 
 @pytest.mark.parametrize("status", [401, 402, 408, 422, 429, 500])
@@ -290,28 +289,18 @@ def test_a_refused_create_buys_nothing_and_the_next_one_works(fake, client, stat
     assert len(fake.predictions) == 1
 
 
-def test_a_throttled_create_says_when_to_come_back(fake, client):
-    fake.next(answer=429, retry_after=7)
-
-    answer = client.post({"version": SCHNELL, "input": {}})
-
-    assert answer.headers["retry-after"] == "7"
-    assert answer.json()["retry_after"] == 7
-    assert "~7s" in answer.json()["detail"]
-
-
-@pytest.mark.parametrize("hint", ["header", "body", "text"])
-def test_a_throttled_create_may_say_it_in_one_place_only(fake, client, hint):
-    fake.next(answer=429, retry_after=7, retry_hints=hint)
+@pytest.mark.parametrize("hints", ["header", "body", "text", "header body text"])
+def test_a_throttled_create_says_when_to_come_back_in_these_places_only(fake, client, hints):
+    fake.next(answer=429, retry_after=7, retry_hints=hints)
 
     answer = client.post({"version": SCHNELL, "input": {}})
 
     said = {
-        "header": "retry-after" in answer.headers,
-        "body": "retry_after" in answer.json(),
+        "header": answer.headers.get("retry-after") == "7",
+        "body": answer.json().get("retry_after") == 7,
         "text": "~7s" in answer.json()["detail"],
     }
-    assert [place for place in said if said[place]] == [hint]
+    assert [place for place in said if said[place]] == hints.split()
 
 
 @pytest.mark.parametrize("stored", [True, False])
@@ -346,14 +335,6 @@ def test_failing_polls_do_not_move_the_prediction(fake, client):
     assert answers[2].json()["status"] == "succeeded"
 
 
-def test_a_failed_prediction_carries_the_error_given(fake, client):
-    fake.next(ends="failed", error=MODERATED)
-
-    failed = client.finish(client.create())
-
-    assert (failed["error"], failed["output"]) == (MODERATED, None)
-
-
 def test_a_prediction_can_run_by_time(fake, client):
     fake.next(seconds=0)
     fake.next(seconds=float("inf"))
@@ -368,20 +349,6 @@ def test_a_finished_prediction_stays_as_it_is_when_canceled(client):
     done = client.finish(client.create())
 
     assert client.cancel(done) == done
-
-
-@pytest.mark.parametrize(
-    ("changes", "output"),
-    [
-        ({"images": 0}, []),
-        ({"output": ["http://169.254.169.254/"]}, ["http://169.254.169.254/"]),
-        ({"output": {"text": "no image"}}, {"text": "no image"}),
-    ],
-)
-def test_outputs_may_be_other_than_asked_for(fake, client, changes, output):
-    fake.next(**changes)
-
-    assert client.finish(client.create())["output"] == output
 
 
 def test_an_expired_prediction_has_lost_its_data_and_files(fake, client):
@@ -422,12 +389,6 @@ def test_a_broken_file_ends_before_its_length(fake, client):
 
     with pytest.raises(httpx.RemoteProtocolError):
         client.file(done)
-
-
-def test_bytes_may_be_of_another_format_than_the_name(fake, client):
-    fake.next(format="png")
-
-    assert client.file(client.finish(client.create())).content.startswith(b"\x89PNG")
 
 
 def test_the_list_is_newest_first_and_pages_to_the_end(fake, client):
@@ -493,21 +454,6 @@ def test_lists_may_fail_and_show_a_prediction_late(fake, client):
     assert client.http.get("/predictions").status_code == 500
     assert client.list()["results"] == []
     assert len(client.list()["results"]) == 1
-
-
-def test_a_running_prediction_may_have_an_unknown_status(fake, client):
-    fake.next(running="pondering")
-    prediction = client.create()
-
-    assert client.get(prediction)["status"] == "pondering"
-    assert client.get(prediction)["status"] == "succeeded"
-
-
-def test_a_prediction_may_have_been_bought_by_somebody_else(fake, client):
-    key = fake.bought(SCHNELL, {"prompt": "a lighthouse"})
-
-    assert [row["id"] for row in client.list()["results"]] == [key]
-    assert fake.creates == []
 
 
 def test_a_picture_bomb_is_a_small_file_of_many_pixels(fake, client):

@@ -1,4 +1,4 @@
-"""sql/62_history.sql and sql/63_gallery.sql: history, favorites, tags, delete and restore."""
+"""sql/62_history.sql and sql/95_gallery.sql: history, favorites, tags, delete and restore."""
 
 import uuid
 

@@ -450,7 +450,7 @@ def test_it_never_scans_what_grows_with_history(db, alice, worker):
 
     with db.connect().transaction() as transaction:
         connection = transaction.connection
-        connection.execute("select private.queue_health()")
+        connection.execute("select public.queue_health()")
         scanned = connection.execute(
             "select relname from pg_stat_xact_user_tables where seq_scan > 0"
         ).fetchall()

@@ -163,7 +163,9 @@ def drain(db: Database) -> None:
 
 
 @pytest.mark.parametrize("refund_percent", [100, 50])
-@pytest.mark.parametrize("seed", ["a", "b", "c"])
+@pytest.mark.parametrize(
+    "seed", ["a", *(pytest.param(each, marks=pytest.mark.long) for each in "bc")]
+)
 def test_the_books_balance_whatever_happens_in_whatever_order(db, seed, refund_percent):
     db.lift_limits()
     db.execute(

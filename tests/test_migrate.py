@@ -14,8 +14,8 @@ from database import PROJECT, Database, Server
 import migrate
 from stack import supabase_cli
 
-MIGRATION = next((PROJECT / "supabase" / "migrations").glob("*.sql"))
-VERSION = MIGRATION.name.split("_")[0]
+CORE, *PARTS = sorted((PROJECT / "supabase" / "migrations").glob("*.sql"))
+ALL = [tuple(file.stem.split("_", 1)) for file in (CORE, *PARTS)]
 
 
 def run(url: str, answer: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
@@ -66,7 +66,8 @@ def test_it_shows_what_is_there_and_asks_and_no_is_no(supabase_db):
     assert (lines["database"], lines["role"]) == (supabase_db.name, "postgres (superuser)")
     assert "plpgsql 1.0" in lines["extensions"]
     assert lines["data"] == "none"
-    assert f"pending     {MIGRATION.stem}\npending     supabase/seed.sql" in done.stdout
+    pending = [f"pending     {file.stem}\n" for file in (CORE, *PARTS)]
+    assert "".join([*pending, "pending     supabase/seed.sql"]) in done.stdout
     assert done.returncode == 2
     assert "migrate: confirmation_needed: nothing was done" in done.stderr
     assert not is_installed(supabase_db)
@@ -79,13 +80,13 @@ def test_confirmed_it_installs_and_records_and_has_nothing_to_do_afterwards(supa
 
     assert done.returncode == 0, done.stderr
     assert "notice      Darkroom: no pg_cron for this database" in done.stdout
-    assert history(supabase_db) == [(VERSION, "create_darkroom")]
+    assert history(supabase_db) == ALL
     ours = ("--schema=public", "--schema=private")
     assert supabase_db.dump(*ours) == db.dump(*ours)
     models = "select count(*) from public.models"
     assert supabase_db.value(models) == db.value(models)
     assert again.stdout.splitlines()[-1] == "nothing to do"
-    assert f"applied     {MIGRATION.stem}\n" in again.stdout
+    assert all(f"applied     {file.stem}\n" in again.stdout for file in (CORE, *PARTS))
 
 
 def test_where_there_is_data_only_the_databases_name_or_yes_confirms(supabase_db):
@@ -169,7 +170,7 @@ def test_the_cli_goes_on_where_it_stopped(supabase_db):
     listed = supabase_cli(supabase_db.url, "migration", "list")
     pushed = supabase_cli(supabase_db.url, "db", "push", "--include-seed", "--yes")
 
-    assert listed.count(VERSION) >= 2, listed  # local and remote
+    assert all(listed.count(version) >= 2 for version, _ in ALL), listed  # local and remote
     assert "up to date" in pushed
 
 
@@ -190,15 +191,15 @@ def test_a_migration_that_fails_leaves_nothing(supabase_db, monkeypatch):
     with pytest.raises(migrate.MigrateError, match=r"migration_failed: 2099.*: division by zero"):
         migrate.migrate(supabase_db.url, is_confirmed=True)
 
-    assert history(supabase_db) == [(VERSION, "create_darkroom")]
+    assert history(supabase_db) == ALL
     assert supabase_db.value("select to_regclass('public.x')") is None
 
 
 def test_a_file_that_has_changed_since_is_told(supabase_db, capsys, monkeypatch):
     migrate.migrate(supabase_db.url, is_confirmed=True)
-    (one,) = migrate.read_migrations()
+    one, *parts = migrate.read_migrations()
     changed = migrate.Migration(one.version, one.name, one.text + "select 1;")
-    monkeypatch.setattr(migrate, "read_migrations", lambda: [changed])
+    monkeypatch.setattr(migrate, "read_migrations", lambda: [changed, *parts])
     capsys.readouterr()
 
     migrate.migrate(supabase_db.url, is_confirmed=True)
@@ -257,7 +258,7 @@ def test_a_right_that_only_the_migration_needs_is_told_and_nothing_is_left(role,
     done = run(role, YES="1")
 
     assert done.returncode == 1
-    assert done.stderr.startswith(f"migrate: role_lacks_rights: {MIGRATION.stem}: ")
+    assert done.stderr.startswith(f"migrate: role_lacks_rights: {CORE.stem}: ")
     assert not is_installed(supabase_db)
 
 

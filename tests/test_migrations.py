@@ -1,34 +1,100 @@
 """supabase/migrations and sql/: the same database, on whatever is there."""
 
-import subprocess
+from __future__ import annotations
 
+import hashlib
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
 from database import PROJECT, SQL_FILES
 
+RELEASED = PROJECT / "supabase" / "released.sha256"
 MIGRATIONS = sorted((PROJECT / "supabase" / "migrations").glob("*.sql"))
 
 
-def test_the_migration_is_what_make_migration_builds(tmp_path):
-    built = tmp_path / "built.sql"
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A folder with the Makefile and the migrations."""
+    shutil.copy(PROJECT / "Makefile", tmp_path)
+    shutil.copytree(PROJECT / "supabase", tmp_path / "supabase")
+    shutil.copytree(PROJECT / "sql", tmp_path / "sql")
+    return tmp_path
 
-    subprocess.run(
-        ["make", "-s", "migration", f"MIGRATION={built}"], cwd=PROJECT, check=True, timeout=30
+
+def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["make", "-s", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
     )
 
-    assert [file.read_text() for file in MIGRATIONS] == [built.read_text()]
+
+def changed(folder: Path) -> list[str]:
+    """Return the released migrations that are not what was released."""
+    lines = (folder / "supabase" / RELEASED.name).read_text().splitlines()
+    return [
+        name
+        for digest, name in (line.split() for line in lines)
+        if not (file := folder / "supabase" / name).exists()
+        or hashlib.sha256(file.read_bytes()).hexdigest() != digest
+    ]
+
+
+def test_until_they_are_released_migrations_are_what_make_migration_builds(copy):
+    if RELEASED.exists():
+        pytest.skip("they are released")
+
+    assert make(copy, "migration").returncode == 0
+
+    for file in MIGRATIONS:
+        assert (copy / "supabase" / "migrations" / file.name).read_text() == file.read_text()
+
+
+def test_no_released_migration_changes_and_new_ones_come_last():
+    if not RELEASED.exists():
+        pytest.skip("none is released")
+
+    assert changed(PROJECT) == []
+    names = [line.rpartition("/")[2] for line in RELEASED.read_text().splitlines()]
+    assert names == [file.name for file in MIGRATIONS][: len(names)]
+
+
+def test_once_released_migrations_are_only_added(copy):
+    assert make(copy, "freeze").returncode == 0
+    before = sorted((copy / "supabase" / "migrations").glob("*.sql"))
+
+    rebuilt = make(copy, "migration")
+    refused = make(copy, "migration", "NAME=../x")
+    done = make(copy, "migration", "NAME=add_a_mood")
+
+    assert (rebuilt.returncode, refused.returncode, done.returncode) == (2, 2, 0)
+    assert "make migration NAME=what_changes" in rebuilt.stdout
+    after = sorted((copy / "supabase" / "migrations").glob("*.sql"))
+    assert [str(file.relative_to(copy)) for file in after[len(before) :]] == [done.stdout.strip()]
+    assert done.stdout.strip().endswith("_add_a_mood.sql")
+    assert changed(copy) == []
+    before[0].write_text(before[0].read_text() + "-- a word more")
+    assert changed(copy) == [f"migrations/{before[0].name}"]
 
 
 def test_migrations_and_sql_build_equal_databases(server, supabase_template):
-    dumps = []
+    built = []
     for files in (SQL_FILES, MIGRATIONS):
         database = server.create(supabase_template)
         done = database.psql(*files)
         assert done.returncode == 0, done.stderr
-        dumps.append(database.dump())
+        built.append(database.objects())
         server.drop(database)
 
-    assert "GRANT ALL ON FUNCTION private.claim_jobs" in dumps[0]
-    assert "COMMENT ON TABLE public.generations" in dumps[0]
-    assert dumps[0] == dumps[1]
+    lines = "\n".join(line for each in built[0].values() for line in each)
+    assert "GRANT ALL ON FUNCTION private.claim_jobs" in lines
+    assert "COMMENT ON TABLE public.generations" in lines
+    assert built[0] == built[1]
 
 
 def test_it_installs_where_there_is_nothing_but_auth_and_says_what_it_skips(

@@ -2,8 +2,8 @@
 
     MISBEHAVIOUR_RUNS=1200 .venv/bin/python -m pytest tests/test_misbehaviour.py
 
-A quarter as many are runs of strangers. The seed is in the test's name and makes the same run
-again.
+A quarter as many are runs of strangers; of the 120 and 30 of `LONG=1 make test` a quarter is played
+without it. The seed is in the test's name and makes the same run again.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -21,6 +22,7 @@ from misbehaviour import Run, Strangers
 from stack import Stack
 
 RUNS = int(os.environ.get("MISBEHAVIOUR_RUNS") or 120)
+SHORT = 30
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,12 @@ def played(run: Run) -> Counter[str]:
         raise
 
 
-@pytest.mark.parametrize("seed", range(RUNS))
+def seeds(runs: int, short: int) -> list[Any]:
+    """The runs' seeds, of which `make test` takes the first ones."""
+    return [pytest.param(n, marks=[pytest.mark.long] * (n >= short)) for n in range(runs)]
+
+
+@pytest.mark.parametrize("seed", seeds(RUNS, SHORT))
 def test_whatever_happens_a_job_ends_and_is_bought_and_charged_once(seed, db, stack, fake, tally):
     run = Run(seed, db, worker_url(db, stack), fake)
     tally.update(played(run))
@@ -61,13 +68,14 @@ def test_whatever_happens_a_job_ends_and_is_bought_and_charged_once(seed, db, st
     tally["canceled by a worker"] += len(run.canceled)
 
 
-@pytest.mark.parametrize("seed", range(RUNS // 4))
+@pytest.mark.parametrize("seed", seeds(RUNS // 4, SHORT // 4))
 def test_nobody_gets_a_picture_made_from_anothers_source(seed, db, stack, fake):
     ends = played(Strangers(seed, db, worker_url(db, stack), fake))
 
     assert ends["completed"] + ends["canceled"] + ends["failed"] >= 2
 
 
+@pytest.mark.long
 def test_the_runs_meet_every_end(tally):
     if tally["runs"] < 100:
         pytest.skip("too few runs")

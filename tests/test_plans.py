@@ -148,8 +148,8 @@ HOT = {"ready_jobs", "running_jobs", "generations", "entitlements"}
 
 
 def wants_all_running(plan: dict[str, Any]) -> bool:
-    """Whether it is the one of free_slots, which asks of every running job when it ends."""
-    return any("remaining_seconds" in str(node.get("Sort Key")) for node in nodes(plan))
+    """Whether it is the one of forecast_jobs that asks of every running job when it ends."""
+    return any("due_seconds" in str(node.get("Sort Key")) for node in nodes(plan))
 
 
 def test_what_every_job_needs_walks_indexes_though_the_tables_were_empty_when_it_was_planned(

@@ -187,14 +187,18 @@ ALL = {
     "recover": Call(
         lambda s: s.run(f"recover_stale_jobs({JOBS})"), most=20 * JOBS, passes_queue=True
     ),
-    "expire what was deleted": Call(lambda s: s.run(f"expire_deleted({WALK})"), most=20 * WALK),
-    "expire what is old": Call(lambda s: s.run(f"expire_old({WALK})"), most=20 * WALK),
-    "trim attempts": Call(lambda s: s.run(f"trim_attempts({WALK})"), most=4 * WALK),
-    "trim ledgers": Call(lambda s: s.run(f"trim_ledger({WALK})"), most=12 * WALK),
-    "expire orphans": Call(lambda s: s.run(f"expire_orphans({WALK})"), most=4 * WALK),
+    "expire what was deleted": Call(
+        lambda s: s.run(f"take_step('expire_deleted', {WALK})"), most=20 * WALK
+    ),
+    "expire what is old": Call(lambda s: s.run(f"take_step('expire_old', {WALK})"), most=20 * WALK),
+    "trim attempts": Call(lambda s: s.run(f"take_step('trim_attempts', {WALK})"), most=4 * WALK),
+    "trim ledgers": Call(lambda s: s.run(f"take_step('trim_ledger', {WALK})"), most=12 * WALK),
+    "expire orphans": Call(lambda s: s.run(f"take_step('expire_orphans', {WALK})"), most=4 * WALK),
     "expired files": Call(lambda s: s.worker.list_expired_files(JOBS), most=4 * JOBS),
     "deliver": Call(lambda s: s.deliver(), most=10 * JOBS),
-    "trim deliveries": Call(lambda s: s.run(f"trim_deliveries({WALK})"), most=4 * WALK),
+    "trim deliveries": Call(
+        lambda s: s.run(f"take_step('trim_deliveries', {WALK})"), most=4 * WALK
+    ),
 }
 
 

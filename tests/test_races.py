@@ -4,7 +4,7 @@ For each two things that may happen to the same jobs, three runs. Twice the firs
 transaction while the second starts, which then ends by itself or is seen waiting for a lock; the
 first is committed or rolled back. And once both stop half-way, at a row that a third session holds,
 and go on together. No rule is written down for a pair: the runs one after the other tell what is
-allowed.
+allowed. Without `LONG=1`, `make test` rolls none back and holds only the user's balance.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import pytest
 from actors import Job, Refusal, Service, User, Worker, outcome, together
 from database import Database, Server, assert_books_balance
 
+LONG = pytest.mark.long
 THREE_IMAGES = {"num_outputs": 3}
 
 
@@ -302,6 +303,7 @@ def test_what_comes_second_waits_and_then_sees_what_came_first(arena, state, one
     assert wrong == {}
 
 
+@LONG
 @pytest.mark.parametrize(("state", "one", "others"), EACH_FIRST)
 def test_what_is_rolled_back_leaves_no_trace_in_what_came_second(arena, state, one, others):
     wrong = {}
@@ -321,7 +323,10 @@ def meets(gate: str, one: str, other: str) -> bool:
     return bool({one, other} & TAKE_BOTH) and not (gate == "queue" and skips)
 
 
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize(
+    "gate",
+    ["entitlement", pytest.param("generation", marks=LONG), pytest.param("queue", marks=LONG)],
+)
 @pytest.mark.parametrize(("state", "one", "others"), EACH_FIRST)
 def test_two_that_meet_half_way_end_as_if_one_had_come_first(arena, state, one, others, gate):
     wrong = {}
@@ -393,7 +398,7 @@ class Crowd:
         return self.twice(claim)
 
 
-@pytest.mark.parametrize("seed", ["a", "b", "c"])
+@pytest.mark.parametrize("seed", ["a", *(pytest.param(each, marks=LONG) for each in "bc")])
 @pytest.mark.parametrize("others", ["beats", "recoveries", "endings", "claims"])
 def test_batches_are_canceled_while_workers_hold_many_jobs(db, others, seed):
     crowd = Crowd(db)

@@ -1,4 +1,4 @@
-"""sql/89_measures, 89_report: what the operator's page, `make top` and exporters draw."""
+"""sql/89_report: what the operator's page, `make top` and exporters draw."""
 
 import json
 from datetime import UTC, datetime, timedelta
@@ -30,7 +30,7 @@ def test_health_in_the_report_is_that_of_queue_health(db, alice, worker):
 
     with db.connect().transaction() as transaction:  # in which no time passes
         health, report = transaction.connection.execute(
-            "select private.queue_health(), private.queue_report()"
+            "select public.queue_health(), public.queue_report()"
         ).fetchone()
 
     assert report["health"] == health
@@ -87,7 +87,10 @@ def test_errors_by_model_and_code(db, alice, worker, monitor):
 # What a provider says may be the prompt in any spelling, and an exception may name a user.
 WORDS = 'Keep Out, "the" Owl'
 SPELLED = [WORDS, WORDS.lower(), json.dumps(WORDS), json.dumps(json.dumps(WORDS)), WORDS[5:]]
-CALLS = ("queue_health", "queue_report", "report_alerts", "report_errors", "report_models")
+CALLS = (
+    *("public.queue_health", "public.queue_report", "private.report_alerts"),
+    *("private.report_errors", "private.report_models", "private.report_workers"),
+)
 
 
 def test_nobodys_words_and_ids_are_in_what_a_monitor_may_call(db, alice, worker, monitor):
@@ -103,7 +106,7 @@ def test_nobodys_words_and_ids_are_in_what_a_monitor_may_call(db, alice, worker,
     db.execute("update public.entitlements set credits = credits + 1")
     db.execute("select private.check_books()")
 
-    told = [monitor.query(f"select * from private.{call}()") for call in (*CALLS, "report_workers")]
+    told = [monitor.query(f"select * from {call}()") for call in CALLS]
     told.append(monitor.queue_history(ago(hours=1)))
 
     text = json.dumps(told, default=str)
@@ -254,8 +257,8 @@ def test_a_report_reads_little_of_a_long_history(db, alice, worker, monitor):
 
     with db.connect().transaction() as transaction:
         connection = transaction.connection
-        connection.execute("select private.queue_report()")
-        connection.execute("select private.queue_history(now() - interval '10 minutes', 60)")
+        connection.execute("select public.queue_report()")
+        connection.execute("select public.queue_history(now() - interval '10 minutes', 60)")
         scanned = connection.execute(
             "select relname from pg_stat_xact_user_tables where seq_scan > 0"
         ).fetchall()

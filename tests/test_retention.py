@@ -254,6 +254,17 @@ def test_what_storage_still_has_is_not_forgotten(db, alice, worker):
     assert generations(db) == set()
 
 
+def test_a_source_that_storage_does_not_know_is_listed(db, alice, worker):
+    path = f"{alice.id}/cat.jpg"
+    db.execute(
+        "insert into private.expired_files (bucket, path, user_id) values ('inputs', %s, %s)",
+        path,
+        alice.id,
+    )
+
+    assert worker.list_expired_files() == [("inputs", path)]
+
+
 def test_a_source_uploaded_again_after_it_was_marked_is_not_listed(db, alice, worker):
     keep(db, keep_inputs="30 days")
     again, once = (stored(db, f"{alice.id}/{name}.jpg", "inputs") for name in ("cat", "dog"))
@@ -804,7 +815,7 @@ def test_a_row_that_somebody_has_locked_for_ever_holds_up_no_other(db, alice, bo
 
 @pytest.mark.parametrize("setting", ["keep_inputs", "keep_deleted", "lease", "keep_deliveries"])
 def test_a_time_out_of_reach_is_refused_where_it_is_set(db, setting):
-    with pytest.raises(psycopg.errors.CheckViolation, match="settings_times_are_in_reach"):
+    with pytest.raises(psycopg.errors.CheckViolation, match="times_are_in_reach"):
         keep(db, **{setting: "300000 years"})
 
 

@@ -66,7 +66,7 @@ def claims(request, user):
     return json.dumps(CLAIMS[request.param]).replace("{user}", user.id)
 
 
-def assert_opens_nothing(client: Client, user: SignedUp) -> None:
+def assert_opens_nothing(client: Client, user: SignedUp, what: object = None) -> None:
     """Assert that a token reads no row and calls no function that anon may not."""
     for function, arguments in {
         "enqueue_generation": {"model": PREVIEW, "prompt": "x"},
@@ -80,18 +80,17 @@ def assert_opens_nothing(client: Client, user: SignedUp) -> None:
             *((403, code) for code in ("42501", "PGRST301")),
             # the role, or the user, is none
             *((400, code) for code in ("22P02", "22023", "22021", "22P05")),
-        }, function
+        }, (what, function)
     rows = client.rest("GET", "generations")
-    assert rows.status_code in {400, 401, 403} or rows.json() == []
+    assert rows.status_code in {400, 401, 403} or rows.json() == [], what
 
 
-@pytest.mark.parametrize("forgery", FORGERIES)
-def test_a_forged_token_opens_nothing(user, stack_db, claims, forgery):
-    header, key = FORGERIES[forgery]
+def test_a_forged_token_opens_nothing(user, stack_db, claims):
     user.enqueued()
 
     with unchanged(stack_db):
-        assert_opens_nothing(user.with_token(token(header, claims, key)), user)
+        for forgery, (header, key) in FORGERIES.items():
+            assert_opens_nothing(user.with_token(token(header, claims, key)), user, forgery)
 
 
 def test_a_good_signature_is_good_for_its_own_claims_only(user, stack_db, claims):
@@ -124,59 +123,38 @@ def test_a_huge_token_is_refused(user, stack_db, size):
 # reads a role up to its NUL: the issuer, who alone can say it, could have said just that.
 
 
-@pytest.mark.parametrize(
-    "sub",
-    [
-        *(
-            "",
-            " ",
-            "nope",
-            "' or 1=1 --",
-            "null",
-            str(uuid.UUID(int=7)),
-            "{user}, {user}",
-            "{user}\0",
-        ),
-        *(None, 7, True, [], {}, {"$ne": ""}, "x" * 3000),
-    ],
-    ids=lambda sub: ascii(sub)[:40],
-)
-def test_a_user_who_is_nobody_gets_nowhere(user, stack, stack_db, sub):
-    claims = json.dumps({"role": "authenticated", "exp": FAR_AWAY, "sub": sub})
-    strange = json.loads(claims.replace("{user}", user.id))
+NOBODY = ["", " ", "nope", "' or 1=1 --", "null", str(uuid.UUID(int=7)), "{user}, {user}"]
+NOBODY += ["{user}\0", None, 7, True, [], {}, {"$ne": ""}, "x" * 3000]
+NO_ROLES = ["", "nope", "SERVICE_ROLE", "service_role ", "\0service_role", "darkroom_worker"]
+NO_ROLES += ["authenticated; set role postgres", "'authenticated'", None, 7, {}]
+
+
+def test_a_user_who_is_nobody_gets_nowhere(user, stack, stack_db):
     user.enqueued()
 
     with unchanged(stack_db):
-        assert_opens_nothing(user.with_token(sign_jwt(stack.jwt_secret, strange)), user)
+        for sub in NOBODY:
+            claims = json.dumps({"role": "authenticated", "exp": FAR_AWAY, "sub": sub})
+            strange = json.loads(claims.replace("{user}", user.id))
+            assert_opens_nothing(user.with_token(sign_jwt(stack.jwt_secret, strange)), user, sub)
 
 
-@pytest.mark.parametrize(
-    "role",
-    [
-        *("", "nope", "SERVICE_ROLE", "service_role ", "\0service_role", "darkroom_worker"),
-        *("authenticated; set role postgres", "'authenticated'", None, 7, {}),
-    ],
-    ids=lambda sub: ascii(sub)[:40],
-)
-def test_a_role_that_is_none_of_the_apis_gets_nowhere(user, stack, stack_db, role):
-    strange = user.with_token(sign_jwt(stack.jwt_secret, {"role": role, "exp": FAR_AWAY}))
-
+def test_a_role_that_is_none_of_the_apis_gets_nowhere(user, stack, stack_db):
     with unchanged(stack_db):
-        assert_opens_nothing(strange, user)
+        for role in NO_ROLES:
+            strange = sign_jwt(stack.jwt_secret, {"role": role, "exp": FAR_AWAY})
+            assert_opens_nothing(user.with_token(strange), user, role)
 
 
-@pytest.mark.parametrize("scheme", ["", "Basic", "Token", "Bearer Bearer", "Bearer,"])
-def test_a_good_token_under_another_scheme_is_no_token(user, nobody, scheme):
-    headers = {"Authorization": f"{scheme} {user.token}".strip()}
-
-    refused = refusal(nobody.rest("POST", "rpc/get_entitlement", json={}, headers=headers))
-
-    assert refused.status == 401
+def test_a_good_token_under_another_scheme_is_no_token(user, nobody):
+    for scheme in ("", "Basic", "Token", "Bearer Bearer", "Bearer,"):
+        headers = {"Authorization": f"{scheme} {user.token}".strip()}
+        refused = refusal(nobody.rest("POST", "rpc/get_entitlement", json={}, headers=headers))
+        assert refused.status == 401, scheme
 
 
-@pytest.mark.parametrize("times", [{"exp": 1}, {"exp": -1}, {"exp": 0}, {"nbf": FAR_AWAY}])
-def test_a_token_out_of_its_time_opens_nothing(user, stack, stack_db, times):
-    claims = {"sub": user.id, "role": "authenticated", "exp": FAR_AWAY} | times
-
+def test_a_token_out_of_its_time_opens_nothing(user, stack, stack_db):
     with unchanged(stack_db):
-        assert_opens_nothing(user.with_token(sign_jwt(stack.jwt_secret, claims)), user)
+        for times in ({"exp": 1}, {"exp": -1}, {"exp": 0}, {"nbf": FAR_AWAY}):
+            claims = {"sub": user.id, "role": "authenticated", "exp": FAR_AWAY} | times
+            assert_opens_nothing(user.with_token(sign_jwt(stack.jwt_secret, claims)), user, times)

@@ -62,13 +62,13 @@ def test_no_outsider_reads_a_row_of_a_user(db, tables, outsider, grants):
             assert victim.id not in text and SECRET not in text, table
 
 
-@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("grants", GRANTS)
-def test_no_outsider_changes_a_row(db, tables, outsider, grants, change):
+def test_no_outsider_changes_a_row(db, tables, outsider, grants):
     Victim(db)
     db.execute(GRANTS[grants])
 
     with unchanged(db):
-        for table, column in tables.items():
-            with contextlib.suppress(psycopg.Error):
-                assert outsider.query(CHANGES[change].format(table, column)) == []
+        for change in CHANGES.values():
+            for table, column in tables.items():
+                with contextlib.suppress(psycopg.Error):
+                    assert outsider.query(change.format(table, column)) == []

@@ -1,4 +1,4 @@
-"""sql/64_sharing.sql: images that everybody may see, and who likes them."""
+"""sql/95_gallery.sql: images that everybody may see, and who likes them."""
 
 import uuid
 

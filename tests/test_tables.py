@@ -121,7 +121,6 @@ BROKEN_RULES = {
         "insert into private.expired_files (bucket, path, user_id)"
         " select 'inputs', user_id || '0/a.png', user_id from public.entitlements limit 1"
     ),
-    "retention_walks_name_is_known": "insert into private.retention_walks (name) values ('users')",
     "settings_watch_window_is_positive": "update private.settings set watch_window = '0'",
     "alert_rules_threshold_is_not_negative": "update private.alert_rules set threshold = -1",
     "alert_rules_severity_is_known": "update private.alert_rules set severity = 'dire'",
@@ -158,7 +157,7 @@ BROKEN_RULES = {
     "deliveries_finished_at_matches_state": "update private.deliveries set finished_at = now()",
     "deliveries_push_token_matches_lane": "update private.deliveries set lane = 'somebody'",
     "deliveries_attempts_are_not_negative": "update private.deliveries set attempts = -1",
-    "settings_delivery_times_are_not_negative": (
+    "settings_delivery_times_are_in_reach": (
         "update private.settings set delivery_retries = '{1 minute,-1 minute}'"
     ),
 }

@@ -1,4 +1,4 @@
-"""sql/66_templates.sql: prompts to start from, a user's own and the app's."""
+"""sql/95_gallery.sql: prompts to start from, a user's own and the app's."""
 
 import uuid
 

@@ -508,7 +508,7 @@ def test_a_read_only_database_ends_no_worker_and_loses_no_job(alice, db, workers
     process = workers.start(PREVIEW_SECONDS=1, WORKER_SLOTS=3, WORKER_POLL_SECONDS=0.2)
     jobs = [alice.enqueued(params=SMALL) for _ in range(2)]
     for job in jobs:
-        workers.until(job, "processing")
+        eventually(lambda job=job: workers.checkpointed(job))  # what comes next is its progress
 
     with read_only(workers):
         jobs += [alice.enqueued(params=SMALL) for _ in range(4)]

@@ -556,7 +556,7 @@ def test_the_database_and_the_worker_agree_on_literals(db):
     ]
     host = "case when literal like '%%:%%' then '[' || literal || ']' else literal end"
     rows = db.execute(
-        f"select literal, private.is_public_address({host}) as verdict"
+        f"select literal, private.host_problem({host}) is null as verdict"
         " from unnest(%s::text[]) as literal",
         literals,
     )
@@ -716,12 +716,11 @@ def test_a_push_whose_answer_was_lost_is_shown_once(phone, workers, expo):
 def crowd(db: Database, workers: Outboxes, expo: Receiver) -> list[User]:
     """Users with a device each, whose jobs have all just ended; nobody is told yet."""
     db.execute("update private.settings set retry_base = '0'")
+    db.execute("insert into private.push_texts values ('generation.canceled', 'Canceled', '')")
     users = [User(db) for _ in range(12)]
     for n, user in enumerate(users):
         user.register_push_token(f"ExponentPushToken[{n}]")
         user.call("public.cancel_generation", job_id=user.enqueued(params=SMALL))
-    db.execute("insert into private.push_texts values ('generation.canceled', 'Canceled', '')")
-    db.execute("select private.record_events(array(select id from public.generations), 'canceled')")
     return users
 
 

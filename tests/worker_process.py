@@ -47,6 +47,8 @@ def eventually(condition: Callable[[], T], within: float = 15) -> T:
 class WorkerProcess:
     """One `worker.py`."""
 
+    program = PROJECT / "worker.py"
+
     def __init__(
         self, log_file: Path, environment: dict[str, str], within: Sequence[str] = ()
     ) -> None:
@@ -54,7 +56,7 @@ class WorkerProcess:
         self.log_file = log_file
         with log_file.open("ab") as output:
             self._process = subprocess.Popen(
-                [*within, sys.executable, PROJECT / "worker.py"],
+                [*within, sys.executable, self.program],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

@@ -1,0 +1,46 @@
+-- Hooks: what the core asks its optional parts, here answered as where none is installed.
+--
+-- A part (95, 96) replaces the answers that are its own. For all else it needs nothing in the core:
+-- a job's end, a deletion and a user's leaving reach it by triggers of its own on generations and
+-- entitlements, and what it keeps for a time goes by a step of retention (85), which is a row.
+-- Columns of our own tables that only a part sets (is_favorite, share_id, shows_prompt) are theirs
+-- from the beginning, and false or null without it.
+
+create function private.tags_of(p_generation_id uuid) returns text[]
+language sql immutable set search_path = pg_catalog, pg_temp
+return '{}'::text[];
+
+-- The user's generations with a tag: see list_generations (62).
+create function private.walk_tag(
+  p_user_id uuid, p_tag text, p_before uuid, p_at_most integer
+) returns uuid[]
+language sql immutable set search_path = pg_catalog, pg_temp
+return '{}'::uuid[];
+
+-- How many like what became of a generation.
+create function private.likes_of(p_generation_id uuid) returns bigint
+language sql immutable set search_path = pg_catalog, pg_temp
+return 0;
+
+-- What workers ask when they look for something to tell (96).
+create function private.due_lanes() returns setof text
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
+  select null::text where false
+$$;
+
+comment on function private.due_lanes is 'Lanes of the outbox that have something to send now.';
+
+create function private.claim_receipts(p_at_most integer)
+returns table (delivery_id uuid, ticket text)
+language sql security definer set search_path = pg_catalog, pg_temp as $$
+  select null::uuid, null::text where false
+$$;
+
+comment on function private.claim_receipts is
+  'Tickets of pushes that Expo took a quarter of an hour ago or more, and whose receipt was not '
+  'read yet; a quarter of an hour later they are answered again.';
+
+-- See queue_health().
+create function private.outbox_health() returns jsonb
+language sql stable set search_path = pg_catalog, pg_temp
+return '{}'::jsonb;
