@@ -188,10 +188,10 @@ class FatefulDatabase(worker.Database):
         super().__init__(url)
         self.fate, self.canceled = fate, canceled
 
-    async def _call(self, function: str, *args: Any) -> list[Any]:
+    async def call(self, function: str, *args: Any) -> list[Any]:
         if function == "cancel_job":
             self.canceled.add(str(args[0]))
-        call = super()._call
+        call = super().call
         errors = [psycopg.OperationalError("not sent"), psycopg.OperationalError("answer lost")]
         return await self.fate.meet(function, lambda: call(function, *args), *errors)
 
@@ -377,7 +377,7 @@ class Run:
 
     async def _live(self) -> None:
         """One worker's life: claim and work until nothing is ready, or it ends before."""
-        settings = worker.Settings.from_env(
+        settings = worker.Settings(
             {
                 "DATABASE_URL": self.database_url,
                 "SUPABASE_URL": self.storage_url,
@@ -390,13 +390,7 @@ class Run:
         db = FatefulDatabase(self.database_url, self.fate, self.canceled)
         async with httpx.AsyncClient(transport=Wire(self), timeout=worker.HTTP_TIMEOUT) as http:
             provider = Watched(http, self.fake, self.made_for)
-            storage = worker.Storage(
-                http,
-                settings.supabase_url,
-                settings.supabase_service_key,
-                settings.max_image_bytes,
-                settings.image_preview_pixels,
-            )
+            storage = worker.Storage(settings, http, worker.Pictures())
             await db.pool.open()
             try:
                 await self._work(
@@ -428,7 +422,7 @@ class Run:
         self.fate.on_stop, self.fate.beat = stop, beat
         try:
             registered = await one.db.register_worker(one.settings.slots)
-            one.worker_id = registered["worker_id"]
+            one.worker_id, one.is_full = registered["worker_id"], False
             await one.recover()
             while not one.stopping.is_set() and await one._claim():
                 tasks = [running.task for running in one.running.values()]

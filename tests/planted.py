@@ -261,7 +261,7 @@ SECURITY = [
     ),
     Bug(
         "webhooks may call private addresses",
-        "worker.py",
+        "outbox.py",
         "not in self.allowed_hosts and not all(map(is_public, addresses)):",
         "not in self.allowed_hosts and not any(map(is_public, addresses)):",
         "tests/test_worker_webhooks.py::test_a_name_with_one_private_address_is_not_called_at_all",
@@ -276,28 +276,28 @@ SECURITY = [
     # Files.
     Bug(
         "a bomb is decoded",
-        "worker.py",
-        '> MAX_IMAGE_PIXELS:\n        raise JobError("provider_error"',
-        '> 100 * MAX_IMAGE_PIXELS:\n        raise JobError("provider_error"',
+        "pictures.py",
+        "> MAX_IMAGE_PIXELS:\n        raise NoPicture",
+        "> 100 * MAX_IMAGE_PIXELS:\n        raise NoPicture",
         "tests/test_worker_storage.py::test_a_bomb_is_refused_before_it_is_decoded",
     ),
     Bug(
         "a picture may take any time",
-        "worker.py",
+        "pictures.py",
         "PICTURE_SECONDS = 3 ",
         "PICTURE_SECONDS = 300 ",
         "tests/test_worker_storage.py::test_a_source_that_costs_too_much_is_the_users_fault",
     ),
     Bug(
         "a picture may take any memory",
-        "worker.py",
-        "        (resource.RLIMIT_AS, memory),\n",
+        "pictures.py",
+        "        (resource.RLIMIT_AS, pages * resource.getpagesize() + means),\n",
         "",
         "tests/test_worker_storage.py::test_memory_that_was_not_foreseen_is_refused",
     ),
     Bug(
         "large pictures are decoded all at once",
-        "worker.py",
+        "pictures.py",
         "(LARGE_BYTES, asyncio.Semaphore(1)),",
         "(LARGE_BYTES, asyncio.Semaphore(9)),",
         "tests/test_worker_storage.py::test_large_pictures_at_once_stay_within_the_units_memory",
@@ -318,7 +318,7 @@ SECURITY = [
     ),
     Bug(
         "an SVG is stored as it came",
-        "worker.py",
+        "pictures.py",
         'clean = filter_svg(source, {"image": ["png", "jpeg", "gif", "webp"]})',
         "clean = source",
         "tests/test_worker_storage.py::test_nothing_dangerous_is_left_of_an_svg",
@@ -348,7 +348,7 @@ SECURITY = [
     ),
     Bug(
         "the address of a webhook is logged",
-        "worker.py",
+        "outbox.py",
         '"delivery.%s delivery=%s lane=%s',
         '"delivery.%s url=" + str(delivery.url).replace("%", "%%") + " delivery=%s lane=%s',
         "tests/test_security_secrets.py::test_secrets_of_the_worker_are_nowhere_whatever_happens",

@@ -178,7 +178,7 @@ def test_a_storage_that_repeats_its_request_is_quoted_without_the_key(db, busy, 
     ],
 )
 def test_no_secret_is_left_in_a_text(said, kept):
-    settings = worker.Settings.from_env(
+    settings = worker.Settings(
         {
             "DATABASE_URL": "postgresql://darkroom_worker:pass%21word@127.0.0.1/db",
             "SUPABASE_URL": "http://127.0.0.1",

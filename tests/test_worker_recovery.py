@@ -12,7 +12,7 @@ import worker
 
 def test_a_dead_workers_job_is_in_other_hands_within_75_seconds(db):
     settings = db.row("select lease, retry_base from private.settings")
-    backstop = worker.Settings.from_env(
+    backstop = worker.Settings(
         {
             "DATABASE_URL": "postgresql://localhost",
             "SUPABASE_URL": "http://localhost",
@@ -32,10 +32,10 @@ def test_a_call_into_a_half_open_connection_is_made_again(db, stack, monkeypatch
     async def calls(url: str, proxy: Proxy) -> int:
         database = worker.Database(url)
         await database.pool.open(wait=True)
-        await database.recover_stale_jobs()
+        await database.call("recover_stale_jobs")
         monkeypatch.setattr(worker, "CALL_SECONDS", 2.0)
         proxy.half_open()
-        rows = await database._insist("recover_stale_jobs")
+        rows = await database.insist("recover_stale_jobs")
         await database.pool.close()
         return int(rows[0]["recover_stale_jobs"])
 

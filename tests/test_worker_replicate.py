@@ -445,7 +445,7 @@ def test_a_refused_account_pauses_the_provider_and_no_job_is_to_blame(
 ):
     fake.next(answer=answer)
     fake.account_status = account
-    process = bench.start()
+    process = bench.start(WORKER_SLOTS=1)  # with more, a claim under way may not see the pause yet
     job = bench.ask()
     charged = bench.user.ledger()
 

@@ -13,16 +13,18 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import httpx
 import pytest
 from actors import User
 from database import Database
 from http_client import Client, SignedUp
+from test_worker_units import ENVIRONMENT
 from worker_process import Workers, eventually
 
 from stack import Stack
-from worker import Storage, StorageRefused
+from worker import Settings, Storage, StorageRefused
 
 pytest_plugins = ["http_fixtures"]
 
@@ -269,7 +271,8 @@ def test_remove_takes_success_only_for_deleted(status):
     async def remove() -> None:
         transport = httpx.MockTransport(lambda _: httpx.Response(status))
         async with httpx.AsyncClient(transport=transport) as http:
-            await Storage(http, "http://storage", "key", 1, 0).remove("inputs", ["a/b.png"])
+            storage = Storage(Settings(ENVIRONMENT), http, mock.Mock())
+            await storage.remove("inputs", ["a/b.png"])
 
     with pytest.raises(StorageRefused, match=str(status)):
         asyncio.run(remove())

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from database import PROJECT
 
-import worker
+import pictures
 
 UNIT = PROJECT / "worker.service"
 
@@ -49,8 +49,8 @@ def test_the_worker_can_do_its_work():
     assert unit["RestrictAddressFamilies"] == ["AF_INET AF_INET6 AF_UNIX"]
     assert unit["SystemCallFilter"] == ["@system-service", "~@privileged @resources"]
     assert unit["OOMPolicy"] == ["continue"]  # a picture's process is not the worker
-    pictures = worker.SMALL_AT_ONCE * worker.SMALL_BYTES + worker.LARGE_BYTES
-    assert (unit["MemoryMax"], pictures <= 750_000_000) == (["1G"], True)
+    most = pictures.SMALL_AT_ONCE * pictures.SMALL_BYTES + pictures.LARGE_BYTES
+    assert (unit["MemoryMax"], most <= 750_000_000) == (["1G"], True)
     assert not {"PrivateNetwork", "IPAddressDeny", "NoExecPaths"} & unit.keys()
     assert "TMPDIR=/var/tmp" in unit["Environment"]  # its own, by PrivateTmp
 
@@ -126,9 +126,10 @@ def test_it_installs_program_packages_units_and_a_closed_folder(machine):
     done = machine.install()
 
     assert done.returncode == 0, done.stderr
-    worker = machine.root / "opt/darkroom/worker.py"
+    home = machine.root / "opt/darkroom"
     units = machine.root / "etc/systemd/system"
-    assert worker.read_text() == (PROJECT / "worker.py").read_text()
+    for name in ("worker.py", "outbox.py", "pictures.py"):
+        assert (home / name).read_text() == (PROJECT / name).read_text()
     assert {unit.name: unit.read_text() for unit in units.iterdir()} == {
         "darkroom-worker.service": UNIT.read_text(),
         "darkroom-worker@.service": UNIT.read_text(),

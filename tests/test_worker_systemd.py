@@ -201,7 +201,9 @@ class TestWatchdog:
         assert manager.lines() == []
 
 
-def test_a_manager_that_is_gone_is_no_reason_to_stop(caplog, tmp_path):
-    worker.Systemd(str(tmp_path / "gone")).tell("READY=1")
+def test_a_manager_that_is_gone_is_no_reason_to_stop(caplog, monkeypatch, tmp_path):
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
+
+    worker.tell_systemd("READY=1")
 
     assert "systemd.unreachable error=" in caplog.text

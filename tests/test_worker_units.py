@@ -13,10 +13,11 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
-from typing import Any
+from typing import IO, Any
 from unittest import mock
 
 import httpx
@@ -25,6 +26,7 @@ import pytest
 from database import PROJECT
 from PIL import Image
 
+import pictures
 import worker
 from worker import ConfigError, Job, JobError, Replicate, Settings, Storage
 
@@ -39,7 +41,7 @@ ENVIRONMENT = {
 
 
 def test_settings_have_defaults_for_all_that_is_not_required():
-    settings = Settings.from_env(ENVIRONMENT)
+    settings = Settings(ENVIRONMENT)
 
     assert (settings.slots, settings.grace_seconds, settings.poll_seconds) == (4, 30, 5)
     assert settings.supabase_url == "http://127.0.0.1:54321"
@@ -51,7 +53,7 @@ def test_an_empty_optional_variable_counts_as_unset():
     documented = set(re.findall(r"\b[A-Z]+_[A-Z_]+\b", worker.__doc__ or ""))
     empty = dict.fromkeys(documented, "")
 
-    assert Settings.from_env(empty | ENVIRONMENT) == Settings.from_env(ENVIRONMENT)
+    assert vars(Settings(empty | ENVIRONMENT)) == vars(Settings(ENVIRONMENT))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,7 @@ def test_an_empty_optional_variable_counts_as_unset():
 )
 def test_a_bad_variable_is_named_but_not_shown(name, value):
     with pytest.raises(ConfigError, match=rf"^{name}: ") as refusal:
-        Settings.from_env(ENVIRONMENT | {name: value})
+        Settings(ENVIRONMENT | {name: value})
 
     assert len(value) < 8 or value not in str(refusal.value)
 
@@ -120,7 +122,7 @@ HOST = "postgresql://darkroom_worker:secret@127.0.0.1:6543/postgres"
     ],
 )
 def test_addresses_as_platforms_show_them_are_taken(query, kept, prepares):
-    settings = Settings.from_env(ENVIRONMENT | {"DATABASE_URL": HOST + query})
+    settings = Settings(ENVIRONMENT | {"DATABASE_URL": HOST + query})
 
     db = worker.Database(settings.database_url)
 
@@ -131,7 +133,7 @@ def test_addresses_as_platforms_show_them_are_taken(query, kept, prepares):
 
 def test_a_parameter_that_nobody_knows_is_named():
     with pytest.raises(ConfigError, match=r"DATABASE_URL: libpq knows no parameter sslmod$"):
-        Settings.from_env(ENVIRONMENT | {"DATABASE_URL": f"{HOST}?sslmod=require"})
+        Settings(ENVIRONMENT | {"DATABASE_URL": f"{HOST}?sslmod=require"})
 
 
 # --- backoff ---
@@ -350,9 +352,10 @@ class Sources(Web):
 
         async def call() -> dict[str, Any]:
             async with httpx.AsyncClient(transport=httpx.MockTransport(self.handle)) as http:
-                storage = Storage(http, self.url, "key", 10**6, 0)
+                settings = Settings(ENVIRONMENT | {"SUPABASE_URL": self.url})
                 given = provider or Replicate(http, "https://api/v1", TOKEN)
-                one = worker.Worker(mock.Mock(), mock.Mock(), {}, storage, mock.Mock())
+                storage = Storage(settings, http, mock.Mock())
+                one = worker.Worker(settings, mock.Mock(), {}, storage, mock.Mock())
                 return await one._with_sources(given, job)
 
         return asyncio.run(call())
@@ -392,11 +395,10 @@ def test_a_source_image_is_uploaded_where_storage_is_not_public(url):
 
 def test_a_provider_that_fetches_nothing_is_given_the_file_also_where_storage_is_public():
     web = Sources("https://project.supabase.co", {"signedURL": SIGNED})
-    web.file = png().getvalue()
+    seen = pictures.Picture("PNG", 40, 30, blurhash="LEHV6n")
+    provider = worker.Preview(mock.Mock(inspect=mock.AsyncMock(return_value=seen)), 0, 0)
 
-    sent = web.sent(provider=worker.Preview(0, 0), image="u/cat.png")
-
-    assert sent["image"].startswith("preview:")
+    assert web.sent(provider=provider, image="u/cat.png")["image"] == f"-{b'LEHV6n'.hex()}"
 
 
 def test_a_source_image_that_was_not_given_is_left_out():
@@ -921,13 +923,15 @@ def test_the_reason_in_the_log_holds_no_words_of_a_provider(answers, end, reason
 def test_a_stop_does_not_cut_short_the_call_that_ends_a_job():
     ended: list[str] = []
 
-    async def fail_job(job: Job, error: JobError, metrics: dict[str, Any]) -> str:
+    async def fail_job(job: Job, code: str, *_: object) -> str:
         await asyncio.sleep(0.01)
-        ended.append(error.code)
+        ended.append(code)
         return "failed"
 
     async def stop_meanwhile() -> None:
-        one = worker.Worker(mock.Mock(), mock.Mock(fail_job=fail_job), {}, mock.Mock(), mock.Mock())
+        one = worker.Worker(
+            mock.Mock(), mock.Mock(fail_job=fail_job, quoted=str), {}, mock.Mock(), mock.Mock()
+        )
         running = worker.Running(a_job(), 0.0, one.on_progress)
         one.running[running.job.token] = running
         task = asyncio.create_task(one.process(running))
@@ -955,78 +959,79 @@ PROMPTS = {
 }
 
 
+def drawn(prompt: str, seed: int, size: tuple[int, int]) -> bytes:
+    return pictures.draw_preview(prompt, size, "", seed)
+
+
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_a_preview_has_the_size_asked_for_whatever_the_prompt(prompt, size):
-    data = worker.draw_preview(prompt, 7, size)
-
-    assert Image.open(io.BytesIO(data)).size == size
+    assert Image.open(io.BytesIO(drawn(prompt, 7, size))).size == size
 
 
 def test_a_preview_depends_on_prompt_seed_and_size_only():
-    same = [worker.draw_preview("a lighthouse", 7, (64, 64)) for _ in range(2)]
+    same = [drawn("a lighthouse", 7, (64, 64)) for _ in range(2)]
     others = [
-        worker.draw_preview("a lighthouse", 8, (64, 64)),
-        worker.draw_preview("a house", 7, (64, 64)),
-        worker.draw_preview("a lighthouse", 7, (64, 65)),
+        drawn("a lighthouse", 8, (64, 64)),
+        drawn("a house", 7, (64, 64)),
+        drawn("a lighthouse", 7, (64, 65)),
     ]
 
     assert same[0] == same[1]
     assert len({*same, *others}) == 4
 
 
-def png(size: tuple[int, int] = (40, 30)) -> io.BytesIO:
-    file = io.BytesIO()
-    Image.new("RGB", size, (0, 255, 0)).save(file, "PNG")
+def as_file(content: bytes) -> IO[bytes]:
+    file = tempfile.TemporaryFile()  # noqa: SIM115
+    file.write(content)
     return file
 
 
-def preview(*steps: str, image: str | None = None) -> bytes:
-    """What the preview provider draws in a new worker that does these steps."""
+def png(size: tuple[int, int] = (40, 30)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, (0, 255, 0)).save(file, "PNG")
+    return file.getvalue()
 
-    async def run() -> bytes:
-        provider = worker.Preview(0, 0)
-        given = {"prompt": "p", "seed": 1, "width": 64, "height": 64}
-        job = a_job(provider_input=given | ({"image": image} if image else {}))
-        address = await provider.upload("cat.png", png()) if "upload" in steps else None
-        sent = job.provider_input | ({"image": address} if address else {})
-        job_id = await provider.create(job, sent) if "create" in steps else "preview-7"
+
+async def previewing(work: Callable[[worker.Preview], Awaitable[Any]]) -> Any:
+    """Have a preview provider of its own for a piece of work."""
+    decoder = pictures.Pictures()
+    try:
+        return await work(worker.Preview(decoder, 0, 0))
+    finally:
+        decoder.close()
+
+
+def preview(source: bytes | None = None) -> bytes:
+    """What the preview provider draws, in another worker than the one that created it."""
+    given = {"prompt": "p", "seed": 1, "width": 64, "height": 64}
+    job = a_job(provider_input=given | ({"image": "u/cat.png"} if source else {}))
+
+    async def create(provider: worker.Preview) -> str:
+        address = source and await provider.upload("cat.png", as_file(source))
+        return await provider.create(job, given | {"image": address})
+
+    async def draw(provider: worker.Preview) -> bytes:
         (output,) = (await provider.result(job, job_id, lambda percent: None)).outputs
         return bytes(output)
 
-    return asyncio.run(run())
+    job_id = asyncio.run(previewing(create))
+    return asyncio.run(previewing(draw))
 
 
-def test_a_preview_starts_from_its_source():
-    plain, from_source = preview("create"), preview("upload", "create", image="u/cat.png")
+def test_a_preview_starts_from_its_source_also_in_another_workers_hands():
+    red, green, blue = Image.open(io.BytesIO(preview(png()))).getpixel((0, 0))
 
-    assert from_source != plain
-    assert from_source == preview("upload", "create", image="u/cat.png")
-
-
-def test_a_preview_whose_source_went_with_another_worker_is_lost():
-    with pytest.raises(JobError) as refusal:
-        preview(image="u/cat.png")
-
-    assert refusal.value.code == "result_lost"
+    assert green > 150 > max(red, blue)
+    assert preview() != preview(png()) == preview(png())
 
 
-@pytest.mark.parametrize("content", [b"", b"a cat", png((8000, 8000)).getvalue()], ids=len)
+@pytest.mark.parametrize("content", [b"", b"a cat", png((8000, 8000))], ids=len)
 def test_a_source_that_is_no_sane_picture_is_the_users_fault(content):
     with pytest.raises(JobError) as refusal:
-        worker.shrink_source(io.BytesIO(content))
+        asyncio.run(previewing(lambda provider: provider.upload("a", as_file(content))))
 
     assert refusal.value.code == "invalid_input"
-
-
-def test_previews_keep_a_bounded_number_of_sources():
-    async def upload_many() -> worker.Preview:
-        provider = worker.Preview(0, 0)
-        for _ in range(worker.MAX_PREVIEW_SOURCES + 3):
-            await provider.upload("cat.png", png())
-        return provider
-
-    assert len(asyncio.run(upload_many()).sources) == worker.MAX_PREVIEW_SOURCES
 
 
 # --- pauses that others ask for ---
@@ -1300,11 +1305,27 @@ def test_who_goes_to_sleep_looks_for_what_came_meanwhile(monkeypatch, looks, sec
     """Whoever enqueued it may have seen the worker awake, and then wakes nobody."""
     monkeypatch.setattr(worker, "SECOND_LOOK_SECONDS", seconds)
     found = [[]] * (looks - 1) + [[mock.Mock(token=1)]]
-    db = mock.Mock(sleep=mock.AsyncMock(), claim_jobs=mock.AsyncMock(side_effect=found))
+    db = mock.Mock(call=mock.AsyncMock(), claim_jobs=mock.AsyncMock(side_effect=found))
     one = worker.Worker(mock.Mock(slots=1, poll_seconds=60), db, {}, mock.Mock(), mock.Mock())
-    one.process = mock.AsyncMock()
+    one.process, one.is_full = mock.AsyncMock(), False
 
     asyncio.run(asyncio.wait_for(one._sleep(), 3))
 
     assert list(one.running) == [1]
-    assert db.method_calls[0] == mock.call.sleep(0)  # what it looked for before proves nothing
+    assert db.method_calls[0] == mock.call.call(
+        "sleep", 0
+    )  # what it looked for before proves nothing
+
+
+def test_who_runs_full_on_the_way_to_sleep_does_not_claim_again_what_it_gave_back():
+    db = mock.Mock(claim_jobs=mock.AsyncMock(return_value=[mock.Mock(token=1)]))
+    one = worker.Worker(mock.Mock(slots=1, poll_seconds=0), db, {}, mock.Mock(), mock.Mock())
+    one.process, one.is_full = mock.AsyncMock(), False
+
+    async def give_back_what_has_no_room(*_: object) -> None:
+        one.is_full = True
+
+    db.call = give_back_what_has_no_room
+    asyncio.run(asyncio.wait_for(one._sleep(), 3))
+
+    assert not one.running

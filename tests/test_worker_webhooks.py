@@ -24,9 +24,10 @@ from standardwebhooks import Webhook
 from test_worker_units import ENVIRONMENT
 from worker_process import Workers, eventually
 
-import worker
+import outbox
+from outbox import Delivery, Outbox, PublicNetwork, Verdict
 from stack import Stack
-from worker import Delivery, Outbox, PublicNetwork, Settings, Verdict
+from worker import Settings
 
 SMALL = {"width": 64, "height": 64}
 TOKEN = "ExponentPushToken[xxxxxxxxxxxxxxxxxxxxxx]"
@@ -158,9 +159,9 @@ def test_signatures_are_those_of_the_reference_library():
     secret, timestamp, body = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "1614265330", b'{"test": 1}'
     other = "whsec_" + "A" * 44
 
-    made = worker.signatures([secret, other], "msg_p5jXN8AQM9LWM0D4loKWxJek", timestamp, body)
+    made = outbox.signatures([secret, other], "msg_p5jXN8AQM9LWM0D4loKWxJek", timestamp, body)
 
-    at = worker.datetime.fromtimestamp(int(timestamp), worker.UTC)
+    at = outbox.datetime.fromtimestamp(int(timestamp), outbox.UTC)
     assert made.split(" ") == [
         Webhook(each).sign("msg_p5jXN8AQM9LWM0D4loKWxJek", at, body.decode())
         for each in (secret, other)
@@ -343,7 +344,7 @@ def test_an_endpoint_that_hangs_holds_up_no_other(alice, workers, receiver, anot
     ]
     print(f"longest wait beside an endpoint that hangs: {max(waits):.2f} s")
     assert max(waits) < 5
-    assert 0 < len(receiver.requests) <= worker.LANE_SLOTS
+    assert 0 < len(receiver.requests) <= outbox.LANE_SLOTS
 
 
 @pytest.mark.parametrize(
@@ -476,10 +477,10 @@ def sent(network: PublicNetwork, url: str = "https://hooks.example.com/") -> Ver
 
     async def send() -> Verdict:
         async with httpx.AsyncClient() as http:
-            outbox = Outbox(Settings.from_env(ENVIRONMENT), mock.Mock(), http)
-            outbox.webhooks._network_backend = network
-            delivery = Delivery(worker.UUID(int=1), 1, url, ["whsec_AAAA"], "{}")
-            return (await outbox._send([delivery]))[delivery]
+            one = Outbox(Settings(ENVIRONMENT), mock.Mock(), http)
+            one.webhooks._network_backend = network
+            delivery = Delivery(outbox.UUID(int=1), 1, url, ["whsec_AAAA"], "{}")
+            return (await one._send([delivery]))[delivery]
 
     return asyncio.run(send())
 
@@ -545,8 +546,8 @@ INSIDE = """
 
 
 def test_which_addresses_are_public():
-    assert [each for each in PUBLIC if not worker.is_public(each)] == []
-    assert [each for each in INSIDE.split() if worker.is_public(each)] == []
+    assert [each for each in PUBLIC if not outbox.is_public(each)] == []
+    assert [each for each in INSIDE.split() if outbox.is_public(each)] == []
 
 
 def test_the_database_and_the_worker_agree_on_literals(db):
@@ -561,7 +562,7 @@ def test_the_database_and_the_worker_agree_on_literals(db):
     )
 
     assert {row["literal"]: row["verdict"] for row in rows} == {
-        each: worker.is_public(each) for each in literals
+        each: outbox.is_public(each) for each in literals
     }
 
 

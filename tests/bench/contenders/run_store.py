@@ -24,7 +24,9 @@ async def store_all(url: str, jobs: int, kinds: list[str]) -> None:
     """What a worker with this many slots does, once all its predictions end at the same moment."""
     async with httpx.AsyncClient(timeout=worker.HTTP_TIMEOUT) as http:
         replicate = worker.Replicate(http, url, "token")
-        storage = worker.Storage(http, url, "key", 32 * MEGABYTE, 512)
+        environment = {"DATABASE_URL": "postgresql://", "SUPABASE_SERVICE_KEY": "key"}
+        settings = worker.Settings(environment | {"SUPABASE_URL": url})
+        storage = worker.Storage(settings, http, worker.Pictures())
         stored = await asyncio.gather(
             *(
                 storage.store(

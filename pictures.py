@@ -1,0 +1,459 @@
+"""Has pictures looked at, and drawn, by processes that die of what costs too much, not the worker.
+
+`worker.py` starts this file as a small server, which forks a process for each picture: with as
+much memory and time as one may take, and no secret to tell. So whatever hostile bytes do to a
+decoder is over with that process. The server starts with the first picture and ends when there was
+none for a while, or with the worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import errno
+import gc
+import io
+import json
+import os
+import random
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+from xml.parsers import expat
+
+import blurhash  # type: ignore[import-untyped]
+from PIL import (
+    AvifImagePlugin,
+    Image,
+    ImageDraw,
+    ImageFile,
+    ImageFont,
+    ImageOps,
+    JpegImagePlugin,
+    PngImagePlugin,
+    UnidentifiedImageError,
+)
+from py_svg_hush import filter_svg
+
+SMALL_BYTES, LARGE_BYTES = 100_000_000, 450_000_000  # of memory, for what is done with one picture
+SMALL_AT_ONCE = 3  # such pictures; beside them one large one, so that none waits for a dear one
+PICTURE_SECONDS = 3  # of a core, for one picture
+IDLE_SECONDS = 60  # without a picture, after which the server ends
+MAX_IMAGE_PIXELS = 50_000_000
+MAX_SVG_BYTES = 10 << 20
+BASE_BYTES = 32_000_000  # of memory, for any picture
+BLUR_PIXELS = 32  # longest side of what a blurhash is made of
+SIDEWAYS = (5, 6, 7, 8)  # EXIF's orientations that swap width and height
+EXIF_TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))
+FIRST_BYTES = {
+    "PNG": rb"\x89PNG\r\n\x1a\n",
+    "JPEG": rb"\xff\xd8\xff",
+    "WEBP": rb"RIFF....WEBP",
+    "AVIF": rb"....ftypavi[fs]",
+    "GIF": rb"GIF8[79]a",
+}
+PIXEL_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT"}
+SVG = "http://www.w3.org/2000/svg"
+FOREIGN = re.compile(rb"@import|(?:image-set|\bsrc)\s*\(|url\(\W*(?:\w+:)?//", re.IGNORECASE)
+
+
+class NoPicture(Exception):
+    """The bytes are no image that is taken. Says why, in words that are ours."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What the bytes of an output show. SVGs have neither blurhash nor preview, some no size."""
+
+    format: str
+    width: int | None
+    height: int | None
+    blurhash: str | None = None
+    preview: bytes | None = None  # WebP; None too if the picture itself is not larger
+    lacks: str | None = None  # what was not enough for blurhash and preview: memory or time
+
+
+# --- in the worker ------------------------------------------------------------------------------
+
+
+class Pictures:
+    """The worker's side: asks the server, which it starts when it is needed."""
+
+    def __init__(self) -> None:
+        self.lanes = [
+            (SMALL_BYTES, asyncio.Semaphore(SMALL_AT_ONCE)),
+            (LARGE_BYTES, asyncio.Semaphore(1)),
+        ]
+        self.server: subprocess.Popen[bytes] | None = None
+        self.door: socket.socket
+
+    async def inspect(self, file: IO[bytes], preview_pixels: int) -> Picture:
+        """Do what inspect_image does. Raises NoPicture."""
+        said = await self._ask(file, preview_pixels=preview_pixels)
+        if "format" in said:
+            preview = base64.b64decode(said.get("preview") or "") or None
+            return Picture(**said | {"preview": preview})
+        file.seek(0)
+        head = file.read(32)
+        for kind, first in FIRST_BYTES.items():
+            if re.match(first, head, re.DOTALL):
+                return Picture(kind, None, None, lacks=said["lacks"])
+        raise NoPicture(f"no image that takes little {said['lacks']}")
+
+    async def draw(self, prompt: str, size: tuple[int, int], source: str, seed: int) -> bytes:
+        """Do what draw_preview does. Raises NoPicture."""
+        with Path(os.devnull).open("r+b") as file:  # none is needed, and the disk may be full
+            said = await self._ask(file, wish=(prompt, size, source, seed))
+        if said["lacks"]:
+            raise NoPicture(f"preview: takes too much {said['lacks']}")
+        return base64.b64decode(said["data"])
+
+    async def _ask(self, file: IO[bytes], **request: Any) -> dict[str, Any]:
+        """Have it done as a small picture; if that takes more memory, among the large ones."""
+        said: dict[str, Any] = {}
+        for means, lane in self.lanes:
+            async with lane:
+                said = await self._run(file, {"means": means, **request})
+            if said.get("lacks") != "memory":
+                break
+        if "refused" in said:
+            raise NoPicture(said["refused"])
+        return said
+
+    async def _run(self, file: IO[bytes], request: dict[str, Any]) -> dict[str, Any]:
+        """Answer all that a new process told until its end. Raises OSError if there is none."""
+        file.flush()
+        for attempt in range(3):  # perhaps the server ends just now, as nobody has asked
+            await asyncio.sleep(attempt / 5)
+            ours, theirs = socket.socketpair()
+            with theirs, contextlib.suppress(ConnectionError):
+                socket.send_fds(self.start(), [b"1"], [theirs.fileno(), file.fileno()])
+            reader, writer = await asyncio.open_connection(sock=ours, limit=1 << 26)
+            pid, said = 0, dict[str, Any]()
+            try:
+                writer.write(json.dumps(request).encode() + b"\n")
+                with contextlib.suppress(ConnectionError):
+                    said = json.loads(await reader.readline() or "{}")
+                    pid = said.pop("pid", 0)
+                    while (line := await reader.readline()).endswith(b"\n"):
+                        said |= json.loads(line)
+            except asyncio.CancelledError:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL) if pid else None
+                raise
+            finally:
+                writer.close()
+            if pid:
+                return said
+        raise OSError(errno.EAGAIN, "no process for pictures")
+
+    def start(self) -> socket.socket:
+        """Have the server run; answer how to reach it."""
+        if self.server is None or self.server.poll() is not None:
+            self.close()
+            self.door, theirs = socket.socketpair()
+            public = {"PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH"} & os.environ.keys()
+            with theirs:
+                self.server = subprocess.Popen(
+                    [sys.executable, __file__],
+                    stdin=theirs.fileno(),
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    env={name: os.environ[name] for name in public},
+                    start_new_session=True,  # not stopped by what stops the worker, as Ctrl-C
+                )
+        return self.door
+
+    def close(self) -> None:
+        """End all processes for pictures."""
+        if self.server:
+            self.door.close()
+            self.server.wait()
+
+
+# --- the server ---------------------------------------------------------------------------------
+
+
+def serve() -> None:
+    """Fork a process for each request, without threads, until the worker is gone."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the stacks of many would count as memory
+    Image.init()
+    gc.freeze()  # what is there already is not copied by looking at it
+    control = socket.socket(fileno=0)
+    control.settimeout(IDLE_SECONDS)
+    with contextlib.suppress(TimeoutError):
+        while descriptors := socket.recv_fds(control, 1, 2)[1]:
+            with contextlib.suppress(OSError):  # the worker sees that there is none
+                if os.fork() == 0:
+                    try:
+                        serve_picture(*descriptors)
+                    finally:
+                        os._exit(0)
+            for each in descriptors:
+                os.close(each)
+    os.killpg(0, signal.SIGKILL)  # who is still at work would be so for nobody
+
+
+def serve_picture(channel: int, descriptor: int) -> None:
+    """Do one request and end. What is told line by line holds, even if it is ended before."""
+    with socket.socket(fileno=channel) as worker, os.fdopen(descriptor, "r+b") as file:
+
+        def tell(**said: Any) -> None:
+            line = json.dumps(said, default=lambda data: base64.b64encode(data).decode())
+            worker.sendall(line.encode() + b"\n")
+
+        tell(pid=os.getpid(), lacks="time")  # so it is, unless it gets to say something else
+        request = json.loads(worker.makefile("rb").readline())
+        restrict(request["means"])
+        try:
+            if wish := request.get("wish"):
+                tell(data=draw_preview(*wish), lacks=None)
+            else:
+                found = inspect_image(file, request["preview_pixels"], request["means"], tell)
+                tell(**asdict(found))
+        except MemoryError:
+            tell(lacks="memory")
+        except NoPicture as error:
+            tell(refused=str(error))
+
+
+def restrict(means: int) -> None:
+    """Have the kernel refuse this process more memory, and end it if it takes too long."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    for what, most in (
+        (resource.RLIMIT_AS, pages * resource.getpagesize() + means),
+        (resource.RLIMIT_CPU, PICTURE_SECONDS),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(what, (most, most))
+    signal.alarm(10 * PICTURE_SECONDS)  # on the clock, where there is no core for it
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("500")  # it goes before the worker
+
+
+# --- one picture --------------------------------------------------------------------------------
+
+
+class Chunks(PngImagePlugin.PngStream):
+    """A PNG's: what does not tell of the pixels is passed over, or left out where it is broken."""
+
+    def call(self, cid: bytes, pos: int, length: int) -> bytes:
+        if cid in PIXEL_CHUNKS:
+            return super().call(cid, pos, length)
+        if cid in (b"iCCP", b"eXIf"):
+            with contextlib.suppress(Exception):
+                return super().call(cid, pos, length)
+        assert self.fp
+        self.fp.seek(pos)
+        return ImageFile._safe_read(self.fp, length)
+
+    def crc(self, cid: bytes, data: bytes) -> None:
+        super().crc(cid, data) if cid in PIXEL_CHUNKS else self.crc_skip(cid, data)
+
+
+def read_app(image: JpegImagePlugin.JpegImageFile, marker: int) -> None:
+    """Read a JPEG's segment for applications, or leave it out where it is broken."""
+    with contextlib.suppress(Exception):
+        JpegImagePlugin.APP(image, marker)
+        image.icclist = [part for part in image.icclist if len(part) > 14]
+
+
+PngImagePlugin.PngStream = Chunks  # type: ignore[misc]
+JpegImagePlugin.MARKER.update(dict.fromkeys(range(0xFFE0, 0xFFF0), ("APP", "", read_app)))  # type: ignore[arg-type]
+# A JPEG is read as one also where it says that it is several, rightly or not.
+Image.register_open("JPEG", JpegImagePlugin.JpegImageFile, JpegImagePlugin._accept)
+
+
+def inspect_image(
+    file: IO[bytes],
+    preview_pixels: int,
+    means: int = LARGE_BYTES,
+    tell: Callable[..., None] = lambda **_: None,
+) -> Picture:
+    """Look at the bytes themselves, whatever the provider calls them. Raises NoPicture.
+
+    An image is decoded once, of an animation the first frame. An SVG is replaced in the file by one
+    that does nothing. What can be told without decoding is told before.
+    """
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    try:
+        with Image.open(file, formats=[*FIRST_BYTES]) as image:
+            return decode_image(image, preview_pixels, size, means, tell)
+    except UnidentifiedImageError:
+        if BASE_BYTES + 30 * min(size, MAX_SVG_BYTES) > means:
+            raise MemoryError from None
+        return sanitize_svg(file)
+    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
+        raise NoPicture(f"no image: {type(error).__name__}") from None  # by Pillow's ways to say so
+
+
+def decode_image(
+    image: Image.Image, preview_pixels: int, size: int, means: int, tell: Callable[..., None]
+) -> Picture:
+    """Decode an opened image, a JPEG no larger than needed. Raises what Pillow does, or NoPicture.
+
+    Width and height are as displayed: turned as EXIF says.
+    """
+    if image.width * image.height > MAX_IMAGE_PIXELS:
+        raise NoPicture("too many pixels")
+    kind, full, profile = str(image.format), image.size, image.info.get("icc_profile")
+    turn = orientation(image)
+    width, height = full[::-1] if turn in SIDEWAYS else full
+    side = preview_pixels or BLUR_PIXELS
+    if weigh(image, side, size) > means:
+        return Picture(kind, width, height, lacks="memory")
+    tell(format=kind, width=width, height=height)
+    image.draft(None, (2 * side, 2 * side))
+    image.load()
+    turn = turn or orientation(image)  # of a PNG it may come last
+    width, height = full[::-1] if turn in SIDEWAYS else full
+    if image.mode.startswith("I;16"):
+        image = image.point(lambda value: value / 256).convert("L")
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    small = image if image.mode == mode else image.convert(mode)
+    small.thumbnail((side, side))
+    if turn in EXIF_TURNS:
+        small = small.transpose(EXIF_TURNS[turn])
+    file = io.BytesIO()
+    if 0 < preview_pixels < max(width, height):
+        small.save(file, "WEBP", quality=75, icc_profile=profile if is_of_rgb(profile) else None)
+    return Picture(kind, width, height, blur(small), file.getvalue() or None)
+
+
+def weigh(image: Image.Image, side: int, size: int) -> int:
+    """How much memory it takes at most to decode an opened image and shrink it to this side."""
+    pixels = image.width * image.height
+    if image.format == "JPEG":
+        each = 2 * len(image.getbands()) + 2  # a progressive one is held whole
+    else:  # at the peak, with a copy in another mode
+        by_mode = {"RGB": 5, "L": 6, "RGBA": 9}.get(image.mode, 13)
+        each = {"AVIF": 10, "WEBP": 17}.get(str(image.format), by_mode)
+    return BASE_BYTES + 2 * size + each * pixels + 24 * min(pixels, side * side)
+
+
+def orientation(image: Image.Image) -> int:
+    """How EXIF says that an image is turned; 0 where it does not, or is not to be understood."""
+    with contextlib.suppress(Exception):
+        return int(image.getexif().get(0x0112, 0)) if "exif" in image.info else 0
+    return 0
+
+
+def is_of_rgb(profile: bytes | None) -> bool:
+    """Whether it is a whole profile of RGB colours, which the preview has, and not a huge one."""
+    return bool(
+        profile
+        and len(profile) == int.from_bytes(profile[:4]) <= 64 * 1024
+        and (profile[16:20], profile[36:40]) == (b"RGB ", b"acsp")
+    )
+
+
+def blur(image: Image.Image) -> str:
+    """The blurhash of an RGB or RGBA image, on white."""
+    image.thumbnail((BLUR_PIXELS, BLUR_PIXELS))
+    flat = Image.new("RGB", image.size, "white")
+    flat.paste(image, mask=image if image.mode == "RGBA" else None)
+    pixels = flat.get_flattened_data()
+    rows = [pixels[start : start + flat.width] for start in range(0, len(pixels), flat.width)]
+    return str(blurhash.encode(rows, 4, 3))
+
+
+def sanitize_svg(file: IO[bytes]) -> Picture:
+    """Replace an SVG by what svg-hush lets through: no script, handler, link or foreign host.
+
+    Raises NoPicture if it is no SVG, or one that is made to get past or to exhaust a reader.
+    """
+    file.seek(0)
+    source = file.read(MAX_SVG_BYTES + 1)
+    if len(source) > MAX_SVG_BYTES:
+        raise NoPicture("no image: too large an SVG")
+    try:
+        root = read_svg(source)  # first: svg-hush indents, so deep nesting would fill the memory
+        clean = filter_svg(source, {"image": ["png", "jpeg", "gif", "webp"]})
+    except (ValueError, expat.ExpatError) as error:  # their words may be the picture's
+        raise NoPicture(f"no image: {type(error).__name__}") from None
+    if FOREIGN.search(clean):
+        raise NoPicture("no image: a reference to elsewhere")
+    file.seek(0)
+    file.truncate()
+    file.write(clean)
+    file.flush()
+    return Picture("SVG", *svg_size(root))
+
+
+def read_svg(source: bytes) -> dict[str, str]:
+    """Answer the root's attributes. Raises NoPicture or ExpatError for what is no decent SVG."""
+    names: list[str] = []  # of the open elements
+    root: dict[str, str] = {}
+    weight = 0  # the sum of the elements' depths
+
+    def refuse(what: str) -> None:
+        raise NoPicture(f"no image: {what}")
+
+    def start(name: str, attributes: dict[str, str]) -> None:
+        nonlocal weight
+        uri, _, local = name.partition(" ")
+        if not names:
+            root.update(attributes)
+        if (not names and name != f"{SVG} svg") or (uri == SVG and " " in local):
+            refuse("not an SVG")  # or one whose names have a prefix, which svg-hush drops
+        if names[-1:] == [f"{SVG} style"]:
+            refuse("an element in a style sheet")  # svg-hush forgets to filter after it
+        names.append(name)
+        weight += len(names)
+        if len(names) > 200 or weight > 2_000_000:
+            refuse("too many elements, or too deep")
+
+    parser = expat.ParserCreate(namespace_separator=" ")
+    parser.namespace_prefixes = True
+    parser.StartElementHandler, parser.EndElementHandler = start, lambda _: names.pop()
+    parser.EntityDeclHandler = lambda *_: refuse("an entity")
+    parser.Parse(source, True)
+    return root
+
+
+def svg_size(root: Mapping[str, str]) -> tuple[int, int] | tuple[None, None]:
+    """Width and height where they are plain numbers, else those of the viewBox, else none."""
+    box = root.get("viewBox", "").replace(",", " ").split()[2:]
+    for pair in ([root.get("width", ""), root.get("height", "")], box):
+        found = [re.fullmatch(r"(\d{1,6}(?:\.\d{1,9})?)(?:px)?", length) for length in pair]
+        sizes = [round(float(each[1])) for each in found if each]
+        if len(sizes) == len(pair) == 2 and min(sizes) > 0:
+            return sizes[0], sizes[1]
+    return None, None
+
+
+def draw_preview(prompt: str, size: tuple[int, int], source: str, seed: int) -> bytes:
+    """A PNG that is the same for the same arguments: a gradient, or the blurhash of a source image,
+    with the prompt on it.
+    """
+    hue = random.Random(f"{prompt}\0{seed}").randrange(360)
+    sky, ground = f"hsl({hue}, 55%, 24%)", f"hsl({(hue + 50) % 360}, 55%, 62%)"
+    image = ImageOps.colorize(Image.linear_gradient("L").resize(size), sky, ground)
+    if source:
+        rows = blurhash.decode(source, 32, 32)
+        blurred = Image.new("RGB", (32, 32))
+        blurred.putdata([tuple(map(int, pixel)) for row in rows for pixel in row])
+        image = blurred.resize(size)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(max(9, min(size) // 18))
+    words = "".join(c if c.isprintable() else " " for c in f"{prompt} (seed {seed})")
+    width, middle = int(size[0] * 0.9 / font.getlength("n")), (size[0] / 2, size[1] / 2)
+    lines = textwrap.wrap(words, max(4, width), max_lines=6, placeholder=" …")
+    draw.multiline_text(middle, "\n".join(lines), "white", font, "mm", align="center")
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+if __name__ == "__main__":
+    serve()
