@@ -2,7 +2,7 @@
 -- Darkroom: the backend of an app whose users generate images, living in PostgreSQL.
 --
 -- Read these files in order. A user asks for a picture with enqueue_generation (50), which gates
--- (30, 32), charges (40) and queues (45) in one transaction. A worker claims the job (72), makes
+-- (30, 32), charges and queues (50) in one transaction. A worker claims the job (72), makes
 -- the picture and completes or fails it (75). What a dead worker left is picked up by
 -- recover_stale_jobs (80). The user reads the state with get_job_status (60).
 --
@@ -1171,12 +1171,65 @@ begin
   end;
 end;
 $do$;
--- Gating: may this user ask for this? Checks only; nothing here writes.
+-- Gating: may this user ask for this? Nothing here writes but the lock of the user's entitlement.
 --
--- enqueue_generation (50) calls these in order: who asks (require_user_id), is the request well
--- formed (read_request), is the model there and allowed (require_model), does the
--- plan allow one more now (check_limits). Whether the input fits the model is checked in 32, and
--- the credits where they are taken (40).
+-- gate() brings all that a request is held against in one statement; where that is not plainly
+-- well, require_model() and refuse_limits() look closer and say what is wrong. Whether the input
+-- fits the model is checked in 32. Every refusal of the API goes through refuse().
+
+-- Raises one of the API's errors: a stable token, what is wrong, what to do. The one place that
+-- says which HTTP status a token has.
+--
+-- One that passes with time carries Retry-After. PostgREST reads status and headers from the detail
+-- of SQLSTATE PGRST (docs.postgrest.org, "Raise errors with HTTP status codes"). Browsers show no
+-- such header to the page and supabase-js none at all, and a body has texts only: so the hint is
+-- always this sentence, to be read as data.
+create function private.refuse(
+  p_token text, p_detail text, p_hint text default null, p_retry_after integer default null
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_status integer := (jsonb '{
+    "invalid_input": 400, "not_authenticated": 401, "insufficient_credits": 402,
+    "requires_paid_plan": 403, "not_found": 404, "method_not_allowed": 405,
+    "idempotency_conflict": 409, "not_finished": 409, "already_finished": 409,
+    "too_many_active": 429, "rate_limited": 429,
+    "busy": 503, "model_paused": 503, "unavailable": 503
+  }' ->> p_token)::integer;
+begin
+  if p_retry_after is null then
+    raise exception using
+      errcode = 'PT' || v_status, message = p_token, detail = p_detail, hint = coalesce(
+        p_hint, 'Correct the argument and call again.'
+      );
+  end if;
+  raise sqlstate 'PGRST' using
+    message = json_build_object(
+      'code', 'PT' || v_status,
+      'message', p_token,
+      'details', p_detail,
+      'hint', format('Try again in %s seconds.', p_retry_after)
+    )::text,
+    detail = json_build_object(
+      'status', v_status, 'headers', json_build_object('Retry-After', p_retry_after::text)
+    )::text;
+end;
+$$;
+
+create function private.refuse_input(p_detail text, p_hint text default null) returns void
+language sql set search_path = pg_catalog, pg_temp
+return private.refuse('invalid_input', p_detail, p_hint);
+
+create function private.refuse_missing(p_detail text, p_hint text) returns void
+language sql set search_path = pg_catalog, pg_temp
+return private.refuse('not_found', p_detail, p_hint);
+
+-- The token outlived the user.
+create function private.refuse_unknown_user() returns void
+language sql set search_path = pg_catalog, pg_temp
+return private.refuse(
+  'not_authenticated', 'There is no such user any more.', 'Sign in again.'
+);
 
 -- The transaction may write: it is not a GET's, and the database is not read only, as a standby is
 -- and one whose disk is nearly full. Asked before anything is, so that the refusal is ours. The
@@ -1191,13 +1244,12 @@ begin
     and current_setting('default_transaction_read_only') = 'off' then
     return;
   elsif current_setting('request.method', true) in ('GET', 'HEAD') then
-    raise sqlstate 'PT405' using
-      message = 'method_not_allowed',
-      detail = 'This function changes something.',
-      hint = 'Call it by POST.';
+    perform private.refuse(
+      'method_not_allowed', 'This function changes something.', 'Call it by POST.'
+    );
   end if;
-  perform private.refuse_for_now(
-    503, 'unavailable', 'The database takes no changes at the moment.', 30
+  perform private.refuse(
+    'unavailable', 'The database takes no changes at the moment.', p_retry_after => 30
   );
 end;
 $$;
@@ -1211,25 +1263,14 @@ declare
   v_user_id uuid := private.caller_id();
 begin
   if v_user_id is null then
-    raise sqlstate 'PT401' using
-      message = 'not_authenticated',
-      detail = 'The request carries no user.',
-      hint = 'Sign in and send the access token as Authorization: Bearer.';
+    perform private.refuse(
+      'not_authenticated', 'The request carries no user.',
+      'Sign in and send the access token as Authorization: Bearer.'
+    );
   elsif p_writes then
     perform private.require_writable();
   end if;
   return v_user_id;
-end;
-$$;
-
--- Raises PT401 not_authenticated: the token outlived the user.
-create function private.refuse_unknown_user() returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-begin
-  raise sqlstate 'PT401' using
-    message = 'not_authenticated',
-    detail = 'There is no such user any more.',
-    hint = 'Sign in again.';
 end;
 $$;
 
@@ -1249,14 +1290,6 @@ begin
 end;
 $$;
 
--- Raises PT404 not_found.
-create function private.refuse_missing(p_detail text, p_hint text) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-begin
-  raise sqlstate 'PT404' using message = 'not_found', detail = p_detail, hint = p_hint;
-end;
-$$;
-
 -- Raises PT404 not_found, the same for a job that never was, is somebody else's, or is deleted; or
 -- PT401 not_authenticated: the user is.
 create function private.refuse_unknown_job() returns void
@@ -1264,73 +1297,30 @@ language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   perform private.require_known_user_id();
   perform private.refuse_missing(
-    'job_id: no such job of yours',
-    'Use the job_id that enqueue_generation answered.'
+    'job_id: no such job of yours', 'Use the job_id that enqueue_generation answered.'
   );
 end;
 $$;
 
--- Raises PT400 invalid_input.
-create function private.refuse_input(p_detail text, p_hint text default null) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-begin
-  raise sqlstate 'PT400' using
-    message = 'invalid_input',
-    detail = p_detail,
-    hint = coalesce(p_hint, 'Correct the argument and call again.');
-end;
-$$;
-
--- Raises a refusal that passes with time, carrying Retry-After. PostgREST reads status and headers
--- from the detail of SQLSTATE PGRST (docs.postgrest.org, "Raise errors with HTTP status codes").
--- Browsers show no such header to the page and supabase-js none at all, and a body has texts only:
--- so the hint is always this sentence, to be read as data.
-create function private.refuse_for_now(
-  p_status integer, p_token text, p_detail text, p_retry_after_seconds integer
-) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-begin
-  raise sqlstate 'PGRST' using
-    message = json_build_object(
-      'code', 'PT' || p_status,
-      'message', p_token,
-      'details', p_detail,
-      'hint', format('Try again in %s seconds.', p_retry_after_seconds)
-    )::text,
-    detail = json_build_object(
-      'status', p_status,
-      'headers', json_build_object('Retry-After', p_retry_after_seconds::text)
-    )::text;
-end;
-$$;
-
--- JSON given as text. A function of its own: its block for exceptions costs a subtransaction.
+-- The user's generation. Somebody else's is not found, like one that never was.
 --
--- Raises: PT400 invalid_input.
-create function private.unwrap_params(p_text text) returns jsonb
+-- Raises: PT404 not_found.
+create function private.require_generation(p_job_id uuid, p_user_id uuid) returns public.generations
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+  v_generation public.generations;
 begin
-  return p_text::jsonb;
-exception
-  when invalid_text_representation or untranslatable_character or numeric_value_out_of_range
-    or statement_too_complex then
-    perform private.refuse_input('params: not a JSON object');
-    return null;  -- never reached
+  select * into v_generation from public.generations
+  where id = p_job_id and user_id = p_user_id and deleted_at is null;
+  if not found then
+    perform private.refuse_unknown_job();
+  end if;
+  return v_generation;
 end;
-$$;
-
--- Whether JSON holds a number of more than 400 digits: 1e131071 is eight bytes on the way in,
--- sixteen here, and 131 kB once it is written, 0e-16383 likewise. No schema has a use for one.
-create function private.has_endless_number(p_value jsonb) returns boolean
-language sql immutable set search_path = pg_catalog, pg_temp as $$
-  select exists (
-    select from jsonb_path_query(p_value, 'strict $.** ? (@.type() == "number")') as n (value)
-    where abs(n.value::numeric) >= 1e400 or scale(n.value::numeric) > 400
-  )
 $$;
 
 -- The params as an object, if they, the prompts and the key are of a size and form we take. Some
--- gateways hand a jsonb argument as a JSON string holding the text, so it is unwrapped once, here.
+-- gateways hand a jsonb argument as a JSON string that holds the text: it is unwrapped here, once.
 -- p_field is what a refusal calls a prompt, with its place for %1$s.
 --
 -- Raises: PT400 invalid_input.
@@ -1346,12 +1336,22 @@ begin
   select s.max_params_bytes, s.max_prompt_chars into v_max_bytes, v_max_chars
   from private.settings as s;
   if jsonb_typeof(v_params) = 'string' and pg_column_size(v_params) <= 2 * v_max_bytes then
-    v_params := private.unwrap_params(v_params #>> '{}');
+    begin
+      v_params := (v_params #>> '{}')::jsonb;
+    exception
+      when invalid_text_representation or untranslatable_character or numeric_value_out_of_range
+        or statement_too_complex then
+        v_params := 'null';
+    end;
   end if;
   -- Measured before anything is written out: in memory no JSON has more than eight times the bytes
-  -- of its text, and what has less than 500 holds too few numbers to come to much.
-  if pg_column_size(v_params) between 500 and 8 * v_max_bytes
-    and private.has_endless_number(v_params) then
+  -- of its text, and what has less than 500 holds too few numbers to come to much. 1e131071 is
+  -- eight bytes on the way in, sixteen here, and 131 kB once it is written, 0e-16383 likewise. No
+  -- schema has a use for one.
+  if pg_column_size(v_params) between 500 and 8 * v_max_bytes and exists (
+    select from jsonb_path_query(v_params, 'strict $.** ? (@.type() == "number")') as n (value)
+    where abs(n.value::numeric) >= 1e400 or scale(n.value::numeric) > 400
+  ) then
     perform private.refuse_input('params: a number of more than 400 digits');
   elsif pg_column_size(v_params) > 8 * v_max_bytes
     or octet_length(v_params::text) > v_max_bytes then
@@ -1378,22 +1378,43 @@ begin
 end;
 $$;
 
--- The user's generation. Somebody else's is not found, like one that never was.
---
--- Raises: PT404 not_found.
-create function private.require_generation(p_job_id uuid, p_user_id uuid) returns public.generations
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_generation public.generations;
-begin
-  select * into v_generation from public.generations
-  where id = p_job_id and user_id = p_user_id and deleted_at is null;
-  if not found then
-    perform private.refuse_unknown_job();
-  end if;
-  return v_generation;
-end;
-$$;
+create view private.queue_floor with (security_invoker = true) as
+select c.last_value - 100000 as fair_key from private.virtual_clock as c;  -- 100 credits, weight 1
+
+comment on view private.queue_floor is
+  'The fair_key a scan of the queue may start at: what is queued below is rare, and found by a '
+  'full scan at least once a second.';
+
+create view private.live_jobs with (security_invoker = true) as
+select
+  r.job_id,
+  r.user_id
+from private.ready_jobs as r
+union all
+select
+  r.job_id,
+  r.user_id
+from private.running_jobs as r;
+
+comment on view private.live_jobs is
+  'Jobs that are queued or running. A user''s are counted when asked for: a count kept in a row of '
+  'the user is written at every end of a job, and while a long transaction holds back vacuum, each '
+  'write walks all the versions before it.';
+
+create view private.paused_models with (security_invoker = true) as
+select
+  m.id,
+  b.paused_until,
+  b.resumed_at
+from private.breakers as b
+inner join public.models as m on b.name in (m.id, m.provider)
+where b.paused_until is not null or b.resumed_at is not null;
+
+comment on view private.paused_models is
+  'Models that are or were paused, themselves or with their provider.';
+
+revoke all on private.queue_floor, private.live_jobs, private.paused_models
+from public, anon, authenticated, service_role;
 
 -- Until when the model is paused for this user, itself or with its provider; null unless it is. A
 -- pause that failures began is one for those who failed.
@@ -1431,466 +1452,360 @@ begin
 end;
 $$;
 
-create view private.paused_models with (security_invoker = true) as
-select
-  m.id,
-  b.paused_until,
-  b.resumed_at
-from private.breakers as b
-inner join public.models as m on b.name in (m.id, m.provider)
-where b.paused_until is not null or b.resumed_at is not null;
-
-comment on view private.paused_models is
-  'Models that are or were paused, themselves or with their provider.';
-
-revoke all on private.paused_models from public, anon, authenticated, service_role;
-
--- The model that an alias stands for with this user; null if there is no such alias.
---
--- Weighted rendezvous hashing: each arm draws a number that depends on nothing but user and arm,
--- and the smallest wins. So a user stays with an arm, and a change of weights moves as few as
--- possible. A paused arm is passed over while another is not.
-create function private.resolve_alias(p_alias_id text, p_user_id uuid, p_plan text) returns text
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select a.model_id
-  from public.model_aliases as a
-  inner join public.models as m on m.id = a.model_id
-  cross join lateral (
-    select ('x' || left(md5(concat_ws(' ', p_user_id, a.id, a.model_id)), 12))::bit(48)::bigint as n
-  ) as drawn
-  where a.id = p_alias_id and a.weight > 0 and m.is_active
-    and (p_plan = 'paid' or not m.requires_paid)
-  order by
-    private.paused_until(m, p_user_id) is not null,
-    -ln((drawn.n + 1) / 281474976710657.0) / a.weight
-  limit 1
+-- The plan of a user now: paid or free.
+create function private.plan_of(p_entitlement public.entitlements) returns private.plans
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+begin
+  return (select p from private.plans as p where p.name = case
+    when p_entitlement.is_paid and p_entitlement.paid_until > now() then 'paid' else 'free'
+  end);
+end;
 $$;
 
--- Raises PT503 model_paused.
-create function private.refuse_paused(p_model_id text, p_until timestamptz) returns void
+create type private.gate as (
+  user_id uuid,
+  credits integer,
+  last_fair_key bigint,
+  plan text,
+  weight integer,
+  max_active integer,
+  max_batch integer,
+  may_be_over_limits boolean,
+  max_params_bytes integer,
+  max_prompt_chars integer,
+  is_model_unclear boolean,
+  model public.models
+);
+
+comment on type private.gate is
+  'What a request is held against: the user''s balance and plan, the model, and whether there is '
+  'anything to look at more closely. See private.gate().';
+
+-- All that a request of this user for this model is held against, with the entitlement locked. From
+-- here on the user's requests take turns, and what a later statement counts is sure until the end.
+--
+-- queue_state is refreshed twice a minute, or not at all while nothing runs. Nothing that is ready
+-- now can have been so before the oldest that was ready then, nor, if there was none, before then.
+-- So it never hides that the queue is busy; where it may be, the queue itself is looked at.
+--
+-- Who waits for the lock may be paid when it comes, so the plan is fetched apart: in a join
+-- PostgreSQL would look at the row again and find that it matches its plan no more.
+--
+-- Raises: PT401 not_authenticated.
+create function private.gate(p_user_id uuid, p_model text) returns private.gate
 language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_gate private.gate;
 begin
-  perform private.refuse_for_now(
-    503,
-    'model_paused',
-    format('%s is paused', p_model_id),
-    ceil(extract(epoch from least(p_until, now() + interval '1 hour') - now()))::integer
-  );
+  select
+    e.user_id, e.credits, e.last_fair_key, p.name, p.weight, p.max_active, p.max_batch,
+    (e.minute_jobs >= p.max_per_minute and e.minute_started_at > now() - interval '1 minute')
+    or (
+      e.day_started_at > now() - interval '1 day' and (
+        e.day_jobs >= p.max_per_minute::bigint * p.full_minutes_per_day
+        or e.day_burned >= p.max_burned_per_day
+      )
+    ) or coalesce(
+      (select least(q.oldest_ready_at, q.refreshed_at) from private.queue_state as q)
+      < now() - p.busy_after, false
+    ),
+    s.max_params_bytes, s.max_prompt_chars,
+    m.id is null or (m.requires_paid and p.name <> 'paid') or exists (
+      select from private.breakers as b
+      where b.paused_until > now() or e.user_id = any (b.failed_users || b.doubted_users)
+    ),
+    m
+  into v_gate
+  from public.entitlements as e
+  cross join private.settings as s
+  left join public.models as m on m.id = p_model and m.is_active
+  cross join lateral (
+    select * from private.plans as p
+    where p.name = case when e.is_paid and e.paid_until > now() then 'paid' else 'free' end offset 0
+  ) as p
+  where e.user_id = p_user_id
+  for update of e;
+  if not found then
+    perform private.refuse_unknown_user();
+  end if;
+  return v_gate;
 end;
 $$;
 
 -- The model of this name, or the one that an alias of this name stands for, if this user may use
 -- it.
 --
+-- Weighted rendezvous hashing: each arm of an alias draws a number that depends on nothing but user
+-- and arm, and the smallest wins. So a user stays with an arm, and a change of weights moves as few
+-- as possible. A paused arm is passed over while another is not.
+--
 -- Raises: PT404 not_found, PT403 requires_paid_plan, PT503 model_paused.
-create function private.require_model(
-  p_name text, p_user_id uuid, p_plan text
-) returns public.models
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+create function private.require_model(p_gate private.gate, p_name text) returns public.models
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
-  v_model public.models;
+  v_model public.models := p_gate.model;
   v_paused_until timestamptz;
 begin
-  select * into v_model from public.models where id = p_name and is_active;
-  if not found then
-    select * into v_model from public.models
-    where id = private.resolve_alias(p_name, p_user_id, p_plan);
+  if v_model.id is null then
+    select m.* into v_model
+    from public.model_aliases as a
+    inner join public.models as m on m.id = a.model_id
+    cross join lateral (
+      select
+        ('x' || left(md5(concat_ws(' ', p_gate.user_id, a.id, m.id)), 12))::bit(48)::bigint as n
+    ) as drawn
+    where a.id = p_name and a.weight > 0 and m.is_active
+      and (p_gate.plan = 'paid' or not m.requires_paid)
+    order by
+      private.paused_until(m, p_gate.user_id) is not null,
+      -ln((drawn.n + 1) / 281474976710657.0) / a.weight
+    limit 1;
   end if;
   if v_model.id is null then
     perform private.refuse_missing('model: no such model', 'list_models() names them.');
+  elsif v_model.requires_paid and p_gate.plan <> 'paid' then
+    perform private.refuse(
+      'requires_paid_plan', format('%s is for paid users', v_model.id),
+      'Choose another model or a paid plan.'
+    );
   end if;
-  if v_model.requires_paid and p_plan <> 'paid' then
-    raise sqlstate 'PT403' using
-      message = 'requires_paid_plan',
-      detail = format('%s is for paid users', v_model.id),
-      hint = 'Choose another model or a paid plan.';
-  end if;
-  if exists (
-    select from private.breakers as b
-    where b.paused_until > now() or p_user_id = any (b.failed_users || b.doubted_users)
-  ) then
-    v_paused_until := private.paused_until(v_model, p_user_id);
-    if v_paused_until is not null then
-      perform private.refuse_paused(v_model.id, v_paused_until);
-    end if;
+  v_paused_until := private.paused_until(v_model, p_gate.user_id);
+  if v_paused_until is not null then
+    perform private.refuse(
+      'model_paused', format('%s is paused', v_model.id), p_retry_after => ceil(
+        extract(epoch from least(v_paused_until, now() + interval '1 hour') - now())
+      )::integer
+    );
   end if;
   return v_model;
 end;
 $$;
 
--- The plan of a user now: paid or free.
-create function private.plan_of(p_entitlement public.entitlements) returns private.plans
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_plan private.plans;
-  v_is_paid boolean := p_entitlement.is_paid and p_entitlement.paid_until > now();
-begin
-  select * into v_plan from private.plans as p
-  where p.name = case when v_is_paid then 'paid' else 'free' end;
-  return v_plan;
-end;
-$$;
-
-create view private.queue_floor with (security_invoker = true) as
-select c.last_value - 100000 as fair_key from private.virtual_clock as c;  -- 100 credits, weight 1
-
-comment on view private.queue_floor is
-  'The fair_key a scan of the queue may start at: what is queued below is rare, and found by a '
-  'full scan at least once a second.';
-
-revoke all on private.queue_floor from public, anon, authenticated, service_role;
-
-create view private.live_jobs with (security_invoker = true) as
-select
-  r.job_id,
-  r.user_id
-from private.ready_jobs as r
-union all
-select
-  r.job_id,
-  r.user_id
-from private.running_jobs as r;
-
-comment on view private.live_jobs is
-  'Jobs that are queued or running. A user''s are counted when asked for: a count kept in a row of '
-  'the user is written at every end of a job, and while a long transaction holds back vacuum, each '
-  'write walks all the versions before it.';
-
-revoke all on private.live_jobs from public, anon, authenticated, service_role;
-
 -- Whether a job has waited this long though its user has nothing running. Who has, waits for his
 -- own: one user's long queue is old, but no reason to refuse others, who go before it. Looked for
 -- among the next jobs in fair order: whoever has waited for a first job is there.
-create function private.has_waited(p_interval interval) returns boolean
-language sql set search_path = pg_catalog, pg_temp as $$
-  select exists (
-    select from (
-      select r.user_id, r.model_id, r.queued_at from private.ready_jobs as r
-      where r.run_at is null and r.fair_key >= (select f.fair_key from private.queue_floor as f)
-      order by r.fair_key, r.seq limit 1000
-    ) as next
-    where next.queued_at < now() - p_interval
-      and next.user_id not in (select r.user_id from private.running_jobs as r)
-      -- Nor does it wait for us while its model is paused.
-      and not exists (
-        select from private.paused_models as p
-        where p.id = next.model_id
-          and (p.paused_until is not null or p.resumed_at > now() - p_interval)
-      )
-  )
-$$;
-
--- Whether the queue is too far behind for a request of this plan.
---
--- queue_state is refreshed twice a minute, or not at all while nothing runs. Nothing that is ready
--- now can have been so before the oldest that was ready then, nor, if there was none, before then.
--- So it never hides that the queue is busy; where it says so, the queue itself is looked at.
-create function private.is_busy(p_plan private.plans) returns boolean
+create function private.is_busy(p_busy_after interval) returns boolean
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   if (select least(q.oldest_ready_at, q.refreshed_at) from private.queue_state as q)
-    < now() - p_plan.busy_after then
-    return private.has_waited(p_plan.busy_after);
+    < now() - p_busy_after then
+    return exists (
+      select from (
+        select r.user_id, r.model_id, r.queued_at from private.ready_jobs as r
+        where r.run_at is null and r.fair_key >= (select f.fair_key from private.queue_floor as f)
+        order by r.fair_key, r.seq limit 1000
+      ) as next
+      where next.queued_at < now() - p_busy_after
+        and next.user_id not in (select r.user_id from private.running_jobs as r)
+        -- Nor does it wait for us while its model is paused.
+        and not exists (
+          select from private.paused_models as p
+          where p.id = next.model_id
+            and (p.paused_until is not null or p.resumed_at > now() - p_busy_after)
+        )
+    );
   end if;
   return false;
 end;
 $$;
 
--- One more job fits the plan's limits. The caller has locked the entitlement row, and what is
--- counted here is counted after that: concurrent requests cannot pass them together.
---
--- Raises: PT429 too_many_active, PT429 rate_limited, PT503 busy.
-create function private.check_limits(
-  p_entitlement public.entitlements, p_plan private.plans
-) returns void
+-- Raises PT429 too_many_active, PT429 rate_limited or PT503 busy, unless one more job fits after
+-- all: the queue is not as old as it seemed.
+create function private.refuse_limits(p_user_id uuid) returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_used public.entitlements := (
+    select e from public.entitlements as e where e.user_id = p_user_id
+  );
+  v_plan private.plans := private.plan_of(v_used);
+  v_max_per_day bigint := v_plan.max_per_minute::bigint * v_plan.full_minutes_per_day;
 begin
-  if p_plan.max_active <= (
+  if v_plan.max_active <= (
     select count(*) from (
-      select from private.live_jobs as j
-      where j.user_id = p_entitlement.user_id limit p_plan.max_active
+      select from private.live_jobs as j where j.user_id = p_user_id limit v_plan.max_active
     ) as live
   ) then
-    perform private.refuse_for_now(
-      429,
+    perform private.refuse(
       'too_many_active',
-      format('%s jobs are queued or running, the plan''s limit', p_plan.max_active),
-      5
+      format('%s jobs are queued or running, the plan''s limit', v_plan.max_active),
+      p_retry_after => 5
     );
-  end if;
-  if p_entitlement.minute_jobs >= p_plan.max_per_minute
-    and p_entitlement.minute_started_at > now() - interval '1 minute' then
-    perform private.refuse_for_now(
-      429,
-      'rate_limited',
-      format('%s jobs in this minute, the plan''s limit', p_plan.max_per_minute),
-      ceil(extract(
-        epoch from p_entitlement.minute_started_at + interval '1 minute' - now()
-      ))::integer
+  elsif v_used.minute_started_at > now() - interval '1 minute'
+    and v_used.minute_jobs >= v_plan.max_per_minute then
+    perform private.refuse(
+      'rate_limited', format('%s jobs in this minute, the plan''s limit', v_plan.max_per_minute),
+      p_retry_after => ceil(
+        extract(epoch from v_used.minute_started_at + interval '1 minute' - now())
+      )::integer
     );
-  end if;
-  if p_entitlement.day_started_at > now() - interval '1 day' and (
-    p_entitlement.day_jobs >= p_plan.max_per_minute::bigint * p_plan.full_minutes_per_day
-    or p_entitlement.day_burned >= p_plan.max_burned_per_day
+  elsif v_used.day_started_at > now() - interval '1 day' and (
+    v_used.day_jobs >= v_max_per_day or v_used.day_burned >= v_plan.max_burned_per_day
   ) then
-    perform private.refuse_for_now(
-      429,
-      'rate_limited',
-      format(
+    perform private.refuse(
+      'rate_limited', format(
         '%s jobs in this day, %s of them canceled when they ran: the plan''s limits are %s and %s',
-        p_entitlement.day_jobs, p_entitlement.day_burned,
-        p_plan.max_per_minute::bigint * p_plan.full_minutes_per_day, p_plan.max_burned_per_day
+        v_used.day_jobs, v_used.day_burned, v_max_per_day, v_plan.max_burned_per_day
       ),
-      ceil(extract(epoch from p_entitlement.day_started_at + interval '1 day' - now()))::integer
+      p_retry_after => ceil(
+        extract(epoch from v_used.day_started_at + interval '1 day' - now())
+      )::integer
     );
+  elsif private.is_busy(v_plan.busy_after) then
+    perform private.refuse('busy', 'Jobs wait too long to take in more.', p_retry_after => 60);
   end if;
-  if private.is_busy(p_plan) then
-    perform private.refuse_for_now(503, 'busy', 'Jobs wait too long to take in more.', 60);
-  end if;
-end;
-$$;
--- Size: a width and height, or a shape, in the words the model knows.
---
--- Some models take pixels, some a ratio such as 16:9, some a size such as 1365x1024. map_size puts
--- the nearest the model knows in place of what it does not; what cannot be mapped stays as it is,
--- for check_params (32) to refuse. Nothing here refuses.
-
--- The option of the model's own sizes nearest to width and height: {property: option}; null if it
--- has none. Options are ratios such as 16:9, or sizes such as 1024x768; shape counts before area.
-create function private.nearest_size(
-  p_model public.models, p_width numeric, p_height numeric
-) returns jsonb
-language sql immutable set search_path = pg_catalog, pg_temp as $$
-  select jsonb_build_object(p.name, o.option)
-  from unnest('{aspect_ratio,size,image_size,resolution}'::text[])
-    with ordinality as p (name, place)
-  cross join jsonb_array_elements_text(
-    coalesce(p_model.input_schema #> array['properties', p.name, 'enum'], '[]')
-  ) as o (option)
-  cross join regexp_match(o.option, '^(\d{1,5}) ?[:x*×] ?(\d{1,5})$') as m
-  where p.name = any (p_model.client_inputs) and m[1]::numeric > 0 and m[2]::numeric > 0
-  order by
-    p.place,
-    abs(ln(m[1]::numeric / m[2]::numeric) - ln(p_width / p_height)),
-    abs(ln(m[1]::numeric * m[2]::numeric) - ln(p_width * p_height))
-  limit 1
-$$;
-
--- The side nearest to this many pixels that a property allows: one of its enum, else a multiple of
--- 64, as diffusion models like it, within its limits.
-create function private.fit_side(p_rules jsonb, p_pixels numeric) returns numeric
-language sql immutable set search_path = pg_catalog, pg_temp as $$
-  select coalesce(
-    (
-      select e.value::numeric from jsonb_array_elements(p_rules -> 'enum') as e
-      order by abs(e.value::numeric - p_pixels) limit 1
-    ),
-    least(
-      floor(coalesce((p_rules ->> 'maximum')::numeric, 2048) / s.step) * s.step,
-      greatest(
-        ceil(coalesce((p_rules ->> 'minimum')::numeric, 64) / s.step) * s.step,
-        round(p_pixels / s.step) * s.step
-      )
-    )
-  )
-  from (
-    select case
-      when 64 % coalesce((p_rules ->> 'multipleOf')::numeric, 1) = 0 then 64
-      else (p_rules ->> 'multipleOf')::numeric
-    end as step
-  ) as s
-$$;
-
--- Width and height of a shape for a model that wants pixels, with the area of its defaults.
-create function private.pixels_of_shape(p_model public.models, p_shape numeric) returns jsonb
-language sql immutable set search_path = pg_catalog, pg_temp as $$
-  select jsonb_build_object(
-    'width', private.fit_side(p.w, sqrt(a.pixels * p_shape)),
-    'height', private.fit_side(p.h, sqrt(a.pixels / p_shape))
-  )
-  from (values (
-    p_model.input_schema #> '{properties,width}', p_model.input_schema #> '{properties,height}'
-  )) as p (w, h)
-  cross join lateral (
-    select coalesce((p.w ->> 'default')::numeric, 1024)
-      * coalesce((p.h ->> 'default')::numeric, 1024) as pixels
-  ) as a
-$$;
-
--- A number of the params if it can be a side of a picture, else null.
-create function private.read_side(p_params jsonb, p_name text) returns numeric
-language sql immutable set search_path = pg_catalog, pg_temp as $$
-  select case jsonb_typeof(p_params -> p_name) when 'number' then (
-    select n.side from (select (p_params ->> p_name)::numeric as side) as n
-    where n.side % 1 = 0 and n.side between 1 and 16384
-  ) end
-$$;
-
--- The params with a size the model knows in place of one it does not. What cannot be mapped stays
--- as it is, for check_params to refuse.
-create function private.map_size(p_model public.models, p_params jsonb) returns jsonb
-language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_takes_pixels boolean := p_model.client_inputs @> '{width,height}';
-  v_width numeric := private.read_side(p_params, 'width');
-  v_height numeric := private.read_side(p_params, 'height');
-  v_ratio text[] := regexp_match(
-    p_params ->> 'aspect_ratio', '^0*([1-9]\d{0,3}):0*([1-9]\d{0,3})$'
-  );
-  v_size jsonb;
-begin
-  if v_width is not null and v_height is not null and not v_takes_pixels then
-    v_size := private.nearest_size(p_model, v_width, v_height);
-    return case
-      when v_size is null then p_params
-      else v_size || (p_params - '{width,height}'::text[])
-    end;
-  elsif v_ratio is not null and not 'aspect_ratio' = any (p_model.client_inputs) then
-    v_size := case
-      when v_takes_pixels
-        then private.pixels_of_shape(p_model, v_ratio[1]::numeric / v_ratio[2]::numeric)
-      else private.nearest_size(p_model, v_ratio[1]::numeric, v_ratio[2]::numeric)
-    end;
-    return case when v_size is null then p_params else v_size || (p_params - 'aspect_ratio') end;
-  elsif v_width is not null and v_height is not null then
-    -- Some models look at pixels only when asked for a custom shape.
-    select coalesce(jsonb_object_agg(c.name, 'custom'), '{}') into v_size
-    from unnest('{aspect_ratio,size}'::text[]) as c (name)
-    where p_model.input_schema #> array['properties', c.name, 'enum'] @> '["custom"]';
-    return v_size || p_params;
-  end if;
-  return p_params;
 end;
 $$;
 -- Input: do the params fit the model's schema, and what is the provider sent?
 --
--- All of it is done before any credit moves. prepare_params takes what the jobs of a batch
--- have in common: map_size (31) puts a size in the model's own words, check_params holds every
--- param against the schema, and defaults and the operator's own values are added. complete_input
--- adds a prompt and a seed. The generation keeps both what was asked (input) and what is sent
+-- provider_inputs does all of it before any credit moves: a size in the model's own words, every
+-- param held against the schema, defaults under it, the operator's own values over it, then the
+-- prompt and a seed of each job. The generation keeps both what was asked (input) and what is sent
 -- (provider_input).
 
--- Why a value does not fit a property of a schema, with what is allowed; null if it does.
-create function private.input_problem(p_value jsonb, p_property jsonb) returns text
+-- Why a value does not fit a property of a schema, with what is allowed; null if it does. Beyond
+-- 2^53 JSON numbers are not exact.
+create function private.input_problem(p_value jsonb, p_rules jsonb) returns text
 language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 declare
-  v_type text := p_property ->> 'type';
+  v_type text := p_rules ->> 'type';
+  v_least numeric;
+  v_most numeric;
+  v_size numeric;
 begin
-  if p_property ?| '{anyOf,enum,nullable}' then
-    if p_value = 'null' and p_property @> '{"nullable": true}' then
-      return null;
-    elsif p_property ? 'anyOf' then
-      return case when (
-        select bool_and(private.input_problem(p_value, o.value) is not null)
-        from jsonb_array_elements(p_property -> 'anyOf') as o
-      ) then 'none of its types: ' || left(p_property ->> 'anyOf', 1000) end;
-    end if;
-  end if;
-  if jsonb_typeof(p_value) is distinct from replace(v_type, 'integer', 'number')
+  if p_value = 'null' and p_rules @> '{"nullable": true}' then
+    return null;
+  elsif p_rules ? 'anyOf' then
+    return case when (
+      select bool_and(private.input_problem(p_value, o.value) is not null)
+      from jsonb_array_elements(p_rules -> 'anyOf') as o
+    ) then 'none of its types: ' || left(p_rules ->> 'anyOf', 1000) end;
+  elsif jsonb_typeof(p_value) is distinct from replace(v_type, 'integer', 'number')
     or (v_type = 'integer' and p_value::numeric % 1 <> 0) then
     return 'not of type ' || coalesce(v_type, 'allowed here');
-  elsif p_property ? 'enum' and not (p_property -> 'enum') @> jsonb_build_array(p_value) then
-    return 'not one of ' || left(p_property ->> 'enum', 1000);
-  end if;
-  return case jsonb_typeof(p_value)
-    when 'number' then case
-      when p_value >= p_property -> 'minimum' and p_value <= p_property -> 'maximum'
-        and not p_property ?| '{exclusiveMinimum,exclusiveMaximum,multipleOf}' then null
-      else private.number_problem(p_value::numeric, p_property)
-    end
-    when 'string' then case when p_property ?| '{maxLength,minLength}' then
-      private.length_problem(length(p_value #>> '{}'), p_property, 'Length', null)
-    end
-    when 'array' then coalesce(
-      private.length_problem(jsonb_array_length(p_value), p_property, 'Items', 16),
-      private.items_problem(p_value, p_property -> 'items')
-    )
-  end;
-end;
-$$;
-
--- The same for the range of a number; beyond 2^53 JSON numbers are not exact.
-create function private.number_problem(p_number numeric, p_property jsonb) returns text
-language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_lowest numeric := coalesce((p_property ->> 'minimum')::numeric, -9007199254740991);
-  v_highest numeric := coalesce((p_property ->> 'maximum')::numeric, 9007199254740991);
-begin
-  if p_number not between v_lowest and v_highest then
-    return format('not between %s and %s', v_lowest, v_highest);
-  elsif p_property ?| '{exclusiveMinimum,exclusiveMaximum,multipleOf}' then
+  elsif p_rules ? 'enum' and not (p_rules -> 'enum') @> jsonb_build_array(p_value) then
+    return 'not one of ' || left(p_rules ->> 'enum', 1000);
+  elsif v_type in ('integer', 'number') then
+    v_least := coalesce((p_rules ->> 'minimum')::numeric, -9007199254740991);
+    v_most := coalesce((p_rules ->> 'maximum')::numeric, 9007199254740991);
+    v_size := p_value::numeric;
+    if v_size not between v_least and v_most then
+      return format('not between %s and %s', v_least, v_most);
+    elsif p_rules ?| '{exclusiveMinimum,exclusiveMaximum,multipleOf}' then
+      return case
+        when v_size <= (p_rules ->> 'exclusiveMinimum')::numeric
+          then 'not above ' || (p_rules ->> 'exclusiveMinimum')
+        when v_size >= (p_rules ->> 'exclusiveMaximum')::numeric
+          then 'not below ' || (p_rules ->> 'exclusiveMaximum')
+        when v_size % (p_rules ->> 'multipleOf')::numeric <> 0
+          then 'not a multiple of ' || (p_rules ->> 'multipleOf')
+      end;
+    end if;
+  elsif v_type = 'string' and p_rules ?| '{maxLength,minLength}' then
+    v_size := length(p_value #>> '{}');
     return case
-      when p_number <= (p_property ->> 'exclusiveMinimum')::numeric
-        then 'not above ' || (p_property ->> 'exclusiveMinimum')
-      when p_number >= (p_property ->> 'exclusiveMaximum')::numeric
-        then 'not below ' || (p_property ->> 'exclusiveMaximum')
-      when p_number % (p_property ->> 'multipleOf')::numeric <> 0
-        then 'not a multiple of ' || (p_property ->> 'multipleOf')
+      when v_size > (p_rules ->> 'maxLength')::numeric
+        then format('longer than %s characters', p_rules ->> 'maxLength')
+      when v_size < (p_rules ->> 'minLength')::numeric
+        then format('shorter than %s characters', p_rules ->> 'minLength')
+    end;
+  elsif v_type = 'array' then
+    v_most := coalesce((p_rules ->> 'maxItems')::numeric, 16);
+    v_size := jsonb_array_length(p_value);
+    return case
+      when v_size > v_most then format('longer than %s items', v_most)
+      when v_size < (p_rules ->> 'minItems')::numeric
+        then format('shorter than %s items', p_rules ->> 'minItems')
+      else (
+        select 'an item is ' || q.problem
+        from jsonb_array_elements(p_value) with ordinality as i (value, place)
+        cross join private.input_problem(i.value, p_rules -> 'items') as q (problem)
+        where q.problem is not null order by i.place limit 1
+      )
     end;
   end if;
   return null;
 end;
 $$;
 
--- The same for the length of a text (minLength, maxLength) or an array (minItems, maxItems).
-create function private.length_problem(
-  p_length integer, p_property jsonb, p_unit text, p_default_max integer
-) returns text
+-- The params with a size the model knows in place of one it does not: the nearest of its own ratios
+-- or sizes (shape counts before area), or pixels of that shape, with the area of its defaults, in
+-- the nearest steps it allows. What cannot be mapped stays as it is, for its schema to refuse.
+create function private.map_size(p_model public.models, p_params jsonb) returns jsonb
 language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 declare
-  v_most numeric := coalesce((p_property ->> ('max' || p_unit))::numeric, p_default_max);
-  v_least numeric := (p_property ->> ('min' || p_unit))::numeric;
-  v_unit text := case p_unit when 'Items' then 'items' else 'characters' end;
-begin
-  return case
-    when p_length > v_most then format('longer than %s %s', v_most, v_unit)
-    when p_length < v_least then format('shorter than %s %s', v_least, v_unit)
-  end;
-end;
-$$;
-
--- The same for the items of an array.
-create function private.items_problem(p_value jsonb, p_items jsonb) returns text
-language sql immutable set search_path = pg_catalog, pg_temp as $$
-  select 'an item is ' || q.problem
-  from jsonb_array_elements(p_value) with ordinality as i (value, place)
-  cross join private.input_problem(i.value, p_items) as q (problem)
-  where q.problem is not null
-  order by i.place limit 1
-$$;
-
--- Answers the params if every one is one the model takes from clients and fits its schema, and none
--- it needs is missing.
---
--- Raises: PT400 invalid_input, naming the field and what is allowed.
-create function private.check_params(p_model public.models, p_params jsonb) returns jsonb
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
   v_properties jsonb := p_model.input_schema -> 'properties';
-  v_required jsonb := p_model.input_schema -> 'required';
-  v_foreign jsonb := p_params - p_model.client_inputs;
-  v_name text;
-  v_problem text;
+  v_takes_pixels boolean := p_model.client_inputs @> '{width,height}';
+  v_sides numeric[] := array(
+    select s.side from unnest('{width,height}'::text[]) with ordinality as n (name, place)
+    cross join lateral (
+      select case jsonb_typeof(p_params -> n.name) when 'number' then (p_params ->> n.name)::numeric
+      end as side
+    ) as s
+    where s.side % 1 = 0 and s.side between 1 and 16384 order by n.place
+  );
+  v_ratio numeric[] := regexp_match(
+    p_params ->> 'aspect_ratio', '^0*([1-9]\d{0,3}):0*([1-9]\d{0,3})$'
+  )::numeric[];
+  v_unknown text[] := array['aspect_ratio'];
+  v_size jsonb;
 begin
-  if v_foreign <> '{}' then
-    select min(f.name) into v_name from jsonb_object_keys(v_foreign) as f (name);
-    perform private.refuse_input(
-      format('params.%s: not an input of %s', left(v_name, 60), p_model.id),
-      'Allowed: ' || array_to_string(p_model.client_inputs, ', ')
-    );
-  end if;
-  foreach v_name in array p_model.client_inputs loop
-    if p_params ? v_name then
-      v_problem := private.input_problem(p_params -> v_name, v_properties -> v_name);
-      if v_problem is not null then
-        perform private.refuse_input(format('params.%s: %s', v_name, v_problem));
-      end if;
-    elsif v_required ? v_name and v_name <> 'seed' and not v_properties -> v_name ? 'default'
-      and not p_model.operator_input ? v_name then
-      perform private.refuse_input(format('params.%s: missing', v_name));
+  if cardinality(v_sides) = 2 and not v_takes_pixels then
+    v_ratio := v_sides;
+    v_unknown := array['width', 'height'];
+  elsif v_ratio is null or 'aspect_ratio' = any (p_model.client_inputs) then
+    if cardinality(v_sides) = 2 then
+      -- Some models look at pixels only when asked for a custom shape.
+      select coalesce(jsonb_object_agg(c.name, 'custom'), '{}') into v_size
+      from unnest('{aspect_ratio,size}'::text[]) as c (name)
+      where v_properties #> array[c.name, 'enum'] @> '["custom"]';
     end if;
-  end loop;
-  return p_params;
+    return coalesce(v_size, '{}') || p_params;
+  end if;
+  if v_takes_pixels then
+    select jsonb_object_agg(s.name, coalesce(
+      (
+        select e.value::numeric from jsonb_array_elements(r.rules -> 'enum') as e
+        order by abs(e.value::numeric - s.pixels) limit 1
+      ),
+      least(
+        floor(coalesce((r.rules ->> 'maximum')::numeric, 2048) / r.step) * r.step,
+        greatest(
+          ceil(coalesce((r.rules ->> 'minimum')::numeric, 64) / r.step) * r.step,
+          round(s.pixels / r.step) * r.step
+        )
+      )
+    )) into v_size
+    from (
+      select coalesce((v_properties #>> '{width,default}')::numeric, 1024)
+        * coalesce((v_properties #>> '{height,default}')::numeric, 1024) as area
+    ) as a
+    cross join lateral (values
+      ('width', sqrt(a.area * v_ratio[1] / v_ratio[2])),
+      ('height', sqrt(a.area * v_ratio[2] / v_ratio[1]))
+    ) as s (name, pixels)
+    cross join lateral (
+      -- Multiples of 64, as diffusion models like them.
+      select v_properties -> s.name as rules, case
+        when 64 % coalesce((v_properties #>> array[s.name, 'multipleOf'])::numeric, 1) = 0 then 64
+        else (v_properties #>> array[s.name, 'multipleOf'])::numeric
+      end as step
+    ) as r;
+  else
+    select jsonb_build_object(p.name, o.option) into v_size
+    from unnest('{aspect_ratio,size,image_size,resolution}'::text[])
+      with ordinality as p (name, place)
+    cross join jsonb_array_elements_text(
+      coalesce(v_properties #> array[p.name, 'enum'], '[]')
+    ) as o (option)
+    cross join regexp_match(o.option, '^(\d{1,5}) ?[:x*×] ?(\d{1,5})$') as m
+    where p.name = any (p_model.client_inputs) and m[1]::numeric > 0 and m[2]::numeric > 0
+    order by
+      p.place,
+      abs(ln(m[1]::numeric / m[2]::numeric) - ln(v_ratio[1] / v_ratio[2])),
+      abs(ln(m[1]::numeric * m[2]::numeric) - ln(v_ratio[1] * v_ratio[2]))
+    limit 1;
+  end if;
+  return case when v_size is null then p_params else v_size || (p_params - v_unknown) end;
 end;
 $$;
 
@@ -1942,100 +1857,97 @@ begin
 end;
 $$;
 
--- The model makes nothing without a prompt. One that needs a picture and has a prompt of its own,
--- an upscaler say, does.
-create function private.needs_prompt(p_model public.models) returns boolean
-language sql immutable set search_path = pg_catalog, pg_temp as $$
-  select p_model.prompt_input is not null and not (
-    coalesce(p_model.input_schema -> 'required' ?| p_model.image_inputs, false)
-    and not p_model.input_schema -> 'required' ? p_model.prompt_input
-    and p_model.input_schema #> array['properties', p_model.prompt_input] ? 'default'
-  )
-$$;
-
--- params.reuse is ours, not the model's: see find_reusable (50). Raises: PT400 invalid_input.
-create function private.check_reuse(p_params jsonb) returns void
+-- What the provider is sent for each prompt. A seed is chosen where the model has one and nobody
+-- said it, so that every picture can be made again. It also marks the job: a lost create is found
+-- at the provider by its input. params.reuse is ours, not the model's: see enqueue_generation (50).
+-- p_field is what a refusal calls a prompt, with its place for %1$s.
+--
+-- Raises: PT400 invalid_input, naming the field and what is allowed.
+create function private.provider_inputs(
+  p_model public.models, p_user_id uuid, p_params jsonb, p_prompts text[],
+  p_field text default 'prompt'
+) returns jsonb[]
 language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_params jsonb := p_params - 'reuse';
+  v_properties jsonb := p_model.input_schema -> 'properties';
+  v_required jsonb := p_model.input_schema -> 'required';
+  v_seed jsonb := v_properties -> 'seed';
+  v_prompt_rules jsonb := v_properties -> p_model.prompt_input;
+  v_lowest bigint := greatest(0, (v_seed ->> 'minimum')::numeric);
+  v_has_prompt boolean;
+  v_inputs jsonb[];
+  v_name text;
+  v_problem text;
 begin
-  if jsonb_typeof(p_params -> 'reuse') <> 'boolean' then
+  if p_params ? 'reuse' and jsonb_typeof(p_params -> 'reuse') <> 'boolean' then
     perform private.refuse_input('params.reuse: not of type boolean');
   elsif p_params @> '{"reuse": true}' and not p_params ? 'seed' then
     perform private.refuse_input(
       'params.reuse: needs params.seed', 'Without a seed every picture is another one.'
     );
-  end if;
-end;
-$$;
-
--- What all of a request's jobs are sent but for prompt and seed: defaults, the user's params, the
--- operator's own values.
---
--- Raises: PT400 invalid_input.
-create function private.prepare_params(
-  p_model public.models, p_user_id uuid, p_params jsonb
-) returns jsonb
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_params jsonb := p_params;
-begin
-  if v_params ? 'reuse' then
-    perform private.check_reuse(v_params);
-    v_params := v_params - 'reuse';
-  end if;
-  if v_params ?& '{width,height}' or v_params ? 'aspect_ratio' then
+  elsif v_params ?& '{width,height}' or v_params ? 'aspect_ratio' then
     v_params := private.map_size(p_model, v_params);
   end if;
-  v_params := private.check_params(p_model, v_params);
+  if v_params - p_model.client_inputs <> '{}' then
+    v_name := (
+      select min(f.name) from jsonb_object_keys(v_params - p_model.client_inputs) as f (name)
+    );
+    perform private.refuse_input(
+      format('params.%s: not an input of %s', left(v_name, 60), p_model.id),
+      'Allowed: ' || array_to_string(p_model.client_inputs, ', ')
+    );
+  end if;
+  foreach v_name in array p_model.client_inputs loop
+    v_problem := case
+      when v_params ? v_name
+        then private.input_problem(v_params -> v_name, v_properties -> v_name)
+      when v_required ? v_name and v_name <> 'seed'
+        and not v_properties -> v_name ? 'default' and not p_model.operator_input ? v_name
+        then 'missing'
+    end;
+    if v_problem is not null then
+      perform private.refuse_input(format('params.%s: %s', v_name, v_problem));
+    end if;
+  end loop;
   if v_params ?| p_model.image_inputs then
     perform private.check_source_images(p_model, p_user_id, v_params);
   end if;
-  return p_model.default_input || v_params || p_model.operator_input;
-end;
-$$;
-
--- What the provider is sent for one prompt: with a seed where the model has one, so that every
--- picture can be made again. It also marks the job: a lost create is found at the provider by its
--- input.
---
--- Raises: PT400 invalid_input.
-create function private.complete_input(
-  p_model public.models, p_prepared jsonb, p_prompt text, p_field text default 'prompt'
-) returns jsonb
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_input jsonb := p_prepared;
-  v_properties jsonb := p_model.input_schema -> 'properties';
-  v_seed jsonb := v_properties -> 'seed';
-  v_lowest bigint;
-  v_highest bigint;
-  v_problem text;
-begin
-  if p_prompt !~ '[0-9A-Za-z]' and private.is_blank(p_prompt) then
-    if private.needs_prompt(p_model) then
-      perform private.refuse_input(p_field || ': missing or blank');
-    end if;
-  elsif p_model.prompt_input is not null then
-    if v_properties -> p_model.prompt_input ?| '{anyOf,enum,maxLength,minLength}' then
-      v_problem := private.input_problem(
-        to_jsonb(p_prompt), v_properties -> p_model.prompt_input
-      );
+  v_params := p_model.default_input || v_params || p_model.operator_input;
+  for v_at in 1 .. cardinality(p_prompts) loop
+    v_has_prompt := p_prompts[v_at] ~ '[0-9A-Za-z]' or not private.is_blank(p_prompts[v_at]);
+    if not v_has_prompt then
+      -- One that needs a picture and has a prompt of its own, an upscaler say, does without.
+      if p_model.prompt_input is not null and not (
+        coalesce(v_required ?| p_model.image_inputs, false)
+        and not v_required ? p_model.prompt_input and v_prompt_rules ? 'default'
+      ) then
+        perform private.refuse_input(format(p_field || ': missing or blank', v_at - 1));
+      end if;
+    elsif v_prompt_rules ?| '{anyOf,enum,maxLength,minLength}' then
+      v_problem := private.input_problem(to_jsonb(p_prompts[v_at]), v_prompt_rules);
       if v_problem is not null then
-        perform private.refuse_input(format('%s: %s', p_field, v_problem));
+        perform private.refuse_input(format(p_field || ': %2$s', v_at - 1, v_problem));
       end if;
     end if;
-    v_input := v_input || jsonb_build_object(p_model.prompt_input, p_prompt);
-  end if;
-  if v_seed ->> 'type' = 'integer' and not v_input ? 'seed' then
-    v_lowest := greatest(0, (v_seed ->> 'minimum')::numeric);
-    v_highest := least(2147483647, (v_seed ->> 'maximum')::numeric);
-    v_input := v_input || jsonb_build_object(
-      'seed', v_lowest + floor(random() * (v_highest - v_lowest + 1))::bigint
-    );
-  end if;
-  return v_input;
+    v_inputs[v_at] := v_params || case
+      when v_has_prompt and p_model.prompt_input is not null
+        then jsonb_build_object(p_model.prompt_input, p_prompts[v_at])
+      else '{}'
+    end || case
+      when v_seed ->> 'type' = 'integer' and not v_params ? 'seed' then jsonb_build_object(
+        'seed', v_lowest + floor(random() * (
+          least(2147483647, (v_seed ->> 'maximum')::numeric) - v_lowest + 1
+        ))::bigint
+      )
+      else '{}'
+    end;
+  end loop;
+  return v_inputs;
 end;
 $$;
--- Credits: grant, charge, refund. The only code that moves a balance.
+-- Credits: grant and refund, and what a new user begins with. With the charge, in accept (50), the
+-- only code that moves a balance.
 --
 -- Every step locks the user's entitlement row, writes one ledger entry that holds the new balance,
 -- and moves the balance by the same amount, in one transaction. Give-backs are keyed by generation:
@@ -2052,51 +1964,6 @@ begin
     perform private.refuse_unknown_user();
   end if;
   return v_entitlement;
-end;
-$$;
-
--- Raises PT402 insufficient_credits.
-create function private.refuse_price(
-  p_entitlement public.entitlements, p_credits bigint
-) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-begin
-  raise sqlstate 'PT402' using
-    message = 'insufficient_credits',
-    detail = format('need %s, have %s', p_credits, p_entitlement.credits),
-    hint = 'Buy credits or choose a cheaper model.';
-end;
-$$;
-
--- Charges generations, p_credits each, or refuses. The entitlement row is locked.
---
--- Raises: PT402 insufficient_credits.
-create function private.charge_credits(
-  p_entitlement public.entitlements, p_generation_ids uuid[], p_credits integer,
-  p_last_fair_key bigint
-) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_count integer := cardinality(p_generation_ids);
-  v_cost bigint := p_credits::bigint * v_count;
-  v_new_minute boolean := p_entitlement.minute_started_at <= now() - interval '1 minute';
-  v_new_day boolean := p_entitlement.day_started_at <= now() - interval '1 day';
-begin
-  if v_cost > p_entitlement.credits then
-    perform private.refuse_price(p_entitlement, v_cost);
-  end if;
-  update public.entitlements set
-    credits = credits - v_cost,
-    last_fair_key = p_last_fair_key,
-    minute_started_at = case when v_new_minute then now() else minute_started_at end,
-    minute_jobs = case when v_new_minute then v_count else minute_jobs + v_count end,
-    day_started_at = case when v_new_day then now() else day_started_at end,
-    day_jobs = case when v_new_day then v_count else day_jobs + v_count end,
-    day_burned = case when v_new_day then 0 else day_burned end
-  where user_id = p_entitlement.user_id;
-  insert into public.credit_ledger (user_id, generation_id, kind, amount, balance_after)
-  select p_entitlement.user_id, g.id, 'charge', -p_credits, p_entitlement.credits - p_credits * g.n
-  from unnest(p_generation_ids) with ordinality as g (id, n);
 end;
 $$;
 
@@ -2140,33 +2007,11 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
     end,
     'max_per_minute', p.max_per_minute,
     'max_batch', p.max_batch,
-    'is_busy', private.is_busy(p)
+    'is_busy', private.is_busy(p.busy_after)
   )
   from public.entitlements as e
   cross join lateral private.plan_of(e) as p
   where e.user_id = p_user_id
-$$;
-
--- The ledger entry of an external id, if it is this very grant; null if the id is new.
---
--- Raises: PT409 idempotency_conflict if the id was used for something else.
-create function private.find_grant(
-  p_user_id uuid, p_amount integer, p_kind text, p_external_id text
-) returns public.credit_ledger
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_entry public.credit_ledger;
-begin
-  select * into v_entry from public.credit_ledger where external_id = p_external_id;
-  if found and (v_entry.user_id, v_entry.amount, v_entry.kind)
-    is distinct from (p_user_id, p_amount, p_kind) then
-    raise sqlstate 'PT409' using
-      message = 'idempotency_conflict',
-      detail = 'external_id was used for another grant',
-      hint = 'Use the payment''s own id, once for each payment.';
-  end if;
-  return v_entry;
-end;
 $$;
 
 -- Adds credits once per external id. Answers {credits, applied}.
@@ -2187,8 +2032,7 @@ begin
     perform private.refuse_input(
       'kind: grant with a positive amount, or adjust with one that is not 0'
     );
-  end if;
-  if coalesce(octet_length(p_external_id) not between 1 and 200, true) then
+  elsif coalesce(octet_length(p_external_id) not between 1 and 200, true) then
     perform private.refuse_input(
       'external_id: not 1 to 200 bytes', 'Use the payment''s id: repeats are applied once.'
     );
@@ -2197,27 +2041,32 @@ begin
   if not found then
     perform private.refuse_missing('user_id: no such user', 'Use the id of auth.users.');
   end if;
-  v_entry := private.find_grant(p_user_id, p_amount, p_kind, p_external_id);
-  if v_entry.id is not null then
-    return json_build_object('credits', v_credits, 'applied', false);
-  end if;
-  -- Far below what an integer holds, also once what jobs under way were charged has come back: so
-  -- no refund can ever overflow.
-  select coalesce(sum(g.price_credits), 0) into v_charged
-  from private.live_jobs as j inner join public.generations as g on g.id = j.job_id
-  where j.user_id = p_user_id;
-  if v_credits::bigint + p_amount not between 0 and 1000000000 - v_charged then
-    perform private.refuse_input(
-      format('amount: the balance is %s, and %s are in jobs under way', v_credits, v_charged)
-    );
-  end if;
-  insert into public.credit_ledger (user_id, kind, amount, balance_after, external_id)
-  values (p_user_id, p_kind, p_amount, v_credits + p_amount, p_external_id)
-  on conflict (external_id) where external_id is not null do nothing;
-  if not found then
-    -- Another user's grant took the id just now.
-    perform private.find_grant(p_user_id, p_amount, p_kind, p_external_id);
-  end if;
+  loop  -- once more where another user's grant takes the id just now
+    select * into v_entry from public.credit_ledger where external_id = p_external_id;
+    if v_entry.id is not null and (v_entry.user_id, v_entry.amount, v_entry.kind)
+      is distinct from (p_user_id, p_amount, p_kind) then
+      perform private.refuse(
+        'idempotency_conflict', 'external_id was used for another grant',
+        'Use the payment''s own id, once for each payment.'
+      );
+    elsif v_entry.id is not null then
+      return json_build_object('credits', v_credits, 'applied', false);
+    end if;
+    -- Far below what an integer holds, also once what jobs under way were charged has come back: so
+    -- no refund can ever overflow.
+    select coalesce(sum(g.price_credits), 0) into v_charged
+    from private.live_jobs as j inner join public.generations as g on g.id = j.job_id
+    where j.user_id = p_user_id;
+    if v_credits::bigint + p_amount not between 0 and 1000000000 - v_charged then
+      perform private.refuse_input(
+        format('amount: the balance is %s, and %s are in jobs under way', v_credits, v_charged)
+      );
+    end if;
+    insert into public.credit_ledger (user_id, kind, amount, balance_after, external_id)
+    values (p_user_id, p_kind, p_amount, v_credits + p_amount, p_external_id)
+    on conflict (external_id) where external_id is not null do nothing;
+    exit when found;
+  end loop;
   update public.entitlements set credits = credits + p_amount where user_id = p_user_id;
   return json_build_object('credits', v_credits + p_amount, 'applied', true);
 end;
@@ -2268,135 +2117,6 @@ $$;
 create trigger darkroom_create_entitlement
 after insert on auth.users
 for each row execute function private.create_entitlement_of_new_user();
--- Accept: what is written when a request has passed every check.
---
--- insert_generations is shared by the ways in: enqueue (50), batch (52), retry and redrive (54).
--- The caller has locked the entitlement row; all that is written here but that row is new.
-
--- Wakes sleeping workers, as many as there is work for: those heard of last, which are least likely
--- dead.
---
--- NOTIFY serialises commits over the whole instance, so it is sent only when somebody sleeps. A
--- worker another transaction is waking is skipped. A wake-up that falls between is made good by the
--- worker, which claims again after it went to sleep.
-create function private.wake_workers(p_at_most integer default 1) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_worker_id bigint;
-begin
-  for v_worker_id in
-    update private.workers set asleep = false
-    where id = any (array(
-      select w.id from private.workers as w
-      where w.asleep and w.seen_at > now() - (select s.lease from private.settings as s)
-      order by w.seen_at desc limit p_at_most for update skip locked
-    ))
-    returning id
-  loop
-    perform pg_notify('darkroom_worker_' || v_worker_id, '');
-  end loop;
-end;
-$$;
-
--- How many images this input makes, at most; a schema's default counts where the params are silent.
--- Where nobody can know before (no input says it, or one says "auto"), the most the model makes:
--- that is charged, and complete_jobs gives back what was not made.
-create function private.count_images(p_model public.models, p_provider_input jsonb) returns smallint
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_said jsonb := p_provider_input -> p_model.image_count_input;
-  v_images numeric := case jsonb_typeof(v_said)
-    when 'number' then v_said::numeric
-    else p_model.max_images
-  end;
-begin
-  if v_images not between 1 and p_model.max_images then
-    perform private.refuse_input(
-      format('params.%s: not between 1 and %s', p_model.image_count_input, p_model.max_images)
-    );
-  end if;
-  return v_images;
-end;
-$$;
-
--- A request that fits the model, as insert_generations takes it.
---
--- Raises: PT400 invalid_input.
-create function private.draft_generation(
-  p_model public.models, p_name text, p_user_id uuid, p_prompt text, p_params jsonb
-) returns public.generations
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_draft public.generations;
-begin
-  v_draft.alias_id := nullif(p_name, p_model.id);
-  v_draft.prompt := p_prompt;
-  v_draft.input := p_params;
-  v_draft.provider_input := private.complete_input(
-    p_model, private.prepare_params(p_model, p_user_id, p_params), p_prompt
-  );
-  return v_draft;
-end;
-$$;
-
--- Writes an accepted request, one job for each prompt: charge, generations, ready rows; then wakes
--- workers. The draft holds what the jobs have in common, p_inputs what is sent for each prompt;
--- ids, price and times are made here. Answers the first generation, as far as the answer needs it.
---
--- fair_key is a virtual finish time: what the user queued before counts, but never less than the
--- queue's present. A price of 0 counts as 1, or included models would pass everybody.
---
--- Raises: PT402 insufficient_credits.
-create function private.insert_generations(
-  p_entitlement public.entitlements, p_plan private.plans, p_model public.models,
-  p_draft public.generations, p_prompts text[], p_inputs jsonb[], p_is_free boolean default false
-) returns public.generations
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_generation public.generations := p_draft;
-  v_ids uuid[];
-  v_images smallint := private.count_images(p_model, p_inputs[1]);  -- prompts do not change it
-  v_step bigint := greatest(p_model.price_credits * v_images, 1)::bigint * 1000 / p_plan.weight;
-  v_clock bigint;
-  v_base bigint;
-  v_price integer := v_images * case
-    when p_is_free then 0
-    when p_plan.name = 'paid' then p_model.paid_price_credits
-    else p_model.price_credits
-  end;
-begin
-  select c.last_value, greatest(c.last_value, case when exists (
-    select from private.live_jobs as j where j.user_id = p_entitlement.user_id
-  ) then p_entitlement.last_fair_key end) into v_clock, v_base from private.virtual_clock as c;
-  for v_place in 1 .. cardinality(p_prompts) loop
-    v_ids[v_place] := private.uuid_v7();
-  end loop;
-  perform private.charge_credits(
-    p_entitlement, v_ids, v_price, v_base + v_step * cardinality(v_ids)
-  );
-  insert into public.generations (
-    id, user_id, model_id, alias_id, batch_id, retry_of, prompt, input, provider_input,
-    price_credits, image_count, queue_distance, idempotency_key
-  )
-  select
-    j.id, p_entitlement.user_id, p_model.id, p_draft.alias_id, p_draft.batch_id, p_draft.retry_of,
-    j.prompt, p_draft.input, j.provider_input, v_price, v_images,
-    v_base + v_step * j.place - v_clock, p_draft.idempotency_key
-  from unnest(v_ids, p_prompts, p_inputs) with ordinality as j (id, prompt, provider_input, place);
-  insert into private.ready_jobs (job_id, user_id, model_id, fair_key)
-  select j.id, p_entitlement.user_id, p_model.id, v_base + v_step * j.place
-  from unnest(v_ids) with ordinality as j (id, place);
-  if exists (select from private.workers as w where w.asleep) then
-    perform private.wake_workers(cardinality(v_ids));
-  end if;
-  v_generation.id := v_ids[1];
-  v_generation.user_id := p_entitlement.user_id;
-  v_generation.model_id := p_model.id;
-  v_generation.status := 'queued';
-  v_generation.created_at := now();
-  return v_generation;
-end;
-$$;
 -- ETA: how many jobs are before this one, and in how many seconds it is likely to be finished.
 --
 -- forecast_jobs answers both from one look at the queue. It goes by what jobs of a model have taken
@@ -2653,97 +2373,191 @@ end;
 $$;
 -- The one way in: gate, charge, and enqueue in one transaction, or nothing at all.
 --
--- Lock order: enqueue locks the entitlement row first, and everything else it writes is a new row.
--- All other functions lock running or ready row -> generation -> entitlement, so none of them can
--- wait for another in a circle. The lock also serialises one user's requests: limits, balance and
--- idempotency key are read and written without a race.
+-- Each way in, this and those of 52 and 54, locks the entitlement first (gate, 30), and accept()
+-- writes for all of them: the entitlement, and new rows. All other functions lock running or ready
+-- row -> generation -> entitlement, so none of them can wait for another in a circle. The lock also
+-- serialises one user's requests: limits, balance and idempotency key are read and written without
+-- a race.
 
--- Raises PT409 idempotency_conflict.
-create function private.refuse_used_key() returns void
+-- Wakes sleeping workers, as many as there is work for: those heard of last, which are least likely
+-- dead.
+--
+-- NOTIFY serialises commits over the whole instance, so it is sent only when somebody sleeps. A
+-- worker another transaction is waking is skipped. A wake-up that falls between is made good by the
+-- worker, which claims again after it went to sleep.
+create function private.wake_workers(p_at_most integer default 1) returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
-begin
-  raise sqlstate 'PT409' using
-    message = 'idempotency_conflict',
-    detail = 'idempotency_key was used with another payload',
-    hint = 'Use a new key for a new request.';
-end;
-$$;
-
--- The generation this user's key named before; all null if the key is new. A deleted one is found
--- by no read, so it is no answer either; nor is it made anew, for its key was charged. Once it is
--- erased its key is new.
---
--- Raises: PT409 idempotency_conflict if the payload differs, PT404 not_found if it is deleted.
-create function private.find_generation_by_key(
-  p_user_id uuid, p_key text, p_model text, p_prompt text, p_params jsonb
-) returns public.generations
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
-  v_generation public.generations;
+  v_worker_id bigint;
 begin
-  select * into v_generation
-  from public.generations where user_id = p_user_id and idempotency_key = p_key;
-  if found and (
-    coalesce(v_generation.alias_id, v_generation.model_id), v_generation.prompt, v_generation.input
-  ) is distinct from (p_model, p_prompt, p_params) then
-    perform private.refuse_used_key();
-  elsif v_generation.deleted_at is not null then
-    perform private.refuse_missing(
-      'idempotency_key: its job was deleted',
-      'restore_generation brings it back. Use a new key for a new request.'
-    );
-  end if;
-  return v_generation;
+  for v_worker_id in
+    update private.workers set asleep = false
+    where id = any (array(
+      select w.id from private.workers as w
+      where w.asleep and w.seen_at > now() - (select s.lease from private.settings as s)
+      order by w.seen_at desc limit p_at_most for update skip locked
+    ))
+    returning id
+  loop
+    perform pg_notify('darkroom_worker_' || v_worker_id, '');
+  end loop;
 end;
 $$;
 
--- The user's finished generation of just this input, all images there; all null if there is none.
---
--- What was made from a source image is not reused: the file of that path may be another one now.
-create function private.find_reusable(
-  p_user_id uuid, p_model public.models, p_provider_input jsonb
-) returns public.generations
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select g.*
-  from public.generations as g
-  where g.user_id = p_user_id
-    and md5(g.provider_input::text) = md5(p_provider_input::text) and g.input ? 'seed'
-    and (g.model_id, g.provider_input, g.status) = (p_model.id, p_provider_input, 'completed')
-    and g.deleted_at is null and not g.input ?| p_model.image_inputs
-    and g.image_count = (select count(*) from public.images as i where i.generation_id = g.id)
-  order by g.id desc limit 1
-$$;
-
--- What the ways in answer, the first time and for every repeat. Looks at no more of the queue than
--- a request should pay for: get_job_status counts on.
+-- What the ways in answer, the first time and for every repeat. Where a job is in the queue, and
+-- when it is likely to be finished, tells the first look at its status.
 create function private.enqueue_answer(
-  p_generation public.generations, p_is_reused boolean default false
+  p_job_id uuid, p_credits integer, p_status text default 'queued',
+  p_created_at timestamptz default null, p_is_reused boolean default false
 ) returns json
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_forecast private.forecast := case when p_generation.finished_at is null
-    then (private.forecast_jobs(array[p_generation.id], 20))[1] end;
-  v_credits integer;
 begin
-  select e.credits into v_credits
-  from public.entitlements as e where e.user_id = p_generation.user_id;
   return json_build_object(
-    'job_id', p_generation.id,
-    'status', p_generation.status,
+    'job_id', p_job_id,
+    'status', p_status,
     'reused', p_is_reused,
-    'credits_left', v_credits,
-    'queue_position', v_forecast.queue_position,
-    'eta_seconds', v_forecast.eta_seconds,
-    'poll_after_ms', case when p_generation.finished_at is null
-      then private.poll_after_ms(p_generation.created_at, v_forecast.due_seconds)
+    'credits_left', p_credits,
+    'queue_position', null,
+    'eta_seconds', null,
+    'poll_after_ms', case
+      when p_created_at is null then 1000
+      when p_status in ('queued', 'processing') then private.poll_after_ms(p_created_at)
     end
   );
 end;
 $$;
 
--- With generic plans, here and in all it calls: every row is
--- reached by its key, and a plan made for one request would cost more than the request. By indexes
--- only: a plan made while the queue was empty would else read all of it once it is long.
+-- Writes a request that passed every check but the plan's limits and the price: one job for each
+-- prompt, with what is sent for it; charge, generations, places in the queue; then wakes workers.
+-- Answers as enqueue_generation does for the first of them.
+--
+-- Charged are as many images as the input says; a schema's default counts where the params are
+-- silent. Where nobody can know before (no input says it, or one says "auto"), the most the model
+-- makes: complete_jobs gives back what was not made.
+--
+-- fair_key is a virtual finish time: what the user queued before counts, but never less than the
+-- queue's present. A price of 0 counts as 1, or included models would pass everybody.
+--
+-- Raises: PT400 invalid_input, PT402 insufficient_credits, PT429 too_many_active, PT429
+-- rate_limited, PT503 busy.
+create function private.accept(
+  p_gate private.gate, p_name text, p_params jsonb, p_prompts text[], p_inputs jsonb[],
+  p_idempotency_key text default null, p_batch_id uuid default null, p_retry_of uuid default null,
+  p_is_free boolean default false
+) returns json
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_model public.models := p_gate.model;
+  v_jobs integer := cardinality(p_inputs);
+  v_said jsonb := p_inputs[1] -> v_model.image_count_input;  -- prompts do not change it
+  v_images numeric := case jsonb_typeof(v_said)
+    when 'number' then v_said::numeric else v_model.max_images
+  end;
+  v_price bigint := v_images * case
+    when p_is_free then 0
+    when p_gate.plan = 'paid' then v_model.paid_price_credits
+    else v_model.price_credits
+  end;
+  v_job_id uuid;
+  v_is_anybody_asleep boolean;
+begin
+  if p_gate.may_be_over_limits and not p_is_free then
+    perform private.refuse_limits(p_gate.user_id);
+  end if;
+  with queue as (
+    select
+      c.last_value as clock,
+      greatest(c.last_value, case when live.jobs > 0 then p_gate.last_fair_key end) as base,
+      greatest(v_model.price_credits * v_images, 1)::bigint * 1000 / p_gate.weight as step
+    from private.virtual_clock as c
+    cross join (
+      select count(*) as jobs from (
+        select from private.live_jobs as j
+        where j.user_id = p_gate.user_id limit p_gate.max_active
+      ) as counted
+    ) as live
+    where v_images between 1 and v_model.max_images and v_price * v_jobs <= p_gate.credits
+      and (p_is_free or live.jobs < p_gate.max_active)
+  ),
+  jobs as materialized (
+    select
+      private.uuid_v7() as id, j.prompt, j.input, j.place, q.base + q.step * j.place as fair_key,
+      q.base + q.step * j.place - q.clock as distance
+    from queue as q
+    cross join unnest(p_prompts, p_inputs) with ordinality as j (prompt, input, place)
+  ),
+  charged as (
+    update public.entitlements as e set
+      credits = e.credits - v_price * v_jobs,
+      last_fair_key = q.base + q.step * v_jobs,
+      minute_started_at = case
+        when e.minute_started_at > now() - interval '1 minute' then e.minute_started_at else now()
+      end,
+      minute_jobs = v_jobs + case
+        when e.minute_started_at > now() - interval '1 minute' then e.minute_jobs else 0
+      end,
+      day_started_at = case
+        when e.day_started_at > now() - interval '1 day' then e.day_started_at else now()
+      end,
+      day_jobs = v_jobs + case
+        when e.day_started_at > now() - interval '1 day' then e.day_jobs else 0
+      end,
+      day_burned = case
+        when e.day_started_at > now() - interval '1 day' then e.day_burned else 0
+      end
+    from queue as q
+    where e.user_id = p_gate.user_id
+  ),
+  booked as (
+    insert into public.credit_ledger (user_id, generation_id, kind, amount, balance_after)
+    select p_gate.user_id, j.id, 'charge', -v_price, p_gate.credits - v_price * j.place
+    from jobs as j
+  ),
+  made as (
+    insert into public.generations (
+      id, user_id, model_id, alias_id, batch_id, retry_of, prompt, input, provider_input,
+      price_credits, image_count, queue_distance, idempotency_key
+    )
+    select
+      j.id, p_gate.user_id, v_model.id, nullif(p_name, v_model.id), p_batch_id,
+      p_retry_of, j.prompt, p_params, j.input, v_price, v_images, j.distance, p_idempotency_key
+    from jobs as j
+  ),
+  queued as (
+    insert into private.ready_jobs (job_id, user_id, model_id, fair_key)
+    select j.id, p_gate.user_id, v_model.id, j.fair_key from jobs as j
+  )
+  select j.id, exists (select from private.workers as w where w.asleep)
+  into v_job_id, v_is_anybody_asleep
+  from jobs as j where j.place = 1;
+  if v_job_id is null then
+    if not p_is_free then
+      perform private.refuse_limits(p_gate.user_id);
+    end if;
+    if v_images not between 1 and v_model.max_images then
+      perform private.refuse_input(format(
+        'params.%s: not between 1 and %s', v_model.image_count_input, v_model.max_images
+      ));
+    end if;
+    perform private.refuse(
+      'insufficient_credits', format('need %s, have %s', v_price * v_jobs, p_gate.credits),
+      'Buy credits or choose a cheaper model.'
+    );
+  end if;
+  if v_is_anybody_asleep then
+    perform private.wake_workers(v_jobs);
+  end if;
+  return private.enqueue_answer(v_job_id, (p_gate.credits - v_price * v_jobs)::integer);
+end;
+$$;
+
+-- With generic plans, here and in all it calls: every row is reached by its key, and a plan made
+-- for one request would cost more than the request. By indexes only: a plan made while the queue
+-- was empty would else read all of it once it is long.
+--
+-- A deleted generation is found by no read, so it is no answer to its key either; nor is it made
+-- anew, for its key was charged. Once it is erased its key is new. What was made from a source
+-- image is not reused: the file of that path may be another one now.
 --
 -- Locks: the entitlement row.
 -- Raises: see the comment on public.enqueue_generation.
@@ -2755,38 +2569,61 @@ set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bit
 set jit = off as $$
 declare
   v_user_id uuid := private.require_user_id(p_writes => true);
-  v_prompt text := coalesce(p_prompt, '');
-  v_params jsonb := private.read_request(array[v_prompt], p_params, p_idempotency_key);
-  v_entitlement public.entitlements;
-  v_plan private.plans;
-  v_model public.models;
-  v_draft public.generations;
+  v_prompts text[] := array[coalesce(p_prompt, '')];
+  v_params jsonb := coalesce(p_params, '{}');
+  v_gate private.gate := private.gate(v_user_id, p_model);
+  v_inputs jsonb[];
   v_known public.generations;
 begin
-  v_entitlement := private.lock_entitlement(v_user_id);
+  -- Sizes first, by what they take in memory: see read_request, which says what is wrong.
+  if (
+    jsonb_typeof(v_params) = 'object' and pg_column_size(v_params) < 500
+    and octet_length(v_params::text) <= v_gate.max_params_bytes
+    and octet_length(v_prompts[1]) <= v_gate.max_prompt_chars
+    and octet_length(p_idempotency_key) between 1 and 200 is not false
+  ) is not true then
+    v_params := private.read_request(v_prompts, v_params, p_idempotency_key);
+  end if;
   if p_idempotency_key is not null then
-    v_known := private.find_generation_by_key(
-      v_user_id, p_idempotency_key, p_model, v_prompt, v_params
-    );
-    if v_known.id is not null then
-      return private.enqueue_answer(v_known);
+    select * into v_known from public.generations
+    where user_id = v_user_id and idempotency_key = p_idempotency_key;
+    if found and (coalesce(v_known.alias_id, v_known.model_id), v_known.prompt, v_known.input)
+      is distinct from (p_model, v_prompts[1], v_params) then
+      perform private.refuse(
+        'idempotency_conflict', 'idempotency_key was used with another payload',
+        'Use a new key for a new request.'
+      );
+    elsif v_known.deleted_at is not null then
+      perform private.refuse_missing(
+        'idempotency_key: its job was deleted',
+        'restore_generation brings it back. Use a new key for a new request.'
+      );
+    elsif found then
+      return private.enqueue_answer(
+        v_known.id, v_gate.credits, v_known.status, v_known.created_at
+      );
     end if;
   end if;
-  v_plan := private.plan_of(v_entitlement);
-  v_model := private.require_model(p_model, v_user_id, v_plan.name);
-  v_draft := private.draft_generation(v_model, p_model, v_user_id, v_prompt, v_params);
+  if v_gate.is_model_unclear then
+    v_gate.model := private.require_model(v_gate, p_model);
+  end if;
+  v_inputs := private.provider_inputs(v_gate.model, v_user_id, v_params, v_prompts);
   if v_params @> '{"reuse": true}' then
-    v_known := private.find_reusable(v_user_id, v_model, v_draft.provider_input);
-    if v_known.id is not null then
-      return private.enqueue_answer(v_known, true);
+    select * into v_known
+    from public.generations as g
+    where g.user_id = v_user_id
+      and md5(g.provider_input::text) = md5(v_inputs[1]::text) and g.input ? 'seed'
+      and (g.model_id, g.provider_input, g.status) = ((v_gate.model).id, v_inputs[1], 'completed')
+      and g.deleted_at is null and not g.input ?| (v_gate.model).image_inputs
+      and g.image_count = (select count(*) from public.images as i where i.generation_id = g.id)
+    order by g.id desc limit 1;
+    if found then
+      return private.enqueue_answer(
+        v_known.id, v_gate.credits, v_known.status, v_known.created_at, true
+      );
     end if;
   end if;
-  perform private.check_limits(v_entitlement, v_plan);
-  v_draft.idempotency_key := p_idempotency_key;
-  v_known := private.insert_generations(
-    v_entitlement, v_plan, v_model, v_draft, array[v_prompt], array[v_draft.provider_input]
-  );
-  return private.enqueue_answer(v_known);
+  return private.accept(v_gate, p_model, v_params, v_prompts, v_inputs, p_idempotency_key);
 end;
 $$;
 -- Batch: many prompts in one call, all or nothing.
@@ -2795,53 +2632,6 @@ $$;
 -- one lock of the entitlement. It is let in whole while there is room for one job more, up to the
 -- plan's max_batch. Fairness needs no rule of its own: the jobs of a batch have fair keys behind
 -- one another, so others' jobs go between them.
-
--- The batch this user's key named before; all null if the key is new.
---
--- Raises: PT409 idempotency_conflict if the request differs.
-create function private.find_batch_by_key(
-  p_user_id uuid, p_key text, p_request_hash text
-) returns public.batches
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_batch public.batches;
-begin
-  select * into v_batch from public.batches where user_id = p_user_id and idempotency_key = p_key;
-  if found and v_batch.request_hash <> p_request_hash then
-    perform private.refuse_used_key();
-  end if;
-  return v_batch;
-end;
-$$;
-
--- Raises PT400 invalid_input unless there are 1 to p_max_batch prompts.
-create function private.check_batch_size(p_prompts text[], p_max_batch integer) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-begin
-  if coalesce(cardinality(p_prompts) not between 1 and p_max_batch, true)
-    or array_ndims(p_prompts) > 1 then
-    perform private.refuse_input(format('prompts: not 1 to %s texts', p_max_batch));
-  end if;
-end;
-$$;
-
--- What is sent for each prompt. Raises: PT400 invalid_input.
-create function private.prepare_batch(
-  p_model public.models, p_user_id uuid, p_prompts text[], p_params jsonb
-) returns jsonb[]
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_prepared jsonb := private.prepare_params(p_model, p_user_id, p_params);
-  v_inputs jsonb[];
-begin
-  for v_place in 1 .. cardinality(p_prompts) loop
-    v_inputs[v_place] := private.complete_input(
-      p_model, v_prepared, p_prompts[v_place], format('prompts[%s]', v_place - 1)
-    );
-  end loop;
-  return v_inputs;
-end;
-$$;
 
 -- A batch as the API shows it: the jobs that are not deleted. Raises: PT404 not_found if all are.
 create function private.batch_json(p_batch public.batches) returns json
@@ -2895,14 +2685,14 @@ declare
   v_user_id uuid := private.require_user_id(p_writes => true);
   v_prompts text[];
   v_params jsonb;
-  v_entitlement public.entitlements;
-  v_plan private.plans;
-  v_model public.models;
-  v_draft public.generations;
+  v_gate private.gate;
   v_hash text;
   v_batch public.batches;
 begin
-  perform private.check_batch_size(p_prompts, 100);  -- the most that any plan may allow
+  -- 100: the most that any plan may allow.
+  if coalesce(cardinality(p_prompts) not between 1 and 100, true) or array_ndims(p_prompts) > 1 then
+    perform private.refuse_input('prompts: not 1 to 100 texts');
+  end if;
   v_prompts := array(select coalesce(p.prompt, '') from unnest(p_prompts) as p (prompt));
   v_params := private.read_request(v_prompts, p_params, p_idempotency_key, 'prompts[%1$s]');
   if v_params ? 'reuse' then
@@ -2910,22 +2700,29 @@ begin
   end if;
   -- No model has a longer name, and JSON may be six times as long as the text it holds.
   v_hash := md5(jsonb_build_array(left(p_model, 200), p_prompts, v_params)::text);
-  v_entitlement := private.lock_entitlement(v_user_id);
-  v_batch := private.find_batch_by_key(v_user_id, p_idempotency_key, v_hash);
-  if v_batch.id is null then
-    v_plan := private.plan_of(v_entitlement);
-    perform private.check_batch_size(p_prompts, v_plan.max_batch);
-    v_model := private.require_model(p_model, v_user_id, v_plan.name);
-    perform private.check_limits(v_entitlement, v_plan);
-    v_draft.alias_id := nullif(p_model, v_model.id);
-    v_draft.input := v_params;
+  v_gate := private.gate(v_user_id, p_model);
+  select * into v_batch from public.batches
+  where user_id = v_user_id and idempotency_key = p_idempotency_key;
+  if v_batch.request_hash <> v_hash then
+    perform private.refuse(
+      'idempotency_conflict', 'idempotency_key was used with another payload',
+      'Use a new key for a new request.'
+    );
+  elsif v_batch.id is null then
+    if cardinality(p_prompts) > v_gate.max_batch then
+      perform private.refuse_input(format('prompts: not 1 to %s texts', v_gate.max_batch));
+    elsif v_gate.is_model_unclear then
+      v_gate.model := private.require_model(v_gate, p_model);
+    end if;
     insert into public.batches (user_id, request_hash, job_count, idempotency_key)
     values (v_user_id, v_hash, cardinality(v_prompts), p_idempotency_key)
     returning * into v_batch;
-    v_draft.batch_id := v_batch.id;
-    perform private.insert_generations(
-      v_entitlement, v_plan, v_model, v_draft, v_prompts,
-      private.prepare_batch(v_model, v_user_id, v_prompts, v_params)
+    perform private.accept(
+      v_gate, p_model, v_params, v_prompts,
+      private.provider_inputs(
+        v_gate.model, v_user_id, v_params, v_prompts, 'prompts[%1$s]'
+      ),
+      p_batch_id => v_batch.id
     );
   end if;
   return private.batch_json(v_batch);
@@ -2963,37 +2760,6 @@ $$;
 -- under way or done, a further retry answers with it: a double tap buys once. A generation and its
 -- retries, and theirs, are the tries of one wish, of which an operator gives one picture.
 
--- The generation that repeats this one and is under way or done; all null if there is none.
-create function private.find_retry(p_generation_id uuid) returns public.generations
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select g.* from public.generations as g
-  where g.retry_of = p_generation_id and g.status not in ('failed', 'canceled')
-  order by g.deleted_at nulls first, g.id limit 1
-$$;
-
--- The user's generation, if it failed or was canceled.
---
--- Raises: PT404 not_found, PT409 not_finished, PT409 already_finished.
-create function private.require_retryable(p_job_id uuid, p_user_id uuid) returns public.generations
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_generation public.generations := private.require_generation(p_job_id, p_user_id);
-begin
-  if v_generation.finished_at is null then
-    raise sqlstate 'PT409' using
-      message = 'not_finished',
-      detail = format('the job is %s', v_generation.status),
-      hint = 'Wait for its end, or cancel it first.';
-  elsif v_generation.status = 'completed' then
-    raise sqlstate 'PT409' using
-      message = 'already_finished',
-      detail = 'the job is completed',
-      hint = 'Enqueue a new one.';
-  end if;
-  return v_generation;
-end;
-$$;
-
 -- Locks: the entitlement row.
 -- Raises: see the comment on public.retry_generation.
 create function private.retry_generation(p_job_id uuid) returns json
@@ -3002,26 +2768,34 @@ set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bit
 set jit = off as $$
 declare
   v_user_id uuid := private.require_user_id(p_writes => true);
-  v_entitlement public.entitlements := private.lock_entitlement(v_user_id);
-  v_plan private.plans := private.plan_of(v_entitlement);
-  v_old public.generations := private.require_retryable(p_job_id, v_user_id);
-  v_known public.generations := private.find_retry(p_job_id);
-  v_model public.models;
-  v_draft public.generations;
+  v_old public.generations := private.require_generation(p_job_id, v_user_id);
+  v_gate private.gate := private.gate(v_user_id, v_old.model_id);
+  v_known public.generations;
 begin
-  if v_known.id is not null and v_known.deleted_at is null then
-    return private.enqueue_answer(v_known);
+  if v_old.finished_at is null then
+    perform private.refuse(
+      'not_finished', format('the job is %s', v_old.status),
+      'Wait for its end, or cancel it first.'
+    );
+  elsif v_old.status = 'completed' then
+    perform private.refuse('already_finished', 'the job is completed', 'Enqueue a new one.');
   end if;
-  v_model := private.require_model(v_old.model_id, v_user_id, v_plan.name);
-  v_draft := private.draft_generation(
-    v_model, coalesce(v_old.alias_id, v_model.id), v_user_id, v_old.prompt, v_old.input
+  select * into v_known from public.generations as g
+  where g.retry_of = p_job_id and g.status not in ('failed', 'canceled') and g.deleted_at is null
+  order by g.id limit 1;
+  if found then
+    return private.enqueue_answer(
+      v_known.id, v_gate.credits, v_known.status, v_known.created_at
+    );
+  end if;
+  if v_gate.is_model_unclear then
+    v_gate.model := private.require_model(v_gate, v_old.model_id);
+  end if;
+  return private.accept(
+    v_gate, coalesce(v_old.alias_id, v_old.model_id), v_old.input, array[v_old.prompt],
+    private.provider_inputs(v_gate.model, v_user_id, v_old.input, array[v_old.prompt]),
+    p_retry_of => p_job_id
   );
-  v_draft.retry_of := p_job_id;
-  perform private.check_limits(v_entitlement, v_plan);
-  v_known := private.insert_generations(
-    v_entitlement, v_plan, v_model, v_draft, array[v_draft.prompt], array[v_draft.provider_input]
-  );
-  return private.enqueue_answer(v_known);
 end;
 $$;
 
@@ -3065,28 +2839,26 @@ $$;
 create function private.redrive_generation(p_old public.generations) returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
-  v_entitlement public.entitlements := private.lock_entitlement(p_old.user_id);
-  v_plan private.plans := private.plan_of(v_entitlement);
+  v_gate private.gate := private.gate(p_old.user_id, p_old.model_id);
   v_seed jsonb := p_old.provider_input -> 'seed';
-  v_model public.models;
-  v_draft public.generations;
+  v_inputs jsonb[];
 begin
-  select * into v_model from public.models where id = p_old.model_id and is_active;
-  if not found then
+  if (v_gate.model).id is null then
     perform private.refuse_missing('model: not active', 'Activate it.');
-  elsif v_model.requires_paid and v_plan.name <> 'paid' then
-    raise sqlstate 'PT403' using message = 'requires_paid_plan';
+  elsif (v_gate.model).requires_paid and v_gate.plan <> 'paid' then
+    perform private.refuse('requires_paid_plan', 'model: for paid users');
   end if;
-  v_draft := private.draft_generation(
-    v_model, coalesce(p_old.alias_id, v_model.id), p_old.user_id, p_old.prompt, p_old.input
+  v_inputs := private.provider_inputs(
+    v_gate.model, p_old.user_id, p_old.input, array[p_old.prompt]
   );
-  v_draft.retry_of := p_old.id;
-  if private.input_problem(v_seed, v_model.input_schema #> '{properties,seed}') is null then
-    v_draft.provider_input := v_draft.provider_input || jsonb_build_object('seed', v_seed);
+  if v_seed is not null and private.input_problem(
+    v_seed, (v_gate.model).input_schema #> '{properties,seed}'
+  ) is null then
+    v_inputs[1] := v_inputs[1] || jsonb_build_object('seed', v_seed);
   end if;
-  perform private.insert_generations(
-    v_entitlement, v_plan, v_model, v_draft,
-    array[v_draft.prompt], array[v_draft.provider_input], p_is_free => true
+  perform private.accept(
+    v_gate, coalesce(p_old.alias_id, p_old.model_id), p_old.input, array[p_old.prompt], v_inputs,
+    p_retry_of => p_old.id, p_is_free => true
   );
 end;
 $$;
@@ -7137,13 +6909,13 @@ $$;
 
 comment on function public.enqueue_generation is
   'Asks for a picture: checks, charges and queues in one transaction. Answers {job_id, status, '
-  'reused, credits_left, queue_position (jobs ahead, counted to 20 here; null unless queued), '
-  'eta_seconds (until it is likely to be finished, null if not known), poll_after_ms}. The same '
-  'idempotency_key and payload answer with the same job and charge nothing. With params.reuse = '
-  'true and a seed, your finished generation of the same input is answered, free. Errors: PT400 '
-  'invalid_input, PT401 not_authenticated, PT402 insufficient_credits, PT403 requires_paid_plan, '
-  'PT404 not_found (also where the job of the key is deleted), PT409 idempotency_conflict, PT429 '
-  'too_many_active | rate_limited, PT503 busy | model_paused | unavailable.';
+  'reused, credits_left, queue_position and eta_seconds (null here: get_job_status tells them), '
+  'poll_after_ms}. The same idempotency_key and payload answer with the same job and charge '
+  'nothing. With params.reuse = true and a seed, your finished generation of the same input is '
+  'answered, free. Errors: PT400 invalid_input, PT401 not_authenticated, PT402 '
+  'insufficient_credits, PT403 requires_paid_plan, PT404 not_found (also where the job of the key '
+  'is deleted), PT409 idempotency_conflict, PT429 too_many_active | rate_limited, PT503 busy | '
+  'model_paused | unavailable.';
 
 create function public.enqueue_batch(
   model text, prompts text[], params jsonb default '{}', idempotency_key text default null

@@ -171,9 +171,14 @@ private.blame_providers(p_jobs private.running_jobs[], p_codes text[]),
 private.blocked_models(),
 private.books_health(),
 private.bury_deliveries(p_lane text),
+private.charge_credits(p_entitlement public.entitlements, p_generation_ids uuid[], p_credits integer, p_last_fair_key bigint),
+private.check_batch_size(p_prompts text[], p_max_batch integer),
 private.check_cron(),
 private.check_import_options(p_options jsonb),
+private.check_limits(p_entitlement public.entitlements, p_plan private.plans),
 private.check_model(p_model public.models),
+private.check_params(p_model public.models, p_params jsonb),
+private.check_reuse(p_params jsonb),
 private.check_rights(p_functions text[]),
 private.check_storage(),
 private.check_template(p_title text, p_prompt text, p_model text),
@@ -182,32 +187,42 @@ private.check_webhook_url(p_url text),
 private.compact_ledger(p_user_id uuid, p_at_most integer),
 private.complete_input(p_model public.models, p_prepared jsonb, p_prompt text),
 private.count_claims(p_job_id uuid),
+private.count_images(p_model public.models, p_provider_input jsonb),
 private.counts_images(p_snake text, p_rules jsonb),
 private.delete_webhook(p_webhook_id uuid),
 private.depth_health(),
+private.draft_generation(p_model public.models, p_name text, p_user_id uuid, p_prompt text, p_params jsonb),
 private.enable_webhook(p_webhook_id uuid),
 private.end_pauses(),
 private.end_shares(p_generation_ids uuid[]),
 private.end_walk(p_name text, p_place text, p_is_at_end boolean),
 private.ended_before(p_job_ids uuid[], p_tokens bigint[], p_outcomes text[]),
+private.enqueue_answer(p_generation public.generations, p_is_reused boolean),
 private.erase_generations_of_deleted_user(),
 private.erase_ledger_of_deleted_user(),
 private.expire_deleted(p_at_most integer),
 private.expire_old(p_at_most integer),
 private.expire_orphans(p_at_most integer),
+private.find_batch_by_key(p_user_id uuid, p_key text, p_request_hash text),
 private.find_count(p_schemas jsonb),
+private.find_generation_by_key(p_user_id uuid, p_key text, p_model text, p_prompt text, p_params jsonb),
+private.find_grant(p_user_id uuid, p_amount integer, p_kind text, p_external_id text),
 private.find_prompt(p_schemas jsonb),
+private.find_retry(p_generation_id uuid),
+private.find_reusable(p_user_id uuid, p_model public.models, p_provider_input jsonb),
 private.finish_canceled(p_user_id uuid, p_job_id uuid, p_was_begun boolean),
 private.finish_canceled_job(p_job private.running_jobs, p_code text, p_detail text, p_metrics jsonb),
 private.finish_completed(p_job_ids uuid[], p_tokens bigint[], p_images jsonb[], p_metrics jsonb[], OUT jobs private.running_jobs[], OUT metrics jsonb[], OUT stored integer[], OUT charged integer[], OUT prices integer[]),
 private.finish_delivery(p_delivery_id uuid, p_token bigint, p_outcome text, p_status integer, p_error text, p_retry_after_seconds double precision),
 private.finish_failed(p_job private.running_jobs, p_error private.error_codes),
 private.finish_generation(p_job_id uuid, p_status text, p_error private.error_codes),
+private.fit_side(p_rules jsonb, p_pixels numeric),
 private.forecast(p_generation public.generations, p_at_most integer, OUT queue_position integer, OUT eta_seconds numeric, OUT due_seconds double precision),
 private.forget_held(p_model_id text),
 private.found_webhook(p_endpoint private.webhook_endpoints),
 private.free_slots(p_else double precision),
 private.has_later_push(p_delivery private.deliveries, p_batch_id uuid),
+private.has_waited(p_interval interval),
 private.health_alerts(p_health jsonb),
 private.health_with(p_depth jsonb),
 private.history_of_models(p_since timestamp with time zone, p_bucket interval),
@@ -215,12 +230,17 @@ private.history_of_queue(p_since timestamp with time zone, p_bucket interval),
 private.hold_passed_jobs(p_blocked jsonb, p_from bigint, p_last bigint),
 private.images_json(p_generation_id uuid),
 private.import_model(p_model jsonb, p_options jsonb, p_dry_run boolean),
+private.input_problem(p_value jsonb, p_property jsonb),
+private.insert_generations(p_entitlement public.entitlements, p_plan private.plans, p_model public.models, p_draft public.generations, p_prompts text[], p_inputs jsonb[], p_is_free boolean),
+private.is_busy(p_plan private.plans),
 private.is_free_text(p_rules jsonb),
 private.is_operators(p_snake text, p_rules jsonb, p_prose text),
 private.is_public_address(p_host text),
 private.is_put_off(p_due regclass),
 private.is_shared_path(p_path text),
+private.items_problem(p_value jsonb, p_items jsonb),
 private.lease_deliveries(p_lane text, p_at_most integer),
+private.length_problem(p_length integer, p_property jsonb, p_unit text, p_default_max integer),
 private.limit_rules(p_snake text, p_rules jsonb, p_takes_image boolean),
 private.list_deliveries(p_state text, p_at_most integer),
 private.list_webhooks(),
@@ -239,8 +259,11 @@ private.model_schemas(p_model jsonb),
 private.name_cron_faults(),
 private.name_storage_faults(),
 private.name_vacuum_holders(),
+private.nearest_size(p_model public.models, p_width numeric, p_height numeric),
+private.needs_prompt(p_model public.models),
 private.new_webhook_secret(),
 private.note_failure(p_job private.running_jobs, p_code text),
+private.number_problem(p_number numeric, p_property jsonb),
 private.open_breaker(p_name text, p_reason text),
 private.outcomes_by_model(p_window interval),
 private.output_problem(p_output jsonb, p_prose text),
@@ -250,7 +273,10 @@ private.pause_provider(p_provider text, p_seconds integer, p_reason text),
 private.paused_until(p_model public.models),
 private.pick_jobs(p_at_most integer),
 private.pick_unblocked_jobs(p_at_most integer),
+private.pixels_of_shape(p_model public.models, p_shape numeric),
 private.play_queue(p_slots double precision[], p_ahead double precision[], p_exactly integer),
+private.prepare_batch(p_model public.models, p_user_id uuid, p_prompts text[], p_params jsonb),
+private.prepare_params(p_model public.models, p_user_id uuid, p_params jsonb),
 private.promote_due_jobs(p_at_most integer),
 private.put_off(p_due regclass, p_began timestamp with time zone, p_at_most double precision),
 private.queue_health(),
@@ -258,6 +284,7 @@ private.queue_history(p_since timestamp with time zone, p_bucket_seconds integer
 private.queue_report(),
 private.queued_seconds(p_job private.ready_jobs, p_position integer, p_mean_seconds double precision),
 private.read_request(p_prompts text[], p_params jsonb, p_idempotency_key text),
+private.read_side(p_params jsonb, p_name text),
 private.recent_broken_books(p_at_most integer),
 private.record_attempts(p_jobs private.running_jobs[], p_outcome text, p_metrics jsonb[], p_error_code text, p_error_detail text),
 private.record_events(p_job_ids uuid[], p_status text),
@@ -266,7 +293,11 @@ private.redeliver_dead(p_webhook_id uuid),
 private.redelivery_delay(p_delivery private.deliveries, p_retry_after_seconds double precision),
 private.redrive_generation(p_old public.generations),
 private.refund_missing_images(p_jobs private.running_jobs[], p_stored integer[], p_charged integer[], p_prices integer[]),
+private.refuse_for_now(p_status integer, p_token text, p_detail text, p_retry_after_seconds integer),
 private.refuse_model(p_reason text),
+private.refuse_paused(p_model_id text, p_until timestamp with time zone),
+private.refuse_price(p_entitlement public.entitlements, p_credits bigint),
+private.refuse_used_key(),
 private.register_webhook(p_url text, p_events text[], p_description text),
 private.release_held_jobs(p_at_most integer, p_blocked jsonb),
 private.remaining_seconds(p_job private.running_jobs, p_mean_seconds double precision),
@@ -277,7 +308,10 @@ private.report_running(p_at_most integer),
 private.requeue_job(p_job private.running_jobs, p_attempts_used integer, p_delay interval, p_resumes boolean),
 private.require_breaker_name(p_name text),
 private.require_known_user_id(),
+private.require_model(p_name text, p_user_id uuid, p_plan text),
+private.require_retryable(p_job_id uuid, p_user_id uuid),
 private.require_user_id(),
+private.resolve_alias(p_alias_id text, p_user_id uuid, p_plan text),
 private.resolve_schema(p_node jsonb, p_schemas jsonb, p_path text[]),
 private.resolve_union(p_node jsonb, p_schemas jsonb, p_path text[]),
 private.rotate_webhook_secret(p_webhook_id uuid),
@@ -294,6 +328,7 @@ private.takes_image(p_snake text, p_rules jsonb, p_prose text),
 private.trim_attempts(p_at_most integer),
 private.trim_deliveries(p_at_most integer),
 private.trim_ledger(p_at_most integer),
+private.unwrap_params(p_text text),
 private.waiting_seconds(p_job private.ready_jobs, p_ahead double precision[], p_else double precision),
 private.walk_generations(p_user_id uuid, p_before uuid, p_only_favorites boolean, p_tag text, p_at_most integer),
 private.without_prompt(p_detail text, p_prompt text),
@@ -646,6 +681,52 @@ begin
 end;
 $do$;
 
+create or replace function private.refuse(
+  p_token text, p_detail text, p_hint text default null, p_retry_after integer default null
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_status integer := (jsonb '{
+    "invalid_input": 400, "not_authenticated": 401, "insufficient_credits": 402,
+    "requires_paid_plan": 403, "not_found": 404, "method_not_allowed": 405,
+    "idempotency_conflict": 409, "not_finished": 409, "already_finished": 409,
+    "too_many_active": 429, "rate_limited": 429,
+    "busy": 503, "model_paused": 503, "unavailable": 503
+  }' ->> p_token)::integer;
+begin
+  if p_retry_after is null then
+    raise exception using
+      errcode = 'PT' || v_status, message = p_token, detail = p_detail, hint = coalesce(
+        p_hint, 'Correct the argument and call again.'
+      );
+  end if;
+  raise sqlstate 'PGRST' using
+    message = json_build_object(
+      'code', 'PT' || v_status,
+      'message', p_token,
+      'details', p_detail,
+      'hint', format('Try again in %s seconds.', p_retry_after)
+    )::text,
+    detail = json_build_object(
+      'status', v_status, 'headers', json_build_object('Retry-After', p_retry_after::text)
+    )::text;
+end;
+$$;
+
+create or replace function private.refuse_input(p_detail text, p_hint text default null) returns void
+language sql set search_path = pg_catalog, pg_temp
+return private.refuse('invalid_input', p_detail, p_hint);
+
+create or replace function private.refuse_missing(p_detail text, p_hint text) returns void
+language sql set search_path = pg_catalog, pg_temp
+return private.refuse('not_found', p_detail, p_hint);
+
+create or replace function private.refuse_unknown_user() returns void
+language sql set search_path = pg_catalog, pg_temp
+return private.refuse(
+  'not_authenticated', 'There is no such user any more.', 'Sign in again.'
+);
+
 create or replace function private.require_writable() returns void
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
@@ -653,13 +734,12 @@ begin
     and current_setting('default_transaction_read_only') = 'off' then
     return;
   elsif current_setting('request.method', true) in ('GET', 'HEAD') then
-    raise sqlstate 'PT405' using
-      message = 'method_not_allowed',
-      detail = 'This function changes something.',
-      hint = 'Call it by POST.';
+    perform private.refuse(
+      'method_not_allowed', 'This function changes something.', 'Call it by POST.'
+    );
   end if;
-  perform private.refuse_for_now(
-    503, 'unavailable', 'The database takes no changes at the moment.', 30
+  perform private.refuse(
+    'unavailable', 'The database takes no changes at the moment.', p_retry_after => 30
   );
 end;
 $$;
@@ -670,10 +750,10 @@ declare
   v_user_id uuid := private.caller_id();
 begin
   if v_user_id is null then
-    raise sqlstate 'PT401' using
-      message = 'not_authenticated',
-      detail = 'The request carries no user.',
-      hint = 'Sign in and send the access token as Authorization: Bearer.';
+    perform private.refuse(
+      'not_authenticated', 'The request carries no user.',
+      'Sign in and send the access token as Authorization: Bearer.'
+    );
   elsif p_writes then
     perform private.require_writable();
   end if;
@@ -698,30 +778,9 @@ language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   perform private.require_known_user_id();
   perform private.refuse_missing(
-    'job_id: no such job of yours',
-    'Use the job_id that enqueue_generation answered.'
+    'job_id: no such job of yours', 'Use the job_id that enqueue_generation answered.'
   );
 end;
-$$;
-
-create or replace function private.unwrap_params(p_text text) returns jsonb
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-begin
-  return p_text::jsonb;
-exception
-  when invalid_text_representation or untranslatable_character or numeric_value_out_of_range
-    or statement_too_complex then
-    perform private.refuse_input('params: not a JSON object');
-    return null;  -- never reached
-end;
-$$;
-
-create or replace function private.has_endless_number(p_value jsonb) returns boolean
-language sql immutable set search_path = pg_catalog, pg_temp as $$
-  select exists (
-    select from jsonb_path_query(p_value, 'strict $.** ? (@.type() == "number")') as n (value)
-    where abs(n.value::numeric) >= 1e400 or scale(n.value::numeric) > 400
-  )
 $$;
 
 create or replace function private.read_request(
@@ -736,12 +795,22 @@ begin
   select s.max_params_bytes, s.max_prompt_chars into v_max_bytes, v_max_chars
   from private.settings as s;
   if jsonb_typeof(v_params) = 'string' and pg_column_size(v_params) <= 2 * v_max_bytes then
-    v_params := private.unwrap_params(v_params #>> '{}');
+    begin
+      v_params := (v_params #>> '{}')::jsonb;
+    exception
+      when invalid_text_representation or untranslatable_character or numeric_value_out_of_range
+        or statement_too_complex then
+        v_params := 'null';
+    end;
   end if;
   -- Measured before anything is written out: in memory no JSON has more than eight times the bytes
-  -- of its text, and what has less than 500 holds too few numbers to come to much.
-  if pg_column_size(v_params) between 500 and 8 * v_max_bytes
-    and private.has_endless_number(v_params) then
+  -- of its text, and what has less than 500 holds too few numbers to come to much. 1e131071 is
+  -- eight bytes on the way in, sixteen here, and 131 kB once it is written, 0e-16383 likewise. No
+  -- schema has a use for one.
+  if pg_column_size(v_params) between 500 and 8 * v_max_bytes and exists (
+    select from jsonb_path_query(v_params, 'strict $.** ? (@.type() == "number")') as n (value)
+    where abs(n.value::numeric) >= 1e400 or scale(n.value::numeric) > 400
+  ) then
     perform private.refuse_input('params: a number of more than 400 digits');
   elsif pg_column_size(v_params) > 8 * v_max_bytes
     or octet_length(v_params::text) > v_max_bytes then
@@ -767,6 +836,21 @@ begin
   return v_params;
 end;
 $$;
+
+create view private.paused_models with (security_invoker = true) as
+select
+  m.id,
+  b.paused_until,
+  b.resumed_at
+from private.breakers as b
+inner join public.models as m on b.name in (m.id, m.provider)
+where b.paused_until is not null or b.resumed_at is not null;
+
+comment on view private.paused_models is
+  'Models that are or were paused, themselves or with their provider.';
+
+revoke all on private.queue_floor, private.live_jobs, private.paused_models
+from public, anon, authenticated, service_role;
 
 create or replace function private.paused_until(p_model public.models, p_user_id uuid) returns timestamptz
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
@@ -799,141 +883,324 @@ begin
 end;
 $$;
 
-create view private.paused_models with (security_invoker = true) as
-select
-  m.id,
-  b.paused_until,
-  b.resumed_at
-from private.breakers as b
-inner join public.models as m on b.name in (m.id, m.provider)
-where b.paused_until is not null or b.resumed_at is not null;
-
-comment on view private.paused_models is
-  'Models that are or were paused, themselves or with their provider.';
-
-revoke all on private.paused_models from public, anon, authenticated, service_role;
-
-create or replace function private.resolve_alias(p_alias_id text, p_user_id uuid, p_plan text) returns text
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select a.model_id
-  from public.model_aliases as a
-  inner join public.models as m on m.id = a.model_id
-  cross join lateral (
-    select ('x' || left(md5(concat_ws(' ', p_user_id, a.id, a.model_id)), 12))::bit(48)::bigint as n
-  ) as drawn
-  where a.id = p_alias_id and a.weight > 0 and m.is_active
-    and (p_plan = 'paid' or not m.requires_paid)
-  order by
-    private.paused_until(m, p_user_id) is not null,
-    -ln((drawn.n + 1) / 281474976710657.0) / a.weight
-  limit 1
+create or replace function private.plan_of(p_entitlement public.entitlements) returns private.plans
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+begin
+  return (select p from private.plans as p where p.name = case
+    when p_entitlement.is_paid and p_entitlement.paid_until > now() then 'paid' else 'free'
+  end);
+end;
 $$;
 
-create or replace function private.require_model(
-  p_name text, p_user_id uuid, p_plan text
-) returns public.models
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+create type private.gate as (
+  user_id uuid,
+  credits integer,
+  last_fair_key bigint,
+  plan text,
+  weight integer,
+  max_active integer,
+  max_batch integer,
+  may_be_over_limits boolean,
+  max_params_bytes integer,
+  max_prompt_chars integer,
+  is_model_unclear boolean,
+  model public.models
+);
+
+comment on type private.gate is
+  'What a request is held against: the user''s balance and plan, the model, and whether there is '
+  'anything to look at more closely. See private.gate().';
+
+create or replace function private.gate(p_user_id uuid, p_model text) returns private.gate
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
-  v_model public.models;
+  v_gate private.gate;
+begin
+  select
+    e.user_id, e.credits, e.last_fair_key, p.name, p.weight, p.max_active, p.max_batch,
+    (e.minute_jobs >= p.max_per_minute and e.minute_started_at > now() - interval '1 minute')
+    or (
+      e.day_started_at > now() - interval '1 day' and (
+        e.day_jobs >= p.max_per_minute::bigint * p.full_minutes_per_day
+        or e.day_burned >= p.max_burned_per_day
+      )
+    ) or coalesce(
+      (select least(q.oldest_ready_at, q.refreshed_at) from private.queue_state as q)
+      < now() - p.busy_after, false
+    ),
+    s.max_params_bytes, s.max_prompt_chars,
+    m.id is null or (m.requires_paid and p.name <> 'paid') or exists (
+      select from private.breakers as b
+      where b.paused_until > now() or e.user_id = any (b.failed_users || b.doubted_users)
+    ),
+    m
+  into v_gate
+  from public.entitlements as e
+  cross join private.settings as s
+  left join public.models as m on m.id = p_model and m.is_active
+  cross join lateral (
+    select * from private.plans as p
+    where p.name = case when e.is_paid and e.paid_until > now() then 'paid' else 'free' end offset 0
+  ) as p
+  where e.user_id = p_user_id
+  for update of e;
+  if not found then
+    perform private.refuse_unknown_user();
+  end if;
+  return v_gate;
+end;
+$$;
+
+create or replace function private.require_model(p_gate private.gate, p_name text) returns public.models
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_model public.models := p_gate.model;
   v_paused_until timestamptz;
 begin
-  select * into v_model from public.models where id = p_name and is_active;
-  if not found then
-    select * into v_model from public.models
-    where id = private.resolve_alias(p_name, p_user_id, p_plan);
+  if v_model.id is null then
+    select m.* into v_model
+    from public.model_aliases as a
+    inner join public.models as m on m.id = a.model_id
+    cross join lateral (
+      select
+        ('x' || left(md5(concat_ws(' ', p_gate.user_id, a.id, m.id)), 12))::bit(48)::bigint as n
+    ) as drawn
+    where a.id = p_name and a.weight > 0 and m.is_active
+      and (p_gate.plan = 'paid' or not m.requires_paid)
+    order by
+      private.paused_until(m, p_gate.user_id) is not null,
+      -ln((drawn.n + 1) / 281474976710657.0) / a.weight
+    limit 1;
   end if;
   if v_model.id is null then
     perform private.refuse_missing('model: no such model', 'list_models() names them.');
+  elsif v_model.requires_paid and p_gate.plan <> 'paid' then
+    perform private.refuse(
+      'requires_paid_plan', format('%s is for paid users', v_model.id),
+      'Choose another model or a paid plan.'
+    );
   end if;
-  if v_model.requires_paid and p_plan <> 'paid' then
-    raise sqlstate 'PT403' using
-      message = 'requires_paid_plan',
-      detail = format('%s is for paid users', v_model.id),
-      hint = 'Choose another model or a paid plan.';
-  end if;
-  if exists (
-    select from private.breakers as b
-    where b.paused_until > now() or p_user_id = any (b.failed_users || b.doubted_users)
-  ) then
-    v_paused_until := private.paused_until(v_model, p_user_id);
-    if v_paused_until is not null then
-      perform private.refuse_paused(v_model.id, v_paused_until);
-    end if;
+  v_paused_until := private.paused_until(v_model, p_gate.user_id);
+  if v_paused_until is not null then
+    perform private.refuse(
+      'model_paused', format('%s is paused', v_model.id), p_retry_after => ceil(
+        extract(epoch from least(v_paused_until, now() + interval '1 hour') - now())
+      )::integer
+    );
   end if;
   return v_model;
 end;
 $$;
 
-revoke all on private.queue_floor from public, anon, authenticated, service_role;
-
-revoke all on private.live_jobs from public, anon, authenticated, service_role;
-
-create or replace function private.has_waited(p_interval interval) returns boolean
-language sql set search_path = pg_catalog, pg_temp as $$
-  select exists (
-    select from (
-      select r.user_id, r.model_id, r.queued_at from private.ready_jobs as r
-      where r.run_at is null and r.fair_key >= (select f.fair_key from private.queue_floor as f)
-      order by r.fair_key, r.seq limit 1000
-    ) as next
-    where next.queued_at < now() - p_interval
-      and next.user_id not in (select r.user_id from private.running_jobs as r)
-      -- Nor does it wait for us while its model is paused.
-      and not exists (
-        select from private.paused_models as p
-        where p.id = next.model_id
-          and (p.paused_until is not null or p.resumed_at > now() - p_interval)
-      )
-  )
-$$;
-
-create or replace function private.check_limits(
-  p_entitlement public.entitlements, p_plan private.plans
-) returns void
+create or replace function private.is_busy(p_busy_after interval) returns boolean
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
-  if p_plan.max_active <= (
+  if (select least(q.oldest_ready_at, q.refreshed_at) from private.queue_state as q)
+    < now() - p_busy_after then
+    return exists (
+      select from (
+        select r.user_id, r.model_id, r.queued_at from private.ready_jobs as r
+        where r.run_at is null and r.fair_key >= (select f.fair_key from private.queue_floor as f)
+        order by r.fair_key, r.seq limit 1000
+      ) as next
+      where next.queued_at < now() - p_busy_after
+        and next.user_id not in (select r.user_id from private.running_jobs as r)
+        -- Nor does it wait for us while its model is paused.
+        and not exists (
+          select from private.paused_models as p
+          where p.id = next.model_id
+            and (p.paused_until is not null or p.resumed_at > now() - p_busy_after)
+        )
+    );
+  end if;
+  return false;
+end;
+$$;
+
+create or replace function private.refuse_limits(p_user_id uuid) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_used public.entitlements := (
+    select e from public.entitlements as e where e.user_id = p_user_id
+  );
+  v_plan private.plans := private.plan_of(v_used);
+  v_max_per_day bigint := v_plan.max_per_minute::bigint * v_plan.full_minutes_per_day;
+begin
+  if v_plan.max_active <= (
     select count(*) from (
-      select from private.live_jobs as j
-      where j.user_id = p_entitlement.user_id limit p_plan.max_active
+      select from private.live_jobs as j where j.user_id = p_user_id limit v_plan.max_active
     ) as live
   ) then
-    perform private.refuse_for_now(
-      429,
+    perform private.refuse(
       'too_many_active',
-      format('%s jobs are queued or running, the plan''s limit', p_plan.max_active),
-      5
+      format('%s jobs are queued or running, the plan''s limit', v_plan.max_active),
+      p_retry_after => 5
     );
-  end if;
-  if p_entitlement.minute_jobs >= p_plan.max_per_minute
-    and p_entitlement.minute_started_at > now() - interval '1 minute' then
-    perform private.refuse_for_now(
-      429,
-      'rate_limited',
-      format('%s jobs in this minute, the plan''s limit', p_plan.max_per_minute),
-      ceil(extract(
-        epoch from p_entitlement.minute_started_at + interval '1 minute' - now()
-      ))::integer
+  elsif v_used.minute_started_at > now() - interval '1 minute'
+    and v_used.minute_jobs >= v_plan.max_per_minute then
+    perform private.refuse(
+      'rate_limited', format('%s jobs in this minute, the plan''s limit', v_plan.max_per_minute),
+      p_retry_after => ceil(
+        extract(epoch from v_used.minute_started_at + interval '1 minute' - now())
+      )::integer
     );
-  end if;
-  if p_entitlement.day_started_at > now() - interval '1 day' and (
-    p_entitlement.day_jobs >= p_plan.max_per_minute::bigint * p_plan.full_minutes_per_day
-    or p_entitlement.day_burned >= p_plan.max_burned_per_day
+  elsif v_used.day_started_at > now() - interval '1 day' and (
+    v_used.day_jobs >= v_max_per_day or v_used.day_burned >= v_plan.max_burned_per_day
   ) then
-    perform private.refuse_for_now(
-      429,
-      'rate_limited',
-      format(
+    perform private.refuse(
+      'rate_limited', format(
         '%s jobs in this day, %s of them canceled when they ran: the plan''s limits are %s and %s',
-        p_entitlement.day_jobs, p_entitlement.day_burned,
-        p_plan.max_per_minute::bigint * p_plan.full_minutes_per_day, p_plan.max_burned_per_day
+        v_used.day_jobs, v_used.day_burned, v_max_per_day, v_plan.max_burned_per_day
       ),
-      ceil(extract(epoch from p_entitlement.day_started_at + interval '1 day' - now()))::integer
+      p_retry_after => ceil(
+        extract(epoch from v_used.day_started_at + interval '1 day' - now())
+      )::integer
     );
+  elsif private.is_busy(v_plan.busy_after) then
+    perform private.refuse('busy', 'Jobs wait too long to take in more.', p_retry_after => 60);
   end if;
-  if private.is_busy(p_plan) then
-    perform private.refuse_for_now(503, 'busy', 'Jobs wait too long to take in more.', 60);
+end;
+$$;
+
+create or replace function private.input_problem(p_value jsonb, p_rules jsonb) returns text
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
+declare
+  v_type text := p_rules ->> 'type';
+  v_least numeric;
+  v_most numeric;
+  v_size numeric;
+begin
+  if p_value = 'null' and p_rules @> '{"nullable": true}' then
+    return null;
+  elsif p_rules ? 'anyOf' then
+    return case when (
+      select bool_and(private.input_problem(p_value, o.value) is not null)
+      from jsonb_array_elements(p_rules -> 'anyOf') as o
+    ) then 'none of its types: ' || left(p_rules ->> 'anyOf', 1000) end;
+  elsif jsonb_typeof(p_value) is distinct from replace(v_type, 'integer', 'number')
+    or (v_type = 'integer' and p_value::numeric % 1 <> 0) then
+    return 'not of type ' || coalesce(v_type, 'allowed here');
+  elsif p_rules ? 'enum' and not (p_rules -> 'enum') @> jsonb_build_array(p_value) then
+    return 'not one of ' || left(p_rules ->> 'enum', 1000);
+  elsif v_type in ('integer', 'number') then
+    v_least := coalesce((p_rules ->> 'minimum')::numeric, -9007199254740991);
+    v_most := coalesce((p_rules ->> 'maximum')::numeric, 9007199254740991);
+    v_size := p_value::numeric;
+    if v_size not between v_least and v_most then
+      return format('not between %s and %s', v_least, v_most);
+    elsif p_rules ?| '{exclusiveMinimum,exclusiveMaximum,multipleOf}' then
+      return case
+        when v_size <= (p_rules ->> 'exclusiveMinimum')::numeric
+          then 'not above ' || (p_rules ->> 'exclusiveMinimum')
+        when v_size >= (p_rules ->> 'exclusiveMaximum')::numeric
+          then 'not below ' || (p_rules ->> 'exclusiveMaximum')
+        when v_size % (p_rules ->> 'multipleOf')::numeric <> 0
+          then 'not a multiple of ' || (p_rules ->> 'multipleOf')
+      end;
+    end if;
+  elsif v_type = 'string' and p_rules ?| '{maxLength,minLength}' then
+    v_size := length(p_value #>> '{}');
+    return case
+      when v_size > (p_rules ->> 'maxLength')::numeric
+        then format('longer than %s characters', p_rules ->> 'maxLength')
+      when v_size < (p_rules ->> 'minLength')::numeric
+        then format('shorter than %s characters', p_rules ->> 'minLength')
+    end;
+  elsif v_type = 'array' then
+    v_most := coalesce((p_rules ->> 'maxItems')::numeric, 16);
+    v_size := jsonb_array_length(p_value);
+    return case
+      when v_size > v_most then format('longer than %s items', v_most)
+      when v_size < (p_rules ->> 'minItems')::numeric
+        then format('shorter than %s items', p_rules ->> 'minItems')
+      else (
+        select 'an item is ' || q.problem
+        from jsonb_array_elements(p_value) with ordinality as i (value, place)
+        cross join private.input_problem(i.value, p_rules -> 'items') as q (problem)
+        where q.problem is not null order by i.place limit 1
+      )
+    end;
   end if;
+  return null;
+end;
+$$;
+
+create or replace function private.map_size(p_model public.models, p_params jsonb) returns jsonb
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
+declare
+  v_properties jsonb := p_model.input_schema -> 'properties';
+  v_takes_pixels boolean := p_model.client_inputs @> '{width,height}';
+  v_sides numeric[] := array(
+    select s.side from unnest('{width,height}'::text[]) with ordinality as n (name, place)
+    cross join lateral (
+      select case jsonb_typeof(p_params -> n.name) when 'number' then (p_params ->> n.name)::numeric
+      end as side
+    ) as s
+    where s.side % 1 = 0 and s.side between 1 and 16384 order by n.place
+  );
+  v_ratio numeric[] := regexp_match(
+    p_params ->> 'aspect_ratio', '^0*([1-9]\d{0,3}):0*([1-9]\d{0,3})$'
+  )::numeric[];
+  v_unknown text[] := array['aspect_ratio'];
+  v_size jsonb;
+begin
+  if cardinality(v_sides) = 2 and not v_takes_pixels then
+    v_ratio := v_sides;
+    v_unknown := array['width', 'height'];
+  elsif v_ratio is null or 'aspect_ratio' = any (p_model.client_inputs) then
+    if cardinality(v_sides) = 2 then
+      -- Some models look at pixels only when asked for a custom shape.
+      select coalesce(jsonb_object_agg(c.name, 'custom'), '{}') into v_size
+      from unnest('{aspect_ratio,size}'::text[]) as c (name)
+      where v_properties #> array[c.name, 'enum'] @> '["custom"]';
+    end if;
+    return coalesce(v_size, '{}') || p_params;
+  end if;
+  if v_takes_pixels then
+    select jsonb_object_agg(s.name, coalesce(
+      (
+        select e.value::numeric from jsonb_array_elements(r.rules -> 'enum') as e
+        order by abs(e.value::numeric - s.pixels) limit 1
+      ),
+      least(
+        floor(coalesce((r.rules ->> 'maximum')::numeric, 2048) / r.step) * r.step,
+        greatest(
+          ceil(coalesce((r.rules ->> 'minimum')::numeric, 64) / r.step) * r.step,
+          round(s.pixels / r.step) * r.step
+        )
+      )
+    )) into v_size
+    from (
+      select coalesce((v_properties #>> '{width,default}')::numeric, 1024)
+        * coalesce((v_properties #>> '{height,default}')::numeric, 1024) as area
+    ) as a
+    cross join lateral (values
+      ('width', sqrt(a.area * v_ratio[1] / v_ratio[2])),
+      ('height', sqrt(a.area * v_ratio[2] / v_ratio[1]))
+    ) as s (name, pixels)
+    cross join lateral (
+      -- Multiples of 64, as diffusion models like them.
+      select v_properties -> s.name as rules, case
+        when 64 % coalesce((v_properties #>> array[s.name, 'multipleOf'])::numeric, 1) = 0 then 64
+        else (v_properties #>> array[s.name, 'multipleOf'])::numeric
+      end as step
+    ) as r;
+  else
+    select jsonb_build_object(p.name, o.option) into v_size
+    from unnest('{aspect_ratio,size,image_size,resolution}'::text[])
+      with ordinality as p (name, place)
+    cross join jsonb_array_elements_text(
+      coalesce(v_properties #> array[p.name, 'enum'], '[]')
+    ) as o (option)
+    cross join regexp_match(o.option, '^(\d{1,5}) ?[:x*×] ?(\d{1,5})$') as m
+    where p.name = any (p_model.client_inputs) and m[1]::numeric > 0 and m[2]::numeric > 0
+    order by
+      p.place,
+      abs(ln(m[1]::numeric / m[2]::numeric) - ln(v_ratio[1] / v_ratio[2])),
+      abs(ln(m[1]::numeric * m[2]::numeric) - ln(v_ratio[1] * v_ratio[2]))
+    limit 1;
+  end if;
+  return case when v_size is null then p_params else v_size || (p_params - v_unknown) end;
 end;
 $$;
 
@@ -950,71 +1217,110 @@ begin
 end;
 $$;
 
-create or replace function private.complete_input(
-  p_model public.models, p_prepared jsonb, p_prompt text, p_field text default 'prompt'
-) returns jsonb
+create or replace function private.provider_inputs(
+  p_model public.models, p_user_id uuid, p_params jsonb, p_prompts text[],
+  p_field text default 'prompt'
+) returns jsonb[]
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
-  v_input jsonb := p_prepared;
+  v_params jsonb := p_params - 'reuse';
   v_properties jsonb := p_model.input_schema -> 'properties';
+  v_required jsonb := p_model.input_schema -> 'required';
   v_seed jsonb := v_properties -> 'seed';
-  v_lowest bigint;
-  v_highest bigint;
+  v_prompt_rules jsonb := v_properties -> p_model.prompt_input;
+  v_lowest bigint := greatest(0, (v_seed ->> 'minimum')::numeric);
+  v_has_prompt boolean;
+  v_inputs jsonb[];
+  v_name text;
   v_problem text;
 begin
-  if p_prompt !~ '[0-9A-Za-z]' and private.is_blank(p_prompt) then
-    if private.needs_prompt(p_model) then
-      perform private.refuse_input(p_field || ': missing or blank');
-    end if;
-  elsif p_model.prompt_input is not null then
-    if v_properties -> p_model.prompt_input ?| '{anyOf,enum,maxLength,minLength}' then
-      v_problem := private.input_problem(
-        to_jsonb(p_prompt), v_properties -> p_model.prompt_input
-      );
-      if v_problem is not null then
-        perform private.refuse_input(format('%s: %s', p_field, v_problem));
-      end if;
-    end if;
-    v_input := v_input || jsonb_build_object(p_model.prompt_input, p_prompt);
+  if p_params ? 'reuse' and jsonb_typeof(p_params -> 'reuse') <> 'boolean' then
+    perform private.refuse_input('params.reuse: not of type boolean');
+  elsif p_params @> '{"reuse": true}' and not p_params ? 'seed' then
+    perform private.refuse_input(
+      'params.reuse: needs params.seed', 'Without a seed every picture is another one.'
+    );
+  elsif v_params ?& '{width,height}' or v_params ? 'aspect_ratio' then
+    v_params := private.map_size(p_model, v_params);
   end if;
-  if v_seed ->> 'type' = 'integer' and not v_input ? 'seed' then
-    v_lowest := greatest(0, (v_seed ->> 'minimum')::numeric);
-    v_highest := least(2147483647, (v_seed ->> 'maximum')::numeric);
-    v_input := v_input || jsonb_build_object(
-      'seed', v_lowest + floor(random() * (v_highest - v_lowest + 1))::bigint
+  if v_params - p_model.client_inputs <> '{}' then
+    v_name := (
+      select min(f.name) from jsonb_object_keys(v_params - p_model.client_inputs) as f (name)
+    );
+    perform private.refuse_input(
+      format('params.%s: not an input of %s', left(v_name, 60), p_model.id),
+      'Allowed: ' || array_to_string(p_model.client_inputs, ', ')
     );
   end if;
-  return v_input;
+  foreach v_name in array p_model.client_inputs loop
+    v_problem := case
+      when v_params ? v_name
+        then private.input_problem(v_params -> v_name, v_properties -> v_name)
+      when v_required ? v_name and v_name <> 'seed'
+        and not v_properties -> v_name ? 'default' and not p_model.operator_input ? v_name
+        then 'missing'
+    end;
+    if v_problem is not null then
+      perform private.refuse_input(format('params.%s: %s', v_name, v_problem));
+    end if;
+  end loop;
+  if v_params ?| p_model.image_inputs then
+    perform private.check_source_images(p_model, p_user_id, v_params);
+  end if;
+  v_params := p_model.default_input || v_params || p_model.operator_input;
+  for v_at in 1 .. cardinality(p_prompts) loop
+    v_has_prompt := p_prompts[v_at] ~ '[0-9A-Za-z]' or not private.is_blank(p_prompts[v_at]);
+    if not v_has_prompt then
+      -- One that needs a picture and has a prompt of its own, an upscaler say, does without.
+      if p_model.prompt_input is not null and not (
+        coalesce(v_required ?| p_model.image_inputs, false)
+        and not v_required ? p_model.prompt_input and v_prompt_rules ? 'default'
+      ) then
+        perform private.refuse_input(format(p_field || ': missing or blank', v_at - 1));
+      end if;
+    elsif v_prompt_rules ?| '{anyOf,enum,maxLength,minLength}' then
+      v_problem := private.input_problem(to_jsonb(p_prompts[v_at]), v_prompt_rules);
+      if v_problem is not null then
+        perform private.refuse_input(format(p_field || ': %2$s', v_at - 1, v_problem));
+      end if;
+    end if;
+    v_inputs[v_at] := v_params || case
+      when v_has_prompt and p_model.prompt_input is not null
+        then jsonb_build_object(p_model.prompt_input, p_prompts[v_at])
+      else '{}'
+    end || case
+      when v_seed ->> 'type' = 'integer' and not v_params ? 'seed' then jsonb_build_object(
+        'seed', v_lowest + floor(random() * (
+          least(2147483647, (v_seed ->> 'maximum')::numeric) - v_lowest + 1
+        ))::bigint
+      )
+      else '{}'
+    end;
+  end loop;
+  return v_inputs;
 end;
 $$;
 
-create or replace function private.charge_credits(
-  p_entitlement public.entitlements, p_generation_ids uuid[], p_credits integer,
-  p_last_fair_key bigint
-) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_count integer := cardinality(p_generation_ids);
-  v_cost bigint := p_credits::bigint * v_count;
-  v_new_minute boolean := p_entitlement.minute_started_at <= now() - interval '1 minute';
-  v_new_day boolean := p_entitlement.day_started_at <= now() - interval '1 day';
-begin
-  if v_cost > p_entitlement.credits then
-    perform private.refuse_price(p_entitlement, v_cost);
-  end if;
-  update public.entitlements set
-    credits = credits - v_cost,
-    last_fair_key = p_last_fair_key,
-    minute_started_at = case when v_new_minute then now() else minute_started_at end,
-    minute_jobs = case when v_new_minute then v_count else minute_jobs + v_count end,
-    day_started_at = case when v_new_day then now() else day_started_at end,
-    day_jobs = case when v_new_day then v_count else day_jobs + v_count end,
-    day_burned = case when v_new_day then 0 else day_burned end
-  where user_id = p_entitlement.user_id;
-  insert into public.credit_ledger (user_id, generation_id, kind, amount, balance_after)
-  select p_entitlement.user_id, g.id, 'charge', -p_credits, p_entitlement.credits - p_credits * g.n
-  from unnest(p_generation_ids) with ordinality as g (id, n);
-end;
+create or replace function private.entitlement_json(p_user_id uuid) returns json
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select json_build_object(
+    'user_id', e.user_id,
+    'plan', p.name,
+    'paid_until', e.paid_until,
+    'credits', e.credits,
+    'active_jobs', (select count(*) from private.live_jobs as j where j.user_id = p_user_id),
+    'max_active', p.max_active,
+    'minute_jobs', case
+      when e.minute_started_at > now() - interval '1 minute' then e.minute_jobs
+      else 0
+    end,
+    'max_per_minute', p.max_per_minute,
+    'max_batch', p.max_batch,
+    'is_busy', private.is_busy(p.busy_after)
+  )
+  from public.entitlements as e
+  cross join lateral private.plan_of(e) as p
+  where e.user_id = p_user_id
 $$;
 
 create or replace function private.grant_credits(
@@ -1031,8 +1337,7 @@ begin
     perform private.refuse_input(
       'kind: grant with a positive amount, or adjust with one that is not 0'
     );
-  end if;
-  if coalesce(octet_length(p_external_id) not between 1 and 200, true) then
+  elsif coalesce(octet_length(p_external_id) not between 1 and 200, true) then
     perform private.refuse_input(
       'external_id: not 1 to 200 bytes', 'Use the payment''s id: repeats are applied once.'
     );
@@ -1041,27 +1346,32 @@ begin
   if not found then
     perform private.refuse_missing('user_id: no such user', 'Use the id of auth.users.');
   end if;
-  v_entry := private.find_grant(p_user_id, p_amount, p_kind, p_external_id);
-  if v_entry.id is not null then
-    return json_build_object('credits', v_credits, 'applied', false);
-  end if;
-  -- Far below what an integer holds, also once what jobs under way were charged has come back: so
-  -- no refund can ever overflow.
-  select coalesce(sum(g.price_credits), 0) into v_charged
-  from private.live_jobs as j inner join public.generations as g on g.id = j.job_id
-  where j.user_id = p_user_id;
-  if v_credits::bigint + p_amount not between 0 and 1000000000 - v_charged then
-    perform private.refuse_input(
-      format('amount: the balance is %s, and %s are in jobs under way', v_credits, v_charged)
-    );
-  end if;
-  insert into public.credit_ledger (user_id, kind, amount, balance_after, external_id)
-  values (p_user_id, p_kind, p_amount, v_credits + p_amount, p_external_id)
-  on conflict (external_id) where external_id is not null do nothing;
-  if not found then
-    -- Another user's grant took the id just now.
-    perform private.find_grant(p_user_id, p_amount, p_kind, p_external_id);
-  end if;
+  loop  -- once more where another user's grant takes the id just now
+    select * into v_entry from public.credit_ledger where external_id = p_external_id;
+    if v_entry.id is not null and (v_entry.user_id, v_entry.amount, v_entry.kind)
+      is distinct from (p_user_id, p_amount, p_kind) then
+      perform private.refuse(
+        'idempotency_conflict', 'external_id was used for another grant',
+        'Use the payment''s own id, once for each payment.'
+      );
+    elsif v_entry.id is not null then
+      return json_build_object('credits', v_credits, 'applied', false);
+    end if;
+    -- Far below what an integer holds, also once what jobs under way were charged has come back: so
+    -- no refund can ever overflow.
+    select coalesce(sum(g.price_credits), 0) into v_charged
+    from private.live_jobs as j inner join public.generations as g on g.id = j.job_id
+    where j.user_id = p_user_id;
+    if v_credits::bigint + p_amount not between 0 and 1000000000 - v_charged then
+      perform private.refuse_input(
+        format('amount: the balance is %s, and %s are in jobs under way', v_credits, v_charged)
+      );
+    end if;
+    insert into public.credit_ledger (user_id, kind, amount, balance_after, external_id)
+    values (p_user_id, p_kind, p_amount, v_credits + p_amount, p_external_id)
+    on conflict (external_id) where external_id is not null do nothing;
+    exit when found;
+  end loop;
   update public.entitlements set credits = credits + p_amount where user_id = p_user_id;
   return json_build_object('credits', v_credits + p_amount, 'applied', true);
 end;
@@ -1273,51 +1583,135 @@ begin
 end;
 $$;
 
-create or replace function private.find_generation_by_key(
-  p_user_id uuid, p_key text, p_model text, p_prompt text, p_params jsonb
-) returns public.generations
+create or replace function private.enqueue_answer(
+  p_job_id uuid, p_credits integer, p_status text default 'queued',
+  p_created_at timestamptz default null, p_is_reused boolean default false
+) returns json
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_generation public.generations;
 begin
-  select * into v_generation
-  from public.generations where user_id = p_user_id and idempotency_key = p_key;
-  if found and (
-    coalesce(v_generation.alias_id, v_generation.model_id), v_generation.prompt, v_generation.input
-  ) is distinct from (p_model, p_prompt, p_params) then
-    perform private.refuse_used_key();
-  elsif v_generation.deleted_at is not null then
-    perform private.refuse_missing(
-      'idempotency_key: its job was deleted',
-      'restore_generation brings it back. Use a new key for a new request.'
-    );
-  end if;
-  return v_generation;
+  return json_build_object(
+    'job_id', p_job_id,
+    'status', p_status,
+    'reused', p_is_reused,
+    'credits_left', p_credits,
+    'queue_position', null,
+    'eta_seconds', null,
+    'poll_after_ms', case
+      when p_created_at is null then 1000
+      when p_status in ('queued', 'processing') then private.poll_after_ms(p_created_at)
+    end
+  );
 end;
 $$;
 
-create or replace function private.enqueue_answer(
-  p_generation public.generations, p_is_reused boolean default false
+create or replace function private.accept(
+  p_gate private.gate, p_name text, p_params jsonb, p_prompts text[], p_inputs jsonb[],
+  p_idempotency_key text default null, p_batch_id uuid default null, p_retry_of uuid default null,
+  p_is_free boolean default false
 ) returns json
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
-  v_forecast private.forecast := case when p_generation.finished_at is null
-    then (private.forecast_jobs(array[p_generation.id], 20))[1] end;
-  v_credits integer;
+  v_model public.models := p_gate.model;
+  v_jobs integer := cardinality(p_inputs);
+  v_said jsonb := p_inputs[1] -> v_model.image_count_input;  -- prompts do not change it
+  v_images numeric := case jsonb_typeof(v_said)
+    when 'number' then v_said::numeric else v_model.max_images
+  end;
+  v_price bigint := v_images * case
+    when p_is_free then 0
+    when p_gate.plan = 'paid' then v_model.paid_price_credits
+    else v_model.price_credits
+  end;
+  v_job_id uuid;
+  v_is_anybody_asleep boolean;
 begin
-  select e.credits into v_credits
-  from public.entitlements as e where e.user_id = p_generation.user_id;
-  return json_build_object(
-    'job_id', p_generation.id,
-    'status', p_generation.status,
-    'reused', p_is_reused,
-    'credits_left', v_credits,
-    'queue_position', v_forecast.queue_position,
-    'eta_seconds', v_forecast.eta_seconds,
-    'poll_after_ms', case when p_generation.finished_at is null
-      then private.poll_after_ms(p_generation.created_at, v_forecast.due_seconds)
-    end
-  );
+  if p_gate.may_be_over_limits and not p_is_free then
+    perform private.refuse_limits(p_gate.user_id);
+  end if;
+  with queue as (
+    select
+      c.last_value as clock,
+      greatest(c.last_value, case when live.jobs > 0 then p_gate.last_fair_key end) as base,
+      greatest(v_model.price_credits * v_images, 1)::bigint * 1000 / p_gate.weight as step
+    from private.virtual_clock as c
+    cross join (
+      select count(*) as jobs from (
+        select from private.live_jobs as j
+        where j.user_id = p_gate.user_id limit p_gate.max_active
+      ) as counted
+    ) as live
+    where v_images between 1 and v_model.max_images and v_price * v_jobs <= p_gate.credits
+      and (p_is_free or live.jobs < p_gate.max_active)
+  ),
+  jobs as materialized (
+    select
+      private.uuid_v7() as id, j.prompt, j.input, j.place, q.base + q.step * j.place as fair_key,
+      q.base + q.step * j.place - q.clock as distance
+    from queue as q
+    cross join unnest(p_prompts, p_inputs) with ordinality as j (prompt, input, place)
+  ),
+  charged as (
+    update public.entitlements as e set
+      credits = e.credits - v_price * v_jobs,
+      last_fair_key = q.base + q.step * v_jobs,
+      minute_started_at = case
+        when e.minute_started_at > now() - interval '1 minute' then e.minute_started_at else now()
+      end,
+      minute_jobs = v_jobs + case
+        when e.minute_started_at > now() - interval '1 minute' then e.minute_jobs else 0
+      end,
+      day_started_at = case
+        when e.day_started_at > now() - interval '1 day' then e.day_started_at else now()
+      end,
+      day_jobs = v_jobs + case
+        when e.day_started_at > now() - interval '1 day' then e.day_jobs else 0
+      end,
+      day_burned = case
+        when e.day_started_at > now() - interval '1 day' then e.day_burned else 0
+      end
+    from queue as q
+    where e.user_id = p_gate.user_id
+  ),
+  booked as (
+    insert into public.credit_ledger (user_id, generation_id, kind, amount, balance_after)
+    select p_gate.user_id, j.id, 'charge', -v_price, p_gate.credits - v_price * j.place
+    from jobs as j
+  ),
+  made as (
+    insert into public.generations (
+      id, user_id, model_id, alias_id, batch_id, retry_of, prompt, input, provider_input,
+      price_credits, image_count, queue_distance, idempotency_key
+    )
+    select
+      j.id, p_gate.user_id, v_model.id, nullif(p_name, v_model.id), p_batch_id,
+      p_retry_of, j.prompt, p_params, j.input, v_price, v_images, j.distance, p_idempotency_key
+    from jobs as j
+  ),
+  queued as (
+    insert into private.ready_jobs (job_id, user_id, model_id, fair_key)
+    select j.id, p_gate.user_id, v_model.id, j.fair_key from jobs as j
+  )
+  select j.id, exists (select from private.workers as w where w.asleep)
+  into v_job_id, v_is_anybody_asleep
+  from jobs as j where j.place = 1;
+  if v_job_id is null then
+    if not p_is_free then
+      perform private.refuse_limits(p_gate.user_id);
+    end if;
+    if v_images not between 1 and v_model.max_images then
+      perform private.refuse_input(format(
+        'params.%s: not between 1 and %s', v_model.image_count_input, v_model.max_images
+      ));
+    end if;
+    perform private.refuse(
+      'insufficient_credits', format('need %s, have %s', v_price * v_jobs, p_gate.credits),
+      'Buy credits or choose a cheaper model.'
+    );
+  end if;
+  if v_is_anybody_asleep then
+    perform private.wake_workers(v_jobs);
+  end if;
+  return private.enqueue_answer(v_job_id, (p_gate.credits - v_price * v_jobs)::integer);
 end;
 $$;
 
@@ -1329,65 +1723,61 @@ set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bit
 set jit = off as $$
 declare
   v_user_id uuid := private.require_user_id(p_writes => true);
-  v_prompt text := coalesce(p_prompt, '');
-  v_params jsonb := private.read_request(array[v_prompt], p_params, p_idempotency_key);
-  v_entitlement public.entitlements;
-  v_plan private.plans;
-  v_model public.models;
-  v_draft public.generations;
+  v_prompts text[] := array[coalesce(p_prompt, '')];
+  v_params jsonb := coalesce(p_params, '{}');
+  v_gate private.gate := private.gate(v_user_id, p_model);
+  v_inputs jsonb[];
   v_known public.generations;
 begin
-  v_entitlement := private.lock_entitlement(v_user_id);
+  -- Sizes first, by what they take in memory: see read_request, which says what is wrong.
+  if (
+    jsonb_typeof(v_params) = 'object' and pg_column_size(v_params) < 500
+    and octet_length(v_params::text) <= v_gate.max_params_bytes
+    and octet_length(v_prompts[1]) <= v_gate.max_prompt_chars
+    and octet_length(p_idempotency_key) between 1 and 200 is not false
+  ) is not true then
+    v_params := private.read_request(v_prompts, v_params, p_idempotency_key);
+  end if;
   if p_idempotency_key is not null then
-    v_known := private.find_generation_by_key(
-      v_user_id, p_idempotency_key, p_model, v_prompt, v_params
-    );
-    if v_known.id is not null then
-      return private.enqueue_answer(v_known);
+    select * into v_known from public.generations
+    where user_id = v_user_id and idempotency_key = p_idempotency_key;
+    if found and (coalesce(v_known.alias_id, v_known.model_id), v_known.prompt, v_known.input)
+      is distinct from (p_model, v_prompts[1], v_params) then
+      perform private.refuse(
+        'idempotency_conflict', 'idempotency_key was used with another payload',
+        'Use a new key for a new request.'
+      );
+    elsif v_known.deleted_at is not null then
+      perform private.refuse_missing(
+        'idempotency_key: its job was deleted',
+        'restore_generation brings it back. Use a new key for a new request.'
+      );
+    elsif found then
+      return private.enqueue_answer(
+        v_known.id, v_gate.credits, v_known.status, v_known.created_at
+      );
     end if;
   end if;
-  v_plan := private.plan_of(v_entitlement);
-  v_model := private.require_model(p_model, v_user_id, v_plan.name);
-  v_draft := private.draft_generation(v_model, p_model, v_user_id, v_prompt, v_params);
+  if v_gate.is_model_unclear then
+    v_gate.model := private.require_model(v_gate, p_model);
+  end if;
+  v_inputs := private.provider_inputs(v_gate.model, v_user_id, v_params, v_prompts);
   if v_params @> '{"reuse": true}' then
-    v_known := private.find_reusable(v_user_id, v_model, v_draft.provider_input);
-    if v_known.id is not null then
-      return private.enqueue_answer(v_known, true);
+    select * into v_known
+    from public.generations as g
+    where g.user_id = v_user_id
+      and md5(g.provider_input::text) = md5(v_inputs[1]::text) and g.input ? 'seed'
+      and (g.model_id, g.provider_input, g.status) = ((v_gate.model).id, v_inputs[1], 'completed')
+      and g.deleted_at is null and not g.input ?| (v_gate.model).image_inputs
+      and g.image_count = (select count(*) from public.images as i where i.generation_id = g.id)
+    order by g.id desc limit 1;
+    if found then
+      return private.enqueue_answer(
+        v_known.id, v_gate.credits, v_known.status, v_known.created_at, true
+      );
     end if;
   end if;
-  perform private.check_limits(v_entitlement, v_plan);
-  v_draft.idempotency_key := p_idempotency_key;
-  v_known := private.insert_generations(
-    v_entitlement, v_plan, v_model, v_draft, array[v_prompt], array[v_draft.provider_input]
-  );
-  return private.enqueue_answer(v_known);
-end;
-$$;
-
-create or replace function private.check_batch_size(p_prompts text[], p_max_batch integer) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-begin
-  if coalesce(cardinality(p_prompts) not between 1 and p_max_batch, true)
-    or array_ndims(p_prompts) > 1 then
-    perform private.refuse_input(format('prompts: not 1 to %s texts', p_max_batch));
-  end if;
-end;
-$$;
-
-create or replace function private.prepare_batch(
-  p_model public.models, p_user_id uuid, p_prompts text[], p_params jsonb
-) returns jsonb[]
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_prepared jsonb := private.prepare_params(p_model, p_user_id, p_params);
-  v_inputs jsonb[];
-begin
-  for v_place in 1 .. cardinality(p_prompts) loop
-    v_inputs[v_place] := private.complete_input(
-      p_model, v_prepared, p_prompts[v_place], format('prompts[%s]', v_place - 1)
-    );
-  end loop;
-  return v_inputs;
+  return private.accept(v_gate, p_model, v_params, v_prompts, v_inputs, p_idempotency_key);
 end;
 $$;
 
@@ -1440,14 +1830,14 @@ declare
   v_user_id uuid := private.require_user_id(p_writes => true);
   v_prompts text[];
   v_params jsonb;
-  v_entitlement public.entitlements;
-  v_plan private.plans;
-  v_model public.models;
-  v_draft public.generations;
+  v_gate private.gate;
   v_hash text;
   v_batch public.batches;
 begin
-  perform private.check_batch_size(p_prompts, 100);  -- the most that any plan may allow
+  -- 100: the most that any plan may allow.
+  if coalesce(cardinality(p_prompts) not between 1 and 100, true) or array_ndims(p_prompts) > 1 then
+    perform private.refuse_input('prompts: not 1 to 100 texts');
+  end if;
   v_prompts := array(select coalesce(p.prompt, '') from unnest(p_prompts) as p (prompt));
   v_params := private.read_request(v_prompts, p_params, p_idempotency_key, 'prompts[%1$s]');
   if v_params ? 'reuse' then
@@ -1455,22 +1845,29 @@ begin
   end if;
   -- No model has a longer name, and JSON may be six times as long as the text it holds.
   v_hash := md5(jsonb_build_array(left(p_model, 200), p_prompts, v_params)::text);
-  v_entitlement := private.lock_entitlement(v_user_id);
-  v_batch := private.find_batch_by_key(v_user_id, p_idempotency_key, v_hash);
-  if v_batch.id is null then
-    v_plan := private.plan_of(v_entitlement);
-    perform private.check_batch_size(p_prompts, v_plan.max_batch);
-    v_model := private.require_model(p_model, v_user_id, v_plan.name);
-    perform private.check_limits(v_entitlement, v_plan);
-    v_draft.alias_id := nullif(p_model, v_model.id);
-    v_draft.input := v_params;
+  v_gate := private.gate(v_user_id, p_model);
+  select * into v_batch from public.batches
+  where user_id = v_user_id and idempotency_key = p_idempotency_key;
+  if v_batch.request_hash <> v_hash then
+    perform private.refuse(
+      'idempotency_conflict', 'idempotency_key was used with another payload',
+      'Use a new key for a new request.'
+    );
+  elsif v_batch.id is null then
+    if cardinality(p_prompts) > v_gate.max_batch then
+      perform private.refuse_input(format('prompts: not 1 to %s texts', v_gate.max_batch));
+    elsif v_gate.is_model_unclear then
+      v_gate.model := private.require_model(v_gate, p_model);
+    end if;
     insert into public.batches (user_id, request_hash, job_count, idempotency_key)
     values (v_user_id, v_hash, cardinality(v_prompts), p_idempotency_key)
     returning * into v_batch;
-    v_draft.batch_id := v_batch.id;
-    perform private.insert_generations(
-      v_entitlement, v_plan, v_model, v_draft, v_prompts,
-      private.prepare_batch(v_model, v_user_id, v_prompts, v_params)
+    perform private.accept(
+      v_gate, p_model, v_params, v_prompts,
+      private.provider_inputs(
+        v_gate.model, v_user_id, v_params, v_prompts, 'prompts[%1$s]'
+      ),
+      p_batch_id => v_batch.id
     );
   end if;
   return private.batch_json(v_batch);
@@ -1500,26 +1897,34 @@ set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bit
 set jit = off as $$
 declare
   v_user_id uuid := private.require_user_id(p_writes => true);
-  v_entitlement public.entitlements := private.lock_entitlement(v_user_id);
-  v_plan private.plans := private.plan_of(v_entitlement);
-  v_old public.generations := private.require_retryable(p_job_id, v_user_id);
-  v_known public.generations := private.find_retry(p_job_id);
-  v_model public.models;
-  v_draft public.generations;
+  v_old public.generations := private.require_generation(p_job_id, v_user_id);
+  v_gate private.gate := private.gate(v_user_id, v_old.model_id);
+  v_known public.generations;
 begin
-  if v_known.id is not null and v_known.deleted_at is null then
-    return private.enqueue_answer(v_known);
+  if v_old.finished_at is null then
+    perform private.refuse(
+      'not_finished', format('the job is %s', v_old.status),
+      'Wait for its end, or cancel it first.'
+    );
+  elsif v_old.status = 'completed' then
+    perform private.refuse('already_finished', 'the job is completed', 'Enqueue a new one.');
   end if;
-  v_model := private.require_model(v_old.model_id, v_user_id, v_plan.name);
-  v_draft := private.draft_generation(
-    v_model, coalesce(v_old.alias_id, v_model.id), v_user_id, v_old.prompt, v_old.input
+  select * into v_known from public.generations as g
+  where g.retry_of = p_job_id and g.status not in ('failed', 'canceled') and g.deleted_at is null
+  order by g.id limit 1;
+  if found then
+    return private.enqueue_answer(
+      v_known.id, v_gate.credits, v_known.status, v_known.created_at
+    );
+  end if;
+  if v_gate.is_model_unclear then
+    v_gate.model := private.require_model(v_gate, v_old.model_id);
+  end if;
+  return private.accept(
+    v_gate, coalesce(v_old.alias_id, v_old.model_id), v_old.input, array[v_old.prompt],
+    private.provider_inputs(v_gate.model, v_user_id, v_old.input, array[v_old.prompt]),
+    p_retry_of => p_job_id
   );
-  v_draft.retry_of := p_job_id;
-  perform private.check_limits(v_entitlement, v_plan);
-  v_known := private.insert_generations(
-    v_entitlement, v_plan, v_model, v_draft, array[v_draft.prompt], array[v_draft.provider_input]
-  );
-  return private.enqueue_answer(v_known);
 end;
 $$;
 
@@ -1554,28 +1959,26 @@ $$;
 create or replace function private.redrive_generation(p_old public.generations) returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
-  v_entitlement public.entitlements := private.lock_entitlement(p_old.user_id);
-  v_plan private.plans := private.plan_of(v_entitlement);
+  v_gate private.gate := private.gate(p_old.user_id, p_old.model_id);
   v_seed jsonb := p_old.provider_input -> 'seed';
-  v_model public.models;
-  v_draft public.generations;
+  v_inputs jsonb[];
 begin
-  select * into v_model from public.models where id = p_old.model_id and is_active;
-  if not found then
+  if (v_gate.model).id is null then
     perform private.refuse_missing('model: not active', 'Activate it.');
-  elsif v_model.requires_paid and v_plan.name <> 'paid' then
-    raise sqlstate 'PT403' using message = 'requires_paid_plan';
+  elsif (v_gate.model).requires_paid and v_gate.plan <> 'paid' then
+    perform private.refuse('requires_paid_plan', 'model: for paid users');
   end if;
-  v_draft := private.draft_generation(
-    v_model, coalesce(p_old.alias_id, v_model.id), p_old.user_id, p_old.prompt, p_old.input
+  v_inputs := private.provider_inputs(
+    v_gate.model, p_old.user_id, p_old.input, array[p_old.prompt]
   );
-  v_draft.retry_of := p_old.id;
-  if private.input_problem(v_seed, v_model.input_schema #> '{properties,seed}') is null then
-    v_draft.provider_input := v_draft.provider_input || jsonb_build_object('seed', v_seed);
+  if v_seed is not null and private.input_problem(
+    v_seed, (v_gate.model).input_schema #> '{properties,seed}'
+  ) is null then
+    v_inputs[1] := v_inputs[1] || jsonb_build_object('seed', v_seed);
   end if;
-  perform private.insert_generations(
-    v_entitlement, v_plan, v_model, v_draft,
-    array[v_draft.prompt], array[v_draft.provider_input], p_is_free => true
+  perform private.accept(
+    v_gate, coalesce(p_old.alias_id, p_old.model_id), p_old.input, array[p_old.prompt], v_inputs,
+    p_retry_of => p_old.id, p_is_free => true
   );
 end;
 $$;
@@ -4570,13 +4973,13 @@ $$;
 
 comment on function public.enqueue_generation is
   'Asks for a picture: checks, charges and queues in one transaction. Answers {job_id, status, '
-  'reused, credits_left, queue_position (jobs ahead, counted to 20 here; null unless queued), '
-  'eta_seconds (until it is likely to be finished, null if not known), poll_after_ms}. The same '
-  'idempotency_key and payload answer with the same job and charge nothing. With params.reuse = '
-  'true and a seed, your finished generation of the same input is answered, free. Errors: PT400 '
-  'invalid_input, PT401 not_authenticated, PT402 insufficient_credits, PT403 requires_paid_plan, '
-  'PT404 not_found (also where the job of the key is deleted), PT409 idempotency_conflict, PT429 '
-  'too_many_active | rate_limited, PT503 busy | model_paused | unavailable.';
+  'reused, credits_left, queue_position and eta_seconds (null here: get_job_status tells them), '
+  'poll_after_ms}. The same idempotency_key and payload answer with the same job and charge '
+  'nothing. With params.reuse = true and a seed, your finished generation of the same input is '
+  'answered, free. Errors: PT400 invalid_input, PT401 not_authenticated, PT402 '
+  'insufficient_credits, PT403 requires_paid_plan, PT404 not_found (also where the job of the key '
+  'is deleted), PT409 idempotency_conflict, PT429 too_many_active | rate_limited, PT503 busy | '
+  'model_paused | unavailable.';
 
 create or replace function public.enqueue_batch(
   model text, prompts text[], params jsonb default '{}', idempotency_key text default null
@@ -5108,8 +5511,8 @@ comment on table private.push_tokens is
   'its last caller''s: who signs in on a borrowed phone leaves no news of his jobs to its owner.';
 
 alter table private.deliveries
-  add column if not exists user_id uuid,
-  add column if not exists ticket text;
+  add column if not exists ticket text,
+  add column if not exists user_id uuid;
 
 comment on column private.deliveries.user_id is 'Whose push it is: users take turns.';
 
