@@ -2138,9 +2138,12 @@ begin
         case when g.finished_at is null then (
           select f from unnest(private.forecast_jobs(p_ids)) as f where f.job_id = g.id
         ) end as forecast
-      from public.generations as g
-      where g.id = any (p_ids)
-        and (p_user_id is null or (g.user_id = p_user_id and g.deleted_at is null))
+      -- Not any (p_ids), which would look into all partitions.
+      from (select distinct unnest(p_ids) as id) as i
+      cross join lateral (
+        select h.* from public.generations as h where h.id = i.id offset 0
+      ) as g
+      where (p_user_id is null or (g.user_id = p_user_id and g.deleted_at is null))
       offset 0  -- else what is looked up once is looked up for each of its fields
     ) as j
   );
