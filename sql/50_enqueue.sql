@@ -166,9 +166,17 @@ begin
         'params.%s: not between 1 and %s', v_model.image_count_input, v_model.max_images
       ));
     end if;
+    if v_price * v_jobs > p_gate.credits then
+      perform private.refuse(
+        'insufficient_credits', format('need %s, have %s', v_price * v_jobs, p_gate.credits),
+        'Buy credits or choose a cheaper model.'
+      );
+    end if;
+    -- One of those counted has ended since.
     perform private.refuse(
-      'insufficient_credits', format('need %s, have %s', v_price * v_jobs, p_gate.credits),
-      'Buy credits or choose a cheaper model.'
+      'too_many_active',
+      format('%s jobs were queued or running, the plan''s limit', p_gate.max_active),
+      p_retry_after => 1
     );
   end if;
   if v_is_anybody_asleep then

@@ -205,6 +205,21 @@ def test_one_job_more_than_the_plan_allows_at_once_waits(db, alice):
     assert refusal.refusal.retry_after == 5
 
 
+def test_a_job_that_ends_while_the_reason_is_looked_for_changes_no_reason(db, alice):
+    """The gate's limit, which the plan no more has, stands for a job that was counted and ended."""
+    too_late = """do $$
+      declare gate private.gate := private.gate('{}', '{}');
+      begin
+        gate.max_active := 0;
+        perform private.accept(gate, '{}', '{{}}', array['x'], array['{{}}'::jsonb]);
+      end $$"""
+
+    with unchanged(db), refused("PT429", "too_many_active") as refusal:
+        db.execute(too_late.format(alice.id, PREVIEW, PREVIEW))
+
+    assert refusal.detail == "0 jobs were queued or running, the plan's limit"
+
+
 def test_a_finished_job_makes_room_for_another(alice, worker):
     for _ in range(3):
         alice.enqueue()
