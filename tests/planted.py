@@ -125,8 +125,8 @@ SECURITY = [
     Bug(
         "a job is found whoever asks",
         "sql/60_status.sql",
-        "and (p_user_id is null or (g.user_id = p_user_id and g.deleted_at is null))",
-        "and (p_user_id is null or g.deleted_at is null)",
+        "where (p_user_id is null or (g.user_id = p_user_id and g.deleted_at is null))",
+        "where (p_user_id is null or g.deleted_at is null)",
         f"{RPC}[{LITE}-get_job_status]",
     ),
     Bug(
