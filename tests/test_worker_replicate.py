@@ -868,7 +868,7 @@ def test_a_worker_that_was_frozen_before_its_create_looks_whether_it_may(bench, 
     gate.execute("select pg_advisory_unlock(1)")
     eventually(lambda: db.value("select count(*) from private.running_jobs"))
     if is_taken:
-        db.execute("update private.running_jobs set lease_until = now() - interval '1 second'")
+        bench.backdate_leases()
         assert db.value("select private.recover_stale_jobs()") == 1
     time.sleep(worker.CREATE_WITHIN_SECONDS + 0.1)  # its clock is the one thing not to be moved
     process.signal(signal.SIGCONT)

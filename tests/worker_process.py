@@ -199,8 +199,9 @@ class Workers:
     # What happens to workers.
 
     def backdate_leases(self) -> None:
-        """Let the leases of all running jobs have run out."""
+        """Let the leases of all running jobs have run out, and the next look for them be due."""
         self.db.execute("update private.running_jobs set lease_until = now() - interval '1 second'")
+        self.db.execute("select setval('private.recovery_due', 0)")
 
     def give_lease_away(self, job_id: str) -> None:
         """Let somebody else hold the lease, as after a recovery and another claim."""
