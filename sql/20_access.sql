@@ -46,10 +46,10 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp a
 begin
   return auth.uid();
 exception when data_exception then
-  raise sqlstate 'PT401' using
-    message = 'not_authenticated',
-    detail = 'The sub of the token is no user''s id.',
-    hint = 'Sign in again.';
+  perform private.refuse(
+    'not_authenticated', 'The sub of the token is no user''s id.', 'Sign in again.'
+  );
+  return null;
 end;
 $$;
 

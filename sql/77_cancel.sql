@@ -52,10 +52,10 @@ begin
   perform private.cancel_jobs(v_user_id, array[p_job_id]);
   v_generation := private.require_generation(p_job_id, v_user_id);
   if v_generation.status in ('completed', 'failed') then
-    raise sqlstate 'PT409' using
-      message = 'already_finished',
-      detail = format('the job is %s', v_generation.status),
-      hint = 'Read it with get_job_status.';
+    perform private.refuse(
+      'already_finished', format('the job is %s', v_generation.status),
+      'Read it with get_job_status.'
+    );
   end if;
   return private.job_json(v_generation);
 end;

@@ -77,10 +77,10 @@ declare
   v_deleted_at timestamptz := coalesce(v_generation.deleted_at, now());
 begin
   if v_generation.finished_at is null then
-    raise sqlstate 'PT409' using
-      message = 'not_finished',
-      detail = 'job_id: the job is ' || v_generation.status,
-      hint = 'Cancel it first, with cancel_generation.';
+    perform private.refuse(
+      'not_finished', 'job_id: the job is ' || v_generation.status,
+      'Cancel it first, with cancel_generation.'
+    );
   end if;
   update public.generations set deleted_at = v_deleted_at
   where id = p_job_id and deleted_at is null;

@@ -595,10 +595,10 @@ language plpgsql stable security definer set search_path = pg_catalog, pg_temp a
 begin
   return auth.uid();
 exception when data_exception then
-  raise sqlstate 'PT401' using
-    message = 'not_authenticated',
-    detail = 'The sub of the token is no user''s id.',
-    hint = 'Sign in again.';
+  perform private.refuse(
+    'not_authenticated', 'The sub of the token is no user''s id.', 'Sign in again.'
+  );
+  return null;
 end;
 $$;
 
@@ -3394,10 +3394,10 @@ begin
   perform private.cancel_jobs(v_user_id, array[p_job_id]);
   v_generation := private.require_generation(p_job_id, v_user_id);
   if v_generation.status in ('completed', 'failed') then
-    raise sqlstate 'PT409' using
-      message = 'already_finished',
-      detail = format('the job is %s', v_generation.status),
-      hint = 'Read it with get_job_status.';
+    perform private.refuse(
+      'already_finished', format('the job is %s', v_generation.status),
+      'Read it with get_job_status.'
+    );
   end if;
   return private.job_json(v_generation);
 end;
@@ -3827,10 +3827,10 @@ declare
   v_deleted_at timestamptz := coalesce(v_generation.deleted_at, now());
 begin
   if v_generation.finished_at is null then
-    raise sqlstate 'PT409' using
-      message = 'not_finished',
-      detail = 'job_id: the job is ' || v_generation.status,
-      hint = 'Cancel it first, with cancel_generation.';
+    perform private.refuse(
+      'not_finished', 'job_id: the job is ' || v_generation.status,
+      'Cancel it first, with cancel_generation.'
+    );
   end if;
   update public.generations set deleted_at = v_deleted_at
   where id = p_job_id and deleted_at is null;
