@@ -14,8 +14,7 @@ declare
   v_us bigint := date_part('epoch', clock_timestamp()) * 1000000;
 begin
   return encode(
-    substring(int8send(v_us / 1000) from 3)
-    || int2send((28672 + (v_us % 1000) * 4096 / 1000)::smallint)
+    int8send(v_us / 1000 * 65536 + 28672 + v_us % 1000 * 4096 / 1000)
     || substring(uuid_send(gen_random_uuid()) from 9),
     'hex'
   )::uuid;
@@ -40,6 +39,13 @@ create domain public.ledger_kind as text constraint ledger_kind_is_known check (
 
 comment on domain public.ledger_kind is 'See credit_ledger.kind.';
 
+create domain public.credits as integer constraint credits_are_not_negative check (value >= 0);
+create domain public.image_count as smallint
+constraint image_count_is_positive check (value > 0);
+create domain public.json_object as jsonb
+constraint json_object_is_one check (jsonb_typeof(value) = 'object');
+
+-- A function, for the same reason, where a rule holds several columns together.
 create function private.fits_kind(
   p_kind text, p_amount integer, p_generation_id uuid
 ) returns boolean
@@ -54,28 +60,37 @@ begin
 end;
 $$;
 
+create function private.fits_status(
+  p_status text, p_error_code text, p_finished_at timestamptz, p_deleted_at timestamptz
+) returns boolean
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
+begin
+  return (p_finished_at is null) = (p_status in ('queued', 'processing'))
+    and (p_error_code is not null) = (p_status = 'failed')
+    -- A deleted one is hidden: no job may run unseen, nor be counted as active.
+    and (p_deleted_at is null or p_finished_at is not null);
+end;
+$$;
+
 -- A trigger (84) cascades from auth.users, not a foreign key: whoever moves a balance twice in one
 -- transaction would have its check lock the user, whom a deletion holds while it waits for jobs.
 create table public.entitlements (
   user_id uuid primary key,
-  is_paid boolean not null default false,
   paid_until timestamptz,
-  credits integer not null default 0,
+  credits public.credits not null default 0,
   last_fair_key bigint not null default 0,
   minute_started_at timestamptz not null default '-infinity',
   minute_jobs integer not null default 0,
   day_started_at timestamptz not null default '-infinity',
   day_jobs integer not null default 0,
   day_burned integer not null default 0,
-  created_at timestamptz not null default now(),
-  constraint entitlements_credits_are_not_negative check (credits >= 0),
-  constraint entitlements_paid_users_have_an_end check (not is_paid or paid_until is not null)
+  created_at timestamptz not null default now()
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
 
 comment on table public.entitlements is
   'A user''s plan and balance: the row every money step locks.';
 comment on column public.entitlements.paid_until is
-  'End of the paid plan; infinity for one without end.';
+  'End of the paid plan; infinity for one without end, null for none.';
 comment on column public.entitlements.credits is
   'Balance in credits: the sum of the user''s ledger amounts.';
 comment on column public.entitlements.last_fair_key is
@@ -92,18 +107,18 @@ comment on column public.entitlements.day_burned is
 
 -- No foreign keys: the books may outlive the user and do outlive the generation they speak of.
 create table public.credit_ledger (
-  id bigint generated always as identity primary key,
-  user_id uuid not null,
+  id bigint generated always as identity,
+  user_id uuid,
   generation_id uuid,
   kind public.ledger_kind not null,
   amount integer not null,
-  balance_after integer not null,
+  balance_after public.credits not null,
   external_id text,
   created_at timestamptz not null default now(),
+  primary key (user_id, id),
   constraint credit_ledger_amount_and_generation_match_kind check (
     private.fits_kind(kind, amount, generation_id)
-  ),
-  constraint credit_ledger_balance_is_not_negative check (balance_after >= 0)
+  )
 );
 
 comment on table public.credit_ledger is
@@ -117,7 +132,6 @@ comment on column public.credit_ledger.balance_after is 'The user''s balance aft
 comment on column public.credit_ledger.external_id is
   'The caller''s id of a grant (a payment''s, say): the same id is applied once.';
 
-create index credit_ledger_user_id_id_idx on public.credit_ledger (user_id, id);
 -- A generation is given back at most once. Its charge needs no index: enqueue writes it together
 -- with the generation's new id.
 create unique index credit_ledger_refund_once_idx
@@ -160,13 +174,13 @@ create table public.batches (
   id uuid primary key default private.uuid_v7(),
   user_id uuid not null,
   request_hash text not null,
-  job_count smallint not null,
+  job_ids uuid[] not null default '{}',
   idempotency_key text,
-  created_at timestamptz not null default now(),
-  constraint batches_job_count_is_positive check (job_count > 0)
+  created_at timestamptz not null default now()
 );
 
 comment on table public.batches is 'Generations that were asked for together.';
+comment on column public.batches.job_ids is 'In the order of the prompts; also those erased since.';
 comment on column public.batches.request_hash is
   'Hash of model, prompts and params: what a repeated idempotency_key must match.';
 
@@ -184,13 +198,13 @@ create table public.generations (
   batch_id uuid,
   retry_of uuid,
   prompt text not null,
-  input jsonb not null,
+  input public.json_object not null,
   provider_input jsonb not null,
   status public.job_status not null default 'queued',
   error_code text,
   error_message text,
-  price_credits integer not null,
-  image_count smallint not null,
+  price_credits public.credits not null,
+  image_count public.image_count not null,
   queue_distance bigint,
   idempotency_key text,
   is_favorite boolean not null default false,
@@ -199,19 +213,9 @@ create table public.generations (
   finished_at timestamptz,
   updated_at timestamptz not null default now(),
   deleted_at timestamptz,
-  constraint generations_finished_at_matches_status check (
-    (finished_at is null) = (status in ('queued', 'processing'))
-  ),
-  constraint generations_error_code_matches_status check (
-    (error_code is not null) = (status = 'failed')
-  ),
-  -- A deleted one is hidden: no job may run unseen, nor be counted as active.
-  constraint generations_deleted_ones_are_finished check (
-    deleted_at is null or finished_at is not null
-  ),
-  constraint generations_input_is_an_object check (jsonb_typeof(input) = 'object'),
-  constraint generations_price_is_not_negative check (price_credits >= 0),
-  constraint generations_image_count_is_positive check (image_count > 0)
+  constraint generations_end_matches_status check (
+    private.fits_status(status, error_code, finished_at, deleted_at)
+  )
 ) with (fillfactor = 80);
 
 comment on table public.generations is
@@ -245,11 +249,15 @@ create index generations_favorites_idx
 on public.generations (user_id, id desc) where is_favorite;
 create unique index generations_idempotency_key_idx
 on public.generations (user_id, idempotency_key) where idempotency_key is not null;
-create index generations_batch_id_idx on public.generations (batch_id) where batch_id is not null;
-create index generations_retry_of_idx on public.generations (retry_of) where retry_of is not null;
--- Read by params.reuse: only what was asked for with a seed can be asked for again.
-create index generations_reuse_idx
-on public.generations (user_id, md5(provider_input::text)) where input ? 'seed';
+
+-- By the old one: retry_of is looked up backwards only where there is a retry.
+create table private.retries (
+  retry_of uuid,
+  generation_id uuid,
+  primary key (retry_of, generation_id)
+);
+
+comment on table private.retries is 'generations.retry_of, to be found by it.';
 
 create table public.images (
   generation_id uuid not null,

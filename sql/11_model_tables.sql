@@ -14,6 +14,9 @@ create table public.models (
   is_active boolean not null default true,
   input_schema jsonb not null,
   default_input jsonb not null default '{}',
+  required_inputs text[] not null default '{}',
+  lowest_seed bigint,
+  highest_seed bigint,
   client_inputs text[] not null,
   prompt_input text default 'prompt',
   image_inputs text[] not null default '{}',
@@ -59,7 +62,11 @@ comment on column public.models.input_schema is
   'JSON schema of the provider''s input: {"properties": {name: {type, minimum, maximum, enum, '
   'default}}}.';
 comment on column public.models.default_input is
-  'What input_schema gives for what nobody says; kept by a trigger.';
+  'What input_schema gives for what nobody says. This and the next three are kept by a trigger.';
+comment on column public.models.required_inputs is
+  'The client inputs that nobody else gives a value.';
+comment on column public.models.lowest_seed is
+  'From here to highest_seed a seed is chosen where nobody says one; null: the model has none.';
 comment on column public.models.client_inputs is 'The properties a client may set in params.';
 comment on column public.models.prompt_input is
   'The property the prompt goes into; null: the model takes none.';
@@ -83,7 +90,7 @@ comment on column public.models.is_schema_confirmed is
   'False: input_schema was written from documentation, not imported from the provider.';
 
 -- Taken out once, not in every request. A seed is chosen (32), not taken from the schema.
-create function private.set_default_input() returns trigger
+create function private.set_derived_inputs() returns trigger
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   new.default_input := (
@@ -91,13 +98,29 @@ begin
     from jsonb_each(new.input_schema -> 'properties') as p
     where p.value ? 'default' and not (p.key = 'seed' and p.value ->> 'type' = 'integer')
   );
+  new.required_inputs := array(
+    select i.name from unnest(new.client_inputs) as i (name)
+    where new.input_schema -> 'required' ? i.name and i.name <> 'seed'
+      and not new.input_schema #> array['properties', i.name] ? 'default'
+      and not new.operator_input ? i.name
+  );
+  new.lowest_seed := null;
+  new.highest_seed := null;
+  if new.input_schema #>> '{properties,seed,type}' = 'integer' then
+    new.lowest_seed := greatest(
+      0, (new.input_schema #>> '{properties,seed,minimum}')::numeric
+    );
+    new.highest_seed := least(
+      2147483647, (new.input_schema #>> '{properties,seed,maximum}')::numeric
+    );
+  end if;
   return new;
 end;
 $$;
 
-create trigger models_set_default_input
+create trigger models_set_derived_inputs
 before insert or update on public.models
-for each row execute function private.set_default_input();
+for each row execute function private.set_derived_inputs();
 
 create table public.model_aliases (
   id text,

@@ -34,8 +34,8 @@ create sequence private.recovery_due minvalue 0 start 0;
 comment on sequence private.recovery_due is 'The same for a look at all of running_jobs.';
 
 create table private.ready_jobs (
-  seq bigint generated always as identity primary key,
-  job_id uuid not null unique,
+  job_id uuid primary key,
+  seq bigint generated always as identity,
   user_id uuid not null,
   model_id text not null,
   fair_key bigint not null,

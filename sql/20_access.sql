@@ -11,6 +11,7 @@ alter table public.model_aliases enable row level security;
 alter table public.batches enable row level security;
 alter table public.generations enable row level security;
 alter table public.images enable row level security;
+alter table private.retries enable row level security;
 alter table private.ready_jobs enable row level security;
 alter table private.running_jobs enable row level security;
 alter table private.workers enable row level security;
@@ -37,14 +38,17 @@ public.generations, public.images to authenticated, service_role;
 grant select, insert, update on table public.models to service_role;
 grant select, insert, update, delete on table public.model_aliases to service_role;
 
--- The user of the request's JWT; null if it names none. auth.uid() is Supabase's, and fails where
--- the sub is no uuid or the claims are no JSON. A definer, for who asks may not look into auth.
+-- The user of the request's JWT; null if it names none. As Supabase's auth.uid(), which fails where
+-- the sub is no uuid or the claims are no JSON, and which each transaction would plan anew.
 --
 -- Raises: PT401 not_authenticated.
 create function private.caller_id() returns uuid
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
 begin
-  return auth.uid();
+  return coalesce(
+    nullif(current_setting('request.jwt.claim.sub', true), ''),
+    nullif(current_setting('request.jwt.claims', true), '')::jsonb ->> 'sub'
+  )::uuid;
 exception when data_exception then
   perform private.refuse(
     'not_authenticated', 'The sub of the token is no user''s id.', 'Sign in again.'

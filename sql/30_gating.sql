@@ -284,7 +284,7 @@ create function private.plan_of(p_entitlement public.entitlements) returns priva
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   return (select p from private.plans as p where p.name = case
-    when p_entitlement.is_paid and p_entitlement.paid_until > now() then 'paid' else 'free'
+    when p_entitlement.paid_until > now() then 'paid' else 'free'
   end);
 end;
 $$;
@@ -315,8 +315,7 @@ comment on type private.gate is
 -- now can have been so before the oldest that was ready then, nor, if there was none, before then.
 -- So it never hides that the queue is busy; where it may be, the queue itself is looked at.
 --
--- Who waits for the lock may be paid when it comes, so the plan is fetched apart: in a join
--- PostgreSQL would look at the row again and find that it matches its plan no more.
+-- The lock is taken apart, for who waits for it may be paid when it comes, and so has another plan.
 --
 -- Raises: PT401 not_authenticated.
 create function private.gate(p_user_id uuid, p_model text) returns private.gate
@@ -326,16 +325,10 @@ declare
 begin
   select
     e.user_id, e.credits, e.last_fair_key, p.name, p.weight, p.max_active, p.max_batch,
-    (e.minute_jobs >= p.max_per_minute and e.minute_started_at > now() - interval '1 minute')
-    or (
-      e.day_started_at > now() - interval '1 day' and (
-        e.day_jobs >= p.max_per_minute::bigint * p.full_minutes_per_day
-        or e.day_burned >= p.max_burned_per_day
-      )
-    ) or coalesce(
-      (select least(q.oldest_ready_at, q.refreshed_at) from private.queue_state as q)
-      < now() - p.busy_after, false
-    ),
+    -- A minute or a day that is over, too: refuse_limits looks closer.
+    e.minute_jobs >= p.max_per_minute or e.day_burned >= p.max_burned_per_day
+    or e.day_jobs >= p.max_per_minute::bigint * p.full_minutes_per_day
+    or least(q.oldest_ready_at, q.refreshed_at) < now() - p.busy_after,
     s.max_params_bytes, s.max_prompt_chars,
     m.id is null or (m.requires_paid and p.name <> 'paid') or exists (
       select from private.breakers as b
@@ -343,15 +336,12 @@ begin
     ),
     m
   into v_gate
-  from public.entitlements as e
+  from (select * from public.entitlements where user_id = p_user_id for update) as e
+  inner join private.plans as p
+    on p.name = case when e.paid_until > now() then 'paid' else 'free' end
   cross join private.settings as s
-  left join public.models as m on m.id = p_model and m.is_active
-  cross join lateral (
-    select * from private.plans as p
-    where p.name = case when e.is_paid and e.paid_until > now() then 'paid' else 'free' end offset 0
-  ) as p
-  where e.user_id = p_user_id
-  for update of e;
+  cross join private.queue_state as q
+  left join public.models as m on m.id = p_model and m.is_active;
   if not found then
     perform private.refuse_unknown_user();
   end if;

@@ -212,45 +212,47 @@ create function private.provider_inputs(
 ) returns jsonb[]
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
-  v_params jsonb := p_params - 'reuse';
-  v_properties jsonb := p_model.input_schema -> 'properties';
-  v_required jsonb := p_model.input_schema -> 'required';
-  v_seed jsonb := v_properties -> 'seed';
-  v_prompt_rules jsonb := v_properties -> p_model.prompt_input;
-  v_lowest bigint := greatest(0, (v_seed ->> 'minimum')::numeric);
-  v_has_prompt boolean;
-  v_inputs jsonb[];
+  v_params jsonb := p_params;
+  v_rules jsonb := p_model.input_schema -> 'properties';
+  v_prompt_rules jsonb;
   v_name text;
   v_problem text;
+  v_inputs jsonb[];
 begin
-  if p_params ? 'reuse' and jsonb_typeof(p_params -> 'reuse') <> 'boolean' then
-    perform private.refuse_input('params.reuse: not of type boolean');
-  elsif p_params @> '{"reuse": true}' and not p_params ? 'seed' then
-    perform private.refuse_input(
-      'params.reuse: needs params.seed', 'Without a seed every picture is another one.'
-    );
-  elsif v_params ?& '{width,height}' or v_params ? 'aspect_ratio' then
-    v_params := private.map_size(p_model, v_params);
-  end if;
-  if v_params - p_model.client_inputs <> '{}' then
+  if v_params - p_model.client_inputs <> '{}' or v_params ? 'aspect_ratio'
+    or v_params ?& '{width,height}' or v_params ?| p_model.image_inputs then
+    if jsonb_typeof(v_params -> 'reuse') <> 'boolean' then
+      perform private.refuse_input('params.reuse: not of type boolean');
+    elsif v_params @> '{"reuse": true}' and not v_params ? 'seed' then
+      perform private.refuse_input(
+        'params.reuse: needs params.seed', 'Without a seed every picture is another one.'
+      );
+    end if;
+    v_params := private.map_size(p_model, v_params - 'reuse');
     v_name := (
       select min(f.name) from jsonb_object_keys(v_params - p_model.client_inputs) as f (name)
     );
-    perform private.refuse_input(
-      format('params.%s: not an input of %s', left(v_name, 60), p_model.id),
-      'Allowed: ' || array_to_string(p_model.client_inputs, ', ')
-    );
+    if v_name is not null then
+      perform private.refuse_input(
+        format('params.%s: not an input of %s', left(v_name, 60), p_model.id),
+        'Allowed: ' || array_to_string(p_model.client_inputs, ', ')
+      );
+    end if;
   end if;
   foreach v_name in array p_model.client_inputs loop
-    v_problem := case
-      when v_params ? v_name
-        then private.input_problem(v_params -> v_name, v_properties -> v_name)
-      when v_required ? v_name and v_name <> 'seed'
-        and not v_properties -> v_name ? 'default' and not p_model.operator_input ? v_name
-        then 'missing'
-    end;
-    if v_problem is not null then
-      perform private.refuse_input(format('params.%s: %s', v_name, v_problem));
+    -- A plain number, what is asked most, costs no call.
+    if (case when v_params ? v_name then (
+      jsonb_typeof(v_params -> v_name) = 'number' and (v_params -> v_name)::numeric % 1 = 0
+      and (v_rules -> v_name) - '{default,maximum,minimum}'::text[] = '{"type": "integer"}'
+      and v_params -> v_name >= v_rules -> v_name -> 'minimum'
+      and v_params -> v_name <= v_rules -> v_name -> 'maximum'
+    ) is not true else v_name = any (p_model.required_inputs) end) then
+      v_problem := case when v_params ? v_name
+        then private.input_problem(v_params -> v_name, v_rules -> v_name) else 'missing'
+      end;
+      if v_problem is not null then
+        perform private.refuse_input(format('params.%s: %s', v_name, v_problem));
+      end if;
     end if;
   end loop;
   if v_params ?| p_model.image_inputs then
@@ -258,31 +260,38 @@ begin
   end if;
   v_params := p_model.default_input || v_params || p_model.operator_input;
   for v_at in 1 .. cardinality(p_prompts) loop
-    v_has_prompt := p_prompts[v_at] ~ '[0-9A-Za-z]' or not private.is_blank(p_prompts[v_at]);
-    if not v_has_prompt then
+    if (
+      p_prompts[v_at] ~ '[0-9A-Za-z]'
+      and (v_rules -> p_model.prompt_input) - 'default'::text = '{"type": "string"}'
+    ) is not true then
+      v_prompt_rules := v_rules -> p_model.prompt_input;
+      if not private.is_blank(p_prompts[v_at]) then
+        v_problem := case when v_prompt_rules ?| '{anyOf,enum,maxLength,minLength}'
+          then private.input_problem(to_jsonb(p_prompts[v_at]), v_prompt_rules)
+        end;
       -- One that needs a picture and has a prompt of its own, an upscaler say, does without.
-      if p_model.prompt_input is not null and not (
-        coalesce(v_required ?| p_model.image_inputs, false)
-        and not v_required ? p_model.prompt_input and v_prompt_rules ? 'default'
+      elsif p_model.prompt_input is null or (
+        p_model.input_schema -> 'required' ?| p_model.image_inputs
+        and not p_model.input_schema -> 'required' ? p_model.prompt_input
+        and v_prompt_rules ? 'default'
       ) then
-        perform private.refuse_input(format(p_field || ': missing or blank', v_at - 1));
+        p_prompts[v_at] := null;
+      else
+        v_problem := 'missing or blank';
       end if;
-    elsif v_prompt_rules ?| '{anyOf,enum,maxLength,minLength}' then
-      v_problem := private.input_problem(to_jsonb(p_prompts[v_at]), v_prompt_rules);
       if v_problem is not null then
         perform private.refuse_input(format(p_field || ': %2$s', v_at - 1, v_problem));
       end if;
     end if;
     v_inputs[v_at] := v_params || case
-      when v_has_prompt and p_model.prompt_input is not null
+      when p_model.prompt_input is not null and p_prompts[v_at] is not null
         then jsonb_build_object(p_model.prompt_input, p_prompts[v_at])
       else '{}'
     end || case
-      when v_seed ->> 'type' = 'integer' and not v_params ? 'seed' then jsonb_build_object(
-        'seed', v_lowest + floor(random() * (
-          least(2147483647, (v_seed ->> 'maximum')::numeric) - v_lowest + 1
-        ))::bigint
-      )
+      when p_model.highest_seed is not null and not v_params ? 'seed'
+        then jsonb_build_object('seed', p_model.lowest_seed + floor(
+          random() * (p_model.highest_seed - p_model.lowest_seed + 1)
+        )::bigint)
       else '{}'
     end;
   end loop;

@@ -133,7 +133,7 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
   perform private.require_writable();
   update public.entitlements
-  set is_paid = p_paid_until is not null, paid_until = p_paid_until
+  set paid_until = p_paid_until
   where user_id = p_user_id;
   if not found then
     perform private.refuse_missing('user_id: no such user', 'Use the id of auth.users.');

@@ -31,9 +31,11 @@ begin
     end,
     'created_at', p_batch.created_at
   ) into v_answer
-  from public.generations as g
+  from unnest(p_batch.job_ids) as j (id)
+  cross join lateral (
+    select * from public.generations where id = j.id and deleted_at is null offset 0
+  ) as g
   left join private.running_jobs as r on r.job_id = g.id
-  where g.batch_id = p_batch.id and g.deleted_at is null
   having count(*) > 0;
   if v_answer is null then
     perform private.refuse_missing(
@@ -86,8 +88,8 @@ begin
     elsif v_gate.is_model_unclear then
       v_gate.model := private.require_model(v_gate, p_model);
     end if;
-    insert into public.batches (user_id, request_hash, job_count, idempotency_key)
-    values (v_user_id, v_hash, cardinality(v_prompts), p_idempotency_key)
+    insert into public.batches (user_id, request_hash, idempotency_key)
+    values (v_user_id, v_hash, p_idempotency_key)
     returning * into v_batch;
     perform private.accept(
       v_gate, p_model, v_params, v_prompts,
@@ -96,6 +98,7 @@ begin
       ),
       p_batch_id => v_batch.id
     );
+    select * into v_batch from public.batches where id = v_batch.id;
   end if;
   return private.batch_json(v_batch);
 end;

@@ -26,13 +26,12 @@ begin
   elsif v_old.status = 'completed' then
     perform private.refuse('already_finished', 'the job is completed', 'Enqueue a new one.');
   end if;
-  select * into v_known from public.generations as g
-  where g.retry_of = p_job_id and g.status not in ('failed', 'canceled') and g.deleted_at is null
+  select g.* into v_known
+  from private.retries as r inner join public.generations as g on g.id = r.generation_id
+  where r.retry_of = p_job_id and g.status not in ('failed', 'canceled') and g.deleted_at is null
   order by g.id limit 1;
   if found then
-    return private.enqueue_answer(
-      v_known.id, v_gate.credits, v_known.status, v_known.created_at
-    );
+    return private.known_answer(v_known, v_gate.credits);
   end if;
   if v_gate.is_model_unclear then
     v_gate.model := private.require_model(v_gate, v_old.model_id);
@@ -64,7 +63,9 @@ set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off se
     select
       t.wish_id, g.id, g.retry_of, g.price_credits, g.created_at, g.deleted_at,
       g.status in ('failed', 'canceled')
-    from tries as t inner join public.generations as g on g.retry_of = t.id
+    from tries as t
+    inner join private.retries as r on r.retry_of = t.id
+    inner join public.generations as g on g.id = r.generation_id
   )
   select
     (array_agg(t.id order by t.id desc) filter (where t.deleted_at is null))[1],

@@ -57,21 +57,21 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   where b.name in (p_model_id, p_provider) and private.breaker_state(b) <> 'closed'
 $$;
 
--- Locks the next jobs that may run now while something is paused, and answers their seq: of each
+-- Locks the next jobs that may run now while something is paused, and answers their ids: of each
 -- model that is not, the next; of one that can be tried, one job of a user who has not failed;
 -- after the pause, where there is no such job, one of a user who has.
 --
 -- Reads an index by model instead of the one in fair order, so that a pile of jobs that wait is
 -- never walked. A range of models, though of one: else the index in fair order might be.
-create function private.pick_admitted_jobs(p_at_most integer) returns bigint[]
+create function private.pick_admitted_jobs(p_at_most integer) returns uuid[]
 language plpgsql set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan as $$
 declare
   v_began timestamptz := clock_timestamp();
   v_from bigint := 0;
   v_breaker private.breakers;
-  v_own bigint[];
-  v_seqs bigint[];
+  v_own uuid[];
+  v_ids uuid[];
 begin
   -- Operators' pauses that are over.
   update private.breakers set paused_until = null, pause_reason = null, resumed_at = now()
@@ -82,9 +82,9 @@ begin
   if not found and not private.is_due('private.scan_due') then
     select c.last_value into v_from from private.virtual_clock as c;
   end if;
-  v_seqs := array(
-    select r.seq from private.ready_jobs as r
-    where r.run_at is null and r.seq = any (array(
+  v_ids := array(
+    select r.job_id from private.ready_jobs as r
+    where r.run_at is null and r.job_id = any (array(
       -- From model to model through the index.
       with recursive waiting as (
         (
@@ -98,9 +98,9 @@ begin
         )
         from waiting as w where w.model_id is not null
       )
-      select c.seq from (
+      select c.job_id from (
         select
-          next.seq,
+          next.job_id,
           next.has_failed,
           bool_and(next.has_failed) over (partition by w.model_id) as all_of_model,
           next.failed_at_provider,
@@ -110,7 +110,7 @@ begin
         cross join lateral private.gate_of(w.model_id, m.provider) as gate
         cross join lateral (
           (
-            select r.seq, false as has_failed, false as failed_at_provider
+            select r.job_id, false as has_failed, false as failed_at_provider
             from private.ready_jobs as r
             where r.run_at is null and r.model_id between w.model_id and w.model_id
               and r.fair_key >= v_from and not r.user_id = any (gate.failed_users)
@@ -120,7 +120,7 @@ begin
           union all
           (
             select
-              r.seq, r.user_id = any (gate.failed_users), r.user_id = any (gate.failed_at_provider)
+              r.job_id, r.user_id = any (gate.failed_users), r.user_id = any (gate.failed_at_provider)
             from private.ready_jobs as r
             where r.run_at is null and r.model_id between w.model_id and w.model_id
               and r.fair_key >= v_from and gate.is_over
@@ -143,10 +143,10 @@ begin
     order by position('/' in b.name) > 0, b.name
   loop
     v_own := array(
-      select r.seq from private.ready_jobs as r
+      select r.job_id from private.ready_jobs as r
       left join public.models as m on m.id = r.model_id
-      where r.seq = any (v_seqs) and v_breaker.name in (r.model_id, m.provider)
-      order by r.user_id = any (v_breaker.failed_users), array_position(v_seqs, r.seq)
+      where r.job_id = any (v_ids) and v_breaker.name in (r.model_id, m.provider)
+      order by r.user_id = any (v_breaker.failed_users), array_position(v_ids, r.job_id)
     );
     continue when v_own = '{}';
     perform from private.breakers
@@ -155,17 +155,17 @@ begin
       -- A new look, now that nobody else can begin one.
       update private.breakers as b set probe_job_id = r.job_id
       from private.ready_jobs as r
-      where b.name = v_breaker.name and r.seq = v_own[1] and private.admits(b, r.user_id);
+      where b.name = v_breaker.name and r.job_id = v_own[1] and private.admits(b, r.user_id);
     end if;
     if found then
       v_own := v_own[2:];
     end if;
-    v_seqs := array(
-      select s.seq from unnest(v_seqs) with ordinality as s (seq, place)
-      where not s.seq = any (v_own) order by s.place
+    v_ids := array(
+      select s.job_id from unnest(v_ids) with ordinality as s (job_id, place)
+      where not s.job_id = any (v_own) order by s.place
     );
   end loop;
-  return v_seqs;
+  return v_ids;
 end;
 $$;
 
@@ -188,26 +188,26 @@ set jit = off as $$
 declare
   v_from bigint := 0;
   v_began timestamptz;
-  v_seqs bigint[];
+  v_ids uuid[];
 begin
   -- Delayed jobs whose time has come.
   if exists (select from private.ready_jobs as r where r.run_at <= now()) then
     update private.ready_jobs set run_at = null, queued_at = now()
-    where seq = any (array(
-      select r.seq from private.ready_jobs as r
+    where job_id = any (array(
+      select r.job_id from private.ready_jobs as r
       where r.run_at <= now() order by r.run_at limit p_slots for update skip locked
     ));
   end if;
   if exists (select from private.breakers as b where b.paused_until is not null) then
-    v_seqs := private.pick_admitted_jobs(p_slots);
+    v_ids := private.pick_admitted_jobs(p_slots);
   else
     if not private.is_due('private.scan_due', 500) then
       select c.last_value into v_from from private.virtual_clock as c;
     end if;
     loop
       v_began := clock_timestamp();
-      v_seqs := array(
-        select r.seq from private.ready_jobs as r
+      v_ids := array(
+        select r.job_id from private.ready_jobs as r
         where r.run_at is null and r.fair_key >= v_from
         order by r.fair_key, r.seq limit p_slots for update skip locked
       );
@@ -215,20 +215,20 @@ begin
         perform private.put_off('private.scan_due', v_began);
         exit;
       end if;
-      exit when cardinality(v_seqs) = p_slots or not private.is_due('private.scan_due');
+      exit when cardinality(v_ids) = p_slots or not private.is_due('private.scan_due');
       v_from := 0;
     end loop;
   end if;
-  if v_seqs = '{}' then
+  if v_ids = '{}' then
     return;
   end if;
   update private.workers set asleep = false where id = p_worker_id and asleep;
   perform setval('private.virtual_clock', greatest(c.last_value, r.fair_key))
   from private.virtual_clock as c cross join private.ready_jobs as r
-  where r.seq = v_seqs[cardinality(v_seqs)];
+  where r.job_id = v_ids[cardinality(v_ids)];
   return query
   with claimed as (
-    delete from private.ready_jobs as r where r.seq = any (v_seqs) returning r.*
+    delete from private.ready_jobs as r where r.job_id = any (v_ids) returning r.*
   ),
   running as (
     insert into private.running_jobs as r (
@@ -252,7 +252,7 @@ begin
   )
   select
     r.job_id, r.user_id, r.token, r.attempt, m.provider, m.provider_ref, s.provider_input,
-    r.provider_job_id, m.image_inputs, s.image_count, extract(epoch from m.deadline)::real,
+    r.provider_job_id, m.image_inputs, s.image_count::smallint, extract(epoch from m.deadline)::real,
     nullif(r.create_started_at, now())
   from running as r
   inner join started as s on s.id = r.job_id

@@ -68,8 +68,9 @@ declare
   v_user_id uuid := private.require_user_id(p_writes => true);
 begin
   perform private.cancel_jobs(v_user_id, array(
-    select g.id from public.generations as g
-    where g.batch_id = p_batch_id and g.user_id = v_user_id and g.finished_at is null
+    select j.job_id
+    from public.batches as b inner join private.live_jobs as j on j.job_id = any (b.job_ids)
+    where b.id = p_batch_id and b.user_id = v_user_id and j.user_id = v_user_id
   ));
   return private.batch_json(private.require_batch(p_batch_id, v_user_id));
 end;

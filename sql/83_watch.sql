@@ -66,17 +66,17 @@ select
   extract(epoch from now() - (
     select g.created_at
     from private.ready_jobs as r inner join public.generations as g on r.job_id = g.id
-    where r.seq = q.first_seq and p.is_paused is null
+    where r.job_id = q.first_id::uuid and p.is_paused is null
   )) as oldest_ready_seconds
 from (
   select
     j.model_id, sum(j.waiting)::bigint as waiting, sum(j.running)::bigint as running,
     coalesce(sum(j.waiting) filter (where j.is_delayed), 0)::bigint as delayed,
-    min(j.first_seq) filter (where j.is_delayed is not true) as first_seq
+    min(j.first_id) filter (where j.is_delayed is not true) as first_id
   from (
     select
-      r.model_id, r.run_at > now() as is_delayed, count(*) as waiting, min(r.seq) as first_seq,
-      0 as running
+      r.model_id, r.run_at > now() as is_delayed, count(*) as waiting,
+      min(r.job_id::text collate "C") as first_id, 0 as running
     from private.ready_jobs as r
     group by r.model_id, r.run_at > now()
     union all

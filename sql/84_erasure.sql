@@ -220,8 +220,8 @@ language sql set search_path = pg_catalog, pg_temp as $$
   emptied as (
     delete from public.batches as b
     where b.id = any (array(select e.batch_id from erased as e)) and not exists (
-      select from public.generations as g
-      where g.batch_id = b.id and g.id <> all (array(select e.id from erased as e))
+      select from unnest(b.job_ids) as j (id) inner join public.generations as g on g.id = j.id
+      where g.id <> all (array(select e.id from erased as e))
     )
   )
   select count(*)::integer from erased
@@ -282,6 +282,7 @@ create function private.erase_images_of_generation() returns trigger
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   delete from public.images where generation_id = old.id;
+  delete from private.retries where retry_of = old.id;
   return null;
 end;
 $$;

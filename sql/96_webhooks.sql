@@ -236,10 +236,12 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   inner join private.push_texts as x on x.event_type = p_delivery.event_type
   where g.id = p_delivery.generation_id and p_delivery.created_at > now() - s.push_expires
     and not exists (
-      select from public.generations as o
+      select from public.batches as b
+      cross join unnest(b.job_ids) as j (id)
+      inner join public.generations as o on o.id = j.id
       left join private.deliveries as d
         on d.generation_id = o.id and d.lane = 'expo' and d.push_token = p_delivery.push_token
-      where o.batch_id = g.batch_id and (
+      where b.id = g.batch_id and (
         o.finished_at is null or (d.state = 'pending' and d.id > p_delivery.id)
       )
     )

@@ -258,7 +258,7 @@ where (
   where l.generation_id = g.id and l.kind = 'refund'
 ) is distinct from (
   select case
-    when g.status in ('failed', 'canceled') then array[g.price_credits]
+    when g.status in ('failed', 'canceled') then array[g.price_credits::integer]
     when g.status = 'completed' and count(*) < g.image_count
       then array[g.price_credits / g.image_count * (g.image_count - count(*)::integer)]
   end

@@ -35,12 +35,12 @@ cross join lateral (
 analyze people, made;
 
 insert into auth.users (id) select id from people;
-insert into public.entitlements (user_id, is_paid, paid_until, credits, last_fair_key)
+insert into public.entitlements (user_id, paid_until, credits, last_fair_key)
 select
-  p.id, true, 'infinity', 1000000, 1000 * count(m.n) filter (where m.n > :finished + :running)
+  p.id, 'infinity', 1000000, 1000 * count(m.n) filter (where m.n > :finished + :running)
 from people as p inner join made as m on m.user_id = p.id group by p.id;
-insert into public.batches (id, user_id, request_hash, job_count)
-select batch_id, user_id, 'hash', count(*) from made where n % 10 = 0 group by batch_id, user_id;
+insert into public.batches (id, user_id, request_hash, job_ids)
+select batch_id, user_id, 'hash', array_agg(id) from made where n % 10 = 0 group by batch_id, user_id;
 
 -- One in eight has a seed, one in forty is a favorite, one in a hundred was deleted at some time.
 insert into public.generations (

@@ -827,9 +827,10 @@ def test_a_batch_is_pushed_once_when_its_last_job_has_ended(db, alice, worker):
     alice.has_paid().has(credits=10).register_push_token(TOKEN)
     jobs = [alice.enqueued() for _ in range(3)]
     batch = db.value(
-        "insert into public.batches (user_id, request_hash, job_count) values (%s, '', 3)"
+        "insert into public.batches (user_id, request_hash, job_ids) values (%s, '', %s::uuid[])"
         " returning id",
         alice.id,
+        jobs,
     )
     db.execute("update public.generations set batch_id = %s", batch)
     first, second, third = worker.claim_jobs(3)

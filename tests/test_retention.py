@@ -164,8 +164,8 @@ def test_a_batch_goes_with_its_last_generation(db, alice, worker):
     keep(db, keep_deleted="0")
     jobs = [completed(alice, worker), completed(alice, worker)]
     db.execute(
-        "with batch as (insert into public.batches (user_id, request_hash, job_count)"
-        " values (%s, '', 2) returning id)"
+        "with batch as (insert into public.batches (user_id, request_hash, job_ids)"
+        " values (%s, '', array(select id from public.generations)) returning id)"
         " update public.generations set batch_id = (select id from batch), deleted_at = now()",
         alice.id,
     )
