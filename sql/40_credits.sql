@@ -66,37 +66,38 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   where e.user_id = p_user_id
 $$;
 
--- Adds credits once per external id. Answers {credits, applied}.
---
 -- Locks: the entitlement row.
--- Raises: PT400 invalid_input, PT404 not_found, PT409 idempotency_conflict.
-create function private.grant_credits(
-  p_user_id uuid, p_amount integer, p_kind text, p_external_id text
+create function public.grant_credits(
+  user_id uuid, amount integer, kind text, external_id text
 ) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
 declare
+  v_user_id uuid := user_id;
+  v_amount integer := amount;
+  v_external_id text := external_id;
   v_credits integer;
   v_charged bigint;
   v_entry public.credit_ledger;
 begin
   perform private.require_writable();
-  if ((p_kind = 'grant' and p_amount > 0) or (p_kind = 'adjust' and p_amount <> 0)) is not true then
+  if ((kind = 'grant' and v_amount > 0) or (kind = 'adjust' and v_amount <> 0)) is not true then
     perform private.refuse_input(
       'kind: grant with a positive amount, or adjust with one that is not 0'
     );
-  elsif coalesce(octet_length(p_external_id) not between 1 and 200, true) then
+  elsif coalesce(octet_length(v_external_id) not between 1 and 200, true) then
     perform private.refuse_input(
       'external_id: not 1 to 200 bytes', 'Use the payment''s id: repeats are applied once.'
     );
   end if;
-  select credits into v_credits from public.entitlements where user_id = p_user_id for update;
+  select credits into v_credits from public.entitlements where user_id = v_user_id for update;
   if not found then
     perform private.refuse_missing('user_id: no such user', 'Use the id of auth.users.');
   end if;
   loop  -- once more where another user's grant takes the id just now
-    select * into v_entry from public.credit_ledger where external_id = p_external_id;
+    select * into v_entry from public.credit_ledger where external_id = v_external_id;
     if v_entry.id is not null and (v_entry.user_id, v_entry.amount, v_entry.kind)
-      is distinct from (p_user_id, p_amount, p_kind) then
+      is distinct from (v_user_id, v_amount, kind) then
       perform private.refuse(
         'idempotency_conflict', 'external_id was used for another grant',
         'Use the payment''s own id, once for each payment.'
@@ -108,39 +109,44 @@ begin
     -- no refund can ever overflow.
     select coalesce(sum(g.price_credits), 0) into v_charged
     from private.live_jobs as j inner join public.generations as g on g.id = j.job_id
-    where j.user_id = p_user_id;
-    if v_credits::bigint + p_amount not between 0 and 1000000000 - v_charged then
+    where j.user_id = v_user_id;
+    if v_credits::bigint + v_amount not between 0 and 1000000000 - v_charged then
       perform private.refuse_input(
         format('amount: the balance is %s, and %s are in jobs under way', v_credits, v_charged)
       );
     end if;
     insert into public.credit_ledger (user_id, kind, amount, balance_after, external_id)
-    values (p_user_id, p_kind, p_amount, v_credits + p_amount, p_external_id)
+    values (v_user_id, kind, v_amount, v_credits + v_amount, v_external_id)
     on conflict (external_id) where external_id is not null do nothing;
     exit when found;
   end loop;
-  update public.entitlements set credits = credits + p_amount where user_id = p_user_id;
-  return json_build_object('credits', v_credits + p_amount, 'applied', true);
+  update public.entitlements set credits = credits + v_amount where user_id = v_user_id;
+  return json_build_object('credits', v_credits + v_amount, 'applied', true);
 end;
 $$;
 
--- Sets until when the user is paid; null ends the plan now.
---
+comment on function public.grant_credits is
+  'Adds credits to a user: kind grant (amount > 0) or adjust (either sign). The same external_id '
+  'is applied once. Answers {credits, applied}. Errors: PT400 invalid_input, PT404 not_found, '
+  'PT409 idempotency_conflict.';
+
 -- Locks: the entitlement row.
--- Raises: PT404 not_found.
-create function private.set_paid(p_user_id uuid, p_paid_until timestamptz) returns json
+create function public.set_paid(user_id uuid, paid_until timestamptz) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
   perform private.require_writable();
-  update public.entitlements
-  set paid_until = p_paid_until
-  where user_id = p_user_id;
+  update public.entitlements as e set paid_until = set_paid.paid_until
+  where e.user_id = set_paid.user_id;
   if not found then
     perform private.refuse_missing('user_id: no such user', 'Use the id of auth.users.');
   end if;
-  return private.entitlement_json(p_user_id);
+  return private.entitlement_json(user_id);
 end;
 $$;
+
+comment on function public.set_paid is
+  'Makes a user paid until a time (infinity: without end; null: not paid). Repeating it changes '
+  'nothing. Answers the entitlement. Errors: PT404 not_found.';
 
 -- Gives a new user an entitlement with the welcome credits.
 create function private.create_entitlement(p_user_id uuid) returns void

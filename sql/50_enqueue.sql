@@ -31,8 +31,8 @@ begin
 end;
 $$;
 
--- What the ways in answer to a repeat, as accept() does the first time. Where a job is in the queue,
--- and when it is likely to be finished, tells the first look at its status.
+-- What the ways in answer to a repeat, as accept() does the first time. The first look at the
+-- status tells where the job is in the queue, and when it is likely to be finished.
 create function private.known_answer(
   p_known public.generations, p_credits integer, p_is_reused boolean default false
 ) returns json

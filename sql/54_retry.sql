@@ -118,9 +118,8 @@ $$;
 -- time counts.
 --
 -- Locks: the users' entitlement rows.
--- Raises: PT400 invalid_input.
-create function private.redrive_failed(
-  p_code text, p_since timestamptz, p_at_most integer
+create function public.redrive_failed(
+  code text, since timestamptz, at_most integer default 1000
 ) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
@@ -132,15 +131,15 @@ declare
   v_skipped jsonb := '{}'::jsonb;
 begin
   perform private.require_writable();
-  if not exists (select from private.error_codes where code = p_code) then
+  if not exists (select from private.error_codes as c where c.code = redrive_failed.code) then
     perform private.refuse_input('code: not a code of private.error_codes');
-  elsif p_since is null or coalesce(p_at_most not between 1 and 10000, true) then
+  elsif since is null or coalesce(at_most not between 1 and 10000, true) then
     perform private.refuse_input('since: missing, or at_most: not between 1 and 10000');
   end if;
   <<users>>
   for v_user_id in
     select distinct g.user_id from public.generations as g
-    where g.status = 'failed' and g.error_code = p_code and g.finished_at >= p_since
+    where g.status = 'failed' and g.error_code = redrive_failed.code and g.finished_at >= since
       and g.deleted_at is null
     order by g.user_id
   loop
@@ -148,17 +147,17 @@ begin
     from public.entitlements as e where e.user_id = v_user_id for update;
     v_credits := v_credits - (
       select coalesce(sum(w.price_credits), 0) from private.wishes_of(v_user_id) as w
-      where w.given_at >= p_since
+      where w.given_at >= since
     );
     for v_wish in
       select g as last, w.price_credits as price
       from private.wishes_of(v_user_id) as w
       inner join public.generations as g on g.id = w.last_id
-      where w.is_open and g.status = 'failed' and g.error_code = p_code
-        and g.finished_at >= p_since
+      where w.is_open and g.status = 'failed' and g.error_code = redrive_failed.code
+        and g.finished_at >= since
       order by g.id
     loop
-      exit users when v_redriven = p_at_most;
+      exit users when v_redriven = at_most;
       begin
         v_reason := 'insufficient_credits';
         if v_wish.price <= v_credits is not false then
@@ -188,3 +187,10 @@ begin
   );
 end;
 $$;
+
+comment on function public.redrive_failed is
+  'Queues again what failed with a code since a time, free, with the same input: of each wish the '
+  'last try, unless one is under way or done, and for each user no more than the credits at hand '
+  'would buy. Answers {redriven, skipped: {reason: count} if any}; reasons are '
+  'insufficient_credits, those of retry_generation, and internal. Call again while redriven is '
+  'at_most. It reads the whole history: an operator''s tool. Errors: PT400 invalid_input.';

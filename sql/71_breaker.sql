@@ -284,32 +284,42 @@ begin
 end;
 $$;
 
--- Raises: PT400 invalid_input, PT404 not_found.
-create function private.pause_model(p_model text, p_until timestamptz, p_reason text) returns json
+create function public.pause_model(
+  model text, until timestamptz default 'infinity', reason text default null
+) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
   perform private.require_writable();
-  if coalesce(p_until <= now(), true) then
+  if coalesce(until <= now(), true) then
     perform private.refuse_input(
       'until: not in the future', 'Leave it out to pause until resumed.'
     );
-  elsif length(p_reason) > 500 then
+  elsif length(reason) > 500 then
     perform private.refuse_input('reason: longer than 500 characters');
   end if;
-  return private.set_pause(p_model, p_until, p_reason);
+  return private.set_pause(model, until, reason);
 end;
 $$;
 
--- Raises: PT404 not_found.
-create function private.resume_model(p_model text) returns json
+comment on function public.pause_model is
+  'Pauses a model, or all models of a provider, until a time or resume_model: new requests are '
+  'refused with model_paused, queued jobs wait and keep their place, running ones go on. Answers '
+  '{name, state (open | closed | half-open | probing), paused_until, reason, failures, '
+  'times_opened}. Errors: PT400 invalid_input, PT404 not_found.';
+
+create function public.resume_model(model text) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_answer json;
 begin
   perform private.require_writable();
-  v_answer := private.set_pause(p_model, null, null);
+  v_answer := private.set_pause(model, null, null);
   perform setval('private.scan_due', 0);
   perform private.wake_workers();
   return v_answer;
 end;
 $$;
+
+comment on function public.resume_model is
+  'Ends a pause of a model or a provider, whoever began it: its jobs are claimed at once, in their '
+  'old order. Repeating it changes nothing. Answers as pause_model does. Errors: PT404 not_found.';

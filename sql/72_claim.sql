@@ -120,7 +120,8 @@ begin
           union all
           (
             select
-              r.job_id, r.user_id = any (gate.failed_users), r.user_id = any (gate.failed_at_provider)
+              r.job_id, r.user_id = any (gate.failed_users),
+              r.user_id = any (gate.failed_at_provider)
             from private.ready_jobs as r
             where r.run_at is null and r.model_id between w.model_id and w.model_id
               and r.fair_key >= v_from and gate.is_over
@@ -252,8 +253,8 @@ begin
   )
   select
     r.job_id, r.user_id, r.token, r.attempt, m.provider, m.provider_ref, s.provider_input,
-    r.provider_job_id, m.image_inputs, s.image_count::smallint, extract(epoch from m.deadline)::real,
-    nullif(r.create_started_at, now())
+    r.provider_job_id, m.image_inputs, s.image_count::smallint,
+    extract(epoch from m.deadline)::real, nullif(r.create_started_at, now())
   from running as r
   inner join started as s on s.id = r.job_id
   left join public.models as m on m.id = r.model_id

@@ -76,7 +76,7 @@ from (
   from (
     select
       r.model_id, r.run_at > now() as is_delayed, count(*) as waiting,
-      min(r.job_id::text collate "C") as first_id, 0 as running
+      min(r.job_id::text) as first_id, 0 as running
     from private.ready_jobs as r
     group by r.model_id, r.run_at > now()
     union all

@@ -1,27 +1,8 @@
 -- The API: each function is a door to the definer of the same name in schema private, so that
 -- nothing that users call in the exposed schema runs with more rights than theirs. Doors have no
--- code. What only operators ask, how the queue is, stands where it is made (88, 89).
+-- code. What only operators call stands where its noun is.
 --
 -- What is called most is plpgsql, whose plans last for a session.
-
-create function public.grant_credits(
-  user_id uuid, amount integer, kind text, external_id text
-) returns json
-language sql set search_path = pg_catalog, pg_temp
-return private.grant_credits(user_id, amount, kind, external_id);
-
-comment on function public.grant_credits is
-  'Adds credits to a user: kind grant (amount > 0) or adjust (either sign). The same external_id '
-  'is applied once. Answers {credits, applied}. Errors: PT400 invalid_input, PT404 not_found, '
-  'PT409 idempotency_conflict.';
-
-create function public.set_paid(user_id uuid, paid_until timestamptz) returns json
-language sql set search_path = pg_catalog, pg_temp
-return private.set_paid(user_id, paid_until);
-
-comment on function public.set_paid is
-  'Makes a user paid until a time (infinity: without end; null: not paid). Repeating it changes '
-  'nothing. Answers the entitlement. Errors: PT404 not_found.';
 
 create function public.enqueue_generation(
   model text, prompt text, params jsonb default '{}', idempotency_key text default null
@@ -76,19 +57,6 @@ comment on function public.retry_generation is
   'you gave one. While a retry of it is under way or done, answers with that one. Answers as '
   'enqueue_generation does. Errors: those of enqueue_generation, PT409 not_finished | '
   'already_finished.';
-
-create function public.redrive_failed(
-  code text, since timestamptz, at_most integer default 1000
-) returns json
-language sql set search_path = pg_catalog, pg_temp
-return private.redrive_failed(code, since, at_most);
-
-comment on function public.redrive_failed is
-  'Queues again what failed with a code since a time, free, with the same input: of each wish the '
-  'last try, unless one is under way or done, and for each user no more than the credits at hand '
-  'would buy. Answers {redriven, skipped: {reason: count} if any}; reasons are '
-  'insufficient_credits, those of retry_generation, and internal. Call again while redriven is '
-  'at_most. It reads the whole history: an operator''s tool. Errors: PT400 invalid_input.';
 
 create function public.ping() returns json
 language sql stable set search_path = pg_catalog, pg_temp as $$
@@ -178,26 +146,6 @@ comment on function public.restore_generation is
   'Takes back delete_generation as long as nothing is erased, and answers as get_job_status does. '
   'Favorite, tags and likes are as they were; its images stay private until shared again. Errors: '
   'PT401 not_authenticated, PT404 not_found.';
-
-create function public.pause_model(
-  model text, until timestamptz default 'infinity', reason text default null
-) returns json
-language sql set search_path = pg_catalog, pg_temp
-return private.pause_model(model, until, reason);
-
-comment on function public.pause_model is
-  'Pauses a model, or all models of a provider, until a time or resume_model: new requests are '
-  'refused with model_paused, queued jobs wait and keep their place, running ones go on. Answers '
-  '{name, state (open | closed | half-open | probing), paused_until, reason, failures, '
-  'times_opened}. Errors: PT400 invalid_input, PT404 not_found.';
-
-create function public.resume_model(model text) returns json
-language sql set search_path = pg_catalog, pg_temp
-return private.resume_model(model);
-
-comment on function public.resume_model is
-  'Ends a pause of a model or a provider, whoever began it: its jobs are claimed at once, in their '
-  'old order. Repeating it changes nothing. Answers as pause_model does. Errors: PT404 not_found.';
 
 create function public.cancel_generation(job_id uuid) returns json
 language sql set search_path = pg_catalog, pg_temp

@@ -33,10 +33,9 @@ to authenticated;
 
 -- The operator's backend.
 grant execute on function
-private.grant_credits, private.list_models, private.pause_model, private.redrive_failed,
-private.resume_model, private.set_paid, public.grant_credits, public.list_models,
-public.pause_model, public.ping, public.queue_health, public.queue_history, public.queue_report,
-public.redrive_failed, public.resume_model, public.set_paid
+private.list_models, public.grant_credits, public.list_models, public.pause_model, public.ping,
+public.queue_health, public.queue_history, public.queue_report, public.redrive_failed,
+public.resume_model, public.set_paid
 to service_role;
 
 -- Workers.

@@ -160,8 +160,8 @@ SECURITY = [
     Bug(
         "a grant overflows the balance",
         "sql/40_credits.sql",
-        "if v_credits::bigint + p_amount not between 0 and 1000000000 - v_charged then",
-        "if v_credits + p_amount < 0 then",
+        "if v_credits::bigint + v_amount not between 0 and 1000000000 - v_charged then",
+        "if v_credits + v_amount < 0 then",
         f"{WORDS}[service_role-grant_credits]",
     ),
     Bug(
@@ -519,7 +519,7 @@ MONEY = [
     Bug(
         "what was redriven before is forgotten",
         "sql/54_retry.sql",
-        "      where w.given_at >= p_since\n",
+        "      where w.given_at >= since\n",
         "      where false\n",
         "tests/test_retry.py::test_what_fails_with_another_code_is_not_given_on_top",
     ),

@@ -118,7 +118,6 @@ def test_private_tables_are_empty_to_users_where_a_gateway_grants_everything(
         "select private.refund_generation(gen_random_uuid(), gen_random_uuid(), 1)",
         "select private.create_entitlement(gen_random_uuid())",
         "select public.grant_credits(gen_random_uuid(), 1, 'grant', 'x')",
-        "select private.grant_credits(gen_random_uuid(), 1, 'grant', 'x')",
         "select public.set_paid(gen_random_uuid(), 'infinity')",
     ],
 )
