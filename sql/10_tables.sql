@@ -31,13 +31,9 @@ create domain public.job_status as text constraint job_status_is_known check (
   value in ('queued', 'processing', 'completed', 'failed', 'canceled')
 );
 
-comment on domain public.job_status is 'See generations.status.';
-
 create domain public.ledger_kind as text constraint ledger_kind_is_known check (
   value in ('grant', 'charge', 'refund', 'adjust', 'carry')
 );
-
-comment on domain public.ledger_kind is 'See credit_ledger.kind.';
 
 create domain public.credits as integer constraint credits_are_not_negative check (value >= 0);
 create domain public.image_count as smallint
@@ -95,13 +91,10 @@ comment on column public.entitlements.credits is
   'Balance in credits: the sum of the user''s ledger amounts.';
 comment on column public.entitlements.last_fair_key is
   'Virtual finish time of the user''s last job; see ready_jobs.fair_key.';
-comment on column public.entitlements.minute_started_at is
-  'Start of the minute that minute_jobs counts.';
 comment on column public.entitlements.minute_jobs is
   'Jobs enqueued since minute_started_at, also those canceled since.';
 comment on column public.entitlements.day_started_at is
   'Start of the day that day_jobs and day_burned count.';
-comment on column public.entitlements.day_jobs is 'Jobs enqueued since day_started_at.';
 comment on column public.entitlements.day_burned is
   'Jobs canceled since day_started_at that the provider may bill us.';
 
@@ -128,7 +121,6 @@ comment on column public.credit_ledger.kind is
   'grant, charge (of a generation), refund (of one), adjust, or carry: the sum of older entries.';
 comment on column public.credit_ledger.amount is
   'Credits: negative for a charge, positive for a grant or refund.';
-comment on column public.credit_ledger.balance_after is 'The user''s balance after this entry.';
 comment on column public.credit_ledger.external_id is
   'The caller''s id of a grant (a payment''s, say): the same id is applied once.';
 
@@ -223,10 +215,8 @@ comment on table public.generations is
 comment on column public.generations.id is 'The job id: the same thing seen by the queue.';
 comment on column public.generations.alias_id is
   'The alias that was asked for and stood for model_id; null: the model itself was.';
-comment on column public.generations.batch_id is 'The batch it was asked for in, if any.';
 comment on column public.generations.retry_of is
   'The failed or canceled generation that this one repeats.';
-comment on column public.generations.input is 'The params as the user gave them.';
 comment on column public.generations.provider_input is
   'What is sent to the provider: prompt, params, defaults and the chosen seed.';
 comment on column public.generations.status is
@@ -235,7 +225,6 @@ comment on column public.generations.status is
 comment on column public.generations.error_code is 'Why it failed: a code of private.error_codes.';
 comment on column public.generations.price_credits is
   'Credits charged for the whole generation at enqueue.';
-comment on column public.generations.image_count is 'Images asked and charged for.';
 comment on column public.generations.queue_distance is
   'How far behind the queue''s present it was put: ready_jobs.fair_key less the virtual clock.';
 comment on column public.generations.idempotency_key is
@@ -287,15 +276,11 @@ create table public.images (
 );
 
 comment on table public.images is 'One stored output of a generation.';
-comment on column public.images.position is 'Place among the generation''s images, from 0.';
 comment on column public.images.storage_path is
   'Path in bucket generations: <user_id>/<generation_id>/<position>.<ext>. Never changes: a good '
   'cache key.';
 comment on column public.images.preview_path is
   'Path of a smaller WebP for galleries; null where none was made.';
-comment on column public.images.width is 'Pixels; null where the format has none.';
-comment on column public.images.bytes is 'Size of the file in bytes.';
-comment on column public.images.blurhash is 'BlurHash placeholder; null where none was made.';
 comment on column public.images.share_id is
   'Given when the owner shares it, in the order of time; null: private.';
 comment on column public.images.shows_prompt is

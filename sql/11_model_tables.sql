@@ -57,7 +57,6 @@ comment on column public.models.provider_ref is
 comment on column public.models.price_credits is 'Credits per image for a free user.';
 comment on column public.models.paid_price_credits is
   'Credits per image for a paid user; 0 means included in the plan.';
-comment on column public.models.is_active is 'Whether it is listed and may be asked for.';
 comment on column public.models.input_schema is
   'JSON schema of the provider''s input: {"properties": {name: {type, minimum, maximum, enum, '
   'default}}}.';
@@ -67,9 +66,6 @@ comment on column public.models.required_inputs is
   'The client inputs that nobody else gives a value.';
 comment on column public.models.lowest_seed is
   'From here to highest_seed a seed is chosen where nobody says one; null: the model has none.';
-comment on column public.models.client_inputs is 'The properties a client may set in params.';
-comment on column public.models.prompt_input is
-  'The property the prompt goes into; null: the model takes none.';
 comment on column public.models.image_inputs is
   'The client inputs that take source images: paths in bucket inputs, which the worker signs.';
 comment on column public.models.image_count_input is

@@ -56,7 +56,6 @@ comment on column private.ready_jobs.fair_key is
   'Virtual finish time: greatest(virtual clock, the user''s last) + price / weight. Smallest is '
   'claimed first.';
 comment on column private.ready_jobs.attempt is 'Attempts used so far.';
-comment on column private.ready_jobs.run_at is 'Not before this time (backoff); null: now.';
 comment on column private.ready_jobs.queued_at is 'Since when it may be claimed.';
 comment on column private.ready_jobs.provider_job_id is
   'The provider''s job an earlier attempt began: resume it.';
@@ -76,32 +75,15 @@ create index ready_jobs_user_id_idx on private.ready_jobs (user_id);
 create index ready_jobs_model_idx on private.ready_jobs (model_id, fair_key, seq)
 where run_at is null;
 
-create table private.queue_state (
-  id boolean primary key default true,
-  oldest_ready_at timestamptz,
-  refreshed_at timestamptz not null default now(),
-  constraint queue_state_is_one_row check (id)
-) with (fillfactor = 50);
-
-comment on table private.queue_state is
-  'The one row of what every enqueue wants to know of the queue and is too dear to look up each '
-  'time.';
-comment on column private.queue_state.oldest_ready_at is
-  'queued_at of the job that could be claimed longest at refreshed_at; null: there was none.';
-
 -- No index on what heartbeats change, and half-empty pages: beats are HOT updates.
 -- Domains, like job_status (10): a list of words is read once in a session, not in each statement.
 create domain private.job_stage as text constraint job_stage_is_known check (
   value in ('generating', 'storing')
 );
 
-comment on domain private.job_stage is 'See running_jobs.stage.';
-
 create domain private.attempt_outcome as text constraint attempt_outcome_is_known check (
   value in ('completed', 'retried', 'failed', 'released', 'canceled')
 );
-
-comment on domain private.attempt_outcome is 'See attempts.outcome.';
 
 create table private.running_jobs (
   job_id uuid primary key,
@@ -127,7 +109,6 @@ create table private.running_jobs (
 
 comment on table private.running_jobs is
   'Jobs a worker holds a lease on: as many rows as slots in the fleet.';
-comment on column private.running_jobs.token is 'Proof of the lease, from lease_tokens.';
 comment on column private.running_jobs.attempt is 'Number of this attempt, from 1.';
 comment on column private.running_jobs.lease_until is
   'When the worker counts as dead unless it beats.';
@@ -135,7 +116,6 @@ comment on column private.running_jobs.deadline_at is
   'When the attempt fails with timeout, beats or not.';
 comment on column private.running_jobs.stage is
   'generating (at the provider) -> storing (download, upload).';
-comment on column private.running_jobs.progress is 'Percent, where the provider tells.';
 comment on column private.running_jobs.provider_job_id is
   'Checkpoint: the provider''s id, saved as soon as it is known.';
 
@@ -161,7 +141,6 @@ create table private.workers (
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200);
 
 comment on table private.workers is 'Worker processes: liveness and wake-up.';
-comment on column private.workers.slots is 'Jobs it runs at once.';
 comment on column private.workers.asleep is
   'Found no work and waits for NOTIFY on darkroom_worker_<id>.';
 comment on column private.workers.is_listening is
@@ -193,8 +172,8 @@ comment on column private.attempts.attempt is
 comment on column private.attempts.outcome is
   'completed | retried (failed, queued again) | failed | released (graceful stop) | canceled.';
 comment on column private.attempts.provider_seconds is 'Compute seconds the provider reported.';
-comment on column private.attempts.provider_images is 'Images the provider made, as it bills them.';
 comment on column private.attempts.cost_usd is 'US dollars the attempt cost at the provider.';
+comment on column private.attempts.provider_images is 'Images the provider made, as it bills them.';
 
 -- Written in the order of time, so a BRIN index finds the last minutes, and costs next to nothing.
 create index attempts_ended_at_idx
@@ -225,9 +204,6 @@ comment on table private.model_stats is
   'What jobs of each model took and how often they came lately: what eta_seconds goes by.';
 comment on column private.model_stats.mean_seconds is
   'Seconds from claim to end of completed attempts, a mean that forgets old ones.';
-comment on column private.model_stats.sample_count is
-  'Attempts the mean goes back to, up to a limit.';
-comment on column private.model_stats.requests_per_second is 'Of the last five minutes.';
 comment on column private.model_stats.queue_distance is
   'Mean of generations.queue_distance in these minutes.';
 
@@ -242,7 +218,6 @@ create table private.error_codes (
 
 comment on table private.error_codes is
   'What a job can fail with, and what fail_jobs does about it.';
-comment on column private.error_codes.message is 'What users are told.';
 comment on column private.error_codes.uses_attempt is
   'False: the retry does not count (the provider was busy).';
 comment on column private.error_codes.resumes is
@@ -268,8 +243,6 @@ create table private.breakers (
 
 comment on table private.breakers is
   'Models and providers that failed or were paused: whether their jobs wait.';
-comment on column private.breakers.name is 'Id of a model or name of a provider.';
-comment on column private.breakers.failures is 'Failures in a row since failing_since.';
 comment on column private.breakers.failed_users is
   'Different users among the failures. While it is paused their jobs wait and others are tried; '
   'where there are none, everybody''s wait.';
@@ -294,6 +267,8 @@ create table private.plans (
   max_batch integer not null,
   weight integer not null,
   busy_after interval,
+  oldest_ready_at timestamptz,
+  looked_at timestamptz not null default now(),
   constraint plans_name_is_known check (name in ('free', 'paid')),
   constraint plans_limits_are_positive check (
     least(max_active, max_per_minute, full_minutes_per_day, max_burned_per_day) > 0
@@ -303,11 +278,9 @@ create table private.plans (
   constraint plans_busy_after_is_positive check (
     busy_after > interval '0' and busy_after <= interval '1000 years'
   )
-);
+) with (fillfactor = 50);
 
 comment on table private.plans is 'Limits of free and paid users.';
-comment on column private.plans.max_active is 'Jobs queued or running at once.';
-comment on column private.plans.max_per_minute is 'Jobs enqueued in a minute.';
 comment on column private.plans.full_minutes_per_day is
   'Times max_per_minute: jobs enqueued in a day, each of which keeps its row.';
 comment on column private.plans.max_burned_per_day is
@@ -317,6 +290,9 @@ comment on column private.plans.max_batch is
   'Prompts of one batch. A batch is let in whole while there is room for one job more, and then '
   'counts in full.';
 comment on column private.plans.weight is 'Share of the queue against other users'' weights.';
+comment on column private.plans.oldest_ready_at is
+  'queued_at of the job that could be claimed longest at looked_at; null: there was none. Too dear '
+  'to look up in every enqueue, and here because each of them reads its plan.';
 comment on column private.plans.busy_after is
   'Requests are refused as busy while a job has waited this long whose user has nothing running; '
   'null: never.';
@@ -342,6 +318,10 @@ create table private.settings (
   breaker_pause interval not null default '30 seconds',
   breaker_pause_cap interval not null default '15 minutes',
   constraint settings_is_one_row check (id),
+  -- So short ones need no look here.
+  constraint settings_sizes_are_a_thousand_at_least check (
+    least(max_prompt_chars, max_params_bytes) >= 1000
+  ),
   constraint settings_credit_is_not_negative check (credit_usd >= 0),
   constraint settings_welcome_credits_are_not_negative check (welcome_credits >= 0),
   constraint settings_welcome_credits_are_at_most_a_million check (welcome_credits <= 1000000),
@@ -361,7 +341,6 @@ comment on column private.settings.welcome_credits is 'Credits of a new user; 0 
 comment on column private.settings.lease is
   'How long a worker may be silent before its jobs are given to others.';
 comment on column private.settings.heartbeat is 'How often workers beat.';
-comment on column private.settings.max_attempts is 'Attempts of a job before it fails for good.';
 comment on column private.settings.retry_base is
   'Retry n of a job waits up to retry_base * 2^(n-1), at most retry_cap.';
 comment on column private.settings.give_up_after is 'A job this old is not retried any more.';

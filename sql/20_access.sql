@@ -1,8 +1,8 @@
 -- Row level security: who may read what. Nobody writes a table: the functions do.
 --
 -- Users read their own rows in public, but not what they deleted; the catalogue is read through
--- list_models(). Private tables have RLS and no policy, which denies everybody but their owner even
--- where a gateway grants too much. Functions run as that owner.
+-- list_models(). Private tables have RLS (92) and no policy, which denies everybody but their owner
+-- even where a gateway grants too much. Functions run as that owner.
 
 alter table public.entitlements enable row level security;
 alter table public.credit_ledger enable row level security;
@@ -11,21 +11,7 @@ alter table public.model_aliases enable row level security;
 alter table public.batches enable row level security;
 alter table public.generations enable row level security;
 alter table public.images enable row level security;
-alter table private.retries enable row level security;
-alter table private.ready_jobs enable row level security;
-alter table private.running_jobs enable row level security;
-alter table private.workers enable row level security;
-alter table private.attempts enable row level security;
-alter table private.purchases enable row level security;
-alter table private.model_stats enable row level security;
-alter table private.error_codes enable row level security;
-alter table private.breakers enable row level security;
-alter table private.queue_state enable row level security;
-alter table private.plans enable row level security;
-alter table private.settings enable row level security;
 
-revoke all on all tables in schema private from public, anon, authenticated, service_role;
-revoke all on all sequences in schema private from public, anon, authenticated, service_role;
 revoke all on table public.entitlements, public.credit_ledger, public.models,
 public.model_aliases, public.batches, public.generations, public.images
 from public, anon, authenticated, service_role;

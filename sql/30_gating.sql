@@ -240,9 +240,6 @@ where b.paused_until is not null or b.resumed_at is not null;
 comment on view private.paused_models is
   'Models that are or were paused, themselves or with their provider.';
 
-revoke all on private.queue_floor, private.live_jobs, private.paused_models
-from public, anon, authenticated, service_role;
-
 -- Until when the model is paused for this user, itself or with its provider; null unless it is. A
 -- pause that failures began is one for those who failed.
 --
@@ -298,8 +295,6 @@ create type private.gate as (
   max_active integer,
   max_batch integer,
   may_be_over_limits boolean,
-  max_params_bytes integer,
-  max_prompt_chars integer,
   is_model_unclear boolean,
   model public.models
 );
@@ -311,9 +306,9 @@ comment on type private.gate is
 -- All that a request of this user for this model is held against, with the entitlement locked. From
 -- here on the user's requests take turns, and what a later statement counts is sure until the end.
 --
--- queue_state is refreshed twice a minute, or not at all while nothing runs. Nothing that is ready
--- now can have been so before the oldest that was ready then, nor, if there was none, before then.
--- So it never hides that the queue is busy; where it may be, the queue itself is looked at.
+-- oldest_ready_at is renewed twice a minute, or not at all while nothing runs. Nothing that is
+-- ready now can have been so before the oldest that was ready then, nor, if there was none, before
+-- then. So it never hides that the queue is busy; where it may be, the queue itself is looked at.
 --
 -- The lock is taken apart, for who waits for it may be paid when it comes, and so has another plan.
 --
@@ -328,8 +323,7 @@ begin
     -- A minute or a day that is over, too: refuse_limits looks closer.
     e.minute_jobs >= p.max_per_minute or e.day_burned >= p.max_burned_per_day
     or e.day_jobs >= p.max_per_minute::bigint * p.full_minutes_per_day
-    or least(q.oldest_ready_at, q.refreshed_at) < now() - p.busy_after,
-    s.max_params_bytes, s.max_prompt_chars,
+    or least(p.oldest_ready_at, p.looked_at) < now() - p.busy_after,
     m.id is null or (m.requires_paid and p.name <> 'paid') or exists (
       select from private.breakers as b
       where b.paused_until > now() or e.user_id = any (b.failed_users || b.doubted_users)
@@ -339,8 +333,6 @@ begin
   from (select * from public.entitlements where user_id = p_user_id for update) as e
   inner join private.plans as p
     on p.name = case when e.paid_until > now() then 'paid' else 'free' end
-  cross join private.settings as s
-  cross join private.queue_state as q
   left join public.models as m on m.id = p_model and m.is_active;
   if not found then
     perform private.refuse_unknown_user();
@@ -401,24 +393,23 @@ $$;
 -- Whether a job has waited this long though its user has nothing running. Who has, waits for his
 -- own: one user's long queue is old, but no reason to refuse others, who go before it. Looked for
 -- among the next jobs in fair order: whoever has waited for a first job is there.
-create function private.is_busy(p_busy_after interval) returns boolean
+create function private.is_busy(p_plan private.plans) returns boolean
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
-  if (select least(q.oldest_ready_at, q.refreshed_at) from private.queue_state as q)
-    < now() - p_busy_after then
+  if least(p_plan.oldest_ready_at, p_plan.looked_at) < now() - p_plan.busy_after then
     return exists (
       select from (
         select r.user_id, r.model_id, r.queued_at from private.ready_jobs as r
         where r.run_at is null and r.fair_key >= (select f.fair_key from private.queue_floor as f)
         order by r.fair_key, r.seq limit 1000
       ) as next
-      where next.queued_at < now() - p_busy_after
+      where next.queued_at < now() - p_plan.busy_after
         and next.user_id not in (select r.user_id from private.running_jobs as r)
         -- Nor does it wait for us while its model is paused.
         and not exists (
           select from private.paused_models as p
           where p.id = next.model_id
-            and (p.paused_until is not null or p.resumed_at > now() - p_busy_after)
+            and (p.paused_until is not null or p.resumed_at > now() - p_plan.busy_after)
         )
     );
   end if;
@@ -467,7 +458,7 @@ begin
         extract(epoch from v_used.day_started_at + interval '1 day' - now())
       )::integer
     );
-  elsif private.is_busy(v_plan.busy_after) then
+  elsif private.is_busy(v_plan) then
     perform private.refuse('busy', 'Jobs wait too long to take in more.', p_retry_after => 60);
   end if;
 end;

@@ -59,7 +59,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
     end,
     'max_per_minute', p.max_per_minute,
     'max_batch', p.max_batch,
-    'is_busy', private.is_busy(p.busy_after)
+    'is_busy', private.is_busy(p)
   )
   from public.entitlements as e
   cross join lateral private.plan_of(e) as p

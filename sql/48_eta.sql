@@ -23,7 +23,7 @@ begin
     return;
   end if;
   -- One session at a time: by a row's lock, for one by number could be held by anybody.
-  perform from private.queue_state for update skip locked;
+  perform from private.plans where name = 'free' for update skip locked;
   if not found then
     return;
   end if;

@@ -5,21 +5,22 @@
 -- the job is stuck, beats or not: it fails with timeout. pg_cron calls recover_stale_jobs every
 -- minute and every worker calls it too; both may run at once.
 
--- Renews queue_state, at most once in ten seconds, whoever asks.
+-- Renews what plans say of the queue, at most once in ten seconds, whoever asks.
 create function private.refresh_queue_state() returns void
 language sql set search_path = pg_catalog, pg_temp as $$
-  update private.queue_state set
+  with due as (
+    select p.name from private.plans as p
+    where p.looked_at < now() - interval '10 seconds' order by p.name for update skip locked
+  )
+  update private.plans set
     oldest_ready_at = (
       select min(r.queued_at) from private.ready_jobs as r
       where r.run_at is null and not r.model_id = any (array(
         select p.id from private.paused_models as p where p.paused_until is not null
       ))
     ),
-    refreshed_at = now()
-  where id = (
-    select q.id from private.queue_state as q
-    where q.refreshed_at < now() - interval '10 seconds' for update skip locked
-  )
+    looked_at = now()
+  where name in (select d.name from due as d)
 $$;
 
 -- Ends the attempts of jobs that are locked, in the order given.
@@ -84,9 +85,9 @@ $$;
 
 comment on function private.recover_stale_jobs is
   'Requeues or finally fails up to p_at_most jobs whose lease or deadline has passed, and renews '
-  'model_stats and queue_state. Answers how many. What cannot be done is passed over: see '
-  'private.skipped_rows. Looks less often, once in ten seconds at least, '
-  'while a long transaction makes each look dear.';
+  'model_stats and the state of the queue in plans. Answers how many. What cannot be done is '
+  'passed over: see private.skipped_rows. Looks less often, once in ten seconds at least, while a '
+  'long transaction makes each look dear.';
 
 -- Forgets worker processes and cron runs of more than a week ago.
 create function private.trim_history() returns void

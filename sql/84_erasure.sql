@@ -41,9 +41,6 @@ create index expired_files_marked_at_idx on private.expired_files (marked_at);
 create index expired_files_generation_id_idx
 on private.expired_files (generation_id) where generation_id is not null;
 
-alter table private.expired_files enable row level security;
-revoke all on table private.expired_files from public, anon, authenticated, service_role;
-
 -- For users: delete and restore.
 
 -- A generation of the caller's, locked against every other change.

@@ -61,9 +61,6 @@ comment on table private.retention_walks is
 comment on column private.retention_walks.place is
   'Key last looked at. The least of all ids is the beginning, of paths in our buckets too.';
 
-alter table private.retention_walks enable row level security;
-revoke all on table private.retention_walks from public, anon, authenticated, service_role;
-
 -- Read by expire_deleted. The one index on a column that changes: it changes once, by the user's
 -- hand, and all other updates of generations stay HOT.
 create index generations_deleted_at_idx

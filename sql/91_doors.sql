@@ -17,11 +17,11 @@ comment on function public.enqueue_generation is
   'Asks for a picture: checks, charges and queues in one transaction. Answers {job_id, status, '
   'reused, credits_left, queue_position and eta_seconds (null here: get_job_status tells them), '
   'poll_after_ms}. The same idempotency_key and payload answer with the same job and charge '
-  'nothing. With params.reuse = true and a seed, your finished generation of the same input is '
-  'answered, free. Errors: PT400 invalid_input, PT401 not_authenticated, PT402 '
-  'insufficient_credits, PT403 requires_paid_plan, PT404 not_found (also where the job of the key '
-  'is deleted), PT409 idempotency_conflict, PT429 too_many_active | rate_limited, PT503 busy | '
-  'model_paused | unavailable.';
+  'nothing. With params.reuse = true and a seed, a finished generation of the same input is '
+  'answered, free, if it is among your last 200. Errors: PT400 invalid_input, PT401 '
+  'not_authenticated, PT402 insufficient_credits, PT403 requires_paid_plan, PT404 not_found (also '
+  'where the job of the key is deleted), PT409 idempotency_conflict, PT429 too_many_active | '
+  'rate_limited, PT503 busy | model_paused | unavailable.';
 
 create function public.enqueue_batch(
   model text, prompts text[], params jsonb default '{}', idempotency_key text default null

@@ -4,6 +4,16 @@
 
 revoke all on all functions in schema private from public, anon, authenticated, service_role;
 revoke all on all tables in schema private from public, anon, authenticated, service_role;
+revoke all on all sequences in schema private from public, anon, authenticated, service_role;
+
+do $$
+begin
+  execute (
+    select string_agg(format('alter table private.%I enable row level security', c.relname), ';')
+    from pg_class as c where c.relnamespace = 'private'::regnamespace and c.relkind in ('r', 'p')
+  );
+end;
+$$;
 
 revoke all on function
 public.cancel_batch, public.cancel_generation, public.delete_generation, public.enqueue_batch,

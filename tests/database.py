@@ -168,7 +168,7 @@ class Database:
         tables = self.execute(
             "select format('%I.%I', schemaname, tablename) as name from pg_tables"
             " where schemaname in ('public', 'private')"
-            " and tablename not in ('routines', 'queue_state', 'retention_walks') order by 1"
+            " and tablename not in ('routines', 'plans', 'retention_walks') order by 1"
         )
         return {
             table["name"]: [

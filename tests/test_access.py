@@ -23,7 +23,7 @@ PRIVATE_TABLES = (
     "private.attempts",
     "private.error_codes",
     "private.breakers",
-    "private.queue_state",
+    "private.retries",
     "private.plans",
     "private.settings",
 )

@@ -77,11 +77,11 @@ class Simulation:
             given_model(self.db, model, price)
         self.db.execute("insert into auth.users (id) select unnest(%s::uuid[])", self.users)
         self.db.execute(
-            "select private.grant_credits(u, 100000, 'grant', u::text)"
+            "select public.grant_credits(u, 100000, 'grant', u::text)"
             " from unnest(%s::uuid[]) as u",
             self.users,
         )
-        query = "select private.set_paid(u, 'infinity') from unnest(%s::uuid[]) as u"
+        query = "select public.set_paid(u, 'infinity') from unnest(%s::uuid[]) as u"
         self.db.execute(query, self.users[::4])
 
     def _given_requests(self) -> None:

@@ -360,7 +360,7 @@ def test_as_soon_as_the_queue_is_drained_nobody_is_refused(db, alice, crowd):
 
     crowd.claim_jobs(3)
 
-    assert alice.enqueue()["status"] == "queued"  # queue_state still tells of the old job
+    assert alice.enqueue()["status"] == "queued"  # plans still tell of the old job
 
 
 def test_it_is_busy_also_where_nobody_renews_the_state(db, alice, crowd):
@@ -408,7 +408,7 @@ def test_jobs_of_a_paused_model_make_the_queue_neither_old_nor_busy(db, alice, c
     crowd.claim_jobs(2)
     wait(db, crowd, "1 hour")
 
-    assert db.value("select oldest_ready_at from private.queue_state") is None
+    assert db.value("select max(oldest_ready_at) from private.plans") is None
     assert alice.has(credits=100).enqueue(model="black-forest-labs/flux-dev")["status"] == "queued"
 
 
@@ -436,8 +436,8 @@ def test_the_state_is_renewed_at_most_every_ten_seconds(db, alice, worker):
     db.pass_time("11 seconds")
     worker.recover_stale_jobs()
     assert db.value(
-        "select oldest_ready_at = (select queued_at from private.ready_jobs)"
-        " from private.queue_state"
+        "select bool_and(oldest_ready_at = (select queued_at from private.ready_jobs))"
+        " from private.plans"
     )
 
 

@@ -37,7 +37,7 @@ TABLES = {
     "private.attempts": "token",
     "private.breakers": "name",
     "private.workers": "id",
-    "private.queue_state": "id",
+    "private.plans": "name",
     "private.model_stats": "model_id",
     "private.retention_walks": "name",
     "private.webhook_endpoints": "id",

@@ -80,8 +80,8 @@ def test_the_provider_never_hears_of_reuse(alice, worker):
     assert "reuse" not in worker.claimed().provider_input
 
 
-@pytest.mark.parametrize(("others", "is_reused"), [(999, True), (1000, False)])
-def test_what_is_reused_is_among_the_last_thousand(db, alice, worker, others, is_reused):
+@pytest.mark.parametrize(("others", "is_reused"), [(199, True), (200, False)])
+def test_what_is_reused_is_among_the_last_two_hundred(db, alice, worker, others, is_reused):
     completed(alice, worker, params={"seed": 7})
     db.execute(
         "insert into public.generations (user_id, model_id, prompt, input, provider_input, status,"
@@ -145,7 +145,7 @@ def test_the_same_key_for_an_alias_is_no_conflict_whatever_it_stands_for_now(db,
 def arm_of(db, user_id):
     query = (
         "select m.id from private.require_model("
-        " row(%s, 0, 0, 'free', 1, 1, 1, false, 0, 0, true, null)::private.gate, 'auto/fast') as m"
+        " row(%s, 0, 0, 'free', 1, 1, 1, false, true, null)::private.gate, 'auto/fast') as m"
     )
     return db.value(query, user_id)
 

@@ -133,7 +133,7 @@ BROKEN_RULES = {
     "prompt_templates_params_are_an_object": (
         "insert into public.prompt_templates (title, prompt, params) values ('Cat', 'a cat', '[]')"
     ),
-    "queue_state_is_one_row": "insert into private.queue_state (id) values (false)",
+    "settings_sizes_are_a_thousand_at_least": "update private.settings set max_prompt_chars = 999",
     "plans_busy_after_is_positive": "update private.plans set busy_after = '0'",
     "settings_breaker_limits_are_positive": "update private.settings set breaker_users = 0",
     "webhook_endpoints_events_are_known": (
