@@ -209,6 +209,13 @@ SECURITY = [
         "tests/test_gating.py::test_what_changes_something_says_that_it_cannot",
     ),
     Bug(
+        "an enqueue does not ask whether it may write",
+        "sql/50_enqueue.sql",
+        "    or current_setting('default_transaction_read_only') <> 'off' then\n",
+        "    then\n",
+        "tests/test_gating.py::test_what_changes_something_says_that_it_cannot",
+    ),
+    Bug(
         "a sub that is no uuid is PostgreSQL's to refuse",
         "sql/20_access.sql",
         "exception when data_exception then\n",
@@ -542,8 +549,8 @@ MONEY = [
     Bug(
         "what is burned counts against no limit",
         "sql/30_gating.sql",
-        "        or e.day_burned >= p.max_burned_per_day\n",
-        "",
+        " or e.day_burned >= p.max_burned_per_day\n",
+        "\n",
         "tests/test_cancel.py::test_a_user_burns_no_more_purchases_in_a_day_than_the_plan_allows",
     ),
     Bug(
@@ -556,8 +563,8 @@ MONEY = [
     Bug(
         "a double tap on retry buys twice",
         "sql/54_retry.sql",
-        "  if found then\n    return private.enqueue_answer(",
-        "  if false then\n    return private.enqueue_answer(",
+        "  if found then\n    return private.known_answer(",
+        "  if false then\n    return private.known_answer(",
         "tests/test_retry.py::test_a_double_tap_buys_once",
     ),
     Bug(
@@ -566,6 +573,13 @@ MONEY = [
         "where user_id = v_user_id and idempotency_key = p_idempotency_key;",
         "where false;",
         "tests/test_batch.py::test_the_same_key_and_request_answer_with_the_same_batch",
+    ),
+    Bug(
+        "what has ended may look as if it ran",
+        "sql/10_tables.sql",
+        "  return (p_finished_at is null) = (p_status in ('queued', 'processing'))\n    and",
+        "  return",
+        "tests/test_tables.py::test_each_rule_of_the_tables_holds",
     ),
     # Attempts.
     Bug(

@@ -8,14 +8,14 @@ export type Database = {
           Tables: {
             "batches": {
                   Row: {
-                    "created_at": string,"id": string,"idempotency_key": string | null,"job_count": number,"request_hash": string,"user_id": string
+                    "created_at": string,"id": string,"idempotency_key": string | null,"job_ids": (string)[],"request_hash": string,"user_id": string
                   }
                   ComputedFields: never
                   Insert: {
-                    "created_at"?: string,"id"?: string,"idempotency_key"?: string | null,"job_count": number,"request_hash": string,"user_id": string
+                    "created_at"?: string,"id"?: string,"idempotency_key"?: string | null,"job_ids"?: (string)[],"request_hash": string,"user_id": string
                   }
                   Update: {
-                    "created_at"?: string,"id"?: string,"idempotency_key"?: string | null,"job_count"?: number,"request_hash"?: string,"user_id"?: string
+                    "created_at"?: string,"id"?: string,"idempotency_key"?: string | null,"job_ids"?: (string)[],"request_hash"?: string,"user_id"?: string
                   }
                   Relationships: [
                     
@@ -36,14 +36,14 @@ export type Database = {
                   ]
                 },"entitlements": {
                   Row: {
-                    "created_at": string,"credits": number,"day_burned": number,"day_jobs": number,"day_started_at": string,"is_paid": boolean,"last_fair_key": number,"minute_jobs": number,"minute_started_at": string,"paid_until": string | null,"user_id": string
+                    "created_at": string,"credits": number,"day_burned": number,"day_jobs": number,"day_started_at": string,"last_fair_key": number,"minute_jobs": number,"minute_started_at": string,"paid_until": string | null,"user_id": string
                   }
                   ComputedFields: never
                   Insert: {
-                    "created_at"?: string,"credits"?: number,"day_burned"?: number,"day_jobs"?: number,"day_started_at"?: string,"is_paid"?: boolean,"last_fair_key"?: number,"minute_jobs"?: number,"minute_started_at"?: string,"paid_until"?: string | null,"user_id": string
+                    "created_at"?: string,"credits"?: number,"day_burned"?: number,"day_jobs"?: number,"day_started_at"?: string,"last_fair_key"?: number,"minute_jobs"?: number,"minute_started_at"?: string,"paid_until"?: string | null,"user_id": string
                   }
                   Update: {
-                    "created_at"?: string,"credits"?: number,"day_burned"?: number,"day_jobs"?: number,"day_started_at"?: string,"is_paid"?: boolean,"last_fair_key"?: number,"minute_jobs"?: number,"minute_started_at"?: string,"paid_until"?: string | null,"user_id"?: string
+                    "created_at"?: string,"credits"?: number,"day_burned"?: number,"day_jobs"?: number,"day_started_at"?: string,"last_fair_key"?: number,"minute_jobs"?: number,"minute_started_at"?: string,"paid_until"?: string | null,"user_id"?: string
                   }
                   Relationships: [
                     
@@ -126,14 +126,14 @@ isOneToOne: false
                   ]
                 },"models": {
                   Row: {
-                    "client_inputs": (string)[],"cost_unit": string | null,"cost_usd": number | null,"deadline": string,"default_input": NonNullable<Json>,"id": string,"image_count_input": string | null,"image_inputs": (string)[],"input_schema": NonNullable<Json>,"is_active": boolean,"is_schema_confirmed": boolean,"max_images": number,"operator_input": NonNullable<Json>,"paid_price_credits": number,"price_credits": number,"prompt_input": string | null,"provider": string,"provider_ref": string,"requires_paid": boolean,"title": string
+                    "client_inputs": (string)[],"cost_unit": string | null,"cost_usd": number | null,"deadline": string,"default_input": NonNullable<Json>,"highest_seed": number | null,"id": string,"image_count_input": string | null,"image_inputs": (string)[],"input_schema": NonNullable<Json>,"is_active": boolean,"is_schema_confirmed": boolean,"lowest_seed": number | null,"max_images": number,"operator_input": NonNullable<Json>,"paid_price_credits": number,"price_credits": number,"prompt_input": string | null,"provider": string,"provider_ref": string,"required_inputs": (string)[],"requires_paid": boolean,"title": string
                   }
                   ComputedFields: never
                   Insert: {
-                    "client_inputs": (string)[],"cost_unit"?: string | null,"cost_usd"?: number | null,"deadline"?: string,"default_input"?: NonNullable<Json>,"id": string,"image_count_input"?: string | null,"image_inputs"?: (string)[],"input_schema": NonNullable<Json>,"is_active"?: boolean,"is_schema_confirmed"?: boolean,"max_images"?: number,"operator_input"?: NonNullable<Json>,"paid_price_credits": number,"price_credits": number,"prompt_input"?: string | null,"provider": string,"provider_ref": string,"requires_paid"?: boolean,"title": string
+                    "client_inputs": (string)[],"cost_unit"?: string | null,"cost_usd"?: number | null,"deadline"?: string,"default_input"?: NonNullable<Json>,"highest_seed"?: number | null,"id": string,"image_count_input"?: string | null,"image_inputs"?: (string)[],"input_schema": NonNullable<Json>,"is_active"?: boolean,"is_schema_confirmed"?: boolean,"lowest_seed"?: number | null,"max_images"?: number,"operator_input"?: NonNullable<Json>,"paid_price_credits": number,"price_credits": number,"prompt_input"?: string | null,"provider": string,"provider_ref": string,"required_inputs"?: (string)[],"requires_paid"?: boolean,"title": string
                   }
                   Update: {
-                    "client_inputs"?: (string)[],"cost_unit"?: string | null,"cost_usd"?: number | null,"deadline"?: string,"default_input"?: NonNullable<Json>,"id"?: string,"image_count_input"?: string | null,"image_inputs"?: (string)[],"input_schema"?: NonNullable<Json>,"is_active"?: boolean,"is_schema_confirmed"?: boolean,"max_images"?: number,"operator_input"?: NonNullable<Json>,"paid_price_credits"?: number,"price_credits"?: number,"prompt_input"?: string | null,"provider"?: string,"provider_ref"?: string,"requires_paid"?: boolean,"title"?: string
+                    "client_inputs"?: (string)[],"cost_unit"?: string | null,"cost_usd"?: number | null,"deadline"?: string,"default_input"?: NonNullable<Json>,"highest_seed"?: number | null,"id"?: string,"image_count_input"?: string | null,"image_inputs"?: (string)[],"input_schema"?: NonNullable<Json>,"is_active"?: boolean,"is_schema_confirmed"?: boolean,"lowest_seed"?: number | null,"max_images"?: number,"operator_input"?: NonNullable<Json>,"paid_price_credits"?: number,"price_credits"?: number,"prompt_input"?: string | null,"provider"?: string,"provider_ref"?: string,"required_inputs"?: (string)[],"requires_paid"?: boolean,"title"?: string
                   }
                   Relationships: [
                     
