@@ -452,7 +452,10 @@ begin
       'token: not an Expo push token', 'Send what getExpoPushTokenAsync() answers.'
     );
   end if;
-  perform private.lock_entitlement(v_user_id);
+  perform from public.entitlements where user_id = v_user_id for update;
+  if not found then
+    perform private.refuse_unknown_user();
+  end if;
   insert into private.push_tokens as t (token, user_id) values (p_token, v_user_id)
   on conflict (token) do update set user_id = excluded.user_id, registered_at = clock_timestamp();
   -- More devices than anybody has: those not heard of longest are forgotten.

@@ -609,7 +609,7 @@ MONEY = [
         "a cancel locks the balance before the job",
         "sql/77_cancel.sql",
         "  perform private.cancel_jobs(v_user_id, array[p_job_id]);",
-        "  perform private.lock_entitlement(v_user_id);\n"
+        "  perform from public.entitlements where user_id = v_user_id for update;\n"
         "  perform private.cancel_jobs(v_user_id, array[p_job_id]);",
         CIRCLE,
     ),

@@ -77,8 +77,7 @@ class Simulation:
             given_model(self.db, model, price)
         self.db.execute("insert into auth.users (id) select unnest(%s::uuid[])", self.users)
         self.db.execute(
-            "select public.grant_credits(u, 100000, 'grant', u::text)"
-            " from unnest(%s::uuid[]) as u",
+            "select public.grant_credits(u, 100000, 'grant', u::text) from unnest(%s::uuid[]) as u",
             self.users,
         )
         query = "select public.set_paid(u, 'infinity') from unnest(%s::uuid[]) as u"

@@ -94,7 +94,6 @@ def test_what_is_reused_is_among_the_last_two_hundred(db, alice, worker, others,
     assert alice.enqueue(params={"seed": 7, "reuse": True})["reused"] is is_reused
 
 
-
 # Aliases.
 
 
