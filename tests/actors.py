@@ -7,6 +7,7 @@ are named like the functions. Those in the past tense (`enqueued`) bring about w
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import threading
 import uuid
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import psycopg
 from database import Database
@@ -24,6 +25,17 @@ from psycopg.types.json import Jsonb
 
 PREVIEW = "darkroom/preview"
 
+# What anybody may try to call, with arguments by place or by name: `alice.get_job_status(job_id)`.
+DOORS = """
+ping list_models list_public_images
+get_batch_status cancel_generation cancel_batch retry_generation get_job_status get_entitlement
+register_push_token unregister_push_token list_generations set_favorite delete_generation
+restore_generation share_image like_image save_prompt_template delete_prompt_template
+list_prompt_templates
+queue_health pause_model resume_model list_webhooks delete_webhook enable_webhook
+rotate_webhook_secret list_deliveries redeliver
+queue_report queue_history
+"""
 # What the functions for many jobs take beside their ids and tokens.
 COLUMNS = {
     "begin_creates": ["bytea[]"],
@@ -130,6 +142,11 @@ class Caller:
         self.db = db
         self.connection = db.connect()
 
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name not in DOORS.split():
+            raise AttributeError(name)
+        return functools.partial(self.call, f"public.{name}")
+
     def claims(self) -> dict[str, str]:
         """Return what the token says."""
         return {"role": self.role}
@@ -146,17 +163,16 @@ class Caller:
             )
             yield self.connection
 
-    def call(self, function: str, **arguments: Any) -> Any:
-        """Call a function with named arguments and return its answer."""
-        names = [
-            sql.SQL("{} => {}").format(sql.Identifier(name), sql.Placeholder(name))
-            for name in arguments
-        ]
+    def call(self, function: str, *places: Any, **names: Any) -> Any:
+        """Call a function with arguments by place and by name, a dict as JSON."""
+        marks = [sql.SQL("%s")] * len(places)
+        marks += [sql.SQL("{} => %s").format(sql.Identifier(name)) for name in names]
         query = sql.SQL("select {}({})").format(
-            sql.Identifier(*function.split(".")), sql.SQL(", ").join(names)
+            sql.Identifier(*function.split(".")), sql.SQL(", ").join(marks)
         )
+        given = [Jsonb(v) if isinstance(v, dict) else v for v in (*places, *names.values())]
         with self.acting() as connection:
-            row = connection.execute(query, arguments).fetchone()
+            row = connection.execute(query, given).fetchone()
             return row and row[0]
 
     def query(self, query: str, *arguments: Any) -> list[dict[str, Any]]:
@@ -165,15 +181,6 @@ class Caller:
             cursor = connection.cursor(row_factory=dict_row)
             cursor.execute(query, arguments or None)
             return cursor.fetchall() if cursor.description else []
-
-    def ping(self) -> dict[str, Any]:
-        return self.call("public.ping")
-
-    def list_models(self) -> list[dict[str, Any]]:
-        return self.call("public.list_models")
-
-    def list_public_images(self, **page: Any) -> dict[str, Any]:
-        return self.call("public.list_public_images", **page)
 
 
 class Anon(Caller):
@@ -194,79 +201,37 @@ class Service(Caller):
     def grant_credits(
         self, user: User | str, amount: int, external_id: str | None, kind: str = "grant"
     ) -> dict[str, Any]:
-        return self.call(
-            "public.grant_credits",
-            user_id=getattr(user, "id", user),
-            amount=amount,
-            kind=kind,
-            external_id=external_id,
-        )
-
-    def queue_health(self) -> dict[str, Any]:
-        return cast("dict[str, Any]", self.call("public.queue_health"))
+        user_id = getattr(user, "id", user)
+        return self.call("public.grant_credits", user_id, amount, kind, external_id)
 
     def alerts(self) -> dict[str, str]:
         """Return what queue_health says of each alert."""
         return {alert["alert"]: alert["detail"] for alert in self.queue_health()["alerts"]}
 
     def set_paid(self, user: User | str, paid_until: str | None) -> dict[str, Any]:
-        return self.call(
-            "public.set_paid", user_id=getattr(user, "id", user), paid_until=paid_until
-        )
+        return self.call("public.set_paid", getattr(user, "id", user), paid_until)
+
+    def redrive(self, code: str, since: str = "-infinity", **rest: Any) -> dict[str, Any]:
+        """Return the whole answer of redrive_failed."""
+        return self.call("public.redrive_failed", code, since, **rest)
 
     def redrive_failed(self, code: str, since: str, **rest: Any) -> int:
         """Return how many were queued again."""
         return int(self.redrive(code, since, **rest)["redriven"])
 
-    def redrive(self, code: str, since: str = "-infinity", **rest: Any) -> dict[str, Any]:
-        """Return the whole answer of redrive_failed."""
-        return cast(
-            "dict[str, Any]", self.call("public.redrive_failed", code=code, since=since, **rest)
-        )
-
     def register_webhook(
         self, url: str = "https://api.example.com/hooks", **rest: Any
     ) -> dict[str, str]:
-        return self.call("public.register_webhook", url=url, **rest)
-
-    def list_webhooks(self) -> list[dict[str, Any]]:
-        return self.call("public.list_webhooks")
-
-    def delete_webhook(self, webhook_id: str) -> dict[str, Any]:
-        return self.call("public.delete_webhook", webhook_id=webhook_id)
-
-    def enable_webhook(self, webhook_id: str) -> dict[str, Any]:
-        return self.call("public.enable_webhook", webhook_id=webhook_id)
-
-    def rotate_webhook_secret(self, webhook_id: str) -> dict[str, str]:
-        return self.call("public.rotate_webhook_secret", webhook_id=webhook_id)
-
-    def list_deliveries(self, **rest: Any) -> list[dict[str, Any]]:
-        return self.call("public.list_deliveries", **rest)
-
-    def redeliver(self, delivery_id: str) -> dict[str, Any]:
-        return self.call("public.redeliver", delivery_id=delivery_id)
+        return self.call("public.register_webhook", url, **rest)
 
     def redeliver_dead(self, webhook_id: str) -> int:
-        return int(self.call("public.redeliver_dead", webhook_id=webhook_id)["redelivered"])
-
-    def pause_model(self, model: str | None, **rest: Any) -> dict[str, Any]:
-        return self.call("public.pause_model", model=model, **rest)
-
-    def resume_model(self, model: str | None) -> dict[str, Any]:
-        return self.call("public.resume_model", model=model)
+        return int(self.call("public.redeliver_dead", webhook_id)["redelivered"])
 
 
 class Monitor(Caller):
     """Who only looks on: the operator's page, `make top`, an exporter of metrics."""
 
     role = "darkroom_monitor"
-
-    def queue_report(self) -> dict[str, Any]:
-        return cast("dict[str, Any]", self.call("public.queue_report"))
-
-    def queue_history(self, since: datetime | None, **rest: Any) -> dict[str, Any]:
-        return cast("dict[str, Any]", self.call("public.queue_history", since=since, **rest))
 
 
 class User(Caller):
@@ -326,9 +291,7 @@ class User(Caller):
     def enqueue(
         self, prompt: str | None = "a lighthouse at dusk", model: str | None = PREVIEW, **rest: Any
     ) -> dict[str, Any]:
-        """Call enqueue_generation; `params` is sent as JSON."""
-        if "params" in rest:
-            rest["params"] = Jsonb(rest["params"])
+        """Call enqueue_generation."""
         return self.call("public.enqueue_generation", model=model, prompt=prompt, **rest)
 
     def enqueued(self, *arguments: Any, **rest: Any) -> str:
@@ -338,77 +301,19 @@ class User(Caller):
     def enqueue_batch(
         self, prompts: list[str | None] | None, model: str | None = PREVIEW, **rest: Any
     ) -> dict[str, Any]:
-        """Call enqueue_batch; `params` is sent as JSON."""
-        if "params" in rest:
-            rest["params"] = Jsonb(rest["params"])
         return self.call("public.enqueue_batch", model=model, prompts=prompts, **rest)
 
-    def get_batch_status(self, batch_id: str) -> dict[str, Any]:
-        return self.call("public.get_batch_status", batch_id=batch_id)
-
-    def cancel_generation(self, job_id: str) -> dict[str, Any]:
-        return self.call("public.cancel_generation", job_id=job_id)
-
-    def cancel_batch(self, batch_id: str) -> dict[str, Any]:
-        return self.call("public.cancel_batch", batch_id=batch_id)
-
-    def retry_generation(self, job_id: str) -> dict[str, Any]:
-        return self.call("public.retry_generation", job_id=job_id)
-
-    def get_job_status(self, job_id: str) -> dict[str, Any]:
-        return self.call("public.get_job_status", job_id=job_id)
-
     def list_active_jobs(self, *job_ids: str) -> list[dict[str, Any]]:
-        return self.call("public.list_active_jobs", job_ids=[uuid.UUID(id) for id in job_ids])
-
-    def get_entitlement(self) -> dict[str, Any]:
-        return self.call("public.get_entitlement")
-
-    def register_push_token(self, token: str | None) -> dict[str, bool]:
-        return self.call("public.register_push_token", token=token)
-
-    def unregister_push_token(self, token: str) -> dict[str, bool]:
-        return self.call("public.unregister_push_token", token=token)
-
-    def list_generations(self, **page: Any) -> dict[str, Any]:
-        return self.call("public.list_generations", **page)
-
-    def set_favorite(self, job_id: str, **is_favorite: bool | None) -> dict[str, Any]:
-        return self.call("public.set_favorite", job_id=job_id, **is_favorite)
+        return self.call("public.list_active_jobs", [uuid.UUID(id) for id in job_ids])
 
     def set_tags(self, job_id: str, *tags: str | None) -> list[str]:
         """Return the tags as they were kept."""
-        return list(self.call("public.set_tags", job_id=job_id, tags=list(tags))["tags"])
-
-    def delete_generation(self, job_id: str) -> dict[str, Any]:
-        return self.call("public.delete_generation", job_id=job_id)
-
-    def restore_generation(self, job_id: str) -> dict[str, Any]:
-        return self.call("public.restore_generation", job_id=job_id)
-
-    def share_image(self, job_id: str, **choices: Any) -> dict[str, Any]:
-        return self.call("public.share_image", job_id=job_id, **choices)
-
-    def like_image(self, job_id: str, **choices: Any) -> dict[str, Any]:
-        return self.call("public.like_image", job_id=job_id, **choices)
-
-    def save_prompt_template(self, title: str, prompt: str | None, **rest: Any) -> dict[str, Any]:
-        """Call save_prompt_template; `params` is sent as JSON."""
-        if "params" in rest:
-            rest["params"] = Jsonb(rest["params"])
-        return self.call("public.save_prompt_template", title=title, prompt=prompt, **rest)
-
-    def delete_prompt_template(self, template_id: str) -> dict[str, Any]:
-        return self.call("public.delete_prompt_template", id=template_id)
-
-    def list_prompt_templates(self) -> list[dict[str, Any]]:
-        return self.call("public.list_prompt_templates")
+        return list(self.call("public.set_tags", job_id, list(tags))["tags"])
 
     def credits(self) -> int:
         """Return the balance."""
-        return int(
-            self.db.value("select credits from public.entitlements where user_id = %s", self.id)
-        )
+        query = "select credits from public.entitlements where user_id = %s"
+        return int(self.db.value(query, self.id))
 
     def ledger(self) -> list[tuple[str, int]]:
         """Return kind and amount of each entry, oldest first."""
@@ -513,7 +418,7 @@ class Worker:
         self._rows("select private.unregister_worker(%s)", self.id)
 
     def begin_create(self, job: Job, sent: bytes | None = None) -> datetime:
-        return cast("datetime", self._of_one("begin_creates", job, sent))
+        return self._of_one("begin_creates", job, sent)
 
     def recall_create(self, job: Job) -> tuple[datetime, bytes | None]:
         query = "select * from private.recall_create(%s, %s)"
@@ -525,8 +430,7 @@ class Worker:
 
     def adopt_provider_job(self, job: Job, *candidates: str) -> str | None:
         query = "select private.adopt_provider_job(%s, %s, %s::text[]) as id"
-        row = self._rows(query, job.job_id, job.token, list(candidates))[0]
-        return cast("str | None", row["id"])
+        return self._rows(query, job.job_id, job.token, list(candidates))[0]["id"]
 
     def pause_provider(
         self, provider: str, seconds: int, reason: str = "402", user_id: object = None
