@@ -1,7 +1,7 @@
-"""No wake-up is lost: a job that comes while a worker goes to sleep never waits for the backstop.
+"""NOTIFY wakes one sleeper for each job, and no wake-up is lost.
 
-What `Worker._sleep` of worker.py does is done here over plain connections, so that thousands of
-races fit into seconds. WAKE_UP_RACES=5000, of each kind, for the long form.
+What `Worker._sleep` of worker.py does is done here over plain connections, so that many races fit
+into a second. WAKE_UP_RACES=5000, of each kind, for the long form.
 """
 
 from __future__ import annotations
@@ -13,17 +13,99 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
 
 import pytest
-from actors import Worker
+from actors import Worker, refused
 
-RACES = int(os.environ.get("WAKE_UP_RACES", "500"))
+RACES = int(os.environ.get("WAKE_UP_RACES", "300"))
 SECOND_LOOK_SECONDS = (0.05, 0.2)  # as in worker.py
 BACKSTOP_SECONDS = 2.0
 LATE_SECONDS = 0.002  # at most, that one is behind the other
 
-T = TypeVar("T")
+
+@pytest.fixture
+def sleepers(db):
+    """Four workers that sleep."""
+    workers = [Worker(db).listening() for _ in range(4)]
+    for worker in workers:
+        worker.sleep()
+    return workers
+
+
+def woken(workers: list[Worker]) -> list[int]:
+    """How often each was woken, with nothing to read."""
+    told = [worker.wake_ups() for worker in workers]
+    assert {payload for each in told for payload in each} <= {""}
+    return [len(each) for each in told]
+
+
+def test_each_job_wakes_one_sleeper_once_and_nobody_who_is_awake(alice, worker, sleepers):
+    worker.listening().db.lift_limits()
+    assert worker.channel == f"darkroom_worker_{worker.id}"
+
+    alice.enqueue()
+    alice.enqueue()
+    assert sorted(woken([worker, *sleepers])) == [0, 0, 0, 1, 1]
+
+    alice.enqueue_batch(["one", "two", "three"])
+    assert sorted(woken([worker, *sleepers])) == [0, 0, 0, 1, 1]  # the others are awake by now
+
+    sleepers[0].sleep()
+    sleepers[0].claimed()
+    alice.enqueue()
+    assert woken(sleepers) == [0] * 4  # who has claimed is awake, too
+
+
+def test_what_comes_back_wakes_a_sleeper(db, alice, service, worker):
+    sleeper = Worker(db).listening()
+    alice.enqueue()
+    job = worker.claimed()
+
+    for comes_back in (
+        lambda: worker.release_job(job),
+        lambda: service.resume_model("darkroom/preview"),
+    ):
+        sleeper.sleep()
+        comes_back()
+        assert sleeper.wake_ups() == [""]
+
+
+def test_what_is_rolled_back_or_refused_wakes_nobody(alice, sleepers):
+    with alice.connection.transaction(force_rollback=True):
+        alice.enqueue()
+    with refused("PT400"):
+        alice.enqueue("")
+
+    assert woken(sleepers) == [0] * 4
+
+
+def test_who_was_heard_of_last_is_woken_and_nobody_who_is_silent_or_gone(db, alice, sleepers):
+    sleepers[1].heartbeat()
+    alice.enqueue()
+    assert woken(sleepers) == [0, 1, 0, 0]
+
+    sleepers[0].unregister_worker()
+    db.pass_time("61 seconds")
+    alice.enqueue()
+    assert woken(sleepers) == [0] * 4
+
+
+def test_a_worker_that_finds_nothing_stays_asleep(db, worker):
+    worker.sleep()
+
+    worker.claim_jobs()
+
+    assert db.value("select asleep from private.workers") is True
+
+
+def test_a_worker_somebody_is_waking_does_not_hold_up_others(alice, bob, worker):
+    worker.sleep()
+
+    with alice.connection.transaction():
+        alice.enqueue()
+        bob.enqueue()
+
+    assert len(worker.claim_jobs(2)) == 2
 
 
 class Sleeper:
@@ -67,41 +149,28 @@ class Sleeper:
         return ""
 
 
-class Race:
-    """What happens at nearly the same moment as a worker goes to sleep, each at its own."""
-
-    def __init__(self, pool: ThreadPoolExecutor, chance: random.Random) -> None:
-        self.pool, self.chance = pool, chance
-
-    def run(self, sleeper: Sleeper, *others: Callable[[], object]) -> str:
-        """Return what found the job."""
-        start = threading.Barrier(1 + len(others))
-
-        def late(call: Callable[[], T], pause: float) -> T:
-            start.wait()
-            time.sleep(pause)
-            return call()
-
-        def pause() -> float:
-            return self.chance.choice([0, self.chance.uniform(0, LATE_SECONDS)])
-
-        running = [self.pool.submit(late, call, pause()) for call in others]
-        found = late(sleeper.sleep_until_there_is_a_job, pause())
-        for each in running:
-            each.result()
-        return found
-
-
 @pytest.mark.parametrize("beats", [False, True], ids=["", "while the heart beats"])
 def test_a_job_never_waits_for_the_backstop(db, alice, worker, beats):
     db.lift_limits()
     user, chance = alice.has(credits=RACES), random.Random(f"wake-up {beats}")
     sleeper = Sleeper(worker, chance)
 
-    with ThreadPoolExecutor(2) as pool:
-        race = Race(pool, chance)
+    def late(start: threading.Barrier, call: Callable[[], str]) -> str:
+        start.wait()
+        time.sleep(chance.choice([0, chance.uniform(0, LATE_SECONDS)]))
+        return call()
+
+    def race(pool: ThreadPoolExecutor) -> str:
         others = [user.enqueue, *([sleeper.beat] if beats else [])]
-        found = Counter(race.run(sleeper, *others) for _ in range(RACES))
+        start = threading.Barrier(1 + len(others))
+        running = [pool.submit(late, start, call) for call in others]
+        found = late(start, sleeper.sleep_until_there_is_a_job)
+        for each in running:
+            each.result()
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        found = Counter(race(pool) for _ in range(RACES))
 
     assert found["backstop"] == 0, found
     assert found["first look"] and found["NOTIFY"], found  # else nothing raced
