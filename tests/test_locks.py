@@ -6,7 +6,7 @@ is tried in transactions that are rolled back, so the scene stays as it is.
 In which order a call locks rows is found out by watching: somebody else holds one row, the call
 runs up against it, and what it has locked by then is seen from outside. If the orders of all calls
 together have no circle, no number of sessions can deadlock on rows that are there. (What is
-answered and written when two calls overlap is in test_races.)
+answered and written when two calls overlap is in test_money_model.)
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ the user's cancel; the clocks; recovery. What is new is explored further, what w
 until nothing new turns up. So any schedule of any number of workers is a way through the states
 that were seen, up to the number of claims allowed. One connection does it all: a step is a
 savepoint, and rolling back to it is how the state before comes back. (What happens while two of
-these calls overlap is in test_races.)
+these calls overlap is in test_money_model.)
 
 Proven in each state and for each step:
 
