@@ -71,35 +71,6 @@ def test_one_bad_part_refuses_the_whole_batch_and_is_named(db, alice, prompts, r
     assert refusal.detail == detail
 
 
-def test_a_batch_shows_the_jobs_that_are_not_deleted_and_without_any_is_not_found(
-    db, alice, worker
-):
-    batch = alice.enqueue_batch(PROMPTS, idempotency_key="k")
-    for job in worker.claim_jobs(3):
-        worker.complete_job(job)
-    first, *others = batch["job_ids"]
-
-    alice.delete_generation(first)
-    for shown in (
-        alice.get_batch_status(batch["batch_id"]),
-        alice.enqueue_batch(PROMPTS, idempotency_key="k"),
-    ):
-        assert (shown["job_ids"], shown["completed"], shown["progress"]) == (others, 2, 100)
-
-    for job_id in others:
-        alice.delete_generation(job_id)
-    for ask in (
-        lambda: alice.get_batch_status(batch["batch_id"]),
-        lambda: alice.cancel_batch(batch["batch_id"]),
-        lambda: alice.enqueue_batch(PROMPTS, idempotency_key="k"),
-    ):
-        with unchanged(db), refused("PT404", "not_found"):
-            ask()
-
-    alice.restore_generation(first)
-    assert alice.enqueue_batch(PROMPTS, idempotency_key="k")["job_ids"] == [first]
-
-
 def test_a_batch_is_let_in_whole_while_there_is_room_for_one_and_counts_in_full(db, alice):
     alice.enqueue()
     alice.enqueue()
@@ -113,13 +84,3 @@ def test_a_batch_is_let_in_whole_while_there_is_room_for_one_and_counts_in_full(
     assert (entitlement["active_jobs"], entitlement["minute_jobs"]) == (5, 5)
     with unchanged(db), refused("PT429", "too_many_active"):
         alice.enqueue_batch(["one more"])
-
-
-def test_a_paid_user_may_ask_for_a_hundred_at_once(alice, worker):
-    alice.has(credits=200).has_paid()
-
-    batch = alice.enqueue_batch([f"picture {n}" for n in range(100)])
-
-    jobs = worker.claim_jobs(100)
-    assert [job.id for job in jobs] == batch["job_ids"]
-    assert [job.provider_input["prompt"] for job in jobs] == [f"picture {n}" for n in range(100)]

@@ -21,16 +21,6 @@ def rich(db, alice):
     return alice.has(credits=1000)
 
 
-def test_a_worker_learns_its_id_channel_and_intervals(db):
-    first, second = Worker(db, slots=3), Worker(db)
-
-    assert first.id != second.id
-    assert first.channel == f"darkroom_worker_{first.id}"
-    assert (first.heartbeat_seconds, first.lease_seconds) == (15, 60)
-    row = db.row("select host, slots, version, asleep from private.workers where id = %s", first.id)
-    assert row == {"host": "test", "slots": 3, "version": "1", "asleep": False}
-
-
 def test_a_claim_hands_out_all_a_worker_needs(rich, worker):
     job_id = rich.enqueued("a lighthouse", params={"num_outputs": 2, "seed": 7, "width": 64})
 
@@ -56,17 +46,6 @@ def test_a_claim_takes_at_most_as_many_as_there_are_slots_in_order(db, alice, bo
     tokens = [job.token for jobs in claims for job in jobs]
     assert tokens == sorted(tokens)
     assert_books_balance(db)
-
-
-def test_a_claim_does_not_wait_for_another_one(db, alice, worker):
-    first, second = alice.enqueued(), alice.enqueued()
-    other = Worker(db)
-
-    with worker.connection.transaction():
-        assert worker.claimed().id == first
-        assert other.claimed().id == second
-
-    assert worker.claim_jobs() == []
 
 
 def test_many_workers_never_get_the_same_job(db, alice):
@@ -114,14 +93,6 @@ def test_a_heartbeat_extends_leases_takes_in_progress_and_gives_each_its_verdict
     assert worker.recover_stale_jobs() == 1  # the stolen one
     progress = db.execute("select progress from private.running_jobs order by token")
     assert [row["progress"] for row in progress] == [30, 100]
-
-
-def test_an_idle_worker_beats_too(db, worker):
-    db.pass_time("1 hour")
-
-    assert worker.heartbeat() == []
-
-    assert db.value("select now() - seen_at < interval '1 minute' from private.workers")
 
 
 @pytest.mark.parametrize(("said", "kept"), [(40, 40), (101, 100), (-1, 0)])
@@ -212,12 +183,6 @@ def test_what_lies_below_the_clock_is_found_first_when_somebody_may_look(db, bob
     bob.enqueue()
 
     due_in(db, "scan_due", -1)
-
-    assert Worker(db).claimed().id == below
-
-
-def test_a_look_is_not_put_off_by_a_clock_that_was_wrong(db, below):
-    due_in(db, "scan_due", 3600)
 
     assert Worker(db).claimed().id == below
 

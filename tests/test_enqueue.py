@@ -26,18 +26,6 @@ def test_an_accepted_request_is_charged_recorded_and_ready(db, alice):
     assert_books_balance(db)
 
 
-def test_the_schemas_default_says_how_many_images_are_charged_where_params_do_not(db, alice):
-    db.execute(
-        "update public.models set input_schema ="
-        " jsonb_set(input_schema, '{properties,num_outputs,default}', '3')"
-    )
-
-    alice.enqueue()
-
-    assert db.value("select provider_input ->> 'num_outputs' from public.generations") == "3"
-    assert alice.ledger() == [("grant", 10), ("charge", -3)]
-
-
 @pytest.mark.parametrize(
     ("token", "accepted"), [("insufficient_credits", 25), ("too_many_active", 3)]
 )
@@ -107,14 +95,3 @@ def test_the_key_of_a_deleted_job_is_not_found_until_it_is_restored_or_erased(db
     alice.delete_generation(job_id)
     db.execute("delete from public.generations where id = %s", job_id)
     assert alice.enqueued(idempotency_key="k") != job_id
-
-
-def test_who_becomes_paid_while_a_request_waits_for_the_lock_is_not_refused(db, alice, service):
-    with ThreadPoolExecutor(1) as pool:
-        with service.connection.transaction():
-            service.set_paid(alice, "infinity")
-            answer = pool.submit(outcome, alice.enqueue)
-            db.wait_for_lock(alice.connection)
-
-        assert answer.result()["status"] == "queued"
-    assert_books_balance(db)

@@ -94,34 +94,6 @@ def test_jobs_that_cost_nothing_do_not_pass_everybody(fair, is_free_for_all):
     assert claims_until(Worker(fair), job_id, 5, after=lambda: None)
 
 
-def test_what_was_served_before_gives_nobody_a_head_start(fair):
-    heavy, other = User(fair), User(fair)
-    enqueue_many(heavy, 100)
-    worker = Worker(fair)
-    worker.claim_jobs(100)
-    for _ in range(5):
-        heavy.enqueue()
-        other.enqueue()
-
-    owners = [str(worker.claimed().user_id) for _ in range(10)]
-
-    assert all(set(owners[at : at + 2]) == {heavy.id, other.id} for at in range(0, 10, 2))
-
-
-def test_a_free_user_waits_a_bounded_time_while_paid_ones_never_stop(fair):
-    paid = [User(fair).has_paid() for _ in range(10)]
-    for user in paid:
-        for _ in range(3):
-            user.enqueue()
-    job_id, stream = User(fair).enqueued(), iter(paid * 100)
-
-    # Each paid user goes first with weight ratio + 1 jobs at most.
-    bound = 10 * (4 + 1) + 1
-    number = claims_until(Worker(fair), job_id, bound, after=lambda: next(stream).enqueue())
-
-    assert number > 10  # the paid users did have their advantage
-
-
 def test_a_free_user_waits_a_bounded_time_while_new_paid_users_keep_coming(fair):
     User(fair).has_paid().enqueue()
     job_id = User(fair).enqueued()

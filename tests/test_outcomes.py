@@ -147,20 +147,6 @@ def test_backoff_doubles_up_to_its_cap_with_full_jitter(db, failures_before, mos
     assert most * 0.9 < max(seconds) <= most
 
 
-def test_a_provider_that_stays_busy_is_asked_less_and_less_often(db, worker, job):
-    db.execute("update private.settings set retry_base = '1 minute', retry_cap = '30 minutes'")
-
-    delays = []
-    for _ in range(12):
-        worker.fail_job(job, "provider_busy")
-        delays.append(db.value("select extract(epoch from run_at - now()) from private.ready_jobs"))
-        db.execute("update private.ready_jobs set run_at = null")
-        job = worker.claimed()
-
-    assert delays[0] <= 60 < max(delays[4:])
-    assert job.attempt == 1  # an outage costs none
-
-
 CALLS_WITH_A_LEASE = {
     "complete": lambda worker, job: worker.complete_job(job, images=2),
     "fail": lambda worker, job: worker.fail_job(job, "moderated"),
@@ -220,11 +206,3 @@ def test_many_jobs_fail_in_one_call_each_by_its_code(db, alice, bob, worker, job
     assert (alice.credits(), bob.credits()) == (8, 8)
     assert {verdict for _, verdict in worker.of_many("fail_jobs", calls)} == {"repeated"}
     assert_books_balance(db)
-
-
-def test_nothing_of_a_user_is_written_where_all_images_are_there(worker, jobs):
-    query = "select sum(n_tup_upd) from pg_stat_xact_user_tables where relname = 'entitlements'"
-
-    with worker.connection.transaction():
-        worker.complete_jobs(*[(job, 2) for job in jobs])
-        assert worker.connection.execute(query).fetchone() == (0,)

@@ -3,7 +3,7 @@
 from hashlib import sha256
 
 import pytest
-from actors import Worker, outcome, refused, together
+from actors import Worker, refused, together
 from database import assert_books_balance, unchanged
 
 SENT = sha256(b"an input with an address").digest()
@@ -33,11 +33,6 @@ def running_jobs(db, alice, worker, count):
     return worker.claim_jobs(count)
 
 
-def test_something_may_be_bought_from_the_claim_on(db, worker, job):
-    assert job.begun_before is None
-    assert worker.begin_create(job) == db.value("select claimed_at from private.running_jobs")
-
-
 LOSSES = {
     "release": lambda worker, job: worker.release_job(job),
     "internal": lambda worker, job: worker.fail_job(job, "internal"),
@@ -48,8 +43,9 @@ LOSSES = {
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_create_of_unknown_outcome_is_remembered_with_what_was_asked_for(db, worker, job, loss):
-    worker.begin_create(job, SENT)
-    worker.begin_create(job)
+    assert job.begun_before is None
+    begun = db.value("select claimed_at from private.running_jobs")  # it may buy from then on
+    assert worker.begin_create(job, SENT) == worker.begin_create(job) == begun
     LOSSES[loss](worker, job)
 
     again = claim_again(db, worker)
@@ -62,48 +58,34 @@ def test_a_create_of_unknown_outcome_is_remembered_with_what_was_asked_for(db, w
     assert worker.claimed().begun_before == again.begun_before
 
 
-# What the next attempt resumes, looks for, or does not have to look for.
-KNOWN = {
-    "released before it asked": lambda worker, job: worker.release_job(job, resumes=False),
-    "not asked": lambda worker, job: worker.fail_job(job, "internal", metrics={"is_asked": False}),
-} | {
-    code: lambda worker, job, code=code: worker.fail_job(job, code)
-    for code in ("provider_busy", "provider_error", "result_lost")
+ENDS = {
+    "provider_timeout": True,
+    "internal": True,
+    "worker_full": True,
+    "storage_unavailable": True,
+    "provider_busy": False,
+    "provider_error": False,
+    "result_lost": False,
+    "not asked": False,
+    "released before it asked": False,
 }
 
 
-@pytest.mark.parametrize("end", KNOWN)
-def test_a_create_of_known_outcome_is_forgotten(db, worker, job, end):
+@pytest.mark.parametrize("end", ENDS)
+def test_the_next_attempt_resumes_and_looks_for_only_what_may_be_alive(db, worker, job, end):
     worker.begin_create(job, SENT)
-    KNOWN[end](worker, job)
+    if end == "not asked":
+        worker.fail_job(job, "internal", metrics={"is_asked": False})
+    elif end == "released before it asked":
+        worker.release_job(job, resumes=False)
+    else:
+        worker.checkpoint(job, "prediction-1")
+        worker.fail_job(job, end)
 
     again = claim_again(db, worker)
 
-    assert (again.provider_job_id, again.begun_before) == (None, None)
-    assert worker.recall_create(again)[1] is None
-
-
-@pytest.mark.parametrize(
-    ("code", "resumes"),
-    [
-        ("provider_timeout", True),
-        ("internal", True),
-        ("worker_full", True),
-        ("storage_unavailable", True),
-        ("provider_busy", False),
-        ("provider_error", False),
-        ("result_lost", False),
-    ],
-)
-def test_the_next_attempt_resumes_only_what_may_be_alive(db, worker, job, code, resumes):
-    worker.checkpoint(job, "prediction-1")
-    worker.fail_job(job, code)
-
-    again = claim_again(db, worker)
-
-    assert again.provider_job_id == ("prediction-1" if resumes else None)
-    assert (again.begun_before is not None) == resumes
-    assert db.value("select provider_job_id from private.attempts") == "prediction-1"
+    found = again.provider_job_id, again.begun_before is not None, worker.recall_create(again)[1]
+    assert found == (("prediction-1", True, SENT) if ENDS[end] else (None, False, None))
 
 
 def test_the_oldest_candidate_nobody_has_is_adopted_and_resumed(db, alice, worker):
@@ -166,24 +148,6 @@ def test_what_a_job_has_bought_is_never_anothers(db, alice, worker, whereabouts)
     assert db.value("select count(*) from private.purchases") == 1
 
 
-def test_jobs_that_are_told_of_one_purchase_at_once_do_not_share_it(db, alice, worker):
-    jobs = running_jobs(db, alice, worker, 8)
-    workers = [Worker(db) for _ in jobs]
-    with unchanged(db), refused("23505"):
-        worker.of_many("checkpoint_jobs", [(job, "bought") for job in jobs])
-
-    told = together(
-        [
-            lambda w=w, job=job: outcome(lambda: w.checkpoint(job, "bought"))
-            for w, job in zip(workers, jobs, strict=True)
-        ]
-    )
-
-    assert told.count(None) == 1
-    assert {each.code for each in told if each} == {"23505"}
-    assert db.value("select count(provider_job_id) from private.running_jobs") == 1
-
-
 def test_a_job_may_buy_more_than_once_and_each_answer_may_be_lost(db, worker, job):
     worker.checkpoint(job, "first")
     worker.fail_job(job, "provider_error")
@@ -193,15 +157,3 @@ def test_a_job_may_buy_more_than_once_and_each_answer_may_be_lost(db, worker, jo
     with unchanged(db):
         worker.checkpoint(again, "second")
     assert db.value("select count(*) from private.purchases") == 2
-
-
-@pytest.mark.parametrize("way", ["user", "generation"])
-def test_what_was_bought_is_erased_with_its_job(db, alice, worker, job, way):
-    worker.checkpoint(job, "bought")
-    if way == "user":
-        db.execute("delete from auth.users where id = %s", alice.id)
-    else:
-        worker.complete_job(job)
-        db.execute("delete from public.generations")
-
-    assert db.value("select count(*) from private.purchases") == 0

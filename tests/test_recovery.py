@@ -69,20 +69,6 @@ def test_a_lease_holds_until_somebody_has_noticed_that_it_ran_out(db, alice, wor
     assert worker.recover_stale_jobs() == 0
 
 
-def test_workers_silent_for_a_week_are_forgotten_and_their_jobs_are_not(db, alice, worker):
-    job_id = alice.enqueued()
-    worker.claimed()
-    db.pass_time("8 days")
-    living = Worker(db)
-
-    db.execute("select private.trim_history()")
-    living.recover_stale_jobs()
-
-    assert db.execute("select id from private.workers") == [{"id": living.id}]
-    assert alice.get_job_status(job_id)["status"] == "failed"
-    assert_books_balance(db)
-
-
 @pytest.mark.parametrize(
     ("table", "event"),
     [

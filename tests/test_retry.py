@@ -97,22 +97,6 @@ def test_what_has_not_failed_is_not_retried(db, alice, wish):
         alice.retry_generation(wish.tries[0])
 
 
-def test_a_retry_passes_the_same_gates(db, alice, wish):
-    old = wish.asked().failed().tries[0]
-    alice.has(credits=0)
-    with unchanged(db), refused("PT402"):
-        alice.retry_generation(old)
-
-    alice.has(credits=10).enqueue()
-    db.execute("update private.plans set max_active = 1")
-    with unchanged(db), refused("PT429", "too_many_active"):
-        alice.retry_generation(old)
-
-    db.execute("update public.models set is_active = false")
-    with unchanged(db), refused("PT404"):
-        alice.retry_generation(old)
-
-
 # The operator's: one picture of each wish, and no more than could be bought.
 
 
@@ -180,31 +164,6 @@ def test_members_of_a_batch_are_wishes_of_their_own_and_no_more_than_told_are_ta
     assert repeats(wish) == [0, 1, 1, 1]
 
 
-@pytest.mark.parametrize(
-    "way", ["queued", "processing", "canceled", "completed", "completed, deleted"]
-)
-@pytest.mark.parametrize("of", [0, 1])
-def test_a_wish_is_not_redriven_while_a_try_of_it_is_under_way_done_or_given_up(
-    service, wish, way, of
-):
-    wish.asked().failed().again(0).failed().again(of).ended(way)
-    if way == "completed":  # and here not the last
-        wish.again(1 - of).failed()
-
-    assert service.redrive("internal") == {"redriven": 0}
-
-
-@pytest.mark.parametrize(("deleted", "redriven"), [(0, [0, 0, 1]), (1, [0, 0, 1]), (2, [0, 1, 0])])
-def test_of_a_wish_whose_tries_are_deleted_the_last_to_be_seen_counts(
-    service, wish, deleted, redriven
-):
-    wish.asked().failed().again(0).failed().again(1).failed()
-    wish.user.delete_generation(wish.tries[deleted])
-
-    assert service.redrive_failed("internal", "-infinity") == 1
-    assert repeats(wish) == redriven
-
-
 def test_only_the_code_of_the_last_try_counts_and_what_failed_again_is_redriven_again(
     service, wish
 ):
@@ -244,22 +203,6 @@ def test_what_fails_with_another_code_is_not_given_on_top(alice, service, wish):
 
     assert service.redrive_failed("internal", "-infinity") == 1
     assert service.redrive("moderated") == {"redriven": 0, "skipped": {"insufficient_credits": 1}}
-
-
-def test_what_was_spent_since_is_not_given_again_and_the_next_outage_is_another(db, service, wish):
-    alice = wish.user.has(credits=1)
-    wish.asked().failed()
-    alice.enqueue("something else")
-    assert service.redrive("internal")["skipped"] == {"insufficient_credits": 1}
-
-    alice.has(credits=1)
-    assert service.redrive_failed("internal", "-infinity") == 1
-    for job in wish.worker.claim_jobs(2):
-        wish.worker.complete_job(job)
-    db.pass_time("1 hour")
-    lately = db.value("select now() - interval '1 minute'")
-    wish.asked().failed()
-    assert service.redrive_failed("internal", lately) == 1
 
 
 MODEL = "update public.models set"
