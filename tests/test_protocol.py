@@ -114,13 +114,11 @@ class Stage:
         query = f"update private.{table} set {column} = now() - interval '1 second'"
         self.connection.execute(query)
 
-    def step(self, step: Step, job: Job | None) -> Any:
-        """Make a call as the one who makes it."""
-        if step.is_workers:
-            self.connection.execute("set local role darkroom_worker")
-        answer = outcome(lambda: step.call(self, job))
+    def step(self, name: str, job: Job | None) -> Any:
+        """Have something happen."""
+        answer = outcome(lambda: OF_LEASE[name](self.worker, job) if job else OTHERS[name](self))
         if not self.is_undone():
-            self.connection.execute("reset role")
+            self.connection.execute("reset role")  # the user's
         return answer
 
     def is_undone(self) -> bool:
@@ -133,49 +131,31 @@ class Stage:
         return self.worker.claim_jobs(2)
 
 
-@dataclass(frozen=True)
-class Step:
-    """Something that may happen, to a lease if `of_lease`."""
-
-    call: Callable[[Stage, Any], Any]
-    of_lease: bool = True
-    is_workers: bool = True
-
-
-STEPS = {
-    "begin_create": Step(lambda s, job: s.worker.begin_create(job) and None),
-    "checkpoint": Step(lambda s, job: s.worker.checkpoint(job, "prediction")),
-    "report_progress": Step(lambda s, job: s.worker.report_progress(job, "storing")),
-    "heartbeat": Step(lambda s, job: s.worker.heartbeat(job)),
-    "complete_job": Step(lambda s, job: s.worker.complete_job(job, IMAGES)),
-    "complete_job with one image": Step(lambda s, job: s.worker.complete_job(job, 1)),
-    "fail_job: moderated": Step(lambda s, job: s.worker.fail_job(job, "moderated")),
-    "fail_job: provider_error": Step(lambda s, job: s.worker.fail_job(job, "provider_error")),
-    "fail_job: provider_timeout": Step(lambda s, job: s.worker.fail_job(job, "provider_timeout")),
-    "fail_job: provider_busy": Step(
-        lambda s, job: s.worker.fail_job(job, "provider_busy", retry_after=60)
-    ),
-    "release_job": Step(lambda s, job: s.worker.release_job(job)),
-    "release_job anew": Step(lambda s, job: s.worker.release_job(job, resumes=False)),
-    "cancel_job": Step(lambda s, job: s.worker.cancel_job(job)),
-    "cancel_job not asked for": Step(
-        lambda s, job: s.worker.cancel_job(job, metrics={"is_asked": False})
-    ),
-    "claim_jobs": Step(lambda s, _: s.claims(), of_lease=False),
-    "recover_stale_jobs": Step(lambda s, _: s.worker.recover_stale_jobs(), of_lease=False),
-    "cancel_generation": Step(
-        lambda s, _: s.user.cancel_generation(s.job_id), of_lease=False, is_workers=False
-    ),
-    "the lease runs out": Step(
-        lambda s, _: s.moves("running_jobs", "lease_until"), of_lease=False, is_workers=False
-    ),
-    "the deadline passes": Step(
-        lambda s, _: s.moves("running_jobs", "deadline_at"), of_lease=False, is_workers=False
-    ),
-    "the backoff ends": Step(
-        lambda s, _: s.connection.execute("update private.ready_jobs set run_at = null"),
-        of_lease=False,
-        is_workers=False,
+# What a worker may say of a lease that it holds or held.
+OF_LEASE: dict[str, Callable[[Worker, Job], Any]] = {
+    "begin_create": lambda w, job: w.begin_create(job) and None,
+    "checkpoint": lambda w, job: w.checkpoint(job, "prediction"),
+    "report_progress": lambda w, job: w.report_progress(job, "storing"),
+    "heartbeat": lambda w, job: w.heartbeat(job),
+    "complete_job": lambda w, job: w.complete_job(job, IMAGES),
+    "complete_job with one image": lambda w, job: w.complete_job(job, 1),
+    "fail_job: moderated": lambda w, job: w.fail_job(job, "moderated"),
+    "fail_job: provider_error": lambda w, job: w.fail_job(job, "provider_error"),
+    "fail_job: provider_timeout": lambda w, job: w.fail_job(job, "provider_timeout"),
+    "fail_job: provider_busy": lambda w, job: w.fail_job(job, "provider_busy", retry_after=60),
+    "release_job": lambda w, job: w.release_job(job),
+    "release_job anew": lambda w, job: w.release_job(job, resumes=False),
+    "cancel_job": lambda w, job: w.cancel_job(job),
+    "cancel_job not asked for": lambda w, job: w.cancel_job(job, metrics={"is_asked": False}),
+}
+OTHERS: dict[str, Callable[[Stage], Any]] = {
+    "claim_jobs": Stage.claims,
+    "recover_stale_jobs": lambda s: s.worker.recover_stale_jobs(),
+    "cancel_generation": lambda s: s.user.cancel_generation(s.job_id),
+    "the lease runs out": lambda s: s.moves("running_jobs", "lease_until"),
+    "the deadline passes": lambda s: s.moves("running_jobs", "deadline_at"),
+    "the backoff ends": lambda s: s.connection.execute(
+        "update private.ready_jobs set run_at = null"
     ),
 }
 REFUSALS = {
@@ -201,10 +181,12 @@ class Explorer:
         self.seen.add(str(state))
         self.complain(broken_rules(state))
         self.complain(self.lost(state))
-        for name, step in STEPS.items():
-            for job in held if step.of_lease else [None]:
-                if name != "claim_jobs" or len(held) < CLAIMS:
-                    self.take(name, state, held, job)
+        for name in OF_LEASE:
+            for job in held:
+                self.take(name, state, held, job)
+        for name in OTHERS:
+            if name != "claim_jobs" or len(held) < CLAIMS:
+                self.take(name, state, held, None)
 
     def take(self, name: str, before: State, held: list[Job], job: Job | None) -> None:
         """Take one step, go on from there, and come back."""
@@ -212,7 +194,7 @@ class Explorer:
         self.path.append(f"{name} {held.index(job) + 1}" if job else name)
         with self.stage.undone():
             self.steps += 1
-            answer = self.stage.step(STEPS[name], job)
+            answer = self.stage.step(name, job)
             if isinstance(answer, Refusal):
                 self.complain(wrong_refusal(name, is_stale, answer))
             if not self.stage.is_undone():
@@ -228,9 +210,9 @@ class Explorer:
             return []
         with self.stage.undone():
             for name in ("the lease runs out", "recover_stale_jobs", "the backoff ends"):
-                self.stage.step(STEPS[name], None)
-            for job in self.stage.step(STEPS["claim_jobs"], None):
-                self.stage.step(STEPS["complete_job"], job)
+                self.stage.step(name, None)
+            for job in self.stage.step("claim_jobs", None):
+                self.stage.step("complete_job", job)
             end = self.stage.state()
         return broken_rules(end) + ([] if end["status"] in ENDED else ["the job is lost"])
 

@@ -71,8 +71,8 @@ def test_who_was_heard_of_last_is_woken_and_nobody_who_is_silent_or_gone(db, ali
     assert woken(sleepers) == [0] * 4
 
 
-# However an enqueue and a worker that goes to sleep meet, NOTIFY, a look or a beat finds the job: the
-# worker looks when it has gone to sleep, soon again, and after each beat of its heart.
+# However an enqueue and a worker that goes to sleep meet, a look finds the job where NOTIFY does
+# not: the worker looks when it has gone to sleep, soon again, and after each beat of its heart.
 
 
 def test_a_job_that_came_before_is_found_by_the_first_look(alice, worker):
