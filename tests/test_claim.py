@@ -1,7 +1,5 @@
 """sql/70_worker.sql and sql/72_claim.sql: register, claim, heartbeat, progress."""
 
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -107,18 +105,6 @@ def test_progress_is_reported_at_once_and_cut_to_a_percentage(alice, worker, sai
     assert (status["stage"], status["progress"]) == ("storing", kept)
 
 
-def test_a_job_whose_model_is_deleted_ends_and_is_refunded(db, alice, worker):
-    job_id = alice.enqueued()
-    db.execute("delete from public.models")
-
-    for _ in range(3):
-        db.pass_time("61 seconds")
-        worker.fail_job(worker.claimed(), "internal")
-
-    assert alice.get_job_status(job_id)["status"] == "failed"
-    assert_books_balance(db)
-
-
 # What is paused waits.
 
 
@@ -198,7 +184,7 @@ def test_a_look_that_took_long_puts_the_next_off(db, took, waits):
     assert seconds_until(db, "scan_due") == pytest.approx(waits, abs=0.4)
 
 
-def test_recovery_is_put_off_by_a_look_that_took_long_and_waits(db, alice, worker):
+def test_recovery_waits_until_somebody_may_look(db, alice, worker):
     alice.enqueue()
     worker.claimed()
     db.pass_time("61 seconds")
@@ -207,14 +193,3 @@ def test_recovery_is_put_off_by_a_look_that_took_long_and_waits(db, alice, worke
 
     due_in(db, "recovery_due", -1)
     assert db.value(RECOVERED) == 1
-
-    db.execute("alter function private.recover_stale_jobs(integer) reset lock_timeout")
-    worker.connection.execute(RECOVERED)  # else it waits where it is compiled
-    with ThreadPoolExecutor(1) as pool, db.connect() as other, other.transaction():
-        other.execute("lock table private.running_jobs in access exclusive mode")
-        looking = pool.submit(worker.connection.execute, RECOVERED)
-        db.wait_for_lock(worker.connection)
-        time.sleep(0.1)
-        other.execute("rollback")
-        looking.result()
-    assert 1 < seconds_until(db, "recovery_due") <= 10
