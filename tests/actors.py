@@ -95,7 +95,6 @@ class Expected:
 
     @property
     def detail(self) -> str:
-        """What is said to people."""
         return self.refusal.detail or ""
 
 
@@ -148,7 +147,6 @@ class Caller:
         return functools.partial(self.call, f"public.{name}")
 
     def claims(self) -> dict[str, str]:
-        """Return what the token says."""
         return {"role": self.role}
 
     @contextlib.contextmanager
@@ -246,7 +244,6 @@ class User(Caller):
             db.execute("insert into auth.users (id) values (%s)", self.id)
 
     def claims(self) -> dict[str, str]:
-        """Return what the token says."""
         return {"role": self.role, "sub": self.id}
 
     def on_another_device(self) -> User:
@@ -284,14 +281,12 @@ class User(Caller):
         return [row["path"] for row in rows]
 
     def has_paid(self, until: str = "infinity") -> User:
-        """Be on the paid plan."""
         Service(self.db).set_paid(self, until)
         return self
 
     def enqueue(
         self, prompt: str | None = "a lighthouse at dusk", model: str | None = PREVIEW, **rest: Any
     ) -> dict[str, Any]:
-        """Call enqueue_generation."""
         return self.call("public.enqueue_generation", model=model, prompt=prompt, **rest)
 
     def enqueued(self, *arguments: Any, **rest: Any) -> str:
@@ -311,7 +306,6 @@ class User(Caller):
         return list(self.call("public.set_tags", job_id, list(tags))["tags"])
 
     def credits(self) -> int:
-        """Return the balance."""
         query = "select credits from public.entitlements where user_id = %s"
         return int(self.db.value(query, self.id))
 
@@ -340,7 +334,6 @@ class Job:
 
     @property
     def id(self) -> str:
-        """The job's id as clients write it."""
         return str(self.job_id)
 
     def image(self, position: int = 0, **changes: Any) -> dict[str, Any]:
@@ -367,8 +360,11 @@ class Delivery:
 
     @property
     def message(self) -> Any:
-        """The body, read."""
         return json.loads(self.body or "null")
+
+
+def _json(value: dict[str, Any] | None) -> Jsonb | None:
+    return None if value is None else Jsonb(value)
 
 
 class Worker:
@@ -390,7 +386,6 @@ class Worker:
         return cursor.execute(query, [self.id, slots]).fetchall()
 
     def claimed(self) -> Job:
-        """Hold the lease of the next job."""
         (job,) = self.claim_jobs(1)
         return job
 
@@ -406,16 +401,15 @@ class Worker:
             list(progress) or [None] * len(jobs),
             is_listening,
         )
-        places = sorted(range(len(jobs)), key=lambda place: jobs[place].job_id)
-        assert [row["job_id"] for row in rows] == [jobs[place].job_id for place in places]
-        verdicts = {place: row["verdict"] for place, row in zip(places, rows, strict=True)}
-        return [verdicts[place] for place in range(len(jobs))]
+        assert [row["job_id"] for row in rows] == sorted(job.job_id for job in jobs)
+        verdicts = {row["job_id"]: row["verdict"] for row in rows}
+        return [verdicts[job.job_id] for job in jobs]
 
     def sleep(self) -> None:
-        self._rows("select private.sleep(%s)", self.id)
+        self._value("sleep", self.id)
 
     def unregister_worker(self) -> None:
-        self._rows("select private.unregister_worker(%s)", self.id)
+        self._value("unregister_worker", self.id)
 
     def begin_create(self, job: Job, sent: bytes | None = None) -> datetime:
         return self._of_one("begin_creates", job, sent)
@@ -429,14 +423,12 @@ class Worker:
         self._of_one("checkpoint_jobs", job, provider_job_id)
 
     def adopt_provider_job(self, job: Job, *candidates: str) -> str | None:
-        query = "select private.adopt_provider_job(%s, %s, %s::text[]) as id"
-        return self._rows(query, job.job_id, job.token, list(candidates))[0]["id"]
+        return self._value("adopt_provider_job", job.job_id, job.token, list(candidates))
 
     def pause_provider(
         self, provider: str, seconds: int, reason: str = "402", user_id: object = None
     ) -> bool:
-        query = "select private.pause_provider(%s, %s, %s, %s) as is_paused"
-        return bool(self._rows(query, provider, seconds, reason, user_id)[0]["is_paused"])
+        return self._value("pause_provider", provider, seconds, reason, user_id)
 
     def report_progress(self, job: Job, stage: str, progress: int | None = None) -> None:
         if self._of_one("report_progress", job, stage, progress) == "canceled":
@@ -446,7 +438,7 @@ class Worker:
         self,
         job: Job,
         images: int | list[dict[str, Any]] = 1,
-        metrics: dict[str, float] | None = None,
+        metrics: dict[str, Any] | None = None,
     ) -> None:
         """Complete with this many images, or with these."""
         self._of_one("complete_jobs", job, *self.done(job, images, metrics))
@@ -458,40 +450,37 @@ class Worker:
 
     @staticmethod
     def done(
-        job: Job, images: int | list[dict[str, Any]], metrics: dict[str, float] | None
+        job: Job, images: int | list[dict[str, Any]], metrics: dict[str, Any] | None = None
     ) -> tuple[Jsonb, Jsonb | None]:
         """What complete_jobs takes of one job."""
         if isinstance(images, int):
             images = [job.image(position) for position in range(images)]
-        return Jsonb(images), metrics and Jsonb(metrics)
+        return Jsonb(images), _json(metrics)
 
     def fail_job(
         self,
         job: Job,
-        code: str,
+        code: str | None,
         detail: str | None = None,
         retry_after: float | None = None,
         metrics: dict[str, Any] | None = None,
     ) -> str:
-        said = (code, detail, retry_after, None if metrics is None else Jsonb(metrics))
+        said = (code, detail, retry_after, _json(metrics))
         return str(self._of_one("fail_jobs", job, *said))
 
     def cancel_job(self, job: Job, metrics: dict[str, Any] | None = None) -> None:
-        said = None if metrics is None else Jsonb(metrics)
-        self._rows("select private.cancel_job(%s, %s, %s)", job.job_id, job.token, said)
+        self._value("cancel_job", job.job_id, job.token, _json(metrics))
 
     def release_job(self, job: Job, resumes: bool = True) -> None:
-        self._rows("select private.release_job(%s, %s, %s)", job.job_id, job.token, resumes)
+        self._value("release_job", job.job_id, job.token, resumes)
 
     def recover_stale_jobs(self, at_most: int = 100) -> int:
         # As if no look before had taken long, as it may by chance.
         self.db.execute("select setval('private.recovery_due', 0)")
-        query = "select private.recover_stale_jobs(%s) as count"
-        return int(self._rows(query, at_most)[0]["count"])
+        return self._value("recover_stale_jobs", at_most)
 
     def apply_retention(self, at_most: int = 500) -> int:
-        query = "select private.apply_retention(%s) as count"
-        return int(self._rows(query, at_most)[0]["count"])
+        return self._value("apply_retention", at_most)
 
     def list_expired_files(self, at_most: int = 100) -> list[tuple[str, str]]:
         """Return bucket and path of each file."""
@@ -500,9 +489,7 @@ class Worker:
 
     def forget_files(self, *files: tuple[str, str]) -> int:
         """Return how many are still there."""
-        buckets, paths = [file[0] for file in files], [file[1] for file in files]
-        query = "select private.forget_files(%s, %s) as count"
-        return int(self._rows(query, buckets, paths)[0]["count"])
+        return self._value("forget_files", [file[0] for file in files], [file[1] for file in files])
 
     def due_lanes(self) -> list[str]:
         return [row["lane"] for row in self._rows("select private.due_lanes() as lane")]
@@ -521,10 +508,9 @@ class Worker:
         **more: Any,
     ) -> str:
         """Say what became of a try; more: retry_after, ticket."""
-        query = "select private.finish_delivery(%s, %s, %s, %s, %s, %s::float8, %s) as state"
-        said = [outcome, status, error, more.get("retry_after"), more.get("ticket")]
-        arguments = [delivery.delivery_id, delivery.token, *said]
-        return str(self._rows(query, *arguments)[0]["state"])
+        seconds = more.get("retry_after")
+        said = [outcome, status, error, seconds and float(seconds), more.get("ticket")]
+        return self._value("finish_delivery", delivery.delivery_id, delivery.token, *said)
 
     def of_many(self, function: str, calls: Sequence[tuple[Any, ...]]) -> list[tuple[Job, Any]]:
         """Call a function for many jobs; return each whose lease holds and what is said of it."""
@@ -543,7 +529,6 @@ class Worker:
         raise LeaseLost("lease_lost")
 
     def listening(self) -> Worker:
-        """Listen on the own channel."""
         self.connection.execute(sql.SQL("listen {}").format(sql.Identifier(self.channel)))
         return self
 
@@ -564,3 +549,7 @@ class Worker:
     def _rows(self, query: str, *arguments: Any) -> list[dict[str, Any]]:
         cursor = self.connection.cursor(row_factory=dict_row)
         return cursor.execute(query, arguments).fetchall()
+
+    def _value(self, function: str, *arguments: Any) -> Any:
+        marks = ", ".join(["%s"] * len(arguments))
+        return self._rows(f"select private.{function}({marks}) as value", *arguments)[0]["value"]
