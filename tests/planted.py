@@ -381,7 +381,7 @@ MONEY = [
         "sql/75_outcomes.sql",
         "and r.token = any (p_tokens)\n    returning r as job\n",
         "\n    returning r as job\n",
-        "tests/test_outcomes.py::test_an_invented_token_changes_nothing[fail]",
+        STATES,
     ),
     Bug(
         "a job is completed with any token",
@@ -477,7 +477,7 @@ MONEY = [
         "sql/75_outcomes.sql",
         "select s.running_cancel_refund_percent into v_percent from",
         "select 100 into v_percent from",
-        "tests/test_cancel.py::test_once_the_provider_was_asked_the_operators_share_goes_back",
+        MODEL,
     ),
     Bug(
         "a grant is applied at each repeat",
@@ -528,16 +528,14 @@ MONEY = [
         "sql/75_outcomes.sql",
         "@@ '$.is_asked == false || $.is_billed == false' is not true",
         "@@ '$.nothing == 1' is not true",
-        "tests/test_cancel.py"
-        "::test_who_canceled_pays_neither_for_our_failures_nor_for_what_nobody_bills",
+        MODEL,
     ),
     Bug(
         "a user who canceled pays for our failures",
         "sql/75_outcomes.sql",
         "p_status = 'canceled' and p_code is null and (p",
         "p_status = 'canceled' and (p",
-        "tests/test_cancel.py"
-        "::test_who_canceled_pays_neither_for_our_failures_nor_for_what_nobody_bills",
+        MODEL,
     ),
     Bug(
         "what is burned counts against no limit",
@@ -573,14 +571,14 @@ MONEY = [
         "sql/75_outcomes.sql",
         "p_job.attempt - case when v_error.uses_attempt then 0 else 1 end;",
         "p_job.attempt - 1;",
-        "tests/test_outcomes.py::test_a_job_fails_for_good_when_its_attempts_are_used_up",
+        MODEL,
     ),
     Bug(
         "a job whose user wants it no more is tried again",
         "sql/75_outcomes.sql",
         "  if p_job.cancel_requested then\n",
         "  if false then\n",
-        "tests/test_cancel.py::test_however_its_attempt_ends_a_marked_job_is_not_queued_again",
+        MODEL,
     ),
     Bug(
         "a job fails for being stuck when its worker is dead",
@@ -717,7 +715,7 @@ BLAME = [
         "sql/71_breaker.sql",
         "between 1 and 99\n      and not p_user_id",
         "between 1 and 0\n      and not p_user_id",
-        f"{BREAKER}users_whose_input_fails_throttle_themselves_and_keep_nobody_waiting",
+        f"{BREAKER}a_pause_is_for_those_who_failed_and_a_trial_that_fails_makes_one_more",
     ),
     Bug(
         "who failed where others succeed may pause the model again and again",

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from actors import Job, Worker, together
+from actors import Worker
 from database import assert_books_balance, unchanged
 
 DEV = "black-forest-labs/flux-dev"
@@ -46,24 +46,6 @@ def test_a_claim_takes_at_most_as_many_as_there_are_slots_in_order(db, alice, bo
     assert_books_balance(db)
 
 
-def test_many_workers_never_get_the_same_job(db, alice):
-    db.lift_limits()
-    alice.has(credits=120)
-    for _ in range(120):
-        alice.enqueue()
-    workers = [Worker(db) for _ in range(8)]
-
-    def claim_all(worker: Worker) -> list[Job]:
-        jobs: list[Job] = []
-        while claimed := worker.claim_jobs(3):
-            jobs += claimed
-        return jobs
-
-    jobs = [job for share in together([lambda w=w: claim_all(w) for w in workers]) for job in share]
-
-    assert len(jobs) == len({job.id for job in jobs}) == len({job.token for job in jobs}) == 120
-
-
 def test_delayed_jobs_are_claimed_when_they_are_due(db, alice, worker):
     job_id = alice.enqueued()
     worker.fail_job(worker.claimed(), "provider_error", retry_after=30)
@@ -91,18 +73,6 @@ def test_a_heartbeat_extends_leases_takes_in_progress_and_gives_each_its_verdict
     assert worker.recover_stale_jobs() == 1  # the stolen one
     progress = db.execute("select progress from private.running_jobs order by token")
     assert [row["progress"] for row in progress] == [30, 100]
-
-
-@pytest.mark.parametrize(("said", "kept"), [(40, 40), (101, 100), (-1, 0)])
-def test_progress_is_reported_at_once_and_cut_to_a_percentage(alice, worker, said, kept):
-    job_id = alice.enqueued()
-    job = worker.claimed()
-    worker.report_progress(job, "generating", said)
-
-    worker.report_progress(job, "storing")
-
-    status = alice.get_job_status(job_id)
-    assert (status["stage"], status["progress"]) == ("storing", kept)
 
 
 # What is paused waits.

@@ -1,7 +1,5 @@
 """sql/40_credits.sql: grant, charge, refund, and the paid plan."""
 
-import uuid
-
 import pytest
 from actors import Service, User, refused, together
 from database import assert_books_balance, unchanged
@@ -17,20 +15,6 @@ def test_a_new_user_gets_the_welcome_credits(db, welcome, ledger):
 
     assert user.ledger() == ledger
     assert user.credits() == welcome
-
-
-def test_the_auth_server_creates_users_without_rights_of_its_own(db):
-    db.execute("create role darkroom_auth_server")
-    try:
-        db.execute("grant usage on schema auth to darkroom_auth_server")
-        db.execute("grant insert on auth.users to darkroom_auth_server")
-        db.execute("set role darkroom_auth_server")
-        db.execute("insert into auth.users (id) values (gen_random_uuid())")
-    finally:
-        db.execute("reset role")
-        db.execute("drop owned by darkroom_auth_server; drop role darkroom_auth_server")
-
-    assert db.value("select credits from public.entitlements") == 10
 
 
 def test_each_image_costs_the_price_of_the_users_plan(db, alice, bob):
@@ -101,16 +85,6 @@ def test_a_grant_that_makes_no_sense_is_refused(db, service, alice, grant):
 
     with unchanged(db), refused("PT400", "invalid_input"):
         service.grant_credits(**usual | grant)
-
-
-def test_there_is_nobody_to_grant_to_but_users(db, service):
-    nobody = str(uuid.uuid4())
-
-    with unchanged(db):
-        with refused("PT404", "not_found"):
-            service.grant_credits(nobody, 1, "payment-1")
-        with refused("PT404", "not_found"):
-            service.set_paid(nobody, "infinity")
 
 
 def test_giving_back_twice_moves_the_balance_once(db, alice, worker):

@@ -147,30 +147,6 @@ def test_backoff_doubles_up_to_its_cap_with_full_jitter(db, failures_before, mos
     assert most * 0.9 < max(seconds) <= most
 
 
-CALLS_WITH_A_LEASE = {
-    "complete": lambda worker, job: worker.complete_job(job, images=2),
-    "fail": lambda worker, job: worker.fail_job(job, "moderated"),
-    "release": lambda worker, job: worker.release_job(job),
-    "cancel": lambda worker, job: worker.cancel_job(job),
-    "checkpoint": lambda worker, job: worker.checkpoint(job, "prediction-2"),
-    "report": lambda worker, job: worker.report_progress(job, "storing", 1),
-    "begin": lambda worker, job: worker.begin_create(job),
-    "recall": lambda worker, job: worker.recall_create(job),
-    "adopt": lambda worker, job: worker.adopt_provider_job(job, "lost-1"),
-}
-
-
-@pytest.mark.parametrize("call", CALLS_WITH_A_LEASE)
-def test_an_invented_token_or_one_of_a_deleted_user_changes_nothing(db, alice, worker, job, call):
-    for token in (job.token + 1, job.token - 1, 0):
-        with unchanged(db), refused("DR001", "lease_lost"):
-            CALLS_WITH_A_LEASE[call](worker, replace(job, token=token))
-
-    db.execute("delete from auth.users where id = %s", alice.id)
-    with unchanged(db), refused("DR001", "lease_lost"):
-        CALLS_WITH_A_LEASE[call](worker, job)
-
-
 # Many at once.
 
 

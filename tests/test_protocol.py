@@ -8,14 +8,9 @@ that were seen, up to the number of claims allowed. One connection does it all: 
 savepoint, and rolling back to it is how the state before comes back. (What happens while two of
 these calls overlap is in test_money_model.)
 
-Proven in each state and for each step:
-
-- fencing: a call with a token that does not hold the lease changes nothing, and says so;
-- the price is charged once, and at most one refund is written, of the amount the end calls for;
-- a job is in one place, its user has one slot for as long as it lives, and none after;
-- there is one end: nothing changes a job that has ended, one attempt ended it, one event tells it;
-- no attempt is counted beyond the last that is allowed;
-- no job is lost: whatever became of its workers, recovery and one worker that lives end it.
+Proven in each state and for each step: a call with a token that does not hold the lease changes
+nothing, and says so; nothing changes a job that has ended; what `broken_rules` names holds; and no
+job is lost: whatever became of its workers, recovery and one worker that lives end it.
 
 `PROTOCOL_CLAIMS` allows more claims.
 """
@@ -134,7 +129,9 @@ class Stage:
 # What a worker may say of a lease that it holds or held.
 OF_LEASE: dict[str, Callable[[Worker, Job], Any]] = {
     "begin_create": lambda w, job: w.begin_create(job) and None,
+    "recall_create": lambda w, job: w.recall_create(job) and None,
     "checkpoint": lambda w, job: w.checkpoint(job, "prediction"),
+    "adopt_provider_job": lambda w, job: w.adopt_provider_job(job, "prediction") and None,
     "report_progress": lambda w, job: w.report_progress(job, "storing"),
     "heartbeat": lambda w, job: w.heartbeat(job),
     "complete_job": lambda w, job: w.complete_job(job, IMAGES),

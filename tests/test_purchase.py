@@ -33,32 +33,10 @@ def running_jobs(db, alice, worker, count):
     return worker.claim_jobs(count)
 
 
-LOSSES = {
-    "release": lambda worker, job: worker.release_job(job),
-    "internal": lambda worker, job: worker.fail_job(job, "internal"),
-    "provider_timeout": lambda worker, job: worker.fail_job(job, "provider_timeout"),
-    "lease lost": lambda worker, job: None,
-}
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_a_create_of_unknown_outcome_is_remembered_with_what_was_asked_for(db, worker, job, loss):
-    assert job.begun_before is None
-    begun = db.value("select claimed_at from private.running_jobs")  # it may buy from then on
-    assert worker.begin_create(job, SENT) == worker.begin_create(job) == begun
-    LOSSES[loss](worker, job)
-
-    again = claim_again(db, worker)
-
-    begun = db.value("select claimed_at - interval '1 second' from private.running_jobs")
-    assert again.begun_before < begun
-    assert worker.begin_create(again) == again.begun_before
-    assert worker.recall_create(again) == (again.begun_before, SENT)
-    worker.release_job(again)
-    assert worker.claimed().begun_before == again.begun_before
-
-
+# How an attempt ends, and whether something may have been bought that is not known.
 ENDS = {
+    "release": True,
+    "lease lost": True,
     "provider_timeout": True,
     "internal": True,
     "worker_full": True,
@@ -66,26 +44,33 @@ ENDS = {
     "provider_busy": False,
     "provider_error": False,
     "result_lost": False,
-    "not asked": False,
+    "internal, not asked": False,
     "released before it asked": False,
 }
 
 
+@pytest.mark.parametrize("is_checkpointed", [True, False])
 @pytest.mark.parametrize("end", ENDS)
-def test_the_next_attempt_resumes_and_looks_for_only_what_may_be_alive(db, worker, job, end):
-    worker.begin_create(job, SENT)
-    if end == "not asked":
-        worker.fail_job(job, "internal", metrics={"is_asked": False})
-    elif end == "released before it asked":
-        worker.release_job(job, resumes=False)
-    else:
+def test_the_next_attempt_resumes_and_looks_for_only_what_may_be_alive(
+    db, worker, job, end, is_checkpointed
+):
+    assert job.begun_before is None
+    claimed_at = db.value("select claimed_at from private.running_jobs")  # it may buy from then on
+    assert worker.begin_create(job, SENT) == worker.begin_create(job) == claimed_at
+    if is_checkpointed:
         worker.checkpoint(job, "prediction-1")
-        worker.fail_job(job, end)
+    code, _, is_asked = end.partition(", ")
+    if end.startswith("release"):
+        worker.release_job(job, resumes=end == "release")
+    elif end != "lease lost":
+        worker.fail_job(job, code, metrics={"is_asked": not is_asked})
 
     again = claim_again(db, worker)
 
-    found = again.provider_job_id, again.begun_before is not None, worker.recall_create(again)[1]
-    assert found == (("prediction-1", True, SENT) if ENDS[end] else (None, False, None))
+    begun_before, sent = worker.recall_create(again)
+    assert again.provider_job_id == ("prediction-1" if ENDS[end] and is_checkpointed else None)
+    assert again.begun_before == (begun_before if ENDS[end] else None)
+    assert sent == (SENT if ENDS[end] else None)
 
 
 def test_the_oldest_candidate_nobody_has_is_adopted_and_resumed(db, alice, worker):

@@ -5,25 +5,6 @@ from actors import User, Worker, refused
 from database import assert_books_balance, unchanged
 
 
-def test_a_job_of_a_dead_worker_is_queued_again_with_its_checkpoint(db, alice, worker):
-    job_id = alice.enqueued()
-    worker.checkpoint(worker.claimed(), "prediction-1")
-    db.pass_time("61 seconds")
-
-    assert worker.recover_stale_jobs() == 1
-
-    assert alice.get_job_status(job_id)["status"] == "queued"
-    attempt = db.row("select outcome, error_code, error_detail from private.attempts")
-    assert attempt == {
-        "outcome": "retried",
-        "error_code": "internal",
-        "error_detail": f"lease of worker {worker.id} ran out",
-    }
-    db.pass_time("61 seconds")
-    again = worker.claimed()
-    assert (again.attempt, again.provider_job_id) == (2, "prediction-1")
-
-
 @pytest.mark.parametrize("deadline", ["5 minutes", "10 seconds"])
 def test_a_job_that_is_stuck_fails_at_its_models_deadline_though_its_worker_beats(
     db, alice, worker, deadline
@@ -102,21 +83,4 @@ def test_one_job_that_cannot_be_recovered_holds_up_no_other(db, service, worker,
     db.execute(f"drop trigger zz_poison on {table}")
     assert worker.recover_stale_jobs() == 1
     assert service.queue_health()["skipped"]["steps"] == {}
-    assert_books_balance(db)
-
-
-def test_a_user_whose_balance_is_locked_for_ever_holds_up_no_other(db, worker):
-    db.execute("update private.settings set max_attempts = 1")
-    users = [User(db) for _ in range(3)]
-    for user in users:
-        user.enqueue()
-    worker.claim_jobs(3)
-    db.pass_time("61 seconds")
-
-    with db.connect().transaction() as forgotten:
-        query = "select from public.entitlements where user_id = %s for update"
-        forgotten.connection.execute(query, [users[0].id])
-        assert worker.recover_stale_jobs() == 2
-
-    assert worker.recover_stale_jobs() == 1
     assert_books_balance(db)
