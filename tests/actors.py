@@ -100,7 +100,6 @@ class Expected:
 
 @contextlib.contextmanager
 def refused(code: str, token: str | None = None) -> Iterator[Expected]:
-    """Expect the block to end in this refusal."""
     expected = Expected()
     try:
         yield expected
@@ -113,7 +112,6 @@ def refused(code: str, token: str | None = None) -> Iterator[Expected]:
 
 
 def outcome(call: Callable[[], T]) -> T | Refusal:
-    """Return what a call answers, or how it is refused."""
     try:
         return call()
     except psycopg.Error as error:
@@ -174,7 +172,6 @@ class Caller:
             return row and row[0]
 
     def query(self, query: str, *arguments: Any) -> list[dict[str, Any]]:
-        """Run a statement of the caller's own making."""
         with self.acting() as connection:
             cursor = connection.cursor(row_factory=dict_row)
             cursor.execute(query, arguments or None)
@@ -203,18 +200,15 @@ class Service(Caller):
         return self.call("public.grant_credits", user_id, amount, kind, external_id)
 
     def alerts(self) -> dict[str, str]:
-        """Return what queue_health says of each alert."""
         return {alert["alert"]: alert["detail"] for alert in self.queue_health()["alerts"]}
 
     def set_paid(self, user: User | str, paid_until: str | None) -> dict[str, Any]:
         return self.call("public.set_paid", getattr(user, "id", user), paid_until)
 
     def redrive(self, code: str, since: str = "-infinity", **rest: Any) -> dict[str, Any]:
-        """Return the whole answer of redrive_failed."""
         return self.call("public.redrive_failed", code, since, **rest)
 
     def redrive_failed(self, code: str, since: str, **rest: Any) -> int:
-        """Return how many were queued again."""
         return int(self.redrive(code, since, **rest)["redriven"])
 
     def register_webhook(
@@ -247,7 +241,6 @@ class User(Caller):
         return {"role": self.role, "sub": self.id}
 
     def on_another_device(self) -> User:
-        """Return the same user with a connection of its own."""
         return User(self.db, self.id)
 
     def has(self, credits: int) -> User:
@@ -290,7 +283,6 @@ class User(Caller):
         return self.call("public.enqueue_generation", model=model, prompt=prompt, **rest)
 
     def enqueued(self, *arguments: Any, **rest: Any) -> str:
-        """Have a job queued; return its id."""
         return str(self.enqueue(*arguments, **rest)["job_id"])
 
     def enqueue_batch(
@@ -302,7 +294,6 @@ class User(Caller):
         return self.call("public.list_active_jobs", [uuid.UUID(id) for id in job_ids])
 
     def set_tags(self, job_id: str, *tags: str | None) -> list[str]:
-        """Return the tags as they were kept."""
         return list(self.call("public.set_tags", job_id, list(tags))["tags"])
 
     def credits(self) -> int:
@@ -310,7 +301,6 @@ class User(Caller):
         return int(self.db.value(query, self.id))
 
     def ledger(self) -> list[tuple[str, int]]:
-        """Return kind and amount of each entry, oldest first."""
         query = "select kind, amount from public.credit_ledger where user_id = %s order by id"
         return [(entry["kind"], entry["amount"]) for entry in self.db.execute(query, self.id)]
 
@@ -392,7 +382,6 @@ class Worker:
     def heartbeat(
         self, *jobs: Job, progress: Sequence[int | None] = (), is_listening: bool = True
     ) -> list[str]:
-        """Return the verdict on each job."""
         rows = self._rows(
             "select * from private.heartbeat(%s, %s::uuid[], %s::bigint[], %s::smallint[], %s)",
             self.id,
@@ -483,7 +472,6 @@ class Worker:
         return self._value("apply_retention", at_most)
 
     def list_expired_files(self, at_most: int = 100) -> list[tuple[str, str]]:
-        """Return bucket and path of each file."""
         query = "select * from private.list_expired_files(%s)"
         return [(row["bucket"], row["path"]) for row in self._rows(query, at_most)]
 

@@ -22,6 +22,7 @@ FUZZ = "tests/test_security_rpc.py::test_"
 RPC = f"{FUZZ}no_call_fails_tells_of_others_or_writes_although_refused"
 WORDS = f"{FUZZ}whatever_it_is_given_a_function_answers_or_refuses_in_our_words"
 RETENTION = "tests/test_retention.py::test_"
+MODEL = "tests/test_money_model.py::test_money_is_what_the_model_says_whatever_happens"
 SAFE_PATH = "tests/test_security_search_path.py::test_no_function_picks_up_what_its_caller_planted"
 
 SECURITY = [
@@ -227,8 +228,7 @@ SECURITY = [
         "sql/50_enqueue.sql",
         "    elsif v_known.deleted_at is not null then\n",
         "    elsif false then\n",
-        "tests/test_enqueue.py"
-        "::test_the_key_of_a_deleted_job_is_not_found_until_it_is_restored_or_erased",
+        MODEL,
     ),
     Bug(
         "the queue is looked at for each job of a list",
@@ -369,7 +369,6 @@ SECURITY = [
         "tests/test_worker_service.py::test_the_worker_is_hardly_exposed",
     ),
 ]
-MODEL = "tests/test_money_model.py::test_money_is_what_the_model_says_whatever_happens"
 STATES = "tests/test_protocol.py::test_no_schedule_of_claims_ends_clocks_and_recovery_breaks_a_rule"
 CIRCLE = "tests/test_locks.py::test_nobody_can_wait_in_a_circle"
 LOOKS = "tests/test_worker_units.py::test_who_goes_to_sleep_looks_for_what_came_meanwhile"
@@ -542,7 +541,7 @@ MONEY = [
         "sql/30_gating.sql",
         "        or e.day_burned >= p.max_burned_per_day\n",
         "",
-        "tests/test_cancel.py::test_a_user_burns_no_more_purchases_in_a_day_than_the_plan_allows",
+        MODEL,
     ),
     Bug(
         "a day has no limit",

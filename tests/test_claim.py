@@ -113,7 +113,6 @@ def test_what_waited_far_below_the_clock_comes_back_at_once(db, rich, worker, se
 
 
 def due_in(db, name: str, seconds: float) -> None:
-    """Say when somebody may look next."""
     query = "select setval(%s::regclass, (1000 * (extract(epoch from now()) + %s))::bigint)"
     db.execute(query, f"private.{name}", seconds)
 

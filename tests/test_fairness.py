@@ -75,17 +75,6 @@ def test_everybody_gets_a_share_by_plan_and_price(fair):
         assert claimed[user_id] == pytest.approx(1000 * share / sum(shares.values()), rel=0.1)
 
 
-@pytest.mark.parametrize("is_free_for_all", [True, False])
-def test_jobs_that_cost_nothing_do_not_pass_everybody(fair, is_free_for_all):
-    if is_free_for_all:
-        fair.execute("update public.models set price_credits = 0")
-    enqueue_many(User(fair).has_paid(), 100)
-
-    job_id = User(fair).enqueued()
-
-    assert claims_until(Worker(fair), job_id, 5, after=lambda: None)
-
-
 def test_a_free_user_waits_a_bounded_time_while_new_paid_users_keep_coming(fair):
     User(fair).has_paid().enqueue()
     job_id = User(fair).enqueued()

@@ -132,13 +132,11 @@ def claims(worker: Worker, _: Scene) -> None:
 
 
 def deletes(name: str) -> Action:
-    """The operator deletes a user."""
     query = "delete from auth.users where id = %s"
     return Action("operator", lambda o, s: o.connection.execute(query, [s.ids[name]]))
 
 
 def of_user(name: str) -> dict[str, Action]:
-    """What a user does."""
     own = {
         "enqueue": lambda u, s: u.enqueue(params=TWO_IMAGES),
         "enqueue with a key": lambda u, s: u.enqueue(idempotency_key="key"),
@@ -156,7 +154,6 @@ def of_user(name: str) -> dict[str, Action]:
 
 
 def of_worker(place: str) -> dict[str, Action]:
-    """What a worker does with one job."""
     own = {
         "begin_create": lambda w, s: w.begin_create(s.jobs[place]),
         "checkpoint": lambda w, s: w.checkpoint(s.jobs[place], "prediction"),
@@ -246,7 +243,6 @@ class Stage:
         return future
 
     def end(self, action: Action) -> None:
-        """Have it never been done."""
         self.actors[action.actor].connection.execute("rollback")
 
     def locked(self, unlocked: str = FREE) -> frozenset[Row]:

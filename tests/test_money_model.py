@@ -97,7 +97,6 @@ with_batch = precondition(lambda self: self.books.batches)
 
 
 def same(one: object, other: object) -> None:
-    """See that an answer is what it should be."""
     assert one == other
 
 
@@ -157,8 +156,6 @@ class Money(RuleBasedStateMachine):
     def teardown(self) -> None:
         if self.open:
             self.open.connection.execute("rollback")
-        for model in self.books.paused:
-            self.stage.actors.service.resume_model(model)
         for user_id in self.ids.values():
             self.db.execute("delete from auth.users where id = %s", user_id)
 
@@ -211,15 +208,12 @@ class Money(RuleBasedStateMachine):
             was.note()
 
     def as_user(self, name: str, call: Callable[[User], Any], *rest: Any) -> None:
-        """Have a user make a call."""
         self.do(lambda a: call(a.users[name]), *rest, connection=lambda a: a.users[name].connection)
 
     def as_service(self, call: Callable[[Service], Any], expected: Any) -> None:
-        """Have the operator make a call."""
         self.do(lambda a: call(a.service), expected, connection=lambda a: a.service.connection)
 
     def held(self) -> list[Job]:
-        """The leases that hold."""
         return [job for job in self.leases if self.books.holder(job.id, job.token)]
 
     def name_for(self, job_id: str, is_owner: bool) -> str:
@@ -341,13 +335,9 @@ class Money(RuleBasedStateMachine):
 
     # What operators do.
 
-    @rule(way=st.sampled_from(["grant", "set_paid", "pause_model"]), name=users, data=st.data())
-    def an_operator_acts(self, way, name, data):
-        getattr(self, way)(name, data.draw)
-
-    def grant(self, name, draw):
-        amount = draw(st.sampled_from([5, -3]))
-        kind, external_id = ("grant" if amount > 0 else "adjust"), draw(payments)
+    @rule(name=users, amount=st.sampled_from([5, -3]), external_id=payments)
+    def grant(self, name, amount, external_id):
+        kind = "grant" if amount > 0 else "adjust"
         given = self.ids[name], amount, kind, external_id
 
         def expected():
@@ -362,42 +352,11 @@ class Money(RuleBasedStateMachine):
 
         self.as_service(lambda s: s.grant_credits(*given[:2], external_id, kind), expected)
 
-    def set_paid(self, name, draw):
-        account, plan = self.books.accounts[self.ids[name]], draw(st.sampled_from(list(MAX_ACTIVE)))
-        until = "infinity" if plan == "paid" else None
+    @rule(name=users, plan=st.sampled_from(list(MAX_ACTIVE)))
+    def set_paid(self, name, plan):
+        account, until = self.books.accounts[self.ids[name]], "infinity" if plan == "paid" else None
         expected = None, lambda _: setattr(account, "plan", plan)
         self.as_service(lambda s: s.set_paid(self.ids[name], until), lambda: expected)
-
-    def pause_model(self, _, draw):
-        model = draw(models)
-        expected = None, lambda _: self.books.paused.add(model)
-        self.as_service(lambda s: s.pause_model(model), lambda: expected)
-
-    @precondition(lambda self: self.books.paused)
-    @rule(model=models)
-    def resume_model(self, model):
-        expected = None, lambda _: self.books.paused.discard(model)
-        self.as_service(lambda s: s.resume_model(model), lambda: expected)
-
-    @precondition(lambda self: any(job.error_code for job in self.books.jobs.values()))
-    @rule(code=st.sampled_from(["moderated", "internal"]), at_most=st.integers(1, 3))
-    def redrive_failed(self, code, at_most):
-        def expected():
-            old_ids, too_dear = self.books.redrivable(code, at_most)
-
-            def note(said):
-                skipped = {"skipped": {"insufficient_credits": too_dear}} if too_dear else {}
-                same(said, {"redriven": len(old_ids)} | skipped)
-                query = "select id::text, retry_of::text as old from public.generations"
-                made = [row for row in self.db.execute(query) if row["id"] not in self.books.jobs]
-                same(sorted(row["old"] for row in made), sorted(old_ids))
-                for row in made:
-                    self.books.redrive(row["id"], row["old"])
-                self.jobs += [row["id"] for row in made]
-
-            return None, note
-
-        self.as_service(lambda s: s.redrive(code, "today", at_most=at_most), expected)
 
     # What workers do, with a lease they hold or one of long ago.
 
@@ -537,7 +496,6 @@ class Money(RuleBasedStateMachine):
         return {id: [each.credits, self.books.active(id), each.burned] for id, each in accounts}
 
     def states(self) -> dict[str, list[Any]]:
-        """Each job as FACTS tells it."""
         return {
             id: [
                 *(job.status, job.error_code, job.retry_of),

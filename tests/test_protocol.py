@@ -93,7 +93,6 @@ class Stage:
         self.connection.execute("begin")
 
     def state(self) -> State:
-        """What is the case now."""
         cursor = self.connection.cursor(row_factory=scalar_row)
         return cursor.execute("select private.protocol_state()").fetchone()
 
@@ -105,12 +104,10 @@ class Stage:
         self.connection.execute("rollback to savepoint before; release savepoint before")
 
     def moves(self, table: str, column: str) -> None:
-        """Bring a time about."""
         query = f"update private.{table} set {column} = now() - interval '1 second'"
         self.connection.execute(query)
 
     def step(self, name: str, job: Job | None) -> Any:
-        """Have something happen."""
         answer = outcome(lambda: OF_LEASE[name](self.worker, job) if job else OTHERS[name](self))
         if not self.is_undone():
             self.connection.execute("reset role")  # the user's
@@ -121,7 +118,6 @@ class Stage:
         return self.connection.info.transaction_status == TransactionStatus.INERROR
 
     def claims(self) -> list[Job]:
-        """Claim what there is."""
         self.worker.let_the_next_claim_scan_all()
         return self.worker.claim_jobs(2)
 
@@ -259,7 +255,6 @@ def broken_rules(state: State) -> list[str]:
 
 
 def refunds(state: State) -> list[list[Any]]:
-    """What may be given back."""
     if state["status"] == "completed":
         missing = IMAGES - state["images"]
         return [[["refund", missing]] if missing else []]

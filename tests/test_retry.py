@@ -14,26 +14,23 @@ class Wish:
         self.user, self.worker, self.tries = user, worker, []
 
     def asked(self, **rest):
-        """Ask for it the first time."""
         self.tries.append(self.user.enqueued(**rest))
         return self
 
     def failed(self, code="internal"):
-        """See its newest try fail."""
         job = self.worker.claimed()
         assert job.id == self.tries[-1]
         self.worker.fail_job(job, code)
         return self
 
     def again(self, of=-1):
-        """Ask for one of its tries again."""
         self.tries.append(self.user.retry_generation(self.tries[of])["job_id"])
         return self
 
     def completed(self):
-        """See its newest try end well."""
         job = self.worker.claimed()
         self.worker.complete_job(job, images=job.image_count)
+        return self
 
 
 @pytest.fixture
@@ -127,6 +124,35 @@ def test_of_a_wish_the_last_try_is_redriven_and_no_other(service, wish, chain):
     wish.completed()
     assert service.redrive_failed("internal", "-infinity") == 0
     assert wish.user.credits() == 1
+
+
+@pytest.mark.parametrize("of", [0, 1])
+@pytest.mark.parametrize("way", ["queued", "processing", "canceled", "completed", "deleted"])
+def test_a_wish_is_not_redriven_while_a_try_of_it_is_under_way_done_or_given_up(
+    service, wish, way, of
+):
+    wish.asked().failed().again(0).failed().again(of)
+    if way == "canceled":
+        wish.user.cancel_generation(wish.tries[-1])
+    elif way == "processing":
+        wish.worker.claimed()
+    elif way == "completed":
+        wish.completed().again(1 - of).failed()  # it is not the last
+    elif way == "deleted":
+        wish.completed().user.delete_generation(wish.tries[-1])
+
+    assert service.redrive("internal") == {"redriven": 0}
+
+
+@pytest.mark.parametrize(("deleted", "redriven"), [(0, [0, 0, 1]), (1, [0, 0, 1]), (2, [0, 1, 0])])
+def test_of_a_wish_whose_tries_are_deleted_the_last_to_be_seen_counts(
+    service, wish, deleted, redriven
+):
+    wish.asked().failed().again(0).failed().again(1).failed()
+    wish.user.delete_generation(wish.tries[deleted])
+
+    assert service.redrive_failed("internal", "-infinity") == 1
+    assert repeats(wish) == redriven
 
 
 def test_nobody_is_given_more_than_the_credits_at_hand_would_have_bought(db, bob, service, wish):
