@@ -25,17 +25,6 @@ from psycopg.types.json import Jsonb
 
 PREVIEW = "darkroom/preview"
 
-# What anybody may try to call, with arguments by place or by name: `alice.get_job_status(job_id)`.
-DOORS = """
-ping list_models list_public_images
-get_batch_status cancel_generation cancel_batch retry_generation get_job_status get_entitlement
-register_push_token unregister_push_token list_generations set_favorite delete_generation
-restore_generation share_image like_image save_prompt_template delete_prompt_template
-list_prompt_templates
-queue_health pause_model resume_model list_webhooks delete_webhook enable_webhook
-rotate_webhook_secret list_deliveries redeliver
-queue_report queue_history
-"""
 # What the functions for many jobs take beside their ids and tokens.
 COLUMNS = {
     "begin_creates": ["bytea[]"],
@@ -134,13 +123,15 @@ class Caller:
     """Calls functions as PostgREST does: in a transaction that has the role and the claims."""
 
     role: str
+    id: str | None = None
 
     def __init__(self, db: Database) -> None:
         self.db = db
         self.connection = db.connect()
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        if name not in DOORS.split():
+        """Call the function of this name, with arguments by place or by name."""
+        if name.startswith("_"):
             raise AttributeError(name)
         return functools.partial(self.call, f"public.{name}")
 

@@ -351,21 +351,16 @@ def test_every_way_in_is_closed_for_what_is_paused_and_says_so(db, rich, worker,
         service.resume_model("replicate")
 
 
-@pytest.mark.parametrize(
-    ("model", "arguments", "detail"),
-    [
-        *[(name, {}, "model: no such model or provider") for name in (None, "", "somebody")],
-        (PREVIEW, {"until": None}, "until: not in the future"),
-        (PREVIEW, {"until": "2020-01-01"}, "until: not in the future"),
-        (PREVIEW, {"until": "-infinity"}, "until: not in the future"),
-        (PREVIEW, {"reason": "x" * 501}, "reason: longer than 500 characters"),
-    ],
-)
-def test_a_pause_that_makes_no_sense_is_refused(db, service, model, arguments, detail):
-    with unchanged(db), refused("PT400" if arguments else "PT404") as refusal:
-        service.pause_model(model, **arguments)
-    assert refusal.detail == detail
-
-    if not arguments:
-        with unchanged(db), refused("PT404", "not_found"):
-            service.resume_model(model)
+def test_a_pause_that_makes_no_sense_is_refused(db, service):
+    for model in (None, "", "somebody"):
+        for call in (service.pause_model, service.resume_model):
+            with unchanged(db), refused("PT404", "not_found"):
+                call(model)
+    for arguments in (
+        {"until": None},
+        {"until": "2020-01-01"},
+        {"until": "-infinity"},
+        {"reason": "x" * 501},
+    ):
+        with unchanged(db), refused("PT400", "invalid_input"):
+            service.pause_model(PREVIEW, **arguments)

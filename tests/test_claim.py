@@ -97,30 +97,12 @@ def test_jobs_of_a_paused_provider_keep_place_attempt_and_checkpoint(db, rich, w
     assert jobs[0].provider_job_id == "prediction-1"
 
 
-def test_what_waited_far_below_the_clock_comes_back_at_once(db, rich, worker, service):
-    first = rich.enqueued(model=DEV)
-    service.pause_model(DEV)
-    worker.claim_jobs()
-    db.execute("select setval('private.virtual_clock', 1000000000)")
-    rich.enqueue()
-
-    service.resume_model(DEV)
-
-    assert worker.claimed().id == first
-
-
 # While a look at the whole queue is dear, one session looks for all.
 
 
 def due_in(db, name: str, seconds: float) -> None:
     query = "select setval(%s::regclass, (1000 * (extract(epoch from now()) + %s))::bigint)"
     db.execute(query, f"private.{name}", seconds)
-
-
-def seconds_until(db, name: str) -> float:
-    """Return when somebody may look next: the past is 0."""
-    seconds = "last_value / 1000.0 - extract(epoch from clock_timestamp())"
-    return max(0.0, float(db.value(f"select {seconds} from private.{name}")))
 
 
 @pytest.fixture
@@ -140,17 +122,6 @@ def test_what_lies_below_the_clock_is_found_first_when_somebody_may_look(db, bob
     due_in(db, "scan_due", -1)
 
     assert Worker(db).claimed().id == below
-
-
-@pytest.mark.parametrize(
-    ("took", "waits"), [("4 milliseconds", 0), ("0.1 seconds", 5), ("1 hour", 10)]
-)
-def test_a_look_that_took_long_puts_the_next_off(db, took, waits):
-    began = "clock_timestamp() - %s::interval"
-
-    db.execute(f"select private.put_off('private.scan_due', {began})", took)
-
-    assert seconds_until(db, "scan_due") == pytest.approx(waits, abs=0.4)
 
 
 def test_recovery_waits_until_somebody_may_look(db, alice, worker):

@@ -1,7 +1,5 @@
 """sql/50_enqueue.sql: the one way in. Accepted as a whole or not at all, and once per key."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 from actors import Refusal, outcome, refused, together
 from database import assert_books_balance, unchanged

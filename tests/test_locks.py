@@ -185,6 +185,8 @@ PLACES = [f"{name} {which}" for name in ("alice", "bob") for which in ("first", 
 HEARD = [PLACES[n] for n in (3, 0, 2, 1)]
 ACTIONS = {
     **of_user("alice"),
+    **of_user("bob"),
+    **{name: action for place in PLACES for name, action in of_worker(place).items()},
     "claim_jobs": Action("worker", claims),
     "heartbeat": Action("worker", lambda w, s: w.heartbeat(*[s.jobs[p] for p in HEARD])),
     "checkpoint_jobs": of_many("checkpoint_jobs", "prediction of {}"),
@@ -195,7 +197,6 @@ ACTIONS = {
     ),
     "fail_jobs: moderated": of_many("fail_jobs", "moderated", None, None, None),
     "fail_jobs: provider_error": of_many("fail_jobs", "provider_error", None, None, None),
-    **of_worker("alice first"),
     "recover_stale_jobs": Action("worker", lambda w, s: w.recover_stale_jobs()),
     "apply_retention": Action("worker", lambda w, s: w.apply_retention()),
     "grant_credits": Action("service", lambda o, s: o.grant_credits(s.ids["alice"], 5, "gift")),
@@ -203,13 +204,8 @@ ACTIONS = {
     "redrive_failed": Action("service", lambda o, s: o.redrive_failed("moderated", "2020-01-01")),
     "pause_model": Action("service", lambda o, s: o.pause_model("darkroom/preview")),
     "resume_model": Action("service", lambda o, s: o.resume_model("darkroom/preview")),
-    "delete alice": deletes("alice"),
-}
-# The same on other rows: what could close a circle.
-MORE = {
-    **of_user("bob"),
-    **{name: action for place in PLACES[1:] for name, action in of_worker(place).items()},
     "grant_credits to bob": Action("service", lambda o, s: o.grant_credits(s.ids["bob"], 5, "b")),
+    "delete alice": deletes("alice"),
     "delete bob": deletes("bob"),
 }
 
@@ -283,8 +279,8 @@ def stage(db: Database) -> Stage:
 
 
 def test_nobody_can_wait_in_a_circle(stage):
-    waits = [w for name, a in (ACTIONS | MORE).items() for w in stage.waits(name, a)]
+    waits = [w for name, a in ACTIONS.items() for w in stage.waits(name, a)]
 
     graph = {wait: {other for other in waits if wait.may_wait_for(other)} for wait in waits}
     assert circle_in(graph) == []
-    assert len({wait.call for wait in waits}) > len(ACTIONS)
+    assert len({wait.call for wait in waits}) > 0.8 * len(ACTIONS)

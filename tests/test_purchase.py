@@ -131,14 +131,3 @@ def test_what_a_job_has_bought_is_never_anothers(db, alice, worker, whereabouts)
         with refused("23505"):
             worker.checkpoint(mine, "bought")
     assert db.value("select count(*) from private.purchases") == 1
-
-
-def test_a_job_may_buy_more_than_once_and_each_answer_may_be_lost(db, worker, job):
-    worker.checkpoint(job, "first")
-    worker.fail_job(job, "provider_error")
-    again = claim_again(db, worker)
-    worker.checkpoint(again, "second")
-
-    with unchanged(db):
-        worker.checkpoint(again, "second")
-    assert db.value("select count(*) from private.purchases") == 2

@@ -1,7 +1,7 @@
 """sql/80_recovery.sql: what a dead worker left."""
 
 import pytest
-from actors import User, Worker, refused
+from actors import User, refused
 from database import assert_books_balance, unchanged
 
 
@@ -32,22 +32,6 @@ def test_after_an_outage_a_job_past_its_deadline_is_resumed_not_failed(db, alice
 
     db.pass_time("1 minute")
     assert worker.claimed().provider_job_id == "prediction-1"
-
-
-def test_a_lease_holds_until_somebody_has_noticed_that_it_ran_out(db, alice, worker):
-    alice.enqueue()
-    alice.enqueue()
-    first, second = worker.claim_jobs(2)
-    db.pass_time("59 seconds")
-    assert worker.recover_stale_jobs() == 0
-
-    db.pass_time("2 seconds")
-    worker.complete_job(first)
-    with worker.connection.transaction():
-        worker.heartbeat(second)
-        assert Worker(db).recover_stale_jobs() == 0
-
-    assert worker.recover_stale_jobs() == 0
 
 
 @pytest.mark.parametrize(
