@@ -632,8 +632,47 @@ MONEY = [
         "        where r.last_at > now()\n",
         f"{RETENTION}a_bad_row_is_passed_over_and_named_and_all_others_are_done[case0]",
     ),
+    # What overlaps.
+    Bug(
+        "users who get credits back are locked in any order",
+        "sql/75_outcomes.sql",
+        "    order by e.user_id\n  loop",
+        "    order by e.user_id desc\n  loop",
+        CIRCLE,
+    ),
+    Bug(
+        "a provider's breaker is locked after its models'",
+        "sql/71_breaker.sql",
+        "    perform from private.breakers where name = v_provider for update;\n"
+        "    perform from private.breakers where name = v_job.model_id for update;\n",
+        "    perform from private.breakers where name = v_job.model_id for update;\n"
+        "    perform from private.breakers where name = v_provider for update;\n",
+        CIRCLE,
+    ),
+    Bug(
+        "a cancel misses a job that goes back into the queue",
+        "sql/77_cancel.sql",
+        "for v_look in 1 .. 5 loop",
+        "for v_look in 1 .. 1 loop",
+        MODEL,
+    ),
+    Bug(
+        "what a batch costs is taken for one of its jobs",
+        "sql/50_enqueue.sql",
+        "      credits = e.credits - v_price * v_jobs,\n",
+        "      credits = e.credits - v_price,\n",
+        MODEL,
+    ),
 ]
 WAKE_UP = [
+    Bug(
+        "an enqueue waits for a worker that beats",
+        "sql/50_enqueue.sql",
+        "order by w.seen_at desc limit p_at_most for update skip locked",
+        "order by w.seen_at desc limit p_at_most for update",
+        "tests/test_wakeup.py"
+        "::test_a_job_that_met_the_worker_while_it_beat_is_found_by_the_look_after_the_beat",
+    ),
     Bug(
         "a worker waits without a last look",
         "worker.py",

@@ -46,6 +46,16 @@ def test_a_claim_takes_at_most_as_many_as_there_are_slots_in_order(db, alice, bo
     assert_books_balance(db)
 
 
+def test_a_claim_does_not_wait_for_another_one(alice, worker):
+    first, second = alice.enqueued(), alice.enqueued()
+    other = Worker(worker.db)
+
+    with worker.connection.transaction():
+        assert [worker.claimed().id, other.claimed().id] == [first, second]
+
+    assert other.claim_jobs() == []
+
+
 def test_delayed_jobs_are_claimed_when_they_are_due(db, alice, worker):
     job_id = alice.enqueued()
     worker.fail_job(worker.claimed(), "provider_error", retry_after=30)

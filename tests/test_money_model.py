@@ -36,7 +36,7 @@ from hypothesis.stateful import (
 from money_model import FINAL, LIVE, MAX_ACTIVE, MAX_BURNED, PRICES, RETRIES, Account, Books
 
 MINUTES = float(os.environ.get("MONEY_MODEL_MINUTES", "0"))
-WELCOME = 30
+WELCOME = 15
 OPEN_FOR = 4  # calls that others make meanwhile
 SETUP = f"""
 insert into public.models
@@ -224,48 +224,36 @@ class Money(RuleBasedStateMachine):
 
     # What users do.
 
-    @rule(name=users, model=models, images=image_counts, key=keys)
-    def enqueue(self, name, model, images, key):
-        user_id, request = self.ids[name], (model, images)
+    @rule(name=users, model=models, images=image_counts, n=st.integers(0, 3), key=keys)
+    def enqueue(self, name, model, images, n, key):
+        """One, or a batch of n."""
+        user_id, request, what = self.ids[name], (model, images, n), "batch_id" if n else "job_id"
+
+        def call(user):
+            asked = {"params": {"num_outputs": images}, "idempotency_key": key}
+            if n:
+                return user.enqueue_batch(["a"] * n, model, **asked)
+            return user.enqueue("a", model, **asked)
 
         def expected():
-            known, answer = self.requests.get((name, "one", key), (None, None))
+            known, answer = self.requests.get((name, what, key), (None, None))
             if key and known:
-                refusal = self.books.repeat_refusal(user_id, known == request, [answer])
-                return refusal, lambda said: same(said["job_id"], answer)
-            return self.books.refusal(user_id, model, images), note
-
-        def note(said):
-            self.books.charge(user_id, said["job_id"], model, images)
-            same(said["credits_left"], self.books.accounts[user_id].credits)
-            self.requests[name, "one", key] = request, said["job_id"]
-            self.jobs.append(said["job_id"])
-
-        asked = {"params": {"num_outputs": images}, "idempotency_key": key}
-        self.as_user(name, lambda user: user.enqueue("a", model, **asked), expected)
-
-    @rule(name=users, model=models, images=image_counts, n=st.integers(1, 3), key=keys)
-    def enqueue_batch(self, name, model, images, n, key):
-        user_id, request = self.ids[name], (model, images, n)
-
-        def expected():
-            known, answer = self.requests.get((name, "batch", key), (None, None))
-            if key and known:
-                job_ids = self.books.batches[answer]
+                job_ids = self.books.batches.get(answer, [answer])
                 refusal = self.books.repeat_refusal(user_id, known == request, job_ids)
-                return refusal, lambda said: same(said["batch_id"], answer)
-            return self.books.refusal(user_id, model, images, n), note
+                return refusal, lambda said: same(said[what], answer)
+            return self.books.refusal(user_id, model, images, n or 1), note
 
         def note(said):
-            for job_id in said["job_ids"]:
+            job_ids = said["job_ids"] if n else [said["job_id"]]
+            for job_id in job_ids:
                 self.books.charge(user_id, job_id, model, images)
             same(said["credits_left"], self.books.accounts[user_id].credits)
-            self.books.batches[said["batch_id"]] = said["job_ids"]
-            self.requests[name, "batch", key] = request, said["batch_id"]
-            self.jobs += said["job_ids"]
+            if n:
+                self.books.batches[said["batch_id"]] = job_ids
+            self.requests[name, what, key] = request, said[what]
+            self.jobs += job_ids
 
-        asked = {"params": {"num_outputs": images}, "idempotency_key": key}
-        self.as_user(name, lambda user: user.enqueue_batch(["a"] * n, model, **asked), expected)
+        self.as_user(name, call, expected)
 
     @with_job
     @rule(job_id=jobs, is_owner=owners)
@@ -519,7 +507,7 @@ class Money(RuleBasedStateMachine):
 def profile() -> settings:
     """The same examples each time, or in a long search new ones, made short if they fail."""
     return settings(
-        max_examples=50,
+        max_examples=40,
         stateful_step_count=80,
         derandomize=not MINUTES,
         database=None,

@@ -124,10 +124,10 @@ class Stage:
 
 # What a worker may say of a lease that it holds or held.
 OF_LEASE: dict[str, Callable[[Worker, Job], Any]] = {
-    "begin_create": lambda w, job: w.begin_create(job) and None,
-    "recall_create": lambda w, job: w.recall_create(job) and None,
+    "begin_create": lambda w, job: w.begin_create(job),
+    "recall_create": lambda w, job: w.recall_create(job),
     "checkpoint": lambda w, job: w.checkpoint(job, "prediction"),
-    "adopt_provider_job": lambda w, job: w.adopt_provider_job(job, "prediction") and None,
+    "adopt_provider_job": lambda w, job: w.adopt_provider_job(job, "prediction"),
     "report_progress": lambda w, job: w.report_progress(job, "storing"),
     "heartbeat": lambda w, job: w.heartbeat(job),
     "complete_job": lambda w, job: w.complete_job(job, IMAGES),

@@ -219,14 +219,6 @@ def test_one_that_fits_no_more_stops_no_other_and_takes_no_place(db, service, wi
     assert service.redrive("internal", at_most=2)["redriven"] == 1
 
 
-def test_a_seed_that_the_model_takes_no_more_is_not_sent(db, service, wish):
-    wish.asked(params={"seed": 2**30}).failed().asked().failed()
-    db.execute(MAXIMUM.replace("width", "seed"))
-
-    assert service.redrive("internal") == {"redriven": 1, "skipped": {"invalid_input": 1}}
-    assert wish.worker.claimed().provider_input["seed"] <= 128
-
-
 def test_operators_at_once_redrive_each_wish_once_and_what_is_paused_waits(db, bob, worker, wish):
     for user in (wish.user, bob):
         mine = Wish(db, user, worker)
