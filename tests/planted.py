@@ -228,7 +228,8 @@ SECURITY = [
         "sql/50_enqueue.sql",
         "    elsif v_known.deleted_at is not null then\n",
         "    elsif false then\n",
-        MODEL,
+        "tests/test_enqueue.py"
+        "::test_the_key_of_a_deleted_job_is_not_found_until_it_is_restored_or_erased",
     ),
     Bug(
         "the queue is looked at for each job of a list",

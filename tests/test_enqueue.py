@@ -74,3 +74,19 @@ def test_a_repeat_is_answered_whatever_the_limits_say_by_now(db, alice, worker):
     again = alice.enqueue(idempotency_key="k")
     assert (again["job_id"], again["status"]) == (first["job_id"], "completed")
     assert (again["queue_position"], again["poll_after_ms"]) == (None, None)
+
+
+def test_the_key_of_a_deleted_job_is_not_found_until_it_is_restored_or_erased(db, alice, worker):
+    job_id = alice.enqueued(idempotency_key="k")
+    worker.complete_job(worker.claimed())
+    alice.delete_generation(job_id)
+
+    with unchanged(db), refused("PT404", "not_found") as refusal:
+        alice.enqueue(idempotency_key="k")
+    assert refusal.detail == "idempotency_key: its job was deleted"
+
+    alice.restore_generation(job_id)
+    assert alice.enqueued(idempotency_key="k") == job_id
+
+    db.execute("delete from public.generations where id = %s", job_id)
+    assert alice.enqueued(idempotency_key="k") != job_id
