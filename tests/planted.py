@@ -47,14 +47,15 @@ SECURITY = [
         "sql/20_access.sql",
         "using (user_id = (select private.caller_id()) and deleted_at is null);",
         "using (deleted_at is null);",
-        "tests/test_access.py::test_users_read_their_own_rows_only[public.generations]",
+        "tests/test_access.py::test_users_read_their_own_rows_only[ours]",
     ),
     Bug(
         "row level security is off for the ledger",
         "sql/20_access.sql",
         "alter table public.credit_ledger enable row level security;\n",
         "",
-        "tests/test_catalog.py::test_every_table_has_row_level_security",
+        "tests/test_catalog.py::test_the_catalogue_keeps_the_rule"
+        "[every table has row level security]",
     ),
     Bug(
         "row level security is off for webhooks, and a gateway grants all",
@@ -69,7 +70,7 @@ SECURITY = [
         "grant select on table public.prompt_templates to authenticated;",
         "grant select on table public.prompt_templates to authenticated;\n"
         "grant insert on table public.credit_ledger to authenticated;",
-        "tests/test_catalog.py::test_each_role_has_exactly_these_rights_on_tables_and_columns"
+        "tests/test_catalog.py::test_each_role_has_exactly_these_rights_on_tables_columns_and_sequences"
         "[authenticated]",
     ),
     Bug(
@@ -191,7 +192,8 @@ SECURITY = [
         "stable set search_path = pg_catalog, pg_temp\nreturn private.get_entitlement();",
         "stable security definer set search_path = pg_catalog, pg_temp\n"
         "return private.get_entitlement();",
-        "tests/test_catalog.py::test_definers_are_private_or_the_operators_and_doors_only_call_them",
+        "tests/test_catalog.py::test_the_catalogue_keeps_the_rule"
+        "[definers are private or the operators', and doors only call them]",
     ),
     # Refusals.
     Bug(
@@ -626,14 +628,14 @@ MONEY = [
         "sql/17_health_tables.sql",
         "    if sqlstate ~ '^(25|42|53|57|58)' then",
         "    if true then",
-        f"{RETENTION}a_bad_row_is_passed_over_and_named_and_all_others_are_done[case4]",
+        f"{RETENTION}a_bad_row_is_passed_over_and_named_and_all_others_are_done[mark_files]",
     ),
     Bug(
         "a row that was skipped is told nobody",
         "sql/88_health.sql",
         "        where r.last_at > now() - interval '1 day'\n",
         "        where r.last_at > now()\n",
-        f"{RETENTION}a_bad_row_is_passed_over_and_named_and_all_others_are_done[case0]",
+        f"{RETENTION}a_bad_row_is_passed_over_and_named_and_all_others_are_done[expire_generations]",
     ),
 ]
 WAKE_UP = [
@@ -693,7 +695,7 @@ OUTAGE = [
         "sql/84_erasure.sql",
         "where d.is_needed is not true",
         "where not d.is_needed",
-        f"{RETENTION}a_source_that_storage_does_not_know_is_listed",
+        f"{RETENTION}a_source_uploaded_again_after_it_was_marked_is_not_listed_and_a_lost_one_is",
     ),
     Bug(
         "pushes are sent as they came, whoever sends most",

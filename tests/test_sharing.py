@@ -1,4 +1,6 @@
-"""sql/95_gallery.sql: images that everybody may see, and who likes them."""
+"""Images that everybody may see, and who likes them."""
+
+from __future__ import annotations
 
 import uuid
 
@@ -6,24 +8,10 @@ import pytest
 from actors import Anon, User, refused, together
 from database import unchanged
 
-SHOWN = {
-    "share_id",
-    "job_id",
-    "position",
-    "path",
-    "preview_path",
-    "content_type",
-    "width",
-    "height",
-    "bytes",
-    "blurhash",
-    "model",
-    "prompt",
-    "created_at",
-    "like_count",
-    "is_liked",
-    "is_own",
-}
+SHOWN = """
+    share_id job_id position path preview_path content_type width height bytes blurhash model prompt
+    created_at like_count is_liked is_own
+"""
 
 
 @pytest.fixture
@@ -49,39 +37,28 @@ def places(page) -> list[tuple[str, int]]:
 # Sharing.
 
 
-def test_nothing_is_shared_until_the_owner_says_so(anon, bob, made):
+def test_everybody_sees_a_shared_image_and_no_other(alice, bob, anon, made):
     for caller in (anon, bob):
         assert caller.list_public_images() == {"images": [], "next_before": None}
 
-
-@pytest.mark.parametrize("who", ["anon", "alice", "bob"])
-def test_everybody_sees_a_shared_image_and_no_other(request, alice, made, who):
     share_id = alice.share_image(made, image_position=1)["share_id"]
 
-    (image,) = request.getfixturevalue(who).list_public_images()["images"]
-
-    assert set(image) == SHOWN
-    assert (image["share_id"], image["job_id"], image["position"]) == (share_id, made, 1)
-    assert image["path"] == f"{alice.id}/{made}/1.png"
-    assert (image["is_own"], image["is_liked"], image["like_count"]) == (who == "alice", False, 0)
+    for caller in (alice, bob, anon):
+        (image,) = caller.list_public_images()["images"]
+        assert set(image) == set(SHOWN.split())
+        assert (image["share_id"], image["job_id"], image["position"]) == (share_id, made, 1)
+        assert image["path"] == f"{alice.id}/{made}/1.png"
+        is_own = caller is alice
+        assert (image["is_own"], image["is_liked"], image["like_count"]) == (is_own, False, 0)
+    assert [image["is_public"] for image in alice.get_job_status(made)["images"]] == [False, True]
 
 
 def test_the_prompt_is_shown_only_if_the_owner_says_so(alice, anon, made):
-    def prompt():
-        return anon.list_public_images()["images"][0]["prompt"]
+    for shows_prompt in (False, True, False):
+        alice.share_image(made, shows_prompt=shows_prompt)
 
-    alice.share_image(made)
-    assert prompt() is None
-    alice.share_image(made, shows_prompt=True)
-    assert prompt() == "a lighthouse at dusk"
-    alice.share_image(made)
-    assert prompt() is None
-
-
-def test_the_owner_sees_which_images_are_shared(alice, made):
-    alice.share_image(made, image_position=1)
-
-    assert [image["is_public"] for image in alice.get_job_status(made)["images"]] == [False, True]
+        (image,) = anon.list_public_images()["images"]
+        assert image["prompt"] == ("a lighthouse at dusk" if shows_prompt else None)
 
 
 def test_a_share_ends(alice, anon, made):
@@ -99,45 +76,33 @@ def test_a_share_ends(alice, anon, made):
     assert anon.list_public_images()["images"] == []
 
 
-def test_what_was_shared_last_is_first_and_sharing_again_moves_nothing(alice, anon, worker, made):
+def test_pages_follow_one_another_from_what_was_shared_last(alice, anon, worker, made):
     other = completed(alice, worker)
-    first = alice.share_image(other)
-    alice.share_image(made)
-
-    assert alice.share_image(other) == first
-    assert places(anon.list_public_images()) == [(made, 0), (other, 0)]
-
-
-def test_pages_follow_one_another(alice, anon, worker, made):
-    other = completed(alice, worker)
-    for job_id, position in ((made, 0), (made, 1), (other, 0), (other, 1)):
-        alice.share_image(job_id, image_position=position)
+    shares = [(made, 0), (made, 1), (other, 0), (other, 1)]
+    answers = [alice.share_image(job_id, image_position=n) for job_id, n in shares]
+    assert alice.share_image(made) == answers[0], "sharing again moves nothing"
 
     first = anon.list_public_images(page_size=3)
     second = anon.list_public_images(page_size=3, before=first["next_before"])
 
-    assert places(first) + places(second) == [(other, 1), (other, 0), (made, 1), (made, 0)]
+    assert places(first) + places(second) == shares[::-1]
     assert second["next_before"] is None
+    for page_size in (0, 101, None):
+        with refused("PT400", "invalid_input"):
+            anon.list_public_images(page_size=page_size)
 
 
-@pytest.mark.parametrize("page_size", [0, 101, None])
-def test_a_page_has_1_to_100_images(anon, page_size):
-    with refused("PT400", "invalid_input"):
-        anon.list_public_images(page_size=page_size)
-
-
-@pytest.mark.parametrize("position", [2, -1, 100_000, None])
-def test_an_image_that_is_not_there_is_not_shared(db, alice, made, position):
-    with unchanged(db), refused("PT404", "not_found"):
-        alice.share_image(made, image_position=position)
-
-
-@pytest.mark.parametrize("argument", ["is_public", "shows_prompt"])
-def test_neither_true_nor_false_is_refused(db, alice, made, argument):
-    with unchanged(db), refused("PT400", "invalid_input") as expected:
-        alice.share_image(made, **{argument: None})
-
-    assert argument in expected.detail
+@pytest.mark.parametrize(
+    ("argument", "token"),
+    [
+        *(({"image_position": position}, "not_found") for position in (2, -1, 100_000, None)),
+        ({"is_public": None}, "invalid_input"),
+        ({"shows_prompt": None}, "invalid_input"),
+    ],
+)
+def test_what_is_no_image_or_no_answer_is_refused(db, alice, made, argument, token):
+    with unchanged(db), refused("PT404" if token == "not_found" else "PT400", token):
+        alice.share_image(made, **argument)
 
 
 def test_the_tables_stay_the_owners_when_an_image_is_shared(db, alice, bob, anon, made):
@@ -153,9 +118,9 @@ def test_the_tables_stay_the_owners_when_an_image_is_shared(db, alice, bob, anon
 # Likes.
 
 
-def test_a_like_counts_once_for_each_user(alice, bob, anon, made):
-    alice.share_image(made)
-
+def test_a_like_counts_once_for_each_user_until_it_is_taken_back(alice, bob, anon, made):
+    for position in (0, 1):
+        alice.share_image(made, image_position=position)
     assert [bob.like_image(made)["like_count"] for _ in range(2)] == [1, 1]
     assert alice.like_image(made) == {
         "job_id": made,
@@ -163,28 +128,18 @@ def test_a_like_counts_once_for_each_user(alice, bob, anon, made):
         "is_liked": True,
         "like_count": 2,
     }
-    seen = [caller.list_public_images()["images"][0] for caller in (bob, anon)]
-    assert [(image["is_liked"], image["like_count"]) for image in seen] == [(True, 2), (False, 2)]
 
-
-def test_a_like_is_taken_back(alice, bob, made):
-    alice.share_image(made)
-    for user in (alice, bob):
-        user.like_image(made)
-
+    for caller in (bob, anon):
+        other, image = caller.list_public_images()["images"]
+        assert (image["is_liked"], image["like_count"]) == (caller is bob, 2)
+        assert (other["is_liked"], other["like_count"]) == (False, 0)
     answers = [bob.like_image(made, is_liked=False) for _ in range(2)]
-
     assert [(each["is_liked"], each["like_count"]) for each in answers] == [(False, 1)] * 2
-
-
-def test_likes_are_of_one_image(alice, bob, made):
-    for position in (0, 1):
-        alice.share_image(made, image_position=position)
-
-    bob.like_image(made, image_position=1)
-
-    seen = bob.list_public_images()["images"]
-    assert [(image["position"], image["is_liked"]) for image in seen] == [(1, True), (0, False)]
+    alice.share_image(made, is_public=False)
+    alice.share_image(made)
+    assert bob.list_public_images()["images"][0]["like_count"] == 1, "likes outlast a share"
+    with refused("PT400", "invalid_input"):
+        alice.like_image(made, is_liked=None)
 
 
 @pytest.mark.parametrize("is_liked", [True, False])
@@ -203,38 +158,6 @@ def test_what_is_not_shared_is_as_unknown_as_what_never_was(db, alice, bob, made
     assert len(set(refusals)) == 1
 
 
-def test_likes_outlast_a_share_unseen(alice, bob, made):
-    alice.share_image(made)
-    bob.like_image(made)
-
-    alice.share_image(made, is_public=False)
-    alice.share_image(made)
-
-    assert bob.list_public_images()["images"][0]["like_count"] == 1
-
-
-def test_a_user_who_is_gone_likes_nothing(db, alice, bob, made):
-    alice.share_image(made)
-    db.execute("delete from auth.users where id = %s", bob.id)
-
-    with refused("PT401", "not_authenticated"):
-        bob.like_image(made)
-
-
-def test_neither_liked_nor_not_is_refused(alice, made):
-    alice.share_image(made)
-
-    with refused("PT400", "invalid_input"):
-        alice.like_image(made, is_liked=None)
-
-
-def test_visitors_like_nothing(alice, anon, made):
-    alice.share_image(made)
-
-    with refused("PT401", "not_authenticated"):
-        anon.query("select public.like_image(%s)", made)
-
-
 def test_nobody_waits_for_a_like_under_way(db, alice, bob, made):
     alice.share_image(made)
 
@@ -249,21 +172,13 @@ def test_nobody_waits_for_a_like_under_way(db, alice, bob, made):
         bob.like_image(made)
 
 
-def test_many_like_at_once_and_each_counts(alice, bob, made):
+def test_many_like_at_once_and_each_counts_once(alice, bob, made):
     alice.share_image(made)
     devices = [user.on_another_device() for user in (alice, bob) for _ in range(4)]
 
     together([lambda device=device: device.like_image(made) for device in devices])
 
     assert bob.list_public_images()["images"][0]["like_count"] == 2
-
-
-def test_likes_are_counted_to_an_end(db, alice, bob, made):
-    alice.share_image(made)
-    for user in (alice, bob):
-        user.like_image(made)
-
-    assert db.value("select private.count_likes(%s, 0, 1)", made) == 1
 
 
 # Files.
@@ -290,56 +205,19 @@ def seen(caller) -> list[tuple[str, str]]:
     return sorted((row["bucket_id"], row["name"]) for row in rows)
 
 
-def test_the_file_and_preview_of_a_shared_image_are_seen_by_all(alice, bob, anon, made, files):
-    alice.share_image(made)
-
-    for caller in (anon, bob):
-        assert seen(caller) == [("generations", files[0]), ("generations", files[1])]
-
-
 @pytest.mark.parametrize("end", ["share_image(%s, is_public => false)", "delete_generation(%s)"])
-def test_no_file_is_seen_once_the_share_has_ended(request, alice, made, files, end):
+def test_the_files_of_a_shared_image_are_seen_by_all_until_the_share_ends(db, alice, files, end):
+    made, others = files[0].split("/")[1], (Anon(db), User(db))
     alice.share_image(made)
+
+    for caller in others:
+        assert seen(caller) == [("generations", files[0]), ("generations", files[1])]
+    for change in ("update storage.objects set name = name", "delete from storage.objects"):
+        assert others[1].query(change + " returning name") == []
 
     alice.query(f"select public.{end}", made)
-
-    for name in ("anon", "bob"):
-        assert seen(request.getfixturevalue(name)) == []
-
-
-def test_the_owner_keeps_the_files_of_a_deleted_generation_until_they_are_erased(
-    alice, made, files
-):
-    alice.delete_generation(made)
-
+    assert [seen(caller) for caller in others] == [[], []]
     assert {("generations", name) for name in files} <= set(seen(alice))
-
-
-def test_a_shared_file_is_not_changed_by_others(alice, bob, made, files):
-    alice.share_image(made)
-
-    for change in ("update storage.objects set name = name", "delete from storage.objects"):
-        assert bob.query(change + " returning name") == []
-
-
-def test_a_file_is_looked_up_by_index(db, alice, made):
-    alice.share_image(made)
-    db.execute(
-        "insert into public.images (generation_id, position, user_id, storage_path, content_type,"
-        " bytes) select %s, n, %s, concat_ws('/', %s::text, %s::text, n || '.png'), 'image/png', 1"
-        " from generate_series(2, 5000) as n",
-        made,
-        alice.id,
-        alice.id,
-        made,
-    )
-    db.execute("analyze public.images")
-    read = "select seq_tup_read from pg_stat_xact_user_tables where relname = 'images'"
-
-    with alice.on_another_device().acting() as connection:
-        for name in (f"{alice.id}/{made}/0.png", f"{alice.id}/{made}/3.png", "nothing"):
-            connection.execute("select from private.shared_paths where path = %s", [name])
-        assert connection.execute(read).fetchone() == (0,)
 
 
 @pytest.mark.parametrize("caller", [Anon, User])
