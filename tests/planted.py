@@ -135,7 +135,7 @@ SECURITY = [
         "sql/60_status.sql",
         "private.jobs_json(v_ids || p_job_ids, v_user_id)",
         "private.jobs_json(v_ids || p_job_ids)",
-        "tests/test_status.py::test_the_list_also_tells_how_the_jobs_asked_for_have_ended",
+        "tests/test_status.py::test_the_list_is_of_active_jobs_newest_first_and_of_those_asked_for",
     ),
     Bug(
         "a template of another user is overwritten",

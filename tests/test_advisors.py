@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from stack import NODE_MODULES, PROJECT, Stack, node
+from stack import NODE_MODULES, PROJECT, node
 
 CLI = [str(node()), str(NODE_MODULES / "supabase/dist/supabase.js")]
 
@@ -14,13 +14,12 @@ CLI = [str(node()), str(NODE_MODULES / "supabase/dist/supabase.js")]
 @pytest.mark.parametrize(
     "check",
     [
-        ("lint", "--schema=public,private", "--fail-on=warning"),
-        ("advisors", "--type=all", "--level=warn", "--fail-on=warn"),
+        "lint --schema=public,private --fail-on=warning",
+        "advisors --type=all --level=warn --fail-on=warn",
     ],
-    ids=lambda check: check[0],
 )
-def test_supabase_finds_nothing_to_warn_of(stack: Stack, check: tuple[str, ...]) -> None:
-    command = [*CLI, "db", *check, f"--remote={stack.database_url}"]
+def test_supabase_finds_nothing_to_warn_of(stack, check):
+    command = [*CLI, "db", *check.split(), f"--remote={stack.database_url}"]
 
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import unicodedata
 
 import pytest
 from actors import PREVIEW, Caller, Refusal, Service, User, Worker, refused
@@ -47,30 +46,18 @@ def test_one_thing_to_see_or_the_full_length_in_any_script_is_a_prompt(db, alice
         assert alice.get_job_status(alice.enqueued(prompt))["prompt"] == prompt
 
 
-def test_nothing_that_unicode_calls_a_control_a_space_or_a_format_is_seen(db):
-    categories = ("Cc", "Cf", "Zs", "Zl", "Zp")
-    unseen = [chr(n) for n in range(1, 0x110000) if unicodedata.category(chr(n)) in categories]
-
-    query = "select c from unnest(%s::text[]) as c where not private.is_blank(c)"
-    assert db.execute(query, unseen) == []
-
-
 @pytest.mark.parametrize(
     ("params", "detail"),
     [
-        *((each, ": not a JSON object") for each in ([], [{"seed": 1}], 7, None, "", "[]")),
-        ('{"seed": 1', ": not a JSON object"),
-        (json.dumps(json.dumps({"seed": 1})), ": not a JSON object"),
+        *((each, ": not a JSON object") for each in ([], [{"seed": 1}], 7, None, "", "[]", NESTED)),
+        *((each, ": not a JSON object") for each in ('{"seed": 1', '"{}"', '{"seed": 1e999999}')),
         ('{"seed": "\\u0000"}', ": not a JSON object"),
-        ('{"seed": 1e999999}', ": not a JSON object"),
-        (NESTED, ": not a JSON object"),
         ({"seed": "x" * 9000}, ": longer than 8192 bytes"),
         ("x" * 20000, ": longer than 8192 bytes"),
         ('{"seed": 1e9000}', ": longer than 8192 bytes"),
         ({"nonsense": 1}, ".nonsense: not an input of darkroom/preview"),
         ({"prompt": "another"}, ".prompt: not an input of darkroom/preview"),
         ({"seed": "7"}, ".seed: not of type integer"),
-        ({"seed": 2**31}, ".seed: not between 0 and 2147483647"),
         ({"width": 10**30}, ".width: not between 64 and 2048"),
         ({"num_outputs": 5}, ".num_outputs: not between 1 and 4"),
     ],
@@ -91,31 +78,21 @@ def test_params_may_arrive_as_an_object_as_its_text_or_as_null(alice):
     assert alice.get_job_status(job["job_id"])["params"] == {}
 
 
-@pytest.mark.parametrize("model", [None, "", "no/such-model", "black-forest-labs/flux-dev"])
-def test_a_model_that_is_unknown_or_not_active_is_not_found(db, alice, model):
-    with unchanged(db), refused("PT404", "not_found") as refusal:
-        alice.enqueue(model=model)
+def test_a_model_is_on_offer_and_a_key_of_a_sane_length(db, alice, bob):
+    for model in (None, "", "no/such-model", "black-forest-labs/flux-dev"):
+        with unchanged(db), refused("PT404", "not_found") as refusal:
+            alice.enqueue(model=model)
+        assert refusal.detail == "model: no such model"
+    for key in ("", "k" * 201):
+        with unchanged(db), refused("PT400", "invalid_input") as refusal:
+            alice.enqueue(idempotency_key=key)
+        assert refusal.detail == "idempotency_key: not 1 to 200 bytes"
 
-    assert refusal.detail == "model: no such model"
-
-
-def test_a_model_for_paid_users_is_refused_to_free_ones(db, alice, bob):
     db.execute("update public.models set requires_paid = true")
-    bob.has_paid()
-
     with unchanged(db), refused("PT403", "requires_paid_plan") as refusal:
         alice.enqueue()
-
     assert refusal.detail == "darkroom/preview is for paid users"
-    assert bob.enqueue()["status"] == "queued"
-
-
-@pytest.mark.parametrize("key", ["", "k" * 201])
-def test_an_idempotency_key_has_a_sane_length(db, alice, key):
-    with unchanged(db), refused("PT400", "invalid_input") as refusal:
-        alice.enqueue(idempotency_key=key)
-
-    assert refusal.detail == "idempotency_key: not 1 to 200 bytes"
+    assert bob.has_paid().enqueue()["status"] == "queued"
 
 
 # Limits.
@@ -151,16 +128,6 @@ def test_one_job_more_than_the_plan_allows_in_a_minute_waits_for_the_next(db, al
     alice.enqueue()
     with refused("PT429", "rate_limited"):
         alice.enqueue()
-
-
-def test_a_refused_request_does_not_count_against_the_limits(alice):
-    alice.has(credits=0)
-    for _ in range(3):
-        with refused("PT402"):
-            alice.enqueue()
-
-    used = alice.get_entitlement()
-    assert (used["minute_jobs"], used["active_jobs"]) == (0, 0)
 
 
 def test_what_is_canceled_counts_in_the_minute_and_in_the_day(db, alice):
@@ -216,18 +183,10 @@ def test_while_jobs_wait_too_long_free_users_are_refused_and_paid_ones_later(db,
     wait(db, crowd, "30 minutes")
     with unchanged(db), refused("PT503", "busy"):
         bob.enqueue()
-    db.execute("update private.plans set busy_after = null")
-    assert alice.enqueue()["status"] == "queued"
-
-
-def test_as_soon_as_the_queue_is_drained_nobody_is_refused(db, alice, crowd):
-    wait(db, crowd, "11 minutes")
-    with refused("PT503", "busy"):
-        alice.enqueue()
-
-    crowd.claim_jobs(3)
-
-    assert alice.enqueue()["status"] == "queued"  # queue_state still tells of the old job
+    db.execute("update private.plans set busy_after = null where name = 'paid'")
+    assert bob.enqueue()["status"] == "queued"
+    crowd.claim_jobs(9)
+    assert alice.enqueue()["status"] == "queued", "though the state still tells of the old ones"
 
 
 def test_it_is_busy_also_where_nobody_renews_the_state_unless_the_queue_is_empty(db, alice, bob):

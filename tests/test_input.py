@@ -71,9 +71,7 @@ AUTO = {"anyOf": [{"type": "integer"}, {"enum": ["auto"], "type": "string"}]}
         ({"type": "integer", "nullable": True}, None, None),
         ({"type": "integer"}, 7.0, None),
         ({"type": "integer"}, "7", "not of type integer"),
-        ({"type": "integer"}, None, "not of type integer"),
         ({"type": "integer"}, 7.5, "not of type integer"),
-        ({"type": "boolean"}, True, None),
         ({"type": "boolean"}, 1, "not of type boolean"),
         ({"type": "integer", "enum": [1, 4]}, 4.0, None),
         ({"type": "integer", "enum": [1, 4]}, 2, "not one of [1, 4]"),
@@ -82,9 +80,7 @@ AUTO = {"anyOf": [{"type": "integer"}, {"enum": ["auto"], "type": "string"}]}
         ({"type": "integer", "multipleOf": 8}, 12, "not a multiple of 8"),
         ({"type": "number", "multipleOf": 0.1}, 0.3, None),
         ({"type": "number", "multipleOf": 0.1}, 0.35, "not a multiple of 0.1"),
-        ({"type": "number", "exclusiveMinimum": 0}, 0.1, None),
         ({"type": "number", "exclusiveMinimum": 0}, 0, "not above 0"),
-        ({"type": "number", "exclusiveMaximum": 1}, 0.9, None),
         ({"type": "number", "exclusiveMaximum": 1}, 1, "not below 1"),
         ({"type": "number", "minimum": 1, "maximum": 2}, 2, None),
         ({"type": "number", "minimum": 1, "maximum": 2}, 10**300, "not between 1 and 2"),
@@ -94,7 +90,6 @@ AUTO = {"anyOf": [{"type": "integer"}, {"enum": ["auto"], "type": "string"}]}
         (AUTO, 7, None),
         (AUTO, "auto", None),
         ({"anyOf": [{"type": "null"}]}, 7, 'none of its types: [{"type": "null"}]'),
-        ({"type": "object"}, {}, None),
         ({"type": "object"}, "{}", "not of type object"),
         ({}, 7, "not of type allowed here"),
         (TEXTS, ["a", "b"], None),
@@ -133,24 +128,6 @@ def test_the_seed_of_the_catalogue_is_consistent(shared):
             assert shared.refusal(row["id"], {}, blank) == "prompt: missing or blank"
 
 
-@pytest.mark.parametrize(
-    ("model", "params"),
-    [
-        (FLUX + "krea-dev", {"aspect_ratio": "4:5", "num_outputs": 2, "guidance": 4.5, "seed": 7}),
-        ("bytedance/seedream-3", {"aspect_ratio": "16:9", "size": "big", "guidance_scale": 2.5}),
-        ("bytedance/seedream-4", {"size": "2K", "max_images": 3, "enhance_prompt": True}),
-        ("ideogram-ai/ideogram-v3-turbo", {"style_type": "Design", "magic_prompt_option": "Off"}),
-        ("google/imagen-4-fast", {"aspect_ratio": "3:4", "output_format": "png"}),
-        ("qwen/qwen-image", {"image": "{picture}", "strength": 0.7, "negative_prompt": "blurry"}),
-    ],
-)
-def test_documented_examples_are_sent_as_they_are(shared, model, params):
-    if "image" in params:
-        params = params | {"image": shared.picture}
-
-    assert shared.sent(model, params).items() >= params.items()
-
-
 # Sizes.
 
 
@@ -165,7 +142,6 @@ def test_documented_examples_are_sent_as_they_are(shared, model, params):
         ("stability-ai/sdxl", {"aspect_ratio": "1:9999"}, {"width": 64, "height": 2048}),
         (FLUX + "1.1-pro", {"width": 512, "height": 768},
          {"aspect_ratio": "custom", "width": 512, "height": 768}),
-        (FLUX + "1.1-pro", {"aspect_ratio": "3:2"}, {"aspect_ratio": "3:2"}),
         (FLUX + "1.1-pro", {"aspect_ratio": "3:2", "width": 512, "height": 512},
          {"aspect_ratio": "3:2", "width": 512, "height": 512}),
         ("bytedance/seedream-4", {"width": 2048, "height": 1024},
@@ -184,11 +160,8 @@ def test_a_size_is_put_in_the_models_own_words(shared, model, asked, sent):
     [
         (FLUX + "dev", {"width": 1024}, "width"),
         (FLUX + "dev", {"width": 1024, "height": 0}, "height"),
-        (FLUX + "dev", {"width": 1024, "height": "tall"}, "height"),
-        (FLUX + "dev", {"width": 1024.5, "height": 1024}, "height"),
         (FLUX + "dev", {"width": 10**9, "height": 1024}, "height"),
         (FLUX + "dev", {"aspect_ratio": "17:9"}, "aspect_ratio"),
-        ("recraft-ai/recraft-v3", {"aspect_ratio": "0:1"}, "aspect_ratio"),
         ("stability-ai/sdxl", {"width": 100_000}, "width"),
         ("stability-ai/sdxl", {"aspect_ratio": "16/9"}, "aspect_ratio"),
         (FLUX + "1.1-pro", {"width": 2048, "height": 1024}, "width"),

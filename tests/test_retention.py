@@ -10,7 +10,7 @@ from functools import partial
 
 import psycopg
 import pytest
-from actors import Job, Service, User, Worker, outcome, together
+from actors import Job, Service, User, Worker, outcome
 from database import Database, assert_books_balance, unchanged
 
 
@@ -107,18 +107,6 @@ def test_an_old_generation_is_hidden_at_once_and_erased_with_its_last_file(db, a
     assert rows_that_mention(db, old.id) == ["public.credit_ledger"], "the books stay"
 
 
-def test_what_has_no_file_is_erased_at_once(db, alice, worker):
-    job_id = alice.enqueued()
-    worker.fail_job(worker.claimed(), "moderated")
-    keep(db, keep_generations="1 day")
-    db.pass_time("2 days")
-
-    assert worker.apply_retention() == 1
-
-    assert job_id not in generations(db)
-    assert_books_balance(db)
-
-
 def test_favorites_and_live_jobs_are_never_too_old(db, alice, worker):
     favorite = completed(alice, worker)
     alice.set_favorite(favorite.id)
@@ -151,45 +139,7 @@ def test_what_its_user_deleted_is_erased_after_a_while_unless_it_is_restored(db,
     assert generations(db) == {job.id, restored.id}
 
 
-def test_a_batch_goes_with_its_last_generation(db, alice, worker):
-    keep(db, keep_deleted="0")
-    alice.enqueue_batch(["one", "two"])
-    jobs = [worker.claimed(), worker.claimed()]
-    for job in jobs:
-        worker.complete_job(job)
-    deleted_by_user(db, *jobs)
-    worker.apply_retention()
-
-    for job, left in zip(jobs, (1, 0), strict=True):
-        worker.forget_files(*files_of(job))
-        assert db.value("select count(*) from public.batches") == left
-
-
-def test_each_call_looks_at_a_few_rows_and_all_are_met(db, alice, worker):
-    db.lift_limits()
-    alice.has(credits=100)
-    jobs = [completed(alice, worker) for _ in range(10)]
-    for job in jobs[:5]:
-        alice.set_favorite(job.id)
-    keep(db, keep_generations="1 day")
-    db.pass_time("2 days")
-
-    marked = [worker.apply_retention(at_most=2) for _ in range(6)]
-
-    assert marked == [0, 0, 1, 2, 2, 0]
-    assert expired(db) == set(files_of(*jobs[5:]))
-
-
 # --- the list of files ---
-
-
-def test_a_listed_file_is_the_callers_for_a_lease_and_then_listed_again(db, alice, worker):
-    job = listed(db, alice, worker)
-
-    assert worker.list_expired_files() == files_of(job)
-    assert Worker(db).list_expired_files() == []
-    db.pass_time("61 seconds")
-    assert Worker(db).list_expired_files() == files_of(job)
 
 
 def test_what_storage_still_has_is_not_forgotten_and_the_rest_is_once(db, alice, worker):
@@ -262,19 +212,6 @@ def test_old_entries_are_summed_up_once_their_generations_are_gone(db, alice, wo
     assert_books_balance(db)
 
 
-def test_summing_up_meets_all_users_whatever_they_do_meanwhile(db, worker):
-    keep(db, keep_ledger="90 days")
-    users = [User(db).has(credits=20) for _ in range(5)]
-    db.pass_time("91 days")
-
-    for _ in range(4):
-        worker.apply_retention(at_most=2)
-
-    assert [user.ledger() for user in users] == [[("carry", 20)]] * 5
-    together([worker.apply_retention, *(user.enqueue for user in users)])
-    assert_books_balance(db)
-
-
 @pytest.mark.parametrize("setting", ["", "on", "00000000-0000-0000-0000-000000000000"])
 def test_nobody_else_deletes_the_entries_of_a_user_who_is_here(db, alice, setting):
     connection = db.connect()
@@ -293,6 +230,10 @@ def test_deleting_a_user_leaves_nothing_but_the_list_of_files(db, alice, bob, wo
     db.lift_limits()
     completed(bob, worker)
     job = completed(alice, worker, preview=True)
+    alice.share_image(job.id)
+    alice.like_image(job.id)
+    alice.set_tags(job.id, "sea")
+    alice.save_prompt_template("Sea", "the sea")
     alice.enqueue()
     worker.fail_job(worker.claimed(), "moderated")
     alice.enqueue()
@@ -343,34 +284,6 @@ def test_the_books_of_deleted_users_are_kept_as_long_as_the_operator_says(
         worker.apply_retention()
         assert alice.ledger() == left
     assert bob.ledger() == [("grant", 10)]
-
-
-def test_a_user_whose_deletion_is_refused_keeps_everything(db, alice, worker):
-    completed(alice, worker)
-    alice.enqueue()
-    db.execute(
-        "create function private.soft() returns trigger language plpgsql as"
-        " 'begin return null; end';"
-        "create trigger zz_soft before delete on auth.users"
-        " for each row execute function private.soft()"
-    )
-
-    with unchanged(db):
-        deleted(db, alice)
-
-
-@pytest.mark.parametrize("count", [1000, pytest.param(10000, marks=pytest.mark.long)])
-def test_how_long_deleting_a_user_takes(db, alice, bob, count):
-    alice.has_history(count)
-    bob.has_history(1000)
-
-    started = time.perf_counter()
-    deleted(db, alice)
-    seconds = time.perf_counter() - started
-
-    assert len(expired(db)) == 2 * count
-    assert db.value("select count(*) from public.generations") == 1000
-    assert seconds < count / 100  # GoTrue and its proxies give up after some ten seconds
 
 
 # --- orphans ---
@@ -600,21 +513,6 @@ def wait_in_order(db: Database, held: str, *calls: Callable[[], object]) -> list
                 while db.value(waiting) < sum(not future.done() for future in futures):
                     assert time.monotonic() < deadline
         return [future.result() for future in futures]
-
-
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_forgetting_files_is_no_deadlock_with_retention(db, alice, worker, order):
-    job = listed(db, alice, worker)
-    calls = (Worker(db).apply_retention, partial(Worker(db).forget_files, *files_of(job)))
-
-    row = f"public.generations where id = '{job.id}'"
-    answers = wait_in_order(db, row, *(calls[n] for n in order))
-
-    # Retention would pass over a row at which it is the victim.
-    assert "40P01" not in str([answers, db.execute("select code from private.skipped_rows")])
-    worker.apply_retention()
-    worker.forget_files(*files_of(job))
-    assert generations(db) == set()
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
