@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from actors import PREVIEW, User, Worker
 from database import Database
-from psycopg.types.json import Jsonb
 
 SLOW = "test/slow"
 
 
-def measured(db: Database, model: str, seconds: float, count: int = 10, **columns: Any) -> None:
+def measured(db: Database, seconds: float, model: str = PREVIEW, rate: float = 0) -> None:
     """Have attempts of this model on record, as the statistics hold them; it may be a new one."""
     db.execute(
         "insert into public.models select (jsonb_populate_record(m, jsonb_build_object("
@@ -21,14 +18,11 @@ def measured(db: Database, model: str, seconds: float, count: int = 10, **column
         PREVIEW,
     )
     db.execute(
-        "insert into private.model_stats select (jsonb_populate_record("
-        " null::private.model_stats, jsonb_build_object('model_id', %s::text, 'mean_seconds',"
-        " %s::float, 'sample_count', %s::int, 'requests_per_second', 0, 'refreshed_at', now())"
-        " || %s)).*",
+        "insert into private.model_stats (model_id, mean_seconds, sample_count,"
+        " requests_per_second, queue_distance, refreshed_at) values (%s, %s, 10, %s, 1000, now())",
         model,
         seconds,
-        count,
-        Jsonb(columns),
+        rate,
     )
 
 
@@ -41,7 +35,7 @@ def test_it_is_not_known_without_measurements_or_a_live_worker(db, alice):
     worker = Worker(db, slots=1)
     alice.enqueue()
     assert etas(alice) == [None]
-    measured(db, PREVIEW, 8)
+    measured(db, 8)
     assert etas(alice) == [8]
 
     db.pass_time("61 seconds")
@@ -52,7 +46,7 @@ def test_it_is_not_known_without_measurements_or_a_live_worker(db, alice):
 
 def test_jobs_share_the_slots_in_the_order_they_will_be_claimed(db, alice, bob):
     db.lift_limits()
-    measured(db, PREVIEW, 8)
+    measured(db, 8)
     Worker(db, slots=2)
     for _ in range(5):
         alice.enqueue()
@@ -64,8 +58,8 @@ def test_jobs_share_the_slots_in_the_order_they_will_be_claimed(db, alice, bob):
 
 def test_each_model_counts_with_its_own_length_and_in_its_order(db, alice):
     db.lift_limits()
-    measured(db, PREVIEW, 2)
-    measured(db, SLOW, 30)
+    measured(db, 2)
+    measured(db, 30, SLOW)
     worker = Worker(db, slots=2)
     for model in (SLOW, PREVIEW, PREVIEW, PREVIEW):
         alice.enqueue(model=model)
@@ -90,7 +84,7 @@ def test_each_model_counts_with_its_own_length_and_in_its_order(db, alice):
     ],
 )
 def test_the_providers_progress_counts_as_much_as_the_clock(db, alice, worker, progress, eta):
-    measured(db, PREVIEW, 20)
+    measured(db, 20)
     alice.enqueue()
     worker.report_progress(worker.claimed(), *progress)
 
@@ -99,10 +93,8 @@ def test_the_providers_progress_counts_as_much_as_the_clock(db, alice, worker, p
     assert etas(alice) == pytest.approx([eta], abs=1)
 
 
-def test_a_delay_or_a_pause_is_waited_for_and_one_without_end_is_not_known(
-    db, alice, bob, worker, service
-):
-    measured(db, PREVIEW, 8)
+def test_a_delay_or_a_pause_is_waited_for_unless_it_has_no_end(db, alice, bob, worker, service):
+    measured(db, 8)
     alice.enqueue()
     worker.fail_job(worker.claimed(), "provider_busy", retry_after=100)
     assert etas(alice) == pytest.approx([108], abs=1)
@@ -112,15 +104,12 @@ def test_a_delay_or_a_pause_is_waited_for_and_one_without_end_is_not_known(
 
     service.pause_model(PREVIEW)
     assert etas(bob) == [None]
-    service.resume_model(PREVIEW)
-    db.execute("update private.breakers set paused_until = now() where name = 'preview'")
-    assert etas(bob) == [None], "a probe"
 
 
 def test_what_is_likely_to_be_put_before_a_job_is_counted(db, alice):
     db.lift_limits()
     worker = Worker(db, slots=1)
-    measured(db, PREVIEW, 10, requests_per_second=0.05, queue_distance=1000)
+    measured(db, 10, rate=0.05)
     alice.enqueue()
     worker.claimed()
     for _ in range(3):
@@ -132,8 +121,7 @@ def test_what_is_likely_to_be_put_before_a_job_is_counted(db, alice):
     assert last == pytest.approx(10 + 30 / (1 - 0.5 * 2 / 3), abs=1)
 
 
-def test_the_mean_takes_in_each_completed_attempt_once_and_not_too_often(db, alice, worker):
-    db.lift_limits()
+def test_the_mean_takes_in_each_completed_attempt_once(db, alice, worker):
     for seconds in (10, 20):
         alice.enqueue()
         job = worker.claimed()
@@ -150,8 +138,3 @@ def test_the_mean_takes_in_each_completed_attempt_once_and_not_too_often(db, ali
     assert (stats["model_id"], stats["sample_count"]) == (PREVIEW, 2)
     assert stats["mean_seconds"] == pytest.approx(15, abs=1)
     assert stats["requests_per_second"] == pytest.approx(3 / 300)
-    db.execute("update private.model_stats set refreshed_at = now()")
-    alice.enqueue()
-    worker.complete_job(worker.claimed())
-    worker.recover_stale_jobs()
-    assert db.value("select sample_count from private.model_stats") == 2

@@ -214,24 +214,6 @@ def test_one_users_long_queue_makes_nobody_wait_and_hides_nobody_who_does(db, al
         User(db).enqueue()
 
 
-def test_jobs_of_a_paused_model_make_the_queue_busy_only_once_they_have_come_back(
-    db, alice, crowd, service
-):
-    db.execute("update public.models set is_active = true")
-    service.pause_model(PREVIEW)
-    crowd.claim_jobs(2)
-    wait(db, crowd, "1 hour")
-    job = alice.has(credits=100).enqueue(model="black-forest-labs/flux-dev")
-    alice.cancel_generation(job["job_id"])
-    service.resume_model(PREVIEW)
-
-    wait(db, crowd, "11 seconds")
-    assert alice.enqueue()["status"] == "queued"
-    wait(db, crowd, "11 minutes")
-    with refused("PT503", "busy"):
-        alice.enqueue()
-
-
 # A database that cannot be written.
 
 CHANGES = (

@@ -171,17 +171,6 @@ def test_a_size_that_makes_no_sense_is_refused(shared, model, asked, field):
     assert shared.refusal(model, asked).startswith(f"params.{field}: ")
 
 
-def test_sides_with_an_enum_or_steps_of_their_own_are_kept_to(asker):
-    asker.schema_has(
-        properties__width={"type": "integer", "enum": [512, 768, 1000]},
-        properties__height={"type": "integer", "multipleOf": 100, "maximum": 850},
-    )
-
-    sent = asker.sent("stability-ai/sdxl", {"aspect_ratio": "4:3"})
-
-    assert (sent["width"], sent["height"]) == (1000, 800)
-
-
 def test_what_was_asked_and_what_is_sent_are_both_kept(asker):
     asked = {"width": 1920, "height": 1080}
     job_id = asker.user.enqueued(model=FLUX + "dev", params=asked)
