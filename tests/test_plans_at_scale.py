@@ -111,9 +111,8 @@ class Scene:
 
     def retain(self) -> None:
         """Take each step of retention as pg_cron does."""
-        names = "expire_deleted expire_old expire_orphans trim_attempts trim_ledger trim_deliveries"
-        for name in names.split():
-            self.operator.execute(f"select private.take_step('{name}', {WALK})")
+        for row in self.user.db.execute("select name from private.retention_walks"):
+            self.operator.execute("select private.take_step(%s, %s)", [row["name"], WALK])
         self.worker.list_expired_files(JOBS)
 
 

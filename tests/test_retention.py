@@ -9,7 +9,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-import psycopg
 import pytest
 from actors import Job, Service, User, Worker, outcome
 from database import Database, assert_books_balance, unchanged
@@ -180,42 +179,6 @@ def test_old_attempts_of_finished_generations_are_trimmed(db, alice, worker):
     worker.apply_retention()
 
     assert db.value("select array_agg(outcome::text) from private.attempts") == ["released"]
-
-
-def test_old_entries_are_summed_up_once_their_generations_are_gone(db, alice, worker):
-    keep(db, keep_deleted="0")
-    for _ in range(3):
-        worker.forget_files(*files_of(listed(db, alice, worker)))
-    db.pass_time("91 days")
-    worker.apply_retention()
-    entries = [("grant", 10), *[("charge", -1)] * 3]
-    assert alice.ledger() == entries, "by default it is kept for ever"
-    alice.has(credits=20)
-    completed(alice, worker)
-    keep(db, keep_ledger="90 days")
-
-    assert worker.apply_retention() == 3
-
-    assert alice.ledger() == [("carry", 7), ("adjust", 13), ("charge", -1)]
-    assert_books_balance(db)
-    with unchanged(db):
-        assert worker.apply_retention() == 0
-    alice.has(credits=30)
-    db.pass_time("91 days")
-    worker.apply_retention()
-    assert alice.ledger() == [("carry", 20), ("charge", -1), ("adjust", 11)]
-    assert_books_balance(db)
-
-
-@pytest.mark.parametrize("setting", ["", "on", "00000000-0000-0000-0000-000000000000"])
-def test_nobody_else_deletes_the_entries_of_a_user_who_is_here(db, alice, setting):
-    connection = db.connect()
-    connection.execute("select set_config('darkroom.compacts_ledger_of', %s, false)", [setting])
-
-    with pytest.raises(psycopg.errors.InsufficientPrivilege):
-        connection.execute("delete from public.credit_ledger")
-
-    assert alice.ledger() == [("grant", 10)]
 
 
 def test_deleting_a_user_leaves_nothing_but_the_list_of_files(db, alice, bob, worker):
@@ -394,7 +357,6 @@ BAD_ROWS = {
     "expire_generations": ("public.generations", "id in {jobs}", "update"),
     "erase": ("public.generations", "id in {jobs}", "delete"),
     "attempts": ("private.attempts", "generation_id in {jobs}", "delete"),
-    "trim_ledger_of": ("public.credit_ledger", "user_id in {users}", "delete"),
     "mark_files": ("private.expired_files", "user_id in {users}", "insert"),
 }
 
@@ -418,7 +380,7 @@ def test_more_bad_rows_than_are_looked_at_are_passed_over_and_named_and_all_othe
         db.execute(f"alter table {table} add check (not ({row})) no inherit not valid")
     else:
         poison(db, table, row, event)
-    keep(db, keep_ledger="90 days", keep_attempts="90 days")
+    keep(db, keep_attempts="90 days")
     if step == "erase":
         deleted_by_user(db, *jobs)
     else:
@@ -426,13 +388,12 @@ def test_more_bad_rows_than_are_looked_at_are_passed_over_and_named_and_all_othe
     db.pass_time("101 days")
     age_files(db, "101 days")
 
-    for _ in range(20):  # the ledger waits for the generations
+    for _ in range(10):
         worker.apply_retention(at_most=2)
 
     left = db.execute("select user_id from public.generations")
-    unsummed = db.execute("select user_id from public.credit_ledger where kind <> 'carry'")
     unmarked = {str(job.user_id) for job in jobs} - {path.split("/")[0] for _, path in expired(db)}
-    assert unmarked | {str(row["user_id"]) for row in left + unsummed} <= set(users)
+    assert unmarked | {str(row["user_id"]) for row in left} <= set(users)
     named = "expire_generations" if step == "erase" else step
     assert skipped(db)[named] == len(bad)
     for note in db.execute("select key from private.skipped_rows where step = %s", named):
