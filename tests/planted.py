@@ -373,6 +373,44 @@ SECURITY = [
         "",
         "tests/test_worker_service.py::test_the_worker_is_hardly_exposed",
     ),
+    # Files that are others', or erased.
+    Bug(
+        "a source image is any file of that name, or none",
+        "sql/32_input.sql",
+        "where bucket_id = 'inputs' and name = v_path",
+        "where bucket_id = 'inputs'",
+        "tests/test_input.py::test_a_source_image_is_there",
+    ),
+    Bug(
+        "the preview of every image is everybody's",
+        "sql/95_gallery.sql",
+        "select i.preview_path as path from public.images as i\nwhere i.share_id is not null",
+        "select i.preview_path as path from public.images as i\nwhere true",
+        "tests/test_sharing.py"
+        "::test_the_files_of_a_shared_image_are_seen_by_all_until_the_share_ends",
+    ),
+    Bug(
+        "a file is forgotten though Storage still has it",
+        "sql/84_erasure.sql",
+        "    and private.file_changed_at(f.bucket, f.path) is null;",
+        ";",
+        f"{RETENTION}what_storage_still_has_is_not_forgotten_and_the_rest_is_once",
+    ),
+    Bug(
+        "the previews of a deleted user stay",
+        "sql/84_erasure.sql",
+        "values (i.storage_path), (i.preview_path)) as f (path)\n    where i.user_id",
+        "values (i.storage_path)) as f (path)\n    where i.user_id",
+        f"{RETENTION}deleting_a_user_leaves_nothing_but_the_list_of_files",
+    ),
+    Bug(
+        "an edge function takes its caller's credentials along a redirect",
+        "supabase/functions/get_job_status/index.ts",
+        'redirect: "error"',
+        'redirect: "follow"',
+        "tests/test_functions.py"
+        "::test_a_gateway_that_is_away_moved_or_cannot_write_is_unavailable[get_job_status]",
+    ),
 ]
 MODEL = "tests/test_money_model.py::test_money_is_what_the_model_says_whatever_happens"
 STATES = "tests/test_protocol.py::test_no_schedule_of_claims_ends_clocks_and_recovery_breaks_a_rule"
@@ -624,6 +662,14 @@ MONEY = [
         "  perform from public.generations where user_id = old.user_id order by id for update;\n",
         "",
         f"{RETENTION}deleting_a_user_is_no_deadlock_with_retention",
+    ),
+    Bug(
+        "a user is deleted without locking what their live jobs lock first",
+        "sql/84_erasure.sql",
+        "create trigger darkroom_lock_jobs\nbefore delete on auth.users\n"
+        "for each row execute function private.lock_jobs_of_deleted_user();\n",
+        "",
+        CIRCLE,
     ),
     # Routines over many users.
     Bug(
