@@ -65,12 +65,16 @@ def served(folder: Path, name: str, gateway: str, anon_key: str) -> Iterator[str
     assert log.read_text() == f"Listening on http://{listens}/\n"
 
 
-class Gateway(ThreadingHTTPServer):
-    """Passes each request on to the stack's gateway, or answers what it is told; keeps them all."""
+class Edge(ThreadingHTTPServer):
+    """The functions by name, each at its own address, and the gateway before which they are.
+
+    It passes each request on to the stack's, or answers what it is told; and keeps them all.
+    """
 
     def __init__(self, behind: str) -> None:
-        super().__init__(("127.0.0.1", 0), Answering)
+        super().__init__(("127.0.0.1", 0), Gateway)
         self.url, self.behind = f"http://127.0.0.1:{self.server_port}", behind
+        self.addresses: dict[str, str] = {}
         self.requests: list[tuple[str, str, dict[str, str], bytes]] = []
         Thread(target=self.serve_forever, args=[0.01], daemon=True).start()
 
@@ -79,9 +83,18 @@ class Gateway(ThreadingHTTPServer):
         self.answer = (status, content, {"Location": self.url, "Set-Cookie": "session=1"})
         self.requests.clear()
 
+    def invoke(
+        self, name: str, caller: Client | None = None, method: str = "POST", **request: Any
+    ) -> httpx.Response:
+        """Call a function, with the caller's token if there is one."""
+        headers = {"Authorization": f"Bearer {caller.token}"} if caller and caller.token else {}
+        headers |= request.pop("headers", {})
+        url = f"{self.addresses[name]}/{name}"
+        return httpx.request(method, url, headers=headers, timeout=30, **request)
 
-class Answering(BaseHTTPRequestHandler):
-    server: Gateway
+
+class Gateway(BaseHTTPRequestHandler):
+    server: Edge
 
     def do_POST(self) -> None:
         sent = {name.lower(): value for name, value in self.headers.items()}
@@ -109,39 +122,21 @@ class Answering(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-class Edge:
-    """The functions by name, each at its own address, and the gateway they call."""
-
-    def __init__(self, addresses: dict[str, str], gateway: Gateway) -> None:
-        self.addresses, self.gateway = addresses, gateway
-
-    def invoke(
-        self, name: str, caller: Client | None = None, method: str = "POST", **request: Any
-    ) -> httpx.Response:
-        """Call a function, with the caller's token if there is one."""
-        headers = {"Authorization": f"Bearer {caller.token}"} if caller and caller.token else {}
-        headers |= request.pop("headers", {})
-        url = f"{self.addresses[name]}/{name}"
-        return httpx.request(method, url, headers=headers, timeout=30, **request)
-
-
 @pytest.fixture(scope="module")
-def served_once(tmp_path_factory, stack):
+def started(tmp_path_factory, stack):
     folder = tmp_path_factory.mktemp("deno")
-    with Gateway(stack.api_url) as gateway, contextlib.ExitStack() as running:
-        addresses = {
-            name: running.enter_context(served(folder, name, gateway.url, stack.anon_key))
-            for name in NAMES
-        }
-        yield Edge(addresses, gateway)
-        gateway.shutdown()
+    with Edge(stack.api_url) as edge, contextlib.ExitStack() as running:
+        for name in NAMES:
+            function = served(folder, name, edge.url, stack.anon_key)
+            edge.addresses[name] = running.enter_context(function)
+        yield edge
+        edge.shutdown()
 
 
 @pytest.fixture
-def edge(served_once):
-    """The functions in front of a gateway that passes on."""
-    served_once.gateway.says(None)
-    return served_once
+def edge(started):
+    started.says(None)
+    return started
 
 
 def seen(response: httpx.Response) -> tuple[Any, ...]:
@@ -163,13 +158,13 @@ def test_a_job_is_queued_once_and_read_by_its_owner(edge, user, stranger):
     job_id = answer(edge.invoke("enqueue_generation", user, json=wish))["job_id"]
     again = edge.invoke("enqueue_generation", user, json=wish)
 
-    assert seen(again) == edge.gateway.replied
+    assert seen(again) == edge.replied
     assert answer(again)["job_id"] == job_id
     assert user.ledger() == [("grant", 10), ("charge", -1)]
     posted = edge.invoke("get_job_status", user, json={"job_id": job_id})
     got = edge.invoke("get_job_status", user, "GET", params={"job_id": job_id})
     assert answer(posted)["job_id"] == job_id
-    assert seen(posted) == seen(got) == edge.gateway.replied
+    assert seen(posted) == seen(got) == edge.replied
     theirs = edge.invoke("get_job_status", stranger, json={"job_id": job_id})
     assert (refusal(theirs).status, refusal(theirs).message) == (404, "not_found")
 
@@ -184,7 +179,7 @@ def test_a_refusal_keeps_its_token_and_retry_after(edge, user, nobody, stack_db)
             (nobody, {}),
         ]:
             refused = edge.invoke("enqueue_generation", caller, json=PICTURE | wrong)
-            assert seen(refused) == edge.gateway.replied
+            assert seen(refused) == edge.replied
             assert opened_to(refused) == ("*", "retry-after")
             told.append(refusal(refused).message)
     assert told[:3] == ["invalid_input", "not_found", "invalid_input"]
@@ -221,30 +216,22 @@ def test_a_browser_may_send_what_supabase_js_sends_and_no_other_method(edge):
 # What cannot be passed on.
 
 
-def test_a_job_asked_for_in_no_json_or_over_64_kib_is_refused(edge, user, stack_db):
-    with unchanged(stack_db):
-        for body in (b"no json", b'{"model":', b"[", b""):
-            refused = edge.invoke("enqueue_generation", user, content=body)
-            assert 400 <= refusal(refused).status < 500
-        for body in (b"x" * 65_537, [b"x" * 50_000] * 40):
-            told = refusal(edge.invoke("enqueue_generation", user, content=body))
-            assert (told.status, told.details) == (400, "body: over 64 KiB")
+def test_what_is_no_json_too_long_or_without_a_job_id_is_refused(edge, user, stack_db):
+    def refused(name: str, body: Any) -> Refusal:
+        return refusal(edge.invoke(name, user, content=body))
 
+    with unchanged(stack_db):
+        for body in (b"no json", b'{"model":', b""):
+            assert 400 <= refused("enqueue_generation", body).status < 500
+        for body in (b"x" * 65_537, [b"x" * 50_000] * 40):
+            assert refused("enqueue_generation", body).details == "body: over 64 KiB"
+    for body in (b"no json", b"null", b"[]", b'{"job_id":7}', b"\xff", b"", b" " * 70_000):
+        told = (400, "PT400", "invalid_input", "job_id: missing", "Send one.")
+        assert refused("get_job_status", body) == Refusal(*told), body[:20]
+    for job_id in ("x", "", "\ud800", "x&select=1", "é" * 400):
+        assert refused("get_job_status", json.dumps({"job_id": job_id})).code == "22P02"
     longest = json.dumps(PICTURE | {"prompt": "\U0001f3a8" * 4000, "params": " " * 8000 + "{}"})
     assert answer(edge.invoke("enqueue_generation", user, content=longest))["status"] == "queued"
-
-
-def test_a_job_id_that_is_missing_or_none_is_refused(edge, user):
-    for body in (
-        *(b"no json", b"null", b"7", b"[]", b"{}", b'{"job_id":null}', b'{"job_id":7}'),
-        *(b"\xff", b"", b" " * 70_000 + b'{"job_id":"x"}'),
-    ):
-        refused = refusal(edge.invoke("get_job_status", user, content=body))
-        told = (400, "PT400", "invalid_input", "job_id: missing", "Send one.")
-        assert refused == Refusal(*told), body[:20]
-    for job_id in ("x", "", "\ud800", "x&select=1", "é" * 400):
-        body = json.dumps({"job_id": job_id})
-        assert refusal(edge.invoke("get_job_status", user, content=body)).code == "22P02"
 
 
 # Only the caller's own credentials go in, and only the answer comes out.
@@ -254,11 +241,11 @@ def test_a_job_id_that_is_missing_or_none_is_refused(edge, user):
 def test_nothing_but_credentials_and_arguments_reaches_the_gateway(edge, stack, name):
     headers = {"authorization": "Bearer mine", "apikey": "theirs", "cookie": "a=1", "prefer": "x=1"}
     body = b'{"job_id":"7&a=b"}'
-    edge.gateway.says(200)
+    edge.says(200)
 
     response = edge.invoke(name, headers=headers, content=body, params={"select": "x"})
 
-    [(method, path, sent, content)] = edge.gateway.requests
+    [(method, path, sent, content)] = edge.requests
     assert (method, path) == {
         "enqueue_generation": ("POST", "/rest/v1/rpc/enqueue_generation"),
         "get_job_status": ("GET", "/rest/v1/rpc/get_job_status?job_id=7%26a%3Db"),
@@ -274,7 +261,7 @@ def test_nothing_but_credentials_and_arguments_reaches_the_gateway(edge, stack, 
     assert answer(response) is True
     assert response.headers.keys().isdisjoint({"set-cookie", "server", "location"})
     edge.invoke(name, json={"job_id": "7"})
-    sent = edge.gateway.requests[-1][2]
+    sent = edge.requests[-1][2]
     assert (sent["apikey"], sent.get("authorization")) == (stack.anon_key, None)
 
 
@@ -289,7 +276,7 @@ def test_a_gateway_that_is_away_moved_or_cannot_write_is_unavailable(edge, name)
         (500, b'{"code":"57P03","message":"the database system is starting up"}'),
         (502, b"<html>Bad Gateway</html>"),
     ]:
-        edge.gateway.says(status, content)
+        edge.says(status, content)
         told = edge.invoke(name, json={"job_id": "7"})
         details = "no answer in time"
         if name == "enqueue_generation":
@@ -297,7 +284,7 @@ def test_a_gateway_that_is_away_moved_or_cannot_write_is_unavailable(edge, name)
         again = "Try again in 5 seconds."
         assert refusal(told) == Refusal(503, "PT503", "unavailable", details, again)
         assert (told.headers["Retry-After"], *opened_to(told)) == ("5", "*", "retry-after")
-        assert len(edge.gateway.requests) == 1, "credentials do not follow a redirect"
+        assert len(edge.requests) == 1, "credentials do not follow a redirect"
 
 
 # The code.

@@ -128,10 +128,8 @@ def test_a_favorite_is_set_shown_and_cleared_also_while_it_is_queued(alice, work
     assert ids(alice.list_generations(only_favorites=True)) == [job_id]
 
     for value in (False, False, True, True):
-        assert alice.set_favorite(job_id, is_favorite=value) == {
-            "job_id": job_id,
-            "is_favorite": value,
-        }
+        told = alice.set_favorite(job_id, is_favorite=value)
+        assert told == {"job_id": job_id, "is_favorite": value}
         assert alice.get_job_status(job_id)["is_favorite"] is value
 
 

@@ -52,6 +52,7 @@ class Scene:
     worker: Worker
     operator: psycopg.Connection[Any]
 
+    @property
     def connections(self) -> list[psycopg.Connection[Any]]:
         callers = (self.user, self.service, self.worker)
         return [*(caller.connection for caller in callers), self.operator]
@@ -178,7 +179,7 @@ def large(server: Server, template: str) -> Iterator[Database]:
 def scene(request: pytest.FixtureRequest, large: Database) -> Scene:
     user = User(large, f"00000000-0000-4000-8000-{7 if request.param == 'custom' else 8:012}")
     scene = Scene(user, Service(large), Worker(large, slots=1000), large.connect())
-    for connection in scene.connections():
+    for connection in scene.connections:
         connection.execute(f"set plan_cache_mode = force_{request.param}_plan")
     return scene
 
@@ -188,7 +189,7 @@ def test_it_reaches_what_it_reads_by_an_index_and_reads_little_else(scene, name)
     most, call = CALLS[name]
     call(scene)  # what is read once in a session does not count
     with contextlib.ExitStack() as stack:
-        heard = [stack.enter_context(explained(each)) for each in scene.connections()]
+        heard = [stack.enter_context(explained(each)) for each in scene.connections]
         call(scene)
     plans = [plan for each in heard for plan in each]
     assert plans

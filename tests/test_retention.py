@@ -34,15 +34,6 @@ def deleted_by_user(db: Database, *jobs: Job) -> None:
         User(db, str(job.user_id)).delete_generation(job.id)
 
 
-def listed(db: Database, user: User, worker: Worker, *, preview: bool = False) -> Job:
-    """Have a generation finished, and deleted for good: its files wait to be."""
-    keep(db, keep_deleted="0")
-    job = completed(user, worker, preview=preview)
-    deleted_by_user(db, job)
-    worker.apply_retention()
-    return job
-
-
 def files_of(*jobs: Job, preview: bool = False) -> list[tuple[str, str]]:
     """Return the files of generations as the list names them."""
     names = ["0.png", "0.preview.webp"] if preview else ["0.png"]
@@ -140,8 +131,10 @@ def test_what_its_user_deleted_is_erased_after_a_while_unless_it_is_restored(db,
 
 
 def test_what_storage_still_has_is_not_forgotten_and_the_rest_is_once(db, alice, worker):
-    job = listed(db, alice, worker, preview=True)
-    other = completed(alice, worker)
+    keep(db, keep_deleted="0")
+    job, other = completed(alice, worker, preview=True), completed(alice, worker)
+    deleted_by_user(db, job)
+    worker.apply_retention()
     image, preview = files_of(job, preview=True)
     stored(db, image[1])
 

@@ -159,21 +159,3 @@ def test_the_files_of_a_shared_image_are_seen_by_all_until_the_share_ends(db, al
     alice.query(f"select public.{end}", made)
     assert [seen(caller) for caller in others] == [[], []]
     assert {("generations", name) for name in files} <= set(seen(alice))
-
-
-@pytest.mark.parametrize("caller", [Anon, User])
-def test_the_bucket_is_listed_without_a_look_for_each_file(db, alice, made, files, caller):
-    alice.share_image(made)
-    db.execute(
-        "insert into storage.objects (bucket_id, name) select 'generations', concat('x/', n)"
-        " from generate_series(1, 2000) as n"
-    )
-    db.execute("analyze storage.objects")
-    looks = "select seq_scan + idx_scan from pg_stat_xact_user_tables where relname = 'images'"
-
-    with caller(db).acting() as connection:
-        shown = connection.execute("select name from storage.objects order by name").fetchall()
-        (count,) = connection.execute(looks).fetchone()
-
-    assert shown == [(files[0],), (files[1],)]
-    assert count <= 2

@@ -69,16 +69,6 @@ def test_a_failed_job_shows_what_was_asked_what_went_wrong_and_the_refund(alice,
     assert alice.get_job_status(again)["retry_of"] == job_id
 
 
-def test_somebody_elses_job_is_as_unknown_as_one_that_never_was(alice, bob):
-    refusals = []
-    for job_id in (bob.enqueued(), str(uuid.uuid4()), None):
-        with refused("PT404", "not_found") as expected:
-            alice.get_job_status(job_id)
-        refusals.append(expected.refusal)
-
-    assert len(set(refusals)) == 1
-
-
 @pytest.mark.parametrize(
     ("age", "due", "milliseconds"),
     [
@@ -128,38 +118,25 @@ def test_the_list_takes_a_hundred_ids_and_no_more(alice):
 
 def test_the_entitlement_shows_plan_balance_limits_and_use(db, alice):
     alice.enqueue()
-    free = {
-        "user_id": alice.id,
-        "plan": "free",
-        "paid_until": None,
-        "credits": 9,
-        "active_jobs": 1,
-        "max_active": 3,
-        "minute_jobs": 1,
-        "max_per_minute": 10,
-        "max_batch": 3,
-        "is_busy": False,
-    }
-    assert alice.get_entitlement() == free
+    used = {"user_id": alice.id, "credits": 9, "active_jobs": 1, "minute_jobs": 1, "is_busy": False}
+    free = {"plan": "free", "paid_until": None, "max_active": 3, "max_per_minute": 10}
+    assert alice.get_entitlement() == used | free | {"max_batch": 3}
 
     db.pass_time("61 seconds")
-    assert alice.get_entitlement() == free | {"minute_jobs": 0}
-    paid = alice.has_paid().get_entitlement()
-    assert (paid["plan"], paid["paid_until"]) == ("paid", "infinity")
-    assert (paid["max_active"], paid["max_per_minute"]) == (20, 60)
+    paid = {"plan": "paid", "paid_until": "infinity", "max_active": 20, "max_per_minute": 60}
+    told = alice.has_paid().get_entitlement()
+    assert told.items() >= (used | paid | {"minute_jobs": 0}).items()
 
 
 def test_the_catalogue_lists_active_models_with_the_inputs_of_clients(anon):
     (model,) = anon.list_models()
 
     inputs = model.pop("inputs")
-    assert model == {
+    prices = {"price_credits": 1, "paid_price_credits": 0, "requires_paid": False}
+    assert model == prices | {
         "id": "darkroom/preview",
         "title": "Preview (placeholder pictures)",
-        "price_credits": 1,
-        "paid_price_credits": 0,
         "paused_until": None,
-        "requires_paid": False,
         "max_images": 4,
         "image_inputs": ["image"],
     }
