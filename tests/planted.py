@@ -145,7 +145,7 @@ SECURITY = [
         "sql/95_gallery.sql",
         "    where id = p_id and user_id = v_user_id\n",
         "    where id = p_id\n",
-        "tests/test_templates.py::test_templates_of_others_and_of_the_app_cannot_be_changed",
+        "tests/test_gallery.py::test_templates_of_others_and_of_the_app_cannot_be_changed",
     ),
     Bug(
         "shared images tell their prompts",
@@ -386,7 +386,7 @@ SECURITY = [
         "sql/95_gallery.sql",
         "select i.preview_path as path from public.images as i\nwhere i.share_id is not null",
         "select i.preview_path as path from public.images as i\nwhere true",
-        "tests/test_sharing.py"
+        "tests/test_gallery.py"
         "::test_the_files_of_a_shared_image_are_seen_by_all_until_the_share_ends",
     ),
     Bug(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import subprocess
 
 import pytest
+
+from stack import NODE_MODULES, PROJECT, node
 
 OURS = "('public'::regnamespace, 'private'::regnamespace)"
 # Whoever has not signed in is told so by the function: each is a door and a definer behind it.
@@ -168,3 +171,19 @@ def test_errors_have_a_code_and_whoever_catches_everything_says_what_it_skips(ca
             assert re.search(r"^raise sqlstate '|errcode = '", each), row["proname"]
         if row["proname"] != says_it_to_its_caller:
             assert all("private.note_skipped(" in each[:400] for each in caught), row["proname"]
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        "lint --schema=public,private --fail-on=warning",
+        "advisors --type=all --level=warn --fail-on=warn",
+    ],
+)
+def test_supabases_own_linters_find_nothing_to_warn_of(stack, check):
+    cli = [str(node()), str(NODE_MODULES / "supabase/dist/supabase.js"), "db"]
+    command = [*cli, *check.split(), f"--remote={stack.database_url}"]
+
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stdout + done.stderr

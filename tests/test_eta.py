@@ -56,7 +56,7 @@ def test_jobs_share_the_slots_in_the_order_they_will_be_claimed(db, alice, bob):
     assert etas(bob) == [8]  # behind alice's first alone: the users take turns
 
 
-def test_each_model_counts_with_its_own_length_and_in_its_order(db, alice):
+def test_each_model_counts_with_its_own_length_and_progress_and_in_its_order(db, alice):
     db.lift_limits()
     measured(db, 2)
     measured(db, 30, SLOW)
@@ -65,32 +65,16 @@ def test_each_model_counts_with_its_own_length_and_in_its_order(db, alice):
         alice.enqueue(model=model)
     assert etas(alice) == [30, 2, 4, 6]  # the slow one keeps one slot, the quick the other
 
-    worker.claimed()
+    job = worker.claimed()
     db.pass_time("10 seconds")
     worker.heartbeat()
 
     assert etas(alice) == pytest.approx([20, 2, 4, 6], abs=1)
+    worker.report_progress(job, "generating", 20)
+    assert etas(alice)[0] == pytest.approx(30, abs=1)  # between the clock's 20 and its 40
+    worker.report_progress(job, "generating", 90)
     db.pass_time("50 seconds")
     assert etas(alice)[0] == pytest.approx(7.5)  # late: a quarter to go
-
-
-@pytest.mark.parametrize(
-    ("progress", "eta"),
-    [
-        (("generating", None), 10),
-        (("generating", 50), 10),
-        (("generating", 20), 25),
-        (("storing", 90), 5),
-    ],
-)
-def test_the_providers_progress_counts_as_much_as_the_clock(db, alice, worker, progress, eta):
-    measured(db, 20)
-    alice.enqueue()
-    worker.report_progress(worker.claimed(), *progress)
-
-    db.pass_time("10 seconds")
-
-    assert etas(alice) == pytest.approx([eta], abs=1)
 
 
 def test_a_delay_or_a_pause_is_waited_for_unless_it_has_no_end(db, alice, bob, worker, service):

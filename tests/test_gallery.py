@@ -1,24 +1,31 @@
-"""History, favorites, tags, delete and restore."""
+"""History, favorites, tags, delete and restore; shared images and likes; prompts to start from."""
 
 from __future__ import annotations
 
 import uuid
 
 import pytest
-from actors import outcome, refused, together
+from actors import Anon, User, outcome, refused, together
 from database import assert_books_balance, unchanged
+
+SHOWN = """
+    share_id job_id position path preview_path content_type width height bytes blurhash model prompt
+    created_at like_count is_liked is_own
+"""
 
 
 @pytest.fixture
 def made(alice, worker):
-    """Id of a completed generation of alice's."""
+    """Id of a completed generation of alice's with two images."""
     return completed(alice, worker)
 
 
 def completed(user, worker) -> str:
-    """Have a generation completed; return its id."""
-    job_id = user.enqueued()
-    worker.complete_job(worker.claimed())
+    """Have a generation of two images completed; return its id."""
+    job_id = user.enqueued(params={"num_outputs": 2})
+    job = worker.claimed()
+    preview = f"{user.id}/{job_id}/0.preview.webp"
+    worker.complete_job(job, [job.image(0, preview_path=preview), job.image(1)])
     return job_id
 
 
@@ -48,11 +55,6 @@ def pages(user, **question) -> list[list[str]]:
         page = user.list_generations(before=page["next_before"], **question)
         result.append(ids(page))
     return result
-
-
-def rows_seen(user, table, column) -> list[str]:
-    """Return what the user reads from the table itself."""
-    return [str(row[column]) for row in user.query(f"select {column} from public.{table}")]
 
 
 # History.
@@ -159,9 +161,13 @@ def test_what_is_deleted_is_hidden_everywhere_and_can_be_restored(db, alice, mad
         alice.get_job_status(made)
     for question in ({}, {"only_favorites": True}, {"tag": "sea"}, {"status": "completed"}):
         assert ids(alice.list_generations(**question)) == [kept]
-    assert rows_seen(alice, "generations", "id") == [kept]
-    for table in ("images", "generation_tags"):
-        assert rows_seen(alice, table, "generation_id") == [kept]
+    for table, column in {
+        "generations": "id",
+        "images": "generation_id",
+        "generation_tags": "generation_id",
+    }.items():
+        rows = alice.query(f"select {column}::text as id from public.{table}")
+        assert {row["id"] for row in rows} == {kept}
     assert_books_balance(db)
     assert alice.restore_generation(made) == before == alice.get_job_status(made)
     with unchanged(db):
@@ -194,9 +200,9 @@ def test_a_deletion_ends_every_share_and_its_return_does_not_renew_it(alice, ano
     alice.delete_generation(made)
     assert anon.list_public_images()["images"] == []
 
-    (image,) = alice.restore_generation(made)["images"]
+    images = alice.restore_generation(made)["images"]
 
-    assert image["is_public"] is False
+    assert [image["is_public"] for image in images] == [False, False]
     assert anon.list_public_images()["images"] == []
 
 
@@ -240,3 +246,219 @@ def test_somebody_elses_or_a_deleted_generation_is_as_unknown_as_one_that_never_
         refusals.append(expected.refusal)
 
     assert len(set(refusals)) == 1
+
+
+# Sharing and likes.
+
+
+def test_everybody_sees_a_shared_image_and_no_other_until_the_share_ends(alice, bob, anon, made):
+    callers = (alice, bob, anon)
+    for caller in callers:
+        assert caller.list_public_images() == {"images": [], "next_before": None}
+
+    share_id = alice.share_image(made, image_position=1)["share_id"]
+
+    for caller in callers:
+        (image,) = caller.list_public_images()["images"]
+        assert set(image) == set(SHOWN.split())
+        assert (image["share_id"], image["job_id"], image["position"]) == (share_id, made, 1)
+        assert image["path"] == f"{alice.id}/{made}/1.png"
+        assert (image["is_own"], image["is_liked"]) == (caller is alice, False)
+    assert [image["is_public"] for image in alice.get_job_status(made)["images"]] == [False, True]
+    for shows_prompt in (False, True, False):
+        alice.share_image(made, image_position=1, shows_prompt=shows_prompt)
+        (image,) = anon.list_public_images()["images"]
+        assert image["prompt"] == ("a lighthouse at dusk" if shows_prompt else None)
+    answer = alice.share_image(made, image_position=1, is_public=False, shows_prompt=True)
+    assert (answer["share_id"], answer["is_public"], answer["shows_prompt"]) == (None, False, False)
+    assert anon.list_public_images()["images"] == []
+
+
+def test_pages_follow_one_another_from_what_was_shared_last(alice, anon, worker, made):
+    other = completed(alice, worker)
+    shares = [(made, 0), (made, 1), (other, 0), (other, 1)]
+    answers = [alice.share_image(job_id, image_position=n) for job_id, n in shares]
+    assert alice.share_image(made) == answers[0], "sharing again moves nothing"
+
+    first = anon.list_public_images(page_size=3)
+    second = anon.list_public_images(page_size=3, before=first["next_before"])
+
+    images = first["images"] + second["images"]
+    assert [(image["job_id"], image["position"]) for image in images] == shares[::-1]
+    assert second["next_before"] is None
+    for page_size in (0, 101, None):
+        with refused("PT400", "invalid_input"):
+            anon.list_public_images(page_size=page_size)
+    for position in (2, -1, None):
+        with refused("PT404", "not_found"):
+            alice.share_image(made, image_position=position)
+
+
+def test_a_like_counts_once_for_each_user_until_it_is_taken_back(alice, bob, anon, made):
+    for position in (0, 1):
+        alice.share_image(made, image_position=position)
+    assert [bob.like_image(made)["like_count"] for _ in range(2)] == [1, 1]
+    told = {"job_id": made, "position": 0, "is_liked": True, "like_count": 2}
+    assert alice.like_image(made) == told
+
+    for caller in (bob, anon):
+        other, image = caller.list_public_images()["images"]
+        assert (image["is_liked"], image["like_count"]) == (caller is bob, 2)
+        assert (other["is_liked"], other["like_count"]) == (False, 0)
+    answers = [bob.like_image(made, is_liked=False) for _ in range(2)]
+    assert [(each["is_liked"], each["like_count"]) for each in answers] == [(False, 1)] * 2
+    alice.share_image(made, is_public=False)
+    alice.share_image(made)
+    assert bob.list_public_images()["images"][0]["like_count"] == 1, "likes outlast a share"
+    with refused("PT400", "invalid_input"):
+        alice.like_image(made, is_liked=None)
+
+
+@pytest.mark.parametrize("is_liked", [True, False])
+def test_what_is_not_shared_is_as_unknown_as_what_never_was(db, alice, bob, made, is_liked):
+    alice.share_image(made)
+    alice.share_image(made, image_position=1)
+    alice.share_image(made, image_position=1, is_public=False)
+    alice.like_image(made)
+    alice.delete_generation(made)
+    refusals = []
+    for job_id, position in ((made, 0), (made, 1), (str(uuid.uuid4()), 0), (None, 0)):
+        with unchanged(db), refused("PT404", "not_found") as expected:
+            bob.like_image(job_id, image_position=position, is_liked=is_liked)
+        refusals.append(expected.refusal)
+
+    assert len(set(refusals)) == 1
+
+
+def test_nobody_waits_for_a_like_under_way(db, alice, bob, made):
+    alice.share_image(made)
+
+    with bob.acting() as connection:
+        connection.execute("select public.like_image(%s)", [made])
+        db.execute("set statement_timeout = '5s'")
+        assert alice.like_image(made)["like_count"] == 1
+        alice.share_image(made, shows_prompt=True)
+        alice.delete_generation(made)
+
+    with refused("PT404", "not_found"):
+        bob.like_image(made)
+
+
+# Files.
+
+
+@pytest.fixture
+def files(db, alice, made):
+    """Storage has the files of the images, and the grants Supabase gives the API roles."""
+    db.execute("grant usage on schema storage to anon, authenticated")
+    db.execute("grant all on storage.objects to anon, authenticated")
+    folder = f"{alice.id}/{made}"
+    names = [f"{folder}/{name}" for name in ("0.png", "0.preview.webp", "1.png")]
+    strange = ["", "/", "a", f"{folder}/0", f"{folder}/0.png/../1.png", f"{folder}/%", "'; --"]
+    for name in names + strange:
+        for bucket in ("generations", "inputs"):
+            query = "insert into storage.objects (bucket_id, name) values (%s, %s)"
+            db.execute(query, bucket, name)
+    return names
+
+
+def seen(caller) -> list[tuple[str, str]]:
+    """Return which files of which bucket somebody finds."""
+    rows = caller.query("select bucket_id, name from storage.objects")
+    return sorted((row["bucket_id"], row["name"]) for row in rows)
+
+
+@pytest.mark.parametrize("end", ["share_image(%s, is_public => false)", "delete_generation(%s)"])
+def test_the_files_of_a_shared_image_are_seen_by_all_until_the_share_ends(db, alice, files, end):
+    made, others = files[0].split("/")[1], (Anon(db), User(db))
+    alice.share_image(made)
+
+    for caller in others:
+        assert seen(caller) == [("generations", files[0]), ("generations", files[1])]
+    for change in ("update storage.objects set name = name", "delete from storage.objects"):
+        assert others[1].query(change + " returning name") == []
+
+    alice.query(f"select public.{end}", made)
+    assert [seen(caller) for caller in others] == [[], []]
+    assert {("generations", name) for name in files} <= set(seen(alice))
+
+
+# Templates.
+
+APPS = "insert into public.prompt_templates (title, prompt) values ('Sky', 'the sky') returning id"
+
+
+def titles(user) -> list[tuple[str, bool]]:
+    """Return title and whether it is the user's own."""
+    return [(each["title"], each["is_own"]) for each in user.list_prompt_templates()]
+
+
+def test_a_template_is_kept_listed_changed_and_deleted_once(alice):
+    prompt = "a {animal} in the style of {painter}, {animal}"
+    wish = {"prompt": prompt, "model": "darkroom/preview", "params": {"width": 768}}
+    saved = alice.save_prompt_template("Animal portrait", **wish)
+
+    assert alice.list_prompt_templates() == [saved]
+    assert saved.pop("created_at")
+    template_id = saved.pop("id")
+    told = {"title": "Animal portrait", "is_own": True, "placeholders": ["animal", "painter"]}
+    assert saved == wish | told
+    alice.save_prompt_template("Ocean", "the {colour} ocean", id=template_id)
+    (template,) = alice.list_prompt_templates()
+    assert (template["id"], template["title"]) == (template_id, "Ocean")
+    assert (template["placeholders"], template["params"]) == (["colour"], {})
+    assert alice.delete_prompt_template(template_id) == {"id": template_id}
+    assert alice.list_prompt_templates() == []
+    with refused("PT404", "not_found"):
+        alice.delete_prompt_template(template_id)
+
+
+def test_the_apps_templates_are_the_operators_and_come_after_the_users_own(alice, bob, service):
+    service.query(APPS)
+    alice.save_prompt_template("Sea", "the sea")
+    alice.save_prompt_template("Land", "the land")
+    assert titles(alice) == [("Land", True), ("Sea", True), ("Sky", False)]
+
+    service.query("update public.prompt_templates set title = 'Clouds' where user_id is null")
+    assert titles(bob) == [("Clouds", False)]
+    service.query("delete from public.prompt_templates where user_id is null")
+    assert titles(bob) == []
+
+
+def test_templates_of_others_and_of_the_app_cannot_be_changed(db, alice, bob, service):
+    (app,) = service.query(APPS)
+    bobs = bob.save_prompt_template("Sea", "the sea")["id"]
+    refusals = []
+
+    for template_id in (str(app["id"]), bobs, str(uuid.uuid4())):
+        with unchanged(db), refused("PT404", "not_found") as expected:
+            alice.save_prompt_template("Mine", "mine", id=template_id)
+        refusals.append(expected.refusal)
+        with unchanged(db), refused("PT404", "not_found") as expected:
+            alice.delete_prompt_template(template_id)
+        refusals.append(expected.refusal)
+
+    assert len(set(refusals)) == 1
+
+
+def test_a_bad_template_or_one_too_many_is_refused(db, alice):
+    for name, values in {
+        "title": ["", None, "x" * 101],
+        "prompt": [" ", None, "x" * 4001],
+        "model": ["", "x" * 101],
+        "params": [[], {"x": "y" * 9000}],
+    }.items():
+        for value in values:
+            with unchanged(db), refused("PT400", "invalid_input") as expected:
+                alice.save_prompt_template(**{"title": "Sea", "prompt": "the sea"} | {name: value})
+            assert expected.detail.startswith(f"{name}: ")
+
+    db.execute(
+        "insert into public.prompt_templates (user_id, title, prompt)"
+        " select %s, 'Sea', 'the sea' from generate_series(1, 100)",
+        alice.id,
+    )
+    with unchanged(db), refused("PT400", "invalid_input"):
+        alice.save_prompt_template("One more", "the sea")
+    own = alice.list_prompt_templates()[0]["id"]
+    assert alice.save_prompt_template("Changed", "the sea", id=own)["title"] == "Changed"
