@@ -174,16 +174,13 @@ def test_what_is_deleted_is_hidden_everywhere_and_can_be_restored(db, alice, mad
         assert alice.restore_generation(made) == before
 
 
-@pytest.mark.parametrize("is_claimed", [False, True])
-def test_what_is_under_way_cannot_be_deleted(db, alice, worker, is_claimed):
+def test_what_is_under_way_cannot_be_deleted(db, alice, worker):
     job_id = alice.enqueued()
-    if is_claimed:
-        worker.claimed()
-
-    with unchanged(db), refused("PT409", "not_finished") as expected:
-        alice.delete_generation(job_id)
-
-    assert "cancel_generation" in (expected.refusal.hint or "")
+    for _ in ("queued", "running"):
+        with unchanged(db), refused("PT409", "not_finished") as expected:
+            alice.delete_generation(job_id)
+        assert "cancel_generation" in (expected.refusal.hint or "")
+        worker.claim_jobs(1)
 
 
 def test_what_is_being_erased_cannot_be_taken_back(db, alice, worker, made):

@@ -224,13 +224,11 @@ def test_what_every_job_needs_walks_indexes_though_the_tables_were_empty_when_it
     db.execute("select private.refresh_queue_state()")  # too old a state has the queue looked at
     db.execute("vacuum analyze")  # a table known to be empty is scanned
     with explained(worker.connection) as plans, explained(alice.connection) as of_users:
-        for turn in range(3):
-            for number in range(3):
-                key = f"{turn} {number}"
-                job_id = alice.enqueued(params={"num_outputs": 2}, idempotency_key=key)
-                alice.get_job_status(job_id)
+        for key in "abc":
+            job_id = alice.enqueued(params={"num_outputs": 2}, idempotency_key=key)
+            alice.get_job_status(job_id)
             alice.enqueue_batch(["a lighthouse"])
-            jobs = worker.claim_jobs(4)
+            jobs = worker.claim_jobs(2)
             alice.get_job_status(jobs[0].id)
             worker.of_many("begin_creates", [(job, None) for job in jobs])
             worker.of_many("checkpoint_jobs", [(job, job.id) for job in jobs])

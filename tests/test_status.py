@@ -144,17 +144,6 @@ def test_the_catalogue_lists_active_models_with_the_inputs_of_clients(anon):
     assert inputs["width"] == {"type": "integer", "minimum": 64, "maximum": 2048, "default": 1024}
 
 
-def test_what_only_reads_may_be_called_with_get(db):
-    functions = db.execute(
-        "select proname as name, provolatile = 'v' as is_volatile from pg_proc"
-        " where pronamespace = 'public'::regnamespace"
-    )
-
-    reads = ("get_", "list_", "ping", "queue_")
-    for function in functions:
-        assert function["is_volatile"] != function["name"].startswith(reads), function
-
-
 @pytest.mark.parametrize("question", ["list_active_jobs()", "list_generations(page_size => 100)"])
 def test_a_list_looks_at_the_queue_once_and_tells_of_each_job_as_alone(db, alice, bob, question):
     db.lift_limits()
