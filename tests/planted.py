@@ -218,7 +218,7 @@ SECURITY = [
         "sql/20_access.sql",
         "exception when data_exception then\n",
         "exception when division_by_zero then\n",
-        "tests/test_gating.py::test_a_token_that_names_no_user_is_not_authenticated",
+        "tests/test_gating.py::test_a_token_that_names_no_user_who_is_here_is_not_authenticated",
     ),
     Bug(
         "a prompt of fillers is charged",

@@ -133,17 +133,10 @@ def test_ids_are_uuids_of_version_7_in_order_of_time(db):
     assert {(each[14], each[19] in "89ab") for each in ids} == {("7", True)}
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        "update public.credit_ledger set amount = 1000",
-        "delete from public.credit_ledger",
-        "truncate public.credit_ledger",
-    ],
-)
-def test_the_ledger_is_append_only_even_for_its_owner(db, alice, change):
-    with pytest.raises(psycopg.errors.InsufficientPrivilege):
-        db.execute(change)
+def test_the_ledger_is_append_only_even_for_its_owner(db, alice):
+    for change in ("update {} set amount = 1000", "delete from {}", "truncate {}"):
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            db.execute(change.format("public.credit_ledger"))
 
     assert alice.ledger() == [("grant", 10)]
 

@@ -279,7 +279,7 @@ def assert_all_refuse(db, caller, victim) -> None:
             assert (told.code, told.token) == ("PT401", "not_authenticated"), function.name
 
 
-def test_a_token_that_names_no_user_is_not_authenticated(db):
+def test_a_token_that_names_no_user_who_is_here_is_not_authenticated(db):
     victim = Victim(db)
     db.execute(SUPABASE_UID)
     for claims in [
@@ -292,10 +292,6 @@ def test_a_token_that_names_no_user_is_not_authenticated(db):
             with refused("PT401", "not_authenticated"):
                 Claiming(db, json.dumps({"sub": sub})).query(f"select * from public.{table}")
 
-
-def test_a_deleted_users_token_is_not_authenticated_whatever_it_asks(db):
-    victim = Victim(db)
     gone = User(db, victim.id)
     db.execute("delete from auth.users where id = %s", victim.id)
-
     assert_all_refuse(db, gone, victim)
