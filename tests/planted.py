@@ -23,6 +23,9 @@ RPC = f"{FUZZ}no_call_fails_tells_of_others_or_writes_although_refused"
 WORDS = f"{FUZZ}whatever_it_is_given_a_function_answers_or_refuses_in_our_words"
 RETENTION = "tests/test_retention.py::test_"
 MODEL = "tests/test_money_model.py::test_money_is_what_the_model_says_whatever_happens"
+BAD_ROWS = (
+    f"{RETENTION}more_bad_rows_than_are_looked_at_are_passed_over_and_named_and_all_others_done"
+)
 SAFE_PATH = "tests/test_security_search_path.py::test_no_function_picks_up_what_its_caller_planted"
 
 SECURITY = [
@@ -48,14 +51,15 @@ SECURITY = [
         "sql/20_access.sql",
         "using (user_id = (select private.caller_id()) and deleted_at is null);",
         "using (deleted_at is null);",
-        "tests/test_access.py::test_users_read_their_own_rows_only[public.generations]",
+        "tests/test_access.py::test_users_read_their_own_rows_only",
     ),
     Bug(
         "row level security is off for the ledger",
         "sql/20_access.sql",
         "alter table public.credit_ledger enable row level security;\n",
         "",
-        "tests/test_catalog.py::test_every_table_has_row_level_security",
+        "tests/test_catalog.py::test_the_catalogue_keeps_the_rule"
+        "[every table has row level security]",
     ),
     Bug(
         "row level security is off for webhooks, and a gateway grants all",
@@ -70,7 +74,7 @@ SECURITY = [
         "grant select on table public.prompt_templates to authenticated;",
         "grant select on table public.prompt_templates to authenticated;\n"
         "grant insert on table public.credit_ledger to authenticated;",
-        "tests/test_catalog.py::test_each_role_has_exactly_these_rights_on_tables_and_columns"
+        "tests/test_catalog.py::test_each_role_has_exactly_these_rights_on_tables_columns_and_sequences"
         "[authenticated]",
     ),
     Bug(
@@ -135,14 +139,14 @@ SECURITY = [
         "sql/60_status.sql",
         "private.jobs_json(v_ids || p_job_ids, v_user_id)",
         "private.jobs_json(v_ids || p_job_ids)",
-        "tests/test_status.py::test_the_list_also_tells_how_the_jobs_asked_for_have_ended",
+        "tests/test_status.py::test_the_list_is_of_active_jobs_newest_first_and_of_those_asked_for",
     ),
     Bug(
         "a template of another user is overwritten",
         "sql/95_gallery.sql",
         "    where id = p_id and user_id = v_user_id\n",
         "    where id = p_id\n",
-        "tests/test_templates.py::test_templates_of_others_and_of_the_app_cannot_be_changed",
+        "tests/test_gallery.py::test_templates_of_others_and_of_the_app_cannot_be_changed",
     ),
     Bug(
         "shared images tell their prompts",
@@ -192,7 +196,8 @@ SECURITY = [
         "stable set search_path = pg_catalog, pg_temp\nreturn private.get_entitlement();",
         "stable security definer set search_path = pg_catalog, pg_temp\n"
         "return private.get_entitlement();",
-        "tests/test_catalog.py::test_definers_are_private_or_the_operators_and_doors_only_call_them",
+        "tests/test_catalog.py::test_the_catalogue_keeps_the_rule"
+        "[definers are private or the operators', and doors only call them]",
     ),
     # Refusals.
     Bug(
@@ -214,7 +219,7 @@ SECURITY = [
         "sql/20_access.sql",
         "exception when data_exception then\n",
         "exception when division_by_zero then\n",
-        "tests/test_gating.py::test_a_token_that_names_no_user_is_not_authenticated",
+        "tests/test_gating.py::test_a_token_that_names_no_user_who_is_here_is_not_authenticated",
     ),
     Bug(
         "a prompt of fillers is charged",
@@ -368,6 +373,44 @@ SECURITY = [
         "CapabilityBoundingSet=\n",
         "",
         "tests/test_worker_service.py::test_the_worker_is_hardly_exposed",
+    ),
+    # Files that are others', or erased.
+    Bug(
+        "a source image is any file of that name, or none",
+        "sql/32_input.sql",
+        "where bucket_id = 'inputs' and name = v_path",
+        "where bucket_id = 'inputs'",
+        "tests/test_input.py::test_a_source_image_is_there",
+    ),
+    Bug(
+        "the preview of every image is everybody's",
+        "sql/95_gallery.sql",
+        "select i.preview_path as path from public.images as i\nwhere i.share_id is not null",
+        "select i.preview_path as path from public.images as i\nwhere true",
+        "tests/test_gallery.py"
+        "::test_the_files_of_a_shared_image_are_seen_by_all_until_the_share_ends",
+    ),
+    Bug(
+        "a file is forgotten though Storage still has it",
+        "sql/84_erasure.sql",
+        "    and private.file_changed_at(f.bucket, f.path) is null;",
+        ";",
+        f"{RETENTION}what_storage_still_has_is_not_forgotten_and_the_rest_is_once",
+    ),
+    Bug(
+        "the previews of a deleted user stay",
+        "sql/84_erasure.sql",
+        "values (i.storage_path), (i.preview_path)) as f (path)\n    where i.user_id",
+        "values (i.storage_path)) as f (path)\n    where i.user_id",
+        f"{RETENTION}deleting_a_user_leaves_nothing_but_the_list_of_files",
+    ),
+    Bug(
+        "an edge function takes its caller's credentials along a redirect",
+        "supabase/functions/get_job_status/index.ts",
+        'redirect: "error"',
+        'redirect: "follow"',
+        "tests/test_functions.py"
+        "::test_a_gateway_that_is_away_moved_or_cannot_write_is_unavailable[get_job_status]",
     ),
 ]
 STATES = "tests/test_protocol.py::test_no_schedule_of_claims_ends_clocks_and_recovery_breaks_a_rule"
@@ -618,20 +661,28 @@ MONEY = [
         "",
         f"{RETENTION}deleting_a_user_is_no_deadlock_with_retention",
     ),
+    Bug(
+        "a user is deleted without locking what their live jobs lock first",
+        "sql/84_erasure.sql",
+        "create trigger darkroom_lock_jobs\nbefore delete on auth.users\n"
+        "for each row execute function private.lock_jobs_of_deleted_user();\n",
+        "",
+        CIRCLE,
+    ),
     # Routines over many users.
     Bug(
         "one bad row ends a routine",
         "sql/17_health_tables.sql",
         "    if sqlstate ~ '^(25|42|53|57|58)' then",
         "    if true then",
-        f"{RETENTION}a_bad_row_is_passed_over_and_named_and_all_others_are_done[case4]",
+        f"{BAD_ROWS}[mark_files]",
     ),
     Bug(
         "a row that was skipped is told nobody",
         "sql/88_health.sql",
         "        where r.last_at > now() - interval '1 day'\n",
         "        where r.last_at > now()\n",
-        f"{RETENTION}a_bad_row_is_passed_over_and_named_and_all_others_are_done[case0]",
+        f"{BAD_ROWS}[expire_generations]",
     ),
     # What overlaps.
     Bug(
@@ -730,7 +781,7 @@ OUTAGE = [
         "sql/84_erasure.sql",
         "where d.is_needed is not true",
         "where not d.is_needed",
-        f"{RETENTION}a_source_that_storage_does_not_know_is_listed",
+        f"{RETENTION}a_source_uploaded_again_after_it_was_marked_is_not_listed_and_a_lost_one_is",
     ),
     Bug(
         "pushes are sent as they came, whoever sends most",
