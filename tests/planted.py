@@ -652,7 +652,9 @@ WAKE_UP = [
         f"{LOOKS}[first]",
     ),
 ]
-PROCESS = "tests/test_worker_process.py::test_"
+WAITED_OUT = (
+    "tests/test_worker_recovery.py::test_whatever_the_server_says_of_itself_is_waited_out[25006]"
+)
 OUTAGE = [
     Bug(
         "trouble with the database is one class of exceptions",
@@ -663,7 +665,7 @@ OUTAGE = [
         """            except psycopg.OperationalError:
                 self._tell_systemd()
                 self.wake.clear()""",
-        f"{PROCESS}a_read_only_database_ends_no_worker_and_loses_no_job",
+        WAITED_OUT,
     ),
     Bug(
         "a job fails for what the server says of itself",
@@ -672,7 +674,7 @@ OUTAGE = [
         """        if not isinstance(error, psycopg.OperationalError):
             return "job"
         return "job" if state[:2] in JOBS_FAULT else""",
-        f"{PROCESS}what_the_server_says_of_a_completion_fails_no_job",
+        WAITED_OUT,
     ),
     Bug(
         "the end of a job is told nobody",

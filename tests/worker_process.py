@@ -5,6 +5,8 @@
         workers.until(job_id, "completed")
         assert process.stop() == 0
 
+    workers = shared_worker(WORKER_POLL_SECONDS=60)  # a fixture: one for all cases of a file
+
 At the end whatever still runs is killed, the books must balance, and no log may hold a prompt, a
 key or a password. `eventually` is the only way tests of workers wait.
 """
@@ -17,14 +19,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from datetime import datetime
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
-from database import PROJECT, Database, assert_books_balance
+import pytest
+from database import PROJECT, Database, Server, assert_books_balance
+from fake_replicate import FakeReplicate
 
 from stack import Stack
 
@@ -66,17 +69,11 @@ class WorkerProcess:
 
     @property
     def log(self) -> str:
-        """All it has written so far."""
         return self.log_file.read_text()
 
     def logged(self, pattern: str, within: float = 15) -> re.Match[str]:
         """Wait for a line that matches."""
         return eventually(lambda: re.search(pattern, self.log), within)
-
-    def logged_at(self, pattern: str) -> float:
-        """Wait for a line that matches and return its time, as time.time() tells it."""
-        line = self.logged(rf"(?m)^(\S+ \S+) .*{pattern}")
-        return datetime.strptime(line[1], "%Y-%m-%d %H:%M:%S,%f").timestamp()
 
     @property
     def worker_id(self) -> int:
@@ -111,6 +108,9 @@ class WorkerProcess:
 class Workers:
     """Starts workers on one database, looks at what they do, and cleans up after them."""
 
+    process: WorkerProcess  # of shared_worker
+    fake: FakeReplicate
+
     def __init__(self, db: Database, stack: Stack, folder: Path) -> None:
         self.db, self.stack, self.folder = db, stack, folder
         path = urlsplit(db.url).path
@@ -135,6 +135,12 @@ class Workers:
         if failure is None:
             assert_books_balance(self.db)
             assert self.leaks() == []
+
+    def knows(self, fake: FakeReplicate) -> None:
+        """Let workers that are started from now on use the fake of Replicate."""
+        self.fake = fake
+        self.environment |= {"REPLICATE_API_URL": fake.url, "REPLICATE_API_TOKEN": fake.token}
+        self.extra_secrets |= {fake.token, f"{fake.origin}/files"}
 
     def start(self, **environment: Any) -> WorkerProcess:
         """Start one and wait until it is registered."""
@@ -187,15 +193,6 @@ class Workers:
         query = "select outcome from private.attempts where generation_id = %s order by token"
         return [row["outcome"] for row in self.db.execute(query, job_id)]
 
-    def most_at_once(self) -> int:
-        """Return how many ended attempts were running at the same moment, at most."""
-        query = (
-            "select max((select count(*) from private.attempts as b"
-            " where b.started_at <= a.started_at and b.ended_at > a.started_at))"
-            " from private.attempts as a"
-        )
-        return int(self.db.value(query))
-
     # What happens to workers.
 
     def backdate_leases(self) -> None:
@@ -216,7 +213,6 @@ class Workers:
     # What comes out.
 
     def stored_file(self, path: str) -> bytes:
-        """Return a file from Storage."""
         url = f"{self.stack.api_url}/storage/v1/object/generations/{path}"
         headers = {"Authorization": f"Bearer {self.stack.service_role_key}"}
         return httpx.get(url, headers=headers).raise_for_status().content
@@ -233,3 +229,23 @@ class Workers:
         secrets = self.secrets()
         lines = [line for process in self.processes for line in process.log.splitlines()]
         return [line for line in lines if any(secret in line for secret in secrets)]
+
+
+def shared_worker(settings: str = "retry_base = '0'", **environment: Any) -> Any:
+    """Make a fixture: one worker for a whole file, with a database and a fake of Replicate."""
+
+    @pytest.fixture(scope="module")
+    def workers(
+        server: Server, template: str, stack: Stack, tmp_path_factory: pytest.TempPathFactory
+    ) -> Iterator[Workers]:
+        db = server.create(template)
+        db.lift_limits()
+        db.execute("update public.models set is_active = true")
+        db.execute(f"update private.settings set {settings}")
+        with FakeReplicate() as fake, Workers(db, stack, tmp_path_factory.mktemp("w")) as workers:
+            workers.knows(fake)
+            workers.process = workers.start(**environment)
+            yield workers
+        server.drop(db)
+
+    return workers
