@@ -8,16 +8,11 @@ from worker_process import eventually, shared_worker
 
 SCHNELL = "black-forest-labs/flux-schnell"
 
-workers = shared_worker(
+world, db, workers = shared_worker(
     "running_cancel_refund_percent = 0",  # what was bought is paid for
     WORKER_POLL_SECONDS=60,
     REPLICATE_SETTLE_SECONDS=60,
 )
-
-
-@pytest.fixture(scope="module")
-def db(workers):
-    return workers.db
 
 
 def canceled(workers, user, job_id):

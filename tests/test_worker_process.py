@@ -1,7 +1,4 @@
-"""Real worker processes, real Storage, the preview provider: a job's way, wake-up, start and end.
-
-`shared` is one worker for all cases; `workers` starts others on a database of the test's own.
-"""
+"""Real worker processes, real Storage: a job's way, wake-up, and how a worker ends."""
 
 from __future__ import annotations
 
@@ -23,19 +20,9 @@ from worker_process import WorkerProcess, Workers, eventually, shared_worker
 from stack import Stack
 
 SMALL = {"width": 64, "height": 64}
-LONG = {"PREVIEW_SECONDS": 60}  # the job will not end by itself
 SCHNELL = "black-forest-labs/flux-schnell"
 
-shared = shared_worker(WORKER_POLL_SECONDS=60)
-
-
-@pytest.fixture
-def workers(db: Database, stack: Stack, tmp_path: Path) -> Iterator[Workers]:
-    """Starts workers on the test's database."""
-    db.lift_limits()
-    db.execute("update private.settings set retry_base = '0'")
-    with Workers(db, stack, tmp_path) as workers:
-        yield workers
+world, db, workers = shared_worker(WORKER_POLL_SECONDS=60, WORKER_GRACE_SECONDS=2)
 
 
 @pytest.fixture
@@ -45,12 +32,6 @@ def live_workers(stack: Stack, tmp_path: Path) -> Iterator[Workers]:
     with Workers(db, stack, tmp_path) as workers:
         yield workers
     db.close()
-
-
-@pytest.fixture
-def user(shared: Workers) -> User:
-    """A user of the shared worker's database."""
-    return User(shared.db)
 
 
 class Client:
@@ -98,90 +79,97 @@ def test_a_prompt_becomes_an_image_that_its_owner_downloads(stack, live_workers)
     assert green > 150 > max(red, blue)  # it started from the source
 
 
-def test_every_image_asked_for_is_made_and_stored(shared, user):
-    job = user.enqueued(params=SMALL | {"num_outputs": 3})
-    shared.until(job, "completed")
+def test_every_image_asked_for_is_made_and_stored(alice, db, workers):
+    job = alice.enqueued(params=SMALL | {"num_outputs": 3})
+    workers.until(job, "completed")
 
     query = "select * from public.images where generation_id = %s order by position"
-    images = shared.db.execute(query, job)
-    files = [shared.stored_file(image["storage_path"]) for image in images]
+    images = db.execute(query, job)
+    files = [workers.stored_file(image["storage_path"]) for image in images]
     assert [image["position"] for image in images] == [0, 1, 2]
     assert [image["bytes"] for image in images] == [len(file) for file in files]
     assert len(set(files)) == 3
-    assert user.credits() == 7
+    assert alice.credits() == 7
 
 
-def test_a_failed_job_keeps_its_input_says_why_and_gives_the_credit_back_once(shared, user):
+def test_a_failed_job_keeps_its_input_says_why_and_gives_the_credit_back_once(alice, db, workers):
     prompt = "a lighthouse [fail:nude_alice_smith] [fail:moderated]"  # the first is no known code
-    job = user.enqueued(prompt, params=SMALL | {"seed": 7})
-    shared.until(job, "failed")
+    job = alice.enqueued(prompt, params=SMALL | {"seed": 7})
+    workers.until(job, "failed")
 
-    row = shared.db.row("select * from public.generations where id = %s", job)
+    row = db.row("select * from public.generations where id = %s", job)
     said = "select message from private.error_codes where code = 'moderated'"
     assert (row["prompt"], row["input"]) == (prompt, SMALL | {"seed": 7})
-    assert (row["error_code"], row["error_message"]) == ("moderated", shared.db.value(said))
-    assert user.ledger() == [("grant", 10), ("charge", -1), ("refund", 1)]
-    shared.process.logged(f"job.failed job={job} code=moderated reason='asked for by the prompt'")
-    assert "nude" not in shared.process.log
+    assert (row["error_code"], row["error_message"]) == ("moderated", db.value(said))
+    assert alice.ledger() == [("grant", 10), ("charge", -1), ("refund", 1)]
+    workers.process.logged(f"job.failed job={job} code=moderated reason='asked for by the prompt'")
+    assert "nude" not in workers.process.log
 
 
-def test_a_retryable_failure_is_tried_until_attempts_run_out(shared, user):
-    job = user.enqueued("[fail:provider_error]", params=SMALL)
-    shared.until(job, "failed")
+def test_a_retryable_failure_is_tried_until_attempts_run_out(alice, workers):
+    job = alice.enqueued("[fail:provider_error]", params=SMALL)
+    workers.until(job, "failed")
 
-    assert shared.outcomes(job) == ["retried", "retried", "failed"]
-    assert user.ledger() == [("grant", 10), ("charge", -1), ("refund", 1)]
+    assert workers.outcomes(job) == ["retried", "retried", "failed"]
+    assert alice.ledger() == [("grant", 10), ("charge", -1), ("refund", 1)]
 
 
-def test_a_worker_that_learns_at_the_end_that_its_lease_is_lost_settles_nothing(shared, user):
-    shared.fake.next(seconds=0.5)
-    lost = user.enqueued(model=SCHNELL)
-    eventually(lambda: shared.checkpointed(lost))
+def running(workers: Workers, user: User, seconds: float) -> str:
+    """Have a job of the user's that the provider takes so long for."""
+    workers.fake.next(seconds=seconds)
+    job = user.enqueued(model=SCHNELL)
+    eventually(lambda: workers.checkpointed(job))
+    return job
 
-    shared.give_lease_away(lost)
-    shared.process.logged(f"job.lost job={lost}")
 
-    assert shared.status(lost) == "processing"  # its new holder's
-    images = "select count(*) from public.images where generation_id = %s"
-    assert shared.db.value(images, lost) == 0
-    assert user.credits() == 9
-    shared.until(user.enqueued(params=SMALL), "completed")
+def test_a_worker_that_learns_at_the_end_that_its_lease_is_lost_settles_nothing(alice, db, workers):
+    lost = running(workers, alice, 0.5)
+
+    workers.give_lease_away(lost)
+    workers.process.logged(f"job.lost job={lost}")
+
+    assert workers.status(lost) == "processing"  # its new holder's
+    assert not db.execute("select from public.images where generation_id = %s", lost)
+    assert alice.credits() == 9
+    workers.until(alice.enqueued(params=SMALL), "completed")
 
 
 # --- waking up ---
 
 
-def test_a_sleeping_worker_is_woken_long_before_the_backstop(shared, user):
-    shared.until_silent()
+def test_a_sleeping_worker_is_woken_long_before_the_backstop(alice, workers):
+    workers.until_silent()
 
-    job = user.enqueued(params=SMALL)
+    job = alice.enqueued(params=SMALL)
 
-    shared.until(job, "processing", "completed", within=2)
+    workers.until(job, "processing", "completed", within=2)
 
 
-def test_a_worker_woken_for_a_job_that_another_one_took_goes_to_sleep_again(shared):
-    shared.process.logged("listen.started")
+def test_a_worker_woken_for_a_job_that_another_one_took_goes_to_sleep_again(db, workers):
+    workers.process.logged("listen.started")
 
     for _ in range(5):
-        shared.until_asleep(shared.process)  # before its second look
-        with shared.db.connect() as connection:
+        workers.until_asleep(workers.process)  # before its second look
+        with db.connect() as connection:
             connection.execute("update private.workers set asleep = false")
-            channel = f"darkroom_worker_{shared.process.worker_id}"
+            channel = f"darkroom_worker_{workers.process.worker_id}"
             connection.execute("select pg_notify(%s, '')", [channel])
 
-    shared.until_asleep(shared.process, within=2)
+    workers.until_asleep(workers.process, within=2)
 
 
-def test_a_worker_whose_listen_connection_died_says_so_and_listens_again(shared, user):
-    shared.process.logged("listen.started")
-    shared.until_silent()
+def test_a_worker_whose_listen_connection_died_says_so_and_listens_again(alice, db, workers):
+    process = workers.process
+    process.logged("listen.started")
+    workers.until_silent()
 
-    assert shared.terminate_backends("query ilike '%listen%'") == 1
-    shared.process.logged(r"listen\.lost[^$]*listen\.started")
-    eventually(lambda: not shared.db.value("select is_listening from private.workers"))
-    shared.until_silent()
+    assert workers.terminate_backends("query ilike '%listen%'") == 1
+    process.logged(r"listen\.lost[^$]*listen\.started")
+    said = "select is_listening from private.workers where id = %s"
+    eventually(lambda: not db.value(said, process.worker_id))
+    workers.until_silent()
 
-    shared.until(user.enqueued(params=SMALL), "processing", "completed", within=2)
+    workers.until(alice.enqueued(params=SMALL), "processing", "completed", within=2)
 
 
 # --- the end of a worker ---
@@ -199,15 +187,12 @@ def laboratory(process: WorkerProcess) -> list[Path]:
 
 
 def test_a_killed_workers_job_is_finished_by_another_and_charged_once(alice, workers):
-    killed = workers.start(**LONG)
-    job = alice.enqueued(params=SMALL)
-    workers.until(job, "processing")
-    lab = eventually(lambda: laboratory(killed))
+    job, lab = running(workers, alice, 1), eventually(lambda: laboratory(workers.process))
     environments = "".join((each / "environ").read_text() for each in lab)
 
-    killed.kill()
+    workers.process.kill()
     workers.backdate_leases()
-    workers.start()  # looks for stale jobs at its start
+    workers.process = workers.start()  # looks for stale jobs at its start
     workers.until(job, "completed")
 
     assert workers.outcomes(job) == ["retried", "completed"]
@@ -220,7 +205,7 @@ def test_a_killed_workers_job_is_finished_by_another_and_charged_once(alice, wor
 def test_pg_cron_recovers_a_killed_workers_job_with_no_worker_alive(stack, live_workers):
     """It waits for the real minute job."""
     db, client = live_workers.db, Client(stack)
-    killed = live_workers.start(**LONG)
+    killed = live_workers.start(PREVIEW_SECONDS=60)
     job = client.call("enqueue_generation", model="darkroom/preview", prompt="x", params=SMALL)
     live_workers.until(job["job_id"], "processing")
 
@@ -233,51 +218,40 @@ def test_pg_cron_recovers_a_killed_workers_job_with_no_worker_alive(stack, live_
     assert live_workers.outcomes(job["job_id"]) == ["retried"]
 
 
-def test_a_worker_that_is_stopped_finishes_what_it_has_and_claims_nothing_more(alice, workers):
-    process = workers.start(PREVIEW_SECONDS=0.7)
-    jobs = [alice.enqueued(params=SMALL) for _ in range(3)]
-    for job in jobs:
-        workers.until(job, "processing")
-    lab = eventually(lambda: laboratory(process))
+def test_a_worker_that_is_stopped_finishes_what_it_can_in_time_and_claims_nothing_more(
+    alice, db, workers
+):
+    process, lab = workers.process, eventually(lambda: laboratory(workers.process))
+    long, short = running(workers, alice, 4), running(workers, alice, 0.5)
+    bought = workers.checkpointed(long)["provider_job_id"]
 
     process.signal(signal.SIGTERM)
-    process.logged(r"worker\.stopping")
+    process.logged(r"worker\.stopping running=2")
     late = alice.enqueued(params=SMALL)
     assert process.wait() == 0
 
-    assert [workers.status(job) for job in [*jobs, late]] == [*["completed"] * 3, "queued"]
-    eventually(lambda: not any(each.exists() for each in lab))
-
-
-def test_jobs_that_outlast_the_grace_time_are_released_and_cost_no_attempt(alice, db, workers):
-    process = workers.start(**LONG, WORKER_GRACE_SECONDS=0.1)
-    job = alice.enqueued(params=SMALL)
-    running = eventually(lambda: workers.checkpointed(job))
-
-    assert process.stop() == 0
-
-    (ready,) = db.execute("select attempt, provider_job_id from private.ready_jobs")
-    assert ready == {"attempt": 0, "provider_job_id": running["provider_job_id"]}
-    successor = workers.start(WORKER_POLL_SECONDS=60)
-    workers.until(job, "completed")
-    history = db.execute("select outcome, attempt, provider_job_id from private.attempts")
-    assert [row["outcome"] for row in history] == ["released", "completed"]
-    assert {row["attempt"] for row in history} == {1}
-    assert {row["provider_job_id"] for row in history} == {running["provider_job_id"]}
-    workers.until_asleep(successor)
-    assert successor.stop(within=2) == 0
+    assert [workers.status(job) for job in (long, short, late)] == ["queued", "completed", "queued"]
+    assert not any(each.exists() for each in lab)
+    ready = db.row("select * from private.ready_jobs where job_id = %s", long)
+    assert (ready["attempt"], ready["provider_job_id"]) == (0, bought)
+    workers.process = workers.start()
+    workers.until(late, "completed")
+    workers.until(long, "completed")
+    tries = db.execute("select * from private.attempts where generation_id = %s", long)
+    assert sorted(each["outcome"] for each in tries) == ["completed", "released"]
+    assert {(each["attempt"], each["provider_job_id"]) for each in tries} == {(1, bought)}
+    workers.until_asleep(workers.process)
+    assert workers.process.stop(within=2) == 0
 
 
 def test_a_second_signal_ends_the_worker_at_once_and_leaves_jobs_to_their_leases(alice, workers):
-    process = workers.start(**LONG)
-    job = alice.enqueued(params=SMALL)
-    workers.until(job, "processing")
+    job = running(workers, alice, 60)
 
-    process.signal(signal.SIGTERM)
-    process.logged(r"worker\.stopping running=1")
-    process.signal(signal.SIGTERM)
+    workers.process.signal(signal.SIGTERM)
+    workers.process.logged(r"worker\.stopping running=\d")
+    workers.process.signal(signal.SIGTERM)
 
-    assert process.wait(within=2) == 3
+    assert workers.process.wait(within=2) == 3
     assert workers.status(job) == "processing"
 
 

@@ -136,12 +136,6 @@ class Workers:
             assert_books_balance(self.db)
             assert self.leaks() == []
 
-    def knows(self, fake: FakeReplicate) -> None:
-        """Let workers that are started from now on use the fake of Replicate."""
-        self.fake = fake
-        self.environment |= {"REPLICATE_API_URL": fake.url, "REPLICATE_API_TOKEN": fake.token}
-        self.extra_secrets |= {fake.token, f"{fake.origin}/files"}
-
     def start(self, **environment: Any) -> WorkerProcess:
         """Start one and wait until it is registered."""
         process = self.launch(**environment)
@@ -231,11 +225,13 @@ class Workers:
         return [line for line in lines if any(secret in line for secret in secrets)]
 
 
-def shared_worker(settings: str = "retry_base = '0'", **environment: Any) -> Any:
-    """Make a fixture: one worker for a whole file, with a database and a fake of Replicate."""
+def shared_worker(settings: str = "retry_base = '0'", **environment: Any) -> tuple[Any, ...]:
+    """Make fixtures for a file: `world, db, workers`: one worker with a database and a fake of
+    Replicate, for all cases. Who kills it or stops it need not start another.
+    """
 
     @pytest.fixture(scope="module")
-    def workers(
+    def world(
         server: Server, template: str, stack: Stack, tmp_path_factory: pytest.TempPathFactory
     ) -> Iterator[Workers]:
         db = server.create(template)
@@ -243,9 +239,24 @@ def shared_worker(settings: str = "retry_base = '0'", **environment: Any) -> Any
         db.execute("update public.models set is_active = true")
         db.execute(f"update private.settings set {settings}")
         with FakeReplicate() as fake, Workers(db, stack, tmp_path_factory.mktemp("w")) as workers:
-            workers.knows(fake)
-            workers.process = workers.start(**environment)
+            workers.fake = fake
+            workers.extra_secrets = {fake.token, f"{fake.origin}/files"}
+            workers.environment |= {name: str(value) for name, value in environment.items()}
+            workers.environment |= {
+                "REPLICATE_API_URL": fake.url,
+                "REPLICATE_API_TOKEN": fake.token,
+            }
             yield workers
         server.drop(db)
 
-    return workers
+    @pytest.fixture(scope="module")
+    def db(world: Workers) -> Database:
+        return world.db
+
+    @pytest.fixture
+    def workers(world: Workers) -> Workers:
+        if not any(process.is_running() for process in world.processes):
+            world.process = world.start()
+        return world
+
+    return world, db, workers
