@@ -4,7 +4,8 @@ import signal
 import time
 
 import pytest
-from worker_process import eventually, shared_worker
+from shared_worker import shared_worker
+from worker_process import eventually
 
 SCHNELL = "black-forest-labs/flux-schnell"
 
@@ -24,9 +25,8 @@ def canceled(workers, user, job_id):
 
 
 def test_a_canceled_job_is_stopped_at_the_provider_within_a_second_and_paid_for(db, alice, workers):
-    workers.fake.next(seconds=60)
-    job_id = alice.enqueued(model=SCHNELL)
-    running = eventually(lambda: workers.checkpointed(job_id))
+    job_id = workers.running(alice, seconds=60)
+    running = workers.checkpointed(job_id)
 
     assert canceled(workers, alice, job_id) < 1
 

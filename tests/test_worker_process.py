@@ -12,15 +12,14 @@ from typing import Any
 
 import httpx
 import pytest
-from actors import User
 from database import Database
 from PIL import Image
-from worker_process import WorkerProcess, Workers, eventually, shared_worker
+from shared_worker import shared_worker
+from worker_process import WorkerProcess, Workers, eventually
 
 from stack import Stack
 
 SMALL = {"width": 64, "height": 64}
-SCHNELL = "black-forest-labs/flux-schnell"
 
 world, db, workers = shared_worker(WORKER_POLL_SECONDS=60, WORKER_GRACE_SECONDS=2)
 
@@ -114,16 +113,8 @@ def test_a_retryable_failure_is_tried_until_attempts_run_out(alice, workers):
     assert alice.ledger() == [("grant", 10), ("charge", -1), ("refund", 1)]
 
 
-def running(workers: Workers, user: User, seconds: float) -> str:
-    """Have a job of the user's that the provider takes so long for."""
-    workers.fake.next(seconds=seconds)
-    job = user.enqueued(model=SCHNELL)
-    eventually(lambda: workers.checkpointed(job))
-    return job
-
-
 def test_a_worker_that_learns_at_the_end_that_its_lease_is_lost_settles_nothing(alice, db, workers):
-    lost = running(workers, alice, 0.5)
+    lost = workers.running(alice, seconds=0.5)
 
     workers.give_lease_away(lost)
     workers.process.logged(f"job.lost job={lost}")
@@ -187,7 +178,7 @@ def laboratory(process: WorkerProcess) -> list[Path]:
 
 
 def test_a_killed_workers_job_is_finished_by_another_and_charged_once(alice, workers):
-    job, lab = running(workers, alice, 1), eventually(lambda: laboratory(workers.process))
+    job, lab = workers.running(alice, seconds=1), eventually(lambda: laboratory(workers.process))
     environments = "".join((each / "environ").read_text() for each in lab)
 
     workers.process.kill()
@@ -222,7 +213,7 @@ def test_a_worker_that_is_stopped_finishes_what_it_can_in_time_and_claims_nothin
     alice, db, workers
 ):
     process, lab = workers.process, eventually(lambda: laboratory(workers.process))
-    long, short = running(workers, alice, 4), running(workers, alice, 0.5)
+    long, short = workers.running(alice, seconds=4), workers.running(alice, seconds=0.5)
     bought = workers.checkpointed(long)["provider_job_id"]
 
     process.signal(signal.SIGTERM)
@@ -245,7 +236,7 @@ def test_a_worker_that_is_stopped_finishes_what_it_can_in_time_and_claims_nothin
 
 
 def test_a_second_signal_ends_the_worker_at_once_and_leaves_jobs_to_their_leases(alice, workers):
-    job = running(workers, alice, 60)
+    job = workers.running(alice, seconds=60)
 
     workers.process.signal(signal.SIGTERM)
     workers.process.logged(r"worker\.stopping running=\d")

@@ -12,30 +12,22 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import pytest
-from actors import Service, User
+from actors import Service
 from chaos.proxy import Proxy
 from database import Database
+from shared_worker import shared_worker
 from test_worker_units import ENVIRONMENT
-from worker_process import Workers, eventually, shared_worker
+from worker_process import eventually
 
 import worker
 
 SMALL = {"width": 64, "height": 64}
-SCHNELL = "black-forest-labs/flux-schnell"
 
 world, db, workers = shared_worker(
     "retry_base = '0', heartbeat = '0.2 seconds', lease = '5 seconds'",
     WORKER_POLL_SECONDS=0.2,
     WORKER_SLOTS=3,
 )
-
-
-def running(workers: Workers, user: User, seconds: float) -> str:
-    """Have a job of the user's that the provider takes so long for."""
-    workers.fake.next(seconds=seconds)
-    job = user.enqueued(model=SCHNELL)
-    eventually(lambda: workers.checkpointed(job))
-    return job
 
 
 # --- leases ---
@@ -53,7 +45,7 @@ def test_a_dead_workers_job_is_in_other_hands_within_75_seconds(server, template
 
 def test_heartbeats_extend_the_lease_tell_the_progress_and_hear_of_a_cancel(db, alice, workers):
     lease = "select lease_until from private.running_jobs where job_id = %s"
-    job = running(workers, alice, 60)
+    job = workers.running(alice, seconds=60)
     first = db.value(lease, job)
 
     eventually(lambda: db.value(lease, job) > first)
@@ -64,7 +56,7 @@ def test_heartbeats_extend_the_lease_tell_the_progress_and_hear_of_a_cancel(db, 
 
 
 def test_a_beat_that_finds_the_lease_lost_drops_the_job_and_frees_its_slot(alice, workers):
-    lost, *others = [running(workers, alice, 60) for _ in range(3)]
+    lost, *others = [workers.running(alice, seconds=60) for _ in range(3)]
     waiting = alice.enqueued(params=SMALL)
 
     workers.give_lease_away(lost)
@@ -79,7 +71,7 @@ def test_a_beat_that_finds_the_lease_lost_drops_the_job_and_frees_its_slot(alice
 
 
 def test_a_worker_may_claim_its_own_lost_job_again(db, alice, workers):
-    job = running(workers, alice, 1.5)
+    job = workers.running(alice, seconds=1.5)
 
     with db.connect().transaction() as recovery:  # no beat in between
         recovery.connection.execute(
@@ -110,7 +102,7 @@ def test_health_hears_of_a_worker_whose_listen_connection_died(db, workers):
 
 
 def test_jobs_survive_the_loss_of_all_database_connections(alice, workers):
-    jobs = [running(workers, alice, 0.5) for _ in range(3)]
+    jobs = [workers.running(alice, seconds=0.5) for _ in range(3)]
 
     def a_jobs_call_was_cut_off() -> bool:
         workers.terminate_backends("true")
@@ -144,7 +136,7 @@ def saying(db: Database, state: str, *functions: str) -> Iterator[None]:
 # Read-only, no right, disk full, timeout, gone, broken: each in another class of exceptions.
 @pytest.mark.parametrize("state", ["25006", "42501", "53100", "57014", "08006", "XX000"])
 def test_whatever_the_server_says_of_itself_is_waited_out(db, alice, workers, state):
-    jobs = [running(workers, alice, 1) for _ in range(2)]
+    jobs = [workers.running(alice, seconds=1) for _ in range(2)]
     calls = ("claim_jobs", "heartbeat", "due_lanes", "complete_jobs")
 
     with saying(db, state, *calls, "sleep", "recover_stale_jobs"):

@@ -14,7 +14,8 @@ from unittest import mock
 
 import pytest
 import stack_choice
-from worker_process import CONNECTIONS, eventually, shared_worker
+from shared_worker import shared_worker
+from worker_process import CONNECTIONS, eventually
 
 import worker
 
@@ -88,8 +89,7 @@ def test_a_busy_worker_is_fed_while_it_beats_and_starves_while_the_database_stan
 ):
     if stack_choice.is_wanted():
         pytest.skip("pids in a container are not those of this machine")
-    workers.fake.next(seconds=60)
-    job = alice.enqueued(model="black-forest-labs/flux-schnell")
+    job = workers.running(alice, seconds=60)
     manager.until(".*: 1 of 4 slots busy, is woken by NOTIFY")
     manager.until_fed(3)
 

@@ -5,8 +5,6 @@
         workers.until(job_id, "completed")
         assert process.stop() == 0
 
-    workers = shared_worker(WORKER_POLL_SECONDS=60)  # a fixture: one for all cases of a file
-
 At the end whatever still runs is killed, the books must balance, and no log may hold a prompt, a
 key or a password. `eventually` is the only way tests of workers wait.
 """
@@ -19,15 +17,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
-import pytest
-from database import PROJECT, Database, Server, assert_books_balance
-from fake_replicate import FakeReplicate
+from database import PROJECT, Database, assert_books_balance
 
 from stack import Stack
 
@@ -107,9 +103,6 @@ class WorkerProcess:
 
 class Workers:
     """Starts workers on one database, looks at what they do, and cleans up after them."""
-
-    process: WorkerProcess  # of shared_worker
-    fake: FakeReplicate
 
     def __init__(self, db: Database, stack: Stack, folder: Path) -> None:
         self.db, self.stack, self.folder = db, stack, folder
@@ -223,40 +216,3 @@ class Workers:
         secrets = self.secrets()
         lines = [line for process in self.processes for line in process.log.splitlines()]
         return [line for line in lines if any(secret in line for secret in secrets)]
-
-
-def shared_worker(settings: str = "retry_base = '0'", **environment: Any) -> tuple[Any, ...]:
-    """Make fixtures for a file: `world, db, workers`: one worker with a database and a fake of
-    Replicate, for all cases. Who kills it or stops it need not start another.
-    """
-
-    @pytest.fixture(scope="module")
-    def world(
-        server: Server, template: str, stack: Stack, tmp_path_factory: pytest.TempPathFactory
-    ) -> Iterator[Workers]:
-        db = server.create(template)
-        db.lift_limits()
-        db.execute("update public.models set is_active = true")
-        db.execute(f"update private.settings set {settings}")
-        with FakeReplicate() as fake, Workers(db, stack, tmp_path_factory.mktemp("w")) as workers:
-            workers.fake = fake
-            workers.extra_secrets = {fake.token, f"{fake.origin}/files"}
-            workers.environment |= {name: str(value) for name, value in environment.items()}
-            workers.environment |= {
-                "REPLICATE_API_URL": fake.url,
-                "REPLICATE_API_TOKEN": fake.token,
-            }
-            yield workers
-        server.drop(db)
-
-    @pytest.fixture(scope="module")
-    def db(world: Workers) -> Database:
-        return world.db
-
-    @pytest.fixture
-    def workers(world: Workers) -> Workers:
-        if not any(process.is_running() for process in world.processes):
-            world.process = world.start()
-        return world
-
-    return world, db, workers
