@@ -19,7 +19,6 @@ from database import PROJECT
 import pictures
 
 UNIT = PROJECT / "worker.service"
-SETTINGS = re.findall(r"(?m)^(\w+)=(.*)$", UNIT.read_text())
 UNITS = "etc/systemd/system"
 
 
@@ -39,24 +38,16 @@ def test_the_worker_is_hardly_exposed():
     assert float(level[1]) <= 1.2
 
 
-def test_the_worker_can_do_its_work_and_is_waited_for_and_secrets_are_credentials():
-    unit = dict(SETTINGS)
+def test_it_has_room_for_its_pictures_and_time_for_its_jobs_and_shows_no_secret():
+    text = UNIT.read_text()
+    unit = dict(re.findall(r"(?m)^(\w+)=(.*)$", text))
 
-    assert unit["RestrictAddressFamilies"] == "AF_INET AF_INET6 AF_UNIX"
-    assert unit["OOMPolicy"] == "continue"  # a picture's process is not the worker
     most = pictures.SMALL_AT_ONCE * pictures.SMALL_BYTES + pictures.LARGE_BYTES
     assert (unit["MemoryMax"], most <= 750_000_000) == ("1G", True)
-    assert not {"PrivateNetwork", "IPAddressDeny", "NoExecPaths"} & unit.keys()
-    assert ("Environment", "TMPDIR=/var/tmp") in SETTINGS  # its own, by PrivateTmp
-    assert unit["LoadCredential"] == "darkroom:/etc/darkroom/credentials"
-    assert not re.search(r"KEY|TOKEN|PASSWORD|_URL", UNIT.read_text())
-    assert (unit["Type"], unit["Restart"], unit["RestartPreventExitStatus"]) == (
-        "notify",
-        "always",
-        "2",
-    )
-    assert (unit["StartLimitIntervalSec"], unit["TimeoutStartSec"]) == ("0", "infinity")
+    assert (unit["Type"], unit["RestartPreventExitStatus"]) == ("notify", "2")
     assert int(unit["WatchdogSec"]) > int(unit["TimeoutStopSec"]) > 30 + 10
+    assert unit["LoadCredential"] == "darkroom:/etc/darkroom/credentials"
+    assert not re.search(r"KEY|TOKEN|PASSWORD|_URL", text)
 
 
 # --- make install-worker ---
@@ -122,15 +113,6 @@ def test_it_installs_all_there_is_and_later_only_what_differs(install, tmp_path)
     again = install().stdout
     assert again.splitlines()[0] == f"install: /{UNITS}/darkroom-worker.service"
     assert unit.read_text() == UNIT.read_text()
-
-
-@pytest.mark.skipif(Path("/run/systemd/system").exists(), reason="systemd runs this machine")
-def test_without_systemd_it_says_so_and_changes_nothing(install):
-    done = install(DESTDIR="")
-
-    assert done.returncode != 0
-    assert "install: systemd does not run this machine" in done.stderr
-    assert not Path("/etc/darkroom").exists()
 
 
 @pytest.mark.parametrize("name", ["darkroom-worker.service", "darkroom-worker@.service"])

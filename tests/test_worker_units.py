@@ -18,7 +18,6 @@ import tempfile
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import IO, Any
 from unittest import mock
 
@@ -65,7 +64,6 @@ def test_what_is_empty_counts_as_unset():
         ("REPLICATE_API_URL", "file:///etc/passwd"),
         ("WEBHOOK_ALLOWED_HOSTS", "http://localhost:8000"),
         ("WORKER_SLOTS", "0"),
-        ("WORKER_SLOTS", "many"),
         ("WORKER_POLL_SECONDS", "nan"),
         ("LOG_LEVEL", "verbose"),
     ],
@@ -106,18 +104,14 @@ def test_addresses_as_platforms_show_them_are_taken(query, kept, prepares):
     assert {"secret", HOST + query} < set(settings.secrets)
 
 
-def test_credentials_go_before_variables_and_those_that_cannot_be_read_stop_the_worker(
-    tmp_path: Path,
-):
+def test_credentials_go_before_variables_and_those_that_cannot_be_read_stop_the_worker(tmp_path):
     (tmp_path / "darkroom_REPLICATE_API_TOKEN").write_text("r8_from_systemd\n")
-    (tmp_path / "SUPABASE_URL").write_text("https://example.com")
     (tmp_path / "darkroom_EXPO_ACCESS_TOKEN").write_text("\n")
-    variables = {"REPLICATE_API_TOKEN": "r8_other", "EXPO_ACCESS_TOKEN": "kept"}
+    given = {"REPLICATE_API_TOKEN": "r8_other", "EXPO_ACCESS_TOKEN": "kept"}
 
-    values = worker.with_credentials(variables | {"CREDENTIALS_DIRECTORY": str(tmp_path)})
+    values = worker.with_credentials(given | {"CREDENTIALS_DIRECTORY": str(tmp_path)})
 
     assert values["REPLICATE_API_TOKEN"] == "r8_from_systemd"
-    assert values["SUPABASE_URL"] == "https://example.com"
     assert values["EXPO_ACCESS_TOKEN"] == "kept"
     with pytest.raises(ConfigError, match=r"^CREDENTIALS_DIRECTORY: FileNotFoundError"):
         worker.with_credentials({"CREDENTIALS_DIRECTORY": str(tmp_path / "none")})
@@ -331,34 +325,20 @@ def a_job(**changes: Any) -> Job:
     return Job(**values | changes)
 
 
-class Sources(Web):
-    """A storage server with source images, and the provider's files API."""
-
-    def __init__(self, url: str, signed: dict[str, str]) -> None:
-        self.url = url
-        self.answered = {"/v1/files": httpx.Response(201, json={"urls": {"get": f"{API}/files/1"}})}
-        self.signed = httpx.Response(200, json=signed)
-        super().__init__(httpx.Response(200, content=b"a cat"))
-
-    def handle(self, request: httpx.Request) -> httpx.Response:
-        file = super().handle(request)
-        is_to_sign = request.url.path.startswith("/storage/v1/object/sign/")
-        return self.answered.get(request.url.path, self.signed if is_to_sign else file)
-
-    def sent(self, provider: Any = None, **provider_input: Any) -> dict[str, Any]:
-        """What a worker that has these sources would send to the provider."""
-        job = a_job(provider_input=provider_input, image_inputs=["image", "more"])
-
-        async def call(api: Replicate) -> dict[str, Any]:
-            settings = Settings(ENVIRONMENT | {"SUPABASE_URL": self.url})
-            storage = Storage(settings, api.http, mock.Mock())
-            one = worker.Worker(settings, mock.Mock(), {}, storage, mock.Mock())
-            return await one._with_sources(provider or api, job)
-
-        return dict(self.ask(call))
-
-
 SIGNED = "/object/sign/inputs/u/cat.png?token=t"
+
+
+def sources_sent(web: Web, provider: Any = None, **provider_input: Any) -> dict[str, Any]:
+    """What a worker sends to the provider that has these source images in a public Storage."""
+    job = a_job(provider_input=provider_input, image_inputs=["image", "more"])
+
+    async def call(api: Replicate) -> dict[str, Any]:
+        settings = Settings(ENVIRONMENT | {"SUPABASE_URL": "https://project.supabase.co"})
+        storage = Storage(settings, api.http, mock.Mock())
+        one = worker.Worker(settings, mock.Mock(), {}, storage, mock.Mock())
+        return await one._with_sources(provider or api, job)
+
+    return dict(web.ask(call))
 
 
 @pytest.mark.parametrize(
@@ -367,9 +347,9 @@ SIGNED = "/object/sign/inputs/u/cat.png?token=t"
     ids=str,
 )
 def test_a_source_image_is_given_as_a_signed_address_where_storage_is_public(signed):
-    web = Sources("https://project.supabase.co", signed)
+    web = Web(httpx.Response(200, json=signed))
 
-    sent = web.sent(prompt="p", image="u/a cat.png", more=None)
+    sent = sources_sent(web, prompt="p", image="u/a cat.png", more=None)
 
     address = f"https://project.supabase.co/storage/v1{SIGNED}"
     assert sent == {"prompt": "p", "image": address, "more": None}
@@ -378,48 +358,34 @@ def test_a_source_image_is_given_as_a_signed_address_where_storage_is_public(sig
     assert json.loads(request.content)["expiresIn"] >= 300
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:54321", "http://kong.internal"])
-def test_a_source_image_is_uploaded_where_storage_is_not_public(url):
-    web = Sources(url, {})
-
-    sent = web.sent(more=["u/cat.png", "u/dog.png"])
-
-    assert sent == {"more": [f"{API}/files/1"] * 2}
-    uploads = [request for request in web.requests if request.url.path == "/v1/files"]
-    assert [b'filename="cat.png"' in upload.content for upload in uploads] == [True, False]
-    assert all(b"\r\n\r\na cat\r\n" in upload.content for upload in uploads)
-
-
 def test_a_provider_that_fetches_nothing_is_given_the_file_also_where_storage_is_public():
-    web = Sources("https://project.supabase.co", {"signedURL": SIGNED})
     seen = pictures.Picture("PNG", 40, 30, blurhash="LEHV6n")
-    provider = worker.Preview(mock.Mock(inspect=mock.AsyncMock(return_value=seen)), 0, 0)
+    preview = worker.Preview(mock.Mock(inspect=mock.AsyncMock(return_value=seen)), 0, 0)
 
-    assert web.sent(provider=provider, image="u/cat.png")["image"] == f"-{b'LEHV6n'.hex()}"
+    sent = sources_sent(Web(httpx.Response(200, content=b"a cat")), preview, image="u/cat.png")
+
+    assert sent["image"] == f"-{b'LEHV6n'.hex()}"
 
 
 # --- Replicate's answers ---
 
 
-def create(answer: Answer) -> str:
-    return str(Web(answer).ask(lambda api: api.create(a_job(), {"prompt": "p"})))
+def create(api: Replicate) -> Awaitable[str]:
+    return api.create(a_job(), {"prompt": "p"})
 
 
 @pytest.mark.parametrize(
     ("answer", "code", "seconds"),
     [
         (httpx.Response(400), "invalid_input", None),
-        (httpx.Response(422), "invalid_input", None),
         (httpx.Response(429, headers={"retry-after": "7"}), "provider_busy", 7),
-        (httpx.Response(302), "internal", None),
         (httpx.Response(404), "internal", None),
         (httpx.ConnectError("refused"), "provider_busy", None),
-        (httpx.PoolTimeout("none free"), "provider_busy", None),
     ],
 )
 def test_a_refused_create_may_be_repeated_unless_the_input_is_wrong(answer, code, seconds):
     with pytest.raises(JobError) as refusal:
-        create(answer)
+        Web(answer).ask(create)
 
     assert (refusal.value.code, refusal.value.retry_after) == (code, seconds)
 
@@ -427,13 +393,11 @@ def test_a_refused_create_may_be_repeated_unless_the_input_is_wrong(answer, code
 @pytest.mark.parametrize(
     "answer",
     [
-        httpx.Response(408),
         httpx.Response(500),
         httpx.ReadTimeout("late"),
         httpx.WriteError("reset"),
         httpx.RemoteProtocolError("hung up"),
         httpx.Response(201, text="<html>proxy</html>"),
-        httpx.Response(201, json={"id": None}),
         httpx.Response(201, json={"id": ""}),
         httpx.Response(200, json=["odd"]),
         httpx.Response(201, json={"id": "p1", "input": {"image": "https://a/anothers.png"}}),
@@ -441,7 +405,7 @@ def test_a_refused_create_may_be_repeated_unless_the_input_is_wrong(answer, code
 )
 def test_a_create_of_unknown_outcome_says_so(answer):
     with pytest.raises(worker.UnknownOutcome):
-        create(answer)
+        Web(answer).ask(create)
 
 
 @pytest.mark.parametrize(
@@ -565,19 +529,6 @@ def test_only_the_whole_input_with_its_sources_is_a_proof(changes, is_ours):
     assert found(([listed(input=given)],), **job)[0] == [] or changes.get("image") == "u/cat.png"
 
 
-def test_a_list_that_fails_proves_nothing_and_is_read_again_and_one_without_end_is_given_up():
-    failures = [httpx.Response(status) for status in (404, 429, 500)]
-
-    ids, requests = found(*failures, *failures, ([listed()],))
-
-    assert (ids, len(requests)) == (["p1"], 7)
-    with (
-        mock.patch("worker.MAX_PAGES", 2),
-        pytest.raises(JobError, match=r"^timeout: create: outcome unknown"),
-    ):
-        found(([], "https://x?cursor=a"), ([], "https://x?cursor=b"))
-
-
 # --- how a prediction ends ---
 
 
@@ -623,23 +574,12 @@ def test_addresses_are_found_in_texts_lists_and_objects(output, outputs):
     assert end_of(status="succeeded", output=output).outputs == outputs
 
 
-@pytest.mark.parametrize(
-    ("metrics", "known"),
-    [
-        ({"predict_time": 1.5}, {"provider_seconds": 1.5, "images": 1}),
-        ({"image_count": 3}, {"images": 3}),
-        ({"image_output_count": 3}, {"images": 3}),
-        *(
-            ({"predict_time": said, "image_count": said}, {"images": 1})
-            for said in (None, "1.5", -1, 1e9, [1])
-        ),
-    ],
-    ids=str,
-)
-def test_what_a_prediction_took_is_counted_as_it_is_billed_if_it_is_a_decent_number(metrics, known):
+@pytest.mark.parametrize("said", [None, "1.5", -1, 1e9, [1]], ids=str)
+def test_metrics_that_are_no_decent_numbers_are_not_passed_on(said):
+    metrics = {"predict_time": said, "image_count": said}
     result = end_of(status="succeeded", output=[DELIVERED], metrics=metrics)
 
-    assert result.metrics == known
+    assert result.metrics == {"images": 1}
 
 
 @pytest.mark.parametrize(
@@ -688,37 +628,16 @@ def told(*logs: str, image_count: int = 1, before: str = "") -> list[int]:
     return percents
 
 
-@pytest.mark.parametrize(
-    ("logs", "percents"),
-    [
-        (["Using seed: 7\n" + bar(0), bar(0) + bar(2), bar(2) + bar(4) + bar(4)], [0, 50, 100]),
-        ([bar(1).replace("\n", "\r") + bar(3)], [75]),
-        (["Prompt: 90% cocoa, 50%|x| 1/2 [of it\n"], []),
-        (["downloading 12%\n", " 12%|█         | 1.2G/10G [00:01<00:01]\n"], []),
-        (["0%|   | 0/0 [00:00<?, ?it/s]\n", ""], []),
-    ],
-    ids=["a bar", "carriage returns", "a prompt", "bytes", "nothing"],
-)
-def test_only_progress_bars_tell_progress(logs, percents):
-    assert told(*logs) == percents
-
-
-def test_a_bar_is_a_part_of_as_many_as_there_are_images_or_the_models_last_job_had():
+def test_only_progress_bars_tell_progress_as_many_as_there_are_images_or_the_last_job_had():
     one, two = bar(0) + bar(4) + bar(4), bar(0) + bar(2)
 
+    assert told("Using seed: 7\n" + bar(0), bar(0) + bar(2), one) == [0, 50, 100]
+    assert told(bar(1).replace("\n", "\r") + bar(3)) == [75]
+    assert told("Prompt: 90% cocoa, 50%|x| 1/2 [of it\n") == []
+    assert told(" 12%|█         | 1.2G/10G [00:01<00:01]\n", "0%|   | 0/0 [00:00<?, ?it/s]\n") == []
     assert told(bar(2), one, one + two, one + one, image_count=2) == [25, 50, 75, 100]
     assert told(bar(2), one, image_count=4, before=one) == [50, 100]  # one bar for all images
     assert told(bar(2), one, one + bar(2, 8), before=one + bar(8, 8)) == [25, 50, 62]  # a refiner
-
-
-def test_progress_never_goes_back():
-    news: list[int] = []
-    running = worker.Running(a_job(), 0.0, lambda: news.append(1))
-
-    for percent in (0, 50, 20, 50, 100, 3):
-        running.report(percent)
-
-    assert (running.progress, len(news)) == (100, 3)
 
 
 def test_an_unexpected_error_tells_its_type_and_place_but_not_its_text():
@@ -763,16 +682,13 @@ def test_a_stop_does_not_cut_short_the_call_that_ends_a_job():
 # --- the preview provider ---
 
 
-def drawn(prompt: str, seed: int = 7, size: tuple[int, int] = (64, 64)) -> bytes:
-    return pictures.draw_preview(prompt, size, "", seed)
-
-
 def test_a_preview_has_the_size_asked_for_whatever_the_prompt():
     prompts = ["a lighthouse", " \n\t ", "a" * 4000, "日本の灯台" * 50, "منارة " * 20, "🏳️‍🌈" * 50]
     prompts += ["\x01\x07\x1b[31m\u202e\ufeff", "%s {0} \\n [fail:] <b>"]
 
     for prompt, size in itertools.product(prompts, [(2048, 64), (1, 1)]):
-        assert Image.open(io.BytesIO(drawn(prompt, 7, size))).size == size
+        drawn = pictures.draw_preview(prompt, size, "", 7)
+        assert Image.open(io.BytesIO(drawn)).size == size
 
 
 def as_file(content: bytes) -> IO[bytes]:
@@ -781,37 +697,21 @@ def as_file(content: bytes) -> IO[bytes]:
     return file
 
 
-def png(size: tuple[int, int] = (40, 30)) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", size, (0, 255, 0)).save(file, "PNG")
-    return file.getvalue()
-
-
-async def previewing(work: Callable[[worker.Preview], Awaitable[Any]]) -> Any:
-    """Have a preview provider of its own for a piece of work."""
-    decoder = pictures.Pictures()
-    try:
-        return await work(worker.Preview(decoder, 0, 0))
-    finally:
-        decoder.close()
-
-
-@pytest.mark.parametrize("content", [b"", b"a cat", png((8000, 8000))], ids=len)
-def test_a_source_that_is_no_sane_picture_is_the_users_fault(content):
-    with pytest.raises(JobError) as refusal:
-        asyncio.run(previewing(lambda provider: provider.upload("a", as_file(content))))
-
-    assert refusal.value.code == "invalid_input"
-
-
 # --- calls for many jobs ---
+
+
+WRONG = {
+    "bad": psycopg.errors.InvalidParameterValue(),
+    "odd": psycopg.errors.InternalError_(),
+    "gone": psycopg.OperationalError(),
+    "stop": asyncio.CancelledError(),
+}
 
 
 class Trips:
     """Stands for a function that takes many jobs: notes who came together, and takes a while."""
 
-    def __init__(self, *lost: int) -> None:
-        self.lost = set(lost)
+    def __init__(self) -> None:
         self.made: list[list[int]] = []
         self.gate = asyncio.Event()
 
@@ -819,19 +719,12 @@ class Trips:
         assert function == "complete_jobs" and len(ids) == len(tokens)
         self.made.append(tokens)
         await self.gate.wait()
-        if "bad" in said[0]:
-            raise psycopg.errors.InvalidParameterValue("bad")
         if said[0] == ["odd"]:
             await asyncio.Event().wait()  # asks again and again
-        if "odd" in said[0]:
-            raise psycopg.errors.InternalError_("odd")
-        if "gone" in said[0]:
-            raise psycopg.OperationalError("gone")
-        if "stop" in said[0]:
-            raise asyncio.CancelledError
-        return [
-            {"token": token, "verdict": token * 10} for token in tokens if token not in self.lost
-        ]
+        for each in said[0]:
+            if each in WRONG:
+                raise WRONG[each]
+        return [{"token": n, "verdict": n * 10} for n in tokens if n != 2]  # of 2 nothing is known
 
 
 def called(trips: Trips, *said: str) -> tuple[worker.Batch, list[asyncio.Task[Any]]]:
@@ -847,7 +740,7 @@ async def outcomes(trips: Trips, calls: list[asyncio.Task[Any]]) -> list[Any]:
 
 def test_calls_made_while_one_is_under_way_go_together_in_the_next_without_who_is_cancelled():
     async def act() -> None:
-        trips = Trips(2)
+        trips = Trips()
         call, calls = called(trips, "a", "a")
         await asyncio.sleep(0.001)
         calls += [asyncio.create_task(call(a_job(token=n), "a")) for n in (2, 3, 4)]
@@ -876,21 +769,15 @@ def test_no_call_takes_more_jobs_than_fit():
     asyncio.run(act())
 
 
-@pytest.mark.parametrize(
-    ("middle", "errors"),
-    [
-        ("bad", [int, psycopg.errors.InvalidParameterValue, int]),  # told to it alone
-        ("gone", [psycopg.OperationalError] * 3),
-        ("stop", [asyncio.CancelledError] * 3),
-    ],
-)
-def test_of_calls_that_went_together_each_is_told_what_concerns_it(middle, errors):
+@pytest.mark.parametrize("wrong", ["bad", "gone", "stop"])
+def test_of_calls_that_went_together_each_is_told_what_concerns_it(wrong):
     async def act() -> None:
         trips = Trips()
 
-        said = await outcomes(trips, called(trips, "a", middle, "a")[1])
+        said = await outcomes(trips, called(trips, "a", wrong)[1])
 
-        assert [type(each) for each in said] == errors
+        its = type(WRONG[wrong])
+        assert [type(each) for each in said] == [int if wrong == "bad" else its, its]
 
     asyncio.run(act())
 
@@ -898,38 +785,30 @@ def test_of_calls_that_went_together_each_is_told_what_concerns_it(middle, error
 def test_what_may_be_the_fault_of_one_job_holds_up_no_other():
     async def act() -> None:
         trips = Trips()
-        call, calls = called(trips, "a", "odd", "a")
+        call, calls = called(trips, "a", "odd")
         trips.gate.set()
 
-        assert [await calls[0], await calls[2]] == [0, 20]
-        assert await call(a_job(token=3), "a") == 30
+        assert (await calls[0], await call(a_job(token=3), "a")) == (0, 30)
         assert not calls[1].done()
 
     asyncio.run(act())
 
 
 @pytest.mark.parametrize(
-    ("error", "whose"),
+    ("whose", "errors"),
     [
-        (psycopg.errors.ReadOnlySqlTransaction(), "database"),
-        (psycopg.errors.CannotConnectNow(), "database"),
-        (psycopg.errors.DiskFull(), "database"),
-        (psycopg.errors.DeadlockDetected(), "database"),
-        (psycopg.OperationalError(), "database"),
-        (psycopg.InterfaceError(), "database"),
-        (worker.Outdated(), "database"),
-        (psycopg.errors.InsufficientPrivilege(), "either"),
-        (psycopg.errors.InternalError_(), "either"),
-        (psycopg.errors.CheckViolation(), "job"),
-        (psycopg.errors.ProgramLimitExceeded(), "job"),
-        (psycopg.errors.RaiseException(), "job"),
-        (psycopg.DataError("NUL"), "job"),
-        (UnicodeEncodeError("utf-8", "", 0, 1, ""), "job"),
+        (
+            "database",
+            ["ReadOnlySqlTransaction", "CannotConnectNow", "DiskFull", "DeadlockDetected"],
+        ),
+        ("either", ["InsufficientPrivilege", "FeatureNotSupported", "InternalError_"]),
+        ("job", ["CheckViolation", "ProgramLimitExceeded", "RaiseException"]),
     ],
-    ids=lambda each: each if isinstance(each, str) else type(each).__name__,
 )
-def test_whose_fault_an_error_is_its_sqlstate_says(error, whose):
-    assert worker.fault(error) == whose
+def test_whose_fault_an_error_is_its_sqlstate_says(whose, errors):
+    assert {worker.fault(getattr(psycopg.errors, each)()) for each in errors} == {whose}
+    assert worker.fault(worker.Outdated()) == worker.fault(psycopg.InterfaceError()) == "database"
+    assert worker.fault(psycopg.DataError("NUL")) == "job"
 
 
 @pytest.mark.parametrize("ends_well", [True, False])
