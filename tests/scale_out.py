@@ -5,9 +5,9 @@
                                                              └─ host 3: worker.py
 
 Each host is a network namespace, and so is the hub: nothing here touches the machine's own network.
-First the same number of jobs is done by one, two and three hosts. Then, with all hosts busy, one
-loses its link; the others take over what it held, it comes back, and what it still thought to be
-its own changes nothing. Needs root. Prints its numbers as JSON; whatever is wrong ends it with 1.
+With all hosts busy, one loses its link; the others take over what it held, it comes back, and what
+it still thought to be its own changes nothing. Needs root. Prints its numbers as JSON; whatever is
+wrong ends it with 1.
 """
 
 from __future__ import annotations
@@ -115,22 +115,6 @@ class Fleet(Workers):
         query = "select job_id::text as id from private.running_jobs where worker_id = %s"
         return {row["id"] for row in self.db.execute(query, process.worker_id)}
 
-    def throughput(self, hosts: int, jobs: int) -> float:
-        """Have so many hosts do so many jobs; return jobs per second."""
-        say(f"{jobs} jobs on {hosts} hosts")
-        before = self.done()
-        self.ask(jobs)
-        processes = [self.start_on(number) for number in range(1, hosts + 1)]
-        eventually(lambda: self.done() == before + jobs, within=300)
-        for process in processes:
-            process.stop()
-        seconds = self.db.value(
-            "select extract(epoch from max(ended_at) - min(started_at)) from ("
-            " select * from private.attempts order by ended_at desc limit %s) as a",
-            jobs,
-        )
-        return round(jobs / float(seconds), 2)
-
     def cut_and_heal(self, jobs: int) -> dict[str, Any]:
         """Cut off a busy host until the others have done all jobs; heal it, and ask for more."""
         db, processes = self.db, {number: self.start_on(number) for number in HOSTS}
@@ -204,11 +188,9 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 intervals = "set lease = %s * interval '1 s', heartbeat = %s * interval '1 s'"
                 query = f"update private.settings {intervals}"
                 fleet.db.execute(query, given.lease, given.lease / 4)
-                speeds = {hosts: fleet.throughput(hosts, given.jobs) for hosts in given.throughput}
                 cut = fleet.cut_and_heal(given.jobs)
                 counts = fleet.count(len(fake.predictions))
-                known = {"namespaces": [*HOSTS.values()], "jobs_per_second_by_hosts": speeds}
-                return vars(given) | known | cut | counts
+                return vars(given) | {"namespaces": [*HOSTS.values()]} | cut | counts
         finally:
             stack.clean()
 
@@ -220,7 +202,6 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=120, help="in each round")
     parser.add_argument("--seconds", type=float, default=2, help="the provider takes for a job")
     parser.add_argument("--lease", type=float, default=60, help="seconds, of four beats")
-    parser.add_argument("--throughput", type=int, nargs="*", default=[1, 2, 3], help="hosts")
     parser.add_argument("--durable", action="store_true", help="fsync, as in production")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from database import PROJECT
 
-SHORT = "--slots 2 --jobs 8 --seconds 1 --lease 3 --throughput"
+SHORT = "--slots 2 --jobs 8 --seconds 1 --lease 3"
 MAY = os.geteuid() == 0 and shutil.which("ip") and not os.system("unshare --net true 2>/dev/null")
 
 

@@ -6,12 +6,10 @@ import io
 import re
 import signal
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 from database import Database
 from PIL import Image
 from shared_worker import shared_worker
@@ -22,15 +20,6 @@ from stack import Stack
 SMALL = {"width": 64, "height": 64}
 
 world, db, workers = shared_worker(WORKER_POLL_SECONDS=60, WORKER_GRACE_SECONDS=2)
-
-
-@pytest.fixture
-def live_workers(stack: Stack, tmp_path: Path) -> Iterator[Workers]:
-    """Starts workers on the stack's own database."""
-    db = Database(stack.database_url, "postgres")
-    with Workers(db, stack, tmp_path) as workers:
-        yield workers
-    db.close()
 
 
 class Client:
@@ -52,10 +41,8 @@ class Client:
 # --- from a prompt to an image ---
 
 
-def test_a_prompt_becomes_an_image_that_its_owner_downloads(stack, live_workers):
-    live_workers.start()
-    client = Client(stack)
-    source = io.BytesIO()
+def test_a_prompt_becomes_an_image_that_its_owner_downloads(stack, tmp_path):
+    client, source = Client(stack), io.BytesIO()
     Image.new("RGB", (300, 200), (0, 255, 0)).save(source, "PNG")
     path = f"{client.call('get_entitlement')['user_id']}/source.png"
     client.http.post(
@@ -66,7 +53,9 @@ def test_a_prompt_becomes_an_image_that_its_owner_downloads(stack, live_workers)
     job = {"model": "darkroom/preview", "prompt": "a lawn", "params": {"width": 320, "image": path}}
 
     job_id = client.call("enqueue_generation", **job)["job_id"]
-    live_workers.until(job_id, "completed")
+    with Workers(Database(stack.database_url, "postgres"), stack, tmp_path) as workers:
+        workers.start()
+        workers.until(job_id, "completed")
 
     (image,) = client.call("get_job_status", job_id=job_id)["images"]
     file = client.download(image["path"]).content
@@ -190,23 +179,6 @@ def test_a_killed_workers_job_is_finished_by_another_and_charged_once(alice, wor
     assert alice.ledger() == [("grant", 10), ("charge", -1)]
     eventually(lambda: not any(each.exists() for each in lab))
     assert [each for each in workers.secrets() if each in environments] == []
-
-
-@pytest.mark.long
-def test_pg_cron_recovers_a_killed_workers_job_with_no_worker_alive(stack, live_workers):
-    """It waits for the real minute job."""
-    db, client = live_workers.db, Client(stack)
-    killed = live_workers.start(PREVIEW_SECONDS=60)
-    job = client.call("enqueue_generation", model="darkroom/preview", prompt="x", params=SMALL)
-    live_workers.until(job["job_id"], "processing")
-
-    killed.kill()
-    live_workers.backdate_leases()
-    live_workers.until(job["job_id"], "queued", within=75)
-
-    silence = "select now() - last_run_at from private.routines where name = 'recover_stale_jobs'"
-    assert db.value(silence).total_seconds() < 61
-    assert live_workers.outcomes(job["job_id"]) == ["retried"]
 
 
 def test_a_worker_that_is_stopped_finishes_what_it_can_in_time_and_claims_nothing_more(

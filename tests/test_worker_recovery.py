@@ -5,15 +5,12 @@ One worker that beats five times a second; its jobs at the fake of Replicate las
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import re
 from collections.abc import Iterator
-from urllib.parse import urlsplit
 
 import pytest
 from actors import Service
-from chaos.proxy import Proxy
 from database import Database
 from shared_worker import shared_worker
 from test_worker_units import ENVIRONMENT
@@ -159,24 +156,3 @@ def test_a_worker_that_starts_where_nothing_can_be_written_waits(db, workers):
 
     late.logged(r"worker\.started", within=20)
     assert late.stop() == 0
-
-
-@pytest.mark.long
-def test_a_call_into_a_half_open_connection_is_made_again(db, stack, monkeypatch):
-    """Seven seconds: for five of them psycopg tries to cancel."""
-    address = urlsplit(stack.worker_database_url)
-
-    async def calls(url: str, proxy: Proxy) -> int:
-        database = worker.Database(url)
-        await database.pool.open(wait=True)
-        await database.call("recover_stale_jobs")
-        monkeypatch.setattr(worker, "CALL_SECONDS", 2.0)
-        proxy.half_open()
-        rows = await database.insist("recover_stale_jobs")
-        await database.pool.close()
-        return int(rows[0]["recover_stale_jobs"])
-
-    with Proxy(lambda: ("127.0.0.1", address.port or 0)) as proxy:
-        netloc = f"{address.username}:{address.password}@127.0.0.1:{proxy.port}"
-        url = address._replace(netloc=netloc, path=urlsplit(db.url).path).geturl()
-        assert asyncio.run(asyncio.wait_for(calls(url, proxy), 60)) == 0
