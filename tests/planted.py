@@ -22,6 +22,7 @@ FUZZ = "tests/test_security_rpc.py::test_"
 RPC = f"{FUZZ}no_call_fails_tells_of_others_or_writes_although_refused"
 WORDS = f"{FUZZ}whatever_it_is_given_a_function_answers_or_refuses_in_our_words"
 RETENTION = "tests/test_retention.py::test_"
+PROCESS = "tests/test_worker_process.py::test_"
 SAFE_PATH = "tests/test_security_search_path.py::test_no_function_picks_up_what_its_caller_planted"
 
 SECURITY = [
@@ -267,6 +268,14 @@ SECURITY = [
         "tests/test_worker_webhooks.py::test_a_name_with_one_private_address_is_not_called_at_all",
     ),
     Bug(
+        "a webhook's name is looked up again to connect",
+        "outbox.py",
+        "return await self.backend.connect_tcp(addresses[-1], port, *rest, **more)",
+        "return await self.backend.connect_tcp(host, port, *rest, **more)",
+        "tests/test_worker_webhooks.py"
+        "::test_a_name_that_leads_elsewhere_the_second_time_is_looked_up_once_and_by_no_proxy",
+    ),
+    Bug(
         "webhooks may be registered for private addresses",
         "sql/96_webhooks.sql",
         "      ) then 'not a public address' end;\n",
@@ -362,6 +371,13 @@ SECURITY = [
         "::test_the_command_line_of_the_supabase_cli_shows_no_password",
     ),
     Bug(
+        "what decodes pictures knows the worker's secrets",
+        "pictures.py",
+        "env={name: os.environ[name] for name in public},",
+        "env=dict(os.environ),",
+        f"{PROCESS}a_killed_workers_job_is_finished_by_another_and_charged_once",
+    ),
+    Bug(
         "the worker may gain privileges",
         "worker.service",
         "CapabilityBoundingSet=\n",
@@ -429,6 +445,21 @@ MONEY = [
         "      and exists (select from public.generations as g where g.id = j.id) then 'lost'",
         "      then 'lost'",
         "tests/test_worker_replicate.py::test_a_purchase_is_stopped_where_its_user_is_deleted",
+    ),
+    Bug(
+        "a canceled job runs on at the provider",
+        "worker.py",
+        "                running.metrics = await provider.cancel(running.provider_job_id)\n",
+        "                pass\n",
+        "tests/test_worker_cancel.py"
+        "::test_a_canceled_job_is_stopped_at_the_provider_within_a_second_and_paid_for",
+    ),
+    Bug(
+        "what a worker that stops has bought is forgotten",
+        "worker.py",
+        'resumes = "is_asked" not in running.metrics',
+        "resumes = False",
+        f"{PROCESS}a_worker_that_is_stopped_finishes_what_it_can_in_time_and_claims_nothing_more",
     ),
     # Places and limits.
     Bug(
@@ -651,6 +682,13 @@ WAKE_UP = [
         "        await self._pause",
         f"{LOOKS}[first]",
     ),
+    Bug(
+        "a worker that has stopped is still woken",
+        "worker.py",
+        'await self.db.call("unregister_worker", self.worker_id)',
+        "pass",
+        f"{PROCESS}a_worker_that_is_stopped_finishes_what_it_can_in_time_and_claims_nothing_more",
+    ),
 ]
 WAITED_OUT = (
     "tests/test_worker_recovery.py::test_whatever_the_server_says_of_itself_is_waited_out[25006]"
@@ -675,6 +713,21 @@ OUTAGE = [
             return "job"
         return "job" if state[:2] in JOBS_FAULT else""",
         WAITED_OUT,
+    ),
+    Bug(
+        "a job whose lease is lost is released",
+        "worker.py",
+        "        if running.is_lost:\n            log.warning",
+        "        if False:\n            log.warning",
+        "tests/test_worker_recovery.py"
+        "::test_a_beat_that_finds_the_lease_lost_drops_the_job_and_frees_its_slot",
+    ),
+    Bug(
+        "what was sent is forgotten with the connection",
+        "outbox.py",
+        "            (row,) = await self.db.insist(\n",
+        "            (row,) = await self.db.call(\n",
+        "tests/test_worker_webhooks.py::test_lost_connections_make_nothing_be_sent_twice",
     ),
     Bug(
         "the end of a job is told nobody",

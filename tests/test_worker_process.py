@@ -195,6 +195,7 @@ def test_a_worker_that_is_stopped_finishes_what_it_can_in_time_and_claims_nothin
 
     assert [workers.status(job) for job in (long, short, late)] == ["queued", "completed", "queued"]
     assert not any(each.exists() for each in lab)
+    assert not db.execute("select from private.workers where id = %s", process.worker_id)
     ready = db.row("select * from private.ready_jobs where job_id = %s", long)
     assert (ready["attempt"], ready["provider_job_id"]) == (0, bought)
     workers.process = workers.start()

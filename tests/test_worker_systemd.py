@@ -134,34 +134,32 @@ def test_while_the_database_says_that_it_cannot_the_worker_says_so_and_is_fed(db
     manager.until(".* is woken by NOTIFY", within=30)
 
 
+WORKS = ("READY=1", "STATUS=worker 7: 0 of 4 slots busy, is woken by NOTIFY")
+POLLS = ("READY=1", "STATUS=worker 7: 0 of 4 slots busy, polls, as LISTEN does not work")
+WAITS = ("STATUS=waits for the database: DiskFull 53100",)
+
+
 @pytest.mark.parametrize(
-    ("is_listening", "troubles", "said"),
+    ("is_listening", "kinds", "said"),
     [
-        (True, {}, ("READY=1", "STATUS=worker 7: 0 of 4 slots busy, is woken by NOTIFY")),
-        (
-            False,
-            {"claim_jobs": {"DiskFull 53100": ""}},
-            ("READY=1", "STATUS=worker 7: 0 of 4 slots busy, polls, as LISTEN does not work"),
-        ),
-        (
-            None,
-            {"sleep": {"DiskFull 53100": ""}},
-            ("STATUS=waits for the database: DiskFull 53100",),
-        ),
-        (None, {"sleep": {"DiskFull": "", "NoAnswer": ""}}, None),  # starves: it says nothing
-        (None, {}, None),
+        (True, [], [WORKS]),  # once for each beat that was answered
+        (False, ["DiskFull 53100"], [POLLS, WAITS]),
+        (None, ["DiskFull 53100"], [WAITS, WAITS]),
+        (None, ["DiskFull 53100", "NoAnswer"], []),  # it says nothing
+        (None, [], []),
     ],
 )
-def test_what_is_told_depends_on_what_the_database_says(monkeypatch, is_listening, troubles, said):
+def test_what_is_told_depends_on_what_the_database_says(monkeypatch, is_listening, kinds, said):
     db, told = worker.Database("postgresql://"), mock.Mock()
-    db.is_listening, db.troubles = is_listening, troubles
+    db.is_listening, db.troubles = is_listening, {"sleep": dict.fromkeys(kinds)} if kinds else {}
     one = worker.Worker(mock.Mock(slots=4), db, {}, mock.Mock(), mock.Mock())
     one.worker_id, one.last_beat = 7, 1.0
     monkeypatch.setattr(worker, "tell_systemd", told)
 
     one._tell_systemd()
+    one._tell_systemd()
 
-    assert [call.args for call in told.call_args_list] == ([said] if said else [])
+    assert [call.args for call in told.call_args_list] == said
 
 
 def test_a_path_is_an_address_too_and_a_manager_that_is_gone_no_reason_to_stop(
