@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from actors import Service
 from database import Database
 from shared_worker import shared_worker
 from test_worker_units import ENVIRONMENT
@@ -85,17 +84,6 @@ def test_a_worker_may_claim_its_own_lost_job_again(db, alice, workers):
 
 
 # --- the database ---
-
-
-def test_health_hears_of_a_worker_whose_listen_connection_died(db, workers):
-    service = Service(db)
-    workers.process.logged("listen.started")
-    eventually(lambda: service.alerts() == {})
-
-    assert workers.terminate_backends("query ilike '%listen%'") == 1
-
-    eventually(lambda: service.alerts() == {"not_listening": "1 of 1 workers"})
-    eventually(lambda: service.alerts() == {}, within=20)  # once it is sure that it listens again
 
 
 def test_jobs_survive_the_loss_of_all_database_connections(alice, workers):

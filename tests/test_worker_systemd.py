@@ -122,18 +122,6 @@ def test_it_starves_while_no_claim_is_answered(db, manager, workers):
     manager.until_fed(2)
 
 
-@pytest.mark.long
-def test_while_the_database_says_that_it_cannot_the_worker_says_so_and_is_fed(db, manager, workers):
-    limit = f"alter database {db.name} connection limit"
-    db.execute(f"{limit} 0")
-    workers.terminate_backends("true")
-    manager.until("STATUS=waits for the database: .*", within=30)
-    manager.until_fed(2, within=60)
-
-    db.execute(f"{limit} -1")
-    manager.until(".* is woken by NOTIFY", within=30)
-
-
 WORKS = ("READY=1", "STATUS=worker 7: 0 of 4 slots busy, is woken by NOTIFY")
 POLLS = ("READY=1", "STATUS=worker 7: 0 of 4 slots busy, polls, as LISTEN does not work")
 WAITS = ("STATUS=waits for the database: DiskFull 53100",)
