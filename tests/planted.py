@@ -26,6 +26,7 @@ MODEL = "tests/test_money_model.py::test_money_is_what_the_model_says_whatever_h
 BAD_ROWS = (
     f"{RETENTION}more_bad_rows_than_are_looked_at_are_passed_over_and_named_and_all_others_done"
 )
+PROCESS = "tests/test_worker_process.py::test_"
 SAFE_PATH = "tests/test_security_search_path.py::test_no_function_picks_up_what_its_caller_planted"
 
 SECURITY = [
@@ -273,6 +274,14 @@ SECURITY = [
         "tests/test_worker_webhooks.py::test_a_name_with_one_private_address_is_not_called_at_all",
     ),
     Bug(
+        "a webhook's name is looked up again to connect",
+        "outbox.py",
+        "return await self.backend.connect_tcp(addresses[-1], port, *rest, **more)",
+        "return await self.backend.connect_tcp(host, port, *rest, **more)",
+        "tests/test_worker_webhooks.py"
+        "::test_a_name_that_leads_elsewhere_the_second_time_is_looked_up_once_and_by_no_proxy",
+    ),
+    Bug(
         "webhooks may be registered for private addresses",
         "sql/96_webhooks.sql",
         "      ) then 'not a public address' end;\n",
@@ -366,6 +375,13 @@ SECURITY = [
         'f"--remote={database_url}"',
         "tests/test_security_secrets.py"
         "::test_the_command_line_of_the_supabase_cli_shows_no_password",
+    ),
+    Bug(
+        "what decodes pictures knows the worker's secrets",
+        "pictures.py",
+        "env={name: os.environ[name] for name in public},",
+        "env=dict(os.environ),",
+        f"{PROCESS}a_killed_workers_job_is_finished_by_another_and_charged_once",
     ),
     Bug(
         "the worker may gain privileges",
@@ -472,6 +488,21 @@ MONEY = [
         "      and exists (select from public.generations as g where g.id = j.id) then 'lost'",
         "      then 'lost'",
         "tests/test_worker_replicate.py::test_a_purchase_is_stopped_where_its_user_is_deleted",
+    ),
+    Bug(
+        "a canceled job runs on at the provider",
+        "worker.py",
+        "                running.metrics = await provider.cancel(running.provider_job_id)\n",
+        "                pass\n",
+        "tests/test_worker_cancel.py"
+        "::test_a_canceled_job_is_stopped_at_the_provider_within_a_second_and_paid_for",
+    ),
+    Bug(
+        "what a worker that stops has bought is forgotten",
+        "worker.py",
+        'resumes = "is_asked" not in running.metrics',
+        "resumes = False",
+        f"{PROCESS}a_worker_that_is_stopped_finishes_what_it_can_in_time_and_claims_nothing_more",
     ),
     # Places and limits.
     Bug(
@@ -739,8 +770,17 @@ WAKE_UP = [
         "        await self._pause",
         f"{LOOKS}[first]",
     ),
+    Bug(
+        "a worker that has stopped is still woken",
+        "worker.py",
+        'await self.db.call("unregister_worker", self.worker_id)',
+        "pass",
+        f"{PROCESS}a_worker_that_is_stopped_finishes_what_it_can_in_time_and_claims_nothing_more",
+    ),
 ]
-PROCESS = "tests/test_worker_process.py::test_"
+WAITED_OUT = (
+    "tests/test_worker_recovery.py::test_whatever_the_server_says_of_itself_is_waited_out[25006]"
+)
 OUTAGE = [
     Bug(
         "trouble with the database is one class of exceptions",
@@ -751,7 +791,7 @@ OUTAGE = [
         """            except psycopg.OperationalError:
                 self._tell_systemd()
                 self.wake.clear()""",
-        f"{PROCESS}a_read_only_database_ends_no_worker_and_loses_no_job",
+        WAITED_OUT,
     ),
     Bug(
         "a job fails for what the server says of itself",
@@ -760,7 +800,22 @@ OUTAGE = [
         """        if not isinstance(error, psycopg.OperationalError):
             return "job"
         return "job" if state[:2] in JOBS_FAULT else""",
-        f"{PROCESS}what_the_server_says_of_a_completion_fails_no_job",
+        WAITED_OUT,
+    ),
+    Bug(
+        "a job whose lease is lost is released",
+        "worker.py",
+        "        if running.is_lost:\n            log.warning",
+        "        if False:\n            log.warning",
+        "tests/test_worker_recovery.py"
+        "::test_a_beat_that_finds_the_lease_lost_drops_the_job_and_frees_its_slot",
+    ),
+    Bug(
+        "what was sent is forgotten with the connection",
+        "outbox.py",
+        "            (row,) = await self.db.insist(\n",
+        "            (row,) = await self.db.call(\n",
+        "tests/test_worker_webhooks.py::test_lost_connections_make_nothing_be_sent_twice",
     ),
     Bug(
         "the end of a job is told nobody",
