@@ -67,8 +67,7 @@ class Behaviour:
     # The create.
     answer: int | None = 201  # None hangs up without one
     stored: bool | None = None  # is it bought? None: if the answer is 201 or none at all
-    retry_after: int = 30  # seconds, told by a 429 ...
-    retry_hints: str = "header body"  # ... in these places
+    retry_after: int = 30  # seconds, told by a 429
     is_mixed_up: bool = False  # the answer is that of an earlier create
     # The run.
     polls: float = 2  # polls until it ends; inf: never
@@ -119,7 +118,7 @@ class Run:
 
     def progress(self) -> float:
         if self.behaviour.seconds is not None:
-            return (time.monotonic() - self.begun) / (self.behaviour.seconds or 1e-9)
+            return (time.monotonic() - self.begun) / self.behaviour.seconds
         return (self.gets - self.behaviour.failing_gets) / self.behaviour.polls
 
 
@@ -171,12 +170,6 @@ class FakeReplicate(HttpServer):
             or behaviour.output is not None
             or behaviour.file not in ("image", "broken")
         )
-
-    def expire(self, prediction_id: str) -> None:
-        """Remove input, output and logs, as the provider does after an hour."""
-        gone = {"input": {}, "output": None, "logs": "", "data_removed": True}
-        with self._changed:
-            self.predictions[prediction_id] |= gone
 
     def until(self, condition: Callable[[], Any], timeout: float = 10) -> None:
         """Wait until a request has made the condition true."""
@@ -318,7 +311,7 @@ class FakeReplicate(HttpServer):
                 count = len(output) if isinstance(output, list) else 1
                 prediction["metrics"].setdefault("image_count", count)
         if behaviour.removed:
-            self.expire(key)
+            prediction |= {"input": {}, "output": None, "logs": "", "data_removed": True}
 
     def _output(self, prediction: dict[str, Any], behaviour: Behaviour) -> Any:
         if behaviour.output is not None:
@@ -402,15 +395,12 @@ def as_json(status: int, body: Any, **headers: str) -> Answer:
 
 def refusal(behaviour: Behaviour) -> Answer:
     """The answer of a request that is refused on purpose."""
-    status, after, hints = behaviour.answer, behaviour.retry_after, behaviour.retry_hints
+    status, after = behaviour.answer, behaviour.retry_after
     if status not in REFUSALS:
         return Answer(status, {"Content-Type": "text/html"}, f"<h1>{status}</h1>".encode())
     title, detail = REFUSALS[status]
     body = {"title": title, "detail": behaviour.error or detail, "status": status}
-    if status == 429 and "body" in hints:
-        body["retry_after"] = after
-    headers = {"Retry-After": str(after)} if status == 429 and "header" in hints else {}
-    return as_json(status, body, **headers)
+    return as_json(status, body, **({"Retry-After": str(after)} if status == 429 else {}))
 
 
 def faults(body: Any) -> str:

@@ -129,9 +129,12 @@ class Run:
             raise Killed
         if way == "lost":
             raise errors[1]
-        if way == "frozen":  # until its lease has run out, and recovery has taken its job
+        if way == "frozen":  # until its lease has run out, and another has done its job
             self.loop.ahead += 30
             self.pass_time()
+            frozen = self.one
+            await self.live()
+            self.one = frozen
         if way == "stopped":
             self.one.stopping.set()
             for running in list(self.one.running.values()):

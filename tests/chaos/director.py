@@ -131,7 +131,7 @@ class Director:
 
         def strike(lane: str) -> None:
             for fault in faults:
-                if fault.lane != lane:
+                if KINDS[fault.kind].lane != lane:
                     continue
                 while clients.sent < (fault.number + 0.5) * jobs_per_fault:
                     time.sleep(0.05)
@@ -145,7 +145,8 @@ class Director:
                 time.sleep(REST_SECONDS)
 
         clients.may_send = may_send
-        lanes = [threading.Thread(target=strike, args=(f,)) for f in {f.lane for f in faults}]
+        names = {KINDS[fault.kind].lane for fault in faults}
+        lanes = [threading.Thread(target=strike, args=(name,), daemon=True) for name in names]
         for each in (clients, *lanes):
             each.start()
         said = 0.0

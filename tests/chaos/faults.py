@@ -12,14 +12,11 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import psycopg
 from chaos.world import LEASE_SECONDS, StorageProxy, World
 from fake_replicate import MODERATED
-
-Strike = Callable[[World, random.Random], Iterator[None]]
 
 # What a create may meet, and the prediction it buys.
 CREATES: list[dict[str, Any]] = [
@@ -39,8 +36,14 @@ PREDICTIONS: list[dict[str, Any]] = [
 ]
 
 
-@dataclass(frozen=True)
-class Fault:
+class Kind(NamedTuple):
+    lane: str
+    at_least: float  # seconds
+    at_most: float
+    strike: Callable[[World, random.Random], contextlib.AbstractContextManager[object]]
+
+
+class Fault(NamedTuple):
     """One of a run's faults."""
 
     number: int
@@ -48,25 +51,20 @@ class Fault:
     seconds: float
     seed: int
 
-    @property
-    def lane(self) -> str:
-        return KINDS[self.kind][0]
-
-    def striking(self, world: World) -> contextlib.AbstractContextManager[None]:
+    def striking(self, world: World) -> contextlib.AbstractContextManager[object]:
         """Strike now, heal at the end."""
-        strike = KINDS[self.kind][3]
-        return contextlib.contextmanager(strike)(world, random.Random(self.seed))
+        return KINDS[self.kind].strike(world, random.Random(self.seed))
 
 
-KINDS: dict[str, tuple[str, float, float, Strike]] = {}
+KINDS: dict[str, Kind] = {}
 
 
-def fault(lane: str, at_least: float, at_most: float) -> Callable[[Strike], Strike]:
+def fault(lane: str, at_least: float, at_most: float) -> Callable[..., None]:
     """Enter a kind of fault, named like the function, which lasts so many seconds."""
 
-    def enter(strike: Strike) -> Strike:
-        KINDS[strike.__name__] = (lane, at_least, at_most, strike)
-        return strike
+    def enter(strike: Callable[[World, random.Random], Iterator[None]]) -> None:
+        kind = Kind(lane, at_least, at_most, contextlib.contextmanager(strike))
+        KINDS[strike.__name__] = kind
 
     return enter
 
@@ -79,7 +77,7 @@ def plan(seed: int, kinds: Sequence[str], count: int) -> list[Fault]:
     for number in range(count):
         bag = bag or chance.sample(kinds, len(kinds))
         kind = bag.pop()
-        seconds = chance.uniform(*KINDS[kind][1:3])
+        seconds = chance.uniform(KINDS[kind].at_least, KINDS[kind].at_most)
         faults.append(Fault(number, kind, seconds, chance.randrange(2**32)))
     return faults
 
@@ -132,6 +130,7 @@ def clock_moved(world: World, chance: random.Random) -> Iterator[None]:
 # --- the database ---
 
 
+@contextlib.contextmanager
 def restarted(world: World, how: signal.Signals) -> Iterator[None]:
     cluster = world.stack.cluster
     cluster.stop_signal = how
@@ -139,16 +138,6 @@ def restarted(world: World, how: signal.Signals) -> Iterator[None]:
     yield
     cluster.start()
     world.restart_gateway()
-
-
-@fault("database", 0, 2)
-def postgres_restarted_fast(world: World, chance: random.Random) -> Iterator[None]:
-    yield from restarted(world, signal.SIGINT)
-
-
-@fault("database", 0, 2)
-def postgres_restarted_immediate(world: World, chance: random.Random) -> Iterator[None]:
-    yield from restarted(world, signal.SIGQUIT)
 
 
 @fault("database", 0, 0)
@@ -218,33 +207,6 @@ def snapshot_held(world: World, chance: random.Random) -> Iterator[None]:
         yield
 
 
-# --- the network between workers and database ---
-
-
-@fault("network", 0, 0.5)
-def connections_cut(world: World, chance: random.Random) -> Iterator[None]:
-    world.proxy.cut()
-    yield
-
-
-@fault("network", 1, 5)
-def connections_refused(world: World, chance: random.Random) -> Iterator[None]:
-    with world.proxy.refusing():
-        yield
-
-
-@fault("network", 1, 8)
-def connections_stalled(world: World, chance: random.Random) -> Iterator[None]:
-    with world.proxy.stalled():
-        yield
-
-
-@fault("network", 0, 1)
-def connections_half_open(world: World, chance: random.Random) -> Iterator[None]:
-    world.proxy.half_open()
-    yield
-
-
 # --- Storage and provider ---
 
 
@@ -264,12 +226,6 @@ def provider_misbehaving(world: World, chance: random.Random) -> Iterator[None]:
         world.provider.next(**changes, hidden=chance.choice([0, 0, 2]))
     world.provider.list_answers.extend(chance.choice([[], [], [429, 500, None]]))
     yield
-
-
-@fault("provider", 1, 5)
-def provider_out_of_order(world: World, chance: random.Random) -> Iterator[None]:
-    with world.provider.out_of_order(chance.choice([429, 500, 503, 503, None])):
-        yield
 
 
 @fault("provider", 1, 4)
@@ -296,3 +252,23 @@ def pictures_hostile(world: World, chance: random.Random) -> Iterator[None]:
     for _ in range(chance.randint(2, 4)):
         world.provider.next(file=chance.choice(["dear", "dear", "bomb", "broken", "junk"]))
     yield
+
+
+# --- what is one call ---
+
+done = contextlib.nullcontext
+OUTAGES = [429, 500, 503, 503, None]
+KINDS |= {
+    "postgres_restarted_fast": Kind("database", 0, 2, lambda w, _: restarted(w, signal.SIGINT)),
+    "postgres_restarted_immediate": Kind(
+        "database", 0, 2, lambda w, _: restarted(w, signal.SIGQUIT)
+    ),
+    # The network between workers and database.
+    "connections_cut": Kind("network", 0, 0.5, lambda w, _: done(w.proxy.cut())),
+    "connections_refused": Kind("network", 1, 5, lambda w, _: w.proxy.refusing()),
+    "connections_stalled": Kind("network", 1, 8, lambda w, _: w.proxy.stalled()),
+    "connections_half_open": Kind("network", 0, 1, lambda w, _: done(w.proxy.half_open())),
+    "provider_out_of_order": Kind(
+        "provider", 1, 5, lambda w, chance: w.provider.out_of_order(chance.choice(OUTAGES))
+    ),
+}

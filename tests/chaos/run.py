@@ -103,9 +103,8 @@ def postgres_restart() -> list[float]:
             began = time.time()
             time.sleep(15)
             before = world.db.value(COMPLETED, began, time.time()) / 15
-            restart = restarted(world, signal.SIGINT if number % 2 else signal.SIGQUIT)
-            next(restart)
-            next(restart, None)
+            with restarted(world, signal.SIGINT if number % 2 else signal.SIGQUIT):
+                pass
             back_at = time.time()
             time.sleep(20)
             starts = [
@@ -215,7 +214,6 @@ def main() -> int:
     signal.signal(signal.SIGTERM, interrupt)
     command = f"make chaos JOBS={given.jobs} FAULTS={given.faults} SEED={given.seed}"
     command += f" ROUNDS={given.rounds}" + (f' ONLY="{given.only}"' if given.only else "")
-    folder = given.out or (None if given.only else CHAOS)
     is_wanted = re.compile(given.only, re.IGNORECASE).search
     outcomes: list[Outcome] = []
     measured: dict[str, list[float]] = {}
@@ -242,10 +240,11 @@ def main() -> int:
                     is_good = is_good and not found
                     for each in found[:20]:
                         say(f"  BROKEN {rule}: {each}")
-                if folder:
-                    folder.mkdir(parents=True, exist_ok=True)
-                    (folder / "RESULTS.md").write_text(report(outcomes, measured, command))
-    print(report(outcomes, measured, command))
+    text = report(outcomes, measured, command)
+    print(text)
+    if folder := given.out or (None if given.only else CHAOS):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "RESULTS.md").write_text(text)
     return 0 if is_good else 1
 
 
