@@ -1,7 +1,7 @@
 """Real worker processes against the fake of Replicate's API: what is bought, resumed and refused.
 
 What a test counts is purchases: `fake.creates` are requests to buy, `fake.predictions` what was
-bought. One worker does all jobs but those whose worker is stopped, killed or set up otherwise.
+bought. One worker does all jobs. What one that dies leaves behind: test_misbehaviour.py.
 """
 
 from __future__ import annotations
@@ -135,13 +135,6 @@ def bench(shared: Bench) -> Bench:
 @pytest.fixture
 def fake(bench: Bench) -> FakeReplicate:
     return bench.fake
-
-
-@pytest.fixture
-def alone(db: Database, stack: Stack, tmp_path: Path) -> Iterator[Bench]:
-    """Nobody works here yet."""
-    with FakeReplicate() as fake, Bench(db, stack, tmp_path, fake) as alone:
-        yield alone
 
 
 # --- what is bought, stored and paid for ---
@@ -300,18 +293,6 @@ def test_past_the_models_deadline_a_prediction_is_canceled_and_a_lost_one_not_bo
     assert bench.user.credits() == 20
     fake.list_answers.clear()
     bench.db.execute(deadline, "5 minutes", ONE_OUTPUT)
-
-
-def test_without_a_token_jobs_for_replicate_fail_and_others_do_not(alone):
-    alone.db.execute("update private.settings set max_attempts = 1")
-    alone.start(REPLICATE_API_TOKEN="")
-
-    job, other = alone.ask(), alone.user.enqueued(params={"width": 64, "height": 64})
-
-    alone.until(job, "failed")
-    alone.until(other, "completed")
-    assert alone.attempts(job, "error_code") == [{"error_code": "internal"}]
-    assert alone.fake.requests == []
 
 
 # --- creates whose answer is lost ---

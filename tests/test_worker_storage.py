@@ -29,7 +29,6 @@ from hostile import chunk, dear_jpeg, encoded, with_chunks, with_segment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageStat
-from test_worker_units import ENVIRONMENT, as_file
 from worker_process import eventually
 
 import pictures
@@ -41,6 +40,11 @@ T = TypeVar("T")
 
 FOLDER = f"{uuid.UUID(int=1)}/{uuid.UUID(int=2)}"
 RASTER = ["PNG", "JPEG", "WEBP", "AVIF", "GIF"]
+REQUIRED = {
+    "DATABASE_URL": "postgresql://localhost",
+    "SUPABASE_URL": "http://storage",
+    "SUPABASE_SERVICE_KEY": "key",
+}
 
 
 def table(cases: dict[str, Any], names: str = "data") -> pytest.MarkDecorator:
@@ -107,7 +111,7 @@ class Bucket:
         async def store() -> dict[str, Any]:
             transport = httpx.MockTransport(self.handle)
             values = {"MAX_IMAGE_BYTES": 10**7, "IMAGE_PREVIEW_PIXELS": 0} | limits
-            environment = ENVIRONMENT | {name: str(value) for name, value in values.items()}
+            environment = REQUIRED | {name: str(value) for name, value in values.items()}
             async with httpx.AsyncClient(transport=transport) as http:
                 storage = Storage(Settings(environment), http, self.pictures)
                 job = SimpleNamespace(user_id=uuid.UUID(int=1), job_id=uuid.UUID(int=2))
@@ -291,6 +295,7 @@ HARMLESS = {
     "declaration": b'<?xml version="1.0" encoding="UTF-8" standalone="no"?>\n' + DRAWING,
     "doctype": DOCTYPE + DRAWING,
     "utf-16": DRAWING.decode().encode("utf-16"),
+    "ten megabytes": DRAWING.replace(b"M0 0", b"M0 0L9 9" * 1_250_000 + b"M0 0"),
 }
 KEPT = ["linearGradient", "feGaussianBlur", "M0 0L9 9Z", "url(#g)", "&lt;ä", 'href="#g"', "64,iVBO"]
 
@@ -384,10 +389,6 @@ EXHAUSTING = {
 @table(EXHAUSTING)
 def test_an_svg_made_to_exhaust_its_reader_is_refused(data):
     assert "no image" in refusal(data)
-
-
-def test_a_path_of_ten_megabytes_is_only_a_large_picture():
-    assert len(sanitized(svg(f'<path d="{"M0 0L9 9" * 1_250_000}"/>'))) > 10_000_000
 
 
 def test_an_svg_is_stored_clean_and_under_a_type_no_browser_runs():
@@ -624,8 +625,10 @@ def in_lab(work: Callable[[Lab], Awaitable[T]]) -> T:
 
 def test_a_source_that_costs_too_much_is_the_users_fault():
     async def act(lab: Lab) -> None:
-        async with asyncio.timeout(40):  # ten times as long as it should take
-            await worker.Preview(lab, 0, 0).upload("dear.jpg", as_file(DEAR))
+        with tempfile.TemporaryFile() as file:
+            file.write(DEAR)
+            async with asyncio.timeout(40):  # ten times as long as it should take
+                await worker.Preview(lab, 0, 0).upload("dear.jpg", file)
 
     with pytest.raises(JobError, match="invalid_input: source: takes too much time"):
         in_lab(act)

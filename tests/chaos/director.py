@@ -60,10 +60,6 @@ SCENARIOS = [
     ),
     Scenario("Long REPEATABLE READ transaction", ["snapshot_held"]),
     Scenario("Database read-only", ["database_read_only"]),
-    Scenario(
-        "Hostile pictures, creates forbidden, poisoned rows",
-        ["pictures_hostile", "creates_forbidden", "rows_poisoned"],
-    ),
 ]
 EVERYTHING = Scenario("All of these at once", list(KINDS))
 

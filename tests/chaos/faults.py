@@ -186,16 +186,6 @@ def database_read_only(world: World, chance: random.Random) -> Iterator[None]:
         world.restart_gateway()
 
 
-@fault("rows", 0, 1)
-def rows_poisoned(world: World, chance: random.Random) -> Iterator[None]:
-    """Files that were uploaded where a user's folder should be; nobody takes them away."""
-    for user in chance.sample(world.users, 3):
-        query = "insert into storage.objects (bucket_id, name) values ('inputs', %s)"
-        world.db.execute(f"{query} on conflict do nothing", user.id)
-    world.db.execute("update private.retention_walks set place = default")
-    yield
-
-
 @fault("snapshot", 5, 15)
 def snapshot_held(world: World, chance: random.Random) -> Iterator[None]:
     with contextlib.ExitStack() as held:
@@ -228,36 +218,26 @@ def provider_misbehaving(world: World, chance: random.Random) -> Iterator[None]:
     yield
 
 
+@fault("provider", 1, 5)
+def provider_out_of_order(world: World, chance: random.Random) -> Iterator[None]:
+    world.provider.outage = chance.choice([429, 500, 503, 503, None])
+    yield
+    world.provider.outage = ""
+
+
 @fault("provider", 1, 4)
 def account_refused(world: World, chance: random.Random) -> Iterator[None]:
     """The provider's jobs wait; once the bill is paid, the operator says so."""
-    with world.provider.out_of_order(chance.choice([401, 402, 403])):
-        yield
+    world.provider.outage = chance.choice([401, 402, 403])
+    yield
+    world.provider.outage = ""
     time.sleep(1)  # what was refused last has paused the provider once more
     world.db.execute("select public.resume_model('replicate')")
-
-
-@fault("provider", 1, 4)
-def creates_forbidden(world: World, chance: random.Random) -> Iterator[None]:
-    """Every other create is answered 403, whosever fault that is."""
-    world.provider.is_forbidding = True
-    yield
-    world.provider.is_forbidding = False
-    time.sleep(1)
-    world.db.execute("select public.resume_model('replicate')")
-
-
-@fault("provider", 1, 4)
-def pictures_hostile(world: World, chance: random.Random) -> Iterator[None]:
-    for _ in range(chance.randint(2, 4)):
-        world.provider.next(file=chance.choice(["dear", "dear", "bomb", "broken", "junk"]))
-    yield
 
 
 # --- what is one call ---
 
 done = contextlib.nullcontext
-OUTAGES = [429, 500, 503, 503, None]
 KINDS |= {
     "postgres_restarted_fast": Kind("database", 0, 2, lambda w, _: restarted(w, signal.SIGINT)),
     "postgres_restarted_immediate": Kind(
@@ -268,7 +248,4 @@ KINDS |= {
     "connections_refused": Kind("network", 1, 5, lambda w, _: w.proxy.refusing()),
     "connections_stalled": Kind("network", 1, 8, lambda w, _: w.proxy.stalled()),
     "connections_half_open": Kind("network", 0, 1, lambda w, _: done(w.proxy.half_open())),
-    "provider_out_of_order": Kind(
-        "provider", 1, 5, lambda w, chance: w.provider.out_of_order(chance.choice(OUTAGES))
-    ),
 }

@@ -30,7 +30,7 @@ from chaos.director import EVERYTHING, SCENARIOS, Director, Outcome  # noqa: E40
 from chaos.faults import restarted  # noqa: E402
 from chaos.world import World  # noqa: E402
 from fake_replicate import Behaviour  # noqa: E402
-from worker_process import eventually  # noqa: E402
+from worker_process import WorkerProcess, eventually  # noqa: E402
 
 from stack import interrupt  # noqa: E402
 
@@ -85,7 +85,8 @@ def dead_worker() -> list[float]:
                 seconds += claims.values()
                 say(f"dead worker: jobs claimed after {sorted(round(s, 1) for s in seconds)} s")
                 eventually(lambda: world.db.value(RUNNING) == 0, within=60)
-                fleet.stop_all()
+                for process in filter(WorkerProcess.is_running, fleet.processes):
+                    process.stop(within=60)
     return seconds
 
 

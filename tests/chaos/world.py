@@ -10,7 +10,6 @@ Lease and pauses are shortened, so that thousands of jobs go through hundreds of
 from __future__ import annotations
 
 import contextlib
-import itertools
 import random
 import tempfile
 import threading
@@ -92,31 +91,13 @@ class Reconnecting(Database):
 
 
 class Provider(FakeReplicate):
-    """The fake, which may also be out of order as a whole."""
+    """The fake, which may also be out of order: then it answers everything so, and does nothing."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.large_bytes = LARGE_BYTES
-        self._creates = itertools.count()
-        self.outage: int | str | None = ""  # a status, or None to hang up
-        self.is_forbidding = False  # every other create
+    outage: int | str | None = ""  # a status, or None to hang up
 
     def route(self, request: Request) -> Answer:
-        is_create = (request.method, request.path) == ("POST", "/v1/predictions")
-        if self.is_forbidding and is_create and next(self._creates) % 2:
-            return refusal(Behaviour(answer=403))
-        if self.outage != "":
-            return refusal(Behaviour(answer=self.outage))
-        return super().route(request)
-
-    @contextlib.contextmanager
-    def out_of_order(self, answer: int | None) -> Iterator[None]:
-        """Answer everything so, and do nothing, for a while."""
-        self.outage = answer
-        try:
-            yield
-        finally:
-            self.outage = ""
+        is_in_order = self.outage == ""
+        return super().route(request) if is_in_order else refusal(Behaviour(answer=self.outage))
 
 
 class StorageProxy(HttpServer):
@@ -301,4 +282,5 @@ class World:
     def working(self, workers: int) -> Iterator[Fleet]:
         """Have a provider without a past, and workers that use it."""
         with Provider() as self.provider, Fleet(self, self.provider, workers) as self.fleet:
+            self.provider.large_bytes = LARGE_BYTES
             yield self.fleet
