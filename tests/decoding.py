@@ -6,6 +6,7 @@ The plugin is PostgreSQL's own `pgoutput`; of its protocol, only what one table'
 
 from __future__ import annotations
 
+import io
 import struct
 from dataclasses import dataclass
 
@@ -45,62 +46,39 @@ class Slot:
             self.name,
             self.publication,
         )
-        changes = [self._decode(Reader(bytes(row["data"]))) for row in rows]
+        changes = [self._decode(io.BytesIO(row["data"])) for row in rows]
         return [change for change in changes if change]
 
-    def _decode(self, message: Reader) -> Change | None:
-        kind = message.text(1)
+    def _decode(self, message: io.BytesIO) -> Change | None:
+        kind = message.read(1).decode()
         if kind == "R":
-            oid, schema, table = message.number("I"), message.name(), message.name()
-            message.text(1)  # the replica identity
-            columns = [self._column(message) for _ in range(message.number("H"))]
+            oid, schema, table = number(message, "I"), name(message), name(message)
+            message.read(1)  # the replica identity
+            columns = []
+            for _ in range(number(message, "H")):
+                message.read(1)  # flags
+                columns.append(name(message))
+                message.read(8)  # type and its modifier
             self._tables[oid] = (f"{schema}.{table}", columns)
         if kind not in "IUD":
             return None
-        table, columns = self._tables[message.number("I")]
-        rows: dict[str, Row] = {}
-        while not message.at_end():
-            part = message.text(1)
-            rows[part] = message.row(columns)
-        return Change(kind, table, rows.get("N"), rows.get("K") or rows.get("O"))
+        table, columns = self._tables[number(message, "I")]
+        rows: dict[bytes, Row] = {}
+        while part := message.read(1):
+            assert number(message, "H") == len(columns)
+            row = rows[part] = {}
+            for column in columns:
+                form = message.read(1)
+                if form != b"u":  # else unchanged, and outside the row
+                    value = message.read(number(message, "I")) if form == b"t" else None
+                    row[column] = None if value is None else value.decode(errors="replace")
+        return Change(kind, table, rows.get(b"N"), rows.get(b"K") or rows.get(b"O"))
 
-    def _column(self, message: Reader) -> str:
-        message.text(1)  # flags
-        name = message.name()
-        message.text(8)  # type and its modifier
-        return name
+
+def number(message: io.BytesIO, form: str) -> int:
+    (value,) = struct.unpack(f">{form}", message.read(struct.calcsize(f">{form}")))
+    return int(value)
 
 
-class Reader:
-    """Reads one message from its start to its end."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self._at = 0
-
-    def at_end(self) -> bool:
-        return self._at == len(self._data)
-
-    def text(self, size: int) -> str:
-        self._at += size
-        return self._data[self._at - size : self._at].decode(errors="replace")
-
-    def name(self) -> str:
-        name = self.text(self._data.index(0, self._at) - self._at)
-        self._at += 1
-        return name
-
-    def number(self, form: str) -> int:
-        (value,) = struct.unpack_from(f">{form}", self._data, self._at)
-        self._at += struct.calcsize(f">{form}")
-        return int(value)
-
-    def row(self, columns: list[str]) -> Row:
-        """Return the values that are there: unchanged ones outside the row are not."""
-        assert self.number("H") == len(columns)
-        row: Row = {}
-        for column in columns:
-            form = self.text(1)
-            if form != "u":
-                row[column] = self.text(self.number("I")) if form == "t" else None
-        return row
+def name(message: io.BytesIO) -> str:
+    return b"".join(iter(lambda: message.read(1), b"\0")).decode()

@@ -433,6 +433,10 @@ STATES = "tests/test_protocol.py::test_no_schedule_of_claims_ends_clocks_and_rec
 CIRCLE = "tests/test_locks.py::test_nobody_can_wait_in_a_circle"
 LOOKS = "tests/test_worker_units.py::test_who_goes_to_sleep_looks_for_what_came_meanwhile"
 
+EACH_CALL = (
+    "tests/test_misbehaviour.py::test_whichever_call_fails_each_job_is_made_once_and_from_its_own"
+)
+
 MONEY = [
     # Fencing.
     Bug(
@@ -745,6 +749,36 @@ MONEY = [
         "      credits = e.credits - v_price * v_jobs,\n",
         "      credits = e.credits - v_price,\n",
         MODEL,
+    ),
+    # A worker that dies or freezes.
+    Bug(
+        "who was frozen buys without looking whether the job is still its own",
+        "worker.py",
+        "        while time.monotonic() - running.held_at > CREATE_WITHIN_SECONDS:\n",
+        "        while False:\n",
+        f"{EACH_CALL}[frozen-answers are lost]",
+    ),
+    Bug(
+        "what a dead worker bought is not looked for",
+        "worker.py",
+        "if job.begun_before and (bought := await self._look(provider, running)):",
+        "if False and (bought := await self._look(provider, running)):",
+        f"{EACH_CALL}[killed before-all is well]",
+    ),
+    Bug(
+        "what was bought is not saved at once",
+        "worker.py",
+        "            await self.db.checkpoint(running.job, running.provider_job_id)\n",
+        "            pass\n",
+        f"{EACH_CALL}[killed before-all is well]",
+    ),
+    Bug(
+        "what was bought is forgotten where the account is refused",
+        "worker.py",
+        '"poll", may_have_bought=True)',
+        '"poll", may_have_bought=False)',
+        "tests/test_worker_replicate.py"
+        "::test_a_refused_account_pauses_the_provider_and_no_job_is_to_blame",
     ),
 ]
 WAKE_UP = [
