@@ -1,7 +1,5 @@
 """scripts/audit.py: what nobody has spoken for does not count as safe."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -13,13 +11,6 @@ SAFE = {"name": "httpx", "version": "0.28.1", "vulns": []}
 KNOWN = {"name": "pillow", "version": "9.0.0", "vulns": [{"id": "PYSEC-2022-10"}]}
 SKIPPED = {"name": "yarl", "skip_reason": "Dependency not found on PyPI"}
 TOTAL = {"dependencies": {"total": 7}}
-
-
-def test_a_package_that_was_skipped_had_no_answer():
-    report = audit.read_pip_audit({"dependencies": [SAFE, KNOWN, SKIPPED]}, "")
-
-    assert (report.answered, report.unanswered) == (2, ["yarl"])
-    assert report.known == ["pillow 9.0.0: PYSEC-2022-10"]
 
 
 @pytest.mark.parametrize(
@@ -46,7 +37,10 @@ def test_the_exit_code_tells_known_from_unanswered(monkeypatch, capsys, packages
     monkeypatch.setattr(audit, "ask", lambda *_: ({"dependencies": packages}, ""))
 
     assert audit.main("pip-audit") == code
-    assert ("NO ANSWER (1): yarl" in capsys.readouterr().out) == (SKIPPED in packages)
+
+    said = capsys.readouterr().out
+    assert ("NO ANSWER (1): yarl" in said) == (SKIPPED in packages)
+    assert ("pillow 9.0.0: PYSEC-2022-10" in said) == (KNOWN in packages)
 
 
 def test_a_service_that_speaks_for_all_is_asked_after_one_that_does_not(monkeypatch):
@@ -59,14 +53,3 @@ def test_a_service_that_speaks_for_all_is_asked_after_one_that_does_not(monkeypa
 def test_a_program_that_prints_no_json_had_no_answer(tmp_path):
     assert audit.ask(["sh", "-c", "echo broken; echo why >&2"], tmp_path) == (None, "why")
     assert audit.ask(["echo", json.dumps([1])], tmp_path)[0] == [1]
-
-
-def test_every_lock_file_is_audited():
-    locks = {
-        path.relative_to(audit.PROJECT)
-        for pattern in ("requirements/*.lock", "*.json", "*/*/package-lock.json")
-        for path in audit.PROJECT.glob(pattern)
-        if path.name.endswith("lock.json") or path.suffix == ".lock"
-    }
-
-    assert locks == {*audit.PYTHON_LOCKS, *audit.NODE_LOCKS}
