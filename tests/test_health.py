@@ -1,4 +1,4 @@
-"""sql/86, 88, 89: queue_health, its alerts, the books. Every alert comes and goes for real."""
+"""sql/86, 88: queue_health, its alerts, the books. Every alert comes and goes for real."""
 
 import json
 

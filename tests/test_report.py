@@ -1,4 +1,4 @@
-"""sql/89_report: what the operator's page, `make top` and exporters draw."""
+"""sql/97_reports.sql: what the operator's page, `make top` and exporters draw."""
 
 import json
 from datetime import UTC, datetime, timedelta
