@@ -198,11 +198,6 @@ begin
 end;
 $$;
 
-create or replace function private.likes_of(p_generation_id uuid) returns bigint
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select count(*) from public.image_likes as l where l.generation_id = p_generation_id
-$$;
-
 -- Favorites and tags.
 
 -- Locks: the generation.

@@ -110,7 +110,7 @@ SECURITY = [
     Bug(
         "a monitor reads why the provider refused",
         "sql/88_health.sql",
-        "when private.is_operator() then '{}' else '{\"pause_reason\": null}'::jsonb end",
+        "when v_is_operator then '{}' else '{\"pause_reason\": null}'::jsonb end",
         "when true then '{}'::jsonb end",
         "tests/test_report.py::test_nobodys_words_and_ids_are_in_what_a_monitor_may_call",
     ),

@@ -214,7 +214,10 @@ def test_the_dearest_wishes_are_charged_settled_and_summed_up(db, alice, worker,
         worker.cancel_job(canceled)
 
     assert alice.credits() == MOST - 3 * 1_000_000
-    charged = db.row("select credits_charged, credits_refunded from private.cost_by_user")
+    charged = db.row(
+        "select sum(credits_charged) as credits_charged, sum(credits_refunded) as credits_refunded"
+        " from private.costs"
+    )
     assert charged == {"credits_charged": 2_976_000_000, "credits_refunded": 2_973_000_000}
     assert_books_balance(db)
 

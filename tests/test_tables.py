@@ -121,7 +121,6 @@ BROKEN_RULES = {
         "insert into private.expired_files (bucket, path, user_id)"
         " select 'inputs', user_id || '0/a.png', user_id from public.entitlements limit 1"
     ),
-    "settings_watch_window_is_positive": "update private.settings set watch_window = '0'",
     "alert_rules_threshold_is_not_negative": "update private.alert_rules set threshold = -1",
     "alert_rules_severity_is_known": "update private.alert_rules set severity = 'dire'",
     "model_aliases_id_is_owner_slash_name": (

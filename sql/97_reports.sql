@@ -1,12 +1,111 @@
--- Reports: what the operator's page, `make top` and exporters of metrics draw, from the views (83).
+-- Reports: what operators ask beside health (88), and what the operator's page, `make top` and
+-- exporters of metrics draw. An optional part: nothing before it knows of it.
+--
+-- Views are one for each question, which is the view's comment: read them as the owner. Functions
+-- are for darkroom_monitor, which may call these and queue_health() and reads no table: they speak
+-- in codes and numbers, never of a user or a job, and never in a provider's words. They cost what
+-- it costs to count the queue and to read the attempts of the window.
 --
 -- queue_report() is this moment and the last hour, queue_history() what came to pass over time, in
--- buckets: for darkroom_monitor, which may call these, queue_health() (88) and the measures here
--- that exporters have a use for, and reads no table. They speak in codes and numbers, never of a
--- user or a job, and never in a provider's words. They cost what it costs to count the queue and
--- to read the attempts of the window.
---
--- Read by time alone, and not compiled: see errors_of (83).
+-- buckets. Attempts are read by time alone, and not compiled: see rates_health (88).
+
+-- Views.
+
+create view private.waiting_now with (security_invoker = true) as
+select
+  r.job_id, r.user_id, (private.plan_of(e)).name as plan, r.model_id,
+  case
+    when exists (select from private.paused_now as p where p.name in (r.model_id, m.provider))
+      then 'paused'
+    when r.run_at > now() then 'delayed'
+    else 'ready'
+  end as state,
+  g.created_at, now() - g.created_at as waiting, r.attempt as attempts_used, r.run_at, r.fair_key
+from private.ready_jobs as r
+inner join public.generations as g on r.job_id = g.id
+inner join public.entitlements as e on r.user_id = e.user_id
+left join public.models as m on r.model_id = m.id
+order by r.fair_key, r.seq;
+
+comment on view private.waiting_now is
+  'What waits, since when, and whose turn is next? In the order of the queue.';
+
+create view private.recent_attempts with (security_invoker = true) as
+select
+  a.generation_id, g.user_id, g.model_id, a.attempt, a.worker_id, a.outcome, a.error_code,
+  a.error_detail, a.provider_job_id, a.provider_seconds, a.cost_usd, g.created_at, a.started_at,
+  a.ended_at, extract(epoch from a.started_at - g.created_at) as wait_seconds,
+  extract(epoch from a.ended_at - a.started_at) as run_seconds
+from private.attempts as a
+inner join public.generations as g on a.generation_id = g.id
+where a.ended_at > now() - interval '1 day'
+order by a.ended_at desc;
+
+comment on view private.recent_attempts is
+  'What was tried within a day, how did it end, and what did the provider say? wait_seconds: from '
+  'being asked for to this claim.';
+
+-- Every attempt, whatever came of it, is the provider's side, and the ledger the users'. What
+-- subscriptions bring is not in it, nor what retention has removed.
+create view private.costs with (security_invoker = true) as
+select
+  entry.day, entry.user_id, entry.model_id,
+  count(entry.outcome)::integer as attempts,
+  count(*) filter (where entry.outcome = 'completed')::integer as completed,
+  coalesce(sum(entry.images), 0)::integer as images,
+  coalesce(sum(entry.provider_seconds), 0)::numeric as provider_seconds,
+  coalesce(sum(entry.cost_usd), 0) as cost_usd,
+  count(*) filter (where entry.provider_job_id is not null and entry.cost_usd is null)::integer
+    as unknown_costs,
+  coalesce(-sum(entry.amount) filter (where entry.kind = 'charge'), 0) as credits_charged,
+  coalesce(sum(entry.amount) filter (where entry.kind = 'refund'), 0) as credits_refunded,
+  -coalesce(sum(entry.amount), 0) * s.credit_usd - coalesce(sum(entry.cost_usd), 0) as margin_usd
+from (
+  select
+    (a.ended_at at time zone 'utc')::date as day, g.user_id, a.model_id, a.outcome,
+    a.provider_images as images, a.provider_seconds::numeric, a.cost_usd, a.provider_job_id,
+    null as kind, null as amount
+  from private.attempts as a
+  inner join public.generations as g on a.generation_id = g.id
+  union all
+  select
+    (l.created_at at time zone 'utc')::date, l.user_id, g.model_id, null, null, null, null, null,
+    l.kind, l.amount
+  from public.credit_ledger as l
+  inner join public.generations as g on l.generation_id = g.id
+) as entry
+cross join private.settings as s
+group by entry.day, entry.user_id, entry.model_id, s.credit_usd;
+
+comment on view private.costs is
+  'What did each user cost and pay, by model and day? Sum it by what you want to know. Days are '
+  'UTC''s: of an attempt the day it ended, of a credit the day it was booked. images are those the '
+  'provider billed; unknown_costs counts attempts that asked the provider and whose price is not '
+  'known, so that cost_usd is too low by them (a retry that goes on from the same provider job is '
+  'one of them); margin_usd is there once settings.credit_usd says what a credit is worth.';
+
+-- Functions.
+
+-- How the attempts of each model ended, what completed ones took, and what all of them cost.
+create function private.outcomes_of(p_window interval) returns table (
+  model_id text, completed bigint, failed bigint, retried bigint, ran_seconds double precision[],
+  cost_usd numeric
+)
+language sql stable set search_path = pg_catalog, pg_temp set enable_seqscan = off set jit = off
+as $$
+  select
+    a.model_id,
+    count(*) filter (where a.outcome = 'completed'),
+    count(*) filter (where a.outcome = 'failed'),
+    count(*) filter (where a.outcome = 'retried'),
+    percentile_cont('{0.5,0.95}'::double precision[])
+      within group (order by extract(epoch from a.ended_at - a.started_at))
+      filter (where a.outcome = 'completed'),
+    sum(a.cost_usd)
+  from private.attempts as a
+  where a.ended_at > now() - p_window
+  group by a.model_id
+$$;
 
 -- The queue is counted by passing through all of it, and that is as good as can be.
 create function private.report_models(p_window interval default '1 hour')
@@ -21,8 +120,8 @@ set enable_seqscan = on set jit = off set max_parallel_workers_per_gather = 0 as
   select
     n.model_id, m.provider, coalesce(q.ready, 0), coalesce(q.delayed, 0), coalesce(q.paused, 0),
     coalesce(q.running, 0), q.oldest_ready_seconds, coalesce(o.completed, 0),
-    coalesce(o.failed, 0), coalesce(o.retried, 0), o.p50_seconds, o.p95_seconds, s.mean_seconds,
-    coalesce(o.cost_usd, 0)
+    coalesce(o.failed, 0), coalesce(o.retried, 0), o.ran_seconds[1], o.ran_seconds[2],
+    s.mean_seconds, coalesce(o.cost_usd, 0)
   from private.queue_by_model as q
   full join private.outcomes_of(p_window) as o on o.model_id = q.model_id
   cross join lateral (select coalesce(q.model_id, o.model_id) as model_id) as n
@@ -62,13 +161,19 @@ comment on function private.report_workers is
 create function private.report_errors(p_window interval default '1 hour') returns table (
   model_id text, error_code text, errors bigint, failed bigint, retried bigint, last_at timestamptz
 )
-language sql stable security definer set search_path = pg_catalog, pg_temp as $$
-  select e.model_id, e.error_code, e.errors, e.failed, e.retried, e.last_at
-  from private.errors_of(p_window) as e
+language sql stable security definer set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set jit = off as $$
+  select
+    a.model_id, a.error_code, count(*), count(*) filter (where a.outcome = 'failed'),
+    count(*) filter (where a.outcome = 'retried'), max(a.ended_at)
+  from private.attempts as a
+  where a.ended_at > now() - p_window and a.error_code is not null and a.outcome <> 'released'
+  group by a.model_id, a.error_code
+  order by count(*) desc, max(a.ended_at) desc
 $$;
 
 comment on function private.report_errors is
-  'Errors of attempts by model and code in the window. What was said: private.recent_failures.';
+  'Errors of attempts by model and code in the window. What was said: private.recent_attempts.';
 
 create function private.report_alerts()
 returns table (alert text, severity text, is_raised boolean, value numeric, threshold numeric)
@@ -225,3 +330,20 @@ comment on function public.queue_history is
   'cost_usd}]}. entered and went move the length of the queue, retries included; waited_seconds is '
   'the longest until a first attempt. Buckets without anything are left out. Errors: PT400 '
   'invalid_input.';
+
+-- Who may call what: as in 92, what is not named here nobody may call.
+
+revoke all on private.waiting_now, private.recent_attempts, private.costs
+from public, anon, authenticated, service_role;
+revoke all on function
+private.outcomes_of, private.report_alerts, private.report_errors, private.report_models,
+private.report_workers, public.queue_history, public.queue_report
+from public, anon, authenticated, service_role;
+
+grant execute on function public.queue_history, public.queue_report
+to service_role, darkroom_monitor;
+grant execute on function
+private.report_alerts, private.report_errors, private.report_models, private.report_workers
+to darkroom_monitor;
+
+notify pgrst, 'reload schema';
