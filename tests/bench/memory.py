@@ -28,15 +28,6 @@ KINDS: dict[str, tuple[int, dict[str, object]]] = {
 }
 
 
-def make_picture(folder: Path, kind: str) -> Path:
-    """Write a picture that does not compress."""
-    side, options = KINDS[kind]
-    ImageFile.MAXBLOCK = 64 * MEGABYTE
-    file = folder / kind
-    Image.frombytes("RGB", (side, side), os.urandom(3 * side * side)).save(file, kind, **options)
-    return file
-
-
 class Handler(BaseHTTPRequestHandler):
     """Gives out the files of a folder, and throws away what is uploaded."""
 
@@ -82,10 +73,13 @@ def serving(folder: Path) -> Iterator[str]:
 
 
 def measure(jobs: int = 64, kinds: tuple[str, ...] = ("png", "jpeg")) -> tuple[float, float]:
-    """Store this many images at once; return peak memory in MB and seconds."""
+    """Store this many images that do not compress at once; return peak MB and seconds."""
     with tempfile.TemporaryDirectory() as folder:
+        ImageFile.MAXBLOCK = 64 * MEGABYTE
         for kind in kinds:
-            file = make_picture(Path(folder), kind)
+            side, options = KINDS[kind]
+            file, noise = Path(folder, kind), os.urandom(3 * side * side)
+            Image.frombytes("RGB", (side, side), noise).save(file, kind, **options)
             assert 18 * MEGABYTE < file.stat().st_size < 32 * MEGABYTE, (kind, file.stat().st_size)
         with serving(Path(folder)) as url:
             started = time.monotonic()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import sys
 import uuid
 from types import SimpleNamespace
@@ -42,4 +41,4 @@ async def store_all(url: str, jobs: int, kinds: list[str]) -> None:
 
 if __name__ == "__main__":
     asyncio.run(store_all(sys.argv[1], int(sys.argv[2]), sys.argv[3:]))
-    print(resident_megabytes(os.getpid(), "VmHWM"))
+    print(resident_megabytes("VmHWM"))
