@@ -522,10 +522,8 @@ begin
     );
   elsif cardinality(v_events) not between 1 and 3 or not v_events <@ v_all then
     perform private.refuse_input('events: not some of ' || array_to_string(v_all, ', '));
-  elsif description <> '' and private.is_blank(description) then
-    perform private.refuse_input('description: blank');
-  elsif length(description) > 200 then
-    perform private.refuse_input('description: longer than 200 characters');
+  elsif length(description) > 200 or description <> '' and private.is_blank(description) then
+    perform private.refuse_input('description: blank, or longer than 200 characters');
   elsif (select count(*) from private.webhook_endpoints) >= 20 then
     perform private.refuse_input('url: there are 20 webhooks', 'Delete one first.');
   end if;
@@ -715,18 +713,6 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   where d.state = 'pending'
 $$;
 
-create view private.undelivered with (security_invoker = true) as
-select
-  d.id, d.state, coalesce(w.url, d.lane) as target, d.event_type, d.generation_id, d.attempts,
-  d.last_status, d.last_error, d.created_at, d.run_at
-from private.deliveries as d
-left join private.webhook_endpoints as w on d.lane = w.id::text
-where d.state = 'pending' or d.state = 'dead'
-order by d.created_at;
-
-comment on view private.undelivered is
-  'Which webhooks and pushes are late or given up, and why?';
-
 insert into private.push_texts (event_type, title, body) values
 ('generation.completed', 'Your picture is ready', 'Tap to see it.'),
 ('generation.failed', 'Your picture could not be made', 'Your credits are back.');
@@ -735,14 +721,14 @@ insert into private.retention_walks (name) values ('trim_deliveries');
 
 insert into private.alert_rules (alert, threshold, unit, min_cases, severity, hint) values (
   'dead_deliveries', 0, 'deliveries', 0, 'warning',
-  'private.undelivered says why. Once the receiver works: enable_webhook, redeliver_dead; or '
+  'list_deliveries(''dead'') says why. Once the receiver works: enable_webhook, redeliver_dead; or '
   'delete_webhook.'
 );
 
 -- Who may call what: as in 92, what is not named here nobody may call.
 
 revoke all on table private.webhook_endpoints, private.push_tokens, private.push_texts,
-private.deliveries, private.undelivered
+private.deliveries
 from public, anon, authenticated, service_role;
 revoke all on function
 private.claim_deliveries, private.delivery_body, private.delivery_json, private.finish_delivery,
