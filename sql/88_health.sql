@@ -75,18 +75,28 @@ comment on view private.running_now is
 
 create view private.worker_activity with (security_invoker = true) as
 select
-  w.id as worker_id, w.host, w.version, w.seen_at > now() - s.lease as is_alive, w.asleep,
-  w.is_listening, w.slots, coalesce(r.jobs, 0) as slots_used, w.started_at, w.seen_at
+  w.id as worker_id, w.host, w.version, a.is_alive, w.asleep, w.is_listening, w.slots,
+  coalesce(r.jobs, 0) as slots_used,
+  case
+    when not a.is_alive then 'silent'
+    when r.jobs > 0 then 'busy'
+    when w.asleep then 'asleep'
+    else 'idle'
+  end as state,
+  round(extract(epoch from now() - w.seen_at), 1) as seen_seconds,
+  round(extract(epoch from now() - w.started_at)) as up_seconds
 from private.workers as w
-cross join private.settings as s
+cross join lateral (
+  select w.seen_at > now() - s.lease as is_alive from private.settings as s
+) as a
 left join (
   select j.worker_id, count(*) as jobs from private.running_jobs as j group by j.worker_id
 ) as r on w.id = r.worker_id
-order by is_alive desc, w.id asc;
+order by a.is_alive, w.id;
 
 comment on view private.worker_activity is
-  'Which worker lives, and what does it do? One that stopped without unregistering is alive until '
-  'its lease would have run out.';
+  'Which worker lives, and what does it do? First those that went silent without stopping, for as '
+  'long as a lease. is_listening false: it finds jobs by polling only.';
 
 create view private.vacuum_holders with (security_invoker = true) as
 select

@@ -134,29 +134,12 @@ comment on function private.report_models is
   'The queue of each model that has jobs or had some in the window, and how those ended: seconds '
   'from claim to end of completed attempts, and mean_seconds as remembered for eta_seconds.';
 
-create function private.report_workers() returns table (
-  worker_id bigint, host text, version text, state text, is_listening boolean, slots smallint,
-  slots_used bigint, seen_seconds numeric, up_seconds numeric
-)
+create function private.report_workers() returns setof private.worker_activity
 language sql stable security definer set search_path = pg_catalog, pg_temp as $$
-  select
-    w.worker_id, w.host, w.version,
-    case
-      when not w.is_alive then 'silent'
-      when w.slots_used > 0 then 'busy'
-      when w.asleep then 'asleep'
-      else 'idle'
-    end,
-    w.is_listening, w.slots, w.slots_used, round(extract(epoch from now() - w.seen_at), 1),
-    round(extract(epoch from now() - w.started_at))
-  from private.worker_activity as w
-  where w.seen_at > now() - interval '1 day'
-  order by w.is_alive, w.worker_id
+  select * from private.worker_activity where seen_seconds < 86400
 $$;
 
-comment on function private.report_workers is
-  'Workers seen within a day, first those that went silent without stopping: state (silent | busy '
-  '| idle | asleep). is_listening false: it finds jobs by polling only.';
+comment on function private.report_workers is 'private.worker_activity, of the last day.';
 
 create function private.report_errors(p_window interval default '1 hour') returns table (
   model_id text, error_code text, errors bigint, failed bigint, retried bigint, last_at timestamptz

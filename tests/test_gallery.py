@@ -345,7 +345,8 @@ def test_a_deletion_can_be_taken_back(db, alice, made):
 
 def test_what_is_being_erased_cannot_be_taken_back(db, alice, made):
     alice.delete_generation(made)
-    db.execute("select private.expire_generations(array[%s::uuid])", made)
+    db.execute("update private.settings set keep_deleted = '0'")
+    db.execute("select private.apply_retention()")
 
     with unchanged(db), refused("PT404", "not_found"):
         alice.restore_generation(made)
@@ -353,8 +354,10 @@ def test_what_is_being_erased_cannot_be_taken_back(db, alice, made):
 
 def test_what_is_too_old_to_be_kept_is_no_longer_shared(db, alice, anon, made):
     alice.share_image(made)
+    db.execute("update private.settings set keep_generations = '1 day'")
+    db.pass_time("2 days")
 
-    db.execute("select private.expire_generations(array[%s::uuid])", made)
+    db.execute("select private.apply_retention()")
 
     assert anon.list_public_images()["images"] == []
 

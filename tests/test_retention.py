@@ -319,57 +319,9 @@ def test_the_ledger_is_kept_for_ever_by_default(db, alice, worker):
     assert alice.ledger() == [("grant", 10), ("charge", -1)]
 
 
-def test_old_entries_are_summed_up_and_the_books_still_balance(db, alice, worker):
-    keep(db, keep_ledger="90 days", keep_deleted="0")
-    for job in [completed(alice, worker) for _ in range(3)]:
-        deleted_by_user(db, job)
-        worker.apply_retention()
-        worker.forget_files(*files_of(job))
-    db.pass_time("91 days")
-    completed(alice, worker)
-
-    assert worker.apply_retention() == 3
-
-    assert alice.ledger() == [("carry", 7), ("charge", -1)]
-    assert alice.credits() == 6
-    assert_books_balance(db)
-    with unchanged(db):
-        assert worker.apply_retention() == 0
-
-
-def test_an_entry_stays_while_the_generation_it_speaks_of_does(db, alice, worker):
-    keep(db, keep_ledger="90 days")
-    alice.has(credits=20)
-    completed(alice, worker)
-    alice.has(credits=30)
-    db.pass_time("91 days")
-
-    worker.apply_retention()
-
-    assert alice.ledger() == [("carry", 20), ("charge", -1), ("adjust", 11)]
-    assert_books_balance(db)
-
-
-def test_summing_up_meets_all_users_whatever_they_do_meanwhile(db, worker):
-    keep(db, keep_ledger="90 days")
-    users = [User(db).has(credits=20) for _ in range(5)]
-    db.pass_time("91 days")
-
-    for _ in range(4):
-        worker.apply_retention(at_most=2)
-
-    assert [user.ledger() for user in users] == [[("carry", 20)]] * 5
-    together([worker.apply_retention, *(user.enqueue for user in users)])
-    assert_books_balance(db)
-
-
-@pytest.mark.parametrize("setting", ["", "on", "00000000-0000-0000-0000-000000000000"])
-def test_nobody_else_deletes_the_entries_of_a_user_who_is_here(db, alice, setting):
-    connection = db.connect()
-    connection.execute("select set_config('darkroom.compacts_ledger_of', %s, false)", [setting])
-
+def test_nobody_deletes_the_entries_of_a_user_who_is_here(db, alice):
     with pytest.raises(psycopg.errors.InsufficientPrivilege):
-        connection.execute("delete from public.credit_ledger")
+        db.execute("delete from public.credit_ledger")
 
     assert alice.ledger() == [("grant", 10)]
 
@@ -705,7 +657,7 @@ def test_a_file_with_the_name_of_its_folder_is_erased_like_any_other(db, alice, 
         ("expire_generations", "public.generations", "id = '{job}'", "update"),
         ("expire_generations", "public.generations", "id = '{job}'", "delete"),
         ("attempts", "private.attempts", "generation_id = '{job}'", "delete"),
-        ("trim_ledger_of", "public.credit_ledger", "user_id = '{user}'", "delete"),
+        ("erase_ledgers", "public.credit_ledger", "user_id = '{user}'", "delete"),
         ("mark_files", "private.expired_files", "path = '{user}/cat.jpg'", "insert"),
     ],
 )
@@ -724,17 +676,20 @@ def test_a_bad_row_is_passed_over_and_named_and_all_others_are_done(db, worker, 
         db.execute(f"alter table {table} add check (not {row}) no inherit not valid")
     else:
         poison(db, table, row, event)
-    keep(db, keep_generations="100 days", keep_ledger="90 days", keep_attempts="90 days")
+    keep(db, keep_generations="100 days", keep_attempts="90 days")
+    if step == "erase_ledgers":  # of users who are gone
+        keep(db, keep_ledger_of_deleted_users="100 days")
+        db.execute("delete from auth.users")
     db.pass_time("101 days")
     age_files(db, "101 days")
 
-    for _ in range(3):  # the ledger waits for the generations
-        worker.apply_retention()
+    worker.apply_retention()
 
     left = db.execute("select user_id from public.generations")
-    unsummed = db.execute("select user_id from public.credit_ledger where kind <> 'carry'")
+    if step == "erase_ledgers":
+        left += db.execute("select user_id from public.credit_ledger")
     unmarked = {str(job.user_id) for job in jobs} - {path.split("/")[0] for _, path in expired(db)}
-    assert unmarked | {str(row["user_id"]) for row in left + unsummed} <= {str(bad.user_id)}
+    assert unmarked | {str(row["user_id"]) for row in left} <= {str(bad.user_id)}
     assert skipped(db)[step] == 1
     note = db.row("select key from private.skipped_rows where step = %s", step)
     assert str(bad.id) in note["key"] or str(bad.user_id) in note["key"]

@@ -105,11 +105,8 @@ BROKEN_RULES = {
     "settings_keep_deleted_is_not_negative": "update private.settings set keep_deleted = '-1 day'",
     "settings_keep_inputs_outlives_a_day": "update private.settings set keep_inputs = '0'",
     "settings_max_input_files_is_not_negative": "update private.settings set max_input_files = -1",
-    "settings_times_are_in_reach": "update private.settings set keep_ledger = '1001 years'",
+    "settings_times_are_in_reach": "update private.settings set keep_deleted = '1001 years'",
     "settings_keep_attempts_outlives_a_day": "update private.settings set keep_attempts = '0'",
-    "settings_keep_ledger_outlives_ninety_days": (
-        "update private.settings set keep_ledger = '89 days'"
-    ),
     "settings_keep_ledger_of_deleted_users_is_not_negative": (
         "update private.settings set keep_ledger_of_deleted_users = '-1 day'"
     ),

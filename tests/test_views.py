@@ -138,21 +138,6 @@ def test_which_worker_lives_and_what_it_does(db, alice, worker):
 
     names = ("worker_id", "is_alive", "is_listening", "slots", "slots_used")
     assert rows(db, "worker_activity", *names) == [
-        (worker.id, True, False, 4, 1),
         (dead.id, False, True, 1, 0),
+        (worker.id, True, False, 4, 1),
     ]
-
-
-def test_what_is_not_delivered_and_why(db, alice, worker, service):
-    hook = service.register_webhook("https://api.example.com/hooks")["webhook_id"]
-    ended(alice, worker, 0)
-    (delivery,) = worker.claim_deliveries(hook)
-    worker.finish_delivery(delivery, "failed", 500, "what it said")
-
-    names = ("state", "target", "attempts", "last_status", "last_error")
-    late = ("pending", "https://api.example.com/hooks", 1, 500, "what it said")
-    assert rows(db, "undelivered", *names) == [late]
-    service.redeliver(str(delivery.delivery_id))
-    (delivery,) = worker.claim_deliveries(hook)
-    worker.finish_delivery(delivery)
-    assert rows(db, "undelivered") == []

@@ -550,22 +550,6 @@ def test_which_addresses_are_public():
     assert [each for each in INSIDE.split() if outbox.is_public(each)] == []
 
 
-def test_the_database_and_the_worker_agree_on_literals(db):
-    literals = [
-        each for each in PUBLIC + INSIDE.split() if "%" not in each and "64:ff9b" not in each
-    ]
-    host = "case when literal like '%%:%%' then '[' || literal || ']' else literal end"
-    rows = db.execute(
-        f"select literal, private.host_problem({host}) is null as verdict"
-        " from unnest(%s::text[]) as literal",
-        literals,
-    )
-
-    assert {row["literal"]: row["verdict"] for row in rows} == {
-        each: outbox.is_public(each) for each in literals
-    }
-
-
 # --- push notifications ---
 
 
