@@ -1,4 +1,4 @@
-"""What is installed is what was locked and audited: every package by version and hash."""
+"""What is installed is what was locked and audited; what nobody spoke for is not safe."""
 
 import json
 import re
@@ -67,3 +67,27 @@ def test_every_lock_file_is_audited():
 
     assert found == {*PYTHON, *NODE}
     assert {*audit.PYTHON_LOCKS, *audit.NODE_LOCKS} == {file.relative_to(PROJECT) for file in found}
+
+
+SAFE = {"name": "httpx", "version": "0.28.1", "vulns": []}
+KNOWN = {"name": "pillow", "version": "9.0.0", "vulns": [{"id": "PYSEC-2022-10"}]}
+SKIPPED = {"name": "yarl", "skip_reason": "Dependency not found on PyPI"}
+
+
+@pytest.mark.parametrize(
+    ("packages", "npm", "code"),
+    [
+        ([SAFE], {"metadata": {"dependencies": {"total": 7}}, "vulnerabilities": {}}, 0),
+        ([SAFE, SKIPPED], {"metadata": {"dependencies": {"total": 7}}, "vulnerabilities": {}}, 3),
+        ([SAFE], {"message": "405 Method Not Allowed"}, 3),
+        ([SAFE], None, 3),
+        ([SKIPPED, KNOWN], {"message": "405 Method Not Allowed"}, 1),
+    ],
+)
+def test_an_audit_tells_known_from_unanswered(monkeypatch, packages, npm, code):
+    def ask(command, *_):
+        return (npm if "npm" in str(command) else {"dependencies": packages}), "last words"
+
+    monkeypatch.setattr(audit, "ask", ask)
+
+    assert audit.main("pip-audit") == code

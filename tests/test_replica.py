@@ -5,25 +5,20 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
 import psycopg
 import pytest
-import stack_choice
-from actors import PREVIEW, Anon, Monitor, Refusal, Service, User, Worker, outcome, refused
+from actors import Anon, Monitor, Refusal, Service, User, Worker, outcome, refused
 from database import Database, Server
-from http_client import Client, Endpoints, answer, refusal
-from http_fixtures import postgrest_settings, start_postgrest
 from runbook import Section
 from worker_process import eventually
 
-from processes import as_user, free_port
-from stack import Cluster, Settings, Stack, postgres_program, sign_jwt
+from processes import as_user
+from stack import Cluster, Settings, Stack, postgres_program
 
 
 @pytest.fixture(scope="module")
@@ -156,28 +151,3 @@ def test_a_job_that_has_not_arrived_is_not_found_and_arrives_soon(db, replica):
     assert "walreceiver" in told and "streaming" in told
     (ask_replica,) = [each for each in Section("Read replicas").of("sql") if "recovery" in each]
     assert "seconds_behind" in replica.psql(script=ask_replica).stdout
-
-
-@pytest.mark.skipif(not stack_choice.postgrest_binary(), reason="no PostgREST for this machine")
-def test_behind_postgrest_changes_are_refused_and_reads_go_on(db, replica, standby, stopped_stack):
-    user_id, ports = User(db).id, (free_port(), free_port())
-    catch_up(db, standby)
-    environment = postgrest_settings(stopped_stack, db, standby.address(), ports)
-    binary = stack_choice.postgrest_binary()
-    process, url = start_postgrest(binary, stopped_stack, db, environment)
-    claims = {"sub": user_id, "role": "authenticated", "exp": 4_102_444_800}
-    try:
-        with httpx.Client() as http:
-            token = sign_jwt(stopped_stack.jwt_secret, claims)
-            user = Client(Endpoints(http, "", url, ""), token)
-
-            told = refusal(user.rpc("enqueue_generation", model=PREVIEW, prompt="a lighthouse"))
-
-            # PostgREST itself says so, before a function of ours is called.
-            said = "cannot set transaction read-write mode during recovery"
-            assert (told.status, told.code, told.message) == (400, "0A000", said)
-            for method in ("GET", "POST"):
-                assert answer(user.rpc("get_entitlement", method))["credits"] == 10
-            assert answer(user.rest("GET", "generations")) == []
-    finally:
-        process.stop(signal.SIGTERM, 10)

@@ -80,6 +80,11 @@ def test_schema_private_is_closed_to_strangers_and_nobody_creates_in_it(db):
     )
 
 
+def test_of_a_deleted_generation_realtime_is_told_the_id_and_nothing_else(db):
+    query = "select relreplident from pg_class where oid = 'public.generations'::regclass"
+    assert db.value(query) == "d"
+
+
 @pytest.mark.parametrize("where", ["in schema public", ""])
 def test_whatever_is_granted_by_default_nobody_has_a_right_on_what_is_ours(supabase_db, db, where):
     for kind in ("tables", "sequences", "functions", "types"):

@@ -1,10 +1,8 @@
 """scripts/watch.py: `make top` says what is wrong, in words, at one look."""
 
 import base64
-import contextlib
 import json
 import os
-import pty
 import re
 import subprocess
 import sys
@@ -88,24 +86,6 @@ def test_it_names_what_is_wrong(db, alice, monitor):
     held = "held back by session 7 a·]0;title··c, idle in transaction for 00:30:05"
     assert held in line(text, "vacuum ")
     assert max(map(len, screen(report, 60, is_watched=False).splitlines())) == 60
-
-
-def test_on_a_terminal_it_looks_again_and_again(url):
-    ours, theirs = pty.openpty()
-    environment = os.environ | {"DATABASE_URL": url, "COLUMNS": "100"}
-    with subprocess.Popen(
-        [*WATCH, "top", "--every", "0.3"], env=environment, stdin=theirs, stdout=theirs
-    ) as process:
-        os.close(theirs)
-        screen, deadline = b"", time.monotonic() + 20
-        with contextlib.suppress(OSError):
-            while screen.count(b"\x1b[2J") < 3 and time.monotonic() < deadline:
-                screen += os.read(ours, 65536)
-        process.kill()
-    os.close(ours)
-
-    assert screen.count(b"\x1b[H\x1b[2J") >= 3
-    assert b"\x1b[1;32mDarkroom  OK" in screen
 
 
 def test_nonsense_is_refused():
