@@ -19,14 +19,9 @@ def test_running_it_again_changes_nothing_an_operator_has_set(db, alice):
     assert db.execute("select * from storage.buckets") == buckets
 
 
-def test_plans_and_private_buckets_for_images_are_there(db):
-    plans = db.execute("select p::text as plan from private.plans as p order by name")
+def test_buckets_are_private_and_take_images_only(db):
     buckets = db.execute("select id, public, allowed_mime_types from storage.buckets order by 1")
 
-    assert [row["plan"] for row in plans] == [
-        "(free,3,10,30,5,3,1,00:10:00)",
-        "(paid,20,60,100,50,100,4,00:30:00)",
-    ]
     types = ["image/png", "image/jpeg", "image/webp"]
     outputs = ["image/avif", "image/gif", "application/octet-stream"]  # the last for SVGs
     assert buckets == [
@@ -35,8 +30,7 @@ def test_plans_and_private_buckets_for_images_are_there(db):
     ]
 
 
-def test_what_was_there_is_kept_and_served(supabase_db):
-    supabase_db.execute("insert into auth.users (id) values (gen_random_uuid())")
+def test_a_bucket_that_was_public_stays_so_with_a_warning(supabase_db):
     supabase_db.execute(
         "insert into storage.buckets (id, name, public) values ('inputs', '', true)"
     )
@@ -44,7 +38,6 @@ def test_what_was_there_is_kept_and_served(supabase_db):
     assert "Darkroom: a bucket of its own is public" in supabase_db.install()
 
     assert supabase_db.value("select public from storage.buckets where id = 'inputs'")
-    assert supabase_db.value("select credits from public.entitlements") == 10
 
 
 def test_pg_cron_recovers_and_erases_every_minute_and_trims_every_night(stack):

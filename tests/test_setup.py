@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from database import GRANTS, PROJECT, SEED, SQL_FILES
+from database import PROJECT, SEED
 from realtime_stand_in import add_realtime, as_postgres
 
 SETUP = PROJECT / "sql" / "00_setup.sql"
@@ -85,17 +85,6 @@ def test_of_a_deleted_generation_realtime_is_told_the_id_and_nothing_else(db):
     assert db.value(query) == "d"
 
 
-@pytest.mark.parametrize("where", ["in schema public", ""])
-def test_whatever_is_granted_by_default_nobody_has_a_right_on_what_is_ours(supabase_db, db, where):
-    for kind in ("tables", "sequences", "functions", "types"):
-        grant = f"alter default privileges {where} grant all on {kind} to public, {API_ROLES}"
-        supabase_db.execute(grant)
-
-    supabase_db.install(SEED)
-
-    assert supabase_db.execute(GRANTS) == db.execute(GRANTS)
-
-
 DEFAULTS = "select defaclrole, defaclnamespace, defaclobjtype, defaclacl::text from pg_default_acl"
 WHO_MAY = """
 select r.rolname, a.privilege_type
@@ -119,15 +108,6 @@ def test_what_the_app_makes_later_is_granted_as_if_darkroom_were_not_there(supab
 
     assert (supabase_db.execute(WHO_MAY), supabase_db.execute(DEFAULTS)) == without
     assert len(without[0]) > 20
-
-
-def test_it_does_not_wait_for_long_where_others_would_wait_behind_it(supabase_db):
-    with supabase_db.connect().transaction() as reading:
-        reading.connection.execute("lock storage.objects in row exclusive mode")
-        done = supabase_db.psql(*SQL_FILES)
-
-    assert "lock timeout" in done.stderr
-    assert supabase_db.value("select to_regnamespace('private')") is None
 
 
 def test_where_it_may_make_no_policies_it_shows_them_and_goes_on(supabase_db):

@@ -1,7 +1,7 @@
 """sql/88_health.sql, sql/97_reports.sql: the questions operators ask, each answered by a view."""
 
 import pytest
-from actors import PREVIEW, Worker
+from actors import PREVIEW
 
 SLOW = "ada/slow"
 
@@ -127,17 +127,3 @@ def test_what_was_tried_lately_and_what_the_provider_said(db, alice, worker):
     )
     db.pass_time("1 day")
     assert rows(db, "recent_attempts") == []
-
-
-def test_which_worker_lives_and_what_it_does(db, alice, worker):
-    dead = Worker(db, slots=1)
-    db.pass_time("2 minutes")
-    worker.heartbeat(is_listening=False)
-    alice.enqueue()
-    worker.claimed()
-
-    names = ("worker_id", "is_alive", "is_listening", "slots", "slots_used")
-    assert rows(db, "worker_activity", *names) == [
-        (dead.id, False, True, 1, 0),
-        (worker.id, True, False, 4, 1),
-    ]

@@ -191,78 +191,64 @@ class Lab:
         printed = self.run([*command, *options, *defined, url], **env)
         return float(re.search(r"^tps = ([\d.]+)", printed, re.MULTILINE)[1])  # type: ignore[index]
 
-    def work(self, contender: Contender, url: str, **options: Any) -> Program:
-        """Start a contender's worker and wait until it is ready to begin."""
-        return Program(contender.command("work", url, **options), self.folder / "worker.log")
-
-
-class Program:
-    """A contender's worker process: ready, then going, then over."""
-
-    def __init__(self, command: Sequence[str], log: Path) -> None:
-        self.name, self.log = Path(command[1]).name, log
+    @contextlib.contextmanager
+    def work(self, contender: Contender, url: str, **options: Any) -> Iterator[Program]:
+        """Start a contender's worker and wait until it is ready; end it, if it does not itself."""
+        log = self.folder / "worker.log"
         with log.open("wb") as errors:
-            self._process = subprocess.Popen(
-                command,
+            process = subprocess.Popen(
+                contender.command("work", url, **options),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
                 env=ENVIRONMENT,
             )
-        try:
-            self._read(START_SECONDS)
-        except BaseException:
-            self.close()
-            raise
+        with process:
+            try:
+                program = Program(process, log)
+                program.read(START_SECONDS)
+                yield program
+                process.wait(END_SECONDS)
+            finally:
+                process.kill()
+                process.stdin = None  # which it may have closed
 
-    def __enter__(self) -> Program:
-        return self
 
-    def __exit__(self, failure: object, *_: object) -> None:
-        self.close(ends_itself=failure is None)
+class Program:
+    """A contender's worker process: ready, then going, then over."""
+
+    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
+        self.process, self.log = process, log
 
     def say(self) -> None:
         """Let it begin, or the second time report now; it may be over already."""
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write("\n")  # type: ignore[union-attr]
-            self._process.stdin.flush()  # type: ignore[union-attr]
+            self.process.stdin.write("\n")  # type: ignore[union-attr]
+            self.process.stdin.flush()  # type: ignore[union-attr]
 
     def report(self, within: float) -> dict[str, Any]:
         """Return its report, once it is over."""
-        return dict(json.loads(self._read(within)))
+        return dict(json.loads(self.read(within)))
 
     def megabytes(self) -> float:
         """Return how much memory it has in use."""
-        return memory(self._process.pid, "VmRSS") / 2**20
+        return memory(self.process.pid, "VmRSS") / 2**20
 
     def cpu_seconds(self) -> float:
         """Return the processor time it has taken, its own and the kernel's for it."""
-        return seconds_of_a_core(self._process.pid)
+        return seconds_of_a_core(self.process.pid)
 
-    def close(self, *, ends_itself: bool = False) -> None:
-        """End it, or wait for its end if it has reported."""
-        if not ends_itself:
-            self._process.terminate()
-        try:
-            self._process.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()  # type: ignore[union-attr]
-
-    def _read(self, within: float) -> str:
+    def read(self, within: float) -> str:
         """Read a line; a process that writes none in time is ended."""
-        watch = threading.Timer(within, self._process.kill)
+        watch = threading.Timer(within, self.process.kill)
         watch.start()
         try:
-            line = self._process.stdout.readline()  # type: ignore[union-attr]
+            line = self.process.stdout.readline()  # type: ignore[union-attr]
         finally:
             watch.cancel()
         if not line:
-            raise RuntimeError(f"{self.name} said nothing: {gist(last_lines(self.log))}")
+            raise RuntimeError(f"the worker said nothing: {gist(last_lines(self.log))}")
         return str(line)
 
 

@@ -1,23 +1,30 @@
-"""Large images, a server that gives them out and takes in what is stored, and what they cost."""
+"""Large images, a server that gives them out and takes in what is stored, and what they cost.
+
+PROGRAM URL JOBS KIND ...    store what the server gives out as a worker does; print peak MB
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 from PIL import Image, ImageFile
 
-CONTENDERS = Path(__file__).resolve().parent / "contenders"
-PROJECT = CONTENDERS.parents[2]
+PROJECT = Path(__file__).resolve().parents[2]
 MEGABYTE = 2**20
 # Pixels of noise that make some 20 MB, and how.
 KINDS: dict[str, tuple[int, dict[str, object]]] = {
@@ -84,10 +91,35 @@ def measure(jobs: int = 64, kinds: tuple[str, ...] = ("png", "jpeg")) -> tuple[f
         with serving(Path(folder)) as url:
             started = time.monotonic()
             done = subprocess.run(
-                [sys.executable, CONTENDERS / "run_store.py", url, str(jobs), *kinds],
+                [sys.executable, __file__, url, str(jobs), *kinds],
                 capture_output=True,
                 text=True,
                 check=True,
-                env=os.environ | {"PYTHONPATH": f"{PROJECT}{os.pathsep}{CONTENDERS}"},
+                env=os.environ | {"PYTHONPATH": str(PROJECT)},
             )
-            return float(done.stdout), time.monotonic() - started
+            return float(done.stdout) / 1024, time.monotonic() - started
+
+
+async def store_all(url: str, jobs: int, kinds: list[str]) -> None:
+    """What a worker with this many slots does, once all its predictions end at the same moment."""
+    import httpx  # noqa: PLC0415
+
+    import worker  # noqa: PLC0415
+
+    async with httpx.AsyncClient(timeout=worker.HTTP_TIMEOUT) as http:
+        replicate = worker.Replicate(http, url, "token")
+        environment = {"DATABASE_URL": "postgresql://", "SUPABASE_SERVICE_KEY": "key"}
+        settings = worker.Settings(environment | {"SUPABASE_URL": url})
+        storage = worker.Storage(settings, http, worker.Pictures())
+        job = SimpleNamespace(user_id=uuid.uuid4(), job_id=uuid.uuid4())
+        files = [f"{url}/{kind}" for kind in itertools.islice(itertools.cycle(kinds), jobs)]
+        stored = await asyncio.gather(
+            *(storage.store(job, n, replicate.read(file)) for n, file in enumerate(files))  # type: ignore[arg-type]
+        )
+    assert all(image["bytes"] > 18 * MEGABYTE for image in stored)
+
+
+if __name__ == "__main__":
+    asyncio.run(store_all(sys.argv[1], int(sys.argv[2]), sys.argv[3:]))
+    # Not getrusage: that counts who started this, too.
+    print(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]

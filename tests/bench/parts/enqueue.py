@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import threading
-from collections.abc import Iterator
 
 import darkroom
 import peers
-import psycopg
 from core import Part, Sizes, Task
-from database import Database
 from lab import Contender, Lab
 
 CLIENTS = (1, 8, 32)
 SECONDS, QUICK_SECONDS = 5, 1
-BUSY_WORKERS, BEAT_SECONDS = 4, 5.0
 RATE, WAKE_UPS = "enqueues/s", "wake-ups/s"
 SLEEPERS = Contender("sleeping workers", "run_bare.py", {"batch": 1, "sleepers": 2})
 PEERS = (
@@ -28,8 +22,7 @@ PEERS = (
 def make_tasks(lab: Lab, sizes: Sizes) -> list[Task]:
     seconds = sizes.pick(SECONDS, QUICK_SECONDS)
     contenders = {peer.name: functools.partial(enqueue_peer, lab, peer) for peer in PEERS} | {
-        "Darkroom, no worker": functools.partial(enqueue_ours, lab, contextlib.nullcontext),
-        "Darkroom, busy workers": functools.partial(enqueue_ours, lab, busy_workers),
+        "Darkroom, no worker": functools.partial(enqueue_ours, lab),
         "Darkroom, sleeping workers": functools.partial(enqueue_with_sleepers, lab),
     }
     return [
@@ -49,11 +42,9 @@ def enqueue_peer(lab: Lab, peer: Contender, _: int, options: tuple[str, ...]) ->
         return {RATE: peers.enqueue(lab, peer, db, *options)}
 
 
-def enqueue_ours(
-    lab: Lab, surroundings: type, _: int, options: tuple[str, ...]
-) -> dict[str, float]:
+def enqueue_ours(lab: Lab, _: int, options: tuple[str, ...]) -> dict[str, float]:
     """Call enqueue_generation as PostgREST does."""
-    with lab.copy(darkroom.base(lab)) as db, surroundings(db):
+    with lab.copy(darkroom.base(lab)) as db:
         return {RATE: lab.pgbench(db.url, darkroom.ENQUEUE, *options, **darkroom.AS_USER)}
 
 
@@ -67,29 +58,6 @@ def enqueue_with_sleepers(lab: Lab, seconds: int, options: tuple[str, ...]) -> d
             workers.say()
             woken = len(workers.report(within=10)["moments"])
     return {RATE: rate, WAKE_UPS: woken / seconds}
-
-
-@contextlib.contextmanager
-def busy_workers(db: Database) -> Iterator[None]:
-    """Have workers that are awake and beat, but claim nothing meanwhile: all slots are full."""
-    over = threading.Event()
-    with psycopg.connect(darkroom.worker_url(db), autocommit=True) as connection:
-        query = "select worker_id from private.register_worker('bench', 4, '1')"
-        ids = [connection.execute(query).fetchall()[0] for _ in range(BUSY_WORKERS)]
-
-        def beat() -> None:
-            while not over.wait(BEAT_SECONDS):
-                for worker_id in ids:
-                    query = "select private.heartbeat(%s, '{}', '{}', '{}')"
-                    connection.execute(query, worker_id)
-
-        thread = threading.Thread(target=beat)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
 
 
 PART = Part(
