@@ -106,24 +106,3 @@ def test_what_runs_where_for_how_long_and_whether_it_is_stuck(db, alice, worker)
     stuck = {str(job): since for job, since in rows(db, "running_now", "job_id", "stuck_for")}
     assert 0 < stuck[late].total_seconds() < 30  # since its deadline
     assert 240 < stuck[silent].total_seconds() < 270  # since its lease
-
-
-def test_what_was_tried_lately_and_what_the_provider_said(db, alice, worker):
-    ended(alice, worker, 1)
-    db.pass_time("10 seconds")
-    alice.enqueue()
-    db.pass_time("5 seconds")
-    job = worker.claimed()
-    db.pass_time("2 seconds")
-    worker.fail_job(job, "moderated", "NSFW")
-
-    failed, done = rows(db, "recent_attempts")
-
-    names = ("outcome", "error_code", "error_detail", "model_id", "attempt")
-    assert [failed[name] for name in names] == ["failed", "moderated", "NSFW", PREVIEW, 1]
-    assert [round(failed[name]) for name in ("wait_seconds", "run_seconds")] == [5, 2]
-    assert (done["outcome"], done["error_code"], done["provider_seconds"]) == (
-        *("completed", None, 0.5),
-    )
-    db.pass_time("1 day")
-    assert rows(db, "recent_attempts") == []
