@@ -74,7 +74,7 @@ def test_each_query_counts_the_queue_once(db, name):
     session.execute(QUERIES[name]["query"])
     session.close()
 
-    counts = ("queue_health", "report_models")
+    counts = ("queue_health", "queue_report")
     made = "select calls from pg_stat_user_functions where funcname = any(%s)"
     eventually(lambda: db.execute(made, list(counts)) == [{"calls": 1}])
 

@@ -4,7 +4,7 @@ import json
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from actors import Worker, refused
+from actors import PREVIEW, Worker, refused
 from test_views import another_model, ended, only
 
 __all__ = ["another_model"]
@@ -84,13 +84,42 @@ def test_errors_by_model_and_code(db, alice, worker, monitor):
     assert error["retried"] == 3
 
 
+def test_errors_of_each_model_and_code(db, alice, worker, monitor, another_model):
+    db.lift_limits()
+    for end in ("completed", "moderated", "moderated", "invalid_input"):
+        ended(alice, worker, 1, end)
+    ended(alice, worker, 1, "moderated", model=another_model)
+
+    errors = monitor.queue_report()["errors"]
+
+    names = ("model_id", "error_code", "errors", "failed")
+    assert only(errors[0], *names) == (PREVIEW, "moderated", 2, 2)
+    assert {only(row, *names) for row in errors[1:]} == {
+        (PREVIEW, "invalid_input", 1, 1),
+        (another_model, "moderated", 1, 1),
+    }
+
+
+def test_how_fast_each_model_is(db, alice, worker, monitor, another_model):
+    db.lift_limits()
+    for seconds in (10, 20, 30):
+        ended(alice, worker, seconds)
+    ended(alice, worker, 100, model=another_model)
+    ended(alice, worker, 1, "moderated", model=another_model)
+
+    slow, preview = monitor.queue_report()["models"]
+
+    assert only(slow, "model_id", "completed", "failed") == (another_model, 1, 1)
+    assert only(preview, "model_id", "completed", "failed") == (PREVIEW, 3, 0)
+    assert round(preview["p50_seconds"]) == 20
+    assert round(preview["p95_seconds"]) == 29
+    assert round(slow["p95_seconds"]) == 100
+
+
 # What a provider says may be the prompt in any spelling, and an exception may name a user.
 WORDS = 'Keep Out, "the" Owl'
 SPELLED = [WORDS, WORDS.lower(), json.dumps(WORDS), json.dumps(json.dumps(WORDS)), WORDS[5:]]
-CALLS = (
-    *("public.queue_health", "public.queue_report", "private.report_alerts"),
-    *("private.report_errors", "private.report_models", "private.report_workers"),
-)
+CALLS = ("public.queue_health", "public.queue_report")
 
 
 def test_nobodys_words_and_ids_are_in_what_a_monitor_may_call(db, alice, worker, monitor):
@@ -158,7 +187,7 @@ def test_who_holds_back_vacuum_and_for_how_long(db, monitor):
 def test_every_rule_is_an_alert_of_the_measures(db, alice, monitor):
     alice.enqueue()
 
-    alerts = {row["alert"]: row for row in monitor.query("select * from private.report_alerts()")}
+    alerts = {row["alert"]: row for row in monitor.queue_report()["alerts"]}
 
     rules = {row["alert"] for row in db.execute("select alert from private.alert_rules")}
     assert set(alerts) == rules

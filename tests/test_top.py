@@ -159,7 +159,7 @@ def test_a_look_makes_one_report(db):
 
     subprocess.run([*WATCH, "top"], env=environment, capture_output=True, check=True)
 
-    made = "select calls from pg_stat_user_functions where funcname = 'report_models'"
+    made = "select calls from pg_stat_user_functions where funcname = 'queue_report'"
     eventually(lambda: db.execute(made) == [{"calls": 1}])
 
 

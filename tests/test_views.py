@@ -170,38 +170,6 @@ def test_what_was_tried_lately_and_what_the_provider_said(db, alice, worker):
     assert rows(db, "recent_attempts") == []
 
 
-def test_errors_of_each_model_and_code(db, alice, worker, another_model):
-    db.lift_limits()
-    for end in ("completed", "moderated", "moderated", "invalid_input"):
-        ended(alice, worker, 1, end)
-    ended(alice, worker, 1, "moderated", model=another_model)
-
-    errors = rows(db, "report_errors('1 day')")
-
-    names = ("model_id", "error_code", "errors", "failed")
-    assert only(errors[0], *names) == (PREVIEW, "moderated", 2, 2)
-    assert {only(row, *names) for row in errors[1:]} == {
-        (PREVIEW, "invalid_input", 1, 1),
-        (another_model, "moderated", 1, 1),
-    }
-
-
-def test_how_fast_each_model_is(db, alice, worker, another_model):
-    db.lift_limits()
-    for seconds in (10, 20, 30):
-        ended(alice, worker, seconds)
-    ended(alice, worker, 100, model=another_model)
-    ended(alice, worker, 1, "moderated", model=another_model)
-
-    slow, preview = rows(db, "report_models('1 day')")
-
-    assert only(slow, "model_id", "completed", "failed") == (another_model, 1, 1)
-    assert only(preview, "model_id", "completed", "failed") == (PREVIEW, 3, 0)
-    assert round(preview["p50_seconds"]) == 20
-    assert round(preview["p95_seconds"]) == 29
-    assert round(slow["p95_seconds"]) == 100
-
-
 def test_which_worker_lives_and_what_it_does(db, alice, worker):
     db.lift_limits()
     dead = Worker(db, slots=1)
