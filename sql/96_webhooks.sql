@@ -74,7 +74,6 @@ create table private.push_tokens (
 comment on table private.push_tokens is
   'Devices that are told when a job of their user ends, by the token Expo gave them. A token is '
   'its last caller''s: who signs in on a borrowed phone leaves no news of his jobs to its owner.';
-comment on column private.push_tokens.registered_at is 'When the app last registered it.';
 
 create index push_tokens_user_id_idx on private.push_tokens (user_id);
 
@@ -123,12 +122,10 @@ comment on column private.deliveries.user_id is 'Whose push it is: users take tu
 comment on column private.deliveries.state is
   'pending -> delivered (the target took it) | dead (retries used up, or the target is gone); dead '
   '-> pending (redeliver).';
-comment on column private.deliveries.attempts is 'Tries that the target answered or did not.';
 comment on column private.deliveries.run_at is
   'Not before this time: backoff, the lease of the worker that sends it, or until a receipt.';
 comment on column private.deliveries.token is 'Proof of that lease, from lease_tokens.';
-comment on column private.deliveries.last_status is
-  'HTTP status of the last try; null: no answer.';
+comment on column private.deliveries.last_status is 'Of HTTP; null: no answer.';
 comment on column private.deliveries.ticket is
   'Of a push that Expo took: what its receipt is asked for by, until it is read.';
 
@@ -721,8 +718,7 @@ insert into private.retention_walks (name) values ('trim_deliveries');
 
 insert into private.alert_rules (alert, threshold, unit, min_cases, severity, hint) values (
   'dead_deliveries', 0, 'deliveries', 0, 'warning',
-  'list_deliveries(''dead'') says why. Once the receiver works: enable_webhook, redeliver_dead; or '
-  'delete_webhook.'
+  'list_deliveries(''dead'') says why. Then enable_webhook and redeliver_dead, or delete_webhook.'
 );
 
 -- Who may call what: as in 92, what is not named here nobody may call.

@@ -1,13 +1,13 @@
 -- Reports: what operators ask beside health (88), and what the operator's page, `make top` and
 -- exporters of metrics draw. An optional part: nothing before it knows of it.
 --
--- Views are one for each question, which is the view's comment: read them as the owner. Functions
--- are for darkroom_monitor, which may call these and queue_health() and reads no table: they speak
--- in codes and numbers, never of a user or a job, and never in a provider's words. They cost what
--- it costs to count the queue and to read the attempts of the window.
+-- Views are one for each question, which is the view's comment: read them as the owner.
 --
 -- queue_report() is this moment and the last hour, queue_history() what came to pass over time, in
--- buckets. Attempts are read by time alone, and not compiled: see rates_health (88).
+-- buckets: for darkroom_monitor, too, which may call these and queue_health() and reads no table.
+-- They speak in codes and numbers, never of a user or a job, and never in a provider's words. They
+-- cost what it costs to count the queue and to read the attempts of the window, by time alone and
+-- not compiled: see rates_health (88).
 
 -- Views.
 
@@ -86,104 +86,75 @@ comment on view private.costs is
 
 -- Functions.
 
--- How the attempts of each model ended, what completed ones took, and what all of them cost.
-create function private.outcomes_of(p_window interval) returns table (
-  model_id text, completed bigint, failed bigint, retried bigint, ran_seconds double precision[],
-  cost_usd numeric
-)
-language sql stable set search_path = pg_catalog, pg_temp set enable_seqscan = off set jit = off
-as $$
-  select
-    a.model_id,
-    count(*) filter (where a.outcome = 'completed'),
-    count(*) filter (where a.outcome = 'failed'),
-    count(*) filter (where a.outcome = 'retried'),
-    percentile_cont('{0.5,0.95}'::double precision[])
-      within group (order by extract(epoch from a.ended_at - a.started_at))
-      filter (where a.outcome = 'completed'),
-    sum(a.cost_usd)
-  from private.attempts as a
-  where a.ended_at > now() - p_window
-  group by a.model_id
-$$;
-
--- The queue is counted by passing through all of it, and that is as good as can be.
-create function private.report_models(p_window interval default '1 hour')
-returns table (
-  model_id text, provider text, ready bigint, delayed bigint, paused bigint, running bigint,
-  oldest_ready_seconds numeric, completed bigint, failed bigint, retried bigint,
-  p50_seconds double precision, p95_seconds double precision, mean_seconds double precision,
-  cost_usd numeric
-)
-language sql stable security definer set search_path = pg_catalog, pg_temp
-set enable_seqscan = on set jit = off set max_parallel_workers_per_gather = 0 as $$
-  select
-    n.model_id, m.provider, coalesce(q.ready, 0), coalesce(q.delayed, 0), coalesce(q.paused, 0),
-    coalesce(q.running, 0), q.oldest_ready_seconds, coalesce(o.completed, 0),
-    coalesce(o.failed, 0), coalesce(o.retried, 0), o.ran_seconds[1], o.ran_seconds[2],
-    s.mean_seconds, coalesce(o.cost_usd, 0)
-  from private.queue_by_model as q
-  full join private.outcomes_of(p_window) as o on o.model_id = q.model_id
-  cross join lateral (select coalesce(q.model_id, o.model_id) as model_id) as n
-  left join public.models as m on m.id = n.model_id
-  left join private.model_stats as s on s.model_id = n.model_id
-  order by coalesce(q.ready, 0) + coalesce(q.running, 0) desc, n.model_id
-$$;
-
-comment on function private.report_models is
-  'The queue of each model that has jobs or had some in the window, and how those ended: seconds '
-  'from claim to end of completed attempts, and mean_seconds as remembered for eta_seconds.';
-
-create function private.report_workers() returns setof private.worker_activity
-language sql stable security definer set search_path = pg_catalog, pg_temp as $$
-  select * from private.worker_activity where seen_seconds < 86400
-$$;
-
-comment on function private.report_workers is 'private.worker_activity, of the last day.';
-
-create function private.report_errors(p_window interval default '1 hour') returns table (
-  model_id text, error_code text, errors bigint, failed bigint, retried bigint, last_at timestamptz
-)
-language sql stable security definer set search_path = pg_catalog, pg_temp
-set enable_seqscan = off set jit = off as $$
-  select
-    a.model_id, a.error_code, count(*), count(*) filter (where a.outcome = 'failed'),
-    count(*) filter (where a.outcome = 'retried'), max(a.ended_at)
-  from private.attempts as a
-  where a.ended_at > now() - p_window and a.error_code is not null and a.outcome <> 'released'
-  group by a.model_id, a.error_code
-  order by count(*) desc, max(a.ended_at) desc
-$$;
-
-comment on function private.report_errors is
-  'Errors of attempts by model and code in the window. What was said: private.recent_attempts.';
-
-create function private.report_alerts()
-returns table (alert text, severity text, is_raised boolean, value numeric, threshold numeric)
-language sql stable security definer set search_path = pg_catalog, pg_temp as $$
-  select s.alert, s.severity, s.is_raised, s.value, s.threshold
-  from private.alert_states(public.queue_health()::jsonb) as s
-  order by s.alert
-$$;
-
-comment on function private.report_alerts is
-  'Every rule of private.alert_rules, what is measured for it, and whether its alert is raised.';
-
 -- Shown are the running jobs that began first, which are the ones to worry about, the attempts that
 -- ended last, and who has held back vacuum for longest.
 create function public.queue_report() returns json
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp
-set enable_seqscan = off set jit = off set max_parallel_workers_per_gather = 0 as $$
+set enable_seqscan = on set jit = off set max_parallel_workers_per_gather = 0 as $$
 declare
   v_began timestamptz := clock_timestamp();
-  v_models jsonb := (select coalesce(jsonb_agg(m), '[]') from private.report_models() as m);
+  -- The queue is counted by passing through all of it, and that is as good as can be.
+  v_queue jsonb := (select coalesce(jsonb_agg(q), '[]') from private.queue_by_model as q);
+  v_health json := private.health_of(v_queue);
 begin
+  perform set_config('enable_seqscan', 'off', true);  -- until the function ends
   return json_build_object(
     'at', now(),
-    'health', private.health_of(v_models),
-    'models', v_models,
-    'workers', (select coalesce(json_agg(w), '[]') from private.report_workers() as w),
-    'errors', (select coalesce(json_agg(e), '[]') from private.report_errors() as e),
+    'health', v_health,
+    'alerts', (
+      select json_agg(json_build_object(
+        'alert', s.alert, 'severity', s.severity, 'is_raised', s.is_raised, 'value', s.value,
+        'threshold', s.threshold
+      ) order by s.alert)
+      from private.alert_states(v_health::jsonb) as s
+    ),
+    -- Seconds from claim to end of completed attempts, and as remembered for eta_seconds.
+    'models', (
+      select coalesce(json_agg(m), '[]')
+      from (
+        select
+          n.model_id, c.provider, coalesce(q.ready, 0) as ready, coalesce(q.delayed, 0) as delayed,
+          coalesce(q.paused, 0) as paused, coalesce(q.running, 0) as running,
+          q.oldest_ready_seconds, coalesce(o.completed, 0) as completed,
+          coalesce(o.failed, 0) as failed, coalesce(o.retried, 0) as retried,
+          o.seconds[1] as p50_seconds, o.seconds[2] as p95_seconds, s.mean_seconds,
+          coalesce(o.cost_usd, 0) as cost_usd
+        from jsonb_populate_recordset(null::private.queue_by_model, v_queue) as q
+        full outer join (
+          select
+            a.model_id, count(*) filter (where a.outcome = 'completed') as completed,
+            count(*) filter (where a.outcome = 'failed') as failed,
+            count(*) filter (where a.outcome = 'retried') as retried, sum(a.cost_usd) as cost_usd,
+            percentile_cont('{0.5,0.95}'::double precision[])
+              within group (order by extract(epoch from a.ended_at - a.started_at))
+              filter (where a.outcome = 'completed') as seconds
+          from private.attempts as a
+          where a.ended_at > now() - interval '1 hour' group by a.model_id
+        ) as o on o.model_id = q.model_id
+        cross join lateral (select coalesce(q.model_id, o.model_id) as model_id) as n
+        left join public.models as c on c.id = n.model_id
+        left join private.model_stats as s on s.model_id = n.model_id
+        order by coalesce(q.ready, 0) + coalesce(q.running, 0) desc, n.model_id
+      ) as m
+    ),
+    'workers', (
+      select coalesce(json_agg(w), '[]')
+      from private.worker_activity as w where w.seen_seconds < 86400
+    ),
+    'errors', (
+      select coalesce(json_agg(e), '[]')
+      from (
+        select
+          a.model_id, a.error_code, count(*) as errors,
+          count(*) filter (where a.outcome = 'failed') as failed,
+          count(*) filter (where a.outcome = 'retried') as retried, max(a.ended_at) as last_at
+        from private.attempts as a
+        where a.ended_at > now() - interval '1 hour'
+          and a.error_code is not null and a.outcome <> 'released'
+        group by a.model_id, a.error_code
+        order by count(*) desc, max(a.ended_at) desc
+      ) as e
+    ),
     'running', (
       select coalesce(json_agg(j), '[]')
       from (
@@ -226,10 +197,11 @@ end;
 $$;
 
 comment on function public.queue_report is
-  'The queue at a glance, for people: {at, health (see queue_health), models, workers, errors, '
-  'running, recent, vacuum_holders, took_ms}: the queue of each model and its attempts of the last '
-  'hour, the workers of the last day, errors of the last hour, the jobs that run for longest, the '
-  'attempts that ended last, who has held back vacuum for longest, and how long the report took.';
+  'The queue at a glance: {at, health (see queue_health), alerts (every rule and what is measured '
+  'for it), models, workers, errors, running, recent, vacuum_holders, took_ms}: the queue of each '
+  'model and its attempts of the last hour, the workers of the last day, errors of the last hour, '
+  'the jobs that run for longest, the attempts that ended last, who has held back vacuum for '
+  'longest, and how long the report took.';
 
 -- There is no record of how long the queue was. It is what waits now, less what came and plus what
 -- went since.
@@ -318,15 +290,9 @@ comment on function public.queue_history is
 
 revoke all on private.waiting_now, private.recent_attempts, private.costs
 from public, anon, authenticated, service_role;
-revoke all on function
-private.outcomes_of, private.report_alerts, private.report_errors, private.report_models,
-private.report_workers, public.queue_history, public.queue_report
+revoke all on function public.queue_history, public.queue_report
 from public, anon, authenticated, service_role;
-
 grant execute on function public.queue_history, public.queue_report
 to service_role, darkroom_monitor;
-grant execute on function
-private.report_alerts, private.report_errors, private.report_models, private.report_workers
-to darkroom_monitor;
 
 notify pgrst, 'reload schema';

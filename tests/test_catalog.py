@@ -127,10 +127,6 @@ MAY_EXECUTE = {
         "public.queue_health()",
         "public.queue_history(timestamp with time zone,integer)",
         "public.queue_report()",
-        "private.report_alerts()",
-        "private.report_errors(interval)",
-        "private.report_models(interval)",
-        "private.report_workers()",
     },
     "public": set(),
 }

@@ -134,6 +134,18 @@ def test_favorites_and_live_jobs_are_never_too_old(db, alice, worker):
     assert_books_balance(db)
 
 
+def test_what_became_a_favorite_since_it_was_chosen_is_kept(db, alice, worker):
+    job = completed(alice, worker)
+    keep(db, keep_generations="1 day")
+    db.pass_time("2 days")
+
+    db.execute("update public.generations set is_favorite = true")
+    assert db.value("select private.expire_generations(%s)", [job.job_id]) == 0
+
+    assert generations(db) == {job.id}
+    assert expired(db) == set()
+
+
 def test_what_its_user_deleted_is_erased_after_a_while(db, alice, worker):
     job, other = completed(alice, worker), completed(alice, worker)
     deleted_by_user(db, job)
