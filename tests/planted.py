@@ -368,6 +368,21 @@ SECURITY = [
         "",
         "tests/test_worker_service.py::test_the_worker_is_hardly_exposed",
     ),
+    # Installed and restored.
+    Bug(
+        "where there is data any yes will do",
+        "scripts/migrate.py",
+        'wanted = name if has_data else "y"',
+        'wanted = "y"',
+        "tests/test_migrate.py::test_it_shows_what_is_there_and_what_it_will_do_and_no_is_no",
+    ),
+    Bug(
+        "the buckets are public",
+        "sql/90_schedule.sql",
+        "'generations', 'generations', false,",
+        "'generations', 'generations', true,",
+        "tests/test_schedule.py::test_buckets_are_private_and_take_images_only",
+    ),
 ]
 MODEL = "tests/test_money_model.py::test_money_is_what_the_model_says_whatever_happens"
 STATES = "tests/test_protocol.py::test_no_schedule_of_claims_ends_clocks_and_recovery_breaks_a_rule"
@@ -635,6 +650,28 @@ MONEY = [
         "        where r.last_at > now()\n",
         f"{RETENTION}a_bad_row_is_passed_over_and_named_and_all_others_are_done[case0]",
     ),
+    # Books and backups.
+    Bug(
+        "fewer images than were charged are no broken book",
+        "sql/86_books.sql",
+        "  else coalesce(l.amount, 0) <> private.refund_due(",
+        "  else false and coalesce(l.amount, 0) <> private.refund_due(",
+        "tests/test_health.py::test_a_fault_in_the_books_is_found_and_raises_an_alert",
+    ),
+    Bug(
+        "a restored database gives out tokens that are out",
+        "docs/RUNBOOK.md",
+        "select setval('private.lease_tokens', last_value + 1000000)",
+        "select last_value",
+        "tests/test_backup.py::test_a_worker_that_survives_the_restore_is_fenced",
+    ),
+    Bug(
+        "after a restore nobody looks for what was bought since the dump",
+        "docs/RUNBOOK.md",
+        "greatest(queued_at, now() - interval '1 hour')",
+        "null",
+        "tests/test_backup.py::test_workers_buy_after_a_restore_only_what_was_never_bought",
+    ),
 ]
 WAKE_UP = [
     Bug(
@@ -708,6 +745,14 @@ OUTAGE = [
         "greatest(0, least(coalesce(p_asked_seconds, 0), p_most_seconds))",
         "coalesce(p_asked_seconds, 0)",
         "tests/test_outbox.py::test_a_target_that_asks_for_nonsense_is_given_up_like_any_other",
+    ),
+    Bug(
+        "a worker of another release fails jobs",
+        "worker.py",
+        'raise Outdated(f"no private.{function} for worker {version()}: upgrade it") from None',
+        "raise",
+        "tests/test_upgrade.py"
+        "::test_a_worker_of_another_release_waits_fails_no_job_and_hands_back_what_it_holds",
     ),
 ]
 BREAKER = "tests/test_breaker.py::test_"

@@ -25,7 +25,7 @@ def run(url: str, answer: str = "", **environment: str) -> subprocess.CompletedP
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=30,
     )
     assert "secret" not in done.stdout + done.stderr
     return done
