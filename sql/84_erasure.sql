@@ -118,20 +118,14 @@ language sql immutable set search_path = pg_catalog, pg_temp as $$
   end
 $$;
 
--- Whether the job may still write its files.
-create function private.is_live(p_job_id uuid) returns boolean
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select exists (select from private.live_jobs as j where j.job_id = p_job_id)
-$$;
-
--- Whether an image is stored at this path of bucket generations.
-create function private.has_image(p_path text) returns boolean
+-- Whether a file of bucket generations is one that a job has stored, or may still write.
+create function private.is_output(p_path text) returns boolean
 language sql stable set search_path = pg_catalog, pg_temp as $$
   select exists (
     select from public.images as i
     where i.generation_id = private.path_id(p_path, 2)
       and p_path in (i.storage_path, i.preview_path)
-  )
+  ) or exists (select from private.live_jobs as j where j.job_id = private.path_id(p_path, 2))
 $$;
 
 -- When a file was last written, as Storage has on record; null if it is not there, or there is no
@@ -180,8 +174,7 @@ language sql security definer set search_path = pg_catalog, pg_temp as $$
         select private.file_changed_at(f.bucket, f.path) > f.marked_at
         from public.entitlements as e where e.user_id = f.user_id
       )
-      when private.is_live(private.path_id(f.path, 2)) then true
-      when f.generation_id is null then private.has_image(f.path)
+      when f.generation_id is null then private.is_output(f.path)
       else (select g.deleted_at is null from public.generations as g where g.id = f.generation_id)
     end as is_needed
     from private.expired_files as f
@@ -299,7 +292,7 @@ begin
     for v_id in
       select j.job_id from private.live_jobs as j where j.user_id = old.id order by j.job_id
     loop
-      while private.is_live(v_id) loop
+      while exists (select from private.live_jobs as j where j.job_id = v_id) loop
         perform from private.ready_jobs where job_id = v_id for update;
         if not found then
           perform from private.running_jobs where job_id = v_id for update;

@@ -245,7 +245,7 @@ begin
           and case o.bucket_id
             when 'generations' then
               private.path_id(o.name, 2) is not null and split_part(o.name, '/', 3) <> ''
-              and not private.has_image(o.name) and not private.is_live(private.path_id(o.name, 2))
+              and not private.is_output(o.name)
             when 'inputs' then not exists (
               select from public.entitlements as e cross join private.settings as s
               where e.user_id = private.path_id(o.name, 1) and (

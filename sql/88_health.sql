@@ -190,6 +190,10 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   cross join lateral (
     select (x.workers ->> 'alive')::integer as alive, (x.workers ->> 'listening')::integer as listen
   ) as w
+  left join lateral (
+    select s.* from jsonb_each(x.routines) as s
+    order by (s.value ->> 'runs_missed')::numeric desc nulls last limit 1
+  ) as r on true
   left join lateral (values
     ('depth', x.depth ->> 'ready', null::bigint, (x.depth ->> 'ready') || ' jobs are ready'),
     ('oldest_age', x.depth ->> 'oldest_ready_seconds', null,
@@ -207,15 +211,8 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
       (x.depth ->> 'ready') || ' jobs are ready and no worker is alive'),
     ('not_listening', (w.alive - w.listen)::text, null,
       format('%s of %s workers', w.alive - w.listen, w.alive)),
-    ('cron_silent', (
-      select max((r.value ->> 'runs_missed')::numeric)::text from jsonb_each(x.routines) as r
-    ), null, (
-      select string_agg(
-        concat(r.key, ' last ran at ', r.value ->> 'last_run_at'), '; '
-        order by (r.value ->> 'runs_missed')::numeric desc
-      )
-      from jsonb_each(x.routines) as r where r.value ->> 'runs_missed' > '0'
-    )),
+    ('cron_silent', r.value ->> 'runs_missed', null,
+      concat(r.key, ' last ran at ', r.value ->> 'last_run_at')),
     ('paused', jsonb_array_length(x.paused)::text, null, (
       select string_agg(concat(
         p.kind, ' ', p.name, ' until ' || p.paused_until, ': ' || p.pause_reason
@@ -224,16 +221,11 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
         as p (kind text, name text, paused_until text, pause_reason text)
     )),
     ('vacuum_held_back', x.vacuum ->> 'oldest_transactions', null, (
-      select string_agg(
-        concat_ws(
-          ' ', v.kind, v.pid, quote_ident(v.name), v.state,
-          'since ' || date_trunc('second', v.since), format('(%s transactions)', v.age_transactions)
-        ), '; ' order by v.age_transactions desc
+      select concat_ws(
+        ' ', v.kind, v.pid, quote_ident(v.name), v.state,
+        'since ' || date_trunc('second', v.since), format('(%s transactions)', v.age_transactions)
       )
-      from (
-        select * from private.vacuum_holders as a where a.age_transactions > rule.threshold
-        order by a.age_transactions desc limit 5
-      ) as v
+      from private.vacuum_holders as v order by v.age_transactions desc nulls last limit 1
     )),
     ('dead_deliveries', x.outbox ->> 'dead', null,
       (x.outbox ->> 'dead') || ' deliveries to webhooks were given up'),
