@@ -75,7 +75,6 @@ class Outcome:
         return {each[2]: each[4] for each in self.cells if (each[0], each[1], each[3]) == wanted}
 
     def median(self, situation: str, contender: str, metric: str = "") -> float | None:
-        """Return the median of the rounds; None if nothing was measured."""
         values = self.values(situation, contender, metric).values()
         return statistics.median(values) if values else None
 
@@ -106,7 +105,6 @@ class Outcome:
 
 
 def unique(names: Iterable[str]) -> list[str]:
-    """Return each once, in the order of its first appearance."""
     return list(dict.fromkeys(names))
 
 

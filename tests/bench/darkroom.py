@@ -171,12 +171,10 @@ AS_USER = {"PGOPTIONS": "-c role=authenticated"}
 
 
 def base(lab: Lab) -> str:
-    """Return the template of an empty queue."""
     return lab.template("darkroom", install)
 
 
 def install(db: Database) -> None:
-    """Build Darkroom, and let the worker's role log in."""
     done = db.psql(script=AUTH)
     assert done.returncode == 0, done.stderr
     db.install(SEED)
@@ -232,7 +230,6 @@ def work_off(db: Database, leave: int = 0) -> None:
 
 
 def run_script(db: Database, script: str) -> None:
-    """Run statements one by one, however long they take."""
     with db.connect() as connection:
         connection.execute("set statement_timeout = 0")
         for statement in filter(str.strip, script.split(";\n")):
@@ -240,18 +237,15 @@ def run_script(db: Database, script: str) -> None:
 
 
 def as_user(db: Database) -> psycopg.Connection[Any]:
-    """Connect as PostgREST does for who has signed in."""
     return psycopg.connect(db.url, autocommit=True, options=AS_USER["PGOPTIONS"])
 
 
 def worker_url(db: Database) -> str:
-    """Return the database as the worker's role."""
     parts = urlsplit(db.url)
     return parts._replace(netloc=f"{ROLE}:{parts.password}@{parts.hostname}:{parts.port}").geturl()
 
 
 def finished(db: Database) -> int:
-    """Count the jobs that are completed, with their image."""
     return int(db.value("select count(*) from public.images"))
 
 

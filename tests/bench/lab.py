@@ -55,7 +55,6 @@ class Statement:
     KEY = "@key-0000@"
 
     def with_key(self, key: str) -> list[str | None]:
-        """Return the values with this key."""
         return [value and value.replace(self.KEY, key) for value in self.values]
 
 
@@ -69,7 +68,6 @@ class Contender:
     holds: int = 0  # so many jobs, at most, at one time
 
     def command(self, command: str, url: str, **options: Any) -> list[str]:
-        """Return the command line."""
         file = CONTENDERS / self.program
         runner = str(node()) if file.suffix == ".mjs" else sys.executable
         return [runner, str(file), command, url, json.dumps({**self.options, **options})]
@@ -170,7 +168,6 @@ class Lab:
             self._drop(Database("", name))
 
     def run(self, command: Sequence[str], **environment: str) -> str:
-        """Run a command to its end and return what it printed."""
         environment = ENVIRONMENT | environment
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode != 0:
@@ -228,15 +225,12 @@ class Program:
             self.process.stdin.flush()  # type: ignore[union-attr]
 
     def report(self, within: float) -> dict[str, Any]:
-        """Return its report, once it is over."""
         return dict(json.loads(self.read(within)))
 
     def megabytes(self) -> float:
-        """Return how much memory it has in use."""
         return memory(self.process.pid, "VmRSS") / 2**20
 
     def cpu_seconds(self) -> float:
-        """Return the processor time it has taken, its own and the kernel's for it."""
         return seconds_of_a_core(self.process.pid)
 
     def read(self, within: float) -> str:

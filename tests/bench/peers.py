@@ -34,7 +34,6 @@ PAYLOAD = {
 
 
 def tables(lab: Lab, contender: Contender) -> str:
-    """Return the template of a peer's empty tables."""
     kind = "notify" if contender.options.get("notify") else "quiet"
     return lab.template(
         f"{contender.program} {kind}", lambda db: lab.run(contender.command("install", db.url))

@@ -66,7 +66,6 @@ def dump(parts: Mapping[str, Any]) -> str:
 
 
 def section(outcome: Outcome, context: Mapping[str, Any]) -> str:
-    """Write the section of a part."""
     part = outcome.part
     about = textwrap.wrap(part.about, 100, break_on_hyphens=False)
     lines = [f"## {part.title}", "", *about, "", *main_table(outcome), ""]
@@ -84,7 +83,6 @@ def section(outcome: Outcome, context: Mapping[str, Any]) -> str:
 
 
 def main_table(outcome: Outcome) -> list[str]:
-    """Write the compared metric with its ratios."""
     part, situations = outcome.part, outcome.situations(outcome.part.metric)
     rows = [[f"{part.metric} ({TIMES} {part.reference})", *situations]]
     rows.append(["---", *["---:"] * len(situations)])
@@ -103,7 +101,6 @@ def main_table(outcome: Outcome) -> list[str]:
 
 
 def other_table(outcome: Outcome) -> list[str]:
-    """Write what was measured beside it."""
     metrics = outcome.other_metrics
     rows = [["", "", *metrics], ["---", "---", *["---:"] * len(metrics)]]
     for situation in outcome.situations():

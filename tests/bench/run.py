@@ -63,7 +63,6 @@ def main() -> int:
 
 
 def measure(lab: Lab, part: Part, sizes: Sizes, only: str, folder: Path | None) -> Outcome:
-    """Run one part."""
     context = describe(lab)
     tasks = [
         task

@@ -92,6 +92,5 @@ def show_statement(text: str, values: Sequence[Any], context: Any = None) -> Non
 
 
 def main(**commands: Callable[[str, dict[str, Any]], None]) -> None:
-    """Run the command that the command line names."""
     command, url, options = sys.argv[1:]
     commands[command](url, json.loads(options))

@@ -25,22 +25,18 @@ SECOND_LOOK_SECONDS, BACKSTOP_SECONDS = 0.2, 5.0  # at most
 
 
 def complete(connection: psycopg.Connection[Any], jobs: list[Any]) -> None:
-    """Complete a batch of jobs in one call."""
     ids, tokens = [job.job_id for job in jobs], [job.token for job in jobs]
     images = [Jsonb([image_of(job)]) for job in jobs]
     connection.execute(COMPLETE, [ids, tokens, images, [Jsonb({"images": 1})] * len(jobs)])
 
 
 def image_of(job: Any) -> dict[str, Any]:
-    """Return an image as a worker reports it."""
     path = f"{job.user_id}/{job.job_id}/0.png"
     kind = {"content_type": "image/png", "width": 512, "height": 512, "bytes": 250_000}
     return {"position": 0, "storage_path": path, **kind}
 
 
 class Bare:
-    """A worker's calls."""
-
     def __init__(self, url: str, slots: int) -> None:
         self.connection = psycopg.connect(url, autocommit=True, row_factory=namedtuple_row)
         query = "select * from private.register_worker('bench', %s, '1')"
@@ -52,7 +48,6 @@ class Bare:
         return self.connection.execute(query, [self.id, self.slots]).fetchall()
 
     def work(self, run: Work) -> None:
-        """Claim and complete for ever."""
         while True:
             began = time.monotonic()
             jobs = self.claim()

@@ -49,8 +49,6 @@ def work(url: str, options: dict[str, Any]) -> None:
             return self.replicate.read(output) if files else super().read(output)
 
     class Storage(worker.Storage):
-        """Keeps nothing."""
-
         async def store(self, job: worker.Job, position: int, body: Any) -> dict[str, Any]:
             return {
                 "position": position,
@@ -75,8 +73,6 @@ def work(url: str, options: dict[str, Any]) -> None:
             await (super().listen(*arguments) if options.get("listen", True) else asyncio.Future())
 
     class Worker(worker.Worker):
-        """Counts jobs."""
-
         async def process(self, *arguments: Any) -> None:
             await super().process(*arguments)
             if not run.wants_keys:

@@ -37,8 +37,6 @@ OURS = (
 
 @dataclass(frozen=True)
 class Load:
-    """How much there is to do."""
-
     jobs: int
     backlog: int
     history: int
@@ -66,7 +64,6 @@ def make_tasks(lab: Lab, sizes: Sizes) -> list[Task]:
 
 
 def measure(lab: Lab, contender: Contender, situation: str, load: Load) -> dict[str, float]:
-    """Drain a queue in a fresh database."""
     is_ours = contender in OURS
     with lab.copy(full_queue(lab, contender, situation, load)) as db, contextlib.ExitStack() as end:
         if situation == HELD:
@@ -81,7 +78,6 @@ def measure(lab: Lab, contender: Contender, situation: str, load: Load) -> dict[
 
 
 def fill(lab: Lab, contender: Contender, db: Database, count: int) -> None:
-    """Add jobs."""
     if contender in OURS:
         darkroom.fill(db, count)
     else:
@@ -107,7 +103,6 @@ def full_queue(lab: Lab, contender: Contender, situation: str, load: Load) -> st
 def drain(
     lab: Lab, contender: Contender, db: Database, jobs: int, seconds: float
 ) -> dict[str, Any]:
-    """Have a worker handle that many jobs; return its report."""
     url = darkroom.worker_url(db) if contender in OURS else db.url
     with lab.work(contender, url, jobs=jobs, seconds=seconds, keys=False) as worker:
         worker.say()

@@ -37,7 +37,6 @@ def make_tasks(lab: Lab, sizes: Sizes) -> list[Task]:
 
 
 def enqueue_peer(lab: Lab, peer: Contender, _: int, options: tuple[str, ...]) -> dict[str, float]:
-    """Run a peer's own statement."""
     with lab.copy(peers.tables(lab, peer)) as db:
         return {RATE: peers.enqueue(lab, peer, db, *options)}
 

@@ -43,14 +43,12 @@ class Side:
     worker: Bare
 
     def become(self, claims: str = "") -> None:
-        """Let the user be another one."""
         drawn = darkroom.claims(random.randrange(darkroom.USERS))
         self.user.execute("select set_config('request.jwt.claims', %s, false)", [claims or drawn])
 
 
 @contextmanager
 def open_side(db: Database) -> Iterator[Side]:
-    """Connect with a database."""
     worker = Bare(darkroom.worker_url(db), 1000)
     with darkroom.as_user(db) as user, worker.connection:
         user.prepare_threshold = worker.connection.prepare_threshold = 0
@@ -59,7 +57,6 @@ def open_side(db: Database) -> Iterator[Side]:
 
 
 def timed(connection: psycopg.Connection[Any], query: str, *arguments: Any) -> float:
-    """Return the milliseconds that a call took."""
     began = time.perf_counter()
     connection.execute(query.encode(), arguments).fetchall()
     return 1000 * (time.perf_counter() - began)
