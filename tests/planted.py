@@ -116,7 +116,7 @@ SECURITY = [
     Bug(
         "a monitor reads why the provider refused",
         "sql/88_health.sql",
-        "when private.is_operator() then '{}' else '{\"pause_reason\": null}'::jsonb end",
+        "when v_is_operator then '{}' else '{\"pause_reason\": null}'::jsonb end",
         "when true then '{}'::jsonb end",
         "tests/test_report.py::test_nobodys_words_and_ids_are_in_what_a_monitor_may_call",
     ),
@@ -284,8 +284,8 @@ SECURITY = [
     Bug(
         "webhooks may be registered for private addresses",
         "sql/96_webhooks.sql",
-        "      ) then 'not a public address' end;\n",
-        "      ) then null end;\n",
+        "[a-z][a-z0-9-]{0,61}[a-z0-9]$'\n        then 'not a full host name'\n",
+        "[a-z][a-z0-9-]{0,61}[a-z0-9]$'\n        then null\n",
         "tests/test_outbox.py::test_addresses_that_may_lead_inside_are_refused",
     ),
     # Files.
@@ -427,6 +427,21 @@ SECURITY = [
         'redirect: "follow"',
         "tests/test_functions.py"
         "::test_a_gateway_that_is_away_moved_or_cannot_write_is_unavailable[get_job_status]",
+    ),
+    # Installed and restored.
+    Bug(
+        "where there is data any yes will do",
+        "scripts/migrate.py",
+        'wanted = name if has_data else "y"',
+        'wanted = "y"',
+        "tests/test_migrate.py::test_it_shows_what_is_there_and_what_it_will_do_and_no_is_no",
+    ),
+    Bug(
+        "the buckets are public",
+        "sql/90_schedule.sql",
+        "'generations', 'generations', false,",
+        "'generations', 'generations', true,",
+        "tests/test_schedule.py::test_buckets_are_private_and_take_images_only",
     ),
 ]
 STATES = "tests/test_protocol.py::test_no_schedule_of_claims_ends_clocks_and_recovery_breaks_a_rule"
@@ -780,6 +795,28 @@ MONEY = [
         "tests/test_worker_replicate.py"
         "::test_a_refused_account_pauses_the_provider_and_no_job_is_to_blame",
     ),
+    # Books and backups.
+    Bug(
+        "fewer images than were charged are no broken book",
+        "sql/86_books.sql",
+        "  else coalesce(l.amount, 0) <> private.refund_due(",
+        "  else false and coalesce(l.amount, 0) <> private.refund_due(",
+        "tests/test_health.py::test_a_fault_in_the_books_is_found_and_raises_an_alert",
+    ),
+    Bug(
+        "a restored database gives out tokens that are out",
+        "docs/RUNBOOK.md",
+        "select setval('private.lease_tokens', last_value + 1000000)",
+        "select last_value",
+        "tests/test_backup.py::test_a_worker_that_survives_the_restore_is_fenced",
+    ),
+    Bug(
+        "after a restore nobody looks for what was bought since the dump",
+        "docs/RUNBOOK.md",
+        "greatest(queued_at, now() - interval '1 hour')",
+        "null",
+        "tests/test_backup.py::test_workers_buy_after_a_restore_only_what_was_never_bought",
+    ),
 ]
 WAKE_UP = [
     Bug(
@@ -885,6 +922,14 @@ OUTAGE = [
         "greatest(0, least(coalesce(p_asked_seconds, 0), p_most_seconds))",
         "coalesce(p_asked_seconds, 0)",
         "tests/test_outbox.py::test_a_target_that_asks_for_nonsense_is_given_up_like_any_other",
+    ),
+    Bug(
+        "a worker of another release fails jobs",
+        "worker.py",
+        'raise Outdated(f"no private.{function} for worker {version()}: upgrade it") from None',
+        "raise",
+        "tests/test_upgrade.py"
+        "::test_a_worker_of_another_release_waits_fails_no_job_and_hands_back_what_it_holds",
     ),
 ]
 BREAKER = "tests/test_breaker.py::test_"

@@ -30,7 +30,6 @@ OF_WORKERS = """
     finish_receipts forget_files heartbeat list_expired_files pause_provider recall_create
     recover_stale_jobs register_worker release_job report_progress sleep unregister_worker
 """
-OF_MONITORS = "report_alerts report_errors report_models report_workers"
 READ_BY_USERS = """
     batches credit_ledger entitlements generation_tags generations image_likes images
     prompt_templates
@@ -48,8 +47,7 @@ MAY_EXECUTE: dict[str, set[str]] = {
     "authenticated": FOR_USERS | of("private", "caller_id may_store_input"),
     "service_role": of("public", OF_OPERATORS) | of("private", BEHIND_OPERATORS),
     "darkroom_worker": of("private", OF_WORKERS),
-    "darkroom_monitor": of("public", "queue_health queue_history queue_report")
-    | of("private", OF_MONITORS),
+    "darkroom_monitor": of("public", "queue_health queue_history queue_report"),
     "public": set(),
 }
 MAY_TOUCH: dict[str, set[str]] = {

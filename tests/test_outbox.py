@@ -451,11 +451,9 @@ PUBLIC = [
     "https://example.com:443/hooks",
     "https://example.com:8443/hooks",
     "https://xn--bcher-kva.example.org/",
-    "https://8.8.8.8/",
-    "https://[2606:4700:4700::1111]/",
     "https://my_host.example.com?x",
 ]
-# What leads inside, or might: by its words alone.
+# What leads inside, or might, by its words alone; and every address that is no name.
 NOT_PUBLIC = [
     "http://api.example.com/",
     "ftp://api.example.com/",
@@ -495,6 +493,8 @@ NOT_PUBLIC = [
     "https://.example.com/",
     "https://a..example.com/",
     "https://-a.example.com/",
+    "https://8.8.8.8/",
+    "https://[2606:4700:4700::1111]/",
     "https://127.0.0.1/",
     "https://127.0.0.1./",
     "https://127.1/",
