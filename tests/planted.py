@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from http_fixtures import LITE
-
 
 @dataclass(frozen=True)
 class Bug:
@@ -61,7 +59,7 @@ SECURITY = [
         "sql/96_webhooks.sql",
         "alter table private.webhook_endpoints enable row level security;\n",
         "",
-        "tests/test_security_rows.py::test_no_outsider_changes_a_row",
+        "tests/test_security_rows.py::test_no_outsider_reads_or_changes_a_row",
     ),
     Bug(
         "users may insert into the ledger",
@@ -80,7 +78,7 @@ SECURITY = [
         "    bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text\n",
         '"Users read their own input images" on storage.objects\n'
         "  for select to authenticated using (\n    bucket_id = 'inputs'\n",
-        "tests/test_http_storage.py::test_an_input_is_its_users_alone",
+        "tests/test_http_storage.py::test_no_spelling_opens_changes_or_lists_anothers_file",
     ),
     Bug(
         "an input may be moved into another's folder",
@@ -119,7 +117,7 @@ SECURITY = [
         "sql/95_gallery.sql",
         "    and exists (select from private.shared_paths as s where s.path = objects.name)\n",
         "",
-        "tests/test_security_storage.py::test_no_spelling_opens_or_changes_anothers_file",
+        "tests/test_http_storage.py::test_no_spelling_opens_changes_or_lists_anothers_file",
     ),
     # Functions.
     Bug(
@@ -127,7 +125,7 @@ SECURITY = [
         "sql/60_status.sql",
         "where (p_user_id is null or (g.user_id = p_user_id and g.deleted_at is null))",
         "where (p_user_id is null or g.deleted_at is null)",
-        f"{RPC}[{LITE}-get_job_status]",
+        f"{RPC}[get_job_status]",
     ),
     Bug(
         "a list shows jobs of others if their ids are known",
@@ -148,21 +146,21 @@ SECURITY = [
         "sql/95_gallery.sql",
         "'prompt', case when i.shows_prompt then i.prompt end,",
         "'prompt', i.prompt,",
-        f"{RPC}[{LITE}-list_public_images]",
+        f"{RPC}[list_public_images]",
     ),
     Bug(
         "a cast error of PostgreSQL reaches clients",
         "sql/60_status.sql",
         "  if cardinality(p_job_ids) > 100 or array_ndims(p_job_ids) > 1 then",
         "  if cardinality(p_job_ids) > 100 then",
-        f"{WORDS}[authenticated-list_active_jobs]",
+        f"{WORDS}[list_active_jobs]",
     ),
     Bug(
         "a grant overflows the balance",
         "sql/40_credits.sql",
         "if v_credits::bigint + p_amount not between 0 and 1000000000 - v_charged then",
         "if v_credits + p_amount < 0 then",
-        f"{WORDS}[service_role-grant_credits]",
+        f"{WORDS}[grant_credits]",
     ),
     Bug(
         "everybody may grant credits",
@@ -271,7 +269,8 @@ SECURITY = [
         "sql/96_webhooks.sql",
         "      ) then 'not a public address' end;\n",
         "      ) then null end;\n",
-        "tests/test_outbox.py::test_addresses_that_may_lead_inside_are_refused",
+        "tests/test_outbox.py"
+        "::test_addresses_on_the_internet_are_taken_and_what_may_lead_inside_is_refused",
     ),
     # Files.
     Bug(
@@ -679,7 +678,7 @@ OUTAGE = [
         "sql/96_webhooks.sql",
         "when (old.status is distinct from new.status and new.finished_at is not null)",
         "when (old.finished_at is not null)",
-        "tests/test_outbox.py::test_a_failed_job_is_told_with_its_error_and_the_credits_given_back",
+        "tests/test_outbox.py::test_an_end_is_told_in_the_words_of_get_job_status[failed]",
     ),
     Bug(
         "what is deleted stays shared",
@@ -700,14 +699,15 @@ OUTAGE = [
         "sql/96_webhooks.sql",
         "order by t.turn, t.run_at limit p_at_most",
         "order by t.run_at limit p_at_most",
-        "tests/test_outbox.py::test_users_take_turns_to_be_pushed_to",
+        "tests/test_outbox.py"
+        "::test_users_take_turns_and_who_has_a_push_under_way_waits_for_its_end",
     ),
     Bug(
         "a target is asked again when it says, be it never",
         "sql/75_outcomes.sql",
         "greatest(0, least(coalesce(p_asked_seconds, 0), p_most_seconds))",
         "coalesce(p_asked_seconds, 0)",
-        "tests/test_outbox.py::test_a_target_that_asks_for_nonsense_is_given_up_like_any_other",
+        "tests/test_outbox.py::test_a_wish_of_the_target_counts_if_it_is_longer_up_to_a_day",
     ),
 ]
 BREAKER = "tests/test_breaker.py::test_"
