@@ -58,6 +58,13 @@ SET_VISIBILITY = """state => {
 }"""
 
 
+def shot(page: Page, name: str, *, full: bool = False) -> None:
+    """Keep what is on the screen, if somebody wants it."""
+    if folder := os.environ.get("SCREENSHOTS"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=Path(folder) / f"{name}.png", animations="disabled", full_page=full)
+
+
 class App:
     """The app in one tab."""
 
@@ -83,7 +90,7 @@ class App:
         self.page.get_by_label("Email").fill(self.email)
         self.page.get_by_label("Password").fill(PASSWORD)
         self.page.get_by_text("Create an account").click()
-        expect(self.page.get_by_test_id("credits")).to_have_text("10 credits", timeout=15_000)
+        self.until_credits(10)
         query = "select id::text from auth.users where email = %s"
         self.user_id = str(self.db.value(query, self.email))
 
@@ -110,9 +117,8 @@ class App:
     # What the network does.
 
     def slow_3g(self) -> None:
-        self.page.context.new_cdp_session(self.page).send(
-            "Network.emulateNetworkConditions", SLOW_3G
-        )
+        session = self.page.context.new_cdp_session(self.page)
+        session.send("Network.emulateNetworkConditions", SLOW_3G)
 
     def forget_http_cache(self) -> None:
         """Let the browser not answer for a server: one of another origin is asked first."""
@@ -140,10 +146,10 @@ class App:
         selector = f'[data-testid="card-{state}"]' if state else '[data-testid^="card-"]'
         return self.page.locator(selector, has_text=prompt)
 
-    def until(self, prompt: str, state: str, within: float = 20) -> Locator:
+    def until(self, prompt: str, state: str) -> Locator:
         """Wait until a card with this prompt is in a state."""
         card = self.card(prompt, state)
-        expect(card).to_be_visible(timeout=within * 1000)
+        expect(card).to_be_visible(timeout=20_000)
         return card
 
     def first_paint(self) -> float:
@@ -174,17 +180,13 @@ class App:
         return int((self.page.get_by_test_id("credits").text_content() or "").split()[0])
 
     def until_credits(self, count: int) -> None:
-        text = f"{count} credit" if count == 1 else f"{count} credits"
-        expect(self.page.get_by_test_id("credits")).to_have_text(text, timeout=15_000)
+        expect(self.page.get_by_test_id("credits")).to_have_text(f"{count} credits", timeout=15_000)
 
     def is_offline(self) -> Locator:
         return self.page.get_by_test_id("offline")
 
     def shot(self, name: str) -> None:
-        """Keep what is on the screen, if somebody wants it."""
-        if folder := os.environ.get("SCREENSHOTS"):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            self.page.screenshot(path=Path(folder) / f"{name}.png", animations="disabled")
+        shot(self.page, name)
 
     # What the server has.
 
@@ -195,14 +197,6 @@ class App:
     def ledger(self) -> list[tuple[str, int]]:
         query = "select kind, amount from public.credit_ledger where user_id = %s order by id"
         return [(row["kind"], row["amount"]) for row in self.db.execute(query, self.user_id)]
-
-    def finished_at(self, prompt: str) -> float:
-        query = "select finished_at from public.generations where user_id = %s and prompt = %s"
-        return float(self.db.value(query, self.user_id, prompt).timestamp())
-
-    def balance(self) -> int:
-        query = "select credits from public.entitlements where user_id = %s"
-        return int(self.db.value(query, self.user_id))
 
     def forget_user(self) -> None:
         self.db.execute("delete from auth.users where email = %s", self.email)
