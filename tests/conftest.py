@@ -28,7 +28,6 @@ MEMORY_BYTES = 2 * 1024**3
 
 
 def pytest_configure() -> None:
-    """Refuse to start where the stack that was asked for cannot be had."""
     stack_choice.refuse_unusable(os.environ)
 
 
@@ -112,29 +111,24 @@ def alice(db: Database) -> User:
 
 @pytest.fixture
 def bob(db: Database) -> User:
-    """Another one."""
     return User(db)
 
 
 @pytest.fixture
 def anon(db: Database) -> Anon:
-    """Somebody who has not signed in."""
     return Anon(db)
 
 
 @pytest.fixture
 def service(db: Database) -> Service:
-    """The operator's backend."""
     return Service(db)
 
 
 @pytest.fixture
 def monitor(db: Database) -> Monitor:
-    """Who only looks on."""
     return Monitor(db)
 
 
 @pytest.fixture
 def worker(db: Database) -> Worker:
-    """A worker."""
     return Worker(db)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from database import Database
-from playwright.sync_api import Locator, Page, Request, Route, expect
+from playwright.sync_api import Locator, Page, expect
 
 PASSWORD = "correct horse battery staple"
 API = re.compile(r"/(auth|rest|storage)/v1/")
@@ -73,13 +73,7 @@ class App:
         self.email = f"ada-{uuid.uuid4().hex[:12]}@example.com"
         self.user_id = ""
         self.problems: list[str] = []
-        self.requests: list[str] = []
         page.on("pageerror", lambda error: self.problems.append(str(error)))
-        page.on("request", self._note)
-
-    def _note(self, request: Request) -> None:
-        if API.search(request.url) and request.method != "OPTIONS":
-            self.requests.append(f"{request.method} {re.sub(r'.*/v1/', '', request.url)}")
 
     # What somebody does.
 
@@ -106,10 +100,7 @@ class App:
 
     def wait(self, seconds: float) -> None:
         """Let time pass in which nothing should happen, so that there is nothing to wait for."""
-        self.page.wait_for_timeout(seconds * 1000)  # requests are noted meanwhile
-
-    def hide(self) -> None:
-        self.page.evaluate(SET_VISIBILITY, "hidden")
+        self.page.wait_for_timeout(seconds * 1000)
 
     def show(self) -> None:
         self.page.evaluate(SET_VISIBILITY, "visible")
@@ -127,15 +118,6 @@ class App:
     def cut(self) -> None:
         """Let no request reach the server."""
         self.page.route(API, lambda route: route.abort("connectionrefused"))
-
-    def lose_answers(self) -> None:
-        """Let requests for pictures reach the server, and their answers nobody."""
-
-        def lose(route: Route) -> None:
-            route.fetch()
-            route.abort("connectionreset")
-
-        self.page.route("**/rpc/enqueue_generation", lose)
 
     def heal(self) -> None:
         self.page.unroute_all(behavior="ignoreErrors")
@@ -193,10 +175,6 @@ class App:
     def jobs(self) -> list[dict[str, Any]]:
         query = "select * from public.generations where user_id = %s order by id"
         return self.db.execute(query, self.user_id)
-
-    def ledger(self) -> list[tuple[str, int]]:
-        query = "select kind, amount from public.credit_ledger where user_id = %s order by id"
-        return [(row["kind"], row["amount"]) for row in self.db.execute(query, self.user_id)]
 
     def forget_user(self) -> None:
         self.db.execute("delete from auth.users where email = %s", self.email)
