@@ -24,6 +24,7 @@ from PIL import Image
 
 SECRET = "zebra-4711"  # in each text of the victim's
 DETAIL = "zebra-4712"  # what the provider said: for operators only
+NOBODY = str(uuid.UUID(int=7))
 API_ROLES = ("anon", "authenticated", "service_role")
 
 
@@ -58,13 +59,9 @@ def literal(type: str, value: Any) -> str | None:
     if value is None or (isinstance(value, str) and type != "jsonb"):
         return value
     if type.endswith("[]") and isinstance(value, list):
-        texts = [
-            "null"
-            if each is None
-            else json.dumps(each if isinstance(each, str) else json.dumps(each))
-            for each in value
-        ]
-        return "{" + ",".join(texts) + "}"
+        texts = (each if isinstance(each, str) else json.dumps(each) for each in value)
+        quoted = [text if text == "null" else json.dumps(text) for text in texts]
+        return f"{{{','.join(quoted)}}}"
     return json.dumps(value)
 
 
@@ -105,16 +102,9 @@ class Victim:
         self.template = user.save_prompt_template(SECRET, SECRET)["id"]
         self.webhook = service.register_webhook("https://api.example.com/a")["webhook_id"]
         user.register_push_token(f"ExponentPushToken[{SECRET}]")
-
-    @property
-    def jobs(self) -> list[str]:
-        """Its jobs of every state but queued."""
-        return [self.done, self.failed, self.running]
-
-    @property
-    def ids(self) -> list[str]:
-        """All that a stranger would like to have guessed."""
-        return [*self.jobs, self.batch, self.template, self.webhook, self.id]
+        self.jobs = [self.done, self.failed, self.running]
+        # All that a stranger would like to have guessed.
+        self.ids = [*self.jobs, self.batch, self.template, self.webhook, self.id]
 
     def plausible(self) -> dict[str, list[Any]]:
         """Return values for the arguments of the API, by name (without a private function's p_)."""
@@ -125,7 +115,7 @@ class Victim:
             "before": [None, self.done],
             "bucket_seconds": [86400],
             "code": ["moderated", "internal"],
-            "delivery_id": [str(uuid.UUID(int=7))],
+            "delivery_id": [NOBODY],
             "description": ["mine"],
             "events": [None, ["generation.completed"]],
             "external_id": [str(uuid.uuid4())],  # used once
@@ -173,8 +163,8 @@ class Victim:
             "buckets": ["generations"],
             "candidates": ["prediction"],
             "codes": ["internal"],
-            "delivery_id": str(uuid.UUID(int=7)),
-            "delivery_ids": [str(uuid.UUID(int=7))],
+            "delivery_id": NOBODY,
+            "delivery_ids": [NOBODY],
             "errors": [None],
             "details": ["detail"],
             "error": None,
@@ -255,13 +245,10 @@ HOSTILE: dict[str, list[Any]] = {
     "timestamp with time zone": [
         *("infinity", "-infinity", "epoch", "294276-12-31", "4714-11-24 BC", "0001-01-01", "now"),
     ],
-    "uuid": [str(uuid.UUID(int=0)), str(uuid.UUID(int=2**128 - 1)), str(uuid.UUID(int=7))],
+    "uuid": [str(uuid.UUID(int=0)), str(uuid.UUID(int=2**128 - 1)), NOBODY],
     "uuid[]": [
-        *([], [None], [str(uuid.UUID(int=7))] * 101, [str(uuid.UUID(int=7))] * 20_000),
-        *(
-            template.replace("x", str(uuid.UUID(int=7)))
-            for template in ("{{x}}", "{{x},{x}}", "[5:5]={x}")
-        ),
+        *([], [None], [NOBODY] * 101, [NOBODY] * 20_000),
+        *(f"{{{{{NOBODY}}}}}", f"{{{{{NOBODY}}},{{{NOBODY}}}}}", f"[5:5]={{{NOBODY}}}"),
     ],
 }
 # What weighs little and may come to much: written out, counted, matched or walked through.
@@ -284,24 +271,11 @@ HEAVY = {
         *("https://" + "a." * 120_000, "ExponentPushToken[" + "a" * 250_000),
     ],
     "text[]": [f"{{{','.join(['a'] * 100_000)}}}", f"{{{'x' * 250_000}}}", f"{{{' ' * 250_000}}}"],
-    "uuid[]": [f"{{{','.join([str(uuid.UUID(int=7))] * 10_000)}}}"],
+    "uuid[]": [f"{{{','.join([NOBODY] * 10_000)}}}"],
 }
 # Over HTTP an argument may also be of another type.
-MISFITS = [
-    0,
-    1.5,
-    True,
-    [],
-    {},
-    [1],
-    {"a": [1]},
-    "nope",
-    "a\0b",
-    "\ud800",
-    2**31,
-    10**400,
-    -(2**63),
-]
+NUMBERS_OF_ALL_KINDS = [0, 1.5, 2**31, 10**400, -(2**63)]
+MISFITS = [True, [], {}, [1], {"a": [1]}, "nope", "a\0b", "\ud800", *NUMBERS_OF_ALL_KINDS]
 
 
 def one_by_one(function: Function, victim: Victim) -> Iterator[dict[str, Any]]:

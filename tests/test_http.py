@@ -6,7 +6,7 @@ import uuid
 from collections import Counter
 
 import pytest
-from actors import Worker, together
+from actors import together
 from database import unchanged
 from http_client import PREVIEW, Refusal, answer, refusal
 from http_fixtures import through_both_gateways
@@ -17,18 +17,6 @@ pytest_plugins = ["http_fixtures"]
 pytestmark = through_both_gateways
 
 PROMPTS = ['one "quoted"', "two, with a comma", "{three}"]
-
-
-@pytest.fixture
-def paid_model(stack_db):
-    """Name of a model for paid users only."""
-    stack_db.execute(
-        "insert into public.models select (jsonb_populate_record(m, jsonb_build_object("
-        "'id', 'test/paid-only', 'requires_paid', true))).* from public.models as m where id = %s",
-        PREVIEW,
-    )
-    yield "test/paid-only"
-    stack_db.execute("delete from public.models where id = 'test/paid-only'")
 
 
 def test_anybody_can_ping_and_list_the_models_on_offer(visitor):
@@ -82,22 +70,6 @@ def test_a_user_asks_for_a_picture_and_reads_of_it(user, stranger):
     assert stranger.ledger() == [("grant", 10)]
 
 
-def test_a_job_is_canceled_retried_and_once_completed_reused(user, stack_db):
-    job_id = user.enqueued(params={"seed": 7})
-    assert answer(user.rpc("cancel_generation", job_id=job_id))["refunded_credits"] == 1
-    again = answer(user.rpc("retry_generation", job_id=job_id))
-    assert answer(user.rpc("retry_generation", job_id=job_id))["job_id"] == again["job_id"]
-    worker = Worker(stack_db)
-    (job,) = [each for each in worker.claim_jobs(100) if each.id == again["job_id"]]
-    worker.complete_job(job)
-    worker.unregister_worker()
-
-    reused = answer(user.enqueue(params={"seed": 7, "reuse": True}))
-
-    assert (reused["job_id"], reused["reused"]) == (job.id, True)
-    assert user.credits() == 9
-
-
 def test_a_batch_goes_in_as_a_json_array_and_is_read_back_by_its_user(user, stranger):
     batch = answer(user.rpc("enqueue_batch", model=PREVIEW, prompts=PROMPTS))
     named = {"batch_id": batch["batch_id"]}
@@ -117,8 +89,6 @@ def test_the_gallery_is_paged_with_get_and_asked_by_favorite_and_tag(user):
     jobs = [user.enqueued() for _ in range(3)]
     answer(user.rpc("set_favorite", job_id=jobs[0], is_favorite=True))
     answer(user.rpc("set_tags", job_id=jobs[0], tags=["Sea", "night"]))
-    template = {"title": "Sea", "prompt": "the {word} sea", "params": '{"seed": 7}'}
-    saved = answer(user.rpc("save_prompt_template", **template))
 
     first = answer(user.rpc("list_generations", "GET", page_size=2))
     second = answer(user.rpc("list_generations", "GET", page_size=2, before=first["next_before"]))
@@ -128,80 +98,44 @@ def test_the_gallery_is_paged_with_get_and_asked_by_favorite_and_tag(user):
     for question in ({"only_favorites": True}, {"tag": "sea"}):
         (job,) = answer(user.rpc("list_generations", "GET", **question))["generations"]
         assert (job["job_id"], job["is_favorite"], job["tags"]) == (jobs[0], True, ["night", "sea"])
-    assert (saved["params"], saved["placeholders"]) == ({"seed": 7}, ["word"])
 
 
 # Refusals: status, code, token, details, hint.
 
 
-def assert_refused(response, status: int, token: str, details: str, hint: str) -> None:
-    assert refusal(response) == Refusal(status, f"PT{status}", token, details, hint)
-
-
 def test_what_is_wrong_with_a_request_is_said_and_nothing_written(user, stranger, stack_db):
     job_id = user.enqueued(idempotency_key="same")
-
     with unchanged(stack_db):
-        blank, conflict = user.enqueue(" \n\t "), user.enqueue("another", idempotency_key="same")
-        model = user.enqueue(model="no/such")
-        by_get = user.rpc("enqueue_generation", "GET", model=PREVIEW, prompt="a harbour")
-        theirs = stranger.get_job_status(job_id)
-        unknown = stranger.get_job_status(str(uuid.uuid4()), "GET")
-        early = user.rpc("retry_generation", job_id=job_id)
+        responses = [
+            user.enqueue(" \n\t "),
+            stranger.get_job_status(job_id),
+            stranger.get_job_status(str(uuid.uuid4()), "GET"),
+            user.rpc("enqueue_generation", "GET", model=PREVIEW, prompt="a harbour"),
+            user.enqueue("another", idempotency_key="same"),
+        ]
+    user.enqueued()
+    user.enqueued()
+    responses.append(user.enqueue())
+    stack_db.execute("delete from auth.users where id = %s", user.id)
+    responses.append(user.enqueue())
 
     correct = "Correct the argument and call again."
-    assert_refused(blank, 400, "invalid_input", "prompt: missing or blank", correct)
-    assert_refused(
-        *(conflict, 409, "idempotency_conflict"),
-        "idempotency_key was used with another payload",
-        "Use a new key for a new request.",
-    )
-    assert_refused(model, 404, "not_found", "model: no such model", "list_models() names them.")
-    changes = "This function changes something."
-    assert_refused(by_get, 405, "method_not_allowed", changes, "Call it by POST.")
-    for response in (theirs, unknown):
-        answered = "Use the job_id that enqueue_generation answered."
-        assert_refused(response, 404, "not_found", "job_id: no such job of yours", answered)
-    assert (refusal(early).status, refusal(early).message) == (409, "not_finished")
-
-
-def test_what_a_user_may_not_do_yet_is_said(user, operator, paid_model, stack_db):
-    assert_refused(
-        *(user.enqueue(model=paid_model), 403, "requires_paid_plan"),
-        "test/paid-only is for paid users",
-        "Choose another model or a paid plan.",
-    )
-    spend = {"user_id": user.id, "amount": -10, "kind": "adjust", "external_id": f"test:{user.id}"}
-    answer(operator.rpc("grant_credits", **spend))
-    cheaper = "Buy credits or choose a cheaper model."
-    assert_refused(user.enqueue(), 402, "insufficient_credits", "need 1, have 0", cheaper)
-
-    stack_db.execute("delete from auth.users where id = %s", user.id)
-
-    gone = "There is no such user any more."
-    assert_refused(user.enqueue(), 401, "not_authenticated", gone, "Sign in again.")
-
-
-def test_more_than_the_plan_allows_is_429_with_retry_after(user, stack_db):
-    stack_db.execute(
-        "update public.entitlements set minute_jobs = 7, minute_started_at = now()"
-        " - interval '20 seconds' where user_id = %s",
-        user.id,
-    )
-    for _ in range(3):
-        job_id = user.enqueued()
-    many = user.enqueue()
-    answer(user.rpc("cancel_generation", job_id=job_id))
-    fast = user.enqueue()
-
-    seconds = int(fast.headers["Retry-After"])
-    again, limit = "Try again in {} seconds.", "the plan's limit"
-    assert many.headers["Retry-After"] == "5"
-    active = f"3 jobs are queued or running, {limit}"
-    assert_refused(many, 429, "too_many_active", active, again.format(5))
-    assert 30 <= seconds <= 40
-    minute = f"10 jobs in this minute, {limit}"
-    assert_refused(fast, 429, "rate_limited", minute, again.format(seconds))
+    unknown = "job_id: no such job of yours"
+    known = "Use the job_id that enqueue_generation answered."
+    another = "idempotency_key was used with another payload"
+    limit = "3 jobs are queued or running, the plan's limit"
+    said = [
+        (400, "invalid_input", "prompt: missing or blank", correct),
+        (404, "not_found", unknown, known),
+        (404, "not_found", unknown, known),
+        (405, "method_not_allowed", "This function changes something.", "Call it by POST."),
+        (409, "idempotency_conflict", another, "Use a new key for a new request."),
+        (429, "too_many_active", limit, "Try again in 5 seconds."),
+        (401, "not_authenticated", "There is no such user any more.", "Sign in again."),
+    ]
+    expected = [Refusal(status, f"PT{status}", *rest) for status, *rest in said]
+    assert [refusal(response) for response in responses] == expected
+    assert responses[5].headers["Retry-After"] == "5"
 
 
 # Repeats and parallel requests.

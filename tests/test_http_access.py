@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import hmac
 import json
 import uuid
 from typing import Any
 
-import httpx
 import pytest
 from database import unchanged
 from http_client import PREVIEW, Client, SignedUp, answer, refusal
@@ -28,7 +26,6 @@ CHANGES = {
     "generations": {"status": "completed"},
     "prompt_templates": {"title": "Mine"},
 }
-OWN_ROWS = CHANGES.keys() - {"models"}
 FOR_USERS = {
     "enqueue_generation": {"model": PREVIEW, "prompt": "x"},
     "get_job_status": {"job_id": str(uuid.uuid4())},
@@ -44,7 +41,7 @@ FOR_OPERATORS = {
 
 @pytest.fixture
 def owner(user) -> SignedUp:
-    """A user with rows in every table of OWN_ROWS."""
+    """A user with rows in every table."""
     user.enqueued()
     answer(user.rpc("save_prompt_template", title="Sea", prompt="the sea"))
     return user
@@ -136,24 +133,7 @@ def test_whoever_has_not_signed_in_is_told_so(visitor, stack_db):
             assert (refused.status, refused.code) == (401, "42501"), function
 
 
-def test_a_huge_token_is_refused(user, stack_db):
-    claims = {"role": "service_role", "exp": FAR_AWAY, "padding": "x" * 1_000_000}
-    forged = user.with_token(token(HS256, claims, MINE))
-
-    with unchanged(stack_db), contextlib.suppress(httpx.TransportError):  # hung up on
-        assert forged.rpc("queue_health").status_code in {400, 401, 413, 431}
-    assert answer(user.rpc("get_entitlement"))["user_id"] == user.id
-
-
 # Functions, schemas, tables.
-
-
-def test_users_and_operators_call_no_functions_of_each_other(user, operator, stack_db):
-    with unchanged(stack_db):
-        for caller, functions in ((user, FOR_OPERATORS), (operator, FOR_USERS)):
-            for function, arguments in functions.items():
-                refused = refusal(caller.rpc(function, **arguments))
-                assert (refused.status, refused.code) == (403, "42501"), function
 
 
 def test_no_other_schema_is_reachable(user, operator, stack_db):
@@ -181,7 +161,7 @@ def test_users_read_their_own_rows_and_nobody_changes_one(owner, stranger, visit
                 for method in ("PATCH", "DELETE"):
                     tried = client.rest(method, f"{table}?{key}", headers=headers, json=change)
                     assert tried.status_code >= 400 or tried.json() == [], table
-    for table in OWN_ROWS:
+    for table in CHANGES.keys() - {"models"}:
         rows = answer(owner.rest("GET", table))
         assert {row["user_id"] for row in rows} == {owner.id}, table
         assert answer(stranger.rest("GET", f"{table}?user_id=eq.{owner.id}")) == [], table
@@ -189,19 +169,19 @@ def test_users_read_their_own_rows_and_nobody_changes_one(owner, stranger, visit
         assert seen.status_code == 401 or seen.json() == [], table
 
 
-@pytest.mark.parametrize("prefer", ["return=minimal", "resolution=merge-duplicates"])
-def test_users_insert_no_row(owner, stack_db, prefer):
+def test_users_insert_no_row(owner, stack_db):
     for table in CHANGES:
         where = "id = %s" if table == "models" else "user_id = %s limit 1"
         key = PREVIEW if table == "models" else owner.id
         row = stack_db.value(f"select to_json(t) from public.{table} as t where {where}", key)
         if table == "credit_ledger":
             del row["id"]  # a valid new entry
-        with unchanged(stack_db):
-            refused = refusal(owner.rest("POST", table, json=row, headers={"Prefer": prefer}))
+        for prefer in ("return=minimal", "resolution=merge-duplicates"):
+            with unchanged(stack_db):
+                refused = refusal(owner.rest("POST", table, json=row, headers={"Prefer": prefer}))
 
-        # 55000: Lite grants everybody everything, so the ledger's trigger comes first.
-        assert (refused.status, refused.code) in {(403, "42501"), (500, "55000")}, table
+            # 55000: Lite grants everybody everything, so the ledger's trigger comes first.
+            assert (refused.status, refused.code) in {(403, "42501"), (500, "55000")}, table
 
 
 # The operator's backend.
@@ -217,20 +197,5 @@ def test_the_same_payment_is_granted_once(user, operator):
     assert (first, second) == ({"credits": 60, "applied": True}, {"credits": 60, "applied": False})
     assert (other.status, other.code, other.message) == (409, "PT409", "idempotency_conflict")
     assert user.ledger() == [("grant", 10), ("grant", 50)]
-
-
-def test_a_plan_begins_and_ends_and_unknown_users_are_told_of(user, operator, stack_db):
-    paid = answer(operator.rpc("set_paid", user_id=user.id, paid_until="infinity"))
-    assert (paid["plan"], paid["max_active"]) == ("paid", 20)
-    assert answer(user.enqueue())["credits_left"] == 10, "included in the plan"
-
-    free = answer(operator.rpc("set_paid", user_id=user.id, paid_until=None))
-    assert (free["plan"], free["paid_until"]) == ("free", None)
-    assert answer(user.enqueue())["credits_left"] == 9
-
-    redrive = {"code": "provider_error", "since": "2026-01-01T00:00:00Z"}
-    assert answer(operator.rpc("redrive_failed", **redrive)) == {"redriven": 0}
-    with unchanged(stack_db):
-        for function, arguments in FOR_OPERATORS.items():
-            refused = refusal(operator.rpc(function, **arguments))
-            assert (refused.status, refused.details) == (404, "user_id: no such user"), function
+    unknown = refusal(operator.rpc("set_paid", **FOR_OPERATORS["set_paid"]))
+    assert (unknown.status, unknown.details) == (404, "user_id: no such user")

@@ -57,7 +57,7 @@ def app(browser: Browser, app_url: str, stack_db: Database) -> Iterator[App]:
     context = browser.new_context(base_url=app_url, viewport={"width": 1180, "height": 760})
     app = App(context.new_page(), stack_db)
     yield app
-    app.forget_user()
+    stack_db.execute("delete from auth.users where email = %s", app.email)
     assert app.problems == []
     context.close()
 
