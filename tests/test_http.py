@@ -34,38 +34,17 @@ def test_anybody_can_ping_and_list_the_models_on_offer(visitor):
 
 
 def test_a_user_asks_for_a_picture_and_reads_of_it(user, stranger):
-    entitlement = answer(user.rpc("get_entitlement", "GET"))
     first = user.enqueued(params={"seed": 7})
     queued = answer(user.enqueue("a harbour", params='{"width": 256}'))
     job = answer(user.get_job_status(queued["job_id"]))
 
-    assert entitlement == {
-        "user_id": user.id,
-        "plan": "free",
-        "paid_until": None,
-        "credits": 10,
-        "active_jobs": 0,
-        "max_active": 3,
-        "minute_jobs": 0,
-        "max_per_minute": 10,
-        "max_batch": 3,
-        "is_busy": False,
-    }
     expected = {"status": "queued", "reused": False, "credits_left": 8, "poll_after_ms": 1000}
     assert queued | expected == queued
-    expected = {
-        "job_id": queued["job_id"],
-        "status": "queued",
-        "model": PREVIEW,
-        "prompt": "a harbour",
-        "params": {"width": 256},
-        "price_credits": 1,
-        "refunded_credits": 0,
-        "images": [],
-    } | dict.fromkeys(["stage", "progress", "error", "started_at", "finished_at"])
+    expected = {"job_id": queued["job_id"], "prompt": "a harbour", "params": {"width": 256}}
     assert job | expected == job
     assert answer(user.get_job_status(job["job_id"], "GET")) == job
     assert answer(user.rpc("list_active_jobs", "GET")) == [job, answer(user.get_job_status(first))]
+    assert answer(user.rpc("get_entitlement", "GET"))["credits"] == 8
     assert user.ledger() == [("grant", 10), ("charge", -1), ("charge", -1)]
     assert stranger.ledger() == [("grant", 10)]
 
@@ -138,22 +117,12 @@ def test_what_is_wrong_with_a_request_is_said_and_nothing_written(user, stranger
     assert responses[5].headers["Retry-After"] == "5"
 
 
-# Repeats and parallel requests.
+def test_requests_at_once_pass_no_limit_and_with_one_key_make_one_job(user):
+    same = together([lambda: user.enqueue(idempotency_key="same")] * 20)
+    others = together([user.enqueue] * 20)
 
-
-def test_one_key_from_twenty_requests_at_once_makes_one_job(user):
-    responses = together([lambda: user.enqueue(idempotency_key="same")] * 20)
-
-    assert len({answer(response)["job_id"] for response in responses}) == 1
-    assert {answer(response)["credits_left"] for response in responses} == {9}
-    assert user.ledger() == [("grant", 10), ("charge", -1)]
-
-
-def test_requests_at_once_cannot_pass_the_plans_limit(user):
-    responses = together([user.enqueue] * 20)
-
-    assert Counter(response.status_code for response in responses) == {200: 3, 429: 17}
-    assert answer(user.rpc("get_entitlement"))["active_jobs"] == 3
+    assert len({answer(response)["job_id"] for response in same}) == 1
+    assert Counter(response.status_code for response in others) == {200: 2, 429: 18}
     assert user.credits() == 7
 
 

@@ -23,15 +23,12 @@ SPELLINGS = [
     "{own}/%2e%2e/{other}/{name}",
     "{own}/%252e%252e%252f{other}%252f{name}",
     "{own}/..%5c{other}%5c{name}",
-    "{own}//../{other}/{name}",
     "/{other}/{name}",
     "%2f{other}/{name}",
     "{OTHER}/{name}",
-    "{other}%00/{name}",
     "{other}/{name}%00.png",
     "{other}/{name}?token={own}",
     "..%2fgenerations%2f{other}/{name}",
-    "{own}/..;/{other}/{name}",
 ]
 
 
@@ -48,14 +45,8 @@ def not_found(response: httpx.Response) -> bool:
     return response.status_code == 400 and response.json()["statusCode"] == "404"
 
 
-def signed_address(client: Client, path: str) -> str:
-    signed = client.storage("POST", f"object/sign/{path}", json={"expiresIn": 60}).json()
-    address = signed.get("signedURL") or signed["signedUrl"]
-    return str(httpx.URL(client.endpoints.storage).join(address))
-
-
-def listed(client: Client, prefix: str, bucket: str = "generations") -> list[str]:
-    response = client.storage("POST", f"object/list/{bucket}", json={"prefix": prefix})
+def listed(client: Client, prefix: str) -> list[str]:
+    response = client.storage("POST", "object/list/generations", json={"prefix": prefix})
     return sorted(file["name"].rsplit("/", 1)[-1] for file in answer(response))
 
 
@@ -66,17 +57,6 @@ def name(user, operator) -> str:
     for bucket, client in (("generations", operator), ("inputs", user)):
         assert stored(client.upload(f"{bucket}/{user.id}/{name}", PNG))
     return name
-
-
-def test_the_owner_reads_a_file_lists_it_and_gets_an_address_that_works_alone(user, name):
-    for bucket in ("generations", "inputs"):
-        path = f"{bucket}/{user.id}/{name}"
-        response = user.download(path)
-
-        assert (response.status_code, response.content) == (200, PNG)
-        assert response.headers["Content-Type"] == "image/png"
-        assert httpx.get(signed_address(user, path)).content == PNG
-        assert listed(user, user.id, bucket) == [name]
 
 
 def send(client: Client, method: str, path: str, **request: object) -> httpx.Response | None:
@@ -122,7 +102,12 @@ def test_only_the_worker_writes_generated_images_and_nobody_takes_one(request, u
         body = {"bucketId": "generations", "destinationBucket": "inputs", **keys}
         assert client.storage("POST", f"object/{action}", json=body).status_code >= 400
 
-    assert user.download(f"generations/{path}").content == PNG
+    signed = user.storage("POST", f"object/sign/generations/{path}", json={"expiresIn": 60}).json()
+    address = signed.get("signedURL") or signed["signedUrl"]
+    response = user.download(f"generations/{path}")
+    assert (response.content, response.headers["Content-Type"]) == (PNG, "image/png")
+    assert httpx.get(httpx.URL(user.endpoints.storage).join(address)).content == PNG
+    assert listed(user, user.id) == [name]
 
 
 def test_users_put_and_replace_files_in_their_own_input_folder_only(user, stranger, stack_db, name):

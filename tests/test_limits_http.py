@@ -84,17 +84,6 @@ def test_36_kb_of_numbers_that_are_long_to_write_are_refused_unwritten(user, sta
 
 
 @as_sent
-@pytest.mark.parametrize(("levels", "statuses"), [(8000, {400}), (16_000, {400, 413})])
-def test_what_is_nested_too_deep_is_refused(user, levels, statuses):
-    for params in ("[" * levels + "]" * levels, '{"a":' * levels + "1" + "}" * levels):
-        body = f'{{"model": "{PREVIEW}", "prompt": "x", "params": {params}}}'
-        refused = refusal(user.rest("POST", "rpc/enqueue_generation", content=body, headers=JSON))
-
-        assert refused.status in statuses
-        assert refused.code in {"PT400", "54001"}  # PostgREST meets it before our function does
-
-
-@as_sent
 def test_ten_filters_that_would_never_end_are_ended_and_the_api_goes_on(user, stack_db):
     user.enqueued("a" * 2999)
     never = {"select": "id", "prompt": r"match.^(a*)(a*)(a*)(a*)\1\2\3\4$"}  # twice as many is even

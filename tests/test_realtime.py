@@ -33,9 +33,6 @@ def warnings(alice):
     return said
 
 
-# What is sent.
-
-
 def test_each_new_state_is_broadcast_to_its_user_and_nothing_else(db, alice, bob, worker):
     with alice.connection.transaction(force_rollback=True):
         alice.enqueue()
@@ -91,9 +88,6 @@ def test_a_cancel_is_broadcast_when_it_has_happened_and_a_batch_job_by_job(db, a
     assert sorted(hints(db)[:4]) == sorted((f"user:{bob.id}", *each) for each in states)
 
 
-# A hint that is lost fails no job.
-
-
 def test_without_a_partition_for_today_hints_are_lost_and_jobs_go_on(db, alice, worker, warnings):
     db.execute("drop table realtime.messages_now")
 
@@ -139,9 +133,6 @@ def test_when_realtime_goes_or_closes_jobs_go_on(db, alice, bob, warnings, chang
     assert [text.split(":")[:2] for text in warnings] == [["Darkroom", " not broadcast"]]
 
 
-# Who listens.
-
-
 def test_users_join_their_own_topic_and_no_other(alice, bob, anon, db):
     nameless = Anon(db)
     nameless.role = "authenticated"
@@ -151,19 +142,6 @@ def test_users_join_their_own_topic_and_no_other(alice, bob, anon, db):
         assert readable(caller, f"user:{alice.id}") == readable(caller, "user:") == set()
     for topic in ("user:", "user:%", "", f"user:{alice.id}:more", f"USER:{alice.id}"):
         assert readable(alice, topic) == set()
-
-
-def test_only_a_topic_that_was_joined_shows_its_own_messages(alice, bob):
-    alice.enqueue()
-    bob.enqueue()
-    query = "select topic from realtime.messages"
-
-    with alice.acting() as connection:
-        before = connection.execute(query).fetchall()
-        connection.execute("select set_config('realtime.topic', %s, true)", [f"user:{alice.id}"])
-        joined = connection.execute(query).fetchall()
-
-    assert (before, joined) == ([], [(f"user:{alice.id}",)])
 
 
 def test_clients_neither_send_nor_change_what_was_sent(db, alice, anon):
@@ -184,9 +162,6 @@ def test_clients_neither_send_nor_change_what_was_sent(db, alice, anon):
     alice.query("update realtime.messages set payload = '{}'")
 
     assert sent(db) == before
-
-
-# How it is installed.
 
 
 @pytest.mark.parametrize("missing", ["policies", "publication"])

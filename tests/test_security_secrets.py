@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import fake_replicate
@@ -76,30 +77,20 @@ def everything_happens(busy: Workers, fake: FakeReplicate, user: User) -> list[s
     return jobs
 
 
-def secrets_of(busy: Workers) -> set[str]:
-    """Return keys, tokens and passwords, but not the prompts, which belong into the tables."""
-    prompts = busy.db.execute("select prompt from public.generations")
-    return busy.secrets() - {row["prompt"] for row in prompts}
-
-
-def command_lines() -> list[str]:
-    """Return what `ps` shows of every process."""
-    lines = []
+def command_lines() -> Iterator[str]:
     for file in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            lines.append(file.read_text(errors="replace"))
-        except OSError:  # it has ended
-            continue
-    return lines
+        with contextlib.suppress(OSError):  # it has ended
+            yield file.read_text(errors="replace")
 
 
-def found(secrets: set[str], texts: list[str]) -> list[str]:
+def found(secrets: set[str], texts: Iterable[str]) -> list[str]:
     return [text for text in texts if any(secret in text for secret in secrets)]
 
 
 def test_secrets_of_the_worker_are_nowhere_whatever_happens(db, busy, fake, alice, service):
     jobs = everything_happens(busy, fake, alice)
-    secrets = secrets_of(busy)
+    prompts = {row["prompt"] for row in db.execute("select prompt from public.generations")}
+    secrets = busy.secrets() - prompts  # which belong into the tables
 
     rows = db.snapshot()
     del rows["private.webhook_endpoints"]  # where the address belongs
@@ -146,6 +137,8 @@ def test_a_storage_that_repeats_its_request_is_quoted_without_the_key(db, busy, 
         ("https://a.example/b.png?X-Sig=12&y=3: 403", "https://a.example/b.png?[redacted] 403"),
         ("/object/sign/inputs/a.png?token=4711", "/object/sign/inputs/a.png?token=[redacted]"),
         ("postgresql://me:word@db:5432/x", "postgresql://[redacted]@db:5432/x"),
+        ("not a valid authentication token", "not a valid authentication token"),
+        ("input.aspect_ratio: one of 1:1, 16:9", "input.aspect_ratio: one of 1:1, 16:9"),
     ],
 )
 def test_no_secret_is_left_in_a_text(said, kept):
@@ -159,20 +152,6 @@ def test_no_secret_is_left_in_a_text(said, kept):
 
     assert worker.redact(said, settings.secrets) == kept
     assert worker.redact("pass!word, pass%21word", settings.secrets) == "[redacted], [redacted]"
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        "- input.aspect_ratio: must be one of 1:1, 16:9",
-        "You did not pass a valid authentication token",
-        "The input or output was flagged as sensitive. Please try again. (E005)",
-        'connection to server at "127.0.0.1", port 5432 failed: Connection refused',
-        "OSError at _receive:1181",
-    ],
-)
-def test_words_that_only_speak_of_secrets_stay(words):
-    assert worker.redact(words) == words
 
 
 def test_a_traceback_in_the_log_shows_no_secret():
