@@ -367,6 +367,45 @@ SECURITY = [
         "",
         "tests/test_worker_service.py::test_the_worker_is_hardly_exposed",
     ),
+    # Who is told.
+    Bug(
+        "anybody takes a push token back",
+        "sql/96_webhooks.sql",
+        "delete from private.push_tokens where token = p_token and user_id = v_user_id;",
+        "delete from private.push_tokens where token = p_token;",
+        "tests/test_outbox.py::test_a_device_is_not_told_any_more[late]",
+    ),
+    Bug(
+        "a device that is somebody else's is told",
+        "sql/96_webhooks.sql",
+        "on t.token = p_delivery.push_token and t.user_id = g.user_id",
+        "on t.token = p_delivery.push_token",
+        "tests/test_outbox.py::test_a_device_is_not_told_any_more[somebody else's]",
+    ),
+    Bug(
+        "a webhook's secret is shown again",
+        "sql/96_webhooks.sql",
+        "'webhook_id', p_endpoint.id, 'url', p_endpoint.url,",
+        "'webhook_id', p_endpoint.id, 'secret', p_endpoint.secret, 'url', p_endpoint.url,",
+        "tests/test_outbox.py"
+        "::test_a_secret_is_32_random_bytes_shown_once_and_for_a_day_after_a_rotation_both_sign",
+    ),
+    Bug(
+        "everybody listens to everybody's hints",
+        "sql/65_realtime.sql",
+        "      and topic = 'user:' || (select auth.uid())::text\n",
+        "",
+        "tests/test_realtime.py::test_users_join_their_own_topic_and_no_other",
+    ),
+    Bug(
+        "users put files into anybody's input folder",
+        "sql/20_access.sql",
+        "for insert to authenticated with check (\n"
+        "    bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text\n",
+        "for insert to authenticated with check (\n    bucket_id = 'inputs'\n",
+        "tests/test_http_storage.py"
+        "::test_users_put_and_replace_files_in_their_own_input_folder_only",
+    ),
 ]
 MODEL = "tests/test_money_model.py::test_money_is_what_the_model_says_whatever_happens"
 STATES = "tests/test_protocol.py::test_no_schedule_of_claims_ends_clocks_and_recovery_breaks_a_rule"
@@ -708,6 +747,14 @@ OUTAGE = [
         "greatest(0, least(coalesce(p_asked_seconds, 0), p_most_seconds))",
         "coalesce(p_asked_seconds, 0)",
         "tests/test_outbox.py::test_a_wish_of_the_target_counts_if_it_is_longer_up_to_a_day",
+    ),
+    Bug(
+        "a delivery is finished with any token",
+        "sql/96_webhooks.sql",
+        "where d.id = p_delivery_id and d.token = p_token and d.state",
+        "where d.id = p_delivery_id and d.state",
+        "tests/test_outbox.py"
+        "::test_what_dead_workers_were_sending_is_sent_under_the_same_id_and_once_it_is_never_again",
     ),
 ]
 BREAKER = "tests/test_breaker.py::test_"

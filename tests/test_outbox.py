@@ -394,28 +394,23 @@ def test_each_device_of_the_user_is_told_that_a_job_ended_but_nothing_of_the_pro
     ]
 
 
-def test_a_device_that_is_somebody_elses_or_taken_back_or_late_is_not_told(
-    alice, bob, worker, ended
-):
-    def take_back():
-        bob.unregister_push_token(TOKEN)  # is no concern of his
-        assert worker.due_lanes() == [EXPO]
-        alice.unregister_push_token(TOKEN)
-        alice.unregister_push_token(TOKEN)
+@pytest.mark.parametrize("why", ["somebody else's", "late", "taken back"])
+def test_a_device_is_not_told_any_more(alice, bob, worker, ended, why):
+    alice.register_push_token(TOKEN)
+    bob.unregister_push_token(TOKEN)  # is no concern of his
+    ended()
 
-    db = worker.db
-    for change in (
-        take_back,
-        lambda: bob.register_push_token(TOKEN),
-        lambda: db.pass_time("61 minutes"),
-    ):
-        alice.register_push_token(TOKEN)
-        ended()
+    match why:
+        case "somebody else's":
+            bob.register_push_token(TOKEN)
+        case "late":
+            worker.db.pass_time("61 minutes")
+        case "taken back":
+            alice.unregister_push_token(TOKEN)
+            alice.unregister_push_token(TOKEN)
 
-        change()
-
-        assert [delivery.body for delivery in worker.claim_deliveries(EXPO)] == [None]
-        assert count(db) == 0
+    assert [delivery.body for delivery in worker.claim_deliveries(EXPO)] == [None]
+    assert count(worker.db) == 0
 
 
 def test_users_take_turns_and_who_has_a_push_under_way_waits_for_its_end(db, alice, bob, worker):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from actors import PREVIEW, Service, User, Worker
 from app_page import shot
-from database import PROJECT, Database, Server
+from database import PROJECT, Database
 from playwright.sync_api import Browser, Page, Request, expect
 
 from stack import Gateway, Settings, Stack, sign_jwt
@@ -89,12 +89,9 @@ class Operator:
 
 
 @pytest.fixture
-def db(server: Server, template: str) -> Iterator[Database]:
-    """A database of the test's own; a gateway stands before it."""
-    database = server.create(template)
-    database.lift_limits()
-    yield database
-    server.drop(database)
+def db(db: Database) -> Database:
+    db.lift_limits()
+    return db
 
 
 @pytest.fixture
