@@ -154,51 +154,29 @@ class Victim:
             "window": ["1 hour"],
         }
 
-    def plausible_to_the_worker(self) -> dict[str, list[Any]]:
-        """Return values for the arguments of the worker's functions, by name without p_."""
+    def plausible_to_the_worker(self, name: str, type: str) -> Any:
+        """Return a value for an argument of the worker's functions, by name without p_, or type."""
         path = f"{self.id}/{self.running}/0.png"
         image = {"position": 0, "storage_path": path, "content_type": "image/png", "bytes": 1000}
-        values = {
-            "at_most": 10,
-            "buckets": ["generations"],
-            "candidates": ["prediction"],
+        by_name = {
             "codes": ["internal"],
-            "delivery_id": NOBODY,
-            "delivery_ids": [NOBODY],
-            "errors": [None],
-            "details": ["detail"],
-            "error": None,
-            "host": "host",
             "images": [[image]],
-            "inputs": [None],
-            "is_listening": True,
             "job_id": self.running,
             "job_ids": [self.running],
             "lane": "expo",
-            "metrics": [{"provider_seconds": 1}],
-            "cancel_job.metrics": {"provider_seconds": 1},
             "outcome": "delivered",
             "paths": [path],
-            "progress": [50],
             "provider": "replicate",
-            "provider_job_ids": ["prediction"],
-            "reason": "402",
-            "resumes": True,
-            "retry_after_seconds": [1],
-            "finish_delivery.retry_after_seconds": 1,
-            "functions": ["claim_jobs"],
-            "seconds": 1,
-            "slots": 1,
             "stages": ["storing"],
-            "status": 200,
             "token": self.token,
-            "ticket": None,
             "tokens": [self.token],
             "user_id": None,
-            "version": "1",
             "worker_id": self.worker_id,
         }
-        return {name: [value] for name, value in values.items()}
+        metrics = {"provider_seconds": 1}
+        one = {"text": "one", "uuid": NOBODY, "boolean": True, "jsonb": metrics, "bytea": None}
+        default = one.get(type.removesuffix("[]"), 1)
+        return by_name.get(name, [default] if type.endswith("[]") else default)
 
 
 # Values of the right type that no function should do anything strange with.

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from database import unchanged
 from http_client import PREVIEW, Client, SignedUp, answer, refusal
+from http_fixtures import through_both_gateways
 
 from stack import sign_jwt
 
@@ -87,6 +88,7 @@ FORGERIES = {
 }
 
 
+@through_both_gateways
 @pytest.mark.parametrize("role", ["authenticated", "service_role"])
 def test_a_forged_token_opens_nothing(owner, stranger, stack_db, role):
     claims = {"sub": owner.id, "role": role, "exp": FAR_AWAY}
