@@ -25,7 +25,6 @@ CHANGES = {
     "credit_ledger": {"amount": 1000},
     "models": {"price_credits": 0},
     "generations": {"status": "completed"},
-    "prompt_templates": {"title": "Mine"},
 }
 FOR_USERS = {
     "enqueue_generation": {"model": PREVIEW, "prompt": "x"},
@@ -40,14 +39,6 @@ FOR_OPERATORS = {
 }
 
 
-@pytest.fixture
-def owner(user) -> SignedUp:
-    """A user with rows in every table."""
-    user.enqueued()
-    answer(user.rpc("save_prompt_template", title="Sea", prompt="the sea"))
-    return user
-
-
 def encode(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
@@ -58,7 +49,7 @@ def token(header: dict[str, Any], claims: dict[str, Any], key: str = "") -> str:
     return f"{body}.{encode(hmac.digest(key.encode(), body.encode(), 'sha256')) if key else ''}"
 
 
-def assert_opens_nothing(client: Client, user: SignedUp, what: object) -> None:
+def assert_opens_nothing(client: Client, user: SignedUp, what: object = None) -> None:
     """Assert that a token reads no row and calls no function that anon may not."""
     calls = FOR_USERS | FOR_OPERATORS | {"queue_health": {}}
     for function, arguments in calls.items():
@@ -77,51 +68,38 @@ def assert_opens_nothing(client: Client, user: SignedUp, what: object) -> None:
 FORGERIES = {
     "alg none": ({"alg": "none"}, ""),
     "alg nOnE with a signature": ({"alg": "nOnE"}, MINE),
-    "alg a list": ({"alg": ["none", "HS256"]}, MINE),
-    "no alg": ({"typ": "JWT"}, MINE),
     "no signature": (HS256, ""),
     "another key": (HS256, MINE),
-    "a key of one NUL": (HS256, "\0"),
-    "a public key taken for a secret": ({"alg": "RS256"}, MINE),
     "its key in its header": (HS256 | {"jwk": {"kty": "oct", "k": encode(MINE.encode())}}, MINE),
-    "a key that is a file": (HS256 | {"kid": "../../../../dev/null"}, "\0"),
 }
 
 
 @through_both_gateways
 @pytest.mark.parametrize("role", ["authenticated", "service_role"])
-def test_a_forged_token_opens_nothing(owner, stranger, stack_db, role):
-    claims = {"sub": owner.id, "role": role, "exp": FAR_AWAY}
-    forged = {name: token(header, claims, key) for name, (header, key) in FORGERIES.items()}
-    body, (head, own, signature) = token(HS256, claims).split(".")[1], stranger.token.split(".")
-    forged |= {
-        "garbage": "a.b.c",
-        "another's signature": f"{head}.{body}.{signature}",
-        "cut": f"{head}.{own}.{signature[:-2]}",
-        "longer": f"{head}.{own}.{signature}AAAA",
-    }
+def test_a_forged_token_opens_nothing(user, stranger, stack_db, role):
+    user.enqueued()
+    claims = {"sub": user.id, "role": role, "exp": FAR_AWAY}
+    forged = [token(header, claims, key) for header, key in FORGERIES.values()]
+    head, _, signature = stranger.token.split(".")
+    forged.append(f"{head}.{forged[0].split('.')[1]}.{signature}")
 
     with unchanged(stack_db):
-        for name, each in forged.items():
-            assert_opens_nothing(owner.with_token(each), owner, name)
+        for each in forged:
+            assert_opens_nothing(user.with_token(each), user)
 
 
-def test_a_good_token_of_strange_claims_is_nobodys(owner, stack, stack_db):
-    subs = ["", "nope", "' or 1=1 --", f"{owner.id}x", f"{owner.id}\0", None, "x" * 3000]
-    roles = ["", "nope", "SERVICE_ROLE", "service_role ", "darkroom_worker", "postgres", 7]
-    changes = [*({"sub": sub} for sub in subs), *({"role": role} for role in roles)]
-    changes += [{"exp": 1}, {"exp": -1}, {"nbf": FAR_AWAY}]
-    claims = {"sub": owner.id, "role": "authenticated", "exp": FAR_AWAY}
-    good = owner.with_token(sign_jwt(stack.jwt_secret, claims))
-    assert answer(good.rpc("get_entitlement"))["user_id"] == owner.id
+def test_a_good_token_of_strange_claims_is_nobodys(user, stack, stack_db):
+    user.enqueued()
+    claims = {"sub": user.id, "role": "authenticated", "exp": FAR_AWAY}
+    good = user.with_token(sign_jwt(stack.jwt_secret, claims))
+    assert answer(good.rpc("get_entitlement"))["user_id"] == user.id
 
+    strange = [{"sub": sub} for sub in ("", "nope", f"{user.id}x", f"{user.id}\0", None)]
+    strange += [{"role": role} for role in ("", "nope", "service_role ", "darkroom_worker", 7)]
     with unchanged(stack_db):
-        for change in changes:
-            strange = owner.with_token(sign_jwt(stack.jwt_secret, claims | change))
-            assert_opens_nothing(strange, owner, change)
-            if "sub" in change:
-                refused = [strange.rpc(name, **given) for name, given in FOR_USERS.items()]
-                assert {refusal(each).message for each in refused} == {"not_authenticated"}
+        for change in [*strange, {"exp": 1}, {"nbf": FAR_AWAY}]:
+            changed = sign_jwt(stack.jwt_secret, claims | change)
+            assert_opens_nothing(user.with_token(changed), user, change)
 
 
 def test_whoever_has_not_signed_in_is_told_so(visitor, stack_db):
@@ -153,13 +131,14 @@ def test_no_other_schema_is_reachable(user, operator, stack_db):
                 assert refusal(client.rest("GET", table)).status == 404, table
 
 
-def test_users_read_their_own_rows_and_nobody_changes_one(owner, stranger, visitor, stack_db):
-    stranger.enqueue()
+def test_users_read_their_own_rows_and_nobody_changes_one(user, stranger, visitor, stack_db):
+    for each in (user, stranger):
+        each.enqueue()
     headers = {"Prefer": "return=representation"}
     with unchanged(stack_db):
         for table, change in CHANGES.items():
-            key = f"id=eq.{PREVIEW}" if table == "models" else f"user_id=eq.{owner.id}"
-            for client in (owner, stranger, visitor):
+            key = f"id=eq.{PREVIEW}" if table == "models" else f"user_id=eq.{user.id}"
+            for client in (user, stranger, visitor):
                 for method in ("PATCH", "DELETE"):
                     tried = client.rest(method, f"{table}?{key}", headers=headers, json=change)
                     assert tried.status_code >= 400 or tried.json() == [], table
@@ -167,12 +146,12 @@ def test_users_read_their_own_rows_and_nobody_changes_one(owner, stranger, visit
             if table == "credit_ledger":
                 del row["id"]  # a valid new entry
             upsert = {"Prefer": "resolution=merge-duplicates"}
-            refused = refusal(owner.rest("POST", table, json=row | change, headers=upsert))
+            refused = refusal(user.rest("POST", table, json=row | change, headers=upsert))
             # 55000: Lite grants everybody everything, so the ledger's trigger comes first.
             assert (refused.status, refused.code) in {(403, "42501"), (500, "55000")}, table
     for table in CHANGES.keys() - {"models"}:
-        rows = answer(owner.rest("GET", table))
-        assert {row["user_id"] for row in rows} == {owner.id}, table
-        assert answer(stranger.rest("GET", f"{table}?user_id=eq.{owner.id}")) == [], table
+        rows = answer(user.rest("GET", table))
+        assert {row["user_id"] for row in rows} == {user.id}, table
+        assert answer(stranger.rest("GET", f"{table}?user_id=eq.{user.id}")) == [], table
         seen = visitor.rest("GET", table)
         assert seen.status_code == 401 or seen.json() == [], table

@@ -16,16 +16,14 @@ DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
 INVALID, UNKNOWN = (400, "PT400", "invalid_input"), (404, "PT404", "not_found")
 # By argument: what is given, and how it is refused. What fits a schema: test_gating, test_input.
 ARGUMENTS = {
-    "prompt": (["x" * 100_000, "é" * 4001, "", None], INVALID),
+    "prompt": (["x" * 100_000, "", None], INVALID),
     "idempotency_key": (["", "k" * 201], INVALID),
-    "model": ([None, "", "no/such", "DARKROOM/PREVIEW", "x" * 100_000], UNKNOWN),
+    "model": ([None, "no/such", "x" * 100_000], UNKNOWN),
     "params": (
         [
             *([], ["width"], 7, True, "", "width", "[]", "null", '"{}"', [0] * 100_000),
-            *({"nope": 1}, {"width": "64"}, {"width": 64.5}, {"width": None}, {"width": [64]}),
-            *({"width": 10**400}, {"height": -1024}, {"seed": 2**31}, {"prompt": "another"}),
-            *({"nope" * 5000: 1}, {"nope": "y" * 1_000_000}, DEEP, DEEP[:8000]),
-            json.loads('{"a":' * 500 + "1" + "}" * 500),
+            *({"nope": 1}, {"width": "64"}, {"width": 10**400}, {"nope" * 5000: 1}, DEEP),
+            *(DEEP[:8000], json.loads('{"a":' * 500 + "1" + "}" * 500)),
         ],
         INVALID,
     ),
