@@ -1,8 +1,7 @@
 """Fixtures: one cluster for the session, a fresh database for each test, and the actors.
 
-Nothing starts before a test asks for it. `db` is a clone of a template that Supabase Lite has never
-served a request from, so its grants are exactly ours: with the first request after each start Lite
-grants everything to the API roles. `stack` is the whole stack over HTTP, in the same cluster.
+`db` is a clone of a template that Supabase Lite has never served a request from, so its grants are
+exactly ours: with the first request after each start Lite grants everything to the API roles.
 """
 
 from __future__ import annotations
@@ -105,7 +104,6 @@ def db(server: Server, template: str) -> Iterator[Database]:
 
 @pytest.fixture
 def alice(db: Database) -> User:
-    """A user on the free plan with the welcome credits."""
     return User(db)
 
 

@@ -119,8 +119,7 @@ class Database:
     def objects(self) -> dict[str, list[str]]:
         """Return what each part of the schema is, comments and privileges included.
 
-        The order of a table's columns is no part of it, nor is that of grants: what came later
-        stands last.
+        The order of a table's columns and of grants is no part of it: what came later stands last.
         """
         found = {}
         for part in self.dump("--exclude-schema=supabase_migrations").split("\n--\n-- Name: ")[1:]:
@@ -168,15 +167,9 @@ class Database:
             " where schemaname in ('public', 'private')"
             " and tablename not in ('routines', 'queue_state', 'retention_walks') order by 1"
         )
-        return {
-            table["name"]: [
-                row["text"]
-                for row in self.execute(
-                    f"select t::text as text from {table['name']} as t order by 1"
-                )
-            ]
-            for table in tables
-        }
+        query = "select t::text as text from {} as t order by 1"
+        names = [table["name"] for table in tables]
+        return {name: [row["text"] for row in self.execute(query.format(name))] for name in names}
 
     def wait_for_lock(self, waiting: psycopg.Connection[Any], seconds: float = 10) -> None:
         """Return as soon as another connection waits for a lock."""

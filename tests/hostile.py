@@ -108,9 +108,12 @@ class Victim:
 
     def plausible(self) -> dict[str, list[Any]]:
         """Return values for the arguments of the API, by name (without a private function's p_)."""
-        return {
+        some: dict[str, list[Any]] = {key: [10] for key in ("at_most", "page_size")}
+        some |= {key: [0] for key in ("image_position", "position")}
+        some |= {key: [True, False] for key in ("is_favorite", "is_liked", "is_public")}
+        some |= {key: [False] for key in ("only_favorites", "shows_prompt")}
+        return some | {
             "amount": [1, -1],
-            "at_most": [10],
             "batch_id": [self.batch],
             "before": [None, self.done],
             "bucket_seconds": [86400],
@@ -121,24 +124,16 @@ class Victim:
             "external_id": [str(uuid.uuid4())],  # used once
             "id": [None, self.template],
             "idempotency_key": [None, "key"],
-            "image_position": [0],
-            "is_favorite": [True, False],
-            "is_liked": [True, False],
-            "is_public": [True, False],
             "job_id": self.jobs,
             "job_ids": [[], self.jobs],
             "kind": ["grant", "adjust"],
             "model": [PREVIEW],
-            "only_favorites": [False],
-            "page_size": [20],
             "path": [f"{self.id}/{self.done}/0.png"],
             "paid_until": ["infinity", None],
             "params": [{}, {"width": 64}, {"seed": 1, "reuse": True}],
-            "position": [0],
             "prompt": ["a lighthouse"],
             "prompts": [["a lighthouse"], ["one", "two"]],
             "reason": [None, "too slow"],
-            "shows_prompt": [False],
             "since": ["2026-01-01"],
             "queue_history.since": ["yesterday"],
             "state": [None, "dead"],
@@ -208,16 +203,7 @@ HOSTILE: dict[str, list[Any]] = {
     "jsonb": JSON,
     "text": TEXTS,
     "text[]": [
-        *(
-            [],
-            [""],
-            [None],
-            ["a", "a"],
-            ["x"] * 21,
-            ["x"] * 1001,
-            ["x" * 1_000_000],
-            ["a\nb", "%s"],
-        ),
+        *([], [""], [None], ["a", "a"], ["x"] * 21, ["x"] * 1001, ["a\nb", "%s"]),
         *("{{a,b},{c,d}}", "{{{a}}}", "[5:6]={x,y}", ["' or 1=1 --", "\\", '"', "{}", ","]),
     ],
     "timestamp with time zone": [
@@ -252,8 +238,7 @@ HEAVY = {
     "uuid[]": [f"{{{','.join([NOBODY] * 10_000)}}}"],
 }
 # Over HTTP an argument may also be of another type.
-NUMBERS_OF_ALL_KINDS = [0, 1.5, 2**31, 10**400, -(2**63)]
-MISFITS = [True, [], {}, [1], {"a": [1]}, "nope", "a\0b", "\ud800", *NUMBERS_OF_ALL_KINDS]
+MISFITS = [0, 1.5, 10**400, -(2**63), True, [], {}, [1], {"a": [1]}, "nope", "a\0b", "\ud800"]
 
 
 def one_by_one(function: Function, victim: Victim) -> Iterator[dict[str, Any]]:

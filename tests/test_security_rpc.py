@@ -45,6 +45,7 @@ for _role in API_ROLES:
         if _signature.startswith("public."):
             ROLES.setdefault(re.sub(r"^public\.|\(.*", "", _signature), []).append(_role)
 FOR_ANYBODY = {"list_models", "list_public_images", "ping"}
+JSON = {"Content-Type": "application/json"}
 SHOWS_DETAIL = "queue_report"  # to operators only, and without the prompt
 # PostgreSQL's words for a value that is not of its type; a gateway's for a call it cannot make.
 CODES = r"PT4\d\d|PT503|42501|22P02|2200[3789]|22021|22P05|25006|42883|42846|PGRST1\d\d|PGRST202"
@@ -141,20 +142,6 @@ def api(server: Server, template: str, stopped_stack: Stack) -> Iterator[Api]:
     server.drop(db)
 
 
-def send(client: Client, function: Function, values: dict[str, Any], method: str) -> httpx.Response:
-    """Call a function by POST, or by GET as far as an address can hold the values."""
-    path = f"rpc/{function.name}"
-    if method == "POST":
-        body = json.dumps(values).encode()
-        return client.rest("POST", path, content=body, headers={"Content-Type": "application/json"})
-    texts = {
-        name: value if isinstance(value, str) else json.dumps(value)
-        for name, value in values.items()
-    }
-    short = {name: text[:200].encode(errors="replace") for name, text in texts.items()}
-    return client.rest("GET", path, params=short)
-
-
 def assert_decent(response: httpx.Response) -> None:
     """Assert that a refusal is one, with a code of ours or for a bad value, and no insides."""
     body = response.json()
@@ -179,9 +166,17 @@ def test_no_call_fails_tells_of_others_or_writes_although_refused(api, name):
         st.sampled_from(["POST", "POST", "GET"]),
     )
     def attack(who: str, values: dict[str, Any], left_out: set[str], method: str) -> None:
-        values = {name: value for name, value in values.items() if name not in left_out}
+        values = {each: value for each, value in values.items() if each not in left_out}
         before = api.db.snapshot()
-        response = send(api.callers[who], function, values, method)
+        if method == "POST":
+            how = {"content": json.dumps(values).encode(), "headers": JSON}
+        else:  # as far as an address can hold the values
+            texts = [
+                each if isinstance(each, str) else json.dumps(each) for each in values.values()
+            ]
+            short = [text[:200].encode(errors="replace") for text in texts]
+            how = {"params": dict(zip(values, short, strict=True))}
+        response = api.callers[who].rest(method, f"rpc/{name}", **how)
         if response.status_code >= 400:
             assert_decent(response)
             assert api.db.snapshot() == before

@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -128,7 +127,6 @@ def test_a_storage_that_repeats_its_request_is_quoted_without_the_key(db, busy, 
     ("said", "kept"),
     [
         ("key four-words-of-mine!", "key [redacted]"),
-        ("key four-words-of-mine%21", "key [redacted]"),
         ("{'authorization': 'Bearer abc'}", "{'authorization': 'Bearer [redacted]'}"),
         ("Basic dXNlcjpwYXNzd29yZA==", "Basic [redacted]"),
         ("apikey: eyJhbGciOiJIUzI1NiJ9.eyJyb2xl", "apikey: [redacted]"),
@@ -154,19 +152,6 @@ def test_no_secret_is_left_in_a_text(said, kept):
     assert worker.redact("pass!word, pass%21word", settings.secrets) == "[redacted], [redacted]"
 
 
-def test_a_traceback_in_the_log_shows_no_secret():
-    record = logging.LogRecord("asyncio", logging.ERROR, "", 1, "%s", ("Bearer abc",), None)
-    try:
-        raise ValueError("mine-4711 and r8_0123456789")
-    except ValueError:
-        record.exc_info = sys.exc_info()
-
-    line = worker.SafeFormatter(["mine-4711"]).format(record)
-
-    assert "ERROR Bearer [redacted]\nTraceback" in line
-    assert "ValueError: [redacted] and r8_[redacted]" in line
-
-
 def test_a_crash_is_logged_without_secrets_and_ends_with_code_1(monkeypatch, capsys):
     key = "key-of-the-service-4711"
     values = {"DATABASE_URL": "postgresql://a@127.0.0.1/b", "SUPABASE_URL": "http://127.0.0.1"}
@@ -174,14 +159,14 @@ def test_a_crash_is_logged_without_secrets_and_ends_with_code_1(monkeypatch, cap
     monkeypatch.setattr(logging.root, "handlers", [])
 
     async def serve(_: worker.Settings) -> int:
-        raise RuntimeError(f"it was {key}")
+        raise RuntimeError(f"it was {key} and r8_0123456789")
 
     monkeypatch.setattr(worker, "serve", serve)
     assert worker.main() == worker.EXIT_ERROR
 
     said = capsys.readouterr().err
     assert "CRITICAL worker.crashed\nTraceback" in said
-    assert "RuntimeError: it was [redacted]" in said
+    assert "RuntimeError: it was [redacted] and r8_[redacted]" in said
 
 
 def test_the_command_line_of_the_supabase_cli_shows_no_password(monkeypatch):
