@@ -13,8 +13,7 @@ import importlib
 import secrets
 import shutil
 import signal
-import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -38,7 +37,6 @@ GATEWAYS = [
     LITE,
 ]
 through_both_gateways = pytest.mark.parametrize("rpc_url", GATEWAYS, indirect=True, scope="session")
-MEASURED = pytest.StashKey[dict[str, list[float]]]()
 
 # Supabase's own definition. Lite's reads only the older setting, which PostgREST no longer makes.
 SUPABASE_UID = """
@@ -53,7 +51,6 @@ $$
 
 @pytest.fixture(scope="session")
 def stack_db(stack: Stack) -> Iterator[Database]:
-    """The database behind the gateway, as its superuser."""
     database = Database(stack.database_url, "postgres")
     yield database
     database.close()
@@ -67,7 +64,7 @@ def postgrest_url(stack: Stack, stack_db: Database) -> Iterator[str]:
         with importlib.import_module("containers").postgrest(image, stack, settings) as url:
             yield url
     else:
-        with gateway_before(stack_db, stack, POSTGREST) as url:
+        with gateway_before(stack_db, stack) as url:
             yield url
 
 
@@ -80,12 +77,12 @@ def rpc_url(stack: Stack, request: pytest.FixtureRequest) -> str:
 
 
 @contextlib.contextmanager
-def gateway_before(db: Database, stack: Stack, gateway: str = POSTGREST) -> Iterator[str]:
+def gateway_before(db: Database, stack: Stack) -> Iterator[str]:
     """Run a gateway of one's own before a database of the stack's, and yield its address.
 
     It is Lite where there is no program of PostgREST's.
     """
-    if gateway == POSTGREST and (binary := stack_choice.postgrest_binary()):
+    if binary := stack_choice.postgrest_binary():
         process, url = start_postgrest(binary, stack, db)
         try:
             yield url
@@ -115,7 +112,6 @@ def start_postgrest(
     )
     port, admin_port = (environment[f"PGRST_{name}_PORT"] for name in ("SERVER", "ADMIN_SERVER"))
     log = stack.folder / "logs" / f"postgrest-{db.name}.log"
-    environment["PGRST_SERVER_HOST"] = "127.0.0.1"
 
     def is_ready() -> bool:
         try:
@@ -123,7 +119,8 @@ def start_postgrest(
         except httpx.TransportError:
             return False
 
-    process = spawn([binary.resolve()], log=log, cwd=Path("/"), env=environment)
+    own = environment | {"PGRST_SERVER_HOST": "127.0.0.1"}
+    process = spawn([binary.resolve()], log=log, cwd=Path("/"), env=own)
     process.wait_until(is_ready, START_SECONDS, log)
     return process, f"http://127.0.0.1:{port}"
 
@@ -148,7 +145,6 @@ def postgrest_settings(
 
 @pytest.fixture(scope="session")
 def endpoints(stack: Stack, rpc_url: str) -> Iterator[Endpoints]:
-    """Where the parts of the API are."""
     # Lite closes a connection after 5 idle seconds; ours goes first, so none is found closed.
     limits = httpx.Limits(keepalive_expiry=2)
     with httpx.Client(timeout=30, limits=limits) as http:
@@ -172,14 +168,12 @@ def user(endpoints: Endpoints, stack_db: Database) -> Iterator[SignedUp]:
 
 @pytest.fixture
 def stranger(endpoints: Endpoints, stack_db: Database) -> Iterator[SignedUp]:
-    """Somebody else who has."""
     with signed_up(endpoints, stack_db) as user:
         yield user
 
 
 @pytest.fixture
 def nobody(endpoints: Endpoints) -> Client:
-    """Somebody without a token."""
     return Client(endpoints)
 
 
@@ -191,27 +185,4 @@ def visitor(endpoints: Endpoints, stack: Stack, request: pytest.FixtureRequest) 
 
 @pytest.fixture
 def operator(endpoints: Endpoints, stack: Stack) -> Client:
-    """The operator's backend."""
     return Client(endpoints, stack.service_role_key)
-
-
-@pytest.fixture
-def report_time(request: pytest.FixtureRequest) -> Callable[[str, float], None]:
-    """Collect times in milliseconds under a title; their median is printed at the end."""
-
-    def report(title: str, milliseconds: float) -> None:
-        times = request.config.stash.setdefault(MEASURED, {})
-        times.setdefault(title, []).append(milliseconds)
-
-    return report
-
-
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
-    """Print what was measured."""
-    for title, times in config.stash.get(MEASURED, {}).items():
-        p50, worst = statistics.median(times), max(times)
-        terminalreporter.write_line(
-            f"{title}: p50 {p50:.1f} ms, slowest {worst:.1f} ms of {len(times)}"
-        )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from http_fixtures import LITE
-
 
 @dataclass(frozen=True)
 class Bug:
@@ -67,7 +65,7 @@ SECURITY = [
         "sql/96_webhooks.sql",
         "alter table private.webhook_endpoints enable row level security;\n",
         "",
-        "tests/test_security_rows.py::test_no_outsider_changes_a_row",
+        "tests/test_security_rows.py::test_no_outsider_reads_or_changes_a_row",
     ),
     Bug(
         "users may insert into the ledger",
@@ -86,7 +84,7 @@ SECURITY = [
         "    bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text\n",
         '"Users read their own input images" on storage.objects\n'
         "  for select to authenticated using (\n    bucket_id = 'inputs'\n",
-        "tests/test_http_storage.py::test_an_input_is_its_users_alone",
+        "tests/test_http_storage.py::test_no_spelling_opens_changes_or_lists_anothers_file",
     ),
     Bug(
         "an input may be moved into another's folder",
@@ -125,7 +123,7 @@ SECURITY = [
         "sql/95_gallery.sql",
         "    and exists (select from private.shared_paths as s where s.path = objects.name)\n",
         "",
-        "tests/test_security_storage.py::test_no_spelling_opens_or_changes_anothers_file",
+        "tests/test_http_storage.py::test_no_spelling_opens_changes_or_lists_anothers_file",
     ),
     # Functions.
     Bug(
@@ -133,7 +131,7 @@ SECURITY = [
         "sql/60_status.sql",
         "where (p_user_id is null or (g.user_id = p_user_id and g.deleted_at is null))",
         "where (p_user_id is null or g.deleted_at is null)",
-        f"{RPC}[{LITE}-get_job_status]",
+        f"{RPC}[get_job_status]",
     ),
     Bug(
         "a list shows jobs of others if their ids are known",
@@ -154,21 +152,21 @@ SECURITY = [
         "sql/95_gallery.sql",
         "'prompt', case when i.shows_prompt then i.prompt end,",
         "'prompt', i.prompt,",
-        f"{RPC}[{LITE}-list_public_images]",
+        f"{RPC}[list_public_images]",
     ),
     Bug(
         "a cast error of PostgreSQL reaches clients",
         "sql/60_status.sql",
         "  if cardinality(p_job_ids) > 100 or array_ndims(p_job_ids) > 1 then",
         "  if cardinality(p_job_ids) > 100 then",
-        f"{WORDS}[authenticated-list_active_jobs]",
+        f"{WORDS}[list_active_jobs]",
     ),
     Bug(
         "a grant overflows the balance",
         "sql/40_credits.sql",
         "if v_credits::bigint + p_amount not between 0 and 1000000000 - v_charged then",
         "if v_credits + p_amount < 0 then",
-        f"{WORDS}[service_role-grant_credits]",
+        f"{WORDS}[grant_credits]",
     ),
     Bug(
         "everybody may grant credits",
@@ -286,7 +284,8 @@ SECURITY = [
         "sql/96_webhooks.sql",
         "[a-z][a-z0-9-]{0,61}[a-z0-9]$'\n        then 'not a full host name'\n",
         "[a-z][a-z0-9-]{0,61}[a-z0-9]$'\n        then null\n",
-        "tests/test_outbox.py::test_addresses_that_may_lead_inside_are_refused",
+        "tests/test_outbox.py"
+        "::test_addresses_on_the_internet_are_taken_and_what_may_lead_inside_is_refused",
     ),
     # Files.
     Bug(
@@ -442,6 +441,45 @@ SECURITY = [
         "'generations', 'generations', false,",
         "'generations', 'generations', true,",
         "tests/test_schedule.py::test_buckets_are_private_and_take_images_only",
+    ),
+    # Who is told.
+    Bug(
+        "anybody takes a push token back",
+        "sql/96_webhooks.sql",
+        "delete from private.push_tokens where token = p_token and user_id = v_user_id;",
+        "delete from private.push_tokens where token = p_token;",
+        "tests/test_outbox.py::test_a_device_is_not_told_any_more[late]",
+    ),
+    Bug(
+        "a device that is somebody else's is told",
+        "sql/96_webhooks.sql",
+        "on t.token = p_delivery.push_token and t.user_id = g.user_id",
+        "on t.token = p_delivery.push_token",
+        "tests/test_outbox.py::test_a_device_is_not_told_any_more[somebody else's]",
+    ),
+    Bug(
+        "a webhook's secret is shown again",
+        "sql/96_webhooks.sql",
+        "'webhook_id', p_endpoint.id, 'url', p_endpoint.url,",
+        "'webhook_id', p_endpoint.id, 'secret', p_endpoint.secret, 'url', p_endpoint.url,",
+        "tests/test_outbox.py"
+        "::test_a_secret_is_32_random_bytes_shown_once_and_for_a_day_after_a_rotation_both_sign",
+    ),
+    Bug(
+        "everybody listens to everybody's hints",
+        "sql/65_realtime.sql",
+        "      and topic = 'user:' || (select auth.uid())::text\n",
+        "",
+        "tests/test_realtime.py::test_users_join_their_own_topic_and_no_other",
+    ),
+    Bug(
+        "users put files into anybody's input folder",
+        "sql/20_access.sql",
+        "for insert to authenticated with check (\n"
+        "    bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text\n",
+        "for insert to authenticated with check (\n    bucket_id = 'inputs'\n",
+        "tests/test_http_storage.py"
+        "::test_users_put_and_replace_files_in_their_own_input_folder_only",
     ),
 ]
 STATES = "tests/test_protocol.py::test_no_schedule_of_claims_ends_clocks_and_recovery_breaks_a_rule"
@@ -893,7 +931,7 @@ OUTAGE = [
         "sql/96_webhooks.sql",
         "when (old.status is distinct from new.status and new.finished_at is not null)",
         "when (old.finished_at is not null)",
-        "tests/test_outbox.py::test_a_failed_job_is_told_with_its_error_and_the_credits_given_back",
+        "tests/test_outbox.py::test_an_end_is_told_in_the_words_of_get_job_status[failed]",
     ),
     Bug(
         "what is deleted stays shared",
@@ -914,14 +952,23 @@ OUTAGE = [
         "sql/96_webhooks.sql",
         "order by t.turn, t.run_at limit p_at_most",
         "order by t.run_at limit p_at_most",
-        "tests/test_outbox.py::test_users_take_turns_to_be_pushed_to",
+        "tests/test_outbox.py"
+        "::test_users_take_turns_and_who_has_a_push_under_way_waits_for_its_end",
     ),
     Bug(
         "a target is asked again when it says, be it never",
         "sql/75_outcomes.sql",
         "greatest(0, least(coalesce(p_asked_seconds, 0), p_most_seconds))",
         "coalesce(p_asked_seconds, 0)",
-        "tests/test_outbox.py::test_a_target_that_asks_for_nonsense_is_given_up_like_any_other",
+        "tests/test_outbox.py::test_a_wish_of_the_target_counts_if_it_is_longer_up_to_a_day",
+    ),
+    Bug(
+        "a delivery is finished with any token",
+        "sql/96_webhooks.sql",
+        "where d.id = p_delivery_id and d.token = p_token and d.state",
+        "where d.id = p_delivery_id and d.state",
+        "tests/test_outbox.py"
+        "::test_what_dead_workers_were_sending_is_sent_under_the_same_id_and_once_it_is_never_again",
     ),
     Bug(
         "a worker of another release fails jobs",

@@ -26,7 +26,6 @@ NOT_COPIED = shutil.ignore_patterns(
 
 
 def chosen() -> list[Bug]:
-    """Return the bugs to plant."""
     if not WANTED:
         by_name = {bug.name: bug for bug in PLANTED}
         return [by_name[name] for name in CORNERSTONES.values()]
