@@ -206,6 +206,20 @@ def test_one_users_long_queue_makes_nobody_wait_and_hides_nobody_who_does(db, al
         User(db).enqueue()
 
 
+def test_jobs_of_a_paused_model_are_waited_for_only_once_they_have_come_back(
+    db, alice, crowd, service
+):
+    service.pause_model(PREVIEW)
+    db.pass_time("1 hour")
+    assert alice.get_entitlement()["is_busy"] is False
+
+    service.resume_model(PREVIEW)
+
+    assert alice.get_entitlement()["is_busy"] is False
+    wait(db, crowd, "11 minutes")
+    assert alice.get_entitlement()["is_busy"] is True
+
+
 # A database that cannot be written.
 
 CHANGES = (

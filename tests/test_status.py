@@ -1,4 +1,4 @@
-"""What users read of their jobs, when those are likely to end, what they may, and of models."""
+"""What users read of their jobs and when those likely end, of what they may, and of models."""
 
 from __future__ import annotations
 
