@@ -96,7 +96,6 @@ def supabase_db(server: Server, supabase_template: str) -> Iterator[Database]:
 
 @pytest.fixture
 def db(server: Server, template: str) -> Iterator[Database]:
-    """A database of the test's own with Darkroom in it."""
     database = server.create(template)
     yield database
     server.drop(database)

@@ -66,7 +66,6 @@ class Database:
         self._own: psycopg.Connection[Any] | None = None
 
     def connect(self) -> psycopg.Connection[Any]:
-        """Open one more connection, closed when the test ends."""
         connection = psycopg.connect(self.url, autocommit=True, options=HANG_ENDS)
         self._connections.append(connection)
         return connection
@@ -131,7 +130,6 @@ class Database:
         return found
 
     def lift_limits(self) -> None:
-        """Give both plans limits that no test reaches."""
         self.execute(
             "update private.plans set max_active = 1000000, max_per_minute = 1000000,"
             " max_burned_per_day = 1000000"
@@ -207,7 +205,6 @@ def seconds_of_a_core(pid: int) -> float:
 
 @contextlib.contextmanager
 def unchanged(db: Database) -> Iterator[None]:
-    """Assert that no row of any table is another one afterwards."""
     before = db.snapshot()
     yield
     after = db.snapshot()

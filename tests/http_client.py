@@ -34,12 +34,10 @@ class Client:
         return Client(self.endpoints, token)
 
     def rpc(self, function: str, method: str = "POST", **arguments: Any) -> httpx.Response:
-        """Call a function with named arguments, in the body or (GET, HEAD) in the address."""
         where = "json" if method == "POST" else "params"
         return self.rest(method, f"rpc/{function}", **{where: arguments})
 
     def rest(self, method: str, path: str, **request: Any) -> httpx.Response:
-        """Send a request to PostgREST, or to what stands for it."""
         return self._send(method, f"{self.endpoints.rest}/{path}", **request)
 
     # Paths of files begin with their bucket.
@@ -106,7 +104,6 @@ class Refusal:
 
 
 def answer(response: httpx.Response) -> Any:
-    """Return what a call answered; it must have succeeded."""
     assert response.status_code == 200, f"{response.status_code} {response.text}"
     return response.json()
 

@@ -1,9 +1,8 @@
 """Fixtures of the HTTP tests: `pytest_plugins = ["http_fixtures"]`.
 
-Functions and tables are reached through PostgREST (stack_choice.py says which), and in modules that
-say `through_both_gateways` also through Supabase Lite, the local gateway. Where there is no
-PostgREST for this machine those are skipped, and all others go through Lite. Sign-up and Storage
-are Lite's in any case, and so is the secret.
+Functions and tables are reached through PostgREST (stack_choice.py says which), and with
+`through_both_gateways` also through Supabase Lite, the local gateway; where there is no PostgREST
+for this machine, through Lite alone. Sign-up and Storage are Lite's in any case.
 """
 
 from __future__ import annotations
@@ -58,7 +57,6 @@ def stack_db(stack: Stack) -> Iterator[Database]:
 
 @pytest.fixture(scope="session")
 def postgrest_url(stack: Stack, stack_db: Database) -> Iterator[str]:
-    """Where PostgREST is, in front of the stack's database."""
     if image := stack_choice.postgrest_image():
         settings = postgrest_settings(stack, stack_db, f"{stack_choice.ALIAS}:5432", (3000, 3001))
         with importlib.import_module("containers").postgrest(image, stack, settings) as url:
@@ -70,7 +68,6 @@ def postgrest_url(stack: Stack, stack_db: Database) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def rpc_url(stack: Stack, request: pytest.FixtureRequest) -> str:
-    """Where functions and tables are: below it, `/rpc/<function>` and `/<table>`."""
     if HAS_POSTGREST and getattr(request, "param", POSTGREST) == POSTGREST:
         return str(request.getfixturevalue("postgrest_url"))
     return f"{stack.api_url}/rest/v1"
@@ -161,7 +158,6 @@ def signed_up(endpoints: Endpoints, stack_db: Database) -> Iterator[SignedUp]:
 
 @pytest.fixture
 def user(endpoints: Endpoints, stack_db: Database) -> Iterator[SignedUp]:
-    """Somebody who has just signed up, on the free plan with the welcome credits."""
     with signed_up(endpoints, stack_db) as user:
         yield user
 

@@ -91,21 +91,6 @@ def test_each_webhook_is_told_for_itself_what_it_wants(service, worker, hook, en
     assert worker.due_lanes() == []
 
 
-def test_a_job_that_ends_a_second_time_is_told_anew_in_place_of_the_first(db, worker, hook, ended):
-    job_id = ended("moderated")
-    (first,) = worker.claim_deliveries(hook)
-
-    db.execute(
-        "update public.generations set status = 'completed', error_code = null where id = %s",
-        job_id,
-    )
-
-    assert worker.finish_delivery(first) == "lost"
-    (second,) = worker.claim_deliveries(hook)
-    assert second.delivery_id != first.delivery_id
-    assert count(db) == 1
-
-
 # --- at least once ---
 
 
