@@ -81,14 +81,6 @@ def test_a_failed_job_keeps_its_input_says_why_and_gives_the_credit_back_once(al
     assert "nude" not in workers.process.log
 
 
-def test_a_retryable_failure_is_tried_until_attempts_run_out(alice, workers):
-    job = alice.enqueued("[fail:provider_error]", params=SMALL)
-    workers.until(job, "failed")
-
-    assert workers.outcomes(job) == ["retried", "retried", "failed"]
-    assert alice.ledger() == [("grant", 10), ("charge", -1), ("refund", 1)]
-
-
 def test_a_worker_that_learns_at_the_end_that_its_lease_is_lost_settles_nothing(alice, db, workers):
     lost = workers.running(alice, seconds=0.5)
 

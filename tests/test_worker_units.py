@@ -425,9 +425,7 @@ def test_the_list_is_read_from_a_minute_before_and_to_its_end_oldest_first():
     assert str(second) == f"{API}/predictions?cursor=c"  # the token goes nowhere else
 
 
-VERSION = {
-    "provider_ref": f"o/sdxl:{'a' * 64}"
-}  # a model that runs by version: known by that alone
+VERSION = {"provider_ref": f"o/sdxl:{'a' * 64}"}
 
 
 @pytest.mark.parametrize(
@@ -438,6 +436,7 @@ VERSION = {
         ({}, {"version": "b" * 64}, False),
         ({}, {"input": None}, False),
         ({"provider_input": {}}, {"input": {}}, False),  # nothing is left of it to prove it
+        # A version is known by that alone.
         (VERSION, {"model": "o/x", "version": "a" * 64}, True),
         (VERSION, {"model": "o/sdxl", "version": "b" * 64}, False),
         (VERSION, {"model": "o/sdxl", "version": None}, False),
