@@ -22,7 +22,6 @@ FUZZ = "tests/test_security_rpc.py::test_"
 RPC = f"{FUZZ}no_call_fails_tells_of_others_or_writes_although_refused"
 WORDS = f"{FUZZ}whatever_it_is_given_a_function_answers_or_refuses_in_our_words"
 RETENTION = "tests/test_retention.py::test_"
-MODEL = "tests/test_money_model.py::test_money_is_what_the_model_says_whatever_happens"
 SAFE_PATH = "tests/test_security_search_path.py::test_no_function_picks_up_what_its_caller_planted"
 
 SECURITY = [
@@ -370,6 +369,7 @@ SECURITY = [
         "tests/test_worker_service.py::test_the_worker_is_hardly_exposed",
     ),
 ]
+MODEL = "tests/test_money_model.py::test_money_is_what_the_model_says_whatever_happens"
 STATES = "tests/test_protocol.py::test_no_schedule_of_claims_ends_clocks_and_recovery_breaks_a_rule"
 CIRCLE = "tests/test_locks.py::test_nobody_can_wait_in_a_circle"
 LOOKS = "tests/test_worker_units.py::test_who_goes_to_sleep_looks_for_what_came_meanwhile"
