@@ -477,7 +477,7 @@ MONEY = [
         "sql/75_outcomes.sql",
         "select s.running_cancel_refund_percent into v_percent from",
         "select 100 into v_percent from",
-        MODEL,
+        "tests/test_cancel.py::test_once_the_provider_was_asked_the_operators_share_goes_back",
     ),
     Bug(
         "a grant is applied at each repeat",
@@ -528,21 +528,23 @@ MONEY = [
         "sql/75_outcomes.sql",
         "@@ '$.is_asked == false || $.is_billed == false' is not true",
         "@@ '$.nothing == 1' is not true",
-        MODEL,
+        "tests/test_cancel.py"
+        "::test_who_canceled_pays_neither_for_our_failures_nor_for_what_nobody_bills",
     ),
     Bug(
         "a user who canceled pays for our failures",
         "sql/75_outcomes.sql",
         "p_status = 'canceled' and p_code is null and (p",
         "p_status = 'canceled' and (p",
-        MODEL,
+        "tests/test_cancel.py"
+        "::test_who_canceled_pays_neither_for_our_failures_nor_for_what_nobody_bills",
     ),
     Bug(
         "what is burned counts against no limit",
         "sql/30_gating.sql",
         "        or e.day_burned >= p.max_burned_per_day\n",
         "",
-        MODEL,
+        "tests/test_cancel.py::test_a_user_burns_no_more_purchases_in_a_day_than_the_plan_allows",
     ),
     Bug(
         "a day has no limit",
@@ -578,7 +580,8 @@ MONEY = [
         "sql/75_outcomes.sql",
         "  if p_job.cancel_requested then\n",
         "  if false then\n",
-        MODEL,
+        "tests/test_cancel.py"
+        "::test_who_canceled_pays_neither_for_our_failures_nor_for_what_nobody_bills",
     ),
     Bug(
         "a job fails for being stuck when its worker is dead",
