@@ -482,6 +482,7 @@ SECURITY = [
         "::test_users_put_and_replace_files_in_their_own_input_folder_only",
     ),
 ]
+MODEL = "tests/test_money_model.py::test_money_is_what_the_model_says_whatever_happens"
 STATES = "tests/test_protocol.py::test_no_schedule_of_claims_ends_clocks_and_recovery_breaks_a_rule"
 CIRCLE = "tests/test_locks.py::test_nobody_can_wait_in_a_circle"
 LOOKS = "tests/test_worker_units.py::test_who_goes_to_sleep_looks_for_what_came_meanwhile"
@@ -608,7 +609,7 @@ MONEY = [
         "sql/75_outcomes.sql",
         "select s.running_cancel_refund_percent into v_percent from",
         "select 100 into v_percent from",
-        MODEL,
+        "tests/test_cancel.py::test_once_the_provider_was_asked_the_operators_share_goes_back",
     ),
     Bug(
         "a grant is applied at each repeat",
@@ -659,21 +660,23 @@ MONEY = [
         "sql/75_outcomes.sql",
         "@@ '$.is_asked == false || $.is_billed == false' is not true",
         "@@ '$.nothing == 1' is not true",
-        MODEL,
+        "tests/test_cancel.py"
+        "::test_who_canceled_pays_neither_for_our_failures_nor_for_what_nobody_bills",
     ),
     Bug(
         "a user who canceled pays for our failures",
         "sql/75_outcomes.sql",
         "p_status = 'canceled' and p_code is null and (p",
         "p_status = 'canceled' and (p",
-        MODEL,
+        "tests/test_cancel.py"
+        "::test_who_canceled_pays_neither_for_our_failures_nor_for_what_nobody_bills",
     ),
     Bug(
         "what is burned counts against no limit",
         "sql/30_gating.sql",
         "        or e.day_burned >= p.max_burned_per_day\n",
         "",
-        MODEL,
+        "tests/test_cancel.py::test_a_user_burns_no_more_purchases_in_a_day_than_the_plan_allows",
     ),
     Bug(
         "a day has no limit",
@@ -709,7 +712,8 @@ MONEY = [
         "sql/75_outcomes.sql",
         "  if p_job.cancel_requested then\n",
         "  if false then\n",
-        MODEL,
+        "tests/test_cancel.py"
+        "::test_who_canceled_pays_neither_for_our_failures_nor_for_what_nobody_bills",
     ),
     Bug(
         "a job fails for being stuck when its worker is dead",

@@ -1,5 +1,6 @@
 """sql/77_cancel.sql and the ends in sql/75_outcomes.sql: what a cancel does, and who pays."""
 
+import pytest
 from actors import refused
 from database import assert_books_balance, unchanged
 
@@ -30,6 +31,48 @@ def test_a_running_job_is_marked_and_its_worker_told_once(alice, worker):
     assert worker.heartbeat(job) == ["canceled"]
     with refused("DR002", "canceled"):
         worker.report_progress(job, "storing")
+
+
+@pytest.mark.parametrize(("percent", "refunded"), [(100, 3), (50, 2), (0, 0)])
+def test_once_the_provider_was_asked_the_operators_share_goes_back(
+    db, alice, worker, percent, refunded
+):
+    db.execute("update private.settings set running_cancel_refund_percent = %s", percent)
+    job_id = alice.enqueued(params={"num_outputs": 3})
+    job = worker.claimed()
+    alice.cancel_generation(job_id)
+
+    worker.cancel_job(job)
+
+    assert alice.credits() == 7 + refunded
+    assert alice.get_job_status(job_id)["refunded_credits"] == refunded
+
+
+NOT_BURNED = {
+    "nobody asked": lambda worker, job: worker.cancel_job(job, {"is_asked": False}),
+    "nothing is billed": lambda worker, job: worker.cancel_job(job, {"is_billed": False}),
+    "released before it asked": lambda worker, job: worker.release_job(job, resumes=False),
+    "it failed": lambda worker, job: worker.fail_job(job, "provider_error", metrics={"images": 1}),
+    "its worker died": lambda worker, job: (
+        worker.db.pass_time("61 seconds"),
+        worker.recover_stale_jobs(),
+    ),
+}
+
+
+@pytest.mark.parametrize("end", NOT_BURNED)
+def test_who_canceled_pays_neither_for_our_failures_nor_for_what_nobody_bills(
+    db, alice, worker, end
+):
+    db.execute("update private.settings set running_cancel_refund_percent = 0")
+    job_id = alice.enqueued()
+    job = worker.claimed()
+    alice.cancel_generation(job_id)
+
+    NOT_BURNED[end](worker, job)
+
+    assert (alice.get_job_status(job_id)["status"], alice.credits()) == ("canceled", 10)
+    assert db.value("select sum(day_burned) from public.entitlements") == 0
 
 
 def test_a_user_burns_no_more_purchases_in_a_day_than_the_plan_allows(db, alice, worker):
