@@ -88,7 +88,7 @@ def test_a_worker_that_learns_at_the_end_that_its_lease_is_lost_settles_nothing(
     workers.process.logged(f"job.lost job={lost}")
 
     assert workers.status(lost) == "processing"  # its new holder's
-    assert not db.execute("select from public.images where generation_id = %s", lost)
+    assert not db.execute("select 1 from public.images where generation_id = %s", lost)
     assert alice.credits() == 9
     workers.until(alice.enqueued(params=SMALL), "completed")
 
@@ -174,7 +174,7 @@ def test_a_worker_that_is_stopped_finishes_what_it_can_in_time_and_claims_nothin
 
     assert [workers.status(job) for job in (long, short, late)] == ["queued", "completed", "queued"]
     assert not any(each.exists() for each in lab)
-    assert not db.execute("select from private.workers where id = %s", process.worker_id)
+    assert not db.execute("select 1 from private.workers where id = %s", process.worker_id)
     ready = db.row("select * from private.ready_jobs where job_id = %s", long)
     assert (ready["attempt"], ready["provider_job_id"]) == (0, bought)
     workers.process = workers.start()
