@@ -7,6 +7,7 @@ are named like the functions. Those in the past tense (`enqueued`) bring about w
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import threading
 import uuid
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import psycopg
 from database import Database
@@ -83,13 +84,11 @@ class Expected:
 
     @property
     def detail(self) -> str:
-        """What is said to people."""
         return self.refusal.detail or ""
 
 
 @contextlib.contextmanager
 def refused(code: str, token: str | None = None) -> Iterator[Expected]:
-    """Expect the block to end in this refusal."""
     expected = Expected()
     try:
         yield expected
@@ -102,7 +101,6 @@ def refused(code: str, token: str | None = None) -> Iterator[Expected]:
 
 
 def outcome(call: Callable[[], T]) -> T | Refusal:
-    """Return what a call answers, or how it is refused."""
     try:
         return call()
     except psycopg.Error as error:
@@ -125,13 +123,19 @@ class Caller:
     """Calls functions as PostgREST does: in a transaction that has the role and the claims."""
 
     role: str
+    id: str | None = None
 
     def __init__(self, db: Database) -> None:
         self.db = db
         self.connection = db.connect()
 
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        """Call the function of this name, with arguments by place or by name."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return functools.partial(self.call, f"public.{name}")
+
     def claims(self) -> dict[str, str]:
-        """Return what the token says."""
         return {"role": self.role}
 
     @contextlib.contextmanager
@@ -146,34 +150,23 @@ class Caller:
             )
             yield self.connection
 
-    def call(self, function: str, **arguments: Any) -> Any:
-        """Call a function with named arguments and return its answer."""
-        names = [
-            sql.SQL("{} => {}").format(sql.Identifier(name), sql.Placeholder(name))
-            for name in arguments
-        ]
+    def call(self, function: str, *places: Any, **names: Any) -> Any:
+        """Call a function with arguments by place and by name, a dict as JSON."""
+        marks = [sql.SQL("%s")] * len(places)
+        marks += [sql.SQL("{} => %s").format(sql.Identifier(name)) for name in names]
         query = sql.SQL("select {}({})").format(
-            sql.Identifier(*function.split(".")), sql.SQL(", ").join(names)
+            sql.Identifier(*function.split(".")), sql.SQL(", ").join(marks)
         )
+        given = [Jsonb(v) if isinstance(v, dict) else v for v in (*places, *names.values())]
         with self.acting() as connection:
-            row = connection.execute(query, arguments).fetchone()
+            row = connection.execute(query, given).fetchone()
             return row and row[0]
 
     def query(self, query: str, *arguments: Any) -> list[dict[str, Any]]:
-        """Run a statement of the caller's own making."""
         with self.acting() as connection:
             cursor = connection.cursor(row_factory=dict_row)
             cursor.execute(query, arguments or None)
             return cursor.fetchall() if cursor.description else []
-
-    def ping(self) -> dict[str, Any]:
-        return self.call("public.ping")
-
-    def list_models(self) -> list[dict[str, Any]]:
-        return self.call("public.list_models")
-
-    def list_public_images(self, **page: Any) -> dict[str, Any]:
-        return self.call("public.list_public_images", **page)
 
 
 class Anon(Caller):
@@ -194,79 +187,34 @@ class Service(Caller):
     def grant_credits(
         self, user: User | str, amount: int, external_id: str | None, kind: str = "grant"
     ) -> dict[str, Any]:
-        return self.call(
-            "public.grant_credits",
-            user_id=getattr(user, "id", user),
-            amount=amount,
-            kind=kind,
-            external_id=external_id,
-        )
-
-    def queue_health(self) -> dict[str, Any]:
-        return cast("dict[str, Any]", self.call("public.queue_health"))
+        user_id = getattr(user, "id", user)
+        return self.call("public.grant_credits", user_id, amount, kind, external_id)
 
     def alerts(self) -> dict[str, str]:
-        """Return what queue_health says of each alert."""
         return {alert["alert"]: alert["detail"] for alert in self.queue_health()["alerts"]}
 
     def set_paid(self, user: User | str, paid_until: str | None) -> dict[str, Any]:
-        return self.call(
-            "public.set_paid", user_id=getattr(user, "id", user), paid_until=paid_until
-        )
-
-    def redrive_failed(self, code: str, since: str, **rest: Any) -> int:
-        """Return how many were queued again."""
-        return int(self.redrive(code, since, **rest)["redriven"])
+        return self.call("public.set_paid", getattr(user, "id", user), paid_until)
 
     def redrive(self, code: str, since: str = "-infinity", **rest: Any) -> dict[str, Any]:
-        """Return the whole answer of redrive_failed."""
-        return cast(
-            "dict[str, Any]", self.call("public.redrive_failed", code=code, since=since, **rest)
-        )
+        return self.call("public.redrive_failed", code, since, **rest)
+
+    def redrive_failed(self, code: str, since: str, **rest: Any) -> int:
+        return int(self.redrive(code, since, **rest)["redriven"])
 
     def register_webhook(
         self, url: str = "https://api.example.com/hooks", **rest: Any
     ) -> dict[str, str]:
-        return self.call("public.register_webhook", url=url, **rest)
-
-    def list_webhooks(self) -> list[dict[str, Any]]:
-        return self.call("public.list_webhooks")
-
-    def delete_webhook(self, webhook_id: str) -> dict[str, Any]:
-        return self.call("public.delete_webhook", webhook_id=webhook_id)
-
-    def enable_webhook(self, webhook_id: str) -> dict[str, Any]:
-        return self.call("public.enable_webhook", webhook_id=webhook_id)
-
-    def rotate_webhook_secret(self, webhook_id: str) -> dict[str, str]:
-        return self.call("public.rotate_webhook_secret", webhook_id=webhook_id)
-
-    def list_deliveries(self, **rest: Any) -> list[dict[str, Any]]:
-        return self.call("public.list_deliveries", **rest)
-
-    def redeliver(self, delivery_id: str) -> dict[str, Any]:
-        return self.call("public.redeliver", delivery_id=delivery_id)
+        return self.call("public.register_webhook", url, **rest)
 
     def redeliver_dead(self, webhook_id: str) -> int:
-        return int(self.call("public.redeliver_dead", webhook_id=webhook_id)["redelivered"])
-
-    def pause_model(self, model: str | None, **rest: Any) -> dict[str, Any]:
-        return self.call("public.pause_model", model=model, **rest)
-
-    def resume_model(self, model: str | None) -> dict[str, Any]:
-        return self.call("public.resume_model", model=model)
+        return int(self.call("public.redeliver_dead", webhook_id)["redelivered"])
 
 
 class Monitor(Caller):
     """Who only looks on: the operator's page, `make top`, an exporter of metrics."""
 
     role = "darkroom_monitor"
-
-    def queue_report(self) -> dict[str, Any]:
-        return cast("dict[str, Any]", self.call("public.queue_report"))
-
-    def queue_history(self, since: datetime | None, **rest: Any) -> dict[str, Any]:
-        return cast("dict[str, Any]", self.call("public.queue_history", since=since, **rest))
 
 
 class User(Caller):
@@ -281,11 +229,9 @@ class User(Caller):
             db.execute("insert into auth.users (id) values (%s)", self.id)
 
     def claims(self) -> dict[str, str]:
-        """Return what the token says."""
         return {"role": self.role, "sub": self.id}
 
     def on_another_device(self) -> User:
-        """Return the same user with a connection of its own."""
         return User(self.db, self.id)
 
     def has(self, credits: int) -> User:
@@ -319,99 +265,33 @@ class User(Caller):
         return [row["path"] for row in rows]
 
     def has_paid(self, until: str = "infinity") -> User:
-        """Be on the paid plan."""
         Service(self.db).set_paid(self, until)
         return self
 
     def enqueue(
         self, prompt: str | None = "a lighthouse at dusk", model: str | None = PREVIEW, **rest: Any
     ) -> dict[str, Any]:
-        """Call enqueue_generation; `params` is sent as JSON."""
-        if "params" in rest:
-            rest["params"] = Jsonb(rest["params"])
         return self.call("public.enqueue_generation", model=model, prompt=prompt, **rest)
 
     def enqueued(self, *arguments: Any, **rest: Any) -> str:
-        """Have a job queued; return its id."""
         return str(self.enqueue(*arguments, **rest)["job_id"])
 
     def enqueue_batch(
         self, prompts: list[str | None] | None, model: str | None = PREVIEW, **rest: Any
     ) -> dict[str, Any]:
-        """Call enqueue_batch; `params` is sent as JSON."""
-        if "params" in rest:
-            rest["params"] = Jsonb(rest["params"])
         return self.call("public.enqueue_batch", model=model, prompts=prompts, **rest)
 
-    def get_batch_status(self, batch_id: str) -> dict[str, Any]:
-        return self.call("public.get_batch_status", batch_id=batch_id)
-
-    def cancel_generation(self, job_id: str) -> dict[str, Any]:
-        return self.call("public.cancel_generation", job_id=job_id)
-
-    def cancel_batch(self, batch_id: str) -> dict[str, Any]:
-        return self.call("public.cancel_batch", batch_id=batch_id)
-
-    def retry_generation(self, job_id: str) -> dict[str, Any]:
-        return self.call("public.retry_generation", job_id=job_id)
-
-    def get_job_status(self, job_id: str) -> dict[str, Any]:
-        return self.call("public.get_job_status", job_id=job_id)
-
     def list_active_jobs(self, *job_ids: str) -> list[dict[str, Any]]:
-        return self.call("public.list_active_jobs", job_ids=[uuid.UUID(id) for id in job_ids])
-
-    def get_entitlement(self) -> dict[str, Any]:
-        return self.call("public.get_entitlement")
-
-    def register_push_token(self, token: str | None) -> dict[str, bool]:
-        return self.call("public.register_push_token", token=token)
-
-    def unregister_push_token(self, token: str) -> dict[str, bool]:
-        return self.call("public.unregister_push_token", token=token)
-
-    def list_generations(self, **page: Any) -> dict[str, Any]:
-        return self.call("public.list_generations", **page)
-
-    def set_favorite(self, job_id: str, **is_favorite: bool | None) -> dict[str, Any]:
-        return self.call("public.set_favorite", job_id=job_id, **is_favorite)
+        return self.call("public.list_active_jobs", [uuid.UUID(id) for id in job_ids])
 
     def set_tags(self, job_id: str, *tags: str | None) -> list[str]:
-        """Return the tags as they were kept."""
-        return list(self.call("public.set_tags", job_id=job_id, tags=list(tags))["tags"])
-
-    def delete_generation(self, job_id: str) -> dict[str, Any]:
-        return self.call("public.delete_generation", job_id=job_id)
-
-    def restore_generation(self, job_id: str) -> dict[str, Any]:
-        return self.call("public.restore_generation", job_id=job_id)
-
-    def share_image(self, job_id: str, **choices: Any) -> dict[str, Any]:
-        return self.call("public.share_image", job_id=job_id, **choices)
-
-    def like_image(self, job_id: str, **choices: Any) -> dict[str, Any]:
-        return self.call("public.like_image", job_id=job_id, **choices)
-
-    def save_prompt_template(self, title: str, prompt: str | None, **rest: Any) -> dict[str, Any]:
-        """Call save_prompt_template; `params` is sent as JSON."""
-        if "params" in rest:
-            rest["params"] = Jsonb(rest["params"])
-        return self.call("public.save_prompt_template", title=title, prompt=prompt, **rest)
-
-    def delete_prompt_template(self, template_id: str) -> dict[str, Any]:
-        return self.call("public.delete_prompt_template", id=template_id)
-
-    def list_prompt_templates(self) -> list[dict[str, Any]]:
-        return self.call("public.list_prompt_templates")
+        return list(self.call("public.set_tags", job_id, list(tags))["tags"])
 
     def credits(self) -> int:
-        """Return the balance."""
-        return int(
-            self.db.value("select credits from public.entitlements where user_id = %s", self.id)
-        )
+        query = "select credits from public.entitlements where user_id = %s"
+        return int(self.db.value(query, self.id))
 
     def ledger(self) -> list[tuple[str, int]]:
-        """Return kind and amount of each entry, oldest first."""
         query = "select kind, amount from public.credit_ledger where user_id = %s order by id"
         return [(entry["kind"], entry["amount"]) for entry in self.db.execute(query, self.id)]
 
@@ -435,7 +315,6 @@ class Job:
 
     @property
     def id(self) -> str:
-        """The job's id as clients write it."""
         return str(self.job_id)
 
     def image(self, position: int = 0, **changes: Any) -> dict[str, Any]:
@@ -462,8 +341,11 @@ class Delivery:
 
     @property
     def message(self) -> Any:
-        """The body, read."""
         return json.loads(self.body or "null")
+
+
+def _json(value: dict[str, Any] | None) -> Jsonb | None:
+    return None if value is None else Jsonb(value)
 
 
 class Worker:
@@ -485,14 +367,12 @@ class Worker:
         return cursor.execute(query, [self.id, slots]).fetchall()
 
     def claimed(self) -> Job:
-        """Hold the lease of the next job."""
         (job,) = self.claim_jobs(1)
         return job
 
     def heartbeat(
         self, *jobs: Job, progress: Sequence[int | None] = (), is_listening: bool = True
     ) -> list[str]:
-        """Return the verdict on each job."""
         rows = self._rows(
             "select * from private.heartbeat(%s, %s::uuid[], %s::bigint[], %s::smallint[], %s)",
             self.id,
@@ -501,19 +381,18 @@ class Worker:
             list(progress) or [None] * len(jobs),
             is_listening,
         )
-        places = sorted(range(len(jobs)), key=lambda place: jobs[place].job_id)
-        assert [row["job_id"] for row in rows] == [jobs[place].job_id for place in places]
-        verdicts = {place: row["verdict"] for place, row in zip(places, rows, strict=True)}
-        return [verdicts[place] for place in range(len(jobs))]
+        assert [row["job_id"] for row in rows] == sorted(job.job_id for job in jobs)
+        verdicts = {row["job_id"]: row["verdict"] for row in rows}
+        return [verdicts[job.job_id] for job in jobs]
 
     def sleep(self) -> None:
-        self._rows("select private.sleep(%s)", self.id)
+        self._value("sleep", self.id)
 
     def unregister_worker(self) -> None:
-        self._rows("select private.unregister_worker(%s)", self.id)
+        self._value("unregister_worker", self.id)
 
     def begin_create(self, job: Job, sent: bytes | None = None) -> datetime:
-        return cast("datetime", self._of_one("begin_creates", job, sent))
+        return self._of_one("begin_creates", job, sent)
 
     def recall_create(self, job: Job) -> tuple[datetime, bytes | None]:
         query = "select * from private.recall_create(%s, %s)"
@@ -524,15 +403,12 @@ class Worker:
         self._of_one("checkpoint_jobs", job, provider_job_id)
 
     def adopt_provider_job(self, job: Job, *candidates: str) -> str | None:
-        query = "select private.adopt_provider_job(%s, %s, %s::text[]) as id"
-        row = self._rows(query, job.job_id, job.token, list(candidates))[0]
-        return cast("str | None", row["id"])
+        return self._value("adopt_provider_job", job.job_id, job.token, list(candidates))
 
     def pause_provider(
         self, provider: str, seconds: int, reason: str = "402", user_id: object = None
     ) -> bool:
-        query = "select private.pause_provider(%s, %s, %s, %s) as is_paused"
-        return bool(self._rows(query, provider, seconds, reason, user_id)[0]["is_paused"])
+        return self._value("pause_provider", provider, seconds, reason, user_id)
 
     def report_progress(self, job: Job, stage: str, progress: int | None = None) -> None:
         if self._of_one("report_progress", job, stage, progress) == "canceled":
@@ -542,7 +418,7 @@ class Worker:
         self,
         job: Job,
         images: int | list[dict[str, Any]] = 1,
-        metrics: dict[str, float] | None = None,
+        metrics: dict[str, Any] | None = None,
     ) -> None:
         """Complete with this many images, or with these."""
         self._of_one("complete_jobs", job, *self.done(job, images, metrics))
@@ -554,51 +430,45 @@ class Worker:
 
     @staticmethod
     def done(
-        job: Job, images: int | list[dict[str, Any]], metrics: dict[str, float] | None
+        job: Job, images: int | list[dict[str, Any]], metrics: dict[str, Any] | None = None
     ) -> tuple[Jsonb, Jsonb | None]:
         """What complete_jobs takes of one job."""
         if isinstance(images, int):
             images = [job.image(position) for position in range(images)]
-        return Jsonb(images), metrics and Jsonb(metrics)
+        return Jsonb(images), _json(metrics)
 
     def fail_job(
         self,
         job: Job,
-        code: str,
+        code: str | None,
         detail: str | None = None,
         retry_after: float | None = None,
         metrics: dict[str, Any] | None = None,
     ) -> str:
-        said = (code, detail, retry_after, None if metrics is None else Jsonb(metrics))
+        said = (code, detail, retry_after, _json(metrics))
         return str(self._of_one("fail_jobs", job, *said))
 
     def cancel_job(self, job: Job, metrics: dict[str, Any] | None = None) -> None:
-        said = None if metrics is None else Jsonb(metrics)
-        self._rows("select private.cancel_job(%s, %s, %s)", job.job_id, job.token, said)
+        self._value("cancel_job", job.job_id, job.token, _json(metrics))
 
     def release_job(self, job: Job, resumes: bool = True) -> None:
-        self._rows("select private.release_job(%s, %s, %s)", job.job_id, job.token, resumes)
+        self._value("release_job", job.job_id, job.token, resumes)
 
     def recover_stale_jobs(self, at_most: int = 100) -> int:
         # As if no look before had taken long, as it may by chance.
         self.db.execute("select setval('private.recovery_due', 0)")
-        query = "select private.recover_stale_jobs(%s) as count"
-        return int(self._rows(query, at_most)[0]["count"])
+        return self._value("recover_stale_jobs", at_most)
 
     def apply_retention(self, at_most: int = 500) -> int:
-        query = "select private.apply_retention(%s) as count"
-        return int(self._rows(query, at_most)[0]["count"])
+        return self._value("apply_retention", at_most)
 
     def list_expired_files(self, at_most: int = 100) -> list[tuple[str, str]]:
-        """Return bucket and path of each file."""
         query = "select * from private.list_expired_files(%s)"
         return [(row["bucket"], row["path"]) for row in self._rows(query, at_most)]
 
     def forget_files(self, *files: tuple[str, str]) -> int:
         """Return how many are still there."""
-        buckets, paths = [file[0] for file in files], [file[1] for file in files]
-        query = "select private.forget_files(%s, %s) as count"
-        return int(self._rows(query, buckets, paths)[0]["count"])
+        return self._value("forget_files", [file[0] for file in files], [file[1] for file in files])
 
     def due_lanes(self) -> list[str]:
         return [row["lane"] for row in self._rows("select private.due_lanes() as lane")]
@@ -617,10 +487,9 @@ class Worker:
         **more: Any,
     ) -> str:
         """Say what became of a try; more: retry_after, ticket."""
-        query = "select private.finish_delivery(%s, %s, %s, %s, %s, %s::float8, %s) as state"
-        said = [outcome, status, error, more.get("retry_after"), more.get("ticket")]
-        arguments = [delivery.delivery_id, delivery.token, *said]
-        return str(self._rows(query, *arguments)[0]["state"])
+        seconds = more.get("retry_after")
+        said = [outcome, status, error, seconds and float(seconds), more.get("ticket")]
+        return self._value("finish_delivery", delivery.delivery_id, delivery.token, *said)
 
     def of_many(self, function: str, calls: Sequence[tuple[Any, ...]]) -> list[tuple[Job, Any]]:
         """Call a function for many jobs; return each whose lease holds and what is said of it."""
@@ -639,7 +508,6 @@ class Worker:
         raise LeaseLost("lease_lost")
 
     def listening(self) -> Worker:
-        """Listen on the own channel."""
         self.connection.execute(sql.SQL("listen {}").format(sql.Identifier(self.channel)))
         return self
 
@@ -660,3 +528,7 @@ class Worker:
     def _rows(self, query: str, *arguments: Any) -> list[dict[str, Any]]:
         cursor = self.connection.cursor(row_factory=dict_row)
         return cursor.execute(query, arguments).fetchall()
+
+    def _value(self, function: str, *arguments: Any) -> Any:
+        marks = ", ".join(["%s"] * len(arguments))
+        return self._rows(f"select private.{function}({marks}) as value", *arguments)[0]["value"]

@@ -34,8 +34,6 @@ FINAL = ("moderated", "invalid_input", "timeout")
 
 @dataclass
 class Account:
-    """A user's balance and plan."""
-
     credits: int
     plan: str = "free"
     burned: int = 0  # purchases that were canceled
@@ -64,28 +62,20 @@ class Generation:
 
 
 class Books:
-    """All accounts and jobs."""
-
     def __init__(self) -> None:
         self.accounts: dict[str, Account] = {}
         self.jobs: dict[str, Generation] = {}
         self.batches: dict[str, list[str]] = {}
-        self.paused: set[str] = set()
         self.given: dict[str, tuple[str, int, str]] = {}  # by external id
 
     def active(self, user_id: str) -> int:
-        """How many slots the user has taken."""
         return sum(j.user_id == user_id and j.status in LIVE for j in self.jobs.values())
 
     def price(self, user_id: str, model: str, images: int) -> int:
-        """Of one generation."""
         return PRICES[model][self.accounts[user_id].plan] * images
 
     def refusal(self, user_id: str, model: str, images: int, count: int = 1) -> str | None:
-        """Why this many new jobs would not be let in."""
         account = self.accounts[user_id]
-        if model in self.paused:
-            return "PT503"
         if self.active(user_id) >= MAX_ACTIVE[account.plan] or account.burned >= MAX_BURNED:
             return "PT429"
         if self.price(user_id, model, images) * count > account.credits:
@@ -95,49 +85,9 @@ class Books:
     def charge(
         self, user_id: str, job_id: str, model: str, images: int, retry_of: str | None = None
     ) -> None:
-        """Let one job in."""
         price = self.price(user_id, model, images)
         self.accounts[user_id].credits -= price
         self.jobs[job_id] = Generation(user_id, model, price, images, retry_of)
-
-    def wishes(self) -> dict[str, list[str]]:
-        """The tries of each wish, by the first of them."""
-        wishes: dict[str, list[str]] = {}
-        for id in sorted(self.jobs):
-            first = id
-            while of := self.jobs[first].retry_of:
-                first = of
-            wishes.setdefault(first, []).append(id)
-        return wishes
-
-    def redrivable(self, code: str, at_most: int) -> tuple[list[str], int]:
-        """Which jobs an operator would give again, and how many are too dear to be given."""
-        wishes = [[(id, self.jobs[id]) for id in tries] for tries in self.wishes().values()]
-        left = {user_id: account.credits for user_id, account in self.accounts.items()}
-        due = []
-        for tries in wishes:
-            first, price = tries[0][1], max(job.price for _, job in tries)
-            won = [job for _, job in tries if job.status not in ("failed", "canceled")]
-            if any(job.retry_of and not job.price for job in won):
-                left[first.user_id] -= price
-            shown = [(id, job) for id, job in tries if not job.is_deleted]
-            if not won and shown and shown[-1][1].error_code == code:
-                due.append((first.user_id, shown[-1][0], price))
-        given, too_dear = [], 0
-        for user_id, id, price in sorted(due):
-            if len(given) == at_most:
-                break
-            if price > left[user_id]:
-                too_dear += 1
-            else:
-                given.append(id)
-                left[user_id] -= price
-        return given, too_dear
-
-    def redrive(self, job_id: str, old_id: str) -> None:
-        """Let a failed job in again, for nothing."""
-        old = self.jobs[old_id]
-        self.jobs[job_id] = Generation(old.user_id, old.model, 0, old.image_count, old_id)
 
     def give(self, user_id: str, amount: int, kind: str, external_id: str) -> None:
         """Add to a balance, once for each external id."""
@@ -146,7 +96,6 @@ class Books:
             self.accounts[user_id].credits += amount
 
     def grant_refusal(self, user_id: str, amount: int, kind: str, external_id: str) -> str | None:
-        """Why this may not be given."""
         known = self.given.get(external_id)
         if known:
             return None if known == (user_id, amount, kind) else "PT409"
@@ -173,31 +122,22 @@ class Books:
         return min(repeats)[1] if repeats else None
 
     def claimable(self) -> set[str]:
-        """Jobs that a claim may hand out now."""
-        return {
-            id
-            for id, job in self.jobs.items()
-            if job.status == "queued" and not job.waits and job.model not in self.paused
-        }
+        return {id for id, job in self.jobs.items() if job.status == "queued" and not job.waits}
 
     def claim(self, job_id: str, token: int) -> None:
-        """Give the lease of a queued job."""
         job = self.jobs[job_id]
         job.status, job.token, job.attempt = "processing", token, job.attempt + 1
         job.is_late = set()
 
     def holder(self, job_id: str, token: int) -> Generation | None:
-        """The job, if this token holds its lease."""
         job = self.jobs.get(job_id)
         return job if job and job.token == token else None
 
     def ended_as(self, job_id: str, token: int) -> str | None:
-        """How the claim of this token ended."""
         job = self.jobs.get(job_id)
         return job.outcomes.get(token) if job else None
 
     def complete(self, job: Generation, images: int) -> None:
-        """Settle on the images that were stored."""
         self._end(job, "completed")
         job.status, job.images = "completed", images
         missing = job.image_count - images
@@ -205,7 +145,6 @@ class Books:
             self._refund(job, job.price * missing // job.image_count)
 
     def fail(self, job: Generation, code: str, waits: bool = False) -> str:
-        """End an attempt that failed; answer how."""
         if job.cancel_requested:
             self.cancel(job)
             return "canceled"
@@ -220,7 +159,6 @@ class Books:
         return "failed"
 
     def release(self, job: Generation, resumes: bool) -> None:
-        """Take a job back that was not ended."""
         if job.cancel_requested:
             self.cancel(job, is_burned=resumes)
         else:
@@ -236,7 +174,6 @@ class Books:
         self._refund(job, math.ceil(job.price * percent / 100))
 
     def ask_to_cancel(self, job: Generation) -> None:
-        """Cancel a queued job, mark a running one."""
         if job.status == "queued":
             self.cancel(job)
         elif job.status == "processing":

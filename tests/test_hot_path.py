@@ -1,18 +1,16 @@
 """What every job costs, told by what its calls do and not by how long they take.
 
 A call that is planned anew each time, a batch that repeats statements for each job, an update that
-touches indexes, a scan that walks what was claimed long ago: each would be slow, and each shows.
+touches indexes: each would be slow, and each shows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import pytest
 from actors import User, Worker
 from database import Database
-from explain import explained, pages
+from explain import explained
 
 HOT_TABLES = {"entitlements", "generations", "running_jobs", "workers"}
 
@@ -81,35 +79,3 @@ def test_what_changes_with_every_job_is_updated_in_place(db, alice, worker):
     shares = {row["relname"]: row["n_tup_hot_upd"] / row["n_tup_upd"] for row in rows}
     assert set(shares) == HOT_TABLES
     assert {name: share for name, share in shares.items() if share < 0.9} == {}
-
-
-CALLS: dict[str, Callable[[User, Worker, str], object]] = {
-    "enqueue": lambda alice, worker, waiting: alice.enqueue(),
-    "status": lambda alice, worker, waiting: alice.get_job_status(waiting),
-    "claim": lambda alice, worker, waiting: worker.claim_jobs(1),
-}
-
-
-@pytest.mark.parametrize("call", CALLS)
-def test_what_was_claimed_while_vacuum_is_held_back_is_not_walked_again(
-    db, alice, bob, worker, call
-):
-    db.lift_limits()
-    alice.has(credits=100)
-    bob.has(credits=2000)
-    holder = db.connect()
-    holder.execute("begin isolation level repeatable read")
-    holder.execute("select 1")
-    touched = []
-
-    for _ in range(4):
-        waiting = alice.enqueued()
-        CALLS[call](alice, worker, waiting)  # what is read for the first time does not count
-        with explained(alice.connection) as plans, explained(worker.connection) as more:
-            CALLS[call](alice, worker, waiting)
-        touched.append(pages(plans + more))
-        worker.claim_jobs(10)
-        for job in [worker.claimed() for _ in range(250) if bob.enqueue()]:
-            worker.complete_job(job)
-
-    assert touched[-1] < 1.5 * touched[0] + 20, touched

@@ -6,16 +6,11 @@ the user's cancel; the clocks; recovery. What is new is explored further, what w
 until nothing new turns up. So any schedule of any number of workers is a way through the states
 that were seen, up to the number of claims allowed. One connection does it all: a step is a
 savepoint, and rolling back to it is how the state before comes back. (What happens while two of
-these calls overlap is in test_races.)
+these calls overlap is in test_money_model.)
 
-Proven in each state and for each step:
-
-- fencing: a call with a token that does not hold the lease changes nothing, and says so;
-- the price is charged once, and at most one refund is written, of the amount the end calls for;
-- a job is in one place, its user has one slot for as long as it lives, and none after;
-- there is one end: nothing changes a job that has ended, one attempt ended it, one event tells it;
-- no attempt is counted beyond the last that is allowed;
-- no job is lost: whatever became of its workers, recovery and one worker that lives end it.
+Proven in each state and for each step: a call with a token that does not hold the lease changes
+nothing, and says so; nothing changes a job that has ended; what `broken_rules` names holds; and no
+job is lost: whatever became of its workers, recovery and one worker that lives end it.
 
 `PROTOCOL_CLAIMS` allows more claims.
 """
@@ -98,7 +93,6 @@ class Stage:
         self.connection.execute("begin")
 
     def state(self) -> State:
-        """What is the case now."""
         cursor = self.connection.cursor(row_factory=scalar_row)
         return cursor.execute("select private.protocol_state()").fetchone()
 
@@ -110,17 +104,13 @@ class Stage:
         self.connection.execute("rollback to savepoint before; release savepoint before")
 
     def moves(self, table: str, column: str) -> None:
-        """Bring a time about."""
         query = f"update private.{table} set {column} = now() - interval '1 second'"
         self.connection.execute(query)
 
-    def step(self, step: Step, job: Job | None) -> Any:
-        """Make a call as the one who makes it."""
-        if step.is_workers:
-            self.connection.execute("set local role darkroom_worker")
-        answer = outcome(lambda: step.call(self, job))
+    def step(self, name: str, job: Job | None) -> Any:
+        answer = outcome(lambda: OF_LEASE[name](self.worker, job) if job else OTHERS[name](self))
         if not self.is_undone():
-            self.connection.execute("reset role")
+            self.connection.execute("reset role")  # the user's
         return answer
 
     def is_undone(self) -> bool:
@@ -128,54 +118,37 @@ class Stage:
         return self.connection.info.transaction_status == TransactionStatus.INERROR
 
     def claims(self) -> list[Job]:
-        """Claim what there is."""
         self.worker.let_the_next_claim_scan_all()
         return self.worker.claim_jobs(2)
 
 
-@dataclass(frozen=True)
-class Step:
-    """Something that may happen, to a lease if `of_lease`."""
-
-    call: Callable[[Stage, Any], Any]
-    of_lease: bool = True
-    is_workers: bool = True
-
-
-STEPS = {
-    "begin_create": Step(lambda s, job: s.worker.begin_create(job) and None),
-    "checkpoint": Step(lambda s, job: s.worker.checkpoint(job, "prediction")),
-    "report_progress": Step(lambda s, job: s.worker.report_progress(job, "storing")),
-    "heartbeat": Step(lambda s, job: s.worker.heartbeat(job)),
-    "complete_job": Step(lambda s, job: s.worker.complete_job(job, IMAGES)),
-    "complete_job with one image": Step(lambda s, job: s.worker.complete_job(job, 1)),
-    "fail_job: moderated": Step(lambda s, job: s.worker.fail_job(job, "moderated")),
-    "fail_job: provider_error": Step(lambda s, job: s.worker.fail_job(job, "provider_error")),
-    "fail_job: provider_timeout": Step(lambda s, job: s.worker.fail_job(job, "provider_timeout")),
-    "fail_job: provider_busy": Step(
-        lambda s, job: s.worker.fail_job(job, "provider_busy", retry_after=60)
-    ),
-    "release_job": Step(lambda s, job: s.worker.release_job(job)),
-    "release_job anew": Step(lambda s, job: s.worker.release_job(job, resumes=False)),
-    "cancel_job": Step(lambda s, job: s.worker.cancel_job(job)),
-    "cancel_job not asked for": Step(
-        lambda s, job: s.worker.cancel_job(job, metrics={"is_asked": False})
-    ),
-    "claim_jobs": Step(lambda s, _: s.claims(), of_lease=False),
-    "recover_stale_jobs": Step(lambda s, _: s.worker.recover_stale_jobs(), of_lease=False),
-    "cancel_generation": Step(
-        lambda s, _: s.user.cancel_generation(s.job_id), of_lease=False, is_workers=False
-    ),
-    "the lease runs out": Step(
-        lambda s, _: s.moves("running_jobs", "lease_until"), of_lease=False, is_workers=False
-    ),
-    "the deadline passes": Step(
-        lambda s, _: s.moves("running_jobs", "deadline_at"), of_lease=False, is_workers=False
-    ),
-    "the backoff ends": Step(
-        lambda s, _: s.connection.execute("update private.ready_jobs set run_at = null"),
-        of_lease=False,
-        is_workers=False,
+# What a worker may say of a lease that it holds or held.
+OF_LEASE: dict[str, Callable[[Worker, Job], Any]] = {
+    "begin_create": lambda w, job: w.begin_create(job),
+    "recall_create": lambda w, job: w.recall_create(job),
+    "checkpoint": lambda w, job: w.checkpoint(job, "prediction"),
+    "adopt_provider_job": lambda w, job: w.adopt_provider_job(job, "prediction"),
+    "report_progress": lambda w, job: w.report_progress(job, "storing"),
+    "heartbeat": lambda w, job: w.heartbeat(job),
+    "complete_job": lambda w, job: w.complete_job(job, IMAGES),
+    "complete_job with one image": lambda w, job: w.complete_job(job, 1),
+    "fail_job: moderated": lambda w, job: w.fail_job(job, "moderated"),
+    "fail_job: provider_error": lambda w, job: w.fail_job(job, "provider_error"),
+    "fail_job: provider_timeout": lambda w, job: w.fail_job(job, "provider_timeout"),
+    "fail_job: provider_busy": lambda w, job: w.fail_job(job, "provider_busy", retry_after=60),
+    "release_job": lambda w, job: w.release_job(job),
+    "release_job anew": lambda w, job: w.release_job(job, resumes=False),
+    "cancel_job": lambda w, job: w.cancel_job(job),
+    "cancel_job not asked for": lambda w, job: w.cancel_job(job, metrics={"is_asked": False}),
+}
+OTHERS: dict[str, Callable[[Stage], Any]] = {
+    "claim_jobs": Stage.claims,
+    "recover_stale_jobs": lambda s: s.worker.recover_stale_jobs(),
+    "cancel_generation": lambda s: s.user.cancel_generation(s.job_id),
+    "the lease runs out": lambda s: s.moves("running_jobs", "lease_until"),
+    "the deadline passes": lambda s: s.moves("running_jobs", "deadline_at"),
+    "the backoff ends": lambda s: s.connection.execute(
+        "update private.ready_jobs set run_at = null"
     ),
 }
 REFUSALS = {
@@ -201,10 +174,12 @@ class Explorer:
         self.seen.add(str(state))
         self.complain(broken_rules(state))
         self.complain(self.lost(state))
-        for name, step in STEPS.items():
-            for job in held if step.of_lease else [None]:
-                if name != "claim_jobs" or len(held) < CLAIMS:
-                    self.take(name, state, held, job)
+        for name in OF_LEASE:
+            for job in held:
+                self.take(name, state, held, job)
+        for name in OTHERS:
+            if name != "claim_jobs" or len(held) < CLAIMS:
+                self.take(name, state, held, None)
 
     def take(self, name: str, before: State, held: list[Job], job: Job | None) -> None:
         """Take one step, go on from there, and come back."""
@@ -212,7 +187,7 @@ class Explorer:
         self.path.append(f"{name} {held.index(job) + 1}" if job else name)
         with self.stage.undone():
             self.steps += 1
-            answer = self.stage.step(STEPS[name], job)
+            answer = self.stage.step(name, job)
             if isinstance(answer, Refusal):
                 self.complain(wrong_refusal(name, is_stale, answer))
             if not self.stage.is_undone():
@@ -228,9 +203,9 @@ class Explorer:
             return []
         with self.stage.undone():
             for name in ("the lease runs out", "recover_stale_jobs", "the backoff ends"):
-                self.stage.step(STEPS[name], None)
-            for job in self.stage.step(STEPS["claim_jobs"], None):
-                self.stage.step(STEPS["complete_job"], job)
+                self.stage.step(name, None)
+            for job in self.stage.step("claim_jobs", None):
+                self.stage.step("complete_job", job)
             end = self.stage.state()
         return broken_rules(end) + ([] if end["status"] in ENDED else ["the job is lost"])
 
@@ -280,7 +255,6 @@ def broken_rules(state: State) -> list[str]:
 
 
 def refunds(state: State) -> list[list[Any]]:
-    """What may be given back."""
     if state["status"] == "completed":
         missing = IMAGES - state["images"]
         return [[["refund", missing]] if missing else []]

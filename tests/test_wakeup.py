@@ -1,119 +1,109 @@
-"""No wake-up is lost: a job that comes while a worker goes to sleep never waits for the backstop.
-
-What `Worker._sleep` of worker.py does is done here over plain connections, so that thousands of
-races fit into seconds. WAKE_UP_RACES=5000, of each kind, for the long form.
-"""
-
-from __future__ import annotations
-
-import os
-import random
-import threading
-import time
-from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+"""NOTIFY wakes one sleeper for each job, and no wake-up is lost."""
 
 import pytest
-from actors import Worker
-
-RACES = int(os.environ.get("WAKE_UP_RACES", "500"))
-SECOND_LOOK_SECONDS = (0.05, 0.2)  # as in worker.py
-BACKSTOP_SECONDS = 2.0
-LATE_SECONDS = 0.002  # at most, that one is behind the other
-
-T = TypeVar("T")
+from actors import Worker, refused
 
 
-class Sleeper:
-    """A worker that has nothing to do, and whose heart beats at times."""
-
-    def __init__(self, worker: Worker, chance: random.Random) -> None:
-        self.worker, self.chance = worker.listening(), chance
-        self.heart = worker.db.connect()
-        self.heart.execute("set role darkroom_worker")
-        self.beaten, self.looked = threading.Event(), threading.Event()
-
-    def beat(self) -> None:
-        """Beat over another connection, then look for work: a job may have met the row locked."""
-        query = "select private.heartbeat(%s, '{}', '{}', '{}')"
-        self.heart.execute(query, [self.worker.id])
-        self.beaten.set()
-
-    def sleep_until_there_is_a_job(self) -> str:
-        """Go to sleep, look twice more, wait; return what found the job."""
-        while True:
-            self.beaten.clear()
-            self.worker.sleep()
-            if self.worker.claim_jobs():
-                return "first look"
-            self.looked.set()
-            cause = self._wait(self.chance.uniform(*SECOND_LOOK_SECONDS))
-            if self.worker.claim_jobs():
-                return cause or "second look"
-            if not cause and not (cause := self._wait(BACKSTOP_SECONDS)):
-                return "backstop"
-            if self.worker.claim_jobs():
-                return cause
-
-    def _wait(self, seconds: float) -> str:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            for _ in self.worker.connection.notifies(timeout=0.004, stop_after=1):
-                return "NOTIFY"
-            if self.beaten.is_set():
-                return "beat"
-        return ""
+@pytest.fixture
+def sleepers(db):
+    """Four workers that sleep."""
+    workers = [Worker(db).listening() for _ in range(4)]
+    for worker in workers:
+        worker.sleep()
+    return workers
 
 
-class Race:
-    """What happens at nearly the same moment as a worker goes to sleep, each at its own."""
-
-    def __init__(self, pool: ThreadPoolExecutor, chance: random.Random) -> None:
-        self.pool, self.chance = pool, chance
-
-    def run(self, sleeper: Sleeper, *others: Callable[[], object]) -> str:
-        """Return what found the job."""
-        start = threading.Barrier(1 + len(others))
-
-        def late(call: Callable[[], T], pause: float) -> T:
-            start.wait()
-            time.sleep(pause)
-            return call()
-
-        def pause() -> float:
-            return self.chance.choice([0, self.chance.uniform(0, LATE_SECONDS)])
-
-        running = [self.pool.submit(late, call, pause()) for call in others]
-        found = late(sleeper.sleep_until_there_is_a_job, pause())
-        for each in running:
-            each.result()
-        return found
+def woken(workers: list[Worker]) -> list[int]:
+    """How often each was woken, with nothing to read."""
+    told = [worker.wake_ups() for worker in workers]
+    assert {payload for each in told for payload in each} <= {""}
+    return [len(each) for each in told]
 
 
-@pytest.mark.parametrize("beats", [False, True], ids=["", "while the heart beats"])
-def test_a_job_never_waits_for_the_backstop(db, alice, worker, beats):
-    db.lift_limits()
-    user, chance = alice.has(credits=RACES), random.Random(f"wake-up {beats}")
-    sleeper = Sleeper(worker, chance)
+def test_each_job_wakes_one_sleeper_once_and_nobody_who_is_awake(alice, worker, sleepers):
+    worker.listening().db.lift_limits()
+    assert worker.channel == f"darkroom_worker_{worker.id}"
 
-    with ThreadPoolExecutor(2) as pool:
-        race = Race(pool, chance)
-        others = [user.enqueue, *([sleeper.beat] if beats else [])]
-        found = Counter(race.run(sleeper, *others) for _ in range(RACES))
+    alice.enqueue()
+    alice.enqueue()
+    assert sorted(woken([worker, *sleepers])) == [0, 0, 0, 1, 1]
 
-    assert found["backstop"] == 0, found
-    assert found["first look"] and found["NOTIFY"], found  # else nothing raced
+    alice.enqueue_batch(["one", "two", "three"])
+    assert sorted(woken([worker, *sleepers])) == [0, 0, 0, 1, 1]  # the others are awake by now
+
+    sleepers[0].sleep()
+    sleepers[0].claimed()
+    alice.enqueue()
+    assert woken(sleepers) == [0] * 4  # who has claimed is awake, too
 
 
-def test_a_job_that_saw_the_worker_awake_is_found_by_the_second_look(alice, worker):
-    sleeper = Sleeper(worker, random.Random(1))
+def test_what_comes_back_wakes_a_sleeper(db, alice, service, worker):
+    sleeper = Worker(db).listening()
+    alice.enqueue()
+    job = worker.claimed()
 
-    with ThreadPoolExecutor(1) as pool:
-        with alice.acting() as connection:
-            connection.execute("select public.enqueue_generation('darkroom/preview', 'a cat')")
-            found = pool.submit(sleeper.sleep_until_there_is_a_job)
-            assert sleeper.looked.wait(5)  # what is not committed yet was not there
+    for comes_back in (
+        lambda: worker.release_job(job),
+        lambda: service.resume_model("darkroom/preview"),
+    ):
+        sleeper.sleep()
+        comes_back()
+        assert sleeper.wake_ups() == [""]
 
-        assert found.result() == "second look"
+
+def test_what_is_rolled_back_or_refused_wakes_nobody(alice, sleepers):
+    with alice.connection.transaction(force_rollback=True):
+        alice.enqueue()
+    with refused("PT400"):
+        alice.enqueue("")
+
+    assert woken(sleepers) == [0] * 4
+
+
+def test_who_was_heard_of_last_is_woken_and_nobody_who_is_silent_or_gone(db, alice, sleepers):
+    sleepers[1].heartbeat()
+    alice.enqueue()
+    assert woken(sleepers) == [0, 1, 0, 0]
+
+    sleepers[0].unregister_worker()
+    db.pass_time("61 seconds")
+    alice.enqueue()
+    assert woken(sleepers) == [0] * 4
+
+
+# However an enqueue and a worker that goes to sleep meet, a look finds the job where NOTIFY does
+# not: the worker looks when it has gone to sleep, soon again, and after each beat of its heart.
+
+
+def test_a_job_that_came_before_is_found_by_the_first_look(alice, worker):
+    alice.enqueue()
+
+    worker.sleep()
+
+    assert worker.claimed()
+
+
+def test_a_job_whose_enqueue_saw_the_worker_awake_is_found_by_the_second_look(alice, worker):
+    worker.listening()
+    with alice.acting() as connection:
+        connection.execute("select public.enqueue_generation('darkroom/preview', 'a cat')")
+        worker.sleep()
+        assert worker.claim_jobs() == []  # what is not committed yet was not there
+
+    assert worker.wake_ups() == []
+    assert worker.claimed()
+
+
+def test_a_job_that_met_the_worker_while_it_beat_is_found_by_the_look_after_the_beat(
+    alice, bob, worker
+):
+    worker.listening().sleep()
+    heart = worker.db.connect()
+    with heart.transaction():
+        heart.execute("select private.heartbeat(%s, '{}', '{}', '{}')", [worker.id])
+        alice.enqueue()  # does not wait for the row
+
+    assert worker.wake_ups() == []
+    bob.enqueue()
+    assert worker.wake_ups() == [""]  # a worker that finds nothing would still be asleep
+    assert len(worker.claim_jobs(2)) == 2
