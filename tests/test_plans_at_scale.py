@@ -121,7 +121,7 @@ class Scene:
 CALLS: dict[str, tuple[int, Callable[[Scene], object]]] = {
     "enqueue": (30 + LIVE, lambda s: s.user.enqueue(idempotency_key=str(uuid.uuid4()))),
     "again": (60 + LIVE, lambda s: [s.user.enqueue(idempotency_key="again") for _ in "ab"]),
-    "reuse": (60 + LIVE, lambda s: s.user.enqueue(params={"seed": 8, "reuse": True})),
+    "reuse": (200 + LIVE, lambda s: s.user.enqueue(params={"seed": 8, "reuse": True})),
     "batch": (3 * JOBS + LIVE, lambda s: s.user.enqueue_batch(["a lighthouse"] * JOBS)),
     "retry": (
         60 + LIVE,
