@@ -222,9 +222,8 @@ class Money(RuleBasedStateMachine):
         ways = ["enqueue", "enqueue", "grant", "set_paid"] + (OF_JOBS if self.jobs else [])
         ways += ["claim"] * 3 if self.books.claimable() else []
         ways += OF_LEASES if self.leases else []
-        ways += (
-            ["recover_stale_jobs"] if any(job.is_late for job in self.books.jobs.values()) else []
-        )
+        if any(job.is_late for job in self.books.jobs.values()):
+            ways.append("recover_stale_jobs")
         way = data.draw(st.sampled_from(ways))
         if way in OF_JOBS:  # the newest first
             job_id = data.draw(st.sampled_from(self.jobs[::-1]))
