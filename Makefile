@@ -7,7 +7,7 @@ APP_NODE = cd examples/expo && PATH="$$(echo $(CURDIR)/node_modules/node-linux-*
 APP_FORMAT := node_modules/.bin/deno fmt --no-config --line-width=100 --single-quote
 APP_SOURCES := examples/expo/*.ts examples/expo/*.tsx examples/expo/src examples/expo/__tests__
 MIGRATIONS := supabase/migrations
-CORE := $(filter-out sql/95_% sql/96_%,$(sort $(wildcard sql/*.sql)))
+CORE := $(filter-out sql/95_% sql/96_% sql/97_%,$(sort $(wildcard sql/*.sql)))
 # Each pytest process has a cluster of its own. What is long goes file by file, as some count over a file.
 SIDE_BY_SIDE = $(PYTHON) -m pytest --numprocesses=$(or $(JOBS),auto) --maxprocesses=4 \
 	$(if $(LONG),--dist=loadfile,--dist=worksteal -m "not long")
@@ -150,7 +150,8 @@ migration:
 		echo "if to_regclass('private.purchases') is null then return; end if;"; \
 		cat "$$1"; echo 'end $$part$$;'; }; \
 		part sql/95_gallery.sql > $(MIGRATIONS)/20261121000001_darkroom_gallery.sql; \
-		part sql/96_webhooks.sql > $(MIGRATIONS)/20261121000002_darkroom_webhooks.sql
+		part sql/96_webhooks.sql > $(MIGRATIONS)/20261121000002_darkroom_webhooks.sql; \
+		part sql/97_reports.sql > $(MIGRATIONS)/20261121000003_darkroom_reports.sql
 endif
 
 # Record all migrations as released: from then on tests refuse a change in any of them.

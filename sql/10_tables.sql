@@ -108,9 +108,10 @@ create table public.credit_ledger (
 
 comment on table public.credit_ledger is
   'Append-only entries that explain every balance. No row is ever updated, and none of a user who '
-  'is here is deleted, but for entries older than settings.keep_ledger, which are summed up.';
+  'is here is deleted.';
 comment on column public.credit_ledger.kind is
-  'grant, charge (of a generation), refund (of one), adjust, or carry: the sum of older entries.';
+  'grant, charge (of a generation), refund (of one), adjust, or carry: the sum of older entries, '
+  'as the first edition made it.';
 comment on column public.credit_ledger.amount is
   'Credits: negative for a charge, positive for a grant or refund.';
 comment on column public.credit_ledger.balance_after is 'The user''s balance after this entry.';
@@ -149,12 +150,9 @@ begin
 end;
 $$;
 
--- But for compact_ledger (85), which says so for the time of one statement.
 create trigger credit_ledger_is_kept_while_user_exists
 before delete on public.credit_ledger
-for each row
-when (current_setting('darkroom.compacts_ledger_of', true) is distinct from old.user_id::text)
-execute function private.refuse_change_while_user_exists();
+for each row execute function private.refuse_change_while_user_exists();
 
 create table public.batches (
   id uuid primary key default private.uuid_v7(),

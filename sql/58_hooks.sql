@@ -17,11 +17,6 @@ create function private.walk_tag(
 language sql immutable set search_path = pg_catalog, pg_temp
 return '{}'::uuid[];
 
--- How many like what became of a generation.
-create function private.likes_of(p_generation_id uuid) returns bigint
-language sql immutable set search_path = pg_catalog, pg_temp
-return 0;
-
 -- What workers ask when they look for something to tell (96).
 create function private.due_lanes() returns setof text
 language sql stable security definer set search_path = pg_catalog, pg_temp as $$

@@ -6,8 +6,8 @@
 -- and forgets the rows, and with the last file of a generation goes the generation. All of it may
 -- be repeated: whoever is killed half-way has lost nothing, for the rows say what is left to do.
 --
--- Deleting a row of auth.users erases the user: a trigger takes the entitlement, whose triggers
--- mark the files and take all rows; the ledger goes as keep_ledger_of_deleted_users says. Every
+-- Deleting a row of auth.users erases the user: a trigger takes the entitlement, whose trigger
+-- marks the files and takes all rows; the ledger goes as keep_ledger_of_deleted_users says. Every
 -- path that is marked lies in the user's own folder, a rule of the table. What is uploaded for a
 -- user who is gone is found as an orphan (85).
 
@@ -118,20 +118,14 @@ language sql immutable set search_path = pg_catalog, pg_temp as $$
   end
 $$;
 
--- Whether the job may still write its files.
-create function private.is_live(p_job_id uuid) returns boolean
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select exists (select from private.live_jobs as j where j.job_id = p_job_id)
-$$;
-
--- Whether an image is stored at this path of bucket generations.
-create function private.has_image(p_path text) returns boolean
+-- Whether a file of bucket generations is one that a job has stored, or may still write.
+create function private.is_output(p_path text) returns boolean
 language sql stable set search_path = pg_catalog, pg_temp as $$
   select exists (
     select from public.images as i
     where i.generation_id = private.path_id(p_path, 2)
       and p_path in (i.storage_path, i.preview_path)
-  )
+  ) or exists (select from private.live_jobs as j where j.job_id = private.path_id(p_path, 2))
 $$;
 
 -- When a file was last written, as Storage has on record; null if it is not there, or there is no
@@ -147,23 +141,6 @@ begin
     where o.bucket_id = p_bucket and o.name = p_path
   );
 end;
-$$;
-
--- Whether a file has come to be needed again since it was marked: its generation was restored or
--- its job is live, or a user who is here has uploaded it anew.
-create function private.is_needed_again(p_file private.expired_files) returns boolean
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select case
-    when p_file.bucket = 'inputs' then
-      exists (select from public.entitlements as e where e.user_id = p_file.user_id)
-      and private.file_changed_at(p_file.bucket, p_file.path) > p_file.marked_at
-    when private.is_live(private.path_id(p_file.path, 2)) then true
-    when p_file.generation_id is null then private.has_image(p_file.path)
-    else exists (
-      select from public.generations as g
-      where g.id = p_file.generation_id and g.deleted_at is null
-    )
-  end
 $$;
 
 -- Marks files, each as bucket/path, and answers how many were not marked yet. In order: of two that
@@ -186,11 +163,20 @@ $$;
 
 -- For workers.
 
+-- What has come to be needed again since it was marked is kept: its generation was restored or its
+-- job is live, or a user who is here has uploaded it anew.
 create function private.list_expired_files(p_at_most integer default 100)
 returns table (bucket text, path text)
 language sql security definer set search_path = pg_catalog, pg_temp as $$
   with due as (
-    select f.ctid, private.is_needed_again(f) as is_needed
+    select f.ctid, case
+      when f.bucket = 'inputs' then (
+        select private.file_changed_at(f.bucket, f.path) > f.marked_at
+        from public.entitlements as e where e.user_id = f.user_id
+      )
+      when f.generation_id is null then private.is_output(f.path)
+      else (select g.deleted_at is null from public.generations as g where g.id = f.generation_id)
+    end as is_needed
     from private.expired_files as f
     where f.try_at <= now() order by f.try_at limit p_at_most for update skip locked
   ),
@@ -289,45 +275,34 @@ $$;
 create trigger generations_erase_images after delete on public.generations
 for each row execute function private.erase_images_of_generation();
 
--- Locks the user's live jobs and answers how many: one after the other in order of id, ready or
--- running, as cancel_jobs (77) does. A job may go from one to the other while we wait for it.
-create function private.lock_jobs(p_user_id uuid) returns integer
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_id uuid;
-  v_locked integer := 0;
-begin
-  for v_id in
-    select j.job_id from private.live_jobs as j where j.user_id = p_user_id order by j.job_id
-  loop
-    while private.is_live(v_id) loop
-      perform from private.ready_jobs where job_id = v_id for update;
-      if not found then
-        perform from private.running_jobs where job_id = v_id for update;
-      end if;
-      if found then
-        v_locked := v_locked + 1;
-        exit;
-      end if;
-    end loop;
-  end loop;
-  return v_locked;
-end;
-$$;
-
 -- Locks the live jobs of a user who is being deleted and then the entitlement, in the order that
 -- all endings of jobs do: else those two could wait for each other. Changes nothing: whether the
 -- user really goes is for other triggers to say.
 --
--- A job moves between the tables, or is enqueued, until we hold them all. Then we let go of the
--- entitlement and look again.
+-- Jobs in order of id, ready or running, as cancel_jobs (77) does. A job moves between the tables,
+-- or is enqueued, until we hold them all. Then we let go of the entitlement and look again.
 create function private.lock_jobs_of_deleted_user() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
+  v_id uuid;
   v_locked integer;
 begin
   for v_look in 1 .. 20 loop
-    v_locked := private.lock_jobs(old.id);
+    v_locked := 0;
+    for v_id in
+      select j.job_id from private.live_jobs as j where j.user_id = old.id order by j.job_id
+    loop
+      while exists (select from private.live_jobs as j where j.job_id = v_id) loop
+        perform from private.ready_jobs where job_id = v_id for update;
+        if not found then
+          perform from private.running_jobs where job_id = v_id for update;
+        end if;
+        if found then
+          v_locked := v_locked + 1;
+          exit;
+        end if;
+      end loop;
+    end loop;
     begin
       perform from public.entitlements where user_id = old.id for update;
       exit when v_locked = (
@@ -358,13 +333,15 @@ create trigger darkroom_delete_entitlement
 after delete on auth.users
 for each row execute function private.delete_entitlement_of_deleted_user();
 
--- Marks every file of a user who goes: those of images, then what else Storage has on record in the
--- user's folder. The generations are locked before their files are marked, as expire_generations
--- (85) does.
-create function private.expire_files_of_deleted_user() returns trigger
+-- Erases what a user who is gone has here. First every file is marked: those of images, then what
+-- else Storage has on record in the user's folder. The generations are locked before, as
+-- expire_generations (85) does. Live jobs, whose rows are locked, are taken out of the queue; their
+-- workers stop them at the provider.
+create function private.erase_deleted_user() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_files text[];
+  v_worker_id bigint;
 begin
   perform from public.generations where user_id = old.user_id order by id for update;
   v_files := array(
@@ -374,33 +351,17 @@ begin
     where i.user_id = old.user_id and f.path is not null
     order by f.path
   );
-  perform private.skip_failing('select private.mark_files($1)', v_files);
   if to_regclass('storage.objects') is not null then
     -- From <id>/ up to <id>0, the next character: operators that the index of names serves.
-    v_files := array(
+    v_files := v_files || array(
       select concat(o.bucket_id, '/', o.name)
       from storage.objects as o
       where o.name ~>=~ concat(old.user_id, '/') and o.name ~<~ concat(old.user_id, '0')
         and o.bucket_id in ('generations', 'inputs')
       order by o.name
     );
-    perform private.skip_failing('select private.mark_files($1)', v_files);
   end if;
-  return old;
-end;
-$$;
-
-create trigger entitlements_expire_files
-before delete on public.entitlements
-for each row execute function private.expire_files_of_deleted_user();
-
--- Erases what a user who is gone has here, and takes the live jobs, whose rows are locked, out of
--- the queue. Their workers stop them at the provider.
-create function private.erase_rows_of_deleted_user() returns trigger
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
-declare
-  v_worker_id bigint;
-begin
+  perform private.skip_failing('select private.mark_files($1)', v_files);
   delete from private.ready_jobs where user_id = old.user_id;
   for v_worker_id in
     delete from private.running_jobs where user_id = old.user_id returning worker_id
@@ -409,11 +370,11 @@ begin
   end loop;
   delete from public.generations where user_id = old.user_id;
   delete from public.batches where user_id = old.user_id;
-  perform private.erase_ledger(old.user_id);
+  perform private.erase_ledgers(array[old.user_id]);
   return null;
 end;
 $$;
 
 create trigger entitlements_erase_rows
 after delete on public.entitlements
-for each row execute function private.erase_rows_of_deleted_user();
+for each row execute function private.erase_deleted_user();

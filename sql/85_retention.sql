@@ -15,13 +15,11 @@ add column keep_deleted interval not null default '30 days',
 add column keep_inputs interval default '30 days',
 add column max_input_files integer not null default 100,
 add column keep_attempts interval not null default '90 days',
-add column keep_ledger interval,
 add column keep_ledger_of_deleted_users interval not null default '0',
 add constraint settings_keep_generations_outlives_a_day check (keep_generations >= '1 day'),
 add constraint settings_keep_deleted_is_not_negative check (keep_deleted >= '0'),
 add constraint settings_keep_inputs_outlives_a_day check (keep_inputs >= '1 day'),
 add constraint settings_keep_attempts_outlives_a_day check (keep_attempts >= '1 day'),
-add constraint settings_keep_ledger_outlives_ninety_days check (keep_ledger >= '90 days'),
 add constraint settings_keep_ledger_of_deleted_users_is_not_negative check (
   keep_ledger_of_deleted_users >= '0'
 ),
@@ -29,9 +27,9 @@ add constraint settings_max_input_files_is_not_negative check (max_input_files >
 -- What is longer has no time it began at: for ever is null, where it may be said.
 add constraint settings_times_are_in_reach check (
   greatest(
-    keep_generations, keep_deleted, keep_inputs, keep_attempts, keep_ledger,
-    keep_ledger_of_deleted_users, lease, heartbeat, retry_base, retry_cap, give_up_after,
-    breaker_window, breaker_pause, breaker_pause_cap
+    keep_generations, keep_deleted, keep_inputs, keep_attempts, keep_ledger_of_deleted_users,
+    lease, heartbeat, retry_base, retry_cap, give_up_after, breaker_window, breaker_pause,
+    breaker_pause_cap
   ) <= '1000 years'
 );
 
@@ -45,9 +43,6 @@ comment on column private.settings.max_input_files is
   'How many source images a user may keep in bucket inputs.';
 comment on column private.settings.keep_attempts is
   'How long the attempts of finished generations are kept, with provider''s words, times and cost.';
-comment on column private.settings.keep_ledger is
-  'Older entries of a user are summed up in one of kind carry, as far as the generations they '
-  'speak of are erased; their external_ids are forgotten. null: never.';
 comment on column private.settings.keep_ledger_of_deleted_users is
   'How long after it was written an entry outlives its user; 0: all go with the user.';
 
@@ -103,22 +98,23 @@ comment on function private.apply_retention is
   'and erases what has none. Answers how many rows it marked or erased; safe from several places '
   'at once. What cannot be done is passed over: see private.skipped_rows.';
 
--- Hides these finished generations and marks their files; those without files go at once. Answers
+-- Which generations have been kept long enough: those that their users deleted, and old ones but
+-- for favorites. Hides these of them and marks their files; those without files go at once. Answers
 -- how many files and generations.
-create function private.expire_generations(
-  p_ids uuid[], p_only_deleted boolean default false
-) returns integer
+create function private.expire_generations(p_ids uuid[]) returns integer
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
-  v_ids uuid[];
+  v_settings private.settings := (select s from private.settings as s);
   v_files integer;
-begin
-  v_ids := array(
+  v_ids uuid[] := array(
     select g.id from public.generations as g
-    where g.id = any (p_ids) and g.finished_at is not null
-      and (g.deleted_at is not null or not p_only_deleted)
+    where g.id = any (p_ids) and g.finished_at is not null and (
+      g.deleted_at <= now() - v_settings.keep_deleted
+      or g.finished_at <= now() - v_settings.keep_generations and not g.is_favorite
+    )
     order by g.id for update skip locked
   );
+begin
   update public.generations set deleted_at = now()
   where id = any (v_ids) and deleted_at is null;
   insert into private.expired_files (bucket, path, user_id, generation_id)
@@ -139,7 +135,7 @@ create function private.expire_deleted(
   p_place text, p_at_most integer, out place text, out done integer
 )
 language sql set search_path = pg_catalog, pg_temp as $$
-  select null, private.skip_failing('select private.expire_generations($1, true)', array(
+  select null, private.skip_failing('select private.expire_generations($1)', array(
     select g.id from public.generations as g
     where g.deleted_at <= now() - (select s.keep_deleted from private.settings as s)
       and g.finished_at is not null
@@ -148,172 +144,92 @@ language sql set search_path = pg_catalog, pg_temp as $$
   ))
 $$;
 
--- Generations that ended longer ago than keep_generations, but for favorites.
+-- Generations in order of id, which is that of time.
 create function private.expire_old(
   p_place text, p_at_most integer, out place text, out done integer
 )
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_before timestamptz := (select now() - s.keep_generations from private.settings as s);
-  v_ids uuid[];
-begin
+language sql set search_path = pg_catalog, pg_temp as $$
   select
-    array_agg(g.id) filter (where g.finished_at <= v_before and not g.is_favorite),
-    case when count(*) = p_at_most and not bool_or(g.created_at between v_before and now())
-      then max(g.id::text collate "C") end
-  into v_ids, place
+    case when count(*) = p_at_most and not bool_or(w.is_young) then max(w.id::text collate "C") end,
+    private.skip_failing('select private.expire_generations($1)', array_agg(w.id))
   from (
-    select * from public.generations
-    where id > p_place::uuid and v_before is not null order by id limit p_at_most
-  ) as g;
-  done := private.skip_failing(
-    'select private.expire_generations($1)', coalesce(v_ids, '{}'::uuid[])
-  );
-end;
+    select g.id, g.created_at between now() - s.keep_generations and now() as is_young
+    from private.settings as s
+    inner join public.generations as g on g.id > p_place::uuid
+    where s.keep_generations is not null order by g.id limit p_at_most
+  ) as w
 $$;
 
 -- Attempts that ended longer ago than keep_attempts, of generations that are finished.
 create function private.trim_attempts(
   p_place text, p_at_most integer, out place text, out done integer
 )
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_before timestamptz := (select now() - s.keep_attempts from private.settings as s);
-  v_ids uuid[];
-begin
+language sql set search_path = pg_catalog, pg_temp as $$
   select
-    array_agg(distinct a.generation_id)
-    filter (where a.ended_at <= v_before and g.finished_at is not null),
-    case when count(*) = p_at_most and not bool_or(g.created_at between v_before and now())
-      then max(a.generation_id::text collate "C") end
-  into v_ids, place
+    case when count(*) = p_at_most and not bool_or(w.created_at between w.before and now())
+      then max(w.generation_id::text collate "C") end,
+    private.skip_failing(
+      'with gone as (delete from private.attempts as a using private.settings as s'
+      ' where a.generation_id = any ($1) and a.ended_at <= now() - s.keep_attempts returning 1)'
+      ' select count(*) from gone',
+      array_agg(distinct w.generation_id) filter (
+        where w.ended_at <= w.before and w.finished_at is not null
+      )
+    )
   from (
-    select * from private.attempts
-    where generation_id > p_place::uuid order by generation_id, token limit p_at_most
-  ) as a
-  cross join lateral (
-    select created_at, finished_at from public.generations where id = a.generation_id limit 1
-  ) as g;
-  done := private.skip_failing(
-    format(
-      'with gone as ('
-      '  delete from private.attempts where generation_id = any ($1) and ended_at <= %L returning 1'
-      ') select count(*) from gone', v_before
-    ),
-    coalesce(v_ids, '{}'::uuid[])
-  );
-end;
+    select
+      a.generation_id, a.ended_at, g.created_at, g.finished_at, now() - s.keep_attempts as before
+    from private.settings as s
+    cross join (
+      select * from private.attempts
+      where generation_id > p_place::uuid order by generation_id, token limit p_at_most
+    ) as a
+    cross join lateral (
+      select created_at, finished_at from public.generations where id = a.generation_id limit 1
+    ) as g
+  ) as w
 $$;
 
--- Erases the entries of a user who is gone, but for those that are to be kept longer. By the clock:
+-- Erases the entries of users who are gone, but for those that are to be kept longer. By the clock:
 -- some may be of transactions that began after this one.
-create function private.erase_ledger(p_user_id uuid) returns integer
+create function private.erase_ledgers(p_user_ids uuid[]) returns integer
 language sql set search_path = pg_catalog, pg_temp as $$
   with erased as (
     delete from public.credit_ledger as l
     using private.settings as s
-    where l.user_id = p_user_id
+    where l.user_id = any (p_user_ids)
       and l.created_at <= clock_timestamp() - s.keep_ledger_of_deleted_users
     returning l.id
   )
   select count(*)::integer from erased
 $$;
 
--- Has a user's ledger no longer than it is to be kept; answers how many entries fewer there are. Of
--- one who is gone entries are erased. Of another the oldest are summed up in one of kind carry,
--- so that the balance is still the sum of all and each balance_after the sum up to it. An entry
--- stays while the generation it speaks of does, and so does everything after it.
---
--- Locks: the entitlement row.
-create function private.trim_ledger_of(p_user_id uuid, p_at_most integer) returns integer
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_before timestamptz := (select now() - s.keep_ledger from private.settings as s);
-  v_met public.credit_ledger;
-  v_last public.credit_ledger;
-  v_entries integer := 0;
-begin
-  if not exists (select from public.entitlements as e where e.user_id = p_user_id) then
-    return private.erase_ledger(p_user_id);
-  end if;
-  perform from public.entitlements
-  where user_id = p_user_id and v_before is not null for update skip locked;
-  if not found then
-    return 0;
-  end if;
-  -- Not user_id = p_user_id: the planner may then walk the ids of all users up to this one's.
-  for v_met in
-    select * from public.credit_ledger
-    where (user_id, id) > (p_user_id, 0) order by user_id, id limit p_at_most
-  loop
-    exit when v_met.user_id <> p_user_id or v_met.created_at > v_before
-      or exists (select from public.generations as g where g.id = v_met.generation_id);
-    v_last := v_met;
-    v_entries := v_entries + 1;
-  end loop;
-  if v_entries < 2 then
-    return 0;
-  end if;
-  perform set_config('darkroom.compacts_ledger_of', p_user_id::text, true);
-  delete from public.credit_ledger where user_id = p_user_id and id <= v_last.id;
-  insert into public.credit_ledger (id, user_id, kind, amount, balance_after, created_at)
-  overriding system value
-  values (
-    v_last.id, p_user_id, 'carry', v_last.balance_after, v_last.balance_after, v_last.created_at
-  );
-  perform set_config('darkroom.compacts_ledger_of', '', true);
-  return v_entries - 1;
-end;
-$$;
-
--- The ledgers of the next users.
+-- The ledgers of the next users, from one to the next through the index.
 create function private.trim_ledger(
   p_place text, p_at_most integer, out place text, out done integer
 )
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_user_id uuid := p_place::uuid;
-  v_ids uuid[] := '{}'::uuid[];
-begin
-  for v_step in 1 .. p_at_most loop
-    select user_id into v_user_id from public.credit_ledger
-    where user_id > v_user_id order by user_id limit 1;
-    exit when not found;
-    v_ids := v_ids || v_user_id;
-  end loop;
-  place := v_user_id;
-  done := private.skip_failing(
-    format('select sum(private.trim_ledger_of(u, %s)) from unnest($1) as u', p_at_most), v_ids
-  );
-end;
+language sql set search_path = pg_catalog, pg_temp as $$
+  with recursive walk (user_id, step) as (
+    select p_place::uuid, 0
+    union all
+    select (
+      select l.user_id from public.credit_ledger as l
+      where l.user_id > w.user_id order by l.user_id limit 1
+    ), w.step + 1
+    from walk as w where w.user_id is not null and w.step < p_at_most
+  )
+  select
+    case when count(w.user_id) > p_at_most then max(w.user_id::text collate "C") end,
+    private.skip_failing('select private.erase_ledgers($1)', array_agg(w.user_id) filter (
+      where not exists (select from public.entitlements as e where e.user_id = w.user_id)
+    ))
+  from walk as w
 $$;
 
--- Whether nothing speaks of a stored file any more: an output without a row whose job has ended; a
--- source image whose user is gone, or has no active job and has not touched it for keep_inputs.
--- What does not look like a file of ours is left alone. Everything is given a day: an upload
--- precedes its row, and tokens outlive their user.
-create function private.is_orphan(
-  p_bucket text, p_path text, p_changed_at timestamptz
-) returns boolean
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select p_changed_at < now() - interval '1 day' and private.path_id(p_path, 1) is not null and
-    case p_bucket
-      when 'generations' then
-        private.path_id(p_path, 2) is not null and split_part(p_path, '/', 3) <> ''
-        and not private.has_image(p_path) and not private.is_live(private.path_id(p_path, 2))
-      when 'inputs' then not exists (
-        select from public.entitlements as e cross join private.settings as s
-        where e.user_id = private.path_id(p_path, 1)
-          and (
-            coalesce(p_changed_at >= now() - s.keep_inputs, true)
-            or exists (select from private.live_jobs as j where j.user_id = e.user_id)
-          )
-      )
-      else false
-    end
-$$;
-
--- Marks orphans among the next files of Storage, in the order of the index that serves prefixes.
+-- Files of Storage that nothing speaks of any more, in the order of the index that serves prefixes:
+-- an output without a row whose job has ended; a source image whose user is gone, or has no active
+-- job and has not touched it for keep_inputs. What does not look like a file of ours is left alone.
+-- Everything is given a day: an upload precedes its row, and tokens outlive their user.
 create function private.expire_orphans(
   p_place text, p_at_most integer, out place text, out done integer
 )
@@ -323,16 +239,28 @@ declare
 begin
   if to_regclass('storage.objects') is not null then
     select
+      case when count(*) >= p_at_most then max(o.name collate "C") end,
       array_agg(concat(o.bucket_id, '/', o.name)) filter (
-        where private.is_orphan(o.bucket_id, o.name, coalesce(o.updated_at, o.created_at))
-      ),
-      case when count(*) >= p_at_most then max(o.name collate "C") end
-    into v_files, place
+        where o.changed_at < now() - interval '1 day' and private.path_id(o.name, 1) is not null
+          and case o.bucket_id
+            when 'generations' then
+              private.path_id(o.name, 2) is not null and split_part(o.name, '/', 3) <> ''
+              and not private.is_output(o.name)
+            when 'inputs' then not exists (
+              select from public.entitlements as e cross join private.settings as s
+              where e.user_id = private.path_id(o.name, 1) and (
+                coalesce(o.changed_at >= now() - s.keep_inputs, true)
+                or exists (select from private.live_jobs as j where j.user_id = e.user_id)
+              )
+            )
+          end
+      )
+    into place, v_files
     from (
-      select * from storage.objects
+      select bucket_id, name, coalesce(updated_at, created_at) as changed_at from storage.objects
       where name ~>~ p_place order by name using ~<~ fetch first p_at_most rows with ties
     ) as o;
   end if;
-  done := private.skip_failing('select private.mark_files($1)', coalesce(v_files, '{}'::text[]));
+  done := private.skip_failing('select private.mark_files($1)', v_files);
 end;
 $$;

@@ -1,10 +1,102 @@
 -- Health: what moves, held against alert_rules (17). An alert is a row there, and a line here that
 -- says what is measured for it: raised while that is above the threshold. Nothing is remembered.
 --
--- Everything it reads is as small as the work in hand or the last fifteen minutes, never as long as
--- history: a monitor may call it every few seconds. It names sessions by pid and application, and
--- never shows a query, a prompt or an input; a monitor is told no ids and nobody's words, which may
--- repeat a prompt in any spelling.
+-- Each fact stands once, in a view, which is also what an operator reads who looks closer: as the
+-- owner (psql, the SQL editor), for nobody is granted anything, and security_invoker keeps row
+-- level security in force should somebody ever be. What more there is to ask is in 97.
+--
+-- Everything health reads is as small as the work in hand or the last fifteen minutes, never as
+-- long as history: a monitor may call it every few seconds. It names sessions by pid and
+-- application, and never shows a query, a prompt or an input; a monitor is told no ids and nobody's
+-- words, which may repeat a prompt in any spelling.
+
+-- The first id that uuid_v7 could have made at this time.
+create function private.first_id_of(p_time timestamptz) returns uuid
+language sql immutable set search_path = pg_catalog, pg_temp as $$
+  select rpad(lpad(to_hex((extract(epoch from p_time) * 1000)::bigint), 12, '0'), 32, '0')::uuid
+$$;
+
+create view private.paused_now with (security_invoker = true) as
+select
+  case when b.name like '%/%' then 'model' else 'provider' end as kind,
+  b.name, b.paused_until, b.pause_reason, b.times_opened,
+  cardinality(b.failed_users) as failed_users
+from private.breakers as b
+where b.paused_until > now();
+
+comment on view private.paused_now is
+  'Which models and providers are paused, until when, and why? times_opened 0: by an operator. '
+  'failed_users: only so many users wait, others are tried; 0: everybody waits.';
+
+-- The queue is passed once: a job costs no more than to be counted.
+create view private.queue_by_model with (security_invoker = true) as
+select
+  n.model_id, m.provider,
+  coalesce(case when not p.is_paused then q.waiting - q.delayed end, 0) as ready,
+  coalesce(case when not p.is_paused then q.delayed end, 0) as delayed,
+  coalesce(case when p.is_paused then q.waiting end, 0) as paused,
+  coalesce(r.running, 0) as running,
+  case when not p.is_paused and q.waiting > q.delayed then extract(epoch from now() - q.ready_since)
+  end as oldest_ready_seconds
+from (
+  select
+    j.model_id, count(*) as waiting, count(*) filter (where j.run_at > now()) as delayed,
+    min(coalesce(j.run_at, j.queued_at)) as ready_since
+  from private.ready_jobs as j group by j.model_id
+) as q
+full outer join (
+  select j.model_id, count(*) as running from private.running_jobs as j group by j.model_id
+) as r on q.model_id = r.model_id
+cross join lateral (select coalesce(q.model_id, r.model_id) as model_id) as n
+left join public.models as m on n.model_id = m.id
+cross join lateral (
+  select count(*) > 0 as is_paused
+  from private.paused_now as x where x.name in (n.model_id, m.provider)
+) as p
+order by n.model_id;
+
+comment on view private.queue_by_model is
+  'How many jobs of each model wait or run? ready (may be claimed now), delayed (a retry that is '
+  'put off), paused, running; oldest_ready_seconds: since the first of the ready may be claimed.';
+
+create view private.running_now with (security_invoker = true) as
+select
+  r.job_id, r.user_id, r.model_id, r.worker_id, w.host, now() - r.claimed_at as running, r.stage,
+  r.progress, r.attempt, r.provider_job_id, r.cancel_requested, r.lease_until - now() as lease_left,
+  r.deadline_at - now() as deadline_left,
+  greatest(now() - least(r.lease_until, r.deadline_at), '0') as stuck_for
+from private.running_jobs as r
+left join private.workers as w on r.worker_id = w.id
+order by r.claimed_at;
+
+comment on view private.running_now is
+  'What runs now, where, for how long, and how far is it? stuck_for: its lease or its deadline has '
+  'passed so long ago, and nobody has taken it back.';
+
+create view private.worker_activity with (security_invoker = true) as
+select
+  w.id as worker_id, w.host, w.version, a.is_alive, w.asleep, w.is_listening, w.slots,
+  coalesce(r.jobs, 0) as slots_used,
+  case
+    when not a.is_alive then 'silent'
+    when r.jobs > 0 then 'busy'
+    when w.asleep then 'asleep'
+    else 'idle'
+  end as state,
+  round(extract(epoch from now() - w.seen_at), 1) as seen_seconds,
+  round(extract(epoch from now() - w.started_at)) as up_seconds
+from private.workers as w
+cross join lateral (
+  select w.seen_at > now() - s.lease as is_alive from private.settings as s
+) as a
+left join (
+  select j.worker_id, count(*) as jobs from private.running_jobs as j group by j.worker_id
+) as r on w.id = r.worker_id
+order by a.is_alive, w.id;
+
+comment on view private.worker_activity is
+  'Which worker lives, and what does it do? First those that went silent without stopping, for as '
+  'long as a lease. is_listening false: it finds jobs by polling only.';
 
 create view private.vacuum_holders with (security_invoker = true) as
 select
@@ -33,47 +125,33 @@ comment on view private.vacuum_holders is
   'Who holds back vacuum? While one of these is old, no dead row can be cleaned up, and the tables '
   'of the queue grow. Sessions of other roles show only to members of pg_read_all_stats.';
 
--- Whether who asks is more than a monitor: may pause what it would read about.
-create function private.is_operator() returns boolean
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select has_function_privilege(
-    coalesce(nullif(current_setting('role', true), 'none'), session_user),
-    'public.pause_model(text, timestamptz, text)', 'execute'
-  )
-$$;
-
 -- Counts by minute. The error rate is that of attempts: while jobs are retried for an hour, none
 -- has failed, and still nothing works. Burned is what the provider may bill and its user canceled.
 --
--- Read by time alone: see errors_of (83).
+-- Read by time alone: the planner may think a scan of all history as good. And not compiled, which
+-- would take longer than running it.
 create function private.rates_health() returns jsonb
 language sql stable set search_path = pg_catalog, pg_temp set enable_seqscan = off set jit = off
 as $$
-  with counted as (
+  with moved as (
     select
-      kind.what, coalesce(m.jobs, 0) as jobs, coalesce(m.new_jobs, 0) as new_jobs,
-      coalesce(sum(m.jobs) filter (where kind.what <> 'enqueued') over (), 0) as attempts
-    from unnest('{enqueued,completed,failed,retried}'::text[]) as kind (what)
-    left join (
-      select
-        a.outcome::text as what, count(*) as jobs,
-        count(*) filter (where a.ended_at > now() - interval '1 minute') as new_jobs
-      from private.attempts as a
-      where a.ended_at > now() - interval '15 minutes' group by a.outcome
-      union all
-      select
-        'enqueued', count(*), count(*) filter (where g.created_at > now() - interval '1 minute')
-      from public.generations as g
-      where g.id >= private.first_id_of(now() - interval '15 minutes')
-        and g.created_at > now() - interval '15 minutes'
-    ) as m on m.what = kind.what
+      a.outcome::text as what, count(*) as jobs,
+      count(*) filter (where a.ended_at > now() - interval '1 minute') as new_jobs
+    from private.attempts as a
+    where a.ended_at > now() - interval '15 minutes' group by a.outcome
+    union all
+    select 'enqueued', count(*), count(*) filter (where g.created_at > now() - interval '1 minute')
+    from public.generations as g
+    where g.id >= private.first_id_of(now() - interval '15 minutes')
+      and g.created_at > now() - interval '15 minutes'
   )
   select jsonb_build_object(
-    'last_minute', jsonb_object_agg(c.what, c.new_jobs),
-    'per_minute_of_15', jsonb_object_agg(c.what, round(c.jobs / 15.0, 2)),
-    'attempts_of_15_minutes', max(c.attempts),
+    'last_minute', jsonb_object_agg(m.what, m.new_jobs),
+    'per_minute_of_15', jsonb_object_agg(m.what, round(m.jobs / 15.0, 2)),
+    'attempts_of_15_minutes', coalesce(sum(m.jobs) filter (where m.what <> 'enqueued'), 0),
     'error_rate', round(
-      sum(c.jobs) filter (where c.what in ('failed', 'retried')) / nullif(max(c.attempts), 0), 4
+      sum(m.jobs) filter (where m.what in ('failed', 'retried'))
+      / nullif(sum(m.jobs) filter (where m.what <> 'enqueued'), 0), 4
     )
   ) || (
     -- No join, which might be made by reading all generations.
@@ -86,14 +164,98 @@ as $$
     where a.ended_at > now() - interval '15 minutes' and a.outcome = 'canceled'
       and a.error_code is null and a.cost_usd is distinct from 0
   )
-  from counted as c
+  from (
+    select k.what, coalesce(c.jobs, 0) as jobs, coalesce(c.new_jobs, 0) as new_jobs
+    from unnest('{enqueued,completed,failed,retried}'::text[]) as k (what)
+    left join moved as c on c.what = k.what
+  ) as m
 $$;
 
--- What queue_health answers but for status and alerts, given the queue by model, which is dear to
--- count.
-create function private.measure(p_models jsonb) returns jsonb
+-- Every rule with what is measured, and whether its alert is raised: if that is above the
+-- threshold, and rests on enough cases.
+create function private.alert_states(h jsonb) returns table (
+  alert text, severity text, is_raised boolean, value numeric, threshold numeric, detail text,
+  hint text
+)
 language sql stable set search_path = pg_catalog, pg_temp as $$
-  select jsonb_build_object(
+  select
+    rule.alert, rule.severity,
+    coalesce(m.value::numeric > rule.threshold and (m.cases >= rule.min_cases) is not false, false),
+    m.value::numeric, rule.threshold, m.detail, rule.hint
+  from private.alert_rules as rule
+  cross join jsonb_to_record(h) as x (
+    depth jsonb, running jsonb, rates jsonb, workers jsonb, routines jsonb, paused jsonb,
+    vacuum jsonb, outbox jsonb, books jsonb, skipped jsonb
+  )
+  cross join lateral (
+    select (x.workers ->> 'alive')::integer as alive, (x.workers ->> 'listening')::integer as listen
+  ) as w
+  left join lateral (
+    select s.* from jsonb_each(x.routines) as s
+    order by (s.value ->> 'runs_missed')::numeric desc nulls last limit 1
+  ) as r on true
+  left join lateral (values
+    ('depth', x.depth ->> 'ready', null::bigint, (x.depth ->> 'ready') || ' jobs are ready'),
+    ('oldest_age', x.depth ->> 'oldest_ready_seconds', null,
+      format('a job has waited for %s s', round((x.depth ->> 'oldest_ready_seconds')::numeric))),
+    ('error_rate', x.rates ->> 'error_rate', (x.rates ->> 'attempts_of_15_minutes')::bigint,
+      format('of %s attempts in 15 minutes, %s %% ended in an error',
+        x.rates ->> 'attempts_of_15_minutes', round(100 * (x.rates ->> 'error_rate')::numeric))),
+    ('burned', x.rates ->> 'burned_of_15_minutes', null,
+      format('%s running jobs canceled in 15 minutes, by %s users: the provider may bill them',
+        x.rates ->> 'burned_of_15_minutes', x.rates ->> 'burned_by_users')),
+    ('stuck', x.running ->> 'stale_seconds', null,
+      format('%s running jobs are past lease or deadline, one for %s s',
+        x.running ->> 'stale', round((x.running ->> 'stale_seconds')::numeric))),
+    ('no_worker', case when w.alive = 0 then x.depth ->> 'ready' end, null,
+      (x.depth ->> 'ready') || ' jobs are ready and no worker is alive'),
+    ('not_listening', (w.alive - w.listen)::text, null,
+      format('%s of %s workers', w.alive - w.listen, w.alive)),
+    ('cron_silent', r.value ->> 'runs_missed', null,
+      concat(r.key, ' last ran at ', r.value ->> 'last_run_at')),
+    ('paused', jsonb_array_length(x.paused)::text, null, (
+      select string_agg(concat(
+        p.kind, ' ', p.name, ' until ' || p.paused_until, ': ' || p.pause_reason
+      ), '; ' order by p.name)
+      from jsonb_to_recordset(x.paused)
+        as p (kind text, name text, paused_until text, pause_reason text)
+    )),
+    ('vacuum_held_back', x.vacuum ->> 'oldest_transactions', null, (
+      select concat_ws(
+        ' ', v.kind, v.pid, quote_ident(v.name), v.state,
+        'since ' || date_trunc('second', v.since), format('(%s transactions)', v.age_transactions)
+      )
+      from private.vacuum_holders as v order by v.age_transactions desc nulls last limit 1
+    )),
+    ('dead_deliveries', x.outbox ->> 'dead', null,
+      (x.outbox ->> 'dead') || ' deliveries to webhooks were given up'),
+    ('skipped_rows', x.skipped ->> 'rows', null,
+      format('%s rows since %s: %s', x.skipped ->> 'rows', x.skipped ->> 'since', (
+        select string_agg(concat(s.key, ' ', s.value), ', ' order by s.key)
+        from jsonb_each_text(x.skipped -> 'steps') as s
+      ))),
+    ('books', ((x.books ->> 'recent_problems')::integer
+      + coalesce((x.books ->> 'problems')::integer, 0))::text, null,
+      format('%s problems among what moved last, %s at the check of %s',
+        x.books ->> 'recent_problems', coalesce(x.books ->> 'problems', 'none'),
+        coalesce(x.books ->> 'checked_at', 'never')))
+  ) as m (alert, value, cases, detail) on m.alert = rule.alert
+$$;
+
+-- All of it, given the queue by model, which is dear to count: status and alerts, the worst first,
+-- then what was measured.
+create function private.health_of(p_models jsonb) returns json
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+  -- More than a monitor: who asks may pause what the reasons are about.
+  v_is_operator boolean := has_function_privilege(
+    coalesce(nullif(current_setting('role', true), 'none'), session_user),
+    'public.pause_model(text, timestamptz, text)', 'execute'
+  );
+  v_health jsonb;
+  v_alerts jsonb;
+begin
+  v_health := jsonb_build_object(
     'depth', (
       select jsonb_build_object(
         'ready', coalesce(sum(m.ready), 0), 'delayed', coalesce(sum(m.delayed), 0),
@@ -103,11 +265,10 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
     ),
     'running', (
       select jsonb_build_object(
-        'jobs', count(*), 'stale', count(*) filter (where l.lasts < '0'),
-        'stale_seconds', extract(epoch from max(-l.lasts) filter (where l.lasts < '0'))
+        'jobs', count(*), 'stale', count(*) filter (where r.stuck_for > '0'),
+        'stale_seconds', extract(epoch from max(r.stuck_for) filter (where r.stuck_for > '0'))
       )
       from private.running_now as r
-      cross join lateral (select least(r.lease_left, r.deadline_left) as lasts) as l
     ),
     'rates', private.rates_health(),
     'workers', (
@@ -128,7 +289,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
     ),
     'paused', (
       select coalesce(jsonb_agg(to_jsonb(p) ||
-        case when private.is_operator() then '{}' else '{"pause_reason": null}'::jsonb end
+        case when v_is_operator then '{}' else '{"pause_reason": null}'::jsonb end
       ), '[]')
       from private.paused_now as p
     ),
@@ -145,7 +306,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
         'recent_problems', (select count(*) from private.recent_broken_books()),
         'checked_at', max(r.last_run_at), 'problems', (max(r.result ->> 'problems'))::integer,
         'examples', coalesce(
-          jsonb_agg(r.result -> 'examples') filter (where private.is_operator()) -> 0, '[]'
+          jsonb_agg(r.result -> 'examples') filter (where v_is_operator) -> 0, '[]'
         )
       )
       from private.routines as r where r.name = 'check_books' and r.result is not null
@@ -172,99 +333,11 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
         having count(*) > 0
       ) as s
     )
-  )
-$$;
-
--- Every rule with what is measured, and whether its alert is raised: if that is above the
--- threshold, and rests on enough cases.
-create function private.alert_states(h jsonb) returns table (
-  alert text, severity text, is_raised boolean, value numeric, threshold numeric, detail text,
-  hint text
-)
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select
-    rule.alert, rule.severity,
-    coalesce(m.value::numeric > rule.threshold and (m.cases >= rule.min_cases) is not false, false),
-    m.value::numeric, rule.threshold, m.detail, rule.hint
-  from private.alert_rules as rule
-  cross join (
-    select
-      h -> 'depth' as depth, h -> 'running' as running, h -> 'rates' as rates,
-      h -> 'books' as books, h #>> '{depth,ready}' as ready,
-      (h #>> '{workers,alive}')::integer as alive,
-      (h #>> '{workers,alive}')::integer - (h #>> '{workers,listening}')::integer as deaf
-  ) as x
-  left join lateral (values
-    ('depth', x.ready, null::bigint, x.ready || ' jobs are ready'),
-    ('oldest_age', x.depth ->> 'oldest_ready_seconds', null,
-      format('a job has waited for %s s', round((x.depth ->> 'oldest_ready_seconds')::numeric))),
-    ('error_rate', x.rates ->> 'error_rate', (x.rates ->> 'attempts_of_15_minutes')::bigint,
-      format('of %s attempts in 15 minutes, %s %% ended in an error',
-        x.rates ->> 'attempts_of_15_minutes', round(100 * (x.rates ->> 'error_rate')::numeric))),
-    ('burned', x.rates ->> 'burned_of_15_minutes', null,
-      format('%s running jobs canceled in 15 minutes, by %s users: the provider may bill them',
-        x.rates ->> 'burned_of_15_minutes', x.rates ->> 'burned_by_users')),
-    ('stuck', x.running ->> 'stale_seconds', null,
-      format('%s running jobs are past lease or deadline, one for %s s',
-        x.running ->> 'stale', round((x.running ->> 'stale_seconds')::numeric))),
-    ('no_worker', case when x.alive = 0 then x.ready end, null,
-      x.ready || ' jobs are ready and no worker is alive'),
-    ('not_listening', x.deaf::text, null, format('%s of %s workers', x.deaf, x.alive)),
-    ('cron_silent', (
-      select max((r.value ->> 'runs_missed')::numeric)::text from jsonb_each(h -> 'routines') as r
-    ), null, (
-      select string_agg(
-        concat(r.key, ' last ran at ', r.value ->> 'last_run_at'), '; '
-        order by (r.value ->> 'runs_missed')::numeric desc
-      )
-      from jsonb_each(h -> 'routines') as r where r.value ->> 'runs_missed' > '0'
-    )),
-    ('paused', jsonb_array_length(h -> 'paused')::text, null, (
-      select string_agg(concat(
-        p.kind, ' ', p.name, ' until ' || p.paused_until, ': ' || p.pause_reason
-      ), '; ' order by p.name)
-      from jsonb_to_recordset(h -> 'paused')
-        as p (kind text, name text, paused_until text, pause_reason text)
-    )),
-    ('vacuum_held_back', h #>> '{vacuum,oldest_transactions}', null, (
-      select string_agg(
-        concat_ws(
-          ' ', v.kind, v.pid, quote_ident(v.name), v.state,
-          'since ' || date_trunc('second', v.since), format('(%s transactions)', v.age_transactions)
-        ), '; ' order by v.age_transactions desc
-      )
-      from (
-        select * from private.vacuum_holders as a where a.age_transactions > rule.threshold
-        order by a.age_transactions desc limit 5
-      ) as v
-    )),
-    ('dead_deliveries', h #>> '{outbox,dead}', null,
-      (h #>> '{outbox,dead}') || ' deliveries to webhooks were given up'),
-    ('skipped_rows', h #>> '{skipped,rows}', null,
-      format('%s rows since %s: %s', h #>> '{skipped,rows}', h #>> '{skipped,since}', (
-        select string_agg(concat(s.key, ' ', s.value), ', ' order by s.key)
-        from jsonb_each_text(h #> '{skipped,steps}') as s
-      ))),
-    ('books', ((x.books ->> 'recent_problems')::integer
-      + coalesce((x.books ->> 'problems')::integer, 0))::text, null,
-      format('%s problems among what moved last, %s at the check of %s',
-        x.books ->> 'recent_problems', coalesce(x.books ->> 'problems', 'none'),
-        coalesce(x.books ->> 'checked_at', 'never')))
-  ) as m (alert, value, cases, detail) on m.alert = rule.alert
-$$;
-
--- What is measured, under its alerts, the worst first.
-create function private.health_of(p_models jsonb) returns json
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_health jsonb := private.measure(p_models);
-  v_alerts jsonb := (
-    select coalesce(jsonb_agg(jsonb_build_object(
-      'alert', s.alert, 'severity', s.severity, 'detail', s.detail, 'hint', s.hint
-    ) order by s.severity, s.alert), '[]')
-    from private.alert_states(v_health) as s where s.is_raised
   );
-begin
+  select coalesce(jsonb_agg(jsonb_build_object(
+    'alert', s.alert, 'severity', s.severity, 'detail', s.detail, 'hint', s.hint
+  ) order by s.severity, s.alert), '[]') into v_alerts
+  from private.alert_states(v_health) as s where s.is_raised;
   return (
     select json_object_agg(p.key, p.value order by p.key <> 'status', p.key <> 'alerts')
     from jsonb_each(v_health || jsonb_build_object(

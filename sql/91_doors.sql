@@ -1,6 +1,6 @@
 -- The API: each function is a door to the definer of the same name in schema private, so that
 -- nothing that users call in the exposed schema runs with more rights than theirs. Doors have no
--- code. What only operators ask, how the queue is, stands where it is made (88, 89).
+-- code. What only operators call stands where its noun is.
 --
 -- What is called most is plpgsql, whose plans last for a session.
 

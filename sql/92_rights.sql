@@ -9,9 +9,8 @@ revoke all on function
 public.cancel_batch, public.cancel_generation, public.delete_generation, public.enqueue_batch,
 public.enqueue_generation, public.get_batch_status, public.get_entitlement, public.get_job_status,
 public.grant_credits, public.list_active_jobs, public.list_generations, public.list_models,
-public.pause_model, public.ping, public.queue_health, public.queue_history, public.queue_report,
-public.redrive_failed, public.restore_generation, public.resume_model, public.retry_generation,
-public.set_paid
+public.pause_model, public.ping, public.queue_health, public.redrive_failed,
+public.restore_generation, public.resume_model, public.retry_generation, public.set_paid
 from public, anon, authenticated, service_role;
 
 -- Everybody, signed in or not.
@@ -35,8 +34,8 @@ to authenticated;
 grant execute on function
 private.grant_credits, private.list_models, private.pause_model, private.redrive_failed,
 private.resume_model, private.set_paid, public.grant_credits, public.list_models,
-public.pause_model, public.ping, public.queue_health, public.queue_history, public.queue_report,
-public.redrive_failed, public.resume_model, public.set_paid
+public.pause_model, public.ping, public.queue_health, public.redrive_failed,
+public.resume_model, public.set_paid
 to service_role;
 
 -- Workers.
@@ -50,7 +49,4 @@ private.sleep, private.unregister_worker
 to darkroom_worker;
 
 -- Who looks on.
-grant execute on function
-private.report_alerts, private.report_errors, private.report_models, private.report_workers,
-public.queue_health, public.queue_history, public.queue_report
-to darkroom_monitor;
+grant execute on function public.queue_health to darkroom_monitor;

@@ -198,11 +198,6 @@ begin
 end;
 $$;
 
-create or replace function private.likes_of(p_generation_id uuid) returns bigint
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select count(*) from public.image_likes as l where l.generation_id = p_generation_id
-$$;
-
 -- Favorites and tags.
 
 -- Locks: the generation.
@@ -426,9 +421,18 @@ comment on function public.list_public_images is
 -- fill in: what it enqueues is a finished prompt, and only then are model and params checked.
 
 -- One template as the API shows it, with the placeholders in the order of their names.
+--
+-- Raises PT404 not_found, also for templates of others and of the app: the change that is to show
+-- it met none.
 create function private.template_json(p_template public.prompt_templates) returns json
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select json_build_object(
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+begin
+  if p_template.id is null then
+    perform private.refuse_missing(
+      'id: no such template of yours', 'list_prompt_templates() names them.'
+    );
+  end if;
+  return json_build_object(
     'id', p_template.id, 'is_own', p_template.user_id is not null,
     'title', p_template.title, 'prompt', p_template.prompt,
     'placeholders', array(
@@ -437,7 +441,8 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
     ),
     'model', p_template.model_id, 'params', p_template.params,
     'created_at', p_template.created_at
-  )
+  );
+end;
 $$;
 
 create function private.save_prompt_template(
@@ -460,9 +465,6 @@ begin
     set title = p_title, prompt = p_prompt, model_id = p_model, params = v_params
     where id = p_id and user_id = v_user_id
     returning * into v_template;
-    if not found then
-      perform private.refuse_unknown_template();
-    end if;
   elsif (select count(*) >= 100 from public.prompt_templates where user_id = v_user_id) then
     -- Not exact for one who saves many in the same moment; what matters is that there is an end.
     perform private.refuse_input('title: you have 100 templates', 'Delete one first.');
@@ -475,26 +477,15 @@ begin
 end;
 $$;
 
--- Raises PT404 not_found, also for templates of others and of the app.
-create function private.refuse_unknown_template() returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-begin
-  perform private.refuse_missing(
-    'id: no such template of yours', 'list_prompt_templates() names them.'
-  );
-end;
-$$;
-
 create function private.delete_prompt_template(p_id uuid) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_user_id uuid := private.require_known_user_id(p_writes => true);
+  v_template public.prompt_templates;
 begin
-  delete from public.prompt_templates where id = p_id and user_id = v_user_id;
-  if not found then
-    perform private.refuse_unknown_template();
-  end if;
-  return json_build_object('id', p_id);
+  delete from public.prompt_templates where id = p_id and user_id = v_user_id
+  returning * into v_template;
+  return json_build_object('id', private.template_json(v_template) -> 'id');
 end;
 $$;
 
@@ -546,8 +537,8 @@ revoke all on function
 private.count_likes, private.delete_prompt_template, private.end_shares,
 private.erase_gallery_of_generation, private.erase_gallery_of_user, private.like_image,
 private.list_prompt_templates, private.list_public_images, private.refuse_unknown_image,
-private.refuse_unknown_template, private.save_prompt_template, private.set_favorite,
-private.set_tags, private.share_image, private.template_json,
+private.save_prompt_template, private.set_favorite, private.set_tags, private.share_image,
+private.template_json,
 public.delete_prompt_template, public.like_image, public.list_prompt_templates,
 public.list_public_images, public.save_prompt_template, public.set_favorite, public.set_tags,
 public.share_image

@@ -1,8 +1,7 @@
 """Fixtures: one cluster for the session, a fresh database for each test, and the actors.
 
-Nothing starts before a test asks for it. `db` is a clone of a template that Supabase Lite has never
-served a request from, so its grants are exactly ours: with the first request after each start Lite
-grants everything to the API roles. `stack` is the whole stack over HTTP, in the same cluster.
+`db` is a clone of a template that Supabase Lite has never served a request from, so its grants are
+exactly ours: with the first request after each start Lite grants everything to the API roles.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ MEMORY_BYTES = 2 * 1024**3
 
 
 def pytest_configure() -> None:
-    """Refuse to start where the stack that was asked for cannot be had."""
     stack_choice.refuse_unusable(os.environ)
 
 
@@ -98,7 +96,6 @@ def supabase_db(server: Server, supabase_template: str) -> Iterator[Database]:
 
 @pytest.fixture
 def db(server: Server, template: str) -> Iterator[Database]:
-    """A database of the test's own with Darkroom in it."""
     database = server.create(template)
     yield database
     server.drop(database)
@@ -106,35 +103,29 @@ def db(server: Server, template: str) -> Iterator[Database]:
 
 @pytest.fixture
 def alice(db: Database) -> User:
-    """A user on the free plan with the welcome credits."""
     return User(db)
 
 
 @pytest.fixture
 def bob(db: Database) -> User:
-    """Another one."""
     return User(db)
 
 
 @pytest.fixture
 def anon(db: Database) -> Anon:
-    """Somebody who has not signed in."""
     return Anon(db)
 
 
 @pytest.fixture
 def service(db: Database) -> Service:
-    """The operator's backend."""
     return Service(db)
 
 
 @pytest.fixture
 def monitor(db: Database) -> Monitor:
-    """Who only looks on."""
     return Monitor(db)
 
 
 @pytest.fixture
 def worker(db: Database) -> Worker:
-    """A worker."""
     return Worker(db)

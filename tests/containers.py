@@ -7,33 +7,18 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from docker.errors import DockerException
 from stack_choice import ALIAS
 from testcontainers.community.postgres import PostgresContainer
 from testcontainers.core.container import DockerContainer
 from testcontainers.core.network import Network
 from testcontainers.core.wait_strategies import HttpWaitStrategy
 
-from processes import StackError
 from stack import Cluster, Stack
 
-OPTIONS = {
-    "shared_preload_libraries": "pg_cron",
-    "cron.database_name": "postgres",
-    "cron.use_background_workers": "on",
-    "max_connections": "200",
-    "fsync": "off",
-    "full_page_writes": "off",
-}
-
-
-@contextlib.contextmanager
-def named(variable: str, image: str) -> Iterator[None]:
-    """Say which variable chose an image that cannot be had."""
-    try:
-        yield
-    except DockerException as error:
-        raise StackError(f"{variable}: {image}: {error}") from None
+OPTIONS = (
+    "-c shared_preload_libraries=pg_cron -c cron.database_name=postgres"
+    " -c cron.use_background_workers=on -c max_connections=200 -c fsync=off -c full_page_writes=off"
+)
 
 
 class ContainerCluster(Cluster):
@@ -46,7 +31,6 @@ class ContainerCluster(Cluster):
         """Start it, and wait for the first answer."""
         # No reaper, which would be one more image: `stop` is called in any case.
         os.environ.setdefault("TESTCONTAINERS_RYUK_DISABLED", "true")
-        options = " ".join(f"-c {name}={value}" for name, value in OPTIONS.items())
         image = os.environ.get("POSTGRES_IMAGE") or "darkroom-postgres:15"
         self.network = Network().create()
         self.container = (
@@ -57,12 +41,11 @@ class ContainerCluster(Cluster):
                 dbname="postgres",
                 driver=None,
             )
-            .with_command(options)
+            .with_command(OPTIONS)
             .with_network(self.network)
             .with_network_aliases(ALIAS)
         )
-        with named("POSTGRES_IMAGE", image):
-            self.container.start()
+        self.container.start()
 
     def address(self) -> str:
         """Return host and port, as this machine reaches them."""
@@ -107,8 +90,7 @@ def postgrest(image: str, stack: Stack, environment: Mapping[str, str]) -> Itera
     )
     for name, value in environment.items():
         container.with_env(name, value)
-    with named("POSTGREST_IMAGE", image):
-        container.start()
+    container.start()
     try:
         yield f"http://{container.get_container_host_ip()}:{container.get_exposed_port(port)}"
     finally:

@@ -12,15 +12,9 @@ from typing import Any
 
 import psycopg
 
-EXPLAIN = """
-load 'auto_explain';
-set auto_explain.log_min_duration = 0;
-set auto_explain.log_analyze = on;
-set auto_explain.log_timing = off;
-set auto_explain.log_buffers = on;
-set auto_explain.log_nested_statements = on;
-set auto_explain.log_format = json;
-set client_min_messages = log;
+SETTINGS = """
+log_min_duration=0 log_analyze=on log_timing=off log_buffers=on log_nested_statements=on
+log_format=json
 """
 
 
@@ -37,8 +31,10 @@ def explained(connection: psycopg.Connection[Any]) -> Iterator[list[dict[str, An
 
     (role,) = connection.execute("select current_user").fetchone() or ()
     connection.execute("reset role")
-    for statement in filter(str.strip, EXPLAIN.split(";")):
-        connection.execute(statement)
+    connection.execute("load 'auto_explain'")
+    for setting in SETTINGS.split():
+        connection.execute(f"set auto_explain.{setting}")
+    connection.execute("set client_min_messages = log")
     connection.execute(f"set role {role}")
     connection.add_notice_handler(note)
     yield plans

@@ -24,6 +24,7 @@ from PIL import Image
 
 SECRET = "zebra-4711"  # in each text of the victim's
 DETAIL = "zebra-4712"  # what the provider said: for operators only
+NOBODY = str(uuid.UUID(int=7))
 API_ROLES = ("anon", "authenticated", "service_role")
 
 
@@ -58,13 +59,9 @@ def literal(type: str, value: Any) -> str | None:
     if value is None or (isinstance(value, str) and type != "jsonb"):
         return value
     if type.endswith("[]") and isinstance(value, list):
-        texts = [
-            "null"
-            if each is None
-            else json.dumps(each if isinstance(each, str) else json.dumps(each))
-            for each in value
-        ]
-        return "{" + ",".join(texts) + "}"
+        texts = (each if isinstance(each, str) else json.dumps(each) for each in value)
+        quoted = [text if text == "null" else json.dumps(text) for text in texts]
+        return f"{{{','.join(quoted)}}}"
     return json.dumps(value)
 
 
@@ -105,50 +102,38 @@ class Victim:
         self.template = user.save_prompt_template(SECRET, SECRET)["id"]
         self.webhook = service.register_webhook("https://api.example.com/a")["webhook_id"]
         user.register_push_token(f"ExponentPushToken[{SECRET}]")
-
-    @property
-    def jobs(self) -> list[str]:
-        """Its jobs of every state but queued."""
-        return [self.done, self.failed, self.running]
-
-    @property
-    def ids(self) -> list[str]:
-        """All that a stranger would like to have guessed."""
-        return [*self.jobs, self.batch, self.template, self.webhook, self.id]
+        self.jobs = [self.done, self.failed, self.running]
+        # All that a stranger would like to have guessed.
+        self.ids = [*self.jobs, self.batch, self.template, self.webhook, self.id]
 
     def plausible(self) -> dict[str, list[Any]]:
         """Return values for the arguments of the API, by name (without a private function's p_)."""
-        return {
+        some: dict[str, list[Any]] = {key: [10] for key in ("at_most", "page_size")}
+        some |= {key: [0] for key in ("image_position", "position")}
+        some |= {key: [True, False] for key in ("is_favorite", "is_liked", "is_public")}
+        some |= {key: [False] for key in ("only_favorites", "shows_prompt")}
+        return some | {
             "amount": [1, -1],
-            "at_most": [10],
             "batch_id": [self.batch],
             "before": [None, self.done],
             "bucket_seconds": [86400],
             "code": ["moderated", "internal"],
-            "delivery_id": [str(uuid.UUID(int=7))],
+            "delivery_id": [NOBODY],
             "description": ["mine"],
             "events": [None, ["generation.completed"]],
             "external_id": [str(uuid.uuid4())],  # used once
             "id": [None, self.template],
             "idempotency_key": [None, "key"],
-            "image_position": [0],
-            "is_favorite": [True, False],
-            "is_liked": [True, False],
-            "is_public": [True, False],
             "job_id": self.jobs,
             "job_ids": [[], self.jobs],
             "kind": ["grant", "adjust"],
             "model": [PREVIEW],
-            "only_favorites": [False],
-            "page_size": [20],
             "path": [f"{self.id}/{self.done}/0.png"],
             "paid_until": ["infinity", None],
             "params": [{}, {"width": 64}, {"seed": 1, "reuse": True}],
-            "position": [0],
             "prompt": ["a lighthouse"],
             "prompts": [["a lighthouse"], ["one", "two"]],
             "reason": [None, "too slow"],
-            "shows_prompt": [False],
             "since": ["2026-01-01"],
             "queue_history.since": ["yesterday"],
             "state": [None, "dead"],
@@ -164,51 +149,29 @@ class Victim:
             "window": ["1 hour"],
         }
 
-    def plausible_to_the_worker(self) -> dict[str, list[Any]]:
-        """Return values for the arguments of the worker's functions, by name without p_."""
+    def plausible_to_the_worker(self, name: str, type: str) -> Any:
+        """Return a value for an argument of the worker's functions, by name without p_, or type."""
         path = f"{self.id}/{self.running}/0.png"
         image = {"position": 0, "storage_path": path, "content_type": "image/png", "bytes": 1000}
-        values = {
-            "at_most": 10,
-            "buckets": ["generations"],
-            "candidates": ["prediction"],
+        by_name = {
             "codes": ["internal"],
-            "delivery_id": str(uuid.UUID(int=7)),
-            "delivery_ids": [str(uuid.UUID(int=7))],
-            "errors": [None],
-            "details": ["detail"],
-            "error": None,
-            "host": "host",
             "images": [[image]],
-            "inputs": [None],
-            "is_listening": True,
             "job_id": self.running,
             "job_ids": [self.running],
             "lane": "expo",
-            "metrics": [{"provider_seconds": 1}],
-            "cancel_job.metrics": {"provider_seconds": 1},
             "outcome": "delivered",
             "paths": [path],
-            "progress": [50],
             "provider": "replicate",
-            "provider_job_ids": ["prediction"],
-            "reason": "402",
-            "resumes": True,
-            "retry_after_seconds": [1],
-            "finish_delivery.retry_after_seconds": 1,
-            "functions": ["claim_jobs"],
-            "seconds": 1,
-            "slots": 1,
             "stages": ["storing"],
-            "status": 200,
             "token": self.token,
-            "ticket": None,
             "tokens": [self.token],
             "user_id": None,
-            "version": "1",
             "worker_id": self.worker_id,
         }
-        return {name: [value] for name, value in values.items()}
+        metrics = {"provider_seconds": 1}
+        one = {"text": "one", "uuid": NOBODY, "boolean": True, "jsonb": metrics, "bytea": None}
+        default = one.get(type.removesuffix("[]"), 1)
+        return by_name.get(name, [default] if type.endswith("[]") else default)
 
 
 # Values of the right type that no function should do anything strange with.
@@ -240,28 +203,16 @@ HOSTILE: dict[str, list[Any]] = {
     "jsonb": JSON,
     "text": TEXTS,
     "text[]": [
-        *(
-            [],
-            [""],
-            [None],
-            ["a", "a"],
-            ["x"] * 21,
-            ["x"] * 1001,
-            ["x" * 1_000_000],
-            ["a\nb", "%s"],
-        ),
+        *([], [""], [None], ["a", "a"], ["x"] * 21, ["x"] * 1001, ["a\nb", "%s"]),
         *("{{a,b},{c,d}}", "{{{a}}}", "[5:6]={x,y}", ["' or 1=1 --", "\\", '"', "{}", ","]),
     ],
     "timestamp with time zone": [
         *("infinity", "-infinity", "epoch", "294276-12-31", "4714-11-24 BC", "0001-01-01", "now"),
     ],
-    "uuid": [str(uuid.UUID(int=0)), str(uuid.UUID(int=2**128 - 1)), str(uuid.UUID(int=7))],
+    "uuid": [str(uuid.UUID(int=0)), str(uuid.UUID(int=2**128 - 1)), NOBODY],
     "uuid[]": [
-        *([], [None], [str(uuid.UUID(int=7))] * 101, [str(uuid.UUID(int=7))] * 20_000),
-        *(
-            template.replace("x", str(uuid.UUID(int=7)))
-            for template in ("{{x}}", "{{x},{x}}", "[5:5]={x}")
-        ),
+        *([], [None], [NOBODY] * 101, [NOBODY] * 20_000),
+        *(f"{{{{{NOBODY}}}}}", f"{{{{{NOBODY}}},{{{NOBODY}}}}}", f"[5:5]={{{NOBODY}}}"),
     ],
 }
 # What weighs little and may come to much: written out, counted, matched or walked through.
@@ -284,24 +235,10 @@ HEAVY = {
         *("https://" + "a." * 120_000, "ExponentPushToken[" + "a" * 250_000),
     ],
     "text[]": [f"{{{','.join(['a'] * 100_000)}}}", f"{{{'x' * 250_000}}}", f"{{{' ' * 250_000}}}"],
-    "uuid[]": [f"{{{','.join([str(uuid.UUID(int=7))] * 10_000)}}}"],
+    "uuid[]": [f"{{{','.join([NOBODY] * 10_000)}}}"],
 }
 # Over HTTP an argument may also be of another type.
-MISFITS = [
-    0,
-    1.5,
-    True,
-    [],
-    {},
-    [1],
-    {"a": [1]},
-    "nope",
-    "a\0b",
-    "\ud800",
-    2**31,
-    10**400,
-    -(2**63),
-]
+MISFITS = [0, 1.5, 10**400, -(2**63), True, [], {}, [1], {"a": [1]}, "nope", "a\0b", "\ud800"]
 
 
 def one_by_one(function: Function, victim: Victim) -> Iterator[dict[str, Any]]:

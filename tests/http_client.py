@@ -26,37 +26,31 @@ class Endpoints:
 
 
 class Client:
-    """Somebody with this token, or with none."""
-
     def __init__(self, endpoints: Endpoints, token: str | None = None) -> None:
         self.endpoints = endpoints
         self.token = token
 
     def with_token(self, token: str) -> Client:
-        """Return a client of the same stack that shows another token."""
         return Client(self.endpoints, token)
 
     def rpc(self, function: str, method: str = "POST", **arguments: Any) -> httpx.Response:
-        """Call a function with named arguments, in the body or (GET, HEAD) in the address."""
         where = "json" if method == "POST" else "params"
         return self.rest(method, f"rpc/{function}", **{where: arguments})
 
     def rest(self, method: str, path: str, **request: Any) -> httpx.Response:
-        """Send a request to PostgREST, or to what stands for it."""
         return self._send(method, f"{self.endpoints.rest}/{path}", **request)
 
+    # Paths of files begin with their bucket.
+
     def storage(self, method: str, path: str, **request: Any) -> httpx.Response:
-        """Send a request to Storage."""
         return self._send(method, f"{self.endpoints.storage}/{path}", **request)
 
     def download(self, path: str) -> httpx.Response:
-        """Read a file; `path` begins with its bucket."""
         return self.storage("GET", f"object/{path}")
 
     def upload(
         self, path: str, content: bytes, content_type: str = "image/png", *, upsert: bool = False
     ) -> httpx.Response:
-        """Write a file; `path` begins with its bucket."""
         headers = {"Content-Type": content_type, "x-upsert": str(upsert).lower()}
         return self.storage("POST", f"object/{path}", content=content, headers=headers)
 
@@ -82,23 +76,18 @@ class SignedUp(Client):
     def enqueue(
         self, prompt: str = "a lighthouse at dusk", model: str = PREVIEW, **rest: Any
     ) -> httpx.Response:
-        """Call enqueue_generation."""
         return self.rpc("enqueue_generation", model=model, prompt=prompt, **rest)
 
     def enqueued(self, *arguments: Any, **rest: Any) -> str:
-        """Have a job queued; return its id."""
         return str(answer(self.enqueue(*arguments, **rest))["job_id"])
 
     def get_job_status(self, job_id: str, method: str = "POST") -> httpx.Response:
-        """Call get_job_status."""
         return self.rpc("get_job_status", method, job_id=job_id)
 
     def credits(self) -> int:
-        """Return the balance."""
         return int(answer(self.rpc("get_entitlement"))["credits"])
 
     def ledger(self) -> list[tuple[str, int]]:
-        """Return kind and amount of each entry, oldest first."""
         entries = answer(self.rest("GET", "credit_ledger?select=kind,amount&order=id"))
         return [(entry["kind"], entry["amount"]) for entry in entries]
 
@@ -115,7 +104,6 @@ class Refusal:
 
 
 def answer(response: httpx.Response) -> Any:
-    """Return what a call answered; it must have succeeded."""
     assert response.status_code == 200, f"{response.status_code} {response.text}"
     return response.json()
 

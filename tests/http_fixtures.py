@@ -1,9 +1,8 @@
 """Fixtures of the HTTP tests: `pytest_plugins = ["http_fixtures"]`.
 
-Functions and tables are reached through PostgREST (stack_choice.py says which), and in modules that
-say `through_both_gateways` also through Supabase Lite, the local gateway. Where there is no
-PostgREST for this machine those are skipped, and all others go through Lite. Sign-up and Storage
-are Lite's in any case, and so is the secret.
+Functions and tables are reached through PostgREST (stack_choice.py says which), and with
+`through_both_gateways` also through Supabase Lite, the local gateway; where there is no PostgREST
+for this machine, through Lite alone. Sign-up and Storage are Lite's in any case.
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ import importlib
 import secrets
 import shutil
 import signal
-import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -38,7 +36,6 @@ GATEWAYS = [
     LITE,
 ]
 through_both_gateways = pytest.mark.parametrize("rpc_url", GATEWAYS, indirect=True, scope="session")
-MEASURED = pytest.StashKey[dict[str, list[float]]]()
 
 # Supabase's own definition. Lite's reads only the older setting, which PostgREST no longer makes.
 SUPABASE_UID = """
@@ -53,7 +50,6 @@ $$
 
 @pytest.fixture(scope="session")
 def stack_db(stack: Stack) -> Iterator[Database]:
-    """The database behind the gateway, as its superuser."""
     database = Database(stack.database_url, "postgres")
     yield database
     database.close()
@@ -61,31 +57,29 @@ def stack_db(stack: Stack) -> Iterator[Database]:
 
 @pytest.fixture(scope="session")
 def postgrest_url(stack: Stack, stack_db: Database) -> Iterator[str]:
-    """Where PostgREST is, in front of the stack's database."""
     if image := stack_choice.postgrest_image():
         settings = postgrest_settings(stack, stack_db, f"{stack_choice.ALIAS}:5432", (3000, 3001))
         with importlib.import_module("containers").postgrest(image, stack, settings) as url:
             yield url
     else:
-        with gateway_before(stack_db, stack, POSTGREST) as url:
+        with gateway_before(stack_db, stack) as url:
             yield url
 
 
 @pytest.fixture(scope="session")
 def rpc_url(stack: Stack, request: pytest.FixtureRequest) -> str:
-    """Where functions and tables are: below it, `/rpc/<function>` and `/<table>`."""
     if HAS_POSTGREST and getattr(request, "param", POSTGREST) == POSTGREST:
         return str(request.getfixturevalue("postgrest_url"))
     return f"{stack.api_url}/rest/v1"
 
 
 @contextlib.contextmanager
-def gateway_before(db: Database, stack: Stack, gateway: str = POSTGREST) -> Iterator[str]:
+def gateway_before(db: Database, stack: Stack) -> Iterator[str]:
     """Run a gateway of one's own before a database of the stack's, and yield its address.
 
     It is Lite where there is no program of PostgREST's.
     """
-    if gateway == POSTGREST and (binary := stack_choice.postgrest_binary()):
+    if binary := stack_choice.postgrest_binary():
         process, url = start_postgrest(binary, stack, db)
         try:
             yield url
@@ -115,7 +109,6 @@ def start_postgrest(
     )
     port, admin_port = (environment[f"PGRST_{name}_PORT"] for name in ("SERVER", "ADMIN_SERVER"))
     log = stack.folder / "logs" / f"postgrest-{db.name}.log"
-    environment["PGRST_SERVER_HOST"] = "127.0.0.1"
 
     def is_ready() -> bool:
         try:
@@ -123,7 +116,8 @@ def start_postgrest(
         except httpx.TransportError:
             return False
 
-    process = spawn([binary.resolve()], log=log, cwd=Path("/"), env=environment)
+    own = environment | {"PGRST_SERVER_HOST": "127.0.0.1"}
+    process = spawn([binary.resolve()], log=log, cwd=Path("/"), env=own)
     process.wait_until(is_ready, START_SECONDS, log)
     return process, f"http://127.0.0.1:{port}"
 
@@ -148,7 +142,6 @@ def postgrest_settings(
 
 @pytest.fixture(scope="session")
 def endpoints(stack: Stack, rpc_url: str) -> Iterator[Endpoints]:
-    """Where the parts of the API are."""
     # Lite closes a connection after 5 idle seconds; ours goes first, so none is found closed.
     limits = httpx.Limits(keepalive_expiry=2)
     with httpx.Client(timeout=30, limits=limits) as http:
@@ -165,21 +158,18 @@ def signed_up(endpoints: Endpoints, stack_db: Database) -> Iterator[SignedUp]:
 
 @pytest.fixture
 def user(endpoints: Endpoints, stack_db: Database) -> Iterator[SignedUp]:
-    """Somebody who has just signed up, on the free plan with the welcome credits."""
     with signed_up(endpoints, stack_db) as user:
         yield user
 
 
 @pytest.fixture
 def stranger(endpoints: Endpoints, stack_db: Database) -> Iterator[SignedUp]:
-    """Somebody else who has."""
     with signed_up(endpoints, stack_db) as user:
         yield user
 
 
 @pytest.fixture
 def nobody(endpoints: Endpoints) -> Client:
-    """Somebody without a token."""
     return Client(endpoints)
 
 
@@ -191,27 +181,4 @@ def visitor(endpoints: Endpoints, stack: Stack, request: pytest.FixtureRequest) 
 
 @pytest.fixture
 def operator(endpoints: Endpoints, stack: Stack) -> Client:
-    """The operator's backend."""
     return Client(endpoints, stack.service_role_key)
-
-
-@pytest.fixture
-def report_time(request: pytest.FixtureRequest) -> Callable[[str, float], None]:
-    """Collect times in milliseconds under a title; their median is printed at the end."""
-
-    def report(title: str, milliseconds: float) -> None:
-        times = request.config.stash.setdefault(MEASURED, {})
-        times.setdefault(title, []).append(milliseconds)
-
-    return report
-
-
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
-    """Print what was measured."""
-    for title, times in config.stash.get(MEASURED, {}).items():
-        p50, worst = statistics.median(times), max(times)
-        terminalreporter.write_line(
-            f"{title}: p50 {p50:.1f} ms, slowest {worst:.1f} ms of {len(times)}"
-        )

@@ -1,4 +1,4 @@
-"""Darkroom with generations, images and attempts in partitions, made from `sql/` by five edits.
+"""Darkroom with generations, images and attempts in partitions, made from `sql/` by four edits.
 
     python tests/partitioned.py 2026-10 2027-03 > partitioned.sql     # one partition for each month
 
@@ -9,29 +9,22 @@ a database made by this is in partitions (docs/RUNBOOK.md). Each edit must apply
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 SQL_FILES = sorted((Path(__file__).resolve().parents[1] / "sql").glob("*.sql"))
-TABLES = {"public.generations": "id", "public.images": "generation_id"}
-TABLES["private.attempts"] = "generation_id"
+# The key of each, and its options.
+TABLES = {
+    "public.generations": ("id", " with (fillfactor = 80)"),
+    "public.images": ("generation_id", ""),
+    "private.attempts": ("generation_id", ""),
+}
 
 
 def first_id(month: datetime) -> str:
     """Return the least id that uuid_v7 makes in a month."""
     digits = f"{int(month.timestamp() * 1000):012x}" + "0" * 20
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
-
-
-def months(first: str, last: str) -> Iterator[datetime]:
-    """Return the first moment of each month from the first to the one after the last, in UTC."""
-    month = datetime.strptime(first, "%Y-%m").replace(tzinfo=UTC)
-    end = datetime.strptime(last, "%Y-%m").replace(tzinfo=UTC)
-    while month <= end:
-        yield month
-        month = following(month)
-    yield month
 
 
 def following(month: datetime) -> datetime:
@@ -43,22 +36,15 @@ def around(now: datetime) -> tuple[str, str]:
     return f"{now - timedelta(days=62):%Y-%m}", f"{now + timedelta(days=31):%Y-%m}"
 
 
-def partition(table: str, month: datetime) -> str:
-    """Return the statement for one month's partition."""
-    bounds = f"from ('{first_id(month)}') to ('{first_id(following(month))}')"
-    name = f"{table}_{month:%Y_%m}"
-    closed = f"alter table {name} enable row level security;\nrevoke all on {name} from public"
-    options = " with (fillfactor = 80)" if table == "public.generations" else ""
-    return (
-        f"create table {name} partition of {table} for values {bounds}{options};\n"
-        f"{closed}, anon, authenticated, service_role;\n"
-    )
-
-
 def edited(first: str, last: str) -> str:
     """Return the whole of `sql/`, edited."""
     script = "".join(file.read_text() for file in SQL_FILES)
-    starts = list(months(first, last))[:-1]
+    month, end = (datetime.strptime(each, "%Y-%m").replace(tzinfo=UTC) for each in (first, last))
+    bounds = {"rest": "default"}
+    while month <= end:
+        to = following(month)
+        bounds[f"{month:%Y_%m}"] = f"for values from ('{first_id(month)}') to ('{first_id(to)}')"
+        month = to
 
     def edit(old: str, new: str) -> None:
         nonlocal script
@@ -72,15 +58,16 @@ def edited(first: str, last: str) -> str:
         "create unique index generations_idempotency_key_idx",
         "create index generations_idempotency_key_idx",
     )
-    for table, key in TABLES.items():
-        options = " with (fillfactor = 80)" if table == "public.generations" else ""
-        parts = "".join(partition(table, month) for month in starts)
-        spare = f"create table {table}_rest partition of {table} default;\n"
-        closed = f"alter table {table}_rest enable row level security;\n"
-        closed += f"revoke all on {table}_rest from public, anon, authenticated, service_role;\n"
+    for table, (key, options) in TABLES.items():
+        parts = "".join(
+            f"create table {table}_{name} partition of {table} {values}{options};\n"
+            f"alter table {table}_{name} enable row level security;\n"
+            f"revoke all on {table}_{name} from public, anon, authenticated, service_role;\n"
+            for name, values in bounds.items()
+        )
         edit(
             f"){options};\n\ncomment on table {table} is",
-            f") partition by range ({key});\n{parts}{spare}{closed}\ncomment on table {table} is",
+            f") partition by range ({key});\n{parts}\ncomment on table {table} is",
         )
     return script
 

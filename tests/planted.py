@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from http_fixtures import LITE
-
 
 @dataclass(frozen=True)
 class Bug:
@@ -22,6 +20,11 @@ FUZZ = "tests/test_security_rpc.py::test_"
 RPC = f"{FUZZ}no_call_fails_tells_of_others_or_writes_although_refused"
 WORDS = f"{FUZZ}whatever_it_is_given_a_function_answers_or_refuses_in_our_words"
 RETENTION = "tests/test_retention.py::test_"
+MODEL = "tests/test_money_model.py::test_money_is_what_the_model_says_whatever_happens"
+BAD_ROWS = (
+    f"{RETENTION}more_bad_rows_than_are_looked_at_are_passed_over_and_named_and_all_others_done"
+)
+PROCESS = "tests/test_worker_process.py::test_"
 SAFE_PATH = "tests/test_security_search_path.py::test_no_function_picks_up_what_its_caller_planted"
 
 SECURITY = [
@@ -47,21 +50,22 @@ SECURITY = [
         "sql/20_access.sql",
         "using (user_id = (select private.caller_id()) and deleted_at is null);",
         "using (deleted_at is null);",
-        "tests/test_access.py::test_users_read_their_own_rows_only[public.generations]",
+        "tests/test_access.py::test_users_read_their_own_rows_only",
     ),
     Bug(
         "row level security is off for the ledger",
         "sql/20_access.sql",
         "alter table public.credit_ledger enable row level security;\n",
         "",
-        "tests/test_catalog.py::test_every_table_has_row_level_security",
+        "tests/test_catalog.py::test_the_catalogue_keeps_the_rule"
+        "[every table has row level security]",
     ),
     Bug(
         "row level security is off for webhooks, and a gateway grants all",
         "sql/96_webhooks.sql",
         "alter table private.webhook_endpoints enable row level security;\n",
         "",
-        "tests/test_security_rows.py::test_no_outsider_changes_a_row",
+        "tests/test_security_rows.py::test_no_outsider_reads_or_changes_a_row",
     ),
     Bug(
         "users may insert into the ledger",
@@ -69,7 +73,7 @@ SECURITY = [
         "grant select on table public.prompt_templates to authenticated;",
         "grant select on table public.prompt_templates to authenticated;\n"
         "grant insert on table public.credit_ledger to authenticated;",
-        "tests/test_catalog.py::test_each_role_has_exactly_these_rights_on_tables_and_columns"
+        "tests/test_catalog.py::test_each_role_has_exactly_these_rights_on_tables_columns_and_sequences"
         "[authenticated]",
     ),
     Bug(
@@ -80,7 +84,7 @@ SECURITY = [
         "    bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text\n",
         '"Users read their own input images" on storage.objects\n'
         "  for select to authenticated using (\n    bucket_id = 'inputs'\n",
-        "tests/test_http_storage.py::test_an_input_is_its_users_alone",
+        "tests/test_http_storage.py::test_no_spelling_opens_changes_or_lists_anothers_file",
     ),
     Bug(
         "an input may be moved into another's folder",
@@ -110,7 +114,7 @@ SECURITY = [
     Bug(
         "a monitor reads why the provider refused",
         "sql/88_health.sql",
-        "when private.is_operator() then '{}' else '{\"pause_reason\": null}'::jsonb end",
+        "when v_is_operator then '{}' else '{\"pause_reason\": null}'::jsonb end",
         "when true then '{}'::jsonb end",
         "tests/test_report.py::test_nobodys_words_and_ids_are_in_what_a_monitor_may_call",
     ),
@@ -119,7 +123,7 @@ SECURITY = [
         "sql/95_gallery.sql",
         "    and exists (select from private.shared_paths as s where s.path = objects.name)\n",
         "",
-        "tests/test_security_storage.py::test_no_spelling_opens_or_changes_anothers_file",
+        "tests/test_http_storage.py::test_no_spelling_opens_changes_or_lists_anothers_file",
     ),
     # Functions.
     Bug(
@@ -127,42 +131,42 @@ SECURITY = [
         "sql/60_status.sql",
         "where (p_user_id is null or (g.user_id = p_user_id and g.deleted_at is null))",
         "where (p_user_id is null or g.deleted_at is null)",
-        f"{RPC}[{LITE}-get_job_status]",
+        f"{RPC}[get_job_status]",
     ),
     Bug(
         "a list shows jobs of others if their ids are known",
         "sql/60_status.sql",
         "private.jobs_json(v_ids || p_job_ids, v_user_id)",
         "private.jobs_json(v_ids || p_job_ids)",
-        "tests/test_status.py::test_the_list_also_tells_how_the_jobs_asked_for_have_ended",
+        "tests/test_status.py::test_the_list_is_of_active_jobs_newest_first_and_of_those_asked_for",
     ),
     Bug(
         "a template of another user is overwritten",
         "sql/95_gallery.sql",
         "    where id = p_id and user_id = v_user_id\n",
         "    where id = p_id\n",
-        "tests/test_templates.py::test_templates_of_others_and_of_the_app_cannot_be_changed",
+        "tests/test_gallery.py::test_templates_of_others_and_of_the_app_cannot_be_changed",
     ),
     Bug(
         "shared images tell their prompts",
         "sql/95_gallery.sql",
         "'prompt', case when i.shows_prompt then i.prompt end,",
         "'prompt', i.prompt,",
-        f"{RPC}[{LITE}-list_public_images]",
+        f"{RPC}[list_public_images]",
     ),
     Bug(
         "a cast error of PostgreSQL reaches clients",
         "sql/60_status.sql",
         "  if cardinality(p_job_ids) > 100 or array_ndims(p_job_ids) > 1 then",
         "  if cardinality(p_job_ids) > 100 then",
-        f"{WORDS}[authenticated-list_active_jobs]",
+        f"{WORDS}[list_active_jobs]",
     ),
     Bug(
         "a grant overflows the balance",
         "sql/40_credits.sql",
         "if v_credits::bigint + p_amount not between 0 and 1000000000 - v_charged then",
         "if v_credits + p_amount < 0 then",
-        f"{WORDS}[service_role-grant_credits]",
+        f"{WORDS}[grant_credits]",
     ),
     Bug(
         "everybody may grant credits",
@@ -191,7 +195,8 @@ SECURITY = [
         "stable set search_path = pg_catalog, pg_temp\nreturn private.get_entitlement();",
         "stable security definer set search_path = pg_catalog, pg_temp\n"
         "return private.get_entitlement();",
-        "tests/test_catalog.py::test_definers_are_private_or_the_operators_and_doors_only_call_them",
+        "tests/test_catalog.py::test_the_catalogue_keeps_the_rule"
+        "[definers are private or the operators', and doors only call them]",
     ),
     # Refusals.
     Bug(
@@ -213,7 +218,7 @@ SECURITY = [
         "sql/20_access.sql",
         "exception when data_exception then\n",
         "exception when division_by_zero then\n",
-        "tests/test_gating.py::test_a_token_that_names_no_user_is_not_authenticated",
+        "tests/test_gating.py::test_a_token_that_names_no_user_who_is_here_is_not_authenticated",
     ),
     Bug(
         "a prompt of fillers is charged",
@@ -267,11 +272,20 @@ SECURITY = [
         "tests/test_worker_webhooks.py::test_a_name_with_one_private_address_is_not_called_at_all",
     ),
     Bug(
+        "a webhook's name is looked up again to connect",
+        "outbox.py",
+        "return await self.backend.connect_tcp(addresses[-1], port, *rest, **more)",
+        "return await self.backend.connect_tcp(host, port, *rest, **more)",
+        "tests/test_worker_webhooks.py"
+        "::test_a_name_that_leads_elsewhere_the_second_time_is_looked_up_once_and_by_no_proxy",
+    ),
+    Bug(
         "webhooks may be registered for private addresses",
         "sql/96_webhooks.sql",
-        "      ) then 'not a public address' end;\n",
-        "      ) then null end;\n",
-        "tests/test_outbox.py::test_addresses_that_may_lead_inside_are_refused",
+        "[a-z][a-z0-9-]{0,61}[a-z0-9]$'\n        then 'not a full host name'\n",
+        "[a-z][a-z0-9-]{0,61}[a-z0-9]$'\n        then null\n",
+        "tests/test_outbox.py"
+        "::test_addresses_on_the_internet_are_taken_and_what_may_lead_inside_is_refused",
     ),
     # Files.
     Bug(
@@ -362,17 +376,119 @@ SECURITY = [
         "::test_the_command_line_of_the_supabase_cli_shows_no_password",
     ),
     Bug(
+        "what decodes pictures knows the worker's secrets",
+        "pictures.py",
+        "env={name: os.environ[name] for name in public},",
+        "env=dict(os.environ),",
+        f"{PROCESS}a_killed_workers_job_is_finished_by_another_and_charged_once",
+    ),
+    Bug(
         "the worker may gain privileges",
         "worker.service",
         "CapabilityBoundingSet=\n",
         "",
         "tests/test_worker_service.py::test_the_worker_is_hardly_exposed",
     ),
+    # Files that are others', or erased.
+    Bug(
+        "a source image is any file of that name, or none",
+        "sql/32_input.sql",
+        "where bucket_id = 'inputs' and name = v_path",
+        "where bucket_id = 'inputs'",
+        "tests/test_input.py::test_a_source_image_is_there",
+    ),
+    Bug(
+        "the preview of every image is everybody's",
+        "sql/95_gallery.sql",
+        "select i.preview_path as path from public.images as i\nwhere i.share_id is not null",
+        "select i.preview_path as path from public.images as i\nwhere true",
+        "tests/test_gallery.py"
+        "::test_the_files_of_a_shared_image_are_seen_by_all_until_the_share_ends",
+    ),
+    Bug(
+        "a file is forgotten though Storage still has it",
+        "sql/84_erasure.sql",
+        "    and private.file_changed_at(f.bucket, f.path) is null;",
+        ";",
+        f"{RETENTION}what_storage_still_has_is_not_forgotten_and_the_rest_is_once",
+    ),
+    Bug(
+        "the previews of a deleted user stay",
+        "sql/84_erasure.sql",
+        "values (i.storage_path), (i.preview_path)) as f (path)\n    where i.user_id",
+        "values (i.storage_path)) as f (path)\n    where i.user_id",
+        f"{RETENTION}deleting_a_user_leaves_nothing_but_the_list_of_files",
+    ),
+    Bug(
+        "an edge function takes its caller's credentials along a redirect",
+        "supabase/functions/get_job_status/index.ts",
+        'redirect: "error"',
+        'redirect: "follow"',
+        "tests/test_functions.py"
+        "::test_a_gateway_that_is_away_moved_or_cannot_write_is_unavailable[get_job_status]",
+    ),
+    # Installed and restored.
+    Bug(
+        "where there is data any yes will do",
+        "scripts/migrate.py",
+        'wanted = name if has_data else "y"',
+        'wanted = "y"',
+        "tests/test_migrate.py::test_it_shows_what_is_there_and_what_it_will_do_and_no_is_no",
+    ),
+    Bug(
+        "the buckets are public",
+        "sql/90_schedule.sql",
+        "'generations', 'generations', false,",
+        "'generations', 'generations', true,",
+        "tests/test_schedule.py::test_buckets_are_private_and_take_images_only",
+    ),
+    # Who is told.
+    Bug(
+        "anybody takes a push token back",
+        "sql/96_webhooks.sql",
+        "delete from private.push_tokens where token = p_token and user_id = v_user_id;",
+        "delete from private.push_tokens where token = p_token;",
+        "tests/test_outbox.py::test_a_device_is_not_told_any_more[late]",
+    ),
+    Bug(
+        "a device that is somebody else's is told",
+        "sql/96_webhooks.sql",
+        "on t.token = p_delivery.push_token and t.user_id = g.user_id",
+        "on t.token = p_delivery.push_token",
+        "tests/test_outbox.py::test_a_device_is_not_told_any_more[somebody else's]",
+    ),
+    Bug(
+        "a webhook's secret is shown again",
+        "sql/96_webhooks.sql",
+        "'webhook_id', p_endpoint.id, 'url', p_endpoint.url,",
+        "'webhook_id', p_endpoint.id, 'secret', p_endpoint.secret, 'url', p_endpoint.url,",
+        "tests/test_outbox.py"
+        "::test_a_secret_is_32_random_bytes_shown_once_and_for_a_day_after_a_rotation_both_sign",
+    ),
+    Bug(
+        "everybody listens to everybody's hints",
+        "sql/65_realtime.sql",
+        "      and topic = 'user:' || (select auth.uid())::text\n",
+        "",
+        "tests/test_realtime.py::test_users_join_their_own_topic_and_no_other",
+    ),
+    Bug(
+        "users put files into anybody's input folder",
+        "sql/20_access.sql",
+        "for insert to authenticated with check (\n"
+        "    bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text\n",
+        "for insert to authenticated with check (\n    bucket_id = 'inputs'\n",
+        "tests/test_http_storage.py"
+        "::test_users_put_and_replace_files_in_their_own_input_folder_only",
+    ),
 ]
-MODEL = "tests/test_money_model.py::test_money_is_what_the_model_says_whatever_happens"
 STATES = "tests/test_protocol.py::test_no_schedule_of_claims_ends_clocks_and_recovery_breaks_a_rule"
 CIRCLE = "tests/test_locks.py::test_nobody_can_wait_in_a_circle"
 LOOKS = "tests/test_worker_units.py::test_who_goes_to_sleep_looks_for_what_came_meanwhile"
+
+EACH_CALL = (
+    "tests/test_misbehaviour.py::test_whichever_call_fails_each_job_is_made_once_and_from_its_own"
+)
 
 MONEY = [
     # Fencing.
@@ -429,6 +545,21 @@ MONEY = [
         "      and exists (select from public.generations as g where g.id = j.id) then 'lost'",
         "      then 'lost'",
         "tests/test_worker_replicate.py::test_a_purchase_is_stopped_where_its_user_is_deleted",
+    ),
+    Bug(
+        "a canceled job runs on at the provider",
+        "worker.py",
+        "                running.metrics = await provider.cancel(running.provider_job_id)\n",
+        "                pass\n",
+        "tests/test_worker_cancel.py"
+        "::test_a_canceled_job_is_stopped_at_the_provider_within_a_second_and_paid_for",
+    ),
+    Bug(
+        "what a worker that stops has bought is forgotten",
+        "worker.py",
+        'resumes = "is_asked" not in running.metrics',
+        "resumes = False",
+        f"{PROCESS}a_worker_that_is_stopped_finishes_what_it_can_in_time_and_claims_nothing_more",
     ),
     # Places and limits.
     Bug(
@@ -621,20 +752,28 @@ MONEY = [
         "",
         f"{RETENTION}deleting_a_user_is_no_deadlock_with_retention",
     ),
+    Bug(
+        "a user is deleted without locking what their live jobs lock first",
+        "sql/84_erasure.sql",
+        "create trigger darkroom_lock_jobs\nbefore delete on auth.users\n"
+        "for each row execute function private.lock_jobs_of_deleted_user();\n",
+        "",
+        CIRCLE,
+    ),
     # Routines over many users.
     Bug(
         "one bad row ends a routine",
         "sql/17_health_tables.sql",
         "    if sqlstate ~ '^(25|42|53|57|58)' then",
         "    if true then",
-        f"{RETENTION}a_bad_row_is_passed_over_and_named_and_all_others_are_done[case4]",
+        f"{BAD_ROWS}[mark_files]",
     ),
     Bug(
         "a row that was skipped is told nobody",
         "sql/88_health.sql",
         "        where r.last_at > now() - interval '1 day'\n",
         "        where r.last_at > now()\n",
-        f"{RETENTION}a_bad_row_is_passed_over_and_named_and_all_others_are_done[case0]",
+        f"{BAD_ROWS}[expire_generations]",
     ),
     # What overlaps.
     Bug(
@@ -667,6 +806,58 @@ MONEY = [
         "      credits = e.credits - v_price,\n",
         MODEL,
     ),
+    # A worker that dies or freezes.
+    Bug(
+        "who was frozen buys without looking whether the job is still its own",
+        "worker.py",
+        "        while time.monotonic() - running.held_at > CREATE_WITHIN_SECONDS:\n",
+        "        while False:\n",
+        f"{EACH_CALL}[frozen-answers are lost]",
+    ),
+    Bug(
+        "what a dead worker bought is not looked for",
+        "worker.py",
+        "if job.begun_before and (bought := await self._look(provider, running)):",
+        "if False and (bought := await self._look(provider, running)):",
+        f"{EACH_CALL}[killed before-all is well]",
+    ),
+    Bug(
+        "what was bought is not saved at once",
+        "worker.py",
+        "            await self.db.checkpoint(running.job, running.provider_job_id)\n",
+        "            pass\n",
+        f"{EACH_CALL}[killed before-all is well]",
+    ),
+    Bug(
+        "what was bought is forgotten where the account is refused",
+        "worker.py",
+        '"poll", may_have_bought=True)',
+        '"poll", may_have_bought=False)',
+        "tests/test_worker_replicate.py"
+        "::test_a_refused_account_pauses_the_provider_and_no_job_is_to_blame",
+    ),
+    # Books and backups.
+    Bug(
+        "fewer images than were charged are no broken book",
+        "sql/86_books.sql",
+        "  else coalesce(l.amount, 0) <> private.refund_due(",
+        "  else false and coalesce(l.amount, 0) <> private.refund_due(",
+        "tests/test_health.py::test_a_fault_in_the_books_is_found_and_raises_an_alert",
+    ),
+    Bug(
+        "a restored database gives out tokens that are out",
+        "docs/RUNBOOK.md",
+        "select setval('private.lease_tokens', last_value + 1000000)",
+        "select last_value",
+        "tests/test_backup.py::test_a_worker_that_survives_the_restore_is_fenced",
+    ),
+    Bug(
+        "after a restore nobody looks for what was bought since the dump",
+        "docs/RUNBOOK.md",
+        "greatest(queued_at, now() - interval '1 hour')",
+        "null",
+        "tests/test_backup.py::test_workers_buy_after_a_restore_only_what_was_never_bought",
+    ),
 ]
 WAKE_UP = [
     Bug(
@@ -691,8 +882,17 @@ WAKE_UP = [
         "        await self._pause",
         f"{LOOKS}[first]",
     ),
+    Bug(
+        "a worker that has stopped is still woken",
+        "worker.py",
+        'await self.db.call("unregister_worker", self.worker_id)',
+        "pass",
+        f"{PROCESS}a_worker_that_is_stopped_finishes_what_it_can_in_time_and_claims_nothing_more",
+    ),
 ]
-PROCESS = "tests/test_worker_process.py::test_"
+WAITED_OUT = (
+    "tests/test_worker_recovery.py::test_whatever_the_server_says_of_itself_is_waited_out[25006]"
+)
 OUTAGE = [
     Bug(
         "trouble with the database is one class of exceptions",
@@ -703,7 +903,7 @@ OUTAGE = [
         """            except psycopg.OperationalError:
                 self._tell_systemd()
                 self.wake.clear()""",
-        f"{PROCESS}a_read_only_database_ends_no_worker_and_loses_no_job",
+        WAITED_OUT,
     ),
     Bug(
         "a job fails for what the server says of itself",
@@ -712,14 +912,29 @@ OUTAGE = [
         """        if not isinstance(error, psycopg.OperationalError):
             return "job"
         return "job" if state[:2] in JOBS_FAULT else""",
-        f"{PROCESS}what_the_server_says_of_a_completion_fails_no_job",
+        WAITED_OUT,
+    ),
+    Bug(
+        "a job whose lease is lost is released",
+        "worker.py",
+        "        if running.is_lost:\n            log.warning",
+        "        if False:\n            log.warning",
+        "tests/test_worker_recovery.py"
+        "::test_a_beat_that_finds_the_lease_lost_drops_the_job_and_frees_its_slot",
+    ),
+    Bug(
+        "what was sent is forgotten with the connection",
+        "outbox.py",
+        "            (row,) = await self.db.insist(\n",
+        "            (row,) = await self.db.call(\n",
+        "tests/test_worker_webhooks.py::test_lost_connections_make_nothing_be_sent_twice",
     ),
     Bug(
         "the end of a job is told nobody",
         "sql/96_webhooks.sql",
         "when (old.status is distinct from new.status and new.finished_at is not null)",
         "when (old.finished_at is not null)",
-        "tests/test_outbox.py::test_a_failed_job_is_told_with_its_error_and_the_credits_given_back",
+        "tests/test_outbox.py::test_an_end_is_told_in_the_words_of_get_job_status[failed]",
     ),
     Bug(
         "what is deleted stays shared",
@@ -733,21 +948,38 @@ OUTAGE = [
         "sql/84_erasure.sql",
         "where d.is_needed is not true",
         "where not d.is_needed",
-        f"{RETENTION}a_source_that_storage_does_not_know_is_listed",
+        f"{RETENTION}a_source_uploaded_again_after_it_was_marked_is_not_listed_and_a_lost_one_is",
     ),
     Bug(
         "pushes are sent as they came, whoever sends most",
         "sql/96_webhooks.sql",
         "order by t.turn, t.run_at limit p_at_most",
         "order by t.run_at limit p_at_most",
-        "tests/test_outbox.py::test_users_take_turns_to_be_pushed_to",
+        "tests/test_outbox.py"
+        "::test_users_take_turns_and_who_has_a_push_under_way_waits_for_its_end",
     ),
     Bug(
         "a target is asked again when it says, be it never",
         "sql/75_outcomes.sql",
         "greatest(0, least(coalesce(p_asked_seconds, 0), p_most_seconds))",
         "coalesce(p_asked_seconds, 0)",
-        "tests/test_outbox.py::test_a_target_that_asks_for_nonsense_is_given_up_like_any_other",
+        "tests/test_outbox.py::test_a_wish_of_the_target_counts_if_it_is_longer_up_to_a_day",
+    ),
+    Bug(
+        "a delivery is finished with any token",
+        "sql/96_webhooks.sql",
+        "where d.id = p_delivery_id and d.token = p_token and d.state",
+        "where d.id = p_delivery_id and d.state",
+        "tests/test_outbox.py"
+        "::test_what_dead_workers_were_sending_is_sent_under_the_same_id_and_once_it_is_never_again",
+    ),
+    Bug(
+        "a worker of another release fails jobs",
+        "worker.py",
+        'raise Outdated(f"no private.{function} for worker {version()}: upgrade it") from None',
+        "raise",
+        "tests/test_upgrade.py"
+        "::test_a_worker_of_another_release_waits_fails_no_job_and_hands_back_what_it_holds",
     ),
 ]
 BREAKER = "tests/test_breaker.py::test_"

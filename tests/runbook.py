@@ -47,22 +47,22 @@ class Section:
 
     def sql(self, url: str, **variables: object) -> str:
         """Run its SQL in one psql session; return what that printed."""
-        options = [f"--set={name}={value}" for name, value in variables.items()]
-        script = "\n".join(self.of("sql"))
-        return run([str(postgres_program("psql")), url, "-X", *options], script, {})
+        options = ["ON_ERROR_STOP=1", *(f"{name}={value}" for name, value in variables.items())]
+        command = [str(postgres_program("psql")), url, "-X", *(f"--set={each}" for each in options)]
+        return run(command, "\n".join(self.of("sql")))
 
     def sh(self, folder: Path, **environment: str) -> str:
         """Run its shell blocks in one shell, in a checkout; what they write goes to a folder."""
         script = "\n".join(self.of("sh"))
-        return run(["bash", "-euo", "pipefail"], script, {"BACKUP": str(folder)} | environment)
+        return run(["bash", "-euo", "pipefail"], script, BACKUP=str(folder), **environment)
 
 
-def run(command: list[str], script: str, environment: dict[str, str]) -> str:
+def run(command: list[str], script: str, **environment: str) -> str:
     """Run a script to its end and return what it printed."""
     programs = f"{postgres_program('psql').parent}:{PROJECT / '.venv/bin'}"
     done = subprocess.run(
         command,
-        input="\\set ON_ERROR_STOP on\n" + script if command[0].endswith("psql") else script,
+        input=script,
         capture_output=True,
         text=True,
         check=False,

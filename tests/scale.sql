@@ -135,7 +135,7 @@ from made where n % 10 = 7 and status = 'completed';
 
 -- Retention has something to do; nothing is refused for the length of the queue or for failures.
 update private.settings set
-  keep_generations = '300 days', keep_ledger = '300 days', breaker_failures = 32767,
+  keep_generations = '300 days', breaker_failures = 32767,
   breaker_provider_failures = 32767;
 update private.plans set busy_after = null;
 drop table made, people;

@@ -5,9 +5,9 @@
                                                              └─ host 3: worker.py
 
 Each host is a network namespace, and so is the hub: nothing here touches the machine's own network.
-First the same number of jobs is done by one, two and three hosts. Then, with all hosts busy, one
-loses its link; the others take over what it held, it comes back, and what it still thought to be
-its own changes nothing. Needs root. Prints its numbers as JSON; whatever is wrong ends it with 1.
+With all hosts busy, one loses its link; the others take over what it held, it comes back, and what
+it still thought to be its own changes nothing. Needs root. Prints its numbers as JSON; whatever is
+wrong ends it with 1.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +37,7 @@ from worker_process import WorkerProcess, Workers, eventually  # noqa: E402
 from stack import Stack, interrupt  # noqa: E402
 
 HUB = "10.77.0.1"
-MODEL = "black-forest-labs/flux-schnell"
+HOSTS = {number: f"darkroom-{os.getpid()}-{number}" for number in (1, 2, 3)}
 HBA = """
 host all all 127.0.0.1/32 scram-sha-256
 host all all 10.77.0.0/24 scram-sha-256
@@ -50,61 +49,38 @@ def say(text: str) -> None:
     print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
 
 
-def ip(command: str) -> None:
-    """Run `ip`, quietly."""
-    subprocess.run(["ip", *command.split()], check=True)
+def ip(*commands: str) -> None:
+    for command in commands:
+        subprocess.run(["ip", *command.split()], check=True)
 
 
-class Network:
+@contextlib.contextmanager
+def network() -> Iterator[None]:
     """A bridge in this process's own network namespace, and a namespace for each host."""
-
-    def __init__(self, hosts: int) -> None:
-        self.hosts = {number: f"darkroom-{os.getpid()}-{number}" for number in range(1, hosts + 1)}
-
-    def __enter__(self) -> Network:
-        ip("link set lo up")
-        ip("link add hub type bridge")
-        ip(f"address add {HUB}/24 dev hub")
-        ip("link set hub up")
-        try:
-            for number in self.hosts:
-                self._add(number)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def _add(self, number: int) -> None:
-        name = self.hosts[number]
-        ip(f"netns add {name}")
-        ip(f"link add host{number} type veth peer name eth0 netns {name}")
-        ip(f"link set host{number} master hub up")
-        ip(f"-n {name} address add 10.77.0.{10 + number}/24 dev eth0")
-        ip(f"-n {name} link set lo up")
-        ip(f"-n {name} link set eth0 up")
-
-    def __exit__(self, *_: object) -> None:
-        for name in self.hosts.values():  # their links go with them, the hub's with this process
+    ip("link set lo up", "link add hub type bridge", f"address add {HUB}/24 dev hub")
+    ip("link set hub up")
+    try:
+        for number, name in HOSTS.items():
+            ip(
+                f"netns add {name}",
+                f"link add host{number} type veth peer name eth0 netns {name}",
+                f"link set host{number} master hub up",
+                f"-n {name} address add 10.77.0.{10 + number}/24 dev eth0",
+                f"-n {name} link set lo up",
+                f"-n {name} link set eth0 up",
+            )
+        yield
+    finally:
+        for name in HOSTS.values():  # their links go with them, the hub's with this process
             if Path("/run/netns", name).exists():
                 ip(f"netns delete {name}")
 
-    def on(self, number: int) -> list[str]:
-        """Return what runs a command on a host."""
-        return ["ip", "netns", "exec", self.hosts[number]]
-
-    def cut(self, number: int) -> None:
-        ip(f"link set host{number} down")
-
-    def heal(self, number: int) -> None:
-        ip(f"link set host{number} up")
-
 
 class Fleet(Workers):
-    """Workers on the hosts of a network, and a user who wants many pictures."""
+    """Workers on the hosts, and a user who wants many pictures."""
 
-    def __init__(self, stack: Stack, network: Network, fake: FakeReplicate, slots: int) -> None:
+    def __init__(self, stack: Stack, fake: FakeReplicate, slots: int) -> None:
         super().__init__(Database(stack.database_url, "postgres"), stack, stack.folder)
-        self.network, self.fake = network, fake
         self.environment |= {
             "REPLICATE_API_URL": fake.url,
             "REPLICATE_API_TOKEN": fake.token,
@@ -114,7 +90,7 @@ class Fleet(Workers):
         self.extra_secrets = {fake.token, f"{fake.origin}/files"}
         self.db.lift_limits()
         self.db.execute("update public.models set is_active = true")
-        self.user = User(self.db).has_paid()
+        self.user = User(self.db).has_paid().has(credits=1_000_000)
 
     def __exit__(self, failure: object, *rest: object) -> None:
         """Clean up; tell what the workers logged only where something is wrong."""
@@ -123,12 +99,13 @@ class Fleet(Workers):
 
     def start_on(self, number: int) -> WorkerProcess:
         log_file = self.folder / f"host-{number}-{len(self.processes)}.log"
-        process = WorkerProcess(log_file, self.environment, self.network.on(number))
-        self.processes.append(process)
-        return process
+        within = ["ip", "netns", "exec", HOSTS[number]]
+        self.processes.append(WorkerProcess(log_file, self.environment, within))
+        return self.processes[-1]
 
-    def ask(self, jobs: int) -> list[str]:
-        return [self.user.enqueued(f"picture {n}", MODEL) for n in range(jobs)]
+    def ask(self, jobs: int) -> None:
+        for number in range(jobs):
+            self.user.enqueue(f"picture {number}", "black-forest-labs/flux-schnell")
 
     def done(self) -> int:
         query = "select count(*) from public.generations where status = 'completed'"
@@ -138,104 +115,61 @@ class Fleet(Workers):
         query = "select job_id::text as id from private.running_jobs where worker_id = %s"
         return {row["id"] for row in self.db.execute(query, process.worker_id)}
 
-    def throughput(self, hosts: int, jobs: int) -> float:
-        """Have so many hosts do so many jobs; return jobs per second."""
-        say(f"{jobs} jobs on {hosts} hosts")
-        before = self.done()
+    def cut_and_heal(self, jobs: int) -> dict[str, Any]:
+        """Cut off a busy host until the others have done all jobs; heal it, and ask for more."""
+        db, processes = self.db, {number: self.start_on(number) for number in HOSTS}
+        before, victim = self.done(), processes[2]
         self.ask(jobs)
-        processes = [self.start_on(number) for number in range(1, hosts + 1)]
+        eventually(lambda: all(self.held_by(each) for each in processes.values()), within=60)
+        eventually(lambda: all(map(self.checkpointed, self.held_by(victim))), within=60)
+        say("cutting off host 2")
+        ip("link set host2 down")
+        cut_at = db.value("select clock_timestamp()")
+        time.sleep(0.5)  # what was on the wire
+        held = self.held_by(victim)
         eventually(lambda: self.done() == before + jobs, within=300)
-        for process in processes:
-            process.stop()
-        seconds = self.db.value(
-            "select extract(epoch from max(ended_at) - min(started_at)) from ("
-            " select * from private.attempts order by ended_at desc limit %s) as a",
-            jobs,
+        taken_over = db.execute(
+            "select generation_id::text as id,"
+            " extract(epoch from min(started_at) - %s)::float as after from private.attempts"
+            " where generation_id = any(%s::uuid[]) and worker_id <> %s group by 1",
+            cut_at,
+            list(held),
+            victim.worker_id,
         )
-        return round(jobs / float(seconds), 2)
+        assert held and {row["id"] for row in taken_over} == held
+        say("healing it")
+        ip("link set host2 up")
+        healed_at = db.value("select clock_timestamp()")
+        for job in held:
+            # repeated: what it had to say had been settled without it.
+            victim.logged(f"job.(lost|repeated) job={job}", within=90)
+        back = "select extract(epoch from seen_at - %s)::float from private.workers where id = %s"
+        seconds = eventually(lambda: max(0, db.value(back, healed_at, victim.worker_id)), within=90)
+        self.ask(jobs)
+        eventually(lambda: self.done() == before + 2 * jobs, within=300)
+        query = "select count(*) from private.attempts where worker_id = %s and started_at > %s"
+        for process in processes.values():
+            process.stop()
+        return {
+            "jobs_held_by_the_host_cut_off": len(held),
+            "seconds_until_taken_over": [round(row["after"], 1) for row in taken_over],
+            "late_results_fenced": len(held),
+            "seconds_from_healing_to_its_beat": round(seconds, 1),
+            "attempts_of_the_healed_host": db.value(query, victim.worker_id, healed_at),
+        }
 
-
-@contextlib.contextmanager
-def recovering(url: str, every: float) -> Iterator[None]:
-    """Recover stale jobs more often than pg_cron and workers do; 0: leave it to them."""
-    ended = threading.Event()
-
-    def work() -> None:
-        db = Database(url, "postgres")
-        while not ended.wait(every):
-            db.execute("select private.recover_stale_jobs()")
-        db.close()
-
-    thread = threading.Thread(target=work)
-    if every:
-        thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        if every:
-            thread.join()
-
-
-def cut_and_heal(fleet: Fleet, jobs: int) -> dict[str, Any]:
-    """Cut off a busy host until the others have done all jobs; heal it, and ask for more."""
-    db, network = fleet.db, fleet.network
-    processes = {number: fleet.start_on(number) for number in network.hosts}
-    before, victim = fleet.done(), processes[2]
-    fleet.ask(jobs)
-    eventually(lambda: all(fleet.held_by(each) for each in processes.values()), within=60)
-    eventually(lambda: all(map(fleet.checkpointed, fleet.held_by(victim))), within=60)
-    say("cutting off host 2")
-    network.cut(2)
-    cut_at = db.value("select clock_timestamp()")
-    time.sleep(0.5)  # what was on the wire
-    held = fleet.held_by(victim)
-    eventually(lambda: fleet.done() == before + jobs, within=300)
-    taken_over = db.execute(
-        "select generation_id::text as id, extract(epoch from min(started_at) - %s)::float as after"
-        " from private.attempts where generation_id = any(%s::uuid[]) and worker_id <> %s"
-        " group by 1",
-        cut_at,
-        list(held),
-        victim.worker_id,
-    )
-    assert held and {row["id"] for row in taken_over} == held
-    say("healing it")
-    network.heal(2)
-    healed_at = db.value("select clock_timestamp()")
-    for job in held:
-        # repeated: what it had to say had been settled without it.
-        victim.logged(f"job.(lost|repeated) job={job}", within=90)
-    back = "select extract(epoch from seen_at - %s)::float from private.workers where id = %s"
-    seconds = eventually(lambda: max(0, db.value(back, healed_at, victim.worker_id)), within=90)
-    fleet.ask(jobs)
-    eventually(lambda: fleet.done() == before + 2 * jobs, within=300)
-    query = "select count(*) from private.attempts where worker_id = %s and started_at > %s"
-    after = db.value(query, victim.worker_id, healed_at)
-    assert after > 0, "the healed host never worked again"
-    for process in processes.values():
-        process.stop()
-    return {
-        "jobs_held_by_the_host_cut_off": len(held),
-        "seconds_until_taken_over": [round(row["after"], 1) for row in taken_over],
-        "late_results_fenced": len(held),
-        "seconds_from_healing_to_its_beat": round(seconds, 1),
-        "attempts_of_the_healed_host": after,
-    }
-
-
-def count(fleet: Fleet) -> dict[str, int]:
-    """Count what was lost or doubled; all of it must be 0."""
-    row = fleet.db.row(
-        "select count(*) as jobs, count(*) filter (where status <> 'completed') as lost,"
-        " sum((select count(*) from private.attempts as a where a.generation_id = g.id"
-        "   and a.outcome = 'completed') - 1)::int as completed_twice,"
-        " sum((select count(*) from public.images as i where i.generation_id = g.id) - 1)::int"
-        "   as images_doubled"
-        " from public.generations as g"
-    )
-    assert_books_balance(fleet.db)
-    return row | {"bought_twice": len(fleet.fake.predictions) - row["jobs"]}
+    def count(self, bought: int) -> dict[str, int]:
+        """Count what was lost or doubled; all of it must be 0."""
+        assert_books_balance(self.db)
+        row = self.db.row(
+            "select count(*) as jobs, count(*) filter (where status <> 'completed') as lost,"
+            " sum((select count(*) from private.attempts as a where a.generation_id = g.id"
+            "   and a.outcome = 'completed') - 1)::int as completed_twice,"
+            " sum((select count(*) from public.images as i where i.generation_id = g.id) - 1)::int"
+            "   as images_doubled"
+            " from public.generations as g"
+        )
+        return row | {"bought_twice": bought - row["jobs"]}
 
 
 def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -244,32 +178,19 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     hba = folder / "hba.conf"
     hba.write_text(HBA)
     hba.chmod(0o644)
-    with Network(given.hosts) as network, FakeReplicate(HUB) as fake:
+    with network(), FakeReplicate(HUB) as fake:
         stack = Stack(folder / "stack", fsync=given.durable)
         stack.cluster.host = stack.gateway.host = HUB
         stack.cluster.tuning = {"hba_file": str(hba), "listen_addresses": f"127.0.0.1,{HUB}"}
         fake.default = Behaviour(seconds=given.seconds)
         try:
-            with Fleet(stack.up(), network, fake, given.slots) as fleet:
-                fleet.db.execute(
-                    "update private.settings set lease = %s::interval, heartbeat = %s::interval",
-                    f"{given.lease} seconds",
-                    f"{given.lease / 4} seconds",
-                )
-                fleet.user.has(credits=1_000_000)
-                speeds = {hosts: fleet.throughput(hosts, given.jobs) for hosts in given.throughput}
-                with recovering(fleet.db.url, given.recover_every):
-                    cut = cut_and_heal(fleet, given.jobs)
-                return {
-                    "hosts": given.hosts,
-                    "namespaces": list(network.hosts.values()),
-                    "slots_of_each": given.slots,
-                    "provider_seconds": given.seconds,
-                    "lease_seconds": given.lease,
-                    "jobs_per_second_by_hosts": speeds,
-                    **cut,
-                    **count(fleet),
-                }
+            with Fleet(stack.up(), fake, given.slots) as fleet:
+                intervals = "set lease = %s * interval '1 s', heartbeat = %s * interval '1 s'"
+                query = f"update private.settings {intervals}"
+                fleet.db.execute(query, given.lease, given.lease / 4)
+                cut = fleet.cut_and_heal(given.jobs)
+                counts = fleet.count(len(fake.predictions))
+                return vars(given) | {"namespaces": [*HOSTS.values()]} | cut | counts
         finally:
             stack.clean()
 
@@ -277,15 +198,10 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def main() -> None:
     """Go into a network namespace of its own, then measure."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--hosts", type=int, default=3)
     parser.add_argument("--slots", type=int, default=8, help="of each worker")
     parser.add_argument("--jobs", type=int, default=120, help="in each round")
     parser.add_argument("--seconds", type=float, default=2, help="the provider takes for a job")
-    parser.add_argument(
-        "--lease", type=float, default=60, help="seconds; it beats four times in it"
-    )
-    parser.add_argument("--recover-every", type=float, default=0, help="seconds; 0: as installed")
-    parser.add_argument("--throughput", type=int, nargs="*", default=[1, 2, 3], help="hosts")
+    parser.add_argument("--lease", type=float, default=60, help="seconds, of four beats")
     parser.add_argument("--durable", action="store_true", help="fsync, as in production")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()

@@ -62,7 +62,6 @@ def refuse_unusable(environment: Mapping[str, str]) -> None:
 
 
 def make_stack(folder: Path) -> Stack:
-    """Return the stack that is wanted, of which nothing runs yet."""
     if not is_wanted():
         return Stack(folder, fsync=False)
     stack: Stack = importlib.import_module("containers").ContainerStack(folder)

@@ -10,13 +10,12 @@ import platform
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 import psycopg
 import pytest
 from actors import Service, User, Worker
-from database import GRANTS, PROJECT, SEED, Database, assert_books_balance
+from database import GRANTS, PROJECT, SEED, Database, Server, assert_books_balance
 from psycopg import sql
 from realtime_stand_in import add_realtime
 
@@ -91,33 +90,21 @@ def installed_servers() -> list[str]:
     return sorted(path.name.split("-")[1] for path in SERVERS.glob(f"postgres-*-{MACHINE}"))
 
 
-def cluster_of(version: str, folder: Path) -> Cluster:
-    """A cluster of this version, else of the distribution's."""
-    folder.mkdir(mode=0o711)
-    settings = Settings(folder / "env")
-    if version == "distribution":
-        return Cluster(folder, settings, fsync=False)
-    programs = SERVERS / f"postgres-{version}-{MACHINE}" / "native"
-    # Where they are installed, the user that the server runs as may not be able to read.
-    shutil.copytree(programs, folder / "programs", symlinks=True)
-    without_cron = {"shared_preload_libraries": "", "cron.database_name": ""}
-    return Cluster(
-        folder, settings, fsync=False, tuning=without_cron, programs=folder / "programs" / "bin"
-    )
-
-
-@pytest.fixture(scope="module")
-def supabase_schemas(server, supabase_template: str) -> str:
-    """A script that makes auth and storage as Supabase Lite does."""
-    database = server.create(supabase_template)
-    script = database.dump("--schema=auth", "--schema=storage")
-    server.drop(database)
-    return script
-
-
 @pytest.fixture(scope="module", params=["distribution", *installed_servers()])
-def cluster(request, stopped_stack: Stack) -> Iterator[Cluster]:
-    cluster = cluster_of(request.param, stopped_stack.folder / f"postgres-{request.param}")
+def cluster(request: pytest.FixtureRequest, stopped_stack: Stack) -> Iterator[Cluster]:
+    """A cluster of this version, else of the distribution's."""
+    folder = stopped_stack.folder / f"postgres-{request.param}"
+    folder.mkdir(mode=0o711)
+    settings, options = Settings(folder / "env"), {}
+    if request.param != "distribution":
+        programs = SERVERS / f"postgres-{request.param}-{MACHINE}" / "native"
+        # Where they are installed, the user that the server runs as may not be able to read.
+        shutil.copytree(programs, folder / "programs", symlinks=True)
+        options = {
+            "tuning": {"shared_preload_libraries": "", "cron.database_name": ""},
+            "programs": folder / "programs" / "bin",
+        }
+    cluster = Cluster(folder, settings, fsync=False, **options)
     try:
         cluster.start()
         yield cluster
@@ -125,6 +112,15 @@ def cluster(request, stopped_stack: Stack) -> Iterator[Cluster]:
         cluster.stop()
         cluster.delete()
         shutil.rmtree(cluster.folder)
+
+
+@pytest.fixture(scope="module")
+def supabase_schemas(server: Server, supabase_template: str) -> str:
+    """A script that makes auth and storage as Supabase Lite does."""
+    database = server.create(supabase_template)
+    script = database.dump("--schema=auth", "--schema=storage")
+    server.drop(database)
+    return script
 
 
 @pytest.fixture(scope="module")
@@ -142,11 +138,8 @@ def project(cluster: Cluster, supabase_schemas: str) -> Iterator[Project]:
     before = present(db)
     done = owner.psql(*MIGRATIONS, SEED)
     assert done.returncode == 0, done.stderr
-    notices = [
-        line.split("Darkroom: ")[1] for line in done.stderr.splitlines() if "Darkroom" in line
-    ]
-    has_cron = cluster.programs is None
-    yield Project(db, owner, notices, before, present(db), has_cron)
+    said = [line.split("Darkroom: ")[1] for line in done.stderr.splitlines() if "Darkroom" in line]
+    yield Project(db, owner, said, before, present(db), cluster.programs is None)
     owner.close()
     db.close()
 
@@ -156,15 +149,19 @@ def present(db: Database) -> set[str]:
     return {str(row["?column?"]) for row in db.execute(PRESENT)}
 
 
-def test_it_installs_without_a_right_that_supabases_postgres_has_not(project):
+def test_it_installs_as_supabases_postgres_and_what_was_there_is_as_it_was(project):
     assert project.notices == ([] if project.has_cron else [NO_CRON])
     role = "select rolsuper from pg_roles where rolname = current_user"
     assert project.owner.value(role) is False
-
-
-def test_what_was_there_is_as_it_was(project):
     assert len(project.before) > 200
     assert project.before - project.after == set()
+    missing = (
+        "select u.id from auth.users as u left join public.entitlements as e on e.user_id = u.id"
+        " where e.credits is distinct from 10"
+    )
+    assert project.db.value("select count(*) from auth.users") >= 3
+    assert project.db.execute(missing) == []
+    assert_books_balance(project.db)
 
 
 def test_nobody_may_do_more_there_than_where_nothing_else_is(project, db):
@@ -176,28 +173,8 @@ def test_nobody_may_do_more_there_than_where_nothing_else_is(project, db):
     assert {grant for grant in granted(project.db) if grant[0] in ours} == granted(db)
 
 
-def test_what_the_app_makes_later_has_the_rights_that_the_project_gives(project):
-    project.owner.execute("create table public.later (id integer)")
-    may = "select has_table_privilege(%s, 'public.later', 'truncate')"
-
-    assert all(project.db.value(may, role) for role in ("anon", "authenticated", "service_role"))
-    project.owner.execute("drop table public.later")
-
-
-def test_whoever_was_a_user_has_the_welcome_credits(project):
-    missing = (
-        "select u.id from auth.users as u left join public.entitlements as e on e.user_id = u.id"
-        " where e.credits is distinct from 10"
-    )
-
-    assert project.db.value("select count(*) from auth.users") >= 3
-    assert project.db.execute(missing) == []
-    assert_books_balance(project.db)
-
-
-def test_a_job_goes_all_the_way(project):
-    db = project.db
-    worker = Worker(db)
+def test_jobs_and_routines_and_the_workers_login_work_there(project):
+    db, worker = project.db, Worker(project.db)
     users = [User(db), User(db)]
     assert db.value("select count(*) from public.profiles") == 5  # the other app's trigger
 
@@ -208,34 +185,24 @@ def test_a_job_goes_all_the_way(project):
     assert users[0].get_job_status(done)["status"] == "completed"
     assert users[1].get_job_status(failed)["refunded_credits"] == 1
     assert Service(db).queue_health()["depth"]["ready"] == 0
-    assert_books_balance(db)
-    for user in users:
-        db.execute("delete from auth.users where id = %s", user.id)
-
-
-def test_its_owner_runs_what_pg_cron_runs(project):
     routines = ("recover_stale_jobs", "apply_retention", "trim_history", "check_books")
     if project.has_cron:
-        jobs = project.db.execute("select username, jobname from cron.job order by jobid")
-        assert [job["jobname"] for job in jobs] == [
-            "app",
-            *(f"darkroom_{name}" for name in routines),
-        ]
+        jobs = db.execute("select username, jobname from cron.job order by jobid")
+        ours = [f"darkroom_{name}" for name in routines]
+        assert [job["jobname"] for job in jobs] == ["app", *ours]
         assert {job["username"] for job in jobs} == {"supabase_postgres"}
-
     for name in routines:
         project.owner.execute(f"select private.{name}(), private.note_run('{name}')")
-
-
-def test_the_worker_logs_in_once_its_role_has_a_password(project):
     project.owner.execute(sql.SQL("alter role darkroom_worker password {}").format(PASSWORD))
-    url = urlsplit(project.db.url)
+    url = urlsplit(db.url)
     address = f"darkroom_worker:{quote(PASSWORD)}@{url.hostname}:{url.port}"
-
     with psycopg.connect(url._replace(netloc=address).geturl()) as connection:
         connection.execute("select * from private.register_worker('test', 1, '1')")
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             connection.execute("select * from private.running_jobs")
+    assert_books_balance(db)
+    for user in users:
+        db.execute("delete from auth.users where id = %s", user.id)
 
 
 def test_a_second_time_is_refused_and_changes_nothing(project):

@@ -42,7 +42,7 @@ TABLES = {
 }
 SETTINGS = """
 update private.settings set retry_base = '0', welcome_credits = 100, keep_deleted = '0',
-  keep_ledger = '90 days', keep_generations = '101 days', breaker_failures = 3, breaker_users = 1
+  keep_generations = '101 days', breaker_failures = 3, breaker_users = 1
 """
 TWO_IMAGES = {"num_outputs": 2}
 SECONDS = 10

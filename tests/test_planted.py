@@ -1,7 +1,7 @@
 """Bugs planted in a copy of the project are noticed: the test that planted.py names fails there.
 
-`make test` plants the cornerstones, and sees that all others can still be planted. `PLANTED=all`
-plants all (a quarter of an hour), `PLANTED=lease` those with that in their name.
+`make test` plants the cornerstones. `PLANTED=all` plants all (a quarter of an hour),
+`PLANTED=lease` those with that in their name.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ NOT_COPIED = shutil.ignore_patterns(
 
 
 def chosen() -> list[Bug]:
-    """Return the bugs to plant."""
     if not WANTED:
         by_name = {bug.name: bug for bug in PLANTED}
         return [by_name[name] for name in CORNERSTONES.values()]

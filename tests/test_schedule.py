@@ -19,16 +19,7 @@ def test_running_it_again_changes_nothing_an_operator_has_set(db, alice):
     assert db.execute("select * from storage.buckets") == buckets
 
 
-def test_there_is_a_plan_for_everybody(db):
-    plans = db.execute("select p::text as plan from private.plans as p order by name")
-
-    assert [row["plan"] for row in plans] == [
-        "(free,3,10,30,5,3,1,00:10:00)",
-        "(paid,20,60,100,50,100,4,00:30:00)",
-    ]
-
-
-def test_the_buckets_are_private_and_take_images_only(db):
+def test_buckets_are_private_and_take_images_only(db):
     buckets = db.execute("select id, public, allowed_mime_types from storage.buckets order by 1")
 
     types = ["image/png", "image/jpeg", "image/webp"]
@@ -49,23 +40,23 @@ def test_a_bucket_that_was_public_stays_so_with_a_warning(supabase_db):
     assert supabase_db.value("select public from storage.buckets where id = 'inputs'")
 
 
-def test_users_from_before_the_installation_get_their_entitlement(supabase_db):
-    supabase_db.execute("insert into auth.users (id) values (gen_random_uuid())")
-
-    supabase_db.install()
-
-    assert supabase_db.value("select credits from public.entitlements") == 10
-
-
 def test_pg_cron_recovers_and_erases_every_minute_and_trims_every_night(stack):
+    def command(name: str) -> str:
+        return f"select private.{name}(), private.note_run('{name}')"
+
     with psycopg.connect(stack.database_url) as connection:
         connection.execute(SCHEDULE.read_bytes())
         jobs = connection.execute(
             "select jobname, schedule, command, active from cron.job order by 1"
         ).fetchall()
-
-    def command(name: str) -> str:
-        return f"select private.{name}(), private.note_run('{name}')"
+        connection.execute(
+            "insert into cron.job_run_details (runid, end_time) values"
+            " (-1, now() - interval '8 days'), (-2, now() - interval '6 days')"
+        )
+        connection.execute("select private.trim_history()")
+        runs = connection.execute("select runid from cron.job_run_details where runid < 0")
+        kept = runs.fetchall()
+        connection.rollback()
 
     assert jobs == [
         ("darkroom_apply_retention", "* * * * *", command("apply_retention"), True),
@@ -73,16 +64,4 @@ def test_pg_cron_recovers_and_erases_every_minute_and_trims_every_night(stack):
         ("darkroom_recover_stale_jobs", "* * * * *", command("recover_stale_jobs"), True),
         ("darkroom_trim_history", "17 3 * * *", command("trim_history"), True),
     ]
-
-
-def test_what_the_nightly_job_does_works(stack):
-    with psycopg.connect(stack.database_url) as connection:
-        connection.execute(
-            "insert into cron.job_run_details (runid, end_time) values"
-            " (-1, now() - interval '8 days'), (-2, now() - interval '6 days')"
-        )
-        connection.execute("select private.trim_history()")
-        runs = connection.execute("select runid from cron.job_run_details where runid < 0")
-
-        assert runs.fetchall() == [(-2,)]
-        connection.rollback()
+    assert kept == [(-2,)]

@@ -30,45 +30,25 @@ class WorkerRole(Caller):
     role = "darkroom_worker"
 
 
-@pytest.fixture
-def tables(db) -> dict[str, str]:
-    """Every table of ours, with one of its columns."""
-    rows = db.execute(
+@pytest.mark.parametrize("grants", GRANTS)
+@pytest.mark.parametrize("who", [Anon, User, WorkerRole, Monitor], ids=lambda who: who.__name__)
+def test_no_outsider_reads_or_changes_a_row(db, who, grants):
+    victim, outsider = Victim(db), who(db)
+    db.execute(GRANTS[grants])
+    tables = db.execute(
         "select format('%I.%I', table_schema, table_name) as name, min(column_name) as column"
         " from information_schema.columns inner join pg_tables as t"
         " on (t.schemaname, t.tablename) = (table_schema, table_name)"
         " where table_schema in ('public', 'private') and is_generated = 'NEVER'"
         " and is_identity = 'NO' group by 1 order by 1"
     )
-    assert len(rows) > 20
-    return {row["name"]: row["column"] for row in rows}
-
-
-@pytest.fixture(params=["anon", "stranger", "worker", "monitor"])
-def outsider(request, db) -> Caller:
-    """Somebody whose rows these are not."""
-    outsiders = {"anon": Anon, "stranger": User, "worker": WorkerRole, "monitor": Monitor}
-    return outsiders[request.param](db)
-
-
-@pytest.mark.parametrize("grants", GRANTS)
-def test_no_outsider_reads_a_row_of_a_user(db, tables, outsider, grants):
-    victim = Victim(db)
-    db.execute(GRANTS[grants])
-
-    for table in tables:
-        with contextlib.suppress(psycopg.errors.InsufficientPrivilege):
-            text = str(outsider.query(f"select t::text from {table} as t"))
-            assert victim.id not in text and SECRET not in text, table
-
-
-@pytest.mark.parametrize("grants", GRANTS)
-def test_no_outsider_changes_a_row(db, tables, outsider, grants):
-    Victim(db)
-    db.execute(GRANTS[grants])
+    assert len(tables) > 20
 
     with unchanged(db):
-        for change in CHANGES.values():
-            for table, column in tables.items():
+        for name, column in (table.values() for table in tables):
+            with contextlib.suppress(psycopg.errors.InsufficientPrivilege):
+                text = str(outsider.query(f"select t::text from {name} as t"))
+                assert victim.id not in text and SECRET not in text, name
+            for change in CHANGES.values():
                 with contextlib.suppress(psycopg.Error):
-                    assert outsider.query(change.format(table, column)) == []
+                    assert outsider.query(change.format(name, column)) == []

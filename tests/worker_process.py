@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -66,17 +65,11 @@ class WorkerProcess:
 
     @property
     def log(self) -> str:
-        """All it has written so far."""
         return self.log_file.read_text()
 
     def logged(self, pattern: str, within: float = 15) -> re.Match[str]:
         """Wait for a line that matches."""
         return eventually(lambda: re.search(pattern, self.log), within)
-
-    def logged_at(self, pattern: str) -> float:
-        """Wait for a line that matches and return its time, as time.time() tells it."""
-        line = self.logged(rf"(?m)^(\S+ \S+) .*{pattern}")
-        return datetime.strptime(line[1], "%Y-%m-%d %H:%M:%S,%f").timestamp()
 
     @property
     def worker_id(self) -> int:
@@ -187,15 +180,6 @@ class Workers:
         query = "select outcome from private.attempts where generation_id = %s order by token"
         return [row["outcome"] for row in self.db.execute(query, job_id)]
 
-    def most_at_once(self) -> int:
-        """Return how many ended attempts were running at the same moment, at most."""
-        query = (
-            "select max((select count(*) from private.attempts as b"
-            " where b.started_at <= a.started_at and b.ended_at > a.started_at))"
-            " from private.attempts as a"
-        )
-        return int(self.db.value(query))
-
     # What happens to workers.
 
     def backdate_leases(self) -> None:
@@ -216,7 +200,6 @@ class Workers:
     # What comes out.
 
     def stored_file(self, path: str) -> bytes:
-        """Return a file from Storage."""
         url = f"{self.stack.api_url}/storage/v1/object/generations/{path}"
         headers = {"Authorization": f"Bearer {self.stack.service_role_key}"}
         return httpx.get(url, headers=headers).raise_for_status().content

@@ -214,9 +214,10 @@ create table public.credit_ledger (
 
 comment on table public.credit_ledger is
   'Append-only entries that explain every balance. No row is ever updated, and none of a user who '
-  'is here is deleted, but for entries older than settings.keep_ledger, which are summed up.';
+  'is here is deleted.';
 comment on column public.credit_ledger.kind is
-  'grant, charge (of a generation), refund (of one), adjust, or carry: the sum of older entries.';
+  'grant, charge (of a generation), refund (of one), adjust, or carry: the sum of older entries, '
+  'as the first edition made it.';
 comment on column public.credit_ledger.amount is
   'Credits: negative for a charge, positive for a grant or refund.';
 comment on column public.credit_ledger.balance_after is 'The user''s balance after this entry.';
@@ -255,12 +256,9 @@ begin
 end;
 $$;
 
--- But for compact_ledger (85), which says so for the time of one statement.
 create trigger credit_ledger_is_kept_while_user_exists
 before delete on public.credit_ledger
-for each row
-when (current_setting('darkroom.compacts_ledger_of', true) is distinct from old.user_id::text)
-execute function private.refuse_change_while_user_exists();
+for each row execute function private.refuse_change_while_user_exists();
 
 create table public.batches (
   id uuid primary key default private.uuid_v7(),
@@ -908,15 +906,6 @@ comment on column private.settings.breaker_pause is
 -- Each routine that pg_cron starts leaves its time in routines, so that its silence is seen without
 -- reading pg_cron's own history, which may be huge or not readable.
 
-alter table private.settings
-add column watch_window interval not null default '1 day',
-add constraint settings_watch_window_is_positive check (
-  watch_window > '0' and watch_window <= '50 years'
-);
-
-comment on column private.settings.watch_window is
-  'How far back the views look that speak of what happened lately.';
-
 create table private.alert_rules (
   alert text primary key,
   threshold numeric,
@@ -1010,7 +999,7 @@ declare
   v_half integer := cardinality(p_keys) / 2;
   v_done text;
 begin
-  if cardinality(p_keys) = 0 then
+  if coalesce(cardinality(p_keys), 0) = 0 then
     return 0;
   end if;
   begin
@@ -2968,11 +2957,6 @@ create function private.walk_tag(
 language sql immutable set search_path = pg_catalog, pg_temp
 return '{}'::uuid[];
 
--- How many like what became of a generation.
-create function private.likes_of(p_generation_id uuid) returns bigint
-language sql immutable set search_path = pg_catalog, pg_temp
-return 0;
-
 -- What workers ask when they look for something to tell (96).
 create function private.due_lanes() returns setof text
 language sql stable security definer set search_path = pg_catalog, pg_temp as $$
@@ -4750,376 +4734,6 @@ $$;
 
 comment on function private.trim_history is
   'Housekeeping, nightly by pg_cron, which never trims its own run history.';
--- What operators ask while it runs: one view for each question, which is the view's comment.
---
--- Read them as the owner (psql, the SQL editor): nobody is granted anything, and security_invoker
--- keeps row level security in force should somebody ever be. Each fact stands once, here: health,
--- alerts and reports (88, 89) are these views as JSON. What happened lately is what ended within
--- settings.watch_window, found through the index on attempts.ended_at.
-
--- The first id that uuid_v7 could have made at this time.
-create function private.first_id_of(p_time timestamptz) returns uuid
-language sql immutable set search_path = pg_catalog, pg_temp as $$
-  select rpad(lpad(to_hex((extract(epoch from p_time) * 1000)::bigint), 12, '0'), 32, '0')::uuid
-$$;
-
--- The queue.
-
-create view private.paused_now with (security_invoker = true) as
-select
-  case when b.name like '%/%' then 'model' else 'provider' end as kind,
-  b.name, b.paused_until, b.pause_reason, b.times_opened,
-  cardinality(b.failed_users) as failed_users
-from private.breakers as b
-where b.paused_until > now();
-
-comment on view private.paused_now is
-  'Which models and providers are paused, until when, and why? times_opened 0: by an operator. '
-  'failed_users: only so many users wait, others are tried; 0: everybody waits.';
-
-create view private.waiting_now with (security_invoker = true) as
-select
-  r.job_id, r.user_id, (private.plan_of(e)).name as plan, r.model_id,
-  case
-    when exists (select from private.paused_now as p where p.name in (r.model_id, m.provider))
-      then 'paused'
-    when r.run_at > now() then 'delayed'
-    else 'ready'
-  end as state,
-  g.created_at, now() - g.created_at as waiting, r.attempt as attempts_used, r.run_at, r.fair_key
-from private.ready_jobs as r
-inner join public.generations as g on r.job_id = g.id
-inner join public.entitlements as e on r.user_id = e.user_id
-left join public.models as m on r.model_id = m.id
-order by r.fair_key, r.seq;
-
-comment on view private.waiting_now is
-  'What waits, since when, and whose turn is next? In the order of the queue.';
-
-create view private.running_now with (security_invoker = true) as
-select
-  r.job_id, r.user_id, r.model_id, r.worker_id, w.host, now() - r.claimed_at as running, r.stage,
-  r.progress, r.attempt, r.provider_job_id, r.cancel_requested, r.lease_until - now() as lease_left,
-  r.deadline_at - now() as deadline_left
-from private.running_jobs as r
-left join private.workers as w on r.worker_id = w.id
-order by r.claimed_at;
-
-comment on view private.running_now is 'What runs now, where, for how long, and how far is it?';
-
--- The queue is passed once: a job costs no more than to be counted.
-create view private.queue_by_model with (security_invoker = true) as
-select
-  q.model_id, m.provider,
-  case when p.is_paused then 0 else q.waiting - q.delayed end as ready,
-  case when p.is_paused then 0 else q.delayed end as delayed,
-  case when p.is_paused then q.waiting else 0 end as paused,
-  q.running,
-  extract(epoch from now() - (
-    select g.created_at
-    from private.ready_jobs as r inner join public.generations as g on r.job_id = g.id
-    where r.seq = q.first_seq and p.is_paused is null
-  )) as oldest_ready_seconds
-from (
-  select
-    j.model_id, sum(j.waiting)::bigint as waiting, sum(j.running)::bigint as running,
-    coalesce(sum(j.waiting) filter (where j.is_delayed), 0)::bigint as delayed,
-    min(j.first_seq) filter (where j.is_delayed is not true) as first_seq
-  from (
-    select
-      r.model_id, r.run_at > now() as is_delayed, count(*) as waiting, min(r.seq) as first_seq,
-      0 as running
-    from private.ready_jobs as r
-    group by r.model_id, r.run_at > now()
-    union all
-    select r.model_id, false, 0, null, count(*) from private.running_jobs as r group by r.model_id
-  ) as j
-  group by j.model_id
-) as q
-left join public.models as m on q.model_id = m.id
-left join lateral (
-  select true as is_paused
-  from private.paused_now as x where x.name in (q.model_id, m.provider)
-  order by x.name limit 1
-) as p on true
-order by q.model_id;
-
-comment on view private.queue_by_model is
-  'How many jobs of each model wait or run? ready (may be claimed now), delayed (a retry that is '
-  'put off), paused, running; oldest_ready_seconds: since the first of the ready was asked for.';
-
-create view private.queue_by_plan with (security_invoker = true) as
-select
-  (private.plan_of(e)).name as plan,
-  count(*) filter (where job.state = 'ready') as ready,
-  count(*) filter (where job.state = 'delayed') as delayed,
-  count(*) filter (where job.state = 'running') as running,
-  count(distinct e.user_id) as users
-from (
-  select r.user_id, case when r.run_at > now() then 'delayed' else 'ready' end as state
-  from private.ready_jobs as r
-  union all
-  select r.user_id, 'running' as state from private.running_jobs as r
-) as job
-inner join public.entitlements as e on job.user_id = e.user_id
-group by (private.plan_of(e)).name
-order by plan;
-
-comment on view private.queue_by_plan is
-  'How many jobs of free and of paid users wait or run, and of how many users?';
-
-create view private.stuck_jobs with (security_invoker = true) as
-select
-  r.job_id, r.user_id, r.model_id,
-  case when r.lease_left < '0' then 'lease ran out' else 'deadline passed' end as problem,
-  greatest(-r.lease_left, -r.deadline_left) as since, r.worker_id
-from private.running_now as r
-where least(r.lease_left, r.deadline_left) < '0'
-union all
-select r.job_id, r.user_id, r.model_id, 'not claimed', now() - g.created_at, null
-from private.ready_jobs as r
-inner join public.generations as g on r.job_id = g.id
-where (r.run_at is null or r.run_at <= now()) and g.created_at < now() - (
-  select rule.threshold * interval '1 second'
-  from private.alert_rules as rule where rule.alert = 'oldest_age'
-)
-order by since desc;
-
-comment on view private.stuck_jobs is
-  'Is anything stuck? Running jobs whose lease or deadline has passed, and jobs that may be claimed'
-  ' and are older than the rule oldest_age allows.';
-
--- What happened lately.
-
-create view private.recent_attempts with (security_invoker = true) as
-select
-  a.generation_id, g.user_id, g.model_id, a.attempt, a.worker_id, a.outcome, a.error_code,
-  a.error_detail, a.provider_job_id, a.provider_seconds, a.cost_usd, g.created_at, a.started_at,
-  a.ended_at, extract(epoch from a.started_at - g.created_at) as wait_seconds,
-  extract(epoch from a.ended_at - a.started_at) as run_seconds
-from private.attempts as a
-inner join public.generations as g on a.generation_id = g.id
-where a.ended_at > now() - (select s.watch_window from private.settings as s);
-
-comment on view private.recent_attempts is
-  'What was tried lately, and how did it end? wait_seconds: from being asked for to this claim.';
-
-create view private.recent_failures with (security_invoker = true) as
-select
-  a.ended_at, a.error_code, a.error_detail, a.outcome, a.model_id, a.generation_id, a.user_id,
-  a.attempt, a.worker_id, a.provider_job_id
-from private.recent_attempts as a
-where a.error_code is not null
-order by a.ended_at desc;
-
-comment on view private.recent_failures is
-  'What failed lately, and why? In the provider''s own words; outcome retried: it was tried again.';
-
--- Of so long as is asked for. Read by time alone: the planner may think a scan of all history as
--- good. Nothing here is compiled: that would take longer than running it.
-create function private.errors_of(p_window interval) returns table (
-  model_id text, error_code text, errors bigint, failed bigint, retried bigint,
-  share_of_attempts numeric, last_at timestamptz, last_detail text
-)
-language sql stable set search_path = pg_catalog, pg_temp set enable_seqscan = off set jit = off
-as $$
-  select
-    e.model_id, e.error_code, e.errors, e.failed, e.retried, round(e.errors / e.attempts, 4),
-    e.last_at, e.last_detail
-  from (
-    select
-      a.model_id, a.error_code, count(*) as errors,
-      count(*) filter (where a.outcome = 'failed') as failed,
-      count(*) filter (where a.outcome = 'retried') as retried,
-      sum(count(*)) over (partition by a.model_id) as attempts,
-      max(a.ended_at) as last_at,
-      (array_agg(a.error_detail order by a.ended_at desc) filter (where a.error_code <> ''))[1]
-        as last_detail
-    from private.attempts as a
-    where a.ended_at > now() - p_window and a.outcome <> 'released'
-    group by a.model_id, a.error_code
-  ) as e
-  where e.error_code is not null
-  order by e.errors desc, e.last_at desc
-$$;
-
-create view private.errors_by_model with (security_invoker = true) as
-select e.* from private.errors_of((select s.watch_window from private.settings as s)) as e;
-
-comment on view private.errors_by_model is
-  'Which errors does each model make, how often, and what did the provider say last?';
-
--- How the attempts of each model ended, what completed ones took, and what all of them cost.
-create function private.outcomes_of(p_window interval) returns table (
-  model_id text, completed bigint, failed bigint, retried bigint, success_rate numeric,
-  p50_seconds double precision, p95_seconds double precision,
-  p50_provider_seconds double precision, p95_provider_seconds double precision, cost_usd numeric
-)
-language sql stable set search_path = pg_catalog, pg_temp set enable_seqscan = off set jit = off
-as $$
-  select
-    o.model_id, o.completed, o.failed, o.retried,
-    round(o.completed::numeric / nullif(o.completed + o.failed + o.retried, 0), 4),
-    extract(epoch from o.ran[1]), extract(epoch from o.ran[2]), o.provider_seconds[1],
-    o.provider_seconds[2], o.cost_usd
-  from (
-    select
-      a.model_id,
-      count(*) filter (where a.outcome = 'completed') as completed,
-      count(*) filter (where a.outcome = 'failed') as failed,
-      count(*) filter (where a.outcome = 'retried') as retried,
-      percentile_cont('{0.5,0.95}'::double precision[])
-        within group (order by a.ended_at - a.started_at)
-        filter (where a.outcome = 'completed') as ran,
-      percentile_cont('{0.5,0.95}'::double precision[]) within group (order by a.provider_seconds)
-        filter (where a.outcome = 'completed') as provider_seconds,
-      sum(a.cost_usd) as cost_usd
-    from private.attempts as a
-    where a.ended_at > now() - p_window
-    group by a.model_id
-  ) as o
-  order by o.ran[1] desc nulls last
-$$;
-
-create view private.model_performance with (security_invoker = true) as
-select
-  o.model_id, o.completed, o.failed, o.retried, o.success_rate, o.p50_seconds, o.p95_seconds,
-  o.p50_provider_seconds, o.p95_provider_seconds
-from private.outcomes_of((select s.watch_window from private.settings as s)) as o
-where o.success_rate is not null;
-
-comment on view private.model_performance is
-  'Which model is slow or fails? success_rate is that of attempts; seconds are those of completed'
-  ' ones, from claim to stored, and the provider''s own.';
-
-create view private.waiting_times with (security_invoker = true) as
-select
-  g.model_id, (private.plan_of(e)).name as plan, count(*) as completed,
-  percentile_cont(0.5) within group (order by t.wait_seconds) as p50_wait_seconds,
-  percentile_cont(0.95) within group (order by t.wait_seconds) as p95_wait_seconds,
-  percentile_cont(0.5) within group (order by t.run_seconds) as p50_run_seconds,
-  percentile_cont(0.95) within group (order by t.run_seconds) as p95_run_seconds
-from private.recent_attempts as a
-inner join public.generations as g on a.generation_id = g.id
-inner join public.entitlements as e on g.user_id = e.user_id
-cross join lateral (
-  select
-    extract(epoch from g.started_at - g.created_at) as wait_seconds,
-    extract(epoch from g.finished_at - g.started_at) as run_seconds
-) as t
-where a.outcome = 'completed'
-group by g.model_id, (private.plan_of(e)).name
-order by g.model_id, plan;
-
-comment on view private.waiting_times is
-  'How long do users wait? Of completed generations: wait until the first claim, run from there to'
-  ' the end, retries included.';
-
-create view private.throughput_per_hour with (security_invoker = true) as
-select
-  date_trunc('hour', a.ended_at) as hour,
-  count(*) filter (where a.outcome = 'completed') as completed,
-  count(*) filter (where a.outcome = 'failed') as failed,
-  count(*) filter (where a.outcome = 'retried') as retried,
-  count(*) filter (where a.outcome = 'canceled') as canceled
-from private.recent_attempts as a
-group by date_trunc('hour', a.ended_at)
-order by hour desc;
-
-comment on view private.throughput_per_hour is 'How many succeed in an hour, lately?';
-
-create view private.throughput_per_day with (security_invoker = true) as
-select
-  date_trunc('day', a.ended_at) as day,
-  count(*) filter (where a.outcome = 'completed') as completed,
-  count(*) filter (where a.outcome = 'failed') as failed,
-  count(*) filter (where a.outcome = 'retried') as retried,
-  count(*) filter (where a.outcome = 'canceled') as canceled
-from private.attempts as a
-group by date_trunc('day', a.ended_at)
-order by day desc;
-
-comment on view private.throughput_per_day is
-  'How many succeed in a day? As far back as attempts are kept.';
-
-create view private.worker_activity with (security_invoker = true) as
-select
-  w.id as worker_id, w.host, w.version,
-  w.seen_at > now() - (select s.lease from private.settings as s) as is_alive,
-  w.asleep, w.is_listening, w.slots, coalesce(running.jobs, 0) as slots_used,
-  coalesce(done.completed, 0) as completed, coalesce(done.errors, 0) as errors,
-  done.last_ended_at, w.started_at, w.seen_at
-from private.workers as w
-left join (
-  select r.worker_id, count(*) as jobs from private.running_jobs as r group by r.worker_id
-) as running on w.id = running.worker_id
-left join (
-  select
-    a.worker_id, count(*) filter (where a.outcome = 'completed') as completed,
-    count(*) filter (where a.outcome in ('failed', 'retried')) as errors,
-    max(a.ended_at) as last_ended_at
-  from private.recent_attempts as a
-  group by a.worker_id
-) as done on w.id = done.worker_id
-order by is_alive desc, w.id asc;
-
-comment on view private.worker_activity is
-  'Which worker lives, and what does it do? completed and errors: of its attempts, lately. One that'
-  ' stopped without unregistering is alive until its lease would have run out.';
-
-create view private.busiest_users with (security_invoker = true) as
-select
-  g.user_id, (private.plan_of(e)).name as plan, count(*) as generations,
-  count(*) filter (where g.status = 'completed') as completed,
-  count(*) filter (where g.status = 'failed') as failed,
-  count(*) filter (where g.status = 'canceled') as canceled,
-  sum(g.price_credits) as price_credits,
-  (select count(*) from private.live_jobs as j where j.user_id = g.user_id) as active_jobs,
-  e.credits
-from public.generations as g
-inner join public.entitlements as e on g.user_id = e.user_id
-where g.id >= (select private.first_id_of(now() - s.watch_window) from private.settings as s)
-group by e.user_id, g.user_id
-order by generations desc, g.user_id asc;
-
-comment on view private.busiest_users is
-  'Who asks for most, and whose jobs fail most? price_credits are those charged, refunds included.';
-
-create view private.alias_arms with (security_invoker = true) as
-select
-  coalesce(tried.alias_id, arm.id) as alias_id, coalesce(tried.model_id, arm.model_id) as model_id,
-  arm.weight, coalesce(tried.generations, 0) as generations, tried.success_rate, tried.p50_seconds,
-  tried.p95_seconds, round(tried.cost_usd / nullif(tried.images, 0), 6) as cost_usd_per_image,
-  coalesce(tried.favorites, 0) as favorites, coalesce(tried.likes, 0) as likes
-from (
-  select
-    g.alias_id, g.model_id, count(*) as generations,
-    round(avg((g.status = 'completed')::integer)
-    filter (where g.status in ('completed', 'failed')), 4) as success_rate,
-    percentile_cont(0.5) within group (order by of_each.seconds) as p50_seconds,
-    percentile_cont(0.95) within group (order by of_each.seconds) as p95_seconds,
-    sum(of_each.cost_usd) as cost_usd, sum(of_each.images) as images,
-    count(*) filter (where g.is_favorite) as favorites, sum(of_each.likes) as likes
-  from public.generations as g
-  cross join lateral (
-    select
-      case when g.status = 'completed' then extract(epoch from g.finished_at - g.started_at) end
-        as seconds,
-      (select sum(a.cost_usd) from private.attempts as a where a.generation_id = g.id) as cost_usd,
-      (select count(*) from public.images as i where i.generation_id = g.id) as images,
-      private.likes_of(g.id) as likes
-  ) as of_each
-  where g.alias_id is not null
-  group by g.alias_id, g.model_id
-) as tried
-full join public.model_aliases as arm
-  on tried.alias_id = arm.id and tried.model_id = arm.model_id
-order by alias_id, model_id;
-
-comment on view private.alias_arms is
-  'Which model behind an alias does better? Of all generations kept that asked for the alias. '
-  'success_rate leaves out canceled and live ones; cost_usd_per_image holds what failed attempts '
-  'cost; favorites are the users'' own, likes those of shared images. weight null: an arm no more.';
 -- Erasure: what a user deletes, files that wait to be deleted, and what goes with a deleted user.
 --
 -- Deleting a generation hides it: row and files stay until they are erased (85), and until then it
@@ -5128,8 +4742,8 @@ comment on view private.alias_arms is
 -- and forgets the rows, and with the last file of a generation goes the generation. All of it may
 -- be repeated: whoever is killed half-way has lost nothing, for the rows say what is left to do.
 --
--- Deleting a row of auth.users erases the user: a trigger takes the entitlement, whose triggers
--- mark the files and take all rows; the ledger goes as keep_ledger_of_deleted_users says. Every
+-- Deleting a row of auth.users erases the user: a trigger takes the entitlement, whose trigger
+-- marks the files and takes all rows; the ledger goes as keep_ledger_of_deleted_users says. Every
 -- path that is marked lies in the user's own folder, a rule of the table. What is uploaded for a
 -- user who is gone is found as an orphan (85).
 
@@ -5240,20 +4854,14 @@ language sql immutable set search_path = pg_catalog, pg_temp as $$
   end
 $$;
 
--- Whether the job may still write its files.
-create function private.is_live(p_job_id uuid) returns boolean
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select exists (select from private.live_jobs as j where j.job_id = p_job_id)
-$$;
-
--- Whether an image is stored at this path of bucket generations.
-create function private.has_image(p_path text) returns boolean
+-- Whether a file of bucket generations is one that a job has stored, or may still write.
+create function private.is_output(p_path text) returns boolean
 language sql stable set search_path = pg_catalog, pg_temp as $$
   select exists (
     select from public.images as i
     where i.generation_id = private.path_id(p_path, 2)
       and p_path in (i.storage_path, i.preview_path)
-  )
+  ) or exists (select from private.live_jobs as j where j.job_id = private.path_id(p_path, 2))
 $$;
 
 -- When a file was last written, as Storage has on record; null if it is not there, or there is no
@@ -5269,23 +4877,6 @@ begin
     where o.bucket_id = p_bucket and o.name = p_path
   );
 end;
-$$;
-
--- Whether a file has come to be needed again since it was marked: its generation was restored or
--- its job is live, or a user who is here has uploaded it anew.
-create function private.is_needed_again(p_file private.expired_files) returns boolean
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select case
-    when p_file.bucket = 'inputs' then
-      exists (select from public.entitlements as e where e.user_id = p_file.user_id)
-      and private.file_changed_at(p_file.bucket, p_file.path) > p_file.marked_at
-    when private.is_live(private.path_id(p_file.path, 2)) then true
-    when p_file.generation_id is null then private.has_image(p_file.path)
-    else exists (
-      select from public.generations as g
-      where g.id = p_file.generation_id and g.deleted_at is null
-    )
-  end
 $$;
 
 -- Marks files, each as bucket/path, and answers how many were not marked yet. In order: of two that
@@ -5308,11 +4899,20 @@ $$;
 
 -- For workers.
 
+-- What has come to be needed again since it was marked is kept: its generation was restored or its
+-- job is live, or a user who is here has uploaded it anew.
 create function private.list_expired_files(p_at_most integer default 100)
 returns table (bucket text, path text)
 language sql security definer set search_path = pg_catalog, pg_temp as $$
   with due as (
-    select f.ctid, private.is_needed_again(f) as is_needed
+    select f.ctid, case
+      when f.bucket = 'inputs' then (
+        select private.file_changed_at(f.bucket, f.path) > f.marked_at
+        from public.entitlements as e where e.user_id = f.user_id
+      )
+      when f.generation_id is null then private.is_output(f.path)
+      else (select g.deleted_at is null from public.generations as g where g.id = f.generation_id)
+    end as is_needed
     from private.expired_files as f
     where f.try_at <= now() order by f.try_at limit p_at_most for update skip locked
   ),
@@ -5411,45 +5011,34 @@ $$;
 create trigger generations_erase_images after delete on public.generations
 for each row execute function private.erase_images_of_generation();
 
--- Locks the user's live jobs and answers how many: one after the other in order of id, ready or
--- running, as cancel_jobs (77) does. A job may go from one to the other while we wait for it.
-create function private.lock_jobs(p_user_id uuid) returns integer
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_id uuid;
-  v_locked integer := 0;
-begin
-  for v_id in
-    select j.job_id from private.live_jobs as j where j.user_id = p_user_id order by j.job_id
-  loop
-    while private.is_live(v_id) loop
-      perform from private.ready_jobs where job_id = v_id for update;
-      if not found then
-        perform from private.running_jobs where job_id = v_id for update;
-      end if;
-      if found then
-        v_locked := v_locked + 1;
-        exit;
-      end if;
-    end loop;
-  end loop;
-  return v_locked;
-end;
-$$;
-
 -- Locks the live jobs of a user who is being deleted and then the entitlement, in the order that
 -- all endings of jobs do: else those two could wait for each other. Changes nothing: whether the
 -- user really goes is for other triggers to say.
 --
--- A job moves between the tables, or is enqueued, until we hold them all. Then we let go of the
--- entitlement and look again.
+-- Jobs in order of id, ready or running, as cancel_jobs (77) does. A job moves between the tables,
+-- or is enqueued, until we hold them all. Then we let go of the entitlement and look again.
 create function private.lock_jobs_of_deleted_user() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
+  v_id uuid;
   v_locked integer;
 begin
   for v_look in 1 .. 20 loop
-    v_locked := private.lock_jobs(old.id);
+    v_locked := 0;
+    for v_id in
+      select j.job_id from private.live_jobs as j where j.user_id = old.id order by j.job_id
+    loop
+      while exists (select from private.live_jobs as j where j.job_id = v_id) loop
+        perform from private.ready_jobs where job_id = v_id for update;
+        if not found then
+          perform from private.running_jobs where job_id = v_id for update;
+        end if;
+        if found then
+          v_locked := v_locked + 1;
+          exit;
+        end if;
+      end loop;
+    end loop;
     begin
       perform from public.entitlements where user_id = old.id for update;
       exit when v_locked = (
@@ -5480,13 +5069,15 @@ create trigger darkroom_delete_entitlement
 after delete on auth.users
 for each row execute function private.delete_entitlement_of_deleted_user();
 
--- Marks every file of a user who goes: those of images, then what else Storage has on record in the
--- user's folder. The generations are locked before their files are marked, as expire_generations
--- (85) does.
-create function private.expire_files_of_deleted_user() returns trigger
+-- Erases what a user who is gone has here. First every file is marked: those of images, then what
+-- else Storage has on record in the user's folder. The generations are locked before, as
+-- expire_generations (85) does. Live jobs, whose rows are locked, are taken out of the queue; their
+-- workers stop them at the provider.
+create function private.erase_deleted_user() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_files text[];
+  v_worker_id bigint;
 begin
   perform from public.generations where user_id = old.user_id order by id for update;
   v_files := array(
@@ -5496,33 +5087,17 @@ begin
     where i.user_id = old.user_id and f.path is not null
     order by f.path
   );
-  perform private.skip_failing('select private.mark_files($1)', v_files);
   if to_regclass('storage.objects') is not null then
     -- From <id>/ up to <id>0, the next character: operators that the index of names serves.
-    v_files := array(
+    v_files := v_files || array(
       select concat(o.bucket_id, '/', o.name)
       from storage.objects as o
       where o.name ~>=~ concat(old.user_id, '/') and o.name ~<~ concat(old.user_id, '0')
         and o.bucket_id in ('generations', 'inputs')
       order by o.name
     );
-    perform private.skip_failing('select private.mark_files($1)', v_files);
   end if;
-  return old;
-end;
-$$;
-
-create trigger entitlements_expire_files
-before delete on public.entitlements
-for each row execute function private.expire_files_of_deleted_user();
-
--- Erases what a user who is gone has here, and takes the live jobs, whose rows are locked, out of
--- the queue. Their workers stop them at the provider.
-create function private.erase_rows_of_deleted_user() returns trigger
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
-declare
-  v_worker_id bigint;
-begin
+  perform private.skip_failing('select private.mark_files($1)', v_files);
   delete from private.ready_jobs where user_id = old.user_id;
   for v_worker_id in
     delete from private.running_jobs where user_id = old.user_id returning worker_id
@@ -5531,14 +5106,14 @@ begin
   end loop;
   delete from public.generations where user_id = old.user_id;
   delete from public.batches where user_id = old.user_id;
-  perform private.erase_ledger(old.user_id);
+  perform private.erase_ledgers(array[old.user_id]);
   return null;
 end;
 $$;
 
 create trigger entitlements_erase_rows
 after delete on public.entitlements
-for each row execute function private.erase_rows_of_deleted_user();
+for each row execute function private.erase_deleted_user();
 -- Retention: how long things are kept, and what has been kept long enough, found a few rows at a
 -- time.
 --
@@ -5556,13 +5131,11 @@ add column keep_deleted interval not null default '30 days',
 add column keep_inputs interval default '30 days',
 add column max_input_files integer not null default 100,
 add column keep_attempts interval not null default '90 days',
-add column keep_ledger interval,
 add column keep_ledger_of_deleted_users interval not null default '0',
 add constraint settings_keep_generations_outlives_a_day check (keep_generations >= '1 day'),
 add constraint settings_keep_deleted_is_not_negative check (keep_deleted >= '0'),
 add constraint settings_keep_inputs_outlives_a_day check (keep_inputs >= '1 day'),
 add constraint settings_keep_attempts_outlives_a_day check (keep_attempts >= '1 day'),
-add constraint settings_keep_ledger_outlives_ninety_days check (keep_ledger >= '90 days'),
 add constraint settings_keep_ledger_of_deleted_users_is_not_negative check (
   keep_ledger_of_deleted_users >= '0'
 ),
@@ -5570,9 +5143,9 @@ add constraint settings_max_input_files_is_not_negative check (max_input_files >
 -- What is longer has no time it began at: for ever is null, where it may be said.
 add constraint settings_times_are_in_reach check (
   greatest(
-    keep_generations, keep_deleted, keep_inputs, keep_attempts, keep_ledger,
-    keep_ledger_of_deleted_users, lease, heartbeat, retry_base, retry_cap, give_up_after,
-    breaker_window, breaker_pause, breaker_pause_cap
+    keep_generations, keep_deleted, keep_inputs, keep_attempts, keep_ledger_of_deleted_users,
+    lease, heartbeat, retry_base, retry_cap, give_up_after, breaker_window, breaker_pause,
+    breaker_pause_cap
   ) <= '1000 years'
 );
 
@@ -5586,9 +5159,6 @@ comment on column private.settings.max_input_files is
   'How many source images a user may keep in bucket inputs.';
 comment on column private.settings.keep_attempts is
   'How long the attempts of finished generations are kept, with provider''s words, times and cost.';
-comment on column private.settings.keep_ledger is
-  'Older entries of a user are summed up in one of kind carry, as far as the generations they '
-  'speak of are erased; their external_ids are forgotten. null: never.';
 comment on column private.settings.keep_ledger_of_deleted_users is
   'How long after it was written an entry outlives its user; 0: all go with the user.';
 
@@ -5644,22 +5214,23 @@ comment on function private.apply_retention is
   'and erases what has none. Answers how many rows it marked or erased; safe from several places '
   'at once. What cannot be done is passed over: see private.skipped_rows.';
 
--- Hides these finished generations and marks their files; those without files go at once. Answers
+-- Which generations have been kept long enough: those that their users deleted, and old ones but
+-- for favorites. Hides these of them and marks their files; those without files go at once. Answers
 -- how many files and generations.
-create function private.expire_generations(
-  p_ids uuid[], p_only_deleted boolean default false
-) returns integer
+create function private.expire_generations(p_ids uuid[]) returns integer
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
-  v_ids uuid[];
+  v_settings private.settings := (select s from private.settings as s);
   v_files integer;
-begin
-  v_ids := array(
+  v_ids uuid[] := array(
     select g.id from public.generations as g
-    where g.id = any (p_ids) and g.finished_at is not null
-      and (g.deleted_at is not null or not p_only_deleted)
+    where g.id = any (p_ids) and g.finished_at is not null and (
+      g.deleted_at <= now() - v_settings.keep_deleted
+      or g.finished_at <= now() - v_settings.keep_generations and not g.is_favorite
+    )
     order by g.id for update skip locked
   );
+begin
   update public.generations set deleted_at = now()
   where id = any (v_ids) and deleted_at is null;
   insert into private.expired_files (bucket, path, user_id, generation_id)
@@ -5680,7 +5251,7 @@ create function private.expire_deleted(
   p_place text, p_at_most integer, out place text, out done integer
 )
 language sql set search_path = pg_catalog, pg_temp as $$
-  select null, private.skip_failing('select private.expire_generations($1, true)', array(
+  select null, private.skip_failing('select private.expire_generations($1)', array(
     select g.id from public.generations as g
     where g.deleted_at <= now() - (select s.keep_deleted from private.settings as s)
       and g.finished_at is not null
@@ -5689,172 +5260,92 @@ language sql set search_path = pg_catalog, pg_temp as $$
   ))
 $$;
 
--- Generations that ended longer ago than keep_generations, but for favorites.
+-- Generations in order of id, which is that of time.
 create function private.expire_old(
   p_place text, p_at_most integer, out place text, out done integer
 )
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_before timestamptz := (select now() - s.keep_generations from private.settings as s);
-  v_ids uuid[];
-begin
+language sql set search_path = pg_catalog, pg_temp as $$
   select
-    array_agg(g.id) filter (where g.finished_at <= v_before and not g.is_favorite),
-    case when count(*) = p_at_most and not bool_or(g.created_at between v_before and now())
-      then max(g.id::text collate "C") end
-  into v_ids, place
+    case when count(*) = p_at_most and not bool_or(w.is_young) then max(w.id::text collate "C") end,
+    private.skip_failing('select private.expire_generations($1)', array_agg(w.id))
   from (
-    select * from public.generations
-    where id > p_place::uuid and v_before is not null order by id limit p_at_most
-  ) as g;
-  done := private.skip_failing(
-    'select private.expire_generations($1)', coalesce(v_ids, '{}'::uuid[])
-  );
-end;
+    select g.id, g.created_at between now() - s.keep_generations and now() as is_young
+    from private.settings as s
+    inner join public.generations as g on g.id > p_place::uuid
+    where s.keep_generations is not null order by g.id limit p_at_most
+  ) as w
 $$;
 
 -- Attempts that ended longer ago than keep_attempts, of generations that are finished.
 create function private.trim_attempts(
   p_place text, p_at_most integer, out place text, out done integer
 )
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_before timestamptz := (select now() - s.keep_attempts from private.settings as s);
-  v_ids uuid[];
-begin
+language sql set search_path = pg_catalog, pg_temp as $$
   select
-    array_agg(distinct a.generation_id)
-    filter (where a.ended_at <= v_before and g.finished_at is not null),
-    case when count(*) = p_at_most and not bool_or(g.created_at between v_before and now())
-      then max(a.generation_id::text collate "C") end
-  into v_ids, place
+    case when count(*) = p_at_most and not bool_or(w.created_at between w.before and now())
+      then max(w.generation_id::text collate "C") end,
+    private.skip_failing(
+      'with gone as (delete from private.attempts as a using private.settings as s'
+      ' where a.generation_id = any ($1) and a.ended_at <= now() - s.keep_attempts returning 1)'
+      ' select count(*) from gone',
+      array_agg(distinct w.generation_id) filter (
+        where w.ended_at <= w.before and w.finished_at is not null
+      )
+    )
   from (
-    select * from private.attempts
-    where generation_id > p_place::uuid order by generation_id, token limit p_at_most
-  ) as a
-  cross join lateral (
-    select created_at, finished_at from public.generations where id = a.generation_id limit 1
-  ) as g;
-  done := private.skip_failing(
-    format(
-      'with gone as ('
-      '  delete from private.attempts where generation_id = any ($1) and ended_at <= %L returning 1'
-      ') select count(*) from gone', v_before
-    ),
-    coalesce(v_ids, '{}'::uuid[])
-  );
-end;
+    select
+      a.generation_id, a.ended_at, g.created_at, g.finished_at, now() - s.keep_attempts as before
+    from private.settings as s
+    cross join (
+      select * from private.attempts
+      where generation_id > p_place::uuid order by generation_id, token limit p_at_most
+    ) as a
+    cross join lateral (
+      select created_at, finished_at from public.generations where id = a.generation_id limit 1
+    ) as g
+  ) as w
 $$;
 
--- Erases the entries of a user who is gone, but for those that are to be kept longer. By the clock:
+-- Erases the entries of users who are gone, but for those that are to be kept longer. By the clock:
 -- some may be of transactions that began after this one.
-create function private.erase_ledger(p_user_id uuid) returns integer
+create function private.erase_ledgers(p_user_ids uuid[]) returns integer
 language sql set search_path = pg_catalog, pg_temp as $$
   with erased as (
     delete from public.credit_ledger as l
     using private.settings as s
-    where l.user_id = p_user_id
+    where l.user_id = any (p_user_ids)
       and l.created_at <= clock_timestamp() - s.keep_ledger_of_deleted_users
     returning l.id
   )
   select count(*)::integer from erased
 $$;
 
--- Has a user's ledger no longer than it is to be kept; answers how many entries fewer there are. Of
--- one who is gone entries are erased. Of another the oldest are summed up in one of kind carry,
--- so that the balance is still the sum of all and each balance_after the sum up to it. An entry
--- stays while the generation it speaks of does, and so does everything after it.
---
--- Locks: the entitlement row.
-create function private.trim_ledger_of(p_user_id uuid, p_at_most integer) returns integer
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_before timestamptz := (select now() - s.keep_ledger from private.settings as s);
-  v_met public.credit_ledger;
-  v_last public.credit_ledger;
-  v_entries integer := 0;
-begin
-  if not exists (select from public.entitlements as e where e.user_id = p_user_id) then
-    return private.erase_ledger(p_user_id);
-  end if;
-  perform from public.entitlements
-  where user_id = p_user_id and v_before is not null for update skip locked;
-  if not found then
-    return 0;
-  end if;
-  -- Not user_id = p_user_id: the planner may then walk the ids of all users up to this one's.
-  for v_met in
-    select * from public.credit_ledger
-    where (user_id, id) > (p_user_id, 0) order by user_id, id limit p_at_most
-  loop
-    exit when v_met.user_id <> p_user_id or v_met.created_at > v_before
-      or exists (select from public.generations as g where g.id = v_met.generation_id);
-    v_last := v_met;
-    v_entries := v_entries + 1;
-  end loop;
-  if v_entries < 2 then
-    return 0;
-  end if;
-  perform set_config('darkroom.compacts_ledger_of', p_user_id::text, true);
-  delete from public.credit_ledger where user_id = p_user_id and id <= v_last.id;
-  insert into public.credit_ledger (id, user_id, kind, amount, balance_after, created_at)
-  overriding system value
-  values (
-    v_last.id, p_user_id, 'carry', v_last.balance_after, v_last.balance_after, v_last.created_at
-  );
-  perform set_config('darkroom.compacts_ledger_of', '', true);
-  return v_entries - 1;
-end;
-$$;
-
--- The ledgers of the next users.
+-- The ledgers of the next users, from one to the next through the index.
 create function private.trim_ledger(
   p_place text, p_at_most integer, out place text, out done integer
 )
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_user_id uuid := p_place::uuid;
-  v_ids uuid[] := '{}'::uuid[];
-begin
-  for v_step in 1 .. p_at_most loop
-    select user_id into v_user_id from public.credit_ledger
-    where user_id > v_user_id order by user_id limit 1;
-    exit when not found;
-    v_ids := v_ids || v_user_id;
-  end loop;
-  place := v_user_id;
-  done := private.skip_failing(
-    format('select sum(private.trim_ledger_of(u, %s)) from unnest($1) as u', p_at_most), v_ids
-  );
-end;
+language sql set search_path = pg_catalog, pg_temp as $$
+  with recursive walk (user_id, step) as (
+    select p_place::uuid, 0
+    union all
+    select (
+      select l.user_id from public.credit_ledger as l
+      where l.user_id > w.user_id order by l.user_id limit 1
+    ), w.step + 1
+    from walk as w where w.user_id is not null and w.step < p_at_most
+  )
+  select
+    case when count(w.user_id) > p_at_most then max(w.user_id::text collate "C") end,
+    private.skip_failing('select private.erase_ledgers($1)', array_agg(w.user_id) filter (
+      where not exists (select from public.entitlements as e where e.user_id = w.user_id)
+    ))
+  from walk as w
 $$;
 
--- Whether nothing speaks of a stored file any more: an output without a row whose job has ended; a
--- source image whose user is gone, or has no active job and has not touched it for keep_inputs.
--- What does not look like a file of ours is left alone. Everything is given a day: an upload
--- precedes its row, and tokens outlive their user.
-create function private.is_orphan(
-  p_bucket text, p_path text, p_changed_at timestamptz
-) returns boolean
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select p_changed_at < now() - interval '1 day' and private.path_id(p_path, 1) is not null and
-    case p_bucket
-      when 'generations' then
-        private.path_id(p_path, 2) is not null and split_part(p_path, '/', 3) <> ''
-        and not private.has_image(p_path) and not private.is_live(private.path_id(p_path, 2))
-      when 'inputs' then not exists (
-        select from public.entitlements as e cross join private.settings as s
-        where e.user_id = private.path_id(p_path, 1)
-          and (
-            coalesce(p_changed_at >= now() - s.keep_inputs, true)
-            or exists (select from private.live_jobs as j where j.user_id = e.user_id)
-          )
-      )
-      else false
-    end
-$$;
-
--- Marks orphans among the next files of Storage, in the order of the index that serves prefixes.
+-- Files of Storage that nothing speaks of any more, in the order of the index that serves prefixes:
+-- an output without a row whose job has ended; a source image whose user is gone, or has no active
+-- job and has not touched it for keep_inputs. What does not look like a file of ours is left alone.
+-- Everything is given a day: an upload precedes its row, and tokens outlive their user.
 create function private.expire_orphans(
   p_place text, p_at_most integer, out place text, out done integer
 )
@@ -5864,17 +5355,29 @@ declare
 begin
   if to_regclass('storage.objects') is not null then
     select
+      case when count(*) >= p_at_most then max(o.name collate "C") end,
       array_agg(concat(o.bucket_id, '/', o.name)) filter (
-        where private.is_orphan(o.bucket_id, o.name, coalesce(o.updated_at, o.created_at))
-      ),
-      case when count(*) >= p_at_most then max(o.name collate "C") end
-    into v_files, place
+        where o.changed_at < now() - interval '1 day' and private.path_id(o.name, 1) is not null
+          and case o.bucket_id
+            when 'generations' then
+              private.path_id(o.name, 2) is not null and split_part(o.name, '/', 3) <> ''
+              and not private.is_output(o.name)
+            when 'inputs' then not exists (
+              select from public.entitlements as e cross join private.settings as s
+              where e.user_id = private.path_id(o.name, 1) and (
+                coalesce(o.changed_at >= now() - s.keep_inputs, true)
+                or exists (select from private.live_jobs as j where j.user_id = e.user_id)
+              )
+            )
+          end
+      )
+    into place, v_files
     from (
-      select * from storage.objects
+      select bucket_id, name, coalesce(updated_at, created_at) as changed_at from storage.objects
       where name ~>~ p_place order by name using ~<~ fetch first p_at_most rows with ties
     ) as o;
   end if;
-  done := private.skip_failing('select private.mark_files($1)', coalesce(v_files, '{}'::text[]));
+  done := private.skip_failing('select private.mark_files($1)', v_files);
 end;
 $$;
 -- The books: do money and places add up?
@@ -6004,96 +5507,105 @@ $$;
 
 comment on function private.check_books is
   'Reads all history, nightly by pg_cron, and keeps what broken_books finds in routines.';
--- What making pictures costs, and what it earns: by day, by model, by user.
---
--- The provider's side is from attempts (every one, whatever came of it), the users' side from the
--- ledger. Both are summed in costs; the other views sum that up. Days are UTC's: of an attempt the
--- day it ended, of a credit the day it was booked. What retention has removed is not counted.
---
--- Read them as the owner; see 83. margin_usd is there once settings.credit_usd says what a credit
--- is worth. What subscriptions bring is not in it.
-
-create view private.costs with (security_invoker = true) as
-select
-  entry.day, entry.user_id, entry.model_id,
-  count(entry.outcome)::integer as attempts,
-  count(*) filter (where entry.outcome = 'completed')::integer as completed,
-  coalesce(sum(entry.images), 0)::integer as images,
-  coalesce(sum(entry.provider_seconds), 0)::numeric as provider_seconds,
-  coalesce(sum(entry.cost_usd), 0) as cost_usd,
-  count(*) filter (where entry.provider_job_id is not null and entry.cost_usd is null)::integer
-    as unknown_costs,
-  coalesce(-sum(entry.amount) filter (where entry.kind = 'charge'), 0) as credits_charged,
-  coalesce(sum(entry.amount) filter (where entry.kind = 'refund'), 0) as credits_refunded
-from (
-  select
-    (a.ended_at at time zone 'utc')::date as day, g.user_id, a.model_id, a.outcome,
-    a.provider_images as images, a.provider_seconds::numeric, a.cost_usd, a.provider_job_id,
-    null as kind, null as amount
-  from private.attempts as a
-  inner join public.generations as g on a.generation_id = g.id
-  union all
-  select
-    (l.created_at at time zone 'utc')::date, l.user_id, g.model_id, null, null, null, null, null,
-    l.kind, l.amount
-  from public.credit_ledger as l
-  inner join public.generations as g on l.generation_id = g.id
-) as entry
-group by entry.day, entry.user_id, entry.model_id;
-
-comment on view private.costs is
-  'What did each user cost and pay, by model and day? images are those the provider billed; '
-  'unknown_costs counts attempts that asked the provider and whose price is not known, so that '
-  'cost_usd is too low by them (a retry that goes on from the same provider job is one of them).';
-
-create view private.cost_by_day with (security_invoker = true) as
-select
-  c.day, c.model_id, count(distinct c.user_id) as users, sum(c.attempts) as attempts,
-  sum(c.completed) as completed, sum(c.images) as images,
-  sum(c.provider_seconds) as provider_seconds, sum(c.cost_usd) as cost_usd,
-  sum(c.unknown_costs) as unknown_costs, sum(c.credits_charged) as credits_charged,
-  sum(c.credits_refunded) as credits_refunded,
-  sum((c.credits_charged - c.credits_refunded) * s.credit_usd - c.cost_usd) as margin_usd
-from private.costs as c cross join private.settings as s
-group by c.day, c.model_id
-order by c.day desc, cost_usd desc, c.model_id asc;
-
-comment on view private.cost_by_day is 'What did each model cost and earn on each day?';
-
-create view private.cost_by_model with (security_invoker = true) as
-select
-  d.model_id, sum(d.completed)::bigint as completed, sum(d.images)::bigint as images,
-  sum(d.provider_seconds) as provider_seconds, sum(d.cost_usd) as cost_usd,
-  sum(d.unknown_costs)::bigint as unknown_costs,
-  round(sum(d.cost_usd) / nullif(sum(d.images), 0), 6) as cost_usd_per_image,
-  sum(d.credits_charged) as credits_charged, sum(d.credits_refunded) as credits_refunded,
-  sum(d.margin_usd) as margin_usd
-from private.cost_by_day as d
-group by d.model_id
-order by cost_usd desc, d.model_id asc;
-
-comment on view private.cost_by_model is
-  'What does an image of each model really cost, failed and canceled attempts included?';
-
-create view private.cost_by_user with (security_invoker = true) as
-select
-  c.user_id, sum(c.attempts) as attempts, sum(c.images) as images,
-  sum(c.provider_seconds) as provider_seconds, sum(c.cost_usd) as cost_usd,
-  sum(c.unknown_costs) as unknown_costs, sum(c.credits_charged) as credits_charged,
-  sum(c.credits_refunded) as credits_refunded,
-  sum((c.credits_charged - c.credits_refunded) * s.credit_usd - c.cost_usd) as margin_usd
-from private.costs as c cross join private.settings as s
-group by c.user_id
-order by cost_usd desc, c.user_id asc;
-
-comment on view private.cost_by_user is 'Which users cost most, and do they pay for it?';
 -- Health: what moves, held against alert_rules (17). An alert is a row there, and a line here that
 -- says what is measured for it: raised while that is above the threshold. Nothing is remembered.
 --
--- Everything it reads is as small as the work in hand or the last fifteen minutes, never as long as
--- history: a monitor may call it every few seconds. It names sessions by pid and application, and
--- never shows a query, a prompt or an input; a monitor is told no ids and nobody's words, which may
--- repeat a prompt in any spelling.
+-- Each fact stands once, in a view, which is also what an operator reads who looks closer: as the
+-- owner (psql, the SQL editor), for nobody is granted anything, and security_invoker keeps row
+-- level security in force should somebody ever be. What more there is to ask is in 97.
+--
+-- Everything health reads is as small as the work in hand or the last fifteen minutes, never as
+-- long as history: a monitor may call it every few seconds. It names sessions by pid and
+-- application, and never shows a query, a prompt or an input; a monitor is told no ids and nobody's
+-- words, which may repeat a prompt in any spelling.
+
+-- The first id that uuid_v7 could have made at this time.
+create function private.first_id_of(p_time timestamptz) returns uuid
+language sql immutable set search_path = pg_catalog, pg_temp as $$
+  select rpad(lpad(to_hex((extract(epoch from p_time) * 1000)::bigint), 12, '0'), 32, '0')::uuid
+$$;
+
+create view private.paused_now with (security_invoker = true) as
+select
+  case when b.name like '%/%' then 'model' else 'provider' end as kind,
+  b.name, b.paused_until, b.pause_reason, b.times_opened,
+  cardinality(b.failed_users) as failed_users
+from private.breakers as b
+where b.paused_until > now();
+
+comment on view private.paused_now is
+  'Which models and providers are paused, until when, and why? times_opened 0: by an operator. '
+  'failed_users: only so many users wait, others are tried; 0: everybody waits.';
+
+-- The queue is passed once: a job costs no more than to be counted.
+create view private.queue_by_model with (security_invoker = true) as
+select
+  n.model_id, m.provider,
+  coalesce(case when not p.is_paused then q.waiting - q.delayed end, 0) as ready,
+  coalesce(case when not p.is_paused then q.delayed end, 0) as delayed,
+  coalesce(case when p.is_paused then q.waiting end, 0) as paused,
+  coalesce(r.running, 0) as running,
+  case when not p.is_paused and q.waiting > q.delayed then extract(epoch from now() - q.ready_since)
+  end as oldest_ready_seconds
+from (
+  select
+    j.model_id, count(*) as waiting, count(*) filter (where j.run_at > now()) as delayed,
+    min(coalesce(j.run_at, j.queued_at)) as ready_since
+  from private.ready_jobs as j group by j.model_id
+) as q
+full outer join (
+  select j.model_id, count(*) as running from private.running_jobs as j group by j.model_id
+) as r on q.model_id = r.model_id
+cross join lateral (select coalesce(q.model_id, r.model_id) as model_id) as n
+left join public.models as m on n.model_id = m.id
+cross join lateral (
+  select count(*) > 0 as is_paused
+  from private.paused_now as x where x.name in (n.model_id, m.provider)
+) as p
+order by n.model_id;
+
+comment on view private.queue_by_model is
+  'How many jobs of each model wait or run? ready (may be claimed now), delayed (a retry that is '
+  'put off), paused, running; oldest_ready_seconds: since the first of the ready may be claimed.';
+
+create view private.running_now with (security_invoker = true) as
+select
+  r.job_id, r.user_id, r.model_id, r.worker_id, w.host, now() - r.claimed_at as running, r.stage,
+  r.progress, r.attempt, r.provider_job_id, r.cancel_requested, r.lease_until - now() as lease_left,
+  r.deadline_at - now() as deadline_left,
+  greatest(now() - least(r.lease_until, r.deadline_at), '0') as stuck_for
+from private.running_jobs as r
+left join private.workers as w on r.worker_id = w.id
+order by r.claimed_at;
+
+comment on view private.running_now is
+  'What runs now, where, for how long, and how far is it? stuck_for: its lease or its deadline has '
+  'passed so long ago, and nobody has taken it back.';
+
+create view private.worker_activity with (security_invoker = true) as
+select
+  w.id as worker_id, w.host, w.version, a.is_alive, w.asleep, w.is_listening, w.slots,
+  coalesce(r.jobs, 0) as slots_used,
+  case
+    when not a.is_alive then 'silent'
+    when r.jobs > 0 then 'busy'
+    when w.asleep then 'asleep'
+    else 'idle'
+  end as state,
+  round(extract(epoch from now() - w.seen_at), 1) as seen_seconds,
+  round(extract(epoch from now() - w.started_at)) as up_seconds
+from private.workers as w
+cross join lateral (
+  select w.seen_at > now() - s.lease as is_alive from private.settings as s
+) as a
+left join (
+  select j.worker_id, count(*) as jobs from private.running_jobs as j group by j.worker_id
+) as r on w.id = r.worker_id
+order by a.is_alive, w.id;
+
+comment on view private.worker_activity is
+  'Which worker lives, and what does it do? First those that went silent without stopping, for as '
+  'long as a lease. is_listening false: it finds jobs by polling only.';
 
 create view private.vacuum_holders with (security_invoker = true) as
 select
@@ -6122,47 +5634,33 @@ comment on view private.vacuum_holders is
   'Who holds back vacuum? While one of these is old, no dead row can be cleaned up, and the tables '
   'of the queue grow. Sessions of other roles show only to members of pg_read_all_stats.';
 
--- Whether who asks is more than a monitor: may pause what it would read about.
-create function private.is_operator() returns boolean
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select has_function_privilege(
-    coalesce(nullif(current_setting('role', true), 'none'), session_user),
-    'public.pause_model(text, timestamptz, text)', 'execute'
-  )
-$$;
-
 -- Counts by minute. The error rate is that of attempts: while jobs are retried for an hour, none
 -- has failed, and still nothing works. Burned is what the provider may bill and its user canceled.
 --
--- Read by time alone: see errors_of (83).
+-- Read by time alone: the planner may think a scan of all history as good. And not compiled, which
+-- would take longer than running it.
 create function private.rates_health() returns jsonb
 language sql stable set search_path = pg_catalog, pg_temp set enable_seqscan = off set jit = off
 as $$
-  with counted as (
+  with moved as (
     select
-      kind.what, coalesce(m.jobs, 0) as jobs, coalesce(m.new_jobs, 0) as new_jobs,
-      coalesce(sum(m.jobs) filter (where kind.what <> 'enqueued') over (), 0) as attempts
-    from unnest('{enqueued,completed,failed,retried}'::text[]) as kind (what)
-    left join (
-      select
-        a.outcome::text as what, count(*) as jobs,
-        count(*) filter (where a.ended_at > now() - interval '1 minute') as new_jobs
-      from private.attempts as a
-      where a.ended_at > now() - interval '15 minutes' group by a.outcome
-      union all
-      select
-        'enqueued', count(*), count(*) filter (where g.created_at > now() - interval '1 minute')
-      from public.generations as g
-      where g.id >= private.first_id_of(now() - interval '15 minutes')
-        and g.created_at > now() - interval '15 minutes'
-    ) as m on m.what = kind.what
+      a.outcome::text as what, count(*) as jobs,
+      count(*) filter (where a.ended_at > now() - interval '1 minute') as new_jobs
+    from private.attempts as a
+    where a.ended_at > now() - interval '15 minutes' group by a.outcome
+    union all
+    select 'enqueued', count(*), count(*) filter (where g.created_at > now() - interval '1 minute')
+    from public.generations as g
+    where g.id >= private.first_id_of(now() - interval '15 minutes')
+      and g.created_at > now() - interval '15 minutes'
   )
   select jsonb_build_object(
-    'last_minute', jsonb_object_agg(c.what, c.new_jobs),
-    'per_minute_of_15', jsonb_object_agg(c.what, round(c.jobs / 15.0, 2)),
-    'attempts_of_15_minutes', max(c.attempts),
+    'last_minute', jsonb_object_agg(m.what, m.new_jobs),
+    'per_minute_of_15', jsonb_object_agg(m.what, round(m.jobs / 15.0, 2)),
+    'attempts_of_15_minutes', coalesce(sum(m.jobs) filter (where m.what <> 'enqueued'), 0),
     'error_rate', round(
-      sum(c.jobs) filter (where c.what in ('failed', 'retried')) / nullif(max(c.attempts), 0), 4
+      sum(m.jobs) filter (where m.what in ('failed', 'retried'))
+      / nullif(sum(m.jobs) filter (where m.what <> 'enqueued'), 0), 4
     )
   ) || (
     -- No join, which might be made by reading all generations.
@@ -6175,14 +5673,98 @@ as $$
     where a.ended_at > now() - interval '15 minutes' and a.outcome = 'canceled'
       and a.error_code is null and a.cost_usd is distinct from 0
   )
-  from counted as c
+  from (
+    select k.what, coalesce(c.jobs, 0) as jobs, coalesce(c.new_jobs, 0) as new_jobs
+    from unnest('{enqueued,completed,failed,retried}'::text[]) as k (what)
+    left join moved as c on c.what = k.what
+  ) as m
 $$;
 
--- What queue_health answers but for status and alerts, given the queue by model, which is dear to
--- count.
-create function private.measure(p_models jsonb) returns jsonb
+-- Every rule with what is measured, and whether its alert is raised: if that is above the
+-- threshold, and rests on enough cases.
+create function private.alert_states(h jsonb) returns table (
+  alert text, severity text, is_raised boolean, value numeric, threshold numeric, detail text,
+  hint text
+)
 language sql stable set search_path = pg_catalog, pg_temp as $$
-  select jsonb_build_object(
+  select
+    rule.alert, rule.severity,
+    coalesce(m.value::numeric > rule.threshold and (m.cases >= rule.min_cases) is not false, false),
+    m.value::numeric, rule.threshold, m.detail, rule.hint
+  from private.alert_rules as rule
+  cross join jsonb_to_record(h) as x (
+    depth jsonb, running jsonb, rates jsonb, workers jsonb, routines jsonb, paused jsonb,
+    vacuum jsonb, outbox jsonb, books jsonb, skipped jsonb
+  )
+  cross join lateral (
+    select (x.workers ->> 'alive')::integer as alive, (x.workers ->> 'listening')::integer as listen
+  ) as w
+  left join lateral (
+    select s.* from jsonb_each(x.routines) as s
+    order by (s.value ->> 'runs_missed')::numeric desc nulls last limit 1
+  ) as r on true
+  left join lateral (values
+    ('depth', x.depth ->> 'ready', null::bigint, (x.depth ->> 'ready') || ' jobs are ready'),
+    ('oldest_age', x.depth ->> 'oldest_ready_seconds', null,
+      format('a job has waited for %s s', round((x.depth ->> 'oldest_ready_seconds')::numeric))),
+    ('error_rate', x.rates ->> 'error_rate', (x.rates ->> 'attempts_of_15_minutes')::bigint,
+      format('of %s attempts in 15 minutes, %s %% ended in an error',
+        x.rates ->> 'attempts_of_15_minutes', round(100 * (x.rates ->> 'error_rate')::numeric))),
+    ('burned', x.rates ->> 'burned_of_15_minutes', null,
+      format('%s running jobs canceled in 15 minutes, by %s users: the provider may bill them',
+        x.rates ->> 'burned_of_15_minutes', x.rates ->> 'burned_by_users')),
+    ('stuck', x.running ->> 'stale_seconds', null,
+      format('%s running jobs are past lease or deadline, one for %s s',
+        x.running ->> 'stale', round((x.running ->> 'stale_seconds')::numeric))),
+    ('no_worker', case when w.alive = 0 then x.depth ->> 'ready' end, null,
+      (x.depth ->> 'ready') || ' jobs are ready and no worker is alive'),
+    ('not_listening', (w.alive - w.listen)::text, null,
+      format('%s of %s workers', w.alive - w.listen, w.alive)),
+    ('cron_silent', r.value ->> 'runs_missed', null,
+      concat(r.key, ' last ran at ', r.value ->> 'last_run_at')),
+    ('paused', jsonb_array_length(x.paused)::text, null, (
+      select string_agg(concat(
+        p.kind, ' ', p.name, ' until ' || p.paused_until, ': ' || p.pause_reason
+      ), '; ' order by p.name)
+      from jsonb_to_recordset(x.paused)
+        as p (kind text, name text, paused_until text, pause_reason text)
+    )),
+    ('vacuum_held_back', x.vacuum ->> 'oldest_transactions', null, (
+      select concat_ws(
+        ' ', v.kind, v.pid, quote_ident(v.name), v.state,
+        'since ' || date_trunc('second', v.since), format('(%s transactions)', v.age_transactions)
+      )
+      from private.vacuum_holders as v order by v.age_transactions desc nulls last limit 1
+    )),
+    ('dead_deliveries', x.outbox ->> 'dead', null,
+      (x.outbox ->> 'dead') || ' deliveries to webhooks were given up'),
+    ('skipped_rows', x.skipped ->> 'rows', null,
+      format('%s rows since %s: %s', x.skipped ->> 'rows', x.skipped ->> 'since', (
+        select string_agg(concat(s.key, ' ', s.value), ', ' order by s.key)
+        from jsonb_each_text(x.skipped -> 'steps') as s
+      ))),
+    ('books', ((x.books ->> 'recent_problems')::integer
+      + coalesce((x.books ->> 'problems')::integer, 0))::text, null,
+      format('%s problems among what moved last, %s at the check of %s',
+        x.books ->> 'recent_problems', coalesce(x.books ->> 'problems', 'none'),
+        coalesce(x.books ->> 'checked_at', 'never')))
+  ) as m (alert, value, cases, detail) on m.alert = rule.alert
+$$;
+
+-- All of it, given the queue by model, which is dear to count: status and alerts, the worst first,
+-- then what was measured.
+create function private.health_of(p_models jsonb) returns json
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+  -- More than a monitor: who asks may pause what the reasons are about.
+  v_is_operator boolean := has_function_privilege(
+    coalesce(nullif(current_setting('role', true), 'none'), session_user),
+    'public.pause_model(text, timestamptz, text)', 'execute'
+  );
+  v_health jsonb;
+  v_alerts jsonb;
+begin
+  v_health := jsonb_build_object(
     'depth', (
       select jsonb_build_object(
         'ready', coalesce(sum(m.ready), 0), 'delayed', coalesce(sum(m.delayed), 0),
@@ -6192,11 +5774,10 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
     ),
     'running', (
       select jsonb_build_object(
-        'jobs', count(*), 'stale', count(*) filter (where l.lasts < '0'),
-        'stale_seconds', extract(epoch from max(-l.lasts) filter (where l.lasts < '0'))
+        'jobs', count(*), 'stale', count(*) filter (where r.stuck_for > '0'),
+        'stale_seconds', extract(epoch from max(r.stuck_for) filter (where r.stuck_for > '0'))
       )
       from private.running_now as r
-      cross join lateral (select least(r.lease_left, r.deadline_left) as lasts) as l
     ),
     'rates', private.rates_health(),
     'workers', (
@@ -6217,7 +5798,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
     ),
     'paused', (
       select coalesce(jsonb_agg(to_jsonb(p) ||
-        case when private.is_operator() then '{}' else '{"pause_reason": null}'::jsonb end
+        case when v_is_operator then '{}' else '{"pause_reason": null}'::jsonb end
       ), '[]')
       from private.paused_now as p
     ),
@@ -6234,7 +5815,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
         'recent_problems', (select count(*) from private.recent_broken_books()),
         'checked_at', max(r.last_run_at), 'problems', (max(r.result ->> 'problems'))::integer,
         'examples', coalesce(
-          jsonb_agg(r.result -> 'examples') filter (where private.is_operator()) -> 0, '[]'
+          jsonb_agg(r.result -> 'examples') filter (where v_is_operator) -> 0, '[]'
         )
       )
       from private.routines as r where r.name = 'check_books' and r.result is not null
@@ -6261,99 +5842,11 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
         having count(*) > 0
       ) as s
     )
-  )
-$$;
-
--- Every rule with what is measured, and whether its alert is raised: if that is above the
--- threshold, and rests on enough cases.
-create function private.alert_states(h jsonb) returns table (
-  alert text, severity text, is_raised boolean, value numeric, threshold numeric, detail text,
-  hint text
-)
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select
-    rule.alert, rule.severity,
-    coalesce(m.value::numeric > rule.threshold and (m.cases >= rule.min_cases) is not false, false),
-    m.value::numeric, rule.threshold, m.detail, rule.hint
-  from private.alert_rules as rule
-  cross join (
-    select
-      h -> 'depth' as depth, h -> 'running' as running, h -> 'rates' as rates,
-      h -> 'books' as books, h #>> '{depth,ready}' as ready,
-      (h #>> '{workers,alive}')::integer as alive,
-      (h #>> '{workers,alive}')::integer - (h #>> '{workers,listening}')::integer as deaf
-  ) as x
-  left join lateral (values
-    ('depth', x.ready, null::bigint, x.ready || ' jobs are ready'),
-    ('oldest_age', x.depth ->> 'oldest_ready_seconds', null,
-      format('a job has waited for %s s', round((x.depth ->> 'oldest_ready_seconds')::numeric))),
-    ('error_rate', x.rates ->> 'error_rate', (x.rates ->> 'attempts_of_15_minutes')::bigint,
-      format('of %s attempts in 15 minutes, %s %% ended in an error',
-        x.rates ->> 'attempts_of_15_minutes', round(100 * (x.rates ->> 'error_rate')::numeric))),
-    ('burned', x.rates ->> 'burned_of_15_minutes', null,
-      format('%s running jobs canceled in 15 minutes, by %s users: the provider may bill them',
-        x.rates ->> 'burned_of_15_minutes', x.rates ->> 'burned_by_users')),
-    ('stuck', x.running ->> 'stale_seconds', null,
-      format('%s running jobs are past lease or deadline, one for %s s',
-        x.running ->> 'stale', round((x.running ->> 'stale_seconds')::numeric))),
-    ('no_worker', case when x.alive = 0 then x.ready end, null,
-      x.ready || ' jobs are ready and no worker is alive'),
-    ('not_listening', x.deaf::text, null, format('%s of %s workers', x.deaf, x.alive)),
-    ('cron_silent', (
-      select max((r.value ->> 'runs_missed')::numeric)::text from jsonb_each(h -> 'routines') as r
-    ), null, (
-      select string_agg(
-        concat(r.key, ' last ran at ', r.value ->> 'last_run_at'), '; '
-        order by (r.value ->> 'runs_missed')::numeric desc
-      )
-      from jsonb_each(h -> 'routines') as r where r.value ->> 'runs_missed' > '0'
-    )),
-    ('paused', jsonb_array_length(h -> 'paused')::text, null, (
-      select string_agg(concat(
-        p.kind, ' ', p.name, ' until ' || p.paused_until, ': ' || p.pause_reason
-      ), '; ' order by p.name)
-      from jsonb_to_recordset(h -> 'paused')
-        as p (kind text, name text, paused_until text, pause_reason text)
-    )),
-    ('vacuum_held_back', h #>> '{vacuum,oldest_transactions}', null, (
-      select string_agg(
-        concat_ws(
-          ' ', v.kind, v.pid, quote_ident(v.name), v.state,
-          'since ' || date_trunc('second', v.since), format('(%s transactions)', v.age_transactions)
-        ), '; ' order by v.age_transactions desc
-      )
-      from (
-        select * from private.vacuum_holders as a where a.age_transactions > rule.threshold
-        order by a.age_transactions desc limit 5
-      ) as v
-    )),
-    ('dead_deliveries', h #>> '{outbox,dead}', null,
-      (h #>> '{outbox,dead}') || ' deliveries to webhooks were given up'),
-    ('skipped_rows', h #>> '{skipped,rows}', null,
-      format('%s rows since %s: %s', h #>> '{skipped,rows}', h #>> '{skipped,since}', (
-        select string_agg(concat(s.key, ' ', s.value), ', ' order by s.key)
-        from jsonb_each_text(h #> '{skipped,steps}') as s
-      ))),
-    ('books', ((x.books ->> 'recent_problems')::integer
-      + coalesce((x.books ->> 'problems')::integer, 0))::text, null,
-      format('%s problems among what moved last, %s at the check of %s',
-        x.books ->> 'recent_problems', coalesce(x.books ->> 'problems', 'none'),
-        coalesce(x.books ->> 'checked_at', 'never')))
-  ) as m (alert, value, cases, detail) on m.alert = rule.alert
-$$;
-
--- What is measured, under its alerts, the worst first.
-create function private.health_of(p_models jsonb) returns json
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_health jsonb := private.measure(p_models);
-  v_alerts jsonb := (
-    select coalesce(jsonb_agg(jsonb_build_object(
-      'alert', s.alert, 'severity', s.severity, 'detail', s.detail, 'hint', s.hint
-    ) order by s.severity, s.alert), '[]')
-    from private.alert_states(v_health) as s where s.is_raised
   );
-begin
+  select coalesce(jsonb_agg(jsonb_build_object(
+    'alert', s.alert, 'severity', s.severity, 'detail', s.detail, 'hint', s.hint
+  ) order by s.severity, s.alert), '[]') into v_alerts
+  from private.alert_states(v_health) as s where s.is_raised;
   return (
     select json_object_agg(p.key, p.value order by p.key <> 'status', p.key <> 'alerts')
     from jsonb_each(v_health || jsonb_build_object(
@@ -6511,233 +6004,6 @@ comment on function private.check_setup is
   'pg_cron runs its jobs, whether buckets and policies of Storage are there, and, where they do '
   'not, whether requests of the API end. Answers part, verdict (ok | note (works, but know it) | '
   'wrong) and detail, in words for people.';
--- Reports: what the operator's page, `make top` and exporters of metrics draw, from the views (83).
---
--- queue_report() is this moment and the last hour, queue_history() what came to pass over time, in
--- buckets: for darkroom_monitor, which may call these, queue_health() (88) and the measures here
--- that exporters have a use for, and reads no table. They speak in codes and numbers, never of a
--- user or a job, and never in a provider's words. They cost what it costs to count the queue and
--- to read the attempts of the window.
---
--- Read by time alone, and not compiled: see errors_of (83).
-
--- The queue is counted by passing through all of it, and that is as good as can be.
-create function private.report_models(p_window interval default '1 hour')
-returns table (
-  model_id text, provider text, ready bigint, delayed bigint, paused bigint, running bigint,
-  oldest_ready_seconds numeric, completed bigint, failed bigint, retried bigint,
-  p50_seconds double precision, p95_seconds double precision, mean_seconds double precision,
-  cost_usd numeric
-)
-language sql stable security definer set search_path = pg_catalog, pg_temp
-set enable_seqscan = on set jit = off set max_parallel_workers_per_gather = 0 as $$
-  select
-    n.model_id, m.provider, coalesce(q.ready, 0), coalesce(q.delayed, 0), coalesce(q.paused, 0),
-    coalesce(q.running, 0), q.oldest_ready_seconds, coalesce(o.completed, 0),
-    coalesce(o.failed, 0), coalesce(o.retried, 0), o.p50_seconds, o.p95_seconds, s.mean_seconds,
-    coalesce(o.cost_usd, 0)
-  from private.queue_by_model as q
-  full join private.outcomes_of(p_window) as o on o.model_id = q.model_id
-  cross join lateral (select coalesce(q.model_id, o.model_id) as model_id) as n
-  left join public.models as m on m.id = n.model_id
-  left join private.model_stats as s on s.model_id = n.model_id
-  order by coalesce(q.ready, 0) + coalesce(q.running, 0) desc, n.model_id
-$$;
-
-comment on function private.report_models is
-  'The queue of each model that has jobs or had some in the window, and how those ended: seconds '
-  'from claim to end of completed attempts, and mean_seconds as remembered for eta_seconds.';
-
-create function private.report_workers() returns table (
-  worker_id bigint, host text, version text, state text, is_listening boolean, slots smallint,
-  slots_used bigint, seen_seconds numeric, up_seconds numeric
-)
-language sql stable security definer set search_path = pg_catalog, pg_temp as $$
-  select
-    w.worker_id, w.host, w.version,
-    case
-      when not w.is_alive then 'silent'
-      when w.slots_used > 0 then 'busy'
-      when w.asleep then 'asleep'
-      else 'idle'
-    end,
-    w.is_listening, w.slots, w.slots_used, round(extract(epoch from now() - w.seen_at), 1),
-    round(extract(epoch from now() - w.started_at))
-  from private.worker_activity as w
-  where w.seen_at > now() - interval '1 day'
-  order by w.is_alive, w.worker_id
-$$;
-
-comment on function private.report_workers is
-  'Workers seen within a day, first those that went silent without stopping: state (silent | busy '
-  '| idle | asleep). is_listening false: it finds jobs by polling only.';
-
-create function private.report_errors(p_window interval default '1 hour') returns table (
-  model_id text, error_code text, errors bigint, failed bigint, retried bigint, last_at timestamptz
-)
-language sql stable security definer set search_path = pg_catalog, pg_temp as $$
-  select e.model_id, e.error_code, e.errors, e.failed, e.retried, e.last_at
-  from private.errors_of(p_window) as e
-$$;
-
-comment on function private.report_errors is
-  'Errors of attempts by model and code in the window. What was said: private.recent_failures.';
-
-create function private.report_alerts()
-returns table (alert text, severity text, is_raised boolean, value numeric, threshold numeric)
-language sql stable security definer set search_path = pg_catalog, pg_temp as $$
-  select s.alert, s.severity, s.is_raised, s.value, s.threshold
-  from private.alert_states(public.queue_health()::jsonb) as s
-  order by s.alert
-$$;
-
-comment on function private.report_alerts is
-  'Every rule of private.alert_rules, what is measured for it, and whether its alert is raised.';
-
--- Shown are the running jobs that began first, which are the ones to worry about, the attempts that
--- ended last, and who has held back vacuum for longest.
-create function public.queue_report() returns json
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp
-set enable_seqscan = off set jit = off set max_parallel_workers_per_gather = 0 as $$
-declare
-  v_began timestamptz := clock_timestamp();
-  v_models jsonb := (select coalesce(jsonb_agg(m), '[]') from private.report_models() as m);
-begin
-  return json_build_object(
-    'at', now(),
-    'health', private.health_of(v_models),
-    'models', v_models,
-    'workers', (select coalesce(json_agg(w), '[]') from private.report_workers() as w),
-    'errors', (select coalesce(json_agg(e), '[]') from private.report_errors() as e),
-    'running', (
-      select coalesce(json_agg(j), '[]')
-      from (
-        select
-          r.model_id, r.attempt, r.worker_id, r.stage, r.progress,
-          round(extract(epoch from r.running), 1) as running_seconds,
-          round(extract(epoch from r.lease_left), 1) as lease_seconds,
-          round(extract(epoch from r.deadline_left), 1) as deadline_seconds
-        from private.running_now as r order by r.running desc, r.job_id limit 12
-      ) as j
-    ),
-    'recent', (
-      select coalesce(json_agg(t), '[]')
-      from (
-        select
-          a.model_id, a.attempt, a.worker_id, a.outcome, a.error_code, a.ended_at,
-          -- No join, which might be made by reading all generations.
-          (
-            select round(extract(epoch from a.started_at - g.created_at), 1)
-            from public.generations as g where g.id = a.generation_id
-          ) as waited_seconds,
-          round(extract(epoch from a.ended_at - a.started_at), 1) as ran_seconds
-        from private.attempts as a where a.ended_at > now() - interval '1 hour'
-        order by a.ended_at desc, a.token desc limit 12
-      ) as t
-    ),
-    'vacuum_holders', (
-      select coalesce(json_agg(v), '[]')
-      from (
-        select
-          h.kind, h.pid, left(h.name, 100) as name, h.state, h.age_transactions as transactions,
-          round(extract(epoch from h.since)) as seconds
-        from private.vacuum_holders as h
-        order by h.since desc nulls last, h.age_transactions desc limit 5
-      ) as v
-    ),
-    'took_ms', round(extract(epoch from clock_timestamp() - v_began) * 1000, 1)
-  );
-end;
-$$;
-
-comment on function public.queue_report is
-  'The queue at a glance, for people: {at, health (see queue_health), models, workers, errors, '
-  'running, recent, vacuum_holders, took_ms}: the queue of each model and its attempts of the last '
-  'hour, the workers of the last day, errors of the last hour, the jobs that run for longest, the '
-  'attempts that ended last, who has held back vacuum for longest, and how long the report took.';
-
--- There is no record of how long the queue was. It is what waits now, less what came and plus what
--- went since.
-create function public.queue_history(
-  since timestamptz default null, bucket_seconds integer default 900
-) returns json
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp
-set enable_seqscan = off set jit = off set max_parallel_workers_per_gather = 0 as $$
-declare
-  v_bucket interval := bucket_seconds * interval '1 second';
-  -- A day of the buckets that are the default.
-  v_since timestamptz := coalesce(since, now() - 96 * v_bucket);
-begin
-  if coalesce(bucket_seconds not between 10 and 86400, true) then
-    perform private.refuse_input('bucket_seconds: not from 10 to 86400');
-  elsif v_since not between now() - 400 * v_bucket and now() then
-    perform private.refuse_input('since: not within the last 400 buckets', 'Take longer buckets.');
-  end if;
-  v_since := date_bin(v_bucket, v_since, 'epoch');
-  return json_build_object(
-    'at', now(), 'since', v_since, 'bucket_seconds', bucket_seconds,
-    -- What came into the queue and left it, and the longest wait for a first attempt.
-    'queue', (
-      with claims as (
-        select a.generation_id, a.attempt, a.started_at, a.ended_at, a.outcome
-        from private.attempts as a where a.ended_at >= v_since
-        union all
-        select r.job_id, r.attempt, r.claimed_at, null, null from private.running_jobs as r
-      ),
-      moves as (
-        select
-          g.created_at as moved_at, 1 as enqueued, 1 as entered, 0 as went, null::interval as waited
-        from public.generations as g
-        where g.id >= private.first_id_of(v_since) and g.created_at >= v_since
-        union all
-        select c.ended_at, 0, 1, 0, null from claims as c where c.outcome in ('retried', 'released')
-        union all
-        select
-          c.started_at, 0, 0, 1, case when c.attempt = 1 then c.started_at - g.created_at end
-        from claims as c inner join public.generations as g on g.id = c.generation_id
-        where c.started_at >= v_since
-        union all
-        -- Canceled before any attempt.
-        select g.finished_at, 0, 0, 1, null
-        from public.generations as g
-        where g.id >= private.first_id_of(v_since) and g.finished_at >= v_since
-          and g.status = 'canceled' and g.started_at is null
-      )
-      select coalesce(json_agg(b order by b.at), '[]')
-      from (
-        select
-          date_bin(v_bucket, m.moved_at, 'epoch') as at, sum(m.enqueued) as enqueued,
-          sum(m.entered) as entered, sum(m.went) as went,
-          round(extract(epoch from max(m.waited)), 1) as waited_seconds
-        from moves as m group by 1
-      ) as b
-    ),
-    -- How the attempts of each model ended, what they took and cost.
-    'models', (
-      select coalesce(json_agg(b order by b.at, b.model_id), '[]')
-      from (
-        select
-          date_bin(v_bucket, a.ended_at, 'epoch') as at, a.model_id,
-          count(*) filter (where a.outcome = 'completed') as completed,
-          count(*) filter (where a.outcome = 'failed') as failed,
-          count(*) filter (where a.outcome = 'retried') as retried,
-          round(sum(extract(epoch from a.ended_at - a.started_at))
-            filter (where a.outcome = 'completed'), 1) as completed_seconds,
-          sum(a.cost_usd) as cost_usd
-        from private.attempts as a where a.ended_at >= v_since group by 1, 2
-      ) as b
-    )
-  );
-end;
-$$;
-
-comment on function public.queue_history is
-  'What came to pass in each bucket from the one that holds since (96 back; at most 400) to now: '
-  '{at, since, bucket_seconds, queue [{at, enqueued, entered, went, '
-  'waited_seconds}], models [{at, model_id, completed, failed, retried, completed_seconds, '
-  'cost_usd}]}. entered and went move the length of the queue, retries included; waited_seconds is '
-  'the longest until a first attempt. Buckets without anything are left out. Errors: PT400 '
-  'invalid_input.';
 -- Rows and schedules of the core. Running it again changes nothing that an
 -- operator has set. What is not installed here is skipped with a notice.
 
@@ -6780,41 +6046,32 @@ insert into private.error_codes (
 ('internal', 'Something went wrong on our side.', true, true, true, false)
 on conflict do nothing;
 
+-- docs/RUNBOOK.md has a section on each.
 insert into private.alert_rules (alert, threshold, unit, min_cases, severity, hint) values
 ('depth', 10000, 'ready jobs', 0, 'warning',
   'Start more workers, or give them more slots. Which model: private.queue_by_model.'),
 ('oldest_age', 300, 'seconds', 0, 'warning',
-  'Start more workers, or give them more slots. Whose: private.waiting_now.'),
+  'Start more workers, or give them more slots. Which model: private.queue_by_model.'),
 ('error_rate', 0.25, 'share of attempts', 20, 'critical',
-  'private.errors_by_model says which model and in which words. A model that only fails is taken '
-  'off the list with is_active = false.'),
+  'private.attempts says of which model and in which words; is_active = false takes one off.'),
 ('burned', 20, 'purchases', 0, 'warning',
-  'Users cancel what the provider bills: see entitlements.day_burned. Lower '
-  'plans.max_burned_per_day or settings.running_cancel_refund_percent.'),
+  'Users cancel what the provider bills: lower plans.max_burned_per_day.'),
 ('stuck', 120, 'seconds', 0, 'critical',
-  'Nobody recovers them: start a worker or pg_cron, or select private.recover_stale_jobs(). '
-  'Which: private.stuck_jobs.'),
+  'Nobody recovers them, see private.running_now: start a worker or pg_cron.'),
 ('no_worker', 0, 'ready jobs', 0, 'critical',
   'Start a worker, or look into the log of the one that stopped.'),
 ('not_listening', 0, 'workers', 0, 'warning',
-  'They find jobs by polling only. Give them a direct or session-mode connection: LISTEN does not '
-  'work through a transaction pooler. Which: private.worker_activity.'),
+  'They only poll: LISTEN does not work through a transaction pooler. Connect them directly.'),
 ('cron_silent', 3, 'runs missed', 0, 'warning',
-  'See cron.job_run_details and that pg_cron runs. Set routines.every to null if a routine is no '
-  'longer to run.'),
+  'See cron.job_run_details. Where a routine is no longer to run, set routines.every to null.'),
 ('paused', 0, 'pauses', 0, 'warning',
-  'Jobs of what is paused wait. Why: private.paused_now. If the provider refused the account, see '
-  'its billing and key.'),
+  'Jobs of private.paused_now wait. If the provider refused, see its billing and key.'),
 ('vacuum_held_back', 1000000, 'transactions', 0, 'warning',
-  'Dead rows pile up in the queue. End the transaction (pg_terminate_backend(pid)), the prepared '
-  'transaction or the replication slot. All of them: private.vacuum_holders.'),
+  'Dead rows pile up in the queue. End what private.vacuum_holders names.'),
 ('skipped_rows', 0, 'rows', 0, 'warning',
-  'private.skipped_rows says which, what is wrong with them and since when. Mend the row: it is '
-  'tried again. storage: files of private.expired_files that it does not delete; see the worker''s '
-  'log.'),
+  'Mend what private.skipped_rows names: it is tried again. storage: see the worker''s log.'),
 ('books', 0, 'problems', 0, 'critical',
-  'See private.broken_books: the ledger is right, and entitlements have to follow it. Once mended, '
-  'select private.check_books() to check anew.')
+  'See private.broken_books. Once it is mended, select private.check_books() to check anew.')
 on conflict do nothing;
 
 -- Users from before the installation.
@@ -6886,7 +6143,7 @@ notify pgrst, 'reload schema';
 notify pgrst, 'reload config';
 -- The API: each function is a door to the definer of the same name in schema private, so that
 -- nothing that users call in the exposed schema runs with more rights than theirs. Doors have no
--- code. What only operators ask, how the queue is, stands where it is made (88, 89).
+-- code. What only operators call stands where its noun is.
 --
 -- What is called most is plpgsql, whose plans last for a session.
 
@@ -7114,9 +6371,8 @@ revoke all on function
 public.cancel_batch, public.cancel_generation, public.delete_generation, public.enqueue_batch,
 public.enqueue_generation, public.get_batch_status, public.get_entitlement, public.get_job_status,
 public.grant_credits, public.list_active_jobs, public.list_generations, public.list_models,
-public.pause_model, public.ping, public.queue_health, public.queue_history, public.queue_report,
-public.redrive_failed, public.restore_generation, public.resume_model, public.retry_generation,
-public.set_paid
+public.pause_model, public.ping, public.queue_health, public.redrive_failed,
+public.restore_generation, public.resume_model, public.retry_generation, public.set_paid
 from public, anon, authenticated, service_role;
 
 -- Everybody, signed in or not.
@@ -7140,8 +6396,8 @@ to authenticated;
 grant execute on function
 private.grant_credits, private.list_models, private.pause_model, private.redrive_failed,
 private.resume_model, private.set_paid, public.grant_credits, public.list_models,
-public.pause_model, public.ping, public.queue_health, public.queue_history, public.queue_report,
-public.redrive_failed, public.resume_model, public.set_paid
+public.pause_model, public.ping, public.queue_health, public.redrive_failed,
+public.resume_model, public.set_paid
 to service_role;
 
 -- Workers.
@@ -7155,7 +6411,4 @@ private.sleep, private.unregister_worker
 to darkroom_worker;
 
 -- Who looks on.
-grant execute on function
-private.report_alerts, private.report_errors, private.report_models, private.report_workers,
-public.queue_health, public.queue_history, public.queue_report
-to darkroom_monitor;
+grant execute on function public.queue_health to darkroom_monitor;

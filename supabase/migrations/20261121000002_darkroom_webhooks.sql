@@ -78,7 +78,6 @@ create table private.push_tokens (
 comment on table private.push_tokens is
   'Devices that are told when a job of their user ends, by the token Expo gave them. A token is '
   'its last caller''s: who signs in on a borrowed phone leaves no news of his jobs to its owner.';
-comment on column private.push_tokens.registered_at is 'When the app last registered it.';
 
 create index push_tokens_user_id_idx on private.push_tokens (user_id);
 
@@ -127,12 +126,10 @@ comment on column private.deliveries.user_id is 'Whose push it is: users take tu
 comment on column private.deliveries.state is
   'pending -> delivered (the target took it) | dead (retries used up, or the target is gone); dead '
   '-> pending (redeliver).';
-comment on column private.deliveries.attempts is 'Tries that the target answered or did not.';
 comment on column private.deliveries.run_at is
   'Not before this time: backoff, the lease of the worker that sends it, or until a receipt.';
 comment on column private.deliveries.token is 'Proof of that lease, from lease_tokens.';
-comment on column private.deliveries.last_status is
-  'HTTP status of the last try; null: no answer.';
+comment on column private.deliveries.last_status is 'Of HTTP; null: no answer.';
 comment on column private.deliveries.ticket is
   'Of a push that Expo took: what its receipt is asked for by, until it is read.';
 
@@ -206,8 +203,14 @@ language sql stable security definer set search_path = pg_catalog, pg_temp as $$
   ) <= now()
 $$;
 
--- What a webhook endpoint is sent: the job as get_job_status shows it, and whose it is.
-create function private.webhook_body(p_delivery private.deliveries) returns jsonb
+-- What is sent. An endpoint is told the job as get_job_status shows it, and whose it is; Expo
+-- nothing of the prompt, for it is shown on locked screens. Null if nobody should get a push any
+-- more: the token is gone or somebody else's, it is late, or another push of the same batch to the
+-- same device is to come, which is enough. The last of a batch has neither an unfinished sibling
+-- nor a later push, so it is always sent.
+--
+-- A push whose answer was lost is sent again. collapseId and tag have the device show it once.
+create function private.delivery_body(p_delivery private.deliveries) returns jsonb
 language sql stable set search_path = pg_catalog, pg_temp as $$
   select jsonb_build_object(
     'type', p_delivery.event_type,
@@ -218,17 +221,8 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
     || jsonb_build_object('user_id', g.user_id)
   )
   from public.generations as g
-  where g.id = p_delivery.generation_id
-$$;
-
--- What Expo is sent: nothing of the prompt, for it is shown on locked screens. Null if nobody
--- should get it any more: the token is gone or somebody else's, it is late, or another push of the
--- same batch to the same device is to come, which is enough. The last of a batch has neither an
--- unfinished sibling nor a later push, so it is always sent.
---
--- A push whose answer was lost is sent again. collapseId and tag have the device show it once.
-create function private.push_body(p_delivery private.deliveries) returns jsonb
-language sql stable set search_path = pg_catalog, pg_temp as $$
+  where g.id = p_delivery.generation_id and p_delivery.lane <> 'expo'
+  union all
   select jsonb_build_array(jsonb_build_object(
     'to', t.token, 'title', x.title, 'body', x.body,
     'collapseId', coalesce(g.batch_id, g.id), 'tag', coalesce(g.batch_id, g.id),
@@ -249,25 +243,6 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
     )
 $$;
 
--- The pushes to send next. Users take turns, and who has one under way waits for its end: whatever
--- tokens somebody invents, they hold up his own pushes only.
-create function private.choose_pushes(p_at_most integer) returns uuid[]
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select array(
-    select t.id
-    from (
-      select d.id, d.run_at, row_number() over (partition by d.user_id order by d.run_at) as turn
-      from private.deliveries as d
-      where d.state = 'pending' and d.lane = 'expo' and d.run_at <= now() and not exists (
-        select from private.deliveries as u
-        where u.state = 'pending' and u.lane = 'expo' and u.run_at > now()
-          and u.token is not null and u.user_id = d.user_id
-      )
-    ) as t
-    order by t.turn, t.run_at limit p_at_most
-  )
-$$;
-
 create function private.claim_deliveries(p_lane text, p_at_most integer)
 returns table (delivery_id uuid, token bigint, url text, secrets text[], body text)
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
@@ -277,7 +252,21 @@ declare
   v_pushes uuid[];
 begin
   if p_lane = 'expo' then
-    v_pushes := private.choose_pushes(p_at_most);
+    -- Users take turns, and who has a push under way waits for its end: whatever tokens somebody
+    -- invents, they hold up his own pushes only.
+    v_pushes := array(
+      select t.id
+      from (
+        select d.id, d.run_at, row_number() over (partition by d.user_id order by d.run_at) as turn
+        from private.deliveries as d
+        where d.state = 'pending' and d.lane = 'expo' and d.run_at <= now() and not exists (
+          select from private.deliveries as u
+          where u.state = 'pending' and u.lane = 'expo' and u.run_at > now()
+            and u.token is not null and u.user_id = d.user_id
+        )
+      ) as t
+      order by t.turn, t.run_at limit p_at_most
+    );
   else
     select * into v_endpoint from private.webhook_endpoints as w
     where w.id = p_lane::uuid and w.disabled_at is null;
@@ -310,10 +299,7 @@ begin
     delivery_id := v_delivery.id;
     token := v_delivery.token;
     begin
-      body := case p_lane
-        when 'expo' then private.push_body(v_delivery)
-        else private.webhook_body(v_delivery)
-      end;
+      body := private.delivery_body(v_delivery);
     exception when others then
       perform private.note_skipped('claim_deliveries', v_delivery.id::text, sqlstate, sqlerrm);
       update private.deliveries as d
@@ -341,12 +327,11 @@ create function private.finish_delivery(
 ) returns text
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
-  v_settings private.settings;
+  v_settings private.settings := (select s from private.settings as s);
   v_delivery private.deliveries;
   v_delay interval;
   v_state text;
 begin
-  select * into strict v_settings from private.settings;
   select * into v_delivery from private.deliveries as d
   where d.id = p_delivery_id and d.token = p_token and d.state = 'pending' for update;
   if not found then
@@ -495,42 +480,10 @@ comment on function public.unregister_push_token is
 
 -- For the operator's backend. Nobody else may call these, so they need no door.
 
--- Why a host must not be called; null if it may. An address is called from inside the operator's
--- network, so what could mean something in there is refused: here by its words, and by the worker
--- again by the addresses the name has at the moment of connecting. A name's last label begins with
--- a letter: whatever else ends in a number is an IP address to those who connect, in one of its
--- many spellings (0x7f000001, 127.0.0.0x1).
-create function private.host_problem(p_host text) returns text
-language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_address inet;
-begin
-  if p_host ~ '^(\[|[0-9.]+$)' then
-    v_address := btrim(p_host, '[]')::inet;
-    -- Beside private networks: relays of 6to4, Teredo, documentation, and the address of Azure's
-    -- agent, which is public by its number only. They go nowhere or wrap another address.
-    return case when host(v_address) <> btrim(p_host, '[]') and family(v_address) = 4
-      or (family(v_address) = 4) = (p_host ~ ':|\[')
-      or family(v_address) = 6 and not v_address <<= '2000::/3'
-      or v_address <<= any (
-        '{0.0.0.0/8,10.0.0.0/8,100.64.0.0/10,127.0.0.0/8,168.63.129.16,169.254.0.0/16,'
-        '172.16.0.0/12,192.0.0.0/24,192.0.2.0/24,192.88.99.0/24,192.168.0.0/16,198.18.0.0/15,'
-        '198.51.100.0/24,203.0.113.0/24,224.0.0.0/3,2001::/23,2001:db8::/32,2002::/16,'
-        '3fff::/20}'::inet[]
-      ) then 'not a public address' end;
-  elsif length(p_host) > 253
-    or p_host !~ '^([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?\.)+[a-z][a-z0-9-]{0,61}[a-z0-9]$' then
-    return 'not a full host name';
-  elsif p_host
-    ~ '\.(localhost|localdomain|local|internal|intranet|lan|home|corp|arpa|test|onion)$' then
-    return 'a name of a private network';
-  end if;
-  return null;
-exception when invalid_text_representation then
-  return 'not a public address';
-end;
-$$;
-
+-- An address is called from inside the operator's network, so what could mean something in there is
+-- refused: here by its name, and by the worker again by the addresses that the name has when it
+-- connects. A name is full, and its last label begins with a letter: whatever else ends in a number
+-- is an IP address to those who connect, in one of its many spellings (127.0.0.0x1).
 create function public.register_webhook(
   url text, events text[] default null, description text default ''
 ) returns json
@@ -556,7 +509,12 @@ begin
       when lower(v_parts[1]) <> 'https' then 'not https'
       when v_parts[3]::integer < 1024 and v_parts[3]::integer <> 443
         then 'neither port 443 nor one from 1024 on'
-      else private.host_problem(lower(v_parts[2]))
+      when length(v_parts[2]) > 253 or lower(v_parts[2])
+        !~ '^([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?\.)+[a-z][a-z0-9-]{0,61}[a-z0-9]$'
+        then 'not a full host name'
+      when lower(v_parts[2])
+        ~ '\.(localhost|localdomain|local|internal|intranet|lan|home|corp|arpa|test|onion)$'
+        then 'a name of a private network'
     end;
   end if;
   if v_problem is not null then
@@ -565,10 +523,8 @@ begin
     );
   elsif cardinality(v_events) not between 1 and 3 or not v_events <@ v_all then
     perform private.refuse_input('events: not some of ' || array_to_string(v_all, ', '));
-  elsif description <> '' and private.is_blank(description) then
-    perform private.refuse_input('description: blank');
-  elsif length(description) > 200 then
-    perform private.refuse_input('description: longer than 200 characters');
+  elsif length(description) > 200 or description <> '' and private.is_blank(description) then
+    perform private.refuse_input('description: blank, or longer than 200 characters');
   elsif (select count(*) from private.webhook_endpoints) >= 20 then
     perform private.refuse_input('url: there are 20 webhooks', 'Delete one first.');
   end if;
@@ -614,30 +570,23 @@ comment on function public.list_webhooks is
 -- Deliveries first, as when one ends with 410. What a job that is just ending adds is buried when
 -- it is due.
 create function public.delete_webhook(webhook_id uuid) returns json
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
-declare
-  v_endpoint private.webhook_endpoints;
-begin
-  perform private.require_writable();
+language sql security definer set search_path = pg_catalog, pg_temp as $$
+  select private.require_writable();
   delete from private.deliveries where lane = webhook_id::text and state = 'pending';
-  delete from private.webhook_endpoints where id = webhook_id returning * into v_endpoint;
-  return private.webhook_json(v_endpoint);
-end;
+  with deleted as (delete from private.webhook_endpoints as w where w.id = webhook_id returning w)
+  select private.webhook_json((select d.w from deleted as d));
 $$;
 
 comment on function public.delete_webhook is
   'Deletes a webhook and what it was still to be told. Answers it. Errors: PT404 not_found.';
 
 create function public.enable_webhook(webhook_id uuid) returns json
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
-declare
-  v_endpoint private.webhook_endpoints;
-begin
-  perform private.require_writable();
-  update private.webhook_endpoints set disabled_at = null
-  where id = webhook_id returning * into v_endpoint;
-  return private.webhook_json(v_endpoint);
-end;
+language sql security definer set search_path = pg_catalog, pg_temp as $$
+  select private.require_writable();
+  with enabled as (
+    update private.webhook_endpoints as w set disabled_at = null where w.id = webhook_id returning w
+  )
+  select private.webhook_json((select e.w from enabled as e));
 $$;
 
 comment on function public.enable_webhook is
@@ -665,16 +614,25 @@ comment on function public.rotate_webhook_secret is
   'previous_secret_until}. Errors: PT404 not_found.';
 
 -- One delivery as operators see it. A push token is as good as a password, so it is not shown.
+--
+-- Raises PT404 not_found: the update that is to show it met none.
 create function private.delivery_json(p_delivery private.deliveries) returns json
-language sql immutable set search_path = pg_catalog, pg_temp as $$
-  select json_build_object(
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+begin
+  if p_delivery.id is null then
+    perform private.refuse_missing(
+      'delivery_id: no such delivery', 'list_deliveries() shows them.'
+    );
+  end if;
+  return json_build_object(
     'delivery_id', p_delivery.id, 'lane', p_delivery.lane, 'event', p_delivery.event_type,
     'job_id', p_delivery.generation_id, 'state', p_delivery.state,
     'attempts', p_delivery.attempts,
     'run_at', case when p_delivery.state = 'pending' then p_delivery.run_at end,
     'last_status', p_delivery.last_status, 'last_error', p_delivery.last_error,
     'created_at', p_delivery.created_at, 'finished_at', p_delivery.finished_at
-  )
+  );
+end;
 $$;
 
 -- Planned for the state: dead ones have an index of their own.
@@ -706,24 +664,17 @@ comment on function public.list_deliveries is
   '[{delivery_id, lane (webhook_id, or expo), event, job_id, state, attempts, run_at (of the next '
   'try), last_status, last_error, created_at, finished_at}]. Errors: PT400 invalid_input.';
 
-create function public.redeliver(delivery_id uuid) returns json
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
-declare
-  v_delivery private.deliveries;
-begin
-  perform private.require_writable();
+create function private.revive_deliveries(p_ids uuid[]) returns setof private.deliveries
+language sql set search_path = pg_catalog, pg_temp as $$
   update private.deliveries set
-    state = 'pending', attempts = 0, run_at = now(), token = null, finished_at = null,
-    ticket = null
-  where id = delivery_id
-  returning * into v_delivery;
-  if not found then
-    perform private.refuse_missing(
-      'delivery_id: no such delivery', 'list_deliveries() shows them.'
-    );
-  end if;
-  return private.delivery_json(v_delivery);
-end;
+    state = 'pending', attempts = 0, run_at = now(), token = null, finished_at = null, ticket = null
+  where id = any (p_ids) returning *
+$$;
+
+create function public.redeliver(delivery_id uuid) returns json
+language sql security definer set search_path = pg_catalog, pg_temp as $$
+  select private.require_writable();
+  select private.delivery_json((select d from private.revive_deliveries(array[delivery_id]) as d));
 $$;
 
 comment on function public.redeliver is
@@ -733,17 +684,11 @@ comment on function public.redeliver is
 create function public.redeliver_dead(webhook_id uuid) returns json
 language sql security definer set search_path = pg_catalog, pg_temp as $$
   select private.require_writable();
-  with revived as (
-    update private.deliveries
-    set state = 'pending', attempts = 0, run_at = now(), finished_at = null
-    where id = any (array(
-      select d.id from private.deliveries as d
-      where d.state = 'dead' and d.lane = webhook_id::text
-      order by d.id limit 10000 for update skip locked
-    ))
-    returning id
-  )
-  select json_build_object('redelivered', count(*)) from revived
+  select json_build_object('redelivered', count(*)) from private.revive_deliveries(array(
+    select d.id from private.deliveries as d
+    where d.state = 'dead' and d.lane = webhook_id::text
+    order by d.id limit 10000 for update skip locked
+  ));
 $$;
 
 comment on function public.redeliver_dead is
@@ -769,26 +714,6 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   where d.state = 'pending'
 $$;
 
-create view private.undelivered with (security_invoker = true) as
-select
-  d.id,
-  d.state,
-  coalesce(w.url, d.lane) as target,
-  d.event_type,
-  d.generation_id,
-  d.attempts,
-  d.last_status,
-  d.last_error,
-  d.created_at,
-  d.run_at
-from private.deliveries as d
-left join private.webhook_endpoints as w on d.lane = w.id::text
-where d.state = 'pending' or d.state = 'dead'
-order by d.created_at;
-
-comment on view private.undelivered is
-  'Which webhooks and pushes are late or given up, and why?';
-
 insert into private.push_texts (event_type, title, body) values
 ('generation.completed', 'Your picture is ready', 'Tap to see it.'),
 ('generation.failed', 'Your picture could not be made', 'Your credits are back.');
@@ -797,20 +722,19 @@ insert into private.retention_walks (name) values ('trim_deliveries');
 
 insert into private.alert_rules (alert, threshold, unit, min_cases, severity, hint) values (
   'dead_deliveries', 0, 'deliveries', 0, 'warning',
-  'private.undelivered says why. Once the receiver works: enable_webhook, redeliver_dead; or '
-  'delete_webhook.'
+  'list_deliveries(''dead'') says why. Then enable_webhook and redeliver_dead, or delete_webhook.'
 );
 
 -- Who may call what: as in 92, what is not named here nobody may call.
 
 revoke all on table private.webhook_endpoints, private.push_tokens, private.push_texts,
-private.deliveries, private.undelivered
+private.deliveries
 from public, anon, authenticated, service_role;
 revoke all on function
-private.choose_pushes, private.claim_deliveries, private.delivery_json,
-private.finish_delivery, private.finish_receipts, private.host_problem,
-private.push_body, private.record_event, private.register_push_token, private.trim_deliveries,
-private.unregister_push_token, private.webhook_body, private.webhook_json,
+private.claim_deliveries, private.delivery_body, private.delivery_json, private.finish_delivery,
+private.finish_receipts, private.record_event, private.register_push_token,
+private.revive_deliveries, private.trim_deliveries, private.unregister_push_token,
+private.webhook_json,
 public.delete_webhook, public.enable_webhook, public.list_deliveries, public.list_webhooks,
 public.redeliver, public.redeliver_dead, public.register_push_token, public.register_webhook,
 public.rotate_webhook_secret, public.unregister_push_token

@@ -91,9 +91,13 @@ exception when insufficient_privilege then null; end $$;
 do $$ begin if to_regclass('public.generations') is not null then drop trigger if exists generations_broadcast_status on public.generations; end if;
 exception when insufficient_privilege then null; end $$;
 
+drop trigger credit_ledger_is_kept_while_user_exists on public.credit_ledger;
+
 drop trigger entitlements_erase_generations on public.entitlements;
 
 drop trigger entitlements_erase_ledger on public.entitlements;
+
+drop trigger entitlements_expire_files on public.entitlements;
 
 drop policy "Users read their own batches" on public.batches;
 
@@ -137,6 +141,8 @@ alter table private.retention_walks drop constraint retention_walks_name_is_know
 
 alter table private.settings drop constraint settings_delivery_times_are_not_negative;
 
+alter table private.settings drop constraint settings_keep_ledger_outlives_ninety_days;
+
 alter table private.settings drop constraint settings_watch_window_is_positive;
 
 drop index if exists private.attempts_provider_job_id_idx;
@@ -147,15 +153,20 @@ alter table private.webhook_endpoints alter column secret drop default;
 
 drop view
 private.alias_arms,
+private.busiest_users,
 private.cost_by_day,
 private.cost_by_model,
 private.cost_by_user,
 private.errors_by_model,
 private.model_performance,
 private.queue_by_model,
+private.queue_by_plan,
 private.recent_failures,
+private.running_now,
 private.stuck_jobs,
+private.throughput_per_day,
 private.throughput_per_hour,
+private.undelivered,
 private.vacuum_holders,
 private.waiting_now,
 private.waiting_times,
@@ -199,8 +210,11 @@ private.end_walk(p_name text, p_place text, p_is_at_end boolean),
 private.ended_before(p_job_ids uuid[], p_tokens bigint[], p_outcomes text[]),
 private.enqueue_answer(p_generation public.generations, p_is_reused boolean),
 private.erase_generations_of_deleted_user(),
+private.erase_ledger(p_user_id uuid),
 private.erase_ledger_of_deleted_user(),
 private.expire_deleted(p_at_most integer),
+private.expire_files_of_deleted_user(),
+private.expire_generations(p_ids uuid[], p_only_deleted boolean),
 private.expire_old(p_at_most integer),
 private.expire_orphans(p_at_most integer),
 private.find_batch_by_key(p_user_id uuid, p_key text, p_request_hash text),
@@ -221,6 +235,7 @@ private.forecast(p_generation public.generations, p_at_most integer, OUT queue_p
 private.forget_held(p_model_id text),
 private.found_webhook(p_endpoint private.webhook_endpoints),
 private.free_slots(p_else double precision),
+private.has_image(p_path text),
 private.has_later_push(p_delivery private.deliveries, p_batch_id uuid),
 private.has_waited(p_interval interval),
 private.health_alerts(p_health jsonb),
@@ -228,13 +243,17 @@ private.health_with(p_depth jsonb),
 private.history_of_models(p_since timestamp with time zone, p_bucket interval),
 private.history_of_queue(p_since timestamp with time zone, p_bucket interval),
 private.hold_passed_jobs(p_blocked jsonb, p_from bigint, p_last bigint),
+private.host_problem(p_host text),
 private.images_json(p_generation_id uuid),
 private.import_model(p_model jsonb, p_options jsonb, p_dry_run boolean),
 private.input_problem(p_value jsonb, p_property jsonb),
 private.insert_generations(p_entitlement public.entitlements, p_plan private.plans, p_model public.models, p_draft public.generations, p_prompts text[], p_inputs jsonb[], p_is_free boolean),
 private.is_busy(p_plan private.plans),
 private.is_free_text(p_rules jsonb),
+private.is_live(p_job_id uuid),
+private.is_needed_again(p_file private.expired_files),
 private.is_operators(p_snake text, p_rules jsonb, p_prose text),
+private.is_orphan(p_bucket text, p_path text, p_changed_at timestamp with time zone),
 private.is_public_address(p_host text),
 private.is_put_off(p_due regclass),
 private.is_shared_path(p_path text),
@@ -244,6 +263,7 @@ private.length_problem(p_length integer, p_property jsonb, p_unit text, p_defaul
 private.limit_rules(p_snake text, p_rules jsonb, p_takes_image boolean),
 private.list_deliveries(p_state text, p_at_most integer),
 private.list_webhooks(),
+private.lock_jobs(p_user_id uuid),
 private.lock_models_to_hold(p_blocked jsonb, p_model_ids text[]),
 private.lock_next_jobs(p_at_most integer, p_from bigint, p_blocked jsonb),
 private.lock_stale_jobs(p_at_most integer),
@@ -278,6 +298,7 @@ private.play_queue(p_slots double precision[], p_ahead double precision[], p_exa
 private.prepare_batch(p_model public.models, p_user_id uuid, p_prompts text[], p_params jsonb),
 private.prepare_params(p_model public.models, p_user_id uuid, p_params jsonb),
 private.promote_due_jobs(p_at_most integer),
+private.push_body(p_delivery private.deliveries),
 private.put_off(p_due regclass, p_began timestamp with time zone, p_at_most double precision),
 private.queue_health(),
 private.queue_history(p_since timestamp with time zone, p_bucket_seconds integer, p_at_most integer),
@@ -297,14 +318,18 @@ private.refuse_for_now(p_status integer, p_token text, p_detail text, p_retry_af
 private.refuse_model(p_reason text),
 private.refuse_paused(p_model_id text, p_until timestamp with time zone),
 private.refuse_price(p_entitlement public.entitlements, p_credits bigint),
+private.refuse_unknown_template(),
 private.refuse_used_key(),
 private.register_webhook(p_url text, p_events text[], p_description text),
 private.release_held_jobs(p_at_most integer, p_blocked jsonb),
 private.remaining_seconds(p_job private.running_jobs, p_mean_seconds double precision),
+private.report_alerts(),
 private.report_errors(p_window interval),
 private.report_holders(p_at_most integer),
+private.report_models(p_window interval),
 private.report_recent(p_at_most integer, p_window interval),
 private.report_running(p_at_most integer),
+private.report_workers(),
 private.requeue_job(p_job private.running_jobs, p_attempts_used integer, p_delay interval, p_resumes boolean),
 private.require_breaker_name(p_name text),
 private.require_known_user_id(),
@@ -331,6 +356,7 @@ private.trim_ledger(p_at_most integer),
 private.unwrap_params(p_text text),
 private.waiting_seconds(p_job private.ready_jobs, p_ahead double precision[], p_else double precision),
 private.walk_generations(p_user_id uuid, p_before uuid, p_only_favorites boolean, p_tag text, p_at_most integer),
+private.webhook_body(p_delivery private.deliveries),
 private.without_prompt(p_detail text, p_prompt text),
 private.worker_health();
 
@@ -343,6 +369,8 @@ private.recent_attempts;
 alter table private.breakers drop column has_held;
 
 alter table private.ready_jobs drop column is_held;
+
+alter table private.settings drop column keep_ledger, drop column watch_window;
 
 drop sequence if exists private.full_scan_due;
 
@@ -404,6 +432,14 @@ comment on column public.entitlements.day_jobs is 'Jobs enqueued since day_start
 
 comment on column public.entitlements.day_burned is
   'Jobs canceled since day_started_at that the provider may bill us.';
+
+comment on table public.credit_ledger is
+  'Append-only entries that explain every balance. No row is ever updated, and none of a user who '
+  'is here is deleted.';
+
+comment on column public.credit_ledger.kind is
+  'grant, charge (of a generation), refund (of one), adjust, or carry: the sum of older entries, '
+  'as the first edition made it.';
 
 create sequence private.scan_due minvalue 0 start 0;
 
@@ -545,7 +581,7 @@ declare
   v_half integer := cardinality(p_keys) / 2;
   v_done text;
 begin
-  if cardinality(p_keys) = 0 then
+  if coalesce(cardinality(p_keys), 0) = 0 then
     return 0;
   end if;
   begin
@@ -2071,10 +2107,6 @@ create or replace function private.walk_tag(
 language sql immutable set search_path = pg_catalog, pg_temp
 return '{}'::uuid[];
 
-create or replace function private.likes_of(p_generation_id uuid) returns bigint
-language sql immutable set search_path = pg_catalog, pg_temp
-return 0;
-
 create or replace function private.due_lanes() returns setof text
 language sql stable security definer set search_path = pg_catalog, pg_temp as $$
   select null::text where false
@@ -3506,298 +3538,6 @@ begin
 end;
 $$;
 
-create or replace function private.first_id_of(p_time timestamptz) returns uuid
-language sql immutable set search_path = pg_catalog, pg_temp as $$
-  select rpad(lpad(to_hex((extract(epoch from p_time) * 1000)::bigint), 12, '0'), 32, '0')::uuid
-$$;
-
-create view private.paused_now with (security_invoker = true) as
-select
-  case when b.name like '%/%' then 'model' else 'provider' end as kind,
-  b.name, b.paused_until, b.pause_reason, b.times_opened,
-  cardinality(b.failed_users) as failed_users
-from private.breakers as b
-where b.paused_until > now();
-
-comment on view private.paused_now is
-  'Which models and providers are paused, until when, and why? times_opened 0: by an operator. '
-  'failed_users: only so many users wait, others are tried; 0: everybody waits.';
-
-create view private.waiting_now with (security_invoker = true) as
-select
-  r.job_id, r.user_id, (private.plan_of(e)).name as plan, r.model_id,
-  case
-    when exists (select from private.paused_now as p where p.name in (r.model_id, m.provider))
-      then 'paused'
-    when r.run_at > now() then 'delayed'
-    else 'ready'
-  end as state,
-  g.created_at, now() - g.created_at as waiting, r.attempt as attempts_used, r.run_at, r.fair_key
-from private.ready_jobs as r
-inner join public.generations as g on r.job_id = g.id
-inner join public.entitlements as e on r.user_id = e.user_id
-left join public.models as m on r.model_id = m.id
-order by r.fair_key, r.seq;
-
-comment on view private.waiting_now is
-  'What waits, since when, and whose turn is next? In the order of the queue.';
-
-create view private.queue_by_model with (security_invoker = true) as
-select
-  q.model_id, m.provider,
-  case when p.is_paused then 0 else q.waiting - q.delayed end as ready,
-  case when p.is_paused then 0 else q.delayed end as delayed,
-  case when p.is_paused then q.waiting else 0 end as paused,
-  q.running,
-  extract(epoch from now() - (
-    select g.created_at
-    from private.ready_jobs as r inner join public.generations as g on r.job_id = g.id
-    where r.seq = q.first_seq and p.is_paused is null
-  )) as oldest_ready_seconds
-from (
-  select
-    j.model_id, sum(j.waiting)::bigint as waiting, sum(j.running)::bigint as running,
-    coalesce(sum(j.waiting) filter (where j.is_delayed), 0)::bigint as delayed,
-    min(j.first_seq) filter (where j.is_delayed is not true) as first_seq
-  from (
-    select
-      r.model_id, r.run_at > now() as is_delayed, count(*) as waiting, min(r.seq) as first_seq,
-      0 as running
-    from private.ready_jobs as r
-    group by r.model_id, r.run_at > now()
-    union all
-    select r.model_id, false, 0, null, count(*) from private.running_jobs as r group by r.model_id
-  ) as j
-  group by j.model_id
-) as q
-left join public.models as m on q.model_id = m.id
-left join lateral (
-  select true as is_paused
-  from private.paused_now as x where x.name in (q.model_id, m.provider)
-  order by x.name limit 1
-) as p on true
-order by q.model_id;
-
-comment on view private.queue_by_model is
-  'How many jobs of each model wait or run? ready (may be claimed now), delayed (a retry that is '
-  'put off), paused, running; oldest_ready_seconds: since the first of the ready was asked for.';
-
-create view private.stuck_jobs with (security_invoker = true) as
-select
-  r.job_id, r.user_id, r.model_id,
-  case when r.lease_left < '0' then 'lease ran out' else 'deadline passed' end as problem,
-  greatest(-r.lease_left, -r.deadline_left) as since, r.worker_id
-from private.running_now as r
-where least(r.lease_left, r.deadline_left) < '0'
-union all
-select r.job_id, r.user_id, r.model_id, 'not claimed', now() - g.created_at, null
-from private.ready_jobs as r
-inner join public.generations as g on r.job_id = g.id
-where (r.run_at is null or r.run_at <= now()) and g.created_at < now() - (
-  select rule.threshold * interval '1 second'
-  from private.alert_rules as rule where rule.alert = 'oldest_age'
-)
-order by since desc;
-
-comment on view private.stuck_jobs is
-  'Is anything stuck? Running jobs whose lease or deadline has passed, and jobs that may be claimed'
-  ' and are older than the rule oldest_age allows.';
-
-create view private.recent_attempts with (security_invoker = true) as
-select
-  a.generation_id, g.user_id, g.model_id, a.attempt, a.worker_id, a.outcome, a.error_code,
-  a.error_detail, a.provider_job_id, a.provider_seconds, a.cost_usd, g.created_at, a.started_at,
-  a.ended_at, extract(epoch from a.started_at - g.created_at) as wait_seconds,
-  extract(epoch from a.ended_at - a.started_at) as run_seconds
-from private.attempts as a
-inner join public.generations as g on a.generation_id = g.id
-where a.ended_at > now() - (select s.watch_window from private.settings as s);
-
-comment on view private.recent_attempts is
-  'What was tried lately, and how did it end? wait_seconds: from being asked for to this claim.';
-
-create view private.recent_failures with (security_invoker = true) as
-select
-  a.ended_at, a.error_code, a.error_detail, a.outcome, a.model_id, a.generation_id, a.user_id,
-  a.attempt, a.worker_id, a.provider_job_id
-from private.recent_attempts as a
-where a.error_code is not null
-order by a.ended_at desc;
-
-comment on view private.recent_failures is
-  'What failed lately, and why? In the provider''s own words; outcome retried: it was tried again.';
-
-create or replace function private.errors_of(p_window interval) returns table (
-  model_id text, error_code text, errors bigint, failed bigint, retried bigint,
-  share_of_attempts numeric, last_at timestamptz, last_detail text
-)
-language sql stable set search_path = pg_catalog, pg_temp set enable_seqscan = off set jit = off
-as $$
-  select
-    e.model_id, e.error_code, e.errors, e.failed, e.retried, round(e.errors / e.attempts, 4),
-    e.last_at, e.last_detail
-  from (
-    select
-      a.model_id, a.error_code, count(*) as errors,
-      count(*) filter (where a.outcome = 'failed') as failed,
-      count(*) filter (where a.outcome = 'retried') as retried,
-      sum(count(*)) over (partition by a.model_id) as attempts,
-      max(a.ended_at) as last_at,
-      (array_agg(a.error_detail order by a.ended_at desc) filter (where a.error_code <> ''))[1]
-        as last_detail
-    from private.attempts as a
-    where a.ended_at > now() - p_window and a.outcome <> 'released'
-    group by a.model_id, a.error_code
-  ) as e
-  where e.error_code is not null
-  order by e.errors desc, e.last_at desc
-$$;
-
-create view private.errors_by_model with (security_invoker = true) as
-select e.* from private.errors_of((select s.watch_window from private.settings as s)) as e;
-
-comment on view private.errors_by_model is
-  'Which errors does each model make, how often, and what did the provider say last?';
-
-create or replace function private.outcomes_of(p_window interval) returns table (
-  model_id text, completed bigint, failed bigint, retried bigint, success_rate numeric,
-  p50_seconds double precision, p95_seconds double precision,
-  p50_provider_seconds double precision, p95_provider_seconds double precision, cost_usd numeric
-)
-language sql stable set search_path = pg_catalog, pg_temp set enable_seqscan = off set jit = off
-as $$
-  select
-    o.model_id, o.completed, o.failed, o.retried,
-    round(o.completed::numeric / nullif(o.completed + o.failed + o.retried, 0), 4),
-    extract(epoch from o.ran[1]), extract(epoch from o.ran[2]), o.provider_seconds[1],
-    o.provider_seconds[2], o.cost_usd
-  from (
-    select
-      a.model_id,
-      count(*) filter (where a.outcome = 'completed') as completed,
-      count(*) filter (where a.outcome = 'failed') as failed,
-      count(*) filter (where a.outcome = 'retried') as retried,
-      percentile_cont('{0.5,0.95}'::double precision[])
-        within group (order by a.ended_at - a.started_at)
-        filter (where a.outcome = 'completed') as ran,
-      percentile_cont('{0.5,0.95}'::double precision[]) within group (order by a.provider_seconds)
-        filter (where a.outcome = 'completed') as provider_seconds,
-      sum(a.cost_usd) as cost_usd
-    from private.attempts as a
-    where a.ended_at > now() - p_window
-    group by a.model_id
-  ) as o
-  order by o.ran[1] desc nulls last
-$$;
-
-create view private.model_performance with (security_invoker = true) as
-select
-  o.model_id, o.completed, o.failed, o.retried, o.success_rate, o.p50_seconds, o.p95_seconds,
-  o.p50_provider_seconds, o.p95_provider_seconds
-from private.outcomes_of((select s.watch_window from private.settings as s)) as o
-where o.success_rate is not null;
-
-comment on view private.model_performance is
-  'Which model is slow or fails? success_rate is that of attempts; seconds are those of completed'
-  ' ones, from claim to stored, and the provider''s own.';
-
-create view private.waiting_times with (security_invoker = true) as
-select
-  g.model_id, (private.plan_of(e)).name as plan, count(*) as completed,
-  percentile_cont(0.5) within group (order by t.wait_seconds) as p50_wait_seconds,
-  percentile_cont(0.95) within group (order by t.wait_seconds) as p95_wait_seconds,
-  percentile_cont(0.5) within group (order by t.run_seconds) as p50_run_seconds,
-  percentile_cont(0.95) within group (order by t.run_seconds) as p95_run_seconds
-from private.recent_attempts as a
-inner join public.generations as g on a.generation_id = g.id
-inner join public.entitlements as e on g.user_id = e.user_id
-cross join lateral (
-  select
-    extract(epoch from g.started_at - g.created_at) as wait_seconds,
-    extract(epoch from g.finished_at - g.started_at) as run_seconds
-) as t
-where a.outcome = 'completed'
-group by g.model_id, (private.plan_of(e)).name
-order by g.model_id, plan;
-
-comment on view private.waiting_times is
-  'How long do users wait? Of completed generations: wait until the first claim, run from there to'
-  ' the end, retries included.';
-
-create view private.throughput_per_hour with (security_invoker = true) as
-select
-  date_trunc('hour', a.ended_at) as hour,
-  count(*) filter (where a.outcome = 'completed') as completed,
-  count(*) filter (where a.outcome = 'failed') as failed,
-  count(*) filter (where a.outcome = 'retried') as retried,
-  count(*) filter (where a.outcome = 'canceled') as canceled
-from private.recent_attempts as a
-group by date_trunc('hour', a.ended_at)
-order by hour desc;
-
-comment on view private.throughput_per_hour is 'How many succeed in an hour, lately?';
-
-create view private.worker_activity with (security_invoker = true) as
-select
-  w.id as worker_id, w.host, w.version,
-  w.seen_at > now() - (select s.lease from private.settings as s) as is_alive,
-  w.asleep, w.is_listening, w.slots, coalesce(running.jobs, 0) as slots_used,
-  coalesce(done.completed, 0) as completed, coalesce(done.errors, 0) as errors,
-  done.last_ended_at, w.started_at, w.seen_at
-from private.workers as w
-left join (
-  select r.worker_id, count(*) as jobs from private.running_jobs as r group by r.worker_id
-) as running on w.id = running.worker_id
-left join (
-  select
-    a.worker_id, count(*) filter (where a.outcome = 'completed') as completed,
-    count(*) filter (where a.outcome in ('failed', 'retried')) as errors,
-    max(a.ended_at) as last_ended_at
-  from private.recent_attempts as a
-  group by a.worker_id
-) as done on w.id = done.worker_id
-order by is_alive desc, w.id asc;
-
-comment on view private.worker_activity is
-  'Which worker lives, and what does it do? completed and errors: of its attempts, lately. One that'
-  ' stopped without unregistering is alive until its lease would have run out.';
-
-create view private.alias_arms with (security_invoker = true) as
-select
-  coalesce(tried.alias_id, arm.id) as alias_id, coalesce(tried.model_id, arm.model_id) as model_id,
-  arm.weight, coalesce(tried.generations, 0) as generations, tried.success_rate, tried.p50_seconds,
-  tried.p95_seconds, round(tried.cost_usd / nullif(tried.images, 0), 6) as cost_usd_per_image,
-  coalesce(tried.favorites, 0) as favorites, coalesce(tried.likes, 0) as likes
-from (
-  select
-    g.alias_id, g.model_id, count(*) as generations,
-    round(avg((g.status = 'completed')::integer)
-    filter (where g.status in ('completed', 'failed')), 4) as success_rate,
-    percentile_cont(0.5) within group (order by of_each.seconds) as p50_seconds,
-    percentile_cont(0.95) within group (order by of_each.seconds) as p95_seconds,
-    sum(of_each.cost_usd) as cost_usd, sum(of_each.images) as images,
-    count(*) filter (where g.is_favorite) as favorites, sum(of_each.likes) as likes
-  from public.generations as g
-  cross join lateral (
-    select
-      case when g.status = 'completed' then extract(epoch from g.finished_at - g.started_at) end
-        as seconds,
-      (select sum(a.cost_usd) from private.attempts as a where a.generation_id = g.id) as cost_usd,
-      (select count(*) from public.images as i where i.generation_id = g.id) as images,
-      private.likes_of(g.id) as likes
-  ) as of_each
-  where g.alias_id is not null
-  group by g.alias_id, g.model_id
-) as tried
-full join public.model_aliases as arm
-  on tried.alias_id = arm.id and tried.model_id = arm.model_id
-order by alias_id, model_id;
-
-comment on view private.alias_arms is
-  'Which model behind an alias does better? Of all generations kept that asked for the alias. '
-  'success_rate leaves out canceled and live ones; cost_usd_per_image holds what failed attempts '
-  'cost; favorites are the users'' own, likes those of shared images. weight null: an arm no more.';
-
 create index expired_files_marked_at_idx on private.expired_files (marked_at);
 
 revoke all on table private.expired_files from public, anon, authenticated, service_role;
@@ -3838,6 +3578,15 @@ begin
 end;
 $$;
 
+create or replace function private.is_output(p_path text) returns boolean
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select exists (
+    select from public.images as i
+    where i.generation_id = private.path_id(p_path, 2)
+      and p_path in (i.storage_path, i.preview_path)
+  ) or exists (select from private.live_jobs as j where j.job_id = private.path_id(p_path, 2))
+$$;
+
 create or replace function private.mark_files(p_files text[]) returns integer
 language sql set search_path = pg_catalog, pg_temp as $$
   with marked as (
@@ -3858,7 +3607,14 @@ create or replace function private.list_expired_files(p_at_most integer default 
 returns table (bucket text, path text)
 language sql security definer set search_path = pg_catalog, pg_temp as $$
   with due as (
-    select f.ctid, private.is_needed_again(f) as is_needed
+    select f.ctid, case
+      when f.bucket = 'inputs' then (
+        select private.file_changed_at(f.bucket, f.path) > f.marked_at
+        from public.entitlements as e where e.user_id = f.user_id
+      )
+      when f.generation_id is null then private.is_output(f.path)
+      else (select g.deleted_at is null from public.generations as g where g.id = f.generation_id)
+    end as is_needed
     from private.expired_files as f
     where f.try_at <= now() order by f.try_at limit p_at_most for update skip locked
   ),
@@ -3927,10 +3683,47 @@ begin
 end;
 $$;
 
-create or replace function private.expire_files_of_deleted_user() returns trigger
+create or replace function private.lock_jobs_of_deleted_user() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  v_id uuid;
+  v_locked integer;
+begin
+  for v_look in 1 .. 20 loop
+    v_locked := 0;
+    for v_id in
+      select j.job_id from private.live_jobs as j where j.user_id = old.id order by j.job_id
+    loop
+      while exists (select from private.live_jobs as j where j.job_id = v_id) loop
+        perform from private.ready_jobs where job_id = v_id for update;
+        if not found then
+          perform from private.running_jobs where job_id = v_id for update;
+        end if;
+        if found then
+          v_locked := v_locked + 1;
+          exit;
+        end if;
+      end loop;
+    end loop;
+    begin
+      perform from public.entitlements where user_id = old.id for update;
+      exit when v_locked = (
+        select count(*) from private.live_jobs as j where j.user_id = old.id
+      );
+      raise sqlstate 'DR003' using message = 'jobs_moved';
+    exception when sqlstate 'DR003' then
+      null;
+    end;
+  end loop;
+  return old;
+end;
+$$;
+
+create or replace function private.erase_deleted_user() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_files text[];
+  v_worker_id bigint;
 begin
   perform from public.generations where user_id = old.user_id order by id for update;
   v_files := array(
@@ -3940,27 +3733,17 @@ begin
     where i.user_id = old.user_id and f.path is not null
     order by f.path
   );
-  perform private.skip_failing('select private.mark_files($1)', v_files);
   if to_regclass('storage.objects') is not null then
     -- From <id>/ up to <id>0, the next character: operators that the index of names serves.
-    v_files := array(
+    v_files := v_files || array(
       select concat(o.bucket_id, '/', o.name)
       from storage.objects as o
       where o.name ~>=~ concat(old.user_id, '/') and o.name ~<~ concat(old.user_id, '0')
         and o.bucket_id in ('generations', 'inputs')
       order by o.name
     );
-    perform private.skip_failing('select private.mark_files($1)', v_files);
   end if;
-  return old;
-end;
-$$;
-
-create or replace function private.erase_rows_of_deleted_user() returns trigger
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
-declare
-  v_worker_id bigint;
-begin
+  perform private.skip_failing('select private.mark_files($1)', v_files);
   delete from private.ready_jobs where user_id = old.user_id;
   for v_worker_id in
     delete from private.running_jobs where user_id = old.user_id returning worker_id
@@ -3969,7 +3752,7 @@ begin
   end loop;
   delete from public.generations where user_id = old.user_id;
   delete from public.batches where user_id = old.user_id;
-  perform private.erase_ledger(old.user_id);
+  perform private.erase_ledgers(array[old.user_id]);
   return null;
 end;
 $$;
@@ -4015,20 +3798,20 @@ comment on function private.apply_retention is
   'and erases what has none. Answers how many rows it marked or erased; safe from several places '
   'at once. What cannot be done is passed over: see private.skipped_rows.';
 
-create or replace function private.expire_generations(
-  p_ids uuid[], p_only_deleted boolean default false
-) returns integer
+create or replace function private.expire_generations(p_ids uuid[]) returns integer
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
-  v_ids uuid[];
+  v_settings private.settings := (select s from private.settings as s);
   v_files integer;
-begin
-  v_ids := array(
+  v_ids uuid[] := array(
     select g.id from public.generations as g
-    where g.id = any (p_ids) and g.finished_at is not null
-      and (g.deleted_at is not null or not p_only_deleted)
+    where g.id = any (p_ids) and g.finished_at is not null and (
+      g.deleted_at <= now() - v_settings.keep_deleted
+      or g.finished_at <= now() - v_settings.keep_generations and not g.is_favorite
+    )
     order by g.id for update skip locked
   );
+begin
   update public.generations set deleted_at = now()
   where id = any (v_ids) and deleted_at is null;
   insert into private.expired_files (bucket, path, user_id, generation_id)
@@ -4047,7 +3830,7 @@ create or replace function private.expire_deleted(
   p_place text, p_at_most integer, out place text, out done integer
 )
 language sql set search_path = pg_catalog, pg_temp as $$
-  select null, private.skip_failing('select private.expire_generations($1, true)', array(
+  select null, private.skip_failing('select private.expire_generations($1)', array(
     select g.id from public.generations as g
     where g.deleted_at <= now() - (select s.keep_deleted from private.settings as s)
       and g.finished_at is not null
@@ -4059,118 +3842,78 @@ $$;
 create or replace function private.expire_old(
   p_place text, p_at_most integer, out place text, out done integer
 )
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_before timestamptz := (select now() - s.keep_generations from private.settings as s);
-  v_ids uuid[];
-begin
+language sql set search_path = pg_catalog, pg_temp as $$
   select
-    array_agg(g.id) filter (where g.finished_at <= v_before and not g.is_favorite),
-    case when count(*) = p_at_most and not bool_or(g.created_at between v_before and now())
-      then max(g.id::text collate "C") end
-  into v_ids, place
+    case when count(*) = p_at_most and not bool_or(w.is_young) then max(w.id::text collate "C") end,
+    private.skip_failing('select private.expire_generations($1)', array_agg(w.id))
   from (
-    select * from public.generations
-    where id > p_place::uuid and v_before is not null order by id limit p_at_most
-  ) as g;
-  done := private.skip_failing(
-    'select private.expire_generations($1)', coalesce(v_ids, '{}'::uuid[])
-  );
-end;
+    select g.id, g.created_at between now() - s.keep_generations and now() as is_young
+    from private.settings as s
+    inner join public.generations as g on g.id > p_place::uuid
+    where s.keep_generations is not null order by g.id limit p_at_most
+  ) as w
 $$;
 
 create or replace function private.trim_attempts(
   p_place text, p_at_most integer, out place text, out done integer
 )
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_before timestamptz := (select now() - s.keep_attempts from private.settings as s);
-  v_ids uuid[];
-begin
+language sql set search_path = pg_catalog, pg_temp as $$
   select
-    array_agg(distinct a.generation_id)
-    filter (where a.ended_at <= v_before and g.finished_at is not null),
-    case when count(*) = p_at_most and not bool_or(g.created_at between v_before and now())
-      then max(a.generation_id::text collate "C") end
-  into v_ids, place
+    case when count(*) = p_at_most and not bool_or(w.created_at between w.before and now())
+      then max(w.generation_id::text collate "C") end,
+    private.skip_failing(
+      'with gone as (delete from private.attempts as a using private.settings as s'
+      ' where a.generation_id = any ($1) and a.ended_at <= now() - s.keep_attempts returning 1)'
+      ' select count(*) from gone',
+      array_agg(distinct w.generation_id) filter (
+        where w.ended_at <= w.before and w.finished_at is not null
+      )
+    )
   from (
-    select * from private.attempts
-    where generation_id > p_place::uuid order by generation_id, token limit p_at_most
-  ) as a
-  cross join lateral (
-    select created_at, finished_at from public.generations where id = a.generation_id limit 1
-  ) as g;
-  done := private.skip_failing(
-    format(
-      'with gone as ('
-      '  delete from private.attempts where generation_id = any ($1) and ended_at <= %L returning 1'
-      ') select count(*) from gone', v_before
-    ),
-    coalesce(v_ids, '{}'::uuid[])
-  );
-end;
+    select
+      a.generation_id, a.ended_at, g.created_at, g.finished_at, now() - s.keep_attempts as before
+    from private.settings as s
+    cross join (
+      select * from private.attempts
+      where generation_id > p_place::uuid order by generation_id, token limit p_at_most
+    ) as a
+    cross join lateral (
+      select created_at, finished_at from public.generations where id = a.generation_id limit 1
+    ) as g
+  ) as w
 $$;
 
-create or replace function private.trim_ledger_of(p_user_id uuid, p_at_most integer) returns integer
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_before timestamptz := (select now() - s.keep_ledger from private.settings as s);
-  v_met public.credit_ledger;
-  v_last public.credit_ledger;
-  v_entries integer := 0;
-begin
-  if not exists (select from public.entitlements as e where e.user_id = p_user_id) then
-    return private.erase_ledger(p_user_id);
-  end if;
-  perform from public.entitlements
-  where user_id = p_user_id and v_before is not null for update skip locked;
-  if not found then
-    return 0;
-  end if;
-  -- Not user_id = p_user_id: the planner may then walk the ids of all users up to this one's.
-  for v_met in
-    select * from public.credit_ledger
-    where (user_id, id) > (p_user_id, 0) order by user_id, id limit p_at_most
-  loop
-    exit when v_met.user_id <> p_user_id or v_met.created_at > v_before
-      or exists (select from public.generations as g where g.id = v_met.generation_id);
-    v_last := v_met;
-    v_entries := v_entries + 1;
-  end loop;
-  if v_entries < 2 then
-    return 0;
-  end if;
-  perform set_config('darkroom.compacts_ledger_of', p_user_id::text, true);
-  delete from public.credit_ledger where user_id = p_user_id and id <= v_last.id;
-  insert into public.credit_ledger (id, user_id, kind, amount, balance_after, created_at)
-  overriding system value
-  values (
-    v_last.id, p_user_id, 'carry', v_last.balance_after, v_last.balance_after, v_last.created_at
-  );
-  perform set_config('darkroom.compacts_ledger_of', '', true);
-  return v_entries - 1;
-end;
+create or replace function private.erase_ledgers(p_user_ids uuid[]) returns integer
+language sql set search_path = pg_catalog, pg_temp as $$
+  with erased as (
+    delete from public.credit_ledger as l
+    using private.settings as s
+    where l.user_id = any (p_user_ids)
+      and l.created_at <= clock_timestamp() - s.keep_ledger_of_deleted_users
+    returning l.id
+  )
+  select count(*)::integer from erased
 $$;
 
 create or replace function private.trim_ledger(
   p_place text, p_at_most integer, out place text, out done integer
 )
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_user_id uuid := p_place::uuid;
-  v_ids uuid[] := '{}'::uuid[];
-begin
-  for v_step in 1 .. p_at_most loop
-    select user_id into v_user_id from public.credit_ledger
-    where user_id > v_user_id order by user_id limit 1;
-    exit when not found;
-    v_ids := v_ids || v_user_id;
-  end loop;
-  place := v_user_id;
-  done := private.skip_failing(
-    format('select sum(private.trim_ledger_of(u, %s)) from unnest($1) as u', p_at_most), v_ids
-  );
-end;
+language sql set search_path = pg_catalog, pg_temp as $$
+  with recursive walk (user_id, step) as (
+    select p_place::uuid, 0
+    union all
+    select (
+      select l.user_id from public.credit_ledger as l
+      where l.user_id > w.user_id order by l.user_id limit 1
+    ), w.step + 1
+    from walk as w where w.user_id is not null and w.step < p_at_most
+  )
+  select
+    case when count(w.user_id) > p_at_most then max(w.user_id::text collate "C") end,
+    private.skip_failing('select private.erase_ledgers($1)', array_agg(w.user_id) filter (
+      where not exists (select from public.entitlements as e where e.user_id = w.user_id)
+    ))
+  from walk as w
 $$;
 
 create or replace function private.expire_orphans(
@@ -4182,17 +3925,29 @@ declare
 begin
   if to_regclass('storage.objects') is not null then
     select
+      case when count(*) >= p_at_most then max(o.name collate "C") end,
       array_agg(concat(o.bucket_id, '/', o.name)) filter (
-        where private.is_orphan(o.bucket_id, o.name, coalesce(o.updated_at, o.created_at))
-      ),
-      case when count(*) >= p_at_most then max(o.name collate "C") end
-    into v_files, place
+        where o.changed_at < now() - interval '1 day' and private.path_id(o.name, 1) is not null
+          and case o.bucket_id
+            when 'generations' then
+              private.path_id(o.name, 2) is not null and split_part(o.name, '/', 3) <> ''
+              and not private.is_output(o.name)
+            when 'inputs' then not exists (
+              select from public.entitlements as e cross join private.settings as s
+              where e.user_id = private.path_id(o.name, 1) and (
+                coalesce(o.changed_at >= now() - s.keep_inputs, true)
+                or exists (select from private.live_jobs as j where j.user_id = e.user_id)
+              )
+            )
+          end
+      )
+    into place, v_files
     from (
-      select * from storage.objects
+      select bucket_id, name, coalesce(updated_at, created_at) as changed_at from storage.objects
       where name ~>~ p_place order by name using ~<~ fetch first p_at_most rows with ties
     ) as o;
   end if;
-  done := private.skip_failing('select private.mark_files($1)', coalesce(v_files, '{}'::text[]));
+  done := private.skip_failing('select private.mark_files($1)', v_files);
 end;
 $$;
 
@@ -4296,80 +4051,91 @@ begin
 end;
 $$;
 
-create view private.costs with (security_invoker = true) as
+create or replace function private.first_id_of(p_time timestamptz) returns uuid
+language sql immutable set search_path = pg_catalog, pg_temp as $$
+  select rpad(lpad(to_hex((extract(epoch from p_time) * 1000)::bigint), 12, '0'), 32, '0')::uuid
+$$;
+
+create view private.paused_now with (security_invoker = true) as
 select
-  entry.day, entry.user_id, entry.model_id,
-  count(entry.outcome)::integer as attempts,
-  count(*) filter (where entry.outcome = 'completed')::integer as completed,
-  coalesce(sum(entry.images), 0)::integer as images,
-  coalesce(sum(entry.provider_seconds), 0)::numeric as provider_seconds,
-  coalesce(sum(entry.cost_usd), 0) as cost_usd,
-  count(*) filter (where entry.provider_job_id is not null and entry.cost_usd is null)::integer
-    as unknown_costs,
-  coalesce(-sum(entry.amount) filter (where entry.kind = 'charge'), 0) as credits_charged,
-  coalesce(sum(entry.amount) filter (where entry.kind = 'refund'), 0) as credits_refunded
+  case when b.name like '%/%' then 'model' else 'provider' end as kind,
+  b.name, b.paused_until, b.pause_reason, b.times_opened,
+  cardinality(b.failed_users) as failed_users
+from private.breakers as b
+where b.paused_until > now();
+
+comment on view private.paused_now is
+  'Which models and providers are paused, until when, and why? times_opened 0: by an operator. '
+  'failed_users: only so many users wait, others are tried; 0: everybody waits.';
+
+create view private.queue_by_model with (security_invoker = true) as
+select
+  n.model_id, m.provider,
+  coalesce(case when not p.is_paused then q.waiting - q.delayed end, 0) as ready,
+  coalesce(case when not p.is_paused then q.delayed end, 0) as delayed,
+  coalesce(case when p.is_paused then q.waiting end, 0) as paused,
+  coalesce(r.running, 0) as running,
+  case when not p.is_paused and q.waiting > q.delayed then extract(epoch from now() - q.ready_since)
+  end as oldest_ready_seconds
 from (
   select
-    (a.ended_at at time zone 'utc')::date as day, g.user_id, a.model_id, a.outcome,
-    a.provider_images as images, a.provider_seconds::numeric, a.cost_usd, a.provider_job_id,
-    null as kind, null as amount
-  from private.attempts as a
-  inner join public.generations as g on a.generation_id = g.id
-  union all
-  select
-    (l.created_at at time zone 'utc')::date, l.user_id, g.model_id, null, null, null, null, null,
-    l.kind, l.amount
-  from public.credit_ledger as l
-  inner join public.generations as g on l.generation_id = g.id
-) as entry
-group by entry.day, entry.user_id, entry.model_id;
+    j.model_id, count(*) as waiting, count(*) filter (where j.run_at > now()) as delayed,
+    min(coalesce(j.run_at, j.queued_at)) as ready_since
+  from private.ready_jobs as j group by j.model_id
+) as q
+full outer join (
+  select j.model_id, count(*) as running from private.running_jobs as j group by j.model_id
+) as r on q.model_id = r.model_id
+cross join lateral (select coalesce(q.model_id, r.model_id) as model_id) as n
+left join public.models as m on n.model_id = m.id
+cross join lateral (
+  select count(*) > 0 as is_paused
+  from private.paused_now as x where x.name in (n.model_id, m.provider)
+) as p
+order by n.model_id;
 
-comment on view private.costs is
-  'What did each user cost and pay, by model and day? images are those the provider billed; '
-  'unknown_costs counts attempts that asked the provider and whose price is not known, so that '
-  'cost_usd is too low by them (a retry that goes on from the same provider job is one of them).';
+comment on view private.queue_by_model is
+  'How many jobs of each model wait or run? ready (may be claimed now), delayed (a retry that is '
+  'put off), paused, running; oldest_ready_seconds: since the first of the ready may be claimed.';
 
-create view private.cost_by_day with (security_invoker = true) as
+create view private.running_now with (security_invoker = true) as
 select
-  c.day, c.model_id, count(distinct c.user_id) as users, sum(c.attempts) as attempts,
-  sum(c.completed) as completed, sum(c.images) as images,
-  sum(c.provider_seconds) as provider_seconds, sum(c.cost_usd) as cost_usd,
-  sum(c.unknown_costs) as unknown_costs, sum(c.credits_charged) as credits_charged,
-  sum(c.credits_refunded) as credits_refunded,
-  sum((c.credits_charged - c.credits_refunded) * s.credit_usd - c.cost_usd) as margin_usd
-from private.costs as c cross join private.settings as s
-group by c.day, c.model_id
-order by c.day desc, cost_usd desc, c.model_id asc;
+  r.job_id, r.user_id, r.model_id, r.worker_id, w.host, now() - r.claimed_at as running, r.stage,
+  r.progress, r.attempt, r.provider_job_id, r.cancel_requested, r.lease_until - now() as lease_left,
+  r.deadline_at - now() as deadline_left,
+  greatest(now() - least(r.lease_until, r.deadline_at), '0') as stuck_for
+from private.running_jobs as r
+left join private.workers as w on r.worker_id = w.id
+order by r.claimed_at;
 
-comment on view private.cost_by_day is 'What did each model cost and earn on each day?';
+comment on view private.running_now is
+  'What runs now, where, for how long, and how far is it? stuck_for: its lease or its deadline has '
+  'passed so long ago, and nobody has taken it back.';
 
-create view private.cost_by_model with (security_invoker = true) as
+create view private.worker_activity with (security_invoker = true) as
 select
-  d.model_id, sum(d.completed)::bigint as completed, sum(d.images)::bigint as images,
-  sum(d.provider_seconds) as provider_seconds, sum(d.cost_usd) as cost_usd,
-  sum(d.unknown_costs)::bigint as unknown_costs,
-  round(sum(d.cost_usd) / nullif(sum(d.images), 0), 6) as cost_usd_per_image,
-  sum(d.credits_charged) as credits_charged, sum(d.credits_refunded) as credits_refunded,
-  sum(d.margin_usd) as margin_usd
-from private.cost_by_day as d
-group by d.model_id
-order by cost_usd desc, d.model_id asc;
+  w.id as worker_id, w.host, w.version, a.is_alive, w.asleep, w.is_listening, w.slots,
+  coalesce(r.jobs, 0) as slots_used,
+  case
+    when not a.is_alive then 'silent'
+    when r.jobs > 0 then 'busy'
+    when w.asleep then 'asleep'
+    else 'idle'
+  end as state,
+  round(extract(epoch from now() - w.seen_at), 1) as seen_seconds,
+  round(extract(epoch from now() - w.started_at)) as up_seconds
+from private.workers as w
+cross join lateral (
+  select w.seen_at > now() - s.lease as is_alive from private.settings as s
+) as a
+left join (
+  select j.worker_id, count(*) as jobs from private.running_jobs as j group by j.worker_id
+) as r on w.id = r.worker_id
+order by a.is_alive, w.id;
 
-comment on view private.cost_by_model is
-  'What does an image of each model really cost, failed and canceled attempts included?';
-
-create view private.cost_by_user with (security_invoker = true) as
-select
-  c.user_id, sum(c.attempts) as attempts, sum(c.images) as images,
-  sum(c.provider_seconds) as provider_seconds, sum(c.cost_usd) as cost_usd,
-  sum(c.unknown_costs) as unknown_costs, sum(c.credits_charged) as credits_charged,
-  sum(c.credits_refunded) as credits_refunded,
-  sum((c.credits_charged - c.credits_refunded) * s.credit_usd - c.cost_usd) as margin_usd
-from private.costs as c cross join private.settings as s
-group by c.user_id
-order by cost_usd desc, c.user_id asc;
-
-comment on view private.cost_by_user is 'Which users cost most, and do they pay for it?';
+comment on view private.worker_activity is
+  'Which worker lives, and what does it do? First those that went silent without stopping, for as '
+  'long as a lease. is_listening false: it finds jobs by polling only.';
 
 create view private.vacuum_holders with (security_invoker = true) as
 select
@@ -4398,42 +4164,28 @@ comment on view private.vacuum_holders is
   'Who holds back vacuum? While one of these is old, no dead row can be cleaned up, and the tables '
   'of the queue grow. Sessions of other roles show only to members of pg_read_all_stats.';
 
-create or replace function private.is_operator() returns boolean
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select has_function_privilege(
-    coalesce(nullif(current_setting('role', true), 'none'), session_user),
-    'public.pause_model(text, timestamptz, text)', 'execute'
-  )
-$$;
-
 create or replace function private.rates_health() returns jsonb
 language sql stable set search_path = pg_catalog, pg_temp set enable_seqscan = off set jit = off
 as $$
-  with counted as (
+  with moved as (
     select
-      kind.what, coalesce(m.jobs, 0) as jobs, coalesce(m.new_jobs, 0) as new_jobs,
-      coalesce(sum(m.jobs) filter (where kind.what <> 'enqueued') over (), 0) as attempts
-    from unnest('{enqueued,completed,failed,retried}'::text[]) as kind (what)
-    left join (
-      select
-        a.outcome::text as what, count(*) as jobs,
-        count(*) filter (where a.ended_at > now() - interval '1 minute') as new_jobs
-      from private.attempts as a
-      where a.ended_at > now() - interval '15 minutes' group by a.outcome
-      union all
-      select
-        'enqueued', count(*), count(*) filter (where g.created_at > now() - interval '1 minute')
-      from public.generations as g
-      where g.id >= private.first_id_of(now() - interval '15 minutes')
-        and g.created_at > now() - interval '15 minutes'
-    ) as m on m.what = kind.what
+      a.outcome::text as what, count(*) as jobs,
+      count(*) filter (where a.ended_at > now() - interval '1 minute') as new_jobs
+    from private.attempts as a
+    where a.ended_at > now() - interval '15 minutes' group by a.outcome
+    union all
+    select 'enqueued', count(*), count(*) filter (where g.created_at > now() - interval '1 minute')
+    from public.generations as g
+    where g.id >= private.first_id_of(now() - interval '15 minutes')
+      and g.created_at > now() - interval '15 minutes'
   )
   select jsonb_build_object(
-    'last_minute', jsonb_object_agg(c.what, c.new_jobs),
-    'per_minute_of_15', jsonb_object_agg(c.what, round(c.jobs / 15.0, 2)),
-    'attempts_of_15_minutes', max(c.attempts),
+    'last_minute', jsonb_object_agg(m.what, m.new_jobs),
+    'per_minute_of_15', jsonb_object_agg(m.what, round(m.jobs / 15.0, 2)),
+    'attempts_of_15_minutes', coalesce(sum(m.jobs) filter (where m.what <> 'enqueued'), 0),
     'error_rate', round(
-      sum(c.jobs) filter (where c.what in ('failed', 'retried')) / nullif(max(c.attempts), 0), 4
+      sum(m.jobs) filter (where m.what in ('failed', 'retried'))
+      / nullif(sum(m.jobs) filter (where m.what <> 'enqueued'), 0), 4
     )
   ) || (
     -- No join, which might be made by reading all generations.
@@ -4446,12 +4198,94 @@ as $$
     where a.ended_at > now() - interval '15 minutes' and a.outcome = 'canceled'
       and a.error_code is null and a.cost_usd is distinct from 0
   )
-  from counted as c
+  from (
+    select k.what, coalesce(c.jobs, 0) as jobs, coalesce(c.new_jobs, 0) as new_jobs
+    from unnest('{enqueued,completed,failed,retried}'::text[]) as k (what)
+    left join moved as c on c.what = k.what
+  ) as m
 $$;
 
-create or replace function private.measure(p_models jsonb) returns jsonb
+create or replace function private.alert_states(h jsonb) returns table (
+  alert text, severity text, is_raised boolean, value numeric, threshold numeric, detail text,
+  hint text
+)
 language sql stable set search_path = pg_catalog, pg_temp as $$
-  select jsonb_build_object(
+  select
+    rule.alert, rule.severity,
+    coalesce(m.value::numeric > rule.threshold and (m.cases >= rule.min_cases) is not false, false),
+    m.value::numeric, rule.threshold, m.detail, rule.hint
+  from private.alert_rules as rule
+  cross join jsonb_to_record(h) as x (
+    depth jsonb, running jsonb, rates jsonb, workers jsonb, routines jsonb, paused jsonb,
+    vacuum jsonb, outbox jsonb, books jsonb, skipped jsonb
+  )
+  cross join lateral (
+    select (x.workers ->> 'alive')::integer as alive, (x.workers ->> 'listening')::integer as listen
+  ) as w
+  left join lateral (
+    select s.* from jsonb_each(x.routines) as s
+    order by (s.value ->> 'runs_missed')::numeric desc nulls last limit 1
+  ) as r on true
+  left join lateral (values
+    ('depth', x.depth ->> 'ready', null::bigint, (x.depth ->> 'ready') || ' jobs are ready'),
+    ('oldest_age', x.depth ->> 'oldest_ready_seconds', null,
+      format('a job has waited for %s s', round((x.depth ->> 'oldest_ready_seconds')::numeric))),
+    ('error_rate', x.rates ->> 'error_rate', (x.rates ->> 'attempts_of_15_minutes')::bigint,
+      format('of %s attempts in 15 minutes, %s %% ended in an error',
+        x.rates ->> 'attempts_of_15_minutes', round(100 * (x.rates ->> 'error_rate')::numeric))),
+    ('burned', x.rates ->> 'burned_of_15_minutes', null,
+      format('%s running jobs canceled in 15 minutes, by %s users: the provider may bill them',
+        x.rates ->> 'burned_of_15_minutes', x.rates ->> 'burned_by_users')),
+    ('stuck', x.running ->> 'stale_seconds', null,
+      format('%s running jobs are past lease or deadline, one for %s s',
+        x.running ->> 'stale', round((x.running ->> 'stale_seconds')::numeric))),
+    ('no_worker', case when w.alive = 0 then x.depth ->> 'ready' end, null,
+      (x.depth ->> 'ready') || ' jobs are ready and no worker is alive'),
+    ('not_listening', (w.alive - w.listen)::text, null,
+      format('%s of %s workers', w.alive - w.listen, w.alive)),
+    ('cron_silent', r.value ->> 'runs_missed', null,
+      concat(r.key, ' last ran at ', r.value ->> 'last_run_at')),
+    ('paused', jsonb_array_length(x.paused)::text, null, (
+      select string_agg(concat(
+        p.kind, ' ', p.name, ' until ' || p.paused_until, ': ' || p.pause_reason
+      ), '; ' order by p.name)
+      from jsonb_to_recordset(x.paused)
+        as p (kind text, name text, paused_until text, pause_reason text)
+    )),
+    ('vacuum_held_back', x.vacuum ->> 'oldest_transactions', null, (
+      select concat_ws(
+        ' ', v.kind, v.pid, quote_ident(v.name), v.state,
+        'since ' || date_trunc('second', v.since), format('(%s transactions)', v.age_transactions)
+      )
+      from private.vacuum_holders as v order by v.age_transactions desc nulls last limit 1
+    )),
+    ('dead_deliveries', x.outbox ->> 'dead', null,
+      (x.outbox ->> 'dead') || ' deliveries to webhooks were given up'),
+    ('skipped_rows', x.skipped ->> 'rows', null,
+      format('%s rows since %s: %s', x.skipped ->> 'rows', x.skipped ->> 'since', (
+        select string_agg(concat(s.key, ' ', s.value), ', ' order by s.key)
+        from jsonb_each_text(x.skipped -> 'steps') as s
+      ))),
+    ('books', ((x.books ->> 'recent_problems')::integer
+      + coalesce((x.books ->> 'problems')::integer, 0))::text, null,
+      format('%s problems among what moved last, %s at the check of %s',
+        x.books ->> 'recent_problems', coalesce(x.books ->> 'problems', 'none'),
+        coalesce(x.books ->> 'checked_at', 'never')))
+  ) as m (alert, value, cases, detail) on m.alert = rule.alert
+$$;
+
+create or replace function private.health_of(p_models jsonb) returns json
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+  -- More than a monitor: who asks may pause what the reasons are about.
+  v_is_operator boolean := has_function_privilege(
+    coalesce(nullif(current_setting('role', true), 'none'), session_user),
+    'public.pause_model(text, timestamptz, text)', 'execute'
+  );
+  v_health jsonb;
+  v_alerts jsonb;
+begin
+  v_health := jsonb_build_object(
     'depth', (
       select jsonb_build_object(
         'ready', coalesce(sum(m.ready), 0), 'delayed', coalesce(sum(m.delayed), 0),
@@ -4461,11 +4295,10 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
     ),
     'running', (
       select jsonb_build_object(
-        'jobs', count(*), 'stale', count(*) filter (where l.lasts < '0'),
-        'stale_seconds', extract(epoch from max(-l.lasts) filter (where l.lasts < '0'))
+        'jobs', count(*), 'stale', count(*) filter (where r.stuck_for > '0'),
+        'stale_seconds', extract(epoch from max(r.stuck_for) filter (where r.stuck_for > '0'))
       )
       from private.running_now as r
-      cross join lateral (select least(r.lease_left, r.deadline_left) as lasts) as l
     ),
     'rates', private.rates_health(),
     'workers', (
@@ -4486,7 +4319,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
     ),
     'paused', (
       select coalesce(jsonb_agg(to_jsonb(p) ||
-        case when private.is_operator() then '{}' else '{"pause_reason": null}'::jsonb end
+        case when v_is_operator then '{}' else '{"pause_reason": null}'::jsonb end
       ), '[]')
       from private.paused_now as p
     ),
@@ -4503,7 +4336,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
         'recent_problems', (select count(*) from private.recent_broken_books()),
         'checked_at', max(r.last_run_at), 'problems', (max(r.result ->> 'problems'))::integer,
         'examples', coalesce(
-          jsonb_agg(r.result -> 'examples') filter (where private.is_operator()) -> 0, '[]'
+          jsonb_agg(r.result -> 'examples') filter (where v_is_operator) -> 0, '[]'
         )
       )
       from private.routines as r where r.name = 'check_books' and r.result is not null
@@ -4530,96 +4363,11 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
         having count(*) > 0
       ) as s
     )
-  )
-$$;
-
-create or replace function private.alert_states(h jsonb) returns table (
-  alert text, severity text, is_raised boolean, value numeric, threshold numeric, detail text,
-  hint text
-)
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select
-    rule.alert, rule.severity,
-    coalesce(m.value::numeric > rule.threshold and (m.cases >= rule.min_cases) is not false, false),
-    m.value::numeric, rule.threshold, m.detail, rule.hint
-  from private.alert_rules as rule
-  cross join (
-    select
-      h -> 'depth' as depth, h -> 'running' as running, h -> 'rates' as rates,
-      h -> 'books' as books, h #>> '{depth,ready}' as ready,
-      (h #>> '{workers,alive}')::integer as alive,
-      (h #>> '{workers,alive}')::integer - (h #>> '{workers,listening}')::integer as deaf
-  ) as x
-  left join lateral (values
-    ('depth', x.ready, null::bigint, x.ready || ' jobs are ready'),
-    ('oldest_age', x.depth ->> 'oldest_ready_seconds', null,
-      format('a job has waited for %s s', round((x.depth ->> 'oldest_ready_seconds')::numeric))),
-    ('error_rate', x.rates ->> 'error_rate', (x.rates ->> 'attempts_of_15_minutes')::bigint,
-      format('of %s attempts in 15 minutes, %s %% ended in an error',
-        x.rates ->> 'attempts_of_15_minutes', round(100 * (x.rates ->> 'error_rate')::numeric))),
-    ('burned', x.rates ->> 'burned_of_15_minutes', null,
-      format('%s running jobs canceled in 15 minutes, by %s users: the provider may bill them',
-        x.rates ->> 'burned_of_15_minutes', x.rates ->> 'burned_by_users')),
-    ('stuck', x.running ->> 'stale_seconds', null,
-      format('%s running jobs are past lease or deadline, one for %s s',
-        x.running ->> 'stale', round((x.running ->> 'stale_seconds')::numeric))),
-    ('no_worker', case when x.alive = 0 then x.ready end, null,
-      x.ready || ' jobs are ready and no worker is alive'),
-    ('not_listening', x.deaf::text, null, format('%s of %s workers', x.deaf, x.alive)),
-    ('cron_silent', (
-      select max((r.value ->> 'runs_missed')::numeric)::text from jsonb_each(h -> 'routines') as r
-    ), null, (
-      select string_agg(
-        concat(r.key, ' last ran at ', r.value ->> 'last_run_at'), '; '
-        order by (r.value ->> 'runs_missed')::numeric desc
-      )
-      from jsonb_each(h -> 'routines') as r where r.value ->> 'runs_missed' > '0'
-    )),
-    ('paused', jsonb_array_length(h -> 'paused')::text, null, (
-      select string_agg(concat(
-        p.kind, ' ', p.name, ' until ' || p.paused_until, ': ' || p.pause_reason
-      ), '; ' order by p.name)
-      from jsonb_to_recordset(h -> 'paused')
-        as p (kind text, name text, paused_until text, pause_reason text)
-    )),
-    ('vacuum_held_back', h #>> '{vacuum,oldest_transactions}', null, (
-      select string_agg(
-        concat_ws(
-          ' ', v.kind, v.pid, quote_ident(v.name), v.state,
-          'since ' || date_trunc('second', v.since), format('(%s transactions)', v.age_transactions)
-        ), '; ' order by v.age_transactions desc
-      )
-      from (
-        select * from private.vacuum_holders as a where a.age_transactions > rule.threshold
-        order by a.age_transactions desc limit 5
-      ) as v
-    )),
-    ('dead_deliveries', h #>> '{outbox,dead}', null,
-      (h #>> '{outbox,dead}') || ' deliveries to webhooks were given up'),
-    ('skipped_rows', h #>> '{skipped,rows}', null,
-      format('%s rows since %s: %s', h #>> '{skipped,rows}', h #>> '{skipped,since}', (
-        select string_agg(concat(s.key, ' ', s.value), ', ' order by s.key)
-        from jsonb_each_text(h #> '{skipped,steps}') as s
-      ))),
-    ('books', ((x.books ->> 'recent_problems')::integer
-      + coalesce((x.books ->> 'problems')::integer, 0))::text, null,
-      format('%s problems among what moved last, %s at the check of %s',
-        x.books ->> 'recent_problems', coalesce(x.books ->> 'problems', 'none'),
-        coalesce(x.books ->> 'checked_at', 'never')))
-  ) as m (alert, value, cases, detail) on m.alert = rule.alert
-$$;
-
-create or replace function private.health_of(p_models jsonb) returns json
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_health jsonb := private.measure(p_models);
-  v_alerts jsonb := (
-    select coalesce(jsonb_agg(jsonb_build_object(
-      'alert', s.alert, 'severity', s.severity, 'detail', s.detail, 'hint', s.hint
-    ) order by s.severity, s.alert), '[]')
-    from private.alert_states(v_health) as s where s.is_raised
   );
-begin
+  select coalesce(jsonb_agg(jsonb_build_object(
+    'alert', s.alert, 'severity', s.severity, 'detail', s.detail, 'hint', s.hint
+  ) order by s.severity, s.alert), '[]') into v_alerts
+  from private.alert_states(v_health) as s where s.is_raised;
   return (
     select json_object_agg(p.key, p.value order by p.key <> 'status', p.key <> 'alerts')
     from jsonb_each(v_health || jsonb_build_object(
@@ -4775,194 +4523,6 @@ comment on function private.check_setup is
   'not, whether requests of the API end. Answers part, verdict (ok | note (works, but know it) | '
   'wrong) and detail, in words for people.';
 
-create or replace function private.report_models(p_window interval default '1 hour')
-returns table (
-  model_id text, provider text, ready bigint, delayed bigint, paused bigint, running bigint,
-  oldest_ready_seconds numeric, completed bigint, failed bigint, retried bigint,
-  p50_seconds double precision, p95_seconds double precision, mean_seconds double precision,
-  cost_usd numeric
-)
-language sql stable security definer set search_path = pg_catalog, pg_temp
-set enable_seqscan = on set jit = off set max_parallel_workers_per_gather = 0 as $$
-  select
-    n.model_id, m.provider, coalesce(q.ready, 0), coalesce(q.delayed, 0), coalesce(q.paused, 0),
-    coalesce(q.running, 0), q.oldest_ready_seconds, coalesce(o.completed, 0),
-    coalesce(o.failed, 0), coalesce(o.retried, 0), o.p50_seconds, o.p95_seconds, s.mean_seconds,
-    coalesce(o.cost_usd, 0)
-  from private.queue_by_model as q
-  full join private.outcomes_of(p_window) as o on o.model_id = q.model_id
-  cross join lateral (select coalesce(q.model_id, o.model_id) as model_id) as n
-  left join public.models as m on m.id = n.model_id
-  left join private.model_stats as s on s.model_id = n.model_id
-  order by coalesce(q.ready, 0) + coalesce(q.running, 0) desc, n.model_id
-$$;
-
-create or replace function private.report_workers() returns table (
-  worker_id bigint, host text, version text, state text, is_listening boolean, slots smallint,
-  slots_used bigint, seen_seconds numeric, up_seconds numeric
-)
-language sql stable security definer set search_path = pg_catalog, pg_temp as $$
-  select
-    w.worker_id, w.host, w.version,
-    case
-      when not w.is_alive then 'silent'
-      when w.slots_used > 0 then 'busy'
-      when w.asleep then 'asleep'
-      else 'idle'
-    end,
-    w.is_listening, w.slots, w.slots_used, round(extract(epoch from now() - w.seen_at), 1),
-    round(extract(epoch from now() - w.started_at))
-  from private.worker_activity as w
-  where w.seen_at > now() - interval '1 day'
-  order by w.is_alive, w.worker_id
-$$;
-
-create or replace function private.report_errors(p_window interval default '1 hour') returns table (
-  model_id text, error_code text, errors bigint, failed bigint, retried bigint, last_at timestamptz
-)
-language sql stable security definer set search_path = pg_catalog, pg_temp as $$
-  select e.model_id, e.error_code, e.errors, e.failed, e.retried, e.last_at
-  from private.errors_of(p_window) as e
-$$;
-
-comment on function private.report_errors is
-  'Errors of attempts by model and code in the window. What was said: private.recent_failures.';
-
-create or replace function private.report_alerts()
-returns table (alert text, severity text, is_raised boolean, value numeric, threshold numeric)
-language sql stable security definer set search_path = pg_catalog, pg_temp as $$
-  select s.alert, s.severity, s.is_raised, s.value, s.threshold
-  from private.alert_states(public.queue_health()::jsonb) as s
-  order by s.alert
-$$;
-
-create or replace function public.queue_report() returns json
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp
-set enable_seqscan = off set jit = off set max_parallel_workers_per_gather = 0 as $$
-declare
-  v_began timestamptz := clock_timestamp();
-  v_models jsonb := (select coalesce(jsonb_agg(m), '[]') from private.report_models() as m);
-begin
-  return json_build_object(
-    'at', now(),
-    'health', private.health_of(v_models),
-    'models', v_models,
-    'workers', (select coalesce(json_agg(w), '[]') from private.report_workers() as w),
-    'errors', (select coalesce(json_agg(e), '[]') from private.report_errors() as e),
-    'running', (
-      select coalesce(json_agg(j), '[]')
-      from (
-        select
-          r.model_id, r.attempt, r.worker_id, r.stage, r.progress,
-          round(extract(epoch from r.running), 1) as running_seconds,
-          round(extract(epoch from r.lease_left), 1) as lease_seconds,
-          round(extract(epoch from r.deadline_left), 1) as deadline_seconds
-        from private.running_now as r order by r.running desc, r.job_id limit 12
-      ) as j
-    ),
-    'recent', (
-      select coalesce(json_agg(t), '[]')
-      from (
-        select
-          a.model_id, a.attempt, a.worker_id, a.outcome, a.error_code, a.ended_at,
-          -- No join, which might be made by reading all generations.
-          (
-            select round(extract(epoch from a.started_at - g.created_at), 1)
-            from public.generations as g where g.id = a.generation_id
-          ) as waited_seconds,
-          round(extract(epoch from a.ended_at - a.started_at), 1) as ran_seconds
-        from private.attempts as a where a.ended_at > now() - interval '1 hour'
-        order by a.ended_at desc, a.token desc limit 12
-      ) as t
-    ),
-    'vacuum_holders', (
-      select coalesce(json_agg(v), '[]')
-      from (
-        select
-          h.kind, h.pid, left(h.name, 100) as name, h.state, h.age_transactions as transactions,
-          round(extract(epoch from h.since)) as seconds
-        from private.vacuum_holders as h
-        order by h.since desc nulls last, h.age_transactions desc limit 5
-      ) as v
-    ),
-    'took_ms', round(extract(epoch from clock_timestamp() - v_began) * 1000, 1)
-  );
-end;
-$$;
-
-create or replace function public.queue_history(
-  since timestamptz default null, bucket_seconds integer default 900
-) returns json
-language plpgsql stable security definer set search_path = pg_catalog, pg_temp
-set enable_seqscan = off set jit = off set max_parallel_workers_per_gather = 0 as $$
-declare
-  v_bucket interval := bucket_seconds * interval '1 second';
-  -- A day of the buckets that are the default.
-  v_since timestamptz := coalesce(since, now() - 96 * v_bucket);
-begin
-  if coalesce(bucket_seconds not between 10 and 86400, true) then
-    perform private.refuse_input('bucket_seconds: not from 10 to 86400');
-  elsif v_since not between now() - 400 * v_bucket and now() then
-    perform private.refuse_input('since: not within the last 400 buckets', 'Take longer buckets.');
-  end if;
-  v_since := date_bin(v_bucket, v_since, 'epoch');
-  return json_build_object(
-    'at', now(), 'since', v_since, 'bucket_seconds', bucket_seconds,
-    -- What came into the queue and left it, and the longest wait for a first attempt.
-    'queue', (
-      with claims as (
-        select a.generation_id, a.attempt, a.started_at, a.ended_at, a.outcome
-        from private.attempts as a where a.ended_at >= v_since
-        union all
-        select r.job_id, r.attempt, r.claimed_at, null, null from private.running_jobs as r
-      ),
-      moves as (
-        select
-          g.created_at as moved_at, 1 as enqueued, 1 as entered, 0 as went, null::interval as waited
-        from public.generations as g
-        where g.id >= private.first_id_of(v_since) and g.created_at >= v_since
-        union all
-        select c.ended_at, 0, 1, 0, null from claims as c where c.outcome in ('retried', 'released')
-        union all
-        select
-          c.started_at, 0, 0, 1, case when c.attempt = 1 then c.started_at - g.created_at end
-        from claims as c inner join public.generations as g on g.id = c.generation_id
-        where c.started_at >= v_since
-        union all
-        -- Canceled before any attempt.
-        select g.finished_at, 0, 0, 1, null
-        from public.generations as g
-        where g.id >= private.first_id_of(v_since) and g.finished_at >= v_since
-          and g.status = 'canceled' and g.started_at is null
-      )
-      select coalesce(json_agg(b order by b.at), '[]')
-      from (
-        select
-          date_bin(v_bucket, m.moved_at, 'epoch') as at, sum(m.enqueued) as enqueued,
-          sum(m.entered) as entered, sum(m.went) as went,
-          round(extract(epoch from max(m.waited)), 1) as waited_seconds
-        from moves as m group by 1
-      ) as b
-    ),
-    -- How the attempts of each model ended, what they took and cost.
-    'models', (
-      select coalesce(json_agg(b order by b.at, b.model_id), '[]')
-      from (
-        select
-          date_bin(v_bucket, a.ended_at, 'epoch') as at, a.model_id,
-          count(*) filter (where a.outcome = 'completed') as completed,
-          count(*) filter (where a.outcome = 'failed') as failed,
-          count(*) filter (where a.outcome = 'retried') as retried,
-          round(sum(extract(epoch from a.ended_at - a.started_at))
-            filter (where a.outcome = 'completed'), 1) as completed_seconds,
-          sum(a.cost_usd) as cost_usd
-        from private.attempts as a where a.ended_at >= v_since group by 1, 2
-      ) as b
-    )
-  );
-end;
-$$;
-
 create or replace function public.grant_credits(
   user_id uuid, amount integer, kind text, external_id text
 ) returns json
@@ -5091,9 +4651,8 @@ revoke all on function
 public.cancel_batch, public.cancel_generation, public.delete_generation, public.enqueue_batch,
 public.enqueue_generation, public.get_batch_status, public.get_entitlement, public.get_job_status,
 public.grant_credits, public.list_active_jobs, public.list_generations, public.list_models,
-public.pause_model, public.ping, public.queue_health, public.queue_history, public.queue_report,
-public.redrive_failed, public.restore_generation, public.resume_model, public.retry_generation,
-public.set_paid
+public.pause_model, public.ping, public.queue_health, public.redrive_failed,
+public.restore_generation, public.resume_model, public.retry_generation, public.set_paid
 from public, anon, authenticated, service_role;
 
 grant execute on function
@@ -5114,8 +4673,8 @@ to authenticated;
 grant execute on function
 private.grant_credits, private.list_models, private.pause_model, private.redrive_failed,
 private.resume_model, private.set_paid, public.grant_credits, public.list_models,
-public.pause_model, public.ping, public.queue_health, public.queue_history, public.queue_report,
-public.redrive_failed, public.resume_model, public.set_paid
+public.pause_model, public.ping, public.queue_health, public.redrive_failed,
+public.resume_model, public.set_paid
 to service_role;
 
 grant execute on function
@@ -5127,10 +4686,7 @@ private.recover_stale_jobs, private.register_worker, private.release_job, privat
 private.sleep, private.unregister_worker
 to darkroom_worker;
 
-grant execute on function
-private.report_alerts, private.report_errors, private.report_models, private.report_workers,
-public.queue_health, public.queue_history, public.queue_report
-to darkroom_monitor;
+grant execute on function public.queue_health to darkroom_monitor;
 
 revoke all on table public.generation_tags, public.image_likes, public.prompt_templates
 from public, anon, authenticated, service_role;
@@ -5237,11 +4793,6 @@ begin
     order by t.generation_id desc limit p_at_most
   );
 end;
-$$;
-
-create or replace function private.likes_of(p_generation_id uuid) returns bigint
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select count(*) from public.image_likes as l where l.generation_id = p_generation_id
 $$;
 
 create or replace function private.set_favorite(p_job_id uuid, p_is_favorite boolean) returns json
@@ -5395,8 +4946,14 @@ language sql stable set search_path = pg_catalog, pg_temp
 return private.list_public_images(before, page_size);
 
 create or replace function private.template_json(p_template public.prompt_templates) returns json
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select json_build_object(
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+begin
+  if p_template.id is null then
+    perform private.refuse_missing(
+      'id: no such template of yours', 'list_prompt_templates() names them.'
+    );
+  end if;
+  return json_build_object(
     'id', p_template.id, 'is_own', p_template.user_id is not null,
     'title', p_template.title, 'prompt', p_template.prompt,
     'placeholders', array(
@@ -5405,7 +4962,8 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
     ),
     'model', p_template.model_id, 'params', p_template.params,
     'created_at', p_template.created_at
-  )
+  );
+end;
 $$;
 
 create or replace function private.save_prompt_template(
@@ -5428,9 +4986,6 @@ begin
     set title = p_title, prompt = p_prompt, model_id = p_model, params = v_params
     where id = p_id and user_id = v_user_id
     returning * into v_template;
-    if not found then
-      perform private.refuse_unknown_template();
-    end if;
   elsif (select count(*) >= 100 from public.prompt_templates where user_id = v_user_id) then
     -- Not exact for one who saves many in the same moment; what matters is that there is an end.
     perform private.refuse_input('title: you have 100 templates', 'Delete one first.');
@@ -5443,25 +4998,15 @@ begin
 end;
 $$;
 
-create or replace function private.refuse_unknown_template() returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-begin
-  perform private.refuse_missing(
-    'id: no such template of yours', 'list_prompt_templates() names them.'
-  );
-end;
-$$;
-
 create or replace function private.delete_prompt_template(p_id uuid) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_user_id uuid := private.require_known_user_id(p_writes => true);
+  v_template public.prompt_templates;
 begin
-  delete from public.prompt_templates where id = p_id and user_id = v_user_id;
-  if not found then
-    perform private.refuse_unknown_template();
-  end if;
-  return json_build_object('id', p_id);
+  delete from public.prompt_templates where id = p_id and user_id = v_user_id
+  returning * into v_template;
+  return json_build_object('id', private.template_json(v_template) -> 'id');
 end;
 $$;
 
@@ -5498,8 +5043,8 @@ revoke all on function
 private.count_likes, private.delete_prompt_template, private.end_shares,
 private.erase_gallery_of_generation, private.erase_gallery_of_user, private.like_image,
 private.list_prompt_templates, private.list_public_images, private.refuse_unknown_image,
-private.refuse_unknown_template, private.save_prompt_template, private.set_favorite,
-private.set_tags, private.share_image, private.template_json,
+private.save_prompt_template, private.set_favorite, private.set_tags, private.share_image,
+private.template_json,
 public.delete_prompt_template, public.like_image, public.list_prompt_templates,
 public.list_public_images, public.save_prompt_template, public.set_favorite, public.set_tags,
 public.share_image
@@ -5529,6 +5074,8 @@ comment on column private.deliveries.user_id is 'Whose push it is: users take tu
 
 comment on column private.deliveries.run_at is
   'Not before this time: backoff, the lease of the worker that sends it, or until a receipt.';
+
+comment on column private.deliveries.last_status is 'Of HTTP; null: no answer.';
 
 comment on column private.deliveries.ticket is
   'Of a push that Expo took: what its receipt is asked for by, until it is read.';
@@ -5581,8 +5128,19 @@ language sql stable security definer set search_path = pg_catalog, pg_temp as $$
   ) <= now()
 $$;
 
-create or replace function private.push_body(p_delivery private.deliveries) returns jsonb
+create or replace function private.delivery_body(p_delivery private.deliveries) returns jsonb
 language sql stable set search_path = pg_catalog, pg_temp as $$
+  select jsonb_build_object(
+    'type', p_delivery.event_type,
+    'timestamp', p_delivery.created_at,
+    'data',
+    to_jsonb(private.job_json(g))
+    - '{stage,progress,queue_position,eta_seconds,poll_after_ms}'::text[]
+    || jsonb_build_object('user_id', g.user_id)
+  )
+  from public.generations as g
+  where g.id = p_delivery.generation_id and p_delivery.lane <> 'expo'
+  union all
   select jsonb_build_array(jsonb_build_object(
     'to', t.token, 'title', x.title, 'body', x.body,
     'collapseId', coalesce(g.batch_id, g.id), 'tag', coalesce(g.batch_id, g.id),
@@ -5603,23 +5161,6 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
     )
 $$;
 
-create or replace function private.choose_pushes(p_at_most integer) returns uuid[]
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select array(
-    select t.id
-    from (
-      select d.id, d.run_at, row_number() over (partition by d.user_id order by d.run_at) as turn
-      from private.deliveries as d
-      where d.state = 'pending' and d.lane = 'expo' and d.run_at <= now() and not exists (
-        select from private.deliveries as u
-        where u.state = 'pending' and u.lane = 'expo' and u.run_at > now()
-          and u.token is not null and u.user_id = d.user_id
-      )
-    ) as t
-    order by t.turn, t.run_at limit p_at_most
-  )
-$$;
-
 create or replace function private.claim_deliveries(p_lane text, p_at_most integer)
 returns table (delivery_id uuid, token bigint, url text, secrets text[], body text)
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
@@ -5629,7 +5170,21 @@ declare
   v_pushes uuid[];
 begin
   if p_lane = 'expo' then
-    v_pushes := private.choose_pushes(p_at_most);
+    -- Users take turns, and who has a push under way waits for its end: whatever tokens somebody
+    -- invents, they hold up his own pushes only.
+    v_pushes := array(
+      select t.id
+      from (
+        select d.id, d.run_at, row_number() over (partition by d.user_id order by d.run_at) as turn
+        from private.deliveries as d
+        where d.state = 'pending' and d.lane = 'expo' and d.run_at <= now() and not exists (
+          select from private.deliveries as u
+          where u.state = 'pending' and u.lane = 'expo' and u.run_at > now()
+            and u.token is not null and u.user_id = d.user_id
+        )
+      ) as t
+      order by t.turn, t.run_at limit p_at_most
+    );
   else
     select * into v_endpoint from private.webhook_endpoints as w
     where w.id = p_lane::uuid and w.disabled_at is null;
@@ -5662,10 +5217,7 @@ begin
     delivery_id := v_delivery.id;
     token := v_delivery.token;
     begin
-      body := case p_lane
-        when 'expo' then private.push_body(v_delivery)
-        else private.webhook_body(v_delivery)
-      end;
+      body := private.delivery_body(v_delivery);
     exception when others then
       perform private.note_skipped('claim_deliveries', v_delivery.id::text, sqlstate, sqlerrm);
       update private.deliveries as d
@@ -5687,12 +5239,11 @@ create or replace function private.finish_delivery(
 ) returns text
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
-  v_settings private.settings;
+  v_settings private.settings := (select s from private.settings as s);
   v_delivery private.deliveries;
   v_delay interval;
   v_state text;
 begin
-  select * into strict v_settings from private.settings;
   select * into v_delivery from private.deliveries as d
   where d.id = p_delivery_id and d.token = p_token and d.state = 'pending' for update;
   if not found then
@@ -5830,37 +5381,6 @@ create or replace function public.unregister_push_token(token text) returns json
 language sql set search_path = pg_catalog, pg_temp
 return private.unregister_push_token(token);
 
-create or replace function private.host_problem(p_host text) returns text
-language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_address inet;
-begin
-  if p_host ~ '^(\[|[0-9.]+$)' then
-    v_address := btrim(p_host, '[]')::inet;
-    -- Beside private networks: relays of 6to4, Teredo, documentation, and the address of Azure's
-    -- agent, which is public by its number only. They go nowhere or wrap another address.
-    return case when host(v_address) <> btrim(p_host, '[]') and family(v_address) = 4
-      or (family(v_address) = 4) = (p_host ~ ':|\[')
-      or family(v_address) = 6 and not v_address <<= '2000::/3'
-      or v_address <<= any (
-        '{0.0.0.0/8,10.0.0.0/8,100.64.0.0/10,127.0.0.0/8,168.63.129.16,169.254.0.0/16,'
-        '172.16.0.0/12,192.0.0.0/24,192.0.2.0/24,192.88.99.0/24,192.168.0.0/16,198.18.0.0/15,'
-        '198.51.100.0/24,203.0.113.0/24,224.0.0.0/3,2001::/23,2001:db8::/32,2002::/16,'
-        '3fff::/20}'::inet[]
-      ) then 'not a public address' end;
-  elsif length(p_host) > 253
-    or p_host !~ '^([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?\.)+[a-z][a-z0-9-]{0,61}[a-z0-9]$' then
-    return 'not a full host name';
-  elsif p_host
-    ~ '\.(localhost|localdomain|local|internal|intranet|lan|home|corp|arpa|test|onion)$' then
-    return 'a name of a private network';
-  end if;
-  return null;
-exception when invalid_text_representation then
-  return 'not a public address';
-end;
-$$;
-
 create or replace function public.register_webhook(
   url text, events text[] default null, description text default ''
 ) returns json
@@ -5886,7 +5406,12 @@ begin
       when lower(v_parts[1]) <> 'https' then 'not https'
       when v_parts[3]::integer < 1024 and v_parts[3]::integer <> 443
         then 'neither port 443 nor one from 1024 on'
-      else private.host_problem(lower(v_parts[2]))
+      when length(v_parts[2]) > 253 or lower(v_parts[2])
+        !~ '^([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?\.)+[a-z][a-z0-9-]{0,61}[a-z0-9]$'
+        then 'not a full host name'
+      when lower(v_parts[2])
+        ~ '\.(localhost|localdomain|local|internal|intranet|lan|home|corp|arpa|test|onion)$'
+        then 'a name of a private network'
     end;
   end if;
   if v_problem is not null then
@@ -5895,10 +5420,8 @@ begin
     );
   elsif cardinality(v_events) not between 1 and 3 or not v_events <@ v_all then
     perform private.refuse_input('events: not some of ' || array_to_string(v_all, ', '));
-  elsif description <> '' and private.is_blank(description) then
-    perform private.refuse_input('description: blank');
-  elsif length(description) > 200 then
-    perform private.refuse_input('description: longer than 200 characters');
+  elsif length(description) > 200 or description <> '' and private.is_blank(description) then
+    perform private.refuse_input('description: blank, or longer than 200 characters');
   elsif (select count(*) from private.webhook_endpoints) >= 20 then
     perform private.refuse_input('url: there are 20 webhooks', 'Delete one first.');
   end if;
@@ -5930,27 +5453,20 @@ language sql stable security definer set search_path = pg_catalog, pg_temp as $$
 $$;
 
 create or replace function public.delete_webhook(webhook_id uuid) returns json
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
-declare
-  v_endpoint private.webhook_endpoints;
-begin
-  perform private.require_writable();
+language sql security definer set search_path = pg_catalog, pg_temp as $$
+  select private.require_writable();
   delete from private.deliveries where lane = webhook_id::text and state = 'pending';
-  delete from private.webhook_endpoints where id = webhook_id returning * into v_endpoint;
-  return private.webhook_json(v_endpoint);
-end;
+  with deleted as (delete from private.webhook_endpoints as w where w.id = webhook_id returning w)
+  select private.webhook_json((select d.w from deleted as d));
 $$;
 
 create or replace function public.enable_webhook(webhook_id uuid) returns json
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
-declare
-  v_endpoint private.webhook_endpoints;
-begin
-  perform private.require_writable();
-  update private.webhook_endpoints set disabled_at = null
-  where id = webhook_id returning * into v_endpoint;
-  return private.webhook_json(v_endpoint);
-end;
+language sql security definer set search_path = pg_catalog, pg_temp as $$
+  select private.require_writable();
+  with enabled as (
+    update private.webhook_endpoints as w set disabled_at = null where w.id = webhook_id returning w
+  )
+  select private.webhook_json((select e.w from enabled as e));
 $$;
 
 create or replace function public.rotate_webhook_secret(webhook_id uuid) returns json
@@ -5971,15 +5487,22 @@ end;
 $$;
 
 create or replace function private.delivery_json(p_delivery private.deliveries) returns json
-language sql immutable set search_path = pg_catalog, pg_temp as $$
-  select json_build_object(
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+begin
+  if p_delivery.id is null then
+    perform private.refuse_missing(
+      'delivery_id: no such delivery', 'list_deliveries() shows them.'
+    );
+  end if;
+  return json_build_object(
     'delivery_id', p_delivery.id, 'lane', p_delivery.lane, 'event', p_delivery.event_type,
     'job_id', p_delivery.generation_id, 'state', p_delivery.state,
     'attempts', p_delivery.attempts,
     'run_at', case when p_delivery.state = 'pending' then p_delivery.run_at end,
     'last_status', p_delivery.last_status, 'last_error', p_delivery.last_error,
     'created_at', p_delivery.created_at, 'finished_at', p_delivery.finished_at
-  )
+  );
+end;
 $$;
 
 create or replace function public.list_deliveries(
@@ -6005,51 +5528,38 @@ begin
 end;
 $$;
 
-create or replace function public.redeliver(delivery_id uuid) returns json
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
-declare
-  v_delivery private.deliveries;
-begin
-  perform private.require_writable();
+create or replace function private.revive_deliveries(p_ids uuid[]) returns setof private.deliveries
+language sql set search_path = pg_catalog, pg_temp as $$
   update private.deliveries set
-    state = 'pending', attempts = 0, run_at = now(), token = null, finished_at = null,
-    ticket = null
-  where id = delivery_id
-  returning * into v_delivery;
-  if not found then
-    perform private.refuse_missing(
-      'delivery_id: no such delivery', 'list_deliveries() shows them.'
-    );
-  end if;
-  return private.delivery_json(v_delivery);
-end;
+    state = 'pending', attempts = 0, run_at = now(), token = null, finished_at = null, ticket = null
+  where id = any (p_ids) returning *
+$$;
+
+create or replace function public.redeliver(delivery_id uuid) returns json
+language sql security definer set search_path = pg_catalog, pg_temp as $$
+  select private.require_writable();
+  select private.delivery_json((select d from private.revive_deliveries(array[delivery_id]) as d));
 $$;
 
 create or replace function public.redeliver_dead(webhook_id uuid) returns json
 language sql security definer set search_path = pg_catalog, pg_temp as $$
   select private.require_writable();
-  with revived as (
-    update private.deliveries
-    set state = 'pending', attempts = 0, run_at = now(), finished_at = null
-    where id = any (array(
-      select d.id from private.deliveries as d
-      where d.state = 'dead' and d.lane = webhook_id::text
-      order by d.id limit 10000 for update skip locked
-    ))
-    returning id
-  )
-  select json_build_object('redelivered', count(*)) from revived
+  select json_build_object('redelivered', count(*)) from private.revive_deliveries(array(
+    select d.id from private.deliveries as d
+    where d.state = 'dead' and d.lane = webhook_id::text
+    order by d.id limit 10000 for update skip locked
+  ));
 $$;
 
 revoke all on table private.webhook_endpoints, private.push_tokens, private.push_texts,
-private.deliveries, private.undelivered
+private.deliveries
 from public, anon, authenticated, service_role;
 
 revoke all on function
-private.choose_pushes, private.claim_deliveries, private.delivery_json,
-private.finish_delivery, private.finish_receipts, private.host_problem,
-private.push_body, private.record_event, private.register_push_token, private.trim_deliveries,
-private.unregister_push_token, private.webhook_body, private.webhook_json,
+private.claim_deliveries, private.delivery_body, private.delivery_json, private.finish_delivery,
+private.finish_receipts, private.record_event, private.register_push_token,
+private.revive_deliveries, private.trim_deliveries, private.unregister_push_token,
+private.webhook_json,
 public.delete_webhook, public.enable_webhook, public.list_deliveries, public.list_webhooks,
 public.redeliver, public.redeliver_dead, public.register_push_token, public.register_webhook,
 public.rotate_webhook_secret, public.unregister_push_token
@@ -6068,6 +5578,274 @@ to service_role;
 grant execute on function
 private.claim_deliveries, private.finish_delivery, private.finish_receipts
 to darkroom_worker;
+
+create view private.waiting_now with (security_invoker = true) as
+select
+  r.job_id, r.user_id, (private.plan_of(e)).name as plan, r.model_id,
+  case
+    when exists (select from private.paused_now as p where p.name in (r.model_id, m.provider))
+      then 'paused'
+    when r.run_at > now() then 'delayed'
+    else 'ready'
+  end as state,
+  g.created_at, now() - g.created_at as waiting, r.attempt as attempts_used, r.run_at, r.fair_key
+from private.ready_jobs as r
+inner join public.generations as g on r.job_id = g.id
+inner join public.entitlements as e on r.user_id = e.user_id
+left join public.models as m on r.model_id = m.id
+order by r.fair_key, r.seq;
+
+comment on view private.waiting_now is
+  'What waits, since when, and whose turn is next? In the order of the queue.';
+
+create view private.recent_attempts with (security_invoker = true) as
+select
+  a.generation_id, g.user_id, g.model_id, a.attempt, a.worker_id, a.outcome, a.error_code,
+  a.error_detail, a.provider_job_id, a.provider_seconds, a.cost_usd, g.created_at, a.started_at,
+  a.ended_at, extract(epoch from a.started_at - g.created_at) as wait_seconds,
+  extract(epoch from a.ended_at - a.started_at) as run_seconds
+from private.attempts as a
+inner join public.generations as g on a.generation_id = g.id
+where a.ended_at > now() - interval '1 day'
+order by a.ended_at desc;
+
+comment on view private.recent_attempts is
+  'What was tried within a day, how did it end, and what did the provider say? wait_seconds: from '
+  'being asked for to this claim.';
+
+create view private.costs with (security_invoker = true) as
+select
+  entry.day, entry.user_id, entry.model_id,
+  count(entry.outcome)::integer as attempts,
+  count(*) filter (where entry.outcome = 'completed')::integer as completed,
+  coalesce(sum(entry.images), 0)::integer as images,
+  coalesce(sum(entry.provider_seconds), 0)::numeric as provider_seconds,
+  coalesce(sum(entry.cost_usd), 0) as cost_usd,
+  count(*) filter (where entry.provider_job_id is not null and entry.cost_usd is null)::integer
+    as unknown_costs,
+  coalesce(-sum(entry.amount) filter (where entry.kind = 'charge'), 0) as credits_charged,
+  coalesce(sum(entry.amount) filter (where entry.kind = 'refund'), 0) as credits_refunded,
+  -coalesce(sum(entry.amount), 0) * s.credit_usd - coalesce(sum(entry.cost_usd), 0) as margin_usd
+from (
+  select
+    (a.ended_at at time zone 'utc')::date as day, g.user_id, a.model_id, a.outcome,
+    a.provider_images as images, a.provider_seconds::numeric, a.cost_usd, a.provider_job_id,
+    null as kind, null as amount
+  from private.attempts as a
+  inner join public.generations as g on a.generation_id = g.id
+  union all
+  select
+    (l.created_at at time zone 'utc')::date, l.user_id, g.model_id, null, null, null, null, null,
+    l.kind, l.amount
+  from public.credit_ledger as l
+  inner join public.generations as g on l.generation_id = g.id
+) as entry
+cross join private.settings as s
+group by entry.day, entry.user_id, entry.model_id, s.credit_usd;
+
+comment on view private.costs is
+  'What did each user cost and pay, by model and day? Sum it by what you want to know. Days are '
+  'UTC''s: of an attempt the day it ended, of a credit the day it was booked. images are those the '
+  'provider billed; unknown_costs counts attempts that asked the provider and whose price is not '
+  'known, so that cost_usd is too low by them (a retry that goes on from the same provider job is '
+  'one of them); margin_usd is there once settings.credit_usd says what a credit is worth.';
+
+create or replace function public.queue_report() returns json
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+set enable_seqscan = on set jit = off set max_parallel_workers_per_gather = 0 as $$
+declare
+  v_began timestamptz := clock_timestamp();
+  -- The queue is counted by passing through all of it, and that is as good as can be.
+  v_queue jsonb := (select coalesce(jsonb_agg(q), '[]') from private.queue_by_model as q);
+  v_health json := private.health_of(v_queue);
+begin
+  perform set_config('enable_seqscan', 'off', true);  -- until the function ends
+  return json_build_object(
+    'at', now(),
+    'health', v_health,
+    'alerts', (
+      select json_agg(json_build_object(
+        'alert', s.alert, 'severity', s.severity, 'is_raised', s.is_raised, 'value', s.value,
+        'threshold', s.threshold
+      ) order by s.alert)
+      from private.alert_states(v_health::jsonb) as s
+    ),
+    -- Seconds from claim to end of completed attempts, and as remembered for eta_seconds.
+    'models', (
+      select coalesce(json_agg(m), '[]')
+      from (
+        select
+          n.model_id, c.provider, coalesce(q.ready, 0) as ready, coalesce(q.delayed, 0) as delayed,
+          coalesce(q.paused, 0) as paused, coalesce(q.running, 0) as running,
+          q.oldest_ready_seconds, coalesce(o.completed, 0) as completed,
+          coalesce(o.failed, 0) as failed, coalesce(o.retried, 0) as retried,
+          o.seconds[1] as p50_seconds, o.seconds[2] as p95_seconds, s.mean_seconds,
+          coalesce(o.cost_usd, 0) as cost_usd
+        from jsonb_populate_recordset(null::private.queue_by_model, v_queue) as q
+        full outer join (
+          select
+            a.model_id, count(*) filter (where a.outcome = 'completed') as completed,
+            count(*) filter (where a.outcome = 'failed') as failed,
+            count(*) filter (where a.outcome = 'retried') as retried, sum(a.cost_usd) as cost_usd,
+            percentile_cont('{0.5,0.95}'::double precision[])
+              within group (order by extract(epoch from a.ended_at - a.started_at))
+              filter (where a.outcome = 'completed') as seconds
+          from private.attempts as a
+          where a.ended_at > now() - interval '1 hour' group by a.model_id
+        ) as o on o.model_id = q.model_id
+        cross join lateral (select coalesce(q.model_id, o.model_id) as model_id) as n
+        left join public.models as c on c.id = n.model_id
+        left join private.model_stats as s on s.model_id = n.model_id
+        order by coalesce(q.ready, 0) + coalesce(q.running, 0) desc, n.model_id
+      ) as m
+    ),
+    'workers', (
+      select coalesce(json_agg(w), '[]')
+      from private.worker_activity as w where w.seen_seconds < 86400
+    ),
+    'errors', (
+      select coalesce(json_agg(e), '[]')
+      from (
+        select
+          a.model_id, a.error_code, count(*) as errors,
+          count(*) filter (where a.outcome = 'failed') as failed,
+          count(*) filter (where a.outcome = 'retried') as retried, max(a.ended_at) as last_at
+        from private.attempts as a
+        where a.ended_at > now() - interval '1 hour'
+          and a.error_code is not null and a.outcome <> 'released'
+        group by a.model_id, a.error_code
+        order by count(*) desc, max(a.ended_at) desc
+      ) as e
+    ),
+    'running', (
+      select coalesce(json_agg(j), '[]')
+      from (
+        select
+          r.model_id, r.attempt, r.worker_id, r.stage, r.progress,
+          round(extract(epoch from r.running), 1) as running_seconds,
+          round(extract(epoch from r.lease_left), 1) as lease_seconds,
+          round(extract(epoch from r.deadline_left), 1) as deadline_seconds
+        from private.running_now as r order by r.running desc, r.job_id limit 12
+      ) as j
+    ),
+    'recent', (
+      select coalesce(json_agg(t), '[]')
+      from (
+        select
+          a.model_id, a.attempt, a.worker_id, a.outcome, a.error_code, a.ended_at,
+          -- No join, which might be made by reading all generations.
+          (
+            select round(extract(epoch from a.started_at - g.created_at), 1)
+            from public.generations as g where g.id = a.generation_id
+          ) as waited_seconds,
+          round(extract(epoch from a.ended_at - a.started_at), 1) as ran_seconds
+        from private.attempts as a where a.ended_at > now() - interval '1 hour'
+        order by a.ended_at desc, a.token desc limit 12
+      ) as t
+    ),
+    'vacuum_holders', (
+      select coalesce(json_agg(v), '[]')
+      from (
+        select
+          h.kind, h.pid, left(h.name, 100) as name, h.state, h.age_transactions as transactions,
+          round(extract(epoch from h.since)) as seconds
+        from private.vacuum_holders as h
+        order by h.since desc nulls last, h.age_transactions desc limit 5
+      ) as v
+    ),
+    'took_ms', round(extract(epoch from clock_timestamp() - v_began) * 1000, 1)
+  );
+end;
+$$;
+
+comment on function public.queue_report is
+  'The queue at a glance: {at, health (see queue_health), alerts (every rule and what is measured '
+  'for it), models, workers, errors, running, recent, vacuum_holders, took_ms}: the queue of each '
+  'model and its attempts of the last hour, the workers of the last day, errors of the last hour, '
+  'the jobs that run for longest, the attempts that ended last, who has held back vacuum for '
+  'longest, and how long the report took.';
+
+create or replace function public.queue_history(
+  since timestamptz default null, bucket_seconds integer default 900
+) returns json
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+set enable_seqscan = off set jit = off set max_parallel_workers_per_gather = 0 as $$
+declare
+  v_bucket interval := bucket_seconds * interval '1 second';
+  -- A day of the buckets that are the default.
+  v_since timestamptz := coalesce(since, now() - 96 * v_bucket);
+begin
+  if coalesce(bucket_seconds not between 10 and 86400, true) then
+    perform private.refuse_input('bucket_seconds: not from 10 to 86400');
+  elsif v_since not between now() - 400 * v_bucket and now() then
+    perform private.refuse_input('since: not within the last 400 buckets', 'Take longer buckets.');
+  end if;
+  v_since := date_bin(v_bucket, v_since, 'epoch');
+  return json_build_object(
+    'at', now(), 'since', v_since, 'bucket_seconds', bucket_seconds,
+    -- What came into the queue and left it, and the longest wait for a first attempt.
+    'queue', (
+      with claims as (
+        select a.generation_id, a.attempt, a.started_at, a.ended_at, a.outcome
+        from private.attempts as a where a.ended_at >= v_since
+        union all
+        select r.job_id, r.attempt, r.claimed_at, null, null from private.running_jobs as r
+      ),
+      moves as (
+        select
+          g.created_at as moved_at, 1 as enqueued, 1 as entered, 0 as went, null::interval as waited
+        from public.generations as g
+        where g.id >= private.first_id_of(v_since) and g.created_at >= v_since
+        union all
+        select c.ended_at, 0, 1, 0, null from claims as c where c.outcome in ('retried', 'released')
+        union all
+        select
+          c.started_at, 0, 0, 1, case when c.attempt = 1 then c.started_at - g.created_at end
+        from claims as c inner join public.generations as g on g.id = c.generation_id
+        where c.started_at >= v_since
+        union all
+        -- Canceled before any attempt.
+        select g.finished_at, 0, 0, 1, null
+        from public.generations as g
+        where g.id >= private.first_id_of(v_since) and g.finished_at >= v_since
+          and g.status = 'canceled' and g.started_at is null
+      )
+      select coalesce(json_agg(b order by b.at), '[]')
+      from (
+        select
+          date_bin(v_bucket, m.moved_at, 'epoch') as at, sum(m.enqueued) as enqueued,
+          sum(m.entered) as entered, sum(m.went) as went,
+          round(extract(epoch from max(m.waited)), 1) as waited_seconds
+        from moves as m group by 1
+      ) as b
+    ),
+    -- How the attempts of each model ended, what they took and cost.
+    'models', (
+      select coalesce(json_agg(b order by b.at, b.model_id), '[]')
+      from (
+        select
+          date_bin(v_bucket, a.ended_at, 'epoch') as at, a.model_id,
+          count(*) filter (where a.outcome = 'completed') as completed,
+          count(*) filter (where a.outcome = 'failed') as failed,
+          count(*) filter (where a.outcome = 'retried') as retried,
+          round(sum(extract(epoch from a.ended_at - a.started_at))
+            filter (where a.outcome = 'completed'), 1) as completed_seconds,
+          sum(a.cost_usd) as cost_usd
+        from private.attempts as a where a.ended_at >= v_since group by 1, 2
+      ) as b
+    )
+  );
+end;
+$$;
+
+revoke all on private.waiting_now, private.recent_attempts, private.costs
+from public, anon, authenticated, service_role;
+
+revoke all on function public.queue_history, public.queue_report
+from public, anon, authenticated, service_role;
+
+grant execute on function public.queue_history, public.queue_report
+to service_role, darkroom_monitor;
 
 -- Data, by hand.
 
@@ -6103,11 +5881,9 @@ alter table private.plans add constraint plans_busy_after_is_positive CHECK (((b
 
 alter table private.settings add constraint settings_welcome_credits_are_at_most_a_million CHECK ((welcome_credits <= 1000000));
 
-alter table private.settings add constraint settings_watch_window_is_positive CHECK (((watch_window > '00:00:00'::interval) AND (watch_window <= '50 years'::interval)));
-
 alter table private.settings add constraint settings_max_input_files_is_not_negative CHECK ((max_input_files >= 0));
 
-alter table private.settings add constraint settings_times_are_in_reach CHECK ((GREATEST(keep_generations, keep_deleted, keep_inputs, keep_attempts, keep_ledger, keep_ledger_of_deleted_users, lease, heartbeat, retry_base, retry_cap, give_up_after, breaker_window, breaker_pause, breaker_pause_cap) <= '1000 years'::interval));
+alter table private.settings add constraint settings_times_are_in_reach CHECK ((GREATEST(keep_generations, keep_deleted, keep_inputs, keep_attempts, keep_ledger_of_deleted_users, lease, heartbeat, retry_base, retry_cap, give_up_after, breaker_window, breaker_pause, breaker_pause_cap) <= '1000 years'::interval));
 
 alter table private.settings add constraint settings_delivery_times_are_in_reach CHECK (((array_position(delivery_retries, NULL::interval) IS NULL) AND ('00:00:00'::interval <= ALL (delivery_retries)) AND (LEAST(push_expires, keep_deliveries) >= '00:00:00'::interval) AND (GREATEST(push_expires, keep_deliveries) <= '1000 years'::interval)));
 
@@ -6115,12 +5891,16 @@ alter table private.expired_files add constraint expired_files_path_is_the_users
 
 alter table private.deliveries add constraint deliveries_push_token_matches_lane CHECK ((((push_token IS NOT NULL) = (lane = 'expo'::text)) AND ((user_id IS NOT NULL) = (lane = 'expo'::text))));
 
+create trigger credit_ledger_is_kept_while_user_exists
+before delete on public.credit_ledger
+for each row execute function private.refuse_change_while_user_exists();
+
 create trigger generations_erase_images after delete on public.generations
 for each row execute function private.erase_images_of_generation();
 
 create trigger entitlements_erase_rows
 after delete on public.entitlements
-for each row execute function private.erase_rows_of_deleted_user();
+for each row execute function private.erase_deleted_user();
 
 create trigger generations_end_shares after update of deleted_at on public.generations
 for each row when (old.deleted_at is null and new.deleted_at is not null)
@@ -6180,37 +5960,27 @@ insert into private.alert_rules (alert, threshold, unit, min_cases, severity, hi
 ('depth', 10000, 'ready jobs', 0, 'warning',
   'Start more workers, or give them more slots. Which model: private.queue_by_model.'),
 ('oldest_age', 300, 'seconds', 0, 'warning',
-  'Start more workers, or give them more slots. Whose: private.waiting_now.'),
+  'Start more workers, or give them more slots. Which model: private.queue_by_model.'),
 ('error_rate', 0.25, 'share of attempts', 20, 'critical',
-  'private.errors_by_model says which model and in which words. A model that only fails is taken '
-  'off the list with is_active = false.'),
+  'private.attempts says of which model and in which words; is_active = false takes one off.'),
 ('burned', 20, 'purchases', 0, 'warning',
-  'Users cancel what the provider bills: see entitlements.day_burned. Lower '
-  'plans.max_burned_per_day or settings.running_cancel_refund_percent.'),
+  'Users cancel what the provider bills: lower plans.max_burned_per_day.'),
 ('stuck', 120, 'seconds', 0, 'critical',
-  'Nobody recovers them: start a worker or pg_cron, or select private.recover_stale_jobs(). '
-  'Which: private.stuck_jobs.'),
+  'Nobody recovers them, see private.running_now: start a worker or pg_cron.'),
 ('no_worker', 0, 'ready jobs', 0, 'critical',
   'Start a worker, or look into the log of the one that stopped.'),
 ('not_listening', 0, 'workers', 0, 'warning',
-  'They find jobs by polling only. Give them a direct or session-mode connection: LISTEN does not '
-  'work through a transaction pooler. Which: private.worker_activity.'),
+  'They only poll: LISTEN does not work through a transaction pooler. Connect them directly.'),
 ('cron_silent', 3, 'runs missed', 0, 'warning',
-  'See cron.job_run_details and that pg_cron runs. Set routines.every to null if a routine is no '
-  'longer to run.'),
+  'See cron.job_run_details. Where a routine is no longer to run, set routines.every to null.'),
 ('paused', 0, 'pauses', 0, 'warning',
-  'Jobs of what is paused wait. Why: private.paused_now. If the provider refused the account, see '
-  'its billing and key.'),
+  'Jobs of private.paused_now wait. If the provider refused, see its billing and key.'),
 ('vacuum_held_back', 1000000, 'transactions', 0, 'warning',
-  'Dead rows pile up in the queue. End the transaction (pg_terminate_backend(pid)), the prepared '
-  'transaction or the replication slot. All of them: private.vacuum_holders.'),
+  'Dead rows pile up in the queue. End what private.vacuum_holders names.'),
 ('skipped_rows', 0, 'rows', 0, 'warning',
-  'private.skipped_rows says which, what is wrong with them and since when. Mend the row: it is '
-  'tried again. storage: files of private.expired_files that it does not delete; see the worker''s '
-  'log.'),
+  'Mend what private.skipped_rows names: it is tried again. storage: see the worker''s log.'),
 ('books', 0, 'problems', 0, 'critical',
-  'See private.broken_books: the ledger is right, and entitlements have to follow it. Once mended, '
-  'select private.check_books() to check anew.')
+  'See private.broken_books. Once it is mended, select private.check_books() to check anew.')
 on conflict do nothing;
 
 do $$
@@ -6292,15 +6062,40 @@ on conflict do nothing;
 
 insert into private.alert_rules (alert, threshold, unit, min_cases, severity, hint) values (
   'dead_deliveries', 0, 'deliveries', 0, 'warning',
-  'private.undelivered says why. Once the receiver works: enable_webhook, redeliver_dead; or '
-  'delete_webhook.'
+  'list_deliveries(''dead'') says why. Then enable_webhook and redeliver_dead, or delete_webhook.'
 )
 on conflict do nothing;
 
 notify pgrst, 'reload schema';
 
-update private.alert_rules set hint = 'Jobs of what is paused wait. Why: private.paused_now. If the provider refused the account, see its billing and key.'
+notify pgrst, 'reload schema';
+
+update private.alert_rules set hint = 'Start more workers, or give them more slots. Which model: private.queue_by_model.'
+where alert = 'oldest_age' and hint::text = 'Start more workers, or give them more slots. Whose: private.waiting_now.';
+
+update private.alert_rules set hint = 'private.attempts says of which model and in which words; is_active = false takes one off.'
+where alert = 'error_rate' and hint::text = 'private.errors_by_model says which model and in which words. A model that only fails is taken off the list with is_active = false.';
+
+update private.alert_rules set hint = 'Nobody recovers them, see private.running_now: start a worker or pg_cron.'
+where alert = 'stuck' and hint::text = 'Nobody recovers them: start a worker or pg_cron, or select private.recover_stale_jobs(). Which: private.stuck_jobs.';
+
+update private.alert_rules set hint = 'They only poll: LISTEN does not work through a transaction pooler. Connect them directly.'
+where alert = 'not_listening' and hint::text = 'They find jobs by polling only. Give them a direct or session-mode connection: LISTEN does not work through a transaction pooler. Which: private.worker_activity.';
+
+update private.alert_rules set hint = 'See cron.job_run_details. Where a routine is no longer to run, set routines.every to null.'
+where alert = 'cron_silent' and hint::text = 'See cron.job_run_details and that pg_cron runs. Set routines.every to null if a routine is no longer to run.';
+
+update private.alert_rules set hint = 'Jobs of private.paused_now wait. If the provider refused, see its billing and key.'
 where alert = 'paused' and hint::text = 'Jobs of what is paused wait. If the provider refused the account, see its billing and key.';
+
+update private.alert_rules set hint = 'Dead rows pile up in the queue. End what private.vacuum_holders names.'
+where alert = 'vacuum_held_back' and hint::text = 'Dead rows pile up in the queue. End the transaction (pg_terminate_backend(pid)), the prepared transaction or the replication slot. All of them: private.vacuum_holders.';
+
+update private.alert_rules set hint = 'See private.broken_books. Once it is mended, select private.check_books() to check anew.'
+where alert = 'books' and hint::text = 'See private.broken_books: the ledger is right, and entitlements have to follow it. Once mended, select private.check_books() to check anew.';
+
+update private.alert_rules set hint = 'list_deliveries(''dead'') says why. Then enable_webhook and redeliver_dead, or delete_webhook.'
+where alert = 'dead_deliveries' and hint::text = 'private.undelivered says why. Once the receiver works: enable_webhook, redeliver_dead; or delete_webhook.';
 
 delete from private.retention_walks where name = 'attempts';
 
@@ -6315,6 +6110,10 @@ comment on column private.alert_rules.hint is null;
 comment on column private.alert_rules.severity is null;
 
 comment on column private.alert_rules.unit is null;
+
+comment on column private.deliveries.attempts is null;
+
+comment on column private.push_tokens.registered_at is null;
 
 comment on column private.routines.result is null;
 end;

@@ -10,7 +10,6 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -21,17 +20,7 @@ if TYPE_CHECKING:
 OURS = "Darkroom"  # how the names of our own contenders begin
 TIMES = "\N{MULTIPLICATION SIGN}"
 
-
-@dataclass(frozen=True)
-class Cell:
-    """One number measured in one round."""
-
-    part: str
-    situation: str
-    contender: str
-    round: int
-    metric: str  # with its unit
-    value: float
+Cell = tuple[str, str, int, str, float]  # situation, contender, round, metric (its unit), value
 
 
 @dataclass(frozen=True)
@@ -82,59 +71,41 @@ class Outcome:
 
     def values(self, situation: str, contender: str, metric: str = "") -> dict[int, float]:
         """Return a metric, the compared one unless named, by round."""
-        metric = metric or self.part.metric
-        wanted = (situation, contender, metric)
-        return {
-            cell.round: cell.value
-            for cell in self.cells
-            if (cell.situation, cell.contender, cell.metric) == wanted
-        }
+        wanted = (situation, contender, metric or self.part.metric)
+        return {each[2]: each[4] for each in self.cells if (each[0], each[1], each[3]) == wanted}
 
     def median(self, situation: str, contender: str, metric: str = "") -> float | None:
-        """Return the median of the rounds; None if nothing was measured."""
-        values = self.values(situation, contender, metric)
-        return statistics.median(values.values()) if values else None
+        values = self.values(situation, contender, metric).values()
+        return statistics.median(values) if values else None
 
-    def ratio(self, situation: str, contender: str) -> float | None:
-        """Return the median of the ratios to the reference in the same round."""
-        return median_ratio(
-            self.values(situation, contender), self.values(situation, self.part.reference)
+    def ratio(self, situation: str, contender: str, *, to_itself: bool = False) -> float | None:
+        """Return the median of the ratios, round by round, to the reference of the situation, or to
+        the same contender in the part's own_situation; None if no round has both.
+        """
+        values = self.values(situation, contender)
+        others = (
+            self.values(self.part.own_situation, contender)
+            if to_itself
+            else self.values(situation, self.part.reference)
         )
+        ratios = [values[n] / others[n] for n in values if others.get(n)]
+        return statistics.median(ratios) if ratios else None
 
-    def own_ratio(self, situation: str, contender: str) -> float | None:
-        """Return the median of the ratios to the same contender in the part's own_situation."""
-        return median_ratio(
-            self.values(situation, contender), self.values(self.part.own_situation, contender)
-        )
-
-    @property
-    def situations(self) -> list[str]:
-        return unique(cell.situation for cell in self.cells)
-
-    @property
-    def compared_situations(self) -> list[str]:
-        """Those in which there is more to see than other metrics."""
-        return unique(cell.situation for cell in self.cells if cell.metric == self.part.metric)
+    def situations(self, metric: str = "") -> list[str]:
+        """Return those in which something, or this, was measured, in the order of the cells."""
+        return unique(each[0] for each in self.cells if metric in ("", each[3]))
 
     @property
     def contenders(self) -> list[str]:
-        return unique(cell.contender for cell in self.cells)
+        return unique(each[1] for each in self.cells)
 
     @property
     def other_metrics(self) -> list[str]:
-        names = unique(cell.metric for cell in self.cells)
-        return [name for name in names if name != self.part.metric]
+        return unique(each[3] for each in self.cells if each[3] != self.part.metric)
 
 
 def unique(names: Iterable[str]) -> list[str]:
-    """Return each once, in the order of its first appearance."""
     return list(dict.fromkeys(names))
-
-
-def median_ratio(values: Mapping[int, float], references: Mapping[int, float]) -> float | None:
-    """Divide round by round; None if no round has both."""
-    ratios = [values[n] / references[n] for n in values if references.get(n)]
-    return statistics.median(ratios) if ratios else None
 
 
 def percentiles(values: Iterable[float], *wanted: float) -> list[float]:
@@ -143,72 +114,40 @@ def percentiles(values: Iterable[float], *wanted: float) -> list[float]:
     return [ordered[min(len(ordered) - 1, int(len(ordered) * each / 100))] for each in wanted]
 
 
-def human(value: float) -> str:
+def human(value: float | None) -> str:
     """Write a number with three digits that count."""
-    if abs(value) >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
-
-
-def first_line(error: Exception) -> str:
-    """Return what an error says, without the details that follow."""
-    return str(error).partition("\n")[0]
-
-
-class Progress:
-    """One line on stderr for each cell, with a guess at the time left."""
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self.seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
-        self.done = 0
-        self.spent = 0.0
-
-    def tell(self, round_number: int, task: Task, text: str, seconds: float) -> None:
-        """Tell of a cell that took so long."""
-        self.done += 1
-        self.spent += seconds
-        left = int((self.total - self.done) * self.spent / self.done)
-        print(
-            f"  round {round_number}  {task.situation:22.22}  {task.contender:36.36}  {text:34}"
-            f"  {seconds:5.1f} s, left {left // 60}:{left % 60:02}",
-            file=sys.stderr,
-            flush=True,
-        )
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def run_part(
     part: Part, tasks: Sequence[Task], rounds: int, keep: Callable[[Outcome], None]
 ) -> Outcome:
-    """Measure all tasks in every round, and keep what there is after each.
+    """Measure all tasks in every round, tell of each, and keep what there is after each round.
 
     One that fails is told of, and the others go on.
     """
-    outcome, progress = Outcome(part), Progress(len(tasks) * rounds)
+    outcome, start, done = Outcome(part), time.monotonic(), 0
     for number in range(1, rounds + 1):
         for task in tasks:
-            began = time.monotonic()
+            began, names = time.monotonic(), (task.situation, task.contender)
             try:
                 measured = task.measure()
             except Exception as error:
-                text = f"failed: {type(error).__name__}: {first_line(error)}"
-                outcome.failures.append(f"{task.situation}, {task.contender}: {text}")
+                said = str(error).partition("\n")[0]
+                text = f"failed: {type(error).__name__}: {said}"
+                outcome.failures.append(f"{', '.join(names)}: {text}")
             else:
-                outcome.cells += [
-                    Cell(part.name, task.situation, task.contender, number, metric, value)
-                    for metric, value in measured.items()
-                ]
-                text = describe(outcome, task, number)
-            progress.tell(number, task, text, time.monotonic() - began)
+                outcome.cells += [(*names, number, *each) for each in measured.items()]
+                text = f"{human(measured.get(part.metric))} {part.metric}"
+            now, done = time.monotonic(), done + 1
+            left = int((len(tasks) * rounds - done) * (now - start) / done)
+            print(
+                f"  round {number}  {task.situation:22.22}  {task.contender:36.36}  {text:34}"
+                f"  {now - began:5.1f} s, left {left // 60}:{left % 60:02}",
+                file=sys.stderr,
+                flush=True,
+            )
         keep(outcome)
     return outcome
-
-
-def describe(outcome: Outcome, task: Task, number: int) -> str:
-    """Say what the compared metric is in a round, and its ratio to the reference of that round."""
-    value = outcome.values(task.situation, task.contender).get(number)
-    if value is None:
-        return "-"
-    text = f"{human(value)} {outcome.part.metric}"
-    reference = outcome.values(task.situation, outcome.part.reference).get(number)
-    return f"{text}  {value / reference:.2f}{TIMES}" if reference else text

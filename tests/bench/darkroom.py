@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import sys
 import time
+from typing import Any
 from urllib.parse import urlsplit
 
 import psycopg
 from database import SEED, Database
 from lab import Lab
 from psycopg import sql
-from psycopg.rows import namedtuple_row
-from run_bare import complete
+from run_bare import Bare, complete
 
 ROLE = "darkroom_worker"
-FIRST_USER, USERS, CREDITS = 1000, 1000, 1_000_000
+# On the paid plan with the live jobs that it allows, 20: users are so many that none of them comes
+# near that, though a cell enqueues some 25,000 jobs. One of them asks far more often than a person.
+FIRST_USER, USERS, CREDITS = 10_000, 10_000, 1_000_000
+LIMITS = "update private.plans set max_per_minute = 1000000, busy_after = null"
 HISTORY_AT_ONCE = 250_000  # generations
 QUEUE, BEFORE = 600, 500  # jobs in an aged database; those before each of the last
 PROMPT = "a lighthouse at dusk, seen from a small boat in the rain"
-USER_ID = "00000000-0000-4000-8000-00000000"  # and four digits
+USER_ID = "00000000-0000-4000-8000-0000000"  # and five digits
 # What Darkroom needs of Supabase.
 AUTH = """
 create schema auth;
@@ -32,20 +35,17 @@ create function auth.uid() returns uuid language sql stable as $$
 $$;
 grant usage on schema auth to public;
 """
-NO_LIMITS = """
-update private.plans set
-  max_active = 1000000000, max_per_minute = 1000000000, max_batch = 100, busy_after = null;
-"""
 # No attempt is due: else a worker would erase those of the history while it is measured.
-SETUP = f"""{NO_LIMITS}
+SETUP = f"""{LIMITS};
 update private.settings set keep_attempts = '10 years';
 insert into auth.users (id)
 select ('{USER_ID}' || n)::uuid
 from generate_series({FIRST_USER}, {FIRST_USER + USERS - 1}) as n;
-select public.grant_credits(u.id, {CREDITS} - e.credits, 'adjust', u.id::text)
-from auth.users as u inner join public.entitlements as e on e.user_id = u.id;
+select public.set_paid(e.user_id, 'infinity'),
+  public.grant_credits(e.user_id, {CREDITS} - e.credits, 'adjust', e.user_id::text)
+from public.entitlements as e where e.user_id::text like '{USER_ID}%';
 """
-# Ready jobs as enqueue_generation leaves them, of users {first} to {last} in turn.
+# Ready jobs as enqueue_generation leaves them, of so many users in turn.
 FILL = """
 begin;
 set session_replication_role = replica;
@@ -55,7 +55,7 @@ select
   e.credits, greatest(c.last_value, e.last_fair_key) as fair_key
 from generate_series(0, {count} - 1) as n
 inner join public.entitlements as e
-on e.user_id = ('{user_id}' || {first} + n % ({last} - {first} + 1))::uuid
+on e.user_id = ('{user_id}' || {first} + n % {users})::uuid
 cross join private.virtual_clock as c
 order by n;
 insert into public.generations (
@@ -67,16 +67,16 @@ select
   jsonb_build_object(
     'prompt', 'a lighthouse at dusk, seen from a small boat', 'width', 512, 'height', 1024,
     'num_outputs', 1, 'seed', m.nth
-  ), 1, 1, m.nth * 1000
+  ), 1, 1, m.nth * 250
 from made as m;
 insert into private.ready_jobs (job_id, user_id, model_id, fair_key)
-select m.id, m.user_id, 'darkroom/preview', m.fair_key + m.nth * 1000
+select m.id, m.user_id, 'darkroom/preview', m.fair_key + m.nth * 250
 from made as m;
 insert into public.credit_ledger (user_id, generation_id, kind, amount, balance_after)
 select m.user_id, m.id, 'charge', -1, m.credits - m.nth
 from made as m;
 update public.entitlements as e set
-  credits = e.credits - m.jobs, last_fair_key = m.fair_key + m.jobs * 1000
+  credits = e.credits - m.jobs, last_fair_key = m.fair_key + m.jobs * 250
 from (select user_id, fair_key, count(*) as jobs from made group by user_id, fair_key) as m
 where e.user_id = m.user_id;
 drop table made;
@@ -171,12 +171,10 @@ AS_USER = {"PGOPTIONS": "-c role=authenticated"}
 
 
 def base(lab: Lab) -> str:
-    """Return the template of an empty queue."""
     return lab.template("darkroom", install)
 
 
 def install(db: Database) -> None:
-    """Build Darkroom, and let the worker's role log in."""
     done = db.psql(script=AUTH)
     assert done.returncode == 0, done.stderr
     db.install(SEED)
@@ -206,10 +204,9 @@ def aged(lab: Lab, generations: int) -> Database:
     return lab.shared(f"darkroom {generations} finished", fill_it, base=base(lab))
 
 
-def fill(db: Database, count: int, first: int = FIRST_USER, users: int = USERS) -> None:
-    """Add ready jobs of these users in turn."""
-    last = first + users - 1
-    run_script(db, FILL.format(count=count, user_id=USER_ID, first=first, last=last))
+def fill(db: Database, count: int, users: int = USERS) -> None:
+    """Add ready jobs of these users in turn; of few, more than their plan allows."""
+    run_script(db, FILL.format(count=count, user_id=USER_ID, first=FIRST_USER, users=users))
 
 
 def add_history(db: Database, count: int) -> None:
@@ -224,40 +221,35 @@ def add_history(db: Database, count: int) -> None:
 
 def work_off(db: Database, leave: int = 0) -> None:
     """Complete jobs, the first ones first, until no more than so many are queued."""
-    with psycopg.connect(worker_url(db), autocommit=True, row_factory=namedtuple_row) as connection:
-        query = "select worker_id from private.register_worker('bench', 200, '1')"
-        worker_id = connection.execute(query).fetchone().worker_id  # type: ignore[union-attr]
-        while (more := queued(db) - leave) > 0:
-            query = "select * from private.claim_jobs(%s, %s)"
-            jobs = connection.execute(query, [worker_id, min(more, 200)]).fetchall()
-            complete(connection, jobs)
-        connection.execute("select private.unregister_worker(%s)", [worker_id])
+    worker = Bare(worker_url(db), 200)
+    with worker.connection:
+        while (more := int(db.value("select count(*) from private.ready_jobs")) - leave) > 0:
+            worker.slots = min(more, 200)
+            complete(worker.connection, worker.claim())
+        worker.connection.execute("select private.unregister_worker(%s)", [worker.id])
 
 
 def run_script(db: Database, script: str) -> None:
-    """Run statements one by one, however long they take."""
     with db.connect() as connection:
         connection.execute("set statement_timeout = 0")
         for statement in filter(str.strip, script.split(";\n")):
             connection.execute(statement.encode())
 
 
+def as_user(db: Database) -> psycopg.Connection[Any]:
+    return psycopg.connect(db.url, autocommit=True, options=AS_USER["PGOPTIONS"])
+
+
 def worker_url(db: Database) -> str:
-    """Return the database as the worker's role."""
     parts = urlsplit(db.url)
     return parts._replace(netloc=f"{ROLE}:{parts.password}@{parts.hostname}:{parts.port}").geturl()
 
 
 def finished(db: Database) -> int:
-    """Count the jobs that are completed, with their image."""
     return int(db.value("select count(*) from public.images"))
 
 
-def queued(db: Database) -> int:
-    """Count the jobs that wait."""
-    return int(db.value("select count(*) from private.ready_jobs"))
-
-
 def claims(number: int) -> str:
-    """Return what PostgREST says of one of the users."""
-    return json.dumps({"sub": f"{USER_ID}{number}", "role": "authenticated"})
+    """Return what PostgREST says of one of the users, counted from 0."""
+    sub = f"{USER_ID}{FIRST_USER + number % USERS}"
+    return json.dumps({"sub": sub, "role": "authenticated"})

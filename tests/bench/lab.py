@@ -19,15 +19,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import psycopg
-from database import PROJECT, Database
-from protocol import resident_megabytes
+from database import PROJECT, Database, memory, seconds_of_a_core
 from psycopg import sql
 
 from processes import last_lines
 from stack import Cluster, Settings, node, postgres_program
 
-BENCH = Path(__file__).resolve().parent
-CONTENDERS = BENCH / "contenders"
+CONTENDERS = Path(__file__).resolve().parent / "contenders"
 SERVER_SETTINGS = {
     "shared_buffers": "512MB",
     "max_wal_size": "4GB",
@@ -36,9 +34,12 @@ SERVER_SETTINGS = {
     "wal_level": "replica",
     "autovacuum": "on",
 }
-START_SECONDS = 60.0  # for a contender's program until it is ready
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-END_SECONDS = 20.0  # at most, for a process to end
+START_SECONDS, END_SECONDS = 60.0, 20.0  # at most, for a contender's program to be ready, to end
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": os.pathsep.join(map(str, [PROJECT, CONTENDERS])),
+    "PGCONNECT_TIMEOUT": "10",
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,6 @@ class Statement:
     KEY = "@key-0000@"
 
     def with_key(self, key: str) -> list[str | None]:
-        """Return the values with this key."""
         return [value and value.replace(self.KEY, key) for value in self.values]
 
 
@@ -68,7 +68,6 @@ class Contender:
     holds: int = 0  # so many jobs, at most, at one time
 
     def command(self, command: str, url: str, **options: Any) -> list[str]:
-        """Return the command line."""
         file = CONTENDERS / self.program
         runner = str(node()) if file.suffix == ".mjs" else sys.executable
         return [runner, str(file), command, url, json.dumps({**self.options, **options})]
@@ -105,10 +104,6 @@ class Lab:
                         end.callback(database.close)
                     end.push(lab.part_end)
 
-    def url(self, name: str, role: str = "postgres") -> str:
-        """Return the connection string of a database."""
-        return urlsplit(self.cluster.url(role))._replace(path=f"/{name}").geturl()
-
     def admin(self, query: sql.SQL | sql.Composed) -> Any:
         """Run a statement beside all databases of the bench; return its first value, if any."""
         with psycopg.connect(self.cluster.url(), autocommit=True) as connection:
@@ -119,184 +114,135 @@ class Lab:
         """Make a template database, once: a copy of another, filled, vacuumed and analyzed."""
         name = re.sub(r"\W+", "-", name)
         if name not in self.templates:
-            self._create(name, base)
-            database = Database(self.url(name), name)
+            database = self._create(name, base)
+            self.templates.add(name)
             try:
                 fill(database)
-                database.execute("set statement_timeout = 0")
                 database.execute("vacuum analyze")
             except BaseException:
-                database.close()
-                self.drop(name)
+                self._drop(database)
                 raise
             database.close()
-            self.templates.add(name)
         return name
 
     def shared(self, name: str, fill: Callable[[Database], None], base: str) -> Database:
         """Have a database that all parts of the run share: one that takes long to fill."""
         if name not in self.databases:
-            database = self.template(name, fill, base)
-            self.templates.discard(database)  # it outlives the part
+            template = self.template(name, fill, base)
+            self.templates.discard(template)  # it outlives the part
             self.admin(sql.SQL("checkpoint"))
-            self.databases[name] = Database(self.url(database), database)
+            self.databases[name] = self._database(template)
         return self.databases[name]
 
     @contextlib.contextmanager
     def copy(self, template: str, name: str = "bench") -> Iterator[Database]:
         """Have a fresh copy of a template, after a checkpoint; drop it in the end."""
-        self.drop(name)
-        self._create(name, template)
+        database = self._create(name, template)
         self.admin(sql.SQL("checkpoint"))
-        database = Database(self.url(name), name)
-        database.execute("set statement_timeout = 0")
         try:
             yield database
         finally:
-            database.close()
-            self.drop(name)
+            self._drop(database)
 
-    def _create(self, name: str, template: str) -> None:
+    def _database(self, name: str) -> Database:
+        database = Database(urlsplit(self.cluster.url())._replace(path=f"/{name}").geturl(), name)
+        database.execute("set statement_timeout = 0")
+        return database
+
+    def _create(self, name: str, template: str) -> Database:
         # Copying files keeps large templates out of the write-ahead log.
-        strategy = "strategy file_copy" if server_version(self) >= 150000 else ""
-        query = sql.SQL("create database {} template {} " + strategy)
+        query = sql.SQL("create database {} template {} strategy file_copy")
         self.admin(query.format(sql.Identifier(name), sql.Identifier(template)))
+        return self._database(name)
 
-    def drop(self, name: str) -> None:
-        """Drop a database and end who still uses it."""
-        self.templates.discard(name)
+    def _drop(self, database: Database) -> None:
+        database.close()
+        self.templates.discard(database.name)
         query = sql.SQL("drop database if exists {} with (force)")
-        self.admin(query.format(sql.Identifier(name)))
+        self.admin(query.format(sql.Identifier(database.name)))
 
     def end_part(self) -> None:
         """Stop what a part has started, and give back the disk that its templates take."""
         self.part_end.close()
         for name in list(self.templates):
-            self.drop(name)
+            self._drop(Database("", name))
 
     def run(self, command: Sequence[str], **environment: str) -> str:
-        """Run a command to its end and return what it printed."""
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            check=False,
-            env=os.environ | PYTHON_PATH | environment,
-        )
+        environment = ENVIRONMENT | environment
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode != 0:
             raise RuntimeError(f"{Path(command[0]).name}: {gist(done.stderr)}")
         return done.stdout
 
     def pgbench(
-        self, url: str, script: str, *options: str, variables: Sequence[str | None] = (), **env: str
+        self, url: str, text: str, *options: str, values: Sequence[str | None] = (), **env: str
     ) -> float:
         """Run a script of one statement again and again; return transactions per second.
 
-        The variables v1, v2, … hold the values of a prepared statement; null is one not set.
+        A peer's $1, $2, … become variables that hold the values; null is one not set.
         """
         file = self.folder / "pgbench.sql"
-        file.write_text(script)
-        defined = [f"-Dv{n}={value}" for n, value in enumerate(variables, 1) if value is not None]
+        file.write_text(re.sub(r"\$(\d+)", r":v\1", text))
+        defined = [f"-Dv{n}={value}" for n, value in enumerate(values, 1) if value is not None]
         command = [str(postgres_program("pgbench")), "-n", "-M", "prepared", "-f", str(file)]
         printed = self.run([*command, *options, *defined, url], **env)
         return float(re.search(r"^tps = ([\d.]+)", printed, re.MULTILINE)[1])  # type: ignore[index]
 
-    def work(self, contender: Contender, url: str, **options: Any) -> Program:
-        """Start a contender's worker and wait until it is ready to begin."""
-        return Program(contender.command("work", url, **options), self.folder / "worker.log")
-
-
-PYTHON_PATH = {
-    "PYTHONPATH": os.pathsep.join(map(str, [PROJECT, CONTENDERS])),
-    "PGCONNECT_TIMEOUT": "10",
-}
-
-
-def server_version(lab: Lab) -> int:
-    """Return the server's version, 150018 for 15.18."""
-    return int(lab.admin(sql.SQL("show server_version_num")))
-
-
-def pgbench_script(statement: Statement) -> str:
-    """Write a statement for pgbench, its values as variables."""
-    return re.sub(r"\$(\d+)", r":v\1", statement.text)
+    @contextlib.contextmanager
+    def work(self, contender: Contender, url: str, **options: Any) -> Iterator[Program]:
+        """Start a contender's worker and wait until it is ready; end it, if it does not itself."""
+        log = self.folder / "worker.log"
+        with log.open("wb") as errors:
+            process = subprocess.Popen(
+                contender.command("work", url, **options),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=ENVIRONMENT,
+            )
+        with process:
+            try:
+                program = Program(process, log)
+                program.read(START_SECONDS)
+                yield program
+                process.wait(END_SECONDS)
+            finally:
+                process.kill()
+                process.stdin = None  # which it may have closed
 
 
 class Program:
     """A contender's worker process: ready, then going, then over."""
 
-    def __init__(self, command: Sequence[str], log: Path) -> None:
-        self.name, self.log = Path(command[1]).name, log
-        with log.open("wb") as errors:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env=os.environ | PYTHON_PATH,
-            )
-        try:
-            self._read(START_SECONDS)
-        except BaseException:
-            self.close()
-            raise
+    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
+        self.process, self.log = process, log
 
-    def __enter__(self) -> Program:
-        return self
-
-    def __exit__(self, failure: object, *_: object) -> None:
-        self.close(ends_itself=failure is None)
-
-    def go(self) -> None:
-        """Let it begin."""
-        self._say()
-
-    def stop(self) -> None:
-        """Let it report now."""
-        with contextlib.suppress(BrokenPipeError):  # it may be over already
-            self._say()
+    def say(self) -> None:
+        """Let it begin, or the second time report now; it may be over already."""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write("\n")  # type: ignore[union-attr]
+            self.process.stdin.flush()  # type: ignore[union-attr]
 
     def report(self, within: float) -> dict[str, Any]:
-        """Return its report, once it is over."""
-        return dict(json.loads(self._read(within)))
+        return dict(json.loads(self.read(within)))
 
-    def resident_megabytes(self) -> float:
-        """Return how much memory it has in use."""
-        return resident_megabytes(self._process.pid)
+    def megabytes(self) -> float:
+        return memory(self.process.pid, "VmRSS") / 2**20
 
     def cpu_seconds(self) -> float:
-        """Return the processor time it has taken, its own and the kernel's for it."""
-        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return seconds_of_a_core(self.process.pid)
 
-    def close(self, *, ends_itself: bool = False) -> None:
-        """End it, or wait for its end if it has reported."""
-        if not ends_itself:
-            self._process.terminate()
-        try:
-            self._process.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()  # type: ignore[union-attr]
-
-    def _say(self) -> None:
-        self._process.stdin.write("\n")  # type: ignore[union-attr]
-        self._process.stdin.flush()  # type: ignore[union-attr]
-
-    def _read(self, within: float) -> str:
+    def read(self, within: float) -> str:
         """Read a line; a process that writes none in time is ended."""
-        watch = threading.Timer(within, self._process.kill)
+        watch = threading.Timer(within, self.process.kill)
         watch.start()
         try:
-            line = self._process.stdout.readline()  # type: ignore[union-attr]
+            line = self.process.stdout.readline()  # type: ignore[union-attr]
         finally:
             watch.cancel()
         if not line:
-            raise RuntimeError(f"{self.name} said nothing: {gist(last_lines(self.log))}")
+            raise RuntimeError(f"the worker said nothing: {gist(last_lines(self.log))}")
         return str(line)
 
 
@@ -309,11 +255,11 @@ def gist(text: str) -> str:
 def machine() -> dict[str, Any]:
     """Describe the computer, without its name."""
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    memory = re.search(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())
+    kilobytes = re.search(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())
     return {
         "processor": cpu[1] if cpu else platform.machine(),
         "cores": os.cpu_count(),
-        "memory": f"{round(int(memory[1]) / 2**20)} GB" if memory else "unknown",
+        "memory": f"{round(int(kilobytes[1]) / 2**20)} GB" if kilobytes else "unknown",
         "system": f"{platform.system()} {platform.release().split('-')[0]}",
         "load at start": round(os.getloadavg()[0], 2),
     }

@@ -1,23 +1,30 @@
-"""Large images, a server that gives them out and takes in what is stored, and what they cost."""
+"""Large images, a server that gives them out and takes in what is stored, and what they cost.
+
+PROGRAM URL JOBS KIND ...    store what the server gives out as a worker does; print peak MB
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 from PIL import Image, ImageFile
 
-CONTENDERS = Path(__file__).resolve().parent / "contenders"
-PROJECT = CONTENDERS.parents[2]
+PROJECT = Path(__file__).resolve().parents[2]
 MEGABYTE = 2**20
 # Pixels of noise that make some 20 MB, and how.
 KINDS: dict[str, tuple[int, dict[str, object]]] = {
@@ -26,15 +33,6 @@ KINDS: dict[str, tuple[int, dict[str, object]]] = {
     "webp": (2640, {"lossless": True, "method": 0, "quality": 0}),
     "avif": (4400, {"quality": 95, "speed": 10}),
 }
-
-
-def make_picture(folder: Path, kind: str) -> Path:
-    """Write a picture that does not compress."""
-    side, options = KINDS[kind]
-    ImageFile.MAXBLOCK = 64 * MEGABYTE
-    file = folder / kind
-    Image.frombytes("RGB", (side, side), os.urandom(3 * side * side)).save(file, kind, **options)
-    return file
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -82,18 +80,46 @@ def serving(folder: Path) -> Iterator[str]:
 
 
 def measure(jobs: int = 64, kinds: tuple[str, ...] = ("png", "jpeg")) -> tuple[float, float]:
-    """Store this many images at once; return peak memory in MB and seconds."""
+    """Store this many images that do not compress at once; return peak MB and seconds."""
     with tempfile.TemporaryDirectory() as folder:
+        ImageFile.MAXBLOCK = 64 * MEGABYTE
         for kind in kinds:
-            file = make_picture(Path(folder), kind)
+            side, options = KINDS[kind]
+            file, noise = Path(folder, kind), os.urandom(3 * side * side)
+            Image.frombytes("RGB", (side, side), noise).save(file, kind, **options)
             assert 18 * MEGABYTE < file.stat().st_size < 32 * MEGABYTE, (kind, file.stat().st_size)
         with serving(Path(folder)) as url:
             started = time.monotonic()
             done = subprocess.run(
-                [sys.executable, CONTENDERS / "run_store.py", url, str(jobs), *kinds],
+                [sys.executable, __file__, url, str(jobs), *kinds],
                 capture_output=True,
                 text=True,
                 check=True,
-                env=os.environ | {"PYTHONPATH": f"{PROJECT}{os.pathsep}{CONTENDERS}"},
+                env=os.environ | {"PYTHONPATH": str(PROJECT)},
             )
-            return float(done.stdout), time.monotonic() - started
+            return float(done.stdout) / 1024, time.monotonic() - started
+
+
+async def store_all(url: str, jobs: int, kinds: list[str]) -> None:
+    """What a worker with this many slots does, once all its predictions end at the same moment."""
+    import httpx  # noqa: PLC0415
+
+    import worker  # noqa: PLC0415
+
+    async with httpx.AsyncClient(timeout=worker.HTTP_TIMEOUT) as http:
+        replicate = worker.Replicate(http, url, "token")
+        environment = {"DATABASE_URL": "postgresql://", "SUPABASE_SERVICE_KEY": "key"}
+        settings = worker.Settings(environment | {"SUPABASE_URL": url})
+        storage = worker.Storage(settings, http, worker.Pictures())
+        job = SimpleNamespace(user_id=uuid.uuid4(), job_id=uuid.uuid4())
+        files = [f"{url}/{kind}" for kind in itertools.islice(itertools.cycle(kinds), jobs)]
+        stored = await asyncio.gather(
+            *(storage.store(job, n, replicate.read(file)) for n, file in enumerate(files))  # type: ignore[arg-type]
+        )
+    assert all(image["bytes"] > 18 * MEGABYTE for image in stored)
+
+
+if __name__ == "__main__":
+    asyncio.run(store_all(sys.argv[1], int(sys.argv[2]), sys.argv[3:]))
+    # Not getrusage: that counts who started this, too.
+    print(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]

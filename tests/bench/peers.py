@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from database import Database
-from lab import Contender, Lab, Statement, pgbench_script
+from lab import Contender, Lab, Statement
 
 BASELINE = Contender("plain insert", "run_baseline.py", {"batch": 10})
 BASELINE_NOTIFY = Contender("insert + NOTIFY", "run_baseline.py", {"batch": 10, "notify": True})
@@ -31,17 +31,13 @@ PAYLOAD = {
     "width": 512,
     "height": 512,
 }
-FAST = {"PGOPTIONS": "-c synchronous_commit=off"}
 
 
 def tables(lab: Lab, contender: Contender) -> str:
-    """Return the template of a peer's empty tables."""
-
-    def install(db: Database) -> None:
-        lab.run(contender.command("install", db.url))
-
     kind = "notify" if contender.options.get("notify") else "quiet"
-    return lab.template(f"{contender.program} {kind}", install)
+    return lab.template(
+        f"{contender.program} {kind}", lambda db: lab.run(contender.command("install", db.url))
+    )
 
 
 def statement(lab: Lab, contender: Contender) -> Statement:
@@ -53,9 +49,14 @@ def statement(lab: Lab, contender: Contender) -> Statement:
     return lab.statements[contender.name]
 
 
+def enqueue(lab: Lab, contender: Contender, db: Database, *options: str, **env: str) -> float:
+    """Enqueue with pgbench as the library does; return how many a second."""
+    said = statement(lab, contender)
+    return lab.pgbench(db.url, said.text, *options, values=said.values, **env)
+
+
 def fill(lab: Lab, contender: Contender, db: Database, count: int) -> None:
-    """Enqueue about that many jobs, each as the library does it, at least as many as asked for."""
+    """Enqueue about that many jobs, at least as many as asked for."""
     clients = min(count, 8)
     options = (f"-c{clients}", "-j2", f"-t{-(-count // clients)}")
-    enqueue = statement(lab, contender)
-    lab.pgbench(db.url, pgbench_script(enqueue), *options, variables=enqueue.values, **FAST)
+    enqueue(lab, contender, db, *options, PGOPTIONS="-c synchronous_commit=off")

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from core import OURS, TIMES, Cell, Outcome, Part, human
+from core import OURS, TIMES, Outcome, Part, human
 
 HEAD = f"""# Benchmark results
 
@@ -20,6 +20,7 @@ better than absolute numbers do. Durable commits throughout: `fsync` and `synchr
 on. All raw numbers: [results.json](results.json).
 """
 COLUMNS = ["situation", "contender", "round", "metric", "value"]  # of a cell in results.json
+PROVENANCE = ("run", "machine", "versions", "settings")
 WIDTH, LABEL, BAR, GAP = 900, 290, 15, 4  # pixels of the chart
 STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #24292f }
@@ -29,40 +30,30 @@ text { font: 12px system-ui, sans-serif; fill: #24292f }
 """.strip()
 
 
-class Results:
-    """The results of all parts that were ever run into a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.file = folder / "results.json"
-        self.parts: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
-
-    def add(self, outcome: Outcome, context: Mapping[str, Any]) -> None:
-        """Put a part's results in the place of its last ones."""
-        rounds = max((cell.round for cell in outcome.cells), default=0)
-        self.parts[outcome.part.name] = {
-            **context,
-            "run": {**context["run"], "rounds": rounds},
-            "notes": list(outcome.part.notes),
-            "failures": outcome.failures,
-            "columns": COLUMNS,
-            "cells": [
-                [c.situation, c.contender, c.round, c.metric, round(c.value, 4)]
-                for c in outcome.cells
-            ],
-        }
-
-    def write(self, known: Mapping[str, Part]) -> None:
-        """Write all files."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.file.write_text(dump(self.parts))
-        text = [HEAD]
-        for name in filter(self.parts.__contains__, known):
-            outcome = outcome_of(known[name], self.parts[name])
-            picture = f"results-{name}.svg"
-            (self.folder / picture).write_text(chart(outcome))
-            text.append(section(outcome, self.parts[name], picture))
-        (self.folder / "RESULTS.md").write_text("\n".join(text))
+def write(
+    folder: Path, outcome: Outcome, context: Mapping[str, Any], known: Mapping[str, Part]
+) -> None:
+    """Put a part's results in the place of its last ones, and write all files anew."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file, part = folder / "results.json", outcome.part
+    parts = json.loads(file.read_text()) if file.exists() else {}
+    rounds = max((cell[2] for cell in outcome.cells), default=0)
+    parts[part.name] = {
+        **context,
+        "run": {**context["run"], "rounds": rounds},
+        "notes": list(part.notes),
+        "failures": outcome.failures,
+        "columns": COLUMNS,
+        "cells": [[*cell[:4], round(cell[4], 4)] for cell in outcome.cells],
+    }
+    file.write_text(dump(parts))
+    text = [HEAD]
+    for name in filter(parts.__contains__, known):
+        stored = parts[name]
+        of_part = Outcome(known[name], list(map(tuple, stored["cells"])), stored["failures"])
+        (folder / f"results-{name}.svg").write_text(chart(of_part))
+        text.append(section(of_part, stored))
+    (folder / "RESULTS.md").write_text("\n".join(text))
 
 
 def dump(parts: Mapping[str, Any]) -> str:
@@ -74,61 +65,48 @@ def dump(parts: Mapping[str, Any]) -> str:
     return text + "\n"
 
 
-def outcome_of(part: Part, stored: Mapping[str, Any]) -> Outcome:
-    """Read back what was stored."""
-    cells = [
-        Cell(part.name, situation, contender, number, metric, value)
-        for situation, contender, number, metric, value in stored["cells"]
-    ]
-    return Outcome(part, cells, list(stored["failures"]))
-
-
-def section(outcome: Outcome, context: Mapping[str, Any], picture: str) -> str:
-    """Write the section of a part."""
+def section(outcome: Outcome, context: Mapping[str, Any]) -> str:
     part = outcome.part
     about = textwrap.wrap(part.about, 100, break_on_hyphens=False)
     lines = [f"## {part.title}", "", *about, "", *main_table(outcome), ""]
-    lines += [f"![{part.title}: {part.metric}]({picture})", ""]
+    lines += [f"![{part.title}: {part.metric}](results-{part.name}.svg)", ""]
     if outcome.other_metrics:
         lines += ["<details><summary>More numbers</summary>", "", *other_table(outcome), ""]
         lines += ["</details>", ""]
     lines += [f"- failed: {text}" for text in outcome.failures]
     lines += [f"- {text}" for text in context["notes"]]
-    return "\n".join([*lines, *provenance(context), ""])
+    lines += [
+        f"- {title}: {', '.join(f'{key} {value}' for key, value in context[title].items())}"
+        for title in PROVENANCE
+    ]
+    return "\n".join([*lines, ""])
 
 
 def main_table(outcome: Outcome) -> list[str]:
-    """Write the compared metric with its ratios."""
-    part, situations = outcome.part, outcome.compared_situations
-    head = [f"{part.metric} ({TIMES} {part.reference})", *situations]
-    rows = [head, ["---", *["---:"] * len(situations)]]
+    part, situations = outcome.part, outcome.situations(outcome.part.metric)
+    rows = [[f"{part.metric} ({TIMES} {part.reference})", *situations]]
+    rows.append(["---", *["---:"] * len(situations)])
     for contender in outcome.contenders:
         row = [emphasize(contender)]
         for situation in situations:
-            value, ratio = outcome.median(situation, contender), outcome.ratio(situation, contender)
-            text = "" if value is None else human(value)
-            text += "" if ratio is None else f" ({ratio:.2f}{TIMES})"
-            itself = outcome.own_ratio(situation, contender)
-            if itself is not None and situation != part.own_situation:
-                text += f", {itself:.2f} of its own"
-            row.append(text)
+            text, ratio = human(outcome.median(situation, contender)), ""
+            if (times := outcome.ratio(situation, contender)) is not None:
+                ratio = f" ({times:.2f}{TIMES})"
+            if part.own_situation not in ("", situation):
+                itself = outcome.ratio(situation, contender, to_itself=True)
+                ratio += f", {itself:.2f} of its own" if itself is not None else ""
+            row.append(text + ratio)
         rows.append(row)
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
 def other_table(outcome: Outcome) -> list[str]:
-    """Write what was measured beside it."""
-    rows = [
-        ["", "", *outcome.other_metrics],
-        ["---", "---", *["---:"] * len(outcome.other_metrics)],
-    ]
-    for situation in outcome.situations:
+    metrics = outcome.other_metrics
+    rows = [["", "", *metrics], ["---", "---", *["---:"] * len(metrics)]]
+    for situation in outcome.situations():
         for contender in outcome.contenders:
-            medians = [
-                outcome.median(situation, contender, metric) for metric in outcome.other_metrics
-            ]
-            if any(value is not None for value in medians):
-                texts = ["" if value is None else human(value) for value in medians]
+            texts = [human(outcome.median(situation, contender, metric)) for metric in metrics]
+            if any(texts):
                 rows.append([situation, emphasize(contender), *texts])
     return [f"| {' | '.join(row)} |" for row in rows]
 
@@ -137,22 +115,30 @@ def emphasize(contender: str) -> str:
     return f"**{contender}**" if contender.startswith(OURS) else contender
 
 
-def provenance(context: Mapping[str, Any]) -> list[str]:
-    """Say where, when and with what."""
-    return [
-        f"- {title}: {', '.join(f'{key} {value}' for key, value in context[title].items())}"
-        for title in ("run", "machine", "versions", "settings")
-    ]
-
-
 def chart(outcome: Outcome) -> str:
-    """Draw a part as sorted bars for each situation, ours in colour."""
+    """Draw a part as sorted bars for each situation, the best on top, ours in colour."""
     part = outcome.part
     title = f"{part.title}: {part.metric}, {'less' if part.is_less_better else 'more'} is better"
     drawn, y = [f'<text class="title" x="10" y="26">{escape(title)}</text>'], 30
-    for situation in outcome.compared_situations:
-        bars, y = chart_group(outcome, situation, y)
-        drawn += bars
+    for situation in outcome.situations(part.metric):
+        medians = {each: outcome.median(situation, each) or 0 for each in outcome.contenders}
+        there = [each for each in medians if outcome.values(situation, each)]
+        longest = max([*medians.values(), 1e-9])
+        drawn.append(f'<text class="situation" x="10" y="{y + 18}">{escape(situation)}</text>')
+        y += 25
+        for contender in sorted(there, key=medians.__getitem__, reverse=not part.is_less_better):
+            ours = contender.startswith(OURS)
+            width = max(1.0, (WIDTH - LABEL - 170) * medians[contender] / longest)
+            ratio = outcome.ratio(situation, contender)
+            text = human(medians[contender]) + ("" if ratio is None else f" · {ratio:.2f}{TIMES}")
+            drawn += [
+                f'<text class="label{" ours-label" if ours else ""}" x="{LABEL - 8}" y="{y + 12}">'
+                f"{escape(contender)}</text>",
+                f'<rect class="bar{" ours" if ours else ""}" x="{LABEL}" y="{y}"'
+                f' width="{width:.1f}" height="{BAR}" rx="2"/>',
+                f'<text x="{LABEL + width + 6:.1f}" y="{y + 12}">{text}</text>',
+            ]
+            y += BAR + GAP
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y + 10}" width="{WIDTH}"'
         f' role="img" aria-label="{escape(title)}">\n<style>{STYLE}</style>\n'
@@ -160,30 +146,3 @@ def chart(outcome: Outcome) -> str:
         + "\n".join(drawn)
         + "\n</svg>\n"
     )
-
-
-def chart_group(outcome: Outcome, situation: str, y: int) -> tuple[list[str], int]:
-    """Draw the bars of one situation, the best on top; answer where the next begins."""
-    medians = {
-        contender: value
-        for contender in outcome.contenders
-        if (value := outcome.median(situation, contender)) is not None
-    }
-    sign = 1 if outcome.part.is_less_better else -1
-    longest = max([*medians.values(), 1e-9])
-    y += 18
-    drawn = [f'<text class="situation" x="10" y="{y}">{escape(situation)}</text>']
-    y += 7
-    for contender, value in sorted(medians.items(), key=lambda item: sign * item[1]):
-        ratio, is_ours = outcome.ratio(situation, contender), contender.startswith(OURS)
-        width = max(1.0, (WIDTH - LABEL - 170) * value / longest)
-        text = human(value) + (f" · {ratio:.2f}{TIMES}" if ratio is not None else "")
-        drawn += [
-            f'<text class="label{" ours-label" if is_ours else ""}" x="{LABEL - 8}" y="{y + 12}">'
-            f"{escape(contender)}</text>",
-            f'<rect class="bar{" ours" if is_ours else ""}" x="{LABEL}" y="{y}"'
-            f' width="{width:.1f}" height="{BAR}" rx="2"/>',
-            f'<text x="{LABEL + width + 6:.1f}" y="{y + 12}">{text}</text>',
-        ]
-        y += BAR + GAP
-    return drawn, y

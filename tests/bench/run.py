@@ -22,20 +22,22 @@ BENCH = Path(__file__).resolve().parent
 PROJECT = BENCH.parents[1]
 sys.path[:0] = [str(BENCH / "contenders"), str(PROJECT / "tests"), str(PROJECT / "scripts")]
 
+import report  # noqa: E402
 from core import Outcome, Part, Sizes, run_part  # noqa: E402
 from lab import SERVER_SETTINGS, STOPS, Lab, machine  # noqa: E402
 from parts import PARTS  # noqa: E402
 from psycopg import sql  # noqa: E402
-from report import Results, main_table  # noqa: E402
 
 from stack import NODE_MODULES, node  # noqa: E402
 
 PYTHON_PACKAGES = ("procrastinate", "pgqueuer", "asyncpg", "uvloop", "psycopg")
-NODE_PACKAGES = ("graphile-worker", "pg-boss", "pg")
+NODE_PACKAGES = {
+    name: BENCH / "node_modules" / name for name in ("graphile-worker", "pg-boss", "pg")
+} | {"Supabase Lite": NODE_MODULES / "@supabase/lite"}
 
 
-def parse() -> argparse.Namespace:
-    """Read the command line."""
+def main() -> int:
+    """Run the parts; answer 1 if anything failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -45,41 +47,23 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--hold", type=float, default=5, help="seconds a snapshot is held at first")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one round")
     parser.add_argument("--out", type=Path, help="folder of the results")
-    arguments = parser.parse_args()
-    if unknown := set(arguments.parts) - PARTS.keys():
+    chosen = parser.parse_args()
+    if unknown := set(chosen.parts) - PARTS.keys():
         parser.error(f"no part {', '.join(unknown)}: choose from {', '.join(PARTS)}")
-    return arguments
-
-
-def main() -> int:
-    """Run the parts; answer 1 if anything failed."""
-    arguments = parse()
-    sizes = Sizes(
-        rounds=1 if arguments.quick else arguments.rounds,
-        is_quick=arguments.quick,
-        hold_seconds=1 if arguments.quick else arguments.hold,
-    )
-    is_partial = bool(arguments.quick or arguments.only)
-    folder = arguments.out or (None if is_partial else BENCH)
-    failed = False
+    sizes = Sizes(1, True, 1) if chosen.quick else Sizes(chosen.rounds, False, chosen.hold)
+    folder = chosen.out or (None if chosen.quick or chosen.only else BENCH)
+    has_failed = False
     with Lab.open() as lab:
-        for name in arguments.parts or PARTS:
-            outcome = measure(lab, PARTS[name], sizes, arguments.only, folder)
-            print(f"\n{outcome.part.title}", *main_table(outcome), *outcome.failures, sep="\n")
-            failed |= bool(outcome.failures)
-    return int(failed)
+        for name in chosen.parts or PARTS:
+            outcome = measure(lab, PARTS[name], sizes, chosen.only, folder)
+            table = report.main_table(outcome)
+            print(f"\n{outcome.part.title}", *table, *outcome.failures, sep="\n")
+            has_failed |= bool(outcome.failures)
+    return int(has_failed)
 
 
 def measure(lab: Lab, part: Part, sizes: Sizes, only: str, folder: Path | None) -> Outcome:
-    """Run one part."""
     context = describe(lab)
-
-    def keep(outcome: Outcome) -> None:
-        if folder:
-            results = Results(folder)
-            results.add(outcome, context)
-            results.write(PARTS)
-
     tasks = [
         task
         for task in part.make_tasks(lab, sizes)
@@ -87,6 +71,11 @@ def measure(lab: Lab, part: Part, sizes: Sizes, only: str, folder: Path | None) 
     ]
     rounds = sizes.rounds * (1 if sizes.is_quick else part.turns)
     print(f"{part.title}: {len(tasks)} cells, {rounds} rounds", file=sys.stderr)
+
+    def keep(outcome: Outcome) -> None:
+        if folder:
+            report.write(folder, outcome, context, PARTS)
+
     outcome = run_part(part, tasks, rounds, keep)
     lab.end_part()
     return outcome
@@ -95,27 +84,20 @@ def measure(lab: Lab, part: Part, sizes: Sizes, only: str, folder: Path | None) 
 def describe(lab: Lab) -> dict[str, Any]:
     """Say when, where and with what a part runs."""
     revision = lab.run(["git", "-C", str(PROJECT), "rev-parse", "--short", "HEAD"]).strip()
-    return {
-        "run": {"date": time.strftime("%Y-%m-%d", time.gmtime()), "revision": revision},
-        "machine": machine(),
-        "versions": versions(lab),
-        "settings": {"fsync": "on", **SERVER_SETTINGS},
-    }
-
-
-def versions(lab: Lab) -> dict[str, str]:
-    """Return the versions of all that takes part."""
     installed = {name: metadata.version(name) for name in PYTHON_PACKAGES}
-    manifests = {name: BENCH / "node_modules" / name for name in NODE_PACKAGES}
-    manifests["Supabase Lite"] = NODE_MODULES / "@supabase/lite"
-    for name, folder in manifests.items():
+    for name, folder in NODE_PACKAGES.items():
         manifest = (folder / "package.json").read_text()
         installed[name] = re.search(r'"version": "([^"]+)"', manifest)[1]  # type: ignore[index]
     return {
-        "PostgreSQL": str(lab.admin(sql.SQL("show server_version"))).split()[0],
-        "Python": sys.version.split()[0],
-        "Node": lab.run([str(node()), "--version"]).strip().lstrip("v"),
-        **installed,
+        "run": {"date": time.strftime("%Y-%m-%d", time.gmtime()), "revision": revision},
+        "machine": machine(),
+        "versions": {
+            "PostgreSQL": str(lab.admin(sql.SQL("show server_version"))).split()[0],
+            "Python": sys.version.split()[0],
+            "Node": lab.run([str(node()), "--version"]).strip().lstrip("v"),
+            **installed,
+        },
+        "settings": {"fsync": "on", **SERVER_SETTINGS},
     }
 
 

@@ -9,16 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from database import Database
-from playwright.sync_api import Locator, Page, Request, Route, expect
+from playwright.sync_api import Locator, Page, expect
 
 PASSWORD = "correct horse battery staple"
 API = re.compile(r"/(auth|rest|storage)/v1/")
-SLOW_3G = {
-    "offline": False,
-    "latency": 400,
-    "downloadThroughput": 50_000,
-    "uploadThroughput": 50_000,
-}
 
 # From the press to the frame after the one in which the card is there, in milliseconds.
 WATCH_FOR_CARD = """prompt => {
@@ -38,19 +32,11 @@ WATCH_FOR_CARD = """prompt => {
     }).observe(document.body, {childList: true, subtree: true, characterData: true});
   });
 }"""
-# The time at which the picture of a card is drawn, as time.time() tells it. What is smaller than
-# any preview is the blurhash.
-WAIT_FOR_PICTURE = """async prompt => {
-  const giveUpAt = performance.now() + 20000;
-  while (performance.now() < giveUpAt) {
-    const cards = [...document.querySelectorAll('[data-testid="card-completed"]')];
-    const card = cards.find(each => each.textContent.includes(prompt));
-    const pictures = card ? [...card.querySelectorAll('img[src^="blob:"]')] : [];
-    if (pictures.some(each => each.complete && each.naturalWidth >= 256)) return Date.now() / 1000;
-    await new Promise(requestAnimationFrame);
-  }
-  throw new Error('no picture within 20 s');
-}"""
+# What is smaller than any preview is the blurhash.
+IS_DRAWN = """prompt => [...document.querySelectorAll('[data-testid="card-completed"]')]
+  .filter(card => card.textContent.includes(prompt))
+  .flatMap(card => [...card.querySelectorAll('img[src^="blob:"]')])
+  .some(picture => picture.complete && picture.naturalWidth >= 256)"""
 SET_VISIBILITY = """state => {
   Object.defineProperty(document, 'visibilityState', {value: state, configurable: true});
   Object.defineProperty(document, 'hidden', {value: state === 'hidden', configurable: true});
@@ -58,21 +44,20 @@ SET_VISIBILITY = """state => {
 }"""
 
 
-class App:
-    """The app in one tab."""
+def shot(page: Page, name: str, *, full: bool = False) -> None:
+    """Keep what is on the screen, if somebody wants it."""
+    if folder := os.environ.get("SCREENSHOTS"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=Path(folder) / f"{name}.png", animations="disabled", full_page=full)
 
+
+class App:
     def __init__(self, page: Page, db: Database) -> None:
         self.page, self.db = page, db
         self.email = f"ada-{uuid.uuid4().hex[:12]}@example.com"
         self.user_id = ""
         self.problems: list[str] = []
-        self.requests: list[str] = []
         page.on("pageerror", lambda error: self.problems.append(str(error)))
-        page.on("request", self._note)
-
-    def _note(self, request: Request) -> None:
-        if API.search(request.url) and request.method != "OPTIONS":
-            self.requests.append(f"{request.method} {re.sub(r'.*/v1/', '', request.url)}")
 
     # What somebody does.
 
@@ -83,7 +68,7 @@ class App:
         self.page.get_by_label("Email").fill(self.email)
         self.page.get_by_label("Password").fill(PASSWORD)
         self.page.get_by_text("Create an account").click()
-        expect(self.page.get_by_test_id("credits")).to_have_text("10 credits", timeout=15_000)
+        self.until_credits(10)
         query = "select id::text from auth.users where email = %s"
         self.user_id = str(self.db.value(query, self.email))
 
@@ -99,37 +84,13 @@ class App:
 
     def wait(self, seconds: float) -> None:
         """Let time pass in which nothing should happen, so that there is nothing to wait for."""
-        self.page.wait_for_timeout(seconds * 1000)  # requests are noted meanwhile
-
-    def hide(self) -> None:
-        self.page.evaluate(SET_VISIBILITY, "hidden")
-
-    def show(self) -> None:
-        self.page.evaluate(SET_VISIBILITY, "visible")
+        self.page.wait_for_timeout(seconds * 1000)
 
     # What the network does.
-
-    def slow_3g(self) -> None:
-        self.page.context.new_cdp_session(self.page).send(
-            "Network.emulateNetworkConditions", SLOW_3G
-        )
-
-    def forget_http_cache(self) -> None:
-        """Let the browser not answer for a server: one of another origin is asked first."""
-        self.page.context.new_cdp_session(self.page).send("Network.clearBrowserCache")
 
     def cut(self) -> None:
         """Let no request reach the server."""
         self.page.route(API, lambda route: route.abort("connectionrefused"))
-
-    def lose_answers(self) -> None:
-        """Let requests for pictures reach the server, and their answers nobody."""
-
-        def lose(route: Route) -> None:
-            route.fetch()
-            route.abort("connectionreset")
-
-        self.page.route("**/rpc/enqueue_generation", lose)
 
     def heal(self) -> None:
         self.page.unroute_all(behavior="ignoreErrors")
@@ -140,22 +101,14 @@ class App:
         selector = f'[data-testid="card-{state}"]' if state else '[data-testid^="card-"]'
         return self.page.locator(selector, has_text=prompt)
 
-    def until(self, prompt: str, state: str, within: float = 20) -> Locator:
-        """Wait until a card with this prompt is in a state."""
+    def until(self, prompt: str, state: str) -> Locator:
         card = self.card(prompt, state)
-        expect(card).to_be_visible(timeout=within * 1000)
+        expect(card).to_be_visible(timeout=20_000)
         return card
 
-    def first_paint(self) -> float:
-        """Milliseconds from the launch to the first thing on the screen."""
-        name = "performance.getEntriesByName('first-contentful-paint')"
-        self.page.wait_for_function(f"{name}.length > 0")
-        return float(self.page.evaluate(f"{name}[0].startTime"))
-
-    def until_drawn(self, prompt: str) -> float:
-        """Wait until the picture is there; return when that was."""
-        self.until(prompt, "completed")
-        return float(self.page.evaluate(WAIT_FOR_PICTURE, prompt))
+    def until_drawn(self, prompt: str) -> None:
+        """Wait until the picture is there."""
+        self.page.wait_for_function(IS_DRAWN, arg=prompt, timeout=20_000)
 
     def milliseconds_to_card(self, prompt: str) -> float:
         """Ask for a picture; return how long it took from the press to the card on the screen."""
@@ -170,39 +123,12 @@ class App:
         assert box
         return dict(box)
 
-    def credits(self) -> int:
-        return int((self.page.get_by_test_id("credits").text_content() or "").split()[0])
-
     def until_credits(self, count: int) -> None:
-        text = f"{count} credit" if count == 1 else f"{count} credits"
-        expect(self.page.get_by_test_id("credits")).to_have_text(text, timeout=15_000)
-
-    def is_offline(self) -> Locator:
-        return self.page.get_by_test_id("offline")
+        expect(self.page.get_by_test_id("credits")).to_have_text(f"{count} credits", timeout=15_000)
 
     def shot(self, name: str) -> None:
-        """Keep what is on the screen, if somebody wants it."""
-        if folder := os.environ.get("SCREENSHOTS"):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            self.page.screenshot(path=Path(folder) / f"{name}.png", animations="disabled")
-
-    # What the server has.
+        shot(self.page, name)
 
     def jobs(self) -> list[dict[str, Any]]:
         query = "select * from public.generations where user_id = %s order by id"
         return self.db.execute(query, self.user_id)
-
-    def ledger(self) -> list[tuple[str, int]]:
-        query = "select kind, amount from public.credit_ledger where user_id = %s order by id"
-        return [(row["kind"], row["amount"]) for row in self.db.execute(query, self.user_id)]
-
-    def finished_at(self, prompt: str) -> float:
-        query = "select finished_at from public.generations where user_id = %s and prompt = %s"
-        return float(self.db.value(query, self.user_id, prompt).timestamp())
-
-    def balance(self) -> int:
-        query = "select credits from public.entitlements where user_id = %s"
-        return int(self.db.value(query, self.user_id))
-
-    def forget_user(self) -> None:
-        self.db.execute("delete from auth.users where email = %s", self.email)

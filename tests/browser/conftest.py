@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from app_page import App
 from database import Database
-from playwright.sync_api import Browser, BrowserContext, sync_playwright
+from playwright.sync_api import Browser, sync_playwright
 from worker_process import Workers
 
 from app import export, serve
@@ -52,20 +52,14 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def context(browser: Browser, app_url: str) -> Iterator[BrowserContext]:
-    """A profile of the test's own: nothing cached, nobody signed in."""
+def app(browser: Browser, app_url: str, stack_db: Database) -> Iterator[App]:
+    """The app in a first tab of a profile of its own, not opened yet."""
     context = browser.new_context(base_url=app_url, viewport={"width": 1180, "height": 760})
-    yield context
-    context.close()
-
-
-@pytest.fixture
-def app(context: BrowserContext, stack_db: Database) -> Iterator[App]:
-    """The app in a first tab, not opened yet."""
     app = App(context.new_page(), stack_db)
     yield app
-    app.forget_user()
+    stack_db.execute("delete from auth.users where email = %s", app.email)
     assert app.problems == []
+    context.close()
 
 
 @pytest.fixture
@@ -81,10 +75,3 @@ def workers(stack: Stack, stack_db: Database, tmp_path: Path) -> Iterator[Worker
     """Starts workers."""
     with Workers(stack_db, stack, tmp_path) as workers:
         yield workers
-
-
-@pytest.fixture
-def backend(stack: Stack) -> Iterator[Stack]:
-    """The stack, of which a test may stop the gateway: it runs again afterwards."""
-    yield stack
-    stack.up()

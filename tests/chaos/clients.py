@@ -6,6 +6,7 @@ the backend has given out: none of these may be lost, and no request may have ma
 
 from __future__ import annotations
 
+import contextlib
 import io
 import random
 import threading
@@ -15,16 +16,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-from chaos.world import MARK, World
+from chaos.world import MARK, MODELS, World
 from http_client import Client, SignedUp, answer
-from misbehaviour import MODELS
 from PIL import Image
 
 THREADS = 6
 USERS = 20
-CREDITS = 1_000_000
 REPEATS, CANCELS = 0.05, 0.03  # share of requests that are sent twice, of jobs that are canceled
 GIVE_UP_SECONDS = 180.0
+# What is refused for the moment: by a limit, by a gateway that is still starting, or by a database
+# that takes no writes.
 PASSING = ("PGRST202", "25006", "read-only transaction")
 
 
@@ -38,6 +39,20 @@ class Accepted:
     refused: list[str] = field(default_factory=list)  # answers that should not have come
 
 
+def sign_up(world: World, number: int) -> SignedUp:
+    """Have a user with credits and a source image; every other one is paid."""
+    user = SignedUp(world.endpoints)
+    operator = Client(world.endpoints, world.stack.service_role_key)
+    grant = {"user_id": user.id, "amount": 1_000_000, "kind": "grant", "external_id": user.id}
+    answer(operator.rpc("grant_credits", **grant))
+    if number % 2:
+        answer(operator.rpc("set_paid", user_id=user.id, paid_until="2100-01-01"))
+    source = io.BytesIO()
+    Image.new("RGB", (32, 32), "green").save(source, "PNG")
+    user.upload(f"inputs/{user.id}/source.png", source.getvalue()).raise_for_status()
+    return user
+
+
 class Clients:
     """Enqueue a number of jobs from several threads."""
 
@@ -45,9 +60,9 @@ class Clients:
         self.world, self.seed, self.count = world, seed, count
         self.accepted = Accepted()
         while len(world.users) < USERS:
-            world.users.append(self._user(len(world.users)))
+            world.users.append(sign_up(world, len(world.users)))
         self.may_send: Callable[[int], bool] = lambda number: True
-        self._next = 0
+        self.sent = 0  # requests that are under way or answered
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(THREADS)]
@@ -65,40 +80,14 @@ class Clients:
     def is_done(self) -> bool:
         return not any(thread.is_alive() for thread in self._threads)
 
-    @property
-    def sent(self) -> int:
-        """How many requests are under way or answered."""
-        return self._next
-
-    def _user(self, number: int) -> SignedUp:
-        """Sign somebody up, with credits and a source image; every other one is paid."""
-        user = SignedUp(self.world.endpoints)
-        operator = Client(self.world.endpoints, self.world.stack.service_role_key)
-        answer(
-            operator.rpc(
-                "grant_credits",
-                user_id=user.id,
-                amount=CREDITS,
-                kind="grant",
-                external_id=f"chaos-{user.id}",
-            )
-        )
-        if number % 2:
-            answer(operator.rpc("set_paid", user_id=user.id, paid_until="2100-01-01"))
-        source = io.BytesIO()
-        Image.new("RGB", (32, 32), "green").save(source, "PNG")
-        upload = user.upload(f"inputs/{user.id}/source.png", source.getvalue())
-        assert upload.is_success, upload.text
-        return user
-
     def _run(self) -> None:
         while not self._stop.is_set():
             with self._lock:
-                number = self._next
+                number = self.sent
                 if number >= self.count:
                     return
                 if is_due := self.may_send(number):
-                    self._next += 1
+                    self.sent += 1
             if is_due:
                 self._send(number)
             else:
@@ -127,25 +116,16 @@ class Clients:
         """Call until there is an answer that says what became of it; return the job's id."""
         deadline = time.monotonic() + GIVE_UP_SECONDS
         while time.monotonic() < deadline:
-            try:
+            with contextlib.suppress(httpx.TransportError):
                 response = user.rpc(function, **arguments)
-            except httpx.TransportError:
-                self._stop.wait(0.2)
-                continue
-            if response.status_code == 200:
-                return str(response.json()["job_id"])
-            if response.status_code == 409 and "already_finished" in response.text:
-                return None  # too late to cancel
-            if response.status_code < 500 and not is_passing(response):
-                self.accepted.refused.append(f"{function}: {response.text[:300]}")
-                return None
+                if response.status_code == 200:
+                    return str(response.json()["job_id"])
+                if response.status_code == 409 and "already_finished" in response.text:
+                    return None  # too late to cancel
+                is_passing = any(each in response.text for each in PASSING)
+                if response.status_code < 500 and response.status_code != 429 and not is_passing:
+                    self.accepted.refused.append(f"{function}: {response.text[:300]}")
+                    return None
             time.sleep(0.2)
         self.accepted.refused.append(f"{function}: no answer for {GIVE_UP_SECONDS:g} s")
         return None
-
-
-def is_passing(response: httpx.Response) -> bool:
-    """Whether a refusal is only of the moment: a limit, a gateway that is still starting, or a
-    database that takes no writes.
-    """
-    return response.status_code == 429 or any(each in response.text for each in PASSING)

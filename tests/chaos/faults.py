@@ -2,8 +2,6 @@
 
 A fault gets the world and its own chance, drawn from the run's seed. It lasts as long as its kind
 says; those of one lane come one after the other, those of different lanes at the same time.
-`plan` draws a run's faults from a seed: the same faults in the same order, whatever the machine
-does.
 """
 
 from __future__ import annotations
@@ -14,55 +12,59 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import psycopg
-from chaos.storage import BEHAVIOURS
-from chaos.world import LEASE_SECONDS, World
-from misbehaviour import CREATES, PREDICTIONS
+from chaos.world import LEASE_SECONDS, StorageProxy, World
+from fake_replicate import MODERATED
 
-REFUSED = (401, 402, 403)
-Strike = Callable[[World, random.Random], Iterator[None]]
+# What a create may meet, and the prediction it buys.
+CREATES: list[dict[str, Any]] = [
+    *({"answer": None, "stored": stored} for stored in (True, True, False)),
+    *({"answer": answer, "stored": True} for answer in (200, 408, 500, 504)),
+    *({"answer": answer, "stored": False} for answer in (200, 302, 500, 503)),
+    *({"answer": 429, "retry_after": 3}, {"answer": 422}),
+]
+PREDICTIONS: list[dict[str, Any]] = [
+    *({"ends": "failed", "error": error} for error in (MODERATED, "CUDA out of memory (E1001)")),
+    *({"ends": "canceled"}, {"ends": "aborted"}, {"polls": float("inf")}, {"removed": True}),
+    *({"images": count} for count in (0, 1, 1, 2, 9)),
+    {"running": "pondering", "polls": 5},
+    {"output": {"picture": "http://169.254.169.254/latest/meta-data"}},
+    *({"failing_gets": 3, "get_status": status} for status in (None, 404, 429, 500)),
+    *({"file": f} for f in ("gone", "junk", "bomb", "large", "unsized", "broken", "redirect")),
+]
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A sort of fault."""
-
+class Kind(NamedTuple):
     lane: str
-    seconds: tuple[float, float]  # at least and at most
-    strike: Strike
-
-    @property
-    def name(self) -> str:
-        return self.strike.__name__
+    at_least: float  # seconds
+    at_most: float
+    strike: Callable[[World, random.Random], contextlib.AbstractContextManager[object]]
 
 
-@dataclass(frozen=True)
-class Fault:
+class Fault(NamedTuple):
     """One of a run's faults."""
 
     number: int
-    kind: Kind
+    kind: str
     seconds: float
     seed: int
 
-    def striking(self, world: World) -> contextlib.AbstractContextManager[None]:
+    def striking(self, world: World) -> contextlib.AbstractContextManager[object]:
         """Strike now, heal at the end."""
-        return contextlib.contextmanager(self.kind.strike)(world, random.Random(self.seed))
+        return KINDS[self.kind].strike(world, random.Random(self.seed))
 
 
 KINDS: dict[str, Kind] = {}
 
 
-def fault(lane: str, at_least: float, at_most: float) -> Callable[[Strike], Strike]:
-    """Enter a kind of fault, named like the function."""
+def fault(lane: str, at_least: float, at_most: float) -> Callable[..., None]:
+    """Enter a kind of fault, named like the function, which lasts so many seconds."""
 
-    def enter(strike: Strike) -> Strike:
-        kind = Kind(lane, (at_least, at_most), strike)
-        KINDS[kind.name] = kind
-        return strike
+    def enter(strike: Callable[[World, random.Random], Iterator[None]]) -> None:
+        kind = Kind(lane, at_least, at_most, contextlib.contextmanager(strike))
+        KINDS[strike.__name__] = kind
 
     return enter
 
@@ -74,8 +76,8 @@ def plan(seed: int, kinds: Sequence[str], count: int) -> list[Fault]:
     bag: list[str] = []
     for number in range(count):
         bag = bag or chance.sample(kinds, len(kinds))
-        kind = KINDS[bag.pop()]
-        seconds = chance.uniform(*kind.seconds)
+        kind = bag.pop()
+        seconds = chance.uniform(KINDS[kind].at_least, KINDS[kind].at_most)
         faults.append(Fault(number, kind, seconds, chance.randrange(2**32)))
     return faults
 
@@ -93,9 +95,8 @@ def worker_killed(world: World, chance: random.Random) -> Iterator[None]:
 @fault("workers", 0, 1)
 def all_workers_killed(world: World, chance: random.Random) -> Iterator[None]:
     with contextlib.ExitStack() as fleet:
-        held = [fleet.enter_context(world.fleet.held(n)) for n in range(len(world.fleet.slots))]
-        for process in held:
-            process.kill()
+        for number in range(len(world.fleet.slots)):
+            fleet.enter_context(world.fleet.held(number)).kill()
         yield
 
 
@@ -110,18 +111,16 @@ def worker_frozen(world: World, chance: random.Random) -> Iterator[None]:
 @fault("workers", 0, 0.5)
 def worker_stopped(world: World, chance: random.Random) -> Iterator[None]:
     with world.fleet.held(chance.randrange(100)) as process:
-        process.signal(signal.SIGTERM)
         with contextlib.suppress(Exception):
-            process.wait(within=40)
+            process.stop(within=40)
         yield
 
 
 @fault("clock", 1, 4)
 def clock_moved(world: World, chance: random.Random) -> Iterator[None]:
-    hour, day = 3600, 86_400
     for _ in range(3):
-        seconds = chance.choice([-day, day, -hour, hour, -600, 600, -30, 30]) * chance.random()
-        world.fleet.clock.write_text(str(seconds))
+        most = chance.choice([86_400, 3600, 600, 30])
+        world.fleet.clock.write_text(str(chance.uniform(-most, most)))
         time.sleep(0.5)
     yield
     if chance.random() < 0.5:
@@ -131,6 +130,7 @@ def clock_moved(world: World, chance: random.Random) -> Iterator[None]:
 # --- the database ---
 
 
+@contextlib.contextmanager
 def restarted(world: World, how: signal.Signals) -> Iterator[None]:
     cluster = world.stack.cluster
     cluster.stop_signal = how
@@ -140,21 +140,10 @@ def restarted(world: World, how: signal.Signals) -> Iterator[None]:
     world.restart_gateway()
 
 
-@fault("database", 0, 2)
-def postgres_restarted_fast(world: World, chance: random.Random) -> Iterator[None]:
-    yield from restarted(world, signal.SIGINT)
-
-
-@fault("database", 0, 2)
-def postgres_restarted_immediate(world: World, chance: random.Random) -> Iterator[None]:
-    yield from restarted(world, signal.SIGQUIT)
-
-
 @fault("database", 0, 0)
 def postgres_backend_crashed(world: World, chance: random.Random) -> Iterator[None]:
     query = "select pid from pg_stat_activity where usename = 'darkroom_worker' order by pid"
-    pids = [row["pid"] for row in world.db.execute(query)]
-    if pids:
+    if pids := [row["pid"] for row in world.db.execute(query)]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(chance.choice(pids), signal.SIGKILL)  # the server resets all others, too
     yield
@@ -173,16 +162,13 @@ def backends_terminated(world: World, chance: random.Random) -> Iterator[None]:
 
 @fault("database", 2, 6)
 def connections_exhausted(world: World, chance: random.Random) -> Iterator[None]:
-    taken: list[psycopg.Connection[Any]] = []
+    url = world.stack.worker_database_url
     world.proxy.cut()
-    try:
+    with contextlib.ExitStack() as taken:
         with contextlib.suppress(psycopg.OperationalError):
-            while len(taken) < 200:
-                taken.append(psycopg.connect(world.stack.worker_database_url, connect_timeout=5))
+            for _ in range(200):
+                taken.callback(psycopg.connect(url, connect_timeout=5).close)
         yield
-    finally:
-        for connection in taken:
-            connection.close()
 
 
 @fault("database", 2, 8)
@@ -200,53 +186,15 @@ def database_read_only(world: World, chance: random.Random) -> Iterator[None]:
         world.restart_gateway()
 
 
-@fault("rows", 0, 1)
-def rows_poisoned(world: World, chance: random.Random) -> Iterator[None]:
-    """Files that were uploaded where a user's folder should be; nobody takes them away."""
-    for user in chance.sample(world.users, 3):
-        query = "insert into storage.objects (bucket_id, name) values ('inputs', %s)"
-        world.db.execute(f"{query} on conflict do nothing", user.id)
-    world.db.execute("update private.retention_walks set place = default")
-    yield
-
-
 @fault("snapshot", 5, 15)
 def snapshot_held(world: World, chance: random.Random) -> Iterator[None]:
-    holder: psycopg.Connection[Any] | None = None
-    with contextlib.suppress(psycopg.OperationalError):  # the server may be down just now
-        holder = psycopg.connect(world.db.url)
-        holder.execute("set transaction isolation level repeatable read")
-        holder.execute("select count(*) from private.ready_jobs")
-    yield
-    if holder:
-        holder.close()
-
-
-# --- the network between workers and database ---
-
-
-@fault("network", 0, 0.5)
-def connections_cut(world: World, chance: random.Random) -> Iterator[None]:
-    world.proxy.cut()
-    yield
-
-
-@fault("network", 1, 5)
-def connections_refused(world: World, chance: random.Random) -> Iterator[None]:
-    with world.proxy.refusing():
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(psycopg.OperationalError):  # the server may be down just now
+            holder = psycopg.connect(world.db.url)
+            held.callback(holder.close)
+            holder.execute("set transaction isolation level repeatable read")
+            holder.execute("select count(*) from private.ready_jobs")
         yield
-
-
-@fault("network", 1, 8)
-def connections_stalled(world: World, chance: random.Random) -> Iterator[None]:
-    with world.proxy.stalled():
-        yield
-
-
-@fault("network", 0, 1)
-def connections_half_open(world: World, chance: random.Random) -> Iterator[None]:
-    world.proxy.half_open()
-    yield
 
 
 # --- Storage and provider ---
@@ -254,60 +202,50 @@ def connections_half_open(world: World, chance: random.Random) -> Iterator[None]
 
 @fault("storage", 1, 6)
 def storage_misbehaving(world: World, chance: random.Random) -> Iterator[None]:
-    with world.storage.behaving(chance.choice(BEHAVIOURS)):
-        yield
+    world.storage.behaviour = chance.choice(StorageProxy.BEHAVIOURS)
+    yield
+    world.storage.behaviour = ""
 
 
 @fault("provider", 0.5, 2)
 def provider_misbehaving(world: World, chance: random.Random) -> Iterator[None]:
     for _ in range(chance.randint(3, 8)):
-        world.provider.next(**behaviour(chance))
+        changes: dict[str, Any] = {"slow": {"create": chance.choice([0, 0, 0.5, 2])}}
+        changes |= chance.choice(CREATES) if chance.random() < 0.6 else {}
+        changes |= chance.choice(PREDICTIONS) if chance.random() < 0.5 else {}
+        world.provider.next(**changes, hidden=chance.choice([0, 0, 2]))
     world.provider.list_answers.extend(chance.choice([[], [], [429, 500, None]]))
     yield
 
 
 @fault("provider", 1, 5)
 def provider_out_of_order(world: World, chance: random.Random) -> Iterator[None]:
-    with world.provider.out_of_order(chance.choice([429, 500, 503, 503, None])):
-        yield
+    world.provider.outage = chance.choice([429, 500, 503, 503, None])
+    yield
+    world.provider.outage = ""
 
 
 @fault("provider", 1, 4)
 def account_refused(world: World, chance: random.Random) -> Iterator[None]:
     """The provider's jobs wait; once the bill is paid, the operator says so."""
-    status = chance.choice([401, 402, 403])
-    with world.provider.out_of_order(status):
-        yield
+    world.provider.outage = chance.choice([401, 402, 403])
+    yield
+    world.provider.outage = ""
     time.sleep(1)  # what was refused last has paused the provider once more
     world.db.execute("select public.resume_model('replicate')")
 
 
-@fault("provider", 1, 4)
-def creates_forbidden(world: World, chance: random.Random) -> Iterator[None]:
-    """Every other create is answered 403, whosever fault that is."""
-    world.provider.is_forbidding = True
-    yield
-    world.provider.is_forbidding = False
-    time.sleep(1)
-    world.db.execute("select public.resume_model('replicate')")
+# --- what is one call ---
 
-
-@fault("provider", 1, 4)
-def pictures_hostile(world: World, chance: random.Random) -> Iterator[None]:
-    for _ in range(chance.randint(2, 4)):
-        world.provider.next(file=chance.choice(["dear", "dear", "bomb", "broken", "junk"]))
-    yield
-
-
-def behaviour(chance: random.Random) -> dict[str, Any]:
-    """Draw what one create meets, but for a refused account, which pauses all jobs."""
-    changes: dict[str, Any] = {"slow": {"create": chance.choice([0, 0, 0.5, 2])}}
-    if chance.random() < 0.6:
-        changes |= chance.choice([c for c in CREATES if c["answer"] not in REFUSED])
-    if chance.random() < 0.5:
-        changes |= chance.choice([p for p in PREDICTIONS if p.get("get_status") not in REFUSED])
-    if chance.random() < 0.3:
-        changes["hidden"] = 2
-    if changes.get("answer") == 429:
-        changes |= {"retry_after": 3, "retry_hints": "header body"}
-    return changes
+done = contextlib.nullcontext
+KINDS |= {
+    "postgres_restarted_fast": Kind("database", 0, 2, lambda w, _: restarted(w, signal.SIGINT)),
+    "postgres_restarted_immediate": Kind(
+        "database", 0, 2, lambda w, _: restarted(w, signal.SIGQUIT)
+    ),
+    # The network between workers and database.
+    "connections_cut": Kind("network", 0, 0.5, lambda w, _: done(w.proxy.cut())),
+    "connections_refused": Kind("network", 1, 5, lambda w, _: w.proxy.refusing()),
+    "connections_stalled": Kind("network", 1, 8, lambda w, _: w.proxy.stalled()),
+    "connections_half_open": Kind("network", 0, 1, lambda w, _: done(w.proxy.half_open())),
+}

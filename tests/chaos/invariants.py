@@ -14,7 +14,8 @@ from chaos.clients import Accepted
 from database import BOOKS, Database
 from fake_replicate import FakeReplicate
 
-Stored = Callable[[str], bytes | None]  # a file of the bucket, by its path
+OF_SCENARIO = "g.idempotency_key like %s || '%%'"
+ENDS = ("completed", "failed", "canceled")
 
 
 @dataclass(frozen=True)
@@ -24,18 +25,18 @@ class Evidence:
     db: Database
     accepted: Accepted
     provider: FakeReplicate
-    stored: Stored
+    stored: Callable[[str], bytes | None]  # a file of the bucket, by its path
     key_prefix: str  # of the scenario's idempotency keys
 
     def generations(self) -> list[dict[str, Any]]:
-        query = "select * from public.generations where idempotency_key like %s || '%%'"
+        query = f"select g.* from public.generations as g where {OF_SCENARIO}"
         return self.db.execute(query, self.key_prefix)
 
-    def attempts(self) -> list[dict[str, Any]]:
+    def of_generations(self, table: str) -> list[dict[str, Any]]:
+        """The rows of a table that belong to them."""
         query = (
-            "select a.* from private.attempts as a"
-            " inner join public.generations as g on g.id = a.generation_id"
-            " where g.idempotency_key like %s || '%%' order by a.token"
+            f"select t.* from {table} as t inner join public.generations as g"
+            f" on g.id = t.generation_id where {OF_SCENARIO} order by t.ctid"
         )
         return self.db.execute(query, self.key_prefix)
 
@@ -43,21 +44,13 @@ class Evidence:
 def lost(seen: Evidence) -> list[str]:
     """Every accepted job is on record and has ended; none is left in the queue."""
     statuses = {str(row["id"]): row["status"] for row in seen.generations()}
-    found = [
-        f"{job_id}: {statuses.get(job_id, 'unknown')}"
-        for job_id in seen.accepted.jobs.values()
-        if statuses.get(job_id) not in ("completed", "failed", "canceled")
-    ]
-    for table in ("ready_jobs", "running_jobs"):
-        rows = seen.db.execute(f"select job_id from private.{table}")
-        found += [f"{row['job_id']}: still in {table}" for row in rows]
+    accepted, wanted_no_more = seen.accepted.jobs.values(), seen.accepted.canceled
+    found = [f"{job}: {statuses.get(job)}" for job in accepted if statuses.get(job) not in ENDS]
+    queued = seen.db.execute("select job_id from private.live_jobs")
+    found += [f"{row['job_id']}: still in the queue" for row in queued]
     found += [f"unwanted answer: {text}" for text in seen.accepted.refused]
-    found += [
-        f"{job_id}: canceled, and nobody asked for it"
-        for job_id, status in statuses.items()
-        if status == "canceled" and job_id not in seen.accepted.canceled
-    ]
-    return found
+    canceled = {job for job, status in statuses.items() if status == "canceled"}
+    return found + [f"{job}: canceled by nobody" for job in canceled - wanted_no_more]
 
 
 def doubled(seen: Evidence) -> list[str]:
@@ -66,30 +59,21 @@ def doubled(seen: Evidence) -> list[str]:
     found = [f"{key}: {count} generations" for key, count in keys.items() if count > 1]
     found += [f"{key}: nobody was told of it" for key in keys if key not in seen.accepted.jobs]
     found += [f"{key}: answered with two jobs" for key in seen.accepted.doubled]
-    ends = Counter(
-        row["generation_id"]
-        for row in seen.attempts()
-        if row["outcome"] in ("completed", "failed", "canceled")
-    )
+    attempts = seen.of_generations("private.attempts")
+    ends = Counter(row["generation_id"] for row in attempts if row["outcome"] in ENDS)
     return found + [f"{job_id}: ended {count} times" for job_id, count in ends.items() if count > 1]
 
 
 def wrongly_charged(seen: Evidence) -> list[str]:
     """Balance, ledger, charges, refunds and places are right, by two sets of rules."""
-    found = [f"{row['id']}: {row['rule']}" for row in seen.db.execute(BOOKS)]
-    broken = seen.db.execute("select * from private.broken_books")
-    return found + [f"{row['user_id']}: {row['rule']}: {row['detail']}" for row in broken]
+    broken = seen.db.execute(BOOKS) + seen.db.execute("select * from private.broken_books")
+    return [" ".join(map(str, row.values())) for row in broken]
 
 
 def files_missing(seen: Evidence) -> list[str]:
     """Every image on record is in Storage, as large as the record says; so is its preview."""
-    query = (
-        "select i.* from public.images as i"
-        " inner join public.generations as g on g.id = i.generation_id"
-        " where g.idempotency_key like %s || '%%'"
-    )
     found = []
-    for image in seen.db.execute(query, seen.key_prefix):
+    for image in seen.of_generations("public.images"):
         for path in filter(None, (image["storage_path"], image["preview_path"])):
             body = seen.stored(path)
             is_whole = body and (path != image["storage_path"] or len(body) == image["bytes"])
@@ -109,35 +93,29 @@ def files_left(seen: Evidence) -> list[str]:
 
 def wrongly_bought(seen: Evidence) -> list[str]:
     """One create for a claim at most; bought anew only where nothing can come of the last one."""
-    claims = Counter(row["generation_id"] for row in seen.attempts())
+    attempts = seen.of_generations("private.attempts")
+    claims = Counter(row["generation_id"] for row in attempts)
     used: dict[Any, list[str]] = defaultdict(list)
-    for row in seen.attempts():
-        if row["provider_job_id"]:
-            used[row["generation_id"]].append(row["provider_job_id"])
     owners: dict[str, set[Any]] = defaultdict(set)
-    for job_id, bought in used.items():
-        for key in bought:
-            owners[key].add(job_id)
+    for row in sorted(attempts, key=lambda row: row["token"]):
+        if key := row["provider_job_id"]:
+            used[row["generation_id"]].append(key)
+            owners[key].add(row["generation_id"])
     found = [f"{key}: of {len(jobs)} jobs" for key, jobs in owners.items() if len(jobs) > 1]
     creates: dict[str, list[str | None]] = defaultdict(list)
     for create in seen.provider.creates:
-        if create.body is None:  # its worker was killed in the middle of it
-            continue
         creates[create.body["input"]["prompt"]].append(create.prediction_id)
     for job in seen.generations():
-        made = creates[job["prompt"]]
+        job_id, made = job["id"], creates[job["prompt"]]
         bought = [key for key in made if key]
-        if len(made) > claims[job["id"]]:
-            found.append(f"{job['id']}: {len(made)} creates, {claims[job['id']]} claims")
-        found += [
-            f"{job['id']}: bought again after {key}"
-            for key in bought[:-1]
-            if not seen.provider.is_spent(key)
-        ]
-        if not set(used[job["id"]]) <= set(bought):
-            found.append(f"{job['id']}: uses what it did not buy")
-        if job["status"] == "completed" and used[job["id"]][-1:] != bought[-1:]:
-            found.append(f"{job['id']}: completed with something else than it bought last")
+        if len(made) > claims[job_id]:
+            found.append(f"{job_id}: {len(made)} creates, {claims[job_id]} claims")
+        spare = [key for key in bought[:-1] if not seen.provider.is_spent(key)]
+        found += [f"{job_id}: bought again after {key}" for key in spare]
+        if not set(used[job_id]) <= set(bought):
+            found.append(f"{job_id}: uses what it did not buy")
+        if job["status"] == "completed" and used[job_id][-1:] != bought[-1:]:
+            found.append(f"{job_id}: completed with something else than it bought last")
     return found
 
 

@@ -1,15 +1,14 @@
 """A small TCP proxy that stands between the workers and PostgreSQL and treats connections badly.
 
 with Proxy(lambda: ("127.0.0.1", 5432)) as proxy:  # the workers get proxy.port
-    proxy.cut()                 # resets every connection; new ones work
-    with proxy.refusing(): ...  # and resets those that are opened meanwhile, too
+    proxy.cut()                 # ends every connection; new ones work
+    with proxy.refusing(): ...  # and those that are opened meanwhile, too
     with proxy.stalled(): ...   # nothing gets through; goes on where it was
     proxy.half_open()           # the server's side is gone, the worker's stays open and silent
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import socket
 import struct
@@ -23,48 +22,35 @@ RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends a reset, no farewell
 class Link:
     """One connection of a worker, and ours to the server on its behalf."""
 
-    def __init__(self, near: asyncio.StreamWriter, far: asyncio.StreamWriter) -> None:
+    def __init__(self, near: socket.socket, far: socket.socket) -> None:
         self.near, self.far = near, far
         self.is_half_open = False
 
-    def cut(self) -> None:
-        """Reset both sides."""
-        reset(self.near)
-        reset(self.far)
-
 
 class Proxy:
-    """Listens on a free port of its own; forwards from a thread of its own."""
+    """Listens on a free port of its own; two threads forward each connection."""
 
     def __init__(self, target: Callable[[], tuple[str, int]]) -> None:
         self.target = target
         self.links: set[Link] = set()
         self.is_refusing = False
-        self._loop = asyncio.new_event_loop()
-        self._ready = threading.Event()
-        self._flowing = asyncio.Event()
+        self._flowing = threading.Event()
         self._flowing.set()
         self._socket = socket.create_server(("127.0.0.1", 0), backlog=256)
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    @property
-    def port(self) -> int:
-        return int(self._socket.getsockname()[1])
+        self.port = int(self._socket.getsockname()[1])
 
     def __enter__(self) -> Proxy:
-        self._thread.start()
-        self._ready.wait(10)
+        threading.Thread(target=self._accept, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
-        self._socket.close()
-
-    # What it does to connections, from other threads.
+        end(self._socket)
+        self.cut()
 
     def cut(self) -> None:
-        self._do(lambda: [link.cut() for link in self.links])
+        for link in list(self.links):
+            end(link.near)
+            end(link.far)
 
     @contextlib.contextmanager
     def refusing(self) -> Iterator[None]:
@@ -77,78 +63,53 @@ class Proxy:
 
     @contextlib.contextmanager
     def stalled(self) -> Iterator[None]:
-        self._do(self._flowing.clear)
+        self._flowing.clear()
         try:
             yield
         finally:
-            self._do(self._flowing.set)
+            self._flowing.set()
 
     def half_open(self) -> None:
-        def part() -> None:
-            for link in self.links:
-                link.is_half_open = True
-                reset(link.far)
+        for link in list(self.links):
+            link.is_half_open = True
+            end(link.far)
 
-        self._do(part)
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # the proxy closes
+            while True:
+                near, _ = self._socket.accept()
+                threading.Thread(target=self._serve, args=(near,), daemon=True).start()
 
-    def _do(self, action: Callable[[], object]) -> None:
-        done = threading.Event()
-
-        def act() -> None:
-            action()
-            done.set()
-
-        self._loop.call_soon_threadsafe(act)
-        done.wait(10)
-
-    # Forwarding.
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_until_complete(asyncio.start_server(self._serve, sock=self._socket))
-        self._ready.set()
-        self._loop.run_forever()
-        tasks = asyncio.all_tasks(self._loop)
-        for task in tasks:
-            task.cancel()
-        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-        self._loop.close()
-
-    async def _serve(self, reader: asyncio.StreamReader, near: asyncio.StreamWriter) -> None:
+    def _serve(self, near: socket.socket) -> None:
         try:
             if self.is_refusing:
                 raise ConnectionRefusedError
-            far_reader, far = await asyncio.open_connection(*self.target())
+            far = socket.create_connection(self.target())
         except OSError:
-            reset(near)
+            end(near)
             return
         link = Link(near, far)
         self.links.add(link)
-        try:
-            with contextlib.suppress(asyncio.CancelledError):  # the proxy closes
-                await asyncio.gather(
-                    self._forward(link, reader, far), self._forward(link, far_reader, near)
-                )
-        finally:
-            self.links.discard(link)
-            link.cut()
+        back = threading.Thread(target=self._forward, args=(link, far, near), daemon=True)
+        back.start()
+        self._forward(link, near, far)
+        back.join()
+        self.links.discard(link)
 
-    async def _forward(
-        self, link: Link, source: asyncio.StreamReader, sink: asyncio.StreamWriter
-    ) -> None:
+    def _forward(self, link: Link, source: socket.socket, sink: socket.socket) -> None:
         """Forward until one side ends, then end the other; into a half-open link nothing goes."""
         with contextlib.suppress(OSError):
-            while data := await source.read(CHUNK):
-                await self._flowing.wait()
+            while data := source.recv(CHUNK):
+                self._flowing.wait()
                 if not link.is_half_open:
-                    sink.write(data)
-                    await sink.drain()
+                    sink.sendall(data)
         if not (link.is_half_open and sink is link.near):
-            reset(sink)
+            end(sink)
 
 
-def reset(writer: asyncio.StreamWriter) -> None:
-    """Close one side with a reset."""
+def end(one: socket.socket) -> None:
+    """Close a socket with a reset, and wake who waits for it."""
     with contextlib.suppress(OSError):
-        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-    writer.transport.abort()
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        one.shutdown(socket.SHUT_RDWR)
+    one.close()

@@ -10,7 +10,7 @@ Lease and pauses are shortened, so that thousands of jobs go through hundreds of
 from __future__ import annotations
 
 import contextlib
-import itertools
+import random
 import tempfile
 import threading
 import time
@@ -21,31 +21,47 @@ from urllib.parse import urlsplit
 
 import httpx
 import psycopg
+import receiver
 from chaos.proxy import Proxy
-from chaos.storage import StorageProxy
 from database import Database
-from fake_replicate import Answer, Behaviour, FakeReplicate, Request, refusal
+from fake_replicate import Behaviour, FakeReplicate, Request, refusal
 from http_client import Endpoints, SignedUp
-from misbehaviour import MORE_MODELS
+from receiver import Answer, HttpServer
 from worker_process import WorkerProcess, Workers
 
 from processes import StackError
 from stack import Stack
 
-LEASE_SECONDS, HEARTBEAT_SECONDS = 6.0, 1.5
+LEASE_SECONDS = 6.0
 RESTART_SECONDS = 1.0  # until a supervisor starts a dead worker again
-MAX_CONNECTIONS = 80
 LARGE_BYTES = 200_000  # of the provider's too large outputs
 CLOCK = Path(__file__).resolve().parent / "clock"  # holds the sitecustomize.py that moves a clock
 MARK = "a lighthouse of chaos"  # in every prompt, so that logs can be searched for prompts
+MODELS: dict[str, dict[str, Any]] = {  # with the params that are asked for
+    "black-forest-labs/flux-schnell": {"num_outputs": 3},
+    "black-forest-labs/flux-1.1-pro": {},
+    "acme/seedless": {},
+    "acme/edit": {},
+}
+MORE_MODELS = """
+insert into public.models (
+  id, provider, provider_ref, title, price_credits, paid_price_credits, client_inputs,
+  image_inputs, input_schema, cost_usd, cost_unit
+) values
+('acme/seedless', 'replicate', 'acme/seedless', 'No seed', 3, 1, '{style}', '{}',
+ '{"properties": {"prompt": {"type": "string"}, "style": {"type": "string"}}}', 0.04, 'image'),
+('acme/edit', 'replicate', 'acme/edit:' || repeat('e', 64), 'Image to image', 2, 1, '{image,seed}',
+ '{image}', '{"properties": {"prompt": {"type": "string"}, "image": {"type": "string"},
+ "seed": {"type": "integer"}}}', 0.001, 'second')
+"""
 SHORT = f"""
 update private.settings set
-  lease = '{LEASE_SECONDS} seconds', heartbeat = '{HEARTBEAT_SECONDS} seconds',
+  lease = '{LEASE_SECONDS} seconds', heartbeat = '1.5 seconds',
   retry_base = '1 second', retry_cap = '5 seconds',
   breaker_pause = '2 seconds', breaker_pause_cap = '4 seconds';
 update public.models set is_active = true, deadline = '30 seconds';
 update private.plans set max_active = 1000000, max_per_minute = 1000000,
-  max_burned_per_day = 1000000, busy_after = null;
+  max_burned_per_day = 1000000, busy_after = null
 """
 WORKER = {
     "WORKER_SLOTS": "6",
@@ -75,31 +91,41 @@ class Reconnecting(Database):
 
 
 class Provider(FakeReplicate):
-    """The fake, which may also be out of order as a whole."""
+    """The fake, which may also be out of order: then it answers everything so, and does nothing."""
 
-    def __init__(self) -> None:
+    outage: int | str | None = ""  # a status, or None to hang up
+
+    def route(self, request: Request) -> Answer:
+        is_in_order = self.outage == ""
+        return super().route(request) if is_in_order else refusal(Behaviour(answer=self.outage))
+
+
+class StorageProxy(HttpServer):
+    """Stands in front of the real Storage and is as bad as its behaviour says."""
+
+    BEHAVIOURS = ("refuses", "slow", "lost", "late error")
+    DROPPED = ("host", "content-length", "transfer-encoding", "connection")
+
+    def __init__(self, http: httpx.Client, target: str) -> None:
         super().__init__()
-        self.large_bytes = LARGE_BYTES
-        self._creates = itertools.count()
-        self.outage: int | str | None = ""  # a status, or None to hang up
-        self.is_forbidding = False  # every other create
+        self.http, self.target, self.behaviour = http, target, ""
 
-    def _route(self, request: Request) -> Answer:
-        is_create = (request.method, request.path) == ("POST", "/v1/predictions")
-        if self.is_forbidding and is_create and next(self._creates) % 2:
-            return refusal(Behaviour(answer=403))
-        if self.outage != "":
-            return refusal(Behaviour(answer=self.outage))
-        return super()._route(request)
-
-    @contextlib.contextmanager
-    def out_of_order(self, answer: int | None) -> Iterator[None]:
-        """Answer everything so, and do nothing, for a while."""
-        self.outage = answer
+    def respond(self, request: receiver.Request) -> Answer:
+        behaviour = self.behaviour
+        if behaviour == "refuses":
+            return Answer(random.choice([500, 502, 503, 429]), body=b"try later")
+        wait = random.uniform(0.5, 3) if behaviour == "slow" else 0
+        headers = {k: value for k, value in request.headers.items() if k not in self.DROPPED}
         try:
-            yield
-        finally:
-            self.outage = ""
+            response = self.http.request(
+                request.method, self.target + request.path, content=request.body, headers=headers
+            )
+        except httpx.TransportError:
+            return Answer(502, body=b"no Storage")
+        if behaviour in ("lost", "late error"):  # and it was done
+            return Answer(None if behaviour == "lost" else 504)
+        kind = {"Content-Type": response.headers.get("content-type")}
+        return Answer(response.status_code, kind, response.content, wait=wait)
 
 
 class Fleet(Workers):
@@ -111,14 +137,14 @@ class Fleet(Workers):
         netloc = f"{address.netloc.rpartition(':')[0]}:{world.proxy.port}"
         self.environment |= WORKER | {
             "DATABASE_URL": address._replace(netloc=netloc).geturl(),
-            "SUPABASE_URL": world.storage.url,
+            "SUPABASE_URL": world.storage.origin,
             "REPLICATE_API_URL": provider.url,
             "REPLICATE_API_TOKEN": provider.token,
         }
         self.clock = world.folder / "clock"
         self.clock.write_text("0")
         self.extra_secrets = {MARK, provider.token}
-        self.ended_by_themselves: list[WorkerProcess] = []
+        self.restarts = 0  # of workers that ended by themselves
         self.slots: list[WorkerProcess] = []
         self._locks = [threading.RLock() for _ in range(size)]
         self._closing = threading.Event()
@@ -158,7 +184,7 @@ class Fleet(Workers):
                     continue
                 try:
                     if not self.slots[number].is_running():
-                        self.ended_by_themselves.append(self.slots[number])
+                        self.restarts += 1
                         self._closing.wait(RESTART_SECONDS)
                         self.slots[number] = self._launch(number)
                 finally:
@@ -177,19 +203,12 @@ class Fleet(Workers):
         keys = {self.stack.service_role_key, self.stack.jwt_secret, password}
         return keys | self.extra_secrets
 
-    def tracebacks(self) -> list[str]:
-        """Return the log files that tell of an error nobody expected."""
-        signs = ("Traceback", "job.unexpected")
-        return [
-            f"{process.log_file.name}: {sign}"
-            for process in self.processes
-            for sign in signs
-            if sign in process.log
-        ]
-
 
 class World:
     """A stack in a temporary folder, with proxies in front of it; all of it is gone afterwards."""
+
+    provider: Provider
+    fleet: Fleet
 
     def __init__(self, *, fsync: bool = True) -> None:
         self._ending = contextlib.ExitStack()
@@ -198,12 +217,10 @@ class World:
         self.folder.chmod(0o711)  # PostgreSQL's user passes through
         (self.folder / "stack").mkdir()
         self.stack = Stack(self.folder / "stack", fsync=fsync)
-        self.stack.cluster.tuning = {"max_connections": str(MAX_CONNECTIONS)}
+        self.stack.cluster.tuning = {"max_connections": "80"}
         self._gateway_lock = threading.RLock()
         self._closing = threading.Event()
         self.users: list[SignedUp] = []
-        self.provider: Provider
-        self.fleet: Fleet
 
     def __enter__(self) -> World:
         with contextlib.ExitStack() as starting:
@@ -211,11 +228,12 @@ class World:
             self.stack.up()
             self.db = Reconnecting(self.stack.database_url, "postgres")
             starting.callback(self.db.close)
-            self.proxy = starting.enter_context(Proxy(self._postgres))
-            self.storage = starting.enter_context(StorageProxy(self.stack.api_url))
-            limits = httpx.Limits(max_connections=None, keepalive_expiry=2)
+            port = self.stack.settings.port("DATABASE_PORT")
+            self.proxy = starting.enter_context(Proxy(lambda: ("127.0.0.1", port)))
+            # Supabase Lite closes a connection after 5 idle seconds; ours goes first.
+            limits, api = httpx.Limits(max_connections=None, keepalive_expiry=2), self.stack.api_url
             http = starting.enter_context(httpx.Client(timeout=10, limits=limits))
-            api = self.stack.api_url
+            self.storage = starting.enter_context(StorageProxy(http, api))
             self.endpoints = Endpoints(
                 http, f"{api}/auth/v1", f"{api}/rest/v1", f"{api}/storage/v1"
             )
@@ -232,7 +250,7 @@ class World:
 
     def shorten(self) -> None:
         """Shorten lease, heartbeat and pauses, and lift the limits."""
-        for statement in SHORT.strip().split(";\n"):
+        for statement in SHORT.split(";\n"):
             self.db.execute(statement)
 
     def restart_gateway(self) -> None:
@@ -260,11 +278,9 @@ class World:
                     self.restart_gateway()
                 silent = 0
 
-    def _postgres(self) -> tuple[str, int]:
-        return "127.0.0.1", self.stack.settings.port("DATABASE_PORT")
-
     @contextlib.contextmanager
     def working(self, workers: int) -> Iterator[Fleet]:
         """Have a provider without a past, and workers that use it."""
         with Provider() as self.provider, Fleet(self, self.provider, workers) as self.fleet:
+            self.provider.large_bytes = LARGE_BYTES
             yield self.fleet

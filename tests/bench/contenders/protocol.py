@@ -46,7 +46,12 @@ class Work:
         print("ready", flush=True)
         sys.stdin.readline()
         self.began = time.monotonic()
-        threading.Thread(target=self._watch, daemon=True).start()
+
+        def watch() -> None:
+            select.select([sys.stdin], [], [], self.seconds)
+            self.finish()
+
+        threading.Thread(target=watch, daemon=True).start()
 
     def handled(self, key: str = "") -> None:
         """Note that a job was handled now."""
@@ -65,21 +70,17 @@ class Work:
                 "moments": self.moments[:count],
                 "keys": self.keys[:count],
                 "claims": self.claims[:],
-                "megabytes": resident_megabytes(os.getpid()),
-                "peak_megabytes": resident_megabytes(os.getpid(), "VmHWM"),
+                "megabytes": resident_megabytes(),
+                "peak_megabytes": resident_megabytes("VmHWM"),
                 "cpu_seconds": time.process_time(),
             }
             print(json.dumps(report), flush=True)
             self.end()
 
-    def _watch(self) -> None:
-        select.select([sys.stdin], [], [], self.seconds)
-        self.finish()
 
-
-def resident_megabytes(pid: int, which: str = "VmRSS") -> float:
-    """Return how much memory a process has in use, or (VmHWM) had at most."""
-    status = Path(f"/proc/{pid}/status").read_text()
+def resident_megabytes(which: str = "VmRSS") -> float:
+    """Return how much memory this process has in use, or (VmHWM) had at most."""
+    status = Path("/proc/self/status").read_text()
     return int(re.search(rf"{which}:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
 
 
@@ -91,6 +92,5 @@ def show_statement(text: str, values: Sequence[Any], context: Any = None) -> Non
 
 
 def main(**commands: Callable[[str, dict[str, Any]], None]) -> None:
-    """Run the command that the command line names."""
     command, url, options = sys.argv[1:]
     commands[command](url, json.loads(options))

@@ -1,8 +1,11 @@
-"""worker.py with pictures that need no provider: each is downloaded, checked and stored over HTTP.
+"""worker.py itself, with pictures that need no provider, or with none at all.
 
-A contender's program with the one command `work` (protocol.py). A job counts when its process ends,
-after its completion. Options: slots; files (address of a server that gives out pictures, and takes
-in what is stored); kind (of the picture); seconds_each (that a provider takes).
+A contender's program with the one command `work` (protocol.py). All calls of the database are real.
+A job counts when its process ends, after its completion; with keys, when its provider is called,
+under its job id. Options: slots (64 unless given); listen (false: NOTIFY never reaches it); files
+(address of a server that gives out pictures, and takes in what is stored: each is downloaded,
+checked and stored), with kind (of the picture) and seconds_each (that a provider takes). Without
+files no picture is made and none is stored.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -18,56 +22,75 @@ from protocol import Work, main
 
 import worker
 
-DEFAULTS = {"WORKER_GRACE_SECONDS": "5", "LOG_LEVEL": "WARNING"}
 
+def work(url: str, options: dict[str, Any]) -> None:
+    run = Work(options, end=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    files = options.get("files")
 
-def run_of(options: dict[str, Any]) -> Work:
-    """Return the run of a worker, which ends as on any SIGTERM."""
-    return Work(options, end=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    class Provider(worker.Preview):
+        """Answers at once with nothing, or in its time with an address to download from."""
 
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            http = httpx.AsyncClient(timeout=worker.HTTP_TIMEOUT)
+            self.replicate = worker.Replicate(http, str(files), "none")
 
-def serve(run: Work, provider: type[worker.Preview], **environment: str) -> None:
-    """Begin the run, and be a worker until its end, with this provider of previews."""
+        async def create(self, job: worker.Job, provider_input: dict[str, Any]) -> str:
+            if run.wants_keys:
+                run.handled(str(job.job_id))
+            return f"noop-{job.token}"
+
+        async def result(self, job: worker.Job, *_: Any) -> worker.Result:
+            if files:
+                await asyncio.sleep(options["seconds_each"])
+            return worker.Result([f"{files}/{options['kind']}" if files else b""], {"images": 1})
+
+        def read(self, output: Any) -> AsyncGenerator[bytes, None]:
+            return self.replicate.read(output) if files else super().read(output)
+
+    class Storage(worker.Storage):
+        async def store(self, job: worker.Job, position: int, body: Any) -> dict[str, Any]:
+            return {
+                "position": position,
+                "storage_path": f"{job.user_id}/{job.job_id}/{position}.png",
+                "content_type": "image/png",
+                "width": 512,
+                "height": 512,
+                "bytes": 250_000,
+            }
+
+    class Database(worker.Database):
+        """Notes how long a claim takes that finds something."""
+
+        async def claim_jobs(self, worker_id: int, slots: int) -> list[worker.Job]:
+            began = time.monotonic()
+            jobs = await super().claim_jobs(worker_id, slots)
+            if jobs:
+                run.claims.append(time.monotonic() - began)
+            return jobs
+
+        async def listen(self, *arguments: Any) -> None:
+            await (super().listen(*arguments) if options.get("listen", True) else asyncio.Future())
 
     class Worker(worker.Worker):
-        """Counts jobs."""
-
         async def process(self, *arguments: Any) -> None:
             await super().process(*arguments)
             if not run.wants_keys:
                 run.handled()
 
-    os.environ.update({**DEFAULTS, **os.environ, **environment})
-    worker.Worker, worker.Preview = Worker, provider  # type: ignore[misc]
+    os.environ |= {"DATABASE_URL": url, "SUPABASE_URL": files or "http://127.0.0.1:9"} | {
+        "SUPABASE_SERVICE_KEY": "none",
+        "WORKER_SLOTS": str(options.get("slots", 64)),
+        "WORKER_GRACE_SECONDS": "5",
+        "LOG_LEVEL": "WARNING",
+    }
+    if files:
+        os.environ["WORKER_POLL_SECONDS"] = "0.5"
+    else:
+        worker.Storage = Storage  # type: ignore[misc]
+    worker.Worker, worker.Preview, worker.Database = Worker, Provider, Database  # type: ignore[misc]
     run.begin()
     worker.main()
-
-
-def work(url: str, options: dict[str, Any]) -> None:
-    class Provider(worker.Preview):
-        """Takes its time, then answers with an address, from which the worker downloads."""
-
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
-            http = httpx.AsyncClient(timeout=worker.HTTP_TIMEOUT)
-            self.replicate = worker.Replicate(http, options["files"], "none")
-
-        async def result(self, job: worker.Job, *_: Any) -> worker.Result:
-            await asyncio.sleep(options["seconds_each"])
-            return worker.Result([f"{options['files']}/{options['kind']}"], {"images": 1})
-
-        def read(self, output: str) -> AsyncGenerator[bytes, None]:
-            return self.replicate.read(output)
-
-    serve(
-        run_of(options),
-        Provider,
-        DATABASE_URL=url,
-        SUPABASE_URL=options["files"],
-        SUPABASE_SERVICE_KEY="none",
-        WORKER_SLOTS=str(options["slots"]),
-        WORKER_POLL_SECONDS="0.5",
-    )
 
 
 if __name__ == "__main__":

@@ -8,16 +8,5 @@ from core import Part
 
 from parts import batch, drain, enqueue, growth, http, latency, status, worker
 
-PARTS: dict[str, Part] = {
-    part.name: part
-    for part in (
-        enqueue.PART,
-        batch.PART,
-        drain.PART,
-        latency.PART,
-        status.PART,
-        growth.PART,
-        http.PART,
-        worker.PART,
-    )
-}
+MODULES = (enqueue, batch, drain, latency, status, growth, http, worker)
+PARTS: dict[str, Part] = {module.PART.name: module.PART for module in MODULES}

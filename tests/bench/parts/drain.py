@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,27 +23,20 @@ MEMORY = "MB afterwards"
 EMPTY, BACKLOG, HISTORY = "nothing else", "backlog", "history"
 CHURNED, HELD = "churned, {:g} s", "snapshot held, {:g} s"
 PEERS = (
-    peers.BASELINE,
-    peers.PROCRASTINATE,
-    peers.PGQUEUER,
-    peers.GRAPHILE,
-    peers.GRAPHILE_BATCHING,
-    peers.PGBOSS,
-    peers.PGBOSS_500,
+    *(peers.BASELINE, peers.PROCRASTINATE, peers.PGQUEUER, peers.GRAPHILE),
+    *(peers.GRAPHILE_BATCHING, peers.PGBOSS, peers.PGBOSS_500),
 )
 OURS = (
     *(
         Contender(f"Darkroom's functions, batch {batch}", "run_bare.py", {"batch": batch}, batch)
         for batch in (1, 10, 50, 200)
     ),
-    Contender("Darkroom's worker.py", "../noop_worker.py", {}, 200),
+    Contender("Darkroom's worker.py", "run_worker.py", {}, 200),
 )
 
 
 @dataclass(frozen=True)
 class Load:
-    """How much there is to do."""
-
     jobs: int
     backlog: int
     history: int
@@ -71,18 +64,12 @@ def make_tasks(lab: Lab, sizes: Sizes) -> list[Task]:
 
 
 def measure(lab: Lab, contender: Contender, situation: str, load: Load) -> dict[str, float]:
-    """Drain a queue in a fresh database."""
     is_ours = contender in OURS
-    template = our_queue(lab, situation, load) if is_ours else their_queue(lab, contender, load)
-    with lab.copy(template) as db, contextlib.ExitStack() as stack:
-        if is_ours:
-            fill = functools.partial(darkroom.fill, db)
-        else:
-            fill = functools.partial(peers.fill, lab, contender, db)
+    with lab.copy(full_queue(lab, contender, situation, load)) as db, contextlib.ExitStack() as end:
         if situation == HELD:
-            stack.enter_context(held_snapshot(db))
+            end.enter_context(held_snapshot(db))
         if situation in (CHURNED, HELD):
-            churn(lab, contender, db, fill, load)
+            churn(lab, contender, db, load)
         before = darkroom.finished(db) if is_ours else 0
         report = drain(lab, contender, db, load.jobs, load.seconds)
         if is_ours and darkroom.finished(db) - before < len(report["moments"]):
@@ -90,13 +77,35 @@ def measure(lab: Lab, contender: Contender, situation: str, load: Load) -> dict[
     return numbers(report, load)
 
 
+def fill(lab: Lab, contender: Contender, db: Database, count: int) -> None:
+    if contender in OURS:
+        darkroom.fill(db, count)
+    else:
+        peers.fill(lab, contender, db, count)
+
+
+def full_queue(lab: Lab, contender: Contender, situation: str, load: Load) -> str:
+    """Return the template of a queue with the jobs to drain, and what else is there."""
+
+    def fill_it(db: Database) -> None:
+        if situation == BACKLOG:
+            darkroom.fill(db, load.backlog, users=1)
+        elif situation == HISTORY:
+            darkroom.add_history(db, load.history)
+        fill(lab, contender, db, load.jobs)
+
+    if contender in OURS:
+        name = f"darkroom {situation if situation in (BACKLOG, HISTORY) else 'filled'}"
+        return lab.template(name, fill_it, base=darkroom.base(lab))
+    return lab.template(f"{contender.program} filled", fill_it, base=peers.tables(lab, contender))
+
+
 def drain(
     lab: Lab, contender: Contender, db: Database, jobs: int, seconds: float
 ) -> dict[str, Any]:
-    """Have a worker handle that many jobs; return its report."""
     url = darkroom.worker_url(db) if contender in OURS else db.url
     with lab.work(contender, url, jobs=jobs, seconds=seconds, keys=False) as worker:
-        worker.go()
+        worker.say()
         return worker.report(within=seconds + 30)
 
 
@@ -118,33 +127,8 @@ def numbers(report: dict[str, Any], load: Load) -> dict[str, float]:
         MEMORY: report["megabytes"],
     }
     if claims:
-        p50, p99 = percentiles([1000 * each for each in claims], 50, 99)
-        found |= {CLAIM_P50: p50, CLAIM_P99: p99}
+        found[CLAIM_P50], found[CLAIM_P99] = percentiles([1000 * each for each in claims], 50, 99)
     return found
-
-
-def their_queue(lab: Lab, peer: Contender, load: Load) -> str:
-    """Return the template of a peer's queue with the jobs to drain."""
-    return lab.template(
-        f"{peer.program} filled",
-        lambda db: peers.fill(lab, peer, db, load.jobs),
-        base=peers.tables(lab, peer),
-    )
-
-
-def our_queue(lab: Lab, situation: str, load: Load) -> str:
-    """Return the template of our queue with the jobs to drain, and what else is there."""
-
-    def fill(db: Database) -> None:
-        jobs = functools.partial(darkroom.fill, db)
-        if situation == BACKLOG:
-            jobs(load.backlog, users=1)
-        if situation == HISTORY:
-            darkroom.add_history(db, load.history)
-        jobs(load.jobs)
-
-    name = situation if situation in (BACKLOG, HISTORY) else "filled"
-    return lab.template(f"darkroom {name}", fill, base=darkroom.base(lab))
 
 
 @contextlib.contextmanager
@@ -156,9 +140,7 @@ def held_snapshot(db: Database) -> Iterator[None]:
         yield
 
 
-def churn(
-    lab: Lab, contender: Contender, db: Database, fill: Callable[[int], None], load: Load
-) -> None:
+def churn(lab: Lab, contender: Contender, db: Database, load: Load) -> None:
     """Drain and refill for a while; no fewer jobs are queued in the end.
 
     Between its last count and its end a worker may claim some batches more.
@@ -166,7 +148,7 @@ def churn(
     until = time.monotonic() + load.hold_seconds
     while (left := until - time.monotonic()) > 0:
         report = drain(lab, contender, db, load.jobs, min(left, load.seconds))
-        fill(len(report["moments"]) + 10 * contender.holds + 1)
+        fill(lab, contender, db, len(report["moments"]) + 10 * contender.holds + 1)
 
 
 PART = Part(

@@ -2,113 +2,61 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import threading
-from collections.abc import Callable, Iterator, Sequence
 
 import darkroom
 import peers
-import psycopg
 from core import Part, Sizes, Task
-from database import Database
-from lab import Contender, Lab, pgbench_script
+from lab import Contender, Lab
 
 CLIENTS = (1, 8, 32)
 SECONDS, QUICK_SECONDS = 5, 1
-BUSY_WORKERS, BEAT_SECONDS = 4, 5.0
-RATE = "enqueues/s"
-WAKE_UPS = "wake-ups/s"
-SLEEPERS = Contender("sleeping workers", "run_sleepers.py", {})
+RATE, WAKE_UPS = "enqueues/s", "wake-ups/s"
+SLEEPERS = Contender("sleeping workers", "run_bare.py", {"batch": 1, "sleepers": 2})
 PEERS = (
-    peers.BASELINE,
-    peers.BASELINE_NOTIFY,
-    peers.PROCRASTINATE,
-    peers.PGQUEUER,
-    peers.GRAPHILE,
-    peers.PGBOSS,
-    peers.PGBOSS_NOTIFY,
+    *(peers.BASELINE, peers.BASELINE_NOTIFY, peers.PROCRASTINATE, peers.PGQUEUER),
+    *(peers.GRAPHILE, peers.PGBOSS, peers.PGBOSS_NOTIFY),
 )
 
 
 def make_tasks(lab: Lab, sizes: Sizes) -> list[Task]:
     seconds = sizes.pick(SECONDS, QUICK_SECONDS)
-    situations: dict[str, Callable[[Database], contextlib.AbstractContextManager[None]]] = {
-        "no worker": lambda db: contextlib.nullcontext(),
-        "busy workers": busy_workers,
+    contenders = {peer.name: functools.partial(enqueue_peer, lab, peer) for peer in PEERS} | {
+        "Darkroom, no worker": functools.partial(enqueue_ours, lab),
+        "Darkroom, sleeping workers": functools.partial(enqueue_with_sleepers, lab),
     }
-    tasks = []
-    for clients in CLIENTS:
-        situation = f"{clients} client{'s' if clients > 1 else ''}"
-        options = (f"-c{clients}", "-j2", f"-T{seconds}")
-        tasks += [
-            Task(situation, peer.name, functools.partial(enqueue_peer, lab, peer, options))
-            for peer in PEERS
-        ]
-        tasks += [
-            Task(
-                situation,
-                f"Darkroom, {name}",
-                functools.partial(enqueue_ours, lab, options, surroundings),
-            )
-            for name, surroundings in situations.items()
-        ]
-        sleeping = functools.partial(enqueue_with_sleepers, lab, options, seconds)
-        tasks.append(Task(situation, "Darkroom, sleeping workers", sleeping))
-    return tasks
+    return [
+        Task(
+            f"{clients} client{'s' if clients > 1 else ''}",
+            name,
+            functools.partial(enqueue, seconds, (f"-c{clients}", "-j2", f"-T{seconds}")),
+        )
+        for clients in CLIENTS
+        for name, enqueue in contenders.items()
+    ]
 
 
-def enqueue_peer(lab: Lab, peer: Contender, options: Sequence[str]) -> dict[str, float]:
-    """Run a peer's own statement."""
+def enqueue_peer(lab: Lab, peer: Contender, _: int, options: tuple[str, ...]) -> dict[str, float]:
     with lab.copy(peers.tables(lab, peer)) as db:
-        statement = peers.statement(lab, peer)
-        script = pgbench_script(statement)
-        return {RATE: lab.pgbench(db.url, script, *options, variables=statement.values)}
+        return {RATE: peers.enqueue(lab, peer, db, *options)}
 
 
-def enqueue_ours(
-    lab: Lab,
-    options: Sequence[str],
-    surroundings: Callable[[Database], contextlib.AbstractContextManager[None]],
-) -> dict[str, float]:
+def enqueue_ours(lab: Lab, _: int, options: tuple[str, ...]) -> dict[str, float]:
     """Call enqueue_generation as PostgREST does."""
-    with lab.copy(darkroom.base(lab)) as db, surroundings(db):
+    with lab.copy(darkroom.base(lab)) as db:
         return {RATE: lab.pgbench(db.url, darkroom.ENQUEUE, *options, **darkroom.AS_USER)}
 
 
-def enqueue_with_sleepers(lab: Lab, options: Sequence[str], seconds: float) -> dict[str, float]:
+def enqueue_with_sleepers(lab: Lab, seconds: int, options: tuple[str, ...]) -> dict[str, float]:
     """Call it while workers go to sleep again and again; say how often they were woken."""
     with lab.copy(darkroom.base(lab)) as db:
         url = darkroom.worker_url(db)
         with lab.work(SLEEPERS, url, jobs=None, seconds=seconds + 60, keys=False) as workers:
-            workers.go()
+            workers.say()
             rate = lab.pgbench(db.url, darkroom.ENQUEUE, *options, **darkroom.AS_USER)
-            workers.stop()
+            workers.say()
             woken = len(workers.report(within=10)["moments"])
     return {RATE: rate, WAKE_UPS: woken / seconds}
-
-
-@contextlib.contextmanager
-def busy_workers(db: Database) -> Iterator[None]:
-    """Have workers that are awake and beat, but claim nothing meanwhile: all slots are full."""
-    over = threading.Event()
-    with psycopg.connect(darkroom.worker_url(db), autocommit=True) as connection:
-        query = "select worker_id from private.register_worker('bench', 4, '1')"
-        ids = [connection.execute(query).fetchone()[0] for _ in range(BUSY_WORKERS)]  # type: ignore[index]
-
-        def beat() -> None:
-            while not over.wait(BEAT_SECONDS):
-                for worker_id in ids:
-                    query = "select private.heartbeat(%s, '{}', '{}', '{}')"
-                    connection.execute(query, [worker_id])
-
-        thread = threading.Thread(target=beat)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
 
 
 PART = Part(

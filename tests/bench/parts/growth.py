@@ -15,18 +15,16 @@ import psycopg
 from core import Part, Sizes, Task, percentiles
 from database import Database
 from lab import Lab
-from psycopg.rows import namedtuple_row
 from psycopg.types.json import Jsonb
-from run_bare import COMPLETE, complete, image_of
+from run_bare import COMPLETE, Bare, complete, image_of
 
 CALLS, QUICK_CALLS = 100, 30  # each turn
 COUNTS, QUICK_COUNTS = (0, 1_000_000, 5_000_000), (0, 10_000, 50_000)
 BATCH = 10
 P50, P99 = "p50 ms", "p99 ms"
 TABLE, INDEXES = "table bytes/generation", "index bytes/generation"
-STATUS = "select public.get_job_status(%s)"
+NEW = "Darkroom, no history"
 ENQUEUE = "select public.enqueue_generation('darkroom/preview', %s, '{\"width\": 512}', null)"
-CLAIM = "select * from private.claim_jobs(%s, %s)"
 TABLES = ("public.generations", "public.images", "private.attempts", "public.credit_ledger")
 SIZES = """
 select sum(pg_table_size(c.oid)) as in_table, sum(pg_indexes_size(c.oid)) as in_indexes
@@ -42,75 +40,65 @@ class Side:
 
     db: Database
     user: psycopg.Connection[Any]
-    worker: psycopg.Connection[Any]
-    worker_id: int
+    worker: Bare
 
-    def become(self, claims: str) -> None:
-        """Let the user be another one."""
-        self.user.execute("select set_config('request.jwt.claims', %s, false)", [claims])
-
-    def claim(self, count: int) -> list[Any]:
-        """Take jobs."""
-        return self.worker.execute(CLAIM, [self.worker_id, count]).fetchall()
+    def become(self, claims: str = "") -> None:
+        drawn = darkroom.claims(random.randrange(darkroom.USERS))
+        self.user.execute("select set_config('request.jwt.claims', %s, false)", [claims or drawn])
 
 
 @contextmanager
 def open_side(db: Database) -> Iterator[Side]:
-    """Connect with a database."""
-    as_user = darkroom.AS_USER["PGOPTIONS"]
-    with (
-        psycopg.connect(db.url, autocommit=True, options=as_user) as user,
-        psycopg.connect(
-            darkroom.worker_url(db), autocommit=True, row_factory=namedtuple_row
-        ) as worker,
-    ):
-        user.prepare_threshold = worker.prepare_threshold = 0
-        query = "select worker_id from private.register_worker('bench', 1000, '1')"
-        side = Side(db, user, worker, worker.execute(query).fetchone()[0])  # type: ignore[index]
-        yield side
-        worker.execute("select private.unregister_worker(%s)", [side.worker_id])
+    worker = Bare(darkroom.worker_url(db), 1000)
+    with darkroom.as_user(db) as user, worker.connection:
+        user.prepare_threshold = worker.connection.prepare_threshold = 0
+        yield Side(db, user, worker)
+        worker.connection.execute("select private.unregister_worker(%s)", [worker.id])
 
 
-def timed(connection: psycopg.Connection[Any], query: str, *arguments: Any) -> tuple[float, Any]:
-    """Return the milliseconds that a call took, and its rows."""
+def timed(connection: psycopg.Connection[Any], query: str, *arguments: Any) -> float:
     began = time.perf_counter()
-    rows = connection.execute(query.encode(), arguments).fetchall()
-    return 1000 * (time.perf_counter() - began), rows
+    connection.execute(query.encode(), arguments).fetchall()
+    return 1000 * (time.perf_counter() - began)
 
 
 def enqueue(side: Side, count: int) -> Iterator[float]:
     for _ in range(count):
-        side.become(darkroom.claims(darkroom.FIRST_USER + random.randrange(darkroom.USERS)))
-        yield timed(side.user, ENQUEUE, darkroom.PROMPT)[0]
+        side.become()
+        yield timed(side.user, ENQUEUE, darkroom.PROMPT)
 
 
 def claim(side: Side, count: int) -> Iterator[float]:
     darkroom.fill(side.db, BATCH * count)
+    side.worker.slots = BATCH
     for _ in range(count):
-        milliseconds, jobs = timed(side.worker, CLAIM, side.worker_id, BATCH)
+        began = time.perf_counter()
+        jobs = side.worker.claim()
+        yield 1000 * (time.perf_counter() - began)
         assert len(jobs) == BATCH
-        complete(side.worker, jobs)
-        yield milliseconds
+        complete(side.worker.connection, jobs)
 
 
 def complete_each(side: Side, count: int) -> Iterator[float]:
     darkroom.fill(side.db, count)
-    for job in side.claim(count):
+    side.worker.slots = count
+    for job in side.worker.claim():
         images, metrics = [Jsonb([image_of(job)])], [Jsonb({"images": 1})]
-        yield timed(side.worker, COMPLETE, [job.job_id], [job.token], images, metrics)[0]
+        what = ([job.job_id], [job.token], images, metrics)
+        yield timed(side.worker.connection, COMPLETE, *what)
 
 
 def look_at(sample: str, side: Side, count: int) -> Iterator[float]:
     darkroom.run_script(side.db, darkroom.LAST_QUEUED)
     for job in random.choices(side.db.execute(f"select * from bench.{sample}"), k=count):
         side.become(job["claims"])
-        yield timed(side.user, STATUS, job["job_id"])[0]
+        yield timed(side.user, "select public.get_job_status(%s)", job["job_id"])
 
 
 def list_active(side: Side, count: int) -> Iterator[float]:
     for _ in range(count):
-        side.become(darkroom.claims(darkroom.FIRST_USER + random.randrange(darkroom.USERS)))
-        yield timed(side.user, "select public.list_active_jobs()")[0]
+        side.become()
+        yield timed(side.user, "select public.list_active_jobs()")
 
 
 WAYS: dict[str, Callable[[Side, int], Iterator[float]]] = {
@@ -125,27 +113,22 @@ WAYS: dict[str, Callable[[Side, int], Iterator[float]]] = {
 
 def make_tasks(lab: Lab, sizes: Sizes) -> list[Task]:
     count = sizes.pick(CALLS, QUICK_CALLS)
-    histories = QUICK_COUNTS if sizes.is_quick else COUNTS
-    calls = [
-        Task(call, name_of(history), functools.partial(measure, lab, history, way, count))
+    names = {
+        history: f"Darkroom, {history:,} finished generations" if history else NEW
+        for history in (QUICK_COUNTS if sizes.is_quick else COUNTS)
+    }
+    return [
+        Task(call, name, functools.partial(measure, lab, history, way, count))
         for call, way in WAYS.items()
-        for history in histories
-    ]
-    weights = [
+        for history, name in names.items()
+    ] + [
         Task(
-            f"{table or 'all tables'} on disk",
-            name_of(history),
-            functools.partial(weigh, lab, history, table),
+            f"{table or 'all tables'} on disk", name, functools.partial(weigh, lab, history, table)
         )
         for table in (*TABLES, None)
-        for history in filter(None, histories)
+        for history, name in names.items()
+        if history
     ]
-    return calls + weights
-
-
-def name_of(history: int) -> str:
-    """Name a contender."""
-    return f"Darkroom, {history:,} finished generations" if history else NEW
 
 
 def measure(
@@ -165,13 +148,9 @@ def measure(
 def weigh(lab: Lab, history: int, table: str | None) -> dict[str, float]:
     """Return what a generation takes on disk, in a table or in all."""
     row = darkroom.aged(lab, history).row(SIZES, table)
-    return {
-        TABLE: float(row["in_table"] / history),
-        INDEXES: float(row["in_indexes"] / history),
-    }
+    return {TABLE: float(row["in_table"] / history), INDEXES: float(row["in_indexes"] / history)}
 
 
-NEW = "Darkroom, no history"
 PART = Part(
     name="growth",
     title="Growth",

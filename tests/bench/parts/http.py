@@ -7,73 +7,59 @@ import json
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 import darkroom
-import httpx
 import stack_choice
 from core import Part, Sizes, Task, percentiles
 from database import Database
-from http_client import PREVIEW, Endpoints, SignedUp, answer
 from http_fixtures import LITE, POSTGREST, start_postgrest
 from lab import CONTENDERS, Lab
 
-from stack import Stack
+from stack import Stack, sign_jwt
 
 CONNECTIONS = (1, 8)
 SECONDS, QUICK_SECONDS, WARM_SECONDS = 2, 1, 0.5
 WARM_UP_SECONDS = 5  # of a gateway that has just started
-BATCH = 100
 RATE, P50, P99 = "requests/s", "p50 ms", "p99 ms"
 CLIENT = "client's CPU, % of a core"
-EMPTY, QUEUED = "an empty function", "Darkroom, get_job_status, queued"
+EMPTY = "an empty function"
 NOTHING = """
 create function public.bench_nothing() returns json language sql stable set search_path = ''
 as $$ select '{}'::json $$;
 grant execute on function public.bench_nothing() to authenticated;
 """
+# Who asks, each in turn, and for which job.
+USERS = (
+    "select user_id, null as job_id from public.entitlements"
+    f" where user_id::text like '{darkroom.USER_ID}%' limit 2000"
+)
+FINISHED = "select user_id, id as job_id from public.generations where finished_at is not null"
+QUEUED = (
+    "select user_id, job_id from private.ready_jobs order by fair_key, seq"
+    f" offset {darkroom.BEFORE}"
+)
+PICTURE = {"model": "darkroom/preview", "prompt": darkroom.PROMPT, "params": {"width": 512}}
+CALLS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    EMPTY: ("bench_nothing", USERS, {}),
+    "Darkroom, ping": ("ping", USERS, {}),
+    "Darkroom, get_job_status, finished": ("get_job_status", FINISHED, {}),
+    "Darkroom, get_job_status, queued": ("get_job_status", QUEUED, {}),
+    "Darkroom, enqueue_generation": ("enqueue_generation", USERS, PICTURE),
+}
+BINARY = stack_choice.postgrest_binary()
 
-Request = tuple[str, dict[str, Any]]  # function and arguments
 
-
-@dataclass
+@dataclass(frozen=True)
 class Site:
     """The gateways, in front of a database with users."""
 
     lab: Lab
     db: Database
-    users: list[SignedUp]
     gateways: dict[str, str]  # where functions and tables are, by name
-    finished: dict[str, str] = field(default_factory=dict)  # a job of each user, by user
-
-    def fill_queue(self) -> dict[str, str]:
-        """Let others queue jobs, and then each user one, by user."""
-        crowd, prompts = self.users[0], [darkroom.PROMPT] * BATCH
-        while darkroom.queued(self.db) < darkroom.BEFORE:
-            answer(crowd.rpc("enqueue_batch", model=PREVIEW, prompts=prompts))
-        return {user.id: user.enqueued() for user in self.users}
-
-
-CALLS: dict[str, Callable[[Site], Callable[[SignedUp], Request]]] = {
-    EMPTY: lambda site: lambda user: ("bench_nothing", {}),
-    "Darkroom, ping": lambda site: lambda user: ("ping", {}),
-    "Darkroom, get_job_status, finished": lambda site: look_at(site.finished),
-    QUEUED: lambda site: look_at(site.fill_queue()),
-    "Darkroom, enqueue_generation": lambda site: enqueue,
-}
-
-
-def look_at(jobs: dict[str, str]) -> Callable[[SignedUp], Request]:
-    """Have users ask for their job."""
-    return lambda user: ("get_job_status", {"job_id": jobs[user.id]})
-
-
-def enqueue(user: SignedUp) -> Request:
-    """Have users ask for a picture."""
-    params = {"width": 512}
-    return "enqueue_generation", {"model": PREVIEW, "prompt": darkroom.PROMPT, "params": params}
+    jwt_secret: str
 
 
 def make_tasks(lab: Lab, sizes: Sizes) -> list[Task]:
@@ -99,31 +85,20 @@ def open_site(lab: Lab) -> Site:
     db = Database(stack.database_url, "postgres")
     lab.part_end.callback(db.close)
     darkroom.let_workers_in(db)
-    darkroom.run_script(db, darkroom.NO_LIMITS)
+    darkroom.run_script(db, darkroom.SETUP)
     db.execute(NOTHING)
+    darkroom.fill(db, darkroom.QUEUE)
+    darkroom.work_off(db)
     stack.gateway.stop()  # it reads the list of functions once, at its start
     stack.gateway.start(stack.database_url)
     gateways = {LITE: f"{stack.api_url}/rest/v1"}
     if BINARY:
         process, gateways[POSTGREST] = start_postgrest(BINARY, stack, db)
         lab.part_end.callback(process.stop, signal.SIGTERM, 10)
-    http = httpx.Client(timeout=30)
-    lab.part_end.callback(http.close)
-    endpoints = Endpoints(http, f"{stack.api_url}/auth/v1", gateways[LITE], "")
-    site = Site(lab, db, [SignedUp(endpoints) for _ in range(max(CONNECTIONS))], gateways)
-    populate(site)
+    site = Site(lab, db, gateways, stack.jwt_secret)
     for gateway in gateways:
-        send(site, gateway, CALLS[EMPTY](site), max(CONNECTIONS), WARM_UP_SECONDS)
+        send(site, gateway, EMPTY, max(CONNECTIONS), WARM_UP_SECONDS)
     return site
-
-
-def populate(site: Site) -> None:
-    """Give the users credits, and a finished job each."""
-    for user in site.users:
-        query = "select public.grant_credits(%s, %s, 'adjust', 'bench-' || %s)"
-        site.db.execute(query, user.id, darkroom.CREDITS, user.id)
-        site.finished[user.id] = user.enqueued()
-    darkroom.work_off(site.db)
 
 
 def measure(
@@ -131,7 +106,8 @@ def measure(
 ) -> dict[str, float]:
     """Make a call again and again over so many connections, then complete all jobs."""
     opened = site()
-    report = send(opened, gateway, CALLS[call](opened), connections, seconds)
+    darkroom.fill(opened.db, darkroom.QUEUE)
+    report = send(opened, gateway, call, connections, seconds)
     darkroom.work_off(opened.db)
     p50, p99 = percentiles(report["milliseconds"], 50, 99)
     return {
@@ -142,45 +118,37 @@ def measure(
     }
 
 
-def send(
-    site: Site,
-    gateway: str,
-    request: Callable[[SignedUp], Request],
-    connections: int,
-    seconds: int,
-) -> dict[str, Any]:
-    """Send requests over so many connections, each with a user of its own."""
+def send(site: Site, gateway: str, call: str, connections: int, seconds: int) -> dict[str, Any]:
+    """Send requests over so many connections, each of another user."""
     url = urlsplit(site.gateways[gateway])
+    function, who, arguments = CALLS[call]
+    requests = []
+    for row in site.db.execute(who):
+        claims = {"sub": str(row["user_id"]), "role": "authenticated", "exp": 4_102_444_800}
+        asked = arguments | ({"job_id": str(row["job_id"])} if row["job_id"] else {})
+        body = json.dumps(asked)
+        requests.append(
+            f"POST {url.path}/rpc/{function} HTTP/1.1\r\nHost: {url.netloc}\r\n"
+            f"Authorization: Bearer {sign_jwt(site.jwt_secret, claims)}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+        )
     options = {
-        "host": url.hostname,
-        "port": url.port,
-        "requests": [
-            text_of(url.path, url.netloc, str(user.token), *request(user))
-            for user in site.users[:connections]
-        ],
-        "warm_seconds": WARM_SECONDS,
-        "seconds": seconds,
+        **{"host": url.hostname, "port": url.port},
+        "requests": [requests[n::connections] for n in range(connections)],
+        **{"warm_seconds": WARM_SECONDS, "seconds": seconds},
     }
-    program = [sys.executable, str(CONTENDERS / "load_http.py"), json.dumps(options)]
+    file = site.lab.folder / "requests.json"
+    file.write_text(json.dumps(options))
+    program = [sys.executable, str(CONTENDERS / "load_http.py"), str(file)]
     return dict(json.loads(site.lab.run(program)))
 
 
-def text_of(path: str, host: str, token: str, function: str, arguments: dict[str, Any]) -> str:
-    """Write a request as it is sent."""
-    body = json.dumps(arguments)
-    return (
-        f"POST {path}/rpc/{function} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {token}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
-    )
-
-
-BINARY = stack_choice.postgrest_binary()
 PART = Part(
     name="http",
     title="HTTP",
     about=(
         "The calls of an app as users who have signed up, one request after the other over each"
-        " kept connection, every connection with a user of its own. The client is one process that"
+        " kept connection, every request of another user. The client is one process that"
         f" does little beside; a queued job has {darkroom.BEFORE} before it. An empty function"
         " answers {}: what the gateway itself takes. Targets: 0.5 of it for enqueue_generation, 0.8"
         " for get_job_status."

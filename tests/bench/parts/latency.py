@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import random
 import time
-from collections.abc import Callable
-from typing import Any
 
 import darkroom
 import peers
@@ -21,18 +19,18 @@ GAP_SECONDS = (0.03, 0.08)
 IDLE_SECONDS = 3.0  # before the first enqueue: the worker has gone to sleep
 LAST_SECONDS = 6.0  # after the last: longer than any backstop that is measured
 IDLE, CUT = "idle worker", "LISTEN cut"
-LISTENING = Contender("Darkroom's worker.py", "../noop_worker.py", {})
-DEAF = Contender("Darkroom's worker.py", "../noop_worker.py", {"listen": False})
-ONE_AT_A_TIME = {"batch": 1, "concurrency": 1}
+LISTENING = Contender("Darkroom's worker.py", "run_worker.py", {})
+DEAF = Contender("Darkroom's worker.py", "run_worker.py", {"listen": False})
+ONE_AT_A_TIME = {"batch": 1, "concurrency": 1, "notify": True}
 PEERS = (
-    Contender("LISTEN + claim, bare loop", "run_baseline.py", {"batch": 1, "notify": True}),
-    peers.PROCRASTINATE,
-    peers.PGQUEUER,
-    peers.GRAPHILE,
-    Contender("pg-boss, notify", "run_pgboss.mjs", {**ONE_AT_A_TIME, "notify": True}),
+    Contender("LISTEN + claim, bare loop", "run_baseline.py", ONE_AT_A_TIME),
+    *(peers.PROCRASTINATE, peers.PGQUEUER, peers.GRAPHILE),
+    Contender("pg-boss, notify", "run_pgboss.mjs", ONE_AT_A_TIME),
 )
-
-Enqueue = Callable[[int], str]  # the n-th job; answers the key its handler will know it by
+ENQUEUE = (
+    "select set_config('request.jwt.claims', $1, false),"
+    " public.enqueue_generation('darkroom/preview', $2, '{}', null) ->> 'job_id'"
+)
 
 
 def make_tasks(lab: Lab, sizes: Sizes) -> list[Task]:
@@ -45,64 +43,37 @@ def make_tasks(lab: Lab, sizes: Sizes) -> list[Task]:
 
 
 def measure(lab: Lab, contender: Contender, count: int) -> dict[str, float]:
-    """Enqueue now and then; match commits with the calls of the handler."""
-    is_ours = contender in (LISTENING, DEAF)
-    template = darkroom.base(lab) if is_ours else peers.tables(lab, contender)
+    """Enqueue now and then; match commits, as the client knows them, with calls of the handler."""
+    peer = contender if contender in PEERS else None
+    template = peers.tables(lab, peer) if peer else darkroom.base(lab)
+    committed = {}  # when, by the key that the handler knows the job by
     with lab.copy(template) as db:
-        url = darkroom.worker_url(db) if is_ours else db.url
-        as_user = darkroom.AS_USER["PGOPTIONS"] if is_ours else ""
+        url = db.url if peer else darkroom.worker_url(db)
         with (
             lab.work(contender, url, jobs=count, seconds=600, keys=True) as worker,
-            psycopg.connect(db.url, autocommit=True, options=as_user) as connection,
+            psycopg.connect(db.url, autocommit=True)
+            if peer
+            else darkroom.as_user(db) as connection,
         ):
-            enqueue = our_way(connection) if is_ours else their_way(lab, contender, connection)
-            worker.go()
+            cursor = psycopg.RawCursor(connection)
+            statement = peers.statement(lab, peer) if peer else None
+            worker.say()
             time.sleep(IDLE_SECONDS)
-            megabytes = worker.resident_megabytes()
-            committed = enqueue_now_and_then(enqueue, count)
+            megabytes = worker.megabytes()
+            for number in range(count):
+                if statement:
+                    key = f"job-{number:04}"
+                    cursor.execute(statement.text.encode(), statement.with_key(key))
+                else:
+                    cursor.execute(ENQUEUE, [darkroom.claims(number), darkroom.PROMPT])
+                    key = str(cursor.fetchall()[0][1])
+                committed[key] = time.monotonic()
+                time.sleep(random.uniform(*GAP_SECONDS))
             report = worker.report(within=LAST_SECONDS)
     started = dict(zip(report["keys"], report["moments"], strict=True))
     waits = [1000 * (started[key] - moment) for key, moment in committed.items()]
-    p50, p95, p99 = percentiles(waits, 50, 95, 99)
-    return {P50: p50, P95: p95, P99: p99, WORST: max(waits), MEMORY: megabytes}
-
-
-def enqueue_now_and_then(enqueue: Enqueue, count: int) -> dict[str, float]:
-    """Return when each commit was known to the client, by key."""
-    committed = {}
-    for number in range(count):
-        key = enqueue(number)
-        committed[key] = time.monotonic()
-        time.sleep(random.uniform(*GAP_SECONDS))
-    return committed
-
-
-def their_way(lab: Lab, peer: Contender, connection: psycopg.Connection[Any]) -> Enqueue:
-    """Enqueue as the library does."""
-    statement = peers.statement(lab, peer)
-    cursor = psycopg.RawCursor(connection)
-
-    def enqueue(number: int) -> str:
-        key = f"job-{number:04}"
-        cursor.execute(statement.text.encode(), statement.with_key(key))
-        return key
-
-    return enqueue
-
-
-def our_way(connection: psycopg.Connection[Any]) -> Enqueue:
-    """Enqueue as a user, another one each time."""
-    query = (
-        "select set_config('request.jwt.claims', %s, false),"
-        " public.enqueue_generation('darkroom/preview', %s, '{}', null)"
-    )
-
-    def enqueue(number: int) -> str:
-        claims = darkroom.claims(darkroom.FIRST_USER + number)
-        cursor = connection.execute(query, [claims, darkroom.PROMPT])
-        return str(cursor.fetchone()[1]["job_id"])  # type: ignore[index]
-
-    return enqueue
+    figures = (*percentiles(waits, 50, 95, 99), max(waits), megabytes)
+    return dict(zip((P50, P95, P99, WORST, MEMORY), figures, strict=True))
 
 
 PART = Part(

@@ -14,6 +14,7 @@ FEW, MANY, QUICK_MANY = 10_000, 5_000_000, 50_000
 COST = f"ms per call, {CLIENTS} clients"
 RATE, LOOKUP = "calls/s", "of it to draw a job, ms"
 SITUATIONS = {"finished": "finished", f"queued behind {darkroom.BEFORE}": "queued"}
+NAME = "Darkroom, {:,} generations"
 DRAWN = """\\set n random(1, {count})
 select set_config('request.jwt.claims', claims, false), {what}
 from bench.{sample} where n = :n
@@ -23,15 +24,10 @@ from bench.{sample} where n = :n
 def make_tasks(lab: Lab, sizes: Sizes) -> list[Task]:
     seconds = sizes.pick(SECONDS, QUICK_SECONDS)
     return [
-        Task(situation, name_of(count), functools.partial(measure, lab, count, sample, seconds))
+        Task(situation, NAME.format(count), functools.partial(measure, lab, count, sample, seconds))
         for situation, sample in SITUATIONS.items()
         for count in (FEW, sizes.pick(MANY, QUICK_MANY))
     ]
-
-
-def name_of(count: int) -> str:
-    """Name a contender by the generations in its database."""
-    return f"Darkroom, {count:,} generations"
 
 
 def measure(lab: Lab, generations: int, sample: str, seconds: int) -> dict[str, float]:
@@ -40,9 +36,9 @@ def measure(lab: Lab, generations: int, sample: str, seconds: int) -> dict[str, 
     darkroom.run_script(db, darkroom.LAST_QUEUED)
     count = db.value(f"select count(*) from bench.{sample}")
 
-    def rate(what: str, seconds: float) -> float:
+    def rate(what: str, seconds: int) -> float:
         script = DRAWN.format(count=count, what=what, sample=sample)
-        options = (f"-c{CLIENTS}", "-j2", f"-T{seconds:.0f}")
+        options = (f"-c{CLIENTS}", "-j2", f"-T{seconds}")
         return lab.pgbench(db.url, script, *options, **darkroom.AS_USER)
 
     calls, lookups = rate("public.get_job_status(job_id)", seconds), rate("job_id", 1)
@@ -60,7 +56,7 @@ PART = Part(
         " Target: at most 1.3 times the time of the small database."
     ),
     metric=COST,
-    reference=name_of(FEW),
+    reference=NAME.format(FEW),
     make_tasks=make_tasks,
     is_less_better=True,
 )

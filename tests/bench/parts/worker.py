@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import tempfile
 import time
@@ -13,8 +14,7 @@ from core import Part, Sizes, Task
 from lab import Contender, Lab
 from PIL import Image
 
-PEAK, IDLE = "peak MB", "idle MB"
-CPU, RATE = "CPU ms/job", "jobs/s"
+PEAK, IDLE, CPU, RATE = "peak MB", "idle MB", "CPU ms/job", "jobs/s"
 NOOP_SLOTS, NOOP_JOBS, QUICK_NOOP_JOBS = (4, 64, 256), 5_000, 1_000
 SLOTS = (1, 64, 256)
 EACH, QUICK_EACH = 8, 2  # pictures for each slot
@@ -23,61 +23,50 @@ IDLE_SECONDS = 3.0  # before the first job: the worker has gone to sleep
 LARGE, QUICK_LARGE = 64, 8
 MOST_SECONDS = 300.0  # for the jobs of a cell
 KINDS = {"PNG": ("png",), "of four formats": tuple(memory.KINDS)}
+NAME = "Darkroom's worker.py, {}"
 
 
 def make_tasks(lab: Lab, sizes: Sizes) -> list[Task]:
     jobs, each = sizes.pick(NOOP_JOBS, QUICK_NOOP_JOBS), sizes.pick(EACH, QUICK_EACH)
     large = sizes.pick(LARGE, QUICK_LARGE)
+    drains = [("no pictures", slots, jobs) for slots in NOOP_SLOTS] + [
+        ("small pictures", slots, each * slots) for slots in SLOTS
+    ]
     return [
-        *(
-            Task("no pictures", name_of(slots), functools.partial(drain, lab, slots, jobs))
-            for slots in NOOP_SLOTS
-        ),
-        *(
-            Task(
-                "small pictures",
-                name_of(slots),
-                functools.partial(store, lab, slots, each * slots),
-            )
-            for slots in SLOTS
-        ),
-        *(
-            Task(
-                "20 MB pictures",
-                f"Darkroom's worker.py, {large} at once, {name}",
-                functools.partial(store_large, large, kinds),
-            )
-            for name, kinds in KINDS.items()
-        ),
+        Task(
+            situation,
+            NAME.format(f"{slots} slot{'s' if slots > 1 else ''}"),
+            functools.partial(handle, lab, slots, count, situation == "small pictures"),
+        )
+        for situation, slots, count in drains
+    ] + [
+        Task(
+            "20 MB pictures",
+            NAME.format(f"{large} at once, {name}"),
+            functools.partial(store_large, large, kinds),
+        )
+        for name, kinds in KINDS.items()
     ]
 
 
-def name_of(slots: int) -> str:
-    """Name a contender by how many jobs it has in flight."""
-    return f"Darkroom's worker.py, {slots} slot{'s' if slots > 1 else ''}"
+def handle(lab: Lab, slots: int, jobs: int, has_pictures: bool) -> dict[str, float]:
+    """Have an idle worker handle jobs that are all queued at the same moment.
 
-
-def drain(lab: Lab, slots: int, jobs: int) -> dict[str, float]:
-    """Handle jobs without pictures."""
-    return handle(lab, Contender("worker.py", "../noop_worker.py", {"slots": slots}), jobs)
-
-
-def store(lab: Lab, slots: int, jobs: int) -> dict[str, float]:
-    """Download and store a small picture for each job, as many at once as there are slots."""
-    with tempfile.TemporaryDirectory() as folder, memory.serving(Path(folder)) as files:
-        Image.effect_noise((512, 512), 80).convert("RGB").save(Path(folder, "png"), "PNG")
-        options = {"slots": slots, "files": files, "kind": "png", "seconds_each": PICTURE_SECONDS}
-        return handle(lab, Contender("worker.py", "run_worker.py", options), jobs)
-
-
-def handle(lab: Lab, contender: Contender, jobs: int) -> dict[str, float]:
-    """Have an idle worker handle jobs that are all queued at the same moment."""
-    with lab.copy(darkroom.base(lab)) as db:
-        url = darkroom.worker_url(db)
+    With pictures it downloads and stores a small one for each, as many at once as there are slots.
+    """
+    with contextlib.ExitStack() as end:
+        options: dict[str, object] = {"slots": slots}
+        if has_pictures:
+            folder = end.enter_context(tempfile.TemporaryDirectory())
+            Image.effect_noise((512, 512), 80).convert("RGB").save(Path(folder, "png"), "PNG")
+            files = end.enter_context(memory.serving(Path(folder)))
+            options |= {"files": files, "kind": "png", "seconds_each": PICTURE_SECONDS}
+        db = end.enter_context(lab.copy(darkroom.base(lab)))
+        contender, url = Contender("worker.py", "run_worker.py", options), darkroom.worker_url(db)
         with lab.work(contender, url, jobs=jobs, seconds=MOST_SECONDS, keys=False) as program:
-            program.go()
+            program.say()
             time.sleep(IDLE_SECONDS)
-            idle, cpu_before = program.resident_megabytes(), program.cpu_seconds()
+            idle, cpu_before = program.megabytes(), program.cpu_seconds()
             darkroom.fill(db, jobs)
             report = program.report(within=MOST_SECONDS + 30)
         if darkroom.finished(db) < jobs:
@@ -110,7 +99,7 @@ PART = Part(
         " idle, 120 MB with 256 small pictures, 250 MB with large ones."
     ),
     metric=PEAK,
-    reference=name_of(64),
+    reference=NAME.format("64 slots"),
     make_tasks=make_tasks,
     is_less_better=True,
 )

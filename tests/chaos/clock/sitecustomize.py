@@ -13,16 +13,12 @@ FILE = Path(os.environ["CHAOS_CLOCK"])
 true_time = time.time
 
 
-def moved_time() -> float:
-    return true_time() + float(FILE.read_text() or 0)
-
-
 class MovedDatetime(datetime.datetime):
     @classmethod
     def now(cls, tz: datetime.tzinfo | None = None) -> "MovedDatetime":
-        return cls.fromtimestamp(moved_time(), tz)
+        return cls.fromtimestamp(time.time(), tz)
 
 
-time.time = moved_time
-time.time_ns = lambda: int(moved_time() * 1e9)
+time.time = lambda: true_time() + float(FILE.read_text() or 0)
+time.time_ns = lambda: int(time.time() * 1e9)
 datetime.datetime = MovedDatetime  # type: ignore[misc]
