@@ -271,6 +271,8 @@ class User(Caller):
     def enqueue(
         self, prompt: str | None = "a lighthouse at dusk", model: str | None = PREVIEW, **rest: Any
     ) -> dict[str, Any]:
+        if "params" in rest:
+            rest["params"] = Jsonb(rest["params"])
         return self.call("public.enqueue_generation", model=model, prompt=prompt, **rest)
 
     def enqueued(self, *arguments: Any, **rest: Any) -> str:

@@ -7,6 +7,7 @@ import uuid
 import pytest
 from actors import Anon, User, outcome, refused, together
 from database import assert_books_balance, unchanged
+from psycopg.types.json import Jsonb
 
 SHOWN = """
     share_id job_id position path preview_path content_type width height bytes blurhash model prompt
@@ -428,7 +429,7 @@ def test_a_bad_template_or_one_too_many_is_refused(db, alice):
         "title": ["", None, "x" * 101],
         "prompt": [" ", None, "x" * 4001],
         "model": ["", "x" * 101],
-        "params": [[], {"x": "y" * 9000}],
+        "params": [Jsonb([]), {"x": "y" * 9000}],
     }.items():
         for value in values:
             with unchanged(db), refused("PT400", "invalid_input") as expected:

@@ -82,18 +82,11 @@ select jsonb_build_object(
 
 users = st.sampled_from(["alice", "bob"])
 models = st.sampled_from(list(PRICES))
-image_counts = st.integers(1, 3)
-payments = st.integers(1, 8).map(str)
-owners = st.sampled_from([True, True, True, False])
 keys = st.sampled_from([None, None, "first", "second"])
-# One of those known by now, the newest first.
-jobs = st.runner().flatmap(lambda self: st.sampled_from(self.jobs[::-1]))
-leases = st.runner().flatmap(lambda self: st.sampled_from(self.held() * 3 + self.leases[::-1]))
-metrics = st.sampled_from([{}, {"images": 1}, {"is_asked": False}, {"is_billed": False}])
-batches = st.runner().flatmap(lambda self: st.sampled_from(list(self.books.batches)[::-1]))
-with_job = precondition(lambda self: self.jobs)
-with_lease = precondition(lambda self: self.leases)
-with_batch = precondition(lambda self: self.books.batches)
+METRICS = st.sampled_from([{}, {"images": 1}, {"is_asked": False}, {"is_billed": False}])
+OWNERS = st.sampled_from([True, True, True, False])
+OF_JOBS = ["cancel", "cancel", "cancel_batch", "retry", "hide_or_show"]
+OF_LEASES = ["complete", "fail", "fail", "release", "cancel_job", "cancel_job", "a_clock_runs_out"]
 
 
 def same(one: object, other: object) -> None:
@@ -165,6 +158,7 @@ class Money(RuleBasedStateMachine):
         expected: Callable[[], tuple[str | None, Callable[[Any], Any]]],
         touched: set[str] = frozenset(),
         connection: Callable[[Actors], psycopg.Connection[Any]] = lambda a: a.worker.connection,
+        may_stay_open: bool = True,
     ) -> None:
         """Make a call, see that it is refused as it should be, and note what it did.
 
@@ -172,7 +166,7 @@ class Money(RuleBasedStateMachine):
         asked for when what it had to wait for has ended; it may have been refused before.
         """
         self.calls += 1
-        opens = self.open is None and self.calls % 2 == 0
+        opens = may_stay_open and self.open is None and self.calls % 2 == 0
         actors = self.stage.slow if opens else self.stage.actors
         own = connection(actors)
         if opens:
@@ -210,8 +204,9 @@ class Money(RuleBasedStateMachine):
     def as_user(self, name: str, call: Callable[[User], Any], *rest: Any) -> None:
         self.do(lambda a: call(a.users[name]), *rest, connection=lambda a: a.users[name].connection)
 
-    def as_service(self, call: Callable[[Service], Any], expected: Any) -> None:
-        self.do(lambda a: call(a.service), expected, connection=lambda a: a.service.connection)
+    def as_service(self, call: Callable[[Service], Any], expected: Any, **rest: bool) -> None:
+        own = {"connection": lambda a: a.service.connection}
+        self.do(lambda a: call(a.service), expected, **own, **rest)
 
     def held(self) -> list[Job]:
         return [job for job in self.leases if self.books.holder(job.id, job.token)]
@@ -222,11 +217,28 @@ class Money(RuleBasedStateMachine):
         is_bobs = job is not None and job.user_id == self.ids["bob"]
         return "bob" if is_bobs == is_owner else "alice"
 
+    @rule(data=st.data())
+    def something_happens(self, data):
+        ways = ["enqueue", "enqueue", "grant", "set_paid"] + (OF_JOBS if self.jobs else [])
+        ways += ["claim"] * 3 if self.books.claimable() else []
+        ways += OF_LEASES if self.leases else []
+        if any(job.is_late for job in self.books.jobs.values()):
+            ways.append("recover_stale_jobs")
+        way = data.draw(st.sampled_from(ways))
+        if way in OF_JOBS:  # the newest first
+            job_id = data.draw(st.sampled_from(self.jobs[::-1]))
+            getattr(self, way)(job_id, self.name_for(job_id, data.draw(OWNERS)))
+        elif way in OF_LEASES:
+            lease = data.draw(st.sampled_from(self.held() * 3 + self.leases[::-1]))
+            getattr(self, way)(lease, data.draw)
+        else:
+            getattr(self, way)(data.draw)
+
     # What users do.
 
-    @rule(name=users, model=models, images=image_counts, n=st.integers(0, 3), key=keys)
-    def enqueue(self, name, model, images, n, key):
-        """One, or a batch of n."""
+    def enqueue(self, draw):
+        name, model, key = draw(users), draw(models), draw(keys)
+        images, n = draw(st.integers(1, 3)), draw(st.integers(0, 3))  # one, or a batch of n
         user_id, request, what = self.ids[name], (model, images, n), "batch_id" if n else "job_id"
 
         def call(user):
@@ -255,11 +267,7 @@ class Money(RuleBasedStateMachine):
 
         self.as_user(name, call, expected)
 
-    @with_job
-    @rule(job_id=jobs, is_owner=owners)
-    def cancel(self, job_id, is_owner):
-        name = self.name_for(job_id, is_owner)
-
+    def cancel(self, job_id, name):
         def expected():
             job = self.books.seen(self.ids[name], job_id)
             has_ended = job and job.status in ("completed", "failed")
@@ -268,25 +276,22 @@ class Money(RuleBasedStateMachine):
 
         self.as_user(name, lambda u: u.cancel_generation(job_id), expected, {job_id})
 
-    @with_batch
-    @rule(batch_id=batches, is_owner=owners)
-    def cancel_batch(self, batch_id, is_owner):
-        job_ids = self.books.batches[batch_id]
-        name = self.name_for(job_ids[0], is_owner)
+    def cancel_batch(self, job_id, name):
+        found = [each for each in self.books.batches.items() if job_id in each[1]]
+        if not found:
+            return
+        batch_id, job_ids = found[0]
 
         def note(_):
-            for job_id in job_ids:
-                self.books.ask_to_cancel(self.books.jobs[job_id])
+            for each in job_ids:
+                self.books.ask_to_cancel(self.books.jobs[each])
 
         def expected():
             return self.books.repeat_refusal(self.ids[name], True, job_ids), note
 
         self.as_user(name, lambda u: u.cancel_batch(batch_id), expected, set(job_ids))
 
-    @with_job
-    @rule(job_id=jobs, is_owner=owners)
-    def retry(self, job_id, is_owner):
-        name = self.name_for(job_id, is_owner)
+    def retry(self, job_id, name):
         user_id = self.ids[name]
 
         def expected():
@@ -305,14 +310,12 @@ class Money(RuleBasedStateMachine):
 
         self.as_user(name, lambda u: u.retry_generation(job_id), expected)
 
-    @with_job
-    @rule(job_id=jobs, is_owner=owners, hides=st.booleans())
-    def hide_or_show(self, job_id, is_owner, hides):
-        name = self.name_for(job_id, is_owner)
+    def hide_or_show(self, job_id, name):
+        job = self.books.jobs[job_id]
+        hides = not job.is_deleted
 
         def expected():
-            job = self.books.jobs.get(job_id)
-            is_own = job is not None and job.user_id == self.ids[name]
+            is_own = job.user_id == self.ids[name]
             refusal = None if is_own else "PT404"
             if is_own and hides and job.status in LIVE:
                 refusal = "PT409"
@@ -323,8 +326,9 @@ class Money(RuleBasedStateMachine):
 
     # What operators do.
 
-    @rule(name=users, amount=st.sampled_from([5, -3]), external_id=payments)
-    def grant(self, name, amount, external_id):
+    def grant(self, draw):
+        name = draw(users)
+        amount, external_id = draw(st.sampled_from([5, -3])), str(draw(st.integers(1, 8)))
         kind = "grant" if amount > 0 else "adjust"
         given = self.ids[name], amount, kind, external_id
 
@@ -340,17 +344,19 @@ class Money(RuleBasedStateMachine):
 
         self.as_service(lambda s: s.grant_credits(*given[:2], external_id, kind), expected)
 
-    @rule(name=users, plan=st.sampled_from(list(MAX_ACTIVE)))
-    def set_paid(self, name, plan):
+    def set_paid(self, draw):
+        name, plan = draw(users), draw(st.sampled_from(list(MAX_ACTIVE)))
         account, until = self.books.accounts[self.ids[name]], "infinity" if plan == "paid" else None
         expected = None, lambda _: setattr(account, "plan", plan)
-        self.as_service(lambda s: s.set_paid(self.ids[name], until), lambda: expected)
+        # What waits for it is charged by the plan there was when it was asked for.
+        self.as_service(
+            lambda s: s.set_paid(self.ids[name], until), lambda: expected, may_stay_open=False
+        )
 
     # What workers do, with a lease they hold or one of long ago.
 
-    @precondition(lambda self: self.books.claimable())
-    @rule(slots=st.integers(1, 3))
-    def claim(self, slots):
+    def claim(self, draw):
+        slots = draw(st.integers(1, 3))
         is_alone = self.open is None  # else what another transaction has locked is passed over
 
         def call(actors):
@@ -383,10 +389,8 @@ class Money(RuleBasedStateMachine):
 
         self.do(lambda a: call(a.worker), expected, {lease.id})
 
-    @with_lease
-    @rule(lease=leases, missing=st.sampled_from([0, 0, 1, 1, 2, -1]))
-    def complete(self, lease, missing):
-        images = lease.image_count - missing
+    def complete(self, lease, draw):
+        images = lease.image_count - draw(st.sampled_from([0, 0, 1, 1, 2, -1]))
         refusal = None if 1 <= images <= lease.image_count else "22023"
         self.end(
             lease,
@@ -395,14 +399,9 @@ class Money(RuleBasedStateMachine):
             lambda job: (refusal, lambda _: self.books.complete(job, images)),
         )
 
-    @with_lease
-    @rule(
-        lease=leases,
-        code=st.sampled_from([*RETRIES, *FINAL]),
-        retry_after=st.sampled_from([None, None, 60]),
-        metrics=metrics,
-    )
-    def fail(self, lease, code, retry_after, metrics):
+    def fail(self, lease, draw):
+        code, metrics = draw(st.sampled_from([*RETRIES, *FINAL])), draw(METRICS)
+        retry_after = draw(st.sampled_from([None, None, 60]))
         waits = retry_after is not None
         self.end(
             lease,
@@ -411,9 +410,8 @@ class Money(RuleBasedStateMachine):
             lambda job: (None, lambda answer: same(answer, self.books.fail(job, code, waits))),
         )
 
-    @with_lease
-    @rule(lease=leases, resumes=st.booleans())
-    def release(self, lease, resumes):
+    def release(self, lease, draw):
+        resumes = draw(st.booleans())
         self.end(
             lease,
             lambda worker: worker.release_job(lease, resumes),
@@ -421,9 +419,8 @@ class Money(RuleBasedStateMachine):
             lambda job: (None, lambda _: self.books.release(job, resumes)),
         )
 
-    @with_lease
-    @rule(lease=leases, metrics=metrics)
-    def cancel_job(self, lease, metrics):
+    def cancel_job(self, lease, draw):
+        metrics = draw(METRICS)
         is_burned = False not in metrics.values()
         self.end(
             lease,
@@ -440,25 +437,22 @@ class Money(RuleBasedStateMachine):
         rows = outcome(lambda: self.db.execute(query, *arguments))
         return isinstance(rows, list) and len(rows) > 0
 
-    @with_lease
-    @rule(lease=leases, clock=st.sampled_from(["lease_until", "lease_until", "deadline_at"]))
-    def a_clock_runs_out(self, lease, clock):
+    def a_clock_runs_out(self, lease, draw):
+        clock = draw(st.sampled_from(["lease_until", "lease_until", "deadline_at"]))
         query = f"update private.running_jobs set {clock} = now() - interval '1 second'"
         query += " where job_id = %s and token = %s returning token"
         if self.moved(query, lease.job_id, lease.token):
             self.books.jobs[lease.id].is_late.add(clock)
 
     @precondition(lambda self: any(job.waits for job in self.books.jobs.values()))
-    @rule(job_id=jobs)
-    def a_backoff_ends(self, job_id):
-        query = "update private.ready_jobs set run_at = null"
-        query += " where job_id = %s and run_at is not null returning job_id"
-        if self.moved(query, job_id):
-            self.books.jobs[job_id].waits = False
-
-    @precondition(lambda self: any(job.is_late for job in self.books.jobs.values()))
     @rule()
-    def recover_stale_jobs(self):
+    def the_backoffs_end(self):
+        for id in [id for id, job in self.books.jobs.items() if job.waits]:
+            query = "update private.ready_jobs set run_at = null"
+            if self.moved(f"{query} where job_id = %s and run_at is not null returning job_id", id):
+                self.books.jobs[id].waits = False
+
+    def recover_stale_jobs(self, _):
         skipped = self.open.touched if self.open else set()
         late = {id for id, job in self.books.jobs.items() if job.token and job.is_late} - skipped
 
