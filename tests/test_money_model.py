@@ -453,8 +453,9 @@ class Money(RuleBasedStateMachine):
                 self.books.jobs[id].waits = False
 
     def recover_stale_jobs(self, _):
-        skipped = self.open.touched if self.open else set()
-        late = {id for id, job in self.books.jobs.items() if job.token and job.is_late} - skipped
+        late = {id for id, job in self.books.jobs.items() if job.token and job.is_late}
+        if self.open and late & self.open.touched:
+            return  # whether it has their rows, which are passed over then, is not known here
 
         def note(count):
             same(count, len(late))

@@ -120,8 +120,7 @@ declare
   v_us bigint := date_part('epoch', clock_timestamp()) * 1000000;
 begin
   return encode(
-    substring(int8send(v_us / 1000) from 3)
-    || int2send((28672 + (v_us % 1000) * 4096 / 1000)::smallint)
+    int8send(v_us / 1000 * 65536 + 28672 + v_us % 1000 * 4096 / 1000)
     || substring(uuid_send(gen_random_uuid()) from 9),
     'hex'
   )::uuid;
@@ -138,14 +137,17 @@ create domain public.job_status as text constraint job_status_is_known check (
   value in ('queued', 'processing', 'completed', 'failed', 'canceled')
 );
 
-comment on domain public.job_status is 'See generations.status.';
-
 create domain public.ledger_kind as text constraint ledger_kind_is_known check (
   value in ('grant', 'charge', 'refund', 'adjust', 'carry')
 );
 
-comment on domain public.ledger_kind is 'See credit_ledger.kind.';
+create domain public.credits as integer constraint credits_are_not_negative check (value >= 0);
+create domain public.image_count as smallint
+constraint image_count_is_positive check (value > 0);
+create domain public.json_object as jsonb
+constraint json_object_is_one check (jsonb_typeof(value) = 'object');
 
+-- A function, for the same reason, where a rule holds several columns together.
 create function private.fits_kind(
   p_kind text, p_amount integer, p_generation_id uuid
 ) returns boolean
@@ -160,56 +162,62 @@ begin
 end;
 $$;
 
+create function private.fits_status(
+  p_status text, p_error_code text, p_finished_at timestamptz, p_deleted_at timestamptz
+) returns boolean
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
+begin
+  return (p_finished_at is null) = (p_status in ('queued', 'processing'))
+    and (p_error_code is not null) = (p_status = 'failed')
+    -- A deleted one is hidden: no job may run unseen, nor be counted as active.
+    and (p_deleted_at is null or p_finished_at is not null);
+end;
+$$;
+
 -- A trigger (84) cascades from auth.users, not a foreign key: whoever moves a balance twice in one
 -- transaction would have its check lock the user, whom a deletion holds while it waits for jobs.
 create table public.entitlements (
   user_id uuid primary key,
-  is_paid boolean not null default false,
   paid_until timestamptz,
-  credits integer not null default 0,
+  credits public.credits not null default 0,
   last_fair_key bigint not null default 0,
   minute_started_at timestamptz not null default '-infinity',
   minute_jobs integer not null default 0,
   day_started_at timestamptz not null default '-infinity',
   day_jobs integer not null default 0,
   day_burned integer not null default 0,
-  created_at timestamptz not null default now(),
-  constraint entitlements_credits_are_not_negative check (credits >= 0),
-  constraint entitlements_paid_users_have_an_end check (not is_paid or paid_until is not null)
+  created_at timestamptz not null default now()
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
 
 comment on table public.entitlements is
   'A user''s plan and balance: the row every money step locks.';
 comment on column public.entitlements.paid_until is
-  'End of the paid plan; infinity for one without end.';
+  'End of the paid plan; infinity for one without end, null for none.';
 comment on column public.entitlements.credits is
   'Balance in credits: the sum of the user''s ledger amounts.';
 comment on column public.entitlements.last_fair_key is
   'Virtual finish time of the user''s last job; see ready_jobs.fair_key.';
-comment on column public.entitlements.minute_started_at is
-  'Start of the minute that minute_jobs counts.';
 comment on column public.entitlements.minute_jobs is
   'Jobs enqueued since minute_started_at, also those canceled since.';
 comment on column public.entitlements.day_started_at is
   'Start of the day that day_jobs and day_burned count.';
-comment on column public.entitlements.day_jobs is 'Jobs enqueued since day_started_at.';
 comment on column public.entitlements.day_burned is
   'Jobs canceled since day_started_at that the provider may bill us.';
 
 -- No foreign keys: the books may outlive the user and do outlive the generation they speak of.
 create table public.credit_ledger (
-  id bigint generated always as identity primary key,
-  user_id uuid not null,
+  id bigint generated always as identity,
+  user_id uuid,
   generation_id uuid,
   kind public.ledger_kind not null,
   amount integer not null,
-  balance_after integer not null,
+  balance_after public.credits not null,
   external_id text,
   created_at timestamptz not null default now(),
+  primary key (user_id, id),
   constraint credit_ledger_amount_and_generation_match_kind check (
     private.fits_kind(kind, amount, generation_id)
-  ),
-  constraint credit_ledger_balance_is_not_negative check (balance_after >= 0)
+  )
 );
 
 comment on table public.credit_ledger is
@@ -220,11 +228,9 @@ comment on column public.credit_ledger.kind is
   'as the first edition made it.';
 comment on column public.credit_ledger.amount is
   'Credits: negative for a charge, positive for a grant or refund.';
-comment on column public.credit_ledger.balance_after is 'The user''s balance after this entry.';
 comment on column public.credit_ledger.external_id is
   'The caller''s id of a grant (a payment''s, say): the same id is applied once.';
 
-create index credit_ledger_user_id_id_idx on public.credit_ledger (user_id, id);
 -- A generation is given back at most once. Its charge needs no index: enqueue writes it together
 -- with the generation's new id.
 create unique index credit_ledger_refund_once_idx
@@ -264,13 +270,13 @@ create table public.batches (
   id uuid primary key default private.uuid_v7(),
   user_id uuid not null,
   request_hash text not null,
-  job_count smallint not null,
+  job_ids uuid[] not null default '{}',
   idempotency_key text,
-  created_at timestamptz not null default now(),
-  constraint batches_job_count_is_positive check (job_count > 0)
+  created_at timestamptz not null default now()
 );
 
 comment on table public.batches is 'Generations that were asked for together.';
+comment on column public.batches.job_ids is 'In the order of the prompts; also those erased since.';
 comment on column public.batches.request_hash is
   'Hash of model, prompts and params: what a repeated idempotency_key must match.';
 
@@ -288,13 +294,13 @@ create table public.generations (
   batch_id uuid,
   retry_of uuid,
   prompt text not null,
-  input jsonb not null,
+  input public.json_object not null,
   provider_input jsonb not null,
   status public.job_status not null default 'queued',
   error_code text,
   error_message text,
-  price_credits integer not null,
-  image_count smallint not null,
+  price_credits public.credits not null,
+  image_count public.image_count not null,
   queue_distance bigint,
   idempotency_key text,
   is_favorite boolean not null default false,
@@ -303,19 +309,9 @@ create table public.generations (
   finished_at timestamptz,
   updated_at timestamptz not null default now(),
   deleted_at timestamptz,
-  constraint generations_finished_at_matches_status check (
-    (finished_at is null) = (status in ('queued', 'processing'))
-  ),
-  constraint generations_error_code_matches_status check (
-    (error_code is not null) = (status = 'failed')
-  ),
-  -- A deleted one is hidden: no job may run unseen, nor be counted as active.
-  constraint generations_deleted_ones_are_finished check (
-    deleted_at is null or finished_at is not null
-  ),
-  constraint generations_input_is_an_object check (jsonb_typeof(input) = 'object'),
-  constraint generations_price_is_not_negative check (price_credits >= 0),
-  constraint generations_image_count_is_positive check (image_count > 0)
+  constraint generations_end_matches_status check (
+    private.fits_status(status, error_code, finished_at, deleted_at)
+  )
 ) with (fillfactor = 80);
 
 comment on table public.generations is
@@ -323,10 +319,8 @@ comment on table public.generations is
 comment on column public.generations.id is 'The job id: the same thing seen by the queue.';
 comment on column public.generations.alias_id is
   'The alias that was asked for and stood for model_id; null: the model itself was.';
-comment on column public.generations.batch_id is 'The batch it was asked for in, if any.';
 comment on column public.generations.retry_of is
   'The failed or canceled generation that this one repeats.';
-comment on column public.generations.input is 'The params as the user gave them.';
 comment on column public.generations.provider_input is
   'What is sent to the provider: prompt, params, defaults and the chosen seed.';
 comment on column public.generations.status is
@@ -335,7 +329,6 @@ comment on column public.generations.status is
 comment on column public.generations.error_code is 'Why it failed: a code of private.error_codes.';
 comment on column public.generations.price_credits is
   'Credits charged for the whole generation at enqueue.';
-comment on column public.generations.image_count is 'Images asked and charged for.';
 comment on column public.generations.queue_distance is
   'How far behind the queue''s present it was put: ready_jobs.fair_key less the virtual clock.';
 comment on column public.generations.idempotency_key is
@@ -349,11 +342,15 @@ create index generations_favorites_idx
 on public.generations (user_id, id desc) where is_favorite;
 create unique index generations_idempotency_key_idx
 on public.generations (user_id, idempotency_key) where idempotency_key is not null;
-create index generations_batch_id_idx on public.generations (batch_id) where batch_id is not null;
-create index generations_retry_of_idx on public.generations (retry_of) where retry_of is not null;
--- Read by params.reuse: only what was asked for with a seed can be asked for again.
-create index generations_reuse_idx
-on public.generations (user_id, md5(provider_input::text)) where input ? 'seed';
+
+-- By the old one: retry_of is looked up backwards only where there is a retry.
+create table private.retries (
+  retry_of uuid,
+  generation_id uuid,
+  primary key (retry_of, generation_id)
+);
+
+comment on table private.retries is 'generations.retry_of, to be found by it.';
 
 create table public.images (
   generation_id uuid not null,
@@ -383,15 +380,11 @@ create table public.images (
 );
 
 comment on table public.images is 'One stored output of a generation.';
-comment on column public.images.position is 'Place among the generation''s images, from 0.';
 comment on column public.images.storage_path is
   'Path in bucket generations: <user_id>/<generation_id>/<position>.<ext>. Never changes: a good '
   'cache key.';
 comment on column public.images.preview_path is
   'Path of a smaller WebP for galleries; null where none was made.';
-comment on column public.images.width is 'Pixels; null where the format has none.';
-comment on column public.images.bytes is 'Size of the file in bytes.';
-comment on column public.images.blurhash is 'BlurHash placeholder; null where none was made.';
 comment on column public.images.share_id is
   'Given when the owner shares it, in the order of time; null: private.';
 comment on column public.images.shows_prompt is
@@ -415,6 +408,9 @@ create table public.models (
   is_active boolean not null default true,
   input_schema jsonb not null,
   default_input jsonb not null default '{}',
+  required_inputs text[] not null default '{}',
+  lowest_seed bigint,
+  highest_seed bigint,
   client_inputs text[] not null,
   prompt_input text default 'prompt',
   image_inputs text[] not null default '{}',
@@ -455,15 +451,15 @@ comment on column public.models.provider_ref is
 comment on column public.models.price_credits is 'Credits per image for a free user.';
 comment on column public.models.paid_price_credits is
   'Credits per image for a paid user; 0 means included in the plan.';
-comment on column public.models.is_active is 'Whether it is listed and may be asked for.';
 comment on column public.models.input_schema is
   'JSON schema of the provider''s input: {"properties": {name: {type, minimum, maximum, enum, '
   'default}}}.';
 comment on column public.models.default_input is
-  'What input_schema gives for what nobody says; kept by a trigger.';
-comment on column public.models.client_inputs is 'The properties a client may set in params.';
-comment on column public.models.prompt_input is
-  'The property the prompt goes into; null: the model takes none.';
+  'What input_schema gives for what nobody says. This and the next three are kept by a trigger.';
+comment on column public.models.required_inputs is
+  'The client inputs that nobody else gives a value.';
+comment on column public.models.lowest_seed is
+  'From here to highest_seed a seed is chosen where nobody says one; null: the model has none.';
 comment on column public.models.image_inputs is
   'The client inputs that take source images: paths in bucket inputs, which the worker signs.';
 comment on column public.models.image_count_input is
@@ -484,7 +480,7 @@ comment on column public.models.is_schema_confirmed is
   'False: input_schema was written from documentation, not imported from the provider.';
 
 -- Taken out once, not in every request. A seed is chosen (32), not taken from the schema.
-create function private.set_default_input() returns trigger
+create function private.set_derived_inputs() returns trigger
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   new.default_input := (
@@ -492,13 +488,29 @@ begin
     from jsonb_each(new.input_schema -> 'properties') as p
     where p.value ? 'default' and not (p.key = 'seed' and p.value ->> 'type' = 'integer')
   );
+  new.required_inputs := array(
+    select i.name from unnest(new.client_inputs) as i (name)
+    where new.input_schema -> 'required' ? i.name and i.name <> 'seed'
+      and not new.input_schema #> array['properties', i.name] ? 'default'
+      and not new.operator_input ? i.name
+  );
+  new.lowest_seed := null;
+  new.highest_seed := null;
+  if new.input_schema #>> '{properties,seed,type}' = 'integer' then
+    new.lowest_seed := greatest(
+      0, (new.input_schema #>> '{properties,seed,minimum}')::numeric
+    );
+    new.highest_seed := least(
+      2147483647, (new.input_schema #>> '{properties,seed,maximum}')::numeric
+    );
+  end if;
   return new;
 end;
 $$;
 
-create trigger models_set_default_input
+create trigger models_set_derived_inputs
 before insert or update on public.models
-for each row execute function private.set_default_input();
+for each row execute function private.set_derived_inputs();
 
 create table public.model_aliases (
   id text,
@@ -554,8 +566,8 @@ create sequence private.recovery_due minvalue 0 start 0;
 comment on sequence private.recovery_due is 'The same for a look at all of running_jobs.';
 
 create table private.ready_jobs (
-  seq bigint generated always as identity primary key,
-  job_id uuid not null unique,
+  job_id uuid primary key,
+  seq bigint generated always as identity,
   user_id uuid not null,
   model_id text not null,
   fair_key bigint not null,
@@ -576,7 +588,6 @@ comment on column private.ready_jobs.fair_key is
   'Virtual finish time: greatest(virtual clock, the user''s last) + price / weight. Smallest is '
   'claimed first.';
 comment on column private.ready_jobs.attempt is 'Attempts used so far.';
-comment on column private.ready_jobs.run_at is 'Not before this time (backoff); null: now.';
 comment on column private.ready_jobs.queued_at is 'Since when it may be claimed.';
 comment on column private.ready_jobs.provider_job_id is
   'The provider''s job an earlier attempt began: resume it.';
@@ -596,32 +607,15 @@ create index ready_jobs_user_id_idx on private.ready_jobs (user_id);
 create index ready_jobs_model_idx on private.ready_jobs (model_id, fair_key, seq)
 where run_at is null;
 
-create table private.queue_state (
-  id boolean primary key default true,
-  oldest_ready_at timestamptz,
-  refreshed_at timestamptz not null default now(),
-  constraint queue_state_is_one_row check (id)
-) with (fillfactor = 50);
-
-comment on table private.queue_state is
-  'The one row of what every enqueue wants to know of the queue and is too dear to look up each '
-  'time.';
-comment on column private.queue_state.oldest_ready_at is
-  'queued_at of the job that could be claimed longest at refreshed_at; null: there was none.';
-
 -- No index on what heartbeats change, and half-empty pages: beats are HOT updates.
 -- Domains, like job_status (10): a list of words is read once in a session, not in each statement.
 create domain private.job_stage as text constraint job_stage_is_known check (
   value in ('generating', 'storing')
 );
 
-comment on domain private.job_stage is 'See running_jobs.stage.';
-
 create domain private.attempt_outcome as text constraint attempt_outcome_is_known check (
   value in ('completed', 'retried', 'failed', 'released', 'canceled')
 );
-
-comment on domain private.attempt_outcome is 'See attempts.outcome.';
 
 create table private.running_jobs (
   job_id uuid primary key,
@@ -647,7 +641,6 @@ create table private.running_jobs (
 
 comment on table private.running_jobs is
   'Jobs a worker holds a lease on: as many rows as slots in the fleet.';
-comment on column private.running_jobs.token is 'Proof of the lease, from lease_tokens.';
 comment on column private.running_jobs.attempt is 'Number of this attempt, from 1.';
 comment on column private.running_jobs.lease_until is
   'When the worker counts as dead unless it beats.';
@@ -655,7 +648,6 @@ comment on column private.running_jobs.deadline_at is
   'When the attempt fails with timeout, beats or not.';
 comment on column private.running_jobs.stage is
   'generating (at the provider) -> storing (download, upload).';
-comment on column private.running_jobs.progress is 'Percent, where the provider tells.';
 comment on column private.running_jobs.provider_job_id is
   'Checkpoint: the provider''s id, saved as soon as it is known.';
 
@@ -681,7 +673,6 @@ create table private.workers (
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200);
 
 comment on table private.workers is 'Worker processes: liveness and wake-up.';
-comment on column private.workers.slots is 'Jobs it runs at once.';
 comment on column private.workers.asleep is
   'Found no work and waits for NOTIFY on darkroom_worker_<id>.';
 comment on column private.workers.is_listening is
@@ -713,8 +704,8 @@ comment on column private.attempts.attempt is
 comment on column private.attempts.outcome is
   'completed | retried (failed, queued again) | failed | released (graceful stop) | canceled.';
 comment on column private.attempts.provider_seconds is 'Compute seconds the provider reported.';
-comment on column private.attempts.provider_images is 'Images the provider made, as it bills them.';
 comment on column private.attempts.cost_usd is 'US dollars the attempt cost at the provider.';
+comment on column private.attempts.provider_images is 'Images the provider made, as it bills them.';
 
 -- Written in the order of time, so a BRIN index finds the last minutes, and costs next to nothing.
 create index attempts_ended_at_idx
@@ -745,9 +736,6 @@ comment on table private.model_stats is
   'What jobs of each model took and how often they came lately: what eta_seconds goes by.';
 comment on column private.model_stats.mean_seconds is
   'Seconds from claim to end of completed attempts, a mean that forgets old ones.';
-comment on column private.model_stats.sample_count is
-  'Attempts the mean goes back to, up to a limit.';
-comment on column private.model_stats.requests_per_second is 'Of the last five minutes.';
 comment on column private.model_stats.queue_distance is
   'Mean of generations.queue_distance in these minutes.';
 
@@ -762,7 +750,6 @@ create table private.error_codes (
 
 comment on table private.error_codes is
   'What a job can fail with, and what fail_jobs does about it.';
-comment on column private.error_codes.message is 'What users are told.';
 comment on column private.error_codes.uses_attempt is
   'False: the retry does not count (the provider was busy).';
 comment on column private.error_codes.resumes is
@@ -788,8 +775,6 @@ create table private.breakers (
 
 comment on table private.breakers is
   'Models and providers that failed or were paused: whether their jobs wait.';
-comment on column private.breakers.name is 'Id of a model or name of a provider.';
-comment on column private.breakers.failures is 'Failures in a row since failing_since.';
 comment on column private.breakers.failed_users is
   'Different users among the failures. While it is paused their jobs wait and others are tried; '
   'where there are none, everybody''s wait.';
@@ -814,6 +799,8 @@ create table private.plans (
   max_batch integer not null,
   weight integer not null,
   busy_after interval,
+  oldest_ready_at timestamptz,
+  looked_at timestamptz not null default now(),
   constraint plans_name_is_known check (name in ('free', 'paid')),
   constraint plans_limits_are_positive check (
     least(max_active, max_per_minute, full_minutes_per_day, max_burned_per_day) > 0
@@ -823,11 +810,9 @@ create table private.plans (
   constraint plans_busy_after_is_positive check (
     busy_after > interval '0' and busy_after <= interval '1000 years'
   )
-);
+) with (fillfactor = 50);
 
 comment on table private.plans is 'Limits of free and paid users.';
-comment on column private.plans.max_active is 'Jobs queued or running at once.';
-comment on column private.plans.max_per_minute is 'Jobs enqueued in a minute.';
 comment on column private.plans.full_minutes_per_day is
   'Times max_per_minute: jobs enqueued in a day, each of which keeps its row.';
 comment on column private.plans.max_burned_per_day is
@@ -837,6 +822,9 @@ comment on column private.plans.max_batch is
   'Prompts of one batch. A batch is let in whole while there is room for one job more, and then '
   'counts in full.';
 comment on column private.plans.weight is 'Share of the queue against other users'' weights.';
+comment on column private.plans.oldest_ready_at is
+  'queued_at of the job that could be claimed longest at looked_at; null: there was none. Too dear '
+  'to look up in every enqueue, and here because each of them reads its plan.';
 comment on column private.plans.busy_after is
   'Requests are refused as busy while a job has waited this long whose user has nothing running; '
   'null: never.';
@@ -862,6 +850,10 @@ create table private.settings (
   breaker_pause interval not null default '30 seconds',
   breaker_pause_cap interval not null default '15 minutes',
   constraint settings_is_one_row check (id),
+  -- So short ones need no look here.
+  constraint settings_sizes_are_a_thousand_at_least check (
+    least(max_prompt_chars, max_params_bytes) >= 1000
+  ),
   constraint settings_credit_is_not_negative check (credit_usd >= 0),
   constraint settings_welcome_credits_are_not_negative check (welcome_credits >= 0),
   constraint settings_welcome_credits_are_at_most_a_million check (welcome_credits <= 1000000),
@@ -881,7 +873,6 @@ comment on column private.settings.welcome_credits is 'Credits of a new user; 0 
 comment on column private.settings.lease is
   'How long a worker may be silent before its jobs are given to others.';
 comment on column private.settings.heartbeat is 'How often workers beat.';
-comment on column private.settings.max_attempts is 'Attempts of a job before it fails for good.';
 comment on column private.settings.retry_base is
   'Retry n of a job waits up to retry_base * 2^(n-1), at most retry_cap.';
 comment on column private.settings.give_up_after is 'A job this old is not retried any more.';
@@ -956,10 +947,6 @@ comment on column private.skipped_rows.step is 'The function or table the row wa
 comment on column private.skipped_rows.key is 'Which row; * if the step failed as a whole.';
 comment on column private.skipped_rows.code is 'SQLSTATE of the last try; problem is its message.';
 
-alter table private.alert_rules enable row level security;
-alter table private.routines enable row level security;
-alter table private.skipped_rows enable row level security;
-
 -- Notes that a routine ran to its end; pg_cron calls it after the routine.
 create function private.note_run(p_name text) returns void
 language sql set search_path = pg_catalog, pg_temp as $$
@@ -1024,8 +1011,8 @@ $$;
 -- Row level security: who may read what. Nobody writes a table: the functions do.
 --
 -- Users read their own rows in public, but not what they deleted; the catalogue is read through
--- list_models(). Private tables have RLS and no policy, which denies everybody but their owner even
--- where a gateway grants too much. Functions run as that owner.
+-- list_models(). Private tables have RLS (92) and no policy, which denies everybody but their owner
+-- even where a gateway grants too much. Functions run as that owner.
 
 alter table public.entitlements enable row level security;
 alter table public.credit_ledger enable row level security;
@@ -1034,20 +1021,7 @@ alter table public.model_aliases enable row level security;
 alter table public.batches enable row level security;
 alter table public.generations enable row level security;
 alter table public.images enable row level security;
-alter table private.ready_jobs enable row level security;
-alter table private.running_jobs enable row level security;
-alter table private.workers enable row level security;
-alter table private.attempts enable row level security;
-alter table private.purchases enable row level security;
-alter table private.model_stats enable row level security;
-alter table private.error_codes enable row level security;
-alter table private.breakers enable row level security;
-alter table private.queue_state enable row level security;
-alter table private.plans enable row level security;
-alter table private.settings enable row level security;
 
-revoke all on all tables in schema private from public, anon, authenticated, service_role;
-revoke all on all sequences in schema private from public, anon, authenticated, service_role;
 revoke all on table public.entitlements, public.credit_ledger, public.models,
 public.model_aliases, public.batches, public.generations, public.images
 from public, anon, authenticated, service_role;
@@ -1060,14 +1034,17 @@ public.generations, public.images to authenticated, service_role;
 grant select, insert, update on table public.models to service_role;
 grant select, insert, update, delete on table public.model_aliases to service_role;
 
--- The user of the request's JWT; null if it names none. auth.uid() is Supabase's, and fails where
--- the sub is no uuid or the claims are no JSON. A definer, for who asks may not look into auth.
+-- The user of the request's JWT; null if it names none. As Supabase's auth.uid(), which fails where
+-- the sub is no uuid or the claims are no JSON, and which each transaction would plan anew.
 --
 -- Raises: PT401 not_authenticated.
 create function private.caller_id() returns uuid
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
 begin
-  return auth.uid();
+  return coalesce(
+    nullif(current_setting('request.jwt.claim.sub', true), ''),
+    nullif(current_setting('request.jwt.claims', true), '')::jsonb ->> 'sub'
+  )::uuid;
 exception when data_exception then
   perform private.refuse(
     'not_authenticated', 'The sub of the token is no user''s id.', 'Sign in again.'
@@ -1402,9 +1379,6 @@ where b.paused_until is not null or b.resumed_at is not null;
 comment on view private.paused_models is
   'Models that are or were paused, themselves or with their provider.';
 
-revoke all on private.queue_floor, private.live_jobs, private.paused_models
-from public, anon, authenticated, service_role;
-
 -- Until when the model is paused for this user, itself or with its provider; null unless it is. A
 -- pause that failures began is one for those who failed.
 --
@@ -1446,7 +1420,7 @@ create function private.plan_of(p_entitlement public.entitlements) returns priva
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   return (select p from private.plans as p where p.name = case
-    when p_entitlement.is_paid and p_entitlement.paid_until > now() then 'paid' else 'free'
+    when p_entitlement.paid_until > now() then 'paid' else 'free'
   end);
 end;
 $$;
@@ -1460,8 +1434,6 @@ create type private.gate as (
   max_active integer,
   max_batch integer,
   may_be_over_limits boolean,
-  max_params_bytes integer,
-  max_prompt_chars integer,
   is_model_unclear boolean,
   model public.models
 );
@@ -1473,12 +1445,11 @@ comment on type private.gate is
 -- All that a request of this user for this model is held against, with the entitlement locked. From
 -- here on the user's requests take turns, and what a later statement counts is sure until the end.
 --
--- queue_state is refreshed twice a minute, or not at all while nothing runs. Nothing that is ready
--- now can have been so before the oldest that was ready then, nor, if there was none, before then.
--- So it never hides that the queue is busy; where it may be, the queue itself is looked at.
+-- oldest_ready_at is renewed twice a minute, or not at all while nothing runs. Nothing that is
+-- ready now can have been so before the oldest that was ready then, nor, if there was none, before
+-- then. So it never hides that the queue is busy; where it may be, the queue itself is looked at.
 --
--- Who waits for the lock may be paid when it comes, so the plan is fetched apart: in a join
--- PostgreSQL would look at the row again and find that it matches its plan no more.
+-- The lock is taken apart, for who waits for it may be paid when it comes, and so has another plan.
 --
 -- Raises: PT401 not_authenticated.
 create function private.gate(p_user_id uuid, p_model text) returns private.gate
@@ -1488,32 +1459,20 @@ declare
 begin
   select
     e.user_id, e.credits, e.last_fair_key, p.name, p.weight, p.max_active, p.max_batch,
-    (e.minute_jobs >= p.max_per_minute and e.minute_started_at > now() - interval '1 minute')
-    or (
-      e.day_started_at > now() - interval '1 day' and (
-        e.day_jobs >= p.max_per_minute::bigint * p.full_minutes_per_day
-        or e.day_burned >= p.max_burned_per_day
-      )
-    ) or coalesce(
-      (select least(q.oldest_ready_at, q.refreshed_at) from private.queue_state as q)
-      < now() - p.busy_after, false
-    ),
-    s.max_params_bytes, s.max_prompt_chars,
+    -- A minute or a day that is over, too: refuse_limits looks closer.
+    e.minute_jobs >= p.max_per_minute or e.day_burned >= p.max_burned_per_day
+    or e.day_jobs >= p.max_per_minute::bigint * p.full_minutes_per_day
+    or least(p.oldest_ready_at, p.looked_at) < now() - p.busy_after,
     m.id is null or (m.requires_paid and p.name <> 'paid') or exists (
       select from private.breakers as b
       where b.paused_until > now() or e.user_id = any (b.failed_users || b.doubted_users)
     ),
     m
   into v_gate
-  from public.entitlements as e
-  cross join private.settings as s
-  left join public.models as m on m.id = p_model and m.is_active
-  cross join lateral (
-    select * from private.plans as p
-    where p.name = case when e.is_paid and e.paid_until > now() then 'paid' else 'free' end offset 0
-  ) as p
-  where e.user_id = p_user_id
-  for update of e;
+  from (select * from public.entitlements where user_id = p_user_id for update) as e
+  inner join private.plans as p
+    on p.name = case when e.paid_until > now() then 'paid' else 'free' end
+  left join public.models as m on m.id = p_model and m.is_active;
   if not found then
     perform private.refuse_unknown_user();
   end if;
@@ -1573,24 +1532,23 @@ $$;
 -- Whether a job has waited this long though its user has nothing running. Who has, waits for his
 -- own: one user's long queue is old, but no reason to refuse others, who go before it. Looked for
 -- among the next jobs in fair order: whoever has waited for a first job is there.
-create function private.is_busy(p_busy_after interval) returns boolean
+create function private.is_busy(p_plan private.plans) returns boolean
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
-  if (select least(q.oldest_ready_at, q.refreshed_at) from private.queue_state as q)
-    < now() - p_busy_after then
+  if least(p_plan.oldest_ready_at, p_plan.looked_at) < now() - p_plan.busy_after then
     return exists (
       select from (
         select r.user_id, r.model_id, r.queued_at from private.ready_jobs as r
         where r.run_at is null and r.fair_key >= (select f.fair_key from private.queue_floor as f)
         order by r.fair_key, r.seq limit 1000
       ) as next
-      where next.queued_at < now() - p_busy_after
+      where next.queued_at < now() - p_plan.busy_after
         and next.user_id not in (select r.user_id from private.running_jobs as r)
         -- Nor does it wait for us while its model is paused.
         and not exists (
           select from private.paused_models as p
           where p.id = next.model_id
-            and (p.paused_until is not null or p.resumed_at > now() - p_busy_after)
+            and (p.paused_until is not null or p.resumed_at > now() - p_plan.busy_after)
         )
     );
   end if;
@@ -1639,7 +1597,7 @@ begin
         extract(epoch from v_used.day_started_at + interval '1 day' - now())
       )::integer
     );
-  elsif private.is_busy(v_plan.busy_after) then
+  elsif private.is_busy(v_plan) then
     perform private.refuse('busy', 'Jobs wait too long to take in more.', p_retry_after => 60);
   end if;
 end;
@@ -1858,45 +1816,47 @@ create function private.provider_inputs(
 ) returns jsonb[]
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
-  v_params jsonb := p_params - 'reuse';
-  v_properties jsonb := p_model.input_schema -> 'properties';
-  v_required jsonb := p_model.input_schema -> 'required';
-  v_seed jsonb := v_properties -> 'seed';
-  v_prompt_rules jsonb := v_properties -> p_model.prompt_input;
-  v_lowest bigint := greatest(0, (v_seed ->> 'minimum')::numeric);
-  v_has_prompt boolean;
-  v_inputs jsonb[];
+  v_params jsonb := p_params;
+  v_rules jsonb := p_model.input_schema -> 'properties';
+  v_prompt_rules jsonb;
   v_name text;
   v_problem text;
+  v_inputs jsonb[];
 begin
-  if p_params ? 'reuse' and jsonb_typeof(p_params -> 'reuse') <> 'boolean' then
-    perform private.refuse_input('params.reuse: not of type boolean');
-  elsif p_params @> '{"reuse": true}' and not p_params ? 'seed' then
-    perform private.refuse_input(
-      'params.reuse: needs params.seed', 'Without a seed every picture is another one.'
-    );
-  elsif v_params ?& '{width,height}' or v_params ? 'aspect_ratio' then
-    v_params := private.map_size(p_model, v_params);
-  end if;
-  if v_params - p_model.client_inputs <> '{}' then
+  if v_params - p_model.client_inputs <> '{}' or v_params ? 'aspect_ratio'
+    or v_params ?& '{width,height}' or v_params ?| p_model.image_inputs then
+    if jsonb_typeof(v_params -> 'reuse') <> 'boolean' then
+      perform private.refuse_input('params.reuse: not of type boolean');
+    elsif v_params @> '{"reuse": true}' and not v_params ? 'seed' then
+      perform private.refuse_input(
+        'params.reuse: needs params.seed', 'Without a seed every picture is another one.'
+      );
+    end if;
+    v_params := private.map_size(p_model, v_params - 'reuse');
     v_name := (
       select min(f.name) from jsonb_object_keys(v_params - p_model.client_inputs) as f (name)
     );
-    perform private.refuse_input(
-      format('params.%s: not an input of %s', left(v_name, 60), p_model.id),
-      'Allowed: ' || array_to_string(p_model.client_inputs, ', ')
-    );
+    if v_name is not null then
+      perform private.refuse_input(
+        format('params.%s: not an input of %s', left(v_name, 60), p_model.id),
+        'Allowed: ' || array_to_string(p_model.client_inputs, ', ')
+      );
+    end if;
   end if;
   foreach v_name in array p_model.client_inputs loop
-    v_problem := case
-      when v_params ? v_name
-        then private.input_problem(v_params -> v_name, v_properties -> v_name)
-      when v_required ? v_name and v_name <> 'seed'
-        and not v_properties -> v_name ? 'default' and not p_model.operator_input ? v_name
-        then 'missing'
-    end;
-    if v_problem is not null then
-      perform private.refuse_input(format('params.%s: %s', v_name, v_problem));
+    -- A plain number, what is asked most, costs no call.
+    if (case when v_params ? v_name then (
+      jsonb_typeof(v_params -> v_name) = 'number' and (v_params -> v_name)::numeric % 1 = 0
+      and (v_rules -> v_name) - '{default,maximum,minimum}'::text[] = '{"type": "integer"}'
+      and v_params -> v_name >= v_rules -> v_name -> 'minimum'
+      and v_params -> v_name <= v_rules -> v_name -> 'maximum'
+    ) is not true else v_name = any (p_model.required_inputs) end) then
+      v_problem := case when v_params ? v_name
+        then private.input_problem(v_params -> v_name, v_rules -> v_name) else 'missing'
+      end;
+      if v_problem is not null then
+        perform private.refuse_input(format('params.%s: %s', v_name, v_problem));
+      end if;
     end if;
   end loop;
   if v_params ?| p_model.image_inputs then
@@ -1904,31 +1864,38 @@ begin
   end if;
   v_params := p_model.default_input || v_params || p_model.operator_input;
   for v_at in 1 .. cardinality(p_prompts) loop
-    v_has_prompt := p_prompts[v_at] ~ '[0-9A-Za-z]' or not private.is_blank(p_prompts[v_at]);
-    if not v_has_prompt then
+    if (
+      p_prompts[v_at] ~ '[0-9A-Za-z]'
+      and (v_rules -> p_model.prompt_input) - 'default'::text = '{"type": "string"}'
+    ) is not true then
+      v_prompt_rules := v_rules -> p_model.prompt_input;
+      if not private.is_blank(p_prompts[v_at]) then
+        v_problem := case when v_prompt_rules ?| '{anyOf,enum,maxLength,minLength}'
+          then private.input_problem(to_jsonb(p_prompts[v_at]), v_prompt_rules)
+        end;
       -- One that needs a picture and has a prompt of its own, an upscaler say, does without.
-      if p_model.prompt_input is not null and not (
-        coalesce(v_required ?| p_model.image_inputs, false)
-        and not v_required ? p_model.prompt_input and v_prompt_rules ? 'default'
+      elsif p_model.prompt_input is null or (
+        p_model.input_schema -> 'required' ?| p_model.image_inputs
+        and not p_model.input_schema -> 'required' ? p_model.prompt_input
+        and v_prompt_rules ? 'default'
       ) then
-        perform private.refuse_input(format(p_field || ': missing or blank', v_at - 1));
+        p_prompts[v_at] := null;
+      else
+        v_problem := 'missing or blank';
       end if;
-    elsif v_prompt_rules ?| '{anyOf,enum,maxLength,minLength}' then
-      v_problem := private.input_problem(to_jsonb(p_prompts[v_at]), v_prompt_rules);
       if v_problem is not null then
         perform private.refuse_input(format(p_field || ': %2$s', v_at - 1, v_problem));
       end if;
     end if;
     v_inputs[v_at] := v_params || case
-      when v_has_prompt and p_model.prompt_input is not null
+      when p_model.prompt_input is not null and p_prompts[v_at] is not null
         then jsonb_build_object(p_model.prompt_input, p_prompts[v_at])
       else '{}'
     end || case
-      when v_seed ->> 'type' = 'integer' and not v_params ? 'seed' then jsonb_build_object(
-        'seed', v_lowest + floor(random() * (
-          least(2147483647, (v_seed ->> 'maximum')::numeric) - v_lowest + 1
-        ))::bigint
-      )
+      when p_model.highest_seed is not null and not v_params ? 'seed'
+        then jsonb_build_object('seed', p_model.lowest_seed + floor(
+          random() * (p_model.highest_seed - p_model.lowest_seed + 1)
+        )::bigint)
       else '{}'
     end;
   end loop;
@@ -1941,20 +1908,6 @@ $$;
 -- Every step locks the user's entitlement row, writes one ledger entry that holds the new balance,
 -- and moves the balance by the same amount, in one transaction. Give-backs are keyed by generation:
 -- the unique ledger entry goes in first, and the balance moves only if it did.
-
--- Locks and returns the user's entitlement. Raises: PT401 not_authenticated if there is none.
-create function private.lock_entitlement(p_user_id uuid) returns public.entitlements
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_entitlement public.entitlements;
-begin
-  select * into v_entitlement from public.entitlements where user_id = p_user_id for update;
-  if not found then
-    perform private.refuse_unknown_user();
-  end if;
-  return v_entitlement;
-end;
-$$;
 
 -- Gives credits of a generation back; the second time does nothing.
 --
@@ -1996,44 +1949,45 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
     end,
     'max_per_minute', p.max_per_minute,
     'max_batch', p.max_batch,
-    'is_busy', private.is_busy(p.busy_after)
+    'is_busy', private.is_busy(p)
   )
   from public.entitlements as e
   cross join lateral private.plan_of(e) as p
   where e.user_id = p_user_id
 $$;
 
--- Adds credits once per external id. Answers {credits, applied}.
---
 -- Locks: the entitlement row.
--- Raises: PT400 invalid_input, PT404 not_found, PT409 idempotency_conflict.
-create function private.grant_credits(
-  p_user_id uuid, p_amount integer, p_kind text, p_external_id text
+create function public.grant_credits(
+  user_id uuid, amount integer, kind text, external_id text
 ) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
 declare
+  v_user_id uuid := user_id;
+  v_amount integer := amount;
+  v_external_id text := external_id;
   v_credits integer;
   v_charged bigint;
   v_entry public.credit_ledger;
 begin
   perform private.require_writable();
-  if ((p_kind = 'grant' and p_amount > 0) or (p_kind = 'adjust' and p_amount <> 0)) is not true then
+  if ((kind = 'grant' and v_amount > 0) or (kind = 'adjust' and v_amount <> 0)) is not true then
     perform private.refuse_input(
       'kind: grant with a positive amount, or adjust with one that is not 0'
     );
-  elsif coalesce(octet_length(p_external_id) not between 1 and 200, true) then
+  elsif coalesce(octet_length(v_external_id) not between 1 and 200, true) then
     perform private.refuse_input(
       'external_id: not 1 to 200 bytes', 'Use the payment''s id: repeats are applied once.'
     );
   end if;
-  select credits into v_credits from public.entitlements where user_id = p_user_id for update;
+  select credits into v_credits from public.entitlements where user_id = v_user_id for update;
   if not found then
     perform private.refuse_missing('user_id: no such user', 'Use the id of auth.users.');
   end if;
   loop  -- once more where another user's grant takes the id just now
-    select * into v_entry from public.credit_ledger where external_id = p_external_id;
+    select * into v_entry from public.credit_ledger where external_id = v_external_id;
     if v_entry.id is not null and (v_entry.user_id, v_entry.amount, v_entry.kind)
-      is distinct from (p_user_id, p_amount, p_kind) then
+      is distinct from (v_user_id, v_amount, kind) then
       perform private.refuse(
         'idempotency_conflict', 'external_id was used for another grant',
         'Use the payment''s own id, once for each payment.'
@@ -2045,39 +1999,44 @@ begin
     -- no refund can ever overflow.
     select coalesce(sum(g.price_credits), 0) into v_charged
     from private.live_jobs as j inner join public.generations as g on g.id = j.job_id
-    where j.user_id = p_user_id;
-    if v_credits::bigint + p_amount not between 0 and 1000000000 - v_charged then
+    where j.user_id = v_user_id;
+    if v_credits::bigint + v_amount not between 0 and 1000000000 - v_charged then
       perform private.refuse_input(
         format('amount: the balance is %s, and %s are in jobs under way', v_credits, v_charged)
       );
     end if;
     insert into public.credit_ledger (user_id, kind, amount, balance_after, external_id)
-    values (p_user_id, p_kind, p_amount, v_credits + p_amount, p_external_id)
+    values (v_user_id, kind, v_amount, v_credits + v_amount, v_external_id)
     on conflict (external_id) where external_id is not null do nothing;
     exit when found;
   end loop;
-  update public.entitlements set credits = credits + p_amount where user_id = p_user_id;
-  return json_build_object('credits', v_credits + p_amount, 'applied', true);
+  update public.entitlements set credits = credits + v_amount where user_id = v_user_id;
+  return json_build_object('credits', v_credits + v_amount, 'applied', true);
 end;
 $$;
 
--- Sets until when the user is paid; null ends the plan now.
---
+comment on function public.grant_credits is
+  'Adds credits to a user: kind grant (amount > 0) or adjust (either sign). The same external_id '
+  'is applied once. Answers {credits, applied}. Errors: PT400 invalid_input, PT404 not_found, '
+  'PT409 idempotency_conflict.';
+
 -- Locks: the entitlement row.
--- Raises: PT404 not_found.
-create function private.set_paid(p_user_id uuid, p_paid_until timestamptz) returns json
+create function public.set_paid(user_id uuid, paid_until timestamptz) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
   perform private.require_writable();
-  update public.entitlements
-  set is_paid = p_paid_until is not null, paid_until = p_paid_until
-  where user_id = p_user_id;
+  update public.entitlements as e set paid_until = set_paid.paid_until
+  where e.user_id = set_paid.user_id;
   if not found then
     perform private.refuse_missing('user_id: no such user', 'Use the id of auth.users.');
   end if;
-  return private.entitlement_json(p_user_id);
+  return private.entitlement_json(user_id);
 end;
 $$;
+
+comment on function public.set_paid is
+  'Makes a user paid until a time (infinity: without end; null: not paid). Repeating it changes '
+  'nothing. Answers the entitlement. Errors: PT404 not_found.';
 
 -- Gives a new user an entitlement with the welcome credits.
 create function private.create_entitlement(p_user_id uuid) returns void
@@ -2131,7 +2090,7 @@ begin
     return;
   end if;
   -- One session at a time: by a row's lock, for one by number could be held by anybody.
-  perform from private.queue_state for update skip locked;
+  perform from private.plans where name = 'free' for update skip locked;
   if not found then
     return;
   end if;
@@ -2393,24 +2352,22 @@ begin
 end;
 $$;
 
--- What the ways in answer, the first time and for every repeat. Where a job is in the queue, and
--- when it is likely to be finished, tells the first look at its status.
-create function private.enqueue_answer(
-  p_job_id uuid, p_credits integer, p_status text default 'queued',
-  p_created_at timestamptz default null, p_is_reused boolean default false
+-- What the ways in answer to a repeat, as accept() does the first time. The first look at the
+-- status tells where the job is in the queue, and when it is likely to be finished.
+create function private.known_answer(
+  p_known public.generations, p_credits integer, p_is_reused boolean default false
 ) returns json
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   return json_build_object(
-    'job_id', p_job_id,
-    'status', p_status,
+    'job_id', p_known.id,
+    'status', p_known.status,
     'reused', p_is_reused,
     'credits_left', p_credits,
     'queue_position', null,
     'eta_seconds', null,
     'poll_after_ms', case
-      when p_created_at is null then 1000
-      when p_status in ('queued', 'processing') then private.poll_after_ms(p_created_at)
+      when p_known.finished_at is null then private.poll_after_ms(p_known.created_at)
     end
   );
 end;
@@ -2427,6 +2384,9 @@ $$;
 -- fair_key is a virtual finish time: what the user queued before counts, but never less than the
 -- queue's present. A price of 0 counts as 1, or included models would pass everybody.
 --
+-- What is named here is begun anew in each transaction, and so costs more than what is done. Hence
+-- one statement, and ids made in it: as uuid_v7 makes them, a microsecond apart.
+--
 -- Raises: PT400 invalid_input, PT402 insufficient_credits, PT429 too_many_active, PT429
 -- rate_limited, PT503 busy.
 create function private.accept(
@@ -2438,16 +2398,18 @@ language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_model public.models := p_gate.model;
   v_jobs integer := cardinality(p_inputs);
-  v_said jsonb := p_inputs[1] -> v_model.image_count_input;  -- prompts do not change it
-  v_images numeric := case jsonb_typeof(v_said)
-    when 'number' then v_said::numeric else v_model.max_images
+  v_images numeric := case jsonb_typeof(p_inputs[1] -> v_model.image_count_input)
+    when 'number' then (p_inputs[1] -> v_model.image_count_input)::numeric  -- the same in each
+    else v_model.max_images
   end;
   v_price bigint := v_images * case
     when p_is_free then 0
     when p_gate.plan = 'paid' then v_model.paid_price_credits
     else v_model.price_credits
   end;
-  v_job_id uuid;
+  v_clock bigint := coalesce(pg_sequence_last_value('private.virtual_clock'), 0);
+  v_us bigint := date_part('epoch', clock_timestamp()) * 1000000;
+  v_ids uuid[];
   v_is_anybody_asleep boolean;
 begin
   if p_gate.may_be_over_limits and not p_is_free then
@@ -2455,11 +2417,9 @@ begin
   end if;
   with queue as (
     select
-      c.last_value as clock,
-      greatest(c.last_value, case when live.jobs > 0 then p_gate.last_fair_key end) as base,
+      greatest(v_clock, case when live.jobs > 0 then p_gate.last_fair_key end) as base,
       greatest(v_model.price_credits * v_images, 1)::bigint * 1000 / p_gate.weight as step
-    from private.virtual_clock as c
-    cross join (
+    from (
       select count(*) as jobs from (
         select from private.live_jobs as j
         where j.user_id = p_gate.user_id limit p_gate.max_active
@@ -2470,8 +2430,13 @@ begin
   ),
   jobs as materialized (
     select
-      private.uuid_v7() as id, j.prompt, j.input, j.place, q.base + q.step * j.place as fair_key,
-      q.base + q.step * j.place - q.clock as distance
+      encode(
+        int8send(
+          (v_us + j.place) / 1000 * 65536 + 28672 + (v_us + j.place) % 1000 * 4096 / 1000
+        ) || substring(uuid_send(gen_random_uuid()) from 9),
+        'hex'
+      )::uuid as id,
+      j.prompt, j.input, j.place, q.base + q.step * j.place as fair_key
     from queue as q
     cross join unnest(p_prompts, p_inputs) with ordinality as j (prompt, input, place)
   ),
@@ -2509,17 +2474,18 @@ begin
     )
     select
       j.id, p_gate.user_id, v_model.id, nullif(p_name, v_model.id), p_batch_id,
-      p_retry_of, j.prompt, p_params, j.input, v_price, v_images, j.distance, p_idempotency_key
+      p_retry_of, j.prompt, p_params, j.input, v_price, v_images, j.fair_key - v_clock,
+      p_idempotency_key
     from jobs as j
   ),
   queued as (
     insert into private.ready_jobs (job_id, user_id, model_id, fair_key)
     select j.id, p_gate.user_id, v_model.id, j.fair_key from jobs as j
   )
-  select j.id, exists (select from private.workers as w where w.asleep)
-  into v_job_id, v_is_anybody_asleep
-  from jobs as j where j.place = 1;
-  if v_job_id is null then
+  select
+    array(select j.id from jobs as j), exists (select from private.workers as w where w.asleep)
+  into v_ids, v_is_anybody_asleep;
+  if v_ids = '{}' then
     if not p_is_free then
       perform private.refuse_limits(p_gate.user_id);
     end if;
@@ -2541,10 +2507,23 @@ begin
       p_retry_after => 1
     );
   end if;
+  if coalesce(p_batch_id, p_retry_of) is not null then
+    update public.batches set job_ids = v_ids where id = p_batch_id;
+    insert into private.retries (retry_of, generation_id)
+    select p_retry_of, v_ids[1] where p_retry_of is not null;
+  end if;
   if v_is_anybody_asleep then
     perform private.wake_workers(v_jobs);
   end if;
-  return private.enqueue_answer(v_job_id, (p_gate.credits - v_price * v_jobs)::integer);
+  return json_build_object(
+    'job_id', v_ids[1],
+    'status', 'queued',
+    'reused', false,
+    'credits_left', p_gate.credits - v_price * v_jobs,
+    'queue_position', null,
+    'eta_seconds', null,
+    'poll_after_ms', 1000
+  );
 end;
 $$;
 
@@ -2565,18 +2544,31 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
 set jit = off as $$
 declare
-  v_user_id uuid := private.require_user_id(p_writes => true);
+  v_user_id uuid;
   v_prompts text[] := array[coalesce(p_prompt, '')];
   v_params jsonb := coalesce(p_params, '{}');
-  v_gate private.gate := private.gate(v_user_id, p_model);
+  v_gate private.gate;
   v_inputs jsonb[];
   v_known public.generations;
 begin
-  -- Sizes first, by what they take in memory: see read_request, which says what is wrong.
+  -- As caller_id() and require_writable() do, whose calls would cost more than all they do.
+  begin
+    v_user_id := coalesce(
+      nullif(current_setting('request.jwt.claim.sub', true), ''),
+      nullif(current_setting('request.jwt.claims', true), '')::jsonb ->> 'sub'
+    )::uuid;
+  exception when data_exception then
+    null;
+  end;
+  if v_user_id is null or current_setting('transaction_read_only') <> 'off'
+    or current_setting('default_transaction_read_only') <> 'off' then
+    v_user_id := private.require_user_id(p_writes => true);
+  end if;
+  v_gate := private.gate(v_user_id, p_model);
+  -- Sizes first, by what they take in memory. What is longer may still be right.
   if (
     jsonb_typeof(v_params) = 'object' and pg_column_size(v_params) < 500
-    and octet_length(v_params::text) <= v_gate.max_params_bytes
-    and octet_length(v_prompts[1]) <= v_gate.max_prompt_chars
+    and octet_length(v_params::text) <= 1000 and octet_length(v_prompts[1]) <= 1000
     and octet_length(p_idempotency_key) between 1 and 200 is not false
   ) is not true then
     v_params := private.read_request(v_prompts, v_params, p_idempotency_key);
@@ -2596,9 +2588,7 @@ begin
         'restore_generation brings it back. Use a new key for a new request.'
       );
     elsif found then
-      return private.enqueue_answer(
-        v_known.id, v_gate.credits, v_known.status, v_known.created_at
-      );
+      return private.known_answer(v_known, v_gate.credits);
     end if;
   end if;
   if v_gate.is_model_unclear then
@@ -2607,17 +2597,16 @@ begin
   v_inputs := private.provider_inputs(v_gate.model, v_user_id, v_params, v_prompts);
   if v_params @> '{"reuse": true}' then
     select * into v_known
-    from public.generations as g
-    where g.user_id = v_user_id
-      and md5(g.provider_input::text) = md5(v_inputs[1]::text) and g.input ? 'seed'
+    from (
+      select * from public.generations where user_id = v_user_id order by id desc limit 200
+    ) as g
+    where g.input ? 'seed'
       and (g.model_id, g.provider_input, g.status) = ((v_gate.model).id, v_inputs[1], 'completed')
       and g.deleted_at is null and not g.input ?| (v_gate.model).image_inputs
       and g.image_count = (select count(*) from public.images as i where i.generation_id = g.id)
     order by g.id desc limit 1;
     if found then
-      return private.enqueue_answer(
-        v_known.id, v_gate.credits, v_known.status, v_known.created_at, true
-      );
+      return private.known_answer(v_known, v_gate.credits, true);
     end if;
   end if;
   return private.accept(v_gate, p_model, v_params, v_prompts, v_inputs, p_idempotency_key);
@@ -2656,9 +2645,11 @@ begin
     end,
     'created_at', p_batch.created_at
   ) into v_answer
-  from public.generations as g
+  from unnest(p_batch.job_ids) as j (id)
+  cross join lateral (
+    select * from public.generations where id = j.id and deleted_at is null offset 0
+  ) as g
   left join private.running_jobs as r on r.job_id = g.id
-  where g.batch_id = p_batch.id and g.deleted_at is null
   having count(*) > 0;
   if v_answer is null then
     perform private.refuse_missing(
@@ -2711,8 +2702,8 @@ begin
     elsif v_gate.is_model_unclear then
       v_gate.model := private.require_model(v_gate, p_model);
     end if;
-    insert into public.batches (user_id, request_hash, job_count, idempotency_key)
-    values (v_user_id, v_hash, cardinality(v_prompts), p_idempotency_key)
+    insert into public.batches (user_id, request_hash, idempotency_key)
+    values (v_user_id, v_hash, p_idempotency_key)
     returning * into v_batch;
     perform private.accept(
       v_gate, p_model, v_params, v_prompts,
@@ -2721,6 +2712,7 @@ begin
       ),
       p_batch_id => v_batch.id
     );
+    select * into v_batch from public.batches where id = v_batch.id;
   end if;
   return private.batch_json(v_batch);
 end;
@@ -2777,13 +2769,12 @@ begin
   elsif v_old.status = 'completed' then
     perform private.refuse('already_finished', 'the job is completed', 'Enqueue a new one.');
   end if;
-  select * into v_known from public.generations as g
-  where g.retry_of = p_job_id and g.status not in ('failed', 'canceled') and g.deleted_at is null
+  select g.* into v_known
+  from private.retries as r inner join public.generations as g on g.id = r.generation_id
+  where r.retry_of = p_job_id and g.status not in ('failed', 'canceled') and g.deleted_at is null
   order by g.id limit 1;
   if found then
-    return private.enqueue_answer(
-      v_known.id, v_gate.credits, v_known.status, v_known.created_at
-    );
+    return private.known_answer(v_known, v_gate.credits);
   end if;
   if v_gate.is_model_unclear then
     v_gate.model := private.require_model(v_gate, v_old.model_id);
@@ -2815,7 +2806,9 @@ set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off se
     select
       t.wish_id, g.id, g.retry_of, g.price_credits, g.created_at, g.deleted_at,
       g.status in ('failed', 'canceled')
-    from tries as t inner join public.generations as g on g.retry_of = t.id
+    from tries as t
+    inner join private.retries as r on r.retry_of = t.id
+    inner join public.generations as g on g.id = r.generation_id
   )
   select
     (array_agg(t.id order by t.id desc) filter (where t.deleted_at is null))[1],
@@ -2868,9 +2861,8 @@ $$;
 -- time counts.
 --
 -- Locks: the users' entitlement rows.
--- Raises: PT400 invalid_input.
-create function private.redrive_failed(
-  p_code text, p_since timestamptz, p_at_most integer
+create function public.redrive_failed(
+  code text, since timestamptz, at_most integer default 1000
 ) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
@@ -2882,15 +2874,15 @@ declare
   v_skipped jsonb := '{}'::jsonb;
 begin
   perform private.require_writable();
-  if not exists (select from private.error_codes where code = p_code) then
+  if not exists (select from private.error_codes as c where c.code = redrive_failed.code) then
     perform private.refuse_input('code: not a code of private.error_codes');
-  elsif p_since is null or coalesce(p_at_most not between 1 and 10000, true) then
+  elsif since is null or coalesce(at_most not between 1 and 10000, true) then
     perform private.refuse_input('since: missing, or at_most: not between 1 and 10000');
   end if;
   <<users>>
   for v_user_id in
     select distinct g.user_id from public.generations as g
-    where g.status = 'failed' and g.error_code = p_code and g.finished_at >= p_since
+    where g.status = 'failed' and g.error_code = redrive_failed.code and g.finished_at >= since
       and g.deleted_at is null
     order by g.user_id
   loop
@@ -2898,17 +2890,17 @@ begin
     from public.entitlements as e where e.user_id = v_user_id for update;
     v_credits := v_credits - (
       select coalesce(sum(w.price_credits), 0) from private.wishes_of(v_user_id) as w
-      where w.given_at >= p_since
+      where w.given_at >= since
     );
     for v_wish in
       select g as last, w.price_credits as price
       from private.wishes_of(v_user_id) as w
       inner join public.generations as g on g.id = w.last_id
-      where w.is_open and g.status = 'failed' and g.error_code = p_code
-        and g.finished_at >= p_since
+      where w.is_open and g.status = 'failed' and g.error_code = redrive_failed.code
+        and g.finished_at >= since
       order by g.id
     loop
-      exit users when v_redriven = p_at_most;
+      exit users when v_redriven = at_most;
       begin
         v_reason := 'insufficient_credits';
         if v_wish.price <= v_credits is not false then
@@ -2938,6 +2930,13 @@ begin
   );
 end;
 $$;
+
+comment on function public.redrive_failed is
+  'Queues again what failed with a code since a time, free, with the same input: of each wish the '
+  'last try, unless one is under way or done, and for each user no more than the credits at hand '
+  'would buy. Answers {redriven, skipped: {reason: count} if any}; reasons are '
+  'insufficient_credits, those of retry_generation, and internal. Call again while redriven is '
+  'at_most. It reads the whole history: an operator''s tool. Errors: PT400 invalid_input.';
 -- Hooks: what the core asks its optional parts, here answered as where none is installed.
 --
 -- A part (95, 96) replaces the answers that are its own. For all else it needs nothing in the core:
@@ -3739,35 +3738,45 @@ begin
 end;
 $$;
 
--- Raises: PT400 invalid_input, PT404 not_found.
-create function private.pause_model(p_model text, p_until timestamptz, p_reason text) returns json
+create function public.pause_model(
+  model text, until timestamptz default 'infinity', reason text default null
+) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
   perform private.require_writable();
-  if coalesce(p_until <= now(), true) then
+  if coalesce(until <= now(), true) then
     perform private.refuse_input(
       'until: not in the future', 'Leave it out to pause until resumed.'
     );
-  elsif length(p_reason) > 500 then
+  elsif length(reason) > 500 then
     perform private.refuse_input('reason: longer than 500 characters');
   end if;
-  return private.set_pause(p_model, p_until, p_reason);
+  return private.set_pause(model, until, reason);
 end;
 $$;
 
--- Raises: PT404 not_found.
-create function private.resume_model(p_model text) returns json
+comment on function public.pause_model is
+  'Pauses a model, or all models of a provider, until a time or resume_model: new requests are '
+  'refused with model_paused, queued jobs wait and keep their place, running ones go on. Answers '
+  '{name, state (open | closed | half-open | probing), paused_until, reason, failures, '
+  'times_opened}. Errors: PT400 invalid_input, PT404 not_found.';
+
+create function public.resume_model(model text) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_answer json;
 begin
   perform private.require_writable();
-  v_answer := private.set_pause(p_model, null, null);
+  v_answer := private.set_pause(model, null, null);
   perform setval('private.scan_due', 0);
   perform private.wake_workers();
   return v_answer;
 end;
 $$;
+
+comment on function public.resume_model is
+  'Ends a pause of a model or a provider, whoever began it: its jobs are claimed at once, in their '
+  'old order. Repeating it changes nothing. Answers as pause_model does. Errors: PT404 not_found.';
 -- Claim: the next jobs in fair order move from ready_jobs to running_jobs.
 --
 -- claim_jobs locks the jobs with the smallest fair_key that nobody else is claiming (skip locked),
@@ -3827,21 +3836,21 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   where b.name in (p_model_id, p_provider) and private.breaker_state(b) <> 'closed'
 $$;
 
--- Locks the next jobs that may run now while something is paused, and answers their seq: of each
+-- Locks the next jobs that may run now while something is paused, and answers their ids: of each
 -- model that is not, the next; of one that can be tried, one job of a user who has not failed;
 -- after the pause, where there is no such job, one of a user who has.
 --
 -- Reads an index by model instead of the one in fair order, so that a pile of jobs that wait is
 -- never walked. A range of models, though of one: else the index in fair order might be.
-create function private.pick_admitted_jobs(p_at_most integer) returns bigint[]
+create function private.pick_admitted_jobs(p_at_most integer) returns uuid[]
 language plpgsql set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan as $$
 declare
   v_began timestamptz := clock_timestamp();
   v_from bigint := 0;
   v_breaker private.breakers;
-  v_own bigint[];
-  v_seqs bigint[];
+  v_own uuid[];
+  v_ids uuid[];
 begin
   -- Operators' pauses that are over.
   update private.breakers set paused_until = null, pause_reason = null, resumed_at = now()
@@ -3852,9 +3861,9 @@ begin
   if not found and not private.is_due('private.scan_due') then
     select c.last_value into v_from from private.virtual_clock as c;
   end if;
-  v_seqs := array(
-    select r.seq from private.ready_jobs as r
-    where r.run_at is null and r.seq = any (array(
+  v_ids := array(
+    select r.job_id from private.ready_jobs as r
+    where r.run_at is null and r.job_id = any (array(
       -- From model to model through the index.
       with recursive waiting as (
         (
@@ -3868,9 +3877,9 @@ begin
         )
         from waiting as w where w.model_id is not null
       )
-      select c.seq from (
+      select c.job_id from (
         select
-          next.seq,
+          next.job_id,
           next.has_failed,
           bool_and(next.has_failed) over (partition by w.model_id) as all_of_model,
           next.failed_at_provider,
@@ -3880,7 +3889,7 @@ begin
         cross join lateral private.gate_of(w.model_id, m.provider) as gate
         cross join lateral (
           (
-            select r.seq, false as has_failed, false as failed_at_provider
+            select r.job_id, false as has_failed, false as failed_at_provider
             from private.ready_jobs as r
             where r.run_at is null and r.model_id between w.model_id and w.model_id
               and r.fair_key >= v_from and not r.user_id = any (gate.failed_users)
@@ -3890,7 +3899,8 @@ begin
           union all
           (
             select
-              r.seq, r.user_id = any (gate.failed_users), r.user_id = any (gate.failed_at_provider)
+              r.job_id, r.user_id = any (gate.failed_users),
+              r.user_id = any (gate.failed_at_provider)
             from private.ready_jobs as r
             where r.run_at is null and r.model_id between w.model_id and w.model_id
               and r.fair_key >= v_from and gate.is_over
@@ -3913,10 +3923,10 @@ begin
     order by position('/' in b.name) > 0, b.name
   loop
     v_own := array(
-      select r.seq from private.ready_jobs as r
+      select r.job_id from private.ready_jobs as r
       left join public.models as m on m.id = r.model_id
-      where r.seq = any (v_seqs) and v_breaker.name in (r.model_id, m.provider)
-      order by r.user_id = any (v_breaker.failed_users), array_position(v_seqs, r.seq)
+      where r.job_id = any (v_ids) and v_breaker.name in (r.model_id, m.provider)
+      order by r.user_id = any (v_breaker.failed_users), array_position(v_ids, r.job_id)
     );
     continue when v_own = '{}';
     perform from private.breakers
@@ -3925,17 +3935,17 @@ begin
       -- A new look, now that nobody else can begin one.
       update private.breakers as b set probe_job_id = r.job_id
       from private.ready_jobs as r
-      where b.name = v_breaker.name and r.seq = v_own[1] and private.admits(b, r.user_id);
+      where b.name = v_breaker.name and r.job_id = v_own[1] and private.admits(b, r.user_id);
     end if;
     if found then
       v_own := v_own[2:];
     end if;
-    v_seqs := array(
-      select s.seq from unnest(v_seqs) with ordinality as s (seq, place)
-      where not s.seq = any (v_own) order by s.place
+    v_ids := array(
+      select s.job_id from unnest(v_ids) with ordinality as s (job_id, place)
+      where not s.job_id = any (v_own) order by s.place
     );
   end loop;
-  return v_seqs;
+  return v_ids;
 end;
 $$;
 
@@ -3958,26 +3968,26 @@ set jit = off as $$
 declare
   v_from bigint := 0;
   v_began timestamptz;
-  v_seqs bigint[];
+  v_ids uuid[];
 begin
   -- Delayed jobs whose time has come.
   if exists (select from private.ready_jobs as r where r.run_at <= now()) then
     update private.ready_jobs set run_at = null, queued_at = now()
-    where seq = any (array(
-      select r.seq from private.ready_jobs as r
+    where job_id = any (array(
+      select r.job_id from private.ready_jobs as r
       where r.run_at <= now() order by r.run_at limit p_slots for update skip locked
     ));
   end if;
   if exists (select from private.breakers as b where b.paused_until is not null) then
-    v_seqs := private.pick_admitted_jobs(p_slots);
+    v_ids := private.pick_admitted_jobs(p_slots);
   else
     if not private.is_due('private.scan_due', 500) then
       select c.last_value into v_from from private.virtual_clock as c;
     end if;
     loop
       v_began := clock_timestamp();
-      v_seqs := array(
-        select r.seq from private.ready_jobs as r
+      v_ids := array(
+        select r.job_id from private.ready_jobs as r
         where r.run_at is null and r.fair_key >= v_from
         order by r.fair_key, r.seq limit p_slots for update skip locked
       );
@@ -3985,20 +3995,20 @@ begin
         perform private.put_off('private.scan_due', v_began);
         exit;
       end if;
-      exit when cardinality(v_seqs) = p_slots or not private.is_due('private.scan_due');
+      exit when cardinality(v_ids) = p_slots or not private.is_due('private.scan_due');
       v_from := 0;
     end loop;
   end if;
-  if v_seqs = '{}' then
+  if v_ids = '{}' then
     return;
   end if;
   update private.workers set asleep = false where id = p_worker_id and asleep;
   perform setval('private.virtual_clock', greatest(c.last_value, r.fair_key))
   from private.virtual_clock as c cross join private.ready_jobs as r
-  where r.seq = v_seqs[cardinality(v_seqs)];
+  where r.job_id = v_ids[cardinality(v_ids)];
   return query
   with claimed as (
-    delete from private.ready_jobs as r where r.seq = any (v_seqs) returning r.*
+    delete from private.ready_jobs as r where r.job_id = any (v_ids) returning r.*
   ),
   running as (
     insert into private.running_jobs as r (
@@ -4022,8 +4032,8 @@ begin
   )
   select
     r.job_id, r.user_id, r.token, r.attempt, m.provider, m.provider_ref, s.provider_input,
-    r.provider_job_id, m.image_inputs, s.image_count, extract(epoch from m.deadline)::real,
-    nullif(r.create_started_at, now())
+    r.provider_job_id, m.image_inputs, s.image_count::smallint,
+    extract(epoch from m.deadline)::real, nullif(r.create_started_at, now())
   from running as r
   inner join started as s on s.id = r.job_id
   left join public.models as m on m.id = r.model_id
@@ -4624,8 +4634,9 @@ declare
   v_user_id uuid := private.require_user_id(p_writes => true);
 begin
   perform private.cancel_jobs(v_user_id, array(
-    select g.id from public.generations as g
-    where g.batch_id = p_batch_id and g.user_id = v_user_id and g.finished_at is null
+    select j.job_id
+    from public.batches as b inner join private.live_jobs as j on j.job_id = any (b.job_ids)
+    where b.id = p_batch_id and b.user_id = v_user_id and j.user_id = v_user_id
   ));
   return private.batch_json(private.require_batch(p_batch_id, v_user_id));
 end;
@@ -4637,21 +4648,22 @@ $$;
 -- the job is stuck, beats or not: it fails with timeout. pg_cron calls recover_stale_jobs every
 -- minute and every worker calls it too; both may run at once.
 
--- Renews queue_state, at most once in ten seconds, whoever asks.
+-- Renews what plans say of the queue, at most once in ten seconds, whoever asks.
 create function private.refresh_queue_state() returns void
 language sql set search_path = pg_catalog, pg_temp as $$
-  update private.queue_state set
+  with due as (
+    select p.name from private.plans as p
+    where p.looked_at < now() - interval '10 seconds' order by p.name for update skip locked
+  )
+  update private.plans set
     oldest_ready_at = (
       select min(r.queued_at) from private.ready_jobs as r
       where r.run_at is null and not r.model_id = any (array(
         select p.id from private.paused_models as p where p.paused_until is not null
       ))
     ),
-    refreshed_at = now()
-  where id = (
-    select q.id from private.queue_state as q
-    where q.refreshed_at < now() - interval '10 seconds' for update skip locked
-  )
+    looked_at = now()
+  where name in (select d.name from due as d)
 $$;
 
 -- Ends the attempts of jobs that are locked, in the order given.
@@ -4716,9 +4728,9 @@ $$;
 
 comment on function private.recover_stale_jobs is
   'Requeues or finally fails up to p_at_most jobs whose lease or deadline has passed, and renews '
-  'model_stats and queue_state. Answers how many. What cannot be done is passed over: see '
-  'private.skipped_rows. Looks less often, once in ten seconds at least, '
-  'while a long transaction makes each look dear.';
+  'model_stats and the state of the queue in plans. Answers how many. What cannot be done is '
+  'passed over: see private.skipped_rows. Looks less often, once in ten seconds at least, while a '
+  'long transaction makes each look dear.';
 
 -- Forgets worker processes and cron runs of more than a week ago.
 create function private.trim_history() returns void
@@ -4776,9 +4788,6 @@ create index expired_files_try_at_idx on private.expired_files (try_at);
 create index expired_files_marked_at_idx on private.expired_files (marked_at);
 create index expired_files_generation_id_idx
 on private.expired_files (generation_id) where generation_id is not null;
-
-alter table private.expired_files enable row level security;
-revoke all on table private.expired_files from public, anon, authenticated, service_role;
 
 -- For users: delete and restore.
 
@@ -4942,8 +4951,8 @@ language sql set search_path = pg_catalog, pg_temp as $$
   emptied as (
     delete from public.batches as b
     where b.id = any (array(select e.batch_id from erased as e)) and not exists (
-      select from public.generations as g
-      where g.batch_id = b.id and g.id <> all (array(select e.id from erased as e))
+      select from unnest(b.job_ids) as j (id) inner join public.generations as g on g.id = j.id
+      where g.id <> all (array(select e.id from erased as e))
     )
   )
   select count(*)::integer from erased
@@ -5004,6 +5013,7 @@ create function private.erase_images_of_generation() returns trigger
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   delete from public.images where generation_id = old.id;
+  delete from private.retries where retry_of = old.id;
   return null;
 end;
 $$;
@@ -5171,9 +5181,6 @@ comment on table private.retention_walks is
   'The steps of retention: functions of this schema, and how far each has come.';
 comment on column private.retention_walks.place is
   'Key last looked at. The least of all ids is the beginning, of paths in our buckets too.';
-
-alter table private.retention_walks enable row level security;
-revoke all on table private.retention_walks from public, anon, authenticated, service_role;
 
 -- Read by expire_deleted. The one index on a column that changes: it changes once, by the user's
 -- hand, and all other updates of generations stay HOT.
@@ -6013,7 +6020,6 @@ update private.settings
 set welcome_credits = current_setting('darkroom.welcome_credits', true)::integer
 where current_setting('darkroom.welcome_credits', true) <> ''
   and not exists (select from public.entitlements);
-insert into private.queue_state default values on conflict do nothing;
 
 insert into private.retention_walks (name) values
 ('expire_deleted'), ('expire_old'), ('expire_orphans'), ('trim_attempts'), ('trim_ledger')
@@ -6147,25 +6153,6 @@ notify pgrst, 'reload config';
 --
 -- What is called most is plpgsql, whose plans last for a session.
 
-create function public.grant_credits(
-  user_id uuid, amount integer, kind text, external_id text
-) returns json
-language sql set search_path = pg_catalog, pg_temp
-return private.grant_credits(user_id, amount, kind, external_id);
-
-comment on function public.grant_credits is
-  'Adds credits to a user: kind grant (amount > 0) or adjust (either sign). The same external_id '
-  'is applied once. Answers {credits, applied}. Errors: PT400 invalid_input, PT404 not_found, '
-  'PT409 idempotency_conflict.';
-
-create function public.set_paid(user_id uuid, paid_until timestamptz) returns json
-language sql set search_path = pg_catalog, pg_temp
-return private.set_paid(user_id, paid_until);
-
-comment on function public.set_paid is
-  'Makes a user paid until a time (infinity: without end; null: not paid). Repeating it changes '
-  'nothing. Answers the entitlement. Errors: PT404 not_found.';
-
 create function public.enqueue_generation(
   model text, prompt text, params jsonb default '{}', idempotency_key text default null
 ) returns json
@@ -6179,11 +6166,11 @@ comment on function public.enqueue_generation is
   'Asks for a picture: checks, charges and queues in one transaction. Answers {job_id, status, '
   'reused, credits_left, queue_position and eta_seconds (null here: get_job_status tells them), '
   'poll_after_ms}. The same idempotency_key and payload answer with the same job and charge '
-  'nothing. With params.reuse = true and a seed, your finished generation of the same input is '
-  'answered, free. Errors: PT400 invalid_input, PT401 not_authenticated, PT402 '
-  'insufficient_credits, PT403 requires_paid_plan, PT404 not_found (also where the job of the key '
-  'is deleted), PT409 idempotency_conflict, PT429 too_many_active | rate_limited, PT503 busy | '
-  'model_paused | unavailable.';
+  'nothing. With params.reuse = true and a seed, a finished generation of the same input is '
+  'answered, free, if it is among your last 200. Errors: PT400 invalid_input, PT401 '
+  'not_authenticated, PT402 insufficient_credits, PT403 requires_paid_plan, PT404 not_found (also '
+  'where the job of the key is deleted), PT409 idempotency_conflict, PT429 too_many_active | '
+  'rate_limited, PT503 busy | model_paused | unavailable.';
 
 create function public.enqueue_batch(
   model text, prompts text[], params jsonb default '{}', idempotency_key text default null
@@ -6219,19 +6206,6 @@ comment on function public.retry_generation is
   'you gave one. While a retry of it is under way or done, answers with that one. Answers as '
   'enqueue_generation does. Errors: those of enqueue_generation, PT409 not_finished | '
   'already_finished.';
-
-create function public.redrive_failed(
-  code text, since timestamptz, at_most integer default 1000
-) returns json
-language sql set search_path = pg_catalog, pg_temp
-return private.redrive_failed(code, since, at_most);
-
-comment on function public.redrive_failed is
-  'Queues again what failed with a code since a time, free, with the same input: of each wish the '
-  'last try, unless one is under way or done, and for each user no more than the credits at hand '
-  'would buy. Answers {redriven, skipped: {reason: count} if any}; reasons are '
-  'insufficient_credits, those of retry_generation, and internal. Call again while redriven is '
-  'at_most. It reads the whole history: an operator''s tool. Errors: PT400 invalid_input.';
 
 create function public.ping() returns json
 language sql stable set search_path = pg_catalog, pg_temp as $$
@@ -6322,26 +6296,6 @@ comment on function public.restore_generation is
   'Favorite, tags and likes are as they were; its images stay private until shared again. Errors: '
   'PT401 not_authenticated, PT404 not_found.';
 
-create function public.pause_model(
-  model text, until timestamptz default 'infinity', reason text default null
-) returns json
-language sql set search_path = pg_catalog, pg_temp
-return private.pause_model(model, until, reason);
-
-comment on function public.pause_model is
-  'Pauses a model, or all models of a provider, until a time or resume_model: new requests are '
-  'refused with model_paused, queued jobs wait and keep their place, running ones go on. Answers '
-  '{name, state (open | closed | half-open | probing), paused_until, reason, failures, '
-  'times_opened}. Errors: PT400 invalid_input, PT404 not_found.';
-
-create function public.resume_model(model text) returns json
-language sql set search_path = pg_catalog, pg_temp
-return private.resume_model(model);
-
-comment on function public.resume_model is
-  'Ends a pause of a model or a provider, whoever began it: its jobs are claimed at once, in their '
-  'old order. Repeating it changes nothing. Answers as pause_model does. Errors: PT404 not_found.';
-
 create function public.cancel_generation(job_id uuid) returns json
 language sql set search_path = pg_catalog, pg_temp
 return private.cancel_generation(job_id);
@@ -6366,6 +6320,16 @@ comment on function public.cancel_batch is
 
 revoke all on all functions in schema private from public, anon, authenticated, service_role;
 revoke all on all tables in schema private from public, anon, authenticated, service_role;
+revoke all on all sequences in schema private from public, anon, authenticated, service_role;
+
+do $$
+begin
+  execute (
+    select string_agg(format('alter table private.%I enable row level security', c.relname), ';')
+    from pg_class as c where c.relnamespace = 'private'::regnamespace and c.relkind in ('r', 'p')
+  );
+end;
+$$;
 
 revoke all on function
 public.cancel_batch, public.cancel_generation, public.delete_generation, public.enqueue_batch,
@@ -6394,10 +6358,8 @@ to authenticated;
 
 -- The operator's backend.
 grant execute on function
-private.grant_credits, private.list_models, private.pause_model, private.redrive_failed,
-private.resume_model, private.set_paid, public.grant_credits, public.list_models,
-public.pause_model, public.ping, public.queue_health, public.redrive_failed,
-public.resume_model, public.set_paid
+private.list_models, public.grant_credits, public.list_models, public.pause_model, public.ping,
+public.queue_health, public.redrive_failed, public.resume_model, public.set_paid
 to service_role;
 
 -- Workers.

@@ -234,10 +234,12 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   inner join private.push_texts as x on x.event_type = p_delivery.event_type
   where g.id = p_delivery.generation_id and p_delivery.created_at > now() - s.push_expires
     and not exists (
-      select from public.generations as o
+      select from public.batches as b
+      cross join unnest(b.job_ids) as j (id)
+      inner join public.generations as o on o.id = j.id
       left join private.deliveries as d
         on d.generation_id = o.id and d.lane = 'expo' and d.push_token = p_delivery.push_token
-      where o.batch_id = g.batch_id and (
+      where b.id = g.batch_id and (
         o.finished_at is null or (d.state = 'pending' and d.id > p_delivery.id)
       )
     )
@@ -439,7 +441,10 @@ begin
       'token: not an Expo push token', 'Send what getExpoPushTokenAsync() answers.'
     );
   end if;
-  perform private.lock_entitlement(v_user_id);
+  perform from public.entitlements where user_id = v_user_id for update;
+  if not found then
+    perform private.refuse_unknown_user();
+  end if;
   insert into private.push_tokens as t (token, user_id) values (p_token, v_user_id)
   on conflict (token) do update set user_id = excluded.user_id, registered_at = clock_timestamp();
   -- More devices than anybody has: those not heard of longest are forgotten.

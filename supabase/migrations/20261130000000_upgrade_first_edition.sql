@@ -62,6 +62,9 @@ perform set_config('lock_timeout', '5s', true);
 -- Held jobs wait in the queue like any other: a claim passes over what is paused.
 update private.ready_jobs set run_at = null, is_held = false where is_held;
 
+-- Who is paid is said by paid_until alone.
+update public.entitlements set paid_until = null where not is_paid and paid_until is not null;
+
 -- What differs from the second edition.
 
 do $$ begin if to_regclass('storage.objects') is not null then drop policy if exists "Everybody reads shared images" on storage.objects; end if;
@@ -98,6 +101,8 @@ drop trigger entitlements_erase_generations on public.entitlements;
 drop trigger entitlements_erase_ledger on public.entitlements;
 
 drop trigger entitlements_expire_files on public.entitlements;
+
+drop trigger models_set_default_input on public.models;
 
 drop policy "Users read their own batches" on public.batches;
 
@@ -137,6 +142,10 @@ alter table private.plans drop constraint plans_limits_are_positive;
 
 alter table private.ready_jobs drop constraint ready_jobs_held_ones_are_never_due;
 
+alter table private.ready_jobs drop constraint ready_jobs_job_id_key;
+
+alter table private.ready_jobs drop constraint ready_jobs_pkey;
+
 alter table private.retention_walks drop constraint retention_walks_name_is_known;
 
 alter table private.settings drop constraint settings_delivery_times_are_not_negative;
@@ -145,9 +154,39 @@ alter table private.settings drop constraint settings_keep_ledger_outlives_ninet
 
 alter table private.settings drop constraint settings_watch_window_is_positive;
 
+alter table public.batches drop constraint batches_job_count_is_positive;
+
+alter table public.credit_ledger drop constraint credit_ledger_balance_is_not_negative;
+
+alter table public.credit_ledger drop constraint credit_ledger_pkey;
+
+alter table public.entitlements drop constraint entitlements_credits_are_not_negative;
+
+alter table public.entitlements drop constraint entitlements_paid_users_have_an_end;
+
+alter table public.generations drop constraint generations_deleted_ones_are_finished;
+
+alter table public.generations drop constraint generations_error_code_matches_status;
+
+alter table public.generations drop constraint generations_finished_at_matches_status;
+
+alter table public.generations drop constraint generations_image_count_is_positive;
+
+alter table public.generations drop constraint generations_input_is_an_object;
+
+alter table public.generations drop constraint generations_price_is_not_negative;
+
 drop index if exists private.attempts_provider_job_id_idx;
 
 drop index if exists private.ready_jobs_held_idx;
+
+drop index if exists public.credit_ledger_user_id_id_idx;
+
+drop index if exists public.generations_batch_id_idx;
+
+drop index if exists public.generations_retry_of_idx;
+
+drop index if exists public.generations_reuse_idx;
 
 alter table private.webhook_endpoints alter column secret drop default;
 
@@ -235,6 +274,7 @@ private.forecast(p_generation public.generations, p_at_most integer, OUT queue_p
 private.forget_held(p_model_id text),
 private.found_webhook(p_endpoint private.webhook_endpoints),
 private.free_slots(p_else double precision),
+private.grant_credits(p_user_id uuid, p_amount integer, p_kind text, p_external_id text),
 private.has_image(p_path text),
 private.has_later_push(p_delivery private.deliveries, p_batch_id uuid),
 private.has_waited(p_interval interval),
@@ -248,7 +288,6 @@ private.images_json(p_generation_id uuid),
 private.import_model(p_model jsonb, p_options jsonb, p_dry_run boolean),
 private.input_problem(p_value jsonb, p_property jsonb),
 private.insert_generations(p_entitlement public.entitlements, p_plan private.plans, p_model public.models, p_draft public.generations, p_prompts text[], p_inputs jsonb[], p_is_free boolean),
-private.is_busy(p_plan private.plans),
 private.is_free_text(p_rules jsonb),
 private.is_live(p_job_id uuid),
 private.is_needed_again(p_file private.expired_files),
@@ -263,6 +302,7 @@ private.length_problem(p_length integer, p_property jsonb, p_unit text, p_defaul
 private.limit_rules(p_snake text, p_rules jsonb, p_takes_image boolean),
 private.list_deliveries(p_state text, p_at_most integer),
 private.list_webhooks(),
+private.lock_entitlement(p_user_id uuid),
 private.lock_jobs(p_user_id uuid),
 private.lock_models_to_hold(p_blocked jsonb, p_model_ids text[]),
 private.lock_next_jobs(p_at_most integer, p_from bigint, p_blocked jsonb),
@@ -289,6 +329,7 @@ private.outcomes_by_model(p_window interval),
 private.output_problem(p_output jsonb, p_prose text),
 private.output_prose(p_model jsonb, p_schemas jsonb),
 private.overtaking_share(p_distance bigint, p_slot_count integer),
+private.pause_model(p_model text, p_until timestamp with time zone, p_reason text),
 private.pause_provider(p_provider text, p_seconds integer, p_reason text),
 private.paused_until(p_model public.models),
 private.pick_jobs(p_at_most integer),
@@ -312,6 +353,7 @@ private.record_events(p_job_ids uuid[], p_status text),
 private.redeliver(p_delivery_id uuid),
 private.redeliver_dead(p_webhook_id uuid),
 private.redelivery_delay(p_delivery private.deliveries, p_retry_after_seconds double precision),
+private.redrive_failed(p_code text, p_since timestamp with time zone, p_at_most integer),
 private.redrive_generation(p_old public.generations),
 private.refund_missing_images(p_jobs private.running_jobs[], p_stored integer[], p_charged integer[], p_prices integer[]),
 private.refuse_for_now(p_status integer, p_token text, p_detail text, p_retry_after_seconds integer),
@@ -339,6 +381,7 @@ private.require_user_id(),
 private.resolve_alias(p_alias_id text, p_user_id uuid, p_plan text),
 private.resolve_schema(p_node jsonb, p_schemas jsonb, p_path text[]),
 private.resolve_union(p_node jsonb, p_schemas jsonb, p_path text[]),
+private.resume_model(p_model text),
 private.rotate_webhook_secret(p_webhook_id uuid),
 private.routine_health(),
 private.rules_of(p_node jsonb),
@@ -346,6 +389,8 @@ private.running_health(),
 private.running_job(p_job_id uuid),
 private.scan_start(p_pause double precision),
 private.schedule_scan(p_from bigint, p_began timestamp with time zone),
+private.set_default_input(),
+private.set_paid(p_user_id uuid, p_paid_until timestamp with time zone),
 private.shared_image_json(p_image public.images, p_user_id uuid),
 private.snake_case(p_name text),
 private.takes_file(p_rules jsonb),
@@ -371,6 +416,12 @@ alter table private.breakers drop column has_held;
 alter table private.ready_jobs drop column is_held;
 
 alter table private.settings drop column keep_ledger, drop column watch_window;
+
+alter table public.batches drop column job_count;
+
+alter table public.entitlements drop column is_paid;
+
+drop table private.queue_state;
 
 drop sequence if exists private.full_scan_due;
 
@@ -417,10 +468,50 @@ revoke all on schema private from public;
 grant usage on schema private
 to anon, authenticated, service_role, darkroom_worker, darkroom_monitor;
 
+create or replace function private.uuid_v7() returns uuid
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_us bigint := date_part('epoch', clock_timestamp()) * 1000000;
+begin
+  return encode(
+    int8send(v_us / 1000 * 65536 + 28672 + v_us % 1000 * 4096 / 1000)
+    || substring(uuid_send(gen_random_uuid()) from 9),
+    'hex'
+  )::uuid;
+end;
+$$;
+
+create domain public.credits as integer constraint credits_are_not_negative check (value >= 0);
+
+create domain public.image_count as smallint
+constraint image_count_is_positive check (value > 0);
+
+create domain public.json_object as jsonb
+constraint json_object_is_one check (jsonb_typeof(value) = 'object');
+
+create or replace function private.fits_status(
+  p_status text, p_error_code text, p_finished_at timestamptz, p_deleted_at timestamptz
+) returns boolean
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
+begin
+  return (p_finished_at is null) = (p_status in ('queued', 'processing'))
+    and (p_error_code is not null) = (p_status = 'failed')
+    -- A deleted one is hidden: no job may run unseen, nor be counted as active.
+    and (p_deleted_at is null or p_finished_at is not null);
+end;
+$$;
+
 alter table public.entitlements
+  alter column credits type public.credits,
   add column if not exists day_started_at timestamp with time zone default '-infinity'::timestamp with time zone not null,
   add column if not exists day_jobs integer default 0 not null,
   add column if not exists day_burned integer default 0 not null;
+
+comment on column public.entitlements.paid_until is
+  'End of the paid plan; infinity for one without end, null for none.';
+
+comment on column public.entitlements.credits is
+  'Balance in credits: the sum of the user''s ledger amounts.';
 
 comment on column public.entitlements.minute_jobs is
   'Jobs enqueued since minute_started_at, also those canceled since.';
@@ -428,10 +519,11 @@ comment on column public.entitlements.minute_jobs is
 comment on column public.entitlements.day_started_at is
   'Start of the day that day_jobs and day_burned count.';
 
-comment on column public.entitlements.day_jobs is 'Jobs enqueued since day_started_at.';
-
 comment on column public.entitlements.day_burned is
   'Jobs canceled since day_started_at that the provider may bill us.';
+
+alter table public.credit_ledger
+  alter column balance_after type public.credits;
 
 comment on table public.credit_ledger is
   'Append-only entries that explain every balance. No row is ever updated, and none of a user who '
@@ -440,6 +532,69 @@ comment on table public.credit_ledger is
 comment on column public.credit_ledger.kind is
   'grant, charge (of a generation), refund (of one), adjust, or carry: the sum of older entries, '
   'as the first edition made it.';
+
+alter table public.batches
+  add column if not exists job_ids uuid[] default '{}'::uuid[] not null;
+
+comment on column public.batches.job_ids is 'In the order of the prompts; also those erased since.';
+
+alter table public.generations
+  alter column image_count type public.image_count,
+  alter column input type public.json_object,
+  alter column price_credits type public.credits;
+
+comment on column public.generations.price_credits is
+  'Credits charged for the whole generation at enqueue.';
+
+create table private.retries (
+  retry_of uuid,
+  generation_id uuid,
+  primary key (retry_of, generation_id)
+);
+
+comment on table private.retries is 'generations.retry_of, to be found by it.';
+
+alter table public.models
+  add column if not exists required_inputs text[] default '{}'::text[] not null,
+  add column if not exists highest_seed bigint,
+  add column if not exists lowest_seed bigint;
+
+comment on column public.models.default_input is
+  'What input_schema gives for what nobody says. This and the next three are kept by a trigger.';
+
+comment on column public.models.required_inputs is
+  'The client inputs that nobody else gives a value.';
+
+comment on column public.models.lowest_seed is
+  'From here to highest_seed a seed is chosen where nobody says one; null: the model has none.';
+
+create or replace function private.set_derived_inputs() returns trigger
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+begin
+  new.default_input := (
+    select coalesce(jsonb_object_agg(p.key, p.value -> 'default'), '{}')
+    from jsonb_each(new.input_schema -> 'properties') as p
+    where p.value ? 'default' and not (p.key = 'seed' and p.value ->> 'type' = 'integer')
+  );
+  new.required_inputs := array(
+    select i.name from unnest(new.client_inputs) as i (name)
+    where new.input_schema -> 'required' ? i.name and i.name <> 'seed'
+      and not new.input_schema #> array['properties', i.name] ? 'default'
+      and not new.operator_input ? i.name
+  );
+  new.lowest_seed := null;
+  new.highest_seed := null;
+  if new.input_schema #>> '{properties,seed,type}' = 'integer' then
+    new.lowest_seed := greatest(
+      0, (new.input_schema #>> '{properties,seed,minimum}')::numeric
+    );
+    new.highest_seed := least(
+      2147483647, (new.input_schema #>> '{properties,seed,maximum}')::numeric
+    );
+  end if;
+  return new;
+end;
+$$;
 
 create sequence private.scan_due minvalue 0 start 0;
 
@@ -467,9 +622,9 @@ alter table private.attempts
   alter column cost_usd type numeric(18,6),
   alter column provider_images type integer;
 
-comment on column private.attempts.provider_images is 'Images the provider made, as it bills them.';
-
 comment on column private.attempts.cost_usd is 'US dollars the attempt cost at the provider.';
+
+comment on column private.attempts.provider_images is 'Images the provider made, as it bills them.';
 
 create table private.purchases (
   generation_id uuid not null references public.generations (id) on delete cascade,
@@ -499,7 +654,11 @@ comment on column private.breakers.doubted_users is
 
 alter table private.plans
   add column if not exists full_minutes_per_day smallint default 30 not null,
-  add column if not exists max_burned_per_day integer default 5 not null;
+  add column if not exists max_burned_per_day integer default 5 not null,
+  add column if not exists looked_at timestamp with time zone default now() not null,
+  add column if not exists oldest_ready_at timestamp with time zone;
+
+alter table private.plans set (fillfactor=50);
 
 comment on column private.plans.full_minutes_per_day is
   'Times max_per_minute: jobs enqueued in a day, each of which keeps its row.';
@@ -507,6 +666,10 @@ comment on column private.plans.full_minutes_per_day is
 comment on column private.plans.max_burned_per_day is
   'Jobs of a day that a user may cancel when the provider may bill us already; then no more are '
   'let in.';
+
+comment on column private.plans.oldest_ready_at is
+  'queued_at of the job that could be claimed longest at looked_at; null: there was none. Too dear '
+  'to look up in every enqueue, and here because each of them reads its plan.';
 
 alter table private.settings
   add column if not exists broadcasts boolean default true not null,
@@ -551,8 +714,6 @@ comment on column private.skipped_rows.step is 'The function or table the row wa
 comment on column private.skipped_rows.key is 'Which row; * if the step failed as a whole.';
 
 comment on column private.skipped_rows.code is 'SQLSTATE of the last try; problem is its message.';
-
-alter table private.skipped_rows enable row level security;
 
 create or replace function private.note_skipped(
   p_step text, p_key text, p_code text, p_problem text
@@ -604,12 +765,6 @@ begin
 end;
 $$;
 
-alter table private.purchases enable row level security;
-
-revoke all on all tables in schema private from public, anon, authenticated, service_role;
-
-revoke all on all sequences in schema private from public, anon, authenticated, service_role;
-
 revoke all on table public.entitlements, public.credit_ledger, public.models,
 public.model_aliases, public.batches, public.generations, public.images
 from public, anon, authenticated, service_role;
@@ -629,7 +784,10 @@ grant select, insert, update, delete on table public.model_aliases to service_ro
 create or replace function private.caller_id() returns uuid
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
 begin
-  return auth.uid();
+  return coalesce(
+    nullif(current_setting('request.jwt.claim.sub', true), ''),
+    nullif(current_setting('request.jwt.claims', true), '')::jsonb ->> 'sub'
+  )::uuid;
 exception when data_exception then
   perform private.refuse(
     'not_authenticated', 'The sub of the token is no user''s id.', 'Sign in again.'
@@ -885,9 +1043,6 @@ where b.paused_until is not null or b.resumed_at is not null;
 comment on view private.paused_models is
   'Models that are or were paused, themselves or with their provider.';
 
-revoke all on private.queue_floor, private.live_jobs, private.paused_models
-from public, anon, authenticated, service_role;
-
 create or replace function private.paused_until(p_model public.models, p_user_id uuid) returns timestamptz
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
@@ -923,7 +1078,7 @@ create or replace function private.plan_of(p_entitlement public.entitlements) re
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   return (select p from private.plans as p where p.name = case
-    when p_entitlement.is_paid and p_entitlement.paid_until > now() then 'paid' else 'free'
+    when p_entitlement.paid_until > now() then 'paid' else 'free'
   end);
 end;
 $$;
@@ -937,8 +1092,6 @@ create type private.gate as (
   max_active integer,
   max_batch integer,
   may_be_over_limits boolean,
-  max_params_bytes integer,
-  max_prompt_chars integer,
   is_model_unclear boolean,
   model public.models
 );
@@ -954,32 +1107,20 @@ declare
 begin
   select
     e.user_id, e.credits, e.last_fair_key, p.name, p.weight, p.max_active, p.max_batch,
-    (e.minute_jobs >= p.max_per_minute and e.minute_started_at > now() - interval '1 minute')
-    or (
-      e.day_started_at > now() - interval '1 day' and (
-        e.day_jobs >= p.max_per_minute::bigint * p.full_minutes_per_day
-        or e.day_burned >= p.max_burned_per_day
-      )
-    ) or coalesce(
-      (select least(q.oldest_ready_at, q.refreshed_at) from private.queue_state as q)
-      < now() - p.busy_after, false
-    ),
-    s.max_params_bytes, s.max_prompt_chars,
+    -- A minute or a day that is over, too: refuse_limits looks closer.
+    e.minute_jobs >= p.max_per_minute or e.day_burned >= p.max_burned_per_day
+    or e.day_jobs >= p.max_per_minute::bigint * p.full_minutes_per_day
+    or least(p.oldest_ready_at, p.looked_at) < now() - p.busy_after,
     m.id is null or (m.requires_paid and p.name <> 'paid') or exists (
       select from private.breakers as b
       where b.paused_until > now() or e.user_id = any (b.failed_users || b.doubted_users)
     ),
     m
   into v_gate
-  from public.entitlements as e
-  cross join private.settings as s
-  left join public.models as m on m.id = p_model and m.is_active
-  cross join lateral (
-    select * from private.plans as p
-    where p.name = case when e.is_paid and e.paid_until > now() then 'paid' else 'free' end offset 0
-  ) as p
-  where e.user_id = p_user_id
-  for update of e;
+  from (select * from public.entitlements where user_id = p_user_id for update) as e
+  inner join private.plans as p
+    on p.name = case when e.paid_until > now() then 'paid' else 'free' end
+  left join public.models as m on m.id = p_model and m.is_active;
   if not found then
     perform private.refuse_unknown_user();
   end if;
@@ -1028,24 +1169,23 @@ begin
 end;
 $$;
 
-create or replace function private.is_busy(p_busy_after interval) returns boolean
+create or replace function private.is_busy(p_plan private.plans) returns boolean
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
-  if (select least(q.oldest_ready_at, q.refreshed_at) from private.queue_state as q)
-    < now() - p_busy_after then
+  if least(p_plan.oldest_ready_at, p_plan.looked_at) < now() - p_plan.busy_after then
     return exists (
       select from (
         select r.user_id, r.model_id, r.queued_at from private.ready_jobs as r
         where r.run_at is null and r.fair_key >= (select f.fair_key from private.queue_floor as f)
         order by r.fair_key, r.seq limit 1000
       ) as next
-      where next.queued_at < now() - p_busy_after
+      where next.queued_at < now() - p_plan.busy_after
         and next.user_id not in (select r.user_id from private.running_jobs as r)
         -- Nor does it wait for us while its model is paused.
         and not exists (
           select from private.paused_models as p
           where p.id = next.model_id
-            and (p.paused_until is not null or p.resumed_at > now() - p_busy_after)
+            and (p.paused_until is not null or p.resumed_at > now() - p_plan.busy_after)
         )
     );
   end if;
@@ -1092,7 +1232,7 @@ begin
         extract(epoch from v_used.day_started_at + interval '1 day' - now())
       )::integer
     );
-  elsif private.is_busy(v_plan.busy_after) then
+  elsif private.is_busy(v_plan) then
     perform private.refuse('busy', 'Jobs wait too long to take in more.', p_retry_after => 60);
   end if;
 end;
@@ -1259,45 +1399,47 @@ create or replace function private.provider_inputs(
 ) returns jsonb[]
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
-  v_params jsonb := p_params - 'reuse';
-  v_properties jsonb := p_model.input_schema -> 'properties';
-  v_required jsonb := p_model.input_schema -> 'required';
-  v_seed jsonb := v_properties -> 'seed';
-  v_prompt_rules jsonb := v_properties -> p_model.prompt_input;
-  v_lowest bigint := greatest(0, (v_seed ->> 'minimum')::numeric);
-  v_has_prompt boolean;
-  v_inputs jsonb[];
+  v_params jsonb := p_params;
+  v_rules jsonb := p_model.input_schema -> 'properties';
+  v_prompt_rules jsonb;
   v_name text;
   v_problem text;
+  v_inputs jsonb[];
 begin
-  if p_params ? 'reuse' and jsonb_typeof(p_params -> 'reuse') <> 'boolean' then
-    perform private.refuse_input('params.reuse: not of type boolean');
-  elsif p_params @> '{"reuse": true}' and not p_params ? 'seed' then
-    perform private.refuse_input(
-      'params.reuse: needs params.seed', 'Without a seed every picture is another one.'
-    );
-  elsif v_params ?& '{width,height}' or v_params ? 'aspect_ratio' then
-    v_params := private.map_size(p_model, v_params);
-  end if;
-  if v_params - p_model.client_inputs <> '{}' then
+  if v_params - p_model.client_inputs <> '{}' or v_params ? 'aspect_ratio'
+    or v_params ?& '{width,height}' or v_params ?| p_model.image_inputs then
+    if jsonb_typeof(v_params -> 'reuse') <> 'boolean' then
+      perform private.refuse_input('params.reuse: not of type boolean');
+    elsif v_params @> '{"reuse": true}' and not v_params ? 'seed' then
+      perform private.refuse_input(
+        'params.reuse: needs params.seed', 'Without a seed every picture is another one.'
+      );
+    end if;
+    v_params := private.map_size(p_model, v_params - 'reuse');
     v_name := (
       select min(f.name) from jsonb_object_keys(v_params - p_model.client_inputs) as f (name)
     );
-    perform private.refuse_input(
-      format('params.%s: not an input of %s', left(v_name, 60), p_model.id),
-      'Allowed: ' || array_to_string(p_model.client_inputs, ', ')
-    );
+    if v_name is not null then
+      perform private.refuse_input(
+        format('params.%s: not an input of %s', left(v_name, 60), p_model.id),
+        'Allowed: ' || array_to_string(p_model.client_inputs, ', ')
+      );
+    end if;
   end if;
   foreach v_name in array p_model.client_inputs loop
-    v_problem := case
-      when v_params ? v_name
-        then private.input_problem(v_params -> v_name, v_properties -> v_name)
-      when v_required ? v_name and v_name <> 'seed'
-        and not v_properties -> v_name ? 'default' and not p_model.operator_input ? v_name
-        then 'missing'
-    end;
-    if v_problem is not null then
-      perform private.refuse_input(format('params.%s: %s', v_name, v_problem));
+    -- A plain number, what is asked most, costs no call.
+    if (case when v_params ? v_name then (
+      jsonb_typeof(v_params -> v_name) = 'number' and (v_params -> v_name)::numeric % 1 = 0
+      and (v_rules -> v_name) - '{default,maximum,minimum}'::text[] = '{"type": "integer"}'
+      and v_params -> v_name >= v_rules -> v_name -> 'minimum'
+      and v_params -> v_name <= v_rules -> v_name -> 'maximum'
+    ) is not true else v_name = any (p_model.required_inputs) end) then
+      v_problem := case when v_params ? v_name
+        then private.input_problem(v_params -> v_name, v_rules -> v_name) else 'missing'
+      end;
+      if v_problem is not null then
+        perform private.refuse_input(format('params.%s: %s', v_name, v_problem));
+      end if;
     end if;
   end loop;
   if v_params ?| p_model.image_inputs then
@@ -1305,31 +1447,38 @@ begin
   end if;
   v_params := p_model.default_input || v_params || p_model.operator_input;
   for v_at in 1 .. cardinality(p_prompts) loop
-    v_has_prompt := p_prompts[v_at] ~ '[0-9A-Za-z]' or not private.is_blank(p_prompts[v_at]);
-    if not v_has_prompt then
+    if (
+      p_prompts[v_at] ~ '[0-9A-Za-z]'
+      and (v_rules -> p_model.prompt_input) - 'default'::text = '{"type": "string"}'
+    ) is not true then
+      v_prompt_rules := v_rules -> p_model.prompt_input;
+      if not private.is_blank(p_prompts[v_at]) then
+        v_problem := case when v_prompt_rules ?| '{anyOf,enum,maxLength,minLength}'
+          then private.input_problem(to_jsonb(p_prompts[v_at]), v_prompt_rules)
+        end;
       -- One that needs a picture and has a prompt of its own, an upscaler say, does without.
-      if p_model.prompt_input is not null and not (
-        coalesce(v_required ?| p_model.image_inputs, false)
-        and not v_required ? p_model.prompt_input and v_prompt_rules ? 'default'
+      elsif p_model.prompt_input is null or (
+        p_model.input_schema -> 'required' ?| p_model.image_inputs
+        and not p_model.input_schema -> 'required' ? p_model.prompt_input
+        and v_prompt_rules ? 'default'
       ) then
-        perform private.refuse_input(format(p_field || ': missing or blank', v_at - 1));
+        p_prompts[v_at] := null;
+      else
+        v_problem := 'missing or blank';
       end if;
-    elsif v_prompt_rules ?| '{anyOf,enum,maxLength,minLength}' then
-      v_problem := private.input_problem(to_jsonb(p_prompts[v_at]), v_prompt_rules);
       if v_problem is not null then
         perform private.refuse_input(format(p_field || ': %2$s', v_at - 1, v_problem));
       end if;
     end if;
     v_inputs[v_at] := v_params || case
-      when v_has_prompt and p_model.prompt_input is not null
+      when p_model.prompt_input is not null and p_prompts[v_at] is not null
         then jsonb_build_object(p_model.prompt_input, p_prompts[v_at])
       else '{}'
     end || case
-      when v_seed ->> 'type' = 'integer' and not v_params ? 'seed' then jsonb_build_object(
-        'seed', v_lowest + floor(random() * (
-          least(2147483647, (v_seed ->> 'maximum')::numeric) - v_lowest + 1
-        ))::bigint
-      )
+      when p_model.highest_seed is not null and not v_params ? 'seed'
+        then jsonb_build_object('seed', p_model.lowest_seed + floor(
+          random() * (p_model.highest_seed - p_model.lowest_seed + 1)
+        )::bigint)
       else '{}'
     end;
   end loop;
@@ -1337,55 +1486,37 @@ begin
 end;
 $$;
 
-create or replace function private.entitlement_json(p_user_id uuid) returns json
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select json_build_object(
-    'user_id', e.user_id,
-    'plan', p.name,
-    'paid_until', e.paid_until,
-    'credits', e.credits,
-    'active_jobs', (select count(*) from private.live_jobs as j where j.user_id = p_user_id),
-    'max_active', p.max_active,
-    'minute_jobs', case
-      when e.minute_started_at > now() - interval '1 minute' then e.minute_jobs
-      else 0
-    end,
-    'max_per_minute', p.max_per_minute,
-    'max_batch', p.max_batch,
-    'is_busy', private.is_busy(p.busy_after)
-  )
-  from public.entitlements as e
-  cross join lateral private.plan_of(e) as p
-  where e.user_id = p_user_id
-$$;
-
-create or replace function private.grant_credits(
-  p_user_id uuid, p_amount integer, p_kind text, p_external_id text
+create or replace function public.grant_credits(
+  user_id uuid, amount integer, kind text, external_id text
 ) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
 declare
+  v_user_id uuid := user_id;
+  v_amount integer := amount;
+  v_external_id text := external_id;
   v_credits integer;
   v_charged bigint;
   v_entry public.credit_ledger;
 begin
   perform private.require_writable();
-  if ((p_kind = 'grant' and p_amount > 0) or (p_kind = 'adjust' and p_amount <> 0)) is not true then
+  if ((kind = 'grant' and v_amount > 0) or (kind = 'adjust' and v_amount <> 0)) is not true then
     perform private.refuse_input(
       'kind: grant with a positive amount, or adjust with one that is not 0'
     );
-  elsif coalesce(octet_length(p_external_id) not between 1 and 200, true) then
+  elsif coalesce(octet_length(v_external_id) not between 1 and 200, true) then
     perform private.refuse_input(
       'external_id: not 1 to 200 bytes', 'Use the payment''s id: repeats are applied once.'
     );
   end if;
-  select credits into v_credits from public.entitlements where user_id = p_user_id for update;
+  select credits into v_credits from public.entitlements where user_id = v_user_id for update;
   if not found then
     perform private.refuse_missing('user_id: no such user', 'Use the id of auth.users.');
   end if;
   loop  -- once more where another user's grant takes the id just now
-    select * into v_entry from public.credit_ledger where external_id = p_external_id;
+    select * into v_entry from public.credit_ledger where external_id = v_external_id;
     if v_entry.id is not null and (v_entry.user_id, v_entry.amount, v_entry.kind)
-      is distinct from (p_user_id, p_amount, p_kind) then
+      is distinct from (v_user_id, v_amount, kind) then
       perform private.refuse(
         'idempotency_conflict', 'external_id was used for another grant',
         'Use the payment''s own id, once for each payment.'
@@ -1397,33 +1528,32 @@ begin
     -- no refund can ever overflow.
     select coalesce(sum(g.price_credits), 0) into v_charged
     from private.live_jobs as j inner join public.generations as g on g.id = j.job_id
-    where j.user_id = p_user_id;
-    if v_credits::bigint + p_amount not between 0 and 1000000000 - v_charged then
+    where j.user_id = v_user_id;
+    if v_credits::bigint + v_amount not between 0 and 1000000000 - v_charged then
       perform private.refuse_input(
         format('amount: the balance is %s, and %s are in jobs under way', v_credits, v_charged)
       );
     end if;
     insert into public.credit_ledger (user_id, kind, amount, balance_after, external_id)
-    values (p_user_id, p_kind, p_amount, v_credits + p_amount, p_external_id)
+    values (v_user_id, kind, v_amount, v_credits + v_amount, v_external_id)
     on conflict (external_id) where external_id is not null do nothing;
     exit when found;
   end loop;
-  update public.entitlements set credits = credits + p_amount where user_id = p_user_id;
-  return json_build_object('credits', v_credits + p_amount, 'applied', true);
+  update public.entitlements set credits = credits + v_amount where user_id = v_user_id;
+  return json_build_object('credits', v_credits + v_amount, 'applied', true);
 end;
 $$;
 
-create or replace function private.set_paid(p_user_id uuid, p_paid_until timestamptz) returns json
+create or replace function public.set_paid(user_id uuid, paid_until timestamptz) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
   perform private.require_writable();
-  update public.entitlements
-  set is_paid = p_paid_until is not null, paid_until = p_paid_until
-  where user_id = p_user_id;
+  update public.entitlements as e set paid_until = set_paid.paid_until
+  where e.user_id = set_paid.user_id;
   if not found then
     perform private.refuse_missing('user_id: no such user', 'Use the id of auth.users.');
   end if;
-  return private.entitlement_json(p_user_id);
+  return private.entitlement_json(user_id);
 end;
 $$;
 
@@ -1440,7 +1570,7 @@ begin
     return;
   end if;
   -- One session at a time: by a row's lock, for one by number could be held by anybody.
-  perform from private.queue_state for update skip locked;
+  perform from private.plans where name = 'free' for update skip locked;
   if not found then
     return;
   end if;
@@ -1619,22 +1749,20 @@ begin
 end;
 $$;
 
-create or replace function private.enqueue_answer(
-  p_job_id uuid, p_credits integer, p_status text default 'queued',
-  p_created_at timestamptz default null, p_is_reused boolean default false
+create or replace function private.known_answer(
+  p_known public.generations, p_credits integer, p_is_reused boolean default false
 ) returns json
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   return json_build_object(
-    'job_id', p_job_id,
-    'status', p_status,
+    'job_id', p_known.id,
+    'status', p_known.status,
     'reused', p_is_reused,
     'credits_left', p_credits,
     'queue_position', null,
     'eta_seconds', null,
     'poll_after_ms', case
-      when p_created_at is null then 1000
-      when p_status in ('queued', 'processing') then private.poll_after_ms(p_created_at)
+      when p_known.finished_at is null then private.poll_after_ms(p_known.created_at)
     end
   );
 end;
@@ -1649,16 +1777,18 @@ language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_model public.models := p_gate.model;
   v_jobs integer := cardinality(p_inputs);
-  v_said jsonb := p_inputs[1] -> v_model.image_count_input;  -- prompts do not change it
-  v_images numeric := case jsonb_typeof(v_said)
-    when 'number' then v_said::numeric else v_model.max_images
+  v_images numeric := case jsonb_typeof(p_inputs[1] -> v_model.image_count_input)
+    when 'number' then (p_inputs[1] -> v_model.image_count_input)::numeric  -- the same in each
+    else v_model.max_images
   end;
   v_price bigint := v_images * case
     when p_is_free then 0
     when p_gate.plan = 'paid' then v_model.paid_price_credits
     else v_model.price_credits
   end;
-  v_job_id uuid;
+  v_clock bigint := coalesce(pg_sequence_last_value('private.virtual_clock'), 0);
+  v_us bigint := date_part('epoch', clock_timestamp()) * 1000000;
+  v_ids uuid[];
   v_is_anybody_asleep boolean;
 begin
   if p_gate.may_be_over_limits and not p_is_free then
@@ -1666,11 +1796,9 @@ begin
   end if;
   with queue as (
     select
-      c.last_value as clock,
-      greatest(c.last_value, case when live.jobs > 0 then p_gate.last_fair_key end) as base,
+      greatest(v_clock, case when live.jobs > 0 then p_gate.last_fair_key end) as base,
       greatest(v_model.price_credits * v_images, 1)::bigint * 1000 / p_gate.weight as step
-    from private.virtual_clock as c
-    cross join (
+    from (
       select count(*) as jobs from (
         select from private.live_jobs as j
         where j.user_id = p_gate.user_id limit p_gate.max_active
@@ -1681,8 +1809,13 @@ begin
   ),
   jobs as materialized (
     select
-      private.uuid_v7() as id, j.prompt, j.input, j.place, q.base + q.step * j.place as fair_key,
-      q.base + q.step * j.place - q.clock as distance
+      encode(
+        int8send(
+          (v_us + j.place) / 1000 * 65536 + 28672 + (v_us + j.place) % 1000 * 4096 / 1000
+        ) || substring(uuid_send(gen_random_uuid()) from 9),
+        'hex'
+      )::uuid as id,
+      j.prompt, j.input, j.place, q.base + q.step * j.place as fair_key
     from queue as q
     cross join unnest(p_prompts, p_inputs) with ordinality as j (prompt, input, place)
   ),
@@ -1720,17 +1853,18 @@ begin
     )
     select
       j.id, p_gate.user_id, v_model.id, nullif(p_name, v_model.id), p_batch_id,
-      p_retry_of, j.prompt, p_params, j.input, v_price, v_images, j.distance, p_idempotency_key
+      p_retry_of, j.prompt, p_params, j.input, v_price, v_images, j.fair_key - v_clock,
+      p_idempotency_key
     from jobs as j
   ),
   queued as (
     insert into private.ready_jobs (job_id, user_id, model_id, fair_key)
     select j.id, p_gate.user_id, v_model.id, j.fair_key from jobs as j
   )
-  select j.id, exists (select from private.workers as w where w.asleep)
-  into v_job_id, v_is_anybody_asleep
-  from jobs as j where j.place = 1;
-  if v_job_id is null then
+  select
+    array(select j.id from jobs as j), exists (select from private.workers as w where w.asleep)
+  into v_ids, v_is_anybody_asleep;
+  if v_ids = '{}' then
     if not p_is_free then
       perform private.refuse_limits(p_gate.user_id);
     end if;
@@ -1752,10 +1886,23 @@ begin
       p_retry_after => 1
     );
   end if;
+  if coalesce(p_batch_id, p_retry_of) is not null then
+    update public.batches set job_ids = v_ids where id = p_batch_id;
+    insert into private.retries (retry_of, generation_id)
+    select p_retry_of, v_ids[1] where p_retry_of is not null;
+  end if;
   if v_is_anybody_asleep then
     perform private.wake_workers(v_jobs);
   end if;
-  return private.enqueue_answer(v_job_id, (p_gate.credits - v_price * v_jobs)::integer);
+  return json_build_object(
+    'job_id', v_ids[1],
+    'status', 'queued',
+    'reused', false,
+    'credits_left', p_gate.credits - v_price * v_jobs,
+    'queue_position', null,
+    'eta_seconds', null,
+    'poll_after_ms', 1000
+  );
 end;
 $$;
 
@@ -1766,18 +1913,31 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
 set jit = off as $$
 declare
-  v_user_id uuid := private.require_user_id(p_writes => true);
+  v_user_id uuid;
   v_prompts text[] := array[coalesce(p_prompt, '')];
   v_params jsonb := coalesce(p_params, '{}');
-  v_gate private.gate := private.gate(v_user_id, p_model);
+  v_gate private.gate;
   v_inputs jsonb[];
   v_known public.generations;
 begin
-  -- Sizes first, by what they take in memory: see read_request, which says what is wrong.
+  -- As caller_id() and require_writable() do, whose calls would cost more than all they do.
+  begin
+    v_user_id := coalesce(
+      nullif(current_setting('request.jwt.claim.sub', true), ''),
+      nullif(current_setting('request.jwt.claims', true), '')::jsonb ->> 'sub'
+    )::uuid;
+  exception when data_exception then
+    null;
+  end;
+  if v_user_id is null or current_setting('transaction_read_only') <> 'off'
+    or current_setting('default_transaction_read_only') <> 'off' then
+    v_user_id := private.require_user_id(p_writes => true);
+  end if;
+  v_gate := private.gate(v_user_id, p_model);
+  -- Sizes first, by what they take in memory. What is longer may still be right.
   if (
     jsonb_typeof(v_params) = 'object' and pg_column_size(v_params) < 500
-    and octet_length(v_params::text) <= v_gate.max_params_bytes
-    and octet_length(v_prompts[1]) <= v_gate.max_prompt_chars
+    and octet_length(v_params::text) <= 1000 and octet_length(v_prompts[1]) <= 1000
     and octet_length(p_idempotency_key) between 1 and 200 is not false
   ) is not true then
     v_params := private.read_request(v_prompts, v_params, p_idempotency_key);
@@ -1797,9 +1957,7 @@ begin
         'restore_generation brings it back. Use a new key for a new request.'
       );
     elsif found then
-      return private.enqueue_answer(
-        v_known.id, v_gate.credits, v_known.status, v_known.created_at
-      );
+      return private.known_answer(v_known, v_gate.credits);
     end if;
   end if;
   if v_gate.is_model_unclear then
@@ -1808,17 +1966,16 @@ begin
   v_inputs := private.provider_inputs(v_gate.model, v_user_id, v_params, v_prompts);
   if v_params @> '{"reuse": true}' then
     select * into v_known
-    from public.generations as g
-    where g.user_id = v_user_id
-      and md5(g.provider_input::text) = md5(v_inputs[1]::text) and g.input ? 'seed'
+    from (
+      select * from public.generations where user_id = v_user_id order by id desc limit 200
+    ) as g
+    where g.input ? 'seed'
       and (g.model_id, g.provider_input, g.status) = ((v_gate.model).id, v_inputs[1], 'completed')
       and g.deleted_at is null and not g.input ?| (v_gate.model).image_inputs
       and g.image_count = (select count(*) from public.images as i where i.generation_id = g.id)
     order by g.id desc limit 1;
     if found then
-      return private.enqueue_answer(
-        v_known.id, v_gate.credits, v_known.status, v_known.created_at, true
-      );
+      return private.known_answer(v_known, v_gate.credits, true);
     end if;
   end if;
   return private.accept(v_gate, p_model, v_params, v_prompts, v_inputs, p_idempotency_key);
@@ -1850,9 +2007,11 @@ begin
     end,
     'created_at', p_batch.created_at
   ) into v_answer
-  from public.generations as g
+  from unnest(p_batch.job_ids) as j (id)
+  cross join lateral (
+    select * from public.generations where id = j.id and deleted_at is null offset 0
+  ) as g
   left join private.running_jobs as r on r.job_id = g.id
-  where g.batch_id = p_batch.id and g.deleted_at is null
   having count(*) > 0;
   if v_answer is null then
     perform private.refuse_missing(
@@ -1903,8 +2062,8 @@ begin
     elsif v_gate.is_model_unclear then
       v_gate.model := private.require_model(v_gate, p_model);
     end if;
-    insert into public.batches (user_id, request_hash, job_count, idempotency_key)
-    values (v_user_id, v_hash, cardinality(v_prompts), p_idempotency_key)
+    insert into public.batches (user_id, request_hash, idempotency_key)
+    values (v_user_id, v_hash, p_idempotency_key)
     returning * into v_batch;
     perform private.accept(
       v_gate, p_model, v_params, v_prompts,
@@ -1913,6 +2072,7 @@ begin
       ),
       p_batch_id => v_batch.id
     );
+    select * into v_batch from public.batches where id = v_batch.id;
   end if;
   return private.batch_json(v_batch);
 end;
@@ -1953,13 +2113,12 @@ begin
   elsif v_old.status = 'completed' then
     perform private.refuse('already_finished', 'the job is completed', 'Enqueue a new one.');
   end if;
-  select * into v_known from public.generations as g
-  where g.retry_of = p_job_id and g.status not in ('failed', 'canceled') and g.deleted_at is null
+  select g.* into v_known
+  from private.retries as r inner join public.generations as g on g.id = r.generation_id
+  where r.retry_of = p_job_id and g.status not in ('failed', 'canceled') and g.deleted_at is null
   order by g.id limit 1;
   if found then
-    return private.enqueue_answer(
-      v_known.id, v_gate.credits, v_known.status, v_known.created_at
-    );
+    return private.known_answer(v_known, v_gate.credits);
   end if;
   if v_gate.is_model_unclear then
     v_gate.model := private.require_model(v_gate, v_old.model_id);
@@ -1987,7 +2146,9 @@ set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off se
     select
       t.wish_id, g.id, g.retry_of, g.price_credits, g.created_at, g.deleted_at,
       g.status in ('failed', 'canceled')
-    from tries as t inner join public.generations as g on g.retry_of = t.id
+    from tries as t
+    inner join private.retries as r on r.retry_of = t.id
+    inner join public.generations as g on g.id = r.generation_id
   )
   select
     (array_agg(t.id order by t.id desc) filter (where t.deleted_at is null))[1],
@@ -2027,8 +2188,8 @@ begin
 end;
 $$;
 
-create or replace function private.redrive_failed(
-  p_code text, p_since timestamptz, p_at_most integer
+create or replace function public.redrive_failed(
+  code text, since timestamptz, at_most integer default 1000
 ) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
@@ -2040,15 +2201,15 @@ declare
   v_skipped jsonb := '{}'::jsonb;
 begin
   perform private.require_writable();
-  if not exists (select from private.error_codes where code = p_code) then
+  if not exists (select from private.error_codes as c where c.code = redrive_failed.code) then
     perform private.refuse_input('code: not a code of private.error_codes');
-  elsif p_since is null or coalesce(p_at_most not between 1 and 10000, true) then
+  elsif since is null or coalesce(at_most not between 1 and 10000, true) then
     perform private.refuse_input('since: missing, or at_most: not between 1 and 10000');
   end if;
   <<users>>
   for v_user_id in
     select distinct g.user_id from public.generations as g
-    where g.status = 'failed' and g.error_code = p_code and g.finished_at >= p_since
+    where g.status = 'failed' and g.error_code = redrive_failed.code and g.finished_at >= since
       and g.deleted_at is null
     order by g.user_id
   loop
@@ -2056,17 +2217,17 @@ begin
     from public.entitlements as e where e.user_id = v_user_id for update;
     v_credits := v_credits - (
       select coalesce(sum(w.price_credits), 0) from private.wishes_of(v_user_id) as w
-      where w.given_at >= p_since
+      where w.given_at >= since
     );
     for v_wish in
       select g as last, w.price_credits as price
       from private.wishes_of(v_user_id) as w
       inner join public.generations as g on g.id = w.last_id
-      where w.is_open and g.status = 'failed' and g.error_code = p_code
-        and g.finished_at >= p_since
+      where w.is_open and g.status = 'failed' and g.error_code = redrive_failed.code
+        and g.finished_at >= since
       order by g.id
     loop
-      exit users when v_redriven = p_at_most;
+      exit users when v_redriven = at_most;
       begin
         v_reason := 'insufficient_credits';
         if v_wish.price <= v_credits is not false then
@@ -2096,6 +2257,13 @@ begin
   );
 end;
 $$;
+
+comment on function public.redrive_failed is
+  'Queues again what failed with a code since a time, free, with the same input: of each wish the '
+  'last try, unless one is under way or done, and for each user no more than the credits at hand '
+  'would buy. Answers {redriven, skipped: {reason: count} if any}; reasons are '
+  'insufficient_credits, those of retry_generation, and internal. Call again while redriven is '
+  'at_most. It reads the whole history: an operator''s tool. Errors: PT400 invalid_input.';
 
 create or replace function private.tags_of(p_generation_id uuid) returns text[]
 language sql immutable set search_path = pg_catalog, pg_temp
@@ -2670,28 +2838,30 @@ begin
 end;
 $$;
 
-create or replace function private.pause_model(p_model text, p_until timestamptz, p_reason text) returns json
+create or replace function public.pause_model(
+  model text, until timestamptz default 'infinity', reason text default null
+) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
   perform private.require_writable();
-  if coalesce(p_until <= now(), true) then
+  if coalesce(until <= now(), true) then
     perform private.refuse_input(
       'until: not in the future', 'Leave it out to pause until resumed.'
     );
-  elsif length(p_reason) > 500 then
+  elsif length(reason) > 500 then
     perform private.refuse_input('reason: longer than 500 characters');
   end if;
-  return private.set_pause(p_model, p_until, p_reason);
+  return private.set_pause(model, until, reason);
 end;
 $$;
 
-create or replace function private.resume_model(p_model text) returns json
+create or replace function public.resume_model(model text) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_answer json;
 begin
   perform private.require_writable();
-  v_answer := private.set_pause(p_model, null, null);
+  v_answer := private.set_pause(model, null, null);
   perform setval('private.scan_due', 0);
   perform private.wake_workers();
   return v_answer;
@@ -2743,15 +2913,15 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   where b.name in (p_model_id, p_provider) and private.breaker_state(b) <> 'closed'
 $$;
 
-create or replace function private.pick_admitted_jobs(p_at_most integer) returns bigint[]
+create or replace function private.pick_admitted_jobs(p_at_most integer) returns uuid[]
 language plpgsql set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan as $$
 declare
   v_began timestamptz := clock_timestamp();
   v_from bigint := 0;
   v_breaker private.breakers;
-  v_own bigint[];
-  v_seqs bigint[];
+  v_own uuid[];
+  v_ids uuid[];
 begin
   -- Operators' pauses that are over.
   update private.breakers set paused_until = null, pause_reason = null, resumed_at = now()
@@ -2762,9 +2932,9 @@ begin
   if not found and not private.is_due('private.scan_due') then
     select c.last_value into v_from from private.virtual_clock as c;
   end if;
-  v_seqs := array(
-    select r.seq from private.ready_jobs as r
-    where r.run_at is null and r.seq = any (array(
+  v_ids := array(
+    select r.job_id from private.ready_jobs as r
+    where r.run_at is null and r.job_id = any (array(
       -- From model to model through the index.
       with recursive waiting as (
         (
@@ -2778,9 +2948,9 @@ begin
         )
         from waiting as w where w.model_id is not null
       )
-      select c.seq from (
+      select c.job_id from (
         select
-          next.seq,
+          next.job_id,
           next.has_failed,
           bool_and(next.has_failed) over (partition by w.model_id) as all_of_model,
           next.failed_at_provider,
@@ -2790,7 +2960,7 @@ begin
         cross join lateral private.gate_of(w.model_id, m.provider) as gate
         cross join lateral (
           (
-            select r.seq, false as has_failed, false as failed_at_provider
+            select r.job_id, false as has_failed, false as failed_at_provider
             from private.ready_jobs as r
             where r.run_at is null and r.model_id between w.model_id and w.model_id
               and r.fair_key >= v_from and not r.user_id = any (gate.failed_users)
@@ -2800,7 +2970,8 @@ begin
           union all
           (
             select
-              r.seq, r.user_id = any (gate.failed_users), r.user_id = any (gate.failed_at_provider)
+              r.job_id, r.user_id = any (gate.failed_users),
+              r.user_id = any (gate.failed_at_provider)
             from private.ready_jobs as r
             where r.run_at is null and r.model_id between w.model_id and w.model_id
               and r.fair_key >= v_from and gate.is_over
@@ -2823,10 +2994,10 @@ begin
     order by position('/' in b.name) > 0, b.name
   loop
     v_own := array(
-      select r.seq from private.ready_jobs as r
+      select r.job_id from private.ready_jobs as r
       left join public.models as m on m.id = r.model_id
-      where r.seq = any (v_seqs) and v_breaker.name in (r.model_id, m.provider)
-      order by r.user_id = any (v_breaker.failed_users), array_position(v_seqs, r.seq)
+      where r.job_id = any (v_ids) and v_breaker.name in (r.model_id, m.provider)
+      order by r.user_id = any (v_breaker.failed_users), array_position(v_ids, r.job_id)
     );
     continue when v_own = '{}';
     perform from private.breakers
@@ -2835,17 +3006,17 @@ begin
       -- A new look, now that nobody else can begin one.
       update private.breakers as b set probe_job_id = r.job_id
       from private.ready_jobs as r
-      where b.name = v_breaker.name and r.seq = v_own[1] and private.admits(b, r.user_id);
+      where b.name = v_breaker.name and r.job_id = v_own[1] and private.admits(b, r.user_id);
     end if;
     if found then
       v_own := v_own[2:];
     end if;
-    v_seqs := array(
-      select s.seq from unnest(v_seqs) with ordinality as s (seq, place)
-      where not s.seq = any (v_own) order by s.place
+    v_ids := array(
+      select s.job_id from unnest(v_ids) with ordinality as s (job_id, place)
+      where not s.job_id = any (v_own) order by s.place
     );
   end loop;
-  return v_seqs;
+  return v_ids;
 end;
 $$;
 
@@ -2862,26 +3033,26 @@ set jit = off as $$
 declare
   v_from bigint := 0;
   v_began timestamptz;
-  v_seqs bigint[];
+  v_ids uuid[];
 begin
   -- Delayed jobs whose time has come.
   if exists (select from private.ready_jobs as r where r.run_at <= now()) then
     update private.ready_jobs set run_at = null, queued_at = now()
-    where seq = any (array(
-      select r.seq from private.ready_jobs as r
+    where job_id = any (array(
+      select r.job_id from private.ready_jobs as r
       where r.run_at <= now() order by r.run_at limit p_slots for update skip locked
     ));
   end if;
   if exists (select from private.breakers as b where b.paused_until is not null) then
-    v_seqs := private.pick_admitted_jobs(p_slots);
+    v_ids := private.pick_admitted_jobs(p_slots);
   else
     if not private.is_due('private.scan_due', 500) then
       select c.last_value into v_from from private.virtual_clock as c;
     end if;
     loop
       v_began := clock_timestamp();
-      v_seqs := array(
-        select r.seq from private.ready_jobs as r
+      v_ids := array(
+        select r.job_id from private.ready_jobs as r
         where r.run_at is null and r.fair_key >= v_from
         order by r.fair_key, r.seq limit p_slots for update skip locked
       );
@@ -2889,20 +3060,20 @@ begin
         perform private.put_off('private.scan_due', v_began);
         exit;
       end if;
-      exit when cardinality(v_seqs) = p_slots or not private.is_due('private.scan_due');
+      exit when cardinality(v_ids) = p_slots or not private.is_due('private.scan_due');
       v_from := 0;
     end loop;
   end if;
-  if v_seqs = '{}' then
+  if v_ids = '{}' then
     return;
   end if;
   update private.workers set asleep = false where id = p_worker_id and asleep;
   perform setval('private.virtual_clock', greatest(c.last_value, r.fair_key))
   from private.virtual_clock as c cross join private.ready_jobs as r
-  where r.seq = v_seqs[cardinality(v_seqs)];
+  where r.job_id = v_ids[cardinality(v_ids)];
   return query
   with claimed as (
-    delete from private.ready_jobs as r where r.seq = any (v_seqs) returning r.*
+    delete from private.ready_jobs as r where r.job_id = any (v_ids) returning r.*
   ),
   running as (
     insert into private.running_jobs as r (
@@ -2926,8 +3097,8 @@ begin
   )
   select
     r.job_id, r.user_id, r.token, r.attempt, m.provider, m.provider_ref, s.provider_input,
-    r.provider_job_id, m.image_inputs, s.image_count, extract(epoch from m.deadline)::real,
-    nullif(r.create_started_at, now())
+    r.provider_job_id, m.image_inputs, s.image_count::smallint,
+    extract(epoch from m.deadline)::real, nullif(r.create_started_at, now())
   from running as r
   inner join started as s on s.id = r.job_id
   left join public.models as m on m.id = r.model_id
@@ -3441,8 +3612,9 @@ declare
   v_user_id uuid := private.require_user_id(p_writes => true);
 begin
   perform private.cancel_jobs(v_user_id, array(
-    select g.id from public.generations as g
-    where g.batch_id = p_batch_id and g.user_id = v_user_id and g.finished_at is null
+    select j.job_id
+    from public.batches as b inner join private.live_jobs as j on j.job_id = any (b.job_ids)
+    where b.id = p_batch_id and b.user_id = v_user_id and j.user_id = v_user_id
   ));
   return private.batch_json(private.require_batch(p_batch_id, v_user_id));
 end;
@@ -3450,18 +3622,19 @@ $$;
 
 create or replace function private.refresh_queue_state() returns void
 language sql set search_path = pg_catalog, pg_temp as $$
-  update private.queue_state set
+  with due as (
+    select p.name from private.plans as p
+    where p.looked_at < now() - interval '10 seconds' order by p.name for update skip locked
+  )
+  update private.plans set
     oldest_ready_at = (
       select min(r.queued_at) from private.ready_jobs as r
       where r.run_at is null and not r.model_id = any (array(
         select p.id from private.paused_models as p where p.paused_until is not null
       ))
     ),
-    refreshed_at = now()
-  where id = (
-    select q.id from private.queue_state as q
-    where q.refreshed_at < now() - interval '10 seconds' for update skip locked
-  )
+    looked_at = now()
+  where name in (select d.name from due as d)
 $$;
 
 create or replace function private.end_stale_jobs(p_ids uuid[]) returns integer
@@ -3523,9 +3696,9 @@ $$;
 
 comment on function private.recover_stale_jobs is
   'Requeues or finally fails up to p_at_most jobs whose lease or deadline has passed, and renews '
-  'model_stats and queue_state. Answers how many. What cannot be done is passed over: see '
-  'private.skipped_rows. Looks less often, once in ten seconds at least, '
-  'while a long transaction makes each look dear.';
+  'model_stats and the state of the queue in plans. Answers how many. What cannot be done is '
+  'passed over: see private.skipped_rows. Looks less often, once in ten seconds at least, while a '
+  'long transaction makes each look dear.';
 
 create or replace function private.trim_history() returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
@@ -3539,8 +3712,6 @@ end;
 $$;
 
 create index expired_files_marked_at_idx on private.expired_files (marked_at);
-
-revoke all on table private.expired_files from public, anon, authenticated, service_role;
 
 create or replace function private.lock_own_generation(
   p_job_id uuid, p_may_be_deleted boolean default false
@@ -3628,6 +3799,24 @@ language sql security definer set search_path = pg_catalog, pg_temp as $$
   returning f.bucket, f.path
 $$;
 
+create or replace function private.erase_generations(p_ids uuid[]) returns integer
+language sql set search_path = pg_catalog, pg_temp as $$
+  with erased as (
+    delete from public.generations as g
+    where g.id = any (p_ids) and g.finished_at is not null and g.deleted_at is not null
+      and not exists (select from private.expired_files as f where f.generation_id = g.id)
+    returning g.id, g.batch_id
+  ),
+  emptied as (
+    delete from public.batches as b
+    where b.id = any (array(select e.batch_id from erased as e)) and not exists (
+      select from unnest(b.job_ids) as j (id) inner join public.generations as g on g.id = j.id
+      where g.id <> all (array(select e.id from erased as e))
+    )
+  )
+  select count(*)::integer from erased
+$$;
+
 create or replace function private.forget(p_files text[]) returns integer
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
@@ -3679,6 +3868,7 @@ create or replace function private.erase_images_of_generation() returns trigger
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   delete from public.images where generation_id = old.id;
+  delete from private.retries where retry_of = old.id;
   return null;
 end;
 $$;
@@ -3762,8 +3952,6 @@ comment on column private.settings.max_input_files is
 
 comment on table private.retention_walks is
   'The steps of retention: functions of this schema, and how far each has come.';
-
-revoke all on table private.retention_walks from public, anon, authenticated, service_role;
 
 create or replace function private.take_step(p_name text, p_at_most integer) returns integer
 language plpgsql set search_path = pg_catalog, pg_temp as $$
@@ -4523,16 +4711,6 @@ comment on function private.check_setup is
   'not, whether requests of the API end. Answers part, verdict (ok | note (works, but know it) | '
   'wrong) and detail, in words for people.';
 
-create or replace function public.grant_credits(
-  user_id uuid, amount integer, kind text, external_id text
-) returns json
-language sql set search_path = pg_catalog, pg_temp
-return private.grant_credits(user_id, amount, kind, external_id);
-
-create or replace function public.set_paid(user_id uuid, paid_until timestamptz) returns json
-language sql set search_path = pg_catalog, pg_temp
-return private.set_paid(user_id, paid_until);
-
 create or replace function public.enqueue_generation(
   model text, prompt text, params jsonb default '{}', idempotency_key text default null
 ) returns json
@@ -4546,11 +4724,11 @@ comment on function public.enqueue_generation is
   'Asks for a picture: checks, charges and queues in one transaction. Answers {job_id, status, '
   'reused, credits_left, queue_position and eta_seconds (null here: get_job_status tells them), '
   'poll_after_ms}. The same idempotency_key and payload answer with the same job and charge '
-  'nothing. With params.reuse = true and a seed, your finished generation of the same input is '
-  'answered, free. Errors: PT400 invalid_input, PT401 not_authenticated, PT402 '
-  'insufficient_credits, PT403 requires_paid_plan, PT404 not_found (also where the job of the key '
-  'is deleted), PT409 idempotency_conflict, PT429 too_many_active | rate_limited, PT503 busy | '
-  'model_paused | unavailable.';
+  'nothing. With params.reuse = true and a seed, a finished generation of the same input is '
+  'answered, free, if it is among your last 200. Errors: PT400 invalid_input, PT401 '
+  'not_authenticated, PT402 insufficient_credits, PT403 requires_paid_plan, PT404 not_found (also '
+  'where the job of the key is deleted), PT409 idempotency_conflict, PT429 too_many_active | '
+  'rate_limited, PT503 busy | model_paused | unavailable.';
 
 create or replace function public.enqueue_batch(
   model text, prompts text[], params jsonb default '{}', idempotency_key text default null
@@ -4574,19 +4752,6 @@ return private.get_batch_status(batch_id);
 create or replace function public.retry_generation(job_id uuid) returns json
 language sql set search_path = pg_catalog, pg_temp
 return private.retry_generation(job_id);
-
-create or replace function public.redrive_failed(
-  code text, since timestamptz, at_most integer default 1000
-) returns json
-language sql set search_path = pg_catalog, pg_temp
-return private.redrive_failed(code, since, at_most);
-
-comment on function public.redrive_failed is
-  'Queues again what failed with a code since a time, free, with the same input: of each wish the '
-  'last try, unless one is under way or done, and for each user no more than the credits at hand '
-  'would buy. Answers {redriven, skipped: {reason: count} if any}; reasons are '
-  'insufficient_credits, those of retry_generation, and internal. Call again while redriven is '
-  'at_most. It reads the whole history: an operator''s tool. Errors: PT400 invalid_input.';
 
 create or replace function public.get_job_status(job_id uuid) returns json
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
@@ -4625,16 +4790,6 @@ create or replace function public.restore_generation(job_id uuid) returns json
 language sql set search_path = pg_catalog, pg_temp
 return private.restore_generation(job_id);
 
-create or replace function public.pause_model(
-  model text, until timestamptz default 'infinity', reason text default null
-) returns json
-language sql set search_path = pg_catalog, pg_temp
-return private.pause_model(model, until, reason);
-
-create or replace function public.resume_model(model text) returns json
-language sql set search_path = pg_catalog, pg_temp
-return private.resume_model(model);
-
 create or replace function public.cancel_generation(job_id uuid) returns json
 language sql set search_path = pg_catalog, pg_temp
 return private.cancel_generation(job_id);
@@ -4646,6 +4801,17 @@ return private.cancel_batch(batch_id);
 revoke all on all functions in schema private from public, anon, authenticated, service_role;
 
 revoke all on all tables in schema private from public, anon, authenticated, service_role;
+
+revoke all on all sequences in schema private from public, anon, authenticated, service_role;
+
+do $$
+begin
+  execute (
+    select string_agg(format('alter table private.%I enable row level security', c.relname), ';')
+    from pg_class as c where c.relnamespace = 'private'::regnamespace and c.relkind in ('r', 'p')
+  );
+end;
+$$;
 
 revoke all on function
 public.cancel_batch, public.cancel_generation, public.delete_generation, public.enqueue_batch,
@@ -4671,10 +4837,8 @@ private.caller_id, private.may_store_input
 to authenticated;
 
 grant execute on function
-private.grant_credits, private.list_models, private.pause_model, private.redrive_failed,
-private.resume_model, private.set_paid, public.grant_credits, public.list_models,
-public.pause_model, public.ping, public.queue_health, public.redrive_failed,
-public.resume_model, public.set_paid
+private.list_models, public.grant_credits, public.list_models, public.pause_model, public.ping,
+public.queue_health, public.redrive_failed, public.resume_model, public.set_paid
 to service_role;
 
 grant execute on function
@@ -5152,10 +5316,12 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   inner join private.push_texts as x on x.event_type = p_delivery.event_type
   where g.id = p_delivery.generation_id and p_delivery.created_at > now() - s.push_expires
     and not exists (
-      select from public.generations as o
+      select from public.batches as b
+      cross join unnest(b.job_ids) as j (id)
+      inner join public.generations as o on o.id = j.id
       left join private.deliveries as d
         on d.generation_id = o.id and d.lane = 'expo' and d.push_token = p_delivery.push_token
-      where o.batch_id = g.batch_id and (
+      where b.id = g.batch_id and (
         o.finished_at is null or (d.state = 'pending' and d.id > p_delivery.id)
       )
     )
@@ -5346,7 +5512,10 @@ begin
       'token: not an Expo push token', 'Send what getExpoPushTokenAsync() answers.'
     );
   end if;
-  perform private.lock_entitlement(v_user_id);
+  perform from public.entitlements where user_id = v_user_id for update;
+  if not found then
+    perform private.refuse_unknown_user();
+  end if;
   insert into private.push_tokens as t (token, user_id) values (p_token, v_user_id)
   on conflict (token) do update set user_id = excluded.user_id, registered_at = clock_timestamp();
   -- More devices than anybody has: those not heard of longest are forgotten.
@@ -5871,13 +6040,35 @@ order by b.started_at on conflict do nothing;
 update private.plans set full_minutes_per_day = 100, max_burned_per_day = 50 where name = 'paid';
 update private.settings set breaker_users = 3 where breaker_users = 2;
 
+-- A batch knows its jobs, and who repeats a job is found beside it.
+update public.batches as b set job_ids = g.ids
+from (
+  select batch_id, array_agg(id order by id) as ids from public.generations
+  where batch_id is not null group by batch_id
+) as g
+where g.batch_id = b.id;
+insert into private.retries (retry_of, generation_id)
+select retry_of, id from public.generations where retry_of is not null;
+
+update private.settings set
+  max_prompt_chars = greatest(max_prompt_chars, 1000),
+  max_params_bytes = greatest(max_params_bytes, 1000);
+
 -- What holds from now on.
 
+alter table public.credit_ledger add constraint credit_ledger_pkey PRIMARY KEY (user_id, id);
+
+alter table public.generations add constraint generations_end_matches_status CHECK (private.fits_status((status)::text, error_code, finished_at, deleted_at));
+
 alter table public.models add constraint models_prices_are_at_most_a_million CHECK ((GREATEST(price_credits, paid_price_credits) <= 1000000));
+
+alter table private.ready_jobs add constraint ready_jobs_pkey PRIMARY KEY (job_id);
 
 alter table private.plans add constraint plans_limits_are_positive CHECK (((LEAST(max_active, max_per_minute, (full_minutes_per_day)::integer, max_burned_per_day) > 0) AND ((max_batch >= 1) AND (max_batch <= 100))));
 
 alter table private.plans add constraint plans_busy_after_is_positive CHECK (((busy_after > '00:00:00'::interval) AND (busy_after <= '1000 years'::interval)));
+
+alter table private.settings add constraint settings_sizes_are_a_thousand_at_least CHECK ((LEAST(max_prompt_chars, max_params_bytes) >= 1000));
 
 alter table private.settings add constraint settings_welcome_credits_are_at_most_a_million CHECK ((welcome_credits <= 1000000));
 
@@ -5894,6 +6085,10 @@ alter table private.deliveries add constraint deliveries_push_token_matches_lane
 create trigger credit_ledger_is_kept_while_user_exists
 before delete on public.credit_ledger
 for each row execute function private.refuse_change_while_user_exists();
+
+create trigger models_set_derived_inputs
+before insert or update on public.models
+for each row execute function private.set_derived_inputs();
 
 create trigger generations_erase_images after delete on public.generations
 for each row execute function private.erase_images_of_generation();
@@ -5922,8 +6117,6 @@ update private.settings
 set welcome_credits = current_setting('darkroom.welcome_credits', true)::integer
 where current_setting('darkroom.welcome_credits', true) <> ''
   and not exists (select from public.entitlements);
-
-insert into private.queue_state default values on conflict do nothing;
 
 insert into private.retention_walks (name) values
 ('expire_deleted'), ('expire_old'), ('expire_orphans'), ('trim_attempts'), ('trim_ledger')
@@ -6111,10 +6304,68 @@ comment on column private.alert_rules.severity is null;
 
 comment on column private.alert_rules.unit is null;
 
+comment on column private.breakers.failures is null;
+
+comment on column private.breakers.name is null;
+
 comment on column private.deliveries.attempts is null;
+
+comment on column private.error_codes.message is null;
+
+comment on column private.model_stats.requests_per_second is null;
+
+comment on column private.model_stats.sample_count is null;
+
+comment on column private.plans.max_active is null;
+
+comment on column private.plans.max_per_minute is null;
 
 comment on column private.push_tokens.registered_at is null;
 
+comment on column private.ready_jobs.run_at is null;
+
 comment on column private.routines.result is null;
+
+comment on column private.running_jobs.progress is null;
+
+comment on column private.running_jobs.token is null;
+
+comment on column private.settings.max_attempts is null;
+
+comment on column private.workers.slots is null;
+
+comment on column public.credit_ledger.balance_after is null;
+
+comment on column public.entitlements.minute_started_at is null;
+
+comment on column public.generations.batch_id is null;
+
+comment on column public.generations.image_count is null;
+
+comment on column public.generations.input is null;
+
+comment on column public.images.blurhash is null;
+
+comment on column public.images.bytes is null;
+
+comment on column public.images.width is null;
+
+comment on column public.models.client_inputs is null;
+
+comment on column public.models.is_active is null;
+
+comment on column public.models.prompt_input is null;
+
+comment on domain private.attempt_outcome is null;
+
+comment on domain private.job_stage is null;
+
+comment on domain public.job_status is null;
+
+comment on domain public.ledger_kind is null;
+
+-- What is taken out of a model's schema once.
+update public.models set id = id;
+comment on column public.images.position is null;
 end;
 $upgrade$;
