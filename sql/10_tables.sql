@@ -198,6 +198,7 @@ create table public.generations (
   queue_distance bigint,
   idempotency_key text,
   is_favorite boolean not null default false,
+  tags text[] not null default '{}',
   created_at timestamptz not null default now(),
   started_at timestamptz,
   finished_at timestamptz,

@@ -48,7 +48,7 @@ begin
         from public.images as i where i.generation_id = j.id
       ), '[]'),
       'is_favorite', j.is_favorite,
-      'tags', private.tags_of(j.id),
+      'tags', j.tags,
       'created_at', j.created_at,
       'started_at', j.started_at,
       'finished_at', j.finished_at

@@ -1,5 +1,5 @@
 -- Gallery: favorites, tags, sharing with likes, and prompt templates. An optional part: of what is
--- before it, 58 has the two questions that it answers here.
+-- before it, 58 has the one question that it answers here.
 --
 -- None of it touches the queue or money, and none of it is a change of state that would be
 -- broadcast. Each function locks the generation first, so that two devices of one user cannot mix
@@ -175,16 +175,6 @@ for each row execute function private.erase_gallery_of_user();
 
 -- What the rest asks (58).
 
-create or replace function private.tags_of(p_generation_id uuid) returns text[]
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-begin
-  return array(
-    select t.tag from public.generation_tags as t
-    where t.generation_id = p_generation_id order by t.tag
-  );
-end;
-$$;
-
 create or replace function private.walk_tag(
   p_user_id uuid, p_tag text, p_before uuid, p_at_most integer
 ) returns uuid[]
@@ -231,6 +221,7 @@ begin
   insert into public.generation_tags (user_id, tag, generation_id)
   select v_generation.user_id, t.tag, p_job_id from unnest(v_tags) as t (tag)
   on conflict do nothing;
+  update public.generations set tags = v_tags where id = p_job_id and tags <> v_tags;
   return json_build_object('job_id', p_job_id, 'tags', v_tags);
 end;
 $$;

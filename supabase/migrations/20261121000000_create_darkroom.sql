@@ -304,6 +304,7 @@ create table public.generations (
   queue_distance bigint,
   idempotency_key text,
   is_favorite boolean not null default false,
+  tags text[] not null default '{}',
   created_at timestamptz not null default now(),
   started_at timestamptz,
   finished_at timestamptz,
@@ -2942,12 +2943,8 @@ comment on function public.redrive_failed is
 -- A part (95, 96) replaces the answers that are its own. For all else it needs nothing in the core:
 -- a job's end, a deletion and a user's leaving reach it by triggers of its own on generations and
 -- entitlements, and what it keeps for a time goes by a step of retention (85), which is a row.
--- Columns of our own tables that only a part sets (is_favorite, share_id, shows_prompt) are theirs
--- from the beginning, and false or null without it.
-
-create function private.tags_of(p_generation_id uuid) returns text[]
-language sql immutable set search_path = pg_catalog, pg_temp
-return '{}'::text[];
+-- Columns of our own tables that only a part sets (is_favorite, tags, share_id, shows_prompt) are
+-- theirs from the beginning, and false, empty or null without it.
 
 -- The user's generations with a tag: see list_generations (62).
 create function private.walk_tag(
@@ -3028,7 +3025,7 @@ begin
         from public.images as i where i.generation_id = j.id
       ), '[]'),
       'is_favorite', j.is_favorite,
-      'tags', private.tags_of(j.id),
+      'tags', j.tags,
       'created_at', j.created_at,
       'started_at', j.started_at,
       'finished_at', j.finished_at

@@ -539,6 +539,7 @@ alter table public.batches
 comment on column public.batches.job_ids is 'In the order of the prompts; also those erased since.';
 
 alter table public.generations
+  add column if not exists tags text[] default '{}'::text[] not null,
   alter column image_count type public.image_count,
   alter column input type public.json_object,
   alter column price_credits type public.credits;
@@ -556,8 +557,8 @@ comment on table private.retries is 'generations.retry_of, to be found by it.';
 
 alter table public.models
   add column if not exists required_inputs text[] default '{}'::text[] not null,
-  add column if not exists highest_seed bigint,
-  add column if not exists lowest_seed bigint;
+  add column if not exists lowest_seed bigint,
+  add column if not exists highest_seed bigint;
 
 comment on column public.models.default_input is
   'What input_schema gives for what nobody says. This and the next three are kept by a trigger.';
@@ -2265,10 +2266,6 @@ comment on function public.redrive_failed is
   'insufficient_credits, those of retry_generation, and internal. Call again while redriven is '
   'at_most. It reads the whole history: an operator''s tool. Errors: PT400 invalid_input.';
 
-create or replace function private.tags_of(p_generation_id uuid) returns text[]
-language sql immutable set search_path = pg_catalog, pg_temp
-return '{}'::text[];
-
 create or replace function private.walk_tag(
   p_user_id uuid, p_tag text, p_before uuid, p_at_most integer
 ) returns uuid[]
@@ -2332,7 +2329,7 @@ begin
         from public.images as i where i.generation_id = j.id
       ), '[]'),
       'is_favorite', j.is_favorite,
-      'tags', private.tags_of(j.id),
+      'tags', j.tags,
       'created_at', j.created_at,
       'started_at', j.started_at,
       'finished_at', j.finished_at
@@ -4936,16 +4933,6 @@ begin
 end;
 $$;
 
-create or replace function private.tags_of(p_generation_id uuid) returns text[]
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-begin
-  return array(
-    select t.tag from public.generation_tags as t
-    where t.generation_id = p_generation_id order by t.tag
-  );
-end;
-$$;
-
 create or replace function private.walk_tag(
   p_user_id uuid, p_tag text, p_before uuid, p_at_most integer
 ) returns uuid[]
@@ -4969,6 +4956,27 @@ begin
   update public.generations set is_favorite = p_is_favorite
   where id = p_job_id and is_favorite <> p_is_favorite;
   return json_build_object('job_id', p_job_id, 'is_favorite', p_is_favorite);
+end;
+$$;
+
+create or replace function private.set_tags(p_job_id uuid, p_tags text[]) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  v_generation public.generations := private.lock_own_generation(p_job_id);
+  v_tags text[];
+begin
+  if (cardinality(p_tags) <= 20) is not true then
+    perform private.refuse_input('tags: not a list of at most 20');
+  end if;
+  v_tags := array(
+    select distinct private.read_tag('tags', t.tag) from unnest(p_tags) as t (tag) order by 1
+  );
+  delete from public.generation_tags where generation_id = p_job_id and tag <> all (v_tags);
+  insert into public.generation_tags (user_id, tag, generation_id)
+  select v_generation.user_id, t.tag, p_job_id from unnest(v_tags) as t (tag)
+  on conflict do nothing;
+  update public.generations set tags = v_tags where id = p_job_id and tags <> v_tags;
+  return json_build_object('job_id', p_job_id, 'tags', v_tags);
 end;
 $$;
 
@@ -6049,6 +6057,14 @@ from (
 where g.batch_id = b.id;
 insert into private.retries (retry_of, generation_id)
 select retry_of, id from public.generations where retry_of is not null;
+
+-- What is shown of a job stands in its row.
+update public.generations as g set tags = t.tags
+from (
+  select generation_id, array_agg(tag order by tag) as tags from public.generation_tags
+  group by generation_id
+) as t
+where g.id = t.generation_id;
 
 update private.settings set
   max_prompt_chars = greatest(max_prompt_chars, 1000),
