@@ -93,8 +93,6 @@ comment on column public.entitlements.last_fair_key is
   'Virtual finish time of the user''s last job; see ready_jobs.fair_key.';
 comment on column public.entitlements.minute_jobs is
   'Jobs enqueued since minute_started_at, also those canceled since.';
-comment on column public.entitlements.day_started_at is
-  'Start of the day that day_jobs and day_burned count.';
 comment on column public.entitlements.day_burned is
   'Jobs canceled since day_started_at that the provider may bill us.';
 
@@ -211,7 +209,6 @@ create table public.generations (
 
 comment on table public.generations is
   'What a user asked for and what became of it: the job''s permanent record.';
-comment on column public.generations.id is 'The job id: the same thing seen by the queue.';
 comment on column public.generations.alias_id is
   'The alias that was asked for and stood for model_id; null: the model itself was.';
 comment on column public.generations.retry_of is
@@ -219,8 +216,7 @@ comment on column public.generations.retry_of is
 comment on column public.generations.provider_input is
   'What is sent to the provider: prompt, params, defaults and the chosen seed.';
 comment on column public.generations.status is
-  'queued -> processing (claim) -> completed | failed | canceled; processing -> queued (retry, '
-  'release).';
+  'queued -> processing (claim) -> completed | failed | canceled, or queued again (retry, release).';
 comment on column public.generations.error_code is 'Why it failed: a code of private.error_codes.';
 comment on column public.generations.price_credits is
   'Credits charged for the whole generation at enqueue.';
@@ -282,8 +278,6 @@ comment on column public.images.preview_path is
   'Path of a smaller WebP for galleries; null where none was made.';
 comment on column public.images.share_id is
   'Given when the owner shares it, in the order of time; null: private.';
-comment on column public.images.shows_prompt is
-  'Whether the prompt is shown with the shared image.';
 
 -- Read by the policy on images.
 create index images_user_id_idx on public.images (user_id);

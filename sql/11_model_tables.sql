@@ -75,9 +75,6 @@ comment on column public.models.operator_input is
   'Sent with every job, over defaults and params; clients cannot change it.';
 comment on column public.models.max_images is
   'Most images of one generation; what it charges where no input says how many.';
-comment on column public.models.deadline is
-  'How long one attempt may take before it fails with timeout.';
-
 comment on column public.models.cost_usd is
   'US dollars the provider takes per cost_unit; null: not known.';
 comment on column public.models.cost_unit is

@@ -228,54 +228,6 @@ comment on view private.live_jobs is
   'the user is written at every end of a job, and while a long transaction holds back vacuum, each '
   'write walks all the versions before it.';
 
-create view private.paused_models with (security_invoker = true) as
-select
-  m.id,
-  b.paused_until,
-  b.resumed_at
-from private.breakers as b
-inner join public.models as m on b.name in (m.id, m.provider)
-where b.paused_until is not null or b.resumed_at is not null;
-
-comment on view private.paused_models is
-  'Models that are or were paused, themselves or with their provider.';
-
--- Until when the model is paused for this user, itself or with its provider; null unless it is. A
--- pause that failures began is one for those who failed.
---
--- Who keeps failing where others do not, as the breakers (71) noticed, is let wait like a model:
--- for the window in which so many failures would pause one.
-create function private.paused_until(p_model public.models, p_user_id uuid) returns timestamptz
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_until timestamptz;
-  v_is_suspected boolean;
-begin
-  select
-    max(b.paused_until) filter (
-      where b.paused_until > now() and (b.failed_users = '{}' or p_user_id = any (b.failed_users))
-    ),
-    bool_or(p_user_id = any (b.failed_users || b.doubted_users))
-  into v_until, v_is_suspected
-  from private.breakers as b where b.name in (p_model.id, p_model.provider);
-  if v_is_suspected then
-    v_until := greatest(v_until, (
-      select recent.finished_at + s.breaker_window
-      from private.settings as s
-      cross join lateral (
-        select g.finished_at from (
-          select * from public.generations where user_id = p_user_id order by id desc limit 100
-        ) as g
-        inner join private.error_codes as e on e.code = g.error_code and e.trips_breaker
-        where g.model_id = p_model.id and g.finished_at > now() - s.breaker_window
-        order by g.finished_at desc offset s.breaker_failures - 1 limit 1
-      ) as recent
-    ));
-  end if;
-  return v_until;
-end;
-$$;
-
 -- The plan of a user now: paid or free.
 create function private.plan_of(p_entitlement public.entitlements) returns private.plans
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$

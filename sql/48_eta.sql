@@ -8,6 +8,23 @@
 -- model_stats is written by refresh_model_stats alone, which recovery (80) calls: finishing a job
 -- writes no row that others write too. What ends while a refresh runs may go uncounted.
 
+create table private.model_stats (
+  model_id text primary key,
+  mean_seconds double precision not null,
+  sample_count integer not null,
+  requests_per_second double precision not null default 0,
+  queue_distance double precision,
+  refreshed_at timestamptz not null,
+  constraint model_stats_samples_are_positive check (sample_count > 0)
+) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200);
+
+comment on table private.model_stats is
+  'What jobs of each model took and how often they came lately: what eta_seconds goes by.';
+comment on column private.model_stats.mean_seconds is
+  'Seconds from claim to end of completed attempts, a mean that forgets old ones.';
+comment on column private.model_stats.queue_distance is
+  'Mean of generations.queue_distance in these minutes.';
+
 -- Takes in the attempts completed since the last time and the requests of the last five minutes.
 -- A mean remembers about as many attempts as p_memory. Does nothing within 15 seconds of the last.
 create function private.refresh_model_stats(

@@ -1,8 +1,8 @@
 -- A worker's own life: register, sleep, heartbeat, progress, unregister.
 --
--- darkroom_worker may execute what 92 grants it and nothing else. A claim
--- (72) hands out a token; every later call matches (job, token), and where that row is gone the
--- call changes nothing and raises DR001. An attempt ends in 75.
+-- darkroom_worker may execute what 92 grants it and nothing else. A claim (72) hands out a token;
+-- every later call matches (job, token), and where that row is gone the call changes nothing and
+-- raises DR001. An attempt ends in 75.
 --
 -- What every job needs is called for many at once, with arrays of the same length, and answers one
 -- row for each job whose lease holds: one without a row has lost it, which is no other's concern. A

@@ -1,7 +1,7 @@
 -- Claim: the next jobs in fair order move from ready_jobs to running_jobs.
 --
 -- claim_jobs locks the jobs with the smallest fair_key that nobody else is claiming (skip locked),
--- and moves them in one statement. While a breaker (71) is open, it has them chosen with care by
+-- and moves them in one statement. While a breaker (28) is open, it has them chosen with care by
 -- pick_admitted_jobs. No claim waits for a lock.
 
 -- While a long transaction holds back vacuum, a look at a whole table of the queue walks the dead

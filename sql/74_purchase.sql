@@ -8,7 +8,7 @@
 -- by the whole input. Where that has addresses of sources, which nobody can know again,
 -- begin_creates saves its hash beforehand, for recall_create. A worker that asks later than at once
 -- proves with begin_creates, too, that no other has begun to look. A refused account pauses the
--- provider (71).
+-- provider (28).
 --
 -- Whoever puts a provider's id into purchases has it, and nobody else ever.
 

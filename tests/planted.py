@@ -792,7 +792,7 @@ MONEY = [
     ),
     Bug(
         "a provider's breaker is locked after its models'",
-        "sql/71_breaker.sql",
+        "sql/28_breaker.sql",
         "    perform from private.breakers where name = v_provider for update;\n"
         "    perform from private.breakers where name = v_job.model_id for update;\n",
         "    perform from private.breakers where name = v_job.model_id for update;\n"
@@ -993,14 +993,14 @@ BREAKER = "tests/test_breaker.py::test_"
 BLAME = [
     Bug(
         "a pause is for everybody, also where few have failed",
-        "sql/71_breaker.sql",
+        "sql/28_breaker.sql",
         "between 1 and 99\n      and not p_user_id",
         "between 1 and 0\n      and not p_user_id",
         f"{BREAKER}a_pause_is_for_those_who_failed_and_a_trial_that_fails_makes_one_more",
     ),
     Bug(
         "who failed where others succeed may pause the model again and again",
-        "sql/71_breaker.sql",
+        "sql/28_breaker.sql",
         "  if (v_is_closed and private.is_doubted(v_breaker, p_job.user_id))\n    or (",
         "  if (",
         f"{BREAKER}who_failed_where_another_succeeded_pauses_nobody_for_a_while",

@@ -1,4 +1,4 @@
-"""sql/71_breaker.sql: what keeps failing is left alone for a while, and tried with one job."""
+"""sql/28_breaker.sql: what keeps failing is left alone for a while, and tried with one job."""
 
 import pytest
 from actors import PREVIEW, Job, User, Worker, refused

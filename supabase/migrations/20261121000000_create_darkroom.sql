@@ -199,8 +199,6 @@ comment on column public.entitlements.last_fair_key is
   'Virtual finish time of the user''s last job; see ready_jobs.fair_key.';
 comment on column public.entitlements.minute_jobs is
   'Jobs enqueued since minute_started_at, also those canceled since.';
-comment on column public.entitlements.day_started_at is
-  'Start of the day that day_jobs and day_burned count.';
 comment on column public.entitlements.day_burned is
   'Jobs canceled since day_started_at that the provider may bill us.';
 
@@ -317,7 +315,6 @@ create table public.generations (
 
 comment on table public.generations is
   'What a user asked for and what became of it: the job''s permanent record.';
-comment on column public.generations.id is 'The job id: the same thing seen by the queue.';
 comment on column public.generations.alias_id is
   'The alias that was asked for and stood for model_id; null: the model itself was.';
 comment on column public.generations.retry_of is
@@ -325,8 +322,7 @@ comment on column public.generations.retry_of is
 comment on column public.generations.provider_input is
   'What is sent to the provider: prompt, params, defaults and the chosen seed.';
 comment on column public.generations.status is
-  'queued -> processing (claim) -> completed | failed | canceled; processing -> queued (retry, '
-  'release).';
+  'queued -> processing (claim) -> completed | failed | canceled, or queued again (retry, release).';
 comment on column public.generations.error_code is 'Why it failed: a code of private.error_codes.';
 comment on column public.generations.price_credits is
   'Credits charged for the whole generation at enqueue.';
@@ -388,8 +384,6 @@ comment on column public.images.preview_path is
   'Path of a smaller WebP for galleries; null where none was made.';
 comment on column public.images.share_id is
   'Given when the owner shares it, in the order of time; null: private.';
-comment on column public.images.shows_prompt is
-  'Whether the prompt is shown with the shared image.';
 
 -- Read by the policy on images.
 create index images_user_id_idx on public.images (user_id);
@@ -470,9 +464,6 @@ comment on column public.models.operator_input is
   'Sent with every job, over defaults and params; clients cannot change it.';
 comment on column public.models.max_images is
   'Most images of one generation; what it charges where no input says how many.';
-comment on column public.models.deadline is
-  'How long one attempt may take before it fails with timeout.';
-
 comment on column public.models.cost_usd is
   'US dollars the provider takes per cost_unit; null: not known.';
 comment on column public.models.cost_unit is
@@ -531,7 +522,7 @@ comment on column public.model_aliases.weight is
   'Share of the users against the weights of the other arms; 0: none.';
 
 create index model_aliases_model_id_idx on public.model_aliases (model_id);
--- The tables of schema private: the queue, its workers, and what operators set.
+-- The tables of the queue and its workers.
 --
 -- A live job is in exactly one of two small tables: ready_jobs while it may be claimed,
 -- running_jobs while a worker has its lease. History is elsewhere (generations, attempts), so both
@@ -592,7 +583,6 @@ comment on column private.ready_jobs.attempt is 'Attempts used so far.';
 comment on column private.ready_jobs.queued_at is 'Since when it may be claimed.';
 comment on column private.ready_jobs.provider_job_id is
   'The provider''s job an earlier attempt began: resume it.';
-
 comment on column private.ready_jobs.create_started_at is
   'An earlier attempt may have asked the provider to create, then or later, and never learned the '
   'outcome: look first.';
@@ -608,7 +598,6 @@ create index ready_jobs_user_id_idx on private.ready_jobs (user_id);
 create index ready_jobs_model_idx on private.ready_jobs (model_id, fair_key, seq)
 where run_at is null;
 
--- No index on what heartbeats change, and half-empty pages: beats are HOT updates.
 -- Domains, like job_status (10): a list of words is read once in a session, not in each statement.
 create domain private.job_stage as text constraint job_stage_is_known check (
   value in ('generating', 'storing')
@@ -618,6 +607,7 @@ create domain private.attempt_outcome as text constraint attempt_outcome_is_know
   value in ('completed', 'retried', 'failed', 'released', 'canceled')
 );
 
+-- No index on what heartbeats change, and half-empty pages: beats are HOT updates.
 create table private.running_jobs (
   job_id uuid primary key,
   user_id uuid not null,
@@ -642,16 +632,12 @@ create table private.running_jobs (
 
 comment on table private.running_jobs is
   'Jobs a worker holds a lease on: as many rows as slots in the fleet.';
-comment on column private.running_jobs.attempt is 'Number of this attempt, from 1.';
 comment on column private.running_jobs.lease_until is
   'When the worker counts as dead unless it beats.';
-comment on column private.running_jobs.deadline_at is
-  'When the attempt fails with timeout, beats or not.';
 comment on column private.running_jobs.stage is
   'generating (at the provider) -> storing (download, upload).';
 comment on column private.running_jobs.provider_job_id is
   'Checkpoint: the provider''s id, saved as soon as it is known.';
-
 comment on column private.running_jobs.create_started_at is
   'Since when the provider may have been asked to create: the first claim whose outcome nobody '
   'learned, or this one.';
@@ -704,8 +690,6 @@ comment on column private.attempts.attempt is
   'is the key.';
 comment on column private.attempts.outcome is
   'completed | retried (failed, queued again) | failed | released (graceful stop) | canceled.';
-comment on column private.attempts.provider_seconds is 'Compute seconds the provider reported.';
-comment on column private.attempts.cost_usd is 'US dollars the attempt cost at the provider.';
 comment on column private.attempts.provider_images is 'Images the provider made, as it bills them.';
 
 -- Written in the order of time, so a BRIN index finds the last minutes, and costs next to nothing.
@@ -723,23 +707,6 @@ comment on table private.purchases is
   'The provider''s jobs that ours have bought, from when the id is known until the generation is '
   'erased. No two jobs have the same one, whatever a provider answers.';
 
-create table private.model_stats (
-  model_id text primary key,
-  mean_seconds double precision not null,
-  sample_count integer not null,
-  requests_per_second double precision not null default 0,
-  queue_distance double precision,
-  refreshed_at timestamptz not null,
-  constraint model_stats_samples_are_positive check (sample_count > 0)
-) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200);
-
-comment on table private.model_stats is
-  'What jobs of each model took and how often they came lately: what eta_seconds goes by.';
-comment on column private.model_stats.mean_seconds is
-  'Seconds from claim to end of completed attempts, a mean that forgets old ones.';
-comment on column private.model_stats.queue_distance is
-  'Mean of generations.queue_distance in these minutes.';
-
 create table private.error_codes (
   code text primary key,
   message text not null,
@@ -756,40 +723,11 @@ comment on column private.error_codes.uses_attempt is
 comment on column private.error_codes.resumes is
   'True: the next attempt resumes the provider''s job, which may be alive and paid for. False: it'
   ' starts anew.';
-
 comment on column private.error_codes.trips_breaker is
   'True: the provider''s fault; enough in a row pause the model or the provider.';
-
-create table private.breakers (
-  name text primary key,
-  failures smallint not null default 0,
-  failing_since timestamptz,
-  failed_users uuid[] not null default '{}',
-  times_opened smallint not null default 0,
-  paused_until timestamptz,
-  pause_reason text,
-  probe_job_id uuid,
-  resumed_at timestamptz,
-  doubted_users uuid[] not null default '{}',
-  doubted_at timestamptz
-) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 50);
-
-comment on table private.breakers is
-  'Models and providers that failed or were paused: whether their jobs wait.';
-comment on column private.breakers.failed_users is
-  'Different users among the failures. While it is paused their jobs wait and others are tried; '
-  'where there are none, everybody''s wait.';
-comment on column private.breakers.times_opened is
-  'Pauses in a row by failures or a refused account: the next is longer. 0: none, or an operator''s'
-  ' pause, which ends without a probe.';
-comment on column private.breakers.paused_until is
-  'null: closed. In the future: open, no job is claimed. Past: half-open, one job is tried.';
-comment on column private.breakers.probe_job_id is
-  'The job that is tried, as long as it is in running_jobs.';
-comment on column private.breakers.resumed_at is 'When its last pause ended.';
-comment on column private.breakers.doubted_users is
-  'Users who failed where others then succeeded: for breaker_pause_cap from doubted_at their '
-  'failures count for nobody else.';
+-- What operators set: the plans of users, and one row of settings. Other files add what is theirs.
+--
+-- Whoever changes a row changes the product from the next request on; nothing is started anew.
 
 create table private.plans (
   name text primary key,
@@ -1138,6 +1076,410 @@ begin
   end;
 end;
 $do$;
+-- Breakers: a model or a provider that keeps failing is left alone for a while.
+--
+-- A breaker is a row named like a model or a provider; where there is none, all is well. Closed:
+-- failures in a row are counted, and a success between starts anew. Enough of them, from enough
+-- users, open it. Nobody can tell yet who is to blame: the model, or the input of these users. So
+-- for a pause, longer each time, only their jobs are not claimed (72) and refused (30). The jobs of
+-- others are tried, one at a time: a failure makes its user one of them, a success closes the
+-- breaker. Whoever failed where another then succeeded is doubted for a while: their failures
+-- count no more. When a pause is over it is half-open: one job is tried, of a user who has not
+-- failed if there is one, and its failure opens the breaker again.
+--
+-- What is tried is the probe. One that ends without an answer, dies, or takes longer than the pause
+-- leaves its place to the next. Jobs that wait lose neither attempts nor place.
+--
+-- A provider whose account is refused is paused for everybody (pause_provider). An operator opens
+-- and closes a breaker with pause_model and resume_model; a pause of theirs is for everybody, and
+-- just ends when it is over.
+--
+-- Lock order: a breaker comes after all other rows, and a provider's before its models'. A job that
+-- ends without anything to count or to reset takes no lock here.
+
+create table private.breakers (
+  name text primary key,
+  failures smallint not null default 0,
+  failing_since timestamptz,
+  failed_users uuid[] not null default '{}',
+  times_opened smallint not null default 0,
+  paused_until timestamptz,
+  pause_reason text,
+  probe_job_id uuid,
+  resumed_at timestamptz,
+  doubted_users uuid[] not null default '{}',
+  doubted_at timestamptz
+) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 50);
+
+comment on table private.breakers is
+  'Models and providers that failed or were paused: whether their jobs wait.';
+comment on column private.breakers.failed_users is
+  'Different users among the failures. While it is paused their jobs wait and others are tried; '
+  'where there are none, everybody''s wait.';
+comment on column private.breakers.times_opened is
+  'Pauses in a row by failures or a refused account: the next is longer. 0: none, or an operator''s'
+  ' pause, which ends without a probe.';
+comment on column private.breakers.paused_until is
+  'null: closed. In the future: open, no job is claimed. Past: half-open, one job is tried.';
+comment on column private.breakers.probe_job_id is
+  'The job that is tried, as long as it is in running_jobs.';
+comment on column private.breakers.resumed_at is 'When its last pause ended.';
+comment on column private.breakers.doubted_users is
+  'Users who failed where others then succeeded: for breaker_pause_cap from doubted_at their '
+  'failures count for nobody else.';
+
+create view private.paused_models with (security_invoker = true) as
+select
+  m.id,
+  b.paused_until,
+  b.resumed_at
+from private.breakers as b
+inner join public.models as m on b.name in (m.id, m.provider)
+where b.paused_until is not null or b.resumed_at is not null;
+
+comment on view private.paused_models is
+  'Models that are or were paused, themselves or with their provider.';
+
+-- Until when the model is paused for this user, itself or with its provider; null unless it is. A
+-- pause that failures began is one for those who failed.
+--
+-- Who keeps failing where others do not, as the breakers noticed, is let wait like a model:
+-- for the window in which so many failures would pause one.
+create function private.paused_until(p_model public.models, p_user_id uuid) returns timestamptz
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+  v_until timestamptz;
+  v_is_suspected boolean;
+begin
+  select
+    max(b.paused_until) filter (
+      where b.paused_until > now() and (b.failed_users = '{}' or p_user_id = any (b.failed_users))
+    ),
+    bool_or(p_user_id = any (b.failed_users || b.doubted_users))
+  into v_until, v_is_suspected
+  from private.breakers as b where b.name in (p_model.id, p_model.provider);
+  if v_is_suspected then
+    v_until := greatest(v_until, (
+      select recent.finished_at + s.breaker_window
+      from private.settings as s
+      cross join lateral (
+        select g.finished_at from (
+          select * from public.generations where user_id = p_user_id order by id desc limit 100
+        ) as g
+        inner join private.error_codes as e on e.code = g.error_code and e.trips_breaker
+        where g.model_id = p_model.id and g.finished_at > now() - s.breaker_window
+        order by g.finished_at desc offset s.breaker_failures - 1 limit 1
+      ) as recent
+    ));
+  end if;
+  return v_until;
+end;
+$$;
+
+-- How long the n-th pause in a row lasts.
+create function private.pause_length(p_times integer) returns interval
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select least(s.breaker_pause_cap, s.breaker_pause * power(2, least(p_times - 1, 20)))
+  from private.settings as s
+$$;
+
+create function private.breaker_state(p_breaker private.breakers) returns text
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select case
+    when p_breaker.paused_until is null then 'closed'
+    when p_breaker.times_opened = 0
+      then case when p_breaker.paused_until > now() then 'open' else 'closed' end
+    when exists (
+      select from private.running_jobs as r
+      where r.job_id = p_breaker.probe_job_id
+        and r.claimed_at > now() - private.pause_length(p_breaker.times_opened)
+    ) then 'probing'
+    when p_breaker.paused_until > now() then 'open'
+    else 'half-open'
+  end
+$$;
+
+create function private.breaker_json(p_breaker private.breakers) returns json
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select json_build_object(
+    'name', p_breaker.name,
+    'state', b.state,
+    'paused_until', case when p_breaker.paused_until > now() then p_breaker.paused_until end,
+    'reason', case when b.state <> 'closed' then p_breaker.pause_reason end,
+    'failures', p_breaker.failures,
+    'times_opened', p_breaker.times_opened
+  )
+  from (select private.breaker_state(p_breaker) as state) as b
+$$;
+
+-- Whether a job may be claimed in spite of the breaker: as its probe, unless it is closed. From a
+-- hundred users on who have failed it is no few users' input: nobody is tried during a pause.
+create function private.admits(p_breaker private.breakers, p_user_id uuid) returns boolean
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select case private.breaker_state(p_breaker)
+    when 'open' then cardinality(p_breaker.failed_users) between 1 and 99
+      and not p_user_id = any (p_breaker.failed_users)
+    when 'probing' then false
+    else true
+  end
+$$;
+
+create function private.is_doubted(p_breaker private.breakers, p_user_id uuid) returns boolean
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select coalesce(
+    p_user_id = any (p_breaker.doubted_users)
+      and p_breaker.doubted_at > now() - s.breaker_pause_cap,
+    false
+  )
+  from private.settings as s
+$$;
+
+-- Counts one failure against a breaker, which the caller has locked, and opens it if that was
+-- enough, or if its probe failed after the pause.
+create function private.count_failure(
+  p_name text, p_job private.running_jobs, p_code text, p_threshold integer
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_breaker private.breakers := (select b from private.breakers as b where b.name = p_name);
+  v_settings private.settings := (select s from private.settings as s);
+  v_is_closed boolean := private.breaker_state(v_breaker) = 'closed';
+  v_opens boolean;
+begin
+  -- Neither who is doubted counts, nor what fails while an operator's pause lasts.
+  if (v_is_closed and private.is_doubted(v_breaker, p_job.user_id))
+    or (not v_is_closed and v_breaker.times_opened = 0) then
+    return;
+  end if;
+  if v_is_closed and v_breaker.failing_since > now() - v_settings.breaker_window is not true then
+    v_breaker.failures := 0;
+    v_breaker.failing_since := now();
+    v_breaker.failed_users := '{}';
+  end if;
+  -- Where everybody waits, nobody in particular does.
+  if cardinality(v_breaker.failed_users) between (not v_is_closed)::integer and 99
+    and not p_job.user_id = any (v_breaker.failed_users) then
+    v_breaker.failed_users := v_breaker.failed_users || p_job.user_id;
+  end if;
+  if v_is_closed then
+    v_breaker.failures := v_breaker.failures + 1;
+    v_opens := v_breaker.failures >= p_threshold
+      and cardinality(v_breaker.failed_users) >= v_settings.breaker_users;
+  else
+    v_opens := v_breaker.probe_job_id = p_job.job_id and v_breaker.paused_until <= now();
+  end if;
+  if v_opens then
+    v_breaker.pause_reason := case
+      when v_is_closed then format('%s failures in a row, the last: %s', v_breaker.failures, p_code)
+      else format('the probe failed: %s', p_code)
+    end;
+    v_breaker.failures := 0;
+    v_breaker.times_opened := least(v_breaker.times_opened + 1, 1000);
+    v_breaker.paused_until := now() + private.pause_length(v_breaker.times_opened);
+  end if;
+  update private.breakers set
+    failures = v_breaker.failures, failing_since = v_breaker.failing_since,
+    failed_users = v_breaker.failed_users, times_opened = v_breaker.times_opened,
+    paused_until = v_breaker.paused_until, pause_reason = v_breaker.pause_reason
+  where name = p_name;
+end;
+$$;
+
+-- Counts failed attempts, where the code is the provider's fault, against their models, and against
+-- the provider unless the model is paused: one model alone does not pause a provider.
+--
+-- Locks: the breakers of the providers and the models, in order.
+create function private.note_failures(p_jobs private.running_jobs[], p_codes text[]) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_settings private.settings := (select s from private.settings as s);
+  v_job private.running_jobs;
+  v_at bigint;
+  v_provider text;
+begin
+  for v_at, v_provider in
+    select j.ordinality, m.provider
+    from unnest(p_jobs) with ordinality as j
+    inner join private.error_codes as e on e.code = p_codes[j.ordinality] and e.trips_breaker
+    inner join public.models as m on m.id = j.model_id
+    order by m.provider, j.model_id, j.ordinality
+  loop
+    v_job := p_jobs[v_at];
+    insert into private.breakers (name) values (v_provider), (v_job.model_id)
+    on conflict do nothing;
+    perform from private.breakers where name = v_provider for update;
+    perform from private.breakers where name = v_job.model_id for update;
+    if exists (
+      select from private.breakers as b
+      where (b.name = v_provider and b.probe_job_id = v_job.job_id)
+        or (b.name = v_job.model_id and private.breaker_state(b) = 'closed')
+    ) then
+      perform private.count_failure(
+        v_provider, v_job, p_codes[v_at], v_settings.breaker_provider_failures
+      );
+    end if;
+    perform private.count_failure(
+      v_job.model_id, v_job, p_codes[v_at], v_settings.breaker_failures
+    );
+  end loop;
+end;
+$$;
+
+-- Jobs ended well: failures of their models are forgotten, and what is paused though one began
+-- after the failures is closed. Who failed meanwhile is doubted, but not if the pause was over:
+-- then it may well have been the model.
+--
+-- Locks: the breakers of the providers and the models, in order.
+create function private.note_successes(p_jobs private.running_jobs[]) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_job record;
+  v_is_resumed boolean;
+begin
+  for v_job in
+    select j.job_id, j.user_id, j.claimed_at, names.name
+    from unnest(p_jobs) as j
+    left join public.models as m on m.id = j.model_id
+    cross join lateral (values (1, m.provider), (2, j.model_id)) as names (place, name)
+    order by m.provider, names.place, j.model_id
+  loop
+    update private.breakers as b set
+      doubted_users = case
+        when b.failed_users <> '{}' and (b.times_opened = 0 or b.paused_until > now())
+          then (array_remove(
+            b.failed_users
+            || case when b.doubted_at > now() - s.breaker_pause_cap then b.doubted_users end,
+            v_job.user_id
+          ))[:200]
+        else b.doubted_users
+      end,
+      doubted_at = case
+        when b.failed_users <> '{}' and (b.times_opened = 0 or b.paused_until > now()) then now()
+        else b.doubted_at
+      end,
+      failures = 0, failing_since = null, failed_users = '{}', times_opened = 0,
+      paused_until = null, pause_reason = null, probe_job_id = null,
+      resumed_at = case when b.times_opened > 0 then now() else b.resumed_at end
+    from private.settings as s
+    where b.name = v_job.name and case b.times_opened
+      when 0 then b.failures > 0
+      else v_job.claimed_at > b.failing_since or v_job.job_id = b.probe_job_id
+    end
+    returning b.resumed_at = now() into v_is_resumed;
+    if v_is_resumed then
+      perform setval('private.scan_due', 0);  -- what waited may be far below the virtual clock
+      perform private.wake_workers();
+    end if;
+  end loop;
+end;
+$$;
+
+-- An operator's pause stays what it is, and a user who is doubted begins none.
+create function private.pause_provider(
+  p_provider text, p_seconds integer, p_reason text, p_user_id uuid default null
+) returns boolean
+language sql security definer set search_path = pg_catalog, pg_temp as $$
+  insert into private.breakers as b (
+    name, paused_until, pause_reason, times_opened, failing_since, failed_users
+  )
+  select
+    p_provider, now() + least(p_seconds, 3600) * interval '1 second', left(p_reason, 500), 1,
+    now(), array_remove(array[p_user_id], null)
+  where exists (select from public.models as m where m.provider = p_provider)
+  on conflict (name) do update set
+    paused_until = greatest(b.paused_until, excluded.paused_until),
+    pause_reason = excluded.pause_reason,
+    times_opened = greatest(b.times_opened, 1),
+    failing_since = case when b.times_opened = 0 then now() else b.failing_since end,
+    failed_users = case
+      when b.times_opened = 0 then excluded.failed_users
+      when p_user_id is null or b.failed_users = '{}' then '{}'
+      when p_user_id = any (b.failed_users) then b.failed_users
+      else b.failed_users || p_user_id
+    end,
+    probe_job_id = null
+  where (b.times_opened > 0 or b.paused_until > now() is not true)
+    and (b.times_opened > 0 or not private.is_doubted(b, p_user_id));
+  select exists (
+    select from private.breakers as b where b.name = p_provider and b.paused_until > now()
+  )
+$$;
+
+comment on function private.pause_provider is
+  'Keeps the jobs of a provider from being claimed for a while: the account was refused, and no '
+  'job is to blame. Nothing fails and nobody is charged for it. With a user, where it is not sure '
+  'that others would be refused, too: theirs wait, others'' are tried one by one. Answers whether '
+  'it is paused now; not where others were served lately though this user failed: then the job is '
+  'to blame.';
+
+-- Pauses a model or a provider, or ends its pause where p_until is null. What the breaker counted
+-- ends with it: from then on it is the operator's.
+--
+-- Raises: PT404 not_found.
+create function private.set_pause(p_name text, p_until timestamptz, p_reason text) returns json
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_breaker private.breakers;
+begin
+  if not exists (select from public.models as m where p_name in (m.id, m.provider)) then
+    perform private.refuse_missing(
+      'model: no such model or provider',
+      'Use the id of a model or the name of a provider in public.models.'
+    );
+  end if;
+  insert into private.breakers as b (name, paused_until, pause_reason)
+  values (p_name, p_until, p_reason)
+  on conflict (name) do update set
+    failures = 0, failing_since = null, failed_users = '{}', times_opened = 0, probe_job_id = null,
+    paused_until = excluded.paused_until, pause_reason = excluded.pause_reason,
+    resumed_at = case
+      when p_until is null and b.paused_until is not null then now()
+      else b.resumed_at
+    end
+  returning * into v_breaker;
+  return private.breaker_json(v_breaker);
+end;
+$$;
+
+create function public.pause_model(
+  model text, until timestamptz default 'infinity', reason text default null
+) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+begin
+  perform private.require_writable();
+  if coalesce(until <= now(), true) then
+    perform private.refuse_input(
+      'until: not in the future', 'Leave it out to pause until resumed.'
+    );
+  elsif length(reason) > 500 then
+    perform private.refuse_input('reason: longer than 500 characters');
+  end if;
+  return private.set_pause(model, until, reason);
+end;
+$$;
+
+comment on function public.pause_model is
+  'Pauses a model, or all models of a provider, until a time or resume_model: new requests are '
+  'refused with model_paused, queued jobs wait and keep their place, running ones go on. Answers '
+  '{name, state (open | closed | half-open | probing), paused_until, reason, failures, '
+  'times_opened}. Errors: PT400 invalid_input, PT404 not_found.';
+
+create function public.resume_model(model text) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  v_answer json;
+begin
+  perform private.require_writable();
+  v_answer := private.set_pause(model, null, null);
+  perform setval('private.scan_due', 0);
+  perform private.wake_workers();
+  return v_answer;
+end;
+$$;
+
+comment on function public.resume_model is
+  'Ends a pause of a model or a provider, whoever began it: its jobs are claimed at once, in their '
+  'old order. Repeating it changes nothing. Answers as pause_model does. Errors: PT404 not_found.';
 -- Gating: may this user ask for this? Nothing here writes but the lock of the user's entitlement.
 --
 -- gate() brings all that a request is held against in one statement; where that is not plainly
@@ -1367,54 +1709,6 @@ comment on view private.live_jobs is
   'Jobs that are queued or running. A user''s are counted when asked for: a count kept in a row of '
   'the user is written at every end of a job, and while a long transaction holds back vacuum, each '
   'write walks all the versions before it.';
-
-create view private.paused_models with (security_invoker = true) as
-select
-  m.id,
-  b.paused_until,
-  b.resumed_at
-from private.breakers as b
-inner join public.models as m on b.name in (m.id, m.provider)
-where b.paused_until is not null or b.resumed_at is not null;
-
-comment on view private.paused_models is
-  'Models that are or were paused, themselves or with their provider.';
-
--- Until when the model is paused for this user, itself or with its provider; null unless it is. A
--- pause that failures began is one for those who failed.
---
--- Who keeps failing where others do not, as the breakers (71) noticed, is let wait like a model:
--- for the window in which so many failures would pause one.
-create function private.paused_until(p_model public.models, p_user_id uuid) returns timestamptz
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_until timestamptz;
-  v_is_suspected boolean;
-begin
-  select
-    max(b.paused_until) filter (
-      where b.paused_until > now() and (b.failed_users = '{}' or p_user_id = any (b.failed_users))
-    ),
-    bool_or(p_user_id = any (b.failed_users || b.doubted_users))
-  into v_until, v_is_suspected
-  from private.breakers as b where b.name in (p_model.id, p_model.provider);
-  if v_is_suspected then
-    v_until := greatest(v_until, (
-      select recent.finished_at + s.breaker_window
-      from private.settings as s
-      cross join lateral (
-        select g.finished_at from (
-          select * from public.generations where user_id = p_user_id order by id desc limit 100
-        ) as g
-        inner join private.error_codes as e on e.code = g.error_code and e.trips_breaker
-        where g.model_id = p_model.id and g.finished_at > now() - s.breaker_window
-        order by g.finished_at desc offset s.breaker_failures - 1 limit 1
-      ) as recent
-    ));
-  end if;
-  return v_until;
-end;
-$$;
 
 -- The plan of a user now: paid or free.
 create function private.plan_of(p_entitlement public.entitlements) returns private.plans
@@ -2075,6 +2369,23 @@ for each row execute function private.create_entitlement_of_new_user();
 --
 -- model_stats is written by refresh_model_stats alone, which recovery (80) calls: finishing a job
 -- writes no row that others write too. What ends while a refresh runs may go uncounted.
+
+create table private.model_stats (
+  model_id text primary key,
+  mean_seconds double precision not null,
+  sample_count integer not null,
+  requests_per_second double precision not null default 0,
+  queue_distance double precision,
+  refreshed_at timestamptz not null,
+  constraint model_stats_samples_are_positive check (sample_count > 0)
+) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200);
+
+comment on table private.model_stats is
+  'What jobs of each model took and how often they came lately: what eta_seconds goes by.';
+comment on column private.model_stats.mean_seconds is
+  'Seconds from claim to end of completed attempts, a mean that forgets old ones.';
+comment on column private.model_stats.queue_distance is
+  'Mean of generations.queue_distance in these minutes.';
 
 -- Takes in the attempts completed since the last time and the requests of the last five minutes.
 -- A mean remembers about as many attempts as p_memory. Does nothing within 15 seconds of the last.
@@ -3315,9 +3626,9 @@ end;
 $$;
 -- A worker's own life: register, sleep, heartbeat, progress, unregister.
 --
--- darkroom_worker may execute what 92 grants it and nothing else. A claim
--- (72) hands out a token; every later call matches (job, token), and where that row is gone the
--- call changes nothing and raises DR001. An attempt ends in 75.
+-- darkroom_worker may execute what 92 grants it and nothing else. A claim (72) hands out a token;
+-- every later call matches (job, token), and where that row is gone the call changes nothing and
+-- raises DR001. An attempt ends in 75.
 --
 -- What every job needs is called for many at once, with arrays of the same length, and answers one
 -- row for each job whose lease holds: one without a row has lost it, which is no other's concern. A
@@ -3449,335 +3760,10 @@ $$;
 comment on function private.report_progress is
   'Says at once what the next heartbeat would: stage (generating | storing) and percent or null. '
   'Answers each job whose lease holds: ok, or canceled (stop it).';
--- Breakers: a model or a provider that keeps failing is left alone for a while.
---
--- A breaker is a row named like a model or a provider; where there is none, all is well. Closed:
--- failures in a row are counted, and a success between starts anew. Enough of them, from enough
--- users, open it. Nobody can tell yet who is to blame: the model, or the input of these users. So
--- for a pause, longer each time, only their jobs are not claimed (72) and refused (30). The jobs of
--- others are tried, one at a time: a failure makes its user one of them, a success closes the
--- breaker. Whoever failed where another then succeeded is doubted for a while: their failures
--- count no more. When a pause is over it is half-open: one job is tried, of a user who has not
--- failed if there is one, and its failure opens the breaker again.
---
--- What is tried is the probe. One that ends without an answer, dies, or takes longer than the pause
--- leaves its place to the next. Jobs that wait lose neither attempts nor place.
---
--- A provider whose account is refused is paused for everybody (pause_provider). An operator opens
--- and closes a breaker with pause_model and resume_model; a pause of theirs is for everybody, and
--- just ends when it is over.
---
--- Lock order: a breaker comes after all other rows, and a provider's before its models'. A job that
--- ends without anything to count or to reset takes no lock here.
-
--- How long the n-th pause in a row lasts.
-create function private.pause_length(p_times integer) returns interval
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select least(s.breaker_pause_cap, s.breaker_pause * power(2, least(p_times - 1, 20)))
-  from private.settings as s
-$$;
-
-create function private.breaker_state(p_breaker private.breakers) returns text
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select case
-    when p_breaker.paused_until is null then 'closed'
-    when p_breaker.times_opened = 0
-      then case when p_breaker.paused_until > now() then 'open' else 'closed' end
-    when exists (
-      select from private.running_jobs as r
-      where r.job_id = p_breaker.probe_job_id
-        and r.claimed_at > now() - private.pause_length(p_breaker.times_opened)
-    ) then 'probing'
-    when p_breaker.paused_until > now() then 'open'
-    else 'half-open'
-  end
-$$;
-
-create function private.breaker_json(p_breaker private.breakers) returns json
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select json_build_object(
-    'name', p_breaker.name,
-    'state', b.state,
-    'paused_until', case when p_breaker.paused_until > now() then p_breaker.paused_until end,
-    'reason', case when b.state <> 'closed' then p_breaker.pause_reason end,
-    'failures', p_breaker.failures,
-    'times_opened', p_breaker.times_opened
-  )
-  from (select private.breaker_state(p_breaker) as state) as b
-$$;
-
--- Whether a job may be claimed in spite of the breaker: as its probe, unless it is closed. From a
--- hundred users on who have failed it is no few users' input: nobody is tried during a pause.
-create function private.admits(p_breaker private.breakers, p_user_id uuid) returns boolean
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select case private.breaker_state(p_breaker)
-    when 'open' then cardinality(p_breaker.failed_users) between 1 and 99
-      and not p_user_id = any (p_breaker.failed_users)
-    when 'probing' then false
-    else true
-  end
-$$;
-
-create function private.is_doubted(p_breaker private.breakers, p_user_id uuid) returns boolean
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select coalesce(
-    p_user_id = any (p_breaker.doubted_users)
-      and p_breaker.doubted_at > now() - s.breaker_pause_cap,
-    false
-  )
-  from private.settings as s
-$$;
-
--- Counts one failure against a breaker, which the caller has locked, and opens it if that was
--- enough, or if its probe failed after the pause.
-create function private.count_failure(
-  p_name text, p_job private.running_jobs, p_code text, p_threshold integer
-) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_breaker private.breakers := (select b from private.breakers as b where b.name = p_name);
-  v_settings private.settings := (select s from private.settings as s);
-  v_is_closed boolean := private.breaker_state(v_breaker) = 'closed';
-  v_opens boolean;
-begin
-  -- Neither who is doubted counts, nor what fails while an operator's pause lasts.
-  if (v_is_closed and private.is_doubted(v_breaker, p_job.user_id))
-    or (not v_is_closed and v_breaker.times_opened = 0) then
-    return;
-  end if;
-  if v_is_closed and v_breaker.failing_since > now() - v_settings.breaker_window is not true then
-    v_breaker.failures := 0;
-    v_breaker.failing_since := now();
-    v_breaker.failed_users := '{}';
-  end if;
-  -- Where everybody waits, nobody in particular does.
-  if cardinality(v_breaker.failed_users) between (not v_is_closed)::integer and 99
-    and not p_job.user_id = any (v_breaker.failed_users) then
-    v_breaker.failed_users := v_breaker.failed_users || p_job.user_id;
-  end if;
-  if v_is_closed then
-    v_breaker.failures := v_breaker.failures + 1;
-    v_opens := v_breaker.failures >= p_threshold
-      and cardinality(v_breaker.failed_users) >= v_settings.breaker_users;
-  else
-    v_opens := v_breaker.probe_job_id = p_job.job_id and v_breaker.paused_until <= now();
-  end if;
-  if v_opens then
-    v_breaker.pause_reason := case
-      when v_is_closed then format('%s failures in a row, the last: %s', v_breaker.failures, p_code)
-      else format('the probe failed: %s', p_code)
-    end;
-    v_breaker.failures := 0;
-    v_breaker.times_opened := least(v_breaker.times_opened + 1, 1000);
-    v_breaker.paused_until := now() + private.pause_length(v_breaker.times_opened);
-  end if;
-  update private.breakers set
-    failures = v_breaker.failures, failing_since = v_breaker.failing_since,
-    failed_users = v_breaker.failed_users, times_opened = v_breaker.times_opened,
-    paused_until = v_breaker.paused_until, pause_reason = v_breaker.pause_reason
-  where name = p_name;
-end;
-$$;
-
--- Counts failed attempts, where the code is the provider's fault, against their models, and against
--- the provider unless the model is paused: one model alone does not pause a provider.
---
--- Locks: the breakers of the providers and the models, in order.
-create function private.note_failures(p_jobs private.running_jobs[], p_codes text[]) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_settings private.settings := (select s from private.settings as s);
-  v_job private.running_jobs;
-  v_at bigint;
-  v_provider text;
-begin
-  for v_at, v_provider in
-    select j.ordinality, m.provider
-    from unnest(p_jobs) with ordinality as j
-    inner join private.error_codes as e on e.code = p_codes[j.ordinality] and e.trips_breaker
-    inner join public.models as m on m.id = j.model_id
-    order by m.provider, j.model_id, j.ordinality
-  loop
-    v_job := p_jobs[v_at];
-    insert into private.breakers (name) values (v_provider), (v_job.model_id)
-    on conflict do nothing;
-    perform from private.breakers where name = v_provider for update;
-    perform from private.breakers where name = v_job.model_id for update;
-    if exists (
-      select from private.breakers as b
-      where (b.name = v_provider and b.probe_job_id = v_job.job_id)
-        or (b.name = v_job.model_id and private.breaker_state(b) = 'closed')
-    ) then
-      perform private.count_failure(
-        v_provider, v_job, p_codes[v_at], v_settings.breaker_provider_failures
-      );
-    end if;
-    perform private.count_failure(
-      v_job.model_id, v_job, p_codes[v_at], v_settings.breaker_failures
-    );
-  end loop;
-end;
-$$;
-
--- Jobs ended well: failures of their models are forgotten, and what is paused though one began
--- after the failures is closed. Who failed meanwhile is doubted, but not if the pause was over:
--- then it may well have been the model.
---
--- Locks: the breakers of the providers and the models, in order.
-create function private.note_successes(p_jobs private.running_jobs[]) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_job record;
-  v_is_resumed boolean;
-begin
-  for v_job in
-    select j.job_id, j.user_id, j.claimed_at, names.name
-    from unnest(p_jobs) as j
-    left join public.models as m on m.id = j.model_id
-    cross join lateral (values (1, m.provider), (2, j.model_id)) as names (place, name)
-    order by m.provider, names.place, j.model_id
-  loop
-    update private.breakers as b set
-      doubted_users = case
-        when b.failed_users <> '{}' and (b.times_opened = 0 or b.paused_until > now())
-          then (array_remove(
-            b.failed_users
-            || case when b.doubted_at > now() - s.breaker_pause_cap then b.doubted_users end,
-            v_job.user_id
-          ))[:200]
-        else b.doubted_users
-      end,
-      doubted_at = case
-        when b.failed_users <> '{}' and (b.times_opened = 0 or b.paused_until > now()) then now()
-        else b.doubted_at
-      end,
-      failures = 0, failing_since = null, failed_users = '{}', times_opened = 0,
-      paused_until = null, pause_reason = null, probe_job_id = null,
-      resumed_at = case when b.times_opened > 0 then now() else b.resumed_at end
-    from private.settings as s
-    where b.name = v_job.name and case b.times_opened
-      when 0 then b.failures > 0
-      else v_job.claimed_at > b.failing_since or v_job.job_id = b.probe_job_id
-    end
-    returning b.resumed_at = now() into v_is_resumed;
-    if v_is_resumed then
-      perform setval('private.scan_due', 0);  -- what waited may be far below the virtual clock
-      perform private.wake_workers();
-    end if;
-  end loop;
-end;
-$$;
-
--- An operator's pause stays what it is, and a user who is doubted begins none.
-create function private.pause_provider(
-  p_provider text, p_seconds integer, p_reason text, p_user_id uuid default null
-) returns boolean
-language sql security definer set search_path = pg_catalog, pg_temp as $$
-  insert into private.breakers as b (
-    name, paused_until, pause_reason, times_opened, failing_since, failed_users
-  )
-  select
-    p_provider, now() + least(p_seconds, 3600) * interval '1 second', left(p_reason, 500), 1,
-    now(), array_remove(array[p_user_id], null)
-  where exists (select from public.models as m where m.provider = p_provider)
-  on conflict (name) do update set
-    paused_until = greatest(b.paused_until, excluded.paused_until),
-    pause_reason = excluded.pause_reason,
-    times_opened = greatest(b.times_opened, 1),
-    failing_since = case when b.times_opened = 0 then now() else b.failing_since end,
-    failed_users = case
-      when b.times_opened = 0 then excluded.failed_users
-      when p_user_id is null or b.failed_users = '{}' then '{}'
-      when p_user_id = any (b.failed_users) then b.failed_users
-      else b.failed_users || p_user_id
-    end,
-    probe_job_id = null
-  where (b.times_opened > 0 or b.paused_until > now() is not true)
-    and (b.times_opened > 0 or not private.is_doubted(b, p_user_id));
-  select exists (
-    select from private.breakers as b where b.name = p_provider and b.paused_until > now()
-  )
-$$;
-
-comment on function private.pause_provider is
-  'Keeps the jobs of a provider from being claimed for a while: the account was refused, and no '
-  'job is to blame. Nothing fails and nobody is charged for it. With a user, where it is not sure '
-  'that others would be refused, too: theirs wait, others'' are tried one by one. Answers whether '
-  'it is paused now; not where others were served lately though this user failed: then the job is '
-  'to blame.';
-
--- Pauses a model or a provider, or ends its pause where p_until is null. What the breaker counted
--- ends with it: from then on it is the operator's.
---
--- Raises: PT404 not_found.
-create function private.set_pause(p_name text, p_until timestamptz, p_reason text) returns json
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_breaker private.breakers;
-begin
-  if not exists (select from public.models as m where p_name in (m.id, m.provider)) then
-    perform private.refuse_missing(
-      'model: no such model or provider',
-      'Use the id of a model or the name of a provider in public.models.'
-    );
-  end if;
-  insert into private.breakers as b (name, paused_until, pause_reason)
-  values (p_name, p_until, p_reason)
-  on conflict (name) do update set
-    failures = 0, failing_since = null, failed_users = '{}', times_opened = 0, probe_job_id = null,
-    paused_until = excluded.paused_until, pause_reason = excluded.pause_reason,
-    resumed_at = case
-      when p_until is null and b.paused_until is not null then now()
-      else b.resumed_at
-    end
-  returning * into v_breaker;
-  return private.breaker_json(v_breaker);
-end;
-$$;
-
-create function public.pause_model(
-  model text, until timestamptz default 'infinity', reason text default null
-) returns json
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
-begin
-  perform private.require_writable();
-  if coalesce(until <= now(), true) then
-    perform private.refuse_input(
-      'until: not in the future', 'Leave it out to pause until resumed.'
-    );
-  elsif length(reason) > 500 then
-    perform private.refuse_input('reason: longer than 500 characters');
-  end if;
-  return private.set_pause(model, until, reason);
-end;
-$$;
-
-comment on function public.pause_model is
-  'Pauses a model, or all models of a provider, until a time or resume_model: new requests are '
-  'refused with model_paused, queued jobs wait and keep their place, running ones go on. Answers '
-  '{name, state (open | closed | half-open | probing), paused_until, reason, failures, '
-  'times_opened}. Errors: PT400 invalid_input, PT404 not_found.';
-
-create function public.resume_model(model text) returns json
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
-declare
-  v_answer json;
-begin
-  perform private.require_writable();
-  v_answer := private.set_pause(model, null, null);
-  perform setval('private.scan_due', 0);
-  perform private.wake_workers();
-  return v_answer;
-end;
-$$;
-
-comment on function public.resume_model is
-  'Ends a pause of a model or a provider, whoever began it: its jobs are claimed at once, in their '
-  'old order. Repeating it changes nothing. Answers as pause_model does. Errors: PT404 not_found.';
 -- Claim: the next jobs in fair order move from ready_jobs to running_jobs.
 --
 -- claim_jobs locks the jobs with the smallest fair_key that nobody else is claiming (skip locked),
--- and moves them in one statement. While a breaker (71) is open, it has them chosen with care by
+-- and moves them in one statement. While a breaker (28) is open, it has them chosen with care by
 -- pick_admitted_jobs. No claim waits for a lock.
 
 -- While a long transaction holds back vacuum, a look at a whole table of the queue walks the dead
@@ -4052,7 +4038,7 @@ comment on function private.claim_jobs is
 -- by the whole input. Where that has addresses of sources, which nobody can know again,
 -- begin_creates saves its hash beforehand, for recall_create. A worker that asks later than at once
 -- proves with begin_creates, too, that no other has begun to look. A refused account pauses the
--- provider (71).
+-- provider (28).
 --
 -- Whoever puts a provider's id into purchases has it, and nobody else ever.
 

@@ -516,9 +516,6 @@ comment on column public.entitlements.credits is
 comment on column public.entitlements.minute_jobs is
   'Jobs enqueued since minute_started_at, also those canceled since.';
 
-comment on column public.entitlements.day_started_at is
-  'Start of the day that day_jobs and day_burned count.';
-
 comment on column public.entitlements.day_burned is
   'Jobs canceled since day_started_at that the provider may bill us.';
 
@@ -543,6 +540,9 @@ alter table public.generations
   alter column image_count type public.image_count,
   alter column input type public.json_object,
   alter column price_credits type public.credits;
+
+comment on column public.generations.status is
+  'queued -> processing (claim) -> completed | failed | canceled, or queued again (retry, release).';
 
 comment on column public.generations.price_credits is
   'Credits charged for the whole generation at enqueue.';
@@ -623,8 +623,6 @@ alter table private.attempts
   alter column cost_usd type numeric(18,6),
   alter column provider_images type integer;
 
-comment on column private.attempts.cost_usd is 'US dollars the attempt cost at the provider.';
-
 comment on column private.attempts.provider_images is 'Images the provider made, as it bills them.';
 
 create table private.purchases (
@@ -637,21 +635,6 @@ create table private.purchases (
 comment on table private.purchases is
   'The provider''s jobs that ours have bought, from when the id is known until the generation is '
   'erased. No two jobs have the same one, whatever a provider answers.';
-
-alter table private.breakers
-  add column if not exists doubted_users uuid[] default '{}'::uuid[] not null,
-  add column if not exists resumed_at timestamp with time zone,
-  add column if not exists doubted_at timestamp with time zone;
-
-comment on column private.breakers.failed_users is
-  'Different users among the failures. While it is paused their jobs wait and others are tried; '
-  'where there are none, everybody''s wait.';
-
-comment on column private.breakers.resumed_at is 'When its last pause ended.';
-
-comment on column private.breakers.doubted_users is
-  'Users who failed where others then succeeded: for breaker_pause_cap from doubted_at their '
-  'failures count for nobody else.';
 
 alter table private.plans
   add column if not exists full_minutes_per_day smallint default 30 not null,
@@ -876,6 +859,340 @@ begin
 end;
 $do$;
 
+alter table private.breakers
+  add column if not exists doubted_users uuid[] default '{}'::uuid[] not null,
+  add column if not exists doubted_at timestamp with time zone,
+  add column if not exists resumed_at timestamp with time zone;
+
+comment on column private.breakers.failed_users is
+  'Different users among the failures. While it is paused their jobs wait and others are tried; '
+  'where there are none, everybody''s wait.';
+
+comment on column private.breakers.resumed_at is 'When its last pause ended.';
+
+comment on column private.breakers.doubted_users is
+  'Users who failed where others then succeeded: for breaker_pause_cap from doubted_at their '
+  'failures count for nobody else.';
+
+create view private.paused_models with (security_invoker = true) as
+select
+  m.id,
+  b.paused_until,
+  b.resumed_at
+from private.breakers as b
+inner join public.models as m on b.name in (m.id, m.provider)
+where b.paused_until is not null or b.resumed_at is not null;
+
+comment on view private.paused_models is
+  'Models that are or were paused, themselves or with their provider.';
+
+create or replace function private.paused_until(p_model public.models, p_user_id uuid) returns timestamptz
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+  v_until timestamptz;
+  v_is_suspected boolean;
+begin
+  select
+    max(b.paused_until) filter (
+      where b.paused_until > now() and (b.failed_users = '{}' or p_user_id = any (b.failed_users))
+    ),
+    bool_or(p_user_id = any (b.failed_users || b.doubted_users))
+  into v_until, v_is_suspected
+  from private.breakers as b where b.name in (p_model.id, p_model.provider);
+  if v_is_suspected then
+    v_until := greatest(v_until, (
+      select recent.finished_at + s.breaker_window
+      from private.settings as s
+      cross join lateral (
+        select g.finished_at from (
+          select * from public.generations where user_id = p_user_id order by id desc limit 100
+        ) as g
+        inner join private.error_codes as e on e.code = g.error_code and e.trips_breaker
+        where g.model_id = p_model.id and g.finished_at > now() - s.breaker_window
+        order by g.finished_at desc offset s.breaker_failures - 1 limit 1
+      ) as recent
+    ));
+  end if;
+  return v_until;
+end;
+$$;
+
+create or replace function private.pause_length(p_times integer) returns interval
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select least(s.breaker_pause_cap, s.breaker_pause * power(2, least(p_times - 1, 20)))
+  from private.settings as s
+$$;
+
+create or replace function private.breaker_state(p_breaker private.breakers) returns text
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select case
+    when p_breaker.paused_until is null then 'closed'
+    when p_breaker.times_opened = 0
+      then case when p_breaker.paused_until > now() then 'open' else 'closed' end
+    when exists (
+      select from private.running_jobs as r
+      where r.job_id = p_breaker.probe_job_id
+        and r.claimed_at > now() - private.pause_length(p_breaker.times_opened)
+    ) then 'probing'
+    when p_breaker.paused_until > now() then 'open'
+    else 'half-open'
+  end
+$$;
+
+create or replace function private.breaker_json(p_breaker private.breakers) returns json
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select json_build_object(
+    'name', p_breaker.name,
+    'state', b.state,
+    'paused_until', case when p_breaker.paused_until > now() then p_breaker.paused_until end,
+    'reason', case when b.state <> 'closed' then p_breaker.pause_reason end,
+    'failures', p_breaker.failures,
+    'times_opened', p_breaker.times_opened
+  )
+  from (select private.breaker_state(p_breaker) as state) as b
+$$;
+
+create or replace function private.admits(p_breaker private.breakers, p_user_id uuid) returns boolean
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select case private.breaker_state(p_breaker)
+    when 'open' then cardinality(p_breaker.failed_users) between 1 and 99
+      and not p_user_id = any (p_breaker.failed_users)
+    when 'probing' then false
+    else true
+  end
+$$;
+
+create or replace function private.is_doubted(p_breaker private.breakers, p_user_id uuid) returns boolean
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select coalesce(
+    p_user_id = any (p_breaker.doubted_users)
+      and p_breaker.doubted_at > now() - s.breaker_pause_cap,
+    false
+  )
+  from private.settings as s
+$$;
+
+create or replace function private.count_failure(
+  p_name text, p_job private.running_jobs, p_code text, p_threshold integer
+) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_breaker private.breakers := (select b from private.breakers as b where b.name = p_name);
+  v_settings private.settings := (select s from private.settings as s);
+  v_is_closed boolean := private.breaker_state(v_breaker) = 'closed';
+  v_opens boolean;
+begin
+  -- Neither who is doubted counts, nor what fails while an operator's pause lasts.
+  if (v_is_closed and private.is_doubted(v_breaker, p_job.user_id))
+    or (not v_is_closed and v_breaker.times_opened = 0) then
+    return;
+  end if;
+  if v_is_closed and v_breaker.failing_since > now() - v_settings.breaker_window is not true then
+    v_breaker.failures := 0;
+    v_breaker.failing_since := now();
+    v_breaker.failed_users := '{}';
+  end if;
+  -- Where everybody waits, nobody in particular does.
+  if cardinality(v_breaker.failed_users) between (not v_is_closed)::integer and 99
+    and not p_job.user_id = any (v_breaker.failed_users) then
+    v_breaker.failed_users := v_breaker.failed_users || p_job.user_id;
+  end if;
+  if v_is_closed then
+    v_breaker.failures := v_breaker.failures + 1;
+    v_opens := v_breaker.failures >= p_threshold
+      and cardinality(v_breaker.failed_users) >= v_settings.breaker_users;
+  else
+    v_opens := v_breaker.probe_job_id = p_job.job_id and v_breaker.paused_until <= now();
+  end if;
+  if v_opens then
+    v_breaker.pause_reason := case
+      when v_is_closed then format('%s failures in a row, the last: %s', v_breaker.failures, p_code)
+      else format('the probe failed: %s', p_code)
+    end;
+    v_breaker.failures := 0;
+    v_breaker.times_opened := least(v_breaker.times_opened + 1, 1000);
+    v_breaker.paused_until := now() + private.pause_length(v_breaker.times_opened);
+  end if;
+  update private.breakers set
+    failures = v_breaker.failures, failing_since = v_breaker.failing_since,
+    failed_users = v_breaker.failed_users, times_opened = v_breaker.times_opened,
+    paused_until = v_breaker.paused_until, pause_reason = v_breaker.pause_reason
+  where name = p_name;
+end;
+$$;
+
+create or replace function private.note_failures(p_jobs private.running_jobs[], p_codes text[]) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_settings private.settings := (select s from private.settings as s);
+  v_job private.running_jobs;
+  v_at bigint;
+  v_provider text;
+begin
+  for v_at, v_provider in
+    select j.ordinality, m.provider
+    from unnest(p_jobs) with ordinality as j
+    inner join private.error_codes as e on e.code = p_codes[j.ordinality] and e.trips_breaker
+    inner join public.models as m on m.id = j.model_id
+    order by m.provider, j.model_id, j.ordinality
+  loop
+    v_job := p_jobs[v_at];
+    insert into private.breakers (name) values (v_provider), (v_job.model_id)
+    on conflict do nothing;
+    perform from private.breakers where name = v_provider for update;
+    perform from private.breakers where name = v_job.model_id for update;
+    if exists (
+      select from private.breakers as b
+      where (b.name = v_provider and b.probe_job_id = v_job.job_id)
+        or (b.name = v_job.model_id and private.breaker_state(b) = 'closed')
+    ) then
+      perform private.count_failure(
+        v_provider, v_job, p_codes[v_at], v_settings.breaker_provider_failures
+      );
+    end if;
+    perform private.count_failure(
+      v_job.model_id, v_job, p_codes[v_at], v_settings.breaker_failures
+    );
+  end loop;
+end;
+$$;
+
+create or replace function private.note_successes(p_jobs private.running_jobs[]) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_job record;
+  v_is_resumed boolean;
+begin
+  for v_job in
+    select j.job_id, j.user_id, j.claimed_at, names.name
+    from unnest(p_jobs) as j
+    left join public.models as m on m.id = j.model_id
+    cross join lateral (values (1, m.provider), (2, j.model_id)) as names (place, name)
+    order by m.provider, names.place, j.model_id
+  loop
+    update private.breakers as b set
+      doubted_users = case
+        when b.failed_users <> '{}' and (b.times_opened = 0 or b.paused_until > now())
+          then (array_remove(
+            b.failed_users
+            || case when b.doubted_at > now() - s.breaker_pause_cap then b.doubted_users end,
+            v_job.user_id
+          ))[:200]
+        else b.doubted_users
+      end,
+      doubted_at = case
+        when b.failed_users <> '{}' and (b.times_opened = 0 or b.paused_until > now()) then now()
+        else b.doubted_at
+      end,
+      failures = 0, failing_since = null, failed_users = '{}', times_opened = 0,
+      paused_until = null, pause_reason = null, probe_job_id = null,
+      resumed_at = case when b.times_opened > 0 then now() else b.resumed_at end
+    from private.settings as s
+    where b.name = v_job.name and case b.times_opened
+      when 0 then b.failures > 0
+      else v_job.claimed_at > b.failing_since or v_job.job_id = b.probe_job_id
+    end
+    returning b.resumed_at = now() into v_is_resumed;
+    if v_is_resumed then
+      perform setval('private.scan_due', 0);  -- what waited may be far below the virtual clock
+      perform private.wake_workers();
+    end if;
+  end loop;
+end;
+$$;
+
+create or replace function private.pause_provider(
+  p_provider text, p_seconds integer, p_reason text, p_user_id uuid default null
+) returns boolean
+language sql security definer set search_path = pg_catalog, pg_temp as $$
+  insert into private.breakers as b (
+    name, paused_until, pause_reason, times_opened, failing_since, failed_users
+  )
+  select
+    p_provider, now() + least(p_seconds, 3600) * interval '1 second', left(p_reason, 500), 1,
+    now(), array_remove(array[p_user_id], null)
+  where exists (select from public.models as m where m.provider = p_provider)
+  on conflict (name) do update set
+    paused_until = greatest(b.paused_until, excluded.paused_until),
+    pause_reason = excluded.pause_reason,
+    times_opened = greatest(b.times_opened, 1),
+    failing_since = case when b.times_opened = 0 then now() else b.failing_since end,
+    failed_users = case
+      when b.times_opened = 0 then excluded.failed_users
+      when p_user_id is null or b.failed_users = '{}' then '{}'
+      when p_user_id = any (b.failed_users) then b.failed_users
+      else b.failed_users || p_user_id
+    end,
+    probe_job_id = null
+  where (b.times_opened > 0 or b.paused_until > now() is not true)
+    and (b.times_opened > 0 or not private.is_doubted(b, p_user_id));
+  select exists (
+    select from private.breakers as b where b.name = p_provider and b.paused_until > now()
+  )
+$$;
+
+comment on function private.pause_provider is
+  'Keeps the jobs of a provider from being claimed for a while: the account was refused, and no '
+  'job is to blame. Nothing fails and nobody is charged for it. With a user, where it is not sure '
+  'that others would be refused, too: theirs wait, others'' are tried one by one. Answers whether '
+  'it is paused now; not where others were served lately though this user failed: then the job is '
+  'to blame.';
+
+create or replace function private.set_pause(p_name text, p_until timestamptz, p_reason text) returns json
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_breaker private.breakers;
+begin
+  if not exists (select from public.models as m where p_name in (m.id, m.provider)) then
+    perform private.refuse_missing(
+      'model: no such model or provider',
+      'Use the id of a model or the name of a provider in public.models.'
+    );
+  end if;
+  insert into private.breakers as b (name, paused_until, pause_reason)
+  values (p_name, p_until, p_reason)
+  on conflict (name) do update set
+    failures = 0, failing_since = null, failed_users = '{}', times_opened = 0, probe_job_id = null,
+    paused_until = excluded.paused_until, pause_reason = excluded.pause_reason,
+    resumed_at = case
+      when p_until is null and b.paused_until is not null then now()
+      else b.resumed_at
+    end
+  returning * into v_breaker;
+  return private.breaker_json(v_breaker);
+end;
+$$;
+
+create or replace function public.pause_model(
+  model text, until timestamptz default 'infinity', reason text default null
+) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+begin
+  perform private.require_writable();
+  if coalesce(until <= now(), true) then
+    perform private.refuse_input(
+      'until: not in the future', 'Leave it out to pause until resumed.'
+    );
+  elsif length(reason) > 500 then
+    perform private.refuse_input('reason: longer than 500 characters');
+  end if;
+  return private.set_pause(model, until, reason);
+end;
+$$;
+
+create or replace function public.resume_model(model text) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  v_answer json;
+begin
+  perform private.require_writable();
+  v_answer := private.set_pause(model, null, null);
+  perform setval('private.scan_due', 0);
+  perform private.wake_workers();
+  return v_answer;
+end;
+$$;
+
 create or replace function private.refuse(
   p_token text, p_detail text, p_hint text default null, p_retry_after integer default null
 ) returns void
@@ -1029,49 +1346,6 @@ begin
     end if;
   end loop;
   return v_params;
-end;
-$$;
-
-create view private.paused_models with (security_invoker = true) as
-select
-  m.id,
-  b.paused_until,
-  b.resumed_at
-from private.breakers as b
-inner join public.models as m on b.name in (m.id, m.provider)
-where b.paused_until is not null or b.resumed_at is not null;
-
-comment on view private.paused_models is
-  'Models that are or were paused, themselves or with their provider.';
-
-create or replace function private.paused_until(p_model public.models, p_user_id uuid) returns timestamptz
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-  v_until timestamptz;
-  v_is_suspected boolean;
-begin
-  select
-    max(b.paused_until) filter (
-      where b.paused_until > now() and (b.failed_users = '{}' or p_user_id = any (b.failed_users))
-    ),
-    bool_or(p_user_id = any (b.failed_users || b.doubted_users))
-  into v_until, v_is_suspected
-  from private.breakers as b where b.name in (p_model.id, p_model.provider);
-  if v_is_suspected then
-    v_until := greatest(v_until, (
-      select recent.finished_at + s.breaker_window
-      from private.settings as s
-      cross join lateral (
-        select g.finished_at from (
-          select * from public.generations where user_id = p_user_id order by id desc limit 100
-        ) as g
-        inner join private.error_codes as e on e.code = g.error_code and e.trips_breaker
-        where g.model_id = p_model.id and g.finished_at > now() - s.breaker_window
-        order by g.finished_at desc offset s.breaker_failures - 1 limit 1
-      ) as recent
-    ));
-  end if;
-  return v_until;
 end;
 $$;
 
@@ -2588,282 +2862,6 @@ comment on function private.heartbeat is
   'One beat for all jobs of a worker: extends their leases and takes in progress (percent or '
   'null), and whether its LISTEN works. Answers for each job, in order of id: ok, lost (drop it) '
   'or canceled (stop it: its user wants that, or is gone).';
-
-create or replace function private.pause_length(p_times integer) returns interval
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select least(s.breaker_pause_cap, s.breaker_pause * power(2, least(p_times - 1, 20)))
-  from private.settings as s
-$$;
-
-create or replace function private.breaker_state(p_breaker private.breakers) returns text
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select case
-    when p_breaker.paused_until is null then 'closed'
-    when p_breaker.times_opened = 0
-      then case when p_breaker.paused_until > now() then 'open' else 'closed' end
-    when exists (
-      select from private.running_jobs as r
-      where r.job_id = p_breaker.probe_job_id
-        and r.claimed_at > now() - private.pause_length(p_breaker.times_opened)
-    ) then 'probing'
-    when p_breaker.paused_until > now() then 'open'
-    else 'half-open'
-  end
-$$;
-
-create or replace function private.breaker_json(p_breaker private.breakers) returns json
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select json_build_object(
-    'name', p_breaker.name,
-    'state', b.state,
-    'paused_until', case when p_breaker.paused_until > now() then p_breaker.paused_until end,
-    'reason', case when b.state <> 'closed' then p_breaker.pause_reason end,
-    'failures', p_breaker.failures,
-    'times_opened', p_breaker.times_opened
-  )
-  from (select private.breaker_state(p_breaker) as state) as b
-$$;
-
-create or replace function private.admits(p_breaker private.breakers, p_user_id uuid) returns boolean
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select case private.breaker_state(p_breaker)
-    when 'open' then cardinality(p_breaker.failed_users) between 1 and 99
-      and not p_user_id = any (p_breaker.failed_users)
-    when 'probing' then false
-    else true
-  end
-$$;
-
-create or replace function private.is_doubted(p_breaker private.breakers, p_user_id uuid) returns boolean
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select coalesce(
-    p_user_id = any (p_breaker.doubted_users)
-      and p_breaker.doubted_at > now() - s.breaker_pause_cap,
-    false
-  )
-  from private.settings as s
-$$;
-
-create or replace function private.count_failure(
-  p_name text, p_job private.running_jobs, p_code text, p_threshold integer
-) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_breaker private.breakers := (select b from private.breakers as b where b.name = p_name);
-  v_settings private.settings := (select s from private.settings as s);
-  v_is_closed boolean := private.breaker_state(v_breaker) = 'closed';
-  v_opens boolean;
-begin
-  -- Neither who is doubted counts, nor what fails while an operator's pause lasts.
-  if (v_is_closed and private.is_doubted(v_breaker, p_job.user_id))
-    or (not v_is_closed and v_breaker.times_opened = 0) then
-    return;
-  end if;
-  if v_is_closed and v_breaker.failing_since > now() - v_settings.breaker_window is not true then
-    v_breaker.failures := 0;
-    v_breaker.failing_since := now();
-    v_breaker.failed_users := '{}';
-  end if;
-  -- Where everybody waits, nobody in particular does.
-  if cardinality(v_breaker.failed_users) between (not v_is_closed)::integer and 99
-    and not p_job.user_id = any (v_breaker.failed_users) then
-    v_breaker.failed_users := v_breaker.failed_users || p_job.user_id;
-  end if;
-  if v_is_closed then
-    v_breaker.failures := v_breaker.failures + 1;
-    v_opens := v_breaker.failures >= p_threshold
-      and cardinality(v_breaker.failed_users) >= v_settings.breaker_users;
-  else
-    v_opens := v_breaker.probe_job_id = p_job.job_id and v_breaker.paused_until <= now();
-  end if;
-  if v_opens then
-    v_breaker.pause_reason := case
-      when v_is_closed then format('%s failures in a row, the last: %s', v_breaker.failures, p_code)
-      else format('the probe failed: %s', p_code)
-    end;
-    v_breaker.failures := 0;
-    v_breaker.times_opened := least(v_breaker.times_opened + 1, 1000);
-    v_breaker.paused_until := now() + private.pause_length(v_breaker.times_opened);
-  end if;
-  update private.breakers set
-    failures = v_breaker.failures, failing_since = v_breaker.failing_since,
-    failed_users = v_breaker.failed_users, times_opened = v_breaker.times_opened,
-    paused_until = v_breaker.paused_until, pause_reason = v_breaker.pause_reason
-  where name = p_name;
-end;
-$$;
-
-create or replace function private.note_failures(p_jobs private.running_jobs[], p_codes text[]) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_settings private.settings := (select s from private.settings as s);
-  v_job private.running_jobs;
-  v_at bigint;
-  v_provider text;
-begin
-  for v_at, v_provider in
-    select j.ordinality, m.provider
-    from unnest(p_jobs) with ordinality as j
-    inner join private.error_codes as e on e.code = p_codes[j.ordinality] and e.trips_breaker
-    inner join public.models as m on m.id = j.model_id
-    order by m.provider, j.model_id, j.ordinality
-  loop
-    v_job := p_jobs[v_at];
-    insert into private.breakers (name) values (v_provider), (v_job.model_id)
-    on conflict do nothing;
-    perform from private.breakers where name = v_provider for update;
-    perform from private.breakers where name = v_job.model_id for update;
-    if exists (
-      select from private.breakers as b
-      where (b.name = v_provider and b.probe_job_id = v_job.job_id)
-        or (b.name = v_job.model_id and private.breaker_state(b) = 'closed')
-    ) then
-      perform private.count_failure(
-        v_provider, v_job, p_codes[v_at], v_settings.breaker_provider_failures
-      );
-    end if;
-    perform private.count_failure(
-      v_job.model_id, v_job, p_codes[v_at], v_settings.breaker_failures
-    );
-  end loop;
-end;
-$$;
-
-create or replace function private.note_successes(p_jobs private.running_jobs[]) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_job record;
-  v_is_resumed boolean;
-begin
-  for v_job in
-    select j.job_id, j.user_id, j.claimed_at, names.name
-    from unnest(p_jobs) as j
-    left join public.models as m on m.id = j.model_id
-    cross join lateral (values (1, m.provider), (2, j.model_id)) as names (place, name)
-    order by m.provider, names.place, j.model_id
-  loop
-    update private.breakers as b set
-      doubted_users = case
-        when b.failed_users <> '{}' and (b.times_opened = 0 or b.paused_until > now())
-          then (array_remove(
-            b.failed_users
-            || case when b.doubted_at > now() - s.breaker_pause_cap then b.doubted_users end,
-            v_job.user_id
-          ))[:200]
-        else b.doubted_users
-      end,
-      doubted_at = case
-        when b.failed_users <> '{}' and (b.times_opened = 0 or b.paused_until > now()) then now()
-        else b.doubted_at
-      end,
-      failures = 0, failing_since = null, failed_users = '{}', times_opened = 0,
-      paused_until = null, pause_reason = null, probe_job_id = null,
-      resumed_at = case when b.times_opened > 0 then now() else b.resumed_at end
-    from private.settings as s
-    where b.name = v_job.name and case b.times_opened
-      when 0 then b.failures > 0
-      else v_job.claimed_at > b.failing_since or v_job.job_id = b.probe_job_id
-    end
-    returning b.resumed_at = now() into v_is_resumed;
-    if v_is_resumed then
-      perform setval('private.scan_due', 0);  -- what waited may be far below the virtual clock
-      perform private.wake_workers();
-    end if;
-  end loop;
-end;
-$$;
-
-create or replace function private.pause_provider(
-  p_provider text, p_seconds integer, p_reason text, p_user_id uuid default null
-) returns boolean
-language sql security definer set search_path = pg_catalog, pg_temp as $$
-  insert into private.breakers as b (
-    name, paused_until, pause_reason, times_opened, failing_since, failed_users
-  )
-  select
-    p_provider, now() + least(p_seconds, 3600) * interval '1 second', left(p_reason, 500), 1,
-    now(), array_remove(array[p_user_id], null)
-  where exists (select from public.models as m where m.provider = p_provider)
-  on conflict (name) do update set
-    paused_until = greatest(b.paused_until, excluded.paused_until),
-    pause_reason = excluded.pause_reason,
-    times_opened = greatest(b.times_opened, 1),
-    failing_since = case when b.times_opened = 0 then now() else b.failing_since end,
-    failed_users = case
-      when b.times_opened = 0 then excluded.failed_users
-      when p_user_id is null or b.failed_users = '{}' then '{}'
-      when p_user_id = any (b.failed_users) then b.failed_users
-      else b.failed_users || p_user_id
-    end,
-    probe_job_id = null
-  where (b.times_opened > 0 or b.paused_until > now() is not true)
-    and (b.times_opened > 0 or not private.is_doubted(b, p_user_id));
-  select exists (
-    select from private.breakers as b where b.name = p_provider and b.paused_until > now()
-  )
-$$;
-
-comment on function private.pause_provider is
-  'Keeps the jobs of a provider from being claimed for a while: the account was refused, and no '
-  'job is to blame. Nothing fails and nobody is charged for it. With a user, where it is not sure '
-  'that others would be refused, too: theirs wait, others'' are tried one by one. Answers whether '
-  'it is paused now; not where others were served lately though this user failed: then the job is '
-  'to blame.';
-
-create or replace function private.set_pause(p_name text, p_until timestamptz, p_reason text) returns json
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_breaker private.breakers;
-begin
-  if not exists (select from public.models as m where p_name in (m.id, m.provider)) then
-    perform private.refuse_missing(
-      'model: no such model or provider',
-      'Use the id of a model or the name of a provider in public.models.'
-    );
-  end if;
-  insert into private.breakers as b (name, paused_until, pause_reason)
-  values (p_name, p_until, p_reason)
-  on conflict (name) do update set
-    failures = 0, failing_since = null, failed_users = '{}', times_opened = 0, probe_job_id = null,
-    paused_until = excluded.paused_until, pause_reason = excluded.pause_reason,
-    resumed_at = case
-      when p_until is null and b.paused_until is not null then now()
-      else b.resumed_at
-    end
-  returning * into v_breaker;
-  return private.breaker_json(v_breaker);
-end;
-$$;
-
-create or replace function public.pause_model(
-  model text, until timestamptz default 'infinity', reason text default null
-) returns json
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
-begin
-  perform private.require_writable();
-  if coalesce(until <= now(), true) then
-    perform private.refuse_input(
-      'until: not in the future', 'Leave it out to pause until resumed.'
-    );
-  elsif length(reason) > 500 then
-    perform private.refuse_input('reason: longer than 500 characters');
-  end if;
-  return private.set_pause(model, until, reason);
-end;
-$$;
-
-create or replace function public.resume_model(model text) returns json
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
-declare
-  v_answer json;
-begin
-  perform private.require_writable();
-  v_answer := private.set_pause(model, null, null);
-  perform setval('private.scan_due', 0);
-  perform private.wake_workers();
-  return v_answer;
-end;
-$$;
 
 create or replace function private.is_due(p_due regclass, p_patience integer default 0) returns boolean
 language plpgsql set search_path = pg_catalog, pg_temp as $$
@@ -6320,6 +6318,10 @@ comment on column private.alert_rules.severity is null;
 
 comment on column private.alert_rules.unit is null;
 
+comment on column private.attempts.cost_usd is null;
+
+comment on column private.attempts.provider_seconds is null;
+
 comment on column private.breakers.failures is null;
 
 comment on column private.breakers.name is null;
@@ -6342,6 +6344,10 @@ comment on column private.ready_jobs.run_at is null;
 
 comment on column private.routines.result is null;
 
+comment on column private.running_jobs.attempt is null;
+
+comment on column private.running_jobs.deadline_at is null;
+
 comment on column private.running_jobs.progress is null;
 
 comment on column private.running_jobs.token is null;
@@ -6356,6 +6362,8 @@ comment on column public.entitlements.minute_started_at is null;
 
 comment on column public.generations.batch_id is null;
 
+comment on column public.generations.id is null;
+
 comment on column public.generations.image_count is null;
 
 comment on column public.generations.input is null;
@@ -6364,9 +6372,13 @@ comment on column public.images.blurhash is null;
 
 comment on column public.images.bytes is null;
 
+comment on column public.images.shows_prompt is null;
+
 comment on column public.images.width is null;
 
 comment on column public.models.client_inputs is null;
+
+comment on column public.models.deadline is null;
 
 comment on column public.models.is_active is null;
 

@@ -19,6 +19,85 @@
 -- Lock order: a breaker comes after all other rows, and a provider's before its models'. A job that
 -- ends without anything to count or to reset takes no lock here.
 
+create table private.breakers (
+  name text primary key,
+  failures smallint not null default 0,
+  failing_since timestamptz,
+  failed_users uuid[] not null default '{}',
+  times_opened smallint not null default 0,
+  paused_until timestamptz,
+  pause_reason text,
+  probe_job_id uuid,
+  resumed_at timestamptz,
+  doubted_users uuid[] not null default '{}',
+  doubted_at timestamptz
+) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 50);
+
+comment on table private.breakers is
+  'Models and providers that failed or were paused: whether their jobs wait.';
+comment on column private.breakers.failed_users is
+  'Different users among the failures. While it is paused their jobs wait and others are tried; '
+  'where there are none, everybody''s wait.';
+comment on column private.breakers.times_opened is
+  'Pauses in a row by failures or a refused account: the next is longer. 0: none, or an operator''s'
+  ' pause, which ends without a probe.';
+comment on column private.breakers.paused_until is
+  'null: closed. In the future: open, no job is claimed. Past: half-open, one job is tried.';
+comment on column private.breakers.probe_job_id is
+  'The job that is tried, as long as it is in running_jobs.';
+comment on column private.breakers.resumed_at is 'When its last pause ended.';
+comment on column private.breakers.doubted_users is
+  'Users who failed where others then succeeded: for breaker_pause_cap from doubted_at their '
+  'failures count for nobody else.';
+
+create view private.paused_models with (security_invoker = true) as
+select
+  m.id,
+  b.paused_until,
+  b.resumed_at
+from private.breakers as b
+inner join public.models as m on b.name in (m.id, m.provider)
+where b.paused_until is not null or b.resumed_at is not null;
+
+comment on view private.paused_models is
+  'Models that are or were paused, themselves or with their provider.';
+
+-- Until when the model is paused for this user, itself or with its provider; null unless it is. A
+-- pause that failures began is one for those who failed.
+--
+-- Who keeps failing where others do not, as the breakers noticed, is let wait like a model:
+-- for the window in which so many failures would pause one.
+create function private.paused_until(p_model public.models, p_user_id uuid) returns timestamptz
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+  v_until timestamptz;
+  v_is_suspected boolean;
+begin
+  select
+    max(b.paused_until) filter (
+      where b.paused_until > now() and (b.failed_users = '{}' or p_user_id = any (b.failed_users))
+    ),
+    bool_or(p_user_id = any (b.failed_users || b.doubted_users))
+  into v_until, v_is_suspected
+  from private.breakers as b where b.name in (p_model.id, p_model.provider);
+  if v_is_suspected then
+    v_until := greatest(v_until, (
+      select recent.finished_at + s.breaker_window
+      from private.settings as s
+      cross join lateral (
+        select g.finished_at from (
+          select * from public.generations where user_id = p_user_id order by id desc limit 100
+        ) as g
+        inner join private.error_codes as e on e.code = g.error_code and e.trips_breaker
+        where g.model_id = p_model.id and g.finished_at > now() - s.breaker_window
+        order by g.finished_at desc offset s.breaker_failures - 1 limit 1
+      ) as recent
+    ));
+  end if;
+  return v_until;
+end;
+$$;
+
 -- How long the n-th pause in a row lasts.
 create function private.pause_length(p_times integer) returns interval
 language sql stable set search_path = pg_catalog, pg_temp as $$
