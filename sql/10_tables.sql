@@ -38,8 +38,8 @@ create domain public.ledger_kind as text constraint ledger_kind_is_known check (
 create domain public.credits as integer constraint credits_are_not_negative check (value >= 0);
 create domain public.image_count as smallint
 constraint image_count_is_positive check (value > 0);
-create domain public.json_object as jsonb
-constraint json_object_is_one check (jsonb_typeof(value) = 'object');
+create domain public.params as jsonb
+constraint params_are_an_object check (jsonb_typeof(value) = 'object');
 
 -- A function, for the same reason, where a rule holds several columns together.
 create function private.fits_kind(
@@ -186,7 +186,7 @@ create table public.generations (
   batch_id uuid,
   retry_of uuid,
   prompt text not null,
-  input public.json_object not null,
+  input public.params not null,
   provider_input jsonb not null,
   status public.job_status not null default 'queued',
   error_code text,

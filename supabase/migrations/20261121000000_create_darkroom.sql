@@ -144,8 +144,8 @@ create domain public.ledger_kind as text constraint ledger_kind_is_known check (
 create domain public.credits as integer constraint credits_are_not_negative check (value >= 0);
 create domain public.image_count as smallint
 constraint image_count_is_positive check (value > 0);
-create domain public.json_object as jsonb
-constraint json_object_is_one check (jsonb_typeof(value) = 'object');
+create domain public.params as jsonb
+constraint params_are_an_object check (jsonb_typeof(value) = 'object');
 
 -- A function, for the same reason, where a rule holds several columns together.
 create function private.fits_kind(
@@ -292,7 +292,7 @@ create table public.generations (
   batch_id uuid,
   retry_of uuid,
   prompt text not null,
-  input public.json_object not null,
+  input public.params not null,
   provider_input jsonb not null,
   status public.job_status not null default 'queued',
   error_code text,
@@ -965,8 +965,8 @@ revoke all on table public.entitlements, public.credit_ledger, public.models,
 public.model_aliases, public.batches, public.generations, public.images
 from public, anon, authenticated, service_role;
 revoke all on sequence public.credit_ledger_id_seq from public, anon, authenticated, service_role;
-revoke all on domain public.job_status, public.ledger_kind, private.job_stage,
-private.attempt_outcome from public, anon, authenticated, service_role;
+revoke all on domain public.job_status, public.ledger_kind, public.credits, public.image_count,
+public.params, private.job_stage, private.attempt_outcome from public, anon, authenticated, service_role;
 
 grant select on table public.entitlements, public.credit_ledger, public.batches,
 public.generations, public.images to authenticated, service_role;

@@ -486,8 +486,8 @@ create domain public.credits as integer constraint credits_are_not_negative chec
 create domain public.image_count as smallint
 constraint image_count_is_positive check (value > 0);
 
-create domain public.json_object as jsonb
-constraint json_object_is_one check (jsonb_typeof(value) = 'object');
+create domain public.params as jsonb
+constraint params_are_an_object check (jsonb_typeof(value) = 'object');
 
 create or replace function private.fits_status(
   p_status text, p_error_code text, p_finished_at timestamptz, p_deleted_at timestamptz
@@ -538,7 +538,7 @@ comment on column public.batches.job_ids is 'In the order of the prompts; also t
 alter table public.generations
   add column if not exists tags text[] default '{}'::text[] not null,
   alter column image_count type public.image_count,
-  alter column input type public.json_object,
+  alter column input type public.params,
   alter column price_credits type public.credits;
 
 comment on column public.generations.status is
@@ -755,8 +755,8 @@ from public, anon, authenticated, service_role;
 
 revoke all on sequence public.credit_ledger_id_seq from public, anon, authenticated, service_role;
 
-revoke all on domain public.job_status, public.ledger_kind, private.job_stage,
-private.attempt_outcome from public, anon, authenticated, service_role;
+revoke all on domain public.job_status, public.ledger_kind, public.credits, public.image_count,
+public.params, private.job_stage, private.attempt_outcome from public, anon, authenticated, service_role;
 
 grant select on table public.entitlements, public.credit_ledger, public.batches,
 public.generations, public.images to authenticated, service_role;
