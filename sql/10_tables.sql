@@ -216,7 +216,7 @@ comment on column public.generations.retry_of is
 comment on column public.generations.provider_input is
   'What is sent to the provider: prompt, params, defaults and the chosen seed.';
 comment on column public.generations.status is
-  'queued -> processing (claim) -> completed | failed | canceled, or queued again (retry, release).';
+  'queued -> processing (claim) -> completed | failed | canceled | queued again (retry, release).';
 comment on column public.generations.error_code is 'Why it failed: a code of private.error_codes.';
 comment on column public.generations.price_credits is
   'Credits charged for the whole generation at enqueue.';

@@ -17,7 +17,8 @@ public.model_aliases, public.batches, public.generations, public.images
 from public, anon, authenticated, service_role;
 revoke all on sequence public.credit_ledger_id_seq from public, anon, authenticated, service_role;
 revoke all on domain public.job_status, public.ledger_kind, public.credits, public.image_count,
-public.params, private.job_stage, private.attempt_outcome from public, anon, authenticated, service_role;
+public.params, private.job_stage, private.attempt_outcome
+from public, anon, authenticated, service_role;
 
 grant select on table public.entitlements, public.credit_ledger, public.batches,
 public.generations, public.images to authenticated, service_role;

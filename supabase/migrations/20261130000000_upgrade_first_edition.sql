@@ -542,7 +542,7 @@ alter table public.generations
   alter column price_credits type public.credits;
 
 comment on column public.generations.status is
-  'queued -> processing (claim) -> completed | failed | canceled, or queued again (retry, release).';
+  'queued -> processing (claim) -> completed | failed | canceled | queued again (retry, release).';
 
 comment on column public.generations.price_credits is
   'Credits charged for the whole generation at enqueue.';
@@ -756,7 +756,8 @@ from public, anon, authenticated, service_role;
 revoke all on sequence public.credit_ledger_id_seq from public, anon, authenticated, service_role;
 
 revoke all on domain public.job_status, public.ledger_kind, public.credits, public.image_count,
-public.params, private.job_stage, private.attempt_outcome from public, anon, authenticated, service_role;
+public.params, private.job_stage, private.attempt_outcome
+from public, anon, authenticated, service_role;
 
 grant select on table public.entitlements, public.credit_ledger, public.batches,
 public.generations, public.images to authenticated, service_role;
