@@ -137,7 +137,8 @@ def test_what_is_canceled_counts_in_the_minute_and_in_the_day(db, alice):
         if minute == 0:
             with unchanged(db), refused("PT429", "rate_limited"):
                 alice.enqueue()
-        db.execute("update public.entitlements set minute_started_at = now() - interval '1 minute'")
+        over = "minute_started_at = now() - interval '1 minute', minute_jobs = 0"
+        db.execute(f"update public.entitlements set {over}")
 
     for call in (alice.enqueue, lambda: alice.enqueue_batch(["a"])):
         with unchanged(db), refused("PT429", "rate_limited") as refusal:
