@@ -11,7 +11,7 @@ CORE := $(filter-out sql/95_% sql/96_% sql/97_%,$(sort $(wildcard sql/*.sql)))
 # Each pytest process has a cluster of its own. What is long goes file by file, as some count over a file.
 SIDE_BY_SIDE = $(PYTHON) -m pytest --numprocesses=$(or $(JOBS),auto) --maxprocesses=4 \
 	$(if $(LONG),--dist=loadfile,--dist=worksteal -m "not long")
-QUICK := $(patsubst %,tests/test_%.py,access batch breaker cancel catalog claim credits enqueue gating \
+QUICK_TESTS := $(patsubst %,tests/test_%.py,access batch breaker cancel catalog claim credits enqueue gating \
 	input locks migrations money_model outcomes protocol recovery retry status worker_cancel worker_units)
 RELEASED := supabase/released.sha256
 
@@ -94,7 +94,7 @@ endif
 
 # Run what notices most mistakes, in two minutes: money, leases, locks, rights, the worker's decisions, one worker.
 test-quick: setup lint
-	@$(SIDE_BY_SIDE) $(QUICK)
+	@$(SIDE_BY_SIDE) $(QUICK_TESTS)
 
 # Run app and operator page in a browser against stack and worker. SCREENSHOTS=folder keeps what it looks like.
 test-app: setup-app-browser
