@@ -8,7 +8,7 @@ Who kills `workers.process` or stops it need not start another one.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Any
 
 import pytest
 from actors import User
@@ -22,9 +22,6 @@ from stack import Stack
 class Shared(Workers):
     process: WorkerProcess
     fake: FakeReplicate
-
-    def __enter__(self) -> Self:
-        return self
 
     def running(self, user: User, **behaviour: Any) -> str:
         """Have a job of the user's under way at the provider, which behaves like this."""

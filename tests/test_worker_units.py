@@ -14,11 +14,10 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
-from typing import IO, Any
+from typing import Any
 from unittest import mock
 
 import httpx
@@ -588,12 +587,6 @@ def test_a_stop_does_not_cut_short_the_call_that_ends_a_job():
     asyncio.run(stop_meanwhile())
 
     assert ended == ["internal"]
-
-
-def as_file(content: bytes) -> IO[bytes]:
-    file = tempfile.TemporaryFile()  # noqa: SIM115
-    file.write(content)
-    return file
 
 
 # --- calls for many jobs ---
