@@ -1,11 +1,70 @@
--- The catalogue: what can be asked for.
+-- The catalogue: who makes pictures, and what can be asked for.
+--
+-- A provider is a row, so that the next one needs no release: where it is, and how to talk to it,
+-- its recipe (93). What its answers mean is decided by read_answer (73), a function that anybody
+-- can try with select; the worker sends what it is told to. The key itself is in the worker's
+-- environment under the name given here, and goes to the provider's own hosts alone.
 --
 -- A model is a row, made of its provider's own schema (make import-model) or by hand; an alias is a
 -- name that stands for one of several models. Models are data: nothing else refers to them by key.
 
+create table private.providers (
+  name text primary key,
+  base_url text,
+  secret text,
+  key_hosts text[] not null default '{}',
+  hosts text[] not null default '{}',
+  max_running integer,
+  result_ttl interval,
+  lost_create text not null,
+  settle interval not null default '20 seconds',
+  buys_again boolean not null default false,
+  is_active boolean not null default true,
+  recipe jsonb,
+  constraint providers_name_has_no_slash check (name ~ '^[a-z0-9_.-]+$'),
+  constraint providers_base_url_is_an_address check (
+    base_url ~ '^https?://[^\s/?#@]+(/[^\s?#]*[^\s?#/])?$'
+  ),
+  constraint providers_secret_is_the_name_of_a_key check (
+    secret ~ '^[A-Z][A-Z0-9_]*_(KEY|TOKEN)$'
+  ),
+  constraint providers_lost_create_is_known check (lost_create in ('key', 'find', 'unknown')),
+  constraint providers_max_running_is_positive check (max_running > 0),
+  constraint providers_settle_is_not_long check (settle between '0' and '10 minutes'),
+  constraint providers_recipe_creates_at_an_address check (
+    recipe is null or base_url <> '' and recipe -> 'create' ->> 'url' <> ''
+  )
+);
+
+comment on table private.providers is 'Who makes the pictures, and how to talk to them.';
+comment on column private.providers.base_url is '{{base}} in the recipe.';
+comment on column private.providers.secret is
+  'Name of the variable of the worker''s environment that holds the key, …_KEY or …_TOKEN; null: '
+  'none is needed. A worker takes jobs of those providers only whose key it has.';
+comment on column private.providers.key_hosts is
+  'Hosts of the provider''s API beside that of base_url, to which answers may lead and the key goes:'
+  ' names, or *.name for all below one.';
+comment on column private.providers.hosts is
+  'Hosts of outputs beside those of the API. The key does not go there.';
+comment on column private.providers.max_running is
+  'Jobs at once over all workers; null: as many as there are slots.';
+comment on column private.providers.result_ttl is
+  'How long outputs can be fetched after the end; null: not known.';
+comment on column private.providers.lost_create is
+  'What can be known of a create whose answer was lost: key (we name the job and can ask for it), '
+  'find (it can be looked up by its whole input), unknown.';
+comment on column private.providers.settle is
+  'How long a lost create is looked for, where it can be, before it counts as not bought.';
+comment on column private.providers.buys_again is
+  'Where a lost create is unknown: create once more and perhaps pay twice; false: fail and refund.';
+comment on column private.providers.recipe is
+  '{headers, create, poll, result, cancel, find: {method, url, headers, body, and where in the '
+  'answer: id, handles, state, outputs …}}: see docs/providers.md. null: the worker draws the '
+  'pictures itself.';
+
 create table public.models (
   id text primary key,
-  provider text not null,
+  provider text not null references private.providers (name),
   provider_ref text not null,
   title text not null,
   price_credits integer not null,
@@ -28,7 +87,6 @@ create table public.models (
   cost_unit text,
   is_schema_confirmed boolean not null default true,
   constraint models_id_is_owner_slash_name check (id ~ '^[a-z0-9_.-]+/[a-z0-9_.-]+$'),
-  constraint models_provider_is_known check (provider in ('preview', 'replicate')),
   constraint models_prices_are_not_negative check (price_credits >= 0 and paid_price_credits >= 0),
   -- With 16 images and 100 jobs of a batch it is an integer still.
   constraint models_prices_are_at_most_a_million check (

@@ -44,7 +44,8 @@ create table private.ready_jobs (
   queued_at timestamptz not null default now(),
   provider_job_id text,
   create_started_at timestamptz,
-  input_sha256 bytea
+  handles jsonb,
+  sent_input jsonb
 ) with (
   fillfactor = 70, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500,
   autovacuum_vacuum_insert_threshold = -1, autovacuum_analyze_scale_factor = 0.1,
@@ -62,8 +63,8 @@ comment on column private.ready_jobs.provider_job_id is
 comment on column private.ready_jobs.create_started_at is
   'An earlier attempt may have asked the provider to create, then or later, and never learned the '
   'outcome: look first.';
-comment on column private.ready_jobs.input_sha256 is
-  'What it asked for then: see running_jobs.input_sha256.';
+comment on column private.ready_jobs.handles is
+  'This and the next: see running_jobs.';
 
 -- Delayed jobs are out of the claim's index, so a pile of them costs the claim nothing.
 create index ready_jobs_claim_idx on private.ready_jobs (fair_key, seq) where run_at is null;
@@ -98,7 +99,8 @@ create table private.running_jobs (
   progress smallint,
   provider_job_id text,
   create_started_at timestamptz,
-  input_sha256 bytea,
+  handles jsonb,
+  sent_input jsonb,
   cancel_requested boolean not null default false,
   constraint running_jobs_progress_is_a_percentage check (progress between 0 and 100)
 ) with (
@@ -117,9 +119,11 @@ comment on column private.running_jobs.provider_job_id is
 comment on column private.running_jobs.create_started_at is
   'Since when the provider may have been asked to create: the first claim whose outcome nobody '
   'learned, or this one.';
-comment on column private.running_jobs.input_sha256 is
-  'Of what the provider was last asked to create, where that has addresses of sources: they are '
-  'made anew each time. null with such a job: nothing was asked for.';
+comment on column private.running_jobs.handles is
+  'What else the provider answered with its id, by the names of its recipe: addresses to follow.';
+comment on column private.running_jobs.sent_input is
+  'What the provider was last asked to create, where that has addresses of sources: they are made '
+  'anew each time. null with such a job: nothing was asked for.';
 
 create index running_jobs_user_id_idx on private.running_jobs (user_id);
 
@@ -201,3 +205,18 @@ comment on column private.error_codes.resumes is
   ' starts anew.';
 comment on column private.error_codes.trips_breaker is
   'True: the provider''s fault; enough in a row pause the model or the provider.';
+
+create table private.provider_words (
+  place integer primary key,
+  provider text references private.providers (name) on delete cascade,
+  pattern text not null,
+  code text not null references private.error_codes (code),
+  constraint provider_words_pattern_is_a_regular_expression check ('' ~* pattern is not null)
+);
+
+comment on table private.provider_words is
+  'What a provider''s own words about a failed job mean: the first pattern that fits, in the order '
+  'of place. A row may be added while all runs.';
+comment on column private.provider_words.provider is 'null: of any.';
+comment on column private.provider_words.pattern is
+  'Regular expression, whatever the case, as PostgreSQL reads it.';

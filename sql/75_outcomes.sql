@@ -162,14 +162,15 @@ language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   insert into private.ready_jobs (
     job_id, user_id, model_id, fair_key, attempt, run_at,
-    provider_job_id, create_started_at, input_sha256
+    provider_job_id, create_started_at, handles, sent_input
   )
   select
     p_job.job_id, p_job.user_id, p_job.model_id, c.last_value, p_attempts_used,
     case when p_delay > interval '0' then now() + p_delay end,
     case when p_resumes then p_job.provider_job_id end,
     case when p_resumes then p_job.create_started_at end,
-    case when p_resumes then p_job.input_sha256 end
+    case when p_resumes then p_job.handles end,
+    case when p_resumes then p_job.sent_input end
   from private.virtual_clock as c;
   update public.generations set status = 'queued', updated_at = now() where id = p_job.job_id;
   perform private.record_attempts(array[p_job], p_outcome, array[p_metrics], p_code, p_detail);
