@@ -134,18 +134,3 @@ $$;
 comment on function private.report_progress is
   'Says at once what the next heartbeat would: stage (generating | storing) and percent or null. '
   'Answers each job whose lease holds: ok, or canceled (stop it).';
-
-create function private.list_providers() returns table (
-  provider text, base_url text, secret text, key_hosts text[], hosts text[], account jsonb
-)
-language sql security definer set search_path = pg_catalog, pg_temp as $$
-  select p.name, p.base_url, p.secret, p.key_hosts, p.hosts, private.build_request(p.name, 'account', '{}')
-  from private.providers as p
-  where p.recipe is not null and p.is_active and exists (
-    select from public.models as m where m.provider = p.name and m.is_active
-  )
-  order by p.name
-$$;
-
-comment on function private.list_providers is
-  'The providers of active models, and what to ask to see whether the account is open: for a check.';

@@ -307,3 +307,18 @@ comment on function private.next_steps is
   'now on); sources (make their addresses, with upload where Storage''s own cannot be fetched); '
   'store (outputs); fail (code, reason, detail, retry_after); pause (the account is refused); '
   'cancel (its user wants that). metrics are as complete_jobs takes them.';
+
+create function private.list_providers() returns table (
+  provider text, base_url text, secret text, key_hosts text[], hosts text[], account jsonb
+)
+language sql security definer set search_path = pg_catalog, pg_temp as $$
+  select p.name, p.base_url, p.secret, p.key_hosts, p.hosts, private.build_request(p.name, 'account', '{}')
+  from private.providers as p
+  where p.recipe is not null and p.is_active and exists (
+    select from public.models as m where m.provider = p.name and m.is_active
+  )
+  order by p.name
+$$;
+
+comment on function private.list_providers is
+  'The providers of active models, and what to ask to see whether the account is open: for a check.';
