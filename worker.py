@@ -1356,6 +1356,8 @@ class Worker:
         running.cancel = step.get("cancel") or running.cancel
         if (metrics := step.get("metrics")) is not None:
             running.metrics = metrics
+        if step.get("is_found"):
+            log.warning("job.found job=%s", running.job.job_id)
         if percent := step.get("percent"):
             running.report(int(percent))
         return step
