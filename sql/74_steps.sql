@@ -303,17 +303,31 @@ begin
     step := private.next_step(v_job, p_answers[array_position(p_tokens, v_job.token)]);
     return next;
   end loop;
+  -- The user was deleted while the create was under way: nobody else stops what it bought.
+  return query
+  select said.token, jsonb_build_object('do', 'drop', 'cancel', jsonb_path_query_array(
+    private.build_request(said.answer ->> 'provider', 'cancel', known.to_cancel), '$[*]'
+  ))
+  from unnest(p_job_ids, p_tokens, p_answers) as said (job_id, token, answer)
+  cross join lateral (
+    select private.read_answer(
+      said.answer ->> 'provider', 'create', (said.answer ->> 'status')::integer,
+      said.answer -> 'headers', said.answer -> 'body'
+    ) as to_cancel
+  ) as known
+  where said.answer ->> 'step' = 'create' and known.to_cancel ->> 'is' = 'accepted'
+    and not exists (select from public.generations as g where g.id = said.job_id);
 end;
 $$;
 
 comment on function private.next_steps is
   'What to do next for each of these jobs, after what the provider answered: {step, memo as it was '
-  'told, status (0: nothing was sent, null: no answer came), headers, body, error}; null after the '
-  'claim; {step: sources, input}: the input with addresses in place of paths. Answers each job '
+  'told, provider, status (0: nothing was sent, null: no answer came), headers, body, error}; null '
+  'after the claim; {step: sources, input}: the input with addresses in place of paths. Answers each job '
   'whose lease holds {do, …}: send (request, after wait seconds; cancel: what stops the job from '
   'now on); sources (make their addresses, with upload where Storage''s own cannot be fetched); '
   'store (outputs); fail (code, reason, detail, retry_after); pause (the account is refused); '
-  'cancel (its user wants that). metrics are as complete_jobs takes them.';
+  'cancel (its user wants that); drop (its user is gone: send cancel). metrics are as complete_jobs takes them.';
 
 create function private.list_providers() returns table (
   name text, base_url text, secret text, key_hosts text[], hosts text[], account jsonb
