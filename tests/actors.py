@@ -27,8 +27,7 @@ PREVIEW = "darkroom/preview"
 
 # What the functions for many jobs take beside their ids and tokens.
 COLUMNS = {
-    "begin_creates": ["bytea[]"],
-    "checkpoint_jobs": ["text[]"],
+    "next_steps": ["jsonb[]"],
     "report_progress": ["text[]", "smallint[]"],
     "complete_jobs": ["jsonb[]", "jsonb[]"],
     "fail_jobs": ["text[]", "text[]", "real[]", "jsonb[]"],
@@ -314,6 +313,10 @@ class Job:
     image_count: int
     deadline_seconds: float
     begun_before: datetime | None
+    base_url: str | None
+    secret: str | None
+    key_hosts: list[str]
+    hosts: list[str]
 
     @property
     def id(self) -> str:
@@ -393,19 +396,23 @@ class Worker:
     def unregister_worker(self) -> None:
         self._value("unregister_worker", self.id)
 
-    def begin_create(self, job: Job, sent: bytes | None = None) -> datetime:
-        return self._of_one("begin_creates", job, sent)
+    def next_step(self, job: Job, answer: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Ask what to do, after the claim or after an answer: {step, status, body, memo …}."""
+        return dict(self._of_one("next_steps", job, Jsonb(answer)))
 
-    def recall_create(self, job: Job) -> tuple[datetime, bytes | None]:
-        query = "select * from private.recall_create(%s, %s)"
-        row = self._rows(query, job.job_id, job.token)[0]
-        return row["create_started_at"], row["input_sha256"]
+    def answered(
+        self, job: Job, told: dict[str, Any], body: Any = None, status: int | None = 200, **rest: Any
+    ) -> dict[str, Any]:
+        """Send what next_step told, have it be answered so, and ask what to do then."""
+        assert told["do"] == "send", told
+        answer = {"step": told["step"], "memo": told["memo"], "provider": job.provider}
+        return self.next_step(job, answer | {"status": status, "body": body, **rest})
 
     def checkpoint(self, job: Job, provider_job_id: str) -> None:
-        self._of_one("checkpoint_jobs", job, provider_job_id)
-
-    def adopt_provider_job(self, job: Job, *candidates: str) -> str | None:
-        return self._value("adopt_provider_job", job.job_id, job.token, list(candidates))
+        """Have the provider make the job under this id: see Database.buys_previews."""
+        told = self.next_step(job)
+        assert told["step"] == "create", told
+        assert self.answered(job, told, {"id": provider_job_id}, 201)["step"] == "poll"
 
     def pause_provider(
         self, provider: str, seconds: int, reason: str = "402", user_id: object = None
