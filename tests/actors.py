@@ -353,6 +353,18 @@ def _json(value: dict[str, Any] | None) -> Jsonb | None:
     return None if value is None else Jsonb(value)
 
 
+def created(provider_job_id: str, **changes: Any) -> dict[str, Any]:
+    """What a worker hands in once Replicate has created a job."""
+    answer = {"step": "create", "memo": {}, "status": 201, "body": {"id": provider_job_id}}
+    return answer | changes
+
+
+def polled(provider_job_id: str, status: str, **rest: Any) -> dict[str, Any]:
+    """What it hands in once Replicate was asked for a job."""
+    body = {"id": provider_job_id, "status": status, **rest}
+    return {"step": "poll", "memo": {}, "status": 200, "body": body}
+
+
 class Worker:
     """A worker process: registered, and calling the worker functions as darkroom_worker."""
 
@@ -410,9 +422,14 @@ class Worker:
 
     def checkpoint(self, job: Job, provider_job_id: str) -> None:
         """Have the provider make the job under this id: see Database.buys_previews."""
-        told = self.next_step(job)
-        assert told["step"] == "create", told
-        assert self.answered(job, told, {"id": provider_job_id}, 201)["step"] == "poll"
+        self.buy((job, provider_job_id))
+
+    def buy(self, *bought: tuple[Job, str]) -> None:
+        """Have the provider make these jobs under these ids."""
+        told = self.of_many("next_steps", [(job, Jsonb(None)) for job, _ in bought])
+        assert [step["step"] for _, step in told] == ["create"] * len(bought), told
+        told = self.of_many("next_steps", [(job, Jsonb(created(id))) for job, id in bought])
+        assert [step["step"] for _, step in told] == ["poll"] * len(bought), told
 
     def pause_provider(
         self, provider: str, seconds: int, reason: str = "402", user_id: object = None
