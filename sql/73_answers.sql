@@ -277,8 +277,8 @@ comment on function private.read_answer is
   'What an answer means, as far as it can be known from itself. p_status 0: nothing was sent; '
   'null: no answer came; p_vars is what build_request was given. Answers {is, …}: accepted (it '
   'will be made: id, handles); running (percent, logs); done (outputs, unless the step result '
-  'fetches them); failed (code of error_codes, reason without and detail with the provider''s words, '
-  'is_billed where known); gone (nothing is left of it); missing (it may be gone); again (no '
-  'answer to speak of: once more, after retry_after if it says); unsure (of a create: it may have '
-  'been bought); found (ids of what was created from the input, oldest first; is_alive; next '
-  'page). With seconds, images and cost_usd where the provider says them.';
+  'fetches them); failed (code of error_codes, reason without and detail with the provider''s '
+  'words, is_billed where known); gone (nothing is left of it); missing (it may be gone); again '
+  '(no answer to speak of: once more, after retry_after if it says); unsure (of a create: it '
+  'may have been bought); found (ids of what was created from the input, oldest first; '
+  'is_alive; next page). With seconds, images and cost_usd where the provider says them.';

@@ -334,14 +334,14 @@ end;
 $$;
 
 comment on function private.next_steps is
-  'What to do next for each of these jobs, after what the provider answered: {step, memo as it was '
-  'told, provider, status (0: nothing was sent, null: no answer came), headers, body, error}; null '
-  'after the claim; {step: sources, input}: the input with addresses in place of paths. Answers '
-  'each job whose lease holds {do, …}: send (request, after wait seconds; cancel: what stops the '
-  'job from now on); sources (make their addresses, with upload where Storage''s own cannot be fetched); '
-  'store (outputs); fail (code, reason, detail, retry_after); pause (the account is refused); '
-  'cancel (its user wants that); drop (its user is gone: send cancel). metrics are as '
-  'complete_jobs takes them.';
+  'What to do next for each of these jobs, after what the provider answered: {step, memo as it '
+  'was told, provider, status (0: nothing was sent, null: no answer came), headers, body, '
+  'error}; null after the claim; {step: sources, input}: the input with addresses in place of '
+  'paths. Answers each job whose lease holds {do, …}: send (request, after wait seconds; '
+  'cancel: what stops the job from now on); sources (make their addresses, with upload where '
+  'Storage''s own cannot be fetched); store (outputs); fail (code, reason, detail, '
+  'retry_after); pause (the account is refused); cancel (its user wants that); drop (its user '
+  'is gone: send cancel). metrics are as complete_jobs takes them.';
 
 create function private.list_providers() returns table (
   name text, base_url text, secret text, key_hosts text[], hosts text[], account jsonb
