@@ -118,6 +118,16 @@ begin
 end;
 $$;
 
+-- The same as one text.
+create function private.words_at(p_body jsonb, p_paths jsonb) returns text
+language plpgsql immutable strict set search_path = pg_catalog, pg_temp as $$
+begin
+  return (
+    select string_agg(w.value #>> '{}', '; ') from unnest(private.at(p_body, p_paths)) as w (value)
+  );
+end;
+$$;
+
 -- What a provider's words about a failure mean: a code, or null where no row knows them.
 create function private.what_words_mean(p_provider text, p_words text) returns text
 language plpgsql stable strict set search_path = pg_catalog, pg_temp as $$
@@ -174,7 +184,7 @@ declare
   v_code text;
 begin
   if p_status between 200 and 299 is not true then
-    v_words := array_to_string(private.at(p_body, v_recipe -> 'error_words'), '; ');
+    v_words := private.words_at(p_body, v_recipe -> 'error_words');
     v_code := case
       when p_status = 0 or p_status = 429 then 'provider_busy'
       when p_status in (401, 402, 403) then 'provider_refused'
@@ -238,7 +248,7 @@ begin
     )
   end;
   if v_is in ('failed', 'stopped', 'moderated') then
-    v_words := array_to_string(private.at(p_body, v_step -> 'words'), '; ');
+    v_words := private.words_at(p_body, v_step -> 'words');
     v_code := case v_is
       when 'failed' then coalesce(private.what_words_mean(p_provider, v_words), 'provider_error')
       when 'stopped' then 'provider_error'
