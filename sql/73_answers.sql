@@ -240,6 +240,7 @@ begin
   v_is := case
     when p_step = 'result' or p_step = 'create' and v_outputs <> '{}' then 'done'
     when p_step = 'create' then 'accepted'
+    when p_step = 'upload' then 'failed'  -- without the address that was asked for
     when private.at(p_body, v_step -> 'failed_if') <> '{}' then 'failed'
     when private.at(p_body, v_step -> 'gone_if') <> '{}' then 'gone'
     when private.at(p_body, v_step -> 'missing_if') <> '{}' then 'missing'
