@@ -396,7 +396,7 @@ end;
 $$;
 
 comment on function private.claim_jobs is
-  'Moves up to p_slots jobs in fair order from ready to running and answers them: of providers that '
-  'need no key, or one of p_keys. provider_job_id is set where an earlier attempt already bought '
+  'Moves up to p_slots jobs in fair order from ready to running, and answers them: of providers that'
+  ' need no key, or one of p_keys. provider_job_id is set where an earlier attempt already bought '
   'something at the provider: resume it; else begun_before, where one may have: look for it before '
   'creating again. Seconds are durations; what follows them is the provider''s row.';

@@ -34,9 +34,9 @@ create function private.is_anothers(p_echo jsonb, p_input jsonb) returns boolean
 language sql immutable set search_path = pg_catalog, pg_temp as $$
   select exists (
     select e.value
-    from jsonb_path_query(p_echo, '$.** ? (@.type() == "string" && @ like_regex "://")') as e (value)
+    from jsonb_path_query(p_echo, 'strict $.** ? (@.type() == "string" && @ like_regex "://")') as e (value)
     except
-    select i.value from jsonb_path_query(p_input, '$.**') as i (value)
+    select i.value from jsonb_path_query(p_input, 'strict $.**') as i (value)
   )
 $$;
 
@@ -123,6 +123,7 @@ begin
     end if;
     v_known := v_known || jsonb_build_object(
       'reason', concat_ws(' ', v_known ->> 'reason', p_answer ->> 'error'),
+      'retry_after', private.asked_seconds(v_known ->> 'retry_after'),
       'metrics', jsonb_strip_nulls(jsonb_build_object(
         'is_asked', case when v_step = 'create' and v_is = 'failed' then false end,
         'is_billed', v_known -> 'is_billed',
@@ -239,7 +240,7 @@ begin
     v_send := 'result';
   elsif v_is = 'again' then
     v_send := v_step;
-    v_wait := private.next_try(v_tries, private.asked_seconds(v_known ->> 'retry_after'));
+    v_wait := private.next_try(v_tries, (v_known ->> 'retry_after')::double precision);
     v_memo := v_memo || jsonb_build_object('tries', v_tries + 1);
   elsif v_is in ('bought', 'accepted', 'running') then
     v_send := 'poll';
@@ -268,7 +269,9 @@ begin
     end,
     'cancel', case
       when v_send = 'poll' and v_step is distinct from 'poll'
-        then private.build_request(v_provider.name, 'cancel', v_values)
+        then jsonb_path_query_array(
+          private.build_request(v_provider.name, 'cancel', v_values), '$[*]'
+        )
     end,
     'percent', coalesce(
       v_known -> 'percent',
@@ -309,7 +312,7 @@ comment on function private.next_steps is
   'cancel (its user wants that). metrics are as complete_jobs takes them.';
 
 create function private.list_providers() returns table (
-  provider text, base_url text, secret text, key_hosts text[], hosts text[], account jsonb
+  name text, base_url text, secret text, key_hosts text[], hosts text[], account jsonb
 )
 language sql security definer set search_path = pg_catalog, pg_temp as $$
   select p.name, p.base_url, p.secret, p.key_hosts, p.hosts, private.build_request(p.name, 'account', '{}')
