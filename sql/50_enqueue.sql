@@ -26,7 +26,8 @@ begin
       where w.asleep and w.seen_at > now() - (select s.lease from private.settings as s)
         and not exists (
           select from private.providers as p
-          where p.name = p_provider and (not p.is_active or p.secret <> all (w.keys))
+          where p.name = p_provider
+            and (not p.is_active or (p.secret is not null and p.secret <> all (w.keys)))
         )
       order by w.seen_at desc limit p_at_most for update skip locked
     ))

@@ -21,10 +21,10 @@ end;
 $$;
 
 -- Such looks take a fiftieth of the time, but come once in ten seconds at least. One that took a
--- moment puts nothing off. 0 in scan_due says so to all, and that the next look is to be one of
--- pick_admitted_jobs: jobs lie in front that not everybody may take.
+-- moment puts nothing off. 0 in scan_due says so to all, and that the next look is one to be made by
+-- pick_admitted_jobs: among what is ready are jobs that not everybody may take at any time.
 create function private.put_off(
-  p_due regclass, p_began timestamptz, p_are_held_back boolean default false
+  p_due regclass, p_began timestamptz, p_is_mixed boolean default false
 ) returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
@@ -35,8 +35,8 @@ begin
     v_pause := 0;
   end if;
   perform setval(p_due, case
-    when v_pause = 0 and p_are_held_back then 0
-    else (1000 * (v_now + least(v_pause, 10)))::bigint
+    when v_pause = 0 and p_is_mixed then 0
+    else floor(1000 * (v_now + least(v_pause, 10)))::bigint
   end);
 end;
 $$;
@@ -54,7 +54,7 @@ where (select count(*) from alive) > 0 and not exists (
   select from private.routes as w
   inner join private.providers as p on w.provider = p.name
   cross join alive as a
-  where w.model_id = m.id and p.is_active and p.secret = any(a.keys) is not false
+  where w.model_id = m.id and p.is_active and (p.secret is null or p.secret = any(a.keys))
 );
 
 comment on view private.unserved_models is
@@ -66,7 +66,8 @@ create function private.gate_of(
   p_model_id text, p_provider text, out is_open boolean, out is_shut boolean, out is_over boolean,
   out failed_users uuid[], out failed_at_provider uuid[]
 )
-language sql stable set search_path = pg_catalog, pg_temp as $$
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+begin
   select
     count(*) = 0,
     coalesce(bool_or(private.admits(b, null) is false), false),
@@ -79,8 +80,10 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
       select unnest(f.failed_users) from private.breakers as f
       where f.name = p_provider and f.times_opened > 0
     )
+  into is_open, is_shut, is_over, failed_users, failed_at_provider
   from private.breakers as b
-  where b.name in (p_model_id, p_provider) and private.breaker_state(b) <> 'closed'
+  where b.name in (p_model_id, p_provider) and private.breaker_state(b) <> 'closed';
+end;
 $$;
 
 -- How many more jobs each of these providers takes that have a limit, as JSON. Whoever is told of
@@ -119,7 +122,7 @@ $$;
 -- switched on and need none but these keys, and no more than each takes.
 --
 -- Reads an index by model and route instead of the one in fair order, so that a pile of jobs that
--- wait is never walked. A range, though of one: else the index in fair order might be.
+-- wait is never walked. A range, though of one, and + 0: else the index in fair order might be.
 create function private.pick_admitted_jobs(p_at_most integer, p_keys text[]) returns uuid[]
 language plpgsql set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan as $$
@@ -129,7 +132,7 @@ declare
   v_models text[];
   v_routes smallint[];
   v_providers text[];
-  v_are_held_back boolean;
+  v_is_mixed boolean;
   v_rooms jsonb;
   v_candidates uuid[];
   v_breaker private.breakers;
@@ -163,62 +166,61 @@ begin
     array_agg(w.route) filter (where not shut.is_so),
     array_agg(p.name) filter (where not shut.is_so),
     bool_or(shut.is_so)
-  into v_models, v_routes, v_providers, v_are_held_back
+  into v_models, v_routes, v_providers, v_is_mixed
   from waiting as w
   left join private.routes as way on way.model_id = w.model_id and way.place = w.route
   left join private.providers as p on p.name = way.provider
-  cross join lateral (select (not p.is_active or p.secret <> all (p_keys)) is true as is_so) as shut;
+  cross join lateral (
+    select (not p.is_active or (p.secret is not null and p.secret <> all (p_keys))) is true as is_so
+  ) as shut;
   v_rooms := private.hold_room(v_providers);
-  select
-    array_agg(c.job_id) filter (where c.is_room),
-    v_are_held_back or bool_or(not c.is_room)
-  into v_candidates, v_are_held_back
-  from (
-    select
-      next.*, coalesce((v_rooms ->> next.provider)::integer >= row_number() over (
-        partition by next.provider order by next.fair_key, next.seq
-      ), true) as is_room
-    from (
-      select
-        next.job_id, next.fair_key, next.seq, next.has_failed, w.provider,
-        bool_and(next.has_failed) over (partition by w.model_id) as all_of_model,
-        next.failed_at_provider,
-        bool_and(next.failed_at_provider) over (partition by w.provider) as all_of_provider
-      from unnest(v_models, v_routes, v_providers) as w (model_id, route, provider)
-      cross join lateral private.gate_of(w.model_id, w.provider) as gate
-      cross join lateral (
-        (
-          select r.job_id, r.fair_key, r.seq, false as has_failed, false as failed_at_provider
-          from private.ready_jobs as r
-          where r.run_at is null and r.fair_key >= v_from
-            and (r.model_id, r.route) between (w.model_id, w.route) and (w.model_id, w.route)
-            and not r.user_id = any (gate.failed_users)
-          order by r.model_id, r.route, r.fair_key, r.seq
-          limit case when gate.is_open then p_at_most else 1 end
-        )
-        union all
-        (
-          select
-            r.job_id, r.fair_key, r.seq, r.user_id = any (gate.failed_users),
-            r.user_id = any (gate.failed_at_provider)
-          from private.ready_jobs as r
-          where r.run_at is null and r.fair_key >= v_from and gate.is_over
-            and (r.model_id, r.route) between (w.model_id, w.route) and (w.model_id, w.route)
-          order by r.model_id, r.route, r.fair_key, r.seq limit 1
-        )
-      ) as next
-      where not gate.is_shut
-    ) as next
-    where (next.all_of_model or not next.has_failed)
-      and (next.all_of_provider or not next.failed_at_provider)
-  ) as c;
+  v_candidates := array(
+    select c.job_id from (
+      select a.job_id, a.provider, row_number() over (
+        partition by a.provider order by a.fair_key, a.seq
+      ) as place
+      from (
+        select
+          next.job_id, next.fair_key, next.seq, next.has_failed, w.provider,
+          bool_and(next.has_failed) over (partition by w.model_id) as all_of_model,
+          next.failed_at_provider,
+          bool_and(next.failed_at_provider) over (partition by w.provider) as all_of_provider
+        from unnest(v_models, v_routes, v_providers) as w (model_id, route, provider)
+        cross join lateral private.gate_of(w.model_id, w.provider) as gate
+        cross join lateral (
+          (
+            select r.job_id, r.fair_key, r.seq, false as has_failed, false as failed_at_provider
+            from private.ready_jobs as r
+            where r.run_at is null and r.fair_key >= v_from
+              and (r.model_id, r.route) between (w.model_id, w.route) and (w.model_id, w.route)
+              and not r.user_id = any (gate.failed_users)
+            order by r.model_id, r.route, r.fair_key, r.seq
+            limit case when gate.is_open then p_at_most + 1 else 1 end
+          )
+          union all
+          (
+            select
+              r.job_id, r.fair_key, r.seq, r.user_id = any (gate.failed_users),
+              r.user_id = any (gate.failed_at_provider)
+            from private.ready_jobs as r
+            where r.run_at is null and r.fair_key >= v_from and gate.is_over
+              and (r.model_id, r.route) between (w.model_id, w.route) and (w.model_id, w.route)
+            order by r.model_id, r.route, r.fair_key, r.seq limit 1
+          )
+        ) as next
+        where not gate.is_shut
+      ) as a
+      where (a.all_of_model or not a.has_failed) and (a.all_of_provider or not a.failed_at_provider)
+    ) as c
+    where c.place <= (v_rooms ->> c.provider)::integer is not false
+  );
   v_ids := array(
     select r.job_id from private.ready_jobs as r
-    where r.run_at is null and r.job_id = any (v_candidates)
-    order by r.fair_key, r.seq limit p_at_most for update skip locked
+    where r.job_id = any (v_candidates)
+    order by r.fair_key + 0, r.seq limit p_at_most for update skip locked
   );
   if v_from = 0 then
-    perform private.put_off('private.scan_due', v_began, v_are_held_back);
+    perform private.put_off('private.scan_due', v_began, v_is_mixed or v_rooms is not null);
   end if;
   -- Room at a provider comes without a request that would wake somebody.
   if cardinality(v_candidates) > p_at_most then
@@ -332,9 +334,6 @@ begin
       end loop;
     end if;
     exit when v_ids = '{}';
-    v_clock := setval(
-      'private.virtual_clock', greatest(pg_sequence_last_value('private.virtual_clock'), v_clock)
-    );
     return query
     with next as materialized (
       select
@@ -350,8 +349,10 @@ begin
         where q.name = coalesce(w.provider, m.provider) offset 0
       ) as p on true
       where r.job_id = any (v_ids) and (
-        v_are_chosen
-        or (not p.is_active or p.secret <> all (p_keys) or p.max_running is not null) is not true
+        v_are_chosen or (
+          not p.is_active or p.max_running is not null
+          or (p.secret is not null and p.secret <> all (p_keys))
+        ) is not true
       )
       order by r.fair_key, r.seq
     ),
@@ -388,9 +389,14 @@ begin
     from next as n inner join started as s on s.id = n.job_id
     order by n.token;
     get diagnostics v_claimed = row_count;
-    v_left := v_left - v_claimed;
-    exit when v_are_chosen or v_claimed = cardinality(v_ids);
+    if v_claimed = cardinality(v_ids) then
+      v_clock := setval(
+        'private.virtual_clock', greatest(pg_sequence_last_value('private.virtual_clock'), v_clock)
+      );
+      exit;
+    end if;
     v_are_chosen := true;
+    v_left := v_left - v_claimed;
   end loop;
 end;
 $$;
