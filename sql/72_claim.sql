@@ -21,7 +21,7 @@ end;
 $$;
 
 -- Such looks take a fiftieth of the time, but come once in ten seconds at least. One that took a
--- moment puts nothing off. 0 in scan_due says so to all, and that the next look is one to be made by
+-- moment puts nothing off. 0 in scan_due says so to all, and that the next look is
 -- pick_admitted_jobs: among what is ready are jobs that not everybody may take at any time.
 create function private.put_off(
   p_due regclass, p_began timestamptz, p_is_mixed boolean default false
@@ -402,7 +402,7 @@ end;
 $$;
 
 comment on function private.claim_jobs is
-  'Moves up to p_slots jobs in fair order from ready to running, and answers them: of providers that'
+  'Moves up to p_slots jobs in fair order from ready to running and answers them: of providers that'
   ' need no key, or one of p_keys. provider_job_id is set where an earlier attempt already bought '
   'something at the provider: resume it; else begun_before, where one may have: look for it before '
   'creating again. Seconds are durations; what follows them is the provider''s row.';
