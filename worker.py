@@ -339,6 +339,7 @@ class Job:
     secret: str | None
     key_hosts: list[str]
     hosts: list[str]
+    max_running: int | None
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
@@ -480,6 +481,7 @@ class Database:
 
     def __init__(self, url: str, secrets: Iterable[str] = ()) -> None:
         self.url, self.secrets = libpq_url(url), secrets
+        self.keys: list[str] = []  # names of those it may claim with
         self.is_listening: bool | None = None  # until it is known
         self.troubles: dict[str, dict[str, str]] = {}  # function → kinds of errors since it worked
         options = {"autocommit": True, "row_factory": dict_row, **KEEPALIVES}
@@ -569,10 +571,11 @@ class Database:
                 await asyncio.sleep(backoff(attempt))
                 attempt += 1
 
-    async def register_worker(self, slots: int) -> dict[str, Any]:
+    async def register_worker(self, slots: int, keys: Iterable[str]) -> dict[str, Any]:
         """Raises ConfigError if the database itself says that the role is another one."""
+        self.keys, host = list(keys), socket.gethostname()
         try:
-            rows = await self.call("register_worker", socket.gethostname(), slots, version())
+            rows = await self.call("register_worker", host, slots, version(), self.keys)
         except psycopg.errors.InsufficientPrivilege:
             async with await self.connect() as connection:
                 query = "select pg_has_role('darkroom_worker', 'usage')"
@@ -582,7 +585,7 @@ class Database:
         return dict(rows[0])
 
     async def claim_jobs(self, worker_id: int, slots: int) -> list[Job]:
-        return [Job(**row) for row in await self.call("claim_jobs", worker_id, slots)]
+        return [Job(**row) for row in await self.call("claim_jobs", worker_id, slots, self.keys)]
 
     async def heartbeat(self, worker_id: int, running: list[Running]) -> list[str]:
         """Beat for these jobs, sorted by job_id; answer the verdict on each, in their order."""
@@ -1061,7 +1064,7 @@ class Worker:
         attempt = 0
         while not self.stopping.is_set():
             try:
-                return await self.db.register_worker(self.settings.slots)
+                return await self.db.register_worker(self.settings.slots, self.settings.keys)
             except psycopg.Error:
                 self._tell_systemd()
                 await self._pause(self.stopping, backoff(attempt))
@@ -1279,6 +1282,8 @@ class Worker:
         finally:
             del self.running[job.token]
             self.freed.set()
+            if job.max_running:  # it may have kept another from being claimed
+                self.wake.set()
             self.outbox.due.set()
 
     async def _make(self, running: Running) -> list[dict[str, Any]]:

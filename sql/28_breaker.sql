@@ -259,7 +259,7 @@ declare
   v_is_resumed boolean;
 begin
   for v_job in
-    select j.job_id, j.user_id, j.claimed_at, names.name
+    select j.job_id, j.user_id, j.claimed_at, names.name, m.provider
     from unnest(p_jobs) as j
     left join public.models as m on m.id = j.model_id
     cross join lateral (values (1, m.provider), (2, j.model_id)) as names (place, name)
@@ -290,7 +290,7 @@ begin
     returning b.resumed_at = now() into v_is_resumed;
     if v_is_resumed then
       perform setval('private.scan_due', 0);  -- what waited may be far below the virtual clock
-      perform private.wake_workers();
+      perform private.wake_workers(1, v_job.provider);
     end if;
   end loop;
 end;
@@ -394,7 +394,9 @@ begin
   perform private.require_writable();
   v_answer := private.set_pause(model, null, null);
   perform setval('private.scan_due', 0);
-  perform private.wake_workers();
+  perform private.wake_workers(
+    1, coalesce((select m.provider from public.models as m where m.id = model), model)
+  );
   return v_answer;
 end;
 $$;

@@ -178,7 +178,10 @@ begin
   update public.generations set status = 'queued', updated_at = now() where id = p_job.job_id;
   perform private.record_attempts(array[p_job], p_outcome, array[p_metrics], p_code, p_detail);
   if p_delay <= interval '0' then
-    perform private.wake_workers();
+    perform private.wake_workers(1, (
+      select w.provider from private.routes as w
+      where w.model_id = p_job.model_id and w.place = p_job.route
+    ));
   end if;
 end;
 $$;
@@ -272,7 +275,8 @@ language sql set search_path = pg_catalog, pg_temp as $$
 $$;
 
 -- Retries a failed attempt while it may, or fails the job for good, or cancels it if the user wants
--- that. Answers 'retried', 'failed' or 'canceled'.
+-- that. Answers 'retried', 'failed' or 'canceled'. While a job waits for an operator to mend its
+-- model, it may grow old.
 create function private.end_failed_attempt(
   p_job private.running_jobs, p_code text, p_detail text,
   p_retry_after_seconds double precision default null, p_metrics jsonb default '{}'
@@ -296,16 +300,17 @@ begin
   where code in (p_code, 'internal') order by code = p_code desc limit 1;
   v_detail := concat_ws(': ', nullif(p_code, v_error.code), p_detail);
   v_attempts_used := p_job.attempt - case when v_error.uses_attempt then 0 else 1 end;
-  if v_error.is_retryable and v_attempts_used < v_settings.max_attempts and exists (
-    select from public.generations
-    where id = p_job.job_id and created_at > now() - v_settings.give_up_after
-  ) then
+  if v_error.pauses_model
+    or v_error.is_retryable and v_attempts_used < v_settings.max_attempts and exists (
+      select from public.generations
+      where id = p_job.job_id and created_at > now() - v_settings.give_up_after
+    ) then
     perform private.requeue_job(
       p_job, 'retried', v_attempts_used,
-      private.retry_delay(
+      case when v_error.pauses_model then '0' else private.retry_delay(
         (select count(*)::integer from private.attempts where generation_id = p_job.job_id),
         p_retry_after_seconds
-      ),
+      ) end,
       v_error.resumes and not p_metrics @> '{"is_asked": false}',
       -- What the next attempt resumes is paid once: it will be booked there.
       case when v_error.resumes then '{}' else p_metrics end, v_error.code, v_detail
@@ -348,6 +353,12 @@ begin
     );
     return next;
   end loop;
+  perform private.set_pause(m.id, 'infinity', left(min(concat_ws(': ', e.code, said.detail)), 500))
+  from unnest(v_jobs) as j
+  cross join lateral unnest(p_tokens, p_codes, p_details) as said (token, code, detail)
+  inner join private.error_codes as e on e.code = said.code and e.pauses_model
+  inner join public.models as m on m.id = j.model_id
+  where said.token = j.token group by m.id order by m.id;
   perform private.note_failures(v_jobs, array(
     select p_codes[array_position(p_tokens, j.token)]
     from unnest(v_jobs) with ordinality as j order by j.ordinality

@@ -17,6 +17,8 @@ language sql set search_path = pg_catalog, pg_temp as $$
       select min(r.queued_at) from private.ready_jobs as r
       where r.run_at is null and not r.model_id = any (array(
         select p.id from private.paused_models as p where p.paused_until is not null
+        union all
+        select u.id from private.unserved_models as u
       ))
     ),
     looked_at = now()

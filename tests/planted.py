@@ -1008,7 +1008,7 @@ BLAME = [
     Bug(
         "the probe is a job of those who opened the breaker",
         "sql/72_claim.sql",
-        "where (c.all_of_model or not c.has_failed) and (",
+        "where (a.all_of_model or not a.has_failed) and (",
         "where (",
         f"{BREAKER}the_probe_is_a_job_of_a_user_who_has_not_failed_if_there_is_one",
     ),
@@ -1027,7 +1027,38 @@ BLAME = [
         f"{BREAKER}a_job_that_is_given_back_again_and_again_gives_up",
     ),
 ]
-PLANTED = [*SECURITY, *MONEY, *WAKE_UP, *OUTAGE, *BLAME]
+CLAIM = "tests/test_claim.py::test_"
+FITTING = [
+    Bug(
+        "a worker is given a job without having the key",
+        "sql/72_claim.sql",
+        "          or (p.secret is not null and p.secret <> all (p_keys))\n",
+        "",
+        f"{CLAIM}a_job_is_for_workers_that_have_the_key_of_its_provider[-keys1-False]",
+    ),
+    Bug(
+        "the room at a provider is counted without its lock",
+        "sql/72_claim.sql",
+        "    for no key update skip locked\n",
+        "",
+        f"{CLAIM}two_that_claim_at_once_never_take_more_than_a_provider_takes",
+    ),
+    Bug(
+        "a place that was left free at a provider wakes nobody",
+        "sql/72_claim.sql",
+        "  if cardinality(v_candidates) > p_at_most then\n",
+        "  if false then\n",
+        f"{CLAIM}who_leaves_room_at_a_provider_wakes_one_who_sleeps",
+    ),
+    Bug(
+        "who waits for a withdrawn model is failed when the job is old",
+        "sql/75_outcomes.sql",
+        "  if v_error.pauses_model\n    or v_error",
+        "  if v_error",
+        f"{BREAKER}a_withdrawn_model_waits_with_all_its_jobs_until_it_is_mended",
+    ),
+]
+PLANTED = [*SECURITY, *MONEY, *WAKE_UP, *OUTAGE, *BLAME, *FITTING]
 
 # What may never go unnoticed, and the bug that takes it away.
 CORNERSTONES = {

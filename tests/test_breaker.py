@@ -81,7 +81,8 @@ def test_failures_in_a_row_pause_the_model_and_spare_the_jobs_that_wait(db, rich
     [
         *[(code, False) for code in ("moderated", "invalid_input", "provider_busy", "internal")],
         *[(code, True) for code in ("provider_error", "provider_refused", "provider_timeout")],
-        *[(code, True) for code in ("result_lost", "timeout")],
+        *[(code, True) for code in ("result_lost", "timeout", "outcome_unknown")],
+        ("output_refused", False),
     ],
 )
 def test_what_is_the_providers_fault_counts_and_nothing_else(db, rich, worker, code, counts):
@@ -314,6 +315,51 @@ def test_a_pause_never_gets_shorter_is_an_hour_at_most_and_its_reason_is_cut(db,
     with unchanged(db):
         worker.pause_provider("replicate", 60, "401: no such key")  # an operator's is theirs
         worker.pause_provider("somebody", 60)
+
+
+# What only an operator can mend.
+
+
+def test_a_withdrawn_model_waits_with_all_its_jobs_until_it_is_mended(db, rich, worker, service):
+    jobs = [rich.enqueued(model=DEV) for _ in range(3)]
+    other, left = rich.enqueued(model=SCHNELL), rich.credits()
+    db.pass_time("2 hours")  # older than jobs that are tried again
+    first, second = worker.claim_jobs(2)
+
+    assert worker.fail_job(first, "moderated") == "failed"
+    assert worker.fail_job(second, "model_withdrawn", "404: no such version") == "retried"
+
+    paused = {"state": "open", "paused_until": "infinity", "times_opened": 0}
+    assert paused.items() <= breaker(db).items()
+    assert service.alerts()["paused"] == (
+        f"model {DEV} until infinity: model_withdrawn: 404: no such version"
+    )
+    assert [job.id for job in worker.claim_jobs(4)] == [other]
+    assert rich.get_job_status(jobs[1])["status"] == "queued"
+    with refused("PT503", "model_paused"):
+        rich.enqueue(model=DEV)
+
+    service.resume_model(DEV)
+    again = worker.claim_jobs(4)
+    assert [(job.id, job.attempt) for job in again] == [(jobs[1], 1), (jobs[2], 1)]
+    assert {each.begun_before for each in again} == {None}
+    assert rich.credits() > left  # of the moderated one
+
+
+def test_a_batch_of_failures_pauses_each_withdrawn_model_once(db, rich, worker):
+    for model in (DEV, SCHNELL, DEV, PREVIEW):
+        rich.enqueue(model=model)
+    jobs = worker.claim_jobs(4)
+    db.execute("delete from public.models where id = %s", SCHNELL)
+    code = {"preview": "moderated"}
+
+    worker.of_many(
+        "fail_jobs",
+        [(job, code.get(job.provider, "model_withdrawn"), None, None, None) for job in jobs],
+    )
+
+    names = db.execute("select name from private.breakers where paused_until = 'infinity'")
+    assert names == [{"name": DEV}]
 
 
 # Operators.
