@@ -234,12 +234,12 @@ begin
   running as (
     insert into private.running_jobs as r (
       job_id, user_id, model_id, token, worker_id, attempt,
-      lease_until, deadline_at, provider_job_id, create_started_at, handles, sent_input
+      lease_until, deadline_at, provider_job_id, create_started_at, handles, sent_input, route
     )
     select
       c.job_id, c.user_id, c.model_id, nextval('private.lease_tokens'), p_worker_id, c.attempt + 1,
       now() + st.lease, now() + coalesce(m.deadline, st.lease), c.provider_job_id,
-      coalesce(c.create_started_at, now()), c.handles, c.sent_input
+      coalesce(c.create_started_at, now()), c.handles, c.sent_input, c.route
     from claimed as c cross join private.settings as st
     left join public.models as m on m.id = c.model_id
     order by c.fair_key, c.seq
