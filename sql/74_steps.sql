@@ -199,10 +199,10 @@ begin
     end if;
   elsif v_is = 'missing' and v_step <> 'find' and v_provider.recipe #> '{find,alive}' <> 'null' then
     v_send := 'find';
-  elsif v_is = 'missing' and case
-    when p_job.provider_job_id is null then clock_timestamp() < (v_memo ->> 'until')::timestamptz
-    else v_tries < 4
-  end then
+  elsif v_is = 'missing' and (
+    p_job.provider_job_id is null and clock_timestamp() < (v_memo ->> 'until')::timestamptz
+    or p_job.provider_job_id is not null and v_tries < 4
+  ) then
     v_send := case v_provider.lost_create when 'key' then 'poll' else v_step end;
     v_wait := private.next_try(v_tries, null);
     v_memo := v_memo - '{page,pages}'::text[] || jsonb_build_object('tries', v_tries + 1);
