@@ -26,11 +26,12 @@ insert into private.providers (
       "failed": "failed", "aborted": "failed", "canceled": "stopped"
     },
     "gone_if": "$ ? (@.status == \"succeeded\" && (@.data_removed == true || @.output == null))",
-    "outputs": "$.output.** ? (@.type() == \"string\" && @ like_regex \"://|^blob:\")",
+    "outputs": "strict $.output.** ? (@.type() == \"string\" && @ like_regex \"://|^blob:\")",
     "logs": "$.logs", "words": "$.error", "seconds": "$.metrics.predict_time",
     "images": ["$.metrics.image_output_count", "$.metrics.image_count"]
   },
-  "cancel": {"method": "POST", "url": "{{base}}/predictions/{{id}}/cancel", "as": "poll"},
+  "cancel": {"method": "POST", "url": "{{base}}/predictions/{{id}}/cancel", "as": "poll",
+    "seconds_at_most": 5},
   "find": {
     "url": "{{base}}/predictions?created_after={{since}}", "next": "$.next",
     "items": "$.results[*] ? (($version != \"\" && @.version == $version) || ($version == \"\" && @.model == $model && !(@.version like_regex \"^[0-9a-f]{64}$\")))",
