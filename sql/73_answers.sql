@@ -118,6 +118,12 @@ begin
 end;
 $$;
 
+-- What is found at paths, as one text.
+create function private.words_at(p_body jsonb, p_paths jsonb) returns text
+language sql immutable set search_path = pg_catalog, pg_temp as $$
+  select string_agg(w.value #>> '{}', '; ') from unnest(private.at(p_body, p_paths)) as w (value)
+$$;
+
 -- What a provider's words about a failure mean: a code, or null where no row knows them.
 create function private.what_words_mean(p_provider text, p_words text) returns text
 language plpgsql stable strict set search_path = pg_catalog, pg_temp as $$
@@ -173,7 +179,7 @@ declare
   v_code text;
 begin
   if p_status between 200 and 299 is not true then
-    v_words := array_to_string(private.at(p_body, v_recipe -> 'error_words'), '; ');
+    v_words := private.words_at(p_body, v_recipe -> 'error_words');
     v_code := case
       when p_status = 0 or p_status = 429 then 'provider_busy'
       when p_status in (401, 402, 403) then 'provider_refused'
@@ -183,7 +189,7 @@ begin
         )
         from jsonb_array_elements(v_recipe -> 'errors') with ordinality as e (value, n)
         where (e.value ->> 'step' = p_step) is not false
-          and private.at(p_body, e.value -> 'path') <> '{}'
+          and private.at(p_body, e.value -> 'path', jsonb_build_object('status', p_status)) <> '{}'
         order by e.n limit 1
       ), case
         when p_status in (400, 409, 413, 415, 422)
@@ -221,7 +227,7 @@ begin
         order by item.n desc
       ),
       'is_alive', coalesce(p_vars -> 'id' = any (private.at(p_body, v_step -> 'alive')), false),
-      'next', (private.at(p_body, v_step -> 'next'))[1]
+      'next', (private.at(p_body, v_step -> 'next'))[1] #>> '{}'
     );
   end if;
   v_outputs := private.at(p_body, v_step -> 'outputs');
@@ -236,7 +242,7 @@ begin
     )
   end;
   if v_is in ('failed', 'stopped', 'moderated') then
-    v_words := array_to_string(private.at(p_body, v_step -> 'words'), '; ');
+    v_words := private.words_at(p_body, v_step -> 'words');
     v_code := case v_is
       when 'failed' then coalesce(private.what_words_mean(p_provider, v_words), 'provider_error')
       when 'stopped' then 'provider_error'
@@ -256,13 +262,18 @@ begin
     ) end,
     'outputs', case
       when v_is <> 'done' or p_step = 'poll' and v_recipe ? 'result' then null
-      when v_step ? 'output_url' then (
-        select jsonb_agg(private.fill_url(v_step ->> 'output_url', o.value || p_vars) order by o.n)
+      else coalesce((
+        select jsonb_agg(case when v_step ? 'output_url'
+          then to_jsonb(private.fill_url(v_step ->> 'output_url', o.value || p_vars))
+          else o.value
+        end order by o.n)
         from unnest(v_outputs) with ordinality as o (value, n)
-      )
-      else to_jsonb(v_outputs)
+        where jsonb_typeof(o.value) = case when v_step ? 'output_url' then 'object' else 'string' end
+      ), '[]')
     end,
-    'percent', (private.at(p_body, v_step -> 'percent'))[1],
+    'percent', case jsonb_typeof((private.at(p_body, v_step -> 'percent'))[1]) when 'number' then
+      greatest(0, least(100, (private.at(p_body, v_step -> 'percent'))[1]::numeric))::integer
+    end,
     'logs', (private.at(p_body, v_step -> 'logs'))[1] #>> '{}',
     'seconds', (private.at(p_body, v_step -> 'seconds'))[1],
     'images', (private.at(p_body, v_step -> 'images'))[1],
