@@ -340,10 +340,7 @@ begin
     );
     return next;
   end loop;
-  perform private.note_failures(v_jobs, array(
-    select p_codes[array_position(p_tokens, j.token)]
-    from unnest(v_jobs) with ordinality as j order by j.ordinality
-  ));
+  perform private.note_failures(v_jobs);
 end;
 $$;
 
