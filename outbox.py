@@ -64,7 +64,7 @@ class Verdict:
     outcome: str
     status: int | None = None
     error: str | None = None
-    retry_after: float | None = None
+    retry_after: str | None = None  # in their words
     ticket: str | None = None  # of a push, to ask for its receipt by
 
 
@@ -126,7 +126,7 @@ def judge(status: int, retry_after: str | None) -> Verdict:
         return Verdict("delivered", status)
     if status == 410:
         return Verdict("gone", status)
-    return Verdict("failed", status, retry_after=asked_seconds(retry_after))
+    return Verdict("failed", status, retry_after=retry_after)
 
 
 def asked_seconds(words: object) -> float | None:
@@ -247,7 +247,8 @@ class Outbox:
             "POST", delivery.url or "", headers=headers, content=body
         ) as response:
             fields = {name.lower(): value for name, value in response.headers}
-            return judge(response.status, fields.get(b"retry-after", b"").decode("latin-1"))
+            wish = fields.get(b"retry-after", b"").decode("latin-1")
+            return judge(response.status, wish or None)
 
     async def _push(self, pushes: list[Delivery], verdicts: dict[Delivery, Verdict]) -> None:
         """Hand messages to Expo. Its tickets say that Expo took them, not that they arrived.
@@ -282,7 +283,8 @@ class Outbox:
             tickets = {row["ticket"]: row["delivery_id"] for row in rows}
             errors: dict[UUID, str | None] = {}
             try:
-                response = await self._ask_expo(url, {"ids": list(tickets)})
+                async with asyncio.timeout(DELIVERY_SECONDS):
+                    response = await self._ask_expo(url, {"ids": list(tickets)})
                 for ticket, receipt in response.raise_for_status().json()["data"].items():
                     if delivery_id := tickets.get(ticket):
                         errors[delivery_id] = judge_ticket(receipt).error
