@@ -14,7 +14,6 @@ import hmac
 import ipaddress
 import json
 import logging
-import math
 import random
 import re
 import socket
@@ -22,8 +21,6 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin
 from uuid import UUID
@@ -127,22 +124,6 @@ def judge(status: int, retry_after: str | None) -> Verdict:
     if status == 410:
         return Verdict("gone", status)
     return Verdict("failed", status, retry_after=retry_after)
-
-
-def asked_seconds(words: object) -> float | None:
-    """How long somebody asks to wait, in seconds or until a date to come; None if it is neither.
-
-    It may be anything that can be written: negative, NaN, infinite, or too long for a number. No
-    more than a day.
-    """
-    text, seconds = str(words).strip(), math.nan
-    if text.isascii() and len(text) < 100:
-        with contextlib.suppress(ValueError, TypeError, OverflowError):
-            left = parsedate_to_datetime(text) - datetime.now(UTC)
-            seconds = left.total_seconds() if left > timedelta(0) else math.nan
-        with contextlib.suppress(ValueError):
-            seconds = float(text)
-    return None if math.isnan(seconds) else min(max(seconds, 0.0), 86_400.0)
 
 
 class Outbox:

@@ -63,6 +63,9 @@ begin
     t.seconds, t.images,
     case
       when p_metrics[j.ordinality] @@ '$.is_asked == false || $.is_billed == false' then 0
+      when jsonb_typeof(p_metrics[j.ordinality] -> 'cost_usd') = 'number' then greatest(0, least(
+        100000, (p_metrics[j.ordinality] ->> 'cost_usd')::numeric
+      ))
       when m.cost_unit = 'image' then m.cost_usd * t.images
       when m.cost_unit = 'second' then m.cost_usd * t.seconds
     end
@@ -162,7 +165,7 @@ language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   insert into private.ready_jobs (
     job_id, user_id, model_id, fair_key, attempt, run_at,
-    provider_job_id, create_started_at, handles, sent_input
+    provider_job_id, create_started_at, handles, sent_input, route
   )
   select
     p_job.job_id, p_job.user_id, p_job.model_id, c.last_value, p_attempts_used,
@@ -170,7 +173,7 @@ begin
     case when p_resumes then p_job.provider_job_id end,
     case when p_resumes then p_job.create_started_at end,
     case when p_resumes then p_job.handles end,
-    case when p_resumes then p_job.sent_input end
+    case when p_resumes then p_job.sent_input end, p_job.route
   from private.virtual_clock as c;
   update public.generations set status = 'queued', updated_at = now() where id = p_job.job_id;
   perform private.record_attempts(array[p_job], p_outcome, array[p_metrics], p_code, p_detail);
@@ -252,7 +255,7 @@ create function private.asked_seconds(p_words text) returns double precision
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   return coalesce(
-    substring(p_words, '^\s*(\d{1,200}(?:\.\d{1,200})?)\s*(?:,|$)')::double precision,
+    substring(p_words, '^\s*(\d{1,15}(?:\.\d{1,15})?)\s*(?:,|$)')::double precision,
     -- HTTP's dates are in GMT, also in the form that does not say so.
     nullif(greatest(0, extract(epoch from (
       substring(p_words, '^\s*((?:Mon|Tue|Wed|Thu|Fri|Sat|Sun).{10,40})$')::timestamp

@@ -141,12 +141,12 @@ def test_a_retry_after_is_a_number_of_seconds_or_a_date_to_come(db):
     last = datetime(9999, 12, 31, tzinfo=UTC)
     forms = ["%a, %d %b %Y %H:%M:%S GMT", "%a %b %e %H:%M:%S %Y"]
     said = {
-        **{"0": 0, "120": 120, " 7 ": 7, "1.5": 1.5, "120, 5": 120, "9" * 200: 1e200},
+        **{"0": 0, "120": 120, " 7 ": 7, "1.5": 1.5, "120, 5": 120, "9" * 15: 1e15},
         **{(now + ahead).strftime(form): ahead.total_seconds() for form in forms},
         **dict.fromkeys((now - ahead).strftime(form) for form in forms),
         "Fri, 31 Dec 9999 00:00:00 GMT": (last - now).total_seconds(),
         **dict.fromkeys(["", "soon", "-5", "nan", "inf", "-Infinity", "1e999", "0x10", "5;"]),
-        **dict.fromkeys(["9" * 10_000, "1" + " " * 10_000 + "s", "\u0663\u0660"]),
+        **dict.fromkeys(["9" * 16, "9" * 10_000, "1" + " " * 10_000 + "s", "\u0663\u0660"]),
         **dict.fromkeys(["Fri, 99 Dec 9999 23:59:59 GMT", "Fri, infinity", "Friday", "2100-01-01"]),
         None: None,
     }
