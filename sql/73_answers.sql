@@ -93,9 +93,9 @@ end;
 $$;
 
 comment on function private.build_request is
-  'What to send to a provider for a step of its recipe: {method, url, headers, body, seconds}; null '
-  'if the recipe has no such step. Places are filled from p_values, but for {{secret}} in headers, '
-  'which the worker puts in. A step that takes several requests gives an array of them.';
+  'What to send to a provider for a step of its recipe: {method, url, headers, body, seconds}; '
+  'null if the recipe has no such step. Places are filled from p_values, but for {{secret}}, which '
+  'the worker puts into headers. A step that takes several requests gives an array of them.';
 
 -- All that is found at one path or, in their order, at several. null paths: nothing is.
 create function private.at(p_body jsonb, p_paths jsonb, p_vars jsonb default '{}') returns jsonb[]
@@ -146,7 +146,8 @@ begin
   end if;
   for v_bar in
     select m.bar from regexp_matches(
-      right(p_logs, 20000), '(?:^|[\r\n]) *\d{1,3}%\|[^|\r\n]*\| *(\d{1,9})/(0*[1-9]\d{0,8}) \[', 'g'
+      right(p_logs, 20000),
+      '(?:^|[\r\n]) *\d{1,3}%\|[^|\r\n]*\| *(\d{1,9})/(0*[1-9]\d{0,8}) \[', 'g'
     ) as m (bar)
   loop
     if v_bar[1]::numeric < v_done or v_bar[2]::numeric = v_total is not true then
@@ -212,7 +213,8 @@ begin
       'is', 'found',
       'ids', array(
         select i.id
-        from unnest(private.at(p_body, v_step -> 'items', p_vars)) with ordinality as item (value, n)
+        from unnest(private.at(p_body, v_step -> 'items', p_vars))
+          with ordinality as item (value, n)
         cross join lateral (
           select (private.at(item.value, v_step -> 'item_id'))[1] #>> '{}' as id
         ) as i
@@ -272,11 +274,11 @@ end;
 $$;
 
 comment on function private.read_answer is
-  'What an answer means, as far as it can be known from itself. p_status 0: nothing was sent; null: '
-  'no answer came; p_vars is what build_request was given. Answers {is, …}: accepted (it will be '
-  'made: id, handles); running (percent, logs); done (outputs, unless the step result fetches '
-  'them); failed (code of error_codes, reason without and detail with the provider''s words, '
-  'is_billed where known); gone (nothing is left of it); missing (it may be gone); again (no answer '
-  'to speak of, after retry_after if it says); unsure (of a create: it may have been bought); found '
-  '(ids of what was created from the input, oldest first; is_alive; next page). With seconds, '
-  'images and cost_usd where the provider says them.';
+  'What an answer means, as far as it can be known from itself. p_status 0: nothing was sent; '
+  'null: no answer came; p_vars is what build_request was given. Answers {is, …}: accepted (it '
+  'will be made: id, handles); running (percent, logs); done (outputs, unless the step result '
+  'fetches them); failed (code of error_codes, reason without and detail with the provider''s words, '
+  'is_billed where known); gone (nothing is left of it); missing (it may be gone); again (no '
+  'answer to speak of: once more, after retry_after if it says); unsure (of a create: it may have '
+  'been bought); found (ids of what was created from the input, oldest first; is_alive; next '
+  'page). With seconds, images and cost_usd where the provider says them.';
