@@ -738,21 +738,25 @@ class Provider:
         content = content or {"json": self._swapped(request["body"], self.blobs.get)}
         headers = {k: v.replace("{{secret}}", self.key) for k, v in request["headers"].items()}
         seconds = httpx.Timeout(request["seconds"] or HTTP_TIMEOUT.read, connect=10.0)
+        in_all = (request["seconds"] or 0) + DOWNLOAD_SECONDS  # it may come drop by drop
         try:
-            async with self.http.stream(
-                request["method"],
-                self._own(request["url"]),
-                headers=headers,
-                timeout=seconds,
-                **content,
-            ) as response:
+            async with (
+                asyncio.timeout(in_all),
+                self.http.stream(
+                    request["method"],
+                    self._own(request["url"]),
+                    headers=headers,
+                    timeout=seconds,
+                    **content,
+                ) as response,
+            ):
                 body = bytearray()
                 async for chunk in response.aiter_bytes(CHUNK_BYTES):
                     if len(body := body + chunk) > MAX_ANSWER_BYTES:
                         return {"status": None, "error": "too long"}
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             return {"status": 0, "error": type(error).__name__}
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, TimeoutError) as error:
             return {"status": None, "error": type(error).__name__}
         try:
             said = json.loads(body)
@@ -1338,7 +1342,8 @@ class Worker:
                 raise LeaseLost
             case "pause":
                 raise ProviderDown(step)
-        wait = step.get("retry_after")
+        asked = step.get("retry_after")
+        wait = None if asked is None else float(asked)  # a list of them is of one type
         detail = step.get("detail") or step["reason"]
         raise JobError(step["code"], detail, wait, reason=step["reason"])
 

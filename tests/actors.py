@@ -497,8 +497,7 @@ class Worker:
         **more: Any,
     ) -> str:
         """Say what became of a try; more: retry_after, ticket."""
-        seconds = more.get("retry_after")
-        said = [outcome, status, error, seconds and float(seconds), more.get("ticket")]
+        said = [outcome, status, error, more.get("retry_after"), more.get("ticket")]
         return self._value("finish_delivery", delivery.delivery_id, delivery.token, *said)
 
     def of_many(self, function: str, calls: Sequence[tuple[Any, ...]]) -> list[tuple[Job, Any]]:

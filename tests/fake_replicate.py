@@ -67,7 +67,7 @@ class Behaviour:
     # The create.
     answer: int | None = 201  # None hangs up without one
     stored: bool | None = None  # is it bought? None: if the answer is 201 or none at all
-    retry_after: int = 30  # seconds, told by a 429
+    retry_after: int | str = 30  # seconds, told by a 429, or other words
     is_mixed_up: bool = False  # the answer is that of an earlier create
     # The run.
     polls: float = 2  # polls until it ends; inf: never

@@ -1022,9 +1022,32 @@ BLAME = [
     Bug(
         "a job is given back for ever",
         "sql/75_outcomes.sql",
-        "g.created_at < now() - s.give_up_after\n",
-        "false\n",
+        "when g.created_at < now() - s.give_up_after then s.max_attempts\n",
+        "when false then 0\n",
         f"{BREAKER}a_job_that_is_given_back_again_and_again_gives_up",
+    ),
+    Bug(
+        "retries that use no attempt are counted by nobody",
+        "sql/75_outcomes.sql",
+        "    and v_claims_before + 1 < v_settings.max_claims and exists (\n",
+        "    and exists (\n",
+        "tests/test_outcomes.py"
+        "::test_what_uses_no_attempt_is_bounded_in_number_however_short_the_waits_are",
+    ),
+    Bug(
+        "a provider that asks for no pause has its way",
+        "sql/75_outcomes.sql",
+        "    (1 - random() / 2) * least(s.retry_cap",
+        "    (p_retry_after_seconds is null)::integer * least(s.retry_cap",
+        "tests/test_outcomes.py"
+        "::test_a_job_that_is_throttled_without_end_asks_few_times_a_minute_and_an_hour_long",
+    ),
+    Bug(
+        "who has the same refused again and again pauses the model",
+        "sql/28_breaker.sql",
+        "  if v_is_closed and p_words = any (v_breaker.counted) then\n",
+        "  if false then\n",
+        f"{BREAKER}equal_words_from_one_input_of_one_user_count_once",
     ),
 ]
 CLAIM = "tests/test_claim.py::test_"

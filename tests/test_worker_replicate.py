@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,29 @@ def test_a_throttled_create_waits_as_asked_and_uses_no_attempt(bench, fake):
     bench.until(job, "completed")
     assert [attempt["attempt"] for attempt in bench.attempts(job, "attempt")] == [1, 1]
     assert (len(fake.creates), len(fake.predictions)) == (2, 1)
+
+
+@pytest.fixture
+def as_installed(bench: Bench) -> Iterator[None]:
+    bench.db.execute("update private.settings set retry_base = default")
+    yield
+    bench.db.execute("update private.settings set retry_base = '0'")
+
+
+@pytest.mark.usefixtures("as_installed")
+@pytest.mark.parametrize("wish", [0, -5, "nan", "Thu, 01 Jan 1970 00:00:00 GMT", "9" * 50])
+def test_a_provider_that_is_always_busy_is_asked_few_times_a_minute_whatever_it_says(
+    bench, fake, wish
+):
+    fake.default = Behaviour(answer=429, retry_after=wish)
+    query = "select max(run_at) - now() as wait from private.ready_jobs where run_at > now()"
+    job, passed = bench.ask(), timedelta()
+
+    while (passed := passed + eventually(lambda: bench.db.value(query))) < timedelta(minutes=1):
+        bench.db.execute("update private.ready_jobs set run_at = now()")
+
+    assert 1 <= len(fake.creates) <= 6
+    bench.user.cancel_generation(job)
 
 
 @pytest.mark.parametrize("behaviour", [{"polls": float("inf")}, {"answer": None, "stored": True}])

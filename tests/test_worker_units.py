@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
 from typing import Any
 from unittest import mock
@@ -799,3 +799,21 @@ def test_who_runs_full_on_the_way_to_sleep_does_not_claim_again_what_it_gave_bac
     asyncio.run(asyncio.wait_for(one._sleep(), 3))
 
     assert not one.running
+
+
+def test_an_answer_that_comes_drop_by_drop_is_none_in_the_end(monkeypatch):
+    monkeypatch.setattr(worker, "DOWNLOAD_SECONDS", 0.2)
+
+    async def drops() -> AsyncIterator[bytes]:
+        while True:
+            yield b" "
+            await asyncio.sleep(0.01)
+
+    async def act() -> dict[str, Any]:
+        transport = httpx.MockTransport(lambda _: httpx.Response(201, content=drops()))
+        async with httpx.AsyncClient(transport=transport) as http:
+            provider = worker.Provider(http, {"base_url": API, "key_hosts": [], "hosts": []}, TOKEN)
+            request = {"method": "POST", "url": f"{API}/predictions", "headers": {}, "body": {}}
+            return await provider.send(request | {"seconds": 0.1})
+
+    assert asyncio.run(act()) == {"status": None, "error": "TimeoutError"}
