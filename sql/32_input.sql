@@ -217,7 +217,8 @@ begin
     if v_properties ?| '{aspect_ratio,size}' then
       select coalesce(jsonb_object_agg(c.name, 'custom'), '{}') || v_size into v_size
       from unnest('{aspect_ratio,size}'::text[]) as c (name)
-      where v_properties #> array[c.name, 'enum'] @> '["custom"]';
+      where c.name = any (p_model.client_inputs)
+        and v_properties #> array[c.name, 'enum'] @> '["custom"]';
     end if;
   else
     with words as (
