@@ -34,9 +34,11 @@ create function private.is_anothers(p_echo jsonb, p_input jsonb) returns boolean
 language sql immutable set search_path = pg_catalog, pg_temp as $$
   select exists (
     select e.value
-    from jsonb_path_query(p_echo, '$.** ? (@.type() == "string" && @ like_regex "://")') as e (value)
+    from jsonb_path_query(
+      p_echo, 'strict $.** ? (@.type() == "string" && @ like_regex "://")'
+    ) as e (value)
     except
-    select i.value from jsonb_path_query(p_input, '$.**') as i (value)
+    select i.value from jsonb_path_query(p_input, 'strict $.**') as i (value)
   )
 $$;
 
@@ -44,7 +46,9 @@ $$;
 -- provider asks for it.
 create function private.next_try(p_failures integer, p_asked_seconds double precision) returns real
 language sql immutable set search_path = pg_catalog, pg_temp as $$
-  select greatest(least(10, 0.25 * 2 ^ least(p_failures, 16)), least(60, p_asked_seconds))::real
+  select greatest(
+    least(10, 0.25 * 2 ^ least(p_failures, 16)), least(60, coalesce(p_asked_seconds, 0))
+  )::real
 $$;
 
 create function private.next_step(p_job private.running_jobs, p_answer jsonb) returns jsonb
@@ -106,7 +110,8 @@ begin
     v_is := 'bought';
   elsif v_step is null and p_job.create_started_at < p_job.claimed_at and (
     p_job.sent_input is not null
-    or v_provider.lost_create <> 'unknown' and not v_generation.provider_input ?| v_model.image_inputs
+    or v_provider.lost_create <> 'unknown'
+    and not v_generation.provider_input ?| v_model.image_inputs
   ) then
     v_is := 'unsure';
   elsif v_step is null or v_step = 'sources' then
@@ -123,6 +128,7 @@ begin
     end if;
     v_known := v_known || jsonb_build_object(
       'reason', concat_ws(' ', v_known ->> 'reason', p_answer ->> 'error'),
+      'retry_after', private.asked_seconds(v_known ->> 'retry_after'),
       'metrics', jsonb_strip_nulls(jsonb_build_object(
         'is_asked', case when v_step = 'create' and v_is = 'failed' then false end,
         'is_billed', v_known -> 'is_billed',
@@ -180,7 +186,10 @@ begin
     v_is := 'unsure';
     v_known := v_known || '{"reason": "create: an answer without an id of its own"}';
   elsif v_is = 'found' then
-    v_is := case when v_id is not null or v_known @> '{"is_alive": true}' then 'running' else 'missing' end;
+    v_is := case
+      when v_id is not null or v_known @> '{"is_alive": true}' then 'running'
+      else 'missing'
+    end;
   end if;
 
   -- What was not answered, and what is not found.
@@ -226,37 +235,45 @@ begin
   -- What comes next.
   if v_is = 'done' and v_known ? 'outputs' then
     update private.running_jobs set stage = 'storing' where job_id = p_job.job_id;
-    return v_known || jsonb_build_object('do', case
-      when p_job.cancel_requested then 'cancel'
-      when v_known -> 'outputs' = '[]' then 'fail'
-      else 'store'
-    end, 'code', 'provider_error');
+    return v_known || case
+      when p_job.cancel_requested then '{"do": "cancel"}'::jsonb
+      when v_known -> 'outputs' = '[]'
+        then '{"do": "fail", "code": "provider_error", "reason": "no output"}'
+      else '{"do": "store"}'
+    end;
   elsif v_is = 'failed' and v_send is null then
     return v_known || '{"do": "fail"}';
   elsif v_is = 'gone' or v_is = 'missing' and v_send is null then
-    return v_known || '{"do": "fail", "code": "result_lost"}';
+    return v_known || jsonb_build_object(
+      'do', 'fail', 'code', 'result_lost', 'reason', v_step || ': its result was removed'
+    );
   elsif v_is = 'done' then
     v_send := 'result';
   elsif v_is = 'again' then
     v_send := v_step;
-    v_wait := private.next_try(v_tries, private.asked_seconds(v_known ->> 'retry_after'));
+    v_wait := private.next_try(v_tries, (v_known ->> 'retry_after')::double precision);
     v_memo := v_memo || jsonb_build_object('tries', v_tries + 1);
   elsif v_is in ('bought', 'accepted', 'running') then
     v_send := 'poll';
-    v_wait := case v_is when 'accepted' then 0.5 when 'running' then least(3, 0.5 * 1.2 ^ least(v_tries, 20)) else 0 end;
+    v_wait := case v_is
+      when 'accepted' then 0.5
+      when 'running' then least(3, 0.5 * 1.2 ^ least(v_tries, 20))
+      else 0
+    end;
     v_memo := jsonb_build_object('tries', v_tries + 1);
   end if;
   if v_send = 'upload' or v_is = 'ready' and v_step is distinct from 'sources'
     and v_generation.provider_input ?| v_model.image_inputs then
     return jsonb_build_object(
       'do', 'sources', 'wait', v_wait, 'memo', v_memo,
-      'upload', private.build_request(v_provider.name, 'upload', v_values)
-      || (v_provider.recipe -> 'upload')
+      'upload',
+      (v_provider.recipe -> 'upload') || private.build_request(v_provider.name, 'upload', v_values)
     );
   elsif v_is = 'ready' then
     v_send := 'create';
     if v_step = 'sources' or v_provider.lost_create = 'unknown' then
-      update private.running_jobs set sent_input = coalesce(p_answer -> 'input', v_generation.provider_input)
+      update private.running_jobs
+      set sent_input = coalesce(p_answer -> 'input', v_generation.provider_input)
       where job_id = p_job.job_id;
     end if;
   end if;
@@ -266,9 +283,12 @@ begin
       when v_send = 'find' and v_memo ? 'page' then jsonb_build_object('url', v_memo -> 'page')
       else '{}'
     end,
+    'is_found', case when v_step = 'find' and v_id is not null then true end,
     'cancel', case
       when v_send = 'poll' and v_step is distinct from 'poll'
-        then private.build_request(v_provider.name, 'cancel', v_values)
+        then jsonb_path_query_array(
+          private.build_request(v_provider.name, 'cancel', v_values), '$[*]'
+        )
     end,
     'percent', coalesce(
       v_known -> 'percent',
@@ -296,23 +316,40 @@ begin
     step := private.next_step(v_job, p_answers[array_position(p_tokens, v_job.token)]);
     return next;
   end loop;
+  -- The user was deleted while the create was under way: nobody else stops what it bought.
+  return query
+  select said.token, jsonb_build_object('do', 'drop', 'cancel', jsonb_path_query_array(
+    private.build_request(said.answer ->> 'provider', 'cancel', known.to_cancel), '$[*]'
+  ))
+  from unnest(p_job_ids, p_tokens, p_answers) as said (job_id, token, answer)
+  cross join lateral (
+    select private.read_answer(
+      said.answer ->> 'provider', 'create', (said.answer ->> 'status')::integer,
+      said.answer -> 'headers', said.answer -> 'body'
+    ) as to_cancel
+  ) as known
+  where said.answer ->> 'step' = 'create' and known.to_cancel ->> 'is' = 'accepted'
+    and not exists (select from public.generations as g where g.id = said.job_id);
 end;
 $$;
 
 comment on function private.next_steps is
   'What to do next for each of these jobs, after what the provider answered: {step, memo as it was '
-  'told, status (0: nothing was sent, null: no answer came), headers, body, error}; null after the '
-  'claim; {step: sources, input}: the input with addresses in place of paths. Answers each job '
-  'whose lease holds {do, …}: send (request, after wait seconds; cancel: what stops the job from '
-  'now on); sources (make their addresses, with upload where Storage''s own cannot be fetched); '
+  'told, provider, status (0: nothing was sent, null: no answer came), headers, body, error}; null '
+  'after the claim; {step: sources, input}: the input with addresses in place of paths. Answers '
+  'each job whose lease holds {do, …}: send (request, after wait seconds; cancel: what stops the '
+  'job from now on); sources (make their addresses, with upload where Storage''s own cannot be fetched); '
   'store (outputs); fail (code, reason, detail, retry_after); pause (the account is refused); '
-  'cancel (its user wants that). metrics are as complete_jobs takes them.';
+  'cancel (its user wants that); drop (its user is gone: send cancel). metrics are as '
+  'complete_jobs takes them.';
 
 create function private.list_providers() returns table (
-  provider text, base_url text, secret text, key_hosts text[], hosts text[], account jsonb
+  name text, base_url text, secret text, key_hosts text[], hosts text[], account jsonb
 )
 language sql security definer set search_path = pg_catalog, pg_temp as $$
-  select p.name, p.base_url, p.secret, p.key_hosts, p.hosts, private.build_request(p.name, 'account', '{}')
+  select
+    p.name, p.base_url, p.secret, p.key_hosts, p.hosts,
+    private.build_request(p.name, 'account', '{}')
   from private.providers as p
   where p.recipe is not null and p.is_active and exists (
     select from public.models as m where m.provider = p.name and m.is_active
@@ -321,4 +358,4 @@ language sql security definer set search_path = pg_catalog, pg_temp as $$
 $$;
 
 comment on function private.list_providers is
-  'The providers of active models, and what to ask to see whether the account is open: for a check.';
+  'The providers of active models, and what to ask to see whether the account is open.';
