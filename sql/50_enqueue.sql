@@ -54,6 +54,11 @@ begin
     'eta_seconds', null,
     'poll_after_ms', case
       when p_known.finished_at is null then private.poll_after_ms(p_known.created_at)
+    end,
+    'size', case
+      when p_known.input ?| '{aspect_ratio,width,height}'
+        and not p_known.provider_input @> p_known.input
+        then private.size_sent(p_known.provider_input)
     end
   );
 end;
@@ -86,6 +91,10 @@ declare
   v_jobs integer := cardinality(p_inputs);
   v_images numeric := case jsonb_typeof(p_inputs[1] -> v_model.image_count_input)
     when 'number' then (p_inputs[1] -> v_model.image_count_input)::numeric  -- the same in each
+    when 'string' then coalesce(
+      substring(p_inputs[1] ->> v_model.image_count_input from '^\d{1,4}$')::numeric,
+      v_model.max_images
+    )
     else v_model.max_images
   end;
   v_price bigint := v_images * case
@@ -208,7 +217,11 @@ begin
     'credits_left', p_gate.credits - v_price * v_jobs,
     'queue_position', null,
     'eta_seconds', null,
-    'poll_after_ms', 1000
+    'poll_after_ms', 1000,
+    'size', case
+      when p_params ?| '{aspect_ratio,width,height}' and not p_inputs[1] @> p_params
+        then private.size_sent(p_inputs[1])
+    end
   );
 end;
 $$;

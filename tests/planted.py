@@ -338,6 +338,28 @@ SECURITY = [
         "tests/test_import.py::test_what_may_harm_or_takes_an_address_is_the_operators",
     ),
     Bug(
+        "the map that a ControlNet answers is sold for the picture",
+        "scripts/model_mapper.py",
+        "if (grows and not example) or len(shown) > asked:",
+        "if grows and not example:",
+        "tests/test_import.py::test_the_example_tells_what_is_made_and_which_of_several_outputs_is_the"
+        "_picture",
+    ),
+    Bug(
+        "a model of videos is for sale",
+        "scripts/model_mapper.py",
+        "if media and len(media) >= len(",
+        "if media and len(media) > 9 + len(",
+        "tests/test_import.py::test_what_cannot_be_mapped_is_refused_with_the_reason",
+    ),
+    Bug(
+        "a count that is a text is charged as the most there can be",
+        "sql/50_enqueue.sql",
+        "    when 'string' then coalesce(\n",
+        "    when 'text' then coalesce(\n",
+        "tests/test_input.py::test_a_count_may_be_a_text_of_the_models",
+    ),
+    Bug(
         "an SVG is stored as it came",
         "pictures.py",
         'clean = filter_svg(source, {"image": ["png", "jpeg", "gif", "webp"]})',
