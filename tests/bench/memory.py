@@ -18,6 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,7 +115,7 @@ async def store_all(url: str, jobs: int, kinds: list[str]) -> None:
         job = SimpleNamespace(user_id=uuid.uuid4(), job_id=uuid.uuid4())
         files = [f"{url}/{kind}" for kind in itertools.islice(itertools.cycle(kinds), jobs)]
         stored = await asyncio.gather(
-            *(storage.store(job, n, replicate.read(file)) for n, file in enumerate(files))  # type: ignore[arg-type]
+            *(storage.store(job, n, partial(replicate.read, file)) for n, file in enumerate(files))  # type: ignore[arg-type]
         )
     assert all(image["bytes"] > 18 * MEGABYTE for image in stored)
 
