@@ -83,6 +83,7 @@ create table public.models (
   operator_input jsonb not null default '{}',
   max_images smallint not null default 1,
   deadline interval not null default '5 minutes',
+  input_template jsonb,
   cost_usd numeric(12, 6),
   cost_unit text,
   is_schema_confirmed boolean not null default true,
@@ -131,6 +132,9 @@ comment on column public.models.image_count_input is
   'they are counted.';
 comment on column public.models.operator_input is
   'Sent with every job, over defaults and params; clients cannot change it.';
+comment on column public.models.input_template is
+  'What the provider is sent in place of the input, with {{input.name}} where a value of it goes: a '
+  'graph for ComfyUI, other names for a provider of another make. What comes out null is left out.';
 comment on column public.models.max_images is
   'Most images of one generation; what it charges where no input says how many.';
 comment on column public.models.cost_usd is
@@ -139,6 +143,48 @@ comment on column public.models.cost_unit is
   'image (each output) or second (of the provider''s compute).';
 comment on column public.models.is_schema_confirmed is
   'False: input_schema was written from documentation, not imported from the provider.';
+
+create table private.model_routes (
+  model_id text references public.models (id) on delete cascade,
+  place smallint,
+  provider text not null references private.providers (name),
+  provider_ref text not null,
+  input_template jsonb,
+  cost_usd numeric(12, 6),
+  cost_unit text,
+  primary key (model_id, place),
+  constraint model_routes_come_after_the_models_own check (place > 0),
+  constraint model_routes_cost_has_a_unit check (
+    (cost_usd is null) = (cost_unit is null) and cost_usd >= 0 and cost_unit in ('image', 'second')
+  )
+);
+
+comment on table private.model_routes is
+  'Other ways to a model, in order of place, for when the one in public.models does not serve. The '
+  'user pays the model''s price whichever is taken.';
+
+create view private.routes with (security_invoker = true) as
+select
+  id as model_id,
+  0::smallint as place,
+  provider,
+  provider_ref,
+  input_template,
+  cost_usd,
+  cost_unit
+from public.models
+union all
+select
+  model_id,
+  place,
+  provider,
+  provider_ref,
+  input_template,
+  cost_usd,
+  cost_unit
+from private.model_routes;
+
+comment on view private.routes is 'All ways to each model. Place 0 is the one in public.models.';
 
 -- Taken out once, not in every request. A seed is chosen (32), not taken from the schema.
 create function private.set_derived_inputs() returns trigger

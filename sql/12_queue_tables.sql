@@ -45,7 +45,8 @@ create table private.ready_jobs (
   provider_job_id text,
   create_started_at timestamptz,
   handles jsonb,
-  sent_input jsonb
+  sent_input jsonb,
+  route smallint not null default 0
 ) with (
   fillfactor = 70, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500,
   autovacuum_vacuum_insert_threshold = -1, autovacuum_analyze_scale_factor = 0.1,
@@ -63,8 +64,7 @@ comment on column private.ready_jobs.provider_job_id is
 comment on column private.ready_jobs.create_started_at is
   'An earlier attempt may have asked the provider to create, then or later, and never learned the '
   'outcome: look first.';
-comment on column private.ready_jobs.handles is
-  'This and the next: see running_jobs.';
+comment on column private.ready_jobs.handles is 'This and the next two: see running_jobs.';
 
 -- Delayed jobs are out of the claim's index, so a pile of them costs the claim nothing.
 create index ready_jobs_claim_idx on private.ready_jobs (fair_key, seq) where run_at is null;
@@ -101,6 +101,7 @@ create table private.running_jobs (
   create_started_at timestamptz,
   handles jsonb,
   sent_input jsonb,
+  route smallint not null default 0,
   cancel_requested boolean not null default false,
   constraint running_jobs_progress_is_a_percentage check (progress between 0 and 100)
 ) with (

@@ -180,7 +180,8 @@ create function private.claim_jobs(p_worker_id bigint, p_slots integer)
 returns table (
   job_id uuid, user_id uuid, token bigint, attempt smallint, provider text, provider_ref text,
   provider_input jsonb, provider_job_id text, image_inputs text[], image_count smallint,
-  deadline_seconds real, begun_before timestamptz
+  deadline_seconds real, begun_before timestamptz,
+  base_url text, secret text, key_hosts text[], hosts text[]
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
@@ -234,12 +235,12 @@ begin
   running as (
     insert into private.running_jobs as r (
       job_id, user_id, model_id, token, worker_id, attempt,
-      lease_until, deadline_at, provider_job_id, create_started_at, handles, sent_input
+      lease_until, deadline_at, provider_job_id, create_started_at, handles, sent_input, route
     )
     select
       c.job_id, c.user_id, c.model_id, nextval('private.lease_tokens'), p_worker_id, c.attempt + 1,
       now() + st.lease, now() + coalesce(m.deadline, st.lease), c.provider_job_id,
-      coalesce(c.create_started_at, now()), c.handles, c.sent_input
+      coalesce(c.create_started_at, now()), c.handles, c.sent_input, c.route
     from claimed as c cross join private.settings as st
     left join public.models as m on m.id = c.model_id
     order by c.fair_key, c.seq
@@ -254,10 +255,12 @@ begin
   select
     r.job_id, r.user_id, r.token, r.attempt, m.provider, m.provider_ref, s.provider_input,
     r.provider_job_id, m.image_inputs, s.image_count::smallint,
-    extract(epoch from m.deadline)::real, nullif(r.create_started_at, now())
+    extract(epoch from m.deadline)::real, nullif(r.create_started_at, now()),
+    p.base_url, p.secret, p.key_hosts, p.hosts
   from running as r
   inner join started as s on s.id = r.job_id
   left join public.models as m on m.id = r.model_id
+  left join private.providers as p on p.name = m.provider
   order by r.token;
 end;
 $$;

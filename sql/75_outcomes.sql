@@ -63,6 +63,9 @@ begin
     t.seconds, t.images,
     case
       when p_metrics[j.ordinality] @@ '$.is_asked == false || $.is_billed == false' then 0
+      when jsonb_typeof(p_metrics[j.ordinality] -> 'cost_usd') = 'number' then greatest(0, least(
+        100000, (p_metrics[j.ordinality] ->> 'cost_usd')::numeric
+      ))
       when m.cost_unit = 'image' then m.cost_usd * t.images
       when m.cost_unit = 'second' then m.cost_usd * t.seconds
     end
@@ -162,7 +165,7 @@ language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   insert into private.ready_jobs (
     job_id, user_id, model_id, fair_key, attempt, run_at,
-    provider_job_id, create_started_at, handles, sent_input
+    provider_job_id, create_started_at, handles, sent_input, route
   )
   select
     p_job.job_id, p_job.user_id, p_job.model_id, c.last_value, p_attempts_used,
@@ -170,7 +173,7 @@ begin
     case when p_resumes then p_job.provider_job_id end,
     case when p_resumes then p_job.create_started_at end,
     case when p_resumes then p_job.handles end,
-    case when p_resumes then p_job.sent_input end
+    case when p_resumes then p_job.sent_input end, p_job.route
   from private.virtual_clock as c;
   update public.generations set status = 'queued', updated_at = now() where id = p_job.job_id;
   perform private.record_attempts(array[p_job], p_outcome, array[p_metrics], p_code, p_detail);
@@ -244,6 +247,11 @@ language sql immutable set search_path = pg_catalog, pg_temp as $$
   select greatest(
     p_own, greatest(0, least(coalesce(p_asked_seconds, 0), p_most_seconds)) * interval '1 second'
   )
+$$;
+
+create function private.asked_seconds(p_text text) returns double precision
+language sql immutable set search_path = pg_catalog, pg_temp as $$
+  select case when p_text ~ '^\d{1,6}(\.\d{1,6})?$' then p_text::double precision end
 $$;
 
 -- How long to wait before the next attempt: exponential backoff with full jitter, so that jobs that

@@ -99,6 +99,11 @@ class Database:
             check=False,
         )
 
+    def runs_at(self, provider: str, base_url: str, settle: str = "20 seconds") -> None:
+        """Have a provider be elsewhere, and lost creates be looked for that long."""
+        query = "update private.providers set base_url = %s, settle = %s where name = %s"
+        self.execute(query, base_url, settle, provider)
+
     def install(self, *files: Path) -> str:
         """Build Darkroom from `sql/`, then run more files; return the notices."""
         done = self.psql(*SQL_FILES, *files)

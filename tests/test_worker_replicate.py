@@ -45,14 +45,13 @@ class Bench(Workers):
         super().__init__(db, stack, folder)
         self.fake = fake
         self.environment |= {
-            "REPLICATE_API_URL": fake.url,
             "REPLICATE_API_TOKEN": fake.token,
-            "REPLICATE_SETTLE_SECONDS": "1",
             "WORKER_POLL_SECONDS": "0.1",
             "MAX_IMAGE_BYTES": "100000",
         }
         self.extra_secrets = {fake.token, f"{fake.origin}/files"}
         db.lift_limits()
+        db.runs_at("replicate", fake.url, settle="1 second")
         db.execute("update public.models set is_active = true")
         db.execute("update private.settings set retry_base = '0'")
         db.execute(
