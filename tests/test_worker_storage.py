@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import io
+import mmap
 import os
 import signal
 import struct
@@ -415,21 +416,6 @@ def test_an_svg_is_stored_clean_and_under_a_type_no_browser_runs():
     assert (image["preview_path"], image["blurhash"]) == (None, None)
 
 
-@settings(max_examples=300, deadline=None)
-@given(
-    whole=st.sampled_from([*map(picture, RASTER), DRAWING]),
-    changes=st.dictionaries(st.integers(0, 400), st.integers(0, 255), max_size=4),
-    end=st.integers(0, 3000),
-)
-def test_a_damaged_picture_is_read_or_refused_but_never_crashes(whole, changes, end):
-    data = bytearray(whole)
-    for at, value in changes.items():
-        data[at % len(data)] = value
-    with contextlib.suppress(NoPicture):
-        found = inspected(bytes(data[:end]), 16)
-        assert found.format == "SVG" or (found.width and found.height)
-
-
 # --- what is refused by rules of ours, and what is broken ---
 
 OTHERS = {
@@ -541,6 +527,43 @@ def test_what_is_stored_shows_the_same_and_tells_nothing(data):
         assert text not in clean
 
 
+@pytest.mark.parametrize("words", ["<title>{}</title>", "<g><desc id='d'>{}</desc></g>",
+    "<!-- {} -->", "<metadata><r:RDF xmlns:r='r'>{}</r:RDF></metadata>"])  # fmt: skip
+def test_an_svg_tells_nothing_either(words):
+    clean = sanitized(svg(words.format(PROMPT.decode()) + "<text>kept</text>"))
+
+    assert PROMPT.decode() not in clean and "<text>kept</text>" in clean
+
+
+def test_of_a_file_that_is_half_stripped_when_its_process_ends_no_picture_is_left():
+    class Ending(mmap.mmap):
+        def move(self, *_: int) -> None:
+            raise SystemExit
+
+    with tempfile.TemporaryFile() as file:
+        file.write(TELLING["jpeg"])
+        file.flush()
+        with mock.patch("pictures.mmap.mmap", Ending), pytest.raises(SystemExit):
+            pictures.strip(file)
+        with pytest.raises(NoPicture):
+            inspect_image(file, 0)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    whole=st.sampled_from([*map(picture, RASTER), *TELLING.values(), DRAWING]),
+    changes=st.dictionaries(st.integers(0, 400), st.integers(0, 255), max_size=4),
+    end=st.integers(0, 3000),
+)
+def test_a_damaged_picture_is_read_or_refused_but_never_crashes(whole, changes, end):
+    data = bytearray(whole)
+    for at, value in changes.items():
+        data[at % len(data)] = value
+    with contextlib.suppress(NoPicture):
+        found = inspected(bytes(data[:end]), 16)
+        assert found.format == "SVG" or (found.width and found.height)
+
+
 # --- metadata never decides ---
 
 png, jpeg = picture("PNG", (90, 60)), picture("JPEG", (90, 60))
@@ -571,6 +594,15 @@ def test_unreadable_metadata_is_left_out(data):
 
     assert (found.width, found.height) == (90, 60)
     assert found.preview and found.blurhash
+
+
+@pytest.mark.parametrize("part", ["blur", "is_of_rgb"])
+@pytest.mark.parametrize("kind", RASTER)
+def test_what_cannot_be_made_of_a_picture_is_left_out(kind, part):
+    with mock.patch(f"pictures.{part}", side_effect=ValueError):
+        found = inspected(picture(kind, (90, 60)), 16)
+
+    assert found == pictures.Picture(kind, 90, 60, lacks="ValueError")
 
 
 LAB = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
@@ -656,6 +688,48 @@ def test_an_upload_is_repeated_with_all_its_bytes():
     assert [upload.content for upload in bucket.uploads] == [data] * 3
     assert {upload.headers["x-upsert"] for upload in bucket.uploads} == {"true"}
     assert (image["bytes"], image["storage_path"]) == (len(data), f"{FOLDER}/0.png")
+
+
+def test_what_is_stored_may_be_kept_by_every_cache_for_ever():
+    bucket = Bucket()
+
+    bucket.stored([picture(size=(90, 60))], IMAGE_PREVIEW_PIXELS=16)
+
+    told = [upload.headers["cache-control"] for upload in bucket.uploads]
+    assert told == ["max-age=31536000, immutable"] * 2
+
+
+@pytest.mark.parametrize("status", [403, 413, 503])
+def test_a_picture_whose_preview_is_not_taken_is_stored_without(status):
+    bucket = Bucket(httpx.Response(200), *[httpx.Response(status)] * 9)
+
+    image = bucket.stored([picture(size=(90, 60))], IMAGE_PREVIEW_PIXELS=16)
+
+    assert (image["preview_path"], len(image["blurhash"])) == (None, 28)
+
+
+BAD, OUTAGE = JobError("result_lost", "gone"), JobError("storage_unavailable", "down")
+
+
+@pytest.mark.parametrize(
+    ("outputs", "kept"),
+    [
+        ([None, BAD, None, BAD], [0, 1]),
+        ([BAD, JobError("internal", "other")], BAD),
+        ([None, OUTAGE, None], OUTAGE),  # the next attempt may well have all of them
+    ],
+    ids=str,
+)
+def test_outputs_that_are_good_are_kept_without_gaps_and_else_the_first_says_why(outputs, kept):
+    async def store(job: Any, position: int, output: Any) -> int:
+        if output:
+            raise output
+        return position
+
+    one = worker.Worker(*[mock.Mock()] * 3, mock.Mock(store=store), mock.Mock())
+    with contextlib.nullcontext() if isinstance(kept, list) else pytest.raises(JobError) as error:
+        assert asyncio.run(one._store(mock.Mock(), outputs)) == kept
+    assert isinstance(kept, list) or error.value is kept
 
 
 DENIED = {"error": "Unauthorized", "message": "new row violates row-level security policy"}
@@ -824,7 +898,7 @@ def test_a_picture_dies_alone_and_with_the_job_that_is_stopped():
     async def act(lab: Lab) -> None:
         task = asyncio.create_task(lab.see(DEAR))
         os.kill(await lab.until_at_work(), signal.SIGKILL)
-        assert await task == pictures.Picture("JPEG", 3000, 3000, lacks="time")
+        assert ((found := await task).format, found.lacks) == ("JPEG", "time")
         assert (await lab.see(picture())).blurhash
         os.kill(lab.processes()[0], signal.SIGKILL)
         assert (await lab.see(picture())).blurhash
