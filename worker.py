@@ -1364,6 +1364,8 @@ class Worker:
                 return list(step["outputs"])
             case "cancel":
                 self._cancel(running)
+            case "drop":
+                raise LeaseLost
             case "pause":
                 raise ProviderDown(step)
         wait = step.get("retry_after")
@@ -1381,8 +1383,8 @@ class Worker:
         if answer["status"] not in range(200, 300):
             what = (running.job.job_id, running.job.provider, step["step"], answer["status"])
             log.warning("provider.answered job=%s provider=%s step=%s status=%s", *what)
-        said = {"step": step["step"], "memo": step["memo"], **answer}
-        return await self._next(running, said)
+        of_step = {"step": step["step"], "memo": step["memo"], "provider": running.job.provider}
+        return await self._next(running, of_step | answer)
 
     async def _next(self, running: Running, said: dict[str, Any] | None) -> dict[str, Any]:
         """Ask what to do, and keep what must be known should the job be stopped."""
@@ -1391,6 +1393,8 @@ class Worker:
         running.cancel = step.get("cancel") or running.cancel
         if (metrics := step.get("metrics")) is not None:
             running.metrics = metrics
+        if step.get("is_found"):
+            log.warning("job.found job=%s", running.job.job_id)
         if percent := step.get("percent"):
             running.report(int(percent))
         return step

@@ -44,7 +44,7 @@ $$;
 -- provider asks for it.
 create function private.next_try(p_failures integer, p_asked_seconds double precision) returns real
 language sql immutable set search_path = pg_catalog, pg_temp as $$
-  select greatest(least(10, 0.25 * 2 ^ least(p_failures, 16)), least(60, p_asked_seconds))::real
+  select greatest(least(10, 0.25 * 2 ^ least(p_failures, 16)), least(60, coalesce(p_asked_seconds, 0)))::real
 $$;
 
 create function private.next_step(p_job private.running_jobs, p_answer jsonb) returns jsonb
@@ -227,15 +227,18 @@ begin
   -- What comes next.
   if v_is = 'done' and v_known ? 'outputs' then
     update private.running_jobs set stage = 'storing' where job_id = p_job.job_id;
-    return v_known || jsonb_build_object('do', case
-      when p_job.cancel_requested then 'cancel'
-      when v_known -> 'outputs' = '[]' then 'fail'
-      else 'store'
-    end, 'code', 'provider_error');
+    return v_known || case
+      when p_job.cancel_requested then '{"do": "cancel"}'::jsonb
+      when v_known -> 'outputs' = '[]'
+        then '{"do": "fail", "code": "provider_error", "reason": "no output"}'
+      else '{"do": "store"}'
+    end;
   elsif v_is = 'failed' and v_send is null then
     return v_known || '{"do": "fail"}';
   elsif v_is = 'gone' or v_is = 'missing' and v_send is null then
-    return v_known || '{"do": "fail", "code": "result_lost"}';
+    return v_known || jsonb_build_object(
+      'do', 'fail', 'code', 'result_lost', 'reason', v_step || ': its result was removed'
+    );
   elsif v_is = 'done' then
     v_send := 'result';
   elsif v_is = 'again' then
@@ -251,8 +254,8 @@ begin
     and v_generation.provider_input ?| v_model.image_inputs then
     return jsonb_build_object(
       'do', 'sources', 'wait', v_wait, 'memo', v_memo,
-      'upload', private.build_request(v_provider.name, 'upload', v_values)
-      || (v_provider.recipe -> 'upload')
+      'upload',
+      (v_provider.recipe -> 'upload') || private.build_request(v_provider.name, 'upload', v_values)
     );
   elsif v_is = 'ready' then
     v_send := 'create';
@@ -267,6 +270,7 @@ begin
       when v_send = 'find' and v_memo ? 'page' then jsonb_build_object('url', v_memo -> 'page')
       else '{}'
     end,
+    'is_found', case when v_step = 'find' and v_id is not null then true end,
     'cancel', case
       when v_send = 'poll' and v_step is distinct from 'poll'
         then jsonb_path_query_array(
@@ -299,17 +303,31 @@ begin
     step := private.next_step(v_job, p_answers[array_position(p_tokens, v_job.token)]);
     return next;
   end loop;
+  -- The user was deleted while the create was under way: nobody else stops what it bought.
+  return query
+  select said.token, jsonb_build_object('do', 'drop', 'cancel', jsonb_path_query_array(
+    private.build_request(said.answer ->> 'provider', 'cancel', known.to_cancel), '$[*]'
+  ))
+  from unnest(p_job_ids, p_tokens, p_answers) as said (job_id, token, answer)
+  cross join lateral (
+    select private.read_answer(
+      said.answer ->> 'provider', 'create', (said.answer ->> 'status')::integer,
+      said.answer -> 'headers', said.answer -> 'body'
+    ) as to_cancel
+  ) as known
+  where said.answer ->> 'step' = 'create' and known.to_cancel ->> 'is' = 'accepted'
+    and not exists (select from public.generations as g where g.id = said.job_id);
 end;
 $$;
 
 comment on function private.next_steps is
   'What to do next for each of these jobs, after what the provider answered: {step, memo as it was '
-  'told, status (0: nothing was sent, null: no answer came), headers, body, error}; null after the '
-  'claim; {step: sources, input}: the input with addresses in place of paths. Answers each job '
+  'told, provider, status (0: nothing was sent, null: no answer came), headers, body, error}; null '
+  'after the claim; {step: sources, input}: the input with addresses in place of paths. Answers each job '
   'whose lease holds {do, …}: send (request, after wait seconds; cancel: what stops the job from '
   'now on); sources (make their addresses, with upload where Storage''s own cannot be fetched); '
   'store (outputs); fail (code, reason, detail, retry_after); pause (the account is refused); '
-  'cancel (its user wants that). metrics are as complete_jobs takes them.';
+  'cancel (its user wants that); drop (its user is gone: send cancel). metrics are as complete_jobs takes them.';
 
 create function private.list_providers() returns table (
   name text, base_url text, secret text, key_hosts text[], hosts text[], account jsonb

@@ -336,7 +336,7 @@ def test_what_a_create_without_an_answer_bought_is_found_and_taken_over(bench, f
     assert bench.attempts(job, "outcome, provider_job_id") == [
         {"outcome": "completed", "provider_job_id": next(iter(fake.predictions))}
     ]
-    assert bench.processes[0].logged(rf"job\.found job={job} candidates=1")
+    assert bench.processes[0].logged(rf"job\.found job={job}")
     assert bench.user.credits() == 19
 
 
