@@ -1,4 +1,4 @@
-"""Has pictures looked at, and drawn, by processes that die of what costs too much, not the worker.
+"""Has pictures looked at, stripped and drawn by processes that die of what costs too much, not the worker.
 
 `worker.py` starts this file as a small server, which forks a process for each picture: with as
 much memory and time as one may take, and no secret to tell. So whatever hostile bytes do to a
@@ -75,7 +75,7 @@ PNG_CHUNKS = PIXEL_CHUNKS | {
     *(b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"cICP", b"mDCV", b"cLLI", b"sBIT", b"pHYs"),
 }
 WEBP_CHUNKS = {b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF", b"ICCP"}
-JPEG_MARKER = re.compile(rb"\xff([^\0\xff\xd0-\xd7])")  # not of what is packed
+JPEG_MARKER = re.compile(rb"\xff[^\0\xff\xd0-\xd7]")  # and not within what is packed
 # What tells: segments for applications and comments, but for size, colours, and repetition.
 JPEG_TOLD = re.compile(
     rb"(?!\xe0..JFIF\0|\xe2..ICC_PROFILE\0|\xee..Adobe)[\xe0-\xef\xfe]", re.DOTALL
@@ -282,13 +282,14 @@ def strip(file: IO[bytes]) -> None:
     with mmap.mmap(file.fileno(), 0) as data:
         kinds = [kind for kind, first in FIRST_BYTES.items() if re.match(first, data[:32], re.S)]
         cuts: list[tuple[int, int, bytes]] = []
-        with contextlib.suppress(LookupError, struct.error, RecursionError):  # broken from there on
+        # Where it is broken, or of no such kind, the rest stays.
+        with contextlib.suppress(LookupError, struct.error, RecursionError):
             for cut in WALKS[kinds[0]](data):
                 cuts.append(cut)
         if not cuts:
             return
         whole = len(data)
-        head, data[:2] = data[:2], b"\0\0"  # whoever ends this process now has no picture of it
+        head, data[:2] = data[:2], b"\0\0"  # no picture is left if this ends halfway
         at = end = 0
         for start, stop, new in [*cuts, (whole, whole, b"")]:
             kept = min(start, whole) - at
@@ -317,8 +318,8 @@ def walk_png(data: mmap.mmap) -> Cuts:
         if kind not in PNG_CHUNKS:
             new = upright(data[start + 8 : at - 4]) if kind == b"eXIf" else b""
             if new:
-                checked = kind + new
-                new = struct.pack(f">I{len(checked)}sI", len(new), checked, zlib.crc32(checked))
+                size, new = len(new), kind + new
+                new = struct.pack(">I", size) + new + struct.pack(">I", zlib.crc32(new))
             yield start, at, new
     yield at, len(data), b""
 
