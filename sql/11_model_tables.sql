@@ -42,8 +42,8 @@ comment on column private.providers.secret is
   'Name of the variable of the worker''s environment that holds the key, …_KEY or …_TOKEN; null: '
   'none is needed. A worker takes jobs of those providers only whose key it has.';
 comment on column private.providers.key_hosts is
-  'Hosts of the provider''s API beside that of base_url, to which answers may lead and the key goes:'
-  ' names, or *.name for all below one.';
+  'Hosts of the provider''s API beside that of base_url, to which answers may lead and the key may '
+  'go: names, or *.name for all below one.';
 comment on column private.providers.hosts is
   'Hosts of outputs beside those of the API. The key does not go there.';
 comment on column private.providers.max_running is
@@ -133,8 +133,8 @@ comment on column public.models.image_count_input is
 comment on column public.models.operator_input is
   'Sent with every job, over defaults and params; clients cannot change it.';
 comment on column public.models.input_template is
-  'What the provider is sent in place of the input, with {{input.name}} where a value of it goes: a '
-  'graph for ComfyUI, other names for a provider of another make. What comes out null is left out.';
+  'What the provider is sent in place of the input, with {{input.name}} where a value of it goes: '
+  'a graph for ComfyUI, say. What comes out null is left out.';
 comment on column public.models.max_images is
   'Most images of one generation; what it charges where no input says how many.';
 comment on column public.models.cost_usd is

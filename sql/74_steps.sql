@@ -34,7 +34,9 @@ create function private.is_anothers(p_echo jsonb, p_input jsonb) returns boolean
 language sql immutable set search_path = pg_catalog, pg_temp as $$
   select exists (
     select e.value
-    from jsonb_path_query(p_echo, 'strict $.** ? (@.type() == "string" && @ like_regex "://")') as e (value)
+    from jsonb_path_query(
+      p_echo, 'strict $.** ? (@.type() == "string" && @ like_regex "://")'
+    ) as e (value)
     except
     select i.value from jsonb_path_query(p_input, 'strict $.**') as i (value)
   )
@@ -44,7 +46,9 @@ $$;
 -- provider asks for it.
 create function private.next_try(p_failures integer, p_asked_seconds double precision) returns real
 language sql immutable set search_path = pg_catalog, pg_temp as $$
-  select greatest(least(10, 0.25 * 2 ^ least(p_failures, 16)), least(60, coalesce(p_asked_seconds, 0)))::real
+  select greatest(
+    least(10, 0.25 * 2 ^ least(p_failures, 16)), least(60, coalesce(p_asked_seconds, 0))
+  )::real
 $$;
 
 create function private.next_step(p_job private.running_jobs, p_answer jsonb) returns jsonb
@@ -106,7 +110,8 @@ begin
     v_is := 'bought';
   elsif v_step is null and p_job.create_started_at < p_job.claimed_at and (
     p_job.sent_input is not null
-    or v_provider.lost_create <> 'unknown' and not v_generation.provider_input ?| v_model.image_inputs
+    or v_provider.lost_create <> 'unknown'
+    and not v_generation.provider_input ?| v_model.image_inputs
   ) then
     v_is := 'unsure';
   elsif v_step is null or v_step = 'sources' then
@@ -181,7 +186,10 @@ begin
     v_is := 'unsure';
     v_known := v_known || '{"reason": "create: an answer without an id of its own"}';
   elsif v_is = 'found' then
-    v_is := case when v_id is not null or v_known @> '{"is_alive": true}' then 'running' else 'missing' end;
+    v_is := case
+      when v_id is not null or v_known @> '{"is_alive": true}' then 'running'
+      else 'missing'
+    end;
   end if;
 
   -- What was not answered, and what is not found.
@@ -247,7 +255,11 @@ begin
     v_memo := v_memo || jsonb_build_object('tries', v_tries + 1);
   elsif v_is in ('bought', 'accepted', 'running') then
     v_send := 'poll';
-    v_wait := case v_is when 'accepted' then 0.5 when 'running' then least(3, 0.5 * 1.2 ^ least(v_tries, 20)) else 0 end;
+    v_wait := case v_is
+      when 'accepted' then 0.5
+      when 'running' then least(3, 0.5 * 1.2 ^ least(v_tries, 20))
+      else 0
+    end;
     v_memo := jsonb_build_object('tries', v_tries + 1);
   end if;
   if v_send = 'upload' or v_is = 'ready' and v_step is distinct from 'sources'
@@ -260,7 +272,8 @@ begin
   elsif v_is = 'ready' then
     v_send := 'create';
     if v_step = 'sources' or v_provider.lost_create = 'unknown' then
-      update private.running_jobs set sent_input = coalesce(p_answer -> 'input', v_generation.provider_input)
+      update private.running_jobs
+      set sent_input = coalesce(p_answer -> 'input', v_generation.provider_input)
       where job_id = p_job.job_id;
     end if;
   end if;
@@ -323,17 +336,20 @@ $$;
 comment on function private.next_steps is
   'What to do next for each of these jobs, after what the provider answered: {step, memo as it was '
   'told, provider, status (0: nothing was sent, null: no answer came), headers, body, error}; null '
-  'after the claim; {step: sources, input}: the input with addresses in place of paths. Answers each job '
-  'whose lease holds {do, …}: send (request, after wait seconds; cancel: what stops the job from '
-  'now on); sources (make their addresses, with upload where Storage''s own cannot be fetched); '
+  'after the claim; {step: sources, input}: the input with addresses in place of paths. Answers '
+  'each job whose lease holds {do, …}: send (request, after wait seconds; cancel: what stops the '
+  'job from now on); sources (make their addresses, with upload where Storage''s own cannot be fetched); '
   'store (outputs); fail (code, reason, detail, retry_after); pause (the account is refused); '
-  'cancel (its user wants that); drop (its user is gone: send cancel). metrics are as complete_jobs takes them.';
+  'cancel (its user wants that); drop (its user is gone: send cancel). metrics are as '
+  'complete_jobs takes them.';
 
 create function private.list_providers() returns table (
   name text, base_url text, secret text, key_hosts text[], hosts text[], account jsonb
 )
 language sql security definer set search_path = pg_catalog, pg_temp as $$
-  select p.name, p.base_url, p.secret, p.key_hosts, p.hosts, private.build_request(p.name, 'account', '{}')
+  select
+    p.name, p.base_url, p.secret, p.key_hosts, p.hosts,
+    private.build_request(p.name, 'account', '{}')
   from private.providers as p
   where p.recipe is not null and p.is_active and exists (
     select from public.models as m where m.provider = p.name and m.is_active
@@ -342,4 +358,4 @@ language sql security definer set search_path = pg_catalog, pg_temp as $$
 $$;
 
 comment on function private.list_providers is
-  'The providers of active models, and what to ask to see whether the account is open: for a check.';
+  'The providers of active models, and what to ask to see whether the account is open.';
