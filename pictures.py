@@ -1,4 +1,4 @@
-"""Has pictures looked at, stripped and drawn by processes that die of what costs too much, not the worker.
+"""Has pictures looked at, and drawn, by processes that die of what costs too much, not the worker.
 
 `worker.py` starts this file as a small server, which forks a process for each picture: with as
 much memory and time as one may take, and no secret to tell. So whatever hostile bytes do to a
