@@ -67,6 +67,7 @@ import traceback
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, ClassVar, TypeVar
@@ -81,7 +82,7 @@ from psycopg.types.json import Jsonb
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from outbox import Outbox
-from pictures import NoPicture, Pictures
+from pictures import NoPicture, Picture, Pictures
 
 BUCKET = "generations"
 RECOVERY_SECONDS = 5.0  # between two looks for stale jobs; with the lease, how long one waits
@@ -806,11 +807,11 @@ class Provider:
                 if not response.is_success:
                     raise JobError("internal", f"output: HTTP {response.status_code}")
                 if response.headers.get("content-encoding", "identity") != "identity":
-                    raise JobError("provider_error", "output: packed, although not asked for")
+                    raise JobError("output_refused", "output: packed, although not asked for")
                 async for chunk in response.aiter_bytes(CHUNK_BYTES):
                     yield chunk
                 return
-        raise JobError("provider_error", "output: too many redirects")
+        raise JobError("output_refused", "output: too many redirects")
 
     def _allowed(self, address: str, base: httpx.URL | None = None) -> httpx.URL:
         """The address if outputs may be fetched there. Raises JobError."""
@@ -820,20 +821,23 @@ class Provider:
         self, address: str, hosts: list[str] | None = None, base: httpx.URL | None = None
     ) -> httpx.URL:
         """The address if it is at one of these hosts or of the API, as who asks it reads it."""
+        code = "provider_error" if hosts is None else "output_refused"
         try:
             url = base.join(address) if base else httpx.URL(address)
         except (httpx.InvalidURL, ValueError):
-            raise JobError("provider_error", "not an address") from None
+            raise JobError(code, "not an address") from None
         is_base = (url.scheme, url.netloc) == (self.base.scheme, self.base.netloc)
         names = self.key_hosts if hosts is None else hosts
         is_named = any(url.host == n or (n[:1] == "*" and url.host.endswith(n[1:])) for n in names)
         if not is_base and not (url.scheme == "https" and is_named):
             detail = f"host {url.host[:100]} is not allowed"
-            raise JobError("provider_error", detail, reason="a host that is not allowed")
+            raise JobError(code, detail, reason="a host that is not allowed")
         return url
 
 
 # --- storage ------------------------------------------------------------------------------------
+
+Read = Callable[[], AsyncGenerator[bytes, None]]  # reads an output, from its start each time
 
 
 class Storage:
@@ -880,29 +884,25 @@ class Storage:
             is_outage = not 400 <= status < 500 or status in (401, 403, 408, 429)
             raise StorageRefused(f"HTTP {response.status_code}", is_outage=is_outage)
 
-    async def store(
-        self, job: Job, position: int, body: AsyncGenerator[bytes, None]
-    ) -> dict[str, Any]:
+    async def store(self, job: Job, position: int, read: Read) -> dict[str, Any]:
         """Check and upload one output; answer its row for complete_jobs. Raises JobError."""
-        base = f"{job.user_id}/{job.job_id}/{position}"
+        base, preview_path = f"{job.user_id}/{job.job_id}/{position}", None
         with tempfile.TemporaryFile() as file:
-            self.pictures.start()  # meanwhile
-            await self._receive(file, body)
-            try:
-                image = await self.pictures.inspect(file, self.settings.image_preview_pixels)
-            except NoPicture as error:
-                raise JobError("provider_error", f"output: {error}") from None
+            image = await self._receive(job, file, read)
             if image.lacks:
                 log.warning("picture.bare job=%s lacks=%s", job.job_id, image.lacks)
             extension, content_type = FORMATS[image.format]
             served_as = INERT_TYPE if image.format == "SVG" else content_type
             size = await self._upload(f"{base}.{extension}", file, served_as)
         if image.preview:
-            await self._upload(f"{base}.preview.webp", io.BytesIO(image.preview), "image/webp")
+            with contextlib.suppress(JobError):  # the picture is there without
+                path = f"{base}.preview.webp"
+                await self._upload(path, io.BytesIO(image.preview), "image/webp")
+                preview_path = path
         return {
             "position": position,
             "storage_path": f"{base}.{extension}",
-            "preview_path": f"{base}.preview.webp" if image.preview else None,
+            "preview_path": preview_path,
             "content_type": content_type,
             "width": image.width,
             "height": image.height,
@@ -910,21 +910,33 @@ class Storage:
             "blurhash": image.blurhash,
         }
 
-    async def _receive(self, file: IO[bytes], body: AsyncGenerator[bytes, None]) -> None:
-        """Write an output to disk, within the caps. Raises JobError."""
-        size, most = 0, self.settings.max_image_bytes
+    async def _receive(self, job: Job, file: IO[bytes], read: Read, attempt: int = 1) -> Picture:
+        """Write an output to disk, within the caps, and look at it. What comes broken is asked for
+        again, for it is paid; what is refused is not. Raises JobError.
+        """
+        self.pictures.start()  # meanwhile
+        most, late = self.settings.max_image_bytes, f"not received within {DOWNLOAD_SECONDS:g} s"
+        file.truncate(file.seek(0))
         try:
-            async with asyncio.timeout(DOWNLOAD_SECONDS), contextlib.aclosing(body):
+            async with asyncio.timeout(DOWNLOAD_SECONDS), contextlib.aclosing(read()) as body:
                 async for chunk in body:
-                    size += len(chunk)
-                    if size > most:
-                        raise JobError("provider_error", f"output: more than {most} bytes")
                     file.write(chunk)
+                    if file.tell() > most:
+                        raise JobError("output_refused", f"output: more than {most} bytes")
+            return await self.pictures.inspect(file, self.settings.image_preview_pixels)
         except TimeoutError:
-            late = f"output: not received within {DOWNLOAD_SECONDS:g} s"
-            raise JobError("provider_timeout", late) from None
+            raise JobError("provider_timeout", f"output: {late}") from None
         except httpx.HTTPError as error:
-            raise JobError("internal", f"output: {type(error).__name__}") from None
+            failure = JobError("internal", f"output: {type(error).__name__}")
+        except NoPicture as error:
+            failure = JobError(error.code, f"output: {error}")
+        except JobError as error:
+            failure = error
+        if failure.code == "output_refused" or attempt == HTTP_TRIES:
+            raise failure
+        log.warning("output.retry job=%s reason=%r", job.job_id, failure.reason)
+        await asyncio.sleep(backoff(attempt))
+        return await self._receive(job, file, read, attempt + 1)
 
     async def _upload(self, path: str, file: IO[bytes], content_type: str) -> int:
         """Upload with upsert, so that repeating it after a lost answer is harmless.
@@ -933,6 +945,7 @@ class Storage:
         """
         size = file.seek(0, io.SEEK_END)
         headers = {**self.headers, "content-type": content_type, "content-length": str(size)}
+        headers["cache-control"] = "max-age=31536000, immutable"  # a path's bytes never change
         code = reason = text = ""
         for attempt in range(HTTP_TRIES):
             try:
@@ -978,6 +991,8 @@ def storage_status(response: httpx.Response) -> int:
 def storage_code(response: httpx.Response) -> str:
     """What a job fails with that Storage refused: an outage passes, and is not the job's fault."""
     status = storage_status(response)
+    if status in (413, 415):  # too large for the bucket, or of a type that it does not take
+        return "output_refused"
     return "storage_unavailable" if status >= 500 or status in (408, 429) else "internal"
 
 
@@ -1303,10 +1318,30 @@ class Worker:
                 await self._stop(running)
             raise
         read = running.provider.read if running.provider else self.preview.read
-        return [
-            await self.storage.store(job, position, read(output))
-            for position, output in enumerate(outputs[: job.image_count])
-        ]
+        outputs = [partial(read, output) for output in outputs[: job.image_count]]
+        return await self._store(running, outputs)
+
+    async def _store(self, running: Running, outputs: list[Read]) -> list[dict[str, Any]]:
+        """Store what is good, numbered without gaps. Raises JobError, the first, if nothing is."""
+        job = running.job
+        images: list[dict[str, Any]] = []
+        failures: list[JobError] = []
+        for output in outputs:
+            try:
+                images.append(await self.storage.store(job, len(images), output))
+            except JobError as error:
+                if error.code == "storage_unavailable":  # another attempt will have them all
+                    raise
+                what = (job.job_id, error.code, error.reason)
+                log.warning("output.lost job=%s code=%s reason=%r", *what)
+                failures.append(error)
+            except asyncio.CancelledError:
+                if not images or running.is_lost or running.is_canceled or self.stopping.is_set():
+                    raise
+                break  # it was the deadline
+        if not images:
+            raise failures[0]
+        return images
 
     async def _draw(self, running: Running) -> list[Any]:
         job = running.job

@@ -298,9 +298,40 @@ SECURITY = [
     Bug(
         "a bomb is decoded",
         "pictures.py",
-        "> MAX_IMAGE_PIXELS:\n        raise NoPicture",
-        "> 100 * MAX_IMAGE_PIXELS:\n        raise NoPicture",
+        "> MAX_IMAGE_PIXELS:\n        raise NotTaken",
+        "> 100 * MAX_IMAGE_PIXELS:\n        raise NotTaken",
         "tests/test_worker_storage.py::test_a_bomb_is_refused_before_it_is_decoded",
+    ),
+    Bug(
+        "a stored picture tells its prompt",
+        "pictures.py",
+        "                cuts.append(cut)\n",
+        "                pass\n",
+        "tests/test_worker_storage.py::test_what_is_stored_shows_the_same_and_tells_nothing",
+    ),
+    Bug(
+        "one bad output costs the good ones",
+        "worker.py",
+        '                if error.code == "storage_unavailable":  # another',
+        "                if error.code:  # another",
+        "tests/test_worker_storage.py"
+        "::test_outputs_that_are_good_are_kept_without_gaps_and_else_the_first_says_why",
+    ),
+    Bug(
+        "what is refused by rules of ours is bought again",
+        "pictures.py",
+        'code = "output_refused"',
+        'code = "provider_error"',
+        "tests/test_worker_storage.py"
+        "::test_a_whole_file_of_a_kind_or_size_that_is_not_taken_is_refused_and_not_read_again",
+    ),
+    Bug(
+        "an output that came broken is bought again at once",
+        "worker.py",
+        'if failure.code == "output_refused" or attempt == HTTP_TRIES:',
+        "if failure:",
+        "tests/test_worker_storage.py"
+        "::test_an_output_that_comes_broken_is_read_again_before_it_is_given_up",
     ),
     Bug(
         "a picture may take any time",

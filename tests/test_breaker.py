@@ -86,6 +86,7 @@ def test_failures_in_a_row_pause_the_model_and_spare_the_jobs_that_wait(db, rich
     ("code", "counts"),
     [
         *[(code, False) for code in ("moderated", "invalid_input", "provider_busy", "internal")],
+        ("output_refused", False),
         *[(code, True) for code in ("provider_error", "provider_refused", "provider_timeout")],
         *[(code, True) for code in ("result_lost", "timeout", "outcome_unknown")],
         ("output_refused", False),

@@ -224,7 +224,7 @@ def test_each_of_many_is_settled_on_its_own_images_and_lease(db, alice, bob, wor
 
 
 def test_many_jobs_fail_in_one_call_each_by_its_code(db, alice, bob, worker, jobs):
-    codes = ["moderated", "provider_error", "timeout"]
+    codes = ["output_refused", "provider_error", "timeout"]
     calls = [(job, codes[n % 3], None, None, None) for n, job in enumerate(jobs)]
 
     said = worker.of_many("fail_jobs", calls)
