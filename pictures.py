@@ -55,6 +55,7 @@ MAX_IMAGE_PIXELS = 50_000_000
 MAX_SVG_BYTES = 10 << 20
 BASE_BYTES = 32_000_000  # of memory, for any picture
 BLUR_PIXELS = 32  # longest side of what a blurhash is made of
+TURNED_PIXELS = 3000  # shorter side that a JPEG is left which is decoded smaller, to be turned
 SIDEWAYS = (5, 6, 7, 8)  # EXIF's orientations that swap width and height
 EXIF_TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))
 FIRST_BYTES = {
@@ -136,6 +137,20 @@ class Pictures:
             if re.match(first, head, re.DOTALL):
                 return Picture(kind, None, None, lacks=said["lacks"])
         raise NoPicture(f"no image that takes little {said['lacks']}")
+
+    async def look_at_source(self, file: IO[bytes]) -> tuple[str, bool]:
+        """Do what look_at_source does, and put into the file what it answers. Raises NoPicture.
+
+        Answers the format, and whether the file is as it was given.
+        """
+        said = await self._ask(file, is_source=True)
+        if said["lacks"]:
+            raise NoPicture(f"takes too much {said['lacks']}")
+        if data := base64.b64decode(said["data"] or ""):
+            file.seek(0)
+            file.truncate()
+            file.write(data)
+        return said["format"], not data
 
     async def draw(self, prompt: str, size: tuple[int, int], source: str, seed: int) -> bytes:
         """Do what draw_preview does. Raises NoPicture."""
@@ -247,6 +262,9 @@ def serve_picture(channel: int, descriptor: int) -> None:
         try:
             if wish := request.get("wish"):
                 tell(data=draw_preview(*wish), lacks=None)
+            elif request.get("is_source"):
+                kind, data = look_at_source(file, request["means"])
+                tell(format=kind, data=data, lacks=None)
             else:
                 found = inspect_image(file, request["preview_pixels"], request["means"], tell)
                 tell(**asdict(found))
@@ -685,6 +703,48 @@ def draw_preview(prompt: str, size: tuple[int, int], source: str, seed: int) -> 
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
+
+
+def look_at_source(file: IO[bytes], means: int = LARGE_BYTES) -> tuple[str, bytes | None]:
+    """The format of what a user gives for a model to see, and the file to hand over in its place.
+
+    There is one if models might see another picture than people do, or none: for what EXIF turns,
+    and for kinds that few models read. Raises NoPicture, also for what is cut short: it is decoded
+    to its end, a JPEG in small.
+    """
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    try:
+        with Image.open(file, formats=[*FIRST_BYTES]) as image:
+            return make_upright(image, size, means)
+    except UnidentifiedImageError:
+        raise NoPicture("no image of a kind that is taken") from None
+    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
+        raise NoPicture(f"no image: {type(error).__name__}") from None
+
+
+def make_upright(image: Image.Image, size: int, means: int) -> tuple[str, bytes | None]:
+    """Do this for an opened image. Raises what Pillow does, MemoryError, or NoPicture."""
+    pixels = image.width * image.height
+    if pixels > MAX_IMAGE_PIXELS:
+        raise NoPicture("too many pixels")
+    kind, turn = str(image.format), orientation(image)
+    is_taken = kind in ("PNG", "JPEG", "WEBP")
+    image.draft(None, (TURNED_PIXELS,) * 2 if turn in EXIF_TURNS else (BLUR_PIXELS,) * 2)
+    need = weigh(image, 0, size) + 4 * image.width * image.height
+    if "progressive" in image.info:  # it is held whole, however small it is made
+        need += 2 * len(image.getbands()) * pixels
+    if need > means:
+        raise MemoryError
+    image.load()
+    turn = turn or orientation(image)  # of a PNG it may come last
+    if is_taken and turn not in EXIF_TURNS:
+        return kind, None
+    profile, data = image.info.get("icc_profile"), io.BytesIO()
+    upright = image.transpose(EXIF_TURNS[turn]) if turn in EXIF_TURNS else image
+    kind = kind if kind == "JPEG" else "PNG"
+    upright.save(data, kind, quality=95, compress_level=1, icc_profile=profile, exif=b"")
+    return kind, data.getvalue()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ LoadCredential names, goes before the variable:
     WORKER_SLOTS            4         jobs at once
     WORKER_GRACE_SECONDS    30        to finish jobs after SIGTERM
     WORKER_POLL_SECONDS     5         backstop: longest wait without a look at the queue
-    MAX_IMAGE_BYTES         33554432  larger outputs are refused
+    MAX_IMAGE_BYTES         33554432  larger outputs and sources are refused
     IMAGE_PREVIEW_PIXELS    512       longest side of the previews for galleries; 0: none
     WEBHOOK_ALLOWED_HOSTS             host:port, …: webhooks called although not public, for
                                       development
@@ -71,7 +71,7 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, ClassVar, TypeVar
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote, urlsplit
 from uuid import UUID, uuid4
 
 import httpx
@@ -850,24 +850,30 @@ class Storage:
         self.is_reachable_from_outside = is_public_host(urlsplit(self.root).hostname or "")
         self.headers = {"Authorization": f"Bearer {key}", "apikey": key, "x-upsert": "true"}
 
-    async def sign(self, path: str) -> str:
-        """An address of a source image that works for ten minutes or more. Raises JobError."""
-        url = f"{self.root}/object/sign/inputs/{quote(path)}"
-        lasting = {"expiresIn": random.randrange(600, 1200)}  # two of one second differ, too
+    async def sign(self, path: str, seconds: float) -> str:
+        """An address of a source image that works for so long or a little longer. Raises JobError.
+
+        Of the answer only the token is taken: servers differ in the rest, and leave it unescaped.
+        """
+        url = f"{self.root}/object/sign/{source_key(path)}"
+        lasting = {"expiresIn": int(seconds) + random.randrange(300, 900)}  # so that two differ
         response = await self.http.post(url, json=lasting, headers=self.headers)
         if not response.is_success:
-            raise JobError(storage_code(response), f"sign: HTTP {response.status_code}")
-        answer = response.json()  # an address below /storage/v1, or below / with other servers
-        signed = str(answer.get("signedURL") or answer["signedUrl"])
-        return urljoin(self.root, signed) if signed.startswith("/storage/") else self.root + signed
+            raise source_error(response)
+        answer = response.json()
+        token = str(answer.get("signedURL") or answer["signedUrl"]).rpartition("?")[2]
+        return f"{url}?{token}"
 
     async def fetch(self, path: str, file: IO[bytes]) -> None:
-        """Download a source image into a file. Raises JobError."""
-        url = f"{self.root}/object/inputs/{quote(path)}"
+        """Download a source image into a file, within the cap. Raises JobError."""
+        url, most = f"{self.root}/object/{source_key(path)}", self.settings.max_image_bytes
         async with self.http.stream("GET", url, headers=self.headers) as response:
             if not response.is_success:
-                raise JobError(storage_code(response), f"source: HTTP {response.status_code}")
+                await response.aread()
+                raise source_error(response)
             async for chunk in response.aiter_bytes(CHUNK_BYTES):
+                if file.tell() + len(chunk) > most:
+                    raise JobError("invalid_input", f"source: more than {most} bytes")
                 file.write(chunk)
 
     async def remove(self, bucket: str, paths: list[str]) -> None:
@@ -994,6 +1000,24 @@ def storage_code(response: httpx.Response) -> str:
     if status in (413, 415):  # too large for the bucket, or of a type that it does not take
         return "output_refused"
     return "storage_unavailable" if status >= 500 or status in (408, 429) else "internal"
+
+
+def source_key(path: str) -> str:
+    """Bucket and name of a source image as its user gave them, escaped as parts of an address."""
+    named = path.startswith((f"{BUCKET}/", "inputs/"))
+    return quote(path if named else f"inputs/{path}", safe="/!$&'()*+,;=:@")
+
+
+def source_error(response: httpx.Response) -> JobError:
+    """What a job fails with whose source Storage does not give.
+
+    That it is gone is believed where Storage itself says so, and of the file, not of its bucket.
+    """
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        said = response.json()
+        if int(said["statusCode"]) == 404 and "ucket" not in said["message"]:
+            return JobError("invalid_input", "source: no such file any more")
+    return JobError(storage_code(response), f"source: HTTP {response.status_code}")
 
 
 # --- the worker ---------------------------------------------------------------------------------
@@ -1434,18 +1458,24 @@ class Worker:
         for name in job.image_inputs:
             given = provider_input.get(name)
             if isinstance(given, str):
-                provider_input[name] = await self._source(provider, given)
+                provider_input[name] = await self._source(provider, job, given)
             elif isinstance(given, list):
-                provider_input[name] = [await self._source(provider, path) for path in given]
+                provider_input[name] = [await self._source(provider, job, path) for path in given]
         return provider_input
 
-    async def _source(self, provider: Provider | Preview, path: str) -> str:
+    async def _source(self, provider: Provider | Preview, job: Job, path: str) -> str:
+        """An address of a source image that has proven to be one: its file's or that of a copy."""
         try:
-            if provider.fetches_sources and self.storage.is_reachable_from_outside:
-                return await self.storage.sign(path)
-            with tempfile.SpooledTemporaryFile(max_size=1 << 20) as file:
+            with tempfile.TemporaryFile() as file:
                 await self.storage.fetch(path, file)
-                return await provider.upload(path.rpartition("/")[2], file)
+                kind, is_as_given = await self.storage.pictures.look_at_source(file)
+                is_public = provider.fetches_sources and self.storage.is_reachable_from_outside
+                if is_public and is_as_given:
+                    return await self.storage.sign(path, job.deadline_seconds)
+                # Its user's name for it may be any, and is nobody's business.
+                return await provider.upload(f"{uuid4().hex}.{FORMATS[kind][0]}", file)
+        except NoPicture as error:
+            raise JobError("invalid_input", f"source: {error}") from None
         except httpx.HTTPError as error:
             is_down = isinstance(error, httpx.TransportError)
             code = "storage_unavailable" if is_down else "internal"

@@ -207,6 +207,15 @@ begin
     insert into private.retries (retry_of, generation_id)
     select p_retry_of, v_ids[1] where p_retry_of is not null;
   end if;
+  if p_params ?| v_model.image_inputs then
+    insert into private.sources (source_id, generation_id)
+    select distinct private.path_id(v.path #>> '{}', 3), j.id
+    from unnest(v_ids) as j (id)
+    cross join unnest(v_model.image_inputs) as i (name)
+    cross join jsonb_path_query(
+      p_params -> i.name, 'lax $[*] ? (@ starts with "generations/")'
+    ) as v (path);
+  end if;
   if v_is_anybody_asleep then
     perform private.wake_workers(v_jobs, v_model.provider);
   end if;

@@ -253,9 +253,10 @@ SECURITY = [
     Bug(
         "a source image may be anybody's",
         "sql/32_input.sql",
-        "if v_path !~ ('^' || p_user_id || '(/",
-        "if v_path !~ ('^[^/]+' || '(/",
-        "tests/test_input.py::test_a_source_image_is_a_path_in_the_own_folder",
+        "when not (starts_with(p.part[2], p_user_id || '/') and private.is_plain_path(p.part[2]))",
+        "when not private.is_plain_path(p.part[2])",
+        "tests/test_input.py"
+        "::test_a_source_image_is_an_own_file_or_an_own_finished_picture_and_nothing_else",
     ),
     Bug(
         "outputs are fetched from any host",
@@ -453,9 +454,24 @@ SECURITY = [
     Bug(
         "a source image is any file of that name, or none",
         "sql/32_input.sql",
-        "where bucket_id = 'inputs' and name = v_path",
-        "where bucket_id = 'inputs'",
+        "        and private.file_changed_at('inputs', p.part[2]) is null\n",
+        "        and private.file_changed_at('inputs', p.part[2]) > now()\n",
         "tests/test_input.py::test_a_source_image_is_there",
+    ),
+    Bug(
+        "a stranger's picture is a source",
+        "sql/32_input.sql",
+        "          and m.user_id = p_user_id and g.deleted_at is null\n",
+        "          and g.deleted_at is null\n",
+        "tests/test_input.py"
+        "::test_a_source_image_is_an_own_file_or_an_own_finished_picture_and_nothing_else",
+    ),
+    Bug(
+        "a picture is erased under the job that is made from it",
+        "sql/85_retention.sql",
+        "    ) and not private.is_source(g.id)\n",
+        "    )\n",
+        f"{RETENTION}pictures_that_a_live_job_is_made_from_outlive_their_time_and_no_others[old]",
     ),
     Bug(
         "the preview of every image is everybody's",

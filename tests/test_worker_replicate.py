@@ -7,6 +7,7 @@ bought. One worker does all jobs. What one that dies leaves behind: test_misbeha
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +18,8 @@ import pytest
 from actors import User
 from database import Database
 from fake_replicate import MODERATED, Behaviour, FakeReplicate
-from PIL import Image
+from hostile import encoded
+from PIL import Image, ImageChops, ImageOps, ImageStat
 from psycopg.types.json import Jsonb
 from worker_process import Workers, eventually
 
@@ -35,6 +37,7 @@ EDIT_SCHEMA = {
         "images": {"type": "array", "items": {"type": "string"}},
     }
 }
+CAT, OTHER_CAT = (encoded(Image.new("RGB", (60, 40), each), "PNG") for each in ("red", "blue"))
 
 
 class Bench(Workers):
@@ -101,14 +104,14 @@ class Bench(Workers):
         self.db.execute("update private.breakers set paused_until = now()")
         self.db.execute("update private.ready_jobs set run_at = now()")
 
-    def source(self, user: User, body: bytes = b"a cat") -> str:
+    def source(self, user: User, body: bytes = CAT, name: str = "a cat.png") -> str:
         """Upload a source image as its user does, into Storage and this database's list of it."""
-        path = f"{user.id}/a cat.png"
+        path = f"{user.id}/{name}"
         headers = {"Authorization": f"Bearer {self.stack.service_role_key}"}
         httpx.post(
             f"{self.stack.api_url}/storage/v1/object/inputs/{path}",
             content=body,
-            headers=headers | {"content-type": "image/png"},
+            headers=headers | {"content-type": "image/png", "x-upsert": "true"},
         ).raise_for_status()
         query = "insert into storage.objects (bucket_id, name) values ('inputs', %s)"
         self.db.execute(query, path)
@@ -455,7 +458,7 @@ def test_a_job_that_is_always_refused_stops_no_other(bench, fake, status):
 
 def test_two_users_whose_creates_are_lost_do_not_get_each_others_pictures(bench, fake):
     users = [bench.user, User(bench.db).has(credits=20)]
-    files = [b"a cat", b"another cat"]
+    files = [CAT, OTHER_CAT]
     paths = [bench.source(user, file) for user, file in zip(users, files, strict=True)]
     for _ in users:
         fake.next(answer=None, stored=True, hidden=2)
@@ -467,10 +470,110 @@ def test_two_users_whose_creates_are_lost_do_not_get_each_others_pictures(bench,
 
     bought = [bench.attempts(job, "provider_job_id")[-1]["provider_job_id"] for job in jobs]
     assert [fake.source(key) for key in bought] == files
-    # Storage cannot be reached from outside: each was uploaded.
-    assert sorted(fake.uploads.values()) == [("a cat.png", file) for file in sorted(files)]
+    # Storage cannot be reached from outside: each was uploaded, by no name that tells of its user.
+    assert sorted(file for _, file in fake.uploads.values()) == sorted(files)
+    assert all(re.fullmatch(r"[0-9a-f]{32}\.png", name) for name, _ in fake.uploads.values())
     sent = {create.body["input"]["image"] for create in fake.creates}
     assert sent == {f"{fake.url}/files/{key}" for key in fake.uploads} and len(sent) == 2
+
+
+PHOTO = Image.linear_gradient("L").resize((90, 60)).convert("RGB")
+PHOTO.paste("red", (0, 0, 20, 20))
+BANNER = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200)
+
+
+def lying(kind: str, orientation: int = 6, **options: Any) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(PHOTO, kind, exif=exif, **options)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"", b" ", b"a cat", b"<html><body>a cat</body></html>", BANNER, HEIC),
+        *(encoded(PHOTO, kind)[:-200] for kind in ("JPEG", "PNG", "WEBP")),
+        b"\x89PNG\r\n\x1a\n" + bytes(500),
+        encoded(PHOTO, "TIFF"),
+        encoded(Image.new("L", (8000, 8000)), "PNG"),
+        CAT + bytes(100_000),
+    ],
+    ids=lambda body: str(body[:20]),
+)
+def test_what_is_no_picture_is_refused_at_once_and_nothing_is_bought(bench, fake, body):
+    job = bench.ask(
+        EDIT, images=[bench.source(bench.user, name="good"), bench.source(bench.user, body)]
+    )
+    bench.until(job, "failed")
+
+    (attempt,) = bench.attempts(job, "error_code, error_detail")
+    assert attempt["error_code"] == "invalid_input"
+    assert attempt["error_detail"].startswith("source: ")
+    assert (fake.creates, bench.user.credits()) == ([], 20)
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        *((encoded(PHOTO, kind), None) for kind in ("PNG", "JPEG", "WEBP")),
+        *((lying("JPEG", turn), "JPEG") for turn in range(2, 9)),
+        (lying("JPEG", progressive=True), "JPEG"),
+        (encoded(PHOTO.convert("CMYK"), "JPEG"), None),
+        *((lying("JPEG", turn), None) for turn in (1, 9)),
+        *((lying(kind), "PNG") for kind in ("PNG", "WEBP", "AVIF")),
+        *((encoded(PHOTO, kind), "PNG") for kind in ("AVIF", "GIF")),
+        (CAT + b"<script>", None),
+    ],
+)
+def test_a_picture_is_handed_over_as_it_is_seen_whatever_it_is_called(bench, fake, body, kind):
+    job = bench.ask(EDIT, image=bench.source(bench.user, body, "mein Bild (1).gif"))
+    bench.until(job, "completed")
+
+    ((name, given),) = fake.uploads.values()
+    if kind is None:
+        assert given == body
+    sent, seen = (
+        Image.open(io.BytesIO(given)),
+        ImageOps.exif_transpose(Image.open(io.BytesIO(body))),
+    )
+    assert (sent.format, 0x0112 in sent.getexif()) == (
+        kind or sent.format,
+        kind is None and b"Exif" in body,
+    )
+    assert name.rpartition(".")[2] == {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}[sent.format]
+    difference = ImageChops.difference(sent.convert("RGB"), seen.convert("RGB"))
+    assert max(ImageStat.Stat(difference).mean) < 6
+
+
+def test_ones_own_picture_is_a_source_as_it_was_stored(bench, fake):
+    made = bench.ask()
+    bench.until(made, "completed")
+    (picture,) = bench.images(made)
+
+    job = bench.ask(EDIT, image=f"generations/{picture['storage_path']}")
+    bench.until(job, "completed")
+
+    ((_, given),) = fake.uploads.values()
+    assert given == bench.stored_file(picture["storage_path"])
+
+
+def test_a_source_that_is_deleted_meanwhile_fails_its_job_at_once(bench, fake):
+    path = bench.source(bench.user)
+    httpx.request(
+        "DELETE",
+        f"{bench.stack.api_url}/storage/v1/object/inputs",
+        json={"prefixes": [path]},
+        headers={"Authorization": f"Bearer {bench.stack.service_role_key}"},
+    ).raise_for_status()
+
+    job = bench.ask(EDIT, image=path)
+    bench.until(job, "failed")
+
+    assert bench.attempts(job, "error_code, error_detail") == [
+        {"error_code": "invalid_input", "error_detail": "source: no such file any more"}
+    ]
+    assert (fake.creates, bench.user.credits()) == ([], 20)
 
 
 def test_an_answer_that_names_another_jobs_prediction_is_none(bench, fake):
