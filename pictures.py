@@ -728,7 +728,7 @@ def make_upright(image: Image.Image, size: int, means: int) -> tuple[str, bytes 
     pixels = image.width * image.height
     if pixels > MAX_IMAGE_PIXELS:
         raise NoPicture("too many pixels")
-    kind, turn = str(image.format), orientation(image)
+    kind, turn = str(image.format), orientation(image.info.get("exif", b""))
     is_taken = kind in ("PNG", "JPEG", "WEBP")
     image.draft(None, (TURNED_PIXELS,) * 2 if turn in EXIF_TURNS else (BLUR_PIXELS,) * 2)
     need = weigh(image, 0, size) + 4 * image.width * image.height
@@ -737,7 +737,7 @@ def make_upright(image: Image.Image, size: int, means: int) -> tuple[str, bytes 
     if need > means:
         raise MemoryError
     image.load()
-    turn = turn or orientation(image)  # of a PNG it may come last
+    turn = turn or orientation(image.info.get("exif", b""))  # of a PNG it may come last
     if is_taken and turn not in EXIF_TURNS:
         return kind, None
     profile, data = image.info.get("icc_profile"), io.BytesIO()
