@@ -194,7 +194,7 @@ begin
         )
         from jsonb_array_elements(v_recipe -> 'errors') with ordinality as e (value, n)
         where (e.value ->> 'step' = p_step) is not false
-          and private.at(p_body, e.value -> 'path') <> '{}'
+          and private.at(p_body, e.value -> 'path', jsonb_build_object('status', p_status)) <> '{}'
         order by e.n limit 1
       ), case
         when p_status in (400, 409, 413, 415, 422)
@@ -233,7 +233,7 @@ begin
         order by item.n desc
       ),
       'is_alive', coalesce(p_vars -> 'id' = any (private.at(p_body, v_step -> 'alive')), false),
-      'next', (private.at(p_body, v_step -> 'next'))[1]
+      'next', (private.at(p_body, v_step -> 'next'))[1] #>> '{}'
     );
   end if;
   v_outputs := private.at(p_body, v_step -> 'outputs');
@@ -269,13 +269,18 @@ begin
     ) end,
     'outputs', case
       when v_is <> 'done' or p_step = 'poll' and v_recipe ? 'result' then null
-      when v_step ? 'output_url' then (
-        select jsonb_agg(private.fill_url(v_step ->> 'output_url', o.value || p_vars) order by o.n)
+      else coalesce((
+        select jsonb_agg(case when v_step ? 'output_url'
+          then to_jsonb(private.fill_url(v_step ->> 'output_url', o.value || p_vars))
+          else o.value
+        end order by o.n)
         from unnest(v_outputs) with ordinality as o (value, n)
-      )
-      else to_jsonb(v_outputs)
+        where jsonb_typeof(o.value) = case when v_step ? 'output_url' then 'object' else 'string' end
+      ), '[]')
     end,
-    'percent', (private.at(p_body, v_step -> 'percent'))[1],
+    'percent', case jsonb_typeof((private.at(p_body, v_step -> 'percent'))[1]) when 'number' then
+      greatest(0, least(100, (private.at(p_body, v_step -> 'percent'))[1]::numeric))::integer
+    end,
     'logs', (private.at(p_body, v_step -> 'logs'))[1] #>> '{}',
     'seconds', (private.at(p_body, v_step -> 'seconds'))[1],
     'images', (private.at(p_body, v_step -> 'images'))[1],

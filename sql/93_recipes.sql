@@ -82,7 +82,7 @@ insert into private.providers (
       "code": "provider_error"
     },
     {"path": "$.error_type", "code": "provider_error", "step": "result"},
-    {"path": "$.detail ? (@.type() == \"string\")", "step": "result"}
+    {"path": "$.detail ? (@.type() == \"string\" && $status >= 500)", "step": "result"}
   ]
 }'),
 ('bfl', 'https://api.bfl.ai/v1', 'BFL_API_KEY', '{*.bfl.ai}',
@@ -123,7 +123,7 @@ insert into private.providers (
     "states": {"success": "done", "error": "failed"}, "missing_if": "$ ? (!exists(@.*))",
     "outputs": "$.*.outputs.*.images[*] ? (@.type == \"output\")",
     "output_url": "{{base}}/view?filename={{filename}}&subfolder={{subfolder}}&type=output",
-    "words": "$.*.status.messages[*] ? (@[0] == \"execution_error\")[1].exception_message"
+    "words": "$.*.status.messages[*].exception_message"
   },
   "cancel": [
     {"method": "POST", "url": "{{base}}/queue", "body": {"delete": ["{{id}}"]}},

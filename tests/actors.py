@@ -315,8 +315,9 @@ class Job:
     begun_before: datetime | None
     base_url: str | None
     secret: str | None
-    key_hosts: list[str]
-    hosts: list[str]
+    key_hosts: list[str] | None
+    hosts: list[str] | None
+    max_running: int | None
 
     @property
     def id(self) -> str:
@@ -368,11 +369,14 @@ def polled(provider_job_id: str, status: str, **rest: Any) -> dict[str, Any]:
 class Worker:
     """A worker process: registered, and calling the worker functions as darkroom_worker."""
 
-    def __init__(self, db: Database, slots: int = 4) -> None:
-        self.db = db
+    def __init__(
+        self, db: Database, slots: int = 4, keys: Sequence[str] = ("REPLICATE_API_TOKEN",)
+    ) -> None:
+        self.db, self.keys = db, list(keys)
         self.connection = db.connect()
         self.connection.execute("set role darkroom_worker")
-        registered = self._rows("select * from private.register_worker('test', %s, '1')", slots)[0]
+        register = "select * from private.register_worker('test', %s, '1', %s)"
+        registered = self._rows(register, slots, self.keys)[0]
         self.id = int(registered["worker_id"])
         self.channel = str(registered["channel"])
         self.heartbeat_seconds = float(registered["heartbeat_seconds"])
@@ -380,8 +384,8 @@ class Worker:
 
     def claim_jobs(self, slots: int = 1) -> list[Job]:
         cursor = self.connection.cursor(row_factory=class_row(Job))
-        query = "select * from private.claim_jobs(%s, %s)"
-        return cursor.execute(query, [self.id, slots]).fetchall()
+        query = "select * from private.claim_jobs(%s, %s, %s)"
+        return cursor.execute(query, [self.id, slots, self.keys]).fetchall()
 
     def claimed(self) -> Job:
         (job,) = self.claim_jobs(1)
@@ -513,8 +517,7 @@ class Worker:
         **more: Any,
     ) -> str:
         """Say what became of a try; more: retry_after, ticket."""
-        seconds = more.get("retry_after")
-        said = [outcome, status, error, seconds and float(seconds), more.get("ticket")]
+        said = [outcome, status, error, more.get("retry_after"), more.get("ticket")]
         return self._value("finish_delivery", delivery.delivery_id, delivery.token, *said)
 
     def of_many(self, function: str, calls: Sequence[tuple[Any, ...]]) -> list[tuple[Job, Any]]:
@@ -549,7 +552,7 @@ class Worker:
 
     def let_the_next_claim_scan_all(self) -> None:
         """Make the last scan from the queue's start a while old."""
-        self.db.execute("select setval('private.scan_due', 0)")
+        self.db.execute("select setval('private.scan_due', 1)")
 
     def _rows(self, query: str, *arguments: Any) -> list[dict[str, Any]]:
         cursor = self.connection.cursor(row_factory=dict_row)
