@@ -137,7 +137,6 @@ begin
     end if;
     v_known := v_known || jsonb_build_object(
       'reason', concat_ws(' ', v_known ->> 'reason', p_answer ->> 'error'),
-      'retry_after', private.asked_seconds(v_known ->> 'retry_after'),
       'metrics', jsonb_strip_nulls(jsonb_build_object(
         'is_asked', case when v_step = 'create' and v_is = 'failed' then false end,
         'is_billed', v_known -> 'is_billed',
