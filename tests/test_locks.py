@@ -174,10 +174,7 @@ def of_many(function: str, *rest: object) -> Action:
     """What a worker does with all jobs in one call, in no order; of some, by where a job stands."""
 
     def call(w: Worker, s: Scene) -> object:
-        told = [
-            (s.jobs[p], *(each(p) if callable(each) else each for each in rest))
-            for p in HEARD
-        ]
+        told = [(s.jobs[p], *(each(p) if callable(each) else each for each in rest)) for p in HEARD]
         return w.of_many(function, told)
 
     return Action("worker", call)

@@ -149,8 +149,8 @@ def jobs(db) -> dict[str, dict[str, Any]]:
             provider,
         )
         User(db).has(credits=9).enqueued(model=model)
-        claim = "select job_id, token from private.claim_jobs(%s, 1)"
-        jobs[provider] = db.row(claim, worker.id)
+        job = worker.claimed()
+        jobs[provider] = {"job_id": job.job_id, "token": job.token}
     return jobs
 
 
