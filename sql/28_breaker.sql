@@ -208,21 +208,26 @@ end;
 $$;
 
 -- Counts failed attempts, where the code is the provider's fault, against their models, and against
--- the provider unless the model is paused: one model alone does not pause a provider.
+-- the provider unless the model is paused: one model alone does not pause a provider. Where the
+-- code says that no other job can do better, the model is paused until an operator resumes it.
 --
 -- Locks: the breakers of the providers and the models, in order.
-create function private.note_failures(p_jobs private.running_jobs[], p_codes text[]) returns void
+create function private.note_failures(
+  p_jobs private.running_jobs[], p_codes text[], p_details text[] default '{}'
+) returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_settings private.settings := (select s from private.settings as s);
   v_job private.running_jobs;
   v_at bigint;
   v_provider text;
+  v_pauses_model boolean;
 begin
-  for v_at, v_provider in
-    select j.ordinality, m.provider
+  for v_at, v_provider, v_pauses_model in
+    select j.ordinality, m.provider, e.pauses_model
     from unnest(p_jobs) with ordinality as j
-    inner join private.error_codes as e on e.code = p_codes[j.ordinality] and e.trips_breaker
+    inner join private.error_codes as e
+      on e.code = p_codes[j.ordinality] and (e.trips_breaker or e.pauses_model)
     inner join public.models as m on m.id = j.model_id
     order by m.provider, j.model_id, j.ordinality
   loop
@@ -231,6 +236,12 @@ begin
     on conflict do nothing;
     perform from private.breakers where name = v_provider for update;
     perform from private.breakers where name = v_job.model_id for update;
+    if v_pauses_model then
+      perform private.set_pause(
+        v_job.model_id, 'infinity', left(concat_ws(': ', p_codes[v_at], p_details[v_at]), 500)
+      );
+      continue;
+    end if;
     if exists (
       select from private.breakers as b
       where (b.name = v_provider and b.probe_job_id = v_job.job_id)

@@ -353,16 +353,12 @@ begin
     );
     return next;
   end loop;
-  perform private.set_pause(m.id, 'infinity', left(min(concat_ws(': ', e.code, said.detail)), 500))
-  from unnest(v_jobs) as j
-  cross join lateral unnest(p_tokens, p_codes, p_details) as said (token, code, detail)
-  inner join private.error_codes as e on e.code = said.code and e.pauses_model
-  inner join public.models as m on m.id = j.model_id
-  where said.token = j.token group by m.id order by m.id;
-  perform private.note_failures(v_jobs, array(
-    select p_codes[array_position(p_tokens, j.token)]
-    from unnest(v_jobs) with ordinality as j order by j.ordinality
-  ));
+  perform private.note_failures(
+    v_jobs, array_agg(p_codes[said.place] order by j.ordinality),
+    array_agg(p_details[said.place] order by j.ordinality)
+  )
+  from unnest(v_jobs) with ordinality as j
+  cross join lateral (select array_position(p_tokens, j.token) as place) as said;
 end;
 $$;
 
