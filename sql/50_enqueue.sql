@@ -54,6 +54,11 @@ begin
     'eta_seconds', null,
     'poll_after_ms', case
       when p_known.finished_at is null then private.poll_after_ms(p_known.created_at)
+    end,
+    'size', case
+      when p_known.input ?| '{aspect_ratio,width,height}'
+        and not p_known.provider_input @> p_known.input
+        then private.size_sent(p_known.provider_input)
     end
   );
 end;
@@ -86,6 +91,10 @@ declare
   v_jobs integer := cardinality(p_inputs);
   v_images numeric := case jsonb_typeof(p_inputs[1] -> v_model.image_count_input)
     when 'number' then (p_inputs[1] -> v_model.image_count_input)::numeric  -- the same in each
+    when 'string' then coalesce(
+      substring(p_inputs[1] ->> v_model.image_count_input from '^\d{1,4}$')::numeric,
+      v_model.max_images
+    )
     else v_model.max_images
   end;
   v_price bigint := v_images * case
@@ -198,6 +207,15 @@ begin
     insert into private.retries (retry_of, generation_id)
     select p_retry_of, v_ids[1] where p_retry_of is not null;
   end if;
+  if p_params ?| v_model.image_inputs then
+    insert into private.sources (source_id, generation_id)
+    select distinct private.path_id(v.path #>> '{}', 3), j.id
+    from unnest(v_ids) as j (id)
+    cross join unnest(v_model.image_inputs) as i (name)
+    cross join jsonb_path_query(
+      p_params -> i.name, 'lax $[*] ? (@ starts with "generations/")'
+    ) as v (path);
+  end if;
   if v_is_anybody_asleep then
     perform private.wake_workers(v_jobs, v_model.provider);
   end if;
@@ -208,7 +226,11 @@ begin
     'credits_left', p_gate.credits - v_price * v_jobs,
     'queue_position', null,
     'eta_seconds', null,
-    'poll_after_ms', 1000
+    'poll_after_ms', 1000,
+    'size', case
+      when p_params ?| '{aspect_ratio,width,height}' and not p_inputs[1] @> p_params
+        then private.size_sent(p_inputs[1])
+    end
   );
 end;
 $$;

@@ -72,14 +72,7 @@ begin
     'select private.end_stale_jobs($1)', array(select j.job_id from unnest(v_stale) as j)
   );
   perform private.skip_failing('select private.refresh_model_stats()', array['*']);
-  perform private.skip_failing(
-    'select private.note_failures($1, array_fill(''timeout''::text, array[cardinality($1)]))',
-    array(
-      select j from unnest(v_stale) as j
-      where j.lease_until >= now()
-        and not exists (select from private.running_jobs as r where r.job_id = j.job_id)
-    )
-  );
+  perform private.skip_failing('select private.note_failures($1)', v_stale);
   perform private.refresh_queue_state();
   return v_recovered;
 end;

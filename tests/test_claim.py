@@ -93,7 +93,8 @@ def test_a_heartbeat_extends_leases_takes_in_progress_and_gives_each_its_verdict
 def test_jobs_of_a_paused_provider_keep_place_attempt_and_checkpoint(db, rich, worker, service):
     waiting = [rich.enqueued(model=[DEV, SCHNELL][n % 2]) for n in range(4)]
     worker.checkpoint(first := worker.claimed(), "prediction-1")
-    worker.fail_job(first, "internal", retry_after=0)
+    worker.fail_job(first, "internal")
+    db.pass_time("2 seconds")
     preview, canceled = rich.enqueued(), rich.enqueued(model=DEV)
     service.pause_model("replicate")
     assert [job.id for job in worker.claim_jobs(4)] == [preview]

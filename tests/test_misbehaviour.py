@@ -106,7 +106,7 @@ class Run:
         for _ in range(2):
             user = User(db).has(credits=10)
             path = f"{user.id}/cat.png"
-            self.inputs[path] = f"a cat of {user.id}".encode()
+            self.inputs[path] = image("png", (8, 8), 0, user.id.encode())
             db.execute("insert into storage.objects (bucket_id, name) values ('inputs', %s)", path)
             params = {"image": path, "seed": 7}
             self.jobs[user.enqueued("as a painting", "acme/edit", params=params)] = user
