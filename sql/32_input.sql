@@ -250,7 +250,9 @@ begin
 end;
 $$;
 
--- Source images are files in bucket inputs, in the user's own folder. An address is none.
+-- A source image is a file in the user's own folder of bucket inputs, given by its path, or a
+-- finished picture of the user's own, given as generations/<its path>. An address is none. What a
+-- file may be named is for Storage to say: it has the file or not.
 --
 -- Raises: PT400 invalid_input.
 create function private.check_source_images(
@@ -259,26 +261,35 @@ create function private.check_source_images(
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_name text;
-  v_path text;
+  v_problem text;
 begin
-  for v_name, v_path in
-    select i.name, p.path
-    from unnest(p_model.image_inputs) as i (name)
-    cross join jsonb_path_query(p_params -> i.name, 'lax $[*]') as v (path)
-    cross join lateral (select v.path #>> '{}' as path) as p
-    where v.path <> 'null'
-  loop
-    if v_path !~ ('^' || p_user_id || '(/[A-Za-z0-9_-][A-Za-z0-9_. -]{0,100}){1,4}$') then
-      perform private.refuse_input(
-        format('params.%s: not a path in your folder of bucket inputs', v_name),
-        format('Upload the picture to inputs as %s/<name> and give that path.', p_user_id)
-      );
-    elsif to_regclass('storage.objects') is not null and not exists (
-      select from storage.objects where bucket_id = 'inputs' and name = v_path
-    ) then
-      perform private.refuse_input(format('params.%s: no such file in bucket inputs', v_name));
-    end if;
-  end loop;
+  select i.name, q.problem into v_name, v_problem
+  from unnest(p_model.image_inputs) as i (name)
+  cross join jsonb_path_query(p_params -> i.name, 'lax $[*]') as v (source)
+  cross join regexp_match(v.source #>> '{}', '^(?:(generations|inputs)/)?(.*)$') as p (part)
+  cross join lateral (
+    select case
+      when p.part[1] = 'generations' then case when not exists (
+        select from public.images as m
+        inner join public.generations as g on g.id = m.generation_id
+        where m.generation_id = private.path_id(p.part[2], 2) and m.storage_path = p.part[2]
+          and m.user_id = p_user_id and g.deleted_at is null
+      ) then 'no finished picture of yours' end
+      when not (starts_with(p.part[2], p_user_id || '/') and private.is_plain_path(p.part[2]))
+        then 'not a path in your folder of bucket inputs'
+      when to_regclass('storage.objects') is not null
+        and private.file_changed_at('inputs', p.part[2]) is null
+        then 'no such file in bucket inputs'
+    end as problem
+  ) as q
+  where v.source <> 'null' and q.problem is not null
+  limit 1;
+  if found then
+    perform private.refuse_input(format('params.%s: %s', v_name, v_problem), format(
+      'Upload the picture to inputs as %s/<name> and give that path, or give generations/<path> of '
+      'a picture you have made.', p_user_id
+    ));
+  end if;
 end;
 $$;
 

@@ -118,6 +118,16 @@ begin
 end;
 $$;
 
+-- The same as one text.
+create function private.words_at(p_body jsonb, p_paths jsonb) returns text
+language plpgsql immutable strict set search_path = pg_catalog, pg_temp as $$
+begin
+  return (
+    select string_agg(w.value #>> '{}', '; ') from unnest(private.at(p_body, p_paths)) as w (value)
+  );
+end;
+$$;
+
 -- What a provider's words about a failure mean: a code, or null where no row knows them.
 create function private.what_words_mean(p_provider text, p_words text) returns text
 language plpgsql stable strict set search_path = pg_catalog, pg_temp as $$
@@ -174,7 +184,7 @@ declare
   v_code text;
 begin
   if p_status between 200 and 299 is not true then
-    v_words := array_to_string(private.at(p_body, v_recipe -> 'error_words'), '; ');
+    v_words := private.words_at(p_body, v_recipe -> 'error_words');
     v_code := case
       when p_status = 0 or p_status = 429 then 'provider_busy'
       when p_status in (401, 402, 403) then 'provider_refused'
@@ -184,7 +194,7 @@ begin
         )
         from jsonb_array_elements(v_recipe -> 'errors') with ordinality as e (value, n)
         where (e.value ->> 'step' = p_step) is not false
-          and private.at(p_body, e.value -> 'path') <> '{}'
+          and private.at(p_body, e.value -> 'path', jsonb_build_object('status', p_status)) <> '{}'
         order by e.n limit 1
       ), case
         when p_status in (400, 409, 413, 415, 422)
@@ -205,7 +215,8 @@ begin
       'reason', concat(p_step, ': ', coalesce('HTTP ' || nullif(p_status, 0), 'no answer')),
       'detail', left(coalesce(nullif(v_words, ''), p_body #>> '{}'), 2000),
       'retry_after', coalesce(
-        p_headers ->> 'retry-after', (private.at(p_body, v_recipe -> 'retry_after'))[1] #>> '{}'
+        private.asked_seconds(p_headers ->> 'retry-after'),
+        private.asked_seconds((private.at(p_body, v_recipe -> 'retry_after'))[1] #>> '{}')
       )
     ));
   elsif p_step = 'find' then
@@ -223,13 +234,14 @@ begin
         order by item.n desc
       ),
       'is_alive', coalesce(p_vars -> 'id' = any (private.at(p_body, v_step -> 'alive')), false),
-      'next', (private.at(p_body, v_step -> 'next'))[1]
+      'next', (private.at(p_body, v_step -> 'next'))[1] #>> '{}'
     );
   end if;
   v_outputs := private.at(p_body, v_step -> 'outputs');
   v_is := case
     when p_step = 'result' or p_step = 'create' and v_outputs <> '{}' then 'done'
     when p_step = 'create' then 'accepted'
+    when p_step = 'upload' then 'failed'  -- without the address that was asked for
     when private.at(p_body, v_step -> 'failed_if') <> '{}' then 'failed'
     when private.at(p_body, v_step -> 'gone_if') <> '{}' then 'gone'
     when private.at(p_body, v_step -> 'missing_if') <> '{}' then 'missing'
@@ -238,7 +250,7 @@ begin
     )
   end;
   if v_is in ('failed', 'stopped', 'moderated') then
-    v_words := array_to_string(private.at(p_body, v_step -> 'words'), '; ');
+    v_words := private.words_at(p_body, v_step -> 'words');
     v_code := case v_is
       when 'failed' then coalesce(private.what_words_mean(p_provider, v_words), 'provider_error')
       when 'stopped' then 'provider_error'
@@ -258,13 +270,18 @@ begin
     ) end,
     'outputs', case
       when v_is <> 'done' or p_step = 'poll' and v_recipe ? 'result' then null
-      when v_step ? 'output_url' then (
-        select jsonb_agg(private.fill_url(v_step ->> 'output_url', o.value || p_vars) order by o.n)
+      else coalesce((
+        select jsonb_agg(case when v_step ? 'output_url'
+          then to_jsonb(private.fill_url(v_step ->> 'output_url', o.value || p_vars))
+          else o.value
+        end order by o.n)
         from unnest(v_outputs) with ordinality as o (value, n)
-      )
-      else to_jsonb(v_outputs)
+        where jsonb_typeof(o.value) = case when v_step ? 'output_url' then 'object' else 'string' end
+      ), '[]')
     end,
-    'percent', (private.at(p_body, v_step -> 'percent'))[1],
+    'percent', case jsonb_typeof((private.at(p_body, v_step -> 'percent'))[1]) when 'number' then
+      greatest(0, least(100, (private.at(p_body, v_step -> 'percent'))[1]::numeric))::integer
+    end,
     'logs', (private.at(p_body, v_step -> 'logs'))[1] #>> '{}',
     'seconds', (private.at(p_body, v_step -> 'seconds'))[1],
     'images', (private.at(p_body, v_step -> 'images'))[1],
@@ -277,8 +294,8 @@ comment on function private.read_answer is
   'What an answer means, as far as it can be known from itself. p_status 0: nothing was sent; '
   'null: no answer came; p_vars is what build_request was given. Answers {is, …}: accepted (it '
   'will be made: id, handles); running (percent, logs); done (outputs, unless the step result '
-  'fetches them); failed (code of error_codes, reason without and detail with the provider''s words, '
-  'is_billed where known); gone (nothing is left of it); missing (it may be gone); again (no '
-  'answer to speak of: once more, after retry_after if it says); unsure (of a create: it may have '
-  'been bought); found (ids of what was created from the input, oldest first; is_alive; next '
-  'page). With seconds, images and cost_usd where the provider says them.';
+  'fetches them); failed (code of error_codes, reason without and detail with the provider''s '
+  'words, is_billed where known); gone (nothing is left of it); missing (it may be gone); again '
+  '(no answer to speak of: once more, after retry_after if it says); unsure (of a create: it '
+  'may have been bought); found (ids of what was created from the input, oldest first; '
+  'is_alive; next page). With seconds, images and cost_usd where the provider says them.';

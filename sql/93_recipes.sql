@@ -66,7 +66,12 @@ insert into private.providers (
   },
   "find": {
     "url": "{{api}}/models/requests/by-endpoint?endpoint_id={{ref}}&start={{since}}&expand=payloads",
-    "items": "$.items[*]", "item_id": "$.request_id", "item_input": "$.json_input"
+    "items": "$.items[*]", "item_id": "$.request_id", "item_input": "$.json_input",
+    "handles": {
+      "status": "{{base}}/{{app}}/requests/{{id}}/status",
+      "result": "{{base}}/{{app}}/requests/{{id}}",
+      "cancel": "{{base}}/{{app}}/requests/{{id}}/cancel"
+    }
   },
   "account": {"url": "{{api}}/account/billing?expand=credits"},
   "error_words": ["$.detail ? (@.type() == \"string\")", "$.detail[*].msg", "$.error_type"],
@@ -77,7 +82,7 @@ insert into private.providers (
       "code": "provider_error"
     },
     {"path": "$.error_type", "code": "provider_error", "step": "result"},
-    {"path": "$.detail ? (@.type() == \"string\")", "step": "result"}
+    {"path": "$.detail ? (@.type() == \"string\" && $status >= 500)", "step": "result"}
   ]
 }'),
 ('bfl', 'https://api.bfl.ai/v1', 'BFL_API_KEY', '{*.bfl.ai}',
@@ -118,7 +123,7 @@ insert into private.providers (
     "states": {"success": "done", "error": "failed"}, "missing_if": "$ ? (!exists(@.*))",
     "outputs": "$.*.outputs.*.images[*] ? (@.type == \"output\")",
     "output_url": "{{base}}/view?filename={{filename}}&subfolder={{subfolder}}&type=output",
-    "words": "$.*.status.messages[*] ? (@[0] == \"execution_error\")[1].exception_message"
+    "words": "$.*.status.messages[*].exception_message"
   },
   "cancel": [
     {"method": "POST", "url": "{{base}}/queue", "body": {"delete": ["{{id}}"]}},

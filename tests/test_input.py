@@ -6,7 +6,7 @@ import uuid
 from typing import Any
 
 import pytest
-from actors import PREVIEW, User, refused
+from actors import PREVIEW, User, Worker, refused
 from database import Database
 from psycopg.types.json import Jsonb
 
@@ -312,24 +312,69 @@ def test_a_count_may_be_a_text_of_the_models(asker):
 # Source images.
 
 
-def test_a_source_image_is_a_path_in_the_own_folder(shared):
-    own, picture = shared.user.id, shared.picture
-    for path in [
-        f"{OTHER}/photos/me.png",
-        *(own, f"{own}/", f"/{picture}", f"inputs/{picture}", f"{own}x/photos/me.png"),
-        f"{own}/../{OTHER}/photos/me.png",
-        f"{own}/photos/../photos/me.png",
-        *(f"{own}/photos//me.png", f"{own}/.me.png", f"{own}/%2e%2e/me.png"),
-        f"{own}\\photos\\me.png",
-        *(f"{picture}\n", f"{picture}?download=1", f"{picture}#x"),
-        f"{own.upper()}/photos/me.png",
-        *("https://example.com/me.png", f"https://example.com/{picture}"),
-        *("data:image/png;base64,AAAA", "file:///etc/passwd", ""),
-    ]:
-        told = shared.refusal(FLUX + "dev", {"image": path})
-        assert told == "params.image: not a path in your folder of bucket inputs", path
-        told = shared.refusal("bytedance/seedream-4", {"image_input": [picture, path]})
-        assert told == "params.image_input: not a path in your folder of bucket inputs", path
+def pictures(asker: Asker, user: User | None = None, preview: bool = False) -> list[str]:
+    """Have a picture made; return its path and perhaps its preview's, with their bucket."""
+    user, worker = user or asker.user, Worker(asker.db)
+    job_id = user.enqueued()
+    (job,) = [each for each in worker.claim_jobs(100) if each.id == job_id]
+    image = job.image()
+    if preview:
+        image["preview_path"] = image["storage_path"].replace(".png", ".preview.webp")
+    worker.complete_job(job, images=[image])
+    return [f"generations/{image[key]}" for key in ("storage_path", "preview_path") if key in image]
+
+
+def test_a_source_image_is_an_own_file_or_an_own_finished_picture_and_nothing_else(shared):
+    own, picture, stranger = shared.user.id, shared.picture, User(shared.db).has(10)
+    (made, preview), (others, others_preview) = (
+        pictures(shared, user, preview=True) for user in (shared.user, stranger)
+    )
+    live = shared.user.enqueued()
+    for path in (picture, f"inputs/{picture}", made):
+        assert shared.sent(FLUX + "dev", {"image": path})["image"] == path
+        assert shared.sent("bytedance/seedream-4", {"image_input": [made, path]})
+
+    cases = {
+        "not a path in your folder of bucket inputs": [
+            f"{OTHER}/photos/me.png",
+            *(own, f"{own}/", f"/{picture}", f"{own}x/photos/me.png", f"inputs//{picture}"),
+            *(
+                f"inputs/inputs/{picture}",
+                f"inputs/{made}",
+                f"avatars/{picture}",
+                f"Inputs/{picture}",
+            ),
+            f"{own}/../{OTHER}/photos/me.png",
+            *(f"{own}/photos/../photos/me.png", f"inputs/{own}/./me.png"),
+            *(f"{own}/photos//me.png", f"{own}/%2e%2e/me.png", f"{own}/.%252E/{OTHER}/me.png"),
+            *(f"{own}/..%2f{OTHER}%2fme.png", f"{own}/..\\{OTHER}\\me.png"),
+            *(f"{own}\\photos\\me.png", f"{own}%2fphotos%2fme.png", f"{own.upper()}/photos/me.png"),
+            *(
+                "https://example.com/me.png",
+                f"https://example.com/{picture}",
+                f"{own}/" + "x" * 512,
+            ),
+            *("data:image/png;base64,AAAA", "file:///etc/passwd", "", "inputs/", "inputs"),
+            made.upper(),
+        ],
+        "no such file in bucket inputs": [
+            *(f"{picture}\n", f"{picture}?download=1", f"{picture}#x", f"{own}/.me.png"),
+            made.removeprefix("generations/"),
+        ],
+        "no finished picture of yours": [
+            *(others, others_preview, preview, f"generations/{picture}", "generations/"),
+            *(f"generations/{own}/{live}/0.png", made.replace("0.png", "1.png"), f"{made}?x"),
+            *(made.replace("/0.png", "/../" + made.split("/")[2] + "/0.png"), f"{made}\n"),
+            *(made.replace(own, stranger.id), others.replace(stranger.id, own)),
+            *(made.replace("generations/", "generations//"), f"generations/{made}"),
+        ],
+    }
+    for problem, paths in cases.items():
+        for path in paths:
+            told = shared.refusal(FLUX + "dev", {"image": path})
+            assert told == f"params.image: {problem}", path
+            told = shared.refusal("bytedance/seedream-4", {"image_input": [picture, path]})
+            assert told == f"params.image_input: {problem}", path
 
 
 def test_a_source_image_is_there(asker):
@@ -339,3 +384,37 @@ def test_a_source_image_is_there(asker):
     for name in ("photos/no-such.png", "photos", "photos/ME.png", "output.png"):
         told = asker.refusal(FLUX + "dev", {"image": f"{asker.user.id}/{name}"})
         assert told == "params.image: no such file in bucket inputs"
+
+
+def test_a_deleted_picture_is_no_source_until_it_is_restored(asker):
+    (made,) = pictures(asker)
+    job_id = made.split("/")[2]
+
+    asker.user.delete_generation(job_id)
+    told = asker.refusal(FLUX + "dev", {"image": made})
+    asker.user.restore_generation(job_id)
+
+    assert told == "params.image: no finished picture of yours"
+    assert asker.sent(FLUX + "dev", {"image": made})["image"] == made
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("mein Bild (1).png", ".hidden", "a&b=c@d+e,f;g:h!$*'.png", "50%.png", "why?.png", "#1"),
+        *("望舌.png", "\u202e.png", "a\tb.png", "..a", "a..", "x" * 475),
+    ],
+)
+def test_whatever_storage_lets_a_file_be_named_it_can_be_a_source(shared, name):
+    path = f"{shared.user.id}/{name}"
+    query = "insert into storage.objects (bucket_id, name) values ('inputs', %s)"
+    shared.db.execute(query, path)
+
+    assert shared.sent(FLUX + "dev", {"image": path})["image"] == path
+
+
+def test_without_storages_own_record_of_files_a_path_is_taken_as_it_is(asker):
+    asker.db.execute("drop schema storage cascade")
+    path = f"{asker.user.id}/no-such.png"
+
+    assert asker.sent(FLUX + "dev", {"image": path})["image"] == path
