@@ -113,7 +113,7 @@ create table public.models (
 comment on table public.models is
   'The catalogue: what can be asked for, at what price, run by whom.';
 comment on column public.models.provider_ref is
-  'What the provider calls the model: owner/name, or owner/name:version.';
+  'What the provider calls the model: owner/name, owner/name:version, fal-ai/flux/dev.';
 comment on column public.models.price_credits is 'Credits per image for a free user.';
 comment on column public.models.paid_price_credits is
   'Credits per image for a paid user; 0 means included in the plan.';

@@ -151,7 +151,7 @@ declare
   v_most float8[];
   v_factor float8;
   v_side float8;
-  v_size jsonb := '{}'::jsonb;
+  v_size jsonb := jsonb '{}';
 begin
   if p_params ? 'aspect_ratio' and 'aspect_ratio' = any (p_model.client_inputs)
     and private.input_problem(p_params -> 'aspect_ratio', v_properties -> 'aspect_ratio') is null
