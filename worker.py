@@ -738,6 +738,7 @@ class Provider:
         """Answer {status, headers, body, error} as next_steps takes them. Raises JobError."""
         content = content or {"json": self._swapped(request["body"], self.blobs.get)}
         headers = {k: v.replace("{{secret}}", self.key) for k, v in request["headers"].items()}
+        headers["accept-encoding"] = "identity"  # see read
         seconds = httpx.Timeout(request["seconds"] or HTTP_TIMEOUT.read, connect=10.0)
         in_all = (request["seconds"] or 0) + DOWNLOAD_SECONDS  # it may come drop by drop
         try:
@@ -753,7 +754,8 @@ class Provider:
             ):
                 body = bytearray()
                 async for chunk in response.aiter_bytes(CHUNK_BYTES):
-                    if len(body := body + chunk) > MAX_ANSWER_BYTES:
+                    body += chunk
+                    if len(body) > MAX_ANSWER_BYTES:
                         return {"status": None, "error": "too long"}
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             return {"status": 0, "error": type(error).__name__}

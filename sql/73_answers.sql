@@ -217,7 +217,8 @@ begin
       'reason', concat(p_step, ': ', coalesce('HTTP ' || nullif(p_status, 0), 'no answer')),
       'detail', left(coalesce(nullif(v_words, ''), p_body #>> '{}'), 2000),
       'retry_after', coalesce(
-        p_headers ->> 'retry-after', (private.at(p_body, v_recipe -> 'retry_after'))[1] #>> '{}'
+        private.asked_seconds(p_headers ->> 'retry-after'),
+        private.asked_seconds((private.at(p_body, v_recipe -> 'retry_after'))[1] #>> '{}')
       )
     ));
   elsif p_step = 'find' then

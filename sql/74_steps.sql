@@ -80,7 +80,9 @@ begin
   select * into v_route from private.routes where model_id = p_job.model_id and place = p_job.route;
   select * into v_provider from private.providers where name = v_route.provider;
   if v_provider.recipe is null then
-    return '{"do": "fail", "code": "internal", "reason": "there is no such provider any more"}'::jsonb;
+    return jsonb_build_object(
+      'do', 'fail', 'code', 'internal', 'reason', 'there is no such provider any more'
+    );
   end if;
   v_values := jsonb_build_object(
     'input', case
@@ -137,7 +139,6 @@ begin
     end if;
     v_known := v_known || jsonb_build_object(
       'reason', concat_ws(' ', v_known ->> 'reason', p_answer ->> 'error'),
-      'retry_after', private.asked_seconds(v_known ->> 'retry_after'),
       'metrics', jsonb_strip_nulls(jsonb_build_object(
         'is_asked', case when v_step = 'create' and v_is = 'failed' then false end,
         'is_billed', v_known -> 'is_billed',
@@ -326,7 +327,7 @@ set jit = off as $$
 #variable_conflict use_column
 declare
   v_job private.running_jobs;
-  v_held bigint[] := '{}'::bigint[];
+  v_held bigint[] := array[]::bigint[];
 begin
   for v_job in
     select r.* from private.running_jobs as r
