@@ -138,7 +138,18 @@ STRANGE = [
 def jobs(db) -> dict[str, dict[str, Any]]:
     """A job under way at each provider."""
     db.lift_limits()
-    worker, jobs = Worker(db, slots=9, keys=[f"{each.upper()}_{what}" for each in NAMES for what in ("KEY", "API_KEY", "API_TOKEN")]), {}
+    worker, jobs = (
+        Worker(
+            db,
+            slots=9,
+            keys=[
+                f"{each.upper()}_{what}"
+                for each in NAMES
+                for what in ("KEY", "API_KEY", "API_TOKEN")
+            ],
+        ),
+        {},
+    )
     for provider in NAMES:
         model = f"acme/{provider}"
         db.execute(
