@@ -138,7 +138,7 @@ def leaves(value: Any) -> Iterator[str]:
 
 def file_kind(text: str) -> str | None:
     """Tell the kind of file at an address, png say; None where it does not say or is none."""
-    found = re.match(r"data:\w+/(\w+)|\w+://[^?#]*\.(\w{2,5})([?#]|$)", text)
+    found = re.match(r"data:\w+/(\w+)|\w+://[^?#\s]*\.(\w{2,12})([?#]|$)", text)
     return (found[1] or found[2]).lower() if found else None
 
 
