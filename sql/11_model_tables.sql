@@ -169,6 +169,8 @@ comment on table private.model_routes is
   'Other ways to a model, in order of place, for when the one in public.models does not serve. The '
   'user pays the model''s price whichever is taken.';
 
+create index model_routes_provider_idx on private.model_routes (provider);
+
 create view private.routes with (security_invoker = true) as
 select
   id as model_id,
@@ -226,6 +228,8 @@ $$;
 create trigger models_set_derived_inputs
 before insert or update on public.models
 for each row execute function private.set_derived_inputs();
+
+create index models_provider_idx on public.models (provider);
 
 create table public.model_aliases (
   id text,

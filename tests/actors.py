@@ -417,7 +417,12 @@ class Worker:
         return dict(self._of_one("next_steps", job, Jsonb(answer)))
 
     def answered(
-        self, job: Job, told: dict[str, Any], body: Any = None, status: int | None = 200, **rest: Any
+        self,
+        job: Job,
+        told: dict[str, Any],
+        body: Any = None,
+        status: int | None = 200,
+        **rest: Any,
     ) -> dict[str, Any]:
         """Send what next_step told, have it be answered so, and ask what to do then."""
         assert told["do"] == "send", told

@@ -174,10 +174,7 @@ def of_many(function: str, *rest: object) -> Action:
     """What a worker does with all jobs in one call, in no order; of some, by where a job stands."""
 
     def call(w: Worker, s: Scene) -> object:
-        told = [
-            (s.jobs[p], *(each(p) if callable(each) else each for each in rest))
-            for p in HEARD
-        ]
+        told = [(s.jobs[p], *(each(p) if callable(each) else each for each in rest)) for p in HEARD]
         return w.of_many(function, told)
 
     return Action("worker", call)
@@ -198,6 +195,7 @@ ACTIONS = {
     ),
     "fail_jobs: moderated": of_many("fail_jobs", "moderated", None, None, None),
     "fail_jobs: provider_error": of_many("fail_jobs", "provider_error", None, None, None),
+    "fail_jobs: model_withdrawn": of_many("fail_jobs", "model_withdrawn", None, None, None),
     "recover_stale_jobs": Action("worker", lambda w, s: w.recover_stale_jobs()),
     "apply_retention": Action("worker", lambda w, s: w.apply_retention()),
     "grant_credits": Action("service", lambda o, s: o.grant_credits(s.ids["alice"], 5, "gift")),
