@@ -612,6 +612,10 @@ class Lab(pictures.Pictures):
         return pids[1]
 
 
+LYING = Image.Exif()
+LYING[0x0112] = 6
+
+
 def in_lab(work: Callable[[Lab], Awaitable[T]]) -> T:
     async def run() -> T:
         lab = Lab()
@@ -663,6 +667,31 @@ def test_large_pictures_at_once_stay_within_the_units_memory():
             await asyncio.sleep(0.01)
         assert all(found.preview for found in await asyncio.gather(*tasks))
         assert 200 < peak < 700
+
+    in_lab(act)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "options"),
+    [
+        ("WEBP", (4032, 3024), {}),
+        ("JPEG", (8064, 6048), {"exif": LYING}),
+        ("JPEG", (8064, 6048), {"exif": LYING, "progressive": True}),
+        ("JPEG", (6000, 4000), {"exif": LYING, "progressive": True}),
+        ("PNG", (4032, 3024), {"exif": LYING, "compress_level": 1}),
+    ],
+)
+def test_large_photos_are_looked_at_and_turned_within_the_memory_for_one(kind, size, options):
+    async def act(lab: Lab) -> None:
+        with tempfile.TemporaryFile() as file:
+            file.write(
+                encoded(Image.linear_gradient("L").resize(size).convert("RGB"), kind, **options)
+            )
+            assert (await lab.inspect(file, 512)).format == kind
+            assert await lab.look_at_source(file) == (kind, not options)
+            image = Image.open(file)
+            assert (image.width < image.height) == bool(options)
+            assert min(image.size) >= 3000
 
     in_lab(act)
 
