@@ -2,7 +2,7 @@
 
     register, listen
     claim a job for every free slot, and run each:
-        create at the provider -> checkpoint its id -> wait -> download -> upload -> complete
+        send what SQL says, hand in the answer … -> download -> upload -> complete
     nothing to claim: sleep in the database, look twice more, wait for NOTIFY or the backstop
     beside it: one heartbeat for all jobs (progress in, cancels out), recovery of what dead workers
         left, erasure of files, and the outbox: webhooks and push messages that tell of ended jobs
@@ -20,9 +20,8 @@ LoadCredential names, goes before the variable:
                             pgbouncer=true and the like, as platforms show it, it is taken, too
     SUPABASE_URL *          where /storage/v1 is
     SUPABASE_SERVICE_KEY *  service_role or secret key, for uploads
-    REPLICATE_API_TOKEN     without it, jobs for Replicate fail
-    REPLICATE_API_URL       https://api.replicate.com/v1
-    REPLICATE_SETTLE_SECONDS  20      how long a create whose answer was lost is looked for
+    …_KEY, …_TOKEN          of providers, by the name that private.providers.secret says:
+                            REPLICATE_API_TOKEN, FAL_KEY. It takes jobs of no others
     WORKER_SLOTS            4         jobs at once
     WORKER_GRACE_SECONDS    30        to finish jobs after SIGTERM
     WORKER_POLL_SECONDS     5         backstop: longest wait without a look at the queue
@@ -47,6 +46,7 @@ wrong, 2 bad configuration.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import errno
 import hashlib
@@ -54,6 +54,7 @@ import io
 import ipaddress
 import json
 import logging
+import mimetypes
 import os
 import random
 import re
@@ -65,11 +66,12 @@ import time
 import traceback
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, ClassVar, TypeVar
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlsplit
 from uuid import UUID, uuid4
 
 import httpx
@@ -79,8 +81,8 @@ from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
-from outbox import Outbox, asked_seconds
-from pictures import NoPicture, Pictures
+from outbox import Outbox
+from pictures import NoPicture, Picture, Pictures
 
 BUCKET = "generations"
 RECOVERY_SECONDS = 5.0  # between two looks for stale jobs; with the lease, how long one waits
@@ -91,18 +93,15 @@ POOL_SIZE = 6  # connections at most: each kind of call for many jobs has one un
 RETRY_BASE_SECONDS, RETRY_CAP_SECONDS = 0.25, 10.0  # backoff between repeated calls
 DETAIL_CHARS = 500  # of others' words that are kept for operators
 QUOTED_CHARS = 5_000  # of them that are looked through for secrets first, which come out whole so
-PROVIDER_POLL_SECONDS = 0.5  # at first, between two looks at a prediction; later up to 3
 HTTP_TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 HTTP_TRIES = 4  # for requests that may be repeated
 CHUNK_BYTES = 64 * 1024  # times several for each job in flight
 DOWNLOAD_SECONDS = 120.0  # at most, for one output
 MAX_REDIRECTS = 3
-MAX_PAGES = 50  # of 100 predictions each, when a lost create is looked for
-MAX_COUNT = 1_000_000  # of images or seconds that a provider is believed to have taken
-REFUSALS = (401, 402, 403)  # of who may: the key, the account's credit, this model or this file
+MAX_ANSWER_BYTES = 64 << 20  # of a provider, pictures in base64 included
 CREATE_WITHIN_SECONDS = 5.0  # of holding the lease; later, another worker may have it
-PROVIDER_JOB_ID = re.compile(r"[\w.:-]{1,200}", re.ASCII)  # becomes part of addresses
-DELIVERY_HOST = re.compile(r"([a-z0-9-]+\.)*replicate\.delivery")  # its OpenAPI file, "output"
+KEY_NAME = re.compile(r"[A-Z][A-Z0-9_]*_(KEY|TOKEN)")  # as private.providers has it
+BASE64 = re.compile(r"(data:[\w.+-]+/[\w.+-]+;base64,)?[A-Za-z0-9+/\s]{1000,}={0,2}\s*")
 FORMATS = {
     "PNG": ("png", "image/png"),
     "JPEG": ("jpg", "image/jpeg"),
@@ -167,7 +166,6 @@ class Settings:
 
     def __init__(self, env: Mapping[str, str]) -> None:
         env = {
-            "REPLICATE_API_URL": "https://api.replicate.com/v1",
             "EXPO_PUSH_URL": "https://exp.host/--/api/v2/push/send",
             "LOG_LEVEL": "INFO",
             **{name: value for name, value in env.items() if value},
@@ -175,9 +173,8 @@ class Settings:
         self.database_url = _url(env, "DATABASE_URL", "postgres", "postgresql")
         self.supabase_url = _url(env, "SUPABASE_URL", "http", "https").rstrip("/")
         self.supabase_service_key = _required(env, "SUPABASE_SERVICE_KEY")
-        self.replicate_api_token = env.get("REPLICATE_API_TOKEN")
-        self.replicate_api_url = _url(env, "REPLICATE_API_URL", "http", "https").rstrip("/")
-        self.replicate_settle_seconds = _number(env, "REPLICATE_SETTLE_SECONDS", 20, 0, 600)
+        own = ("SUPABASE_SERVICE_KEY", "EXPO_ACCESS_TOKEN")
+        self.keys = {k: v for k, v in env.items() if KEY_NAME.fullmatch(k) and k not in own}
         self.slots = int(_number(env, "WORKER_SLOTS", 4, 1, 1000))
         self.grace_seconds = _number(env, "WORKER_GRACE_SECONDS", 30, 0, 3600)
         self.poll_seconds = _number(env, "WORKER_POLL_SECONDS", 5, 0.1, 60)
@@ -200,7 +197,7 @@ class Settings:
         """What nobody else may read, in every spelling it may come back in."""
         url = libpq_url(self.database_url)
         password = psycopg.conninfo.conninfo_to_dict(url).get("password")
-        keys = [self.supabase_service_key, self.replicate_api_token, self.expo_access_token]
+        keys = [self.supabase_service_key, self.expo_access_token, *self.keys.values()]
         known = [str(each) for each in (self.database_url, url, password, *keys) if each]
         spelled = {*known, *(quote(each, "") for each in known)}
         return sorted((each for each in spelled if len(each) >= 6), key=len)[::-1]  # else words
@@ -282,10 +279,6 @@ class Deaf(psycopg.OperationalError):
     """LISTEN was accepted, and a NOTIFY did not arrive: a transaction pooler is in between."""
 
 
-class UnknownOutcome(Exception):
-    """A create was sent and its answer lost: it may have been bought."""
-
-
 class JobError(Exception):
     """The attempt failed, with a code of private.error_codes. The detail is for operators.
 
@@ -307,19 +300,16 @@ class JobError(Exception):
         self.detail = detail.encode(errors="replace").decode().replace("\0", "�")
 
 
-class Refused(JobError):
-    """The provider refuses this job, or its model, or our account."""
+class ProviderDown(JobError):
+    """The account is refused: its jobs wait, and none is to blame. If sure, everybody's."""
 
-    def __init__(self, detail: str, reason: str, *, may_have_bought: bool) -> None:
-        metrics = {} if may_have_bought else {"is_asked": False}
-        super().__init__("provider_refused", detail, metrics=metrics, reason=reason)
-        self.may_have_bought = may_have_bought
+    def __init__(self, step: dict[str, Any]) -> None:
+        super().__init__("provider_refused", step["detail"], reason=step["reason"])
+        self.is_sure, self.may_have_bought = step["is_sure"], step["may_have_bought"]
 
 
-class ProviderDown(Refused):
-    """It is our account: its jobs wait, and none is to blame. If sure, everybody's."""
-
-    is_sure = False
+class UploadRefused(Exception):
+    """The provider did not take a source: its answer is for SQL to read."""
 
 
 class StorageRefused(Exception):
@@ -346,6 +336,11 @@ class Job:
     image_count: int
     deadline_seconds: float
     begun_before: datetime | None
+    base_url: str | None
+    secret: str | None
+    key_hosts: list[str]
+    hosts: list[str]
+    max_running: int | None
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
@@ -381,16 +376,6 @@ def backoff(attempt: int) -> float:
     """Seconds to wait before try number attempt + 1: exponential, with jitter."""
     longest = RETRY_BASE_SECONDS * 2.0 ** min(attempt, 16)  # 2.0**1024 raises
     return random.uniform(0.5, 1.0) * min(RETRY_CAP_SECONDS, longest)
-
-
-def fingerprint(provider_input: Any) -> bytes:
-    """SHA-256 of a JSON value. 1 is 1.0 there, but not true; null is not nothing."""
-
-    def number(text: str) -> float:
-        return int(value) if (value := float(text)).is_integer() else value
-
-    plain = json.loads(json.dumps(provider_input), parse_float=number)
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).digest()
 
 
 async def finish_first(work: Awaitable[T]) -> T:
@@ -488,16 +473,16 @@ class Database:
     """The worker's functions of schema private. Other SQL is LISTEN and NOTIFY."""
 
     FUNCTIONS: ClassVar = (
-        *("adopt_provider_job", "apply_retention", "begin_creates", "cancel_job", "check_setup"),
-        *("checkpoint_jobs", "claim_deliveries", "claim_jobs", "claim_receipts", "complete_jobs"),
-        *("due_lanes", "fail_jobs", "finish_delivery", "finish_receipts", "forget_files"),
-        *("heartbeat", "list_expired_files", "pause_provider", "recall_create"),
-        *("recover_stale_jobs", "register_worker", "release_job", "report_progress", "sleep"),
-        *("unregister_worker",),
+        *("apply_retention", "cancel_job", "check_setup", "claim_deliveries", "claim_jobs"),
+        *("claim_receipts", "complete_jobs", "due_lanes", "fail_jobs", "finish_delivery"),
+        *("finish_receipts", "forget_files", "heartbeat", "list_expired_files", "list_providers"),
+        *("next_steps", "pause_provider", "recover_stale_jobs", "register_worker", "release_job"),
+        *("report_progress", "sleep", "unregister_worker"),
     )
 
     def __init__(self, url: str, secrets: Iterable[str] = ()) -> None:
         self.url, self.secrets = libpq_url(url), secrets
+        self.keys: list[str] = []  # names of those it may claim with
         self.is_listening: bool | None = None  # until it is known
         self.troubles: dict[str, dict[str, str]] = {}  # function → kinds of errors since it worked
         options = {"autocommit": True, "row_factory": dict_row, **KEEPALIVES}
@@ -513,8 +498,7 @@ class Database:
             kwargs=options,
             configure=mind_pooler,
         )
-        self.begin_create = Batch(self.insist, "begin_creates")
-        self.checkpoint = Batch(self.insist, "checkpoint_jobs")
+        self.next_step = Batch(self.insist, "next_steps")
         self.report_progress = Batch(self.insist, "report_progress")
         self.complete_job = Batch(self.insist, "complete_jobs")
         self.fail_job = Batch(self.insist, "fail_jobs")
@@ -588,10 +572,11 @@ class Database:
                 await asyncio.sleep(backoff(attempt))
                 attempt += 1
 
-    async def register_worker(self, slots: int) -> dict[str, Any]:
+    async def register_worker(self, slots: int, keys: Iterable[str]) -> dict[str, Any]:
         """Raises ConfigError if the database itself says that the role is another one."""
+        self.keys, host = list(keys), socket.gethostname()
         try:
-            rows = await self.call("register_worker", socket.gethostname(), slots, version())
+            rows = await self.call("register_worker", host, slots, version(), self.keys)
         except psycopg.errors.InsufficientPrivilege:
             async with await self.connect() as connection:
                 query = "select pg_has_role('darkroom_worker', 'usage')"
@@ -601,7 +586,7 @@ class Database:
         return dict(rows[0])
 
     async def claim_jobs(self, worker_id: int, slots: int) -> list[Job]:
-        return [Job(**row) for row in await self.call("claim_jobs", worker_id, slots)]
+        return [Job(**row) for row in await self.call("claim_jobs", worker_id, slots, self.keys)]
 
     async def heartbeat(self, worker_id: int, running: list[Running]) -> list[str]:
         """Beat for these jobs, sorted by job_id; answer the verdict on each, in their order."""
@@ -672,14 +657,6 @@ class Database:
 # --- providers ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a provider made. Each output is something its own read() can stream."""
-
-    outputs: list[Any]
-    metrics: dict[str, Any]  # as complete_jobs takes them
-
-
 class Preview:
     """Draws placeholder pictures, so that everything runs without a key.
 
@@ -689,255 +666,138 @@ class Preview:
     FAILURE = re.compile(
         r"\[fail:(moderated|invalid_input|provider_(?:busy|timeout|error)|result_lost)\]"
     )
-    settle_seconds = 0.0  # nothing is bought
-    fetches_sources = False
 
     def __init__(self, pictures: Pictures, seconds: float, failure_rate: float) -> None:
         self.pictures, self.seconds, self.failure_rate = pictures, seconds, failure_rate
 
-    async def create(self, job: Job, provider_input: dict[str, Any]) -> str:
-        self.pictures.start()  # meanwhile
-        return f"preview-{job.token}{provider_input.get('image') or ''}"
-
-    async def find(self, job: Job, since: datetime, sent: bytes | None = None) -> list[str]:
-        return []
+    fetches_sources = False
 
     async def upload(self, name: str, file: IO[bytes]) -> str:
-        """Keep only the blurhash of a source: as its address, which goes into the job's id."""
+        """Keep only the blurhash of a source: as its address."""
         try:
             source = await self.pictures.inspect(file, 0)
         except NoPicture as error:
             raise JobError("invalid_input", f"source: {error}") from None
         if not source.blurhash:
             raise JobError("invalid_input", f"source: takes too much {source.lacks}")
-        return f"-{source.blurhash.encode().hex()}"
+        return source.blurhash.encode().hex()
 
-    async def result(self, job: Job, provider_job_id: str, report: Callable[[int], None]) -> Result:
+    async def make(
+        self, job: Job, provider_input: dict[str, Any], report: Callable[[int], None]
+    ) -> list[bytes]:
+        self.pictures.start()  # meanwhile
         for percent in range(0, 100, 10):
             report(percent)
             await asyncio.sleep(self.seconds / 10)
-        prompt, seed = job.provider_input["prompt"], int(job.provider_input["seed"])
+        prompt, seed = provider_input["prompt"], int(provider_input["seed"])
         if wanted := self.FAILURE.search(prompt):
             raise JobError(wanted[1], "asked for by the prompt")
         if random.random() < self.failure_rate:
             raise JobError("provider_error", "PREVIEW_FAILURE_RATE")
-        size = (int(job.provider_input["width"]), int(job.provider_input["height"]))
-        _, _, source = provider_job_id.removeprefix("preview-").partition("-")
-        wish = (prompt, size, bytes.fromhex(source).decode())
-        outputs = [await self.pictures.draw(*wish, seed + n) for n in range(job.image_count)]
-        return Result(outputs, {"provider_seconds": self.seconds, "images": len(outputs)})
+        size = (int(provider_input["width"]), int(provider_input["height"]))
+        wish = (prompt, size, bytes.fromhex(provider_input.get("image") or "").decode())
+        return [await self.pictures.draw(*wish, seed + n) for n in range(job.image_count)]
 
     async def read(self, output: bytes) -> AsyncGenerator[bytes, None]:
         yield output
 
-    async def cancel(self, provider_job_id: str) -> dict[str, Any]:
-        return {"is_billed": False}
 
+class Provider:
+    """One that SQL knows: sends what it is told to and hands back what comes.
 
-class Replicate:
-    """Replicate's HTTP API: create without waiting, then poll (its OpenAPI file, /predictions).
-
-    Every method may raise JobError with one of our codes, or ProviderDown.
+    The key goes into headers alone, and to the provider's own hosts, wherever an answer leads. What
+    is large and base64 stays here: SQL sees `blob:<SHA-256>` in its place.
     """
 
-    MODERATION = re.compile(r"nsfw|sensitive|moderat|safety|\bE005\b", re.IGNORECASE)
-    # A line of a progress bar as tqdm draws it: " 50%|█████     | 2/4 [00:01<00:01, ...". Those
-    # with words before are of downloads and the like.
-    BAR = re.compile(r"(?:^|[\r\n]) *\d{1,3}%\|[^|\r\n]*\| *(\d{1,9})/(\d{1,9}) \[")
+    def __init__(self, http: httpx.AsyncClient, row: Mapping[str, Any], key: str | None) -> None:
+        self.http, self.key, self.base = http, key or "", httpx.URL(row["base_url"])
+        self.key_hosts, self.hosts = row["key_hosts"], [*row["hosts"], *row["key_hosts"]]
+        self.blobs: dict[str, str] = {}
+        self.way: dict[str, Any] | None = None  # to hand over sources, where it has one of its own
 
-    fetches_sources = True  # itself, by a signed address, where Storage can be reached from outside
-
-    def __init__(
-        self, http: httpx.AsyncClient, base_url: str, token: str, settle_seconds: float = 20.0
-    ) -> None:
-        self.http, self.base_url = http, base_url
-        self.settle_seconds = settle_seconds  # until what a lost create bought must have shown
-        self.headers = {"Authorization": f"Bearer {token}"}
-        self.bars: dict[tuple[str, int], int] = {}  # of a model's last job of so many images
-
-    async def create(self, job: Job, provider_input: dict[str, Any]) -> str:
-        """Create a prediction without waiting for it; answer its id. Replicate knows no idempotency
-        key. Raises UnknownOutcome: never repeat it.
-        """
-        body = {"version": job.provider_ref, "input": provider_input}
-        headers = {**self.headers, "Cancel-After": f"{max(5, int(job.deadline_seconds))}s"}
-        try:
-            response = await self.http.post(
-                f"{self.base_url}/predictions", json=body, headers=headers
-            )
-        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
-            raise JobError("provider_busy", f"create: {type(error).__name__}") from None
-        except httpx.HTTPError as error:
-            raise UnknownOutcome(type(error).__name__) from None
-        status, reason = response.status_code, f"create: HTTP {response.status_code}"
-        detail = f"{reason}: {response.text[:QUOTED_CHARS]}"
-        if status in REFUSALS:
-            raise await self._refusal(response, "create", may_have_bought=False)
-        if status == 429:
-            raise JobError("provider_busy", detail, retry_after_seconds(response), reason=reason)
-        if status in (400, 422):
-            raise JobError("invalid_input", detail, reason=reason)
-        if status == 408 or status >= 500:
-            raise UnknownOutcome(f"HTTP {status}")
-        if not response.is_success:
-            raise JobError("internal", detail, reason=reason)
-        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-            prediction = response.json()
-            said = set(addresses(prediction.get("input")))  # others': it answers somebody else
-            if PROVIDER_JOB_ID.fullmatch(prediction["id"]) and said <= set(
-                addresses(provider_input)
-            ):
-                return str(prediction["id"])
-        raise UnknownOutcome(f"HTTP {status} without an id of its own")
-
-    async def _refusal(
-        self, response: httpx.Response, step: str, *, may_have_bought: bool
-    ) -> Exception:
-        """Whose refusal it is: the account's, or, where that is open, this job's or its model's."""
-        status = response.status_code
-        reason = f"{step}: HTTP {status}"
-        detail = f"{reason}: {response.text[:QUOTED_CHARS]}"
-        try:
-            account = await self.http.get(f"{self.base_url}/account", headers=self.headers)
-            is_sure = account.status_code in REFUSALS
-        except httpx.HTTPError:
-            is_sure = False
-        if status == 403 and not is_sure:
-            return Refused(detail, reason, may_have_bought=may_have_bought)
-        error = ProviderDown(detail, reason, may_have_bought=may_have_bought)
-        error.is_sure = is_sure  # the account of one without credit opens all the same
-        return error
-
-    async def find(self, job: Job, since: datetime, sent: bytes | None = None) -> list[str]:
-        """Ids of what was created since then from exactly the job's input, oldest first.
-
-        If sent is given, from the input that has this fingerprint. Reads the list of predictions
-        back to a minute before.
-        """
-        sent = sent or fingerprint(job.provider_input)
-        after = (since - timedelta(minutes=1)).astimezone(UTC).isoformat()
-        url = f"{self.base_url}/predictions?{urlencode({'created_after': after})}"
-        found: list[str] = []
-        for _ in range(MAX_PAGES):
-            page = await self._get(url)
-            ids = [each["id"] for each in page["results"] if self._is_of(each, job, sent)]
-            found += filter(PROVIDER_JOB_ID.fullmatch, map(str, ids))
-            if not page.get("next"):
-                return found[::-1]
-            url = f"{self.base_url}/predictions?{urlsplit(page['next']).query}"
-        raise JobError("timeout", "create: outcome unknown: too many predictions to look through")
-
-    @staticmethod
-    def _is_of(prediction: dict[str, Any], job: Job, sent: bytes) -> bool:
-        """Same model, same whole input: less could be another's. None is left of an old one.
-
-        A version is a model by itself. Models that run by name show none that could be asked for.
-        """
-        model, _, wanted = job.provider_ref.partition(":")
-        version, given = str(prediction.get("version")), prediction.get("input")
-        is_by_name = prediction.get("model") == model and not re.fullmatch("[0-9a-f]{64}", version)
-        is_same = version == wanted if wanted else is_by_name
-        return is_same and bool(given) and fingerprint(given) == sent
+    @property
+    def fetches_sources(self) -> bool:
+        """Itself, by a signed address, where Storage can be reached from outside."""
+        return not (self.way and self.way.get("always"))
 
     async def upload(self, name: str, file: IO[bytes]) -> str:
-        """Hand over a source image through the files API; answer its address."""
+        """Hand over a source; answer what stands for it in the input. Raises UploadRefused."""
         file.seek(0)
+        if not self.way:
+            kind = mimetypes.guess_type(name)[0] or INERT_TYPE
+            return self.keep(f"data:{kind};base64,{base64.b64encode(file.read()).decode()}")
+        answer = await self.send(self.way, files={self.way["field"]: (name, file)})
+        said = answer.get("body")
+        for key in self.way["address"]:
+            said = said.get(key) if isinstance(said, dict) else None
+        if not isinstance(said, str):
+            raise UploadRefused(answer)
+        return said
+
+    async def send(self, request: dict[str, Any], **content: Any) -> dict[str, Any]:
+        """Answer {status, headers, body, error} as next_steps takes them. Raises JobError."""
+        content = content or {"json": self._swapped(request["body"], self.blobs.get)}
+        headers = {k: v.replace("{{secret}}", self.key) for k, v in request["headers"].items()}
+        headers["accept-encoding"] = "identity"  # see read
+        seconds = httpx.Timeout(request["seconds"] or HTTP_TIMEOUT.read, connect=10.0)
+        in_all = (request["seconds"] or 0) + DOWNLOAD_SECONDS  # it may come drop by drop
         try:
-            response = await self.http.post(
-                f"{self.base_url}/files", files={"content": (name, file)}, headers=self.headers
-            )
-        except httpx.HTTPError as error:
-            raise JobError("internal", f"files: {type(error).__name__}") from None
-        if response.status_code in REFUSALS:  # an earlier attempt may have bought
-            raise await self._refusal(response, "files", may_have_bought=True)
-        if not response.is_success:
-            raise JobError("internal", f"files: HTTP {response.status_code}")
-        return str(response.json()["urls"]["get"])
+            async with (
+                asyncio.timeout(in_all),
+                self.http.stream(
+                    request["method"],
+                    self._own(request["url"]),
+                    headers=headers,
+                    timeout=seconds,
+                    **content,
+                ) as response,
+            ):
+                body = bytearray()
+                async for chunk in response.aiter_bytes(CHUNK_BYTES):
+                    body += chunk
+                    if len(body) > MAX_ANSWER_BYTES:
+                        return {"status": None, "error": "too long"}
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
+            return {"status": 0, "error": type(error).__name__}
+        except (httpx.HTTPError, TimeoutError) as error:
+            return {"status": None, "error": type(error).__name__}
+        try:
+            said = json.loads(body)
+        except ValueError:
+            said = body[:QUOTED_CHARS].decode(errors="replace")
+        headers = {"retry-after": response.headers.get("retry-after")}
+        said = self._swapped(said, self._kept)
+        return {"status": response.status_code, "headers": headers, "body": said}
 
-    async def result(self, job: Job, provider_job_id: str, report: Callable[[int], None]) -> Result:
-        """Wait for the end, reporting percent on the way. May be called again after a crash."""
-        attempt = 0
-        while True:
-            url = f"{self.base_url}/predictions/{provider_job_id}"
-            prediction = await self._get(url, may_be_gone=True)
-            if prediction.get("id", provider_job_id) != provider_job_id:
-                prediction = {}  # the answer to another's question
-            status = prediction.get("status")  # one we do not know is one more to wait for
-            self._follow(job, str(prediction.get("logs") or ""), status == "succeeded", report)
-            metrics = self._metrics(prediction)
-            if status == "succeeded":
-                if prediction.get("data_removed") or prediction.get("output") is None:
-                    raise JobError("result_lost", "the output was removed", metrics=metrics)
-                outputs = list(addresses(prediction["output"]))
-                return Result(outputs, {"images": min(len(outputs), MAX_COUNT)} | metrics)
-            if status in ("failed", "canceled", "aborted"):  # nothing to resume
-                detail = str(prediction.get("error") or f"prediction {status}")[:QUOTED_CHARS]
-                moderated = status == "failed" and self.MODERATION.search(detail)
-                code = "moderated" if moderated else "provider_error"
-                raise JobError(code, detail, metrics=metrics, reason=f"prediction {status}")
-            pause = min(3.0, PROVIDER_POLL_SECONDS * 1.2**attempt)
-            await asyncio.sleep(pause * random.uniform(0.8, 1.0))
-            attempt += 1
+    def keep(self, text: str) -> str:
+        """Keep what is large; answer what stands for it."""
+        name = f"blob:{hashlib.sha256(text.encode()).hexdigest()}"
+        self.blobs[name] = text
+        return name
 
-    def _follow(self, job: Job, logs: str, is_over: bool, report: Callable[[int], None]) -> None:
-        """Report the percentage of the whole from the progress bars in the logs.
+    def _kept(self, text: str) -> str:
+        """A text of an answer as PostgreSQL can take it: no NUL, no broken surrogates."""
+        if BASE64.fullmatch(text):
+            return self.keep(text)
+        return text.encode(errors="replace").decode().replace("\0", "\ufffd")
 
-        Some models draw one bar for each image, some one for all, some two: as many as the last
-        time are expected; at first, one for each image.
-        """
-        bars, done, total = 0, 0, 0
-        for found in self.BAR.finditer(logs[-200_000:]):
-            before = (done, total)
-            done, total = int(found[1]), int(found[2])
-            bars += not bars or done < before[0] or total != before[1]
-        key = (job.provider_ref, job.image_count)
-        if bars and total:
-            expected = max(bars, self.bars.get(key, job.image_count))
-            report(min(100, int(100 * (bars - 1 + done / total) / expected)))
-        if bars and is_over:
-            self.bars[key] = bars
-
-    @staticmethod
-    def _metrics(prediction: dict[str, Any]) -> dict[str, Any]:
-        """What a prediction that has ended is billed by; what failed by itself costs nothing."""
-        said = prediction.get("metrics")
-        said = said if isinstance(said, dict) else {}
-        known: dict[str, Any] = {}
-        for ours, theirs in (
-            ("provider_seconds", "predict_time"),
-            ("images", "image_output_count"),
-            ("images", "image_count"),
-        ):
-            if isinstance(number := said.get(theirs), int | float) and 0 < number <= MAX_COUNT:
-                known[ours] = number + 0
-        if prediction.get("status") in ("failed", "aborted"):
-            known["is_billed"] = False
-        return known
-
-    async def _get(self, url: str, *, may_be_gone: bool = False) -> dict[str, Any]:
-        """Read, however long it takes: the job's deadline ends it.
-
-        A single 404 proves nothing, and what it would prove is that we may buy again.
-        """
-        attempt = 0
-        while True:
-            with contextlib.suppress(httpx.TransportError, json.JSONDecodeError):
-                response = await self.http.get(url, headers=self.headers)
-                if response.is_success:
-                    return dict(response.json())
-                if response.status_code == 404 and may_be_gone and attempt >= HTTP_TRIES:
-                    raise JobError("result_lost", "no such prediction")
-                if response.status_code in REFUSALS:
-                    raise await self._refusal(response, "poll", may_have_bought=True)
-                log.warning("replicate.retry status=%s", response.status_code)
-            await asyncio.sleep(backoff(attempt))
-            attempt += 1
+    def _swapped(self, value: Any, swap: Callable[[str], str | None]) -> Any:
+        """The same JSON with some texts swapped for others."""
+        if isinstance(value, dict):
+            return {self._swapped(k, swap): self._swapped(v, swap) for k, v in value.items()}
+        if isinstance(value, list):
+            return [self._swapped(each, swap) for each in value]
+        return swap(value) or value if isinstance(value, str) else value
 
     async def read(self, output: str) -> AsyncGenerator[bytes, None]:
-        """Download from Replicate's own hosts only: outputs come from third-party code.
+        """An output: what is kept, or a download from the provider's hosts only.
 
-        Nothing packed: a few bytes, packed twice, unpack to gigabytes at once.
+        Outputs come from third-party code. Nothing packed: a few bytes, packed twice, unpack to
+        gigabytes at once.
         """
+        if kept := self.blobs.get(output):
+            yield base64.b64decode(kept.rpartition(",")[2])
+            return
         url, plain = self._allowed(output), {"accept-encoding": "identity"}
         for _ in range(MAX_REDIRECTS + 1):
             async with self.http.stream("GET", url, headers=plain) as response:
@@ -949,56 +809,37 @@ class Replicate:
                 if not response.is_success:
                     raise JobError("internal", f"output: HTTP {response.status_code}")
                 if response.headers.get("content-encoding", "identity") != "identity":
-                    raise JobError("provider_error", "output: packed, although not asked for")
+                    raise JobError("output_refused", "output: packed, although not asked for")
                 async for chunk in response.aiter_bytes(CHUNK_BYTES):
                     yield chunk
                 return
-        raise JobError("provider_error", "output: too many redirects")
+        raise JobError("output_refused", "output: too many redirects")
 
     def _allowed(self, address: str, base: httpx.URL | None = None) -> httpx.URL:
-        """The address if it may be fetched, read by the parser that fetches it."""
+        """The address if outputs may be fetched there. Raises JobError."""
+        return self._own(address, self.hosts, base)
+
+    def _own(
+        self, address: str, hosts: list[str] | None = None, base: httpx.URL | None = None
+    ) -> httpx.URL:
+        """The address if it is at one of these hosts or of the API, as who asks it reads it."""
+        code = "provider_error" if hosts is None else "output_refused"
         try:
             url = base.join(address) if base else httpx.URL(address)
         except (httpx.InvalidURL, ValueError):
-            raise JobError("provider_error", "output: not an address") from None
-        api = httpx.URL(self.base_url)
-        delivered = url.scheme == "https" and DELIVERY_HOST.fullmatch(url.host)
-        if not delivered and (url.scheme, url.netloc) != (api.scheme, api.netloc):
-            detail, reason = f"output: host {url.host[:100]} is not allowed", "output: host"
-            raise JobError("provider_error", detail, reason=reason)
+            raise JobError(code, "not an address") from None
+        is_base = (url.scheme, url.netloc) == (self.base.scheme, self.base.netloc)
+        names = self.key_hosts if hosts is None else hosts
+        is_named = any(url.host == n or (n[:1] == "*" and url.host.endswith(n[1:])) for n in names)
+        if not is_base and not (url.scheme == "https" and is_named):
+            detail = f"host {url.host[:100]} is not allowed"
+            raise JobError(code, detail, reason="a host that is not allowed")
         return url
-
-    async def cancel(self, provider_job_id: str) -> dict[str, Any]:
-        """Stop the job if it still runs. Best effort. Answers its metrics, if they are known."""
-        url = f"{self.base_url}/predictions/{provider_job_id}/cancel"
-        with contextlib.suppress(httpx.HTTPError, ValueError, AttributeError):
-            response = await self.http.post(url, headers=self.headers, timeout=5.0)
-            return self._metrics(response.json())
-        return {}
-
-
-Provider = Preview | Replicate
-
-
-def addresses(output: Any) -> Iterable[str]:
-    """Every address in an output, in order: some models answer one, some lists or objects."""
-    if isinstance(output, str) and "://" in output:
-        yield output
-    elif isinstance(output, list | dict):
-        for each in output.values() if isinstance(output, dict) else output:
-            yield from addresses(each)
-
-
-def retry_after_seconds(response: httpx.Response) -> float:
-    """How long a 402 or 429 asks to wait: header, body field, the text's "~30s", else a minute."""
-    asked: list[object] = [response.headers.get("retry-after")]
-    with contextlib.suppress(ValueError, TypeError, KeyError):
-        asked.append(response.json()["retry_after"])
-    asked += re.findall(r"~(\d+)s", response.text)[:1]
-    return next((s for s in map(asked_seconds, asked) if s is not None), 60.0)
 
 
 # --- storage ------------------------------------------------------------------------------------
+
+Read = Callable[[], AsyncGenerator[bytes, None]]  # reads an output, from its start each time
 
 
 class Storage:
@@ -1051,29 +892,25 @@ class Storage:
             is_outage = not 400 <= status < 500 or status in (401, 403, 408, 429)
             raise StorageRefused(f"HTTP {response.status_code}", is_outage=is_outage)
 
-    async def store(
-        self, job: Job, position: int, body: AsyncGenerator[bytes, None]
-    ) -> dict[str, Any]:
+    async def store(self, job: Job, position: int, read: Read) -> dict[str, Any]:
         """Check and upload one output; answer its row for complete_jobs. Raises JobError."""
-        base = f"{job.user_id}/{job.job_id}/{position}"
+        base, preview_path = f"{job.user_id}/{job.job_id}/{position}", None
         with tempfile.TemporaryFile() as file:
-            self.pictures.start()  # meanwhile
-            await self._receive(file, body)
-            try:
-                image = await self.pictures.inspect(file, self.settings.image_preview_pixels)
-            except NoPicture as error:
-                raise JobError("provider_error", f"output: {error}") from None
+            image = await self._receive(job, file, read)
             if image.lacks:
                 log.warning("picture.bare job=%s lacks=%s", job.job_id, image.lacks)
             extension, content_type = FORMATS[image.format]
             served_as = INERT_TYPE if image.format == "SVG" else content_type
             size = await self._upload(f"{base}.{extension}", file, served_as)
         if image.preview:
-            await self._upload(f"{base}.preview.webp", io.BytesIO(image.preview), "image/webp")
+            with contextlib.suppress(JobError):  # the picture is there without
+                path = f"{base}.preview.webp"
+                await self._upload(path, io.BytesIO(image.preview), "image/webp")
+                preview_path = path
         return {
             "position": position,
             "storage_path": f"{base}.{extension}",
-            "preview_path": f"{base}.preview.webp" if image.preview else None,
+            "preview_path": preview_path,
             "content_type": content_type,
             "width": image.width,
             "height": image.height,
@@ -1081,21 +918,33 @@ class Storage:
             "blurhash": image.blurhash,
         }
 
-    async def _receive(self, file: IO[bytes], body: AsyncGenerator[bytes, None]) -> None:
-        """Write an output to disk, within the caps. Raises JobError."""
-        size, most = 0, self.settings.max_image_bytes
+    async def _receive(self, job: Job, file: IO[bytes], read: Read, attempt: int = 1) -> Picture:
+        """Write an output to disk, within the caps, and look at it. What comes broken is asked for
+        again, for it is paid; what is refused is not. Raises JobError.
+        """
+        self.pictures.start()  # meanwhile
+        most, late = self.settings.max_image_bytes, f"not received within {DOWNLOAD_SECONDS:g} s"
+        file.truncate(file.seek(0))
         try:
-            async with asyncio.timeout(DOWNLOAD_SECONDS), contextlib.aclosing(body):
+            async with asyncio.timeout(DOWNLOAD_SECONDS), contextlib.aclosing(read()) as body:
                 async for chunk in body:
-                    size += len(chunk)
-                    if size > most:
-                        raise JobError("provider_error", f"output: more than {most} bytes")
                     file.write(chunk)
+                    if file.tell() > most:
+                        raise JobError("output_refused", f"output: more than {most} bytes")
+            return await self.pictures.inspect(file, self.settings.image_preview_pixels)
         except TimeoutError:
-            late = f"output: not received within {DOWNLOAD_SECONDS:g} s"
-            raise JobError("provider_timeout", late) from None
+            raise JobError("provider_timeout", f"output: {late}") from None
         except httpx.HTTPError as error:
-            raise JobError("internal", f"output: {type(error).__name__}") from None
+            failure = JobError("internal", f"output: {type(error).__name__}")
+        except NoPicture as error:
+            failure = JobError(error.code, f"output: {error}")
+        except JobError as error:
+            failure = error
+        if failure.code == "output_refused" or attempt == HTTP_TRIES:
+            raise failure
+        log.warning("output.retry job=%s reason=%r", job.job_id, failure.reason)
+        await asyncio.sleep(backoff(attempt))
+        return await self._receive(job, file, read, attempt + 1)
 
     async def _upload(self, path: str, file: IO[bytes], content_type: str) -> int:
         """Upload with upsert, so that repeating it after a lost answer is harmless.
@@ -1104,6 +953,7 @@ class Storage:
         """
         size = file.seek(0, io.SEEK_END)
         headers = {**self.headers, "content-type": content_type, "content-length": str(size)}
+        headers["cache-control"] = "max-age=31536000, immutable"  # a path's bytes never change
         code = reason = text = ""
         for attempt in range(HTTP_TRIES):
             try:
@@ -1149,6 +999,8 @@ def storage_status(response: httpx.Response) -> int:
 def storage_code(response: httpx.Response) -> str:
     """What a job fails with that Storage refused: an outage passes, and is not the job's fault."""
     status = storage_status(response)
+    if status in (413, 415):  # too large for the bucket, or of a type that it does not take
+        return "output_refused"
     return "storage_unavailable" if status >= 500 or status in (408, 429) else "internal"
 
 
@@ -1181,7 +1033,9 @@ class Running:
     held_at: float  # the lease was: time.monotonic() before the database was asked
     on_progress: Callable[[], None]
     task: asyncio.Task[None] = field(init=False)
-    provider_job_id: str | None = None  # once it is known
+    provider: Provider | None = None  # but for the preview's
+    said: dict[str, Any] | None = None  # to next_steps, last
+    cancel: list[dict[str, Any]] = field(default_factory=list)  # what stops it at the provider
     progress: int | None = None
     metrics: dict[str, Any] = field(default_factory=dict)  # of what was bought, once they are known
     is_lost: bool = False  # a heartbeat said so: drop it, do not release it
@@ -1189,8 +1043,9 @@ class Running:
     is_ending: bool = False  # its last call is under way; a beat may find the row gone
 
     def __post_init__(self) -> None:
-        self.provider_job_id = self.job.provider_job_id
-        if not self.provider_job_id:  # nobody has asked the provider, or this attempt has not yet
+        if (
+            not self.job.provider_job_id
+        ):  # nobody has asked the provider, or this attempt has not yet
             self.metrics = {"is_billed" if self.job.begun_before else "is_asked": False}
 
     def report(self, percent: int) -> None:
@@ -1207,11 +1062,11 @@ class Worker:
         self,
         settings: Settings,
         db: Database,
-        providers: Mapping[str, Provider],
+        preview: Preview,
         storage: Storage,
         outbox: Outbox,
     ) -> None:
-        self.settings, self.db, self.providers, self.storage = settings, db, providers, storage
+        self.settings, self.db, self.preview, self.storage = settings, db, preview, storage
         self.outbox = outbox
         self.running: dict[int, Running] = {}  # by token: a lost job may be claimed again here
         self.wake = asyncio.Event()
@@ -1254,7 +1109,7 @@ class Worker:
         attempt = 0
         while not self.stopping.is_set():
             try:
-                return await self.db.register_worker(self.settings.slots)
+                return await self.db.register_worker(self.settings.slots, self.settings.keys)
             except psycopg.Error:
                 self._tell_systemd()
                 await self._pause(self.stopping, backoff(attempt))
@@ -1472,92 +1327,134 @@ class Worker:
         finally:
             del self.running[job.token]
             self.freed.set()
+            if job.max_running:  # it may have kept another from being claimed
+                self.wake.set()
             self.outbox.due.set()
 
     async def _make(self, running: Running) -> list[dict[str, Any]]:
         """Have the provider make the images, and store them."""
-        job = running.job
-        provider = self.providers.get(job.provider)
-        if provider is None:
-            raise JobError("internal", f"provider {job.provider} is not configured on this worker")
+        job, outputs = running.job, []
+        if job.base_url is not None:
+            key = self.settings.keys.get(job.secret or "")
+            running.provider = Provider(self.storage.http, vars(job), key)
         try:
-            provider_job_id = job.provider_job_id or await self._buy(provider, running)
-            result = await provider.result(job, provider_job_id, running.report)
+            outputs = await (self._follow(running) if running.provider else self._draw(running))
         except asyncio.CancelledError:  # by the user, the deadline, a lost lease, or a stop
-            is_over = running.is_canceled or not (running.is_lost or self.stopping.is_set())
-            if running.provider_job_id and is_over:
-                running.metrics = await provider.cancel(running.provider_job_id)
+            if running.is_canceled or not (running.is_lost or self.stopping.is_set()):
+                await self._stop(running)
             raise
-        running.metrics = result.metrics
-        outputs = result.outputs[: job.image_count]
-        if not outputs:
-            raise JobError("provider_error", "no output")
+        read = running.provider.read if running.provider else self.preview.read
+        outputs = [partial(read, output) for output in outputs[: job.image_count]]
+        return await self._store(running, outputs)
+
+    async def _store(self, running: Running, outputs: list[Read]) -> list[dict[str, Any]]:
+        """Store what is good, numbered without gaps. Raises JobError, the first, if nothing is."""
+        job = running.job
+        images: list[dict[str, Any]] = []
+        failures: list[JobError] = []
+        for output in outputs:
+            try:
+                images.append(await self.storage.store(job, len(images), output))
+            except JobError as error:
+                if error.code == "storage_unavailable":  # another attempt will have them all
+                    raise
+                what = (job.job_id, error.code, error.reason)
+                log.warning("output.lost job=%s code=%s reason=%r", *what)
+                failures.append(error)
+            except asyncio.CancelledError:
+                if not images or running.is_lost or running.is_canceled or self.stopping.is_set():
+                    raise
+                break  # it was the deadline
+        if not images:
+            raise failures[0]
+        return images
+
+    async def _draw(self, running: Running) -> list[Any]:
+        job = running.job
+        running.metrics = {"is_billed": False}
+        drawn = await self.preview.make(
+            job, await self._with_sources(self.preview, job), running.report
+        )
         if await self.db.report_progress(job, "storing", None) == "canceled":
-            running.is_canceled = True
-            raise asyncio.CancelledError  # as if a heartbeat had said so
-        return [
-            await self.storage.store(job, position, provider.read(output))
-            for position, output in enumerate(outputs)
-        ]
+            self._cancel(running)
+        running.metrics = {"provider_seconds": self.preview.seconds, "images": len(drawn)}
+        return drawn
 
-    async def _buy(self, provider: Provider, running: Running) -> str:
-        """Have the provider create the job, once: look first for what an earlier try has bought."""
-        job = running.job
-        if job.begun_before and (bought := await self._look(provider, running)):
-            return bought
-        provider_input = await self._with_sources(provider, job)
-        if provider_input != job.provider_input:  # nobody could know its addresses again
-            running.held_at = time.monotonic()
-            await self.db.begin_create(job, fingerprint(provider_input))
+    async def _follow(self, running: Running) -> list[Any]:
+        """Send what SQL says and hand in what is answered, until there are outputs."""
+        step = await self._next(running, None)
+        while step["do"] in ("send", "sources"):
+            await asyncio.sleep(step["wait"] * random.uniform(1.0, 1.2))
+            if step["do"] == "sources":
+                step = await self._next(running, await self._sources(running, step))
+            elif step["step"] != "create":
+                step = await self._send(running, step)
+            elif time.monotonic() - running.held_at > CREATE_WITHIN_SECONDS:
+                step = await self._next(running, running.said)  # proves the lease once more
+            else:  # together with saving the id, also when the worker stops meanwhile
+                running.metrics = {}
+                step = await finish_first(self._send(running, step))
+        match step["do"]:
+            case "store":
+                return list(step["outputs"])
+            case "cancel":
+                self._cancel(running)
+            case "drop":
+                raise LeaseLost
+            case "pause":
+                raise ProviderDown(step)
+        asked = step.get("retry_after")
+        wait = None if asked is None else float(asked)  # a list of them is of one type
+        detail = step.get("detail") or step["reason"]
+        raise JobError(step["code"], detail, wait, reason=step["reason"])
+
+    def _cancel(self, running: Running) -> None:
+        """As if a heartbeat had said so."""
+        running.is_canceled = True
+        raise asyncio.CancelledError
+
+    async def _send(self, running: Running, step: dict[str, Any]) -> dict[str, Any]:
+        assert running.provider
+        answer = await running.provider.send(step["request"])
+        if answer["status"] not in range(200, 300):
+            what = (running.job.job_id, running.job.provider, step["step"], answer["status"])
+            log.warning("provider.answered job=%s provider=%s step=%s status=%s", *what)
+        of_step = {"step": step["step"], "memo": step["memo"], "provider": running.job.provider}
+        return await self._next(running, of_step | answer)
+
+    async def _next(self, running: Running, said: dict[str, Any] | None) -> dict[str, Any]:
+        """Ask what to do, and keep what must be known should the job be stopped."""
+        running.said, running.held_at = said, time.monotonic()
+        step: dict[str, Any] = await self.db.next_step(running.job, Jsonb(said))
+        running.cancel = step.get("cancel") or running.cancel
+        if (metrics := step.get("metrics")) is not None:
+            running.metrics = metrics
+        if step.get("is_found"):
+            log.warning("job.found job=%s", running.job.job_id)
+        if percent := step.get("percent"):
+            running.report(int(percent))
+        return step
+
+    async def _sources(self, running: Running, step: dict[str, Any]) -> dict[str, Any]:
+        assert running.provider
+        running.provider.way = step["upload"]
         try:
-            return await finish_first(self._create(provider, running, provider_input))
-        except UnknownOutcome as error:
-            if bought := await self._look(provider, running):
-                return bought
-            raise JobError("provider_timeout", f"create: {error}; nothing was bought") from None
+            given = await self._with_sources(running.provider, running.job)
+        except UploadRefused as refused:
+            return {"step": "upload", "memo": step["memo"], **refused.args[0]}
+        return {"step": "sources", "input": given}
 
-    async def _create(
-        self, provider: Provider, running: Running, provider_input: dict[str, Any]
-    ) -> str:
-        """Create and save the id at once: together, also when the worker stops meanwhile."""
-        while time.monotonic() - running.held_at > CREATE_WITHIN_SECONDS:
-            running.held_at = time.monotonic()
-            await self.db.begin_create(running.job, None)  # proves the lease once more
-        running.metrics = {}
-        running.provider_job_id = await provider.create(running.job, provider_input)
-        try:
-            await self.db.checkpoint(running.job, running.provider_job_id)
-        except psycopg.errors.UniqueViolation:
-            running.provider_job_id = None  # neither read nor stopped
-            raise UnknownOutcome("the answer names another job's") from None
-        return running.provider_job_id
+    async def _stop(self, running: Running) -> None:
+        """Stop what was bought, best effort, and learn what it costs."""
+        answer: dict[str, Any] | None = None
+        for request in running.cancel:
+            assert running.provider
+            answer = await running.provider.send(request)
+        if answer:
+            with contextlib.suppress(LeaseLost, psycopg.Error):
+                await self._next(running, {"step": "cancel", **answer})
 
-    async def _look(self, provider: Provider, running: Running) -> str | None:
-        """Take over what a lost create bought; None once it had time to show and did not."""
-        job = running.job
-        (begun,) = await self.db.insist("recall_create", job.job_id, job.token)
-        give_up_at, attempt = time.monotonic() + provider.settle_seconds, 0
-        while True:
-            is_last = time.monotonic() >= give_up_at
-            candidates = await provider.find(job, begun["create_started_at"], begun["input_sha256"])
-            if bought := await finish_first(self._adopt(running, candidates)):
-                return bought
-            if is_last:
-                return None
-            await asyncio.sleep(min(backoff(attempt), max(0.0, give_up_at - time.monotonic())))
-            attempt += 1
-
-    async def _adopt(self, running: Running, candidates: list[str]) -> str | None:
-        """Take over a purchase and know it at once, also when the job is stopped meanwhile."""
-        job = running.job
-        rows = await self.db.insist("adopt_provider_job", job.job_id, job.token, candidates)
-        running.provider_job_id = only(rows)
-        if running.provider_job_id:
-            running.metrics = {}
-            log.warning("job.found job=%s candidates=%s", job.job_id, len(candidates))
-        return running.provider_job_id
-
-    async def _with_sources(self, provider: Provider, job: Job) -> dict[str, Any]:
+    async def _with_sources(self, provider: Provider | Preview, job: Job) -> dict[str, Any]:
         """The provider's input with an address in place of each source image's path."""
         provider_input = dict(job.provider_input)
         for name in job.image_inputs:
@@ -1568,7 +1465,7 @@ class Worker:
                 provider_input[name] = [await self._source(provider, job, path) for path in given]
         return provider_input
 
-    async def _source(self, provider: Provider, job: Job, path: str) -> str:
+    async def _source(self, provider: Provider | Preview, job: Job, path: str) -> str:
         """An address of a source image that has proven to be one: its file's or that of a copy."""
         try:
             with tempfile.TemporaryFile() as file:
@@ -1616,10 +1513,10 @@ class Worker:
         """The lease is lost. If the job went with its user, nobody else stops what it bought."""
         job = running.job
         log.warning("job.lost job=%s", job.job_id)
-        if running.provider_job_id:
+        if running.cancel:
             with contextlib.suppress(psycopg.Error):
                 if await self.db.heartbeat(self.worker_id, [running]) == ["canceled"]:
-                    await self.providers[job.provider].cancel(running.provider_job_id)
+                    await self._stop(running)
 
     async def _give_up(self, running: Running) -> None:
         """The job was stopped here: by a lost lease, by its user, or because the worker stops."""
@@ -1692,22 +1589,13 @@ def force_exit() -> None:
     os._exit(EXIT_FORCED)
 
 
-def make_replicate(settings: Settings, http: httpx.AsyncClient) -> Replicate | None:
-    """Answer Replicate, if there is a key for it."""
-    url, key = settings.replicate_api_url, settings.replicate_api_token
-    return Replicate(http, url, key, settings.replicate_settle_seconds) if key else None
-
-
 async def serve(settings: Settings) -> int:
     """Wire everything together and run one worker."""
     db, pictures = Database(settings.database_url, settings.secrets), Pictures()
     async with httpx.AsyncClient(timeout=HTTP_TIMEOUT) as http:
         preview = Preview(pictures, settings.preview_seconds, settings.preview_failure_rate)
-        providers: dict[str, Provider] = {"preview": preview}
-        if replicate := make_replicate(settings, http):
-            providers["replicate"] = replicate
         storage, outbox = Storage(settings, http, pictures), Outbox(settings, db, http)
-        worker = Worker(settings, db, providers, storage, outbox)
+        worker = Worker(settings, db, preview, storage, outbox)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, worker.stop)
         try:
@@ -1759,17 +1647,24 @@ async def check_storage(storage: Storage) -> Findings:
         yield "ok", "storage", f"a file was written to bucket {BUCKET} and deleted"
 
 
-async def check_replicate(replicate: Replicate | None) -> Findings:
-    """Whether the key opens the account; nothing is bought."""
-    if not replicate:
-        yield "note", "replicate", "REPLICATE_API_TOKEN is not set: jobs for its models fail here"
-        return
-    response = await replicate.http.get(f"{replicate.base_url}/account", headers=replicate.headers)
-    if response.is_success:
-        yield "ok", "replicate", "the key opens the account"
-    else:
-        why = "the key is refused" if response.status_code in (401, 403) else "no answer to trust"
-        yield "wrong", "replicate", f"REPLICATE_API_TOKEN: {why}: HTTP {response.status_code}"
+async def check_providers(
+    db: Database, http: httpx.AsyncClient, keys: Mapping[str, str]
+) -> Findings:
+    """Whether each key opens its account; nothing is bought."""
+    for row in [] if db.pool.closed else await db.call("list_providers"):
+        name, secret = row["name"], row["secret"]
+        if secret and secret not in keys:
+            yield "note", name, f"{secret} is not set: its jobs are not taken here"
+        elif row["account"]:
+            provider = Provider(http, row, keys.get(secret))
+            answer = await provider.send(row["account"])
+            status = answer["status"]
+            if status in range(200, 300):
+                yield "ok", name, "the key opens the account"
+            elif status in (401, 403):
+                yield "wrong", name, f"{secret}: the key is refused: HTTP {status}"
+            else:
+                yield "wrong", name, f"{secret}: no answer to trust: {answer.get('error', status)}"
 
 
 async def check(settings: Settings) -> int:
@@ -1786,7 +1681,7 @@ async def check(settings: Settings) -> int:
             ("database", check_database(db), "DATABASE_URL"),
             ("listen", check_listen(db), "DATABASE_URL"),
             ("storage", check_storage(Storage(settings, http, Pictures())), "SUPABASE_URL"),
-            ("replicate", check_replicate(make_replicate(settings, http)), "REPLICATE_API_URL"),
+            ("providers", check_providers(db, http, settings.keys), "provider"),
         ):
             try:
                 async for finding in look:

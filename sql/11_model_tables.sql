@@ -42,8 +42,8 @@ comment on column private.providers.secret is
   'Name of the variable of the worker''s environment that holds the key, …_KEY or …_TOKEN; null: '
   'none is needed. A worker takes jobs of those providers only whose key it has.';
 comment on column private.providers.key_hosts is
-  'Hosts of the provider''s API beside that of base_url, to which answers may lead and the key goes:'
-  ' names, or *.name for all below one.';
+  'Hosts of the provider''s API beside that of base_url, to which answers may lead and the key may '
+  'go: names, or *.name for all below one.';
 comment on column private.providers.hosts is
   'Hosts of outputs beside those of the API. The key does not go there.';
 comment on column private.providers.max_running is
@@ -83,6 +83,8 @@ create table public.models (
   operator_input jsonb not null default '{}',
   max_images smallint not null default 1,
   deadline interval not null default '5 minutes',
+  input_template jsonb,
+  outputs_path jsonpath,
   cost_usd numeric(12, 6),
   cost_unit text,
   is_schema_confirmed boolean not null default true,
@@ -111,7 +113,7 @@ create table public.models (
 comment on table public.models is
   'The catalogue: what can be asked for, at what price, run by whom.';
 comment on column public.models.provider_ref is
-  'What the provider calls the model: owner/name, or owner/name:version.';
+  'What the provider calls the model: owner/name, owner/name:version, fal-ai/flux/dev.';
 comment on column public.models.price_credits is 'Credits per image for a free user.';
 comment on column public.models.paid_price_credits is
   'Credits per image for a paid user; 0 means included in the plan.';
@@ -131,6 +133,13 @@ comment on column public.models.image_count_input is
   'they are counted.';
 comment on column public.models.operator_input is
   'Sent with every job, over defaults and params; clients cannot change it.';
+comment on column public.models.input_template is
+  'What the provider is sent in place of the input, with {{input.name}} where a value of it goes: '
+  'a graph for ComfyUI, say. What comes out null is left out.';
+comment on column public.models.outputs_path is
+  'Where the pictures are in the provider''s answer, in place of the outputs of its recipe, for a '
+  'model that answers others too: a SQL/JSON path, in which $count is how many are asked for. '
+  '$.output[last - $count + 1 to last] takes the last; null: the first of what the recipe finds.';
 comment on column public.models.max_images is
   'Most images of one generation; what it charges where no input says how many.';
 comment on column public.models.cost_usd is
@@ -139,6 +148,53 @@ comment on column public.models.cost_unit is
   'image (each output) or second (of the provider''s compute).';
 comment on column public.models.is_schema_confirmed is
   'False: input_schema was written from documentation, not imported from the provider.';
+
+create table private.model_routes (
+  model_id text references public.models (id) on delete cascade,
+  place smallint,
+  provider text not null references private.providers (name),
+  provider_ref text not null,
+  input_template jsonb,
+  outputs_path jsonpath,
+  cost_usd numeric(12, 6),
+  cost_unit text,
+  primary key (model_id, place),
+  constraint model_routes_come_after_the_models_own check (place > 0),
+  constraint model_routes_cost_has_a_unit check (
+    (cost_usd is null) = (cost_unit is null) and cost_usd >= 0 and cost_unit in ('image', 'second')
+  )
+);
+
+comment on table private.model_routes is
+  'Other ways to a model, in order of place, for when the one in public.models does not serve. The '
+  'user pays the model''s price whichever is taken.';
+
+create index model_routes_provider_idx on private.model_routes (provider);
+
+create view private.routes with (security_invoker = true) as
+select
+  id as model_id,
+  0::smallint as place,
+  provider,
+  provider_ref,
+  input_template,
+  outputs_path,
+  cost_usd,
+  cost_unit
+from public.models
+union all
+select
+  model_id,
+  place,
+  provider,
+  provider_ref,
+  input_template,
+  outputs_path,
+  cost_usd,
+  cost_unit
+from private.model_routes;
+
+comment on view private.routes is 'All ways to each model. Place 0 is the one in public.models.';
 
 -- Taken out once, not in every request. A seed is chosen (32), not taken from the schema.
 create function private.set_derived_inputs() returns trigger
@@ -172,6 +228,8 @@ $$;
 create trigger models_set_derived_inputs
 before insert or update on public.models
 for each row execute function private.set_derived_inputs();
+
+create index models_provider_idx on public.models (provider);
 
 create table public.model_aliases (
   id text,

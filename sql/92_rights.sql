@@ -48,12 +48,11 @@ to service_role;
 
 -- Workers.
 grant execute on function
-private.adopt_provider_job, private.apply_retention, private.begin_creates, private.cancel_job,
-private.check_setup, private.checkpoint_jobs, private.claim_jobs, private.claim_receipts,
-private.complete_jobs, private.due_lanes, private.fail_jobs, private.forget_files,
-private.heartbeat, private.list_expired_files, private.pause_provider, private.recall_create,
-private.recover_stale_jobs, private.register_worker, private.release_job, private.report_progress,
-private.sleep, private.unregister_worker
+private.apply_retention, private.cancel_job, private.check_setup, private.claim_jobs,
+private.claim_receipts, private.complete_jobs, private.due_lanes, private.fail_jobs,
+private.forget_files, private.heartbeat, private.list_expired_files, private.list_providers,
+private.next_steps, private.pause_provider, private.recover_stale_jobs, private.register_worker,
+private.release_job, private.report_progress, private.sleep, private.unregister_worker
 to darkroom_worker;
 
 -- Who looks on.

@@ -200,7 +200,7 @@ class Run:
     async def work(self) -> None:
         one, tasks = self.one, []
         try:
-            registered = await one.db.register_worker(one.settings.slots)
+            registered = await one.db.register_worker(one.settings.slots, one.settings.keys)
             one.worker_id, one.is_full = registered["worker_id"], False
             await one.recover()
             while not one.stopping.is_set() and await one._claim():

@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
 from typing import Any
 from unittest import mock
@@ -809,6 +809,19 @@ def test_after_a_beat_the_worker_looks_for_work():
     assert one.wake.is_set()
 
 
+@pytest.mark.parametrize(("max_running", "looks"), [(None, False), (2, True)])
+def test_who_frees_a_place_at_a_provider_looks_for_the_next_job(max_running, looks):
+    """Also when it sleeps with slots to spare: nobody is woken for a place."""
+    one = a_worker(mock.Mock(complete_job=mock.AsyncMock()))
+    one._make = mock.AsyncMock(return_value=[])
+    job = mock.Mock(token=1, deadline_seconds=9, max_running=max_running)
+    running = one.running[1] = worker.Running(job, 0.0, one.on_progress)
+
+    asyncio.run(one.process(running))
+
+    assert one.wake.is_set() == looks
+
+
 def test_who_could_not_beat_claims_again_with_the_first_beat():
     db = mock.Mock(
         heartbeat=mock.AsyncMock(return_value=[]),
@@ -857,3 +870,21 @@ def test_who_runs_full_on_the_way_to_sleep_does_not_claim_again_what_it_gave_bac
     asyncio.run(asyncio.wait_for(one._sleep(), 3))
 
     assert not one.running
+
+
+def test_an_answer_that_comes_drop_by_drop_is_none_in_the_end(monkeypatch):
+    monkeypatch.setattr(worker, "DOWNLOAD_SECONDS", 0.2)
+
+    async def drops() -> AsyncIterator[bytes]:
+        while True:
+            yield b" "
+            await asyncio.sleep(0.01)
+
+    async def act() -> dict[str, Any]:
+        transport = httpx.MockTransport(lambda _: httpx.Response(201, content=drops()))
+        async with httpx.AsyncClient(transport=transport) as http:
+            provider = worker.Provider(http, {"base_url": API, "key_hosts": [], "hosts": []}, TOKEN)
+            request = {"method": "POST", "url": f"{API}/predictions", "headers": {}, "body": {}}
+            return await provider.send(request | {"seconds": 0.1})
+
+    assert asyncio.run(act()) == {"status": None, "error": "TimeoutError"}
