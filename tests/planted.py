@@ -263,7 +263,7 @@ SECURITY = [
         "worker.py",
         """return quote(path if named else f"inputs/{path}", safe="/!$&'()*+,;=:@")""",
         """return path if named else f"inputs/{path}\"""",
-        "tests/test_worker_units.py"
+        "tests/test_worker_storage.py"
         "::test_a_source_is_given_as_a_signed_address_of_its_own_where_storage_is_public",
     ),
     Bug(
@@ -612,7 +612,7 @@ MONEY = [
         "worker.py",
         'if int(said["statusCode"]) == 404 and "ucket" not in said["message"]:',
         'if int(said["statusCode"]) == 404:',
-        "tests/test_worker_units.py::test_a_source_that_is_gone_is_the_users_fault"
+        "tests/test_worker_storage.py::test_a_source_that_is_gone_is_the_users_fault"
         "_and_a_storage_that_is_not_well_is_not",
     ),
     Bug(
