@@ -84,6 +84,7 @@ create table public.models (
   max_images smallint not null default 1,
   deadline interval not null default '5 minutes',
   input_template jsonb,
+  outputs_path jsonpath,
   cost_usd numeric(12, 6),
   cost_unit text,
   is_schema_confirmed boolean not null default true,
@@ -112,7 +113,7 @@ create table public.models (
 comment on table public.models is
   'The catalogue: what can be asked for, at what price, run by whom.';
 comment on column public.models.provider_ref is
-  'What the provider calls the model: owner/name, or owner/name:version.';
+  'What the provider calls the model: owner/name, owner/name:version, fal-ai/flux/dev.';
 comment on column public.models.price_credits is 'Credits per image for a free user.';
 comment on column public.models.paid_price_credits is
   'Credits per image for a paid user; 0 means included in the plan.';
@@ -135,6 +136,10 @@ comment on column public.models.operator_input is
 comment on column public.models.input_template is
   'What the provider is sent in place of the input, with {{input.name}} where a value of it goes: '
   'a graph for ComfyUI, say. What comes out null is left out.';
+comment on column public.models.outputs_path is
+  'Where the pictures are in the provider''s answer, in place of the outputs of its recipe, for a '
+  'model that answers others too: a SQL/JSON path, in which $count is how many are asked for. '
+  '$.output[last - $count + 1 to last] takes the last; null: the first of what the recipe finds.';
 comment on column public.models.max_images is
   'Most images of one generation; what it charges where no input says how many.';
 comment on column public.models.cost_usd is
@@ -150,6 +155,7 @@ create table private.model_routes (
   provider text not null references private.providers (name),
   provider_ref text not null,
   input_template jsonb,
+  outputs_path jsonpath,
   cost_usd numeric(12, 6),
   cost_unit text,
   primary key (model_id, place),
@@ -163,6 +169,8 @@ comment on table private.model_routes is
   'Other ways to a model, in order of place, for when the one in public.models does not serve. The '
   'user pays the model''s price whichever is taken.';
 
+create index model_routes_provider_idx on private.model_routes (provider);
+
 create view private.routes with (security_invoker = true) as
 select
   id as model_id,
@@ -170,6 +178,7 @@ select
   provider,
   provider_ref,
   input_template,
+  outputs_path,
   cost_usd,
   cost_unit
 from public.models
@@ -180,6 +189,7 @@ select
   provider,
   provider_ref,
   input_template,
+  outputs_path,
   cost_usd,
   cost_unit
 from private.model_routes;
@@ -218,6 +228,8 @@ $$;
 create trigger models_set_derived_inputs
 before insert or update on public.models
 for each row execute function private.set_derived_inputs();
+
+create index models_provider_idx on public.models (provider);
 
 create table public.model_aliases (
   id text,

@@ -118,10 +118,14 @@ begin
 end;
 $$;
 
--- What is found at paths, as one text.
+-- The same as one text.
 create function private.words_at(p_body jsonb, p_paths jsonb) returns text
-language sql immutable set search_path = pg_catalog, pg_temp as $$
-  select string_agg(w.value #>> '{}', '; ') from unnest(private.at(p_body, p_paths)) as w (value)
+language plpgsql immutable strict set search_path = pg_catalog, pg_temp as $$
+begin
+  return (
+    select string_agg(w.value #>> '{}', '; ') from unnest(private.at(p_body, p_paths)) as w (value)
+  );
+end;
 $$;
 
 -- What a provider's words about a failure mean: a code, or null where no row knows them.
@@ -211,7 +215,8 @@ begin
       'reason', concat(p_step, ': ', coalesce('HTTP ' || nullif(p_status, 0), 'no answer')),
       'detail', left(coalesce(nullif(v_words, ''), p_body #>> '{}'), 2000),
       'retry_after', coalesce(
-        p_headers ->> 'retry-after', (private.at(p_body, v_recipe -> 'retry_after'))[1] #>> '{}'
+        private.asked_seconds(p_headers ->> 'retry-after'),
+        private.asked_seconds((private.at(p_body, v_recipe -> 'retry_after'))[1] #>> '{}')
       )
     ));
   elsif p_step = 'find' then
@@ -236,6 +241,7 @@ begin
   v_is := case
     when p_step = 'result' or p_step = 'create' and v_outputs <> '{}' then 'done'
     when p_step = 'create' then 'accepted'
+    when p_step = 'upload' then 'failed'  -- without the address that was asked for
     when private.at(p_body, v_step -> 'failed_if') <> '{}' then 'failed'
     when private.at(p_body, v_step -> 'gone_if') <> '{}' then 'gone'
     when private.at(p_body, v_step -> 'missing_if') <> '{}' then 'missing'

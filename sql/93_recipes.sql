@@ -66,7 +66,12 @@ insert into private.providers (
   },
   "find": {
     "url": "{{api}}/models/requests/by-endpoint?endpoint_id={{ref}}&start={{since}}&expand=payloads",
-    "items": "$.items[*]", "item_id": "$.request_id", "item_input": "$.json_input"
+    "items": "$.items[*]", "item_id": "$.request_id", "item_input": "$.json_input",
+    "handles": {
+      "status": "{{base}}/{{app}}/requests/{{id}}/status",
+      "result": "{{base}}/{{app}}/requests/{{id}}",
+      "cancel": "{{base}}/{{app}}/requests/{{id}}/cancel"
+    }
   },
   "account": {"url": "{{api}}/account/billing?expand=credits"},
   "error_words": ["$.detail ? (@.type() == \"string\")", "$.detail[*].msg", "$.error_type"],

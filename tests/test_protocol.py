@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from actors import Job, Refusal, Service, User, Worker, outcome
+from actors import Job, Refusal, Service, User, Worker, created, outcome, polled
 from database import Database
 from psycopg.pq import TransactionStatus
 from psycopg.rows import scalar_row
@@ -47,7 +47,8 @@ begin
       'status', g.status, 'credits', e.credits,
       'ready', (
         select jsonb_agg(jsonb_build_array(
-          r.attempt, r.run_at is not null, r.create_started_at is not null, r.provider_job_id
+          r.attempt, r.run_at is not null, r.create_started_at is not null, r.provider_job_id,
+          exists (select from private.paused_now)
         )) from private.ready_jobs as r
       ),
       'running', (
@@ -85,6 +86,7 @@ class Stage:
     def __init__(self, db: Database) -> None:
         db.execute(STATE)
         db.execute(SETTINGS)
+        db.buys_previews()
         Service(db).register_webhook()
         self.user, self.worker = User(db), Worker(db)
         self.job_id = self.user.enqueued(params={"num_outputs": IMAGES})
@@ -122,12 +124,23 @@ class Stage:
         return self.worker.claim_jobs(2)
 
 
+DONE = polled("prediction", "succeeded", output="https://replicate.delivery/a")
+
+
+def found(job: Job) -> dict[str, Any]:
+    """What is answered where a lost create is looked for: one that is this job's."""
+    ref = job.provider_ref
+    item = {"id": "prediction", "model": ref, "version": "hidden", "input": job.provider_input}
+    return {"step": "find", "memo": {}, "status": 200, "body": {"results": [item]}}
+
+
 # What a worker may say of a lease that it holds or held.
 OF_LEASE: dict[str, Callable[[Worker, Job], Any]] = {
-    "begin_create": lambda w, job: w.begin_create(job),
-    "recall_create": lambda w, job: w.recall_create(job),
-    "checkpoint": lambda w, job: w.checkpoint(job, "prediction"),
-    "adopt_provider_job": lambda w, job: w.adopt_provider_job(job, "prediction"),
+    "next_step": lambda w, job: w.next_step(job),
+    "next_step: created": lambda w, job: w.next_step(job, created("prediction")),
+    "next_step: lost": lambda w, job: w.next_step(job, created("prediction", status=None)),
+    "next_step: found": lambda w, job: w.next_step(job, found(job)),
+    "next_step: done": lambda w, job: w.next_step(job, DONE),
     "report_progress": lambda w, job: w.report_progress(job, "storing"),
     "heartbeat": lambda w, job: w.heartbeat(job),
     "complete_job": lambda w, job: w.complete_job(job, IMAGES),
@@ -135,6 +148,7 @@ OF_LEASE: dict[str, Callable[[Worker, Job], Any]] = {
     "fail_job: moderated": lambda w, job: w.fail_job(job, "moderated"),
     "fail_job: provider_error": lambda w, job: w.fail_job(job, "provider_error"),
     "fail_job: provider_timeout": lambda w, job: w.fail_job(job, "provider_timeout"),
+    "fail_job: model_withdrawn": lambda w, job: w.fail_job(job, "model_withdrawn"),
     "fail_job: provider_busy": lambda w, job: w.fail_job(job, "provider_busy", retry_after=60),
     "release_job": lambda w, job: w.release_job(job),
     "release_job anew": lambda w, job: w.release_job(job, resumes=False),
@@ -147,10 +161,15 @@ OTHERS: dict[str, Callable[[Stage], Any]] = {
     "cancel_generation": lambda s: s.user.cancel_generation(s.job_id),
     "the lease runs out": lambda s: s.moves("running_jobs", "lease_until"),
     "the deadline passes": lambda s: s.moves("running_jobs", "deadline_at"),
+    "resume_model": lambda s: s.connection.execute(
+        "select public.resume_model('darkroom/preview')"
+    ),
     "the backoff ends": lambda s: s.connection.execute(
         "update private.ready_jobs set run_at = null"
     ),
 }
+# After these and a claim, whatever has happened, the job ends.
+LAST = ("the lease runs out", "recover_stale_jobs", "the backoff ends", "resume_model")
 REFUSALS = {
     "cancel_generation": {"PT409"},
     "cancel_job": {"22023"},
@@ -202,7 +221,7 @@ class Explorer:
         if state["status"] in ENDED:
             return []
         with self.stage.undone():
-            for name in ("the lease runs out", "recover_stale_jobs", "the backoff ends"):
+            for name in LAST:
                 self.stage.step(name, None)
             for job in self.stage.step("claim_jobs", None):
                 self.stage.step("complete_job", job)

@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
 from typing import Any
 from unittest import mock
@@ -309,26 +309,84 @@ def a_job(**changes: Any) -> Job:
 SIGNED = "/object/sign/inputs/u/cat.png?token=t"
 
 
-@pytest.mark.parametrize(
-    "signed",
-    [{"signedURL": SIGNED}, {"signedUrl": SIGNED}, {"signedUrl": f"/storage/v1{SIGNED}"}],
-    ids=str,
-)
-def test_a_source_image_is_given_as_a_signed_address_where_storage_is_public(signed):
-    web, given = Web(httpx.Response(200, json=signed)), {"prompt": "p", "image": "u/a cat.png"}
-    job = a_job(provider_input=given | {"more": None}, image_inputs=["image", "more"])
+def with_sources(web: Web, *paths: str, looks: Any = ("PNG", True)) -> dict[str, Any]:
+    """What the provider is sent for a job with these sources, of a Storage that is public."""
+    job = a_job(provider_input={"prompt": "p", "image": [*paths]}, image_inputs=["image", "more"])
 
-    async def with_sources(api: Replicate) -> dict[str, Any]:
+    async def ask(api: Replicate) -> dict[str, Any]:
         settings = Settings(ENVIRONMENT | {"SUPABASE_URL": "https://project.supabase.co"})
-        storage = Storage(settings, api.http, mock.Mock())
-        one = worker.Worker(settings, mock.Mock(), {}, storage, mock.Mock())
-        return await one._with_sources(api, job)
+        pictures = mock.Mock(look_at_source=mock.AsyncMock(return_value=looks))
+        storage = Storage(settings, api.http, pictures)
+        return await worker.Worker(settings, mock.Mock(), {}, storage, mock.Mock())._with_sources(
+            api, job
+        )
 
-    address = f"https://project.supabase.co/storage/v1{SIGNED}"
-    assert web.ask(with_sources) == {"prompt": "p", "image": address, "more": None}
-    (request,) = web.requests
-    assert request.url.raw_path == b"/storage/v1/object/sign/inputs/u/a%20cat.png"
-    assert json.loads(request.content)["expiresIn"] >= 300
+    return web.ask(ask)
+
+
+@pytest.mark.parametrize(
+    ("path", "escaped", "signed"),
+    [
+        ("u/cat.png", "inputs/u/cat.png", {"signedURL": SIGNED}),
+        ("inputs/u/cat.png", "inputs/u/cat.png", {"signedUrl": SIGNED}),
+        ("generations/u/j/0.png", "generations/u/j/0.png", {"signedUrl": f"/storage/v1{SIGNED}"}),
+        ("u/a cat?#%41\\.png", "inputs/u/a%20cat%3F%23%2541%5C.png",
+         {"signedURL": "/object/sign/inputs/u/a cat?#%41\\.png?token=t"}),
+        ("u/%2e%2e/é望.png", "inputs/u/%252e%252e/%C3%A9%E6%9C%9B.png", {"signedURL": SIGNED}),
+        ("u/a&b=c@d+e,f;g:h!$*'(1)", "inputs/u/a&b=c@d+e,f;g:h!$*'(1)", {"signedURL": SIGNED}),
+    ],
+)  # fmt: skip
+def test_a_source_is_given_as_a_signed_address_of_its_own_where_storage_is_public(
+    path, escaped, signed
+):
+    web = Web(httpx.Response(200), httpx.Response(200, json=signed))
+
+    sent = with_sources(web, path)
+
+    root = "https://project.supabase.co/storage/v1/object"
+    assert sent == {"prompt": "p", "image": [f"{root}/sign/{escaped}?token=t"]}
+    assert [str(each.url) for each in web.requests] == [
+        f"{root}/{escaped}",
+        f"{root}/sign/{escaped}",
+    ]
+    assert json.loads(web.requests[1].content)["expiresIn"] >= 600  # the job's deadline, and more
+
+
+def test_a_source_that_is_not_as_its_user_gave_it_is_uploaded_though_storage_is_public():
+    upload = httpx.Response(201, json={"urls": {"get": "https://api.replicate.com/f"}})
+    web = Web(httpx.Response(200), upload)
+
+    assert with_sources(web, "u/cat.png", looks=("JPEG", False))["image"] == [
+        "https://api.replicate.com/f"
+    ]
+    assert web.requests[1].url.path.endswith("/files")
+
+
+def missing(message: str, **said: Any) -> httpx.Response:
+    return httpx.Response(400, json={"statusCode": "404", "message": message, **said})
+
+
+@pytest.mark.parametrize(
+    ("answers", "code"),
+    [
+        ([missing("Object not found", error="not_found")], "invalid_input"),
+        ([httpx.Response(200), missing("Object not found")], "invalid_input"),
+        ([missing("Bucket not found", error="Bucket not found")], "internal"),
+        ([httpx.Response(404, text="<html>another server")], "internal"),
+        ([httpx.Response(404, json=["odd"])], "internal"),
+        ([httpx.Response(400, json={"statusCode": "403", "message": "no"})], "internal"),
+        ([httpx.Response(503)], "storage_unavailable"),
+        ([httpx.ReadTimeout("late")], "storage_unavailable"),
+        ([httpx.Response(200, content=bytes((32 << 20) + 1))], "invalid_input"),
+    ],
+)
+def test_a_source_that_is_gone_is_the_users_fault_and_a_storage_that_is_not_well_is_not(
+    answers, code
+):
+    with pytest.raises(JobError) as refusal:
+        with_sources(Web(*answers), "u/cat.png")
+
+    assert refusal.value.code == code
 
 
 # --- Replicate's answers ---
@@ -751,6 +809,19 @@ def test_after_a_beat_the_worker_looks_for_work():
     assert one.wake.is_set()
 
 
+@pytest.mark.parametrize(("max_running", "looks"), [(None, False), (2, True)])
+def test_who_frees_a_place_at_a_provider_looks_for_the_next_job(max_running, looks):
+    """Also when it sleeps with slots to spare: nobody is woken for a place."""
+    one = a_worker(mock.Mock(complete_job=mock.AsyncMock()))
+    one._make = mock.AsyncMock(return_value=[])
+    job = mock.Mock(token=1, deadline_seconds=9, max_running=max_running)
+    running = one.running[1] = worker.Running(job, 0.0, one.on_progress)
+
+    asyncio.run(one.process(running))
+
+    assert one.wake.is_set() == looks
+
+
 def test_who_could_not_beat_claims_again_with_the_first_beat():
     db = mock.Mock(
         heartbeat=mock.AsyncMock(return_value=[]),
@@ -799,3 +870,21 @@ def test_who_runs_full_on_the_way_to_sleep_does_not_claim_again_what_it_gave_bac
     asyncio.run(asyncio.wait_for(one._sleep(), 3))
 
     assert not one.running
+
+
+def test_an_answer_that_comes_drop_by_drop_is_none_in_the_end(monkeypatch):
+    monkeypatch.setattr(worker, "DOWNLOAD_SECONDS", 0.2)
+
+    async def drops() -> AsyncIterator[bytes]:
+        while True:
+            yield b" "
+            await asyncio.sleep(0.01)
+
+    async def act() -> dict[str, Any]:
+        transport = httpx.MockTransport(lambda _: httpx.Response(201, content=drops()))
+        async with httpx.AsyncClient(transport=transport) as http:
+            provider = worker.Provider(http, {"base_url": API, "key_hosts": [], "hosts": []}, TOKEN)
+            request = {"method": "POST", "url": f"{API}/predictions", "headers": {}, "body": {}}
+            return await provider.send(request | {"seconds": 0.1})
+
+    assert asyncio.run(act()) == {"status": None, "error": "TimeoutError"}
