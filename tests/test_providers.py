@@ -138,7 +138,18 @@ STRANGE = [
 def jobs(db) -> dict[str, dict[str, Any]]:
     """A job under way at each provider."""
     db.lift_limits()
-    worker, jobs = Worker(db, slots=9, keys=[f"{each.upper()}_{what}" for each in NAMES for what in ("KEY", "API_KEY", "API_TOKEN")]), {}
+    worker, jobs = (
+        Worker(
+            db,
+            slots=9,
+            keys=[
+                f"{each.upper()}_{what}"
+                for each in NAMES
+                for what in ("KEY", "API_KEY", "API_TOKEN")
+            ],
+        ),
+        {},
+    )
     for provider in NAMES:
         model = f"acme/{provider}"
         db.execute(
@@ -268,6 +279,7 @@ SENT = [  # provider, step, method, url
     ("fal", "account", "GET", "https://api.fal.ai/v1/account/billing?expand=credits"),
     ("bfl", "create", "POST", "https://api.bfl.ai/v1/fal-ai/flux/dev"),
     ("bfl", "poll", "GET", "https://queue.fal.run/fal-ai/flux/requests/1/status"),
+    ("bfl", "account", "GET", "https://api.bfl.ai/v1/credits"),
     ("openai", "create", "POST", "https://api.openai.com/v1/images/generations"),
     ("openai", "account", "GET", "https://api.openai.com/v1/models"),
     ("comfyui", "create", "POST", "http://127.0.0.1:8188/prompt"),
