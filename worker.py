@@ -796,7 +796,7 @@ class Provider:
         gigabytes at once.
         """
         if kept := self.blobs.get(output):
-            yield base64.b64decode(kept.rpartition(",")[2])
+            yield base64.b64decode(kept.rpartition(",")[2] + "==")
             return
         url, plain = self._allowed(output), {"accept-encoding": "identity"}
         for _ in range(MAX_REDIRECTS + 1):

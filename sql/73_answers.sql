@@ -237,7 +237,10 @@ begin
       'next', (private.at(p_body, v_step -> 'next'))[1] #>> '{}'
     );
   end if;
-  v_outputs := private.at(p_body, v_step -> 'outputs');
+  v_outputs := private.at(p_body, case
+    when v_step ? 'outputs'
+      then coalesce(nullif(p_vars -> 'outputs_path', 'null'), v_step -> 'outputs')
+  end, p_vars);
   v_is := case
     when p_step = 'result' or p_step = 'create' and v_outputs <> '{}' then 'done'
     when p_step = 'create' then 'accepted'

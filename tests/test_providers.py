@@ -412,3 +412,15 @@ def seconds(db: Database, query: str, *arguments: Any) -> float:
     begun = time.perf_counter()
     db.execute(query, *arguments)
     return time.perf_counter() - begun
+
+
+def test_of_several_outputs_those_are_kept_that_the_model_says(db):
+    body = {"status": "succeeded", "output": ["https://a/map.png", "https://a/picture.png"]}
+    query = "select private.read_answer('replicate', 'poll', 200, '{}', %s, %s) -> 'outputs'"
+
+    kept = [
+        db.value(query, Jsonb(body), Jsonb({"outputs_path": path, "count": 1}))
+        for path in (None, "$.output[last]", "$.output[$count to last]")
+    ]
+
+    assert kept == [body["output"], body["output"][1:], body["output"][1:]]
