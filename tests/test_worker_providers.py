@@ -94,6 +94,7 @@ class Bench(Workers):
             past.clear()
         fake.default, fake.account_status = Behaviour(polls=1, queued=0), 200
         fake.faults.clear()
+        fake.cdn.requests.clear()
         self.db.execute("delete from private.breakers")
         self.db.execute("update public.models set is_active = true")
 
@@ -227,6 +228,12 @@ CASES: dict[str, dict[str, Any]] = {
         "fal": (DONE, None, 1, 1),
         "bfl": (DONE, None, 1, 1),
     },
+    "its picture is gone": {
+        "is": {"file": "gone"},
+        "fal": (DONE, None, 2, 2),
+        "bfl": (DONE, None, 2, 2),
+        "comfyui": (DONE, None, 2, 2),
+    },
     "lost": {
         "is": {"answer": None, "stored": True, "hidden": 1},
         "fal": (DONE, None, 1, 1),
@@ -282,6 +289,59 @@ def test_what_a_result_says_counts_though_the_status_does_not_tell(bench, fake, 
 def test_what_was_made_and_is_moderated_is_refused_as_well(bench, fake):
     fake.next(ends="moderated", form="content")
     assert bench.error(bench.until(bench.ask(), FAILED)) == "moderated"
+
+
+@of("fal")
+def test_what_is_written_like_a_picture_is_found_like_any_other(bench, fake):
+    fake.next(answer=None, stored=True)
+
+    job = bench.user.enqueued("all work and no play " * 60, "fal/draw")
+    bench.until(job, DONE, FAILED)
+
+    assert (bench.status(job), len(fake.bought)) == (DONE, 1)
+
+
+@of("fal", "bfl", "comfyui")
+def test_an_answer_that_names_anothers_job_is_a_lost_one(bench, fake):
+    first = bench.until(bench.ask(), DONE)
+    fake.next(is_mixed_up=True)
+
+    job = bench.until(bench.ask(), DONE, FAILED)
+
+    query = "select provider_job_id from private.purchases where generation_id = %s"
+    had, has = (
+        {row["provider_job_id"] for row in bench.db.execute(query, j)} for j in (first, job)
+    )
+    assert had == {fake.bought[0]}
+    assert has == ({fake.bought[1]} if bench.status(job) == DONE else set())
+    assert bench.error(job) == ("outcome_unknown" if fake.name == "bfl" else None)
+    assert len(fake.bought) == 2
+
+
+@of("bfl")
+def test_no_key_goes_where_an_answer_leads_but_to_the_providers_own_hosts(bench, fake):
+    fake.region = fake.cdn.origin  # pictures may come from there; the key may not go
+
+    bench.until(bench.ask(), FAILED)
+
+    assert fake.cdn.requests == []
+    fake.region = fake.origin
+
+
+@of("bfl")
+def test_what_a_create_says_it_costs_is_what_the_attempt_cost(bench, fake):
+    job = bench.until(bench.ask(), DONE)
+    query = "select cost_usd from private.attempts where generation_id = %s"
+    assert float(bench.db.value(query, job)) == 0.045
+
+
+@of("fal", "bfl")
+def test_progress_is_told_on_the_way(bench, fake):
+    fake.next(polls=FOREVER, queued=0)
+    job = bench.started()
+    eventually(lambda: bench.user.get_job_status(job)["progress"] == 50)
+    next(iter(fake.tasks.values())).end("succeeded")
+    bench.until(job, DONE)
 
 
 @of("bfl", "openai")
@@ -371,6 +431,18 @@ def test_what_its_user_cancels_is_stopped_where_the_provider_can(bench, fake):
         assert task.state == "queued"
     else:
         eventually(lambda: task.is_over)
+    assert bench.user.credits() == 20
+
+
+@of("openai")
+def test_a_job_canceled_while_its_create_is_under_way_is_canceled(bench, fake):
+    fake.next(slow={"create": 2})
+    job = bench.started()
+
+    bench.user.cancel_generation(job)
+    bench.until(job, "canceled")
+
+    assert len(fake.bought) == 1
     assert bench.user.credits() == 20
 
 
