@@ -101,6 +101,7 @@ insert into private.providers (
     "outputs": "$.result.sample", "percent": "$.progress * 100", "seconds": "$.result.duration",
     "words": "$.details"
   },
+  "account": {"url": "{{base}}/credits"},
   "error_words": ["$.detail ? (@.type() == \"string\")", "$.detail[*].msg"]
 }'),
 ('openai', 'https://api.openai.com/v1', 'OPENAI_API_KEY', '{}', '{}', null, null, 'unknown', '{
