@@ -175,6 +175,7 @@ create view private.routes with (security_invoker = true) as
 select
   id as model_id,
   0::smallint as place,
+  id as breaker,
   provider,
   provider_ref,
   input_template,
@@ -186,6 +187,7 @@ union all
 select
   model_id,
   place,
+  model_id || '#' || place as breaker,
   provider,
   provider_ref,
   input_template,
@@ -194,7 +196,8 @@ select
   cost_unit
 from private.model_routes;
 
-comment on view private.routes is 'All ways to each model. Place 0 is the one in public.models.';
+comment on view private.routes is
+  'All ways to each model. Place 0 is the one in public.models. breaker: the name of its own (28).';
 
 -- Taken out once, not in every request. A seed is chosen (32), not taken from the schema.
 create function private.set_derived_inputs() returns trigger

@@ -57,14 +57,16 @@ comment on table private.ready_jobs is 'Jobs that wait to be claimed.';
 comment on column private.ready_jobs.fair_key is
   'Virtual finish time: greatest(virtual clock, the user''s last) + price / weight. Smallest is '
   'claimed first.';
-comment on column private.ready_jobs.attempt is 'Attempts used so far.';
+comment on column private.ready_jobs.attempt is 'Attempts used so far on its route.';
 comment on column private.ready_jobs.queued_at is 'Since when it may be claimed.';
 comment on column private.ready_jobs.provider_job_id is
   'The provider''s job an earlier attempt began: resume it.';
 comment on column private.ready_jobs.create_started_at is
   'An earlier attempt may have asked the provider to create, then or later, and never learned the '
   'outcome: look first.';
-comment on column private.ready_jobs.handles is 'This and the next two: see running_jobs.';
+comment on column private.ready_jobs.handles is 'This and the next: see running_jobs.';
+comment on column private.ready_jobs.route is
+  'Place of the route it takes: if that is shut, the claim takes the next, unless it resumes.';
 
 -- Delayed jobs are out of the claim's index, so a pile of them costs the claim nothing.
 create index ready_jobs_claim_idx on private.ready_jobs (fair_key, seq) where run_at is null;
@@ -153,6 +155,7 @@ create table private.attempts (
   generation_id uuid not null references public.generations (id) on delete cascade,
   token bigint not null,
   model_id text not null,
+  provider text,
   attempt smallint not null,
   worker_id bigint not null,
   started_at timestamptz not null,
@@ -169,8 +172,9 @@ create table private.attempts (
 
 comment on table private.attempts is
   'One row for each ended claim of a job. For operators only: provider text stays here.';
+comment on column private.attempts.provider is 'That of the route taken.';
 comment on column private.attempts.attempt is
-  'Attempt number; a released or throttled claim shares it with the next, so (generation, token) '
+  'Attempt number on its route; a released or throttled claim shares it with the next, so (generation, token) '
   'is the key.';
 comment on column private.attempts.outcome is
   'completed | retried (failed, queued again) | failed | released (graceful stop) | canceled.';

@@ -1,6 +1,8 @@
 -- Breakers: a model or a provider that keeps failing is left alone for a while.
 --
--- A breaker is a row named like a model or a provider; where there is none, all is well. Closed:
+-- A breaker is a row named like a provider or a route: a model's own is named like the model, the
+-- others owner/name#place. A job whose route is shut takes the next (72); only where all are, it
+-- waits, and new ones are refused. Where there is no breaker, all is well. Closed:
 -- failures in a row are counted, and a success between starts anew; what fails again in the same
 -- words, with the same input of the same user, tells nothing new. Enough of them, from enough
 -- users, open it. Nobody can tell yet who is to blame: the model, or the input of these users. So
@@ -14,10 +16,10 @@
 -- leaves its place to the next. Jobs that wait lose neither attempts nor place.
 --
 -- A provider whose account is refused is paused for everybody (pause_provider). An operator opens
--- and closes a breaker with pause_model and resume_model; a pause of theirs is for everybody, and
--- just ends when it is over.
+-- and closes a breaker with pause_model and resume_model; a pause of theirs is for everybody, of a
+-- model one of all its routes, and just ends when it is over.
 --
--- Lock order: a breaker comes after all other rows, and a provider's before its models'. A job that
+-- Lock order: a breaker comes after all other rows, and a provider's before its routes'. A job that
 -- ends without anything to count or to reset takes no lock here.
 
 create table private.breakers (
@@ -36,7 +38,7 @@ create table private.breakers (
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 50);
 
 comment on table private.breakers is
-  'Models and providers that failed or were paused: whether their jobs wait.';
+  'Routes and providers that failed or were paused: whether their jobs wait.';
 comment on column private.breakers.counted is
   'What the failures said and of what, as hashes: equal ones count once.';
 comment on column private.breakers.failed_users is
@@ -54,19 +56,53 @@ comment on column private.breakers.doubted_users is
   'Users who failed where others then succeeded: for breaker_pause_cap from doubted_at their '
   'failures count for nobody else.';
 
+create view private.route_breakers with (security_invoker = true) as
+select
+  w.model_id,
+  w.place,
+  b as breaker
+from private.routes as w
+inner join private.breakers as b on b.name = any(array[w.provider, w.breaker, w.model_id])
+-- What failures began is the own route's alone.
+where b.name in (w.provider, w.breaker) or b.times_opened = 0;
+
+comment on view private.route_breakers is
+  'The breakers that shut each route: its own, its provider''s, and an operator''s of the model.';
+
+create view private.served_providers with (security_invoker = true) as
+select p.name
+from private.providers as p
+where p.is_active and (
+  p.secret is null or exists (
+    select from private.workers as w cross join private.settings as s
+    where w.seen_at > now() - s.lease and p.secret = any(w.keys)
+  )
+);
+
+comment on view private.served_providers is
+  'Providers that are switched on, and need no key or one that a living worker has.';
+
 create view private.paused_models with (security_invoker = true) as
 select
   m.id,
-  b.paused_until,
+  case when not exists (
+    select from private.model_routes as w
+    inner join private.served_providers as s on w.provider = s.name
+    where w.model_id = m.id and not exists (
+      select from private.route_breakers as o
+      where o.model_id = w.model_id and o.place = w.place and (o.breaker).paused_until is not null
+    )
+  ) then b.paused_until end as paused_until,
+  b.times_opened,
   b.resumed_at
 from private.breakers as b
 inner join public.models as m on b.name in (m.id, m.provider)
 where b.paused_until is not null or b.resumed_at is not null;
 
 comment on view private.paused_models is
-  'Models that are or were paused, themselves or with their provider.';
+  'Models that are paused, themselves or with their provider, by all routes, or were.';
 
--- Until when the model is paused for this user, itself or with its provider; null unless it is. A
+-- Until when the model is paused for this user, by all routes that are served; null unless it is. A
 -- pause that failures began is one for those who failed.
 --
 -- Who keeps failing where others do not, as the breakers noticed, is let wait like a model:
@@ -84,6 +120,20 @@ begin
     bool_or(p_user_id = any (b.failed_users || b.doubted_users))
   into v_until, v_is_suspected
   from private.breakers as b where b.name in (p_model.id, p_model.provider);
+  if v_until is not null then
+    select case when count(*) = count(other.until) then least(v_until, min(other.until)) end
+    into v_until
+    from private.model_routes as w
+    inner join private.served_providers as s on s.name = w.provider
+    cross join lateral (
+      select max((b.breaker).paused_until) as until
+      from private.route_breakers as b
+      where (b.model_id, b.place) = (w.model_id, w.place) and (b.breaker).paused_until > now() and (
+        (b.breaker).failed_users = '{}' or p_user_id = any ((b.breaker).failed_users)
+      )
+    ) as other
+    where w.model_id = p_model.id;
+  end if;
   if v_is_suspected then
     v_until := greatest(v_until, (
       select recent.finished_at + s.breaker_window
@@ -219,11 +269,11 @@ end;
 $$;
 
 -- Counts attempts that have just failed, where the code is the provider's fault, against their
--- models, and against the provider unless the model is paused: one model alone does not pause a
--- provider. Where the code says that no other job can do better, the model is paused until an
+-- routes, and against the provider unless the route is paused: one model alone does not pause a
+-- provider. Where the code says that no other job can do better, the route is paused until an
 -- operator resumes it.
 --
--- Locks: the breakers of the providers and the models, in order.
+-- Locks: the breakers of the providers and the routes, in order.
 create function private.note_failures(p_jobs private.running_jobs[]) returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
@@ -231,14 +281,16 @@ declare
   v_job private.running_jobs;
   v_at bigint;
   v_provider text;
+  v_route text;
   v_code text;
   v_words uuid;
   v_withdrawn text;
 begin
-  for v_at, v_provider, v_code, v_words, v_withdrawn in
+  for v_at, v_provider, v_route, v_code, v_words, v_withdrawn in
     select
       j.ordinality,
-      m.provider,
+      w.provider,
+      w.breaker,
       e.code,
       md5(row(j.user_id, j.model_id, g.prompt, g.input, e.code, a.error_detail)::text)::uuid,
       case when e.pauses_model then concat_ws(': ', e.code, a.error_detail) end
@@ -246,40 +298,40 @@ begin
     inner join private.attempts as a on a.generation_id = j.job_id and a.token = j.token
     inner join private.error_codes as e
       on e.code = a.error_code and (e.trips_breaker or e.pauses_model)
-    inner join public.models as m on m.id = j.model_id
+    inner join private.routes as w on w.model_id = j.model_id and w.place = j.route
     inner join public.generations as g on g.id = j.job_id
-    order by m.provider, j.model_id, j.ordinality
+    order by w.provider, w.breaker, j.ordinality
   loop
     v_job := p_jobs[v_at];
-    insert into private.breakers (name) values (v_provider), (v_job.model_id)
+    insert into private.breakers (name) values (v_provider), (v_route)
     on conflict do nothing;
     perform from private.breakers where name = v_provider for update;
-    perform from private.breakers where name = v_job.model_id for update;
+    perform from private.breakers where name = v_route for update;
     if v_withdrawn is not null then
-      perform private.set_pause(v_job.model_id, 'infinity', left(v_withdrawn, 500));
+      perform private.set_pause(v_route, 'infinity', left(v_withdrawn, 500));
+      -- Not an operator's, which would be one of the model's other routes, too.
+      update private.breakers set times_opened = 1 where name = v_route;
       continue;
     end if;
     if exists (
       select from private.breakers as b
       where (b.name = v_provider and b.probe_job_id = v_job.job_id)
-        or (b.name = v_job.model_id and private.breaker_state(b) = 'closed')
+        or (b.name = v_route and private.breaker_state(b) = 'closed')
     ) then
       perform private.count_failure(
         v_provider, v_job, v_code, v_words, v_settings.breaker_provider_failures
       );
     end if;
-    perform private.count_failure(
-      v_job.model_id, v_job, v_code, v_words, v_settings.breaker_failures
-    );
+    perform private.count_failure(v_route, v_job, v_code, v_words, v_settings.breaker_failures);
   end loop;
 end;
 $$;
 
--- Jobs ended well: failures of their models are forgotten, and what is paused though one began
+-- Jobs ended well: failures of their routes are forgotten, and what is paused though one began
 -- after the failures is closed. Who failed meanwhile is doubted, but not if the pause was over:
 -- then it may well have been the model.
 --
--- Locks: the breakers of the providers and the models, in order.
+-- Locks: the breakers of the providers and the routes, in order.
 create function private.note_successes(p_jobs private.running_jobs[]) returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
@@ -287,11 +339,11 @@ declare
   v_is_resumed boolean;
 begin
   for v_job in
-    select j.job_id, j.user_id, j.claimed_at, names.name, m.provider
+    select j.job_id, j.user_id, j.claimed_at, names.name, w.provider
     from unnest(p_jobs) as j
-    left join public.models as m on m.id = j.model_id
-    cross join lateral (values (1, m.provider), (2, j.model_id)) as names (place, name)
-    order by m.provider, names.place, j.model_id
+    inner join private.routes as w on w.model_id = j.model_id and w.place = j.route
+    cross join lateral (values (1, w.provider), (2, w.breaker)) as names (place, name)
+    order by w.provider, names.place, w.breaker
   loop
     update private.breakers as b set
       doubted_users = case
@@ -318,7 +370,7 @@ begin
     returning b.resumed_at = now() into v_is_resumed;
     if v_is_resumed then
       perform setval('private.scan_due', 0);  -- what waited may be far below the virtual clock
-      perform private.wake_workers(1, v_job.provider);
+      perform private.wake_workers(1, array[v_job.provider]);
     end if;
   end loop;
 end;
@@ -336,7 +388,7 @@ language sql security definer set search_path = pg_catalog, pg_temp as $$
     p_provider, now() + greatest(s.breaker_pause, least(p_seconds, 3600) * interval '1 second'),
     left(p_reason, 500), 1, now(), array_remove(array[p_user_id], null)
   from private.settings as s
-  where exists (select from public.models as m where m.provider = p_provider)
+  where exists (select from private.routes as w where w.provider = p_provider)
   on conflict (name) do update set
     paused_until = greatest(b.paused_until, excluded.paused_until),
     pause_reason = excluded.pause_reason,
@@ -363,7 +415,7 @@ comment on function private.pause_provider is
   'are tried one by one. Answers whether it is paused now; not where others were served lately '
   'though this user failed: then the job is to blame.';
 
--- Pauses a model or a provider, or ends its pause where p_until is null. What the breaker counted
+-- Pauses a model, a route or a provider, or ends its pause where p_until is null. What the breaker counted
 -- ends with it: from then on it is the operator's.
 --
 -- Raises: PT404 not_found.
@@ -372,7 +424,9 @@ language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_breaker private.breakers;
 begin
-  if not exists (select from public.models as m where p_name in (m.id, m.provider)) then
+  if not exists (
+    select from private.routes as w where p_name in (w.model_id, w.breaker, w.provider)
+  ) then
     perform private.refuse_missing(
       'model: no such model or provider',
       'Use the id of a model or the name of a provider in public.models.'
@@ -410,8 +464,9 @@ end;
 $$;
 
 comment on function public.pause_model is
-  'Pauses a model, or all models of a provider, until a time or resume_model: new requests are '
-  'refused with model_paused, queued jobs wait and keep their place, running ones go on. Answers '
+  'Pauses a model, or all that a provider makes, or one route of a model (owner/name#1), until a '
+  'time or resume_model: jobs take another route; where there is none, new requests are refused '
+  'with model_paused, queued jobs wait and keep their place. Running ones go on. Answers '
   '{name, state (open | closed | half-open | probing), paused_until, reason, failures, '
   'times_opened}. Errors: PT400 invalid_input, PT404 not_found.';
 
@@ -423,13 +478,14 @@ begin
   perform private.require_writable();
   v_answer := private.set_pause(model, null, null);
   perform setval('private.scan_due', 0);
-  perform private.wake_workers(
-    1, coalesce((select m.provider from public.models as m where m.id = model), model)
-  );
+  perform private.wake_workers(1, array(
+    select w.provider from private.routes as w
+    where resume_model.model in (w.model_id, w.breaker, w.provider) order by w.place
+  ));
   return v_answer;
 end;
 $$;
 
 comment on function public.resume_model is
-  'Ends a pause of a model or a provider, whoever began it: its jobs are claimed at once, in their '
+  'Ends a pause of a model, a route or a provider, whoever began it: its jobs are claimed at once, in their '
   'old order. Repeating it changes nothing. Answers as pause_model does. Errors: PT404 not_found.';

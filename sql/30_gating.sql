@@ -354,7 +354,7 @@ begin
   if least(p_plan.oldest_ready_at, p_plan.looked_at) < now() - p_plan.busy_after then
     return exists (
       select from (
-        select r.user_id, r.model_id, r.queued_at from private.ready_jobs as r
+        select r.user_id, r.model_id, r.route, r.queued_at from private.ready_jobs as r
         where r.run_at is null and r.fair_key >= (select f.fair_key from private.queue_floor as f)
         order by r.fair_key, r.seq limit 1000
       ) as next
@@ -368,8 +368,8 @@ begin
         )
         and next.model_id not in (select u.id from private.unserved_models as u)
         and not exists (
-          select from public.models as m inner join private.providers as p on p.name = m.provider
-          where m.id = next.model_id and p.max_running is not null
+          select from private.routes as w inner join private.providers as p on p.name = w.provider
+          where w.model_id = next.model_id and w.place = next.route and p.max_running is not null
             and p.name is distinct from p_provider
         )
     );

@@ -217,11 +217,8 @@ begin
       ) as seconds
       from private.model_stats as s
       cross join lateral (
-        select max(b.paused_until) as until from private.breakers as b
-        where b.name in (
-            s.model_id, (select m.provider from public.models as m where m.id = s.model_id)
-          )
-          and (b.paused_until > now() or (b.paused_until is not null and b.times_opened > 0))
+        select max(p.paused_until) as until from private.paused_models as p
+        where p.id = s.model_id and (p.paused_until > now() or p.times_opened > 0)
       ) as pause
       cross join lateral (
         select sum(

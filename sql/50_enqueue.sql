@@ -7,13 +7,13 @@
 -- a race.
 
 -- Wakes sleeping workers, as many as there is work for: those heard of last, which are least likely
--- dead. Where it is for a provider, only those that have its key.
+-- dead. Where it is for some of these providers, only those that serve one; the first of them first.
 --
 -- NOTIFY serialises commits over the whole instance, so it is sent only when somebody sleeps. A
 -- worker another transaction is waking is skipped. A wake-up that falls between is made good by the
 -- worker, which claims again after it went to sleep.
 create function private.wake_workers(
-  p_at_most integer default 1, p_provider text default null
+  p_at_most integer default 1, p_providers text[] default null
 ) returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
@@ -23,13 +23,15 @@ begin
     update private.workers set asleep = false
     where id = any (array(
       select w.id from private.workers as w
+      cross join lateral (
+        select min(array_position(p_providers, p.name)) as place
+        from private.providers as p
+        where p.name = any (p_providers) and p.is_active
+          and (p.secret is null or p.secret = any (w.keys))
+      ) as served
       where w.asleep and w.seen_at > now() - (select s.lease from private.settings as s)
-        and not exists (
-          select from private.providers as p
-          where p.name = p_provider
-            and (not p.is_active or (p.secret is not null and p.secret <> all (w.keys)))
-        )
-      order by w.seen_at desc limit p_at_most for update skip locked
+        and (p_providers is null or served.place is not null)
+      order by served.place, w.seen_at desc limit p_at_most for update of w skip locked
     ))
     returning id
   loop
@@ -217,7 +219,9 @@ begin
     ) as v (path);
   end if;
   if v_is_anybody_asleep then
-    perform private.wake_workers(v_jobs, v_model.provider);
+    perform private.wake_workers(v_jobs, array(
+      select w.provider from private.routes as w where w.model_id = v_model.id order by w.place
+    ));
   end if;
   return json_build_object(
     'job_id', v_ids[1],

@@ -3,7 +3,8 @@
 -- claim_jobs locks the jobs with the smallest fair_key that nobody else is claiming (skip locked),
 -- and moves them in one statement. While a breaker (28) is open, or where some of these jobs are
 -- for a provider that this worker has no key of or that takes no more, it has them chosen with care
--- by pick_admitted_jobs. No claim waits for a lock.
+-- by pick_admitted_jobs, which also takes the next route (11) where one is shut. No claim waits for
+-- a lock.
 
 -- While a long transaction holds back vacuum, a look at a whole table of the queue walks the dead
 -- rows of all jobs since. So one session looks for all: a sequence holds, in milliseconds since
@@ -42,49 +43,67 @@ end;
 $$;
 
 create view private.unserved_models with (security_invoker = true) as
-with alive as (
-  select w.keys
-  from private.workers as w cross join private.settings as s
-  where w.seen_at > now() - s.lease
-)
-
 select m.id
 from public.models as m
-where (select count(*) from alive) > 0 and not exists (
+where exists (
+  select from private.workers as w cross join private.settings as s where w.seen_at > now() - s.lease
+) and not exists (
   select from private.routes as w
-  inner join private.providers as p on w.provider = p.name
-  cross join alive as a
-  where w.model_id = m.id and p.is_active and (p.secret is null or p.secret = any(a.keys))
+  inner join private.served_providers as p on w.provider = p.name
+  where w.model_id = m.id
 );
 
 comment on view private.unserved_models is
   'Models whose providers no living worker serves: their jobs wait. None while no worker lives.';
 
--- What keeps jobs of a model back: whether nothing does; whether all wait; whether the pause is
--- over; and who failed, at model or provider, and at the provider.
+-- What keeps jobs back from a route: whether nothing does; whether all wait; whether the pause is
+-- over; and who failed, by the route or at its provider, and at the provider.
 create function private.gate_of(
-  p_model_id text, p_provider text, out is_open boolean, out is_shut boolean, out is_over boolean,
+  p_model_id text, p_place smallint, p_provider text,
+  out is_open boolean, out is_shut boolean, out is_over boolean,
   out failed_users uuid[], out failed_at_provider uuid[]
 )
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+  v_breakers private.breakers[] := array(
+    select w.breaker from private.route_breakers as w
+    where w.model_id = p_model_id and w.place = p_place
+      and ((w.breaker).paused_until is not null or (w.breaker).times_opened > 0)
+  );
 begin
   select
     count(*) = 0,
     coalesce(bool_or(private.admits(b, null) is false), false),
-    bool_and(private.admits(b, null) is true),
-    array(
-      select unnest(f.failed_users) from private.breakers as f
-      where f.name in (p_model_id, p_provider) and f.times_opened > 0
-    ),
-    array(
-      select unnest(f.failed_users) from private.breakers as f
-      where f.name = p_provider and f.times_opened > 0
-    )
-  into is_open, is_shut, is_over, failed_users, failed_at_provider
-  from private.breakers as b
-  where b.name in (p_model_id, p_provider) and private.breaker_state(b) <> 'closed';
+    bool_and(private.admits(b, null) is true)
+  into is_open, is_shut, is_over
+  from unnest(v_breakers) as b where private.breaker_state(b) <> 'closed';
+  failed_users := array(
+    select unnest(f.failed_users) from unnest(v_breakers) as f where f.times_opened > 0
+  );
+  failed_at_provider := array(
+    select unnest(f.failed_users) from unnest(v_breakers) as f
+    where f.name = p_provider and f.times_opened > 0
+  );
 end;
 $$;
+
+create type private.way as (
+  model_id text,
+  route smallint,  -- of jobs that wait
+  place smallint,  -- of the route they might take
+  turn bigint,
+  provider text,
+  is_own boolean,
+  is_mine boolean,  -- the asking worker serves it
+  is_open boolean,
+  is_shut boolean,
+  is_over boolean,
+  failed_users uuid[],
+  failed_at_provider uuid[]
+);
+
+comment on type private.way is
+  'A route that jobs which wait may take, and what keeps them back: see private.gate_of().';
 
 -- How many more jobs each of these providers takes that have a limit, as JSON. Whoever is told of
 -- room has it for itself until the transaction ends; for all others there is none meanwhile.
@@ -116,10 +135,15 @@ begin
 end;
 $$;
 
--- Locks the next jobs that may run now where not all may, and answers their ids: of each model that
+-- Locks the next jobs that may run now where not all may, and answers their ids: of each route that
 -- is not paused, the next; of one that can be tried, one job of a user who has not failed; after
 -- the pause, where there is no such job, one of a user who has. Of them those of providers that are
--- switched on and need none but these keys, and no more than each takes.
+-- served by whoever has these keys, and no more than each takes.
+--
+-- What its own route does not take now, for a breaker or because nobody serves it, goes by the next
+-- that does: those behind it first. It keeps its place in the queue, and its attempts begin anew.
+-- Only what is picked is moved, so all the rest is where it was when the route opens. What may have
+-- bought something stays with who may have sold it.
 --
 -- Reads an index by model and route instead of the one in fair order, so that a pile of jobs that
 -- wait is never walked. A range, though of one, and + 0: else the index in fair order might be.
@@ -129,12 +153,11 @@ set plan_cache_mode = force_generic_plan as $$
 declare
   v_began timestamptz := clock_timestamp();
   v_from bigint := 0;
-  v_models text[];
-  v_routes smallint[];
-  v_providers text[];
-  v_is_mixed boolean;
+  v_served text[];
+  v_ways private.way[];
   v_rooms jsonb;
   v_candidates uuid[];
+  v_places smallint[];
   v_breaker private.breakers;
   v_own uuid[];
   v_ids uuid[];
@@ -148,100 +171,135 @@ begin
   if not found and not private.is_due('private.scan_due') then
     select c.last_value into v_from from private.virtual_clock as c;
   end if;
-  -- From model to model through the index.
-  with recursive waiting as (
-    (
-      select r.model_id, r.route from private.ready_jobs as r
-      where r.run_at is null order by r.model_id, r.route limit 1
+  v_served := array(select s.name from private.served_providers as s);
+  -- From model to model through the index. Behind a route that takes all, none is looked at.
+  v_ways := array(
+    with recursive waiting as (
+      (
+        select r.model_id, r.route from private.ready_jobs as r
+        where r.run_at is null order by r.model_id, r.route limit 1
+      )
+      union all
+      select next.* from waiting as w cross join lateral (
+        select r.model_id, r.route from private.ready_jobs as r
+        where r.run_at is null and (r.model_id, r.route) > (w.model_id, w.route)
+        order by r.model_id, r.route limit 1
+      ) as next
+    ),
+    ways as (
+      select
+        w.model_id, w.route, coalesce(way.place, w.route) as place,
+        row_number() over in_turn as turn, way.provider,
+        coalesce(way.place = own.place, true) as is_own, may.is_mine, gate.*,
+        bool_or(gate.is_open and (may.is_mine or way.provider = any (v_served))) over (
+          in_turn rows between unbounded preceding and 1 preceding
+        ) as is_behind
+      from waiting as w
+      cross join lateral (
+        select coalesce((
+          select v.place from private.model_routes as v
+          where v.model_id = w.model_id and v.place = w.route
+        ), 0) as place
+      ) as own
+      left join private.routes as way on way.model_id = w.model_id
+      left join private.providers as p on p.name = way.provider
+      cross join lateral (
+        select (p.is_active and (p.secret is null or p.secret = any (p_keys))) is not false
+      ) as may (is_mine)
+      cross join lateral private.gate_of(w.model_id, way.place, way.provider) as gate
+      window in_turn as (
+        partition by w.model_id, w.route order by way.place < own.place, way.place
+      )
     )
-    union all
-    select next.* from waiting as w cross join lateral (
-      select r.model_id, r.route from private.ready_jobs as r
-      where r.run_at is null and (r.model_id, r.route) > (w.model_id, w.route)
-      order by r.model_id, r.route limit 1
-    ) as next
-  )
+    select (
+      w.model_id, w.route, w.place, w.turn, w.provider, w.is_own, w.is_mine, w.is_open, w.is_shut,
+      w.is_over, w.failed_users, w.failed_at_provider
+    )::private.way
+    from ways as w
+    where w.is_behind is not true
+  );
+  v_rooms := private.hold_room(array(
+    select w.provider from unnest(v_ways) as w where w.is_mine and not w.is_shut
+  ));
   select
-    array_agg(w.model_id) filter (where not shut.is_so),
-    array_agg(w.route) filter (where not shut.is_so),
-    array_agg(p.name) filter (where not shut.is_so),
-    bool_or(shut.is_so)
-  into v_models, v_routes, v_providers, v_is_mixed
-  from waiting as w
-  left join private.routes as way on way.model_id = w.model_id and way.place = w.route
-  left join private.providers as p on p.name = way.provider
-  cross join lateral (
-    select (not p.is_active or (p.secret is not null and p.secret <> all (p_keys))) is true as is_so
-  ) as shut;
-  v_rooms := private.hold_room(v_providers);
-  v_candidates := array(
-    select c.job_id from (
-      select a.job_id, a.provider, row_number() over (
-        partition by a.provider order by a.fair_key, a.seq
-      ) as place
+    coalesce(array_agg(c.job_id), '{}'), array_agg(c.place)
+  into v_candidates, v_places
+  from (
+    select t.job_id, t.place, t.provider, row_number() over (
+      partition by t.provider order by t.fair_key, t.seq
+    ) as number
+    from (
+      select distinct on (a.job_id) a.*
       from (
         select
-          next.job_id, next.fair_key, next.seq, next.has_failed, w.provider,
-          bool_and(next.has_failed) over (partition by w.model_id) as all_of_model,
-          next.failed_at_provider,
-          bool_and(next.failed_at_provider) over (partition by w.provider) as all_of_provider
-        from unnest(v_models, v_routes, v_providers) as w (model_id, route, provider)
-        cross join lateral private.gate_of(w.model_id, w.provider) as gate
+          next.*, w.place, w.turn, w.provider,
+          bool_and(next.has_failed) over (partition by w.model_id, w.place) as all_by_route,
+          bool_and(next.failed_at_provider) over (partition by w.provider) as all_at_provider
+        from unnest(v_ways) as w
         cross join lateral (
           (
             select r.job_id, r.fair_key, r.seq, false as has_failed, false as failed_at_provider
             from private.ready_jobs as r
             where r.run_at is null and r.fair_key >= v_from
               and (r.model_id, r.route) between (w.model_id, w.route) and (w.model_id, w.route)
-              and not r.user_id = any (gate.failed_users)
+              and (w.is_own or coalesce(r.provider_job_id, r.create_started_at::text) is null)
+              and not r.user_id = any (w.failed_users)
             order by r.model_id, r.route, r.fair_key, r.seq
-            limit case when gate.is_open then p_at_most + 1 else 1 end
+            limit case when w.is_open then p_at_most + 1 else 1 end
           )
           union all
           (
             select
-              r.job_id, r.fair_key, r.seq, r.user_id = any (gate.failed_users),
-              r.user_id = any (gate.failed_at_provider)
+              r.job_id, r.fair_key, r.seq, r.user_id = any (w.failed_users),
+              r.user_id = any (w.failed_at_provider)
             from private.ready_jobs as r
-            where r.run_at is null and r.fair_key >= v_from and gate.is_over
+            where r.run_at is null and r.fair_key >= v_from and w.is_over
               and (r.model_id, r.route) between (w.model_id, w.route) and (w.model_id, w.route)
+              and (w.is_own or coalesce(r.provider_job_id, r.create_started_at::text) is null)
             order by r.model_id, r.route, r.fair_key, r.seq limit 1
           )
         ) as next
-        where not gate.is_shut
+        where w.is_mine and not w.is_shut
       ) as a
-      where (a.all_of_model or not a.has_failed) and (a.all_of_provider or not a.failed_at_provider)
-    ) as c
-    where c.place <= (v_rooms ->> c.provider)::integer is not false
-  );
+      where (a.all_by_route or not a.has_failed) and (a.all_at_provider or not a.failed_at_provider)
+      order by a.job_id, a.turn
+    ) as t
+  ) as c
+  where c.number <= (v_rooms ->> c.provider)::integer is not false;
   v_ids := array(
     select r.job_id from private.ready_jobs as r
     where r.job_id = any (v_candidates)
     order by r.fair_key + 0, r.seq limit p_at_most for update skip locked
   );
+  update private.ready_jobs as r set route = c.place, attempt = 0
+  from unnest(v_candidates, v_places) as c (job_id, place)
+  where r.job_id = c.job_id and r.job_id = any (v_ids) and r.route <> c.place;
   if v_from = 0 then
-    perform private.put_off('private.scan_due', v_began, v_is_mixed or v_rooms is not null);
+    perform private.put_off('private.scan_due', v_began, v_rooms is not null or exists (
+      select from unnest(v_ways) as w where w.is_own and not w.is_mine
+    ));
   end if;
   -- Room at a provider comes without a request that would wake somebody.
   if cardinality(v_candidates) > p_at_most then
-    perform private.wake_workers(1, w.provider)
+    perform private.wake_workers(1, array[w.provider])
     from (
       select distinct way.provider
-      from private.ready_jobs as r
-      left join private.routes as way on way.model_id = r.model_id and way.place = r.route
-      where r.job_id = any (v_candidates) and not r.job_id = any (v_ids)
+      from unnest(v_candidates, v_places) as c (job_id, place)
+      inner join private.ready_jobs as r on r.job_id = c.job_id
+      left join private.routes as way on way.model_id = r.model_id and way.place = c.place
+      where not r.job_id = any (v_ids)
     ) as w;
   end if;
   -- Of each breaker that is not closed one job may go, as its probe. Providers first: their one job
-  -- may be that of a model, too.
+  -- may be that of a route, too.
   for v_breaker in
     select b.* from private.breakers as b where b.times_opened > 0
     order by position('/' in b.name) > 0, b.name
   loop
     v_own := array(
       select r.job_id from private.ready_jobs as r
-      left join public.models as m on m.id = r.model_id
-      where r.job_id = any (v_ids) and v_breaker.name in (r.model_id, m.provider)
+      inner join private.routes as w on w.model_id = r.model_id and w.place = r.route
+      where r.job_id = any (v_ids) and v_breaker.name in (w.breaker, w.provider)
       order by r.user_id = any (v_breaker.failed_users), array_position(v_ids, r.job_id)
     );
     continue when v_own = '{}';
@@ -339,7 +397,7 @@ begin
       select
         r.*, nextval('private.lease_tokens') as token, m.deadline, m.image_inputs,
         coalesce(w.provider, m.provider) as provider,
-        coalesce(w.provider_ref, m.provider_ref) as provider_ref,
+        coalesce(w.provider_ref, m.provider_ref) as provider_ref, coalesce(w.place, 0) as place,
         p.base_url, p.secret, p.key_hosts, p.hosts, p.max_running
       from private.ready_jobs as r
       left join public.models as m on m.id = r.model_id
@@ -368,7 +426,7 @@ begin
       select
         n.job_id, n.user_id, n.model_id, n.token, p_worker_id, n.attempt + 1, now() + s.lease,
         now() + coalesce(n.deadline, s.lease), n.provider_job_id,
-        coalesce(n.create_started_at, now()), n.handles, n.sent_input, n.route
+        coalesce(n.create_started_at, now()), n.handles, n.sent_input, n.place
       from next as n cross join private.settings as s
     ),
     started as (

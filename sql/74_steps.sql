@@ -377,7 +377,8 @@ language sql security definer set search_path = pg_catalog, pg_temp as $$
     private.build_request(p.name, 'account', '{}')
   from private.providers as p
   where p.recipe is not null and p.is_active and exists (
-    select from public.models as m where m.provider = p.name and m.is_active
+    select from private.routes as w inner join public.models as m on m.id = w.model_id
+    where w.provider = p.name and m.is_active
   )
   order by p.name
 $$;

@@ -54,11 +54,11 @@ create function private.record_attempts(
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   insert into private.attempts (
-    generation_id, token, model_id, attempt, worker_id, started_at, outcome,
+    generation_id, token, model_id, provider, attempt, worker_id, started_at, outcome,
     error_code, error_detail, provider_job_id, provider_seconds, provider_images, cost_usd
   )
   select
-    j.job_id, j.token, j.model_id, j.attempt, j.worker_id, j.claimed_at, p_outcome,
+    j.job_id, j.token, j.model_id, w.provider, j.attempt, j.worker_id, j.claimed_at, p_outcome,
     p_code, left(p_detail, 2000), j.provider_job_id,
     t.seconds, t.images,
     case
@@ -66,8 +66,8 @@ begin
       when jsonb_typeof(p_metrics[j.ordinality] -> 'cost_usd') = 'number' then greatest(0, least(
         100000, (p_metrics[j.ordinality] ->> 'cost_usd')::numeric
       ))
-      when m.cost_unit = 'image' then m.cost_usd * t.images
-      when m.cost_unit = 'second' then m.cost_usd * t.seconds
+      when w.cost_unit = 'image' then w.cost_usd * t.images
+      when w.cost_unit = 'second' then w.cost_usd * t.seconds
     end
   from unnest(p_jobs) with ordinality as j
   -- Within bounds: what a provider says of itself keeps no job from ending.
@@ -79,7 +79,7 @@ begin
       greatest(0, least(1000000, (p_metrics[j.ordinality] ->> 'images')::numeric))
     end as images
   ) as t
-  left join public.models as m on m.id = j.model_id
+  left join private.routes as w on w.model_id = j.model_id and w.place = j.route
   where j.token is not null;
 end;
 $$;
@@ -159,7 +159,7 @@ $$;
 create function private.requeue_job(
   p_job private.running_jobs, p_outcome text, p_attempts_used integer, p_delay interval,
   p_resumes boolean, p_metrics jsonb default '{}', p_code text default null,
-  p_detail text default null
+  p_detail text default null, p_route smallint default null
 ) returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
@@ -173,14 +173,15 @@ begin
     case when p_resumes then p_job.provider_job_id end,
     case when p_resumes then p_job.create_started_at end,
     case when p_resumes then p_job.handles end,
-    case when p_resumes then p_job.sent_input end, p_job.route
+    case when p_resumes then p_job.sent_input end, coalesce(p_route, p_job.route)
   from private.virtual_clock as c;
   update public.generations set status = 'queued', updated_at = now() where id = p_job.job_id;
   perform private.record_attempts(array[p_job], p_outcome, array[p_metrics], p_code, p_detail);
   if p_delay <= interval '0' then
-    perform private.wake_workers(1, (
+    perform private.wake_workers(1, array(
       select w.provider from private.routes as w
-      where w.model_id = p_job.model_id and w.place = p_job.route
+      where w.model_id = p_job.model_id
+      order by w.place <> coalesce(p_route, p_job.route), w.place
     ));
   end if;
 end;
@@ -284,9 +285,10 @@ language sql set search_path = pg_catalog, pg_temp as $$
   from private.settings as s
 $$;
 
--- Retries a failed attempt while it may, or fails the job for good, or cancels it if the user wants
--- that. Answers 'retried', 'failed' or 'canceled'. What uses no attempt is bounded, too: by the
--- job's age and by settings.max_claims; but for what waits for an operator to mend its model.
+-- Retries a failed attempt while it may: by the next route, if there is one, with as many attempts
+-- again once those of its own are used up. Or fails the job for good, or cancels it if the user
+-- wants that. Answers 'retried', 'failed' or 'canceled'. What uses no attempt is bounded, too: by
+-- the job's age and by settings.max_claims; but for what waits for an operator to mend its model.
 create function private.end_failed_attempt(
   p_job private.running_jobs, p_code text, p_detail text,
   p_retry_after_seconds double precision default null, p_metrics jsonb default '{}'
@@ -297,6 +299,8 @@ declare
   v_settings private.settings;
   v_attempts_used integer;
   v_claims_before integer;
+  v_route smallint := p_job.route;
+  v_resumes boolean;
   v_detail text;
 begin
   if p_job.cancel_requested then
@@ -311,9 +315,16 @@ begin
   where code in (p_code, 'internal') order by code = p_code desc limit 1;
   v_detail := concat_ws(': ', nullif(p_code, v_error.code), p_detail);
   v_attempts_used := p_job.attempt - case when v_error.uses_attempt then 0 else 1 end;
+  v_resumes := v_error.resumes;
   select count(*) into v_claims_before from private.attempts where generation_id = p_job.job_id;
+  if v_attempts_used >= v_settings.max_attempts then
+    select min(w.place) into v_route from private.model_routes as w
+    where w.model_id = p_job.model_id and w.place > p_job.route;
+    v_attempts_used := 0;
+    v_resumes := false;
+  end if;
   if v_error.pauses_model
-    or v_error.is_retryable and v_attempts_used < v_settings.max_attempts
+    or v_error.is_retryable and v_route is not null
     and v_claims_before + 1 < v_settings.max_claims and exists (
       select from public.generations
       where id = p_job.job_id and created_at > now() - v_settings.give_up_after
@@ -321,12 +332,12 @@ begin
     perform private.requeue_job(
       p_job, 'retried', v_attempts_used,
       case
-        when v_error.pauses_model then '0'
+        when v_error.pauses_model or v_route <> p_job.route then '0'
         else private.retry_delay(v_claims_before, p_retry_after_seconds)
       end,
-      v_error.resumes and not p_metrics @> '{"is_asked": false}',
+      v_resumes and not p_metrics @> '{"is_asked": false}',
       -- What the next attempt resumes is paid once: it will be booked there.
-      case when v_error.resumes then '{}' else p_metrics end, v_error.code, v_detail
+      case when v_resumes then '{}' else p_metrics end, v_error.code, v_detail, v_route
     );
     return 'retried';
   end if;

@@ -25,7 +25,8 @@ from private.breakers as b
 where b.paused_until > now();
 
 comment on view private.paused_now is
-  'Which models and providers are paused, until when, and why? times_opened 0: by an operator. '
+  'Which models, routes (owner/name#place) and providers are paused, until when, and why? '
+  'times_opened 0: by an operator. '
   'failed_users: only so many users wait, others are tried; 0: everybody waits.';
 
 -- The queue is passed once: a job costs no more than to be counted.
@@ -51,7 +52,7 @@ cross join lateral (select coalesce(q.model_id, r.model_id) as model_id) as n
 left join public.models as m on n.model_id = m.id
 cross join lateral (
   select count(*) > 0 as is_paused
-  from private.paused_now as x where x.name in (n.model_id, m.provider)
+  from private.paused_models as x where x.id = n.model_id and x.paused_until > now()
 ) as p
 order by n.model_id;
 
@@ -61,12 +62,13 @@ comment on view private.queue_by_model is
 
 create view private.running_now with (security_invoker = true) as
 select
-  r.job_id, r.user_id, r.model_id, r.worker_id, w.host, now() - r.claimed_at as running, r.stage,
-  r.progress, r.attempt, r.provider_job_id, r.cancel_requested, r.lease_until - now() as lease_left,
-  r.deadline_at - now() as deadline_left,
+  r.job_id, r.user_id, r.model_id, way.provider, r.worker_id, w.host,
+  now() - r.claimed_at as running, r.stage, r.progress, r.attempt, r.provider_job_id,
+  r.cancel_requested, r.lease_until - now() as lease_left, r.deadline_at - now() as deadline_left,
   greatest(now() - least(r.lease_until, r.deadline_at), '0') as stuck_for
 from private.running_jobs as r
 left join private.workers as w on r.worker_id = w.id
+left join private.routes as way on r.model_id = way.model_id and r.route = way.place
 order by r.claimed_at;
 
 comment on view private.running_now is

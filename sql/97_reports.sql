@@ -15,8 +15,9 @@ create view private.waiting_now with (security_invoker = true) as
 select
   r.job_id, r.user_id, (private.plan_of(e)).name as plan, r.model_id,
   case
-    when exists (select from private.paused_now as p where p.name in (r.model_id, m.provider))
-      then 'paused'
+    when exists (
+      select from private.paused_models as p where p.id = r.model_id and p.paused_until > now()
+    ) then 'paused'
     when r.run_at > now() then 'delayed'
     else 'ready'
   end as state,
@@ -24,7 +25,6 @@ select
 from private.ready_jobs as r
 inner join public.generations as g on r.job_id = g.id
 inner join public.entitlements as e on r.user_id = e.user_id
-left join public.models as m on r.model_id = m.id
 order by r.fair_key, r.seq;
 
 comment on view private.waiting_now is
@@ -32,9 +32,9 @@ comment on view private.waiting_now is
 
 create view private.recent_attempts with (security_invoker = true) as
 select
-  a.generation_id, g.user_id, g.model_id, a.attempt, a.worker_id, a.outcome, a.error_code,
-  a.error_detail, a.provider_job_id, a.provider_seconds, a.cost_usd, g.created_at, a.started_at,
-  a.ended_at, extract(epoch from a.started_at - g.created_at) as wait_seconds,
+  a.generation_id, g.user_id, g.model_id, a.provider, a.attempt, a.worker_id, a.outcome,
+  a.error_code, a.error_detail, a.provider_job_id, a.provider_seconds, a.cost_usd, g.created_at,
+  a.started_at, a.ended_at, extract(epoch from a.started_at - g.created_at) as wait_seconds,
   extract(epoch from a.ended_at - a.started_at) as run_seconds
 from private.attempts as a
 inner join public.generations as g on a.generation_id = g.id
@@ -50,6 +50,7 @@ comment on view private.recent_attempts is
 create view private.costs with (security_invoker = true) as
 select
   entry.day, entry.user_id, entry.model_id,
+  array_remove(array_agg(distinct entry.provider), null) as providers,
   count(entry.outcome)::integer as attempts,
   count(*) filter (where entry.outcome = 'completed')::integer as completed,
   coalesce(sum(entry.images), 0)::integer as images,
@@ -62,15 +63,15 @@ select
   -coalesce(sum(entry.amount), 0) * s.credit_usd - coalesce(sum(entry.cost_usd), 0) as margin_usd
 from (
   select
-    (a.ended_at at time zone 'utc')::date as day, g.user_id, a.model_id, a.outcome,
-    a.provider_images as images, a.provider_seconds::numeric, a.cost_usd, a.provider_job_id,
-    null as kind, null as amount
+    (a.ended_at at time zone 'utc')::date as day, g.user_id, a.model_id, a.provider,
+    a.outcome, a.provider_images as images, a.provider_seconds::numeric, a.cost_usd,
+    a.provider_job_id, null as kind, null as amount
   from private.attempts as a
   inner join public.generations as g on a.generation_id = g.id
   union all
   select
     (l.created_at at time zone 'utc')::date, l.user_id, g.model_id, null, null, null, null, null,
-    l.kind, l.amount
+    null, l.kind, l.amount
   from public.credit_ledger as l
   inner join public.generations as g on l.generation_id = g.id
 ) as entry
@@ -145,13 +146,13 @@ begin
       select coalesce(json_agg(e), '[]')
       from (
         select
-          a.model_id, a.error_code, count(*) as errors,
+          a.model_id, a.provider, a.error_code, count(*) as errors,
           count(*) filter (where a.outcome = 'failed') as failed,
           count(*) filter (where a.outcome = 'retried') as retried, max(a.ended_at) as last_at
         from private.attempts as a
         where a.ended_at > now() - interval '1 hour'
           and a.error_code is not null and a.outcome <> 'released'
-        group by a.model_id, a.error_code
+        group by a.model_id, a.provider, a.error_code
         order by count(*) desc, max(a.ended_at) desc
       ) as e
     ),
@@ -159,7 +160,7 @@ begin
       select coalesce(json_agg(j), '[]')
       from (
         select
-          r.model_id, r.attempt, r.worker_id, r.stage, r.progress,
+          r.model_id, r.provider, r.attempt, r.worker_id, r.stage, r.progress,
           round(extract(epoch from r.running), 1) as running_seconds,
           round(extract(epoch from r.lease_left), 1) as lease_seconds,
           round(extract(epoch from r.deadline_left), 1) as deadline_seconds
@@ -170,7 +171,7 @@ begin
       select coalesce(json_agg(t), '[]')
       from (
         select
-          a.model_id, a.attempt, a.worker_id, a.outcome, a.error_code, a.ended_at,
+          a.model_id, a.provider, a.attempt, a.worker_id, a.outcome, a.error_code, a.ended_at,
           -- No join, which might be made by reading all generations.
           (
             select round(extract(epoch from a.started_at - g.created_at), 1)

@@ -366,7 +366,7 @@ def test_a_withdrawn_model_waits_with_all_its_jobs_until_it_is_mended(db, rich, 
     assert worker.fail_job(first, "moderated") == "failed"
     assert worker.fail_job(second, "model_withdrawn", "404: no such version") == "retried"
 
-    paused = {"state": "open", "paused_until": "infinity", "times_opened": 0}
+    paused = {"state": "open", "paused_until": "infinity", "times_opened": 1}
     assert paused.items() <= breaker(db).items()
     assert service.alerts()["paused"] == (
         f"model {DEV} until infinity: model_withdrawn: 404: no such version"
