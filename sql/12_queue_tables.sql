@@ -174,8 +174,8 @@ comment on table private.attempts is
   'One row for each ended claim of a job. For operators only: provider text stays here.';
 comment on column private.attempts.provider is 'That of the route taken.';
 comment on column private.attempts.attempt is
-  'Attempt number on its route; a released or throttled claim shares it with the next, so (generation, token) '
-  'is the key.';
+  'Attempt number on its route; a released or throttled claim shares it with the next, so '
+  '(generation, token) is the key.';
 comment on column private.attempts.outcome is
   'completed | retried (failed, queued again) | failed | released (graceful stop) | canceled.';
 comment on column private.attempts.provider_images is 'Images the provider made, as it bills them.';

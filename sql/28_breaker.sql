@@ -415,8 +415,8 @@ comment on function private.pause_provider is
   'are tried one by one. Answers whether it is paused now; not where others were served lately '
   'though this user failed: then the job is to blame.';
 
--- Pauses a model, a route or a provider, or ends its pause where p_until is null. What the breaker counted
--- ends with it: from then on it is the operator's.
+-- Pauses a model, a route or a provider, or ends its pause where p_until is null. What the breaker
+-- counted ends with it: from then on it is the operator's.
 --
 -- Raises: PT404 not_found.
 create function private.set_pause(p_name text, p_until timestamptz, p_reason text) returns json
@@ -487,5 +487,6 @@ end;
 $$;
 
 comment on function public.resume_model is
-  'Ends a pause of a model, a route or a provider, whoever began it: its jobs are claimed at once, in their '
-  'old order. Repeating it changes nothing. Answers as pause_model does. Errors: PT404 not_found.';
+  'Ends a pause of a model, a route or a provider, whoever began it: its jobs are claimed at once, '
+  'in their old order. Repeating it changes nothing. Answers as pause_model does. Errors: PT404 '
+  'not_found.';

@@ -126,6 +126,8 @@ declare
     ) as q order by (q.job).fair_key desc, (q.job).seq desc
   );
   v_forecasts private.forecast[];
+  v_paused text[] := '{}';
+  v_untils timestamptz[];
   v_keys bigint[];  -- of the queue, in its order
   v_seqs bigint[];
   v_lengths double precision[];
@@ -149,6 +151,15 @@ begin
   if v_queued = '{}' then
     return v_forecasts;
   end if;
+  if exists (select from private.breakers as b where b.paused_until is not null) then
+    select coalesce(array_agg(p.id), '{}'), array_agg(p.until) into v_paused, v_untils
+    from (
+      select
+        m.id,
+        max(m.paused_until) filter (where m.paused_until > now() or m.times_opened > 0) as until
+      from private.paused_models as m where m.paused_until is not null group by m.id
+    ) as p;
+  end if;
   select
     coalesce(array_agg(q.fair_key), '{}'), coalesce(array_agg(q.seq), '{}'),
     coalesce(array_agg(q.seconds), '{}')
@@ -161,9 +172,7 @@ begin
     left join private.model_stats as s on s.model_id = r.model_id
     where r.run_at is null and r.fair_key >= (select f.fair_key from private.queue_floor as f)
       and (r.fair_key, r.seq) < (v_queued[1].fair_key, v_queued[1].seq)
-      and not r.model_id = any (array(
-        select p.id from private.paused_models as p where p.paused_until is not null
-      ))
+      and not r.model_id = any (v_paused)
     order by r.fair_key, r.seq limit p_at_most
   ) as q;
   select sum(w.slots)::integer into v_count
@@ -217,8 +226,7 @@ begin
       ) as seconds
       from private.model_stats as s
       cross join lateral (
-        select max(p.paused_until) as until from private.paused_models as p
-        where p.id = s.model_id and (p.paused_until > now() or p.times_opened > 0)
+        select v_untils[array_position(v_paused, s.model_id)] as until
       ) as pause
       cross join lateral (
         select sum(

@@ -7,7 +7,7 @@
 -- a race.
 
 -- Wakes sleeping workers, as many as there is work for: those heard of last, which are least likely
--- dead. Where it is for some of these providers, only those that serve one; the first of them first.
+-- dead. Where it is for one of these providers, only those that serve one, the first of them first.
 --
 -- NOTIFY serialises commits over the whole instance, so it is sent only when somebody sleeps. A
 -- worker another transaction is waking is skipped. A wake-up that falls between is made good by the

@@ -46,7 +46,8 @@ create view private.unserved_models with (security_invoker = true) as
 select m.id
 from public.models as m
 where exists (
-  select from private.workers as w cross join private.settings as s where w.seen_at > now() - s.lease
+  select from private.workers as w cross join private.settings as s
+  where w.seen_at > now() - s.lease
 ) and not exists (
   select from private.routes as w
   inner join private.served_providers as p on w.provider = p.name
@@ -98,8 +99,8 @@ create type private.way as (
   is_open boolean,
   is_shut boolean,
   is_over boolean,
-  failed_users uuid[],
-  failed_at_provider uuid[]
+  failed_users uuid array,
+  failed_at_provider uuid array
 );
 
 comment on type private.way is

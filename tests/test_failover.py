@@ -81,9 +81,9 @@ SHUT = {
 
 @pytest.mark.parametrize("reason", SHUT)
 def test_where_a_route_is_shut_the_next_is_taken_in_fair_order_until_it_opens(
-    db, rich, bob, worker, service, reason
+    db, rich, worker, service, reason
 ):
-    bob.has(100)
+    bob = User(db).has(100)
     jobs = [(rich, bob)[n % 2].enqueued(model=(DEV, PREVIEW)[n // 2 % 2]) for n in range(8)]
     by = ["fal", "fal", "preview", "preview"] * 2
 
