@@ -126,7 +126,7 @@ declare
     ) as q order by (q.job).fair_key desc, (q.job).seq desc
   );
   v_forecasts private.forecast[];
-  v_paused text[] := '{}';
+  v_paused text[] := array[]::text[];
   v_untils timestamptz[];
   v_keys bigint[];  -- of the queue, in its order
   v_seqs bigint[];

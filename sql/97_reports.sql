@@ -146,13 +146,14 @@ begin
       select coalesce(json_agg(e), '[]')
       from (
         select
-          a.model_id, a.provider, a.error_code, count(*) as errors,
+          a.model_id, a.error_code, count(*) as errors,
+          array_remove(array_agg(distinct a.provider), null) as providers,
           count(*) filter (where a.outcome = 'failed') as failed,
           count(*) filter (where a.outcome = 'retried') as retried, max(a.ended_at) as last_at
         from private.attempts as a
         where a.ended_at > now() - interval '1 hour'
           and a.error_code is not null and a.outcome <> 'released'
-        group by a.model_id, a.provider, a.error_code
+        group by a.model_id, a.error_code
         order by count(*) desc, max(a.ended_at) desc
       ) as e
     ),

@@ -933,8 +933,8 @@ MONEY = [
         "a provider's breaker is locked after its models'",
         "sql/28_breaker.sql",
         "    perform from private.breakers where name = v_provider for update;\n"
-        "    perform from private.breakers where name = v_job.model_id for update;\n",
-        "    perform from private.breakers where name = v_job.model_id for update;\n"
+        "    perform from private.breakers where name = v_route for update;\n",
+        "    perform from private.breakers where name = v_route for update;\n"
         "    perform from private.breakers where name = v_provider for update;\n",
         CIRCLE,
     ),
@@ -1148,7 +1148,7 @@ BLAME = [
     Bug(
         "the probe is a job of those who opened the breaker",
         "sql/72_claim.sql",
-        "where (a.all_of_model or not a.has_failed) and (",
+        "where (a.all_by_route or not a.has_failed) and (",
         "where (",
         f"{BREAKER}the_probe_is_a_job_of_a_user_who_has_not_failed_if_there_is_one",
     ),
@@ -1191,6 +1191,7 @@ BLAME = [
     ),
 ]
 CLAIM = "tests/test_claim.py::test_"
+FAILOVER = "tests/test_failover.py::test_"
 FITTING = [
     Bug(
         "a worker is given a job without having the key",
@@ -1221,7 +1222,39 @@ FITTING = [
         f"{BREAKER}a_withdrawn_model_waits_with_all_its_jobs_until_it_is_mended",
     ),
 ]
-PLANTED = [*SECURITY, *MONEY, *WAKE_UP, *OUTAGE, *BLAME, *FITTING]
+ROUTES = [
+    Bug(
+        "what may have been bought is bought again by another route",
+        "sql/72_claim.sql",
+        " and (w.is_own or coalesce(r.provider_job_id, r.create_started_at::text) is null)\n"
+        "              and not r",
+        "\n              and not r",
+        f"{FAILOVER}what_may_have_bought_something_stays_where_it_did",
+    ),
+    Bug(
+        "the next route goes on from what another provider made",
+        "sql/75_outcomes.sql",
+        "    v_resumes := false;\n",
+        "",
+        f"{FAILOVER}what_the_next_route_does_anew_is_paid_at_both",
+    ),
+    Bug(
+        "each route is booked at what the first costs",
+        "sql/75_outcomes.sql",
+        "w.place = j.route\n  where j.token",
+        "w.place = 0\n  where j.token",
+        f"{FAILOVER}what_the_next_route_does_anew_is_paid_at_both",
+    ),
+    Bug(
+        "failures by one route pause all that a model has",
+        "sql/28_breaker.sql",
+        "where b.name in (w.provider, w.breaker) or b.times_opened = 0;",
+        "where true;",
+        f"{FAILOVER}where_a_route_is_shut_the_next_is_taken_in_fair_order_until_it_opens"
+        "[it is paused itself]",
+    ),
+]
+PLANTED = [*SECURITY, *MONEY, *WAKE_UP, *OUTAGE, *BLAME, *FITTING, *ROUTES]
 
 # What may never go unnoticed, and the bug that takes it away.
 CORNERSTONES = {

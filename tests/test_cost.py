@@ -85,11 +85,13 @@ def test_of_each_day_model_and_user_it_is_told_what_they_cost_and_earned(db, ali
         **{"user_id": uuid.UUID(alice.id), "model_id": PREVIEW, "attempts": 1, "completed": 1},
         **{"images": 2, "provider_seconds": 4, "cost_usd": Decimal("0.04"), "unknown_costs": 0},
         **{"credits_charged": 3, "credits_refunded": 1, "margin_usd": Decimal("0.06")},
+        "providers": ["preview"],
     }
     assert today == {
         **{"user_id": uuid.UUID(bob.id), "model_id": PREVIEW, "attempts": 1, "completed": 0},
         **{"images": 0, "provider_seconds": 0, "cost_usd": 0, "unknown_costs": 1},
         **{"credits_charged": 1, "credits_refunded": 1, "margin_usd": 0},
+        "providers": ["preview"],
     }
     db.execute("update private.settings set credit_usd = null")
     assert {row["margin_usd"] for row in db.execute("select * from private.costs")} == {None}

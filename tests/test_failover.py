@@ -273,6 +273,25 @@ def test_a_job_goes_from_route_to_route_only_while_it_may_be_claimed(db, rich, w
     assert rich.get_job_status(job_id)["status"] == "failed"
 
 
+def test_whose_route_is_deleted_takes_the_models_own(db, rich, worker, service):
+    db.execute("update private.settings set max_attempts = 1")
+    job_id = rich.enqueued(model=DEV)
+    for scans in (worker.claim_jobs, claims):
+        worker.fail_job(worker.claimed(), "provider_error")
+        db.execute("delete from private.breakers")
+        db.execute("delete from private.model_routes where place = 1")
+        if scans is claims:
+            service.pause_model(SCHNELL)
+        (job,) = worker.claim_jobs()
+        assert (job.id, job.provider, worker.next_step(job)["step"]) == (
+            job_id,
+            "replicate",
+            "create",
+        )
+        add_route(db, 1, "fal")
+        worker.release_job(job, resumes=False)
+
+
 # Breakers.
 
 
