@@ -941,7 +941,7 @@ MONEY = [
         "sql/74_steps.sql",
         "  elsif v_step is null and p_job.create_started_at < p_job.claimed_at and (\n",
         "  elsif v_step is null and false and (\n",
-        f"{EACH_CALL}[killed before-all is well]",
+        f"{PURCHASE}the_next_attempt_resumes_and_looks_for_only_what_may_be_alive",
     ),
     Bug(
         "what was bought is not saved at once",
@@ -949,15 +949,14 @@ MONEY = [
         "    update private.running_jobs set provider_job_id = p_id, handles = p_handles\n"
         "    where job_id = p_job.job_id;\n",
         "    perform p_handles;\n",
-        f"{EACH_CALL}[killed before-all is well]",
+        f"{PURCHASE}the_next_attempt_resumes_and_looks_for_only_what_may_be_alive",
     ),
     Bug(
         "what was bought is forgotten where the account is refused",
         "sql/74_steps.sql",
         "'may_have_bought', v_step <> 'create',",
         "'may_have_bought', false,",
-        "tests/test_worker_replicate.py"
-        "::test_a_refused_account_pauses_the_provider_and_no_job_is_to_blame",
+        f"{PURCHASE}a_refusal_is_the_accounts_or_the_jobs_and_forgets_no_purchase",
     ),
     # Books and backups.
     Bug(
@@ -1133,7 +1132,7 @@ BLAME = [
         "sql/74_steps.sql",
         '        when v_memo @> \'{"refused": {"is_forbidden": true}}\'\n',
         '        when false and v_memo @> \'{"refused": {"is_forbidden": true}}\'\n',
-        "tests/test_worker_replicate.py::test_a_job_that_is_always_refused_stops_no_other",
+        f"{PURCHASE}a_refusal_is_the_accounts_or_the_jobs_and_forgets_no_purchase",
     ),
     Bug(
         "a job is given back for ever",
