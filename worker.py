@@ -712,6 +712,7 @@ class Provider:
     def __init__(self, http: httpx.AsyncClient, row: Mapping[str, Any], key: str | None) -> None:
         self.http, self.key, self.base = http, key or "", httpx.URL(row["base_url"])
         self.key_hosts, self.hosts = row["key_hosts"], [*row["hosts"], *row["key_hosts"]]
+        self.asked = list((row.get("provider_input") or {}).values())
         self.blobs: dict[str, str] = {}
         self.way: dict[str, Any] | None = None  # to hand over sources, where it has one of its own
 
@@ -777,7 +778,7 @@ class Provider:
 
     def _kept(self, text: str) -> str:
         """A text of an answer as PostgreSQL can take it: no NUL, no broken surrogates."""
-        if BASE64.fullmatch(text):
+        if BASE64.fullmatch(text) and text not in self.asked:  # a long prompt may look like it
             return self.keep(text)
         return text.encode(errors="replace").decode().replace("\0", "\ufffd")
 
