@@ -54,6 +54,7 @@ import io
 import ipaddress
 import json
 import logging
+import math
 import mimetypes
 import os
 import random
@@ -100,7 +101,9 @@ MAX_REDIRECTS = 3
 MAX_ANSWER_BYTES = 64 << 20  # of a provider, pictures in base64 included
 CREATE_WITHIN_SECONDS = 5.0  # of holding the lease; later, another worker may have it
 KEY_NAME = re.compile(r"[A-Z][A-Z0-9_]*_(KEY|TOKEN)")  # as private.providers has it
-BASE64 = re.compile(r"(data:[\w.+-]+/[\w.+-]+;base64,)?[A-Za-z0-9+/\s]{1000,}={0,2}\s*")
+TEXT_CHARS = 200_000  # of one text in it that SQL sees, from its end: logs may be long
+BLOB_CHARS = 10_000  # of a text in base64 that it sees a name of instead; no prompt is so long
+BASE64 = re.compile(r"(?:data:[\w.+-]+/[\w.+-]+;base64,)?([A-Za-z0-9+/\r\n]++={0,2}\s*)")
 FORMATS = {
     "PNG": ("png", "image/png"),
     "JPEG": ("jpg", "image/jpeg"),
@@ -303,7 +306,8 @@ class ProviderDown(JobError):
     """The account is refused: its jobs wait, and none is to blame. If sure, everybody's."""
 
     def __init__(self, step: dict[str, Any]) -> None:
-        super().__init__("provider_refused", step["detail"], reason=step["reason"])
+        detail = step.get("detail") or step["reason"]
+        super().__init__("provider_refused", detail, reason=step["reason"])
         self.is_sure, self.may_have_bought = step["is_sure"], step["may_have_bought"]
 
 
@@ -745,18 +749,18 @@ class Provider:
             ) as response:
                 body = bytearray()
                 async for chunk in response.aiter_bytes(CHUNK_BYTES):
-                    if len(body := body + chunk) > MAX_ANSWER_BYTES:
+                    body += chunk
+                    if len(body) > MAX_ANSWER_BYTES:
                         return {"status": None, "error": "too long"}
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             return {"status": 0, "error": type(error).__name__}
         except httpx.HTTPError as error:
             return {"status": None, "error": type(error).__name__}
         try:
-            said = json.loads(body)
-        except ValueError:
-            said = body[:QUOTED_CHARS].decode(errors="replace")
+            said = self._swapped(json.loads(body), self._kept)
+        except (ValueError, RecursionError):
+            said = self._kept(body[:QUOTED_CHARS].decode(errors="replace"))
         headers = {"retry-after": response.headers.get("retry-after")}
-        said = self._swapped(said, self._kept)
         return {"status": response.status_code, "headers": headers, "body": said}
 
     def keep(self, text: str) -> str:
@@ -767,16 +771,18 @@ class Provider:
 
     def _kept(self, text: str) -> str:
         """A text of an answer as PostgreSQL can take it: no NUL, no broken surrogates."""
-        if BASE64.fullmatch(text):
+        if len(text) > BLOB_CHARS and BASE64.fullmatch(text):
             return self.keep(text)
-        return text.encode(errors="replace").decode().replace("\0", "\ufffd")
+        return text[-TEXT_CHARS:].encode(errors="replace").decode().replace("\0", "\ufffd")
 
     def _swapped(self, value: Any, swap: Callable[[str], str | None]) -> Any:
-        """The same JSON with some texts swapped for others."""
+        """The same JSON with some texts swapped for others, and without what is none: NaN."""
         if isinstance(value, dict):
             return {self._swapped(k, swap): self._swapped(v, swap) for k, v in value.items()}
         if isinstance(value, list):
             return [self._swapped(each, swap) for each in value]
+        if isinstance(value, float) and not math.isfinite(value):
+            return str(value)
         return swap(value) or value if isinstance(value, str) else value
 
     async def read(self, output: str) -> AsyncGenerator[bytes, None]:
@@ -785,8 +791,11 @@ class Provider:
         Outputs come from third-party code. Nothing packed: a few bytes, packed twice, unpack to
         gigabytes at once.
         """
-        if kept := self.blobs.get(output):
-            yield base64.b64decode(kept.rpartition(",")[2])
+        if packed := BASE64.fullmatch(self.blobs.get(output, output)):
+            try:
+                yield base64.b64decode(packed[1])
+            except ValueError:
+                raise JobError("provider_error", "output: cut short within its base64") from None
             return
         url, plain = self._allowed(output), {"accept-encoding": "identity"}
         for _ in range(MAX_REDIRECTS + 1):
@@ -819,7 +828,8 @@ class Provider:
             raise JobError("provider_error", "not an address") from None
         is_base = (url.scheme, url.netloc) == (self.base.scheme, self.base.netloc)
         names = self.key_hosts if hosts is None else hosts
-        is_named = any(url.host == n or (n[:1] == "*" and url.host.endswith(n[1:])) for n in names)
+        known = [re.escape(name).replace(r"\*", "[a-z0-9.-]+") for name in names]
+        is_named = any(re.fullmatch(each, url.host) for each in known)
         if not is_base and not (url.scheme == "https" and is_named):
             detail = f"host {url.host[:100]} is not allowed"
             raise JobError("provider_error", detail, reason="a host that is not allowed")
@@ -1376,11 +1386,11 @@ class Worker:
     async def _stop(self, running: Running) -> None:
         """Stop what was bought, best effort, and learn what it costs."""
         answer: dict[str, Any] | None = None
-        for request in running.cancel:
-            assert running.provider
-            answer = await running.provider.send(request)
-        if answer:
-            with contextlib.suppress(LeaseLost, psycopg.Error):
+        with contextlib.suppress(JobError, LeaseLost, psycopg.Error):
+            for request in running.cancel:
+                assert running.provider
+                answer = await running.provider.send(request)
+            if answer:
                 await self._next(running, {"step": "cancel", **answer})
 
     async def _with_sources(self, provider: Provider | Preview, job: Job) -> dict[str, Any]:
