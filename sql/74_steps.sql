@@ -277,10 +277,10 @@ begin
           private.build_request(v_provider.name, 'cancel', v_values), '$[*]'
         )
     end,
-    'percent', coalesce(
-      v_known -> 'percent',
-      to_jsonb(private.percent_in(v_known ->> 'logs', v_generation.image_count))
-    ),
+    'percent', case jsonb_typeof(v_known -> 'percent')
+      when 'number' then greatest(0, least(100, round((v_known ->> 'percent')::numeric)))
+      else private.percent_in(v_known ->> 'logs', v_generation.image_count)
+    end,
     'metrics', case when v_step = 'create' then v_known -> 'metrics' end
   );
 end;
