@@ -1370,8 +1370,8 @@ class Worker:
             running.metrics = metrics
         if step.get("is_found"):
             log.warning("job.found job=%s", running.job.job_id)
-        if percent := step.get("percent"):
-            running.report(int(percent))
+        if (percent := step.get("percent")) is not None:
+            running.report(percent)
         return step
 
     async def _sources(self, running: Running, step: dict[str, Any]) -> dict[str, Any]:

@@ -142,11 +142,10 @@ def test_workers_buy_after_a_restore_only_what_was_never_bought(
 
     restore(tmp_path, target)
     target.pass_time("2 minutes")  # leases are over
+    target.runs_at("replicate", fake.url, settle="0.2 seconds")
     with Workers(target, stack, tmp_path) as workers:
         workers.start(
-            REPLICATE_API_URL=fake.url,
             REPLICATE_API_TOKEN=fake.token,
-            REPLICATE_SETTLE_SECONDS=0.2,
             WORKER_POLL_SECONDS=0.1,
         )
         for job in jobs:
