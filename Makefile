@@ -55,9 +55,10 @@ monitor-key:
 demo: setup
 	@$(PYTHON) examples/demo.py $(if $(PROMPT),"$$PROMPT")
 
-# Enter or renew a model: MODEL=owner/name FILE=model.json CREDITS=1 PAID_CREDITS=0 ALLOW=a,b DRY_RUN=1
+# Enter or renew a model: MODEL=owner/name PROVIDER=fal FILE=model.json CREDITS=1 PAID_CREDITS=0 ALLOW=a,b DRY_RUN=1
 import-model: setup
 	@$(PYTHON) scripts/import_model.py $(if $(MODEL),"$$MODEL") $(if $(FILE),--file "$$FILE") \
+		$(if $(PROVIDER),--provider "$$PROVIDER") \
 		$(if $(CREDITS),--credits "$$CREDITS") $(if $(PAID_CREDITS),--paid-credits "$$PAID_CREDITS") \
 		$(if $(ALLOW),--allow "$$ALLOW") $(if $(SET),--set "$$SET") $(if $(DRY_RUN),--dry-run)
 

@@ -14,7 +14,6 @@ import hmac
 import ipaddress
 import json
 import logging
-import math
 import random
 import re
 import socket
@@ -22,8 +21,6 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin
 from uuid import UUID
@@ -64,7 +61,7 @@ class Verdict:
     outcome: str
     status: int | None = None
     error: str | None = None
-    retry_after: float | None = None
+    retry_after: str | None = None  # in their words
     ticket: str | None = None  # of a push, to ask for its receipt by
 
 
@@ -126,23 +123,7 @@ def judge(status: int, retry_after: str | None) -> Verdict:
         return Verdict("delivered", status)
     if status == 410:
         return Verdict("gone", status)
-    return Verdict("failed", status, retry_after=asked_seconds(retry_after))
-
-
-def asked_seconds(words: object) -> float | None:
-    """How long somebody asks to wait, in seconds or until a date to come; None if it is neither.
-
-    It may be anything that can be written: negative, NaN, infinite, or too long for a number. No
-    more than a day.
-    """
-    text, seconds = str(words).strip(), math.nan
-    if text.isascii() and len(text) < 100:
-        with contextlib.suppress(ValueError, TypeError, OverflowError):
-            left = parsedate_to_datetime(text) - datetime.now(UTC)
-            seconds = left.total_seconds() if left > timedelta(0) else math.nan
-        with contextlib.suppress(ValueError):
-            seconds = float(text)
-    return None if math.isnan(seconds) else min(max(seconds, 0.0), 86_400.0)
+    return Verdict("failed", status, retry_after=retry_after)
 
 
 class Outbox:
@@ -247,7 +228,8 @@ class Outbox:
             "POST", delivery.url or "", headers=headers, content=body
         ) as response:
             fields = {name.lower(): value for name, value in response.headers}
-            return judge(response.status, fields.get(b"retry-after", b"").decode("latin-1"))
+            wish = fields.get(b"retry-after", b"").decode("latin-1")
+            return judge(response.status, wish or None)
 
     async def _push(self, pushes: list[Delivery], verdicts: dict[Delivery, Verdict]) -> None:
         """Hand messages to Expo. Its tickets say that Expo took them, not that they arrived.
@@ -282,7 +264,8 @@ class Outbox:
             tickets = {row["ticket"]: row["delivery_id"] for row in rows}
             errors: dict[UUID, str | None] = {}
             try:
-                response = await self._ask_expo(url, {"ids": list(tickets)})
+                async with asyncio.timeout(DELIVERY_SECONDS):
+                    response = await self._ask_expo(url, {"ids": list(tickets)})
                 for ticket, receipt in response.raise_for_status().json()["data"].items():
                     if delivery_id := tickets.get(ticket):
                         errors[delivery_id] = judge_ticket(receipt).error

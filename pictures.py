@@ -15,16 +15,19 @@ import errno
 import gc
 import io
 import json
+import mmap
 import os
 import random
 import re
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -52,22 +55,48 @@ MAX_IMAGE_PIXELS = 50_000_000
 MAX_SVG_BYTES = 10 << 20
 BASE_BYTES = 32_000_000  # of memory, for any picture
 BLUR_PIXELS = 32  # longest side of what a blurhash is made of
+TURNED_PIXELS = 3000  # shorter side that a JPEG is left which is decoded smaller, to be turned
 SIDEWAYS = (5, 6, 7, 8)  # EXIF's orientations that swap width and height
 EXIF_TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))
 FIRST_BYTES = {
     "PNG": rb"\x89PNG\r\n\x1a\n",
     "JPEG": rb"\xff\xd8\xff",
     "WEBP": rb"RIFF....WEBP",
-    "AVIF": rb"....ftypavi[fs]",
+    "AVIF": rb"....ftyp(avi[fs]|mif1|msf1)",
     "GIF": rb"GIF8[79]a",
 }
+# Of what is whole, and yet no picture that is taken: other pictures, films, sounds, archives.
+OTHER_BYTES = (
+    rb"BM|II\*\0|MM\0\*|8BPS|\0\0\x01\0|\0\0\0\x0cj[PX]|\xff\x0a|\xff\x4f\xff"
+    rb"|....ftyp(?!avi[fs]|mif1|msf1).{4}|....moov|\x1aE\xdf\xa3|RIFF....(WAVE|AVI )"
+    rb"|OggS|ID3|fLaC|PK\x03\x04|\x1f\x8b|%PDF|glTF|ply\s|\x7fELF"
+)
 PIXEL_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT"}
+PNG_CHUNKS = PIXEL_CHUNKS | {
+    *(b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"cICP", b"mDCV", b"cLLI", b"sBIT", b"pHYs"),
+}
+WEBP_CHUNKS = {b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF", b"ICCP"}
+JPEG_MARKER = re.compile(rb"\xff[^\0\xff\xd0-\xd7]")  # and not within what is packed
+# What tells: segments for applications and comments, but for size, colours, and repetition.
+JPEG_TOLD = re.compile(
+    rb"(?!\xe0..JFIF\0|\xe2..ICC_PROFILE\0|\xee..Adobe)[\xe0-\xef\xfe]", re.DOTALL
+)
+GIF_TOLD = re.compile(rb"!(?!\xf9|\xff\x0b(?:NETSCAPE2\.0|ANIMEXTS1\.0|ICCRGBG1012))", re.DOTALL)
+SVG_WORDS = re.compile(rb"<(title|desc)\b[^<>/]*>[^<]*</\1>")
 SVG = "http://www.w3.org/2000/svg"
 FOREIGN = re.compile(rb"@import|(?:image-set|\bsrc)\s*\(|url\(\W*(?:\w+:)?//", re.IGNORECASE)
 
 
 class NoPicture(Exception):
-    """The bytes are no image that is taken. Says why, in words that are ours."""
+    """The bytes are no image that can be read. Says why, in words that are ours."""
+
+    code = "provider_error"  # of private.error_codes, if this is an output
+
+
+class NotTaken(NoPicture):
+    """Nor would they be if they came once more: too large, or of a kind that is not taken."""
+
+    code = "output_refused"
 
 
 @dataclass(frozen=True)
@@ -79,7 +108,7 @@ class Picture:
     height: int | None
     blurhash: str | None = None
     preview: bytes | None = None  # WebP; None too if the picture itself is not larger
-    lacks: str | None = None  # what was not enough for blurhash and preview: memory or time
+    lacks: str | None = None  # memory or time for blurhash and preview, or what went wrong there
 
 
 # --- in the worker ------------------------------------------------------------------------------
@@ -109,6 +138,20 @@ class Pictures:
                 return Picture(kind, None, None, lacks=said["lacks"])
         raise NoPicture(f"no image that takes little {said['lacks']}")
 
+    async def look_at_source(self, file: IO[bytes]) -> tuple[str, bool]:
+        """Do what look_at_source does, and put into the file what it answers. Raises NoPicture.
+
+        Answers the format, and whether the file is as it was given.
+        """
+        said = await self._ask(file, is_source=True)
+        if said["lacks"]:
+            raise NoPicture(f"takes too much {said['lacks']}")
+        if data := base64.b64decode(said["data"] or ""):
+            file.seek(0)
+            file.truncate()
+            file.write(data)
+        return said["format"], not data
+
     async def draw(self, prompt: str, size: tuple[int, int], source: str, seed: int) -> bytes:
         """Do what draw_preview does. Raises NoPicture."""
         with Path(os.devnull).open("r+b") as file:  # none is needed, and the disk may be full
@@ -125,8 +168,9 @@ class Pictures:
                 said = await self._run(file, {"means": means, **request})
             if said.get("lacks") != "memory":
                 break
-        if "refused" in said:
-            raise NoPicture(said["refused"])
+        for refusal in (NotTaken, NoPicture):
+            if refusal.__name__ in said:
+                raise refusal(said[refusal.__name__])
         return said
 
     async def _run(self, file: IO[bytes], request: dict[str, Any]) -> dict[str, Any]:
@@ -214,17 +258,20 @@ def serve_picture(channel: int, descriptor: int) -> None:
 
         tell(pid=os.getpid(), lacks="time")  # so it is, unless it gets to say something else
         request = json.loads(worker.makefile("rb").readline())
-        restrict(request["means"])
+        restrict(request["means"] + os.fstat(descriptor).st_size)
         try:
             if wish := request.get("wish"):
                 tell(data=draw_preview(*wish), lacks=None)
+            elif request.get("is_source"):
+                kind, data = look_at_source(file, request["means"])
+                tell(format=kind, data=data, lacks=None)
             else:
                 found = inspect_image(file, request["preview_pixels"], request["means"], tell)
                 tell(**asdict(found))
         except MemoryError:
             tell(lacks="memory")
         except NoPicture as error:
-            tell(refused=str(error))
+            tell(**{type(error).__name__: str(error)})
 
 
 def restrict(means: int) -> None:
@@ -239,6 +286,188 @@ def restrict(means: int) -> None:
     signal.alarm(10 * PICTURE_SECONDS)  # on the clock, where there is no core for it
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("500")  # it goes before the worker
+
+
+# --- what a file tells beside the picture -------------------------------------------------------
+
+Cuts = Iterator[tuple[int, int, bytes]]  # in order: from where to where, and what comes instead
+
+
+def strip(file: IO[bytes]) -> None:
+    """Take out of a file what may tell how its picture was made: texts, EXIF, XMP, what follows the
+    end. What is drawn stays byte for byte, with its colours and which way is up.
+    """
+    with mmap.mmap(file.fileno(), 0) as data:
+        kinds = [kind for kind, first in FIRST_BYTES.items() if re.match(first, data[:32], re.S)]
+        cuts: list[tuple[int, int, bytes]] = []
+        # Where it is broken, or of no such kind, the rest stays.
+        with contextlib.suppress(LookupError, struct.error, RecursionError):
+            for cut in WALKS[kinds[0]](data):
+                cuts.append(cut)
+        if not cuts:
+            return
+        whole = len(data)
+        head, data[:2] = data[:2], b"\0\0"  # no picture is left if this ends halfway
+        at = end = 0
+        for start, stop, new in [*cuts, (whole, whole, b"")]:
+            kept = min(start, whole) - at
+            if kept >= 0:
+                data.move(end, at, kept)
+                end += kept + len(new)
+                data[end - len(new) : end] = new
+                at = min(stop, whole)
+        data[:2] = head
+    file.truncate(end)
+
+
+def upright(exif: bytes) -> bytes:
+    """EXIF that tells which way is up and nothing else; nothing where this does not tell it."""
+    turn = orientation(exif)
+    if turn not in EXIF_TURNS or len(exif) < 26:  # longer it must not get
+        return b""
+    return struct.pack(">4sIHHHIHHI", b"MM\0*", 8, 1, 0x0112, 3, 1, turn, 0, 0)
+
+
+def walk_png(data: mmap.mmap) -> Cuts:
+    at, kind = 8, b""
+    while kind != b"IEND":
+        size, kind = struct.unpack_from(">I4s", data, at)
+        start, at = at, at + 12 + size
+        if kind not in PNG_CHUNKS:
+            new = upright(data[start + 8 : at - 4]) if kind == b"eXIf" else b""
+            if new:
+                size, new = len(new), kind + new
+                new = struct.pack(">I", size) + new + struct.pack(">I", zlib.crc32(new))
+            yield start, at, new
+    yield at, len(data), b""
+
+
+def walk_jpeg(data: mmap.mmap) -> Cuts:
+    at, marker = 0, 0
+    while marker != 0xD9 and (found := JPEG_MARKER.search(data, at)):
+        start, at = found.span()
+        marker = data[at - 1]
+        if marker not in (0x01, 0xD8, 0xD9):
+            at += int.from_bytes(data[at : at + 2])
+        if JPEG_TOLD.match(data, start + 1):
+            new = upright(data[start + 10 : at]) if data[start + 4 : start + 8] == b"Exif" else b""
+            yield start, at, new and b"\xff\xe1\0\x22Exif\0\0" + new
+    if marker == 0xD9:
+        yield at, len(data), b""
+
+
+def walk_webp(data: mmap.mmap) -> Cuts:
+    cuts, at, end = [], 12, 8 + int.from_bytes(data[4:8], "little")
+    while at + 8 <= min(end, len(data)):
+        kind, size = struct.unpack_from("<4sI", data, at)
+        start, at = at, at + 8 + size + size % 2
+        if kind not in WEBP_CHUNKS:
+            new = upright(data[start + 8 : at]) if kind == b"EXIF" else b""
+            cuts.append((start, at, new and b"EXIF" + struct.pack("<I", len(new)) + new))
+    left = end - 8 - sum(stop - start - len(new) for start, stop, new in cuts)
+    yield 4, 8, struct.pack("<I", left)
+    if data[12:16] == b"VP8X":  # which says what there is: XMP 4, EXIF 8
+        yield 20, 21, bytes([data[20] & ~0x0C | 8 * any(new for _, _, new in cuts)])
+    yield from cuts
+    yield end, len(data), b""
+
+
+def walk_gif(data: mmap.mmap) -> Cuts:
+    def table(flags: int) -> int:
+        """How many bytes of colours follow."""
+        return 6 << (flags & 7) if flags & 0x80 else 0
+
+    at = 13 + table(data[10])
+    while data[at] in b"!,":  # an extension, or an image
+        start, at = at, at + (2 if data[at] == 0x21 else 11 + table(data[at + 9]))
+        while size := data[at]:
+            at += 1 + size
+        at += 1
+        if GIF_TOLD.match(data, start):
+            yield start, at, b""
+    if data[at] == 0x3B:
+        yield at + 1, len(data), b""
+
+
+def walk_avif(data: mmap.mmap) -> Cuts:
+    """Nothing in it may move: what tells becomes zeros."""
+    for start, stop in sorted(told(data, 0, len(data))):
+        if stop <= len(data):
+            yield start, stop, bytes(stop - start)
+    *_, (_, _, end) = boxes(data, 0, len(data))
+    yield end, len(data), b""
+
+
+def boxes(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """The kind of each box, and from where to where its inside is."""
+    while at + 8 <= end:
+        size, kind = struct.unpack_from(">I4s", data, at)
+        inside = at + (16 if size == 1 else 8)
+        size = int.from_bytes(data[at + 8 : inside]) if size == 1 else size or end - at
+        at += size
+        if not inside <= at <= end:
+            return
+        yield kind, inside, at
+
+
+def told(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int]]:
+    """From where to where something is told in these boxes, of an AVIF."""
+    for kind, start, stop in boxes(data, at, end):
+        if kind in (b"moov", b"trak"):
+            yield from told(data, start, stop)
+        elif kind == b"meta":
+            yield from told_by_items(data, start + 4, stop)
+        elif kind in (b"udta", b"uuid", b"free", b"skip"):
+            yield start, stop
+
+
+def told_by_items(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int]]:
+    """Where the items that are EXIF, XMP or the like are, and where they are said to be that."""
+    inside = {kind: (start, stop) for kind, start, stop in boxes(data, at, end)}
+    telling = set()
+    start, stop = inside[b"iinf"]
+    for _, entry, _ in boxes(data, start + (8 if data[start] else 6), stop):
+        wide = 4 if data[entry] == 3 else 2
+        kind = entry + 4 + wide + 2
+        if data[kind : kind + 4] in (b"Exif", b"mime", b"uri "):
+            telling.add(int.from_bytes(data[entry + 4 : entry + 4 + wide]))
+            yield kind, kind + 4
+    extents = [*item_extents(data, inside[b"iloc"][0], inside.get(b"idat", (0, 0))[0])]
+    for item, start, stop in extents:
+        if item in telling and not any(  # nothing of a picture's
+            start < other_stop and other_start < stop
+            for other, other_start, other_stop in extents
+            if other not in telling
+        ):
+            yield start, stop
+
+
+def item_extents(data: mmap.mmap, at: int, idat: int) -> Iterator[tuple[int, int, int]]:
+    """Number of the item, start and end of each piece of one, as the box iloc says."""
+
+    def take(size: int) -> int:
+        nonlocal at
+        at += size
+        return int.from_bytes(data[at - size : at])
+
+    version, _, sizes = take(1), take(3), take(2)
+    wide = 4 if version == 2 else 2
+    for _ in range(take(wide)):
+        item, method = take(wide), take(2) & 15 if version else 0
+        _, base = take(2), take(sizes >> 4 & 15)
+        for _ in range(take(2)):
+            take(sizes & 15 if version else 0)
+            start = base + take(sizes >> 12) + (idat if method == 1 else 0)
+            yield item, start, start + take(sizes >> 8 & 15)
+
+
+WALKS: dict[str, Callable[[mmap.mmap], Cuts]] = {
+    "PNG": walk_png,
+    "JPEG": walk_jpeg,
+    "WEBP": walk_webp,
+    "AVIF": walk_avif,
+    "GIF": walk_gif,
+}
 
 
 # --- one picture --------------------------------------------------------------------------------
@@ -270,8 +499,6 @@ def read_app(image: JpegImagePlugin.JpegImageFile, marker: int) -> None:
 
 PngImagePlugin.PngStream = Chunks  # type: ignore[misc]
 JpegImagePlugin.MARKER.update(dict.fromkeys(range(0xFFE0, 0xFFF0), ("APP", "", read_app)))  # type: ignore[arg-type]
-# A JPEG is read as one also where it says that it is several, rightly or not.
-Image.register_open("JPEG", JpegImagePlugin.JpegImageFile, JpegImagePlugin._accept)
 
 
 def inspect_image(
@@ -282,19 +509,26 @@ def inspect_image(
 ) -> Picture:
     """Look at the bytes themselves, whatever the provider calls them. Raises NoPicture.
 
-    An image is decoded once, of an animation the first frame. An SVG is replaced in the file by one
-    that does nothing. What can be told without decoding is told before.
+    An image is decoded once, of an animation the first frame. What tells of it is taken out of the
+    file, and an SVG replaced by one that does nothing. What can be told without decoding is told
+    before.
     """
-    size = file.seek(0, io.SEEK_END)
-    file.seek(0)
     try:
+        strip(file)
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
         with Image.open(file, formats=[*FIRST_BYTES]) as image:
             return decode_image(image, preview_pixels, size, means, tell)
     except UnidentifiedImageError:
+        file.seek(0)
+        if re.match(OTHER_BYTES, file.read(16), re.DOTALL):
+            raise NotTaken("no image that is taken, but a file of another kind") from None
         if BASE_BYTES + 30 * min(size, MAX_SVG_BYTES) > means:
             raise MemoryError from None
         return sanitize_svg(file)
-    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:
+        raise NotTaken("too many pixels") from None
+    except (OSError, SyntaxError, ValueError, RuntimeError) as error:
         raise NoPicture(f"no image: {type(error).__name__}") from None  # by Pillow's ways to say so
 
 
@@ -306,9 +540,9 @@ def decode_image(
     Width and height are as displayed: turned as EXIF says.
     """
     if image.width * image.height > MAX_IMAGE_PIXELS:
-        raise NoPicture("too many pixels")
-    kind, full, profile = str(image.format), image.size, image.info.get("icc_profile")
-    turn = orientation(image)
+        raise NotTaken("too many pixels")
+    kind, full = str(image.format), image.size
+    turn = orientation(image.info.get("exif", b""))
     width, height = full[::-1] if turn in SIDEWAYS else full
     side = preview_pixels or BLUR_PIXELS
     if weigh(image, side, size) > means:
@@ -316,8 +550,22 @@ def decode_image(
     tell(format=kind, width=width, height=height)
     image.draft(None, (2 * side, 2 * side))
     image.load()
-    turn = turn or orientation(image)  # of a PNG it may come last
+    turn = orientation(image.info.get("exif", b""))  # of a PNG it may come last
     width, height = full[::-1] if turn in SIDEWAYS else full
+    try:
+        has_preview = 0 < preview_pixels < max(width, height)
+        return Picture(kind, width, height, *draw_small(image, side, turn, has_preview))
+    except MemoryError:
+        raise
+    except Exception as error:  # the picture itself can be shown
+        return Picture(kind, width, height, lacks=type(error).__name__)
+
+
+def draw_small(
+    image: Image.Image, side: int, turn: int, has_preview: bool
+) -> tuple[str, bytes | None]:
+    """The blurhash of a decoded image, and its preview if it is to have one."""
+    profile = image.info.get("icc_profile")
     if image.mode.startswith("I;16"):
         image = image.point(lambda value: value / 256).convert("L")
     mode = "RGBA" if image.has_transparency_data else "RGB"
@@ -326,9 +574,9 @@ def decode_image(
     if turn in EXIF_TURNS:
         small = small.transpose(EXIF_TURNS[turn])
     file = io.BytesIO()
-    if 0 < preview_pixels < max(width, height):
+    if has_preview:
         small.save(file, "WEBP", quality=75, icc_profile=profile if is_of_rgb(profile) else None)
-    return Picture(kind, width, height, blur(small), file.getvalue() or None)
+    return blur(small), file.getvalue() or None
 
 
 def weigh(image: Image.Image, side: int, size: int) -> int:
@@ -342,10 +590,11 @@ def weigh(image: Image.Image, side: int, size: int) -> int:
     return BASE_BYTES + 2 * size + each * pixels + 24 * min(pixels, side * side)
 
 
-def orientation(image: Image.Image) -> int:
+def orientation(exif: bytes) -> int:
     """How EXIF says that an image is turned; 0 where it does not, or is not to be understood."""
     with contextlib.suppress(Exception):
-        return int(image.getexif().get(0x0112, 0)) if "exif" in image.info else 0
+        (known := Image.Exif()).load(exif)
+        return int(known.get(0x0112, 0))
     return 0
 
 
@@ -376,14 +625,15 @@ def sanitize_svg(file: IO[bytes]) -> Picture:
     file.seek(0)
     source = file.read(MAX_SVG_BYTES + 1)
     if len(source) > MAX_SVG_BYTES:
-        raise NoPicture("no image: too large an SVG")
+        raise NotTaken("no image: too large an SVG")
     try:
         root = read_svg(source)  # first: svg-hush indents, so deep nesting would fill the memory
         clean = filter_svg(source, {"image": ["png", "jpeg", "gif", "webp"]})
+        clean = SVG_WORDS.sub(b"", clean)  # comments and metadata are gone already
     except (ValueError, expat.ExpatError) as error:  # their words may be the picture's
         raise NoPicture(f"no image: {type(error).__name__}") from None
     if FOREIGN.search(clean):
-        raise NoPicture("no image: a reference to elsewhere")
+        raise NotTaken("no image: a reference to elsewhere")
     file.seek(0)
     file.truncate()
     file.write(clean)
@@ -398,7 +648,7 @@ def read_svg(source: bytes) -> dict[str, str]:
     weight = 0  # the sum of the elements' depths
 
     def refuse(what: str) -> None:
-        raise NoPicture(f"no image: {what}")
+        raise NotTaken(f"no image: {what}")
 
     def start(name: str, attributes: dict[str, str]) -> None:
         nonlocal weight
@@ -453,6 +703,48 @@ def draw_preview(prompt: str, size: tuple[int, int], source: str, seed: int) -> 
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
+
+
+def look_at_source(file: IO[bytes], means: int = LARGE_BYTES) -> tuple[str, bytes | None]:
+    """The format of what a user gives for a model to see, and the file to hand over in its place.
+
+    There is one if models might see another picture than people do, or none: for what EXIF turns,
+    and for kinds that few models read. Raises NoPicture, also for what is cut short: it is decoded
+    to its end, a JPEG in small.
+    """
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    try:
+        with Image.open(file, formats=[*FIRST_BYTES]) as image:
+            return make_upright(image, size, means)
+    except UnidentifiedImageError:
+        raise NoPicture("no image of a kind that is taken") from None
+    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
+        raise NoPicture(f"no image: {type(error).__name__}") from None
+
+
+def make_upright(image: Image.Image, size: int, means: int) -> tuple[str, bytes | None]:
+    """Do this for an opened image. Raises what Pillow does, MemoryError, or NoPicture."""
+    pixels = image.width * image.height
+    if pixels > MAX_IMAGE_PIXELS:
+        raise NoPicture("too many pixels")
+    kind, turn = str(image.format), orientation(image.info.get("exif", b""))
+    is_taken = kind in ("PNG", "JPEG", "WEBP")
+    image.draft(None, (TURNED_PIXELS,) * 2 if turn in EXIF_TURNS else (BLUR_PIXELS,) * 2)
+    need = weigh(image, 0, size) + 4 * image.width * image.height
+    if "progressive" in image.info:  # it is held whole, however small it is made
+        need += 2 * len(image.getbands()) * pixels
+    if need > means:
+        raise MemoryError
+    image.load()
+    turn = turn or orientation(image.info.get("exif", b""))  # of a PNG it may come last
+    if is_taken and turn not in EXIF_TURNS:
+        return kind, None
+    profile, data = image.info.get("icc_profile"), io.BytesIO()
+    upright = image.transpose(EXIF_TURNS[turn]) if turn in EXIF_TURNS else image
+    kind = kind if kind == "JPEG" else "PNG"
+    upright.save(data, kind, quality=95, compress_level=1, icc_profile=profile, exif=b"")
+    return kind, data.getvalue()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ LoadCredential names, goes before the variable:
     WORKER_SLOTS            4         jobs at once
     WORKER_GRACE_SECONDS    30        to finish jobs after SIGTERM
     WORKER_POLL_SECONDS     5         backstop: longest wait without a look at the queue
-    MAX_IMAGE_BYTES         33554432  larger outputs are refused
+    MAX_IMAGE_BYTES         33554432  larger outputs and sources are refused
     IMAGE_PREVIEW_PIXELS    512       longest side of the previews for galleries; 0: none
     WEBHOOK_ALLOWED_HOSTS             host:port, …: webhooks called although not public, for
                                       development
@@ -68,10 +68,11 @@ import traceback
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, ClassVar, TypeVar
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote, urlsplit
 from uuid import UUID, uuid4
 
 import httpx
@@ -82,7 +83,7 @@ from psycopg.types.json import Jsonb
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from outbox import Outbox
-from pictures import NoPicture, Pictures
+from pictures import NoPicture, Picture, Pictures
 
 BUCKET = "generations"
 RECOVERY_SECONDS = 5.0  # between two looks for stale jobs; with the lease, how long one waits
@@ -343,6 +344,7 @@ class Job:
     secret: str | None
     key_hosts: list[str]
     hosts: list[str]
+    max_running: int | None
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
@@ -484,6 +486,7 @@ class Database:
 
     def __init__(self, url: str, secrets: Iterable[str] = ()) -> None:
         self.url, self.secrets = libpq_url(url), secrets
+        self.keys: list[str] = []  # names of those it may claim with
         self.is_listening: bool | None = None  # until it is known
         self.troubles: dict[str, dict[str, str]] = {}  # function → kinds of errors since it worked
         options = {"autocommit": True, "row_factory": dict_row, **KEEPALIVES}
@@ -573,10 +576,11 @@ class Database:
                 await asyncio.sleep(backoff(attempt))
                 attempt += 1
 
-    async def register_worker(self, slots: int) -> dict[str, Any]:
+    async def register_worker(self, slots: int, keys: Iterable[str]) -> dict[str, Any]:
         """Raises ConfigError if the database itself says that the role is another one."""
+        self.keys, host = list(keys), socket.gethostname()
         try:
-            rows = await self.call("register_worker", socket.gethostname(), slots, version())
+            rows = await self.call("register_worker", host, slots, version(), self.keys)
         except psycopg.errors.InsufficientPrivilege:
             async with await self.connect() as connection:
                 query = "select pg_has_role('darkroom_worker', 'usage')"
@@ -586,7 +590,7 @@ class Database:
         return dict(rows[0])
 
     async def claim_jobs(self, worker_id: int, slots: int) -> list[Job]:
-        return [Job(**row) for row in await self.call("claim_jobs", worker_id, slots)]
+        return [Job(**row) for row in await self.call("claim_jobs", worker_id, slots, self.keys)]
 
     async def heartbeat(self, worker_id: int, running: list[Running]) -> list[str]:
         """Beat for these jobs, sorted by job_id; answer the verdict on each, in their order."""
@@ -738,15 +742,20 @@ class Provider:
         """Answer {status, headers, body, error} as next_steps takes them. Raises JobError."""
         content = content or {"json": self._swapped(request["body"], self.blobs.get)}
         headers = {k: v.replace("{{secret}}", self.key) for k, v in request["headers"].items()}
+        headers["accept-encoding"] = "identity"  # see read
         seconds = httpx.Timeout(request["seconds"] or HTTP_TIMEOUT.read, connect=10.0)
+        in_all = (request["seconds"] or 0) + DOWNLOAD_SECONDS  # it may come drop by drop
         try:
-            async with self.http.stream(
-                request["method"],
-                self._own(request["url"]),
-                headers=headers,
-                timeout=seconds,
-                **content,
-            ) as response:
+            async with (
+                asyncio.timeout(in_all),
+                self.http.stream(
+                    request["method"],
+                    self._own(request["url"]),
+                    headers=headers,
+                    timeout=seconds,
+                    **content,
+                ) as response,
+            ):
                 body = bytearray()
                 async for chunk in response.aiter_bytes(CHUNK_BYTES):
                     body += chunk
@@ -754,7 +763,7 @@ class Provider:
                         return {"status": None, "error": "too long"}
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             return {"status": 0, "error": type(error).__name__}
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, TimeoutError) as error:
             return {"status": None, "error": type(error).__name__}
         try:
             said = self._swapped(json.loads(body), self._kept)
@@ -808,11 +817,11 @@ class Provider:
                 if not response.is_success:
                     raise JobError("internal", f"output: HTTP {response.status_code}")
                 if response.headers.get("content-encoding", "identity") != "identity":
-                    raise JobError("provider_error", "output: packed, although not asked for")
+                    raise JobError("output_refused", "output: packed, although not asked for")
                 async for chunk in response.aiter_bytes(CHUNK_BYTES):
                     yield chunk
                 return
-        raise JobError("provider_error", "output: too many redirects")
+        raise JobError("output_refused", "output: too many redirects")
 
     def _allowed(self, address: str, base: httpx.URL | None = None) -> httpx.URL:
         """The address if outputs may be fetched there. Raises JobError."""
@@ -822,21 +831,24 @@ class Provider:
         self, address: str, hosts: list[str] | None = None, base: httpx.URL | None = None
     ) -> httpx.URL:
         """The address if it is at one of these hosts or of the API, as who asks it reads it."""
+        code = "provider_error" if hosts is None else "output_refused"
         try:
             url = base.join(address) if base else httpx.URL(address)
         except (httpx.InvalidURL, ValueError):
-            raise JobError("provider_error", "not an address") from None
+            raise JobError(code, "not an address") from None
         is_base = (url.scheme, url.netloc) == (self.base.scheme, self.base.netloc)
         names = self.key_hosts if hosts is None else hosts
         known = [re.escape(name).replace(r"\*", "[a-z0-9.-]+") for name in names]
         is_named = any(re.fullmatch(each, url.host) for each in known)
         if not is_base and not (url.scheme == "https" and is_named):
             detail = f"host {url.host[:100]} is not allowed"
-            raise JobError("provider_error", detail, reason="a host that is not allowed")
+            raise JobError(code, detail, reason="a host that is not allowed")
         return url
 
 
 # --- storage ------------------------------------------------------------------------------------
+
+Read = Callable[[], AsyncGenerator[bytes, None]]  # reads an output, from its start each time
 
 
 class Storage:
@@ -849,24 +861,30 @@ class Storage:
         self.is_reachable_from_outside = is_public_host(urlsplit(self.root).hostname or "")
         self.headers = {"Authorization": f"Bearer {key}", "apikey": key, "x-upsert": "true"}
 
-    async def sign(self, path: str) -> str:
-        """An address of a source image that works for ten minutes or more. Raises JobError."""
-        url = f"{self.root}/object/sign/inputs/{quote(path)}"
-        lasting = {"expiresIn": random.randrange(600, 1200)}  # two of one second differ, too
+    async def sign(self, path: str, seconds: float) -> str:
+        """An address of a source image that works for so long or a little longer. Raises JobError.
+
+        Of the answer only the token is taken: servers differ in the rest, and leave it unescaped.
+        """
+        url = f"{self.root}/object/sign/{source_key(path)}"
+        lasting = {"expiresIn": int(seconds) + random.randrange(300, 900)}  # so that two differ
         response = await self.http.post(url, json=lasting, headers=self.headers)
         if not response.is_success:
-            raise JobError(storage_code(response), f"sign: HTTP {response.status_code}")
-        answer = response.json()  # an address below /storage/v1, or below / with other servers
-        signed = str(answer.get("signedURL") or answer["signedUrl"])
-        return urljoin(self.root, signed) if signed.startswith("/storage/") else self.root + signed
+            raise source_error(response)
+        answer = response.json()
+        token = str(answer.get("signedURL") or answer["signedUrl"]).rpartition("?")[2]
+        return f"{url}?{token}"
 
     async def fetch(self, path: str, file: IO[bytes]) -> None:
-        """Download a source image into a file. Raises JobError."""
-        url = f"{self.root}/object/inputs/{quote(path)}"
+        """Download a source image into a file, within the cap. Raises JobError."""
+        url, most = f"{self.root}/object/{source_key(path)}", self.settings.max_image_bytes
         async with self.http.stream("GET", url, headers=self.headers) as response:
             if not response.is_success:
-                raise JobError(storage_code(response), f"source: HTTP {response.status_code}")
+                await response.aread()
+                raise source_error(response)
             async for chunk in response.aiter_bytes(CHUNK_BYTES):
+                if file.tell() + len(chunk) > most:
+                    raise JobError("invalid_input", f"source: more than {most} bytes")
                 file.write(chunk)
 
     async def remove(self, bucket: str, paths: list[str]) -> None:
@@ -883,29 +901,25 @@ class Storage:
             is_outage = not 400 <= status < 500 or status in (401, 403, 408, 429)
             raise StorageRefused(f"HTTP {response.status_code}", is_outage=is_outage)
 
-    async def store(
-        self, job: Job, position: int, body: AsyncGenerator[bytes, None]
-    ) -> dict[str, Any]:
+    async def store(self, job: Job, position: int, read: Read) -> dict[str, Any]:
         """Check and upload one output; answer its row for complete_jobs. Raises JobError."""
-        base = f"{job.user_id}/{job.job_id}/{position}"
+        base, preview_path = f"{job.user_id}/{job.job_id}/{position}", None
         with tempfile.TemporaryFile() as file:
-            self.pictures.start()  # meanwhile
-            await self._receive(file, body)
-            try:
-                image = await self.pictures.inspect(file, self.settings.image_preview_pixels)
-            except NoPicture as error:
-                raise JobError("provider_error", f"output: {error}") from None
+            image = await self._receive(job, file, read)
             if image.lacks:
                 log.warning("picture.bare job=%s lacks=%s", job.job_id, image.lacks)
             extension, content_type = FORMATS[image.format]
             served_as = INERT_TYPE if image.format == "SVG" else content_type
             size = await self._upload(f"{base}.{extension}", file, served_as)
         if image.preview:
-            await self._upload(f"{base}.preview.webp", io.BytesIO(image.preview), "image/webp")
+            with contextlib.suppress(JobError):  # the picture is there without
+                path = f"{base}.preview.webp"
+                await self._upload(path, io.BytesIO(image.preview), "image/webp")
+                preview_path = path
         return {
             "position": position,
             "storage_path": f"{base}.{extension}",
-            "preview_path": f"{base}.preview.webp" if image.preview else None,
+            "preview_path": preview_path,
             "content_type": content_type,
             "width": image.width,
             "height": image.height,
@@ -913,21 +927,33 @@ class Storage:
             "blurhash": image.blurhash,
         }
 
-    async def _receive(self, file: IO[bytes], body: AsyncGenerator[bytes, None]) -> None:
-        """Write an output to disk, within the caps. Raises JobError."""
-        size, most = 0, self.settings.max_image_bytes
+    async def _receive(self, job: Job, file: IO[bytes], read: Read, attempt: int = 1) -> Picture:
+        """Write an output to disk, within the caps, and look at it. What comes broken is asked for
+        again, for it is paid; what is refused is not. Raises JobError.
+        """
+        self.pictures.start()  # meanwhile
+        most, late = self.settings.max_image_bytes, f"not received within {DOWNLOAD_SECONDS:g} s"
+        file.truncate(file.seek(0))
         try:
-            async with asyncio.timeout(DOWNLOAD_SECONDS), contextlib.aclosing(body):
+            async with asyncio.timeout(DOWNLOAD_SECONDS), contextlib.aclosing(read()) as body:
                 async for chunk in body:
-                    size += len(chunk)
-                    if size > most:
-                        raise JobError("provider_error", f"output: more than {most} bytes")
                     file.write(chunk)
+                    if file.tell() > most:
+                        raise JobError("output_refused", f"output: more than {most} bytes")
+            return await self.pictures.inspect(file, self.settings.image_preview_pixels)
         except TimeoutError:
-            late = f"output: not received within {DOWNLOAD_SECONDS:g} s"
-            raise JobError("provider_timeout", late) from None
+            raise JobError("provider_timeout", f"output: {late}") from None
         except httpx.HTTPError as error:
-            raise JobError("internal", f"output: {type(error).__name__}") from None
+            failure = JobError("internal", f"output: {type(error).__name__}")
+        except NoPicture as error:
+            failure = JobError(error.code, f"output: {error}")
+        except JobError as error:
+            failure = error
+        if failure.code == "output_refused" or attempt == HTTP_TRIES:
+            raise failure
+        log.warning("output.retry job=%s reason=%r", job.job_id, failure.reason)
+        await asyncio.sleep(backoff(attempt))
+        return await self._receive(job, file, read, attempt + 1)
 
     async def _upload(self, path: str, file: IO[bytes], content_type: str) -> int:
         """Upload with upsert, so that repeating it after a lost answer is harmless.
@@ -936,6 +962,7 @@ class Storage:
         """
         size = file.seek(0, io.SEEK_END)
         headers = {**self.headers, "content-type": content_type, "content-length": str(size)}
+        headers["cache-control"] = "max-age=31536000, immutable"  # a path's bytes never change
         code = reason = text = ""
         for attempt in range(HTTP_TRIES):
             try:
@@ -981,7 +1008,27 @@ def storage_status(response: httpx.Response) -> int:
 def storage_code(response: httpx.Response) -> str:
     """What a job fails with that Storage refused: an outage passes, and is not the job's fault."""
     status = storage_status(response)
+    if status in (413, 415):  # too large for the bucket, or of a type that it does not take
+        return "output_refused"
     return "storage_unavailable" if status >= 500 or status in (408, 429) else "internal"
+
+
+def source_key(path: str) -> str:
+    """Bucket and name of a source image as its user gave them, escaped as parts of an address."""
+    named = path.startswith((f"{BUCKET}/", "inputs/"))
+    return quote(path if named else f"inputs/{path}", safe="/!$&'()*+,;=:@")
+
+
+def source_error(response: httpx.Response) -> JobError:
+    """What a job fails with whose source Storage does not give.
+
+    That it is gone is believed where Storage itself says so, and of the file, not of its bucket.
+    """
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        said = response.json()
+        if int(said["statusCode"]) == 404 and "ucket" not in said["message"]:
+            return JobError("invalid_input", "source: no such file any more")
+    return JobError(storage_code(response), f"source: HTTP {response.status_code}")
 
 
 # --- the worker ---------------------------------------------------------------------------------
@@ -1071,7 +1118,7 @@ class Worker:
         attempt = 0
         while not self.stopping.is_set():
             try:
-                return await self.db.register_worker(self.settings.slots)
+                return await self.db.register_worker(self.settings.slots, self.settings.keys)
             except psycopg.Error:
                 self._tell_systemd()
                 await self._pause(self.stopping, backoff(attempt))
@@ -1289,6 +1336,8 @@ class Worker:
         finally:
             del self.running[job.token]
             self.freed.set()
+            if job.max_running:  # it may have kept another from being claimed
+                self.wake.set()
             self.outbox.due.set()
 
     async def _make(self, running: Running) -> list[dict[str, Any]]:
@@ -1304,10 +1353,30 @@ class Worker:
                 await self._stop(running)
             raise
         read = running.provider.read if running.provider else self.preview.read
-        return [
-            await self.storage.store(job, position, read(output))
-            for position, output in enumerate(outputs[: job.image_count])
-        ]
+        outputs = [partial(read, output) for output in outputs[: job.image_count]]
+        return await self._store(running, outputs)
+
+    async def _store(self, running: Running, outputs: list[Read]) -> list[dict[str, Any]]:
+        """Store what is good, numbered without gaps. Raises JobError, the first, if nothing is."""
+        job = running.job
+        images: list[dict[str, Any]] = []
+        failures: list[JobError] = []
+        for output in outputs:
+            try:
+                images.append(await self.storage.store(job, len(images), output))
+            except JobError as error:
+                if error.code == "storage_unavailable":  # another attempt will have them all
+                    raise
+                what = (job.job_id, error.code, error.reason)
+                log.warning("output.lost job=%s code=%s reason=%r", *what)
+                failures.append(error)
+            except asyncio.CancelledError:
+                if not images or running.is_lost or running.is_canceled or self.stopping.is_set():
+                    raise
+                break  # it was the deadline
+        if not images:
+            raise failures[0]
+        return images
 
     async def _draw(self, running: Running) -> list[Any]:
         job = running.job
@@ -1343,7 +1412,8 @@ class Worker:
                 raise LeaseLost
             case "pause":
                 raise ProviderDown(step)
-        wait = step.get("retry_after")
+        asked = step.get("retry_after")
+        wait = None if asked is None else float(asked)  # a list of them is of one type
         detail = step.get("detail") or step["reason"]
         raise JobError(step["code"], detail, wait, reason=step["reason"])
 
@@ -1399,18 +1469,24 @@ class Worker:
         for name in job.image_inputs:
             given = provider_input.get(name)
             if isinstance(given, str):
-                provider_input[name] = await self._source(provider, given)
+                provider_input[name] = await self._source(provider, job, given)
             elif isinstance(given, list):
-                provider_input[name] = [await self._source(provider, path) for path in given]
+                provider_input[name] = [await self._source(provider, job, path) for path in given]
         return provider_input
 
-    async def _source(self, provider: Provider | Preview, path: str) -> str:
+    async def _source(self, provider: Provider | Preview, job: Job, path: str) -> str:
+        """An address of a source image that has proven to be one: its file's or that of a copy."""
         try:
-            if provider.fetches_sources and self.storage.is_reachable_from_outside:
-                return await self.storage.sign(path)
-            with tempfile.SpooledTemporaryFile(max_size=1 << 20) as file:
+            with tempfile.TemporaryFile() as file:
                 await self.storage.fetch(path, file)
-                return await provider.upload(path.rpartition("/")[2], file)
+                kind, is_as_given = await self.storage.pictures.look_at_source(file)
+                is_public = provider.fetches_sources and self.storage.is_reachable_from_outside
+                if is_public and is_as_given:
+                    return await self.storage.sign(path, job.deadline_seconds)
+                # Its user's name for it may be any, and is nobody's business.
+                return await provider.upload(f"{uuid4().hex}.{FORMATS[kind][0]}", file)
+        except NoPicture as error:
+            raise JobError("invalid_input", f"source: {error}") from None
         except httpx.HTTPError as error:
             is_down = isinstance(error, httpx.TransportError)
             code = "storage_unavailable" if is_down else "internal"

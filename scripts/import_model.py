@@ -1,7 +1,8 @@
-"""Enter a Replicate model into the catalogue, or renew it: show each change, then make it.
+"""Enter a model of Replicate or fal into the catalogue, or renew it: show each change, make it.
 
-The model comes from a file of the shape of GET /models/{owner}/{name}, or from the provider itself
-(REPLICATE_API_TOKEN, REPLICATE_API_URL). It goes to DATABASE_URL, or else to the local stack.
+The model comes from a file of the shape that the provider's API answers, or from the provider
+itself (REPLICATE_API_TOKEN, REPLICATE_API_URL; FAL_KEY, FAL_API_URL). It goes to DATABASE_URL, or
+else to the local stack.
 """
 
 from __future__ import annotations
@@ -13,20 +14,32 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import psycopg
 from psycopg.types.json import Jsonb
 
-from model_mapper import Unmappable, map_model
+from model_mapper import Unmappable, map_model, most_images, read_model
 from stack import Stack
 from worker import libpq_url
 
-API_URL = "https://api.replicate.com/v1"
+# Its key, its API, what stands before the key in the header, and where a model is.
+PROVIDERS = {
+    "replicate": (
+        *("REPLICATE_API_TOKEN", "REPLICATE_API_URL", "https://api.replicate.com/v1"),
+        *("Bearer", "models/{}"),
+    ),
+    "fal": (
+        *("FAL_KEY", "FAL_API_URL", "https://api.fal.ai/v1"),
+        *("Key", "models?endpoint_id={}&expand=openapi-3.0"),
+    ),
+}
 OPTIONS = [
     "price_credits", "paid_price_credits", "requires_paid", "is_active", "title",
     "provider_ref", "deadline", "cost_usd", "cost_unit", "max_images", "client_inputs",
     "image_inputs", "prompt_input", "image_count_input", "operator_input", "allow_inputs",
+    "outputs_path",
 ]  # fmt: skip
 OLD = "select to_jsonb(m) from public.models as m where id = %s for update"
 NEW = "select to_jsonb(jsonb_populate_record(null::public.models, %s))"
@@ -50,6 +63,8 @@ def import_model(
         with database.transaction():
             row = database.execute(OLD, [mapped["id"]]).fetchone()
             old: dict[str, Any] = row[0] if row else {}
+            if old and (ours := name_of(mapped)) != (theirs := name_of(old)):
+                raise ValueError(f"{mapped['id']} is there already: {theirs}, not {ours}")
             merged = Jsonb(check(merge(old, mapped, options)))
             (new,) = database.execute(NEW, [merged]).fetchone() or ({},)
             if new != old and not dry_run:
@@ -62,6 +77,11 @@ def import_model(
         for name, value in sorted(new.items())
         if old.get(name) != value
     }
+
+
+def name_of(row: dict[str, Any]) -> str:
+    """Tell whose model a row is, whatever the version."""
+    return f"{row['provider']}'s {row['provider_ref'].partition(':')[0]}"
 
 
 def merge(old: dict[str, Any], mapped: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
@@ -82,7 +102,7 @@ def merge(old: dict[str, Any], mapped: dict[str, Any], options: dict[str, Any]) 
     old_count = old.get("image_count_input")
     if not count:  # clients cannot say how many: more than one is what an operator wanted
         max_images = 1 if old_count else old.get("max_images", 1)
-    elif old_count and old["max_images"] < known[old_count].get("maximum", 0):
+    elif old_count and old["max_images"] < most_images(known[old_count]):
         max_images = min(old["max_images"], mapped["max_images"])  # and so is fewer than can be
     else:
         max_images = mapped["max_images"]
@@ -105,6 +125,7 @@ def merge(old: dict[str, Any], mapped: dict[str, Any], options: dict[str, Any]) 
             "image_inputs": [name for name in mapped["image_inputs"] if name in clients],
             "image_count_input": count,
             "max_images": max_images,
+            "outputs_path": mapped["outputs_path"] or old.get("outputs_path"),
         }
         | decided
     )
@@ -127,22 +148,23 @@ def check(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def read_model(name: str | None, file: Path | None) -> Any:
+def read_description(provider: str, name: str | None, file: Path | None) -> Any:
     """Return the provider's description of the model; refuse a file that holds another one."""
     if file is None:
         if not name:
             raise ValueError("say which model: MODEL=owner/name, FILE=model.json, or both")
-        token = os.environ.get("REPLICATE_API_TOKEN")
-        if not token:
-            raise ValueError("REPLICATE_API_TOKEN is not set; or give FILE=model.json")
-        url = f"{os.environ.get('REPLICATE_API_URL', API_URL).rstrip('/')}/models/{name}"
-        answer = httpx.get(url, headers={"Authorization": f"Bearer {token}"}, timeout=30)
+        secret, variable, api, scheme, path = PROVIDERS[provider]
+        key = os.environ.get(secret)
+        if not key:
+            raise ValueError(f"{secret} is not set; or give FILE=model.json")
+        url = f"{os.environ.get(variable, api).rstrip('/')}/{path.format(quote(name))}"
+        answer = httpx.get(url, headers={"Authorization": f"{scheme} {key}"}, timeout=30)
         return answer.raise_for_status().json()
-    model = parse(file.read_text(), str(file))
-    found = f"{model.get('owner')}/{model.get('name')}" if isinstance(model, dict) else "no model"
-    if name and name.lower() != found.lower():
-        raise ValueError(f"{file} holds {found}, not {name}")
-    return model
+    said = parse(file.read_text(), str(file))
+    model = read_model(said)
+    if name and name.lower() not in (model.id, model.ref.lower()):
+        raise ValueError(f"{file} holds {model.id}, not {name}")
+    return said
 
 
 def parse(text: str, source: str) -> Any:
@@ -180,7 +202,8 @@ def changes(field: str, old: Any, new: Any) -> Iterator[str]:
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", nargs="?", help="owner/name")
+    parser.add_argument("model", nargs="?", help="what the provider calls it: owner/name")
+    parser.add_argument("--provider", choices=PROVIDERS, default="replicate", help="whom to ask")
     parser.add_argument("--file", type=Path, help="the model as JSON")
     parser.add_argument("--credits", type=int, help="price of an image; activates a new model")
     parser.add_argument("--paid-credits", type=int, help="the same for paid users")
@@ -189,7 +212,8 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="show only")
     arguments = parser.parse_args()
     try:
-        model, options = read_model(arguments.model, arguments.file), read_options(arguments)
+        model = read_description(arguments.provider, arguments.model, arguments.file)
+        options = read_options(arguments)
         stack = Stack.local()
         url = libpq_url(os.environ.get("DATABASE_URL") or stack.database_url)
         with psycopg.connect(url) as database:

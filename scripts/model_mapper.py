@@ -1,18 +1,22 @@
 """Map a provider's own description of a model to a row of the catalogue.
 
-`map_model` takes what Replicate's GET /models/{owner}/{name} answers. Its schema becomes rules and
-nothing else: references resolved, prose left out, limits added where the provider left a size or a
-length of work open. What an input is for is told by its name, its rules and its prose. Inputs that
-only an operator may set (safety switches, weights, secrets, anything that takes an address) never
-become a client's unless the operator says so by name. Inputs that take an image do: a client gives
-a path in bucket inputs, never an address. Where in doubt an input is the operator's.
+`map_model` takes what Replicate's GET /models/{owner}/{name} answers, or fal's
+GET /models?endpoint_id=…&expand=openapi-3.0, one model of it, or its OpenAPI document alone. The
+schema becomes rules and nothing else: references resolved, prose left out, limits added where the
+provider left a size or a length of work open. What is made, and which of several outputs is the
+picture, the example tells that comes with the model; words only where there is none. What an input
+is for is told by its name, its rules, its prose and its example. Inputs that only an operator may
+set (safety switches, weights, secrets, anything that takes an address) never become a client's
+unless the operator says so by name. Inputs that take an image do: a client gives a path in bucket
+inputs, never an address. Where in doubt an input is the operator's.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
@@ -39,27 +43,33 @@ LIMITS: list[tuple[str, float | None, float]] = [
     (r"(.*_)?steps", 0, 500),
 ]
 FILE_FORMAT = re.compile(r"uri|url|uri-reference|iri|binary|byte|path")
+PICTURE_FILE = re.compile(r"png|jpe?g|jfif|webp|gif|avif|svg|bmp|tiff?|heic")
+# Other media, and pictures. What is said more often is made.
+MEDIUM = re.compile(
+    r"\b(videos?|mp4|webm|audio|wav|mp3|music|songs?|speech|voices?|sounds?|3d|mesh)\b"
+)
+IMAGE = re.compile(r"\b(images?|pictures?|photos?|photographs?|png|jpe?g|webp|gif|svg)\b")
+# Names of outputs that are no picture, and of what is answered beside it.
+NO_PICTURE = re.compile(
+    r"video|audio|mp4|mp3|wav|weights|lora|model|mesh|glb|zip|npz|text|json|log|config", re.I
+)
+ASIDE = re.compile(r"mask|map|control|canny|depth|edge|pose|grid|input|original|debug", re.I)
 NO_IMAGE_NAME = re.compile(
-    r"(^|_)(loras?|weights?|checkpoint|ckpt|zip|archive|dataset|prompt_file)(_|$)"
+    r"(^|_)(loras?|weights?|checkpoint|ckpt|zip|archive|dataset|prompt_file|videos?|audio|models?"
+    r"|embeddings?|fonts?|pdf)(_|$)"
 )
 NO_IMAGE_PROSE = re.compile(r"\b(zip|tar|tarball|safetensors|videos?|audio)\b")
+# A text that takes an image: there the name alone must leave no doubt.
 IMAGE_NAME = re.compile(
-    r"image|img|mask|photo|picture|pic|face|pose|sketch|portrait|selfie|drawing"
-    r"|^(input|source|target|init|control|reference|subject|character|person|style)$"
-)
-IMAGE_PROSE = re.compile(
-    r"\b(images?|pictures?|photos?|photographs?|png|jpe?g|drawing|sketch|selfie)\b"
-)
-IMAGE_FOR_SURE = re.compile(
-    r"((input|source|src|init|start|reference|ref|base|style|control|target|mask|face)_)?"
-    r"(images?|imgs?|photos?|pictures?|mask)(_(\d+|path|file|input|urls?|uris?))?"
+    r"([a-z0-9]+_)*(images?|imgs?|photos?|pictures?|masks?)(_(\d+|path|file|input|urls?|uris?))*"
 )
 OPERATORS_NAME = re.compile(
     r"safe|nsfw|sfw|moderat|censor|watermark|content_(filter|check|policy)|filter_(level|words)"
     r"|disable_filter|profan|explicit|adult|mature|nud(e|ity)|person_generation|guardrail"
     r"|(^|_)(webhooks?|callbacks?|secrets?|password|passwd|credentials?|token"
     r"|api|apikey|key|auth|authorization|bearer|urls?|uris?|hrefs?|links?|endpoint|proxy|host|hf"
-    r"|huggingface|civitai|replicate|openai|debug|workflow|kwargs|command|extra_args)(_|$)"
+    r"|huggingface|civitai|replicate|openai|debug|workflow|kwargs|command|extra_args"
+    r"|sync_mode)(_|$)"
 )
 SIZE_NAME = re.compile(r"(image_|output_)?(size|resolution|dimensions?)")
 # Whom the provider is to hold responsible is not for that person to say.
@@ -75,44 +85,60 @@ ADDRESS_NAME = re.compile(
     r"(^|_)(model|repo|path|file|filename|dir|directory|folder|zip|tar|adapter|embeddings?"
     r"|loras?|qlora|weights?|checkpoints?|ckpt|json|yaml|config|script|bucket)(_|$)"
 )
-PROMPTS = [
-    "prompt", "text_prompt", "prompt_text", "input_prompt", "positive_prompt", "user_prompt",
-    "main_prompt", "prompts", "edit_prompt", "prompt_1", "prompt1", "instruction",
-    "instructions", "edit_instruction", "positive", "text", "input_text", "text_input",
-    "caption", "description", "query", "message", "input", "content",
-]  # fmt: skip
 NO_PROMPT = re.compile(r"(negative|neg|^n_|system|style|lora|suffix|prefix|2|strength)")
-COUNTS = [
-    "num_outputs", "number_of_outputs", "number_of_images", "num_images",
-    "num_images_per_prompt", "n_images", "images_per_prompt", "num_samples", "n_samples",
-    "samples", "n", "max_images", "batch_size",
-]  # fmt: skip
 COUNT_NAME = re.compile(
-    r"n|amount|quantity|outputs|samples|variations|batch|n_iter|max_images"
+    r"n|amount|quantity|outputs|samples|variations|batch(_size)?|n_iter|max_images"
     r"|(num|number|n|no|count|amount|total|nb)_(of_)?(output|generated|result)?_?"
     r"(image|output|sample|picture|result|generation|variation|variant|prediction|batche?)s?"
     r"(_per_[a-z]+)?"
-    r"|(image|output|sample|batch|picture|result|variation|generation)s?_(count|num|number|size|n)"
+    r"|(image|output|sample|batch|picture|result|variation|generation)s?_(count|num|number|n)"
     r"|(images|samples)_per_prompt"
 )
-NO_IMAGE_KEY = re.compile(
-    r"video|audio|mp4|mp3|wav|weights|model|mesh|glb|zip|npz|text|json|log", re.IGNORECASE
-)
-MEDIUM = re.compile(r"\b(videos?|mp4|webm|audio|wav|mp3|music|songs?|speech|voice|sound|3d|mesh)\b")
-MAKES_MEDIUM = [
-    re.compile(r"\b(?:to|2)[- ]?(video|audio|speech|music|3d)\b"),
-    re.compile(
-        r"\b((?:video|audio|music|speech) generation|generative (?:video|audio|music)"
-        r"|sound effects)\b"
-    ),
-    re.compile(
-        r"\b(?:generat|creat|mak)(?:es?|ing) (?:[a-z-]+ ){0,3}(videos?|music|songs?|audio)\b"
-    ),
-]
+# Counts that may multiply another one.
+FACTOR = re.compile(r"batch|per_|iter|max")
 
 
 class Unmappable(ValueError):
     """The model cannot become a row; the message says why."""
+
+
+# --- JSON ---------------------------------------------------------------------------------------
+
+
+def as_dict(value: Any) -> Schema:
+    """Answer an object; an empty one for anything else."""
+    return value if isinstance(value, dict) else {}
+
+
+def dig(value: Any, *keys: str) -> Any:
+    """Answer what is at a path of keys; None if it does not lead there."""
+    for key in keys:
+        value = as_dict(value).get(key)
+    return value
+
+
+def leaves(value: Any) -> Iterator[str]:
+    """Yield every text in it: names and values."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from value
+        for each in value.values():
+            yield from leaves(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from leaves(each)
+
+
+def file_kind(text: str) -> str | None:
+    """Tell the kind of file at an address, png say; None where it does not say or is none."""
+    found = re.match(r"data:\w+/(\w+)|\w+://[^?#]*\.(\w{2,5})([?#]|$)", text)
+    return (found[1] or found[2]).lower() if found else None
+
+
+def is_picture(value: Any) -> bool:
+    """Whether it is, or holds, a picture's address."""
+    return any(PICTURE_FILE.fullmatch(file_kind(each) or "") for each in leaves(value))
 
 
 # --- schemas ------------------------------------------------------------------------------------
@@ -121,6 +147,11 @@ class Unmappable(ValueError):
 def is_number(value: Any) -> bool:
     """Whether JSON calls it a number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def exact(value: Any) -> Any:
+    """Write 4.0 as 4."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def type_of(node: Schema) -> str | None:
@@ -146,7 +177,7 @@ def rules_of(node: Schema) -> Schema:
     """
     enum = node.get("enum") if isinstance(node.get("enum"), list) else []
     rules: Schema = {
-        name: node.get(name)
+        name: exact(node[name])
         for name in NUMBERS
         if is_number(node.get(name)) and (name != "multipleOf" or node[name] > 0)
     }
@@ -155,16 +186,16 @@ def rules_of(node: Schema) -> Schema:
             rules[name] = node[name]
     secret = node.get("writeOnly") is True or node.get("x-cog-secret") is True
     rules |= {
-        "default": node.get("default"),
+        "default": exact(node.get("default")),
         "type": type_of(node),
         "nullable": True if node.get("nullable") is True or None in (enum or []) else None,
-        "enum": [each for each in enum or [] if each is not None]
+        "enum": [exact(each) for each in enum or [] if each is not None]
         or ([node["const"]] if "const" in node else None),
         "format": "password" if secret else node.get("format"),
     }
     for name, limit in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
         if node.get(name) is True:  # OpenAPI 3.0 says so that the limit itself is out
-            rules[name] = node.get(limit)
+            rules[name] = exact(node.get(limit))
     return {name: value for name, value in rules.items() if value is not None}
 
 
@@ -198,7 +229,8 @@ def resolve(node: Any, schemas: Schema, path: tuple[str, ...] = ()) -> Schema:
 def resolve_union(node: Schema, schemas: Schema, path: tuple[str, ...]) -> Schema:
     """Answer what a union (anyOf, oneOf, an array of types) says; nothing if there is none.
 
-    Of one type and null, that type, nullable; of enums, one enum; of several types, anyOf.
+    Of one type and null, that type, nullable; of enums, one enum; of several types, anyOf, but of a
+    list of choices and what leaves all open (any text, an object), the list.
     """
     options: list[tuple[Schema, bool]] = [
         (resolve(each, schemas, path), isinstance(each, dict) and each.get("type") == "null")
@@ -210,21 +242,25 @@ def resolve_union(node: Schema, schemas: Schema, path: tuple[str, ...]) -> Schem
         options += [(rules_of(node | {"type": each}), each == "null") for each in node["type"]]
     real = [rules for rules, is_null in options if not is_null]
     nullable: Schema = {"nullable": True} if len(real) < len(options) else {}
+    if any("enum" in rules for rules in real):
+        real = [r for r in real if "enum" in r or r.get("type") in ("integer", "number", "boolean")]
     if len(real) <= 1:
         return (real[0] if real else {}) | nullable
-    kinds = {str(rules.get("type")) for rules, _ in options}
-    if all("enum" in rules for rules, _ in options) and len(kinds) == 1:
+    if (
+        all("enum" in rules for rules in real)
+        and len({str(rules.get("type")) for rules in real}) == 1
+    ):
         return {"enum": [value for rules in real for value in rules["enum"]]} | nullable
     return {"anyOf": real} | nullable
 
 
-def nodes(rules: Any) -> Iterator[Schema]:
+def nodes(rules: Schema) -> Iterator[Schema]:
     """Yield the rules themselves and all rules in them."""
-    if isinstance(rules, dict):
-        yield rules
-    for part in rules.values() if isinstance(rules, dict) else rules:
-        if isinstance(part, dict | list):
-            yield from nodes(part)
+    yield rules
+    inner = [rules.get("items"), *rules.get("anyOf", []), *rules.get("properties", {}).values()]
+    for each in inner:
+        if isinstance(each, dict):
+            yield from nodes(each)
 
 
 def limited(snake: str, rules: Schema, takes_image: bool) -> Schema:
@@ -246,7 +282,97 @@ def limited(snake: str, rules: Schema, takes_image: bool) -> Schema:
     rest = {name: value for name, value in rules.items() if name != "default"}
     if default is None or takes_image or not Draft202012Validator(rest).is_valid(default):
         return rest
-    return rest | {"default": int(default) if rules.get("type") == "integer" else default}
+    return rest | {"default": default}
+
+
+# --- what providers say -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Model:
+    """What any provider says about a model."""
+
+    provider: str
+    ref: str  # what the provider calls it
+    id: str
+    schemas: Schema
+    inputs: Schema
+    output: Any
+    output_at: str  # SQL/JSON path of one of several outputs, {}, in the provider's answer
+    prose: list[Any]
+    known_outputs: tuple[str, ...] = ()  # where the provider's recipe looks
+    is_for_images: bool = False  # the provider says so
+    example: Schema = field(default_factory=dict)  # {input, output}
+
+
+def read_replicate(said: Schema) -> Model:
+    """Read what Replicate says. Raises Unmappable.
+
+    An official model is called by its name, any other by its version; where the description does
+    not say, an official one shows by the images it bills.
+    """
+    name = f"{said.get('owner')}/{said.get('name')}"
+    if not (said.get("owner") and re.fullmatch(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+", name)):
+        raise Unmappable("it has no owner and name as Replicate writes them")
+    schemas = as_dict(dig(said, "latest_version", "openapi_schema", "components", "schemas"))
+    inputs = schemas.get("Input")
+    if not isinstance(inputs, dict):
+        raise Unmappable("it has no latest_version.openapi_schema with an Input")
+    version = dig(said, "latest_version", "id")
+    is_official = said.get("is_official")
+    if is_official is None:
+        metrics = as_dict(dig(said, "default_example", "metrics"))
+        is_official = bool({"image_count", "image_output_count"} & metrics.keys())
+    return Model(
+        provider="replicate",
+        ref=name if is_official or not version else f"{name}:{version}",
+        id=name.lower(),
+        schemas=as_dict(inputs.get("$defs")) | schemas,
+        inputs=inputs,
+        output=schemas.get("Output"),
+        output_at="$.output.{}",
+        prose=[re.sub(r"[-_.]", " ", str(said["name"])), said.get("description")],
+        example=as_dict(said.get("default_example")),
+    )
+
+
+def read_fal(said: Schema) -> Model:
+    """Read what fal says: its answer, one model of it, or the document alone. Raises Unmappable."""
+    if isinstance(said.get("models"), list):
+        said = as_dict(next(iter(said["models"]), None))
+    document = as_dict(said.get("openapi")) or said
+    about = as_dict(dig(document, "info", "x-fal-metadata")) | as_dict(said.get("metadata"))
+    ref = str(said.get("endpoint_id") or about.get("endpointId"))
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)+", ref):
+        raise Unmappable("it has no endpoint_id as fal writes them")
+    category = about.get("category")
+    if category and not str(category).endswith("-to-image"):
+        raise Unmappable(f"it is for {category}")
+    body = ("content", "application/json", "schema")
+    inputs = dig(document, "paths", f"/{ref}", "post", "requestBody", *body)
+    if not inputs:
+        raise Unmappable(f"it has no OpenAPI document that says what to POST to /{ref}")
+    result = (f"/{ref}/requests/{{request_id}}", "get", "responses", "200", *body)
+    schemas = as_dict(dig(document, "components", "schemas"))
+    owner, _, name = ref.lower().partition("/")
+    return Model(
+        provider="fal",
+        ref=ref,
+        id=f"{owner}/{name.replace('/', '-')}",
+        schemas=schemas,
+        inputs=schemas.get(str(inputs.get("$ref")).rsplit("/")[-1], inputs),
+        output=dig(document, "paths", *result),
+        output_at="$.{}.url",
+        known_outputs=("image", "images"),
+        is_for_images=bool(category),
+        prose=[re.sub(r"[-_./]", " ", ref), about.get("display_name"), about.get("description")],
+    )
+
+
+def read_model(said: Any) -> Model:
+    """Read what a provider says, which shows by its form. Raises Unmappable."""
+    is_fal = {"models", "endpoint_id", "openapi"} & as_dict(said).keys()
+    return read_fal(said) if is_fal else read_replicate(as_dict(said))
 
 
 # --- inputs -------------------------------------------------------------------------------------
@@ -275,12 +401,15 @@ def takes_file(rules: Schema) -> bool:
     return any(FILE_FORMAT.fullmatch(str(each.get("format"))) for each in nodes(rules))
 
 
-def is_image(snake: str, rules: Schema, prose: str) -> bool:
-    """Whether it takes source images: a file, or plain text where the name leaves no doubt."""
-    if not is_free_text(rules) or NO_IMAGE_NAME.search(snake) or NO_IMAGE_PROSE.search(prose):
+def is_image(snake: str, rules: Schema, prose: str, example: Any) -> bool:
+    """Whether it takes source images: as the example does, or else a file, or a text so called."""
+    types = {each.get("type", "string") for each in nodes(rules)}
+    if not is_free_text(rules) or types - {"string", "array"}:
         return False
-    looks_so = IMAGE_NAME.search(snake) or IMAGE_PROSE.search(prose)
-    return bool((takes_file(rules) and looks_so) or IMAGE_FOR_SURE.fullmatch(snake))
+    if kinds := [kind for kind in map(file_kind, leaves(example)) if kind]:
+        return all(map(PICTURE_FILE.fullmatch, kinds))
+    may_be = IMAGE_NAME.fullmatch(snake) or (takes_file(rules) and not NO_IMAGE_NAME.search(snake))
+    return bool(may_be and not NO_IMAGE_PROSE.search(prose))
 
 
 def is_operators(snake: str, rules: Schema, prose: str) -> bool:
@@ -312,18 +441,19 @@ def is_operators(snake: str, rules: Schema, prose: str) -> bool:
     )
 
 
-def read_properties(schemas: Schema) -> list[Property]:
+def read_properties(model: Model) -> list[Property]:
     """List the inputs in the order of their names. Raises Unmappable."""
     properties: list[Property] = []
-    required = schemas["Input"].get("required")
-    for name, schema in sorted(schemas["Input"]["properties"].items()):
+    required = model.inputs.get("required")
+    examples = as_dict(model.example.get("input"))
+    for name, schema in sorted(as_dict(model.inputs.get("properties")).items()):
         snake = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name)
         snake = re.sub(r"[\W_]+", "_", snake).lower().strip("_")
-        rules = resolve(schema, schemas)
+        rules = resolve(schema, model.schemas)
         rules.pop("properties", None)
-        said = schema.get("description") if isinstance(schema, dict) else None
-        prose = re.sub(r"https?://\S+", "", str(said or "").lower())  # not what the input takes
-        takes_image = is_image(snake, rules, prose)
+        said = str(as_dict(schema).get("description") or "").lower()
+        prose = re.sub(r"https?://\S+", "", said)  # not what the input takes
+        takes_image = is_image(snake, rules, prose, examples.get(name))
         properties.append(
             Property(
                 name,
@@ -332,16 +462,16 @@ def read_properties(schemas: Schema) -> list[Property]:
                 isinstance(required, list) and name in required,
                 takes_image,
                 is_operators(snake, rules, prose),
-                not is_free_text(rules) and bool(COUNT_NAME.fullmatch(snake)),
+                bool(COUNT_NAME.fullmatch(snake)) and not is_free_text(rules),
             )
         )
     return properties
 
 
 def find_prompt(properties: list[Property]) -> str | None:
-    """Name the input that the prompt goes into: by its name, or the one required text called so.
+    """Name the input that the prompt goes into: by its name, or else a text.
 
-    Names that say little count where the model cannot do without, or is given nothing else.
+    A text of another name counts where the model cannot do without it, or is given nothing else.
     """
     has_image = any(each.takes_image for each in properties)
     found = [
@@ -349,19 +479,15 @@ def find_prompt(properties: list[Property]) -> str | None:
         for each in properties
         if each.rules.get("type") == "string"
         and not {"enum", "format"} & each.rules.keys()
-        and not each.takes_image
-        and (
-            ("prompt" in each.snake and not NO_PROMPT.search(each.snake))
-            or (each.snake in PROMPTS and (each.is_required or not has_image))
-        )
+        and not (each.takes_image or each.is_operators or NO_PROMPT.search(each.snake))
+        and ("prompt" in each.snake or each.is_required or not has_image)
     ]
-    found.sort(key=lambda each: (place(each, PROMPTS), not each.is_required, each.name))
+    found.sort(
+        key=lambda each: (
+            each.snake != "prompt", "prompt" not in each.snake, not each.is_required, each.name
+        )
+    )  # fmt: skip
     return found[0].name if found else None
-
-
-def place(of: Property, names: list[str]) -> int:
-    """Tell the place of an input's name in a list, or its end."""
-    return names.index(of.snake) if of.snake in names else len(names)
 
 
 def find_count(properties: list[Property]) -> tuple[str | None, Schema]:
@@ -372,11 +498,13 @@ def find_count(properties: list[Property]) -> tuple[str | None, Schema]:
     found = [
         each
         for each in properties
-        if each.rules.get("type") == "integer" and each.counts_images and not each.is_operators
+        if each.counts_images
+        and not each.is_operators
+        and (each.rules.get("type") == "integer" or all_whole(each.rules.get("enum", [])))
     ]
     if not found:
         return None, {}
-    count = min(found, key=lambda each: (place(each, COUNTS), each.name))
+    count = min(found, key=lambda each: (bool(FACTOR.search(each.snake)), each.name))
     rules = {name: value for name, value in count.rules.items() if name != "nullable"}
     if "enum" in rules:
         return count.name, {"default": rules["enum"][0]} | rules
@@ -394,106 +522,104 @@ def find_count(properties: list[Property]) -> tuple[str | None, Schema]:
     }
 
 
+def all_whole(values: list[Any]) -> bool:
+    """Whether all of these, and there are some, are whole numbers or texts of one."""
+    return bool(values) and all(str(each).isdecimal() for each in values)
+
+
+def most_images(count_rules: Schema) -> int:
+    """Tell the most images that a count may say, which may be text."""
+    return min(MAX_IMAGES, max(map(int, count_rules.get("enum", [count_rules.get("maximum", 1)]))))
+
+
 # --- outputs ------------------------------------------------------------------------------------
 
 
-def check_output(model: Schema, schemas: Schema) -> None:
-    """Refuse a model whose output is nothing we can store as images. Raises Unmappable."""
-    output = resolve(schemas.get("Output"), schemas)
-    kind = output.get("items", {}).get("type", output.get("type"))
-    if kind in ("number", "integer", "boolean", "null"):
-        raise Unmappable(f"its output is a {kind}, not an image")
-    has_text = any(each.get("type") == "string" for each in nodes(output))
-    if has_text and not takes_file(output):
-        raise Unmappable("its output is text, not an image")
-    if (parts := output.get("properties")) is not None:
-        if all("type" in each for each in parts.values()) and not takes_file(output):
-            raise Unmappable("its output holds no file")
-        if all(NO_IMAGE_KEY.search(name) for name in parts):
-            raise Unmappable("its output holds no image")
-    if medium := MEDIUM.search(output_prose(model, schemas)):
-        raise Unmappable(f"its output is {medium[1]}, not an image")
+def find_outputs(
+    model: Model, properties: list[Property], count: str | None, count_rules: Schema
+) -> str | None:
+    """Answer where in the provider's answer the pictures are, if not first among its outputs.
 
-
-def output_prose(model: Schema, schemas: Schema) -> str:
-    """Gather what tells of videos and sounds where the output's type is a mere address.
-
-    The name, a sentence such as text-to-video, frames per second among the inputs.
+    Of a list that is longer than what was asked for, or grows while the work goes on, the last are
+    meant, unless their names say otherwise. Raises Unmappable where no picture is made.
     """
-    output = schemas["Output"] if isinstance(schemas.get("Output"), dict) else {}
-    said = str(model.get("description") or "").lower()
-    words = [re.sub(r"[-_.]", " ", str(model["name"])), output.get("title")]
-    words.append(output.get("description"))
-    words += [found[1] for found in (each.search(said) for each in MAKES_MEDIUM) if found]
-    inputs = schemas["Input"]["properties"]
-    texts = {str(value) for each in nodes(inputs) for value in leaves(each)}
-    if {"fps", "num_frames", "frames_per_second", "video_length"} & inputs.keys():
-        if not any(re.search(r"\bgif\b", each, re.IGNORECASE) for each in leaves(schemas)):
-            words.append("video")
-    elif not texts & {"png", "jpg", "jpeg", "webp", "gif"}:
-        words += sorted(texts & {"mp4", "webm", "mp3", "wav"})
-    return " ".join(str(each) for each in words if each).lower()
+    example, output = model.example.get("output"), resolve(model.output, model.schemas)
+    is_shown = is_picture(example)
+    if not is_shown:
+        check_output(model, properties, output)
+    shown = example if isinstance(example, list) and example else [example]
+    one = as_dict(shown[0])
+    if parts := output.get("items", output).get("properties") or one:
+        found = [
+            name
+            for name, rules in parts.items()
+            if (is_picture(one.get(name)) if is_shown else may_be_file(rules))
+            and not NO_PICTURE.search(name)
+        ]
+        if not found:
+            raise Unmappable("its output holds no image")
+        name = min(found, key=lambda name: bool(ASIDE.search(name)))
+        return None if name in model.known_outputs else model.output_at.format(json.dumps(name))
+    said = str(dig(model.example, "input", str(count)) or count_rules.get("default"))
+    asked = max(1, int(said)) if said.isdecimal() else 1
+    grows = as_dict(model.output).get("x-cog-array-type") == "iterator"
+    if (grows and not example) or len(shown) > asked:
+        aside = [bool(ASIDE.search(str(each).rpartition("/")[2])) for each in shown]
+        if grows or any(aside[:asked]) or not any(aside[-asked:]):
+            return "$.output[last - $count + 1 to last]"
+    return None
 
 
-def leaves(value: Any) -> Iterator[str]:
-    """Yield every text in it: names and values."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        yield from value
-        for each in value.values():
-            yield from leaves(each)
-    elif isinstance(value, list):
-        for each in value:
-            yield from leaves(each)
+def may_be_file(rules: Schema) -> bool:
+    """Whether an output can be a file: it has an address, or says nothing of its type."""
+    is_open = not {"type", "anyOf", "enum"} & rules.keys()
+    has_address = any("url" in each.get("properties", {}) for each in nodes(rules))
+    return is_open or has_address or takes_file(rules)
+
+
+def check_output(model: Model, properties: list[Property], output: Schema) -> None:
+    """Refuse what makes no pictures, where no example shows one. Raises Unmappable.
+
+    By the kind of file that the example shows; by the schema; and where that is a mere address, by
+    what the model says of itself: more of images, or as much of another medium?
+    """
+    for kind in filter(None, map(file_kind, leaves(model.example.get("output")))):
+        raise Unmappable(f"its output is {kind}, not an image")
+    if not may_be_file(output):
+        kind = output.get("items", output).get("type")
+        what = "text" if kind in ("string", "object") else f"a {kind}"
+        raise Unmappable(f"its output is {what}, not an image")
+    said = [*model.prose, *(as_dict(model.output).get(key) for key in ("title", "description"))]
+    for each in properties:
+        if not takes_file(each.rules):
+            said += [each.snake, dig(model.inputs, "properties", each.name, "description")]
+            said += [kind for kind in each.rules.get("enum", []) if file_kind(f"a://a.{kind}")]
+    text = " ".join(str(each) for each in said if each).replace("_", " ").lower()
+    media = MEDIUM.findall(re.sub(r"\b(fps|frames?)\b", "video", text))
+    if media and len(media) >= len(IMAGE.findall(text)) and not model.is_for_images:
+        raise Unmappable(f"its output is {max(media, key=media.count)}, not an image")
 
 
 # --- the whole ----------------------------------------------------------------------------------
 
 
-def read_schemas(model: Schema) -> Schema:
-    """Answer a model's schemas: Input, Output, and what they refer to. Raises Unmappable."""
-    schemas: Any = model
-    for name in ("latest_version", "openapi_schema", "components", "schemas"):
-        schemas = schemas.get(name) if isinstance(schemas, dict) else None
-    if not isinstance(schemas, dict) or not isinstance(schemas.get("Input"), dict):
-        raise Unmappable("it has no latest_version.openapi_schema with an Input")
-    inputs = schemas["Input"]
-    if not isinstance(inputs.get("properties"), dict):
-        inputs = inputs | {"properties": {}}
-    defs = inputs["$defs"] if isinstance(inputs.get("$defs"), dict) else {}
-    return defs | schemas | {"Input": inputs}
-
-
-def map_model(model: Any) -> Schema:
+def map_model(said: Any) -> Schema:
     """Answer the columns of a catalogue row that the provider's description determines.
 
-    An official model is called by its name, any other by its version; where the description does
-    not say, an official one shows by the images it bills. Raises Unmappable, with the reason.
+    Raises Unmappable, with the reason.
     """
-    model = model if isinstance(model, dict) else {}
-    name = f"{model.get('owner')}/{model.get('name')}"
-    if not (model.get("owner") and re.fullmatch(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+", name)):
-        raise Unmappable("it has no owner and name as Replicate writes them")
-    schemas = read_schemas(model)
-    check_output(model, schemas)
-    properties = read_properties(schemas)
+    model = read_model(said)
+    properties = read_properties(model)
     prompt = find_prompt(properties)
     count, count_rules = find_count(properties)
-    version = (model.get("latest_version") or {}).get("id")
-    metrics = (model.get("default_example") or {}).get("metrics") or {}
-    is_official = model.get("is_official")
-    if is_official is None:
-        is_official = bool({"image_count", "image_output_count"} & metrics.keys())
     return {
-        "id": name.lower(),
-        "provider": "replicate",
-        "provider_ref": name if is_official or not version else f"{name}:{version}",
+        "id": model.id,
+        "provider": model.provider,
+        "provider_ref": model.ref,
         "prompt_input": prompt,
         "image_count_input": count,
-        "max_images": min(
-            MAX_IMAGES, max(count_rules.get("enum") or [count_rules.get("maximum", 1)])
-        ),
+        "max_images": most_images(count_rules),
+        "outputs_path": find_outputs(model, properties, count, count_rules),
         "image_inputs": [each.name for each in properties if each.takes_image],
         "client_inputs": [
             each.name

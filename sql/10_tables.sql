@@ -243,6 +243,15 @@ create table private.retries (
 
 comment on table private.retries is 'generations.retry_of, to be found by it.';
 
+create table private.sources (
+  source_id uuid,
+  generation_id uuid,
+  primary key (source_id, generation_id)
+);
+
+comment on table private.sources is
+  'Which generations were made from the pictures of another, to be found by that one.';
+
 create table public.images (
   generation_id uuid not null,
   position smallint not null,

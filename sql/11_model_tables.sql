@@ -42,8 +42,8 @@ comment on column private.providers.secret is
   'Name of the variable of the worker''s environment that holds the key, …_KEY or …_TOKEN; null: '
   'none is needed. A worker takes jobs of those providers only whose key it has.';
 comment on column private.providers.key_hosts is
-  'Hosts of the provider''s API beside that of base_url, to which answers may lead and the key goes:'
-  ' names, or *.name for all below one.';
+  'Hosts of the provider''s API beside that of base_url, to which answers may lead and the key may '
+  'go: names, or *.name for all below one.';
 comment on column private.providers.hosts is
   'Hosts of outputs beside those of the API. The key does not go there.';
 comment on column private.providers.max_running is
@@ -84,6 +84,7 @@ create table public.models (
   max_images smallint not null default 1,
   deadline interval not null default '5 minutes',
   input_template jsonb,
+  outputs_path jsonpath,
   cost_usd numeric(12, 6),
   cost_unit text,
   is_schema_confirmed boolean not null default true,
@@ -133,8 +134,12 @@ comment on column public.models.image_count_input is
 comment on column public.models.operator_input is
   'Sent with every job, over defaults and params; clients cannot change it.';
 comment on column public.models.input_template is
-  'What the provider is sent in place of the input, with {{input.name}} where a value of it goes: a '
-  'graph for ComfyUI, other names for a provider of another make. What comes out null is left out.';
+  'What the provider is sent in place of the input, with {{input.name}} where a value of it goes: '
+  'a graph for ComfyUI, say. What comes out null is left out.';
+comment on column public.models.outputs_path is
+  'Where the pictures are in the provider''s answer, in place of the outputs of its recipe, for a '
+  'model that answers others too: a SQL/JSON path, in which $count is how many are asked for. '
+  '$.output[last - $count + 1 to last] takes the last; null: the first of what the recipe finds.';
 comment on column public.models.max_images is
   'Most images of one generation; what it charges where no input says how many.';
 comment on column public.models.cost_usd is
@@ -150,6 +155,7 @@ create table private.model_routes (
   provider text not null references private.providers (name),
   provider_ref text not null,
   input_template jsonb,
+  outputs_path jsonpath,
   cost_usd numeric(12, 6),
   cost_unit text,
   primary key (model_id, place),
@@ -170,6 +176,7 @@ select
   provider,
   provider_ref,
   input_template,
+  outputs_path,
   cost_usd,
   cost_unit
 from public.models
@@ -180,6 +187,7 @@ select
   provider,
   provider_ref,
   input_template,
+  outputs_path,
   cost_usd,
   cost_unit
 from private.model_routes;

@@ -71,8 +71,8 @@ create index ready_jobs_claim_idx on private.ready_jobs (fair_key, seq) where ru
 create index ready_jobs_run_at_idx on private.ready_jobs (run_at) where run_at is not null;
 -- A user's live jobs are counted, not kept count of: see live_jobs (30).
 create index ready_jobs_user_id_idx on private.ready_jobs (user_id);
--- Claims read it instead of the first while some model is paused.
-create index ready_jobs_model_idx on private.ready_jobs (model_id, fair_key, seq)
+-- Claims read it instead of the first where not everything may run.
+create index ready_jobs_model_idx on private.ready_jobs (model_id, route, fair_key, seq)
 where run_at is null;
 
 -- Domains, like job_status (10): a list of words is read once in a session, not in each statement.
@@ -133,6 +133,7 @@ create table private.workers (
   host text not null,
   version text not null,
   slots smallint not null,
+  keys text[] not null,
   asleep boolean not null default false,
   is_listening boolean not null default true,
   started_at timestamptz not null default now(),
@@ -141,6 +142,8 @@ create table private.workers (
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200);
 
 comment on table private.workers is 'Worker processes: liveness and wake-up.';
+comment on column private.workers.keys is
+  'Names of the keys that it has, as in providers.secret: it takes no jobs that need others.';
 comment on column private.workers.asleep is
   'Found no work and waits for NOTIFY on darkroom_worker_<id>.';
 comment on column private.workers.is_listening is
@@ -194,7 +197,8 @@ create table private.error_codes (
   is_retryable boolean not null,
   uses_attempt boolean not null default true,
   resumes boolean not null default false,
-  trips_breaker boolean not null default false
+  trips_breaker boolean not null default false,
+  pauses_model boolean not null default false
 );
 
 comment on table private.error_codes is
@@ -206,6 +210,9 @@ comment on column private.error_codes.resumes is
   ' starts anew.';
 comment on column private.error_codes.trips_breaker is
   'True: the provider''s fault; enough in a row pause the model or the provider.';
+comment on column private.error_codes.pauses_model is
+  'True: no job of the model can do better until an operator has mended it and calls resume_model. '
+  'All of them wait.';
 
 create table private.provider_words (
   place integer primary key,

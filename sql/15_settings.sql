@@ -49,6 +49,7 @@ create table private.settings (
   lease interval not null default '60 seconds',
   heartbeat interval not null default '15 seconds',
   max_attempts smallint not null default 3,
+  max_claims smallint not null default 100,
   retry_base interval not null default '2 seconds',
   retry_cap interval not null default '60 seconds',
   give_up_after interval not null default '1 hour',
@@ -71,6 +72,7 @@ create table private.settings (
   constraint settings_welcome_credits_are_at_most_a_million check (welcome_credits <= 1000000),
   constraint settings_lease_outlives_three_heartbeats check (lease >= 3 * heartbeat),
   constraint settings_max_attempts_is_positive check (max_attempts > 0),
+  constraint settings_max_claims_leave_room_for_all_attempts check (max_claims >= max_attempts),
   constraint settings_running_cancel_refund_is_a_percentage check (
     running_cancel_refund_percent between 0 and 100
   ),
@@ -85,8 +87,10 @@ comment on column private.settings.welcome_credits is 'Credits of a new user; 0 
 comment on column private.settings.lease is
   'How long a worker may be silent before its jobs are given to others.';
 comment on column private.settings.heartbeat is 'How often workers beat.';
+comment on column private.settings.max_claims is
+  'A job claimed this often is not retried any more, whether or not its attempts counted.';
 comment on column private.settings.retry_base is
-  'Retry n of a job waits up to retry_base * 2^(n-1), at most retry_cap.';
+  'Retry n of a job waits retry_base * 2^(n-1), at most retry_cap, or down to half of that.';
 comment on column private.settings.give_up_after is 'A job this old is not retried any more.';
 comment on column private.settings.credit_usd is
   'What a credit earns, in US dollars, for margin_usd of the cost views; null: not said.';

@@ -66,21 +66,28 @@ for select to authenticated using (
   )
 );
 
+-- Whether a path is of a file below a folder, whoever reads it: no part of it is empty or leads up,
+-- in whatever spelling.
+create function private.is_plain_path(p_path text) returns boolean
+language sql immutable set search_path = pg_catalog, pg_temp as $$
+  select octet_length(p_path) <= 512
+    and p_path ~ '^[^/]+(/[^/]+)+$'
+    and p_path !~* '(/|\\|%(25)*(2f|5c))(\.|%(25)*2e){1,2}(/|\\|%(25)*(2f|5c)|$)'
+$$;
+
 -- Whether a user may put a file there: it has a name of its own below the folder, and the user has
 -- not as many others as may be kept. Who uploads several at once may get a few more in.
 create function private.may_store_input(p_path text) returns boolean
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
 begin
-  return octet_length(p_path) <= 512
-    and p_path ~ '^[^/]+(/[^/]+)+$' and p_path !~ '/\.\.?(/|$)'
-    and (
-      -- As a filter: the planner may else read the whole bucket.
-      select count(*) filter (where o.bucket_id = 'inputs' and o.name <> p_path)
-        < (select s.max_input_files from private.settings as s)
-      from storage.objects as o
-      -- From <id>/ up to <id>0, the next character: operators that the index of names serves.
-      where o.name ~>=~ concat(auth.uid(), '/') and o.name ~<~ concat(auth.uid(), '0')
-    );
+  return private.is_plain_path(p_path) and (
+    -- As a filter: the planner may else read the whole bucket.
+    select count(*) filter (where o.bucket_id = 'inputs' and o.name <> p_path)
+      < (select s.max_input_files from private.settings as s)
+    from storage.objects as o
+    -- From <id>/ up to <id>0, the next character: operators that the index of names serves.
+    where o.name ~>=~ concat(auth.uid(), '/') and o.name ~<~ concat(auth.uid(), '0')
+  );
 end;
 $$;
 

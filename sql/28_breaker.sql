@@ -1,7 +1,8 @@
 -- Breakers: a model or a provider that keeps failing is left alone for a while.
 --
 -- A breaker is a row named like a model or a provider; where there is none, all is well. Closed:
--- failures in a row are counted, and a success between starts anew. Enough of them, from enough
+-- failures in a row are counted, and a success between starts anew; what fails again in the same
+-- words, with the same input of the same user, tells nothing new. Enough of them, from enough
 -- users, open it. Nobody can tell yet who is to blame: the model, or the input of these users. So
 -- for a pause, longer each time, only their jobs are not claimed (72) and refused (30). The jobs of
 -- others are tried, one at a time: a failure makes its user one of them, a success closes the
@@ -23,6 +24,7 @@ create table private.breakers (
   name text primary key,
   failures smallint not null default 0,
   failing_since timestamptz,
+  counted uuid[] not null default '{}',
   failed_users uuid[] not null default '{}',
   times_opened smallint not null default 0,
   paused_until timestamptz,
@@ -35,6 +37,8 @@ create table private.breakers (
 
 comment on table private.breakers is
   'Models and providers that failed or were paused: whether their jobs wait.';
+comment on column private.breakers.counted is
+  'What the failures said and of what, as hashes: equal ones count once.';
 comment on column private.breakers.failed_users is
   'Different users among the failures. While it is paused their jobs wait and others are tried; '
   'where there are none, everybody''s wait.';
@@ -159,7 +163,7 @@ $$;
 -- Counts one failure against a breaker, which the caller has locked, and opens it if that was
 -- enough, or if its probe failed after the pause.
 create function private.count_failure(
-  p_name text, p_job private.running_jobs, p_code text, p_threshold integer
+  p_name text, p_job private.running_jobs, p_code text, p_words uuid, p_threshold integer
 ) returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
@@ -178,6 +182,12 @@ begin
     v_breaker.failing_since := now();
     v_breaker.failed_users := '{}';
   end if;
+  if v_breaker.failures = 0 then
+    v_breaker.counted := '{}';
+  end if;
+  if v_is_closed and p_words = any (v_breaker.counted) then
+    return;
+  end if;
   -- Where everybody waits, nobody in particular does.
   if cardinality(v_breaker.failed_users) between (not v_is_closed)::integer and 99
     and not p_job.user_id = any (v_breaker.failed_users) then
@@ -185,6 +195,7 @@ begin
   end if;
   if v_is_closed then
     v_breaker.failures := v_breaker.failures + 1;
+    v_breaker.counted := v_breaker.counted || p_words;
     v_opens := v_breaker.failures >= p_threshold
       and cardinality(v_breaker.failed_users) >= v_settings.breaker_users;
   else
@@ -201,29 +212,38 @@ begin
   end if;
   update private.breakers set
     failures = v_breaker.failures, failing_since = v_breaker.failing_since,
-    failed_users = v_breaker.failed_users, times_opened = v_breaker.times_opened,
-    paused_until = v_breaker.paused_until, pause_reason = v_breaker.pause_reason
+    counted = v_breaker.counted, failed_users = v_breaker.failed_users,
+    times_opened = v_breaker.times_opened, paused_until = v_breaker.paused_until, pause_reason = v_breaker.pause_reason
   where name = p_name;
 end;
 $$;
 
--- Counts failed attempts, where the code is the provider's fault, against their models, and against
--- the provider unless the model is paused: one model alone does not pause a provider.
+-- Counts attempts that have just failed, where the code is the provider's fault, against their
+-- models, and against the provider unless the model is paused: one model alone does not pause a
+-- provider.
 --
 -- Locks: the breakers of the providers and the models, in order.
-create function private.note_failures(p_jobs private.running_jobs[], p_codes text[]) returns void
+create function private.note_failures(p_jobs private.running_jobs[]) returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_settings private.settings := (select s from private.settings as s);
   v_job private.running_jobs;
   v_at bigint;
   v_provider text;
+  v_code text;
+  v_words uuid;
 begin
-  for v_at, v_provider in
-    select j.ordinality, m.provider
+  for v_at, v_provider, v_code, v_words in
+    select
+      j.ordinality,
+      m.provider,
+      e.code,
+      md5(row(j.user_id, j.model_id, g.prompt, g.input, e.code, a.error_detail)::text)::uuid
     from unnest(p_jobs) with ordinality as j
-    inner join private.error_codes as e on e.code = p_codes[j.ordinality] and e.trips_breaker
+    inner join private.attempts as a on a.generation_id = j.job_id and a.token = j.token
+    inner join private.error_codes as e on e.code = a.error_code and e.trips_breaker
     inner join public.models as m on m.id = j.model_id
+    inner join public.generations as g on g.id = j.job_id
     order by m.provider, j.model_id, j.ordinality
   loop
     v_job := p_jobs[v_at];
@@ -237,11 +257,11 @@ begin
         or (b.name = v_job.model_id and private.breaker_state(b) = 'closed')
     ) then
       perform private.count_failure(
-        v_provider, v_job, p_codes[v_at], v_settings.breaker_provider_failures
+        v_provider, v_job, v_code, v_words, v_settings.breaker_provider_failures
       );
     end if;
     perform private.count_failure(
-      v_job.model_id, v_job, p_codes[v_at], v_settings.breaker_failures
+      v_job.model_id, v_job, v_code, v_words, v_settings.breaker_failures
     );
   end loop;
 end;
@@ -259,7 +279,7 @@ declare
   v_is_resumed boolean;
 begin
   for v_job in
-    select j.job_id, j.user_id, j.claimed_at, names.name
+    select j.job_id, j.user_id, j.claimed_at, names.name, m.provider
     from unnest(p_jobs) as j
     left join public.models as m on m.id = j.model_id
     cross join lateral (values (1, m.provider), (2, j.model_id)) as names (place, name)
@@ -290,7 +310,7 @@ begin
     returning b.resumed_at = now() into v_is_resumed;
     if v_is_resumed then
       perform setval('private.scan_due', 0);  -- what waited may be far below the virtual clock
-      perform private.wake_workers();
+      perform private.wake_workers(1, v_job.provider);
     end if;
   end loop;
 end;
@@ -305,8 +325,9 @@ language sql security definer set search_path = pg_catalog, pg_temp as $$
     name, paused_until, pause_reason, times_opened, failing_since, failed_users
   )
   select
-    p_provider, now() + least(p_seconds, 3600) * interval '1 second', left(p_reason, 500), 1,
-    now(), array_remove(array[p_user_id], null)
+    p_provider, now() + greatest(s.breaker_pause, least(p_seconds, 3600) * interval '1 second'),
+    left(p_reason, 500), 1, now(), array_remove(array[p_user_id], null)
+  from private.settings as s
   where exists (select from public.models as m where m.provider = p_provider)
   on conflict (name) do update set
     paused_until = greatest(b.paused_until, excluded.paused_until),
@@ -328,11 +349,11 @@ language sql security definer set search_path = pg_catalog, pg_temp as $$
 $$;
 
 comment on function private.pause_provider is
-  'Keeps the jobs of a provider from being claimed for a while: the account was refused, and no '
-  'job is to blame. Nothing fails and nobody is charged for it. With a user, where it is not sure '
-  'that others would be refused, too: theirs wait, others'' are tried one by one. Answers whether '
-  'it is paused now; not where others were served lately though this user failed: then the job is '
-  'to blame.';
+  'Keeps the jobs of a provider from being claimed for a while, from settings.breaker_pause to an '
+  'hour: the account was refused, and no job is to blame. Nothing fails and nobody is charged for '
+  'it. With a user, where it is not sure that others would be refused, too: theirs wait, others'' '
+  'are tried one by one. Answers whether it is paused now; not where others were served lately '
+  'though this user failed: then the job is to blame.';
 
 -- Pauses a model or a provider, or ends its pause where p_until is null. What the breaker counted
 -- ends with it: from then on it is the operator's.
@@ -394,7 +415,9 @@ begin
   perform private.require_writable();
   v_answer := private.set_pause(model, null, null);
   perform setval('private.scan_due', 0);
-  perform private.wake_workers();
+  perform private.wake_workers(
+    1, coalesce((select m.provider from public.models as m where m.id = model), model)
+  );
   return v_answer;
 end;
 $$;

@@ -344,8 +344,11 @@ $$;
 
 -- Whether a job has waited this long though its user has nothing running. Who has, waits for his
 -- own: one user's long queue is old, but no reason to refuse others, who go before it. Looked for
--- among the next jobs in fair order: whoever has waited for a first job is there.
-create function private.is_busy(p_plan private.plans) returns boolean
+-- among the next jobs in fair order: whoever has waited for a first job is there. What waits for a
+-- provider that takes so many at once is in the way of those alone who ask for the same provider.
+create function private.is_busy(
+  p_plan private.plans, p_provider text default null
+) returns boolean
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   if least(p_plan.oldest_ready_at, p_plan.looked_at) < now() - p_plan.busy_after then
@@ -357,11 +360,17 @@ begin
       ) as next
       where next.queued_at < now() - p_plan.busy_after
         and next.user_id not in (select r.user_id from private.running_jobs as r)
-        -- Nor does it wait for us while its model is paused.
+        -- Nor does it wait for us while its model is paused, or nobody can make it.
         and not exists (
           select from private.paused_models as p
           where p.id = next.model_id
             and (p.paused_until is not null or p.resumed_at > now() - p_plan.busy_after)
+        )
+        and next.model_id not in (select u.id from private.unserved_models as u)
+        and not exists (
+          select from public.models as m inner join private.providers as p on p.name = m.provider
+          where m.id = next.model_id and p.max_running is not null
+            and p.name is distinct from p_provider
         )
     );
   end if;
@@ -371,7 +380,7 @@ $$;
 
 -- Raises PT429 too_many_active, PT429 rate_limited or PT503 busy, unless one more job fits after
 -- all: the queue is not as old as it seemed.
-create function private.refuse_limits(p_user_id uuid) returns void
+create function private.refuse_limits(p_user_id uuid, p_provider text) returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_used public.entitlements := (
@@ -410,7 +419,7 @@ begin
         extract(epoch from v_used.day_started_at + interval '1 day' - now())
       )::integer
     );
-  elsif private.is_busy(v_plan) then
+  elsif private.is_busy(v_plan, p_provider) then
     perform private.refuse('busy', 'Jobs wait too long to take in more.', p_retry_after => 60);
   end if;
 end;

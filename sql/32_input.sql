@@ -70,89 +70,189 @@ begin
 end;
 $$;
 
--- The params with a size the model knows in place of one it does not: the nearest of its own ratios
--- or sizes (shape counts before area), or pixels of that shape, with the area of its defaults, in
--- the nearest steps it allows. What cannot be mapped stays as it is, for its schema to refuse.
+-- What a word says of a size: its shape (width / height) and its pixels; null: nothing. "16:9",
+-- "1024x768", "landscape_4_3", "square_hd", "2K", "0.25 MP", and the length of a side, "768".
+create function private.read_size(p_word text, out shape float8, out area float8)
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
+declare
+  v_word text := lower(p_word);
+  v_sides float8[] := regexp_match(v_word, '(?:^|\D)(\d{1,5}) ?[:x*×_/] ?(\d{1,5})$')::float8[];
+  v_number text[] := regexp_match(v_word, '(?:^|_)(\d{1,5}(?:\.\d+)?) ?(k|mp|px?)?$');
+begin
+  if v_sides[1] > 0 and v_sides[2] > 0 then
+    shape := case
+      when v_word like '%portrait%' then least(v_sides[1] / v_sides[2], v_sides[2] / v_sides[1])
+      else v_sides[1] / v_sides[2]
+    end;
+    area := case when least(v_sides[1], v_sides[2]) >= 64 then v_sides[1] * v_sides[2] end;
+  elsif v_number[1]::float8 > 0 then
+    area := case
+      when v_number[2] = 'k' then (v_number[1]::float8 * 1024) ^ 2
+      when v_number[2] = 'mp' or v_number[1]::float8 < 64 then v_number[1]::float8 * 1000000
+      else v_number[1]::float8 ^ 2
+    end;
+  else
+    shape := case substring(v_word from 'square|landscape|portrait')
+      when 'square' then 1 when 'landscape' then 1.5 when 'portrait' then 0.67
+    end;
+    area := case when v_word = 'square' then 512 ^ 2 when shape = 1 then 1024 ^ 2 end;
+  end if;
+end;
+$$;
+
+-- What models call the inputs that take a size or a shape in words. The first of those that a model
+-- has counts.
+create function private.size_inputs() returns text[]
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
+begin
+  return '{
+    aspect_ratio, size, image_size, resolution, image_dimensions, image_resolution,
+    target_resolution, megapixels, output_megapixels
+  }';
+end;
+$$;
+
+-- The size that is sent to a model, in its own inputs.
+create function private.size_sent(p_sent jsonb) returns jsonb
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
+begin
+  return (
+    select coalesce(jsonb_object_agg(s.name, p_sent -> s.name), '{}')
+    from unnest('{width,height}'::text[] || private.size_inputs()) as s (name)
+    where p_sent ? s.name
+  );
+end;
+$$;
+
+-- The params with the size the model knows that is nearest to the one they ask for, as width and
+-- height or as aspect_ratio: shape counts before area. That is pixels within its limits, where it
+-- takes them; else a word of its own for a shape, and one for the area. What it takes as it is
+-- stays, and what it has no word for is left out: it makes the one size it knows.
 create function private.map_size(p_model public.models, p_params jsonb) returns jsonb
 language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 declare
   v_properties jsonb := p_model.input_schema -> 'properties';
-  v_takes_pixels boolean := p_model.client_inputs @> '{width,height}';
-  v_sides numeric[] := array(
-    select s.side from unnest('{width,height}'::text[]) with ordinality as n (name, place)
-    cross join lateral (
-      select case jsonb_typeof(p_params -> n.name) when 'number' then (p_params ->> n.name)::numeric
-      end as side
-    ) as s
-    where s.side % 1 = 0 and s.side between 1 and 16384 order by n.place
-  );
-  v_ratio numeric[] := regexp_match(
+  v_names text[] := '{width,height}';
+  v_takes_pixels boolean := p_model.client_inputs @> v_names;
+  v_sides float8[] := case
+    when p_params -> 'width' between '1' and '16384' and p_params -> 'height' between '1' and '16384'
+      then array[(p_params ->> 'width')::float8, (p_params ->> 'height')::float8]
+  end;
+  v_ratio float8[] := regexp_match(
     p_params ->> 'aspect_ratio', '^0*([1-9]\d{0,3}):0*([1-9]\d{0,3})$'
-  )::numeric[];
-  v_unknown text[] := array['aspect_ratio'];
-  v_size jsonb;
+  )::float8[];
+  v_rest jsonb := p_params;
+  v_shape float8;
+  v_area float8 := 1048576;
+  v_rules jsonb;
+  v_choices integer[];
+  v_step float8[];
+  v_least float8[];
+  v_most float8[];
+  v_factor float8;
+  v_side float8;
+  v_size jsonb := '{}';
 begin
-  if cardinality(v_sides) = 2 and not v_takes_pixels then
-    v_ratio := v_sides;
-    v_unknown := array['width', 'height'];
-  elsif v_ratio is null or 'aspect_ratio' = any (p_model.client_inputs) then
-    if cardinality(v_sides) = 2 then
-      -- Some models look at pixels only when asked for a custom shape.
-      select coalesce(jsonb_object_agg(c.name, 'custom'), '{}') into v_size
-      from unnest('{aspect_ratio,size}'::text[]) as c (name)
-      where v_properties #> array[c.name, 'enum'] @> '["custom"]';
+  if p_params ? 'aspect_ratio' and 'aspect_ratio' = any (p_model.client_inputs)
+    and private.input_problem(p_params -> 'aspect_ratio', v_properties -> 'aspect_ratio') is null
+  then
+    return case when v_takes_pixels then p_params else p_params - v_names end;
+  elsif v_ratio is not null then
+    v_shape := v_ratio[1] / v_ratio[2];
+    v_rest := p_params - 'aspect_ratio'::text;
+  end if;
+  if v_sides is not null then
+    v_shape := coalesce(v_shape, v_sides[1] / v_sides[2]);
+    v_area := v_sides[1] * v_sides[2];
+    v_rest := v_rest - v_names;
+  end if;
+  if v_shape is null then
+    return p_params;
+  elsif v_takes_pixels
+    and (v_sides is not null or not 'aspect_ratio' = any (p_model.client_inputs)) then
+    for v_at in 1 .. 2 loop
+      v_rules := v_properties -> v_names[v_at];
+      v_choices := case when v_rules ? 'enum' then array(
+        select e.side::integer from jsonb_array_elements_text(v_rules -> 'enum') as e (side)
+        where e.side ~ '^\d{1,5}$' order by 1
+      ) end;
+      -- Of what we choose, multiples of 64, as diffusion models like them.
+      v_step[v_at] := coalesce((v_rules ->> 'multipleOf')::float8, 1);
+      if v_sides is null and 64 / v_step[v_at] = floor(64 / v_step[v_at]) then
+        v_step[v_at] := 64;
+      end if;
+      v_least[v_at] := coalesce(v_choices[1], (v_rules ->> 'minimum')::float8, 64);
+      v_least[v_at] := ceil(v_least[v_at] / v_step[v_at]) * v_step[v_at];
+      v_most[v_at] := coalesce(
+        v_choices[cardinality(v_choices)], (v_rules ->> 'maximum')::float8, 2048
+      );
+      v_most[v_at] := floor(v_most[v_at] / v_step[v_at]) * v_step[v_at];
+    end loop;
+    if v_sides is null then
+      v_area := coalesce(
+        (v_properties #>> '{width,default}')::float8
+        * (v_properties #>> '{height,default}')::float8, v_area
+      );
+      v_sides := array[sqrt(v_area * v_shape), sqrt(v_area / v_shape)];
     end if;
-    return coalesce(v_size, '{}') || p_params;
-  end if;
-  if v_takes_pixels then
-    select jsonb_object_agg(s.name, coalesce(
-      (
-        select e.value::numeric from jsonb_array_elements(r.rules -> 'enum') as e
-        order by abs(e.value::numeric - s.pixels) limit 1
-      ),
-      least(
-        floor(coalesce((r.rules ->> 'maximum')::numeric, 2048) / r.step) * r.step,
-        greatest(
-          ceil(coalesce((r.rules ->> 'minimum')::numeric, 64) / r.step) * r.step,
-          round(s.pixels / r.step) * r.step
+    v_factor := greatest(
+      least(1, v_most[1] / v_sides[1], v_most[2] / v_sides[2]),
+      v_least[1] / v_sides[1], v_least[2] / v_sides[2]
+    );
+    for v_at in 1 .. 2 loop
+      v_side := v_sides[v_at] * v_factor;
+      v_size := v_size || jsonb_build_object(v_names[v_at], case
+        when v_properties -> v_names[v_at] ? 'enum' then (
+          select e.side
+          from jsonb_array_elements(v_properties -> v_names[v_at] -> 'enum') as e (side)
+          where e.side #>> '{}' ~ '^\d{1,5}$'
+          order by abs((e.side #>> '{}')::float8 - v_side) limit 1
         )
-      )
-    )) into v_size
-    from (
-      select coalesce((v_properties #>> '{width,default}')::numeric, 1024)
-        * coalesce((v_properties #>> '{height,default}')::numeric, 1024) as area
-    ) as a
-    cross join lateral (values
-      ('width', sqrt(a.area * v_ratio[1] / v_ratio[2])),
-      ('height', sqrt(a.area * v_ratio[2] / v_ratio[1]))
-    ) as s (name, pixels)
-    cross join lateral (
-      -- Multiples of 64, as diffusion models like them.
-      select v_properties -> s.name as rules, case
-        when 64 % coalesce((v_properties #>> array[s.name, 'multipleOf'])::numeric, 1) = 0 then 64
-        else (v_properties #>> array[s.name, 'multipleOf'])::numeric
-      end as step
-    ) as r;
+        else to_jsonb(least(
+          v_most[v_at], greatest(v_least[v_at], round(v_side / v_step[v_at]) * v_step[v_at])
+        ))
+      end);
+    end loop;
+    -- Some look at pixels only when asked for a custom shape.
+    if v_properties ?| '{aspect_ratio,size}' then
+      select coalesce(jsonb_object_agg(c.name, 'custom'), '{}') || v_size into v_size
+      from unnest('{aspect_ratio,size}'::text[]) as c (name)
+      where c.name = any (p_model.client_inputs)
+        and v_properties #> array[c.name, 'enum'] @> '["custom"]';
+    end if;
   else
-    select jsonb_build_object(p.name, o.option) into v_size
-    from unnest('{aspect_ratio,size,image_size,resolution}'::text[])
-      with ordinality as p (name, place)
-    cross join jsonb_array_elements_text(
-      coalesce(v_properties #> array[p.name, 'enum'], '[]')
-    ) as o (option)
-    cross join regexp_match(o.option, '^(\d{1,5}) ?[:x*×] ?(\d{1,5})$') as m
-    where p.name = any (p_model.client_inputs) and m[1]::numeric > 0 and m[2]::numeric > 0
-    order by
-      p.place,
-      abs(ln(m[1]::numeric / m[2]::numeric) - ln(v_ratio[1] / v_ratio[2])),
-      abs(ln(m[1]::numeric * m[2]::numeric) - ln(v_ratio[1] * v_ratio[2]))
-    limit 1;
+    with words as (
+      select
+        i.name, i.place, e.word, w.shape, w.area,
+        bool_or(w.shape > 0) over (partition by i.name) as is_of_shapes
+      from unnest(private.size_inputs()) with ordinality as i (name, place)
+      cross join jsonb_array_elements(
+        coalesce(v_properties #> array[i.name, 'enum'], '[]')
+      ) as e (word)
+      cross join private.read_size(e.word #>> '{}') as w
+      where i.name = any (p_model.client_inputs)
+    )
+    select coalesce(jsonb_object_agg(best.name, best.word), '{}') into v_size from (
+      (
+        select w.name, w.word from words as w where w.shape > 0
+        order by
+          w.place, abs(ln(w.shape / v_shape)), abs(ln(coalesce(w.area, v_area) / v_area)) limit 1
+      )
+      union all
+      (
+        select distinct on (w.name) w.name, w.word from words as w
+        where w.area > 0 and w.is_of_shapes is not true and v_sides is not null
+        order by w.name, abs(ln(w.area / v_area))
+      )
+    ) as best;
   end if;
-  return case when v_size is null then p_params else v_size || (p_params - v_unknown) end;
+  return v_size || v_rest;
 end;
 $$;
 
--- Source images are files in bucket inputs, in the user's own folder. An address is none.
+-- A source image is a file in the user's own folder of bucket inputs, given by its path, or a
+-- finished picture of the user's own, given as generations/<its path>. An address is none. What a
+-- file may be named is for Storage to say: it has the file or not.
 --
 -- Raises: PT400 invalid_input.
 create function private.check_source_images(
@@ -161,26 +261,35 @@ create function private.check_source_images(
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
   v_name text;
-  v_path text;
+  v_problem text;
 begin
-  for v_name, v_path in
-    select i.name, p.path
-    from unnest(p_model.image_inputs) as i (name)
-    cross join jsonb_path_query(p_params -> i.name, 'lax $[*]') as v (path)
-    cross join lateral (select v.path #>> '{}' as path) as p
-    where v.path <> 'null'
-  loop
-    if v_path !~ ('^' || p_user_id || '(/[A-Za-z0-9_-][A-Za-z0-9_. -]{0,100}){1,4}$') then
-      perform private.refuse_input(
-        format('params.%s: not a path in your folder of bucket inputs', v_name),
-        format('Upload the picture to inputs as %s/<name> and give that path.', p_user_id)
-      );
-    elsif to_regclass('storage.objects') is not null and not exists (
-      select from storage.objects where bucket_id = 'inputs' and name = v_path
-    ) then
-      perform private.refuse_input(format('params.%s: no such file in bucket inputs', v_name));
-    end if;
-  end loop;
+  select i.name, q.problem into v_name, v_problem
+  from unnest(p_model.image_inputs) as i (name)
+  cross join jsonb_path_query(p_params -> i.name, 'lax $[*]') as v (source)
+  cross join regexp_match(v.source #>> '{}', '^(?:(generations|inputs)/)?(.*)$') as p (part)
+  cross join lateral (
+    select case
+      when p.part[1] = 'generations' then case when not exists (
+        select from public.images as m
+        inner join public.generations as g on g.id = m.generation_id
+        where m.generation_id = private.path_id(p.part[2], 2) and m.storage_path = p.part[2]
+          and m.user_id = p_user_id and g.deleted_at is null
+      ) then 'no finished picture of yours' end
+      when not (starts_with(p.part[2], p_user_id || '/') and private.is_plain_path(p.part[2]))
+        then 'not a path in your folder of bucket inputs'
+      when to_regclass('storage.objects') is not null
+        and private.file_changed_at('inputs', p.part[2]) is null
+        then 'no such file in bucket inputs'
+    end as problem
+  ) as q
+  where v.source <> 'null' and q.problem is not null
+  limit 1;
+  if found then
+    perform private.refuse_input(format('params.%s: %s', v_name, v_problem), format(
+      'Upload the picture to inputs as %s/<name> and give that path, or give generations/<path> of '
+      'a picture you have made.', p_user_id
+    ));
+  end if;
 end;
 $$;
 
@@ -200,10 +309,11 @@ begin
 end;
 $$;
 
--- What the provider is sent for each prompt. A seed is chosen where the model has one and nobody
--- said it, so that every picture can be made again. It also marks the job: a lost create is found
--- at the provider by its input. params.reuse is ours, not the model's: see enqueue_generation (50).
--- p_field is what a refusal calls a prompt, with its place for %1$s.
+-- What the provider is sent for each prompt. A param of null is not given. A size that the model
+-- does not take as it is becomes the nearest it knows. A seed is chosen where the model has one and
+-- nobody said it, so that every picture can be made again. It also marks the job: a lost create is
+-- found at the provider by its input. params.reuse is ours, not the model's: see
+-- enqueue_generation (50). p_field is what a refusal calls a prompt, with its place for %1$s.
 --
 -- Raises: PT400 invalid_input, naming the field and what is allowed.
 create function private.provider_inputs(
@@ -212,16 +322,17 @@ create function private.provider_inputs(
 ) returns jsonb[]
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
-  v_params jsonb := p_params;
+  v_params jsonb := jsonb_strip_nulls(p_params);
   v_rules jsonb := p_model.input_schema -> 'properties';
   v_prompt_rules jsonb;
   v_name text;
   v_problem text;
   v_inputs jsonb[];
 begin
-  if v_params - p_model.client_inputs <> '{}' or v_params ? 'aspect_ratio'
-    or v_params ?& '{width,height}' or v_params ?| p_model.image_inputs then
-    if jsonb_typeof(v_params -> 'reuse') <> 'boolean' then
+  if v_params - p_model.client_inputs <> '{}'
+    or v_params ?& '{width,height}' and v_rules ?| '{aspect_ratio,size}'
+    or p_params @> '{"reuse": null}' then
+    if jsonb_typeof(p_params -> 'reuse') <> 'boolean' then
       perform private.refuse_input('params.reuse: not of type boolean');
     elsif v_params @> '{"reuse": true}' and not v_params ? 'seed' then
       perform private.refuse_input(
@@ -250,6 +361,13 @@ begin
       v_problem := case when v_params ? v_name
         then private.input_problem(v_params -> v_name, v_rules -> v_name) else 'missing'
       end;
+      if v_problem is not null and v_params ? v_name
+        and v_name in ('aspect_ratio', 'width', 'height') then
+        v_params := private.map_size(p_model, v_params);
+        v_problem := case when v_params ? v_name
+          then private.input_problem(v_params -> v_name, v_rules -> v_name)
+        end;
+      end if;
       if v_problem is not null then
         perform private.refuse_input(format('params.%s: %s', v_name, v_problem));
       end if;
@@ -269,12 +387,9 @@ begin
         v_problem := case when v_prompt_rules ?| '{anyOf,enum,maxLength,minLength}'
           then private.input_problem(to_jsonb(p_prompts[v_at]), v_prompt_rules)
         end;
-      -- One that needs a picture and has a prompt of its own, an upscaler say, does without.
-      elsif p_model.prompt_input is null or (
-        p_model.input_schema -> 'required' ?| p_model.image_inputs
-        and not p_model.input_schema -> 'required' ? p_model.prompt_input
-        and v_prompt_rules ? 'default'
-      ) then
+      -- One that is given a picture, an upscaler say, may do without.
+      elsif p_model.prompt_input is null or v_params ?| p_model.image_inputs
+        and (p_model.input_schema -> 'required' ? p_model.prompt_input) is not true then
         p_prompts[v_at] := null;
       else
         v_problem := 'missing or blank';

@@ -7,12 +7,14 @@
 -- a race.
 
 -- Wakes sleeping workers, as many as there is work for: those heard of last, which are least likely
--- dead.
+-- dead. Where it is for a provider, only those that have its key.
 --
 -- NOTIFY serialises commits over the whole instance, so it is sent only when somebody sleeps. A
 -- worker another transaction is waking is skipped. A wake-up that falls between is made good by the
 -- worker, which claims again after it went to sleep.
-create function private.wake_workers(p_at_most integer default 1) returns void
+create function private.wake_workers(
+  p_at_most integer default 1, p_provider text default null
+) returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_worker_id bigint;
@@ -22,6 +24,11 @@ begin
     where id = any (array(
       select w.id from private.workers as w
       where w.asleep and w.seen_at > now() - (select s.lease from private.settings as s)
+        and not exists (
+          select from private.providers as p
+          where p.name = p_provider
+            and (not p.is_active or (p.secret is not null and p.secret <> all (w.keys)))
+        )
       order by w.seen_at desc limit p_at_most for update skip locked
     ))
     returning id
@@ -47,6 +54,11 @@ begin
     'eta_seconds', null,
     'poll_after_ms', case
       when p_known.finished_at is null then private.poll_after_ms(p_known.created_at)
+    end,
+    'size', case
+      when p_known.input ?| '{aspect_ratio,width,height}'
+        and not p_known.provider_input @> p_known.input
+        then private.size_sent(p_known.provider_input)
     end
   );
 end;
@@ -79,6 +91,10 @@ declare
   v_jobs integer := cardinality(p_inputs);
   v_images numeric := case jsonb_typeof(p_inputs[1] -> v_model.image_count_input)
     when 'number' then (p_inputs[1] -> v_model.image_count_input)::numeric  -- the same in each
+    when 'string' then coalesce(
+      substring(p_inputs[1] ->> v_model.image_count_input from '^\d{1,4}$')::numeric,
+      v_model.max_images
+    )
     else v_model.max_images
   end;
   v_price bigint := v_images * case
@@ -92,7 +108,7 @@ declare
   v_is_anybody_asleep boolean;
 begin
   if p_gate.may_be_over_limits and not p_is_free then
-    perform private.refuse_limits(p_gate.user_id);
+    perform private.refuse_limits(p_gate.user_id, v_model.provider);
   end if;
   with queue as (
     select
@@ -166,7 +182,7 @@ begin
   into v_ids, v_is_anybody_asleep;
   if v_ids = '{}' then
     if not p_is_free then
-      perform private.refuse_limits(p_gate.user_id);
+      perform private.refuse_limits(p_gate.user_id, v_model.provider);
     end if;
     if v_images not between 1 and v_model.max_images then
       perform private.refuse_input(format(
@@ -191,8 +207,17 @@ begin
     insert into private.retries (retry_of, generation_id)
     select p_retry_of, v_ids[1] where p_retry_of is not null;
   end if;
+  if p_params ?| v_model.image_inputs then
+    insert into private.sources (source_id, generation_id)
+    select distinct private.path_id(v.path #>> '{}', 3), j.id
+    from unnest(v_ids) as j (id)
+    cross join unnest(v_model.image_inputs) as i (name)
+    cross join jsonb_path_query(
+      p_params -> i.name, 'lax $[*] ? (@ starts with "generations/")'
+    ) as v (path);
+  end if;
   if v_is_anybody_asleep then
-    perform private.wake_workers(v_jobs);
+    perform private.wake_workers(v_jobs, v_model.provider);
   end if;
   return json_build_object(
     'job_id', v_ids[1],
@@ -201,7 +226,11 @@ begin
     'credits_left', p_gate.credits - v_price * v_jobs,
     'queue_position', null,
     'eta_seconds', null,
-    'poll_after_ms', 1000
+    'poll_after_ms', 1000,
+    'size', case
+      when p_params ?| '{aspect_ratio,width,height}' and not p_inputs[1] @> p_params
+        then private.size_sent(p_inputs[1])
+    end
   );
 end;
 $$;

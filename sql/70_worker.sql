@@ -21,12 +21,14 @@ begin
 end;
 $$;
 
-create function private.register_worker(p_host text, p_slots integer, p_version text)
+create function private.register_worker(
+  p_host text, p_slots integer, p_version text, p_keys text[] default '{REPLICATE_API_TOKEN}'
+)
 returns table (worker_id bigint, channel text, heartbeat_seconds real, lease_seconds real)
 language sql security definer set search_path = pg_catalog, pg_temp as $$
   with registered as (
-    insert into private.workers (host, slots, version)
-    values (left(p_host, 200), p_slots, left(p_version, 50))
+    insert into private.workers (host, slots, version, keys)
+    values (left(p_host, 200), p_slots, left(p_version, 50), p_keys)
     returning id
   )
   select
@@ -39,8 +41,8 @@ language sql security definer set search_path = pg_catalog, pg_temp as $$
 $$;
 
 comment on function private.register_worker is
-  'Enters a worker process. Answers its id, the channel to LISTEN on, and the intervals in '
-  'seconds.';
+  'Enters a worker process. p_keys are names of variables, never what they hold. Answers its id, '
+  'the channel to LISTEN on, and the intervals in seconds.';
 
 create function private.unregister_worker(p_worker_id bigint) returns void
 language sql security definer set search_path = pg_catalog, pg_temp as $$

@@ -1,8 +1,9 @@
 -- Claim: the next jobs in fair order move from ready_jobs to running_jobs.
 --
 -- claim_jobs locks the jobs with the smallest fair_key that nobody else is claiming (skip locked),
--- and moves them in one statement. While a breaker (28) is open, it has them chosen with care by
--- pick_admitted_jobs. No claim waits for a lock.
+-- and moves them in one statement. While a breaker (28) is open, or where some of these jobs are
+-- for a provider that this worker has no key of or that takes no more, it has them chosen with care
+-- by pick_admitted_jobs. No claim waits for a lock.
 
 -- While a long transaction holds back vacuum, a look at a whole table of the queue walks the dead
 -- rows of all jobs since. So one session looks for all: a sequence holds, in milliseconds since
@@ -20,8 +21,11 @@ end;
 $$;
 
 -- Such looks take a fiftieth of the time, but come once in ten seconds at least. One that took a
--- moment puts nothing off.
-create function private.put_off(p_due regclass, p_began timestamptz) returns void
+-- moment puts nothing off. 0 in scan_due says so to all, and that the next look is
+-- pick_admitted_jobs: among what is ready are jobs that not everybody may take at any time.
+create function private.put_off(
+  p_due regclass, p_began timestamptz, p_is_mixed boolean default false
+) returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_now double precision := extract(epoch from clock_timestamp());
@@ -30,9 +34,31 @@ begin
   if v_pause < 0.5 then
     v_pause := 0;
   end if;
-  perform setval(p_due, (1000 * (v_now + least(v_pause, 10)))::bigint);
+  perform setval(p_due, case
+    when v_pause = 0 and p_is_mixed then 0
+    else floor(1000 * (v_now + least(v_pause, 10)))::bigint
+  end);
 end;
 $$;
+
+create view private.unserved_models with (security_invoker = true) as
+with alive as (
+  select w.keys
+  from private.workers as w cross join private.settings as s
+  where w.seen_at > now() - s.lease
+)
+
+select m.id
+from public.models as m
+where (select count(*) from alive) > 0 and not exists (
+  select from private.routes as w
+  inner join private.providers as p on w.provider = p.name
+  cross join alive as a
+  where w.model_id = m.id and p.is_active and (p.secret is null or p.secret = any(a.keys))
+);
+
+comment on view private.unserved_models is
+  'Models whose providers no living worker serves: their jobs wait. None while no worker lives.';
 
 -- What keeps jobs of a model back: whether nothing does; whether all wait; whether the pause is
 -- over; and who failed, at model or provider, and at the provider.
@@ -40,7 +66,8 @@ create function private.gate_of(
   p_model_id text, p_provider text, out is_open boolean, out is_shut boolean, out is_over boolean,
   out failed_users uuid[], out failed_at_provider uuid[]
 )
-language sql stable set search_path = pg_catalog, pg_temp as $$
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+begin
   select
     count(*) = 0,
     coalesce(bool_or(private.admits(b, null) is false), false),
@@ -53,22 +80,61 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
       select unnest(f.failed_users) from private.breakers as f
       where f.name = p_provider and f.times_opened > 0
     )
+  into is_open, is_shut, is_over, failed_users, failed_at_provider
   from private.breakers as b
-  where b.name in (p_model_id, p_provider) and private.breaker_state(b) <> 'closed'
+  where b.name in (p_model_id, p_provider) and private.breaker_state(b) <> 'closed';
+end;
 $$;
 
--- Locks the next jobs that may run now while something is paused, and answers their ids: of each
--- model that is not, the next; of one that can be tried, one job of a user who has not failed;
--- after the pause, where there is no such job, one of a user who has.
+-- How many more jobs each of these providers takes that have a limit, as JSON. Whoever is told of
+-- room has it for itself until the transaction ends; for all others there is none meanwhile.
+create function private.hold_room(p_providers text[]) returns jsonb
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_held text[] := array(
+    select p.name from private.providers as p
+    where p.name = any (p_providers) and p.max_running is not null
+    for no key update skip locked
+  );
+begin
+  -- A new look, now that nobody else can claim theirs.
+  return (
+    select jsonb_object_agg(p.name, case when p.name = any (v_held) then p.max_running - (
+      select coalesce(sum(j.jobs), 0)
+      from (
+        select r.model_id, r.route, count(*) as jobs
+        from private.running_jobs as r group by r.model_id, r.route
+      ) as j
+      where p.name = (
+        select w.provider from private.routes as w
+        where w.model_id = j.model_id and w.place = j.route
+      )
+    ) else 0 end)
+    from private.providers as p
+    where p.name = any (p_providers) and p.max_running is not null
+  );
+end;
+$$;
+
+-- Locks the next jobs that may run now where not all may, and answers their ids: of each model that
+-- is not paused, the next; of one that can be tried, one job of a user who has not failed; after
+-- the pause, where there is no such job, one of a user who has. Of them those of providers that are
+-- switched on and need none but these keys, and no more than each takes.
 --
--- Reads an index by model instead of the one in fair order, so that a pile of jobs that wait is
--- never walked. A range of models, though of one: else the index in fair order might be.
-create function private.pick_admitted_jobs(p_at_most integer) returns uuid[]
+-- Reads an index by model and route instead of the one in fair order, so that a pile of jobs that
+-- wait is never walked. A range, though of one, and + 0: else the index in fair order might be.
+create function private.pick_admitted_jobs(p_at_most integer, p_keys text[]) returns uuid[]
 language plpgsql set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan as $$
 declare
   v_began timestamptz := clock_timestamp();
   v_from bigint := 0;
+  v_models text[];
+  v_routes smallint[];
+  v_providers text[];
+  v_is_mixed boolean;
+  v_rooms jsonb;
+  v_candidates uuid[];
   v_breaker private.breakers;
   v_own uuid[];
   v_ids uuid[];
@@ -82,60 +148,89 @@ begin
   if not found and not private.is_due('private.scan_due') then
     select c.last_value into v_from from private.virtual_clock as c;
   end if;
-  v_ids := array(
-    select r.job_id from private.ready_jobs as r
-    where r.run_at is null and r.job_id = any (array(
-      -- From model to model through the index.
-      with recursive waiting as (
-        (
-          select r.model_id from private.ready_jobs as r
-          where r.run_at is null order by r.model_id limit 1
-        )
-        union all
-        select (
-          select r.model_id from private.ready_jobs as r
-          where r.run_at is null and r.model_id > w.model_id order by r.model_id limit 1
-        )
-        from waiting as w where w.model_id is not null
-      )
-      select c.job_id from (
+  -- From model to model through the index.
+  with recursive waiting as (
+    (
+      select r.model_id, r.route from private.ready_jobs as r
+      where r.run_at is null order by r.model_id, r.route limit 1
+    )
+    union all
+    select next.* from waiting as w cross join lateral (
+      select r.model_id, r.route from private.ready_jobs as r
+      where r.run_at is null and (r.model_id, r.route) > (w.model_id, w.route)
+      order by r.model_id, r.route limit 1
+    ) as next
+  )
+  select
+    array_agg(w.model_id) filter (where not shut.is_so),
+    array_agg(w.route) filter (where not shut.is_so),
+    array_agg(p.name) filter (where not shut.is_so),
+    bool_or(shut.is_so)
+  into v_models, v_routes, v_providers, v_is_mixed
+  from waiting as w
+  left join private.routes as way on way.model_id = w.model_id and way.place = w.route
+  left join private.providers as p on p.name = way.provider
+  cross join lateral (
+    select (not p.is_active or (p.secret is not null and p.secret <> all (p_keys))) is true as is_so
+  ) as shut;
+  v_rooms := private.hold_room(v_providers);
+  v_candidates := array(
+    select c.job_id from (
+      select a.job_id, a.provider, row_number() over (
+        partition by a.provider order by a.fair_key, a.seq
+      ) as place
+      from (
         select
-          next.job_id,
-          next.has_failed,
+          next.job_id, next.fair_key, next.seq, next.has_failed, w.provider,
           bool_and(next.has_failed) over (partition by w.model_id) as all_of_model,
           next.failed_at_provider,
-          bool_and(next.failed_at_provider) over (partition by m.provider) as all_of_provider
-        from waiting as w
-        left join public.models as m on m.id = w.model_id
-        cross join lateral private.gate_of(w.model_id, m.provider) as gate
+          bool_and(next.failed_at_provider) over (partition by w.provider) as all_of_provider
+        from unnest(v_models, v_routes, v_providers) as w (model_id, route, provider)
+        cross join lateral private.gate_of(w.model_id, w.provider) as gate
         cross join lateral (
           (
-            select r.job_id, false as has_failed, false as failed_at_provider
+            select r.job_id, r.fair_key, r.seq, false as has_failed, false as failed_at_provider
             from private.ready_jobs as r
-            where r.run_at is null and r.model_id between w.model_id and w.model_id
-              and r.fair_key >= v_from and not r.user_id = any (gate.failed_users)
-            order by r.model_id, r.fair_key, r.seq
-            limit case when gate.is_open then p_at_most else 1 end
+            where r.run_at is null and r.fair_key >= v_from
+              and (r.model_id, r.route) between (w.model_id, w.route) and (w.model_id, w.route)
+              and not r.user_id = any (gate.failed_users)
+            order by r.model_id, r.route, r.fair_key, r.seq
+            limit case when gate.is_open then p_at_most + 1 else 1 end
           )
           union all
           (
             select
-              r.job_id, r.user_id = any (gate.failed_users),
+              r.job_id, r.fair_key, r.seq, r.user_id = any (gate.failed_users),
               r.user_id = any (gate.failed_at_provider)
             from private.ready_jobs as r
-            where r.run_at is null and r.model_id between w.model_id and w.model_id
-              and r.fair_key >= v_from and gate.is_over
-            order by r.model_id, r.fair_key, r.seq limit 1
+            where r.run_at is null and r.fair_key >= v_from and gate.is_over
+              and (r.model_id, r.route) between (w.model_id, w.route) and (w.model_id, w.route)
+            order by r.model_id, r.route, r.fair_key, r.seq limit 1
           )
         ) as next
-        where w.model_id is not null and not gate.is_shut
-      ) as c
-      where (c.all_of_model or not c.has_failed) and (c.all_of_provider or not c.failed_at_provider)
-    ))
-    order by r.fair_key, r.seq limit p_at_most for update skip locked
+        where not gate.is_shut
+      ) as a
+      where (a.all_of_model or not a.has_failed) and (a.all_of_provider or not a.failed_at_provider)
+    ) as c
+    where c.place <= (v_rooms ->> c.provider)::integer is not false
+  );
+  v_ids := array(
+    select r.job_id from private.ready_jobs as r
+    where r.job_id = any (v_candidates)
+    order by r.fair_key + 0, r.seq limit p_at_most for update skip locked
   );
   if v_from = 0 then
-    perform private.put_off('private.scan_due', v_began);
+    perform private.put_off('private.scan_due', v_began, v_is_mixed or v_rooms is not null);
+  end if;
+  -- Room at a provider comes without a request that would wake somebody.
+  if cardinality(v_candidates) > p_at_most then
+    perform private.wake_workers(1, w.provider)
+    from (
+      select distinct way.provider
+      from private.ready_jobs as r
+      left join private.routes as way on way.model_id = r.model_id and way.place = r.route
+      where r.job_id = any (v_candidates) and not r.job_id = any (v_ids)
+    ) as w;
   end if;
   -- Of each breaker that is not closed one job may go, as its probe. Providers first: their one job
   -- may be that of a model, too.
@@ -174,98 +269,140 @@ $$;
 -- claims read it from the virtual clock on. What came to lie below is found by who finds too few
 -- there, and by one claim in half a second: unless that look has become dear.
 --
+-- Whether a job is for a provider that this worker has no key of, or that takes so many at once, is
+-- seen when it is next: then those that are neither are taken, and the others chosen with care.
+-- Most installations know providers that nobody has a key of, and have no jobs for them.
+--
 -- Every row is reached by its key, whatever the planner thinks of the tables' sizes.
 -- Outer joins: a job whose model somebody deleted must fail at the worker, not vanish here.
-create function private.claim_jobs(p_worker_id bigint, p_slots integer)
+create function private.claim_jobs(p_worker_id bigint, p_slots integer, p_keys text[])
 returns table (
   job_id uuid, user_id uuid, token bigint, attempt smallint, provider text, provider_ref text,
   provider_input jsonb, provider_job_id text, image_inputs text[], image_count smallint,
-  deadline_seconds real, begun_before timestamptz,
-  base_url text, secret text, key_hosts text[], hosts text[]
+  deadline_seconds real, begun_before timestamptz, base_url text, secret text, key_hosts text[],
+  hosts text[], max_running integer
 )
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
 set jit = off as $$
 #variable_conflict use_column
 declare
+  v_are_chosen boolean;
+  v_are_due boolean;
+  v_left integer := p_slots;
   v_from bigint := 0;
   v_began timestamptz;
+  v_clock bigint;
   v_ids uuid[];
+  v_claimed integer;
 begin
+  select
+    pg_sequence_last_value('private.scan_due') = 0
+    or exists (select from private.breakers as b where b.paused_until is not null),
+    exists (select from private.ready_jobs as r where r.run_at <= now())
+  into v_are_chosen, v_are_due;
   -- Delayed jobs whose time has come.
-  if exists (select from private.ready_jobs as r where r.run_at <= now()) then
+  if v_are_due then
     update private.ready_jobs set run_at = null, queued_at = now()
     where job_id = any (array(
       select r.job_id from private.ready_jobs as r
       where r.run_at <= now() order by r.run_at limit p_slots for update skip locked
     ));
   end if;
-  if exists (select from private.breakers as b where b.paused_until is not null) then
-    v_ids := private.pick_admitted_jobs(p_slots);
-  else
-    if not private.is_due('private.scan_due', 500) then
-      select c.last_value into v_from from private.virtual_clock as c;
-    end if;
-    loop
-      v_began := clock_timestamp();
-      v_ids := array(
-        select r.job_id from private.ready_jobs as r
-        where r.run_at is null and r.fair_key >= v_from
-        order by r.fair_key, r.seq limit p_slots for update skip locked
-      );
-      if v_from = 0 then
-        perform private.put_off('private.scan_due', v_began);
-        exit;
+  loop
+    if v_are_chosen then
+      v_ids := private.pick_admitted_jobs(v_left, p_keys);
+      select max(r.fair_key) into v_clock from private.ready_jobs as r where r.job_id = any (v_ids);
+    else
+      if not private.is_due('private.scan_due', 500) then
+        v_from := coalesce(pg_sequence_last_value('private.virtual_clock'), 0);
       end if;
-      exit when cardinality(v_ids) = p_slots or not private.is_due('private.scan_due');
-      v_from := 0;
-    end loop;
-  end if;
-  if v_ids = '{}' then
-    return;
-  end if;
-  update private.workers set asleep = false where id = p_worker_id and asleep;
-  perform setval('private.virtual_clock', greatest(c.last_value, r.fair_key))
-  from private.virtual_clock as c cross join private.ready_jobs as r
-  where r.job_id = v_ids[cardinality(v_ids)];
-  return query
-  with claimed as (
-    delete from private.ready_jobs as r where r.job_id = any (v_ids) returning r.*
-  ),
-  running as (
-    insert into private.running_jobs as r (
-      job_id, user_id, model_id, token, worker_id, attempt,
-      lease_until, deadline_at, provider_job_id, create_started_at, handles, sent_input, route
+      loop
+        v_began := clock_timestamp();
+        select coalesce(array_agg(next.job_id), '{}'), max(next.fair_key) into v_ids, v_clock
+        from (
+          select r.job_id, r.fair_key from private.ready_jobs as r
+          where r.run_at is null and r.fair_key >= v_from
+          order by r.fair_key, r.seq limit p_slots for update skip locked
+        ) as next;
+        if v_from = 0 then
+          perform private.put_off('private.scan_due', v_began);
+          exit;
+        end if;
+        exit when cardinality(v_ids) = p_slots or not private.is_due('private.scan_due');
+        v_from := 0;
+      end loop;
+    end if;
+    exit when v_ids = '{}';
+    return query
+    with next as materialized (
+      select
+        r.*, nextval('private.lease_tokens') as token, m.deadline, m.image_inputs,
+        coalesce(w.provider, m.provider) as provider,
+        coalesce(w.provider_ref, m.provider_ref) as provider_ref,
+        p.base_url, p.secret, p.key_hosts, p.hosts, p.max_running
+      from private.ready_jobs as r
+      left join public.models as m on m.id = r.model_id
+      left join private.model_routes as w on w.model_id = r.model_id and w.place = r.route
+      left join lateral (
+        select q.* from private.providers as q
+        where q.name = coalesce(w.provider, m.provider) offset 0
+      ) as p on true
+      where r.job_id = any (v_ids) and (
+        v_are_chosen or (
+          not p.is_active or p.max_running is not null
+          or (p.secret is not null and p.secret <> all (p_keys))
+        ) is not true
+      )
+      order by r.fair_key, r.seq
+    ),
+    gone as (
+      delete from private.ready_jobs
+      where job_id = any (array(select n.job_id from next as n))
+    ),
+    running as (
+      insert into private.running_jobs (
+        job_id, user_id, model_id, token, worker_id, attempt,
+        lease_until, deadline_at, provider_job_id, create_started_at, handles, sent_input, route
+      )
+      select
+        n.job_id, n.user_id, n.model_id, n.token, p_worker_id, n.attempt + 1, now() + s.lease,
+        now() + coalesce(n.deadline, s.lease), n.provider_job_id,
+        coalesce(n.create_started_at, now()), n.handles, n.sent_input, n.route
+      from next as n cross join private.settings as s
+    ),
+    started as (
+      update public.generations as g set
+        status = 'processing', started_at = coalesce(g.started_at, now()), updated_at = now()
+      where g.id = any (array(select n.job_id from next as n))
+      returning g.id, g.provider_input, g.image_count
+    ),
+    awake as (
+      update private.workers set asleep = false
+      where id = p_worker_id and asleep and exists (select from next as n)
     )
     select
-      c.job_id, c.user_id, c.model_id, nextval('private.lease_tokens'), p_worker_id, c.attempt + 1,
-      now() + st.lease, now() + coalesce(m.deadline, st.lease), c.provider_job_id,
-      coalesce(c.create_started_at, now()), c.handles, c.sent_input, c.route
-    from claimed as c cross join private.settings as st
-    left join public.models as m on m.id = c.model_id
-    order by c.fair_key, c.seq
-    returning r.*
-  ),
-  started as (
-    update public.generations as g set
-      status = 'processing', started_at = coalesce(g.started_at, now()), updated_at = now()
-    where g.id = any (array(select r.job_id from running as r))
-    returning g.id, g.provider_input, g.image_count
-  )
-  select
-    r.job_id, r.user_id, r.token, r.attempt, m.provider, m.provider_ref, s.provider_input,
-    r.provider_job_id, m.image_inputs, s.image_count::smallint,
-    extract(epoch from m.deadline)::real, nullif(r.create_started_at, now()),
-    p.base_url, p.secret, p.key_hosts, p.hosts
-  from running as r
-  inner join started as s on s.id = r.job_id
-  left join public.models as m on m.id = r.model_id
-  left join private.providers as p on p.name = m.provider
-  order by r.token;
+      n.job_id, n.user_id, n.token, (n.attempt + 1)::smallint, n.provider, n.provider_ref,
+      s.provider_input, n.provider_job_id, n.image_inputs, s.image_count::smallint,
+      extract(epoch from n.deadline)::real, n.create_started_at, n.base_url, n.secret, n.key_hosts,
+      n.hosts, n.max_running
+    from next as n inner join started as s on s.id = n.job_id
+    order by n.token;
+    get diagnostics v_claimed = row_count;
+    if v_claimed = cardinality(v_ids) then
+      v_clock := setval(
+        'private.virtual_clock', greatest(pg_sequence_last_value('private.virtual_clock'), v_clock)
+      );
+      exit;
+    end if;
+    v_are_chosen := true;
+    v_left := v_left - v_claimed;
+  end loop;
 end;
 $$;
 
 comment on function private.claim_jobs is
-  'Moves up to p_slots jobs in fair order from ready to running and answers them. provider_job_id'
-  ' is set where an earlier attempt already bought something at the provider: resume it; else '
-  'begun_before, where one may have: look for it before creating again. Seconds are durations.';
+  'Moves up to p_slots jobs in fair order from ready to running and answers them: of providers that'
+  ' need no key, or one of p_keys. provider_job_id is set where an earlier attempt already bought '
+  'something at the provider: resume it; else begun_before, where one may have: look for it before '
+  'creating again. Seconds are durations; what follows them is the provider''s row.';

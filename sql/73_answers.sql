@@ -6,77 +6,96 @@
 -- A JSON template with its places filled from p_values. A text that is nothing but a place becomes
 -- the value itself, of whatever type; within a text it is written out.
 create function private.fill(p_template jsonb, p_values jsonb) returns jsonb
-language sql immutable set search_path = pg_catalog, pg_temp as $$
-  select string_agg(part.text || case
-    when place.is_whole then coalesce((p_values #> place.path)::text, 'null')
-    when place.path is not null
-      then regexp_replace(to_jsonb(coalesce(p_values #>> place.path, ''))::text, '^"|"$', '', 'g')
-    else ''
-  end, '' order by part.n)::jsonb
-  from regexp_split_to_table(p_template::text, '"\{\{[\w.]+\}\}"|\{\{[\w.]+\}\}')
-  with ordinality as part (text, n)
-  left join (
-    select m.n, m.of[1] like '"%' as is_whole, string_to_array(btrim(m.of[1], '"{}'), '.') as path
-    from regexp_matches(p_template::text, '"\{\{[\w.]+\}\}"|\{\{[\w.]+\}\}', 'g')
-    with ordinality as m (of, n)
-  ) as place on place.n = part.n
+language plpgsql immutable strict set search_path = pg_catalog, pg_temp as $$
+declare
+  v_filled text := '';
+  v_rest text := p_template::text;
+  v_place text;
+  v_path text[];
+begin
+  loop
+    v_place := substring(v_rest from '"\{\{[\w.]+\}\}"|\{\{[\w.]+\}\}');
+    exit when v_place is null;
+    v_path := string_to_array(btrim(v_place, '"{}'), '.');
+    v_filled := v_filled || left(v_rest, position(v_place in v_rest) - 1) || case
+      when v_place like '"%' then coalesce((p_values #> v_path)::text, 'null')
+      else regexp_replace(to_jsonb(coalesce(p_values #>> v_path, ''))::text, '^"|"$', '', 'g')
+    end;
+    v_rest := substr(v_rest, position(v_place in v_rest) + length(v_place));
+  end loop;
+  return (v_filled || v_rest)::jsonb;
+end;
 $$;
 
 -- The same for an address. A place at its start may be an address by itself; others are encoded.
 create function private.fill_url(p_template text, p_values jsonb) returns text
-language sql immutable set search_path = pg_catalog, pg_temp as $$
-  select string_agg(part.text || case
-    when part.n = 1 and part.text = '' then coalesce(p_values #>> place.path, '')
-    else coalesce((
-      select string_agg(case
-        when c.char ~ '[A-Za-z0-9._~/-]' then c.char
-        else upper(regexp_replace(encode(convert_to(c.char, 'utf8'), 'hex'), '(..)', '%\1', 'g'))
-      end, '' order by c.at)
-      from regexp_split_to_table(p_values #>> place.path, '') with ordinality as c (char, at)
-    ), '')
-  end, '' order by part.n)
-  from regexp_split_to_table(p_template, '\{\{[\w.]+\}\}') with ordinality as part (text, n)
-  left join (
-    select m.n, string_to_array(btrim(m.of[1], '{}'), '.') as path
-    from regexp_matches(p_template, '\{\{[\w.]+\}\}', 'g') with ordinality as m (of, n)
-  ) as place on place.n = part.n
+language plpgsql immutable strict set search_path = pg_catalog, pg_temp as $$
+declare
+  v_filled text := '';
+  v_rest text := p_template;
+  v_place text;
+  v_value text;
+begin
+  loop
+    v_place := substring(v_rest from '\{\{[\w.]+\}\}');
+    exit when v_place is null;
+    v_filled := v_filled || left(v_rest, position(v_place in v_rest) - 1);
+    v_rest := substr(v_rest, position(v_place in v_rest) + length(v_place));
+    v_value := coalesce(p_values #>> string_to_array(btrim(v_place, '{}'), '.'), '');
+    v_filled := v_filled || case
+      when v_filled = '' or v_value !~ '[^A-Za-z0-9._~/-]' then v_value
+      else (
+        select string_agg(case
+          when c.char ~ '[A-Za-z0-9._~/-]' then c.char
+          else upper(regexp_replace(encode(convert_to(c.char, 'utf8'), 'hex'), '(..)', '%\1', 'g'))
+        end, '' order by c.at)
+        from regexp_split_to_table(v_value, '') with ordinality as c (char, at)
+      )
+    end;
+  end loop;
+  return v_filled || v_rest;
+end;
+$$;
+
+create function private.requested(p_recipe jsonb, p_step jsonb, p_values jsonb) returns jsonb
+language plpgsql immutable strict set search_path = pg_catalog, pg_temp as $$
+begin
+  return jsonb_build_object(
+    'method', coalesce(p_step ->> 'method', 'GET'),
+    'url', private.fill_url(p_step ->> 'url', p_values),
+    'headers', private.fill(
+      coalesce(p_recipe -> 'headers', '{}') || coalesce(p_step -> 'headers', '{}'), p_values
+    ),
+    'body', private.fill(p_step -> 'body', p_values),
+    'seconds', p_step -> 'seconds_at_most'
+  );
+end;
 $$;
 
 create function private.build_request(
   p_provider text, p_step text, p_values jsonb
 ) returns jsonb
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select case jsonb_typeof(p.recipe -> p_step)
-    when 'array' then jsonb_agg(r.request order by s.n)
-    else (array_agg(r.request))[1]
-  end
-  from private.providers as p
-  cross join lateral (
-    select p_values || coalesce(p.recipe -> 'places', '{}')
-      || jsonb_build_object('base', p.base_url) as values
-  ) as v
-  cross join lateral jsonb_path_query(p.recipe -> p_step, '$[*]')
-    with ordinality as s (step, n)
-  cross join lateral (
-    select jsonb_build_object(
-      'method', coalesce(s.step ->> 'method', 'GET'),
-      'url', private.fill_url(s.step ->> 'url', v.values),
-      'headers', private.fill(
-        coalesce(p.recipe -> 'headers', '{}') || coalesce(s.step -> 'headers', '{}'),
-        v.values || '{"secret": "{{secret}}"}'
-      ),
-      'body', private.fill(s.step -> 'body', v.values),
-      'seconds', s.step -> 'seconds_at_most'
-    ) as request
-  ) as r
-  where p.name = p_provider
-  group by p.recipe
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+  v_provider private.providers := (select p from private.providers as p where p.name = p_provider);
+  v_values jsonb := p_values || coalesce(v_provider.recipe -> 'places', '{}')
+    || jsonb_build_object('base', v_provider.base_url, 'secret', '{{secret}}');
+  v_step jsonb := v_provider.recipe -> p_step;
+begin
+  if jsonb_typeof(v_step) = 'array' then
+    return (
+      select jsonb_agg(private.requested(v_provider.recipe, s.step, v_values) order by s.n)
+      from jsonb_array_elements(v_step) with ordinality as s (step, n)
+    );
+  end if;
+  return private.requested(v_provider.recipe, v_step, v_values);
+end;
 $$;
 
 comment on function private.build_request is
-  'What to send to a provider for a step of its recipe: {method, url, headers, body, seconds}; null '
-  'if the recipe has no such step. Places are filled from p_values, but for {{secret}} in headers, '
-  'which the worker puts in. A step that takes several requests gives an array of them.';
+  'What to send to a provider for a step of its recipe: {method, url, headers, body, seconds}; '
+  'null if the recipe has no such step. Places are filled from p_values, but for {{secret}}, which '
+  'the worker puts into headers. A step that takes several requests gives an array of them.';
 
 -- All that is found at one path or, in their order, at several. null paths: nothing is.
 create function private.at(p_body jsonb, p_paths jsonb, p_vars jsonb default '{}') returns jsonb[]
@@ -99,35 +118,56 @@ begin
 end;
 $$;
 
+-- The same as one text.
+create function private.words_at(p_body jsonb, p_paths jsonb) returns text
+language plpgsql immutable strict set search_path = pg_catalog, pg_temp as $$
+begin
+  return (
+    select string_agg(w.value #>> '{}', '; ') from unnest(private.at(p_body, p_paths)) as w (value)
+  );
+end;
+$$;
+
 -- What a provider's words about a failure mean: a code, or null where no row knows them.
 create function private.what_words_mean(p_provider text, p_words text) returns text
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select w.code from private.provider_words as w
-  where (w.provider is null or w.provider = p_provider) and p_words ~* w.pattern
-  order by w.place limit 1
+language plpgsql stable strict set search_path = pg_catalog, pg_temp as $$
+begin
+  return (
+    select w.code from private.provider_words as w
+    where (w.provider is null or w.provider = p_provider) and p_words ~* w.pattern
+    order by w.place limit 1
+  );
+end;
 $$;
 
 -- Percent of the whole that the last progress bar in a log shows, as tqdm draws them:
 -- " 50%|█████     | 2/4 [00:01<00:01, ...". Bars with words before are of downloads and the like.
 -- Most models draw one bar for each image.
 create function private.percent_in(p_logs text, p_images integer) returns integer
-language sql immutable set search_path = pg_catalog, pg_temp as $$
-  select least(100, (100 * (b.bars - 1 + b.share) / greatest(b.bars, p_images))::integer)
-  from (
-    select
-      count(*) filter (where d.is_new) as bars,
-      (array_agg(d.done / d.total order by d.n desc))[1] as share
-    from (
-      select m.n, m.bar[1]::numeric as done, m.bar[2]::numeric as total, coalesce(
-        m.bar[1]::numeric < lag(m.bar[1]::numeric) over (order by m.n)
-        or m.bar[2] <> lag(m.bar[2]) over (order by m.n), true
-      ) as is_new
-      from regexp_matches(
-        right(p_logs, 20000), '(?:^|[\r\n]) *\d{1,3}%\|[^|\r\n]*\| *(\d{1,9})/(0*[1-9]\d{0,8}) \[', 'g'
-      ) with ordinality as m (bar, n)
-    ) as d
-  ) as b
-  where b.bars > 0
+language plpgsql immutable strict set search_path = pg_catalog, pg_temp as $$
+declare
+  v_bar text[];
+  v_done numeric;
+  v_total numeric;
+  v_bars integer := 0;
+begin
+  if position('%|' in p_logs) = 0 then
+    return null;
+  end if;
+  for v_bar in
+    select m.bar from regexp_matches(
+      right(p_logs, 20000),
+      '(?:^|[\r\n]) *\d{1,3}%\|[^|\r\n]*\| *(\d{1,9})/(0*[1-9]\d{0,8}) \[', 'g'
+    ) as m (bar)
+  loop
+    if v_bar[1]::numeric < v_done or v_bar[2]::numeric = v_total is not true then
+      v_bars := v_bars + 1;
+    end if;
+    v_done := v_bar[1]::numeric;
+    v_total := v_bar[2]::numeric;
+  end loop;
+  return least(100, 100 * (v_bars - 1 + v_done / v_total) / greatest(v_bars, p_images))::integer;
+end;
 $$;
 
 create function private.read_answer(
@@ -144,7 +184,7 @@ declare
   v_code text;
 begin
   if p_status between 200 and 299 is not true then
-    v_words := array_to_string(private.at(p_body, v_recipe -> 'error_words'), '; ');
+    v_words := private.words_at(p_body, v_recipe -> 'error_words');
     v_code := case
       when p_status = 0 or p_status = 429 then 'provider_busy'
       when p_status in (401, 402, 403) then 'provider_refused'
@@ -154,7 +194,7 @@ begin
         )
         from jsonb_array_elements(v_recipe -> 'errors') with ordinality as e (value, n)
         where (e.value ->> 'step' = p_step) is not false
-          and private.at(p_body, e.value -> 'path') <> '{}'
+          and private.at(p_body, e.value -> 'path', jsonb_build_object('status', p_status)) <> '{}'
         order by e.n limit 1
       ), case
         when p_status in (400, 409, 413, 415, 422)
@@ -175,7 +215,8 @@ begin
       'reason', concat(p_step, ': ', coalesce('HTTP ' || nullif(p_status, 0), 'no answer')),
       'detail', left(coalesce(nullif(v_words, ''), p_body #>> '{}'), 2000),
       'retry_after', coalesce(
-        p_headers ->> 'retry-after', (private.at(p_body, v_recipe -> 'retry_after'))[1] #>> '{}'
+        private.asked_seconds(p_headers ->> 'retry-after'),
+        private.asked_seconds((private.at(p_body, v_recipe -> 'retry_after'))[1] #>> '{}')
       )
     ));
   elsif p_step = 'find' then
@@ -183,7 +224,8 @@ begin
       'is', 'found',
       'ids', array(
         select i.id
-        from unnest(private.at(p_body, v_step -> 'items', p_vars)) with ordinality as item (value, n)
+        from unnest(private.at(p_body, v_step -> 'items', p_vars))
+          with ordinality as item (value, n)
         cross join lateral (
           select (private.at(item.value, v_step -> 'item_id'))[1] #>> '{}' as id
         ) as i
@@ -192,13 +234,14 @@ begin
         order by item.n desc
       ),
       'is_alive', coalesce(p_vars -> 'id' = any (private.at(p_body, v_step -> 'alive')), false),
-      'next', (private.at(p_body, v_step -> 'next'))[1]
+      'next', (private.at(p_body, v_step -> 'next'))[1] #>> '{}'
     );
   end if;
   v_outputs := private.at(p_body, v_step -> 'outputs');
   v_is := case
     when p_step = 'result' or p_step = 'create' and v_outputs <> '{}' then 'done'
     when p_step = 'create' then 'accepted'
+    when p_step = 'upload' then 'failed'  -- without the address that was asked for
     when private.at(p_body, v_step -> 'failed_if') <> '{}' then 'failed'
     when private.at(p_body, v_step -> 'gone_if') <> '{}' then 'gone'
     when private.at(p_body, v_step -> 'missing_if') <> '{}' then 'missing'
@@ -207,7 +250,7 @@ begin
     )
   end;
   if v_is in ('failed', 'stopped', 'moderated') then
-    v_words := array_to_string(private.at(p_body, v_step -> 'words'), '; ');
+    v_words := private.words_at(p_body, v_step -> 'words');
     v_code := case v_is
       when 'failed' then coalesce(private.what_words_mean(p_provider, v_words), 'provider_error')
       when 'stopped' then 'provider_error'
@@ -227,13 +270,18 @@ begin
     ) end,
     'outputs', case
       when v_is <> 'done' or p_step = 'poll' and v_recipe ? 'result' then null
-      when v_step ? 'output_url' then (
-        select jsonb_agg(private.fill_url(v_step ->> 'output_url', o.value || p_vars) order by o.n)
+      else coalesce((
+        select jsonb_agg(case when v_step ? 'output_url'
+          then to_jsonb(private.fill_url(v_step ->> 'output_url', o.value || p_vars))
+          else o.value
+        end order by o.n)
         from unnest(v_outputs) with ordinality as o (value, n)
-      )
-      else to_jsonb(v_outputs)
+        where jsonb_typeof(o.value) = case when v_step ? 'output_url' then 'object' else 'string' end
+      ), '[]')
     end,
-    'percent', (private.at(p_body, v_step -> 'percent'))[1],
+    'percent', case jsonb_typeof((private.at(p_body, v_step -> 'percent'))[1]) when 'number' then
+      greatest(0, least(100, (private.at(p_body, v_step -> 'percent'))[1]::numeric))::integer
+    end,
     'logs', (private.at(p_body, v_step -> 'logs'))[1] #>> '{}',
     'seconds', (private.at(p_body, v_step -> 'seconds'))[1],
     'images', (private.at(p_body, v_step -> 'images'))[1],
@@ -243,11 +291,11 @@ end;
 $$;
 
 comment on function private.read_answer is
-  'What an answer means, as far as it can be known from itself. p_status 0: nothing was sent; null: '
-  'no answer came; p_vars is what build_request was given. Answers {is, …}: accepted (it will be '
-  'made: id, handles); running (percent, logs); done (outputs, unless the step result fetches '
-  'them); failed (code of error_codes, reason without and detail with the provider''s words, '
-  'is_billed where known); gone (nothing is left of it); missing (it may be gone); again (no answer '
-  'to speak of, after retry_after if it says); unsure (of a create: it may have been bought); found '
-  '(ids of what was created from the input, oldest first; is_alive; next page). With seconds, '
-  'images and cost_usd where the provider says them.';
+  'What an answer means, as far as it can be known from itself. p_status 0: nothing was sent; '
+  'null: no answer came; p_vars is what build_request was given. Answers {is, …}: accepted (it '
+  'will be made: id, handles); running (percent, logs); done (outputs, unless the step result '
+  'fetches them); failed (code of error_codes, reason without and detail with the provider''s '
+  'words, is_billed where known); gone (nothing is left of it); missing (it may be gone); again '
+  '(no answer to speak of: once more, after retry_after if it says); unsure (of a create: it '
+  'may have been bought); found (ids of what was created from the input, oldest first; '
+  'is_alive; next page). With seconds, images and cost_usd where the provider says them.';

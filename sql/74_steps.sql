@@ -31,20 +31,28 @@ $$;
 -- Whether a provider repeats the input of a create with addresses that were not sent: then it
 -- answers somebody else.
 create function private.is_anothers(p_echo jsonb, p_input jsonb) returns boolean
-language sql immutable set search_path = pg_catalog, pg_temp as $$
-  select exists (
+language plpgsql immutable strict set search_path = pg_catalog, pg_temp as $$
+begin
+  return exists (
     select e.value
-    from jsonb_path_query(p_echo, 'strict $.** ? (@.type() == "string" && @ like_regex "://")') as e (value)
+    from jsonb_path_query(
+      p_echo, 'strict $.** ? (@.type() == "string" && @ like_regex "://")'
+    ) as e (value)
     except
     select i.value from jsonb_path_query(p_input, 'strict $.**') as i (value)
-  )
+  );
+end;
 $$;
 
 -- Seconds to the next try of what failed this often before, or longer, up to a minute, if the
 -- provider asks for it.
 create function private.next_try(p_failures integer, p_asked_seconds double precision) returns real
-language sql immutable set search_path = pg_catalog, pg_temp as $$
-  select greatest(least(10, 0.25 * 2 ^ least(p_failures, 16)), least(60, coalesce(p_asked_seconds, 0)))::real
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
+begin
+  return greatest(
+    least(10, 0.25 * 2 ^ least(p_failures, 16)), least(60, coalesce(p_asked_seconds, 0))
+  );
+end;
 $$;
 
 create function private.next_step(p_job private.running_jobs, p_answer jsonb) returns jsonb
@@ -58,9 +66,12 @@ declare
   v_step text := p_answer ->> 'step';
   v_memo jsonb := coalesce(p_answer -> 'memo', '{}');
   v_tries integer := coalesce((p_answer #>> '{memo,tries}')::integer, 0);
+  v_missed integer := coalesce((p_answer #>> '{memo,missed}')::integer, 0);
+  v_is_blind boolean;  -- that a lost create is not found does not prove that nothing was bought
   v_known jsonb := '{}';
   v_is text;  -- as read_answer says; also ready, bought, absent
   v_send text;
+  v_request jsonb;
   v_wait real := 0;
   v_id text;
 begin
@@ -77,6 +88,7 @@ begin
       else coalesce(p_job.sent_input, v_generation.provider_input)
     end,
     'ref', v_route.provider_ref,
+    'app', substring(v_route.provider_ref from '^[^/]+/[^/]+'),
     'model', split_part(v_route.provider_ref, ':', 1),
     'version', split_part(v_route.provider_ref, ':', 2),
     'key', md5(p_job.job_id || '/' || (
@@ -90,8 +102,9 @@ begin
     'since', to_char(
       (p_job.create_started_at - interval '1 minute') at time zone 'utc',
       'YYYY-MM-DD"T"HH24:MI:SS"+00:00"'
-    )
-  );
+    ),
+    'base', v_provider.base_url
+  ) || coalesce(v_provider.recipe -> 'places', '{}');
   if v_route.input_template is not null then
     v_values := v_values || jsonb_build_object(
       'input', jsonb_strip_nulls(private.fill(v_route.input_template, v_values))
@@ -100,13 +113,14 @@ begin
   if v_provider.lost_create = 'key' and p_job.provider_job_id is null then
     v_values := v_values || jsonb_build_object('id', v_values -> 'key');
   end if;
+  v_is_blind := v_provider.recipe #> '{find,shows_all}' = 'true' is not true;
 
   -- What is known.
   if v_step is null and p_job.provider_job_id is not null then
     v_is := 'bought';
   elsif v_step is null and p_job.create_started_at < p_job.claimed_at and (
     p_job.sent_input is not null
-    or v_provider.lost_create <> 'unknown' and not v_generation.provider_input ?| v_model.image_inputs
+    or not v_is_blind and not v_generation.provider_input ?| v_model.image_inputs
   ) then
     v_is := 'unsure';
   elsif v_step is null or v_step = 'sources' then
@@ -123,13 +137,14 @@ begin
     end if;
     v_known := v_known || jsonb_build_object(
       'reason', concat_ws(' ', v_known ->> 'reason', p_answer ->> 'error'),
-      'retry_after', private.asked_seconds(v_known ->> 'retry_after'),
       'metrics', jsonb_strip_nulls(jsonb_build_object(
         'is_asked', case when v_step = 'create' and v_is = 'failed' then false end,
         'is_billed', v_known -> 'is_billed',
         'provider_seconds', v_known -> 'seconds',
         'images', coalesce(v_known -> 'images', to_jsonb(jsonb_array_length(v_known -> 'outputs'))),
-        'cost_usd', coalesce(v_known -> 'cost_usd', p_job.handles -> 'cost_usd')
+        'cost_usd', coalesce(
+          v_known -> 'cost_usd', v_known #> '{handles,cost_usd}', p_job.handles -> 'cost_usd'
+        )
       ))
     );
   end if;
@@ -159,9 +174,11 @@ begin
   end if;
 
   -- What is proven to be this job's, by its answer or by our key, becomes so.
-  if v_is = 'accepted' and v_known ->> 'id' ~ '^[\w.:-]{1,200}$' and not private.is_anothers(
-    (private.at(p_answer -> 'body', v_provider.recipe #> '{create,echo}'))[1], v_values -> 'input'
-  ) then
+  if v_is = 'accepted' and v_known ->> 'id' ~ '^[\w.:-]{1,200}$'
+    and length(v_known ->> 'handles') > 10000 is not true
+    and private.is_anothers(
+      (private.at(p_answer -> 'body', v_provider.recipe #> '{create,echo}'))[1], v_values -> 'input'
+    ) is not true then
     v_id := v_known ->> 'id';
   elsif p_job.provider_job_id is null and v_step = 'poll' and v_is in ('running', 'done', 'failed')
     or p_job.provider_job_id is null and v_known @> '{"is_alive": true}' then
@@ -170,18 +187,24 @@ begin
   foreach v_id in array array_remove(
     v_id || array(select jsonb_array_elements_text(v_known -> 'ids')), null
   ) loop
-    exit when private.adopt(p_job, v_id, v_known -> 'handles');
+    p_job.handles := coalesce(v_known -> 'handles', private.fill(
+      v_provider.recipe #> '{find,handles}', v_values || jsonb_build_object('id', v_id)
+    ));
+    exit when private.adopt(p_job, v_id, p_job.handles);
     v_id := null;
   end loop;
   if v_id is not null then
-    v_values := v_values || jsonb_build_object('id', v_id, 'handles', v_known -> 'handles');
+    v_values := v_values || jsonb_build_object('id', v_id, 'handles', p_job.handles);
     p_job.provider_job_id := v_id;
   end if;
   if v_is = 'accepted' and v_id is null then
     v_is := 'unsure';
     v_known := v_known || '{"reason": "create: an answer without an id of its own"}';
   elsif v_is = 'found' then
-    v_is := case when v_id is not null or v_known @> '{"is_alive": true}' then 'running' else 'missing' end;
+    v_is := case
+      when v_id is not null or v_known @> '{"is_alive": true}' then 'running'
+      else 'missing'
+    end;
   end if;
 
   -- What was not answered, and what is not found.
@@ -193,7 +216,8 @@ begin
   elsif v_is = 'missing' and v_known ->> 'next' <> '' then
     v_send := 'find';
     v_memo := v_memo || jsonb_build_object(
-      'page', v_known -> 'next', 'pages', coalesce((v_memo ->> 'pages')::integer, 1) + 1
+      'page', coalesce(substring(v_known ->> 'next' from '\?[^#]*'), ''),
+      'pages', coalesce((v_memo ->> 'pages')::integer, 1) + 1
     );
     if v_memo @@ '$.pages > 50' then
       return v_known || '{"do": "fail", "code": "timeout", "reason": "find: too many pages"}';
@@ -202,17 +226,16 @@ begin
     v_send := 'find';
   elsif v_is = 'missing' and (
     p_job.provider_job_id is null and clock_timestamp() < (v_memo ->> 'until')::timestamptz
-    or p_job.provider_job_id is not null and v_tries < 4
+    or p_job.provider_job_id is not null and v_missed < 4
   ) then
     v_send := case v_provider.lost_create when 'key' then 'poll' else v_step end;
-    v_wait := private.next_try(v_tries, null);
-    v_memo := v_memo - '{page,pages}'::text[] || jsonb_build_object('tries', v_tries + 1);
+    v_wait := private.next_try(v_missed, null);
+    v_memo := v_memo - '{page,pages}'::text[] || jsonb_build_object('missed', v_missed + 1);
   elsif v_is = 'unsure' or v_is = 'missing' and p_job.provider_job_id is null then
-    if not v_provider.buys_again
-      and (v_provider.recipe #> '{find}' @> '{"shows_all": true}' is not true) then
+    if v_is_blind and not v_provider.buys_again then
       return v_known || jsonb_build_object(
         'do', 'fail', 'code', 'outcome_unknown', 'reason', coalesce(
-          v_known ->> 'reason', v_memo ->> 'lost', 'create: began in an attempt before'
+          v_memo ->> 'lost', nullif(v_known ->> 'reason', ''), 'create: began in an attempt before'
         )
       );
     elsif v_step = 'create' or v_memo ? 'lost' then
@@ -227,14 +250,14 @@ begin
   -- What comes next.
   if v_is = 'done' and v_known ? 'outputs' then
     update private.running_jobs set stage = 'storing' where job_id = p_job.job_id;
-    return v_known || case
+    return v_known - 'logs' || case
       when p_job.cancel_requested then '{"do": "cancel"}'::jsonb
       when v_known -> 'outputs' = '[]'
         then '{"do": "fail", "code": "provider_error", "reason": "no output"}'
       else '{"do": "store"}'
     end;
   elsif v_is = 'failed' and v_send is null then
-    return v_known || '{"do": "fail"}';
+    return v_known - 'logs' || '{"do": "fail"}';
   elsif v_is = 'gone' or v_is = 'missing' and v_send is null then
     return v_known || jsonb_build_object(
       'do', 'fail', 'code', 'result_lost', 'reason', v_step || ': its result was removed'
@@ -247,7 +270,11 @@ begin
     v_memo := v_memo || jsonb_build_object('tries', v_tries + 1);
   elsif v_is in ('bought', 'accepted', 'running') then
     v_send := 'poll';
-    v_wait := case v_is when 'accepted' then 0.5 when 'running' then least(3, 0.5 * 1.2 ^ least(v_tries, 20)) else 0 end;
+    v_wait := case v_is
+      when 'accepted' then 0.5
+      when 'running' then least(3, 0.5 * 1.2 ^ least(v_tries, 20))
+      else 0
+    end;
     v_memo := jsonb_build_object('tries', v_tries + 1);
   end if;
   if v_send = 'upload' or v_is = 'ready' and v_step is distinct from 'sources'
@@ -259,16 +286,20 @@ begin
     );
   elsif v_is = 'ready' then
     v_send := 'create';
-    if v_step = 'sources' or v_provider.lost_create = 'unknown' then
-      update private.running_jobs set sent_input = coalesce(p_answer -> 'input', v_generation.provider_input)
+    if v_step = 'sources' or v_is_blind then
+      update private.running_jobs
+      set sent_input = coalesce(p_answer -> 'input', v_generation.provider_input)
       where job_id = p_job.job_id;
     end if;
   end if;
+  v_request := private.build_request(v_provider.name, v_send, v_values);
   return jsonb_build_object(
     'do', 'send', 'step', v_send, 'wait', v_wait, 'memo', v_memo,
-    'request', private.build_request(v_provider.name, v_send, v_values) || case
-      when v_send = 'find' and v_memo ? 'page' then jsonb_build_object('url', v_memo -> 'page')
-      else '{}'
+    'request', case
+      when v_send = 'find' and v_memo ? 'page' then v_request || jsonb_build_object(
+        'url', split_part(v_request ->> 'url', '?', 1) || (v_memo ->> 'page')
+      )
+      else v_request
     end,
     'is_found', case when v_step = 'find' and v_id is not null then true end,
     'cancel', case
@@ -277,10 +308,10 @@ begin
           private.build_request(v_provider.name, 'cancel', v_values), '$[*]'
         )
     end,
-    'percent', case jsonb_typeof(v_known -> 'percent')
-      when 'number' then greatest(0, least(100, round((v_known ->> 'percent')::numeric)))
-      else private.percent_in(v_known ->> 'logs', v_generation.image_count)
-    end,
+    'percent', coalesce(
+      v_known -> 'percent',
+      to_jsonb(private.percent_in(v_known ->> 'logs', v_generation.image_count))
+    ),
     'metrics', case when v_step = 'create' then v_known -> 'metrics' end
   );
 end;
@@ -294,12 +325,14 @@ set jit = off as $$
 #variable_conflict use_column
 declare
   v_job private.running_jobs;
+  v_held bigint[] := '{}';
 begin
   for v_job in
     select r.* from private.running_jobs as r
     where r.job_id = any (p_job_ids) and r.token = any (p_tokens) order by r.job_id for update
   loop
     token := v_job.token;
+    v_held := v_held || token;
     step := private.next_step(v_job, p_answers[array_position(p_tokens, v_job.token)]);
     return next;
   end loop;
@@ -315,25 +348,29 @@ begin
       said.answer -> 'headers', said.answer -> 'body'
     ) as to_cancel
   ) as known
-  where said.answer ->> 'step' = 'create' and known.to_cancel ->> 'is' = 'accepted'
+  where said.answer ->> 'step' = 'create' and said.token <> all (v_held)
+    and known.to_cancel ->> 'is' = 'accepted'
     and not exists (select from public.generations as g where g.id = said.job_id);
 end;
 $$;
 
 comment on function private.next_steps is
-  'What to do next for each of these jobs, after what the provider answered: {step, memo as it was '
-  'told, provider, status (0: nothing was sent, null: no answer came), headers, body, error}; null '
-  'after the claim; {step: sources, input}: the input with addresses in place of paths. Answers each job '
-  'whose lease holds {do, …}: send (request, after wait seconds; cancel: what stops the job from '
-  'now on); sources (make their addresses, with upload where Storage''s own cannot be fetched); '
-  'store (outputs); fail (code, reason, detail, retry_after); pause (the account is refused); '
-  'cancel (its user wants that); drop (its user is gone: send cancel). metrics are as complete_jobs takes them.';
+  'What to do next for each of these jobs, after what the provider answered: {step, memo as it '
+  'was told, provider, status (0: nothing was sent, null: no answer came), headers, body, '
+  'error}; null after the claim; {step: sources, input}: the input with addresses in place of '
+  'paths. Answers each job whose lease holds {do, …}: send (request, after wait seconds; '
+  'cancel: what stops the job from now on); sources (make their addresses, with upload where '
+  'Storage''s own cannot be fetched); store (outputs); fail (code, reason, detail, '
+  'retry_after); pause (the account is refused); cancel (its user wants that); drop (its user '
+  'is gone: send cancel). metrics are as complete_jobs takes them.';
 
 create function private.list_providers() returns table (
   name text, base_url text, secret text, key_hosts text[], hosts text[], account jsonb
 )
 language sql security definer set search_path = pg_catalog, pg_temp as $$
-  select p.name, p.base_url, p.secret, p.key_hosts, p.hosts, private.build_request(p.name, 'account', '{}')
+  select
+    p.name, p.base_url, p.secret, p.key_hosts, p.hosts,
+    private.build_request(p.name, 'account', '{}')
   from private.providers as p
   where p.recipe is not null and p.is_active and exists (
     select from public.models as m where m.provider = p.name and m.is_active
@@ -342,4 +379,4 @@ language sql security definer set search_path = pg_catalog, pg_temp as $$
 $$;
 
 comment on function private.list_providers is
-  'The providers of active models, and what to ask to see whether the account is open: for a check.';
+  'The providers of active models, and what to ask to see whether the account is open.';

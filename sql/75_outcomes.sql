@@ -178,7 +178,10 @@ begin
   update public.generations set status = 'queued', updated_at = now() where id = p_job.job_id;
   perform private.record_attempts(array[p_job], p_outcome, array[p_metrics], p_code, p_detail);
   if p_delay <= interval '0' then
-    perform private.wake_workers();
+    perform private.wake_workers(1, (
+      select w.provider from private.routes as w
+      where w.model_id = p_job.model_id and w.place = p_job.route
+    ));
   end if;
 end;
 $$;
@@ -249,30 +252,41 @@ language sql immutable set search_path = pg_catalog, pg_temp as $$
   )
 $$;
 
-create function private.asked_seconds(p_text text) returns double precision
-language sql immutable set search_path = pg_catalog, pg_temp as $$
-  select case when p_text ~ '^\d{1,6}(\.\d{1,6})?$' then p_text::double precision end
+-- How many seconds a Retry-After asks to wait: a number, of several the first, or until a date to
+-- come. Null if its words are neither.
+create function private.asked_seconds(p_words text) returns double precision
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+begin
+  return coalesce(
+    substring(p_words, '^\s*(\d{1,15}(?:\.\d{1,15})?)\s*(?:,|$)')::double precision,
+    -- HTTP's dates are in GMT, also in the form that does not say so.
+    nullif(greatest(0, extract(epoch from (
+      substring(p_words, '^\s*((?:Mon|Tue|Wed|Thu|Fri|Sat|Sun).{10,40})$')::timestamp
+      at time zone 'UTC' - now()
+    ))), 0)
+  );
+exception when data_exception then
+  return null;
+end;
 $$;
 
--- How long to wait before the next attempt: exponential backoff with full jitter, so that jobs that
--- failed together do not come back together, or longer if the provider asks for it. One that asks
--- for no pause has its way once.
+-- How long to wait before the next attempt: exponential backoff, or longer if the provider asks for
+-- it. Jitter, so that jobs that failed together do not come back together, takes half at most: one
+-- job makes six creates in its first minute and two in a later one, whatever a provider asks for.
 create function private.retry_delay(
   p_failures_before integer, p_retry_after_seconds double precision
 ) returns interval
 language sql set search_path = pg_catalog, pg_temp as $$
   select private.asked_delay(
-    case
-      when p_failures_before = 0 and p_retry_after_seconds is not null then interval '0'
-      else random() * least(s.retry_cap, s.retry_base * power(2, least(p_failures_before, 20)))
-    end,
+    (1 - random() / 2) * least(s.retry_cap, s.retry_base * power(2, least(p_failures_before, 20))),
     p_retry_after_seconds, 3600
   )
   from private.settings as s
 $$;
 
 -- Retries a failed attempt while it may, or fails the job for good, or cancels it if the user wants
--- that. Answers 'retried', 'failed' or 'canceled'.
+-- that. Answers 'retried', 'failed' or 'canceled'. What uses no attempt is bounded, too: by the
+-- job's age and by settings.max_claims; but for what waits for an operator to mend its model.
 create function private.end_failed_attempt(
   p_job private.running_jobs, p_code text, p_detail text,
   p_retry_after_seconds double precision default null, p_metrics jsonb default '{}'
@@ -282,6 +296,7 @@ declare
   v_error private.error_codes;
   v_settings private.settings;
   v_attempts_used integer;
+  v_claims_before integer;
   v_detail text;
 begin
   if p_job.cancel_requested then
@@ -296,16 +311,19 @@ begin
   where code in (p_code, 'internal') order by code = p_code desc limit 1;
   v_detail := concat_ws(': ', nullif(p_code, v_error.code), p_detail);
   v_attempts_used := p_job.attempt - case when v_error.uses_attempt then 0 else 1 end;
-  if v_error.is_retryable and v_attempts_used < v_settings.max_attempts and exists (
-    select from public.generations
-    where id = p_job.job_id and created_at > now() - v_settings.give_up_after
-  ) then
+  select count(*) into v_claims_before from private.attempts where generation_id = p_job.job_id;
+  if v_error.pauses_model
+    or v_error.is_retryable and v_attempts_used < v_settings.max_attempts
+    and v_claims_before + 1 < v_settings.max_claims and exists (
+      select from public.generations
+      where id = p_job.job_id and created_at > now() - v_settings.give_up_after
+    ) then
     perform private.requeue_job(
       p_job, 'retried', v_attempts_used,
-      private.retry_delay(
-        (select count(*)::integer from private.attempts where generation_id = p_job.job_id),
-        p_retry_after_seconds
-      ),
+      case
+        when v_error.pauses_model then '0'
+        else private.retry_delay(v_claims_before, p_retry_after_seconds)
+      end,
       v_error.resumes and not p_metrics @> '{"is_asked": false}',
       -- What the next attempt resumes is paid once: it will be booked there.
       case when v_error.resumes then '{}' else p_metrics end, v_error.code, v_detail
@@ -348,10 +366,13 @@ begin
     );
     return next;
   end loop;
-  perform private.note_failures(v_jobs, array(
-    select p_codes[array_position(p_tokens, j.token)]
-    from unnest(v_jobs) with ordinality as j order by j.ordinality
-  ));
+  perform private.set_pause(m.id, 'infinity', left(min(concat_ws(': ', e.code, said.detail)), 500))
+  from unnest(v_jobs) as j
+  cross join lateral unnest(p_tokens, p_codes, p_details) as said (token, code, detail)
+  inner join private.error_codes as e on e.code = said.code and e.pauses_model
+  inner join public.models as m on m.id = j.model_id
+  where said.token = j.token group by m.id order by m.id;
+  perform private.note_failures(v_jobs);
 end;
 $$;
 
@@ -378,10 +399,12 @@ begin
     );
   elsif exists (
     select from public.generations as g cross join private.settings as s
-    where g.id = v_job.job_id and g.created_at < now() - s.give_up_after
-      and s.max_attempts <= (
-        select count(*) from private.attempts as a where a.generation_id = g.id
-      )
+    where g.id = v_job.job_id and (
+      select count(*) from private.attempts as a where a.generation_id = g.id
+    ) >= case
+      when g.created_at < now() - s.give_up_after then s.max_attempts
+      else s.max_claims - 1
+    end
   ) then
     perform private.end_jobs(array[v_job], 'failed', p_code => 'internal');
   elsif v_job.job_id is not null then
@@ -392,9 +415,10 @@ $$;
 
 comment on function private.release_job is
   'Gives a job back unfinished (graceful stop, refused account): next in line, the attempt does '
-  'not count, the checkpoint is kept; or canceled, if the user asked for that; or failed, if it is '
-  'older than give_up_after and has been claimed more than max_attempts times. p_resumes false: '
-  'nothing was bought at the provider. Errors: DR001 lease_lost.';
+  'not count, the checkpoint is kept; or canceled, if the user asked for that; or failed, if it '
+  'has been claimed max_claims times, or is older than give_up_after and has been claimed more '
+  'than max_attempts times. p_resumes false: nothing was bought at the provider. Errors: DR001 '
+  'lease_lost.';
 
 create function private.cancel_job(
   p_job_id uuid, p_token bigint, p_metrics jsonb default null

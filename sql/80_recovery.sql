@@ -17,6 +17,8 @@ language sql set search_path = pg_catalog, pg_temp as $$
       select min(r.queued_at) from private.ready_jobs as r
       where r.run_at is null and not r.model_id = any (array(
         select p.id from private.paused_models as p where p.paused_until is not null
+        union all
+        select u.id from private.unserved_models as u
       ))
     ),
     looked_at = now()
@@ -70,14 +72,7 @@ begin
     'select private.end_stale_jobs($1)', array(select j.job_id from unnest(v_stale) as j)
   );
   perform private.skip_failing('select private.refresh_model_stats()', array['*']);
-  perform private.skip_failing(
-    'select private.note_failures($1, array_fill(''timeout''::text, array[cardinality($1)]))',
-    array(
-      select j from unnest(v_stale) as j
-      where j.lease_until >= now()
-        and not exists (select from private.running_jobs as r where r.job_id = j.job_id)
-    )
-  );
+  perform private.skip_failing('select private.note_failures($1)', v_stale);
   perform private.refresh_queue_state();
   return v_recovered;
 end;

@@ -125,6 +125,16 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   ) or exists (select from private.live_jobs as j where j.job_id = private.path_id(p_path, 2))
 $$;
 
+-- Whether a live job is made from a picture of this generation.
+create function private.is_source(p_id uuid) returns boolean
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select exists (
+    select from private.sources as s
+    where s.source_id = p_id
+      and exists (select from private.live_jobs as j where j.job_id = s.generation_id)
+  )
+$$;
+
 -- When a file was last written, as Storage has on record; null if it is not there, or there is no
 -- such record here.
 create function private.file_changed_at(p_bucket text, p_path text) returns timestamptz
@@ -160,8 +170,8 @@ $$;
 
 -- For workers.
 
--- What has come to be needed again since it was marked is kept: its generation was restored or its
--- job is live, or a user who is here has uploaded it anew.
+-- What has come to be needed again since it was marked is kept: its generation was restored, its
+-- job is live, or one that may be made from it, or a user who is here has uploaded it anew.
 create function private.list_expired_files(p_at_most integer default 100)
 returns table (bucket text, path text)
 language sql security definer set search_path = pg_catalog, pg_temp as $$
@@ -169,10 +179,14 @@ language sql security definer set search_path = pg_catalog, pg_temp as $$
     select f.ctid, case
       when f.bucket = 'inputs' then (
         select private.file_changed_at(f.bucket, f.path) > f.marked_at
+          or exists (select from private.live_jobs as j where j.user_id = e.user_id)
         from public.entitlements as e where e.user_id = f.user_id
       )
       when f.generation_id is null then private.is_output(f.path)
-      else (select g.deleted_at is null from public.generations as g where g.id = f.generation_id)
+      else (
+        select g.deleted_at is null or private.is_source(g.id)
+        from public.generations as g where g.id = f.generation_id
+      )
     end as is_needed
     from private.expired_files as f
     where f.try_at <= now() order by f.try_at limit p_at_most for update skip locked
@@ -266,6 +280,7 @@ language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   delete from public.images where generation_id = old.id;
   delete from private.retries where retry_of = old.id;
+  delete from private.sources where source_id = old.id;
   return null;
 end;
 $$;

@@ -96,8 +96,8 @@ comment on function private.apply_retention is
   'at once. What cannot be done is passed over: see private.skipped_rows.';
 
 -- Which generations have been kept long enough: those that their users deleted, and old ones but
--- for favorites. Hides these of them and marks their files; those without files go at once. Answers
--- how many files and generations.
+-- for favorites and sources. Hides these of them and marks their files; those without files go at
+-- once. Answers how many files and generations.
 create function private.expire_generations(p_ids uuid[]) returns integer
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
@@ -108,7 +108,7 @@ declare
     where g.id = any (p_ids) and g.finished_at is not null and (
       g.deleted_at <= now() - v_settings.keep_deleted
       or g.finished_at <= now() - v_settings.keep_generations and not g.is_favorite
-    )
+    ) and not private.is_source(g.id)
     order by g.id for update skip locked
   );
 begin
@@ -126,8 +126,8 @@ begin
 end;
 $$;
 
--- Generations their users deleted, longest ago first. Those whose files wait to be deleted, and
--- those that were skipped before, take no places of others.
+-- Generations their users deleted, longest ago first. Those whose files wait to be deleted, sources
+-- of live jobs, and those that were skipped before, take no places of others.
 create function private.expire_deleted(
   p_place text, p_at_most integer, out place text, out done integer
 )
@@ -137,6 +137,7 @@ language sql set search_path = pg_catalog, pg_temp as $$
     where g.deleted_at <= now() - (select s.keep_deleted from private.settings as s)
       and g.finished_at is not null
       and not exists (select from private.expired_files as f where f.generation_id = g.id)
+      and not private.is_source(g.id)
     order by g.deleted_at limit p_at_most + (select count(*) from private.skipped_rows)
   ))
 $$;

@@ -185,7 +185,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   from private.alert_rules as rule
   cross join jsonb_to_record(h) as x (
     depth jsonb, running jsonb, rates jsonb, workers jsonb, routines jsonb, paused jsonb,
-    vacuum jsonb, outbox jsonb, books jsonb, skipped jsonb
+    unserved jsonb, vacuum jsonb, outbox jsonb, books jsonb, skipped jsonb
   )
   cross join lateral (
     select (x.workers ->> 'alive')::integer as alive, (x.workers ->> 'listening')::integer as listen
@@ -209,6 +209,13 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
         x.running ->> 'stale', round((x.running ->> 'stale_seconds')::numeric))),
     ('no_worker', case when w.alive = 0 then x.depth ->> 'ready' end, null,
       (x.depth ->> 'ready') || ' jobs are ready and no worker is alive'),
+    ('unserved', (select sum(u.value::integer) from jsonb_each_text(x.unserved) as u)::text, null, (
+      select string_agg(
+        format('%s jobs wait for %s, which no living worker serves', u.value, u.key), '; '
+        order by u.key
+      )
+      from jsonb_each_text(x.unserved) as u
+    )),
     ('not_listening', (w.alive - w.listen)::text, null,
       format('%s of %s workers', w.alive - w.listen, w.alive)),
     ('cron_silent', r.value ->> 'runs_missed', null,
@@ -287,6 +294,15 @@ begin
       )), '{}')
       from private.routines as r where r.every is not null
     ),
+    'unserved', (
+      select coalesce(jsonb_object_agg(u.provider, u.jobs), '{}')
+      from (
+        select m.provider, sum(m.ready) as jobs
+        from jsonb_populate_recordset(null::private.queue_by_model, p_models) as m
+        where m.ready > 0 and m.model_id in (select n.id from private.unserved_models as n)
+        group by m.provider
+      ) as u
+    ),
     'paused', (
       select coalesce(jsonb_agg(to_jsonb(p) ||
         case when v_is_operator then '{}' else '{"pause_reason": null}'::jsonb end
@@ -358,7 +374,8 @@ comment on function public.queue_health is
   'detail, hint}], depth {ready, delayed, paused, oldest_ready_seconds}, running {jobs, stale, '
   'stale_seconds}, rates {last_minute, per_minute_of_15, attempts_of_15_minutes, error_rate, '
   'burned_of_15_minutes, burned_by_users}, workers {alive, asleep, listening, slots, slots_used}, '
-  'routines {name: {last_run_at, every_seconds, runs_missed}}, paused, vacuum '
-  '{oldest_transactions, sees_all_sessions}, outbox {pending, oldest_pending_seconds, dead}, books '
-  '{recent_problems, checked_at, problems, examples}, skipped {rows, since, steps}}. A monitor is '
-  'shown no reasons and no examples. Thresholds are rows of private.alert_rules.';
+  'routines {name: {last_run_at, every_seconds, runs_missed}}, paused, unserved {provider: ready '
+  'jobs}, vacuum {oldest_transactions, sees_all_sessions}, outbox {pending, '
+  'oldest_pending_seconds, dead}, books {recent_problems, checked_at, problems, examples}, skipped '
+  '{rows, since, steps}}. A monitor is shown no reasons and no examples. Thresholds are rows of '
+  'private.alert_rules.';

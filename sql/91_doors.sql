@@ -16,7 +16,8 @@ $$;
 comment on function public.enqueue_generation is
   'Asks for a picture: checks, charges and queues in one transaction. Answers {job_id, status, '
   'reused, credits_left, queue_position and eta_seconds (null here: get_job_status tells them), '
-  'poll_after_ms}. The same idempotency_key and payload answer with the same job and charge '
+  'poll_after_ms, size (what the model takes for the width and height or aspect_ratio asked for; '
+  'null: just that)}. The same idempotency_key and payload answer with the same job and charge '
   'nothing. With params.reuse = true and a seed, a finished generation of the same input is '
   'answered, free, if it is among your last 200. Errors: PT400 invalid_input, PT401 '
   'not_authenticated, PT402 insufficient_credits, PT403 requires_paid_plan, PT404 not_found (also '

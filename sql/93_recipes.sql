@@ -34,7 +34,10 @@ insert into private.providers (
     "seconds_at_most": 5},
   "find": {
     "url": "{{base}}/predictions?created_after={{since}}", "next": "$.next",
-    "items": "$.results[*] ? (($version != \"\" && @.version == $version) || ($version == \"\" && @.model == $model && !(@.version like_regex \"^[0-9a-f]{64}$\")))",
+    "items": [
+      "$.results[*] ? ($version != \"\" && @.version == $version)",
+      "$.results[*] ? ($version == \"\" && @.model == $model && !(@.version like_regex \"^[0-9a-f]{64}$\"))"
+    ],
     "item_id": "$.id", "item_input": "$.input", "shows_all": true
   },
   "upload": {
@@ -63,15 +66,23 @@ insert into private.providers (
   },
   "find": {
     "url": "{{api}}/models/requests/by-endpoint?endpoint_id={{ref}}&start={{since}}&expand=payloads",
-    "items": "$.items[*]", "item_id": "$.request_id", "item_input": "$.json_input"
+    "items": "$.items[*]", "item_id": "$.request_id", "item_input": "$.json_input",
+    "handles": {
+      "status": "{{base}}/{{app}}/requests/{{id}}/status",
+      "result": "{{base}}/{{app}}/requests/{{id}}",
+      "cancel": "{{base}}/{{app}}/requests/{{id}}/cancel"
+    }
   },
   "account": {"url": "{{api}}/account/billing?expand=credits"},
   "error_words": ["$.detail ? (@.type() == \"string\")", "$.detail[*].msg", "$.error_type"],
   "errors": [
     {"path": "$.detail[*].type ? (@ == \"content_policy_violation\")", "code": "moderated"},
-    {"path": "$.detail[*].type ? (@ == \"internal_server_error\" || @ == \"generation_timeout\" || @ == \"downstream_service_error\" || @ == \"downstream_service_unavailable\" || @ == \"no_media_generated\")", "code": "provider_error"},
+    {
+      "path": "$.detail[*].type ? (@ like_regex \"^(internal_server_error|generation_timeout|downstream_service_.*|no_media_generated)$\")",
+      "code": "provider_error"
+    },
     {"path": "$.error_type", "code": "provider_error", "step": "result"},
-    {"path": "$.detail ? (@.type() == \"string\")", "step": "result"}
+    {"path": "$.detail ? (@.type() == \"string\" && $status >= 500)", "step": "result"}
   ]
 }'),
 ('bfl', 'https://api.bfl.ai/v1', 'BFL_API_KEY', '{*.bfl.ai}',
@@ -112,13 +123,16 @@ insert into private.providers (
     "states": {"success": "done", "error": "failed"}, "missing_if": "$ ? (!exists(@.*))",
     "outputs": "$.*.outputs.*.images[*] ? (@.type == \"output\")",
     "output_url": "{{base}}/view?filename={{filename}}&subfolder={{subfolder}}&type=output",
-    "words": "$.*.status.messages[*] ? (@[0] == \"execution_error\")[1].exception_message"
+    "words": "$.*.status.messages[*].exception_message"
   },
   "cancel": [
     {"method": "POST", "url": "{{base}}/queue", "body": {"delete": ["{{id}}"]}},
     {"method": "POST", "url": "{{base}}/interrupt", "body": {"prompt_id": "{{id}}"}}
   ],
-  "find": {"url": "{{base}}/queue", "alive": ["$.queue_running[*][1]", "$.queue_pending[*][1]"], "shows_all": true},
+  "find": {
+    "url": "{{base}}/queue", "shows_all": true,
+    "alive": ["$.queue_running[*][1]", "$.queue_pending[*][1]"]
+  },
   "upload": {
     "method": "POST", "url": "{{base}}/upload/image", "field": "image", "address": ["name"],
     "always": true
@@ -129,15 +143,29 @@ on conflict do nothing;
 
 -- Faults of the machine first, for their words may name a safety checker.
 insert into private.provider_words (place, pattern, code) values
-(10, '\y(out of memory|OOM|CUDA error|fail(ed|ure) to (load|download|start|initiali[sz]e))\y', 'provider_error'),
-(20, '\y(traceback|segfault|core dumped|(Runtime|Key|Attribute|Import|Module\w*|Assertion)Error)\y', 'provider_error'),
-(30, '\y(nsfw|(flagged|detected|considered|marked|classified) as (\w+ ){0,3}(sensitive|unsafe|inappropriate|explicit|harmful))\y', 'moderated'),
-(31, '\y(sensitive|explicit|adult|inappropriate|harmful|unsafe|prohibited|disallowed|sexual|violent)[ _]content\y', 'moderated'),
-(32, '\y(violat\w*|against|breach\w*)\y.{0,60}\y(polic(y|ies)|guidelines?|terms|responsible ai)\y', 'moderated'),
-(33, '\y(content|safety|usage)[ _-]?(policy|policies|filter\w*|system|checker)\y', 'moderated'),
-(34, '\y(moderat(ed|ion)\w*|responsible ai practices|E005)\y', 'moderated'),
-(40, '\y(high demand|at capacity|over(loaded|loading)|too many requests|rate.?limit\w*|temporarily unavailable|currently unavailable|queue is full|interrupted; please retry|E003)\y', 'provider_busy'),
-(50, '\y(cannot identify image file|image file is truncated|unsupported image|(invalid|corrupt\w*) image|could not (decode|read|open) (the )?image)\y', 'invalid_input'),
-(51, '\y(prompt|image|input|text|mask|file)s?\y.{0,40}\y(too (long|short|large|small|big)|exceeds?|must be|required|maximum|minimum)\y', 'invalid_input'),
-(52, '\y(must be (at (least|most)|between|one of|a multiple|divisible)|not a valid|validation error|unprocessable)\y', 'invalid_input')
+(10, '\y(out of memory|OOM|CUDA error|segfault|core dumped|traceback)\y', 'provider_error'),
+(11, '\yfail(ed|ure) to (load|download|start|initiali[sz]e)\y', 'provider_error'),
+(12, '\y(Runtime|Key|Attribute|Import|Module\w*|Assertion)Error\y', 'provider_error'),
+(30, '\ynsfw\y', 'moderated'),
+(31, '\y(flagged|detected|considered|marked|classified) as (\w+ ){0,3}'
+  '(sensitive|unsafe|inappropriate|explicit|harmful)\y', 'moderated'),
+(32, '\y(sensitive|explicit|adult|inappropriate|harmful|unsafe|prohibited|disallowed|sexual'
+  '|violent)[ _]content\y', 'moderated'),
+(33, '\y(violat\w*|against|breach\w*)\y.{0,60}\y(polic(y|ies)|guidelines?|terms|responsible ai)\y',
+  'moderated'),
+(34, '\y(content|safety|usage)[ _-]?(policy|policies|filter\w*|system|checker)\y', 'moderated'),
+(35, '\y(moderat(ed|ion)\w*|responsible ai practices|E005)\y', 'moderated'),
+(50, '\y(high demand|at capacity|over(loaded|loading)|too many requests|rate.?limit\w*|E003)\y',
+  'provider_busy'),
+(51, '\y((temporarily|currently) unavailable|queue is full|interrupted; please retry)\y',
+  'provider_busy'),
+(70, '\y(cannot identify image file|image file is truncated|(unsupported|invalid|corrupt\w*) image)'
+  '\y', 'invalid_input'),
+(71, '\ycould not (decode|read|open) (the )?image\y', 'invalid_input'),
+(72, '\y(prompt|image|input|text|mask|file)s?\y.{0,40}'
+  '\y(too (long|short|large|small|big)|exceeds?|must be|required|maximum|minimum)\y',
+  'invalid_input'),
+(73, '\y(must be (at (least|most)|between|one of|a multiple|divisible)|not a valid)\y',
+  'invalid_input'),
+(74, '\y(validation error|unprocessable)\y', 'invalid_input')
 on conflict do nothing;

@@ -318,10 +318,10 @@ comment on function private.claim_deliveries is
   'null for expo; body is null for a push that nobody should get any more, which is then gone.';
 
 -- A failed try waits as settings.delivery_retries says, up to a fifth more or less, or longer if
--- the target asks for it. A push that would be late is not tried again.
+-- the target asks for it in a Retry-After. A push that would be late is not tried again.
 create function private.finish_delivery(
   p_delivery_id uuid, p_token bigint, p_outcome text, p_status integer, p_error text,
-  p_retry_after_seconds double precision default null, p_ticket text default null
+  p_retry_after text default null, p_ticket text default null
 ) returns text
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
@@ -337,7 +337,7 @@ begin
   end if;
   v_delay := private.asked_delay(
     v_settings.delivery_retries[v_delivery.attempts + 1] * (0.8 + 0.4 * random()),
-    p_retry_after_seconds, 86400
+    private.asked_seconds(p_retry_after), 86400
   );
   v_state := case
     when p_outcome = 'delivered' then 'delivered'

@@ -27,8 +27,7 @@ PREVIEW = "darkroom/preview"
 
 # What the functions for many jobs take beside their ids and tokens.
 COLUMNS = {
-    "begin_creates": ["bytea[]"],
-    "checkpoint_jobs": ["text[]"],
+    "next_steps": ["jsonb[]"],
     "report_progress": ["text[]", "smallint[]"],
     "complete_jobs": ["jsonb[]", "jsonb[]"],
     "fail_jobs": ["text[]", "text[]", "real[]", "jsonb[]"],
@@ -314,6 +313,11 @@ class Job:
     image_count: int
     deadline_seconds: float
     begun_before: datetime | None
+    base_url: str | None
+    secret: str | None
+    key_hosts: list[str] | None
+    hosts: list[str] | None
+    max_running: int | None
 
     @property
     def id(self) -> str:
@@ -350,14 +354,29 @@ def _json(value: dict[str, Any] | None) -> Jsonb | None:
     return None if value is None else Jsonb(value)
 
 
+def created(provider_job_id: str, **changes: Any) -> dict[str, Any]:
+    """What a worker hands in once Replicate has created a job."""
+    answer = {"step": "create", "memo": {}, "status": 201, "body": {"id": provider_job_id}}
+    return answer | changes
+
+
+def polled(provider_job_id: str, status: str, **rest: Any) -> dict[str, Any]:
+    """What it hands in once Replicate was asked for a job."""
+    body = {"id": provider_job_id, "status": status, **rest}
+    return {"step": "poll", "memo": {}, "status": 200, "body": body}
+
+
 class Worker:
     """A worker process: registered, and calling the worker functions as darkroom_worker."""
 
-    def __init__(self, db: Database, slots: int = 4) -> None:
-        self.db = db
+    def __init__(
+        self, db: Database, slots: int = 4, keys: Sequence[str] = ("REPLICATE_API_TOKEN",)
+    ) -> None:
+        self.db, self.keys = db, list(keys)
         self.connection = db.connect()
         self.connection.execute("set role darkroom_worker")
-        registered = self._rows("select * from private.register_worker('test', %s, '1')", slots)[0]
+        register = "select * from private.register_worker('test', %s, '1', %s)"
+        registered = self._rows(register, slots, self.keys)[0]
         self.id = int(registered["worker_id"])
         self.channel = str(registered["channel"])
         self.heartbeat_seconds = float(registered["heartbeat_seconds"])
@@ -365,8 +384,8 @@ class Worker:
 
     def claim_jobs(self, slots: int = 1) -> list[Job]:
         cursor = self.connection.cursor(row_factory=class_row(Job))
-        query = "select * from private.claim_jobs(%s, %s)"
-        return cursor.execute(query, [self.id, slots]).fetchall()
+        query = "select * from private.claim_jobs(%s, %s, %s)"
+        return cursor.execute(query, [self.id, slots, self.keys]).fetchall()
 
     def claimed(self) -> Job:
         (job,) = self.claim_jobs(1)
@@ -393,19 +412,33 @@ class Worker:
     def unregister_worker(self) -> None:
         self._value("unregister_worker", self.id)
 
-    def begin_create(self, job: Job, sent: bytes | None = None) -> datetime:
-        return self._of_one("begin_creates", job, sent)
+    def next_step(self, job: Job, answer: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Ask what to do, after the claim or after an answer: {step, status, body, memo …}."""
+        return dict(self._of_one("next_steps", job, Jsonb(answer)))
 
-    def recall_create(self, job: Job) -> tuple[datetime, bytes | None]:
-        query = "select * from private.recall_create(%s, %s)"
-        row = self._rows(query, job.job_id, job.token)[0]
-        return row["create_started_at"], row["input_sha256"]
+    def answered(
+        self,
+        job: Job,
+        told: dict[str, Any],
+        body: Any = None,
+        status: int | None = 200,
+        **rest: Any,
+    ) -> dict[str, Any]:
+        """Send what next_step told, have it be answered so, and ask what to do then."""
+        assert told["do"] == "send", told
+        answer = {"step": told["step"], "memo": told["memo"], "provider": job.provider}
+        return self.next_step(job, answer | {"status": status, "body": body, **rest})
 
     def checkpoint(self, job: Job, provider_job_id: str) -> None:
-        self._of_one("checkpoint_jobs", job, provider_job_id)
+        """Have the provider make the job under this id: see Database.buys_previews."""
+        self.buy((job, provider_job_id))
 
-    def adopt_provider_job(self, job: Job, *candidates: str) -> str | None:
-        return self._value("adopt_provider_job", job.job_id, job.token, list(candidates))
+    def buy(self, *bought: tuple[Job, str]) -> None:
+        """Have the provider make these jobs under these ids."""
+        told = self.of_many("next_steps", [(job, Jsonb(None)) for job, _ in bought])
+        assert [step["step"] for _, step in told] == ["create"] * len(bought), told
+        told = self.of_many("next_steps", [(job, Jsonb(created(id))) for job, id in bought])
+        assert [step["step"] for _, step in told] == ["poll"] * len(bought), told
 
     def pause_provider(
         self, provider: str, seconds: int, reason: str = "402", user_id: object = None
@@ -489,8 +522,7 @@ class Worker:
         **more: Any,
     ) -> str:
         """Say what became of a try; more: retry_after, ticket."""
-        seconds = more.get("retry_after")
-        said = [outcome, status, error, seconds and float(seconds), more.get("ticket")]
+        said = [outcome, status, error, more.get("retry_after"), more.get("ticket")]
         return self._value("finish_delivery", delivery.delivery_id, delivery.token, *said)
 
     def of_many(self, function: str, calls: Sequence[tuple[Any, ...]]) -> list[tuple[Job, Any]]:
@@ -525,7 +557,7 @@ class Worker:
 
     def let_the_next_claim_scan_all(self) -> None:
         """Make the last scan from the queue's start a while old."""
-        self.db.execute("select setval('private.scan_due', 0)")
+        self.db.execute("select setval('private.scan_due', 1)")
 
     def _rows(self, query: str, *arguments: Any) -> list[dict[str, Any]]:
         cursor = self.connection.cursor(row_factory=dict_row)

@@ -104,6 +104,22 @@ class Database:
         query = "update private.providers set base_url = %s, settle = %s where name = %s"
         self.execute(query, base_url, settle, provider)
 
+    def buys_previews(self, as_of: str = "replicate", **changes: Any) -> None:
+        """Have the pictures of the preview be made by a provider, with columns of its row changed.
+
+        So what is bought can be tested with the model that every test has.
+        """
+        names = ("base_url", "hosts", "key_hosts", "settle", "lost_create", "buys_again", "recipe")
+        self.execute(
+            f"update private.providers as p set ({', '.join(names)}) ="
+            f" (select {', '.join('o.' + n for n in names)} from private.providers as o"
+            "   where o.name = %s) where p.name = 'preview'",
+            as_of,
+        )
+        for column, value in changes.items():
+            query = sql.SQL("update private.providers set {} = %s where name = 'preview'")
+            self._own.execute(query.format(sql.Identifier(column)), [value])
+
     def install(self, *files: Path) -> str:
         """Build Darkroom from `sql/`, then run more files; return the notices."""
         done = self.psql(*SQL_FILES, *files)

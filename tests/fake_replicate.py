@@ -67,7 +67,7 @@ class Behaviour:
     # The create.
     answer: int | None = 201  # None hangs up without one
     stored: bool | None = None  # is it bought? None: if the answer is 201 or none at all
-    retry_after: int = 30  # seconds, told by a 429
+    retry_after: int | str = 30  # seconds, told by a 429, or other words
     is_mixed_up: bool = False  # the answer is that of an earlier create
     # The run.
     polls: float = 2  # polls until it ends; inf: never
@@ -84,8 +84,9 @@ class Behaviour:
     output: Any = None  # given out as it is, instead of URLs of images
     removed: bool = False  # it ends with its data gone already
     # gone, junk, bomb, dear (takes a core a minute), large, unsized (large, no length told),
-    # broken, redirect
+    # broken, redirect, hangs
     file: str = "image"
+    files: Mapping[int, str] = field(default_factory=dict)  # of single outputs, by position
     format: str | None = None  # of the bytes, whatever name and type say
     size: tuple[int, int] = (64, 48)  # width, height
     # Seconds each answer takes, by kind: create, get, file. The effect comes first.
@@ -360,13 +361,16 @@ class FakeReplicate(HttpServer):
     def _file(self, key: str, name: str) -> Answer:
         run, extension = self._runs[key], name.rpartition(".")[2]
         behaviour = run.behaviour
-        if behaviour.file == "gone" or self.predictions[key]["output"] is None:
-            return Answer(404, body=b"Not found")
         position = int("".join(filter(str.isdigit, name.partition(".")[0])) or 0)
+        file = behaviour.files.get(position, behaviour.file)
+        if file == "hangs":
+            return Answer(hangs=True)
+        if file == "gone" or self.predictions[key]["output"] is None:
+            return Answer(404, body=b"Not found")
         body = image(behaviour.format or extension, behaviour.size, position, run.source)
         kind = {"svg": "svg+xml", "jpg": "jpeg"}.get(extension, extension)
         status, headers = 200, dict[str, str | None]({"Content-Type": f"image/{kind}"})
-        match behaviour.file:
+        match file:
             case "junk":
                 body = b"<!doctype html><script>alert(1)</script>"
             case "bomb":  # a PNG of a few bytes that says it has 1.6 billion pixels

@@ -34,6 +34,37 @@ def replicate_model(
     return {"owner": "somebody", "name": "a-model", "latest_version": version} | rest
 
 
+def fal_model(
+    endpoint: str,
+    inputs: dict[str, Any],
+    outputs: dict[str, str] | None = None,
+    required: Any = (),
+    category: str = "text-to-image",
+) -> dict[str, Any]:
+    """Return a model as fal describes it. Outputs name the schema of each, File: an address."""
+    reference = {"content": {"application/json": {"schema": {"$ref": REF + "XInput"}}}}
+    answer = {"content": {"application/json": {"schema": {"$ref": REF + "XOutput"}}}}
+    shown = {name: {"$ref": REF + kind} for name, kind in (outputs or {"images": "Files"}).items()}
+    schemas = {
+        "XInput": {"type": "object", "properties": inputs, "required": list(required)},
+        "XOutput": {"type": "object", "properties": shown},
+        "File": {"type": "object", "properties": {"url": TEXT, "content_type": TEXT}},
+        "Files": {"type": "array", "items": {"$ref": REF + "File"}},
+        "Seed": {"type": "integer"},
+        "ImageSize": {"type": "object", "properties": {"width": {}, "height": {}}},
+    }
+    document = {
+        "openapi": "3.0.4",
+        "info": {"x-fal-metadata": {"endpointId": endpoint, "category": category}},
+        "components": {"schemas": schemas},
+        "paths": {
+            f"/{endpoint}": {"post": {"requestBody": reference}},
+            f"/{endpoint}/requests/{{request_id}}": {"get": {"responses": {"200": answer}}},
+        },
+    }
+    return {"endpoint_id": endpoint, "metadata": {"category": category}, "openapi": document}
+
+
 def recorded_models() -> list[dict[str, Any]]:
     """Return the recorded models; none if REPLICATE_SPECS is not set."""
     folder = os.environ.get("REPLICATE_SPECS")

@@ -253,16 +253,17 @@ SECURITY = [
     Bug(
         "a source image may be anybody's",
         "sql/32_input.sql",
-        "if v_path !~ ('^' || p_user_id || '(/",
-        "if v_path !~ ('^[^/]+' || '(/",
-        "tests/test_input.py::test_a_source_image_is_a_path_in_the_own_folder",
+        "when not (starts_with(p.part[2], p_user_id || '/') and private.is_plain_path(p.part[2]))",
+        "when not private.is_plain_path(p.part[2])",
+        "tests/test_input.py"
+        "::test_a_source_image_is_an_own_file_or_an_own_finished_picture_and_nothing_else",
     ),
     Bug(
         "outputs are fetched from any host",
         "worker.py",
         "if not delivered and (url.scheme, url.netloc) != (api.scheme, api.netloc):",
         "if url.scheme not in ('http', 'https'):",
-        "tests/test_worker_units.py::test_outputs_from_elsewhere_are_the_providers_error_and_not_fetched",
+        "tests/test_worker_units.py::test_outputs_from_elsewhere_are_refused_and_not_fetched",
     ),
     Bug(
         "redirects of outputs are followed anywhere",
@@ -298,9 +299,40 @@ SECURITY = [
     Bug(
         "a bomb is decoded",
         "pictures.py",
-        "> MAX_IMAGE_PIXELS:\n        raise NoPicture",
-        "> 100 * MAX_IMAGE_PIXELS:\n        raise NoPicture",
+        "> MAX_IMAGE_PIXELS:\n        raise NotTaken",
+        "> 100 * MAX_IMAGE_PIXELS:\n        raise NotTaken",
         "tests/test_worker_storage.py::test_a_bomb_is_refused_before_it_is_decoded",
+    ),
+    Bug(
+        "a stored picture tells its prompt",
+        "pictures.py",
+        "                cuts.append(cut)\n",
+        "                pass\n",
+        "tests/test_worker_storage.py::test_what_is_stored_shows_the_same_and_tells_nothing",
+    ),
+    Bug(
+        "one bad output costs the good ones",
+        "worker.py",
+        '                if error.code == "storage_unavailable":  # another',
+        "                if error.code:  # another",
+        "tests/test_worker_storage.py"
+        "::test_outputs_that_are_good_are_kept_without_gaps_and_else_the_first_says_why",
+    ),
+    Bug(
+        "what is refused by rules of ours is bought again",
+        "pictures.py",
+        'code = "output_refused"',
+        'code = "provider_error"',
+        "tests/test_worker_storage.py"
+        "::test_a_whole_file_of_a_kind_or_size_that_is_not_taken_is_refused_and_not_read_again",
+    ),
+    Bug(
+        "an output that came broken is bought again at once",
+        "worker.py",
+        'if failure.code == "output_refused" or attempt == HTTP_TRIES:',
+        "if failure:",
+        "tests/test_worker_storage.py"
+        "::test_an_output_that_comes_broken_is_read_again_before_it_is_given_up",
     ),
     Bug(
         "a picture may take any time",
@@ -336,6 +368,28 @@ SECURITY = [
         'r"(^|_)(end_?)?(users?|',
         'r"(^|_)(end_?)?(nobody|',
         "tests/test_import.py::test_what_may_harm_or_takes_an_address_is_the_operators",
+    ),
+    Bug(
+        "the map that a ControlNet answers is sold for the picture",
+        "scripts/model_mapper.py",
+        "if (grows and not example) or len(shown) > asked:",
+        "if grows and not example:",
+        "tests/test_import.py::test_the_example_tells_what_is_made_and_which_of_several_outputs_is_the"
+        "_picture",
+    ),
+    Bug(
+        "a model of videos is for sale",
+        "scripts/model_mapper.py",
+        "if media and len(media) >= len(",
+        "if media and len(media) > 9 + len(",
+        "tests/test_import.py::test_what_cannot_be_mapped_is_refused_with_the_reason",
+    ),
+    Bug(
+        "a count that is a text is charged as the most there can be",
+        "sql/50_enqueue.sql",
+        "    when 'string' then coalesce(\n",
+        "    when 'text' then coalesce(\n",
+        "tests/test_input.py::test_a_count_may_be_a_text_of_the_models",
     ),
     Bug(
         "an SVG is stored as it came",
@@ -400,9 +454,24 @@ SECURITY = [
     Bug(
         "a source image is any file of that name, or none",
         "sql/32_input.sql",
-        "where bucket_id = 'inputs' and name = v_path",
-        "where bucket_id = 'inputs'",
+        "        and private.file_changed_at('inputs', p.part[2]) is null\n",
+        "        and private.file_changed_at('inputs', p.part[2]) > now()\n",
         "tests/test_input.py::test_a_source_image_is_there",
+    ),
+    Bug(
+        "a stranger's picture is a source",
+        "sql/32_input.sql",
+        "          and m.user_id = p_user_id and g.deleted_at is null\n",
+        "          and g.deleted_at is null\n",
+        "tests/test_input.py"
+        "::test_a_source_image_is_an_own_file_or_an_own_finished_picture_and_nothing_else",
+    ),
+    Bug(
+        "a picture is erased under the job that is made from it",
+        "sql/85_retention.sql",
+        "    ) and not private.is_source(g.id)\n",
+        "    )\n",
+        f"{RETENTION}pictures_that_a_live_job_is_made_from_outlive_their_time_and_no_others[old]",
     ),
     Bug(
         "the preview of every image is everybody's",
@@ -1008,7 +1077,7 @@ BLAME = [
     Bug(
         "the probe is a job of those who opened the breaker",
         "sql/72_claim.sql",
-        "where (c.all_of_model or not c.has_failed) and (",
+        "where (a.all_of_model or not a.has_failed) and (",
         "where (",
         f"{BREAKER}the_probe_is_a_job_of_a_user_who_has_not_failed_if_there_is_one",
     ),
@@ -1022,12 +1091,66 @@ BLAME = [
     Bug(
         "a job is given back for ever",
         "sql/75_outcomes.sql",
-        "g.created_at < now() - s.give_up_after\n",
-        "false\n",
+        "when g.created_at < now() - s.give_up_after then s.max_attempts\n",
+        "when false then 0\n",
         f"{BREAKER}a_job_that_is_given_back_again_and_again_gives_up",
     ),
+    Bug(
+        "retries that use no attempt are counted by nobody",
+        "sql/75_outcomes.sql",
+        "    and v_claims_before + 1 < v_settings.max_claims and exists (\n",
+        "    and exists (\n",
+        "tests/test_outcomes.py"
+        "::test_what_uses_no_attempt_is_bounded_in_number_however_short_the_waits_are",
+    ),
+    Bug(
+        "a provider that asks for no pause has its way",
+        "sql/75_outcomes.sql",
+        "    (1 - random() / 2) * least(s.retry_cap",
+        "    (p_retry_after_seconds is null)::integer * least(s.retry_cap",
+        "tests/test_outcomes.py"
+        "::test_a_job_that_is_throttled_without_end_asks_few_times_a_minute_and_an_hour_long",
+    ),
+    Bug(
+        "who has the same refused again and again pauses the model",
+        "sql/28_breaker.sql",
+        "  if v_is_closed and p_words = any (v_breaker.counted) then\n",
+        "  if false then\n",
+        f"{BREAKER}equal_words_from_one_input_of_one_user_count_once",
+    ),
 ]
-PLANTED = [*SECURITY, *MONEY, *WAKE_UP, *OUTAGE, *BLAME]
+CLAIM = "tests/test_claim.py::test_"
+FITTING = [
+    Bug(
+        "a worker is given a job without having the key",
+        "sql/72_claim.sql",
+        "          or (p.secret is not null and p.secret <> all (p_keys))\n",
+        "",
+        f"{CLAIM}a_job_is_for_workers_that_have_the_key_of_its_provider[-keys1-False]",
+    ),
+    Bug(
+        "the room at a provider is counted without its lock",
+        "sql/72_claim.sql",
+        "    for no key update skip locked\n",
+        "",
+        f"{CLAIM}two_that_claim_at_once_never_take_more_than_a_provider_takes",
+    ),
+    Bug(
+        "a place that was left free at a provider wakes nobody",
+        "sql/72_claim.sql",
+        "  if cardinality(v_candidates) > p_at_most then\n",
+        "  if false then\n",
+        f"{CLAIM}who_leaves_room_at_a_provider_wakes_one_who_sleeps",
+    ),
+    Bug(
+        "who waits for a withdrawn model is failed when the job is old",
+        "sql/75_outcomes.sql",
+        "  if v_error.pauses_model\n    or v_error",
+        "  if v_error",
+        f"{BREAKER}a_withdrawn_model_waits_with_all_its_jobs_until_it_is_mended",
+    ),
+]
+PLANTED = [*SECURITY, *MONEY, *WAKE_UP, *OUTAGE, *BLAME, *FITTING]
 
 # What may never go unnoticed, and the bug that takes it away.
 CORNERSTONES = {

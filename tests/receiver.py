@@ -127,7 +127,7 @@ class Handler(BaseHTTPRequestHandler):
         while answer.floods:
             self.owner.flooded += self.wfile.write(bytes(1 << 16))
 
-    do_GET = do_DELETE = do_POST
+    do_GET = do_PUT = do_DELETE = do_POST
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""

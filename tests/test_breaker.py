@@ -28,11 +28,17 @@ def counted(db, name: str = DEV) -> tuple[str, int]:
     return breaker(db, name)["state"], breaker(db, name)["failures"]
 
 
+def refuse(worker: Worker, job: Job | None = None, code: str = "provider_error") -> None:
+    """Have a job fail in words of its own, to come back much later."""
+    job = job or worker.claimed()
+    worker.fail_job(job, code, f"words {job.token}", retry_after=3600)
+
+
 def fail(user: User, worker: Worker, times: int, model: str = DEV, code="provider_error") -> None:
     """Have a job of the model fail so often in a row."""
     for _ in range(times):
         user.enqueue(model=model)
-        worker.fail_job(worker.claimed(), code, retry_after=3600)
+        refuse(worker, code=code)
 
 
 def seconds_paused(db, name: str = DEV) -> int:
@@ -45,7 +51,7 @@ def opened(db, rich, worker):
     """The breaker of DEV has opened for 30 seconds, with two jobs queued before."""
     jobs = [rich.enqueued(model=DEV) for _ in range(7)]
     for _ in range(5):
-        worker.fail_job(worker.claimed(), "provider_error", retry_after=3600)
+        refuse(worker)
     return jobs[5:]
 
 
@@ -67,7 +73,7 @@ def test_failures_in_a_row_pause_the_model_and_spare_the_jobs_that_wait(db, rich
     waiting = [rich.enqueued(model=DEV) for _ in range(2)]
     assert counted(db) == ("closed", 4)
 
-    worker.fail_job(worker.claimed(), "provider_error", retry_after=3600)
+    refuse(worker)
 
     assert (breaker(db)["state"], seconds_paused(db)) == ("open", 30)
     assert breaker(db)["reason"] == "5 failures in a row, the last: provider_error"
@@ -80,8 +86,10 @@ def test_failures_in_a_row_pause_the_model_and_spare_the_jobs_that_wait(db, rich
     ("code", "counts"),
     [
         *[(code, False) for code in ("moderated", "invalid_input", "provider_busy", "internal")],
+        ("output_refused", False),
         *[(code, True) for code in ("provider_error", "provider_refused", "provider_timeout")],
-        *[(code, True) for code in ("result_lost", "timeout")],
+        *[(code, True) for code in ("result_lost", "timeout", "outcome_unknown")],
+        ("output_refused", False),
     ],
 )
 def test_what_is_the_providers_fault_counts_and_nothing_else(db, rich, worker, code, counts):
@@ -93,13 +101,43 @@ def test_what_is_the_providers_fault_counts_and_nothing_else(db, rich, worker, c
     assert not counts or breaker(db)["state"] == "open"
 
 
+@pytest.mark.parametrize(
+    ("differs", "failures"),
+    [("nothing", 1), ("try", 1), *[(each, 4) for each in ("detail", "prompt", "params", "user")]],
+)
+def test_equal_words_from_one_input_of_one_user_count_once(db, rich, worker, differs, failures):
+    for n in range(4):
+        if n == 0 or differs != "try":
+            user = User(db).has(10) if differs == "user" else rich
+            params = {"seed": n} if differs == "params" else {}
+            user.enqueue(f"picture {n if differs == 'prompt' else ''}", DEV, params=params)
+        delay = 0 if differs == "try" else 3600
+        detail = f"no {n if differs == 'detail' else ''}"
+        worker.fail_job(worker.claimed(), "provider_error", detail, delay)
+
+    assert counted(db) == counted(db, "replicate") == ("closed", failures)
+
+
+def test_after_a_success_or_a_while_words_said_before_count_again(db, rich, worker):
+    for begins_anew in (
+        lambda: worker.complete_job(worker.claimed()),
+        lambda: db.pass_time("5 minutes"),
+        lambda: None,
+    ):
+        for _ in range(2):
+            rich.enqueue(model=DEV)
+        worker.fail_job(worker.claimed(), "provider_error", "no", 3600)
+        assert counted(db) == counted(db, "replicate") == ("closed", 1)
+        begins_anew()
+
+
 def test_only_several_models_that_fail_pause_their_provider(db, rich, worker):
     models = db.execute("select id from public.models where provider = 'replicate' limit 4")
     first, second, third, other = (model["id"] for model in models)
     for _ in range(15):
         rich.enqueue(model=first)
     for job in worker.claim_jobs(15):
-        worker.fail_job(job, "provider_error", retry_after=3600)
+        refuse(worker, job)
     assert (breaker(db, first)["state"], counted(db, "replicate")) == ("open", ("closed", 5))
 
     rich.enqueue(model=other)
@@ -203,7 +241,7 @@ def suspects(db, worker) -> list[User]:
     assert breaker(db)["state"] == "closed"  # two users cannot pause a model for all
     for user in [suspects[2], *suspects]:
         user.enqueue(model=DEV)
-    worker.fail_job(worker.claimed(), "provider_error", retry_after=3600)
+    refuse(worker)
     assert breaker(db)["state"] == "open"
     return suspects
 
@@ -220,7 +258,7 @@ def test_a_pause_is_for_those_who_failed_and_a_trial_that_fails_makes_one_more(
 
     job, _ = [bob.has(10).enqueued(model=DEV) for _ in range(2)]
     (tried,) = worker.claim_jobs(4)
-    worker.fail_job(tried, "provider_error", retry_after=3600)
+    refuse(worker, tried)
 
     assert tried.id == job
     assert 28 <= seconds_paused(db) <= 30
@@ -244,7 +282,7 @@ def test_who_failed_where_another_succeeded_pauses_nobody_for_a_while(db, suspec
     assert breaker(db)["state"] == "closed"
 
     for job in worker.claim_jobs(9):
-        worker.fail_job(job, "provider_error", retry_after=3600)
+        refuse(worker, job)
     for user in suspects:
         fail(user, worker, 2)
     assert counted(db) == ("closed", 0)
@@ -252,7 +290,7 @@ def test_who_failed_where_another_succeeded_pauses_nobody_for_a_while(db, suspec
     db.pass_time("16 minutes")
     db.execute("update private.ready_jobs set run_at = null, fair_key = 0")
     for job in worker.claim_jobs(9):
-        worker.fail_job(job, "provider_error", retry_after=3600)
+        refuse(worker, job)
     assert breaker(db)["state"] == "open"
 
 
@@ -314,6 +352,51 @@ def test_a_pause_never_gets_shorter_is_an_hour_at_most_and_its_reason_is_cut(db,
     with unchanged(db):
         worker.pause_provider("replicate", 60, "401: no such key")  # an operator's is theirs
         worker.pause_provider("somebody", 60)
+
+
+# What only an operator can mend.
+
+
+def test_a_withdrawn_model_waits_with_all_its_jobs_until_it_is_mended(db, rich, worker, service):
+    jobs = [rich.enqueued(model=DEV) for _ in range(3)]
+    other, left = rich.enqueued(model=SCHNELL), rich.credits()
+    db.pass_time("2 hours")  # older than jobs that are tried again
+    first, second = worker.claim_jobs(2)
+
+    assert worker.fail_job(first, "moderated") == "failed"
+    assert worker.fail_job(second, "model_withdrawn", "404: no such version") == "retried"
+
+    paused = {"state": "open", "paused_until": "infinity", "times_opened": 0}
+    assert paused.items() <= breaker(db).items()
+    assert service.alerts()["paused"] == (
+        f"model {DEV} until infinity: model_withdrawn: 404: no such version"
+    )
+    assert [job.id for job in worker.claim_jobs(4)] == [other]
+    assert rich.get_job_status(jobs[1])["status"] == "queued"
+    with refused("PT503", "model_paused"):
+        rich.enqueue(model=DEV)
+
+    service.resume_model(DEV)
+    again = worker.claim_jobs(4)
+    assert [(job.id, job.attempt) for job in again] == [(jobs[1], 1), (jobs[2], 1)]
+    assert {each.begun_before for each in again} == {None}
+    assert rich.credits() > left  # of the moderated one
+
+
+def test_a_batch_of_failures_pauses_each_withdrawn_model_once(db, rich, worker):
+    for model in (DEV, SCHNELL, DEV, PREVIEW):
+        rich.enqueue(model=model)
+    jobs = worker.claim_jobs(4)
+    db.execute("delete from public.models where id = %s", SCHNELL)
+    code = {"preview": "moderated"}
+
+    worker.of_many(
+        "fail_jobs",
+        [(job, code.get(job.provider, "model_withdrawn"), None, None, None) for job in jobs],
+    )
+
+    names = db.execute("select name from private.breakers where paused_until = 'infinity'")
+    assert names == [{"name": DEV}]
 
 
 # Operators.

@@ -24,10 +24,10 @@ OF_OPERATORS = """
     register_webhook rotate_webhook_secret resume_model set_paid
 """
 OF_WORKERS = """
-    adopt_provider_job apply_retention begin_creates cancel_job check_setup checkpoint_jobs
-    claim_deliveries claim_jobs complete_jobs due_lanes fail_jobs claim_receipts finish_delivery
-    finish_receipts forget_files heartbeat list_expired_files pause_provider recall_create
-    recover_stale_jobs register_worker release_job report_progress sleep unregister_worker
+    apply_retention cancel_job check_setup claim_deliveries claim_jobs complete_jobs due_lanes
+    fail_jobs claim_receipts finish_delivery finish_receipts forget_files heartbeat
+    list_expired_files list_providers next_steps pause_provider recover_stale_jobs register_worker
+    release_job report_progress sleep unregister_worker
 """
 READ_BY_USERS = """
     batches credit_ledger entitlements generation_tags generations image_likes images

@@ -1,10 +1,12 @@
 """sql/70_worker.sql and sql/72_claim.sql: register, claim, heartbeat, progress."""
 
+import functools
 from dataclasses import replace
 
 import pytest
-from actors import Worker
+from actors import PREVIEW, Job, User, Worker, together
 from database import assert_books_balance, unchanged
+from explain import explained, nodes, rows_met
 
 DEV = "black-forest-labs/flux-dev"
 SCHNELL = "black-forest-labs/flux-schnell"
@@ -91,7 +93,8 @@ def test_a_heartbeat_extends_leases_takes_in_progress_and_gives_each_its_verdict
 def test_jobs_of_a_paused_provider_keep_place_attempt_and_checkpoint(db, rich, worker, service):
     waiting = [rich.enqueued(model=[DEV, SCHNELL][n % 2]) for n in range(4)]
     worker.checkpoint(first := worker.claimed(), "prediction-1")
-    worker.fail_job(first, "internal", retry_after=0)
+    worker.fail_job(first, "internal")
+    db.pass_time("2 seconds")
     preview, canceled = rich.enqueued(), rich.enqueued(model=DEV)
     service.pause_model("replicate")
     assert [job.id for job in worker.claim_jobs(4)] == [preview]
@@ -105,6 +108,175 @@ def test_jobs_of_a_paused_provider_keep_place_attempt_and_checkpoint(db, rich, w
     assert [job.id for job in jobs] == [*waiting, later]
     assert [job.attempt for job in jobs] == [2, 1, 1, 1, 1]
     assert jobs[0].provider_job_id == "prediction-1"
+
+
+# A worker takes only what it can make.
+
+FAL = "FAL_KEY"
+
+
+def claims(worker: Worker, slots: int = 4) -> list[Job]:
+    """Claim as if no look before had taken long, as a session's first does."""
+    worker.let_the_next_claim_scan_all()
+    return worker.claim_jobs(slots)
+
+
+@pytest.fixture
+def fal(db, rich):
+    """A model of a provider with another key, and no limit yet."""
+    db.execute("update private.providers set max_running = null")
+    db.execute("update public.models set provider = 'fal' where id = %s", SCHNELL)
+    return rich
+
+
+@pytest.mark.parametrize(
+    ("change", "keys", "is_taken"),
+    [
+        ("", [FAL], True),
+        ("", [], False),
+        ("", ["REPLICATE_API_TOKEN"], False),
+        ("is_active = false", [FAL], False),
+        ("secret = null", [], True),
+        ("secret = 'OTHER_TOKEN'", [FAL], False),  # from now on, with nothing started anew
+        ("secret = 'OTHER_TOKEN'", [FAL, "OTHER_TOKEN"], True),
+    ],
+)
+def test_a_job_is_for_workers_that_have_the_key_of_its_provider(db, fal, change, keys, is_taken):
+    job_id, own = fal.enqueued(model=SCHNELL), fal.enqueued()
+    worker = Worker(db, keys=keys)
+    if change:
+        db.execute(f"update private.providers set {change} where name = 'fal'")
+
+    claimed = [claims(worker) for _ in range(2)]
+
+    assert {job.id for job in claimed[0]} == {*[job_id] * is_taken, own}
+    assert claimed[1] == []
+
+
+def test_jobs_for_others_keep_their_place_and_attempt_and_those_between_go_in_order(db, fal):
+    jobs = [fal.enqueued(model=[SCHNELL, DEV, PREVIEW][n % 3]) for n in range(9)]
+    worker, other = Worker(db), Worker(db, keys=[FAL])
+
+    claimed = [job.id for slots in (2, 1, 4) for job in claims(worker, slots)]
+
+    assert claimed == [job_id for n, job_id in enumerate(jobs) if n % 3]
+    assert [(job.id, job.attempt) for job in claims(other)] == [(id, 1) for id in jobs[::3]]
+
+
+def test_a_claim_answers_what_the_worker_needs_of_the_provider(db, fal):
+    db.execute("update private.providers set max_running = 7 where name = 'fal'")
+    for model in (SCHNELL, PREVIEW):
+        fal.enqueue(model=model)
+
+    preview, job = sorted(claims(Worker(db, keys=[FAL])), key=lambda job: bool(job.secret))
+
+    assert (job.provider, job.base_url, job.secret) == ("fal", "https://queue.fal.run", FAL)
+    assert (job.max_running, "fal.media" in job.hosts) == (7, True)
+    assert "api.fal.ai" in job.key_hosts
+    assert (preview.base_url, preview.secret, preview.max_running) == (None, None, None)
+
+
+def test_a_pile_that_nobody_here_can_make_is_not_walked(db, fal):
+    db.execute("update private.plans set max_batch = 100")
+    for _ in range(3):
+        fal.enqueue_batch(["a lighthouse"] * 100, model=SCHNELL)
+    own = [fal.enqueued() for _ in range(2)]
+    worker = Worker(db)
+    assert [job.id for job in claims(worker, 1)] == own[:1]
+
+    with explained(worker.connection) as plans:
+        assert [job.id for job in claims(worker, 1)] == own[1:]
+
+    ready = [node for each in plans for node in nodes(each)]
+    assert sum(rows_met(n) for n in ready if n.get("Relation Name") == "ready_jobs") < 30
+
+
+# Nor more than its provider takes at once.
+
+
+@pytest.fixture
+def limited(db, fal):
+    """Two models of that provider, which takes two jobs at once over all workers."""
+    db.execute("update private.providers set max_running = 2 where name = 'fal'")
+    db.execute("update public.models set provider = 'fal' where id = %s", DEV)
+    return fal
+
+
+def test_no_more_of_a_provider_run_than_it_takes_and_the_next_goes_when_one_ends(db, limited):
+    jobs = [limited.enqueued(model=[SCHNELL, DEV][n % 2]) for n in range(5)]
+    first, second = Worker(db, keys=[FAL]), Worker(db, keys=[FAL])
+    own = limited.enqueued()
+
+    running = [*claims(first, 1), *claims(second)]
+
+    assert [job.id for job in running] == [*jobs[:2], own]
+    assert claims(first) == []
+    first.complete_job(running[0])
+    running += claims(second)
+    second.fail_job(running[1], "moderated")
+    running += claims(second)
+    assert claims(second) == []
+    assert [job.id for job in running[3:]] == jobs[2:4]
+    db.execute("update private.providers set max_running = 1 where name = 'fal'")
+    second.complete_job(running[3])
+    assert claims(first) == []  # one more still runs
+    assert_books_balance(db)
+
+
+def test_two_that_claim_at_once_never_take_more_than_a_provider_takes(db, limited):
+    for _ in range(4):
+        limited.enqueue(model=SCHNELL)
+    first, second = Worker(db, keys=[FAL]), Worker(db, keys=[FAL])
+    own = limited.enqueued()
+
+    with first.connection.transaction():
+        assert len(claims(first, 1)) == 1
+        assert [job.id for job in claims(second)] == [own]  # the rest waits for no lock
+
+    assert [len(claims(each)) for each in (second, first)] == [1, 0]
+
+
+def test_many_that_claim_at_once_fill_a_provider_and_never_overfill_it(db, limited):
+    db.execute("update private.providers set max_running = 5 where name = 'fal'")
+    users = [User(db).has(1000) for _ in range(3)]
+    workers = [Worker(db, keys=[FAL]) for _ in range(4)]
+    jobs = {user.enqueued(model=[SCHNELL, DEV][n % 2]) for n in range(12) for user in users}
+    running = "select count(*) from private.running_jobs"
+    done: set[str] = set()
+    counted: list[int] = []
+
+    def work(worker: Worker) -> None:
+        for job in worker.claim_jobs(2):
+            counted.append(worker.db.connect().execute(running).fetchone()[0])
+            worker.complete_job(job)
+            done.add(job.id)
+
+    while done != jobs:
+        before = len(done)
+        workers[0].let_the_next_claim_scan_all()
+        together([functools.partial(work, each) for each in workers])
+        assert len(done) > before
+
+    assert max(counted) <= 5
+    assert_books_balance(db)
+
+
+def test_who_leaves_room_at_a_provider_wakes_one_who_sleeps(db, limited):
+    running = [Worker(db, keys=[FAL]) for _ in range(2)]
+    for _ in range(4):
+        limited.enqueue(model=SCHNELL)
+    first, second = (claims(each, 1)[0] for each in running)
+    sleepers = [Worker(db, keys=keys).listening() for keys in ([], [FAL])]
+    for each in sleepers:
+        assert claims(each) == []
+        each.sleep()
+
+    running[0].complete_job(first)
+    running[1].complete_job(second)
+    assert len(claims(running[0], 1)) == 1
+
+    assert [each.wake_ups() for each in sleepers] == [[], [""]]
+    assert len(claims(sleepers[1])) == 1
 
 
 # While a look at the whole queue is dear, one session looks for all.

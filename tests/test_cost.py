@@ -74,7 +74,8 @@ def test_of_each_day_model_and_user_it_is_told_what_they_cost_and_earned(db, ali
     bob.enqueue()
     worker = Worker(db)
     job = worker.claimed()
-    worker.checkpoint(job, "asked and not told what it costs")
+    db.buys_previews()
+    worker.checkpoint(job, "asked-and-not-told-what-it-costs")
     worker.fail_job(job, "moderated")
 
     today, yesterday = db.execute("select * from private.costs order by day desc")

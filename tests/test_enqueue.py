@@ -16,6 +16,7 @@ def test_an_accepted_request_is_charged_recorded_and_ready(db, alice):
         "queue_position": None,
         "eta_seconds": None,
         "poll_after_ms": 1000,
+        "size": None,
     }
     generation = db.row("select * from public.generations where id = %s", answer["job_id"])
     assert str(generation["user_id"]) == alice.id

@@ -5,22 +5,22 @@ with one real prediction as its `default_example`. They are not part of this rep
 """
 
 import json
-import os
 import re
-from pathlib import Path
 from typing import Any
 
 import fake_replicate
 import httpx
 import pytest
+import specs
 from fake_replicate import TERMINAL
 from jsonschema import Draft202012Validator
 from models import recorded_models
+from specs import shape
 
 fake = fake_replicate.fake_replicate
 
 SCHNELL = "black-forest-labs/flux-schnell"
-SPEC = Path(os.environ.get("REPLICATE_SPECS", "/nonexistent"), "openapi.json")
+SPEC = specs.folder("REPLICATE_SPECS") / "openapi.json"
 pytestmark = pytest.mark.skipif(
     not SPEC.exists(), reason="REPLICATE_SPECS names no folder with the provider's specification"
 )
@@ -48,29 +48,9 @@ def finished(http, prediction: dict[str, Any]) -> dict[str, Any]:
     return prediction
 
 
-def strict(schema: Any) -> Any:
-    """The provider's schema as JSON Schema means it.
-
-    It marks nulls in the manner of OpenAPI 3.0, and its `oneOf` of any string and "hidden"
-    refuses "hidden", which matches both.
-    """
-    if isinstance(schema, list):
-        return [strict(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    schema = {key: strict(part) for key, part in schema.items()}
-    if schema.get("nullable") is True:
-        schema["type"] = [schema["type"], "null"]
-    if "oneOf" in schema:
-        schema["anyOf"] = schema.pop("oneOf")
-    return schema
-
-
 def validator(name: str) -> Draft202012Validator:
-    spec = strict(json.loads(SPEC.read_text()))
-    spec["components"]["schemas"]["schemas_prediction_response"]["additionalProperties"] = False
-    spec["$ref"] = f"#/components/schemas/schemas_{name}"
-    return Draft202012Validator(spec)
+    part = ("components", "schemas", f"schemas_{name}")
+    return specs.validator(SPEC, *part, closed="schemas_prediction_response")
 
 
 @pytest.mark.parametrize("removed", [False, True])
@@ -124,15 +104,6 @@ def test_create_accepts_the_specified_bodies_only(fake, http, body):
 
     assert http.post("/predictions", json=body).status_code == (201 if accepted else 422)
     assert len(fake.predictions) == (1 if accepted else 0)
-
-
-def shape(value: Any) -> Any:
-    """A value with its types instead of its contents; an integer may stand for a float."""
-    if isinstance(value, dict):
-        return {key: shape(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [shape(part) for part in value]
-    return "number" if isinstance(value, int | float) else type(value).__name__
 
 
 @pytest.mark.parametrize("model", recorded_models(), ids=lambda model: model["name"])

@@ -221,6 +221,25 @@ def test_jobs_of_a_paused_model_are_waited_for_only_once_they_have_come_back(
     assert alice.get_entitlement()["is_busy"] is True
 
 
+def test_jobs_that_wait_for_a_provider_are_in_the_way_of_none_but_its_own(db, alice, crowd):
+    db.lift_limits()
+    db.execute("update public.models set is_active = true")
+    alice.has(credits=100)
+    other = "black-forest-labs/flux-schnell"
+    db.execute("update private.providers set secret = 'FAL_KEY' where name = 'preview'")
+    wait(db, crowd, "11 minutes")
+    assert db.value("select max(oldest_ready_at) from private.plans") is None
+    for model in (PREVIEW, other):  # nobody here can make the first, so nobody waits for it
+        assert alice.enqueue(model=model)["status"] == "queued"
+
+    db.execute("update private.providers set secret = null, max_running = 1 where name = 'preview'")
+    wait(db, crowd, "1 minute")
+
+    assert alice.enqueue(model=other)["status"] == "queued"
+    with refused("PT503", "busy"):
+        alice.enqueue()
+
+
 # A database that cannot be written.
 
 CHANGES = (

@@ -34,6 +34,30 @@ def test_it_counts_what_waits_what_runs_and_who_works(db, alice, service, worker
     assert service.queue_health()["depth"]["ready"] == 3
 
 
+def test_what_no_living_worker_can_make_is_counted_by_provider(db, alice, service):
+    db.lift_limits()
+    for _ in range(2):
+        alice.enqueue()
+    assert service.queue_health()["unserved"] == {}  # no_worker says it
+    worker = Worker(db, keys=["OTHER_TOKEN"])
+
+    for change, count in (
+        ("secret = 'FAL_KEY'", 2),
+        ("secret = 'OTHER_TOKEN'", 0),
+        ("secret = null", 0),
+        ("is_active = false", 2),
+    ):
+        db.execute(f"update private.providers set {change} where name = 'preview'")
+        assert service.queue_health()["unserved"] == ({"preview": count} if count else {}), change
+    service.pause_model("preview")
+    assert service.queue_health()["unserved"] == {}
+    service.resume_model("preview")
+    db.pass_time("61 seconds")
+    assert service.queue_health()["unserved"] == {}
+    worker.heartbeat()
+    assert set(service.alerts()) == {"unserved"}
+
+
 def test_it_counts_the_last_minute_and_the_last_fifteen(db, alice, service, worker):
     for _ in range(3):
         alice.enqueue()
@@ -70,8 +94,9 @@ def test_an_alert_is_raised_above_its_threshold_and_the_worst_gives_the_status(d
 def test_an_alert_rests_on_enough_cases(db, alice, service, worker):
     db.execute("update private.alert_rules set min_cases = 2 where alert = 'error_rate'")
     alice.enqueue()
-    worker.fail_job(worker.claimed(), "provider_busy", retry_after=0)
+    worker.fail_job(worker.claimed(), "provider_busy")
     assert service.alerts() == {}
+    db.pass_time("2 seconds")
 
     worker.fail_job(worker.claimed(), "moderated")
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from actors import User, Worker
+from actors import User, Worker, polled
 from database import Database
 from explain import explained
 
+BAR = " 50%|█████     | 2/4 [00:01<00:01,  1.60it/s]"
 HOT_TABLES = {"entitlements", "generations", "running_jobs", "workers"}
 
 
@@ -20,7 +21,9 @@ def a_day_of(user: User, worker: Worker, jobs: int = 1) -> None:
     for _ in range(jobs):
         job_id = user.enqueued()
         job = worker.claimed()
-        worker.checkpoint(job, f"prediction-{job.id}")
+        worker.checkpoint(job, bought := f"prediction-{job.id}")
+        worker.next_step(job, polled(bought, "processing", logs=BAR))
+        worker.next_step(job, polled(bought, "succeeded", output="https://replicate.delivery/a"))
         worker.heartbeat(job, progress=[50])
         worker.report_progress(job, "storing", 90)
         user.get_job_status(job_id)
@@ -38,6 +41,7 @@ def left(db: Database, *actors: Any) -> Database:
 def test_no_function_that_every_job_calls_is_planned_at_each_call(db):
     """One in SQL is, before PostgreSQL 18, unless it can be inlined. Workers register once."""
     db.execute(f"alter database {db.name} set track_functions = 'all'")
+    db.buys_previews()
     alice, worker = User(db), Worker(db)
     a_day_of(alice, worker)
     alice.enqueue_batch(["one", "two"])
@@ -68,6 +72,7 @@ def test_a_batch_takes_as_many_statements_as_one_job(db, alice):
 def test_what_changes_with_every_job_is_updated_in_place(db, alice, worker):
     """HOT: no index is touched. Without room on the page, or with an index on it, it would be."""
     db.lift_limits()
+    db.buys_previews()
     alice.has(credits=300)
 
     a_day_of(alice, worker, jobs=300)

@@ -6,6 +6,8 @@ a spelling is taken for, the bytes of another user's file never come out, and no
 
 from __future__ import annotations
 
+import asyncio
+import io
 import uuid
 
 import httpx
@@ -13,6 +15,9 @@ import pytest
 from actors import Worker
 from database import Database
 from http_client import answer
+
+from pictures import Pictures
+from worker import Settings, Storage
 
 pytest_plugins = ["http_fixtures"]
 
@@ -100,6 +105,31 @@ def test_files_a_browser_would_run_are_refused(user, operator):
             for client in (user, operator):
                 path = f"{bucket}/{user.id}/page.png"
                 assert not stored(client.upload(path, b"<script>", content_type))
+
+
+@pytest.mark.parametrize("name", ["a.png", "mein Bild (1).png", "望舌.png", "a&b=c@d+e,f;g:h!$*'"])
+@pytest.mark.parametrize("bucket", ["inputs", "generations"])
+def test_whatever_a_source_is_named_the_worker_downloads_it_and_its_address_opens_it(
+    user, operator, stack, bucket, name
+):
+    path = f"{bucket}/{user.id}/{name}"
+    assert stored(operator.upload(path, PNG))
+    environment = {
+        "DATABASE_URL": stack.worker_database_url,
+        "SUPABASE_URL": stack.api_url,
+        "SUPABASE_SERVICE_KEY": stack.service_role_key,
+    }
+
+    async def downloaded_and_signed() -> tuple[bytes, str]:
+        file = io.BytesIO()
+        async with httpx.AsyncClient() as http:
+            storage = Storage(Settings(environment), http, Pictures())
+            await storage.fetch(path, file)
+            return file.getvalue(), await storage.sign(path, 60)
+
+    downloaded, address = asyncio.run(downloaded_and_signed())
+
+    assert downloaded == httpx.get(address).content == PNG
 
 
 @pytest.mark.parametrize("end", ["unshared", "deleted"])

@@ -1,10 +1,19 @@
-"""scripts/model_mapper.py, import_model.py: any image model of Replicate becomes a row."""
+"""scripts/model_mapper.py, import_model.py: any image model of Replicate or fal becomes a row."""
 
 import copy
 
 import pytest
 from database import unchanged
-from models import REF, TEXT, URI, import_model, model_id, recorded_models, replicate_model
+from models import (
+    REF,
+    TEXT,
+    URI,
+    fal_model,
+    import_model,
+    model_id,
+    recorded_models,
+    replicate_model,
+)
 
 from model_mapper import map_model
 
@@ -47,6 +56,8 @@ SCHEMAS = [
     (SIZES | {"default": "c"}, SIZES),
     (INT | {"default": "7"}, INT),
     (INT | {"default": 4.0}, INT | {"default": 4}),
+    # A list of choices, where the provider takes anything besides.
+    (any_of(SIZES, TEXT, {"type": "object"}), SIZES),
     (NUMBER | {"exclusiveMinimum": 0}, NUMBER | {"exclusiveMinimum": 0}),
     # As OpenAPI 3.0 says it.
     (INT | {"minimum": 0, "exclusiveMinimum": True}, INT | {"minimum": 0, "exclusiveMinimum": 0}),
@@ -119,9 +130,8 @@ OPERATORS = {
     "options": {"type": "object"},
     "shapes": {"type": "array", "items": {"type": "array"}},
     "whatever": {},
-    # Counts that cannot be charged by.
+    # A count that cannot be charged by.
     "num_outputs": NUMBER,
-    "num_images": {"type": "string", "enum": ["1", "4"]},
 }
 CLIENTS = {
     "lora_scale": NUMBER,
@@ -143,7 +153,9 @@ IMAGES = {
     "images": {"type": "array", "items": URI},
     "reference_images": any_of({"type": "array", "items": URI}, NULL),
     "subject": URI,
-    "garment": URI | {"description": "Photo of the garment"},
+    # Nothing says that it takes an image, but that it takes a file.
+    "content": URI,
+    "control_lora_image_url": TEXT,
     "control": {"allOf": [{"$ref": REF + "File"}]},
 }
 
@@ -204,13 +216,16 @@ def test_the_prompt_is_found_under_other_names_and_may_be_missing(inputs, requir
         ({"batch_size": INT, "n": INT}, "n", 4, 1),
         ({"number_of_outputs": INT, "images_per_prompt": INT}, "number_of_outputs", 4, 1),
         ({"batch_count": INT | {"maximum": 9}}, "batch_count", 9, 1),
+        ({"num_samples": TEXT | {"enum": ["1", "4"]}, "image_size": INT}, "num_samples", 4, "1"),
+        ({"num_images": INT | {"minimum": 1.0, "maximum": 4.0}}, "num_images", 4, 1),
     ],
 )
 def test_only_what_is_charged_says_how_many_images(inputs, count, most, default):
     found = map_model(replicate_model(PROMPT | inputs))
 
     assert (found["image_count_input"], found["max_images"]) == (count, most)
-    assert found["client_inputs"] == [count]
+    assert set(found["client_inputs"]) == {count} | inputs.keys() & {"image_size"}
+    assert str(found["max_images"]) == str(most)
     assert found["input_schema"]["properties"][count]["default"] == default
     assert "nullable" not in found["input_schema"]["properties"][count]
 
@@ -225,6 +240,118 @@ OUTPUTS = [
     {"title": "Output"},
     None,
 ]
+
+
+# What the public descriptions of real models say, cut to what matters.
+TWO = {"type": "array", "items": URI}
+SHOWN = "https://a.example/"
+REAL = [
+    (  # answers the map that it drew, and the pictures
+        {
+            "name": "controlnet-scribble",
+            "inputs": PROMPT | {"image": URI, "num_samples": TEXT | {"enum": ["1", "4"]}},
+            "output": TWO,
+            "default_example": {
+                "input": {"num_samples": "1"},
+                "output": [SHOWN + "output_0.png", SHOWN + "output_1.png"],
+            },
+        },
+        {
+            "image_count_input": "num_samples",
+            "outputs_path": "$.output[last - $count + 1 to last]",
+        },
+    ),
+    (
+        {
+            "inputs": PROMPT | {"image_size": INT | {"minimum": 512, "default": 960}},
+            "output": TWO,
+            "default_example": {"input": {"image_size": 960}, "output": [SHOWN + "output.png"]},
+        },
+        {"image_count_input": None, "max_images": 1, "client_inputs": ["image_size"]},
+    ),
+    (
+        {"inputs": PROMPT | {"image_size": {"enum": ["for_speed", "for_quality"]}}, "output": TWO},
+        {"client_inputs": ["image_size"], "max_images": 1},
+    ),
+    (
+        {"name": "flux-cute-3d", "default_example": {"output": [SHOWN + "out-0.webp"]}},
+        {"outputs_path": None},
+    ),
+    (
+        {"inputs": {"content": URI, "style": URI}, "required": ["content", "style"]},
+        {"image_inputs": ["content", "style"], "prompt_input": None},
+    ),
+    # Pictures that grow, one of several that are named, and one that comes first.
+    (
+        {"output": TWO | {"x-cog-array-type": "iterator"}},
+        {"outputs_path": "$.output[last - $count + 1 to last]"},
+    ),
+    (
+        {
+            "output": TEXT,
+            "default_example": {"output": {"mask": SHOWN + "1.png", "out": SHOWN + "2.png"}},
+        },
+        {"outputs_path": '$.output."out"'},
+    ),
+    (
+        {"output": TWO, "default_example": {"output": [SHOWN + "out.png", SHOWN + "mask.png"]}},
+        {"outputs_path": None},
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("said", "row"), REAL, ids=str)
+def test_the_example_tells_what_is_made_and_which_of_several_outputs_is_the_picture(said, row):
+    found = map_model(replicate_model(**{"inputs": PROMPT} | said))
+
+    assert found.items() >= row.items()
+
+
+def test_an_image_model_of_fal_becomes_a_row_too(db):
+    inputs = PROMPT | {
+        "image_url": TEXT | {"description": "URL of the picture"},
+        "image_size": any_of({"$ref": REF + "ImageSize"}, {"enum": ["square_hd", "landscape_4_3"]}),
+        "num_images": INT | {"minimum": 1, "maximum": 4, "default": 1},
+        "sync_mode": BOOLEAN,
+        "enable_safety_checker": BOOLEAN | {"default": True},
+        "loras": {"type": "array", "items": {"type": "object"}},
+    }
+    model = fal_model("fal-ai/flux/dev", inputs, required=["prompt"])
+
+    changed = import_model(db, model, price_credits=5)
+
+    assert {name: value for name, (_, value) in changed.items()}.items() >= {
+        "id": "fal-ai/flux-dev",
+        "provider": "fal",
+        "provider_ref": "fal-ai/flux/dev",
+        "client_inputs": ["image_size", "image_url", "num_images"],
+        "image_inputs": ["image_url"],
+        "image_count_input": "num_images",
+        "max_images": 4,
+    }.items()
+    assert changed["input_schema"][1]["properties"]["image_size"]["enum"][0] == "square_hd"
+    assert "outputs_path" not in changed
+    with unchanged(db):
+        assert import_model(db, {"models": [model]}) == {}
+        assert import_model(db, model["openapi"]) == {}
+        with pytest.raises(ValueError, match=r"is there already: fal's fal-ai/flux/dev, not"):
+            import_model(db, fal_model("fal-ai/flux-dev", inputs))
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (fal_model("fal-ai/veo", PROMPT, category="text-to-video"), "it is for text-to-video"),
+        (fal_model("fal-ai/x", PROMPT, {"model_file": "File"}), "its output holds no image"),
+        (fal_model("fal-ai/x", PROMPT, {"seed": "Seed"}), "its output is text"),
+        ({"models": []}, "no endpoint_id"),
+        (fal_model("fal-ai", PROMPT), "no endpoint_id"),
+        ({"endpoint_id": "fal-ai/x", "openapi": {"error": {}}}, "no OpenAPI document"),
+    ],
+)
+def test_what_fal_says_of_other_media_is_refused(model, reason):
+    with pytest.raises(ValueError, match=reason):
+        map_model(model)
 
 
 @pytest.mark.parametrize("output", OUTPUTS, ids=str)
@@ -250,6 +377,24 @@ BAD = [
     ({"description": "A great text-to-video model"}, "its output is video"),
     ({"description": "Masked Audio Generation"}, "its output is audio"),
     ({"inputs": {"num_frames": INT}}, "its output is video"),
+    ({"inputs": {"clip": INT | {"description": "Seconds of video"}}}, "its output is video"),
+    (
+        {
+            "description": "Higher-fidelity video, context-aware audio, reference image",
+            "inputs": {
+                "image": URI | {"description": "Input image"},
+                "prompt": TEXT | {"description": "Text prompt for video generation"},
+                "generate_audio": BOOLEAN | {"description": "Generate audio with the video"},
+            },
+        },
+        "its output is video",
+    ),
+    ({"default_example": {"output": ["https://a.example/b.mp4?c.png"]}}, "its output is mp4"),
+    ({"default_example": {"output": {"mesh": "https://a.example/b.glb"}}}, "its output is glb"),
+    (
+        {"output": None, "default_example": {"output": {"video": "https://a.example/b.webp"}}},
+        "its output holds no image",
+    ),
     ({"inputs": {"format": {"enum": ["mp3", "wav"]}}}, "its output is mp3"),
     ({"inputs": {"size": A}}, "#/components/schemas/A leads nowhere"),
     ({"inputs": {"size": {"$ref": "https://a.example/b.json"}}}, "b.json leads nowhere"),

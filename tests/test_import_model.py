@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from database import PROJECT, unchanged
-from models import TEXT, URI, replicate_model
+from models import TEXT, URI, fal_model, replicate_model
 from receiver import Answer, Receiver
 
 MODEL = replicate_model({"prompt": TEXT, "image": URI, "lora": TEXT}, required=["prompt"])
@@ -22,7 +22,11 @@ def run(db, tmp_path):
     def run(*arguments: str, model: object = MODEL, **environment: str) -> tuple[int, str]:
         file = tmp_path / "model.json"
         file.write_text(model if isinstance(model, str) else json.dumps(model))
-        clean = {name: text for name, text in os.environ.items() if "REPLICATE" not in name}
+        clean = {
+            name: text
+            for name, text in os.environ.items()
+            if not name.startswith(("REPLICATE", "FAL"))
+        }
         done = subprocess.run(
             [sys.executable, PROJECT / "scripts" / "import_model.py", *arguments],
             cwd=tmp_path,
@@ -66,6 +70,8 @@ def test_it_shows_what_changes_and_changes_it(db, run):
         (["--file", "model.json", "--set", '{"max_images": 99}'], MODEL, "max_images_is_sane"),
         (["--file", "model.json", "--credits", "-1"], MODEL, "prices_are_not_negative"),
         (["some/model"], MODEL, "REPLICATE_API_TOKEN is not set"),
+        (["some/model", "--provider", "fal"], MODEL, "FAL_KEY is not set"),
+        (["--file", "model.json", "--set", '{"outputs_path": "$["}'], MODEL, "jsonpath"),
         ([], MODEL, "say which model"),
     ],
 )
@@ -79,19 +85,37 @@ def test_what_is_refused_ends_in_one_with_the_reason(db, run, arguments, model, 
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize(("status", "code"), [(200, 0), (404, 1)])
-def test_it_asks_the_provider(db, run, status, code):
+REPLICATE = ("somebody/a-model", "replicate", "/v1/models/somebody/a-model", "Bearer k-test")
+FAL = (
+    *("fal-ai/a/model", "fal"),
+    *("/v1/models?endpoint_id=fal-ai/a/model&expand=openapi-3.0", "Key k-test"),
+)
+FAL_MODEL = {"models": [fal_model("fal-ai/a/model", {"prompt": TEXT})]}
+
+
+@pytest.mark.parametrize(
+    ("asked", "answer", "code"),
+    [
+        (REPLICATE, Answer(200, body=json.dumps(MODEL).encode()), 0),
+        (REPLICATE, Answer(404), 1),
+        (FAL, Answer(200, body=json.dumps(FAL_MODEL).encode()), 0),
+        (FAL, Answer(200, body=b'{"models": []}'), 1),
+    ],
+)
+def test_it_asks_the_provider(db, run, asked, answer, code):
+    name, provider, path, authorization = asked
     with Receiver() as api:
-        api.answer = Answer(status, body=json.dumps(MODEL).encode())
-        address = {"REPLICATE_API_TOKEN": "r8_test", "REPLICATE_API_URL": api.url("/v1")}
-        done, said = run("somebody/a-model", **address)
+        api.answer = answer
+        address = {"REPLICATE_API_TOKEN": "k-test", "FAL_KEY": "k-test"}
+        address |= dict.fromkeys(("REPLICATE_API_URL", "FAL_API_URL"), api.url("/v1"))
+        done, said = run(name, "--provider", provider, **address)
 
     assert done == code, said
-    assert [request.path for request in api.requests] == ["/v1/models/somebody/a-model"]
-    assert api.requests[0].headers["authorization"] == "Bearer r8_test"
-    query = "select count(*) from public.models where id = 'somebody/a-model'"
+    assert [request.path for request in api.requests] == [path]
+    assert api.requests[0].headers["authorization"] == authorization
+    query = "select count(*) from public.models where id in ('somebody/a-model', 'fal-ai/a-model')"
     assert db.value(query) == 1 - code
-    assert "r8_test" not in said
+    assert "k-test" not in said
 
 
 def test_make_passes_everything_on(db, tmp_path):

@@ -6,7 +6,7 @@ import uuid
 from typing import Any
 
 import pytest
-from actors import PREVIEW, User, refused
+from actors import PREVIEW, User, Worker, refused
 from database import Database
 from psycopg.types.json import Jsonb
 
@@ -133,12 +133,15 @@ def test_the_seed_of_the_catalogue_is_consistent(shared):
     [
         (FLUX + "dev", {"width": 1920, "height": 1080}, {"aspect_ratio": "16:9"}),
         (FLUX + "dev", {"width": 1, "height": 9999}, {"aspect_ratio": "9:21"}),
+        (FLUX + "dev", {"aspect_ratio": "17:9"}, {"aspect_ratio": "16:9"}),
         ("recraft-ai/recraft-v3", {"width": 1920, "height": 1080}, {"size": "1820x1024"}),
         ("recraft-ai/recraft-v3", {"aspect_ratio": "3:2"}, {"size": "1536x1024"}),
         ("stability-ai/sdxl", {"aspect_ratio": "16:9"}, {"width": 1344, "height": 768}),
         ("stability-ai/sdxl", {"aspect_ratio": "1:9999"}, {"width": 64, "height": 2048}),
         (FLUX + "1.1-pro", {"width": 512, "height": 768},
          {"aspect_ratio": "custom", "width": 512, "height": 768}),
+        (FLUX + "1.1-pro", {"width": 2048, "height": 1024},
+         {"aspect_ratio": "custom", "width": 1440, "height": 720}),
         (FLUX + "1.1-pro", {"aspect_ratio": "3:2", "width": 512, "height": 512},
          {"aspect_ratio": "3:2", "width": 512, "height": 512}),
         ("bytedance/seedream-4", {"width": 2048, "height": 1024},
@@ -154,16 +157,77 @@ def test_a_size_is_put_in_the_models_own_words(shared, model, asked, sent):
     assert found.keys().isdisjoint(asked.keys() - sent.keys())
 
 
+SIZES = ["square_hd", "square", "portrait_4_3", "portrait_9_16", "landscape_4_3", "landscape_16_9"]
+RATIOS = ["match_input_image", "1:1", "16:9", "9:16", "3:4", "4:3"]
+SIDES = [256, 288, 432, 512, 768, 1024]
+FULL_HD = {"width": 1920, "height": 1080}
+
+
+def side(**rules: Any) -> dict[str, Any]:
+    """Return width and height, each with these rules."""
+    return dict.fromkeys(("width", "height"), {"type": "integer"} | rules)
+
+
+@pytest.mark.parametrize(
+    ("knows", "asked", "sent"),
+    [
+        ({"image_size": {"enum": SIZES}}, FULL_HD, {"image_size": "landscape_16_9"}),
+        ({"image_size": {"enum": SIZES}}, {"aspect_ratio": "3:4"}, {"image_size": "portrait_4_3"}),
+        ({"image_size": {"enum": SIZES}}, {"aspect_ratio": "1:1"}, {"image_size": "square_hd"}),
+        ({"image_size": {"enum": SIZES}}, {"width": 500, "height": 500}, {"image_size": "square"}),
+        ({"size": {"enum": ["square", "portrait", "landscape"]}}, FULL_HD, {"size": "landscape"}),
+        ({"image_dimensions": {"enum": ["512 * 512", "768 * 512"]}}, FULL_HD,
+         {"image_dimensions": "768 * 512"}),
+        ({"aspect_ratio": {"enum": RATIOS}, "megapixels": {"enum": ["1", "0.25"]}},
+         {"width": 512, "height": 400}, {"aspect_ratio": "4:3", "megapixels": "0.25"}),
+        ({"aspect_ratio": {"enum": RATIOS}, "resolution": {"enum": ["1K", "2K", "4K"]}},
+         {"width": 4000, "height": 2200}, {"aspect_ratio": "16:9", "resolution": "4K"}),
+        ({"aspect_ratio": {"enum": RATIOS}, "resolution": {"enum": ["0.5 MP", "2 MP"]}},
+         {"aspect_ratio": "21:9"}, {"aspect_ratio": "16:9"}),
+        ({"image_resolution": {"enum": ["256", "512", "768"]}}, {"width": 500, "height": 600},
+         {"image_resolution": "512"}),
+        (side(enum=SIDES), FULL_HD, {"width": 1024, "height": 512}),
+        (side(enum=[str(each) for each in SIDES], type="string"), {"aspect_ratio": "1:1"},
+         {"width": "1024", "height": "1024"}),
+        (side(minimum=256, maximum=1440, multipleOf=32), {"width": 700, "height": 500},
+         {"width": 704, "height": 512}),
+        (side(minimum=512, maximum=1024), {"width": 300, "height": 400},
+         {"width": 512, "height": 683}),
+        # One of a single size makes that.
+        ({"seed": {"type": "integer"}}, FULL_HD, {}),
+        ({"seed": {"type": "integer"}}, {"aspect_ratio": "16:9"}, {}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_any_model_takes_any_size_as_the_nearest_it_knows_and_says_which(asker, knows, asked, sent):
+    asker.db.execute(
+        "update public.models set input_schema = %s, client_inputs = %s, image_count_input = null,"
+        " image_inputs = '{}' where id = %s",
+        Jsonb({"properties": {"prompt": {"type": "string"}} | {
+            name: {"type": "string"} | rules for name, rules in knows.items()
+        }}),
+        list(knows),
+        PREVIEW,
+    )  # fmt: skip
+
+    answer = asker.user.enqueue(params=asked, idempotency_key="k")
+
+    query = "select provider_input from public.generations where id = %s"
+    found = asker.db.value(query, answer["job_id"])
+    assert {name: found[name] for name in found.keys() - {"prompt", "seed"}} == sent
+    assert answer["size"] == sent
+    assert asker.user.enqueue(params=asked, idempotency_key="k")["size"] == sent
+    assert asker.user.enqueue(params=sent)["size"] is None
+
+
 @pytest.mark.parametrize(
     ("model", "asked", "field"),
     [
         (FLUX + "dev", {"width": 1024}, "width"),
         (FLUX + "dev", {"width": 1024, "height": 0}, "height"),
         (FLUX + "dev", {"width": 10**9, "height": 1024}, "height"),
-        (FLUX + "dev", {"aspect_ratio": "17:9"}, "aspect_ratio"),
         ("stability-ai/sdxl", {"width": 100_000}, "width"),
         ("stability-ai/sdxl", {"aspect_ratio": "16/9"}, "aspect_ratio"),
-        (FLUX + "1.1-pro", {"width": 2048, "height": 1024}, "width"),
     ],
 )
 def test_a_size_that_makes_no_sense_is_refused(shared, model, asked, field):
@@ -213,31 +277,104 @@ def test_the_prompt_is_the_models_to_take_or_not(asker):
     asker.db.execute('update public.models set operator_input = \'{"image": "x"}\'')
     assert asker.sent(FLUX + "dev", {})["image"] == "x"
 
-    asker.db.execute("update public.models set prompt_input = null, operator_input = '{}'")
+    asker.db.execute(
+        "update public.models set operator_input = '{}', input_schema ="
+        " input_schema #- '{properties,prompt,default}' #- '{required}'"
+    )
+    assert "prompt" not in asker.sent(FLUX + "dev", image, "")
+    assert asker.refusal(FLUX + "dev", {}, "") == "prompt: missing or blank"
+    assert asker.refusal(FLUX + "dev", {"image": None}, "") == "prompt: missing or blank"
+    asker.schema_has(properties__prompt__default="sharp")
+    asker.db.execute("update public.models set prompt_input = null")
     assert asker.sent(PREVIEW, image, "ignored")["prompt"] == "sharp"
+
+
+def test_a_param_of_null_is_one_not_given(shared):
+    asked = {"image": None, "num_outputs": None, "seed": None, "aspect_ratio": None, "width": None}
+
+    found = shared.sent(FLUX + "dev", asked)
+
+    assert {"num_outputs": 1, "aspect_ratio": "1:1"}.items() <= found.items()
+    assert found["seed"] is not None
+    assert "image" not in found
+
+
+def test_a_count_may_be_a_text_of_the_models(asker):
+    asker.schema_has(properties__num_outputs={"type": "string", "enum": ["1", "4"], "default": "1"})
+    asker.user.has(credits=100)
+
+    asker.sent(FLUX + "schnell", {"num_outputs": "4"})
+    asker.sent(FLUX + "schnell", {})
+
+    assert asker.user.credits() == 95
 
 
 # Source images.
 
 
-def test_a_source_image_is_a_path_in_the_own_folder(shared):
-    own, picture = shared.user.id, shared.picture
-    for path in [
-        f"{OTHER}/photos/me.png",
-        *(own, f"{own}/", f"/{picture}", f"inputs/{picture}", f"{own}x/photos/me.png"),
-        f"{own}/../{OTHER}/photos/me.png",
-        f"{own}/photos/../photos/me.png",
-        *(f"{own}/photos//me.png", f"{own}/.me.png", f"{own}/%2e%2e/me.png"),
-        f"{own}\\photos\\me.png",
-        *(f"{picture}\n", f"{picture}?download=1", f"{picture}#x"),
-        f"{own.upper()}/photos/me.png",
-        *("https://example.com/me.png", f"https://example.com/{picture}"),
-        *("data:image/png;base64,AAAA", "file:///etc/passwd", ""),
-    ]:
-        told = shared.refusal(FLUX + "dev", {"image": path})
-        assert told == "params.image: not a path in your folder of bucket inputs", path
-        told = shared.refusal("bytedance/seedream-4", {"image_input": [picture, path]})
-        assert told == "params.image_input: not a path in your folder of bucket inputs", path
+def pictures(asker: Asker, user: User | None = None, preview: bool = False) -> list[str]:
+    """Have a picture made; return its path and perhaps its preview's, with their bucket."""
+    user, worker = user or asker.user, Worker(asker.db)
+    job_id = user.enqueued()
+    (job,) = [each for each in worker.claim_jobs(100) if each.id == job_id]
+    image = job.image()
+    if preview:
+        image["preview_path"] = image["storage_path"].replace(".png", ".preview.webp")
+    worker.complete_job(job, images=[image])
+    return [f"generations/{image[key]}" for key in ("storage_path", "preview_path") if key in image]
+
+
+def test_a_source_image_is_an_own_file_or_an_own_finished_picture_and_nothing_else(shared):
+    own, picture, stranger = shared.user.id, shared.picture, User(shared.db).has(10)
+    (made, preview), (others, others_preview) = (
+        pictures(shared, user, preview=True) for user in (shared.user, stranger)
+    )
+    live = shared.user.enqueued()
+    for path in (picture, f"inputs/{picture}", made):
+        assert shared.sent(FLUX + "dev", {"image": path})["image"] == path
+        assert shared.sent("bytedance/seedream-4", {"image_input": [made, path]})
+
+    cases = {
+        "not a path in your folder of bucket inputs": [
+            f"{OTHER}/photos/me.png",
+            *(own, f"{own}/", f"/{picture}", f"{own}x/photos/me.png", f"inputs//{picture}"),
+            *(
+                f"inputs/inputs/{picture}",
+                f"inputs/{made}",
+                f"avatars/{picture}",
+                f"Inputs/{picture}",
+            ),
+            f"{own}/../{OTHER}/photos/me.png",
+            *(f"{own}/photos/../photos/me.png", f"inputs/{own}/./me.png"),
+            *(f"{own}/photos//me.png", f"{own}/%2e%2e/me.png", f"{own}/.%252E/{OTHER}/me.png"),
+            *(f"{own}/..%2f{OTHER}%2fme.png", f"{own}/..\\{OTHER}\\me.png"),
+            *(f"{own}\\photos\\me.png", f"{own}%2fphotos%2fme.png", f"{own.upper()}/photos/me.png"),
+            *(
+                "https://example.com/me.png",
+                f"https://example.com/{picture}",
+                f"{own}/" + "x" * 512,
+            ),
+            *("data:image/png;base64,AAAA", "file:///etc/passwd", "", "inputs/", "inputs"),
+            made.upper(),
+        ],
+        "no such file in bucket inputs": [
+            *(f"{picture}\n", f"{picture}?download=1", f"{picture}#x", f"{own}/.me.png"),
+            made.removeprefix("generations/"),
+        ],
+        "no finished picture of yours": [
+            *(others, others_preview, preview, f"generations/{picture}", "generations/"),
+            *(f"generations/{own}/{live}/0.png", made.replace("0.png", "1.png"), f"{made}?x"),
+            *(made.replace("/0.png", "/../" + made.split("/")[2] + "/0.png"), f"{made}\n"),
+            *(made.replace(own, stranger.id), others.replace(stranger.id, own)),
+            *(made.replace("generations/", "generations//"), f"generations/{made}"),
+        ],
+    }
+    for problem, paths in cases.items():
+        for path in paths:
+            told = shared.refusal(FLUX + "dev", {"image": path})
+            assert told == f"params.image: {problem}", path
+            told = shared.refusal("bytedance/seedream-4", {"image_input": [picture, path]})
+            assert told == f"params.image_input: {problem}", path
 
 
 def test_a_source_image_is_there(asker):
@@ -247,5 +384,37 @@ def test_a_source_image_is_there(asker):
     for name in ("photos/no-such.png", "photos", "photos/ME.png", "output.png"):
         told = asker.refusal(FLUX + "dev", {"image": f"{asker.user.id}/{name}"})
         assert told == "params.image: no such file in bucket inputs"
-    asker.schema_has(properties__image__nullable=True)
-    assert asker.sent(FLUX + "dev", {"image": None})["image"] is None
+
+
+def test_a_deleted_picture_is_no_source_until_it_is_restored(asker):
+    (made,) = pictures(asker)
+    job_id = made.split("/")[2]
+
+    asker.user.delete_generation(job_id)
+    told = asker.refusal(FLUX + "dev", {"image": made})
+    asker.user.restore_generation(job_id)
+
+    assert told == "params.image: no finished picture of yours"
+    assert asker.sent(FLUX + "dev", {"image": made})["image"] == made
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("mein Bild (1).png", ".hidden", "a&b=c@d+e,f;g:h!$*'.png", "50%.png", "why?.png", "#1"),
+        *("望舌.png", "\u202e.png", "a\tb.png", "..a", "a..", "x" * 475),
+    ],
+)
+def test_whatever_storage_lets_a_file_be_named_it_can_be_a_source(shared, name):
+    path = f"{shared.user.id}/{name}"
+    query = "insert into storage.objects (bucket_id, name) values ('inputs', %s)"
+    shared.db.execute(query, path)
+
+    assert shared.sent(FLUX + "dev", {"image": path})["image"] == path
+
+
+def test_without_storages_own_record_of_files_a_path_is_taken_as_it_is(asker):
+    asker.db.execute("drop schema storage cascade")
+    path = f"{asker.user.id}/no-such.png"
+
+    assert asker.sent(FLUX + "dev", {"image": path})["image"] == path

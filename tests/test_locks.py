@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from actors import Service, User, Worker, outcome
+from actors import Service, User, Worker, created, outcome, polled
 from database import Database
+from psycopg.types.json import Jsonb
 
 # Every table in which a row may be there before a call and be locked by it, and its key.
 TABLES = {
@@ -44,6 +45,7 @@ SETTINGS = """
 update private.settings set retry_base = '0', welcome_credits = 100, keep_deleted = '0',
   keep_generations = '101 days', breaker_failures = 3, breaker_users = 1
 """
+DONE = polled("prediction", "succeeded", output="https://replicate.delivery/a")
 TWO_IMAGES = {"num_outputs": 2}
 SECONDS = 10
 
@@ -155,9 +157,9 @@ def of_user(name: str) -> dict[str, Action]:
 
 def of_worker(place: str) -> dict[str, Action]:
     own = {
-        "begin_create": lambda w, s: w.begin_create(s.jobs[place]),
-        "checkpoint": lambda w, s: w.checkpoint(s.jobs[place], "prediction"),
-        "adopt_provider_job": lambda w, s: w.adopt_provider_job(s.jobs[place], "prediction"),
+        "next_step": lambda w, s: w.next_step(s.jobs[place]),
+        "next_step: created": lambda w, s: w.next_step(s.jobs[place], created("prediction")),
+        "next_step: done": lambda w, s: w.next_step(s.jobs[place], DONE),
         "report_progress": lambda w, s: w.report_progress(s.jobs[place], "storing"),
         "complete_job": lambda w, s: w.complete_job(s.jobs[place]),
         "fail_job: moderated": lambda w, s: w.fail_job(s.jobs[place], "moderated"),
@@ -169,13 +171,10 @@ def of_worker(place: str) -> dict[str, Action]:
 
 
 def of_many(function: str, *rest: object) -> Action:
-    """What a worker does with all jobs in one call, in no order; {} is where a job stands."""
+    """What a worker does with all jobs in one call, in no order; of some, by where a job stands."""
 
     def call(w: Worker, s: Scene) -> object:
-        told = [
-            (s.jobs[p], *(each.format(p) if isinstance(each, str) else each for each in rest))
-            for p in HEARD
-        ]
+        told = [(s.jobs[p], *(each(p) if callable(each) else each for each in rest)) for p in HEARD]
         return w.of_many(function, told)
 
     return Action("worker", call)
@@ -189,8 +188,7 @@ ACTIONS = {
     **{name: action for place in PLACES for name, action in of_worker(place).items()},
     "claim_jobs": Action("worker", claims),
     "heartbeat": Action("worker", lambda w, s: w.heartbeat(*[s.jobs[p] for p in HEARD])),
-    "checkpoint_jobs": of_many("checkpoint_jobs", "prediction of {}"),
-    "begin_creates": of_many("begin_creates", None),
+    "next_steps: created": of_many("next_steps", lambda place: Jsonb(created(place))),
     "report_progress": of_many("report_progress", "storing", 50),
     "complete_jobs": Action(
         "worker", lambda w, s: w.complete_jobs(*[(s.jobs[p], 1) for p in HEARD])
@@ -217,6 +215,7 @@ class Stage:
         self.db = db
         db.execute(SETTINGS)
         db.lift_limits()
+        db.buys_previews()
         self.scene = Scene(db)
         self.actors = {
             "alice": User(db, self.scene.ids["alice"]),

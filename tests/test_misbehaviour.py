@@ -106,7 +106,7 @@ class Run:
         for _ in range(2):
             user = User(db).has(credits=10)
             path = f"{user.id}/cat.png"
-            self.inputs[path] = f"a cat of {user.id}".encode()
+            self.inputs[path] = image("png", (8, 8), 0, user.id.encode())
             db.execute("insert into storage.objects (bucket_id, name) values ('inputs', %s)", path)
             params = {"image": path, "seed": 7}
             self.jobs[user.enqueued("as a painting", "acme/edit", params=params)] = user
@@ -200,7 +200,7 @@ class Run:
     async def work(self) -> None:
         one, tasks = self.one, []
         try:
-            registered = await one.db.register_worker(one.settings.slots)
+            registered = await one.db.register_worker(one.settings.slots, one.settings.keys)
             one.worker_id, one.is_full = registered["worker_id"], False
             await one.recover()
             while not one.stopping.is_set() and await one._claim():

@@ -175,7 +175,7 @@ def test_failures_wait_longer_and_longer_over_about_a_day_then_the_delivery_is_d
 
 def test_a_wish_of_the_target_counts_if_it_is_longer_up_to_a_day(db, worker, hook, ended):
     ended()
-    wishes = [3600.0, -5.0, 0.0, float("nan"), float("inf"), float("-inf"), 1e308, -1e308, 1e6]
+    wishes = ["3600", "-5", "0", "nan", "inf", "", None, "9" * 15, "1000000", "120, 5"]
     waits = []
     for wish in wishes:
         (delivery,) = worker.claim_deliveries(hook)

@@ -1,6 +1,7 @@
 """sql/75_outcomes.sql: complete, fail and release, beside what model and protocol say of them."""
 
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
 import pytest
@@ -117,23 +118,83 @@ def test_a_job_too_old_is_not_retried(db, worker, job):
 
 
 @pytest.mark.parametrize(
-    ("wish", "seconds"),
-    [(7, 7), (3600, 3600), (1e9, 3600), ("nan", 3600), (0, 0), (-5, 0), (-1e308, 0), ("-inf", 0)],
+    ("wish", "asked"),
+    [
+        *[(wish, 0) for wish in (None, 0, -5, -1e308, "-inf")],
+        *[(7, 7), (3600, 3600), (1e9, 3600), ("inf", 3600), ("nan", 3600)],
+    ],
 )
-def test_the_providers_wish_is_followed_up_to_an_hour_and_for_no_pause_once(db, wish, seconds):
-    assert db.value(DELAY, 0, float(wish)) == seconds
-    assert max(db.value(DELAY, 5, float(wish)) for _ in range(20)) > 3
+def test_backoff_doubles_up_to_its_cap_and_a_wish_makes_it_longer_only_up_to_an_hour(
+    db, wish, asked
+):
+    for failures_before, most in [(0, 2), (1, 4), (2, 8), (4, 32), (5, 60), (60, 60)]:
+        query = f"{DELAY} from generate_series(1, 400)"
+        delays = db.execute(query, failures_before, wish and float(wish))
+
+        seconds = [row["seconds"] for row in delays]
+        assert max(asked, most * 0.5) <= min(seconds) <= max(asked, most * 0.55)
+        assert max(asked, most * 0.95) <= max(seconds) <= max(asked, most)
+
+
+def test_a_retry_after_is_a_number_of_seconds_or_a_date_to_come(db):
+    now, ahead = datetime.now(UTC), timedelta(hours=5000)
+    last = datetime(9999, 12, 31, tzinfo=UTC)
+    forms = ["%a, %d %b %Y %H:%M:%S GMT", "%a %b %e %H:%M:%S %Y"]
+    said = {
+        **{"0": 0, "120": 120, " 7 ": 7, "1.5": 1.5, "120, 5": 120, "9" * 15: 1e15},
+        **{(now + ahead).strftime(form): ahead.total_seconds() for form in forms},
+        **dict.fromkeys((now - ahead).strftime(form) for form in forms),
+        "Fri, 31 Dec 9999 00:00:00 GMT": (last - now).total_seconds(),
+        **dict.fromkeys(["", "soon", "-5", "nan", "inf", "-Infinity", "1e999", "0x10", "5;"]),
+        **dict.fromkeys(["9" * 16, "9" * 10_000, "1" + " " * 10_000 + "s", "\u0663\u0660"]),
+        **dict.fromkeys(["Fri, 99 Dec 9999 23:59:59 GMT", "Fri, infinity", "Friday", "2100-01-01"]),
+        None: None,
+    }
+    db.execute("set timezone = 'Pacific/Kiritimati'")
+
+    found = {words: db.value("select private.asked_seconds(%s)", words) for words in said}
+
+    assert found == {
+        words: None if seconds is None else pytest.approx(seconds, rel=1e-6)
+        for words, seconds in said.items()
+    }
+
+
+def test_a_job_that_is_throttled_without_end_asks_few_times_a_minute_and_an_hour_long(
+    db, alice, worker
+):
+    job_id, moments = alice.enqueued(), [0.0]
+    while worker.fail_job(worker.claimed(), "provider_busy", retry_after=0) == "retried":
+        wait = db.value("select extract(epoch from run_at - now())::float from private.ready_jobs")
+        moments.append(moments[-1] + wait)
+        db.pass_time(f"{wait + 0.001} seconds")
+
+    assert sum(moment < 60 for moment in moments) <= 6
+    assert all(moments[n + 2] - moments[n] >= 60 for n in range(5, len(moments) - 2))
+    assert moments[-1] > 3600 or len(moments) == 100
+    assert moments[-1] < 3660
+    assert alice.get_job_status(job_id)["error"]["code"] == "provider_busy"
+    assert alice.credits() == 10
 
 
 @pytest.mark.parametrize(
-    ("failures_before", "most"), [(0, 2), (1, 4), (2, 8), (4, 32), (5, 60), (60, 60)]
+    "code", ["provider_busy", "worker_full", "storage_unavailable", "released"]
 )
-def test_backoff_doubles_up_to_its_cap_with_full_jitter(db, failures_before, most):
-    delays = db.execute(f"{DELAY} from generate_series(1, 400)", failures_before, None)
+def test_what_uses_no_attempt_is_bounded_in_number_however_short_the_waits_are(
+    db, alice, worker, code
+):
+    db.execute("update private.settings set retry_base = '0', max_claims = 7")
+    job_id = alice.enqueued()
 
-    seconds = [row["seconds"] for row in delays]
-    assert 0 <= min(seconds) < most * 0.1
-    assert most * 0.9 < max(seconds) <= most
+    for n in range(7):
+        assert alice.get_job_status(job_id)["status"] == "queued", n
+        if code == "released":
+            worker.release_job(worker.claimed())
+        else:
+            worker.fail_job(worker.claimed(), code, retry_after=0)
+
+    assert alice.get_job_status(job_id)["status"] == "failed"
+    assert alice.credits() == 10
 
 
 # Many at once.
@@ -163,7 +224,7 @@ def test_each_of_many_is_settled_on_its_own_images_and_lease(db, alice, bob, wor
 
 
 def test_many_jobs_fail_in_one_call_each_by_its_code(db, alice, bob, worker, jobs):
-    codes = ["moderated", "provider_error", "timeout"]
+    codes = ["output_refused", "provider_error", "timeout"]
     calls = [(job, codes[n % 3], None, None, None) for n, job in enumerate(jobs)]
 
     said = worker.of_many("fail_jobs", calls)

@@ -93,8 +93,7 @@ class Scene:
         """Bring jobs from the queue to their end, good or bad."""
         jobs = self.held()
         assert self.worker.heartbeat(*jobs) == ["ok"] * JOBS
-        self.worker.of_many("begin_creates", [(job, None) for job in jobs])
-        self.worker.of_many("checkpoint_jobs", [(job, job.id) for job in jobs])
+        self.worker.buy(*[(job, job.id) for job in jobs])
         self.worker.of_many("report_progress", [(job, "storing", None) for job in jobs])
         done = self.worker.complete_jobs(*[(job, 1) for job in jobs])
         assert list(done.values()) == ["completed"] * JOBS
@@ -162,6 +161,7 @@ PASS_QUEUE = {"health", "recover"}  # once, over all that waits
 def large(server: Server, template: str) -> Iterator[Database]:
     db = server.create(template)
     db.lift_limits()
+    db.buys_previews()
     sizes = {"users": GENERATIONS // 250 + 1, "running": RUNNING, "ready": READY}
     sizes["finished"] = GENERATIONS - READY - RUNNING
     settings = [f"\\set {name} {size}" for name, size in sizes.items()]
@@ -216,6 +216,7 @@ def test_what_every_job_needs_walks_indexes_though_the_tables_were_empty_when_it
     db, alice, worker
 ):
     db.lift_limits()
+    db.buys_previews()
     alice.has(credits=100)
     db.execute(  # so that the answers reckon with what runs
         "insert into private.model_stats (model_id, mean_seconds, sample_count, refreshed_at)"
@@ -230,8 +231,7 @@ def test_what_every_job_needs_walks_indexes_though_the_tables_were_empty_when_it
             alice.enqueue_batch(["a lighthouse"])
             jobs = worker.claim_jobs(2)
             alice.get_job_status(jobs[0].id)
-            worker.of_many("begin_creates", [(job, None) for job in jobs])
-            worker.of_many("checkpoint_jobs", [(job, job.id) for job in jobs])
+            worker.buy(*[(job, job.id) for job in jobs])
             worker.of_many("report_progress", [(job, "storing", None) for job in jobs])
             worker.of_many("fail_jobs", [(jobs[0], "moderated", None, None, None)])
             worker.complete_jobs(*[(job, job.image_count) for job in jobs[1:]])

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from actors import Job, Refusal, Service, User, Worker, outcome
+from actors import Job, Refusal, Service, User, Worker, created, outcome, polled
 from database import Database
 from psycopg.pq import TransactionStatus
 from psycopg.rows import scalar_row
@@ -85,6 +85,7 @@ class Stage:
     def __init__(self, db: Database) -> None:
         db.execute(STATE)
         db.execute(SETTINGS)
+        db.buys_previews()
         Service(db).register_webhook()
         self.user, self.worker = User(db), Worker(db)
         self.job_id = self.user.enqueued(params={"num_outputs": IMAGES})
@@ -122,12 +123,23 @@ class Stage:
         return self.worker.claim_jobs(2)
 
 
+DONE = polled("prediction", "succeeded", output="https://replicate.delivery/a")
+
+
+def found(job: Job) -> dict[str, Any]:
+    """What is answered where a lost create is looked for: one that is this job's."""
+    ref = job.provider_ref
+    item = {"id": "prediction", "model": ref, "version": "hidden", "input": job.provider_input}
+    return {"step": "find", "memo": {}, "status": 200, "body": {"results": [item]}}
+
+
 # What a worker may say of a lease that it holds or held.
 OF_LEASE: dict[str, Callable[[Worker, Job], Any]] = {
-    "begin_create": lambda w, job: w.begin_create(job),
-    "recall_create": lambda w, job: w.recall_create(job),
-    "checkpoint": lambda w, job: w.checkpoint(job, "prediction"),
-    "adopt_provider_job": lambda w, job: w.adopt_provider_job(job, "prediction"),
+    "next_step": lambda w, job: w.next_step(job),
+    "next_step: created": lambda w, job: w.next_step(job, created("prediction")),
+    "next_step: lost": lambda w, job: w.next_step(job, created("prediction", status=None)),
+    "next_step: found": lambda w, job: w.next_step(job, found(job)),
+    "next_step: done": lambda w, job: w.next_step(job, DONE),
     "report_progress": lambda w, job: w.report_progress(job, "storing"),
     "heartbeat": lambda w, job: w.heartbeat(job),
     "complete_job": lambda w, job: w.complete_job(job, IMAGES),

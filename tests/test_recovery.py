@@ -24,6 +24,7 @@ def test_a_job_that_is_stuck_fails_at_its_models_deadline_though_its_worker_beat
 
 
 def test_after_an_outage_a_job_past_its_deadline_is_resumed_not_failed(db, alice, worker):
+    db.buys_previews()
     alice.enqueue()
     worker.checkpoint(worker.claimed(), "prediction-1")
     db.pass_time("10 minutes")

@@ -269,6 +269,68 @@ def test_a_file_that_came_to_be_an_image_after_all_is_not_listed(db, alice, work
     assert expired(db) == set()
 
 
+@pytest.fixture
+def edits(db, alice) -> Callable[..., str]:
+    """Ask for a picture to be made of others."""
+    db.execute("update public.models set is_active = true, requires_paid = false")
+    db.lift_limits()
+
+    def edit(*paths: str) -> str:
+        params = {"image_input": list(paths)}
+        return alice.has(50).enqueued(model="bytedance/seedream-4", params=params)
+
+    return edit
+
+
+@pytest.mark.parametrize("why", ["old", "deleted"])
+def test_pictures_that_a_live_job_is_made_from_outlive_their_time_and_no_others(
+    db, alice, worker, edits, why
+):
+    sources, other = [completed(alice, worker) for _ in range(2)], completed(alice, worker)
+    job_id = edits(*(f"generations/{path}" for _, path in files_of(*sources)))
+    if why == "old":
+        keep(db, keep_generations="1 day")
+    else:
+        deleted_by_user(db, *sources, other)
+        keep(db, keep_deleted="0")
+    db.pass_time("2 days")
+
+    for _ in range(4):
+        worker.apply_retention(at_most=1)
+    assert expired(db) == set(files_of(other)) == set(worker.list_expired_files())
+    assert {job_id, *(each.id for each in sources)} <= generations(db)
+    alice.cancel_generation(job_id)
+    for _ in range(3):
+        worker.apply_retention()
+
+    assert set(files_of(*sources)) <= expired(db)
+
+
+@pytest.mark.parametrize("bucket", ["generations", "inputs"])
+def test_a_source_that_was_marked_before_it_was_needed_is_not_listed(
+    db, alice, worker, edits, bucket
+):
+    keep(db, keep_deleted="0")
+    source = completed(alice, worker)
+    (file,) = files_of(source) if bucket == "generations" else [stored(db, f"{alice.id}/a", bucket)]
+    job_id = edits("/".join(file))
+    if bucket == "generations":  # as two do at the same time
+        deleted_by_user(db, source)
+    query = (
+        "insert into private.expired_files (bucket, path, user_id, generation_id)"
+        " values (%s, %s, %s, %s)"
+    )
+    db.execute(query, *file, alice.id, source.id if bucket == "generations" else None)
+
+    assert worker.list_expired_files() == []
+    assert expired(db) == set()
+    alice.cancel_generation(job_id)
+    age_files(db, "31 days")
+    worker.apply_retention()
+
+    assert worker.list_expired_files() == [file]
+
+
 def test_sources_are_kept_for_ever_or_as_long_as_the_operator_says(db, alice, bob, worker):
     old = stored(db, f"{alice.id}/cat.jpg", "inputs")
     stored(db, f"{bob.id}/dog.jpg", "inputs")

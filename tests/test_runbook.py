@@ -83,6 +83,12 @@ class Scene:
         self.alice.enqueue()
         return {}, lambda: Worker(self.db)
 
+    def unserved(self) -> Raised:
+        self.db.execute("update private.providers set secret = 'FAL_KEY' where name = 'preview'")
+        self.alice.enqueue()
+        Worker(self.db)
+        return {"model": "darkroom/preview"}, None
+
     def not_listening(self) -> Raised:
         Worker(self.db)
         worker = Worker(self.db)
@@ -137,6 +143,7 @@ SAID = {
     "burned": "1 running jobs canceled in 15 minutes, by 1 users: the provider may bill them",
     "stuck": "1 running jobs are past lease or deadline, one for 121 s",
     "no_worker": "1 jobs are ready and no worker is alive",
+    "unserved": "1 jobs wait for preview, which no living worker serves",
     "not_listening": "1 of 2 workers",
     "paused": "provider preview until .*: 402: no credit",
     "vacuum_held_back": "session .* idle in transaction since .*",

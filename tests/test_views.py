@@ -86,6 +86,7 @@ def test_the_queue_of_each_model_and_what_waits_for_a_pause_counted_once(
 
 
 def test_what_runs_where_for_how_long_and_whether_it_is_stuck(db, alice, worker):
+    db.buys_previews()
     late, silent = alice.enqueued(), alice.enqueued()
     jobs = {job.id: job for job in worker.claim_jobs(2)}
     worker.checkpoint(jobs[late], "prediction-1")

@@ -1,5 +1,7 @@
 """NOTIFY wakes one sleeper for each job, and no wake-up is lost."""
 
+from collections.abc import Callable
+
 import pytest
 from actors import Worker, refused
 
@@ -69,6 +71,39 @@ def test_who_was_heard_of_last_is_woken_and_nobody_who_is_silent_or_gone(db, ali
     db.pass_time("61 seconds")
     alice.enqueue()
     assert woken(sleepers) == [0] * 4
+
+
+KEYS = [[], ["FAL_KEY"], ["REPLICATE_API_TOKEN", "FAL_KEY"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "woken_at_most"),
+    [
+        ("secret = null", {0, 1, 2}),
+        ("secret = 'FAL_KEY'", {1, 2}),
+        ("secret = 'REPLICATE_API_TOKEN'", {2}),
+        ("is_active = false", set()),
+    ],
+)
+def test_only_who_can_make_a_job_is_woken_for_it(db, alice, service, change, woken_at_most):
+    """By a new job, by one that comes back, and by a pause that ends."""
+    workers = [Worker(db, keys=keys).listening() for keys in KEYS]
+    db.execute(f"update private.providers set {change} where name = 'preview'")
+
+    def wakes(event: Callable[[], object]) -> set[int]:
+        for each in workers:
+            each.sleep()
+        event()
+        return {place for place, times in enumerate(woken(workers)) if times}
+
+    db.lift_limits()
+    by_new_ones = wakes(lambda: alice.enqueue_batch(["one", "two", "three"]))
+    by_resume = wakes(lambda: service.resume_model("preview"))
+
+    assert by_new_ones == woken_at_most
+    assert by_resume <= woken_at_most and bool(by_resume) == bool(woken_at_most)
+    if job := next((job for each in workers for job in each.claim_jobs(1)), None):
+        assert wakes(lambda: workers[0].release_job(job)) <= woken_at_most
 
 
 # However an enqueue and a worker that goes to sleep meet, a look finds the job where NOTIFY does

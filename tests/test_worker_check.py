@@ -175,7 +175,7 @@ READ = '"Users read their own generated images"'
             "bucket generations is public",
         ),
         (
-            "revoke all on function private.claim_jobs(bigint, integer) from darkroom_worker",
+            "revoke all on function private.claim_jobs from darkroom_worker",
             "database",
             "role darkroom_worker may not call private.claim_jobs: apply supabase/migrations",
         ),

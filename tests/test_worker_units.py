@@ -281,17 +281,19 @@ def test_an_answer_is_handed_in_as_the_database_can_take_it(answer, handed_in):
     Jsonb(said)
 
 
-def test_an_answer_without_end_is_none_and_is_not_waited_for(monkeypatch):
+@pytest.mark.parametrize(("chunk", "said"), [(10_000, "too long"), (1, "TimeoutError")])
+def test_an_answer_without_end_is_none_however_it_comes(monkeypatch, chunk, said):
     monkeypatch.setattr(worker, "MAX_ANSWER_BYTES", 100_000)
+    monkeypatch.setattr(worker, "DOWNLOAD_SECONDS", 0.2)
 
     async def endless() -> AsyncIterator[bytes]:
         while True:
-            yield bytes(10_000)
+            yield bytes(chunk)
+            await asyncio.sleep(0.01)
 
-    assert Web(httpx.Response(201, content=endless())).send() == {
-        "status": None,
-        "error": "too long",
-    }
+    answer = Web(httpx.Response(201, content=endless())).send(seconds=0.1)
+
+    assert answer == {"status": None, "error": said}
 
 
 def test_a_large_answer_is_read_and_looked_through_in_no_time():
@@ -372,13 +374,13 @@ data:image/png,AAAA blob:none
 
 
 @pytest.mark.parametrize("url", [*ELSEWHERE.split(), "https://evil.com\n.replicate.delivery/a", ""])
-def test_outputs_from_elsewhere_are_the_providers_error_and_not_fetched(url):
+def test_outputs_from_elsewhere_are_refused_and_not_fetched(url):
     web = Web(httpx.Response(200))
 
     with pytest.raises(JobError) as refusal:
         web.read(url)
 
-    assert refusal.value.code == "provider_error"
+    assert refusal.value.code == "output_refused"
     assert web.requests == []
 
 
@@ -388,7 +390,7 @@ def test_outputs_from_elsewhere_are_the_providers_error_and_not_fetched(url):
 def test_a_redirect_is_held_to_the_same_hosts(target):
     web = Web(redirect(target))
 
-    with pytest.raises(JobError, match=r"provider_error: host .* is not allowed"):
+    with pytest.raises(JobError, match=r"output_refused: host .* is not allowed"):
         web.read(DELIVERED)
 
     assert [request.url.host for request in web.requests] == ["replicate.delivery"]
@@ -406,10 +408,10 @@ def packed(coding: str) -> httpx.Response:
         (httpx.Response(404), "result_lost"),
         (httpx.Response(410), "result_lost"),
         (httpx.Response(500), "internal"),
-        (redirect(DELIVERED), "provider_error: output: too many redirects"),
-        (packed("gzip, gzip"), "provider_error: output: packed"),
-        (packed("GZIP"), "provider_error: output: packed"),
-        (packed("br"), "provider_error: output: packed"),
+        (redirect(DELIVERED), "output_refused: output: too many redirects"),
+        (packed("gzip, gzip"), "output_refused: output: packed"),
+        (packed("GZIP"), "output_refused: output: packed"),
+        (packed("br"), "output_refused: output: packed"),
     ],
 )
 def test_a_download_that_brings_nothing_says_why(answer, said):
@@ -438,33 +440,100 @@ def a_job(**changes: Any) -> Job:
         "secret": None,
         "key_hosts": [],
         "hosts": [],
+        "max_running": None,
     }
     return Job(**values | changes)
 
 
+WAY = {  # as next_steps has it
+    "method": "POST",
+    "url": f"{API}/files",
+    "headers": {"x-key": "{{secret}}"},
+    "seconds": None,
+    "field": "content",
+    "address": ["urls", "get"],
+}
 SIGNED = "/object/sign/inputs/u/cat.png?token=t"
 
 
-@pytest.mark.parametrize(
-    "signed",
-    [{"signedURL": SIGNED}, {"signedUrl": SIGNED}, {"signedUrl": f"/storage/v1{SIGNED}"}],
-    ids=str,
-)
-def test_a_source_image_is_given_as_a_signed_address_where_storage_is_public(signed):
-    web, given = Web(httpx.Response(200, json=signed)), {"prompt": "p", "image": "u/a cat.png"}
-    job = a_job(provider_input=given | {"more": None}, image_inputs=["image", "more"])
+def with_sources(web: Web, *paths: str, looks: Any = ("PNG", True)) -> dict[str, Any]:
+    """What the provider is sent for a job with these sources, of a Storage that is public."""
+    job = a_job(provider_input={"prompt": "p", "image": [*paths]}, image_inputs=["image", "more"])
 
-    async def with_sources(api: Provider) -> dict[str, Any]:
+    async def ask(api: Provider) -> dict[str, Any]:
         settings = Settings(ENVIRONMENT | {"SUPABASE_URL": "https://project.supabase.co"})
-        storage = Storage(settings, api.http, mock.Mock())
+        pictures = mock.Mock(look_at_source=mock.AsyncMock(return_value=looks))
+        storage = Storage(settings, api.http, pictures)
+        api.way = WAY
         one = worker.Worker(settings, mock.Mock(), mock.Mock(), storage, mock.Mock())
         return await one._with_sources(api, job)
 
-    address = f"https://project.supabase.co/storage/v1{SIGNED}"
-    assert web.ask(with_sources) == {"prompt": "p", "image": address, "more": None}
-    (request,) = web.requests
-    assert request.url.raw_path == b"/storage/v1/object/sign/inputs/u/a%20cat.png"
-    assert json.loads(request.content)["expiresIn"] >= 300
+    return web.ask(ask)
+
+
+@pytest.mark.parametrize(
+    ("path", "escaped", "signed"),
+    [
+        ("u/cat.png", "inputs/u/cat.png", {"signedURL": SIGNED}),
+        ("inputs/u/cat.png", "inputs/u/cat.png", {"signedUrl": SIGNED}),
+        ("generations/u/j/0.png", "generations/u/j/0.png", {"signedUrl": f"/storage/v1{SIGNED}"}),
+        ("u/a cat?#%41\\.png", "inputs/u/a%20cat%3F%23%2541%5C.png",
+         {"signedURL": "/object/sign/inputs/u/a cat?#%41\\.png?token=t"}),
+        ("u/%2e%2e/é望.png", "inputs/u/%252e%252e/%C3%A9%E6%9C%9B.png", {"signedURL": SIGNED}),
+        ("u/a&b=c@d+e,f;g:h!$*'(1)", "inputs/u/a&b=c@d+e,f;g:h!$*'(1)", {"signedURL": SIGNED}),
+    ],
+)  # fmt: skip
+def test_a_source_is_given_as_a_signed_address_of_its_own_where_storage_is_public(
+    path, escaped, signed
+):
+    web = Web(httpx.Response(200), httpx.Response(200, json=signed))
+
+    sent = with_sources(web, path)
+
+    root = "https://project.supabase.co/storage/v1/object"
+    assert sent == {"prompt": "p", "image": [f"{root}/sign/{escaped}?token=t"]}
+    assert [str(each.url) for each in web.requests] == [
+        f"{root}/{escaped}",
+        f"{root}/sign/{escaped}",
+    ]
+    assert json.loads(web.requests[1].content)["expiresIn"] >= 600  # the job's deadline, and more
+
+
+def test_a_source_that_is_not_as_its_user_gave_it_is_uploaded_though_storage_is_public():
+    upload = httpx.Response(201, json={"urls": {"get": "https://api.replicate.com/f"}})
+    web = Web(httpx.Response(200), upload)
+
+    assert with_sources(web, "u/cat.png", looks=("JPEG", False))["image"] == [
+        "https://api.replicate.com/f"
+    ]
+    assert web.requests[1].url.path.endswith("/files")
+
+
+def missing(message: str, **said: Any) -> httpx.Response:
+    return httpx.Response(400, json={"statusCode": "404", "message": message, **said})
+
+
+@pytest.mark.parametrize(
+    ("answers", "code"),
+    [
+        ([missing("Object not found", error="not_found")], "invalid_input"),
+        ([httpx.Response(200), missing("Object not found")], "invalid_input"),
+        ([missing("Bucket not found", error="Bucket not found")], "internal"),
+        ([httpx.Response(404, text="<html>another server")], "internal"),
+        ([httpx.Response(404, json=["odd"])], "internal"),
+        ([httpx.Response(400, json={"statusCode": "403", "message": "no"})], "internal"),
+        ([httpx.Response(503)], "storage_unavailable"),
+        ([httpx.ReadTimeout("late")], "storage_unavailable"),
+        ([httpx.Response(200, content=bytes((32 << 20) + 1))], "invalid_input"),
+    ],
+)
+def test_a_source_that_is_gone_is_the_users_fault_and_a_storage_that_is_not_well_is_not(
+    answers, code
+):
+    with pytest.raises(JobError) as refusal:
+        with_sources(Web(*answers), "u/cat.png")
+
+    assert refusal.value.code == code
 
 
 @pytest.mark.parametrize(
@@ -483,14 +552,7 @@ def test_a_source_is_handed_over_as_the_provider_takes_it(answer, address):
     web = Web(answer)
 
     async def upload(api: Provider) -> str:
-        api.way = {
-            "method": "POST",
-            "url": f"{API}/files",
-            "headers": {"x-key": "{{secret}}"},
-            "seconds": None,
-            "field": "content",
-            "address": ["urls", "get"],
-        }
+        api.way = WAY
         return await api.upload("cat.png", io.BytesIO(b"a cat"))
 
     if address:

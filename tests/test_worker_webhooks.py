@@ -265,8 +265,7 @@ INSIDE_AWS = {"location": "http://169.254.169.254/latest/meta-data/"}
         (Answer(302, INSIDE_AWS), Verdict("failed", 302)),
         (Answer(307, {"location": "/elsewhere"}), Verdict("failed", 307)),
         (Answer(410), Verdict("gone", 410)),
-        (Answer(503, {"Retry-After": "7200"}), Verdict("failed", 503, retry_after=7200)),
-        (Answer(503, {"Retry-After": "-1e308"}), Verdict("failed", 503, retry_after=0)),
+        (Answer(503, {"Retry-After": "7 \xe9"}), Verdict("failed", 503, retry_after="7 \xe9")),
         (Answer(hangs=True), Verdict("failed", error="TimeoutError")),
         (Answer(floods=True), Verdict("delivered", 200)),
     ],
@@ -459,23 +458,25 @@ def test_many_pushes_go_in_one_request_and_one_that_is_refused_blocks_no_other(
     assert [each.outcome for each in pushed(endpoint, expo)].count("delivered") == 10
 
 
-def test_receipts_are_read_and_what_they_say_is_heeded(endpoint, caplog):
-    endpoint.answers.append(Answer(503))
+def test_receipts_are_read_and_what_they_say_is_heeded(monkeypatch, endpoint, caplog):
+    monkeypatch.setattr(outbox, "DELIVERY_SECONDS", 0.5)
+    endpoint.answers.extend([Answer(503), Answer(floods=True)])
     endpoint.answer = told(data={"a": {"status": "ok"}, "b": refusal("InvalidCredentials")})
     claimed = [{"ticket": name, "delivery_id": name} for name in "ab"]
-    call = mock.AsyncMock(side_effect=[claimed, claimed, None, []])
+    call = mock.AsyncMock(side_effect=[claimed, claimed, claimed, None, []])
 
     async def read() -> None:
         async with httpx.AsyncClient() as http:
             settings = Settings(ENVIRONMENT | {"EXPO_PUSH_URL": endpoint.url("/send")})
             one = Outbox(settings, mock.Mock(call=call), http)
-            await one.read_receipts()
-            await one.read_receipts()
+            for _ in range(3):
+                await one.read_receipts()
 
     asyncio.run(read())
 
     asked = endpoint.requests[-1]
     assert (asked.path, asked.message) == ("/getReceipts", {"ids": ["a", "b"]})
-    assert call.await_args_list[2].args[1:] == (["a", "b"], [None, "InvalidCredentials"])
+    assert call.await_args_list[3].args[1:] == (["a", "b"], [None, "InvalidCredentials"])
     assert "receipts.failed error=HTTPStatusError" in caplog.text
+    assert "receipts.failed error=TimeoutError" in caplog.text
     assert "receipt.error delivery=b error=InvalidCredentials" in caplog.text

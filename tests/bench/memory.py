@@ -18,6 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,14 +108,15 @@ async def store_all(url: str, jobs: int, kinds: list[str]) -> None:
     import worker  # noqa: PLC0415
 
     async with httpx.AsyncClient(timeout=worker.HTTP_TIMEOUT) as http:
-        replicate = worker.Replicate(http, url, "token")
+        row = {"base_url": url, "key_hosts": [], "hosts": []}
+        read = worker.Provider(http, row, None).read
         environment = {"DATABASE_URL": "postgresql://", "SUPABASE_SERVICE_KEY": "key"}
         settings = worker.Settings(environment | {"SUPABASE_URL": url})
         storage = worker.Storage(settings, http, worker.Pictures())
         job = SimpleNamespace(user_id=uuid.uuid4(), job_id=uuid.uuid4())
         files = [f"{url}/{kind}" for kind in itertools.islice(itertools.cycle(kinds), jobs)]
         stored = await asyncio.gather(
-            *(storage.store(job, n, replicate.read(file)) for n, file in enumerate(files))  # type: ignore[arg-type]
+            *(storage.store(job, n, partial(read, file)) for n, file in enumerate(files))  # type: ignore[arg-type]
         )
     assert all(image["bytes"] > 18 * MEGABYTE for image in stored)
 

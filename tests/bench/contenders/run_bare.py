@@ -44,7 +44,7 @@ class Bare:
         self.id, self.slots, self.channel = registered.worker_id, slots, registered.channel
 
     def claim(self) -> list[Any]:
-        query = "select * from private.claim_jobs(%s, %s)"
+        query = "select * from private.claim_jobs(%s, %s, '{}')"
         return self.connection.execute(query, [self.id, self.slots]).fetchall()
 
     def work(self, run: Work) -> None:

@@ -51,6 +51,8 @@ export interface EnqueueAnswer
   extends Pick<Job, 'job_id' | 'status' | 'queue_position' | 'eta_seconds' | 'poll_after_ms'> {
   reused: boolean;
   credits_left: number;
+  /** What was taken for the size that was asked for; null if just that. */
+  size: Params | null;
 }
 
 /** The next page is what comes before `next_before`; null: there is none. */
