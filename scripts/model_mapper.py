@@ -105,6 +105,12 @@ class Unmappable(ValueError):
 # --- JSON ---------------------------------------------------------------------------------------
 
 
+def read_number(text: str) -> float:
+    """Read 4.0 as 4."""
+    number = float(text)
+    return int(number) if number.is_integer() else number
+
+
 def as_dict(value: Any) -> Schema:
     """Answer an object; an empty one for anything else."""
     return value if isinstance(value, dict) else {}
@@ -149,11 +155,6 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def exact(value: Any) -> Any:
-    """Write 4.0 as 4."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
 def type_of(node: Schema) -> str | None:
     """Name the type a node says, or its enum or constant shows."""
     if isinstance(node.get("type"), str):
@@ -177,7 +178,7 @@ def rules_of(node: Schema) -> Schema:
     """
     enum = node.get("enum") if isinstance(node.get("enum"), list) else []
     rules: Schema = {
-        name: exact(node[name])
+        name: node[name]
         for name in NUMBERS
         if is_number(node.get(name)) and (name != "multipleOf" or node[name] > 0)
     }
@@ -186,16 +187,16 @@ def rules_of(node: Schema) -> Schema:
             rules[name] = node[name]
     secret = node.get("writeOnly") is True or node.get("x-cog-secret") is True
     rules |= {
-        "default": exact(node.get("default")),
+        "default": node.get("default"),
         "type": type_of(node),
         "nullable": True if node.get("nullable") is True or None in (enum or []) else None,
-        "enum": [exact(each) for each in enum or [] if each is not None]
+        "enum": [each for each in enum or [] if each is not None]
         or ([node["const"]] if "const" in node else None),
         "format": "password" if secret else node.get("format"),
     }
     for name, limit in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
         if node.get(name) is True:  # OpenAPI 3.0 says so that the limit itself is out
-            rules[name] = exact(node.get(limit))
+            rules[name] = node.get(limit)
     return {name: value for name, value in rules.items() if value is not None}
 
 
@@ -371,8 +372,9 @@ def read_fal(said: Schema) -> Model:
 
 def read_model(said: Any) -> Model:
     """Read what a provider says, which shows by its form. Raises Unmappable."""
-    is_fal = {"models", "endpoint_id", "openapi"} & as_dict(said).keys()
-    return read_fal(said) if is_fal else read_replicate(as_dict(said))
+    said = as_dict(json.loads(json.dumps(said), parse_float=read_number))
+    is_fal = {"models", "endpoint_id", "openapi"} & said.keys()
+    return read_fal(said) if is_fal else read_replicate(said)
 
 
 # --- inputs -------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ create table public.models (
 comment on table public.models is
   'The catalogue: what can be asked for, at what price, run by whom.';
 comment on column public.models.provider_ref is
-  'What the provider calls the model: owner/name, or owner/name:version.';
+  'What the provider calls the model: owner/name, owner/name:version, fal-ai/flux/dev.';
 comment on column public.models.price_credits is 'Credits per image for a free user.';
 comment on column public.models.paid_price_credits is
   'Credits per image for a paid user; 0 means included in the plan.';
@@ -168,6 +168,8 @@ create table private.model_routes (
 comment on table private.model_routes is
   'Other ways to a model, in order of place, for when the one in public.models does not serve. The '
   'user pays the model''s price whichever is taken.';
+
+create index model_routes_provider_idx on private.model_routes (provider);
 
 create view private.routes with (security_invoker = true) as
 select
@@ -226,6 +228,8 @@ $$;
 create trigger models_set_derived_inputs
 before insert or update on public.models
 for each row execute function private.set_derived_inputs();
+
+create index models_provider_idx on public.models (provider);
 
 create table public.model_aliases (
   id text,

@@ -228,3 +228,6 @@ comment on table private.provider_words is
 comment on column private.provider_words.provider is 'null: of any.';
 comment on column private.provider_words.pattern is
   'Regular expression, whatever the case, as PostgreSQL reads it.';
+
+create index provider_words_provider_idx on private.provider_words (provider);
+create index provider_words_code_idx on private.provider_words (code);

@@ -220,7 +220,8 @@ $$;
 
 -- Counts attempts that have just failed, where the code is the provider's fault, against their
 -- models, and against the provider unless the model is paused: one model alone does not pause a
--- provider.
+-- provider. Where the code says that no other job can do better, the model is paused until an
+-- operator resumes it.
 --
 -- Locks: the breakers of the providers and the models, in order.
 create function private.note_failures(p_jobs private.running_jobs[]) returns void
@@ -232,16 +233,19 @@ declare
   v_provider text;
   v_code text;
   v_words uuid;
+  v_withdrawn text;
 begin
-  for v_at, v_provider, v_code, v_words in
+  for v_at, v_provider, v_code, v_words, v_withdrawn in
     select
       j.ordinality,
       m.provider,
       e.code,
-      md5(row(j.user_id, j.model_id, g.prompt, g.input, e.code, a.error_detail)::text)::uuid
+      md5(row(j.user_id, j.model_id, g.prompt, g.input, e.code, a.error_detail)::text)::uuid,
+      case when e.pauses_model then concat_ws(': ', e.code, a.error_detail) end
     from unnest(p_jobs) with ordinality as j
     inner join private.attempts as a on a.generation_id = j.job_id and a.token = j.token
-    inner join private.error_codes as e on e.code = a.error_code and e.trips_breaker
+    inner join private.error_codes as e
+      on e.code = a.error_code and (e.trips_breaker or e.pauses_model)
     inner join public.models as m on m.id = j.model_id
     inner join public.generations as g on g.id = j.job_id
     order by m.provider, j.model_id, j.ordinality
@@ -251,6 +255,10 @@ begin
     on conflict do nothing;
     perform from private.breakers where name = v_provider for update;
     perform from private.breakers where name = v_job.model_id for update;
+    if v_withdrawn is not null then
+      perform private.set_pause(v_job.model_id, 'infinity', left(v_withdrawn, 500));
+      continue;
+    end if;
     if exists (
       select from private.breakers as b
       where (b.name = v_provider and b.probe_job_id = v_job.job_id)

@@ -105,10 +105,10 @@ $$;
 create function private.size_inputs() returns text[]
 language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 begin
-  return '{
-    aspect_ratio, size, image_size, resolution, image_dimensions, image_resolution,
-    target_resolution, megapixels, output_megapixels
-  }';
+  return array[
+    'aspect_ratio', 'size', 'image_size', 'resolution', 'image_dimensions', 'image_resolution',
+    'target_resolution', 'megapixels', 'output_megapixels'
+  ];
 end;
 $$;
 
@@ -132,7 +132,7 @@ create function private.map_size(p_model public.models, p_params jsonb) returns 
 language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 declare
   v_properties jsonb := p_model.input_schema -> 'properties';
-  v_names text[] := '{width,height}';
+  v_names text[] := array['width', 'height'];
   v_takes_pixels boolean := p_model.client_inputs @> v_names;
   v_sides float8[] := case
     when p_params -> 'width' between '1' and '16384' and p_params -> 'height' between '1' and '16384'
@@ -151,7 +151,7 @@ declare
   v_most float8[];
   v_factor float8;
   v_side float8;
-  v_size jsonb := '{}';
+  v_size jsonb := jsonb '{}';
 begin
   if p_params ? 'aspect_ratio' and 'aspect_ratio' = any (p_model.client_inputs)
     and private.input_problem(p_params -> 'aspect_ratio', v_properties -> 'aspect_ratio') is null

@@ -68,7 +68,7 @@ declare
   v_tries integer := coalesce((p_answer #>> '{memo,tries}')::integer, 0);
   v_missed integer := coalesce((p_answer #>> '{memo,missed}')::integer, 0);
   v_is_blind boolean;  -- that a lost create is not found does not prove that nothing was bought
-  v_known jsonb := '{}';
+  v_known jsonb := '{}'::jsonb;
   v_is text;  -- as read_answer says; also ready, bought, absent
   v_send text;
   v_request jsonb;
@@ -80,7 +80,9 @@ begin
   select * into v_route from private.routes where model_id = p_job.model_id and place = p_job.route;
   select * into v_provider from private.providers where name = v_route.provider;
   if v_provider.recipe is null then
-    return '{"do": "fail", "code": "internal", "reason": "there is no such provider any more"}';
+    return jsonb_build_object(
+      'do', 'fail', 'code', 'internal', 'reason', 'there is no such provider any more'
+    );
   end if;
   v_values := jsonb_build_object(
     'input', case
@@ -325,7 +327,7 @@ set jit = off as $$
 #variable_conflict use_column
 declare
   v_job private.running_jobs;
-  v_held bigint[] := '{}';
+  v_held bigint[] := array[]::bigint[];
 begin
   for v_job in
     select r.* from private.running_jobs as r

@@ -366,12 +366,6 @@ begin
     );
     return next;
   end loop;
-  perform private.set_pause(m.id, 'infinity', left(min(concat_ws(': ', e.code, said.detail)), 500))
-  from unnest(v_jobs) as j
-  cross join lateral unnest(p_tokens, p_codes, p_details) as said (token, code, detail)
-  inner join private.error_codes as e on e.code = said.code and e.pauses_model
-  inner join public.models as m on m.id = j.model_id
-  where said.token = j.token group by m.id order by m.id;
   perform private.note_failures(v_jobs);
 end;
 $$;

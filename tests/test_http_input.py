@@ -22,7 +22,7 @@ ARGUMENTS = {
     "params": (
         [
             *([], ["width"], 7, True, "", "width", "[]", "null", '"{}"', [0] * 100_000),
-            *({"nope": 1}, {"width": "64"}, {"width": 10**400}, {"nope" * 5000: 1}, DEEP),
+            *({"nope": 1}, {"width": "64"}, {"width": [10**400]}, {"nope" * 5000: 1}, DEEP),
             *(DEEP[:8000], json.loads('{"a":' * 500 + "1" + "}" * 500)),
         ],
         INVALID,
@@ -33,7 +33,8 @@ BODIES = {
     # body: status and codes: ours; PostgREST's, that meets it before our function; Lite's
     '{"model": "a\\u0000b", "prompt": "x"}': (400, {"PT400", "22021", "22P05"}),
     ENQUEUE % '{"seed": "\\u0000"}': (400, {"PT400", "22021", "22P05"}),
-    ENQUEUE % '{"width": 1e999999}': (400, {"PT400", "22003"}),
+    # By itself Lite reads it as null, which is not given.
+    ENQUEUE % '{"width": [1e999999]}': (400, {"PT400", "22003"}),
     ENQUEUE % '"-1e999999"': (400, {"PT400", "22003"}),
     **dict.fromkeys(["{", '{"model": ', "'", "{'model': 'x'}", "\0"], (400, {"PGRST102"})),
     **dict.fromkeys(["null", "7", '"x"', "[]", ""], (404, {"PGRST202", "42883"})),

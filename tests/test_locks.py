@@ -195,6 +195,7 @@ ACTIONS = {
     ),
     "fail_jobs: moderated": of_many("fail_jobs", "moderated", None, None, None),
     "fail_jobs: provider_error": of_many("fail_jobs", "provider_error", None, None, None),
+    "fail_jobs: model_withdrawn": of_many("fail_jobs", "model_withdrawn", None, None, None),
     "recover_stale_jobs": Action("worker", lambda w, s: w.recover_stale_jobs()),
     "apply_retention": Action("worker", lambda w, s: w.apply_retention()),
     "grant_credits": Action("service", lambda o, s: o.grant_credits(s.ids["alice"], 5, "gift")),

@@ -47,7 +47,8 @@ begin
       'status', g.status, 'credits', e.credits,
       'ready', (
         select jsonb_agg(jsonb_build_array(
-          r.attempt, r.run_at is not null, r.create_started_at is not null, r.provider_job_id
+          r.attempt, r.run_at is not null, r.create_started_at is not null, r.provider_job_id,
+          exists (select from private.paused_now)
         )) from private.ready_jobs as r
       ),
       'running', (
@@ -147,6 +148,7 @@ OF_LEASE: dict[str, Callable[[Worker, Job], Any]] = {
     "fail_job: moderated": lambda w, job: w.fail_job(job, "moderated"),
     "fail_job: provider_error": lambda w, job: w.fail_job(job, "provider_error"),
     "fail_job: provider_timeout": lambda w, job: w.fail_job(job, "provider_timeout"),
+    "fail_job: model_withdrawn": lambda w, job: w.fail_job(job, "model_withdrawn"),
     "fail_job: provider_busy": lambda w, job: w.fail_job(job, "provider_busy", retry_after=60),
     "release_job": lambda w, job: w.release_job(job),
     "release_job anew": lambda w, job: w.release_job(job, resumes=False),
@@ -159,10 +161,15 @@ OTHERS: dict[str, Callable[[Stage], Any]] = {
     "cancel_generation": lambda s: s.user.cancel_generation(s.job_id),
     "the lease runs out": lambda s: s.moves("running_jobs", "lease_until"),
     "the deadline passes": lambda s: s.moves("running_jobs", "deadline_at"),
+    "resume_model": lambda s: s.connection.execute(
+        "select public.resume_model('darkroom/preview')"
+    ),
     "the backoff ends": lambda s: s.connection.execute(
         "update private.ready_jobs set run_at = null"
     ),
 }
+# After these and a claim, whatever has happened, the job ends.
+LAST = ("the lease runs out", "recover_stale_jobs", "the backoff ends", "resume_model")
 REFUSALS = {
     "cancel_generation": {"PT409"},
     "cancel_job": {"22023"},
@@ -214,7 +221,7 @@ class Explorer:
         if state["status"] in ENDED:
             return []
         with self.stage.undone():
-            for name in ("the lease runs out", "recover_stale_jobs", "the backoff ends"):
+            for name in LAST:
                 self.stage.step(name, None)
             for job in self.stage.step("claim_jobs", None):
                 self.stage.step("complete_job", job)

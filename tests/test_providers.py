@@ -138,7 +138,7 @@ STRANGE = [
 def jobs(db) -> dict[str, dict[str, Any]]:
     """A job under way at each provider."""
     db.lift_limits()
-    worker, jobs = Worker(db, slots=9), {}
+    worker, jobs = Worker(db, slots=9, keys=[f"{each.upper()}_{what}" for each in NAMES for what in ("KEY", "API_KEY", "API_TOKEN")]), {}
     for provider in NAMES:
         model = f"acme/{provider}"
         db.execute(
@@ -149,8 +149,8 @@ def jobs(db) -> dict[str, dict[str, Any]]:
             provider,
         )
         User(db).has(credits=9).enqueued(model=model)
-        claim = "select job_id, token from private.claim_jobs(%s, 1)"
-        jobs[provider] = db.row(claim, worker.id)
+        job = worker.claimed()
+        jobs[provider] = {"job_id": job.job_id, "token": job.token}
     return jobs
 
 

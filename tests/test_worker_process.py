@@ -6,6 +6,7 @@ import io
 import re
 import signal
 import uuid
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,22 @@ def test_a_sleeping_worker_is_woken_long_before_the_backstop(alice, workers):
     job = alice.enqueued(params=SMALL)
 
     workers.until(job, "processing", "completed", within=2)
+
+
+def test_a_provider_that_takes_one_job_at_a_time_is_given_one_at_a_time(alice, db, workers):
+    db.execute("update private.providers set max_running = 1 where name = 'preview'")
+    jobs = [alice.enqueued(params=SMALL) for _ in range(3)]
+
+    for job in jobs:
+        workers.until(job, "completed", within=10)  # the backstop is a minute
+
+    spans = db.execute(
+        "select started_at, ended_at from private.attempts"
+        " where generation_id = any (%s::uuid[]) order by 1",
+        jobs,
+    )
+    assert all(last["ended_at"] <= next["started_at"] for last, next in pairwise(spans))
+    db.execute("update private.providers set max_running = null where name = 'preview'")
 
 
 def test_a_worker_woken_for_a_job_that_another_one_took_goes_to_sleep_again(db, workers):

@@ -801,6 +801,19 @@ def test_after_a_beat_the_worker_looks_for_work():
     assert one.wake.is_set()
 
 
+@pytest.mark.parametrize(("max_running", "looks"), [(None, False), (2, True)])
+def test_who_frees_a_place_at_a_provider_looks_for_the_next_job(max_running, looks):
+    """Also when it sleeps with slots to spare: nobody is woken for a place."""
+    one = a_worker(mock.Mock(complete_job=mock.AsyncMock()))
+    one._make = mock.AsyncMock(return_value=[])
+    job = mock.Mock(token=1, deadline_seconds=9, max_running=max_running)
+    running = one.running[1] = worker.Running(job, 0.0, one.on_progress)
+
+    asyncio.run(one.process(running))
+
+    assert one.wake.is_set() == looks
+
+
 def test_who_could_not_beat_claims_again_with_the_first_beat():
     db = mock.Mock(
         heartbeat=mock.AsyncMock(return_value=[]),
