@@ -136,7 +136,7 @@ def test_workers_buy_after_a_restore_only_what_was_never_bought(
     old = Worker(db)
     saved, begun = old.claim_jobs(2)
     old.checkpoint(saved, bought(saved.id))
-    old.begin_create(begun)
+    assert old.next_step(begun)["step"] == "create"
     back_up(tmp_path, db)
     kept = {job: bought(job) for job in (begun.id, jobs[2])}  # since the dump
 
