@@ -802,7 +802,7 @@ class Provider:
         """
         if packed := BASE64.fullmatch(self.blobs.get(output, output)):
             try:
-                yield base64.b64decode(packed[1])
+                yield base64.b64decode(packed[1] + "==")
             except ValueError:
                 raise JobError("provider_error", "output: cut short within its base64") from None
             return

@@ -138,7 +138,7 @@ def leaves(value: Any) -> Iterator[str]:
 
 def file_kind(text: str) -> str | None:
     """Tell the kind of file at an address, png say; None where it does not say or is none."""
-    found = re.match(r"data:\w+/(\w+)|\w+://[^?#]*\.(\w{2,5})([?#]|$)", text)
+    found = re.match(r"data:\w+/(\w+)|\w+://[^?#\s]*\.(\w{2,12})([?#]|$)", text)
     return (found[1] or found[2]).lower() if found else None
 
 
@@ -155,20 +155,21 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def values_of(node: Schema) -> list[Any]:
+    """List the values that a node allows by name; none if it does not say."""
+    enum = node.get("enum") if isinstance(node.get("enum"), list) else []
+    values = [each for each in enum or [] if each is not None]
+    return values or ([node["const"]] if "const" in node else [])
+
+
 def type_of(node: Schema) -> str | None:
-    """Name the type a node says, or its enum or constant shows."""
+    """Name the type a node says, or the values that it allows show."""
     if isinstance(node.get("type"), str):
         return str(node["type"])
-    enum = node.get("enum")
-    values = [each for each in enum if each is not None] if isinstance(enum, list) else []
-    numbers = [each for each in values if is_number(each)]
-    if numbers and all(each % 1 == 0 for each in numbers):
-        return "integer"
-    if numbers and numbers[0] is values[0]:
+    types = list(dict.fromkeys(map(type, values_of(node))))
+    if types[:1] == [int] and float in types:
         return "number"
-    for value in [*values[:1], *([node["const"]] if "const" in node else [])]:
-        return TYPES.get(type(value), "object")
-    return None
+    return TYPES.get(types[0], "object") if types else None
 
 
 def rules_of(node: Schema) -> Schema:
@@ -176,7 +177,7 @@ def rules_of(node: Schema) -> Schema:
 
     Null is no value: an enum that holds it is nullable, a default of null is none.
     """
-    enum = node.get("enum") if isinstance(node.get("enum"), list) else []
+    has_null = isinstance(node.get("enum"), list) and None in node["enum"]
     rules: Schema = {
         name: node[name]
         for name in NUMBERS
@@ -189,9 +190,8 @@ def rules_of(node: Schema) -> Schema:
     rules |= {
         "default": node.get("default"),
         "type": type_of(node),
-        "nullable": True if node.get("nullable") is True or None in (enum or []) else None,
-        "enum": [each for each in enum or [] if each is not None]
-        or ([node["const"]] if "const" in node else None),
+        "nullable": True if node.get("nullable") is True or has_null else None,
+        "enum": values_of(node) or None,
         "format": "password" if secret else node.get("format"),
     }
     for name, limit in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
@@ -507,21 +507,15 @@ def find_count(properties: list[Property]) -> tuple[str | None, Schema]:
     if not found:
         return None, {}
     count = min(found, key=lambda each: (bool(FACTOR.search(each.snake)), each.name))
-    rules = {name: value for name, value in count.rules.items() if name != "nullable"}
+    dropped = {"nullable", "exclusiveMinimum", "exclusiveMaximum"}
+    rules = {name: value for name, value in count.rules.items() if name not in dropped}
     if "enum" in rules:
         return count.name, {"default": rules["enum"][0]} | rules
     default = rules.get("default", 1)
     low = min(MAX_IMAGES, max(1, rules.get("minimum", 1)))
-    high = rules.get("maximum", max(4, default))
-    return count.name, {
-        name: value
-        for name, value in rules.items()
-        if name not in ("exclusiveMinimum", "exclusiveMaximum")
-    } | {
-        "minimum": low,
-        "maximum": max(low, min(MAX_IMAGES, high)),
-        "default": min(MAX_IMAGES, max(low, default)),
-    }
+    high = max(low, min(MAX_IMAGES, rules.get("maximum", max(4, default))))
+    default = min(MAX_IMAGES, max(low, default))
+    return count.name, rules | {"minimum": low, "maximum": high, "default": default}
 
 
 def all_whole(values: list[Any]) -> bool:
@@ -595,7 +589,7 @@ def check_output(model: Model, properties: list[Property], output: Schema) -> No
     for each in properties:
         if not takes_file(each.rules):
             said += [each.snake, dig(model.inputs, "properties", each.name, "description")]
-            said += [kind for kind in each.rules.get("enum", []) if file_kind(f"a://a.{kind}")]
+            said += [kind for kind in each.rules.get("enum", []) if len(str(kind)) <= len("webm")]
     text = " ".join(str(each) for each in said if each).replace("_", " ").lower()
     media = MEDIUM.findall(re.sub(r"\b(fps|frames?)\b", "video", text))
     if media and len(media) >= len(IMAGE.findall(text)) and not model.is_for_images:

@@ -41,7 +41,7 @@ begin
     exit when v_place is null;
     v_filled := v_filled || left(v_rest, position(v_place in v_rest) - 1);
     v_rest := substr(v_rest, position(v_place in v_rest) + length(v_place));
-    v_value := coalesce(p_values #>> string_to_array(btrim(v_place, '{}'), '.'), '');
+    v_value := left(coalesce(p_values #>> string_to_array(btrim(v_place, '{}'), '.'), ''), 8000);
     v_filled := v_filled || case
       when v_filled = '' or v_value !~ '[^A-Za-z0-9._~/-]' then v_value
       else (
@@ -123,7 +123,8 @@ create function private.words_at(p_body jsonb, p_paths jsonb) returns text
 language plpgsql immutable strict set search_path = pg_catalog, pg_temp as $$
 begin
   return (
-    select string_agg(w.value #>> '{}', '; ') from unnest(private.at(p_body, p_paths)) as w (value)
+    select left(string_agg(w.value #>> '{}', '; '), 20000)
+    from unnest(private.at(p_body, p_paths)) as w (value)
   );
 end;
 $$;
@@ -197,6 +198,7 @@ begin
           and private.at(p_body, e.value -> 'path', jsonb_build_object('status', p_status)) <> '{}'
         order by e.n limit 1
       ), case
+        when p_step in ('poll', 'find') then null  -- what may be bought is not given up for that
         when p_status in (400, 409, 413, 415, 422)
           then coalesce(private.what_words_mean(p_provider, v_words), 'invalid_input')
         when p_status = 404 and p_step = 'create' then 'model_withdrawn'
@@ -237,7 +239,10 @@ begin
       'next', (private.at(p_body, v_step -> 'next'))[1] #>> '{}'
     );
   end if;
-  v_outputs := private.at(p_body, v_step -> 'outputs');
+  v_outputs := private.at(p_body, case
+    when v_step ? 'outputs'
+      then coalesce(nullif(p_vars -> 'outputs_path', 'null'), v_step -> 'outputs')
+  end, p_vars);
   v_is := case
     when p_step = 'result' or p_step = 'create' and v_outputs <> '{}' then 'done'
     when p_step = 'create' then 'accepted'

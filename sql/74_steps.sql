@@ -89,6 +89,8 @@ begin
       when v_step = 'sources' then p_answer -> 'input'
       else coalesce(p_job.sent_input, v_generation.provider_input)
     end,
+    'outputs_path', v_route.outputs_path,
+    'count', v_generation.image_count,
     'ref', v_route.provider_ref,
     'app', substring(v_route.provider_ref from '^[^/]+/[^/]+'),
     'model', split_part(v_route.provider_ref, ':', 1),

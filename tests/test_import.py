@@ -390,6 +390,7 @@ BAD = [
         "its output is video",
     ),
     ({"default_example": {"output": ["https://a.example/b.mp4?c.png"]}}, "its output is mp4"),
+    ({"default_example": {"output": "https://a.example/b.safetensors"}}, "is safetensors"),
     ({"default_example": {"output": {"mesh": "https://a.example/b.glb"}}}, "its output is glb"),
     (
         {"output": None, "default_example": {"output": {"video": "https://a.example/b.webp"}}},

@@ -138,7 +138,18 @@ STRANGE = [
 def jobs(db) -> dict[str, dict[str, Any]]:
     """A job under way at each provider."""
     db.lift_limits()
-    worker, jobs = Worker(db, slots=9, keys=[f"{each.upper()}_{what}" for each in NAMES for what in ("KEY", "API_KEY", "API_TOKEN")]), {}
+    worker, jobs = (
+        Worker(
+            db,
+            slots=9,
+            keys=[
+                f"{each.upper()}_{what}"
+                for each in NAMES
+                for what in ("KEY", "API_KEY", "API_TOKEN")
+            ],
+        ),
+        {},
+    )
     for provider in NAMES:
         model = f"acme/{provider}"
         db.execute(
@@ -400,3 +411,15 @@ def seconds(db: Database, query: str, *arguments: Any) -> float:
     begun = time.perf_counter()
     db.execute(query, *arguments)
     return time.perf_counter() - begun
+
+
+def test_of_several_outputs_those_are_kept_that_the_model_says(db):
+    body = {"status": "succeeded", "output": ["https://a/map.png", "https://a/picture.png"]}
+    query = "select private.read_answer('replicate', 'poll', 200, '{}', %s, %s) -> 'outputs'"
+
+    kept = [
+        db.value(query, Jsonb(body), Jsonb({"outputs_path": path, "count": 1}))
+        for path in (None, "$.output[last]", "$.output[$count to last]")
+    ]
+
+    assert kept == [body["output"], body["output"][1:], body["output"][1:]]
