@@ -383,6 +383,7 @@ FAULTS: dict[str, list[dict[str, Any]]] = {  # of the providers of each model
     ],
 }
 FAULTS["acme/twin"] = FAULTS["acme/edit"]
+STORAGES = ["http://storage.internal", "http://storage.example.com"]
 SEEDS = range(*map(int, (os.environ.get("MISBEHAVIOUR") or "0:8").split(":")))
 
 
@@ -430,12 +431,15 @@ class Adventure(Run):
         }
 
     def judge(self) -> None:
+        """Each job has ended, paid for what it got, and nothing was bought twice or another's."""
+        # Attempts end with the workers that made them, too.
+        is_worn_out = any(call.endswith(("before", "after", "frozen")) for call in self.history)
         for job, user in self.jobs.items():
             model, source = self.asked[job], self.inputs[f"{user.id}/cat.png"]
             made = self.made(model)
             query = "select status, error_code from public.generations where id = %s"
             status, code = self.db.row(query, job).values()
-            assert (status, code) != ("failed", "internal"), "our fault"
+            assert code != "internal" or is_worn_out, "our fault"
             query = "select provider_job_id from private.attempts where generation_id = %s"
             bought = {row["provider_job_id"] for row in self.db.execute(query, job)} - {None}
             assert all(made[each][0] == source for each in bought), "another's"
@@ -451,15 +455,15 @@ class Adventure(Run):
                 assert self.files[row["storage_path"]] == image(kind, (64, 48), 0, source)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_whatever_a_seed_brings_nothing_is_bought_twice_lost_or_anothers(shop, stack, seed):
+def test_whatever_a_seed_brings_nothing_is_bought_twice_lost_or_anothers(shop, stack):
     url = urlsplit(stack.worker_database_url)._replace(path=urlsplit(shop.url).path).geturl()
-    with FakeReplicate() as replicate, FakeReplicate() as twin, FakeComfyUI() as comfyui:
-        fakes = {"acme/edit": replicate, "acme/twin": twin, "acme/graph": comfyui}
-        run = Adventure(shop, url, seed, fakes)
-        try:
-            run.play([], run.dice.choice(["http://storage.internal", "http://storage.example.com"]))
-            run.judge()
-        except BaseException:
-            print(f"seed {seed}", *run.history, sep="\n")
-            raise
+    for seed in SEEDS:
+        with FakeReplicate() as replicate, FakeReplicate() as twin, FakeComfyUI() as comfyui:
+            fakes = {"acme/edit": replicate, "acme/twin": twin, "acme/graph": comfyui}
+            run = Adventure(shop, url, seed, fakes)
+            try:
+                run.play([], run.dice.choice(STORAGES))
+                run.judge()
+            except BaseException:
+                print(f"seed {seed}", *run.history, sep="\n")
+                raise
