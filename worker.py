@@ -103,7 +103,7 @@ MAX_ANSWER_BYTES = 64 << 20  # of a provider, pictures in base64 included
 CREATE_WITHIN_SECONDS = 5.0  # of holding the lease; later, another worker may have it
 KEY_NAME = re.compile(r"[A-Z][A-Z0-9_]*_(KEY|TOKEN)")  # as private.providers has it
 TEXT_CHARS = 200_000  # of one text in it that SQL sees, from its end: logs may be long
-BLOB_CHARS = 10_000  # of a text in base64 that it sees a name of instead; no prompt is so long
+BLOB_CHARS = 10_000  # of a text in base64 that it sees a name of instead
 BASE64 = re.compile(r"(?:data:[\w.+-]+/[\w.+-]+;base64,)?([A-Za-z0-9+/\r\n]++={0,2}\s*)")
 FORMATS = {
     "PNG": ("png", "image/png"),
@@ -716,6 +716,7 @@ class Provider:
     def __init__(self, http: httpx.AsyncClient, row: Mapping[str, Any], key: str | None) -> None:
         self.http, self.key, self.base = http, key or "", httpx.URL(row["base_url"])
         self.key_hosts, self.hosts = row["key_hosts"], [*row["hosts"], *row["key_hosts"]]
+        self.asked = list((row.get("provider_input") or {}).values())
         self.blobs: dict[str, str] = {}
         self.way: dict[str, Any] | None = None  # to hand over sources, where it has one of its own
 
@@ -780,7 +781,8 @@ class Provider:
 
     def _kept(self, text: str) -> str:
         """A text of an answer as PostgreSQL can take it: no NUL, no broken surrogates."""
-        if len(text) > BLOB_CHARS and BASE64.fullmatch(text):
+        is_large = len(text) > BLOB_CHARS and text not in self.asked  # a prompt may look like it
+        if is_large and BASE64.fullmatch(text):
             return self.keep(text)
         return text[-TEXT_CHARS:].encode(errors="replace").decode().replace("\0", "\ufffd")
 

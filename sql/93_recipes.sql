@@ -28,7 +28,7 @@ insert into private.providers (
     "gone_if": "$ ? (@.status == \"succeeded\" && (@.data_removed == true || @.output == null))",
     "outputs": "strict $.output.** ? (@.type() == \"string\" && @ like_regex \"://|^blob:\")",
     "logs": "$.logs", "words": "$.error", "seconds": "$.metrics.predict_time",
-    "images": ["$.metrics.image_output_count", "$.metrics.image_count"]
+    "images": "$.metrics.keyvalue() ? (@.key like_regex \"^image_(output_)?count$\").value"
   },
   "cancel": {"method": "POST", "url": "{{base}}/predictions/{{id}}/cancel", "as": "poll",
     "seconds_at_most": 5},
@@ -101,6 +101,7 @@ insert into private.providers (
     "outputs": "$.result.sample", "percent": "$.progress * 100", "seconds": "$.result.duration",
     "words": "$.details"
   },
+  "account": {"url": "{{base}}/credits"},
   "error_words": ["$.detail ? (@.type() == \"string\")", "$.detail[*].msg"]
 }'),
 ('openai', 'https://api.openai.com/v1', 'OPENAI_API_KEY', '{}', '{}', null, null, 'unknown', '{

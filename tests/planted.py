@@ -260,6 +260,14 @@ SECURITY = [
         "::test_a_source_image_is_an_own_file_or_an_own_finished_picture_and_nothing_else",
     ),
     Bug(
+        "a source's name is part of its signed address as it stands",
+        "worker.py",
+        """return quote(path if named else f"inputs/{path}", safe="/!$&'()*+,;=:@")""",
+        """return path if named else f"inputs/{path}\"""",
+        "tests/test_worker_storage.py"
+        "::test_a_source_is_given_as_a_signed_address_of_its_own_where_storage_is_public",
+    ),
+    Bug(
         "outputs are fetched from any host",
         "worker.py",
         'if not is_base and not (url.scheme == "https" and is_named):',
@@ -276,8 +284,8 @@ SECURITY = [
     Bug(
         "a prompt that looks like base64 is hidden from who looks for it",
         "worker.py",
-        "if len(text) > BLOB_CHARS and BASE64",
-        "if len(text) > 100 and BASE64",
+        " and text not in self.asked  # a prompt may look like it",
+        "",
         "tests/test_worker_units.py::test_an_answer_is_handed_in_as_the_database_can_take_it",
     ),
     Bug(
@@ -619,6 +627,22 @@ MONEY = [
         STATES,
     ),
     # Purchases.
+    Bug(
+        "a lost bucket of Storage's is the users' fault",
+        "worker.py",
+        'if int(said["statusCode"]) == 404 and "ucket" not in said["message"]:',
+        'if int(said["statusCode"]) == 404:',
+        "tests/test_worker_storage.py::test_a_source_that_is_gone_is_the_users_fault"
+        "_and_a_storage_that_is_not_well_is_not",
+    ),
+    Bug(
+        "something is bought from a source that is cut short",
+        "pictures.py",
+        "        raise MemoryError\n    image.load()\n    turn = turn",
+        "        raise MemoryError\n    turn = turn",
+        "tests/test_worker_replicate.py"
+        "::test_what_is_no_picture_is_refused_at_once_and_nothing_is_bought",
+    ),
     Bug(
         "a lost create is found whatever its sources were",
         "sql/74_steps.sql",

@@ -153,7 +153,7 @@ CALLS: dict[str, tuple[int, Callable[[Scene], object]]] = {
     "health": (READY, lambda s: s.service.queue_health()),
     "dead": (DEAD + JOBS, lambda s: s.service.list_deliveries(state="dead", at_most=JOBS)),
     "claim one": (30, lambda s: s.worker.claim_jobs(1)),
-    "claim many": (5 * JOBS, Scene.held),
+    "claim many": (6 * JOBS, Scene.held),
     "work": (50 * JOBS, Scene.work),
     "recover": (20 * JOBS, lambda s: s.operator.execute("select private.recover_stale_jobs(20)")),
     "retain": (40 * WALK, Scene.retain),

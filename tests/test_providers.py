@@ -279,6 +279,7 @@ SENT = [  # provider, step, method, url
     ("fal", "account", "GET", "https://api.fal.ai/v1/account/billing?expand=credits"),
     ("bfl", "create", "POST", "https://api.bfl.ai/v1/fal-ai/flux/dev"),
     ("bfl", "poll", "GET", "https://queue.fal.run/fal-ai/flux/requests/1/status"),
+    ("bfl", "account", "GET", "https://api.bfl.ai/v1/credits"),
     ("openai", "create", "POST", "https://api.openai.com/v1/images/generations"),
     ("openai", "account", "GET", "https://api.openai.com/v1/models"),
     ("comfyui", "create", "POST", "http://127.0.0.1:8188/prompt"),
