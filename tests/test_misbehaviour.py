@@ -458,9 +458,14 @@ class Adventure(Run):
 def test_whatever_a_seed_brings_nothing_is_bought_twice_lost_or_anothers(shop, stack):
     url = urlsplit(stack.worker_database_url)._replace(path=urlsplit(shop.url).path).geturl()
     for seed in SEEDS:
-        with FakeReplicate() as replicate, FakeReplicate() as twin, FakeComfyUI() as comfyui:
+        with (
+            contextlib.closing(Database(shop.url, shop.name)) as db,
+            FakeReplicate() as replicate,
+            FakeReplicate() as twin,
+            FakeComfyUI() as comfyui,
+        ):
             fakes = {"acme/edit": replicate, "acme/twin": twin, "acme/graph": comfyui}
-            run = Adventure(shop, url, seed, fakes)
+            run = Adventure(db, url, seed, fakes)
             try:
                 run.play([], run.dice.choice(STORAGES))
                 run.judge()
