@@ -270,9 +270,23 @@ SECURITY = [
     Bug(
         "outputs are fetched from any host",
         "worker.py",
-        "if not delivered and (url.scheme, url.netloc) != (api.scheme, api.netloc):",
+        'if not is_base and not (url.scheme == "https" and is_named):',
         "if url.scheme not in ('http', 'https'):",
-        "tests/test_worker_units.py::test_outputs_from_elsewhere_are_the_providers_error_and_not_fetched",
+        "tests/test_worker_units.py::test_outputs_from_elsewhere_are_refused_and_not_fetched",
+    ),
+    Bug(
+        "a provider's key goes where its pictures are",
+        "worker.py",
+        "        names = self.key_hosts if hosts is None else hosts\n",
+        "        names = self.hosts\n",
+        "tests/test_worker_units.py::test_nothing_is_sent_to_where_the_key_does_not_belong",
+    ),
+    Bug(
+        "a prompt that looks like base64 is hidden from who looks for it",
+        "worker.py",
+        " and text not in self.asked  # a prompt may look like it",
+        "",
+        "tests/test_worker_units.py::test_an_answer_is_handed_in_as_the_database_can_take_it",
     ),
     Bug(
         "redirects of outputs are followed anywhere",
