@@ -44,6 +44,7 @@ from PIL import (
     JpegImagePlugin,
     PngImagePlugin,
     UnidentifiedImageError,
+    WebPImagePlugin,
 )
 from py_svg_hush import filter_svg
 
@@ -497,8 +498,24 @@ def read_app(image: JpegImagePlugin.JpegImageFile, marker: int) -> None:
         image.icclist = [part for part in image.icclist if len(part) > 14]
 
 
+class WebP(WebPImagePlugin.WebPImageFile):
+    """Has two canvases made when it is opened, and does not say so where there is no memory."""
+
+    def _open(self) -> None:
+        assert self.fp
+        width, height = WebPImagePlugin._get_size(self.fp.read(30)) or (0, 0)
+        size = self.fp.seek(0, io.SEEK_END)
+        self.fp.seek(0)
+        if width * height <= MAX_IMAGE_PIXELS:
+            bytearray(8 * width * height + 3 * size + BASE_BYTES // 8)  # or MemoryError
+        super()._open()
+
+
 PngImagePlugin.PngStream = Chunks  # type: ignore[misc]
 JpegImagePlugin.MARKER.update(dict.fromkeys(range(0xFFE0, 0xFFF0), ("APP", "", read_app)))  # type: ignore[arg-type]
+Image.register_open("WEBP", WebP, WebPImagePlugin._accept)
+# A JPEG is read as one also where it says that it is several, as those of telephones do.
+Image.register_open("JPEG", JpegImagePlugin.JpegImageFile, JpegImagePlugin._accept)
 
 
 def inspect_image(
@@ -731,9 +748,10 @@ def make_upright(image: Image.Image, size: int, means: int) -> tuple[str, bytes 
     kind, turn = str(image.format), orientation(image.info.get("exif", b""))
     is_taken = kind in ("PNG", "JPEG", "WEBP")
     image.draft(None, (TURNED_PIXELS,) * 2 if turn in EXIF_TURNS else (BLUR_PIXELS,) * 2)
-    need = weigh(image, 0, size) + 4 * image.width * image.height
-    if "progressive" in image.info:  # it is held whole, however small it is made
-        need += 2 * len(image.getbands()) * pixels
+    need = weigh(image, 0, size) + 4 * image.width * image.height  # with an upright copy
+    if kind == "JPEG":  # a progressive one is held whole, however small it is made
+        held = 2 * len(image.getbands()) * pixels if "progressive" in image.info else 0
+        need = BASE_BYTES + 2 * size + 8 * image.width * image.height + held
     if need > means:
         raise MemoryError
     image.load()

@@ -41,7 +41,7 @@ begin
     exit when v_place is null;
     v_filled := v_filled || left(v_rest, position(v_place in v_rest) - 1);
     v_rest := substr(v_rest, position(v_place in v_rest) + length(v_place));
-    v_value := coalesce(p_values #>> string_to_array(btrim(v_place, '{}'), '.'), '');
+    v_value := left(coalesce(p_values #>> string_to_array(btrim(v_place, '{}'), '.'), ''), 8000);
     v_filled := v_filled || case
       when v_filled = '' or v_value !~ '[^A-Za-z0-9._~/-]' then v_value
       else (
@@ -123,7 +123,8 @@ create function private.words_at(p_body jsonb, p_paths jsonb) returns text
 language plpgsql immutable strict set search_path = pg_catalog, pg_temp as $$
 begin
   return (
-    select string_agg(w.value #>> '{}', '; ') from unnest(private.at(p_body, p_paths)) as w (value)
+    select left(string_agg(w.value #>> '{}', '; '), 20000)
+    from unnest(private.at(p_body, p_paths)) as w (value)
   );
 end;
 $$;
@@ -179,6 +180,7 @@ declare
   v_recipe jsonb := (select p.recipe from private.providers as p where p.name = p_provider);
   v_step jsonb := v_recipe -> coalesce(v_recipe -> p_step ->> 'as', p_step);
   v_outputs jsonb[];
+  v_percent jsonb;
   v_is text;
   v_words text;
   v_code text;
@@ -197,6 +199,7 @@ begin
           and private.at(p_body, e.value -> 'path', jsonb_build_object('status', p_status)) <> '{}'
         order by e.n limit 1
       ), case
+        when p_step in ('poll', 'find') then null  -- what may be bought is not given up for that
         when p_status in (400, 409, 413, 415, 422)
           then coalesce(private.what_words_mean(p_provider, v_words), 'invalid_input')
         when p_status = 404 and p_step = 'create' then 'model_withdrawn'
@@ -237,22 +240,28 @@ begin
       'next', (private.at(p_body, v_step -> 'next'))[1] #>> '{}'
     );
   end if;
-  v_outputs := private.at(p_body, case
-    when v_step ? 'outputs'
-      then coalesce(nullif(p_vars -> 'outputs_path', 'null'), v_step -> 'outputs')
-  end, p_vars);
   v_is := case
-    when p_step = 'result' or p_step = 'create' and v_outputs <> '{}' then 'done'
+    when p_step = 'result' then 'done'
+    when p_step = 'create' and v_step ? 'outputs' then 'done'
     when p_step = 'create' then 'accepted'
     when p_step = 'upload' then 'failed'  -- without the address that was asked for
-    when private.at(p_body, v_step -> 'failed_if') <> '{}' then 'failed'
-    when private.at(p_body, v_step -> 'gone_if') <> '{}' then 'gone'
-    when private.at(p_body, v_step -> 'missing_if') <> '{}' then 'missing'
+    when jsonb_path_exists(p_body, (v_step ->> 'failed_if')::jsonpath, '{}', true) then 'failed'
+    when jsonb_path_exists(p_body, (v_step ->> 'gone_if')::jsonpath, '{}', true) then 'gone'
+    when jsonb_path_exists(p_body, (v_step ->> 'missing_if')::jsonpath, '{}', true) then 'missing'
     else coalesce(
-      v_step -> 'states' ->> ((private.at(p_body, v_step -> 'state'))[1] #>> '{}'), 'running'
+      v_step -> 'states' ->> (
+        jsonb_path_query_first(p_body, (v_step ->> 'state')::jsonpath, '{}', true) #>> '{}'
+      ), 'running'
     )
   end;
-  if v_is in ('failed', 'stopped', 'moderated') then
+  if v_is = 'done' and v_step ? 'outputs' then
+    v_outputs := private.at(
+      p_body, coalesce(nullif(p_vars -> 'outputs_path', 'null'), v_step -> 'outputs'), p_vars
+    );
+    if p_step = 'create' and v_outputs = '{}' then
+      v_is := 'accepted';
+    end if;
+  elsif v_is in ('failed', 'stopped', 'moderated') then
     v_words := private.words_at(p_body, v_step -> 'words');
     v_code := case v_is
       when 'failed' then coalesce(private.what_words_mean(p_provider, v_words), 'provider_error')
@@ -260,20 +269,20 @@ begin
       else v_is
     end;
   end if;
+  v_percent := jsonb_path_query_first(p_body, (v_step ->> 'percent')::jsonpath, '{}', true);
   return jsonb_strip_nulls(jsonb_build_object(
     'is', case when v_code is null then v_is else 'failed' end,
     'code', v_code,
     'reason', case when v_code is not null then p_step || ': ' || v_is end,
     'detail', left(v_words, 2000),
     'is_billed', case when v_is = 'failed' then false end,
-    'id', (private.at(p_body, v_step -> 'id'))[1] #>> '{}',
+    'id', jsonb_path_query_first(p_body, (v_step ->> 'id')::jsonpath, '{}', true) #>> '{}',
     'handles', case when v_is = 'accepted' then (
       select jsonb_object_agg(h.key, (private.at(p_body, h.value))[1])
       from jsonb_each(v_step -> 'handles') as h
     ) end,
-    'outputs', case
-      when v_is <> 'done' or p_step = 'poll' and v_recipe ? 'result' then null
-      else coalesce((
+    'outputs', case when v_is = 'done' and (p_step = 'result' or not v_recipe ? 'result') then
+      coalesce((
         select jsonb_agg(case when v_step ? 'output_url'
           then to_jsonb(private.fill_url(v_step ->> 'output_url', o.value || p_vars))
           else o.value
@@ -282,13 +291,13 @@ begin
         where jsonb_typeof(o.value) = case when v_step ? 'output_url' then 'object' else 'string' end
       ), '[]')
     end,
-    'percent', case jsonb_typeof((private.at(p_body, v_step -> 'percent'))[1]) when 'number' then
-      greatest(0, least(100, (private.at(p_body, v_step -> 'percent'))[1]::numeric))::integer
+    'percent', case when jsonb_typeof(v_percent) = 'number'
+      then greatest(0, least(100, v_percent::numeric))::integer
     end,
-    'logs', (private.at(p_body, v_step -> 'logs'))[1] #>> '{}',
-    'seconds', (private.at(p_body, v_step -> 'seconds'))[1],
-    'images', (private.at(p_body, v_step -> 'images'))[1],
-    'cost_usd', (private.at(p_body, v_step -> 'cost_usd'))[1]
+    'logs', jsonb_path_query_first(p_body, (v_step ->> 'logs')::jsonpath, '{}', true) #>> '{}',
+    'seconds', jsonb_path_query_first(p_body, (v_step ->> 'seconds')::jsonpath, '{}', true),
+    'images', jsonb_path_query_first(p_body, (v_step ->> 'images')::jsonpath, '{}', true),
+    'cost_usd', jsonb_path_query_first(p_body, (v_step ->> 'cost_usd')::jsonpath, '{}', true)
   ));
 end;
 $$;

@@ -95,11 +95,11 @@ begin
     'app', substring(v_route.provider_ref from '^[^/]+/[^/]+'),
     'model', split_part(v_route.provider_ref, ':', 1),
     'version', split_part(v_route.provider_ref, ':', 2),
-    'key', md5(p_job.job_id || '/' || (
+    'key', case when v_provider.lost_create = 'key' then md5(p_job.job_id || '/' || (
       select count(*) from private.purchases as b
       where b.generation_id = p_job.job_id
         and b.provider_job_id is distinct from p_job.provider_job_id
-    ))::uuid,
+    ))::uuid end,
     'id', p_job.provider_job_id,
     'handles', p_job.handles,
     'deadline', greatest(5, extract(epoch from v_model.deadline)::integer),

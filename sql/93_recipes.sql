@@ -28,7 +28,7 @@ insert into private.providers (
     "gone_if": "$ ? (@.status == \"succeeded\" && (@.data_removed == true || @.output == null))",
     "outputs": "strict $.output.** ? (@.type() == \"string\" && @ like_regex \"://|^blob:\")",
     "logs": "$.logs", "words": "$.error", "seconds": "$.metrics.predict_time",
-    "images": ["$.metrics.image_output_count", "$.metrics.image_count"]
+    "images": "$.metrics.keyvalue() ? (@.key like_regex \"^image_(output_)?count$\").value"
   },
   "cancel": {"method": "POST", "url": "{{base}}/predictions/{{id}}/cancel", "as": "poll",
     "seconds_at_most": 5},

@@ -25,6 +25,7 @@ BAD_ROWS = (
     f"{RETENTION}more_bad_rows_than_are_looked_at_are_passed_over_and_named_and_all_others_done"
 )
 PROCESS = "tests/test_worker_process.py::test_"
+PURCHASE = "tests/test_purchase.py::test_"
 SAFE_PATH = "tests/test_security_search_path.py::test_no_function_picks_up_what_its_caller_planted"
 
 SECURITY = [
@@ -257,6 +258,14 @@ SECURITY = [
         "when not private.is_plain_path(p.part[2])",
         "tests/test_input.py"
         "::test_a_source_image_is_an_own_file_or_an_own_finished_picture_and_nothing_else",
+    ),
+    Bug(
+        "a source's name is part of its signed address as it stands",
+        "worker.py",
+        """return quote(path if named else f"inputs/{path}", safe="/!$&'()*+,;=:@")""",
+        """return path if named else f"inputs/{path}\"""",
+        "tests/test_worker_storage.py"
+        "::test_a_source_is_given_as_a_signed_address_of_its_own_where_storage_is_public",
     ),
     Bug(
         "outputs are fetched from any host",
@@ -593,20 +602,81 @@ MONEY = [
     ),
     Bug(
         "a checkpoint is overwritten by who lost the lease",
-        "sql/74_purchase.sql",
-        "and r.token = any (p_tokens)\n    returning r.token, r.job_id, r.provider_job_id\n",
-        "\n    returning r.token, r.job_id, r.provider_job_id\n",
+        "sql/74_steps.sql",
+        "and r.token = any (p_tokens) order by r.job_id for update\n  loop\n"
+        "    token := v_job.token;\n    v_held := v_held || token;\n"
+        "    step := private.next_step(v_job, p_answers[array_position(p_tokens, v_job.token)]);\n",
+        "order by r.job_id for update\n  loop\n"
+        "    token := v_job.token;\n    v_held := v_held || token;\n"
+        "    step := private.next_step(v_job, p_answers[array_position(p_job_ids, v_job.job_id)]);"
+        "\n",
         STATES,
     ),
     # Purchases.
     Bug(
-        "a lost create is found whatever its sources were",
+        "a lost bucket of Storage's is the users' fault",
         "worker.py",
-        "return is_same and bool(given) and fingerprint(given) == sent",
-        "own = job.provider_input.items()\n"
-        "        return is_same and bool(given) and all(\n"
-        "            given.get(k) == v for k, v in own if k not in job.image_inputs\n        )",
-        "tests/test_worker_units.py::test_only_the_whole_input_with_its_sources_is_a_proof",
+        'if int(said["statusCode"]) == 404 and "ucket" not in said["message"]:',
+        'if int(said["statusCode"]) == 404:',
+        "tests/test_worker_storage.py::test_a_source_that_is_gone_is_the_users_fault"
+        "_and_a_storage_that_is_not_well_is_not",
+    ),
+    Bug(
+        "something is bought from a source that is cut short",
+        "pictures.py",
+        "        raise MemoryError\n    image.load()\n    turn = turn",
+        "        raise MemoryError\n    turn = turn",
+        "tests/test_worker_replicate.py"
+        "::test_what_is_no_picture_is_refused_at_once_and_nothing_is_bought",
+    ),
+    Bug(
+        "a lost create is found whatever its sources were",
+        "sql/74_steps.sql",
+        "      else coalesce(p_job.sent_input, v_generation.provider_input)\n",
+        "      else v_generation.provider_input\n",
+        f"{PURCHASE}what_was_sent_with_addresses_of_sources_is_looked_for_by_them",
+    ),
+    Bug(
+        "a lost create is found whatever its input was",
+        "sql/73_answers.sql",
+        "        where (private.at(item.value, v_step -> 'item_input'))[1] = p_vars -> 'input'\n",
+        "        where private.at(item.value, v_step -> 'item_input') <> '{}'\n",
+        f"{PURCHASE}without_proof_nothing_is_taken_over",
+    ),
+    Bug(
+        "an answer with another's sources is this job's",
+        "sql/74_steps.sql",
+        "    and private.is_anothers(\n",
+        "    and false and private.is_anothers(\n",
+        f"{PURCHASE}what_is_no_answer_to_this_create_is_looked_for",
+    ),
+    Bug(
+        "what cannot be looked up is bought again though nobody accepts to pay twice",
+        "sql/74_steps.sql",
+        "    if v_is_blind and not v_provider.buys_again then\n",
+        "    if false then\n",
+        f"{PURCHASE}a_create_is_told_once_and_then_looked_for_as_its_provider_can_be_asked",
+    ),
+    Bug(
+        "a job is lost at the first look that misses it",
+        "sql/74_steps.sql",
+        "    or p_job.provider_job_id is not null and v_missed < 4\n",
+        "    or p_job.provider_job_id is not null and v_tries < 4\n",
+        f"{PURCHASE}what_ends_between_two_looks_is_not_lost",
+    ),
+    Bug(
+        "a list of purchases is followed wherever it leads",
+        "sql/74_steps.sql",
+        "coalesce(substring(v_known ->> 'next' from '\\?[^#]*'), '')",
+        "v_known ->> 'next'",
+        f"{PURCHASE}a_list_is_read_to_its_end_and_wherever_it_leads_the_provider_is_asked",
+    ),
+    Bug(
+        "a name that is another's is asked for",
+        "sql/74_steps.sql",
+        "  if v_id is not null then\n    v_values :=",
+        "  if coalesce(v_id, v_known ->> 'id') is not null then\n    v_values :=",
+        f"{PURCHASE}an_answer_with_anothers_name_is_asked_for_by_ours",
     ),
     Bug(
         "two jobs may have one purchase",
@@ -625,8 +695,8 @@ MONEY = [
     Bug(
         "a canceled job runs on at the provider",
         "worker.py",
-        "                running.metrics = await provider.cancel(running.provider_job_id)\n",
-        "                pass\n",
+        "                await self._stop(running)\n            raise\n",
+        "                pass\n            raise\n",
         "tests/test_worker_cancel.py"
         "::test_a_canceled_job_is_stopped_at_the_provider_within_a_second_and_paid_for",
     ),
@@ -886,29 +956,30 @@ MONEY = [
     Bug(
         "who was frozen buys without looking whether the job is still its own",
         "worker.py",
-        "        while time.monotonic() - running.held_at > CREATE_WITHIN_SECONDS:\n",
-        "        while False:\n",
+        "            elif time.monotonic() - running.held_at > CREATE_WITHIN_SECONDS:\n",
+        "            elif False:\n",
         f"{EACH_CALL}[frozen-answers are lost]",
     ),
     Bug(
         "what a dead worker bought is not looked for",
-        "worker.py",
-        "if job.begun_before and (bought := await self._look(provider, running)):",
-        "if False and (bought := await self._look(provider, running)):",
+        "sql/74_steps.sql",
+        "  elsif v_step is null and p_job.create_started_at < p_job.claimed_at and (\n",
+        "  elsif v_step is null and false and (\n",
         f"{EACH_CALL}[killed before-all is well]",
     ),
     Bug(
         "what was bought is not saved at once",
-        "worker.py",
-        "            await self.db.checkpoint(running.job, running.provider_job_id)\n",
-        "            pass\n",
+        "sql/74_steps.sql",
+        "    update private.running_jobs set provider_job_id = p_id, handles = p_handles\n"
+        "    where job_id = p_job.job_id;\n",
+        "    perform p_handles;\n",
         f"{EACH_CALL}[killed before-all is well]",
     ),
     Bug(
         "what was bought is forgotten where the account is refused",
-        "worker.py",
-        '"poll", may_have_bought=True)',
-        '"poll", may_have_bought=False)',
+        "sql/74_steps.sql",
+        "'may_have_bought', v_step <> 'create',",
+        "'may_have_bought', false,",
         "tests/test_worker_replicate.py"
         "::test_a_refused_account_pauses_the_provider_and_no_job_is_to_blame",
     ),
@@ -1083,9 +1154,9 @@ BLAME = [
     ),
     Bug(
         "any refusal is the account's",
-        "worker.py",
-        "        if status == 403 and not is_sure:\n",
-        "        is_sure = True\n        if status == 403 and not is_sure:\n",
+        "sql/74_steps.sql",
+        '        when v_memo @> \'{"refused": {"is_forbidden": true}}\'\n',
+        '        when false and v_memo @> \'{"refused": {"is_forbidden": true}}\'\n',
         "tests/test_worker_replicate.py::test_a_job_that_is_always_refused_stops_no_other",
     ),
     Bug(

@@ -84,6 +84,8 @@ select
   at + interval '9 seconds', status, case status when 'failed' then 'provider_error' end, hash, 7,
   0.003
 from made where n <= :finished order by n;
+insert into private.purchases (generation_id, provider_job_id)
+select id, hash from made where n <= :finished order by n;
 insert into public.credit_ledger (user_id, generation_id, kind, amount, balance_after, created_at)
 select m.user_id, m.id, entry.kind::public.ledger_kind, entry.amount, 1000000, m.at
 from made as m

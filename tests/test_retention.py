@@ -304,6 +304,9 @@ def test_pictures_that_a_live_job_is_made_from_outlive_their_time_and_no_others(
         worker.apply_retention()
 
     assert set(files_of(*sources)) <= expired(db)
+    worker.forget_files(*files_of(*sources))
+    assert generations(db).isdisjoint(each.id for each in sources)
+    assert db.value("select count(*) from private.sources") == 0
 
 
 @pytest.mark.parametrize("bucket", ["generations", "inputs"])

@@ -24,6 +24,11 @@ from stack import Stack
 MODEL = "black-forest-labs/flux-schnell"
 EXPO_TOKEN = "expo-access-token-4711"
 URL_KEY = "key-in-the-address-4711"
+ENVIRONMENT = {
+    "DATABASE_URL": "postgresql://darkroom_worker:pass%21word@127.0.0.1/db",
+    "SUPABASE_URL": "http://127.0.0.1",
+    "SUPABASE_SERVICE_KEY": "four-words-of-mine!",
+}
 
 fake = fake_replicate.fake_replicate
 
@@ -140,16 +145,21 @@ def test_a_storage_that_repeats_its_request_is_quoted_without_the_key(db, busy, 
     ],
 )
 def test_no_secret_is_left_in_a_text(said, kept):
-    settings = worker.Settings(
-        {
-            "DATABASE_URL": "postgresql://darkroom_worker:pass%21word@127.0.0.1/db",
-            "SUPABASE_URL": "http://127.0.0.1",
-            "SUPABASE_SERVICE_KEY": "four-words-of-mine!",
-        }
-    )
+    settings = worker.Settings(ENVIRONMENT)
 
     assert worker.redact(said, settings.secrets) == kept
     assert worker.redact("pass!word, pass%21word", settings.secrets) == "[redacted], [redacted]"
+
+
+def test_what_is_named_like_a_key_is_one_of_a_provider_and_a_secret():
+    own = {"EXPO_ACCESS_TOKEN": EXPO_TOKEN}
+    keys = {"ACME_KEY": "acme-4711", "MY_2ND_API_TOKEN": "second-4711"}
+    others = {"acme_key": "lower", "ACME_KEYS": "several", "KEY": "short", "EMPTY_KEY": ""}
+
+    settings = worker.Settings(ENVIRONMENT | own | keys | others)
+
+    assert settings.keys == keys
+    assert {*keys.values(), *own.values()} <= set(settings.secrets)
 
 
 def test_a_crash_is_logged_without_secrets_and_ends_with_code_1(monkeypatch, capsys):

@@ -94,6 +94,13 @@ def test_a_worker_that_learns_at_the_end_that_its_lease_is_lost_settles_nothing(
     workers.until(alice.enqueued(params=SMALL), "completed")
 
 
+def test_a_worker_registers_the_names_of_its_keys_and_nothing_of_what_they_hold(db, workers):
+    row = db.row("select * from private.workers where id = %s", workers.process.worker_id)
+
+    assert row["keys"] == ["REPLICATE_API_TOKEN"]
+    assert not any(secret in str(row) for secret in workers.secrets())
+
+
 # --- waking up ---
 
 

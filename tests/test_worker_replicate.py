@@ -524,6 +524,7 @@ def test_what_is_no_picture_is_refused_at_once_and_nothing_is_bought(bench, fake
         *((lying(kind), "PNG") for kind in ("PNG", "WEBP", "AVIF")),
         *((encoded(PHOTO, kind), "PNG") for kind in ("AVIF", "GIF")),
         (CAT + b"<script>", None),
+        (encoded(PHOTO, "MPO", save_all=True, append_images=[PHOTO]), None),  # as of telephones
     ],
 )
 def test_a_picture_is_handed_over_as_it_is_seen_whatever_it_is_called(bench, fake, body, kind):

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import io
+import json
 import mmap
 import os
 import signal
@@ -134,6 +135,95 @@ class Bucket:
 
         with mock.patch("worker.backoff", return_value=0.0):
             return asyncio.run(store())
+
+
+# --- source images ---
+
+ROOT = "https://project.supabase.co/storage/v1/object"
+SIGNED = "/object/sign/inputs/u/cat.png?token=t"
+Answers = list[httpx.Response | httpx.TransportError]
+
+
+def handed_over(path: str, answers: Answers, *, is_as_given: bool = True) -> tuple[Any, Bucket]:
+    """Have a source handed over from a Storage that is public; return what stands for it."""
+    bucket = Bucket(*answers)
+    provider = SimpleNamespace(fetches_sources=True, upload=mock.AsyncMock(return_value="uploaded"))
+    bucket.pictures = mock.Mock(look_at_source=mock.AsyncMock(return_value=("PNG", is_as_given)))
+    job = SimpleNamespace(
+        provider_input={"prompt": "p", "image": [path], "mask": None},
+        image_inputs=["image", "mask", "more"],
+        deadline_seconds=300.0,
+    )
+
+    async def act() -> dict[str, Any]:
+        settings = Settings(REQUIRED | {"SUPABASE_URL": "https://project.supabase.co"})
+        async with httpx.AsyncClient(transport=httpx.MockTransport(bucket.handle)) as http:
+            storage = Storage(settings, http, bucket.pictures)
+            one = worker.Worker(settings, mock.Mock(), {}, storage, mock.Mock())
+            return await one._with_sources(provider, job)
+
+    sent = asyncio.run(act())
+    assert sent == {"prompt": "p", "image": sent["image"], "mask": None}
+    return sent["image"], bucket
+
+
+@pytest.mark.parametrize(
+    ("path", "escaped", "signed"),
+    [
+        ("u/cat.png", "inputs/u/cat.png", {"signedURL": SIGNED}),
+        ("inputs/u/cat.png", "inputs/u/cat.png", {"signedUrl": SIGNED}),
+        ("generations/u/j/0.png", "generations/u/j/0.png", {"signedUrl": f"/storage/v1{SIGNED}"}),
+        ("u/a cat?#%41\\.png", "inputs/u/a%20cat%3F%23%2541%5C.png",
+         {"signedURL": "/object/sign/inputs/u/a cat?#%41\\.png?token=t"}),
+        ("u/%2e%2e/é望.png", "inputs/u/%252e%252e/%C3%A9%E6%9C%9B.png", {"signedURL": SIGNED}),
+        ("u/a&b=c@d+e,f;g:h!$*'(1)", "inputs/u/a&b=c@d+e,f;g:h!$*'(1)", {"signedURL": SIGNED}),
+    ],
+)  # fmt: skip
+def test_a_source_is_given_as_a_signed_address_of_its_own_where_storage_is_public(
+    path, escaped, signed
+):
+    given, bucket = handed_over(path, [httpx.Response(200), httpx.Response(200, json=signed)])
+
+    assert given == [f"{ROOT}/sign/{escaped}?token=t"]
+    assert [str(each.url) for each in bucket.uploads] == [
+        f"{ROOT}/{escaped}",
+        f"{ROOT}/sign/{escaped}",
+    ]
+    lasting = json.loads(bucket.uploads[1].content)["expiresIn"]
+    assert lasting >= 600  # as long as the job may take, and more
+
+
+def test_a_source_that_is_not_as_its_user_gave_it_is_uploaded_though_storage_is_public():
+    given, _ = handed_over("u/cat.png", [httpx.Response(200)], is_as_given=False)
+
+    assert given == ["uploaded"]
+
+
+def missing(message: str) -> httpx.Response:
+    return httpx.Response(400, json={"statusCode": "404", "error": "x", "message": message})
+
+
+@pytest.mark.parametrize(
+    ("answers", "code"),
+    [
+        ([missing("Object not found")], "invalid_input"),
+        ([httpx.Response(200), missing("Object not found")], "invalid_input"),
+        ([missing("Bucket not found")], "internal"),
+        ([httpx.Response(404, text="<html>another server")], "internal"),
+        ([httpx.Response(404, json=["odd"])], "internal"),
+        ([httpx.Response(400, json={"statusCode": "403", "message": "no"})], "internal"),
+        ([httpx.Response(503)], "storage_unavailable"),
+        ([httpx.ReadTimeout("late")], "storage_unavailable"),
+        ([httpx.Response(200, content=bytes((32 << 20) + 1))], "invalid_input"),
+    ],
+)
+def test_a_source_that_is_gone_is_the_users_fault_and_a_storage_that_is_not_well_is_not(
+    answers, code
+):
+    with pytest.raises(JobError) as refusal:
+        handed_over("u/cat.png", answers)
+
+    assert refusal.value.code == code
 
 
 # --- what is an image, and what it shows ---
@@ -807,6 +897,10 @@ class Lab(pictures.Pictures):
         return pids[1]
 
 
+LYING = Image.Exif()
+LYING[0x0112] = 6
+
+
 def in_lab(work: Callable[[Lab], Awaitable[T]]) -> T:
     async def run() -> T:
         lab = Lab()
@@ -858,6 +952,31 @@ def test_large_pictures_at_once_stay_within_the_units_memory():
             await asyncio.sleep(0.01)
         assert all(found.preview for found in await asyncio.gather(*tasks))
         assert 200 < peak < 700
+
+    in_lab(act)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "options"),
+    [
+        ("WEBP", (4032, 3024), {}),
+        ("JPEG", (8064, 6048), {"exif": LYING}),
+        ("JPEG", (8064, 6048), {"exif": LYING, "progressive": True}),
+        ("JPEG", (6000, 4000), {"exif": LYING, "progressive": True}),
+        ("PNG", (4032, 3024), {"exif": LYING, "compress_level": 1}),
+    ],
+)
+def test_large_photos_are_looked_at_and_turned_within_the_memory_for_one(kind, size, options):
+    async def act(lab: Lab) -> None:
+        with tempfile.TemporaryFile() as file:
+            file.write(
+                encoded(Image.linear_gradient("L").resize(size).convert("RGB"), kind, **options)
+            )
+            assert (await lab.inspect(file, 512)).format == kind
+            assert await lab.look_at_source(file) == (kind, not options)
+            image = Image.open(file)
+            assert (image.width < image.height) == bool(options)
+            assert min(image.size) >= 3000
 
     in_lab(act)
 

@@ -8,7 +8,6 @@ import gc
 import gzip
 import io
 import itertools
-import json
 import math
 import os
 import re
@@ -26,7 +25,7 @@ import pytest
 from database import PROJECT
 
 import worker
-from worker import ConfigError, Job, JobError, Replicate, Settings, Storage
+from worker import ConfigError, Job, JobError, Replicate, Settings
 
 ENVIRONMENT = {
     "DATABASE_URL": "postgresql://darkroom_worker:secret@127.0.0.1/postgres",
@@ -304,89 +303,6 @@ def a_job(**changes: Any) -> Job:
         "begun_before": None,
     }
     return Job(**values | changes)
-
-
-SIGNED = "/object/sign/inputs/u/cat.png?token=t"
-
-
-def with_sources(web: Web, *paths: str, looks: Any = ("PNG", True)) -> dict[str, Any]:
-    """What the provider is sent for a job with these sources, of a Storage that is public."""
-    job = a_job(provider_input={"prompt": "p", "image": [*paths]}, image_inputs=["image", "more"])
-
-    async def ask(api: Replicate) -> dict[str, Any]:
-        settings = Settings(ENVIRONMENT | {"SUPABASE_URL": "https://project.supabase.co"})
-        pictures = mock.Mock(look_at_source=mock.AsyncMock(return_value=looks))
-        storage = Storage(settings, api.http, pictures)
-        return await worker.Worker(settings, mock.Mock(), {}, storage, mock.Mock())._with_sources(
-            api, job
-        )
-
-    return web.ask(ask)
-
-
-@pytest.mark.parametrize(
-    ("path", "escaped", "signed"),
-    [
-        ("u/cat.png", "inputs/u/cat.png", {"signedURL": SIGNED}),
-        ("inputs/u/cat.png", "inputs/u/cat.png", {"signedUrl": SIGNED}),
-        ("generations/u/j/0.png", "generations/u/j/0.png", {"signedUrl": f"/storage/v1{SIGNED}"}),
-        ("u/a cat?#%41\\.png", "inputs/u/a%20cat%3F%23%2541%5C.png",
-         {"signedURL": "/object/sign/inputs/u/a cat?#%41\\.png?token=t"}),
-        ("u/%2e%2e/é望.png", "inputs/u/%252e%252e/%C3%A9%E6%9C%9B.png", {"signedURL": SIGNED}),
-        ("u/a&b=c@d+e,f;g:h!$*'(1)", "inputs/u/a&b=c@d+e,f;g:h!$*'(1)", {"signedURL": SIGNED}),
-    ],
-)  # fmt: skip
-def test_a_source_is_given_as_a_signed_address_of_its_own_where_storage_is_public(
-    path, escaped, signed
-):
-    web = Web(httpx.Response(200), httpx.Response(200, json=signed))
-
-    sent = with_sources(web, path)
-
-    root = "https://project.supabase.co/storage/v1/object"
-    assert sent == {"prompt": "p", "image": [f"{root}/sign/{escaped}?token=t"]}
-    assert [str(each.url) for each in web.requests] == [
-        f"{root}/{escaped}",
-        f"{root}/sign/{escaped}",
-    ]
-    assert json.loads(web.requests[1].content)["expiresIn"] >= 600  # the job's deadline, and more
-
-
-def test_a_source_that_is_not_as_its_user_gave_it_is_uploaded_though_storage_is_public():
-    upload = httpx.Response(201, json={"urls": {"get": "https://api.replicate.com/f"}})
-    web = Web(httpx.Response(200), upload)
-
-    assert with_sources(web, "u/cat.png", looks=("JPEG", False))["image"] == [
-        "https://api.replicate.com/f"
-    ]
-    assert web.requests[1].url.path.endswith("/files")
-
-
-def missing(message: str, **said: Any) -> httpx.Response:
-    return httpx.Response(400, json={"statusCode": "404", "message": message, **said})
-
-
-@pytest.mark.parametrize(
-    ("answers", "code"),
-    [
-        ([missing("Object not found", error="not_found")], "invalid_input"),
-        ([httpx.Response(200), missing("Object not found")], "invalid_input"),
-        ([missing("Bucket not found", error="Bucket not found")], "internal"),
-        ([httpx.Response(404, text="<html>another server")], "internal"),
-        ([httpx.Response(404, json=["odd"])], "internal"),
-        ([httpx.Response(400, json={"statusCode": "403", "message": "no"})], "internal"),
-        ([httpx.Response(503)], "storage_unavailable"),
-        ([httpx.ReadTimeout("late")], "storage_unavailable"),
-        ([httpx.Response(200, content=bytes((32 << 20) + 1))], "invalid_input"),
-    ],
-)
-def test_a_source_that_is_gone_is_the_users_fault_and_a_storage_that_is_not_well_is_not(
-    answers, code
-):
-    with pytest.raises(JobError) as refusal:
-        with_sources(Web(*answers), "u/cat.png")
-
-    assert refusal.value.code == code
 
 
 # --- Replicate's answers ---
