@@ -291,6 +291,16 @@ def test_what_was_made_and_is_moderated_is_refused_as_well(bench, fake):
     assert bench.error(bench.until(bench.ask(), FAILED)) == "moderated"
 
 
+@of("fal", "comfyui")
+def test_what_an_attempt_before_had_bought_is_not_taken_for_what_was_lost(bench, fake):
+    fake.next(ends="gone")
+    fake.next(answer=None, stored=True)
+
+    bench.until(bench.ask(), DONE, within=20)
+
+    assert len(fake.bought) == 2
+
+
 @of("fal")
 def test_what_is_written_like_a_picture_is_found_like_any_other(bench, fake):
     fake.next(answer=None, stored=True)
