@@ -115,8 +115,8 @@ return private.list_models();
 comment on function public.list_models is
   'The catalogue: [{id, title, price_credits and paid_price_credits (per image), requires_paid, '
   'paused_until (null unless it is; may be infinity), max_images, inputs {name: JSON schema of a '
-  'param}, image_inputs [those that take a picture: a path in bucket inputs, or generations/<path of '
-  'an image>]}].';
+  'param}, image_inputs [those that take a picture: a path in bucket inputs, or generations/<the '
+  'path of an image>]}].';
 
 create function public.list_generations(
   before uuid default null, page_size integer default 20, only_favorites boolean default false,
