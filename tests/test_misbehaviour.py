@@ -153,7 +153,7 @@ class Run:
         """Have another stranger ask for the same, with a source of her own."""
         user = User(self.db).has(credits=10)
         path = f"{user.id}/cat.png"
-        self.inputs[path] = image("png", (8, 8), 0, user.id.encode())
+        self.inputs[path] = image("png", (8, 8 + len(self.jobs)), 0)
         query = "insert into storage.objects (bucket_id, name) values ('inputs', %s)"
         self.db.execute(query, path)
         job = user.enqueued("as a painting", model, params={"image": path, "seed": 7})
