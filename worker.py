@@ -741,7 +741,7 @@ class Provider:
 
     async def send(self, request: dict[str, Any], **content: Any) -> dict[str, Any]:
         """Answer {status, headers, body, error} as next_steps takes them. Raises JobError."""
-        body = request["body"]
+        body = request.get("body")
         content = content or {"json": self._swapped(body, self.blobs.get) if self.blobs else body}
         headers = {k: v.replace("{{secret}}", self.key) for k, v in request["headers"].items()}
         headers["accept-encoding"] = "identity"  # see read
