@@ -741,7 +741,8 @@ class Provider:
 
     async def send(self, request: dict[str, Any], **content: Any) -> dict[str, Any]:
         """Answer {status, headers, body, error} as next_steps takes them. Raises JobError."""
-        content = content or {"json": self._swapped(request["body"], self.blobs.get)}
+        body = request.get("body")
+        content = content or {"json": self._swapped(body, self.blobs.get) if self.blobs else body}
         headers = {k: v.replace("{{secret}}", self.key) for k, v in request["headers"].items()}
         headers["accept-encoding"] = "identity"  # see read
         seconds = httpx.Timeout(request["seconds"] or HTTP_TIMEOUT.read, connect=10.0)
@@ -757,19 +758,21 @@ class Provider:
                     **content,
                 ) as response,
             ):
-                body = bytearray()
+                text = bytearray()
                 async for chunk in response.aiter_bytes(CHUNK_BYTES):
-                    body += chunk
-                    if len(body) > MAX_ANSWER_BYTES:
+                    text += chunk
+                    if len(text) > MAX_ANSWER_BYTES:
                         return {"status": None, "error": "too long"}
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             return {"status": 0, "error": type(error).__name__}
         except (httpx.HTTPError, TimeoutError) as error:
             return {"status": None, "error": type(error).__name__}
         try:
-            said = self._swapped(json.loads(body), self._kept)
+            said = json.loads(text, parse_constant=str, parse_float=finite)
+            if len(text) >= BLOB_CHARS or b"\\u" in text:  # else there is nothing to swap
+                said = self._swapped(said, self._kept)
         except (ValueError, RecursionError):
-            said = self._kept(body[:QUOTED_CHARS].decode(errors="replace"))
+            said = self._kept(text[:QUOTED_CHARS].decode(errors="replace"))
         headers = {"retry-after": response.headers.get("retry-after")}
         return {"status": response.status_code, "headers": headers, "body": said}
 
@@ -787,13 +790,11 @@ class Provider:
         return text[-TEXT_CHARS:].encode(errors="replace").decode().replace("\0", "\ufffd")
 
     def _swapped(self, value: Any, swap: Callable[[str], str | None]) -> Any:
-        """The same JSON with some texts swapped for others, and without what is none: NaN."""
+        """The same JSON with some texts swapped for others."""
         if isinstance(value, dict):
             return {self._swapped(k, swap): self._swapped(v, swap) for k, v in value.items()}
         if isinstance(value, list):
             return [self._swapped(each, swap) for each in value]
-        if isinstance(value, float) and not math.isfinite(value):
-            return str(value)
         return swap(value) or value if isinstance(value, str) else value
 
     async def read(self, output: str) -> AsyncGenerator[bytes, None]:
@@ -846,6 +847,11 @@ class Provider:
             detail = f"host {url.host[:100]} is not allowed"
             raise JobError(code, detail, reason="a host that is not allowed")
         return url
+
+
+def finite(number: str) -> float | str:
+    """A number as PostgreSQL takes it; one too large stays a text."""
+    return value if math.isfinite(value := float(number)) else number
 
 
 # --- storage ------------------------------------------------------------------------------------

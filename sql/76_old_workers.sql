@@ -1,6 +1,6 @@
 -- For workers of the release before: they finish what they hold when the database is upgraded, get
--- no more jobs, and wait to be replaced (docs/RUNBOOK.md, Upgrading). All of this goes with the next
--- release.
+-- no more jobs, and wait to be replaced (docs/RUNBOOK.md, Upgrading). All of this goes with the
+-- next release.
 
 create function private.begin_creates(
   p_job_ids uuid[], p_tokens bigint[], p_inputs bytea[] default null
