@@ -985,9 +985,9 @@ MONEY = [
     Bug(
         "what was bought is not saved at once",
         "sql/74_steps.sql",
-        "    update private.running_jobs set provider_job_id = p_id, handles = p_handles\n"
-        "    where job_id = p_job.job_id;\n",
-        "    perform p_handles;\n",
+        "  update private.running_jobs set provider_job_id = p_id, handles = p_handles\n"
+        "  where job_id = p_job.job_id;\n",
+        "  perform p_handles;\n",
         f"{PURCHASE}the_next_attempt_resumes_and_looks_for_only_what_may_be_alive",
     ),
     Bug(

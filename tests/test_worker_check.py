@@ -113,6 +113,7 @@ insert into public.models (
 def test_each_provider_of_an_active_model_has_a_line_and_what_is_no_fault_is_a_note(check, db):
     for provider, is_active in (("fal", True), ("bfl", True), ("openai", False), ("comfyui", True)):
         db.execute(MODEL, provider, provider, is_active)
+    db.execute("update private.providers set recipe = recipe - 'account' where name = 'bfl'")
     url = check.of(db)
 
     assert check(DATABASE_URL=url, BFL_API_KEY="key of BFL") == (0, {})
