@@ -54,6 +54,7 @@ import io
 import ipaddress
 import json
 import logging
+import math
 import mimetypes
 import os
 import random
@@ -101,7 +102,9 @@ MAX_REDIRECTS = 3
 MAX_ANSWER_BYTES = 64 << 20  # of a provider, pictures in base64 included
 CREATE_WITHIN_SECONDS = 5.0  # of holding the lease; later, another worker may have it
 KEY_NAME = re.compile(r"[A-Z][A-Z0-9_]*_(KEY|TOKEN)")  # as private.providers has it
-BASE64 = re.compile(r"(data:[\w.+-]+/[\w.+-]+;base64,)?[A-Za-z0-9+/\s]{1000,}={0,2}\s*")
+TEXT_CHARS = 200_000  # of one text in it that SQL sees, from its end: logs may be long
+BLOB_CHARS = 10_000  # of a text in base64 that it sees a name of instead
+BASE64 = re.compile(r"(?:data:[\w.+-]+/[\w.+-]+;base64,)?([A-Za-z0-9+/\r\n]++={0,2}\s*)")
 FORMATS = {
     "PNG": ("png", "image/png"),
     "JPEG": ("jpg", "image/jpeg"),
@@ -304,7 +307,8 @@ class ProviderDown(JobError):
     """The account is refused: its jobs wait, and none is to blame. If sure, everybody's."""
 
     def __init__(self, step: dict[str, Any]) -> None:
-        super().__init__("provider_refused", step["detail"], reason=step["reason"])
+        detail = step.get("detail") or step["reason"]
+        super().__init__("provider_refused", detail, reason=step["reason"])
         self.is_sure, self.may_have_bought = step["is_sure"], step["may_have_bought"]
 
 
@@ -667,10 +671,10 @@ class Preview:
         r"\[fail:(moderated|invalid_input|provider_(?:busy|timeout|error)|result_lost)\]"
     )
 
+    fetches_sources = False
+
     def __init__(self, pictures: Pictures, seconds: float, failure_rate: float) -> None:
         self.pictures, self.seconds, self.failure_rate = pictures, seconds, failure_rate
-
-    fetches_sources = False
 
     async def upload(self, name: str, file: IO[bytes]) -> str:
         """Keep only the blurhash of a source: as its address."""
@@ -737,7 +741,8 @@ class Provider:
 
     async def send(self, request: dict[str, Any], **content: Any) -> dict[str, Any]:
         """Answer {status, headers, body, error} as next_steps takes them. Raises JobError."""
-        content = content or {"json": self._swapped(request["body"], self.blobs.get)}
+        body = request.get("body")
+        content = content or {"json": self._swapped(body, self.blobs.get) if self.blobs else body}
         headers = {k: v.replace("{{secret}}", self.key) for k, v in request["headers"].items()}
         headers["accept-encoding"] = "identity"  # see read
         seconds = httpx.Timeout(request["seconds"] or HTTP_TIMEOUT.read, connect=10.0)
@@ -753,21 +758,22 @@ class Provider:
                     **content,
                 ) as response,
             ):
-                body = bytearray()
+                text = bytearray()
                 async for chunk in response.aiter_bytes(CHUNK_BYTES):
-                    body += chunk
-                    if len(body) > MAX_ANSWER_BYTES:
+                    text += chunk
+                    if len(text) > MAX_ANSWER_BYTES:
                         return {"status": None, "error": "too long"}
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             return {"status": 0, "error": type(error).__name__}
         except (httpx.HTTPError, TimeoutError) as error:
             return {"status": None, "error": type(error).__name__}
         try:
-            said = json.loads(body)
-        except ValueError:
-            said = body[:QUOTED_CHARS].decode(errors="replace")
+            said = json.loads(text, parse_constant=str, parse_float=finite)
+            if len(text) >= BLOB_CHARS or b"\\u" in text:  # else there is nothing to swap
+                said = self._swapped(said, self._kept)
+        except (ValueError, RecursionError):
+            said = self._kept(text[:QUOTED_CHARS].decode(errors="replace"))
         headers = {"retry-after": response.headers.get("retry-after")}
-        said = self._swapped(said, self._kept)
         return {"status": response.status_code, "headers": headers, "body": said}
 
     def keep(self, text: str) -> str:
@@ -778,9 +784,10 @@ class Provider:
 
     def _kept(self, text: str) -> str:
         """A text of an answer as PostgreSQL can take it: no NUL, no broken surrogates."""
-        if BASE64.fullmatch(text) and text not in self.asked:  # a long prompt may look like it
+        is_large = len(text) > BLOB_CHARS and text not in self.asked  # a prompt may look like it
+        if is_large and BASE64.fullmatch(text):
             return self.keep(text)
-        return text.encode(errors="replace").decode().replace("\0", "\ufffd")
+        return text[-TEXT_CHARS:].encode(errors="replace").decode().replace("\0", "\ufffd")
 
     def _swapped(self, value: Any, swap: Callable[[str], str | None]) -> Any:
         """The same JSON with some texts swapped for others."""
@@ -796,8 +803,11 @@ class Provider:
         Outputs come from third-party code. Nothing packed: a few bytes, packed twice, unpack to
         gigabytes at once.
         """
-        if kept := self.blobs.get(output):
-            yield base64.b64decode(kept.rpartition(",")[2] + "==")
+        if packed := BASE64.fullmatch(self.blobs.get(output, output)):
+            try:
+                yield base64.b64decode(packed[1] + "==")
+            except ValueError:
+                raise JobError("provider_error", "output: cut short within its base64") from None
             return
         url, plain = self._allowed(output), {"accept-encoding": "identity"}
         for _ in range(MAX_REDIRECTS + 1):
@@ -831,11 +841,17 @@ class Provider:
             raise JobError(code, "not an address") from None
         is_base = (url.scheme, url.netloc) == (self.base.scheme, self.base.netloc)
         names = self.key_hosts if hosts is None else hosts
-        is_named = any(url.host == n or (n[:1] == "*" and url.host.endswith(n[1:])) for n in names)
+        known = [re.escape(name).replace(r"\*", "[a-z0-9.-]+") for name in names]
+        is_named = any(re.fullmatch(each, url.host) for each in known)
         if not is_base and not (url.scheme == "https" and is_named):
             detail = f"host {url.host[:100]} is not allowed"
             raise JobError(code, detail, reason="a host that is not allowed")
         return url
+
+
+def finite(number: str) -> float | str:
+    """A number as PostgreSQL takes it; one too large stays a text."""
+    return value if math.isfinite(value := float(number)) else number
 
 
 # --- storage ------------------------------------------------------------------------------------
@@ -1338,6 +1354,8 @@ class Worker:
         if job.base_url is not None:
             key = self.settings.keys.get(job.secret or "")
             running.provider = Provider(self.storage.http, vars(job), key)
+        elif job.provider != "preview":
+            raise JobError("internal", f"there is no provider {job.provider}, or no recipe of it")
         try:
             outputs = await (self._follow(running) if running.provider else self._draw(running))
         except asyncio.CancelledError:  # by the user, the deadline, a lost lease, or a stop
@@ -1432,8 +1450,8 @@ class Worker:
             running.metrics = metrics
         if step.get("is_found"):
             log.warning("job.found job=%s", running.job.job_id)
-        if percent := step.get("percent"):
-            running.report(int(percent))
+        if (percent := step.get("percent")) is not None:
+            running.report(percent)
         return step
 
     async def _sources(self, running: Running, step: dict[str, Any]) -> dict[str, Any]:
@@ -1448,11 +1466,11 @@ class Worker:
     async def _stop(self, running: Running) -> None:
         """Stop what was bought, best effort, and learn what it costs."""
         answer: dict[str, Any] | None = None
-        for request in running.cancel:
-            assert running.provider
-            answer = await running.provider.send(request)
-        if answer:
-            with contextlib.suppress(LeaseLost, psycopg.Error):
+        with contextlib.suppress(JobError, LeaseLost, psycopg.Error):
+            for request in running.cancel:
+                assert running.provider
+                answer = await running.provider.send(request)
+            if answer:
                 await self._next(running, {"step": "cancel", **answer})
 
     async def _with_sources(self, provider: Provider | Preview, job: Job) -> dict[str, Any]:
@@ -1652,20 +1670,25 @@ async def check_providers(
     db: Database, http: httpx.AsyncClient, keys: Mapping[str, str]
 ) -> Findings:
     """Whether each key opens its account; nothing is bought."""
-    for row in [] if db.pool.closed else await db.call("list_providers"):
+    rows: list[dict[str, Any]] = []
+    said_before = (Outdated, psycopg.errors.InvalidSchemaName, psycopg.errors.InsufficientPrivilege)
+    with contextlib.suppress(*said_before):
+        rows = [] if db.pool.closed else await db.call("list_providers")
+    for row in rows:
         name, secret = row["name"], row["secret"]
         if secret and secret not in keys:
             yield "note", name, f"{secret} is not set: its jobs are not taken here"
-        elif row["account"]:
-            provider = Provider(http, row, keys.get(secret))
-            answer = await provider.send(row["account"])
-            status = answer["status"]
-            if status in range(200, 300):
+        elif not row["account"]:
+            yield "note", name, "nothing but a job can tell whether it works"
+        else:
+            answer = await Provider(http, row, keys.get(secret)).send(row["account"])
+            what = answer.get("error") or f"HTTP {answer['status']}"
+            if what == "HTTP 200":
                 yield "ok", name, "the key opens the account"
-            elif status in (401, 403):
-                yield "wrong", name, f"{secret}: the key is refused: HTTP {status}"
+            elif answer["status"] in (401, 403):
+                yield "wrong", name, f"{secret}: the key is refused: {what}"
             else:
-                yield "wrong", name, f"{secret}: no answer to trust: {answer.get('error', status)}"
+                yield "wrong", name, f"{row['base_url']}: no answer to trust: {what}"
 
 
 async def check(settings: Settings) -> int:

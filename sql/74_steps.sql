@@ -11,20 +11,21 @@
 --     sources, which nobody can know again, sent_input keeps it.
 -- Whoever puts a provider's id into purchases has it, and nobody else ever.
 
--- Makes a provider's job this one's, unless it is another's.
+-- Makes a provider's job this one's, unless it is another's or was this one's in an attempt before,
+-- which came to nothing.
 create function private.adopt(
   p_job private.running_jobs, p_id text, p_handles jsonb default null
 ) returns boolean
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   insert into private.purchases (generation_id, provider_job_id) values (p_job.job_id, p_id)
-  on conflict (provider_job_id) do update set provider_job_id = excluded.provider_job_id
-  where purchases.generation_id = p_job.job_id;
-  if found then
-    update private.running_jobs set provider_job_id = p_id, handles = p_handles
-    where job_id = p_job.job_id;
+  on conflict do nothing;
+  if not found and p_id is distinct from p_job.provider_job_id then
+    return false;
   end if;
-  return found;
+  update private.running_jobs set provider_job_id = p_id, handles = p_handles
+  where job_id = p_job.job_id;
+  return true;
 end;
 $$;
 

@@ -73,7 +73,7 @@ begin
   -- Within bounds: what a provider says of itself keeps no job from ending.
   cross join lateral (select
     case when jsonb_typeof(p_metrics[j.ordinality] -> 'provider_seconds') = 'number' then
-      greatest(0, least(1000000, (p_metrics[j.ordinality] ->> 'provider_seconds')::numeric))
+      round(greatest(0, least(1000000, (p_metrics[j.ordinality] ->> 'provider_seconds')::numeric)), 6)
     end as seconds,
     case when jsonb_typeof(p_metrics[j.ordinality] -> 'images') = 'number' then
       greatest(0, least(1000000, (p_metrics[j.ordinality] ->> 'images')::numeric))

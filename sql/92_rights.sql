@@ -55,5 +55,10 @@ private.next_steps, private.pause_provider, private.recover_stale_jobs, private.
 private.release_job, private.report_progress, private.sleep, private.unregister_worker
 to darkroom_worker;
 
+-- Workers of the release before (76).
+grant execute on function
+private.adopt_provider_job, private.begin_creates, private.checkpoint_jobs, private.recall_create
+to darkroom_worker;
+
 -- Who looks on.
 grant execute on function public.queue_health to darkroom_monitor;

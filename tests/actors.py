@@ -375,12 +375,15 @@ class Worker:
         self.db, self.keys = db, list(keys)
         self.connection = db.connect()
         self.connection.execute("set role darkroom_worker")
-        register = "select * from private.register_worker('test', %s, '1', %s)"
-        registered = self._rows(register, slots, self.keys)[0]
+        registered = self.register_worker(slots)
         self.id = int(registered["worker_id"])
         self.channel = str(registered["channel"])
         self.heartbeat_seconds = float(registered["heartbeat_seconds"])
         self.lease_seconds = float(registered["lease_seconds"])
+
+    def register_worker(self, slots: int) -> dict[str, Any]:
+        register = "select * from private.register_worker('test', %s, '1', %s)"
+        return self._rows(register, slots, self.keys)[0]
 
     def claim_jobs(self, slots: int = 1) -> list[Job]:
         cursor = self.connection.cursor(row_factory=class_row(Job))

@@ -25,6 +25,7 @@ BAD_ROWS = (
     f"{RETENTION}more_bad_rows_than_are_looked_at_are_passed_over_and_named_and_all_others_done"
 )
 PROCESS = "tests/test_worker_process.py::test_"
+PROVIDERS = "tests/test_worker_providers.py::test_"
 PURCHASE = "tests/test_purchase.py::test_"
 SAFE_PATH = "tests/test_security_search_path.py::test_no_function_picks_up_what_its_caller_planted"
 
@@ -270,9 +271,23 @@ SECURITY = [
     Bug(
         "outputs are fetched from any host",
         "worker.py",
-        "if not delivered and (url.scheme, url.netloc) != (api.scheme, api.netloc):",
+        'if not is_base and not (url.scheme == "https" and is_named):',
         "if url.scheme not in ('http', 'https'):",
-        "tests/test_worker_units.py::test_outputs_from_elsewhere_are_the_providers_error_and_not_fetched",
+        "tests/test_worker_units.py::test_outputs_from_elsewhere_are_refused_and_not_fetched",
+    ),
+    Bug(
+        "a provider's key goes where its pictures are",
+        "worker.py",
+        "        names = self.key_hosts if hosts is None else hosts\n",
+        "        names = self.hosts\n",
+        "tests/test_worker_units.py::test_nothing_is_sent_to_where_the_key_does_not_belong",
+    ),
+    Bug(
+        "a prompt that looks like base64 is hidden from who looks for it",
+        "worker.py",
+        " and text not in self.asked  # a prompt may look like it",
+        "",
+        "tests/test_worker_units.py::test_an_answer_is_handed_in_as_the_database_can_take_it",
     ),
     Bug(
         "redirects of outputs are followed anywhere",
@@ -965,23 +980,22 @@ MONEY = [
         "sql/74_steps.sql",
         "  elsif v_step is null and p_job.create_started_at < p_job.claimed_at and (\n",
         "  elsif v_step is null and false and (\n",
-        f"{EACH_CALL}[killed before-all is well]",
+        f"{PURCHASE}the_next_attempt_resumes_and_looks_for_only_what_may_be_alive",
     ),
     Bug(
         "what was bought is not saved at once",
         "sql/74_steps.sql",
-        "    update private.running_jobs set provider_job_id = p_id, handles = p_handles\n"
-        "    where job_id = p_job.job_id;\n",
-        "    perform p_handles;\n",
-        f"{EACH_CALL}[killed before-all is well]",
+        "  update private.running_jobs set provider_job_id = p_id, handles = p_handles\n"
+        "  where job_id = p_job.job_id;\n",
+        "  perform p_handles;\n",
+        f"{PURCHASE}the_next_attempt_resumes_and_looks_for_only_what_may_be_alive",
     ),
     Bug(
         "what was bought is forgotten where the account is refused",
         "sql/74_steps.sql",
         "'may_have_bought', v_step <> 'create',",
         "'may_have_bought', false,",
-        "tests/test_worker_replicate.py"
-        "::test_a_refused_account_pauses_the_provider_and_no_job_is_to_blame",
+        f"{PURCHASE}a_refusal_is_the_accounts_or_the_jobs_and_forgets_no_purchase",
     ),
     # Books and backups.
     Bug(
@@ -1010,8 +1024,8 @@ WAKE_UP = [
     Bug(
         "an enqueue waits for a worker that beats",
         "sql/50_enqueue.sql",
-        "order by w.seen_at desc limit p_at_most for update skip locked",
-        "order by w.seen_at desc limit p_at_most for update",
+        "w.seen_at desc limit p_at_most for update of w skip locked",
+        "w.seen_at desc limit p_at_most for update of w",
         "tests/test_wakeup.py"
         "::test_a_job_that_met_the_worker_while_it_beat_is_found_by_the_look_after_the_beat",
     ),
@@ -1157,7 +1171,7 @@ BLAME = [
         "sql/74_steps.sql",
         '        when v_memo @> \'{"refused": {"is_forbidden": true}}\'\n',
         '        when false and v_memo @> \'{"refused": {"is_forbidden": true}}\'\n',
-        "tests/test_worker_replicate.py::test_a_job_that_is_always_refused_stops_no_other",
+        f"{PURCHASE}a_refusal_is_the_accounts_or_the_jobs_and_forgets_no_purchase",
     ),
     Bug(
         "a job is given back for ever",
@@ -1220,6 +1234,29 @@ FITTING = [
         "  if v_error.pauses_model\n    or v_error",
         "  if v_error",
         f"{BREAKER}a_withdrawn_model_waits_with_all_its_jobs_until_it_is_mended",
+    ),
+    # Providers.
+    Bug(
+        "the key goes wherever pictures may come from",
+        "worker.py",
+        "names = self.key_hosts if hosts is None else hosts",
+        "names = hosts or self.hosts",
+        f"{PROVIDERS}no_key_goes_where_an_answer_leads_but_to_the_providers_own_hosts[bfl]",
+    ),
+    Bug(
+        "a create that no list can prove lost is sent again",
+        "sql/74_steps.sql",
+        "    if v_is_blind and not v_provider.buys_again then\n",
+        "    if v_provider.lost_create = 'unknown' and not v_provider.buys_again then\n",
+        f"{PROVIDERS}what_becomes_of_a_job_is_what_its_provider_means[lost on the way there]",
+    ),
+    Bug(
+        "what is moderated after it was made is waited for",
+        "sql/93_recipes.sql",
+        ', "Content Moderated": "moderated"',
+        "",
+        "tests/test_providers.py::test_an_answer_means_what_the_provider_says"
+        "[BFL moderates what it made]",
     ),
 ]
 ROUTES = [

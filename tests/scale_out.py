@@ -82,7 +82,6 @@ class Fleet(Workers):
     def __init__(self, stack: Stack, fake: FakeReplicate, slots: int) -> None:
         super().__init__(Database(stack.database_url, "postgres"), stack, stack.folder)
         self.environment |= {
-            "REPLICATE_API_URL": fake.url,
             "REPLICATE_API_TOKEN": fake.token,
             "WORKER_SLOTS": str(slots),
             "WORKER_GRACE_SECONDS": "0.5",
@@ -90,6 +89,7 @@ class Fleet(Workers):
         self.extra_secrets = {fake.token, f"{fake.origin}/files"}
         self.db.lift_limits()
         self.db.execute("update public.models set is_active = true")
+        self.db.runs_at("replicate", fake.url)
         self.user = User(self.db).has_paid().has(credits=1_000_000)
 
     def __exit__(self, failure: object, *rest: object) -> None:

@@ -44,12 +44,10 @@ def shared_worker(settings: str = "retry_base = '0'", **environment: Any) -> tup
         db.execute(f"update private.settings set {settings}")
         with FakeReplicate() as fake, Shared(db, stack, tmp_path_factory.mktemp("w")) as workers:
             workers.fake = fake
+            db.runs_at("replicate", fake.url)
             workers.extra_secrets = {fake.token, f"{fake.origin}/files"}
             workers.environment |= {name: str(value) for name, value in environment.items()}
-            workers.environment |= {
-                "REPLICATE_API_URL": fake.url,
-                "REPLICATE_API_TOKEN": fake.token,
-            }
+            workers.environment["REPLICATE_API_TOKEN"] = fake.token
             yield workers
         server.drop(db)
 

@@ -136,17 +136,16 @@ def test_workers_buy_after_a_restore_only_what_was_never_bought(
     old = Worker(db)
     saved, begun = old.claim_jobs(2)
     old.checkpoint(saved, bought(saved.id))
-    old.begin_create(begun)
+    assert old.next_step(begun)["step"] == "create"
     back_up(tmp_path, db)
     kept = {job: bought(job) for job in (begun.id, jobs[2])}  # since the dump
 
     restore(tmp_path, target)
     target.pass_time("2 minutes")  # leases are over
+    target.runs_at("replicate", fake.url, settle="0.2 seconds")
     with Workers(target, stack, tmp_path) as workers:
         workers.start(
-            REPLICATE_API_URL=fake.url,
             REPLICATE_API_TOKEN=fake.token,
-            REPLICATE_SETTLE_SECONDS=0.2,
             WORKER_POLL_SECONDS=0.1,
         )
         for job in jobs:

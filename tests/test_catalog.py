@@ -28,6 +28,7 @@ OF_WORKERS = """
     fail_jobs claim_receipts finish_delivery finish_receipts forget_files heartbeat
     list_expired_files list_providers next_steps pause_provider recover_stale_jobs register_worker
     release_job report_progress sleep unregister_worker
+    adopt_provider_job begin_creates checkpoint_jobs recall_create
 """
 READ_BY_USERS = """
     batches credit_ledger entitlements generation_tags generations image_likes images

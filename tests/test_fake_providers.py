@@ -5,6 +5,7 @@ of this repository. What no file tells, the queue and who may ask, is tested wit
 """
 
 import base64
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import pytest
 import specs
 from fake_providers import FAKES, FakeBfl, FakeComfyUI, FakeFal, FakeOpenAI, FakeProvider
 from jsonschema import Draft202012Validator
+from PIL import Image
 from specs import shape
 
 SPECS = specs.folder("PROVIDER_SPECS")
@@ -363,7 +365,8 @@ def test_a_picture_shows_what_it_was_made_from():
             fake.buy("fal-ai/flux", {"prompt": "", "image_urls": [given]})
             comfy.uploads["cat.png"] = cat
             comfy.buy("", {"prompt": {"1": {"inputs": {"image": "cat.png"}}}})
-            pictures = {f.picture(*f.tasks).body for f in (fake, comfy)}
+            files = (io.BytesIO(each.picture(*each.tasks).body) for each in (fake, comfy))
+            pictures = {Image.open(file).tobytes() for file in files}
             assert len(pictures) == 1
             drawn |= pictures
     assert len(drawn) == 2

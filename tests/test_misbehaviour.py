@@ -6,6 +6,10 @@ is gets its turn. Two strangers ask for the same meanwhile, each with a source o
 
 Time is made, not waited for: a pause of the worker puts the event loop's clock forward, and what
 has to pass between two lives (leases, delays, pauses) is backdated in the database.
+
+Beside it, Fate by a seed: she strikes several times, anywhere, at jobs of two providers, which have
+faults of their own and differ in what can be known of a lost create. MISBEHAVIOUR=0:500 has the
+seeds from 0 to 499.
 """
 
 from __future__ import annotations
@@ -13,8 +17,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import random
 import ssl
 from collections.abc import Awaitable, Callable, Iterator
+from datetime import datetime, timedelta
 from types import SimpleNamespace
 from typing import Any, TypeVar
 from unittest import mock
@@ -25,7 +32,8 @@ import psycopg
 import pytest
 from actors import User
 from database import Database, assert_books_balance
-from fake_replicate import TERMINAL, FakeReplicate, image
+from fake_providers import FakeComfyUI
+from fake_replicate import MODERATED, TERMINAL, FakeReplicate, image
 
 import worker
 
@@ -40,6 +48,35 @@ insert into public.models (
   '{image,seed}', '{image}', '{"properties": {"prompt": {"type": "string"},
   "image": {"type": "string"}, "seed": {"type": "integer"}}}'
 )
+"""
+TWIN = """
+with twin as (
+  insert into private.providers (name, base_url, secret, lost_create, recipe)
+  select 'twin', base_url, 'TWIN_API_KEY', 'unknown', recipe - 'find'
+  from private.providers where name = 'replicate'
+  returning name
+)
+insert into public.models (
+  id, provider, provider_ref, title, price_credits, paid_price_credits, client_inputs,
+  image_inputs, input_schema
+)
+select
+  'acme/twin', t.name, m.provider_ref, m.title, m.price_credits, m.paid_price_credits,
+  m.client_inputs, m.image_inputs, m.input_schema
+from public.models as m cross join twin as t where m.id = 'acme/edit'
+"""
+GRAPH = """
+insert into public.models (
+  id, provider, provider_ref, title, price_credits, paid_price_credits, client_inputs,
+  image_inputs, input_schema, input_template
+)
+select
+  'acme/graph', 'comfyui', 'acme/graph', m.title, m.price_credits, m.paid_price_credits,
+  m.client_inputs, m.image_inputs, m.input_schema, '{
+    "1": {"class_type": "LoadImage", "inputs": {"image": "{{input.image}}"}},
+    "9": {"class_type": "SaveImage", "inputs": {"text": "{{input.prompt}}"}}
+  }'
+from public.models as m where m.id = 'acme/edit'
 """
 WAYS = ["refused", "lost", "killed before", "killed after", "stopped", "frozen", "canceled"]
 # What the two creates meet, and where Storage is: its addresses differ by when they were made.
@@ -85,7 +122,7 @@ class Wire(httpx.AsyncHTTPTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         url = request.url
         origin = f"{url.scheme}://{url.netloc.decode()}"
-        assert origin in (self.run.storage_url, self.run.fake.origin)
+        assert origin in (self.run.storage_url, *self.run.origins)
         is_storage = origin == self.run.storage_url
         send = self.run.store if is_storage else super().handle_async_request
         errors = [httpx.ConnectError("refused"), httpx.ReadTimeout("late")]
@@ -98,25 +135,41 @@ class Run:
     def __init__(self, db: Database, url: str, fake: FakeReplicate, way: str, at: int) -> None:
         self.db, self.url, self.fake, self.way, self.at = db, url, fake, way, at
         self.loop, self.calls, self.is_dead = Loop(), 0, False
+        self.asked_ahead = 0.0
         self.history: list[str] = []
+        self.origins, self.keys = {fake.origin}, {"REPLICATE_API_TOKEN": fake.token}
         self.storage_url, self.files, self.inputs = "", dict[str, bytes](), dict[str, bytes]()
         self.one: worker.Worker
-        fake.fetch = lambda url: self.inputs[url.partition("/sign/inputs/")[2].partition("?")[0]]
         self.jobs: dict[str, User] = {}
-        for _ in range(2):
-            user = User(db).has(credits=10)
-            path = f"{user.id}/cat.png"
-            self.inputs[path] = image("png", (8, 8), 0, user.id.encode())
-            db.execute("insert into storage.objects (bucket_id, name) values ('inputs', %s)", path)
-            params = {"image": path, "seed": 7}
-            self.jobs[user.enqueued("as a painting", "acme/edit", params=params)] = user
+        fake.fetch = self.fetch
+        db.runs_at("replicate", fake.url)
+        self.ask("acme/edit")
+        self.ask("acme/edit")
+
+    def fetch(self, url: str) -> bytes:
+        return self.inputs[url.partition("/sign/inputs/")[2].partition("?")[0]]
+
+    def ask(self, model: str) -> str:
+        """Have another stranger ask for the same, with a source of her own."""
+        user = User(self.db).has(credits=10)
+        path = f"{user.id}/cat.png"
+        self.inputs[path] = image("png", (8, 8 + len(self.jobs)), 0)
+        query = "insert into storage.objects (bucket_id, name) values ('inputs', %s)"
+        self.db.execute(query, path)
+        job = user.enqueued("as a painting", model, params={"image": path, "seed": 7})
+        self.jobs[job] = user
+        return job
+
+    def strike(self) -> str:
+        """What happens at this call."""
+        return self.way if self.calls == self.at else ""
 
     async def meet(self, name: str, call: Callable[[], Awaitable[T]], *errors: Exception) -> T:
         """Make a call, or not. Of the errors the first is of a call that was never sent."""
         if self.is_dead:
             raise Killed
         self.calls += 1
-        way = self.way if self.calls == self.at else ""
+        way = self.strike()
         self.history.append(f"{name} {way}")
         if way == "refused":
             raise errors[0]
@@ -134,7 +187,7 @@ class Run:
             self.pass_time()
             frozen = self.one
             await self.live()
-            self.one = frozen
+            self.one, self.is_dead = frozen, False
         if way == "stopped":
             self.one.stopping.set()
             for running in list(self.one.running.values()):
@@ -156,10 +209,10 @@ class Run:
             return httpx.Response(200, json={"signedURL": f"/object/sign/{name}?token={token}"})
         return httpx.Response(200, content=self.inputs[name] if kind == "inputs" else b"{}")
 
-    def play(self, behaviour: dict[str, Any], storage_url: str) -> None:
+    def play(self, behaviours: list[dict[str, Any]], storage_url: str) -> None:
         """Have one worker after the other work, until no job is left."""
         self.storage_url = storage_url
-        for _ in self.jobs:
+        for behaviour in behaviours:
             self.fake.next(**behaviour)
         shim = SimpleNamespace(**vars(asyncio) | {"sleep": self.loop.sleep})
         clock = SimpleNamespace(monotonic=self.loop.time)
@@ -168,7 +221,7 @@ class Run:
             mock.patch.object(worker, "time", clock),
             asyncio.Runner(loop_factory=lambda: self.loop) as runner,
         ):
-            for _ in range(9):
+            for _ in range(30):
                 runner.run(self.live())
                 self.pass_time()
                 if not self.db.value("select count(*) from private.live_jobs"):
@@ -183,19 +236,28 @@ class Run:
             "SUPABASE_URL": self.storage_url,
             "SUPABASE_SERVICE_KEY": "key",
             "WORKER_SLOTS": "1",  # two jobs at once would not do the same again
+            **self.keys,
         }
         settings, db = worker.Settings(variables), worker.Database(self.url)
         make = db.call
         lost = [psycopg.OperationalError("not sent"), psycopg.OperationalError("answer lost")]
-        db.call = lambda name, *args: self.meet(name, lambda: make(name, *args), *lost)
+        db.call = lambda name, *args: self.meet(name, lambda: make(name, *self.aged(args)), *lost)
         async with httpx.AsyncClient(transport=Wire(self), timeout=worker.HTTP_TIMEOUT) as http:
-            providers = {"replicate": worker.Replicate(http, self.fake.url, self.fake.token)}
             storage = worker.Storage(settings, http, PICTURES)
-            self.one = worker.Worker(settings, db, providers, storage, mock.Mock())
+            self.one = worker.Worker(settings, db, mock.Mock(), storage, mock.Mock())
             await db.pool.open()
             with contextlib.suppress(Killed, psycopg.OperationalError):  # the next one goes on
                 await self.work()
             await db.pool.close()
+
+    def aged(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What is said to the database, with times in it moved as the worker's clock was."""
+        slept, self.asked_ahead = self.loop.ahead - self.asked_ahead, self.loop.ahead
+        for said in args[2] if len(args) == 3 and isinstance(args[2], list) else []:
+            memo = (getattr(said, "obj", None) or {}).get("memo", {})
+            if until := memo.get("until"):
+                memo["until"] = f"{datetime.fromisoformat(until) - timedelta(seconds=slept)}"
+        return args
 
     async def work(self) -> None:
         one, tasks = self.one, []
@@ -255,6 +317,8 @@ class Run:
 def shop(db: Database) -> Iterator[Database]:
     db.lift_limits()
     db.execute(EDIT)
+    for statement in TWIN, GRAPH:
+        db.execute(statement)
     # No delay may end by itself: see pass_time.
     db.execute("update private.settings set retry_base = '1 day', retry_cap = '1 day'")
     yield db
@@ -278,7 +342,7 @@ def test_whichever_call_fails_each_job_is_made_once_and_from_its_own(shop, stack
         with FakeReplicate() as fake:
             run = Run(shop, url, fake, way, at)
             try:
-                run.play(*WORLDS[world])
+                run.play([WORLDS[world][0]] * 2, WORLDS[world][1])
                 run.judge()
             except BaseException:
                 print(f"call {at}", *run.history, sep="\n")
@@ -287,3 +351,124 @@ def test_whichever_call_fails_each_job_is_made_once_and_from_its_own(shop, stack
             last = run.calls // 2 + 2
         at += 1
     assert at > 14
+
+
+# --- fate by a seed ---
+
+LOST = [{"answer": None}, {"answer": 500, "stored": True}, {"answer": 500, "stored": False}]
+FAULTS: dict[str, list[dict[str, Any]]] = {  # of the providers of each model
+    "acme/edit": [
+        *({**each, "hidden": hidden} for each in LOST for hidden in (0, 3)),
+        {"is_mixed_up": True},
+        {"answer": 429},
+        {"answer": 404},
+        {"failing_gets": 2},
+        {"failing_gets": 2, "get_status": 404},
+        {"ends": "failed", "error": MODERATED},
+        {"ends": "failed"},
+        {"ends": "canceled"},
+        {"removed": True},
+        {"images": 0},
+        {"file": "gone"},
+        {"file": "junk"},
+    ],
+    "acme/graph": [
+        *LOST,
+        {"answer": 429},
+        {"failing_gets": 2},
+        {"ends": "failed"},
+        {"ends": "gone"},
+        {"file": "gone"},
+        {"file": "junk"},
+    ],
+}
+FAULTS["acme/twin"] = FAULTS["acme/edit"]
+STORAGES = ["http://storage.internal", "http://storage.example.com"]
+SEEDS = range(*map(int, (os.environ.get("MISBEHAVIOUR") or "0:8").split(":")))
+
+
+class Adventure(Run):
+    """Jobs at two providers of different classes, and all that a seed brings upon them."""
+
+    def __init__(self, db: Database, url: str, seed: int, fakes: dict[str, Any]) -> None:
+        super().__init__(db, url, fakes["acme/edit"], "", 0)
+        self.fakes, self.dice = fakes, random.Random(seed)
+        self.asked = dict.fromkeys(self.jobs, "acme/edit")
+        second = self.dice.choice(["acme/twin", "acme/graph"])
+        self.asked |= {self.ask(second): second for _ in range(2)}
+        self.buys_again = self.dice.random() < 0.3
+        query = "update private.providers set buys_again = %s where name = 'twin'"
+        db.execute(query, self.buys_again)
+        twin, graph = fakes["acme/twin"], fakes["acme/graph"]
+        db.runs_at("twin", twin.url)
+        db.runs_at("comfyui", graph.base_url)
+        self.origins |= {twin.origin, graph.origin}
+        self.keys["TWIN_API_KEY"] = twin.token
+        self.strikes = self.dice.randrange(4)
+        for model, fake in fakes.items():
+            fake.fetch = self.fetch
+            for _ in range(4):
+                likely = self.dice.random() < 0.5
+                fake.next(**(self.dice.choice(FAULTS[model]) if likely else {}))
+
+    def strike(self) -> str:
+        if self.strikes and self.dice.random() < 0.02:
+            self.strikes -= 1
+            return self.dice.choice(WAYS)
+        return ""
+
+    def made(self, model: str) -> dict[str, tuple[bytes, bool]]:
+        """What was bought: from what, and whether something can come of it still."""
+        fake = self.fakes[model]
+        if isinstance(fake, FakeReplicate):
+            return {id: (fake.source(id), not fake.is_spent(id)) for id in fake.predictions}
+        return {
+            task.id: (
+                task.source,
+                task.state in ("queued", "running", "succeeded") and task.behaviour.file == "image",
+            )
+            for task in fake.tasks.values()
+        }
+
+    def judge(self) -> None:
+        """Each job has ended, paid for what it got, and nothing was bought twice or another's."""
+        # Attempts end with the workers that made them, too.
+        is_worn_out = any(call.endswith(("before", "after", "frozen")) for call in self.history)
+        for job, user in self.jobs.items():
+            model, source = self.asked[job], self.inputs[f"{user.id}/cat.png"]
+            made = self.made(model)
+            query = "select status, error_code from public.generations where id = %s"
+            status, code = self.db.row(query, job).values()
+            assert code != "internal" or is_worn_out, "our fault"
+            query = "select provider_job_id from private.attempts where generation_id = %s"
+            bought = {row["provider_job_id"] for row in self.db.execute(query, job)} - {None}
+            assert all(made[each][0] == source for each in bought), "another's"
+            alive = [id for id, (of, is_alive) in made.items() if of == source and is_alive]
+            assert len(alive) <= 1 or (model == "acme/twin" and self.buys_again), "bought twice"
+            credits = {"completed": [8], "failed": [10], "canceled": [8, 9, 10]}[status]
+            assert user.credits() in credits, f"{status}: {user.credits()} credits left"
+            query = "select storage_path from public.images where generation_id = %s"
+            images = self.db.execute(query, job)
+            assert len(images) == (status == "completed")
+            kind = "png" if model == "acme/graph" else "webp"
+            for row in images:
+                assert self.files[row["storage_path"]] == image(kind, (64, 48), 0, source)
+
+
+def test_whatever_a_seed_brings_nothing_is_bought_twice_lost_or_anothers(shop, stack):
+    url = urlsplit(stack.worker_database_url)._replace(path=urlsplit(shop.url).path).geturl()
+    for seed in SEEDS:
+        with (
+            contextlib.closing(Database(shop.url, shop.name)) as db,
+            FakeReplicate() as replicate,
+            FakeReplicate() as twin,
+            FakeComfyUI() as comfyui,
+        ):
+            fakes = {"acme/edit": replicate, "acme/twin": twin, "acme/graph": comfyui}
+            run = Adventure(db, url, seed, fakes)
+            try:
+                run.play([], run.dice.choice(STORAGES))
+                run.judge()
+            except BaseException:
+                print(f"seed {seed}", *run.history, sep="\n")
+                raise

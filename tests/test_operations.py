@@ -178,14 +178,14 @@ def test_a_new_jwt_secret_loses_no_job(workers):
 def test_a_provider_token_that_was_revoked_too_early_fails_no_job(workers, fake):
     workers.db.execute("update public.models set is_active = true")
     fake.default = fake_replicate.Behaviour(polls=1)
-    at = {"REPLICATE_API_URL": fake.url, "WORKER_POLL_SECONDS": 0.1}
-    old = workers.start(**at, REPLICATE_API_TOKEN=fake.token)
+    workers.db.runs_at("replicate", fake.url)
+    old = workers.start(WORKER_POLL_SECONDS=0.1, REPLICATE_API_TOKEN=fake.token)
     fake.token = "r8_new"
 
     job = User(workers.db).enqueued("a lighthouse", "black-forest-labs/flux-schnell")
     eventually(lambda: "paused" in Service(workers.db).alerts())
     assert old.stop() == 0
-    workers.start(**at, REPLICATE_API_TOKEN=fake.token)
+    workers.start(WORKER_POLL_SECONDS=0.1, REPLICATE_API_TOKEN=fake.token)
     key_rotation("resume_model", workers)
     hook = Service(workers.db).register_webhook()["webhook_id"]
     key_rotation("rotate_webhook", workers, webhook_id=hook)

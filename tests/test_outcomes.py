@@ -52,6 +52,9 @@ def test_a_job_that_failed_shows_what_was_asked_for_and_why_it_failed(
         (None, {"images": 2, "provider_seconds": 3.5}, None),
         ("0.003 image", None, None),
         ("999999 image", {"images": 40_000}, "39999960000"),
+        ("0.003 image", {"images": 2, "cost_usd": 0.04}, "0.04"),  # the provider says it itself
+        (None, {"cost_usd": 0.04}, "0.04"),
+        ("0.003 image", {"images": 2, "cost_usd": 0.04, "is_billed": False}, "0"),
     ],
 )
 def test_an_attempt_costs_the_models_price_times_what_it_took(db, job, price, metrics, cost):
@@ -69,6 +72,10 @@ def test_an_attempt_costs_the_models_price_times_what_it_took(db, job, price, me
         ({"images": 1e10, "provider_seconds": 1e300}, (1_000_000, 1_000_000)),
         ({"images": -1, "provider_seconds": -1e300}, (0, 0)),
         ({"images": 1e-300, "provider_seconds": 0.5}, (0, 0.5)),
+        ({"images": 1, "provider_seconds": 1e-300, "cost_usd": 1e-300}, (1, 0)),
+        ({"images": 1, "provider_seconds": 1, "cost_usd": 1e300}, (1, 1)),
+        ({"images": 1, "provider_seconds": 1, "cost_usd": -1e300}, (1, 1)),
+        ({"images": 1, "provider_seconds": 1, "cost_usd": {"a": "NaN"}}, (1, 1)),
         ({"images": "NaN", "provider_seconds": "Infinity"}, (None, None)),
         ({"images": [2], "provider_seconds": {}}, (None, None)),
         ({"images": None, "provider_seconds": True}, (None, None)),

@@ -200,6 +200,34 @@ def test_a_refused_create_costs_nothing_and_is_not_looked_for(db, worker, job, s
     assert told["metrics"] == {"is_asked": False}
 
 
+# Who is refused, the account, or this job, is asked before anybody is told to wait.
+@pytest.mark.parametrize("is_bought", [False, True])
+@pytest.mark.parametrize(
+    ("answers", "do", "is_sure"),
+    [
+        ([401, 401], "pause", True),
+        ([402, 200], "pause", False),
+        ([401, None], "pause", False),
+        ([403, 403], "pause", True),
+        ([403, 200], "fail", False),
+        ([403, 500], "fail", False),
+    ],
+)
+def test_a_refusal_is_the_accounts_or_the_jobs_and_forgets_no_purchase(
+    request, is_bought, answers, do, is_sure
+):
+    worker, job = (request.getfixturevalue(name) for name in ("worker", "job"))
+    if is_bought:
+        worker.checkpoint(job, "bought")
+
+    told = worker.answered(job, worker.next_step(job), {"detail": "no"}, answers[0])
+    assert (told["step"], told["request"]["url"][-8:]) == ("account", "/account")
+    told = worker.answered(job, told, {}, answers[1])
+
+    assert (told["do"], told["is_sure"], told["may_have_bought"]) == (do, is_sure, is_bought)
+    assert (told["code"], told["detail"]) == ("provider_refused", "no")
+
+
 # What is taken over.
 
 

@@ -38,15 +38,14 @@ def busy(db: Database, stack: Stack, fake: FakeReplicate, tmp_path: Path) -> Ite
     """A worker for all of these: provider, Storage, webhooks and Expo each succeed and fail."""
     db.lift_limits()
     db.execute("update public.models set is_active = true")
+    db.runs_at("replicate", fake.url, settle="0.2 seconds")
     db.execute("update private.settings set webhook_allows_private = true, retry_base = '0'")
     with Receiver() as receiver, Workers(db, stack, tmp_path) as workers:
         receiver.answers += [Answer(500), Answer(403), Answer(410)]
         hook = Service(db).register_webhook(receiver.url(f"/hook/{URL_KEY}?key={URL_KEY}"))
         workers.extra_secrets = {fake.token, EXPO_TOKEN, URL_KEY, hook["secret"]}
         workers.environment |= {
-            "REPLICATE_API_URL": fake.url,
             "REPLICATE_API_TOKEN": fake.token,
-            "REPLICATE_SETTLE_SECONDS": "0.2",
             "EXPO_ACCESS_TOKEN": EXPO_TOKEN,
             "EXPO_PUSH_URL": receiver.url("/expo"),
             "WEBHOOK_ALLOWED_HOSTS": receiver.host,

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import psycopg
 import pytest
@@ -118,12 +118,46 @@ def first(server: Server, first_template: str) -> Iterator[Database]:
 
 
 class FirstWorker(Worker):
-    """A worker of the first edition: what it calls otherwise than one of the second."""
+    """A worker of the first edition: what it calls otherwise than one of today."""
 
-    def begin_create(self, job: Job, _: object = None) -> datetime:
+    NOT_YET: ClassVar = {"base_url", "secret", "key_hosts", "hosts", "max_running"}
+
+    def register_worker(self, slots: int) -> dict[str, Any]:
+        return self._rows("select * from private.register_worker('test', %s, '1')", slots)[0]
+
+    def claim_jobs(self, slots: int = 1) -> list[Job]:
+        rows = self._rows("select * from private.claim_jobs(%s, %s)", self.id, slots)
+        return [Job(**row, **dict.fromkeys(self.NOT_YET)) for row in rows]
+
+    def begin_create(self, job: Job) -> datetime:
         query = "select * from private.begin_creates(%s::uuid[], %s::bigint[])"
         (begun,) = self._rows(query, [job.job_id], [job.token])
         return cast("datetime", begun["create_started_at"])
+
+    def checkpoint(self, job: Job, provider_job_id: str) -> None:
+        query = "select verdict from private.checkpoint_jobs(array[%s], array[%s], array[%s])"
+        (saved,) = self._rows(query, job.job_id, job.token, provider_job_id)
+        assert saved["verdict"] == "ok"
+
+
+def test_a_worker_of_the_release_before_finishes_what_it_holds(db, alice, worker):
+    db.buys_previews()
+    for _ in range(2):
+        alice.enqueue(params={"seed": 7})
+    first, second = worker.claim_jobs(2)
+    old = FirstWorker(db)
+    assert old.begin_create(first) == old.begin_create(second)
+    old.checkpoint(first, "bought-one")
+    adopt = "select private.adopt_provider_job(%s, %s, array['bought-one', 'bought-two'])"
+    for _ in range(2):
+        assert (
+            old._rows(adopt, second.job_id, second.token)[0]["adopt_provider_job"] == "bought-two"
+        )
+
+    for job in (first, second):
+        old.release_job(job)
+    for job, bought in zip(worker.claim_jobs(2), ("bought-one", "bought-two"), strict=True):
+        assert worker.next_step(job)["request"]["url"].endswith(bought)
 
 
 class Past:
@@ -257,6 +291,9 @@ def test_users_and_workers_of_the_first_edition_go_on_with_the_second(first):
         worker.complete_job(job)
     past.service.resume_model("darkroom/preview")
     first.execute("update private.ready_jobs set run_at = now() where run_at is not null")
+    with pytest.raises(psycopg.errors.UndefinedFunction):
+        worker.claim_jobs(1)  # so it waits to be replaced
+    worker = Worker(first)
     rest: list[Job] = []  # claims look below the clock now and then
     eventually(lambda: rest.extend(worker.claim_jobs(8)) or len(rest) >= 4)
     assert {past.held, past.delayed} <= {job.id for job in rest}
@@ -320,9 +357,14 @@ def test_live_workers_of_the_first_edition_finish_what_they_hold(
         make_migrate(first)
 
         assert workers.status(jobs[-1]) == "queued"  # it is under way
+        process.logged("call=claim_jobs error=Outdated")
+        for job in jobs[:4]:
+            workers.until(job, "completed")
+        assert not re.search(r"call=(?!claim_jobs)\S+ error=Outdated|job.lost", process.log)
+        assert process.stop() == 0
+        monkeypatch.undo()
+        workers.start()
         jobs += [alice.enqueued(params=SMALL) for _ in range(2)]
-        for job in jobs:
+        for job in jobs[4:]:
             workers.until(job, "completed")
         assert [workers.outcomes(job) for job in jobs] == [["completed"]] * len(jobs)
-        assert not re.search(r"Outdated|job.lost", process.log)
-        assert process.stop() == 0

@@ -12,7 +12,6 @@ SCHNELL = "black-forest-labs/flux-schnell"
 world, db, workers = shared_worker(
     "running_cancel_refund_percent = 0",  # what was bought is paid for
     WORKER_POLL_SECONDS=60,
-    REPLICATE_SETTLE_SECONDS=60,
 )
 
 

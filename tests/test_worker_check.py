@@ -42,11 +42,18 @@ class Checker:
             "SUPABASE_URL": stack.api_url,
             "SUPABASE_SERVICE_KEY": stack.service_role_key,
             "REPLICATE_API_TOKEN": fake.token,
-            "REPLICATE_API_URL": fake.url,
         }
+        self.fake = fake
+
+    def use_replicate(self, db: Database, is_active: bool = True) -> None:
+        """Have models of Replicate, which is the fake."""
+        db.runs_at("replicate", self.fake.url)
+        query = "update public.models set is_active = %s where provider = 'replicate'"
+        db.execute(query, is_active)
 
     def of(self, db: Database) -> str:
-        """A worker's address of another database."""
+        """A worker's address of another database, where models of Replicate are active."""
+        self.use_replicate(db)
         return urlsplit(self.url)._replace(path=f"/{db.name}").geturl()
 
     def __call__(self, **changes: str) -> tuple[int, dict[str, str]]:
@@ -59,22 +66,22 @@ class Checker:
         return code, {part: detail for verdict, part, detail in found if verdict == "wrong"}
 
 
-def test_what_is_no_fault_is_a_note(check, db):
-    assert check(DATABASE_URL=check.of(db), REPLICATE_API_TOKEN="") == (0, {})
-    assert check.notes == ["cron", "replicate"]
-
-
-@pytest.fixture
-def check(stack: Stack, fake: FakeReplicate, capsys: pytest.CaptureFixture) -> Checker:
-    return Checker(stack, fake, capsys)
-
-
 @pytest.fixture
 def stack_db(stack: Stack) -> Iterator[Database]:
     """The stack's own database, where pg_cron runs."""
     database = Database(stack.database_url, "postgres")
     yield database
     database.close()
+
+
+@pytest.fixture
+def check(
+    stack: Stack, stack_db: Database, fake: FakeReplicate, capsys: pytest.CaptureFixture
+) -> Iterator[Checker]:
+    checker = Checker(stack, fake, capsys)
+    checker.use_replicate(stack_db)
+    yield checker
+    checker.use_replicate(stack_db, is_active=False)
 
 
 def test_where_all_is_well_each_part_says_so_and_configuration_may_be_files(
@@ -95,11 +102,49 @@ def test_where_all_is_well_each_part_says_so_and_configuration_may_be_files(
     assert (stack_db.row(count), done.stderr) == (before, "")
 
 
+MODEL = """
+insert into public.models (
+  id, provider, provider_ref, title, price_credits, paid_price_credits, is_active, client_inputs,
+  image_inputs, input_schema
+) select 'acme/' || %s, %s, 'acme/model', 'Acme', 1, 1, %s, '{}', '{}', '{"properties": {}}'
+"""
+
+
+def test_each_provider_of_an_active_model_has_a_line_and_what_is_no_fault_is_a_note(check, db):
+    for provider, is_active in (("fal", True), ("bfl", True), ("openai", False), ("comfyui", True)):
+        db.execute(MODEL, provider, provider, is_active)
+    db.execute("update private.providers set recipe = recipe - 'account' where name = 'bfl'")
+    url = check.of(db)
+
+    assert check(DATABASE_URL=url, BFL_API_KEY="key of BFL") == (0, {})
+    assert check.notes == ["cron", "bfl", "comfyui", "fal"]
+    assert check(DATABASE_URL=url, REPLICATE_API_TOKEN="") == (0, {})
+    assert check.notes == ["cron", "bfl", "comfyui", "fal", "replicate"]
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (401, ".*TOKEN: the key is refused: HTTP 401"),
+        (403, ".*TOKEN: the key is refused: HTTP 403"),
+        (500, "http://.*: no answer to trust: HTTP 500"),
+        (302, "http://.*: no answer to trust: HTTP 302"),
+        (None, "http://.*: no answer to trust: RemoteProtocolError"),
+    ],
+)
+def test_a_provider_that_does_not_open_the_account_is_wrong(check, db, fake, status, said):
+    fake.account_status = status
+
+    code, wrong = check(DATABASE_URL=check.of(db))
+
+    assert (code, [*wrong]) == (1, ["replicate"])
+    assert re.match(said, wrong["replicate"])
+
+
 @pytest.mark.parametrize(
     ("change", "part", "said"),
     [
         ("REPLICATE_API_TOKEN=r8_wrong", "replicate", ".*: the key is refused: HTTP 401"),
-        ("REPLICATE_API_URL=http://127.0.0.1:9", "replicate", ".*: ConnectError"),
         ("SUPABASE_URL=http://127.0.0.1:9", "storage", ".*upload: ConnectError"),
         ("SUPABASE_SERVICE_KEY=of anon", "storage", ".*HTTP 4"),
         ("DATABASE_URL=with another password", "database", '.*failed for user "darkroom_worker"'),
@@ -143,9 +188,10 @@ READ = '"Users read their own generated images"'
     ],
 )
 def test_a_database_that_is_not_as_installed(check, db, fault, part, said):
+    url = check.of(db)
     db.execute(fault)
 
-    code, wrong = check(DATABASE_URL=check.of(db))
+    code, wrong = check(DATABASE_URL=url)
 
     assert (code, [*wrong]) == (1, [part])
     assert wrong[part].startswith(said)

@@ -258,21 +258,21 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("bench", "case"),
-    [(name, case) for case, of_each in CASES.items() for name in FAKES if name in of_each],
-    indirect=["bench"],
-)
-def test_what_becomes_of_a_job_is_what_its_provider_means(bench, fake, case):
-    status, error, creates, bought = CASES[case][fake.name]
-    fake.next(**CASES[case]["is"])
+@pytest.mark.parametrize("case", CASES)
+def test_what_becomes_of_a_job_is_what_its_provider_means(shared, case):
+    asked = {}
+    for name in CASES[case].keys() - {"is"}:
+        shared.renew(shared.fakes[name])
+        shared.fake.next(**CASES[case]["is"])
+        asked[name] = (shared.ask(), shared.user)
 
-    job = bench.ask()
-    bench.until(job, DONE, FAILED, within=20)
-
-    assert (bench.status(job), bench.error(job)) == (status, error)
-    assert (len(fake.creates), len(fake.bought)) == (creates, bought)
-    assert bench.user.credits() == (19 if status == DONE else 20)
+    for name, (job, user) in asked.items():
+        fake, (status, *rest) = shared.fakes[name], CASES[case][name]
+        shared.until(job, DONE, FAILED, within=20)
+        became = (shared.status(job), shared.error(job), len(fake.creates), len(fake.bought))
+        assert (name, *became) == (name, status, *rest)
+        assert user.credits() == (19 if status == DONE else 20)
+        assert fake.faults == []
 
 
 @of("fal")
@@ -289,6 +289,16 @@ def test_what_a_result_says_counts_though_the_status_does_not_tell(bench, fake, 
 def test_what_was_made_and_is_moderated_is_refused_as_well(bench, fake):
     fake.next(ends="moderated", form="content")
     assert bench.error(bench.until(bench.ask(), FAILED)) == "moderated"
+
+
+@of("fal", "comfyui")
+def test_what_an_attempt_before_had_bought_is_not_taken_for_what_was_lost(bench, fake):
+    fake.next(ends="gone")
+    fake.next(answer=None, stored=True)
+
+    bench.until(bench.ask(), DONE, within=20)
+
+    assert len(fake.bought) == 2
 
 
 @of("fal")

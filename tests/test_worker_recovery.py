@@ -6,6 +6,7 @@ One worker that beats five times a second; its jobs at the fake of Replicate las
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Iterator
 
@@ -51,6 +52,30 @@ def test_heartbeats_extend_the_lease_tell_the_progress_and_hear_of_a_cancel(db, 
     workers.until(job, "canceled")
 
 
+@pytest.mark.parametrize(
+    ("percent", "progress"), [("100000", 100), ("-1", 0), ('"much"', None), ("12.5", 13)]
+)
+def test_no_progress_that_a_provider_tells_keeps_a_worker_from_beating(
+    db, alice, workers, percent, progress
+):
+    put = "update private.providers set recipe = jsonb_set(recipe, '{poll,percent}', %s)"
+    db.execute(f"{put} where name = 'replicate'", json.dumps(percent))
+    job = workers.running(alice, seconds=60, running="pondering")
+    lease = "select lease_until from private.running_jobs where job_id = %s"
+    seen = "select progress from private.running_jobs where job_id = %s"
+
+    if progress is not None:
+        eventually(lambda: db.value(seen, job) == progress)
+    first = db.value(lease, job)
+    eventually(lambda: db.value(lease, job) > first)
+
+    db.execute(
+        "update private.providers set recipe = recipe #- '{poll,percent}' where name = 'replicate'"
+    )
+    alice.cancel_generation(job)
+    workers.until(job, "canceled")
+
+
 def test_a_beat_that_finds_the_lease_lost_drops_the_job_and_frees_its_slot(alice, workers):
     lost, *others = [workers.running(alice, seconds=60) for _ in range(3)]
     waiting = alice.enqueued(params=SMALL)
@@ -91,7 +116,7 @@ def test_jobs_survive_the_loss_of_all_database_connections(alice, workers):
 
     def a_jobs_call_was_cut_off() -> bool:
         workers.terminate_backends("true")
-        cut_off = r"database\.lost call=(begin|checkpoint|report|complete)"
+        cut_off = r"database\.lost call=(next_steps|complete)"
         return bool(re.search(cut_off, workers.process.log))
 
     eventually(a_jobs_call_was_cut_off)

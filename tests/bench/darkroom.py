@@ -167,6 +167,11 @@ from (
 ) as last;
 vacuum analyze bench.queued;
 """
+# Of whoever makes the pictures: the answer of the create has them. See run_worker.py.
+RECIPE = """{
+  "create": {"method": "POST", "url": "{{base}}", "body": "{{input}}", "outputs": "$.outputs[*]"},
+  "find": {"url": "{{base}}", "shows_all": true}
+}"""
 AS_USER = {"PGOPTIONS": "-c role=authenticated"}
 
 
@@ -179,6 +184,7 @@ def install(db: Database) -> None:
     assert done.returncode == 0, done.stderr
     db.install(SEED)
     run_script(db, SETUP)
+    db.buys_previews(base_url="http://127.0.0.1:9", recipe=RECIPE)
     let_workers_in(db)
 
 

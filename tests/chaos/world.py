@@ -67,7 +67,6 @@ WORKER = {
     "WORKER_SLOTS": "6",
     "WORKER_GRACE_SECONDS": "2",
     "WORKER_POLL_SECONDS": "1",
-    "REPLICATE_SETTLE_SECONDS": "6",
     "MAX_IMAGE_BYTES": str(LARGE_BYTES // 2),
     "IMAGE_PREVIEW_PIXELS": "32",
     "LOG_LEVEL": "INFO",
@@ -138,9 +137,9 @@ class Fleet(Workers):
         self.environment |= WORKER | {
             "DATABASE_URL": address._replace(netloc=netloc).geturl(),
             "SUPABASE_URL": world.storage.origin,
-            "REPLICATE_API_URL": provider.url,
             "REPLICATE_API_TOKEN": provider.token,
         }
+        world.db.runs_at("replicate", provider.url, settle="6 seconds")
         self.clock = world.folder / "clock"
         self.clock.write_text("0")
         self.extra_secrets = {MARK, provider.token}

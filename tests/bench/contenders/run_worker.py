@@ -1,4 +1,4 @@
-"""worker.py itself, with pictures that need no provider, or with none at all.
+"""worker.py itself, with pictures of a provider that answers at once, or with none at all.
 
 A contender's program with the one command `work` (protocol.py). All calls of the database are real.
 A job counts when its process ends, after its completion; with keys, when its provider is called,
@@ -14,7 +14,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
@@ -27,29 +27,23 @@ def work(url: str, options: dict[str, Any]) -> None:
     run = Work(options, end=lambda: os.kill(os.getpid(), signal.SIGTERM))
     files = options.get("files")
 
-    class Provider(worker.Preview):
+    class Provider(worker.Provider):
         """Answers at once with nothing, or in its time with an address to download from."""
 
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
-            http = httpx.AsyncClient(timeout=worker.HTTP_TIMEOUT)
-            self.replicate = worker.Replicate(http, str(files), "none")
+        def __init__(self, http: httpx.AsyncClient, row: Mapping[str, Any], key: Any) -> None:
+            super().__init__(http, {**row, "base_url": files or row["base_url"]}, key)
+            self.job_id = str(row["job_id"])
 
-        async def create(self, job: worker.Job, provider_input: dict[str, Any]) -> str:
+        async def send(self, request: dict[str, Any], **_: Any) -> dict[str, Any]:
             if run.wants_keys:
-                run.handled(str(job.job_id))
-            return f"noop-{job.token}"
-
-        async def result(self, job: worker.Job, *_: Any) -> worker.Result:
+                run.handled(self.job_id)
             if files:
                 await asyncio.sleep(options["seconds_each"])
-            return worker.Result([f"{files}/{options['kind']}" if files else b""], {"images": 1})
-
-        def read(self, output: Any) -> AsyncGenerator[bytes, None]:
-            return self.replicate.read(output) if files else super().read(output)
+            outputs = [f"{files}/{options['kind']}" if files else "none"]
+            return {"status": 200, "headers": {}, "body": {"outputs": outputs}}
 
     class Storage(worker.Storage):
-        async def store(self, job: worker.Job, position: int, body: Any) -> dict[str, Any]:
+        async def store(self, job: worker.Job, position: int, read: Any) -> dict[str, Any]:
             return {
                 "position": position,
                 "storage_path": f"{job.user_id}/{job.job_id}/{position}.png",
@@ -88,7 +82,7 @@ def work(url: str, options: dict[str, Any]) -> None:
         os.environ["WORKER_POLL_SECONDS"] = "0.5"
     else:
         worker.Storage = Storage  # type: ignore[misc]
-    worker.Worker, worker.Preview, worker.Database = Worker, Provider, Database  # type: ignore[misc]
+    worker.Worker, worker.Provider, worker.Database = Worker, Provider, Database  # type: ignore[misc]
     run.begin()
     worker.main()
 
