@@ -93,8 +93,8 @@ select
       where o.model_id = w.model_id and o.place = w.place and (o.breaker).paused_until is not null
     )
   ) then b.paused_until end as paused_until,
-  b.times_opened,
-  b.resumed_at
+  b.resumed_at,
+  b.times_opened
 from private.breakers as b
 inner join public.models as m on b.name in (m.id, m.provider)
 where b.paused_until is not null or b.resumed_at is not null;
