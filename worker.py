@@ -671,10 +671,10 @@ class Preview:
         r"\[fail:(moderated|invalid_input|provider_(?:busy|timeout|error)|result_lost)\]"
     )
 
+    fetches_sources = False
+
     def __init__(self, pictures: Pictures, seconds: float, failure_rate: float) -> None:
         self.pictures, self.seconds, self.failure_rate = pictures, seconds, failure_rate
-
-    fetches_sources = False
 
     async def upload(self, name: str, file: IO[bytes]) -> str:
         """Keep only the blurhash of a source: as its address."""
@@ -1354,6 +1354,8 @@ class Worker:
         if job.base_url is not None:
             key = self.settings.keys.get(job.secret or "")
             running.provider = Provider(self.storage.http, vars(job), key)
+        elif job.provider != "preview":
+            raise JobError("internal", f"there is no provider {job.provider}, or no recipe of it")
         try:
             outputs = await (self._follow(running) if running.provider else self._draw(running))
         except asyncio.CancelledError:  # by the user, the deadline, a lost lease, or a stop
