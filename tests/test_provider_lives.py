@@ -27,7 +27,7 @@ CREATES = [  # what one may meet
     *({"answer": None, "stored": True, "hidden": 2}, {"answer": 500, "stored": True}),
     *({"answer": None, "stored": False}, {"answer": 500, "stored": False}),
 ]
-MIXED_UP = {"is_mixed_up": True}  # noticed where a job can be found by what it was made from
+MIXED_UP = {"is_mixed_up": True}  # noticed where we name the job
 
 
 class Dead(Exception):
@@ -51,7 +51,7 @@ class Run:
             user = User(db).has(credits=9)
             self.jobs[user.enqueued(prompt, f"{fake.name}/draw")] = (user, prompt)
         for _ in range(8):
-            of_fake = [MIXED_UP] if fake.name in ("fal", "comfyui") else []
+            of_fake = [MIXED_UP] if fake.name == "comfyui" else []
             fake.next(**self.chance.choice([*CREATES, *of_fake]))
 
     def to_the_end(self) -> None:

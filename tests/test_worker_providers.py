@@ -326,6 +326,17 @@ def test_an_answer_that_names_anothers_job_is_a_lost_one(bench, fake):
     assert len(fake.bought) == 2
 
 
+@of("comfyui")
+def test_no_name_but_ours_is_taken_for_our_jobs(bench, fake):
+    fake.buy("", {"prompt": {}, "prompt_id": "anothers"}, Behaviour(polls=1))
+    fake.next(is_mixed_up=True)
+
+    job = bench.until(bench.ask(), DONE)
+
+    query = "select provider_job_id from private.purchases where generation_id = %s"
+    assert bench.db.value(query, job) == fake.bought[1] != "anothers"
+
+
 @of("bfl")
 def test_no_key_goes_where_an_answer_leads_but_to_the_providers_own_hosts(bench, fake):
     fake.region = fake.cdn.origin  # pictures may come from there; the key may not go
