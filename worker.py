@@ -834,18 +834,17 @@ class Provider:
         self, address: str, hosts: list[str] | None = None, base: httpx.URL | None = None
     ) -> httpx.URL:
         """The address if it is at one of these hosts or of the API, as who asks it reads it."""
-        code = "provider_error" if hosts is None else "output_refused"
         try:
             url = base.join(address) if base else httpx.URL(address)
         except (httpx.InvalidURL, ValueError):
-            raise JobError(code, "not an address") from None
+            raise JobError("output_refused", "not an address") from None
         is_base = (url.scheme, url.netloc) == (self.base.scheme, self.base.netloc)
         names = self.key_hosts if hosts is None else hosts
         known = [re.escape(name).replace(r"\*", "[a-z0-9.-]+") for name in names]
         is_named = any(re.fullmatch(each, url.host) for each in known)
         if not is_base and not (url.scheme == "https" and is_named):
             detail = f"host {url.host[:100]} is not allowed"
-            raise JobError(code, detail, reason="a host that is not allowed")
+            raise JobError("output_refused", detail, reason="a host that is not allowed")
         return url
 
 

@@ -180,6 +180,7 @@ begin
 
   -- What is proven to be this job's, by its answer or by our key, becomes so.
   if v_is = 'accepted' and v_known ->> 'id' ~ '^[\w.:-]{1,200}$'
+    and (v_provider.lost_create <> 'key' or v_known -> 'id' = v_values -> 'key')
     and length(v_known ->> 'handles') > 10000 is not true
     and private.is_anothers(
       (private.at(p_answer -> 'body', v_provider.recipe #> '{create,echo}'))[1], v_values -> 'input'

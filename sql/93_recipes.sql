@@ -65,7 +65,7 @@ insert into private.providers (
     "method": "PUT", "url": "{{handles.cancel}}", "state": "$.status", "states": {"OK": "failed"}
   },
   "find": {
-    "url": "{{api}}/models/requests/by-endpoint?endpoint_id={{ref}}&start={{since}}&expand=payloads",
+    "url": "{{api}}/models/requests/by-endpoint?endpoint_id={{ref}}&start={{since}}&expand=payloads&limit=100",
     "items": "$.items[*]", "item_id": "$.request_id", "item_input": "$.json_input",
     "handles": {
       "status": "{{base}}/{{app}}/requests/{{id}}/status",

@@ -31,8 +31,10 @@ from typing import Any, ClassVar, Self
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 import receiver
+from database import Database
 from fake_replicate import Request, as_json, image, moment
 from hostile import chunk, with_chunks
+from psycopg.types.json import Jsonb
 from receiver import Answer, HttpServer
 
 OK = 200
@@ -150,6 +152,19 @@ class FakeProvider(HttpServer):
     def __exit__(self, *error: object) -> None:
         self.cdn.__exit__(*error)
         super().__exit__(*error)
+
+    def points(self, db: Database, settle: str) -> None:
+        """Let a database's provider of this name be this one, of which as much as one likes."""
+        db.runs_at(self.name, self.base_url, settle)
+        query = (
+            "update private.providers set hosts = '{localhost}', max_running = null,"
+            " recipe = recipe || jsonb_build_object('places', %s) where name = %s"
+        )
+        db.execute(query, Jsonb({"api": f"{self.origin}/platform/v1"}), self.name)
+
+    def shows(self, output: str, task: Task) -> bool:
+        """Whether an output, as a worker is told of it, is a task's."""
+        return task.id in output
 
     def next(self, **changes: Any) -> None:
         """Queue what the next create meets: the default behaviour with these changes."""
@@ -633,6 +648,9 @@ class FakeComfyUI(FakeProvider):
         name = f"ComfyUI {task.number}_{number:05}_.png"
         self.made[kind, folder, name] = (task.id, f"{number}.png")
         return {"filename": name, "subfolder": folder, "type": kind}
+
+    def shows(self, output: str, task: Task) -> bool:
+        return f"ComfyUI%20{task.number}_" in output
 
     def _view(self, request: Request) -> Answer | None:
         asked = tuple(request.query.get(name, "") for name in ("type", "subfolder", "filename"))

@@ -1251,6 +1251,14 @@ FITTING = [
         f"{PROVIDERS}what_becomes_of_a_job_is_what_its_provider_means[lost on the way there]",
     ),
     Bug(
+        "what an attempt before had bought is taken for what was lost",
+        "sql/74_steps.sql",
+        "  if not found and p_id is distinct from p_job.provider_job_id then\n",
+        "  if not found and not exists (\n    select from private.purchases as b"
+        " where (b.generation_id, b.provider_job_id) = (p_job.job_id, p_id)\n  ) then\n",
+        f"{PROVIDERS}what_an_attempt_before_had_bought_is_not_taken_for_what_was_lost[fal]",
+    ),
+    Bug(
         "what is moderated after it was made is waited for",
         "sql/93_recipes.sql",
         ', "Content Moderated": "moderated"',

@@ -88,8 +88,7 @@ def test_what_it_installs_and_records_is_what_the_cli_would(supabase_db, db):
     assert done.returncode == 0, done.stderr
     assert "notice      Darkroom: no pg_cron for this database" in done.stdout
     assert history(supabase_db) == FILES
-    ours = ("--schema=public", "--schema=private")
-    assert supabase_db.dump(*ours) == db.dump(*ours)
+    assert supabase_db.objects() == db.objects()
     models = "select count(*) from public.models"
     assert supabase_db.value(models) == db.value(models)
     assert "up to date" in supabase_cli(supabase_db.url, "db", "push", "--include-seed", "--yes")

@@ -357,7 +357,7 @@ def test_live_workers_of_the_first_edition_finish_what_they_hold(
         make_migrate(first)
 
         assert workers.status(jobs[-1]) == "queued"  # it is under way
-        process.logged("call=claim_jobs error=Outdated")
+        process.logged(r"claim\.failed error=Outdated")
         for job in jobs[:4]:
             workers.until(job, "completed")
         assert not re.search(r"call=(?!claim_jobs)\S+ error=Outdated|job.lost", process.log)

@@ -37,10 +37,11 @@ GRAPH = {  # of a model at ComfyUI
     "3": {"class_type": "KSampler", "inputs": {"text": "{{input.prompt}}", "seed": 7}},
     "9": {"class_type": "SaveImage", "inputs": {"images": ["3", 0]}},
 }
+ASKED = {"model": "gpt-image-1.5", "prompt": "{{input.prompt}}", "n": "{{input.n}}"}
 TEMPLATES = {
-    ("comfyui", False): {key: GRAPH[key] for key in ("3", "9")},
-    ("comfyui", True): GRAPH,
-    ("openai", False): {"model": "gpt-image-1.5", "prompt": "{{input.prompt}}", "n": "{{input.n}}"},
+    ("comfyui", "draw"): Jsonb({key: GRAPH[key] for key in ("3", "9")}),
+    ("comfyui", "edit"): Jsonb(GRAPH),
+    ("openai", "draw"): Jsonb(ASKED),
 }
 REFS = {"fal": "fal-ai/flux/dev", "bfl": "flux-2-pro", "openai": "gpt-image-1.5", "comfyui": "own"}
 
@@ -64,28 +65,8 @@ class Bench(Workers):
                     "select secret from private.providers where name = %s", name
                 )] = fake.key  # fmt: skip
                 self.extra_secrets |= {fake.key, fake.cdn.origin}
-            db.runs_at(name, fake.base_url, settle="1 second")
-            places = {"api": f"{fake.origin}/platform/v1"}
-            db.execute(
-                "update private.providers set hosts = '{localhost}', max_running = null,"
-                " recipe = recipe || jsonb_build_object('places', %s) where name = %s",
-                Jsonb(places),
-                name,
-            )
-            for edits in (False, True):
-                db.execute(
-                    "insert into public.models (id, provider, provider_ref, title, price_credits,"
-                    " paid_price_credits, client_inputs, image_inputs, image_count_input,"
-                    " max_images, input_schema, input_template)"
-                    " values (%s, %s, %s, 'M', 1, 0, %s, %s, 'n', 4, %s, %s)",
-                    f"{name}/{'edit' if edits else 'draw'}",
-                    name,
-                    REFS[name],
-                    ["n", "image"] if edits else ["n"],
-                    ["image"] if edits else [],
-                    Jsonb(SCHEMA),
-                    Jsonb(TEMPLATES.get((name, edits))) if (name, edits) in TEMPLATES else None,
-                )
+            fake.points(db, settle="1 second")
+            add_models(db, name)
 
     def renew(self, fake: FakeProvider) -> None:
         """Have a user and a provider without a past."""
@@ -118,6 +99,23 @@ class Bench(Workers):
         query = "select * from public.images where generation_id = %s order by position"
         paths = [row["storage_path"] for row in self.db.execute(query, job)]
         return [Image.open(io.BytesIO(self.stored_file(path))) for path in paths]
+
+
+def add_models(db: Database, provider: str) -> None:
+    """One that draws, and one that edits a picture."""
+    for kind, inputs in (("draw", ["n"]), ("edit", ["n", "image"])):
+        db.execute(
+            "insert into public.models (id, provider, provider_ref, title, price_credits,"
+            " paid_price_credits, client_inputs, image_inputs, image_count_input, max_images,"
+            " input_schema, input_template) values (%s, %s, %s, 'M', 1, 0, %s, %s, 'n', 4, %s, %s)",
+            f"{provider}/{kind}",
+            provider,
+            REFS[provider],
+            inputs,
+            inputs[1:],
+            Jsonb(SCHEMA),
+            TEMPLATES.get((provider, kind)),
+        )
 
 
 @pytest.fixture(scope="module")
@@ -326,6 +324,17 @@ def test_an_answer_that_names_anothers_job_is_a_lost_one(bench, fake):
     assert has == ({fake.bought[1]} if bench.status(job) == DONE else set())
     assert bench.error(job) == ("outcome_unknown" if fake.name == "bfl" else None)
     assert len(fake.bought) == 2
+
+
+@of("comfyui")
+def test_no_name_but_ours_is_taken_for_our_jobs(bench, fake):
+    fake.buy("", {"prompt": {}, "prompt_id": "anothers"}, Behaviour(polls=1))
+    fake.next(is_mixed_up=True)
+
+    job = bench.until(bench.ask(), DONE)
+
+    query = "select provider_job_id from private.purchases where generation_id = %s"
+    assert bench.db.value(query, job) == fake.bought[1] != "anothers"
 
 
 @of("bfl")

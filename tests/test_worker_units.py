@@ -232,7 +232,7 @@ https://evil.com\.example.ai/ https://example.ai/ https://evilexample.ai/ https:
 def test_nothing_is_sent_to_where_the_key_does_not_belong(url):
     web = Web(httpx.Response(200, json={}))
 
-    with pytest.raises(JobError, match="provider_error") as refusal:
+    with pytest.raises(JobError, match="output_refused") as refusal:
         web.send(url)
 
     assert web.requests == [] and "evil" not in refusal.value.reason
