@@ -1441,10 +1441,15 @@ class Worker:
         return await self._next(running, of_step | answer)
 
     async def _next(self, running: Running, said: dict[str, Any] | None) -> dict[str, Any]:
-        """Ask what to do, and keep what must be known should the job be stopped."""
+        """Ask what to do, and know what stops the job, also when it is stopped meanwhile."""
         running.said, running.held_at = said, time.monotonic()
-        step: dict[str, Any] = await self.db.next_step(running.job, Jsonb(said))
-        running.cancel = step.get("cancel") or running.cancel
+
+        async def ask() -> dict[str, Any]:
+            step: dict[str, Any] = await self.db.next_step(running.job, Jsonb(said))
+            running.cancel = step.get("cancel") or running.cancel
+            return step
+
+        step = await finish_first(ask())
         if (metrics := step.get("metrics")) is not None:
             running.metrics = metrics
         if step.get("is_found"):
