@@ -231,8 +231,8 @@ export class FakeServer {
 
   private answer(job: StoredJob, reused = false): EnqueueAnswer {
     const { job_id, status, queue_position, eta_seconds, poll_after_ms } = this.show(job);
-    const credits_left = this.balance;
-    return { job_id, status, queue_position, eta_seconds, poll_after_ms, reused, credits_left };
+    const known = { job_id, status, queue_position, eta_seconds, poll_after_ms };
+    return { ...known, reused, credits_left: this.balance, size: null };
   }
 
   private show({ isDeleted, ...job }: StoredJob): Job {
