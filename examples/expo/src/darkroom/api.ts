@@ -99,10 +99,9 @@ export function createApi(supabase: Client) {
       const options = { contentType, upsert: true };
       const upload = () => supabase.storage.from('inputs').upload(path, content, options);
       const { error } = await inTime(8 * TIMEOUT_MS, upload);
-      if (!error) return;
-      const status = error.status ?? 0;
-      if (isOnTheWay(status)) throw unreachable(status, error.message);
-      throw new DarkroomError('source_refused', status, error.message, status === 401);
+      const status = error?.status ?? 0;
+      if (error && isOnTheWay(status)) throw unreachable(status, error.message);
+      if (error) throw new DarkroomError('source_refused', status, error.message, status === 401);
     },
   };
 }
