@@ -40,7 +40,9 @@ def restore(folder: Path, target: Database) -> None:
 
 
 def rows(db: Database, table: str) -> list[str]:
-    return [row["t"] for row in db.execute(f"select t::text as t from {table} as t order by 1")]
+    """Return all rows, by the names of their columns: those that came later stand last."""
+    query = f"select to_jsonb(t)::text as t from {table} as t order by 1"
+    return [row["t"] for row in db.execute(query)]
 
 
 @pytest.fixture
