@@ -64,6 +64,7 @@ begin
       'outcomes', (
         select coalesce(jsonb_agg(a.outcome order by a.token), '[]') from private.attempts as a
       ),
+      'bought', (select count(*) from private.purchases),
       'images', (select count(*) from public.images),
       'events', (select count(*) from private.deliveries)
     )
