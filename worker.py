@@ -55,7 +55,6 @@ import ipaddress
 import json
 import logging
 import math
-import mimetypes
 import os
 import random
 import re
@@ -293,11 +292,10 @@ class JobError(Exception):
         code: str,
         detail: str,
         retry_after: float | None = None,
-        metrics: dict[str, Any] | None = None,
         reason: str | None = None,
     ) -> None:
         super().__init__(f"{code}: {detail}")
-        self.code, self.retry_after, self.metrics = code, retry_after, metrics or {}
+        self.code, self.retry_after = code, retry_after
         self.reason = detail if reason is None else reason
         # As PostgreSQL can store it: providers' texts may hold NUL or broken surrogates.
         self.detail = detail.encode(errors="replace").decode().replace("\0", "�")
@@ -676,7 +674,7 @@ class Preview:
     def __init__(self, pictures: Pictures, seconds: float, failure_rate: float) -> None:
         self.pictures, self.seconds, self.failure_rate = pictures, seconds, failure_rate
 
-    async def upload(self, name: str, file: IO[bytes]) -> str:
+    async def upload(self, name: str, content_type: str, file: IO[bytes]) -> str:
         """Keep only the blurhash of a source: as its address."""
         try:
             source = await self.pictures.inspect(file, 0)
@@ -725,13 +723,14 @@ class Provider:
         """Itself, by a signed address, where Storage can be reached from outside."""
         return not (self.way and self.way.get("always"))
 
-    async def upload(self, name: str, file: IO[bytes]) -> str:
+    async def upload(self, name: str, content_type: str, file: IO[bytes]) -> str:
         """Hand over a source; answer what stands for it in the input. Raises UploadRefused."""
         file.seek(0)
         if not self.way:
-            kind = mimetypes.guess_type(name)[0] or INERT_TYPE
-            return self.keep(f"data:{kind};base64,{base64.b64encode(file.read()).decode()}")
-        answer = await self.send(self.way, files={self.way["field"]: (name, file)})
+            text = base64.b64encode(file.read()).decode()
+            return self.keep(f"data:{content_type};base64,{text}")
+        form = {self.way["field"]: (name, file, content_type)}
+        answer = await self.send(self.way, files=form)
         said = answer.get("body")
         for key in self.way["address"]:
             said = said.get(key) if isinstance(said, dict) else None
@@ -752,7 +751,7 @@ class Provider:
                 asyncio.timeout(in_all),
                 self.http.stream(
                     request["method"],
-                    self._own(request["url"]),
+                    self._allowed(request["url"], self.key_hosts),
                     headers=headers,
                     timeout=seconds,
                     **content,
@@ -809,11 +808,11 @@ class Provider:
             except ValueError:
                 raise JobError("provider_error", "output: cut short within its base64") from None
             return
-        url, plain = self._allowed(output), {"accept-encoding": "identity"}
+        url, plain = self._allowed(output, self.hosts), {"accept-encoding": "identity"}
         for _ in range(MAX_REDIRECTS + 1):
             async with self.http.stream("GET", url, headers=plain) as response:
                 if response.has_redirect_location:
-                    url = self._allowed(response.headers["location"], url)
+                    url = self._allowed(response.headers["location"], self.hosts, url)
                     continue
                 if response.status_code in (404, 410):
                     raise JobError("result_lost", f"output: HTTP {response.status_code}")
@@ -826,21 +825,16 @@ class Provider:
                 return
         raise JobError("output_refused", "output: too many redirects")
 
-    def _allowed(self, address: str, base: httpx.URL | None = None) -> httpx.URL:
-        """The address if outputs may be fetched there. Raises JobError."""
-        return self._own(address, self.hosts, base)
-
-    def _own(
-        self, address: str, hosts: list[str] | None = None, base: httpx.URL | None = None
-    ) -> httpx.URL:
-        """The address if it is at one of these hosts or of the API, as who asks it reads it."""
+    def _allowed(self, address: str, hosts: list[str], base: httpx.URL | None = None) -> httpx.URL:
+        """The address, as who asks it reads it, if it is at base_url's host or at one of these.
+        Raises JobError.
+        """
         try:
             url = base.join(address) if base else httpx.URL(address)
         except (httpx.InvalidURL, ValueError):
             raise JobError("output_refused", "not an address") from None
         is_base = (url.scheme, url.netloc) == (self.base.scheme, self.base.netloc)
-        names = self.key_hosts if hosts is None else hosts
-        known = [re.escape(name).replace(r"\*", "[a-z0-9.-]+") for name in names]
+        known = [re.escape(name).replace(r"\*", "[a-z0-9.-]+") for name in hosts]
         is_named = any(re.fullmatch(each, url.host) for each in known)
         if not is_base and not (url.scheme == "https" and is_named):
             detail = f"host {url.host[:100]} is not allowed"
@@ -1059,9 +1053,8 @@ class Running:
     is_ending: bool = False  # its last call is under way; a beat may find the row gone
 
     def __post_init__(self) -> None:
-        if (
-            not self.job.provider_job_id
-        ):  # nobody has asked the provider, or this attempt has not yet
+        # Nobody has asked the provider, or this attempt has not yet.
+        if not self.job.provider_job_id:
             self.metrics = {"is_billed" if self.job.begun_before else "is_asked": False}
 
     def report(self, percent: int) -> None:
@@ -1498,7 +1491,8 @@ class Worker:
                 if is_public and is_as_given:
                     return await self.storage.sign(path, job.deadline_seconds)
                 # Its user's name for it may be any, and is nobody's business.
-                return await provider.upload(f"{uuid4().hex}.{FORMATS[kind][0]}", file)
+                extension, content_type = FORMATS[kind]
+                return await provider.upload(f"{uuid4().hex}.{extension}", content_type, file)
         except NoPicture as error:
             raise JobError("invalid_input", f"source: {error}") from None
         except httpx.HTTPError as error:
@@ -1511,7 +1505,7 @@ class Worker:
         job = running.job
         self.is_full = self.is_full or error.code == "worker_full"
         try:
-            detail, metrics = self.db.quoted(error.detail), Jsonb(running.metrics | error.metrics)
+            detail, metrics = self.db.quoted(error.detail), Jsonb(running.metrics)
             outcome = await self.db.fail_job(job, error.code, detail, error.retry_after, metrics)
             what = (outcome, job.job_id, error.code, error.reason)
             log.warning("job.%s job=%s code=%s reason=%r", *what)

@@ -278,8 +278,8 @@ SECURITY = [
     Bug(
         "a provider's key goes where its pictures are",
         "worker.py",
-        "        names = self.key_hosts if hosts is None else hosts\n",
-        "        names = self.hosts\n",
+        'self._allowed(request["url"], self.key_hosts)',
+        'self._allowed(request["url"], self.hosts)',
         "tests/test_worker_units.py::test_nothing_is_sent_to_where_the_key_does_not_belong",
     ),
     Bug(
@@ -292,7 +292,7 @@ SECURITY = [
     Bug(
         "redirects of outputs are followed anywhere",
         "worker.py",
-        'url = self._allowed(response.headers["location"], url)',
+        'url = self._allowed(response.headers["location"], self.hosts, url)',
         'url = url.join(response.headers["location"])',
         "tests/test_worker_units.py::test_a_redirect_is_held_to_the_same_hosts",
     ),
@@ -1239,8 +1239,8 @@ FITTING = [
     Bug(
         "the key goes wherever pictures may come from",
         "worker.py",
-        "names = self.key_hosts if hosts is None else hosts",
-        "names = hosts or self.hosts",
+        'self._allowed(request["url"], self.key_hosts)',
+        'self._allowed(request["url"], [*self.key_hosts, *self.hosts])',
         f"{PROVIDERS}no_key_goes_where_an_answer_leads_but_to_the_providers_own_hosts[bfl]",
     ),
     Bug(

@@ -917,7 +917,7 @@ def test_a_source_that_costs_too_much_is_the_users_fault():
         with tempfile.TemporaryFile() as file:
             file.write(DEAR)
             async with asyncio.timeout(40):  # ten times as long as it should take
-                await worker.Preview(lab, 0, 0).upload("dear.jpg", file)
+                await worker.Preview(lab, 0, 0).upload("dear.jpg", "image/jpeg", file)
 
     with pytest.raises(JobError, match="invalid_input: source: takes too much time"):
         in_lab(act)

@@ -474,7 +474,7 @@ def test_a_source_is_handed_over_as_the_provider_takes_it(answer, address):
 
     async def upload(api: Provider) -> str:
         api.way = WAY
-        return await api.upload("cat.png", io.BytesIO(b"a cat"))
+        return await api.upload("cat.png", "image/png", io.BytesIO(b"a cat"))
 
     if address:
         assert web.ask(upload) == address
@@ -489,7 +489,8 @@ def test_a_source_is_handed_over_as_the_provider_takes_it(answer, address):
 
 def test_a_source_goes_within_the_input_where_there_is_no_other_way():
     async def upload(api: Provider) -> tuple[str, str]:
-        return (name := await api.upload("cat.png", io.BytesIO(b"a cat"))), api.blobs[name]
+        name = await api.upload("cat.png", "image/png", io.BytesIO(b"a cat"))
+        return name, api.blobs[name]
 
     name, text = Web(httpx.Response(500)).ask(upload)
 
