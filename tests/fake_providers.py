@@ -18,21 +18,18 @@ import email
 import json
 import re
 import secrets
-import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar, Self
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
+from urllib.parse import unquote, urlencode
 
 import receiver
 from database import Database
-from fake_replicate import Request, as_json, image, moment
+from fake_replicate import Fake, Request, as_json, image, moment
 from hostile import chunk, with_chunks
 from psycopg.types.json import Jsonb
 from receiver import Answer, HttpServer
@@ -115,7 +112,7 @@ class Cdn(HttpServer):
         return self.owner.picture(*came.path.strip("/").split("/"))
 
 
-class FakeProvider(HttpServer):
+class FakeProvider(Fake):
     """What all have in common. Each class says how its requests and its answers look."""
 
     name: ClassVar[str]
@@ -133,17 +130,10 @@ class FakeProvider(HttpServer):
         self.base_url = self.origin + self.base
         self.key = f"{self.name}_{secrets.token_hex(16)}"
         self.default = Behaviour()
-        self.creates: list[Request] = []  # authorized ones, refused and lost ones included
         self.bought: list[str] = []  # ids, in order
         self.tasks: dict[str, Task] = {}
-        self.requests: list[Request] = []
         self.faults: list[str] = []  # what nobody should have sent
         self.uploads: dict[str, bytes] = {}
-        self.refused: dict[str, int] = {}  # creates with this text in them are, with this status
-        self.account_status = OK
-        self.fetch: Callable[[str], bytes] = str.encode  # what is at an address elsewhere
-        self._next: deque[Behaviour] = deque()
-        self._changed = threading.Condition()  # guards everything above
 
     def __enter__(self) -> Self:
         self.cdn.__enter__()
@@ -166,15 +156,6 @@ class FakeProvider(HttpServer):
         """Whether an output, as a worker is told of it, is a task's."""
         return task.id in output
 
-    def next(self, **changes: Any) -> None:
-        """Queue what the next create meets: the default behaviour with these changes."""
-        self._next.append(replace(self.default, **changes))
-
-    def until(self, condition: Callable[[], Any], timeout: float = 10) -> None:
-        """Wait until a request has made the condition true."""
-        with self._changed:
-            assert self._changed.wait_for(condition, timeout), "the fake waited in vain"
-
     # What each class says for itself.
 
     def accepted(self, task: Task) -> Any:
@@ -192,26 +173,15 @@ class FakeProvider(HttpServer):
 
     # What is common.
 
-    def respond(self, came: receiver.Request) -> Answer:
-        url, body = urlsplit(came.path), None
-        with suppress(ValueError):
-            body = json.loads(came.body)
-        query = dict(parse_qsl(url.query))
-        request = Request(came.method, url.path, query, came.headers, body, raw=came.body)
-        with self._changed:
-            self.requests.append(request)
-            answer = self.refuse(request, 404)
-            header, scheme = self.login
-            if self.key and request.headers.get(header) != scheme + self.key:
-                answer = self.refuse(request, 401)
-            else:
-                for pattern, name in self.routes.items():
-                    if found := re.fullmatch(pattern, f"{request.method} {unquote(url.path)}"):
-                        answer = getattr(self, name)(request, *found.groups()) or answer
-                        break
-            request.status = answer.status
-            self._changed.notify_all()
-        return answer
+    def route(self, request: Request) -> Answer:
+        header, scheme = self.login
+        if self.key and request.headers.get(header) != scheme + self.key:
+            return self.refuse(request, 401)
+        for pattern, name in self.routes.items():
+            if found := re.fullmatch(pattern, f"{request.method} {unquote(request.path)}"):
+                answer = getattr(self, name)(request, *found.groups())
+                return answer or self.refuse(request, 404)
+        return self.refuse(request, 404)
 
     def refuse(
         self,

@@ -123,33 +123,62 @@ class Run:
         return (self.gets - self.behaviour.failing_gets) / self.behaviour.polls
 
 
-class FakeReplicate(HttpServer):
+class Fake(HttpServer):
+    """What fakes of providers have in common: requests are kept, and told what they meet."""
+
+    def __init__(self, address: str = "127.0.0.1") -> None:
+        super().__init__(address=address)
+        self.default: Any = None  # what a create meets
+        self.creates: list[Request] = []  # authorized ones, refused and lost ones included
+        self.requests: list[Request] = []
+        self.refused: dict[str, int] = {}  # creates with this text in them are, with this status
+        self.account_status = 200
+        self.fetch: Callable[[str], bytes] = str.encode  # what is at an address elsewhere
+        self._next: deque[Any] = deque()
+        self._changed = threading.Condition()  # guards everything above
+
+    def next(self, **changes: Any) -> None:
+        """Queue what the next create meets: the default behaviour with these changes."""
+        self._next.append(replace(self.default, **changes))
+
+    def until(self, condition: Callable[[], Any], timeout: float = 10) -> None:
+        """Wait until a request has made the condition true."""
+        with self._changed:
+            assert self._changed.wait_for(condition, timeout), "the fake waited in vain"
+
+    def respond(self, came: receiver.Request) -> Answer:
+        url, body = urlsplit(came.path), None
+        with suppress(ValueError):
+            body = json.loads(came.body)
+        query = dict(parse_qsl(url.query))
+        request = Request(came.method, url.path, query, came.headers, body, raw=came.body)
+        with self._changed:
+            self.requests.append(request)
+            answer = self.route(request)
+            request.status = answer.status
+            self._changed.notify_all()
+        return answer
+
+    def route(self, request: Request) -> Answer:
+        raise NotImplementedError
+
+
+class FakeReplicate(Fake):
     """The provider, on a free local port, as a context manager."""
 
     def __init__(self, host: str = "127.0.0.1") -> None:
-        super().__init__(address=host)
+        super().__init__(host)
         self.url = f"{self.origin}/v1"  # base of the API
         # Where `file="redirect"` leads: another host name, though this server would hear.
         self.elsewhere = f"http://localhost:{self.port}/elsewhere"
         self.token = "r8_" + secrets.token_hex(16)
         self.default = Behaviour()
         self.predictions: dict[str, dict[str, Any]] = {}  # as clients see them, oldest first
-        self.creates: list[Request] = []  # authorized ones, refused and lost ones included
-        self.requests: list[Request] = []
         self.uploads: dict[str, tuple[str, bytes]] = {}  # id -> name and bytes of a file
         self.list_answers: deque[int | None] = deque()  # the next lists are refused with these
         self.file_answers: deque[int | None] = deque()  # and the next uploads
-        self.refused: dict[str, int] = {}  # creates with this text in them are, with this status
-        self.account_status = 200
-        self.fetch: Callable[[str], bytes] = str.encode  # what is at an address elsewhere
         self.large_bytes = 100 * 2**20
-        self._next: deque[Behaviour] = deque()
         self._runs: dict[str, Run] = {}
-        self._changed = threading.Condition()  # guards everything above
-
-    def next(self, **changes: Any) -> None:
-        """Queue what the next create meets: the default behaviour with these changes."""
-        self._next.append(replace(self.default, **changes))
 
     def bought(self, model: str, inputs: dict[str, Any], **changes: Any) -> str:
         """Have a prediction that nobody asked for over HTTP."""
@@ -171,24 +200,6 @@ class FakeReplicate(HttpServer):
             or behaviour.output is not None
             or behaviour.file not in ("image", "broken")
         )
-
-    def until(self, condition: Callable[[], Any], timeout: float = 10) -> None:
-        """Wait until a request has made the condition true."""
-        with self._changed:
-            assert self._changed.wait_for(condition, timeout), "the fake waited in vain"
-
-    def respond(self, came: receiver.Request) -> Answer:
-        url, body = urlsplit(came.path), None
-        with suppress(ValueError):
-            body = json.loads(came.body)
-        query = dict(parse_qsl(url.query))
-        request = Request(came.method, url.path, query, came.headers, body, raw=came.body)
-        with self._changed:
-            self.requests.append(request)
-            answer = self.route(request)
-            request.status = answer.status
-            self._changed.notify_all()
-        return answer
 
     def route(self, request: Request) -> Answer:
         is_authorized = request.headers.get("authorization") == f"Bearer {self.token}"
