@@ -72,7 +72,10 @@ $$;
 -- transaction would have its check lock the user, whom a deletion holds while it waits for jobs.
 create table public.entitlements (
   user_id uuid primary key,
+  is_guest boolean not null default false,
   paid_until timestamptz,
+  blocked_until timestamptz,
+  ledger_after bigint not null default 0,
   credits public.credits not null default 0,
   last_fair_key bigint not null default 0,
   minute_started_at timestamptz not null default '-infinity',
@@ -85,8 +88,14 @@ create table public.entitlements (
 
 comment on table public.entitlements is
   'A user''s plan and balance: the row every money step locks.';
+comment on column public.entitlements.is_guest is 'Signed in anonymously, as Auth says; see 42.';
 comment on column public.entitlements.paid_until is
   'End of the paid plan; infinity for one without end, null for none.';
+comment on column public.entitlements.blocked_until is
+  'Until then nothing new is taken in: a ban, or infinity for a user whom Auth deleted softly or '
+  'who was merged into another; null: never blocked.';
+comment on column public.entitlements.ledger_after is
+  'Entries up to this id are of an earlier user with this id, whose books were kept. 0: none was.';
 comment on column public.entitlements.credits is
   'Balance in credits: the sum of the user''s ledger amounts.';
 comment on column public.entitlements.last_fair_key is
@@ -256,6 +265,7 @@ create table public.images (
   generation_id uuid not null,
   position smallint not null,
   user_id uuid not null,
+  merged_from uuid,
   storage_path text not null,
   preview_path text,
   content_type text not null,
@@ -269,10 +279,16 @@ create table public.images (
   primary key (generation_id, position),
   constraint images_position_is_not_negative check (position >= 0),
   constraint images_path_is_the_owners check (
-    starts_with(storage_path, concat(user_id, '/', generation_id, '/', position, '.'))
+    starts_with(
+      storage_path,
+      concat(coalesce(merged_from, user_id), '/', generation_id, '/', position, '.')
+    )
   ),
   constraint images_preview_path_is_the_owners check (
-    starts_with(preview_path, concat(user_id, '/', generation_id, '/', position, '.'))
+    starts_with(
+      preview_path,
+      concat(coalesce(merged_from, user_id), '/', generation_id, '/', position, '.')
+    )
   ),
   constraint images_prompt_has_a_share check (not shows_prompt or share_id is not null),
   constraint images_content_type_is_an_image check (content_type like 'image/%'),
@@ -280,6 +296,8 @@ create table public.images (
 );
 
 comment on table public.images is 'One stored output of a generation.';
+comment on column public.images.merged_from is
+  'The user it was made for, whose folder it stays in, where merge_user gave it to another.';
 comment on column public.images.storage_path is
   'Path in bucket generations: <user_id>/<generation_id>/<position>.<ext>. Never changes: a good '
   'cache key.';

@@ -10,21 +10,25 @@ create table private.plans (
   max_burned_per_day integer not null default 5,
   max_batch integer not null,
   weight integer not null,
+  welcome_credits integer,
   busy_after interval,
   oldest_ready_at timestamptz,
   looked_at timestamptz not null default now(),
-  constraint plans_name_is_known check (name in ('free', 'paid')),
+  constraint plans_name_is_known check (name in ('guest', 'free', 'paid')),
   constraint plans_limits_are_positive check (
     least(max_active, max_per_minute, full_minutes_per_day, max_burned_per_day) > 0
     and max_batch between 1 and 100
   ),
   constraint plans_weight_is_a_step_of_the_queue check (weight between 1 and 1000),
+  constraint plans_welcome_credits_are_at_most_a_million check (
+    welcome_credits between 0 and 1000000
+  ),
   constraint plans_busy_after_is_positive check (
     busy_after > interval '0' and busy_after <= interval '1000 years'
   )
 ) with (fillfactor = 50);
 
-comment on table private.plans is 'Limits of free and paid users.';
+comment on table private.plans is 'Limits of guests, free and paid users.';
 comment on column private.plans.full_minutes_per_day is
   'Times max_per_minute: jobs enqueued in a day, each of which keeps its row.';
 comment on column private.plans.max_burned_per_day is
@@ -34,6 +38,8 @@ comment on column private.plans.max_batch is
   'Prompts of one batch. A batch is let in whole while there is room for one job more, and then '
   'counts in full.';
 comment on column private.plans.weight is 'Share of the queue against other users'' weights.';
+comment on column private.plans.welcome_credits is
+  'Credits that a user begins this plan with; null: settings.welcome_credits.';
 comment on column private.plans.oldest_ready_at is
   'queued_at of the job that could be claimed longest at looked_at; null: there was none. Too dear '
   'to look up in every enqueue, and here because each of them reads its plan.';

@@ -91,6 +91,18 @@ begin
 end;
 $$;
 
+-- The folders of the caller: the own one, and those of users who were merged into the caller (42).
+create function private.own_folders() returns text[]
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
+begin
+  return array(
+    select auth.uid()::text
+    union all
+    select m.user_id::text from private.merged_users as m where m.into_id = auth.uid()
+  );
+end;
+$$;
+
 -- Storage: outputs are read by their owner and written by the worker alone; inputs for
 -- image-to-image are put into the user's own folder. On a text, so that where the table is
 -- another's it can be shown to somebody who may.
@@ -99,11 +111,13 @@ declare
   v_policies text := $policies$
   create policy "Users read their own generated images" on storage.objects
   for select to authenticated using (
-    bucket_id = 'generations' and split_part(name, '/', 1) = (select auth.uid())::text
+    bucket_id = 'generations'
+    and split_part(name, '/', 1) = any ((select private.own_folders())::text[])
   );
   create policy "Users read their own input images" on storage.objects
   for select to authenticated using (
-    bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text
+    bucket_id = 'inputs'
+    and split_part(name, '/', 1) = any ((select private.own_folders())::text[])
   );
   create policy "Users add their own input images" on storage.objects
   for insert to authenticated with check (
@@ -119,7 +133,8 @@ declare
   );
   create policy "Users delete their own input images" on storage.objects
   for delete to authenticated using (
-    bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text
+    bucket_id = 'inputs'
+    and split_part(name, '/', 1) = any ((select private.own_folders())::text[])
   );
 $policies$;
 begin

@@ -18,7 +18,7 @@ language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_status integer := (jsonb '{
     "invalid_input": 400, "not_authenticated": 401, "insufficient_credits": 402,
-    "requires_paid_plan": 403, "not_found": 404, "method_not_allowed": 405,
+    "requires_paid_plan": 403, "account_blocked": 403, "not_found": 404, "method_not_allowed": 405,
     "idempotency_conflict": 409, "not_finished": 409, "already_finished": 409,
     "too_many_active": 429, "rate_limited": 429,
     "busy": 503, "model_paused": 503, "unavailable": 503
@@ -228,12 +228,14 @@ comment on view private.live_jobs is
   'the user is written at every end of a job, and while a long transaction holds back vacuum, each '
   'write walks all the versions before it.';
 
--- The plan of a user now: paid or free.
+-- The plan of a user now: paid, guest or free.
 create function private.plan_of(p_entitlement public.entitlements) returns private.plans
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   return (select p from private.plans as p where p.name = case
-    when p_entitlement.paid_until > now() then 'paid' else 'free'
+    when p_entitlement.paid_until > now() then 'paid'
+    when p_entitlement.is_guest then 'guest'
+    else 'free'
   end);
 end;
 $$;
@@ -275,7 +277,8 @@ begin
     -- A minute or a day that is over, too: refuse_limits looks closer.
     e.minute_jobs >= p.max_per_minute or e.day_burned >= p.max_burned_per_day
     or e.day_jobs >= p.max_per_minute::bigint * p.full_minutes_per_day
-    or least(p.oldest_ready_at, p.looked_at) < now() - p.busy_after,
+    or least(p.oldest_ready_at, p.looked_at) < now() - p.busy_after
+    or e.blocked_until > now(),
     m.id is null or (m.requires_paid and p.name <> 'paid') or exists (
       select from private.breakers as b
       where b.paused_until > now() or e.user_id = any (b.failed_users || b.doubted_users)
@@ -284,7 +287,9 @@ begin
   into v_gate
   from (select * from public.entitlements where user_id = p_user_id for update) as e
   inner join private.plans as p
-    on p.name = case when e.paid_until > now() then 'paid' else 'free' end
+    on p.name = case
+      when e.paid_until > now() then 'paid' when e.is_guest then 'guest' else 'free'
+    end
   left join public.models as m on m.id = p_model and m.is_active;
   if not found then
     perform private.refuse_unknown_user();
@@ -378,8 +383,8 @@ begin
 end;
 $$;
 
--- Raises PT429 too_many_active, PT429 rate_limited or PT503 busy, unless one more job fits after
--- all: the queue is not as old as it seemed.
+-- Raises PT403 account_blocked, PT429 too_many_active, PT429 rate_limited or PT503 busy, unless one
+-- more job fits after all: the queue is not as old as it seemed.
 create function private.refuse_limits(p_user_id uuid, p_provider text) returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
@@ -389,7 +394,11 @@ declare
   v_plan private.plans := private.plan_of(v_used);
   v_max_per_day bigint := v_plan.max_per_minute::bigint * v_plan.full_minutes_per_day;
 begin
-  if v_plan.max_active <= (
+  if v_used.blocked_until > now() then
+    perform private.refuse(
+      'account_blocked', format('until %s', v_used.blocked_until), 'Ask the app''s support.'
+    );
+  elsif v_plan.max_active <= (
     select count(*) from (
       select from private.live_jobs as j where j.user_id = p_user_id limit v_plan.max_active
     ) as live

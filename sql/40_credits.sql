@@ -1,5 +1,4 @@
--- Credits: grant and refund, and what a new user begins with. With the charge, in accept (50), the
--- only code that moves a balance.
+-- Credits: grant and refund. With the charge, in accept (50), the only code that moves a balance.
 --
 -- Every step locks the user's entitlement row, writes one ledger entry that holds the new balance,
 -- and moves the balance by the same amount, in one transaction. Give-backs are keyed by generation:
@@ -36,6 +35,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
     'user_id', e.user_id,
     'plan', p.name,
     'paid_until', e.paid_until,
+    'blocked_until', e.blocked_until,
     'credits', e.credits,
     'active_jobs', (select count(*) from private.live_jobs as j where j.user_id = p_user_id),
     'max_active', p.max_active,
@@ -133,31 +133,3 @@ $$;
 comment on function public.set_paid is
   'Makes a user paid until a time (infinity: without end; null: not paid). Repeating it changes '
   'nothing. Answers the entitlement. Errors: PT404 not_found.';
-
--- Gives a new user an entitlement with the welcome credits.
-create function private.create_entitlement(p_user_id uuid) returns void
-language sql set search_path = pg_catalog, pg_temp as $$
-  with created as (
-    insert into public.entitlements (user_id, credits)
-    select p_user_id, s.welcome_credits from private.settings as s
-    on conflict (user_id) do nothing
-    returning user_id, credits
-  )
-  insert into public.credit_ledger (user_id, kind, amount, balance_after, external_id)
-  select c.user_id, 'grant', c.credits, c.credits, 'welcome:' || c.user_id
-  from created as c
-  where c.credits > 0
-$$;
-
--- Definer: sign-up runs as the auth server's role, which has no rights here.
-create function private.create_entitlement_of_new_user() returns trigger
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
-begin
-  perform private.create_entitlement(new.id);
-  return null;
-end;
-$$;
-
-create trigger darkroom_create_entitlement
-after insert on auth.users
-for each row execute function private.create_entitlement_of_new_user();

@@ -125,6 +125,7 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_user_id uuid;
   v_credits bigint;
+  v_is_blocked boolean;
   v_wish record;
   v_redriven integer := 0;
   v_reason text;
@@ -143,7 +144,7 @@ begin
       and g.deleted_at is null
     order by g.user_id
   loop
-    select e.credits into v_credits
+    select e.credits, e.blocked_until > now() into v_credits, v_is_blocked
     from public.entitlements as e where e.user_id = v_user_id for update;
     v_credits := v_credits - (
       select coalesce(sum(w.price_credits), 0) from private.wishes_of(v_user_id) as w
@@ -159,8 +160,8 @@ begin
     loop
       exit users when v_redriven = at_most;
       begin
-        v_reason := 'insufficient_credits';
-        if v_wish.price <= v_credits is not false then
+        v_reason := case when v_is_blocked then 'account_blocked' else 'insufficient_credits' end;
+        if v_wish.price <= v_credits is not false and v_is_blocked is not true then
           perform private.redrive_generation(v_wish.last);
           v_reason := null;
         end if;

@@ -180,7 +180,7 @@ language sql security definer set search_path = pg_catalog, pg_temp as $$
       when f.bucket = 'inputs' then (
         select private.file_changed_at(f.bucket, f.path) > f.marked_at
           or exists (select from private.live_jobs as j where j.user_id = e.user_id)
-        from public.entitlements as e where e.user_id = f.user_id
+        from public.entitlements as e where e.user_id = private.owner_of(f.user_id)
       )
       when f.generation_id is null then private.is_output(f.path)
       else (
@@ -288,14 +288,13 @@ $$;
 create trigger generations_erase_images after delete on public.generations
 for each row execute function private.erase_images_of_generation();
 
--- Locks the live jobs of a user who is being deleted and then the entitlement, in the order that
--- all endings of jobs do: else those two could wait for each other. Changes nothing: whether the
--- user really goes is for other triggers to say.
+-- Locks the live jobs of a user and then the entitlement, in the order that all endings of jobs do:
+-- else those two could wait for each other.
 --
 -- Jobs in order of id, ready or running, as cancel_jobs (77) does. A job moves between the tables,
 -- or is enqueued, until we hold them all. Then we let go of the entitlement and look again.
-create function private.lock_jobs_of_deleted_user() returns trigger
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+create function private.lock_jobs(p_user_id uuid) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_id uuid;
   v_locked integer;
@@ -303,7 +302,7 @@ begin
   for v_look in 1 .. 20 loop
     v_locked := 0;
     for v_id in
-      select j.job_id from private.live_jobs as j where j.user_id = old.id order by j.job_id
+      select j.job_id from private.live_jobs as j where j.user_id = p_user_id order by j.job_id
     loop
       while exists (select from private.live_jobs as j where j.job_id = v_id) loop
         perform from private.ready_jobs where job_id = v_id for update;
@@ -317,15 +316,23 @@ begin
       end loop;
     end loop;
     begin
-      perform from public.entitlements where user_id = old.id for update;
+      perform from public.entitlements where user_id = p_user_id for update;
       exit when v_locked = (
-        select count(*) from private.live_jobs as j where j.user_id = old.id
+        select count(*) from private.live_jobs as j where j.user_id = p_user_id
       );
       raise sqlstate 'DR003' using message = 'jobs_moved';
     exception when sqlstate 'DR003' then
       null;
     end;
   end loop;
+end;
+$$;
+
+-- Changes nothing: whether the user really goes is for other triggers to say.
+create function private.lock_jobs_of_deleted_user() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+begin
+  perform private.lock_jobs(old.id);
   return old;
 end;
 $$;
@@ -353,6 +360,12 @@ for each row execute function private.delete_entitlement_of_deleted_user();
 create function private.erase_deleted_user() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
+  -- What was merged into another is that one's, and what was merged into this one goes with it.
+  v_folders uuid[] := array(
+    select old.user_id where private.owner_of(old.user_id) = old.user_id
+    union all
+    select m.user_id from private.merged_users as m where m.into_id = old.user_id
+  );
   v_files text[];
   v_worker_id bigint;
 begin
@@ -368,9 +381,10 @@ begin
     -- From <id>/ up to <id>0, the next character: operators that the index of names serves.
     v_files := v_files || array(
       select concat(o.bucket_id, '/', o.name)
-      from storage.objects as o
-      where o.name ~>=~ concat(old.user_id, '/') and o.name ~<~ concat(old.user_id, '0')
-        and o.bucket_id in ('generations', 'inputs')
+      from unnest(v_folders) as f (id)
+      inner join storage.objects as o
+        on o.name ~>=~ concat(f.id, '/') and o.name ~<~ concat(f.id, '0')
+      where o.bucket_id in ('generations', 'inputs')
       order by o.name
     );
   end if;
@@ -383,6 +397,7 @@ begin
   end loop;
   delete from public.generations where user_id = old.user_id;
   delete from public.batches where user_id = old.user_id;
+  delete from private.merged_users where into_id = old.user_id;
   perform private.erase_ledgers(array[old.user_id]);
   return null;
 end;

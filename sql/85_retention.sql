@@ -115,7 +115,7 @@ begin
   update public.generations set deleted_at = now()
   where id = any (v_ids) and deleted_at is null;
   insert into private.expired_files (bucket, path, user_id, generation_id)
-  select 'generations', f.path, i.user_id, i.generation_id
+  select 'generations', f.path, coalesce(i.merged_from, i.user_id), i.generation_id
   from public.images as i
   cross join lateral (values (i.storage_path), (i.preview_path)) as f (path)
   where i.generation_id = any (v_ids) and f.path is not null
@@ -246,7 +246,7 @@ begin
               and not private.is_output(o.name)
             when 'inputs' then not exists (
               select from public.entitlements as e cross join private.settings as s
-              where e.user_id = private.path_id(o.name, 1) and (
+              where e.user_id = private.owner_of(private.path_id(o.name, 1)) and (
                 coalesce(o.changed_at >= now() - s.keep_inputs, true)
                 or exists (select from private.live_jobs as j where j.user_id = e.user_id)
               )

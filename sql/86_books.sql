@@ -11,11 +11,11 @@ select
 from public.entitlements as e
 -- Not c.user_id = e.user_id: the planner may then walk the ids of all users down to this one's.
 left join lateral (
-  select c.user_id, c.balance_after
+  select c.user_id, c.id, c.balance_after
   from public.credit_ledger as c
   where (c.user_id, c.id) <= (e.user_id, 9223372036854775807)
   order by c.user_id desc, c.id desc limit 1
-) as l on e.user_id = l.user_id
+) as l on e.user_id = l.user_id and l.id > e.ledger_after
 where e.credits <> coalesce(l.balance_after, 0)
 union all
 select
@@ -26,7 +26,7 @@ from (
     c.*, lag(c.balance_after, 1, 0) over (partition by c.user_id order by c.id) as balance_before
   from public.credit_ledger as c
   -- Of a user who is gone the oldest entries may be, too.
-  inner join public.entitlements as e on c.user_id = e.user_id
+  inner join public.entitlements as e on c.user_id = e.user_id and c.id > e.ledger_after
 ) as l
 -- As bigint: a sum that does not fit is wrong, too.
 where l.balance_before::bigint + l.amount <> l.balance_after

@@ -173,6 +173,23 @@ $$;
 create trigger entitlements_erase_gallery after delete on public.entitlements
 for each row execute function private.erase_gallery_of_user();
 
+-- What both like, the one who stays has liked already.
+create function private.move_gallery() returns trigger
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+begin
+  update public.generation_tags set user_id = new.into_id where user_id = new.user_id;
+  update public.prompt_templates set user_id = new.into_id where user_id = new.user_id;
+  with moved as (delete from public.image_likes as l where l.user_id = new.user_id returning l.*)
+  insert into public.image_likes (generation_id, position, user_id, created_at)
+  select m.generation_id, m.position, new.into_id, m.created_at from moved as m
+  on conflict do nothing;
+  return null;
+end;
+$$;
+
+create trigger merged_users_move_gallery after insert on private.merged_users
+for each row execute function private.move_gallery();
+
 -- What the rest asks (58).
 
 create or replace function private.walk_tag(
@@ -527,9 +544,9 @@ comment on function public.list_prompt_templates is
 revoke all on function
 private.count_likes, private.delete_prompt_template, private.end_shares,
 private.erase_gallery_of_generation, private.erase_gallery_of_user, private.like_image,
-private.list_prompt_templates, private.list_public_images, private.refuse_unknown_image,
-private.save_prompt_template, private.set_favorite, private.set_tags, private.share_image,
-private.template_json,
+private.list_prompt_templates, private.list_public_images, private.move_gallery,
+private.refuse_unknown_image, private.save_prompt_template, private.set_favorite,
+private.set_tags, private.share_image, private.template_json,
 public.delete_prompt_template, public.like_image, public.list_prompt_templates,
 public.list_public_images, public.save_prompt_template, public.set_favorite, public.set_tags,
 public.share_image

@@ -177,6 +177,21 @@ create trigger generations_record_event after update of status on public.generat
 for each row when (old.status is distinct from new.status and new.finished_at is not null)
 execute function private.record_event();
 
+-- When a user becomes part of another (42), whose the generations are then.
+create function private.move_pushes() returns trigger
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+begin
+  update private.push_tokens set user_id = new.into_id where user_id = new.user_id;
+  update private.deliveries as d set user_id = new.into_id
+  from public.generations as g
+  where g.user_id = new.user_id and d.generation_id = g.id and d.user_id = new.user_id;
+  return null;
+end;
+$$;
+
+create trigger merged_users_move_pushes after insert on private.merged_users
+for each row execute function private.move_pushes();
+
 -- The way out: for workers.
 
 -- From lane to lane through the index, however many deliveries wait in each.
@@ -733,7 +748,7 @@ private.deliveries
 from public, anon, authenticated, service_role;
 revoke all on function
 private.claim_deliveries, private.delivery_body, private.delivery_json, private.finish_delivery,
-private.finish_receipts, private.record_event, private.register_push_token,
+private.finish_receipts, private.move_pushes, private.record_event, private.register_push_token,
 private.revive_deliveries, private.trim_deliveries, private.unregister_push_token,
 private.webhook_json,
 public.delete_webhook, public.enable_webhook, public.list_deliveries, public.list_webhooks,

@@ -243,7 +243,8 @@ BOOKS = """
 select 'balance = sum of the ledger >= 0' as rule, e.user_id as id
 from public.entitlements as e
 where e.credits < 0 or e.credits <> (
-  select coalesce(sum(l.amount), 0) from public.credit_ledger as l where l.user_id = e.user_id
+  select coalesce(sum(l.amount), 0) from public.credit_ledger as l
+  where l.user_id = e.user_id and l.id > e.ledger_after
 )
 union all
 select 'refunded once, what was charged but not made', g.id

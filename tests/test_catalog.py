@@ -19,8 +19,8 @@ OF_USERS = """
     unregister_push_token
 """
 OF_OPERATORS = """
-    delete_webhook enable_webhook grant_credits list_deliveries list_models list_webhooks ping
-    queue_health queue_history queue_report pause_model redrive_failed redeliver redeliver_dead
+    delete_webhook enable_webhook grant_credits list_deliveries list_models list_webhooks merge_user
+    ping queue_health queue_history queue_report pause_model redrive_failed redeliver redeliver_dead
     register_webhook rotate_webhook_secret resume_model set_paid
 """
 OF_WORKERS = """
@@ -44,7 +44,7 @@ def of(schema: str, names: str, right: str = "") -> set[str]:
 FOR_USERS = of("public", OF_USERS + "ping") | of("private", OF_USERS)
 MAY_EXECUTE: dict[str, set[str]] = {
     "anon": FOR_USERS,
-    "authenticated": FOR_USERS | of("private", "caller_id may_store_input"),
+    "authenticated": FOR_USERS | of("private", "caller_id may_store_input own_folders"),
     "service_role": of("public", OF_OPERATORS) | {"private.list_models"},
     "darkroom_worker": of("private", OF_WORKERS),
     "darkroom_monitor": of("public", "queue_health queue_history queue_report"),
