@@ -154,9 +154,8 @@ on public.credit_ledger (generation_id) where kind = 'charge' and bucket_id is n
 create index credit_ledger_bucket_id_idx
 on public.credit_ledger (bucket_id) where bucket_id is not null;
 create index credit_ledger_debt_idx on public.credit_ledger (user_id) where debt <> 0;
--- What one call takes may come from several buckets.
 create unique index credit_ledger_external_id_idx
-on public.credit_ledger (external_id, bucket_id) nulls not distinct where external_id is not null;
+on public.credit_ledger (external_id) where external_id is not null;
 
 create function private.refuse_change() returns trigger
 language plpgsql set search_path = pg_catalog, pg_temp as $$
