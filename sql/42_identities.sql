@@ -220,3 +220,119 @@ language sql set search_path = pg_catalog, pg_temp as $$
   )
   select null, count(*)::integer from forgotten
 $$;
+
+-- One user becomes part of another, at once or not at all: credits and debt, bucket by bucket, the
+-- paid plan, and what has a user_id. Files stay in the folder they are in. What runs ends for the
+-- user it was begun for, so there must be nothing live; and whoever waits for the lock of the one
+-- who is merged, to ask for a picture say, finds that user blocked.
+--
+-- Locks: both entitlements in order of id.
+create function public.merge_user(
+  from_user_id uuid, to_user_id uuid, allow_permanent boolean default false
+) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  v_from public.entitlements;
+  v_part record;
+  v_given integer := 0;
+  v_generations integer := 0;
+  v_is_new boolean;
+begin
+  perform private.require_writable();
+  if (from_user_id <> to_user_id) is not true then
+    perform private.refuse_input('from_user_id, to_user_id: not two users');
+  end if;
+  perform from public.entitlements as e
+  where e.user_id in (from_user_id, to_user_id) order by e.user_id for update;
+  v_is_new := private.owner_of(from_user_id) = from_user_id;
+  select * into v_from from public.entitlements as e where e.user_id = from_user_id;
+  if not v_is_new and private.owner_of(from_user_id) <> private.owner_of(to_user_id) then
+    perform private.refuse(
+      'idempotency_conflict', 'from_user_id: was merged into another user', 'Nothing was changed.'
+    );
+  elsif not exists (select from public.entitlements as e where e.user_id = to_user_id)
+    or (v_is_new and v_from.user_id is null) then
+    perform private.refuse_missing(
+      'from_user_id, to_user_id: no such user', 'Use the ids of auth.users.'
+    );
+  elsif v_is_new then
+    if private.owner_of(to_user_id) <> to_user_id then
+      perform private.refuse_input('to_user_id: was merged into another user');
+    elsif not v_from.is_guest and allow_permanent is not true then
+      perform private.refuse_input(
+        'from_user_id: no guest', 'Pass allow_permanent if that account is to end.'
+      );
+    elsif exists (select from private.live_jobs as j where j.user_id = from_user_id) then
+      perform private.refuse(
+        'not_finished', 'from_user_id: jobs are queued or running',
+        'Wait for their end, or cancel them first.'
+      );
+    end if;
+    insert into private.merged_users (user_id, into_id) values (from_user_id, to_user_id);
+    update private.merged_users as m set into_id = to_user_id where m.into_id = from_user_id;
+    perform private.end_credits(array[from_user_id]);
+    for v_part in
+      select p.*, row_number() over () as place
+      from (
+        select b.credits::integer as credits, b.expires_at, b.priority::integer as priority
+        from private.credit_buckets as b where b.user_id = from_user_id
+        union all
+        select
+          e.credits - e.debt - coalesce(sum(b.credits), 0)::integer, null, 0
+        from public.entitlements as e
+        left join private.credit_buckets as b on b.user_id = e.user_id
+        where e.user_id = from_user_id group by e.user_id
+      ) as p
+      where p.credits <> 0
+    loop
+      perform private.move_credits(
+        to_user_id, 'adjust', v_part.credits, format('merge:%s:%s', from_user_id, v_part.place),
+        v_part.expires_at, v_part.priority
+      );
+      v_given := v_given + v_part.credits;
+    end loop;
+    if v_given <> 0 then
+      perform private.move_credits(
+        from_user_id, 'adjust', -v_given, format('merge:%s', from_user_id)
+      );
+    end if;
+    update public.entitlements as e
+    set paid_until = greatest(e.paid_until, v_from.paid_until) where e.user_id = to_user_id;
+    update public.entitlements as e
+    set paid_until = null, blocked_until = 'infinity' where e.user_id = from_user_id;
+    -- A key that both have used is that of the one who stays.
+    update public.batches as b set user_id = to_user_id, idempotency_key = case
+      when not exists (
+        select from public.batches as o
+        where o.user_id = to_user_id and o.idempotency_key = b.idempotency_key
+      ) then b.idempotency_key
+    end
+    where b.user_id = from_user_id;
+    update public.generations as g set user_id = to_user_id, idempotency_key = case
+      when not exists (
+        select from public.generations as o
+        where o.user_id = to_user_id and o.idempotency_key = g.idempotency_key
+      ) then g.idempotency_key
+    end
+    where g.user_id = from_user_id;
+    get diagnostics v_generations = row_count;
+    update public.images as i
+    set user_id = to_user_id, merged_from = coalesce(i.merged_from, from_user_id)
+    where i.user_id = from_user_id;
+  end if;
+  return json_build_object(
+    'user_id', to_user_id, 'generations', v_generations, 'applied', v_is_new, 'credits', (
+      select private.spendable_credits(e) from public.entitlements as e
+      where e.user_id = to_user_id
+    )
+  );
+end;
+$$;
+
+comment on function public.merge_user is
+  'Makes a guest part of another user, with credits, history and files, once: the guest''s files '
+  'are read by the other from then on, and the guest is blocked and may be deleted. allow_permanent '
+  'says that the one who is merged may be no guest. Answers {user_id (who has all of it), '
+  'generations (moved now), credits, applied}. Errors: PT400 invalid_input, PT404 not_found, PT409 '
+  'not_finished (the guest''s jobs are queued or running: ask again later) | idempotency_conflict '
+  '(was merged into another).';

@@ -144,7 +144,7 @@ begin
       and g.deleted_at is null
     order by g.user_id
   loop
-    select e.credits, e.blocked_until > now() into v_credits, v_is_blocked
+    select private.spendable_credits(e), e.blocked_until > now() into v_credits, v_is_blocked
     from public.entitlements as e where e.user_id = v_user_id for update;
     v_credits := v_credits - (
       select coalesce(sum(w.price_credits), 0) from private.wishes_of(v_user_id) as w

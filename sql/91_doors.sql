@@ -20,9 +20,10 @@ comment on function public.enqueue_generation is
   'null: just that)}. The same idempotency_key and payload answer with the same job and charge '
   'nothing. With params.reuse = true and a seed, a finished generation of the same input is '
   'answered, free, if it is among your last 200. Errors: PT400 invalid_input, PT401 '
-  'not_authenticated, PT402 insufficient_credits, PT403 requires_paid_plan | account_blocked, PT404 '
-  'not_found (also where the job of the key is deleted), PT409 idempotency_conflict, PT429 '
-  'too_many_active | rate_limited, PT503 busy | model_paused | unavailable.';
+  'not_authenticated, PT402 insufficient_credits | in_debt, PT403 requires_paid_plan | '
+  'account_blocked, PT404 not_found (also where the job of the key is deleted), PT409 '
+  'idempotency_conflict, PT429 too_many_active | rate_limited, PT503 busy | model_paused | '
+  'unavailable.';
 
 create function public.enqueue_batch(
   model text, prompts text[], params jsonb default '{}', idempotency_key text default null
@@ -105,7 +106,8 @@ return private.get_entitlement();
 
 comment on function public.get_entitlement is
   'Your plan, balance, limits and what is used of them: {user_id, plan (guest | free | paid), '
-  'paid_until, blocked_until (nothing is taken in before), credits, active_jobs, max_active, '
+  'paid_until, blocked_until (nothing is taken in before), credits, debt (what you owe: later '
+  'credits pay it first), credits_ending [{credits, expires_at}], active_jobs, max_active, '
   'minute_jobs, max_per_minute, max_batch, is_busy (requests are refused as busy now)}. Errors: '
   'PT401 not_authenticated.';
 
