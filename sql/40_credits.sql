@@ -278,7 +278,7 @@ begin
     perform private.refuse_missing('user_id: no such user', 'Use the id of auth.users.');
   end if;
   select * into v_known from public.credit_ledger where external_id = p_external_id;
-  if (v_known.user_id, v_known.kind, v_known.amount - v_known.debt)
+  if (private.owner_of(v_known.user_id), v_known.kind, v_known.amount - v_known.debt)
     = (p_user_id, p_kind, p_amount) then
     return json_build_object(
       'credits', private.spendable_credits(v_has), 'debt', v_has.debt, 'applied', false
@@ -355,7 +355,9 @@ begin
   elsif expires_at = '-infinity' or (expires_at < 'infinity' or priority <> 0) and amount < 0 then
     perform private.refuse_input('expires_at, priority: of what is given, not of what is taken');
   end if;
-  return private.move_credits(user_id, kind, amount, external_id, expires_at, priority);
+  return private.move_credits(
+    private.owner_of(user_id), kind, amount, external_id, expires_at, priority
+  );
 end;
 $$;
 

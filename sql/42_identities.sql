@@ -330,9 +330,9 @@ end;
 $$;
 
 comment on function public.merge_user is
-  'Makes a guest part of another user, with credits, history and files, once: the guest''s files '
-  'are read by the other from then on, and the guest is blocked and may be deleted. allow_permanent '
-  'says that the one who is merged may be no guest. Answers {user_id (who has all of it), '
+  'Makes a guest part of another user, with credits, history and files, once. The guest is blocked '
+  'from then on and may be deleted; what is granted to it goes to the other. allow_permanent says '
+  'that the one who is merged may be no guest. Answers {user_id (who has all of it), '
   'generations (moved now), credits, applied}. Errors: PT400 invalid_input, PT404 not_found, PT409 '
   'not_finished (the guest''s jobs are queued or running: ask again later) | idempotency_conflict '
   '(was merged into another).';

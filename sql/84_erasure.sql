@@ -397,9 +397,9 @@ begin
   end loop;
   delete from public.generations where user_id = old.user_id;
   delete from public.batches where user_id = old.user_id;
-  delete from private.merged_users where into_id = old.user_id;
   delete from private.credit_buckets where user_id = old.user_id;
-  perform private.erase_ledgers(array[old.user_id]);
+  perform private.erase_ledgers(v_folders);
+  delete from private.merged_users where into_id = old.user_id;
   return null;
 end;
 $$;

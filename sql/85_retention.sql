@@ -188,14 +188,21 @@ language sql set search_path = pg_catalog, pg_temp as $$
   ) as w
 $$;
 
--- Erases the entries of users who are gone, but for those that are to be kept longer. By the clock:
--- some may be of transactions that began after this one.
+-- Erases the entries of those of these users who are gone, with the one they were merged into if
+-- they were, but for entries that are to be kept longer. By the clock: some may be of transactions
+-- that began after this one.
 create function private.erase_ledgers(p_user_ids uuid[]) returns integer
 language sql set search_path = pg_catalog, pg_temp as $$
   with erased as (
     delete from public.credit_ledger as l
     using private.settings as s
-    where l.user_id = any (p_user_ids)
+    where l.user_id = any (array(
+        select u.id from unnest(p_user_ids) as u (id)
+        where not exists (
+          select from public.entitlements as e
+          where e.user_id in (u.id, private.owner_of(u.id))
+        )
+      ))
       and l.created_at <= clock_timestamp() - s.keep_ledger_of_deleted_users
     returning l.id
   )
@@ -218,9 +225,7 @@ language sql set search_path = pg_catalog, pg_temp as $$
   )
   select
     case when count(w.user_id) > p_at_most then max(w.user_id::text collate "C") end,
-    private.skip_failing('select private.erase_ledgers($1)', array_agg(w.user_id) filter (
-      where not exists (select from public.entitlements as e where e.user_id = w.user_id)
-    ))
+    private.skip_failing('select private.erase_ledgers($1)', array_agg(w.user_id))
   from walk as w
 $$;
 

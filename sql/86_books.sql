@@ -15,7 +15,7 @@ left join lateral (
   from public.credit_ledger as c
   where (c.user_id, c.id) <= (e.user_id, 9223372036854775807)
   order by c.user_id desc, c.id desc limit 1
-) as l on e.user_id = l.user_id and l.id > e.ledger_after
+) as l on e.user_id = l.user_id and e.ledger_after < l.id
 where e.credits <> coalesce(l.balance_after, 0)
 union all
 select

@@ -43,7 +43,8 @@ to authenticated;
 -- The operator's backend.
 grant execute on function
 private.list_models, public.grant_credits, public.list_models, public.merge_user,
-public.pause_model, public.ping, public.queue_health, public.redrive_failed, public.resume_model, public.set_paid
+public.pause_model, public.ping, public.queue_health, public.redrive_failed, public.resume_model,
+public.set_paid
 to service_role;
 
 -- Workers.
