@@ -275,10 +275,10 @@ begin
         where m.generation_id = private.path_id(p.part[2], 2) and m.storage_path = p.part[2]
           and m.user_id = p_user_id and g.deleted_at is null
       ) then 'no finished picture of yours' end
-      when not (
+      when (
         private.owner_of(private.path_id(p.part[2], 1)) = p_user_id
         and private.is_plain_path(p.part[2])
-      ) is true
+      ) is not true
         then 'not a path in your folder of bucket inputs'
       when to_regclass('storage.objects') is not null
         and private.file_changed_at('inputs', p.part[2]) is null

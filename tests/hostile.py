@@ -102,6 +102,8 @@ class Victim:
         self.template = user.save_prompt_template(SECRET, SECRET)["id"]
         self.webhook = service.register_webhook("https://api.example.com/a")["webhook_id"]
         user.register_push_token(f"ExponentPushToken[{SECRET}]")
+        self.guest = User(db).id
+        db.execute("update auth.users set is_anonymous = true where id = %s", self.guest)
         self.jobs = [self.done, self.failed, self.running]
         # All that a stranger would like to have guessed.
         self.ids = [*self.jobs, self.batch, self.template, self.webhook, self.id]
@@ -113,6 +115,7 @@ class Victim:
         some |= {key: [True, False] for key in ("is_favorite", "is_liked", "is_public")}
         some |= {key: [False] for key in ("only_favorites", "shows_prompt")}
         return some | {
+            "allow_permanent": [False],
             "amount": [1, -1],
             "batch_id": [self.batch],
             "before": [None, self.done],
@@ -123,6 +126,7 @@ class Victim:
             "events": [None, ["generation.completed"]],
             "expires_at": [None, "2999-01-01"],
             "external_id": [str(uuid.uuid4())],  # used once
+            "from_user_id": [self.guest],
             "id": [None, self.template],
             "idempotency_key": [None, "key"],
             "job_id": self.jobs,
@@ -143,6 +147,7 @@ class Victim:
             "tag": [None, "sea"],
             "tags": [["sea"]],
             "title": ["Sea"],
+            "to_user_id": [self.id],
             "token": ["ExponentPushToken[abcdefghijklmnopqrstuv]"],
             "until": ["2030-01-01"],
             "url": ["https://api.example.com/b"],

@@ -24,6 +24,7 @@ MODEL = "tests/test_money_model.py::test_money_is_what_the_model_says_whatever_h
 BAD_ROWS = (
     f"{RETENTION}more_bad_rows_than_are_looked_at_are_passed_over_and_named_and_all_others_done"
 )
+IDENTITIES = "tests/test_identities.py::test_"
 PROCESS = "tests/test_worker_process.py::test_"
 PROVIDERS = "tests/test_worker_providers.py::test_"
 PURCHASE = "tests/test_purchase.py::test_"
@@ -83,7 +84,8 @@ SECURITY = [
         "sql/20_access.sql",
         '"Users read their own input images" on storage.objects\n'
         "  for select to authenticated using (\n"
-        "    bucket_id = 'inputs' and split_part(name, '/', 1) = (select auth.uid())::text\n",
+        "    bucket_id = 'inputs'\n"
+        "    and split_part(name, '/', 1) = any ((select private.own_folders())::text[])\n",
         '"Users read their own input images" on storage.objects\n'
         "  for select to authenticated using (\n    bucket_id = 'inputs'\n",
         "tests/test_http_storage.py::test_no_spelling_opens_changes_or_lists_anothers_file",
@@ -256,8 +258,8 @@ SECURITY = [
     Bug(
         "a source image may be anybody's",
         "sql/32_input.sql",
-        "when not (starts_with(p.part[2], p_user_id || '/') and private.is_plain_path(p.part[2]))",
-        "when not private.is_plain_path(p.part[2])",
+        "        private.owner_of(private.path_id(p.part[2], 1)) = p_user_id\n        and private.is_plain",
+        "        private.is_plain",
         "tests/test_input.py"
         "::test_a_source_image_is_an_own_file_or_an_own_finished_picture_and_nothing_else",
     ),
@@ -592,6 +594,49 @@ EACH_CALL = (
 )
 
 MONEY = [
+    # Identities.
+    Bug(
+        "an address is welcomed again",
+        "sql/42_identities.sql",
+        "    if v_new = cardinality(v_identities) then\n",
+        "    if true then\n",
+        f"{IDENTITIES}an_address_is_welcomed_once_though_its_account_is_gone",
+    ),
+    Bug(
+        "a guest is welcomed like everybody",
+        "sql/42_identities.sql",
+        "p.name = case when v_is_guest then 'guest' else 'free' end;",
+        "p.name = 'free';",
+        f"{IDENTITIES}a_hundred_anonymous_sign_ins_get_no_credits_as_installed",
+    ),
+    Bug(
+        "what a guest has is given to another and stays the guest's",
+        "sql/42_identities.sql",
+        "    if v_given <> 0 then\n",
+        "    if false then\n",
+        f"{IDENTITIES}a_merge_moves_all_there_is_once",
+    ),
+    Bug(
+        "a merge is made again",
+        "sql/42_identities.sql",
+        "  v_is_new := private.owner_of(from_user_id) = from_user_id;\n",
+        "  v_is_new := true;\n",
+        f"{IDENTITIES}a_merge_moves_all_there_is_once",
+    ),
+    Bug(
+        "a merged guest takes the files along when it is deleted",
+        "sql/84_erasure.sql",
+        "    select old.user_id where private.owner_of(old.user_id) = old.user_id\n",
+        "    select old.user_id\n",
+        f"{IDENTITIES}deleting_the_merged_guest_erases_nothing_that_was_moved",
+    ),
+    Bug(
+        "a banned user goes on",
+        "sql/30_gating.sql",
+        "    or e.blocked_until > now(),\n",
+        "    ,\n",
+        f"{IDENTITIES}a_blocked_user_asks_for_nothing_new",
+    ),
     # Fencing.
     Bug(
         "an attempt is ended with any token",
@@ -830,8 +875,8 @@ MONEY = [
     Bug(
         "what failed is redriven however dear it was",
         "sql/54_retry.sql",
-        "if v_wish.price <= v_credits is not false then",
-        "if true then",
+        "if v_wish.price <= v_credits is not false and v_is_blocked is not true then",
+        "if v_is_blocked is not true then",
         "tests/test_retry.py::test_nobody_is_given_more_than_the_credits_at_hand_would_have_bought",
     ),
     Bug(
