@@ -102,6 +102,12 @@ class Scene:
                     worker.complete_job(job)
             user.share_image(self.jobs[f"{name} completed"])
             user.delete_generation(self.jobs[f"{name} deleted"])
+        # A guest who can be merged: nothing is live, and the id is between the others' or not.
+        guest = User(db)
+        self.ids["guest"] = guest.id
+        self.jobs["guest completed"] = guest.enqueued()
+        worker.complete_job(worker.claimed())
+        db.execute("update auth.users set is_anonymous = true where id = %s", guest.id)
         for name, user in zip(("alice", "bob"), users, strict=True):
             self.batches[name] = user.enqueue_batch(["a", "b", "c"], params=TWO_IMAGES)["batch_id"]
             first, second = worker.claim_jobs(2)
@@ -136,6 +142,20 @@ def claims(worker: Worker, _: Scene) -> None:
 def deletes(name: str) -> Action:
     query = "delete from auth.users where id = %s"
     return Action("operator", lambda o, s: o.connection.execute(query, [s.ids[name]]))
+
+
+def blocks(name: str) -> Action:
+    query = "update auth.users set banned_until = 'infinity' where id = %s"
+
+    def call(o: Service, s: Scene) -> None:
+        o.connection.execute(query, [s.ids[name]])
+        o.connection.execute("set constraints all immediate")  # what else the commit does
+
+    return Action("operator", call)
+
+
+def merges(name: str, into: str) -> Action:
+    return Action("service", lambda o, s: o.merge_user(s.ids[name], s.ids[into]))
 
 
 def of_user(name: str) -> dict[str, Action]:
@@ -206,6 +226,16 @@ ACTIONS = {
     "grant_credits to bob": Action("service", lambda o, s: o.grant_credits(s.ids["bob"], 5, "b")),
     "delete alice": deletes("alice"),
     "delete bob": deletes("bob"),
+    "delete guest": deletes("guest"),
+    "block alice": blocks("alice"),
+    "block bob": blocks("bob"),
+    "block guest": blocks("guest"),
+    "merge guest into alice": merges("guest", "alice"),
+    "merge guest into bob": merges("guest", "bob"),
+    "guest: delete_generation": Action(
+        "guest", lambda u, s: u.delete_generation(s.jobs["guest completed"])
+    ),
+    "guest: enqueue": Action("guest", lambda u, s: u.enqueue()),
 }
 
 
@@ -221,6 +251,7 @@ class Stage:
         self.actors = {
             "alice": User(db, self.scene.ids["alice"]),
             "bob": User(db, self.scene.ids["bob"]),
+            "guest": User(db, self.scene.ids["guest"]),
             **{"worker": Worker(db), "service": Service(db), "operator": Service(db)},
         }
         self.holder, self.pool = db.connect(), ThreadPoolExecutor(1)
