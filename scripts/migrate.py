@@ -156,9 +156,9 @@ class Target:
 
     def outside(self, welcome_credits: int) -> Iterator[tuple[str, str]]:
         """Yield what an installation makes that is not in schemas of its own."""
-        triggers = "create_entitlement, lock_jobs, delete_entitlement".replace(", ", ", darkroom_")
+        triggers = "create_entitlement, follow_user, lock_jobs, delete_entitlement"
         yield "outside", "roles darkroom_worker, darkroom_monitor, and those of the API not there"
-        yield "outside", f"triggers on auth.users: darkroom_{triggers}"
+        yield "outside", f"triggers on auth.users: darkroom_{triggers.replace(', ', ', darkroom_')}"
         if self.has("storage.objects"):
             yield "outside", "policies on storage.objects (6), and buckets generations and inputs"
         if self.has("realtime.messages"):

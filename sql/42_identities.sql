@@ -233,8 +233,8 @@ create function public.merge_user(
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_from public.entitlements;
-  v_part record;
-  v_given integer := 0;
+  v_bucket private.credit_buckets;
+  v_rest integer;
   v_generations integer := 0;
   v_is_new boolean;
 begin
@@ -271,29 +271,26 @@ begin
     insert into private.merged_users (user_id, into_id) values (from_user_id, to_user_id);
     update private.merged_users as m set into_id = to_user_id where m.into_id = from_user_id;
     perform private.end_credits(array[from_user_id]);
-    for v_part in
-      select p.*, row_number() over () as place
-      from (
-        select b.credits::integer as credits, b.expires_at, b.priority::integer as priority
-        from private.credit_buckets as b where b.user_id = from_user_id
-        union all
-        select
-          e.credits - e.debt - coalesce(sum(b.credits), 0)::integer, null, 0
-        from public.entitlements as e
-        left join private.credit_buckets as b on b.user_id = e.user_id
-        where e.user_id = from_user_id group by e.user_id
-      ) as p
-      where p.credits <> 0
+    for v_bucket in
+      select * from private.credit_buckets as b where b.user_id = from_user_id order by b.id
     loop
-      perform private.move_credits(
-        to_user_id, 'adjust', v_part.credits, format('merge:%s:%s', from_user_id, v_part.place),
-        v_part.expires_at, v_part.priority
-      );
-      v_given := v_given + v_part.credits;
+      if v_bucket.credits > 0 then
+        perform private.book(from_user_id, 'adjust', -v_bucket.credits, v_bucket.id);
+      end if;
+      update private.credit_buckets set user_id = to_user_id where id = v_bucket.id;
+      if v_bucket.credits > 0 then
+        perform private.book(
+          to_user_id, 'adjust', v_bucket.credits, v_bucket.id,
+          p_external_id => format('merge:%s:%s', from_user_id, v_bucket.id)
+        );
+      end if;
     end loop;
-    if v_given <> 0 then
+    select e.credits - e.debt into v_rest
+    from public.entitlements as e where e.user_id = from_user_id;
+    if v_rest <> 0 then
+      perform private.move_credits(from_user_id, 'adjust', -v_rest, 'merge:' || from_user_id);
       perform private.move_credits(
-        from_user_id, 'adjust', -v_given, format('merge:%s', from_user_id)
+        to_user_id, 'adjust', v_rest, format('merge:%s:rest', from_user_id)
       );
     end if;
     update public.entitlements as e

@@ -258,7 +258,8 @@ SECURITY = [
     Bug(
         "a source image may be anybody's",
         "sql/32_input.sql",
-        "        private.owner_of(private.path_id(p.part[2], 1)) = p_user_id\n        and private.is_plain",
+        "        private.owner_of(private.path_id(p.part[2], 1)) = p_user_id\n"
+        "        and private.is_plain",
         "        private.is_plain",
         "tests/test_input.py"
         "::test_a_source_image_is_an_own_file_or_an_own_finished_picture_and_nothing_else",
@@ -612,8 +613,9 @@ MONEY = [
     Bug(
         "what a guest has is given to another and stays the guest's",
         "sql/42_identities.sql",
-        "    if v_given <> 0 then\n",
-        "    if false then\n",
+        "      perform private.move_credits("
+        "from_user_id, 'adjust', -v_rest, 'merge:' || from_user_id);\n",
+        "",
         f"{IDENTITIES}a_merge_moves_all_there_is_once",
     ),
     Bug(

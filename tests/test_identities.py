@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 import uuid
 from typing import Any
 
 import pytest
 from actors import PREVIEW, Service, User, refused, together
-from database import Database, assert_books_balance, unchanged
+from database import PROJECT, Database, assert_books_balance, unchanged
+from psycopg.types.json import Jsonb
 
 MAIL = "alice@example.com"
+SECURITY = PROJECT / "docs" / "security.md"
 
 
 def signed_up(db: Database, **columns: Any) -> User:
@@ -176,20 +179,31 @@ def test_where_each_account_is_welcomed_no_address_is_kept(db):
 
 
 def test_what_is_kept_of_an_address_needs_the_key_and_ends(db, worker):
-    user = signed_up(db, email=MAIL)
-    deleted(db, user)
-    kept = bytes(db.value("select identity from private.welcomed_identities"))
+    deleted(db, signed_up(db, email=MAIL))
+    kept = db.value("select identity from private.welcomed_identities")
+    known = "select (private.identities_of(%s))[1]"
+    query = "select count(*) from private.welcomed_identities"
     worker.apply_retention()
-    other_key = "update private.settings set identity_key = sha256('x') returning identity_key"
-    query = 'select private.identities_of(\'{"email": "alice@example.com"}\')'
 
     assert len(kept) == 32
-    assert bytes(db.value(query)[0]) == kept
-    db.execute(other_key)
-    assert bytes(db.value(query)[0]) != kept
-    db.pass_time("730 days")
+    assert db.value(query) == 1
+    assert db.value(known, Jsonb({"email": MAIL})) == kept
+    db.execute("update private.settings set identity_key = 'x'")
+    assert db.value(known, Jsonb({"email": MAIL})) != kept
+    db.pass_time("731 days")
     worker.apply_retention()
-    assert db.value("select count(*) from private.welcomed_identities") == 0
+    assert db.value(query) == 0
+
+
+def test_an_address_is_forgotten_as_the_document_says(db):
+    (command,) = re.findall(r"(?ms)^```sql\n(.*?)^```$", SECURITY.read_text())
+    for address in ("Somebody+x@example.com", MAIL):
+        deleted(db, signed_up(db, email=address))
+
+    db.execute(command)
+
+    users = [signed_up(db, email=address) for address in ("somebody@example.com", MAIL)]
+    assert [user.credits() for user in users] == [10, 0]
 
 
 # --- banned and softly deleted users ---
@@ -354,13 +368,13 @@ MOVED = {
     "public.image_likes",
     "public.images",
     "public.prompt_templates",
+    "private.credit_buckets",
     "private.deliveries",
     "private.push_tokens",
 }
 STAYS = {
     "public.credit_ledger": "append-only: what is moved is booked, of both",
     "public.entitlements": "the guest's own, empty and blocked",
-    "private.credit_buckets": "emptied by entries, and filled anew",
     "private.expired_files": "whose folder it is in",
     "private.merged_users": "who was merged",
     "private.ready_jobs": "nothing is live",
@@ -401,11 +415,17 @@ def test_a_merge_moves_all_there_is_once(db, alice, bob, service, worker):
     visitor.set_favorite(mine)
     visitor.save_prompt_template("t", "a {thing}")
     visitor.has_paid("2099-01-01")
+    service.call("public.grant_credits", visitor.id, 5, "grant", "pack", "2999-01-01")
     before = alice.credits()
 
     answer = service.merge_user(visitor.id, alice.id)
 
-    assert answer == {"user_id": alice.id, "generations": 2, "credits": before + 8, "applied": True}
+    assert answer == {
+        "user_id": alice.id,
+        "generations": 2,
+        "credits": before + 13,
+        "applied": True,
+    }
     assert rows_that_mention(db, visitor.id) == {
         "public.credit_ledger",
         "public.entitlements",

@@ -5,6 +5,7 @@ import type { Generation, Job } from '../darkroom';
 const REFUSALS: Record<string, string> = {
   insufficient_credits: 'Not enough credits for this model.',
   requires_paid_plan: 'This model is part of the paid plan.',
+  account_blocked: 'This account takes nothing new. Ask for help.',
   too_many_active: 'You have as many pictures under way as your plan allows.',
   rate_limited: 'That was a lot at once. Give it a moment.',
   busy: 'There is a long line right now. Try again in a while.',
