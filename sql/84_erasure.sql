@@ -8,8 +8,8 @@
 --
 -- Deleting a row of auth.users erases the user: a trigger takes the entitlement, whose trigger
 -- marks the files and takes all rows; the ledger goes as keep_ledger_of_deleted_users says. Every
--- path that is marked lies in the user's own folder, a rule of the table. What is uploaded for a
--- user who is gone is found as an orphan (85).
+-- path that is marked lies in a folder of the user's: the own one, or that of a user who was merged
+-- into this one (42). What is uploaded for a user who is gone is found as an orphan (85).
 
 create table private.expired_files (
   bucket text,
@@ -29,7 +29,7 @@ create table private.expired_files (
 comment on table private.expired_files is
   'Files the worker has to delete from Storage. Empty most of the time.';
 comment on column private.expired_files.user_id is
-  'Whose folder it is in; the user may be gone already.';
+  'After whom the folder is named; the user may be gone already.';
 comment on column private.expired_files.generation_id is
   'Erased together with its last file; null: nothing waits for this file.';
 comment on column private.expired_files.try_at is

@@ -321,6 +321,7 @@ def test_a_user_made_again_under_the_same_id_begins_anew(db, service, worker, ke
     service.grant_credits(user, 5, "payment-1")
     db.pass_time(passed)
     service.grant_credits(user, 7, "payment-2")
+    service.grant_credits(user, -30, "chargeback", "adjust")
     deleted(db, user)
     db.pass_time(passed)
     worker.apply_retention()
