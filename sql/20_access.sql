@@ -91,15 +91,11 @@ begin
 end;
 $$;
 
--- The folders of the caller: the own one, and those of users who were merged into the caller (42).
+-- The caller's folders: see folders_of (42).
 create function private.own_folders() returns text[]
 language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
 begin
-  return array(
-    select auth.uid()::text
-    union all
-    select m.user_id::text from private.merged_users as m where m.into_id = auth.uid()
-  );
+  return private.folders_of(auth.uid());
 end;
 $$;
 

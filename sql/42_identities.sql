@@ -67,6 +67,19 @@ begin
 end;
 $$;
 
+-- The folders that are a user's: the own one, unless the user was merged into another, and those of
+-- users who were merged into this one.
+create function private.folders_of(p_user_id uuid) returns uuid[]
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+begin
+  return array(
+    select p_user_id where private.owner_of(p_user_id) = p_user_id
+    union all
+    select m.user_id from private.merged_users as m where m.into_id = p_user_id
+  );
+end;
+$$;
+
 -- The addresses of a row of auth.users, hashed. An e-mail address counts without what follows a +,
 -- and at Gmail, which ignores them, without dots: the ways in which one mailbox has many addresses.
 create function private.identities_of(p_user jsonb) returns bytea[]

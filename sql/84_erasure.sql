@@ -360,12 +360,7 @@ for each row execute function private.delete_entitlement_of_deleted_user();
 create function private.erase_deleted_user() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
-  -- What was merged into another is that one's, and what was merged into this one goes with it.
-  v_folders uuid[] := array(
-    select old.user_id where private.owner_of(old.user_id) = old.user_id
-    union all
-    select m.user_id from private.merged_users as m where m.into_id = old.user_id
-  );
+  v_folders uuid[] := private.folders_of(old.user_id);
   v_files text[];
   v_worker_id bigint;
 begin

@@ -627,9 +627,9 @@ MONEY = [
     ),
     Bug(
         "a merged guest takes the files along when it is deleted",
-        "sql/84_erasure.sql",
-        "    select old.user_id where private.owner_of(old.user_id) = old.user_id\n",
-        "    select old.user_id\n",
+        "sql/42_identities.sql",
+        "    select p_user_id where private.owner_of(p_user_id) = p_user_id\n",
+        "    select p_user_id\n",
         f"{IDENTITIES}deleting_the_merged_guest_erases_nothing_that_was_moved",
     ),
     Bug(

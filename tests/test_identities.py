@@ -602,7 +602,7 @@ def test_files_stay_where_they_are_and_are_the_others(db, alice, bob, service, w
 
     for bucket, path in files.items():
         assert path in reads(alice, bucket)
-        assert reads(bob, bucket) == set()
+        assert reads(bob, bucket) == reads(visitor, bucket) == set()
     image = alice.list_generations()["generations"][0]["images"][0]
     assert image["path"] == files["generations"]
     # As a source, too.
