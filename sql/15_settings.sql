@@ -92,7 +92,8 @@ create table private.settings (
 );
 
 comment on table private.settings is 'The one row of operator settings.';
-comment on column private.settings.welcome_credits is 'Credits of a new user; 0 for none.';
+comment on column private.settings.welcome_credits is
+  'Credits of a new user, unless plans.welcome_credits says otherwise; 0 for none.';
 comment on column private.settings.lease is
   'How long a worker may be silent before its jobs are given to others.';
 comment on column private.settings.heartbeat is 'How often workers beat.';

@@ -48,13 +48,13 @@ create table private.merged_users (
   constraint merged_users_are_two check (user_id <> into_id)
 );
 
+-- Parts move what is theirs by a trigger on it, as they erase it by one on entitlements.
 comment on table private.merged_users is
   'Users who have become part of another by merge_user. Their files stay where they are: the '
   'folder is the other''s from then on, also when the user is gone from Auth.';
 comment on column private.merged_users.into_id is
   'Never one who was merged: whoever is, takes all of these along.';
 
--- Parts move what is theirs by a trigger on this table, as they erase it by one on entitlements.
 create index merged_users_into_id_idx on private.merged_users (into_id);
 
 -- Whose a folder of Storage is.
