@@ -115,42 +115,44 @@ $$;
 create function private.follow_user(p_user_id uuid) returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
-  v_user jsonb := (select to_jsonb(u) from auth.users as u where u.id = p_user_id);
-  v_is_guest boolean := coalesce((v_user ->> 'is_anonymous')::boolean, false);
-  v_blocked_until timestamptz := case
-    when v_user ->> 'deleted_at' is not null or private.owner_of(p_user_id) <> p_user_id
-      then 'infinity'
-    else (v_user ->> 'banned_until')::timestamptz
-  end;
-  v_known public.entitlements := (
-    select e from public.entitlements as e where e.user_id = p_user_id
-  );
+  v_user jsonb;
+  v_known public.entitlements;
+  v_is_guest boolean;
+  v_blocked_until timestamptz;
   v_key text := 'welcome:' || p_user_id;
   v_credits integer;
   v_identities bytea[];
   v_new integer;
 begin
-  if v_user is null or (v_known.is_guest, v_known.blocked_until)
-    is not distinct from (v_is_guest, v_blocked_until) then
-    return;
-  elsif v_known.user_id is null then
+  -- Most changes are a sign-in and of no interest. Of others all is read again under the locks.
+  for v_look in 1 .. 2 loop
+    v_user := (select to_jsonb(u) from auth.users as u where u.id = p_user_id);
+    v_known := (select e from public.entitlements as e where e.user_id = p_user_id);
+    v_is_guest := coalesce((v_user ->> 'is_anonymous')::boolean, false);
+    v_blocked_until := case
+      when v_user ->> 'deleted_at' is not null or private.owner_of(p_user_id) <> p_user_id
+        then 'infinity'
+      else (v_user ->> 'banned_until')::timestamptz
+    end;
+    if v_user is null or (v_known.is_guest, v_known.blocked_until)
+      is not distinct from (v_is_guest, v_blocked_until) then
+      return;
+    end if;
+    exit when v_known.user_id is null or v_look = 2;
+    perform private.lock_jobs(p_user_id);
+  end loop;
+  if v_known.user_id is null then
     insert into public.entitlements (user_id, is_guest, blocked_until, ledger_after)
     select p_user_id, v_is_guest, v_blocked_until, coalesce(max(l.id), 0)
     from public.credit_ledger as l where l.user_id = p_user_id
     on conflict (user_id) do nothing;
   else
-    perform private.lock_jobs(p_user_id);
     if v_blocked_until > now() then
       perform private.cancel_jobs(p_user_id, array(
         select r.job_id from private.ready_jobs as r where r.user_id = p_user_id
       ));
     end if;
-    update public.entitlements set
-      is_guest = v_is_guest,
-      -- Asked again: who waited for the lock may have been merged meanwhile.
-      blocked_until = case
-        when private.owner_of(p_user_id) = p_user_id then v_blocked_until else 'infinity'
-      end
+    update public.entitlements set is_guest = v_is_guest, blocked_until = v_blocked_until
     where user_id = p_user_id;
     if not v_known.is_guest or v_is_guest then
       return;
@@ -165,7 +167,7 @@ begin
   into v_credits, v_identities
   from private.settings as s
   inner join private.plans as p on p.name = case when v_is_guest then 'guest' else 'free' end;
-  if v_credits > 0 and not exists (
+  if v_credits > 0 and private.owner_of(p_user_id) = p_user_id and not exists (
     select from public.credit_ledger as l where l.external_id = v_key
   ) then
     insert into private.welcomed_identities (identity)

@@ -446,7 +446,9 @@ def test_a_merge_moves_all_there_is_once(db, alice, bob, service, worker):
     again = answer | {"generations": 0, "applied": False}
     with unchanged(db):
         assert service.merge_user(visitor.id, alice.id) == again
-    changed(db, visitor, "last_sign_in_at = now()")
+    became_permanent(db, visitor)
+    assert visitor.get_entitlement()["blocked_until"] == "infinity"
+    assert visitor.credits() == 0
     deleted(db, visitor)
     worker.apply_retention()
     with unchanged(db):
