@@ -30,6 +30,7 @@ RETRIES = {
     "internal": True,
 }
 FINAL = ("moderated", "invalid_input", "timeout")
+REFUND_PERCENT = {"moderated": 40}  # of other failures all goes back
 
 
 @dataclass
@@ -155,7 +156,7 @@ class Books:
             return "retried"
         self._end(job, "failed")
         job.status, job.error_code = "failed", code
-        self._refund(job, job.price)
+        self._refund(job, math.ceil(job.price * REFUND_PERCENT.get(code, 100) / 100))
         return "failed"
 
     def release(self, job: Generation, resumes: bool) -> None:

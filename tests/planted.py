@@ -772,6 +772,21 @@ MONEY = [
         "tests/test_cancel.py::test_once_the_provider_was_asked_the_operators_share_goes_back",
     ),
     Bug(
+        "a failure gives back all, whatever its code says",
+        "sql/75_outcomes.sql",
+        "select e.message, e.refund_percent into",
+        "select e.message, 100 into",
+        "tests/test_outcomes.py::test_what_fails_gives_back_the_share_of_its_code_rounded_up"
+        "[1-50-1]",
+    ),
+    Bug(
+        "a change of what a failure gives back breaks the books of before",
+        "sql/75_outcomes.sql",
+        "then nullif(v_percent, 100)\n",
+        "then nullif(v_percent, v_percent)\n",
+        "tests/test_health.py::test_what_is_given_back_may_change_without_breaking_what_was_given",
+    ),
+    Bug(
         "a grant is applied at each repeat",
         "sql/40_credits.sql",
         "      return json_build_object('credits', v_credits, 'applied', false);\n",
@@ -826,8 +841,8 @@ MONEY = [
     Bug(
         "a user who canceled pays for our failures",
         "sql/75_outcomes.sql",
-        "p_status = 'canceled' and p_code is null and (p",
-        "p_status = 'canceled' and (p",
+        "p_status = 'canceled' and p_code is null then",
+        "p_status = 'canceled' then",
         "tests/test_cancel.py"
         "::test_who_canceled_pays_neither_for_our_failures_nor_for_what_nobody_bills",
     ),

@@ -33,7 +33,17 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from money_model import FINAL, LIVE, MAX_ACTIVE, MAX_BURNED, PRICES, RETRIES, Account, Books
+from money_model import (
+    FINAL,
+    LIVE,
+    MAX_ACTIVE,
+    MAX_BURNED,
+    PRICES,
+    REFUND_PERCENT,
+    RETRIES,
+    Account,
+    Books,
+)
 
 MINUTES = float(os.environ.get("MONEY_MODEL_MINUTES", "0"))
 WELCOME = 15
@@ -49,6 +59,8 @@ update private.plans set max_active = {MAX_ACTIVE["paid"]} where name = 'paid';
 update private.settings set welcome_credits = {WELCOME}, running_cancel_refund_percent = 50,
   retry_base = '0', breaker_failures = 32767, breaker_provider_failures = 32767,
   keep_ledger_of_deleted_users = '0';
+update private.error_codes set refund_percent = {REFUND_PERCENT["moderated"]}
+where code = 'moderated';
 """
 FACTS = """
 select jsonb_build_object(
