@@ -127,6 +127,7 @@ class Victim:
             "job_id": self.jobs,
             "job_ids": [[], self.jobs],
             "kind": ["grant", "adjust"],
+            "max_price_credits": [None, 9],
             "model": [PREVIEW],
             "path": [f"{self.id}/{self.done}/0.png"],
             "paid_until": ["infinity", None],

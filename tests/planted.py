@@ -801,6 +801,20 @@ MONEY = [
         MODEL,
     ),
     Bug(
+        "a retry costs whatever it costs, however little the user saw",
+        "sql/54_retry.sql",
+        "p_retry_of => p_job_id, p_max_price => p_max_price_credits",
+        "p_retry_of => p_job_id",
+        "tests/test_enqueue.py::test_no_generation_costs_more_than_the_price_that_was_seen[retry]",
+    ),
+    Bug(
+        "who saw a lower price is charged the higher",
+        "sql/50_enqueue.sql",
+        "      and v_price <= p_max_price is not false\n",
+        "",
+        "tests/test_enqueue.py::test_no_generation_costs_more_than_the_price_that_was_seen[enqueue]",
+    ),
+    Bug(
         "what an operator has made again is charged",
         "sql/54_retry.sql",
         "p_is_free => true",
