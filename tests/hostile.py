@@ -113,6 +113,7 @@ class Victim:
         some |= {key: [True, False] for key in ("is_favorite", "is_liked", "is_public")}
         some |= {key: [False] for key in ("only_favorites", "shows_prompt")}
         return some | {
+            "after": [None],
             "amount": [1, -1],
             "batch_id": [self.batch],
             "before": [None, self.done],

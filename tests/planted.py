@@ -99,6 +99,21 @@ SECURITY = [
         "tests/test_access.py::test_an_input_cannot_be_moved_into_another_folder_or_bucket",
     ),
     Bug(
+        "an export shows what providers said",
+        "sql/87_export.sql",
+        "to_jsonb(c) - %L::text[] from",
+        "to_jsonb(c) - array[left(%L, 0)] from",
+        "tests/test_export.py"
+        "::test_all_that_is_known_of_a_user_is_told_and_nothing_of_the_operators_or_others",
+    ),
+    Bug(
+        "an export leaves out what users like",
+        "sql/95_gallery.sql",
+        "('public.image_likes'), ",
+        "",
+        "tests/test_export.py::test_no_table_that_holds_something_of_a_user_is_forgotten",
+    ),
+    Bug(
         "an input may have the name of its folder",
         "sql/20_access.sql",
         '    and private.may_store_input(name)\n  );\n  create policy "Users replace',
