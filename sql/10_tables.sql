@@ -5,7 +5,8 @@
 -- catalogue of models is in 11. The queue is elsewhere (12): a generation is written when it is
 -- enqueued and when its state changes, never by heartbeats or progress.
 --
--- Always true: entitlements.credits is the sum of the user's ledger amounts and never negative.
+-- Always true: entitlements.credits is the sum of the user's ledger amounts and never negative;
+-- debt is the sum of the entries' debts; and who has a debt has no credits.
 
 -- Time-ordered ids: 48 bits of milliseconds, 12 bits of the fraction, 62 random bits (RFC 9562).
 create function private.uuid_v7() returns uuid
@@ -32,7 +33,7 @@ create domain public.job_status as text constraint job_status_is_known check (
 );
 
 create domain public.ledger_kind as text constraint ledger_kind_is_known check (
-  value in ('grant', 'charge', 'refund', 'adjust', 'carry')
+  value in ('grant', 'charge', 'refund', 'adjust', 'expire', 'carry')
 );
 
 create domain public.credits as integer constraint credits_are_not_negative check (value >= 0);
@@ -43,15 +44,18 @@ constraint params_are_an_object check (jsonb_typeof(value) = 'object');
 
 -- A function, for the same reason, where a rule holds several columns together.
 create function private.fits_kind(
-  p_kind text, p_amount integer, p_generation_id uuid
+  p_kind text, p_amount integer, p_generation_id uuid, p_debt integer
 ) returns boolean
 language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 begin
   return (p_generation_id is not null) = (p_kind in ('charge', 'refund'))
     and case p_kind
-      when 'charge' then p_amount <= 0
-      when 'adjust' then p_amount <> 0
-      else p_amount >= 0
+      when 'charge' then p_amount <= 0 and p_debt = 0
+      when 'expire' then p_amount < 0 and p_debt = 0
+      -- What it gives or takes, and in which direction each part goes.
+      when 'adjust' then p_amount - p_debt <> 0
+        and (p_amount >= 0 and p_debt <= 0 or p_amount <= 0 and p_debt >= 0)
+      else p_amount >= 0 and p_debt <= 0
     end;
 end;
 $$;
@@ -74,13 +78,16 @@ create table public.entitlements (
   user_id uuid primary key,
   paid_until timestamptz,
   credits public.credits not null default 0,
+  debt public.credits not null default 0,
+  credits_end_at timestamptz,
   last_fair_key bigint not null default 0,
   minute_started_at timestamptz not null default '-infinity',
   minute_jobs integer not null default 0,
   day_started_at timestamptz not null default '-infinity',
   day_jobs integer not null default 0,
   day_burned integer not null default 0,
-  created_at timestamptz not null default now()
+  created_at timestamptz not null default now(),
+  constraint entitlements_debt_is_paid_before_credits_are_kept check (credits = 0 or debt = 0)
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
 
 comment on table public.entitlements is
@@ -89,12 +96,20 @@ comment on column public.entitlements.paid_until is
   'End of the paid plan; infinity for one without end, null for none.';
 comment on column public.entitlements.credits is
   'Balance in credits: the sum of the user''s ledger amounts.';
+comment on column public.entitlements.debt is
+  'Credits taken back when they were spent already: what comes in pays it first.';
+comment on column public.entitlements.credits_end_at is
+  'When the first of the credits end; infinity: those in buckets never do; null: none is in one.';
 comment on column public.entitlements.last_fair_key is
   'Virtual finish time of the user''s last job; see ready_jobs.fair_key.';
 comment on column public.entitlements.minute_jobs is
   'Jobs enqueued since minute_started_at, also those canceled since.';
 comment on column public.entitlements.day_burned is
   'Jobs canceled since day_started_at that the provider may bill us.';
+
+-- Read when credits have ended. What does not change in a request costs it nothing.
+create index entitlements_credits_end_at_idx
+on public.entitlements (credits_end_at) where credits_end_at < 'infinity';
 
 -- No foreign keys: the books may outlive the user and do outlive the generation they speak of.
 create table public.credit_ledger (
@@ -106,9 +121,11 @@ create table public.credit_ledger (
   balance_after public.credits not null,
   external_id text,
   created_at timestamptz not null default now(),
+  bucket_id bigint,
+  debt integer not null default 0,
   primary key (user_id, id),
   constraint credit_ledger_amount_and_generation_match_kind check (
-    private.fits_kind(kind, amount, generation_id)
+    private.fits_kind(kind, amount, generation_id, debt)
   )
 );
 
@@ -116,17 +133,27 @@ comment on table public.credit_ledger is
   'Append-only entries that explain every balance. No row is ever updated, and none of a user who '
   'is here is deleted.';
 comment on column public.credit_ledger.kind is
-  'grant, charge (of a generation), refund (of one), adjust, or carry: the sum of older entries, '
-  'as the first edition made it.';
+  'grant, charge (of a generation), refund (of one), adjust, expire (their time was over), or '
+  'carry: the sum of older entries, as the first edition made it.';
 comment on column public.credit_ledger.amount is
-  'Credits: negative for a charge, positive for a grant or refund.';
+  'What the balance moved by, in credits: negative for a charge, positive for a grant or refund.';
+comment on column public.credit_ledger.debt is
+  'What the debt moved by. The entry gives, or takes if negative, amount - debt.';
+comment on column public.credit_ledger.bucket_id is
+  'Which of the user''s buckets the amount went into or came from; null: into none. A charge or '
+  'refund has an entry for each.';
 comment on column public.credit_ledger.external_id is
   'The caller''s id of a grant (a payment''s, say): the same id is applied once.';
 
--- A generation is given back at most once. Its charge needs no index: enqueue writes it together
--- with the generation's new id.
+-- A generation is given back at most once: to each bucket it was paid from. Its charge needs no
+-- index, if it came from none: enqueue writes it together with the generation's new id.
 create unique index credit_ledger_refund_once_idx
-on public.credit_ledger (generation_id) where kind = 'refund';
+on public.credit_ledger (generation_id, bucket_id) nulls not distinct where kind = 'refund';
+create index credit_ledger_charged_buckets_idx
+on public.credit_ledger (generation_id) where kind = 'charge' and bucket_id is not null;
+create index credit_ledger_bucket_id_idx
+on public.credit_ledger (bucket_id) where bucket_id is not null;
+create index credit_ledger_debt_idx on public.credit_ledger (user_id) where debt <> 0;
 create unique index credit_ledger_external_id_idx
 on public.credit_ledger (external_id) where external_id is not null;
 
@@ -157,6 +184,33 @@ $$;
 create trigger credit_ledger_is_kept_while_user_exists
 before delete on public.credit_ledger
 for each row execute function private.refuse_change_while_user_exists();
+
+create table private.credit_buckets (
+  id bigint generated always as identity primary key,
+  user_id uuid not null,
+  external_id text,
+  priority smallint not null default 0,
+  expires_at timestamptz not null default 'infinity',
+  is_extended boolean not null default false,
+  credits public.credits not null,
+  created_at timestamptz not null default now(),
+  constraint credit_buckets_differ_from_what_is_in_none check (
+    priority <> 0 or expires_at < 'infinity'
+  )
+) with (fillfactor = 70);
+
+comment on table private.credit_buckets is
+  'Credits granted together that end, or are spent before or after others. All that is in no '
+  'bucket never ends and has priority 0.';
+comment on column private.credit_buckets.external_id is 'That of the grant.';
+comment on column private.credit_buckets.priority is
+  'The smallest is spent first; of equal ones what ends first; then the oldest.';
+comment on column private.credit_buckets.expires_at is 'From then on they cannot be spent.';
+comment on column private.credit_buckets.is_extended is
+  'Something was given back after the end, for settings.refund_grace: that happens once.';
+comment on column private.credit_buckets.credits is 'What is left: the sum of its entries.';
+
+create index credit_buckets_user_id_idx on private.credit_buckets (user_id);
 
 create table public.batches (
   id uuid primary key default private.uuid_v7(),

@@ -54,6 +54,8 @@ create table private.settings (
   retry_cap interval not null default '60 seconds',
   give_up_after interval not null default '1 hour',
   running_cancel_refund_percent smallint not null default 100,
+  refund_grace interval not null default '1 day',
+  debtors_may_enqueue boolean not null default false,
   credit_usd numeric(12, 6),
   broadcasts boolean not null default true,
   breaker_failures smallint not null default 5,
@@ -70,6 +72,7 @@ create table private.settings (
   constraint settings_credit_is_not_negative check (credit_usd >= 0),
   constraint settings_welcome_credits_are_not_negative check (welcome_credits >= 0),
   constraint settings_welcome_credits_are_at_most_a_million check (welcome_credits <= 1000000),
+  constraint settings_refund_grace_is_not_negative check (refund_grace >= '0'),
   constraint settings_lease_outlives_three_heartbeats check (lease >= 3 * heartbeat),
   constraint settings_max_attempts_is_positive check (max_attempts > 0),
   constraint settings_max_claims_leave_room_for_all_attempts check (max_claims >= max_attempts),
@@ -92,6 +95,10 @@ comment on column private.settings.max_claims is
 comment on column private.settings.retry_base is
   'Retry n of a job waits retry_base * 2^(n-1), at most retry_cap, or down to half of that.';
 comment on column private.settings.give_up_after is 'A job this old is not retried any more.';
+comment on column private.settings.refund_grace is
+  'How long credits can be spent that are given back after their end.';
+comment on column private.settings.debtors_may_enqueue is
+  'Whether who has a debt may ask for what costs nothing; else in_debt.';
 comment on column private.settings.credit_usd is
   'What a credit earns, in US dollars, for margin_usd of the cost views; null: not said.';
 comment on column private.settings.running_cancel_refund_percent is

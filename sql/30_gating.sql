@@ -17,7 +17,7 @@ create function private.refuse(
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_status integer := (jsonb '{
-    "invalid_input": 400, "not_authenticated": 401, "insufficient_credits": 402,
+    "invalid_input": 400, "not_authenticated": 401, "insufficient_credits": 402, "in_debt": 402,
     "requires_paid_plan": 403, "not_found": 404, "method_not_allowed": 405,
     "idempotency_conflict": 409, "price_changed": 409, "not_finished": 409, "already_finished": 409,
     "too_many_active": 429, "rate_limited": 429,
@@ -241,6 +241,7 @@ $$;
 create type private.gate as (
   user_id uuid,
   credits integer,
+  credits_end_at timestamptz,
   last_fair_key bigint,
   plan text,
   weight integer,
@@ -271,9 +272,9 @@ declare
   v_gate private.gate;
 begin
   select
-    e.user_id, e.credits, e.last_fair_key, p.name, p.weight, p.max_active, p.max_batch,
+    e.user_id, e.credits, e.credits_end_at, e.last_fair_key, p.name, p.weight, p.max_active, p.max_batch,
     -- A minute or a day that is over, too: refuse_limits looks closer.
-    e.minute_jobs >= p.max_per_minute or e.day_burned >= p.max_burned_per_day
+    e.minute_jobs >= p.max_per_minute or e.day_burned >= p.max_burned_per_day or e.debt > 0
     or e.day_jobs >= p.max_per_minute::bigint * p.full_minutes_per_day
     or least(p.oldest_ready_at, p.looked_at) < now() - p.busy_after,
     m.id is null or (m.requires_paid and p.name <> 'paid') or exists (
@@ -288,6 +289,9 @@ begin
   left join public.models as m on m.id = p_model and m.is_active;
   if not found then
     perform private.refuse_unknown_user();
+  elsif v_gate.credits_end_at <= now() then
+    perform private.end_credits(array[p_user_id]);
+    return private.gate(p_user_id, p_model);
   end if;
   return v_gate;
 end;
@@ -378,8 +382,8 @@ begin
 end;
 $$;
 
--- Raises PT429 too_many_active, PT429 rate_limited or PT503 busy, unless one more job fits after
--- all: the queue is not as old as it seemed.
+-- Raises PT402 in_debt, PT429 too_many_active, PT429 rate_limited or PT503 busy, unless one more
+-- job fits after all: the queue is not as old as it seemed.
 create function private.refuse_limits(p_user_id uuid, p_provider text) returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
@@ -389,7 +393,12 @@ declare
   v_plan private.plans := private.plan_of(v_used);
   v_max_per_day bigint := v_plan.max_per_minute::bigint * v_plan.full_minutes_per_day;
 begin
-  if v_plan.max_active <= (
+  if v_used.debt > 0 and not (select s.debtors_may_enqueue from private.settings as s) then
+    perform private.refuse(
+      'in_debt', format('%s credits that were taken back are owed', v_used.debt),
+      'What you buy pays for them first.'
+    );
+  elsif v_plan.max_active <= (
     select count(*) from (
       select from private.live_jobs as j where j.user_id = p_user_id limit v_plan.max_active
     ) as live

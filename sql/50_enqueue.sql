@@ -80,8 +80,8 @@ $$;
 -- What is named here is begun anew in each transaction, and so costs more than what is done. Hence
 -- one statement, and ids made in it: as uuid_v7 makes them, a microsecond apart.
 --
--- Raises: PT400 invalid_input, PT402 insufficient_credits, PT409 price_changed, PT429
--- too_many_active, PT429 rate_limited, PT503 busy.
+-- Raises: PT400 invalid_input, PT402 insufficient_credits, PT402 in_debt, PT409 price_changed,
+-- PT429 too_many_active, PT429 rate_limited, PT503 busy.
 create function private.accept(
   p_gate private.gate, p_name text, p_params jsonb, p_prompts text[], p_inputs jsonb[],
   p_idempotency_key text default null, p_batch_id uuid default null, p_retry_of uuid default null,
@@ -164,6 +164,7 @@ begin
     insert into public.credit_ledger (user_id, generation_id, kind, amount, balance_after)
     select p_gate.user_id, j.id, 'charge', -v_price, p_gate.credits - v_price * j.place
     from jobs as j
+    where p_gate.credits_end_at is null or v_price = 0
   ),
   made as (
     insert into public.generations (
@@ -210,6 +211,9 @@ begin
       format('%s jobs were queued or running, the plan''s limit', p_gate.max_active),
       p_retry_after => 1
     );
+  end if;
+  if p_gate.credits_end_at is not null and v_price > 0 then
+    perform private.charge_buckets(p_gate.user_id, p_gate.credits, v_ids, v_price);
   end if;
   if coalesce(p_batch_id, p_retry_of) is not null then
     update public.batches set job_ids = v_ids where id = p_batch_id;

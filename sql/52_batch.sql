@@ -24,7 +24,8 @@ begin
       round(sum(case when g.finished_at is null then r.progress else 100 end) / count(*)), 0
     ),
     'credits_left', (
-      select e.credits from public.entitlements as e where e.user_id = p_batch.user_id
+      select private.spendable_credits(e)
+      from public.entitlements as e where e.user_id = p_batch.user_id
     ),
     'poll_after_ms', case when bool_or(g.finished_at is null)
       then private.poll_after_ms(p_batch.created_at)

@@ -145,7 +145,7 @@ begin
       and g.deleted_at is null
     order by g.user_id
   loop
-    select e.credits into v_credits
+    select private.spendable_credits(e) into v_credits
     from public.entitlements as e where e.user_id = v_user_id for update;
     v_credits := v_credits - (
       select coalesce(sum(w.price_credits), 0) from private.wishes_of(v_user_id) as w

@@ -33,7 +33,7 @@ begin
       'params', j.input,
       'price_credits', j.price_credits,
       'refunded_credits', coalesce((
-        select l.amount from public.credit_ledger as l
+        select sum(l.amount - l.debt) from public.credit_ledger as l
         where l.generation_id = j.id and l.kind = 'refund'
       ), 0),
       'error', case when j.error_code is not null then

@@ -383,6 +383,7 @@ begin
   end loop;
   delete from public.generations where user_id = old.user_id;
   delete from public.batches where user_id = old.user_id;
+  delete from private.credit_buckets where user_id = old.user_id;
   perform private.erase_ledgers(array[old.user_id]);
   return null;
 end;

@@ -1,6 +1,6 @@
 -- The books: do money and places add up?
 --
--- broken_books names whatever breaks one of five rules; it is empty at every moment between
+-- broken_books names whatever breaks one of seven rules; it is empty at every moment between
 -- transactions. Read in full it reads all history. So check_books does that nightly and keeps what
 -- it found, and queue_health() (88) shows that and reads the view only for what moved lately.
 
@@ -64,7 +64,10 @@ select
   'refund', g.user_id, g.id,
   format('%s at the price of %s, refunded were %s', g.status, g.price_credits, l.amount)
 from public.generations as g
-left join public.credit_ledger as l on g.id = l.generation_id and l.kind = 'refund'
+cross join lateral (
+  select sum(k.amount - k.debt)::integer as amount from public.credit_ledger as k
+  where k.generation_id = g.id and k.kind = 'refund'
+) as l
 where case
   when g.status in ('queued', 'processing') then l.amount is not null
   else coalesce(l.amount, 0) <> private.refund_due(
@@ -72,12 +75,42 @@ where case
     (select count(*) from public.images as i where i.generation_id = g.id)::integer,
     coalesce(g.refund_percent, 100)
   )
-end;
+end
+union all
+select 'debt', e.user_id, null, format('the debt is %s, its entries say %s', e.debt, l.debt)
+from public.entitlements as e
+cross join lateral (
+  select coalesce(sum(k.debt), 0) as debt from public.credit_ledger as k
+  where k.user_id = e.user_id and k.debt <> 0
+) as l
+where e.debt <> l.debt
+union all
+select
+  'bucket', b.user_id, null,
+  format('bucket %s has %s, its entries say %s', b.id, b.credits, l.amount)
+from private.credit_buckets as b
+cross join lateral (
+  select coalesce(sum(k.amount), 0) as amount from public.credit_ledger as k
+  where k.bucket_id = b.id
+) as l
+where b.credits <> l.amount
+union all
+select
+  'bucket', e.user_id, null,
+  format('credits are %s and end at %s, in buckets are %s until %s',
+    e.credits, e.credits_end_at, b.credits, b.ends_at)
+from public.entitlements as e
+cross join lateral (
+  select coalesce(sum(k.credits), 0) as credits, min(k.expires_at) as ends_at
+  from private.credit_buckets as k where k.user_id = e.user_id and k.credits > 0
+) as b
+where e.credits < b.credits or e.credits_end_at is distinct from b.ends_at;
 
 comment on view private.broken_books is
   'Are the books right? One row for each broken rule: balance and ledger (each entry follows from '
   'the one before, the balance is the last), place (queued is ready, processing is running, and '
-  'nothing else is), charge (the price, once), refund (what was charged but not made).';
+  'nothing else is), charge (the price, once), refund (what was charged but not made), debt and '
+  'bucket (each the sum of its entries, no more in buckets than there is).';
 
 -- What is broken among the users and generations that moved last.
 --
@@ -96,7 +129,7 @@ declare
 begin
   return query
   select b.* from private.broken_books as b
-  where b.rule = 'balance' and b.user_id = any (array(
+  where b.rule in ('balance', 'debt', 'bucket') and b.user_id = any (array(
     select g.user_id from public.generations as g where g.id = any (v_ids)
   ))
   union all

@@ -24,6 +24,7 @@ comment on column private.exported_tables.left_out is
 insert into private.exported_tables (name, owner, left_out) values
 ('public.entitlements', 'user_id', '{}'),
 ('public.credit_ledger', 'user_id', '{}'),
+('private.credit_buckets', 'user_id', '{}'),
 ('public.batches', 'user_id', '{}'),
 ('public.generations', 'user_id', '{}'),
 ('public.images', 'generation_id', '{}'),

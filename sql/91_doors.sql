@@ -24,9 +24,9 @@ comment on function public.enqueue_generation is
   'nothing. With params.reuse = true and a seed, a finished generation of the same input is '
   'answered, free, if it is among your last 200. max_price_credits is the most that one generation '
   'may cost, as the user saw it; null: whatever it costs. Errors: PT400 invalid_input, PT401 '
-  'not_authenticated, PT402 insufficient_credits, PT403 requires_paid_plan, PT404 not_found (also '
-  'where the job of the key is deleted), PT409 idempotency_conflict | price_changed, PT429 '
-  'too_many_active | rate_limited, PT503 busy | model_paused | unavailable.';
+  'not_authenticated, PT402 insufficient_credits | in_debt, PT403 requires_paid_plan, PT404 '
+  'not_found (also where the job of the key is deleted), PT409 idempotency_conflict | '
+  'price_changed, PT429 too_many_active | rate_limited, PT503 busy | model_paused | unavailable.';
 
 create function public.enqueue_batch(
   model text, prompts text[], params jsonb default '{}', idempotency_key text default null,
@@ -112,8 +112,9 @@ return private.get_entitlement();
 
 comment on function public.get_entitlement is
   'Your plan, balance, limits and what is used of them: {user_id, plan (free | paid), paid_until,'
-  ' credits, active_jobs, max_active, minute_jobs, max_per_minute, max_batch, is_busy (requests are'
-  ' refused as busy now)}. Errors: PT401 not_authenticated.';
+  ' credits, debt (what you owe: later credits pay it first), credits_ending [{credits, '
+  'expires_at}], active_jobs, max_active, minute_jobs, max_per_minute, max_batch, is_busy '
+  '(requests are refused as busy now)}. Errors: PT401 not_authenticated.';
 
 create function public.list_models() returns json
 language sql stable set search_path = pg_catalog, pg_temp

@@ -71,7 +71,7 @@ from (
   union all
   select
     (l.created_at at time zone 'utc')::date, l.user_id, g.model_id, null, null, null, null, null,
-    null, l.kind, l.amount
+    null, l.kind, l.amount - l.debt
   from public.credit_ledger as l
   inner join public.generations as g on l.generation_id = g.id
 ) as entry

@@ -184,10 +184,15 @@ class Service(Caller):
     role = "service_role"
 
     def grant_credits(
-        self, user: User | str, amount: int, external_id: str | None, kind: str = "grant"
+        self,
+        user: User | str,
+        amount: int,
+        external_id: str | None,
+        kind: str = "grant",
+        **rest: Any,
     ) -> dict[str, Any]:
         user_id = getattr(user, "id", user)
-        return self.call("public.grant_credits", user_id, amount, kind, external_id)
+        return self.call("public.grant_credits", user_id, amount, kind, external_id, **rest)
 
     def alerts(self) -> dict[str, str]:
         return {alert["alert"]: alert["detail"] for alert in self.queue_health()["alerts"]}

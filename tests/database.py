@@ -235,7 +235,8 @@ def unchanged(db: Database) -> Iterator[None]:
 def assert_books_balance(db: Database) -> None:
     """Assert what must hold for money and places at every moment between transactions."""
     assert db.execute(BOOKS) == []
-    assert db.execute("select * from private.broken_books") == []
+    broken = db.execute("select * from private.broken_books")
+    assert broken == [], broken
 
 
 # What breaks a rule, told without any function of ours; the rest is private.broken_books.
@@ -246,17 +247,32 @@ where e.credits < 0 or e.credits <> (
   select coalesce(sum(l.amount), 0) from public.credit_ledger as l where l.user_id = e.user_id
 )
 union all
+select 'debt = sum of its entries >= 0, of who has no credits', e.user_id
+from public.entitlements as e
+where e.debt < 0 or e.debt > 0 and e.credits > 0 or e.debt <> (
+  select coalesce(sum(l.debt), 0) from public.credit_ledger as l where l.user_id = e.user_id
+)
+union all
+select 'a bucket has the sum of its entries', b.user_id
+from private.credit_buckets as b
+where b.credits <> (select sum(l.amount) from public.credit_ledger as l where l.bucket_id = b.id)
+union all
+select 'no more goes back into a bucket than came from it', l.generation_id
+from public.credit_ledger as l
+where l.generation_id is not null
+group by l.generation_id, l.bucket_id having sum(l.amount - l.debt) > 0
+union all
 select 'refunded once, what was charged but not made', g.id
 from public.generations as g
 where (
-  select array_agg(l.amount) from public.credit_ledger as l
+  select sum(l.amount - l.debt) from public.credit_ledger as l
   where l.generation_id = g.id and l.kind = 'refund'
 ) is distinct from (
   select case
     when g.status in ('failed', 'canceled')
-      then array[ceil(g.price_credits * coalesce(g.refund_percent, 100) / 100.0)::integer]
+      then ceil(g.price_credits * coalesce(g.refund_percent, 100) / 100.0)::integer
     when g.status = 'completed' and count(*) < g.image_count
-      then array[g.price_credits / g.image_count * (g.image_count - count(*)::integer)]
+      then g.price_credits / g.image_count * (g.image_count - count(*)::integer)
   end
   from public.images as i where i.generation_id = g.id
 )

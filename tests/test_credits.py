@@ -46,10 +46,10 @@ def test_the_paid_plan_is_given_for_a_time(db, service, alice, until):
 @pytest.mark.parametrize("change", [{"amount": 51}, {"kind": "adjust"}, {"user": "bob"}])
 def test_an_external_id_names_one_grant_only(db, service, alice, bob, change):
     grant = {"user": alice, "amount": 50, "external_id": "payment-1", "kind": "grant"}
-    assert service.grant_credits(**grant) == {"credits": 60, "applied": True}
+    assert service.grant_credits(**grant) == {"credits": 60, "debt": 0, "applied": True}
 
     with unchanged(db):
-        assert service.grant_credits(**grant) == {"credits": 60, "applied": False}
+        assert service.grant_credits(**grant) == {"credits": 60, "debt": 0, "applied": False}
         with refused("PT409", "idempotency_conflict"):
             service.grant_credits(**grant | change | ({"user": bob} if "user" in change else {}))
 
@@ -76,8 +76,12 @@ def test_a_webhook_that_arrives_many_times_at_once_grants_once(db, alice):
         {"external_id": ""},
         {"external_id": "x" * 201},
         {"kind": "adjust", "amount": 0},
-        {"kind": "adjust", "amount": -11},
+        {"kind": "adjust", "amount": -2147483648},
         {"amount": 2147483647},
+        {"kind": "adjust", "amount": -1, "expires_at": "2999-01-01"},
+        {"expires_at": "-infinity"},
+        {"priority": 101},
+        {"priority": None},
     ],
 )
 def test_a_grant_that_makes_no_sense_is_refused(db, service, alice, grant):

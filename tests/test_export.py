@@ -29,6 +29,8 @@ class Somebody:
         service.register_webhook()
         self.db, self.user, self.other = db, User(db), User(db)
         for user, liked in ((self.other, None), (self.user, self.other)):
+            grant = {"expires_at": "2099-01-01", "priority": -1}
+            service.grant_credits(user, 5, f"payment of {user.id}", **grant)
             user.register_push_token(f"ExponentPushToken[{user.id}]")
             user.save_prompt_template("Sea", f"the sea of {user.id}")
             user.done = user.enqueued(f"a lighthouse of {user.id}")
