@@ -86,8 +86,7 @@ create table public.entitlements (
   day_started_at timestamptz not null default '-infinity',
   day_jobs integer not null default 0,
   day_burned integer not null default 0,
-  created_at timestamptz not null default now(),
-  constraint entitlements_debt_is_paid_before_credits_are_kept check (credits = 0 or debt = 0)
+  created_at timestamptz not null default now()
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
 
 comment on table public.entitlements is
@@ -149,11 +148,8 @@ comment on column public.credit_ledger.external_id is
 -- index, if it came from none: enqueue writes it together with the generation's new id.
 create unique index credit_ledger_refund_once_idx
 on public.credit_ledger (generation_id, bucket_id) nulls not distinct where kind = 'refund';
-create index credit_ledger_charged_buckets_idx
-on public.credit_ledger (generation_id) where kind = 'charge' and bucket_id is not null;
-create index credit_ledger_bucket_id_idx
-on public.credit_ledger (bucket_id) where bucket_id is not null;
-create index credit_ledger_debt_idx on public.credit_ledger (user_id) where debt <> 0;
+create index credit_ledger_buckets_and_debts_idx
+on public.credit_ledger (user_id, generation_id) where bucket_id is not null or debt <> 0;
 create unique index credit_ledger_external_id_idx
 on public.credit_ledger (external_id) where external_id is not null;
 

@@ -195,7 +195,8 @@ begin
         b.expires_at <= now() as is_over
       from public.credit_ledger as l
       left join private.credit_buckets as b on b.id = l.bucket_id
-      where l.generation_id = p_generation_id and l.kind = 'charge' and l.bucket_id is not null
+      where l.user_id = p_user_id and l.generation_id = p_generation_id and l.kind = 'charge'
+        and l.bucket_id is not null
     )
     select * from (
       select * from paid

@@ -77,13 +77,15 @@ where case
   )
 end
 union all
-select 'debt', e.user_id, null, format('the debt is %s, its entries say %s', e.debt, l.debt)
+select
+  'debt', e.user_id, null,
+  format('the debt is %s beside %s credits, its entries say %s', e.debt, e.credits, l.debt)
 from public.entitlements as e
 cross join lateral (
   select coalesce(sum(k.debt), 0) as debt from public.credit_ledger as k
   where k.user_id = e.user_id and k.debt <> 0
 ) as l
-where e.debt <> l.debt
+where e.debt <> l.debt or (e.debt > 0 and e.credits > 0)
 union all
 select
   'bucket', b.user_id, null,
@@ -91,7 +93,7 @@ select
 from private.credit_buckets as b
 cross join lateral (
   select coalesce(sum(k.amount), 0) as amount from public.credit_ledger as k
-  where k.bucket_id = b.id
+  where k.user_id = b.user_id and k.bucket_id = b.id
 ) as l
 where b.credits <> l.amount
 union all
@@ -110,7 +112,7 @@ comment on view private.broken_books is
   'Are the books right? One row for each broken rule: balance and ledger (each entry follows from '
   'the one before, the balance is the last), place (queued is ready, processing is running, and '
   'nothing else is), charge (the price, once), refund (what was charged but not made), debt and '
-  'bucket (each the sum of its entries, no more in buckets than there is).';
+  'bucket (each the sum of its entries; no debt beside credits; no more in buckets than there is).';
 
 -- What is broken among the users and generations that moved last.
 --

@@ -777,6 +777,13 @@ MONEY = [
         "::test_what_has_ended_meanwhile_is_given_back_for_a_grace_and_alone[True]",
     ),
     Bug(
+        "what was spent first is given back first",
+        "sql/40_credits.sql",
+        "order by p.is_last desc, p.bucket_id is not null, p.id desc\n",
+        "order by p.is_last, p.bucket_id is null, p.id\n",
+        MODEL,
+    ),
+    Bug(
         "the grace can be had again and again",
         "sql/40_credits.sql",
         "      where id = v_paid.bucket_id and not is_extended;\n",
