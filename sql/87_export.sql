@@ -103,7 +103,11 @@ begin
   -- In the order of the index that serves prefixes; one name may be in both buckets.
   if v_left > 0 and to_regclass('storage.objects') is not null then
     select
-      count(*), coalesce(jsonb_agg(jsonb_build_object('bucket', o.bucket_id, 'path', o.name)), '[]'),
+      count(*),
+      coalesce(jsonb_agg(
+        jsonb_build_object('bucket', o.bucket_id, 'path', o.name)
+        order by o.name collate "C", o.bucket_id
+      ), '[]'),
       array['storage.objects', max(o.name collate "C")]
     into v_found, v_files, v_next
     from (
