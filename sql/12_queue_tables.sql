@@ -220,8 +220,8 @@ comment on column private.error_codes.pauses_model is
   'True: no job of the model can do better until an operator has mended it and calls resume_model. '
   'All of them wait.';
 comment on column private.error_codes.refund_percent is
-  'Share of the price given back to whose job fails with it. A change counts for jobs that end '
-  'from then on.';
+  'Share of the price given back to whose job fails with it from then on. What a push says of that '
+  'is a row of push_texts.';
 
 create table private.provider_words (
   place integer primary key,

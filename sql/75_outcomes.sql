@@ -105,9 +105,9 @@ $$;
 -- What a user cancels is burned if it was running and the provider may bill us: only the share of
 -- settings.running_cancel_refund_percent goes back then, for nobody gets anything because the user
 -- did not want it any more. That counts, for else it could be had without end: see refuse_limits
--- (30). What failed by itself was not stopped by its user. Of what fails goes back what its row of
--- error_codes says. A share that is not the whole stays with the generation, so that the books are
--- exact whatever is set later.
+-- (30). What failed by itself was not stopped by its user: it gives back what error_codes says of
+-- its code, canceled or not. A share that is not the whole stays with the generation, so that the
+-- books are exact whatever is set later.
 --
 -- Locks: generations, then entitlements in order of id.
 -- Raises: 22023 if of a completed job there is no image or more than were charged.
@@ -123,10 +123,10 @@ declare
   v_message text;
   v_percent integer;
 begin
-  if p_status = 'failed' then
+  if p_code is not null then
     select e.message, e.refund_percent into v_message, v_percent
     from private.error_codes as e where e.code = p_code;
-  elsif p_status = 'canceled' and p_code is null then
+  elsif p_status = 'canceled' then
     v_burned := array(
       select j.job_id from unnest(p_jobs) with ordinality as j
       where j.token is not null and p_metrics[j.ordinality]
@@ -139,9 +139,9 @@ begin
       update public.generations as g set
         status = p_status, finished_at = now(), updated_at = now(),
         error_code = case p_status when 'failed' then p_code end,
-        error_message = v_message,
+        error_message = case p_status when 'failed' then v_message end,
         refund_percent = case
-          when p_status = 'failed' or g.id = any (v_burned) then nullif(v_percent, 100)
+          when p_code is not null or g.id = any (v_burned) then nullif(v_percent, 100)
         end
       where g.id = any (v_ids)
       returning

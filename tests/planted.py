@@ -903,8 +903,8 @@ MONEY = [
     Bug(
         "a user who canceled pays for our failures",
         "sql/75_outcomes.sql",
-        "p_status = 'canceled' and p_code is null then",
-        "p_status = 'canceled' then",
+        "  if p_code is not null then\n    select e.message",
+        "  if p_status = 'failed' then\n    select e.message",
         "tests/test_cancel.py"
         "::test_who_canceled_pays_neither_for_our_failures_nor_for_what_nobody_bills",
     ),
