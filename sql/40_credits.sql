@@ -80,9 +80,10 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 set lock_timeout = '100ms' as $$
 begin
   return private.skip_failing('select private.end_credits($1)', array(
-    select e.user_id from public.entitlements as e
-    where e.credits_end_at <= now() and e.credits_end_at < 'infinity'
-    order by e.credits_end_at limit p_at_most + (select count(*) from private.skipped_rows)
+    select b.user_id from private.credit_buckets as b
+    where b.expires_at <= now() and b.credits > 0
+    group by b.user_id order by min(b.expires_at)
+    limit p_at_most + (select count(*) from private.skipped_rows)
   ));
 end;
 $$;
@@ -195,8 +196,7 @@ begin
         b.expires_at <= now() as is_over
       from public.credit_ledger as l
       left join private.credit_buckets as b on b.id = l.bucket_id
-      where l.user_id = p_user_id and l.generation_id = p_generation_id and l.kind = 'charge'
-        and l.bucket_id is not null
+      where l.generation_id = p_generation_id and l.kind = 'charge' and l.bucket_id is not null
     )
     select * from (
       select * from paid
