@@ -241,7 +241,6 @@ $$;
 create type private.gate as (
   user_id uuid,
   credits integer,
-  credits_end_at timestamptz,
   last_fair_key bigint,
   plan text,
   weight integer,
@@ -249,7 +248,8 @@ create type private.gate as (
   max_batch integer,
   may_be_over_limits boolean,
   is_model_unclear boolean,
-  model public.models
+  model public.models,
+  credits_end_at timestamptz
 );
 
 comment on type private.gate is
@@ -272,7 +272,7 @@ declare
   v_gate private.gate;
 begin
   select
-    e.user_id, e.credits, e.credits_end_at, e.last_fair_key, p.name, p.weight, p.max_active, p.max_batch,
+    e.user_id, e.credits, e.last_fair_key, p.name, p.weight, p.max_active, p.max_batch,
     -- A minute or a day that is over, too: refuse_limits looks closer.
     e.minute_jobs >= p.max_per_minute or e.day_burned >= p.max_burned_per_day or e.debt > 0
     or e.day_jobs >= p.max_per_minute::bigint * p.full_minutes_per_day
@@ -281,7 +281,7 @@ begin
       select from private.breakers as b
       where b.paused_until > now() or e.user_id = any (b.failed_users || b.doubted_users)
     ),
-    m
+    m, e.credits_end_at
   into v_gate
   from (select * from public.entitlements where user_id = p_user_id for update) as e
   inner join private.plans as p
