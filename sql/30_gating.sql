@@ -19,7 +19,7 @@ declare
   v_status integer := (jsonb '{
     "invalid_input": 400, "not_authenticated": 401, "insufficient_credits": 402, "in_debt": 402,
     "requires_paid_plan": 403, "account_blocked": 403, "not_found": 404, "method_not_allowed": 405,
-    "idempotency_conflict": 409, "not_finished": 409, "already_finished": 409,
+    "idempotency_conflict": 409, "price_changed": 409, "not_finished": 409, "already_finished": 409,
     "too_many_active": 429, "rate_limited": 429,
     "busy": 503, "model_paused": 503, "unavailable": 503
   }' ->> p_token)::integer;

@@ -30,6 +30,7 @@ RETRIES = {
     "internal": True,
 }
 FINAL = ("moderated", "invalid_input", "timeout")
+REFUND_PERCENT = {"moderated": 40}  # of other failures all goes back
 
 
 @dataclass(eq=False)
@@ -214,8 +215,9 @@ class Books:
             self._refund(job, job.price * missing // job.image_count)
 
     def fail(self, job: Generation, code: str, waits: bool = False) -> str:
+        percent = REFUND_PERCENT.get(code, 100)
         if job.cancel_requested:
-            self.cancel(job)
+            self.cancel(job, percent=percent)
             return "canceled"
         used = job.attempt - (not RETRIES.get(code, True))
         if code in RETRIES and used < MAX_ATTEMPTS:
@@ -224,7 +226,7 @@ class Books:
             return "retried"
         self._end(job, "failed")
         job.status, job.error_code = "failed", code
-        self._refund(job, job.price)
+        self._refund(job, math.ceil(job.price * percent / 100))
         return "failed"
 
     def release(self, job: Generation, resumes: bool) -> None:
@@ -233,14 +235,14 @@ class Books:
         else:
             self._requeue(job, "released", job.attempt - 1)
 
-    def cancel(self, job: Generation, is_burned: bool = False) -> None:
+    def cancel(self, job: Generation, is_burned: bool = False, percent: int = 100) -> None:
         """End a job that its user does not want any more, and that the provider may bill us."""
         if job.status == "processing":
             self._end(job, "canceled")
         job.status, job.waits = "canceled", False
         self.accounts[job.user_id].burned += is_burned
-        percent = CANCEL_REFUND_PERCENT if is_burned else 100
-        self._refund(job, math.ceil(job.price * percent / 100))
+        share = CANCEL_REFUND_PERCENT if is_burned else percent
+        self._refund(job, math.ceil(job.price * share / 100))
 
     def ask_to_cancel(self, job: Generation) -> None:
         if job.status == "queued":
