@@ -138,5 +138,5 @@ comment on function public.export_user is
   'tables {name: rows, oldest first; generations with their images and attempts}, files [{bucket, '
   'path}: to be fetched from Storage], next_after}. Call again with after = next_after, until it '
   'is null; a page has at most page_size (1 to 1000) rows and files. What auth.users holds is not '
-  'in it. Books and files of each of merged_users are told under its own id: call it for them, too. '
-  'Errors: PT400 invalid_input, PT404 not_found.';
+  'in it. Books and files of each of merged_users are told under its own id: call it for them, '
+  'too. Errors: PT400 invalid_input, PT404 not_found.';
