@@ -368,21 +368,3 @@ comment on function public.grant_credits is
   'ends first. What adjust takes and is not there becomes a debt, which later grants and refunds '
   'pay first. The same external_id is applied once. Answers {credits, debt, applied}. Errors: '
   'PT400 invalid_input, PT404 not_found, PT409 idempotency_conflict.';
-
--- Locks: the entitlement row.
-create function public.set_paid(user_id uuid, paid_until timestamptz) returns json
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
-begin
-  perform private.require_writable();
-  update public.entitlements as e set paid_until = set_paid.paid_until
-  where e.user_id = set_paid.user_id;
-  if not found then
-    perform private.refuse_missing('user_id: no such user', 'Use the id of auth.users.');
-  end if;
-  return private.entitlement_json(user_id);
-end;
-$$;
-
-comment on function public.set_paid is
-  'Makes a user paid until a time (infinity: without end; null: not paid). Repeating it changes '
-  'nothing. Answers the entitlement. Errors: PT404 not_found.';

@@ -308,10 +308,13 @@ begin
         to_user_id, 'adjust', v_rest, format('merge:%s:rest', from_user_id)
       );
     end if;
-    update public.entitlements as e
-    set paid_until = greatest(e.paid_until, v_from.paid_until) where e.user_id = to_user_id;
-    update public.entitlements as e
-    set paid_until = null, blocked_until = 'infinity' where e.user_id = from_user_id;
+    update private.billing_customers as c set user_id = to_user_id where c.user_id = from_user_id;
+    update private.billing_purchases as p set user_id = to_user_id where p.user_id = from_user_id;
+    update private.billing_subscriptions as b set user_id = to_user_id
+    where b.user_id = from_user_id;
+    update private.billing_events as b set user_id = to_user_id where b.user_id = from_user_id;
+    perform private.refresh_plan(u.id) from unnest(array[from_user_id, to_user_id]) as u (id);
+    update public.entitlements as e set blocked_until = 'infinity' where e.user_id = from_user_id;
     -- A key that both have used is that of the one who stays.
     update public.batches as b set user_id = to_user_id, idempotency_key = case
       when not exists (

@@ -393,6 +393,13 @@ begin
   delete from public.generations where user_id = old.user_id;
   delete from public.batches where user_id = old.user_id;
   delete from private.credit_buckets where user_id = old.user_id;
+  -- So that nothing is granted once more, what was paid for stays, without whom.
+  delete from private.billing_customers where user_id = old.user_id;
+  delete from private.billing_subscriptions where user_id = old.user_id;
+  update private.billing_purchases set user_id = null where user_id = old.user_id;
+  update private.billing_events
+  set user_id = null, said = null, outcome = 'ignored', waits_for = null
+  where user_id = old.user_id;
   perform private.erase_ledgers(v_folders);
   delete from private.merged_users where into_id = old.user_id;
   return null;

@@ -330,7 +330,8 @@ begin
       from private.routines as r where r.name = 'check_books' and r.result is not null
     ),
     -- What routines passed over within a day; who was only locked counts from the third time. And
-    -- files that Storage would not delete for a day.
+    -- files that Storage would not delete for a day, and what was sold to nobody we know, or was
+    -- nothing we know, for an hour.
     'skipped', (
       select jsonb_build_object(
         'rows', coalesce(sum(s.rows), 0), 'since', min(s.first_at),
@@ -348,6 +349,15 @@ begin
           select f.marked_at from private.expired_files as f
           where f.marked_at < now() - interval '1 day' order by f.marked_at limit 1000
         ) as o
+        having count(*) > 0
+        union all
+        select 'billing', count(*), min(w.received_at)
+        from (
+          select e.received_at from private.billing_events as e
+          where e.outcome = 'waiting' and e.said ? 'sales'
+            and e.received_at < now() - interval '1 hour'
+          limit 1000
+        ) as w
         having count(*) > 0
       ) as s
     )

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors import PREVIEW, Caller, Service, User, Worker, outcome
+from billing import RevenueCat, Stripe
 from database import Database
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -124,10 +125,13 @@ class Victim:
             "code": ["moderated", "internal"],
             "delivery_id": [NOBODY],
             "description": ["mine"],
+            "event": [Stripe(self.id).paid(), RevenueCat(self.id).bought()],
+            "event_id": [None, str(uuid.uuid4())],
             "events": [None, ["generation.completed"]],
             "expires_at": [None, "2999-01-01"],
             "external_id": [str(uuid.uuid4())],  # used once
             "from_user_id": [self.guest],
+            "happened_at": [None, "2026-01-01"],
             "id": [None, self.template],
             "idempotency_key": [None, "key"],
             "job_id": self.jobs,
@@ -139,6 +143,7 @@ class Victim:
             "paid_until": ["infinity", None],
             "params": [{}, {"width": 64}, {"seed": 1, "reuse": True}],
             "priority": [0],
+            "provider": ["stripe", "revenuecat"],
             "prompt": ["a lighthouse"],
             "prompts": [["a lighthouse"], ["one", "two"]],
             "reason": [None, "too slow"],
@@ -233,6 +238,7 @@ HEAVY = {
         *(text for each in NUMBERS for text in (each, f'{{"a": {each}}}', json.dumps(each))),
         *("1e131071", '{"seed": 1e131071}', json.dumps('{"seed": 1e-16383}')),
         *(f'{{"a": {each[: 9 * count]}1]}}' for each in NUMBERS for count in (25, 800)),
+        *(f'{{"id": {n}, "type": {n}, "created": {n}, "livemode": {n}}}' for n in ("1e131071",)),
         json.dumps(dict.fromkeys(map(str, range(2000)), 0)).replace(" 0", " 1e131071"),
         *('{"a":' * 9000 + "1e131071" + "}" * 9000, "[" * 10_000 + "]" * 10_000),
         *(json.dumps(deep) for deep in ("[" * 8000 + "]" * 8000, '{"a":' * 2500)),

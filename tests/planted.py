@@ -1423,7 +1423,62 @@ ROUTES = [
         "[it is paused itself]",
     ),
 ]
-PLANTED = [*SECURITY, *MONEY, *WAKE_UP, *OUTAGE, *BLAME, *FITTING, *ROUTES]
+BILLING = "tests/test_billing.py::test_"
+STORY = f"{BILLING}whatever_order_events_come_in_and_how_often_they_end_the_same"
+EVENTS = [
+    Bug(
+        "a renewal that is told under two ids is granted twice",
+        "sql/41_billing.sql",
+        "      p_provider, v_sale.purchase, v_user_id, v_product.product_id,\n",
+        "      p_provider, p_event_id, v_user_id, v_product.product_id,\n",
+        f"{STORY}[one renewal under three ids]",
+    ),
+    Bug(
+        "the event that comes last says until when a plan is paid",
+        "sql/41_billing.sql",
+        "      and (v_at, v_plan.is_end, coalesce(v_plan.paid_until, '-infinity'))\n"
+        "        > (s.happened_at, s.is_end, coalesce(s.paid_until, '-infinity'));\n",
+        "      ;\n",
+        f"{STORY}[the end of a plan]",
+    ),
+    Bug(
+        "the call that comes last says until when a user is paid",
+        "sql/41_billing.sql",
+        "    where (excluded.happened_at, coalesce(excluded.paid_until, '-infinity'))\n"
+        "      > (s.happened_at, coalesce(s.paid_until, '-infinity'));\n",
+        "    ;\n",
+        f"{BILLING}of_what_is_said_of_different_times_the_latest_holds_in_whatever_order",
+    ),
+    Bug(
+        "a proration grants a period",
+        "sql/41_billing.sql",
+        "        when v_sale.is_change and not v_product.grants_changes then 0\n",
+        "",
+        f"{STORY}[a change of plans]",
+    ),
+    Bug(
+        "a refund that comes before its purchase takes nothing",
+        "sql/41_billing.sql",
+        "    where e.waits_for && v_known order by",
+        "    where false order by",
+        f"{STORY}[a refund in part]",
+    ),
+    Bug(
+        "all that is left rolls over",
+        "sql/41_billing.sql",
+        "        v_on := least(v_left, coalesce(v_of.next_cap - v_on, v_left));\n",
+        "        v_on := v_left;\n",
+        f"{STORY}[months that roll over]",
+    ),
+    Bug(
+        "a sandbox's purchase is real",
+        "sql/41_billing.sql",
+        "      case when v_said.is_test and not v_takes_tests then 'ignored' else 'waiting' end,\n",
+        "      'waiting',\n",
+        f"{BILLING}a_sandbox_gives_nothing_unless_the_operator_says_so",
+    ),
+]
+PLANTED = [*SECURITY, *MONEY, *EVENTS, *WAKE_UP, *OUTAGE, *BLAME, *FITTING, *ROUTES]
 
 # What may never go unnoticed, and the bug that takes it away.
 CORNERSTONES = {

@@ -19,9 +19,10 @@ OF_USERS = """
     unregister_push_token
 """
 OF_OPERATORS = """
-    delete_webhook enable_webhook export_user grant_credits list_deliveries list_models
-    list_webhooks merge_user ping queue_health queue_history queue_report pause_model redrive_failed
-    redeliver redeliver_dead register_webhook rotate_webhook_secret resume_model set_paid
+    apply_billing_event delete_webhook enable_webhook export_user grant_credits list_deliveries
+    list_models list_webhooks merge_user pause_model ping queue_health queue_history queue_report
+    redeliver redeliver_dead redrive_failed register_webhook resume_model rotate_webhook_secret
+    set_paid
 """
 OF_WORKERS = """
     apply_retention cancel_job check_setup claim_deliveries claim_jobs complete_jobs due_lanes
@@ -30,6 +31,7 @@ OF_WORKERS = """
     release_job report_progress sleep unregister_worker
     adopt_provider_job begin_creates checkpoint_jobs recall_create
 """
+OF_ROWS = " credit_products model_aliases prompt_templates "
 READ_BY_USERS = """
     batches credit_ledger entitlements generation_tags generations image_likes images
     prompt_templates
@@ -53,10 +55,11 @@ MAY_EXECUTE: dict[str, set[str]] = {
 MAY_TOUCH: dict[str, set[str]] = {
     "anon": {"private.shared_paths SELECT"},
     "authenticated": of("public", READ_BY_USERS, "SELECT") | {"private.shared_paths SELECT"},
-    "service_role": of("public", READ_BY_USERS + "models model_aliases", "SELECT")
-    | of("public", "models model_aliases prompt_templates", "INSERT")
-    | of("public", "models model_aliases prompt_templates", "UPDATE")
-    | of("public", "model_aliases prompt_templates", "DELETE"),
+    "service_role": of("public", READ_BY_USERS, "SELECT")
+    | of("public", OF_ROWS + "models", "SELECT")
+    | of("public", OF_ROWS + "models", "INSERT")
+    | of("public", OF_ROWS + "models", "UPDATE")
+    | of("public", OF_ROWS, "DELETE"),
     "darkroom_worker": set(),
     "darkroom_monitor": set(),
     "public": set(),

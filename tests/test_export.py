@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 from actors import User, refused
+from billing import PRODUCTS, Stripe, apply
 from database import unchanged
 from explain import explained, nodes, rows_met
 from hostile import DETAIL
@@ -27,10 +28,12 @@ class Somebody:
 
     def __init__(self, db, service, worker):
         service.register_webhook()
+        db.execute(PRODUCTS)
         self.db, self.user, self.other = db, User(db), User(db)
         for user, liked in ((self.other, None), (self.user, self.other)):
             grant = {"expires_at": "2099-01-01", "priority": -1}
             service.grant_credits(user, 5, f"payment of {user.id}", **grant)
+            apply(service, stripe := Stripe(user), stripe.paid())
             user.register_push_token(f"ExponentPushToken[{user.id}]")
             user.save_prompt_template("Sea", f"the sea of {user.id}")
             user.done = user.enqueued(f"a lighthouse of {user.id}")

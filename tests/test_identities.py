@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from actors import PREVIEW, Service, User, refused, together
+from billing import NOW, Stripe
 from database import PROJECT, Database, assert_books_balance, unchanged
 from psycopg.types.json import Jsonb
 
@@ -360,6 +361,10 @@ def stored(db: Database, bucket: str, path: str) -> str:
 
 
 TOKEN = "ExponentPushToken[of-the-phone]"
+PRODUCT = """
+insert into public.credit_products (provider, product_id, credits, makes_paid)
+values ('stripe', 'price_monthly', 20, true)
+"""
 # Every table that says whose a row is. Whoever adds one decides what merge_user does with it, and
 # the test below gives it a row.
 MOVED = {
@@ -369,6 +374,10 @@ MOVED = {
     "public.image_likes",
     "public.images",
     "public.prompt_templates",
+    "private.billing_customers",
+    "private.billing_events",
+    "private.billing_purchases",
+    "private.billing_subscriptions",
     "private.credit_buckets",
     "private.deliveries",
     "private.push_tokens",
@@ -395,6 +404,17 @@ def test_of_each_table_with_a_user_it_is_said_what_a_merge_does(db):
     assert {row["name"] for row in rows} == MOVED | set(STAYS)
 
 
+def test_what_is_bought_for_one_who_was_merged_is_the_others(db, alice, service):
+    visitor = with_credits(db)
+    service.merge_user(visitor.id, alice.id)
+    db.execute(PRODUCT)
+
+    answer = service.apply_billing_event("stripe", Stripe(visitor).paid(NOW))
+
+    assert (answer["user_id"], answer["credits"]) == (alice.id, 20)
+    assert alice.get_entitlement()["plan"] == "paid"
+
+
 def test_a_merge_moves_all_there_is_once(db, alice, bob, service, worker):
     visitor = with_credits(db)
     service.register_webhook(url="https://api.example.com/hooks")
@@ -416,6 +436,8 @@ def test_a_merge_moves_all_there_is_once(db, alice, bob, service, worker):
     visitor.set_favorite(mine)
     visitor.save_prompt_template("t", "a {thing}")
     visitor.has_paid("2099-01-01")
+    db.execute(PRODUCT)
+    service.apply_billing_event("stripe", Stripe(visitor).paid(NOW))
     service.call("public.grant_credits", visitor.id, 5, "grant", "pack", "2999-01-01")
     before = alice.credits()
 
@@ -424,13 +446,15 @@ def test_a_merge_moves_all_there_is_once(db, alice, bob, service, worker):
     assert answer == {
         "user_id": alice.id,
         "generations": 2,
-        "credits": before + 13,
+        "credits": before + 33,
         "applied": True,
     }
     assert rows_that_mention(db, visitor.id) == {
         "public.credit_ledger",
         "public.entitlements",
         "public.images",
+        "private.billing_events",
+        "private.billing_subscriptions",
         "private.merged_users",
     }
     assert alice.get_job_status(mine)["tags"] == ["beach"]
