@@ -265,8 +265,9 @@ begin
     perform private.refuse(
       'idempotency_conflict', 'from_user_id: was merged into another user', 'Nothing was changed.'
     );
-  elsif not exists (select from public.entitlements as e where e.user_id = to_user_id)
-    or (v_is_new and v_from.user_id is null) then
+  elsif not exists (
+    select from public.entitlements as e where e.user_id = private.owner_of(to_user_id)
+  ) or (v_is_new and v_from.user_id is null) then
     perform private.refuse_missing(
       'from_user_id, to_user_id: no such user', 'Use the ids of auth.users.'
     );
@@ -335,11 +336,12 @@ begin
     set user_id = to_user_id, merged_from = coalesce(i.merged_from, from_user_id)
     where i.user_id = from_user_id;
   end if;
-  return json_build_object(
-    'user_id', to_user_id, 'generations', v_generations, 'applied', v_is_new, 'credits', (
-      select private.spendable_credits(e) from public.entitlements as e
-      where e.user_id = to_user_id
+  return (
+    select json_build_object(
+      'user_id', e.user_id, 'generations', v_generations, 'applied', v_is_new,
+      'credits', private.spendable_credits(e)
     )
+    from public.entitlements as e where e.user_id = private.owner_of(to_user_id)
   );
 end;
 $$;

@@ -567,7 +567,10 @@ def test_a_permanent_user_is_merged_when_that_is_said_with_who_was_merged_before
     answer = service.merge_user(bob.id, alice.id, allow_permanent=True)
 
     assert answer["credits"] == 24
-    assert service.merge_user(visitor.id, alice.id)["applied"] is False
+    deleted(db, bob)
+    for into in (bob, alice):
+        again = service.merge_user(visitor.id, into.id)
+        assert again == answer | {"generations": 0, "applied": False}
     assert_books_balance(db)
 
 
