@@ -134,7 +134,8 @@ comment on column private.running_jobs.sent_input is
   'What the provider was last asked to create, where that has addresses of sources: they are made '
   'anew each time. null with such a job: nothing was asked for.';
 comment on column private.running_jobs.reserved_usd is
-  'What it may cost at most, which budgets (29) count as taken; null: nobody knows.';
+  'What it may cost at most, which budgets (29) count as taken; null: nobody knows, or it was '
+  'claimed when there was no budget.';
 
 create index running_jobs_user_id_idx on private.running_jobs (user_id);
 

@@ -283,7 +283,8 @@ end;
 $$;
 
 -- Of these jobs, which are locked, as many in fair order as these budgets hold if each takes its
--- place. A budget that has no room for one of them, or for another like the last, is spent.
+-- place, with that reserved. A budget that has no room for one of them, or for another like the
+-- last, is spent.
 create function private.within_budgets(
   p_ids uuid[], p_places smallint[], p_budgets private.budget_states[]
 ) returns uuid[]
@@ -291,6 +292,7 @@ language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_job record;
   v_ids uuid[] := '{}'::uuid[];
+  v_usd numeric[] := '{}'::numeric[];
   v_is_held boolean;
   v_spent bigint[] := '{}'::bigint[];
 begin
@@ -309,6 +311,7 @@ begin
     );
     if not v_is_held then
       v_ids := v_ids || v_job.job_id;
+      v_usd := v_usd || v_job.usd;
     end if;
     for v_at in 1 .. cardinality(p_budgets) loop
       continue when not private.concerns(
@@ -322,6 +325,8 @@ begin
       end if;
     end loop;
   end loop;
+  update private.ready_jobs as r set reserved_usd = v_usd[array_position(v_ids, r.job_id)]
+  where r.job_id = any (v_ids) and r.reserved_usd is null;
   update private.budgets as b set spent_until = s.ends_at
   from unnest(p_budgets) as s
   where b.id = s.id and b.id = any (array(

@@ -151,7 +151,7 @@ $$;
 -- Reads an index by model and route instead of the one in fair order, so that a pile of jobs that
 -- wait is never walked. A range, though of one, and + 0: else the index in fair order might be.
 create function private.pick_admitted_jobs(
-  p_at_most integer, p_keys text[], p_is_limited boolean
+  p_at_most integer, p_keys text[], p_are_budgeted boolean
 ) returns uuid[]
 language plpgsql set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan as $$
@@ -168,7 +168,7 @@ declare
   v_own uuid[];
   v_ids uuid[];
 begin
-  if p_is_limited then
+  if p_are_budgeted then
     v_budgets := private.hold_budgets();
   end if;
   -- Operators' pauses that are over.
@@ -304,7 +304,7 @@ begin
     where r.job_id = any (v_candidates)
     order by r.fair_key + 0, r.seq limit p_at_most for update skip locked
   );
-  if p_is_limited then
+  if p_are_budgeted then
     v_ids := private.within_budgets(v_ids, array(
       select v_places[array_position(v_candidates, j.id)] from unnest(v_ids) as j (id)
     ), v_budgets);
@@ -385,7 +385,7 @@ set jit = off as $$
 declare
   v_are_chosen boolean;
   v_are_due boolean;
-  v_are_limited boolean;
+  v_are_budgeted boolean;
   v_left integer := p_slots;
   v_from bigint := 0;
   v_began timestamptz;
@@ -396,11 +396,14 @@ declare
 begin
   select
     pg_sequence_last_value('private.scan_due') = 0
-    or exists (select from private.breakers as b where b.paused_until is not null)
-    or exists (select from private.budgets as b where b.spent_until > now()),
+    or exists (select from private.breakers as b where b.paused_until is not null),
     exists (select from private.ready_jobs as r where r.run_at <= now()),
-    exists (select from private.budgets as b where b.on_breach <> 'alert')
-  into v_are_chosen, v_are_due, v_are_limited;
+    exists (select from private.budgets)
+  into v_are_chosen, v_are_due, v_are_budgeted;
+  if v_are_budgeted then
+    v_are_chosen := v_are_chosen
+      or exists (select from private.budgets as b where b.spent_until > now());
+  end if;
   -- Delayed jobs whose time has come.
   if v_are_due then
     update private.ready_jobs set run_at = null, queued_at = now()
@@ -411,7 +414,7 @@ begin
   end if;
   loop
     if v_are_chosen then
-      v_ids := private.pick_admitted_jobs(v_left, p_keys, v_are_limited);
+      v_ids := private.pick_admitted_jobs(v_left, p_keys, v_are_budgeted);
       v_looked_at := cardinality(v_ids);
       select max(r.fair_key) into v_clock from private.ready_jobs as r where r.job_id = any (v_ids);
     else
@@ -434,7 +437,7 @@ begin
         v_from := 0;
       end loop;
       v_looked_at := cardinality(v_ids);
-      if v_are_limited and v_looked_at > 0 then
+      if v_are_budgeted and v_looked_at > 0 then
         v_ids := private.within_budgets(v_ids, null, private.hold_budgets());
       end if;
     end if;
@@ -445,9 +448,7 @@ begin
         r.*, nextval('private.lease_tokens') as token, m.deadline, m.image_inputs,
         coalesce(w.provider, m.provider) as provider,
         coalesce(w.provider_ref, m.provider_ref) as provider_ref, coalesce(w.place, 0) as place,
-        p.base_url, p.secret, p.key_hosts, p.hosts, p.max_running,
-        case when w.place is null then m.cost_usd else w.cost_usd end as cost_usd,
-        case when w.place is null then m.cost_unit else w.cost_unit end as cost_unit
+        p.base_url, p.secret, p.key_hosts, p.hosts, p.max_running
       from private.ready_jobs as r
       left join public.models as m on m.id = r.model_id
       left join private.model_routes as w on w.model_id = r.model_id and w.place = r.route
@@ -467,12 +468,6 @@ begin
       delete from private.ready_jobs
       where job_id = any (array(select n.job_id from next as n))
     ),
-    started as (
-      update public.generations as g set
-        status = 'processing', started_at = coalesce(g.started_at, now()), updated_at = now()
-      where g.id = any (array(select n.job_id from next as n))
-      returning g.id, g.provider_input, g.image_count
-    ),
     running as (
       insert into private.running_jobs (
         job_id, user_id, model_id, token, worker_id, attempt, lease_until, deadline_at,
@@ -481,13 +476,14 @@ begin
       select
         n.job_id, n.user_id, n.model_id, n.token, p_worker_id, n.attempt + 1, now() + s.lease,
         now() + coalesce(n.deadline, s.lease), n.provider_job_id,
-        coalesce(n.create_started_at, now()), n.handles, n.sent_input, n.place, coalesce(
-          n.reserved_usd,
-          private.most_usd(n.cost_usd, n.cost_unit, g.image_count, n.deadline)
-        )
-      from next as n
-      cross join private.settings as s
-      left join started as g on g.id = n.job_id
+        coalesce(n.create_started_at, now()), n.handles, n.sent_input, n.place, n.reserved_usd
+      from next as n cross join private.settings as s
+    ),
+    started as (
+      update public.generations as g set
+        status = 'processing', started_at = coalesce(g.started_at, now()), updated_at = now()
+      where g.id = any (array(select n.job_id from next as n))
+      returning g.id, g.provider_input, g.image_count
     ),
     awake as (
       update private.workers set asleep = false
