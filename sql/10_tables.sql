@@ -48,9 +48,8 @@ create function private.fits_kind(
 ) returns boolean
 language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 begin
-  return (p_generation_id is not null) = (p_kind in ('charge', 'refund'))
+  return (p_generation_id is not null) = (p_kind = 'refund')
     and case p_kind
-      when 'charge' then p_amount <= 0 and p_debt = 0
       when 'expire' then p_amount < 0 and p_debt = 0
       -- What it gives or takes, and in which direction each part goes.
       when 'adjust' then p_amount - p_debt <> 0
@@ -86,8 +85,7 @@ create table public.entitlements (
   day_started_at timestamptz not null default '-infinity',
   day_jobs integer not null default 0,
   day_burned integer not null default 0,
-  created_at timestamptz not null default now(),
-  constraint entitlements_debt_is_paid_before_credits_are_kept check (credits = 0 or debt = 0)
+  created_at timestamptz not null default now()
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
 
 comment on table public.entitlements is
@@ -107,10 +105,6 @@ comment on column public.entitlements.minute_jobs is
 comment on column public.entitlements.day_burned is
   'Jobs canceled since day_started_at that the provider may bill us.';
 
--- Read when credits have ended. What does not change in a request costs it nothing.
-create index entitlements_credits_end_at_idx
-on public.entitlements (credits_end_at) where credits_end_at < 'infinity';
-
 -- No foreign keys: the books may outlive the user and do outlive the generation they speak of.
 create table public.credit_ledger (
   id bigint generated always as identity,
@@ -125,7 +119,10 @@ create table public.credit_ledger (
   debt integer not null default 0,
   primary key (user_id, id),
   constraint credit_ledger_amount_and_generation_match_kind check (
-    private.fits_kind(kind, amount, generation_id, debt)
+    case
+      when kind = 'charge' then amount <= 0  -- the most there are, without a call
+      else private.fits_kind(kind, amount, generation_id, debt)
+    end
   )
 );
 
@@ -150,13 +147,9 @@ comment on column public.credit_ledger.external_id is
 create unique index credit_ledger_refund_once_idx
 on public.credit_ledger (generation_id, bucket_id) nulls not distinct where kind = 'refund';
 create index credit_ledger_charged_buckets_idx
-on public.credit_ledger (generation_id) where kind = 'charge' and bucket_id is not null;
-create index credit_ledger_bucket_id_idx
-on public.credit_ledger (bucket_id) where bucket_id is not null;
-create index credit_ledger_debt_idx on public.credit_ledger (user_id) where debt <> 0;
--- What one call takes may come from several buckets.
+on public.credit_ledger (generation_id) where bucket_id is not null;
 create unique index credit_ledger_external_id_idx
-on public.credit_ledger (external_id, bucket_id) nulls not distinct where external_id is not null;
+on public.credit_ledger (external_id) where external_id is not null;
 
 create function private.refuse_change() returns trigger
 language plpgsql set search_path = pg_catalog, pg_temp as $$
@@ -212,6 +205,8 @@ comment on column private.credit_buckets.is_extended is
 comment on column private.credit_buckets.credits is 'What is left: the sum of its entries.';
 
 create index credit_buckets_user_id_idx on private.credit_buckets (user_id);
+create index credit_buckets_expires_at_idx
+on private.credit_buckets (expires_at) where credits > 0;
 
 create table public.batches (
   id uuid primary key default private.uuid_v7(),

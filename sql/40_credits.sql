@@ -80,9 +80,10 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp
 set lock_timeout = '100ms' as $$
 begin
   return private.skip_failing('select private.end_credits($1)', array(
-    select e.user_id from public.entitlements as e
-    where e.credits_end_at <= now() and e.credits_end_at < 'infinity'
-    order by e.credits_end_at limit p_at_most + (select count(*) from private.skipped_rows)
+    select b.user_id from private.credit_buckets as b
+    where b.expires_at <= now() and b.credits > 0
+    group by b.user_id order by min(b.expires_at)
+    limit p_at_most + (select count(*) from private.skipped_rows)
   ));
 end;
 $$;
@@ -126,7 +127,7 @@ begin
   select
     a.id, a.external_id, a.credits,
     sum(a.credits) over (order by a.priority, a.expires_at, a.id) - a.credits
-  from all_parts as a;
+  from all_parts as a where a.credits > 0;
 end;
 $$;
 
@@ -254,9 +255,9 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
 $$;
 
 -- Gives or takes credits, once for each external id. What is taken comes first from the bucket of
--- the grant p_of, then from what would be spent last.
+-- the grant p_of, then from what would be spent last: it leaves its buckets before it is taken.
 --
--- Locks: the entitlement row, the external id, the buckets.
+-- Locks: the entitlement row, the buckets.
 -- Raises: PT400 invalid_input, PT404 not_found, PT409 idempotency_conflict.
 create function private.move_credits(
   p_user_id uuid, p_kind text, p_amount integer, p_external_id text,
@@ -265,80 +266,69 @@ create function private.move_credits(
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_has public.entitlements;
-  v_known record;
+  v_known public.credit_ledger;
   v_charged bigint;
   v_bucket_id bigint;
   v_part record;
-  v_left integer;
-  v_in_none integer := 0;
+  v_left bigint := -p_amount::bigint;
+  v_is_booked boolean;
 begin
   select * into v_has from public.entitlements where user_id = p_user_id for update;
   if not found then
     perform private.refuse_missing('user_id: no such user', 'Use the id of auth.users.');
   end if;
-  -- Another user's may take the same one just now.
-  perform pg_advisory_xact_lock(hashtextextended(p_external_id, 0));
-  select l.user_id, l.kind, sum(l.amount - l.debt) as amount into v_known
-  from public.credit_ledger as l where l.external_id = p_external_id group by l.user_id, l.kind;
-  if found then
-    if (v_known.user_id, v_known.kind, v_known.amount)
-      is distinct from (p_user_id, p_kind, p_amount) then
-      perform private.refuse(
-        'idempotency_conflict', 'external_id was used for another grant',
-        'Use the payment''s own id, once for each payment.'
-      );
-    end if;
+  select * into v_known from public.credit_ledger where external_id = p_external_id;
+  if (v_known.user_id, v_known.kind, v_known.amount - v_known.debt)
+    = (p_user_id, p_kind, p_amount) then
     return json_build_object(
       'credits', private.spendable_credits(v_has), 'debt', v_has.debt, 'applied', false
     );
-  end if;
-  if v_has.credits_end_at <= now() then
-    perform private.end_credits(array[p_user_id]);
-    select * into v_has from public.entitlements where user_id = p_user_id;
-  end if;
-  -- Far below what an integer holds, also once what jobs under way were charged has come back: so
-  -- no refund can ever overflow.
-  select coalesce(sum(g.price_credits), 0) into v_charged
-  from private.live_jobs as j inner join public.generations as g on g.id = j.job_id
-  where j.user_id = p_user_id;
-  if v_has.credits::bigint - v_has.debt + p_amount
-    not between -1000000000 and 1000000000 - v_charged then
-    perform private.refuse_input(format(
-      'amount: the balance is %s, and %s are in jobs under way', v_has.credits - v_has.debt,
-      v_charged
-    ));
-  end if;
-  if p_amount > 0 then
-    if p_expires_at < 'infinity' or p_priority <> 0 then
+  elsif v_known.id is null then
+    if v_has.credits_end_at <= now() then
+      perform private.end_credits(array[p_user_id]);
+      select * into v_has from public.entitlements where user_id = p_user_id;
+    end if;
+    -- Far below what an integer holds, also once what jobs under way were charged has come back: so
+    -- no refund can ever overflow.
+    select coalesce(sum(g.price_credits), 0) into v_charged
+    from private.live_jobs as j inner join public.generations as g on g.id = j.job_id
+    where j.user_id = p_user_id;
+    if v_has.credits::bigint - v_has.debt + p_amount
+      not between -1000000000 and 1000000000 - v_charged then
+      perform private.refuse_input(format(
+        'amount: the balance is %s, and %s are in jobs under way', v_has.credits - v_has.debt,
+        v_charged
+      ));
+    end if;
+    if p_amount > 0 and (p_expires_at < 'infinity' or p_priority <> 0) then
       insert into private.credit_buckets (user_id, external_id, priority, expires_at, credits)
       values (p_user_id, p_external_id, p_priority, coalesce(p_expires_at, 'infinity'), 0)
       returning id into v_bucket_id;
+    elsif v_has.credits_end_at is not null then
+      for v_part in
+        select s.bucket_id, least(s.credits, greatest(v_left - s.before, 0))::integer as credits
+        from (
+          select c.bucket_id, c.credits, sum(c.credits) over (
+            order by c.external_id = p_of is true desc, c.before desc
+          ) - c.credits as before
+          from private.credits_in_order(p_user_id, v_has.credits) as c
+        ) as s
+        where s.bucket_id is not null and v_left > s.before
+      loop
+        perform private.book(p_user_id, p_kind, -v_part.credits, v_part.bucket_id);
+        perform private.book(p_user_id, p_kind, v_part.credits);
+      end loop;
     end if;
-    perform private.book(
+    v_is_booked := private.book(
       p_user_id, p_kind, p_amount, v_bucket_id, p_external_id => p_external_id
     );
-  else
-    v_left := -p_amount;
-    for v_part in
-      select s.bucket_id, s.credits from private.credits_in_order(p_user_id, v_has.credits) as s
-      order by s.external_id = p_of is true desc, s.before desc
-    loop
-      v_part.credits := least(v_part.credits, v_left);
-      if v_part.bucket_id is null then
-        v_in_none := v_part.credits;
-      elsif v_part.credits > 0 then
-        perform private.book(
-          p_user_id, p_kind, -v_part.credits, v_part.bucket_id, p_external_id => p_external_id
-        );
-      end if;
-      v_left := v_left - v_part.credits;
-    end loop;
-    -- Last, with what is not there.
-    if v_in_none + v_left > 0 then
-      perform private.book(
-        p_user_id, p_kind, -v_in_none - v_left, p_external_id => p_external_id
-      );
-    end if;
+  end if;
+  -- Or another user's took it just now.
+  if v_is_booked is not true then
+    perform private.refuse(
+      'idempotency_conflict', 'external_id was used for another grant',
+      'Use the payment''s own id, once for each payment.'
+    );
   end if;
   select * into v_has from public.entitlements where user_id = p_user_id;
   return json_build_object('credits', v_has.credits, 'debt', v_has.debt, 'applied', true);

@@ -1,6 +1,6 @@
 -- The books: do money and places add up?
 --
--- broken_books names whatever breaks one of seven rules; it is empty at every moment between
+-- broken_books names whatever breaks one of eight rules; it is empty at every moment between
 -- transactions. Read in full it reads all history. So check_books does that nightly and keeps what
 -- it found, and queue_health() (88) shows that and reads the view only for what moved lately.
 
@@ -79,26 +79,30 @@ where case
   )
 end
 union all
-select 'debt', e.user_id, null, format('the debt is %s, its entries say %s', e.debt, l.debt)
+select
+  'debt', e.user_id, null,
+  format(
+    'the debt is %s beside %s credits, its entries say %s', e.debt, e.credits, coalesce(l.debt, 0)
+  )
 from public.entitlements as e
-cross join lateral (
-  select coalesce(sum(k.debt), 0) as debt from public.credit_ledger as k
-  where k.user_id = e.user_id and k.debt <> 0
-) as l
-where e.debt <> l.debt
+left join (
+  select c.user_id, sum(c.debt) as debt
+  from public.credit_ledger as c where c.debt <> 0 group by c.user_id
+) as l on e.user_id = l.user_id
+where e.debt <> coalesce(l.debt, 0) or (e.debt > 0 and e.credits > 0)
 union all
 select
   'bucket', b.user_id, null,
-  format('bucket %s has %s, its entries say %s', b.id, b.credits, l.amount)
+  format('bucket %s has %s, its entries say %s', b.id, b.credits, coalesce(l.amount, 0))
 from private.credit_buckets as b
-cross join lateral (
-  select coalesce(sum(k.amount), 0) as amount from public.credit_ledger as k
-  where k.bucket_id = b.id
-) as l
-where b.credits <> l.amount
+left join (
+  select c.bucket_id, sum(c.amount) as amount
+  from public.credit_ledger as c where c.bucket_id is not null group by c.bucket_id
+) as l on b.id = l.bucket_id
+where b.credits <> coalesce(l.amount, 0)
 union all
 select
-  'bucket', e.user_id, null,
+  'end', e.user_id, null,
   format('credits are %s and end at %s, in buckets are %s until %s',
     e.credits, e.credits_end_at, b.credits, b.ends_at)
 from public.entitlements as e
@@ -112,7 +116,8 @@ comment on view private.broken_books is
   'Are the books right? One row for each broken rule: balance and ledger (each entry follows from '
   'the one before, the balance is the last), place (queued is ready, processing is running, and '
   'nothing else is), charge (the price, once), refund (what was charged but not made), debt and '
-  'bucket (each the sum of its entries, no more in buckets than there is).';
+  'bucket (each the sum of its entries), end (no more is in buckets than there is, and nothing '
+  'ends before credits_end_at).';
 
 -- What is broken among the users and generations that moved last.
 --
@@ -131,7 +136,7 @@ declare
 begin
   return query
   select b.* from private.broken_books as b
-  where b.rule in ('balance', 'debt', 'bucket') and b.user_id = any (array(
+  where b.rule in ('balance', 'end') and b.user_id = any (array(
     select g.user_id from public.generations as g where g.id = any (v_ids)
   ))
   union all

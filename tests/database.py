@@ -235,7 +235,8 @@ def unchanged(db: Database) -> Iterator[None]:
 def assert_books_balance(db: Database) -> None:
     """Assert what must hold for money and places at every moment between transactions."""
     assert db.execute(BOOKS) == []
-    assert db.execute("select * from private.broken_books") == []
+    broken = db.execute("select * from private.broken_books")
+    assert broken == [], broken
 
 
 # What breaks a rule, told without any function of ours; the rest is private.broken_books.

@@ -121,6 +121,7 @@ class Victim:
             "delivery_id": [NOBODY],
             "description": ["mine"],
             "events": [None, ["generation.completed"]],
+            "expires_at": [None, "2999-01-01"],
             "external_id": [str(uuid.uuid4())],  # used once
             "id": [None, self.template],
             "idempotency_key": [None, "key"],
@@ -131,6 +132,7 @@ class Victim:
             "path": [f"{self.id}/{self.done}/0.png"],
             "paid_until": ["infinity", None],
             "params": [{}, {"width": 64}, {"seed": 1, "reuse": True}],
+            "priority": [0],
             "prompt": ["a lighthouse"],
             "prompts": [["a lighthouse"], ["one", "two"]],
             "reason": [None, "too slow"],

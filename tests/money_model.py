@@ -32,11 +32,69 @@ RETRIES = {
 FINAL = ("moderated", "invalid_input", "timeout")
 
 
+@dataclass(eq=False)
+class Bucket:
+    """Credits granted together, with an end or a priority; or all those that have neither."""
+
+    name: str | None = None
+    priority: int = 0
+    ends: str = "infinity"
+    credits: int = 0
+    is_over: bool = False
+    is_extended: bool = False
+
+
 @dataclass
 class Account:
-    credits: int
+    """A plan, and credits in the order in which they came."""
+
+    buckets: list[Bucket]
     plan: str = "free"
     burned: int = 0  # purchases that were canceled
+    debt: int = 0
+    extensions: int = 0
+
+    @property
+    def credits(self) -> int:
+        """What can be spent."""
+        return sum(bucket.credits for bucket in self.buckets)
+
+    @property
+    def in_none(self) -> Bucket:
+        return self.buckets[0]
+
+    def in_order(self) -> list[Bucket]:
+        return sorted(self.buckets, key=lambda bucket: (bucket.priority, bucket.ends))
+
+    def spend(self, amount: int) -> list[tuple[Bucket, int]]:
+        """Take from one bucket after the other; return how much came from each."""
+        parts = []
+        for bucket in self.in_order():
+            part = min(bucket.credits, amount)
+            bucket.credits -= part
+            amount -= part
+            parts += [(bucket, part)] if part else []
+        assert not amount
+        return parts
+
+    def take(self, amount: int) -> None:
+        """Take back what is there, the last to be spent first. The rest is owed."""
+        for bucket in reversed(self.in_order()):
+            part = min(bucket.credits, amount)
+            bucket.credits -= part
+            amount -= part
+        self.debt += amount
+
+    def receive(self, amount: int, bucket: Bucket) -> None:
+        """Pay what is owed, and keep the rest. What came too late is lost, but for one time."""
+        paid = min(amount, self.debt)
+        self.debt -= paid
+        if bucket.is_over and not bucket.is_extended:
+            self.extensions += 1
+            bucket.is_over, bucket.is_extended = False, True
+            bucket.ends = f"0 {self.extensions:04}"  # before all that nobody extended
+        if not bucket.is_over:
+            bucket.credits += amount - paid
 
 
 @dataclass
@@ -48,6 +106,7 @@ class Generation:
     price: int
     image_count: int
     retry_of: str | None = None
+    paid_from: list[tuple[Bucket, int]] = field(default_factory=list)
     status: str = "queued"
     error_code: str | None = None
     attempt: int = 0  # used while queued, under way while processing
@@ -66,7 +125,7 @@ class Books:
         self.accounts: dict[str, Account] = {}
         self.jobs: dict[str, Generation] = {}
         self.batches: dict[str, list[str]] = {}
-        self.given: dict[str, tuple[str, int, str]] = {}  # by external id
+        self.given: dict[str, tuple[str, int, str]] = {}  # by external id; not how it is kept
 
     def active(self, user_id: str) -> int:
         return sum(j.user_id == user_id and j.status in LIVE for j in self.jobs.values())
@@ -76,6 +135,8 @@ class Books:
 
     def refusal(self, user_id: str, model: str, images: int, count: int = 1) -> str | None:
         account = self.accounts[user_id]
+        if account.debt:
+            return "PT402"
         if self.active(user_id) >= MAX_ACTIVE[account.plan] or account.burned >= MAX_BURNED:
             return "PT429"
         if self.price(user_id, model, images) * count > account.credits:
@@ -86,20 +147,28 @@ class Books:
         self, user_id: str, job_id: str, model: str, images: int, retry_of: str | None = None
     ) -> None:
         price = self.price(user_id, model, images)
-        self.accounts[user_id].credits -= price
-        self.jobs[job_id] = Generation(user_id, model, price, images, retry_of)
+        parts = self.accounts[user_id].spend(price)
+        self.jobs[job_id] = Generation(user_id, model, price, images, retry_of, parts)
 
-    def give(self, user_id: str, amount: int, kind: str, external_id: str) -> None:
-        """Add to a balance, once for each external id."""
-        if external_id not in self.given:
-            self.given[external_id] = user_id, amount, kind
-            self.accounts[user_id].credits += amount
+    def give(
+        self, user_id: str, amount: int, kind: str, external_id: str, bucket: Bucket | None = None
+    ) -> None:
+        """Give or take, once for each external id."""
+        if external_id in self.given:
+            return
+        self.given[external_id] = user_id, amount, kind
+        account = self.accounts[user_id]
+        if amount < 0:
+            account.take(-amount)
+        else:
+            account.buckets += [bucket] if bucket else []
+            account.receive(amount, bucket or account.in_none)
 
     def grant_refusal(self, user_id: str, amount: int, kind: str, external_id: str) -> str | None:
         known = self.given.get(external_id)
         if known:
             return None if known == (user_id, amount, kind) else "PT409"
-        return "PT400" if self.accounts[user_id].credits + amount < 0 else None
+        return None
 
     def seen(self, user_id: str, job_id: str) -> Generation | None:
         """The user's job, if it is not hidden."""
@@ -197,4 +266,6 @@ class Books:
     def _refund(self, job: Generation, amount: int) -> None:
         assert job.refund is None
         job.refund = amount
-        self.accounts[job.user_id].credits += amount
+        for bucket, part in reversed(job.paid_from):  # what was spent last comes back first
+            self.accounts[job.user_id].receive(min(part, amount), bucket)
+            amount -= min(part, amount)

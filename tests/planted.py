@@ -166,8 +166,9 @@ SECURITY = [
     Bug(
         "a grant overflows the balance",
         "sql/40_credits.sql",
-        "if v_credits::bigint + v_amount not between 0 and 1000000000 - v_charged then",
-        "if v_credits + v_amount < 0 then",
+        "if v_has.credits::bigint - v_has.debt + p_amount\n"
+        "      not between -1000000000 and 1000000000 - v_charged then",
+        "if v_has.credits - v_has.debt + p_amount < -1000000000 then",
         f"{WORDS}[grant_credits]",
     ),
     Bug(
@@ -747,15 +748,47 @@ MONEY = [
     # Charges and refunds.
     Bug(
         "a generation may be refunded twice",
-        "sql/40_credits.sql",
-        "\n  on conflict (generation_id) where kind = 'refund' do nothing;\n"
-        "  if found then\n"
-        "    update public.entitlements set credits = v_balance where user_id = p_user_id;\n"
-        "  end if;\nend;\n$$;\n",
-        ";\n"
-        "  update public.entitlements set credits = v_balance where user_id = p_user_id;\n"
-        "end;\n$$;\n\ndrop index public.credit_ledger_refund_once_idx;\n",
+        "sql/10_tables.sql",
+        "(generation_id, bucket_id) nulls not distinct where kind = 'refund'",
+        "(generation_id, bucket_id) where kind = 'refund'",
         "tests/test_credits.py::test_giving_back_twice_moves_the_balance_once",
+    ),
+    Bug(
+        "what is given back goes into a bucket that has ended",
+        "sql/40_credits.sql",
+        "    if v_paid.is_over then\n",
+        "    if false then\n",
+        "tests/test_buckets.py"
+        "::test_what_has_ended_meanwhile_is_given_back_for_a_grace_and_alone[True]",
+    ),
+    Bug(
+        "what was spent first is given back first",
+        "sql/40_credits.sql",
+        "order by p.is_last desc, p.bucket_id is not null, p.id desc\n",
+        "order by p.is_last, p.bucket_id is null, p.id\n",
+        MODEL,
+    ),
+    Bug(
+        "the grace can be had again and again",
+        "sql/40_credits.sql",
+        "      where id = v_paid.bucket_id and not is_extended;\n",
+        "      where id = v_paid.bucket_id;\n",
+        "tests/test_buckets.py::test_the_grace_is_given_once",
+    ),
+    Bug(
+        "a debt is paid twice",
+        "sql/40_credits.sql",
+        "debt = debt + v_debt,\n",
+        "debt = greatest(debt, debt + v_debt),\n",
+        "tests/test_buckets.py"
+        "::test_what_is_taken_and_not_there_becomes_a_debt_that_what_comes_in_pays_first",
+    ),
+    Bug(
+        "credits can be spent in the instant of their end",
+        "sql/30_gating.sql",
+        "v_gate.credits_end_at <= now()",
+        "v_gate.credits_end_at < now()",
+        "tests/test_buckets.py::test_credits_cannot_be_spent_in_the_instant_of_their_end",
     ),
     Bug(
         "the images that were made are given back",
@@ -774,8 +807,8 @@ MONEY = [
     Bug(
         "a grant is applied at each repeat",
         "sql/40_credits.sql",
-        "      return json_build_object('credits', v_credits, 'applied', false);\n",
-        "      exit;\n",
+        "p_user_id, p_kind, p_amount, v_bucket_id, p_external_id => p_external_id\n",
+        "p_user_id, p_kind, p_amount, v_bucket_id\n",
         MODEL,
     ),
     Bug(
@@ -834,8 +867,8 @@ MONEY = [
     Bug(
         "what is burned counts against no limit",
         "sql/30_gating.sql",
-        " or e.day_burned >= p.max_burned_per_day\n",
-        "\n",
+        " or e.day_burned >= p.max_burned_per_day or e.debt > 0\n",
+        " or e.debt > 0\n",
         "tests/test_cancel.py::test_a_user_burns_no_more_purchases_in_a_day_than_the_plan_allows",
     ),
     Bug(

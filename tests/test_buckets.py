@@ -117,6 +117,15 @@ def test_credits_cannot_be_spent_from_their_end_on(db, alice, give, is_booked):
     assert refusal.detail == "need 10, have 0"
 
 
+def test_credits_cannot_be_spent_in_the_instant_of_their_end(db, alice, give):
+    give(20, DAY)
+
+    with alice.connection.transaction():
+        alice.connection.execute("update private.credit_buckets set expires_at = now()")
+        alice.connection.execute("update public.entitlements set credits_end_at = now()")
+        assert alice.enqueue()["credits_left"] == 0
+
+
 def test_what_ends_is_shown_with_its_end(db, alice, give):
     give(7, LATER)
     give(5, DAY)
@@ -310,7 +319,7 @@ class Hand:
     def act(self) -> None:
         for step in range(30):
             name, amount = f"{self.number}/{step}", self.rng.randint(1, 9)
-            ends_at = datetime.now(UTC) + timedelta(seconds=self.rng.random() / 5)
+            ends_at = datetime.now(UTC) + timedelta(seconds=self.rng.random() / 50)
             grant = functools.partial(self.service.grant_credits, self.user)
             acts = [
                 self.user.enqueue,

@@ -33,7 +33,17 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from money_model import FINAL, LIVE, MAX_ACTIVE, MAX_BURNED, PRICES, RETRIES, Account, Books
+from money_model import (
+    FINAL,
+    LIVE,
+    MAX_ACTIVE,
+    MAX_BURNED,
+    PRICES,
+    RETRIES,
+    Account,
+    Books,
+    Bucket,
+)
 
 MINUTES = float(os.environ.get("MONEY_MODEL_MINUTES", "0"))
 WELCOME = 15
@@ -54,14 +64,23 @@ FACTS = """
 select jsonb_build_object(
   'accounts', (
     select jsonb_object_agg(e.user_id, jsonb_build_array(
-      e.credits, (select count(*) from private.live_jobs as j where j.user_id = e.user_id),
+      private.spendable_credits(e), e.debt, (
+        select coalesce(jsonb_object_agg(b.external_id, b.credits), '{}')
+        from private.credit_buckets as b
+        where b.user_id = e.user_id and b.credits > 0 and b.expires_at > now()
+      ), (select count(*) from private.live_jobs as j where j.user_id = e.user_id),
       e.day_burned
     ))
     from public.entitlements as e
   ),
   'ledger', (
-    select jsonb_agg(jsonb_build_array(l.user_id, l.kind, l.generation_id, l.external_id, l.amount))
-    from public.credit_ledger as l inner join public.entitlements as e using (user_id)
+    select jsonb_agg(jsonb_build_array(l.user_id, l.kind, l.generation_id, l.external_id, l.given))
+    from (
+      select l.user_id, l.kind, l.generation_id, l.external_id, sum(l.amount - l.debt) as given
+      from public.credit_ledger as l
+      where l.kind <> 'expire' and coalesce(l.generation_id::text, l.external_id) is not null
+      group by 1, 2, 3, 4
+    ) as l inner join public.entitlements as e using (user_id)
     where l.external_id is null or l.external_id not like 'welcome%'
   ),
   'jobs', (
@@ -83,6 +102,20 @@ select jsonb_build_object(
 users = st.sampled_from(["alice", "bob"])
 models = st.sampled_from(list(PRICES))
 keys = st.sampled_from([None, None, "first", "second"])
+# When granted credits end, and their priority.
+ENDS = [(None, 0), ("2998-01-01", 0), ("2999-01-01", 0), ("2998-01-01", 1), (None, -1), (None, 1)]
+ENDED = """
+with moved as (
+  update public.entitlements as e set credits_end_at = case
+    when b.credits > 0 then least(e.credits_end_at, now()) else e.credits_end_at
+  end
+  from private.credit_buckets as b
+  where b.external_id = %s and e.user_id = b.user_id
+  returning b.id
+)
+update private.credit_buckets set expires_at = now()
+where id = (select id from moved) returning id
+"""
 METRICS = st.sampled_from([{}, {"images": 1}, {"is_asked": False}, {"is_billed": False}])
 OWNERS = st.sampled_from([True, True, True, False])
 OF_JOBS = ["cancel", "cancel", "cancel_batch", "retry", "hide_or_show"]
@@ -139,7 +172,7 @@ class Money(RuleBasedStateMachine):
         self.books = Books()
         self.ids = stage.new_users()
         for user_id in self.ids.values():
-            self.books.accounts[user_id] = Account(WELCOME)
+            self.books.accounts[user_id] = Account([Bucket(credits=WELCOME)])
         self.jobs: list[str] = []  # all that anybody has heard of
         self.leases: list[Job] = []
         self.requests: dict[tuple[str, ...], Any] = {}  # by idempotency key: request and answer
@@ -211,6 +244,12 @@ class Money(RuleBasedStateMachine):
     def held(self) -> list[Job]:
         return [job for job in self.leases if self.books.holder(job.id, job.token)]
 
+    def lasting(self) -> list[Bucket]:
+        """Buckets that will end."""
+        accounts = self.books.accounts.values()
+        buckets = [bucket for account in accounts for bucket in account.buckets]
+        return [b for b in buckets if not b.is_over and b.ends != "infinity"]
+
     def name_for(self, job_id: str, is_owner: bool) -> str:
         """Who acts: the owner of the job or not."""
         job = self.books.jobs.get(job_id)
@@ -219,9 +258,10 @@ class Money(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def something_happens(self, data):
-        ways = ["enqueue", "enqueue", "grant", "set_paid"] + (OF_JOBS if self.jobs else [])
+        ways = ["enqueue", "enqueue", "grant", "grant", "set_paid"] + (OF_JOBS if self.jobs else [])
         ways += ["claim"] * 3 if self.books.claimable() else []
         ways += OF_LEASES if self.leases else []
+        ways += ["credits_end"] * 2 if self.lasting() else []
         if any(job.is_late for job in self.books.jobs.values()):
             ways.append("recover_stale_jobs")
         way = data.draw(st.sampled_from(ways))
@@ -328,21 +368,24 @@ class Money(RuleBasedStateMachine):
 
     def grant(self, draw):
         name = draw(users)
-        amount, external_id = draw(st.sampled_from([5, -3])), str(draw(st.integers(1, 8)))
+        amount, external_id = draw(st.sampled_from([5, 5, -3, -20])), str(draw(st.integers(1, 20)))
         kind = "grant" if amount > 0 else "adjust"
         given = self.ids[name], amount, kind, external_id
+        ends, priority = draw(st.sampled_from(ENDS)) if amount > 0 else (None, 0)
+        bucket = Bucket(external_id, priority, ends or "infinity") if ends or priority else None
 
         def expected():
             is_new = external_id not in self.books.given
 
             def note(said):
-                self.books.give(*given)
-                credits = self.books.accounts[self.ids[name]].credits
-                same(said, {"credits": credits, "applied": is_new})
+                self.books.give(*given, bucket)
+                has = self.books.accounts[self.ids[name]]
+                same(said, {"credits": has.credits, "debt": has.debt, "applied": is_new})
 
             return self.books.grant_refusal(*given), note
 
-        self.as_service(lambda s: s.grant_credits(*given[:2], external_id, kind), expected)
+        how = {"expires_at": ends, "priority": priority}
+        self.as_service(lambda s: s.grant_credits(*given[:2], external_id, kind, **how), expected)
 
     def set_paid(self, draw):
         name, plan = draw(users), draw(st.sampled_from(list(MAX_ACTIVE)))
@@ -452,6 +495,13 @@ class Money(RuleBasedStateMachine):
             if self.moved(f"{query} where job_id = %s and run_at is not null returning job_id", id):
                 self.books.jobs[id].waits = False
 
+    def credits_end(self, draw):
+        bucket = draw(st.sampled_from(self.lasting()))
+        if self.moved(ENDED, bucket.name):
+            bucket.is_over, bucket.credits = True, 0
+        if draw(st.booleans()):  # else it is found when something is done with them
+            self.db.execute("select private.expire_credits()")
+
     def recover_stale_jobs(self, _):
         late = {id for id, job in self.books.jobs.items() if job.token and job.is_late}
         if self.open and late & self.open.touched:
@@ -474,9 +524,16 @@ class Money(RuleBasedStateMachine):
         assert_books_balance(self.db)
 
     def accounts(self) -> dict[str, list[int]]:
-        """Balance, slots and burned purchases of each user."""
+        """Credits, debt, what is in buckets, slots and burned purchases of each user."""
         accounts = self.books.accounts.items()
-        return {id: [each.credits, self.books.active(id), each.burned] for id, each in accounts}
+        return {
+            id: [
+                *(each.credits, each.debt),
+                {b.name: b.credits for b in each.buckets if b.name and b.credits},
+                *(self.books.active(id), each.burned),
+            ]
+            for id, each in accounts
+        }
 
     def states(self) -> dict[str, list[Any]]:
         return {

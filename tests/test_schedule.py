@@ -61,6 +61,7 @@ def test_pg_cron_recovers_and_erases_every_minute_and_trims_every_night(stack):
     assert jobs == [
         ("darkroom_apply_retention", "* * * * *", command("apply_retention"), True),
         ("darkroom_check_books", "47 3 * * *", command("check_books"), True),
+        ("darkroom_expire_credits", "* * * * *", command("expire_credits"), True),
         ("darkroom_recover_stale_jobs", "* * * * *", command("recover_stale_jobs"), True),
         ("darkroom_trim_history", "17 3 * * *", command("trim_history"), True),
     ]

@@ -114,6 +114,7 @@ def test_the_list_is_of_active_jobs_newest_first_and_of_those_asked_for(alice, b
 def test_the_entitlement_shows_plan_balance_limits_and_use(db, alice):
     alice.enqueue()
     used = {"user_id": alice.id, "credits": 9, "active_jobs": 1, "minute_jobs": 1, "is_busy": False}
+    used |= {"debt": 0, "credits_ending": []}
     free = {"plan": "free", "paid_until": None, "max_active": 3, "max_per_minute": 10}
     assert alice.get_entitlement() == used | free | {"max_batch": 3}
 
