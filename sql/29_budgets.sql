@@ -233,7 +233,7 @@ begin
     from private.route_costs as w
     cross join lateral (
       select max(b.ends_at) as until from private.budget_states as b
-      where coalesce(b.user_id, p_user_id) = p_user_id
+      where (b.user_id is null or b.user_id = p_user_id)
         and (b.on_breach = 'refuse' or (b.on_breach = 'pause' and w.least_usd is null))
         and not private.has_room(b, w.least_usd)
         and private.concerns(b.budget, w.model_id, w.place, p_user_id)

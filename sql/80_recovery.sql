@@ -20,7 +20,7 @@ language sql set search_path = pg_catalog, pg_temp as $$
         union all
         select u.id from private.unserved_models as u
       )) and not (
-        (select exists (select from private.budgets as b where b.on_breach <> 'alert'))
+        (select count(*) > 0 from private.budgets as b where b.on_breach <> 'alert')
         and private.awaits_budget(r.model_id, r.route, r.user_id)
       )
     ),

@@ -421,3 +421,39 @@ def test_what_waits_for_a_budget_does_not_make_the_queue_busy_then_or_after(
     worker.recover_stale_jobs()
     with refused("PT503", "busy"):
         users["paid"].enqueue(model=DEV)
+
+
+# What operators see.
+
+
+def test_from_four_fifths_of_a_limit_on_health_warns_and_names_no_user_to_a_monitor(
+    db, rich, worker, service, monitor
+):
+    budget(db, 5, user_id=rich.id)
+    for _ in range(5):
+        rich.enqueue(model=DEV)
+    worker.claim_jobs(4)
+    assert "budget" not in service.alerts()
+
+    worker.claimed()
+
+    assert service.alerts()["budget"] == "a user: 5.00 of 5.00 USD of this day"
+    (shown,) = monitor.queue_health()["budgets"]
+    assert (shown["scope"], shown["reserved_usd"], shown["used"]) == ("a user", 5, 1)
+    assert rich.id not in str(monitor.queue_report())
+
+
+def test_what_waits_for_a_budget_counts_as_paused_and_models_say_until_when(
+    db, users, worker, spent, service
+):
+    depth = service.queue_health()["depth"]
+    assert (depth["ready"], depth["paused"], depth["oldest_ready_seconds"]) == (0, 4, None)
+    query = "select distinct state from private.waiting_now"
+    assert db.value(query) == "paused"
+
+    def paused() -> set[str]:
+        return {m["id"] for m in users["rich"].list_models() if m["paused_until"]}
+
+    assert paused() >= {DEV, SCHNELL} and PREVIEW not in paused()
+    db.execute("delete from private.budgets")
+    assert paused() == set()
