@@ -51,10 +51,9 @@ def claims(worker: Worker, slots: int = 64) -> list[str]:
 def test_concurrent_claims_never_buy_more_than_a_budget_holds(db, rich, worker):
     budget(db, 10)
     jobs = [rich.enqueued(model=DEV) for _ in range(80)]
-    workers = [Worker(db, keys=KEYS) for _ in range(16)]
+    workers = [Worker(db, keys=KEYS) for _ in range(64)]
 
-    for _ in range(4):
-        together([lambda w=w: w.claim_jobs(2) for w in workers])
+    together([lambda w=w: w.claim_jobs(1) for w in workers])
 
     assert db.value("select count(*) from private.running_jobs") == 10
     assert state(db) == {"spent_usd": 0, "reserved_usd": 10}
