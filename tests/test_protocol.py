@@ -44,7 +44,16 @@ create function private.protocol_state() returns jsonb language plpgsql as $$
 begin
   return (
     select jsonb_build_object(
-      'status', g.status, 'credits', e.credits,
+      'status', g.status, 'debt', e.debt, 'credits', private.spendable_credits(e),
+      'buckets', (
+        select jsonb_agg(jsonb_build_array(
+          case when b.expires_at > now() then b.credits end, b.is_extended
+        )) from private.credit_buckets as b
+      ),
+      'balances', (
+        select (e.credits, e.debt) = (sum(l.amount), sum(l.debt))
+        from public.credit_ledger as l where l.user_id = e.user_id
+      ),
       'ready', (
         select jsonb_agg(jsonb_build_array(
           r.attempt, r.run_at is not null, r.create_started_at is not null, r.provider_job_id,
@@ -58,8 +67,10 @@ begin
         )) from private.running_jobs as r
       ),
       'ledger', (
-        select jsonb_agg(jsonb_build_array(l.kind, l.amount) order by l.id)
-        from public.credit_ledger as l where l.generation_id = g.id
+        select jsonb_object_agg(l.kind, l.given) from (
+          select l.kind, sum(l.amount - l.debt) as given from public.credit_ledger as l
+          where l.user_id = g.user_id group by l.kind
+        ) as l
       ),
       'outcomes', (
         select coalesce(jsonb_agg(a.outcome order by a.token), '[]') from private.attempts as a
@@ -90,6 +101,8 @@ class Stage:
         db.buys_previews()
         Service(db).register_webhook()
         self.user, self.worker = User(db), Worker(db)
+        # The job is paid from a bucket and from what is in none.
+        Service(db).grant_credits(self.user, IMAGES - 1, "ends", expires_at="2999-01-01")
         self.job_id = self.user.enqueued(params={"num_outputs": IMAGES})
         self.connection = db.connect()
         self.user.connection = self.worker.connection = self.connection
@@ -119,6 +132,20 @@ class Stage:
     def is_undone(self) -> bool:
         """Whether PostgreSQL refused the last call, and with that undid it."""
         return self.connection.info.transaction_status == TransactionStatus.INERROR
+
+    def credits_end(self) -> None:
+        """Let the bucket end: nothing is left in it but what was given back."""
+        self.connection.execute("update private.credit_buckets set expires_at = now()")
+        self.connection.execute(
+            "update public.entitlements set credits_end_at = now() where credits_end_at is not null"
+        )
+
+    def takes_back(self) -> None:
+        """Have all that the user was given taken back, once."""
+        self.connection.execute(
+            "select public.grant_credits(%s, %s, 'adjust', 'dispute')",
+            [self.user.id, -WELCOME - IMAGES + 1],
+        )
 
     def claims(self) -> list[Job]:
         self.worker.let_the_next_claim_scan_all()
@@ -168,7 +195,10 @@ OTHERS: dict[str, Callable[[Stage], Any]] = {
     "the backoff ends": lambda s: s.connection.execute(
         "update private.ready_jobs set run_at = null"
     ),
+    "the credits end": Stage.credits_end,
+    "a chargeback": Stage.takes_back,
 }
+OF_MONEY = ("the credits end", "a chargeback")
 # After these and a claim, whatever has happened, the job ends.
 LAST = ("the lease runs out", "recover_stale_jobs", "the backoff ends", "resume_model")
 REFUSALS = {
@@ -198,7 +228,12 @@ class Explorer:
             for job in held:
                 self.take(name, state, held, job)
         for name in OTHERS:
-            if name != "claim_jobs" or len(held) < CLAIMS:
+            if name in OF_MONEY:  # within the first claim, which is then the last
+                is_open = len(held) < 2 and state["status"] not in ENDED
+            else:
+                is_moved = state["debt"] or state["buckets"][0][0] is None
+                is_open = name != "claim_jobs" or (len(held) < CLAIMS and not (held and is_moved))
+            if is_open:
                 self.take(name, state, held, None)
 
     def take(self, name: str, before: State, held: list[Job], job: Job | None) -> None:
@@ -259,10 +294,13 @@ def broken_rules(state: State) -> list[str]:
     places = (state["ready"] or []) + (state["running"] or [])
     live = {"queued": state["ready"], "processing": state["running"]}
     holds = {
-        "charged once": state["ledger"][0] == ["charge", -IMAGES],
-        "refunded as the end calls for": state["ledger"][1:] in refunds(state),
-        "the balance is the ledger": state["credits"]
-        == WELCOME + sum(amount for _, amount in state["ledger"]),
+        "charged once": state["ledger"]["charge"] == -IMAGES,
+        "refunded as the end calls for": state["ledger"].get("refund") in refunds(state),
+        "the balance is the ledger": state["balances"],
+        "who has a debt has no credits": not (state["debt"] and state["credits"]),
+        "a chargeback takes all, and what is given back comes after": "adjust"
+        not in state["ledger"]
+        or state["credits"] - state["debt"] == state["ledger"].get("refund", 0) - IMAGES,
         "in one place while it lives": len(places) == (state["status"] in live),
         "in the place its status says": state["status"] in ENDED or live[state["status"]],
         "one end": len(ends) <= 1 and ends == state["outcomes"][-1:][: len(ends)],
@@ -274,13 +312,11 @@ def broken_rules(state: State) -> list[str]:
     return [rule for rule, is_so in holds.items() if not is_so]
 
 
-def refunds(state: State) -> list[list[Any]]:
+def refunds(state: State) -> list[int | None]:
     if state["status"] == "completed":
-        missing = IMAGES - state["images"]
-        return [[["refund", missing]] if missing else []]
+        return [IMAGES - state["images"] or None]
     part = math.ceil(IMAGES * REFUND_PERCENT / 100)
-    amounts = {"failed": [IMAGES], "canceled": [IMAGES, part]}.get(state["status"])
-    return [[["refund", amount]] for amount in amounts] if amounts else [[]]
+    return {"failed": [IMAGES], "canceled": [IMAGES, part]}.get(state["status"], [None])
 
 
 @pytest.fixture
