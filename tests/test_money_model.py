@@ -34,6 +34,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from money_model import (
+    BUDGET,
+    COSTS,
     FINAL,
     LIVE,
     MAX_ACTIVE,
@@ -49,9 +51,12 @@ MINUTES = float(os.environ.get("MONEY_MODEL_MINUTES", "0"))
 WELCOME = 15
 OPEN_FOR = 4  # calls that others make meanwhile
 SETUP = f"""
+update public.models set cost_usd = {COSTS["darkroom/preview"]}, cost_unit = 'image'
+where id = 'darkroom/preview';
 insert into public.models
 select (jsonb_populate_record(m, '{{
-  "id": "darkroom/dear", "price_credits": 3, "paid_price_credits": 2
+  "id": "darkroom/dear", "price_credits": 3, "paid_price_credits": 2,
+  "cost_usd": {COSTS["darkroom/dear"]}
 }}')).* from public.models as m where m.id = 'darkroom/preview';
 update private.plans set max_per_minute = 1000000, max_batch = 3, max_burned_per_day = {MAX_BURNED};
 update private.plans set max_active = {MAX_ACTIVE["free"]} where name = 'free';
@@ -60,8 +65,13 @@ update private.settings set welcome_credits = {WELCOME}, running_cancel_refund_p
   retry_base = '0', breaker_failures = 32767, breaker_provider_failures = 32767,
   keep_ledger_of_deleted_users = '0';
 """
+NEW_BUDGET = f"""
+delete from private.budgets;
+insert into private.budgets (period, limit_usd, on_breach) values ('month', {BUDGET}, 'pause')
+"""
 FACTS = """
 select jsonb_build_object(
+  'budget', (select jsonb_build_array(b.spent_usd, b.reserved_usd) from private.budget_states as b),
   'accounts', (
     select jsonb_object_agg(e.user_id, jsonb_build_array(
       private.spendable_credits(e), e.debt, (
@@ -116,6 +126,11 @@ with moved as (
 update private.credit_buckets set expires_at = now()
 where id = (select id from moved) returning id
 """
+PERIOD_ENDS = """
+with ended as (update private.budgets set spent_until = least(spent_until, now()))
+update private.budget_spendings set booked_at = '-infinity' returning budget_id
+"""
+MOST = 3 * max(COSTS.values())  # what one job may cost
 METRICS = st.sampled_from([{}, {"images": 1}, {"is_asked": False}, {"is_billed": False}])
 OWNERS = st.sampled_from([True, True, True, False])
 OF_JOBS = ["cancel", "cancel", "cancel_batch", "retry", "hide_or_show"]
@@ -173,6 +188,7 @@ class Money(RuleBasedStateMachine):
         self.ids = stage.new_users()
         for user_id in self.ids.values():
             self.books.accounts[user_id] = Account([Bucket(credits=WELCOME)])
+        self.db.execute(NEW_BUDGET)
         self.jobs: list[str] = []  # all that anybody has heard of
         self.leases: list[Job] = []
         self.requests: dict[tuple[str, ...], Any] = {}  # by idempotency key: request and answer
@@ -261,6 +277,7 @@ class Money(RuleBasedStateMachine):
         ways = ["enqueue", "enqueue", "grant", "grant", "set_paid"] + (OF_JOBS if self.jobs else [])
         ways += ["claim"] * 3 if self.books.claimable() else []
         ways += OF_LEASES if self.leases else []
+        ways += ["a_period_ends"] * 2 if self.books.spent > BUDGET / 2 else []
         ways += ["credits_end"] * 2 if self.lasting() else []
         if any(job.is_late for job in self.books.jobs.values()):
             ways.append("recover_stale_jobs")
@@ -411,10 +428,14 @@ class Money(RuleBasedStateMachine):
 
             def note(claimed):
                 assert {job.id for job in claimed} <= claimable
-                assert not is_alone or len(claimed) == min(slots, len(claimable))
                 for job in claimed:
                     self.books.claim(job.id, job.token)
                 self.leases += claimed
+                left = {id for id in self.books.claimable() if self.books.fits(id)}
+                assert not is_alone or claimed or not left
+                # A budget that is nearly spent may be left so until the next claim.
+                is_tight = self.books.spent + self.books.reserved() + MOST > BUDGET
+                assert not is_alone or is_tight or len(claimed) == min(slots, len(claimable))
 
             return None, note
 
@@ -450,7 +471,10 @@ class Money(RuleBasedStateMachine):
             lease,
             lambda worker: worker.fail_job(lease, code, retry_after=retry_after, metrics=metrics),
             "retried failed canceled",
-            lambda job: (None, lambda answer: same(answer, self.books.fail(job, code, waits))),
+            lambda job: (
+                None,
+                lambda answer: same(answer, self.books.fail(job, code, waits, metrics)),
+            ),
         )
 
     def release(self, lease, draw):
@@ -471,7 +495,7 @@ class Money(RuleBasedStateMachine):
             "canceled",
             lambda job: (
                 None if job.cancel_requested else "22023",
-                lambda _: self.books.cancel(job, is_burned),
+                lambda _: self.books.cancel(job, is_burned, metrics),
             ),
         )
 
@@ -502,6 +526,10 @@ class Money(RuleBasedStateMachine):
         if draw(st.booleans()):  # else it is found when something is done with them
             self.db.execute("select private.expire_credits()")
 
+    def a_period_ends(self, _):
+        if self.moved(PERIOD_ENDS):
+            self.books.spent = 0
+
     def recover_stale_jobs(self, _):
         late = {id for id, job in self.books.jobs.items() if job.token and job.is_late}
         if self.open and late & self.open.touched:
@@ -520,6 +548,8 @@ class Money(RuleBasedStateMachine):
         facts = self.db.value(FACTS)
         assert Counter(map(str, facts["ledger"] or [])) == Counter(map(str, self.ledger()))
         assert facts["accounts"] == self.accounts()
+        assert facts["budget"] == [self.books.spent, self.books.reserved()]
+        assert self.books.spent + self.books.reserved() <= BUDGET
         assert (facts["jobs"] or {}) == self.states()
         assert_books_balance(self.db)
 
