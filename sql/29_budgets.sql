@@ -126,14 +126,14 @@ select
   end as ends_at,
   b as budget
 from private.budgets as b
+inner join private.budget_spendings as p on b.id = p.budget_id
 cross join lateral (
   select
     date_trunc(b.period, now() at time zone 'UTC') as began,
-    coalesce((
-      select p.spent_usd from private.budget_spendings as p
-      where p.budget_id = b.id
-        and p.booked_at >= date_trunc(b.period, now() at time zone 'UTC') at time zone 'UTC'
-    ), 0) as spent_usd
+    case
+      when p.booked_at >= date_trunc(b.period, now(), 'UTC') then p.spent_usd
+      else 0
+    end as spent_usd
 ) as s
 cross join lateral (
   select coalesce(sum(j.reserved_usd), 0) as reserved_usd
@@ -153,7 +153,7 @@ comment on view private.budget_states is
 
 -- Whoever changes a budget has the jobs that wait for it looked at again.
 create function private.note_budget() returns trigger
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql set search_path = pg_catalog, pg_temp set jit = off as $$
 begin
   if tg_op = 'INSERT' then
     insert into private.budget_spendings (budget_id) values (new.id);
@@ -226,7 +226,7 @@ $$;
 create function private.budget_spent_until(
   p_model public.models, p_user_id uuid
 ) returns timestamptz
-language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+language plpgsql stable set search_path = pg_catalog, pg_temp set jit = off as $$
 begin
   return (
     select case when count(*) = count(held.until) then min(held.until) end

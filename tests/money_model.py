@@ -209,8 +209,8 @@ class Books:
     def reserved(self) -> int:
         return sum(job.reserved for job in self.jobs.values())
 
-    def fits(self, job_id: str) -> bool:
-        return self.jobs[job_id].asks <= max(BUDGET - self.spent - self.reserved(), 0)
+    def room(self) -> int:
+        return max(BUDGET - self.spent - self.reserved(), 0)
 
     def book(self, job: Generation, metrics: dict[str, Any]) -> None:
         """Pay what the attempt has cost; all that it might have, where nobody knows."""
@@ -220,7 +220,7 @@ class Books:
 
     def claim(self, job_id: str, token: int) -> None:
         job = self.jobs[job_id]
-        assert self.fits(job_id)
+        assert job.asks <= self.room()
         job.reserved += job.asks
         job.status, job.token, job.attempt = "processing", token, job.attempt + 1
         job.is_late = set()
