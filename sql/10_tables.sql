@@ -242,6 +242,7 @@ create table public.generations (
   error_code text,
   error_message text,
   price_credits public.credits not null,
+  refund_percent smallint,
   image_count public.image_count not null,
   queue_distance bigint,
   idempotency_key text,
@@ -270,6 +271,8 @@ comment on column public.generations.status is
 comment on column public.generations.error_code is 'Why it failed: a code of private.error_codes.';
 comment on column public.generations.price_credits is
   'Credits charged for the whole generation at enqueue.';
+comment on column public.generations.refund_percent is
+  'How much of the price of one that failed or was canceled was given back; null: all.';
 comment on column public.generations.queue_distance is
   'How far behind the queue''s present it was put: ready_jobs.fair_key less the virtual clock.';
 comment on column public.generations.idempotency_key is

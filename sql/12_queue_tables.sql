@@ -211,7 +211,9 @@ create table private.error_codes (
   uses_attempt boolean not null default true,
   resumes boolean not null default false,
   trips_breaker boolean not null default false,
-  pauses_model boolean not null default false
+  pauses_model boolean not null default false,
+  refund_percent smallint not null default 100,
+  constraint error_codes_refund_is_a_percentage check (refund_percent between 0 and 100)
 );
 
 comment on table private.error_codes is
@@ -226,6 +228,9 @@ comment on column private.error_codes.trips_breaker is
 comment on column private.error_codes.pauses_model is
   'True: no job of the model can do better until an operator has mended it and calls resume_model. '
   'All of them wait.';
+comment on column private.error_codes.refund_percent is
+  'Share of the price given back to whose job fails with it from then on. What a push says of that '
+  'is a row of push_texts.';
 
 create table private.provider_words (
   place integer primary key,

@@ -19,7 +19,7 @@ declare
   v_status integer := (jsonb '{
     "invalid_input": 400, "not_authenticated": 401, "insufficient_credits": 402, "in_debt": 402,
     "requires_paid_plan": 403, "not_found": 404, "method_not_allowed": 405,
-    "idempotency_conflict": 409, "not_finished": 409, "already_finished": 409,
+    "idempotency_conflict": 409, "price_changed": 409, "not_finished": 409, "already_finished": 409,
     "too_many_active": 429, "rate_limited": 429,
     "budget_spent": 503, "busy": 503, "model_paused": 503, "unavailable": 503
   }' ->> p_token)::integer;
@@ -241,7 +241,6 @@ $$;
 create type private.gate as (
   user_id uuid,
   credits integer,
-  credits_end_at timestamptz,
   last_fair_key bigint,
   plan text,
   weight integer,
@@ -249,7 +248,8 @@ create type private.gate as (
   max_batch integer,
   may_be_over_limits boolean,
   is_model_unclear boolean,
-  model public.models
+  model public.models,
+  credits_end_at timestamptz
 );
 
 comment on type private.gate is
@@ -272,7 +272,7 @@ declare
   v_gate private.gate;
 begin
   select
-    e.user_id, e.credits, e.credits_end_at, e.last_fair_key, p.name, p.weight, p.max_active, p.max_batch,
+    e.user_id, e.credits, e.last_fair_key, p.name, p.weight, p.max_active, p.max_batch,
     -- A minute or a day that is over, too: refuse_limits looks closer.
     e.minute_jobs >= p.max_per_minute or e.day_burned >= p.max_burned_per_day or e.debt > 0
     or e.day_jobs >= p.max_per_minute::bigint * p.full_minutes_per_day
@@ -286,7 +286,7 @@ begin
     ) or (
       m.cost_usd is null and exists (select from private.budgets as b where b.on_breach <> 'alert')
     ),
-    m
+    m, e.credits_end_at
   into v_gate
   from (select * from public.entitlements where user_id = p_user_id for update) as e
   inner join private.plans as p

@@ -80,12 +80,12 @@ $$;
 -- What is named here is begun anew in each transaction, and so costs more than what is done. Hence
 -- one statement, and ids made in it: as uuid_v7 makes them, a microsecond apart.
 --
--- Raises: PT400 invalid_input, PT402 insufficient_credits, PT402 in_debt, PT429 too_many_active,
--- PT429 rate_limited, PT503 busy.
+-- Raises: PT400 invalid_input, PT402 insufficient_credits, PT402 in_debt, PT409 price_changed,
+-- PT429 too_many_active, PT429 rate_limited, PT503 busy.
 create function private.accept(
   p_gate private.gate, p_name text, p_params jsonb, p_prompts text[], p_inputs jsonb[],
   p_idempotency_key text default null, p_batch_id uuid default null, p_retry_of uuid default null,
-  p_is_free boolean default false
+  p_is_free boolean default false, p_max_price integer default null
 ) returns json
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
@@ -123,6 +123,7 @@ begin
       ) as counted
     ) as live
     where v_images between 1 and v_model.max_images and v_price * v_jobs <= p_gate.credits
+      and v_price <= p_max_price is not false
       and (p_is_free or live.jobs < p_gate.max_active)
   ),
   jobs as materialized (
@@ -192,6 +193,12 @@ begin
         'params.%s: not between 1 and %s', v_model.image_count_input, v_model.max_images
       ));
     end if;
+    if v_price > p_max_price then
+      perform private.refuse(
+        'price_changed', format('the price is %s, seen was %s', v_price, p_max_price),
+        'Read list_models() again and show the new price.'
+      );
+    end if;
     if v_price * v_jobs > p_gate.credits then
       perform private.refuse(
         'insufficient_credits', format('need %s, have %s', v_price * v_jobs, p_gate.credits),
@@ -255,7 +262,8 @@ $$;
 -- Locks: the entitlement row.
 -- Raises: see the comment on public.enqueue_generation.
 create function private.enqueue_generation(
-  p_model text, p_prompt text, p_params jsonb, p_idempotency_key text
+  p_model text, p_prompt text, p_params jsonb, p_idempotency_key text,
+  p_max_price_credits integer
 ) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
@@ -326,6 +334,9 @@ begin
       return private.known_answer(v_known, v_gate.credits, true);
     end if;
   end if;
-  return private.accept(v_gate, p_model, v_params, v_prompts, v_inputs, p_idempotency_key);
+  return private.accept(
+    v_gate, p_model, v_params, v_prompts, v_inputs, p_idempotency_key,
+    p_max_price => p_max_price_credits
+  );
 end;
 $$;

@@ -51,7 +51,8 @@ $$;
 -- Locks: the entitlement row.
 -- Raises: see the comment on public.enqueue_batch.
 create function private.enqueue_batch(
-  p_model text, p_prompts text[], p_params jsonb, p_idempotency_key text
+  p_model text, p_prompts text[], p_params jsonb, p_idempotency_key text,
+  p_max_price_credits integer
 ) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
@@ -97,7 +98,7 @@ begin
       private.provider_inputs(
         v_gate.model, v_user_id, v_params, v_prompts, 'prompts[%1$s]'
       ),
-      p_batch_id => v_batch.id
+      p_batch_id => v_batch.id, p_max_price => p_max_price_credits
     );
     select * into v_batch from public.batches where id = v_batch.id;
   end if;

@@ -8,7 +8,9 @@
 
 -- Locks: the entitlement row.
 -- Raises: see the comment on public.retry_generation.
-create function private.retry_generation(p_job_id uuid) returns json
+create function private.retry_generation(
+  p_job_id uuid, p_max_price_credits integer
+) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bitmapscan = off
 set jit = off as $$
@@ -39,7 +41,7 @@ begin
   return private.accept(
     v_gate, coalesce(v_old.alias_id, v_old.model_id), v_old.input, array[v_old.prompt],
     private.provider_inputs(v_gate.model, v_user_id, v_old.input, array[v_old.prompt]),
-    p_retry_of => p_job_id
+    p_retry_of => p_job_id, p_max_price => p_max_price_credits
   );
 end;
 $$;

@@ -84,8 +84,8 @@ begin
 end;
 $$;
 
--- What goes back of the price of a job that has ended: all of it, but for what was stored, and of a
--- canceled one this percentage, rounded up. Each image costs a whole number.
+-- What goes back of the price of a job that has ended: of a completed one the share of the images
+-- that were not stored, each of which costs a whole number; else this percentage, rounded up.
 create function private.refund_due(
   p_status text, p_price integer, p_charged integer, p_stored integer, p_percent integer
 ) returns integer
@@ -93,8 +93,7 @@ language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 begin
   return case p_status
     when 'completed' then p_price / p_charged * (p_charged - p_stored)
-    when 'canceled' then ceil(p_price::numeric * p_percent / 100)
-    else p_price
+    else ceil(p_price::numeric * p_percent / 100)
   end;
 end;
 $$;
@@ -105,8 +104,10 @@ $$;
 --
 -- What a user cancels is burned if it was running and the provider may bill us: only the share of
 -- settings.running_cancel_refund_percent goes back then, for nobody gets anything because the user
--- did not want it any more. That counts, for else it could be had without end: see check_limits
--- (30). What failed by itself was not stopped by its user, and our failures are nobody's to pay.
+-- did not want it any more. That counts, for else it could be had without end: see refuse_limits
+-- (30). What failed by itself was not stopped by its user: it gives back what error_codes says of
+-- its code, canceled or not. A share that is not the whole stays with the generation, so that the
+-- books are exact whatever is set later.
 --
 -- Locks: generations, then entitlements in order of id.
 -- Raises: 22023 if of a completed job there is no image or more than were charged.
@@ -117,20 +118,35 @@ create function private.end_jobs(
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_ids uuid[] := array(select j.job_id from unnest(p_jobs) as j);
+  v_burned uuid[] := '{}'::uuid[];
   v_ended record;
+  v_message text;
   v_percent integer;
 begin
+  if p_code is not null then
+    select e.message, e.refund_percent into v_message, v_percent
+    from private.error_codes as e where e.code = p_code;
+  elsif p_status = 'canceled' then
+    v_burned := array(
+      select j.job_id from unnest(p_jobs) with ordinality as j
+      where j.token is not null and p_metrics[j.ordinality]
+        @@ '$.is_asked == false || $.is_billed == false' is not true
+    );
+    select s.running_cancel_refund_percent into v_percent from private.settings as s;
+  end if;
   for v_ended in
     with ended as (
       update public.generations as g set
         status = p_status, finished_at = now(), updated_at = now(),
         error_code = case p_status when 'failed' then p_code end,
-        error_message = case p_status when 'failed' then (
-          select e.message from private.error_codes as e where e.code = p_code
-        ) end
+        error_message = case p_status when 'failed' then v_message end,
+        refund_percent = case
+          when p_code is not null or g.id = any (v_burned) then nullif(v_percent, 100)
+        end
       where g.id = any (v_ids)
       returning
-        g.id, g.user_id, g.price_credits, g.image_count, array_position(v_ids, g.id) as place
+        g.id, g.user_id, g.price_credits, g.image_count, g.refund_percent,
+        array_position(v_ids, g.id) as place
     )
     select e.*, p_stored[e.place] as stored from ended as e
     where p_stored[e.place] is distinct from e.image_count
@@ -140,15 +156,13 @@ begin
       raise exception '% images stored, % charged', v_ended.stored, v_ended.image_count using
         errcode = 'invalid_parameter_value', detail = format('job %s', v_ended.id);
     end if;
-    v_percent := 100;
-    if p_status = 'canceled' and p_code is null and (p_jobs[v_ended.place]).token is not null
-      and p_metrics[v_ended.place] @@ '$.is_asked == false || $.is_billed == false' is not true then
-      select s.running_cancel_refund_percent into v_percent from private.settings as s;
+    if v_ended.id = any (v_burned) then
       update public.entitlements set day_burned = day_burned + 1
       where user_id = v_ended.user_id;
     end if;
     perform private.refund_generation(v_ended.user_id, v_ended.id, private.refund_due(
-      p_status, v_ended.price_credits, v_ended.image_count, v_ended.stored, v_percent
+      p_status, v_ended.price_credits, v_ended.image_count, v_ended.stored,
+      coalesce(v_ended.refund_percent, 100)
     ));
   end loop;
   perform private.record_attempts(p_jobs, p_status, p_metrics, p_code, p_detail);

@@ -59,8 +59,7 @@ left join (
 ) as l on g.id = l.generation_id
 where coalesce(-l.amount, 0) <> g.price_credits
 union all
--- By the rule by which jobs end (75). Of a canceled one the share was a setting of that day: any
--- is right, but one there is.
+-- By the rule by which jobs end (75).
 select
   'refund', g.user_id, g.id,
   format('%s at the price of %s, refunded were %s', g.status, g.price_credits, l.amount)
@@ -71,11 +70,10 @@ cross join lateral (
 ) as l
 where case
   when g.status in ('queued', 'processing') then l.amount is not null
-  when g.status = 'canceled'
-    then coalesce(l.amount > g.price_credits, g.price_credits > 0)
   else coalesce(l.amount, 0) <> private.refund_due(
     g.status, g.price_credits, g.image_count,
-    (select count(*) from public.images as i where i.generation_id = g.id)::integer, 100
+    (select count(*) from public.images as i where i.generation_id = g.id)::integer,
+    coalesce(g.refund_percent, 100)
   )
 end
 union all

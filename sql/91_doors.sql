@@ -5,11 +5,14 @@
 -- What is called most is plpgsql, whose plans last for a session.
 
 create function public.enqueue_generation(
-  model text, prompt text, params jsonb default '{}', idempotency_key text default null
+  model text, prompt text, params jsonb default '{}', idempotency_key text default null,
+  max_price_credits integer default null
 ) returns json
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
-  return private.enqueue_generation(model, prompt, params, idempotency_key);
+  return private.enqueue_generation(
+    model, prompt, params, idempotency_key, max_price_credits
+  );
 end;
 $$;
 
@@ -19,17 +22,20 @@ comment on function public.enqueue_generation is
   'poll_after_ms, size (what the model takes for the width and height or aspect_ratio asked for; '
   'null: just that)}. The same idempotency_key and payload answer with the same job and charge '
   'nothing. With params.reuse = true and a seed, a finished generation of the same input is '
-  'answered, free, if it is among your last 200. Errors: PT400 invalid_input, PT401 '
+  'answered, free, if it is among your last 200. max_price_credits is the most that one generation '
+  'may cost, as the user saw it; null: whatever it costs. Errors: PT400 invalid_input, PT401 '
   'not_authenticated, PT402 insufficient_credits | in_debt, PT403 requires_paid_plan, PT404 '
-  'not_found (also where the job of the key is deleted), PT409 idempotency_conflict, PT429 '
-  'too_many_active | rate_limited, PT503 budget_spent | busy | model_paused | unavailable.';
+  'not_found (also where the job of the key is deleted), PT409 idempotency_conflict | '
+  'price_changed, PT429 too_many_active | rate_limited, PT503 budget_spent | busy | model_paused | '
+  'unavailable.';
 
 create function public.enqueue_batch(
-  model text, prompts text[], params jsonb default '{}', idempotency_key text default null
+  model text, prompts text[], params jsonb default '{}', idempotency_key text default null,
+  max_price_credits integer default null
 ) returns json
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
-  return private.enqueue_batch(model, prompts, params, idempotency_key);
+  return private.enqueue_batch(model, prompts, params, idempotency_key, max_price_credits);
 end;
 $$;
 
@@ -49,9 +55,11 @@ comment on function public.get_batch_status is
   'credits_left, poll_after_ms (null when finished), created_at}. get_job_status tells of each. '
   'Errors: PT401 not_authenticated, PT404 not_found.';
 
-create function public.retry_generation(job_id uuid) returns json
+create function public.retry_generation(
+  job_id uuid, max_price_credits integer default null
+) returns json
 language sql set search_path = pg_catalog, pg_temp
-return private.retry_generation(job_id);
+return private.retry_generation(job_id, max_price_credits);
 
 comment on function public.retry_generation is
   'Asks again for what failed or was canceled: a new job, charged as any, with a new seed unless '

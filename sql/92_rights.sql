@@ -17,9 +17,9 @@ $$;
 
 revoke all on function
 public.cancel_batch, public.cancel_generation, public.delete_generation, public.enqueue_batch,
-public.enqueue_generation, public.get_batch_status, public.get_entitlement, public.get_job_status,
-public.grant_credits, public.list_active_jobs, public.list_generations, public.list_models,
-public.pause_model, public.ping, public.queue_health, public.redrive_failed,
+public.enqueue_generation, public.export_user, public.get_batch_status, public.get_entitlement,
+public.get_job_status, public.grant_credits, public.list_active_jobs, public.list_generations,
+public.list_models, public.pause_model, public.ping, public.queue_health, public.redrive_failed,
 public.restore_generation, public.resume_model, public.retry_generation, public.set_paid
 from public, anon, authenticated, service_role;
 
@@ -42,8 +42,9 @@ to authenticated;
 
 -- The operator's backend.
 grant execute on function
-private.list_models, public.grant_credits, public.list_models, public.pause_model, public.ping,
-public.queue_health, public.redrive_failed, public.resume_model, public.set_paid
+private.list_models, public.export_user, public.grant_credits, public.list_models,
+public.pause_model, public.ping, public.queue_health, public.redrive_failed, public.resume_model,
+public.set_paid
 to service_role;
 
 -- Workers.

@@ -522,6 +522,9 @@ comment on function public.list_prompt_templates is
   'placeholders [names in braces], model (null: any), params, created_at}]. Errors: PT401 '
   'not_authenticated.';
 
+insert into private.exported_tables (name) values
+('public.image_likes'), ('public.prompt_templates');
+
 -- Who may call what: as in 92, what is not named here nobody may call.
 
 revoke all on function

@@ -721,6 +721,10 @@ insert into private.push_texts (event_type, title, body) values
 
 insert into private.retention_walks (name) values ('trim_deliveries');
 
+insert into private.exported_tables (name, owner, left_out) values
+('private.push_tokens', 'user_id', '{}'),
+('private.deliveries', 'generation_id', '{token,attempts,run_at,last_status,last_error,ticket}');
+
 insert into private.alert_rules (alert, threshold, unit, min_cases, severity, hint) values (
   'dead_deliveries', 0, 'deliveries', 0, 'warning',
   'list_deliveries(''dead'') says why. Then enable_webhook and redeliver_dead, or delete_webhook.'

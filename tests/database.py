@@ -269,19 +269,12 @@ where (
   where l.generation_id = g.id and l.kind = 'refund'
 ) is distinct from (
   select case
-    when g.status in ('failed', 'canceled') then g.price_credits::integer
+    when g.status in ('failed', 'canceled')
+      then ceil(g.price_credits * coalesce(g.refund_percent, 100) / 100.0)::integer
     when g.status = 'completed' and count(*) < g.image_count
       then g.price_credits / g.image_count * (g.image_count - count(*)::integer)
   end
   from public.images as i where i.generation_id = g.id
-)
-and not (
-  g.status = 'canceled' and exists (
-    select from public.credit_ledger as l cross join private.settings as s
-    where l.generation_id = g.id and l.kind = 'refund'
-    group by s.running_cancel_refund_percent
-    having sum(l.amount - l.debt) = ceil(g.price_credits * s.running_cancel_refund_percent / 100.0)
-  ) and exists (select from private.attempts as a where a.generation_id = g.id)
 )
 union all
 select 'images exactly where completed', g.id

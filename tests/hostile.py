@@ -113,6 +113,7 @@ class Victim:
         some |= {key: [True, False] for key in ("is_favorite", "is_liked", "is_public")}
         some |= {key: [False] for key in ("only_favorites", "shows_prompt")}
         return some | {
+            "after": [None],
             "amount": [1, -1],
             "batch_id": [self.batch],
             "before": [None, self.done],
@@ -128,6 +129,7 @@ class Victim:
             "job_id": self.jobs,
             "job_ids": [[], self.jobs],
             "kind": ["grant", "adjust"],
+            "max_price_credits": [None, 9],
             "model": [PREVIEW],
             "path": [f"{self.id}/{self.done}/0.png"],
             "paid_until": ["infinity", None],

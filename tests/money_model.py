@@ -36,6 +36,7 @@ RETRIES = {
 }
 FINAL = ("moderated", "invalid_input", "timeout")
 RESUME = ("provider_timeout", "worker_full", "storage_unavailable", "internal")
+REFUND_PERCENT = {"moderated": 40}  # of other failures all goes back
 
 
 @dataclass(eq=False)
@@ -248,8 +249,9 @@ class Books:
         waits: bool = False,
         metrics: dict[str, Any] = MappingProxyType({}),
     ) -> str:
+        percent = REFUND_PERCENT.get(code, 100)
         if job.cancel_requested:
-            self.cancel(job, metrics=metrics)
+            self.cancel(job, percent=percent, metrics=metrics)
             return "canceled"
         used = job.attempt - (not RETRIES.get(code, True))
         if used >= MAX_ATTEMPTS or code not in RESUME or metrics == {"is_asked": False}:
@@ -260,7 +262,7 @@ class Books:
             return "retried"
         self._end(job, "failed")
         job.status, job.error_code = "failed", code
-        self._refund(job, job.price)
+        self._refund(job, math.ceil(job.price * percent / 100))
         return "failed"
 
     def release(self, job: Generation, resumes: bool) -> None:
@@ -275,6 +277,7 @@ class Books:
         self,
         job: Generation,
         is_burned: bool = False,
+        percent: int = 100,
         metrics: dict[str, Any] = MappingProxyType({}),
     ) -> None:
         """End a job that its user does not want any more, and that the provider may bill us."""
@@ -283,8 +286,8 @@ class Books:
             self._end(job, "canceled")
         job.status, job.waits = "canceled", False
         self.accounts[job.user_id].burned += is_burned
-        percent = CANCEL_REFUND_PERCENT if is_burned else 100
-        self._refund(job, math.ceil(job.price * percent / 100))
+        share = CANCEL_REFUND_PERCENT if is_burned else percent
+        self._refund(job, math.ceil(job.price * share / 100))
 
     def ask_to_cancel(self, job: Generation) -> None:
         if job.status == "queued":

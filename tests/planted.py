@@ -99,6 +99,21 @@ SECURITY = [
         "tests/test_access.py::test_an_input_cannot_be_moved_into_another_folder_or_bucket",
     ),
     Bug(
+        "an export shows what providers said",
+        "sql/87_export.sql",
+        "to_jsonb(c) - %L::text[] from",
+        "to_jsonb(c) - array[left(%L, 0)] from",
+        "tests/test_export.py"
+        "::test_all_that_is_known_of_a_user_is_told_and_nothing_of_the_operators_or_others",
+    ),
+    Bug(
+        "an export leaves out what users like",
+        "sql/95_gallery.sql",
+        "('public.image_likes'), ",
+        "",
+        "tests/test_export.py::test_no_table_that_holds_something_of_a_user_is_forgotten",
+    ),
+    Bug(
         "an input may have the name of its folder",
         "sql/20_access.sql",
         '    and private.may_store_input(name)\n  );\n  create policy "Users replace',
@@ -807,6 +822,21 @@ MONEY = [
         "tests/test_cancel.py::test_once_the_provider_was_asked_the_operators_share_goes_back",
     ),
     Bug(
+        "a failure gives back all, whatever its code says",
+        "sql/75_outcomes.sql",
+        "select e.message, e.refund_percent into",
+        "select e.message, 100 into",
+        "tests/test_outcomes.py::test_what_fails_gives_back_the_share_of_its_code_rounded_up"
+        "[1-50-1]",
+    ),
+    Bug(
+        "a change of what a failure gives back breaks the books of before",
+        "sql/75_outcomes.sql",
+        "then nullif(v_percent, 100)\n",
+        "then nullif(v_percent, v_percent)\n",
+        "tests/test_health.py::test_what_is_given_back_may_change_without_breaking_what_was_given",
+    ),
+    Bug(
         "a grant is applied at each repeat",
         "sql/40_credits.sql",
         "p_user_id, p_kind, p_amount, v_bucket_id, p_external_id => p_external_id\n",
@@ -819,6 +849,20 @@ MONEY = [
         "then v_model.paid_price_credits",
         "then v_model.price_credits",
         MODEL,
+    ),
+    Bug(
+        "a retry costs whatever it costs, however little the user saw",
+        "sql/54_retry.sql",
+        "p_retry_of => p_job_id, p_max_price => p_max_price_credits",
+        "p_retry_of => p_job_id",
+        "tests/test_enqueue.py::test_no_generation_costs_more_than_the_price_that_was_seen[retry]",
+    ),
+    Bug(
+        "who saw a lower price is charged the higher",
+        "sql/50_enqueue.sql",
+        "      and v_price <= p_max_price is not false\n",
+        "",
+        "tests/test_enqueue.py::test_no_generation_costs_more_than_the_price_that_was_seen[enqueue]",
     ),
     Bug(
         "what an operator has made again is charged",
@@ -861,8 +905,8 @@ MONEY = [
     Bug(
         "a user who canceled pays for our failures",
         "sql/75_outcomes.sql",
-        "p_status = 'canceled' and p_code is null and (p",
-        "p_status = 'canceled' and (p",
+        "  if p_code is not null then\n    select e.message",
+        "  if p_status = 'failed' then\n    select e.message",
         "tests/test_cancel.py"
         "::test_who_canceled_pays_neither_for_our_failures_nor_for_what_nobody_bills",
     ),

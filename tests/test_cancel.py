@@ -75,6 +75,18 @@ def test_who_canceled_pays_neither_for_our_failures_nor_for_what_nobody_bills(
     assert db.value("select sum(day_burned) from public.entitlements") == 0
 
 
+def test_who_canceled_what_then_failed_gets_back_what_the_failure_gives(db, alice, worker):
+    db.execute("update private.error_codes set refund_percent = 40 where code = 'moderated'")
+    job_id = alice.enqueued(params={"num_outputs": 3})
+    job = worker.claimed()
+    alice.cancel_generation(job_id)
+
+    assert worker.fail_job(job, "moderated") == "canceled"
+
+    assert alice.get_job_status(job_id)["refunded_credits"] == 2  # 1.2, in the user's favour
+    assert_books_balance(db)
+
+
 def test_a_user_burns_no_more_purchases_in_a_day_than_the_plan_allows(db, alice, worker):
     for _ in range(5):
         job_id = alice.enqueued()

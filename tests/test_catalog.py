@@ -19,9 +19,9 @@ OF_USERS = """
     unregister_push_token
 """
 OF_OPERATORS = """
-    delete_webhook enable_webhook grant_credits list_deliveries list_models list_webhooks ping
-    queue_health queue_history queue_report pause_model redrive_failed redeliver redeliver_dead
-    register_webhook rotate_webhook_secret resume_model set_paid
+    delete_webhook enable_webhook export_user grant_credits list_deliveries list_models
+    list_webhooks ping queue_health queue_history queue_report pause_model redrive_failed redeliver
+    redeliver_dead register_webhook rotate_webhook_secret resume_model set_paid
 """
 OF_WORKERS = """
     apply_retention cancel_job check_setup claim_deliveries claim_jobs complete_jobs due_lanes

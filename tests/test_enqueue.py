@@ -65,16 +65,54 @@ def test_the_same_key_and_payload_answer_the_same_and_charge_nothing(db, alice, 
 
 def test_a_repeat_is_answered_whatever_the_limits_say_by_now(db, alice, worker):
     alice.has(credits=1)
-    first = alice.enqueue(idempotency_key="k")
+    first = alice.enqueue(idempotency_key="k", max_price_credits=1)
     db.execute("update private.plans set max_per_minute = 1, max_active = 1")
-    db.execute("update public.models set is_active = false")
+    db.execute("update public.models set is_active = false, price_credits = 2")
 
-    assert alice.enqueue(idempotency_key="k") == first
+    assert alice.enqueue(idempotency_key="k", max_price_credits=1) == first
 
     worker.complete_job(worker.claimed())
     again = alice.enqueue(idempotency_key="k")
     assert (again["job_id"], again["status"]) == (first["job_id"], "completed")
     assert (again["queue_position"], again["poll_after_ms"]) == (None, None)
+
+
+TWO = {"params": {"num_outputs": 2}}
+WAYS_IN = {
+    "enqueue": lambda user, seen: user.enqueue(max_price_credits=seen, **TWO),
+    "batch": lambda user, seen: user.enqueue_batch(["a", "b"], max_price_credits=seen, **TWO),
+    "retry": lambda user, seen: user.retry_generation(failed(user), max_price_credits=seen),
+}
+
+
+def failed(user):
+    """What the user asked for when it cost nothing, and failed."""
+    (job_id,) = user.db.execute("select id from public.generations where status = 'failed'")
+    return job_id["id"]
+
+
+@pytest.mark.parametrize("way", WAYS_IN)
+def test_no_generation_costs_more_than_the_price_that_was_seen(db, alice, worker, way):
+    db.execute("update public.models set price_credits = 0")
+    alice.enqueue(**TWO)
+    worker.fail_job(worker.claimed(), "moderated")
+    db.execute("update public.models set price_credits = 2, paid_price_credits = 1")
+    for credits in (10, 3):  # the second time there are too few of them as well
+        alice.has(credits=credits)
+        for seen in (3, 0, -1):
+            with unchanged(db), refused("PT409", "price_changed") as refusal:
+                WAYS_IN[way](alice, seen)
+            assert refusal.detail == f"the price is 4, seen was {seen}"
+            assert "list_models()" in refusal.refusal.hint
+    alice.has(credits=10)
+    with unchanged(db), refused("PT400", "invalid_input"):
+        alice.enqueue(params={"num_outputs": 99}, max_price_credits=0)
+
+    taken = WAYS_IN[way](alice, 4)["credits_left"]
+    assert taken == (2 if way == "batch" else 6)
+    alice.has_paid()  # the price of whose plan has changed pays that
+    assert alice.enqueue(max_price_credits=2, **TWO)["credits_left"] == taken - 2
+    assert_books_balance(db)
 
 
 def test_the_key_of_a_deleted_job_is_not_found_until_it_is_restored_or_erased(db, alice, worker):

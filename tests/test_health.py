@@ -133,6 +133,10 @@ def test_what_holds_back_vacuum_is_named_without_what_it_runs(db, service, begin
 
 INSERT = "insert into public.credit_ledger (user_id, kind, amount, balance_after) values"
 NO_REFUND = "delete from public.credit_ledger where kind = 'refund'"
+SHORT_REFUND = (
+    "update public.credit_ledger set amount = 1, balance_after = 9 where kind = 'refund';"
+    "update public.entitlements set credits = 9 where user_id = '{alice}'"
+)
 REFUND = "update public.credit_ledger set kind = 'refund', amount = 1 where kind = 'charge'"
 FAULTS = [
     # How far a job has come, what is wrong then, and the rule that it breaks.
@@ -145,6 +149,7 @@ FAULTS = [
     ("queued", "update public.generations set price_credits = 3", "charge"),
     ("moderated", NO_REFUND, "refund"),
     ("canceled", NO_REFUND, "refund"),
+    *((state, SHORT_REFUND, "refund") for state in ("moderated", "canceled")),
     ("completed", REFUND, "refund"),
     ("completed", "update public.generations set image_count = 2", "refund"),
 ]
@@ -197,13 +202,18 @@ def test_the_nightly_check_finds_what_has_not_moved_and_keeps_it_until_it_finds_
     assert service.alerts() == {}
 
 
-def test_the_rate_of_refund_for_running_jobs_may_change(db, alice, worker):
-    db.execute("update private.settings set running_cancel_refund_percent = 0")
-    job_id = alice.enqueued()
-    job = worker.claimed()
-    alice.cancel_generation(job_id)
-    worker.cancel_job(job)
+def test_what_is_given_back_may_change_without_breaking_what_was_given(db, alice, worker):
+    for percent in (0, 50, 100, 30):
+        db.execute("update private.settings set running_cancel_refund_percent = %s", percent)
+        db.execute("update private.error_codes set refund_percent = %s", percent)
+        assert_books_balance(db)
+        canceled = alice.enqueued(params={"num_outputs": 2})
+        job = worker.claimed()
+        alice.cancel_generation(canceled)
+        worker.cancel_job(job)
+        alice.enqueue(params={"num_outputs": 2})
+        worker.fail_job(worker.claimed(), "moderated")
 
-    db.execute("update private.settings set running_cancel_refund_percent = 100")
-
-    assert broken(db) == set()
+    assert [-amount for kind, amount in alice.ledger() if kind == "charge"] == [2] * 8
+    assert [back for kind, back in alice.ledger() if kind == "refund"] == [0, 0, 1, 1, 2, 2, 1, 1]
+    assert_books_balance(db)

@@ -41,6 +41,7 @@ from money_model import (
     MAX_ACTIVE,
     MAX_BURNED,
     PRICES,
+    REFUND_PERCENT,
     RETRIES,
     Account,
     Books,
@@ -64,6 +65,8 @@ update private.plans set max_active = {MAX_ACTIVE["paid"]} where name = 'paid';
 update private.settings set welcome_credits = {WELCOME}, running_cancel_refund_percent = 50,
   retry_base = '0', breaker_failures = 32767, breaker_provider_failures = 32767,
   keep_ledger_of_deleted_users = '0';
+update private.error_codes set refund_percent = {REFUND_PERCENT["moderated"]}
+where code = 'moderated';
 """
 NEW_BUDGET = f"""
 delete from private.budgets;
@@ -495,7 +498,7 @@ class Money(RuleBasedStateMachine):
             "canceled",
             lambda job: (
                 None if job.cancel_requested else "22023",
-                lambda _: self.books.cancel(job, is_burned, metrics),
+                lambda _: self.books.cancel(job, is_burned, metrics=metrics),
             ),
         )
 

@@ -43,6 +43,31 @@ def test_a_job_that_failed_shows_what_was_asked_for_and_why_it_failed(
 
 
 @pytest.mark.parametrize(
+    ("price", "percent", "given_back"),
+    [(1, 100, 2), (1, 50, 1), (1, 40, 1), (1, 1, 1), (1, 0, 0), (5, 33, 4), (0, 50, 0), (0, 0, 0)],
+)
+def test_what_fails_gives_back_the_share_of_its_code_rounded_up(
+    alice, worker, price, percent, given_back
+):
+    db, left = alice.has(credits=20).db, 20 - 2 * price
+    db.execute("update public.models set price_credits = %s", price)
+    change = "update private.error_codes set refund_percent = %s where code = 'provider_error'"
+    db.execute(change, percent)
+    job_id = alice.enqueued(params={"num_outputs": 2})
+    while worker.fail_job(worker.claimed(), "provider_error") == "retried":
+        assert alice.credits() == left  # an attempt that is not the last gives nothing
+        db.execute("update private.ready_jobs set run_at = null")
+    db.execute(change, 100 - percent)
+
+    assert alice.get_job_status(job_id)["refunded_credits"] == given_back
+    assert alice.credits() == left + given_back
+    again = alice.retry_generation(job_id)["job_id"]
+    worker.complete_job(worker.claimed(), images=1)  # as ever, whatever is set
+    assert alice.get_job_status(again)["refunded_credits"] == price
+    assert_books_balance(db)
+
+
+@pytest.mark.parametrize(
     ("price", "metrics", "cost"),
     [
         ("0.003 image", {"images": 2, "provider_seconds": 3.5}, "0.006"),

@@ -96,6 +96,7 @@ def asked(db: Database, user_id: str, job_id: str, batch_id: str) -> dict[str, C
         "list_prompt_templates": alice.list_prompt_templates,
         "list_webhooks": service.list_webhooks,
         "list_deliveries": service.list_deliveries,
+        "export_user": lambda: service.export_user(user_id),
         "queue_health": service.queue_health,
         "queue_report": Monitor(db).queue_report,
         "queue_history": lambda: Monitor(db).queue_history(None),

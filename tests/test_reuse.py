@@ -125,7 +125,7 @@ def test_an_alias_stands_for_a_model_which_a_repeat_and_a_retry_keep(db, alice, 
 
 
 def arm_of(db, user_id):
-    gate = "row(%s, 0, 0, 'free', 1, 1, 1, false, true, null)::private.gate"
+    gate = "row(%s, 0, 0, 'free', 1, 1, 1, false, true, null, null)::private.gate"
     return db.value(f"select (private.require_model({gate}, 'auto/fast')).id", user_id)
 
 

@@ -17,6 +17,14 @@ const json = (status: number, body: unknown) =>
   new Response(JSON.stringify(body), { status, headers: { 'content-type': 'application/json' } });
 const text = (status: number, body: string) => new Response(body, { status });
 
+const ASKED = {
+  model: 'darkroom/preview',
+  prompt: 'a cat',
+  params: { width: 768 },
+  idempotency_key: 'key',
+  max_price_credits: 2,
+};
+
 /** Valid for an hour; nobody looks at the signature. */
 function newSession(name: string) {
   const expires_at = Math.floor(Date.now() / 1000) + 3600;
@@ -127,16 +135,11 @@ describe('a request', () => {
   test.each<[string, () => Promise<unknown>, string, object]>([
     [
       'enqueue',
-      () => api.enqueue('darkroom/preview', 'a cat', { width: 768 }, 'key'),
+      () => api.enqueue(ASKED),
       'enqueue_generation',
-      {
-        model: 'darkroom/preview',
-        prompt: 'a cat',
-        params: { width: 768 },
-        idempotency_key: 'key',
-      },
+      ASKED,
     ],
-    ['retry', () => api.retry(JOB), 'retry_generation', { job_id: JOB }],
+    ['retry', () => api.retry(JOB, 2), 'retry_generation', { job_id: JOB, max_price_credits: 2 }],
     ['cancel', () => api.cancel(JOB), 'cancel_generation', { job_id: JOB }],
   ])('to %s is a POST with its arguments in the body', async (_, ask, name, body) => {
     await ask();
@@ -155,7 +158,7 @@ describe('a refusal', () => {
     };
     gateway.answers = [() => json(402, body)];
 
-    const error = await failure(api.enqueue('a', 'b', {}, 'c'));
+    const error = await failure(api.enqueue(ASKED));
 
     expect(error).toBeInstanceOf(DarkroomError);
     expect(error).toMatchObject({
@@ -173,7 +176,7 @@ describe('a refusal', () => {
   ])('may have %s', async (_, more, detail) => {
     gateway.answers = [() => json(400, { code: 'PT400', message: 'invalid_input', ...more })];
 
-    expect(await failure(api.retry(JOB))).toMatchObject({ token: 'invalid_input', detail });
+    expect(await failure(api.retry(JOB, 1))).toMatchObject({ token: 'invalid_input', detail });
   });
 
   test.each([
@@ -183,7 +186,7 @@ describe('a refusal', () => {
   ])('comes from %s (%i)', async (_, status, body, token) => {
     gateway.answers = [() => json(status, body)];
 
-    const error = await failure(api.enqueue('a', 'b', {}, 'c'));
+    const error = await failure(api.enqueue(ASKED));
 
     expect(error).toMatchObject({ token, status, isUnanswered: false });
   });
@@ -198,11 +201,12 @@ describe('a refusal for now', () => {
     ['unavailable', 503, 'PT503', 'unavailable', 'Try again in 30 seconds.', true, 30_000],
     ['unavailable', 400, '0A000', standby, null, true, 0],
     ['unavailable', 405, '25006', 'cannot execute UPDATE', null, true, 0],
+    ['budget_spent', 503, 'PT503', 'budget_spent', 'Try again in 900 seconds.', false, 900_000],
     ['idempotency_conflict', 409, 'PT409', 'idempotency_conflict', 'Use a new key.', false, 0],
   ])('%s (%i, %s)', async (token, status, code, message, hint, isUnanswered, retryAfterMs) => {
     gateway.answers = [() => json(status, { code, message, details: 'No.', hint })];
 
-    const error = await failure(api.enqueue('a', 'b', {}, 'c'));
+    const error = await failure(api.enqueue(ASKED));
 
     expect(error).toMatchObject({ token, status, isUnanswered, retryAfterMs });
   });
@@ -226,7 +230,7 @@ describe('no answer', () => {
   ])('is %s: nobody knows whether it was done', async (_, answer) => {
     gateway.answers = [answer];
 
-    const error = await failure(api.enqueue('a', 'b', {}, 'c'));
+    const error = await failure(api.enqueue(ASKED));
 
     expect(error).toBeInstanceOf(DarkroomError);
     expect(error).toMatchObject({ token: 'unreachable', isUnanswered: true });
@@ -266,7 +270,7 @@ describe('an expired session', () => {
   test('is refreshed, and the request repeated with the new one', async () => {
     gateway.answers = [expired, () => json(200, [])];
 
-    await api.enqueue('a', 'b', {}, 'c');
+    await api.enqueue(ASKED);
 
     const [first, refresh, second] = gateway.requests;
     expect(gateway.requests).toHaveLength(3);

@@ -4,7 +4,7 @@
  * fails in every way a network can, and its storage outlives the app.
  */
 import { type Api, DarkroomError, type Environment, GenerationStore } from '../src/darkroom';
-import type { EnqueueAnswer, Job, Model, Params, Status } from '../src/darkroom/types';
+import type { EnqueueAnswer, Entitlement, Job, Model, Params, Status } from '../src/darkroom/types';
 
 export const USER_ID = '01a20068-0000-7000-8000-000000000001';
 
@@ -38,6 +38,9 @@ interface StoredJob extends Job {
 
 export class FakeServer {
   jobs: StoredJob[] = []; // oldest first
+  models = [MODEL, DEAR_MODEL, PAID_MODEL];
+  /** What of the balance ends when. */
+  ending: Entitlement['credits_ending'] = [];
   balance = 10;
   plan = 'free';
   maxActive = 100;
@@ -53,7 +56,13 @@ export class FakeServer {
 
   // --- what users call ---
 
-  enqueue(model: string, prompt: string, params: Params, key: string | null): EnqueueAnswer {
+  enqueue(
+    model: string,
+    prompt: string,
+    params: Params,
+    key: string | null,
+    seen = Infinity,
+  ): EnqueueAnswer {
     if (this.refusal) throw this.refusal;
     const known = key && this.jobs.find((job) => job.idempotency_key === key);
     if (known) {
@@ -66,10 +75,10 @@ export class FakeServer {
       (job) => params.reuse && job.status === 'completed' && job.prompt === prompt,
     );
     if (reusable) return this.answer(reusable, true);
-    return this.insert({ model, prompt, params, idempotency_key: key });
+    return this.insert({ model, prompt, params, idempotency_key: key }, seen);
   }
 
-  retry(jobId: string): EnqueueAnswer {
+  retry(jobId: string, seen = Infinity): EnqueueAnswer {
     const old = this.require(jobId);
     if (old.finished_at === null) throw refusal(409, 'not_finished');
     if (old.status === 'completed') throw refusal(409, 'already_finished');
@@ -78,7 +87,7 @@ export class FakeServer {
     );
     if (known) return this.answer(known);
     const { model, prompt, params } = old;
-    return this.insert({ model, prompt, params, retry_of: jobId });
+    return this.insert({ model, prompt, params, retry_of: jobId }, seen);
   }
 
   cancel(jobId: string): Job {
@@ -111,6 +120,8 @@ export class FakeServer {
       plan: this.plan,
       paid_until: null,
       credits: this.balance,
+      debt: 0,
+      credits_ending: this.ending,
       is_busy: false,
       active_jobs: this.active().length,
       max_active: this.maxActive,
@@ -171,12 +182,19 @@ export class FakeServer {
     return job;
   }
 
-  private insert(asked: Partial<Job> & { model: string }): EnqueueAnswer {
-    const model = [MODEL, DEAR_MODEL, PAID_MODEL].find(({ id }) => id === asked.model);
+  private insert(asked: Partial<Job> & { model: string }, seen: number): EnqueueAnswer {
+    const model = this.models.find(({ id }) => id === asked.model);
     if (!model) throw refusal(404, 'not_found');
     if (model.requires_paid && this.plan !== 'paid') throw refusal(403, 'requires_paid_plan');
     if (this.active().length >= this.maxActive) throw refusal(429, 'too_many_active');
     const price = this.plan === 'paid' ? model.paid_price_credits : model.price_credits;
+    if (price > seen) {
+      throw refusal(
+        409,
+        'price_changed',
+        `the price is ${price}, seen was ${seen}. Read it again.`,
+      );
+    }
     if (price > this.balance) {
       throw refusal(402, 'insufficient_credits', `need ${price}, have ${this.balance}`);
     }
@@ -375,12 +393,15 @@ export class FakePhone {
     const call = <T>(name: Call, run: () => T) => this.request(app, name, run);
     return {
       ping: () => call('ping', () => ({ ok: true, server_time: now() })),
-      models: () => call('models', () => [MODEL, DEAR_MODEL, PAID_MODEL]),
+      models: () => call('models', () => server.models),
       entitlement: () => call('entitlement', () => server.entitlement()),
       page: (before) => call('page', () => server.page(before)),
       activeJobs: (ids) => call('activeJobs', () => server.activeJobs(ids)),
-      enqueue: (...args) => call('enqueue', () => server.enqueue(...args)),
-      retry: (id) => call('retry', () => server.retry(id)),
+      enqueue: ({ model, prompt, params, idempotency_key, max_price_credits: seen }) =>
+        call('enqueue', () => {
+          return server.enqueue(model, prompt, params as Params, idempotency_key, seen);
+        }),
+      retry: (...args) => call('retry', () => server.retry(...args)),
       cancel: (id) => call('cancel', () => server.cancel(id)),
       uploadSource: async (path, uri) => {
         if (!this.files.has(uri)) throw refusal(0, 'source_lost', 'It is no longer here.');

@@ -1,5 +1,6 @@
 /** The rules of the store, one by one. That they hold in every order of events: orders.test.ts. */
 import { DarkroomError } from '../src/darkroom';
+import { reason, warning } from '../src/ui/words';
 import { DEAR_MODEL, FakePhone, FakeServer, MODEL, PAID_MODEL, USER_ID } from './fakeServer';
 
 let server: FakeServer;
@@ -323,6 +324,23 @@ describe('shown credits', () => {
     expect(shown().credits).toBe(50);
   });
 
+  test('that end are told, and read anew when some were spent', async () => {
+    server.ending = [
+      { credits: 1, expires_at: '2099-05-03T12:00:00+00:00' },
+      { credits: 9, expires_at: '2099-06-03T12:00:00+00:00' },
+    ];
+    await open();
+    expect(warning(shown().entitlement)).toBe('1 credit ends on 3 May');
+
+    server.ending = server.ending.slice(1);
+    press();
+    await after(1_010);
+
+    expect(warning(shown().entitlement)).toBe('9 credits end on 3 June');
+    expect(warning({ ...shown().entitlement!, debt: 12 })).toMatch(/^12 credits owed/);
+    expect(warning({ ...server.entitlement(), credits_ending: [] })).toBeNull();
+  });
+
   test('are unknown before they were read', () => {
     phone.goOff();
     phone.open();
@@ -358,6 +376,51 @@ describe('a refusal', () => {
     await after(10);
 
     expect(top().job.error!.message).toBe('need 100, have 10');
+  });
+
+  test('of a price tells the new one, which is agreed to by sending it again', async () => {
+    await open();
+    server.models = [{ ...MODEL, price_credits: 3 }];
+    const key = press();
+    await after(10);
+
+    expect(top()).toMatchObject({ key, local: 'refused', job: { price_credits: 3 } });
+    expect(reason(top())).toBe('The price changed to 3 credits.');
+    expect(shown()).toMatchObject({ credits: 10, models: [{ price_credits: 3 }] });
+    phone.store.retry(key);
+    await after(10);
+
+    expect(top()).toMatchObject({ key, local: null });
+    expect(shown().credits).toBe(7);
+  });
+
+  test('of a price is one also for what failed at the price of before', async () => {
+    await open();
+    const key = press();
+    await after(10);
+    server.fail();
+    server.models = [{ ...MODEL, price_credits: 3 }];
+    await after(1_010);
+
+    phone.store.retry(key);
+    await after(10);
+
+    expect(top()).toMatchObject({ local: 'refused', job: { price_credits: 3 } });
+    expect(server.jobs).toHaveLength(1);
+  });
+
+  test.each([
+    ['in_debt', 'Credits that were taken back are still owed.'],
+    ['account_blocked', 'This account cannot ask for pictures.'],
+    ['budget_spent', 'No more pictures can be made for now. Try again later.'],
+  ])('(%s) is told in words', async (token, words) => {
+    await open();
+    server.refusal = new DarkroomError(token, 402, 'Somewhat technical.');
+
+    press();
+    await after(10);
+
+    expect(reason(top())).toBe(words);
   });
 
   test('is sent again under its key by retry', async () => {

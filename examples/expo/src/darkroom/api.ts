@@ -2,7 +2,7 @@
 import type { SupabaseClient } from '@supabase/supabase-js';
 
 import type { Database } from './database.types';
-import type { EnqueueAnswer, Entitlement, Job, Model, Page, Params } from './types';
+import type { EnqueueAnswer, Entitlement, Job, Model, Page } from './types';
 
 export type Client = SupabaseClient<Database>;
 export type Api = ReturnType<typeof createApi>;
@@ -85,11 +85,12 @@ export function createApi(supabase: Client) {
       read<Page>('list_generations', { page_size: 20, ...(before && { before }) }),
     /** All active jobs, and these whatever their state. */
     activeJobs: (job_ids: string[]) => read<Job[]>('list_active_jobs', { job_ids }),
-    /** Asks for a picture. Safe to repeat with the same key: charged once. */
-    enqueue: (model: string, prompt: string, params: Params, idempotency_key: string) =>
-      write<EnqueueAnswer>('enqueue_generation', { model, prompt, params, idempotency_key }),
+    /** Asks for a picture at the price that was seen. Safe to repeat with its key. */
+    enqueue: (asked: Required<Functions['enqueue_generation']['Args']>) =>
+      write<EnqueueAnswer>('enqueue_generation', asked),
     /** Asks again for what failed or was canceled. Safe to repeat. */
-    retry: (job_id: string) => write<EnqueueAnswer>('retry_generation', { job_id }),
+    retry: (job_id: string, max_price_credits: number) =>
+      write<EnqueueAnswer>('retry_generation', { job_id, max_price_credits }),
     cancel: (job_id: string) => write<Job>('cancel_generation', { job_id }),
 
     /** Puts a source picture where only its user can read it. Safe to repeat. */

@@ -22,28 +22,28 @@ export type Database = {
                   ]
                 },"credit_ledger": {
                   Row: {
-                    "amount": number,"balance_after": number,"created_at": string,"external_id": string | null,"generation_id": string | null,"id": number,"kind": string,"user_id": string
+                    "amount": number,"balance_after": number,"bucket_id": number | null,"created_at": string,"debt": number,"external_id": string | null,"generation_id": string | null,"id": number,"kind": string,"user_id": string
                   }
                   ComputedFields: never
                   Insert: {
-                    "amount": number,"balance_after": number,"created_at"?: string,"external_id"?: string | null,"generation_id"?: string | null,"id"?: never,"kind": string,"user_id": string
+                    "amount": number,"balance_after": number,"bucket_id"?: number | null,"created_at"?: string,"debt"?: number,"external_id"?: string | null,"generation_id"?: string | null,"id"?: never,"kind": string,"user_id": string
                   }
                   Update: {
-                    "amount"?: number,"balance_after"?: number,"created_at"?: string,"external_id"?: string | null,"generation_id"?: string | null,"id"?: never,"kind"?: string,"user_id"?: string
+                    "amount"?: number,"balance_after"?: number,"bucket_id"?: number | null,"created_at"?: string,"debt"?: number,"external_id"?: string | null,"generation_id"?: string | null,"id"?: never,"kind"?: string,"user_id"?: string
                   }
                   Relationships: [
                     
                   ]
                 },"entitlements": {
                   Row: {
-                    "created_at": string,"credits": number,"day_burned": number,"day_jobs": number,"day_started_at": string,"last_fair_key": number,"minute_jobs": number,"minute_started_at": string,"paid_until": string | null,"user_id": string
+                    "created_at": string,"credits": number,"credits_end_at": string | null,"day_burned": number,"day_jobs": number,"day_started_at": string,"debt": number,"last_fair_key": number,"minute_jobs": number,"minute_started_at": string,"paid_until": string | null,"user_id": string
                   }
                   ComputedFields: never
                   Insert: {
-                    "created_at"?: string,"credits"?: number,"day_burned"?: number,"day_jobs"?: number,"day_started_at"?: string,"last_fair_key"?: number,"minute_jobs"?: number,"minute_started_at"?: string,"paid_until"?: string | null,"user_id": string
+                    "created_at"?: string,"credits"?: number,"credits_end_at"?: string | null,"day_burned"?: number,"day_jobs"?: number,"day_started_at"?: string,"debt"?: number,"last_fair_key"?: number,"minute_jobs"?: number,"minute_started_at"?: string,"paid_until"?: string | null,"user_id": string
                   }
                   Update: {
-                    "created_at"?: string,"credits"?: number,"day_burned"?: number,"day_jobs"?: number,"day_started_at"?: string,"last_fair_key"?: number,"minute_jobs"?: number,"minute_started_at"?: string,"paid_until"?: string | null,"user_id"?: string
+                    "created_at"?: string,"credits"?: number,"credits_end_at"?: string | null,"day_burned"?: number,"day_jobs"?: number,"day_started_at"?: string,"debt"?: number,"last_fair_key"?: number,"minute_jobs"?: number,"minute_started_at"?: string,"paid_until"?: string | null,"user_id"?: string
                   }
                   Relationships: [
                     
@@ -64,14 +64,14 @@ export type Database = {
                   ]
                 },"generations": {
                   Row: {
-                    "alias_id": string | null,"batch_id": string | null,"created_at": string,"deleted_at": string | null,"error_code": string | null,"error_message": string | null,"finished_at": string | null,"id": string,"idempotency_key": string | null,"image_count": number,"input": NonNullable<Json>,"is_favorite": boolean,"model_id": string,"price_credits": number,"prompt": string,"provider_input": NonNullable<Json>,"queue_distance": number | null,"retry_of": string | null,"started_at": string | null,"status": string,"tags": (string)[],"updated_at": string,"user_id": string
+                    "alias_id": string | null,"batch_id": string | null,"created_at": string,"deleted_at": string | null,"error_code": string | null,"error_message": string | null,"finished_at": string | null,"id": string,"idempotency_key": string | null,"image_count": number,"input": NonNullable<Json>,"is_favorite": boolean,"model_id": string,"price_credits": number,"prompt": string,"provider_input": NonNullable<Json>,"queue_distance": number | null,"refund_percent": number | null,"retry_of": string | null,"started_at": string | null,"status": string,"tags": (string)[],"updated_at": string,"user_id": string
                   }
                   ComputedFields: never
                   Insert: {
-                    "alias_id"?: string | null,"batch_id"?: string | null,"created_at"?: string,"deleted_at"?: string | null,"error_code"?: string | null,"error_message"?: string | null,"finished_at"?: string | null,"id"?: string,"idempotency_key"?: string | null,"image_count": number,"input": NonNullable<Json>,"is_favorite"?: boolean,"model_id": string,"price_credits": number,"prompt": string,"provider_input": NonNullable<Json>,"queue_distance"?: number | null,"retry_of"?: string | null,"started_at"?: string | null,"status"?: string,"tags"?: (string)[],"updated_at"?: string,"user_id": string
+                    "alias_id"?: string | null,"batch_id"?: string | null,"created_at"?: string,"deleted_at"?: string | null,"error_code"?: string | null,"error_message"?: string | null,"finished_at"?: string | null,"id"?: string,"idempotency_key"?: string | null,"image_count": number,"input": NonNullable<Json>,"is_favorite"?: boolean,"model_id": string,"price_credits": number,"prompt": string,"provider_input": NonNullable<Json>,"queue_distance"?: number | null,"refund_percent"?: number | null,"retry_of"?: string | null,"started_at"?: string | null,"status"?: string,"tags"?: (string)[],"updated_at"?: string,"user_id": string
                   }
                   Update: {
-                    "alias_id"?: string | null,"batch_id"?: string | null,"created_at"?: string,"deleted_at"?: string | null,"error_code"?: string | null,"error_message"?: string | null,"finished_at"?: string | null,"id"?: string,"idempotency_key"?: string | null,"image_count"?: number,"input"?: NonNullable<Json>,"is_favorite"?: boolean,"model_id"?: string,"price_credits"?: number,"prompt"?: string,"provider_input"?: NonNullable<Json>,"queue_distance"?: number | null,"retry_of"?: string | null,"started_at"?: string | null,"status"?: string,"tags"?: (string)[],"updated_at"?: string,"user_id"?: string
+                    "alias_id"?: string | null,"batch_id"?: string | null,"created_at"?: string,"deleted_at"?: string | null,"error_code"?: string | null,"error_message"?: string | null,"finished_at"?: string | null,"id"?: string,"idempotency_key"?: string | null,"image_count"?: number,"input"?: NonNullable<Json>,"is_favorite"?: boolean,"model_id"?: string,"price_credits"?: number,"prompt"?: string,"provider_input"?: NonNullable<Json>,"queue_distance"?: number | null,"refund_percent"?: number | null,"retry_of"?: string | null,"started_at"?: string | null,"status"?: string,"tags"?: (string)[],"updated_at"?: string,"user_id"?: string
                   }
                   Relationships: [
                     
@@ -177,10 +177,13 @@ isOneToOne: false
 { Args: { "webhook_id": string }; Returns: Json
                            },
 "enqueue_batch":
-{ Args: { "idempotency_key"?: string,"model": string,"params"?: Json,"prompts": (string)[] }; Returns: Json
+{ Args: { "idempotency_key"?: string,"max_price_credits"?: number,"model": string,"params"?: Json,"prompts": (string)[] }; Returns: Json
                            },
 "enqueue_generation":
-{ Args: { "idempotency_key"?: string,"model": string,"params"?: Json,"prompt": string }; Returns: Json
+{ Args: { "idempotency_key"?: string,"max_price_credits"?: number,"model": string,"params"?: Json,"prompt": string }; Returns: Json
+                           },
+"export_user":
+{ Args: { "after"?: (string)[],"page_size"?: number,"user_id": string }; Returns: Json
                            },
 "get_batch_status":
 { Args: { "batch_id": string }; Returns: Json
@@ -192,7 +195,7 @@ isOneToOne: false
 { Args: { "job_id": string }; Returns: Json
                            },
 "grant_credits":
-{ Args: { "amount": number,"external_id": string,"kind": string,"user_id": string }; Returns: Json
+{ Args: { "amount": number,"expires_at"?: string,"external_id": string,"kind": string,"priority"?: number,"user_id": string }; Returns: Json
                            },
 "like_image":
 { Args: { "image_position"?: number,"is_liked"?: boolean,"job_id": string }; Returns: Json
@@ -255,7 +258,7 @@ isOneToOne: false
 { Args: { "model": string }; Returns: Json
                            },
 "retry_generation":
-{ Args: { "job_id": string }; Returns: Json
+{ Args: { "job_id": string,"max_price_credits"?: number }; Returns: Json
                            },
 "rotate_webhook_secret":
 { Args: { "webhook_id": string }; Returns: Json

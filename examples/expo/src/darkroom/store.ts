@@ -181,40 +181,43 @@ export class GenerationStore {
   private async sendOne(next: Generation): Promise<void> {
     const { key, job } = next;
     await this.written; // from here on it may be sent any number of times, and is done once
+    let error: Job['error'] = null;
     try {
       if (!job.job_id) return this.take(key, await this.request(next));
       await this.ask((api) => api.cancel(job.job_id));
-    } catch (error) {
-      if (!(error instanceof DarkroomError) || error.isUnanswered) throw error;
-      const news = { error: { code: error.token, message: error.detail }, cancel_requested: false };
-      if (!job.job_id) return this.change(key, news, { local: 'refused' });
+    } catch (why) {
+      if (!(why instanceof DarkroomError) || why.isUnanswered) throw why;
+      if (!job.job_id) error = { code: why.token, message: why.detail };
     }
-    this.change(key, {}, { local: null }); // canceled, or ended before: a read tells
-    this.reads.within(0);
+    const [, price = job.price_credits] = /^the price is (\d+)/.exec(error?.message ?? '') ?? [];
+    const news = error && { error, cancel_requested: false, price_credits: +price };
+    this.isStale ||= !!error; // prices, plan, balance or pauses are not what was known
+    this.change(key, news ?? {}, { local: error ? 'refused' : null });
+    this.reads.within(0); // of one that was canceled, or had ended before, it tells how
   }
 
   private async request({ key, job, source }: Generation): Promise<EnqueueAnswer> {
-    const { model, prompt, params, retry_of } = job;
+    const { model, prompt, params, retry_of, price_credits: seen } = job;
     const path = this.sourcePath(key);
     if (source) await this.ask((api) => api.uploadSource(path, source.uri, source.contentType));
-    return this.ask((api) =>
-      retry_of ? api.retry(retry_of) : api.enqueue(model, prompt, params, key)
-    );
+    const asked = { model, prompt, params, idempotency_key: key, max_price_credits: seen };
+    return this.ask((api) => (retry_of ? api.retry(retry_of, seen) : api.enqueue(asked)));
   }
 
   /** Turns a placeholder into the job that was made of it. */
   private take(key: string, { credits_left, reused, ...news }: EnqueueAnswer): void {
     const known = this.find(key);
     const poll_after_ms = news.poll_after_ms ?? 0; // has it ended, its pictures are to be read
-    if (this.generations.some((g) => g !== known && idOf(g) === news.job_id)) {
-      this.drop(key); // an older job answers this wish
-    } else if (known?.local) {
+    // Where an older job answers this wish, its card is enough.
+    if (this.generations.some((g) => g !== known && idOf(g) === news.job_id)) this.drop(key);
+    else if (known?.local) {
       const local = known.job.cancel_requested ? 'sending' : null;
       this.change(key, { ...news, poll_after_ms }, { local });
     }
     if (this.entitlement) this.entitlement = { ...this.entitlement, credits: credits_left };
     // A balance read meanwhile may be newer than this one, or about to be taken and older.
-    this.isEntitlementStale ||= !known?.local || this.reads.isBusy;
+    const ends = !!this.entitlement?.credits_ending?.length;
+    this.isEntitlementStale ||= !known?.local || this.reads.isBusy || ends;
     this.reads.within(poll_after_ms);
   }
 
@@ -240,17 +243,14 @@ export class GenerationStore {
 
   private async readFirstPage(): Promise<void> {
     const known = this.generations;
-    const [{ generations: jobs, next_before }, models] = await Promise.all([
-      this.ask((api) => api.page(null)),
-      this.ask((api) => api.models()),
-    ]);
-    const end = next_before ?? '';
+    const [page, models] = await this.ask((api) => Promise.all([api.page(null), api.models()]));
+    const end = page.next_before ?? '';
     const reaches = end <= this.newest; // else there is a gap between it and what is older
     const covered = known.filter((g) => idOf(g) >= end || !(reaches || isActive(g))).map(idOf);
     if (!reaches) this.nextBefore = end;
-    this.newest = jobs[0]?.job_id ?? end;
+    this.newest = page.generations[0]?.job_id ?? end;
     this.models = models;
-    this.merge(jobs, covered);
+    this.merge(page.generations, covered);
   }
 
   /** Takes what a read tells of jobs, in the place of what was known; `asked` in vain is gone. */
@@ -362,8 +362,7 @@ export class GenerationStore {
   private async load(): Promise<void> {
     const { storage } = this.environment;
     const read = async (name: string) => JSON.parse((await storage.getItem(name)) ?? 'null');
-    const all = await storage.getAllKeys();
-    const names = all.filter((name) => name.startsWith(this.name('outbox.')));
+    const names = (await storage.getAllKeys()).filter((n) => n.startsWith(this.name('outbox.')));
     const unsent = await Promise.all(names.map((name) => read(name).catch(() => null)));
     this.generations = [...this.generations, ...unsent.filter(isGeneration).sort(byPress)];
     const { generations, models, entitlement } = await read(this.name('cache'));

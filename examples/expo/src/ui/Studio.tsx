@@ -11,7 +11,7 @@ import { Card } from './Card';
 import { Composer } from './Composer';
 import { color, space } from './theme';
 import { Viewer } from './Viewer';
-import { credits } from './words';
+import { credits, warning } from './words';
 
 const SIDE_WIDTH = 340;
 const TILE_WIDTH = 210;
@@ -32,6 +32,7 @@ export function Studio({ user }: { user: User }) {
   const retried = new Set(darkroom.generations.map(({ job }) => job.retry_of));
   const shown = darkroom.generations.find(({ key }) => key === shownKey);
 
+  const warns = warning(darkroom.entitlement);
   const head = (
     <View style={isWide ? styles.side : styles.top}>
       <View style={styles.bar}>
@@ -42,6 +43,7 @@ export function Studio({ user }: { user: User }) {
           </Text>
         )}
       </View>
+      {warns && <Text testID='warning' style={styles.email}>{warns}</Text>}
       <Composer
         models={darkroom.models}
         entitlement={darkroom.entitlement}

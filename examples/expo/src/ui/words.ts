@@ -1,15 +1,17 @@
-/** What the app says of a generation. */
-import type { Generation, Job } from '../darkroom';
+/** What the app says of a generation, and of the balance. */
+import type { Entitlement, Generation, Job } from '../darkroom';
 
 /** Refusals by their token; of a job that failed the server says itself what to show. */
 const REFUSALS: Record<string, string> = {
   insufficient_credits: 'Not enough credits for this model.',
+  in_debt: 'Credits that were taken back are still owed.',
+  account_blocked: 'This account cannot ask for pictures.',
   requires_paid_plan: 'This model is part of the paid plan.',
   too_many_active: 'You have as many pictures under way as your plan allows.',
   rate_limited: 'That was a lot at once. Give it a moment.',
   busy: 'There is a long line right now. Try again in a while.',
   not_found: 'That model, or the picture made of this wish, is gone.',
-  budget_spent: 'We make no more of these for now. Try another model, or later.',
+  budget_spent: 'No more of these can be made for now. Try another model, or later.',
   model_paused: 'This model is paused. Try another one, or later.',
   source_lost: 'The picture to start from is no longer on this device.',
   source_refused: 'The picture to start from was not accepted.',
@@ -19,6 +21,16 @@ const seconds = (count: number) =>
   count < 90 ? `about ${Math.max(1, Math.round(count))} s` : `about ${Math.round(count / 60)} min`;
 
 export const credits = (count: number) => `${count} credit${count === 1 ? '' : 's'}`;
+
+/** What is owed, or what of the balance ends next; null if neither. */
+export function warning(of: Entitlement | null): string | null {
+  if (of?.debt) return `${credits(of.debt)} owed: the next ones pay that.`;
+  const next = of?.credits_ending?.[0]; // not in what older versions have kept
+  if (!next) return null;
+  const form = { day: 'numeric', month: 'long' } as const;
+  const day = new Date(next.expires_at).toLocaleDateString('en-GB', form);
+  return `${credits(next.credits)} end${next.credits === 1 ? 's' : ''} on ${day}`;
+}
 
 function givenBack({ refunded_credits: count }: Job): string {
   return count > 0 ? ` ${credits(count)} given back.` : '';
@@ -40,6 +52,9 @@ export function progress({ local, job }: Generation): string {
 /** Why there is no picture; null while there may be one. */
 export function reason({ local, job }: Generation): string | null {
   if (local === 'refused') {
+    if (job.error?.code === 'price_changed') {
+      return `The price changed to ${credits(job.price_credits)}.`;
+    }
     return REFUSALS[job.error?.code ?? ''] ?? (job.error?.message || 'It was not accepted.');
   }
   if (job.status === 'canceled') return `Canceled.${givenBack(job)}`;
