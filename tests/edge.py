@@ -61,8 +61,8 @@ def served(folder: Path, name: str, gateway: str, **variables: str | None) -> It
 class Edge(ThreadingHTTPServer):
     """The functions by name, each at its own address, and the gateway before which they are.
 
-    It passes each request on to the stack's, or answers what it is told, when it is told; and keeps
-    them all.
+    It passes each request on to the address behind it, or answers what it is told, when it is told;
+    and keeps them all.
     """
 
     def __init__(self, behind: str) -> None:
@@ -99,7 +99,7 @@ class Gateway(BaseHTTPRequestHandler):
         self.server.may_answer.wait()
         status, content, headers = self.server.answer
         if status is None:
-            url = f"{self.server.behind}{self.path}"
+            url = f"{self.server.behind}{self.path.removeprefix('/rest/v1')}"
             del sent["host"], sent["accept-encoding"]
             reply = httpx.request(self.command, url, headers=sent, content=body, timeout=30)
             self.server.replied = seen(reply)

@@ -27,7 +27,7 @@ each_function = pytest.mark.parametrize("name", NAMES)
 @pytest.fixture(scope="module")
 def started(tmp_path_factory, stack):
     folder = tmp_path_factory.mktemp("deno")
-    with Edge(stack.api_url) as edge, contextlib.ExitStack() as running:
+    with Edge(f"{stack.api_url}/rest/v1") as edge, contextlib.ExitStack() as running:
         for name in NAMES:
             function = served(folder, name, edge.url, SUPABASE_ANON_KEY=stack.anon_key)
             edge.addresses[name] = running.enter_context(function)

@@ -63,9 +63,9 @@ def serving(folder: Any, behind: str, **variables: str | None) -> Iterator[Edge]
 
 
 @pytest.fixture(scope="module")
-def started(tmp_path_factory, stack):
+def started(tmp_path_factory, stack, rpc_url):
     keys = {"SUPABASE_SERVICE_ROLE_KEY": stack.service_role_key, "SUPABASE_SECRET_KEYS": None}
-    with serving(tmp_path_factory.mktemp("deno"), stack.api_url, **keys) as edge:
+    with serving(tmp_path_factory.mktemp("deno"), rpc_url, **keys) as edge:
         yield edge
 
 
