@@ -99,8 +99,12 @@ class Gateway(BaseHTTPRequestHandler):
         self.server.may_answer.wait()
         status, content, headers = self.server.answer
         if status is None:
-            url = f"{self.server.behind}{self.path.removeprefix('/rest/v1')}"
-            del sent["host"], sent["accept-encoding"]
+            function = self.path.removeprefix("/functions/v1/")
+            url = self.server.addresses.get(
+                function, f"{self.server.behind}{self.path.removeprefix('/rest/v1')}"
+            )
+            del sent["host"]
+            sent.pop("accept-encoding", None)
             reply = httpx.request(self.command, url, headers=sent, content=body, timeout=30)
             self.server.replied = seen(reply)
             status, content = reply.status_code, reply.content

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import itertools
 import json
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -271,6 +273,64 @@ def test_a_database_that_takes_too_long_is_not_waited_for(edge):
     edge.says(0)
     assert [refusal(each).message for each in answers] == ["unavailable"] * 2
     assert time.monotonic() - began < 20, "Stripe waits no longer"
+
+
+# From a signature to a balance.
+
+
+@pytest.fixture
+def pack(stack_db):
+    """A product of both stores: 100 credits."""
+    stack_db.execute(
+        "insert into public.credit_products (provider, product_id, credits)"
+        " values ('stripe', 'pack', 100), ('revenuecat', 'pack', 100)"
+    )
+    yield
+    stack_db.execute("delete from public.credit_products where product_id = 'pack'")
+
+
+def stripe_says(user_id: str, payment: str) -> list[dict[str, Any]]:
+    """Return the events of a payment that is paid for, told under two ids, and half given back."""
+    of = {"id": f"cs_{payment}", "payment_intent": payment, "metadata": {"product": "pack"}}
+    of |= {"client_reference_id": user_id, "mode": "payment", "payment_status": "paid"}
+    refund = {"id": f"ch_{payment}", "payment_intent": payment, "amount": 8, "amount_refunded": 4}
+    return [
+        EVENT | {"id": f"{payment} {type}", "type": type, "data": {"object": of}}
+        for type, of in [
+            ("checkout.session.completed", of),
+            ("checkout.session.async_payment_succeeded", of),
+            ("charge.refunded", refund),
+        ]
+    ]
+
+
+def revenuecat_says(user_id: str, payment: str) -> list[dict[str, Any]]:
+    """Return the events of a purchase, told under two ids, and given back."""
+    of = {"app_user_id": user_id, "product_id": "pack", "transaction_id": payment}
+    of |= {"event_timestamp_ms": 1796052000000, "purchased_at_ms": 1796052000000}
+    return [
+        of | {"id": f"{payment} 1", "type": "NON_RENEWING_PURCHASE"},
+        of | {"id": f"{payment} 2", "type": "NON_RENEWING_PURCHASE"},
+        of | {"id": f"{payment} 3", "type": "CANCELLATION", "cancel_reason": "CUSTOMER_SUPPORT"},
+    ]
+
+
+@pytest.mark.usefixtures("pack")
+@pytest.mark.parametrize(("says", "gained"), [(stripe_says, 50), (revenuecat_says, 0)])
+def test_a_payment_counts_once_whatever_is_sent_again_and_in_whatever_order(
+    edge, user, says, gained
+):
+    name = says.__name__.replace("says", "webhook")
+    edge.says(None)
+    for order in itertools.permutations(range(3)):
+        had = user.credits()
+        events = says(user.id, f"pi_{uuid.uuid4()}")
+
+        told = [answer(sent(edge, name, events[i]))["outcome"] for i in (*order, *order)]
+
+        assert user.credits() - had == gained, order
+        assert set(told[:3]) <= {"applied", "repeated", "waiting"}
+        assert set(told[3:]) == {"repeated"}
 
 
 # What it needs.
