@@ -93,7 +93,7 @@ def test_a_payment_of_somebody_unknown_is_found_and_given_to_whom_the_operator_n
     assert service.apply_billing_event("stripe", event)["outcome"] == "waiting"
     known = {"provider": "stripe", "customer": "cus_1", "user_id": alice.id}
 
-    assert "{user:cus_1}" in section.sql(db.url, **known)
+    assert '{"user stripe:cus_1"}' in section.sql(db.url, **known)
     db.execute("select private.apply_retention()")
 
     assert alice.credits() == 17
