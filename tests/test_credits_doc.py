@@ -77,6 +77,7 @@ def reader(db, stack, tmp_path):
 
 
 def test_what_the_page_says_can_be_done_and_shows_what_it_says(reader):
+    assert "```" not in BLOCK.sub("", PAGE), "each is run, or says why not"
     for language, block, shown in BLOCKS:
         printed = getattr(reader, language)(block)
         assert shows(printed, shown or ""), f"{block}\n{printed}"
