@@ -28,6 +28,7 @@ IDENTITIES = "tests/test_identities.py::test_"
 PROCESS = "tests/test_worker_process.py::test_"
 PROVIDERS = "tests/test_worker_providers.py::test_"
 PURCHASE = "tests/test_purchase.py::test_"
+WEBHOOKS = "tests/test_webhook_functions.py::test_"
 SAFE_PATH = "tests/test_security_search_path.py::test_no_function_picks_up_what_its_caller_planted"
 
 SECURITY = [
@@ -545,6 +546,27 @@ SECURITY = [
         'redirect: "follow"',
         "tests/test_functions.py"
         "::test_a_gateway_that_is_away_moved_or_cannot_write_is_unavailable[get_job_status]",
+    ),
+    Bug(
+        "credits are given to whoever writes as if he were Stripe",
+        "supabase/functions/stripe_webhook/index.ts",
+        "if (!(await Promise.all(verified)).includes(true))",
+        "if (!(await Promise.all(verified)).length)",
+        f"{WEBHOOKS}stripe_is_known_by_a_fresh_signature_with_a_secret_of_ours",
+    ),
+    Bug(
+        "an event that somebody recorded may be sent again for ever",
+        "supabase/functions/stripe_webhook/index.ts",
+        "- Number(time)) > 300)",
+        "- Number(time)) > 1e9)",
+        f"{WEBHOOKS}stripe_is_known_by_a_fresh_signature_with_a_secret_of_ours",
+    ),
+    Bug(
+        "an event that the database could not take is answered as taken",
+        "supabase/functions/revenuecat_webhook/index.ts",
+        "  if (outcome) return",
+        "  if (reply.ok) return",
+        f"{WEBHOOKS}what_the_database_could_not_take_is_sent_again",
     ),
     # Installed and restored.
     Bug(

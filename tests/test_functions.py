@@ -1,133 +1,35 @@
-"""The edge functions under the real Deno: what an app sees that calls `functions.invoke`.
-
-Each runs with no right but to read its two variables and to reach its gateway, and writes nothing
-to its log: neither what callers send nor what goes wrong.
-"""
+"""The edge functions of apps: what an app sees that calls `functions.invoke`."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import re
-import signal
 import tomllib
-import uuid
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from threading import Thread
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
 from database import unchanged
-from http_client import PREVIEW, Client, Refusal, answer, refusal
+from edge import SOURCES, Edge, seen, served
+from http_client import PREVIEW, Refusal, answer, refusal
 
-from processes import free_port, spawn
-from stack import SUPABASE, deno
+from stack import SUPABASE
 
 pytest_plugins = ["http_fixtures"]
 
 NAMES = ["enqueue_generation", "get_job_status", "ping"]
-SOURCES = {name: SUPABASE / "functions" / name / "index.ts" for name in NAMES}
 PICTURE = {"model": PREVIEW, "prompt": "a lighthouse at dusk"}
-OFFLINE = ["--no-config", "--no-lock", "--no-remote", "--no-npm"]
-QUIET = {"DENO_NO_PACKAGE_JSON": "1", "DENO_NO_UPDATE_CHECK": "1", "NO_COLOR": "1"}
-BACK = ("content-type", "cache-control", "retry-after")  # of an answer
 
 each_function = pytest.mark.parametrize("name", NAMES)
-
-
-@contextlib.contextmanager
-def served(folder: Path, name: str, gateway: str, anon_key: str) -> Iterator[str]:
-    """Serve a function in front of a gateway; give its address."""
-    port, log = free_port(), folder / "logs" / f"{name}-{uuid.uuid4()}.log"
-    listens = f"127.0.0.1:{port}"
-    hosts = f"{listens},{urlsplit(gateway).netloc}"
-    rights = [f"--allow-net={hosts}", "--allow-env=SUPABASE_URL,SUPABASE_ANON_KEY"]
-    variables = {"SUPABASE_URL": gateway, "SUPABASE_ANON_KEY": anon_key}
-    variables |= {"DENO_DIR": str(folder), "DENO_SERVE_ADDRESS": f"tcp:{listens}"}
-    command = [deno(), "run", *OFFLINE, "--cached-only", "--no-prompt", *rights, SOURCES[name]]
-    process = spawn(command, log=log, cwd=Path("/"), env=QUIET | variables)
-
-    def is_ready() -> bool:
-        try:
-            return httpx.options(f"http://{listens}").is_success
-        except httpx.TransportError:
-            return False
-
-    try:
-        process.wait_until(is_ready, 30, log)
-        yield f"http://{listens}"
-    finally:
-        process.stop(signal.SIGTERM, 10)
-    assert log.read_text() == f"Listening on http://{listens}/\n"
-
-
-class Edge(ThreadingHTTPServer):
-    """The functions by name, each at its own address, and the gateway before which they are.
-
-    It passes each request on to the stack's, or answers what it is told; and keeps them all.
-    """
-
-    def __init__(self, behind: str) -> None:
-        super().__init__(("127.0.0.1", 0), Gateway)
-        self.url, self.behind = f"http://127.0.0.1:{self.server_port}", behind
-        self.addresses: dict[str, str] = {}
-        self.requests: list[tuple[str, str, dict[str, str], bytes]] = []
-        Thread(target=self.serve_forever, args=[0.01], daemon=True).start()
-
-    def says(self, status: int | None, content: bytes = b"true") -> None:
-        """Answer so from now on; with 0 by closing the connection."""
-        self.answer = (status, content, {"Location": self.url, "Set-Cookie": "session=1"})
-        self.requests.clear()
-
-    def invoke(
-        self, name: str, caller: Client | None = None, method: str = "POST", **request: Any
-    ) -> httpx.Response:
-        """Call a function, with the caller's token if there is one."""
-        headers = {"Authorization": f"Bearer {caller.token}"} if caller and caller.token else {}
-        headers |= request.pop("headers", {})
-        url = f"{self.addresses[name]}/{name}"
-        return httpx.request(method, url, headers=headers, timeout=30, **request)
-
-
-class Gateway(BaseHTTPRequestHandler):
-    server: Edge
-
-    def do_POST(self) -> None:
-        sent = {name.lower(): value for name, value in self.headers.items()}
-        body = self.rfile.read(int(sent.get("content-length", 0)))
-        self.server.requests.append((self.command, self.path, sent, body))
-        status, content, headers = self.server.answer
-        if status is None:
-            url = f"{self.server.behind}{self.path}"
-            del sent["host"], sent["accept-encoding"]
-            reply = httpx.request(self.command, url, headers=sent, content=body, timeout=30)
-            self.server.replied = seen(reply)
-            status, content = reply.status_code, reply.content
-            headers = {name: reply.headers[name] for name in BACK if name in reply.headers}
-        if status:
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-    do_GET = do_POST
-
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
 
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory, stack):
     folder = tmp_path_factory.mktemp("deno")
-    with Edge(stack.api_url) as edge, contextlib.ExitStack() as running:
+    with Edge(f"{stack.api_url}/rest/v1") as edge, contextlib.ExitStack() as running:
         for name in NAMES:
-            function = served(folder, name, edge.url, stack.anon_key)
+            function = served(folder, name, edge.url, SUPABASE_ANON_KEY=stack.anon_key)
             edge.addresses[name] = running.enter_context(function)
         yield edge
         edge.shutdown()
@@ -137,11 +39,6 @@ def started(tmp_path_factory, stack):
 def edge(started):
     started.says(None)
     return started
-
-
-def seen(response: httpx.Response) -> tuple[Any, ...]:
-    """Return all of an answer that a caller may rely on."""
-    return response.status_code, response.json(), *map(response.headers.get, BACK)
 
 
 def opened_to(response: httpx.Response) -> tuple[str | None, str | None]:
@@ -290,10 +187,9 @@ def test_a_gateway_that_is_away_moved_or_cannot_write_is_unavailable(edge, name)
 # The code.
 
 
-def test_every_function_imports_nothing_and_leaves_tokens_to_the_gateway_behind_it():
+def test_every_function_imports_nothing_and_has_no_token_checked_by_the_gateway_before_it():
     configured = tomllib.loads((SUPABASE / "config.toml").read_text())["functions"]
 
-    assert {source.parent.name for source in SUPABASE.glob("functions/*/index.ts")} == set(NAMES)
-    assert configured == {name: {"verify_jwt": False} for name in NAMES}
+    assert configured == {name: {"verify_jwt": False} for name in SOURCES}
     for source in SOURCES.values():
-        assert not re.search(r"\b(import|require|from\s+[\"'])", source.read_text())
+        assert not re.search(r"\b(import\b|require\b|from\s+[\"'])", source.read_text())

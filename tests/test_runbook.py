@@ -15,6 +15,7 @@ from worker import POOL_SIZE, RECOVERY_SECONDS
 
 # Which test runs the commands of which other section.
 RUN_BY = {
+    "A payment gave no credits": "test_credits_doc.py",
     "Backup": "test_backup.py",
     "Restore": "test_backup.py",
     "Moving to another project": "test_operations.py",
