@@ -124,8 +124,8 @@ create table public.credit_ledger (
   balance_after public.credits not null,
   external_id text,
   created_at timestamptz not null default now(),
-  bucket_id bigint,
   debt integer not null default 0,
+  bucket_id bigint,
   primary key (user_id, id),
   constraint credit_ledger_amount_and_generation_match_kind check (
     case

@@ -13,9 +13,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
+from billing import RevenueCat, millis
 from chaos.world import MARK, MODELS, World
 from http_client import Client, SignedUp, answer
 from PIL import Image
@@ -23,6 +25,10 @@ from PIL import Image
 THREADS = 6
 USERS = 20
 REPEATS, CANCELS = 0.05, 0.03  # share of requests that are sent twice, of jobs that are canceled
+PAYMENTS, REFUNDS = (
+    0.2,
+    0.3,
+)  # share of jobs before which their user buys, of purchases that go back
 GIVE_UP_SECONDS = 180.0
 # What is refused for the moment: by a limit, by a gateway that is still starting, or by a database
 # that takes no writes.
@@ -37,6 +43,7 @@ class Accepted:
     doubled: list[str] = field(default_factory=list)  # keys answered with two different jobs
     canceled: set[str] = field(default_factory=set)  # jobs whose user asked for that
     refused: list[str] = field(default_factory=list)  # answers that should not have come
+    paid: list[str] = field(default_factory=list)  # purchases that a store has told of
 
 
 def sign_up(world: World, number: int) -> SignedUp:
@@ -59,6 +66,7 @@ class Clients:
     def __init__(self, world: World, seed: int, count: int) -> None:
         self.world, self.seed, self.count = world, seed, count
         self.accepted = Accepted()
+        self.operator = Client(world.endpoints, world.stack.service_role_key)
         while len(world.users) < USERS:
             world.users.append(sign_up(world, len(world.users)))
         self.may_send: Callable[[int], bool] = lambda number: True
@@ -102,6 +110,8 @@ class Clients:
         if model == "acme/edit":
             params["image"] = f"{user.id}/source.png"
         key = f"chaos-{self.seed}-{number}"
+        if chance.random() < PAYMENTS:
+            self._pay(user, f"{key}-paid", chance)
         request = {"model": model, "prompt": f"{MARK} {key}", "params": params}
         for _ in range(2 if chance.random() < REPEATS else 1):
             job_id = self._insist(user, "enqueue_generation", **request, idempotency_key=key)
@@ -112,14 +122,26 @@ class Clients:
             self.accepted.canceled.add(job_id)
             self._insist(user, "cancel_generation", job_id=job_id)
 
-    def _insist(self, user: SignedUp, function: str, **arguments: Any) -> str | None:
+    def _pay(self, user: SignedUp, name: str, chance: random.Random) -> None:
+        """Have a store tell of a period that is over soon, and perhaps that it was refunded."""
+        store, now = RevenueCat(user.id, original=name), datetime.now(UTC)
+        end = millis(now + timedelta(seconds=chance.randint(1, 30)))
+        sale = store.renewed(now, now, expiration_at_ms=end)
+        events = [sale] * chance.randint(1, 3)
+        events += [store.refunded(sale, now)] * (chance.random() < REFUNDS)
+        chance.shuffle(events)
+        for event in events:
+            self._insist(self.operator, "apply_billing_event", provider="revenuecat", event=event)
+        self.accepted.paid.append(name)
+
+    def _insist(self, user: Client, function: str, **arguments: Any) -> str | None:
         """Call until there is an answer that says what became of it; return the job's id."""
         deadline = time.monotonic() + GIVE_UP_SECONDS
         while time.monotonic() < deadline:
             with contextlib.suppress(httpx.TransportError):
                 response = user.rpc(function, **arguments)
                 if response.status_code == 200:
-                    return str(response.json()["job_id"])
+                    return str(response.json().get("job_id"))
                 if response.status_code == 409 and "already_finished" in response.text:
                     return None  # too late to cancel
                 is_passing = any(each in response.text for each in PASSING)

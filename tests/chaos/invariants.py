@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from chaos.clients import Accepted
+from chaos.world import PERIOD_CREDITS
 from database import BOOKS, Database
 from fake_replicate import FakeReplicate
 
@@ -137,6 +138,19 @@ def wrongly_booked(seen: Evidence) -> list[str]:
     ]
 
 
+def wrongly_paid(seen: Evidence) -> list[str]:
+    """What was paid for is granted once, however often and in whatever order stores tell of it."""
+    query = """
+    select p.name, sum(l.amount - l.debt) as given
+    from unnest(%s::text[]) as p (name)
+    left join public.credit_ledger as l
+      on l.kind = 'grant' and strpos(l.external_id, p.name) > 0
+    group by p.name
+    """
+    rows = seen.db.execute(query, seen.accepted.paid)
+    return [f"{row}" for row in rows if row["given"] != PERIOD_CREDITS]
+
+
 RULES = {
     "lost": lost,
     "doubled": doubled,
@@ -145,6 +159,7 @@ RULES = {
     "file without image": files_left,
     "wrongly bought": wrongly_bought,
     "wrongly booked": wrongly_booked,
+    "wrongly paid": wrongly_paid,
 }
 
 

@@ -48,7 +48,7 @@ command under the tables; `ONLY` and `SEED` make its faults again.
 BROKEN = {
     "lost": ("lost", "drain", "faults", "logs"),
     "doubled": ("doubled",),
-    "wrongly charged": ("wrongly charged",),
+    "wrongly charged": ("wrongly charged", "wrongly booked", "wrongly paid"),
     "files, purchases": ("image without file", "file without image", "wrongly bought"),
 }
 ENDS = ("completed", "failed", "canceled")

@@ -37,6 +37,7 @@ RESTART_SECONDS = 1.0  # until a supervisor starts a dead worker again
 LARGE_BYTES = 200_000  # of the provider's too large outputs
 CLOCK = Path(__file__).resolve().parent / "clock"  # holds the sitecustomize.py that moves a clock
 MARK = "a lighthouse of chaos"  # in every prompt, so that logs can be searched for prompts
+PERIOD_CREDITS = 40
 MODELS: dict[str, dict[str, Any]] = {  # with the params that are asked for
     "black-forest-labs/flux-schnell": {"num_outputs": 3},
     "black-forest-labs/flux-1.1-pro": {},
@@ -62,6 +63,8 @@ update private.settings set
 update public.models set
   is_active = true, deadline = '30 seconds', cost_usd = 0.01, cost_unit = 'image';
 insert into private.budgets (period, limit_usd) values ('month', 1000);
+insert into public.credit_products (provider, product_id, credits, rollover_cap, grace)
+values ('revenuecat', 'monthly', {PERIOD_CREDITS}, 10, '0');
 update private.plans set max_active = 1000000, max_per_minute = 1000000,
   max_burned_per_day = 1000000, busy_after = null
 """
