@@ -90,6 +90,10 @@ def state(report: dict[str, Any]) -> Iterator[Line]:
     problems = books["recent_problems"] + (books["problems"] or 0)
     waiting = f"{outbox.get('pending', 0)} pending, {outbox.get('dead', 0)} dead"
     yield "", f"outbox    {waiting} · books {problems} problems"
+    for each in health["budgets"][:3]:
+        taken = f"{each['spent_usd']:.2f} spent and {each['reserved_usd']:.2f} reserved"
+        limit = f"of {each['limit_usd']:.2f} USD this {each['period']}"
+        yield "warning" if each["used"] >= 1 else "", f"budget    {each['scope']}: {taken} {limit}"
     for held in report["vacuum_holders"]:
         seconds, count = held["seconds"] or 0, held["transactions"] or 0
         if seconds >= 60 or (held["kind"] != "session" and count > 1000):  # a moment is no harm

@@ -46,7 +46,8 @@ create table private.ready_jobs (
   create_started_at timestamptz,
   handles jsonb,
   sent_input jsonb,
-  route smallint not null default 0
+  route smallint not null default 0,
+  reserved_usd numeric
 ) with (
   fillfactor = 70, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500,
   autovacuum_vacuum_insert_threshold = -1, autovacuum_analyze_scale_factor = 0.1,
@@ -67,6 +68,7 @@ comment on column private.ready_jobs.create_started_at is
 comment on column private.ready_jobs.handles is 'This and the next: see running_jobs.';
 comment on column private.ready_jobs.route is
   'Place of the route it takes: if that is shut, the claim takes the next, unless it resumes.';
+comment on column private.ready_jobs.reserved_usd is 'What it resumes may cost at most.';
 
 -- Delayed jobs are out of the claim's index, so a pile of them costs the claim nothing.
 create index ready_jobs_claim_idx on private.ready_jobs (fair_key, seq) where run_at is null;
@@ -76,6 +78,9 @@ create index ready_jobs_user_id_idx on private.ready_jobs (user_id);
 -- Claims read it instead of the first where not everything may run.
 create index ready_jobs_model_idx on private.ready_jobs (model_id, route, fair_key, seq)
 where run_at is null;
+-- What a budget (29) counts as taken, and lets go on once it is spent.
+create index ready_jobs_reserved_idx on private.ready_jobs (model_id, route, fair_key, seq)
+where reserved_usd is not null;
 
 -- Domains, like job_status (10): a list of words is read once in a session, not in each statement.
 create domain private.job_stage as text constraint job_stage_is_known check (
@@ -105,6 +110,7 @@ create table private.running_jobs (
   sent_input jsonb,
   route smallint not null default 0,
   cancel_requested boolean not null default false,
+  reserved_usd numeric,
   constraint running_jobs_progress_is_a_percentage check (progress between 0 and 100)
 ) with (
   fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200,
@@ -127,6 +133,9 @@ comment on column private.running_jobs.handles is
 comment on column private.running_jobs.sent_input is
   'What the provider was last asked to create, where that has addresses of sources: they are made '
   'anew each time. null with such a job: nothing was asked for.';
+comment on column private.running_jobs.reserved_usd is
+  'What it may cost at most, which budgets (29) count as taken; null: nobody knows, or it was '
+  'claimed when there was no budget.';
 
 create index running_jobs_user_id_idx on private.running_jobs (user_id);
 

@@ -21,7 +21,7 @@ declare
     "requires_paid_plan": 403, "account_blocked": 403, "not_found": 404, "method_not_allowed": 405,
     "idempotency_conflict": 409, "price_changed": 409, "not_finished": 409, "already_finished": 409,
     "too_many_active": 429, "rate_limited": 429,
-    "busy": 503, "model_paused": 503, "unavailable": 503
+    "budget_spent": 503, "busy": 503, "model_paused": 503, "unavailable": 503
   }' ->> p_token)::integer;
 begin
   if p_retry_after is null then
@@ -283,6 +283,11 @@ begin
     m.id is null or (m.requires_paid and p.name <> 'paid') or exists (
       select from private.breakers as b
       where b.paused_until > now() or e.user_id = any (b.failed_users || b.doubted_users)
+    ) or exists (
+      select from private.budgets as b
+      where b.spent_until > now() and coalesce(b.user_id, e.user_id) = e.user_id
+    ) or (
+      m.cost_usd is null and exists (select from private.budgets as b where b.on_breach <> 'alert')
     ),
     m, e.credits_end_at
   into v_gate
@@ -307,9 +312,9 @@ $$;
 --
 -- Weighted rendezvous hashing: each arm of an alias draws a number that depends on nothing but user
 -- and arm, and the smallest wins. So a user stays with an arm, and a change of weights moves as few
--- as possible. A paused arm is passed over while another is not.
+-- as possible. An arm that is paused or has no budget left is passed over while another is not.
 --
--- Raises: PT404 not_found, PT403 requires_paid_plan, PT503 model_paused.
+-- Raises: PT404 not_found, PT403 requires_paid_plan, PT503 model_paused, PT503 budget_spent.
 create function private.require_model(p_gate private.gate, p_name text) returns public.models
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
@@ -327,7 +332,9 @@ begin
     where a.id = p_name and a.weight > 0 and m.is_active
       and (p_gate.plan = 'paid' or not m.requires_paid)
     order by
-      private.paused_until(m, p_gate.user_id) is not null,
+      coalesce(
+        private.paused_until(m, p_gate.user_id), private.budget_spent_until(m, p_gate.user_id)
+      ) is not null,
       -ln((drawn.n + 1) / 281474976710657.0) / a.weight
     limit 1;
   end if;
@@ -343,6 +350,15 @@ begin
   if v_paused_until is not null then
     perform private.refuse(
       'model_paused', format('%s is paused', v_model.id), p_retry_after => ceil(
+        extract(epoch from least(v_paused_until, now() + interval '1 hour') - now())
+      )::integer
+    );
+  end if;
+  v_paused_until := private.budget_spent_until(v_model, p_gate.user_id);
+  if v_paused_until is not null then
+    perform private.refuse(
+      'budget_spent', format('what %s may cost is spent, or not known', v_model.id),
+      p_retry_after => ceil(
         extract(epoch from least(v_paused_until, now() + interval '1 hour') - now())
       )::integer
     );
@@ -380,6 +396,9 @@ begin
           select from private.routes as w inner join private.providers as p on p.name = w.provider
           where w.model_id = next.model_id and w.place = next.route and p.max_running is not null
             and p.name is distinct from p_provider
+        )
+        and not private.awaits_budget(
+          next.model_id, next.route, next.user_id, p_plan.busy_after
         )
     );
   end if;

@@ -229,7 +229,8 @@ begin
       p_params -> i.name, 'lax $[*] ? (@ starts with "generations/")'
     ) as v (path);
   end if;
-  if v_is_anybody_asleep then
+  -- Whoever gives to many wakes at the end, when no other user's row is waited for.
+  if v_is_anybody_asleep and not p_is_free then
     perform private.wake_workers(v_jobs, array(
       select w.provider from private.routes as w where w.model_id = v_model.id order by w.place
     ));

@@ -185,6 +185,7 @@ begin
       end if;
     end loop;
   end loop;
+  perform private.wake_workers(v_redriven);
   return json_strip_nulls(
     json_build_object('redriven', v_redriven, 'skipped', nullif(v_skipped, '{}'))
   );

@@ -134,7 +134,12 @@ language sql stable security definer set search_path = pg_catalog, pg_temp as $$
     'price_credits', m.price_credits,
     'paid_price_credits', m.paid_price_credits,
     'requires_paid', m.requires_paid,
-    'paused_until', private.paused_until(m, auth.uid()),
+    'paused_until', greatest(
+      private.paused_until(m, auth.uid()),
+      case when (select count(*) > 0 from private.budgets)
+        then private.budget_spent_until(m, auth.uid())
+      end
+    ),
     'max_images', m.max_images,
     'inputs', (
       select coalesce(json_object_agg(p.key, p.value order by p.key), '{}')

@@ -70,8 +70,6 @@ set plan_cache_mode = force_generic_plan set enable_seqscan = off set enable_bit
 set jit = off as $$
 #variable_conflict use_column
 begin
-  update private.workers set seen_at = now(), is_listening = p_is_listening
-  where id = p_worker_id;
   update private.running_jobs as r set
     lease_until = now() + s.lease,
     progress = case
@@ -80,6 +78,9 @@ begin
     end
   from private.settings as s
   where r.job_id = any (p_job_ids) and r.token = any (p_tokens);
+  -- Last: a claim of the same worker, which holds jobs that others may wait for, waits for it.
+  update private.workers set seen_at = now(), is_listening = p_is_listening
+  where id = p_worker_id;
   -- A new look, for the first may have waited.
   return query
   select j.id, case

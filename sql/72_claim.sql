@@ -3,8 +3,8 @@
 -- claim_jobs locks the jobs with the smallest fair_key that nobody else is claiming (skip locked),
 -- and moves them in one statement. While a breaker (28) is open, or where some of these jobs are
 -- for a provider that this worker has no key of or that takes no more, it has them chosen with care
--- by pick_admitted_jobs, which also takes the next route (11) where one is shut. No claim waits for
--- a lock.
+-- by pick_admitted_jobs, which also takes the next route (11) where one is shut. No more are taken
+-- than budgets (29) hold. No claim waits for a lock, but for that of a budget.
 
 -- While a long transaction holds back vacuum, a look at a whole table of the queue walks the dead
 -- rows of all jobs since. So one session looks for all: a sequence holds, in milliseconds since
@@ -100,7 +100,8 @@ create type private.way as (
   is_shut boolean,
   is_over boolean,
   failed_users uuid array,
-  failed_at_provider uuid array
+  failed_at_provider uuid array,
+  is_spent boolean  -- a budget holds none of its jobs, but for those that resume
 );
 
 comment on type private.way is
@@ -142,19 +143,23 @@ $$;
 -- served by whoever has these keys, and no more than each takes.
 --
 -- What its own route does not take now, for a breaker or because nobody serves it, goes by the next
--- that does: those behind it first. It keeps its place in the queue, and its attempts begin anew.
+-- that does: those behind it first; so does what a budget does not hold by its own. It keeps its
+-- place in the queue, and its attempts begin anew.
 -- Only what is picked is moved, so all the rest is where it was when the route opens. What may have
 -- bought something stays with who may have sold it.
 --
 -- Reads an index by model and route instead of the one in fair order, so that a pile of jobs that
 -- wait is never walked. A range, though of one, and + 0: else the index in fair order might be.
-create function private.pick_admitted_jobs(p_at_most integer, p_keys text[]) returns uuid[]
+create function private.pick_admitted_jobs(
+  p_at_most integer, p_keys text[], p_are_budgeted boolean
+) returns uuid[]
 language plpgsql set search_path = pg_catalog, pg_temp
 set plan_cache_mode = force_generic_plan as $$
 declare
   v_began timestamptz := clock_timestamp();
   v_from bigint := 0;
   v_served text[];
+  v_budgets private.budget_states[] := '{}'::private.budget_states[];
   v_ways private.way[];
   v_rooms jsonb;
   v_candidates uuid[];
@@ -163,6 +168,9 @@ declare
   v_own uuid[];
   v_ids uuid[];
 begin
+  if p_are_budgeted then
+    v_budgets := private.hold_budgets();
+  end if;
   -- Operators' pauses that are over.
   update private.breakers set paused_until = null, pause_reason = null, resumed_at = now()
   where name = any (array(
@@ -191,10 +199,11 @@ begin
       select
         w.model_id, w.route, coalesce(way.place, w.route) as place,
         row_number() over in_turn as turn, way.provider,
-        coalesce(way.place = own.place, true) as is_own, may.is_mine, gate.*,
-        bool_or(gate.is_open and (may.is_mine or way.provider = any (v_served))) over (
-          in_turn rows between unbounded preceding and 1 preceding
-        ) as is_behind
+        coalesce(way.place = own.place, true) as is_own, may.is_mine, gate.*, budget.is_spent,
+        bool_or(
+          gate.is_open and not budget.is_spent
+          and (may.is_mine or way.provider = any (v_served))
+        ) over (in_turn rows between unbounded preceding and 1 preceding) as is_behind
       from waiting as w
       cross join lateral (
         select coalesce((
@@ -208,13 +217,19 @@ begin
         select (p.is_active and (p.secret is null or p.secret = any (p_keys))) is not false
       ) as may (is_mine)
       cross join lateral private.gate_of(w.model_id, way.place, way.provider) as gate
+      cross join lateral (
+        select v_budgets <> '{}' and private.is_held(v_budgets, (
+          select c.least_usd from private.route_costs as c
+          where c.model_id = w.model_id and c.place = way.place
+        ), w.model_id, way.place, null) as is_spent
+      ) as budget
       window in_turn as (
         partition by w.model_id, w.route order by way.place < own.place, way.place
       )
     )
     select (
       w.model_id, w.route, w.place, w.turn, w.provider, w.is_own, w.is_mine, w.is_open, w.is_shut,
-      w.is_over, w.failed_users, w.failed_at_provider
+      w.is_over, w.failed_users, w.failed_at_provider, w.is_spent
     )::private.way
     from ways as w
     where w.is_behind is not true
@@ -244,7 +259,21 @@ begin
             where r.run_at is null and r.fair_key >= v_from
               and (r.model_id, r.route) between (w.model_id, w.route) and (w.model_id, w.route)
               and (w.is_own or coalesce(r.provider_job_id, r.create_started_at::text) is null)
+              and not r.user_id = any (w.failed_users) and not w.is_spent
+              and (v_budgets = '{}' or not private.is_held(
+                v_budgets, private.asks_usd(r, w.place), r.model_id, w.place, r.user_id
+              ))
+            order by r.model_id, r.route, r.fair_key, r.seq
+            limit case when w.is_open then p_at_most + 1 else 1 end
+          )
+          union all
+          (
+            select r.job_id, r.fair_key, r.seq, false, false
+            from private.ready_jobs as r
+            where r.run_at is null and r.reserved_usd is not null and w.is_spent and w.is_own
+              and (r.model_id, r.route) between (w.model_id, w.route) and (w.model_id, w.route)
               and not r.user_id = any (w.failed_users)
+              and not private.is_held(v_budgets, 0, r.model_id, w.place, r.user_id)
             order by r.model_id, r.route, r.fair_key, r.seq
             limit case when w.is_open then p_at_most + 1 else 1 end
           )
@@ -254,7 +283,10 @@ begin
               r.job_id, r.fair_key, r.seq, r.user_id = any (w.failed_users),
               r.user_id = any (w.failed_at_provider)
             from private.ready_jobs as r
-            where r.run_at is null and r.fair_key >= v_from and w.is_over
+            where r.run_at is null and r.fair_key >= v_from and w.is_over and not w.is_spent
+              and (v_budgets = '{}' or not private.is_held(
+                v_budgets, private.asks_usd(r, w.place), r.model_id, w.place, r.user_id
+              ))
               and (r.model_id, r.route) between (w.model_id, w.route) and (w.model_id, w.route)
               and (w.is_own or coalesce(r.provider_job_id, r.create_started_at::text) is null)
             order by r.model_id, r.route, r.fair_key, r.seq limit 1
@@ -272,6 +304,11 @@ begin
     where r.job_id = any (v_candidates)
     order by r.fair_key + 0, r.seq limit p_at_most for update skip locked
   );
+  if p_are_budgeted then
+    v_ids := private.within_budgets(v_ids, array(
+      select v_places[array_position(v_candidates, j.id)] from unnest(v_ids) as j (id)
+    ), v_budgets);
+  end if;
   update private.ready_jobs as r set route = c.place, attempt = 0
   from unnest(v_candidates, v_places) as c (job_id, place)
   where r.job_id = c.job_id and r.job_id = any (v_ids) and r.route <> c.place;
@@ -348,18 +385,25 @@ set jit = off as $$
 declare
   v_are_chosen boolean;
   v_are_due boolean;
+  v_are_budgeted boolean;
   v_left integer := p_slots;
   v_from bigint := 0;
   v_began timestamptz;
   v_clock bigint;
   v_ids uuid[];
+  v_looked_at integer;
   v_claimed integer;
 begin
   select
     pg_sequence_last_value('private.scan_due') = 0
     or exists (select from private.breakers as b where b.paused_until is not null),
-    exists (select from private.ready_jobs as r where r.run_at <= now())
-  into v_are_chosen, v_are_due;
+    exists (select from private.ready_jobs as r where r.run_at <= now()),
+    exists (select from private.budgets)
+  into v_are_chosen, v_are_due, v_are_budgeted;
+  if v_are_budgeted then
+    v_are_chosen := v_are_chosen
+      or exists (select from private.budgets as b where b.spent_until > now());
+  end if;
   -- Delayed jobs whose time has come.
   if v_are_due then
     update private.ready_jobs set run_at = null, queued_at = now()
@@ -370,7 +414,8 @@ begin
   end if;
   loop
     if v_are_chosen then
-      v_ids := private.pick_admitted_jobs(v_left, p_keys);
+      v_ids := private.pick_admitted_jobs(v_left, p_keys, v_are_budgeted);
+      v_looked_at := cardinality(v_ids);
       select max(r.fair_key) into v_clock from private.ready_jobs as r where r.job_id = any (v_ids);
     else
       if not private.is_due('private.scan_due', 500) then
@@ -391,8 +436,12 @@ begin
         exit when cardinality(v_ids) = p_slots or not private.is_due('private.scan_due');
         v_from := 0;
       end loop;
+      v_looked_at := cardinality(v_ids);
+      if v_are_budgeted and v_looked_at > 0 then
+        v_ids := private.within_budgets(v_ids, null, private.hold_budgets());
+      end if;
     end if;
-    exit when v_ids = '{}';
+    exit when v_looked_at = 0;
     return query
     with next as materialized (
       select
@@ -421,13 +470,13 @@ begin
     ),
     running as (
       insert into private.running_jobs (
-        job_id, user_id, model_id, token, worker_id, attempt,
-        lease_until, deadline_at, provider_job_id, create_started_at, handles, sent_input, route
+        job_id, user_id, model_id, token, worker_id, attempt, lease_until, deadline_at,
+        provider_job_id, create_started_at, handles, sent_input, route, reserved_usd
       )
       select
         n.job_id, n.user_id, n.model_id, n.token, p_worker_id, n.attempt + 1, now() + s.lease,
         now() + coalesce(n.deadline, s.lease), n.provider_job_id,
-        coalesce(n.create_started_at, now()), n.handles, n.sent_input, n.place
+        coalesce(n.create_started_at, now()), n.handles, n.sent_input, n.place, n.reserved_usd
       from next as n cross join private.settings as s
     ),
     started as (
@@ -448,7 +497,7 @@ begin
     from next as n inner join started as s on s.id = n.job_id
     order by n.token;
     get diagnostics v_claimed = row_count;
-    if v_claimed = cardinality(v_ids) then
+    if v_claimed = v_looked_at then
       v_clock := setval(
         'private.virtual_clock', greatest(pg_sequence_last_value('private.virtual_clock'), v_clock)
       );

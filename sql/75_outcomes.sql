@@ -179,7 +179,7 @@ language plpgsql set search_path = pg_catalog, pg_temp as $$
 begin
   insert into private.ready_jobs (
     job_id, user_id, model_id, fair_key, attempt, run_at,
-    provider_job_id, create_started_at, handles, sent_input, route
+    provider_job_id, create_started_at, handles, sent_input, reserved_usd, route
   )
   select
     p_job.job_id, p_job.user_id, p_job.model_id, c.last_value, p_attempts_used,
@@ -187,17 +187,31 @@ begin
     case when p_resumes then p_job.provider_job_id end,
     case when p_resumes then p_job.create_started_at end,
     case when p_resumes then p_job.handles end,
-    case when p_resumes then p_job.sent_input end, coalesce(p_route, p_job.route)
+    case when p_resumes then p_job.sent_input end,
+    case when p_resumes then p_job.reserved_usd end, coalesce(p_route, p_job.route)
   from private.virtual_clock as c;
   update public.generations set status = 'queued', updated_at = now() where id = p_job.job_id;
   perform private.record_attempts(array[p_job], p_outcome, array[p_metrics], p_code, p_detail);
-  if p_delay <= interval '0' then
+end;
+$$;
+
+-- Wakes workers for those of these jobs that may be claimed again at once. The last thing to do: a
+-- claim (72) that has locked a budget or a breaker may wait for the row of its worker.
+create function private.wake_for(p_jobs private.running_jobs[]) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_model_id text;
+  v_route smallint;
+begin
+  for v_model_id, v_route in
+    select r.model_id, r.route from private.ready_jobs as r
+    where r.job_id = any (array(select j.job_id from unnest(p_jobs) as j)) and r.run_at is null
+  loop
     perform private.wake_workers(1, array(
       select w.provider from private.routes as w
-      where w.model_id = p_job.model_id
-      order by w.place <> coalesce(p_route, p_job.route), w.place
+      where w.model_id = v_model_id order by w.place <> v_route, w.place
     ));
-  end if;
+  end loop;
 end;
 $$;
 
@@ -239,6 +253,7 @@ begin
   into v_metrics, v_stored
   from ended as e;
   perform private.end_jobs(v_jobs, 'completed', v_metrics, v_stored);
+  perform private.book_costs(v_jobs);
   if exists (
     select from private.breakers as b where b.failures > 0 or b.times_opened > 0
   ) then
@@ -329,7 +344,7 @@ begin
   where code in (p_code, 'internal') order by code = p_code desc limit 1;
   v_detail := concat_ws(': ', nullif(p_code, v_error.code), p_detail);
   v_attempts_used := p_job.attempt - case when v_error.uses_attempt then 0 else 1 end;
-  v_resumes := v_error.resumes;
+  v_resumes := v_error.resumes and not p_metrics @> '{"is_asked": false}';
   select count(*) into v_claims_before from private.attempts where generation_id = p_job.job_id;
   if v_attempts_used >= v_settings.max_attempts then
     select min(w.place) into v_route from private.model_routes as w
@@ -349,7 +364,7 @@ begin
         when v_error.pauses_model or v_route <> p_job.route then '0'
         else private.retry_delay(v_claims_before, p_retry_after_seconds)
       end,
-      v_resumes and not p_metrics @> '{"is_asked": false}',
+      v_resumes,
       -- What the next attempt resumes is paid once: it will be booked there.
       case when v_resumes then '{}' else p_metrics end, v_error.code, v_detail, v_route
     );
@@ -391,7 +406,9 @@ begin
     );
     return next;
   end loop;
+  perform private.book_costs(v_jobs);
   perform private.note_failures(v_jobs);
+  perform private.wake_for(v_jobs);
 end;
 $$;
 
@@ -427,8 +444,13 @@ begin
   ) then
     perform private.end_jobs(array[v_job], 'failed', p_code => 'internal');
   elsif v_job.job_id is not null then
-    perform private.requeue_job(v_job, 'released', v_job.attempt - 1, interval '0', p_resumes);
+    perform private.requeue_job(
+      v_job, 'released', v_job.attempt - 1, interval '0', p_resumes,
+      case when p_resumes then '{}'::jsonb else '{"is_asked": false}' end
+    );
   end if;
+  perform private.book_costs(array[v_job]);
+  perform private.wake_for(array[v_job]);
 end;
 $$;
 
@@ -448,6 +470,7 @@ declare
 begin
   if v_job.cancel_requested then
     perform private.end_jobs(array[v_job], 'canceled', array[p_metrics]);
+    perform private.book_costs(array[v_job]);
   elsif v_job.job_id is not null then
     raise exception 'nobody asked to cancel job %', p_job_id
       using errcode = 'invalid_parameter_value';

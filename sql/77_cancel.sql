@@ -23,7 +23,8 @@ begin
     -- A job may go from ready to running, or back, between two looks.
     for v_look in 1 .. 5 loop
       delete from private.ready_jobs where job_id = v_job_id and user_id = p_user_id
-      returning job_id, user_id into v_job.job_id, v_job.user_id;
+      returning job_id, user_id, model_id, route, reserved_usd
+      into v_job.job_id, v_job.user_id, v_job.model_id, v_job.route, v_job.reserved_usd;
       if found then
         v_taken := v_taken || v_job;
         exit;
@@ -39,6 +40,7 @@ begin
   end loop;
   -- No attempt is under way. If an earlier one was billed, it was we who broke it off.
   perform private.end_jobs(v_taken, 'canceled');
+  perform private.book_costs(v_taken);
 end;
 $$;
 

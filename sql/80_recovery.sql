@@ -19,7 +19,10 @@ language sql set search_path = pg_catalog, pg_temp as $$
         select p.id from private.paused_models as p where p.paused_until is not null
         union all
         select u.id from private.unserved_models as u
-      ))
+      )) and not (
+        (select count(*) > 0 from private.budgets as b where b.on_breach <> 'alert')
+        and private.awaits_budget(r.model_id, r.route, r.user_id)
+      )
     ),
     looked_at = now()
   where name in (select d.name from due as d)
@@ -31,6 +34,7 @@ language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_id uuid;
   v_job private.running_jobs;
+  v_jobs private.running_jobs[] := '{}'::private.running_jobs[];
 begin
   foreach v_id in array p_ids loop
     delete from private.running_jobs where job_id = v_id returning * into strict v_job;
@@ -42,7 +46,9 @@ begin
     else
       perform private.end_failed_attempt(v_job, 'timeout', 'deadline passed');
     end if;
+    v_jobs := v_jobs || v_job;
   end loop;
+  perform private.book_costs(v_jobs);
   return cardinality(p_ids);
 end;
 $$;
@@ -73,6 +79,7 @@ begin
   );
   perform private.skip_failing('select private.refresh_model_stats()', array['*']);
   perform private.skip_failing('select private.note_failures($1)', v_stale);
+  perform private.wake_for(v_stale);
   perform private.refresh_queue_state();
   return v_recovered;
 end;

@@ -362,7 +362,8 @@ language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_folders uuid[] := private.folders_of(old.user_id);
   v_files text[];
-  v_worker_id bigint;
+  v_job private.running_jobs;
+  v_jobs private.running_jobs[] := '{}'::private.running_jobs[];
 begin
   perform from public.generations where user_id = old.user_id order by id for update;
   v_files := array(
@@ -384,12 +385,20 @@ begin
     );
   end if;
   perform private.skip_failing('select private.mark_files($1)', v_files);
-  delete from private.ready_jobs where user_id = old.user_id;
-  for v_worker_id in
-    delete from private.running_jobs where user_id = old.user_id returning worker_id
+  for v_job in
+    with ready as (delete from private.ready_jobs where user_id = old.user_id returning *),
+    running as (delete from private.running_jobs where user_id = old.user_id returning *)
+    select j.* from ready as r
+    cross join lateral jsonb_populate_record(null::private.running_jobs, to_jsonb(r)) as j
+    union all
+    select r.* from running as r
   loop
-    perform pg_notify('darkroom_worker_' || v_worker_id, 'cancel');
+    v_jobs := v_jobs || v_job;
+    perform pg_notify('darkroom_worker_' || v_job.worker_id, 'cancel')
+    where v_job.worker_id is not null;
   end loop;
+  perform private.book_costs(v_jobs);
+  delete from private.budgets where user_id = old.user_id;
   delete from public.generations where user_id = old.user_id;
   delete from public.batches where user_id = old.user_id;
   delete from private.credit_buckets where user_id = old.user_id;

@@ -116,11 +116,19 @@ begin
       array['storage.objects', max(o.name collate "C")]
     into v_found, v_files, v_next
     from (
-      select bucket_id, name from storage.objects
-      where name ~>~ greatest(
-        concat(user_id, '/'), case after[1] when 'storage.objects' then after[2] end
-      ) and name ~<~ concat(user_id, '0') and bucket_id in ('generations', 'inputs')
-      order by name using ~<~ fetch first v_left rows with ties
+      select each.bucket_id, each.name
+      -- The folders of guests who became this user, too.
+      from unnest(user_id || array(
+        select m.user_id from private.merged_users as m where m.into_id = export_user.user_id
+      )) as folder (id)
+      cross join lateral (
+        select f.bucket_id, f.name from storage.objects as f
+        where f.name ~>~ greatest(
+          concat(folder.id, '/'), case after[1] when 'storage.objects' then after[2] end
+        ) and f.name ~<~ concat(folder.id, '0') and f.bucket_id in ('generations', 'inputs')
+        order by f.name using ~<~ fetch first v_left rows with ties
+      ) as each
+      order by each.name using ~<~ fetch first v_left rows with ties
     ) as o;
     v_left := v_left - v_found;
   end if;

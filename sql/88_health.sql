@@ -33,17 +33,25 @@ comment on view private.paused_now is
 create view private.queue_by_model with (security_invoker = true) as
 select
   n.model_id, m.provider,
-  coalesce(case when not p.is_paused then q.waiting - q.delayed end, 0) as ready,
+  coalesce(case when not p.is_paused then q.waiting - q.held - q.delayed end, 0) as ready,
   coalesce(case when not p.is_paused then q.delayed end, 0) as delayed,
-  coalesce(case when p.is_paused then q.waiting end, 0) as paused,
+  coalesce(case when p.is_paused then q.waiting else q.held end, 0) as paused,
   coalesce(r.running, 0) as running,
-  case when not p.is_paused and q.waiting > q.delayed then extract(epoch from now() - q.ready_since)
+  case when not p.is_paused and q.waiting - q.held > q.delayed
+    then extract(epoch from now() - q.ready_since)
   end as oldest_ready_seconds
 from (
   select
-    j.model_id, count(*) as waiting, count(*) filter (where j.run_at > now()) as delayed,
-    min(coalesce(j.run_at, j.queued_at)) as ready_since
-  from private.ready_jobs as j group by j.model_id
+    j.model_id, count(*) as waiting, count(*) filter (where b.is_held) as held,
+    count(*) filter (where j.run_at > now() and not b.is_held) as delayed,
+    min(coalesce(j.run_at, j.queued_at)) filter (where not b.is_held) as ready_since
+  from private.ready_jobs as j
+  cross join lateral (
+    select
+      (select count(*) > 0 from private.budgets as o where o.on_breach <> 'alert')
+      and private.awaits_budget(j.model_id, j.route, j.user_id) as is_held
+  ) as b
+  group by j.model_id
 ) as q
 full outer join (
   select j.model_id, count(*) as running from private.running_jobs as j group by j.model_id
@@ -58,7 +66,8 @@ order by n.model_id;
 
 comment on view private.queue_by_model is
   'How many jobs of each model wait or run? ready (may be claimed now), delayed (a retry that is '
-  'put off), paused, running; oldest_ready_seconds: since the first of the ready may be claimed.';
+  'put off), paused (or waiting for a budget), running; oldest_ready_seconds: since the first of '
+  'the ready may be claimed.';
 
 create view private.running_now with (security_invoker = true) as
 select
@@ -187,7 +196,7 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   from private.alert_rules as rule
   cross join jsonb_to_record(h) as x (
     depth jsonb, running jsonb, rates jsonb, workers jsonb, routines jsonb, paused jsonb,
-    unserved jsonb, vacuum jsonb, outbox jsonb, books jsonb, skipped jsonb
+    unserved jsonb, vacuum jsonb, outbox jsonb, books jsonb, skipped jsonb, budgets jsonb
   )
   cross join lateral (
     select (x.workers ->> 'alive')::integer as alive, (x.workers ->> 'listening')::integer as listen
@@ -229,6 +238,16 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
       from jsonb_to_recordset(x.paused)
         as p (kind text, name text, paused_until text, pause_reason text)
     )),
+    ('budget', (select max(b.used) from jsonb_to_recordset(x.budgets) as b (used numeric))::text,
+      null, (
+        select string_agg(format(
+          '%s: %s of %s USD of this %s', b.scope, round(b.used * b.limit_usd, 2),
+          round(b.limit_usd, 2), b.period
+        ), '; ' order by b.used desc, b.scope)
+        from jsonb_to_recordset(x.budgets)
+          as b (scope text, period text, limit_usd numeric, used numeric)
+        where b.used > rule.threshold
+      )),
     ('vacuum_held_back', x.vacuum ->> 'oldest_transactions', null, (
       select concat_ws(
         ' ', v.kind, v.pid, quote_ident(v.name), v.state,
@@ -311,6 +330,16 @@ begin
       ), '[]')
       from private.paused_now as p
     ),
+    'budgets', (
+      select coalesce(jsonb_agg(to_jsonb(b) order by b.used desc, b.scope), '[]')
+      from (
+        select
+          case when s.user_id is null then s.scope else 'a user' end as scope,
+          s.period, s.limit_usd, s.spent_usd, s.reserved_usd, round(s.used, 4) as used,
+          s.on_breach, s.ends_at
+        from private.budget_states as s order by s.used desc limit 20
+      ) as b
+    ),
     'vacuum', (
       select jsonb_build_object(
         'oldest_transactions', coalesce(max(h.age_transactions), 0),
@@ -387,7 +416,8 @@ comment on function public.queue_health is
   'stale_seconds}, rates {last_minute, per_minute_of_15, attempts_of_15_minutes, error_rate, '
   'burned_of_15_minutes, burned_by_users}, workers {alive, asleep, listening, slots, slots_used}, '
   'routines {name: {last_run_at, every_seconds, runs_missed}}, paused, unserved {provider: ready '
-  'jobs}, vacuum {oldest_transactions, sees_all_sessions}, outbox {pending, '
+  'jobs}, budgets [{scope, period, limit_usd, spent_usd, reserved_usd, used, on_breach, ends_at}] '
+  '(the twenty most used), vacuum {oldest_transactions, sees_all_sessions}, outbox {pending, '
   'oldest_pending_seconds, dead}, books {recent_problems, checked_at, problems, examples}, skipped '
   '{rows, since, steps}}. A monitor is shown no reasons and no examples. Thresholds are rows of '
   'private.alert_rules.';

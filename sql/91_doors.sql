@@ -26,8 +26,8 @@ comment on function public.enqueue_generation is
   'may cost, as the user saw it; null: whatever it costs. Errors: PT400 invalid_input, PT401 '
   'not_authenticated, PT402 insufficient_credits | in_debt, PT403 requires_paid_plan | '
   'account_blocked, PT404 not_found (also where the job of the key is deleted), PT409 '
-  'idempotency_conflict | price_changed, PT429 too_many_active | rate_limited, PT503 busy | '
-  'model_paused | unavailable.';
+  'idempotency_conflict | price_changed, PT429 too_many_active | rate_limited, PT503 '
+  'budget_spent | busy | model_paused | unavailable.';
 
 create function public.enqueue_batch(
   model text, prompts text[], params jsonb default '{}', idempotency_key text default null,
@@ -124,9 +124,9 @@ return private.list_models();
 
 comment on function public.list_models is
   'The catalogue: [{id, title, price_credits and paid_price_credits (per image), requires_paid, '
-  'paused_until (null unless it is; may be infinity), max_images, inputs {name: JSON schema of a '
-  'param}, image_inputs [those that take a picture: a path in bucket inputs, or generations/<path '
-  'of an image>]}].';
+  'paused_until (null unless it is, or its budget is spent; may be infinity), max_images, inputs '
+  '{name: JSON schema of a param}, image_inputs [those that take a picture: a path in bucket '
+  'inputs, or generations/<path of an image>]}].';
 
 create function public.list_generations(
   before uuid default null, page_size integer default 20, only_favorites boolean default false,

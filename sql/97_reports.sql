@@ -17,7 +17,7 @@ select
   case
     when exists (
       select from private.paused_models as p where p.id = r.model_id and p.paused_until > now()
-    ) then 'paused'
+    ) or private.awaits_budget(r.model_id, r.route, r.user_id) then 'paused'
     when r.run_at > now() then 'delayed'
     else 'ready'
   end as state,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 LIVE = ("queued", "processing")
 MAX_ATTEMPTS = 3
@@ -17,6 +19,9 @@ MAX_ACTIVE = {"free": 4, "paid": 6}
 MAX_BURNED = 2  # in a day
 # For each model the price of an image, on either plan.
 PRICES = {"darkroom/preview": {"free": 1, "paid": 0}, "darkroom/dear": {"free": 3, "paid": 2}}
+# What an image costs us, and all may cost together, in US dollars.
+COSTS = {"darkroom/preview": 1, "darkroom/dear": 2}
+BUDGET = 9
 
 
 # Codes that may be tried again, and whether that uses up an attempt.
@@ -30,6 +35,7 @@ RETRIES = {
     "internal": True,
 }
 FINAL = ("moderated", "invalid_input", "timeout")
+RESUME = ("provider_timeout", "worker_full", "storage_unavailable", "internal")
 REFUND_PERCENT = {"moderated": 40}  # of other failures all goes back
 
 
@@ -119,6 +125,12 @@ class Generation:
     refund: int | None = None
     images: int = 0
     is_deleted: bool = False
+    reserved: int = 0  # what it may cost at most while it runs, or waits to be resumed
+
+    @property
+    def asks(self) -> int:
+        """What has to be reserved to claim it."""
+        return 0 if self.reserved else COSTS[self.model] * self.image_count
 
 
 class Books:
@@ -127,6 +139,7 @@ class Books:
         self.jobs: dict[str, Generation] = {}
         self.batches: dict[str, list[str]] = {}
         self.given: dict[str, tuple[str, int, str]] = {}  # by external id; not how it is kept
+        self.spent = 0
 
     def active(self, user_id: str) -> int:
         return sum(j.user_id == user_id and j.status in LIVE for j in self.jobs.values())
@@ -194,8 +207,22 @@ class Books:
     def claimable(self) -> set[str]:
         return {id for id, job in self.jobs.items() if job.status == "queued" and not job.waits}
 
+    def reserved(self) -> int:
+        return sum(job.reserved for job in self.jobs.values())
+
+    def room(self) -> int:
+        return max(BUDGET - self.spent - self.reserved(), 0)
+
+    def book(self, job: Generation, metrics: dict[str, Any]) -> None:
+        """Pay what the attempt has cost; all that it might have, where nobody knows."""
+        if False not in metrics.values():
+            self.spent += COSTS[job.model] * metrics["images"] if metrics else job.reserved
+        job.reserved = 0
+
     def claim(self, job_id: str, token: int) -> None:
         job = self.jobs[job_id]
+        assert job.asks <= self.room()
+        job.reserved += job.asks
         job.status, job.token, job.attempt = "processing", token, job.attempt + 1
         job.is_late = set()
 
@@ -208,18 +235,27 @@ class Books:
         return job.outcomes.get(token) if job else None
 
     def complete(self, job: Generation, images: int) -> None:
+        self.book(job, {})
         self._end(job, "completed")
         job.status, job.images = "completed", images
         missing = job.image_count - images
         if missing:
             self._refund(job, job.price * missing // job.image_count)
 
-    def fail(self, job: Generation, code: str, waits: bool = False) -> str:
+    def fail(
+        self,
+        job: Generation,
+        code: str,
+        waits: bool = False,
+        metrics: dict[str, Any] = MappingProxyType({}),
+    ) -> str:
         percent = REFUND_PERCENT.get(code, 100)
         if job.cancel_requested:
-            self.cancel(job, percent=percent)
+            self.cancel(job, percent=percent, metrics=metrics)
             return "canceled"
         used = job.attempt - (not RETRIES.get(code, True))
+        if used >= MAX_ATTEMPTS or code not in RESUME or metrics == {"is_asked": False}:
+            self.book(job, metrics)
         if code in RETRIES and used < MAX_ATTEMPTS:
             self._requeue(job, "retried", used)
             job.waits = waits
@@ -231,12 +267,21 @@ class Books:
 
     def release(self, job: Generation, resumes: bool) -> None:
         if job.cancel_requested:
-            self.cancel(job, is_burned=resumes)
+            self.cancel(job, is_burned=resumes, metrics={} if resumes else {"is_asked": False})
         else:
+            if not resumes:
+                self.book(job, {"is_asked": False})
             self._requeue(job, "released", job.attempt - 1)
 
-    def cancel(self, job: Generation, is_burned: bool = False, percent: int = 100) -> None:
+    def cancel(
+        self,
+        job: Generation,
+        is_burned: bool = False,
+        percent: int = 100,
+        metrics: dict[str, Any] = MappingProxyType({}),
+    ) -> None:
         """End a job that its user does not want any more, and that the provider may bill us."""
+        self.book(job, metrics)
         if job.status == "processing":
             self._end(job, "canceled")
         job.status, job.waits = "canceled", False

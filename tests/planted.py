@@ -789,8 +789,10 @@ MONEY = [
     Bug(
         "a job that is given back is lost",
         "sql/75_outcomes.sql",
-        "private.requeue_job(v_job, 'released', v_job.attempt - 1, interval '0', p_resumes)",
-        "null",
+        "    perform private.requeue_job(\n"
+        "      v_job, 'released', v_job.attempt - 1, interval '0', p_resumes,\n"
+        "      case when p_resumes then '{}'::jsonb else '{\"is_asked\": false}' end\n    );\n",
+        "    null;\n",
         STATES,
     ),
     Bug(
@@ -1478,7 +1480,43 @@ EVENTS = [
         f"{BILLING}a_sandbox_gives_nothing_unless_the_operator_says_so",
     ),
 ]
-PLANTED = [*SECURITY, *MONEY, *EVENTS, *WAKE_UP, *OUTAGE, *BLAME, *FITTING, *ROUTES]
+BUDGETS = [
+    Bug(
+        "a budget is passed by two claims at once",
+        "sql/29_budgets.sql",
+        "    order by s.budget_id for update of s\n",
+        "    order by s.budget_id\n",
+        "tests/test_budgets.py::test_concurrent_claims_never_buy_more_than_a_budget_holds",
+    ),
+    Bug(
+        "what a dead worker bought is forgotten by the budget until it is resumed",
+        "sql/75_outcomes.sql",
+        "    case when p_resumes then p_job.reserved_usd end,",
+        "    null::numeric,",
+        "tests/test_budgets.py::"
+        "test_what_it_cost_is_booked_or_all_that_was_reserved_and_the_rest_given_back[dead worker]",
+    ),
+    Bug(
+        "an unknown cost is none",
+        "sql/29_budgets.sql",
+        "        coalesce(a.cost_usd, j.reserved_usd, 0) as usd\n",
+        "        coalesce(a.cost_usd, 0) as usd\n",
+        "tests/test_budgets.py::"
+        "test_what_it_cost_is_booked_or_all_that_was_reserved_and_the_rest_given_back"
+        "[for an unknown price]",
+    ),
+    Bug(
+        "workers are woken before budgets are booked, and wait for each other with claims",
+        "sql/75_outcomes.sql",
+        "  perform private.book_costs(v_jobs);\n"
+        "  perform private.note_failures(v_jobs);\n  perform private.wake_for(v_jobs);\n",
+        "  perform private.wake_for(v_jobs);\n"
+        "  perform private.book_costs(v_jobs);\n  perform private.note_failures(v_jobs);\n",
+        "tests/test_locks.py::test_nobody_can_wait_in_a_circle",
+    ),
+]
+
+PLANTED = [*SECURITY, *MONEY, *EVENTS, *BUDGETS, *WAKE_UP, *OUTAGE, *BLAME, *FITTING, *ROUTES]
 
 # What may never go unnoticed, and the bug that takes it away.
 CORNERSTONES = {

@@ -12,6 +12,7 @@ from hostile import DETAIL
 
 # Tables that hold something of a user's or of a generation's, and why they are in no export.
 NOT_EXPORTED = {
+    "private.budgets": "limits that operators set",
     "private.expired_files": "what Storage still has of them is among the files",
     "private.purchases": "ids of the provider's, for the operator",
     "private.ready_jobs": "the queue: what of it is the user's, the generation says",
@@ -46,8 +47,14 @@ class Somebody:
             for job in worker.claim_jobs(2):
                 worker.fail_job(job, "moderated", DETAIL)
         self.user.delete_generation(self.user.done)
+        guest = User(db)
+        guest.enqueue()
+        worker.complete_job(worker.claimed())
+        db.execute("update auth.users set is_anonymous = true where id = %s", guest.id)
+        service.merge_user(guest.id, self.user.id)
         self.files = [
-            {"bucket": bucket, "path": f"{self.user.id}/{name}"}
+            {"bucket": bucket, "path": f"{folder}/{name}"}
+            for folder in sorted([self.user.id, guest.id])
             for name in ("a/0.png", "b.png", "b/c.png")
             for bucket in ("generations", "inputs")
         ]
@@ -112,7 +119,7 @@ def test_all_that_is_known_of_a_user_is_told_and_nothing_of_the_operators_or_oth
         name = table["name"].split(".")[1]
         holders = tables["generations"] if table["owner"] == "generation_id" else [tables]
         assert any(holder[name] for holder in holders), name
-    assert [row["user_id"] for row in tables.pop("merged_users")] == [user.guest.id]
+    assert {row["into_id"] for row in tables.pop("merged_users")} == {user.id}
     assert {row["user_id"] for rows in tables.values() for row in rows} == {user.id}
     assert page["entitlement"] == user.get_entitlement()
     assert page["files"] == somebody.files

@@ -385,6 +385,7 @@ MOVED = {
 STAYS = {
     "public.credit_ledger": "append-only: what is moved is booked, of both",
     "public.entitlements": "the guest's own, empty and blocked",
+    "private.budgets": "of whom an operator made it for",
     "private.expired_files": "whose folder it is in",
     "private.merged_users": "who was merged",
     "private.ready_jobs": "nothing is live",

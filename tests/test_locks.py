@@ -35,6 +35,8 @@ TABLES = {
     "private.running_jobs": "job_id",
     "private.attempts": "token",
     "private.breakers": "name",
+    "private.budgets": "id",
+    "private.budget_spendings": "budget_id",
     "private.workers": "id",
     "private.plans": "name",
     "private.model_stats": "model_id",
@@ -44,6 +46,17 @@ TABLES = {
 SETTINGS = """
 update private.settings set retry_base = '0', welcome_credits = 100, keep_deleted = '0',
   keep_generations = '101 days', breaker_failures = 3, breaker_users = 1
+"""
+BUDGETS = """
+update public.models set cost_usd = 1 where id = 'darkroom/preview';
+insert into private.budgets (period, limit_usd) values ('month', 1000), ('day', 1000)
+"""
+# Claims find no room in one for all that waits, and ends of jobs give some back.
+TIGHT = """
+update private.running_jobs set reserved_usd = 3;
+update private.budgets set limit_usd = (
+  select spent_usd + reserved_usd + 1 from private.budget_states where period = 'month'
+) where period = 'month'
 """
 DONE = polled("prediction", "succeeded", output="https://replicate.delivery/a")
 TWO_IMAGES = {"num_outputs": 2}
@@ -139,6 +152,11 @@ def claims(worker: Worker, _: Scene) -> None:
     worker.claim_jobs(3)
 
 
+def limits(operator: Service, period: str) -> None:
+    query = "update private.budgets set limit_usd = limit_usd + 0.5 where period = %s"
+    operator.connection.execute(query, [period])
+
+
 def deletes(name: str) -> Action:
     query = "delete from auth.users where id = %s"
     return Action("operator", lambda o, s: o.connection.execute(query, [s.ids[name]]))
@@ -224,6 +242,8 @@ ACTIONS = {
     "pause_model": Action("service", lambda o, s: o.pause_model("darkroom/preview")),
     "resume_model": Action("service", lambda o, s: o.resume_model("darkroom/preview")),
     "grant_credits to bob": Action("service", lambda o, s: o.grant_credits(s.ids["bob"], 5, "b")),
+    "a budget is changed": Action("operator", lambda o, s: limits(o, "month")),
+    "another budget is changed": Action("operator", lambda o, s: limits(o, "day")),
     "delete alice": deletes("alice"),
     "delete bob": deletes("bob"),
     "delete guest": deletes("guest"),
@@ -247,13 +267,16 @@ class Stage:
         db.execute(SETTINGS)
         db.lift_limits()
         db.buys_previews()
+        db.execute(BUDGETS)
         self.scene = Scene(db)
+        db.execute(TIGHT)
         self.actors = {
             "alice": User(db, self.scene.ids["alice"]),
             "bob": User(db, self.scene.ids["bob"]),
             "guest": User(db, self.scene.ids["guest"]),
             **{"worker": Worker(db), "service": Service(db), "operator": Service(db)},
         }
+        self.actors["worker"].sleep()  # who calls may be the one who is woken
         self.holder, self.pool = db.connect(), ThreadPoolExecutor(1)
         self.rows = {(row["t"], row["k"]) for row in db.execute(FREE)}
 

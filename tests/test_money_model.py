@@ -34,6 +34,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from money_model import (
+    BUDGET,
+    COSTS,
     FINAL,
     LIVE,
     MAX_ACTIVE,
@@ -50,9 +52,12 @@ MINUTES = float(os.environ.get("MONEY_MODEL_MINUTES", "0"))
 WELCOME = 15
 OPEN_FOR = 4  # calls that others make meanwhile
 SETUP = f"""
+update public.models set cost_usd = {COSTS["darkroom/preview"]}, cost_unit = 'image'
+where id = 'darkroom/preview';
 insert into public.models
 select (jsonb_populate_record(m, '{{
-  "id": "darkroom/dear", "price_credits": 3, "paid_price_credits": 2
+  "id": "darkroom/dear", "price_credits": 3, "paid_price_credits": 2,
+  "cost_usd": {COSTS["darkroom/dear"]}
 }}')).* from public.models as m where m.id = 'darkroom/preview';
 update private.plans set max_per_minute = 1000000, max_batch = 3, max_burned_per_day = {MAX_BURNED};
 update private.plans set max_active = {MAX_ACTIVE["free"]} where name = 'free';
@@ -63,8 +68,13 @@ update private.settings set welcome_credits = {WELCOME}, running_cancel_refund_p
 update private.error_codes set refund_percent = {REFUND_PERCENT["moderated"]}
 where code = 'moderated';
 """
+NEW_BUDGET = f"""
+delete from private.budgets;
+insert into private.budgets (period, limit_usd, on_breach) values ('month', {BUDGET}, 'pause')
+"""
 FACTS = """
 select jsonb_build_object(
+  'budget', (select jsonb_build_array(b.spent_usd, b.reserved_usd) from private.budget_states as b),
   'accounts', (
     select jsonb_object_agg(e.user_id, jsonb_build_array(
       private.spendable_credits(e), e.debt, (
@@ -119,6 +129,11 @@ with moved as (
 update private.credit_buckets set expires_at = now()
 where id = (select id from moved) returning id
 """
+PERIOD_ENDS = """
+with ended as (update private.budgets set spent_until = least(spent_until, now()))
+update private.budget_spendings set booked_at = '-infinity' returning budget_id
+"""
+MOST = 3 * max(COSTS.values())  # what one job may cost
 METRICS = st.sampled_from([{}, {"images": 1}, {"is_asked": False}, {"is_billed": False}])
 OWNERS = st.sampled_from([True, True, True, False])
 OF_JOBS = ["cancel", "cancel", "cancel_batch", "retry", "hide_or_show"]
@@ -176,6 +191,7 @@ class Money(RuleBasedStateMachine):
         self.ids = stage.new_users()
         for user_id in self.ids.values():
             self.books.accounts[user_id] = Account([Bucket(credits=WELCOME)])
+        self.db.execute(NEW_BUDGET)
         self.jobs: list[str] = []  # all that anybody has heard of
         self.leases: list[Job] = []
         self.requests: dict[tuple[str, ...], Any] = {}  # by idempotency key: request and answer
@@ -264,6 +280,7 @@ class Money(RuleBasedStateMachine):
         ways = ["enqueue", "enqueue", "grant", "grant", "set_paid"] + (OF_JOBS if self.jobs else [])
         ways += ["claim"] * 3 if self.books.claimable() else []
         ways += OF_LEASES if self.leases else []
+        ways += ["a_period_ends"] * 2 if self.books.spent > BUDGET / 2 else []
         ways += ["credits_end"] * 2 if self.lasting() else []
         if any(job.is_late for job in self.books.jobs.values()):
             ways.append("recover_stale_jobs")
@@ -410,11 +427,15 @@ class Money(RuleBasedStateMachine):
             return actors.worker.claim_jobs(slots)
 
         def expected():
-            claimable = self.books.claimable()
+            claimable, room = self.books.claimable(), self.books.room()
+            fits = any(self.books.jobs[id].asks <= room for id in claimable)
 
             def note(claimed):
                 assert {job.id for job in claimed} <= claimable
-                assert not is_alone or len(claimed) == min(slots, len(claimable))
+                # Of a budget that is nearly spent the next claim may take more.
+                is_tight = room < MOST * slots
+                least = fits if is_tight else min(slots, len(claimable))
+                assert not is_alone or least <= len(claimed) <= slots
                 for job in claimed:
                     self.books.claim(job.id, job.token)
                 self.leases += claimed
@@ -453,7 +474,10 @@ class Money(RuleBasedStateMachine):
             lease,
             lambda worker: worker.fail_job(lease, code, retry_after=retry_after, metrics=metrics),
             "retried failed canceled",
-            lambda job: (None, lambda answer: same(answer, self.books.fail(job, code, waits))),
+            lambda job: (
+                None,
+                lambda answer: same(answer, self.books.fail(job, code, waits, metrics)),
+            ),
         )
 
     def release(self, lease, draw):
@@ -474,7 +498,7 @@ class Money(RuleBasedStateMachine):
             "canceled",
             lambda job: (
                 None if job.cancel_requested else "22023",
-                lambda _: self.books.cancel(job, is_burned),
+                lambda _: self.books.cancel(job, is_burned, metrics=metrics),
             ),
         )
 
@@ -505,6 +529,10 @@ class Money(RuleBasedStateMachine):
         if draw(st.booleans()):  # else it is found when something is done with them
             self.db.execute("select private.expire_credits()")
 
+    def a_period_ends(self, _):
+        if self.moved(PERIOD_ENDS):
+            self.books.spent = 0
+
     def recover_stale_jobs(self, _):
         late = {id for id, job in self.books.jobs.items() if job.token and job.is_late}
         if self.open and late & self.open.touched:
@@ -523,6 +551,8 @@ class Money(RuleBasedStateMachine):
         facts = self.db.value(FACTS)
         assert Counter(map(str, facts["ledger"] or [])) == Counter(map(str, self.ledger()))
         assert facts["accounts"] == self.accounts()
+        assert facts["budget"] == [self.books.spent, self.books.reserved()]
+        assert self.books.spent + self.books.reserved() <= BUDGET
         assert (facts["jobs"] or {}) == self.states()
         assert_books_balance(self.db)
 

@@ -40,7 +40,7 @@ ENDED = ("completed", "failed", "canceled")
 # All that decides what may happen next, and all that money is about. Tokens and times are told by
 # what they mean.
 STATE = """
-create function private.protocol_state() returns jsonb language plpgsql as $$
+create function private.protocol_state() returns jsonb language plpgsql set jit = off as $$
 begin
   return (
     select jsonb_build_object(
@@ -49,6 +49,12 @@ begin
         select jsonb_agg(jsonb_build_array(
           case when b.expires_at > now() then b.credits end, b.is_extended
         )) from private.credit_buckets as b
+      ),
+      'reserved', (select b.reserved_usd from private.budget_states as b),
+      'booked', (
+        select b.spent_usd between sum(coalesce(a.cost_usd, 0)) and 3 * count(a.token)
+        from private.budget_states as b left join private.attempts as a on true
+        group by b.spent_usd
       ),
       'balances', (
         select (e.credits, e.debt) = (sum(l.amount), sum(l.debt))
@@ -86,7 +92,9 @@ end $$;
 SETTINGS = f"""
 update private.settings set retry_base = '0', max_attempts = {MAX_ATTEMPTS},
   welcome_credits = {WELCOME}, running_cancel_refund_percent = {REFUND_PERCENT},
-  breaker_failures = 32767, breaker_provider_failures = 32767
+  breaker_failures = 32767, breaker_provider_failures = 32767;
+update public.models set cost_usd = 1, cost_unit = 'image';
+insert into private.budgets (period, limit_usd) values ('month', 1000)
 """
 
 State = dict[str, Any]
@@ -305,6 +313,9 @@ def broken_rules(state: State) -> list[str]:
         "in the place its status says": state["status"] in ENDED or live[state["status"]],
         "one end": len(ends) <= 1 and ends == state["outcomes"][-1:][: len(ends)],
         "the end is that of the last attempt": ends in ([], [state["status"]]),
+        "reserved while something may be bought": state["reserved"]
+        == IMAGES * any(state["running"] or [ready[2] for ready in state["ready"] or []]),
+        "booked what it cost, and no more than it might": state["booked"],
         "images where completed": (state["images"] > 0) == (state["status"] == "completed"),
         "told once": state["events"] == (state["status"] in ENDED),
         "attempts are limited": all(place[0] <= MAX_ATTEMPTS for place in places),

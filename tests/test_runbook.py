@@ -100,6 +100,13 @@ class Scene:
         Worker(self.db).pause_provider("preview", 3600, "402: no credit")
         return {"name": "preview"}, None
 
+    def budget(self) -> Raised:
+        self.db.execute("update public.models set cost_usd = 0.9 where id = 'darkroom/preview'")
+        made = "insert into private.budgets (period, limit_usd) values ('day', 1) returning id"
+        budget_id = self.db.value(made)
+        self.claimed()
+        return {"budget_id": budget_id, "usd": 10}, None
+
     def vacuum_held_back(self) -> Raised:
         self.rule("vacuum_held_back", "threshold", 1)
         holder = self.db.connect()
@@ -146,6 +153,7 @@ SAID = {
     "unserved": "1 jobs wait for preview, which no living worker serves",
     "not_listening": "1 of 2 workers",
     "paused": "provider preview until .*: 402: no credit",
+    "budget": "app: 0.90 of 1.00 USD of this day",
     "vacuum_held_back": "session .* idle in transaction since .*",
     "dead_deliveries": "1 deliveries to webhooks were given up",
     "skipped_rows": "1 rows since .*: mark_files 1",

@@ -64,6 +64,7 @@ def test_it_names_what_is_wrong(db, alice, monitor):
     deaf = Worker(db)
     deaf.heartbeat(is_listening=False)
     deaf.pause_provider("preview", 60, "create: HTTP 401: invalid token")
+    db.execute("insert into private.budgets (period, limit_usd) values ('day', 0)")
     report = monitor.queue_report()
     name = "a\x1b]0;title\x07\u202ec"  # a session may be called anything
     holder = {"kind": "session", "pid": 7, "name": name, "state": "idle in transaction"}
@@ -82,6 +83,8 @@ def test_it_names_what_is_wrong(db, alice, monitor):
     assert "transaction pooler" in text.split("! not_listening")[1].split("!")[0]
     assert "polling" in line(text, f"{deaf.id} ")
     assert "provider preview until" in line(text, "! paused")
+    assert "app: 0.00 of 0.00 USD of this day" in line(text, "! budget")
+    assert "0.00 reserved of 0.00 USD this day" in line(text, "budget ")
     assert "billing and key" in text and "HTTP 401" not in text
     held = "held back by session 7 a·]0;title··c, idle in transaction for 00:30:05"
     assert held in line(text, "vacuum ")

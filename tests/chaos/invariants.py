@@ -119,6 +119,24 @@ def wrongly_bought(seen: Evidence) -> list[str]:
     return found
 
 
+def wrongly_booked(seen: Evidence) -> list[str]:
+    """Nothing is reserved any more, and what attempts cost is spent: at least what is known, and at
+    most what each might have cost.
+    """
+    query = """
+    select b.spent_usd, b.reserved_usd, sum(a.cost_usd) as known,
+      sum(coalesce(a.cost_usd, 0.01 * g.image_count)) as most
+    from private.budget_states as b
+    cross join private.attempts as a inner join public.generations as g on g.id = a.generation_id
+    group by 1, 2
+    """
+    return [
+        f"{row}"
+        for row in seen.db.execute(query)
+        if row["reserved_usd"] or not (row["known"] or 0) <= row["spent_usd"] <= row["most"]
+    ]
+
+
 RULES = {
     "lost": lost,
     "doubled": doubled,
@@ -126,6 +144,7 @@ RULES = {
     "image without file": files_missing,
     "file without image": files_left,
     "wrongly bought": wrongly_bought,
+    "wrongly booked": wrongly_booked,
 }
 
 

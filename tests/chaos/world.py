@@ -59,7 +59,9 @@ update private.settings set
   lease = '{LEASE_SECONDS} seconds', heartbeat = '1.5 seconds',
   retry_base = '1 second', retry_cap = '5 seconds',
   breaker_pause = '2 seconds', breaker_pause_cap = '4 seconds';
-update public.models set is_active = true, deadline = '30 seconds';
+update public.models set
+  is_active = true, deadline = '30 seconds', cost_usd = 0.01, cost_unit = 'image';
+insert into private.budgets (period, limit_usd) values ('month', 1000);
 update private.plans set max_active = 1000000, max_per_minute = 1000000,
   max_burned_per_day = 1000000, busy_after = null
 """

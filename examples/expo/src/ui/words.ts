@@ -12,7 +12,7 @@ const REFUSALS: Record<string, string> = {
   rate_limited: 'That was a lot at once. Give it a moment.',
   busy: 'There is a long line right now. Try again in a while.',
   not_found: 'That model, or the picture made of this wish, is gone.',
-  budget_spent: 'No more pictures can be made for now. Try again later.',
+  budget_spent: 'No more of these can be made for now. Try another model, or later.',
   model_paused: 'This model is paused. Try another one, or later.',
   source_lost: 'The picture to start from is no longer on this device.',
   source_refused: 'The picture to start from was not accepted.',
