@@ -502,6 +502,10 @@ begin
     where p.payments && v_said.payments
   ))
   order by user_id for update;
+  if private.owner_of(v_user_id) <> v_user_id then  -- merged while this waited for the lock
+    perform private.apply_kept(p_provider, p_event_id);
+    return;
+  end if;
   v_user_id := (select e.user_id from public.entitlements as e where e.user_id = v_user_id);
   if v_user_id is not null then
     -- Of those who go away with this, who is nobody yet is the same one.
@@ -887,6 +891,7 @@ begin
   if octet_length(event_id) not between 1 and 200 or happened_at = '-infinity' then
     perform private.refuse_input('event_id: not 1 to 200 bytes, or happened_at: no time');
   end if;
+  user_id := private.owner_of(user_id);
   select * into v_has from public.entitlements as e where e.user_id = set_paid.user_id for update;
   if not found then
     perform private.refuse_missing('user_id: no such user', 'Use the id of auth.users.');

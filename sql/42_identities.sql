@@ -311,6 +311,19 @@ begin
     end if;
     update private.billing_customers as c set user_id = to_user_id where c.user_id = from_user_id;
     update private.billing_purchases as p set user_id = to_user_id where p.user_id = from_user_id;
+    -- What set_paid said is one row of each user.
+    with said as (
+      delete from private.billing_subscriptions as b
+      where b.subscription = from_user_id::text and b.provider = 'set_paid' returning b.*
+    )
+    insert into private.billing_subscriptions as b (
+      provider, subscription, user_id, owned_since, paid_until, happened_at
+    )
+    select 'set_paid', to_user_id::text, to_user_id, s.owned_since, s.paid_until, s.happened_at
+    from said as s
+    on conflict (subscription, provider) do update set
+      paid_until = greatest(b.paid_until, excluded.paid_until),
+      happened_at = greatest(b.happened_at, excluded.happened_at);
     update private.billing_subscriptions as b set user_id = to_user_id
     where b.user_id = from_user_id;
     update private.billing_events as b set user_id = to_user_id where b.user_id = from_user_id;

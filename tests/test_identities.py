@@ -416,6 +416,37 @@ def test_what_is_bought_for_one_who_was_merged_is_the_others(db, alice, service)
     assert alice.get_entitlement()["plan"] == "paid"
 
 
+def test_what_is_said_of_a_merged_guest_is_said_of_the_other(db, alice, service):
+    visitor = guest(db).has_paid("2099-01-01")
+    service.merge_user(visitor.id, alice.id)
+    deleted(db, visitor)
+    assert alice.get_entitlement()["plan"] == "paid"
+
+    assert service.set_paid(alice, None)["plan"] == "free"
+    answer = service.set_paid(visitor, "2099-01-01")
+
+    assert (answer["user_id"], answer["plan"]) == (alice.id, "paid")
+
+
+def test_what_is_paid_for_while_being_merged_is_the_others(db, alice, service):
+    db.execute(PRODUCT)
+    visitor, other = guest(db), Service(db)
+    paid = Stripe(visitor).paid(NOW)
+    answers: list[dict[str, Any]] = []
+    thread = threading.Thread(
+        target=lambda: answers.append(other.apply_billing_event("stripe", paid))
+    )
+    with service.acting() as merging:
+        merging.execute("select public.merge_user(%s, %s)", [visitor.id, alice.id])
+        thread.start()
+        db.wait_for_lock(other.connection)
+    thread.join()
+
+    assert [(told["outcome"], told["user_id"]) for told in answers] == [("applied", alice.id)]
+    assert (alice.credits(), visitor.credits()) == (30, 0)
+    assert_books_balance(db)
+
+
 def test_a_merge_moves_all_there_is_once(db, alice, bob, service, worker):
     visitor = with_credits(db)
     service.register_webhook(url="https://api.example.com/hooks")
@@ -455,7 +486,6 @@ def test_a_merge_moves_all_there_is_once(db, alice, bob, service, worker):
         "public.entitlements",
         "public.images",
         "private.billing_events",
-        "private.billing_subscriptions",
         "private.merged_users",
     }
     assert alice.get_job_status(mine)["tags"] == ["beach"]
