@@ -114,7 +114,7 @@ def test_the_logins_can_do_what_they_must_also_once_darkroom_is_installed(own_se
     assert done.returncode == 0, done.stderr
     assert "notice      Darkroom: no schema realtime here" in done.stdout
     jobs = "select count(*) from cron.job where jobname like 'darkroom%%' and active"
-    assert own_server.value(jobs) == 4
+    assert own_server.value(jobs) == 5
     limits = ("statement_timeout", "idle_in_transaction_session_timeout", "temp_file_limit")
     with login(own_server, "authenticator") as connection:
         assert [connection.execute(f"show {each}").fetchone() for each in limits] == [

@@ -125,7 +125,7 @@ def test_users_find_their_account_credits_and_pictures_in_the_new_project(moved,
     workers.until(moved.waiting, "completed")
     assert_books_balance(workers.db)
     query = "select count(*) from cron.job where jobname like 'darkroom%' and active"
-    assert workers.db.value(query) == 4
+    assert workers.db.value(query) == 5
     assert "cron_silent" not in Service(workers.db).alerts()
 
 
