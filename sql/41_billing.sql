@@ -1,19 +1,16 @@
 -- Billing: what a store's products give, and what the events of Stripe, RevenueCat or another
 -- provider do.
 --
--- An event is read into our own terms (43) and kept; apply_kept() makes of it what it says.
--- Providers send the same event several times, the same purchase under several ids, and all in any
--- order. So nothing here depends on the order of arrival. What is sold is a row by what is paid for
--- (a subscription's period, a payment), and grants once. A state (the plan of a subscription, how
--- much of a payment was taken back) is that of the latest time. What periods have left is settled
--- anew from all that is known of them. And what speaks of something not known yet (a user, a
--- product, a payment) waits until it is.
+-- An event is read into our own terms (43) and kept; apply_kept() makes of it what it says. Events
+-- come several times, purchases under several ids, and all in any order, so nothing here depends on
+-- that. What is sold is a row by what is paid for (a subscription's period, a payment), and grants
+-- once. A state (until when a subscription is paid, how much was taken back) is that of the latest
+-- time. What periods have left is settled anew from all that is known of them. What speaks of
+-- something not known yet (a user, a product, a payment) waits until it is.
 --
--- Events of one provider are applied one after the other: each locks the provider's row. Then the
--- entitlements, in order of user id, then the rest.
---
--- Keys begin with what tells rows apart, not with the provider: a planner that knows nothing of a
--- table yet would look through all that the provider has.
+-- Events of one provider are applied one after the other: each locks the provider's row. Keys begin
+-- with what tells rows apart, not with the provider: a planner that knows nothing of a table yet
+-- would look through all that the provider has.
 
 create table private.billing_providers (
   name text primary key,
@@ -95,6 +92,9 @@ create table private.billing_events (
   primary key (event_id, provider),
   constraint billing_events_outcome_is_known check (
     outcome in ('applied', 'repeated', 'older', 'waiting', 'ignored')
+  ),
+  constraint billing_events_have_id_type_and_time check (
+    event_id <> '' and type <> '' and happened_at > '-infinity'
   )
 );
 
@@ -115,9 +115,6 @@ on private.billing_events (user_id) where user_id is not null;
 create index billing_events_received_at_idx on private.billing_events (received_at);
 create index billing_events_waiting_idx
 on private.billing_events ((provider || ' ' || event_id) collate "C") where outcome = 'waiting';
--- Which users' subscriptions went on to whom, read by own_subscription.
-create index billing_events_moves_idx
-on private.billing_events (happened_at) where said ? 'moved_from';
 
 create table private.billing_customers (
   provider text,
@@ -145,15 +142,14 @@ create table private.billing_purchases (
   credits_until timestamptz not null,
   paid_until timestamptz,
   credits integer not null,
-  priority smallint not null,
   rollover_cap integer,
   taken_by jsonb not null default '{}',
-  due integer not null default 0,
+  given integer not null,
   short integer not null default 0,
-  moves integer not null default 0,
-  used integer,
-  is_refunded boolean not null default false,
-  primary key (purchase, provider)
+  primary key (purchase, provider),
+  constraint billing_purchases_have_a_name_and_an_end_after_their_start check (
+    purchase ~ '^\S+$' and starts_at > '-infinity' and credits_until > starts_at and credits >= 0
+  )
 );
 
 comment on table private.billing_purchases is
@@ -166,14 +162,11 @@ comment on column private.billing_purchases.payments is
 comment on column private.billing_purchases.amount is
   'Paid for all of the invoice, in the currency''s smallest unit; null: not known.';
 comment on column private.billing_purchases.taken_by is
-  'By refund or dispute: how much of the payment it has taken back, of how much, and since when.';
-comment on column private.billing_purchases.due is 'Credits that are to be taken back for that.';
+  'By refund or dispute: which share of the payment it has taken back, and since when.';
+comment on column private.billing_purchases.given is
+  'Granted, and moved into or out of its bucket since.';
 comment on column private.billing_purchases.short is
-  'What of those was spent, so that it was taken from what else the user has, or owes.';
-comment on column private.billing_purchases.moves is
-  'How often credits were moved after the grant: part of the external ids in the ledger.';
-comment on column private.billing_purchases.used is
-  'What of its credits was spent, once they have ended.';
+  'What is due back but was spent, so that it was taken from what else the user has, or owes.';
 
 create index billing_purchases_subscription_idx
 on private.billing_purchases (subscription, provider, starts_at);
@@ -213,33 +206,23 @@ comment on column private.settings.keep_billing_events is
   'How long billing events are kept; null: for ever.';
 
 -- An event in our terms.
-
+create domain private.billing_name as text
+constraint billing_name_is_short check (octet_length(value) <= 200);
 create type private.sale as (
-  purchase text,
-  products text array,
-  quantity integer,
-  subscription text,
-  starts_at timestamptz,
-  ends_at timestamptz,
-  is_trial boolean,
-  is_change boolean
+  purchase private.billing_name, products private.billing_name array, quantity integer,
+  subscription private.billing_name, starts_at timestamptz, ends_at timestamptz,
+  is_trial boolean, is_change boolean
 );
 create type private.plan_state as (
-  subscription text, products text array, paid_until timestamptz, is_end boolean
+  subscription private.billing_name, products private.billing_name array,
+  paid_until timestamptz, is_end boolean
 );
-create type private.taking as (cause text, amount bigint, paid bigint);
+create type private.taking as (cause private.billing_name, amount bigint, paid bigint);
 create type private.billing_event as (
-  id text,
-  type text,
-  happened_at timestamptz,
-  is_test boolean,
-  users text array,
-  payments text array,
-  amount bigint,
-  sales private.sale array,
-  plans private.plan_state array,
-  taken private.taking,
-  moved_from text array
+  id private.billing_name, type private.billing_name, happened_at timestamptz, is_test boolean,
+  users private.billing_name array, payments private.billing_name array, amount bigint,
+  sales private.sale array, plans private.plan_state array, taken private.taking,
+  moved_from private.billing_name array
 );
 
 -- The user whom a provider calls by one of these names: the first that is a user's id, or is known.
@@ -276,37 +259,11 @@ begin
 end;
 $$;
 
--- Notes whose a subscription is since then, and answers whose it is by now: it may have moved on,
--- which may have been told before.
-create function private.own_subscription(
-  p_provider text, p_subscription text, p_user_id uuid, p_at timestamptz
-) returns uuid
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_move record;
-begin
-  loop
-    select e.user_id, e.happened_at into v_move from private.billing_events as e
-    where e.provider = p_provider and e.said ? 'moved_from' and e.happened_at > p_at
-      and e.user_id is not null and exists (
-        select from jsonb_array_elements_text(e.said -> 'moved_from') as f (name)
-        where lower(f.name) = p_user_id::text
-      )
-    order by e.happened_at limit 1;
-    exit when not found;
-    p_user_id := v_move.user_id;
-    p_at := v_move.happened_at;
-  end loop;
-  insert into private.billing_subscriptions as s (provider, subscription, user_id, owned_since)
-  values (p_provider, p_subscription, p_user_id, p_at)
-  on conflict (subscription, provider) do update
-  set user_id = excluded.user_id, owned_since = excluded.owned_since
-  where excluded.owned_since > s.owned_since;
-  return (
-    select s.user_id from private.billing_subscriptions as s
-    where s.provider = p_provider and s.subscription = p_subscription
-  );
-end;
+-- Which share of a purchase refunds and disputes have taken back.
+create function private.share_taken(p_taken_by jsonb) returns numeric
+language sql immutable set search_path = pg_catalog, pg_temp as $$
+  select least(round(coalesce(sum((t.value ->> 'share')::numeric), 0), 12), 1)
+  from jsonb_each(p_taken_by) as t
 $$;
 
 -- Tells the entitlement until when the user is paid: what set_paid said, or the longest of the
@@ -324,9 +281,11 @@ begin
       ) as paid_until
     from private.billing_subscriptions as s
     left join private.billing_purchases as p
-      on p.provider = s.provider and p.subscription = s.subscription and not p.is_refunded
+      on p.provider = s.provider and p.subscription = s.subscription
+      and private.share_taken(p.taken_by) < 1
     where s.user_id = p_user_id
     group by s.provider, s.subscription
+    having s.provider = 'set_paid' or coalesce(s.paid_until, max(p.paid_until)) is not null
   )
   select max(h.paid_until) into v_paid_until from heard as h
   where h.is_said = (
@@ -338,14 +297,12 @@ end;
 $$;
 
 -- Moves credits until a subscription's periods, or a single purchase, have what is right by all
--- that is known of them: what they granted, but for what is due back; and of each, what is left
--- unspent at its end goes on into the next, up to the cap of that. A period that is over has
--- nothing to give back but may have something to pass on, where the next is paid late. What is due
--- back but spent is taken from what else there is, or owed. Answers the credits given or, if
--- negative, taken.
---
--- What was spent of a period: all that left its bucket before its end other than by our hand, and
--- the debts that its credits paid.
+-- that is known of them: what they granted, but for what is due back, and of each what is left goes
+-- on into the next, up to the cap of that. It goes on as soon as the next is known, also before
+-- that begins: what ends first is spent first, so all of it stays spendable, and the rest ends by
+-- itself. A period that is over has nothing to give back but may have something to pass on, where
+-- the next is paid late. What is due back but spent is taken from what else there is, or owed.
+-- Answers the credits given or, if negative, taken.
 create function private.settle_purchases(p_provider text, p_subscription text) returns integer
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
@@ -355,75 +312,68 @@ declare
   v_on integer;
   v_gives integer;
   v_short integer;
-  v_last text;
+  v_name text;
   v_sum integer := 0;
 begin
+  perform private.end_credits(array(
+    select p.user_id from private.billing_purchases as p
+    where p.subscription = p_subscription and p.provider = p_provider and p.user_id is not null
+  ));
   for v_of in
     select
-      p.*, k.name, b.id as bucket_id, b.credits::integer as has,
-      coalesce(p.used, l.credits, 0) as spent, n.purchase as next, n.rollover_cap as next_cap
+      p.*, b.id as bucket_id, p.credits_until <= now() as is_over, b.credits::integer as has,
+      floor(p.credits * private.share_taken(p.taken_by) + 0.000001)::integer as due,
+      n.purchase as next, n.rollover_cap as next_cap,
+      last_value(p.purchase) over (
+        order by p.starts_at, p.purchase rows between unbounded preceding and unbounded following
+      ) as last
     from private.billing_purchases as p
-    cross join lateral (select p.provider || ':' || p.purchase as name) as k
-    left join public.credit_ledger as g on g.external_id = k.name
+    left join public.credit_ledger as g on g.external_id = p.provider || ':' || p.purchase
     left join private.credit_buckets as b on b.id = g.bucket_id
-    left join lateral (
-      select sum(case
-        when starts_with(e.external_id, k.name) then -e.debt
-        when e.kind <> 'expire' and e.created_at <= p.credits_until then -e.amount
-        else 0
-      end)::integer as credits
-      from public.credit_ledger as e
-      where p.used is null and e.user_id = g.user_id and e.id >= g.id and e.bucket_id = g.bucket_id
-    ) as l on true
     left join lateral (
       select * from private.billing_purchases as o
       where o.subscription = p.subscription and o.provider = p.provider
         and o.user_id = p.user_id and o.credits > 0 and o.starts_at > p.starts_at
         and o.starts_at <= p.credits_until and o.credits_until > p.credits_until
-      order by o.starts_at, o.purchase limit 1
+      order by o.product_id <> p.product_id, o.starts_at, o.purchase limit 1
     ) as n on true
     where p.subscription = p_subscription and p.provider = p_provider
       and p.user_id is not null and p.credits > 0
     order by p.starts_at, p.purchase
   loop
-    v_gives := 0;
-    v_short := v_of.due;
-    if v_of.credits_until < 'infinity' then
-      v_left := v_of.credits - v_of.due - v_of.spent
-        + coalesce((v_into ->> v_of.purchase)::integer, 0);
-      v_short := greatest(-v_left, 0);
-      v_left := greatest(v_left, 0);
-      if v_of.next is not null then
-        v_on := coalesce((v_into ->> v_of.next)::integer, 0);
-        v_on := least(v_left, coalesce(v_of.next_cap - v_on, v_left));
-        v_into := v_into || jsonb_build_object(
-          v_of.next, coalesce((v_into ->> v_of.next)::integer, 0) + v_on
-        );
-        v_left := v_left - v_on;
-      end if;
-      if v_of.credits_until > now() then
-        v_gives := v_left - v_of.has;
-      elsif v_of.used is null then
-        update private.billing_purchases set used = v_of.spent
-        where purchase = v_of.purchase and provider = p_provider;
-      end if;
+    -- What is not in the bucket any more was spent, or paid a debt, unless it has ended.
+    if v_of.is_over then
+      v_of.has := (
+        select -sum(l.amount) from public.credit_ledger as l
+        where l.user_id = v_of.user_id and l.bucket_id = v_of.bucket_id and l.kind = 'expire'
+      );
     end if;
+    v_left := v_of.credits - v_of.due - v_of.given + coalesce(v_of.has, 0)
+      + coalesce((v_into ->> v_of.purchase)::integer, 0);
+    v_short := greatest(-v_left, 0);
+    v_left := greatest(v_left, 0);
+    if v_of.next is not null then
+      v_on := coalesce((v_into ->> v_of.next)::integer, 0);
+      v_into := v_into || jsonb_build_object(
+        v_of.next, v_on + least(v_left, coalesce(v_of.next_cap - v_on, v_left))
+      );
+      v_left := v_left - ((v_into ->> v_of.next)::integer - v_on);
+    end if;
+    v_gives := case when v_of.is_over or v_of.bucket_id is null then 0 else v_left - v_of.has end;
     continue when v_gives = 0 and v_short = v_of.short;
-    v_of.name := format('%s %s', v_of.name, v_of.moves + 1);
+    v_name := format('%s:%s %s', p_provider, v_of.purchase, gen_random_uuid());
     if v_gives <> 0 then
       perform private.book(
-        v_of.user_id, 'adjust', v_gives, v_of.bucket_id, p_external_id => v_of.name
+        v_of.user_id, 'adjust', v_gives, v_of.bucket_id, p_external_id => v_name
       );
     end if;
     if v_short <> v_of.short then
-      select p_provider || ':' || p.purchase into v_last from private.billing_purchases as p
-      where p.subscription = p_subscription and p.provider = p_provider
-      order by p.starts_at desc limit 1;
       perform private.move_credits(
-        v_of.user_id, 'adjust', v_of.short - v_short, 'short ' || v_of.name, p_of => v_last
+        v_of.user_id, 'adjust', v_of.short - v_short, 'short ' || v_name,
+        p_of => p_provider || ':' || v_of.last
       );
     end if;
-    update private.billing_purchases set short = v_short, moves = moves + 1
+    update private.billing_purchases set given = given + v_gives, short = v_short
     where purchase = v_of.purchase and provider = p_provider;
     v_sum := v_sum + v_gives + v_of.short - v_short;
   end loop;
@@ -431,75 +381,58 @@ begin
 end;
 $$;
 
--- Notes how much of a payment a refund or a dispute has taken back. False if something newer is
--- known.
-create function private.note_taking(
-  p_purchase private.billing_purchases, p_taken private.taking, p_at timestamptz
-) returns boolean
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-declare
-  v_known jsonb := p_purchase.taken_by -> p_taken.cause;
-  v_taken_by jsonb := p_purchase.taken_by || jsonb_build_object(p_taken.cause, jsonb_build_object(
-    'at', p_at, 'amount', p_taken.amount, 'paid', greatest(
-      coalesce(p_taken.paid, nullif(p_purchase.amount, 0), p_taken.amount), 1
-    )
-  ));
-begin
-  if (p_at, p_taken.amount) <= (
-    (v_known ->> 'at')::timestamptz, (v_known ->> 'amount')::bigint
-  ) then
-    return false;
-  end if;
-  update private.billing_purchases as p
-  set taken_by = v_taken_by, due = least(t.credits, p.credits), is_refunded = t.share >= 1
-  from (
-    select
-      sum(floor(p_purchase.credits * c.amount / c.paid)) as credits, sum(c.amount / c.paid) as share
-    from jsonb_each(v_taken_by) as each
-    cross join lateral (
-      select (each.value ->> 'amount')::numeric as amount, (each.value ->> 'paid')::numeric as paid
-    ) as c
-  ) as t
-  where p.purchase = p_purchase.purchase and p.provider = p_purchase.provider;
-  return true;
-end;
-$$;
-
--- Does what a kept event says, as far as that is not done yet, and then what waited for it.
+-- Does what an event says that waits, as far as that is not done yet, and then what waited for it.
 --
--- Locks: the entitlements of all whom it is about.
+-- Locks: the provider, the entitlements of all whom it is about, in order of user id.
 create function private.apply_kept(p_provider text, p_event_id text) returns void
-language plpgsql set search_path = pg_catalog, pg_temp as $$
+language plpgsql set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
 declare
-  v_said private.billing_event := (
-    select jsonb_populate_record(null::private.billing_event, e.said)
-    from private.billing_events as e where e.provider = p_provider and e.event_id = p_event_id
-  );
-  v_at timestamptz := v_said.happened_at;
-  v_user_id uuid := private.billed_user(p_provider, v_said.users);
-  v_from uuid[] := array(
-    select f.user_id
-    from unnest(v_said.moved_from) as m (name)
-    cross join lateral private.billed_user(p_provider, array[m.name]) as f (user_id)
-    where f.user_id <> v_user_id
-  );
+  v_said private.billing_event;
+  v_at timestamptz;
+  v_payments text[];
+  v_user_id uuid;
+  v_from uuid[];
+  v_payers uuid[];
+  v_names text[];  -- of subscriptions
   v_sale private.sale;
   v_plan private.plan_state;
   v_product public.credit_products;
   v_purchase private.billing_purchases;
   v_keys text[];
-  v_key text;
-  v_names text[];
-  v_detail text;
-  v_credits integer := 0;
-  v_outcomes text[] := '{}'::text[];
+  v_touched text[] := '{}'::text[];
   v_known text[] := '{}'::text[];
   v_waits_for text[] := '{}'::text[];
-  v_payers uuid[] := '{}'::uuid[];
+  v_credits integer := 0;
+  v_rank integer := 1;  -- among outcomes
 begin
-  perform from public.entitlements where user_id = any (v_from || v_user_id || array(
-    select p.user_id from private.billing_purchases as p
-    where p.payments && v_said.payments
+  perform from private.billing_providers where name = p_provider for update;
+  select r.* into v_said
+  from private.billing_events as e
+  cross join lateral jsonb_populate_record(null::private.billing_event, e.said) as r
+  where e.provider = p_provider and e.event_id = p_event_id and e.outcome = 'waiting';
+  if not found then
+    return;
+  end if;
+  v_at := v_said.happened_at;
+  v_payments := v_said.payments;
+  v_user_id := private.billed_user(p_provider, v_said.users);
+  v_from := array(
+    select f.user_id
+    from unnest(v_said.moved_from) as m (name)
+    cross join lateral private.billed_user(p_provider, array[m.name]) as f (user_id)
+    where f.user_id <> v_user_id
+  );
+  v_names := array(
+    select coalesce(t.subscription, t.purchase) from unnest(v_said.sales) as t
+    union
+    select p.subscription from unnest(v_said.plans) as p
+  );
+  v_payers := v_from || v_user_id || array(
+    select s.user_id from private.billing_subscriptions as s
+    where s.subscription = any (v_names) and s.provider = p_provider
+  );
+  perform from public.entitlements where user_id = any (v_payers || array(
+    select p.user_id from private.billing_purchases as p where p.payments && v_payments
   ))
   order by user_id for update;
   if private.owner_of(v_user_id) <> v_user_id then  -- merged while this waited for the lock
@@ -509,219 +442,217 @@ begin
   v_user_id := (select e.user_id from public.entitlements as e where e.user_id = v_user_id);
   if v_user_id is not null then
     -- Of those who go away with this, who is nobody yet is the same one.
-    with learnt as (
-      insert into private.billing_customers as c (provider, name, user_id, happened_at)
-      select distinct p_provider, n.name, v_user_id, v_at
+    insert into private.billing_customers as c (provider, name, user_id, happened_at)
+    select distinct p_provider, n.name, v_user_id, v_at
+    from (
+      select unnest(v_said.users)
+      union all
+      select m.name from unnest(v_said.moved_from) as m (name)
+      where private.billed_user(p_provider, array[m.name]) is null
+    ) as n (name)
+    where n.name !~* '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$'
+    on conflict (name, provider) do update
+    set user_id = excluded.user_id, happened_at = excluded.happened_at
+    where excluded.happened_at > c.happened_at and excluded.user_id <> c.user_id;
+    v_rank := case when found or v_from <> '{}' then 2 else 1 end;
+    v_known := array(
+      select format('user %s:%s', p_provider, n.name)
+      from unnest(v_said.users || v_said.moved_from) as n (name)
+    );
+    update private.billing_subscriptions set user_id = v_user_id, owned_since = v_at
+    where provider = p_provider and user_id = any (v_from) and owned_since < v_at;
+    -- A later event says whose it is now.
+    insert into private.billing_subscriptions as s (provider, subscription, user_id, owned_since)
+    select p_provider, n.name, v_user_id, v_at from unnest(v_names) as n (name)
+    on conflict (subscription, provider) do update
+    set user_id = excluded.user_id, owned_since = excluded.owned_since
+    where excluded.owned_since > s.owned_since;
+    v_waits_for := array(
+      select format('product %s:%s', p_provider, n.name)
       from (
-        select unnest(v_said.users)
+        select t.products from unnest(v_said.sales) as t
         union all
-        select m.name from unnest(v_said.moved_from) as m (name)
-        where private.billed_user(p_provider, array[m.name]) is null
-      ) as n (name)
-      where n.name !~* '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$'
-      on conflict (name, provider) do update
-      set user_id = excluded.user_id, happened_at = excluded.happened_at
-      where excluded.happened_at > c.happened_at and excluded.user_id <> c.user_id
-      returning c.name
-    )
-    select array_agg(format('user %s:%s', p_provider, l.name)) into v_known from learnt as l;
-    if v_from <> '{}'::uuid[] then
-      update private.billing_subscriptions set user_id = v_user_id, owned_since = v_at
-      where provider = p_provider and user_id = any (v_from) and owned_since < v_at;
-      v_payers := v_from || v_user_id;
-      v_outcomes := v_outcomes || text 'applied';
-    end if;
-  elsif v_said.payments is null or v_said.sales is not null or v_said.plans is not null then
+        select p.products from unnest(v_said.plans) as p where not p.is_end
+      ) as o
+      cross join unnest(o.products) as n (name)
+      where n.name is not null and (private.credit_product(p_provider, o.products)) is null
+    );
+  elsif v_payments is null or v_said.sales is not null or v_said.plans is not null then
     v_waits_for := array(
       select format('user %s:%s', p_provider, u.name) from unnest(v_said.users) as u (name)
     );
-    if v_waits_for = '{}' and v_said.sales is not null then
-      v_detail := 'it names no user';
-    end if;
-    v_said.sales := null;
-    v_said.plans := null;
-    v_said.payments := null;
+    v_payments := null;
   end if;
 
   foreach v_sale in array coalesce(v_said.sales, '{}'::private.sale[]) loop
     v_product := private.credit_product(p_provider, v_sale.products);
-    if v_product.product_id is null then
-      v_names := array(
-        select format('product %s:%s', p_provider, n.name)
-        from unnest(v_sale.products) as n (name) where n.name is not null
-      );
-      if v_names = '{}' then
-        v_detail := 'it names no product';
-      end if;
-      v_waits_for := v_waits_for || v_names;
-      continue;
-    end if;
+    continue when v_user_id is null or v_product.product_id is null;
     v_sale.starts_at := coalesce(v_sale.starts_at, v_at);
     v_sale.ends_at := coalesce(
       v_sale.ends_at, v_sale.starts_at + v_product.period, 'infinity'
     ) + v_product.grace;
+    v_purchase.credits := coalesce(v_sale.quantity, 1) * case
+      when v_sale.is_change and not v_product.grants_changes then 0
+      when v_sale.is_trial then v_product.trial_credits
+      else v_product.credits
+    end;
     insert into private.billing_purchases as p (
       provider, purchase, user_id, product_id, subscription, payments, amount, happened_at,
-      starts_at, credits_until, paid_until, credits, priority, rollover_cap
+      starts_at, credits_until, paid_until, credits, given, rollover_cap
     )
     values (
       p_provider, v_sale.purchase, v_user_id, v_product.product_id,
-      coalesce(v_sale.subscription, v_sale.purchase), coalesce(v_said.payments, '{}'),
+      coalesce(v_sale.subscription, v_sale.purchase), coalesce(v_payments, '{}'),
       v_said.amount, v_at, v_sale.starts_at,
       case when v_product.credits_end then v_sale.ends_at else 'infinity' end,
       case when v_product.makes_paid then v_sale.ends_at end,
-      coalesce(v_sale.quantity, 1) * case
-        when v_sale.is_change and not v_product.grants_changes then 0
-        when v_sale.is_trial then v_product.trial_credits
-        else v_product.credits
-      end,
-      v_product.priority, v_product.rollover_cap
+      v_purchase.credits, v_purchase.credits, v_product.rollover_cap
     )
     on conflict (purchase, provider) do nothing
     returning * into v_purchase;
-    if not found then
-      v_outcomes := v_outcomes || text 'repeated';
-      continue;
-    end if;
-    v_outcomes := v_outcomes || text 'applied';
+    v_rank := greatest(v_rank, case when found then 5 else 3 end);
+    continue when not found;
+    v_touched := v_touched || v_purchase.subscription;
     v_credits := v_credits + v_purchase.credits;
     if v_purchase.credits > 0 then
       perform private.move_credits(
         v_user_id, 'grant', v_purchase.credits, p_provider || ':' || v_purchase.purchase,
-        v_purchase.credits_until, v_purchase.priority
-      );
-    end if;
-    if v_purchase.credits_until <= now() then
-      perform private.end_credits(array[v_user_id]);
-    end if;
-    v_credits := v_credits + private.settle_purchases(p_provider, v_purchase.subscription);
-    if v_purchase.paid_until is not null then
-      v_payers := v_payers || private.own_subscription(
-        p_provider, v_purchase.subscription, v_user_id, v_at
+        v_purchase.credits_until, v_product.priority
       );
     end if;
   end loop;
 
   foreach v_plan in array coalesce(v_said.plans, '{}'::private.plan_state[]) loop
     v_product := private.credit_product(p_provider, v_plan.products);
-    if v_product.product_id is null and not v_plan.is_end then
-      v_waits_for := v_waits_for || array(
-        select format('product %s:%s', p_provider, n.name)
-        from unnest(v_plan.products) as n (name) where n.name is not null
-      );
-      continue;
-    end if;
-    v_payers := v_payers || private.own_subscription(
-      p_provider, v_plan.subscription, v_user_id, v_at
-    );
-    v_plan.paid_until := case when v_product.makes_paid then v_plan.paid_until + case
-      when v_plan.is_end then interval '0' else v_product.grace
-    end end;
+    continue when v_user_id is null or v_product.product_id is null and not v_plan.is_end;
     -- Of what is told of the same second, an end comes last.
     update private.billing_subscriptions as s
-    set paid_until = v_plan.paid_until, happened_at = v_at, is_end = v_plan.is_end
+    set paid_until = n.paid_until, happened_at = v_at, is_end = v_plan.is_end
+    from (
+      select case when v_product.makes_paid then v_plan.paid_until + case
+        when v_plan.is_end then interval '0' else v_product.grace
+      end end as paid_until
+    ) as n
     where s.provider = p_provider and s.subscription = v_plan.subscription
-      and (v_at, v_plan.is_end, coalesce(v_plan.paid_until, '-infinity'))
+      and (v_at, v_plan.is_end, coalesce(n.paid_until, '-infinity'))
         > (s.happened_at, s.is_end, coalesce(s.paid_until, '-infinity'));
-    v_outcomes := v_outcomes || case when found then text 'applied' else 'older' end;
+    v_rank := greatest(v_rank, case when found then 5 else 4 end);
+    v_touched := v_touched || v_plan.subscription::text;
   end loop;
 
-  if v_said.payments is not null then
+  if v_payments is not null then
     v_keys := array(
-      select p.purchase from private.billing_purchases as p where p.payments && v_said.payments
+      select p.purchase from private.billing_purchases as p where p.payments && v_payments
       union
       select p.purchase
       from unnest(v_said.sales) as s
       inner join private.billing_purchases as p
         on p.purchase = s.purchase and p.provider = p_provider
-      order by 1
     );
-    update private.billing_purchases as p set payments = array(
-      select distinct n.name from unnest(p.payments || v_said.payments) as n (name)
-    )
-    where p.provider = p_provider and p.purchase = any (v_keys)
-      and not p.payments @> v_said.payments;
-    v_names := array(select 'payment ' || n.name from unnest(v_said.payments) as n (name));
-    if v_keys <> '{}'::text[] then
-      v_outcomes := v_outcomes || case when found then text 'applied' else 'repeated' end;
-      v_known := v_known || v_names;
+    if v_keys <> '{}' then
+      v_known := v_known || array(select 'payment ' || n.name from unnest(v_payments) as n (name));
     elsif v_said.sales is null then
-      v_waits_for := v_waits_for || v_names;
+      v_waits_for := v_waits_for || array(
+        select 'payment ' || n.name from unnest(v_payments) as n (name)
+      );
     end if;
-    if (v_said.taken).cause is not null then
-      foreach v_key in array v_keys loop
-        select * into v_purchase from private.billing_purchases
-        where purchase = v_key and provider = p_provider;
-        v_outcomes := v_outcomes || case
-          when private.note_taking(v_purchase, v_said.taken, v_at) then text 'applied'
-          else 'older'
-        end;
-        v_credits := v_credits
-          + private.settle_purchases(p_provider, v_purchase.subscription);
-        v_payers := v_payers || array(
-          select s.user_id from private.billing_subscriptions as s
-          where s.subscription = v_purchase.subscription and s.provider = p_provider
-        );
-      end loop;
+    update private.billing_purchases as p set payments = array(
+      select distinct n.name from unnest(p.payments || v_payments) as n (name)
+    )
+    where p.provider = p_provider and p.purchase = any (v_keys) and not p.payments @> v_payments;
+    v_rank := greatest(v_rank, case when found then 5 when v_keys <> '{}' then 3 end);
+    for v_purchase in
+      update private.billing_purchases as p
+      set taken_by = p.taken_by || jsonb_build_object((v_said.taken).cause, to_jsonb(n))
+      from private.billing_purchases as o
+      cross join lateral (
+        select v_at as at, greatest((v_said.taken).amount, 0)::numeric / greatest(
+          coalesce((v_said.taken).paid, nullif(o.amount, 0), (v_said.taken).amount), 1
+        ) as share
+      ) as n
+      cross join lateral jsonb_to_record(o.taken_by -> (v_said.taken).cause) as w (
+        at timestamptz, share numeric
+      )
+      where o.provider = p_provider and o.purchase = any (v_keys)
+        and p.provider = o.provider and p.purchase = o.purchase
+        and (v_said.taken).cause is not null
+        and ((n.at, n.share) <= (w.at, w.share)) is not true
+      returning p.*
+    loop
+      v_touched := v_touched || v_purchase.subscription;
+    end loop;
+    if v_keys <> '{}' and (v_said.taken).cause is not null then
+      v_rank := greatest(v_rank, case when found then 5 else 4 end);
     end if;
   end if;
 
-  perform private.refresh_plan(p.user_id)
-  from (select distinct unnest(v_payers) order by 1) as p (user_id);
+  select v_credits + coalesce(sum(private.settle_purchases(p_provider, t.name)), 0)
+  into v_credits
+  from (select distinct unnest(v_touched) order by 1) as t (name);
+  perform private.refresh_plan(u.user_id)
+  from (
+    select unnest(v_payers)
+    union
+    select s.user_id from private.billing_subscriptions as s
+    where s.subscription = any (v_touched) and s.provider = p_provider
+    order by 1
+  ) as u (user_id);
   update private.billing_events as e set
     user_id = coalesce(v_user_id, v_purchase.user_id),
     credits = e.credits + v_credits,
-    outcome = case when v_waits_for <> '{}' then 'waiting' else coalesce(
-      (
-        select o.name from unnest(v_outcomes) as o (name)
-        order by array_position('{applied,older,repeated}', o.name) limit 1
-      ), case when v_known <> '{}' then 'applied' else 'ignored' end
-    ) end,
-    detail = v_detail,
+    outcome = case
+      when v_waits_for <> '{}' then 'waiting'
+      else (array['ignored', 'applied', 'repeated', 'older', 'applied'])[v_rank]
+    end,
+    detail = case when v_waits_for = '{}' and v_rank = 1 and v_said.sales is not null then
+      'it names no ' || case when v_user_id is null then 'user' else 'product' end
+    end,
     waits_for = nullif(v_waits_for, '{}')
-  where e.provider = p_provider and e.event_id = p_event_id;
-  for v_key in
-    select e.event_id from private.billing_events as e
-    where e.waits_for && v_known order by e.happened_at, e.event_id
-  loop
-    perform private.apply_kept(p_provider, v_key);
-  end loop;
+  where e.provider = p_provider and e.event_id = p_event_id
+    and (v_credits <> 0 or e.waits_for is distinct from v_waits_for);
+  perform private.skip_failing(
+    format('select count(private.apply_kept(%L, e)) from unnest($1) as e', p_provider),
+    array(
+      select e.event_id from private.billing_events as e
+      where e.waits_for && v_known and e.event_id <> p_event_id
+      order by e.happened_at, e.event_id
+    )
+  );
 end;
 $$;
 
--- Locks: the provider, then as apply_kept does.
+-- Locks: as apply_kept does.
 create function public.apply_billing_event(provider text, event jsonb) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp
 set enable_seqscan = off as $$
 #variable_conflict use_column
 declare
   v_name text := provider;
-  v_read jsonb := event;
   v_takes_tests boolean;
   v_said private.billing_event;
-  v_names text[];
-  v_is_new boolean := false;
+  v_is_new boolean;
   v_kept private.billing_events;
 begin
   perform private.require_writable();
   if pg_column_size(event) > 262144 then
     perform private.refuse_input('event: over 256 KiB');
   end if;
+  select p.takes_test_events into v_takes_tests
+  from private.billing_providers as p where p.name = v_name for update;
+  if not found then
+    perform private.refuse_input(
+      'provider: not known', 'Add it to private.billing_providers, or correct its name.'
+    );
+  end if;
   begin
     if jsonb_typeof(event) = 'string' then
-      v_read := (event #>> '{}')::jsonb;
+      event := (event #>> '{}')::jsonb;
     end if;
     v_said := jsonb_populate_record(null::private.billing_event, case v_name
-      when 'stripe' then private.read_stripe(v_read)
-      when 'revenuecat' then private.read_revenuecat(v_read)
-      else v_read
+      when 'stripe' then private.read_stripe(event)
+      when 'revenuecat' then private.read_revenuecat(event)
+      else event
     end);
-  exception when data_exception or statement_too_complex then
-    perform private.refuse_input('event: ' || left(sqlerrm, 200));
-  end;
-  select * into v_kept from private.billing_events
-  where event_id = v_said.id and provider = v_name;
-  if coalesce(v_kept.outcome = 'waiting', true) then
     if v_said.happened_at > now() then  -- what comes next is not to be older than that
       v_said.happened_at := now();
     end if;
@@ -731,40 +662,6 @@ begin
     ), '{}');
     v_said.sales := nullif(v_said.sales, '{}');
     v_said.plans := nullif(v_said.plans, '{}');
-    v_names := array[v_said.id, v_said.type, (v_said.taken).cause]
-      || v_said.users || v_said.payments || v_said.moved_from || array(
-        select n.name
-        from unnest(v_said.sales) as s
-        cross join unnest(s.products || s.purchase || s.subscription) as n (name)
-        union all
-        select n.name
-        from unnest(v_said.plans) as p cross join unnest(p.products || p.subscription) as n (name)
-      );
-    if (v_said.id <> '' and v_said.type <> '' and v_said.happened_at > '-infinity') is not true then
-      perform private.refuse_input('event: without id, type or time');
-    elsif cardinality(v_names) > 1000
-      or exists (select from unnest(v_names) as n (name) where octet_length(n.name) > 200) then
-      perform private.refuse_input('event: over 1000 names, or one of over 200 bytes');
-    elsif exists (
-      select from unnest(v_said.sales) as s
-      where (
-        s.purchase ~ '^\S+$' and coalesce(s.quantity, 1) between 1 and 1000
-        and coalesce(s.starts_at, v_said.happened_at) > '-infinity'
-        and coalesce(s.ends_at > coalesce(s.starts_at, v_said.happened_at), true)
-      ) is not true
-    ) or exists (
-      select from unnest(v_said.plans) as p where p.subscription is null or p.is_end is null
-    ) or (v_said.taken).cause is not null and coalesce((v_said.taken).amount < 0, true)
-      or (v_said.taken).paid <= 0 then
-      perform private.refuse_input('event: a sale, plan or taking that makes no sense');
-    end if;
-    select p.takes_test_events into v_takes_tests
-    from private.billing_providers as p where p.name = v_name for update;
-    if not found then
-      perform private.refuse_input(
-        'provider: not known', 'Add it to private.billing_providers, or correct its name.'
-      );
-    end if;
     insert into private.billing_events (
       provider, event_id, type, happened_at, said, outcome, detail
     )
@@ -775,15 +672,19 @@ begin
     )
     on conflict do nothing;
     v_is_new := found;
-    select * into v_kept from private.billing_events
-    where event_id = v_said.id and provider = v_name;
-    if v_kept.outcome = 'waiting' then
-      v_is_new := true;
-      perform private.apply_kept(v_name, v_said.id);
-      select * into v_kept from private.billing_events
-      where event_id = v_said.id and provider = v_name;
+    if not found then
+      select e.outcome = 'waiting' into v_is_new
+      from private.billing_events as e where e.event_id = v_said.id and e.provider = v_name;
     end if;
-  end if;
+    if v_is_new then
+      perform private.apply_kept(v_name, v_said.id);
+    end if;
+  exception
+    when data_exception or integrity_constraint_violation or program_limit_exceeded
+      or statement_too_complex then
+      perform private.refuse_input('event: ' || left(sqlerrm, 200));
+  end;
+  select * into v_kept from private.billing_events where event_id = v_said.id and provider = v_name;
   return json_build_object(
     'event_id', v_kept.event_id,
     'outcome', case when v_is_new then v_kept.outcome else 'repeated' end,
@@ -808,22 +709,7 @@ comment on function public.apply_billing_event is
   'kept, and applied once that is known), ignored. Whatever is answered need not be sent again. '
   'Errors: PT400 invalid_input, PT503 unavailable.';
 
--- Locks: the provider, then as apply_kept does.
-create function private.apply_again(p_provider text, p_event_id text) returns void
-language plpgsql set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
-begin
-  perform from private.billing_providers where name = p_provider for update;
-  if exists (
-    select from private.billing_events
-    where provider = p_provider and event_id = p_event_id and outcome = 'waiting'
-  ) then
-    perform private.apply_kept(p_provider, p_event_id);
-  end if;
-end;
-$$;
-
--- A step of retention (85), each minute: applies what waits for users or products that are here by
--- now. What waits for a payment is applied together with that.
+-- A step of retention (85), each minute: applies what waits for what is here by now.
 create function private.apply_waiting(
   p_place text, p_at_most integer, out place text, out done integer
 )
@@ -831,21 +717,12 @@ language sql set search_path = pg_catalog, pg_temp as $$
   select
     case when count(*) = p_at_most then max(w.key collate "C") end,
     private.skip_failing(
-      'select count(private.apply_again(split_part(w, '' '', 1), substr(w, strpos(w, '' '') + 1)))'
+      'select count(private.apply_kept(split_part(w, '' '', 1), substr(w, strpos(w, '' '') + 1)))'
       ' from unnest($1) as w',
-      array_agg(w.key order by w.happened_at, w.key) filter (where w.is_known)
+      array_agg(w.key order by w.happened_at, w.key)
     )
   from (
-    select
-      e.provider || ' ' || e.event_id as key, e.happened_at, exists (
-        select from public.credit_products as p
-        where format('product %s:%s', p.provider, p.product_id) = any (e.waits_for)
-      ) or exists (
-        select from unnest(e.waits_for) as n (name)
-        where n.name like 'user %' and private.billed_user(
-          e.provider, array[substr(n.name, length('user :' || e.provider) + 1)]
-        ) is not null
-      ) as is_known
+    select e.provider || ' ' || e.event_id as key, e.happened_at
     from private.billing_events as e
     where e.outcome = 'waiting' and (e.provider || ' ' || e.event_id) collate "C" > p_place
     order by (e.provider || ' ' || e.event_id) collate "C" limit p_at_most

@@ -567,7 +567,10 @@ def test_whatever_is_spent_between_events_what_they_moved_is_what_was_bought_and
             with contextlib.suppress(psycopg.Error):
                 alice.cancel_generation(job_id)
 
-    bought = db.value("select sum(credits - due) from private.billing_purchases")
+    bought = db.value(
+        "select sum(credits - floor(credits * private.share_taken(taken_by) + 0.000001))"
+        " from private.billing_purchases"
+    )
     moved = db.value(
         "select sum(amount - debt) from public.credit_ledger where kind in ('grant', 'adjust')"
     )
