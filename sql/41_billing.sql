@@ -103,7 +103,6 @@ comment on table private.billing_events is
   'said, so that it does nothing if it is sent once more.';
 comment on column private.billing_events.said is
   'The event in our terms. Names and addresses that the provider sent are not kept.';
-comment on column private.billing_events.credits is 'Given or, if negative, taken.';
 comment on column private.billing_events.waits_for is
   'What is not known yet: user, product or payment, and what the provider calls it.';
 
@@ -129,6 +128,13 @@ comment on table private.billing_customers is
 
 create index billing_customers_user_id_idx on private.billing_customers (user_id);
 
+-- Which share of a purchase refunds and disputes have taken back.
+create function private.share_taken(p_taken_by jsonb) returns numeric
+language sql immutable set search_path = pg_catalog, pg_temp as $$
+  select least(round(coalesce(sum((t.value ->> 'share')::numeric), 0), 12), 1)
+  from jsonb_each(p_taken_by) as t
+$$;
+
 create table private.billing_purchases (
   provider text,
   purchase text,
@@ -144,6 +150,7 @@ create table private.billing_purchases (
   credits integer not null,
   rollover_cap integer,
   taken_by jsonb not null default '{}',
+  taken numeric generated always as (private.share_taken(taken_by)) stored,
   given integer not null,
   short integer not null default 0,
   primary key (purchase, provider),
@@ -259,13 +266,6 @@ begin
 end;
 $$;
 
--- Which share of a purchase refunds and disputes have taken back.
-create function private.share_taken(p_taken_by jsonb) returns numeric
-language sql immutable set search_path = pg_catalog, pg_temp as $$
-  select least(round(coalesce(sum((t.value ->> 'share')::numeric), 0), 12), 1)
-  from jsonb_each(p_taken_by) as t
-$$;
-
 -- Tells the entitlement until when the user is paid: what set_paid said, or the longest of the
 -- subscriptions, whichever was heard of last.
 create function private.refresh_plan(p_user_id uuid) returns void
@@ -281,8 +281,7 @@ begin
       ) as paid_until
     from private.billing_subscriptions as s
     left join private.billing_purchases as p
-      on p.provider = s.provider and p.subscription = s.subscription
-      and private.share_taken(p.taken_by) < 1
+      on p.provider = s.provider and p.subscription = s.subscription and p.taken < 1
     where s.user_id = p_user_id
     group by s.provider, s.subscription
     having s.provider = 'set_paid' or coalesce(s.paid_until, max(p.paid_until)) is not null
@@ -322,7 +321,7 @@ begin
   for v_of in
     select
       p.*, b.id as bucket_id, p.credits_until <= now() as is_over, b.credits::integer as has,
-      floor(p.credits * private.share_taken(p.taken_by) + 0.000001)::integer as due,
+      floor(p.credits * p.taken + 0.000001)::integer as due,
       n.purchase as next, n.rollover_cap as next_cap,
       last_value(p.purchase) over (
         order by p.starts_at, p.purchase rows between unbounded preceding and unbounded following
@@ -645,9 +644,6 @@ begin
     );
   end if;
   begin
-    if jsonb_typeof(event) = 'string' then
-      event := (event #>> '{}')::jsonb;
-    end if;
     v_said := jsonb_populate_record(null::private.billing_event, case v_name
       when 'stripe' then private.read_stripe(event)
       when 'revenuecat' then private.read_revenuecat(event)

@@ -39,49 +39,42 @@ begin
       'sales', (
         select jsonb_agg(jsonb_build_object(
           'purchase', coalesce(
-            l.subscription || ':' || l.price || ':' || l.starts,
+            s.subscription || ':' || (p.price ->> 'price') || ':' || (l.line #>> '{period,start}'),
             (v_of ->> 'id') || ':' || (l.line ->> 'id')
           ),
-          'products', jsonb_build_array(l.price, l.product),
-          'quantity', coalesce(nullif(l.line -> 'quantity', 'null'), '1'),
-          'subscription', l.subscription,
-          'starts_at', case when l.subscription is not null then to_timestamp(l.starts) end,
-          'ends_at', case when l.subscription is not null
+          'products', jsonb_build_array(p.price -> 'price', p.price -> 'product'),
+          'quantity', l.line -> 'quantity',
+          'subscription', s.subscription,
+          'starts_at', case when s.subscription is not null
+            then to_timestamp((l.line #>> '{period,start}')::bigint) end,
+          'ends_at', case when s.subscription is not null
             then to_timestamp((l.line #>> '{period,end}')::bigint) end,
-          'is_trial', l.subscription is not null and l.amount = 0
+          'is_trial', s.subscription is not null and l.line -> 'amount' = '0'
             and v_of ->> 'billing_reason' is distinct from 'subscription_cycle',
-          'is_change', l.is_proration or v_of ->> 'billing_reason' = 'subscription_update'
+          'is_change', p.item -> 'proration' = 'true'
+            or v_of ->> 'billing_reason' = 'subscription_update'
         ))
-        from (
+        from jsonb_array_elements(v_of #> '{lines,data}') as l (line)
+        cross join lateral (
           select
-            d.line, p.is_proration, (d.line ->> 'amount')::bigint as amount,
-            (d.line #>> '{period,start}')::bigint as starts,
             coalesce(
-              d.line #>> '{pricing,price_details,price}', d.line #>> '{price,id}',
-              d.line #>> '{plan,id}'
-            ) as price,
+              nullif(l.line #> '{parent,subscription_item_details}', 'null'),
+              nullif(l.line #> '{parent,invoice_item_details}', 'null'), l.line
+            ) as item,
             coalesce(
-              d.line #>> '{pricing,price_details,product}', d.line #>> '{price,product}',
-              d.line #>> '{plan,product}'
-            ) as product,
-            case
-              when p.is_proration or d.line ->> 'type' = 'subscription'
-                or d.line #>> '{parent,type}' = 'subscription_item_details'
-                then coalesce(
-                  d.line #>> '{parent,subscription_item_details,subscription}',
-                  d.line #>> '{parent,invoice_item_details,subscription}',
-                  d.line ->> 'subscription'
-                )
-            end as subscription
-          from jsonb_array_elements(v_of #> '{lines,data}') as d (line)
-          cross join lateral (
-            select coalesce(
-              d.line #> '{parent,subscription_item_details,proration}',
-              d.line #> '{parent,invoice_item_details,proration}', d.line -> 'proration'
-            ) = 'true' is true as is_proration
-          ) as p
-        ) as l
-        where l.amount >= 0
+              l.line #> '{pricing,price_details}', jsonb_build_object(
+                'price', l.line #> '{price,id}', 'product', l.line #> '{price,product}'
+              )
+            ) as price
+        ) as p
+        cross join lateral (
+          select case
+            when p.item -> 'proration' = 'true' or l.line ->> 'type' = 'subscription'
+              or l.line #>> '{parent,type}' = 'subscription_item_details'
+              then p.item ->> 'subscription'
+          end as subscription
+        ) as s
+        where (l.line ->> 'amount')::bigint >= 0
       )
     );
   elsif v_type = 'invoice_payment.paid' then

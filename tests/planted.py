@@ -1460,7 +1460,7 @@ EVENTS = [
     Bug(
         "the event that comes last says until when a plan is paid",
         "sql/41_billing.sql",
-        "      and (v_at, v_plan.is_end, coalesce(v_plan.paid_until, '-infinity'))\n"
+        "      and (v_at, v_plan.is_end, coalesce(n.paid_until, '-infinity'))\n"
         "        > (s.happened_at, s.is_end, coalesce(s.paid_until, '-infinity'));\n",
         "      ;\n",
         f"{STORY}[the end of a plan]",
@@ -1476,23 +1476,37 @@ EVENTS = [
     Bug(
         "a proration grants a period",
         "sql/41_billing.sql",
-        "        when v_sale.is_change and not v_product.grants_changes then 0\n",
+        "      when v_sale.is_change and not v_product.grants_changes then 0\n",
         "",
         f"{STORY}[a change of plans]",
     ),
     Bug(
         "a refund that comes before its purchase takes nothing",
         "sql/41_billing.sql",
-        "    where e.waits_for && v_known order by",
-        "    where false order by",
+        "      where e.waits_for && v_known and",
+        "      where false and",
         f"{STORY}[a refund in part]",
     ),
     Bug(
         "all that is left rolls over",
         "sql/41_billing.sql",
-        "        v_on := least(v_left, coalesce(v_of.next_cap - v_on, v_left));\n",
-        "        v_on := v_left;\n",
+        "least(v_left, coalesce(v_of.next_cap - v_on, v_left))",
+        "v_left",
         f"{STORY}[months that roll over]",
+    ),
+    Bug(
+        "what rolls over is taken out of the period that has not ended",
+        "sql/41_billing.sql",
+        "      v_left := v_left - ((v_into ->> v_of.next)::integer - v_on);\n",
+        "      v_left := 0;\n",
+        f"{BILLING}a_renewal_that_is_paid_early_takes_nothing_away[price_rolling-60-1]",
+    ),
+    Bug(
+        "a base rolls over into an add-on",
+        "sql/41_billing.sql",
+        "      order by o.product_id <> p.product_id, o.starts_at",
+        "      order by o.starts_at",
+        f"{STORY}[two products of a subscription]",
     ),
     Bug(
         "a sandbox's purchase is real",

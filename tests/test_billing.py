@@ -173,6 +173,42 @@ def rolled_over_and_refunded(user):
     return stripe, [first, last, gone], (60, 0, START + 2 * DAY)
 
 
+def two_products_rolled_over(user):
+    """Each goes on into the next period of its own product, up to the cap of that."""
+    stripe = Stripe(user)
+    months = [START - MONTH, START]
+    lines = [[stripe.line(m, price=f"price_{p}") for p in ("monthly", "rolling")] for m in months]
+    paid = [
+        stripe.event("invoice.paid", stripe.invoice(*of), month)
+        for of, month in zip(lines, months, strict=True)
+    ]
+    return stripe, paid, (260, 0, START + MONTH + DAY)
+
+
+def pack_beside_a_subscription(user):
+    """A pack never ends, and what a subscription's refund takes is not the pack's."""
+    stripe = Stripe(user, CLASSIC, price="price_rolling")
+    months = [stripe.paid(START - MONTH), stripe.paid()]
+    gone = stripe.refunded(stripe.intent(months[1]), 1000, 1000)
+    return stripe, [stripe.checkout(START), *months, gone], (110, 0, START + DAY)
+
+
+def store_extended(user):
+    """The plan lasts longer; the credits of the period end as they would have."""
+    store = RevenueCat(user)
+    end = {"expiration_at_ms": int((START + 2 * MONTH).timestamp() * 1000)}
+    extended = store.about("SUBSCRIPTION_EXTENDED", START, START + DAY, **end)
+    return store, [store.renewed(), extended], (100, 0, START + 2 * MONTH + DAY)
+
+
+def store_resumed(user):
+    """What was left before a pause longer than the grace does not go on."""
+    store = RevenueCat(user)
+    of = {"product_id": "rolling"}
+    months = [store.renewed(START - MONTH - 5 * DAY, **of), store.renewed(**of)]
+    return store, months, (100, 0, START + MONTH + DAY)
+
+
 def store_bought_and_renewed(user):
     store = RevenueCat(user)
     events = [store.about("INITIAL_PURCHASE", START - MONTH), store.renewed()]
@@ -231,6 +267,10 @@ STORIES = {
     "a change of plans": plan_changed,
     "months that roll over": rolled_over,
     "a month that rolled over and the next is refunded": rolled_over_and_refunded,
+    "two products of a subscription": two_products_rolled_over,
+    "a pack beside a subscription": pack_beside_a_subscription,
+    "a store's subscription that is extended": store_extended,
+    "a store's subscription that was paused": store_resumed,
     "a store's subscription and pack": store_bought_and_renewed,
     "a store's subscription that expires": store_expired,
     "refunds by a store": store_refunded,
@@ -272,6 +312,27 @@ def test_what_of_a_subscriptions_credits_was_spent_is_owed_when_its_payment_is_c
 
     assert has(db, alice) == (150, 0, START + MONTH + DAY)
     assert sum(end["credits"] for end in alice.get_entitlement()["credits_ending"]) <= 100
+
+
+@pytest.mark.parametrize("days", [1, 20])
+@pytest.mark.parametrize(("price", "goes_on"), [("price_monthly", 0), ("price_rolling", 60)])
+def test_a_renewal_that_is_paid_early_takes_nothing_away(service, alice, price, goes_on, days):
+    """All is there until the running period has ended; then its cap goes on, and nobody acts."""
+    stripe = Stripe(alice, price=price)
+    start = NOW - MONTH + days * DAY
+    told = [
+        stripe.paid(start),
+        stripe.paid(start + MONTH, NOW),
+        stripe.paid(start + 2 * MONTH, NOW),
+    ]
+    apply(service, stripe, *told, *told)
+    assert alice.get_entitlement()["credits"] == 300
+    service.db.execute("update public.models set price_credits = 30, paid_price_credits = 30")
+    alice.enqueued()
+
+    for passed, bought in ((days + 1, 200), (30, 100)):  # with the grace of a day
+        service.db.pass_time(f"{passed} days")
+        assert alice.get_entitlement()["credits"] == bought + goes_on
 
 
 def test_a_renewal_that_comes_when_its_credits_have_ended_still_rolls_them_over(db, service, alice):
@@ -431,6 +492,42 @@ def test_what_means_nothing_here_is_kept_and_ignored(db, service, alice):
     assert {each["detail"] for each in details} == {"it names no product", "it names no user"}
 
 
+def test_what_makes_no_sense_is_refused_or_if_it_waited_passed_over(db, service, worker, alice):
+    db.execute("insert into private.billing_providers (name) values ('shop')")
+    sale = {"purchase": "o1", "products": ["pass"], "ends_at": "2020-01-01"}
+    sold = {"id": "1", "type": "order", "happened_at": str(NOW), "users": [alice.id]}
+    events = [sold | {"sales": [sale]}, sold | {"id": "2", "sales": [sale | {"purchase": "o2"}]}]
+    del events[1]["sales"][0]["ends_at"]
+    for event in events:
+        assert service.apply_billing_event("shop", event)["outcome"] == "waiting"
+    query = "insert into public.credit_products (provider, product_id, credits) values (%s, %s, 7)"
+    db.execute(query, "shop", "pass")
+
+    worker.apply_retention()
+
+    assert has(db, alice)[0] == 7
+    assert db.value("select count(*) from private.skipped_rows") == 1
+    for change in ({"purchase": "a b"}, {"quantity": -1}, {"purchase": None}, {"quantity": "x"}):
+        event = sold | {
+            "id": str(change),
+            "sales": [{"purchase": "o3", "products": ["pass"]} | change],
+        }
+        with unchanged(db), refused("PT400", "invalid_input"):
+            service.apply_billing_event("shop", event)
+
+
+def test_a_subscription_that_makes_nobody_paid_ends_nothing_that_was_said_by_hand(
+    db, service, alice
+):
+    service.call("public.set_paid", alice.id, str(FOR_EVER), at(-3))
+    db.execute("update public.credit_products set makes_paid = false")
+    stripe = Stripe(alice)
+
+    apply(service, stripe, stripe.paid(NOW), stripe.subscribed(NOW + MONTH, NOW))
+
+    assert has(db, alice) == (100, 0, FOR_EVER)
+
+
 def test_an_event_that_arrives_many_times_at_once_does_it_once(db, alice):
     stripe = Stripe(alice)
     paid = stripe.paid()
@@ -567,10 +664,8 @@ def test_whatever_is_spent_between_events_what_they_moved_is_what_was_bought_and
             with contextlib.suppress(psycopg.Error):
                 alice.cancel_generation(job_id)
 
-    bought = db.value(
-        "select sum(credits - floor(credits * private.share_taken(taken_by) + 0.000001))"
-        " from private.billing_purchases"
-    )
+    query = "select sum(credits - floor(credits * taken + 1e-6)) from private.billing_purchases"
+    bought = db.value(query)
     moved = db.value(
         "select sum(amount - debt) from public.credit_ledger where kind in ('grant', 'adjust')"
     )
@@ -673,15 +768,18 @@ def deliver(db: Database, deliveries: list[tuple[str, dict[str, Any], bool]]) ->
 
 
 def test_10000_events_delivered_up_to_three_times_in_any_order_do_what_once_in_order_does(db):
-    """Some deliveries crash before they commit; each event has one that does not."""
+    """Some deliveries crash before they commit; each event has one that does not. Of four users
+    with the same life one has it in order.
+    """
     db.execute(DELIVER)
     rng, in_order, in_chaos, users = random.Random(1), [], [], []
     while len(in_chaos) < 10_000:
-        twins = [str(uuid.uuid4()) for _ in range(2)]
-        users.append(twins)
-        in_order += life(twins[0], len(users))
-        in_chaos += life(twins[1], len(users))
-    ids = list(itertools.chain(*users))
+        ids = [str(uuid.uuid4()) for _ in range(4)]
+        seed = len(users)
+        users += [(ids[0], other) for other in ids[1:]]
+        in_order += life(ids[0], seed)
+        in_chaos += itertools.chain(*(life(other, seed) for other in ids[1:]))
+    ids = list({*itertools.chain(*users)})
     db.execute("insert into auth.users (id) select unnest(%s::uuid[])", ids)
     once = [(provider, event, False) for provider, event in in_order]
     thrice = [(*each, False) for each in in_chaos]
