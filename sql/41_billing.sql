@@ -381,9 +381,10 @@ end;
 $$;
 
 -- Does what an event says that waits, as far as that is not done yet, and then what waited for it.
+-- True if it waits no more.
 --
 -- Locks: the provider, the entitlements of all whom it is about, in order of user id.
-create function private.apply_kept(p_provider text, p_event_id text) returns void
+create function private.apply_kept(p_provider text, p_event_id text) returns boolean
 language plpgsql set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
 declare
   v_said private.billing_event;
@@ -410,7 +411,7 @@ begin
   cross join lateral jsonb_populate_record(null::private.billing_event, e.said) as r
   where e.provider = p_provider and e.event_id = p_event_id and e.outcome = 'waiting';
   if not found then
-    return;
+    return false;
   end if;
   v_at := v_said.happened_at;
   v_payments := v_said.payments;
@@ -435,8 +436,7 @@ begin
   ))
   order by user_id for update;
   if private.owner_of(v_user_id) <> v_user_id then  -- merged while this waited for the lock
-    perform private.apply_kept(p_provider, p_event_id);
-    return;
+    return private.apply_kept(p_provider, p_event_id);
   end if;
   v_user_id := (select e.user_id from public.entitlements as e where e.user_id = v_user_id);
   if v_user_id is not null then
@@ -617,6 +617,7 @@ begin
       order by e.happened_at, e.event_id
     )
   );
+  return v_waits_for = '{}';
 end;
 $$;
 
@@ -667,14 +668,11 @@ begin
       case when v_said.is_test and not v_takes_tests then 'a test' end
     )
     on conflict do nothing;
-    v_is_new := found;
-    if not found then
-      select e.outcome = 'waiting' into v_is_new
-      from private.billing_events as e where e.event_id = v_said.id and e.provider = v_name;
-    end if;
-    if v_is_new then
-      perform private.apply_kept(v_name, v_said.id);
-    end if;
+    v_is_new := found or exists (
+      select from private.billing_events as e
+      where e.event_id = v_said.id and e.provider = v_name and e.outcome = 'waiting'
+    );
+    perform private.apply_kept(v_name, v_said.id);
   exception
     when data_exception or integrity_constraint_violation or program_limit_exceeded
       or statement_too_complex then
@@ -713,8 +711,8 @@ language sql set search_path = pg_catalog, pg_temp as $$
   select
     case when count(*) = p_at_most then max(w.key collate "C") end,
     private.skip_failing(
-      'select count(private.apply_kept(split_part(w, '' '', 1), substr(w, strpos(w, '' '') + 1)))'
-      ' from unnest($1) as w',
+      'select count(*) filter (where private.apply_kept('
+      'split_part(w, '' '', 1), substr(w, strpos(w, '' '') + 1))) from unnest($1) as w',
       array_agg(w.key order by w.happened_at, w.key)
     )
   from (
