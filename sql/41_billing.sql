@@ -424,6 +424,10 @@ begin
   );
   v_names := array(
     select coalesce(t.subscription, t.purchase) from unnest(v_said.sales) as t
+    where (private.credit_product(p_provider, t.products)).makes_paid and not exists (
+      select from private.billing_purchases as p
+      where p.purchase = t.purchase and p.provider = p_provider
+    )
     union
     select p.subscription from unnest(v_said.plans) as p
   );
