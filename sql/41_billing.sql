@@ -140,7 +140,7 @@ create table private.billing_purchases (
   purchase text,
   user_id uuid,
   product_id text not null,
-  subscription text not null,
+  subscription text not null,  -- of a single purchase itself
   payments text[] not null,
   amount bigint,
   happened_at timestamptz not null,
@@ -162,8 +162,6 @@ create table private.billing_purchases (
 comment on table private.billing_purchases is
   'What was paid for, once each: a period of a subscription or a single purchase. Its user is '
   'taken out when deleted; the rest stays, so that nothing is granted twice.';
-comment on column private.billing_purchases.subscription is
-  'The provider''s; of a single purchase itself.';
 comment on column private.billing_purchases.payments is
   'All that the provider calls the payment: invoice, intent, charge, transaction.';
 comment on column private.billing_purchases.amount is
@@ -191,7 +189,6 @@ create table private.billing_subscriptions (
   owned_since timestamptz not null,
   paid_until timestamptz,
   happened_at timestamptz not null default '-infinity',
-  is_end boolean not null default false,
   primary key (subscription, provider)
 );
 
@@ -475,7 +472,7 @@ begin
       from (
         select t.products from unnest(v_said.sales) as t
         union all
-        select p.products from unnest(v_said.plans) as p where not p.is_end
+        select p.products from unnest(v_said.plans) as p where p.is_end is not true
       ) as o
       cross join unnest(o.products) as n (name)
       where n.name is not null and (private.credit_product(p_provider, o.products)) is null
@@ -527,18 +524,20 @@ begin
 
   foreach v_plan in array coalesce(v_said.plans, '{}'::private.plan_state[]) loop
     v_product := private.credit_product(p_provider, v_plan.products);
+    v_plan.is_end := v_plan.is_end is true;
     continue when v_user_id is null or v_product.product_id is null and not v_plan.is_end;
     -- Of what is told of the same second, an end comes last.
-    update private.billing_subscriptions as s
-    set paid_until = n.paid_until, happened_at = v_at, is_end = v_plan.is_end
+    update private.billing_subscriptions as s set paid_until = n.paid_until, happened_at = n.at
     from (
-      select case when v_product.makes_paid then v_plan.paid_until + case
-        when v_plan.is_end then interval '0' else v_product.grace
-      end end as paid_until
+      select
+        v_at + v_plan.is_end::integer * interval '1 microsecond' as at,
+        case when v_product.makes_paid
+          then v_plan.paid_until + (not v_plan.is_end)::integer * v_product.grace
+        end as paid_until
     ) as n
     where s.provider = p_provider and s.subscription = v_plan.subscription
-      and (v_at, v_plan.is_end, coalesce(n.paid_until, '-infinity'))
-        > (s.happened_at, s.is_end, coalesce(s.paid_until, '-infinity'));
+      and (n.at, coalesce(n.paid_until, '-infinity'))
+        > (s.happened_at, coalesce(s.paid_until, '-infinity'));
     v_rank := greatest(v_rank, case when found then 5 else 4 end);
     v_touched := v_touched || v_plan.subscription::text;
   end loop;
@@ -741,13 +740,8 @@ language sql set search_path = pg_catalog, pg_temp as $$
     returning 1
   ),
   purchases as (
-    delete from private.billing_purchases as p where p.ctid = any (array(
-      select o.ctid from private.billing_purchases as o
-      where o.user_id is null
-        and o.happened_at < now() - (select s.keep_billing_events from private.settings as s)
-      order by o.happened_at limit p_at_most for update skip locked
-    ))
-    returning 1
+    delete from private.billing_purchases as p using private.settings as s
+    where p.user_id is null and p.happened_at < now() - s.keep_billing_events returning 1
   )
   select null, ((select count(*) from events) + (select count(*) from purchases))::integer
 $$;

@@ -1460,8 +1460,8 @@ EVENTS = [
     Bug(
         "the event that comes last says until when a plan is paid",
         "sql/41_billing.sql",
-        "      and (v_at, v_plan.is_end, coalesce(n.paid_until, '-infinity'))\n"
-        "        > (s.happened_at, s.is_end, coalesce(s.paid_until, '-infinity'));\n",
+        "      and (n.at, coalesce(n.paid_until, '-infinity'))\n"
+        "        > (s.happened_at, coalesce(s.paid_until, '-infinity'));\n",
         "      ;\n",
         f"{STORY}[the end of a plan]",
     ),

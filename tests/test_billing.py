@@ -455,6 +455,9 @@ def test_another_provider_says_it_in_our_terms(db, service, alice):
 
     assert [answer["credits"] for answer in answers] == [21, -7]
     assert has(db, alice) == (14, 0, NOW + 8 * DAY)
+    plan = {"subscription": "order-1", "products": ["pass"], "paid_until": str(NOW + 9 * DAY)}
+    service.apply_billing_event("shop", sold | {"id": "3", "sales": None, "plans": [plan]})
+    assert has(db, alice)[2] == NOW + 10 * DAY
 
 
 @pytest.mark.parametrize(
