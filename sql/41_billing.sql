@@ -378,12 +378,14 @@ end;
 $$;
 
 -- Does what an event says that waits, as far as that is not done yet, and then what waited for it.
--- True if it waits no more.
+-- True if it waits no more. The key: provider and event's id, with a space between.
 --
 -- Locks: the provider, the entitlements of all whom it is about, in order of user id.
-create function private.apply_kept(p_provider text, p_event_id text) returns boolean
+create function private.apply_kept(p_key text) returns boolean
 language plpgsql set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
 declare
+  v_provider text := split_part(p_key, ' ', 1);
+  v_event_id text := substr(p_key, length(v_provider) + 2);
   v_said private.billing_event;
   v_at timestamptz;
   v_payments text[];
@@ -402,53 +404,53 @@ declare
   v_credits integer := 0;
   v_rank integer := 1;  -- among outcomes
 begin
-  perform from private.billing_providers where name = p_provider for update;
+  perform from private.billing_providers where name = v_provider for update;
   select r.* into v_said
   from private.billing_events as e
   cross join lateral jsonb_populate_record(null::private.billing_event, e.said) as r
-  where e.provider = p_provider and e.event_id = p_event_id and e.outcome = 'waiting';
+  where e.provider = v_provider and e.event_id = v_event_id and e.outcome = 'waiting';
   if not found then
     return false;
   end if;
   v_at := v_said.happened_at;
   v_payments := v_said.payments;
-  v_user_id := private.billed_user(p_provider, v_said.users);
+  v_user_id := private.billed_user(v_provider, v_said.users);
   v_from := array(
     select f.user_id
     from unnest(v_said.moved_from) as m (name)
-    cross join lateral private.billed_user(p_provider, array[m.name]) as f (user_id)
+    cross join lateral private.billed_user(v_provider, array[m.name]) as f (user_id)
     where f.user_id <> v_user_id
   );
   v_names := array(
     select coalesce(t.subscription, t.purchase) from unnest(v_said.sales) as t
-    where (private.credit_product(p_provider, t.products)).makes_paid and not exists (
+    where (private.credit_product(v_provider, t.products)).makes_paid and not exists (
       select from private.billing_purchases as p
-      where p.purchase = t.purchase and p.provider = p_provider
+      where p.purchase = t.purchase and p.provider = v_provider
     )
     union
     select p.subscription from unnest(v_said.plans) as p
   );
   v_payers := v_from || v_user_id || array(
     select s.user_id from private.billing_subscriptions as s
-    where s.subscription = any (v_names) and s.provider = p_provider
+    where s.subscription = any (v_names) and s.provider = v_provider
   );
   perform from public.entitlements where user_id = any (v_payers || array(
     select p.user_id from private.billing_purchases as p where p.payments && v_payments
   ))
   order by user_id for update;
   if private.owner_of(v_user_id) <> v_user_id then  -- merged while this waited for the lock
-    return private.apply_kept(p_provider, p_event_id);
+    return private.apply_kept(p_key);
   end if;
   v_user_id := (select e.user_id from public.entitlements as e where e.user_id = v_user_id);
   if v_user_id is not null then
     -- Of those who go away with this, who is nobody yet is the same one.
     insert into private.billing_customers as c (provider, name, user_id, happened_at)
-    select distinct p_provider, n.name, v_user_id, v_at
+    select distinct v_provider, n.name, v_user_id, v_at
     from (
       select unnest(v_said.users)
       union all
       select m.name from unnest(v_said.moved_from) as m (name)
-      where private.billed_user(p_provider, array[m.name]) is null
+      where private.billed_user(v_provider, array[m.name]) is null
     ) as n (name)
     where n.name !~* '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$'
     on conflict (name, provider) do update
@@ -456,36 +458,36 @@ begin
     where excluded.happened_at > c.happened_at and excluded.user_id <> c.user_id;
     v_rank := case when found or v_from <> '{}' then 2 else 1 end;
     v_known := array(
-      select format('user %s:%s', p_provider, n.name)
+      select format('user %s:%s', v_provider, n.name)
       from unnest(v_said.users || v_said.moved_from) as n (name)
     );
     update private.billing_subscriptions set user_id = v_user_id, owned_since = v_at
-    where provider = p_provider and user_id = any (v_from) and owned_since < v_at;
+    where provider = v_provider and user_id = any (v_from) and owned_since < v_at;
     -- A later event says whose it is now.
     insert into private.billing_subscriptions as s (provider, subscription, user_id, owned_since)
-    select p_provider, n.name, v_user_id, v_at from unnest(v_names) as n (name)
+    select v_provider, n.name, v_user_id, v_at from unnest(v_names) as n (name)
     on conflict (subscription, provider) do update
     set user_id = excluded.user_id, owned_since = excluded.owned_since
     where excluded.owned_since > s.owned_since;
     v_waits_for := array(
-      select format('product %s:%s', p_provider, n.name)
+      select format('product %s:%s', v_provider, n.name)
       from (
         select t.products from unnest(v_said.sales) as t
         union all
         select p.products from unnest(v_said.plans) as p where p.is_end is not true
       ) as o
       cross join unnest(o.products) as n (name)
-      where n.name is not null and (private.credit_product(p_provider, o.products)) is null
+      where n.name is not null and (private.credit_product(v_provider, o.products)) is null
     );
   elsif v_payments is null or v_said.sales is not null or v_said.plans is not null then
     v_waits_for := array(
-      select format('user %s:%s', p_provider, u.name) from unnest(v_said.users) as u (name)
+      select format('user %s:%s', v_provider, u.name) from unnest(v_said.users) as u (name)
     );
     v_payments := null;
   end if;
 
   foreach v_sale in array coalesce(v_said.sales, '{}'::private.sale[]) loop
-    v_product := private.credit_product(p_provider, v_sale.products);
+    v_product := private.credit_product(v_provider, v_sale.products);
     continue when v_user_id is null or v_product.product_id is null;
     v_sale.starts_at := coalesce(v_sale.starts_at, v_at);
     v_sale.ends_at := coalesce(
@@ -501,7 +503,7 @@ begin
       starts_at, credits_until, paid_until, credits, given, rollover_cap
     )
     values (
-      p_provider, v_sale.purchase, v_user_id, v_product.product_id,
+      v_provider, v_sale.purchase, v_user_id, v_product.product_id,
       coalesce(v_sale.subscription, v_sale.purchase), coalesce(v_payments, '{}'),
       v_said.amount, v_at, v_sale.starts_at,
       case when v_product.credits_end then v_sale.ends_at else 'infinity' end,
@@ -516,14 +518,14 @@ begin
     v_credits := v_credits + v_purchase.credits;
     if v_purchase.credits > 0 then
       perform private.move_credits(
-        v_user_id, 'grant', v_purchase.credits, p_provider || ':' || v_purchase.purchase,
+        v_user_id, 'grant', v_purchase.credits, v_provider || ':' || v_purchase.purchase,
         v_purchase.credits_until, v_product.priority
       );
     end if;
   end loop;
 
   foreach v_plan in array coalesce(v_said.plans, '{}'::private.plan_state[]) loop
-    v_product := private.credit_product(p_provider, v_plan.products);
+    v_product := private.credit_product(v_provider, v_plan.products);
     v_plan.is_end := v_plan.is_end is true;
     continue when v_user_id is null or v_product.product_id is null and not v_plan.is_end;
     -- Of what is told of the same second, an end comes last.
@@ -535,7 +537,7 @@ begin
           then v_plan.paid_until + (not v_plan.is_end)::integer * v_product.grace
         end as paid_until
     ) as n
-    where s.provider = p_provider and s.subscription = v_plan.subscription
+    where s.provider = v_provider and s.subscription = v_plan.subscription
       and (n.at, coalesce(n.paid_until, '-infinity'))
         > (s.happened_at, coalesce(s.paid_until, '-infinity'));
     v_rank := greatest(v_rank, case when found then 5 else 4 end);
@@ -549,7 +551,7 @@ begin
       select p.purchase
       from unnest(v_said.sales) as s
       inner join private.billing_purchases as p
-        on p.purchase = s.purchase and p.provider = p_provider
+        on p.purchase = s.purchase and p.provider = v_provider
     );
     if v_keys <> '{}' then
       v_known := v_known || array(select 'payment ' || n.name from unnest(v_payments) as n (name));
@@ -561,7 +563,7 @@ begin
     update private.billing_purchases as p set payments = array(
       select distinct n.name from unnest(p.payments || v_payments) as n (name)
     )
-    where p.provider = p_provider and p.purchase = any (v_keys) and not p.payments @> v_payments;
+    where p.provider = v_provider and p.purchase = any (v_keys) and not p.payments @> v_payments;
     v_rank := greatest(v_rank, case when found then 5 when v_keys <> '{}' then 3 end);
     for v_purchase in
       update private.billing_purchases as p
@@ -575,7 +577,7 @@ begin
       cross join lateral jsonb_to_record(o.taken_by -> (v_said.taken).cause) as w (
         at timestamptz, share numeric
       )
-      where o.provider = p_provider and o.purchase = any (v_keys)
+      where o.provider = v_provider and o.purchase = any (v_keys)
         and p.provider = o.provider and p.purchase = o.purchase
         and (v_said.taken).cause is not null
         and ((n.at, n.share) <= (w.at, w.share)) is not true
@@ -588,7 +590,7 @@ begin
     end if;
   end if;
 
-  select v_credits + coalesce(sum(private.settle_purchases(p_provider, t.name)), 0)
+  select v_credits + coalesce(sum(private.settle_purchases(v_provider, t.name)), 0)
   into v_credits
   from (select distinct unnest(v_touched) order by 1) as t (name);
   perform private.refresh_plan(u.user_id)
@@ -596,7 +598,7 @@ begin
     select unnest(v_payers)
     union
     select s.user_id from private.billing_subscriptions as s
-    where s.subscription = any (v_touched) and s.provider = p_provider
+    where s.subscription = any (v_touched) and s.provider = v_provider
     order by 1
   ) as u (user_id);
   update private.billing_events as e set
@@ -610,13 +612,12 @@ begin
       'it names no ' || case when v_user_id is null then 'user' else 'product' end
     end,
     waits_for = nullif(v_waits_for, '{}')
-  where e.provider = p_provider and e.event_id = p_event_id
+  where e.provider = v_provider and e.event_id = v_event_id
     and (v_credits <> 0 or e.waits_for is distinct from v_waits_for);
   perform private.skip_failing(
-    format('select count(private.apply_kept(%L, e)) from unnest($1) as e', p_provider),
-    array(
-      select e.event_id from private.billing_events as e
-      where e.waits_for && v_known and e.event_id <> p_event_id
+    'select count(private.apply_kept(e)) from unnest($1) as e', array(
+      select e.provider || ' ' || e.event_id from private.billing_events as e
+      where e.waits_for && v_known and e.event_id <> v_event_id
       order by e.happened_at, e.event_id
     )
   );
@@ -675,7 +676,7 @@ begin
       select from private.billing_events as e
       where e.event_id = v_said.id and e.provider = v_name and e.outcome = 'waiting'
     );
-    perform private.apply_kept(v_name, v_said.id);
+    perform private.apply_kept(v_name || ' ' || v_said.id);
   exception
     when data_exception or integrity_constraint_violation or program_limit_exceeded
       or statement_too_complex then
@@ -714,8 +715,7 @@ language sql set search_path = pg_catalog, pg_temp as $$
   select
     case when count(*) = p_at_most then max(w.key collate "C") end,
     private.skip_failing(
-      'select count(*) filter (where private.apply_kept('
-      'split_part(w, '' '', 1), substr(w, strpos(w, '' '') + 1))) from unnest($1) as w',
+      'select count(*) filter (where private.apply_kept(w)) from unnest($1) as w',
       array_agg(w.key order by w.happened_at, w.key)
     )
   from (

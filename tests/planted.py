@@ -1453,8 +1453,8 @@ EVENTS = [
     Bug(
         "a renewal that is told under two ids is granted twice",
         "sql/41_billing.sql",
-        "      p_provider, v_sale.purchase, v_user_id, v_product.product_id,\n",
-        "      p_provider, p_event_id, v_user_id, v_product.product_id,\n",
+        "      v_provider, v_sale.purchase, v_user_id, v_product.product_id,\n",
+        "      v_provider, v_event_id, v_user_id, v_product.product_id,\n",
         f"{STORY}[one renewal under three ids]",
     ),
     Bug(
@@ -1507,6 +1507,13 @@ EVENTS = [
         "      order by o.product_id <> p.product_id, o.starts_at",
         "      order by o.starts_at",
         f"{STORY}[two products of a subscription]",
+    ),
+    Bug(
+        "what somebody erased had bought makes the next with the same id paid",
+        "sql/41_billing.sql",
+        "      where p.purchase = t.purchase and p.provider = v_provider\n    )\n    union\n",
+        "      where false\n    )\n    union\n",
+        f"{BILLING}what_an_erased_user_bought_is_not_granted_again_to_whoever_has_the_same_id",
     ),
     Bug(
         "a sandbox's purchase is real",
