@@ -69,6 +69,7 @@ export interface Entitlement extends Balance, Limits {
   plan: string;
   /** What of the credits ends when, the earliest first. */
   credits_ending: { credits: number; expires_at: string }[];
+  blocked_until: string | null;
   active_jobs: number;
   is_busy: boolean;
 }
