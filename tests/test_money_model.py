@@ -246,9 +246,13 @@ class Money(RuleBasedStateMachine):
             if opens:
                 self.open = Open(own, self.calls, lambda: note(answer), touched)
             else:
-                note(answer)
+                self.note(lambda: note(answer))
         if self.open and self.calls == self.open.since + OPEN_FOR:
             self.end_open()
+
+    def note(self, note: Callable[[], Any]) -> None:
+        self.books.now += 1
+        note()
 
     def end_open(self) -> None:
         """End the transaction that is open: it commits, or at times is rolled back."""
@@ -257,7 +261,7 @@ class Money(RuleBasedStateMachine):
             was.connection.execute("rollback")
         else:
             was.connection.execute("commit")
-            was.note()
+            self.note(was.note)
 
     def as_user(self, name: str, call: Callable[[User], Any], *rest: Any) -> None:
         self.do(lambda a: call(a.users[name]), *rest, connection=lambda a: a.users[name].connection)
