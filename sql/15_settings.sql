@@ -14,6 +14,7 @@ create table private.plans (
   busy_after interval,
   oldest_ready_at timestamptz,
   looked_at timestamptz not null default now(),
+  has_budgets boolean not null default false,
   constraint plans_name_is_known check (name in ('guest', 'free', 'paid')),
   constraint plans_limits_are_positive check (
     least(max_active, max_per_minute, full_minutes_per_day, max_burned_per_day) > 0
@@ -43,6 +44,8 @@ comment on column private.plans.welcome_credits is
 comment on column private.plans.oldest_ready_at is
   'queued_at of the job that could be claimed longest at looked_at; null: there was none. Too dear '
   'to look up in every enqueue, and here because each of them reads its plan.';
+comment on column private.plans.has_budgets is
+  'Whether a budget (29) may refuse anybody. Kept by a trigger there; here for the same reason.';
 comment on column private.plans.busy_after is
   'Requests are refused as busy while a job has waited this long whose user has nothing running; '
   'null: never.';

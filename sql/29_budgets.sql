@@ -166,6 +166,11 @@ begin
     end
     from private.budget_states as s where b.id = new.id and s.id = new.id;
   end if;
+  update private.plans as p set has_budgets = now_is.so
+  from (
+    select exists (select from private.budgets as b where b.on_breach <> 'alert') as so
+  ) as now_is
+  where p.has_budgets <> now_is.so;
   perform setval('private.scan_due', 0);  -- what waited may be far below the virtual clock
   perform private.wake_workers(100);
   return null;

@@ -280,14 +280,9 @@ begin
     or e.day_jobs >= p.max_per_minute::bigint * p.full_minutes_per_day
     or least(p.oldest_ready_at, p.looked_at) < now() - p.busy_after
     or e.blocked_until > now(),
-    m.id is null or (m.requires_paid and p.name <> 'paid') or exists (
+    m.id is null or (m.requires_paid and p.name <> 'paid') or p.has_budgets or exists (
       select from private.breakers as b
       where b.paused_until > now() or e.user_id = any (b.failed_users || b.doubted_users)
-    ) or exists (
-      select from private.budgets as b
-      where b.spent_until > now() and coalesce(b.user_id, e.user_id) = e.user_id
-    ) or (
-      m.cost_usd is null and exists (select from private.budgets as b where b.on_breach <> 'alert')
     ),
     m, e.credits_end_at
   into v_gate
@@ -354,7 +349,13 @@ begin
       )::integer
     );
   end if;
-  v_paused_until := private.budget_spent_until(v_model, p_gate.user_id);
+  if exists (
+    select from private.budgets as b
+    where b.on_breach <> 'alert' and coalesce(b.user_id, p_gate.user_id) = p_gate.user_id
+      and (b.spent_until > now() or v_model.cost_usd is null)
+  ) then
+    v_paused_until := private.budget_spent_until(v_model, p_gate.user_id);
+  end if;
   if v_paused_until is not null then
     perform private.refuse(
       'budget_spent', format('what %s may cost is spent, or not known', v_model.id),

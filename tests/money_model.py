@@ -59,7 +59,6 @@ class Account:
     plan: str = "free"
     burned: int = 0  # purchases that were canceled
     debt: int = 0
-    extensions: int = 0
 
     @property
     def credits(self) -> int:
@@ -92,14 +91,13 @@ class Account:
             amount -= part
         self.debt += amount
 
-    def receive(self, amount: int, bucket: Bucket) -> None:
+    def receive(self, amount: int, bucket: Bucket, now: int) -> None:
         """Pay what is owed, and keep the rest. What came too late is lost, but for one time."""
         paid = min(amount, self.debt)
         self.debt -= paid
         if bucket.is_over and not bucket.is_extended:
-            self.extensions += 1
             bucket.is_over, bucket.is_extended = False, True
-            bucket.ends = f"0 {self.extensions:04}"  # before all that nobody extended
+            bucket.ends = f"0 {now:06}"  # before all that nobody extended
         if not bucket.is_over:
             bucket.credits += amount - paid
 
@@ -136,6 +134,7 @@ class Generation:
 class Books:
     def __init__(self) -> None:
         self.accounts: dict[str, Account] = {}
+        self.now = 0  # calls that were noted: what one call does has one time
         self.jobs: dict[str, Generation] = {}
         self.batches: dict[str, list[str]] = {}
         self.given: dict[str, tuple[str, int, str]] = {}  # by external id; not how it is kept
@@ -176,7 +175,7 @@ class Books:
             account.take(-amount)
         else:
             account.buckets += [bucket] if bucket else []
-            account.receive(amount, bucket or account.in_none)
+            account.receive(amount, bucket or account.in_none, self.now)
 
     def grant_refusal(self, user_id: str, amount: int, kind: str, external_id: str) -> str | None:
         known = self.given.get(external_id)
@@ -314,5 +313,5 @@ class Books:
         assert job.refund is None
         job.refund = amount
         for bucket, part in reversed(job.paid_from):  # what was spent last comes back first
-            self.accounts[job.user_id].receive(min(part, amount), bucket)
+            self.accounts[job.user_id].receive(min(part, amount), bucket, self.now)
             amount -= min(part, amount)

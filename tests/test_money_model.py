@@ -18,11 +18,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import psycopg
 import pytest
 from actors import Job, Refusal, Service, User, Worker, outcome
+from billing import START, RevenueCat, millis
 from database import Database, assert_books_balance
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -50,6 +52,8 @@ from money_model import (
 
 MINUTES = float(os.environ.get("MONEY_MODEL_MINUTES", "0"))
 WELCOME = 15
+SOLD_CREDITS = 4
+SOLD_UNTIL = datetime(2998, 6, 1, tzinfo=UTC)
 OPEN_FOR = 4  # calls that others make meanwhile
 SETUP = f"""
 update public.models set cost_usd = {COSTS["darkroom/preview"]}, cost_unit = 'image'
@@ -59,6 +63,8 @@ select (jsonb_populate_record(m, '{{
   "id": "darkroom/dear", "price_credits": 3, "paid_price_credits": 2,
   "cost_usd": {COSTS["darkroom/dear"]}
 }}')).* from public.models as m where m.id = 'darkroom/preview';
+insert into public.credit_products (provider, product_id, credits, grace)
+values ('revenuecat', 'monthly', {SOLD_CREDITS}, '0');
 update private.plans set max_per_minute = 1000000, max_batch = 3, max_burned_per_day = {MAX_BURNED};
 update private.plans set max_active = {MAX_ACTIVE["free"]} where name = 'free';
 update private.plans set max_active = {MAX_ACTIVE["paid"]} where name = 'paid';
@@ -240,9 +246,13 @@ class Money(RuleBasedStateMachine):
             if opens:
                 self.open = Open(own, self.calls, lambda: note(answer), touched)
             else:
-                note(answer)
+                self.note(lambda: note(answer))
         if self.open and self.calls == self.open.since + OPEN_FOR:
             self.end_open()
+
+    def note(self, note: Callable[[], Any]) -> None:
+        self.books.now += 1
+        note()
 
     def end_open(self) -> None:
         """End the transaction that is open: it commits, or at times is rolled back."""
@@ -251,7 +261,7 @@ class Money(RuleBasedStateMachine):
             was.connection.execute("rollback")
         else:
             was.connection.execute("commit")
-            was.note()
+            self.note(was.note)
 
     def as_user(self, name: str, call: Callable[[User], Any], *rest: Any) -> None:
         self.do(lambda a: call(a.users[name]), *rest, connection=lambda a: a.users[name].connection)
@@ -277,7 +287,9 @@ class Money(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def something_happens(self, data):
-        ways = ["enqueue", "enqueue", "grant", "grant", "set_paid"] + (OF_JOBS if self.jobs else [])
+        ways = ["enqueue", "enqueue", "grant", "grant", "renewal", "set_paid"] + (
+            OF_JOBS if self.jobs else []
+        )
         ways += ["claim"] * 3 if self.books.claimable() else []
         ways += OF_LEASES if self.leases else []
         ways += ["a_period_ends"] * 2 if self.books.spent > BUDGET / 2 else []
@@ -406,6 +418,20 @@ class Money(RuleBasedStateMachine):
 
         how = {"expires_at": ends, "priority": priority}
         self.as_service(lambda s: s.grant_credits(*given[:2], external_id, kind, **how), expected)
+
+    def renewal(self, draw):
+        """A store tells of a period, each time under another id."""
+        name, number = draw(users), draw(st.integers(1, 4))
+        user_id = self.ids[name]
+        store = RevenueCat(user_id, original=f"{user_id}-{number}")
+        event = store.renewed(START, START, expiration_at_ms=millis(SOLD_UNTIL))
+        key = f"revenuecat:{store.original}:monthly:{millis(START)}"
+        bucket = Bucket(key, 0, str(SOLD_UNTIL.date()))
+
+        def expected():
+            return None, lambda _: self.books.give(user_id, SOLD_CREDITS, "grant", key, bucket)
+
+        self.as_service(lambda s: s.apply_billing_event("revenuecat", event), expected)
 
     def set_paid(self, draw):
         name, plan = draw(users), draw(st.sampled_from(list(MAX_ACTIVE)))

@@ -122,6 +122,7 @@ export class FakeServer {
       credits: this.balance,
       debt: 0,
       credits_ending: this.ending,
+      blocked_until: null,
       is_busy: false,
       active_jobs: this.active().length,
       max_active: this.maxActive,

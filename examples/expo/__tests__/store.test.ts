@@ -412,7 +412,7 @@ describe('a refusal', () => {
   test.each([
     ['in_debt', 'Credits that were taken back are still owed.'],
     ['account_blocked', 'This account cannot ask for pictures.'],
-    ['budget_spent', 'No more pictures can be made for now. Try again later.'],
+    ['budget_spent', 'No more of these can be made for now. Try another model, or later.'],
   ])('(%s) is told in words', async (token, words) => {
     await open();
     server.refusal = new DarkroomError(token, 402, 'Somewhat technical.');

@@ -34,16 +34,30 @@ export type Database = {
                   Relationships: [
                     
                   ]
-                },"entitlements": {
+                },"credit_products": {
                   Row: {
-                    "created_at": string,"credits": number,"credits_end_at": string | null,"day_burned": number,"day_jobs": number,"day_started_at": string,"debt": number,"last_fair_key": number,"minute_jobs": number,"minute_started_at": string,"paid_until": string | null,"user_id": string
+                    "credits": number,"credits_end": boolean,"grace": string,"grants_changes": boolean,"makes_paid": boolean,"period": string | null,"priority": number,"product_id": string,"provider": string,"rollover_cap": number | null,"trial_credits": number
                   }
                   ComputedFields: never
                   Insert: {
-                    "created_at"?: string,"credits"?: number,"credits_end_at"?: string | null,"day_burned"?: number,"day_jobs"?: number,"day_started_at"?: string,"debt"?: number,"last_fair_key"?: number,"minute_jobs"?: number,"minute_started_at"?: string,"paid_until"?: string | null,"user_id": string
+                    "credits": number,"credits_end"?: boolean,"grace"?: string,"grants_changes"?: boolean,"makes_paid"?: boolean,"period"?: string | null,"priority"?: number,"product_id": string,"provider": string,"rollover_cap"?: number | null,"trial_credits"?: number
                   }
                   Update: {
-                    "created_at"?: string,"credits"?: number,"credits_end_at"?: string | null,"day_burned"?: number,"day_jobs"?: number,"day_started_at"?: string,"debt"?: number,"last_fair_key"?: number,"minute_jobs"?: number,"minute_started_at"?: string,"paid_until"?: string | null,"user_id"?: string
+                    "credits"?: number,"credits_end"?: boolean,"grace"?: string,"grants_changes"?: boolean,"makes_paid"?: boolean,"period"?: string | null,"priority"?: number,"product_id"?: string,"provider"?: string,"rollover_cap"?: number | null,"trial_credits"?: number
+                  }
+                  Relationships: [
+                    
+                  ]
+                },"entitlements": {
+                  Row: {
+                    "blocked_until": string | null,"created_at": string,"credits": number,"credits_end_at": string | null,"day_burned": number,"day_jobs": number,"day_started_at": string,"debt": number,"is_guest": boolean,"last_fair_key": number,"ledger_after": number,"minute_jobs": number,"minute_started_at": string,"paid_until": string | null,"user_id": string
+                  }
+                  ComputedFields: never
+                  Insert: {
+                    "blocked_until"?: string | null,"created_at"?: string,"credits"?: number,"credits_end_at"?: string | null,"day_burned"?: number,"day_jobs"?: number,"day_started_at"?: string,"debt"?: number,"is_guest"?: boolean,"last_fair_key"?: number,"ledger_after"?: number,"minute_jobs"?: number,"minute_started_at"?: string,"paid_until"?: string | null,"user_id": string
+                  }
+                  Update: {
+                    "blocked_until"?: string | null,"created_at"?: string,"credits"?: number,"credits_end_at"?: string | null,"day_burned"?: number,"day_jobs"?: number,"day_started_at"?: string,"debt"?: number,"is_guest"?: boolean,"last_fair_key"?: number,"ledger_after"?: number,"minute_jobs"?: number,"minute_started_at"?: string,"paid_until"?: string | null,"user_id"?: string
                   }
                   Relationships: [
                     
@@ -92,14 +106,14 @@ export type Database = {
                   ]
                 },"images": {
                   Row: {
-                    "blurhash": string | null,"bytes": number,"content_type": string,"created_at": string,"generation_id": string,"height": number | null,"position": number,"preview_path": string | null,"share_id": string | null,"shows_prompt": boolean,"storage_path": string,"user_id": string,"width": number | null
+                    "blurhash": string | null,"bytes": number,"content_type": string,"created_at": string,"generation_id": string,"height": number | null,"merged_from": string | null,"position": number,"preview_path": string | null,"share_id": string | null,"shows_prompt": boolean,"storage_path": string,"user_id": string,"width": number | null
                   }
                   ComputedFields: never
                   Insert: {
-                    "blurhash"?: string | null,"bytes": number,"content_type": string,"created_at"?: string,"generation_id": string,"height"?: number | null,"position": number,"preview_path"?: string | null,"share_id"?: string | null,"shows_prompt"?: boolean,"storage_path": string,"user_id": string,"width"?: number | null
+                    "blurhash"?: string | null,"bytes": number,"content_type": string,"created_at"?: string,"generation_id": string,"height"?: number | null,"merged_from"?: string | null,"position": number,"preview_path"?: string | null,"share_id"?: string | null,"shows_prompt"?: boolean,"storage_path": string,"user_id": string,"width"?: number | null
                   }
                   Update: {
-                    "blurhash"?: string | null,"bytes"?: number,"content_type"?: string,"created_at"?: string,"generation_id"?: string,"height"?: number | null,"position"?: number,"preview_path"?: string | null,"share_id"?: string | null,"shows_prompt"?: boolean,"storage_path"?: string,"user_id"?: string,"width"?: number | null
+                    "blurhash"?: string | null,"bytes"?: number,"content_type"?: string,"created_at"?: string,"generation_id"?: string,"height"?: number | null,"merged_from"?: string | null,"position"?: number,"preview_path"?: string | null,"share_id"?: string | null,"shows_prompt"?: boolean,"storage_path"?: string,"user_id"?: string,"width"?: number | null
                   }
                   Relationships: [
                     
@@ -158,7 +172,10 @@ isOneToOne: false
             [_ in never]: never
           }
           Functions: {
-            "cancel_batch":
+            "apply_billing_event":
+{ Args: { "event": Json,"provider": string }; Returns: Json
+                           },
+"cancel_batch":
 { Args: { "batch_id": string }; Returns: Json
                            },
 "cancel_generation":
@@ -221,6 +238,9 @@ isOneToOne: false
 "list_webhooks":
 { Args: Record<PropertyKey, never>; Returns: Json
                            },
+"merge_user":
+{ Args: { "allow_permanent"?: boolean,"from_user_id": string,"to_user_id": string }; Returns: Json
+                           },
 "pause_model":
 { Args: { "model": string,"reason"?: string,"until"?: string }; Returns: Json
                            },
@@ -270,7 +290,7 @@ isOneToOne: false
 { Args: { "is_favorite"?: boolean,"job_id": string }; Returns: Json
                            },
 "set_paid":
-{ Args: { "paid_until": string,"user_id": string }; Returns: Json
+{ Args: { "event_id"?: string,"happened_at"?: string,"paid_until": string,"user_id": string }; Returns: Json
                            },
 "set_tags":
 { Args: { "job_id": string,"tags": (string)[] }; Returns: Json

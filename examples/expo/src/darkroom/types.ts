@@ -62,9 +62,9 @@ export interface Page {
 }
 
 type Limits = Record<'max_active' | 'minute_jobs' | 'max_per_minute' | 'max_batch', number>;
-type Balance = Columns<'entitlements', 'user_id' | 'paid_until' | 'credits' | 'debt'>;
+type Known = 'user_id' | 'paid_until' | 'blocked_until' | 'credits' | 'debt';
 
-export interface Entitlement extends Balance, Limits {
+export interface Entitlement extends Columns<'entitlements', Known>, Limits {
   /** `free`, `paid` or `guest`. */
   plan: string;
   /** What of the credits ends when, the earliest first. */

@@ -7,7 +7,6 @@ const REFUSALS: Record<string, string> = {
   in_debt: 'Credits that were taken back are still owed.',
   account_blocked: 'This account cannot ask for pictures.',
   requires_paid_plan: 'This model is part of the paid plan.',
-  account_blocked: 'This account takes nothing new. Ask for help.',
   too_many_active: 'You have as many pictures under way as your plan allows.',
   rate_limited: 'That was a lot at once. Give it a moment.',
   busy: 'There is a long line right now. Try again in a while.',
