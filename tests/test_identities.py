@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from actors import PREVIEW, Service, User, refused, together
-from billing import NOW, Stripe
+from billing import MONTH, NOW, RevenueCat, Stripe, apply
 from database import PROJECT, Database, assert_books_balance, unchanged
 from psycopg.types.json import Jsonb
 
@@ -363,7 +363,7 @@ def stored(db: Database, bucket: str, path: str) -> str:
 TOKEN = "ExponentPushToken[of-the-phone]"
 PRODUCT = """
 insert into public.credit_products (provider, product_id, credits, makes_paid)
-values ('stripe', 'price_monthly', 20, true)
+values ('stripe', 'price_monthly', 20, true), ('revenuecat', 'monthly', 20, true)
 """
 # Every table that says whose a row is. Whoever adds one decides what merge_user does with it, and
 # the test below gives it a row.
@@ -444,6 +444,27 @@ def test_what_is_paid_for_while_being_merged_is_the_others(db, alice, service):
 
     assert [(told["outcome"], told["user_id"]) for told in answers] == [("applied", alice.id)]
     assert (alice.credits(), visitor.credits()) == (30, 0)
+    assert_books_balance(db)
+
+
+def test_what_a_guest_bought_is_renewed_and_taken_back_after_the_merge_as_before(
+    db, alice, service
+):
+    visitor = with_credits(db)
+    db.execute(PRODUCT)
+    store = RevenueCat(visitor)
+    sale, renewal = store.renewed(NOW), store.renewed(NOW + MONTH)
+    apply(service, store, sale)
+    service.merge_user(visitor.id, alice.id)
+    before = alice.credits()
+
+    apply(service, store, renewal)
+    assert alice.credits() == before + 20
+    apply(service, store, store.refunded(sale))
+    assert alice.credits() == before
+    apply(service, store, sale, renewal)
+
+    assert (alice.credits(), visitor.credits()) == (before, 0)
     assert_books_balance(db)
 
 
