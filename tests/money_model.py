@@ -313,5 +313,6 @@ class Books:
         assert job.refund is None
         job.refund = amount
         for bucket, part in reversed(job.paid_from):  # what was spent last comes back first
-            self.accounts[job.user_id].receive(min(part, amount), bucket, self.now)
-            amount -= min(part, amount)
+            if back := min(part, amount):
+                self.accounts[job.user_id].receive(back, bucket, self.now)
+            amount -= back

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import json
 import random
 import uuid
 from collections.abc import Callable
@@ -477,6 +478,12 @@ def test_another_provider_says_it_in_our_terms(db, service, alice):
 def test_what_is_no_event_is_refused_and_nothing_of_it_kept(db, service, alice, provider, change):
     with unchanged(db), refused("PT400", "invalid_input"):
         service.apply_billing_event(provider, Stripe(alice).paid() | change)
+
+
+def test_an_event_that_a_gateway_hands_on_as_a_json_string_is_read(service, alice):
+    event = Jsonb(json.dumps(Stripe(alice).paid()))
+
+    assert service.apply_billing_event("stripe", event)["outcome"] == "applied"
 
 
 def test_what_means_nothing_here_is_kept_and_ignored(db, service, alice):
