@@ -1922,6 +1922,9 @@ begin
     );
   end if;
   begin
+    if jsonb_typeof(event) = 'string' then  -- as some gateways hand an argument on
+      event := (event #>> '{}')::jsonb;
+    end if;
     v_said := jsonb_populate_record(null::private.billing_event, case v_name
       when 'stripe' then private.read_stripe(event)
       when 'revenuecat' then private.read_revenuecat(event)
