@@ -1,5 +1,9 @@
-"""examples/monitoring: metrics for Prometheus, its alerts, and a dashboard, against each other."""
+"""examples/monitoring: metrics for Prometheus, its alerts, and a dashboard, against each other. And
+whether a browser runs the operator page.
+"""
 
+import base64
+import hashlib
 import json
 import re
 
@@ -80,3 +84,13 @@ def test_rules_and_dashboard_speak_of_metrics_that_are_and_no_label_is_about_use
         *("alert", "severity", "model_id", "provider", "error_code"),
         *("worker_id", "host", "version"),
     }
+
+
+@pytest.mark.parametrize("tag", ["script", "style"])
+def test_the_operator_page_allows_its_own_script_and_style(tag):
+    text = (PROJECT / "examples" / "operator" / "index.html").read_text()
+    (body,) = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+
+    digest = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
+
+    assert f"{tag}-src 'sha256-{digest}'" in text, f"put sha256-{digest} into {tag}-src"
