@@ -262,14 +262,16 @@ ACTIONS = {
 class Stage:
     """The scene, everybody who acts in it, one who holds rows and one who looks on."""
 
-    def __init__(self, db: Database) -> None:
+    def __init__(self, db: Database, has_budgets: bool) -> None:
         self.db = db
         db.execute(SETTINGS)
         db.lift_limits()
         db.buys_previews()
-        db.execute(BUDGETS)
+        if has_budgets:
+            db.execute(BUDGETS)
         self.scene = Scene(db)
-        db.execute(TIGHT)
+        if has_budgets:
+            db.execute(TIGHT)
         self.actors = {
             "alice": User(db, self.scene.ids["alice"]),
             "bob": User(db, self.scene.ids["bob"]),
@@ -327,9 +329,10 @@ def circle_in(graph: dict[Wait, set[Wait]]) -> list[tuple[str, Row]]:
     return []
 
 
-@pytest.fixture
-def stage(db: Database) -> Stage:
-    return Stage(db)
+# Where there is a budget, all that ends a job takes turns at it, which hides what comes after.
+@pytest.fixture(params=[False, True], ids=["no budgets", "budgets"])
+def stage(db: Database, request: pytest.FixtureRequest) -> Stage:
+    return Stage(db, request.param)
 
 
 def test_nobody_can_wait_in_a_circle(stage):
