@@ -18,7 +18,7 @@ from typing import Any, ClassVar, cast
 import psycopg
 import pytest
 from actors import Job, Service, User, Worker
-from database import PROJECT, Database, Server, assert_books_balance
+from database import PROJECT, Database, assert_books_balance
 from runbook import Section
 from worker_process import WorkerProcess, Workers, eventually
 
@@ -26,7 +26,6 @@ import migrate
 from stack import supabase_cli
 
 SMALL = {"width": 64, "height": 64}
-FIRST = PROJECT / "tests" / "first_edition.sql.xz"
 FIRST_WORKER = PROJECT / "tests" / "first_edition_worker.py.xz"
 
 
@@ -90,31 +89,6 @@ def test_a_worker_of_another_release_waits_fails_no_job_and_hands_back_what_it_h
 
 
 # The first edition becomes the second.
-
-
-@pytest.fixture(scope="module")
-def first_template(server: Server, supabase_template: str) -> str:
-    """Name of a database with the first edition in it, as `make migrate` left it."""
-    database = server.create(supabase_template)
-    done = database.psql(script=lzma.decompress(FIRST.read_bytes()).decode())
-    assert done.returncode == 0, done.stderr
-    create = migrate.read_migrations()[0]
-    database.execute(migrate.HISTORY)
-    database.execute(
-        "insert into supabase_migrations.schema_migrations (version, name) values (%s, %s)",
-        create.version,
-        create.name,
-    )
-    database.close()
-    return database.name
-
-
-@pytest.fixture
-def first(server: Server, first_template: str) -> Iterator[Database]:
-    """A database of the first edition."""
-    database = server.create(first_template)
-    yield database
-    server.drop(database)
 
 
 class FirstWorker(Worker):
