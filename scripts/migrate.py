@@ -171,7 +171,7 @@ class Target:
         if self.value("select exists (select from pg_publication where pubname = %s)", PUBLICATION):
             yield "outside", f"public.generations in publication {PUBLICATION}"
         if self.wants_cron():
-            yield "outside", "extension pg_cron, and its jobs darkroom_* (4)"
+            yield "outside", "extension pg_cron, and its jobs darkroom_* (5)"
         there = "those who are there"
         if self.value("select has_table_privilege('auth.users', 'select')"):
             users = self.value("select count(*) from auth.users")

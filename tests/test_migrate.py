@@ -211,3 +211,35 @@ def test_an_address_that_leads_nowhere(url):
     assert done.returncode == 1
     assert done.stderr.startswith("migrate: cannot_connect: DATABASE_URL: ")
     assert ("not an address" in done.stderr) == ("%zz" in url)
+
+
+def test_the_privileges_that_the_documentation_names_are_enough_to_install_and_uninstall(
+    server, supabase_db
+):
+    name, db = f"installer_of_{supabase_db.name}", supabase_db
+    db.execute(
+        f"create role {name} login createrole password 'secret';"
+        f"grant create on database {db.name} to {name};"
+        f"grant create on schema public to {name};"
+        f"grant usage on schema auth, storage to {name};"
+        f"grant select, trigger on auth.users to {name};"
+        f"grant select on storage.objects to {name};"
+        f"grant pg_monitor to {name}"
+    )
+    before = db.dump("--exclude-schema=supabase_migrations")
+    text = (PROJECT / "sql" / "uninstall.sql").read_text()
+    at = urlsplit(db.url)
+    url = at._replace(netloc=f"{name}:secret@{at.hostname}:{at.port}").geturl()
+
+    installed = run(url, YES="1")
+    others = run(url, YES="1")
+
+    assert installed.returncode == 0, installed.stderr
+    assert "no right to make policies on storage.objects" in installed.stdout
+    assert others.stdout.splitlines()[-1] == "nothing to do"
+    keep = "set darkroom.uninstall_despite = 'files';\n"  # it may write no bucket
+    done = Database(url, db.name).psql(script=keep + text)
+    left = db.dump("--exclude-schema=supabase_migrations")
+    db.execute(f"drop owned by {name}; drop role {name}")
+    assert done.returncode == 0, done.stderr
+    assert left == before
