@@ -25,9 +25,10 @@ GROUPS = {
     for title, text in re.findall(r"(?ms)^## (.+?)$\n(.*?)(?=^## |\Z)", TEXT)
 }
 OF_THE_BACKEND = ("Credits and users", "Operators", "Webhooks")
+ARGUMENTS = re.compile(r"(?ms)^- ((?:`\w+\??`(?:, )?)+): (.*?)(?=^- |^$)")
 CALLABLE = """
-    select p.proname as name, p.pronargs - p.pronargdefaults as required, p.proargnames as arguments,
-      obj_description(p.oid, 'pg_proc') as comment,
+    select p.proname as name, p.proargnames as arguments,
+      p.pronargs - p.pronargdefaults as required, obj_description(p.oid, 'pg_proc') as comment,
       array(
         select split_part(pg_get_function_arg_default(p.oid, n), '::', 1)
         from generate_series(1, p.pronargs) as n
@@ -171,7 +172,7 @@ class Caller(Reader):
         self.db = Database(stack.database_url, "postgres")
 
     def ts(self, block: Block) -> str:
-        return super().ts(replace(block, text=f"{module(block)}\n// createClient"))
+        return super().ts(replace(block, text=module(block)))
 
     def example(self, block: Block) -> None:
         printed = getattr(self, block.language)(block)
