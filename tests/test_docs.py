@@ -87,6 +87,14 @@ def test_the_pages_with_a_test_of_their_own_are_read_by_it():
         assert page in (PROJECT / "tests" / test).read_text()
 
 
+def test_the_tables_of_the_architecture_are_all_there_are():
+    sources = "".join(file.read_text() for file in PROJECT.glob("sql/[0-9]*.sql"))
+    made = re.findall(r"(?m)^create table ((?:public|private)\.\w+)", sources)
+    page = (PROJECT / "docs/architecture.md").read_text()
+    told = page.partition("## The tables")[2].partition("\n## ")[0]
+    assert sorted(re.findall(r"`((?:public|private)\.\w+)`", told)) == sorted(made)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_link_leads_somewhere(name):
     page = PROJECT / name
