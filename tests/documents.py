@@ -63,8 +63,8 @@ class Block:
     def source(self) -> str:
         """The TypeScript as a module of its own."""
         given = "" if "createClient" in self.text or self.language == "tsx" else SIGNED_IN
-        used = [name for name in ("supabase", "user") if name in self.text]
-        return f"{given}{self.text}\nexport {{}};\nvoid [{', '.join(used) if given else ''}];\n"
+        used = "supabase, user" if given else ""
+        return f"{given}{self.text}\nexport {{}};\nvoid [{used}];\n"
 
 
 def read(page: Path) -> list[Block]:

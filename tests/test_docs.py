@@ -27,6 +27,9 @@ RUN_BY = {
     "providers.md": "test_providers_doc.py",
     "RUNBOOK.md": "test_runbook.py",
     "api.md": "test_api_doc.py",
+    "models.md": "test_models_doc.py",
+    "settings.md": "test_settings_doc.py",
+    "webhooks.md": "test_webhooks_doc.py",
 }
 NAMES = [str(page.relative_to(PROJECT)) for page in PAGES]
 STORIES = [name for name in NAMES if Path(name).name not in RUN_BY]

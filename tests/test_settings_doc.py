@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 from database import PROJECT, Database
+from documents import read
 
-TEXT = (PROJECT / "docs" / "settings.md").read_text()
+PAGE = PROJECT / "docs" / "settings.md"
+TEXT = PAGE.read_text()
 SECTIONS = dict(re.findall(r"(?ms)^## [^\n]*: `(private\.\w+)`\n(.*?)(?=^## |\Z)", TEXT))
 # Sections that tell of rows, too, and the column that names them.
 ROWS = {"private.alert_rules": "alert", "private.push_texts": "event_type"}
@@ -89,3 +91,9 @@ def test_the_rows_are_those_that_are_installed(db, table):
     listed = ", ".join(f"{name}::text" for name in rows[0])
     installed = db.execute(f"select {listed} from {table}")
     assert sorted(shown, key=str) == sorted(map(dict, installed), key=str)
+
+
+def test_what_the_page_says_can_be_done(db):
+    for block in read(PAGE):
+        done = db.psql(script=block.text)
+        assert done.returncode == 0, done.stderr
