@@ -68,6 +68,13 @@ def test_a_group_is_of_who_may_call_it(functions):
     assert monitors == set(GROUPS["Operators"][-3:])
 
 
+def test_the_readme_has_the_same_nine_calls():
+    _, _, rest = (PROJECT / "README.md").read_text().partition("## The nine calls an app needs\n")
+    (nine,) = (names for title, names in GROUPS.items() if "nine" in title)
+    assert re.findall(r"(?m)^\| `([a-z_]+)\(", rest.partition("\n## ")[0]) == nine
+    assert len(nine) == 9
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_function_has_these_arguments_with_these_defaults(functions, name):
     row = functions[name]
