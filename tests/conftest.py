@@ -108,14 +108,17 @@ def db(server: Server, template: str) -> Iterator[Database]:
 def first_template(server: Server, supabase_template: str) -> str:
     """Name of a database with the first edition in it, as `make migrate` left it."""
     database = server.create(supabase_template)
-    done = database.psql(script=lzma.decompress(FIRST_EDITION.read_bytes()).decode())
+    text = lzma.decompress(FIRST_EDITION.read_bytes()).decode()
+    done = database.psql(script=text)
     assert done.returncode == 0, done.stderr
     create = migrate.read_migrations()[0]
     database.execute(migrate.HISTORY)
     database.execute(
-        "insert into supabase_migrations.schema_migrations (version, name) values (%s, %s)",
+        "insert into supabase_migrations.schema_migrations (version, name, statements)"
+        " values (%s, %s, %s)",
         create.version,
         create.name,
+        [text],
     )
     database.close()
     return database.name
