@@ -1,0 +1,27 @@
+# Darkroom's worker. From the checkout's root; docs/deploy.md says more:
+#
+#   docker build -t darkroom-worker -f deploy/worker.Dockerfile .
+#   docker run --env-file .env --init --read-only --tmpfs /tmp:size=256m --stop-timeout 60 darkroom-worker
+#   docker run --env-file .env darkroom-worker check
+#
+# It holds no secret: they are variables, or files in the folder that CREDENTIALS_DIRECTORY names.
+ARG BASE=python:3.12.12-slim-bookworm
+
+FROM ${BASE} AS build
+WORKDIR /opt/darkroom
+RUN python3 -m venv .venv
+COPY requirements/worker.lock requirements/
+RUN .venv/bin/pip install --no-cache-dir --only-binary :all: --require-hashes -r requirements/worker.lock
+COPY pyproject.toml worker.py outbox.py pictures.py ./
+RUN .venv/bin/pip install --no-deps --no-build-isolation . \
+ && .venv/bin/pip uninstall --yes setuptools pip
+
+FROM ${BASE}
+COPY --from=build /opt/darkroom/.venv /opt/darkroom/.venv
+ENV PATH=/opt/darkroom/.venv/bin:$PATH
+# Who starts a container again does so once it has ended, not when it hangs: so it ends by itself.
+ENV WORKER_WATCHDOG_SECONDS=180
+USER 10001:10001
+# Half a second of a core, 65 MB for two seconds and a file in Storage each time.
+HEALTHCHECK --interval=2m --timeout=60s CMD ["python", "-m", "worker", "check"]
+ENTRYPOINT ["python", "-m", "worker"]
