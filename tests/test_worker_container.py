@@ -19,6 +19,7 @@ import stack_choice
 import yaml
 from actors import User
 from database import PROJECT, Database
+from documents import read, run
 from worker_process import Workers, eventually
 
 from stack import Stack
@@ -35,9 +36,12 @@ class Container:
 
     def __init__(self, environment: dict[str, str], folder: Path, **options: Any) -> None:
         self.log_file = folder / f"container-{uuid4()}.log"
+        docker = importlib.import_module("docker").from_env()
+        if "named" in options:
+            self._container = docker.containers.get(options["named"])
+            return
         values = {name: value for name, value in environment.items() if name != "PATH"}
         second = 1_000_000_000
-        docker = importlib.import_module("docker").from_env()
         own = ("init", "read_only", "mem_limit", "pids_limit", "cap_drop", "security_opt")
         self._container = docker.containers.run(
             IMAGE,
@@ -59,6 +63,12 @@ class Container:
     def state(self) -> dict[str, Any]:
         self._container.reload()
         return dict(self._container.attrs["State"])
+
+    @property
+    def means(self) -> dict[str, Any]:
+        """What it has and may."""
+        names = ("Init", "ReadonlyRootfs", "Tmpfs", "Memory", "PidsLimit", "CapDrop", "SecurityOpt")
+        return {name: self._container.attrs["HostConfig"][name] for name in names}
 
     def run(self, command: str) -> tuple[int, str]:
         done = self._container.exec_run(["sh", "-c", command])
@@ -88,7 +98,8 @@ def workers(db: Database, stack: Stack, tmp_path: Path) -> Iterator[Workers]:
 
 
 def contain(workers: Workers, **changes: Any) -> Container:
-    options = {name: changes.pop(name) for name in ("command", "volumes") if name in changes}
+    own = {"command", "volumes", "named"} & changes.keys()
+    options = {name: changes.pop(name) for name in own}
     environment = workers.environment | {name: str(value) for name, value in changes.items()}
     container = Container(environment, workers.folder, **options)
     workers.processes.append(container)
@@ -145,3 +156,29 @@ def test_secrets_may_be_files_and_what_is_wrong_makes_it_unhealthy(workers, tmp_
 
     eventually(lambda: container.state["Health"]["Status"] == "unhealthy", 120)
     assert "wrong  storage" in container.state["Health"]["Log"][-1]["Output"]
+
+
+def test_what_the_page_says_to_type_runs_one_with_the_same_means(workers, tmp_path: Path):
+    block = next(
+        each
+        for each in read(PROJECT / "docs/deploy.md")
+        if each.what == "tests/test_worker_container.py"
+    )
+    build, commands = block.text.split("\n", 1)
+    assert build == "docker build -t darkroom-worker -f deploy/worker.Dockerfile ."  # by make test
+    values = {name: value for name, value in workers.environment.items() if name != "PATH"}
+    (tmp_path / "worker.env").write_text("".join(f"{k}={v}\n" for k, v in values.items()))
+    name = f"darkroom-test-{uuid4()}"
+    for said, here in (
+        ("docker run", "docker run --network host"),
+        ("--name darkroom-worker", f"--name {name}"),
+        (" darkroom-worker", f" {IMAGE}"),
+    ):
+        commands = commands.replace(said, here)
+
+    printed = run(["bash", "-euo", "pipefail"], commands, tmp_path)
+    workers.processes.append(container := Container({}, tmp_path, named=name))
+
+    assert "ok     storage" in printed
+    assert container.started().means == contain(workers).means
+    assert container.stop() == 0
