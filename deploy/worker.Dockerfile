@@ -1,10 +1,5 @@
-# Darkroom's worker. From the checkout's root; docs/deploy.md says more:
-#
-#   docker build -t darkroom-worker -f deploy/worker.Dockerfile .
-#   docker run --env-file .env --init --read-only --tmpfs /tmp:size=256m --stop-timeout 60 darkroom-worker
-#   docker run --env-file .env darkroom-worker check
-#
-# It holds no secret: they are variables, or files in the folder that CREDENTIALS_DIRECTORY names.
+# Darkroom's worker, built from the checkout's root. docs/deploy.md says how to build and run it. It
+# holds no secret: they are variables, or files in the folder that CREDENTIALS_DIRECTORY names.
 ARG BASE=python:3.12.12-slim-bookworm
 
 FROM ${BASE} AS build
