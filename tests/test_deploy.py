@@ -9,12 +9,14 @@ import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
 import yaml
 from database import PROJECT, Database
 from test_migrate import run
+from worker_process import WorkerProcess
 
 import compose_env
 import worker
@@ -137,13 +139,29 @@ def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
         cluster.delete()
 
 
-def login(server: Database, role: str) -> psycopg.Connection:
-    parts = psycopg.conninfo.conninfo_to_dict(server.url)
+def address(server: Database, role: str) -> str:
     password = re.sub("^(supabase|darkroom)_", "", role).upper()
-    return psycopg.connect(**parts | {"user": role, "password": password}, autocommit=True)
+    at = urlsplit(server.url)
+    return at._replace(netloc=f"{role}:{password}@{at.netloc.rpartition('@')[2]}").geturl()
 
 
-def test_the_logins_can_do_what_they_must_also_once_darkroom_is_installed(own_server, supabase_db):
+def login(server: Database, role: str) -> psycopg.Connection:
+    return psycopg.connect(address(server, role), autocommit=True)
+
+
+@pytest.fixture
+def early(own_server: Database, tmp_path: Path) -> Iterator[WorkerProcess]:
+    """A worker that is started with the rest, before the migration."""
+    settings = WELL | {"DATABASE_URL": address(own_server, "darkroom_worker")}
+    process = WorkerProcess(tmp_path / "worker.log", {"PATH": os.environ["PATH"]} | settings)
+    yield process
+    process.kill()
+
+
+def test_the_logins_can_do_what_they_must_also_once_darkroom_is_installed(
+    own_server, supabase_db, early
+):
+    early.logged("database.lost call=register_worker")
     with login(own_server, "supabase_storage_admin") as connection:
         connection.execute("create table storage.later (id integer)")
         may = "select has_table_privilege('authenticated', 'storage.later', 'insert')"
@@ -157,6 +175,7 @@ def test_the_logins_can_do_what_they_must_also_once_darkroom_is_installed(own_se
     shown = run(own_server.url, "n\n")
     done = run(own_server.url, YES="1")
 
+    assert early.worker_id == 1  # waited, and found it
     assert "pg_cron     for this database" in shown.stdout
     assert done.returncode == 0, done.stderr
     assert "notice      Darkroom: no schema realtime here" in done.stdout
