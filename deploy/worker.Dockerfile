@@ -14,9 +14,9 @@ RUN .venv/bin/pip install --no-deps --no-build-isolation . \
 FROM ${BASE}
 COPY --from=build /opt/darkroom/.venv /opt/darkroom/.venv
 ENV PATH=/opt/darkroom/.venv/bin:$PATH
-# Who starts a container again does so once it has ended, not when it hangs: so it ends by itself.
+# Docker and others start again what has ended, not what hangs: so a worker that hangs ends by itself.
 ENV WORKER_WATCHDOG_SECONDS=180
 USER 10001:10001
-# Half a second of a core, 65 MB for two seconds and a file in Storage each time.
+# Each time half a second of a core, 65 MB for two seconds, and a file in Storage.
 HEALTHCHECK --interval=2m --timeout=60s CMD ["python", "-m", "worker", "check"]
 ENTRYPOINT ["python", "-m", "worker"]
