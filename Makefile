@@ -81,6 +81,7 @@ app: setup-app
 ifeq ($(STACK),docker)
 test: setup
 	@[ -n "$(POSTGRES_IMAGE)" ] || docker build -q -t darkroom-postgres:15 -f deploy/postgres.Dockerfile deploy
+	@[ -n "$(WORKER_IMAGE)" ] || docker build -q -t darkroom-worker -f deploy/worker.Dockerfile .
 	@$(PYTHON) -m pytest tests/test_containers.py tests/test_http*.py tests/test_worker_*.py tests/test_migrate.py
 else ifdef ONLY
 test: setup

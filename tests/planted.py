@@ -1246,6 +1246,13 @@ OUTAGE = [
         WAITED_OUT,
     ),
     Bug(
+        "a worker that hangs says where, and hangs on",
+        "worker.py",
+        "dump_traceback_later(self.settings.watchdog_seconds, exit=True)",
+        "dump_traceback_later(self.settings.watchdog_seconds, exit=False)",
+        "tests/test_worker_systemd.py::test_where_no_systemd_does_it_ends_itself_and_only_then",
+    ),
+    Bug(
         "a job whose lease is lost is released",
         "worker.py",
         "        if running.is_lost:\n            log.warning",
