@@ -266,7 +266,8 @@ class Lite(Service):
         """Write the project's configuration with this stack's values, to where Lite looks."""
         config = configuration()
         config["api"]["port"] = self.settings.new_port("LITE_PORT")
-        config["db"] = {"driver": "postgres", "url": database_url}
+        url = f"{database_url}?search_path=lite,public,pg_catalog"  # see LIKE_SUPABASE
+        config["db"] = {"driver": "postgres", "url": url}
         config["auth"]["jwt_secret"] = self.settings.secret("JWT_SECRET")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch(mode=0o600)

@@ -137,6 +137,21 @@ def test_edge_functions_answer_below_the_same_address(api, stack, user):
     assert (without_secret.status_code, without_secret.json()["code"]) == (503, "BOOT_ERROR")
 
 
+RIGHTS = """
+select n.nspname, c.relname, c.relacl::text from pg_class as c
+inner join pg_namespace as n on n.oid = c.relnamespace and n.nspname in ('public', 'private')
+where c.relkind in ('r', 'v', 'S') order by 1, 2
+"""
+
+
+def test_nobody_has_a_right_that_darkroom_did_not_give(stack, stack_db, db, user):
+    stack.lite.stop()
+    stack.up()
+    user.upload(f"inputs/{user.id}/a.png", b"\x89PNG").raise_for_status()
+
+    assert stack_db.execute(RIGHTS) == db.execute(RIGHTS)
+
+
 # What does not get through.
 
 
@@ -328,6 +343,7 @@ def test_a_phone_reaches_the_api_while_the_app_is_developed_and_not_a_moment_lon
         app.wait_until(lambda: answers(f"{said[1]}/status"), 60, log)
     finally:
         app.stop(signal.SIGTERM, 10)
+        stack.worker.stop()
 
     assert f"app: {address} is closed again" in log.read_text()
     for url in said:
