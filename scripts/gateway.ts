@@ -154,6 +154,7 @@ Deno.serve({
     return await answer(request);
   } catch (error) {
     if (error instanceof Refusal) return refuse(error.status, error.message);
+    if (!request.signal.aborted) console.error(error);
     return refuse(
       502,
       'A part of the stack does not answer: make status tells which, and its log.',

@@ -43,6 +43,8 @@ NODE_MODULES = PROJECT / "node_modules"
 POSTGRES_PROGRAMS = Path("/usr/lib/postgresql")
 POSTGRES_HOME = Path("/var/lib/postgresql")
 
+# The last: a request ends with the client's interest, not when its answer begins.
+GATEWAY_OPTIONS = ("--no-remote", "--no-npm", "--unstable-no-legacy-abort")
 COMMANDS = ["up", "down", "status", "env", "token", "check-worker", "clean"]
 START_SECONDS = 30
 DENO = {"DENO_NO_PACKAGE_JSON": "1", "DENO_NO_UPDATE_CHECK": "1", "NO_COLOR": "1"}
@@ -358,7 +360,7 @@ class Gateway(Service):
         hosts = [f"{self.host}:{port}", *(urlsplit(url).netloc for url in upstream.values())]
         rights = [f"--allow-env={','.join(environment)}", f"--allow-net={','.join(hosts)}"]
         process = self._run(
-            [*deno_run("--no-remote", "--no-npm", *rights), PROJECT / "scripts/gateway.ts"],
+            [*deno_run(*GATEWAY_OPTIONS, *rights), PROJECT / "scripts/gateway.ts"],
             cwd=Path("/"),
             env=DENO | {"DENO_DIR": str(self.folder / "deno")} | environment,
         )
