@@ -515,6 +515,8 @@ class Stack:
             self.settings.new_port("API_PORT")
             self.functions.stop()  # it may know another address of the API
             self.functions.start(self.functions_environment())
+            # The first request that Lite answers grants; several first ones trip over each other.
+            answers(f"{self.lite.address()}/storage/v1/bucket")
             self.gateway.start(self.upstream())
 
     def stop_http(self) -> None:
