@@ -321,6 +321,7 @@ class Functions(Service):
     name = "functions"
     title = "Edge functions"
     stop_seconds = 5
+    sources = SUPABASE / "functions"
 
     def address(self) -> str:
         """Return its URL, which is not the one for clients: that is the gateway's."""
@@ -329,12 +330,11 @@ class Functions(Service):
     def start(self, environment: Mapping[str, str]) -> None:
         """Start it with what Supabase tells functions, and what `supabase/functions/.env` adds."""
         self.settings.new_port("FUNCTIONS_PORT")
-        functions = SUPABASE / "functions"
-        rights = ["--allow-env", "--allow-net", f"--allow-read={functions}"]
-        own = [f"--env-file={file}" for file in functions.glob(".env")]
+        rights = ["--allow-env", "--allow-net", f"--allow-read={self.sources}"]
+        own = [f"--env-file={file}" for file in self.sources.glob(".env")]
         listens = urlsplit(self.address()).netloc
         process = self._run(
-            [*deno_run(*rights, *own), PROJECT / "scripts/functions.ts", functions, listens],
+            [*deno_run(*rights, *own), PROJECT / "scripts/functions.ts", self.sources, listens],
             cwd=Path("/"),
             env=DENO | {"DENO_DIR": str(self.folder / "deno")} | dict(environment),
         )

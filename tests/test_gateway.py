@@ -20,7 +20,7 @@ from http_fixtures import endpoints_of
 from worker_process import eventually
 
 from processes import spawn
-from stack import PROJECT, PostgREST, Settings, Stack, answers, node
+from stack import PROJECT, Functions, PostgREST, Settings, Stack, answers, node
 
 pytest_plugins = ["http_fixtures"]
 
@@ -135,6 +135,47 @@ def test_edge_functions_answer_below_the_same_address(api, stack, user):
         assert httpx.get(f"{functions}/{unknown}").status_code == 404, unknown
     without_secret = httpx.post(f"{functions}/stripe_webhook", json={})
     assert (without_secret.status_code, without_secret.json()["code"]) == (503, "BOOT_ERROR")
+
+
+@pytest.fixture
+def own_functions(tmp_path: Path) -> Iterator[Functions]:
+    """The server of edge functions, with a folder of the test's own."""
+    functions = Functions(tmp_path, Settings(tmp_path / "env"))
+    functions.sources = tmp_path / "functions"
+    functions.sources.mkdir()
+    (functions.sources / ".env").write_text("GREETING=hello\n")
+    functions.start({"SUPABASE_URL": "http://localhost"})
+    yield functions
+    functions.stop()
+
+
+def test_a_function_is_loaded_when_it_is_called_and_again_when_it_changed(own_functions):
+    def says(source: str, name: str = "own") -> tuple[int, str]:
+        folder = own_functions.sources / name
+        folder.mkdir(exist_ok=True)
+        (folder / "index.ts").write_text(source)
+        response = httpx.post(f"{own_functions.address()}/{name}/more", content="body")
+        return response.status_code, response.text
+
+    body = "new Response(await request.text())"
+    assert says(f"Deno.serve(async (request) => {body})") == (200, "body")
+    assert says(f"Deno.serve({{}}, async (request) => {body})") == (200, "body")
+    assert says(f"export default {{ fetch: async (request) => {body} }}") == (200, "body")
+    variables = "[Deno.env.get('SUPABASE_URL'), Deno.env.get('GREETING'), Deno.env.get('HOME')]"
+    told = "http://localhost,hello,"
+    assert says(f"Deno.serve(() => new Response(String({variables})))") == (200, told)
+    failing = "Deno.serve(() => { throw new Error('secret') })"
+    status, text = says(failing)
+    assert (status, "secret" in text) == (500, False)
+    assert says(failing.replace("serve(", "serve({ onError: () => new Response('told') }, ")) == (
+        (200, "told")
+    )
+    for broken in ("}", "throw new Error('secret')", "export default 7"):
+        status, text = says(broken)
+        assert (status, "secret" in text) == (503, False), broken
+    assert says("Promise.reject('late'); Deno.serve(() => new Response('here'))") == (200, "here")
+    assert says("Deno.serve(() => new Response('other'))", "other") == (200, "other")
+    assert "Error: secret" in own_functions.log.read_text()
 
 
 RIGHTS = """
