@@ -47,6 +47,7 @@ wrong, 2 bad configuration.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import base64
 import contextlib
@@ -1732,12 +1733,14 @@ async def check(settings: Settings) -> int:
 
 def main(arguments: Iterable[str] = ()) -> int:
     """Run until told to stop, or `check`; answer the exit code."""
+    parser = argparse.ArgumentParser(
+        "worker.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", nargs="?", choices=["check"], help="without it: work")
+    is_check = parser.parse_args([*arguments]).command == "check"
     output = logging.StreamHandler(sys.stderr)
     output.setFormatter(SafeFormatter())
     logging.basicConfig(handlers=[output])
-    if (asked := list(arguments)) not in ([], ["check"]):
-        log.error("worker.misconfigured arguments: only `check` is one")
-        return EXIT_CONFIG
     try:
         settings = Settings(with_credentials(os.environ))
     except ConfigError as error:
@@ -1747,7 +1750,7 @@ def main(arguments: Iterable[str] = ()) -> int:
     logging.getLogger("psycopg.pool").setLevel(logging.ERROR)  # it tells of each try to connect
     log.setLevel(settings.log_level)
     try:
-        return asyncio.run(check(settings) if asked else serve(settings))
+        return asyncio.run(check(settings) if is_check else serve(settings))
     except Exception:
         log.critical("worker.crashed", exc_info=True)
         return EXIT_ERROR

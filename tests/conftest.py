@@ -1,7 +1,6 @@
 """Fixtures: one cluster for the session, a fresh database for each test, and the actors.
 
-`db` is a clone of a template that Supabase Lite has never served a request from, so its grants are
-exactly ours: with the first request after each start Lite grants everything to the API roles.
+`db` is a clone of a template with Supabase Lite's schemas, and Darkroom installed from sql/.
 """
 
 from __future__ import annotations

@@ -293,3 +293,13 @@ def test_listening_is_proven_by_a_probe_and_what_comes_before_it_is_handed_on(mo
     assert db.is_listening
     with pytest.raises(worker.Deaf, match="a NOTIFY did not arrive"):
         hear("", worker.CANCEL)
+
+
+def test_help_says_how_to_call_it_and_names_every_variable():
+    command = [sys.executable, str(PROJECT / "worker.py"), "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, env={}).stdout
+
+    assert shown.startswith("usage: worker.py [-h] [{check}]\n")
+    example = re.findall(r"(?m)^(?:# )?([A-Z_]+)=", (PROJECT / ".env.example").read_text())
+    of_providers = {"BFL_API_KEY", "OPENAI_API_KEY"}  # a name is a row's: two stand for all
+    assert [each for each in example if each not in shown and each not in of_providers] == []

@@ -21,6 +21,7 @@ PAGE = PROJECT / "examples" / "operator" / "index.html"
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
 FAR_AWAY = 4_102_444_800
+UPSTREAM = ("LITE_URL", "REST_URL", "FUNCTIONS_URL")
 MODELS = ["black-forest-labs/flux-schnell", "black-forest-labs/flux-dev", "recraft-ai/recraft-v3"]
 DAY = """
 with made as (
@@ -102,7 +103,7 @@ def rest(db: Database, stopped_stack: Stack) -> Iterator[str]:
 def gateway(rest: str, tmp_path: Path) -> Iterator[Gateway]:
     """A gateway of the test's own, before its own database."""
     gateway = Gateway(tmp_path, Settings(tmp_path / "env"))
-    gateway.start(lite=rest, rest=rest, functions=rest)
+    gateway.start(dict.fromkeys(UPSTREAM, rest))
     yield gateway
     gateway.stop()
 
@@ -295,6 +296,6 @@ def test_it_keeps_what_it_knows_while_there_is_no_answer(operator, gateway, rest
 
     expect(page.locator("#status")).to_have_text("no answer", timeout=15_000)
     expect(page.locator(".tile")).to_have_count(6)
-    gateway.start(lite=rest, rest=rest, functions=rest)
+    gateway.start(dict.fromkeys(UPSTREAM, rest))
 
     expect(page.locator("#status")).to_have_text("ok", timeout=30_000)
