@@ -21,8 +21,8 @@ OF_USERS = """
 OF_OPERATORS = """
     apply_billing_event delete_webhook enable_webhook export_user grant_credits list_deliveries
     list_models list_webhooks merge_user pause_model ping queue_health queue_history queue_job
-    queue_report redeliver redeliver_dead redrive_failed register_webhook resume_model rotate_webhook_secret
-    set_paid
+    queue_report redeliver redeliver_dead redrive_failed register_webhook resume_model
+    rotate_webhook_secret set_paid
 """
 OF_WORKERS = """
     apply_retention cancel_job check_setup claim_deliveries claim_jobs complete_jobs due_lanes
