@@ -29,6 +29,7 @@ RUN_BY = {
     "credits.md": "test_credits_doc.py",
     "providers.md": "test_providers_doc.py",
     "RUNBOOK.md": "test_runbook.py",
+    "quickstart.md": "test_quickstart.py",
 }
 NAMES = [str(page.relative_to(PROJECT)) for page in PAGES]
 STORIES = [name for name in NAMES if Path(name).name not in RUN_BY]
