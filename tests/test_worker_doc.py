@@ -138,6 +138,7 @@ def test_the_pseudo_code_calls_what_the_worker_calls():
     assert set(re.findall(r"(\w+)\([^)]*\)", pseudo)) - {"process"} == (
         {*worker.Database.FUNCTIONS} - beside
     )
+    assert re.search(rf"every {worker.RECOVERY_SECONDS:g} s +recover_stale_jobs", pseudo)
 
 
 def test_the_exit_codes_are_the_codes():
