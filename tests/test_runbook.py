@@ -66,6 +66,20 @@ class Scene:
         worker.fail_job(job, "provider_error")
         return {"model": "darkroom/preview"}, lambda: self.db.pass_time("15 minutes")
 
+    def recent_failures(self) -> Raised:
+        self.db.execute("update private.settings set max_attempts = 1")
+        for end in ("completed", "completed", "failed", "failed"):
+            worker, job = self.claimed()
+            worker.complete_job(job) if end == "completed" else worker.fail_job(job, "internal")
+
+        def later() -> None:
+            for _ in range(2):
+                self.alice.enqueue()
+            for job in worker.claim_jobs(4):  # two of them failed before
+                worker.complete_job(job)
+
+        return {"code": "internal"}, later
+
     def burned(self) -> Raised:
         self.rule("burned", "threshold", 0)
         worker, job = self.claimed()
@@ -148,6 +162,7 @@ SAID = {
     "depth": "1 jobs are ready",
     "oldest_age": "a job has waited for 301 s",
     "error_rate": "of 1 attempts in 15 minutes, 100 % ended in an error",
+    "recent_failures": "2 of the last 4 jobs failed, most of them with internal",
     "burned": "1 running jobs canceled in 15 minutes, by 1 users: the provider may bill them",
     "stuck": "1 running jobs are past lease or deadline, one for 121 s",
     "no_worker": "1 jobs are ready and no worker is alive",
