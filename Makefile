@@ -7,7 +7,6 @@ APP_NODE = cd examples/expo && PATH="$$(echo $(CURDIR)/node_modules/node-linux-*
 FORMAT := node_modules/.bin/deno fmt --no-config --line-width=100 --single-quote
 APP_SOURCES := examples/expo/*.ts examples/expo/*.tsx examples/expo/src examples/expo/__tests__
 MIGRATIONS := supabase/migrations
-CORE := $(filter-out sql/95_% sql/96_% sql/97_%,$(sort $(wildcard sql/*.sql)))
 # Each pytest process has a cluster of its own. What is long goes file by file, as some count over a file.
 SIDE_BY_SIDE = $(PYTHON) -m pytest --numprocesses=$(or $(JOBS),auto) --maxprocesses=4 \
 	$(if $(LONG),--dist=loadfile,--dist=worksteal -m "not long")
@@ -146,32 +145,17 @@ chaos: setup
 		$(if $(SEED),--seed $(SEED)) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(OUT),--out "$$OUT") \
 		$(if $(ONLY),--only "$$ONLY")
 
-# Begin a migration: make migration NAME=what_changes. Without NAME: build the first ones from sql/.
-ifdef NAME
+# Begin a migration, newer than all others: make migration NAME=what_changes
 migration:
-	@case "$$NAME" in *[!a-z0-9_]*) echo 'NAME: small letters, digits and _'; exit 1;; esac
-	@file=$(MIGRATIONS)/$$(date -u +%Y%m%d%H%M%S)_$$NAME.sql \
+	@case "$$NAME" in ''|*[!a-z0-9_]*) echo 'NAME=what_changes: small letters, digits and _'; exit 1;; esac
+	@now=$$(date -u +%Y%m%d%H%M%S) && last=$$(ls $(MIGRATIONS) | tail -1 | cut -d_ -f1) \
+		&& file=$(MIGRATIONS)/$$((now > last ? now : last + 1))_$$NAME.sql \
 		&& cp supabase/new_migration.sql "$$file" && echo "$$file"
-else
-migration:
-	@[ ! -e $(RELEASED) ] || { echo 'Migrations are only added: make migration NAME=what_changes'; exit 1; }
-	@mkdir -p $(MIGRATIONS)
-	@build() { echo '-- Built from sql/ by `make migration`: edit there, not here.'; cat "$$@"; }; \
-		build $(CORE) > $(MIGRATIONS)/20261121000000_create_darkroom.sql
-	@part() { \
-		echo '-- Built from sql/ by `make migration`: edit there, not here.'; \
-		echo '-- The first edition had this part from the start: what upgrades it, upgrades the part, too.'; \
-		echo 'do $$part$$ begin'; \
-		echo "if to_regclass('private.purchases') is null then return; end if;"; \
-		cat "$$1"; echo 'end $$part$$;'; }; \
-		part sql/95_gallery.sql > $(MIGRATIONS)/20261121000001_darkroom_gallery.sql; \
-		part sql/96_webhooks.sql > $(MIGRATIONS)/20261121000002_darkroom_webhooks.sql; \
-		part sql/97_reports.sql > $(MIGRATIONS)/20261121000003_darkroom_reports.sql
-endif
 
-# Record all migrations as released: from then on tests refuse a change in any.
+# Record all migrations as released: from then on a change in any of them is refused.
 freeze:
-	@cd supabase && sha256sum migrations/*.sql > $(notdir $(RELEASED))
+	@cd supabase && sha256sum --check --quiet $(notdir $(RELEASED)) \
+		&& sha256sum migrations/*.sql > $(notdir $(RELEASED))
 
 # Renew the Python lock files from pyproject.toml; versions stay, unless UPGRADE=1.
 lock: setup

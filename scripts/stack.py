@@ -33,7 +33,7 @@ import httpx
 import psycopg
 from psycopg import sql
 
-from migrate import MigrateError, Target, apply, changed, plan, read_migrations
+from migrate import MigrateError, Target, apply, plan, read_migrations
 from processes import Process, ProcessTable, StackError, as_user, free_port, spawn
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -589,14 +589,9 @@ class Stack:
         with psycopg.connect(self.database_url, autocommit=True) as connection:
             target, migrations = Target(connection), read_migrations()
             try:
-                pending = plan(target, migrations)
-                if not pending and (others := changed(target, migrations)):
-                    raise StackError(
-                        f"{others[0]} changed after it was applied: make clean, make up"
-                    )
-                return apply(target, pending, lambda _: None)
+                return apply(target, plan(target, migrations), lambda _: None)
             except MigrateError as error:
-                raise StackError(error) from None
+                raise StackError(f"{error}. Or begin anew: make clean, make up") from None
 
     def _stop(self, services: list[Service]) -> None:
         for service in reversed(services):

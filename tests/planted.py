@@ -583,6 +583,28 @@ SECURITY = [
         "'generations', 'generations', true,",
         "tests/test_schedule.py::test_buckets_are_private_and_take_images_only",
     ),
+    Bug(
+        "a migration whose file changed is passed over",
+        "scripts/migrate.py",
+        "return not is_first_edition and squeeze",
+        "return is_first_edition and squeeze",
+        "tests/test_migrate.py::test_a_file_that_changed_after_it_was_applied_is_refused_until_it_is"
+        "_as_recorded",
+    ),
+    Bug(
+        "an app's view goes with what it shows",
+        "sql/uninstall.sql",
+        "  if v_found is not null then",
+        "  if v_found = '' then",
+        "tests/test_uninstall.py::test_it_refuses_where_something_would_be_lost_and_changes_nothing",
+    ),
+    Bug(
+        "an app's own table goes where the gallery was left out",
+        "sql/uninstall.sql",
+        ") or to_regclass('private.shared_paths') is not null",
+        ") or true",
+        "tests/test_uninstall.py::test_it_leaves_what_was_there_whatever_parts_were_installed",
+    ),
     # Who is told.
     Bug(
         "anybody takes a push token back",

@@ -169,6 +169,12 @@ READ = '"Users read their own generated images"'
     ("fault", "part", "said"),
     [
         (f"drop policy {READ} on storage.objects", "policies", f"policy {READ} is missing"),
+        (
+            f"alter policy {READ} on storage.objects using"
+            " (bucket_id = 'generations' and split_part(name, '/', 1) = auth.uid()::text)",
+            "policies",
+            f"policy {READ} is missing on storage.objects, or another release's: see sql/20",
+        ),
         ("alter table storage.objects disable row level security", "policies", "row level"),
         (
             "update storage.buckets set public = true where id = 'generations'",
