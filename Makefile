@@ -93,6 +93,7 @@ install-worker:
 ifeq ($(STACK),docker)
 test: setup
 	@[ -n "$(POSTGRES_IMAGE)" ] || docker build -q -t darkroom-postgres:15 -f deploy/postgres.Dockerfile deploy
+	@[ -n "$(WORKER_IMAGE)" ] || docker build -q -t darkroom-worker -f deploy/worker.Dockerfile .
 	@$(PYTHON) -m pytest tests/test_containers.py tests/test_gateway.py tests/test_http*.py tests/test_worker_*.py tests/test_migrate.py
 else ifdef ONLY
 test: setup
@@ -152,7 +153,11 @@ migration:
 		&& file=$(MIGRATIONS)/$$((now > last ? now : last + 1))_$$NAME.sql \
 		&& cp supabase/new_migration.sql "$$file" && echo "$$file"
 
+<<<<<<< HEAD
 # Record all migrations as released: from then on a change in any of them is refused.
+=======
+# Record all migrations as released: from then on a change in any is refused.
+>>>>>>> main
 freeze:
 	@cd supabase && sha256sum --check --quiet $(notdir $(RELEASED)) \
 		&& sha256sum migrations/*.sql > $(notdir $(RELEASED))
