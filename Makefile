@@ -153,11 +153,7 @@ migration:
 		&& file=$(MIGRATIONS)/$$((now > last ? now : last + 1))_$$NAME.sql \
 		&& cp supabase/new_migration.sql "$$file" && echo "$$file"
 
-<<<<<<< HEAD
-# Record all migrations as released: from then on a change in any of them is refused.
-=======
 # Record all migrations as released: from then on a change in any is refused.
->>>>>>> main
 freeze:
 	@cd supabase && sha256sum --check --quiet $(notdir $(RELEASED)) \
 		&& sha256sum migrations/*.sql > $(notdir $(RELEASED))
