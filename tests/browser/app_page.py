@@ -174,7 +174,8 @@ class App:
             self.page.set_viewport_size(size)
             self.wait(0.4)  # a picture fades in
             self.shot(state + suffix)
-            assert self.violations() == [], state + suffix
+            problems = self.violations()
+            assert not problems, "\n".join([state + suffix, *problems])
             assert self.page.evaluate("document.documentElement.scrollWidth") == size["width"]
         if before:
             self.page.set_viewport_size(before)

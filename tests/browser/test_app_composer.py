@@ -99,7 +99,7 @@ def test_a_dialog_is_left_by_escape_and_gives_the_focus_back(ada):
     expect(row).to_be_focused()
 
 
-def test_the_cheapest_is_taken_and_the_choice_is_kept_on_the_device(ada):
+def test_the_cheapest_is_taken_and_the_choice_is_kept_until_the_user_leaves(ada):
     cheapest = ada.db.value("select min(price_credits) from public.models")
     expect(button(ada, "Generate")).to_contain_text(f"{cheapest} credit")
 
@@ -108,6 +108,8 @@ def test_the_cheapest_is_taken_and_the_choice_is_kept_on_the_device(ada):
 
     expect(button(ada, "Model")).to_contain_text("Seedream 4")
     expect(button(ada, "Generate")).to_contain_text("6 credits")
+    ada.press("Sign out")
+    eventually(lambda: "seedream" not in ada.page.evaluate("JSON.stringify(localStorage)"))
 
 
 def test_what_it_lacks_is_said_before_the_press(ada):

@@ -65,6 +65,7 @@ def test_password_managers_know_which_field_is_what(app):
     for label, autocomplete in kind.items():
         expect(app.page.get_by_label(label)).to_have_attribute("autocomplete", autocomplete)
     app.press("Create an account")
+    expect(app.page.get_by_label("Email")).to_be_focused()
     field = app.page.get_by_label("New password")
     expect(field).to_have_attribute("autocomplete", "new-password")
 

@@ -1,6 +1,6 @@
 /** Where one signs in, makes an account, or comes back without the password. */
 import type { AuthError } from '@supabase/supabase-js';
-import { useState } from 'react';
+import { useRef, useState } from 'react';
 import {
   KeyboardAvoidingView,
   ScrollView,
@@ -37,8 +37,10 @@ export function SignIn({ first = 'signIn' }: { first?: 'signIn' | 'renew' }) {
   const [code, setCode] = useState('');
   const [problem, setProblem] = useState('');
   const [isBusy, setIsBusy] = useState(false);
+  const hasMoved = useRef(false); // then the first field has the focus
 
   function go(to: Step, why = '') {
+    hasMoved.current = true;
     setStep(to);
     setProblem(why);
   }
@@ -91,7 +93,7 @@ export function SignIn({ first = 'signIn' }: { first?: 'signIn' | 'renew' }) {
   return (
     <KeyboardAvoidingView behavior='padding' role='main' style={styles.page}>
       <ScrollView contentContainerStyle={styles.scroll} keyboardShouldPersistTaps='handled'>
-        <View style={styles.form}>
+        <View key={step} style={styles.form}>
           <Text aria-level={1} role='heading' style={styles.name}>Darkroom</Text>
           <Text style={styles.motto}>Ask for a picture. Come back for it.</Text>
           <Text aria-level={2} role='heading' style={styles.title}>{title}</Text>
@@ -104,6 +106,7 @@ export function SignIn({ first = 'signIn' }: { first?: 'signIn' | 'renew' }) {
           {step !== 'code' && step !== 'renew' && (
             <Field
               label='Email'
+              autoFocus={hasMoved.current}
               autoCapitalize='none'
               autoComplete='email'
               inputMode='email'
@@ -115,6 +118,7 @@ export function SignIn({ first = 'signIn' }: { first?: 'signIn' | 'renew' }) {
           {step === 'code' && (
             <Field
               label='Code'
+              autoFocus
               autoComplete='one-time-code'
               inputMode='numeric'
               onChangeText={setCode}
@@ -124,8 +128,8 @@ export function SignIn({ first = 'signIn' }: { first?: 'signIn' | 'renew' }) {
           )}
           {(step === 'signIn' || isNew) && (
             <Field
-              key={String(isNew)} // password managers look once at what a field is for
               label={isNew ? `New password, ${SHORTEST_PASSWORD} characters or more` : 'Password'}
+              autoFocus={step === 'renew'}
               autoCapitalize='none'
               autoComplete={isNew ? 'new-password' : 'current-password'}
               onChangeText={setPassword}
