@@ -38,7 +38,7 @@ def code_of_mail(stack: Stack, address: str) -> str:
     """The code in the last mail to that address: the local gateway prints what others send."""
 
     def find() -> str | None:
-        mails = stack.gateway.log.read_text().split(address)
+        mails = stack.lite.log.read_text().split(address)
         found = re.findall(r"\b\d{6}\b", mails[-1]) if len(mails) > 1 else []
         return found[0] if found else None
 
