@@ -9,6 +9,6 @@ export function useGenerations(store: GenerationStore) {
     return store.stop;
   }, [store]);
   const snapshot = useSyncExternalStore(store.subscribe, store.getSnapshot, store.getSnapshot);
-  const { generate, retry, cancel, loadMore } = store;
-  return { ...snapshot, generate, retry, cancel, loadMore };
+  const { generate, retry, cancel, loadMore, favorite, remove, restore, share } = store;
+  return { ...snapshot, generate, retry, cancel, loadMore, favorite, remove, restore, share };
 }

@@ -6,7 +6,7 @@ import { Image } from 'expo-image';
 import { Pressable, StyleSheet, Text, View } from 'react-native';
 
 import type { Generation } from '../darkroom';
-import { usePicture } from '../usePicture';
+import { usePicture } from '../darkroom';
 import { Button } from './Button';
 import { CAPTION_HEIGHT, color, space } from './theme';
 import { progress, reason } from './words';

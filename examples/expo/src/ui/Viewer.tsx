@@ -3,7 +3,7 @@ import { Image } from 'expo-image';
 import { Modal, Pressable, StyleSheet, Text, View } from 'react-native';
 
 import type { Job, JobImage } from '../darkroom';
-import { usePicture } from '../usePicture';
+import { usePicture } from '../darkroom';
 import { Button } from './Button';
 import { color, space } from './theme';
 
