@@ -20,22 +20,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from processes import StackError
 from stack import PROJECT, Stack, interrupt, node, run, supabase_cli
 
 APP = PROJECT / "examples/expo"
-API_PATHS = ("/auth/", "/rest/", "/storage/")
-# What belongs to one connection, or is changed by taking the body out of it.
-HOPS = {
-    "connection",
-    "content-encoding",
-    "content-length",
-    "host",
-    "keep-alive",
-    "transfer-encoding",
-}
 TYPES = APP / "src/darkroom/database.types.ts"
 HEAD = "// Built from the migrations by `make types`: do not edit.\n// deno-fmt-ignore-file\n"
 
@@ -61,47 +49,7 @@ def export(folder: Path, api_url: str, anon_key: str) -> None:
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """The files of one folder, and the API under the same origin.
-
-    Supabase answers browsers from any origin; the local gateway does not let them sign up.
-    """
-
-    protocol_version = "HTTP/1.1"
-
-    def __init__(self, *args: Any, api: httpx.Client, **kwargs: Any) -> None:
-        self.api = api
-        super().__init__(*args, **kwargs)
-
-    def do_GET(self) -> None:
-        if self.path.startswith(API_PATHS):
-            self.forward()
-        else:
-            super().do_GET()
-
-    def do_HEAD(self) -> None:
-        if self.path.startswith(API_PATHS):
-            self.forward()
-        else:
-            super().do_HEAD()
-
-    def forward(self) -> None:
-        """Hand a request to the gateway and its answer back."""
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        headers = {name: value for name, value in self.headers.items() if name.lower() not in HOPS}
-        try:
-            answer = self.api.request(self.command, self.path, headers=headers, content=body)
-        except httpx.TransportError:
-            return self.send_error(502)
-        self.send_response(answer.status_code)
-        for name, value in answer.headers.items():
-            if name not in HOPS:
-                self.send_header(name, value)
-        self.send_header("Content-Length", str(len(answer.content)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(answer.content)
-
-    do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = forward
+    """The files of one folder."""
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing: a line for each request is of no use to anybody."""
@@ -116,19 +64,15 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def serve(folder: Path, api_url: str, port: int = 0) -> Iterator[str]:
-    """Serve a folder, and the API, on the loopback address; the value is the URL of both."""
-    # Lite closes a connection after 5 idle seconds; ours goes first, so none is found closed.
-    limits = httpx.Limits(keepalive_expiry=2)
-    with httpx.Client(base_url=api_url, timeout=30, limits=limits) as api:
-        handler = functools.partial(Handler, directory=str(folder), api=api)
-        server = Server(("127.0.0.1", port), handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            server.server_close()
+def serve(folder: Path, port: int = 0) -> Iterator[str]:
+    """Serve a folder on the loopback address; the value is the URL."""
+    server = Server(("127.0.0.1", port), functools.partial(Handler, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def types_of(database_url: str) -> str:
@@ -158,8 +102,8 @@ def show_app() -> None:
     try:
         with stack.running():
             print("app: the stack is up, building ...", flush=True)
-            with serve(folder, stack.api_url, stack.settings.new_port("APP_PORT")) as url:
-                export(folder, url, stack.anon_key)
+            export(folder, stack.api_url, stack.anon_key)
+            with serve(folder, stack.settings.new_port("APP_PORT")) as url:
                 print(f"app: {url}   (Ctrl-C ends it)", flush=True)
                 signal.pause()
     finally:

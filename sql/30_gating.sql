@@ -314,7 +314,8 @@ create function private.require_model(p_gate private.gate, p_name text) returns 
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_model public.models := p_gate.model;
-  v_paused_until timestamptz;
+  v_token text := 'model_paused';
+  v_until timestamptz;
 begin
   if v_model.id is null then
     select m.* into v_model
@@ -341,27 +342,23 @@ begin
       'Choose another model or a paid plan.'
     );
   end if;
-  v_paused_until := private.paused_until(v_model, p_gate.user_id);
-  if v_paused_until is not null then
-    perform private.refuse(
-      'model_paused', format('%s is paused', v_model.id), p_retry_after => ceil(
-        extract(epoch from least(v_paused_until, now() + interval '1 hour') - now())
-      )::integer
-    );
-  end if;
-  if exists (
+  v_until := private.paused_until(v_model, p_gate.user_id);
+  if v_until is null and exists (
     select from private.budgets as b
     where b.on_breach <> 'alert' and coalesce(b.user_id, p_gate.user_id) = p_gate.user_id
       and (b.spent_until > now() or v_model.cost_usd is null)
   ) then
-    v_paused_until := private.budget_spent_until(v_model, p_gate.user_id);
+    v_token := 'budget_spent';
+    v_until := private.budget_spent_until(v_model, p_gate.user_id);
   end if;
-  if v_paused_until is not null then
+  if v_until is not null then
     perform private.refuse(
-      'budget_spent', format('what %s may cost is spent, or not known', v_model.id),
-      p_retry_after => ceil(
-        extract(epoch from least(v_paused_until, now() + interval '1 hour') - now())
-      )::integer
+      v_token, format(case v_token
+        when 'model_paused' then '%s is paused' else 'what %s may cost is spent, or not known'
+      end, v_model.id),
+      p_retry_after => ceil(extract(
+        epoch from least(v_until, now() + interval '1 hour') - now()
+      ))::integer
     );
   end if;
   return v_model;

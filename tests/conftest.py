@@ -51,7 +51,7 @@ def stopped_stack() -> Iterator[Stack]:
 def server(stopped_stack: Stack) -> Iterator[Server]:
     """The cluster, with Supabase Lite's schemas in the database `postgres`."""
     stopped_stack.cluster.start()
-    stopped_stack.gateway.start(stopped_stack.database_url)
+    stopped_stack.lite.start(stopped_stack.database_url)
     server = Server(stopped_stack.cluster)
     yield server
     server.close()

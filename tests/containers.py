@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from stack_choice import ALIAS
+from stack_choice import postgrest_image
 from testcontainers.community.postgres import PostgresContainer
 from testcontainers.core.container import DockerContainer
 from testcontainers.core.network import Network
 from testcontainers.core.wait_strategies import HttpWaitStrategy
 
-from stack import Cluster, Stack
+from stack import Cluster, PostgREST, Settings, Stack
 
+ALIAS = "db"  # of PostgreSQL, for a PostgREST in its network
 OPTIONS = (
     "-c shared_preload_libraries=pg_cron -c cron.database_name=postgres"
     " -c cron.use_background_workers=on -c max_connections=200 -c fsync=off -c full_page_writes=off"
@@ -68,30 +67,50 @@ class ContainerCluster(Cluster):
         self.stop()
 
 
+class ContainerPostgREST(PostgREST):
+    """A PostgREST in the network of the stack's PostgreSQL."""
+
+    container: DockerContainer | None = None
+
+    def __init__(self, cluster: ContainerCluster, folder: Path, settings: Settings) -> None:
+        super().__init__(folder, settings)
+        self.cluster = cluster
+
+    def start(self, database_url: str) -> None:
+        """Start it, and wait until it is ready."""
+        settings = self.prepare(database_url) | {"PGRST_ADMIN_SERVER_PORT": "3001"}
+        uri = settings["PGRST_DB_URI"].replace(self.cluster.address(), f"{ALIAS}:5432")
+        container = (
+            DockerContainer(postgrest_image())
+            .with_network(self.cluster.network)
+            .with_exposed_ports(3000, 3001)
+            .waiting_for(HttpWaitStrategy(3001, "/ready").for_status_code(200))
+        )
+        for name, value in (settings | {"PGRST_DB_URI": uri}).items():
+            container.with_env(name, value)
+        self.container = container.start()
+
+    def address(self) -> str:
+        assert self.container
+        host = self.container.get_container_host_ip()
+        return f"http://{host}:{self.container.get_exposed_port(3000)}"
+
+    def is_running(self) -> bool:
+        return self.container is not None
+
+    def stop(self) -> None:
+        if self.container:
+            self.container.stop()
+        self.container = None
+
+
 class ContainerStack(Stack):
-    """A stack whose PostgreSQL is in a container."""
+    """A stack whose PostgreSQL is in a container, and PostgREST, if its image can be had."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, fsync=False)
-        self.cluster: ContainerCluster = ContainerCluster(self.folder, self.settings)
-        self.services[0] = self.cluster
+    def make_cluster(self, *, fsync: bool) -> Cluster:
+        assert not fsync, "see OPTIONS"
+        return ContainerCluster(self.folder, self.settings)
 
-
-@contextlib.contextmanager
-def postgrest(image: str, stack: Stack, environment: Mapping[str, str]) -> Iterator[str]:
-    """Run PostgREST in the network of the stack's PostgreSQL; yield its address."""
-    assert isinstance(stack.cluster, ContainerCluster)
-    port, admin_port = (int(environment[f"PGRST_{each}SERVER_PORT"]) for each in ("", "ADMIN_"))
-    container = (
-        DockerContainer(image)
-        .with_network(stack.cluster.network)
-        .with_exposed_ports(port, admin_port)
-        .waiting_for(HttpWaitStrategy(admin_port, "/ready").for_status_code(200))
-    )
-    for name, value in environment.items():
-        container.with_env(name, value)
-    container.start()
-    try:
-        yield f"http://{container.get_container_host_ip()}:{container.get_exposed_port(port)}"
-    finally:
-        container.stop()
+    def make_postgrest(self, folder: Path, settings: Settings) -> PostgREST | None:
+        assert isinstance(self.cluster, ContainerCluster)
+        return ContainerPostgREST(self.cluster, folder, settings) if postgrest_image() else None

@@ -8,12 +8,11 @@ A command that fails fails the test.
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 from pathlib import Path
 
 from database import PROJECT
+from documents import run
 
 from stack import postgres_program
 
@@ -55,20 +54,3 @@ class Section:
         """Run its shell blocks in one shell, in a checkout; what they write goes to a folder."""
         script = "\n".join(self.of("sh"))
         return run(["bash", "-euo", "pipefail"], script, BACKUP=str(folder), **environment)
-
-
-def run(command: list[str], script: str, **environment: str) -> str:
-    """Run a script to its end and return what it printed."""
-    programs = f"{postgres_program('psql').parent}:{PROJECT / '.venv/bin'}"
-    done = subprocess.run(
-        command,
-        input=script,
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=PROJECT,
-        env=os.environ | {"PATH": f"{programs}:{os.environ['PATH']}"} | environment,
-        timeout=120,
-    )
-    assert done.returncode == 0, f"{script}\n{done.stdout}{done.stderr}"
-    return done.stdout

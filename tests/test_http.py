@@ -9,12 +9,10 @@ import pytest
 from actors import together
 from database import unchanged
 from http_client import PREVIEW, Refusal, answer, refusal
-from http_fixtures import through_both_gateways
 
 from supabase import ClientOptions, PostgrestAPIError, create_client
 
 pytest_plugins = ["http_fixtures"]
-pytestmark = through_both_gateways
 
 PROMPTS = ['one "quoted"', "two, with a comma", "{three}"]
 
@@ -114,10 +112,9 @@ def test_requests_at_once_pass_no_limit_and_with_one_key_make_one_job(user):
 
 
 @pytest.mark.filterwarnings("ignore:The '(timeout|verify)' parameter")
-def test_the_supabase_client_enqueues_reads_its_job_and_raises_our_codes(stack, rpc_url, user):
+def test_the_supabase_client_enqueues_reads_its_job_and_raises_our_codes(stack, user):
     options = ClientOptions(headers={"Authorization": f"Bearer {user.token}"})
     client = create_client(stack.api_url, stack.anon_key, options=options)
-    client.rest_url = type(client.rest_url)(rpc_url)
     arguments = {"model": PREVIEW, "prompt": "a harbour", "params": {"seed": 7}}
 
     queued = client.rpc("enqueue_generation", arguments).execute().data

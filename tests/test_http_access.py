@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from database import unchanged
 from http_client import PREVIEW, Client, SignedUp, answer, refusal
-from http_fixtures import through_both_gateways
 
 from stack import sign_jwt
 
@@ -74,7 +73,6 @@ FORGERIES = {
 }
 
 
-@through_both_gateways
 @pytest.mark.parametrize("role", ["authenticated", "service_role"])
 def test_a_forged_token_opens_nothing(user, stranger, stack_db, role):
     user.enqueued()

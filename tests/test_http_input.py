@@ -7,10 +7,9 @@ import json
 import pytest
 from database import unchanged
 from http_client import PREVIEW, refusal
-from http_fixtures import signed_up, through_both_gateways
+from http_fixtures import signed_up
 
 pytest_plugins = ["http_fixtures"]
-pytestmark = through_both_gateways
 
 DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
 INVALID, UNKNOWN = (400, "PT400", "invalid_input"), (404, "PT404", "not_found")

@@ -1,6 +1,6 @@
 """The API at its limits: a prompt of 100 MB, and thousands of idle clients that poll.
 
-Against PostgREST, or the local gateway where there is none. A thousand clients share connections,
+A thousand clients share connections,
 as behind a proxy; with `LIMITS=10 pytest tests/test_limits_http.py` they are ten thousand.
 """
 
@@ -14,7 +14,7 @@ import pytest
 from actors import PREVIEW, User, outcome
 from database import memory, unchanged
 from http_client import Client, Endpoints, answer, refusal
-from http_fixtures import HAS_POSTGREST, gateway_before
+from http_fixtures import gateway_before
 from worker_process import Workers, eventually
 
 from stack import sign_jwt
@@ -53,8 +53,9 @@ def test_100_mb_are_refused_by_the_database_which_gives_the_memory_back(db, alic
     assert alice.enqueue()["status"] == "queued"
 
 
-@pytest.mark.skipif(not HAS_POSTGREST, reason="filters are PostgREST's")
-def test_ten_filters_that_would_never_end_are_ended_and_the_api_goes_on(user, stack_db):
+def test_ten_filters_that_would_never_end_are_ended_and_the_api_goes_on(user, stack, stack_db):
+    if not stack.postgrest:
+        pytest.skip("filters are PostgREST's")
     user.enqueued("a" * 2999)
     never = {"select": "id", "prompt": r"match.^(a*)(a*)(a*)(a*)\1\2\3\4$"}  # twice as many is even
     busy = (

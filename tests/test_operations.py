@@ -28,24 +28,24 @@ fake = fake_replicate.fake_replicate
 
 @pytest.fixture(scope="module")
 def new_stack() -> Iterator[Stack]:
-    """Another project: database and gateway, without Darkroom."""
+    """Another project: a database with users and files, without Darkroom."""
     folder = Path(tempfile.mkdtemp(prefix="darkroom-tests-"))
     folder.chmod(0o711)
     stack = Stack(folder, fsync=False)
     stack.settings.secret("JWT_SECRET")
     try:
         stack.cluster.start()
-        stack.gateway.start(stack.database_url)
+        stack.lite.start(stack.database_url)
         yield stack
     finally:
         stack.clean()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def restart_gateway(stack: Stack) -> None:
-    """Have Lite read functions and secrets anew."""
-    stack.gateway.stop()
-    stack.gateway.start(stack.database_url)
+def restart_http(stack: Stack) -> None:
+    """Have all of it read functions and secrets anew."""
+    stack.stop_http()
+    stack.start_http()
 
 
 def endpoints_of(stack: Stack) -> Endpoints:
@@ -84,7 +84,7 @@ def moved(new_stack: Stack, stack: Stack, tmp_path_factory: pytest.TempPathFacto
     Section("Restore").sh(folder, ADMIN_URL=new.database_url)
     Section("Restore").sql(new.database_url)
     new._set_passwords()
-    restart_gateway(new)
+    restart_http(new)
     Section("Moving to another project").sh(
         folder,
         OLD_ADMIN_URL=stack.database_url,
@@ -162,7 +162,7 @@ def test_a_new_jwt_secret_loses_no_job(workers):
     db.execute("update private.settings set max_attempts = 100")
 
     stack.settings._keep("JWT_SECRET", "another-secret-of-at-least-32-characters")
-    restart_gateway(stack)
+    restart_http(stack)
     late = workers.start(SUPABASE_URL=stack.api_url)  # still with the old key
     late.logged(f"job.retried job={job} code=internal")
     late.kill()

@@ -65,9 +65,9 @@ def serving(folder: Any, behind: str, **variables: str | None) -> Iterator[Edge]
 
 
 @pytest.fixture(scope="module")
-def started(tmp_path_factory, stack, rpc_url):
+def started(tmp_path_factory, stack):
     keys = {"SUPABASE_SERVICE_ROLE_KEY": stack.service_role_key, "SUPABASE_SECRET_KEYS": None}
-    with serving(tmp_path_factory.mktemp("deno"), rpc_url, **keys) as edge:
+    with serving(tmp_path_factory.mktemp("deno"), f"{stack.api_url}/rest/v1", **keys) as edge:
         yield edge
 
 

@@ -33,10 +33,10 @@ FLAGS = [
 
 @pytest.fixture(scope="session")
 def app_url(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where the exported app is served, with the API of the stack under the same origin."""
+    """Where the exported app is served: another origin than the API's, as in production."""
     folder = tmp_path_factory.mktemp("app")
-    with serve(folder, stack.api_url) as url:
-        export(folder, url, stack.anon_key)
+    export(folder, stack.api_url, stack.anon_key)
+    with serve(folder) as url:
         yield url
 
 

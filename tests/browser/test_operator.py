@@ -10,6 +10,7 @@ import pytest
 from actors import PREVIEW, Service, User, Worker
 from app_page import shot
 from database import PROJECT, Database
+from http_fixtures import gateway_before
 from playwright.sync_api import Browser, Page, Request, expect
 
 from stack import Gateway, Settings, Stack, sign_jwt
@@ -92,11 +93,16 @@ def db(db: Database) -> Database:
 
 
 @pytest.fixture
-def gateway(db: Database, stopped_stack: Stack, tmp_path: Path) -> Iterator[Gateway]:
-    """A gateway of the test's own, with the stack's secrets."""
-    (tmp_path / "env").write_text(stopped_stack.settings.file.read_text())
+def rest(db: Database, stopped_stack: Stack) -> Iterator[str]:
+    with gateway_before(db, stopped_stack) as url:
+        yield url
+
+
+@pytest.fixture
+def gateway(rest: str, tmp_path: Path) -> Iterator[Gateway]:
+    """A gateway of the test's own, before its own database."""
     gateway = Gateway(tmp_path, Settings(tmp_path / "env"))
-    gateway.start(db.url)
+    gateway.start(lite=rest, rest=rest, functions=rest)
     yield gateway
     gateway.stop()
 
@@ -283,12 +289,12 @@ def test_it_looks_again_and_reads_of_history_only_what_is_new(operator):
     assert last.post_data_json["since"] > first.post_data_json["since"]
 
 
-def test_it_keeps_what_it_knows_while_there_is_no_answer(operator, gateway, db):
+def test_it_keeps_what_it_knows_while_there_is_no_answer(operator, gateway, rest):
     page = operator.look()
     gateway.stop()
 
     expect(page.locator("#status")).to_have_text("no answer", timeout=15_000)
     expect(page.locator(".tile")).to_have_count(6)
-    gateway.start(db.url)
+    gateway.start(lite=rest, rest=rest, functions=rest)
 
     expect(page.locator("#status")).to_have_text("ok", timeout=30_000)

@@ -30,9 +30,9 @@ PAYMENTS, REFUNDS = (
     0.3,
 )  # share of jobs before which their user buys, of purchases that go back
 GIVE_UP_SECONDS = 180.0
-# What is refused for the moment: by a limit, by a gateway that is still starting, or by a database
-# that takes no writes.
-PASSING = ("PGRST202", "25006", "read-only transaction")
+# What is refused for the moment: by a gateway that is still starting, by a database that takes no
+# writes, or by PostgREST's 400 where the database hung up.
+PASSING = ("PGRST202", "25006", "read-only transaction", '"code":""')
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """All that runs in a chaos run: the local stack, real workers, and what stands between them.
 
-    workers ──Proxy──► PostgreSQL ◄── Supabase Lite ◄── clients
+    workers ──Proxy──► PostgreSQL ◄── PostgREST, Supabase Lite ◄── clients
        │  └──StorageProxy──────────────────┘
        └──► Provider (the fake Replicate)
 
@@ -234,8 +234,7 @@ class World:
             starting.callback(self.db.close)
             port = self.stack.settings.port("DATABASE_PORT")
             self.proxy = starting.enter_context(Proxy(lambda: ("127.0.0.1", port)))
-            # Supabase Lite closes a connection after 5 idle seconds; ours goes first.
-            limits, api = httpx.Limits(max_connections=None, keepalive_expiry=2), self.stack.api_url
+            limits, api = httpx.Limits(max_connections=None), self.stack.api_url
             http = starting.enter_context(httpx.Client(timeout=10, limits=limits))
             self.storage = starting.enter_context(StorageProxy(http, api))
             self.endpoints = Endpoints(
@@ -264,8 +263,8 @@ class World:
         of these it answers nothing any more.
         """
         with self._gateway_lock:
-            self.stack.gateway.stop()
-            self.stack.gateway.start(self.stack.database_url)
+            self.stack.stop_http()
+            self.stack.start_http()
 
     def _watch_gateway(self) -> None:
         """Do so as an orchestrator would: when it has not answered three times."""
@@ -273,7 +272,7 @@ class World:
         while not self._closing.wait(1):
             try:
                 with self._gateway_lock:
-                    httpx.post(f"{self.endpoints.rest}/rpc/ping", json={}, timeout=5)
+                    httpx.get(f"{self.stack.lite.address()}/storage/v1/bucket", timeout=5)
                 silent = 0
             except httpx.TransportError:
                 silent += 1

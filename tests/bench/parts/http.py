@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,13 +11,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import darkroom
-import stack_choice
 from core import Part, Sizes, Task, percentiles
 from database import Database
-from http_fixtures import LITE, POSTGREST, start_postgrest
 from lab import CONTENDERS, Lab
 
-from stack import Stack, sign_jwt
+from stack import Stack, postgrest, sign_jwt
 
 CONNECTIONS = (1, 8)
 SECONDS, QUICK_SECONDS, WARM_SECONDS = 2, 1, 0.5
@@ -49,7 +46,8 @@ CALLS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Darkroom, get_job_status, queued": ("get_job_status", QUEUED, {}),
     "Darkroom, enqueue_generation": ("enqueue_generation", USERS, PICTURE),
 }
-BINARY = stack_choice.postgrest_binary()
+LITE, POSTGREST = "Supabase Lite", "PostgREST"
+BINARY = postgrest()
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def make_tasks(lab: Lab, sizes: Sizes) -> list[Task]:
 def open_site(lab: Lab) -> Site:
     """Start the gateways; they stop when the part ends."""
     stack = Stack(lab.folder)  # its cluster is the one that runs already
-    lab.part_end.callback(stack.gateway.stop)
+    lab.part_end.callback(stack.stop_http)
     stack.up()
     db = Database(stack.database_url, "postgres")
     lab.part_end.callback(db.close)
@@ -89,12 +87,11 @@ def open_site(lab: Lab) -> Site:
     db.execute(NOTHING)
     darkroom.fill(db, darkroom.QUEUE)
     darkroom.work_off(db)
-    stack.gateway.stop()  # it reads the list of functions once, at its start
-    stack.gateway.start(stack.database_url)
-    gateways = {LITE: f"{stack.api_url}/rest/v1"}
-    if BINARY:
-        process, gateways[POSTGREST] = start_postgrest(BINARY, stack, db)
-        lab.part_end.callback(process.stop, signal.SIGTERM, 10)
+    stack.stop_http()  # Lite reads the list of functions once, at its start
+    stack.start_http()
+    gateways = {LITE: f"{stack.lite.address()}/rest/v1"}
+    if stack.postgrest:
+        gateways[POSTGREST] = stack.postgrest.address()
     site = Site(lab, db, gateways, stack.jwt_secret)
     for gateway in gateways:
         send(site, gateway, EMPTY, max(CONNECTIONS), WARM_UP_SECONDS)
