@@ -17,7 +17,8 @@ export function App() {
       <SafeAreaView style={{ flex: 1, backgroundColor: color.ground }}>
         <StatusBar barStyle='light-content' />
         {user === null && <SignIn />}
-        {user && <Studio key={user.id} user={user} />}
+        {user?.isRecovering && <SignIn key='renew' first='renew' />}
+        {user && !user.isRecovering && <Studio key={user.id} user={user} />}
       </SafeAreaView>
     </SafeAreaProvider>
   );

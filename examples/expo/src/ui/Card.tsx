@@ -19,6 +19,7 @@ interface Props {
   onOpen: () => void;
   onCancel: () => void;
   onRetry: () => void;
+  onEdit: () => void;
 }
 
 export function Card({ generation, width, isOnline, hasRetry, onOpen, onCancel, onRetry }: Props) {

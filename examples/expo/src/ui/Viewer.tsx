@@ -11,6 +11,7 @@ interface Props {
   job: Job;
   isOnline: boolean;
   onClose: () => void;
+  onUseAsStart: (path: string) => void;
 }
 
 export function Viewer({ job, isOnline, onClose }: Props) {
