@@ -321,7 +321,8 @@ describe('an expired session', () => {
 });
 
 describe('a source picture', () => {
-  const upload = () => api.uploadSource('ada/key', { uri: 'file:///cat.jpg', contentType: 'image/jpeg' });
+  const upload = () =>
+    api.uploadSource('ada/key', { uri: 'file:///cat.jpg', contentType: 'image/jpeg' });
   const deviceFetch = jest.spyOn(globalThis, 'fetch');
 
   beforeEach(() => void deviceFetch.mockImplementation(async () => new Response('a cat')));

@@ -135,7 +135,9 @@ export class FakeServer {
   call(...[name, args]: Parameters<Api['call']>): unknown {
     const { job_id, ...news } = args as { job_id: string; [name: string]: unknown };
     if (this.refusal) throw this.refusal;
-    if (name === 'restore_generation') this.jobs.find((j) => j.job_id === job_id)!.isDeleted = false;
+    if (name === 'restore_generation') {
+      this.jobs.find((j) => j.job_id === job_id)!.isDeleted = false;
+    }
     const job = this.require(job_id);
     if (name === 'set_favorite') Object.assign(job, news);
     if (name === 'delete_generation') {

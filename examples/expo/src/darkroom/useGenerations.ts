@@ -3,6 +3,8 @@ import { useEffect, useSyncExternalStore } from 'react';
 
 import type { GenerationStore } from './store';
 
+export type Snapshot = ReturnType<GenerationStore['getSnapshot']>;
+
 export function useGenerations(store: GenerationStore) {
   useEffect(() => {
     store.start();
