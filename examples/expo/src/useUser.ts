@@ -5,9 +5,9 @@
 import AsyncStorage from '@react-native-async-storage/async-storage';
 import { useEffect, useState } from 'react';
 
+import { forgetPictures } from './darkroom';
 import { sessionStorage } from './session';
 import { SESSION, supabase } from './supabase';
-import { forgetPictures } from './usePicture';
 
 export interface User {
   id: string;

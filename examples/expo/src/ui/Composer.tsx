@@ -4,9 +4,9 @@ import { launchImageLibraryAsync } from 'expo-image-picker';
 import { type Ref, useState } from 'react';
 import { Pressable, ScrollView, StyleSheet, Text, TextInput, View } from 'react-native';
 
-import { type Model, priceOf, type Snapshot } from '../darkroom';
+import { type Model, priceOf, type Snapshot, usePicture } from '../darkroom';
 import * as drafts from '../draft';
-import { usePicture } from '../usePicture';
+import { supabase } from '../supabase';
 import { Button } from './Button';
 import { ModelSheet } from './ModelSheet';
 import { color, field, space } from './theme';
@@ -143,7 +143,7 @@ function StartPicture(
   { start, isOnline, onRemove }: { start: drafts.Start; isOnline: boolean; onRemove: () => void },
 ) {
   const [bucket, path] = 'path' in start ? start.path.split(/\/(.*)/) : [];
-  const stored = usePicture(bucket === 'generations' && path ? path : null, isOnline);
+  const stored = usePicture(supabase, bucket === 'generations' && path ? path : null, isOnline);
   return (
     <View style={styles.start}>
       <Image

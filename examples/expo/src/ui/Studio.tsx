@@ -1,7 +1,6 @@
 /** The one screen: ask on one side, what was asked on the other. */
-import { useMemo, useRef, useState } from 'react';
+import { useMemo, useRef } from 'react';
 import {
-  FlatList,
   KeyboardAvoidingView,
   StyleSheet,
   Text,
@@ -16,15 +15,13 @@ import { environment } from '../environment';
 import { api, supabase } from '../supabase';
 import { signOut, type User } from '../useUser';
 import { Button } from './Button';
-import { Card } from './Card';
 import { Composer } from './Composer';
 import { Empty } from './Empty';
+import { Gallery } from './Gallery';
 import { color, space, TARGET } from './theme';
-import { Viewer } from './Viewer';
 import { credits, warning } from './words';
 
 const SIDE_WIDTH = 340;
-const TILE_WIDTH = 210;
 
 export function Studio({ user }: { user: User }) {
   const store = useMemo(
@@ -34,20 +31,13 @@ export function Studio({ user }: { user: User }) {
   const darkroom = useGenerations(store);
   const { draft, change, chooseModel } = useDraft(environment.storage, user.id);
   const prompt = useRef<TextInput>(null);
-  const [shownKey, setShownKey] = useState<string | null>(null);
   const { width } = useWindowDimensions();
 
   const isWide = width >= 860;
-  const listWidth = (isWide ? width - SIDE_WIDTH : width) - 2 * space.l;
-  const columns = Math.max(2, Math.floor((listWidth + space.m) / (TILE_WIDTH + space.m)));
-  const tileWidth = Math.floor((listWidth - (columns - 1) * space.m) / columns);
-  const retried = new Set(darkroom.generations.map(({ job }) => job.retry_of));
-  const shown = darkroom.generations.find(({ key }) => key === shownKey);
 
   /** Puts what asked for this into the composer; `source` is one of its pictures, to start from. */
   function startFrom(generation: Generation, source?: { path: string }) {
     change(draftOf(generation, darkroom.models, source));
-    setShownKey(null);
     prompt.current?.focus();
   }
   function generate(model: Model, asked: Draft) {
@@ -96,18 +86,6 @@ export function Studio({ user }: { user: User }) {
       )}
     </View>
   );
-  const card = ({ item }: { item: Generation }) => (
-    <Card
-      generation={item}
-      width={tileWidth}
-      isOnline={darkroom.isOnline}
-      hasRetry={retried.has(item.job.job_id)}
-      onOpen={() => setShownKey(item.key)}
-      onCancel={() => darkroom.cancel(item.key)}
-      onRetry={() => darkroom.retry(item.key)}
-      onEdit={() => startFrom(item)}
-    />
-  );
   return (
     <KeyboardAvoidingView behavior='padding' style={styles.page}>
       {!darkroom.isOnline && (
@@ -120,15 +98,9 @@ export function Studio({ user }: { user: User }) {
           ? composer
           : <View key='bar' role='banner' style={styles.bar}>{title}{balance}{leave}</View>}
         <View key='list' role='main' style={styles.fill}>
-          <FlatList
-            key={columns}
-            data={darkroom.generations}
-            keyExtractor={({ key }) => key}
-            renderItem={card}
-            numColumns={columns}
-            columnWrapperStyle={styles.row}
-            contentContainerStyle={styles.list}
-            ListEmptyComponent={darkroom.entitlement && ( // else it is not known what there is
+          <Gallery
+            darkroom={darkroom}
+            empty={darkroom.entitlement && ( // else it is not known what there is
               <Empty
                 onPick={(picked) => {
                   change({ prompt: picked });
@@ -136,28 +108,11 @@ export function Studio({ user }: { user: User }) {
                 }}
               />
             )}
-            onEndReached={() => void darkroom.loadMore()}
-            onEndReachedThreshold={1}
-            // onEndReached comes once, and not at all where the list was scrolled to its end before it
-            // had measured its cells. This also asks again for a page that did not arrive.
-            onScroll={({ nativeEvent: { contentOffset, contentSize, layoutMeasurement } }) => {
-              const left = contentSize.height - contentOffset.y;
-              if (left < 2 * layoutMeasurement.height) void darkroom.loadMore();
-            }}
-            scrollEventThrottle={100}
-            style={styles.fill}
+            onStart={startFrom}
           />
         </View>
         {!isWide && composer}
       </View>
-      {shown && (
-        <Viewer
-          job={shown.job}
-          isOnline={darkroom.isOnline}
-          onClose={() => setShownKey(null)}
-          onUseAsStart={(path) => startFrom(shown, { path })}
-        />
-      )}
     </KeyboardAvoidingView>
   );
 }
@@ -193,8 +148,6 @@ const styles = StyleSheet.create({
   credits: { color: color.text, fontSize: 15, fontVariant: ['tabular-nums'], textAlign: 'right' },
   warning: { color: color.quiet, fontSize: 13, textAlign: 'right' },
   email: { color: color.quiet, flexShrink: 1, fontSize: 14 },
-  list: { gap: space.m, padding: space.l },
-  row: { gap: space.m },
   offline: {
     backgroundColor: color.edge,
     color: color.glow,

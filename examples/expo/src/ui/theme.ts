@@ -14,7 +14,7 @@ export const color = {
 };
 
 export const space = { s: 6, m: 12, l: 20 };
-export const CAPTION_HEIGHT = 66;
+export const CAPTION_HEIGHT = 50;
 
 /** No smaller is what a finger has to meet. */
 export const TARGET = 44;

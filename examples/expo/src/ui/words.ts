@@ -1,7 +1,14 @@
 /** What the app says of a generation, a model, the balance, and who signs in. */
 import type { AuthError } from '@supabase/supabase-js';
 
-import { type Entitlement, type Generation, type Job, type Model, priceOf } from '../darkroom';
+import {
+  type DarkroomError,
+  type Entitlement,
+  type Generation,
+  type Job,
+  type Model,
+  priceOf,
+} from '../darkroom';
 import { canUse } from '../draft';
 
 /** Refusals by their token; of a job that failed the server says itself what to show. */
@@ -32,6 +39,8 @@ const AUTH_REFUSALS: Record<string, string> = {
   over_email_send_rate_limit: 'A mail was sent just now. Wait a minute before the next one.',
   over_request_rate_limit: 'Too many tries. Wait a minute.',
 };
+
+const LATE_MS = 60_000;
 
 const seconds = (count: number) =>
   count < 90 ? `about ${Math.max(1, Math.round(count))} s` : `about ${Math.round(count / 60)} min`;
@@ -85,6 +94,17 @@ export function progress({ local, job }: Generation): string {
     return (ahead === null ? 'In line' : ahead ? `${ahead} ahead` : 'Next in line') + eta;
   }
   return (job.stage === 'storing' ? 'Fixing' : `Developing ${job.progress ?? 0} %`) + eta;
+}
+
+/** Whether it has been waited for longer than one does, by the server's time. */
+export const isLate = ({ local, job }: Generation, now: number) =>
+  !local && job.poll_after_ms !== null && now - Date.parse(job.created_at) > LATE_MS;
+
+/** Why something was not done. */
+export function problem(why: unknown): string {
+  const { token = '', detail = '' } = why as Partial<DarkroomError>;
+  if (token === 'unreachable') return 'No connection: nothing was changed.';
+  return token === 'not_found' ? 'It is gone.' : detail || 'That did not work.';
 }
 
 /** Why there is no picture; null while there may be one. */

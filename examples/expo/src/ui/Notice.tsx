@@ -1,0 +1,52 @@
+/** A word at the foot of the screen that goes by itself, and perhaps a way back. */
+import { useEffect } from 'react';
+import { StyleSheet, Text, View } from 'react-native';
+
+import { Button } from './Button';
+import { color, space } from './theme';
+
+const SHOWN_MS = 10_000;
+
+export interface Said {
+  text: string;
+  undo?: () => void;
+}
+
+export function Notice({ said, onEnd }: { said: Said; onEnd: () => void }) {
+  useEffect(() => {
+    const timer = setTimeout(onEnd, SHOWN_MS);
+    return () => clearTimeout(timer);
+  }, [said, onEnd]);
+  const { text, undo } = said;
+  return (
+    <View pointerEvents='box-none' style={styles.foot}>
+      <View aria-live='polite' role='status' style={styles.bar}>
+        <Text style={styles.text}>{text}</Text>
+        <Button
+          title={undo ? 'Undo' : 'OK'}
+          onPress={() => {
+            onEnd();
+            undo?.();
+          }}
+        />
+      </View>
+    </View>
+  );
+}
+
+const styles = StyleSheet.create({
+  foot: { ...StyleSheet.absoluteFill, alignItems: 'center', justifyContent: 'flex-end' },
+  bar: {
+    alignItems: 'center',
+    backgroundColor: color.edge,
+    borderColor: color.line,
+    borderRadius: 12,
+    borderWidth: 1,
+    flexDirection: 'row',
+    gap: space.l,
+    margin: space.l,
+    paddingHorizontal: space.l,
+    paddingVertical: space.s,
+  },
+  text: { color: color.text, flexShrink: 1, fontSize: 15 },
+});
