@@ -12,7 +12,7 @@ import { now } from './clock';
 import { Latent } from './Latent';
 import { ratioOf } from './shape';
 import { CAPTION_HEIGHT, color, space, TARGET } from './theme';
-import { isLate, progress, reason } from './words';
+import { duration, progress, reason } from './words';
 
 /** What failed says why, and what can be done: that takes its room, in a narrow card more. */
 const failedHeight = (width: number) => (width < 200 ? 264 : 212);
@@ -80,6 +80,7 @@ function Developed({ generation: { job }, isOnline, onOpen }: Props) {
 
 function Waiting({ generation, onCancel }: Props) {
   const { key, local, job } = generation;
+  const left = duration(generation, now());
   const percent = job.progress ?? 0;
   const isRunning = !local && job.status === 'processing';
   return (
@@ -87,7 +88,7 @@ function Waiting({ generation, onCancel }: Props) {
       <Latent seed={key} progress={percent} />
       <View style={styles.said}>
         <Text style={styles.progress}>{progress(generation)}</Text>
-        {isLate(generation, now()) && <Text style={styles.late}>Taking longer than usual</Text>}
+        {left && <Text style={styles.left}>{left}</Text>}
         {isRunning && (
           <View
             accessibilityLabel='Progress'
@@ -168,7 +169,7 @@ const styles = StyleSheet.create({
     right: space.s,
   },
   progress: { color: color.text, fontSize: 14, fontVariant: ['tabular-nums'], lineHeight: 19 },
-  late: { color: color.glow, fontSize: 13, lineHeight: 18 },
+  left: { color: color.glow, fontSize: 13, lineHeight: 18 },
   track: {
     backgroundColor: '#f6ece633',
     borderRadius: 2,

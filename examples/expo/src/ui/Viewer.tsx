@@ -30,6 +30,8 @@ export interface Page {
 /** How far a finger goes to turn the page. */
 const SWIPE = 60;
 const SIDE_WIDTH = 340;
+/** To browsers it would mean to go back to the page before the app. */
+const SIDEWAYS = Platform.OS === 'web' && ({ touchAction: 'pan-y' } as object);
 
 interface Props {
   page: Page;
@@ -85,7 +87,7 @@ export function Viewer(props: Props) {
         </View>
         <Animated.View
           {...swipe}
-          style={[styles.picture, { transform: [{ translateX: dx }] }]}
+          style={[styles.picture, SIDEWAYS, { transform: [{ translateX: dx }] }]}
         >
           <Image
             key={image.path}
@@ -137,6 +139,7 @@ export function Viewer(props: Props) {
               onPress={() => attempt(copyText(job.prompt))}
             />
             <Button kind='choice' title='Use as start' onPress={props.onUseAsStart} />
+            <Button kind='choice' title='Delete' onPress={props.onRemove} />
           </View>
           <View style={styles.share}>
             <Text style={[styles.quiet, styles.fill]}>
@@ -151,7 +154,6 @@ export function Viewer(props: Props) {
               onPress={() => attempt(props.onShare(!image.is_public))}
             />
           </View>
-          <Button title='Delete' onPress={props.onRemove} style={styles.delete} />
         </ScrollView>
       </View>
       {said && <Notice said={said} onEnd={() => setSaid(null)} />}
@@ -252,6 +254,5 @@ const styles = StyleSheet.create({
     gap: space.m,
     padding: space.m,
   },
-  delete: { alignSelf: 'flex-start' },
   actions: { flexDirection: 'row', flexWrap: 'wrap', gap: space.s },
 });

@@ -83,17 +83,25 @@ function givenBack({ refunded_credits: count }: Job): string {
   return count > 0 ? ` ${credits(count)} given back.` : '';
 }
 
-/** Where it is, in one line. */
+/** Where it is. */
 export function progress({ local, job }: Generation): string {
   if (job.cancel_requested) return 'Canceling';
   if (local === 'sending') return 'Sending';
   if (local === 'waiting') return 'Kept here, sent when the network is back';
-  const eta = job.eta_seconds === null ? '' : `, ${seconds(job.eta_seconds)}`;
   if (job.status === 'queued') {
     const ahead = job.queue_position;
-    return (ahead === null ? 'In line' : ahead ? `${ahead} ahead` : 'Next in line') + eta;
+    return ahead === null ? 'In line' : ahead ? `${ahead} ahead` : 'Next in line';
   }
-  return (job.stage === 'storing' ? 'Fixing' : `Developing ${job.progress ?? 0} %`) + eta;
+  return job.stage === 'storing' ? 'Fixing' : `Developing ${job.progress ?? 0} %`;
+}
+
+/** How long it takes from here; null if there is nothing to say. */
+export function duration(generation: Generation, now: number): string | null {
+  const { eta_seconds: eta } = generation.job;
+  const left = eta === null || generation.local ? [] : [seconds(eta)];
+  const late = isLate(generation, now) ? ['taking longer than usual'] : [];
+  const text = [...late, ...left].join(', ');
+  return text ? text[0]!.toUpperCase() + text.slice(1) : null;
 }
 
 /** Whether it has been waited for longer than one does, by the server's time. */
