@@ -12,6 +12,7 @@ A bare fence right below a block is what the block prints; `…` in it stands fo
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -62,12 +63,16 @@ class Block:
     def source(self) -> str:
         """The TypeScript as a module of its own."""
         given = "" if "createClient" in self.text or self.language == "tsx" else SIGNED_IN
-        used = [name for name in ("supabase", "user") if name in self.text]
-        return f"{given}{self.text}\nexport {{}};\nvoid [{', '.join(used) if given else ''}];\n"
+        used = "supabase, user" if given else ""
+        return f"{given}{self.text}\nexport {{}};\nvoid [{used}];\n"
 
 
 def read(page: Path) -> list[Block]:
-    return [Block(*(part or "" for part in found)) for found in BLOCK.findall(page.read_text())]
+    return blocks_of(page.read_text())
+
+
+def blocks_of(text: str) -> list[Block]:
+    return [Block(*(part or "" for part in found)) for found in BLOCK.findall(text)]
 
 
 def unread(page: Path) -> str:
@@ -151,3 +156,11 @@ def prepare(folder: Path) -> None:
     for name in ("node_modules", "src"):
         (folder / name).symlink_to((APP / name).resolve())
     (folder / "package.json").write_text('{"type": "module"}')
+
+
+def check_types(folder: Path) -> None:
+    """Hold the TypeScript of a folder that was prepared to its types."""
+    options = {"noEmit": True, "preserveSymlinks": True, "types": ["node", "expo/types"]}
+    settings = {"extends": str(APP / "tsconfig.json"), "include": ["*.ts", "*.tsx"]}
+    (folder / "tsconfig.json").write_text(json.dumps(settings | {"compilerOptions": options}))
+    run([str(node()), str(TYPESCRIPT), "--pretty", "false"], "", folder)
