@@ -12,6 +12,9 @@ from typing import Any
 from database import PROJECT, Database
 from PIL import Image
 from playwright.sync_api import Locator, Page, ViewportSize, expect
+from worker_process import eventually
+
+from stack import Stack
 
 AXE = PROJECT / "examples/expo/node_modules/axe-core/axe.min.js"
 WIDE: ViewportSize = {"width": 1280, "height": 720}
@@ -86,6 +89,25 @@ class App:
         self.until_credits(10)
         query = "select id::text from auth.users where email = %s"
         self.user_id = str(self.db.value(query, self.email))
+
+    def come_back(self, stack: Stack) -> None:
+        """Have the password forgotten, and sign in with the code from the mail."""
+        self.press("Forgot your password?")
+        self.page.get_by_label("Email").fill(self.email)
+        self.press("Send a code")
+        self.page.get_by_label("Code").fill(self.code(stack))
+        self.press("Continue")
+        expect(self.page.get_by_label("New password")).to_be_visible()
+
+    def code(self, stack: Stack) -> str:
+        """The code in the last mail: the local stack writes into a log what others send."""
+
+        def find() -> str | None:
+            _, *mails = stack.lite.log.read_text().split(self.email)
+            found = re.findall(r"\b\d{6}\b", mails[-1]) if mails else []
+            return found[0] if found else None
+
+        return str(eventually(find))
 
     def write(self, prompt: str) -> None:
         self.page.get_by_label("Prompt").fill(prompt)

@@ -90,7 +90,7 @@ export function Studio({ user }: { user: User }) {
     <KeyboardAvoidingView behavior='padding' style={styles.page}>
       {!darkroom.isOnline && (
         <Text accessibilityRole='alert' testID='offline' style={styles.offline}>
-          No connection. What you ask for is kept and sent later.
+          Offline. What you ask for is sent later.
         </Text>
       )}
       <View style={isWide ? styles.columns : styles.fill}>
