@@ -225,14 +225,14 @@ def test_public_says_what_it_means_and_private_is_private_again(pictures):
     alice = pictures
     view = open_picture(alice, LIGHTHOUSE)
     shared = "select count(*) from public.images where user_id = %s and share_id is not null"
-    expect(view.get_by_text("Only you can see this picture")).to_be_visible()
+    expect(view.get_by_text("Only you see this picture")).to_be_visible()
 
     alice.press("Public", view)
-    expect(view.get_by_text("Everybody can see this picture")).to_be_visible()
+    expect(view.get_by_text("Everybody sees this picture")).to_be_visible()
     eventually(lambda: alice.db.value(shared, alice.user_id) == 1)
     alice.press("Public", view)
 
-    expect(view.get_by_text("Only you can see this picture")).to_be_visible()
+    expect(view.get_by_text("Only you see this picture")).to_be_visible()
     eventually(lambda: alice.db.value(shared, alice.user_id) == 0)
 
 
@@ -334,16 +334,11 @@ def test_the_looks(alice, workers):
     ask(alice, FOX, "Landscape")
     alice.until(FOX, "queued")
     alice.look("waiting")
-    workers.start(PREVIEW_SECONDS=12)
-    developing = re.compile("Developing [67]")
-    expect(alice.until(FOX, "processing")).to_contain_text(developing, timeout=20_000)
-    alice.look("developing")
+    workers.start(PREVIEW_SECONDS=0.2)
     alice.until_drawn(FOX)
     alice.until_drawn(LIGHTHOUSE)
-    ask(alice, REFUSED, "Landscape")
-    alice.until(REFUSED, "failed")
-    alice.look("failed")
-    view = open_picture(alice, LIGHTHOUSE)
-    alice.look("viewer")
+    view = open_picture(alice, FOX)
+    alice.press("Copy prompt", view)
+    alice.look("said")
     alice.press("Delete", view)
     alice.look("deleted")

@@ -173,11 +173,10 @@ export class GenerationStore {
     this.edit(of, { is_favorite }, ['set_favorite', { job_id: of.job.job_id, is_favorite }]);
 
   /** Takes a finished one away and ends its sharing; until it is erased, `restore` undoes it. */
-  remove = (of: Generation) =>
-    this.edit(of, null, ['delete_generation', { job_id: of.job.job_id }]);
+  remove = (g: Generation) => this.edit(g, null, ['delete_generation', { job_id: g.job.job_id }]);
 
+  /** Reads it, too, for its images are private now. */
   restore = (of: Generation) =>
-    // and reads it, for its images are private now
     this.edit(of, { poll_after_ms: 0 }, ['restore_generation', { job_id: of.job.job_id }]);
 
   /** Shows an image to everybody, or no longer. */
@@ -360,6 +359,7 @@ export class GenerationStore {
     const generations = this.generations.flatMap((g): Generation[] => {
       const news = this.edits.filter(({ key }) => key === g.key).map((edit) => edit.news);
       const local = isUnsent(g) && !isOnline ? 'waiting' : g.local;
+      if (news.length === 0 && local === g.local) return [g];
       return news.includes(null) ? [] : [{ ...g, local, job: Object.assign({}, g.job, ...news) }];
     });
     const price = (g: Generation) => (isUnsent(g) && !g.job.job_id ? g.job.price_credits : 0);

@@ -91,9 +91,11 @@ function Waiting({ generation, onCancel }: Props) {
         {left && <Text style={styles.left}>{left}</Text>}
         {isRunning && (
           <View
-            accessibilityLabel='Progress'
-            accessibilityRole='progressbar'
-            accessibilityValue={{ min: 0, max: 100, now: percent }}
+            aria-label='Progress'
+            aria-valuemax={100}
+            aria-valuemin={0}
+            aria-valuenow={percent}
+            role='progressbar'
             style={styles.track}
           >
             <View style={[styles.done, { width: `${percent}%` }]} />

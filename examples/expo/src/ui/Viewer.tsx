@@ -12,6 +12,7 @@ import {
   useWindowDimensions,
   View,
 } from 'react-native';
+import { SafeAreaView } from 'react-native-safe-area-context';
 
 import { type Generation, type JobImage, usePicture } from '../darkroom';
 import { copyText, save, shareLink } from '../device';
@@ -74,10 +75,19 @@ export function Viewer(props: Props) {
       transparent
       visible
     >
-      <View style={[styles.page, isWide && styles.wide]}>
+      <SafeAreaView style={[styles.page, isWide && styles.wide]}>
         <View style={styles.bar}>
           <Sign title='Close' sign='✕' onPress={onClose} />
-          <Text style={styles.quiet}>{count > 1 ? `${image.position + 1} of ${count}` : ''}</Text>
+          <View style={styles.turns}>
+            <Sign
+              title='Previous'
+              sign='‹'
+              isDisabled={!previous}
+              onPress={() => turn(previous)}
+            />
+            {count > 1 && <Text style={styles.quiet}>{image.position + 1} of {count}</Text>}
+            <Sign title='Next' sign='›' isDisabled={!next} onPress={() => turn(next)} />
+          </View>
           <Sign
             title='Favorite'
             sign={job.is_favorite ? '♥' : '♡'}
@@ -99,22 +109,6 @@ export function Viewer(props: Props) {
             style={styles.fill}
           />
         </Animated.View>
-        {isWide && previous && (
-          <Sign
-            title='Previous'
-            sign='‹'
-            style={styles.before}
-            onPress={() => turn(previous)}
-          />
-        )}
-        {isWide && next && (
-          <Sign
-            title='Next'
-            sign='›'
-            style={styles.after}
-            onPress={() => turn(next)}
-          />
-        )}
         <ScrollView
           contentContainerStyle={styles.words}
           style={isWide ? styles.side : styles.foot}
@@ -144,8 +138,8 @@ export function Viewer(props: Props) {
           <View style={styles.share}>
             <Text style={[styles.quiet, styles.fill]}>
               {image.is_public
-                ? 'Everybody can see this picture, without its prompt.'
-                : 'Only you can see this picture, and who has a link. A link works for a week.'}
+                ? 'Everybody sees this picture, without its prompt.'
+                : 'Only you see this picture, and whoever has a link. A link works for a week.'}
             </Text>
             <Button
               kind='choice'
@@ -155,29 +149,24 @@ export function Viewer(props: Props) {
             />
           </View>
         </ScrollView>
-      </View>
+      </SafeAreaView>
       {said && <Notice said={said} onEnd={() => setSaid(null)} />}
     </Modal>
   );
 }
 
-function Sign({ title, sign, isOn, style, ...more }: {
+interface SignProps {
   title: string;
   sign: string;
   isOn?: boolean;
-  style?: object;
+  isDisabled?: boolean;
   onPress: () => void;
-}) {
+}
+
+function Sign({ sign, isOn, ...more }: SignProps) {
   const icon = <Text style={[styles.sign, isOn && styles.on]}>{sign}</Text>;
-  return (
-    <Button
-      title={title}
-      icon={icon}
-      {...(isOn !== undefined && { isChosen: isOn })}
-      {...more}
-      style={[styles.round, style]}
-    />
-  );
+  const state = isOn !== undefined && { isChosen: isOn };
+  return <Button {...more} {...state} icon={icon} style={styles.round} />;
 }
 
 /** The picture follows the finger, and turns the page when it was drawn far enough. */
@@ -202,7 +191,8 @@ function useSwipe(onRight: () => void, onLeft: () => void) {
 function useArrows(onLeft: () => void, onRight: () => void) {
   useEffect(() => {
     if (Platform.OS !== 'web') return;
-    const turn = ({ key }: KeyboardEvent) => {
+    const turn = ({ key, altKey, ctrlKey, metaKey }: KeyboardEvent) => {
+      if (altKey || ctrlKey || metaKey) return;
       if (key === 'ArrowLeft') onLeft();
       if (key === 'ArrowRight') onRight();
     };
@@ -222,16 +212,10 @@ const styles = StyleSheet.create({
     justifyContent: 'space-between',
     padding: space.s,
   },
+  turns: { alignItems: 'center', flexDirection: 'row', gap: space.s },
   round: { alignItems: 'center', backgroundColor: 'transparent', borderRadius: 22 },
   sign: { color: color.text, fontSize: 22, textAlign: 'center' },
   on: { color: color.light },
-  before: { backgroundColor: color.tray, left: space.m, position: 'absolute', top: '50%' },
-  after: {
-    backgroundColor: color.tray,
-    position: 'absolute',
-    right: SIDE_WIDTH + space.m,
-    top: '50%',
-  },
   side: {
     borderLeftColor: color.edge,
     borderLeftWidth: 1,
