@@ -5,7 +5,7 @@ import { StyleSheet, Text, View } from 'react-native';
 import { Button } from './Button';
 import { color, space } from './theme';
 
-const SHOWN_MS = 10_000;
+const SHOWN_MS = 5_000; // twice that where there is something to do
 
 export interface Said {
   text: string;
@@ -14,7 +14,7 @@ export interface Said {
 
 export function Notice({ said, onEnd }: { said: Said; onEnd: () => void }) {
   useEffect(() => {
-    const timer = setTimeout(onEnd, SHOWN_MS);
+    const timer = setTimeout(onEnd, said.undo ? 2 * SHOWN_MS : SHOWN_MS);
     return () => clearTimeout(timer);
   }, [said, onEnd]);
   const { text, undo } = said;
