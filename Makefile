@@ -4,46 +4,63 @@ MAKEFLAGS += --no-print-directory
 
 PYTHON := .venv/bin/python
 APP_NODE = cd examples/expo && PATH="$$(echo $(CURDIR)/node_modules/node-linux-*/bin):$$PATH"
-APP_FORMAT := node_modules/.bin/deno fmt --no-config --line-width=100 --single-quote
+FORMAT := node_modules/.bin/deno fmt --no-config --line-width=100 --single-quote
 APP_SOURCES := examples/expo/*.ts examples/expo/*.tsx examples/expo/src examples/expo/__tests__
 MIGRATIONS := supabase/migrations
-CORE := $(filter-out sql/95_% sql/96_% sql/97_%,$(sort $(wildcard sql/*.sql)))
 # Each pytest process has a cluster of its own. What is long goes file by file, as some count over a file.
 SIDE_BY_SIDE = $(PYTHON) -m pytest --numprocesses=$(or $(JOBS),auto) --maxprocesses=4 \
 	$(if $(LONG),--dist=loadfile,--dist=worksteal -m "not long")
 QUICK_TESTS := $(patsubst %,tests/test_%.py,access batch breaker cancel catalog claim credits enqueue gating \
 	input locks migrations money_model outcomes protocol recovery retry status worker_cancel worker_units)
+# What ONLY= names, where it is a bare word: no path and no option.
+WORD = $(if $(word 2,$(ONLY))$(findstring /,$(ONLY))$(filter -%,$(ONLY)),,$(ONLY))
 RELEASED := supabase/released.sha256
 
 # Show this list.
 help:
-	@awk '/^# /{text=substr($$0, 3)} /^[a-z-]+:/{sub(":.*", ""); if (text) printf "%-14s %s\n", $$0, text; text=""}' Makefile
+	@awk '/^## / {printf "\n%s\n", substr($$0, 4)} /^# / {text = substr($$0, 3)} \
+		/^[a-z-]+:/ {sub(":.*", ""); if (text) printf "  %-14s %s\n", $$0, text; text = ""}' Makefile
+
+## Use
 
 # Install what is missing: system, Python and Node packages.
 setup:
-	@scripts/setup
+	@scripts/setup >&2
 
 # Beside that what app, browser, bench or other versions of PostgreSQL need: make setup-app-postgres
 setup-%:
-	@scripts/setup $(subst -, ,$*)
+	@scripts/setup $(subst -, ,$*) >&2
 
-# Start database, HTTP gateway and worker; leaves alone what already runs.
+# Start database, API and worker; leaves alone what already runs.
 up: setup
 # Stop them; data, keys and ports stay.
 down:
 # Show what runs, where, and the log files.
 status:
-# Print URLs and keys for a shell: eval "$(make -s env)"
+# Print URLs and keys for a shell: eval "$(make -s up env)"
 env:
-# Try all that the local worker needs, and say in one line each what is wrong.
-check-worker:
-# Stop everything and delete its data.
+# Print a token of a throw-away user: TOKEN=$(make -s token)
+token:
+# Generate an image from start to end: make demo PROMPT="a lighthouse at dusk"
+demo: setup
+	@$(PYTHON) examples/demo.py $(if $(PROMPT),"$$PROMPT")
+
+# Show the example app in a browser; DEV=1: on a phone with Expo Go, through this network.
+app: setup-app
+	@$(PYTHON) scripts/app.py show
+
+# Stop everything and delete its data; asks, unless YES=1.
 clean:
 
-up down status env check-worker clean:
+up down status env token check-worker clean:
 	@$(PYTHON) scripts/stack.py $@
 
-# Show queue, workers, rates, errors and recent jobs: make top EVERY=5, or make top JSON=1 for a script.
+## Operate
+
+# Try all that the local worker needs, and say in one line each what is wrong.
+check-worker:
+
+# Show queue, workers, rates, errors and recent jobs, every 5 seconds: EVERY=2, JSON=1 for a script.
 top:
 	@$(PYTHON) scripts/watch.py top $(if $(EVERY),--every "$$EVERY") $(if $(JSON),--json)
 
@@ -51,11 +68,7 @@ top:
 monitor-key:
 	@$(PYTHON) scripts/watch.py key $(if $(DAYS),--days "$$DAYS")
 
-# Generate an image from start to end: make demo PROMPT="a lighthouse at dusk"
-demo: setup
-	@$(PYTHON) examples/demo.py $(if $(PROMPT),"$$PROMPT")
-
-# Enter or renew a model: MODEL=owner/name PROVIDER=fal FILE=model.json CREDITS=1 PAID_CREDITS=0 ALLOW=a,b DRY_RUN=1
+# Enter or renew a model: MODEL=owner/name PROVIDER=fal FILE=model.json CREDITS=1 ALLOW=a,b DRY_RUN=1
 import-model: setup
 	@$(PYTHON) scripts/import_model.py $(if $(MODEL),"$$MODEL") $(if $(FILE),--file "$$FILE") \
 		$(if $(PROVIDER),--provider "$$PROVIDER") \
@@ -74,18 +87,17 @@ compose-env: setup
 install-worker:
 	@scripts/install_worker
 
-# Build the example app for the web and serve it, with the stack behind it.
-app: setup-app
-	@$(PYTHON) scripts/app.py show
+## Develop
 
-# Run all checks and tests but those in a browser: LONG=1 JOBS=4, ONLY="tests/test_locks.py -k wait", STACK=docker
+# Check all but what needs a browser: ONLY=enqueue, ONLY="tests/test_locks.py -k wait", LONG=1 JOBS=4
 ifeq ($(STACK),docker)
 test: setup
 	@[ -n "$(POSTGRES_IMAGE)" ] || docker build -q -t darkroom-postgres:15 -f deploy/postgres.Dockerfile deploy
-	@$(PYTHON) -m pytest tests/test_containers.py tests/test_http*.py tests/test_worker_*.py tests/test_migrate.py
+	@[ -n "$(WORKER_IMAGE)" ] || docker build -q -t darkroom-worker -f deploy/worker.Dockerfile .
+	@$(PYTHON) -m pytest tests/test_containers.py tests/test_gateway.py tests/test_http*.py tests/test_worker_*.py tests/test_migrate.py
 else ifdef ONLY
 test: setup
-	@$(PYTHON) -m pytest $(ONLY)
+	@$(PYTHON) -m pytest $(if $(WORD),$(or $(wildcard tests/test_$(WORD)*.py),-k $(WORD) --ignore=tests/browser),$(ONLY))
 else
 test: setup-app-postgres lint lint-app
 	@$(SIDE_BY_SIDE) --ignore=tests/browser
@@ -93,24 +105,26 @@ test: setup-app-postgres lint lint-app
 	@echo 'The app in a browser: make test-app'
 endif
 
-# Run what notices most mistakes, in two minutes: money, leases, locks, rights, the worker's decisions, one worker.
+# Check style, and run what notices most mistakes, in two minutes.
 test-quick: setup lint
 	@$(SIDE_BY_SIDE) $(QUICK_TESTS)
 
-# Run app and operator page in a browser against stack and worker. SCREENSHOTS=folder keeps what it looks like.
+# Run app and operator page in a browser: SCREENSHOTS=folder keeps what it looks like.
 test-app: setup-app-browser
 	@$(PYTHON) -m pytest tests/browser
 
-# Check style and types of SQL and Python.
+# Check style and types of SQL, Python and the gateway.
 lint:
 	@$(PYTHON) -m sqlfluff lint sql
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
 	@$(PYTHON) -m mypy worker.py scripts examples
+	@node_modules/.bin/deno check --quiet --no-config scripts/*.ts
+	@$(FORMAT) --check --quiet scripts/*.ts
 
 # Check style and types of the app.
 lint-app:
-	@$(APP_FORMAT) --check --quiet $(APP_SOURCES)
+	@$(FORMAT) --check --quiet $(APP_SOURCES)
 	@$(APP_NODE) node node_modules/typescript/bin/tsc --noEmit
 
 # Build the app's types of the database from the migrations, in a stack of its own.
@@ -126,38 +140,23 @@ bench: setup-bench
 scale-out: setup
 	@$(PYTHON) tests/scale_out.py --durable $(if $(OPTIONS),$(OPTIONS))
 
-# Break everything around real workers and judge what is left: make chaos JOBS=5000 FAULTS=500 SEED=1
+# Break everything around real workers, and judge what is left: JOBS=5000 FAULTS=500 SEED=1
 chaos: setup
 	@$(PYTHON) tests/chaos/run.py $(if $(JOBS),--jobs $(JOBS)) $(if $(FAULTS),--faults $(FAULTS)) \
 		$(if $(SEED),--seed $(SEED)) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(OUT),--out "$$OUT") \
 		$(if $(ONLY),--only "$$ONLY")
 
-# Begin a migration: make migration NAME=what_changes. Without NAME: build the first ones from sql/.
-ifdef NAME
+# Begin a migration, newer than all others: make migration NAME=what_changes
 migration:
-	@case "$$NAME" in *[!a-z0-9_]*) echo 'NAME: small letters, digits and _'; exit 1;; esac
-	@file=$(MIGRATIONS)/$$(date -u +%Y%m%d%H%M%S)_$$NAME.sql \
+	@case "$$NAME" in ''|*[!a-z0-9_]*) echo 'NAME=what_changes: small letters, digits and _'; exit 1;; esac
+	@now=$$(date -u +%Y%m%d%H%M%S) && last=$$(ls $(MIGRATIONS) | tail -1 | cut -d_ -f1) \
+		&& file=$(MIGRATIONS)/$$((now > last ? now : last + 1))_$$NAME.sql \
 		&& cp supabase/new_migration.sql "$$file" && echo "$$file"
-else
-migration:
-	@[ ! -e $(RELEASED) ] || { echo 'Migrations are only added: make migration NAME=what_changes'; exit 1; }
-	@mkdir -p $(MIGRATIONS)
-	@build() { echo '-- Built from sql/ by `make migration`: edit there, not here.'; cat "$$@"; }; \
-		build $(CORE) > $(MIGRATIONS)/20261121000000_create_darkroom.sql
-	@part() { \
-		echo '-- Built from sql/ by `make migration`: edit there, not here.'; \
-		echo '-- The first edition had this part from the start: what upgrades it, upgrades the part, too.'; \
-		echo 'do $$part$$ begin'; \
-		echo "if to_regclass('private.purchases') is null then return; end if;"; \
-		cat "$$1"; echo 'end $$part$$;'; }; \
-		part sql/95_gallery.sql > $(MIGRATIONS)/20261121000001_darkroom_gallery.sql; \
-		part sql/96_webhooks.sql > $(MIGRATIONS)/20261121000002_darkroom_webhooks.sql; \
-		part sql/97_reports.sql > $(MIGRATIONS)/20261121000003_darkroom_reports.sql
-endif
 
-# Record all migrations as released: from then on tests refuse a change in any of them.
+# Record all migrations as released: from then on a change in any is refused.
 freeze:
-	@cd supabase && sha256sum migrations/*.sql > $(notdir $(RELEASED))
+	@cd supabase && sha256sum --check --quiet $(notdir $(RELEASED)) \
+		&& sha256sum migrations/*.sql > $(notdir $(RELEASED))
 
 # Renew the Python lock files from pyproject.toml; versions stay, unless UPGRADE=1.
 lock: setup

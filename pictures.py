@@ -15,6 +15,7 @@ import errno
 import gc
 import io
 import json
+import math
 import mmap
 import os
 import random
@@ -26,8 +27,9 @@ import struct
 import subprocess
 import sys
 import textwrap
+import unicodedata
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -37,6 +39,7 @@ import blurhash  # type: ignore[import-untyped]
 from PIL import (
     AvifImagePlugin,
     Image,
+    ImageColor,
     ImageDraw,
     ImageFile,
     ImageFont,
@@ -700,23 +703,113 @@ def svg_size(root: Mapping[str, str]) -> tuple[int, int] | tuple[None, None]:
     return None, None
 
 
+# Of a landscape, five each: the sky from its top to the horizon, the shore, and sun or moon.
+COLOURS = """
+#1b2a4e #8a4f7d #f2a65a #16142b #ffe7b3  #0b1d3a #27536b #7fb7a8 #071420 #f4f1d0
+#2e1f47 #b5446e #ffb17a #1a0f24 #ffd9a0  #5fa8d3 #bfe0ea #fdf0d5 #1f4b4a #fffdf2
+#0a0f2c #2a3a7c #8f7fc0 #05071a #e8ecff  #f6bd60 #f7cfa0 #f9e5d0 #6b2d3e #fff6e0
+#113537 #3f7d6e #cfe0a4 #0a1f1c #fbf6c8  #3d1e3f #d1495b #f5b841 #24101f #fff0b8
+#7f9cc4 #c9b6d6 #f7d6d0 #3a3157 #fff3e6  #06232f #0f5d66 #f0a868 #04161d #ffd28a
+"""
+PINE = ((0.08, 0.64, 1), (0.11, 0.42, 0.78), (0.15, 0.2, 0.56), (0.18, -0.1, 0.34))  # its tiers
+Corners = list[tuple[float, float]]
+Ellipse = tuple[float, float, float, float]
+
+
+def draw_landscape(rng: random.Random, width: int, height: int) -> Image.Image:
+    """Draw sky, sun or moon, and mountains, perhaps behind a lake, seen from a shore."""
+    first, unit = rng.randrange(0, 50, 5), min(width, height)
+    top, middle, low, near, light = map(ImageColor.getrgb, COLOURS.split()[first : first + 5])
+    horizon, sun = round(height * rng.uniform(0.5, 0.68)), width * rng.uniform(0.2, 0.8)
+    image = Image.new("RGB", (width, height), low)
+    sky = Image.linear_gradient("L").resize((width, horizon))
+    image.paste(ImageOps.colorize(sky, top, low, middle))
+
+    def paint(
+        colour: tuple[int, ...], shapes: Iterable[Corners | Ellipse], strength: float = 1
+    ) -> None:
+        draw = ImageDraw.Draw(mask := Image.new("L", (2 * width, 2 * height)))
+        for shape in shapes:
+            if isinstance(shape, tuple):
+                x, y, wide, high = (2 * each for each in shape)
+                draw.ellipse((x - wide, y - high, x + wide, y + high), fill=255)
+            else:
+                draw.polygon([(2 * x, 2 * y) for x, y in shape], fill=255)
+        # Made smaller, it has smooth edges.
+        image.paste(colour, mask=mask.reduce(2).point(lambda value: int(value * strength)))
+
+    def ridge(base: float, rise: float, is_sharp: bool) -> Corners:
+        waves = [(rng.random() * 7, rng.uniform(2, 4) * 2**n / unit, 2.3**-n) for n in range(7)]
+        line: Corners = [(width, height), (0, height)]
+        for x in (width * step / 300 for step in range(301)):
+            sines = ((math.sin(start + x * pace), high) for start, pace, high in waves)
+            up = sum((1 - 2 * abs(sine) if is_sharp else sine) * high for sine, high in sines)
+            line.append((x, base - rise * up))
+        return line
+
+    if sum(top) < 190:  # it is dark
+        sizes = (unit * rng.choice((5e-4, 8e-4, 14e-4)) for _ in range(150))
+        paint(
+            light, [(rng.random() * width, rng.random() ** 2 * horizon, r, r) for r in sizes], 0.8
+        )
+    radius = unit * rng.choice((0.05, 0.07, 0.1, 0.14))
+    y, reach = horizon - rng.uniform(-0.3, 2.5) * radius, round(radius + unit * 0.7)
+    shine = Image.radial_gradient("L").point(lambda value: max(0, 180 - value) ** 2 // 175)
+    box = (round(sun - reach), round(y - reach))
+    image.paste(light, box, shine.resize((2 * reach, 2 * reach)))
+    paint(light, [(sun, y, radius, radius)])
+
+    has_lake, is_sharp = rng.random() < 0.5, rng.random() < 0.6
+    ridges = rng.randrange(1, 3) if has_lake else rng.randrange(3, 6)
+    for part in (n / (ridges + 1) for n in range(1, ridges + 1)):
+        colour = tuple(round(a + (b - a) * part * 0.75) for a, b in zip(low, near, strict=True))
+        base = horizon + (height - horizon) * (-0.04 if has_lake else 0.75 * part - 0.2)
+        paint(colour, [ridge(base, unit * rng.uniform(0.04, 0.1) * (1.3 - part), is_sharp)])
+    if has_lake:
+        deep = height - horizon
+        above = image.crop((0, max(0, horizon - deep), width, horizon)).resize((width, deep))
+        water = Image.blend(ImageOps.flip(above), Image.new("RGB", above.size, near), 0.3)
+        image.paste(water, (0, horizon))
+        depths = (rng.random() for _ in range(70))
+        waves = ((horizon + deep * each, unit * (0.06 + 0.18 * each)) for each in depths)
+        paint(
+            light,
+            [(sun + rng.gauss(0, r / 2), y, rng.uniform(0, r), r / 60) for y, r in waves],
+            0.4,
+        )
+    shore = ridge(height * rng.uniform(0.87, 0.93), unit * 0.03, False)
+    trees = [
+        (rng.choice(shore[2:]), unit * rng.uniform(0.08, 0.24))
+        for _ in range(rng.choice((0, 14, 45)))
+    ]
+    pines = [
+        [(x - wide * r, y - low * r), (x, y - tip * r), (x + wide * r, y - low * r)]
+        for (x, y), r in trees
+        for wide, low, tip in PINE
+    ]
+    paint(near, [shore, *pines])
+    return image
+
+
 def draw_preview(prompt: str, size: tuple[int, int], source: str, seed: int) -> bytes:
-    """A PNG that is the same for the same arguments: a gradient, or the blurhash of a source image,
-    with the prompt on it.
+    """A PNG that is the same for the same arguments: a landscape, or the blurhash of a source, with
+    the prompt on it as far as the font has letters for it.
     """
-    hue = random.Random(f"{prompt}\0{seed}").randrange(360)
-    sky, ground = f"hsl({hue}, 55%, 24%)", f"hsl({(hue + 50) % 360}, 55%, 62%)"
-    image = ImageOps.colorize(Image.linear_gradient("L").resize(size), sky, ground)
     if source:
         rows = blurhash.decode(source, 32, 32)
-        blurred = Image.new("RGB", (32, 32))
-        blurred.putdata([tuple(map(int, pixel)) for row in rows for pixel in row])
-        image = blurred.resize(size)
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(max(9, min(size) // 18))
-    words = "".join(c if c.isprintable() else " " for c in f"{prompt} (seed {seed})")
-    width, middle = int(size[0] * 0.9 / font.getlength("n")), (size[0] / 2, size[1] / 2)
-    lines = textwrap.wrap(words, max(4, width), max_lines=6, placeholder=" …")
-    draw.multiline_text(middle, "\n".join(lines), "white", font, "mm", align="center")
+        image = Image.new("RGB", (32, 32))
+        image.putdata([tuple(map(int, pixel)) for row in rows for pixel in row])
+        image = image.resize(size)
+    else:
+        image = draw_landscape(random.Random(f"{prompt}\0{seed}"), *size)
+    margin, font = min(size) // 25, ImageFont.load_default(max(9, min(size) // 40))
+    words = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode()
+    words = re.sub(r"[^ -~]", " ", words)
+    width = int((size[0] - 2 * margin) * len(words) / max(1, font.getlength(words)))
+    lines = textwrap.wrap(words, max(4, width), max_lines=2, placeholder=" …")
+    text, corner = "\n".join(lines), (margin, size[1] - margin)
+    draw = ImageDraw.Draw(image)
+    draw.multiline_text(corner, text, "white", font, "ld", stroke_width=1, stroke_fill="#333")
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()

@@ -25,6 +25,8 @@ LoadCredential names, goes before the variable:
     WORKER_SLOTS            4         jobs at once
     WORKER_GRACE_SECONDS    30        to finish jobs after SIGTERM
     WORKER_POLL_SECONDS     5         backstop: longest wait without a look at the queue
+    WORKER_WATCHDOG_SECONDS 0         ends a worker that makes no progress for so long, where no
+                                      systemd does; 180 in a container. 0: none
     MAX_IMAGE_BYTES         33554432  larger outputs and sources are refused
     IMAGE_PREVIEW_PIXELS    512       longest side of the previews for galleries; 0: none
     WEBHOOK_ALLOWED_HOSTS             host:port, …: webhooks called although not public, for
@@ -45,10 +47,12 @@ wrong, 2 bad configuration.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import base64
 import contextlib
 import errno
+import faulthandler
 import hashlib
 import io
 import ipaddress
@@ -180,6 +184,7 @@ class Settings:
         self.slots = int(_number(env, "WORKER_SLOTS", 4, 1, 1000))
         self.grace_seconds = _number(env, "WORKER_GRACE_SECONDS", 30, 0, 3600)
         self.poll_seconds = _number(env, "WORKER_POLL_SECONDS", 5, 0.1, 60)
+        self.watchdog_seconds = _number(env, "WORKER_WATCHDOG_SECONDS", 0, 0, 3600)
         self.max_image_bytes = int(_number(env, "MAX_IMAGE_BYTES", 32 << 20, 1, 1 << 30))
         self.image_preview_pixels = int(_number(env, "IMAGE_PREVIEW_PIXELS", 512, 0, 4096))
         hosts = {each.strip() for each in env.get("WEBHOOK_ALLOWED_HOSTS", "").split(",")}
@@ -1178,12 +1183,19 @@ class Worker:
         database says that it cannot. It goes hungry when this loop or the database hangs.
         """
         if self.db.is_listening is not None and self.last_beat > self.last_told:
+            self._feed_watchdog()
             way = "is woken by NOTIFY" if self.db.is_listening else "polls, as LISTEN does not work"
             slots = f"{len(self.running)} of {self.settings.slots} slots busy"
             tell_systemd("READY=1", f"STATUS=worker {self.worker_id}: {slots}, {way}")
             self.last_told = time.monotonic()
         elif self.db.trouble:
+            self._feed_watchdog()
             tell_systemd(f"STATUS=waits for the database: {self.db.trouble}")
+
+    def _feed_watchdog(self) -> None:
+        """Put off the end, with exit code 1 and where each thread was, of a worker that hangs."""
+        if self.settings.watchdog_seconds:
+            faulthandler.dump_traceback_later(self.settings.watchdog_seconds, exit=True)
 
     def _may_claim(self) -> bool:
         """A worker that cannot beat would lose what it claims."""
@@ -1304,6 +1316,7 @@ class Worker:
         """
         log.info("worker.stopping running=%s", len(self.running))
         tell_systemd("STOPPING=1", f"STATUS=ends {len(self.running)} jobs")
+        faulthandler.cancel_dump_traceback_later()  # the grace may be longer
         with contextlib.suppress(psycopg.Error):
             await self.db.call("unregister_worker", self.worker_id)  # or it loses a wake-up
         tasks = [*(each.task for each in self.running.values()), *self.outbox.lanes]
@@ -1720,12 +1733,14 @@ async def check(settings: Settings) -> int:
 
 def main(arguments: Iterable[str] = ()) -> int:
     """Run until told to stop, or `check`; answer the exit code."""
+    parser = argparse.ArgumentParser(
+        "worker.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", nargs="?", choices=["check"], help="without it: work")
+    is_check = parser.parse_args([*arguments]).command == "check"
     output = logging.StreamHandler(sys.stderr)
     output.setFormatter(SafeFormatter())
     logging.basicConfig(handlers=[output])
-    if (asked := list(arguments)) not in ([], ["check"]):
-        log.error("worker.misconfigured arguments: only `check` is one")
-        return EXIT_CONFIG
     try:
         settings = Settings(with_credentials(os.environ))
     except ConfigError as error:
@@ -1735,7 +1750,7 @@ def main(arguments: Iterable[str] = ()) -> int:
     logging.getLogger("psycopg.pool").setLevel(logging.ERROR)  # it tells of each try to connect
     log.setLevel(settings.log_level)
     try:
-        return asyncio.run(check(settings) if asked else serve(settings))
+        return asyncio.run(check(settings) if is_check else serve(settings))
     except Exception:
         log.critical("worker.crashed", exc_info=True)
         return EXIT_ERROR

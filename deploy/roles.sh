@@ -1,15 +1,17 @@
 #!/bin/sh
-# Runs once, on an empty data folder: the roles and schemas that Auth, PostgREST and Storage expect.
+# Runs once, on an empty data folder: the roles and schemas that Auth, PostgREST and Storage expect, and
+# the worker's login.
 # Auth and Storage may make no roles: in PostgreSQL 15 who may can also give itself a shell here.
 set -eu
 psql -v ON_ERROR_STOP=1 -X --username "${POSTGRES_USER:-postgres}" --dbname postgres \
   -v authenticator="$AUTHENTICATOR_PASSWORD" -v auth="$AUTH_ADMIN_PASSWORD" \
-  -v storage="$STORAGE_ADMIN_PASSWORD" <<'SQL'
+  -v storage="$STORAGE_ADMIN_PASSWORD" -v worker="$WORKER_PASSWORD" <<'SQL'
 create role anon nologin noinherit;
 create role authenticated nologin noinherit;
 create role service_role nologin noinherit bypassrls;
 create role authenticator login noinherit password :'authenticator';
 grant anon, authenticated, service_role to authenticator;
+create role darkroom_worker login noinherit password :'worker';
 create role supabase_auth_admin login noinherit password :'auth';
 create role supabase_storage_admin login noinherit password :'storage';
 grant authenticator to supabase_storage_admin;

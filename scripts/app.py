@@ -1,7 +1,8 @@
 """The example app: built for the web and served, and its types of the database.
 
-make app      the app in a browser, against the local stack
-make types    examples/expo/src/darkroom/database.types.ts, from the migrations
+make app         the app in a browser, against the local stack
+make app DEV=1   Expo's development server, for a phone with Expo Go on the same network
+make types       examples/expo/src/darkroom/database.types.ts, from the migrations
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import http.server
 import os
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -20,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from processes import StackError
+from processes import StackError, free_port
 from stack import PROJECT, Stack, interrupt, node, run, supabase_cli
 
 APP = PROJECT / "examples/expo"
@@ -28,19 +31,22 @@ TYPES = APP / "src/darkroom/database.types.ts"
 HEAD = "// Built from the migrations by `make types`: do not edit.\n// deno-fmt-ignore-file\n"
 
 
+def variables(api_url: str, anon_key: str) -> dict[str, str]:
+    """Return the environment in which Expo builds the app with this address and key in it."""
+    return os.environ | {
+        "EXPO_NO_TELEMETRY": "1",
+        "EXPO_PUBLIC_SUPABASE_ANON_KEY": anon_key,
+        "EXPO_PUBLIC_SUPABASE_URL": api_url,
+        "PATH": f"{node().parent}:{os.environ['PATH']}",
+    }
+
+
 def export(folder: Path, api_url: str, anon_key: str) -> None:
     """Build the app into a folder, with this address and key in it."""
     with tempfile.TemporaryDirectory(prefix="darkroom-metro-") as cache:
         # Metro keeps what it has built in the temporary folder, whatever the variables then were.
-        environment = os.environ | {
-            "CI": "1",
-            "EXPO_NO_TELEMETRY": "1",
-            "EXPO_OFFLINE": "1",
-            "EXPO_PUBLIC_SUPABASE_ANON_KEY": anon_key,
-            "EXPO_PUBLIC_SUPABASE_URL": api_url,
-            "PATH": f"{node().parent}:{os.environ['PATH']}",
-            "TMPDIR": cache,
-        }
+        environment = variables(api_url, anon_key)
+        environment |= {"CI": "1", "EXPO_OFFLINE": "1", "TMPDIR": cache}
         cli = [node(), APP / "node_modules/expo/bin/cli"]
         options = ["--platform", "web", "--clear", "--output-dir", str(folder)]
         run([*cli, "export", *options], cwd=APP, env=environment)
@@ -95,6 +101,38 @@ def write_types() -> None:
             stack.clean()
 
 
+def lan_address() -> str:
+    """Return this machine's address on the network that leads outside."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing: it asks for the way there
+        except OSError:
+            raise StackError("this machine is on no network: DEV=its address") from None
+        return str(probe.getsockname()[0])
+
+
+def develop(address: str) -> None:
+    """Run Expo's development server until Ctrl-C, with the API open to this network."""
+    stack = Stack.local(with_worker=True)
+    with stack.running():
+        try:
+            stack.lan.open(address, stack.upstream())
+            port = free_port(8081)
+            print(
+                f"app: open to everybody on the network of {address} until Ctrl-C:\n"
+                f"app:   {stack.lan.address()}   sign-up, RPC, files, edge functions\n"
+                f"app:   http://{address}:{port}   Expo, with the app's source: on all addresses",
+                flush=True,
+            )
+            environment = variables(stack.lan.address(), stack.anon_key)
+            environment |= {"REACT_NATIVE_PACKAGER_HOSTNAME": address}
+            cli = [node(), APP / "node_modules/expo/bin/cli"]
+            subprocess.call([*cli, "start", "--port", str(port)], cwd=APP, env=environment)
+        finally:
+            stack.lan.stop()
+            print(f"app: {address} is closed again", flush=True)
+
+
 def show_app() -> None:
     """Build the app and serve it until Ctrl-C."""
     stack = Stack.local(with_worker=True)
@@ -117,7 +155,9 @@ def main() -> None:
     command = parser.parse_args().command
     signal.signal(signal.SIGTERM, interrupt)
     try:
-        if command == "show":
+        if command == "show" and (address := os.environ.get("DEV")):
+            develop(lan_address() if address == "1" else address)
+        elif command == "show":
             show_app()
         else:
             write_types()

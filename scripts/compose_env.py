@@ -1,10 +1,11 @@
 """Write `deploy/.env` for `deploy/compose.yaml`: what is random is made up, the rest is yours.
 
-Run again, it fills in what is empty and changes nothing else.
+Run again, it adds what a newer release wants, fills in what is empty, and changes nothing else.
 """
 
 from __future__ import annotations
 
+import re
 import secrets
 from pathlib import Path
 
@@ -16,6 +17,7 @@ RANDOM = (
     "AUTHENTICATOR_PASSWORD",
     "AUTH_ADMIN_PASSWORD",
     "STORAGE_ADMIN_PASSWORD",
+    "WORKER_PASSWORD",
     "JWT_SECRET",
 )
 KEYS = {"ANON_KEY": "anon", "SERVICE_ROLE_KEY": "service_role"}
@@ -39,8 +41,11 @@ def fill(text: str) -> str:
 
 def main(folder: Path = DEPLOY) -> None:
     """Write the file, readable by its owner alone, and name what is still empty."""
-    file = folder / ".env"
-    text = fill((file if file.exists() else DEPLOY / ".env.example").read_text())
+    file, example = folder / ".env", (DEPLOY / ".env.example").read_text()
+    text = file.read_text() if file.exists() else example
+    given = re.findall(r"(?m)^(\w+)=", text)
+    wanted = re.findall(r"(?m)^((\w+)=.*)$", example)
+    text = fill(text + "".join(f"{line}\n" for line, name in wanted if name not in given))
     file.touch(mode=0o600)
     file.chmod(0o600)  # it may have been there, copied from the example
     file.write_text(text)

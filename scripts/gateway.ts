@@ -10,15 +10,17 @@
  *
  * - No `apikey` is asked for, and only the legacy kind is known, which is a JWT. A project answers
  *   401 without one.
- * - No Realtime: nothing is at /realtime/v1. The app polls then.
- * - No mail is sent: addresses are confirmed at once, and a forgotten password cannot be reset by mail.
- *   No sign-in by a third party.
- * - Edge functions are called without a check of the token, as all of this project's are
- *   (`verify_jwt = false`), and share one process. An error in a function is in logs/functions.log.
- * - Files: no transformation of images, no resumable uploads (TUS), no S3 protocol.
- * - Tables you make are granted to nobody: grant them to `authenticated` yourself, as new projects want.
- * - A request may have 1 MB, a file 50 MiB. No limit of requests a second.
- * - It speaks plain HTTP, and listens on 127.0.0.1 only, unless `make app DEV=1` opens it.
+ * - No Realtime: nothing is at /realtime/v1. An app polls then.
+ * - No mail is sent: an address is confirmed at once, and a forgotten password cannot be reset. Nobody
+ *   signs in by a third party.
+ * - Edge functions are called without a check of the token (all of this project's have
+ *   `verify_jwt = false`), share one process, and log to logs/functions.log.
+ * - Files: `list` names all that is below a folder, by its whole path; `createSignedUrls` fails as a
+ *   whole; the type of a download is told by its name. Images are not transformed, uploads not
+ *   resumed (TUS), and S3 is not spoken.
+ * - A table you make is granted to nobody: grant it to `authenticated` and `service_role` yourself.
+ * - A request may have 1 MB, a file 50 MiB. Requests are not limited in number.
+ * - It is plain HTTP on 127.0.0.1, unless `make app DEV=1` opens it to a network.
  */
 import { Buffer } from 'node:buffer';
 
@@ -152,6 +154,7 @@ Deno.serve({
     return await answer(request);
   } catch (error) {
     if (error instanceof Refusal) return refuse(error.status, error.message);
+    if (!request.signal.aborted) console.error(error);
     return refuse(
       502,
       'A part of the stack does not answer: make status tells which, and its log.',

@@ -5,9 +5,9 @@ supabase_migrations.schema_migrations, and the seed's hash in seed_files. Either
 the other one stopped. Each migration is one transaction, its row included.
 
 Errors begin with a stable token: cannot_connect, server_too_old, missing_auth, missing_pg_cron,
-role_lacks_rights, not_recorded, unknown_migration, out_of_order, bad_credits, confirmation_needed,
-locked, migration_failed, database_error. Exit codes: 0 done or nothing to do, 1 an error, 2 not
-confirmed.
+role_lacks_rights, not_recorded, unknown_migration, changed_migration, out_of_order, bad_credits,
+confirmation_needed, locked, migration_failed, database_error. Exit codes: 0 done or nothing to do,
+1 an error, 2 not confirmed.
 """
 
 from __future__ import annotations
@@ -61,9 +61,14 @@ class Migration:
     def __str__(self) -> str:
         return f"{self.version}_{self.name}"
 
-    def is_same_as(self, statements: list[str] | None) -> bool:
-        """Whether this was applied; the CLI keeps each statement without its semicolon."""
-        return squeeze(self.text) == squeeze("".join(statements or []))
+    def differs_from(self, statements: list[str] | None) -> bool:
+        """Whether something else was applied; the CLI keeps each statement without its semicolon.
+
+        The first edition was one migration of this name, and the row of who upgraded it stays.
+        """
+        text = "".join(statements or [])
+        is_first_edition = self.name == "create_darkroom" and "private.purchases" not in text
+        return not is_first_edition and squeeze(text) not in ("", squeeze(self.text))
 
 
 def squeeze(text: str) -> str:
@@ -149,7 +154,7 @@ class Target:
 
     def wants_seed(self) -> bool:
         """Whether this seed was not yet run here."""
-        if not self.has("supabase_migrations.seed_files"):
+        if not (self.has("supabase_migrations.seed_files") and self.has("public.models")):
             return True
         query = "select hash from supabase_migrations.seed_files where path = %s"
         return bool(self.value(query, self.seed_path) != self.seed_hash)
@@ -166,7 +171,7 @@ class Target:
         if self.value("select exists (select from pg_publication where pubname = %s)", PUBLICATION):
             yield "outside", f"public.generations in publication {PUBLICATION}"
         if self.wants_cron():
-            yield "outside", "extension pg_cron, and its jobs darkroom_* (4)"
+            yield "outside", "extension pg_cron, and its jobs darkroom_* (5)"
         there = "those who are there"
         if self.value("select has_table_privilege('auth.users', 'select')"):
             users = self.value("select count(*) from auth.users")
@@ -258,6 +263,13 @@ def plan(target: Target, migrations: list[Migration]) -> list[Migration]:
             " checkout is older than the database, or the history is another project's: then"
             " copy supabase/migrations there"
         )
+    if changed := [m for m in migrations if m.differs_from(applied.get(m.version))]:
+        raise MigrateError(
+            f"changed_migration: {', '.join(map(str, changed))} changed after it was applied here."
+            " Bring the file back, as by git checkout, and put the change into a new one: make"
+            " migration NAME=what_changes. If the database is what the file says already, record"
+            f" it: npx supabase migration repair --status applied {changed[0].version}"
+        )
     pending = [each for each in migrations if each.version not in applied]
     if pending and applied and pending[0].version < max(applied):
         raise MigrateError(f"out_of_order: {pending[0]} is older than what was applied last")
@@ -271,22 +283,13 @@ def plan(target: Target, migrations: list[Migration]) -> list[Migration]:
     return pending
 
 
-def changed(target: Target, migrations: list[Migration]) -> list[Migration]:
-    """Return what was applied and has another file now."""
-    applied = target.applied()
-    return [
-        each
-        for each in migrations
-        if each.version in applied and not each.is_same_as(applied[each.version])
-    ]
-
-
 def apply(target: Target, pending: list[Migration], say: Callable[[str], object]) -> bool:
     """Apply these and the seed, if it is new; answer whether anything was. Raises MigrateError."""
+    wants_seed = target.wants_seed()  # of the database as it is: after uninstall.sql, too
     for each in pending:
         say(str(each))
         target.apply(each)
-    if wants_seed := target.wants_seed():
+    if wants_seed:
         say(target.seed_path)
         target.seed()
     return bool(pending) or wants_seed
@@ -297,10 +300,7 @@ def show(
 ) -> None:
     """Print what is there and what will be done."""
     lines = list(target.describe())
-    others = changed(target, migrations)
-    for each in migrations:
-        state = "pending" if each in pending else "applied"
-        lines.append((state, f"{each}{' (its file has changed since)' if each in others else ''}"))
+    lines += [("pending" if each in pending else "applied", str(each)) for each in migrations]
     lines.append(("pending" if target.wants_seed() else "applied", target.seed_path))
     if migrations[0] in pending:
         lines += target.outside(welcome_credits)

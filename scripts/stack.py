@@ -26,14 +26,14 @@ import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import IO, Any, ClassVar, NoReturn
 from urllib.parse import urlsplit
 
 import httpx
 import psycopg
 from psycopg import sql
 
-from migrate import MigrateError, Target, apply, changed, plan, read_migrations
+from migrate import MigrateError, Target, apply, plan, read_migrations
 from processes import Process, ProcessTable, StackError, as_user, free_port, spawn
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -43,6 +43,9 @@ NODE_MODULES = PROJECT / "node_modules"
 POSTGRES_PROGRAMS = Path("/usr/lib/postgresql")
 POSTGRES_HOME = Path("/var/lib/postgresql")
 
+# The last: a request ends with the client's interest, not when its answer begins.
+GATEWAY_OPTIONS = ("--no-remote", "--no-npm", "--unstable-no-legacy-abort")
+COMMANDS = ["up", "down", "status", "env", "token", "check-worker", "clean"]
 START_SECONDS = 30
 DENO = {"DENO_NO_PACKAGE_JSON": "1", "DENO_NO_UPDATE_CHECK": "1", "NO_COLOR": "1"}
 KEYS_EXPIRE_AT = 4102444800  # 2100-01-01: a fixed date, so that the keys of a stack never change
@@ -67,9 +70,13 @@ class Settings:
         lines = file.read_text().splitlines() if file.exists() else []
         self._values = dict(line.split("=", 1) for line in lines)
 
+    def get(self, name: str, default: str) -> str:
+        """Return what is kept, if anything is."""
+        return self._values.get(name, default)
+
     def secret(self, name: str) -> str:
         """Return a secret; the first call invents it."""
-        return self._values.get(name) or self._keep(name, secrets.token_urlsafe(32))
+        return self._values.get(name) or self.keep(name, secrets.token_urlsafe(32))
 
     def port(self, name: str) -> int:
         """Return the port a server listens on, or did when it last ran."""
@@ -77,9 +84,10 @@ class Settings:
 
     def new_port(self, name: str) -> int:
         """Return the port for a server about to start: the last one, if nobody has taken it."""
-        return int(self._keep(name, str(free_port(int(self._values.get(name, 0))))))
+        return int(self.keep(name, str(free_port(int(self._values.get(name, 0))))))
 
-    def _keep(self, name: str, value: str) -> str:
+    def keep(self, name: str, value: str) -> str:
+        """Set a value, and return it."""
         self._values[name] = value
         self.file.touch(mode=0o600)
         self.file.write_text("".join(f"{key}={text}\n" for key, text in self._values.items()))
@@ -260,7 +268,8 @@ class Lite(Service):
         """Write the project's configuration with this stack's values, to where Lite looks."""
         config = configuration()
         config["api"]["port"] = self.settings.new_port("LITE_PORT")
-        config["db"] = {"driver": "postgres", "url": database_url}
+        url = f"{database_url}?search_path=lite,public,pg_catalog"  # see LIKE_SUPABASE
+        config["db"] = {"driver": "postgres", "url": url}
         config["auth"]["jwt_secret"] = self.settings.secret("JWT_SECRET")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch(mode=0o600)
@@ -312,6 +321,7 @@ class Functions(Service):
     name = "functions"
     title = "Edge functions"
     stop_seconds = 5
+    sources = SUPABASE / "functions"
 
     def address(self) -> str:
         """Return its URL, which is not the one for clients: that is the gateway's."""
@@ -320,12 +330,11 @@ class Functions(Service):
     def start(self, environment: Mapping[str, str]) -> None:
         """Start it with what Supabase tells functions, and what `supabase/functions/.env` adds."""
         self.settings.new_port("FUNCTIONS_PORT")
-        functions = SUPABASE / "functions"
-        rights = ["--allow-env", "--allow-net", f"--allow-read={functions}"]
-        own = [f"--env-file={file}" for file in functions.glob(".env")]
+        rights = ["--allow-env", "--allow-net", f"--allow-read={self.sources}"]
+        own = [f"--env-file={file}" for file in self.sources.glob(".env")]
         listens = urlsplit(self.address()).netloc
         process = self._run(
-            [*deno_run(*rights, *own), PROJECT / "scripts/functions.ts", functions, listens],
+            [*deno_run(*rights, *own), PROJECT / "scripts/functions.ts", self.sources, listens],
             cwd=Path("/"),
             env=DENO | {"DENO_DIR": str(self.folder / "deno")} | dict(environment),
         )
@@ -338,24 +347,42 @@ class Gateway(Service):
     name = "gateway"
     title = "API"
     stop_seconds = 5
+    port_name = "API_PORT"
 
     def address(self) -> str:
         """Return the URL clients use."""
-        return f"http://{self.host}:{self.settings.port('API_PORT')}"
+        return f"http://{self.host}:{self.settings.port(self.port_name)}"
 
-    def start(self, *, lite: str, rest: str, functions: str) -> None:
+    def start(self, upstream: Mapping[str, str]) -> None:
         """Start it in front of what has these addresses."""
-        port = self.settings.new_port("API_PORT")
-        behind = {"LITE_URL": lite, "REST_URL": rest, "FUNCTIONS_URL": functions}
-        environment = {"API_HOST": self.host, "API_PORT": str(port), **behind}
-        hosts = [f"{self.host}:{port}", *(urlsplit(url).netloc for url in behind.values())]
+        port = self.settings.new_port(self.port_name)
+        environment = {"API_HOST": self.host, "API_PORT": str(port), **upstream}
+        hosts = [f"{self.host}:{port}", *(urlsplit(url).netloc for url in upstream.values())]
         rights = [f"--allow-env={','.join(environment)}", f"--allow-net={','.join(hosts)}"]
         process = self._run(
-            [*deno_run("--no-remote", "--no-npm", *rights), PROJECT / "scripts/gateway.ts"],
+            [*deno_run(*GATEWAY_OPTIONS, *rights), PROJECT / "scripts/gateway.ts"],
             cwd=Path("/"),
             env=DENO | {"DENO_DIR": str(self.folder / "deno")} | environment,
         )
         process.wait_until(lambda: answers(self.address()), START_SECONDS, self.log)
+
+
+class LanGateway(Gateway):
+    """The same, for phones on the network, while `make app DEV=1` runs."""
+
+    name = "lan-gateway"
+    title = "API for phones"
+    port_name = "LAN_PORT"
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        super().__init__(folder, settings)
+        self.host = settings.get("LAN_HOST", self.host)
+
+    def open(self, host: str, upstream: Mapping[str, str]) -> None:
+        """Start it on an address of this machine that others reach."""
+        self.host = self.settings.keep("LAN_HOST", host)
+        self.stop()
+        self.start(upstream)
 
 
 class Worker(Service):
@@ -389,7 +416,8 @@ class Stack:
         self.http: list[Service] = [self.lite, self.functions, self.gateway]
         if self.postgrest:
             self.http.insert(1, self.postgrest)
-        self.services: list[Service] = [self.cluster, *self.http, self.worker]
+        self.lan = LanGateway(self.folder, self.settings)
+        self.services: list[Service] = [self.cluster, *self.http, self.lan, self.worker]
         self.with_worker = with_worker
 
     def make_cluster(self, *, fsync: bool) -> Cluster:
@@ -487,13 +515,19 @@ class Stack:
             self.settings.new_port("API_PORT")
             self.functions.stop()  # it may know another address of the API
             self.functions.start(self.functions_environment())
-            lite, functions = self.lite.address(), self.functions.address()
-            rest = self.postgrest.address() if self.postgrest else f"{lite}/rest/v1"
-            self.gateway.start(lite=lite, rest=rest, functions=functions)
+            # The first request that Lite answers grants; several first ones trip over each other.
+            answers(f"{self.lite.address()}/storage/v1/bucket")
+            self.gateway.start(self.upstream())
 
     def stop_http(self) -> None:
         """Stop what answers over HTTP, but not database and worker."""
-        self._stop(self.http)
+        self._stop([*self.http, self.lan])
+
+    def upstream(self) -> dict[str, str]:
+        """Return what is behind the gateway."""
+        lite = self.lite.address()
+        rest = self.postgrest.address() if self.postgrest else f"{lite}/rest/v1"
+        return {"LITE_URL": lite, "REST_URL": rest, "FUNCTIONS_URL": self.functions.address()}
 
     def clean(self) -> None:
         """Stop everything and delete the state."""
@@ -555,14 +589,9 @@ class Stack:
         with psycopg.connect(self.database_url, autocommit=True) as connection:
             target, migrations = Target(connection), read_migrations()
             try:
-                pending = plan(target, migrations)
-                if not pending and (others := changed(target, migrations)):
-                    raise StackError(
-                        f"{others[0]} changed after it was applied: make clean, make up"
-                    )
-                return apply(target, pending, lambda _: None)
+                return apply(target, plan(target, migrations), lambda _: None)
             except MigrateError as error:
-                raise StackError(error) from None
+                raise StackError(f"{error}. Or begin anew: make clean, make up") from None
 
     def _stop(self, services: list[Service]) -> None:
         for service in reversed(services):
@@ -659,25 +688,47 @@ def postgres_program(name: str, version: str | None = None) -> Path:
     return POSTGRES_PROGRAMS / wanted / "bin" / name
 
 
-def show_status(stack: Stack) -> None:
+def show_status(stack: Stack, file: IO[str] = sys.stdout) -> None:
     """Print what runs, where, and which log tells more."""
     for service in stack.services:
         state = service.address() or "running" if service.is_running() else "stopped"
-        print(f"{service.title:15} {state:25} {service.log}")
+        print(f"{service.title:15} {state:25} {service.log}", file=file)
 
 
 def show_environment(stack: Stack) -> None:
     """Print what `eval "$(make -s env)"` takes into a shell."""
-    if not stack.settings.file.exists():
-        raise StackError("there is no stack yet: run make up")
     for name, value in stack.environment().items():
         print(f"export {name}={shlex.quote(value)}")
 
 
+def token(stack: Stack) -> str:
+    """Return a token of a throw-away user: always the same one, who is signed up if need be."""
+    account = {"email": "you@example.com", "password": stack.settings.secret("USER_PASSWORD")}
+    try:
+        with httpx.Client(base_url=f"{stack.api_url}/auth/v1", timeout=30) as auth:
+            session = auth.post("/token?grant_type=password", json=account)
+            if session.is_error:
+                session = auth.post("/signup", json=account)
+    except httpx.TransportError:
+        raise StackError("it does not answer: run make up") from None
+    if session.is_error:
+        raise StackError(f"no token for {account['email']}: {session.text}")
+    return str(session.json()["access_token"])
+
+
+def confirm_clean(folder: Path) -> None:
+    """Ask before everything is deleted. Raises StackError."""
+    if os.environ.get("YES") == "1":
+        return
+    if not sys.stdin.isatty():
+        raise StackError(f"nothing was deleted: make clean YES=1 deletes {folder} without asking")
+    question = f"Delete {folder}, with the database, all pictures and keys? [y/N] "
+    if input(question).strip().lower() not in ("y", "yes"):
+        raise StackError("nothing was deleted")
+
+
 def check_worker(stack: Stack) -> int:
     """Have a worker try all it needs; return its exit code."""
-    if not stack.settings.file.exists():
-        raise StackError("there is no stack yet: run make up")
     environment = os.environ | stack.worker_environment()
     return subprocess.call([*stack.worker.COMMAND, "check"], cwd=PROJECT, env=environment)
 
@@ -690,14 +741,16 @@ def interrupt(*_: object) -> NoReturn:
 def main() -> None:
     """Run one command from the command line."""
     parser = argparse.ArgumentParser(description="Run the local stack.")
-    parser.add_argument("command", choices=["up", "down", "status", "env", "check-worker", "clean"])
+    parser.add_argument("command", choices=COMMANDS)
     command = parser.parse_args().command
     signal.signal(signal.SIGTERM, interrupt)
     stack = Stack.local(with_worker=True)
     try:
+        if command in ("env", "token", "check-worker") and not stack.settings.file.exists():
+            raise StackError("there is no stack yet: run make up")
         match command:
             case "up":
-                show_status(stack.up())
+                show_status(stack.up(), sys.stderr)  # `eval "$(make -s up env)"` reads the rest
             case "down":
                 stack.down()
             case "status":
@@ -706,7 +759,11 @@ def main() -> None:
                 sys.exit(check_worker(stack))
             case "env":
                 show_environment(stack)
+            case "token":
+                print(token(stack))
             case "clean":
+                if stack.folder.exists():
+                    confirm_clean(stack.folder)
                 stack.clean()
     except StackError as error:
         sys.exit(f"stack: {error}")

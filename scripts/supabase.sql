@@ -32,6 +32,13 @@ create or replace function auth.uid() returns uuid language sql stable as $$
   )::uuid
 $$;
 
+-- With its first request for data Lite grants all tables of a schema in which one has RLS to every
+-- role of the API. It finds them in `pg_class`: this one, as Lite's search_path has it first, shows it
+-- none but its own.
+create schema if not exists lite;
+create or replace view lite.pg_class as
+select * from pg_catalog.pg_class where relnamespace in ('auth'::regnamespace, 'storage'::regnamespace);
+
 -- PostgREST is told of every change, so that a new function can be called at once.
 create schema if not exists extensions;
 create or replace function extensions.pgrst_ddl_watch() returns event_trigger

@@ -213,6 +213,7 @@ create table private.error_codes (
   trips_breaker boolean not null default false,
   pauses_model boolean not null default false,
   refund_percent smallint not null default 100,
+  blames_user boolean not null default false,
   constraint error_codes_refund_is_a_percentage check (refund_percent between 0 and 100)
 );
 
@@ -231,6 +232,8 @@ comment on column private.error_codes.pauses_model is
 comment on column private.error_codes.refund_percent is
   'Share of the price given back to whose job fails with it from then on. What a push says of that '
   'is a row of push_texts.';
+comment on column private.error_codes.blames_user is
+  'True: what the user asked for is the cause, so it raises no recent_failures.';
 
 create table private.provider_words (
   place integer primary key,

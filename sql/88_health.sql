@@ -139,6 +139,9 @@ comment on view private.vacuum_holders is
 -- Counts by minute. The error rate is that of attempts: while jobs are retried for an hour, none
 -- has failed, and still nothing works. Burned is what the provider may bill and its user canceled.
 --
+-- And how the last jobs ended, however long ago, of which an app with few of them hears. Attempts
+-- have the ids of jobs, which are in the order of time, so they are read from the end.
+--
 -- Read by time alone: the planner may think a scan of all history as good. And not compiled, which
 -- would take longer than running it.
 create function private.rates_health() returns jsonb
@@ -174,6 +177,20 @@ as $$
     from private.attempts as a
     where a.ended_at > now() - interval '15 minutes' and a.outcome = 'canceled'
       and a.error_code is null and a.cost_usd is distinct from 0
+  ) || (
+    select jsonb_build_object(
+      'last_jobs', count(*), 'last_jobs_failed', count(l.error_code),
+      'last_jobs_error', mode() within group (order by l.error_code)
+    )
+    from (
+      select case when a.outcome = 'failed' then a.error_code end as error_code
+      from (
+        select * from private.attempts as t order by t.generation_id desc, t.token desc limit 100
+      ) as a
+      left join private.error_codes as e on e.code = a.error_code
+      where a.outcome = 'completed' or (a.outcome = 'failed' and e.blames_user is not true)
+      order by a.generation_id desc limit 12
+    ) as l
   )
   from (
     select k.what, coalesce(c.jobs, 0) as jobs, coalesce(c.new_jobs, 0) as new_jobs
@@ -212,6 +229,11 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
     ('error_rate', x.rates ->> 'error_rate', (x.rates ->> 'attempts_of_15_minutes')::bigint,
       format('of %s attempts in 15 minutes, %s %% ended in an error',
         x.rates ->> 'attempts_of_15_minutes', round(100 * (x.rates ->> 'error_rate')::numeric))),
+    ('recent_failures',
+      round((x.rates ->> 'last_jobs_failed')::numeric
+        / nullif((x.rates ->> 'last_jobs')::numeric, 0), 4)::text, (x.rates ->> 'last_jobs')::bigint,
+      format('%s of the last %s jobs failed, most of them with %s',
+        x.rates ->> 'last_jobs_failed', x.rates ->> 'last_jobs', x.rates ->> 'last_jobs_error')),
     ('burned', x.rates ->> 'burned_of_15_minutes', null,
       format('%s running jobs canceled in 15 minutes, by %s users: the provider may bill them',
         x.rates ->> 'burned_of_15_minutes', x.rates ->> 'burned_by_users')),
@@ -270,16 +292,21 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   ) as m (alert, value, cases, detail) on m.alert = rule.alert
 $$;
 
+-- Who asks is more than a monitor: may pause a model, and so is told why one was.
+create function private.is_operator() returns boolean
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select has_function_privilege(
+    coalesce(nullif(current_setting('role', true), 'none'), session_user),
+    'public.pause_model(text, timestamptz, text)', 'execute'
+  )
+$$;
+
 -- All of it, given the queue by model, which is dear to count: status and alerts, the worst first,
 -- then what was measured.
 create function private.health_of(p_models jsonb) returns json
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
-  -- More than a monitor: who asks may pause what the reasons are about.
-  v_is_operator boolean := has_function_privilege(
-    coalesce(nullif(current_setting('role', true), 'none'), session_user),
-    'public.pause_model(text, timestamptz, text)', 'execute'
-  );
+  v_is_operator boolean := private.is_operator();
   v_health jsonb;
   v_alerts jsonb;
 begin
@@ -414,10 +441,10 @@ comment on function public.queue_health is
   'How the queue is, for monitors: {status (ok | warning | critical), alerts [{alert, severity, '
   'detail, hint}], depth {ready, delayed, paused, oldest_ready_seconds}, running {jobs, stale, '
   'stale_seconds}, rates {last_minute, per_minute_of_15, attempts_of_15_minutes, error_rate, '
-  'burned_of_15_minutes, burned_by_users}, workers {alive, asleep, listening, slots, slots_used}, '
-  'routines {name: {last_run_at, every_seconds, runs_missed}}, paused, unserved {provider: ready '
-  'jobs}, budgets [{scope, period, limit_usd, spent_usd, reserved_usd, used, on_breach, ends_at}] '
-  '(the twenty most used), vacuum {oldest_transactions, sees_all_sessions}, outbox {pending, '
-  'oldest_pending_seconds, dead}, books {recent_problems, checked_at, problems, examples}, skipped '
-  '{rows, since, steps}}. A monitor is shown no reasons and no examples. Thresholds are rows of '
-  'private.alert_rules.';
+  'burned_of_15_minutes, burned_by_users, last_jobs, last_jobs_failed, last_jobs_error}, workers '
+  '{alive, asleep, listening, slots, slots_used}, routines {name: {last_run_at, every_seconds, '
+  'runs_missed}}, paused, unserved {provider: ready jobs}, budgets [{scope, period, limit_usd, '
+  'spent_usd, reserved_usd, used, on_breach, ends_at}] (the twenty most used), vacuum '
+  '{oldest_transactions, sees_all_sessions}, outbox {pending, oldest_pending_seconds, dead}, '
+  'books {recent_problems, checked_at, problems, examples}, skipped {rows, since, steps}}. A '
+  'monitor is shown no reasons and no examples. Thresholds are rows of private.alert_rules.';

@@ -84,17 +84,21 @@ begin
       from pg_class as c
       where c.oid = to_regclass('storage.objects') and not c.relrowsecurity
       union all
-      select format('policy "%s" is missing on storage.objects', wanted.name)
-      from unnest(array[
-        'Users read their own generated images', 'Everybody reads shared images',
-        'Users read their own input images', 'Users add their own input images',
-        'Users replace their own input images', 'Users delete their own input images'
-      ]) as wanted (name)
-      where (wanted.name !~ '^Everybody' or to_regclass('private.shared_paths') is not null)
+      select format('policy "%s" is missing on storage.objects, or another release''s', wanted.name)
+      from (values
+        ('Users read their own generated images', 'own_folders'),
+        ('Everybody reads shared images', 'shared_paths'),
+        ('Users read their own input images', 'own_folders'),
+        ('Users add their own input images', 'may_store_input'),
+        ('Users replace their own input images', 'may_store_input'),
+        ('Users delete their own input images', 'own_folders')
+      ) as wanted (name, asks)
+      where (wanted.asks <> 'shared_paths' or to_regclass('private.shared_paths') is not null)
         and not exists (
           select from pg_policies as p
           where p.schemaname = 'storage' and p.tablename = 'objects'
             and p.policyname = wanted.name
+            and position(wanted.asks in concat(p.qual, p.with_check)) > 0
         )
     ) as f (fault);
     return query select

@@ -4,10 +4,10 @@
 -- Views are one for each question, which is the view's comment: read them as the owner.
 --
 -- queue_report() is this moment and the last hour, queue_history() what came to pass over time, in
--- buckets: for darkroom_monitor, too, which may call these and queue_health() and reads no table.
--- They speak in codes and numbers, never of a user or a job, and never in a provider's words. They
--- cost what it costs to count the queue and to read the attempts of the window, by time alone and
--- not compiled: see rates_health (88).
+-- buckets, queue_job() one job: for darkroom_monitor, too, which may call these and queue_health()
+-- and reads no table. A monitor is told codes and numbers, of no user, the id of no job, and
+-- nothing in a provider's words. They cost what it costs to count the queue and to read the
+-- attempts of the window, by time alone and not compiled: see rates_health (88).
 
 -- Views.
 
@@ -97,10 +97,12 @@ declare
   -- The queue is counted by passing through all of it, and that is as good as can be.
   v_queue jsonb := (select coalesce(jsonb_agg(q), '[]') from private.queue_by_model as q);
   v_health json := private.health_of(v_queue);
+  v_is_operator boolean := private.is_operator();
 begin
   perform set_config('enable_seqscan', 'off', true);  -- until the function ends
   return json_build_object(
     'at', now(),
+    'is_operator', v_is_operator,
     'health', v_health,
     'alerts', (
       select json_agg(json_build_object(
@@ -161,6 +163,7 @@ begin
       select coalesce(json_agg(j), '[]')
       from (
         select
+          case when v_is_operator then r.job_id end as job_id,
           r.model_id, r.provider, r.attempt, r.worker_id, r.stage, r.progress,
           round(extract(epoch from r.running), 1) as running_seconds,
           round(extract(epoch from r.lease_left), 1) as lease_seconds,
@@ -172,6 +175,7 @@ begin
       select coalesce(json_agg(t), '[]')
       from (
         select
+          case when v_is_operator then a.generation_id end as job_id,
           a.model_id, a.provider, a.attempt, a.worker_id, a.outcome, a.error_code, a.ended_at,
           -- No join, which might be made by reading all generations.
           (
@@ -199,7 +203,8 @@ end;
 $$;
 
 comment on function public.queue_report is
-  'The queue at a glance: {at, health (see queue_health), alerts (every rule and what is measured '
+  'The queue at a glance: {at, is_operator (the caller may pause models, and is shown job ids), '
+  'health (see queue_health), alerts (every rule and what is measured '
   'for it), models, workers, errors, running, recent, vacuum_holders, took_ms}: the queue of each '
   'model and its attempts of the last hour, the workers of the last day, errors of the last hour, '
   'the jobs that run for longest, the attempts that ended last, who has held back vacuum for '
@@ -288,13 +293,68 @@ comment on function public.queue_history is
   'the longest until a first attempt. Buckets without anything are left out. Errors: PT400 '
   'invalid_input.';
 
+create function public.queue_job(job_id uuid) returns json
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  v_job public.generations := (
+    select g from public.generations as g where g.id = queue_job.job_id
+  );
+  v_is_operator boolean := private.is_operator();
+begin
+  if v_job.id is null then
+    perform private.refuse_missing('job_id: no such job', 'The app and the worker''s log name it.');
+  end if;
+  return json_build_object(
+    'job_id', v_job.id, 'user_id', case when v_is_operator then v_job.user_id end,
+    'model_id', v_job.model_id, 'status', v_job.status, 'error_code', v_job.error_code,
+    'created_at', v_job.created_at, 'started_at', v_job.started_at,
+    'finished_at', v_job.finished_at, 'price_credits', v_job.price_credits,
+    'image_count', v_job.image_count,
+    'images', (select count(*) from public.images as i where i.generation_id = v_job.id),
+    'waiting', (
+      select json_build_object('state', w.state, 'run_at', w.run_at)
+      from private.waiting_now as w where w.job_id = v_job.id
+    ),
+    'running', (
+      select json_build_object(
+        'attempt', r.attempt, 'provider', r.provider, 'worker_id', r.worker_id, 'stage', r.stage,
+        'progress', r.progress, 'running_seconds', round(extract(epoch from r.running), 1),
+        'lease_seconds', round(extract(epoch from r.lease_left), 1),
+        'deadline_seconds', round(extract(epoch from r.deadline_left), 1),
+        'provider_job_id', case when v_is_operator then r.provider_job_id end
+      )
+      from private.running_now as r where r.job_id = v_job.id
+    ),
+    'attempts', (
+      select coalesce(json_agg(json_build_object(
+        'attempt', a.attempt, 'provider', a.provider, 'worker_id', a.worker_id,
+        'outcome', a.outcome, 'error_code', a.error_code, 'started_at', a.started_at,
+        'ended_at', a.ended_at, 'provider_seconds', a.provider_seconds, 'cost_usd', a.cost_usd,
+        'error_detail', case when v_is_operator then a.error_detail end,
+        'provider_job_id', case when v_is_operator then a.provider_job_id end
+      ) order by a.token), '[]')
+      from private.attempts as a where a.generation_id = v_job.id
+    )
+  );
+end;
+$$;
+
+comment on function public.queue_job is
+  'One job and its attempts, the first of them first: {job_id, user_id, model_id, status, '
+  'error_code, created_at, started_at, finished_at, price_credits, image_count, images (stored), '
+  'waiting {state, run_at}, running {attempt, provider, worker_id, stage, progress, '
+  'running_seconds, lease_seconds, deadline_seconds, provider_job_id}, attempts [{attempt, '
+  'provider, worker_id, outcome, error_code, started_at, ended_at, provider_seconds, cost_usd, '
+  'error_detail, provider_job_id}]}. waiting and running are null unless it is there. A monitor '
+  'gets null for user_id, error_detail and provider_job_id. Errors: PT404 not_found.';
+
 -- Who may call what: as in 92, what is not named here nobody may call.
 
 revoke all on private.waiting_now, private.recent_attempts, private.costs
 from public, anon, authenticated, service_role;
-revoke all on function public.queue_history, public.queue_report
+revoke all on function public.queue_history, public.queue_job, public.queue_report
 from public, anon, authenticated, service_role;
-grant execute on function public.queue_history, public.queue_report
+grant execute on function public.queue_history, public.queue_job, public.queue_report
 to service_role, darkroom_monitor;
 
 notify pgrst, 'reload schema';

@@ -1,11 +1,11 @@
 """Fixtures: one cluster for the session, a fresh database for each test, and the actors.
 
-`db` is a clone of a template that Supabase Lite has never served a request from, so its grants are
-exactly ours: with the first request after each start Lite grants everything to the API roles.
+`db` is a clone of a template with Supabase Lite's schemas, and Darkroom installed from sql/.
 """
 
 from __future__ import annotations
 
+import lzma
 import os
 import shutil
 import signal
@@ -20,8 +20,10 @@ import stack_choice
 from actors import Anon, Monitor, Service, User, Worker
 from database import SEED, Database, Server
 
+import migrate
 from stack import Stack, interrupt
 
+FIRST_EDITION = Path(__file__).with_name("first_edition.sql.xz")
 MEMORY = Path("/dev/shm")
 MEMORY_BYTES = 2 * 1024**3
 
@@ -97,6 +99,34 @@ def supabase_db(server: Server, supabase_template: str) -> Iterator[Database]:
 @pytest.fixture
 def db(server: Server, template: str) -> Iterator[Database]:
     database = server.create(template)
+    yield database
+    server.drop(database)
+
+
+@pytest.fixture(scope="session")
+def first_template(server: Server, supabase_template: str) -> str:
+    """Name of a database with the first edition in it, as `make migrate` left it."""
+    database = server.create(supabase_template)
+    text = lzma.decompress(FIRST_EDITION.read_bytes()).decode()
+    done = database.psql(script=text)
+    assert done.returncode == 0, done.stderr
+    create = migrate.read_migrations()[0]
+    database.execute(migrate.HISTORY)
+    database.execute(
+        "insert into supabase_migrations.schema_migrations (version, name, statements)"
+        " values (%s, %s, %s)",
+        create.version,
+        create.name,
+        [text],
+    )
+    database.close()
+    return database.name
+
+
+@pytest.fixture
+def first(server: Server, first_template: str) -> Iterator[Database]:
+    """A database of the first edition."""
+    database = server.create(first_template)
     yield database
     server.drop(database)
 

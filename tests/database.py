@@ -20,7 +20,7 @@ from psycopg.rows import dict_row
 from stack import Cluster, postgres_program
 
 PROJECT = Path(__file__).resolve().parents[1]
-SQL_FILES = sorted((PROJECT / "sql").glob("*.sql"))
+SQL_FILES = sorted((PROJECT / "sql").glob("[0-9]*.sql"))
 HANG_ENDS = "-c statement_timeout=60s"
 SEED = PROJECT / "supabase" / "seed.sql"
 

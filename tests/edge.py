@@ -20,9 +20,10 @@ import httpx
 from http_client import Client
 
 from processes import free_port, spawn
-from stack import SUPABASE, deno
+from stack import PROJECT, SUPABASE, deno
 
 SOURCES = {source.parent.name: source for source in SUPABASE.glob("functions/*/index.ts")}
+EXAMPLES = PROJECT / "examples/functions"
 OFFLINE = ["--no-config", "--no-lock", "--no-remote", "--no-npm"]
 QUIET = {"DENO_NO_PACKAGE_JSON": "1", "DENO_NO_UPDATE_CHECK": "1", "NO_COLOR": "1"}
 BACK = ("content-type", "cache-control", "retry-after")  # of an answer
@@ -32,15 +33,17 @@ BACK = ("content-type", "cache-control", "retry-after")  # of an answer
 def served(folder: Path, name: str, gateway: str, **variables: str | None) -> Iterator[str]:
     """Serve a function in front of a gateway; give its address.
 
-    It may read the variables named, of which those that are None are not set.
+    It may read the variables named, of which those that are None are not set, and reach what they
+    are addresses of.
     """
     variables = {"SUPABASE_URL": gateway} | variables
     log, listens = folder / "logs" / f"{name}-{uuid.uuid4()}.log", f"127.0.0.1:{free_port()}"
-    hosts = f"{listens},{urlsplit(gateway).netloc}"
-    rights = [f"--allow-net={hosts}", f"--allow-env={','.join(variables)}"]
+    hosts = [listens, *(urlsplit(each or "").netloc for each in variables.values())]
+    rights = [f"--allow-net={','.join(filter(None, hosts))}", f"--allow-env={','.join(variables)}"]
+    source = SOURCES.get(name) or EXAMPLES / name / "index.ts"
     known = {name: value for name, value in variables.items() if value is not None}
     known |= {"DENO_DIR": str(folder), "DENO_SERVE_ADDRESS": f"tcp:{listens}"}
-    command = [deno(), "run", *OFFLINE, "--cached-only", "--no-prompt", *rights, SOURCES[name]]
+    command = [deno(), "run", *OFFLINE, "--cached-only", "--no-prompt", *rights, source]
     process = spawn(command, log=log, cwd=Path("/"), env=QUIET | known)
 
     def is_ready() -> bool:

@@ -12,7 +12,7 @@ import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-SQL_FILES = sorted((Path(__file__).resolve().parents[1] / "sql").glob("*.sql"))
+SQL_FILES = sorted((Path(__file__).resolve().parents[1] / "sql").glob("[0-9]*.sql"))
 # The key of each, and its options.
 TABLES = {
     "public.generations": ("id", " with (fillfactor = 80)"),

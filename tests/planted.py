@@ -139,6 +139,21 @@ SECURITY = [
         "tests/test_report.py::test_nobodys_words_and_ids_are_in_what_a_monitor_may_call",
     ),
     Bug(
+        "a monitor reads what the provider said of a job",
+        "sql/97_reports.sql",
+        "'error_detail', case when v_is_operator then a.error_detail end",
+        "'error_detail', a.error_detail",
+        "tests/test_report.py::test_nobodys_words_and_ids_are_in_what_a_monitor_may_call",
+    ),
+    Bug(
+        "what its users cause raises the alert about the last jobs",
+        "sql/88_health.sql",
+        "(a.outcome = 'failed' and e.blames_user is not true)",
+        "a.outcome = 'failed'",
+        "tests/test_health.py"
+        "::test_a_quarter_of_the_last_jobs_failed_however_long_ago_and_not_by_their_users",
+    ),
+    Bug(
         "everybody reads every generated image",
         "sql/95_gallery.sql",
         "    and exists (select from private.shared_paths as s where s.path = objects.name)\n",
@@ -582,6 +597,28 @@ SECURITY = [
         "'generations', 'generations', false,",
         "'generations', 'generations', true,",
         "tests/test_schedule.py::test_buckets_are_private_and_take_images_only",
+    ),
+    Bug(
+        "a migration whose file changed is passed over",
+        "scripts/migrate.py",
+        "return not is_first_edition and squeeze",
+        "return is_first_edition and squeeze",
+        "tests/test_migrate.py::test_a_file_that_changed_after_it_was_applied_is_refused_until_it_is"
+        "_as_recorded",
+    ),
+    Bug(
+        "an app's view goes with what it shows",
+        "sql/uninstall.sql",
+        "  if v_found is not null then",
+        "  if v_found = '' then",
+        "tests/test_uninstall.py::test_it_refuses_where_something_would_be_lost_and_changes_nothing",
+    ),
+    Bug(
+        "an app's own table goes where the gallery was left out",
+        "sql/uninstall.sql",
+        ") or to_regclass('private.shared_paths') is not null",
+        ") or true",
+        "tests/test_uninstall.py::test_it_leaves_what_was_there_whatever_parts_were_installed",
     ),
     # Who is told.
     Bug(
@@ -1222,6 +1259,13 @@ OUTAGE = [
             return "job"
         return "job" if state[:2] in JOBS_FAULT else""",
         WAITED_OUT,
+    ),
+    Bug(
+        "a worker that hangs says where, and hangs on",
+        "worker.py",
+        "dump_traceback_later(self.settings.watchdog_seconds, exit=True)",
+        "dump_traceback_later(self.settings.watchdog_seconds, exit=False)",
+        "tests/test_worker_systemd.py::test_where_no_systemd_does_it_ends_itself_and_only_then",
     ),
     Bug(
         "a job whose lease is lost is released",

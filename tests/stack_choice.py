@@ -5,6 +5,7 @@
     with it:
     POSTGRES_IMAGE    darkroom-postgres:15           PostgreSQL with pg_cron: deploy/
     POSTGREST_IMAGE   postgrest/postgrest:v12.2.3    `none`: functions and tables by Supabase Lite
+    WORKER_IMAGE      darkroom-worker                the worker (tests of it in a container)
 
 Sign-up and files stay with Supabase Lite, and pg_dump and psql with the local PostgreSQL, which
 must not be older than the image's. What containers need is imported only where they are wanted.

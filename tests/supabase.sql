@@ -37,6 +37,18 @@ grant usage on schema auth, storage to supabase_postgres, anon, authenticated, s
 grant all on all tables in schema auth, storage to supabase_postgres;
 alter table storage.objects owner to supabase_postgres;
 
+-- Rows go through Storage's API, or with the setting it makes.
+create function storage.protect_delete() returns trigger language plpgsql as $$
+begin
+  if current_setting('storage.allow_delete_query', true) is distinct from 'true' then
+    raise 'Direct deletion from storage tables is not allowed' using errcode = '42501';
+  end if;
+  return null;
+end;
+$$;
+create trigger protect_buckets_delete before delete on storage.buckets
+for each statement execute function storage.protect_delete();
+
 create schema extensions;
 grant all on schema extensions to supabase_postgres;
 grant usage on schema extensions to anon, authenticated, service_role;

@@ -65,7 +65,7 @@ def test_a_group_is_of_who_may_call_it(functions):
             assert ("authenticated" in roles) == (title not in OF_THE_BACKEND), name
             assert "service_role" in roles or title not in OF_THE_BACKEND, name
     monitors = {name for name, row in functions.items() if "darkroom_monitor" in row["roles"]}
-    assert monitors == set(GROUPS["Operators"][-3:])
+    assert monitors == set(GROUPS["Operators"][-4:])
 
 
 def test_the_readme_has_the_same_nine_calls():

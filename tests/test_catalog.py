@@ -20,9 +20,9 @@ OF_USERS = """
 """
 OF_OPERATORS = """
     apply_billing_event delete_webhook enable_webhook export_user grant_credits list_deliveries
-    list_models list_webhooks merge_user pause_model ping queue_health queue_history queue_report
-    redeliver redeliver_dead redrive_failed register_webhook resume_model rotate_webhook_secret
-    set_paid
+    list_models list_webhooks merge_user pause_model ping queue_health queue_history queue_job
+    queue_report redeliver redeliver_dead redrive_failed register_webhook resume_model
+    rotate_webhook_secret set_paid
 """
 OF_WORKERS = """
     apply_retention cancel_job check_setup claim_deliveries claim_jobs complete_jobs due_lanes
@@ -49,7 +49,7 @@ MAY_EXECUTE: dict[str, set[str]] = {
     "authenticated": FOR_USERS | of("private", "caller_id may_store_input own_folders"),
     "service_role": of("public", OF_OPERATORS) | {"private.list_models"},
     "darkroom_worker": of("private", OF_WORKERS),
-    "darkroom_monitor": of("public", "queue_health queue_history queue_report"),
+    "darkroom_monitor": of("public", "queue_health queue_history queue_job queue_report"),
     "public": set(),
 }
 MAY_TOUCH: dict[str, set[str]] = {

@@ -6,21 +6,27 @@ import os
 import re
 import stat
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
 import yaml
 from database import PROJECT, Database
 from test_migrate import run
+from worker_process import WorkerProcess
 
 import compose_env
+import worker
 from stack import Cluster, Settings, postgres_program, sign_jwt
 
 DEPLOY = PROJECT / "deploy"
 COMPOSE = (DEPLOY / "compose.yaml").read_text()
 SERVICES = dict(yaml.safe_load(COMPOSE)["services"])
+WELL = {"SUPABASE_URL": "http://front:8000", "SUPABASE_SERVICE_KEY": "key"}
+LOGINS = ("AUTHENTICATOR", "AUTH_ADMIN", "STORAGE_ADMIN", "WORKER")
 
 
 def variables(text: str) -> dict[str, str]:
@@ -63,6 +69,49 @@ def test_secrets_are_made_once_fit_each_other_and_are_their_owners_alone(tmp_pat
     assert "yours to fill in: S3_ACCESS_KEY_ID, S3_SECRET_ACCESS_KEY" in capsys.readouterr().out
 
 
+def test_a_file_of_an_earlier_release_gets_what_is_new_and_keeps_the_rest(tmp_path: Path):
+    file = tmp_path / ".env"
+    file.write_text("JWT_SECRET=mine\nOWN=1\n")
+
+    compose_env.main(tmp_path)
+
+    assert file.read_text().startswith("JWT_SECRET=mine\nOWN=1\n")
+    assert len(variables(file.read_text())["WORKER_PASSWORD"]) == 48
+
+
+# --- the worker's container ---
+
+
+def test_the_image_takes_its_program_and_nothing_else_of_the_checkout():
+    dockerfile = (DEPLOY / "worker.Dockerfile").read_text()
+    ignored, *allowed = re.findall(r"(?m)^[^#\n].*$", (PROJECT / ".dockerignore").read_text())
+    copied = re.findall(r"(?m)^COPY (?!--from)(.+) \S+$", dockerfile)
+
+    named = {f"!{file}" for files in copied for file in files.split()}
+    assert (ignored, {*allowed}) == ("*", named | {"!deploy/worker.Dockerfile"})
+    assert "--require-hashes" in dockerfile
+    assert re.search(r"(?m)^USER [1-9]\d*:", dockerfile)
+    assert re.search(r"(?m)^ARG BASE=python:\d+\.\d+\.\d+-", dockerfile)
+    assert not re.search(r"(?m)^(ARG|ENV) \w*(KEY|TOKEN|PASSWORD|SECRET|URL)", dockerfile)
+
+
+def test_the_worker_has_room_for_its_pictures_and_time_for_its_jobs():
+    service = SERVICES["worker"]
+    settings = worker.Settings({"DATABASE_URL": "postgresql://db"} | WELL)
+    unit = (PROJECT / "worker.service").read_text()
+
+    room = int(re.search(r"size=(\d+)m", service["tmpfs"][0])[1]) << 20
+    assert room >= settings.slots * settings.max_image_bytes
+    assert int(service["mem_limit"].removesuffix("m")) << 20 >= (1 << 30) + room
+    assert "\nMemoryMax=1G\n" in unit
+    grace = int(service["stop_grace_period"].removesuffix("s"))
+    assert grace > settings.grace_seconds + 10
+    fly = tomllib.loads((DEPLOY / "fly.toml").read_text())
+    assert (fly["kill_signal"], fly["kill_timeout"]) == ("SIGTERM", grace)
+    assert "http_service" not in fly and "services" not in fly  # else it is stopped when idle
+    assert (DEPLOY / fly["build"]["dockerfile"]).exists()
+
+
 # --- a server of one's own ---
 
 
@@ -79,7 +128,7 @@ def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
         "PGHOST": host,
         "PGPORT": port,
         "PGPASSWORD": cluster.settings.secret("POSTGRES_PASSWORD"),
-        **{f"{name}_PASSWORD": name for name in ("AUTHENTICATOR", "AUTH_ADMIN", "STORAGE_ADMIN")},
+        **{f"{name}_PASSWORD": name for name in LOGINS},
     }
     try:
         subprocess.run([DEPLOY / "roles.sh"], env=environment, check=True)
@@ -90,13 +139,29 @@ def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
         cluster.delete()
 
 
+def address(server: Database, role: str) -> str:
+    password = re.sub("^(supabase|darkroom)_", "", role).upper()
+    at = urlsplit(server.url)
+    return at._replace(netloc=f"{role}:{password}@{at.netloc.rpartition('@')[2]}").geturl()
+
+
 def login(server: Database, role: str) -> psycopg.Connection:
-    parts = psycopg.conninfo.conninfo_to_dict(server.url)
-    password = role.removeprefix("supabase_").upper()
-    return psycopg.connect(**parts | {"user": role, "password": password}, autocommit=True)
+    return psycopg.connect(address(server, role), autocommit=True)
 
 
-def test_the_logins_can_do_what_they_must_also_once_darkroom_is_installed(own_server, supabase_db):
+@pytest.fixture
+def early(own_server: Database, tmp_path: Path) -> Iterator[WorkerProcess]:
+    """A worker that is started with the rest, before the migration."""
+    settings = WELL | {"DATABASE_URL": address(own_server, "darkroom_worker")}
+    process = WorkerProcess(tmp_path / "worker.log", {"PATH": os.environ["PATH"]} | settings)
+    yield process
+    process.kill()
+
+
+def test_the_logins_can_do_what_they_must_also_once_darkroom_is_installed(
+    own_server, supabase_db, early
+):
+    early.logged("database.lost call=register_worker")
     with login(own_server, "supabase_storage_admin") as connection:
         connection.execute("create table storage.later (id integer)")
         may = "select has_table_privilege('authenticated', 'storage.later', 'insert')"
@@ -110,6 +175,7 @@ def test_the_logins_can_do_what_they_must_also_once_darkroom_is_installed(own_se
     shown = run(own_server.url, "n\n")
     done = run(own_server.url, YES="1")
 
+    assert early.worker_id == 1  # waited, and found it
     assert "pg_cron     for this database" in shown.stdout
     assert done.returncode == 0, done.stderr
     assert "notice      Darkroom: no schema realtime here" in done.stdout
@@ -133,7 +199,9 @@ def test_the_logins_can_do_what_they_must_also_once_darkroom_is_installed(own_se
     assert sorted(own_server.value(f"{members} = 'authenticator'::regrole")) == names
 
 
-@pytest.mark.parametrize("role", ["supabase_auth_admin", "supabase_storage_admin", "authenticator"])
+@pytest.mark.parametrize(
+    "role", ["supabase_auth_admin", "supabase_storage_admin", "authenticator", "darkroom_worker"]
+)
 def test_nobody_elses_password_is_a_shell_on_the_database_host(own_server, role):
     with login(own_server, role) as connection:
         for attack in (

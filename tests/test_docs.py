@@ -24,8 +24,10 @@ from stack import Stack
 # Pages whose scenes are a test of their own.
 RUN_BY = {
     "credits.md": "test_credits_doc.py",
+    "database.md": "test_database_doc.py",
     "providers.md": "test_providers_doc.py",
     "RUNBOOK.md": "test_runbook.py",
+    "quickstart.md": "test_quickstart.py",
     "api.md": "test_api_doc.py",
     "models.md": "test_models_doc.py",
     "settings.md": "test_settings_doc.py",

@@ -168,6 +168,7 @@ def test_a_gateway_that_is_away_moved_or_cannot_write_is_unavailable(edge, name)
         (0, b""),
         (307, b""),
         (400, b'{"code":"0A000","message":"cannot set transaction read-write mode"}'),
+        (400, b'{"code":"","details":null,"hint":null,"message":""}'),
         (405, b'{"code":"25006","message":"cannot execute UPDATE in a read-only transaction"}'),
         (503, b'{"code":"PGRST001","message":"Database client error. Retrying the connection."}'),
         (500, b'{"code":"57P03","message":"the database system is starting up"}'),

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from http_client import PREVIEW, SignedUp, answer
+from http_client import PREVIEW, Client, SignedUp, answer
 from http_fixtures import endpoints_of
 from worker_process import eventually
 
-from stack import PROJECT, PostgREST, Settings, Stack, node
+from processes import spawn
+from stack import PROJECT, Functions, PostgREST, Settings, Stack, answers, node
 
 pytest_plugins = ["http_fixtures"]
 
@@ -132,6 +137,62 @@ def test_edge_functions_answer_below_the_same_address(api, stack, user):
     assert (without_secret.status_code, without_secret.json()["code"]) == (503, "BOOT_ERROR")
 
 
+@pytest.fixture
+def own_functions(tmp_path: Path) -> Iterator[Functions]:
+    """The server of edge functions, with a folder of the test's own."""
+    functions = Functions(tmp_path, Settings(tmp_path / "env"))
+    functions.sources = tmp_path / "functions"
+    functions.sources.mkdir()
+    (functions.sources / ".env").write_text("GREETING=hello\n")
+    functions.start({"SUPABASE_URL": "http://localhost"})
+    yield functions
+    functions.stop()
+
+
+def test_a_function_is_loaded_when_it_is_called_and_again_when_it_changed(own_functions):
+    def says(source: str, name: str = "own") -> tuple[int, str]:
+        folder = own_functions.sources / name
+        folder.mkdir(exist_ok=True)
+        (folder / "index.ts").write_text(source)
+        response = httpx.post(f"{own_functions.address()}/{name}/more", content="body")
+        return response.status_code, response.text
+
+    body = "new Response(await request.text())"
+    assert says(f"Deno.serve(async (request) => {body})") == (200, "body")
+    assert says(f"Deno.serve({{}}, async (request) => {body})") == (200, "body")
+    assert says(f"export default {{ fetch: async (request) => {body} }}") == (200, "body")
+    variables = "[Deno.env.get('SUPABASE_URL'), Deno.env.get('GREETING'), Deno.env.get('HOME')]"
+    told = "http://localhost,hello,"
+    assert says(f"Deno.serve(() => new Response(String({variables})))") == (200, told)
+    failing = "Deno.serve(() => { throw new Error('secret') })"
+    status, text = says(failing)
+    assert (status, "secret" in text) == (500, False)
+    assert says(failing.replace("serve(", "serve({ onError: () => new Response('told') }, ")) == (
+        (200, "told")
+    )
+    for broken in ("}", "throw new Error('secret')", "export default 7"):
+        status, text = says(broken)
+        assert (status, "secret" in text) == (503, False), broken
+    assert says("Promise.reject('late'); Deno.serve(() => new Response('here'))") == (200, "here")
+    assert says("Deno.serve(() => new Response('other'))", "other") == (200, "other")
+    assert "Error: secret" in own_functions.log.read_text()
+
+
+RIGHTS = """
+select n.nspname, c.relname, c.relacl::text from pg_class as c
+inner join pg_namespace as n on n.oid = c.relnamespace and n.nspname in ('public', 'private')
+where c.relkind in ('r', 'v', 'S') order by 1, 2
+"""
+
+
+def test_nobody_has_a_right_that_darkroom_did_not_give(stack, stack_db, db, user):
+    stack.lite.stop()
+    stack.up()
+    user.upload(f"inputs/{user.id}/a.png", b"\x89PNG").raise_for_status()
+
+    assert stack_db.execute(RIGHTS) == db.execute(RIGHTS)
+
+
 # What does not get through.
 
 
@@ -227,11 +288,8 @@ class WithoutPostgREST(Stack):
 
 
 @pytest.mark.parametrize("kind", [Stack, WithoutPostgREST])
-def test_a_stack_answers_on_the_loopback_address_alone_and_leaves_nothing_behind(tmp_path, kind):
-    tmp_path.chmod(0o711)
-    for parent in tmp_path.parents[:3]:
-        parent.chmod(0o711)
-    stack = kind(tmp_path / "state", fsync=False)
+def test_a_stack_answers_on_the_loopback_address_alone_and_leaves_nothing_behind(state, kind):
+    stack = kind(state, fsync=False)
     try:
         with stack.running(), httpx.Client(timeout=30) as http:
             user = SignedUp(endpoints_of(stack, http))
@@ -249,6 +307,90 @@ def test_a_stack_answers_on_the_loopback_address_alone_and_leaves_nothing_behind
         assert eventually(lambda: not processes_of(stack.folder))
     finally:
         stack.clean()
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Iterator[Path]:
+    """A folder for a stack, which PostgreSQL's user can get to."""
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o711)
+    yield tmp_path / "state"
+
+
+def command(state: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run one of the scripts on a stack, by somebody who cannot be asked."""
+    program = [sys.executable, str(PROJECT / "scripts" / words[0]), *words[1:]]
+    environment = os.environ | {"DARKROOM_STATE": str(state)} | variables
+    return subprocess.run(
+        program,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_token_is_all_that_is_printed_and_always_of_the_same_user(stack, endpoints):
+    printed = [command(stack.folder, "stack.py", "token").stdout for _ in range(2)]
+
+    users = {
+        answer(Client(endpoints, each.rstrip("\n")).rpc("get_entitlement"))["user_id"]
+        for each in printed
+    }
+    assert len(users) == 1
+
+
+def test_what_says_the_environment_to_a_shell_says_nothing_else(state, stack):
+    said = command(state, "stack.py", "token")
+    assert (said.returncode, said.stdout) == (1, "")
+    assert said.stderr == "stack: there is no stack yet: run make up\n"
+
+    up = command(stack.folder, "stack.py", "up")
+    stack.worker.stop()
+    env = command(stack.folder, "stack.py", "env")
+
+    assert up.stdout == "" and stack.api_url in up.stderr
+    assert all(line.startswith("export ") for line in env.stdout.splitlines())
+
+
+def test_clean_deletes_nothing_where_nobody_can_be_asked(state):
+    Settings(state / "env").file.parent.mkdir()
+    stack = Stack(state)
+    stack.settings.secret("JWT_SECRET")
+
+    refused = command(state, "stack.py", "clean")
+
+    assert refused.returncode == 1 and state.exists()
+    assert refused.stderr == (
+        f"stack: nothing was deleted: make clean YES=1 deletes {state} without asking\n"
+    )
+    assert command(state, "stack.py", "clean", YES="1").returncode == 0
+    assert not state.exists()
+
+
+def test_a_phone_reaches_the_api_while_the_app_is_developed_and_not_a_moment_longer(state, stack):
+    if not (APP / "node_modules").exists():
+        pytest.skip("the app's packages are not installed: make setup-app")
+    address = "127.0.0.2"  # stands for this machine's address on a network
+    log = state.parent / "expo.log"
+    environment = {"DARKROOM_STATE": str(stack.folder), "DEV": address, "EXPO_OFFLINE": "1"}
+    program = [sys.executable, str(PROJECT / "scripts/app.py"), "show"]
+    app = spawn(program, log=log, cwd=PROJECT, env=os.environ | environment | {"CI": "1"})
+    try:
+        said = eventually(lambda: re.findall(rf"http://{address}:\d+", log.read_text()))
+        assert log.read_text().startswith(f"app: open to everybody on the network of {address}")
+        assert answer(httpx.get(f"{said[0]}/rest/v1/rpc/ping"))["ok"]
+        app.wait_until(lambda: answers(f"{said[1]}/status"), 60, log)
+    finally:
+        app.stop(signal.SIGTERM, 10)
+        stack.worker.stop()
+
+    assert f"app: {address} is closed again" in log.read_text()
+    for url in said:
+        with pytest.raises(httpx.TransportError):
+            httpx.get(url)
+    assert answer(httpx.get(f"{stack.api_url}/rest/v1/rpc/ping"))["ok"]
 
 
 def open_to_all() -> set[int]:
@@ -271,3 +413,38 @@ def test_where_a_part_is_down_that_is_said_and_nothing_else(stack, endpoints):
             assert answer(httpx.get(f"{stack.api_url}/rest/v1/rpc/ping"))["ok"]
     finally:
         stack.up()
+
+
+# What make prints and runs.
+
+
+def make(*words: str) -> str:
+    done = subprocess.run(
+        ["make", *words], cwd=PROJECT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_make_names_each_target_once_in_one_of_three_groups():
+    makefile = (PROJECT / "Makefile").read_text()
+    targets = set(re.findall(r"(?m)^([a-z-]+):", makefile))
+
+    lines = make("help").splitlines()
+
+    assert [line for line in lines if re.match("[A-Z]", line)] == ["Use", "Operate", "Develop"]
+    assert sorted(line.split()[0] for line in lines if line.startswith("  ")) == sorted(targets)
+    assert max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize(
+    ("only", "run"),
+    [
+        ("http", "tests/test_http.py tests/test_http_access.py"),
+        ("nothing_of_that_name", "-k nothing_of_that_name"),
+        ("tests/test_locks.py -k wait", "tests/test_locks.py -k wait"),
+        ("--collect-only", "--collect-only"),
+    ],
+)
+def test_what_only_names_is_run(only, run):
+    assert f"pytest {run}" in make("--dry-run", "test", f"ONLY={only}")

@@ -9,7 +9,6 @@ import pytest
 from actors import PREVIEW, Caller, Refusal, Service, User, Worker, refused
 from database import unchanged
 from hostile import Victim, functions
-from http_fixtures import SUPABASE_UID
 
 INVISIBLE = {
     "spaces": "\u00a0\u1680\u2000\u200a\u202f\u205f\u3000\x1f\x85",
@@ -315,7 +314,6 @@ def assert_all_refuse(db, caller, victim) -> None:
 
 def test_a_token_that_names_no_user_who_is_here_is_not_authenticated(db):
     victim = Victim(db)
-    db.execute(SUPABASE_UID)
     for claims in [
         *('{"sub": "nope"}', '{"sub": ""}', '{"sub": 7}', '{"sub": {"a": 1}}', '{"sub": []}'),
         *('{"sub": "a\\u0000b"}', "[]", "7", '"text"', "null", "{", "{}", '{"sub": null}', ""),

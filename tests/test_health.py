@@ -105,6 +105,42 @@ def test_an_alert_rests_on_enough_cases(db, alice, service, worker):
     }
 
 
+OK, ERROR, USERS = "completed", "provider_error", ("moderated", "invalid_input", "canceled")
+
+
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        ([ERROR], None),
+        ([OK, OK, OK, ERROR], None),
+        ([OK, ERROR, OK, ERROR], "2 of the last 4 jobs failed, most of them with provider_error"),
+        ([ERROR] * 4 + [OK] * 8, "4 of the last 12 jobs failed, most of them with provider_error"),
+        ([ERROR] * 4 + [OK] * 9, None),
+        ([OK, OK, OK, ERROR, *USERS, *USERS], None),
+        ([OK, ERROR, ERROR, *USERS], None),
+    ],
+)
+def test_a_quarter_of_the_last_jobs_failed_however_long_ago_and_not_by_their_users(
+    alice, service, worker, ends, said
+):
+    db = alice.db
+    db.lift_limits()
+    db.execute("update private.settings set max_attempts = 1")
+    for end in ends:
+        alice.enqueue()
+        job = worker.claimed()
+        if end == OK:
+            worker.complete_job(job)
+        elif end == "canceled":
+            alice.cancel_generation(job.id)
+            worker.cancel_job(job)
+        else:
+            worker.fail_job(job, end)
+        db.pass_time("3 hours")
+
+    assert service.alerts() == ({"recent_failures": said} if said else {})
+
+
 @pytest.mark.parametrize(
     "begin",
     [

@@ -25,6 +25,7 @@ MACHINE = {"x86_64": "x64", "aarch64": "arm64"}.get(platform.machine())
 SERVERS = PROJECT / "tests" / "postgres" / "node_modules"
 TESTS = PROJECT / "tests"
 MIGRATIONS = sorted((PROJECT / "supabase" / "migrations").glob("*.sql"))
+UNINSTALL = PROJECT / "sql" / "uninstall.sql"
 PASSWORD = "of a test"
 NO_CRON = "no pg_cron for this database; workers do its work on their own"
 
@@ -214,3 +215,21 @@ def test_a_second_time_is_refused_and_changes_nothing(project):
     assert done.returncode == 3
     assert "Darkroom is installed here already" in done.stderr
     assert (present(project.db), project.db.snapshot()) == before
+
+
+def test_uninstalled_it_leaves_the_project_as_it_was_and_ready_to_install_it_again(project):
+    db = project.db
+    db.execute("delete from private.workers")  # of tests before
+
+    said = [project.owner.psql(UNINSTALL).stderr for _ in range(2)]
+
+    assert present(db) == project.before
+    ours = "select count(*) from pg_roles where rolname like 'darkroom%'"
+    assert db.value(ours) == 0
+    if project.has_cron:
+        assert [job["jobname"] for job in db.execute("select jobname from cron.job")] == ["app"]
+    assert "it is uninstalled" in said[0] and "there is nothing of it here" in said[1]
+    again = project.owner.psql(*MIGRATIONS, SEED)
+    assert again.returncode == 0, again.stderr
+    assert project.before < present(db)
+    assert len(present(db)) == len(project.after)  # the buckets are of another time

@@ -100,13 +100,10 @@ def test_it_goes_on_where_the_cli_stopped(supabase_db, monkeypatch):
     done = run(supabase_db.url)
 
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "nothing to do")
-    assert "changed since" not in done.stdout
 
 
-def test_a_migration_that_fails_leaves_nothing_and_a_changed_one_is_told(
-    supabase_db, capsys, monkeypatch
-):
-    one, *others = whole = migrate.read_migrations()
+def test_a_migration_that_fails_leaves_nothing(supabase_db, monkeypatch):
+    whole = migrate.read_migrations()
     broken = migrate.Migration("20990101000000", "broken", "create table public.x (); select 1/0;")
     monkeypatch.setattr(migrate, "read_migrations", lambda: [*whole, broken])
 
@@ -115,10 +112,29 @@ def test_a_migration_that_fails_leaves_nothing_and_a_changed_one_is_told(
 
     assert history(supabase_db) == FILES
     assert supabase_db.value("select to_regclass('public.x')") is None
-    changed = migrate.Migration(one.version, one.name, one.text + "select 1;")
-    monkeypatch.setattr(migrate, "read_migrations", lambda: [changed, *others])
+
+
+@pytest.mark.parametrize("by_cli", [True, False])
+def test_a_file_that_changed_after_it_was_applied_is_refused_until_it_is_as_recorded(
+    supabase_db, monkeypatch, by_cli
+):
+    if by_cli:
+        supabase_cli(supabase_db.url, "db", "push", "--include-seed", "--yes")
+    else:
+        migrate.migrate(supabase_db.url, is_confirmed=True)
+    *others, last = migrate.read_migrations()
+    changed = migrate.Migration(last.version, last.name, last.text + "create table public.x ();")
+    added = migrate.Migration("20990101000000", "added", "create table public.y ();")
+    monkeypatch.setattr(migrate, "read_migrations", lambda: [*others, changed, added])
+
+    with pytest.raises(migrate.MigrateError, match=rf"changed_migration: {last} .*make migration"):
+        migrate.migrate(supabase_db.url, is_confirmed=True)
+
+    assert supabase_db.value("select to_regclass('public.y')") is None
+    record = "update supabase_migrations.schema_migrations set statements = %s where version = %s"
+    supabase_db.execute(record, [changed.text], last.version)
     migrate.migrate(supabase_db.url, is_confirmed=True)
-    assert f"applied     {one} (its file has changed since)" in capsys.readouterr().out
+    assert supabase_db.value("select to_regclass('public.y')") is not None
 
 
 @pytest.mark.parametrize(
@@ -195,3 +211,35 @@ def test_an_address_that_leads_nowhere(url):
     assert done.returncode == 1
     assert done.stderr.startswith("migrate: cannot_connect: DATABASE_URL: ")
     assert ("not an address" in done.stderr) == ("%zz" in url)
+
+
+def test_the_privileges_that_the_documentation_names_are_enough_to_install_and_uninstall(
+    server, supabase_db
+):
+    name, db = f"installer_of_{supabase_db.name}", supabase_db
+    db.execute(
+        f"create role {name} login createrole password 'secret';"
+        f"grant create on database {db.name} to {name};"
+        f"grant create on schema public to {name};"
+        f"grant usage on schema auth, storage to {name};"
+        f"grant select, trigger on auth.users to {name};"
+        f"grant select on storage.objects to {name};"
+        f"grant pg_monitor to {name}"
+    )
+    before = db.dump("--exclude-schema=supabase_migrations")
+    text = (PROJECT / "sql" / "uninstall.sql").read_text()
+    at = urlsplit(db.url)
+    url = at._replace(netloc=f"{name}:secret@{at.hostname}:{at.port}").geturl()
+
+    installed = run(url, YES="1")
+    others = run(url, YES="1")
+
+    assert installed.returncode == 0, installed.stderr
+    assert "no right to make policies on storage.objects" in installed.stdout
+    assert others.stdout.splitlines()[-1] == "nothing to do"
+    keep = "set darkroom.uninstall_despite = 'files';\n"  # it may write no bucket
+    done = Database(url, db.name).psql(script=keep + text)
+    left = db.dump("--exclude-schema=supabase_migrations")
+    db.execute(f"drop owned by {name}; drop role {name}")
+    assert done.returncode == 0, done.stderr
+    assert left == before

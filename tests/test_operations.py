@@ -161,7 +161,7 @@ def test_a_new_jwt_secret_loses_no_job(workers):
     job = User(db).enqueued(params=SMALL)
     db.execute("update private.settings set max_attempts = 100")
 
-    stack.settings._keep("JWT_SECRET", "another-secret-of-at-least-32-characters")
+    stack.settings.keep("JWT_SECRET", "another-secret-of-at-least-32-characters")
     restart_http(stack)
     late = workers.start(SUPABASE_URL=stack.api_url)  # still with the old key
     late.logged(f"job.retried job={job} code=internal")

@@ -60,7 +60,7 @@ def test_the_bug_is_noticed(copy, bug):
     migrations = sorted((copy / "supabase" / "migrations").glob("*.sql"))
     for each in migrations[1:]:
         each.unlink()
-    files = sorted((copy / "sql").glob("*.sql"))
+    files = sorted((copy / "sql").glob("[0-9]*.sql"))
     migrations[0].write_text("".join(each.read_text() for each in files))
 
     done = run_pytest(copy, bug.test)

@@ -99,6 +99,7 @@ def asked(db: Database, user_id: str, job_id: str, batch_id: str) -> dict[str, C
         "export_user": lambda: service.export_user(user_id),
         "queue_health": service.queue_health,
         "queue_report": Monitor(db).queue_report,
+        "queue_job": lambda: Monitor(db).queue_job(job_id),
         "queue_history": lambda: Monitor(db).queue_history(None),
     }
 

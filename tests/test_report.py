@@ -94,14 +94,57 @@ def test_nobodys_words_and_ids_are_in_what_a_monitor_may_call(db, alice, worker,
         " where pronamespace::regnamespace::text in ('public', 'private')"
         " and has_function_privilege('darkroom_monitor', oid, 'execute')"
     )
-    text = json.dumps(
-        [monitor.query(f"select * from {row['name']}()") for row in may_call], default=str
-    )
+    told = {row["name"].rpartition(".")[2] for row in may_call}
+    assert told == {"queue_health", "queue_history", "queue_report", "queue_job"}
+    told = [monitor.query(f"select public.{name}()") for name in told - {"queue_job"}]
+    text = json.dumps(told, default=str)
+    asked = json.dumps([monitor.queue_job(job) for job in jobs], default=str)
 
-    assert len(may_call) == 3
     assert "skipped_rows" in text and "invalid_input" in text and "problems" in text
-    found = [each for each in (alice.id, *jobs, "owl", "keep out") if each in text.lower()]
-    assert found == []
+    assert [each for each in (alice.id, *jobs, "owl", "keep out") if each in text.lower()] == []
+    assert "invalid_input" in asked  # and of the id of a job, what it is given
+    assert [each for each in (alice.id, "owl", "keep out") if each in asked.lower()] == []
+
+
+def test_a_job_is_told_with_its_attempts_and_in_the_providers_words_to_operators_alone(
+    db, alice, worker, monitor, service
+):
+    db.buys_previews()
+    job_id = alice.enqueued()
+    worker.fail_job(worker.claimed(), "provider_busy", WORDS, retry_after=60)
+    waiting = monitor.queue_job(job_id)
+    db.pass_time("61 seconds")
+    job = worker.claimed()
+    worker.checkpoint(job, "bought-1")
+    running = service.queue_job(job_id)
+    worker.complete_job(job, metrics={"provider_seconds": 2})
+
+    told, shown = service.queue_job(job_id), monitor.queue_job(job_id)
+
+    assert (waiting["waiting"]["state"], waiting["running"]) == ("delayed", None)
+    assert (running["waiting"], running["running"]["provider_job_id"]) == (None, "bought-1")
+    assert 0 <= running["running"]["running_seconds"] < 30
+    assert (told["status"], told["images"], told["user_id"]) == ("completed", 1, alice.id)
+    assert (told["waiting"], told["running"]) == (None, None)
+    ends = [(each["outcome"], each["error_code"]) for each in told["attempts"]]
+    assert ends == [("retried", "provider_busy"), ("completed", None)]
+    assert told["attempts"][0]["error_detail"] == WORDS
+    for each in (told, *told["attempts"]):  # but for these it is the same
+        each.update(dict.fromkeys(each.keys() & {"user_id", "error_detail", "provider_job_id"}))
+    assert shown == told
+    with refused("PT404", "not_found"):
+        monitor.queue_job(alice.id)
+
+
+def test_only_operators_are_told_which_jobs_run_and_ended(db, alice, worker, monitor, service):
+    ids = [ended(alice, worker, 1), alice.enqueued()]
+    worker.claimed()
+
+    reports = service.queue_report(), monitor.queue_report()
+
+    assert [each["is_operator"] for each in reports] == [True, False]
+    jobs = [[each["recent"][0]["job_id"], each["running"][0]["job_id"]] for each in reports]
+    assert jobs == [ids, [None, None]]
 
 
 def test_the_history_of_the_queue_moves_with_it(db, alice, worker, monitor):

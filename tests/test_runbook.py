@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable
@@ -9,7 +10,8 @@ from collections.abc import Callable
 import pytest
 from actors import Job, Service, User, Worker
 from database import PROJECT, Database
-from runbook import Section, titles
+from documents import read, shows
+from runbook import RUNBOOK, Section, titles
 
 from worker import POOL_SIZE, RECOVERY_SECONDS
 
@@ -22,6 +24,7 @@ RUN_BY = {
     "Key rotation": "test_operations.py",
     "Upgrading": "test_upgrade.py",
     "Scaling out": "test_runbook.py",
+    "Watching": "test_runbook.py",
     "Partitions": "test_partitions.py",
     "Read replicas": "test_replica.py",
 }
@@ -65,6 +68,20 @@ class Scene:
         worker, job = self.claimed()
         worker.fail_job(job, "provider_error")
         return {"model": "darkroom/preview"}, lambda: self.db.pass_time("15 minutes")
+
+    def recent_failures(self) -> Raised:
+        self.db.execute("update private.settings set max_attempts = 1")
+        for end in ("completed", "completed", "failed", "failed"):
+            worker, job = self.claimed()
+            worker.complete_job(job) if end == "completed" else worker.fail_job(job, "internal")
+
+        def later() -> None:
+            for _ in range(2):
+                self.alice.enqueue()
+            for job in worker.claim_jobs(4):  # two of them failed before
+                worker.complete_job(job)
+
+        return {"code": "internal"}, later
 
     def burned(self) -> Raised:
         self.rule("burned", "threshold", 0)
@@ -148,6 +165,7 @@ SAID = {
     "depth": "1 jobs are ready",
     "oldest_age": "a job has waited for 301 s",
     "error_rate": "of 1 attempts in 15 minutes, 100 % ended in an error",
+    "recent_failures": "2 of the last 4 jobs failed, most of them with internal",
     "burned": "1 running jobs canceled in 15 minutes, by 1 users: the provider may bill them",
     "stuck": "1 running jobs are past lease or deadline, one for 121 s",
     "no_worker": "1 jobs are ready and no worker is alive",
@@ -188,6 +206,32 @@ def test_the_commands_of_cron_silent_work_where_pg_cron_is(stack, tmp_path):
     section.sh(tmp_path, ADMIN_URL=db.url)
 
     assert "check_books" not in Service(db).alerts().get("cron_silent", "")
+    db.close()
+
+
+def test_the_ways_to_watch_work_and_views_answer_the_questions(stack, tmp_path):
+    db, section = Database(stack.database_url, "postgres"), Section("Watching")
+    job_id = User(db).enqueued()
+    names = ("API_URL", "SERVICE_ROLE_KEY", "JWT_SECRET", "DATABASE_URL")
+    environment = {name: stack.environment()[name] for name in names}
+
+    health, *rest = section.sh(tmp_path, **environment).partition("}eyJ")
+    told = section.sql(stack.database_url, job_id=job_id)
+
+    (shown,) = (block.shown for block in read(RUNBOOK) if "rpc/queue_health" in block.text)
+    assert shows(f"{health}}}", shown.replace('"ok"', "…").replace("[]", "…"))  # what it is now
+    key, report = "".join(rest)[1:].splitlines()
+    assert (
+        key.count(".") == 2
+        and json.loads(report)["health"].keys() == json.loads(f"{health}}}").keys()
+    )
+    assert '"status": "queued"' in told
+    views = re.findall(
+        r"`([a-z]+_[a-z_]+|costs|deliveries)`", section.text.partition("question")[2]
+    )
+    assert len(views) > 9
+    for view in set(views) - {"margin_usd"}:
+        db.execute(f"select * from private.{view} limit 1")
     db.close()
 
 

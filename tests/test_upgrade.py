@@ -18,7 +18,7 @@ from typing import Any, ClassVar, cast
 import psycopg
 import pytest
 from actors import Job, Service, User, Worker
-from database import PROJECT, Database, Server, assert_books_balance
+from database import PROJECT, Database, assert_books_balance
 from runbook import Section
 from worker_process import WorkerProcess, Workers, eventually
 
@@ -26,7 +26,6 @@ import migrate
 from stack import supabase_cli
 
 SMALL = {"width": 64, "height": 64}
-FIRST = PROJECT / "tests" / "first_edition.sql.xz"
 FIRST_WORKER = PROJECT / "tests" / "first_edition_worker.py.xz"
 
 
@@ -90,31 +89,6 @@ def test_a_worker_of_another_release_waits_fails_no_job_and_hands_back_what_it_h
 
 
 # The first edition becomes the second.
-
-
-@pytest.fixture(scope="module")
-def first_template(server: Server, supabase_template: str) -> str:
-    """Name of a database with the first edition in it, as `make migrate` left it."""
-    database = server.create(supabase_template)
-    done = database.psql(script=lzma.decompress(FIRST.read_bytes()).decode())
-    assert done.returncode == 0, done.stderr
-    create = migrate.read_migrations()[0]
-    database.execute(migrate.HISTORY)
-    database.execute(
-        "insert into supabase_migrations.schema_migrations (version, name) values (%s, %s)",
-        create.version,
-        create.name,
-    )
-    database.close()
-    return database.name
-
-
-@pytest.fixture
-def first(server: Server, first_template: str) -> Iterator[Database]:
-    """A database of the first edition."""
-    database = server.create(first_template)
-    yield database
-    server.drop(database)
 
 
 class FirstWorker(Worker):
@@ -342,29 +316,58 @@ def test_it_changes_nothing_in_a_database_of_the_second_edition(db):
     assert (db.objects(), db.snapshot()) == before
 
 
-def test_live_workers_of_the_first_edition_finish_what_they_hold(
+def test_live_workers_of_the_first_edition_finish_what_they_hold_and_new_ones_take_over(
     first, stack, tmp_path, monkeypatch
 ):
     program = tmp_path / "worker.py"
     program.write_bytes(lzma.decompress(FIRST_WORKER.read_bytes()))
     monkeypatch.setattr(WorkerProcess, "program", program)
+    first.execute("update public.models set price_credits = 2, paid_price_credits = 2")
     alice = User(first).has_paid().has(credits=100)
+
+    def images() -> dict[str, bytes]:
+        """Return the path and the file of every picture there is."""
+        paths = "select storage_path as p from public.images union select preview_path from"
+        found = first.execute(f"{paths} public.images where preview_path is not null")
+        return {row["p"]: workers.stored_file(row["p"]) for row in found}
+
     with Workers(first, stack, tmp_path) as workers:
-        process = workers.start(PREVIEW_SECONDS=2, WORKER_SLOTS=4)
-        jobs = [alice.enqueued(params=SMALL) for _ in range(8)]
-        workers.until(jobs[3], "processing")
+        stays = workers.start(PREVIEW_SECONDS=0.1, WORKER_SLOTS=2)
+        done = [alice.enqueued(params=SMALL) for _ in range(2)]
+        for job in done:
+            workers.until(job, "completed")
+        assert stays.stop() == 0
+        canceled = alice.enqueued(params=SMALL)
+        alice.cancel_generation(canceled)
+        stays, dies = (workers.start(PREVIEW_SECONDS=3, WORKER_SLOTS=2) for _ in range(2))
+        jobs = [alice.enqueued(params=SMALL) for _ in range(7)]
+        eventually(lambda: first.value("select count(*) = 4 from private.running_jobs"))
+        held_by = "select array_agg(job_id::text) from private.running_jobs where worker_id = %s"
+        held, left = (first.value(held_by, each.worker_id) for each in (stays, dies))
+        files, credits = images(), alice.get_entitlement()["credits"]
+        assert credits == 100 - 2 * 9  # the canceled one is refunded
 
         make_migrate(first)
 
-        assert workers.status(jobs[-1]) == "queued"  # it is under way
-        process.logged(r"claim\.failed error=Outdated")
-        for job in jobs[:4]:
+        assert {workers.status(job) for job in held + left} == {"processing"}  # it is under way
+        dies.kill()
+        stays.logged(r"claim\.failed error=Outdated")
+        for job in held:
             workers.until(job, "completed")
-        assert not re.search(r"call=(?!claim_jobs)\S+ error=Outdated|job.lost", process.log)
-        assert process.stop() == 0
+        assert not re.search(r"call=(?!claim_jobs)\S+ error=Outdated|job.lost", stays.log)
+        assert {workers.status(job) for job in set(jobs) - {*held, *left}} == {"queued"}
+        assert stays.stop() == 0
         monkeypatch.undo()
+        workers.backdate_leases()
         workers.start()
         jobs += [alice.enqueued(params=SMALL) for _ in range(2)]
-        for job in jobs[4:]:
+        for job in jobs:
             workers.until(job, "completed")
-        assert [workers.outcomes(job) for job in jobs] == [["completed"]] * len(jobs)
+
+        twice = {job for job in jobs + done if workers.outcomes(job) != ["completed"]}
+        assert twice == set(left)  # those of the one that died
+        assert workers.status(canceled) == "canceled"
+        assert images().items() > files.items()
+        made = "select generation_id::text as job from public.images order by 1"
+        assert [row["job"] for row in first.execute(made)] == sorted(done + jobs)
+        assert alice.get_entitlement()["credits"] == credits - 4  # two came later

@@ -245,6 +245,7 @@ def test_what_the_database_refuses_is_told_in_its_words(edge, name):
         (200, b"<html>Welcome to the hotel's WLAN</html>"),
         (307, b""),
         (400, b'{"code":"0A000","message":"cannot set transaction read-write mode"}'),
+        (400, b'{"code":"","details":null,"hint":null,"message":""}'),
         (401, b'{"message":"Invalid API key"}'),
         (401, b'{"code":"42501","message":"permission denied for function"}'),
         (404, b'{"code":"PGRST202","message":"Could not find the function"}'),

@@ -169,6 +169,12 @@ READ = '"Users read their own generated images"'
     ("fault", "part", "said"),
     [
         (f"drop policy {READ} on storage.objects", "policies", f"policy {READ} is missing"),
+        (
+            f"alter policy {READ} on storage.objects using"
+            " (bucket_id = 'generations' and split_part(name, '/', 1) = auth.uid()::text)",
+            "policies",
+            f"policy {READ} is missing on storage.objects, or another release's: see sql/20",
+        ),
         ("alter table storage.objects disable row level security", "policies", "row level"),
         (
             "update storage.buckets set public = true where id = 'generations'",
@@ -287,3 +293,13 @@ def test_listening_is_proven_by_a_probe_and_what_comes_before_it_is_handed_on(mo
     assert db.is_listening
     with pytest.raises(worker.Deaf, match="a NOTIFY did not arrive"):
         hear("", worker.CANCEL)
+
+
+def test_help_says_how_to_call_it_and_names_every_variable():
+    command = [sys.executable, str(PROJECT / "worker.py"), "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, env={}).stdout
+
+    assert shown.startswith("usage: worker.py [-h] [{check}]\n")
+    example = re.findall(r"(?m)^(?:# )?([A-Z_]+)=", (PROJECT / ".env.example").read_text())
+    of_providers = {"BFL_API_KEY", "OPENAI_API_KEY"}  # a name is a row's: two stand for all
+    assert [each for each in example if each not in shown and each not in of_providers] == []

@@ -36,7 +36,7 @@ from worker_process import eventually
 
 import pictures
 import worker
-from pictures import NoPicture, inspect_image
+from pictures import NoPicture, draw_preview, inspect_image
 from worker import JobError, Settings, Storage
 
 T = TypeVar("T")
@@ -910,6 +910,39 @@ def in_lab(work: Callable[[Lab], Awaitable[T]]) -> T:
             lab.close()
 
     return asyncio.run(run())
+
+
+# What the preview provider draws.
+
+
+def test_the_same_wish_draws_the_same_bytes_and_another_another_picture():
+    wishes = [
+        (prompt, seed) for prompt in ("a lighthouse", "a fox", "a koi pond") for seed in (1, 2)
+    ]
+    drawn = [draw_preview(prompt, (256, 192), "", seed) for prompt, seed in wishes]
+
+    assert drawn == [draw_preview(prompt, (256, 192), "", seed) for prompt, seed in wishes]
+    assert len(set(drawn)) == len(wishes)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 2048), (2048, 64), (2048, 2048)])
+def test_any_prompt_is_drawn_at_any_size_as_one_small_picture(size):
+    prompts = [
+        *("", "W" * 4000, "a lighthouse, " * 285, "\ufdfa" * 4000),
+        *(
+            "\0\x1b[31m\r\n\t\x7f\u2028",
+            "\U0001f98a\u200d\U0001f525 fox",
+            "\u05e9\u05dc\u05d5\u05dd \u202e",
+        ),
+    ]
+
+    async def act(lab: Lab) -> None:
+        lab.lanes = lab.lanes[:1]  # with the memory of a small picture
+        for prompt in prompts if size != (2048, 2048) else prompts[2:3]:
+            drawn = await lab.draw(prompt, size, "", 7)
+            assert Image.open(io.BytesIO(drawn)).size == size
+
+    in_lab(act)
 
 
 def test_a_source_that_costs_too_much_is_the_users_fault():

@@ -122,6 +122,19 @@ def test_it_starves_while_no_claim_is_answered(db, manager, workers):
     manager.until_fed(2)
 
 
+def test_where_no_systemd_does_it_ends_itself_and_only_then(db, workers):
+    process = workers.start(NOTIFY_SOCKET="", WORKER_WATCHDOG_SECONDS=2)
+    began, claimer = time.monotonic(), db.connect()
+    eventually(lambda: time.monotonic() - began > 4)
+    assert process.is_running()
+
+    with claimer.transaction():
+        claimer.execute("lock table private.ready_jobs in access exclusive mode")
+        assert process.wait() == 1
+
+    assert "Timeout (0:00:02)!" in process.log  # and where it was
+
+
 WORKS = ("READY=1", "STATUS=worker 7: 0 of 4 slots busy, is woken by NOTIFY")
 POLLS = ("READY=1", "STATUS=worker 7: 0 of 4 slots busy, polls, as LISTEN does not work")
 WAITS = ("STATUS=waits for the database: DiskFull 53100",)
@@ -143,11 +156,13 @@ def test_what_is_told_depends_on_what_the_database_says(monkeypatch, is_listenin
     one = worker.Worker(mock.Mock(slots=4), db, {}, mock.Mock(), mock.Mock())
     one.worker_id, one.last_beat = 7, 1.0
     monkeypatch.setattr(worker, "tell_systemd", told)
+    monkeypatch.setattr(one, "_feed_watchdog", fed := mock.Mock())
 
     one._tell_systemd()
     one._tell_systemd()
 
     assert [call.args for call in told.call_args_list] == said
+    assert fed.call_count == len(said)
 
 
 def test_a_path_is_an_address_too_and_a_manager_that_is_gone_no_reason_to_stop(

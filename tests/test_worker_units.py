@@ -534,7 +534,9 @@ def test_an_unexpected_error_tells_its_type_and_place_but_not_its_text():
 
 
 def a_worker(db: Any, **settings: Any) -> worker.Worker:
-    one = worker.Worker(mock.Mock(**settings), db, mock.Mock(), mock.Mock(), mock.Mock())
+    one = worker.Worker(
+        mock.Mock(watchdog_seconds=0, **settings), db, mock.Mock(), mock.Mock(), mock.Mock()
+    )
     one.is_full = False
     return one
 

@@ -224,6 +224,7 @@ describe('no answer', () => {
     ['an empty page', () => text(200, '')],
     ['an empty page that says there is none', () => text(404, '')],
     ['an error of the database', () => json(500, { code: '57014', message: 'timeout' })],
+    ['a database that hung up', () => json(400, { code: '', message: '' })],
     ['a gateway without a database', () => json(503, { code: 'PGRST001', message: 'no' })],
     ['a gateway without a connection', () => json(504, { code: 'PGRST003', message: 'no' })],
     ['an error of 5xx without a code', () => json(503, { message: 'no healthy upstream' })],

@@ -35,8 +35,10 @@ Deno.serve({ onError }, async ({ method, headers, body }) => {
   const content = await reply.text();
   const names = ["content-type", "cache-control", "retry-after"];
   const back: Record<string, string> = { ...cors, ...pick(reply.headers, ...names) };
-  // Neither a server on the way nor a database that cannot write says anything of the request.
-  const away = reply.status < 500 ? /"(0A000|25006)"/.test(content) : !content.includes('"PT503"');
+  // Neither a server on the way, nor a database that hung up (400 without a code) or cannot write,
+  // says anything of the request.
+  const cannot = /"code": ?"(0A000|25006)?"/;
+  const away = reply.status < 500 ? cannot.test(content) : !content.includes('"PT503"');
   if (!reply.ok && away) throw new Error("unavailable");
   back["retry-after"] &&= back["retry-after"].replace(/^0, /, ""); // PostgREST's own
   return new Response(content, { status: reply.status, headers: back });

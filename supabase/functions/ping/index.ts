@@ -31,8 +31,10 @@ Deno.serve({ onError }, async ({ method, headers }) => {
   const reply = await fetch(rpc, { headers: own, signal, redirect: "error" });
   const back = { ...cors, ...pick(reply.headers, "content-type", "cache-control", "retry-after") };
   const content = await reply.text();
-  // Neither a server on the way nor a database that cannot write says anything of the request.
-  const away = reply.status < 500 ? /"(0A000|25006)"/.test(content) : !content.includes('"PT503"');
+  // Neither a server on the way, nor a database that hung up (400 without a code) or cannot write,
+  // says anything of the request.
+  const cannot = /"code": ?"(0A000|25006)?"/;
+  const away = reply.status < 500 ? cannot.test(content) : !content.includes('"PT503"');
   if (!reply.ok && away) throw new Error("unavailable");
   return new Response(method === "HEAD" ? null : content, { status: reply.status, headers: back });
 });

@@ -58,8 +58,9 @@ export function createApi(supabase: Client) {
     if (status === 401 && again && (await supabase.auth.refreshSession()).data.session) {
       return send([name, args] as Call, get, false);
     }
-    // Codes PT... are the database's own, whatever the status.
-    const isTold = error && (error.code?.startsWith('PT') || !isOnTheWay(status));
+    // Codes PT... are the database's own, whatever the status. PostgREST says 400 without a code
+    // where the database hung up.
+    const isTold = error && (/^PT/.test(error.code) || (error.code !== '' && !isOnTheWay(status)));
     if (!isTold) throw unreachable(status, error?.message);
     const detail = [error.details, error.hint].filter(Boolean).join('. ');
     // The database can be read, but not written. A standby says so in code 0A000.

@@ -253,6 +253,9 @@ isOneToOne: false
 "queue_history":
 { Args: { "bucket_seconds"?: number,"since"?: string }; Returns: Json
                            },
+"queue_job":
+{ Args: { "job_id": string }; Returns: Json
+                           },
 "queue_report":
 { Args: Record<PropertyKey, never>; Returns: Json
                            },

@@ -12,9 +12,10 @@ export interface Said {
   undo?: () => void;
 }
 
-export function Notice({ said, onEnd }: { said: Said; onEnd: () => void }) {
+/** `onEnd` is to stay the same: with a new one the time begins anew. */
+export function Notice({ said, onEnd }: { said: Said; onEnd: (nothing: null) => void }) {
   useEffect(() => {
-    const timer = setTimeout(onEnd, said.undo ? 2 * SHOWN_MS : SHOWN_MS);
+    const timer = setTimeout(() => onEnd(null), said.undo ? 2 * SHOWN_MS : SHOWN_MS);
     return () => clearTimeout(timer);
   }, [said, onEnd]);
   const { text, undo } = said;
@@ -25,7 +26,7 @@ export function Notice({ said, onEnd }: { said: Said; onEnd: () => void }) {
         <Button
           title={undo ? 'Undo' : 'OK'}
           onPress={() => {
-            onEnd();
+            onEnd(null);
             undo?.();
           }}
         />

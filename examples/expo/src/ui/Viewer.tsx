@@ -110,7 +110,7 @@ export function Viewer(props: Props) {
               style={styles.fill}
             />
           </Animated.View>
-          {said && <Notice said={said} onEnd={() => setSaid(null)} />}
+          {said && <Notice said={said} onEnd={setSaid} />}
         </View>
         <ScrollView
           contentContainerStyle={styles.words}
