@@ -20,12 +20,12 @@ export function Button(
   { title, onPress, kind = 'quiet', icon, isChosen, isDisabled, style }: Props,
 ) {
   const isLit = !isDisabled && (kind === 'main' || isChosen);
+  const inBrowsers = { 'aria-pressed': isChosen }; // their word for selected
   return (
     <Pressable
       accessibilityRole='button'
       accessibilityState={{ disabled: !!isDisabled, selected: !!isChosen }}
-      {...{ 'aria-pressed': isChosen }}
-      // what browsers call selected; phones know no such thing
+      {...inBrowsers}
       aria-label={icon ? title : undefined}
       disabled={!!isDisabled}
       onPress={onPress}
