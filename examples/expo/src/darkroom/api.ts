@@ -60,8 +60,8 @@ export function createApi(supabase: Client) {
     }
     // Codes PT... are the database's own, whatever the status. PostgREST says 400 without a code
     // where the database hung up.
-    const isTold = error && (/^PT/.test(error.code) || (error.code !== '' && !isOnTheWay(status)));
-    if (!isTold) throw unreachable(status, error?.message);
+    const isTold = error?.code?.startsWith('PT') || (error?.code !== '' && !isOnTheWay(status));
+    if (!error || !isTold) throw unreachable(status, error?.message);
     const detail = [error.details, error.hint].filter(Boolean).join('. ');
     // The database can be read, but not written. A standby says so in code 0A000.
     const isReadOnly = error.message === 'unavailable' || /^(0A000|25006)$/.test(error.code);
