@@ -78,7 +78,7 @@ export function Gallery({ darkroom, empty, onStart }: Props) {
           onRemove={() => remove(page.generation)}
         />
       )}
-      {said && <Notice said={said} onEnd={() => setSaid(null)} />}
+      {said && <Notice said={said} onEnd={setSaid} />}
     </>
   );
 }

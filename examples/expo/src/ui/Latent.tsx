@@ -48,7 +48,7 @@ export function Latent({ seed, progress }: { seed: string; progress: number }) {
   ];
   return (
     <View aria-hidden pointerEvents='none' style={styles.paper}>
-      <Animated.View style={[StyleSheet.absoluteFill, { opacity: at(0.45, 1), transform: drift }]}>
+      <Animated.View style={[StyleSheet.absoluteFill, { opacity: at(0.6, 1), transform: drift }]}>
         <Image placeholder={coarse} placeholderContentFit='cover' style={styles.layer} />
         <Animated.View style={[StyleSheet.absoluteFill, { opacity: at(0, 1) }]}>
           <Image placeholder={fine} placeholderContentFit='cover' style={styles.layer} />

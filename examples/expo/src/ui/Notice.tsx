@@ -5,16 +5,17 @@ import { StyleSheet, Text, View } from 'react-native';
 import { Button } from './Button';
 import { color, space } from './theme';
 
-const SHOWN_MS = 10_000;
+const SHOWN_MS = 5_000; // twice that where there is something to do
 
 export interface Said {
   text: string;
   undo?: () => void;
 }
 
-export function Notice({ said, onEnd }: { said: Said; onEnd: () => void }) {
+/** `onEnd` is to stay the same: with a new one the time begins anew. */
+export function Notice({ said, onEnd }: { said: Said; onEnd: (nothing: null) => void }) {
   useEffect(() => {
-    const timer = setTimeout(onEnd, SHOWN_MS);
+    const timer = setTimeout(() => onEnd(null), said.undo ? 2 * SHOWN_MS : SHOWN_MS);
     return () => clearTimeout(timer);
   }, [said, onEnd]);
   const { text, undo } = said;
@@ -25,7 +26,7 @@ export function Notice({ said, onEnd }: { said: Said; onEnd: () => void }) {
         <Button
           title={undo ? 'Undo' : 'OK'}
           onPress={() => {
-            onEnd();
+            onEnd(null);
             undo?.();
           }}
         />

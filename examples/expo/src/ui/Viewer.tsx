@@ -95,20 +95,23 @@ export function Viewer(props: Props) {
             onPress={() => attempt(props.onFavorite(!job.is_favorite))}
           />
         </View>
-        <Animated.View
-          {...swipe}
-          style={[styles.picture, SIDEWAYS, { transform: [{ translateX: dx }] }]}
-        >
-          <Image
-            key={image.path}
-            accessibilityLabel={job.prompt}
-            contentFit='contain'
-            placeholder={preview ?? (image.blurhash ? { blurhash: image.blurhash } : null)}
-            placeholderContentFit='contain'
-            source={drawn ?? preview}
-            style={styles.fill}
-          />
-        </Animated.View>
+        <View style={styles.picture}>
+          <Animated.View
+            {...swipe}
+            style={[styles.fill, SIDEWAYS, { transform: [{ translateX: dx }] }]}
+          >
+            <Image
+              key={image.path}
+              accessibilityLabel={job.prompt}
+              contentFit='contain'
+              placeholder={preview ?? (image.blurhash ? { blurhash: image.blurhash } : null)}
+              placeholderContentFit='contain'
+              source={drawn ?? preview}
+              style={styles.fill}
+            />
+          </Animated.View>
+          {said && <Notice said={said} onEnd={setSaid} />}
+        </View>
         <ScrollView
           contentContainerStyle={styles.words}
           style={isWide ? styles.side : styles.foot}
@@ -150,7 +153,6 @@ export function Viewer(props: Props) {
           </View>
         </ScrollView>
       </SafeAreaView>
-      {said && <Notice said={said} onEnd={() => setSaid(null)} />}
     </Modal>
   );
 }

@@ -5,7 +5,7 @@
 const DIGITS =
   '0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz#$%*+,-.:;=?@[]^_{|}~';
 const GROUND = 0x8f3a26;
-const CONTRAST = 26;
+const CONTRAST = 34;
 /** How much of a wave is red, green and blue. */
 const LIGHT = [1, 0.62, 0.5];
 
