@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import uuid
 from pathlib import Path
 from typing import Any
 
-from database import Database
-from playwright.sync_api import Locator, Page, expect
+from database import PROJECT, Database
+from PIL import Image
+from playwright.sync_api import Locator, Page, ViewportSize, expect
+from worker_process import eventually
 
+from stack import Stack
+
+AXE = PROJECT / "examples/expo/node_modules/axe-core/axe.min.js"
+WIDE: ViewportSize = {"width": 1280, "height": 720}
+PHONE: ViewportSize = {"width": 390, "height": 844}
+DEAREST = "Recraft 3 SVG"  # 16 credits, more than anybody has at first
 PASSWORD = "correct horse battery staple"
 API = re.compile(r"/(auth|rest|storage)/v1/")
 
@@ -37,6 +46,14 @@ IS_DRAWN = """prompt => [...document.querySelectorAll('[data-testid="card-comple
   .filter(card => card.textContent.includes(prompt))
   .flatMap(card => [...card.querySelectorAll('img[src^="blob:"]')])
   .some(picture => picture.complete && picture.naturalWidth >= 256)"""
+# axe-core asks of a target no more than 24 pixels.
+VIOLATIONS = """() => axe.run().then(({violations}) => [
+  ...violations.flatMap(({id, help, nodes}) => nodes.map(node => `${id}: ${help}: ${node.html}`)),
+  ...[...document.querySelectorAll('button, input, textarea')]
+    .map(each => [each.getBoundingClientRect(), each])
+    .filter(([{width, height}]) => width > 0 && Math.min(width, height) < 44)
+    .map(([{width, height}, each]) => `${width} x ${height}: ${each.outerHTML}`),
+])"""
 SET_VISIBILITY = """state => {
   Object.defineProperty(document, 'visibilityState', {value: state, configurable: true});
   Object.defineProperty(document, 'hidden', {value: state === 'hidden', configurable: true});
@@ -65,12 +82,32 @@ class App:
         self.page.goto("/")
 
     def sign_up(self) -> None:
+        self.press("Create an account")
         self.page.get_by_label("Email").fill(self.email)
         self.page.get_by_label("Password").fill(PASSWORD)
-        self.page.get_by_text("Create an account").click()
+        self.press("Create account")
         self.until_credits(10)
         query = "select id::text from auth.users where email = %s"
         self.user_id = str(self.db.value(query, self.email))
+
+    def come_back(self, stack: Stack) -> None:
+        """Have the password forgotten, and sign in with the code from the mail."""
+        self.press("Forgot your password?")
+        self.page.get_by_label("Email").fill(self.email)
+        self.press("Send a code")
+        self.page.get_by_label("Code").fill(self.code(stack))
+        self.press("Continue")
+        expect(self.page.get_by_label("New password")).to_be_visible()
+
+    def code(self, stack: Stack) -> str:
+        """The code in the last mail: the local stack writes into a log what others send."""
+
+        def find() -> str | None:
+            _, *mails = stack.lite.log.read_text().split(self.email)
+            found = re.findall(r"\b\d{6}\b", mails[-1]) if mails else []
+            return found[0] if found else None
+
+        return str(eventually(find))
 
     def write(self, prompt: str) -> None:
         self.page.get_by_label("Prompt").fill(prompt)
@@ -81,6 +118,23 @@ class App:
     def ask(self, prompt: str) -> None:
         self.write(prompt)
         self.press("Generate")
+
+    def choose(self, model: str) -> None:
+        """Take another model from the sheet."""
+        dialog = self.page.get_by_role("dialog")
+        self.press("Model")
+        self.press(model, dialog)
+        expect(dialog).to_have_count(0)
+
+    def pick_picture(self) -> None:
+        """Start from a picture of the device."""
+        content = io.BytesIO()
+        Image.new("RGB", (64, 48), "teal").save(content, "PNG")
+        with self.page.expect_file_chooser() as chooser:
+            self.press("From a picture")
+        chooser.value.set_files(
+            {"name": "a.png", "mimeType": "image/png", "buffer": content.getvalue()}
+        )
 
     def wait(self, seconds: float) -> None:
         """Let time pass in which nothing should happen, so that there is nothing to wait for."""
@@ -128,6 +182,25 @@ class App:
 
     def shot(self, name: str) -> None:
         shot(self.page, name)
+
+    def violations(self) -> list[str]:
+        """What axe-core has against what is on the screen, and what is too small for a finger."""
+        if not self.page.evaluate("'axe' in window"):
+            self.page.evaluate(AXE.read_text())
+        return list(self.page.evaluate(VIOLATIONS))
+
+    def look(self, state: str) -> None:
+        """Keep what is on the screen at both sizes, and hold it to the rules of accessibility."""
+        before = self.page.viewport_size
+        for suffix, size in (("", WIDE), ("-phone", PHONE)):
+            self.page.set_viewport_size(size)
+            self.wait(0.4)  # a picture fades in
+            self.shot(state + suffix)
+            problems = self.violations()
+            assert not problems, "\n".join([state + suffix, *problems])
+            assert self.page.evaluate("document.documentElement.scrollWidth") == size["width"]
+        if before:
+            self.page.set_viewport_size(before)
 
     def jobs(self) -> list[dict[str, Any]]:
         query = "select * from public.generations where user_id = %s order by id"

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from actors import PREVIEW
 from app_page import App
 from database import Database
 from playwright.sync_api import Browser, sync_playwright
@@ -68,6 +69,17 @@ def alice(app: App) -> App:
     app.open()
     app.sign_up()
     return app
+
+
+@pytest.fixture
+def catalogue(stack_db: Database) -> Iterator[Database]:
+    """All models of the seed, active."""
+    stack_db.execute("update public.models set is_active = true")
+    yield stack_db
+    stack_db.execute("select public.resume_model('stability-ai/sdxl')")
+    stack_db.execute(
+        "update public.models set is_active = (id = %s), requires_paid = false", PREVIEW
+    )
 
 
 @pytest.fixture

@@ -16,13 +16,11 @@ REFUSED = "a fox in the snow [fail:moderated]"
 
 def test_pictures_take_the_place_of_their_placeholders_from_the_top_and_open(alice, workers):
     workers.start(PREVIEW_SECONDS=1)
-    alice.shot("empty")
     prompts = ["a fox in the snow", "a city in the rain, neon", "a bowl of plums", LIGHTHOUSE]
     for prompt in prompts:
         alice.ask(prompt)
         alice.until(prompt, "queued")
         before = alice.place(prompt)
-        alice.shot("queued")
 
         alice.until_drawn(prompt)
 
@@ -31,11 +29,9 @@ def test_pictures_take_the_place_of_their_placeholders_from_the_top_and_open(ali
     tops = [alice.place(prompt) for prompt in reversed(prompts)]
     assert tops == sorted(tops, key=lambda place: (place["y"], place["x"]))
     alice.until_credits(6)
-    alice.shot("completed")
     alice.press(f"Open: {LIGHTHOUSE}")
     full = alice.page.locator('[aria-modal="true"] img[src^="blob:"]')
     eventually(lambda: full.first.evaluate("image => image.naturalWidth") == 1024)
-    alice.shot("viewer")
 
 
 def test_the_placeholder_is_there_at_once_also_without_a_network(alice):
@@ -60,7 +56,6 @@ def test_credits_drop_before_the_answer_and_come_back_with_a_refusal(alice, oper
     expect(alice.until(LIGHTHOUSE, "refused")).to_contain_text("Not enough credits")
     alice.page.evaluate(SET_VISIBILITY, "visible")  # reads all anew
     alice.until_credits(0)
-    alice.shot("refused")
     assert alice.jobs() == []
 
 
@@ -73,9 +68,7 @@ def test_a_failed_one_tells_why_and_gives_the_credit_back_on_a_phone_too(alice, 
     expect(card).to_contain_text("The safety filter refused this picture")
     expect(card).to_contain_text("1 credit given back")
     alice.until_credits(10)
-    alice.shot("failed")
     alice.page.set_viewport_size({"width": 390, "height": 844})
-    alice.shot("phone")
     assert alice.page.evaluate("document.documentElement.scrollWidth") == 390
     alice.press("Try again", card)
     eventually(lambda: [job["status"] for job in alice.jobs()] == ["failed"] * 2)
@@ -87,13 +80,11 @@ def test_a_running_one_shows_its_progress_and_can_be_canceled(alice, workers):
     alice.ask(LIGHTHOUSE)
     card = alice.until(LIGHTHOUSE, "processing")
     expect(card).to_contain_text(re.compile(r"Developing [1-9]0 %"), timeout=15_000)
-    alice.shot("developing")
 
     alice.press("Cancel", card)
 
     expect(alice.until(LIGHTHOUSE, "canceled")).to_contain_text("1 credit given back")
     alice.until_credits(10)
-    alice.shot("canceled")
 
 
 def test_a_first_launch_does_not_wait_for_the_backend(app):
@@ -104,7 +95,6 @@ def test_a_first_launch_does_not_wait_for_the_backend(app):
     expect(app.page.get_by_role("button", name="Sign in")).to_be_visible()
     painted = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
     assert eventually(lambda: app.page.evaluate(painted)) < 1000
-    app.shot("sign-in")
     app.heal()
 
 
@@ -123,7 +113,6 @@ def test_without_a_backend_the_gallery_is_there_and_wishes_are_kept(alice, stack
         expect(alice.page.get_by_test_id("offline")).to_be_visible()
         alice.ask("a fox in the snow")
         alice.until("a fox in the snow", "waiting")
-        alice.shot("offline")
         alice.open()  # and killed, too
         alice.until("a fox in the snow", "waiting")
     finally:

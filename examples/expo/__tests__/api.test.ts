@@ -88,6 +88,7 @@ const failure = (promise: Promise<unknown>) =>
     (error: DarkroomError) => error,
   );
 const JOB = '01a20068-0000-7000-8000-000000000001';
+const TAGS = { job_id: JOB, tags: ['a'] };
 
 beforeEach(() => {
   gateway = new Gateway();
@@ -141,6 +142,7 @@ describe('a request', () => {
     ],
     ['retry', () => api.retry(JOB, 2), 'retry_generation', { job_id: JOB, max_price_credits: 2 }],
     ['cancel', () => api.cancel(JOB), 'cancel_generation', { job_id: JOB }],
+    ['any other', () => api.call('set_tags', TAGS), 'set_tags', TAGS],
   ])('to %s is a POST with its arguments in the body', async (_, ask, name, body) => {
     await ask();
 
@@ -320,7 +322,8 @@ describe('an expired session', () => {
 });
 
 describe('a source picture', () => {
-  const upload = () => api.uploadSource('ada/key', 'file:///cat.jpg', 'image/jpeg');
+  const upload = () =>
+    api.uploadSource('ada/key', { uri: 'file:///cat.jpg', contentType: 'image/jpeg' });
   const deviceFetch = jest.spyOn(globalThis, 'fetch');
 
   beforeEach(() => void deviceFetch.mockImplementation(async () => new Response('a cat')));

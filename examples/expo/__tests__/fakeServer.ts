@@ -132,6 +132,24 @@ export class FakeServer {
     };
   }
 
+  call(...[name, args]: Parameters<Api['call']>): unknown {
+    const { job_id, ...news } = args as { job_id: string; [name: string]: unknown };
+    if (this.refusal) throw this.refusal;
+    if (name === 'restore_generation') {
+      this.jobs.find((j) => j.job_id === job_id)!.isDeleted = false;
+    }
+    const job = this.require(job_id);
+    if (name === 'set_favorite') Object.assign(job, news);
+    if (name === 'delete_generation') {
+      job.isDeleted = true;
+      for (const image of job.images) image.is_public = false;
+    }
+    if (name === 'share_image') {
+      job.images[news.image_position as number]!.is_public = news.is_public as boolean;
+    }
+    return name === 'restore_generation' ? this.show(job) : { job_id };
+  }
+
   // --- what happens to jobs ---
 
   begin(job = this.newest()): void {
@@ -404,7 +422,9 @@ export class FakePhone {
         }),
       retry: (...args) => call('retry', () => server.retry(...args)),
       cancel: (id) => call('cancel', () => server.cancel(id)),
-      uploadSource: async (path, uri) => {
+      call: <T>(...asked: Parameters<Api['call']>) =>
+        call('call', () => server.call(...asked) as T),
+      uploadSource: async (path, { uri }) => {
         if (!this.files.has(uri)) throw refusal(0, 'source_lost', 'It is no longer here.');
         await call('uploadSource', () => void this.uploads.push(path));
       },

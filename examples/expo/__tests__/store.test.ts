@@ -1598,3 +1598,155 @@ describe('start and stop', () => {
     expect(shown()).not.toBe(before);
   });
 });
+
+describe('what is done with a picture', () => {
+  const failure = (promise: Promise<void>) => promise.then(() => null, (error: Error) => error);
+
+  /** The app is open and shows two pictures, the newest of which is shared. */
+  async function openWithTwo(): Promise<void> {
+    server.addHistory(2);
+    server.newest().images[0]!.is_public = true;
+    await open();
+  }
+
+  test('is shown at once and kept by the server', async () => {
+    await openWithTwo();
+
+    const done = phone.store.favorite(top(), true);
+
+    expect(top().job.is_favorite).toBe(true);
+    await after(10);
+    await done;
+    expect(server.newest().is_favorite).toBe(true);
+    expect(top().job.is_favorite).toBe(true);
+  });
+
+  test.each<[string, () => Promise<void>]>([
+    ['a favorite', () => phone.store.favorite(top(), true)],
+    ['a removal', () => phone.store.remove(top())],
+    ['the end of a share', () => phone.store.share(top(), 0, false)],
+  ])('is as it was before, and said, where the network is off: %s', async (_, change) => {
+    await openWithTwo();
+    const before = shown().generations;
+    phone.goOff();
+
+    const failed = failure(change());
+    expect(shown().generations).not.toEqual(before);
+    await after(10);
+
+    expect(await failed).toMatchObject({ token: 'unreachable' });
+    expect(shown().generations).toEqual(before);
+  });
+
+  test('is not undone by a read that was under way', async () => {
+    await openWithTwo();
+    const release = phone.holdNext('page');
+    phone.show();
+    await after(10);
+    const views: boolean[] = [];
+    phone.store.subscribe(() => views.push(top().job.is_favorite));
+
+    const done = phone.store.favorite(top(), true);
+    await after(10);
+    release();
+    await after(10);
+    await done;
+
+    expect(new Set(views)).toEqual(new Set([true]));
+  });
+
+  test('done twice ends as it was pressed last', async () => {
+    await openWithTwo();
+    phone.latency = 100;
+    const views: boolean[] = [];
+    phone.store.subscribe(() => views.push(top().job.is_favorite));
+
+    void phone.store.favorite(top(), true);
+    void phone.store.favorite(top(), false);
+    await after(2_000);
+
+    expect(server.newest().is_favorite).toBe(false);
+    expect(views).toEqual([true, ...views.slice(1).map(() => false)]);
+  });
+
+  test('waits while the app is hidden', async () => {
+    await openWithTwo();
+    phone.hide();
+
+    void phone.store.favorite(top(), true);
+    await after(60_000);
+    expect(phone.count()).toBe(0);
+    phone.show();
+    await after(10);
+
+    expect(server.newest().is_favorite).toBe(true);
+  });
+
+  test('takes a card away, also after a restart without a network', async () => {
+    await openWithTwo();
+
+    const done = phone.store.remove(top());
+    expect(prompts()).toEqual(['older 0']);
+    await after(10);
+    await done;
+    expect(server.newest().isDeleted).toBe(true);
+    await reopenOffline();
+
+    expect(prompts()).toEqual(['older 0']);
+  });
+
+  test('taken away and back, a card is in its place, and its picture private', async () => {
+    await openWithTwo();
+    const [removed, other] = shown().generations;
+    void phone.store.remove(removed!);
+    await after(10);
+
+    void phone.store.restore(removed!);
+    await after(2_000);
+
+    expect(prompts()).toEqual(['older 1', 'older 0']);
+    expect(top()).toMatchObject({ key: removed!.key, local: null });
+    expect(top().job.images).toMatchObject([{ is_public: false }]);
+    expect(shown().generations[1]).toEqual(other);
+  });
+
+  test('taken back before it was answered, it is as if it had not been', async () => {
+    await openWithTwo();
+    phone.latency = 100;
+    const { generations: [removed] } = shown();
+
+    void phone.store.remove(removed!);
+    void phone.store.restore(removed!);
+    await after(3_000);
+
+    expect(server.newest().isDeleted).toBe(false);
+    expect(prompts()).toEqual(['older 1', 'older 0']);
+  });
+
+  test('that is gone cannot be brought back, and shows no card', async () => {
+    await openWithTwo();
+    const { generations: [removed] } = shown();
+    void phone.store.remove(removed!);
+    await after(10);
+    server.refusal = new DarkroomError('not_found', 404);
+
+    const failed = failure(phone.store.restore(removed!));
+    await after(2_000);
+
+    expect(await failed).toMatchObject({ token: 'not_found' });
+    expect(prompts()).toEqual(['older 0']);
+  });
+
+  test('shares one picture of several', async () => {
+    server.addHistory(1);
+    const [image] = server.newest().images;
+    server.newest().images.push({ ...image!, position: 1, path: 'second' });
+    await open();
+
+    void phone.store.share(top(), 1, true);
+    await after(10);
+
+    expect(top().job.images.map(({ is_public }) => is_public)).toEqual([false, true]);
+    expect(server.newest().images.map(({ is_public }) => is_public)).toEqual([false, true]);
+  });
+});

@@ -5,13 +5,15 @@
 import AsyncStorage from '@react-native-async-storage/async-storage';
 import { useEffect, useState } from 'react';
 
+import { forgetPictures } from './darkroom';
 import { sessionStorage } from './session';
 import { SESSION, supabase } from './supabase';
-import { forgetPictures } from './usePicture';
 
 export interface User {
   id: string;
   email: string;
+  /** Signed in by a code from a mail, to choose a new password. */
+  isRecovering: boolean;
 }
 
 /** There from the press on "Sign out" until the session is gone, also if the app is killed. */
@@ -32,7 +34,9 @@ export function useUser(): User | null | undefined {
           setUser(null);
         } else if (session && !isLeaving) {
           const { id, email = '' } = session.user;
-          setUser((known) => (known?.id === id ? known : { id, email }));
+          const isRecovering = event === 'PASSWORD_RECOVERY';
+          const isNews = isRecovering || event === 'USER_UPDATED';
+          setUser((known) => known?.id === id && !isNews ? known : { id, email, isRecovering });
         }
       });
       stop = () => data.subscription.unsubscribe();
@@ -57,7 +61,8 @@ export async function signOut(): Promise<void> {
 async function stored(): Promise<User | null> {
   isLeaving = !!(await AsyncStorage.getItem(LEAVING));
   const session = JSON.parse((!isLeaving && (await sessionStorage.getItem(SESSION))) || 'null');
-  return session && { id: session.user.id, email: session.user.email ?? '' };
+  const { id, email = '' } = session?.user ?? {};
+  return session && { id, email, isRecovering: false };
 }
 
 /** Leaves nothing of a former user on the device: list, pictures, and what was not sent yet. */

@@ -31,8 +31,7 @@ export class DarkroomError extends Error {
   }
 }
 
-const unreachable = (status: number, detail: string) =>
-  new DarkroomError('unreachable', status, detail, true);
+const unreachable = (status = 0, why = '') => new DarkroomError('unreachable', status, why, true);
 
 /** Whether a status says nothing of the request: somebody on the way answered, or nobody. */
 const isOnTheWay = (status: number) => status < 400 || status >= 500 || [408, 429].includes(status);
@@ -51,20 +50,18 @@ function inTime<T>(ms: number, request: (signal: AbortSignal) => PromiseLike<T>)
 export function createApi(supabase: Client) {
   /** Calls a function; with an expired session once more, after refreshing it. */
   async function send<T>([name, args]: Call, get: boolean, again = true): Promise<T> {
-    const { data, error, status } = await inTime(TIMEOUT_MS, (signal) =>
-      supabase
-        .rpc(name as never, args as never, { get })
-        .retry(false) // supabase-js would repeat reads by itself: here whoever asked decides that
-        .abortSignal(signal));
+    // supabase-js would repeat reads by itself: here whoever asked decides that.
+    const request = (signal: AbortSignal) =>
+      supabase.rpc(name as never, args as never, { get }).retry(false).abortSignal(signal);
+    const { data, error, status } = await inTime(TIMEOUT_MS, request);
     if (!error && data !== null) return data as T;
     if (status === 401 && again && (await supabase.auth.refreshSession()).data.session) {
       return send([name, args] as Call, get, false);
     }
     // Codes PT... are the database's own, whatever the status. PostgREST says 400 without a code
     // where the database hung up.
-    const isTold = error &&
-      (error.code?.startsWith('PT') || (error.code !== '' && !isOnTheWay(status)));
-    if (!isTold) throw unreachable(status, error?.message ?? '');
+    const isTold = error?.code?.startsWith('PT') || (error?.code !== '' && !isOnTheWay(status));
+    if (!error || !isTold) throw unreachable(status, error?.message);
     const detail = [error.details, error.hint].filter(Boolean).join('. ');
     // The database can be read, but not written. A standby says so in code 0A000.
     const isReadOnly = error.message === 'unavailable' || /^(0A000|25006)$/.test(error.code);
@@ -94,14 +91,16 @@ export function createApi(supabase: Client) {
     retry: (job_id: string, max_price_credits: number) =>
       write<EnqueueAnswer>('retry_generation', { job_id, max_price_credits }),
     cancel: (job_id: string) => write<Job>('cancel_generation', { job_id }),
+    /** All the others: `api.call('set_tags', { job_id, tags })`. */
+    call: write,
 
     /** Puts a source picture where only its user can read it. Safe to repeat. */
-    async uploadSource(path: string, uri: string, contentType: string): Promise<void> {
+    async uploadSource(path: string, { uri, contentType }: { uri: string; contentType: string }) {
       const content = await fetch(uri).then((file) => file.arrayBuffer()).catch(() => null);
       if (!content) throw new DarkroomError('source_lost', 0, 'It is no longer on this device.');
       const options = { contentType, upsert: true };
-      const upload = () => supabase.storage.from('inputs').upload(path, content, options);
-      const { error } = await inTime(8 * TIMEOUT_MS, upload);
+      const bucket = supabase.storage.from('inputs');
+      const { error } = await inTime(8 * TIMEOUT_MS, () => bucket.upload(path, content, options));
       const status = error?.status ?? 0;
       if (error && isOnTheWay(status)) throw unreachable(status, error.message);
       if (error) throw new DarkroomError('source_refused', status, error.message, status === 401);

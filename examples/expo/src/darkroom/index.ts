@@ -4,3 +4,4 @@ export * from './realtime';
 export * from './store';
 export type { Entitlement, Job, JobImage, Model, Params } from './types';
 export * from './useGenerations';
+export * from './usePicture';

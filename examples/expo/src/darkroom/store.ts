@@ -23,12 +23,7 @@ export interface Environment {
 }
 
 /** A picture on the device, and the model's input that takes it, alone or in a list. */
-export interface Source {
-  uri: string;
-  contentType: string;
-  input: string;
-  isList: boolean;
-}
+export type Source = { uri: string; contentType: string; input: string; isList: boolean };
 
 export interface Generation {
   /** Stays when the placeholder becomes the job: the key of its card. */
@@ -40,7 +35,8 @@ export interface Generation {
   source: Source | null;
 }
 
-export type Snapshot = ReturnType<GenerationStore['getSnapshot']>;
+/** A change that is shown over what was read until the server has it; null hides the card. */
+type Edit = { key: string; news: Partial<Job> | null; send: () => Promise<void> };
 
 /** The same wish again within this time, or before it was answered, is a double press. */
 const SAME_PRESS_MS = 1_000;
@@ -81,6 +77,7 @@ export class GenerationStore {
   private entitlement: Entitlement | null = null;
   private nextBefore = ''; // the history is on the list from here ...
   private newest = ''; // ... up to here; what is newer came one by one
+  private edits: readonly Edit[] = [];
   private press = { wish: '', key: '', at: 0 };
 
   private isStarted = false;
@@ -170,6 +167,36 @@ export class GenerationStore {
     this.merge(page?.generations ?? []);
   };
 
+  // --- what is done with pictures: shown at once, or as before if the server does not take it ---
+
+  favorite = (of: Generation, is_favorite: boolean) =>
+    this.edit(of, { is_favorite }, ['set_favorite', { job_id: of.job.job_id, is_favorite }]);
+
+  /** Takes a finished one away and ends its sharing; until it is erased, `restore` undoes it. */
+  remove = (g: Generation) => this.edit(g, null, ['delete_generation', { job_id: g.job.job_id }]);
+
+  /** Reads it, too, for its images are private now. */
+  restore = (of: Generation) =>
+    this.edit(of, { poll_after_ms: 0 }, ['restore_generation', { job_id: of.job.job_id }]);
+
+  /** Shows an image to everybody, or no longer. */
+  share = (of: Generation, image_position: number, is_public: boolean) => {
+    const { job_id, ...job } = of.job;
+    const images = job.images.map((i) => (i.position === image_position ? { ...i, is_public } : i));
+    return this.edit(of, { images }, ['share_image', { job_id, image_position, is_public }]);
+  };
+
+  /** Sends it between two reads, so that none tells what was before; throws if it was not done. */
+  private edit(of: Generation, news: Edit['news'], call: Parameters<Api['call']>): Promise<void> {
+    const done = () => (news ? this.change(of.key, news, {}, of) : this.drop(of.key));
+    return new Promise((resolve, reject) => {
+      const send = () => this.ask((api) => api.call(...call)).then(done).then(resolve, reject);
+      this.edits = [...this.edits, { key: of.key, news, send }];
+      this.changed();
+      void this.reads.now();
+    });
+  }
+
   // --- sending ---
 
   /** Sends in the order of the presses. */
@@ -198,8 +225,7 @@ export class GenerationStore {
 
   private async request({ key, job, source }: Generation): Promise<EnqueueAnswer> {
     const { model, prompt, params, retry_of, price_credits: seen } = job;
-    const path = this.sourcePath(key);
-    if (source) await this.ask((api) => api.uploadSource(path, source.uri, source.contentType));
+    if (source) await this.ask((api) => api.uploadSource(this.sourcePath(key), source));
     const asked = { model, prompt, params, idempotency_key: key, max_price_credits: seen };
     return this.ask((api) => (retry_of ? api.retry(retry_of, seen) : api.enqueue(asked)));
   }
@@ -207,13 +233,11 @@ export class GenerationStore {
   /** Turns a placeholder into the job that was made of it. */
   private take(key: string, { credits_left, reused, ...news }: EnqueueAnswer): void {
     const known = this.find(key);
+    const local = known?.job.cancel_requested ? 'sending' : null;
     const poll_after_ms = news.poll_after_ms ?? 0; // has it ended, its pictures are to be read
     // Where an older job answers this wish, its card is enough.
     if (this.generations.some((g) => g !== known && idOf(g) === news.job_id)) this.drop(key);
-    else if (known?.local) {
-      const local = known.job.cancel_requested ? 'sending' : null;
-      this.change(key, { ...news, poll_after_ms }, { local });
-    }
+    else if (known?.local) this.change(key, { ...news, poll_after_ms }, { local });
     if (this.entitlement) this.entitlement = { ...this.entitlement, credits: credits_left };
     // A balance read meanwhile may be newer than this one, or about to be taken and older.
     const ends = !!this.entitlement?.credits_ending?.length;
@@ -225,6 +249,11 @@ export class GenerationStore {
 
   private async read(): Promise<void> {
     await this.written; // what is on the device comes first
+    for (const edit of this.edits) {
+      await edit.send();
+      this.edits = this.edits.filter((other) => other !== edit);
+      this.changed();
+    }
     if (this.isStale) {
       this.isStale = false;
       this.isEntitlementStale = true;
@@ -289,8 +318,8 @@ export class GenerationStore {
 
   private find = (key: string) => this.generations.find((g) => g.key === key);
 
-  private change(key: string, news: Partial<Job>, more: Partial<Generation> = {}): void {
-    const known = this.find(key);
+  private change(key: string, news: Partial<Job>, more: Partial<Generation> = {}, or?: Generation) {
+    const known = this.find(key) ?? or;
     if (known) this.put({ ...known, ...more, job: { ...known.job, ...news } });
   }
 
@@ -324,22 +353,20 @@ export class GenerationStore {
   };
 
   private look() {
-    const { generations, models, entitlement } = this;
+    const { models, entitlement } = this;
+    /** Whether requests get through, as far as is known. */
     const isOnline = this.reads.failures + this.sends.failures === 0;
-    const shown = (g: Generation): Generation =>
-      isUnsent(g) && !isOnline ? { ...g, local: 'waiting' } : g;
+    const generations = this.generations.flatMap((g): Generation[] => {
+      const news = this.edits.filter(({ key }) => key === g.key).map((edit) => edit.news);
+      const local = isUnsent(g) && !isOnline ? 'waiting' : g.local;
+      if (news.length === 0 && local === g.local) return [g];
+      return news.includes(null) ? [] : [{ ...g, local, job: Object.assign({}, g.job, ...news) }];
+    });
     const price = (g: Generation) => (isUnsent(g) && !g.job.job_id ? g.job.price_credits : 0);
-    const pending = generations.reduce((sum, g) => sum + price(g), 0);
-    return {
-      generations: generations.map(shown),
-      models,
-      entitlement,
-      /** The balance when all that is on its way has been charged; null if not known. */
-      credits: entitlement && Math.max(0, entitlement.credits - pending),
-      hasMore: this.nextBefore !== '',
-      /** Whether requests get through, as far as is known. */
-      isOnline,
-    };
+    const pending = this.generations.reduce((sum, g) => sum + price(g), 0);
+    /** The balance when all that is on its way has been charged; null if not known. */
+    const credits = entitlement && Math.max(0, entitlement.credits - pending);
+    return { generations, models, entitlement, credits, hasMore: this.nextBefore !== '', isOnline };
   }
 
   // --- the device ---

@@ -56,10 +56,7 @@ export interface EnqueueAnswer
 }
 
 /** The next page is what comes before `next_before`; null: there is none. */
-export interface Page {
-  generations: Job[];
-  next_before: string | null;
-}
+export type Page = { generations: Job[]; next_before: string | null };
 
 type Limits = Record<'max_active' | 'minute_jobs' | 'max_per_minute' | 'max_batch', number>;
 type Known = 'user_id' | 'paid_until' | 'blocked_until' | 'credits' | 'debt';

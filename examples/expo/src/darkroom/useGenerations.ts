@@ -3,12 +3,14 @@ import { useEffect, useSyncExternalStore } from 'react';
 
 import type { GenerationStore } from './store';
 
+export type Snapshot = ReturnType<GenerationStore['getSnapshot']>;
+
 export function useGenerations(store: GenerationStore) {
   useEffect(() => {
     store.start();
     return store.stop;
   }, [store]);
   const snapshot = useSyncExternalStore(store.subscribe, store.getSnapshot, store.getSnapshot);
-  const { generate, retry, cancel, loadMore } = store;
-  return { ...snapshot, generate, retry, cancel, loadMore };
+  const { generate, retry, cancel, loadMore, favorite, remove, restore, share } = store;
+  return { ...snapshot, generate, retry, cancel, loadMore, favorite, remove, restore, share };
 }

@@ -1,15 +1,22 @@
 /**
- * An image of a private bucket, for expo-image: it sends the header and caches under the path,
- * which stays the same, where a signed address would be a new file every time.
+ * An image of the private bucket on a phone, for expo-image: it sends the header and caches under
+ * the path, which stays the same, where a signed address would be a new file every time.
  */
-import { Image, type ImageSource } from 'expo-image';
+import { Image } from 'expo-image';
 import { useEffect, useState } from 'react';
 
-import { supabase } from './supabase';
+import type { Client } from './api';
+
+/** What an image component takes as its source. */
+export interface Picture {
+  uri: string;
+  headers?: Record<string, string>;
+  cacheKey?: string;
+}
 
 /** Answers null until it is known where the picture is. Tries again when the network is back. */
-export function usePicture(path: string | null, isOnline: boolean): ImageSource | null {
-  const [source, setSource] = useState<ImageSource | null>(null);
+export function usePicture(supabase: Client, path: string | null, isOnline: boolean) {
+  const [source, setSource] = useState<Picture | null>(null);
   useEffect(() => {
     let isWanted = true;
     void supabase.auth.getSession().then(({ data: { session } }) => {
@@ -24,8 +31,8 @@ export function usePicture(path: string | null, isOnline: boolean): ImageSource 
     return () => {
       isWanted = false;
     };
-  }, [path, isOnline]);
-  return source;
+  }, [supabase, path, isOnline]);
+  return source?.cacheKey === path ? source : null;
 }
 
 /** Forgets all pictures: somebody else may sign in next. */
