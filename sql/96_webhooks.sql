@@ -732,7 +732,7 @@ $$;
 
 insert into private.push_texts (event_type, title, body) values
 ('generation.completed', 'Your picture is ready', 'Tap to see it.'),
-('generation.failed', 'Your picture could not be made', 'Tap to see why.');
+('generation.failed', 'Your picture could not be made', 'Your credits are back.');
 
 insert into private.retention_walks (name) values ('trim_deliveries');
 

@@ -37,8 +37,8 @@ begin
         'the jobs: set darkroom.uninstall_despite = ''jobs'';';
   end if;
 
-  -- Schema private is Darkroom's alone. In public it goes by names, and where a part was left out, by
-  -- what only Darkroom's own refer to: an app may have a table or function of such a name then.
+  -- Schema private is Darkroom's alone. In public it goes by names, and where a part was left out,
+  -- by what only Darkroom's own refer to: an app may have a table or function of such a name then.
   select array_agg(c.oid) into v_tables
   from pg_class as c
   where c.relnamespace = 'public'::regnamespace and c.relkind in ('r', 'p') and (
@@ -56,8 +56,8 @@ begin
     'enqueue_generation', 'export_user', 'get_batch_status', 'get_entitlement', 'get_job_status',
     'grant_credits', 'like_image', 'list_active_jobs', 'list_deliveries', 'list_generations',
     'list_models', 'list_prompt_templates', 'list_public_images', 'list_webhooks', 'merge_user',
-    'pause_model', 'ping', 'queue_health', 'queue_history', 'queue_report', 'redeliver',
-    'redeliver_dead', 'redrive_failed', 'register_push_token', 'register_webhook',
+    'pause_model', 'ping', 'queue_health', 'queue_history', 'queue_job', 'queue_report',
+    'redeliver', 'redeliver_dead', 'redrive_failed', 'register_push_token', 'register_webhook',
     'restore_generation', 'resume_model', 'retry_generation', 'rotate_webhook_secret',
     'save_prompt_template', 'set_favorite', 'set_paid', 'set_tags', 'share_image',
     'unregister_push_token'
@@ -136,7 +136,7 @@ begin
   if to_regclass('supabase_migrations.schema_migrations') is not null then
     delete from supabase_migrations.schema_migrations where name in (
       'create_darkroom', 'darkroom_gallery', 'darkroom_webhooks', 'darkroom_reports',
-      'upgrade_first_edition', 'providers_are_rows', 'what_apps_sell'
+      'upgrade_first_edition', 'providers_are_rows', 'what_apps_sell', 'what_operators_see'
     );
   end if;
   if to_regclass('supabase_migrations.seed_files') is not null then
