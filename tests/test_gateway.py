@@ -415,6 +415,19 @@ def test_where_a_part_is_down_that_is_said_and_nothing_else(stack, endpoints):
         stack.up()
 
 
+def test_code_and_page_say_the_same_of_what_the_local_address_cannot_do():
+    """The head of gateway.ts, and the page that users read."""
+    head = (PROJECT / "scripts/gateway.ts").read_text().partition("*/")[0]
+    page = (PROJECT / "docs/quickstart.md").read_text().partition("local stack cannot do\n")[2]
+    page = page.partition("\n## ")[0]
+
+    said, told = (
+        re.sub(r"\s[*\s]*", " ", text[text.index("- It asks") :]).strip() for text in (head, page)
+    )
+    assert said == told
+    assert said.count(" - ") == 7
+
+
 # What make prints and runs.
 
 
