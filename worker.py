@@ -870,16 +870,15 @@ class Storage:
     async def sign(self, path: str, seconds: float) -> str:
         """An address of a source image that works for so long or a little longer. Raises JobError.
 
-        Of the answer only the token is taken: servers differ in the rest, and leave it unescaped.
+        Of the answer only the token is taken: the rest comes unescaped.
         """
         url = f"{self.root}/object/sign/{source_key(path)}"
         lasting = {"expiresIn": int(seconds) + random.randrange(300, 900)}  # so that two differ
         response = await self.http.post(url, json=lasting, headers=self.headers)
         if not response.is_success:
             raise source_error(response)
-        answer = response.json()
-        token = str(answer.get("signedURL") or answer["signedUrl"]).rpartition("?")[2]
-        return f"{url}?{token}"
+        signed = str(response.json()["signedURL"])
+        return f"{url}?{signed.rpartition('?')[2]}"
 
     async def fetch(self, path: str, file: IO[bytes]) -> None:
         """Download a source image into a file, within the cap. Raises JobError."""
@@ -979,9 +978,8 @@ class Storage:
                     return size
                 reason, text = f"HTTP {response.status_code}", response.text[:QUOTED_CHARS]
                 code, status = storage_code(response), storage_status(response)
-                # 423: another upload of this path is under way. 403: Supabase Lite answers so to
-                # most of the uploads that come at once after its start.
-                if 400 <= status < 500 and status not in (403, 408, 423, 429):
+                # 423: another upload of this path is under way.
+                if 400 <= status < 500 and status not in (408, 423, 429):
                     break
             except httpx.TransportError as error:
                 code, reason, text = "storage_unavailable", type(error).__name__, ""

@@ -6,20 +6,20 @@
  *     /storage/v1    Supabase Lite, with what it lacks: uploads of `File` and `Blob`, signed addresses
  *     /functions/v1  supabase/functions, see functions.ts
  *
- * What a Supabase project does and this does not:
+ * What it does otherwise than a Supabase project; docs/quickstart.md says the same:
  *
- * - No `apikey` is asked for, and only the legacy kind is known, which is a JWT. A project answers
- *   401 without one.
- * - No Realtime: nothing is at /realtime/v1. An app polls then.
- * - No mail is sent: an address is confirmed at once, and a forgotten password cannot be reset. Nobody
- *   signs in by a third party.
- * - Edge functions are called without a check of the token (all of this project's have
- *   `verify_jwt = false`), share one process, and log to logs/functions.log.
- * - Files: `list` names all that is below a folder, by its whole path; `createSignedUrls` fails as a
- *   whole; the type of a download is told by its name. Images are not transformed, uploads not
- *   resumed (TUS), and S3 is not spoken.
- * - A table you make is granted to nobody: grant it to `authenticated` and `service_role` yourself.
- * - A request may have 1 MB, a file 50 MiB. Requests are not limited in number.
+ * - It asks for no `apikey`, and knows only legacy keys, which are JWTs. A project answers 401
+ *   without a key.
+ * - It has no Realtime: an app polls.
+ * - It sends no mail: an address is confirmed at once, and a forgotten password cannot be reset.
+ *   Nobody signs in through a third party.
+ * - It calls edge functions without checking the token, as this project's want it (`verify_jwt =
+ *   false`). They share one process and log to `logs/functions.log`.
+ * - Of files, `list` names everything below a folder by its whole path, `createSignedUrls` fails as
+ *   a whole, and the type of a download follows its name. Nothing transforms images, resumes
+ *   uploads (TUS) or speaks S3.
+ * - It grants a table of yours to nobody: grant it to `authenticated` and `service_role` yourself.
+ * - It takes 1 MB a request and 50 MiB a file, and does not limit how many.
  * - It is plain HTTP on 127.0.0.1, unless `make app DEV=1` opens it to a network.
  */
 import { Buffer } from 'node:buffer';

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from documents import (
     is_excerpt,
     prepare,
     read,
+    run,
     shows,
     unread,
 )
@@ -55,6 +57,18 @@ def test_what_a_page_says_can_be_done_and_shows_what_it_says(name, reading, tmp_
     for block in blocks:
         printed = getattr(reader, block.language)(block)
         assert shows(printed, block.shown or "…"), f"{block.text}\n{printed}"
+
+
+def test_the_demo_prints_what_the_readme_shows(reading, tmp_path):
+    first = read(PROJECT / "README.md")[0]
+    printed = run(
+        [sys.executable, str(PROJECT / "examples/demo.py")],
+        "",
+        tmp_path,
+        DARKROOM_STATE=str(reading.folder),
+    )
+    said = re.sub(r"\d\.\d\d s", "…", first.shown)
+    assert shows(printed, said), printed
 
 
 def test_typescript_is_right_by_its_types(tmp_path):

@@ -179,7 +179,9 @@ def test_a_function_is_loaded_when_it_is_called_and_again_when_it_changed(own_fu
 
 
 RIGHTS = """
-select n.nspname, c.relname, c.relacl::text from pg_class as c
+select n.nspname, c.relname, coalesce(c.relacl, acldefault(
+  case c.relkind when 'S' then 's'::"char" else 'r' end, c.relowner))::text
+from pg_class as c
 inner join pg_namespace as n on n.oid = c.relnamespace and n.nspname in ('public', 'private')
 where c.relkind in ('r', 'v', 'S') order by 1, 2
 """
@@ -413,6 +415,19 @@ def test_where_a_part_is_down_that_is_said_and_nothing_else(stack, endpoints):
             assert answer(httpx.get(f"{stack.api_url}/rest/v1/rpc/ping"))["ok"]
     finally:
         stack.up()
+
+
+def test_code_and_page_say_the_same_of_what_the_local_address_cannot_do():
+    """The head of gateway.ts, and the page that users read."""
+    head = (PROJECT / "scripts/gateway.ts").read_text().partition("*/")[0]
+    page = (PROJECT / "docs/quickstart.md").read_text().partition("local stack cannot do\n")[2]
+    page = page.partition("\n## ")[0]
+
+    said, told = (
+        re.sub(r"\s[*\s]*", " ", text[text.index("- It asks") :]).strip() for text in (head, page)
+    )
+    assert said == told
+    assert said.count(" - ") == 7
 
 
 # What make prints and runs.

@@ -133,7 +133,7 @@ def test_the_table_counts_the_commands_of_each_step():
 
 def test_what_the_local_stack_cannot_do_is_what_its_gateway_says():
     head, _, _ = (PROJECT / "scripts/gateway.ts").read_text().partition("*/")
-    said = re.sub(r"(?m)^ \* ?", "", head.partition("does not:")[2])
+    said = re.sub(r"(?m)^ \* ?", "", head.partition("says the same:")[2])
     [told] = re.findall(
         r"(?ms)^## What the local stack cannot do\n.*?^(- .*?)^## ", PAGE.read_text()
     )

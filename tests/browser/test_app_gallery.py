@@ -329,17 +329,8 @@ def test_of_a_long_history_only_what_is_near_is_drawn(alice):
     eventually(scrolled_to_the_end, within=60)
 
 
-def test_the_looks(alice, workers):
-    ask(alice, LIGHTHOUSE, "Portrait")
-    ask(alice, FOX, "Landscape")
-    alice.until(FOX, "queued")
-    alice.look("waiting")
-    workers.start(PREVIEW_SECONDS=12)
-    developing = re.compile("Developing [67]")
-    expect(alice.until(FOX, "processing")).to_contain_text(developing, timeout=20_000)
-    alice.look("developing")
-    alice.until_drawn(FOX)
-    alice.until_drawn(LIGHTHOUSE)
+def test_the_looks_of_what_is_done(pictures):
+    alice = pictures
     ask(alice, REFUSED, "Landscape")
     alice.until(REFUSED, "failed")
     alice.look("failed")
@@ -349,3 +340,14 @@ def test_the_looks(alice, workers):
     alice.look("said")
     alice.press("Delete", view)
     alice.look("deleted")
+
+
+def test_the_looks_of_what_waits(alice, workers):
+    ask(alice, LIGHTHOUSE, "Portrait")
+    ask(alice, FOX, "Landscape")
+    alice.until(FOX, "queued")
+    alice.look("waiting")
+    workers.start(PREVIEW_SECONDS=20)
+    developing = re.compile("Developing [4-7]")
+    expect(alice.until(FOX, "processing")).to_contain_text(developing, timeout=20_000)
+    alice.look("developing")

@@ -272,12 +272,13 @@ class World:
         while not self._closing.wait(1):
             try:
                 with self._gateway_lock:
-                    httpx.get(f"{self.stack.lite.address()}/storage/v1/bucket", timeout=5)
+                    for url in (self.stack.lite.address(), self.stack.api_url):
+                        httpx.get(f"{url}/storage/v1/bucket", timeout=5)
                 silent = 0
             except httpx.TransportError:
                 silent += 1
             if silent >= 3:
-                with contextlib.suppress(StackError):  # the database may be down: next time
+                with contextlib.suppress(StackError, psycopg.Error):  # it may be down: next time
                     self.restart_gateway()
                 silent = 0
 
