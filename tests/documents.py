@@ -103,14 +103,13 @@ def run(command: list[str], script: str, folder: Path = PROJECT, **environment: 
     """Run a script to its end and return what it printed; where it fails, the test does."""
     programs = f"{postgres_program('psql').parent}:{PROJECT / '.venv/bin'}"
     done = subprocess.run(
-        command,
+        ["timeout", "120", *command],  # which ends what the script has started, too
         input=script,
         capture_output=True,
         text=True,
         check=False,
         cwd=folder,
         env=os.environ | {"PATH": f"{programs}:{os.environ['PATH']}"} | environment,
-        timeout=120,
     )
     assert done.returncode == 0, f"{script}\n{done.stdout}{done.stderr}"
     return done.stdout

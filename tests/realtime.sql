@@ -13,6 +13,8 @@ begin
       create role anon nologin noinherit;
       create role authenticated nologin noinherit;
       create role service_role nologin noinherit bypassrls;
+    end if;
+    if to_regrole('darkroom_worker') is null then
       create role darkroom_worker login noinherit;
     end if;
     grant anon, authenticated, service_role, darkroom_worker to supabase_postgres
