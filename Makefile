@@ -96,7 +96,7 @@ test: setup
 	@[ -n "$(WORKER_IMAGE)" ] || docker build -q -t darkroom-worker -f deploy/worker.Dockerfile .
 	@$(PYTHON) -m pytest tests/test_containers.py tests/test_gateway.py tests/test_http*.py tests/test_worker_*.py tests/test_migrate.py
 else ifdef ONLY
-test: setup
+test: setup-app-postgres
 	@$(PYTHON) -m pytest $(if $(WORD),$(or $(wildcard tests/test_$(WORD)*.py),-k $(WORD) --ignore=tests/browser),$(ONLY))
 else
 test: setup-app-postgres lint lint-app
