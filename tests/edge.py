@@ -20,12 +20,11 @@ import httpx
 from http_client import Client
 
 from processes import free_port, spawn
-from stack import PROJECT, SUPABASE, deno
+from stack import DENO, PROJECT, SUPABASE, deno
 
 SOURCES = {source.parent.name: source for source in SUPABASE.glob("functions/*/index.ts")}
 EXAMPLES = PROJECT / "examples/functions"
 OFFLINE = ["--no-config", "--no-lock", "--no-remote", "--no-npm"]
-QUIET = {"DENO_NO_PACKAGE_JSON": "1", "DENO_NO_UPDATE_CHECK": "1", "NO_COLOR": "1"}
 BACK = ("content-type", "cache-control", "retry-after")  # of an answer
 
 
@@ -44,7 +43,7 @@ def served(folder: Path, name: str, gateway: str, **variables: str | None) -> It
     known = {name: value for name, value in variables.items() if value is not None}
     known |= {"DENO_DIR": str(folder), "DENO_SERVE_ADDRESS": f"tcp:{listens}"}
     command = [deno(), "run", *OFFLINE, "--cached-only", "--no-prompt", *rights, source]
-    process = spawn(command, log=log, cwd=Path("/"), env=QUIET | known)
+    process = spawn(command, log=log, cwd=Path("/"), env=DENO | known)
 
     def is_ready() -> bool:
         try:

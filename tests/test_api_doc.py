@@ -79,9 +79,7 @@ def test_the_readme_has_the_same_nine_calls():
 def test_a_function_has_these_arguments_with_these_defaults(functions, name):
     row = functions[name]
     said: dict[str, str] = {}
-    for names, rest in re.findall(
-        r"(?ms)^- ((?:`\w+\??`(?:, )?)+): (.*?)(?=^- |^$)", text_of(name)
-    ):
+    for names, rest in ARGUMENTS.findall(text_of(name)):
         said |= dict.fromkeys(re.findall(r"`(\w+\??)`", names), " ".join(rest.split()))
     arguments = row["arguments"] or []
     assert {each.rstrip("?") for each in said} == set(arguments)

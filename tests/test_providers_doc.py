@@ -5,21 +5,17 @@ from __future__ import annotations
 import base64
 import io
 import json
-import re
-import subprocess
 
 import pytest
 from actors import User
 from database import PROJECT, Database
+from documents import read, run
 from PIL import Image
 from receiver import Answer, HttpServer, Request
 from worker_process import Workers
 
 from stack import postgres_program
 
-BLOCKS = re.findall(
-    r"(?ms)^```sql\n(.*?)^```$(?:\n^```\n(.*?)^```$)?", (PROJECT / "docs/providers.md").read_text()
-)
 KEY = "acme_key_of_this_worker"
 
 
@@ -52,12 +48,12 @@ class Acme(HttpServer):
 @pytest.fixture
 def documented(db: Database) -> Database:
     """A database in which all blocks of the page ran, each showing what the page says."""
-    for block, shown in BLOCKS:
+    for block in read(PROJECT / "docs/providers.md"):
+        assert block.is_run and block.language == "sql"
         command = [str(postgres_program("psql")), db.url, "-XAtq", "-v", "ON_ERROR_STOP=1"]
-        done = subprocess.run(command, input=block, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        if shown:
-            assert done.stdout == shown
+        printed = run(command, block.text)
+        if block.shown:
+            assert printed == block.shown
     return db
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import httpx
 from database import PROJECT, Database
 from documents import Reader, read, shows
-from edge import OFFLINE, QUIET
+from edge import OFFLINE
 from receiver import Answer, Receiver, Request
 from worker_process import eventually
 
 from processes import free_port, spawn
-from stack import Stack, deno
+from stack import DENO, Stack, deno
 
 BLOCKS = read(PROJECT / "docs" / "webhooks.md")
 (SOURCE,) = (block.text for block in BLOCKS if "Deno.serve" in block.text)
@@ -47,7 +47,7 @@ class Backend(Receiver):
         source, listens, log = folder / "receiver.ts", f"127.0.0.1:{free_port()}", folder / "log"
         source.write_text(SOURCE)
         self.behind = f"http://{listens}"
-        environment = QUIET | {"DENO_DIR": str(folder), "DENO_SERVE_ADDRESS": f"tcp:{listens}"}
+        environment = DENO | {"DENO_DIR": str(folder), "DENO_SERVE_ADDRESS": f"tcp:{listens}"}
         environment |= {"DARKROOM_WEBHOOK_SECRET": secret}
         rights = [f"--allow-net={listens}", "--allow-env=DARKROOM_WEBHOOK_SECRET", "--check"]
         command = [deno(), "run", *OFFLINE, "--cached-only", "--no-prompt", *rights, str(source)]
