@@ -18,10 +18,8 @@ import { Button } from './Button';
 import { Composer } from './Composer';
 import { Empty } from './Empty';
 import { Gallery } from './Gallery';
-import { color, space, TARGET } from './theme';
+import { color, SIDE_WIDTH, space, TARGET, WIDE } from './theme';
 import { credits, warning } from './words';
-
-const SIDE_WIDTH = 340;
 
 export function Studio({ user }: { user: User }) {
   const store = useMemo(
@@ -33,7 +31,7 @@ export function Studio({ user }: { user: User }) {
   const prompt = useRef<TextInput>(null);
   const { width } = useWindowDimensions();
 
-  const isWide = width >= 860;
+  const isWide = width >= WIDE;
 
   /** Puts what asked for this into the composer; `source` is one of its pictures, to start from. */
   function startFrom(generation: Generation, source?: { path: string }) {

@@ -19,7 +19,7 @@ import { copyText, save, shareLink } from '../device';
 import { supabase } from '../supabase';
 import { Button } from './Button';
 import { Notice, type Said } from './Notice';
-import { color, space } from './theme';
+import { color, SIDE_WIDTH, space, WIDE } from './theme';
 import { problem } from './words';
 
 /** A picture on its page. */
@@ -30,7 +30,6 @@ export interface Page {
 
 /** How far a finger goes to turn the page. */
 const SWIPE = 60;
-const SIDE_WIDTH = 340;
 /** To browsers it would mean to go back to the page before the app. */
 const SIDEWAYS = Platform.OS === 'web' && ({ touchAction: 'pan-y' } as object);
 
@@ -51,7 +50,7 @@ interface Props {
 export function Viewer(props: Props) {
   const { page: { generation: { job }, image }, previous, next, isOnline, onTurn, onClose } = props;
   const [said, setSaid] = useState<Said | null>(null);
-  const isWide = useWindowDimensions().width >= 860;
+  const isWide = useWindowDimensions().width >= WIDE;
   const full = usePicture(supabase, image.path, isOnline);
   const preview = usePicture(supabase, image.preview_path, isOnline);
   // Browsers do not draw an SVG that is served as a download, which they all are.

@@ -19,6 +19,10 @@ export const CAPTION_HEIGHT = 50;
 /** No smaller is what a finger has to meet. */
 export const TARGET = 44;
 
+/** From this width of the window on there is a column at its side, this wide. */
+export const WIDE = 860;
+export const SIDE_WIDTH = 340;
+
 /** Where one writes. */
 export const field = {
   backgroundColor: color.tray,
