@@ -1,0 +1,36 @@
+-- For a cell that has no Supabase Auth, before sql/: the columns of auth.users that Darkroom reads.
+-- Rows come from home (cells.put_user).
+
+create schema auth;
+
+create table auth.users (
+  id uuid primary key,
+  email text,
+  phone text,
+  is_anonymous boolean,
+  banned_until timestamptz,
+  deleted_at timestamptz
+);
+
+create function auth.uid() returns uuid language sql stable as $$
+  select (nullif(current_setting('request.jwt.claims', true), '')::jsonb ->> 'sub')::uuid
+$$;
+
+-- What home says of a user: the row of auth.users, or that there is none any more. Triggers on it
+-- (42, 84) do the rest.
+create function cells.put_user(p_user jsonb) returns void
+language sql security definer set search_path = pg_catalog, pg_temp as $$
+  insert into auth.users as u
+  select r.* from jsonb_populate_record(null::auth.users, p_user) as r
+  on conflict (id) do update set
+    email = excluded.email, phone = excluded.phone, is_anonymous = excluded.is_anonymous,
+    banned_until = excluded.banned_until, deleted_at = excluded.deleted_at
+$$;
+
+create function cells.drop_user(p_user_id uuid) returns void
+language sql security definer set search_path = pg_catalog, pg_temp as $$
+  delete from auth.users where id = p_user_id
+$$;
+
+revoke all on function cells.put_user, cells.drop_user from public;
+grant execute on function cells.put_user, cells.drop_user to darkroom_entry;

@@ -1,0 +1,67 @@
+-- What every cell has beside sql/, home among them.
+--
+-- The entry logs in as darkroom_entry, which has no right but to become one of the API's roles, as
+-- PostgREST's authenticator does. It says who asks; PostgREST before the entry has checked the token.
+
+grant anon, authenticated, service_role, darkroom_monitor to darkroom_entry;
+
+-- A request as PostgREST makes it: role, claims, method, and read only for GET. Of a user who lives
+-- elsewhere it answers where, and does nothing.
+create function cells.answer(
+  p_user_id uuid, p_role text, p_claims text, p_method text, p_is_read_only boolean,
+  p_call text, p_arguments jsonb, out lives_in text, out answer json, out headers text
+)
+language plpgsql as $$
+begin
+  select u.cell into lives_in from cells.users as u where u.user_id = p_user_id;
+  if found then
+    return;
+  end if;
+  perform set_config('request.jwt.claims', p_claims, true);
+  perform set_config('request.method', p_method, true);
+  perform set_config('transaction_read_only', 'on', true) where p_is_read_only;
+  perform set_config('role', p_role, true);
+  execute p_call into answer using p_arguments;
+  headers := current_setting('response.headers', true);
+end;
+$$;
+
+-- The API, for the entry to make its doors of: what PostgREST's roles may call.
+create function cells.list_functions()
+returns table (
+  name text, arguments text, answer_type text, volatility text, call text, names text[],
+  roles text[], description text
+)
+language sql stable as $$
+  select
+    p.proname, pg_get_function_arguments(p.oid), pg_get_function_result(p.oid),
+    case p.provolatile when 'v' then 'volatile' else 'stable' end,
+    case when p.pronargs = 0 then format('select public.%I()', p.proname) else format(
+      'select public.%I(%s) from jsonb_to_record($1) as r (%s)', p.proname,
+      string_agg(format('%I => r.%1$I', a.name), ', ') filter (where a.name is not null),
+      string_agg(format('%I %s', a.name, format_type(a.type, null)), ', ')
+        filter (where a.name is not null)
+    ) end,
+    array_remove(array_agg(a.name), null),
+    array(
+      select r.name
+      from unnest('{anon,authenticated,service_role,darkroom_monitor}'::text[]) as r (name)
+      where has_function_privilege(r.name, p.oid, 'execute')
+    ),
+    obj_description(p.oid)
+  from pg_proc as p
+  left join unnest(p.proargnames, p.proargtypes::oid[]) as a (name, type) on true
+  where p.pronamespace = 'public'::regnamespace
+    and p.prorettype = 'json'::regtype
+    and not exists (
+      select from pg_depend as d where d.objid = p.oid and d.deptype = 'e'
+    )
+  group by p.oid
+$$;
+
+-- A cell knows its own users only, and would take the files of all others for left over.
+delete from private.retention_walks where name = 'expire_orphans';
+
+revoke all on function cells.answer, cells.list_functions from public;
+grant select on cells.users to darkroom_entry;
+grant execute on function cells.answer, cells.list_functions to darkroom_entry;

@@ -1,0 +1,82 @@
+-- What home has beside cell.sql: Auth and Storage are here, and so is the directory.
+--
+-- A new user is given a cell, and what Auth changes is told to the user's cell. A cell that is away
+-- holds up no sign-up: follow_changed_user (42) notes the user, and retention tries again.
+
+create extension if not exists dblink with schema cells;
+
+-- By weight, and always the same for the same cells: a second try must not find another one.
+create function cells.choose(p_user_id uuid) returns text
+language sql stable set search_path = pg_catalog, pg_temp as $$
+  select c.name
+  from cells.cells as c
+  cross join lateral hashtextextended(p_user_id || c.name, 0) as h (hash)
+  where c.weight > 0
+  order by -ln((h.hash::double precision / 2 ^ 64 + 0.5) * 0.999998 + 0.000001) / c.weight limit 1
+$$;
+
+create function cells.tell(p_cell text, p_statement text) returns void
+language sql set search_path = pg_catalog, pg_temp as $$
+  select from cells.dblink(
+    (select c.address from cells.cells as c where c.name = p_cell), p_statement
+  ) as answer (nothing text)
+$$;
+
+alter function private.follow_user rename to follow_own_user;
+
+-- Whoever was here before there were cells stays.
+create function private.follow_user(p_user_id uuid) returns void
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_user jsonb := (select to_jsonb(u) from auth.users as u where u.id = p_user_id);
+  v_cell text := (select u.cell from cells.users as u where u.user_id = p_user_id);
+begin
+  if v_cell is null and not exists (
+    select from public.entitlements as e where e.user_id = p_user_id
+  ) then
+    v_cell := nullif(cells.choose(p_user_id), 'home');
+    insert into cells.users (user_id, cell)
+    select p_user_id, v_cell where v_cell is not null and v_user is not null;
+  end if;
+  if v_cell is null then
+    perform private.follow_own_user(p_user_id);
+  elsif v_user is null then
+    perform cells.tell(v_cell, format('select cells.drop_user(%L)', p_user_id));
+    delete from cells.users where user_id = p_user_id;
+  else
+    perform cells.tell(v_cell, format('select cells.put_user(%L)', (
+      select jsonb_object_agg(k, v_user -> k)
+      from unnest('{id,email,phone,is_anonymous,banned_until,deleted_at}'::text[]) as k
+    )));
+  end if;
+end;
+$$;
+
+create function cells.follow_deleted_user() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+begin
+  perform private.follow_user(old.id);
+  return null;
+exception when others then
+  perform private.note_skipped('follow_user', old.id::text, sqlstate, sqlerrm);
+  return null;
+end;
+$$;
+
+create trigger darkroom_follow_deleted_user after delete on auth.users
+for each row execute function cells.follow_deleted_user();
+
+revoke all on function private.follow_user from public;
+revoke all on function cells.choose, cells.tell, cells.follow_deleted_user from public;
+
+-- Cells read which files there are.
+grant usage on schema storage to darkroom_entry;
+grant select on storage.objects to darkroom_entry;
+create policy "Cells know which files there are" on storage.objects
+for select to darkroom_entry using (bucket_id in ('generations', 'inputs'));
+
+create publication darkroom_directory for table cells.cells, cells.users;
+create publication darkroom_catalogue for table
+private.providers, public.models, private.model_routes, public.model_aliases, private.error_codes,
+private.provider_words, private.plans, private.settings, private.alert_rules,
+private.billing_providers, public.credit_products, private.push_texts, private.webhook_endpoints;

@@ -1,0 +1,180 @@
+"""A stack of cells on this machine: home, one more cell, and an entry, each a cluster of its own.
+
+    python scripts/cells.py up | down | clean | status | env
+
+It is the stack of stack.py, whose cluster is home (Auth and Storage are there), but PostgREST stands
+before the entry. What each database has is in deploy/cells. Its folder is `.local-cells`, or
+`$DARKROOM_STATE`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psycopg
+from psycopg import sql
+
+from stack import (
+    PROJECT,
+    SUPABASE,
+    Cluster,
+    PostgREST,
+    Settings,
+    Stack,
+    StackError,
+    postgres_program,
+    postgrest,
+    run,
+    show_environment,
+    show_status,
+)
+
+SQL = PROJECT / "deploy/cells"
+CELLS = ("home", "two")
+
+
+class Entry(PostgREST):
+    """PostgREST before the entry, whichever database it is said to stand before."""
+
+    def __init__(self, folder: Path, settings: Settings, cluster: Cluster) -> None:
+        super().__init__(folder, settings)
+        self.cluster = cluster
+
+    def start(self, database_url: str) -> None:
+        """Start it before the entry."""
+        super().start(self.cluster.url())
+
+
+class CellStack(Stack):
+    """A stack whose API is an entry before two cells."""
+
+    def __init__(
+        self, folder: Path | str, *, fsync: bool = True, with_worker: bool = False
+    ) -> None:
+        self.clusters = {
+            name: Cluster(place, Settings(place / "env"), fsync=fsync)
+            for name in ("two", "entry")
+            for place in [Path(folder).resolve() / name]
+        }
+        super().__init__(folder, fsync=fsync, with_worker=with_worker)
+        self.services = [*self.clusters.values(), *self.services]
+        self.clusters["home"] = self.cluster
+
+    def make_cluster(self, *, fsync: bool) -> Cluster:
+        """Return home's cluster, which sends its catalogue and directory to the others."""
+        return Cluster(
+            self.folder, self.settings, fsync=fsync, tuning={"wal_level": "logical"}
+        )
+
+    def make_postgrest(self, folder: Path, settings: Settings) -> PostgREST | None:
+        """Return PostgREST, before the entry."""
+        if not postgrest():
+            raise StackError("cells need PostgREST, and there is none for this machine")
+        return Entry(folder, settings, self.clusters["entry"])
+
+    def url_of(self, name: str) -> str:
+        """Return the address of home, two or entry, as its superuser."""
+        return self.clusters[name].url()
+
+    def start_http(self) -> None:
+        """Start what answers over HTTP; what is behind it first."""
+        for name in ("two", "entry"):
+            cluster = self.clusters[name]
+            if not cluster.is_running():
+                cluster.folder.mkdir(exist_ok=True)
+                cluster.folder.chmod(0o711)
+                cluster.start()
+        with psycopg.connect(self.database_url) as home:
+            made = home.execute("select to_regnamespace('cells') is not null").fetchone()
+        if made != (True,):
+            self._make()
+        self._tell_addresses()
+        super().start_http()
+
+    def clean(self) -> None:
+        """Stop everything and delete the state."""
+        if self._is_ours():
+            self.down()
+            for name in ("two", "entry"):
+                self.clusters[name].delete()
+        super().clean()
+
+    def _make(self) -> None:
+        """Make home, the other cell and the entry of four databases' worth of SQL."""
+        two, home, entry = (self.url_of(name) for name in ("two", "home", "entry"))
+        parts = urlsplit(home)
+        password = self.settings.secret("DARKROOM_ENTRY_PASSWORD")
+        variables = {
+            "host": str(parts.hostname), "port": str(parts.port),
+            "dbname": parts.path[1:], "password": password,
+        }  # fmt: skip
+        files = sorted((PROJECT / "sql").glob("[0-9]*.sql"))
+        psql(home, SQL / "directory.sql", SQL / "cell.sql", SQL / "home.sql")
+        psql(two, SQL / "directory.sql", SQL / "auth.sql", *files, SUPABASE / "seed.sql")
+        psql(two, SQL / "cell.sql", SQL / "storage.sql", variables=variables)
+        psql(entry, SQL / "directory.sql", SQL / "entry.sql")
+        for url in (home, two):
+            with psycopg.connect(url) as connection:
+                query = sql.SQL("alter role darkroom_entry password {}")
+                connection.execute(query.format(sql.Literal(password)))
+
+    def _tell_addresses(self) -> None:
+        """Write where the cells are into the directory; then the entry has all it needs."""
+        password = self.settings.secret("DARKROOM_ENTRY_PASSWORD")
+        for name in ("home", "entry"):
+            with psycopg.connect(self.url_of(name)) as connection:
+                for cell in CELLS:
+                    at = urlsplit(self.url_of(cell))
+                    connection.execute(
+                        "insert into cells.cells (name, address) values (%s, %s)"
+                        " on conflict (name) do update set address = excluded.address",
+                        [cell, address(at.hostname, at.port, at.path[1:], password)],
+                    )
+        with psycopg.connect(self.url_of("entry")) as connection:
+            connection.execute("select cells.make_doors('two')")
+
+
+def address(host: str | None, port: int | None, database: str, password: str) -> str:
+    """Return how darkroom_entry connects to a cell."""
+    return (
+        f"host={host} port={port} dbname={database} user=darkroom_entry password={password}"
+        " connect_timeout=3 tcp_user_timeout=5000"
+    )
+
+
+def psql(url: str, *files: Path, variables: Mapping[str, str] | None = None) -> None:
+    """Run files in one transaction."""
+    options = [word for name, value in (variables or {}).items() for word in ("-v", f"{name}={value}")]
+    names = [word for file in files for word in ("-f", file)]
+    run([postgres_program("psql"), url, "-qX1", "-v", "ON_ERROR_STOP=1", *options, *names])
+
+
+def main() -> None:
+    """Run one command from the command line."""
+    parser = argparse.ArgumentParser(description="Run a stack of two cells and an entry.")
+    parser.add_argument("command", choices=["up", "down", "clean", "status", "env"])
+    command = parser.parse_args().command
+    stack = CellStack(os.environ.get("DARKROOM_STATE", PROJECT / ".local-cells"))
+    try:
+        match command:
+            case "up":
+                show_status(stack.up(), sys.stderr)
+            case "down":
+                stack.down()
+            case "clean":
+                stack.clean()
+            case "status":
+                show_status(stack)
+            case "env":
+                show_environment(stack)
+    except StackError as error:
+        sys.exit(f"cells: {error}")
+
+
+if __name__ == "__main__":
+    main()
