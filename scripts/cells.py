@@ -2,8 +2,8 @@
 
     python scripts/cells.py up | down | clean | status | env
 
-It is the stack of stack.py, whose cluster is home (Auth and Storage are there), but PostgREST stands
-before the entry. What each database has is in deploy/cells. Its folder is `.local-cells`, or
+It is the stack of stack.py, whose cluster is home (Auth and Storage are there), but PostgREST
+stands before the entry. What each database has is in deploy/cells. Its folder is `.local-cells`, or
 `$DARKROOM_STATE`.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -19,14 +20,15 @@ from urllib.parse import urlsplit
 import psycopg
 from psycopg import sql
 
+from processes import StackError
 from stack import (
     PROJECT,
+    START_SECONDS,
     SUPABASE,
     Cluster,
     PostgREST,
     Settings,
     Stack,
-    StackError,
     postgres_program,
     postgrest,
     run,
@@ -67,9 +69,7 @@ class CellStack(Stack):
 
     def make_cluster(self, *, fsync: bool) -> Cluster:
         """Return home's cluster, which sends its catalogue and directory to the others."""
-        return Cluster(
-            self.folder, self.settings, fsync=fsync, tuning={"wal_level": "logical"}
-        )
+        return Cluster(self.folder, self.settings, fsync=fsync, tuning={"wal_level": "logical"})
 
     def make_postgrest(self, folder: Path, settings: Settings) -> PostgREST | None:
         """Return PostgREST, before the entry."""
@@ -93,7 +93,9 @@ class CellStack(Stack):
             made = home.execute("select to_regnamespace('cells') is not null").fetchone()
         if made != (True,):
             self._make()
-        self._tell_addresses()
+            self._tell_addresses()
+            self._subscribe()
+        self._tell_addresses()  # ports may be others than the last time
         super().start_http()
 
     def clean(self) -> None:
@@ -124,19 +126,48 @@ class CellStack(Stack):
                 connection.execute(query.format(sql.Literal(password)))
 
     def _tell_addresses(self) -> None:
-        """Write where the cells are into the directory; then the entry has all it needs."""
+        """Write where the cells are into the directory."""
         password = self.settings.secret("DARKROOM_ENTRY_PASSWORD")
-        for name in ("home", "entry"):
-            with psycopg.connect(self.url_of(name)) as connection:
-                for cell in CELLS:
-                    at = urlsplit(self.url_of(cell))
-                    connection.execute(
-                        "insert into cells.cells (name, address) values (%s, %s)"
-                        " on conflict (name) do update set address = excluded.address",
-                        [cell, address(at.hostname, at.port, at.path[1:], password)],
+        with psycopg.connect(self.database_url) as home:
+            for name in CELLS:
+                at = urlsplit(self.url_of(name))
+                home.execute(
+                    "insert into cells.cells (name, address) values (%s, %s)"
+                    " on conflict (name) do update set address = excluded.address",
+                    [name, address(at.hostname, at.port, at.path[1:], password)],
+                )
+
+    def _subscribe(self) -> None:
+        """Have home send its catalogue to the cell, and its directory to the entry; make doors."""
+        with psycopg.connect(self.database_url) as home:
+            ((catalogue,),) = home.execute(
+                "select string_agg(format('%I.%I', schemaname, tablename), ', ')"
+                " from pg_publication_tables where pubname = 'darkroom_catalogue'"
+            ).fetchall()
+        for name, publication in (("two", "darkroom_catalogue"), ("entry", "darkroom_directory")):
+            with psycopg.connect(self.url_of(name), autocommit=True) as connection:
+                if name == "two":  # what the installation wrote is home's to say
+                    connection.execute(f"truncate {catalogue} cascade")
+                query = sql.SQL("create subscription {} connection {} publication {}")
+                connection.execute(
+                    query.format(
+                        sql.Identifier(publication),
+                        sql.Literal(self.database_url),
+                        sql.Identifier(publication),
                     )
+                )
+                wait_until(connection, "select every(srsubstate = 'r') from pg_subscription_rel")
         with psycopg.connect(self.url_of("entry")) as connection:
             connection.execute("select cells.make_doors('two')")
+
+
+def wait_until(connection: psycopg.Connection[tuple[bool]], question: str) -> None:
+    """Ask until the answer is yes. Raises StackError."""
+    deadline = time.monotonic() + START_SECONDS
+    while connection.execute(question).fetchone() != (True,):
+        if time.monotonic() > deadline:
+            raise StackError(f"still not so: {question}")
+        time.sleep(0.05)
 
 
 def address(host: str | None, port: int | None, database: str, password: str) -> str:
@@ -149,7 +180,9 @@ def address(host: str | None, port: int | None, database: str, password: str) ->
 
 def psql(url: str, *files: Path, variables: Mapping[str, str] | None = None) -> None:
     """Run files in one transaction."""
-    options = [word for name, value in (variables or {}).items() for word in ("-v", f"{name}={value}")]
+    options = [
+        word for name, value in (variables or {}).items() for word in ("-v", f"{name}={value}")
+    ]
     names = [word for file in files for word in ("-f", file)]
     run([postgres_program("psql"), url, "-qX1", "-v", "ON_ERROR_STOP=1", *options, *names])
 
