@@ -5,15 +5,24 @@
 
 create extension if not exists dblink with schema cells;
 
--- By weight, and always the same for the same cells: a second try must not find another one.
-create function cells.choose(p_user_id uuid) returns text
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select c.name
-  from cells.cells as c
-  cross join lateral hashtextextended(p_user_id || c.name, 0) as h (hash)
-  where c.weight > 0
-  order by -ln((h.hash::double precision / 2 ^ 64 + 0.5) * 0.999998 + 0.000001) / c.weight limit 1
+-- Before the trigger that makes the entitlement (42), by its name. Whoever was here before there were
+-- cells stays.
+create function cells.assign_cell() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+begin
+  insert into cells.users (user_id, cell)
+  select new.id, chosen.name
+  from (
+    select c.name from cells.cells as c
+    where c.weight > 0 order by -ln(1 - random()) / c.weight limit 1
+  ) as chosen
+  where chosen.name <> 'home';
+  return null;
+end;
 $$;
+
+create trigger darkroom_assign_cell after insert on auth.users
+for each row execute function cells.assign_cell();
 
 create function cells.tell(p_cell text, p_statement text) returns void
 language sql set search_path = pg_catalog, pg_temp as $$
@@ -24,20 +33,12 @@ $$;
 
 alter function private.follow_user rename to follow_own_user;
 
--- Whoever was here before there were cells stays.
 create function private.follow_user(p_user_id uuid) returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
-  v_user jsonb := (select to_jsonb(u) from auth.users as u where u.id = p_user_id);
   v_cell text := (select u.cell from cells.users as u where u.user_id = p_user_id);
+  v_user jsonb := (select to_jsonb(u) from auth.users as u where u.id = p_user_id);
 begin
-  if v_cell is null and not exists (
-    select from public.entitlements as e where e.user_id = p_user_id
-  ) then
-    v_cell := nullif(cells.choose(p_user_id), 'home');
-    insert into cells.users (user_id, cell)
-    select p_user_id, v_cell where v_cell is not null and v_user is not null;
-  end if;
   if v_cell is null then
     perform private.follow_own_user(p_user_id);
   elsif v_user is null then
@@ -67,7 +68,7 @@ create trigger darkroom_follow_deleted_user after delete on auth.users
 for each row execute function cells.follow_deleted_user();
 
 revoke all on function private.follow_user from public;
-revoke all on function cells.choose, cells.tell, cells.follow_deleted_user from public;
+revoke all on function cells.assign_cell, cells.tell, cells.follow_deleted_user from public;
 
 -- Cells read which files there are.
 grant usage on schema storage to darkroom_entry;

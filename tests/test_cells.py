@@ -1,0 +1,358 @@
+"""Two cells behind one entry: users live in either, and see one API."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import psycopg
+import pytest
+from actors import Worker
+from database import Database, assert_books_balance
+from http_client import PREVIEW, Client, Endpoints, Refusal, SignedUp, answer, refusal
+from http_fixtures import endpoints_of
+
+from cells import CELLS, CellStack
+
+UNAVAILABLE = Refusal(
+    503,
+    "PT503",
+    "unavailable",
+    "The database of this account does not answer at the moment.",
+    "Try again in 10 seconds.",
+)
+
+
+@pytest.fixture(scope="module")
+def cells() -> Iterator[CellStack]:
+    folder = Path(tempfile.mkdtemp(prefix="darkroom-cells-", dir="/dev/shm"))
+    folder.chmod(0o711)
+    stack = CellStack(folder, fsync=False)
+    try:
+        yield stack.up()
+    finally:
+        stack.clean()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def databases(cells: CellStack) -> Iterator[dict[str, Database]]:
+    found = {name: Database(cells.url_of(name), name) for name in (*CELLS, "entry")}
+    yield found
+    for database in found.values():
+        database.close()
+
+
+@pytest.fixture(scope="module")
+def endpoints(cells: CellStack) -> Iterator[Endpoints]:
+    with httpx.Client(timeout=30) as http:
+        yield endpoints_of(cells, http)
+
+
+@pytest.fixture
+def operator(endpoints: Endpoints, cells: CellStack) -> Client:
+    return Client(endpoints, cells.service_role_key)
+
+
+@pytest.fixture
+def anybody(endpoints: Endpoints, cells: CellStack) -> Client:
+    return Client(endpoints, cells.anon_key)
+
+
+@pytest.fixture
+def sign_up(endpoints: Endpoints, databases: dict[str, Database]) -> Callable[[str], SignedUp]:
+    """Sign up a user who is to live in a cell."""
+
+    def sign_up(cell: str) -> SignedUp:
+        home = databases["home"]
+        home.execute("update cells.cells set weight = (name = %s)::integer", cell)
+        try:
+            return SignedUp(endpoints)
+        finally:
+            home.execute("update cells.cells set weight = 1")
+
+    return sign_up
+
+
+@pytest.fixture
+def users(sign_up, databases) -> Iterator[dict[str, SignedUp]]:
+    users = {cell: sign_up(cell) for cell in CELLS}
+    yield users
+    for user in users.values():
+        databases["home"].execute("delete from auth.users where id = %s", user.id)
+
+
+def kill(stack: CellStack, cell: str) -> None:
+    """End a cell at once, as a machine that loses power."""
+    process = stack.clusters[cell]._processes.get("postgres")
+    assert process
+    os.killpg(process.pid, signal.SIGKILL)
+    while process.is_running():
+        time.sleep(0.01)
+
+
+def until(question: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not question():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def shared(user: SignedUp, database: Database, count: int = 1) -> list[str]:
+    """Have a user share finished pictures; return their places in the feed."""
+    found = []
+    for _ in range(count):
+        job_id, worker = user.enqueued(), Worker(database)
+        (job,) = [each for each in worker.claim_jobs(100) if each.job_id == job_id]
+        worker.complete_job(job)
+        worker.unregister_worker()
+        found.append(answer(user.rpc("share_image", job_id=job_id))["share_id"])
+    return found
+
+
+def where(databases: dict[str, Database], user: SignedUp) -> list[str]:
+    """Return the cells that have a user."""
+    query = "select count(*) from public.entitlements where user_id = %s"
+    return [cell for cell in CELLS if databases[cell].value(query, user.id)]
+
+
+def test_each_user_lives_in_one_cell_and_uses_the_whole_api(users, databases):
+    for cell, user in users.items():
+        stranger = next(other for other in users.values() if other is not user)
+        job_id = user.enqueued(params={"seed": 7}, idempotency_key="one")
+        again = answer(user.enqueue(params={"seed": 7}, idempotency_key="one"))
+        page = answer(user.rpc("list_generations", "GET", page_size=1))
+
+        assert where(databases, user) == [cell]
+        assert databases[cell].value(
+            "select user_id::text from public.generations where id = %s", job_id
+        ) == (user.id)
+        assert again["job_id"] == job_id
+        assert answer(user.get_job_status(job_id, "GET"))["params"] == {"seed": 7}
+        assert [job["job_id"] for job in answer(user.rpc("list_active_jobs"))] == [job_id]
+        assert [job["job_id"] for job in page["generations"]] == [job_id]
+        assert refusal(stranger.get_job_status(job_id)).message == "not_found"
+        assert answer(user.rpc("cancel_generation", job_id=job_id))["status"] == "canceled"
+        assert user.credits() == 10
+        batch = answer(user.rpc("enqueue_batch", model=PREVIEW, prompts=['a "b"', "{c}", "d, e"]))
+        assert len(batch["job_ids"]) == 3
+    for cell in CELLS:
+        assert_books_balance(databases[cell])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_errors_are_the_cells_own_to_the_letter(sign_up, databases, cell):
+    user = sign_up(cell)
+    user.enqueued(idempotency_key="same")
+    responses = [
+        user.enqueue(" \n\t "),
+        user.get_job_status(user.id, "GET"),
+        user.rpc("enqueue_generation", "GET", model=PREVIEW, prompt="a harbour"),
+        user.enqueue("another", idempotency_key="same"),
+        user.rpc("grant_credits", user_id=user.id, amount=5, kind="grant", external_id="x"),
+        user.rpc("get_job_status", job_id="nope"),
+    ]
+    user.enqueued()
+    user.enqueued()
+    responses.append(user.enqueue())
+    databases["home"].execute("delete from auth.users where id = %s", user.id)
+    responses.append(user.enqueue())
+    responses.append(user.with_token("").rpc("get_entitlement"))
+
+    correct = "Correct the argument and call again."
+    known = "Use the job_id that enqueue_generation answered."
+    limit = "3 jobs are queued or running, the plan's limit"
+    sign_in = "Sign in and send the access token as Authorization: Bearer."
+    right, uuid = "permission denied for function grant_credits", "invalid input syntax for type"
+    assert [refusal(response) for response in responses] == [
+        Refusal(400, "PT400", "invalid_input", "prompt: missing or blank", correct),
+        Refusal(404, "PT404", "not_found", "job_id: no such job of yours", known),
+        Refusal(
+            405,
+            "PT405",
+            "method_not_allowed",
+            "This function changes something.",
+            "Call it by POST.",
+        ),
+        Refusal(
+            409,
+            "PT409",
+            "idempotency_conflict",
+            "idempotency_key was used with another payload",
+            "Use a new key for a new request.",
+        ),
+        Refusal(403, "42501", right, None, None),
+        Refusal(400, "22P02", f'{uuid} uuid: "nope"', None, None),
+        Refusal(429, "PT429", "too_many_active", limit, "Try again in 5 seconds."),
+        Refusal(
+            401, "PT401", "not_authenticated", "There is no such user any more.", "Sign in again."
+        ),
+        Refusal(401, "PT401", "not_authenticated", "The request carries no user.", sign_in),
+    ]
+    assert responses[6].headers["Retry-After"] == "5"
+
+
+def test_answers_keep_the_headers_that_the_cell_sets(anybody):
+    assert anybody.rpc("ping", "GET").headers["Cache-Control"] == "no-store"
+
+
+def test_every_function_of_the_api_has_a_door_like_it(databases):
+    ours = (
+        "select p.proname, pg_get_function_arguments(p.oid) as arguments, p.provolatile,"
+        " obj_description(p.oid) as description, array(select r from"
+        "   unnest('{anon,authenticated,service_role,darkroom_monitor}'::text[]) as r"
+        "   where has_function_privilege(r, p.oid, 'execute')) as roles"
+        " from pg_proc as p where p.pronamespace = 'public'::regnamespace order by 1"
+    )
+    assert databases["entry"].execute(ours) == databases["two"].execute(ours)
+
+
+def test_a_function_that_has_no_route_is_refused(databases):
+    two, entry = databases["two"], databases["entry"]
+    two.execute("create function public.is_new() returns json language sql return '1'::json")
+    try:
+        with pytest.raises(psycopg.errors.RaiseException, match="says not where is_new goes"):
+            entry.execute("select cells.make_doors('two')")
+    finally:
+        two.execute("drop function public.is_new()")
+    entry.execute("select cells.make_doors('two')")
+
+
+def test_a_cell_that_is_away_concerns_its_users_only_and_is_back_by_itself(
+    cells, users, databases, operator, anybody
+):
+    away, here = users["two"], users["home"]
+    job_id = away.enqueued()
+    kill(cells, "two")
+    try:
+        began = time.monotonic()
+        refused = [away.enqueue(), away.get_job_status(job_id, "GET"), away.rpc("get_entitlement")]
+
+        assert time.monotonic() - began < 2
+        assert [refusal(response) for response in refused] == [UNAVAILABLE] * 3
+        for response in refused:  # PostgREST adds one of its own to each 503: 0
+            assert response.headers["Retry-After"].split(", ")[-1] == "10"
+        assert here.credits() == 10 and here.enqueued()
+        for _ in range(8):
+            assert answer(anybody.rpc("list_models")), "whichever cell is asked first"
+        health = answer(operator.rpc("queue_health"))
+        assert (health["status"], health["cells_away"]) == ("critical", ["two"])
+        assert answer(anybody.rpc("list_public_images"))["images"] == []
+        assert refusal(operator.rpc("pause_model", model=PREVIEW)) == UNAVAILABLE
+    finally:
+        databases["two"].close()
+        databases["two"]._own = None
+        cells.clusters["two"].start()
+    assert answer(away.get_job_status(job_id))["status"] == "queued"
+    assert answer(operator.rpc("resume_model", model=PREVIEW))["state"] == "closed"
+    assert away.enqueued()
+    assert "cells_away" not in answer(operator.rpc("queue_health"))
+
+
+def test_who_signs_up_while_the_cell_is_away_is_there_later(cells, sign_up, databases):
+    kill(cells, "two")
+    try:
+        user = sign_up("two")
+        assert refusal(user.rpc("get_entitlement")) == UNAVAILABLE
+    finally:
+        databases["two"].close()
+        databases["two"]._own = None
+        cells.clusters["two"].start()
+    assert refusal(user.rpc("get_entitlement")).status == 401, "nobody has told the cell yet"
+
+    databases["home"].execute("select private.apply_retention()")
+
+    assert user.credits() == 10
+
+
+def test_what_auth_says_of_a_user_reaches_the_users_cell(users, databases):
+    for cell, user in users.items():
+        user.enqueued()
+        databases["home"].execute(
+            "update auth.users set banned_until = now() + interval '1 day' where id = %s", user.id
+        )
+        assert refusal(user.enqueue()).message == "account_blocked", cell
+        databases["home"].execute("delete from auth.users where id = %s", user.id)
+        assert where(databases, user) == []
+    assert databases["home"].execute("select from cells.users where user_id = %s", user.id) == []
+
+
+def test_new_users_go_by_weight(databases):
+    home = databases["home"]
+    elsewhere = "select count(*) from cells.users"
+    before = home.value(elsewhere)
+    home.execute("update cells.cells set weight = 3 where name = 'two'")
+    home.execute("alter table auth.users disable trigger darkroom_create_entitlement")
+    home.execute(
+        "insert into auth.users (id) select gen_random_uuid() from generate_series(1, 4000)"
+    )
+    home.execute("alter table auth.users enable trigger darkroom_create_entitlement")
+    home.execute("update cells.cells set weight = 1")
+
+    assert 2850 < home.value(elsewhere) - before < 3150
+
+
+def test_the_feed_is_one_by_time_in_pages(users, databases, anybody):
+    shares = []
+    for _ in range(2):
+        for cell, user in users.items():
+            shares += shared(user, databases[cell])
+    shares.sort(reverse=True)
+    first = answer(anybody.rpc("list_public_images", "GET", page_size=3))
+    second = answer(
+        users["two"].rpc("list_public_images", page_size=3, before=first["next_before"])
+    )
+
+    assert [image["share_id"] for image in first["images"]] == shares[:3]
+    assert [image["share_id"] for image in second["images"]] == shares[3:]
+    assert second["next_before"] is None
+    whole = answer(users["two"].rpc("list_public_images"))["images"]
+    assert [image["is_own"] for image in whole] == [True, False, True, False]
+
+
+def test_health_is_of_all_cells(users, operator):
+    before = answer(operator.rpc("queue_health"))["depth"]["ready"]
+    for user in users.values():
+        user.enqueued()
+        user.enqueued()
+
+    assert answer(operator.rpc("queue_health"))["depth"]["ready"] == before + 4
+    report = answer(operator.rpc("queue_report"))
+    assert [model["ready"] for model in report["models"]] == [before + 4]
+
+
+def test_operators_reach_users_wherever_they_live(users, operator):
+    for user in users.values():
+        given = {"user_id": user.id, "amount": 5, "kind": "grant", "external_id": user.id}
+        for applied in (True, False):
+            granted = answer(operator.rpc("grant_credits", **given))
+            assert granted == {"credits": 15, "debt": 0, "applied": applied}
+        assert user.credits() == 15
+
+
+def test_what_home_says_of_models_and_webhooks_holds_in_every_cell(
+    users, databases, operator, cells
+):
+    price = "update public.models set price_credits = %s where id = %s"
+    databases["home"].execute(price, 3, PREVIEW)
+    databases["home"].execute("update private.settings set webhook_allows_private = true")
+    hook = answer(operator.rpc("register_webhook", url="http://127.0.0.1:9/hook"))
+    found = "select secret from private.webhook_endpoints where id = %s"
+    until(lambda: databases["two"].execute(found, hook["webhook_id"]) != [])
+    until(
+        lambda: (
+            databases["two"].value("select price_credits from public.models where id = %s", PREVIEW)
+            == 3
+        )
+    )
+    for user in users.values():
+        assert answer(user.enqueue())["credits_left"] == 7
+    assert databases["two"].value(found, hook["webhook_id"]) == hook["secret"]
+    databases["home"].execute(price, 1, PREVIEW)
+    answer(operator.rpc("delete_webhook", webhook_id=hook["webhook_id"]))
