@@ -109,7 +109,7 @@ def shared(user: SignedUp, database: Database, count: int = 1) -> list[str]:
     found = []
     for _ in range(count):
         job_id, worker = user.enqueued(), Worker(database)
-        (job,) = [each for each in worker.claim_jobs(100) if each.job_id == job_id]
+        (job,) = [each for each in worker.claim_jobs(100) if each.id == job_id]
         worker.complete_job(job)
         worker.unregister_worker()
         found.append(answer(user.rpc("share_image", job_id=job_id))["share_id"])
