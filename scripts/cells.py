@@ -158,7 +158,7 @@ class CellStack(Stack):
                 )
                 wait_until(connection, "select every(srsubstate = 'r') from pg_subscription_rel")
         with psycopg.connect(self.url_of("entry")) as connection:
-            connection.execute("select cells.make_doors('two')")
+            connection.execute("select cells.make_doors('two'), cells.make_tables('two')")
 
 
 def wait_until(connection: psycopg.Connection[tuple[bool]], question: str) -> None:

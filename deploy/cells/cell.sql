@@ -17,10 +17,10 @@ begin
   if found then
     return;
   end if;
-  perform set_config('request.jwt.claims', p_claims, true);
-  perform set_config('request.method', p_method, true);
-  perform set_config('transaction_read_only', 'on', true) where p_is_read_only;
-  perform set_config('role', p_role, true);
+  perform
+    set_config('request.jwt.claims', p_claims, true), set_config('request.method', p_method, true),
+    case when p_is_read_only then set_config('transaction_read_only', 'on', true) end,
+    set_config('role', p_role, true);
   execute p_call into answer using p_arguments;
   headers := current_setting('response.headers', true);
 end;
@@ -59,9 +59,44 @@ language sql stable as $$
   group by p.oid
 $$;
 
+-- The tables that users read, all rows of them: the entry has the same policies. The entry says how
+-- it calls the cell when it connects.
+do $$
+begin
+  execute (
+    select string_agg(format(
+      'create view cells.%I as select current_setting(''darkroom.cell'') as cell, t.*'
+      ' from public.%1$I as t; grant select on cells.%1$I to darkroom_entry', c.relname
+    ), ';')
+    from pg_class as c
+    where c.relnamespace = 'public'::regnamespace and c.relkind in ('r', 'p')
+      and has_table_privilege('authenticated', c.oid, 'select') and c.relrowsecurity
+  );
+end;
+$$;
+
+create function cells.list_tables()
+returns table (name text, columns text[], types text[], policy text, description text)
+language sql stable as $$
+  select
+    c.relname, array_agg(quote_ident(a.attname) order by a.attnum),
+    array_agg(format_type(coalesce(nullif(t.typbasetype, 0), t.oid), null) order by a.attnum),
+    pg_get_expr(p.polqual, c.oid), obj_description(c.oid)
+  from pg_class as v
+  inner join pg_class as c on c.relname = v.relname and c.relnamespace = 'public'::regnamespace
+  inner join pg_policy as p
+    on p.polrelid = c.oid and to_regrole('authenticated')::oid = any (p.polroles)
+  inner join pg_attribute as a on a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
+  inner join pg_type as t on t.oid = a.atttypid
+  where v.relnamespace = 'cells'::regnamespace and v.relkind = 'v'
+  group by c.oid, c.relname, p.polqual
+  order by c.oid
+$$;
+
 -- A cell knows its own users only, and would take the files of all others for left over.
 delete from private.retention_walks where name = 'expire_orphans';
 
-revoke all on function cells.answer, cells.list_functions from public;
+revoke all on function cells.answer, cells.list_functions, cells.list_tables from public;
 grant select on cells.users to darkroom_entry;
-grant execute on function cells.answer, cells.list_functions to darkroom_entry;
+grant execute on function cells.answer, cells.list_functions, cells.list_tables
+to darkroom_entry;

@@ -351,6 +351,96 @@ begin
 end;
 $do$;
 
+-- The tables that users read: one partition in each cell, of which a user's request meets one. Whether
+-- a cell is away concerns its users only, for PostgreSQL leaves out the other partitions before it
+-- connects. The policies are the cells' own.
+
+create extension postgres_fdw with schema cells;
+create schema private;
+
+create function private.caller_id() returns uuid
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+begin
+  return nullif(current_setting('request.jwt.claims', true), '')::jsonb ->> 'sub';
+exception when data_exception then
+  return null;
+end;
+$$;
+
+create function cells.caller_cell() returns text
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
+  select coalesce((select u.cell from cells.users as u where u.user_id = private.caller_id()), 'home')
+$$;
+
+create function cells.list_tables(
+  address text, out name text, out columns text[], out types text[], out policy text,
+  out description text
+)
+returns setof record language plproxy as $$
+  connect address;
+  select * from cells.list_tables();
+$$;
+
+create function cells.make_tables(p_like text) returns void
+language plpgsql set search_path = public as $do$
+declare
+  v_cell record;
+  v record;
+begin
+  for v_cell in
+    select
+      c.name, max(o.value) filter (where o.name = 'password') as password,
+      string_agg(format('%s %L', o.name, o.value), ', ') filter (
+        where o.name not in ('user', 'password')
+      ) as options
+    from cells.cells as c
+    cross join regexp_split_to_table(c.address, ' +') as part
+    cross join lateral (select split_part(part, '=', 1), split_part(part, '=', 2)) as o (name, value)
+    group by c.name
+  loop
+    execute format(
+      'drop server if exists %I cascade; create server %1$I foreign data wrapper postgres_fdw'
+      ' options (%s, options %L);'
+      'create user mapping for public server %1$I options (user ''darkroom_entry'', password %4$L);'
+      'drop schema if exists %1$I cascade; create schema %1$I', v_cell.name, v_cell.options,
+      '-c darkroom.cell=' || v_cell.name, v_cell.password
+    );
+  end loop;
+  for v in
+    select t.* from cells.cells as c cross join cells.list_tables(c.address) as t
+    where c.name = p_like
+  loop
+    execute format('drop table if exists cells.%I cascade', v.name);
+    execute format(
+      'create table cells.%I (cell text, %s) partition by list (cell)', v.name, (
+        select string_agg(c.name || ' ' || c.type, ', ')
+        from unnest(v.columns, v.types) as c (name, type)
+      )
+    );
+    execute (
+      select string_agg(format(
+        'create foreign table %I.%I partition of cells.%2$I for values in (%1$L) server %1$I'
+        ' options (schema_name ''cells'')', c.name, v.name
+      ), ';')
+      from cells.cells as c
+    );
+    execute format(
+      'create view public.%I with (security_invoker = true) as select %s from cells.%1$I',
+      v.name, array_to_string(v.columns, ', ')
+    );
+    execute format('comment on view public.%I is %L', v.name, v.description);
+    execute format(
+      'alter table cells.%I enable row level security;'
+      'create policy "As in the cell" on cells.%1$I for select to authenticated'
+      ' using (cell = cells.caller_cell() and %s);'
+      'grant select on cells.%1$I, public.%1$I to authenticated, service_role', v.name, v.policy
+    );
+  end loop;
+  notify pgrst, 'reload schema';
+end;
+$do$;
+
 revoke all on all functions in schema cells from public;
-grant usage on schema cells to anon, authenticated, service_role, darkroom_monitor;
+grant usage on schema cells, private to anon, authenticated, service_role, darkroom_monitor;
+grant execute on function cells.caller_cell to authenticated;
 grant execute on function cells.call to anon, authenticated, service_role, darkroom_monitor;
