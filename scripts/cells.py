@@ -38,6 +38,7 @@ from stack import (
 
 SQL = PROJECT / "deploy/cells"
 CELLS = ("home", "two")
+LOGICAL = {"wal_level": "logical"}
 
 
 class Entry(PostgREST):
@@ -59,7 +60,7 @@ class CellStack(Stack):
         self, folder: Path | str, *, fsync: bool = True, with_worker: bool = False
     ) -> None:
         self.clusters = {
-            name: Cluster(place, Settings(place / "env"), fsync=fsync)
+            name: Cluster(place, Settings(place / "env"), fsync=fsync, tuning=LOGICAL)
             for name in ("two", "entry")
             for place in [Path(folder).resolve() / name]
         }
@@ -69,7 +70,7 @@ class CellStack(Stack):
 
     def make_cluster(self, *, fsync: bool) -> Cluster:
         """Return home's cluster, which sends its catalogue and directory to the others."""
-        return Cluster(self.folder, self.settings, fsync=fsync, tuning={"wal_level": "logical"})
+        return Cluster(self.folder, self.settings, fsync=fsync, tuning=LOGICAL)
 
     def make_postgrest(self, folder: Path, settings: Settings) -> PostgREST | None:
         """Return PostgREST, before the entry."""
@@ -144,18 +145,18 @@ class CellStack(Stack):
                 "select string_agg(format('%I.%I', schemaname, tablename), ', ')"
                 " from pg_publication_tables where pubname = 'darkroom_catalogue'"
             ).fetchall()
-        for name, publication in (("two", "darkroom_catalogue"), ("entry", "darkroom_directory")):
-            with psycopg.connect(self.url_of(name), autocommit=True) as connection:
-                if name == "two":  # what the installation wrote is home's to say
+        sent = [
+            ("home", "darkroom_catalogue", "two"),
+            ("home", "darkroom_directory", "entry"),
+            ("two", "darkroom_files", "home"),
+        ]
+        for source, publication, target in sent:
+            with psycopg.connect(self.url_of(target), autocommit=True) as connection:
+                if target == "two":  # what the installation wrote is home's to say
                     connection.execute(f"truncate {catalogue} cascade")
                 query = sql.SQL("create subscription {} connection {} publication {}")
-                connection.execute(
-                    query.format(
-                        sql.Identifier(publication),
-                        sql.Literal(self.database_url),
-                        sql.Identifier(publication),
-                    )
-                )
+                name = sql.Identifier(publication)
+                connection.execute(query.format(name, sql.Literal(self.url_of(source)), name))
                 wait_until(connection, "select every(srsubstate = 'r') from pg_subscription_rel")
         with psycopg.connect(self.url_of("entry")) as connection:
             connection.execute("select cells.make_doors('two'), cells.make_tables('two')")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shutil
 import signal
@@ -17,8 +19,11 @@ from actors import Worker
 from database import Database, assert_books_balance
 from http_client import PREVIEW, Client, Endpoints, Refusal, SignedUp, answer, refusal
 from http_fixtures import endpoints_of
+from PIL import Image
+from psycopg import sql
 
 from cells import CELLS, CellStack
+from stack import Worker as StackWorker
 
 UNAVAILABLE = Refusal(
     503,
@@ -27,6 +32,12 @@ UNAVAILABLE = Refusal(
     "The database of this account does not answer at the moment.",
     "Try again in 10 seconds.",
 )
+
+
+def png() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "PNG")
+    return file.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +125,23 @@ def shared(user: SignedUp, database: Database, count: int = 1) -> list[str]:
         worker.unregister_worker()
         found.append(answer(user.rpc("share_image", job_id=job_id))["share_id"])
     return found
+
+
+@contextlib.contextmanager
+def working(stack: CellStack, cell: str) -> Iterator[None]:
+    """Have a worker serve a cell."""
+    cluster = stack.clusters[cell]
+    password = cluster.settings.secret("DARKROOM_WORKER_PASSWORD")
+    with psycopg.connect(cluster.url()) as connection:
+        query = sql.SQL("alter role darkroom_worker password {}")
+        connection.execute(query.format(sql.Literal(password)))
+    worker = StackWorker(cluster.folder, cluster.settings)
+    url = cluster.url("darkroom_worker")
+    worker.start(stack.worker_environment() | {"DATABASE_URL": url})
+    try:
+        yield
+    finally:
+        worker.stop()
 
 
 def where(databases: dict[str, Database], user: SignedUp) -> list[str]:
@@ -314,6 +342,39 @@ def test_the_feed_is_one_by_time_in_pages(users, databases, anybody):
     assert second["next_before"] is None
     whole = answer(users["two"].rpc("list_public_images"))["images"]
     assert [image["is_own"] for image in whole] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_worker_of_each_cell_makes_and_erases_pictures_in_homes_storage(
+    cells, sign_up, databases, anybody, cell
+):
+    user = sign_up(cell)
+    name = f"{user.id}/source.png"
+    assert user.upload(f"inputs/{name}", png()).status_code == 200
+    job_id = user.enqueued(params={"image": name})
+    with working(cells, cell):
+        until(lambda: answer(user.get_job_status(job_id))["poll_after_ms"] is None)
+        job = answer(user.get_job_status(job_id))
+        assert job["status"] == "completed", job["error"]
+        path = "generations/" + job["images"][0]["path"]
+        assert user.download(path).status_code == 200
+        assert anybody.download(path).status_code == 400
+        answer(user.rpc("share_image", job_id=job_id))
+        until(lambda: anybody.download(path).status_code == 200)
+        answer(user.rpc("share_image", job_id=job_id, is_public=False))
+        until(lambda: anybody.download(path).status_code == 400)
+
+    databases["home"].execute("delete from auth.users where id = %s", user.id)
+
+    files = "select count(*) from storage.objects where name like %s"
+    with working(cells, cell):  # it erases when it starts, and then each minute
+        until(lambda: databases["home"].value(files, f"{user.id}/%") == 0)
+
+
+def test_a_source_image_that_is_not_there_is_refused_in_every_cell(users):
+    for user in users.values():
+        refused = refusal(user.enqueue(params={"image": f"{user.id}/none.png"}))
+        assert refused.details == "params.image: no such file in bucket inputs"
 
 
 def test_health_is_of_all_cells(users, operator):

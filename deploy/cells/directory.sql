@@ -24,6 +24,11 @@ create table cells.users (
 
 comment on table cells.users is 'Who lives elsewhere than in home.';
 
+create table cells.shared_paths (path text primary key);
+
+comment on table cells.shared_paths is
+  'Files of shared images, of users who do not live in home: home is sent them.';
+
 revoke all on schema cells from public;
 
 -- How a cell is reached: by the entry, by home, and home's list of files by the cells.

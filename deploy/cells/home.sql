@@ -70,6 +70,14 @@ for each row execute function cells.follow_deleted_user();
 revoke all on function private.follow_user from public;
 revoke all on function cells.assign_cell, cells.tell, cells.follow_deleted_user from public;
 
+-- Everybody reads the files of what is shared, wherever its owner lives: see the policy (95).
+create or replace view private.shared_paths as
+select i.storage_path as path from public.images as i where i.share_id is not null
+union all
+select i.preview_path from public.images as i where i.share_id is not null
+union all
+select s.path from cells.shared_paths as s;
+
 -- Cells read which files there are.
 grant usage on schema storage to darkroom_entry;
 grant select on storage.objects to darkroom_entry;

@@ -12,3 +12,32 @@ create schema storage;
 create foreign table storage.objects (
   bucket_id text, name text, created_at timestamptz, updated_at timestamptz
 ) server home options (schema_name 'storage', table_name 'objects');
+
+-- What home's policies on files ask of users who live here: which files are shared, and who was
+-- merged into whom. Home is sent both.
+
+create function cells.note_shares() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+begin
+  if tg_op <> 'INSERT' then
+    delete from cells.shared_paths where path in (old.storage_path, old.preview_path);
+  end if;
+  if tg_op <> 'DELETE' then
+    insert into cells.shared_paths (path)
+    select p from unnest(array[new.storage_path, new.preview_path]) as p
+    where new.share_id is not null and p is not null;
+  end if;
+  return null;
+end;
+$$;
+
+create trigger images_note_new_shares after insert on public.images
+for each row when (new.share_id is not null) execute function cells.note_shares();
+create trigger images_note_shares after update of share_id on public.images
+for each row when (old.share_id is distinct from new.share_id)
+execute function cells.note_shares();
+create trigger images_note_ended_shares after delete on public.images
+for each row when (old.share_id is not null) execute function cells.note_shares();
+revoke all on function cells.note_shares from public;
+
+create publication darkroom_files for table cells.shared_paths, private.merged_users;

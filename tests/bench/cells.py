@@ -78,7 +78,10 @@ def main() -> None:
         home.execute("update cells.cells set weight = (name = %s)::integer", [cell])
         users[cell] = [str(uuid.uuid4()) for _ in range(8)]
         for user in users[cell]:
-            home.execute("insert into auth.users (id, email) values (%s, %s)", [user, f"{user}@x.y"])
+            home.execute(
+                "insert into auth.users (id, email) values (%s, %s)",
+                [user, f"{user}@x.y"],
+            )
     home.execute("update cells.cells set weight = 1")
     time.sleep(1)
     for cell in ("home", "two"):
@@ -116,7 +119,7 @@ def saturate(
 ) -> None:
     """Eight clients at once, half of them of each cell: calls a second, and whose CPU it was."""
     print("8 clients at once, enqueue: calls/s, and ms of CPU for each call")
-    for number in range(3):
+    for _ in range(3):
         for way in ("direct", "entry"):
             names = ("home", "two", "entry")
             before = {name: cpu(stack, name) for name in names}
