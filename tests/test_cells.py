@@ -174,6 +174,27 @@ def test_each_user_lives_in_one_cell_and_uses_the_whole_api(users, databases):
         assert_books_balance(databases[cell])
 
 
+def test_users_read_their_own_rows_and_operators_everybodys(users, databases, operator, anybody):
+    for user in users.values():
+        job_id = user.enqueued()
+        newest = "generations?select=id,prompt&order=id.desc&limit=1"
+        assert answer(user.rest("GET", newest)) == [
+            {"id": job_id, "prompt": "a lighthouse at dusk"}
+        ]
+        assert user.ledger() == [("grant", 10), ("charge", -1)]
+        answer(user.rpc("cancel_generation", job_id=job_id))
+        answer(user.rpc("delete_generation", job_id=job_id))
+        assert answer(user.rest("GET", newest)) == []
+        refused = refusal(
+            user.rest("PATCH", f"entitlements?user_id=eq.{user.id}", json={"debt": 0})
+        )
+        assert (refused.status, refused.code) == (403, "42501")
+    ids = ",".join(user.id for user in users.values())
+    rows = answer(operator.rest("GET", f"entitlements?select=user_id&user_id=in.({ids})"))
+    assert {row["user_id"] for row in rows} == {user.id for user in users.values()}
+    assert refusal(anybody.rest("GET", "entitlements")).code == "42501"
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_errors_are_the_cells_own_to_the_letter(sign_up, databases, cell):
     user = sign_up(cell)
@@ -266,7 +287,8 @@ def test_a_cell_that_is_away_concerns_its_users_only_and_is_back_by_itself(
         assert [refusal(response) for response in refused] == [UNAVAILABLE] * 3
         for response in refused:  # PostgREST adds one of its own to each 503: 0
             assert response.headers["Retry-After"].split(", ")[-1] == "10"
-        assert here.credits() == 10 and here.enqueued()
+        assert here.credits() == 10 and here.enqueued() and len(here.ledger()) == 2
+        assert away.rest("GET", "credit_ledger").status_code == 503
         for _ in range(8):
             assert answer(anybody.rpc("list_models")), "whichever cell is asked first"
         health = answer(operator.rpc("queue_health"))
