@@ -118,8 +118,10 @@ class CellStack(Stack):
         }  # fmt: skip
         files = sorted((PROJECT / "sql").glob("[0-9]*.sql"))
         psql(home, SQL / "directory.sql", SQL / "cell.sql", SQL / "home.sql")
+        psql(home, SQL / "move.sql", variables={"number": "0"})
         psql(two, SQL / "directory.sql", SQL / "auth.sql", *files, SUPABASE / "seed.sql")
         psql(two, SQL / "cell.sql", SQL / "storage.sql", variables=variables)
+        psql(two, SQL / "move.sql", variables={"number": "1"})
         psql(entry, SQL / "directory.sql", SQL / "entry.sql")
         for url in (home, two):
             with psycopg.connect(url) as connection:

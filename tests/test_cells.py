@@ -8,9 +8,12 @@ import os
 import shutil
 import signal
 import tempfile
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psycopg
@@ -439,3 +442,133 @@ def test_what_home_says_of_models_and_webhooks_holds_in_every_cell(
     assert databases["two"].value(found, hook["webhook_id"]) == hook["secret"]
     databases["home"].execute(price, 1, PREVIEW)
     answer(operator.rpc("delete_webhook", webhook_id=hook["webhook_id"]))
+
+
+# Moving.
+
+
+def moved(databases: dict[str, Database], user: SignedUp, cell: str) -> None:
+    """Move a user, waiting for what runs."""
+
+    def done() -> bool:
+        return databases["home"].value("call cells.move_user(%s, %s)", user.id, cell) == "moved"
+
+    until(done)
+
+
+def seen(user: SignedUp) -> list[Any]:
+    """Return all that a user sees of what is theirs, but for guesses."""
+    calls = ("list_generations", "list_active_jobs", "get_entitlement", "list_prompt_templates")
+    answers = [answer(user.rpc(function)) for function in calls]
+    for job in (*answers[0]["generations"], *answers[1]):
+        job["eta_seconds"] = job["queue_position"] = job["poll_after_ms"] = None
+    return [*answers, user.ledger(), answer(user.rest("GET", "images?order=generation_id"))]
+
+
+def test_a_user_who_is_moved_has_all_that_was_there_and_goes_on(
+    sign_up, databases, operator, anybody
+):
+    user, other = sign_up("home"), sign_up("two")
+    shared(user, databases["home"])
+    given = {"user_id": user.id, "kind": "grant", "expires_at": "2100-01-01"}
+    answer(operator.rpc("grant_credits", **given, amount=5, external_id=f"a{user.id}"))
+    waiting = [user.enqueued(idempotency_key="one"), user.enqueued(params={"seed": 3})]
+    answer(user.rpc("set_tags", job_id=waiting[0], tags=["b"]))
+    answer(user.rpc("save_prompt_template", title="t", prompt="p {x}"))
+    before = seen(user)
+
+    for cell in ("two", "home", "two"):
+        moved(databases, user, cell)
+
+        assert where(databases, user) == [cell]
+        assert seen(user) == before
+        feed = answer(anybody.rpc("list_public_images"))["images"]
+        assert len([each for each in feed if user.id in each["path"]]) == 1
+        assert user.enqueued(idempotency_key="one") == waiting[0]
+        for database in CELLS:
+            assert_books_balance(databases[database])
+    answer(operator.rpc("grant_credits", **given, amount=5, external_id=f"b{user.id}"))
+    other.enqueued()
+    worker = Worker(databases["two"])
+    for job in worker.claim_jobs(100):
+        worker.complete_job(job)
+    worker.unregister_worker()
+    assert [answer(user.get_job_status(job))["status"] for job in waiting] == ["completed"] * 2
+    assert_books_balance(databases["two"])
+
+
+def test_a_user_whose_job_runs_is_not_moved(sign_up, databases):
+    user = sign_up("home")
+    job_id, worker = user.enqueued(), Worker(databases["home"])
+    (job,) = [each for each in worker.claim_jobs(100) if each.id == job_id]
+    call = "call cells.move_user(%s, 'two')"
+
+    assert databases["home"].value(call, user.id) == "running"
+    assert answer(user.get_job_status(job_id))["status"] == "processing"
+    worker.complete_job(job)
+    worker.unregister_worker()
+    assert databases["home"].value(call, user.id) == "moved"
+    assert answer(user.get_job_status(job_id))["status"] == "completed"
+
+
+def test_a_move_that_breaks_off_anywhere_is_finished_by_the_next_and_nothing_is_done_twice(
+    cells, sign_up, databases
+):
+    home = databases["home"]
+    for step in ("unpack_user", "leave_user"):
+        user = sign_up("home")
+        user.enqueued(idempotency_key="one")
+        before = seen(user)
+        broken = f"alter function cells.{step} rename to broken"
+        databases["two" if step == "unpack_user" else "home"].execute(broken)
+        with pytest.raises(psycopg.Error):
+            home.execute("call cells.move_user(%s, 'two')", user.id)
+        if step == "unpack_user":
+            assert refusal(user.enqueue()) == UNAVAILABLE
+        whole = f"alter function cells.broken rename to {step}"
+        databases["two" if step == "unpack_user" else "home"].execute(whole)
+
+        moved(databases, user, "two")
+
+        assert seen(user) == before
+        assert where(databases, user) == ["two"]
+        for cell in CELLS:
+            assert_books_balance(databases[cell])
+
+
+def test_a_user_who_never_stops_asking_is_moved_to_and_fro_and_charged_once_for_each(
+    sign_up, databases
+):
+    user, asked, ending = sign_up("home"), Counter(), threading.Event()
+    home = databases["home"]
+    home.execute(
+        "update private.plans set max_active = 100000, max_per_minute = 100000 where name = 'free'"
+    )
+    until(
+        lambda: (
+            databases["two"].value("select max_active from private.plans where name = 'free'") > 9
+        )
+    )
+    home.execute("select public.grant_credits(%s, 10000, 'grant', %s)", user.id, user.id)
+
+    def ask() -> None:
+        while not ending.is_set():
+            asked[user.enqueue().status_code] += 1
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for cell in ["two", "home"] * 5:
+        moved(databases, user, cell)
+    ending.set()
+    for thread in threads:
+        thread.join()
+
+    assert asked.keys() <= {200, 503} and asked[200] > 20
+    jobs = home.value("select count(*) from public.generations where user_id = %s", user.id)
+    waiting = home.value("select count(*) from private.ready_jobs where user_id = %s", user.id)
+    assert (jobs, waiting) == (asked[200], asked[200])
+    assert user.credits() == 10010 - asked[200]
+    for cell in CELLS:
+        assert_books_balance(databases[cell])
+    home.execute("update private.plans set max_active = 3, max_per_minute = 10 where name = 'free'")

@@ -13,6 +13,7 @@ create function cells.answer(
 )
 language plpgsql as $$
 begin
+  perform pg_advisory_xact_lock_shared(hashtextextended(p_user_id::text, 0));  -- see pack_user
   select u.cell into lives_in from cells.users as u where u.user_id = p_user_id;
   if found then
     return;

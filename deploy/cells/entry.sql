@@ -119,15 +119,19 @@ create function cells.ask(
 )
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
+  v_address text := (select c.address from cells.cells as c where c.name = p_cell);
   v_headers text;
   v_said text;
   v_detail text;
   v_hint text;
 begin
+  if v_address is null then  -- a user who is just moving
+    is_away := true;
+    return;
+  end if;
   select s.lives_in, s.answer, s.headers into lives_in, answer, v_headers
   from cells.send(
-    (select c.address from cells.cells as c where c.name = p_cell), p_user_id,
-    current_setting('role'), current_setting('request.jwt.claims', true),
+    v_address, p_user_id, current_setting('role'), current_setting('request.jwt.claims', true),
     current_setting('request.method', true), current_setting('transaction_read_only') = 'on',
     p_call, p_arguments
   ) as s;

@@ -67,6 +67,48 @@ $$;
 create trigger darkroom_follow_deleted_user after delete on auth.users
 for each row execute function cells.follow_deleted_user();
 
+-- Moves a user, with commits between the steps: call it again until it says moved, also after a crash.
+-- Waits for what runs are the caller's: it answers running.
+create procedure cells.move_user(p_user_id uuid, p_cell text, inout state text default null)
+language plpgsql as $$
+declare
+  v_from text := coalesce((select u.cell from cells.users as u where u.user_id = p_user_id), 'home');
+  v_user jsonb := (select to_jsonb(u) from auth.users as u where u.id = p_user_id);
+  v_package jsonb;
+  v_cell text;
+begin
+  if v_from = 'moving' then
+    v_from := 'home';
+  end if;
+  if v_from <> p_cell then
+    select a.package into v_package from cells.dblink(
+      (select c.address from cells.cells as c where c.name = v_from),
+      format('select cells.pack_user(%L)', p_user_id)
+    ) as a (package jsonb);
+    if v_package is null then
+      state := 'running';
+      return;
+    end if;
+    perform cells.tell(p_cell, format('select cells.unpack_user(%L)', v_package));
+    insert into cells.users as u (user_id, cell) values (p_user_id, p_cell)
+    on conflict (user_id) do update set cell = excluded.cell;
+    delete from cells.users where user_id = p_user_id and p_cell = 'home';
+    commit;
+  end if;
+  if p_cell <> 'home' then
+    perform private.follow_user(p_user_id);
+  end if;
+  for v_cell in select c.name from cells.cells as c where c.name <> p_cell loop
+    perform cells.tell(v_cell, format('select cells.leave_user(%L, %L)', p_user_id, p_cell));
+    if v_cell <> 'home' then
+      perform cells.tell(v_cell, format('select cells.drop_user(%L)', p_user_id));
+    end if;
+  end loop;
+  state := 'moved';
+end;
+$$;
+
+revoke all on procedure cells.move_user from public;
 revoke all on function private.follow_user from public;
 revoke all on function cells.assign_cell, cells.tell, cells.follow_deleted_user from public;
 

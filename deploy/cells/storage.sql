@@ -38,6 +38,9 @@ for each row when (old.share_id is distinct from new.share_id)
 execute function cells.note_shares();
 create trigger images_note_ended_shares after delete on public.images
 for each row when (old.share_id is not null) execute function cells.note_shares();
+-- Also of a user who moves here or away.
+alter table public.images enable always trigger images_note_new_shares;
+alter table public.images enable always trigger images_note_ended_shares;
 revoke all on function cells.note_shares from public;
 
 create publication darkroom_files for table cells.shared_paths, private.merged_users;
