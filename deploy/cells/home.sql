@@ -4,6 +4,7 @@
 -- holds up no sign-up: follow_changed_user (42) notes the user, and retention tries again.
 
 create extension if not exists dblink with schema cells;
+revoke all on all functions in schema cells from public;
 
 -- Before the trigger that makes the entitlement (42), by its name. Whoever was here before there were
 -- cells stays.
