@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -85,9 +86,10 @@ class Site:
             party = "entry" if name == "entry" else "cells"
             used[party] += seconds_of_the_dead(process.pid)
             for pid in (process.pid, *children(process.pid)):
-                title = Path(f"/proc/{pid}/cmdline").read_text()
-                sends = title.startswith("postgres: walsender")
-                used["WAL senders" if sends else party] += seconds_of_a_core(pid)
+                with contextlib.suppress(OSError):  # it has just ended
+                    title = Path(f"/proc/{pid}/cmdline").read_text()
+                    sends = title.startswith("postgres: walsender")
+                    used["WAL senders" if sends else party] += seconds_of_a_core(pid)
         for rest in (self.stack.postgrest, self.stack.entry):
             assert rest
             process = rest._processes.get("postgrest")
@@ -97,8 +99,12 @@ class Site:
 
 
 def children(parent: int) -> list[int]:
-    stats = [stat.read_text() for stat in Path("/proc").glob("[0-9]*/stat")]
-    return [int(s.split()[0]) for s in stats if s.rpartition(")")[2].split()[1] == str(parent)]
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            head, _, rest = stat.read_text().rpartition(")")
+            found += [int(head.split()[0])] * (rest.split()[1] == str(parent))
+    return found
 
 
 def seconds_of_the_dead(pid: int) -> float:
