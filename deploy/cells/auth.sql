@@ -28,8 +28,13 @@ language sql security definer set search_path = pg_catalog, pg_temp as $$
 $$;
 
 create function cells.drop_user(p_user_id uuid) returns void
-language sql security definer set search_path = pg_catalog, pg_temp as $$
-  delete from auth.users where id = p_user_id
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+begin
+  if exists (select from cells.moves as m where m.user_id = p_user_id) then
+    raise exception 'the user is moving: try again';
+  end if;
+  delete from auth.users where id = p_user_id;
+end;
 $$;
 
 revoke all on function cells.put_user, cells.drop_user from public;

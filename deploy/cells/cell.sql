@@ -94,8 +94,24 @@ language sql stable as $$
   order by c.oid
 $$;
 
--- A cell knows its own users only, and would take the files of all others for left over.
-delete from private.retention_walks where name = 'expire_orphans';
+-- Files of all cells are in one Storage: of those, a cell looks for left ones of its own users only.
+create or replace function private.has_folder(p_folder uuid) returns boolean
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
+  select exists (
+    select from public.entitlements as e where e.user_id = private.owner_of(p_folder)
+  )
+$$;
+grant usage on schema private to darkroom_entry;
+grant execute on function private.has_folder to darkroom_entry;
+
+-- Who has left, or is about to, is not made anew here by what Auth says.
+create or replace function private.follow_elsewhere(p_user_id uuid) returns boolean
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+begin
+  perform pg_advisory_xact_lock_shared(hashtextextended(p_user_id::text, 0));  -- see pack_user
+  return exists (select from cells.users as u where u.user_id = p_user_id);
+end;
+$$;
 
 revoke all on function cells.answer, cells.list_functions, cells.list_tables from public;
 grant select on cells.users to darkroom_entry;

@@ -1,7 +1,8 @@
 -- What home has beside cell.sql: Auth and Storage are here, and so is the directory.
 --
 -- A new user is given a cell, and what Auth changes is told to the user's cell. A cell that is away
--- holds up no sign-up: follow_changed_user (42) notes the user, and retention tries again.
+-- holds up no sign-up: follow_changed_user (42) notes the user, and retention tries again. Until the
+-- cell knows of a new user the API says unavailable.
 
 create extension if not exists dblink with schema cells;
 revoke all on all functions in schema cells from public;
@@ -12,7 +13,7 @@ create function cells.assign_cell() returns trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 begin
   insert into cells.users (user_id, cell)
-  select new.id, chosen.name
+  select new.id, '+' || chosen.name
   from (
     select c.name from cells.cells as c
     where c.weight > 0 order by -ln(1 - random()) / c.weight limit 1
@@ -25,32 +26,49 @@ $$;
 create trigger darkroom_assign_cell after insert on auth.users
 for each row execute function cells.assign_cell();
 
-create function cells.tell(p_cell text, p_statement text) returns void
-language sql set search_path = pg_catalog, pg_temp as $$
-  select from cells.dblink(
-    (select c.address from cells.cells as c where c.name = p_cell), p_statement
-  ) as answer (nothing text)
-$$;
-
-alter function private.follow_user rename to follow_own_user;
-
-create function private.follow_user(p_user_id uuid) returns void
+create function cells.tell(
+  p_cell text, p_statement text, p_options text default ''
+) returns text
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
-  v_cell text := (select u.cell from cells.users as u where u.user_id = p_user_id);
-  v_user jsonb := (select to_jsonb(u) from auth.users as u where u.id = p_user_id);
+  v_address text := (select c.address from cells.cells as c where c.name = p_cell);
 begin
+  if v_address is null then
+    raise exception 'no such cell: %', p_cell;
+  end if;
+  return (
+    select a.answer from cells.dblink(concat_ws(' ', v_address, p_options), p_statement)
+      as a (answer text)
+  );
+end;
+$$;
+
+create or replace function private.follow_elsewhere(p_user_id uuid) returns boolean
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_cell text;
+  v_user jsonb;
+begin
+  perform pg_advisory_xact_lock_shared(hashtextextended(p_user_id::text, 0));  -- see pack_user
+  select u.cell into v_cell from cells.users as u where u.user_id = p_user_id for update;
+  v_user := (select to_jsonb(u) from auth.users as u where u.id = p_user_id);
+  if v_user is null then  -- also one who was moving when Auth deleted the row
+    delete from public.entitlements where user_id = p_user_id;
+  end if;
   if v_cell is null then
-    perform private.follow_own_user(p_user_id);
+    return false;
   elsif v_user is null then
-    perform cells.tell(v_cell, format('select cells.drop_user(%L)', p_user_id));
+    perform cells.tell(ltrim(v_cell, '+'), format('select cells.drop_user(%L)', p_user_id));
     delete from cells.users where user_id = p_user_id;
+    delete from private.merged_users where into_id = p_user_id;
   else
-    perform cells.tell(v_cell, format('select cells.put_user(%L)', (
+    perform cells.tell(ltrim(v_cell, '+'), format('select cells.put_user(%L)', (
       select jsonb_object_agg(k, v_user -> k)
       from unnest('{id,email,phone,is_anonymous,banned_until,deleted_at}'::text[]) as k
     )));
+    update cells.users set cell = ltrim(v_cell, '+') where user_id = p_user_id and cell like '+%';
   end if;
+  return true;
 end;
 $$;
 
@@ -68,58 +86,176 @@ $$;
 create trigger darkroom_follow_deleted_user after delete on auth.users
 for each row execute function cells.follow_deleted_user();
 
--- Moves a user, with commits between the steps: call it again until it says moved, also after a crash.
--- Waits for what runs are the caller's: it answers running.
-create procedure cells.move_user(p_user_id uuid, p_cell text, inout state text default null)
-language plpgsql as $$
+-- Files of users who are nowhere are home's to look for: of nobody whom a cell has, also as one who
+-- was merged into another and is gone from Auth.
+create or replace function private.has_folder(p_folder uuid) returns boolean
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
-  v_from text := coalesce((select u.cell from cells.users as u where u.user_id = p_user_id), 'home');
-  v_user jsonb := (select to_jsonb(u) from auth.users as u where u.id = p_user_id);
-  v_package jsonb;
-  v_cell text;
+  v_owner uuid := private.owner_of(p_folder);
 begin
-  if v_from = 'moving' then
-    v_from := 'home';
-  end if;
-  if v_from <> p_cell then
-    select a.package into v_package from cells.dblink(
-      (select c.address from cells.cells as c where c.name = v_from),
-      format('select cells.pack_user(%L)', p_user_id)
-    ) as a (package jsonb);
-    if v_package is null then
-      state := 'running';
-      return;
-    end if;
-    perform cells.tell(p_cell, format('select cells.unpack_user(%L)', v_package));
-    insert into cells.users as u (user_id, cell) values (p_user_id, p_cell)
-    on conflict (user_id) do update set cell = excluded.cell;
-    delete from cells.users where user_id = p_user_id and p_cell = 'home';
-    commit;
-  end if;
-  if p_cell <> 'home' then
-    perform private.follow_user(p_user_id);
-  end if;
-  for v_cell in select c.name from cells.cells as c where c.name <> p_cell loop
-    perform cells.tell(v_cell, format('select cells.leave_user(%L, %L)', p_user_id, p_cell));
-    if v_cell <> 'home' then
-      perform cells.tell(v_cell, format('select cells.drop_user(%L)', p_user_id));
-    end if;
-  end loop;
-  state := 'moved';
+  return exists (select from public.entitlements as e where e.user_id = v_owner) or not exists (
+    select from cells.users as u where u.user_id in (p_folder, v_owner)
+  ) and not exists (
+    select from cells.cells as c
+    where c.name <> 'home'
+      and cells.tell(c.name, format('select private.has_folder(%L)', p_folder)) = 't'
+  );
 end;
 $$;
 
-revoke all on procedure cells.move_user from public;
-revoke all on function private.follow_user from public;
-revoke all on function cells.assign_cell, cells.tell, cells.follow_deleted_user from public;
+-- Home's policies on files ask who was merged into whom, of everybody. Home is sent it by all cells,
+-- so that where a user moves it comes once more, and goes.
+create function cells.keep_merged_user() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+begin
+  if tg_op = 'INSERT' then
+    update private.merged_users set into_id = new.into_id where user_id = new.user_id;
+    if not found then
+      return new;
+    end if;
+  end if;
+  return null;
+end;
+$$;
 
--- Everybody reads the files of what is shared, wherever its owner lives: see the policy (95).
-create or replace view private.shared_paths as
-select i.storage_path as path from public.images as i where i.share_id is not null
-union all
-select i.preview_path from public.images as i where i.share_id is not null
-union all
-select s.path from cells.shared_paths as s;
+create trigger merged_users_keep before insert or delete on private.merged_users
+for each row execute function cells.keep_merged_user();
+alter table private.merged_users enable replica trigger merged_users_keep;
+
+-- Moving a user: see move.sql. The first part takes all from one cell to another and says so in the
+-- directory, the second has the first cell forget. Each may be repeated, and must be committed
+-- before what is next: what is broken off, retention finishes. Those who were merged into the user
+-- are moved along.
+
+-- Answers moved, or running: a job, or a delivery.
+create function cells.start_move(p_user_id uuid, p_cell text) returns text
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  v_from text;
+  v_package text;
+  v_ids uuid[];
+  v_patience text := 'options=''-c statement_timeout=1h''';
+begin
+  perform pg_advisory_xact_lock(hashtextextended('move ' || p_user_id, 0));
+  v_from := coalesce((select u.cell from cells.users as u where u.user_id = p_user_id), 'home');
+  if v_from = p_cell then
+    return 'moved';
+  elsif v_from = 'moving' then
+    v_from := 'home';
+  end if;
+  perform cells.tell(p_cell, 'select 1');  -- nobody is packed for a cell that is away
+  v_package := cells.tell(
+    v_from, format('select cells.pack_user(%L, %L)', p_user_id, p_cell), v_patience
+  );
+  if v_package is null then
+    return 'running';
+  end if;
+  perform cells.tell(p_cell, format('select cells.unpack_user(%L)', v_package), v_patience);
+  v_ids := array(select jsonb_array_elements_text(v_package::jsonb -> 'user_ids'));
+  delete from cells.users where user_id = any (v_ids);
+  insert into cells.users (user_id, cell)
+  select id, p_cell from unnest(v_ids) as id where p_cell <> 'home';
+  return 'moved';
+end;
+$$;
+
+-- p_from: where the user was, or null: any cell.
+create function cells.end_move(p_user_id uuid, p_cell text, p_from text default null) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  v_is_gone boolean := not exists (select from auth.users as u where u.id = p_user_id);
+  v_cell text;
+begin
+  if not v_is_gone then
+    perform private.follow_user(f.id) from unnest(private.folders_of(p_user_id)) as f (id);
+  end if;
+  for v_cell in
+    select c.name from cells.cells as c
+    where c.name <> p_cell and c.name = coalesce(p_from, c.name)
+  loop
+    perform cells.tell(v_cell, format('select cells.leave_user(%L, %L)', p_user_id, p_cell));
+  end loop;
+  if v_is_gone then
+    perform private.follow_user(p_user_id);
+  end if;
+end;
+$$;
+
+-- Both, waiting for what runs as long as it is told to. Another call goes on where one broke off.
+create procedure cells.move_user(
+  p_user_id uuid, p_cell text, inout state text default null, p_wait interval default '0'
+)
+language plpgsql as $$
+declare
+  v_until timestamptz := clock_timestamp() + p_wait;
+  v_from text := coalesce((select u.cell from cells.users as u where u.user_id = p_user_id), 'home');
+begin
+  loop
+    state := cells.start_move(p_user_id, p_cell);
+    commit;
+    exit when state = 'moved' or clock_timestamp() > v_until;
+    perform pg_sleep(0.5);
+  end loop;
+  if state = 'moved' then
+    perform cells.end_move(
+      p_user_id, p_cell, nullif(case v_from when 'moving' then 'home' else v_from end, p_cell)
+    );
+  end if;
+end;
+$$;
+
+-- A step of retention (85): moves that were begun more than a minute ago, one part at a time.
+create or replace function private.finish_moves(
+  p_place text, p_at_most integer, out place text, out done integer
+)
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+  v_cell text;
+  v_user_id uuid;
+  v_to text;
+begin
+  done := 0;
+  for v_cell in select c.name from cells.cells as c order by c.name loop
+    begin
+      for v_user_id, v_to in
+        select m.* from json_to_recordset(cells.tell(v_cell,
+          'select json_agg(json_build_object(''user_id'', user_id, ''cell'', cell))'
+          ' from cells.moves where packed_at < now() - interval ''1 minute'''
+        )::json) as m (user_id uuid, cell text)
+      loop
+        if v_to = coalesce(
+          (select u.cell from cells.users as u where u.user_id = v_user_id), 'home'
+        ) then
+          perform cells.end_move(v_user_id, v_to, v_cell);
+        else
+          perform cells.start_move(v_user_id, v_to);
+        end if;
+        done := done + 1;
+      end loop;
+    exception when others then
+      perform private.note_skipped('finish_moves', v_cell, sqlstate, sqlerrm);
+    end;
+  end loop;
+end;
+$$;
+
+insert into private.retention_walks (name) values ('finish_moves') on conflict do nothing;
+
+revoke all on procedure cells.move_user from public;
+revoke all on function private.follow_elsewhere, private.has_folder, private.finish_moves from public;
+revoke all on function cells.assign_cell, cells.tell, cells.follow_deleted_user,
+cells.keep_merged_user, cells.start_move, cells.end_move from public;
+grant execute on function cells.start_move, cells.end_move to darkroom_entry;
+
+-- Everybody reads the files of what is shared, wherever its owner lives.
+grant usage on schema cells to anon, authenticated;
+grant select on cells.shared_paths to anon, authenticated;
+drop policy if exists "Everybody reads images that are shared in other cells" on storage.objects;
+create policy "Everybody reads images that are shared in other cells" on storage.objects
+for select to anon, authenticated using (
+  bucket_id = 'generations'
+  and exists (select from cells.shared_paths as s where s.path = objects.name)
+);
 
 -- Cells read which files there are.
 grant usage on schema storage to darkroom_entry;
