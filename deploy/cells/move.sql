@@ -120,6 +120,12 @@ begin
     return;
   end if;
   delete from cells.users where user_id = v_user_id;
+  -- Came once more where it waited, before it was handed over: see hand_over.
+  delete from private.billing_events as e
+  using jsonb_to_recordset(
+    coalesce(nullif(p_package -> 'private.billing_events', 'null'), '[]')
+  ) as p (provider text, event_id text)
+  where e.event_id = p.event_id and e.provider = p.provider and e.outcome = 'waiting';
   for v_table in select * from cells.moved_tables order by place loop
     select string_agg(quote_ident(a.attname), ', ') into v_columns
     from pg_attribute as a
