@@ -43,29 +43,46 @@ begin
 end;
 $$;
 
+-- An address is welcomed once in all cells. That cells are told: addresses themselves stay here.
 create or replace function private.follow_elsewhere(p_user_id uuid) returns boolean
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_cell text;
   v_user jsonb;
+  v_identities bytea[];
+  v_new integer;
 begin
   perform pg_advisory_xact_lock_shared(hashtextextended(p_user_id::text, 0));  -- see pack_user
   select u.cell into v_cell from cells.users as u where u.user_id = p_user_id for update;
   v_user := (select to_jsonb(u) from auth.users as u where u.id = p_user_id);
-  if v_user is null then  -- also one who was moving when Auth deleted the row
-    delete from public.entitlements where user_id = p_user_id;
-  end if;
-  if v_cell is null then
-    return false;
-  elsif v_user is null then
-    perform cells.tell(ltrim(v_cell, '+'), format('select cells.drop_user(%L)', p_user_id));
+  if v_user is null then
+    if v_cell = 'moving' then
+      raise exception 'the user is moving: try again';
+    end if;
+    perform cells.tell(
+      c.name, format('select cells.drop_user(%1$L) from cells.forget_guest(%1$L)', p_user_id)
+    )
+    from cells.cells as c where c.name <> 'home';
+    perform cells.forget_guest(p_user_id);
+    delete from public.entitlements where user_id = p_user_id;  -- had moved here meanwhile
     delete from cells.users where user_id = p_user_id;
     delete from private.merged_users where into_id = p_user_id;
+  elsif v_cell is null then
+    return false;
   else
+    v_identities := private.identities_of(v_user);
+    insert into private.welcomed_identities (identity)
+    select i.identity from private.settings as s cross join unnest(v_identities) as i (identity)
+    where s.welcome_once_per_identity
+    on conflict (identity) do nothing;
+    get diagnostics v_new = row_count;
     perform cells.tell(ltrim(v_cell, '+'), format('select cells.put_user(%L)', (
       select jsonb_object_agg(k, v_user -> k)
-      from unnest('{id,email,phone,is_anonymous,banned_until,deleted_at}'::text[]) as k
-    )));
+      from unnest('{id,is_anonymous,banned_until,deleted_at}'::text[]) as k
+    ) || jsonb_build_object(
+      'is_welcome', v_new = cardinality(v_identities) or not s.welcome_once_per_identity
+    )))
+    from private.settings as s;
     update cells.users set cell = ltrim(v_cell, '+') where user_id = p_user_id and cell like '+%';
   end if;
   return true;
@@ -204,6 +221,66 @@ begin
 end;
 $$;
 
+-- Has a user live where another does, as far as start_move. Null: they do, or one of them is nobody.
+create function cells.bring(p_user_id uuid, p_to_id uuid) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  v_cells text[] := array(
+    select coalesce(u.cell, case when e.user_id is not null then 'home' end)
+    from unnest(array[p_user_id, p_to_id]) with ordinality as i (id, place)
+    left join cells.users as u on u.user_id = i.id
+    left join public.entitlements as e on e.user_id = i.id
+    order by i.place
+  );
+begin
+  if v_cells[1] <> v_cells[2] then
+    return json_build_object('cell', v_cells[2], 'state', case
+      when v_cells <@ array(select c.name from cells.cells as c)
+        then cells.start_move(p_user_id, v_cells[2])
+      else 'moving'
+    end);
+  end if;
+  return null;
+end;
+$$;
+
+-- Billing events of users and payments that nobody knows wait here.
+
+-- Hands to a cell what waits for what this user has there. The cell has it before it is gone here,
+-- and takes it once.
+create function cells.hand_over(p_cell text, p_user_id uuid, p_keys text[]) returns integer
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  v_event private.billing_events;
+  v_done integer := 0;
+begin
+  for v_event in
+    delete from private.billing_events as e where e.waits_for && p_keys and e.outcome = 'waiting'
+    returning e.*
+  loop
+    perform cells.tell(p_cell, format('select cells.take_event(%L, %L)', p_user_id, to_jsonb(v_event)));
+    v_done := v_done + 1;
+  end loop;
+  return v_done;
+end;
+$$;
+
+-- A step of retention (85): of users who have signed up since.
+create function private.hand_over_events(
+  p_place text, p_at_most integer, out place text, out done integer
+)
+language sql set search_path = pg_catalog, pg_temp as $$
+  select null, coalesce(sum(cells.hand_over(u.cell, u.user_id, array[w.key])), 0)::integer
+  from private.billing_events as e
+  cross join unnest(e.waits_for) as w (key)
+  inner join cells.users as u on u.user_id = case
+    when w.key ~* '^user .*:[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$' then right(w.key, 36)::uuid
+  end
+  where e.outcome = 'waiting' and u.cell in (select c.name from cells.cells as c)
+$$;
+
+insert into private.retention_walks (name) values ('hand_over_events') on conflict do nothing;
+
 -- A step of retention (85): moves that were begun more than a minute ago, one part at a time.
 create or replace function private.finish_moves(
   p_place text, p_at_most integer, out place text, out done integer
@@ -242,10 +319,13 @@ $$;
 insert into private.retention_walks (name) values ('finish_moves') on conflict do nothing;
 
 revoke all on procedure cells.move_user from public;
-revoke all on function private.follow_elsewhere, private.has_folder, private.finish_moves from public;
-revoke all on function cells.assign_cell, cells.tell, cells.follow_deleted_user,
-cells.keep_merged_user, cells.start_move, cells.end_move from public;
-grant execute on function cells.start_move, cells.end_move to darkroom_entry;
+revoke all on function private.follow_elsewhere, private.has_folder, private.finish_moves,
+private.hand_over_events from public;
+revoke all on function
+cells.assign_cell, cells.bring, cells.end_move, cells.follow_deleted_user, cells.hand_over,
+cells.keep_merged_user, cells.start_move, cells.tell
+from public;
+grant execute on function cells.bring, cells.end_move, cells.hand_over to darkroom_entry;
 
 -- Everybody reads the files of what is shared, wherever its owner lives.
 grant usage on schema cells to anon, authenticated;
@@ -267,4 +347,7 @@ create publication darkroom_directory for table cells.cells, cells.users;
 create publication darkroom_catalogue for table
 private.providers, public.models, private.model_routes, public.model_aliases, private.error_codes,
 private.provider_words, private.plans, private.settings, private.alert_rules,
-private.billing_providers, public.credit_products, private.push_texts, private.webhook_endpoints;
+private.billing_providers, public.credit_products, private.push_texts, private.webhook_endpoints,
+-- The app's, not its users': what goes is told by all of a row.
+public.prompt_templates where (user_id is null);
+alter table public.prompt_templates replica identity full;

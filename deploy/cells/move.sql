@@ -143,6 +143,10 @@ begin
     return;
   end if;
   delete from cells.users where user_id = any (v_ids);
+  -- Came once more where it waited, before it was handed over: see hand_over.
+  delete from private.billing_events as e
+  using jsonb_to_recordset(p_package -> 'private.billing_events') as p (provider text, event_id text)
+  where e.event_id = p.event_id and e.provider = p.provider and e.outcome = 'waiting';
   for v_table in select * from cells.moved_tables order by place loop
     select string_agg(quote_ident(a.attname), ', ') into v_columns
     from pg_attribute as a

@@ -1,4 +1,4 @@
--- For a cell that has no Storage, after sql/: which files there are, as home's Storage has on record.
+-- For a cell that has no Auth and no Storage, after sql/: which files there are, as home's Storage has on record.
 -- Variables of psql: host, port, dbname of home, and darkroom_entry's password there.
 
 create extension postgres_fdw with schema cells;
@@ -44,3 +44,9 @@ alter table public.images enable always trigger images_note_ended_shares;
 revoke all on function cells.note_shares from public;
 
 create publication darkroom_files for table cells.shared_paths, private.merged_users;
+
+-- Whether the address of a user was welcomed is known to home, which all cells' users sign up with:
+-- see follow_user. Here it says so by one that cannot be new twice.
+create or replace function private.identities_of(p_user jsonb) returns bytea[]
+language sql immutable set search_path = pg_catalog, pg_temp
+return case when p_user ->> 'is_welcome' = 'false' then '{"",""}'::bytea[] else '{}' end;
