@@ -460,7 +460,7 @@ begin
     );
   elsif v_type = 'array' and p_name in ('', 'alerts', 'errors', 'models', 'paused', 'queue') then
     return (
-      select jsonb_agg(cells.add('', a.value, b.value) order by coalesce(a.key, b.key))
+      select coalesce(jsonb_agg(cells.add('', a.value, b.value) order by coalesce(a.key, b.key)), '[]')
       from (
         select cells.key_of(e.value) as key, e.value from jsonb_array_elements(p_one) as e
       ) as a
