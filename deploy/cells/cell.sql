@@ -134,6 +134,20 @@ begin
     where u.id is not null
     union all
     select 1000, p.user_id from private.billing_purchases as p where p.payments && v_payments
+    union all  -- of users who are about to leave: they are refused, and the event is sent again
+    select 0, m.user_id
+    from cells.moves as m
+    where m.package -> 'user_ids' ?| v_said.users
+      or exists (
+        select from jsonb_to_recordset(m.package -> 'private.billing_customers')
+          as c (provider text, name text)
+        where c.name = any (v_said.users) and c.provider = p_provider
+      )
+      or exists (
+        select from jsonb_to_recordset(m.package -> 'private.billing_purchases')
+          as p (payments text[])
+        where p.payments && v_payments
+      )
   ) as k
   order by k.place limit 1;
   keys := array(
