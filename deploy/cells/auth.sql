@@ -1,9 +1,9 @@
 -- For a cell that has no Supabase Auth, before sql/: the columns of auth.users that Darkroom reads.
 -- Rows come from home (cells.put_user). Addresses stay there, and so home says who is welcome.
 
-create schema auth;
+create schema if not exists auth;
 
-create table auth.users (
+create table if not exists auth.users (
   id uuid primary key,
   is_anonymous boolean,
   banned_until timestamptz,
@@ -11,7 +11,7 @@ create table auth.users (
   is_welcome boolean
 );
 
-create function auth.uid() returns uuid language sql stable as $$
+create or replace function auth.uid() returns uuid language sql stable as $$
   select (nullif(current_setting('request.jwt.claims', true), '')::jsonb ->> 'sub')::uuid
 $$;
 
