@@ -1262,12 +1262,13 @@ class Worker:
             try:
                 self.slots.freed.clear()
                 may_claim = self._may_claim() and await self._has_room()
-                if not (may_claim and self.slots.share(self)):
+                if may_claim and self.slots.share(self):
+                    if not await self._claim():
+                        await self._sleep()
+                elif not await self._pass_on():
                     self.waits = may_claim
                     await self._pause(self.slots.freed, self.settings.poll_seconds)
                     self.waits = False
-                elif not await self._claim():
-                    await self._sleep()
                 attempt = 0
                 self._tell_systemd()
             except psycopg.Error:
@@ -1331,6 +1332,14 @@ class Worker:
                 running.task = asyncio.create_task(self.process(running))
         await asyncio.sleep(0)  # jobs first, then the next claim
         return bool(jobs)
+
+    async def _pass_on(self) -> bool:
+        """If it was woken while jobs of other cells fill the slots, have another worker woken."""
+        if not self.wake.is_set() or len(self.slots.workers) == 1 or self.db.is_away:
+            return False
+        self.wake.clear()
+        await self.db.claim_jobs(self.worker_id, 0)
+        return True
 
     async def _sleep(self) -> None:
         """Go to sleep, and look twice more: an enqueue in flight may have seen us awake.
