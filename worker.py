@@ -1115,14 +1115,14 @@ class Slots:
         Jobs of a cell that is away do not count for others: they may be waiting for its answer.
         When it is back, more jobs than there are slots run until some of them have ended.
         """
+        if self.workers == [worker]:
+            return self.count - len(worker.running)
         jobs = {
             each: 0 if each.db.is_away and each is not worker else len(each.running) + each.taken
             for each in self.workers
         }
         free, had = max(0, self.count - sum(jobs.values())), jobs[worker]
         waiting = [each for each in self.workers if each.waits or each is worker]
-        if waiting == [worker]:
-            return free
         for _ in range(free):
             jobs[min(waiting, key=jobs.__getitem__)] += 1
         return jobs[worker] - had
