@@ -12,6 +12,9 @@ SIDE_BY_SIDE = $(PYTHON) -m pytest --numprocesses=$(or $(JOBS),auto) --maxproces
 	$(if $(LONG),--dist=loadfile,--dist=worksteal -m "not long")
 QUICK_TESTS := $(patsubst %,tests/test_%.py,access batch breaker cancel catalog claim credits enqueue gating \
 	input locks migrations money_model outcomes protocol recovery retry status worker_cancel worker_units)
+# What asks the API over HTTP: once more where an entry stands before two cells.
+HTTP_TESTS := $(patsubst %,tests/test_%.py,functions gateway http http_access http_input http_storage \
+	limits_http own_function webhook_functions)
 # What ONLY= names, where it is a bare word: no path and no option.
 WORD = $(if $(word 2,$(ONLY))$(findstring /,$(ONLY))$(filter -%,$(ONLY)),,$(ONLY))
 RELEASED := supabase/released.sha256
@@ -101,6 +104,7 @@ test: setup-app-postgres
 else
 test: setup-app-postgres lint lint-app
 	@$(SIDE_BY_SIDE) --ignore=tests/browser
+	@CELLS=1 $(SIDE_BY_SIDE) $(HTTP_TESTS)
 	@$(APP_NODE) node node_modules/jest/bin/jest.js
 	@echo 'The app in a browser: make test-app'
 endif

@@ -2,9 +2,9 @@
 
     python scripts/cells.py up | down | clean | status | env
 
-It is the stack of stack.py, whose cluster is home (Auth and Storage are there), but PostgREST
-stands before the entry. What each database has is in deploy/cells. Its folder is `.local-cells`, or
-`$DARKROOM_STATE`.
+It is the stack of stack.py, whose cluster is home (Auth and Storage are there). PostgREST stands
+before home and before the entry, and the gateway asks the entry for all that the entry has. What
+each database has is in deploy/cells. Its folder is `.local-cells`, or `$DARKROOM_STATE`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from stack import (
     Settings,
     Stack,
     postgres_program,
-    postgrest,
     run,
     show_environment,
     show_status,
@@ -39,18 +38,6 @@ from stack import (
 SCRIPT = PROJECT / "deploy/cells/cells"
 CELLS = ("home", "two")
 LOGICAL = {"wal_level": "logical"}
-
-
-class Entry(PostgREST):
-    """PostgREST before the entry, whichever database it is said to stand before."""
-
-    def __init__(self, folder: Path, settings: Settings, cluster: Cluster) -> None:
-        super().__init__(folder, settings)
-        self.cluster = cluster
-
-    def start(self, database_url: str) -> None:
-        """Start it before the entry."""
-        super().start(self.cluster.url())
 
 
 class CellStack(Stack):
@@ -65,22 +52,32 @@ class CellStack(Stack):
             for place in [Path(folder).resolve() / name]
         }
         super().__init__(folder, fsync=fsync, with_worker=with_worker)
-        self.services = [*self.clusters.values(), *self.services]
+        if not self.postgrest:
+            raise StackError("cells need PostgREST, and there is none for this machine")
+        entry = self.clusters["entry"]
+        self.entry = PostgREST(entry.folder, entry.settings)  # beside the one before home
+        self.http.insert(1, self.entry)
+        self.services = [*self.clusters.values(), self.entry, *self.services]
         self.clusters["home"] = self.cluster
 
     def make_cluster(self, *, fsync: bool) -> Cluster:
         """Return home's cluster, which sends its catalogue and directory to the others."""
         return Cluster(self.folder, self.settings, fsync=fsync, tuning=LOGICAL)
 
-    def make_postgrest(self, folder: Path, settings: Settings) -> PostgREST | None:
-        """Return PostgREST, before the entry."""
-        if not postgrest():
-            raise StackError("cells need PostgREST, and there is none for this machine")
-        return Entry(folder, settings, self.clusters["entry"])
-
     def url_of(self, name: str) -> str:
         """Return the address of home, two or entry, as its superuser."""
         return self.clusters[name].url()
+
+    def worker_environment(self) -> dict[str, str]:
+        """Return what one worker of all cells needs to know, and let it into each."""
+        urls = []
+        for cluster in map(self.clusters.__getitem__, CELLS):
+            secret = cluster.settings.secret("DARKROOM_WORKER_PASSWORD")
+            with psycopg.connect(cluster.url()) as connection:
+                query = sql.SQL("alter role darkroom_worker password {}")
+                connection.execute(query.format(sql.Literal(secret)))
+            urls.append(cluster.url("darkroom_worker"))
+        return super().worker_environment() | {"DATABASE_URL": " ".join(urls)}
 
     def start_http(self) -> None:
         """Start what answers over HTTP; what is behind it first."""
@@ -91,7 +88,22 @@ class CellStack(Stack):
                 cluster.folder.chmod(0o711)
                 cluster.start()
         self._make()  # ports may be others than the last time
+        if not self.entry.is_running():
+            self.entry.settings.keep("JWT_SECRET", self.jwt_secret)
+            self.entry.start(self.url_of("entry"))
         super().start_http()
+
+    def upstream(self) -> dict[str, str]:
+        """Return what is behind the gateway: the entry, and home for what the entry has not."""
+        with psycopg.connect(self.url_of("entry")) as entry:
+            ((names,),) = entry.execute(
+                "select string_agg(name, '|') from ("
+                " select proname from pg_proc where pronamespace = 'public'::regnamespace"
+                " union select relname from pg_class where relnamespace = 'public'::regnamespace"
+                ") as has (name)"
+            ).fetchall()
+        has = {"REST_URL": self.entry.address(), "ENTRY_HAS": names}
+        return super().upstream() | has | {"HOME_URL": super().upstream()["REST_URL"]}
 
     def clean(self) -> None:
         """Stop everything and delete the state."""
