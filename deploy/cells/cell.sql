@@ -43,7 +43,7 @@ language sql stable as $$
       string_agg(format('%I %s', a.name, format_type(a.type, null)), ', ')
         filter (where a.name is not null)
     ) end,
-    array_remove(array_agg(a.name), null),
+    array_remove(array_agg(a.name order by a.place), null),
     array(
       select r.name
       from unnest('{anon,authenticated,service_role,darkroom_monitor}'::text[]) as r (name)
@@ -51,7 +51,8 @@ language sql stable as $$
     ),
     obj_description(p.oid)
   from pg_proc as p
-  left join unnest(p.proargnames, p.proargtypes::oid[]) as a (name, type) on true
+  left join unnest(p.proargnames, p.proargtypes::oid[]) with ordinality as a (name, type, place)
+    on true
   where p.pronamespace = 'public'::regnamespace
     and p.prorettype = 'json'::regtype
     and not exists (

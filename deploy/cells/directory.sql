@@ -103,22 +103,22 @@ begin
 end;
 $$;
 
--- Not connecting, or it could not be done in a function.
+-- Not connecting, or it could not be done in a function; of that it warns in the log, with the statement,
+-- so that is not the one with the secret.
 create function cells.subscribe(p_name text) returns void
 language plpgsql set search_path = pg_catalog, pg_temp set client_min_messages = error as $$
 begin
-  if exists (
+  if not exists (
     select from pg_subscription as s
     inner join pg_database as d on d.oid = s.subdbid and d.datname = current_database()
     where s.subname = p_name
   ) then
-    execute format('alter subscription %I connection %L', p_name, current_setting('cells.secret'));
-  else
     execute format(
-      'create subscription %I connection %L publication %I with (connect = false)',
-      p_name, current_setting('cells.secret'), cells.publication_of(p_name)
+      'create subscription %I connection ''password=none'' publication %I with (connect = false)',
+      p_name, cells.publication_of(p_name)
     );
   end if;
+  execute format('alter subscription %I connection %L', p_name, current_setting('cells.secret'));
 end;
 $$;
 
