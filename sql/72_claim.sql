@@ -120,7 +120,7 @@ declare
 begin
   -- A new look, now that nobody else can claim theirs.
   return (
-    select jsonb_object_agg(p.name, case when p.name = any (v_held) then p.max_running - (
+    select jsonb_object_agg(p.name, case when p.name = any (v_held) then least(p.max_running, p.part) - (
       select coalesce(sum(j.jobs), 0)
       from (
         select r.model_id, r.route, count(*) as jobs

@@ -94,10 +94,66 @@ language sql stable as $$
   order by c.oid
 $$;
 
+-- What is divided over the cells (share.sql). unit: what it is handed out in, the dearest job that it
+-- holds. wanted: what this cell has use for. Users' own budgets are not divided: who has one lives in
+-- one cell.
+create view cells.limits as
+select
+  'provider ' || p.name as name, p.max_running::numeric as whole, 1::numeric as unit,
+  p.part::numeric as part, coalesce(j.running, 0) as used,
+  least(coalesce(j.running + j.waiting, 0), p.max_running) as wanted
+from private.providers as p
+left join (
+  select w.provider, sum(q.running) as running, sum(q.waiting) as waiting
+  from (
+    select model_id, route, count(*) as running, 0 as waiting
+    from private.running_jobs group by model_id, route
+    union all
+    select model_id, route, 0, count(*) from private.ready_jobs group by model_id, route
+  ) as q
+  inner join private.routes as w on w.model_id = q.model_id and w.place = q.route
+  group by w.provider
+) as j on j.provider = p.name
+where p.max_running is not null
+union all
+select
+  'budget ' || b.id, b.limit_usd, u.unit, b.part_usd, s.spent_usd + s.reserved_usd,
+  s.spent_usd + s.reserved_usd + u.unit
+from private.budgets as b
+inner join private.budget_states as s on s.id = b.id
+cross join lateral (
+  select coalesce(max(c.least_usd), 0.000001) as unit
+  from private.route_costs as c inner join public.models as m on m.id = c.model_id
+  where m.is_active and c.least_usd between 0.000001 and b.limit_usd
+    and coalesce(b.model_id, c.model_id) = c.model_id
+    and coalesce(b.provider, c.provider) = c.provider
+) as u
+where b.user_id is null;
+
+-- Home says what parts this cell has from now on, and is told what that leaves to the others: who has
+-- more running or spent than its part goes on having it. Claims that are on their way are waited for.
+create function cells.take_parts(p_parts jsonb)
+returns table (name text, part numeric, wanted numeric)
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+#variable_conflict use_column
+begin
+  perform from private.budget_spendings order by budget_id for update;
+  update private.budgets as b set part_usd = (p_parts ->> ('budget ' || b.id))::numeric
+  where b.part_usd is distinct from (p_parts ->> ('budget ' || b.id))::numeric
+    and p_parts ? ('budget ' || b.id);
+  update private.providers as p set part = (p_parts ->> ('provider ' || p.name))::integer
+  where p.part is distinct from (p_parts ->> ('provider ' || p.name))::integer
+    and p_parts ? ('provider ' || p.name);
+  return query
+  select l.name, greatest(coalesce(l.part, l.whole), l.used), l.wanted from cells.limits as l;
+end;
+$$;
+
 -- A cell knows its own users only, and would take the files of all others for left over.
 delete from private.retention_walks where name = 'expire_orphans';
 
-revoke all on function cells.answer, cells.list_functions, cells.list_tables from public;
+revoke all on function cells.answer, cells.list_functions, cells.list_tables, cells.take_parts
+from public;
 grant select on cells.users to darkroom_entry;
-grant execute on function cells.answer, cells.list_functions, cells.list_tables
+grant execute on function cells.answer, cells.list_functions, cells.list_tables, cells.take_parts
 to darkroom_entry;

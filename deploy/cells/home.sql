@@ -128,7 +128,23 @@ create policy "Cells know which files there are" on storage.objects
 for select to darkroom_entry using (bucket_id in ('generations', 'inputs'));
 
 create publication darkroom_directory for table cells.cells, cells.users;
-create publication darkroom_catalogue for table
-private.providers, public.models, private.model_routes, public.model_aliases, private.error_codes,
-private.provider_words, private.plans, private.settings, private.alert_rules,
-private.billing_providers, public.credit_products, private.push_texts, private.webhook_endpoints;
+-- What operators set, without the columns that each cell finds out or is told by share.sql.
+do $$
+begin
+  execute (
+    select 'create publication darkroom_catalogue for table ' || string_agg(t.columns, ', ')
+    from (
+      select format('%s (%s)', a.attrelid::regclass, string_agg(quote_ident(a.attname), ', ')) as columns
+      from pg_attribute as a
+      where a.attrelid = any ('{
+        private.providers, public.models, private.model_routes, public.model_aliases,
+        private.error_codes, private.provider_words, private.plans, private.settings,
+        private.alert_rules, private.budgets, private.billing_providers, public.credit_products,
+        private.push_texts, private.webhook_endpoints
+      }'::regclass[]) and a.attnum > 0 and not a.attisdropped
+        and a.attname <> all ('{part, part_usd, spent_until, oldest_ready_at, looked_at}')
+      group by a.attrelid
+    ) as t
+  );
+end;
+$$;
