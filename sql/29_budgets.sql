@@ -47,8 +47,8 @@ comment on column private.budgets.on_breach is
 comment on column private.budgets.spent_until is
   'Until when it has no room for what was asked for last. Past: there has been room since.';
 comment on column private.budgets.part_usd is
-  'How much of it this database may spend, where several are one system (cells): they write it, and '
-  'divide no user''s own budget. Null: all.';
+  'How much of it this database may spend, where several are one system (cells): they write it. '
+  'Users'' own budgets are not divided. Null: all.';
 
 create index budgets_provider_idx on private.budgets (provider);
 create index budgets_model_id_idx on private.budgets (model_id);

@@ -475,11 +475,9 @@ def arrives(databases: dict[str, Database], question: str) -> None:
 
 
 def cap(databases: dict[str, Database], at_once: int) -> None:
-    query = f"update private.providers set max_running = {at_once} where name = 'preview'"
-    databases["home"].execute(query)
-    arrives(
-        databases, f"select max_running = {at_once} from private.providers where name = 'preview'"
-    )
+    query = "update private.providers set max_running = %s where name = 'preview'"
+    databases["home"].execute(query, at_once)
+    arrives(databases, "select max_running > 0 from private.providers where name = 'preview'")
 
 
 def budget(databases: dict[str, Database], limit: int) -> None:

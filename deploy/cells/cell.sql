@@ -94,22 +94,20 @@ language sql stable as $$
   order by c.oid
 $$;
 
--- What is divided over the cells (share.sql). unit: what it is handed out in, the dearest job that it
--- holds. wanted: what this cell has use for. Users' own budgets are not divided: who has one lives in
--- one cell.
+-- What share.sql divides over the cells. unit: what it is handed out in, of a budget the dearest job
+-- that it holds. wanted: what this cell has use for. Users' own budgets are where the user is.
 create view cells.limits as
 select
   'provider ' || p.name as name, p.max_running::numeric as whole, 1::numeric as unit,
   p.part::numeric as part, coalesce(j.running, 0) as used,
-  least(coalesce(j.running + j.waiting, 0), p.max_running) as wanted
+  least(coalesce(j.jobs, 0), p.max_running) as wanted
 from private.providers as p
 left join (
-  select w.provider, sum(q.running) as running, sum(q.waiting) as waiting
+  select w.provider, count(*) as jobs, count(q.is_running) as running
   from (
-    select model_id, route, count(*) as running, 0 as waiting
-    from private.running_jobs group by model_id, route
+    select model_id, route, true as is_running from private.running_jobs
     union all
-    select model_id, route, 0, count(*) from private.ready_jobs group by model_id, route
+    select model_id, route, null from private.ready_jobs
   ) as q
   inner join private.routes as w on w.model_id = q.model_id and w.place = q.route
   group by w.provider
@@ -130,20 +128,17 @@ cross join lateral (
 ) as u
 where b.user_id is null;
 
--- Home says what parts this cell has from now on, and is told what that leaves to the others: who has
--- more running or spent than its part goes on having it. Claims that are on their way are waited for.
+-- Home says which parts this cell has from now on, and is told what it may still have of each: more,
+-- where more runs or is spent already. Claims that are under way are waited for.
 create function cells.take_parts(p_parts jsonb)
 returns table (name text, part numeric, wanted numeric)
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
-#variable_conflict use_column
 begin
-  perform from private.budget_spendings order by budget_id for update;
-  update private.budgets as b set part_usd = (p_parts ->> ('budget ' || b.id))::numeric
-  where b.part_usd is distinct from (p_parts ->> ('budget ' || b.id))::numeric
-    and p_parts ? ('budget ' || b.id);
-  update private.providers as p set part = (p_parts ->> ('provider ' || p.name))::integer
-  where p.part is distinct from (p_parts ->> ('provider ' || p.name))::integer
-    and p_parts ? ('provider ' || p.name);
+  perform from private.budget_spendings as s order by s.budget_id for update;
+  update private.budgets as b set part_usd = p.value::numeric from jsonb_each_text(p_parts) as p
+  where p.key = 'budget ' || b.id and b.part_usd is distinct from p.value::numeric;
+  update private.providers as r set part = p.value::numeric from jsonb_each_text(p_parts) as p
+  where p.key = 'provider ' || r.name and r.part is distinct from p.value::numeric;
   return query
   select l.name, greatest(coalesce(l.part, l.whole), l.used), l.wanted from cells.limits as l;
 end;

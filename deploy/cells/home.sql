@@ -128,23 +128,17 @@ create policy "Cells know which files there are" on storage.objects
 for select to darkroom_entry using (bucket_id in ('generations', 'inputs'));
 
 create publication darkroom_directory for table cells.cells, cells.users;
--- What operators set, without the columns that each cell finds out or is told by share.sql.
-do $$
-begin
-  execute (
-    select 'create publication darkroom_catalogue for table ' || string_agg(t.columns, ', ')
-    from (
-      select format('%s (%s)', a.attrelid::regclass, string_agg(quote_ident(a.attname), ', ')) as columns
-      from pg_attribute as a
-      where a.attrelid = any ('{
-        private.providers, public.models, private.model_routes, public.model_aliases,
-        private.error_codes, private.provider_words, private.plans, private.settings,
-        private.alert_rules, private.budgets, private.billing_providers, public.credit_products,
-        private.push_texts, private.webhook_endpoints
-      }'::regclass[]) and a.attnum > 0 and not a.attisdropped
-        and a.attname <> all ('{part, part_usd, spent_until, oldest_ready_at, looked_at}')
-      group by a.attrelid
-    ) as t
-  );
-end;
-$$;
+-- What operators set. What each database finds out itself, or is told by share.sql, is not sent.
+create publication darkroom_catalogue for table
+private.providers (
+  name, base_url, secret, key_hosts, hosts, max_running, result_ttl, lost_create, settle,
+  buys_again, is_active, recipe
+),
+private.plans (
+  name, max_active, max_per_minute, full_minutes_per_day, max_burned_per_day, max_batch, weight,
+  welcome_credits, busy_after, has_budgets
+),
+private.budgets (id, provider, model_id, plan, user_id, period, limit_usd, on_breach),
+public.models, private.model_routes, public.model_aliases, private.error_codes,
+private.provider_words, private.settings, private.alert_rules, private.billing_providers,
+public.credit_products, private.push_texts, private.webhook_endpoints;

@@ -1,9 +1,10 @@
--- Home, after home.sql: what all cells may run at a provider (max_running) and spend (budgets) together.
+-- Home, after home.sql: how many jobs all cells together may run at a provider (max_running), and what
+-- they may spend (budgets).
 --
--- Each cell has a part of each limit, and claims by that; what all parts make together is never more
--- than the limit. Each minute home divides them anew, by what each cell has and wants, but for a tenth
--- that is divided equally. A part that is taken away is given to another only when the cell has said
--- that it keeps to it; so a cell that is away keeps its part.
+-- Each cell has a part of each limit, and all parts together are never more than the limit. Home
+-- divides them anew each minute, by what each cell has and wants; a tenth goes in equal parts, for who
+-- wants something in between. What one cell gives up goes to another once it keeps to that. So a cell
+-- that is away keeps its part.
 
 create table if not exists cells.parts (
   cell text references cells.cells (name) on delete cascade,
@@ -14,50 +15,37 @@ create table if not exists cells.parts (
 );
 
 comment on table cells.parts is
-  'What each cell may have of each limit, as it has said, or will have by what home has sent it since.';
+  'The most that each cell may have of each limit: what it said last, or more that it was sent since.';
 
--- The parts that a cell is to have now: it and the others in the order of their names cut each limit
--- into as many pieces, in whole units. Where such a cut falls is moved by luck, or what is too small to
--- be cut would be the same cell's for ever.
+-- The parts that a cell may have now. The cells, one after the other, cut each limit into pieces of
+-- whole units; luck moves the cuts, for what has fewer units than there are cells to go round.
 create function cells.next_parts(p_cell text, p_luck double precision) returns jsonb
 language sql stable set search_path = pg_catalog, pg_temp as $$
-  select coalesce(jsonb_object_agg(d.name, greatest(least(d.part_to - d.part_from, d.free), 0)), '{}')
+  select coalesce(jsonb_object_agg(d.name, greatest(least(d.upto - d.before, d.free), 0)), '{}')
   from (
     select
-      l.cell, l.name, l.is_known, l.whole - sum(l.part) over each + l.part as free,
-      l.unit * floor(l.whole / l.unit * sum(l.weight) over up_to_it / sum(l.weight) over each
-        + p_luck::numeric) as part_to,
-      l.unit * floor(l.whole / l.unit * (sum(l.weight) over up_to_it - l.weight)
-        / sum(l.weight) over each + p_luck::numeric) as part_from
+      s.cell, s.name, s.is_known, s.upto, lag(s.upto, 1, 0::numeric) over (by_cell) as before,
+      s.whole - sum(s.part) over (partition by s.name) + s.part as free
     from (
-      select
-        c.name as cell, w.name, w.whole, w.unit, p.part is not null as is_known,
-        coalesce(p.part, case c.name when 'home' then w.whole else 0 end) as part,
-        coalesce(p.wanted, w.unit) + w.whole / 10 / count(*) over (partition by w.name) as weight
-      from cells.limits as w cross join cells.cells as c
-      left join cells.parts as p on p.name = w.name and p.cell = c.name
-    ) as l
-    window each as (partition by l.name), up_to_it as (partition by l.name order by l.cell)
+      select l.*, l.unit * floor(l.whole / l.unit * sum(l.weight) over (by_cell)
+        / sum(l.weight) over (partition by l.name) + p_luck::numeric) as upto
+      from (
+        select
+          c.name as cell, w.name, w.whole, w.unit, p.part is not null as is_known,
+          coalesce(p.part, case c.name when 'home' then w.whole else 0 end) as part,
+          coalesce(p.wanted, w.unit) + w.whole / 10 / count(*) over (partition by w.name) as weight
+        from cells.limits as w cross join cells.cells as c
+        left join cells.parts as p on p.name = w.name and p.cell = c.name
+      ) as l
+      window by_cell as (partition by l.name order by l.cell)
+    ) as s
+    window by_cell as (partition by s.name order by s.cell)
   ) as d
   where d.cell = p_cell and d.is_known
 $$;
 
--- No rows where the cell does not answer.
-create function cells.send_parts(p_cell text, p_parts jsonb)
-returns table (name text, part numeric, wanted numeric)
-language plpgsql set search_path = pg_catalog, pg_temp as $$
-begin
-  return query select a.* from cells.dblink(
-    (select c.address from cells.cells as c where c.name = p_cell),
-    format('select * from cells.take_parts(%L)', p_parts)
-  ) as a (name text, part numeric, wanted numeric);
-exception when others then
-  raise log 'cell % keeps its parts: % %', p_cell, sqlstate, sqlerrm;
-end;
-$$;
-
--- First each cell says what it has and wants. Then twice, for what one gives back another may have.
--- What a cell may have is on record, committed, before the cell is told.
+-- First each cell says what it has and wants. Then twice, for what one gives up another may have. What
+-- a cell may have is on record, committed, before it is sent.
 create procedure cells.share_limits()
 language plpgsql as $$
 declare
@@ -68,27 +56,31 @@ declare
 begin
   perform pg_advisory_lock(hashtextextended('cells.share_limits', 0));
   for v in
-    select c.name, r.round from cells.cells as c cross join generate_series(1, 3) as r (round)
-    order by r.round, c.name
+    select c.name, c.address, r.round
+    from cells.cells as c cross join generate_series(1, 3) as r (round) order by r.round, c.name
   loop
     continue when v.name = any (v_away);
     v_parts := case when v.round = 1 then '{}' else cells.next_parts(v.name, v_luck) end;
     update cells.parts as p set part = greatest(p.part, (v_parts ->> p.name)::numeric)
     where p.cell = v.name;
     commit;
-    insert into cells.parts (cell, name, part, wanted)
-    select v.name, s.* from cells.send_parts(v.name, v_parts) as s
-    on conflict (name, cell) do update set part = excluded.part, wanted = excluded.wanted;
-    if not found then
+    begin
+      insert into cells.parts as p (cell, name, part, wanted)
+      select v.name, a.* from cells.dblink(
+        v.address, format('select * from cells.take_parts(%L)', v_parts)
+      ) as a (name text, part numeric, wanted numeric)
+      on conflict (name, cell) do update set part = excluded.part, wanted = excluded.wanted;
+    exception when others then
+      raise warning 'cell % keeps its parts: % %', v.name, sqlstate, sqlerrm;
       v_away := v_away || v.name;
-    end if;
+    end;
     commit;
   end loop;
   perform pg_advisory_unlock(hashtextextended('cells.share_limits', 0));
 end;
 $$;
 
-revoke all on function cells.next_parts, cells.send_parts from public;
+revoke all on function cells.next_parts from public;
 revoke all on procedure cells.share_limits from public;
 
 do $$
