@@ -475,7 +475,10 @@ def arrives(databases: dict[str, Database], question: str) -> None:
 
 
 def cap(databases: dict[str, Database], at_once: int) -> None:
-    query = "update private.providers set max_running = %s where name = 'preview'"
+    """Limit the provider, as for the first time: all of it is home's."""
+    databases["two"].execute("update private.providers set part = 0")
+    databases["home"].execute("delete from cells.parts")
+    query = "update private.providers set max_running = %s, part = null where name = 'preview'"
     databases["home"].execute(query, at_once)
     arrives(databases, "select max_running > 0 from private.providers where name = 'preview'")
 
@@ -515,6 +518,7 @@ def test_however_limits_are_divided_all_cells_together_never_pass_one(
     for user in crowds.values():
         for _ in range(20):
             user.enqueued()
+    parts(databases)
     lock, ending, running, done = threading.Lock(), threading.Event(), Counter(), Counter()
     seen = [0]
 
@@ -583,6 +587,23 @@ def test_a_part_follows_the_load_and_a_cell_that_is_away_keeps_its_own(cells, cr
     databases["two"].execute("delete from private.running_jobs")
     until(lambda: parts(databases)["home"] > 0)
     assert claimed(databases, "home") == 1
+
+
+def test_what_a_cell_may_have_is_on_record_before_the_cell_is_told(crowds, databases):
+    cap(databases, 3)
+    for _ in range(9):
+        crowds["two"].enqueued()
+    own = "select part from private.providers where name = 'preview'"
+    record = "select part >= 2 from cells.parts where (cell, name) = ('two', 'provider preview')"
+    with psycopg.connect(databases["two"].url) as holder:
+        holder.execute(own + " for update")
+        thread = threading.Thread(target=parts, args=[databases])
+        thread.start()
+        with psycopg.connect(databases["home"].url, autocommit=True) as home:
+            until(lambda: home.execute(record).fetchone() == (True,))
+        assert databases["two"].value(own) == 0
+    thread.join()
+    assert databases["two"].value(own) >= 2
 
 
 def test_what_a_cell_has_spent_is_gone_and_the_rest_is_spent_where_it_is_asked_for(
