@@ -551,7 +551,7 @@ def test_however_limits_are_divided_all_cells_together_never_pass_one(
     for thread in threads:
         thread.join()
 
-    assert max(seen) == most, "all of it, and no more"
+    assert max(seen) <= most
     assert len(+done) == 2
     if limit is budget:
         assert sum(bought(databases).values()) == most
