@@ -573,6 +573,10 @@ def test_a_part_follows_the_load_and_a_cell_that_is_away_keeps_its_own(cells, cr
     until(lambda: parts(databases) == {"home": 0, "two": 3})
     assert claimed(databases, "two") == 3
 
+    address = "host=127.0.0.1 port=1 user=nobody password=none"
+    databases["home"].execute("insert into cells.cells values ('three', %s, 0)", address)
+    assert parts(databases) == {"home": 0, "two": 3}, "who never answered has nothing"
+
     kill(cells, "two")
     try:
         crowds["home"].enqueued()
@@ -580,13 +584,17 @@ def test_a_part_follows_the_load_and_a_cell_that_is_away_keeps_its_own(cells, cr
         for _ in range(3):
             assert parts(databases) == {"home": 0, "two": 3}
         assert claimed(databases, "home") == 0
+        databases["home"].execute(
+            "update private.providers set max_running = 5 where name = 'preview'"
+        )
+        assert parts(databases) == {"home": 2, "two": 3}, "what it leaves is for the others"
+        assert claimed(databases, "home") == 1
     finally:
+        databases["home"].execute("delete from cells.cells where name = 'three'")
         databases["two"].close()
         databases["two"]._own = None
         cells.clusters["two"].start()
-    databases["two"].execute("delete from private.running_jobs")
-    until(lambda: parts(databases)["home"] > 0)
-    assert claimed(databases, "home") == 1
+    until(lambda: parts(databases) == {"home": 1, "two": 4})
 
 
 def test_what_a_cell_may_have_is_on_record_before_the_cell_is_told(crowds, databases):

@@ -94,8 +94,8 @@ language sql stable as $$
   order by c.oid
 $$;
 
--- What share.sql divides over the cells. unit: what it is handed out in, of a budget the dearest job
--- that it holds. wanted: what this cell has use for. Users' own budgets are where the user is.
+-- What share.sql divides over the cells. unit: what it is handed out in, of a budget the dearest
+-- job that it holds. wanted: what this cell has use for. Users' own budgets are where the user is.
 create view cells.limits as
 select
   'provider ' || p.name as name, p.max_running::numeric as whole, 1::numeric as unit,
@@ -128,8 +128,8 @@ cross join lateral (
 ) as u
 where b.user_id is null;
 
--- Home says which parts this cell has from now on, and is told what it may still have of each: more,
--- where more runs or is spent already. Claims that are under way are waited for.
+-- Home says which parts this cell has from now on, and is told what it may have of each at most:
+-- more, where more runs or is spent already. Claims that are under way are waited for.
 create function cells.take_parts(p_parts jsonb)
 returns table (name text, part numeric, wanted numeric)
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$

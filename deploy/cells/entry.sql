@@ -267,8 +267,8 @@ language sql immutable set search_path = pg_catalog, pg_temp as $$
 $$;
 
 -- Numbers are added up, but for times, shares and limits, of which the greatest counts. What is
--- listed is listed together; alerts, models, errors, times and budgets of the same name are one, but
--- not users' own budgets, who are not named.
+-- listed is listed together; alerts, models, errors, times and budgets of the same name are one,
+-- but for budgets of users, who are not named.
 create function cells.add(p_name text, p_one jsonb, p_other jsonb) returns jsonb
 language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 declare
