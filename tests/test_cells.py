@@ -559,6 +559,7 @@ def test_however_limits_are_divided_all_cells_together_never_pass_one(
 
 def test_a_part_follows_the_load_and_a_cell_that_is_away_keeps_its_own(cells, crowds, databases):
     cap(databases, 3)
+    assert databases["home"].value("select cells.next_parts('two', 0.5)") == {}, "nobody has told"
     waiting = [crowds["home"].enqueued() for _ in range(9)]
     until(lambda: parts(databases) == {"home": 3, "two": 0})
     assert claimed(databases, "home") == 3

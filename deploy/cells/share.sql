@@ -31,7 +31,8 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
     from (
       select l.*, l.unit * floor(
         (l.whole - sum(case when not l.is_there then l.part else 0 end) over each) / l.unit
-        * sum(l.weight) over (each order by l.cell) / sum(l.weight) over each + p_luck::numeric
+        * sum(l.weight) over (each order by l.cell) / nullif(sum(l.weight) over each, 0)
+        + p_luck::numeric
       ) as upto
       from (
         select
