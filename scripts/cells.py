@@ -117,7 +117,7 @@ class CellStack(Stack):
             "dbname": parts.path[1:], "password": password,
         }  # fmt: skip
         files = sorted((PROJECT / "sql").glob("[0-9]*.sql"))
-        psql(home, SQL / "directory.sql", SQL / "cell.sql", SQL / "home.sql")
+        psql(home, *(SQL / f"{name}.sql" for name in ("directory", "cell", "home", "share")))
         psql(home, SQL / "move.sql", variables={"number": "0"})
         psql(two, SQL / "directory.sql", SQL / "auth.sql", *files, SUPABASE / "seed.sql")
         psql(two, SQL / "cell.sql", SQL / "storage.sql", variables=variables)

@@ -267,7 +267,8 @@ language sql immutable set search_path = pg_catalog, pg_temp as $$
 $$;
 
 -- Numbers are added up, but for times, shares and limits, of which the greatest counts. What is
--- listed is listed together; alerts, models, errors and times of the same name are one.
+-- listed is listed together; alerts, models, errors, times and budgets of the same name are one,
+-- but for budgets of users, who are not named.
 create function cells.add(p_name text, p_one jsonb, p_other jsonb) returns jsonb
 language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
 declare
@@ -280,15 +281,18 @@ begin
       select jsonb_object_agg(k.name, cells.add(k.name, p_one -> k.name, p_other -> k.name))
       from jsonb_object_keys(p_one || p_other) as k (name)
     );
-  elsif v_type = 'array' and p_name in ('alerts', 'models', 'errors', 'queue') then
+  elsif v_type = 'array' and p_name in ('alerts', 'models', 'errors', 'queue', 'budgets') then
     return (
       select jsonb_agg(cells.add('', a.value, b.value))
       from jsonb_array_elements(p_one) as a
       full join jsonb_array_elements(p_other) as b
         on jsonb_build_array(
-          a.value -> 'alert', a.value -> 'at', a.value -> 'model_id', a.value -> 'error_code'
+          a.value -> 'alert', a.value -> 'at', a.value -> 'model_id', a.value -> 'error_code',
+          nullif(a.value -> 'scope', '"a user"'), a.value -> 'period', a.value -> 'limit_usd',
+          a.value -> 'on_breach'
         ) = jsonb_build_array(
-          b.value -> 'alert', b.value -> 'at', b.value -> 'model_id', b.value -> 'error_code'
+          b.value -> 'alert', b.value -> 'at', b.value -> 'model_id', b.value -> 'error_code',
+          b.value -> 'scope', b.value -> 'period', b.value -> 'limit_usd', b.value -> 'on_breach'
         )
     );
   elsif v_type = 'array' then
