@@ -206,7 +206,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Run a stack of two cells and an entry.")
     parser.add_argument("command", choices=["up", "down", "clean", "status", "env"])
     command = parser.parse_args().command
-    stack = CellStack(os.environ.get("DARKROOM_STATE", PROJECT / ".local-cells"))
+    folder = os.environ.get("DARKROOM_STATE", PROJECT / ".local-cells")
+    stack = CellStack(folder, with_worker=True)
     try:
         match command:
             case "up":
