@@ -150,6 +150,7 @@ def a_cell(jobs: int, waits: bool, is_away: bool) -> worker.Worker:
         (7, [(0, 0, 0), (0, 1, 0), (0, 1, 0)], 3),
         (4, [(0, 0, 0), (4, 0, 1)], 4),  # who is away keeps none
         (4, [(0, 0, 0), (4, 0, 1), (1, 1, 0)], 2),
+        (3, [(1, 0, 0), (0, 1, 1)], 2),  # nor does it get one
         (4, [(4, 0, 1), (0, 0, 0)], 0),  # but nobody takes more than there are
         (4, [(0, 0, 0), (9, 0, 0)], 0),
     ],
