@@ -82,6 +82,17 @@ class CellStack(Stack):
         """Return the address of home, two or entry, as its superuser."""
         return self.clusters[name].url()
 
+    def worker_environment(self) -> dict[str, str]:
+        """Return what one worker of all cells needs to know, and let it into each."""
+        urls = []
+        for cluster in map(self.clusters.__getitem__, CELLS):
+            secret = cluster.settings.secret("DARKROOM_WORKER_PASSWORD")
+            with psycopg.connect(cluster.url()) as connection:
+                query = sql.SQL("alter role darkroom_worker password {}")
+                connection.execute(query.format(sql.Literal(secret)))
+            urls.append(cluster.url("darkroom_worker"))
+        return super().worker_environment() | {"DATABASE_URL": " ".join(urls)}
+
     def start_http(self) -> None:
         """Start what answers over HTTP; what is behind it first."""
         for name in ("two", "entry"):
@@ -195,7 +206,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Run a stack of two cells and an entry.")
     parser.add_argument("command", choices=["up", "down", "clean", "status", "env"])
     command = parser.parse_args().command
-    stack = CellStack(os.environ.get("DARKROOM_STATE", PROJECT / ".local-cells"))
+    folder = os.environ.get("DARKROOM_STATE", PROJECT / ".local-cells")
+    stack = CellStack(folder, with_worker=True)
     try:
         match command:
             case "up":

@@ -23,10 +23,8 @@ from database import Database, assert_books_balance
 from http_client import PREVIEW, Client, Endpoints, Refusal, SignedUp, answer, refusal
 from http_fixtures import endpoints_of
 from PIL import Image
-from psycopg import sql
 
 from cells import CELLS, CellStack
-from stack import Worker as StackWorker
 
 UNAVAILABLE = Refusal(
     503,
@@ -130,20 +128,13 @@ def shared(user: SignedUp, database: Database, count: int = 1) -> list[str]:
 
 
 @contextlib.contextmanager
-def working(stack: CellStack, cell: str) -> Iterator[None]:
-    """Have a worker serve a cell."""
-    cluster = stack.clusters[cell]
-    password = cluster.settings.secret("DARKROOM_WORKER_PASSWORD")
-    with psycopg.connect(cluster.url()) as connection:
-        query = sql.SQL("alter role darkroom_worker password {}")
-        connection.execute(query.format(sql.Literal(password)))
-    worker = StackWorker(cluster.folder, cluster.settings)
-    url = cluster.url("darkroom_worker")
-    worker.start(stack.worker_environment() | {"DATABASE_URL": url})
+def working(stack: CellStack) -> Iterator[None]:
+    """Have one worker serve all cells."""
+    stack.worker.start(stack.worker_environment())
     try:
         yield
     finally:
-        worker.stop()
+        stack.worker.stop()
 
 
 def where(databases: dict[str, Database], user: SignedUp) -> list[str]:
@@ -369,14 +360,14 @@ def test_the_feed_is_one_by_time_in_pages(users, databases, anybody):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_worker_of_each_cell_makes_and_erases_pictures_in_homes_storage(
+def test_one_worker_makes_and_erases_pictures_of_all_cells_in_homes_storage(
     cells, sign_up, databases, anybody, cell
 ):
     user = sign_up(cell)
     name = f"{user.id}/source.png"
     assert user.upload(f"inputs/{name}", png()).status_code == 200
     job_id = user.enqueued(params={"image": name})
-    with working(cells, cell):
+    with working(cells):
         until(lambda: answer(user.get_job_status(job_id))["poll_after_ms"] is None)
         job = answer(user.get_job_status(job_id))
         assert job["status"] == "completed", job["error"]
@@ -391,7 +382,7 @@ def test_a_worker_of_each_cell_makes_and_erases_pictures_in_homes_storage(
     databases["home"].execute("delete from auth.users where id = %s", user.id)
 
     files = "select count(*) from storage.objects where name like %s"
-    with working(cells, cell):  # it erases when it starts, and then each minute
+    with working(cells):  # it erases when it starts, and then each minute
         until(lambda: databases["home"].value(files, f"{user.id}/%") == 0)
 
 
