@@ -1,0 +1,187 @@
+"""docs/scale.md: from one database to cells, by the page's commands, with users who notice nothing."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from actors import Worker
+from database import PROJECT, Database, assert_books_balance
+from documents import Block, Reader, read, run, shows
+from http_client import Client, Endpoints, SignedUp, answer
+from http_fixtures import endpoints_of
+from runbook import SCALE, Section
+
+from stack import Cluster, PostgREST, Settings, Stack, postgrest
+from worker import POOL_SIZE, RECOVERY_SECONDS
+
+LOGICAL = {"wal_level": "logical"}
+EMPTY = ("two", "three", "entry", "entry_2")
+
+
+def bare(url: str) -> str:
+    parts = urlsplit(url)
+    return parts._replace(netloc=f"{parts.username}@{parts.hostname}:{parts.port}").geturl()
+
+
+class Home(Stack):
+    """The project that grows, with empty databases on machines of their own."""
+
+    def make_cluster(self, *, fsync: bool) -> Cluster:
+        return Cluster(self.folder, self.settings, fsync=fsync, tuning=LOGICAL)
+
+    def rent_machines(self) -> None:
+        self.machines = {"home": self.cluster}
+        lines = []
+        for name in EMPTY:
+            folder = self.folder / name
+            folder.mkdir()
+            folder.chmod(0o711)
+            self.machines[name] = Cluster(
+                folder, Settings(folder / "env"), fsync=False, tuning=LOGICAL
+            )
+            self.machines[name].start()
+        for cluster in self.machines.values():
+            at = urlsplit(cluster.url())
+            lines.append(f"{at.hostname}:{at.port}:*:{at.username}:{at.password}\n")
+        self.passwords = self.folder / "pgpass"
+        self.passwords.touch(0o600)
+        self.passwords.write_text("".join(lines))
+
+    def clean(self) -> None:
+        for name, cluster in getattr(self, "machines", {}).items():
+            if name != "home":
+                cluster.stop()
+                cluster.delete()
+        super().clean()
+
+
+class Before(PostgREST):
+    """PostgREST before an entry, as the page says."""
+
+    def __init__(self, folder: Path, settings: Settings, entry: Cluster, page: Block) -> None:
+        super().__init__(folder, settings)
+        self.entry, self.page = entry, page
+
+    def prepare(self, database_url: str) -> dict[str, str]:
+        usual = super().prepare(self.entry.url())
+        own = {
+            "AUTHENTICATOR_PASSWORD": self.settings.secret("AUTHENTICATOR_PASSWORD"),
+            "ENTRY": self.entry.address(),
+        }
+        told = run(["bash"], f"{self.page.text}\nenv | grep ^PGRST", **own)
+        return usual | dict(line.split("=", 1) for line in told.split())
+
+
+class Operator(Reader):
+    """Who does what the page says, and counts what was done."""
+
+    def __init__(self, stack: Home, folder: Path) -> None:
+        super().__init__(stack, folder)
+        self.home, self.done = stack, list[str]()
+        self.environment |= {f"{n.upper()}_URL": bare(c.url()) for n, c in stack.machines.items()}
+        self.environment["PGPASSFILE"] = str(stack.passwords)
+
+    def does(self, title: str) -> None:
+        texts = [text for _, text in Section(title, SCALE).blocks]
+        for block in read(SCALE):
+            if block.text in texts and block.text not in self.done:
+                printed = self.do(block)
+                assert shows(printed, block.shown or "…"), f"{block.text}\n{printed}"
+                self.done.append(block.text)
+
+    def do(self, block: Block) -> str:
+        if block.is_run:
+            return str(getattr(self, block.language)(block))
+        if "PGRST_DB_URI" in block.text and "ENTRY" in block.text:
+            self.home.stop_http()
+            entry = self.home.machines["entry"]
+            self.home.postgrest = Before(self.home.folder, self.home.settings, entry, block)
+            self.home.http[1] = self.home.postgrest
+            self.home.start_http()
+        elif "make migrate" in block.text:
+            command = f"YES=1 {sys.executable} scripts/migrate.py #"
+            return self.sh(Block("", "", "sh", block.text.replace("make migrate", command), ""))
+        return ""
+
+
+@pytest.fixture(scope="module")
+def home() -> Iterator[Home]:
+    folder = Path(tempfile.mkdtemp(prefix="darkroom-scale-", dir="/dev/shm"))
+    stack = Home(folder, fsync=False)
+    try:
+        stack.up()
+        stack.rent_machines()
+        yield stack
+    finally:
+        stack.clean()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def endpoints(home) -> Iterator[Endpoints]:
+    with httpx.Client(timeout=30) as http:
+        yield endpoints_of(home, http)
+
+
+@pytest.mark.skipif(not postgrest(), reason="there is no PostgREST for this machine")
+def test_an_app_grows_by_the_pages_commands_and_its_users_notice_nothing(home, endpoints, tmp_path):
+    operator = Operator(home, tmp_path)
+    databases = {name: Database(cluster.url(), name) for name, cluster in home.machines.items()}
+    old = [SignedUp(endpoints) for _ in range(3)]
+    jobs = {user.id: user.enqueued() for user in old}
+
+    def cell_of(user: SignedUp) -> str:
+        query = "select count(*) from public.entitlements where user_id = %s"
+        (cell,) = [name for name in ("home", "two") if databases[name].value(query, user.id)]
+        return cell
+
+    def all_is_well(users: list[SignedUp]) -> None:
+        for user in users:
+            assert user.get_job_status(jobs[user.id]).json()["status"] == "queued"
+            assert user.credits() == 9
+
+    for title in ("Which step is next", "More workers"):
+        operator.does(title)
+    operator.does("Make them")
+    new = [SignedUp(endpoints) for _ in range(12)]
+    jobs |= {user.id: user.enqueued() for user in new}
+    assert {cell_of(user) for user in old} == {"home"}
+    assert {cell_of(user) for user in new} == {"home", "two"}
+    all_is_well(old + new)
+    operator.does("Move users")
+    assert {cell_of(user) for user in old + new} == {"two"}
+    all_is_well(old + new)
+    operator.does("One more, one less")
+    all_is_well(old + new)
+    operator.does("Upgrade")
+    all_is_well(old + new)
+
+    for database in databases.values():
+        database.close()
+    service = Client(endpoints, home.service_role_key)
+    home.machines["two"].stop()
+    assert answer(service.rpc("queue_health"))["cells_away"] == ["two"]
+    away = Section("A cell is away")
+    assert "darkroom_catalogue_two" in away.sql(home.database_url, cell="two")
+    assert SignedUp(endpoints).credits() == 10
+    home.machines["two"].start()
+    operator.sql(Block("", "", "sql", "update cells.cells set weight = 1 where name = 'two'", ""))
+    all_is_well(old + new)
+
+
+def test_the_numbers_of_workers_are_those_of_the_code(db):
+    section = Section("More workers", SCALE)
+    Worker(db)
+
+    assert f"at most {POOL_SIZE + 1} connections: {POOL_SIZE} for its calls" in section.text
+    assert f"which\nevery worker does within {RECOVERY_SECONDS:.0f} s" in section.text
+    lease = db.value("select extract(epoch from lease)::int from private.settings")
+    assert f"their lease ({lease} s)" in section.text
+    assert "slots" in section.sql(db.url)
