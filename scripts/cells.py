@@ -36,7 +36,7 @@ from stack import (
     show_status,
 )
 
-SQL = PROJECT / "deploy/cells"
+SCRIPT = PROJECT / "deploy/cells/cells"
 CELLS = ("home", "two")
 LOGICAL = {"wal_level": "logical"}
 
@@ -90,13 +90,7 @@ class CellStack(Stack):
                 cluster.folder.mkdir(exist_ok=True)
                 cluster.folder.chmod(0o711)
                 cluster.start()
-        with psycopg.connect(self.database_url) as home:
-            made = home.execute("select to_regnamespace('cells') is not null").fetchone()
-        if made != (True,):
-            self._make()
-            self._tell_addresses()
-            self._subscribe()
-        self._tell_addresses()  # ports may be others than the last time
+        self._make()  # ports may be others than the last time
         super().start_http()
 
     def clean(self) -> None:
@@ -108,86 +102,19 @@ class CellStack(Stack):
         super().clean()
 
     def _make(self) -> None:
-        """Make home, the other cell and the entry of four databases' worth of SQL."""
-        two, home, entry = (self.url_of(name) for name in ("two", "home", "entry"))
-        parts = urlsplit(home)
-        password = self.settings.secret("DARKROOM_ENTRY_PASSWORD")
-        variables = {
-            "host": str(parts.hostname), "port": str(parts.port),
-            "dbname": parts.path[1:], "password": password,
-        }  # fmt: skip
-        files = sorted((PROJECT / "sql").glob("[0-9]*.sql"))
-        psql(home, SQL / "directory.sql", SQL / "cell.sql", SQL / "home.sql")
-        psql(home, SQL / "move.sql", variables={"number": "0"})
-        psql(two, SQL / "directory.sql", SQL / "auth.sql", *files, SUPABASE / "seed.sql")
-        psql(two, SQL / "cell.sql", SQL / "storage.sql", variables=variables)
-        psql(two, SQL / "move.sql", variables={"number": "1"})
-        psql(entry, SQL / "directory.sql", SQL / "entry.sql")
-        for url in (home, two):
-            with psycopg.connect(url) as connection:
-                query = sql.SQL("alter role darkroom_entry password {}")
-                connection.execute(query.format(sql.Literal(password)))
-
-    def _tell_addresses(self) -> None:
-        """Write where the cells are into the directory."""
-        password = self.settings.secret("DARKROOM_ENTRY_PASSWORD")
-        with psycopg.connect(self.database_url) as home:
-            for name in CELLS:
-                at = urlsplit(self.url_of(name))
-                home.execute(
-                    "insert into cells.cells (name, address) values (%s, %s)"
-                    " on conflict (name) do update set address = excluded.address",
-                    [name, address(at.hostname, at.port, at.path[1:], password)],
-                )
-
-    def _subscribe(self) -> None:
-        """Have home send its catalogue to the cell, and its directory to the entry; make doors."""
-        with psycopg.connect(self.database_url) as home:
-            ((catalogue,),) = home.execute(
-                "select string_agg(format('%I.%I', schemaname, tablename), ', ')"
-                " from pg_publication_tables where pubname = 'darkroom_catalogue'"
-            ).fetchall()
-        sent = [
-            ("home", "darkroom_catalogue", "two"),
-            ("home", "darkroom_directory", "entry"),
-            ("two", "darkroom_files", "home"),
-        ]
-        for source, publication, target in sent:
-            with psycopg.connect(self.url_of(target), autocommit=True) as connection:
-                if target == "two":  # what the installation wrote is home's to say
-                    connection.execute(f"truncate {catalogue} cascade")
-                query = sql.SQL("create subscription {} connection {} publication {}")
-                name = sql.Identifier(publication)
-                connection.execute(query.format(name, sql.Literal(self.url_of(source)), name))
-                wait_until(connection, "select every(srsubstate = 'r') from pg_subscription_rel")
-        with psycopg.connect(self.url_of("entry")) as connection:
-            connection.execute("select cells.make_doors('two'), cells.make_tables('two')")
-
-
-def wait_until(connection: psycopg.Connection[tuple[bool]], question: str) -> None:
-    """Ask until the answer is yes. Raises StackError."""
-    deadline = time.monotonic() + START_SECONDS
-    while connection.execute(question).fetchone() != (True,):
-        if time.monotonic() > deadline:
-            raise StackError(f"still not so: {question}")
-        time.sleep(0.05)
-
-
-def address(host: str | None, port: int | None, database: str, password: str) -> str:
-    """Return how darkroom_entry connects to a cell."""
-    return (
-        f"host={host} port={port} dbname={database} user=darkroom_entry password={password}"
-        " connect_timeout=3 tcp_user_timeout=5000"
-    )
-
-
-def psql(url: str, *files: Path, variables: Mapping[str, str] | None = None) -> None:
-    """Run files in one transaction."""
-    options = [
-        word for name, value in (variables or {}).items() for word in ("-v", f"{name}={value}")
-    ]
-    names = [word for file in files for word in ("-f", file)]
-    run([postgres_program("psql"), url, "-qX1", "-v", "ON_ERROR_STOP=1", *options, *names])
+        """Make home, the other cell and the entry, or tell them where they are now."""
+        passwords = self.folder / "pgpass"
+        passwords.touch(mode=0o600)
+        passwords.write_text(
+            "".join(
+                f"{cluster.address()}:postgres:postgres:{urlsplit(cluster.url()).password}\n"
+                for cluster in self.clusters.values()
+            )
+        )
+        urls = {name: f"postgresql://postgres@{self.clusters[name].address()}/postgres" for name in self.clusters}
+        environment = os.environ | {"HOME_URL": urls["home"], "PGPASSFILE": str(passwords)}
+        for command in (["home"], ["add", "two", urls["two"]], ["entry", urls["entry"]]):
+            run([SCRIPT, *command], env=environment)
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
 -- For a cell that has no Supabase Auth, before sql/: the columns of auth.users that Darkroom reads.
 -- Rows come from home (cells.put_user).
 
-create schema auth;
+create schema if not exists auth;
 
-create table auth.users (
+create table if not exists auth.users (
   id uuid primary key,
   email text,
   phone text,
@@ -12,7 +12,7 @@ create table auth.users (
   deleted_at timestamptz
 );
 
-create function auth.uid() returns uuid language sql stable as $$
+create or replace function auth.uid() returns uuid language sql stable as $$
   select (nullif(current_setting('request.jwt.claims', true), '')::jsonb ->> 'sub')::uuid
 $$;
 

@@ -5,7 +5,7 @@
 -- Where a cell does not answer, its users are told 503 unavailable; whether their call was done is
 -- not known, and idempotency keys are for that.
 
-create extension plproxy with schema cells;
+create extension if not exists plproxy with schema cells;
 
 do $$
 begin
@@ -23,7 +23,7 @@ alter role anon set statement_timeout = '9s';
 alter role authenticated set statement_timeout = '9s';
 grant anon, authenticated, service_role, darkroom_monitor to authenticator;
 
-create table cells.routes (
+create table if not exists cells.routes (
   function text primary key,
   goes_to text not null,
   argument text,
@@ -43,6 +43,7 @@ comment on table cells.routes is
   'all that answer, and the function merge makes one answer of theirs.';
 comment on column cells.routes.call is 'What the cell is to execute: see make_doors.';
 
+truncate cells.routes;
 insert into cells.routes (function, goes_to, argument, merge) values
 ('cancel_batch', 'user', null, null),
 ('cancel_generation', 'user', null, null),
@@ -328,6 +329,10 @@ declare
   v record;
   v_door text;
 begin
+  execute (
+    select coalesce(string_agg(format('drop function %s', p.oid::regprocedure), ';'), '')
+    from pg_proc as p where p.pronamespace = 'public'::regnamespace
+  );
   for v in
     select f.* from cells.cells as c cross join cells.list_functions(c.address) as f
     where c.name = p_like
@@ -338,7 +343,7 @@ begin
     end if;
     v_door := format('public.%I(%s)', v.name, v.arguments);
     execute format(
-      'create or replace function %s returns %s language plpgsql %s'
+      'create function %s returns %s language plpgsql %s'
       ' set search_path = pg_catalog, pg_temp as %L',
       v_door, v.answer_type, v.volatility,
       format('begin return cells.call(%L, jsonb_build_object(%s)); end', v.name, (
@@ -359,10 +364,10 @@ $do$;
 -- a cell is away concerns its users only, for PostgreSQL leaves out the other partitions before it
 -- connects. The policies are the cells' own.
 
-create extension postgres_fdw with schema cells;
-create schema private;
+create extension if not exists postgres_fdw with schema cells;
+create schema if not exists private;
 
-create function private.caller_id() returns uuid
+create or replace function private.caller_id() returns uuid
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
   return nullif(current_setting('request.jwt.claims', true), '')::jsonb ->> 'sub';
@@ -385,59 +390,57 @@ returns setof record language plproxy as $$
   select * from cells.list_tables();
 $$;
 
+-- What is right already stays as it is, for users read it meanwhile.
 create function cells.make_tables(p_like text) returns void
 language plpgsql set search_path = public as $do$
 declare
-  v_cell record;
+  v_cell cells.cells;
   v record;
+  v_is text;
 begin
-  for v_cell in
-    select
-      c.name, max(o.value) filter (where o.name = 'password') as password,
-      string_agg(format('%s %L', o.name, o.value), ', ') filter (
-        where o.name not in ('user', 'password')
-      ) as options
-    from cells.cells as c
-    cross join regexp_split_to_table(c.address, ' +') as part
-    cross join lateral (select split_part(part, '=', 1), split_part(part, '=', 2)) as o (name, value)
-    group by c.name
-  loop
-    execute format(
-      'drop server if exists %I cascade; create server %1$I foreign data wrapper postgres_fdw'
-      ' options (%s, options %L);'
-      'create user mapping for public server %1$I options (user ''darkroom_entry'', password %4$L);'
-      'drop schema if exists %1$I cascade; create schema %1$I', v_cell.name, v_cell.options,
-      '-c darkroom.cell=' || v_cell.name, v_cell.password
-    );
+  execute (
+    select coalesce(
+      string_agg(format('drop server %I cascade; drop schema %1$I', s.srvname), ';'), ''
+    )
+    from pg_foreign_server as s
+    where not exists (select from cells.cells as c where c.name = s.srvname)
+  );
+  for v_cell in select * from cells.cells loop
+    perform cells.make_server(v_cell.name, v_cell.address, '-c darkroom.cell=' || v_cell.name);
+    execute format('create schema if not exists %I', v_cell.name);
   end loop;
   for v in
     select t.* from cells.cells as c cross join cells.list_tables(c.address) as t
     where c.name = p_like
   loop
-    execute format('drop table if exists cells.%I cascade', v.name);
-    execute format(
-      'create table cells.%I (cell text, %s) partition by list (cell)', v.name, (
-        select string_agg(c.name || ' ' || c.type, ', ')
-        from unnest(v.columns, v.types) as c (name, type)
-      )
-    );
+    v_is := md5(v.columns::text || v.types::text);
+    if obj_description(to_regclass('cells.' || quote_ident(v.name))) is distinct from v_is then
+      execute format('drop table if exists cells.%I cascade', v.name);
+      execute format(
+        'create table cells.%I (cell text, %s) partition by list (cell);'
+        'alter table cells.%1$I enable row level security;'
+        'comment on table cells.%1$I is %3$L;'
+        'create view public.%1$I with (security_invoker = true) as select %4$s from cells.%1$I;'
+        'grant select on cells.%1$I, public.%1$I to authenticated, service_role',
+        v.name, (
+          select string_agg(c.name || ' ' || c.type, ', ')
+          from unnest(v.columns, v.types) as c (name, type)
+        ), v_is, array_to_string(v.columns, ', ')
+      );
+    end if;
     execute (
-      select string_agg(format(
+      select coalesce(string_agg(format(
         'create foreign table %I.%I partition of cells.%2$I for values in (%1$L) server %1$I'
         ' options (schema_name ''cells'')', c.name, v.name
-      ), ';')
+      ), ';'), '')
       from cells.cells as c
+      where to_regclass(format('%I.%I', c.name, v.name)) is null
     );
     execute format(
-      'create view public.%I with (security_invoker = true) as select %s from cells.%1$I',
-      v.name, array_to_string(v.columns, ', ')
-    );
-    execute format('comment on view public.%I is %L', v.name, v.description);
-    execute format(
-      'alter table cells.%I enable row level security;'
+      'comment on view public.%I is %L;'
+      'drop policy if exists "As in the cell" on cells.%1$I;'
       'create policy "As in the cell" on cells.%1$I for select to authenticated'
-      ' using (cell = cells.caller_cell() and %s);'
-      'grant select on cells.%1$I, public.%1$I to authenticated, service_role', v.name, v.policy
+      ' using (cell = cells.caller_cell() and %3$s)', v.name, v.description, v.policy
     );
   end loop;
   notify pgrst, 'reload schema';

@@ -6,6 +6,14 @@
 create extension if not exists dblink with schema cells;
 revoke all on all functions in schema cells from public;
 
+-- How the script cells connects as the owners. A number is never given again: see move.sql.
+create table if not exists cells.databases (
+  name text primary key,
+  address text not null,
+  is_entry boolean not null,
+  number integer generated always as identity (maxvalue 63)
+);
+
 -- Before the trigger that makes the entitlement (42), by its name. Whoever was here before there were
 -- cells stays.
 create function cells.assign_cell() returns trigger
@@ -16,6 +24,7 @@ begin
   from (
     select c.name from cells.cells as c
     where c.weight > 0 order by -ln(1 - random()) / c.weight limit 1
+    for share  -- or the cell could be let go meanwhile
   ) as chosen
   where chosen.name <> 'home';
   return null;
@@ -32,9 +41,15 @@ language sql set search_path = pg_catalog, pg_temp as $$
   ) as answer (nothing text)
 $$;
 
-alter function private.follow_user rename to follow_own_user;
+do $$
+begin
+  if to_regproc('private.follow_own_user') is null then
+    alter function private.follow_user rename to follow_own_user;
+  end if;
+end;
+$$;
 
-create function private.follow_user(p_user_id uuid) returns void
+create or replace function private.follow_user(p_user_id uuid) returns void
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_cell text := (select u.cell from cells.users as u where u.user_id = p_user_id);
@@ -124,9 +139,11 @@ select s.path from cells.shared_paths as s;
 -- Cells read which files there are.
 grant usage on schema storage to darkroom_entry;
 grant select on storage.objects to darkroom_entry;
+drop policy if exists "Cells know which files there are" on storage.objects;
 create policy "Cells know which files there are" on storage.objects
 for select to darkroom_entry using (bucket_id in ('generations', 'inputs'));
 
+drop publication if exists darkroom_directory, darkroom_catalogue;
 create publication darkroom_directory for table cells.cells, cells.users;
 create publication darkroom_catalogue for table
 private.providers, public.models, private.model_routes, public.model_aliases, private.error_codes,

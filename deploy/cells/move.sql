@@ -6,7 +6,7 @@
 -- forgets. Each step is a transaction, may be repeated, and leaves the user in one cell or, held, in
 -- none: so what is done for the user is done once. While it lasts the API says 503 unavailable.
 
-create table cells.moves (
+create table if not exists cells.moves (
   user_id uuid primary key,
   package jsonb not null,
   packed_at timestamptz not null default now()
@@ -14,7 +14,7 @@ create table cells.moves (
 
 comment on table cells.moves is 'Users who are on their way from here, with all their rows.';
 
-create table cells.moved_tables (
+create table if not exists cells.moved_tables (
   place integer primary key,
   name regclass not null,
   owner text not null default 'user_id',
@@ -25,6 +25,7 @@ comment on table cells.moved_tables is 'Tables with rows of users, in the order 
 comment on column cells.moved_tables.owner is
   'user_id or into_id; generation_id, source_id or retry_of: whose the generation is.';
 
+truncate cells.moved_tables;
 insert into cells.moved_tables (place, name, owner, left_out) values
 (1, 'public.entitlements', 'user_id', '{}'),
 (2, 'public.credit_ledger', 'user_id', '{}'),

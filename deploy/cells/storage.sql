@@ -1,15 +1,11 @@
 -- For a cell that has no Storage, after sql/: which files there are, as home's Storage has on record.
--- Variables of psql: host, port, dbname of home, and darkroom_entry's password there.
+-- The setting cells.secret is home's address in the directory.
 
-create extension postgres_fdw with schema cells;
+create extension if not exists postgres_fdw with schema cells;
+select cells.make_server('home', current_setting('cells.secret'));
 
-create server home foreign data wrapper postgres_fdw options (
-  host :'host', port :'port', dbname :'dbname', connect_timeout '3', tcp_user_timeout '5000'
-);
-create user mapping for public server home options (user 'darkroom_entry', password :'password');
-
-create schema storage;
-create foreign table storage.objects (
+create schema if not exists storage;
+create foreign table if not exists storage.objects (
   bucket_id text, name text, created_at timestamptz, updated_at timestamptz
 ) server home options (schema_name 'storage', table_name 'objects');
 
@@ -43,4 +39,5 @@ alter table public.images enable always trigger images_note_new_shares;
 alter table public.images enable always trigger images_note_ended_shares;
 revoke all on function cells.note_shares from public;
 
+drop publication if exists darkroom_files;
 create publication darkroom_files for table cells.shared_paths, private.merged_users;
