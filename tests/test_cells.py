@@ -317,10 +317,11 @@ def test_who_signs_up_while_the_cell_is_away_is_there_later(cells, sign_up, data
         databases["two"].close()
         databases["two"]._own = None
         cells.clusters["two"].start()
-    assert refusal(user.rpc("get_entitlement")).status == 401, "nobody has told the cell yet"
+    assert refusal(user.rpc("get_entitlement")) == UNAVAILABLE, "nobody has told the cell yet"
 
     databases["home"].execute("select private.apply_retention()")
 
+    until(lambda: user.rpc("get_entitlement").status_code == 200)
     assert user.credits() == 10
 
 

@@ -16,6 +16,7 @@ declare
   v_table regclass;
 begin
   foreach v_table in array string_to_array(current_setting('cells.tables'), ',')::regclass[] loop
+    continue when v_table = 'public.prompt_templates'::regclass;  -- users have some of their own
     execute format(
       'create trigger darkroom_leave_to_home before insert on %s'
       ' for each row execute function cells.leave_to_home()', v_table

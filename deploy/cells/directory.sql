@@ -44,9 +44,15 @@ create table if not exists cells.users (
   cell text not null
 );
 
-comment on table cells.users is 'Who lives elsewhere than in home.';
+comment on table cells.users is 'Who lives elsewhere than in home, or here no more.';
+comment on column cells.users.cell is
+  'moving: in none, for now. With a + before it: the cell has not been told of the user yet.';
 
-create table if not exists cells.shared_paths (path text primary key);
+create table if not exists cells.shared_paths (
+  id uuid primary key default gen_random_uuid(),  -- that of another cell may come before one goes
+  path text not null
+);
+create index if not exists shared_paths_path_idx on cells.shared_paths (path);
 
 comment on table cells.shared_paths is
   'Files of shared images, of users who do not live in home: home is sent them.';

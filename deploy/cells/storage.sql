@@ -1,4 +1,4 @@
--- For a cell that has no Storage, after sql/: which files there are, as home's Storage has on record.
+-- For a cell that has no Auth and no Storage, after sql/: which files there are, as home's Storage has on record.
 -- The setting cells.secret is home's address in the directory.
 
 create extension if not exists postgres_fdw with schema cells;
@@ -41,3 +41,9 @@ revoke all on function cells.note_shares from public;
 
 drop publication if exists darkroom_files;
 create publication darkroom_files for table cells.shared_paths, private.merged_users;
+
+-- Whether the address of a user was welcomed is known to home, which all cells' users sign up with:
+-- see follow_user. Here it says so by one that cannot be new twice.
+create or replace function private.identities_of(p_user jsonb) returns bytea[]
+language sql immutable set search_path = pg_catalog, pg_temp
+return case when p_user ->> 'is_welcome' = 'false' then '{"",""}'::bytea[] else '{}' end;
