@@ -275,7 +275,7 @@ end;
 $$;
 
 -- A step of retention (85): of users who have signed up since.
-create function private.hand_over_events(
+create or replace function private.hand_over_events(
   p_place text, p_at_most integer, out place text, out done integer
 )
 language sql set search_path = pg_catalog, pg_temp as $$
