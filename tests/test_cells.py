@@ -265,6 +265,18 @@ def test_every_function_of_the_api_has_a_door_like_it(databases):
     assert databases["entry"].execute(ours) == databases["two"].execute(ours)
 
 
+def test_a_door_hands_on_its_arguments_in_their_order_whatever_the_planner_knows(databases):
+    two = databases["two"]
+    two.execute("analyze pg_catalog.pg_proc, pg_catalog.pg_depend")  # it sorts, then
+
+    assert [] == two.execute(
+        "select f.name, f.names, p.proargnames from cells.list_functions() as f"
+        " inner join pg_proc as p on p.proname = f.name"
+        " and p.pronamespace = 'public'::regnamespace"
+        " where f.names <> coalesce(p.proargnames, '{}')"
+    )
+
+
 def test_a_function_that_has_no_route_is_refused(databases):
     two, entry = databases["two"], databases["entry"]
     two.execute("create function public.is_new() returns json language sql return '1'::json")

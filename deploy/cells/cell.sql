@@ -43,7 +43,7 @@ language sql stable as $$
       string_agg(format('%I %s', a.name, format_type(a.type, null)), ', ')
         filter (where a.name is not null)
     ) end,
-    array_remove(array_agg(a.name), null),
+    coalesce(p.proargnames, '{}'),
     array(
       select r.name
       from unnest('{anon,authenticated,service_role,darkroom_monitor}'::text[]) as r (name)
