@@ -394,6 +394,10 @@ declare
   v_looked_at integer;
   v_claimed integer;
 begin
+  if p_slots = 0 then
+    perform private.wake_workers() from private.ready_jobs as r where r.run_at is null limit 1;
+    return;
+  end if;
   select
     pg_sequence_last_value('private.scan_due') = 0
     or exists (select from private.breakers as b where b.paused_until is not null),
@@ -513,4 +517,5 @@ comment on function private.claim_jobs is
   'Moves up to p_slots jobs in fair order from ready to running and answers them: of providers that'
   ' need no key, or one of p_keys. provider_job_id is set where an earlier attempt already bought '
   'something at the provider: resume it; else begun_before, where one may have: look for it before '
-  'creating again. Seconds are durations; what follows them is the provider''s row.';
+  'creating again. Seconds are durations; what follows them is the provider''s row. Who was woken '
+  'and has no slot free, as jobs of other cells fill them, says 0: then another worker is woken.';

@@ -23,10 +23,8 @@ from database import Database, assert_books_balance
 from http_client import PREVIEW, Client, Endpoints, Refusal, SignedUp, answer, refusal
 from http_fixtures import endpoints_of
 from PIL import Image
-from psycopg import sql
 
 from cells import CELLS, CellStack
-from stack import Worker as StackWorker
 
 UNAVAILABLE = Refusal(
     503,
@@ -111,6 +109,18 @@ def kill(stack: CellStack, cell: str) -> None:
         time.sleep(0.01)
 
 
+@contextlib.contextmanager
+def killed(stack: CellStack, databases: dict[str, Database], cell: str) -> Iterator[None]:
+    """Have a cell be away."""
+    kill(stack, cell)
+    try:
+        yield
+    finally:
+        databases[cell].close()
+        databases[cell]._own = None
+        stack.clusters[cell].start()
+
+
 def until(question: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 20
     while not question():
@@ -131,20 +141,13 @@ def shared(user: SignedUp, database: Database, count: int = 1) -> list[str]:
 
 
 @contextlib.contextmanager
-def working(stack: CellStack, cell: str) -> Iterator[None]:
-    """Have a worker serve a cell."""
-    cluster = stack.clusters[cell]
-    password = cluster.settings.secret("DARKROOM_WORKER_PASSWORD")
-    with psycopg.connect(cluster.url()) as connection:
-        query = sql.SQL("alter role darkroom_worker password {}")
-        connection.execute(query.format(sql.Literal(password)))
-    worker = StackWorker(cluster.folder, cluster.settings)
-    url = cluster.url("darkroom_worker")
-    worker.start(stack.worker_environment() | {"DATABASE_URL": url})
+def working(stack: CellStack) -> Iterator[None]:
+    """Have one worker serve all cells."""
+    stack.worker.start(stack.worker_environment())
     try:
         yield
     finally:
-        worker.stop()
+        stack.worker.stop()
 
 
 def where(databases: dict[str, Database], user: SignedUp) -> list[str]:
@@ -293,8 +296,7 @@ def test_a_cell_that_is_away_concerns_its_users_only_and_is_back_by_itself(
 ):
     away, here = users["two"], users["home"]
     job_id = away.enqueued()
-    kill(cells, "two")
-    try:
+    with killed(cells, databases, "two"):
         began = time.monotonic()
         refused = [away.enqueue(), away.get_job_status(job_id, "GET"), away.rpc("get_entitlement")]
 
@@ -310,25 +312,58 @@ def test_a_cell_that_is_away_concerns_its_users_only_and_is_back_by_itself(
         assert (health["status"], health["cells_away"]) == ("critical", ["two"])
         assert answer(anybody.rpc("list_public_images"))["images"] == []
         assert refusal(operator.rpc("pause_model", model=PREVIEW)) == UNAVAILABLE
-    finally:
-        databases["two"].close()
-        databases["two"]._own = None
-        cells.clusters["two"].start()
     assert answer(away.get_job_status(job_id))["status"] == "queued"
     assert answer(operator.rpc("resume_model", model=PREVIEW))["state"] == "closed"
     assert away.enqueued()
     assert "cells_away" not in answer(operator.rpc("queue_health"))
 
 
+def test_a_cell_that_is_killed_under_load_fails_none_of_the_others_calls(
+    cells, users, databases, operator
+):
+    told, ending = {cell: Counter[int]() for cell in CELLS}, threading.Event()
+    limits = "update private.plans set max_active = {0}, max_per_minute = {0} where name = 'free'"
+    databases["home"].execute(limits.format(100000))
+    for user in users.values():
+        given = {"user_id": user.id, "kind": "grant", "external_id": user.id}
+        answer(operator.rpc("grant_credits", **given, amount=10000))
+    arrived = "select max_active > 9 from private.plans where name = 'free'"
+    until(lambda: databases["two"].value(arrived))
+
+    def ask(cell: str) -> None:
+        while not ending.is_set():
+            told[cell][users[cell].enqueue().status_code] += 1
+
+    threads = [threading.Thread(target=ask, args=[cell]) for cell in CELLS for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(3):
+        now = told["home"][200]
+        until(lambda now=now: told["home"][200] > now + 50)
+        with killed(cells, databases, "two"):
+            failed = told["two"][503]
+            until(lambda failed=failed: told["two"][503] > failed)
+    ending.set()
+    for thread in threads:
+        thread.join()
+
+    assert told["home"].keys() == {200} and told["home"][200] > 150
+    assert told["two"].keys() == {200, 503}
+    for cell, user in users.items():
+        jobs = "select count(*) from public.generations where user_id = %s"
+        made = databases[cell].value(jobs, user.id)
+        assert user.credits() == 10010 - made
+        assert 0 <= made - told[cell][200] <= 3 * 2 * (cell == "two"), "done, and not answered"
+        assert_books_balance(databases[cell])
+    databases["home"].execute(
+        "update private.plans set max_active = 3, max_per_minute = 10 where name = 'free'"
+    )
+
+
 def test_who_signs_up_while_the_cell_is_away_is_there_later(cells, sign_up, databases):
-    kill(cells, "two")
-    try:
+    with killed(cells, databases, "two"):
         user = sign_up("two")
         assert refusal(user.rpc("get_entitlement")) == UNAVAILABLE
-    finally:
-        databases["two"].close()
-        databases["two"]._own = None
-        cells.clusters["two"].start()
     assert refusal(user.rpc("get_entitlement")) == UNAVAILABLE, "nobody has told the cell yet"
 
     databases["home"].execute("select private.apply_retention()")
@@ -383,14 +418,14 @@ def test_the_feed_is_one_by_time_in_pages(users, databases, anybody):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_worker_of_each_cell_makes_and_erases_pictures_in_homes_storage(
+def test_one_worker_makes_and_erases_pictures_of_all_cells_in_homes_storage(
     cells, sign_up, databases, anybody, cell
 ):
     user = sign_up(cell)
     name = f"{user.id}/source.png"
     assert user.upload(f"inputs/{name}", png()).status_code == 200
     job_id = user.enqueued(params={"image": name})
-    with working(cells, cell):
+    with working(cells):
         until(lambda: answer(user.get_job_status(job_id))["poll_after_ms"] is None)
         job = answer(user.get_job_status(job_id))
         assert job["status"] == "completed", job["error"]
@@ -405,7 +440,7 @@ def test_a_worker_of_each_cell_makes_and_erases_pictures_in_homes_storage(
     databases["home"].execute("delete from auth.users where id = %s", user.id)
 
     files = "select count(*) from storage.objects where name like %s"
-    with working(cells, cell):  # it erases when it starts, and then each minute
+    with working(cells):  # it erases when it starts, and then each minute
         until(lambda: databases["home"].value(files, f"{user.id}/%") == 0)
 
 
