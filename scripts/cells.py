@@ -1,19 +1,20 @@
 """A stack of cells on this machine: home, one more cell, and an entry, each a cluster of its own.
 
-    python scripts/cells.py up | down | clean | status | env
+    python scripts/cells.py up | demo | down | clean | status | env
 
-It is the stack of stack.py, whose cluster is home (Auth and Storage are there), but PostgREST
-stands before the entry. What each database has is in deploy/cells. Its folder is `.local-cells`, or
-`$DARKROOM_STATE`.
+It is the stack of stack.py, whose cluster is home (Auth and Storage are there). PostgREST stands
+before home and before the entry, and the gateway asks the entry for all that the entry has. What
+each database has is in deploy/cells; one worker serves both. `demo` draws a picture for a user of
+each. Its folder is `.local-cells`, or `$DARKROOM_STATE`.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-import time
-from collections.abc import Mapping
+import uuid
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,34 +24,24 @@ from psycopg import sql
 from processes import StackError
 from stack import (
     PROJECT,
-    START_SECONDS,
-    SUPABASE,
     Cluster,
     PostgREST,
     Settings,
     Stack,
-    postgres_program,
-    postgrest,
+    confirm_clean,
+    interrupt,
     run,
     show_environment,
     show_status,
 )
 
-SQL = PROJECT / "deploy/cells"
+sys.path.insert(0, str(PROJECT / "examples"))
+
+from demo import App, make_picture
+
+SCRIPT = PROJECT / "deploy/cells/cells"
 CELLS = ("home", "two")
 LOGICAL = {"wal_level": "logical"}
-
-
-class Entry(PostgREST):
-    """PostgREST before the entry, whichever database it is said to stand before."""
-
-    def __init__(self, folder: Path, settings: Settings, cluster: Cluster) -> None:
-        super().__init__(folder, settings)
-        self.cluster = cluster
-
-    def start(self, database_url: str) -> None:
-        """Start it before the entry."""
-        super().start(self.cluster.url())
 
 
 class CellStack(Stack):
@@ -60,23 +51,25 @@ class CellStack(Stack):
         self, folder: Path | str, *, fsync: bool = True, with_worker: bool = False
     ) -> None:
         self.clusters = {
-            name: Cluster(place, Settings(place / "env"), fsync=fsync, tuning=LOGICAL)
+            name: self.make_other(Path(folder).resolve() / name, fsync=fsync)
             for name in ("two", "entry")
-            for place in [Path(folder).resolve() / name]
         }
         super().__init__(folder, fsync=fsync, with_worker=with_worker)
-        self.services = [*self.clusters.values(), *self.services]
+        if not self.postgrest:
+            raise StackError("cells need PostgREST, and there is none for this machine")
+        entry = self.clusters["entry"]
+        self.entry = PostgREST(entry.folder, entry.settings)  # beside the one before home
+        self.http.insert(1, self.entry)
+        self.services = [*self.clusters.values(), self.entry, *self.services]
         self.clusters["home"] = self.cluster
 
     def make_cluster(self, *, fsync: bool) -> Cluster:
         """Return home's cluster, which sends its catalogue and directory to the others."""
         return Cluster(self.folder, self.settings, fsync=fsync, tuning=LOGICAL)
 
-    def make_postgrest(self, folder: Path, settings: Settings) -> PostgREST | None:
-        """Return PostgREST, before the entry."""
-        if not postgrest():
-            raise StackError("cells need PostgREST, and there is none for this machine")
-        return Entry(folder, settings, self.clusters["entry"])
+    def make_other(self, folder: Path, *, fsync: bool) -> Cluster:
+        """Return a cluster beside home's."""
+        return Cluster(folder, Settings(folder / "env"), fsync=fsync, tuning=LOGICAL)
 
     def url_of(self, name: str) -> str:
         """Return the address of home, two or entry, as its superuser."""
@@ -96,19 +89,34 @@ class CellStack(Stack):
     def start_http(self) -> None:
         """Start what answers over HTTP; what is behind it first."""
         for name in ("two", "entry"):
-            cluster = self.clusters[name]
-            if not cluster.is_running():
-                cluster.folder.mkdir(exist_ok=True)
-                cluster.folder.chmod(0o711)
-                cluster.start()
-        with psycopg.connect(self.database_url) as home:
-            made = home.execute("select to_regnamespace('cells') is not null").fetchone()
-        if made != (True,):
-            self._make()
-            self._tell_addresses()
-            self._subscribe()
-        self._tell_addresses()  # ports may be others than the last time
+            self.start_other(name)
+        self.script("home")  # again, too: ports may be others than the last time
+        self.script("add", "two", self.owner_of("two"))
+        self.script("entry", self.owner_of("entry"))
+        if not self.entry.is_running():
+            self.entry.settings.keep("JWT_SECRET", self.jwt_secret)
+            self.entry.start(self.url_of("entry"))
         super().start_http()
+
+    def start_other(self, name: str) -> None:
+        """Start a cluster beside home's, if it does not run."""
+        cluster = self.clusters[name]
+        if not cluster.is_running():
+            cluster.folder.mkdir(exist_ok=True)
+            cluster.folder.chmod(0o711)
+            cluster.start()
+
+    def upstream(self) -> dict[str, str]:
+        """Return what is behind the gateway: the entry, and home for what the entry has not."""
+        with psycopg.connect(self.url_of("entry")) as entry:
+            ((names,),) = entry.execute(
+                "select string_agg(name, '|') from ("
+                " select proname from pg_proc where pronamespace = 'public'::regnamespace"
+                " union select relname from pg_class where relnamespace = 'public'::regnamespace"
+                ") as has (name)"
+            ).fetchall()
+        has = {"REST_URL": self.entry.address(), "ENTRY_HAS": names}
+        return super().upstream() | has | {"HOME_URL": super().upstream()["REST_URL"]}
 
     def clean(self) -> None:
         """Stop everything and delete the state."""
@@ -118,103 +126,58 @@ class CellStack(Stack):
                 self.clusters[name].delete()
         super().clean()
 
-    def _make(self) -> None:
-        """Make home, the other cell and the entry of four databases' worth of SQL."""
-        two, home, entry = (self.url_of(name) for name in ("two", "home", "entry"))
-        parts = urlsplit(home)
-        password = self.settings.secret("DARKROOM_ENTRY_PASSWORD")
-        variables = {
-            "host": str(parts.hostname), "port": str(parts.port),
-            "dbname": parts.path[1:], "password": password,
-        }  # fmt: skip
-        files = sorted((PROJECT / "sql").glob("[0-9]*.sql"))
-        psql(home, *(SQL / f"{name}.sql" for name in ("directory", "cell", "home", "share")))
-        psql(home, SQL / "move.sql", variables={"number": "0"})
-        psql(two, SQL / "directory.sql", SQL / "auth.sql", *files, SUPABASE / "seed.sql")
-        psql(two, SQL / "cell.sql", SQL / "storage.sql", variables=variables)
-        psql(two, SQL / "move.sql", variables={"number": "1"})
-        psql(entry, SQL / "directory.sql", SQL / "entry.sql")
-        for url in (home, two):
-            with psycopg.connect(url) as connection:
-                query = sql.SQL("alter role darkroom_entry password {}")
-                connection.execute(query.format(sql.Literal(password)))
+    def owner_of(self, name: str) -> str:
+        """Return the address of a database as its superuser, without the password."""
+        return f"postgresql://postgres@{self.clusters[name].address()}/postgres"
 
-    def _tell_addresses(self) -> None:
-        """Write where the cells are into the directory."""
-        password = self.settings.secret("DARKROOM_ENTRY_PASSWORD")
-        with psycopg.connect(self.database_url) as home:
-            for name in CELLS:
-                at = urlsplit(self.url_of(name))
-                home.execute(
-                    "insert into cells.cells (name, address) values (%s, %s)"
-                    " on conflict (name) do update set address = excluded.address",
-                    [name, address(at.hostname, at.port, at.path[1:], password)],
-                )
-
-    def _subscribe(self) -> None:
-        """Have home send its catalogue to the cell, and its directory to the entry; make doors."""
-        with psycopg.connect(self.database_url) as home:
-            ((catalogue,),) = home.execute(
-                "select string_agg(format('%I.%I', schemaname, tablename), ', ')"
-                " from pg_publication_tables where pubname = 'darkroom_catalogue'"
-            ).fetchall()
-        sent = [
-            ("home", "darkroom_catalogue", "two"),
-            ("home", "darkroom_directory", "entry"),
-            ("two", "darkroom_files", "home"),
+    def script(self, *command: str) -> str:
+        """Run deploy/cells/cells; it finds the passwords where psql looks for them."""
+        passwords = self.folder / "pgpass"
+        passwords.touch(mode=0o600)
+        lines = [
+            f"{cluster.address()}:postgres:postgres:{urlsplit(cluster.url()).password}\n"
+            for cluster in self.clusters.values()
         ]
-        for source, publication, target in sent:
-            with psycopg.connect(self.url_of(target), autocommit=True) as connection:
-                if target == "two":  # what the installation wrote is home's to say
-                    connection.execute(f"truncate {catalogue} cascade")
-                query = sql.SQL("create subscription {} connection {} publication {}")
-                name = sql.Identifier(publication)
-                connection.execute(query.format(name, sql.Literal(self.url_of(source)), name))
-                wait_until(connection, "select every(srsubstate = 'r') from pg_subscription_rel")
-        with psycopg.connect(self.url_of("entry")) as connection:
-            connection.execute("select cells.make_doors('two'), cells.make_tables('two')")
+        passwords.write_text("".join(lines))
+        places = {"HOME_URL": self.owner_of("home"), "PGPASSFILE": str(passwords)}
+        return run([SCRIPT, *command], env=os.environ | places)
 
 
-def wait_until(connection: psycopg.Connection[tuple[bool]], question: str) -> None:
-    """Ask until the answer is yes. Raises StackError."""
-    deadline = time.monotonic() + START_SECONDS
-    while connection.execute(question).fetchone() != (True,):
-        if time.monotonic() > deadline:
-            raise StackError(f"still not so: {question}")
-        time.sleep(0.05)
-
-
-def address(host: str | None, port: int | None, database: str, password: str) -> str:
-    """Return how darkroom_entry connects to a cell."""
-    return (
-        f"host={host} port={port} dbname={database} user=darkroom_entry password={password}"
-        " connect_timeout=3 tcp_user_timeout=5000"
-    )
-
-
-def psql(url: str, *files: Path, variables: Mapping[str, str] | None = None) -> None:
-    """Run files in one transaction."""
-    options = [
-        word for name, value in (variables or {}).items() for word in ("-v", f"{name}={value}")
-    ]
-    names = [word for file in files for word in ("-f", file)]
-    run([postgres_program("psql"), url, "-qX1", "-v", "ON_ERROR_STOP=1", *options, *names])
+def demo(stack: CellStack) -> None:
+    """Sign up users until each cell has one, and draw a picture for that one, as an app does."""
+    without = list(CELLS)
+    while without:
+        app = App(stack.api_url)
+        email = f"demo-{uuid.uuid4().hex[:8]}@example.com"
+        app.sign_up(email, password=uuid.uuid4().hex)
+        with psycopg.connect(stack.database_url) as home:
+            query = "select cell from cells.users join auth.users on id = user_id where email = %s"
+            (cell,) = home.execute(query, [email]).fetchone() or ["home"]
+        if cell in without:
+            without.remove(cell)
+            print(f"\n{email} lives in {cell}\n", flush=True)
+            make_picture(app, f"a lighthouse in {cell}")
 
 
 def main() -> None:
     """Run one command from the command line."""
     parser = argparse.ArgumentParser(description="Run a stack of two cells and an entry.")
-    parser.add_argument("command", choices=["up", "down", "clean", "status", "env"])
+    parser.add_argument("command", choices=["up", "demo", "down", "clean", "status", "env"])
     command = parser.parse_args().command
+    signal.signal(signal.SIGTERM, interrupt)
     folder = os.environ.get("DARKROOM_STATE", PROJECT / ".local-cells")
     stack = CellStack(folder, with_worker=True)
     try:
         match command:
             case "up":
                 show_status(stack.up(), sys.stderr)
+            case "demo":
+                demo(stack)
             case "down":
                 stack.down()
             case "clean":
+                if stack.folder.exists():
+                    confirm_clean(stack.folder)
                 stack.clean()
             case "status":
                 show_status(stack)
@@ -222,6 +185,8 @@ def main() -> None:
                 show_environment(stack)
     except StackError as error:
         sys.exit(f"cells: {error}")
+    except KeyboardInterrupt:
+        sys.exit("cells: interrupted")
 
 
 if __name__ == "__main__":

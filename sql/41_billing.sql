@@ -625,6 +625,36 @@ begin
 end;
 $$;
 
+-- What a provider says, in our terms.
+create function private.read_event(p_provider text, p_event jsonb) returns private.billing_event
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+  v_said private.billing_event;
+begin
+  if pg_column_size(p_event) > 262144 then
+    perform private.refuse_input('event: over 256 KiB');
+  end if;
+  if jsonb_typeof(p_event) = 'string' then  -- as some gateways hand an argument on
+    p_event := (p_event #>> '{}')::jsonb;
+  end if;
+  v_said := jsonb_populate_record(null::private.billing_event, case p_provider
+    when 'stripe' then private.read_stripe(p_event)
+    when 'revenuecat' then private.read_revenuecat(p_event)
+    else p_event
+  end);
+  if v_said.happened_at > now() then  -- what comes next is not to be older than that
+    v_said.happened_at := now();
+  end if;
+  v_said.users := nullif(array_remove(v_said.users, null), '{}');
+  v_said.payments := nullif(array(
+    select p_provider || ':' || p.name from unnest(v_said.payments) as p (name) where p.name <> ''
+  ), '{}');
+  v_said.sales := nullif(v_said.sales, '{}');
+  v_said.plans := nullif(v_said.plans, '{}');
+  return v_said;
+end;
+$$;
+
 -- Locks: as apply_kept does.
 create function public.apply_billing_event(provider text, event jsonb) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp
@@ -638,9 +668,6 @@ declare
   v_kept private.billing_events;
 begin
   perform private.require_writable();
-  if pg_column_size(event) > 262144 then
-    perform private.refuse_input('event: over 256 KiB');
-  end if;
   select p.takes_test_events into v_takes_tests
   from private.billing_providers as p where p.name = v_name for update;
   if not found then
@@ -649,23 +676,7 @@ begin
     );
   end if;
   begin
-    if jsonb_typeof(event) = 'string' then  -- as some gateways hand an argument on
-      event := (event #>> '{}')::jsonb;
-    end if;
-    v_said := jsonb_populate_record(null::private.billing_event, case v_name
-      when 'stripe' then private.read_stripe(event)
-      when 'revenuecat' then private.read_revenuecat(event)
-      else event
-    end);
-    if v_said.happened_at > now() then  -- what comes next is not to be older than that
-      v_said.happened_at := now();
-    end if;
-    v_said.users := nullif(array_remove(v_said.users, null), '{}');
-    v_said.payments := nullif(array(
-      select v_name || ':' || p.name from unnest(v_said.payments) as p (name) where p.name <> ''
-    ), '{}');
-    v_said.sales := nullif(v_said.sales, '{}');
-    v_said.plans := nullif(v_said.plans, '{}');
+    v_said := private.read_event(v_name, event);
     insert into private.billing_events (
       provider, event_id, type, happened_at, said, outcome, detail
     )

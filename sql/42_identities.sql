@@ -124,6 +124,9 @@ declare
   v_identities bytea[];
   v_new integer;
 begin
+  if private.follow_elsewhere(p_user_id) then
+    return;
+  end if;
   -- Most changes are a sign-in and of no interest. Of others all is read again under the locks.
   for v_look in 1 .. 2 loop
     v_user := (select to_jsonb(u) from auth.users as u where u.id = p_user_id);

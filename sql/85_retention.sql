@@ -232,7 +232,8 @@ $$;
 -- Files of Storage that nothing speaks of any more, in the order of the index that serves prefixes:
 -- an output without a row whose job has ended; a source image whose user is gone, or has no active
 -- job and has not touched it for keep_inputs. What does not look like a file of ours is left alone.
--- Everything is given a day: an upload precedes its row, and tokens outlive their user.
+-- Everything is given a day: an upload precedes its row, and tokens outlive their user. Folders of
+-- users of another database are that one's to look through.
 create function private.expire_orphans(
   p_place text, p_at_most integer, out place text, out done integer
 )
@@ -257,6 +258,7 @@ begin
               )
             )
           end
+          and private.has_folder(private.path_id(o.name, 1))
       )
     into place, v_files
     from (

@@ -315,12 +315,13 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   ) as likes
 $$;
 
-create function private.like_image(
+-- Of whoever asks: that the user is there was checked before.
+create function private.like_shared_image(
   p_job_id uuid, p_position integer, p_is_liked boolean
 ) returns json
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
-  v_user_id uuid := private.require_known_user_id(p_writes => true);
+  v_user_id uuid := private.require_user_id(p_writes => true);
   v_image public.images;
 begin
   if p_is_liked is null then
@@ -343,6 +344,16 @@ begin
     'job_id', p_job_id, 'position', p_position,
     'is_liked', p_is_liked, 'like_count', private.count_likes(p_job_id, p_position)
   );
+end;
+$$;
+
+create function private.like_image(
+  p_job_id uuid, p_position integer, p_is_liked boolean
+) returns json
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+begin
+  perform private.require_known_user_id(p_writes => true);
+  return private.like_shared_image(p_job_id, p_position, p_is_liked);
 end;
 $$;
 
@@ -547,9 +558,9 @@ insert into private.exported_tables (name) values
 revoke all on function
 private.count_likes, private.delete_prompt_template, private.end_shares,
 private.erase_gallery_of_generation, private.erase_gallery_of_user, private.like_image,
-private.list_prompt_templates, private.list_public_images, private.move_gallery,
-private.refuse_unknown_image, private.save_prompt_template, private.set_favorite,
-private.set_tags, private.share_image, private.template_json,
+private.like_shared_image, private.list_prompt_templates, private.list_public_images,
+private.move_gallery, private.refuse_unknown_image, private.save_prompt_template,
+private.set_favorite, private.set_tags, private.share_image, private.template_json,
 public.delete_prompt_template, public.like_image, public.list_prompt_templates,
 public.list_public_images, public.save_prompt_template, public.set_favorite, public.set_tags,
 public.share_image

@@ -108,6 +108,18 @@ def kill(stack: CellStack, cell: str) -> None:
     os.waitpid(process.pid, 0)  # until then it seems to run to who looks at postmaster.pid
 
 
+@contextlib.contextmanager
+def killed(stack: CellStack, databases: dict[str, Database], cell: str) -> Iterator[None]:
+    """Have a cell be away."""
+    kill(stack, cell)
+    try:
+        yield
+    finally:
+        databases[cell].close()
+        databases[cell]._own = None
+        stack.clusters[cell].start()
+
+
 def until(question: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 20
     while not question():
@@ -255,6 +267,18 @@ def test_every_function_of_the_api_has_a_door_like_it(databases):
     assert databases["entry"].execute(ours) == databases["two"].execute(ours)
 
 
+def test_a_door_hands_on_its_arguments_in_their_order_whatever_the_planner_knows(databases):
+    two = databases["two"]
+    two.execute("analyze pg_catalog.pg_proc, pg_catalog.pg_depend")  # it sorts, then
+
+    assert [] == two.execute(
+        "select f.name, f.names, p.proargnames from cells.list_functions() as f"
+        " inner join pg_proc as p on p.proname = f.name"
+        " and p.pronamespace = 'public'::regnamespace"
+        " where f.names <> coalesce(p.proargnames, '{}')"
+    )
+
+
 def test_a_function_that_has_no_route_is_refused(databases):
     two, entry = databases["two"], databases["entry"]
     two.execute("create function public.is_new() returns json language sql return '1'::json")
@@ -271,8 +295,7 @@ def test_a_cell_that_is_away_concerns_its_users_only_and_is_back_by_itself(
 ):
     away, here = users["two"], users["home"]
     job_id = away.enqueued()
-    kill(cells, "two")
-    try:
+    with killed(cells, databases, "two"):
         began = time.monotonic()
         refused = [away.enqueue(), away.get_job_status(job_id, "GET"), away.rpc("get_entitlement")]
 
@@ -288,29 +311,63 @@ def test_a_cell_that_is_away_concerns_its_users_only_and_is_back_by_itself(
         assert (health["status"], health["cells_away"]) == ("critical", ["two"])
         assert answer(anybody.rpc("list_public_images"))["images"] == []
         assert refusal(operator.rpc("pause_model", model=PREVIEW)) == UNAVAILABLE
-    finally:
-        databases["two"].close()
-        databases["two"]._own = None
-        cells.clusters["two"].start()
     assert answer(away.get_job_status(job_id))["status"] == "queued"
     assert answer(operator.rpc("resume_model", model=PREVIEW))["state"] == "closed"
     assert away.enqueued()
     assert "cells_away" not in answer(operator.rpc("queue_health"))
 
 
+def test_a_cell_that_is_killed_under_load_fails_none_of_the_others_calls(
+    cells, users, databases, operator
+):
+    told, ending = {cell: Counter[int]() for cell in CELLS}, threading.Event()
+    limits = "update private.plans set max_active = {0}, max_per_minute = {0} where name = 'free'"
+    databases["home"].execute(limits.format(100000))
+    for user in users.values():
+        given = {"user_id": user.id, "kind": "grant", "external_id": user.id}
+        answer(operator.rpc("grant_credits", **given, amount=10000))
+    arrived = "select max_active > 9 from private.plans where name = 'free'"
+    until(lambda: databases["two"].value(arrived))
+
+    def ask(cell: str) -> None:
+        while not ending.is_set():
+            told[cell][users[cell].enqueue().status_code] += 1
+
+    threads = [threading.Thread(target=ask, args=[cell]) for cell in CELLS for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(3):
+        now = told["home"][200]
+        until(lambda now=now: told["home"][200] > now + 50)
+        with killed(cells, databases, "two"):
+            failed = told["two"][503]
+            until(lambda failed=failed: told["two"][503] > failed)
+    ending.set()
+    for thread in threads:
+        thread.join()
+
+    assert told["home"].keys() == {200} and told["home"][200] > 150
+    assert told["two"].keys() == {200, 503}
+    for cell, user in users.items():
+        jobs = "select count(*) from public.generations where user_id = %s"
+        made = databases[cell].value(jobs, user.id)
+        assert user.credits() == 10010 - made
+        assert 0 <= made - told[cell][200] <= 3 * 2 * (cell == "two"), "done, and not answered"
+        assert_books_balance(databases[cell])
+    databases["home"].execute(
+        "update private.plans set max_active = 3, max_per_minute = 10 where name = 'free'"
+    )
+
+
 def test_who_signs_up_while_the_cell_is_away_is_there_later(cells, sign_up, databases):
-    kill(cells, "two")
-    try:
+    with killed(cells, databases, "two"):
         user = sign_up("two")
         assert refusal(user.rpc("get_entitlement")) == UNAVAILABLE
-    finally:
-        databases["two"].close()
-        databases["two"]._own = None
-        cells.clusters["two"].start()
-    assert refusal(user.rpc("get_entitlement")).status == 401, "nobody has told the cell yet"
+    assert refusal(user.rpc("get_entitlement")) == UNAVAILABLE, "nobody has told the cell yet"
 
     databases["home"].execute("select private.apply_retention()")
 
+    until(lambda: user.rpc("get_entitlement").status_code == 200)
     assert user.credits() == 10
 
 

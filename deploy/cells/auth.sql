@@ -1,18 +1,17 @@
 -- For a cell that has no Supabase Auth, before sql/: the columns of auth.users that Darkroom reads.
--- Rows come from home (cells.put_user).
+-- Rows come from home (cells.put_user). Addresses stay there, and so home says who is welcome.
 
-create schema auth;
+create schema if not exists auth;
 
-create table auth.users (
+create table if not exists auth.users (
   id uuid primary key,
-  email text,
-  phone text,
   is_anonymous boolean,
   banned_until timestamptz,
-  deleted_at timestamptz
+  deleted_at timestamptz,
+  is_welcome boolean
 );
 
-create function auth.uid() returns uuid language sql stable as $$
+create or replace function auth.uid() returns uuid language sql stable as $$
   select (nullif(current_setting('request.jwt.claims', true), '')::jsonb ->> 'sub')::uuid
 $$;
 
@@ -23,13 +22,18 @@ language sql security definer set search_path = pg_catalog, pg_temp as $$
   insert into auth.users as u
   select r.* from jsonb_populate_record(null::auth.users, p_user) as r
   on conflict (id) do update set
-    email = excluded.email, phone = excluded.phone, is_anonymous = excluded.is_anonymous,
-    banned_until = excluded.banned_until, deleted_at = excluded.deleted_at
+    is_anonymous = excluded.is_anonymous, banned_until = excluded.banned_until,
+    deleted_at = excluded.deleted_at, is_welcome = excluded.is_welcome
 $$;
 
 create function cells.drop_user(p_user_id uuid) returns void
-language sql security definer set search_path = pg_catalog, pg_temp as $$
-  delete from auth.users where id = p_user_id
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+begin
+  if exists (select from cells.moves as m where m.user_id = p_user_id) then
+    raise exception 'the user is moving: try again';
+  end if;
+  delete from auth.users where id = p_user_id;
+end;
 $$;
 
 revoke all on function cells.put_user, cells.drop_user from public;

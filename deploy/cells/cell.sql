@@ -43,7 +43,7 @@ language sql stable as $$
       string_agg(format('%I %s', a.name, format_type(a.type, null)), ', ')
         filter (where a.name is not null)
     ) end,
-    array_remove(array_agg(a.name), null),
+    coalesce(p.proargnames, '{}'),
     array(
       select r.name
       from unnest('{anon,authenticated,service_role,darkroom_monitor}'::text[]) as r (name)
@@ -144,11 +144,121 @@ begin
 end;
 $$;
 
--- A cell knows its own users only, and would take the files of all others for left over.
-delete from private.retention_walks where name = 'expire_orphans';
+-- What users of other cells leave here, and what the entry asks of a cell by itself.
 
-revoke all on function cells.answer, cells.list_functions, cells.list_tables, cells.take_parts
+create function cells.forget_guest(p_user_id uuid) returns void
+language sql security definer set search_path = pg_catalog, pg_temp as $$
+  delete from public.image_likes where user_id = p_user_id
+$$;
+
+-- What is known here of a billing event. place: how well, 0 if it came here already, else which of its
+-- names is that of user_id, 1000 if its payment is known; null: not at all. keys: what others of its
+-- names and payments may wait for. leaving: who gives away what was bought (moved_from); null: nobody.
+create function cells.know_event(
+  p_provider text, p_event jsonb, out place integer, out user_id uuid, out keys text[],
+  out leaving uuid[]
+)
+language plpgsql stable security definer set search_path = pg_catalog, pg_temp
+set enable_seqscan = off as $$
+#variable_conflict use_column
+declare
+  v_said private.billing_event;
+  v_payments text[];
+begin
+  begin
+    v_said := private.read_event(p_provider, p_event);
+  exception
+    when data_exception or integrity_constraint_violation or program_limit_exceeded
+      or statement_too_complex or sqlstate 'PT400' then
+      return;  -- home refuses it
+  end;
+  v_payments := v_said.payments;
+  select k.place, k.user_id into place, user_id
+  from (
+    select 0 as place, e.user_id from private.billing_events as e
+    where e.event_id = v_said.id and e.provider = p_provider and e.outcome <> 'waiting'
+    union all
+    select n.place, u.id
+    from unnest(v_said.users) with ordinality as n (name, place)
+    cross join private.billed_user(p_provider, array[n.name::text]) as u (id)
+    where u.id is not null
+    union all
+    select 1000, p.user_id from private.billing_purchases as p where p.payments && v_payments
+    union all  -- of users who are about to leave: they are refused, and the event is sent again
+    select 0, m.user_id
+    from cells.moves as m
+    where m.package -> 'user_ids' ?| v_said.users
+      or exists (
+        select from jsonb_to_recordset(m.package -> 'private.billing_customers')
+          as c (provider text, name text)
+        where c.name = any (v_said.users) and c.provider = p_provider
+      )
+      or exists (
+        select from jsonb_to_recordset(m.package -> 'private.billing_purchases')
+          as p (payments text[])
+        where p.payments && v_payments
+      )
+  ) as k
+  order by k.place limit 1;
+  keys := array(
+    select concat('user ', p_provider, ':', n.name)
+    from unnest(v_said.users || v_said.moved_from) as n (name)
+    where n.name !~* '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$'
+    union
+    select 'payment ' || n.name from unnest(v_payments) as n (name)
+  );
+  leaving := (
+    select coalesce(array_agg(u.id) filter (where u.id is not null), '{}')
+    from unnest(v_said.moved_from) as n (name)
+    cross join private.billed_user(p_provider, array[n.name::text]) as u (id)
+    having count(*) > 0
+  );
+end;
+$$;
+
+-- An event that waited in home for this user.
+--
+-- Raises: PT503 unavailable.
+create function cells.take_event(p_user_id uuid, p_event jsonb) returns void
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+  v_event private.billing_events := jsonb_populate_record(null::private.billing_events, p_event);
+begin
+  perform pg_advisory_xact_lock_shared(hashtextextended(p_user_id::text, 0));  -- as in answer
+  if exists (select from cells.users as u where u.user_id = p_user_id) then
+    perform private.refuse('unavailable', 'The user is moving.', p_retry_after => 10);
+  end if;
+  insert into private.billing_events select v_event.* on conflict do nothing;
+  perform private.apply_kept(v_event.provider || ' ' || v_event.event_id);
+end;
+$$;
+
+-- Files of all cells are in one Storage: of those, a cell looks for left ones of its own users only.
+create or replace function private.has_folder(p_folder uuid) returns boolean
+language sql stable security definer set search_path = pg_catalog, pg_temp as $$
+  select exists (
+    select from public.entitlements as e where e.user_id = private.owner_of(p_folder)
+  )
+$$;
+grant usage on schema private to darkroom_entry;
+grant execute on function private.has_folder to darkroom_entry;
+
+-- Who has left, or is about to, is not made anew here by what Auth says.
+create or replace function private.follow_elsewhere(p_user_id uuid) returns boolean
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+begin
+  perform pg_advisory_xact_lock_shared(hashtextextended(p_user_id::text, 0));  -- see pack_user
+  return exists (select from cells.users as u where u.user_id = p_user_id);
+end;
+$$;
+
+revoke all on function
+cells.answer, cells.forget_guest, cells.know_event, cells.list_functions, cells.list_tables,
+cells.take_event, cells.take_parts
 from public;
 grant select on cells.users to darkroom_entry;
-grant execute on function cells.answer, cells.list_functions, cells.list_tables, cells.take_parts
+grant execute on function
+cells.answer, cells.forget_guest, cells.know_event, cells.list_functions, cells.list_tables,
+cells.take_event, cells.take_parts,
+private.like_shared_image
 to darkroom_entry;

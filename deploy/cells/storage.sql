@@ -1,15 +1,11 @@
--- For a cell that has no Storage, after sql/: which files there are, as home's Storage has on record.
--- Variables of psql: host, port, dbname of home, and darkroom_entry's password there.
+-- For a cell that has no Auth and no Storage, after sql/: which files there are, as home's Storage has on record.
+-- The setting cells.secret is home's address in the directory.
 
-create extension postgres_fdw with schema cells;
+create extension if not exists postgres_fdw with schema cells;
+select cells.make_server('home', current_setting('cells.secret'));
 
-create server home foreign data wrapper postgres_fdw options (
-  host :'host', port :'port', dbname :'dbname', connect_timeout '3', tcp_user_timeout '5000'
-);
-create user mapping for public server home options (user 'darkroom_entry', password :'password');
-
-create schema storage;
-create foreign table storage.objects (
+create schema if not exists storage;
+create foreign table if not exists storage.objects (
   bucket_id text, name text, created_at timestamptz, updated_at timestamptz
 ) server home options (schema_name 'storage', table_name 'objects');
 
@@ -48,4 +44,11 @@ alter table private.providers alter column part set default 0;
 alter table private.budgets alter column part_usd set default 0;
 alter table private.budgets enable always trigger budgets_are_looked_at_again;
 
+drop publication if exists darkroom_files;
 create publication darkroom_files for table cells.shared_paths, private.merged_users;
+
+-- Whether the address of a user was welcomed is known to home, which all cells' users sign up with:
+-- see follow_user. Here it says so by one that cannot be new twice.
+create or replace function private.identities_of(p_user jsonb) returns bytea[]
+language sql immutable set search_path = pg_catalog, pg_temp
+return case when p_user ->> 'is_welcome' = 'false' then '{"",""}'::bytea[] else '{}' end;
