@@ -1,6 +1,6 @@
 """deploy/cells/cells: what a DBA calls to make cells, to add and remove them, and after a release."""
 
-# ruff: noqa: F401, F811
+# ruff: noqa: F401, F811, PLR0913, PLR0917
 
 from __future__ import annotations
 
@@ -194,6 +194,17 @@ def test_roles_that_databases_use_among_each_other_have_no_more_rights_than_they
     ]
     assert databases["two"].value(roles) == ["darkroom_entry", "darkroom_files_two replication"]
     assert databases["home"].value(tables) == 0
+
+
+def test_calls_go_through_a_pooler_where_a_cell_has_one(databases, users):
+    home, two, user = databases["home"], databases["two"], users["two"]
+    home.execute(
+        "update cells.cells set pooler = address || ' application_name=pooler' where name = 'two'"
+    )
+    pooled = "select exists (select from pg_stat_activity where application_name = 'pooler')"
+    until(lambda: bool(user.enqueue()) and two.value(pooled))
+    assert len(user.rest("GET", "generations?limit=1").json()) == 1
+    home.execute("update cells.cells set pooler = null")
 
 
 @pytest.fixture(scope="module")

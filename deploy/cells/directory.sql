@@ -29,6 +29,7 @@ $$;
 create table if not exists cells.cells (
   name text primary key,
   address text not null,
+  pooler text,
   weight real not null default 1,
   constraint cells_weight_is_not_negative check (weight >= 0)
 );
@@ -36,6 +37,8 @@ create table if not exists cells.cells (
 comment on table cells.cells is 'Every cell, home among them.';
 comment on column cells.cells.address is
   'How the entry and home connect: a libpq string for role darkroom_entry, with its password.';
+comment on column cells.cells.pooler is
+  'Where calls of the API go instead: PgBouncer in transaction mode. The rest needs a session.';
 comment on column cells.cells.weight is
   'The share of new users, beside the others'' weights; 0: takes none.';
 
