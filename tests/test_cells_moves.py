@@ -357,7 +357,7 @@ def test_nobody_is_packed_for_a_cell_that_is_away_or_not_there(cells, user, data
     kill(cells, "three")
     try:
         for target in ("three", "nowhere"):
-            with pytest.raises(psycopg.Error, match="could not establish connection|no such cell"):
+            with pytest.raises(psycopg.Error, match=r"could not establish connection|no such cell"):
                 databases["home"].execute("call cells.move_user(%s, %s)", user.id, target)
             assert user.credits() == 10
     finally:

@@ -259,7 +259,7 @@ def test_an_output_without_a_row_is_found_after_a_day_and_nothing_else(db, alice
 
 
 def test_a_folder_of_another_database_is_left_alone(db, alice, bob):
-    (of_alice, of_bob) = [stored(db, f"{u.id}/{uuid.uuid4()}/0.png") for u in (alice, bob)]
+    (of_alice, _) = [stored(db, f"{u.id}/{uuid.uuid4()}/0.png") for u in (alice, bob)]
     age_files(db, "25 hours")
     db.execute(
         "create or replace function private.has_folder(p_folder uuid) returns boolean"
