@@ -1,9 +1,9 @@
 -- Hooks: what the core asks its optional parts, here answered as where none is installed.
 --
--- A part (95, 96, deploy/cells) replaces the answers that are its own. For all else it needs nothing
--- in the core: a job's end, a deletion and a user's leaving reach it by triggers of its own on
--- generations and entitlements, and what it keeps for a time goes by a step of retention (85), which
--- is a row.
+-- A part (95, 96, deploy/cells) replaces the answers that are its own. For all else it needs
+-- nothing in the core: a job's end, a deletion and a user's leaving reach it by triggers of its own
+-- on generations and entitlements, and what it keeps for a time goes by a step of retention (85),
+-- which is a row.
 -- Columns of our own tables that only a part sets (is_favorite, tags, share_id, shows_prompt) are
 -- theirs from the beginning, and false, empty or null without it.
 
