@@ -17,12 +17,13 @@ Environment (* required). A file of that name in $CREDENTIALS_DIRECTORY, where s
 LoadCredential names, goes before the variable:
     DATABASE_URL *          PostgreSQL, as role darkroom_worker; direct or session mode, for LISTEN.
                             Behind a transaction pooler it polls, and prepares no statements. With
-                            pgbouncer=true and the like, as platforms show it, it is taken, too
+                            pgbouncer=true and the like, as platforms show it, it is taken, too.
+                            Several with white space between, to serve all cells
     SUPABASE_URL *          where /storage/v1 is
     SUPABASE_SERVICE_KEY *  service_role or secret key, for uploads
     …_KEY, …_TOKEN          of providers, by the name that private.providers.secret says:
                             REPLICATE_API_TOKEN, FAL_KEY. It takes jobs of no others
-    WORKER_SLOTS            4         jobs at once
+    WORKER_SLOTS            4         jobs at once, of all cells together
     WORKER_GRACE_SECONDS    30        to finish jobs after SIGTERM
     WORKER_POLL_SECONDS     5         backstop: longest wait without a look at the queue
     WORKER_WATCHDOG_SECONDS 0         ends a worker that makes no progress for so long, where no
@@ -56,6 +57,7 @@ import faulthandler
 import hashlib
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -68,7 +70,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -90,6 +93,8 @@ from pictures import NoPicture, Picture, Pictures
 
 BUCKET = "generations"
 RECOVERY_SECONDS = 5.0  # between two looks for stale jobs; with the lease, how long one waits
+AWAY_SECONDS = 2 * RECOVERY_SECONDS  # without an answer; then a cell's slots are the others'
+TAKE_SECONDS = 1.0  # that free slots are kept for a cell which does not answer its claim
 SECOND_LOOK_SECONDS = 0.2  # at most, between going to sleep and the last claim before waiting
 LISTEN_ANSWER_SECONDS = 3.0  # within which a NOTIFY to ourselves must arrive
 CALL_SECONDS = 15.0  # for one call; later, whoever stands in between may have lost the connection
@@ -156,6 +161,7 @@ SECRETS = [  # what looks like one, and what stays of it
 ]
 
 log = logging.getLogger("darkroom")
+cell = ContextVar("cell", default="")  # which database a task works for, if there are several
 T = TypeVar("T")
 Connection = psycopg.AsyncConnection[Any]
 
@@ -176,7 +182,12 @@ class Settings:
             "LOG_LEVEL": "INFO",
             **{name: value for name, value in env.items() if value},
         }
-        self.database_url = _url(env, "DATABASE_URL", "postgres", "postgresql")
+        self.database_url = _required(env, "DATABASE_URL")
+        urls = self.database_url.split() or [""]
+        for url in urls:
+            _url({"DATABASE_URL": url}, "DATABASE_URL", "postgres", "postgresql")
+        if len(self.databases) < len(urls):
+            raise ConfigError("DATABASE_URL: the same database twice")
         self.supabase_url = _url(env, "SUPABASE_URL", "http", "https").rstrip("/")
         self.supabase_service_key = _required(env, "SUPABASE_SERVICE_KEY")
         own = ("SUPABASE_SERVICE_KEY", "EXPO_ACCESS_TOKEN")
@@ -200,12 +211,19 @@ class Settings:
             raise ConfigError("LOG_LEVEL: not one of DEBUG, INFO, WARNING, ERROR")
 
     @property
+    def databases(self) -> dict[str, str]:
+        """Each cell's address by what the log calls it: nothing, if there is one."""
+        urls = self.database_url.split()
+        return {database_name(url): url for url in urls} if len(urls) > 1 else {"": urls[0]}
+
+    @property
     def secrets(self) -> list[str]:
         """What nobody else may read, in every spelling it may come back in."""
-        url = libpq_url(self.database_url)
-        password = psycopg.conninfo.conninfo_to_dict(url).get("password")
-        keys = [self.supabase_service_key, self.expo_access_token, *self.keys.values()]
-        known = [str(each) for each in (self.database_url, url, password, *keys) if each]
+        said: list[Any] = [self.supabase_service_key, self.expo_access_token, *self.keys.values()]
+        for url in self.databases.values():
+            plain = libpq_url(url)
+            said += [url, plain, psycopg.conninfo.conninfo_to_dict(plain).get("password")]
+        known = [str(each) for each in said if each]
         spelled = {*known, *(quote(each, "") for each in known)}
         return sorted((each for each in spelled if len(each) >= 6), key=len)[::-1]  # else words
 
@@ -237,7 +255,8 @@ def _url(env: Mapping[str, str], name: str, *schemes: str) -> str:
     except ValueError:
         raise ConfigError(f"{name}: not an address") from None
     if parts.scheme not in schemes:
-        raise ConfigError(f"{name}: not a {schemes[0]}:// address")
+        several = ", or several with spaces between" if "postgres" in schemes else ""
+        raise ConfigError(f"{name}: not a {schemes[0]}:// address{several}")
     if value.count("@") > 1 or ("@" in value and "@" not in parts.netloc):
         raise ConfigError(f"{name}: / ? # @ in a password must be percent-encoded")  # else logged
     if parts.scheme.startswith("postgres"):
@@ -255,6 +274,13 @@ def libpq_url(url: str) -> str:
     address, _, query = url.partition("?")
     known = [each for each in query.split("&") if each.partition("=")[0] not in FOREIGN_PARAMETERS]
     return f"{address}?{'&'.join(known)}".rstrip("?")
+
+
+def database_name(url: str) -> str:
+    """Which database an address leads to: HOST:PORT/NAME. A shared pooler goes by the user, too."""
+    parts = psycopg.conninfo.conninfo_to_dict(libpq_url(url))
+    who = f"{parts.get('user', '')}@".removeprefix("darkroom_worker@")
+    return f"{who}{parts.get('host', '')}:{parts.get('port', 5432)}/{parts.get('dbname', '')}"
 
 
 def _number(env: Mapping[str, str], name: str, default: float, low: float, high: float) -> float:
@@ -366,10 +392,11 @@ class SafeFormatter(logging.Formatter):
     """Lets no secret into a line or a traceback, whoever logs it."""
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(message)s")
+        super().__init__("%(asctime)s %(levelname)s %(cell)s%(message)s")
         self.secrets = secrets
 
     def format(self, record: logging.LogRecord) -> str:
+        record.cell = f"cell={cell.get()} " if cell.get() else ""
         return redact(super().format(record), self.secrets)
 
 
@@ -487,8 +514,9 @@ class Database:
         *("report_progress", "sleep", "unregister_worker"),
     )
 
-    def __init__(self, url: str, secrets: Iterable[str] = ()) -> None:
-        self.url, self.secrets = libpq_url(url), secrets
+    def __init__(self, url: str, secrets: Iterable[str] = (), name: str = "") -> None:
+        self.url, self.secrets, self.name = libpq_url(url), secrets, name
+        self.answered_at = 0.0
         self.keys: list[str] = []  # names of those it may claim with
         self.is_listening: bool | None = None  # until it is known
         self.troubles: dict[str, dict[str, str]] = {}  # function → kinds of errors since it worked
@@ -521,6 +549,7 @@ class Database:
                 raise LeaseLost from None
             self._note(function, error)
             raise
+        self.answered_at = time.monotonic()
         if self.troubles.pop(function, None):
             log.info("database.back call=%s", function)
         return rows
@@ -562,6 +591,11 @@ class Database:
         """What the database says that it cannot do now; None if it works, or says nothing."""
         last = [list(kinds)[-1] for kinds in self.troubles.values()]
         return next((kind for kind in last if kind != NoAnswer.__name__), None)
+
+    @property
+    def is_away(self) -> bool:
+        """Whether it has answered nothing for so long that others need not wait for it."""
+        return time.monotonic() - self.answered_at > AWAY_SECONDS
 
     async def insist(self, function: str, *args: Any) -> list[Any]:
         """Call again while the database cannot: these functions may be repeated.
@@ -1067,8 +1101,63 @@ class Running:
             self.on_progress()
 
 
+class Slots:
+    """The slots of one process, for the workers of all its cells."""
+
+    def __init__(self, count: int, worker: Worker) -> None:
+        self.count, self.workers = count, [worker]  # who took some last stands last
+        self.freed = asyncio.Event()  # to claim again: a slot, or who could not beat
+
+    def share(self, worker: Worker) -> int:
+        """How many a cell may take: the free ones are dealt out among those that wait for one,
+        each to the cell with the fewest jobs.
+
+        Jobs of a cell that is away do not count for others: they may be waiting for its answer.
+        When it is back, more jobs than there are slots run until some of them have ended.
+        """
+        if self.workers == [worker]:
+            return self.count - len(worker.running)
+        jobs = {
+            each: 0 if each.db.is_away and each is not worker else len(each.running) + each.taken
+            for each in self.workers
+        }
+        free, had = max(0, self.count - sum(jobs.values())), jobs[worker]
+        waiting = [e for e in self.workers if e is worker or (e.waits and not e.db.is_away)]
+        for _ in range(free):
+            jobs[min(waiting, key=jobs.__getitem__)] += 1
+        return jobs[worker] - had
+
+    @contextlib.contextmanager
+    def taken(self, worker: Worker) -> Iterator[int]:
+        """Take them for a claim, and put back what it has not filled; or what it has not filled in
+        time: then jobs that come after all are more than there are slots, as above.
+        """
+        worker.taken = self.share(worker)
+        self.workers.sort(key=lambda each: each is worker)
+        late = asyncio.get_running_loop().call_later(TAKE_SECONDS, self.put_back, worker)
+        try:
+            yield worker.taken
+        finally:
+            late.cancel()
+            self.put_back(worker)
+
+    def put_back(self, worker: Worker) -> None:
+        worker.taken = 0
+        if any(each.waits for each in self.workers):
+            self.freed.set()
+
+    @property
+    def status(self) -> str:
+        """What all workers say of themselves, or the one."""
+        if len(self.workers) == 1:
+            return self.workers[0].status
+        silent = [each for each in self.workers if each.db.is_away and not each.db.trouble]
+        said = {e.db.name: "no answer" if e in silent else e.status for e in self.workers}
+        return "; ".join(f"{name}: {status}" for name, status in sorted(said.items()))
+
+
 class Worker:
-    """Keeps the slots full until told to stop."""
+    """Keeps the slots full until told to stop. For several cells there is one for each."""
 
     def __init__(
         self,
@@ -1080,9 +1169,12 @@ class Worker:
     ) -> None:
         self.settings, self.db, self.preview, self.storage = settings, db, preview, storage
         self.outbox = outbox
+        self.slots = Slots(settings.slots, self)
+        self.taken = 0  # slots, for the claim that is under way
+        self.waits = False  # for a slot
+        self.status = "waits for the database"
         self.running: dict[int, Running] = {}  # by token: a lost job may be claimed again here
         self.wake = asyncio.Event()
-        self.freed = asyncio.Event()  # to claim again: a slot, or who could not beat
         self.news = asyncio.Event()  # for the next heartbeat, which does not wait for its time then
         self.news_due: asyncio.TimerHandle | None = None
         self.stopping = asyncio.Event()
@@ -1091,6 +1183,12 @@ class Worker:
         self.lease_seconds = 0.0
         self.last_beat = 0.0
         self.last_told = 0.0  # systemd
+
+    def share_with(self, other: Worker) -> None:
+        """Have only once, for several cells, what a process has or may have once."""
+        self.slots = other.slots
+        self.slots.workers.append(self)
+        self.outbox.webhooks, self.outbox.expo = other.outbox.webhooks, other.outbox.expo
 
     async def run(self) -> None:
         """Register, then work until stopping is set and the jobs have ended or are released."""
@@ -1162,12 +1260,15 @@ class Worker:
         attempt = 0
         while not self.stopping.is_set():
             try:
-                self.freed.clear()
-                has_slots = len(self.running) < self.settings.slots
-                if not (has_slots and self._may_claim() and await self._has_room()):
-                    await self._pause(self.freed, self.settings.poll_seconds)
-                elif not await self._claim():
-                    await self._sleep()
+                self.slots.freed.clear()
+                may_claim = self._may_claim() and await self._has_room()
+                if may_claim and self.slots.share(self):
+                    if not await self._claim():
+                        await self._sleep()
+                elif not await self._pass_on():
+                    self.waits = may_claim
+                    await self._pause(self.slots.freed, self.settings.poll_seconds)
+                    self.waits = False
                 attempt = 0
                 self._tell_systemd()
             except psycopg.Error:
@@ -1178,26 +1279,35 @@ class Worker:
 
     def _tell_systemd(self) -> None:
         """Feed the watchdog once for each beat that was answered, or with each turn while the
-        database says that it cannot. It goes hungry when this loop or the database hangs.
+        database says that it cannot. It goes hungry when this loop or the database hangs; of
+        several, when all do.
         """
         if self.db.is_listening is not None and self.last_beat > self.last_told:
             self._feed_watchdog()
             way = "is woken by NOTIFY" if self.db.is_listening else "polls, as LISTEN does not work"
             slots = f"{len(self.running)} of {self.settings.slots} slots busy"
-            tell_systemd("READY=1", f"STATUS=worker {self.worker_id}: {slots}, {way}")
+            self.status = f"worker {self.worker_id}: {slots}, {way}"
+            tell_systemd("READY=1", f"STATUS={self.slots.status}")
             self.last_told = time.monotonic()
         elif self.db.trouble:
             self._feed_watchdog()
-            tell_systemd(f"STATUS=waits for the database: {self.db.trouble}")
+            self.status = f"waits for the database: {self.db.trouble}"
+            tell_systemd(f"STATUS={self.slots.status}")
 
     def _feed_watchdog(self) -> None:
         """Put off the end, with exit code 1 and where each thread was, of a worker that hangs."""
         if self.settings.watchdog_seconds:
             faulthandler.dump_traceback_later(self.settings.watchdog_seconds, exit=True)
 
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether the others of several should not wait for this one's database."""
+        return len(self.slots.workers) > 1 and self.db.is_away
+
     def _may_claim(self) -> bool:
         """A worker that cannot beat would lose what it claims."""
-        return time.monotonic() - self.last_beat < self.lease_seconds
+        is_beating = time.monotonic() - self.last_beat < self.lease_seconds
+        return is_beating and not self.is_cut_off
 
     async def _has_room(self) -> bool:
         """Look for room where there was none: what a full worker has made cannot be stored."""
@@ -1213,13 +1323,23 @@ class Worker:
     async def _claim(self) -> bool:
         if self.is_full:  # since it began to go to sleep: what it gave back is not for it
             return False
-        began = time.monotonic()
-        jobs = await self.db.claim_jobs(self.worker_id, self.settings.slots - len(self.running))
-        for job in jobs:
-            running = self.running[job.token] = Running(job, began, self.on_progress)
-            running.task = asyncio.create_task(self.process(running))
+        began, jobs = time.monotonic(), list[Job]()
+        with self.slots.taken(self) as slots:
+            if slots:  # else another cell's worker was faster
+                jobs = await self.db.claim_jobs(self.worker_id, slots)
+            for job in jobs:
+                running = self.running[job.token] = Running(job, began, self.on_progress)
+                running.task = asyncio.create_task(self.process(running))
         await asyncio.sleep(0)  # jobs first, then the next claim
         return bool(jobs)
+
+    async def _pass_on(self) -> bool:
+        """If it was woken while jobs of other cells fill the slots, have another worker woken."""
+        if not self.wake.is_set() or len(self.slots.workers) == 1 or self.db.is_away:
+            return False
+        self.wake.clear()
+        await self.db.claim_jobs(self.worker_id, 0)
+        return True
 
     async def _sleep(self) -> None:
         """Go to sleep, and look twice more: an enqueue in flight may have seen us awake.
@@ -1246,7 +1366,7 @@ class Worker:
         """The first signal asks to stop, and has nothing wait longer; the second does not ask."""
         if self.stopping.is_set():
             force_exit()
-        for event in (self.stopping, self.wake, self.freed):
+        for event in (self.stopping, self.wake, self.slots.freed):
             event.set()
 
     async def beat(self) -> None:
@@ -1257,7 +1377,7 @@ class Worker:
         beating = sorted(self.running.values(), key=lambda running: running.job.job_id)
         verdicts = await self.db.heartbeat(self.worker_id, beating)
         if not self._may_claim():
-            self.freed.set()
+            self.slots.freed.set()
         self.last_beat = time.monotonic()
         self.wake.set()  # an enqueue that met our row locked by this beat has not woken us
         for running, verdict in zip(beating, verdicts, strict=True):
@@ -1313,10 +1433,12 @@ class Worker:
         released, deliveries sent again by others.
         """
         log.info("worker.stopping running=%s", len(self.running))
-        tell_systemd("STOPPING=1", f"STATUS=ends {len(self.running)} jobs")
+        jobs = sum(len(each.running) for each in self.slots.workers)
+        tell_systemd("STOPPING=1", f"STATUS=ends {jobs} jobs")
         faulthandler.cancel_dump_traceback_later()  # the grace may be longer
         with contextlib.suppress(psycopg.Error):
-            await self.db.call("unregister_worker", self.worker_id)  # or it loses a wake-up
+            if not self.is_cut_off:  # or it loses a wake-up
+                await self.db.call("unregister_worker", self.worker_id)
         tasks = [*(each.task for each in self.running.values()), *self.outbox.lanes]
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=self.settings.grace_seconds)
@@ -1346,7 +1468,7 @@ class Worker:
             await finish_first(self._fail(running, as_job_error(error)))
         finally:
             del self.running[job.token]
-            self.freed.set()
+            self.slots.freed.set()
             if job.max_running:  # it may have kept another from being claimed
                 self.wake.set()
             self.outbox.due.set()
@@ -1618,25 +1740,55 @@ def force_exit() -> None:
 
 
 async def serve(settings: Settings) -> int:
-    """Wire everything together and run one worker."""
-    db, pictures = Database(settings.database_url, settings.secrets), Pictures()
+    """Wire everything together and run one worker; for several cells one for each."""
+    pictures, workers = Pictures(), list[Worker]()
     async with httpx.AsyncClient(timeout=HTTP_TIMEOUT) as http:
         preview = Preview(pictures, settings.preview_seconds, settings.preview_failure_rate)
-        storage, outbox = Storage(settings, http, pictures), Outbox(settings, db, http)
-        worker = Worker(settings, db, preview, storage, outbox)
+        storage = Storage(settings, http, pictures)
+        for name, url in settings.databases.items():
+            db = Database(url, settings.secrets, name)
+            workers.append(Worker(settings, db, preview, storage, Outbox(settings, db, http)))
+        for each in workers[1:]:
+            each.share_with(workers[0])
+
+        def stop() -> None:
+            for worker in workers:
+                worker.stop()
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, worker.stop)
+            asyncio.get_running_loop().add_signal_handler(number, stop)
         try:
             pictures.start()  # meanwhile, for the first job
-            await db.pool.open()
-            await worker.run()
-        except ConfigError as error:
-            log.error("worker.refused %s", error)
-            return EXIT_CONFIG
+            were_let_in = await asyncio.gather(*map(tend, workers))
         finally:
-            await db.pool.close()
             pictures.close()
-    return EXIT_OK
+    return EXIT_OK if any(were_let_in) else EXIT_CONFIG
+
+
+async def tend(worker: Worker) -> bool:
+    """Run the worker of one cell; answer whether its database let it in.
+
+    What goes wrong with one of several is not the others' business: it is begun again.
+    """
+    cell.set(worker.db.name)
+    await worker.db.pool.open()
+    try:
+        for attempt in itertools.count():
+            try:
+                await worker.run()
+                break
+            except ConfigError as error:
+                log.error("worker.refused %s", error)
+                worker.status = f"is refused: {error}"
+                return False
+            except Exception:
+                if not worker.db.name:
+                    raise
+                log.critical("worker.crashed", exc_info=True)
+                await worker._pause(worker.stopping, backoff(attempt + 3))
+    finally:
+        await worker.db.pool.close()
+    return True
 
 
 Findings = AsyncGenerator[tuple[str, str, str], None]  # ok, note or wrong; part; what is found
@@ -1676,15 +1828,17 @@ async def check_storage(storage: Storage) -> Findings:
 
 
 async def check_providers(
-    db: Database, http: httpx.AsyncClient, keys: Mapping[str, str]
+    databases: Iterable[Database], http: httpx.AsyncClient, keys: Mapping[str, str]
 ) -> Findings:
     """Whether each key opens its account; nothing is bought."""
-    rows: list[dict[str, Any]] = []
+    rows: dict[str, dict[str, Any]] = {}
     said_before = (Outdated, psycopg.errors.InvalidSchemaName, psycopg.errors.InsufficientPrivilege)
-    with contextlib.suppress(*said_before):
-        rows = [] if db.pool.closed else await db.call("list_providers")
-    for row in rows:
-        name, secret = row["name"], row["secret"]
+    for db in databases:
+        with contextlib.suppress(*said_before):
+            known = [] if db.pool.closed else await db.call("list_providers")
+            rows |= {row["name"]: row for row in known}
+    for name, row in rows.items():
+        secret = row["secret"]
         if secret and secret not in keys:
             yield "note", name, f"{secret} is not set: its jobs are not taken here"
         elif not row["account"]:
@@ -1702,20 +1856,29 @@ async def check_providers(
 
 async def check(settings: Settings) -> int:
     """Try all that a worker needs, and change nothing; print what is found, a line each."""
-    db, is_well = Database(settings.database_url, settings.secrets), True
+    is_well, databases = True, settings.databases.items()
+    dbs = [Database(url, settings.secrets, name) for name, url in databases]
 
     def say(verdict: str, part: str, detail: object) -> None:
         nonlocal is_well
         is_well = is_well and verdict != "wrong"
-        print(f"{verdict:5}  {part:9}  {' '.join(str(detail).split())}", flush=True)
+        which = f"{cell.get()}: " if cell.get() else ""
+        print(f"{verdict:5}  {part:9}  {which}{' '.join(str(detail).split())}", flush=True)
 
     async with httpx.AsyncClient(timeout=HTTP_TIMEOUT) as http:
-        for part, look, variable in (
-            ("database", check_database(db), "DATABASE_URL"),
-            ("listen", check_listen(db), "DATABASE_URL"),
-            ("storage", check_storage(Storage(settings, http, Pictures())), "SUPABASE_URL"),
-            ("providers", check_providers(db, http, settings.keys), "provider"),
-        ):
+        looks = [
+            look
+            for db in dbs
+            for look in (
+                (db.name, "database", check_database(db), "DATABASE_URL"),
+                (db.name, "listen", check_listen(db), "DATABASE_URL"),
+            )
+        ] + [
+            ("", "storage", check_storage(Storage(settings, http, Pictures())), "SUPABASE_URL"),
+            ("", "providers", check_providers(dbs, http, settings.keys), "provider"),
+        ]
+        for name, part, look, variable in looks:
+            cell.set(name)
             try:
                 async for finding in look:
                     say(*finding)
@@ -1725,7 +1888,8 @@ async def check(settings: Settings) -> int:
                 say("wrong", part, f"{type(error).__name__}: {error}")
             except httpx.HTTPError as error:
                 say("wrong", part, f"{variable}: {type(error).__name__}")
-        await db.pool.close()
+        for db in dbs:
+            await db.pool.close()
     return EXIT_OK if is_well else EXIT_ERROR
 
 

@@ -36,6 +36,9 @@ const routes: Record<string, { url: string; most: number }> = {
   storage: { url: `${env('LITE_URL')}/storage/v1`, most: MAX_FILE + MULTIPART },
   functions: { url: env('FUNCTIONS_URL'), most: MAX_BODY },
 };
+/** Before cells: tables and functions that the entry has not are home's. */
+const home = { url: env('HOME_URL'), most: MAX_BODY };
+const entryHas = new RegExp(`^/(rpc/)?(${env('ENTRY_HAS')})$`);
 /** What belongs to one connection, or says who is asked: never passed on. */
 const HOPS = /^(connection|keep-alive|proxy-.*|te|trailer|transfer-encoding|upgrade|host|expect)$/;
 const ANY_ORIGIN = { 'access-control-allow-origin': '*' };
@@ -105,7 +108,7 @@ async function answer(request: Request): Promise<Response> {
   const { pathname, search } = new URL(request.url);
   const [, part = '', rest = ''] = /^\/(rest|auth|storage|functions)\/v1(\/.*)?$/.exec(pathname) ??
     [];
-  const route = routes[part];
+  const route = part === 'rest' && home.url && !entryHas.test(rest) ? home : routes[part];
   if (!route) throw new Refusal(404, 'There is no such path.');
   if (request.method === 'OPTIONS' && part !== 'functions') {
     return new Response(null, {

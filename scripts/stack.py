@@ -357,8 +357,10 @@ class Gateway(Service):
         """Start it in front of what has these addresses."""
         port = self.settings.new_port(self.port_name)
         environment = {"API_HOST": self.host, "API_PORT": str(port), **upstream}
-        hosts = [f"{self.host}:{port}", *(urlsplit(url).netloc for url in upstream.values())]
-        rights = [f"--allow-env={','.join(environment)}", f"--allow-net={','.join(hosts)}"]
+        netlocs = [urlsplit(value).netloc for value in upstream.values()]
+        hosts = [f"{self.host}:{port}", *filter(None, netlocs)]
+        names = ",".join({"HOME_URL", "ENTRY_HAS", *environment})
+        rights = [f"--allow-env={names}", f"--allow-net={','.join(hosts)}"]
         process = self._run(
             [*deno_run(*GATEWAY_OPTIONS, *rights), PROJECT / "scripts/gateway.ts"],
             cwd=Path("/"),

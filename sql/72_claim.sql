@@ -120,17 +120,20 @@ declare
 begin
   -- A new look, now that nobody else can claim theirs.
   return (
-    select jsonb_object_agg(p.name, case when p.name = any (v_held) then p.max_running - (
-      select coalesce(sum(j.jobs), 0)
-      from (
-        select r.model_id, r.route, count(*) as jobs
-        from private.running_jobs as r group by r.model_id, r.route
-      ) as j
-      where p.name = (
-        select w.provider from private.routes as w
-        where w.model_id = j.model_id and w.place = j.route
+    select jsonb_object_agg(p.name, case
+      when p.name = any (v_held) then least(p.max_running, p.part) - (
+        select coalesce(sum(j.jobs), 0)
+        from (
+          select r.model_id, r.route, count(*) as jobs
+          from private.running_jobs as r group by r.model_id, r.route
+        ) as j
+        where p.name = (
+          select w.provider from private.routes as w
+          where w.model_id = j.model_id and w.place = j.route
+        )
       )
-    ) else 0 end)
+      else 0
+    end)
     from private.providers as p
     where p.name = any (p_providers) and p.max_running is not null
   );
@@ -394,6 +397,10 @@ declare
   v_looked_at integer;
   v_claimed integer;
 begin
+  if p_slots = 0 then
+    perform private.wake_workers() from private.ready_jobs as r where r.run_at is null limit 1;
+    return;
+  end if;
   select
     pg_sequence_last_value('private.scan_due') = 0
     or exists (select from private.breakers as b where b.paused_until is not null),
@@ -513,4 +520,5 @@ comment on function private.claim_jobs is
   'Moves up to p_slots jobs in fair order from ready to running and answers them: of providers that'
   ' need no key, or one of p_keys. provider_job_id is set where an earlier attempt already bought '
   'something at the provider: resume it; else begun_before, where one may have: look for it before '
-  'creating again. Seconds are durations; what follows them is the provider''s row.';
+  'creating again. Seconds are durations; what follows them is the provider''s row. Who was woken '
+  'and has no slot free, as jobs of other cells fill them, says 0: then another worker is woken.';

@@ -1357,6 +1357,51 @@ OUTAGE = [
         "::test_a_worker_of_another_release_waits_fails_no_job_and_hands_back_what_it_holds",
     ),
 ]
+CELLS = "tests/test_worker_cells.py::test_"
+ONE_WORKER = [
+    Bug(
+        "the slots of one worker count for each cell anew",
+        "worker.py",
+        "max(0, self.count - sum(jobs.values()))",
+        "max(0, self.count - jobs[worker])",
+        f"{CELLS}slots_are_shared_an_idle_cell_keeps_none_and_a_freed_one_goes_to_who_has_fewest",
+    ),
+    Bug(
+        "a freed slot is whose cell asks first",
+        "worker.py",
+        "jobs[min(waiting, key=jobs.__getitem__)] += 1",
+        "jobs[worker] += 1",
+        f"{CELLS}free_slots_are_dealt_out_among_the_cells_that_wait",
+    ),
+    Bug(
+        "a claim that hangs keeps the slots of other cells",
+        "worker.py",
+        "call_later(TAKE_SECONDS,",
+        "call_later(math.inf,",
+        f"{CELLS}a_cell_that_hangs_holds_up_no_other_though_there_is_one_slot_and_is_taken_up_again",
+    ),
+    Bug(
+        "jobs that wait for a cell that is away keep their slots",
+        "worker.py",
+        "0 if each.db.is_away and each is not worker else len(",
+        "len(",
+        f"{CELLS}jobs_of_a_cell_that_is_away_keep_no_slot_and_end_when_it_is_back",
+    ),
+    Bug(
+        "what nobody expects of one cell ends the worker of all",
+        "worker.py",
+        "if not worker.db.name:",
+        "if worker:",
+        f"{CELLS}a_cell_of_another_release_whose_answers_nobody_expects_is_tried_again",
+    ),
+    Bug(
+        "a worker whose slots are full keeps a wake-up for itself",
+        "worker.py",
+        "        await self.db.claim_jobs(self.worker_id, 0)\n",
+        "",
+        f"{CELLS}a_worker_that_is_woken_while_its_slots_are_full_has_another_woken",
+    ),
+]
 BREAKER = "tests/test_breaker.py::test_"
 BLAME = [
     Bug(
@@ -1625,7 +1670,18 @@ BUDGETS = [
     ),
 ]
 
-PLANTED = [*SECURITY, *MONEY, *EVENTS, *BUDGETS, *WAKE_UP, *OUTAGE, *BLAME, *FITTING, *ROUTES]
+PLANTED = [
+    *SECURITY,
+    *MONEY,
+    *EVENTS,
+    *BUDGETS,
+    *WAKE_UP,
+    *OUTAGE,
+    *ONE_WORKER,
+    *BLAME,
+    *FITTING,
+    *ROUTES,
+]
 
 # What may never go unnoticed, and the bug that takes it away.
 CORNERSTONES = {

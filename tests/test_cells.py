@@ -23,10 +23,8 @@ from database import Database, assert_books_balance
 from http_client import PREVIEW, Client, Endpoints, Refusal, SignedUp, answer, refusal
 from http_fixtures import endpoints_of
 from PIL import Image
-from psycopg import sql
 
 from cells import CELLS, CellStack
-from stack import Worker as StackWorker
 
 UNAVAILABLE = Refusal(
     503,
@@ -107,8 +105,19 @@ def kill(stack: CellStack, cell: str) -> None:
     process = stack.clusters[cell]._processes.get("postgres")
     assert process
     os.killpg(process.pid, signal.SIGKILL)
-    while process.is_running():
-        time.sleep(0.01)
+    os.waitpid(process.pid, 0)  # until then it seems to run to who looks at postmaster.pid
+
+
+@contextlib.contextmanager
+def killed(stack: CellStack, databases: dict[str, Database], cell: str) -> Iterator[None]:
+    """Have a cell be away."""
+    kill(stack, cell)
+    try:
+        yield
+    finally:
+        databases[cell].close()
+        databases[cell]._own = None
+        stack.clusters[cell].start()
 
 
 def until(question: Callable[[], bool]) -> None:
@@ -131,20 +140,13 @@ def shared(user: SignedUp, database: Database, count: int = 1) -> list[str]:
 
 
 @contextlib.contextmanager
-def working(stack: CellStack, cell: str) -> Iterator[None]:
-    """Have a worker serve a cell."""
-    cluster = stack.clusters[cell]
-    password = cluster.settings.secret("DARKROOM_WORKER_PASSWORD")
-    with psycopg.connect(cluster.url()) as connection:
-        query = sql.SQL("alter role darkroom_worker password {}")
-        connection.execute(query.format(sql.Literal(password)))
-    worker = StackWorker(cluster.folder, cluster.settings)
-    url = cluster.url("darkroom_worker")
-    worker.start(stack.worker_environment() | {"DATABASE_URL": url})
+def working(stack: CellStack) -> Iterator[None]:
+    """Have one worker serve all cells."""
+    stack.worker.start(stack.worker_environment())
     try:
         yield
     finally:
-        worker.stop()
+        stack.worker.stop()
 
 
 def where(databases: dict[str, Database], user: SignedUp) -> list[str]:
@@ -265,6 +267,18 @@ def test_every_function_of_the_api_has_a_door_like_it(databases):
     assert databases["entry"].execute(ours) == databases["two"].execute(ours)
 
 
+def test_a_door_hands_on_its_arguments_in_their_order_whatever_the_planner_knows(databases):
+    two = databases["two"]
+    two.execute("analyze pg_catalog.pg_proc, pg_catalog.pg_depend")  # it sorts, then
+
+    assert [] == two.execute(
+        "select f.name, f.names, p.proargnames from cells.list_functions() as f"
+        " inner join pg_proc as p on p.proname = f.name"
+        " and p.pronamespace = 'public'::regnamespace"
+        " where f.names <> coalesce(p.proargnames, '{}')"
+    )
+
+
 def test_a_function_that_has_no_route_is_refused(databases):
     two, entry = databases["two"], databases["entry"]
     two.execute("create function public.is_new() returns json language sql return '1'::json")
@@ -281,8 +295,7 @@ def test_a_cell_that_is_away_concerns_its_users_only_and_is_back_by_itself(
 ):
     away, here = users["two"], users["home"]
     job_id = away.enqueued()
-    kill(cells, "two")
-    try:
+    with killed(cells, databases, "two"):
         began = time.monotonic()
         refused = [away.enqueue(), away.get_job_status(job_id, "GET"), away.rpc("get_entitlement")]
 
@@ -298,25 +311,58 @@ def test_a_cell_that_is_away_concerns_its_users_only_and_is_back_by_itself(
         assert (health["status"], health["cells_away"]) == ("critical", ["two"])
         assert answer(anybody.rpc("list_public_images"))["images"] == []
         assert refusal(operator.rpc("pause_model", model=PREVIEW)) == UNAVAILABLE
-    finally:
-        databases["two"].close()
-        databases["two"]._own = None
-        cells.clusters["two"].start()
     assert answer(away.get_job_status(job_id))["status"] == "queued"
     assert answer(operator.rpc("resume_model", model=PREVIEW))["state"] == "closed"
     assert away.enqueued()
     assert "cells_away" not in answer(operator.rpc("queue_health"))
 
 
+def test_a_cell_that_is_killed_under_load_fails_none_of_the_others_calls(
+    cells, users, databases, operator
+):
+    told, ending = {cell: Counter[int]() for cell in CELLS}, threading.Event()
+    limits = "update private.plans set max_active = {0}, max_per_minute = {0} where name = 'free'"
+    databases["home"].execute(limits.format(100000))
+    for user in users.values():
+        given = {"user_id": user.id, "kind": "grant", "external_id": user.id}
+        answer(operator.rpc("grant_credits", **given, amount=10000))
+    arrived = "select max_active > 9 from private.plans where name = 'free'"
+    until(lambda: databases["two"].value(arrived))
+
+    def ask(cell: str) -> None:
+        while not ending.is_set():
+            told[cell][users[cell].enqueue().status_code] += 1
+
+    threads = [threading.Thread(target=ask, args=[cell]) for cell in CELLS for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(3):
+        now = told["home"][200]
+        until(lambda now=now: told["home"][200] > now + 50)
+        with killed(cells, databases, "two"):
+            failed = told["two"][503]
+            until(lambda failed=failed: told["two"][503] > failed)
+    ending.set()
+    for thread in threads:
+        thread.join()
+
+    assert told["home"].keys() == {200} and told["home"][200] > 150
+    assert told["two"].keys() == {200, 503}
+    for cell, user in users.items():
+        jobs = "select count(*) from public.generations where user_id = %s"
+        made = databases[cell].value(jobs, user.id)
+        assert user.credits() == 10010 - made
+        assert 0 <= made - told[cell][200] <= 3 * 2 * (cell == "two"), "done, and not answered"
+        assert_books_balance(databases[cell])
+    databases["home"].execute(
+        "update private.plans set max_active = 3, max_per_minute = 10 where name = 'free'"
+    )
+
+
 def test_who_signs_up_while_the_cell_is_away_is_there_later(cells, sign_up, databases):
-    kill(cells, "two")
-    try:
+    with killed(cells, databases, "two"):
         user = sign_up("two")
         assert refusal(user.rpc("get_entitlement")) == UNAVAILABLE
-    finally:
-        databases["two"].close()
-        databases["two"]._own = None
-        cells.clusters["two"].start()
     assert refusal(user.rpc("get_entitlement")) == UNAVAILABLE, "nobody has told the cell yet"
 
     databases["home"].execute("select private.apply_retention()")
@@ -371,14 +417,14 @@ def test_the_feed_is_one_by_time_in_pages(users, databases, anybody):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_worker_of_each_cell_makes_and_erases_pictures_in_homes_storage(
+def test_one_worker_makes_and_erases_pictures_of_all_cells_in_homes_storage(
     cells, sign_up, databases, anybody, cell
 ):
     user = sign_up(cell)
     name = f"{user.id}/source.png"
     assert user.upload(f"inputs/{name}", png()).status_code == 200
     job_id = user.enqueued(params={"image": name})
-    with working(cells, cell):
+    with working(cells):
         until(lambda: answer(user.get_job_status(job_id))["poll_after_ms"] is None)
         job = answer(user.get_job_status(job_id))
         assert job["status"] == "completed", job["error"]
@@ -393,7 +439,7 @@ def test_a_worker_of_each_cell_makes_and_erases_pictures_in_homes_storage(
     databases["home"].execute("delete from auth.users where id = %s", user.id)
 
     files = "select count(*) from storage.objects where name like %s"
-    with working(cells, cell):  # it erases when it starts, and then each minute
+    with working(cells):  # it erases when it starts, and then each minute
         until(lambda: databases["home"].value(files, f"{user.id}/%") == 0)
 
 
@@ -443,6 +489,228 @@ def test_what_home_says_of_models_and_webhooks_holds_in_every_cell(
     assert databases["two"].value(found, hook["webhook_id"]) == hook["secret"]
     databases["home"].execute(price, 1, PREVIEW)
     answer(operator.rpc("delete_webhook", webhook_id=hook["webhook_id"]))
+
+
+# What all cells may run at a provider and spend, together.
+
+
+@pytest.fixture
+def crowds(sign_up, databases) -> Iterator[dict[str, SignedUp]]:
+    """In each cell a user who may have many jobs, of 1 USD each; limits are divided by the test."""
+    home = databases["home"]
+    home.execute("update cron.job set active = false where jobname = 'darkroom_share_limits'")
+    home.execute("update private.plans set max_active = 999, max_per_minute = 999")
+    home.execute("update public.models set cost_usd = 1, cost_unit = 'image'")
+    arrives(databases, "select bool_and(cost_usd = 1) from public.models")
+    users = {cell: sign_up(cell) for cell in CELLS}
+    for cell, user in users.items():
+        given = "select public.grant_credits(%s, 999, 'grant', %s)"
+        databases[cell].execute(given, user.id, user.id)
+    yield users
+    for user in users.values():
+        home.execute("delete from auth.users where id = %s", user.id)
+    home.execute("delete from private.budgets")
+    home.execute("update private.providers set max_running = null where name = 'preview'")
+    home.execute("update public.models set cost_usd = null, cost_unit = null")
+    home.execute("update private.plans set max_active = 3, max_per_minute = 10")
+    arrives(databases, "select bool_and(cost_usd is null) from public.models")
+    arrives(databases, "select count(*) = 0 from private.budgets")
+
+
+def arrives(databases: dict[str, Database], question: str) -> None:
+    """Wait until home has sent it to the other cell."""
+    until(lambda: databases["two"].value(question))
+
+
+def cap(databases: dict[str, Database], at_once: int) -> None:
+    """Limit the provider, as for the first time: all of it is home's."""
+    databases["two"].execute("update private.providers set part = 0")
+    databases["home"].execute("delete from cells.parts")
+    query = "update private.providers set max_running = %s, part = null where name = 'preview'"
+    databases["home"].execute(query, at_once)
+    arrives(databases, "select max_running > 0 from private.providers where name = 'preview'")
+
+
+def budget(databases: dict[str, Database], limit: int) -> None:
+    databases["home"].execute(
+        "insert into private.budgets (period, limit_usd, on_breach) values ('day', %s, 'pause')",
+        limit,
+    )
+    arrives(databases, "select exists (select from private.budgets)")
+
+
+def parts(databases: dict[str, Database]) -> dict[str, int]:
+    """Divide, and return how many jobs of the provider each cell may have at once."""
+    databases["home"].execute("call cells.share_limits()")
+    query = "select cell, part::integer from cells.parts where name = 'provider preview'"
+    return {row["cell"]: row["part"] for row in databases["home"].execute(query)}
+
+
+def bought(databases: dict[str, Database]) -> dict[str, int]:
+    query = "select (spent_usd + reserved_usd)::integer from private.budget_states"
+    return {cell: databases[cell].value(query) for cell in CELLS}
+
+
+def claimed(databases: dict[str, Database], cell: str) -> int:
+    """Have all claimed that may be, and return how many."""
+    worker = Worker(databases[cell])
+    worker.let_the_next_claim_scan_all()
+    return len(worker.claim_jobs(100))
+
+
+@pytest.mark.parametrize(("limit", "most"), [(cap, 3), (budget, 20)])
+def test_however_limits_are_divided_all_cells_together_never_pass_one(
+    crowds, databases, limit, most
+):
+    limit(databases, most)
+    for user in crowds.values():
+        for _ in range(20):
+            user.enqueued()
+    parts(databases)
+    lock, ending, running, done = threading.Lock(), threading.Event(), Counter(), Counter()
+    seen = [0]
+
+    def work(cell: str) -> None:
+        worker = Worker(databases[cell])
+        while not ending.is_set():
+            jobs = worker.claim_jobs(2)
+            with lock:
+                running[cell] += len(jobs)
+                seen.append(running.total() + (done.total() if limit is budget else 0))
+            time.sleep(0.01)
+            with lock:
+                running[cell] -= len(jobs)
+                done[cell] += len(jobs)
+            for job in jobs:
+                worker.complete_job(job)
+
+    def divide() -> None:
+        with psycopg.connect(databases["home"].url, autocommit=True) as connection:
+            while not ending.is_set():
+                connection.execute("call cells.share_limits()")
+
+    threads = [threading.Thread(target=divide)]
+    threads += [threading.Thread(target=work, args=[cell]) for cell in CELLS for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    until(lambda: done.total() >= (40 if limit is cap else most))
+    time.sleep(0.3 if limit is budget else 0)
+    ending.set()
+    for thread in threads:
+        thread.join()
+
+    assert max(seen) <= most
+    assert len(+done) == 2
+    if limit is budget:
+        assert sum(bought(databases).values()) == most
+
+
+def test_a_part_follows_the_load_and_a_cell_that_is_away_keeps_its_own(cells, crowds, databases):
+    cap(databases, 3)
+    assert databases["home"].value("select cells.next_parts('two', 0.5)") == {}, "nobody has told"
+    waiting = [crowds["home"].enqueued() for _ in range(9)]
+    until(lambda: parts(databases) == {"home": 3, "two": 0})
+    assert claimed(databases, "home") == 3
+    for _ in range(9):
+        crowds["two"].enqueued()
+
+    assert parts(databases) == {"home": 3, "two": 0}, "who runs them still has them"
+    assert claimed(databases, "two") == 0
+    for job_id in waiting:
+        crowds["home"].rpc("cancel_generation", job_id=job_id)
+    databases["home"].execute("delete from private.running_jobs")
+    until(lambda: parts(databases) == {"home": 0, "two": 3})
+    assert claimed(databases, "two") == 3
+
+    address = "host=127.0.0.1 port=1 user=nobody password=none"
+    databases["home"].execute("insert into cells.cells values ('three', %s, 0)", address)
+    assert parts(databases) == {"home": 0, "two": 3}, "who never answered has nothing"
+
+    kill(cells, "two")
+    try:
+        crowds["home"].enqueued()
+        assert refusal(crowds["two"].enqueue()) == UNAVAILABLE
+        for _ in range(3):
+            assert parts(databases) == {"home": 0, "two": 3}
+        assert claimed(databases, "home") == 0
+        databases["home"].execute(
+            "update private.providers set max_running = 5 where name = 'preview'"
+        )
+        assert parts(databases) == {"home": 2, "two": 3}, "what it leaves is for the others"
+        assert claimed(databases, "home") == 1
+    finally:
+        databases["home"].execute("delete from cells.cells where name = 'three'")
+        databases["two"].close()
+        databases["two"]._own = None
+        cells.clusters["two"].start()
+    until(lambda: parts(databases) == {"home": 1, "two": 4})
+
+
+def test_what_a_cell_may_have_is_on_record_before_the_cell_is_told(crowds, databases):
+    cap(databases, 3)
+    for _ in range(9):
+        crowds["two"].enqueued()
+    own = "select part from private.providers where name = 'preview'"
+    record = "select part >= 2 from cells.parts where (cell, name) = ('two', 'provider preview')"
+    with psycopg.connect(databases["two"].url) as holder:
+        holder.execute(own + " for update")
+        thread = threading.Thread(target=parts, args=[databases])
+        thread.start()
+        with psycopg.connect(databases["home"].url, autocommit=True) as home:
+            until(lambda: home.execute(record).fetchone() == (True,))
+        assert databases["two"].value(own) == 0
+    thread.join()
+    assert databases["two"].value(own) >= 2
+
+
+def test_what_a_cell_has_spent_is_gone_and_the_rest_is_spent_where_it_is_asked_for(
+    crowds, databases, operator
+):
+    home = databases["home"]
+    budget(databases, 10)
+    for _ in range(6):
+        crowds["home"].enqueued()
+    assert claimed(databases, "home") == 6, "all of it is home's until it is divided"
+    for _ in range(9):
+        crowds["two"].enqueued()
+        crowds["home"].enqueued()
+    assert claimed(databases, "two") == 0
+
+    for _ in range(9):
+        home.execute("call cells.share_limits()")
+        claimed(databases, "two")
+    assert bought(databases) == {"home": 6, "two": 4}
+    home.execute("update private.budgets set on_breach = 'refuse'")
+    assert refusal(crowds["home"].enqueue()).message == "budget_spent"
+    (told,) = answer(operator.rpc("queue_health"))["budgets"]
+    spent = told["spent_usd"] + told["reserved_usd"]
+    assert (told["limit_usd"], spent, told["used"]) == (10, 10, 1)
+
+    home.execute("update private.budgets set limit_usd = 12")
+    arrives(databases, "select bool_and(limit_usd = 12) from private.budgets")
+    for _ in range(9):
+        home.execute("call cells.share_limits()")
+        claimed(databases, "two")
+    assert bought(databases) == {"home": 6, "two": 6}
+    home.execute("update private.budgets set limit_usd = 0")
+    arrives(databases, "select bool_and(limit_usd = 0) from private.budgets")
+    assert [claimed(databases, cell) for cell in CELLS] == [0, 0]
+
+
+def test_each_cell_is_sent_all_that_operators_set_and_nothing_it_finds_out_itself(databases):
+    unsent = databases["home"].execute(
+        "select c.table_name || '.' || c.column_name as name"
+        " from information_schema.columns as c inner join pg_publication_tables as p"
+        " on (p.schemaname, p.tablename) = (c.table_schema, c.table_name)"
+        " where p.pubname = 'darkroom_catalogue' and c.column_name <> all (p.attnames) order by 1"
+    )
+    assert [row["name"] for row in unsent] == [
+        "budgets.part_usd",
+        "budgets.spent_until",
+        "plans.looked_at",
+        "plans.oldest_ready_at",
+        "providers.part",
+    ]
 
 
 # Moving.

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from database import unchanged
 from http_client import PREVIEW, Client, SignedUp, answer, refusal
+from http_fixtures import database_of
 
 from stack import sign_jwt
 
@@ -140,7 +141,8 @@ def test_users_read_their_own_rows_and_nobody_changes_one(user, stranger, visito
                 for method in ("PATCH", "DELETE"):
                     tried = client.rest(method, f"{table}?{key}", headers=headers, json=change)
                     assert tried.status_code >= 400 or tried.json() == [], table
-            row = stack_db.value(f"select to_json(t) from public.{table} as t limit 1")
+            db = database_of(user, stack_db)
+            row = db.value(f"select to_json(t) from public.{table} as t limit 1")
             if table == "credit_ledger":
                 del row["id"]  # a valid new entry
             upsert = {"Prefer": "resolution=merge-duplicates"}

@@ -13,8 +13,8 @@ import uuid
 import httpx
 import pytest
 from actors import Worker
-from database import Database
 from http_client import answer
+from http_fixtures import database_of
 
 from pictures import Pictures
 from worker import Settings, Storage
@@ -132,9 +132,10 @@ def test_whatever_a_source_is_named_the_worker_downloads_it_and_its_address_open
 
 
 @pytest.mark.parametrize("end", ["unshared", "deleted"])
-def test_a_shared_image_is_everybodys_to_see_until_it_is_no_longer(user, operator, stack, end):
-    stack_db = Database(stack.database_url, "postgres")
-    job_id, worker = user.enqueued(), Worker(stack_db)
+def test_a_shared_image_is_everybodys_to_see_until_it_is_no_longer(
+    user, operator, stack, stack_db, end
+):
+    job_id, worker = user.enqueued(), Worker(database_of(user, stack_db))
     (job,) = [each for each in worker.claim_jobs(100) if each.id == job_id]
     worker.complete_job(job)
     worker.unregister_worker()
@@ -150,4 +151,3 @@ def test_a_shared_image_is_everybodys_to_see_until_it_is_no_longer(user, operato
 
     assert guest.download(path).status_code == 400
     assert user.download(path).content == PNG
-    stack_db.close()

@@ -53,6 +53,18 @@ def test_what_comes_back_wakes_a_sleeper(db, alice, service, worker):
         assert sleeper.wake_ups() == [""]
 
 
+def test_who_is_woken_without_a_free_slot_has_another_woken_while_a_job_is_ready(alice, sleepers):
+    alice.enqueue()
+    (first,) = [each for each in sleepers if each.wake_ups()]
+
+    assert first.claim_jobs(0) == []
+    assert sum(woken(sleepers)) == 1 and first.wake_ups() == []
+    alice.cancel_generation(alice.list_active_jobs()[0]["job_id"])
+    first.claim_jobs(0)
+
+    assert sum(woken(sleepers)) == 0
+
+
 def test_what_is_rolled_back_or_refused_wakes_nobody(alice, sleepers):
     with alice.connection.transaction(force_rollback=True):
         alice.enqueue()

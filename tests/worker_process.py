@@ -158,13 +158,13 @@ class Workers:
         query = "select asleep from private.workers where id = %s"
         eventually(lambda: self.db.value(query, process.worker_id), within)
 
-    def until_silent(self) -> None:
+    def until_silent(self, db: Database | None = None) -> None:
         """Wait until no worker has asked the database anything for longer than its second look."""
         query = (
             "select count(*) > 0 and bool_and(now() - state_change > interval '0.25 seconds')"
             f" {CONNECTIONS}"
         )
-        eventually(lambda: self.db.value(query))
+        eventually(lambda: (db or self.db).value(query))
 
     def until_disconnected(self) -> None:
         """Wait until no worker has a connection: whatever killed ones had begun is over."""

@@ -1,152 +1,76 @@
-"""What the entry costs: calls direct to a cell and through the entry, in turn, in one run.
+"""Calculate what 1, 2, 4 and 8 cells carry on machines of their own, from what the bench measured.
 
-    python tests/bench/cells.py [rounds] [calls]      # with the stack of scripts/cells.py up
+    python tests/bench/cells.py [results.json]
 
-Each call is a transaction as PostgREST makes it: role and claims, then the function. CPU is that of
-the server processes, from /proc, so what the entry does and what the cells do are told apart.
+Nothing is measured here. The CPU that a call takes of PostgREST, of the entry and of a cell is that
+of the bench's part "cells"; a machine is busy to BUSY of its cores. The feed asks every cell, so
+each page of it costs the entry and all cells the more, the more there are.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import math
 import statistics
 import sys
-import threading
-import time
-import uuid
 from pathlib import Path
-from typing import Any
 
-import psycopg
-
-PROJECT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(PROJECT / "scripts"))
-from cells import CellStack  # noqa: E402
-
-ENQUEUE = "select public.enqueue_generation(model => 'darkroom/preview', prompt => 'a harbour')"
-STATUS = "select public.get_job_status(%s)"
-PREPARE = (
-    "select set_config('role', 'authenticated', true), set_config('request.method', 'POST', true),"
-    " set_config('request.jwt.claims', %s, true)"
-)
-
-
-class Caller:
-    def __init__(self, url: str, user_id: str) -> None:
-        self.connection = psycopg.connect(url)
-        self.claims = json.dumps({"sub": user_id, "role": "authenticated"})
-        self.job_id = ""
-
-    def call(self, query: str, *arguments: Any) -> Any:
-        with self.connection.transaction():
-            self.connection.execute(PREPARE, [self.claims])
-            return self.connection.execute(query, arguments).fetchone()[0]
-
-    def timed(self, query: str, calls: int, *arguments: Any) -> list[float]:
-        times = []
-        for _ in range(calls):
-            began = time.perf_counter()
-            self.call(query, *arguments)
-            times.append((time.perf_counter() - began) * 1000)
-        return times
-
-
-def cpu(stack: CellStack, name: str) -> float:
-    """Seconds of CPU that a cluster's processes have used, those that ended included."""
-    parent = stack.clusters[name]._processes.get("postgres").pid
-    total = 0
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(stat.parent.name) == parent:
-            total += sum(map(int, fields[11:15]))
-        elif int(fields[1]) == parent:
-            total += sum(map(int, fields[11:13]))
-    return total / os.sysconf("SC_CLK_TCK")
+# What an app asks for each picture.
+CALLS = {"enqueue_generation": 1, "get_job_status": 3, "list_generations": 1}
+FEED = "list_public_images"
+# In enqueues (docs/scale.md): a worker's calls for a picture; for each subscription, what home has
+# to do to send its WAL.
+WORK, SENDING = 0.3, 0.15
+CORES, BUSY = 8, 0.5
+POOL = 10  # connections of a PostgREST, so of an entry to each cell: PGRST_DB_POOL
+DIRECT, ENTRY = "direct to home", "entry, user of two"
 
 
 def main() -> None:
-    rounds, calls = (int(word) for word in (*sys.argv[1:], "7", "300")[:2])
-    stack = CellStack(os.environ.get("DARKROOM_STATE", PROJECT / ".local-cells"))
-    home = psycopg.connect(stack.database_url, autocommit=True)
-    home.execute("update private.plans set max_active = 1e9, max_per_minute = 1e9")
-    users = {}
-    for cell in ("home", "two"):
-        home.execute("update cells.cells set weight = (name = %s)::integer", [cell])
-        users[cell] = [str(uuid.uuid4()) for _ in range(8)]
-        for user in users[cell]:
-            home.execute(
-                "insert into auth.users (id, email) values (%s, %s)",
-                [user, f"{user}@x.y"],
+    """Print a table for an app that asks for the feed as often as for pictures, and for one that
+    does not ask, or has a cache before it.
+    """
+    file = Path(*sys.argv[1:] or [Path(__file__).with_name("results.json")])
+    measured = json.loads(file.read_text())["cells"]["cells"]
+
+    def cpu(call: str, way: str, *parties: str) -> float:
+        """Return the milliseconds that a call takes."""
+        names = {(f"{call}, 8 connections", way, f"CPU ms, {party}") for party in parties}
+        found = [each for each in measured if (each[0], each[1], each[3]) in names]
+        rounds = {each[2] for each in found}
+        return statistics.median(sum(e[4] for e in found if e[2] == n) for n in rounds)
+
+    def in_all(way: str, *parties: str) -> float:
+        return sum(times * cpu(call, way, *parties) for call, times in CALLS.items())
+
+    enqueue = cpu("enqueue_generation", DIRECT, "cells")
+    capacity = 1000 * CORES * BUSY
+    for feeds in (1, 0):
+        print(f"\nPages of the feed for each picture: {feeds}\n")
+        print(
+            "| cells | pictures/s | of one | machines with PostgREST and entry |"
+            " ms of a cell, of entry and PostgREST, a picture | connections of a cell |\n"
+            "| ---: | ---: | ---: | ---: | ---: | ---: |"
+        )
+        alone = 0.0
+        for count in (0, 1, 2, 4, 8):
+            way = ENTRY if count else DIRECT
+            pages = feeds * max(count, 1)  # of its own users and of all others
+            cell = in_all(way, "cells") + WORK * enqueue + pages * cpu(FEED, DIRECT, "cells")
+            before = in_all(way, "PostgREST", "entry")
+            before += feeds * cpu(FEED, way, "PostgREST", "entry")
+            if count:  # it was measured with two
+                before += feeds * (count - 2) * cpu("ping", ENTRY, "entry")
+            entries = 0
+            for _ in range(9):  # each entry is a subscriber, too
+                sending = (count - 1 + entries) * SENDING * enqueue if count else 0
+                rate = max(count - 1, 0) * capacity / cell + capacity / (cell + sending)
+                entries = math.ceil(rate * before / capacity)
+            alone = alone or rate
+            print(
+                f"| {count or 'none'} | {rate:,.0f} | {rate / alone:.1f} | {entries} |"
+                f" {cell:.2f}, {before:.2f} | {POOL * entries} |"
             )
-    home.execute("update cells.cells set weight = 1")
-    time.sleep(1)
-    for cell in ("home", "two"):
-        with psycopg.connect(stack.url_of(cell), autocommit=True) as db:
-            for user in users[cell]:
-                db.execute("select public.grant_credits(%s, 10000000, 'grant', %s)", [user, user])
-    ways = {
-        "direct, home": ("home", "home"),
-        "direct, two": ("two", "two"),
-        "entry, home": ("entry", "home"),
-        "entry, two": ("entry", "two"),
-    }
-    callers = {way: Caller(stack.url_of(at), users[cell][0]) for way, (at, cell) in ways.items()}
-    times: dict[tuple[str, str], list[float]] = {}
-    for number in range(rounds + 1):
-        for way, caller in callers.items():
-            caller.job_id = caller.call(ENQUEUE)["job_id"]
-            for what, query, arguments in (
-                ("enqueue", ENQUEUE, []),
-                ("status", STATUS, [caller.job_id]),
-                ("ping", "select public.ping()", []),
-            ):
-                took = caller.timed(query, calls, *arguments)
-                if number:  # the first is to warm up
-                    times.setdefault((what, way), []).extend(took)
-    print(f"p50 ms (p95) of {rounds} x {calls} calls, one after the other")
-    for (what, way), took in sorted(times.items()):
-        p95 = statistics.quantiles(took, n=20)[-1]
-        print(f"  {what:8} {way:14} {statistics.median(took):6.2f} ({p95:.2f})")
-    saturate(stack, users, ways, seconds=4)
-
-
-def saturate(
-    stack: CellStack, users: dict[str, list[str]], ways: dict[str, tuple[str, str]], seconds: float
-) -> None:
-    """Eight clients at once, half of them of each cell: calls a second, and whose CPU it was."""
-    print("8 clients at once, enqueue: calls/s, and ms of CPU for each call")
-    for _ in range(3):
-        for way in ("direct", "entry"):
-            names = ("home", "two", "entry")
-            before = {name: cpu(stack, name) for name in names}
-            counts: list[int] = []
-            end = time.monotonic() + seconds
-
-            def run(way: str, cell: str, user: str, end: float, counts: list[int]) -> None:
-                caller = Caller(stack.url_of(cell if way == "direct" else "entry"), user)
-                done = 0
-                while time.monotonic() < end:
-                    caller.call(ENQUEUE)
-                    done += 1
-                counts.append(done)
-
-            threads = [
-                threading.Thread(target=run, args=(way, cell, users[cell][n], end, counts))
-                for cell in ("home", "two")
-                for n in range(4)
-            ]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            total = sum(counts)
-            used = {n: 1000 * (cpu(stack, n) - before[n]) / total for n in names}
-            said = ", ".join(f"{name} {ms:.2f}" for name, ms in used.items())
-            print(f"  {way:8} {total / seconds:7.0f}   {said}")
 
 
 if __name__ == "__main__":

@@ -44,6 +44,8 @@ class Accepted:
     canceled: set[str] = field(default_factory=set)  # jobs whose user asked for that
     refused: list[str] = field(default_factory=list)  # answers that should not have come
     paid: list[str] = field(default_factory=list)  # purchases that a store has told of
+    # Users whom the backend failed for the moment: in what call, from when to when.
+    failed: list[tuple[str, dict[str, Any], float, float]] = field(default_factory=list)
 
 
 def sign_up(world: World, number: int) -> SignedUp:
@@ -113,14 +115,22 @@ class Clients:
         if chance.random() < PAYMENTS:
             self._pay(user, f"{key}-paid", chance)
         request = {"model": model, "prompt": f"{MARK} {key}", "params": params}
+        call, keys = "enqueue_generation", [key]
+        if number % 10 == 9:
+            call, keys = "enqueue_batch", [f"{key}/{place}" for place in range(3)]
+            request["prompts"] = [f"{MARK} {each}" for each in keys]
+            del request["prompt"]
         for _ in range(2 if chance.random() < REPEATS else 1):
-            job_id = self._insist(user, "enqueue_generation", **request, idempotency_key=key)
-            if job_id and self.accepted.jobs.setdefault(key, job_id) != job_id:
-                self.accepted.doubled.append(key)
-        if job_id and chance.random() < CANCELS:
+            told = self._insist(user, call, **request, idempotency_key=key)
+            job_ids = told.get("job_ids") or [told["job_id"]] if told else []
+            for each, job_id in zip(keys, job_ids, strict=bool(told)):
+                if self.accepted.jobs.setdefault(each, job_id) != job_id:
+                    self.accepted.doubled.append(each)
+        if told and chance.random() < CANCELS:
             time.sleep(chance.random())
-            self.accepted.canceled.add(job_id)
-            self._insist(user, "cancel_generation", job_id=job_id)
+            self.accepted.canceled.update(job_ids)
+            named = {name: told[name] for name in ("batch_id", "job_id") if name in told}
+            self._insist(user, "cancel_batch" if len(keys) > 1 else "cancel_generation", **named)
 
     def _pay(self, user: SignedUp, name: str, chance: random.Random) -> None:
         """Have a store tell of a period that is over soon, and perhaps that it was refunded."""
@@ -134,20 +144,25 @@ class Clients:
             self._insist(self.operator, "apply_billing_event", provider="revenuecat", event=event)
         self.accepted.paid.append(name)
 
-    def _insist(self, user: Client, function: str, **arguments: Any) -> str | None:
-        """Call until there is an answer that says what became of it; return the job's id."""
+    def _insist(self, user: Client, function: str, **arguments: Any) -> dict[str, Any] | None:
+        """Call until there is an answer that says what became of it; return it."""
         deadline = time.monotonic() + GIVE_UP_SECONDS
-        while time.monotonic() < deadline:
+        while (began := time.monotonic()) < deadline:
+            said = "no answer"
             with contextlib.suppress(httpx.TransportError):
                 response = user.rpc(function, **arguments)
                 if response.status_code == 200:
-                    return str(response.json().get("job_id"))
+                    return dict(response.json())
                 if response.status_code == 409 and "already_finished" in response.text:
                     return None  # too late to cancel
+                said = f"{response.status_code} {response.text[:300]}"
                 is_passing = any(each in response.text for each in PASSING)
                 if response.status_code < 500 and response.status_code != 429 and not is_passing:
                     self.accepted.refused.append(f"{function}: {response.text[:300]}")
                     return None
+            if isinstance(user, SignedUp):
+                told = arguments | {"function": function, "said": said}
+                self.accepted.failed.append((user.id, told, began, time.monotonic()))
             time.sleep(0.2)
         self.accepted.refused.append(f"{function}: no answer for {GIVE_UP_SECONDS:g} s")
         return None

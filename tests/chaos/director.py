@@ -18,7 +18,7 @@ import httpx
 from chaos.clients import Clients
 from chaos.faults import KINDS, Fault, plan
 from chaos.invariants import Evidence, judge
-from chaos.world import Fleet, World
+from chaos.world import MARK, Fleet, World
 from worker_process import eventually
 
 BACKLOG = 60  # live jobs, above which clients wait
@@ -77,6 +77,7 @@ class Outcome:
     recoveries: list[tuple[str, float]]  # kind of fault, from its end to the next completed job
     seconds: float
     restarts: int  # of workers that ended by themselves
+    done: dict[str, int]  # what else is worth telling
 
 
 class Director:
@@ -96,7 +97,7 @@ class Director:
             self._strike(clients, plan(self.seed, self.scenario.kinds, faults))
             drain = []
             try:
-                eventually(lambda: self.world.db.value(LIVE) == 0, within=DRAIN_SECONDS)
+                eventually(lambda: self._live() == 0, within=DRAIN_SECONDS)
             except AssertionError:
                 drain = [f"jobs are live after {DRAIN_SECONDS:g} s"]
             self._sweep(fleet)
@@ -111,11 +112,17 @@ class Director:
                 self.begun,
                 len(clients.accepted.jobs),
                 dict(Counter(row["status"] for row in evidence.generations())),
-                judge(evidence) | {"drain": drain, "faults": self.errors, "logs": logs},
+                judge(evidence)
+                | self.world.judge(clients.accepted)
+                | {"drain": drain, "faults": self.errors, "logs": logs},
                 self._recoveries(),
                 time.monotonic() - began,
                 fleet.restarts,
+                dict(self.world.done),
             )
+
+    def _live(self) -> int:
+        return sum(row["count"] for row in self.world.all.execute(LIVE))
 
     def _strike(self, clients: Clients, faults: list[Fault]) -> None:
         """Have all jobs sent and all faults strike, side by side."""
@@ -147,7 +154,7 @@ class Director:
             each.start()
         said = 0.0
         while any(lane.is_alive() for lane in lanes) or not clients.is_done():
-            self.live = self.world.db.value(LIVE)
+            self.live = self._live()
             if time.monotonic() - said > 10:
                 sent = f"{clients.sent} of {clients.count} jobs sent, {self.live} live"
                 self.say(f"  {self.scenario.title}: {sent}, {self.begun} faults")
@@ -155,16 +162,18 @@ class Director:
             time.sleep(0.1)
 
     def _sweep(self, fleet: Fleet) -> None:
-        """Stop the workers, let a day pass for the files, have one worker erase what is left."""
-        db = self.world.db
+        """Stop the workers, let a day pass for the files, have workers erase what is left."""
         fleet.stop_all()
         for column in ("created_at", "updated_at"):
-            db.execute(f"update storage.objects set {column} = {column} - interval '2 days'")
-        db.execute("update private.retention_walks set place = default")
-        db.execute("select private.apply_retention(1000000)")
-        sweeper = fleet.launch()
-        eventually(lambda: db.value("select count(*) from private.expired_files") == 0, within=120)
-        sweeper.stop(within=60)
+            old = f"update storage.objects set {column} = {column} - interval '2 days'"
+            self.world.db.execute(old)
+        self.world.all.execute("update private.retention_walks set place = default")
+        self.world.all.execute("select private.apply_retention(1000000)")
+        sweepers = [fleet.launch(**fleet.serving(n)) for n, _ in enumerate(self.world.all.each)]
+        expired = "select path from private.expired_files"
+        eventually(lambda: self.world.all.execute(expired) == [], within=120)
+        for sweeper in sweepers:
+            sweeper.stop(within=60)
 
     def _evidence(self, clients: Clients) -> Evidence:
         stack = self.world.stack
@@ -175,15 +184,15 @@ class Director:
             response = httpx.get(url, headers=headers)
             return response.content if response.is_success else None
 
-        prefix = f"chaos-{self.seed}-"
-        return Evidence(self.world.db, clients.accepted, self.world.provider, stored, prefix)
+        prefix = f"{MARK} chaos-{self.seed}-"
+        return Evidence(self.world.all, clients.accepted, self.world.provider, stored, prefix)
 
     def _recoveries(self) -> list[tuple[str, float]]:
         """How long after the end of each fault the next job was completed."""
         query = (
             "select extract(epoch from finished_at)::float8 as at from public.generations"
-            " where status = 'completed' order by finished_at"
+            " where status = 'completed'"
         )
-        times = [row["at"] for row in self.world.db.execute(query)]
+        times = sorted(row["at"] for row in self.world.all.execute(query))
         places = [(kind, at, bisect_right(times, at)) for kind, at in self.healed]
         return [(kind, times[place] - at) for kind, at, place in places if place < len(times)]

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from chaos.clients import Accepted
-from chaos.world import PERIOD_CREDITS
-from database import BOOKS, Database
+from chaos.world import MARK, PERIOD_CREDITS, Databases
+from database import BOOKS
 from fake_replicate import FakeReplicate
 
-OF_SCENARIO = "g.idempotency_key like %s || '%%'"
+OF_SCENARIO = "g.prompt like %s || '%%'"
 ENDS = ("completed", "failed", "canceled")
 
 
@@ -23,15 +23,15 @@ ENDS = ("completed", "failed", "canceled")
 class Evidence:
     """What the rules are held against: one scenario's jobs, and all around them."""
 
-    db: Database
+    db: Databases
     accepted: Accepted
     provider: FakeReplicate
     stored: Callable[[str], bytes | None]  # a file of the bucket, by its path
-    key_prefix: str  # of the scenario's idempotency keys
+    prefix: str  # of the scenario's prompts
 
     def generations(self) -> list[dict[str, Any]]:
         query = f"select g.* from public.generations as g where {OF_SCENARIO}"
-        return self.db.execute(query, self.key_prefix)
+        return self.db.execute(query, self.prefix)
 
     def of_generations(self, table: str) -> list[dict[str, Any]]:
         """The rows of a table that belong to them."""
@@ -39,7 +39,7 @@ class Evidence:
             f"select t.* from {table} as t inner join public.generations as g"
             f" on g.id = t.generation_id where {OF_SCENARIO} order by t.ctid"
         )
-        return self.db.execute(query, self.key_prefix)
+        return self.db.execute(query, self.prefix)
 
 
 def lost(seen: Evidence) -> list[str]:
@@ -56,7 +56,7 @@ def lost(seen: Evidence) -> list[str]:
 
 def doubled(seen: Evidence) -> list[str]:
     """A request made one job, however often it was sent; a job ended once."""
-    keys = Counter(row["idempotency_key"] for row in seen.generations())
+    keys = Counter(row["prompt"].removeprefix(f"{MARK} ") for row in seen.generations())
     found = [f"{key}: {count} generations" for key, count in keys.items() if count > 1]
     found += [f"{key}: nobody was told of it" for key in keys if key not in seen.accepted.jobs]
     found += [f"{key}: answered with two jobs" for key in seen.accepted.doubled]
@@ -85,11 +85,9 @@ def files_missing(seen: Evidence) -> list[str]:
 
 def files_left(seen: Evidence) -> list[str]:
     """After the sweep no file is in Storage that no image speaks of."""
-    query = (
-        "select name from storage.objects as o where bucket_id = 'generations' and not exists ("
-        "select from public.images as i where o.name in (i.storage_path, i.preview_path))"
-    )
-    return [row["name"] for row in seen.db.execute(query)]
+    files = seen.db.execute("select name from storage.objects where bucket_id = 'generations'")
+    images = seen.db.execute("select storage_path, preview_path from public.images")
+    return sorted({row["name"] for row in files} - {p for row in images for p in row.values()})
 
 
 def wrongly_bought(seen: Evidence) -> list[str]:
@@ -124,31 +122,28 @@ def wrongly_booked(seen: Evidence) -> list[str]:
     """Nothing is reserved any more, and what attempts cost is spent: at least what is known, and at
     most what each might have cost.
     """
-    query = """
-    select b.spent_usd, b.reserved_usd, sum(a.cost_usd) as known,
-      sum(coalesce(a.cost_usd, 0.01 * g.image_count)) as most
-    from private.budget_states as b
-    cross join private.attempts as a inner join public.generations as g on g.id = a.generation_id
-    group by 1, 2
+    costs = """
+    select a.cost_usd as known, coalesce(a.cost_usd, 0.01 * g.image_count) as most
+    from private.attempts as a inner join public.generations as g on g.id = a.generation_id
     """
-    return [
-        f"{row}"
-        for row in seen.db.execute(query)
-        if row["reserved_usd"] or not (row["known"] or 0) <= row["spent_usd"] <= row["most"]
-    ]
+    attempts = seen.db.execute(costs)
+    states = seen.db.execute("select spent_usd, reserved_usd from private.budget_states")
+    known, most = (sum(row[name] or 0 for row in attempts) for name in ("known", "most"))
+    spent, reserved = (sum(row[name] for row in states) for name in ("spent_usd", "reserved_usd"))
+    is_right = reserved == 0 and known <= spent <= most
+    return [] if is_right else [f"spent {spent} of {known} to {most}, reserved {reserved}"]
 
 
 def wrongly_paid(seen: Evidence) -> list[str]:
     """What was paid for is granted once, however often and in whatever order stores tell of it."""
-    query = """
-    select p.name, sum(l.amount - l.debt) as given
-    from unnest(%s::text[]) as p (name)
-    left join public.credit_ledger as l
-      on l.kind = 'grant' and strpos(l.external_id, p.name) > 0
-    group by p.name
-    """
-    rows = seen.db.execute(query, seen.accepted.paid)
-    return [f"{row}" for row in rows if row["given"] != PERIOD_CREDITS]
+    grants = seen.db.execute(
+        "select external_id, amount - debt as given from public.credit_ledger where kind = 'grant'"
+    )
+    given = {
+        name: sum(row["given"] for row in grants if name in (row["external_id"] or ""))
+        for name in seen.accepted.paid
+    }
+    return [f"{name}: {credits}" for name, credits in given.items() if credits != PERIOD_CREDITS]
 
 
 RULES = {

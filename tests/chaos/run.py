@@ -3,15 +3,16 @@
     python tests/chaos/run.py [--jobs 5000] [--faults 500] [--seed 1] [--rounds 1] [--only REGEX]
                               [--workers 4] [--out FOLDER]
 
-60 % of the jobs and faults go to "all at once", the rest to the scenarios of one kind each. The
-results go to RESULTS.md, here or in the folder named by --out; a run of some scenarios writes
-nothing unless told where. Exit code 1: a rule was broken; the seed of that scenario, given with
---seed and --only, makes the same faults again.
+60 % of the jobs and faults go to "all at once", the rest to the scenarios of one kind each, and a
+tenth as many again to the cells. The results go to RESULTS.md, here or in the folder named by
+--out; a run of some scenarios writes nothing unless told where. Exit code 1: a rule was broken; the
+seed of that scenario, given with --seed and --only, makes the same faults again.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import re
 import signal
@@ -25,6 +26,7 @@ CHAOS = Path(__file__).resolve().parent
 PROJECT = CHAOS.parents[1]
 sys.path[:0] = [str(PROJECT / "tests"), str(PROJECT / "scripts"), str(PROJECT)]
 
+from chaos.cells import CELLS_KILLED, CellWorld  # noqa: E402
 from chaos.clients import Clients  # noqa: E402
 from chaos.director import EVERYTHING, SCENARIOS, Director, Outcome  # noqa: E402
 from chaos.faults import restarted  # noqa: E402
@@ -46,8 +48,8 @@ command under the tables; `ONLY` and `SEED` make its faults again.
 """
 # Each column of the first table counts what breaks these rules.
 BROKEN = {
-    "lost": ("lost", "drain", "faults", "logs"),
-    "doubled": ("doubled",),
+    "lost": ("lost", "drain", "faults", "logs", "hurt by another"),
+    "doubled": ("doubled", "lives elsewhere"),
     "wrongly charged": ("wrongly charged", "wrongly booked", "wrongly paid"),
     "files, purchases": ("image without file", "file without image", "wrongly bought"),
 }
@@ -160,7 +162,7 @@ def table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> Iterator[
 def summary(title: str, outcomes: list[Outcome]) -> list[object]:
     """A row of the first table."""
     broken = [
-        sum(len(each.violations[rule]) for each in outcomes for rule in rules)
+        sum(len(each.violations.get(rule, [])) for each in outcomes for rule in rules)
         for rules in BROKEN.values()
     ]
     faults, jobs = sum(each.faults for each in outcomes), sum(each.jobs for each in outcomes)
@@ -184,6 +186,10 @@ def report(outcomes: list[Outcome], measured: dict[str, list[float]], command: s
             p50, most = statistics.median(times), max(times)
             many = f"p50 {p50:.1f} s, max {most:.1f} s of {len(times)}"
             lines.append(f"- {title}: {many} (promised: under {promised} s).")
+    for each in outcomes:
+        if each.done:
+            counted = ", ".join(f"{what} {count}" for what, count in sorted(each.done.items()))
+            lines.append(f"- {each.scenario}: {counted}.")
     lines += ["", "## How the jobs ended", ""]
     counts = [
         [title, *(sum(each.statuses.get(end, 0) for each in group) for end in ENDS)]
@@ -199,6 +205,19 @@ def report(outcomes: list[Outcome], measured: dict[str, list[float]], command: s
     ]
     lines += [*table(["fault", "how often", "p50", "max"], by_kind), "", "## Commands", ""]
     return HEAD + "\n".join([*lines, f"- `{command}`"]) + "\n"
+
+
+def told(outcome: Outcome) -> bool:
+    """Show what came of a run; say whether no rule was broken."""
+    ends = f"{outcome.statuses}, {outcome.seconds:.0f} s, {outcome.restarts} restarts"
+    say(f"{outcome.scenario}, seed {outcome.seed}: {outcome.faults} faults, {ends}")
+    for what, count in outcome.done.items():
+        say(f"  {what}: {count} times")
+    broken = {rule: found for rule, found in outcome.violations.items() if found}
+    for rule, found in broken.items():
+        for each in found[:20]:
+            say(f"  BROKEN {rule}: {each}")
+    return not broken
 
 
 def main() -> int:
@@ -223,24 +242,22 @@ def main() -> int:
         if is_wanted(measure.__name__.replace("_", " ")):
             measured[title] = measure()
             is_good = is_good and max(measured[title]) < promised
-    with World() as world:
-        world.shorten()
-        for number, scenario in enumerate([*SCENARIOS, EVERYTHING]):
-            part, pieces = (0.6, 4) if scenario is EVERYTHING else (0.4 / len(SCENARIOS), 1)
-            for piece in range(given.rounds * pieces if is_wanted(scenario.title) else 0):
-                seed = given.seed * 10_000 + number * 100 + piece
-                jobs, faults = (
-                    math.ceil(total * part / pieces / given.rounds)
-                    for total in (given.jobs, given.faults)
-                )
-                outcome = Director(world, scenario, seed, say).run(jobs, faults, given.workers)
-                outcomes.append(outcome)
-                ends = f"{outcome.statuses}, {outcome.seconds:.0f} s, {outcome.restarts} restarts"
-                say(f"{scenario.title}, seed {seed}: {outcome.faults} faults, {ends}")
-                for rule, found in outcome.violations.items():
-                    is_good = is_good and not found
-                    for each in found[:20]:
-                        say(f"  BROKEN {rule}: {each}")
+    plans = [(World, scenario, 0.4 / len(SCENARIOS), 1) for scenario in SCENARIOS]
+    plans += [(World, EVERYTHING, 0.6, 4), (CellWorld, CELLS_KILLED, 0.1, 1)]
+    wanted = [(*each, number) for number, each in enumerate(plans) if is_wanted(each[1].title)]
+    for kind, group in itertools.groupby(wanted, key=lambda each: each[0]):
+        with kind() as world:
+            world.shorten()
+            for _, scenario, part, pieces, number in group:
+                for piece in range(given.rounds * pieces):
+                    seed = given.seed * 10_000 + number * 100 + piece
+                    jobs, faults = (
+                        math.ceil(total * part / pieces / given.rounds)
+                        for total in (given.jobs, given.faults)
+                    )
+                    outcome = Director(world, scenario, seed, say).run(jobs, faults, given.workers)
+                    outcomes.append(outcome)
+                    is_good = told(outcome) and is_good
     text = report(outcomes, measured, command)
     print(text)
     if folder := given.out or (None if given.only else CHAOS):

@@ -14,9 +14,10 @@ import random
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 import httpx
@@ -168,7 +169,11 @@ class Fleet(Workers):
     def _launch(self, number: int) -> WorkerProcess:
         """Start the worker of a slot; the clock of the first can be moved."""
         clock = {"PYTHONPATH": CLOCK, "CHAOS_CLOCK": self.clock} if number == 0 else {}
-        return self.launch(**clock)
+        return self.launch(**clock, **self.serving(number))
+
+    def serving(self, number: int) -> dict[str, str]:
+        """Return what a worker is told beside what all are."""
+        return {}
 
     @contextlib.contextmanager
     def held(self, number: int) -> Iterator[WorkerProcess]:
@@ -208,11 +213,22 @@ class Fleet(Workers):
         return keys | self.extra_secrets
 
 
+class Databases:
+    """What all of them have: the rows of one after the other."""
+
+    def __init__(self, *each: Database) -> None:
+        self.each = each
+
+    def execute(self, query: str, *arguments: Any) -> list[dict[str, Any]]:
+        return [row for db in self.each for row in db.execute(query, *arguments)]
+
+
 class World:
     """A stack in a temporary folder, with proxies in front of it; all of it is gone afterwards."""
 
     provider: Provider
     fleet: Fleet
+    fleet_of = Fleet
 
     def __init__(self, *, fsync: bool = True) -> None:
         self._ending = contextlib.ExitStack()
@@ -220,18 +236,24 @@ class World:
         self.folder = Path(folder)
         self.folder.chmod(0o711)  # PostgreSQL's user passes through
         (self.folder / "stack").mkdir()
-        self.stack = Stack(self.folder / "stack", fsync=fsync)
-        self.stack.cluster.tuning = {"max_connections": "80"}
+        self.stack = self.make_stack(fsync)
+        self.done = Counter[str]()  # of faults, what else is worth telling
         self._gateway_lock = threading.RLock()
         self._closing = threading.Event()
         self.users: list[SignedUp] = []
 
-    def __enter__(self) -> World:
+    def make_stack(self, fsync: bool) -> Stack:
+        stack = Stack(self.folder / "stack", fsync=fsync)
+        stack.cluster.tuning = {"max_connections": "80"}
+        return stack
+
+    def __enter__(self) -> Self:
         with contextlib.ExitStack() as starting:
             starting.callback(self.stack.clean)
             self.stack.up()
             self.db = Reconnecting(self.stack.database_url, "postgres")
             starting.callback(self.db.close)
+            self.all = Databases(self.db)
             port = self.stack.settings.port("DATABASE_PORT")
             self.proxy = starting.enter_context(Proxy(lambda: ("127.0.0.1", port)))
             limits, api = httpx.Limits(max_connections=None), self.stack.api_url
@@ -282,9 +304,13 @@ class World:
                     self.restart_gateway()
                 silent = 0
 
+    def judge(self, accepted: Any) -> dict[str, list[str]]:
+        """Return what breaks rules of this world's own."""
+        return {}
+
     @contextlib.contextmanager
     def working(self, workers: int) -> Iterator[Fleet]:
         """Have a provider without a past, and workers that use it."""
-        with Provider() as self.provider, Fleet(self, self.provider, workers) as self.fleet:
+        with Provider() as self.provider, self.fleet_of(self, self.provider, workers) as self.fleet:
             self.provider.large_bytes = LARGE_BYTES
             yield self.fleet

@@ -6,7 +6,7 @@ make_tasks, which answers what to measure in every round. To add one, write it a
 
 from core import Part
 
-from parts import batch, drain, enqueue, growth, http, latency, status, worker
+from parts import batch, cells, drain, enqueue, growth, http, latency, status, worker
 
-MODULES = (enqueue, batch, drain, latency, status, growth, http, worker)
+MODULES = (enqueue, batch, drain, latency, status, growth, http, worker, cells)
 PARTS: dict[str, Part] = {module.PART.name: module.PART for module in MODULES}
