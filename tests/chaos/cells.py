@@ -22,7 +22,6 @@ from chaos.director import Scenario
 from chaos.faults import fault
 from chaos.world import Databases, Fleet, Reconnecting, World
 from http_client import SignedUp
-from psycopg import sql
 from worker_process import eventually
 
 from cells import CELLS, CellStack
@@ -42,11 +41,13 @@ DIRECTORY = "select user_id::text, cell from cells.users order by 1"
 
 
 class CellFleet(Fleet):
-    """Workers that serve one cell each, in turn."""
+    """Workers of one cell, of the other, and of both."""
+
+    world: CellWorld
 
     def serving(self, number: int) -> dict[str, str]:
-        cell = self.stack.clusters[CELLS[number % len(CELLS)]]
-        return {"DATABASE_URL": cell.url("darkroom_worker")}
+        home, two = self.world.worker_urls
+        return {"DATABASE_URL": [home, two, f"{home} {two}"][number % 3]}
 
 
 class CellWorld(World):
@@ -65,11 +66,7 @@ class CellWorld(World):
         self.entry = Reconnecting(self.stack.url_of("entry"), "entry")
         for each in (*self.all.each, self.entry):
             self._ending.callback(each.close)
-        for name in CELLS:
-            password = self.stack.clusters[name].settings.secret("DARKROOM_WORKER_PASSWORD")
-            query = sql.SQL("alter role darkroom_worker password {}").format(sql.Literal(password))
-            with psycopg.connect(self.stack.url_of(name)) as connection:
-                connection.execute(query)
+        self.worker_urls = self.stack.worker_environment()["DATABASE_URL"].split()
         self.hits: list[tuple[str, float, float]] = []  # what was away, from when to when
         self.stays: dict[str, str] = {}  # users who do not move, and their cells
         return self
