@@ -30,7 +30,7 @@ help:
 setup:
 	@scripts/setup >&2
 
-# Beside that what app, browser, bench or other versions of PostgreSQL need: make setup-app-postgres
+# Beside that what app, browser, bench, cells or other versions of PostgreSQL need: make setup-app-cells
 setup-%:
 	@scripts/setup $(subst -, ,$*) >&2
 
@@ -57,6 +57,18 @@ clean:
 
 up down status env token check-worker clean:
 	@$(PYTHON) scripts/stack.py $@
+
+# Start two cells, an entry and a worker for both; draw a picture for a user of each.
+cells: setup-cells
+	@$(PYTHON) scripts/cells.py up
+	@$(PYTHON) scripts/cells.py demo
+	@echo 'Addresses and keys for this shell: eval "$$(make -s cells-env)". The end: make cells-down'
+
+# Stop them; cells-clean also deletes their data. Further: cells-env, cells-status.
+cells-down:
+
+cells-down cells-clean cells-env cells-status:
+	@$(PYTHON) scripts/cells.py $(@:cells-%=%)
 
 ## Operate
 
@@ -99,10 +111,10 @@ test: setup
 	@[ -n "$(WORKER_IMAGE)" ] || docker build -q -t darkroom-worker -f deploy/worker.Dockerfile .
 	@$(PYTHON) -m pytest tests/test_containers.py tests/test_gateway.py tests/test_http*.py tests/test_worker_*.py tests/test_migrate.py
 else ifdef ONLY
-test: setup-app-postgres
+test: setup-app-postgres-cells
 	@$(PYTHON) -m pytest $(if $(WORD),$(or $(wildcard tests/test_$(WORD)*.py),-k $(WORD) --ignore=tests/browser),$(ONLY))
 else
-test: setup-app-postgres lint lint-app
+test: setup-app-postgres-cells lint lint-app
 	@$(SIDE_BY_SIDE) --ignore=tests/browser
 	@CELLS=1 $(SIDE_BY_SIDE) $(HTTP_TESTS)
 	@$(APP_NODE) node node_modules/jest/bin/jest.js

@@ -1122,7 +1122,7 @@ class Slots:
             for each in self.workers
         }
         free, had = max(0, self.count - sum(jobs.values())), jobs[worker]
-        waiting = [each for each in self.workers if each.waits or each is worker]
+        waiting = [e for e in self.workers if e is worker or (e.waits and not e.db.is_away)]
         for _ in range(free):
             jobs[min(waiting, key=jobs.__getitem__)] += 1
         return jobs[worker] - had

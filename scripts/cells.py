@@ -1,19 +1,20 @@
 """A stack of cells on this machine: home, one more cell, and an entry, each a cluster of its own.
 
-    python scripts/cells.py up | down | clean | status | env
+    python scripts/cells.py up | demo | down | clean | status | env
 
 It is the stack of stack.py, whose cluster is home (Auth and Storage are there). PostgREST stands
 before home and before the entry, and the gateway asks the entry for all that the entry has. What
-each database has is in deploy/cells. Its folder is `.local-cells`, or `$DARKROOM_STATE`.
+each database has is in deploy/cells; one worker serves both. `demo` draws a picture for a user of
+each. Its folder is `.local-cells`, or `$DARKROOM_STATE`.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-import time
-from collections.abc import Mapping
+import uuid
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,17 +24,20 @@ from psycopg import sql
 from processes import StackError
 from stack import (
     PROJECT,
-    START_SECONDS,
-    SUPABASE,
     Cluster,
     PostgREST,
     Settings,
     Stack,
-    postgres_program,
+    confirm_clean,
+    interrupt,
     run,
     show_environment,
     show_status,
 )
+
+sys.path.insert(0, str(PROJECT / "examples"))
+
+from demo import App, make_picture
 
 SCRIPT = PROJECT / "deploy/cells/cells"
 CELLS = ("home", "two")
@@ -47,9 +51,8 @@ class CellStack(Stack):
         self, folder: Path | str, *, fsync: bool = True, with_worker: bool = False
     ) -> None:
         self.clusters = {
-            name: Cluster(place, Settings(place / "env"), fsync=fsync, tuning=LOGICAL)
+            name: self.make_other(Path(folder).resolve() / name, fsync=fsync)
             for name in ("two", "entry")
-            for place in [Path(folder).resolve() / name]
         }
         super().__init__(folder, fsync=fsync, with_worker=with_worker)
         if not self.postgrest:
@@ -63,6 +66,10 @@ class CellStack(Stack):
     def make_cluster(self, *, fsync: bool) -> Cluster:
         """Return home's cluster, which sends its catalogue and directory to the others."""
         return Cluster(self.folder, self.settings, fsync=fsync, tuning=LOGICAL)
+
+    def make_other(self, folder: Path, *, fsync: bool) -> Cluster:
+        """Return a cluster beside home's."""
+        return Cluster(folder, Settings(folder / "env"), fsync=fsync, tuning=LOGICAL)
 
     def url_of(self, name: str) -> str:
         """Return the address of home, two or entry, as its superuser."""
@@ -82,16 +89,22 @@ class CellStack(Stack):
     def start_http(self) -> None:
         """Start what answers over HTTP; what is behind it first."""
         for name in ("two", "entry"):
-            cluster = self.clusters[name]
-            if not cluster.is_running():
-                cluster.folder.mkdir(exist_ok=True)
-                cluster.folder.chmod(0o711)
-                cluster.start()
-        self._make()  # ports may be others than the last time
+            self.start_other(name)
+        self.script("home")  # again, too: ports may be others than the last time
+        self.script("add", "two", self.owner_of("two"))
+        self.script("entry", self.owner_of("entry"))
         if not self.entry.is_running():
             self.entry.settings.keep("JWT_SECRET", self.jwt_secret)
             self.entry.start(self.url_of("entry"))
         super().start_http()
+
+    def start_other(self, name: str) -> None:
+        """Start a cluster beside home's, if it does not run."""
+        cluster = self.clusters[name]
+        if not cluster.is_running():
+            cluster.folder.mkdir(exist_ok=True)
+            cluster.folder.chmod(0o711)
+            cluster.start()
 
     def upstream(self) -> dict[str, str]:
         """Return what is behind the gateway: the entry, and home for what the entry has not."""
@@ -113,35 +126,58 @@ class CellStack(Stack):
                 self.clusters[name].delete()
         super().clean()
 
-    def _make(self) -> None:
-        """Make home, the other cell and the entry, or tell them where they are now."""
+    def owner_of(self, name: str) -> str:
+        """Return the address of a database as its superuser, without the password."""
+        return f"postgresql://postgres@{self.clusters[name].address()}/postgres"
+
+    def script(self, *command: str) -> str:
+        """Run deploy/cells/cells; it finds the passwords where psql looks for them."""
         passwords = self.folder / "pgpass"
         passwords.touch(mode=0o600)
-        passwords.write_text(
-            "".join(
-                f"{cluster.address()}:postgres:postgres:{urlsplit(cluster.url()).password}\n"
-                for cluster in self.clusters.values()
-            )
-        )
-        urls = {name: f"postgresql://postgres@{self.clusters[name].address()}/postgres" for name in self.clusters}
-        environment = os.environ | {"HOME_URL": urls["home"], "PGPASSFILE": str(passwords)}
-        for command in (["home"], ["add", "two", urls["two"]], ["entry", urls["entry"]]):
-            run([SCRIPT, *command], env=environment)
+        lines = [
+            f"{cluster.address()}:postgres:postgres:{urlsplit(cluster.url()).password}\n"
+            for cluster in self.clusters.values()
+        ]
+        passwords.write_text("".join(lines))
+        places = {"HOME_URL": self.owner_of("home"), "PGPASSFILE": str(passwords)}
+        return run([SCRIPT, *command], env=os.environ | places)
+
+
+def demo(stack: CellStack) -> None:
+    """Sign up users until each cell has one, and draw a picture for that one, as an app does."""
+    without = list(CELLS)
+    while without:
+        app = App(stack.api_url)
+        email = f"demo-{uuid.uuid4().hex[:8]}@example.com"
+        app.sign_up(email, password=uuid.uuid4().hex)
+        with psycopg.connect(stack.database_url) as home:
+            query = "select cell from cells.users join auth.users on id = user_id where email = %s"
+            (cell,) = home.execute(query, [email]).fetchone() or ["home"]
+        if cell in without:
+            without.remove(cell)
+            print(f"\n{email} lives in {cell}\n", flush=True)
+            make_picture(app, f"a lighthouse in {cell}")
 
 
 def main() -> None:
     """Run one command from the command line."""
     parser = argparse.ArgumentParser(description="Run a stack of two cells and an entry.")
-    parser.add_argument("command", choices=["up", "down", "clean", "status", "env"])
+    parser.add_argument("command", choices=["up", "demo", "down", "clean", "status", "env"])
     command = parser.parse_args().command
-    stack = CellStack(os.environ.get("DARKROOM_STATE", PROJECT / ".local-cells"))
+    signal.signal(signal.SIGTERM, interrupt)
+    folder = os.environ.get("DARKROOM_STATE", PROJECT / ".local-cells")
+    stack = CellStack(folder, with_worker=True)
     try:
         match command:
             case "up":
                 show_status(stack.up(), sys.stderr)
+            case "demo":
+                demo(stack)
             case "down":
                 stack.down()
             case "clean":
+                if stack.folder.exists():
+                    confirm_clean(stack.folder)
                 stack.clean()
             case "status":
                 show_status(stack)
@@ -149,6 +185,8 @@ def main() -> None:
                 show_environment(stack)
     except StackError as error:
         sys.exit(f"cells: {error}")
+    except KeyboardInterrupt:
+        sys.exit("cells: interrupted")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python tests/partitioned.py 2026-10 2027-03 > partitioned.sql     # one partition for each month
 
 Ids are in the order of time (uuid_v7), so a range of ids is a range of time. What is restored into
-a database made by this is in partitions (docs/RUNBOOK.md). Each edit must apply, or it fails.
+a database made by this is in partitions (docs/scale.md). Each edit must apply, or it fails.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""docs/RUNBOOK.md as tests see it: sections by title, and their commands run as it says.
+"""docs/RUNBOOK.md and scale.md as tests see them: sections by title, and their commands run.
 
     Section("Restore").sh(ADMIN_URL=…)       # every shell block, in order, in one shell
     Section("`stuck`").sql(db.url, pid=7)    # every SQL block, in order, in one psql
@@ -17,6 +17,7 @@ from documents import run
 from stack import postgres_program
 
 RUNBOOK = PROJECT / "docs" / "RUNBOOK.md"
+SCALE = PROJECT / "docs" / "scale.md"
 HEADING = re.compile(r"(?m)^#{2,3} (.+)$")
 BLOCK = re.compile(r"(?ms)^```(\w+)\n(.*?)^```$")
 
@@ -29,9 +30,9 @@ def titles() -> list[str]:
 class Section:
     """What stands under one title, down to the next."""
 
-    def __init__(self, title: str) -> None:
+    def __init__(self, title: str, page: Path = RUNBOOK) -> None:
         self.title = title
-        _, _, rest = RUNBOOK.read_text().partition(f"# {title}\n")
+        _, _, rest = page.read_text().partition(f"# {title}\n")
         assert rest, f"no section {title}"
         blocks = BLOCK.findall(rest)
         inside = BLOCK.sub("", rest)  # a comment in a shell block is no heading

@@ -29,6 +29,7 @@ RUN_BY = {
     "database.md": "test_database_doc.py",
     "providers.md": "test_providers_doc.py",
     "RUNBOOK.md": "test_runbook.py",
+    "scale.md": "test_scale_doc.py",
     "quickstart.md": "test_quickstart.py",
     "api.md": "test_api_doc.py",
     "models.md": "test_models_doc.py",

@@ -1,4 +1,4 @@
-"""The tables that grow with history can be partitioned by their restore, and go on as before."""
+"""The tables that grow with history can be partitioned by their restore, as docs/scale.md says, and go on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import partitioned
 import pytest
 from actors import User, Worker, refused
 from database import assert_books_balance
-from runbook import Section
+from runbook import SCALE, Section
 
 NOW = datetime.now(UTC)
 OLD = "01850000-0000-7000-8000-000000000000"  # of 2022
@@ -27,7 +27,7 @@ def target(db, worker, server, supabase_template, tmp_path):
     path = f"{alice.id}/{OLD}/0.png"
     db.execute("update public.images set generation_id = %s, storage_path = %s", OLD, path)
     alice.enqueue()
-    Section("Partitions").sh(tmp_path)
+    Section("Partitions", SCALE).sh(tmp_path)
     migration = tmp_path / "partitioned.sql"
     assert "create table public.generations_2027_12 partition of" in migration.read_text()
     migration.write_text(partitioned.edited(*partitioned.around(NOW)))

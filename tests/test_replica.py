@@ -1,4 +1,4 @@
-"""A streaming replica that serves reads: what works there, what does not, and how it catches up."""
+"""A replica for reads (docs/scale.md): what works there, what does not, how it catches up."""
 
 from __future__ import annotations
 
@@ -9,20 +9,25 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 import psycopg
 import pytest
 from actors import Anon, Monitor, Refusal, Service, User, Worker, outcome, refused
 from database import Database, Server
-from runbook import Section
+from documents import run
+from http_client import Client, Endpoints, answer, refusal
+from runbook import SCALE, Section
 from worker_process import eventually
 
 from processes import as_user
-from stack import Cluster, Settings, Stack, postgres_program
+from stack import Cluster, PostgREST, Settings, Stack, postgres_program, postgrest, sign_jwt
+
+PAGE = Section("A replica for reads", SCALE)
 
 
 @pytest.fixture(scope="module")
 def standby(stopped_stack: Stack, server: Server, template: str) -> Iterator[Cluster]:
-    """A replica of the session's cluster, made with the runbook's command."""
+    """A replica of the session's cluster, made with the page's command."""
     folder = stopped_stack.folder / "standby"
     user = "postgres" if os.geteuid() == 0 else None
     folder.mkdir(mode=0o700)
@@ -33,7 +38,7 @@ def standby(stopped_stack: Stack, server: Server, template: str) -> Iterator[Clu
     if user:
         shutil.chown(folder, user)
     try:
-        (make,) = Section("Read replicas").of("sh")
+        make, _ = PAGE.of("sh")
         subprocess.run(
             ["bash", "-euc", make],
             check=True,
@@ -141,7 +146,55 @@ def test_a_job_that_has_not_arrived_is_not_found_and_arrives_soon(db, replica):
     for _ in range(20):
         job_id = alice.enqueued()
         eventually(lambda job_id=job_id: arrived(job_id), within=5)
-    told = Section("Read replicas").sql(db.url)
+    told = PAGE.sql(db.url)
     assert "walreceiver" in told and "streaming" in told
-    (ask_replica,) = [each for each in Section("Read replicas").of("sql") if "recovery" in each]
+    (ask_replica,) = [each for each in PAGE.of("sql") if "recovery" in each]
     assert "seconds_behind" in replica.psql(script=ask_replica).stdout
+
+
+@pytest.fixture
+def api(db, replica, standby, stopped_stack) -> Iterator[Endpoints]:
+    """PostgREST before the replica, with the settings that the page gives it."""
+    folder = stopped_stack.folder / f"rest-{db.name}"
+    folder.mkdir()
+    service = PostgREST(folder, stopped_stack.settings)
+
+    def prepare(url: str) -> dict[str, str]:
+        usual = PostgREST.prepare(service, db.url)
+        password = stopped_stack.settings.secret("AUTHENTICATOR_PASSWORD")
+        (_, settings) = PAGE.of("sh")
+        script = f"{settings.replace('/postgres', f'/{db.name}')}\nenv | grep ^PGRST"
+        own = {"AUTHENTICATOR_PASSWORD": password, "REPLICA": standby.address()}
+        return usual | dict(line.split("=", 1) for line in run(["bash"], script, **own).split())
+
+    service.prepare = prepare  # type: ignore[method-assign]
+    try:
+        service.start(replica.url)
+        with httpx.Client(timeout=30) as http:
+            yield Endpoints(http, "", service.address(), "")
+    finally:
+        service.stop()
+
+
+@pytest.mark.skipif(not postgrest(), reason="there is no PostgREST for this machine")
+def test_a_postgrest_before_a_replica_answers_what_reads_and_refuses_what_writes(
+    db, standby, api, stopped_stack
+):
+    db.lift_limits()
+    alice = User(db).has(credits=100)
+    job_id = alice.enqueued()
+    token = sign_jwt(stopped_stack.jwt_secret, {"sub": alice.id, "role": "authenticated"})
+    client, operator = Client(api, token), Client(api, stopped_stack.service_role_key)
+    catch_up(db, standby)
+
+    for method in ("GET", "POST"):
+        assert answer(client.rpc("get_job_status", method, job_id=job_id))["status"] == "queued"
+        assert answer(client.rpc("list_public_images", method))["images"] == []
+        assert answer(operator.rpc("queue_health", method))["depth"]["ready"] == 1
+    assert [row["id"] for row in answer(client.rest("GET", "generations"))] == [job_id]
+    for change in (
+        client.rpc("enqueue_generation", model="darkroom/preview", prompt="a harbour"),
+        client.rpc("cancel_generation", job_id=job_id),
+        operator.rest("PATCH", "models?id=eq.darkroom/preview", json={"price_credits": 9}),
+    ):
+        assert (refusal(change).status, refusal(change).code) == (400, "0A000")

@@ -13,20 +13,16 @@ from database import PROJECT, Database
 from documents import read, shows
 from runbook import RUNBOOK, Section, titles
 
-from worker import POOL_SIZE, RECOVERY_SECONDS
-
 # Which test runs the commands of which other section.
 RUN_BY = {
+    "A cell is away": "test_scale_doc.py",
     "A payment gave no credits": "test_credits_doc.py",
     "Backup": "test_backup.py",
     "Restore": "test_backup.py",
     "Moving to another project": "test_operations.py",
     "Key rotation": "test_operations.py",
     "Upgrading": "test_upgrade.py",
-    "Scaling out": "test_runbook.py",
     "Watching": "test_runbook.py",
-    "Partitions": "test_partitions.py",
-    "Read replicas": "test_replica.py",
 }
 ALERTS = [title.strip("`") for title in titles() if title.startswith("`")]
 
@@ -248,17 +244,6 @@ def test_each_alert_has_a_section_that_says_how_bad_it_is_and_where_it_starts(db
         " union all select proname from pg_proc where pronamespace = 'private'::regnamespace"
     )
     assert named <= {row["name"] for row in there}
-
-
-def test_the_numbers_of_scaling_out_are_those_of_the_code(db):
-    section = Section("Scaling out")
-    Worker(db)
-
-    assert f"at most {POOL_SIZE + 1} connections: {POOL_SIZE} for its calls" in section.text
-    assert f"which\nevery worker does within {RECOVERY_SECONDS:.0f} s" in section.text
-    lease = db.value("select extract(epoch from lease)::int from private.settings")
-    assert f"their lease ({lease} s)" in section.text
-    assert "slots" in section.sql(db.url)
 
 
 def test_every_section_with_commands_is_run_by_some_test():

@@ -150,6 +150,7 @@ def a_cell(jobs: int, waits: bool, is_away: bool) -> worker.Worker:
         (7, [(0, 0, 0), (0, 1, 0), (0, 1, 0)], 3),
         (4, [(0, 0, 0), (4, 0, 1)], 4),  # who is away keeps none
         (4, [(0, 0, 0), (4, 0, 1), (1, 1, 0)], 2),
+        (3, [(1, 0, 0), (0, 1, 1)], 2),  # nor does it get one
         (4, [(4, 0, 1), (0, 0, 0)], 0),  # but nobody takes more than there are
         (4, [(0, 0, 0), (9, 0, 0)], 0),
     ],
@@ -237,20 +238,29 @@ def test_jobs_of_a_cell_that_is_away_keep_no_slot_and_end_when_it_is_back(worker
     assert process.log.count(f"job.completed job={job}") == 1
 
 
-def test_who_starts_while_a_cell_refuses_works_for_the_others_and_takes_it_up_when_it_is_back(
-    workers,
+@pytest.mark.parametrize("fault", ["refusing", "stalled"])
+def test_who_starts_while_a_cell_is_away_works_for_the_others_and_takes_it_up_when_it_is_back(
+    workers, fault
 ):
-    with workers.proxies["two"].refusing():
+    with getattr(workers.proxies["two"], fault)():
         process = workers.launch()
         workers.done("home", within=8)
-        assert "worker.started" in process.log
+        assert process.log.count("worker.started") == 1
     workers.done("two", within=30)
+
+    assert process.stop() == 0
+
+
+def test_a_cell_that_is_cut_off_meanwhile_is_taken_up_again_by_the_same_worker(workers):
+    process = workers.start()
 
     with workers.proxies["two"].refusing():  # and cut off
         waiting = workers.users["two"].enqueued(params=SMALL)
         workers.logged_of(process, "two", r"listen\.lost")
         workers.done("home", within=4)
     workers.made("two", waiting)
+
+    assert process.log.count("worker.started") == len(CELLS)
     assert process.stop() == 0
 
 
@@ -303,6 +313,16 @@ def test_a_stop_hands_back_the_jobs_of_all_cells(workers):
     for db in workers.dbs.values():
         assert db.value("select count(*) from private.workers") == 0
         assert db.value("select attempt from private.ready_jobs") == 0
+
+
+def test_a_stop_hands_back_jobs_at_once_though_another_cell_hangs(workers):
+    job = workers.users["home"].enqueued(model=FLUX)
+    process = workers.start(WORKER_GRACE_SECONDS=0)
+    eventually(lambda: workers.running() == (1, 0))
+
+    with workers.proxies["two"].stalled():
+        process.signal(signal.SIGTERM)
+        workers.until(job, "queued", within=4)
 
 
 def test_a_second_signal_ends_it_at_once(workers):

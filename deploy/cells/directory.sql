@@ -122,6 +122,33 @@ begin
 end;
 $$;
 
+-- Empties what a subscription fills, to be filled anew; of what many cells send to home, what is of the
+-- users of this one.
+create function cells.forget(p_name text) returns void
+language plpgsql set search_path = pg_catalog, pg_temp
+set session_replication_role = replica as $$
+declare
+  v_table regclass;
+  v_cell text := substring(p_name, '^darkroom_files_(.*)');
+begin
+  for v_table in
+    select r.srrelid from pg_subscription_rel as r
+    inner join pg_subscription as s on s.oid = r.srsubid
+    where s.subname = p_name
+  loop
+    execute format('delete from %s%s', v_table, case
+      when v_cell is null then ''
+      else format(
+        ' where %s::text in (select user_id::text from cells.users where cell = %L)',
+        case v_table when 'cells.shared_paths'::regclass then 'split_part(path, ''/'', 1)'
+          else 'into_id' end,
+        v_cell
+      )
+    end);
+  end loop;
+end;
+$$;
+
 -- A server for foreign tables, at an address of the directory; anew only if that is another.
 create function cells.make_server(p_name text, p_address text, p_options text default '')
 returns void
