@@ -74,10 +74,10 @@ class CellWorld(World):
     def shorten(self) -> None:
         """Shorten lease, heartbeat and pauses, and lift the limits; have users in both cells."""
         super().shorten()
-        budgets = "insert into private.budgets (period, limit_usd) select 'month', 1000"
-        self.all.execute(f"{budgets} where not exists (select from private.budgets)")
-        arrived = "select from private.plans where max_active < 1000000"
+        arrived = "select 1 from private.plans where max_active < 1000000"
         eventually(lambda: self.all.execute(arrived) == [])
+        eventually(lambda: len(self.all.execute("select 1 from private.budgets")) == len(CELLS))
+        self.db.execute("call cells.share_limits()")
         while len(self.users) < USERS:
             cell = CELLS[len(self.users) % len(CELLS)]
             self.db.execute("update cells.cells set weight = (name = %s)::integer", cell)
