@@ -380,7 +380,7 @@ def test_what_auth_says_of_a_user_reaches_the_users_cell(users, databases):
         assert refusal(user.enqueue()).message == "account_blocked", cell
         databases["home"].execute("delete from auth.users where id = %s", user.id)
         assert where(databases, user) == []
-    assert databases["home"].execute("select from cells.users where user_id = %s", user.id) == []
+    assert databases["home"].execute("select 1 from cells.users where user_id = %s", user.id) == []
 
 
 def test_new_users_go_by_weight(databases):
