@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -110,13 +111,14 @@ class Operator(Reader):
         self.environment |= {f"{n.upper()}_URL": bare(c.url()) for n, c in stack.machines.items()}
         self.environment["PGPASSFILE"] = str(stack.passwords)
 
-    def does(self, title: str) -> None:
+    def does(self, title: str, then: Callable[[], object] = lambda: None) -> None:
         texts = [text for _, text in Section(title, SCALE).blocks]
         for block in read(SCALE):
             if block.text in texts and block.text not in self.done:
                 printed = self.do(block)
                 assert shows(printed, block.shown or "…"), f"{block.text}\n{printed}"
                 self.done.append(block.text)
+                then()
 
     def psql(self, query: str) -> str:
         return self.sql(Block("", "", "sql", query, ""))
@@ -199,10 +201,22 @@ class App:
         assert {self.cell_of(user) for user in new} == {"home", "two"}
         self.operator.does("Move users")
         assert {self.cell_of(user) for user in self.jobs} == {"two"}
-        for title in ("One more, one less", "Upgrade"):
-            self.is_well()
-            self.operator.does(title)
         self.is_well()
+        self.operator.does("One more, one less", then=self.is_used_by_many)
+        assert {self.cell_of(user) for user in self.jobs} == {"home", "two"}
+        self.operator.does("Upgrade", then=self.is_well)
+
+    def is_used_by_many(self) -> None:
+        """Some of whom live in the third cell, while there is one; either entry tells them."""
+        new = [self.sign_up() for _ in range(12)]
+        self.is_well()
+        for user in new:
+            with psycopg.connect(self.home.machines["entry_2"].url()) as connection:
+                who = json.dumps({"sub": user.id, "role": "authenticated"})
+                connection.execute("select set_config('request.jwt.claims', %s, false)", [who])
+                connection.execute("set role authenticated")
+                ((entitlement,),) = connection.execute("select public.get_entitlement()")
+            assert entitlement["credits"] == 9
 
     def has_a_cell_restored(self) -> None:
         two, left = self.home.machines["two"], next(iter(self.jobs))
