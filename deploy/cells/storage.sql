@@ -39,6 +39,11 @@ alter table public.images enable always trigger images_note_new_shares;
 alter table public.images enable always trigger images_note_ended_shares;
 revoke all on function cells.note_shares from public;
 
+-- Of what home divides, a cell has nothing until it is told its part (share.sql).
+alter table private.providers alter column part set default 0;
+alter table private.budgets alter column part_usd set default 0;
+alter table private.budgets enable always trigger budgets_are_looked_at_again;
+
 drop publication if exists darkroom_files;
 create publication darkroom_files for table cells.shared_paths, private.merged_users;
 
