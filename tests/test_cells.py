@@ -271,12 +271,49 @@ def test_a_door_hands_on_its_arguments_in_their_order_whatever_the_planner_knows
     two = databases["two"]
     two.execute("analyze pg_catalog.pg_proc, pg_catalog.pg_depend")  # it sorts, then
 
-    assert [] == two.execute(
+    mixed_up = two.execute(
         "select f.name, f.names, p.proargnames from cells.list_functions() as f"
         " inner join pg_proc as p on p.proname = f.name"
         " and p.pronamespace = 'public'::regnamespace"
         " where f.names <> coalesce(p.proargnames, '{}')"
     )
+    assert mixed_up == []
+
+
+# What an entry, or who has its password, may call in a cell beside the API, whose roles it may take.
+ENTRY_MAY = (
+    "answer forget_guest know_event leave_user list_functions list_tables pack_user take_event"
+    " take_parts unpack_user"
+)
+ENTRY_ALSO_MAY = {"home": "bring end_move hand_over", "two": "drop_user leave_to_home put_user"}
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_an_entry_may_do_in_a_cell_what_is_listed_and_reads_but_writes_no_table(databases, cell):
+    db = databases[cell]
+    functions = db.execute(
+        "select p.proname::text as name from pg_proc as p"
+        " where p.pronamespace in ('cells'::regnamespace, 'private'::regnamespace)"
+        " and has_function_privilege('darkroom_entry', p.oid, 'execute')"
+        " and not exists (select from pg_depend where objid = p.oid and deptype = 'e')"
+    )
+    listed = f"{ENTRY_MAY} {ENTRY_ALSO_MAY[cell]} has_folder like_shared_image".split()
+    assert {row["name"] for row in functions} == set(listed)
+    rights = db.execute(
+        "select c.oid::regclass::text as name, c.relkind::text as kind, r.name as may"
+        " from pg_class as c"
+        " cross join unnest('{select,insert,update,delete,truncate}'::text[]) as r (name)"
+        " where c.relnamespace in ("
+        "   'cells'::regnamespace, 'private'::regnamespace, 'public'::regnamespace)"
+        " and c.relkind in ('r', 'v', 'p', 'f')"
+        " and has_table_privilege('darkroom_entry', c.oid, r.name)"
+    )
+    assert {row["may"] for row in rights} == {"select"}
+    tables = {row["name"] for row in rights if row["kind"] != "v"}
+    assert tables == {"cells.users"}
+    role = db.row("select * from pg_roles where rolname = 'darkroom_entry'")
+    strong = ("rolsuper", "rolinherit", "rolcreaterole", "rolreplication", "rolbypassrls")
+    assert not any(role[each] for each in strong)
 
 
 def test_a_function_that_has_no_route_is_refused(databases):
