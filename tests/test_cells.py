@@ -280,7 +280,7 @@ def test_a_door_hands_on_its_arguments_in_their_order_whatever_the_planner_knows
     assert mixed_up == []
 
 
-# What an entry, or who has its password, may call in a cell beside the API, whose roles it may take.
+# What an entry, or who has its password, may call in a cell beside the API with its roles.
 ENTRY_MAY = (
     "answer forget_guest know_event leave_user list_functions list_tables pack_user take_event"
     " take_parts unpack_user"
