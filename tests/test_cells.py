@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -12,8 +13,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import psycopg
@@ -23,6 +26,7 @@ from database import Database, assert_books_balance
 from http_client import PREVIEW, Client, Endpoints, Refusal, SignedUp, answer, refusal
 from http_fixtures import endpoints_of
 from PIL import Image
+from pooler import pgbouncer
 
 from cells import CELLS, CellStack
 
@@ -418,6 +422,33 @@ def test_what_auth_says_of_a_user_reaches_the_users_cell(users, databases):
         databases["home"].execute("delete from auth.users where id = %s", user.id)
         assert where(databases, user) == []
     assert databases["home"].execute("select from cells.users where user_id = %s", user.id) == []
+
+
+def test_calls_go_through_a_pooler_in_transaction_mode(cells, users, databases):
+    home, two, entry = (databases[name] for name in ("home", "two", "entry"))
+    direct = "select address from cells.cells where name = 'two'"
+    before = home.value(direct)
+    password = dict(word.split("=", 1) for word in before.split())["password"]
+    url = cells.url_of("two").split("@")[1]
+    change = "update cells.cells set address = %s where name = 'two'"
+    began = two.value("select clock_timestamp()")
+    with pgbouncer(f"postgresql://darkroom_entry:{password}@{url}", "transaction") as through:
+        port = urlsplit(through).port
+        home.execute(change, re.sub(r"port=\d+", f"port={port}", before))
+        try:
+            until(lambda: f"port={port} " in entry.value(direct))
+            with ThreadPoolExecutor(10) as pool:
+                asked = pool.map(lambda _: users["two"].rpc("get_entitlement"), range(200))
+            assert {response.status_code for response in asked} == {200}
+            assert users["two"].enqueued()
+            connections = (
+                "select count(*) from pg_stat_activity where usename = 'darkroom_entry'"
+                " and application_name <> 'postgres_fdw' and backend_start > %s"
+            )
+            assert 1 <= two.value(connections, began) <= 5, "the pool's size"
+        finally:
+            home.execute(change, before)
+            until(lambda: entry.value(direct) == before)
 
 
 def test_new_users_go_by_weight(databases):
