@@ -119,7 +119,7 @@ create function cells.ask(
 )
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
-  v_address text := (select c.address from cells.cells as c where c.name = p_cell);
+  v_address text := (select coalesce(c.pooler, c.address) from cells.cells as c where c.name = p_cell);
   v_headers text;
   v_said text;
   v_detail text;
