@@ -795,6 +795,7 @@ def test_what_the_entry_logs_in_as_can_read_and_change_no_table_by_itself(cells,
             f"select distinct p.oid::regprocedure::text as name from pg_proc as p cross join {api}"
             " where p.pronamespace = 'cells'::regnamespace"
             " and has_function_privilege(role, p.oid, 'execute')"
+            " and has_schema_privilege(role, 'cells', 'usage')"
             f" union select c.relname::text from pg_class as c cross join {api}"
             " where c.relnamespace = 'cells'::regnamespace and c.relkind in ('r', 'v', 'f')"
             " and has_table_privilege(role, c.oid, 'select, insert, update, delete, truncate')"
