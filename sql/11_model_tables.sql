@@ -21,6 +21,7 @@ create table private.providers (
   buys_again boolean not null default false,
   is_active boolean not null default true,
   recipe jsonb,
+  part integer,
   constraint providers_name_has_no_slash check (name ~ '^[a-z0-9_.-]+$'),
   constraint providers_base_url_is_an_address check (
     base_url ~ '^https?://[^\s/?#@]+(/[^\s?#]*[^\s?#/])?$'
@@ -61,6 +62,9 @@ comment on column private.providers.recipe is
   '{headers, create, poll, result, cancel, find: {method, url, headers, body, and where in the '
   'answer: id, handles, state, outputs …}}: see docs/providers.md. null: the worker draws the '
   'pictures itself.';
+comment on column private.providers.part is
+  'How many of max_running this database may run, where several are one system (cells): they write '
+  'it. Null: all.';
 
 create table public.models (
   id text primary key,

@@ -28,6 +28,7 @@ create table private.budgets (
   limit_usd numeric(18, 6) not null,
   on_breach text not null default 'refuse',
   spent_until timestamptz,
+  part_usd numeric(18, 6),
   constraint budgets_period_is_known check (period in ('hour', 'day', 'month')),
   constraint budgets_limit_is_not_negative check (limit_usd >= 0),
   constraint budgets_on_breach_is_known check (on_breach in ('refuse', 'pause', 'alert'))
@@ -45,6 +46,9 @@ comment on column private.budgets.on_breach is
   'pause (they are let in and wait), alert (nothing but the alert).';
 comment on column private.budgets.spent_until is
   'Until when it has no room for what was asked for last. Past: there has been room since.';
+comment on column private.budgets.part_usd is
+  'How much of it this database may spend, where several are one system (cells): they write it. '
+  'Users'' own budgets are not divided. Null: all.';
 
 create index budgets_provider_idx on private.budgets (provider);
 create index budgets_model_id_idx on private.budgets (model_id);
@@ -118,8 +122,10 @@ select
     'user ' || b.user_id
   ), ''), 'app') as scope,
   b.user_id, b.period, b.limit_usd, b.on_breach, b.spent_until, s.spent_usd, r.reserved_usd,
-  b.limit_usd - s.spent_usd - r.reserved_usd as room_usd,
-  coalesce((s.spent_usd + r.reserved_usd) / nullif(b.limit_usd, 0), 1) as used,
+  own.part_usd - s.spent_usd - r.reserved_usd as room_usd,
+  coalesce(
+    (s.spent_usd + r.reserved_usd) / nullif(own.part_usd, 0), (b.limit_usd = 0)::integer
+  ) as used,
   case
     when b.limit_usd = 0 then 'infinity'
     else (s.began + ('1 ' || b.period)::interval) at time zone 'UTC'
@@ -127,6 +133,9 @@ select
   b as budget
 from private.budgets as b
 inner join private.budget_spendings as p on b.id = p.budget_id
+cross join lateral (
+  select least(b.limit_usd, case when b.user_id is null then b.part_usd end) as part_usd
+) as own
 cross join lateral (
   select
     date_trunc(b.period, now() at time zone 'UTC') as began,
@@ -149,7 +158,7 @@ cross join lateral (
 
 comment on view private.budget_states is
   'What is spent of each budget in this period, and reserved by jobs that run or resume? used: the '
-  'share of the limit that both take. ends_at: when the period does.';
+  'share that both take of the limit, or of this database''s part. ends_at: when the period does.';
 
 -- Whoever changes a budget has the jobs that wait for it looked at again.
 create function private.note_budget() returns trigger
@@ -178,7 +187,8 @@ end;
 $$;
 
 create trigger budgets_are_looked_at_again
-after insert or delete or update of provider, model_id, plan, user_id, period, limit_usd, on_breach
+after insert or delete or
+update of provider, model_id, plan, user_id, period, limit_usd, part_usd, on_breach
 on private.budgets
 for each row execute function private.note_budget();
 

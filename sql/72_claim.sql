@@ -120,17 +120,20 @@ declare
 begin
   -- A new look, now that nobody else can claim theirs.
   return (
-    select jsonb_object_agg(p.name, case when p.name = any (v_held) then p.max_running - (
-      select coalesce(sum(j.jobs), 0)
-      from (
-        select r.model_id, r.route, count(*) as jobs
-        from private.running_jobs as r group by r.model_id, r.route
-      ) as j
-      where p.name = (
-        select w.provider from private.routes as w
-        where w.model_id = j.model_id and w.place = j.route
+    select jsonb_object_agg(p.name, case
+      when p.name = any (v_held) then least(p.max_running, p.part) - (
+        select coalesce(sum(j.jobs), 0)
+        from (
+          select r.model_id, r.route, count(*) as jobs
+          from private.running_jobs as r group by r.model_id, r.route
+        ) as j
+        where p.name = (
+          select w.provider from private.routes as w
+          where w.model_id = j.model_id and w.place = j.route
+        )
       )
-    ) else 0 end)
+      else 0
+    end)
     from private.providers as p
     where p.name = any (p_providers) and p.max_running is not null
   );

@@ -424,6 +424,41 @@ def test_what_waits_for_a_budget_does_not_make_the_queue_busy_then_or_after(
         users["paid"].enqueue(model=DEV)
 
 
+# Of what several databases may spend, this one spends its part.
+
+
+def test_a_part_holds_as_a_limit_does_and_who_raises_it_lets_jobs_go_on(db, rich, worker):
+    budget(db, 10, part_usd=2)
+    jobs = [rich.enqueued(model=DEV) for _ in range(6)]
+    assert claims(worker) == jobs[:2]
+    with refused("PT503", "budget_spent"):
+        rich.enqueue(model=DEV)
+    worker.listening().sleep()
+
+    db.execute("update private.budgets set part_usd = 4")
+
+    assert worker.wake_ups() == [""]
+    assert claims(worker) == jobs[2:4]
+    db.execute("update private.budgets set part_usd = 1")
+    assert claims(worker) == []
+    db.execute("update private.budgets set limit_usd = 5, part_usd = 9")
+    assert claims(worker) == jobs[4:5]
+
+
+def test_without_a_part_goes_what_costs_nothing_and_what_users_budgets_hold(db, rich, worker):
+    part = budget(db, 10, part_usd=0)
+    free, dear = rich.enqueued(model=PREVIEW), User(db).has(9)
+    with refused("PT503", "budget_spent"):
+        dear.enqueue(model=DEV)
+    assert claims(worker) == [free]
+    assert db.value("select used from private.budget_states") == 0, "no alert for nothing"
+
+    db.execute("update private.budgets set user_id = %s where id = %s", dear.id, part)
+
+    job_id = dear.enqueued(model=DEV)
+    assert claims(worker) == [job_id]
+
+
 # What operators see.
 
 

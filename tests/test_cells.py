@@ -105,8 +105,7 @@ def kill(stack: CellStack, cell: str) -> None:
     process = stack.clusters[cell]._processes.get("postgres")
     assert process
     os.killpg(process.pid, signal.SIGKILL)
-    while process.is_running():
-        time.sleep(0.01)
+    os.waitpid(process.pid, 0)  # until then it seems to run to who looks at postmaster.pid
 
 
 @contextlib.contextmanager
@@ -490,6 +489,228 @@ def test_what_home_says_of_models_and_webhooks_holds_in_every_cell(
     assert databases["two"].value(found, hook["webhook_id"]) == hook["secret"]
     databases["home"].execute(price, 1, PREVIEW)
     answer(operator.rpc("delete_webhook", webhook_id=hook["webhook_id"]))
+
+
+# What all cells may run at a provider and spend, together.
+
+
+@pytest.fixture
+def crowds(sign_up, databases) -> Iterator[dict[str, SignedUp]]:
+    """In each cell a user who may have many jobs, of 1 USD each; limits are divided by the test."""
+    home = databases["home"]
+    home.execute("update cron.job set active = false where jobname = 'darkroom_share_limits'")
+    home.execute("update private.plans set max_active = 999, max_per_minute = 999")
+    home.execute("update public.models set cost_usd = 1, cost_unit = 'image'")
+    arrives(databases, "select bool_and(cost_usd = 1) from public.models")
+    users = {cell: sign_up(cell) for cell in CELLS}
+    for cell, user in users.items():
+        given = "select public.grant_credits(%s, 999, 'grant', %s)"
+        databases[cell].execute(given, user.id, user.id)
+    yield users
+    for user in users.values():
+        home.execute("delete from auth.users where id = %s", user.id)
+    home.execute("delete from private.budgets")
+    home.execute("update private.providers set max_running = null where name = 'preview'")
+    home.execute("update public.models set cost_usd = null, cost_unit = null")
+    home.execute("update private.plans set max_active = 3, max_per_minute = 10")
+    arrives(databases, "select bool_and(cost_usd is null) from public.models")
+    arrives(databases, "select count(*) = 0 from private.budgets")
+
+
+def arrives(databases: dict[str, Database], question: str) -> None:
+    """Wait until home has sent it to the other cell."""
+    until(lambda: databases["two"].value(question))
+
+
+def cap(databases: dict[str, Database], at_once: int) -> None:
+    """Limit the provider, as for the first time: all of it is home's."""
+    databases["two"].execute("update private.providers set part = 0")
+    databases["home"].execute("delete from cells.parts")
+    query = "update private.providers set max_running = %s, part = null where name = 'preview'"
+    databases["home"].execute(query, at_once)
+    arrives(databases, "select max_running > 0 from private.providers where name = 'preview'")
+
+
+def budget(databases: dict[str, Database], limit: int) -> None:
+    databases["home"].execute(
+        "insert into private.budgets (period, limit_usd, on_breach) values ('day', %s, 'pause')",
+        limit,
+    )
+    arrives(databases, "select exists (select from private.budgets)")
+
+
+def parts(databases: dict[str, Database]) -> dict[str, int]:
+    """Divide, and return how many jobs of the provider each cell may have at once."""
+    databases["home"].execute("call cells.share_limits()")
+    query = "select cell, part::integer from cells.parts where name = 'provider preview'"
+    return {row["cell"]: row["part"] for row in databases["home"].execute(query)}
+
+
+def bought(databases: dict[str, Database]) -> dict[str, int]:
+    query = "select (spent_usd + reserved_usd)::integer from private.budget_states"
+    return {cell: databases[cell].value(query) for cell in CELLS}
+
+
+def claimed(databases: dict[str, Database], cell: str) -> int:
+    """Have all claimed that may be, and return how many."""
+    worker = Worker(databases[cell])
+    worker.let_the_next_claim_scan_all()
+    return len(worker.claim_jobs(100))
+
+
+@pytest.mark.parametrize(("limit", "most"), [(cap, 3), (budget, 20)])
+def test_however_limits_are_divided_all_cells_together_never_pass_one(
+    crowds, databases, limit, most
+):
+    limit(databases, most)
+    for user in crowds.values():
+        for _ in range(20):
+            user.enqueued()
+    parts(databases)
+    lock, ending, running, done = threading.Lock(), threading.Event(), Counter(), Counter()
+    seen = [0]
+
+    def work(cell: str) -> None:
+        worker = Worker(databases[cell])
+        while not ending.is_set():
+            jobs = worker.claim_jobs(2)
+            with lock:
+                running[cell] += len(jobs)
+                seen.append(running.total() + (done.total() if limit is budget else 0))
+            time.sleep(0.01)
+            with lock:
+                running[cell] -= len(jobs)
+                done[cell] += len(jobs)
+            for job in jobs:
+                worker.complete_job(job)
+
+    def divide() -> None:
+        with psycopg.connect(databases["home"].url, autocommit=True) as connection:
+            while not ending.is_set():
+                connection.execute("call cells.share_limits()")
+
+    threads = [threading.Thread(target=divide)]
+    threads += [threading.Thread(target=work, args=[cell]) for cell in CELLS for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    until(lambda: done.total() >= (40 if limit is cap else most))
+    time.sleep(0.3 if limit is budget else 0)
+    ending.set()
+    for thread in threads:
+        thread.join()
+
+    assert max(seen) <= most
+    assert len(+done) == 2
+    if limit is budget:
+        assert sum(bought(databases).values()) == most
+
+
+def test_a_part_follows_the_load_and_a_cell_that_is_away_keeps_its_own(cells, crowds, databases):
+    cap(databases, 3)
+    assert databases["home"].value("select cells.next_parts('two', 0.5)") == {}, "nobody has told"
+    waiting = [crowds["home"].enqueued() for _ in range(9)]
+    until(lambda: parts(databases) == {"home": 3, "two": 0})
+    assert claimed(databases, "home") == 3
+    for _ in range(9):
+        crowds["two"].enqueued()
+
+    assert parts(databases) == {"home": 3, "two": 0}, "who runs them still has them"
+    assert claimed(databases, "two") == 0
+    for job_id in waiting:
+        crowds["home"].rpc("cancel_generation", job_id=job_id)
+    databases["home"].execute("delete from private.running_jobs")
+    until(lambda: parts(databases) == {"home": 0, "two": 3})
+    assert claimed(databases, "two") == 3
+
+    address = "host=127.0.0.1 port=1 user=nobody password=none"
+    databases["home"].execute("insert into cells.cells values ('three', %s, 0)", address)
+    assert parts(databases) == {"home": 0, "two": 3}, "who never answered has nothing"
+
+    kill(cells, "two")
+    try:
+        crowds["home"].enqueued()
+        assert refusal(crowds["two"].enqueue()) == UNAVAILABLE
+        for _ in range(3):
+            assert parts(databases) == {"home": 0, "two": 3}
+        assert claimed(databases, "home") == 0
+        databases["home"].execute(
+            "update private.providers set max_running = 5 where name = 'preview'"
+        )
+        assert parts(databases) == {"home": 2, "two": 3}, "what it leaves is for the others"
+        assert claimed(databases, "home") == 1
+    finally:
+        databases["home"].execute("delete from cells.cells where name = 'three'")
+        databases["two"].close()
+        databases["two"]._own = None
+        cells.clusters["two"].start()
+    until(lambda: parts(databases) == {"home": 1, "two": 4})
+
+
+def test_what_a_cell_may_have_is_on_record_before_the_cell_is_told(crowds, databases):
+    cap(databases, 3)
+    for _ in range(9):
+        crowds["two"].enqueued()
+    own = "select part from private.providers where name = 'preview'"
+    record = "select part >= 2 from cells.parts where (cell, name) = ('two', 'provider preview')"
+    with psycopg.connect(databases["two"].url) as holder:
+        holder.execute(own + " for update")
+        thread = threading.Thread(target=parts, args=[databases])
+        thread.start()
+        with psycopg.connect(databases["home"].url, autocommit=True) as home:
+            until(lambda: home.execute(record).fetchone() == (True,))
+        assert databases["two"].value(own) == 0
+    thread.join()
+    assert databases["two"].value(own) >= 2
+
+
+def test_what_a_cell_has_spent_is_gone_and_the_rest_is_spent_where_it_is_asked_for(
+    crowds, databases, operator
+):
+    home = databases["home"]
+    budget(databases, 10)
+    for _ in range(6):
+        crowds["home"].enqueued()
+    assert claimed(databases, "home") == 6, "all of it is home's until it is divided"
+    for _ in range(9):
+        crowds["two"].enqueued()
+        crowds["home"].enqueued()
+    assert claimed(databases, "two") == 0
+
+    for _ in range(9):
+        home.execute("call cells.share_limits()")
+        claimed(databases, "two")
+    assert bought(databases) == {"home": 6, "two": 4}
+    home.execute("update private.budgets set on_breach = 'refuse'")
+    assert refusal(crowds["home"].enqueue()).message == "budget_spent"
+    (told,) = answer(operator.rpc("queue_health"))["budgets"]
+    spent = told["spent_usd"] + told["reserved_usd"]
+    assert (told["limit_usd"], spent, told["used"]) == (10, 10, 1)
+
+    home.execute("update private.budgets set limit_usd = 12")
+    arrives(databases, "select bool_and(limit_usd = 12) from private.budgets")
+    for _ in range(9):
+        home.execute("call cells.share_limits()")
+        claimed(databases, "two")
+    assert bought(databases) == {"home": 6, "two": 6}
+    home.execute("update private.budgets set limit_usd = 0")
+    arrives(databases, "select bool_and(limit_usd = 0) from private.budgets")
+    assert [claimed(databases, cell) for cell in CELLS] == [0, 0]
+
+
+def test_each_cell_is_sent_all_that_operators_set_and_nothing_it_finds_out_itself(databases):
+    unsent = databases["home"].execute(
+        "select c.table_name || '.' || c.column_name as name"
+        " from information_schema.columns as c inner join pg_publication_tables as p"
+        " on (p.schemaname, p.tablename) = (c.table_schema, c.table_name)"
+        " where p.pubname = 'darkroom_catalogue' and c.column_name <> all (p.attnames) order by 1"
+    )
+    assert [row["name"] for row in unsent] == [
+        "budgets.part_usd",
+        "budgets.spent_until",
+        "plans.looked_at",
+        "plans.oldest_ready_at",
+        "providers.part",
+    ]
 
 
 # Moving.

@@ -223,6 +223,19 @@ def test_no_more_of_a_provider_run_than_it_takes_and_the_next_goes_when_one_ends
     assert_books_balance(db)
 
 
+@pytest.mark.parametrize(("part", "running"), [(None, 2), (0, 0), (1, 1), (9, 2)])
+def test_of_what_a_provider_takes_this_database_runs_its_part(db, limited, part, running):
+    for _ in range(4):
+        limited.enqueue(model=SCHNELL)
+    db.execute("update private.providers set part = %s", part)
+    own = limited.enqueued()
+
+    taken = [job.id for job in claims(Worker(db, keys=[FAL]))]
+
+    assert own in taken, "the preview's provider has no limit, so there is nothing to divide"
+    assert len(taken) == 1 + running
+
+
 def test_two_that_claim_at_once_never_take_more_than_a_provider_takes(db, limited):
     for _ in range(4):
         limited.enqueue(model=SCHNELL)

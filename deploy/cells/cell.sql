@@ -94,6 +94,56 @@ language sql stable as $$
   order by c.oid
 $$;
 
+-- What share.sql divides over the cells. unit: what it is handed out in, of a budget the dearest
+-- job that it holds. wanted: what this cell has use for. Users' own budgets are where the user is.
+create view cells.limits as
+select
+  'provider ' || p.name as name, p.max_running::numeric as whole, 1::numeric as unit,
+  p.part::numeric as part, coalesce(j.running, 0) as used,
+  least(coalesce(j.jobs, 0), p.max_running) as wanted
+from private.providers as p
+left join (
+  select w.provider, count(*) as jobs, count(q.is_running) as running
+  from (
+    select model_id, route, true as is_running from private.running_jobs
+    union all
+    select model_id, route, null from private.ready_jobs
+  ) as q
+  inner join private.routes as w on w.model_id = q.model_id and w.place = q.route
+  group by w.provider
+) as j on j.provider = p.name
+where p.max_running is not null
+union all
+select
+  'budget ' || b.id, b.limit_usd, u.unit, b.part_usd, s.spent_usd + s.reserved_usd,
+  s.spent_usd + s.reserved_usd + u.unit
+from private.budgets as b
+inner join private.budget_states as s on s.id = b.id
+cross join lateral (
+  select coalesce(max(c.least_usd), 0.000001) as unit
+  from private.route_costs as c inner join public.models as m on m.id = c.model_id
+  where m.is_active and c.least_usd between 0.000001 and b.limit_usd
+    and coalesce(b.model_id, c.model_id) = c.model_id
+    and coalesce(b.provider, c.provider) = c.provider
+) as u
+where b.user_id is null;
+
+-- Home says which parts this cell has from now on, and is told what it may have of each at most:
+-- more, where more runs or is spent already. Claims that are under way are waited for.
+create function cells.take_parts(p_parts jsonb)
+returns table (name text, part numeric, wanted numeric)
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+begin
+  perform from private.budget_spendings as s order by s.budget_id for update;
+  update private.budgets as b set part_usd = p.value::numeric from jsonb_each_text(p_parts) as p
+  where p.key = 'budget ' || b.id and b.part_usd is distinct from p.value::numeric;
+  update private.providers as r set part = p.value::numeric from jsonb_each_text(p_parts) as p
+  where p.key = 'provider ' || r.name and r.part is distinct from p.value::numeric;
+  return query
+  select l.name, greatest(coalesce(l.part, l.whole), l.used), l.wanted from cells.limits as l;
+end;
+$$;
+
 -- What users of other cells leave here, and what the entry asks of a cell by itself.
 
 create function cells.forget_guest(p_user_id uuid) returns void
@@ -204,10 +254,11 @@ $$;
 
 revoke all on function
 cells.answer, cells.forget_guest, cells.know_event, cells.list_functions, cells.list_tables,
-cells.take_event
+cells.take_event, cells.take_parts
 from public;
 grant select on cells.users to darkroom_entry;
 grant execute on function
 cells.answer, cells.forget_guest, cells.know_event, cells.list_functions, cells.list_tables,
-cells.take_event, private.like_shared_image
+cells.take_event, cells.take_parts,
+private.like_shared_image
 to darkroom_entry;

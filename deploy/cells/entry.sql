@@ -112,7 +112,7 @@ create function cells.ask(
 )
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
-  v_address text := (select c.address from cells.cells as c where c.name = p_cell);
+  v_address text := (select coalesce(c.pooler, c.address) from cells.cells as c where c.name = p_cell);
   v_headers text;
   v_said text;
   v_detail text;
@@ -452,7 +452,9 @@ begin
       end)
       from jsonb_object_keys(p_one || p_other) as k (name)
     );
-  elsif v_type = 'array' and p_name in ('', 'alerts', 'errors', 'models', 'paused', 'queue') then
+  elsif v_type = 'array' and p_name in (
+    '', 'alerts', 'budgets', 'errors', 'models', 'paused', 'queue'
+  ) then
     return (
       select coalesce(jsonb_agg(cells.add('', a.value, b.value) order by coalesce(a.key, b.key)), '[]')
       from (
@@ -486,7 +488,10 @@ $$;
 create function cells.key_of(p_element jsonb) returns jsonb
 language sql immutable set search_path = pg_catalog, pg_temp as $$
   select jsonb_agg(p_element -> k)
-  from unnest('{at,alert,model_id,error_code,kind,name,webhook_id}'::text[]) as k
+  from unnest(
+    '{at,alert,model_id,error_code,kind,name,webhook_id,scope,period,limit_usd,on_breach}'::text[]
+  ) as k
+  where p_element ->> 'scope' is distinct from 'a user'  -- one of many, who are not named
 $$;
 
 create function cells.merge_sums(p_answers json[], p_arguments jsonb, p_away text[]) returns json

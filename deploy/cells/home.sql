@@ -356,10 +356,20 @@ for select to darkroom_entry using (bucket_id in ('generations', 'inputs'));
 
 drop publication if exists darkroom_directory, darkroom_catalogue;
 create publication darkroom_directory for table cells.cells, cells.users;
+-- What operators set. What each database finds out itself, or is told by share.sql, is not sent.
 create publication darkroom_catalogue for table
-private.providers, public.models, private.model_routes, public.model_aliases, private.error_codes,
-private.provider_words, private.plans, private.settings, private.alert_rules,
-private.billing_providers, public.credit_products, private.push_texts, private.webhook_endpoints,
+private.providers (
+  name, base_url, secret, key_hosts, hosts, max_running, result_ttl, lost_create, settle,
+  buys_again, is_active, recipe
+),
+private.plans (
+  name, max_active, max_per_minute, full_minutes_per_day, max_burned_per_day, max_batch, weight,
+  welcome_credits, busy_after, has_budgets
+),
+private.budgets (id, provider, model_id, plan, user_id, period, limit_usd, on_breach),
+public.models, private.model_routes, public.model_aliases, private.error_codes,
+private.provider_words, private.settings, private.alert_rules, private.billing_providers,
+public.credit_products, private.push_texts, private.webhook_endpoints,
 -- The app's, not its users': what goes is told by all of a row.
 public.prompt_templates where (user_id is null);
 alter table public.prompt_templates replica identity full;
