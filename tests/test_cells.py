@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -12,8 +13,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import psycopg
@@ -23,6 +26,7 @@ from database import Database, assert_books_balance
 from http_client import PREVIEW, Client, Endpoints, Refusal, SignedUp, answer, refusal
 from http_fixtures import endpoints_of
 from PIL import Image
+from pooler import pgbouncer
 
 from cells import CELLS, CellStack
 
@@ -271,12 +275,49 @@ def test_a_door_hands_on_its_arguments_in_their_order_whatever_the_planner_knows
     two = databases["two"]
     two.execute("analyze pg_catalog.pg_proc, pg_catalog.pg_depend")  # it sorts, then
 
-    assert [] == two.execute(
+    mixed_up = two.execute(
         "select f.name, f.names, p.proargnames from cells.list_functions() as f"
         " inner join pg_proc as p on p.proname = f.name"
         " and p.pronamespace = 'public'::regnamespace"
         " where f.names <> coalesce(p.proargnames, '{}')"
     )
+    assert mixed_up == []
+
+
+# What an entry, or who has its password, may call in a cell beside the API with its roles.
+ENTRY_MAY = (
+    "answer forget_guest know_event leave_user list_functions list_tables pack_user take_event"
+    " take_parts unpack_user"
+)
+ENTRY_ALSO_MAY = {"home": "bring end_move hand_over", "two": "drop_user leave_to_home put_user"}
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_an_entry_may_do_in_a_cell_what_is_listed_and_reads_but_writes_no_table(databases, cell):
+    db = databases[cell]
+    functions = db.execute(
+        "select p.proname::text as name from pg_proc as p"
+        " where p.pronamespace in ('cells'::regnamespace, 'private'::regnamespace)"
+        " and has_function_privilege('darkroom_entry', p.oid, 'execute')"
+        " and not exists (select from pg_depend where objid = p.oid and deptype = 'e')"
+    )
+    listed = f"{ENTRY_MAY} {ENTRY_ALSO_MAY[cell]} has_folder like_shared_image".split()
+    assert {row["name"] for row in functions} == set(listed)
+    rights = db.execute(
+        "select c.oid::regclass::text as name, c.relkind::text as kind, r.name as may"
+        " from pg_class as c"
+        " cross join unnest('{select,insert,update,delete,truncate}'::text[]) as r (name)"
+        " where c.relnamespace in ("
+        "   'cells'::regnamespace, 'private'::regnamespace, 'public'::regnamespace)"
+        " and c.relkind in ('r', 'v', 'p', 'f')"
+        " and has_table_privilege('darkroom_entry', c.oid, r.name)"
+    )
+    assert {row["may"] for row in rights} == {"select"}
+    tables = {row["name"] for row in rights if row["kind"] != "v"}
+    assert tables == {"cells.users"}
+    role = db.row("select * from pg_roles where rolname = 'darkroom_entry'")
+    strong = ("rolsuper", "rolinherit", "rolcreaterole", "rolreplication", "rolbypassrls")
+    assert not any(role[each] for each in strong)
 
 
 def test_a_function_that_has_no_route_is_refused(databases):
@@ -381,6 +422,33 @@ def test_what_auth_says_of_a_user_reaches_the_users_cell(users, databases):
         databases["home"].execute("delete from auth.users where id = %s", user.id)
         assert where(databases, user) == []
     assert databases["home"].execute("select 1 from cells.users where user_id = %s", user.id) == []
+
+
+def test_calls_go_through_a_pooler_in_transaction_mode(cells, users, databases):
+    home, two, entry = (databases[name] for name in ("home", "two", "entry"))
+    direct = "select address from cells.cells where name = 'two'"
+    before = home.value(direct)
+    password = dict(word.split("=", 1) for word in before.split())["password"]
+    url = cells.url_of("two").split("@")[1]
+    change = "update cells.cells set address = %s where name = 'two'"
+    began = two.value("select clock_timestamp()")
+    with pgbouncer(f"postgresql://darkroom_entry:{password}@{url}", "transaction") as through:
+        port = urlsplit(through).port
+        home.execute(change, re.sub(r"port=\d+", f"port={port}", before))
+        try:
+            until(lambda: f"port={port} " in entry.value(direct))
+            with ThreadPoolExecutor(10) as pool:
+                asked = pool.map(lambda _: users["two"].rpc("get_entitlement"), range(200))
+            assert {response.status_code for response in asked} == {200}
+            assert users["two"].enqueued()
+            connections = (
+                "select count(*) from pg_stat_activity where usename = 'darkroom_entry'"
+                " and application_name <> 'postgres_fdw' and backend_start > %s"
+            )
+            assert 1 <= two.value(connections, began) <= 5, "the pool's size"
+        finally:
+            home.execute(change, before)
+            until(lambda: entry.value(direct) == before)
 
 
 def test_new_users_go_by_weight(databases):

@@ -1,4 +1,4 @@
-"""The tables that grow with history can be partitioned by their restore, as docs/scale.md says, and go on."""
+"""The tables that grow with history can be partitioned by their restore, and go on as before."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from runbook import RUNBOOK, Section, titles
 # Which test runs the commands of which other section.
 RUN_BY = {
     "A cell is away": "test_scale_doc.py",
+    "A cell was restored": "test_scale_doc.py",
     "A payment gave no credits": "test_credits_doc.py",
     "Backup": "test_backup.py",
     "Restore": "test_backup.py",

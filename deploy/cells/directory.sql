@@ -29,6 +29,7 @@ $$;
 create table if not exists cells.cells (
   name text primary key,
   address text not null,
+  pooler text,
   weight real not null default 1,
   constraint cells_weight_is_not_negative check (weight >= 0)
 );
@@ -36,6 +37,8 @@ create table if not exists cells.cells (
 comment on table cells.cells is 'Every cell, home among them.';
 comment on column cells.cells.address is
   'How the entry and home connect: a libpq string for role darkroom_entry, with its password.';
+comment on column cells.cells.pooler is
+  'Where calls of the API go instead: PgBouncer in transaction mode. The rest needs a session.';
 comment on column cells.cells.weight is
   'The share of new users, beside the others'' weights; 0: takes none.';
 
@@ -103,22 +106,22 @@ begin
 end;
 $$;
 
--- Not connecting, or it could not be done in a function.
+-- Not connecting, or it could not be done in a function; of that it warns in the log, with the statement,
+-- so that is not the one with the secret.
 create function cells.subscribe(p_name text) returns void
 language plpgsql set search_path = pg_catalog, pg_temp set client_min_messages = error as $$
 begin
-  if exists (
+  if not exists (
     select from pg_subscription as s
     inner join pg_database as d on d.oid = s.subdbid and d.datname = current_database()
     where s.subname = p_name
   ) then
-    execute format('alter subscription %I connection %L', p_name, current_setting('cells.secret'));
-  else
     execute format(
-      'create subscription %I connection %L publication %I with (connect = false)',
-      p_name, current_setting('cells.secret'), cells.publication_of(p_name)
+      'create subscription %I connection ''password=none'' publication %I with (connect = false)',
+      p_name, cells.publication_of(p_name)
     );
   end if;
+  execute format('alter subscription %I connection %L', p_name, current_setting('cells.secret'));
 end;
 $$;
 
