@@ -46,41 +46,34 @@ comment on column cells.routes.elsewhere is
   'What all cells are to execute, of a user who may not be theirs, if the user''s own finds nothing.';
 comment on column cells.routes.call is 'What the cell is to execute: see make_doors.';
 
-truncate cells.routes;
-insert into cells.routes (function, goes_to)
-select f.name, r.goes_to
+-- Rows of the app's own functions stay.
+insert into cells.routes (function, goes_to, users, merge)
+select f.name, r.goes_to, r.users::text[], r.merge
 from (values
   (
-    'user',
+    'user', null, null,
     'cancel_batch,cancel_generation,delete_generation,delete_prompt_template,enqueue_batch,'
     'enqueue_generation,get_batch_status,get_entitlement,get_job_status,like_image,'
     'list_active_jobs,list_generations,list_prompt_templates,register_push_token,'
     'restore_generation,retry_generation,save_prompt_template,set_favorite,set_tags,share_image,'
     'unregister_push_token'
   ),
-  ('event', 'apply_billing_event'),
-  ('home', 'delete_webhook,enable_webhook,register_webhook,rotate_webhook_secret'),
-  ('first', 'list_models,ping,queue_job,redeliver')
-) as r (goes_to, names)
-cross join string_to_table(r.names, ',') as f (name);
-
-insert into cells.routes (function, goes_to, users) values
-('export_user', 'user', '{user_id}'),
-('grant_credits', 'user', '{user_id}'),
-('merge_user', 'user', '{to_user_id,from_user_id}'),
-('set_paid', 'user', '{user_id}');
-
-insert into cells.routes (function, goes_to, merge) values
-('list_deliveries', 'all', 'by_time'),
-('list_public_images', 'all', 'pages'),
-('list_webhooks', 'all', 'sums'),
-('pause_model', 'all', 'done'),
-('queue_health', 'all', 'sums'),
-('queue_history', 'all', 'sums'),
-('queue_report', 'all', 'sums'),
-('redeliver_dead', 'all', 'sums'),
-('redrive_failed', 'all', 'sums'),
-('resume_model', 'all', 'done');
+  ('user', '{user_id}', null, 'export_user,grant_credits,set_paid'),
+  ('user', '{to_user_id,from_user_id}', null, 'merge_user'),
+  ('event', null, null, 'apply_billing_event'),
+  ('home', null, null, 'delete_webhook,enable_webhook,register_webhook,rotate_webhook_secret'),
+  ('first', null, null, 'list_models,ping,queue_job,redeliver'),
+  ('all', null, 'by_time', 'list_deliveries'),
+  ('all', null, 'done', 'pause_model,resume_model'),
+  ('all', null, 'pages', 'list_public_images'),
+  (
+    'all', null, 'sums',
+    'list_webhooks,queue_health,queue_history,queue_report,redeliver_dead,redrive_failed'
+  )
+) as r (goes_to, users, merge, names)
+cross join string_to_table(r.names, ',') as f (name)
+on conflict (function) do update
+set goes_to = excluded.goes_to, users = excluded.users, merge = excluded.merge;
 
 update cells.routes set elsewhere =
   'select private.like_shared_image(r.job_id, r.image_position, r.is_liked)'
