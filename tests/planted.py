@@ -669,6 +669,28 @@ EACH_CALL = (
 )
 
 MONEY = [
+    # Users in several databases.
+    Bug(
+        "files of users of another database are taken for left over",
+        "sql/85_retention.sql",
+        "          and private.has_folder(private.path_id(o.name, 1))\n",
+        "",
+        f"{RETENTION}a_folder_of_another_database_is_left_alone",
+    ),
+    Bug(
+        "a user of another database is made here, too",
+        "sql/42_identities.sql",
+        "  if private.follow_elsewhere(p_user_id) then\n",
+        "  if false then\n",
+        f"{IDENTITIES}who_lives_in_another_database_is_not_made_here",
+    ),
+    Bug(
+        "a user is packed while a call has looked and not written yet",
+        "deploy/cells/move.sql",
+        "  perform pg_advisory_xact_lock(hashtextextended(p_user_id::text, 0));\n",
+        "",
+        "tests/test_cells_moves.py::test_a_call_that_has_looked_where_the_user_lives_is_waited_for",
+    ),
     # Identities.
     Bug(
         "an address is welcomed again",

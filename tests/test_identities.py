@@ -303,6 +303,17 @@ def test_no_sign_up_fails_because_of_us_and_it_is_made_good(db, worker):
     assert db.value("select count(*) from private.skipped_rows") == 0
 
 
+def test_who_lives_in_another_database_is_not_made_here(db):
+    db.execute(
+        "create or replace function private.follow_elsewhere(p_user_id uuid) returns boolean"
+        " language sql return true"
+    )
+
+    user_id = db.value("insert into auth.users (id) values (gen_random_uuid()) returning id")
+
+    assert db.execute("select from public.entitlements where user_id = %s", user_id) == []
+
+
 def test_auth_may_be_older_and_may_alter_its_columns(db):
     for column in ("is_anonymous", "banned_until", "deleted_at"):
         db.execute(f"alter table auth.users drop column {column} cascade")

@@ -258,6 +258,19 @@ def test_an_output_without_a_row_is_found_after_a_day_and_nothing_else(db, alice
     assert job.id in generations(db)
 
 
+def test_a_folder_of_another_database_is_left_alone(db, alice, bob):
+    (of_alice, _) = [stored(db, f"{u.id}/{uuid.uuid4()}/0.png") for u in (alice, bob)]
+    age_files(db, "25 hours")
+    db.execute(
+        "create or replace function private.has_folder(p_folder uuid) returns boolean"
+        f" language sql return p_folder <> '{bob.id}'"
+    )
+
+    db.execute("select private.apply_retention()")
+
+    assert expired(db) == {of_alice}
+
+
 def test_a_file_that_came_to_be_an_image_after_all_is_not_listed(db, alice, worker):
     alice.enqueue()
     job = worker.claimed()

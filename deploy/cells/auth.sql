@@ -32,7 +32,9 @@ begin
   if exists (select from cells.moves as m where m.user_id = p_user_id) then
     raise exception 'the user is moving: try again';
   end if;
+  perform private.lock_jobs(p_user_id);
   delete from auth.users where id = p_user_id;
+  delete from public.entitlements where user_id = p_user_id;  -- moved here when Auth had deleted it
 end;
 $$;
 
