@@ -36,9 +36,11 @@ class Process:
 
     def is_running(self) -> bool:
         """Say whether this very process, not a later one with its number, is still alive."""
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self.pid, os.WNOHANG)  # an ended child of ours stays a zombie until then
-        return self.started > 0 and start_ticks(self.pid) == self.started
+        is_alive = self.started > 0 and start_ticks(self.pid) == self.started
+        if not is_alive:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self.pid, os.WNOHANG)  # an ended child of ours is a zombie until then
+        return is_alive
 
     def stop(self, gently: signal.Signals, grace_seconds: float) -> None:
         """Ask the process group to end, and kill what has not ended when the grace is over."""

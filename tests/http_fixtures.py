@@ -32,7 +32,7 @@ class Home(Database):
         found = super().execute(query, *arguments)
         if not found:
             ((now,),) = (row.values() for row in super().execute("select pg_current_wal_lsn()"))
-            behind = "select from pg_stat_replication where replay_lsn < %s"
+            behind = "select 1 from pg_stat_replication where replay_lsn < %s"
             eventually(lambda: super(Home, self).execute(behind, now) == [])
         return found
 

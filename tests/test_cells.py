@@ -421,7 +421,7 @@ def test_what_auth_says_of_a_user_reaches_the_users_cell(users, databases):
         assert refusal(user.enqueue()).message == "account_blocked", cell
         databases["home"].execute("delete from auth.users where id = %s", user.id)
         assert where(databases, user) == []
-    assert databases["home"].execute("select from cells.users where user_id = %s", user.id) == []
+    assert databases["home"].execute("select 1 from cells.users where user_id = %s", user.id) == []
 
 
 def test_calls_go_through_a_pooler_in_transaction_mode(cells, users, databases):

@@ -138,6 +138,7 @@ class Fleet(Workers):
 
     def __init__(self, world: World, provider: Provider, size: int) -> None:
         super().__init__(world.db, world.stack, world.folder)
+        self.world = world
         address = urlsplit(self.environment["DATABASE_URL"])
         netloc = f"{address.netloc.rpartition(':')[0]}:{world.proxy.port}"
         self.environment |= WORKER | {
