@@ -1229,6 +1229,8 @@ class Worker:
     def on_notify(self, payload: str) -> None:
         """Look for work, or hear from the next heartbeat, made now, which jobs to stop."""
         self.wake.set()
+        if self.waits:
+            self.slots.freed.set()  # not for it, but it has another worker woken
         if payload == CANCEL:
             self.news.set()
 

@@ -195,13 +195,17 @@ def test_workers_of_the_same_cells_do_each_job_once(workers):
 def test_a_worker_that_is_woken_while_its_slots_are_full_has_another_woken(workers):
     full = workers.start(WORKER_SLOTS=1, WORKER_POLL_SECONDS=60)
     two = workers.dbs["two"]
+    its_id = int(workers.logged_of(full, "two", r"worker\.started worker=(\d+)")[1])
+    seen = "select seen_at from private.workers where id = %s"
     workers.users["home"].enqueued(model=FLUX)
     eventually(lambda: workers.running() == (1, 0))
+    before = two.value(seen, its_id)
+    eventually(lambda: two.value(seen, its_id) > before)  # a beat has it look for work, in vain
     other = workers.start(WORKER_POLL_SECONDS=60)
     eventually(lambda: two.value("select every(asleep) from private.workers"))
     workers.until_silent(two)
-    seen = "update private.workers set seen_at = now() + interval '10 seconds' where id = %s"
-    two.execute(seen, int(workers.logged_of(full, "two", r"worker\.started worker=(\d+)")[1]))
+    first = "update private.workers set seen_at = now() + interval '10 seconds' where id = %s"
+    two.execute(first, its_id)
 
     workers.done("two", within=2)
 
