@@ -73,8 +73,8 @@ begin
     )
     from cells.cells as c where c.name <> 'home';
     perform cells.forget_guest(p_user_id);
-    delete from private.budgets where user_id = p_user_id;
     perform private.lock_jobs(p_user_id);
+    delete from private.budgets where user_id = p_user_id;
     delete from public.entitlements where user_id = p_user_id;  -- moved here when Auth had deleted it
     delete from cells.users where user_id = p_user_id;
     delete from private.merged_users where into_id = p_user_id;
