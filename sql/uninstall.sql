@@ -136,7 +136,7 @@ begin
   if to_regclass('supabase_migrations.schema_migrations') is not null then
     delete from supabase_migrations.schema_migrations where name in (
       'create_darkroom', 'darkroom_gallery', 'darkroom_webhooks', 'darkroom_reports',
-      'upgrade_first_edition', 'providers_are_rows', 'what_apps_sell', 'what_operators_see'
+      'upgrade_first_edition', 'providers_are_rows', 'what_apps_sell', 'what_operators_see', 'cells'
     );
   end if;
   if to_regclass('supabase_migrations.seed_files') is not null then

@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import random
 import threading
 import time
@@ -32,9 +32,9 @@ from test_cells import (
     sign_up,
     until,
 )
+from test_cells_script import gone, other
 
-from cells import LOGICAL, SCRIPT, CellStack
-from stack import Cluster, Settings, run
+from cells import CellStack
 
 EVERY = ("home", "two", "three")
 MEND = "alter function cells.broken rename to unpack_user"
@@ -44,23 +44,12 @@ PLACE = "select coalesce((select cell from cells.users where user_id = %s), 'hom
 @pytest.fixture(scope="module", autouse=True)
 def three(cells: CellStack, databases: dict[str, Database]) -> Iterator[Database]:
     """A third cell, which takes no new users."""
-    place = cells.folder / "three"
-    place.mkdir(mode=0o711)
-    place.chmod(0o711)
-    cluster = Cluster(place, Settings(place / "env"), fsync=False, tuning=LOGICAL)
-    cluster.start()
-    cells.clusters["three"] = cluster
-    cells.services.insert(0, cluster)
-    cells._make()
-    passwords = cells.folder / "pgpass"
-    url = f"postgresql://postgres@{cluster.address()}/postgres"
-    home = f"postgresql://postgres@{cells.clusters['home'].address()}/postgres"
-    environment = os.environ | {"HOME_URL": home, "PGPASSFILE": str(passwords)}
-    run([SCRIPT, "add", "three", url, "0"], env=environment)
-    databases["three"] = Database(cells.url_of("three"), "three")
+    cluster = other(cells, "three")
+    cells.script("add", "three", cells.owner_of("three"), "0")
+    databases["three"] = Database(cluster.url(), "three")
     yield databases["three"]
-    cluster.stop()
-    cluster.delete()
+    databases.pop("three").close()
+    gone(cells, "three")
 
 
 @pytest.fixture
@@ -77,6 +66,15 @@ def places(databases: dict[str, Database], user_id: str) -> list[str]:
         " + (select count(*) from private.ready_jobs where user_id = %s)"
     )
     return [cell for cell in EVERY if databases[cell].value(query, *[user_id] * 4)]
+
+
+def sees(user: SignedUp) -> list[Any]:
+    """Return what a user sees after a crash: each connection to the cell fails once."""
+    for _ in range(50):
+        with contextlib.suppress(AssertionError):
+            return seen(user)
+        time.sleep(0.1)
+    return seen(user)
 
 
 def settled(databases: dict[str, Database], user_id: str, cell: str) -> None:
@@ -339,6 +337,22 @@ def test_a_move_that_nobody_finishes_is_finished_by_retention(user, databases):
     assert seen(user) == before
 
 
+def test_what_an_earlier_move_has_left_is_never_taken_for_a_later_one(user, databases):
+    home = databases["home"]
+    home.execute("alter function cells.leave_user rename to stays")
+    with pytest.raises(psycopg.Error):
+        home.execute("call cells.move_user(%s, 'two')", user.id)
+    home.execute("alter function cells.stays rename to leave_user")
+    assert home.value("select count(*) from cells.moves") == 1
+    job_id = user.enqueued()
+
+    moved(databases, user, "home")
+    moved(databases, user, "two")
+
+    settled(databases, user.id, "two")
+    assert [job["job_id"] for job in answer(user.rpc("list_active_jobs"))] == [job_id]
+
+
 def test_who_cannot_come_to_a_cell_that_is_lost_is_taken_back(user, databases):
     moved(databases, user, "two")
     user.enqueued()
@@ -347,23 +361,9 @@ def test_who_cannot_come_to_a_cell_that_is_lost_is_taken_back(user, databases):
     databases["three"].execute(MEND)
     two = databases["two"]
     two.execute("select cells.unpack_user(package) from cells.moves where user_id = %s", user.id)
-    two.execute("delete from cells.moves where user_id = %s", user.id)
 
     settled(databases, user.id, "two")
     assert seen(user) == before
-
-
-def test_nobody_is_packed_for_a_cell_that_is_away_or_not_there(cells, user, databases):
-    kill(cells, "three")
-    try:
-        for target in ("three", "nowhere"):
-            with pytest.raises(psycopg.Error, match=r"could not establish connection|no such cell"):
-                databases["home"].execute("call cells.move_user(%s, %s)", user.id, target)
-            assert user.credits() == 10
-    finally:
-        databases["three"].close()
-        databases["three"]._own = None
-        cells.clusters["three"].start()
 
 
 def test_a_mover_waits_as_long_as_it_is_told_for_what_runs(user, databases):
@@ -406,26 +406,6 @@ def test_of_two_movers_at_once_to_two_cells_both_are_done_one_after_the_other(us
     settled(databases, user.id, databases["home"].value(PLACE, user.id))
     assert seen(user) == before
     assert not [error for error in failed if "on the way" not in error]
-
-
-def test_whatever_is_killed_while_a_user_moves_nothing_is_lost_or_doubled(cells, user, databases):
-    user.enqueued(idempotency_key="one")
-    before, chance = seen(user), random.Random(7)
-    for round in range(9):
-        target = EVERY[(round + 1) % 3]
-        mover = threading.Thread(target=is_moved, args=[databases["home"].url, user.id, target])
-        mover.start()
-        time.sleep(chance.uniform(0, 0.15))
-        crash(cells, databases, chance.choice(EVERY))
-        mover.join()
-
-        until(lambda target=target: is_moved(databases["home"].url, user.id, target))
-        as_old(databases)
-        retention(databases, "home")
-        settled(databases, user.id, target)
-        # Tables are read where the entry's copy of the directory says: it may be late.
-        until(lambda: user.rpc("get_entitlement").status_code == 200 and user.ledger() != [])
-        assert seen(user) == before
 
 
 # Files.
@@ -490,3 +470,54 @@ def test_each_cell_looks_for_left_files_of_its_users_and_home_for_those_of_nobod
     retention(databases, "home")
     assert home.value(marked, nobodys) == 1
     home.execute("delete from private.skipped_rows")
+
+
+# Power.
+
+
+def test_who_signed_up_while_the_cell_was_away_may_be_moved_at_once(cells, sign_up, databases):
+    kill(cells, "two")
+    try:
+        user = sign_up("two")
+    finally:
+        databases["two"].close()
+        databases["two"]._own = None
+        cells.clusters["two"].start()
+
+    moved(databases, user, "three")
+
+    settled(databases, user.id, "three")
+    assert sees(user)[2]["credits"] == 10
+
+
+def test_nobody_is_packed_for_a_cell_that_is_away_or_not_there(cells, user, databases):
+    kill(cells, "three")
+    try:
+        for target in ("three", "nowhere"):
+            with pytest.raises(psycopg.Error, match=r"could not establish connection|no such cell"):
+                databases["home"].execute("call cells.move_user(%s, %s)", user.id, target)
+            assert user.credits() == 10
+    finally:
+        databases["three"].close()
+        databases["three"]._own = None
+        cells.clusters["three"].start()
+
+
+def test_whatever_is_killed_while_a_user_moves_nothing_is_lost_or_doubled(cells, user, databases):
+    until(lambda: user.enqueue(idempotency_key="one").status_code == 200)
+    before, chance = sees(user), random.Random(7)
+    for round in range(9):
+        target = EVERY[(round + 1) % 3]
+        mover = threading.Thread(target=is_moved, args=[databases["home"].url, user.id, target])
+        mover.start()
+        time.sleep(chance.uniform(0, 0.15))
+        crash(cells, databases, chance.choice(EVERY))
+        mover.join()
+
+        until(lambda target=target: is_moved(databases["home"].url, user.id, target))
+        as_old(databases)
+        retention(databases, "home")
+        settled(databases, user.id, target)
+        # Tables are read where the entry's copy of the directory says: it may be late.
+        until(lambda: user.rpc("get_entitlement").status_code == 200 and user.ledger() != [])
+        assert sees(user) == before

@@ -240,7 +240,7 @@ begin
   if v_moved.answer ->> 'state' = 'moved' then
     v_moved := cells.ask(
       'home', null, 'select to_json(true) from jsonb_to_record($1) as r (user_id uuid, cell text)'
-      ' cross join cells.end_move(r.user_id, r.cell)', v_users || v_moved.answer::jsonb,
+      ' cross join cells.end_move(r.user_id)', v_users || v_moved.answer::jsonb,
       'darkroom_entry'
     );
   end if;

@@ -75,7 +75,7 @@ begin
     perform cells.forget_guest(p_user_id);
     perform private.lock_jobs(p_user_id);
     delete from private.budgets where user_id = p_user_id;
-    delete from public.entitlements where user_id = p_user_id;  -- moved here when Auth had deleted it
+    delete from public.entitlements where user_id = p_user_id;  -- came when Auth had deleted it
     delete from cells.users where user_id = p_user_id;
     delete from private.merged_users where into_id = p_user_id;
   elsif v_cell is null then
@@ -170,6 +170,9 @@ begin
     return 'moved';
   elsif v_from = 'moving' then
     v_from := 'home';
+  elsif v_from like '+%' then
+    perform private.follow_user(p_user_id);
+    v_from := ltrim(v_from, '+');
   end if;
   perform cells.tell(p_cell, 'select 1');  -- nobody is packed for a cell that is away
   v_package := cells.tell(
@@ -187,21 +190,27 @@ begin
 end;
 $$;
 
--- p_from: where the user was, or null: any cell.
-create function cells.end_move(p_user_id uuid, p_cell text, p_from text default null) returns void
+-- Has the cells where the user was forget, p_from or all; never one in which the user is packed now,
+-- or lives by now. Others may have moved the user on since this move began.
+create function cells.end_move(p_user_id uuid, p_from text default null) returns void
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
   v_is_gone boolean := not exists (select from auth.users as u where u.id = p_user_id);
+  v_at text;
   v_cell text;
 begin
+  perform pg_advisory_xact_lock(hashtextextended('move ' || p_user_id, 0));
+  v_at := coalesce((select u.cell from cells.users as u where u.user_id = p_user_id), 'home');
+  if v_at = 'moving' then
+    return;
+  end if;
   if not v_is_gone then
     perform private.follow_user(f.id) from unnest(private.folders_of(p_user_id)) as f (id);
   end if;
   for v_cell in
-    select c.name from cells.cells as c
-    where c.name <> p_cell and c.name = coalesce(p_from, c.name)
+    select c.name from cells.cells as c where c.name <> v_at and c.name = coalesce(p_from, c.name)
   loop
-    perform cells.tell(v_cell, format('select cells.leave_user(%L, %L)', p_user_id, p_cell));
+    perform cells.tell(v_cell, format('select cells.leave_user(%L, %L)', p_user_id, v_at));
   end loop;
   if v_is_gone then
     perform private.follow_user(p_user_id);
@@ -225,9 +234,8 @@ begin
     perform pg_sleep(0.5);
   end loop;
   if state = 'moved' then
-    perform cells.end_move(
-      p_user_id, p_cell, nullif(case v_from when 'moving' then 'home' else v_from end, p_cell)
-    );
+    v_from := case v_from when 'moving' then 'home' else ltrim(v_from, '+') end;
+    perform cells.end_move(p_user_id, nullif(v_from, p_cell));
   end if;
 end;
 $$;
@@ -299,26 +307,28 @@ create or replace function private.finish_moves(
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
   v_cell text;
-  v_user_id uuid;
-  v_to text;
+  v_move record;
 begin
   done := 0;
   for v_cell in select c.name from cells.cells as c order by c.name loop
     begin
-      for v_user_id, v_to in
-        select m.* from json_to_recordset(cells.tell(v_cell,
+      for v_move in
+        select m.*, coalesce(u.cell, 'home') as at from json_to_recordset(cells.tell(v_cell,
           'select json_agg(json_build_object(''user_id'', user_id, ''cell'', cell))'
           ' from cells.moves where packed_at < now() - interval ''1 minute'''
         )::json) as m (user_id uuid, cell text)
+        left join cells.users as u on u.user_id = m.user_id
       loop
-        if v_to = coalesce(
-          (select u.cell from cells.users as u where u.user_id = v_user_id), 'home'
-        ) then
-          perform cells.end_move(v_user_id, v_to, v_cell);
-        else
-          perform cells.start_move(v_user_id, v_to);
-        end if;
-        done := done + 1;
+        begin
+          if v_move.at in (v_cell, 'moving') then
+            perform cells.start_move(v_move.user_id, v_move.cell);
+          else
+            perform cells.end_move(v_move.user_id, v_cell);
+          end if;
+          done := done + 1;
+        exception when others then
+          perform private.note_skipped('finish_moves', v_move.user_id::text, sqlstate, sqlerrm);
+        end;
       end loop;
     exception when others then
       perform private.note_skipped('finish_moves', v_cell, sqlstate, sqlerrm);

@@ -8,7 +8,6 @@
 --
 -- Where the other cell is lost for good, this takes the user back, in the cell that was to be left:
 --   select cells.unpack_user(package) from cells.moves where user_id = …;
---   delete from cells.moves where user_id = …;
 
 create table if not exists cells.moves (
   user_id uuid primary key,
@@ -143,6 +142,7 @@ begin
     return;
   end if;
   delete from cells.users where user_id = any (v_ids);
+  delete from cells.moves where user_id = any (v_ids);  -- came back, before this had forgotten
   -- Came once more where it waited, before it was handed over: see hand_over. None comes meanwhile.
   perform from private.billing_providers order by name for update;
   delete from private.billing_events as e
@@ -184,7 +184,7 @@ set session_replication_role = replica as $$
 declare
   v_ids uuid[];
 begin
-  delete from cells.moves as m where m.user_id = p_user_id and m.cell = p_cell
+  delete from cells.moves as m where m.user_id = p_user_id
   returning array(select jsonb_array_elements_text(m.package -> 'user_ids')) into v_ids;
   update cells.users set cell = p_cell where user_id = any (v_ids) and cell = 'moving';
   if to_regproc('cells.put_user') is not null then  -- what Auth says is a copy here
