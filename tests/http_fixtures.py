@@ -91,7 +91,9 @@ def gateway_before(db: Database, stack: Stack) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def endpoints(stack: Stack) -> Iterator[Endpoints]:
-    with httpx.Client(timeout=30) as http:
+    # With fewer kept than are used, many threads close each other's under their hands (EBADF).
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    with httpx.Client(timeout=30, limits=limits) as http:
         yield endpoints_of(stack, http)
 
 

@@ -1,4 +1,4 @@
-"""deploy/cells/cells: what a DBA calls to make cells, to add and remove them, and after a release."""
+"""deploy/cells/cells: what a DBA calls to make, add and remove cells, and after a release."""
 
 # ruff: noqa: F401, F811, PLR0913, PLR0917
 
@@ -43,12 +43,14 @@ OBJECTS = """
 select array_agg(l order by l) from (
   select subname || subconninfo as l from pg_subscription
   union all select slot_name from pg_replication_slots
-  union all select rolname || coalesce(rolconfig::text, '') from pg_roles where rolname like 'darkroom%'
+  union all select rolname || coalesce(rolconfig::text, '')
+    from pg_roles where rolname like 'darkroom%'
   union all select relname || relnamespace::regnamespace from pg_class where relnamespace
     in ('cells'::regnamespace, 'public'::regnamespace, 'private'::regnamespace)
   union all select p.oid::regprocedure || coalesce(p.proacl::text, '') from pg_proc as p
     where pronamespace in ('cells'::regnamespace, 'public'::regnamespace)
-  union all select tgrelid::regclass || tgname || tgenabled::text from pg_trigger where not tgisinternal
+  union all select tgrelid::regclass || tgname || tgenabled::text from pg_trigger
+    where not tgisinternal
   union all select polrelid::regclass || polname from pg_policy
   union all select pubname || tablename from pg_publication_tables
   union all select evtname from pg_event_trigger
@@ -141,16 +143,24 @@ def test_what_is_wrong_is_named_and_nothing_is_done(cells, databases, command, s
 )
 def test_it_says_how_it_is_called(words, home, says, code):
     done = subprocess.run(
-        [SCRIPT, *words], env=os.environ | {"HOME_URL": home}, capture_output=True, text=True
+        [SCRIPT, *words],
+        env=os.environ | {"HOME_URL": home},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == code and says in done.stderr
 
 
 def test_home_needs_darkroom_and_logical_replication(cells, db):
-    url, _, name = db.url.rpartition("/")
+    url, _, _ = db.url.rpartition("/")
     for where, says in ((f"{url}/template1", "no Darkroom there"), (db.url, "wal_level is not")):
         done = subprocess.run(
-            [SCRIPT, "home"], env=os.environ | {"HOME_URL": where}, capture_output=True, text=True
+            [SCRIPT, "home"],
+            env=os.environ | {"HOME_URL": where},
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 1 and f"cells: HOME_URL: {says}" in done.stderr
 
@@ -178,7 +188,8 @@ def test_who_calls_the_api_reads_no_address_and_no_password(databases):
 
 def test_roles_that_databases_use_among_each_other_have_no_more_rights_than_they_need(databases):
     roles = (
-        "select array_agg(r.of order by r.of) from (select rolname || case when rolsuper or rolcreaterole or rolcreatedb then ' !'"
+        "select array_agg(r.of order by r.of) from (select rolname"
+        " || case when rolsuper or rolcreaterole or rolcreatedb then ' !'"
         " else '' end || case when rolreplication then ' replication' else '' end as of"
         " from pg_roles where rolcanlogin and rolname ~ '_(entry|catalogue|files|directory)') as r"
     )
@@ -221,13 +232,11 @@ def test_a_cell_is_added_while_users_go_on(
     cells, endpoints, databases, three, sign_up, anybody, tmp_path, monkeypatch
 ):
     users = {cell: sign_up(cell) for cell in ("home", "two")}
-    for cell in users:
+    for cell, user in users.items():
         databases[cell].execute(
             "update private.plans set max_active = 10000, max_per_minute = 10000"
         )
-        databases[cell].execute(
-            "select public.grant_credits(%s, 5000, 'grant', 'x')", users[cell].id
-        )
+        databases[cell].execute("select public.grant_credits(%s, 5000, 'grant', 'x')", user.id)
     asked: Counter[tuple[str, int]] = Counter()
     ending = threading.Event()
 

@@ -1,4 +1,4 @@
-"""The tables that grow with history can be partitioned by their restore, and go on as before."""
+"""The tables that grow with history can be partitioned by a restore: docs/scale.md."""
 
 from __future__ import annotations
 

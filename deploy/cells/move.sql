@@ -143,7 +143,8 @@ begin
   end if;
   delete from cells.users where user_id = any (v_ids);
   delete from cells.moves where user_id = any (v_ids);  -- came back, before this had forgotten
-  -- Came once more where it waited, before it was handed over: see hand_over.
+  -- Came once more where it waited, before it was handed over: see hand_over. None comes meanwhile.
+  perform from private.billing_providers order by name for update;
   delete from private.billing_events as e
   using jsonb_to_recordset(p_package -> 'private.billing_events') as p (provider text, event_id text)
   where e.event_id = p.event_id and e.provider = p.provider and e.outcome = 'waiting';

@@ -217,7 +217,7 @@ PART = Part(
         " what counts is the CPU that a call takes, read from /proc, of PostgREST, of the entry, of"
         " the cells, and of home's processes that send its WAL to the others. list_public_images"
         " asks both cells. What machines of their own carry is calculated from it:"
-        " `python tests/bench/cells.py`."
+        " `python tests/bench/cells_model.py`."
     ),
     metric=RATE,
     reference=DIRECT,

@@ -1,6 +1,6 @@
 """Calculate what 1, 2, 4 and 8 cells carry on machines of their own, from what the bench measured.
 
-    python tests/bench/cells.py [results.json]
+    python tests/bench/cells_model.py [results.json]
 
 Nothing is measured here. The CPU that a call takes of PostgREST, of the entry and of a cell is that
 of the bench's part "cells"; a machine is busy to BUSY of its cores. The feed asks every cell, so
@@ -23,7 +23,7 @@ FEED = "list_public_images"
 WORK, SENDING = 0.3, 0.15
 CORES, BUSY = 8, 0.5
 POOL = 10  # connections of a PostgREST, so of an entry to each cell: PGRST_DB_POOL
-DIRECT, ENTRY = "direct to home", "entry, user of two"
+DIRECT, ENTRY = "direct to home", "entry, user of home"
 
 
 def main() -> None:
