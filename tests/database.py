@@ -81,7 +81,7 @@ class Database:
         if cursor.description:
             return cursor.fetchall()
         # `select from …` has rows, too, without columns.
-        return [{}] * cursor.rowcount if cursor.statusmessage.startswith("SELECT") else []
+        return [{}] * cursor.rowcount if (cursor.statusmessage or "").startswith("SELECT") else []
 
     def row(self, query: str, *arguments: Any) -> dict[str, Any]:
         (row,) = self.execute(query, *arguments)
