@@ -78,7 +78,10 @@ class Database:
         self._own = self._own or self.connect()
         cursor = self._own.cursor(row_factory=dict_row)
         cursor.execute(query, arguments or None)
-        return cursor.fetchall() if cursor.description else []
+        if cursor.description:
+            return cursor.fetchall()
+        # `select from …` has rows, too, without columns.
+        return [{}] * cursor.rowcount if (cursor.statusmessage or "").startswith("SELECT") else []
 
     def row(self, query: str, *arguments: Any) -> dict[str, Any]:
         (row,) = self.execute(query, *arguments)

@@ -163,7 +163,7 @@ def test_a_user_goes_from_cell_to_cell_with_all_there_is_and_who_was_merged(
     def is_everybodys() -> bool:
         with psycopg.connect(home.url) as connection:
             connection.execute("set local role anon")
-            found = connection.execute("select from storage.objects where name = %s", [path])
+            found = connection.execute("select 1 from storage.objects where name = %s", [path])
             return found.fetchone() is not None
 
     def is_known_at_home() -> bool:
