@@ -752,7 +752,8 @@ def test_what_a_cell_has_spent_is_gone_and_the_rest_is_spent_where_it_is_asked_f
     assert refusal(crowds["home"].enqueue()).message == "budget_spent"
     (told,) = answer(operator.rpc("queue_health"))["budgets"]
     spent = told["spent_usd"] + told["reserved_usd"]
-    assert (told["limit_usd"], spent, told["used"]) == (10, 10, 1)
+    assert (told["limit_usd"], spent) == (10, 10)
+    assert told["used"] >= 1, "of its part, which may be less than it has spent"
 
     home.execute("update private.budgets set limit_usd = 12")
     arrives(databases, "select bool_and(limit_usd = 12) from private.budgets")
