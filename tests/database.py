@@ -189,7 +189,8 @@ class Database:
             " where schemaname in ('public', 'private')"
             " and tablename not in ('routines', 'plans', 'retention_walks') order by 1"
         )
-        query = "select t::text as text from {} as t order by 1"
+        renewed = "'{{part,part_usd}}'::text[]"  # before cells
+        query = f"select (to_jsonb(t) - {renewed})::text as text from {{}} as t order by 1"
         names = [table["name"] for table in tables]
         return {name: [row["text"] for row in self.execute(query.format(name))] for name in names}
 
