@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import darkroom
 from core import Part, Sizes, Task, percentiles
 from database import Database, seconds_of_a_core
-from lab import CONTENDERS, Lab
+from lab import Lab
 from worker_process import eventually
 
 from cells import CellStack
-from stack import sign_jwt
+from parts.http import PICTURE, load, requests_of
 
 USERS = 2_000  # of each cell
 FIRST = {"home": 20_000, "two": 30_000}
@@ -31,7 +28,6 @@ RATE, P50, P99 = "requests/s", "p50 ms", "p99 ms"
 PARTIES = ("PostgREST", "entry", "cells", "WAL senders")
 DIRECT = "direct to home"
 WAYS = {DIRECT: "home", "entry, user of home": "home", "entry, user of two": "two"}
-PICTURE = {"model": "darkroom/preview", "prompt": darkroom.PROMPT, "params": {"width": 512}}
 CALLS: dict[str, dict[str, Any]] = {
     "enqueue_generation": PICTURE,
     "get_job_status": {},
@@ -180,31 +176,18 @@ def measure(
 
 def send(site: Site, way: str, call: str, connections: int, seconds: float) -> dict[str, Any]:
     """Send requests over so many connections, each of another user."""
-    url, db = urlsplit(site.address(way)), site.cells[WAYS[way]]
     query = (
         "select e.user_id::text, (select max(g.id::text) from public.generations as g"
         "   where g.user_id = e.user_id) as job_id"
         " from public.entitlements as e where e.user_id::text like %s order by 1"
     )
-    requests = []
-    for row in db.execute(query, f"{darkroom.USER_ID}%"):
-        claims = {"sub": row["user_id"], "role": "authenticated", "exp": 4_102_444_800}
-        job = {"job_id": row["job_id"]} if call == "get_job_status" else {}
-        body = json.dumps(CALLS[call] | job)
-        requests.append(
-            f"POST {url.path}/rpc/{call} HTTP/1.1\r\nHost: {url.netloc}\r\n"
-            f"Authorization: Bearer {sign_jwt(site.stack.jwt_secret, claims)}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
-        )
-    options = {
-        **{"host": url.hostname, "port": url.port},
-        "requests": [requests[n::connections] for n in range(connections)],
-        **{"warm_seconds": 0, "seconds": seconds},
-    }
-    file = site.lab.folder / "requests.json"
-    file.write_text(json.dumps(options))
-    program = [sys.executable, str(CONTENDERS / "load_http.py"), str(file)]
-    return dict(json.loads(site.lab.run(program)))
+    asked = [
+        (row["user_id"], {"job_id": row["job_id"]} if call == "get_job_status" else CALLS[call])
+        for row in site.cells[WAYS[way]].execute(query, f"{darkroom.USER_ID}%")
+    ]
+    url = f"{site.address(way)}/rpc/{call}"
+    requests = requests_of(url, site.stack.jwt_secret, asked)
+    return load(site.lab, url, requests, connections, warm_seconds=0, seconds=seconds)
 
 
 PART = Part(

@@ -117,27 +117,43 @@ def measure(
 
 def send(site: Site, gateway: str, call: str, connections: int, seconds: int) -> dict[str, Any]:
     """Send requests over so many connections, each of another user."""
-    url = urlsplit(site.gateways[gateway])
     function, who, arguments = CALLS[call]
-    requests = []
-    for row in site.db.execute(who):
-        claims = {"sub": str(row["user_id"]), "role": "authenticated", "exp": 4_102_444_800}
-        asked = arguments | ({"job_id": str(row["job_id"])} if row["job_id"] else {})
-        body = json.dumps(asked)
+    asked = [
+        (row["user_id"], arguments | ({"job_id": str(row["job_id"])} if row["job_id"] else {}))
+        for row in site.db.execute(who)
+    ]
+    url = f"{site.gateways[gateway]}/rpc/{function}"
+    requests = requests_of(url, site.jwt_secret, asked)
+    return load(site.lab, url, requests, connections, warm_seconds=WARM_SECONDS, seconds=seconds)
+
+
+def requests_of(url: str, jwt_secret: str, asked: list[tuple[object, dict[str, Any]]]) -> list[str]:
+    """Return requests to a function, each with a user's id and the arguments."""
+    parts, requests = urlsplit(url), []
+    for user_id, arguments in asked:
+        claims = {"sub": str(user_id), "role": "authenticated", "exp": 4_102_444_800}
+        body = json.dumps(arguments)
         requests.append(
-            f"POST {url.path}/rpc/{function} HTTP/1.1\r\nHost: {url.netloc}\r\n"
-            f"Authorization: Bearer {sign_jwt(site.jwt_secret, claims)}\r\n"
+            f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\n"
+            f"Authorization: Bearer {sign_jwt(jwt_secret, claims)}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
         )
+    return requests
+
+
+def load(
+    lab: Lab, url: str, requests: list[str], connections: int, **times: float
+) -> dict[str, Any]:
+    """Send them over so many connections: warm_seconds, then seconds, of which it reports."""
     options = {
-        **{"host": url.hostname, "port": url.port},
+        **{"host": urlsplit(url).hostname, "port": urlsplit(url).port},
         "requests": [requests[n::connections] for n in range(connections)],
-        **{"warm_seconds": WARM_SECONDS, "seconds": seconds},
+        **times,
     }
-    file = site.lab.folder / "requests.json"
+    file = lab.folder / "requests.json"
     file.write_text(json.dumps(options))
     program = [sys.executable, str(CONTENDERS / "load_http.py"), str(file)]
-    return dict(json.loads(site.lab.run(program)))
+    return dict(json.loads(lab.run(program)))
 
 
 PART = Part(
