@@ -228,6 +228,13 @@ def three(cells, databases) -> Iterator[Database]:
     gone(cells, "three")
 
 
+@pytest.fixture
+def cell_three(cells, three) -> Database:
+    """The same as a cell, whichever test is the first."""
+    cells.script("add", "three", cells.owner_of("three"))
+    return three
+
+
 def test_a_cell_is_added_while_users_go_on(
     cells, endpoints, databases, three, sign_up, anybody, tmp_path, monkeypatch
 ):
@@ -284,7 +291,7 @@ def test_a_cell_is_added_while_users_go_on(
 
 
 def test_two_entries_serve_all_users_and_one_of_them_is_enough(
-    cells, databases, three, users, endpoints
+    cells, databases, cell_three, users, endpoints
 ):
     second = other(cells, "entry2")
     try:
@@ -318,10 +325,10 @@ def test_two_entries_serve_all_users_and_one_of_them_is_enough(
 
 
 def test_a_cell_is_removed_when_its_users_have_moved_and_whose_job_runs_is_waited_for(
-    cells, databases, three, sign_up
+    cells, databases, cell_three, sign_up
 ):
     waiting, working = sign_up("three"), sign_up("three")
-    jobs, worker = [waiting.enqueued(), working.enqueued()], Worker(three)
+    jobs, worker = [waiting.enqueued(), working.enqueued()], Worker(cell_three)
     answer(waiting.rpc("cancel_generation", job_id=jobs[0]))
     (job,) = [each for each in worker.claim_jobs(100) if each.id == jobs[1]]
     jobs.append(waiting.enqueued())
@@ -350,7 +357,7 @@ def test_a_cell_is_removed_when_its_users_have_moved_and_whose_job_runs_is_waite
         " + (select count(*) from pg_replication_slots where slot_name like '%three')"
         " + (select count(*) from pg_roles where rolname like '%three')"
     )
-    assert (home.value(left), three.value(left)) == (0, 0)
+    assert (home.value(left), cell_three.value(left)) == (0, 0)
     assert databases["entry"].value("select count(*) from pg_foreign_server") == 2
     for cell in ("home", "two"):
         assert_books_balance(databases[cell])
