@@ -289,7 +289,7 @@ ENTRY_MAY = (
     "answer forget_guest know_event leave_user list_functions list_tables pack_user take_event"
     " take_parts unpack_user"
 )
-ENTRY_ALSO_MAY = {"home": "bring end_move hand_over", "two": "drop_user leave_to_home put_user"}
+ENTRY_ALSO_MAY = {"home": "bring end_move hand_over", "two": "drop_user put_user"}
 
 
 @pytest.mark.parametrize("cell", CELLS)

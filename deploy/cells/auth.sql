@@ -38,5 +38,4 @@ begin
 end;
 $$;
 
-revoke all on function cells.put_user, cells.drop_user from public;
 grant execute on function cells.put_user, cells.drop_user to darkroom_entry;

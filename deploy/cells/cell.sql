@@ -252,10 +252,6 @@ begin
 end;
 $$;
 
-revoke all on function
-cells.answer, cells.forget_guest, cells.know_event, cells.list_functions, cells.list_tables,
-cells.take_event, cells.take_parts
-from public;
 grant select on cells.users to darkroom_entry;
 grant execute on function
 cells.answer, cells.forget_guest, cells.know_event, cells.list_functions, cells.list_tables,

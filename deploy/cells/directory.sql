@@ -180,5 +180,3 @@ begin
   );
 end;
 $$;
-
-revoke all on all functions in schema cells from public;

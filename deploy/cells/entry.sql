@@ -640,7 +640,7 @@ begin
 end;
 $do$;
 
-revoke all on all functions in schema cells from public;
+revoke all on all routines in schema cells from public;
 grant usage on schema cells, private to anon, authenticated, service_role, darkroom_monitor;
 grant execute on function cells.caller_cell to authenticated;
 grant execute on function cells.call to anon, authenticated, service_role, darkroom_monitor;

@@ -5,7 +5,6 @@
 -- cell knows of a new user the API says unavailable.
 
 create extension if not exists dblink with schema cells;
-revoke all on all functions in schema cells from public;
 
 -- How the script cells connects as the owners. A number is never given again: see move.sql.
 create table if not exists cells.databases (
@@ -339,13 +338,8 @@ $$;
 
 insert into private.retention_walks (name) values ('finish_moves') on conflict do nothing;
 
-revoke all on procedure cells.move_user from public;
 revoke all on function private.follow_elsewhere, private.has_folder, private.finish_moves,
 private.hand_over_events from public;
-revoke all on function
-cells.assign_cell, cells.bring, cells.end_move, cells.follow_deleted_user, cells.hand_over,
-cells.keep_merged_user, cells.start_move, cells.tell
-from public;
 grant execute on function cells.bring, cells.end_move, cells.hand_over to darkroom_entry;
 
 -- Everybody reads the files of what is shared, wherever its owner lives.

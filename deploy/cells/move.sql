@@ -1,5 +1,5 @@
 -- Moving a user from one cell to another, at once for the user and while all others work. In every
--- cell, after cell.sql. Variable of psql: number, the cell's own, 0 to 63: home is 0.
+-- cell, as the last file. Variable of psql: number, the cell's own, 0 to 63: home is 0.
 --
 -- The cell that is left takes all rows of the user into one, and answers nothing more for the user;
 -- the other unpacks them; the directory is changed; the first forgets. Each step is a transaction,
@@ -200,7 +200,7 @@ inner join pg_sequence as q on q.seqrelid = s.name and q.seqincrement <> 64;
 alter sequence public.credit_ledger_id_seq increment by 64;
 alter sequence private.credit_buckets_id_seq increment by 64;
 
-revoke all on function cells.rows_of, cells.pack_user, cells.unpack_user, cells.leave_user
-from public;
+-- Of all files of a cell, of which this is the last: nobody may call what is not granted.
+revoke all on all routines in schema cells from public;
 grant execute on function cells.pack_user, cells.unpack_user, cells.leave_user to darkroom_entry;
 grant select (user_id, cell, packed_at) on cells.moves to darkroom_entry;  -- retention of home finishes them

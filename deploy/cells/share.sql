@@ -83,9 +83,6 @@ begin
 end;
 $$;
 
-revoke all on function cells.next_parts from public;
-revoke all on procedure cells.share_limits from public;
-
 do $$
 begin
   perform cron.schedule('darkroom_share_limits', '* * * * *', 'call cells.share_limits()');

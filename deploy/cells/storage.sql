@@ -37,7 +37,6 @@ for each row when (old.share_id is not null) execute function cells.note_shares(
 -- Also of a user who moves here or away.
 alter table public.images enable always trigger images_note_new_shares;
 alter table public.images enable always trigger images_note_ended_shares;
-revoke all on all functions in schema cells from public;
 
 -- Of what home divides, a cell has nothing until it is told its part (share.sql).
 alter table private.providers alter column part set default 0;
